@@ -1,0 +1,44 @@
+# Each target does its own set-up in .venv; nothing else on the machine is touched.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+export OPENBLAS_NUM_THREADS ?= 1
+
+.PHONY: help setup demo test test-all lint bench clean
+help:
+	@echo "make demo      train a federation on the embedded digits: FedAvg against proxies, with a picture report"
+	@echo "make test      the quick tests"
+	@echo "make test-all  all tests, the slow ones too"
+	@echo "make lint      ruff and mypy"
+	@echo "make bench-NAME  a benchmark of benchmarks/NAME (codec, federated); writes benchmarks/results/NAME.json"
+
+setup: $(VENV)/.ready
+
+# torch comes first and alone: where pip is configured with a CPU build of it, that one is taken.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("error: python=%d.%d is not usable: expected 3.11 or newer" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
+	@touch $@
+
+demo: setup
+	$(BIN)/tofu demo
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+test-all: setup
+	$(BIN)/python -m pytest -q -m 'slow or not slow'
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench-%: setup
+	$(BIN)/python -m benchmarks.$*
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

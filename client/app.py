@@ -1,0 +1,153 @@
+"""The Flower ClientApp: thin handlers that unpack, call and pack.
+
+Node config: `partition-id` (the client's number; its images are that share of the run's dataset), or `data`, a folder
+with this client's own images, and optionally `partition-id` as its name.
+"""
+
+import time
+
+import torch
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from client.state import load_state, save_state
+from client.training import LocalTraining, train_locally
+from tofu.compression import ErrorFeedback
+from tofu.data import ImageShape, LabelledImages, local_folder, open_data
+from tofu.errors import DataError, TofuError
+from tofu.messages import FIELD, RECORD, TrainReply, TrainRequest
+from tofu.models import build_model
+from tofu.network import Network
+from tofu.payload import HEADER_BYTES, WEIGHTS, Payload, float32_from, read_payload
+from tofu.seeding import derive_generator
+from tofu.settings import Settings
+from tofu.weights import cosine, difference, explained_variance, fingerprint, load_weights, weights_of
+
+app = ClientApp()
+
+
+@app.query()
+def hello(message: Message, context: Context) -> Message:
+    """Say who this client is: its name, and how many images it has."""
+    try:
+        settings = Settings.of(context.run_config)
+        data = client_data(settings, context)
+        record = ConfigRecord({"client": client_name(context), "examples": len(data)})
+        return Message(RecordDict({RECORD: record}), reply_to=message)
+    except TofuError as error:
+        return Message(Error(code=0, reason=str(error)), reply_to=message)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """One round: train locally, compress the update, reply with one payload."""
+    try:
+        settings = Settings.of(context.run_config)
+        torch.set_num_threads(settings.threads)
+        request = TrainRequest.from_bytes(_content(message))
+        round_ = int(message.metadata.group_id)
+        reply = train_round(request, round_, settings, context)
+        return Message(RecordDict({RECORD: ConfigRecord({FIELD: reply.to_bytes()})}), reply_to=message)
+    except TofuError as error:
+        return Message(Error(code=0, reason=str(error)), reply_to=message)
+
+
+def train_round(request: TrainRequest, round_: int, settings: Settings, context: Context) -> TrainReply:
+    """Train and compress; the error feedback and the codec's memory live in `context.state`.
+
+    Raises:
+        TofuError: the weights are not what they should be, the data does not fit, or training diverged.
+    """
+    model = build_model(settings.model, request.shape, norm=settings.norm, seed=settings.seed)
+    network = Network(model, request.shape)
+    layout = network.layout
+    limit = HEADER_BYTES + layout.float32_bytes
+    payload = read_payload(request.payload, codec=WEIGHTS, round_=round_, fingerprint=None, max_bytes=limit)
+    load_weights(model, float32_from(payload.body, layout))
+    base = weights_of(model)
+    if fingerprint(base) != payload.fingerprint:
+        raise DataError("the global weights do not match their fingerprint: server and client built other models")
+
+    data = client_data(settings, context)
+    check_fit(data, request.shape)
+    client = client_name(context)
+    how = LocalTraining(
+        settings.local_epochs, settings.batch_size, settings.lr_of(round_), settings.momentum, settings.weight_decay
+    )
+    result = train_locally(model, data, how, generator=derive_generator(settings.seed, round_, client, "train"))
+    update = difference(weights_of(model), base)
+    load_weights(model, base)  # the codec differentiates at the base weights
+    model.eval()
+
+    began = time.perf_counter()
+    state = load_state(context, layout)
+    feedback = state.feedback if settings.error_feedback else ErrorFeedback()
+    target = feedback.target(update, request.acknowledged, share=settings.error_feedback)
+    compressor = settings.make_compressor(request.kind, network)
+    compressed = compressor.compress(
+        network,
+        target,
+        generator=derive_generator(settings.seed, round_, client, "encode"),
+        memory=state.memory if request.kind != "full" else b"",
+    )
+    encode_seconds = time.perf_counter() - began
+    save_state(
+        context,
+        feedback=ErrorFeedback.after(target, compressed.decoded, round_) if settings.error_feedback else None,
+        memory=compressed.memory or state.memory,
+    )
+    parameters = {name: target[name] for name in layout.parameters}
+    return TrainReply(
+        examples=len(data),
+        train_loss=result.loss,
+        explained_variance=explained_variance(parameters, compressed.decoded),
+        cosine=cosine(parameters, compressed.decoded),
+        train_seconds=result.seconds,
+        encode_seconds=encode_seconds,
+        payload=Payload(compressor.code, round_, payload.fingerprint, compressed.body).to_bytes(),
+    )
+
+
+def client_name(context: Context) -> str:
+    """The client's name in ledger and logs: its partition, or its node's number where it has none."""
+    return str(context.node_config.get("partition-id", context.node_id))
+
+
+def client_data(settings: Settings, context: Context) -> LabelledImages:
+    """This client's images: its own folder where its node config names one, else its share of the run's dataset.
+
+    Raises:
+        DataError: neither is there.
+    """
+    folder = context.node_config.get("data")
+    if folder is not None:
+        return local_folder(str(folder))
+    partition = context.node_config.get("partition-id")
+    if partition is None:
+        raise DataError("node config has neither data (a folder of images) nor partition-id (a share of the dataset)")
+    return open_data(
+        settings.dataset,
+        clients=settings.clients,
+        partition=settings.partition,
+        alpha=settings.alpha,
+        shards_per_client=settings.shards_per_client,
+        train_images=settings.train_images,
+        seed=settings.seed,
+    ).client(int(partition))
+
+
+def check_fit(data: LabelledImages, shape: ImageShape) -> None:
+    """Raises DataError where the images or labels do not fit the run's network."""
+    own = data.shape
+    if (own.channels, own.height, own.width) != (shape.channels, shape.height, shape.width):
+        raise DataError(
+            f"images of {own.channels}x{own.height}x{own.width}, the run's network takes "
+            f"{shape.channels}x{shape.height}x{shape.width}"
+        )
+    if len(data) and int(data.labels.max()) >= shape.classes:
+        raise DataError(f"label {int(data.labels.max())}, the run's network has classes 0 to {shape.classes - 1}")
+
+
+def _content(message: Message) -> object:
+    record = message.content.config_records.get(RECORD)
+    return record.get(FIELD) if record is not None else None

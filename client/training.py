@@ -1,0 +1,105 @@
+"""The local loop: a client's epochs of SGD over its own images."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from tofu.data import LabelledImages, to_float
+from tofu.errors import RunError
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """How a client trains: epochs, images in a step, and SGD's step size, momentum and weight decay."""
+
+    epochs: int
+    batch_size: int
+    lr: float
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """Mean loss over the local steps, their number, and the seconds they took."""
+
+    loss: float
+    steps: int
+    seconds: float
+
+
+def train_locally(
+    model: nn.Module, data: LabelledImages, how: LocalTraining, *, generator: torch.Generator
+) -> TrainingResult:
+    """Train `model` in place.
+
+    Args:
+        generator: draws the order of the images and dropout's masks; nothing else is random.
+
+    Raises:
+        RunError: the loss is no longer finite.
+    """
+    began = time.perf_counter()
+    model.train()
+    optimiser = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=how.lr,
+        momentum=how.momentum,
+        weight_decay=how.weight_decay,
+    )
+    total, steps = torch.zeros(()), 0
+    for _ in range(how.epochs):
+        for rows in _batches(len(data), how.batch_size, generator):
+            with SeededDropout(generator):
+                logits = model(to_float(data.images[rows]))
+            loss = F.cross_entropy(logits, data.labels[rows])
+            optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            total += loss.detach()
+            steps += 1
+    mean = float(total) / steps
+    if mean != mean or mean in (float("inf"), float("-inf")):
+        raise RunError(f"local training diverged (loss {mean}): a smaller lr than {how.lr:g} may help")
+    return TrainingResult(mean, steps, time.perf_counter() - began)
+
+
+def _batches(count: int, size: int, generator: torch.Generator) -> list[Tensor]:
+    batches = list(torch.split(torch.randperm(count, generator=generator), size))
+    # One image alone has no batch statistics, so BatchNorm would refuse it.
+    return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches
+
+
+class SeededDropout(TorchFunctionMode):
+    """Draws dropout's masks from a given generator.
+
+    torch draws them from one generator of the whole process, so clients that train in threads of one process would
+    get masks that depend on who came first.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self._generator = generator
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is F.dropout:
+            return self._dropout(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if not training or p == 0:
+            return input
+        keep = torch.rand(input.shape, generator=self._generator) >= p
+        return input * keep / (1 - p) if p < 1 else torch.zeros_like(input)

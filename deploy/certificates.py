@@ -1,0 +1,193 @@
+"""What a federation needs to trust itself: a CA, the server's certificate, and a key pair for every node.
+
+`python -m deploy.certificates FOLDER --host fl.example.org --node hospital-a --node hospital-b` makes them.
+"""
+
+import argparse
+import ipaddress
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from tofu.errors import SettingError, TofuError
+
+_CA_DAYS = 3650
+_SERVER_DAYS = 825  # more is refused by some TLS clients
+
+
+@dataclass(frozen=True)
+class Certificates:
+    """Files of the server's TLS: `ca` goes to everyone, `server` and `server_key` stay with the server.
+
+    `ca_key` signs further server certificates: keep it offline.
+    """
+
+    ca: Path
+    ca_key: Path
+    server: Path
+    server_key: Path
+
+
+@dataclass(frozen=True)
+class NodeKey:
+    """Files of a node's key pair: `private` stays with the node, `public` is registered with the server."""
+
+    private: Path
+    public: Path
+
+
+def make_certificates(folder: Path, hosts: Sequence[str]) -> Certificates:
+    """A new CA and, signed by it, a server certificate for `hosts`, in `folder`, which is made if it is not there.
+
+    Args:
+        hosts: every IP address and DNS name under which nodes and their helpers reach the server.
+
+    Raises:
+        SettingError: no hosts, a file that would be overwritten, or a folder that cannot be written.
+    """
+    if not hosts:
+        raise SettingError("host", list(hosts), "at least one IP address or DNS name")
+    files = Certificates(folder / "ca.crt", folder / "ca.key", folder / "server.pem", folder / "server.key")
+    _refuse_to_overwrite(files.ca, files.ca_key, files.server, files.server_key)
+
+    ca_key, server_key = _private_key(), _private_key()
+    ca_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "tofu-fl CA")])
+    ca = (
+        _builder(ca_name, ca_name, ca_key, _CA_DAYS)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(signs_certificates=True), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(ca_key.public_key()), critical=False)
+        .sign(ca_key, hashes.SHA384())
+    )
+    server_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "tofu-fl server")])
+    server = (
+        _builder(server_name, ca_name, server_key, _SERVER_DAYS)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(signs_certificates=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.SubjectAlternativeName([_name(host) for host in hosts]), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
+        .sign(ca_key, hashes.SHA384())
+    )
+    _write(files.ca_key, _pem(ca_key), 0o600)
+    _write(files.server_key, _pem(server_key), 0o600)
+    _write(files.ca, ca.public_bytes(Encoding.PEM), 0o644)
+    _write(files.server, server.public_bytes(Encoding.PEM), 0o644)
+    return files
+
+
+def make_node_key(folder: Path, name: str) -> NodeKey:
+    """A new P-384 key pair in OpenSSH form, `folder`/`name` and `folder`/`name`.pub, as SuperNodes want it.
+
+    Raises:
+        SettingError: a name that is no plain file name, a file that would be overwritten, or a folder that cannot be
+            written.
+    """
+    if not name or name != Path(name).name or name.startswith("."):
+        raise SettingError("node", name, "a plain file name")
+    files = NodeKey(folder / name, folder / f"{name}.pub")
+    _refuse_to_overwrite(files.private, files.public)
+    key = _private_key()
+    _write(files.private, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()), 0o600)
+    public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    _write(files.public, public + f" {name}\n".encode(), 0o644)
+    return files
+
+
+def _private_key() -> ec.EllipticCurvePrivateKey:
+    return ec.generate_private_key(ec.SECP384R1())
+
+
+def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: int
+) -> x509.CertificateBuilder:
+    # An hour back, for machines whose clocks are slow.
+    start = datetime.now(UTC) - timedelta(hours=1)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(start)
+        .not_valid_after(start + timedelta(days=days))
+    )
+
+
+def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not signs_certificates,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def _refuse_to_overwrite(*files: Path) -> None:
+    for file in files:
+        if file.exists():
+            raise SettingError("folder", str(file.parent), f"a folder without {file.name}, which is not overwritten")
+
+
+def _write(file: Path, data: bytes, mode: int) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # Created with its mode, so that a private key is at no moment readable by others.
+        with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as opened:
+            opened.write(data)
+    except OSError as error:
+        raise SettingError(
+            "folder", str(file.parent), f"a folder to write {file.name} in ({error.strerror})"
+        ) from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command: 0 when all was made, 2 with one line on standard error when something was refused."""
+    parser = argparse.ArgumentParser(prog="python -m deploy.certificates", description="Make certificates and keys.")
+    parser.add_argument("folder", type=Path, help="where the files go")
+    parser.add_argument("--host", action="append", default=[], help="IP or DNS name of the server; makes CA and server")
+    parser.add_argument("--node", action="append", default=[], help="name of a node; makes its key pair")
+    given = parser.parse_args(arguments)
+    if not given.host and not given.node:
+        parser.error("nothing to make: give --host, --node or both")
+    try:
+        made: list[Path] = []
+        if given.host:
+            made += vars(make_certificates(given.folder, given.host)).values()
+        for name in given.node:
+            made += vars(make_node_key(given.folder, name)).values()
+    except TofuError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for file in made:
+        print(file)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""The Flower ServerApp: reads the settings, runs the rounds, writes the run folder."""
+
+import math
+import sys
+import time
+
+import numpy as np
+import torch
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from server.ledger import Ledger
+from server.progress import Progress, make_progress
+from server.report import write_report
+from server.run_folder import RunFolder
+from server.strategy import Federation, RoundResult
+from tofu.data import FederatedData, open_data
+from tofu.errors import TofuError
+from tofu.models import build_model
+from tofu.network import Network
+from tofu.settings import Settings
+from tofu.weights import weights_sha256
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Entry point of `flwr run`; an error that a user can act on ends the run with one line and no success."""
+    try:
+        serve(grid, Settings.of(context.run_config), make_progress(sys.stderr, quiet=False))
+    except TofuError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def serve(grid: Grid, settings: Settings, progress: Progress) -> dict[str, object]:
+    """Run the whole federation and return its summary, as written to summary.json.
+
+    Raises:
+        TofuError: a setting or the data cannot be used, or a round got no valid reply. What the finished rounds
+            wrote to the run folder stays.
+    """
+    began = time.perf_counter()
+    torch.set_num_threads(settings.threads)
+    data = open_run_data(settings)
+    model = build_model(settings.model, data.shape, norm=settings.norm, seed=settings.seed)
+    network = Network(model.eval(), data.shape)
+    settings.make_compressor("proxy", network)  # an unusable ratio ends the run before anything is written
+    folder = RunFolder(settings)
+    ledger = Ledger(folder.add_message)
+    federation = Federation(grid, network, data.test(), settings, ledger, progress)
+    samples = Samples(data)
+    progress.start(settings.rounds, settings.clients, f"{settings.model} on {settings.dataset}")
+    try:
+        start = federation.evaluate()
+        folder.add_metrics(
+            {"round": 0, "kind": "start", "accuracy": start.accuracy, "loss": finite(start.loss), "clients": 0,
+             "failures": [], "explained_variance": None, "cosine": None, "train_loss": None, "uplink_bytes": 0,
+             "downlink_bytes": 0, "fedavg_uplink_bytes": 0, "seconds": time.perf_counter() - began}
+        )  # fmt: skip
+        for round_ in range(1, settings.rounds + 1):
+            row = _round(federation, ledger, samples, round_, progress)
+            folder.add_metrics(row)
+            folder.write_weights(federation.weights)
+            folder.write_samples(samples.arrays)
+            progress.round_done(row)
+        summary: dict[str, object] = {
+            "final_accuracy": federation.accuracies[-1],
+            "rounds": settings.rounds,
+            "uplink_bytes": ledger.uplink,
+            "downlink_bytes": ledger.downlink,
+            "fedavg_uplink_bytes": ledger.fedavg_uplink,
+            "uplink_ratio": ledger.ratio(),
+            "payload_ratio": ledger.payload_ratio(),
+            "weights_sha256": weights_sha256(federation.weights),
+            "run": str(folder.path),
+            "seconds": time.perf_counter() - began,
+        }
+        folder.write_summary(summary)
+        write_report(folder.path)
+        progress.finish(summary)
+    finally:
+        progress.close()
+    return summary
+
+
+def open_run_data(settings: Settings) -> FederatedData:
+    """The run's dataset, dealt as the settings say."""
+    return open_data(
+        settings.dataset,
+        clients=settings.clients,
+        partition=settings.partition,
+        alpha=settings.alpha,
+        shards_per_client=settings.shards_per_client,
+        train_images=settings.train_images,
+        seed=settings.seed,
+    )
+
+
+def _round(
+    federation: Federation, ledger: Ledger, samples: "Samples", round_: int, progress: Progress
+) -> dict[str, object]:
+    began = time.perf_counter()
+    before = (ledger.uplink, ledger.downlink, ledger.fedavg_uplink)
+    result = federation.run_round(round_)
+    progress.phase(round_, result.kind, "evaluate", 0, 1)
+    score = federation.evaluate()
+    samples.add(result)
+    compressed = result.kind != "full"
+    return {
+        "round": round_,
+        "kind": result.kind,
+        "accuracy": score.accuracy,
+        "loss": finite(score.loss),
+        "clients": len(result.replies),
+        "failures": [{"client": name, "reason": reason} for name, reason in result.failures.items()],
+        "explained_variance": result.mean("explained_variance") if compressed else None,
+        "cosine": result.mean("cosine") if compressed else None,
+        "train_loss": result.mean("train_loss"),
+        "train_seconds": result.mean("train_seconds"),
+        "encode_seconds": result.mean("encode_seconds"),
+        "uplink_bytes": ledger.uplink - before[0],
+        "downlink_bytes": ledger.downlink - before[1],
+        "fedavg_uplink_bytes": ledger.fedavg_uplink - before[2],
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def finite(value: float) -> float | None:
+    """The value, or None where JSON could not hold it."""
+    return value if math.isfinite(value) else None
+
+
+class Samples:
+    """Pictures for the report: some real images, and the proxies that one client sent in the first and last rounds."""
+
+    def __init__(self, data: FederatedData) -> None:
+        test = data.test()
+        self.arrays: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]] = {
+            "real": test.images[:16].numpy(),
+            "real_caption": np.array("held-out images of the same kind"),
+        }
+        self._data = data
+        self._rounds: list[str] = []
+
+    def add(self, result: RoundResult) -> None:
+        """Keep this round's proxies, beside those of the first round that had any."""
+        if result.proxies is None:
+            return
+        if not self._rounds and result.shown.isdigit() and int(result.shown) < self._data.clients:
+            self.arrays["real"] = self._data.client(int(result.shown)).images[:16].numpy()
+            self.arrays["real_caption"] = np.array(
+                f"images of client {result.shown} (known here because one dataset was dealt to all clients)"
+            )
+        for old in self._rounds[1:]:
+            del self.arrays[old]
+        key = f"proxies_{result.round}"
+        self._rounds = [*self._rounds[:1], key]
+        self.arrays[key] = result.proxies.numpy()

@@ -1,0 +1,104 @@
+"""Which clients there are: node ids from the grid, names and image counts from the clients themselves."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from server.ledger import Ledger
+from tofu.errors import RunError
+from tofu.messages import RECORD
+
+_POLL_SECONDS = (0.005, 1.0)
+
+
+@dataclass(frozen=True)
+class Client:
+    """A client as the server knows it: its node, its name (its partition), and how many images it says it has."""
+
+    node: int
+    name: str
+    examples: int
+
+
+class Clients:
+    """Keeps track of who is connected. Nodes that were never heard of are asked who they are, once."""
+
+    def __init__(self, grid: Grid, ledger: Ledger, note: Callable[[str], None]) -> None:
+        self._grid, self._ledger, self._note = grid, ledger, note
+        self._known: dict[int, Client | None] = {}
+
+    def connected(self, *, least: int, timeout: float, round_: int) -> list[Client]:
+        """The clients connected now, in the order of their names; waits until there are `least`.
+
+        Raises:
+            RunError: fewer than `least` after `timeout` seconds.
+        """
+        end = time.monotonic() + timeout
+        while True:
+            nodes = sorted(self._grid.get_node_ids())
+            self._introduce([node for node in nodes if node not in self._known], end, round_)
+            found: dict[str, Client] = {}
+            for client in filter(None, (self._known.get(node) for node in nodes)):
+                if client.name in found:
+                    self._note(f"node {client.node} calls itself client {client.name}, as node "
+                               f"{found[client.name].node} does: ignored")  # fmt: skip
+                else:
+                    found[client.name] = client
+            if len(found) >= least:
+                return sorted(found.values(), key=lambda client: _order(client.name))
+            if time.monotonic() >= end:
+                raise RunError(f"round {round_}: {len(found)} clients connected after {timeout:g} s, "
+                               f"min-clients is {least}")  # fmt: skip
+            time.sleep(min(1.0, max(0.0, end - time.monotonic())))
+
+    def _introduce(self, nodes: list[int], end: float, round_: int) -> None:
+        if not nodes:
+            return
+        ttl = max(1.0, end - time.monotonic())
+        messages = [Message(RecordDict(), node, "query", group_id=str(round_), ttl=ttl) for node in nodes]
+        for node, reply in exchange(self._grid, messages, end):
+            self._known[node] = None  # do not ask again; a node that cannot say who it is takes no part
+            if reply.has_error():
+                self._note(f"node {node} cannot take part: {reply.error.reason}")
+                continue
+            record = reply.content.config_records.get(RECORD)
+            name, examples = (record.get("client"), record.get("examples")) if record is not None else (None, None)
+            if not isinstance(name, str) or not 0 < len(name) <= 100 or not isinstance(examples, int) or examples < 1:
+                self._note(f"node {node} cannot take part: its introduction is not valid")
+                continue
+            self._known[node] = Client(node, name, examples)
+            self._ledger.add(reply, round_=round_, kind="hello", direction="uplink", client=name)
+        for message in messages:
+            client = self._known.get(message.metadata.dst_node_id)
+            if client is not None:
+                self._ledger.add(message, round_=round_, kind="hello", direction="downlink", client=client.name)
+
+
+def exchange(grid: Grid, messages: list[Message], end: float) -> Iterator[tuple[int, Message]]:
+    """Send the messages and yield (node, reply) as replies arrive, until all have or the clock passes `end`.
+
+    Flower's error replies do not tell the node that failed, so the node is found by the message that was answered.
+    """
+    waiting: dict[str, int] = {}
+    for message, identity in zip(messages, grid.push_messages(messages), strict=True):
+        if identity:
+            waiting[identity] = message.metadata.dst_node_id
+    pause = _POLL_SECONDS[0]
+    while waiting:
+        replies = list(grid.pull_messages(list(waiting)))
+        for reply in replies:
+            node = waiting.pop(reply.metadata.reply_to_message_id, None)
+            if node is not None:
+                yield node, reply
+        if not waiting or time.monotonic() >= end:
+            return
+        pause = _POLL_SECONDS[0] if replies else min(2 * pause, _POLL_SECONDS[1])
+        time.sleep(min(pause, max(0.0, end - time.monotonic())))
+
+
+def _order(name: str) -> tuple[int, str]:
+    """Partitions by number, other names after them by letter."""
+    return (int(name), "") if name.isdigit() else (2**63, name)

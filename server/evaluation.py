@@ -1,0 +1,32 @@
+"""Accuracy and loss of a model on held-out images."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tofu.data import LabelledImages, to_float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Share of images classified rightly, and mean cross-entropy."""
+
+    accuracy: float
+    loss: float
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: LabelledImages, *, batch_size: int = 500) -> Evaluation:
+    """Evaluate in eval mode; the model's mode is restored."""
+    was_training = model.training
+    model.eval()
+    right, loss = 0, 0.0
+    for start in range(0, len(data), batch_size):
+        logits = model(to_float(data.images[start : start + batch_size]))
+        labels = data.labels[start : start + batch_size]
+        right += int((logits.argmax(1) == labels).sum())
+        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+    model.train(was_training)
+    return Evaluation(right / len(data), loss / len(data))

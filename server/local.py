@@ -1,0 +1,329 @@
+"""A ServerApp and a ClientApp in one process: no ray, no port, nothing to start or to clean up.
+
+Messages go through Flower's own serialisation in both directions and a node's context does after every message, so
+what could not travel in a deployment cannot travel here. Each node answers one message at a time, in the order sent;
+`workers` threads share the nodes.
+"""
+
+import ctypes
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Self
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.app.user_config import UserConfig, UserConfigValue
+from flwr.clientapp import ClientApp
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.common.serde import context_from_proto, context_to_proto
+from flwr.server.superlink.linkstate.utils import create_message_error_unavailable_ins_message
+from flwr.server.utils.validator import validate_message
+from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from tofu.errors import SettingError
+
+_LOG = logging.getLogger(__name__)
+
+# Flower draws run, task and node ids from 64 random bits. Ids of that length make a message as long here as in a
+# deployment, and show a number that does not fit a signed 64-bit field here rather than there.
+_RUN_ID = _TASK_ID = _FIRST_NODE_ID = 1 << 63
+
+_GRACE_SECONDS = 0.2
+_STOP_SECONDS = 0.8
+
+
+def run_in_process(
+    server_app: ServerApp,
+    client_app: ClientApp,
+    *,
+    run_config: dict[str, UserConfigValue],
+    num_supernodes: int,
+    workers: int = 2,
+    node_config: Callable[[int], dict[str, UserConfigValue]] | None = None,
+) -> Context:
+    """Run `server_app` in the calling thread against `num_supernodes` nodes that all run `client_app`.
+
+    Messages that are unanswered when the server app ends are abandoned: their handlers are interrupted. One run at a
+    time in a process, because Flower keeps the identity of the running task in a global.
+
+    Args:
+        run_config: what both apps find in `context.run_config`.
+        workers: how many nodes answer at the same time.
+        node_config: from a partition id to entries added to that node's `partition-id` and `num-partitions`.
+
+    Returns:
+        The server app's context as the app left it.
+
+    Raises:
+        SettingError: `num_supernodes` or `workers` is below 1.
+        BaseException: whatever the server app raises, KeyboardInterrupt included, after the threads were stopped.
+    """
+    for name, value in (("num-supernodes", num_supernodes), ("workers", workers)):
+        if value < 1:
+            raise SettingError(name, value, "a whole number above 0")
+    contexts = []
+    for partition in range(num_supernodes):
+        config: UserConfig = {"partition-id": partition, "num-partitions": num_supernodes}
+        config |= node_config(partition) if node_config else {}
+        contexts.append(Context(_RUN_ID, _FIRST_NODE_ID + partition, config, RecordDict(), dict(run_config)))
+    context = Context(_RUN_ID, SUPERLINK_NODE_ID, {}, RecordDict(), dict(run_config))
+    with _task_identity():
+        grid = InProcessGrid(client_app, contexts, workers=workers)
+        try:
+            server_app(grid, context)
+        finally:
+            grid.close()
+    return context
+
+
+class InProcessGrid(Grid):
+    """Hands messages to threads that call the client app.
+
+    As in a deployment: a message to an unknown node gets the id "", a reply that is asked for after the message's
+    time to live (or for a message that is not known) is an error from the SuperLink's own node id, and an exception
+    in the client app is an error reply.
+
+    Args:
+        contexts: one for each node, with its id and its config.
+        workers: number of threads.
+    """
+
+    def __init__(self, client_app: ClientApp, contexts: Sequence[Context], *, workers: int) -> None:
+        self._client_app = client_app
+        self._run = Run.create_empty(_RUN_ID)
+        self._nodes = {context.node_id: _Node(context) for context in contexts}
+        self._sent: dict[str, _Sent] = {}
+        self._changed = threading.Condition()
+        self._closed = False
+        self._ready: SimpleQueue[_Node | None] = SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"client-app-{i}", daemon=True) for i in range(workers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def set_run(self, run: Run) -> None:
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        return Run(**vars(self._run))
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self._nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages, setting each one's `metadata.message_id`, and return their ids in the same order.
+
+        Raises:
+            ValueError: a message that a SuperLink would refuse: expired, a reply, or from another run.
+            RuntimeError: the run is over.
+        """
+        identities = []
+        contents: dict[str, bytes] = {}
+        with no_object_id_recompute():
+            for message in messages:
+                parcel = _Parcel.pack(message, contents)
+                errors = validate_message(message, is_reply_message=False)
+                if message.metadata.run_id != self._run.run_id:
+                    errors.append("`metadata.run_id` is of another run")
+                if errors:
+                    raise ValueError(", ".join(errors))
+                identities.append(self._post(message, parcel))
+        return identities
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """The replies there are now to the messages with these ids, in the order of the ids. Each is given out once."""
+        replies = []
+        for identity in message_ids:
+            with self._changed:
+                sent = self._sent.get(identity)
+                if sent is not None and sent.reply is None and not sent.expired:
+                    continue
+                self._sent.pop(identity, None)
+            if sent is None or sent.reply is None or sent.expired:
+                replies.append(create_message_error_unavailable_ins_message(identity, self._run.run_id))
+            else:
+                replies.append(sent.reply.unpack())
+        return replies
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Send messages and wait for their replies, at most `timeout` seconds; replies in the order of the messages."""
+        order = [identity for identity in self.push_messages(messages) if identity]
+        end = None if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            while waiting := [sent for sent in map(self._sent.get, order) if sent is not None and not sent.settled]:
+                left = min(sent.expires_at for sent in waiting) - time.time()
+                if end is not None:
+                    left = min(left, end - time.monotonic())
+                    if left <= 0:
+                        break
+                self._changed.wait(min(max(left, 0.0), threading.TIMEOUT_MAX))
+        return self.pull_messages(order)
+
+    def close(self) -> None:
+        """Drop what is queued, interrupt the handlers that still run, and end the threads; takes about a second."""
+        with self._changed:
+            self._closed = True
+            self._sent.clear()
+            for node in self._nodes.values():
+                node.inbox.clear()
+        for _ in self._threads:
+            self._ready.put(None)
+        self._join(_GRACE_SECONDS)
+        for thread in self._threads:
+            if thread.is_alive() and thread.ident is not None:
+                # A thread cannot be killed, but its Python code can be made to raise at its next step, which ends a
+                # training loop at its next batch. One that does not return from C dies with the process: a daemon.
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+        self._join(_STOP_SECONDS)
+
+    def _join(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+
+    def _post(self, message: Message, parcel: "_Parcel") -> str:
+        node = self._nodes.get(message.metadata.dst_node_id)
+        if node is None:
+            _LOG.error("message to node %d, which is not there", message.metadata.dst_node_id)
+            return ""
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("the run is over")
+            for identity in [identity for identity, sent in self._sent.items() if sent.expired]:
+                del self._sent[identity]
+            self._sent[parcel.identity] = _Sent(message.metadata.created_at + message.metadata.ttl, parcel)
+            node.inbox.append(parcel.identity)
+            if not node.busy:
+                node.busy = True
+                self._ready.put(node)
+        return parcel.identity
+
+    def _work(self) -> None:
+        with suppress(SystemExit):
+            while (node := self._ready.get()) is not None:
+                self._answer_next(node)
+                with self._changed:
+                    if node.inbox:
+                        self._ready.put(node)
+                    else:
+                        node.busy = False
+
+    def _answer_next(self, node: "_Node") -> None:
+        with self._changed:
+            sent = self._sent.get(node.inbox.popleft()) if node.inbox else None
+            if sent is None or sent.expired or sent.request is None:
+                return
+            request, sent.request = sent.request, None
+        reply = self._answer(node, request.unpack())
+        with self._changed:
+            sent.reply = reply
+            self._changed.notify_all()
+
+    def _answer(self, node: "_Node", message: Message) -> "_Parcel":
+        context = node.context
+        try:
+            try:
+                reply = self._client_app(message=message, context=context)
+            finally:
+                # A SuperNode keeps the state of a failed handler too, as far as the handler had got.
+                node.context = context_from_proto(context_to_proto(context))
+            if not isinstance(reply, Message):
+                raise TypeError(f"the client app returned {type(reply).__name__}, not a Message")
+            with no_object_id_recompute():
+                parcel = _Parcel.pack(reply, {})
+            errors = validate_message(reply, is_reply_message=True)
+            if reply.metadata.reply_to_message_id != message.metadata.message_id:
+                errors.append("not a reply to the message that was handled")
+            if errors:
+                raise ValueError(", ".join(errors))
+            return parcel
+        except BaseException as error:
+            if self._closed:
+                raise SystemExit from None
+            _LOG.error("client %s failed in %s", node.name, message.metadata.message_type, exc_info=error)
+            reason = f"{type(error)}:<'{error}'>"
+            failure = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason)
+            return _Parcel.pack(Message(failure, reply_to=message), {})
+
+
+@dataclass(frozen=True)
+class _Parcel:
+    """A message on its way: its objects as Flower serialises them, by their content addresses."""
+
+    identity: str
+    contents: dict[str, bytes]
+
+    @classmethod
+    def pack(cls, message: Message, shared: dict[str, bytes]) -> Self:
+        """Serialise, taking from `shared` (and adding to it) objects that other messages carry too."""
+        objects = get_all_nested_objects(message)
+        for identity, item in objects.items():
+            if identity not in shared:
+                shared[identity] = item.deflate()
+        message.metadata.__dict__["_message_id"] = message.object_id
+        return cls(message.object_id, {identity: shared[identity] for identity in objects})
+
+    def unpack(self) -> Message:
+        """The message again. Only once: the contents are dropped on the way."""
+        message = inflate_object_from_contents(self.identity, self.contents)
+        assert isinstance(message, Message)
+        message.metadata.__dict__["_message_id"] = self.identity
+        return message
+
+
+@dataclass
+class _Sent:
+    """A message that was sent and not pulled yet; `request` goes when a worker takes it, `reply` comes when it ends."""
+
+    expires_at: float
+    request: _Parcel | None
+    reply: _Parcel | None = None
+
+    @property
+    def expired(self) -> bool:
+        """Whether the time to live is over, after which a SuperLink gives out no reply, even one that came in time."""
+        return time.time() >= self.expires_at
+
+    @property
+    def settled(self) -> bool:
+        return self.reply is not None or self.expired
+
+
+@dataclass
+class _Node:
+    """A node: its context, and the ids of messages it has yet to answer. `busy` while it is queued or at work."""
+
+    context: Context
+    inbox: deque[str] = field(default_factory=deque)
+    busy: bool = False
+
+    @property
+    def name(self) -> str:
+        return str(self.context.node_config.get("partition-id", self.context.node_id))
+
+
+@contextmanager
+def _task_identity() -> Iterator[None]:
+    """Tells Flower's Message constructor which run, node and task this is, for as long as the run takes."""
+    before = TaskIdentity._run_id, TaskIdentity._node_id, TaskIdentity._task_id
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = _RUN_ID, SUPERLINK_NODE_ID, _TASK_ID
+    try:
+        yield
+    finally:
+        TaskIdentity._run_id, TaskIdentity._node_id, TaskIdentity._task_id = before

@@ -1,0 +1,53 @@
+"""The server's optimiser: the mean update, negated, is the gradient of a torch optimiser (Reddi et al., ICLR 2021).
+
+Flower's FedAvgM and FedAdam do the same sums, but only inside strategies that also aggregate, so torch's own
+fit better.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from tofu.settings import Settings
+from tofu.weights import Weights
+
+
+class ServerOptimiser:
+    """Steps a model's trainable parameters; buffers take the mean update as it is."""
+
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._buffers = dict(model.named_buffers())
+        parameters = list(self._parameters.values())
+        self._optimiser: torch.optim.Optimizer
+        if settings.server_optimiser == "adam":
+            # The constants are those of Reddi et al.'s FedAdam, whose gradients are updates, far smaller than 1.
+            self._optimiser = torch.optim.Adam(parameters, lr=settings.server_lr, betas=(0.9, 0.99), eps=1e-3)
+        else:
+            momentum = settings.server_momentum if settings.server_optimiser == "momentum" else 0.0
+            self._optimiser = torch.optim.SGD(parameters, lr=settings.server_lr, momentum=momentum)
+
+    @torch.no_grad()
+    def step(self, update: Weights) -> None:
+        """Apply the mean update, by name, in place."""
+        for name, parameter in self._parameters.items():
+            parameter.grad = -update[name]
+        self._optimiser.step()
+        self._optimiser.zero_grad()
+        for name, buffer in self._buffers.items():
+            if name not in update:
+                continue
+            moved = buffer + update[name]
+            if name.endswith("running_var"):
+                moved = moved.clamp_min(0)  # a lossy update may undershoot, and a variance cannot
+            buffer.copy_(moved if buffer.is_floating_point() else moved.round())
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return self._optimiser.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self._optimiser.load_state_dict(dict(state))

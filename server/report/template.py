@@ -1,0 +1,201 @@
+"""The page as a Jinja template, kept in Python because a Flower app bundle carries no `.j2` or `.css` files.
+
+Nothing in it loads anything: no scripts, no fonts, no addresses but `data:`. The content security policy says so to the
+browser as well, so that even a value that slipped through escaping could not fetch or run anything.
+"""
+
+STYLE = """
+:root {
+  color-scheme: light dark;
+  --page: #fbfaf8; --card: #ffffff; --ink: #1d1c1a; --soft: #63605a; --line: #e4e1db; --grid: #eeebe6;
+  --run: #2f5d9b; --cosine: #9a6b1f; --fedavg: #8b8781; --start: #ffffff;
+  --proxy: #2a78d6; --full: #d9602b; --secure: #12875a; --other: #7b57b8;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #161615; --card: #1e1e1c; --ink: #ecebe8; --soft: #a7a49d; --line: #34332f; --grid: #2a2926;
+    --run: #7fb0ee; --cosine: #d3a75a; --fedavg: #96928b; --start: #1e1e1c;
+    --proxy: #5b9df0; --full: #ec8152; --secure: #3dbd8a; --other: #a98ae0;
+  }
+}
+@media print {
+  :root {
+    color-scheme: light;
+    --page: #fff; --card: #fff; --ink: #000; --soft: #444; --line: #ccc; --grid: #e6e6e6;
+    --run: #2f5d9b; --cosine: #9a6b1f; --fedavg: #77736d; --start: #fff;
+    --proxy: #2a78d6; --full: #d9602b; --secure: #12875a; --other: #7b57b8;
+  }
+}
+* { box-sizing: border-box; }
+body {
+  margin: 0; background: var(--page); color: var(--ink);
+  font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif;
+  overflow-wrap: anywhere;
+}
+main { max-width: 1160px; margin: 0 auto; padding: 44px 28px 56px; }
+h1 { font-size: 14px; font-weight: 600; margin: 0; color: var(--soft); }
+h2 { font-size: 16px; font-weight: 650; margin: 0 0 4px; line-height: 1.35; }
+p { margin: 0; }
+.lead {
+  font-size: 29px; line-height: 1.28; font-weight: 600; letter-spacing: -.012em;
+  max-width: 36em; margin: 10px 0 8px; text-wrap: balance;
+}
+.lead b { color: var(--run); font-weight: 700; }
+.soft, figcaption { color: var(--soft); font-size: 14px; }
+.state { margin-left: 8px; padding: 0 8px; border: 1px solid var(--line); border-radius: 9px; font-weight: 500; }
+dl.facts {
+  display: flex; flex-wrap: wrap; gap: 14px 40px; margin: 24px 0 0; padding: 16px 0;
+  border: solid var(--line); border-width: 1px 0;
+}
+dl.facts dt { color: var(--soft); font-size: 13px; }
+dl.facts dd { margin: 0; font-size: 18px; font-weight: 600; font-variant-numeric: tabular-nums; }
+.grid2 { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 20px; margin-top: 24px; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 18px 20px; margin: 0; }
+section.card { margin-top: 20px; }
+figure { margin: 0; }
+.grid2 figcaption { min-height: 3.1em; }
+.grid2 svg { display: block; overflow: visible; width: 100%; height: auto; margin-top: 14px; }
+.sheets { display: grid; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); gap: 24px; margin-top: 18px; }
+.sheets img { display: block; max-width: 100%; height: auto; image-rendering: pixelated; margin-bottom: 10px; }
+.sheets b { display: block; color: var(--ink); font-weight: 600; }
+.note {
+  margin-top: 20px; padding: 10px 16px; max-width: 66em; font-size: 14px;
+  border-left: 3px solid var(--full); background: var(--grid); border-radius: 0 6px 6px 0;
+}
+.scroll { overflow-x: auto; margin-top: 12px; }
+table { border-collapse: collapse; width: 100%; font-size: 13.5px; font-variant-numeric: tabular-nums; }
+th, td { padding: 5px 9px; text-align: right; border-bottom: 1px solid var(--grid); white-space: nowrap; }
+th { color: var(--soft); font-weight: 500; border-bottom-color: var(--line); vertical-align: bottom; }
+thead th { white-space: normal; overflow-wrap: normal; line-height: 1.3; }
+tbody th { color: inherit; font-weight: 600; border-bottom-color: var(--grid); }
+tfoot td, tfoot th { border-top: 1px solid var(--line); border-bottom: 0; color: inherit; font-weight: 600; }
+.left { text-align: left; }
+.wrap { white-space: normal; }
+.kind::before {
+  content: ""; display: inline-block; width: 8px; height: 8px; margin-right: 7px;
+  border-radius: 50%; background: var(--other);
+}
+.kind.t-proxy::before { background: var(--proxy); }
+.kind.t-full::before { background: var(--full); border-radius: 1px; }
+.kind.t-secure::before { background: var(--secure); border-radius: 0; transform: rotate(45deg); }
+.kind.t-start::before { background: none; box-shadow: inset 0 0 0 1.5px var(--soft); }
+summary { cursor: pointer; font-size: 16px; font-weight: 650; }
+code { font: 12.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+footer { margin-top: 26px; color: var(--soft); font-size: 13px; }
+svg text { font-size: 12px; fill: var(--ink); font-family: inherit; font-variant-numeric: tabular-nums; }
+svg .tick, svg .label { fill: var(--soft); }
+svg .end { text-anchor: end; } svg .middle { text-anchor: middle; }
+svg .value {
+  font-size: 13px; font-weight: 600;
+  paint-order: stroke; stroke: var(--card); stroke-width: 4px; stroke-linejoin: round;
+}
+svg .muted { fill: var(--soft); } svg .strong { fill: var(--run); } svg .bar-name { font-size: 13px; }
+svg .grid { stroke: var(--grid); } svg .axis { stroke: var(--line); }
+svg .curve { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
+svg .c-run { stroke: var(--run); } svg .c-cosine { stroke: var(--cosine); stroke-dasharray: 2 4; }
+svg .c-fedavg { stroke: var(--fedavg); stroke-dasharray: 6 4; }
+svg .dot { stroke: none; } svg .dot.c-run { fill: var(--run); } svg .dot.c-cosine { fill: var(--cosine); }
+svg .mark { stroke: var(--card); stroke-width: 1.2; }
+svg .k-proxy { fill: var(--proxy); } svg .k-full { fill: var(--full); } svg .k-secure { fill: var(--secure); }
+svg .k-other { fill: var(--other); } svg .k-fedavg { fill: var(--fedavg); }
+svg .k-start { fill: var(--start); } svg .mark.k-start { stroke: var(--soft); stroke-width: 1.6; }
+svg .bar.k-start { fill: var(--soft); }
+svg .rail { fill: var(--grid); } svg .overhead { fill: var(--card); fill-opacity: .5; }
+svg .drop { stroke: var(--soft); stroke-dasharray: 1 3; } svg .span { stroke: var(--soft); }
+@media screen and (max-width: 820px) {
+  .grid2 { grid-template-columns: minmax(0, 1fr); }
+  main { padding: 24px 14px; }
+  .lead { font-size: 23px; }
+  .grid2 figcaption { min-height: 0; }
+}
+@media print {
+  body { -webkit-print-color-adjust: exact; print-color-adjust: exact; }
+  main { padding: 0; }
+  figure, tr { break-inside: avoid; }
+  h2 { break-after: avoid; }
+  body { font-size: 12px; }
+  table { font-size: 10.5px; }
+  th, td { padding: 3px 5px; }
+  .lead { font-size: 22px; }
+  .scroll { overflow: visible; }
+  details::details-content { content-visibility: visible; block-size: auto; }
+  .sheets { grid-template-columns: repeat(3, minmax(0, 1fr)); }
+}
+"""
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<title>{{ title }}</title>
+<style>{{ style }}</style>
+</head>
+<body>
+<main>
+<header>
+<h1>{{ title }}{% if state %}<span class="state">{{ state }}</span>{% endif %}</h1>
+<p class="lead">{{ lead }}</p>
+{% if aside %}<p class="soft">{{ aside }}</p>{% endif %}
+<dl class="facts">
+{% for name, value in facts %}<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>
+{% endfor %}</dl>
+</header>
+<div class="grid2">
+{% for figure in figures %}<figure class="card">
+<h2>{{ figure.title }}</h2>
+<figcaption>{{ figure.caption }}</figcaption>
+{{ figure.svg }}
+</figure>
+{% endfor %}</div>
+{% if sheets %}<section class="card">
+<h2>What the data looks like, and what the server received</h2>
+<p class="soft">{{ sheets_text }}</p>
+<div class="sheets">
+{% for sheet in sheets %}<figure><img src="{{ sheet.address }}" alt="{{ sheet.alt }}">
+<figcaption><b>{{ sheet.title }}</b>{{ sheet.caption }}</figcaption></figure>
+{% endfor %}</div>
+<p class="note">If the proxies look unlike the data, that is an observation about these few images and not a
+guarantee of privacy. A proxy is made to carry the client's update: whoever holds the proxies and the shared weights can
+compute that update and try to learn about the data from it. How much can be recovered has to be measured.</p>
+</section>{% endif %}
+<section class="card">
+<h2>Rounds</h2>
+{% if hidden_rounds %}
+<p class="soft">The last {{ rows | length }} rounds; {{ hidden_rounds }} earlier ones are in metrics.jsonl.</p>
+{% endif %}
+{% if rows %}<div class="scroll"><table id="rounds">
+<thead><tr><th scope="col">round</th><th scope="col" class="left">kind</th>
+{% for name in columns %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in rows %}<tr><th scope="row">{{ row.round }}</th>
+<td class="left"><span class="kind t-{{ row.css }}">{{ row.kind }}</span></td>
+{%- for cell in row.cells %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody>
+<tfoot><tr><th scope="row">all</th><td></td>{% for cell in totals %}<td>{{ cell }}</td>{% endfor %}</tr></tfoot>
+</table></div>{% else %}<p class="soft">No round has ended yet.</p>{% endif %}
+</section>
+{% if failures %}<section class="card">
+<h2>Replies that were not used</h2>
+<p class="soft">{{ failures_text }}</p>
+<div class="scroll"><table id="failures">
+<thead><tr><th scope="col">round</th><th scope="col" class="left">client</th>
+<th scope="col" class="left">reason</th></tr></thead>
+<tbody>
+{% for failure in failures %}<tr><th scope="row">{{ failure.round }}</th>
+<td class="left wrap">{{ failure.client }}</td><td class="left wrap">{{ failure.reason }}</td></tr>
+{% endfor %}</tbody></table></div>
+</section>{% endif %}
+<section class="card"><details>
+<summary>Settings ({{ config | length }})</summary>
+<div class="scroll"><table id="config"><tbody>
+{% for name, value in config %}<tr><th scope="row" class="left">{{ name }}</th>
+<td class="left wrap"><code>{{ value }}</code></td></tr>
+{% endfor %}</tbody></table></div>
+</details></section>
+<footer>{{ footer }}</footer>
+</main>
+</body>
+</html>
+"""

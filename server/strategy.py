@@ -1,0 +1,195 @@
+"""The federation's rounds: ask, decode as replies arrive, average, step, evaluate.
+
+This is written on Flower's Grid rather than on its Strategy base, whose `start` always begins at round 1, waits for all
+replies before it aggregates any, and hides which node failed.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from server.aggregation import RunningMean
+from server.clients import Client, Clients, exchange
+from server.evaluation import Evaluation, evaluate
+from server.ledger import Ledger
+from server.optimiser import ServerOptimiser
+from server.progress import Progress
+from server.schedule import Schedule
+from tofu.compression import Compressor
+from tofu.compression.proxy import Proxy
+from tofu.data import LabelledImages
+from tofu.errors import PayloadError, RunError
+from tofu.messages import FIELD, RECORD, TrainReply, TrainRequest
+from tofu.network import Network
+from tofu.payload import HEADER_BYTES, WEIGHTS, Payload, float32_bytes, read_payload
+from tofu.seeding import derive_generator
+from tofu.settings import Settings
+from tofu.weights import Weights, fingerprint, weights_of
+
+_WINDOW = 256
+"""Messages on their way at a time, so that a round with many clients does not hold a model for each of them."""
+
+
+@dataclass
+class RoundResult:
+    """What one round did.
+
+    Attributes:
+        replies: (client, its reply without the payload) of every client that was added.
+        failures: client name -> one line that says why it was not.
+        shown: name of the client whose proxies are kept for the report.
+        proxies: images [n, c, h, w] that it sent, in a proxy round.
+    """
+
+    round: int
+    kind: str
+    shown: str
+    replies: list[tuple[Client, TrainReply]] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+    proxies: Tensor | None = None
+
+    def mean(self, name: str) -> float:
+        """A metric of the replies, averaged with their numbers of examples as weights."""
+        total = sum(reply.examples for _, reply in self.replies)
+        return float(sum(getattr(reply, name) * reply.examples for _, reply in self.replies) / total)
+
+
+class Federation:
+    """The state of a run on the server and its rounds.
+
+    Args:
+        network: the global model at its initial weights, which the rounds change in place.
+        test: held-out images.
+    """
+
+    def __init__(
+        self, grid: Grid, network: Network, test: LabelledImages, settings: Settings, ledger: Ledger, progress: Progress
+    ) -> None:
+        self.network, self.settings = network, settings
+        self._grid, self._test, self._ledger, self._progress = grid, test, ledger, progress
+        self._clients = Clients(grid, ledger, progress.note)
+        self._schedule = Schedule.of(settings)
+        self._optimiser = ServerOptimiser(network.model, settings)
+        self._compressors = {kind: settings.make_compressor(kind, network) for kind in ("proxy", "full")}
+        self._acknowledged: dict[str, int] = {}
+        self.accuracies: list[float] = []
+
+    def evaluate(self) -> Evaluation:
+        """Evaluate the global model and remember the accuracy for the schedule."""
+        result = evaluate(self.network.model, self._test)
+        self.accuracies.append(result.accuracy)
+        return result
+
+    def run_round(self, round_: int) -> RoundResult:
+        """One round, counted from 1.
+
+        Raises:
+            RunError: too few clients, or no valid reply.
+        """
+        settings = self.settings
+        known = self._clients.connected(least=settings.min_clients, timeout=settings.round_timeout, round_=round_)
+        chosen = self._sample(known, round_)
+        result = RoundResult(round_, self._schedule.kind(round_, self.accuracies), shown=chosen[0].name)
+        self.network.model.eval()
+        base = weights_of(self.network.model)
+        base_print = fingerprint(base)
+        weights = Payload(WEIGHTS, round_, base_print, float32_bytes(base, self.network.layout)).to_bytes()
+
+        mean = RunningMean()
+        compressor = self._compressors[result.kind]
+        end = time.monotonic() + settings.round_timeout
+        self._progress.phase(round_, result.kind, "train", 0, len(chosen))
+        for done, (client, reply) in enumerate(self._exchange(chosen, weights, result, end), start=1):
+            try:
+                self._add(client, reply, result, mean, compressor, base_print)
+            except PayloadError as error:
+                result.failures[client.name] = str(error)
+            self._progress.phase(round_, result.kind, "train", done, len(chosen))
+        answered = {client.name for client, _ in result.replies} | result.failures.keys()
+        for client in chosen:
+            if client.name not in answered:
+                result.failures[client.name] = f"no reply within {settings.round_timeout:g} s"
+        for name, reason in result.failures.items():
+            self._progress.note(f"round {round_}: client {name}: {reason}")
+        if not result.replies:
+            reasons = "; ".join(sorted(set(result.failures.values())))
+            raise RunError(f"round {round_}: no valid reply from {len(chosen)} clients ({reasons})")
+        result.replies.sort(key=lambda pair: chosen.index(pair[0]))
+        self._optimiser.step(mean.mean())
+        return result
+
+    def _sample(self, clients: list[Client], round_: int) -> list[Client]:
+        """The clients asked in this round: a function of the seed, the round and who is connected."""
+        count = max(self.settings.min_clients, round(self.settings.fraction * len(clients)), 1)
+        if count >= len(clients):
+            return clients
+        generator = derive_generator(self.settings.seed, round_, "sample")
+        rows = torch.randperm(len(clients), generator=generator)[:count].sort().values
+        return [clients[int(row)] for row in rows]
+
+    def _exchange(
+        self, chosen: list[Client], weights: bytes, result: RoundResult, end: float
+    ) -> Iterator[tuple[Client, Message]]:
+        for start in range(0, len(chosen), _WINDOW):
+            window = chosen[start : start + _WINDOW]
+            messages = [self._request(client, weights, result, end) for client in window]
+            for client, message in zip(window, messages, strict=True):
+                self._ledger.add(
+                    message, round_=result.round, kind=result.kind, direction="downlink", client=client.name,
+                    payload_bytes=len(weights),
+                )  # fmt: skip
+            by_node = {client.node: client for client in window}
+            for node, reply in exchange(self._grid, messages, end):
+                yield by_node[node], reply
+
+    def _request(self, client: Client, weights: bytes, result: RoundResult, end: float) -> Message:
+        acknowledged = self._acknowledged.get(client.name, -1)
+        request = TrainRequest(result.kind, acknowledged, self.network.shape, weights)
+        content = RecordDict({RECORD: ConfigRecord({FIELD: request.to_bytes()})})
+        ttl = max(1.0, end - time.monotonic())
+        return Message(content, client.node, "train", group_id=str(result.round), ttl=ttl)
+
+    def _add(
+        self, client: Client, message: Message, result: RoundResult, mean: RunningMean, compressor: Compressor,
+        base_print: bytes,
+    ) -> None:  # fmt: skip
+        """Check, decode and add one reply.
+
+        Raises:
+            PayloadError: the reply is an error or cannot be trusted.
+        """
+        if message.has_error():
+            raise PayloadError(_one_line(message.error.reason))
+        record = message.content.config_records.get(RECORD)
+        reply = TrainReply.from_bytes(record.get(FIELD) if record is not None else None)
+        layout = self.network.layout
+        self._ledger.add(
+            message, round_=result.round, kind=result.kind, direction="uplink", client=client.name,
+            payload_bytes=len(reply.payload), full_payload_bytes=HEADER_BYTES + layout.float32_bytes,
+        )  # fmt: skip
+        if reply.examples > client.examples:
+            raise PayloadError(f"reply says {reply.examples} images, the client has {client.examples}")
+        limit = HEADER_BYTES + compressor.body_bytes(layout)
+        payload = read_payload(
+            reply.payload, codec=compressor.code, round_=result.round, fingerprint=base_print, max_bytes=limit
+        )
+        update = compressor.decompress(self.network, payload.body)
+        mean.add(update, reply.examples)
+        if isinstance(compressor, Proxy) and client.name == result.shown:
+            result.proxies = compressor.read_proxies(payload.body).images
+        result.replies.append((client, reply))
+        self._acknowledged[client.name] = result.round
+
+    @property
+    def weights(self) -> Weights:
+        """A copy of the global weights."""
+        return weights_of(self.network.model)
+
+
+def _one_line(text: str | None) -> str:
+    return " ".join((text or "").split())[:300] or "error without a reason"

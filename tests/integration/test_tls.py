@@ -1,0 +1,122 @@
+"""The whole topology as processes on loopback: TLS, authenticated nodes, runs that complete and runs that fail."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from deploy.processes import Federation
+
+_PYPROJECT = """
+[project]
+name = "throwaway"
+version = "0.1.0"
+license = "Apache-2.0"
+dependencies = ["flwr>=1.41.0"]
+
+[tool.flwr.app]
+publisher = "tofu"
+
+[tool.flwr.app.components]
+serverapp = "throwaway.server:app"
+clientapp = "throwaway.client:app"
+
+[tool.flwr.app.config]
+fail = false
+"""
+
+_CLIENT = """
+from flwr.app import ConfigRecord, RecordDict, Message
+from flwr.clientapp import ClientApp
+
+app = ClientApp()
+
+@app.query()
+def query(message, context):
+    record = ConfigRecord({"partition": context.node_config["partition-id"]})
+    return Message(RecordDict({"r": record}), reply_to=message)
+"""
+
+_SERVER = """
+import json
+import time
+from pathlib import Path
+from flwr.app import Message, RecordDict
+from flwr.serverapp import ServerApp
+
+app = ServerApp()
+
+@app.main()
+def main(grid, context):
+    if context.run_config["fail"]:
+        raise ValueError("told to fail")
+    end = time.monotonic() + 60
+    while len(list(grid.get_node_ids())) < 2 and time.monotonic() < end:
+        time.sleep(0.5)
+    nodes = list(grid.get_node_ids())
+    start = time.monotonic()
+    replies = grid.send_and_receive([Message(RecordDict(), node, "query") for node in nodes], timeout=60)
+    found = sorted(reply.content["r"]["partition"] for reply in replies)
+    Path("result.json").write_text(json.dumps({"partitions": found, "seconds": time.monotonic() - start}))
+"""
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the Flower app that is run."""
+    folder = tmp_path_factory.mktemp("app")
+    (folder / "throwaway").mkdir()
+    (folder / "pyproject.toml").write_text(_PYPROJECT)
+    for name, text in (("__init__", ""), ("client", _CLIENT), ("server", _SERVER)):
+        (folder / "throwaway" / f"{name}.py").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def federation(app: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    with Federation(tmp_path_factory.mktemp("federation"), nodes=2, app=app) as federation:
+        yield federation
+        leaders = list(federation.processes.values())
+    assert all(process.poll() is not None for process in leaders)
+
+
+def test_a_query_goes_round_and_the_run_is_reported_complete(federation: Federation) -> None:
+    run = federation.run({}, timeout=120)
+    assert run.completed, run.log
+    assert run.traffic_bytes > 0
+    assert json.loads((federation.folder / "result.json").read_text())["partitions"] == [0, 1]
+
+
+def test_a_run_that_fails_is_reported_failed(federation: Federation) -> None:
+    run = federation.run({"fail": True}, timeout=120)
+    assert not run.completed
+    assert run.status == "finished:failed"
+    assert "told to fail" in run.log + run.details
+
+
+def test_a_node_with_an_unregistered_key_is_refused(federation: Federation) -> None:
+    stranger = federation.start_node("stranger", partition=2, register=False)
+    assert stranger.wait(60) != 0
+    federation.end("stranger", "stranger-exec")
+    assert "Exit Code: 305" in (federation.logs / "stranger.log").read_text()
+
+
+def _listening(groups: set[int]) -> list[str]:
+    """Hexadecimal addresses on which processes of these groups listen, as the kernel lists them."""
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    by_socket = {f"socket:[{row[9]}]": row[1].partition(":")[0] for row in rows if row[3] == "0A"}
+    found = []
+    for folder in Path("/proc").glob("[0-9]*/fd"):
+        try:
+            if os.getpgid(int(folder.parent.name)) in groups:
+                found += [by_socket[link] for fd in folder.iterdir() if (link := os.readlink(fd)) in by_socket]
+        except OSError:
+            continue  # ended while we looked
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads the kernel's list of sockets")
+def test_everything_listens_on_loopback_only(federation: Federation) -> None:
+    assert _listening({leader.pid for leader in federation.processes.values()}) == ["0100007F"] * 3

@@ -1,0 +1,221 @@
+"""The command line: `tofu run`, `tofu plan`, `tofu demo`, `tofu report`."""
+
+import dataclasses
+import inspect
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tofu.errors import TofuError
+from tofu.settings import Settings, Value, read_toml
+
+_app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Federated learning that sends a few proxy images in place of weight updates.",
+)
+
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with settings", rich_help_panel="Run")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object at the end, and no progress")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress view")]
+
+
+def main() -> None:
+    """Run the command line; errors that a user can act on take one line and exit status 2."""
+    for name, value in {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}.items():
+        os.environ.setdefault(name, value)
+    try:
+        _app()
+    except TofuError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option for every field of `Settings`; it receives those given as `overrides`."""
+    names = [field.name for field in dataclasses.fields(Settings)]
+
+    def wrapped(**given: Any) -> None:
+        overrides = {name: given.pop(name) for name in names}
+        command(overrides={name: value for name, value in overrides.items() if value is not None}, **given)
+
+    own = [p for p in inspect.signature(command).parameters.values() if p.name != "overrides"]
+    options = [_option(field) for field in dataclasses.fields(Settings)]
+    wrapped.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in [*own, *options]}
+    wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
+    return wrapped
+
+
+def _option(field: "dataclasses.Field[Any]") -> inspect.Parameter:
+    dashed = field.name.replace("_", "-")
+    meta = field.metadata
+    text = meta["help"]
+    if meta["choices"] and not any(choice in text for choice in meta["choices"]):
+        text += f" ({', '.join(meta['choices'])})"
+    shown = str(field.default).lower() if isinstance(field.default, bool) else field.default
+    text += f" [default: {shown}]" if shown != "" else ""
+    flag = f"--{dashed}/--no-{dashed}" if field.type is bool else f"--{dashed}"
+    option = typer.Option(flag, help=text, rich_help_panel=meta["section"], show_default=False)
+    assert isinstance(field.type, type)
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[field.type | None, option]
+    )
+
+
+def _settings(config: Path | None, overrides: dict[str, Value]) -> Settings:
+    """Options over the given file over this folder's pyproject.toml over the defaults."""
+    values: dict[str, object] = {}
+    if config is not None:
+        values = read_toml(config)
+    elif _is_ours(Path("pyproject.toml")):
+        values = read_toml(Path("pyproject.toml"))
+    return Settings.of({name.replace("-", "_"): value for name, value in values.items()} | dict(overrides))
+
+
+def _is_ours(path: Path) -> bool:
+    import tomllib
+
+    if not path.is_file():
+        return False
+    try:
+        app = tomllib.loads(path.read_text()).get("tool", {}).get("flwr", {}).get("app", {})
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError):
+        return False
+    return bool(app.get("components", {}).get("serverapp") == "server.app:app")
+
+
+@_app.command()
+@_with_settings
+def run(*, config: ConfigFile = None, json_: Json = False, quiet: Quiet = False, overrides: dict[str, Value]) -> None:
+    """Run a federation in this process: the same server and client apps as `flwr run`, no ray, no open port."""
+    summary = _run(_settings(config, overrides), quiet=quiet or json_)
+    if json_:
+        print(json.dumps(summary))
+    elif quiet:
+        print(f"{summary['run']}/report.html")
+
+
+def _run(settings: Settings, *, quiet: bool) -> dict[str, object]:
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    from flwr.app import Context
+    from flwr.serverapp import Grid, ServerApp
+
+    from client.app import app as client_app
+    from server.app import serve
+    from server.local import run_in_process
+    from server.progress import make_progress
+
+    progress = make_progress(sys.stderr, quiet=quiet)
+    summaries: list[dict[str, object]] = []
+    server_app = ServerApp()
+
+    @server_app.main()
+    def main(grid: Grid, context: Context) -> None:
+        summaries.append(serve(grid, Settings.of(context.run_config), progress))
+
+    run_in_process(
+        server_app,
+        client_app,
+        run_config=settings.to_config(),
+        num_supernodes=settings.clients,
+        workers=settings.workers,
+    )
+    return summaries[0]
+
+
+@_app.command()
+@_with_settings
+def plan(*, config: ConfigFile = None, json_: Json = False, overrides: dict[str, Value]) -> None:
+    """Say what a run will cost in bytes, without running it."""
+    from server.app import open_run_data
+    from server.ledger import reply_overhead
+    from server.schedule import Schedule
+    from tofu.models import build_model
+    from tofu.network import Network
+    from tofu.plan import make_plan
+    from tofu.units import human_bytes
+
+    settings = _settings(config, overrides)
+    shape = open_run_data(settings).shape
+    network = Network(build_model(settings.model, shape, norm=settings.norm, seed=settings.seed).eval(), shape)
+    schedule = Schedule.of(settings)
+    full_rounds = sum(schedule.kind(r, ()) == "full" for r in range(1, settings.rounds + 1))
+    made = make_plan(settings, network, full_rounds=full_rounds, message_overhead=reply_overhead())
+    if json_:
+        extra = {"payload_ratio": made.payload_ratio, "uplink_ratio": made.uplink_ratio}
+        print(json.dumps(dataclasses.asdict(made) | extra))
+        return
+    proxies = f" ({made.proxies} proxies of {made.proxy_side}x{made.proxy_side})" if made.proxies else ""
+    rows = [
+        ("model", f"{settings.model}, {made.parameters:,} parameters"),
+        ("one update as float32", human_bytes(made.update_bytes)),
+        ("one compressed payload", f"{human_bytes(made.payload_bytes)}, {made.payload_ratio:.1f}x less{proxies}"),
+        ("message around a payload", human_bytes(made.message_overhead)),
+        ("rounds", f"{made.compressed_rounds} compressed, {made.full_rounds} full"),
+        ("uplink of the run", human_bytes(made.uplink_bytes)),
+        ("uplink of FedAvg", f"{human_bytes(made.fedavg_uplink_bytes)}, {made.uplink_ratio:.1f}x more"),
+        ("downlink of either", human_bytes(made.downlink_bytes)),
+    ]
+    for name, value in rows:
+        print(f"{name:<26}{value}")
+    for warning in made.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+@_app.command()
+@_with_settings
+def demo(*, config: ConfigFile = None, quiet: Quiet = False, overrides: dict[str, Value]) -> None:
+    """Train the same federation twice, with FedAvg and with proxies, and compare accuracy and bytes.
+
+    Without options: ten clients, LeNet-5, the digits that come with scikit-learn.
+    """
+    from server.report import write_report
+    from server.run_folder import add_baseline
+    from tofu.units import human_bytes
+
+    tofu = _settings(config, DEMO | overrides)
+    fedavg = dataclasses.replace(
+        tofu, schedule="full", run_folder=f"{tofu.run_folder}-fedavg" if tofu.run_folder else ""
+    )
+    print(f"1 of 2: FedAvg, {fedavg.clients} clients, full updates", file=sys.stderr)
+    baseline = _run(fedavg, quiet=quiet)
+    print("2 of 2: TOFU, proxies in place of updates", file=sys.stderr)
+    summary = _run(tofu, quiet=quiet)
+    folder = Path(str(summary["run"]))
+    add_baseline(folder, Path(str(baseline["run"])))
+    page = write_report(folder)
+    print(f"\n{'':<22}{'test accuracy':>14}{'uplink':>12}{'against FedAvg':>16}")
+    for name, result in (("FedAvg", baseline), ("TOFU (proxy images)", summary)):
+        accuracy, uplink, ratio = result["final_accuracy"], result["uplink_bytes"], result["uplink_ratio"]
+        assert isinstance(accuracy, float)
+        assert isinstance(uplink, int)
+        assert isinstance(ratio, float)
+        print(f"{name:<22}{accuracy:>13.1%} {human_bytes(uplink):>11}{f'{ratio:.0f}x less' if ratio > 1 else '':>16}")
+    print(f"\nreport: {page}")
+
+
+DEMO: dict[str, Value] = {"rounds": 20, "local_epochs": 5, "lr": 0.05, "batch_size": 16}
+"""The demo's settings where they differ from the defaults."""
+
+
+@_app.command()
+def report(run: Annotated[Path, typer.Argument(help="a run's folder")]) -> None:
+    """Write a run's report again."""
+    from server.report import write_report
+
+    print(write_report(run))
+
+
+if __name__ == "__main__":
+    main()

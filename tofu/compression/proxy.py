@@ -1,0 +1,155 @@
+"""The proxy compressor: `tofu.proxy` for the trainable parameters, few-bit integers for the buffers.
+
+Body, little-endian:
+
+    bytes  field
+    1      flags: what both ends must agree on (ProxySettings.flags)
+    1      bits of a pixel and of a label
+    2      number of proxies
+    2      side of a proxy in pixels
+    -      the proxies (ProxyCode)
+    -      one row of 8-bit integers with its scale for each float buffer (BatchNorm's means and variances)
+    4 each integer buffers as float32 (the difference of the batch counters)
+"""
+
+import struct
+from functools import cached_property
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from tofu.compression.base import Compressed, Compressor
+from tofu.errors import PayloadError, SettingError
+from tofu.network import Network
+from tofu.payload import HEADER_BYTES
+from tofu.proxy import ProxyCode, ProxyData, ProxySettings, decode, encode
+from tofu.quantise import RowCode
+from tofu.weights import Layout, Weights
+
+_PREFIX = struct.Struct("<BBHH")
+BUFFER_BITS = 8
+
+
+class Proxy(Compressor):
+    """Proxy images in place of the update.
+
+    Args:
+        network_like: any network of the run (its layout and input shape fix the sizes).
+        ratio: payload wanted, as float32 bytes of the update over bytes of the payload with its header.
+        count: number of proxies; 0 takes as many as `ratio` affords.
+        settings: how to encode.
+
+    Raises:
+        SettingError: the ratio is out of reach for this model, or the proxies do not fit the network.
+    """
+
+    name: ClassVar[str] = "proxy"
+    code: ClassVar[int] = 2
+
+    def __init__(self, network_like: Network, *, ratio: float, count: int, settings: ProxySettings) -> None:
+        self.settings = settings
+        self.count = count or _affordable(network_like, ratio, settings)
+        self._code = ProxyCode.of(network_like, settings, self.count)
+
+    @property
+    def side(self) -> int:
+        """Side of a proxy in pixels."""
+        return self._code.side
+
+    def compress(
+        self, network: Network, update: Weights, *, generator: torch.Generator, memory: bytes = b""
+    ) -> Compressed:
+        start = self._remembered(memory)
+        encoding = encode(network, update, self.count, self.settings, generator=generator, start=start)
+        buffers = _BufferCode(network.layout)
+        tail = buffers.write(update)
+        prefix = _PREFIX.pack(self.settings.flags, self.settings.bits, self.count, self._code.side)
+        decoded = encoding.decoded | buffers.read(tail)
+        return Compressed(prefix + encoding.body + tail, decoded, encoding.body, encoding.evaluations)
+
+    def decompress(self, network: Network, body: bytes) -> Weights:
+        split = _PREFIX.size + self._code.nbytes
+        proxies = self.read_proxies(body)
+        return decode(network, proxies, self.settings) | _BufferCode(network.layout).read(body[split:])
+
+    def read_proxies(self, body: bytes) -> ProxyData:
+        """The proxies in a body, checked.
+
+        Raises:
+            PayloadError: they differ from what this run sends, or a value is out of range.
+        """
+        if len(body) < _PREFIX.size:
+            raise PayloadError(f"proxy body has {len(body)} bytes, expected at least {_PREFIX.size}")
+        found = _PREFIX.unpack_from(body)
+        wanted = (self.settings.flags, self.settings.bits, self.count, self._code.side)
+        for field, value, expected in zip(("flags", "bits", "count", "side"), found, wanted, strict=True):
+            if value != expected:
+                raise PayloadError(f"proxy body has {field} {value}, this run uses {expected}")
+        return self._code.read(body[_PREFIX.size : _PREFIX.size + self._code.nbytes])
+
+    def body_bytes(self, layout: Layout) -> int:
+        return _PREFIX.size + self._code.nbytes + _BufferCode(layout).nbytes
+
+    def _remembered(self, memory: bytes) -> ProxyData | None:
+        try:
+            return self._code.read(memory) if memory else None
+        except PayloadError:  # another run's settings, or a damaged state: begin from noise
+            return None
+
+
+def _affordable(network: Network, ratio: float, settings: ProxySettings) -> int:
+    budget = network.layout.float32_bytes / ratio
+    fixed = HEADER_BYTES + _PREFIX.size + _BufferCode(network.layout).nbytes
+
+    def size(count: int) -> int:
+        return fixed + ProxyCode.of(network, settings, count).nbytes
+
+    if size(1) > budget:
+        best = network.layout.float32_bytes / size(1)
+        raise SettingError("ratio", ratio, f"at most {best:.1f} for this model (one proxy of these settings)")
+    # nbytes is affine in the count up to the rounding of packed bits to whole bytes, so start there and step.
+    count = max(1, int((budget - fixed) / (ProxyCode.of(network, settings, 64).nbytes / 64)))
+    while count < 0xFFFF and size(count + 1) <= budget:
+        count += 1
+    while size(count) > budget:
+        count -= 1
+    return count
+
+
+class _BufferCode:
+    """Buffers' differences <-> bytes."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._shapes = {name: shape for name, shape in layout.buffers.items() if name not in layout.integers}
+        self._integers = [(name, layout.buffers[name]) for name in layout.buffers if name in layout.integers]
+
+    @cached_property
+    def _rows(self) -> list[RowCode]:
+        return [RowCode(1, shape.numel(), BUFFER_BITS) for shape in self._shapes.values()]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(row.nbytes for row in self._rows) + 4 * sum(shape.numel() for _, shape in self._integers)
+
+    def write(self, update: Weights) -> bytes:
+        rows = [row.write(update[name]) for name, row in zip(self._shapes, self._rows, strict=True)]
+        rows += [update[name].float().numpy().astype("<f4").tobytes() for name, _ in self._integers]
+        return b"".join(rows)
+
+    def read(self, data: bytes) -> Weights:
+        if len(data) != self.nbytes:
+            raise PayloadError(f"buffers take {len(data)} bytes, expected {self.nbytes}")
+        buffers: Weights = {}
+        start = 0
+        for (name, shape), row in zip(self._shapes.items(), self._rows, strict=True):
+            buffers[name] = row.read(data[start : start + row.nbytes], f"buffer {name}").view(shape)
+            start += row.nbytes
+        for name, shape in self._integers:
+            end = start + 4 * shape.numel()
+            values = torch.from_numpy(np.frombuffer(data[start:end], dtype="<f4").astype(np.float32))
+            if not bool(torch.isfinite(values).all()):
+                raise PayloadError(f"buffer {name} holds a value that is not finite")
+            buffers[name] = values.view(shape)
+            start = end
+        return buffers

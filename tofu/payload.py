@@ -1,0 +1,106 @@
+"""One message's content as bytes: a versioned header and a body, every field checked on read.
+
+    offset  bytes  field
+    0       4      magic "TOFU"
+    4       1      version of this layout
+    5       1      codec of the body (see `tofu.compression`)
+    6       4      round, little-endian unsigned
+    10      8      fingerprint of the base weights (of the weights themselves on the downlink)
+    18      4      CRC-32 of the body
+    22      -      body
+
+The checksum is against accidents. Against forgery a deployment has TLS and authenticated clients.
+"""
+
+import struct
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tofu.errors import PayloadError
+from tofu.weights import FINGERPRINT_BYTES, Layout, Weights
+
+MAGIC = b"TOFU"
+VERSION = 1
+_HEADER = struct.Struct(f"<4sBBI{FINGERPRINT_BYTES}sI")
+HEADER_BYTES = _HEADER.size
+WEIGHTS = 0
+"""The codec number of a payload that carries the weights themselves as float32 (compressors count from 1)."""
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What one message carries.
+
+    Attributes:
+        codec: number of the codec that wrote the body.
+        round: the round that it belongs to.
+        fingerprint: of the weights that the body is relative to.
+        body: the codec's bytes.
+    """
+
+    codec: int
+    round: int
+    fingerprint: bytes
+    body: bytes
+
+    def to_bytes(self) -> bytes:
+        head = _HEADER.pack(MAGIC, VERSION, self.codec, self.round, self.fingerprint, zlib.crc32(self.body))
+        return head + self.body
+
+
+def read_payload(data: object, *, codec: int, round_: int, fingerprint: bytes | None, max_bytes: int) -> Payload:
+    """Parse and check bytes from the network.
+
+    Args:
+        codec: the codec that must have written the body.
+        round_: the round that the payload must belong to.
+        fingerprint: of the weights that both ends must share; None where the payload brings the weights themselves.
+        max_bytes: refuse anything longer before looking at it.
+
+    Raises:
+        PayloadError: one line that names the field, its value and what was expected.
+    """
+    if not isinstance(data, bytes):
+        raise PayloadError(f"payload is {type(data).__name__}, expected bytes")
+    if not HEADER_BYTES <= len(data) <= max_bytes:
+        raise PayloadError(f"payload has {len(data)} bytes, expected {HEADER_BYTES} to {max_bytes}")
+    magic, version, codec_, number, base, checksum = _HEADER.unpack_from(data)
+    if magic != MAGIC:
+        raise PayloadError(f"payload starts with {magic!r}, expected {MAGIC!r}")
+    if version != VERSION:
+        raise PayloadError(f"payload has version {version}, this program reads version {VERSION}")
+    if codec_ != codec:
+        raise PayloadError(f"payload was written by codec {codec_}, expected {codec}")
+    if number != round_:
+        raise PayloadError(f"payload belongs to round {number}, expected {round_}")
+    if fingerprint is not None and base != fingerprint:
+        raise PayloadError(f"payload is relative to weights {base.hex()}, expected {fingerprint.hex()}")
+    body = data[HEADER_BYTES:]
+    if zlib.crc32(body) != checksum:
+        raise PayloadError("payload's checksum does not match its body: it was damaged on the way")
+    return Payload(codec_, number, base, body)
+
+
+def float32_bytes(values: Weights, layout: Layout) -> bytes:
+    """All tensors of the layout as little-endian float32, in its order."""
+    parts = [values[name].detach().float().cpu().contiguous().numpy().astype("<f4").tobytes() for name in layout.shapes]
+    return b"".join(parts)
+
+
+def float32_from(body: bytes, layout: Layout) -> Weights:
+    """The inverse of `float32_bytes`: name -> float32 tensor, buffers too.
+
+    Raises:
+        PayloadError: wrong length for this layout, or a value that is not finite.
+    """
+    if len(body) != layout.float32_bytes:
+        raise PayloadError(f"float32 body has {len(body)} bytes, this model takes {layout.float32_bytes}")
+    flat = torch.from_numpy(np.frombuffer(body, dtype="<f4").astype(np.float32))
+    if not bool(torch.isfinite(flat).all()):
+        raise PayloadError("float32 body holds a value that is not finite")
+    pieces: tuple[Tensor, ...] = torch.split(flat, [shape.numel() for shape in layout.shapes.values()])
+    return {name: piece.view(shape) for (name, shape), piece in zip(layout.shapes.items(), pieces, strict=True)}

@@ -1,0 +1,92 @@
+"""What a run will cost in bytes, before it runs."""
+
+from dataclasses import dataclass
+
+from tofu.compression.proxy import Proxy
+from tofu.network import Network
+from tofu.payload import HEADER_BYTES
+from tofu.settings import Settings
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes of one client's messages and of the whole run.
+
+    Attributes:
+        parameters: trainable numbers of the model.
+        proxies, proxy_side: how many proxies a compressed round sends and their side in pixels (0 for other codecs).
+        update_bytes: an update as float32, without any header.
+        payload_bytes: the compressed payload, header included.
+        message_overhead: what Flower's message adds to a payload.
+        compressed_rounds, full_rounds: of the schedule ("plateau" is planned as compressed throughout).
+        uplink_bytes, downlink_bytes: of the run, all messages.
+        fedavg_uplink_bytes: of the same rounds with float32 updates.
+        warnings: one line each.
+    """
+
+    parameters: int
+    proxies: int
+    proxy_side: int
+    update_bytes: int
+    payload_bytes: int
+    message_overhead: int
+    compressed_rounds: int
+    full_rounds: int
+    uplink_bytes: int
+    downlink_bytes: int
+    fedavg_uplink_bytes: int
+    warnings: tuple[str, ...]
+
+    @property
+    def payload_ratio(self) -> float:
+        return self.update_bytes / self.payload_bytes
+
+    @property
+    def uplink_ratio(self) -> float:
+        return self.fedavg_uplink_bytes / self.uplink_bytes
+
+
+def make_plan(settings: Settings, network: Network, *, full_rounds: int, message_overhead: int) -> Plan:
+    """Plan a run.
+
+    Args:
+        network: as the run will build it.
+        full_rounds: rounds that send float32 updates.
+        message_overhead: bytes that a message adds to its payload.
+
+    Raises:
+        SettingError: the ratio is out of reach for this model.
+    """
+    layout = network.layout
+    compressor = settings.make_compressor("proxy", network)
+    proxy = compressor if isinstance(compressor, Proxy) else None
+    payload = HEADER_BYTES + compressor.body_bytes(layout)
+    full = HEADER_BYTES + layout.float32_bytes
+    clients = max(settings.min_clients, round(settings.fraction * settings.clients), 1)
+    compressed_rounds = settings.rounds - full_rounds
+    uplink = clients * (compressed_rounds * (payload + message_overhead) + full_rounds * (full + message_overhead))
+    warnings = []
+    if payload >= full:
+        warnings.append(
+            f"a payload of {payload} bytes is no smaller than the update of {full}: "
+            "use fewer or smaller proxies, or schedule=full"
+        )
+    elif message_overhead > payload:
+        warnings.append(
+            f"Flower's {message_overhead} bytes a message outweigh the payload of {payload}: "
+            "a higher ratio saves little more"
+        )
+    return Plan(
+        parameters=layout.parameter_count,
+        proxies=proxy.count if proxy else 0,
+        proxy_side=proxy.side if proxy else 0,
+        update_bytes=layout.float32_bytes,
+        payload_bytes=payload,
+        message_overhead=message_overhead,
+        compressed_rounds=compressed_rounds,
+        full_rounds=full_rounds,
+        uplink_bytes=uplink,
+        downlink_bytes=clients * settings.rounds * (full + message_overhead),
+        fedavg_uplink_bytes=clients * settings.rounds * (full + message_overhead),
+        warnings=tuple(warnings),
+    )

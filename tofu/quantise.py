@@ -1,0 +1,92 @@
+"""Tensors as few-bit integers with one scale a row, packed into bytes without padding between values.
+
+Symmetric uniform quantisation: q = round(v / s) with s = max|row| / (2^(bits-1) - 1), s kept as bfloat16 (the rounded
+scale is the one used, so its rounding costs nothing but range). 32 bits means raw float32 and no scale.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tofu.errors import PayloadError
+
+BITS = (2, 3, 4, 5, 6, 8, 16, 32)
+
+
+def bfloat16_bytes(values: Tensor) -> bytes:
+    """A float tensor as little-endian bfloat16."""
+    return values.detach().to(torch.bfloat16).contiguous().view(torch.int16).numpy().astype("<i2").tobytes()
+
+
+def bfloat16_from(data: bytes, what: str) -> Tensor:
+    """The inverse of `bfloat16_bytes`, as float32 [n].
+
+    Raises:
+        PayloadError: a value is not finite.
+    """
+    values = torch.from_numpy(np.frombuffer(data, dtype="<i2").astype(np.int16)).view(torch.bfloat16).float()
+    if not bool(torch.isfinite(values).all()):
+        raise PayloadError(f"{what} hold a value that is not finite")
+    return values
+
+
+@dataclass(frozen=True)
+class RowCode:
+    """How a float matrix [rows, columns] is written: `bits` a value, one bfloat16 scale a row (none at 32 bits)."""
+
+    rows: int
+    columns: int
+    bits: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the written matrix."""
+        if self.bits == 32:
+            return 4 * self.rows * self.columns
+        return 2 * self.rows + (self.rows * self.columns * self.bits + 7) // 8
+
+    def write(self, values: Tensor) -> bytes:
+        """values: float [rows, columns] -> bytes of length `nbytes`."""
+        values = values.detach().reshape(self.rows, self.columns)
+        if self.bits == 32:
+            return values.float().contiguous().numpy().astype("<f4").tobytes()
+        top = 2 ** (self.bits - 1) - 1
+        scales = (values.abs().amax(1) / top).to(torch.bfloat16)
+        safe = torch.where(scales > 0, scales.float(), torch.ones(()))
+        codes = (values / safe[:, None]).round().clamp(-top, top).to(torch.int64) + top
+        return bfloat16_bytes(scales) + _pack(codes.numpy().ravel(), self.bits)
+
+    def read(self, data: bytes, what: str) -> Tensor:
+        """The inverse of `write`, as float32 [rows, columns]; `what` names the field in errors.
+
+        Raises:
+            PayloadError: wrong length, a value that is not finite, or a code outside the range of `bits`.
+        """
+        if len(data) != self.nbytes:
+            raise PayloadError(f"{what} take {len(data)} bytes, expected {self.nbytes}")
+        if self.bits == 32:
+            values = torch.from_numpy(np.frombuffer(data, dtype="<f4").astype(np.float32))
+            if not bool(torch.isfinite(values).all()):
+                raise PayloadError(f"{what} hold a value that is not finite")
+            return values.view(self.rows, self.columns)
+        top = 2 ** (self.bits - 1) - 1
+        scales = bfloat16_from(data[: 2 * self.rows], f"scales of {what}")
+        codes = _unpack(data[2 * self.rows :], self.bits, self.rows * self.columns)
+        if codes.size and int(codes.max()) > 2 * top:
+            raise PayloadError(f"{what} hold a code above {2 * top}, the largest of {self.bits} bits")
+        integers = torch.from_numpy(codes.astype(np.float32)).view(self.rows, self.columns) - top
+        return torch.mul(integers, scales[:, None])
+
+
+def _pack(codes: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]", bits: int) -> bytes:
+    shifts = np.arange(bits, dtype=np.int64)
+    return np.packbits(((codes[:, None] >> shifts) & 1).astype(np.uint8).ravel(), bitorder="little").tobytes()
+
+
+def _unpack(data: bytes, bits: int, count: int) -> "np.ndarray[tuple[int, ...], np.dtype[np.int64]]":
+    flags = np.unpackbits(np.frombuffer(data, dtype=np.uint8), bitorder="little")[: count * bits]
+    weights = 1 << np.arange(bits, dtype=np.int64)
+    result: np.ndarray[tuple[int, ...], np.dtype[np.int64]] = flags.reshape(count, bits).astype(np.int64) @ weights
+    return result

@@ -1,0 +1,188 @@
+"""Every setting of a run, in one place: name, default, what is accepted, and what it means.
+
+The names in pyproject.toml, in a TOML file and on the command line are those of the fields with dashes for underscores.
+"""
+
+import dataclasses
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tofu.compression import Compressor, compressor_names, make_compressor
+from tofu.errors import SettingError
+from tofu.network import Network
+from tofu.proxy import ProxySettings, paper_settings
+from tofu.quantise import BITS
+
+Value = bool | int | float | str
+
+
+def _setting(default: Value, help_: str, *, section: str, choices: tuple[str, ...] = (), least: float | None = None,
+             above: float | None = None, most: float | None = None) -> Any:  # fmt: skip
+    metadata = {"help": help_, "section": section, "choices": choices, "least": least, "above": above, "most": most}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The settings of a run. Build one with `Settings.of`, which checks everything.
+
+    See the fields' metadata (or `tofu run --help`) for what each means.
+    """
+
+    # fmt: off
+    dataset: str = _setting("digits", "digits (embedded), a Hugging Face hub id, or a local folder (parquet or images)", section="Data")
+    partition: str = _setting("dirichlet", "how images are dealt to clients", section="Data", choices=("iid", "dirichlet", "shards"))
+    alpha: float = _setting(0.5, "Dirichlet concentration; smaller is more skewed", section="Data", above=0)
+    shards_per_client: int = _setting(2, "classes a client sees with partition=shards", section="Data", least=1)
+    train_images: int = _setting(0, "use only so many training images; 0 is all", section="Data", least=0)
+    clients: int = _setting(10, "number of simulated clients", section="Data", least=1, most=100_000)
+
+    model: str = _setting("lenet5", "lenet5, mlp, cnn, resnet18, vgg11, vgg13, vgg16, vit_b_16, vit_tiny, or package.module:factory", section="Model")
+    norm: str = _setting("group", "normalisation layers, where the model has a choice", section="Model", choices=("group", "batch", "none"))
+
+    rounds: int = _setting(10, "number of rounds", section="Training", least=1, most=100_000)
+    local_epochs: int = _setting(1, "epochs over a client's own images in each round", section="Training", least=1)
+    batch_size: int = _setting(32, "images in a local step", section="Training", least=1)
+    lr: float = _setting(0.05, "step size of the clients' SGD", section="Training", above=0)
+    final_lr: float = _setting(1.0, "step size of the last round as a share of the first; it falls along half a cosine", section="Training", above=0, most=1)
+    momentum: float = _setting(0.0, "momentum of the clients' SGD", section="Training", least=0, most=0.9999)
+    weight_decay: float = _setting(0.0, "weight decay of the clients' SGD", section="Training", least=0)
+
+    schedule: str = _setting("proxy", "proxy: compressed rounds; full: float32 rounds (FedAvg); switch: full from switch-round on; plateau: full once accuracy stalls", section="Rounds", choices=("proxy", "full", "switch", "plateau"))
+    switch_round: int = _setting(0, "first full round with schedule=switch; 0 is the last tenth of the rounds", section="Rounds", least=0)
+    plateau_patience: int = _setting(3, "rounds without gain before schedule=plateau switches", section="Rounds", least=1)
+    plateau_gain: float = _setting(0.002, "the accuracy gain that counts for schedule=plateau", section="Rounds", least=0)
+
+    compressor: str = _setting("proxy", "what compressed rounds send", section="Codec", choices=compressor_names())
+    ratio: float = _setting(100.0, "float32 bytes of an update over bytes of its payload", section="Codec", least=1)
+    codec_mode: str = _setting("smooth", "smooth: our codec; paper: as published; the settings below refine smooth", section="Codec", choices=("smooth", "paper"))
+    proxies: int = _setting(0, "number of proxies; 0 is what the ratio affords", section="Codec", least=0, most=65535)
+    proxy_size: int = _setting(0, "side of a proxy in pixels; 0 chooses", section="Codec", least=0, most=1024)
+    bits: int = _setting(8, "bits of a pixel and of a label", section="Codec", choices=tuple(map(str, BITS)))
+    smooth_twin: bool = _setting(True, "differentiate the smooth twin in place of the network", section="Codec")
+    steepness: float = _setting(4.0, "of the twin's activations", section="Codec", above=0, most=1000)
+    batch_statistics: bool = _setting(True, "the twin's BatchNorm uses the proxies' statistics", section="Codec")
+    free_labels: bool = _setting(True, "unconstrained labels, solved for, in place of probabilities", section="Codec")
+    tensor_scales: bool = _setting(True, "a scale per tensor in place of one", section="Codec")
+    warm_start: bool = _setting(True, "begin from the client's last proxies", section="Codec")
+    evaluations: int = _setting(50, "most evaluations that one encode may take", section="Codec", least=1, most=100_000)
+    tolerance: float = _setting(0.002, "stop an encode that gains less explained variance in 10 evaluations; 0 never", section="Codec", least=0)
+    error_feedback: float = _setting(1.0, "share of what compression lost that is added to the client's next update; 0 keeps nothing", section="Codec", least=0, most=1)
+
+    fraction: float = _setting(1.0, "share of the available clients asked in each round", section="Server", above=0, most=1)
+    min_clients: int = _setting(1, "wait for, and ask, at least so many clients", section="Server", least=1)
+    round_timeout: float = _setting(3600.0, "seconds until a round goes on without the clients that have not replied", section="Server", above=0)
+    server_optimiser: str = _setting("plain", "what the server does with the average update", section="Server", choices=("plain", "momentum", "adam"))
+    server_lr: float = _setting(1.0, "step size of the server's optimiser", section="Server", above=0)
+    server_momentum: float = _setting(0.9, "of server-optimiser=momentum", section="Server", least=0, most=0.9999)
+
+    seed: int = _setting(0, "everything random follows from it", section="Run", least=0, most=2**31 - 1)
+    threads: int = _setting(1, "threads of one client; results are bit-identical only for equal values", section="Run", least=1, most=1024)
+    workers: int = _setting(2, "clients that `tofu run` trains at a time", section="Run", least=1, most=1024)
+    run_folder: str = _setting("", "folder for the results; empty makes one under runs/", section="Run")
+    # fmt: on
+
+    @staticmethod
+    def of(values: Mapping[str, object]) -> "Settings":
+        """Settings from names (dashes or underscores) and values; the defaults fill in what is missing.
+
+        Raises:
+            SettingError: an unknown name, a value of the wrong type or out of range, or two that contradict.
+        """
+        fields = {field.name: field for field in dataclasses.fields(Settings)}
+        clean: dict[str, Any] = {}
+        for key, value in values.items():
+            name = key.replace("-", "_")
+            if name not in fields:
+                raise SettingError(key, value, f"a known setting ({', '.join(_near(key, fields))})")
+            clean[name] = _checked(fields[name], value)
+        settings = Settings(**clean)
+        if settings.schedule == "switch" and settings.switch_round > settings.rounds:
+            raise SettingError("switch-round", settings.switch_round, f"at most rounds, {settings.rounds}")
+        if settings.min_clients > settings.clients:
+            raise SettingError("min-clients", settings.min_clients, f"at most clients, {settings.clients}")
+        settings.proxy_settings()
+        return settings
+
+    def to_config(self) -> dict[str, Value]:
+        """Name with dashes -> value, as Flower's run config holds it."""
+        return {field.name.replace("_", "-"): getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def proxy_settings(self) -> ProxySettings:
+        """The codec's part of the settings."""
+        common: dict[str, Any] = {"size": self.proxy_size, "bits": self.bits}
+        if self.codec_mode == "paper":
+            return paper_settings(**common)
+        return ProxySettings(
+            smooth=self.smooth_twin,
+            steepness=self.steepness,
+            batch_statistics=self.smooth_twin and self.batch_statistics,
+            labels="free" if self.free_labels else "simplex",
+            scale="tensor" if self.tensor_scales else "one",
+            evaluations=self.evaluations,
+            tolerance=self.tolerance,
+            warm_start=self.warm_start,
+            **common,
+        )
+
+    def lr_of(self, round_: int) -> float:
+        """The clients' step size in a round, counted from 1."""
+        progress = (round_ - 1) / max(1, self.rounds - 1)
+        share = self.final_lr + (1 - self.final_lr) * (1 + math.cos(math.pi * progress)) / 2
+        return self.lr * share
+
+    def make_compressor(self, kind: str, network: Network) -> Compressor:
+        """The compressor of a round of this kind ("proxy" or "full") for this network."""
+        name = "full" if kind == "full" else self.compressor
+        return make_compressor(name, network, ratio=self.ratio, count=self.proxies, settings=self.proxy_settings())
+
+
+def read_toml(path: Path) -> dict[str, object]:
+    """Settings from a TOML file: a flat table, or [tool.flwr.app.config] of a pyproject.
+
+    Raises:
+        SettingError: the file is missing or is not TOML.
+    """
+    try:
+        table = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise SettingError("config", str(path), f"a readable TOML file ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingError("config", str(path), f"a TOML file ({error})") from error
+    if "tool" in table:
+        return dict(table.get("tool", {}).get("flwr", {}).get("app", {}).get("config", {}))
+    return table
+
+
+def _checked(field: "dataclasses.Field[Any]", value: object) -> Value:
+    name, meta = field.name.replace("_", "-"), field.metadata
+    kind = field.type
+    assert isinstance(kind, type)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise SettingError(
+            name, value, {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "text")
+        )
+    assert isinstance(value, Value)
+    if isinstance(value, str | int) and meta["choices"] and str(value) not in meta["choices"]:
+        raise SettingError(name, value, f"one of {', '.join(meta['choices'])}")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        least, above, most = meta["least"], meta["above"], meta["most"]
+        low = (least is None or value >= least) and (above is None or value > above)
+        if not (low and (most is None or value <= most) and abs(value) < float("inf")):
+            bounds = [f"at least {least:g}" if least is not None else "", f"above {above:g}" if above is not None else "",
+                      f"at most {most:g}" if most is not None else ""]  # fmt: skip
+            raise SettingError(name, value, "a finite number " + ", ".join(b for b in bounds if b))
+    return value
+
+
+def _near(key: str, fields: Mapping[str, object]) -> list[str]:
+    import difflib
+
+    names = [name.replace("_", "-") for name in fields]
+    return difflib.get_close_matches(key.replace("_", "-"), names, n=3, cutoff=0.5) or ["see `tofu run --help`"]

@@ -1,0 +1,127 @@
+"""The weights of a model as named tensors, and their fingerprint.
+
+Everything that travels or is averaged is a `Weights`: a dict from state-dict name to tensor. Trainable parameters come
+first, in the model's order, then its buffers (BatchNorm statistics). Frozen parameters never change and never travel.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tofu.errors import SettingError
+
+Weights = dict[str, Tensor]
+"""Name -> tensor, detached. As an update (new minus old weights) every tensor is float32, integer buffers too."""
+
+FINGERPRINT_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names and shapes of what travels, the same on both ends because both build the same model.
+
+    Attributes:
+        parameters: trainable parameter name -> shape, in the model's order.
+        buffers: buffer name -> shape.
+        integers: the buffers that hold integers (BatchNorm's batch counters).
+    """
+
+    parameters: dict[str, torch.Size]
+    buffers: dict[str, torch.Size]
+    integers: frozenset[str] = frozenset()
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        return self.parameters | self.buffers
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(shape.numel() for shape in self.parameters.values())
+
+    @property
+    def float32_bytes(self) -> int:
+        """Bytes of one update as bare float32, parameters and buffers: what every ratio is measured against."""
+        return 4 * sum(shape.numel() for shape in self.shapes.values())
+
+
+def layout_of(model: nn.Module) -> Layout:
+    """The layout of a model.
+
+    Raises:
+        SettingError: nothing is trainable, or a trainable parameter is not float32.
+    """
+    parameters = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise SettingError("model", type(model).__name__, "a network with at least one trainable parameter")
+    for name, p in model.named_parameters():
+        if p.requires_grad and p.dtype != torch.float32:
+            raise SettingError("model", f"{name}: {p.dtype}", "float32 parameters")
+    buffers = dict(_travelling_buffers(model))
+    integers = frozenset(name for name, b in buffers.items() if not b.is_floating_point())
+    return Layout(parameters, {name: b.shape for name, b in buffers.items()}, integers)
+
+
+def _travelling_buffers(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    persistent = model.state_dict().keys()
+    return [(name, b) for name, b in model.named_buffers() if name in persistent]
+
+
+def weights_of(model: nn.Module) -> Weights:
+    """A detached copy of a model's trainable parameters and buffers."""
+    parameters = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    return parameters | {name: b.detach().clone() for name, b in _travelling_buffers(model)}
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy `weights` into a model in place (integer buffers are rounded)."""
+    targets: dict[str, Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, value in weights.items():
+        target = targets[name]
+        target.copy_(value if target.is_floating_point() else value.round())
+
+
+def difference(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> Weights:
+    """The update new - old, float32."""
+    return {name: new[name].float() - old[name].float() for name in old}
+
+
+def fingerprint(weights: Mapping[str, Tensor]) -> bytes:
+    """The first 8 bytes of SHA-256 over names, shapes and values: both ends compare it before they decode."""
+    return _digest(weights).digest()[:FINGERPRINT_BYTES]
+
+
+def weights_sha256(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and values, in hexadecimal."""
+    return _digest(weights).hexdigest()
+
+
+def _digest(weights: Mapping[str, Tensor]) -> "hashlib._Hash":
+    digest = hashlib.sha256()
+    for name, value in weights.items():
+        digest.update(f"{name}:{tuple(value.shape)}:{value.dtype};".encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest
+
+
+def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    """Inner product over the tensors of `a`, accumulated in float64."""
+    return sum(torch.sum(a[name].double() * b[name].double()).item() for name in a)
+
+
+def cosine(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    """Cosine of two updates over the tensors of `a`; 0 where either is zero."""
+    norm = (dot(a, a) * dot({name: b[name] for name in a}, b)) ** 0.5
+    return dot(a, b) / norm if norm > 0 else 0.0
+
+
+def explained_variance(true: Mapping[str, Tensor], decoded: Mapping[str, Tensor]) -> float:
+    """1 - |true - decoded|^2 / |true|^2; 0 where `true` is zero."""
+    power = dot(true, true)
+    if power == 0:
+        return 0.0
+    residual = {name: true[name] - decoded[name] for name in true}
+    return 1 - dot(residual, residual) / power
