@@ -7,10 +7,12 @@ import time
 import numpy as np
 import torch
 from flwr.app import Context
+from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from server.ledger import Ledger
-from server.progress import Progress, make_progress
+from server.local import run_in_process
+from server.progress import Progress, SilentProgress, make_progress
 from server.report import write_report
 from server.run_folder import RunFolder
 from server.strategy import Federation, RoundResult
@@ -83,6 +85,32 @@ def serve(grid: Grid, settings: Settings, progress: Progress) -> dict[str, objec
     finally:
         progress.close()
     return summary
+
+
+def serve_in_process(client_app: ClientApp, settings: Settings, progress: Progress | None = None) -> dict[str, object]:
+    """Run this server app and a client app in this process, without ray and without opening a port.
+
+    Returns:
+        The run's summary, as `serve` does.
+
+    Raises:
+        TofuError: as `serve` does.
+    """
+    summaries: list[dict[str, object]] = []
+    server_app = ServerApp()
+
+    @server_app.main()
+    def run(grid: Grid, context: Context) -> None:
+        summaries.append(serve(grid, Settings.of(context.run_config), progress or SilentProgress()))
+
+    run_in_process(
+        server_app,
+        client_app,
+        run_config=settings.to_config(),
+        num_supernodes=settings.clients,
+        workers=settings.workers,
+    )
+    return summaries[0]
 
 
 def open_run_data(settings: Settings) -> FederatedData:

@@ -108,30 +108,11 @@ def run(*, config: ConfigFile = None, json_: Json = False, quiet: Quiet = False,
 
 def _run(settings: Settings, *, quiet: bool) -> dict[str, object]:
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    from flwr.app import Context
-    from flwr.serverapp import Grid, ServerApp
-
     from client.app import app as client_app
-    from server.app import serve
-    from server.local import run_in_process
+    from server.app import serve_in_process
     from server.progress import make_progress
 
-    progress = make_progress(sys.stderr, quiet=quiet)
-    summaries: list[dict[str, object]] = []
-    server_app = ServerApp()
-
-    @server_app.main()
-    def main(grid: Grid, context: Context) -> None:
-        summaries.append(serve(grid, Settings.of(context.run_config), progress))
-
-    run_in_process(
-        server_app,
-        client_app,
-        run_config=settings.to_config(),
-        num_supernodes=settings.clients,
-        workers=settings.workers,
-    )
-    return summaries[0]
+    return serve_in_process(client_app, settings, make_progress(sys.stderr, quiet=quiet))
 
 
 @_app.command()

@@ -606,7 +606,7 @@ def _hub(dataset: str) -> dict[str, _Split]:
     try:
         try:
             found = Cache(dataset_name=dataset.split("/")[1], repo_id=dataset, version="auto", hash="auto").as_dataset()
-        except ValueError:
+        except (ValueError, FileNotFoundError):  # not there, or another process is at it
             # One request with a short time-out: by itself load_dataset tries an absent network for half a minute.
             HfApi().dataset_info(dataset, timeout=_HUB_TIMEOUT)
             found = datasets.load_dataset(dataset)

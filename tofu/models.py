@@ -180,12 +180,6 @@ def _resnet18(shape: ImageShape, norm: str) -> nn.Module:
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     if small:
         model.maxpool = nn.Identity()
-    if norm == "none":
-        # Without it each of the 8 blocks would double the variance: scale the branches down as Fixup does (Zhang et al.
-        # 2019, section 3), but without its zeros, through which no gradient would reach the rest of a fresh branch.
-        for block in model.modules():
-            if isinstance(block, torchvision.models.resnet.BasicBlock):
-                block.conv2.weight.data.mul_(8**-0.5)
     return model
 
 

@@ -50,6 +50,9 @@ STALL = 10
 
 ADAM_STEP = 0.1
 
+ENOUGH = 16
+"""Number of proxies beyond which larger ones are as good as more of them."""
+
 UNUSABLE = 10.0
 """What the objective counts as where it overflows; 1 is the worst that a useful point has."""
 
@@ -156,15 +159,26 @@ class Encoding:
 
 
 def proxy_side(network: Network, settings: ProxySettings) -> int:
-    """Side of the square proxies in pixels.
+    """Side of the square proxies in pixels; where the settings leave it open, the least of `automatic_sides`.
 
-    Automatic: 5/14 of the input's side (10 for 28), which the benchmark `codec` found to be the broad optimum between
-    more and larger proxies at equal bytes.
+    Raises:
+        SettingError: larger than the input.
     """
     side = min(network.shape.height, network.shape.width)
     if settings.size > side:
         raise SettingError("proxy-size", settings.size, f"at most the input's side, {side}")
-    return settings.size or min(side, max(4, round(side * 5 / 14)))
+    return settings.size or automatic_sides(network)[-1]
+
+
+def automatic_sides(network: Network) -> list[int]:
+    """Sides to choose from, largest first: from 1/2 to 5/14 of the input's side (14 to 10 for 28).
+
+    At equal bytes the benchmark `codec` finds these alike as long as there are some `ENOUGH` proxies; fewer and larger
+    ones take less time.
+    """
+    side = min(network.shape.height, network.shape.width)
+    least = min(side, max(4, round(side * 5 / 14)))
+    return list(range(max(least, side // 2), least - 1, -1))
 
 
 @dataclass(frozen=True)

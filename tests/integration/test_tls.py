@@ -2,11 +2,14 @@
 
 import json
 import os
+import socket
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from deploy import certificates
 from deploy.processes import Federation
 
 _PYPROJECT = """
@@ -120,3 +123,31 @@ def _listening(groups: set[int]) -> list[str]:
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads the kernel's list of sockets")
 def test_everything_listens_on_loopback_only(federation: Federation) -> None:
     assert _listening({leader.pid for leader in federation.processes.values()}) == ["0100007F"] * 3
+
+
+def test_the_server_proves_who_it_is_to_those_who_have_the_ca(federation: Federation) -> None:
+    keys = federation.folder / "keys"
+    [address] = {line for line in (federation.folder / "homes/flwr/config.toml").read_text().split('"') if ":" in line}
+    host, _, port = address.partition(":")
+    for trust, accepted in ((keys / "ca.crt", True), (None, False)):
+        context = ssl.create_default_context(cafile=trust)
+        with socket.create_connection((host, int(port)), timeout=10) as plain:
+            try:
+                context.wrap_socket(plain, server_hostname=host).close()
+                assert accepted
+            except ssl.SSLCertVerificationError:
+                assert not accepted
+
+
+def test_keys_are_private_and_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(tmp_path), "--host", "127.0.0.1", "--host", "fl.example.org", "--node", "a", "--node", "b"]
+    assert certificates.main(arguments) == 0
+    modes = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.iterdir()}
+    assert {name for name, mode in modes.items() if mode == 0o600} == {"ca.key", "server.key", "a", "b"}
+    assert {name for name, mode in modes.items() if mode == 0o644} == {"ca.crt", "server.pem", "a.pub", "b.pub"}
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    capsys.readouterr()
+    for again in (arguments, [str(tmp_path), "--node", "a"], [str(tmp_path), "--node", "../c"]):
+        assert certificates.main(again) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before

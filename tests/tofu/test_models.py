@@ -54,7 +54,7 @@ def test_every_model_takes_every_shape(name: str, shape: ImageShape) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "patches"), [(CIFAR, 64), (ImageShape(1, 30, 21, 3), 64), (ImageShape(3, 90, 96, 3), 36)], ids=str
+    ("shape", "patches"), [(ImageShape(1, 30, 21, 3), 64), (ImageShape(3, 90, 96, 3), 36)], ids=str
 )
 def test_vit_b_16_cuts_small_images_into_patches_of_4_and_others_of_16(shape: ImageShape, patches: int) -> None:
     model = build_model("vit_b_16", shape)
@@ -116,7 +116,7 @@ def test_the_global_generator_is_left_as_it_was() -> None:
 @pytest.mark.parametrize("norm", ["group", "none"])
 def test_a_fresh_model_passes_a_gradient_to_every_weight(name: str, norm: str) -> None:
     model = build_model(name, CIFAR, norm=norm)
-    nn.functional.cross_entropy(model(some_images(CIFAR, 8)), torch.arange(8)).backward()
+    torch.autograd.backward(nn.functional.cross_entropy(model(some_images(CIFAR, 8)), torch.arange(8)))
     dead = [
         key
         for key, value in model.named_parameters()

@@ -13,6 +13,7 @@ Body, little-endian:
 """
 
 import struct
+from dataclasses import replace
 from functools import cached_property
 from typing import ClassVar
 
@@ -23,7 +24,7 @@ from tofu.compression.base import Compressed, Compressor
 from tofu.errors import PayloadError, SettingError
 from tofu.network import Network
 from tofu.payload import HEADER_BYTES
-from tofu.proxy import ProxyCode, ProxyData, ProxySettings, decode, encode
+from tofu.proxy import ENOUGH, ProxyCode, ProxyData, ProxySettings, automatic_sides, decode, encode
 from tofu.quantise import RowCode
 from tofu.weights import Layout, Weights
 
@@ -48,6 +49,7 @@ class Proxy(Compressor):
     code: ClassVar[int] = 2
 
     def __init__(self, network_like: Network, *, ratio: float, count: int, settings: ProxySettings) -> None:
+        settings = settings if settings.size else _with_side(network_like, ratio, count, settings)
         self.settings = settings
         self.count = count or _affordable(network_like, ratio, settings)
         self._code = ProxyCode.of(network_like, settings, self.count)
@@ -98,18 +100,32 @@ class Proxy(Compressor):
             return None
 
 
+def _with_side(network: Network, ratio: float, count: int, settings: ProxySettings) -> ProxySettings:
+    """Choose the largest automatic side of which the ratio affords enough proxies."""
+    for side in automatic_sides(network):
+        settings = replace(settings, size=side)
+        if not count and network.layout.float32_bytes / ratio >= _size(network, ENOUGH, settings):
+            break
+    return settings
+
+
+def _size(network: Network, count: int, settings: ProxySettings) -> int:
+    """Bytes of a payload with so many proxies, header included."""
+    code = ProxyCode.of(network, settings, count)
+    return HEADER_BYTES + _PREFIX.size + code.nbytes + _BufferCode(network.layout).nbytes
+
+
 def _affordable(network: Network, ratio: float, settings: ProxySettings) -> int:
     budget = network.layout.float32_bytes / ratio
-    fixed = HEADER_BYTES + _PREFIX.size + _BufferCode(network.layout).nbytes
 
     def size(count: int) -> int:
-        return fixed + ProxyCode.of(network, settings, count).nbytes
+        return _size(network, count, settings)
 
     if size(1) > budget:
         best = network.layout.float32_bytes / size(1)
         raise SettingError("ratio", ratio, f"at most {best:.1f} for this model (one proxy of these settings)")
-    # nbytes is affine in the count up to the rounding of packed bits to whole bytes, so start there and step.
-    count = max(1, int((budget - fixed) / (ProxyCode.of(network, settings, 64).nbytes / 64)))
+    # The size is affine in the count up to the rounding of packed bits to whole bytes, so start there and step.
+    count = max(1, int((budget - size(1)) / ((size(65) - size(1)) / 64)))
     while count < 0xFFFF and size(count + 1) <= budget:
         count += 1
     while size(count) > budget:

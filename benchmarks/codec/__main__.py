@@ -1,0 +1,188 @@
+"""How well and how fast one update is encoded, and what each part of the codec is worth.
+
+LeNet-5 on MNIST: the update of one epoch over 6,000 images (SGD lr 0.02, batch 64) after three such epochs on other
+images. Cosine is of the decoded to the true update; time is that of the encode over that of the epoch, same process,
+one thread.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from benchmarks.common import find_data, print_table, spread, write_results
+from client.training import LocalTraining, train_locally
+from tofu.compression.proxy import Proxy
+from tofu.data import LabelledImages, open_data
+from tofu.models import build_model
+from tofu.network import Network
+from tofu.payload import HEADER_BYTES
+from tofu.proxy import ProxySettings, paper_settings
+from tofu.weights import Weights, cosine, difference, load_weights, weights_of
+
+EPOCH = LocalTraining(epochs=1, batch_size=64, lr=0.02)
+IMAGES = 6000
+
+SMOOTH = ProxySettings()
+PAPER = paper_settings()
+
+
+def change(**fields: object) -> ProxySettings:
+    return dataclasses.replace(SMOOTH, **fields)  # type: ignore[arg-type]
+
+
+VARIANTS: dict[str, ProxySettings] = {
+    "smooth (default)": SMOOTH,
+    "without the twin (ReLU, max-pool)": change(smooth=False),
+    "without the twin, Adam": change(smooth=False, optimiser="adam"),
+    "steepness 1": change(steepness=1.0),
+    "steepness 16": change(steepness=16.0),
+    "labels on the simplex": change(labels="simplex"),
+    "one scale": change(scale="one"),
+    "Adam in place of L-BFGS": change(optimiser="adam"),
+    "Adam, 200 evaluations": change(optimiser="adam", evaluations=200),
+    "labels not solved again": change(solve_labels=0),
+    "proxies of 7x7": change(size=7),
+    "proxies of 14x14": change(size=14),
+    "proxies of 28x28 (no upsampling)": change(size=28),
+    "4 bits": change(bits=4),
+    "16 bits": change(bits=16),
+    "32 bits": change(bits=32),
+    "25 evaluations": change(evaluations=25),
+    "100 evaluations": change(evaluations=100),
+    "200 evaluations, no early stop": change(evaluations=200, tolerance=0.0),
+    "paper mode": PAPER,
+    "paper mode, 28x28": dataclasses.replace(PAPER, size=28),
+    "paper mode, 1000 evaluations, no early stop": dataclasses.replace(PAPER, evaluations=1000, tolerance=0.0),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One seed's network at the base weights, its update, the one before, and the seconds of the local epoch."""
+
+    network: Network
+    update: Weights
+    earlier: Weights
+    earlier_base: Weights
+    epoch_seconds: float
+
+
+def make_case(data: LabelledImages, seed: int) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(data), generator=generator)
+    parts = [data.subset(order[i * IMAGES : (i + 1) * IMAGES]) for i in range(4)]
+    model = build_model("lenet5", data.shape, seed=seed)
+    for part in parts[:2]:
+        train_locally(model, part, EPOCH, generator=generator)
+    earlier_base = weights_of(model)
+    train_locally(model, parts[2], EPOCH, generator=generator)
+    base = weights_of(model)
+    seconds = []
+    for repeat in range(3):  # the same epoch thrice for its time; the first is the update
+        load_weights(model, base)
+        result = train_locally(model, parts[3], EPOCH, generator=torch.Generator().manual_seed(1000 + seed))
+        seconds.append(result.seconds)
+        if repeat == 0:
+            update = difference(weights_of(model), base)
+    load_weights(model, base)
+    earlier = difference(base, earlier_base)
+    return Case(Network(model.eval(), data.shape), update, earlier, earlier_base, statistics.median(seconds))
+
+
+def measure(case: Case, ratio: float, settings: ProxySettings, seed: int, memory: bytes = b"") -> dict[str, float]:
+    compressor = Proxy(case.network, ratio=ratio, count=0, settings=settings)
+    began = time.perf_counter()
+    compressed = compressor.compress(
+        case.network, case.update, generator=torch.Generator().manual_seed(seed), memory=memory
+    )
+    seconds = time.perf_counter() - began
+    decoded = compressor.decompress(case.network, compressed.body)  # what the server would see
+    payload = HEADER_BYTES + len(compressed.body)
+    return {
+        "cosine": cosine(case.update, decoded),
+        "seconds_over_epoch": seconds / case.epoch_seconds,
+        "evaluations": compressed.evaluations,
+        "payload_bytes": payload,
+        "ratio": case.network.layout.float32_bytes / payload,
+        "proxies": compressor.count,
+    }
+
+
+def warm_memory(case: Case, ratio: float, settings: ProxySettings, seed: int) -> bytes:
+    """The proxies of the epoch before, as a client would remember them."""
+    base = weights_of(case.network.model)
+    load_weights(case.network.model, case.earlier_base)
+    compressor = Proxy(case.network, ratio=ratio, count=0, settings=settings)
+    generator = torch.Generator().manual_seed(500 + seed)
+    memory = compressor.compress(case.network, case.earlier, generator=generator).memory
+    load_weights(case.network.model, base)
+    return memory
+
+
+def rows(cases: list[Case], ratios: list[float], only: str) -> Iterator[dict[str, Any]]:
+    for ratio in ratios:
+        for name, settings in VARIANTS.items():
+            if only not in name:
+                continue
+            yield row(name, ratio, [measure(case, ratio, settings, seed) for seed, case in enumerate(cases)])
+        for evaluations in (15, 50):
+            settings = change(evaluations=evaluations)
+            name = f"warm start, {evaluations} evaluations"
+            if only in name:
+                memories = [warm_memory(case, ratio, settings, seed) for seed, case in enumerate(cases)]
+                results = [measure(c, ratio, settings, s, memories[s]) for s, c in enumerate(cases)]
+                yield row(name, ratio, results)
+        if only in "15 evaluations, cold":
+            results = [measure(c, ratio, change(evaluations=15), s) for s, c in enumerate(cases)]
+            yield row("15 evaluations, cold", ratio, results)
+
+
+def row(name: str, ratio: float, results: list[dict[str, float]]) -> dict[str, Any]:
+    fields = {key: [result[key] for result in results] for key in results[0]}
+    print(
+        f"{ratio:g}x {name}: {spread(fields['cosine'])}, {statistics.fmean(fields['seconds_over_epoch']):.2f}",
+        flush=True,
+    )
+    return {"variant": name, "wanted_ratio": ratio, **fields}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default=find_data("mnist", "ylecun/mnist"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--ratios", type=float, nargs="+", default=[64.0, 250.0])
+    parser.add_argument("--only", default="", help="variants whose name contains this; results are then not written")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    data = open_data(options.data, clients=1, partition="iid", seed=0).client(0)
+    cases = [make_case(data, seed) for seed in range(options.seeds)]
+    result = list(rows(cases, options.ratios, options.only))
+    if not options.only:
+        settings = {"data": "mnist", "model": "lenet5", "seeds": list(range(options.seeds)), "ratios": options.ratios}
+        print(write_results("codec", settings=settings, rows=result))
+    for ratio in options.ratios:
+        print(f"\n{ratio:g}x\n")
+        print_table(
+            ("variant", "proxies", "ratio", "cosine", "time / epoch", "evaluations"),
+            [
+                (
+                    str(r["variant"]),
+                    f"{r['proxies'][0]:.0f}",
+                    f"{r['ratio'][0]:.0f}",
+                    spread(r["cosine"]),
+                    f"{statistics.fmean(r['seconds_over_epoch']):.2f}",
+                    f"{statistics.fmean(r['evaluations']):.0f}",
+                )
+                for r in result
+                if r["wanted_ratio"] == ratio
+            ],
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""What every benchmark needs: where the data is, how results are kept, how a table is printed."""
+
+import json
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("tofu-fl", "flwr", "torch", "torchvision", "numpy")
+
+
+def find_data(name: str, hub: str) -> str:
+    """A local copy of a dataset where there is one ($TOFU_SHARED_DATA/NAME, ../shared/data/NAME), else its hub id."""
+    for base in (os.environ.get("TOFU_SHARED_DATA"), "../shared/data"):
+        if base and (Path(base) / name).is_dir():
+            return str(Path(base) / name)
+    return hub
+
+
+def write_results(name: str, *, settings: Mapping[str, object], rows: Sequence[Mapping[str, object]]) -> Path:
+    """Write benchmarks/results/NAME.json: the command, versions, settings (with seeds) and rows."""
+    path = RESULTS / f"{name}.json"
+    document = {
+        "command": f"python -m benchmarks.{name} {' '.join(sys.argv[1:])}".strip(),
+        "versions": {package: version(package) for package in _PACKAGES} | {"python": platform.python_version()},
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "settings": dict(settings),
+        "rows": [dict(row) for row in rows],
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    return path
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Mean ± standard deviation over seeds."""
+    mean = statistics.fmean(values)
+    return f"{mean:.{digits}f} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else f"{mean:.{digits}f}"
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A Markdown table, as the README quotes it."""
+    widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
+    for row in [header, ["-" * width for width in widths], *rows]:
+        print("| " + " | ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")

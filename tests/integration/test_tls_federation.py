@@ -1,0 +1,30 @@
+"""The real apps as real processes over TLS: the same training as in one process, to the bit."""
+
+import json
+from pathlib import Path
+
+from client.app import app as client_app
+from deploy.processes import Federation
+from server.app import serve_in_process
+from tofu.settings import Settings
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def test_two_authenticated_nodes_train_what_one_process_trains(tmp_path: Path) -> None:
+    settings = Settings.of(
+        {"clients": 2, "min-clients": 2, "rounds": 2, "schedule": "switch", "model": "mlp", "ratio": 40.0,
+         "evaluations": 12, "lr": 0.1, "round-timeout": 120.0}
+    )  # fmt: skip
+    with Federation(tmp_path / "federation", nodes=2, app=REPOSITORY) as federation:
+        run = federation.run(settings.to_config() | {"run-folder": str(tmp_path / "remote")}, timeout=240)
+    assert run.completed, run.log
+    remote = json.loads((tmp_path / "remote" / "summary.json").read_text())
+    local = serve_in_process(client_app, Settings.of(settings.to_config() | {"run-folder": str(tmp_path / "local")}))
+    assert remote["weights_sha256"] == local["weights_sha256"]
+    assert remote["final_accuracy"] == local["final_accuracy"] > 0.15
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "remote" / "metrics.jsonl").read_text().splitlines()]
+    assert kinds == ["start", "proxy", "full"]
+    # Ids differ in length by a few bytes, nothing else does.
+    assert abs(remote["uplink_bytes"] - local["uplink_bytes"]) < 100
+    assert run.traffic_bytes >= remote["uplink_bytes"]
