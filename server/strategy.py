@@ -4,6 +4,7 @@ This is written on Flower's Grid rather than on its Strategy base, whose `start`
 replies before it aggregates any, and hides which node failed.
 """
 
+import copy
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from tofu.network import Network
 from tofu.payload import HEADER_BYTES, WEIGHTS, Payload, float32_bytes, read_payload
 from tofu.seeding import derive_generator
 from tofu.settings import Settings
-from tofu.weights import Weights, fingerprint, weights_of
+from tofu.weights import Weights, fingerprint, load_weights, weights_of
 
 _WINDOW = 256
 """Messages on their way at a time, so that a round with many clients does not hold a model for each of them."""
@@ -77,11 +78,12 @@ class Federation:
         self._optimiser = ServerOptimiser(network.model, settings)
         self._compressors = {kind: settings.make_compressor(kind, network) for kind in ("proxy", "full")}
         self._acknowledged: dict[str, int] = {}
+        self._averaged = copy.deepcopy(network.model) if settings.weight_average else network.model
         self.accuracies: list[float] = []
 
     def evaluate(self) -> Evaluation:
-        """Evaluate the global model and remember the accuracy for the schedule."""
-        result = evaluate(self.network.model, self._test)
+        """Evaluate the model that the run would end with, and remember the accuracy for the schedule."""
+        result = evaluate(self._averaged, self._test)
         self.accuracies.append(result.accuracy)
         return result
 
@@ -121,7 +123,15 @@ class Federation:
             raise RunError(f"round {round_}: no valid reply from {len(chosen)} clients ({reasons})")
         result.replies.sort(key=lambda pair: chosen.index(pair[0]))
         self._optimiser.step(mean.mean())
+        self._average(round_)
         return result
+
+    def _average(self, round_: int) -> None:
+        """Move the running average of the global weights on; early rounds count by their number, not by the share."""
+        if self.settings.weight_average:
+            share = min(self.settings.weight_average, 1 - 1 / round_)
+            old, new = weights_of(self._averaged), weights_of(self.network.model)
+            load_weights(self._averaged, {name: share * old[name] + (1 - share) * new[name] for name in new})
 
     def _sample(self, clients: list[Client], round_: int) -> list[Client]:
         """The clients asked in this round: a function of the seed, the round and who is connected."""
@@ -187,8 +197,8 @@ class Federation:
 
     @property
     def weights(self) -> Weights:
-        """A copy of the global weights."""
-        return weights_of(self.network.model)
+        """A copy of the weights that the run would end with: the global ones, or their running average."""
+        return weights_of(self._averaged)
 
 
 def _one_line(text: str | None) -> str:

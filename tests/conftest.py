@@ -11,6 +11,9 @@ from tofu.weights import Weights, difference, load_weights, weights_of
 
 torch.set_num_threads(1)
 
+Case = tuple[Network, Weights]
+"""A network at its base weights, and an update of it."""
+
 
 @pytest.fixture(scope="session")
 def digits() -> LabelledImages:
@@ -40,9 +43,7 @@ class EveryLayer(nn.Module):
         return self.head(x.mean(1))
 
 
-def trained_update(
-    model: nn.Module, data: LabelledImages, *, epochs: int = 1, seed: int = 0
-) -> tuple[Network, Weights]:
+def trained_update(model: nn.Module, data: LabelledImages, *, epochs: int = 1, seed: int = 0) -> Case:
     """A network after one round of local training, and the update of the next one relative to it."""
     from client.training import LocalTraining, train_locally
 
@@ -57,13 +58,13 @@ def trained_update(
 
 
 @pytest.fixture(scope="session")
-def mlp_update(digits: LabelledImages) -> tuple[Network, Weights]:
+def mlp_update(digits: LabelledImages) -> Case:
     """A small multi-layer perceptron on the digits, and an update of it."""
     return trained_update(build_model("mlp", digits.shape, seed=0), digits)
 
 
 @pytest.fixture(scope="session")
-def every_layer_update(digits: LabelledImages) -> tuple[Network, Weights]:
+def every_layer_update(digits: LabelledImages) -> Case:
     """The network with every kind of layer, and an update of it."""
     torch.manual_seed(0)
     return trained_update(EveryLayer(), digits, epochs=2)

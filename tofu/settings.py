@@ -80,6 +80,8 @@ class Settings:
     server_lr: float = _setting(1.0, "step size of the server's optimiser", section="Server", above=0)
     server_momentum: float = _setting(0.9, "of server-optimiser=momentum", section="Server", least=0, most=0.9999)
 
+    weight_average: float = _setting(0.0, "share of the past in a running average of the global weights, which is then what is evaluated and saved; 0 is off", section="Server", least=0, most=0.999)
+
     seed: int = _setting(0, "everything random follows from it", section="Run", least=0, most=2**31 - 1)
     threads: int = _setting(1, "threads of one client; results are bit-identical only for equal values", section="Run", least=1, most=1024)
     workers: int = _setting(2, "clients that `tofu run` trains at a time", section="Run", least=1, most=1024)

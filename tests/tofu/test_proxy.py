@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from tests.conftest import Case
 from tofu.data import ImageShape
 from tofu.errors import PayloadError, SettingError
 from tofu.network import Network
@@ -22,9 +23,7 @@ from tofu.proxy import (
     proxy_loss,
     proxy_side,
 )
-from tofu.weights import Weights, cosine, explained_variance
-
-Case = tuple[Network, Weights]
+from tofu.weights import cosine, explained_variance
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -1,0 +1,52 @@
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tofu.compression import ErrorFeedback
+from tofu.weights import Weights
+
+
+def lossy(target: Weights) -> Weights:
+    """Keeps the larger half of the values."""
+    value = target["w"]
+    return {"w": torch.where(value.abs() >= value.abs().median(), value, torch.zeros(()))}
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    present=st.lists(st.booleans(), min_size=1, max_size=12),
+    arrives=st.lists(st.booleans(), min_size=12, max_size=12),
+    seed=st.integers(0, 2**31),
+)
+def test_nothing_is_lost_or_counted_twice(present: list[bool], arrives: list[bool], seed: int) -> None:
+    """What the server added plus what the client still remembers is all that the client ever computed."""
+    generator = torch.Generator().manual_seed(seed)
+    feedback, acknowledged = ErrorFeedback(), -1
+    computed, server = torch.zeros(8, dtype=torch.float64), torch.zeros(8, dtype=torch.float64)
+    for round_, here in enumerate(present):
+        if not here:  # sits this round out
+            continue
+        update = {"w": torch.randn(8, generator=generator)}
+        computed += update["w"]
+        target = feedback.target(update, acknowledged)
+        decoded = lossy(target)
+        feedback = ErrorFeedback.after(target, decoded, round_)
+        if arrives[round_]:
+            server += decoded["w"]
+            acknowledged = round_
+    remembered = feedback.target({"w": torch.zeros(8)}, acknowledged)["w"]
+    assert torch.allclose(server + remembered, computed, atol=1e-4)
+
+
+def test_a_share_of_the_residual_fades_but_a_lost_reply_returns_whole() -> None:
+    target = {"w": torch.tensor([4.0, 1.0])}
+    feedback = ErrorFeedback.after(target, {"w": torch.tensor([4.0, 0.0])}, 3)
+    zero = {"w": torch.zeros(2)}
+    assert feedback.target(zero, 3, share=0.5)["w"].tolist() == [0.0, 0.5]
+    assert feedback.target(zero, 2, share=0.5)["w"].tolist() == [4.0, 0.5]
+    assert feedback.target(zero, -1, share=0.0)["w"].tolist() == [4.0, 0.0]
+
+
+def test_the_first_round_has_nothing_to_add() -> None:
+    update = {"w": torch.ones(2)}
+    assert torch.equal(ErrorFeedback().target(update, -1)["w"], update["w"])

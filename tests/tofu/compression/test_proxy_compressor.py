@@ -1,0 +1,107 @@
+import struct
+
+import pytest
+import torch
+
+from tests.conftest import Case
+from tofu.compression import make_compressor
+from tofu.compression.proxy import Proxy
+from tofu.data import ImageShape
+from tofu.errors import PayloadError, SettingError
+from tofu.models import build_model
+from tofu.network import Network
+from tofu.payload import HEADER_BYTES
+from tofu.proxy import ProxySettings
+
+QUICK = ProxySettings(evaluations=4, solve_labels=2)
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def lenet() -> Network:
+    shape = ImageShape(1, 28, 28, 10)
+    return Network(build_model("lenet5", shape).eval(), shape)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 32])
+@pytest.mark.parametrize("ratio", [2, 10, 64, 250])
+def test_the_payload_is_as_small_as_asked_and_no_smaller_than_needed(lenet: Network, ratio: float, bits: int) -> None:
+    compressor = Proxy(lenet, ratio=ratio, count=0, settings=ProxySettings(bits=bits))
+    limit = lenet.layout.float32_bytes / ratio
+    size = HEADER_BYTES + compressor.body_bytes(lenet.layout)
+    more = Proxy(lenet, ratio=1, count=compressor.count + 1, settings=compressor.settings)
+    assert size <= limit < HEADER_BYTES + more.body_bytes(lenet.layout)
+
+
+def test_lower_ratios_get_larger_proxies_not_only_more(lenet: Network) -> None:
+    sides = [Proxy(lenet, ratio=ratio, count=0, settings=ProxySettings()).side for ratio in (10, 100, 500)]
+    assert sides == [14, 11, 10]
+
+
+def test_a_ratio_out_of_reach_says_what_is_in_reach(lenet: Network) -> None:
+    with pytest.raises(SettingError, match=r"ratio=100000 is not usable: expected at most 1\d\d\d\.\d"):
+        Proxy(lenet, ratio=100_000, count=0, settings=ProxySettings())
+
+
+def test_round_trip_with_buffers(every_layer_update: Case) -> None:
+    network, update = every_layer_update
+    compressor = Proxy(network, ratio=1, count=6, settings=QUICK)
+    compressed = compressor.compress(network, update, generator=generator())
+    assert len(compressed.body) == compressor.body_bytes(network.layout)
+    decoded = compressor.decompress(network, compressed.body)
+    assert decoded.keys() == update.keys()
+    assert all(torch.equal(decoded[name], compressed.decoded[name]) for name in decoded)
+    for name in ("batch.running_mean", "batch.running_var"):
+        assert torch.allclose(decoded[name], update[name], atol=float(update[name].abs().max()) / 100)
+    assert torch.equal(decoded["batch.num_batches_tracked"], update["batch.num_batches_tracked"])
+
+
+def test_memory_warms_the_next_call_and_foreign_memory_is_ignored(mlp_update: Case) -> None:
+    network, update = mlp_update
+    compressor = Proxy(network, ratio=1, count=6, settings=ProxySettings(evaluations=3))
+    first = Proxy(network, ratio=1, count=6, settings=ProxySettings()).compress(network, update, generator=generator())
+    cold = compressor.compress(network, update, generator=generator())
+    warm = compressor.compress(network, update, generator=generator(), memory=first.memory)
+    foreign = compressor.compress(network, update, generator=generator(), memory=b"something else")
+
+    def error(decoded: dict[str, torch.Tensor]) -> float:
+        return sum(float((decoded[name] - update[name]).square().sum()) for name in network.layout.parameters)
+
+    assert error(warm.decoded) < error(cold.decoded)
+    assert foreign.body == cold.body
+
+
+def test_bodies_of_other_settings_are_refused(mlp_update: Case) -> None:
+    network, update = mlp_update
+    compressor = Proxy(network, ratio=1, count=3, settings=QUICK)
+    body = compressor.compress(network, update, generator=generator()).body
+
+    def refusal(data: bytes) -> str:
+        with pytest.raises(PayloadError) as error:
+            compressor.decompress(network, data)
+        return str(error.value)
+
+    assert "at least 6" in refusal(body[:3])
+    assert "flags" in refusal(b"\x00" + body[1:])
+    assert "bits 16, this run uses 8" in refusal(body[:1] + b"\x10" + body[2:])
+    assert "count 65535, this run uses 3" in refusal(body[:2] + b"\xff\xff" + body[4:])
+    assert "side" in refusal(body[:4] + struct.pack("<H", 60000) + body[6:])
+    assert "proxies take" in refusal(body[:-60])
+    assert "buffers take" in refusal(body + b"\0")
+
+
+def test_full_is_the_update_itself(every_layer_update: Case) -> None:
+    network, update = every_layer_update
+    full = make_compressor("full", network, ratio=1)
+    compressed = full.compress(network, update, generator=generator())
+    assert len(compressed.body) == network.layout.float32_bytes
+    decoded = full.decompress(network, compressed.body)
+    assert all(torch.equal(decoded[name], update[name]) for name in update)
+
+
+def test_unknown_names_list_the_known() -> None:
+    with pytest.raises(SettingError, match="compressor='zip' is not usable: expected one of full, proxy"):
+        make_compressor("zip", Network(torch.nn.Linear(2, 2), ImageShape(1, 1, 2, 2)), ratio=1)
