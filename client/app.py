@@ -121,7 +121,7 @@ def client_data(settings: Settings, context: Context) -> LabelledImages:
     """
     folder = context.node_config.get("data")
     if folder is not None:
-        return local_folder(str(folder))
+        return local_folder(str(folder), class_names=tuple(filter(None, settings.class_names.split(","))))
     partition = context.node_config.get("partition-id")
     if partition is None:
         raise DataError("node config has neither data (a folder of images) nor partition-id (a share of the dataset)")

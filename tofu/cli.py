@@ -14,6 +14,7 @@ import typer
 
 from tofu.errors import TofuError
 from tofu.settings import Settings, Value, read_toml
+from tofu.units import printable
 
 _app = typer.Typer(
     add_completion=False,
@@ -34,7 +35,7 @@ def main() -> None:
     try:
         _app()
     except TofuError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -64,7 +65,7 @@ def _option(field: "dataclasses.Field[Any]") -> inspect.Parameter:
     if meta["choices"] and not any(choice in text for choice in meta["choices"]):
         text += f" ({', '.join(meta['choices'])})"
     shown = str(field.default).lower() if isinstance(field.default, bool) else field.default
-    text += f" [default: {shown}]" if shown != "" else ""
+    text += f" \\[default: {shown}]" if shown != "" else ""  # escaped: brackets are markup in a help text
     flag = f"--{dashed}/--no-{dashed}" if field.type is bool else f"--{dashed}"
     option = typer.Option(flag, help=text, rich_help_panel=meta["section"], show_default=False)
     assert isinstance(field.type, type)
@@ -89,10 +90,10 @@ def _is_ours(path: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        app = tomllib.loads(path.read_text()).get("tool", {}).get("flwr", {}).get("app", {})
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError):
+        app = tomllib.loads(path.read_text())["tool"]["flwr"]["app"]
+        return bool(app["components"]["serverapp"] == "server.app:app")
+    except (OSError, KeyError, TypeError, tomllib.TOMLDecodeError, UnicodeDecodeError):
         return False
-    return bool(app.get("components", {}).get("serverapp") == "server.app:app")
 
 
 @_app.command()

@@ -66,12 +66,12 @@ def make_plan(settings: Settings, network: Network, *, full_rounds: int, message
     compressed_rounds = settings.rounds - full_rounds
     uplink = clients * (compressed_rounds * (payload + message_overhead) + full_rounds * (full + message_overhead))
     warnings = []
-    if payload >= full:
+    if compressed_rounds and payload >= full:
         warnings.append(
             f"a payload of {payload} bytes is no smaller than the update of {full}: "
             "use fewer or smaller proxies, or schedule=full"
         )
-    elif message_overhead > payload:
+    elif compressed_rounds and message_overhead > payload:
         warnings.append(
             f"Flower's {message_overhead} bytes a message outweigh the payload of {payload}: "
             "a higher ratio saves little more"

@@ -50,6 +50,9 @@ STALL = 10
 
 ADAM_STEP = 0.1
 
+SMALLEST_SIDE = 8
+"""Below this a proxy's labels and scales would outweigh its pixels, and an encode would take many proxies."""
+
 ENOUGH = 16
 """Number of proxies beyond which larger ones are as good as more of them."""
 
@@ -171,13 +174,13 @@ def proxy_side(network: Network, settings: ProxySettings) -> int:
 
 
 def automatic_sides(network: Network) -> list[int]:
-    """Sides to choose from, largest first: from 1/2 to 5/14 of the input's side (14 to 10 for 28).
+    """Sides to choose from, largest first: from 1/2 to 5/14 of the input's side (14 to 10 for 28), but 8 at least.
 
     At equal bytes the benchmark `codec` finds these alike as long as there are some `ENOUGH` proxies; fewer and larger
     ones take less time.
     """
     side = min(network.shape.height, network.shape.width)
-    least = min(side, max(4, round(side * 5 / 14)))
+    least = min(side, max(SMALLEST_SIDE, round(side * 5 / 14)))
     return list(range(max(least, side // 2), least - 1, -1))
 
 

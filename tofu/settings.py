@@ -39,6 +39,7 @@ class Settings:
     alpha: float = _setting(0.5, "Dirichlet concentration; smaller is more skewed", section="Data", above=0)
     shards_per_client: int = _setting(2, "classes a client sees with partition=shards", section="Data", least=1)
     train_images: int = _setting(0, "use only so many training images; 0 is all", section="Data", least=0)
+    class_names: str = _setting("", "names of all classes in order, separated by commas, for real clients whose folders lack some", section="Data")
     clients: int = _setting(10, "number of simulated clients", section="Data", least=1, most=100_000)
 
     model: str = _setting("lenet5", "lenet5, mlp, cnn, resnet18, vgg11, vgg13, vgg16, vit_b_16, vit_tiny, or package.module:factory", section="Model")
@@ -107,6 +108,8 @@ class Settings:
             raise SettingError("switch-round", settings.switch_round, f"at most rounds, {settings.rounds}")
         if settings.min_clients > settings.clients:
             raise SettingError("min-clients", settings.min_clients, f"at most clients, {settings.clients}")
+        if settings.proxy_size == 1:
+            raise SettingError("proxy-size", 1, "0 (chooses) or 2 to 1024 pixels")
         settings.proxy_settings()
         return settings
 
@@ -156,7 +159,10 @@ def read_toml(path: Path) -> dict[str, object]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingError("config", str(path), f"a TOML file ({error})") from error
     if "tool" in table:
-        return dict(table.get("tool", {}).get("flwr", {}).get("app", {}).get("config", {}))
+        for name in ("tool", "flwr", "app", "config"):
+            table = table.get(name, {})
+            if not isinstance(table, dict):
+                raise SettingError("config", str(path), f"a TOML file whose {name} is a table")
     return table
 
 
@@ -164,7 +170,7 @@ def _checked(field: "dataclasses.Field[Any]", value: object) -> Value:
     name, meta = field.name.replace("_", "-"), field.metadata
     kind = field.type
     assert isinstance(kind, type)
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 2**63:  # what does not fit a float is no number to us
         value = float(value)
     if type(value) is not kind:
         raise SettingError(

@@ -14,19 +14,17 @@ import torch
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 
-def _declare_missing_operators() -> torch.library.Library | None:
-    """Declare the operators that the extension should have brought; None if it loaded."""
+def _declare_missing_operators() -> torch.library.Library:
+    """Declare those operators that the extension should have brought and did not."""
     package = find_spec("torchvision")
     extension = PathFinder.find_spec("_C", package.submodule_search_locations) if package else None
     if extension is not None and extension.origin is not None:
         with suppress(OSError):
             torch.ops.load_library(extension.origin)  # type: ignore[no-untyped-call]
-    missing = [name for name in ("nms", "qnms") if not hasattr(torch.ops.torchvision, name)]
-    if not missing:
-        return None
     library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
-    for name in missing:
-        library.define(name + _SCHEMA)  # type: ignore[no-untyped-call]
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            library.define(name + _SCHEMA)  # type: ignore[no-untyped-call]
     return library
 
 

@@ -150,7 +150,7 @@ def test_colour_images_and_rectangles() -> None:
     network = Network(model, ImageShape(3, 8, 12, 5))
     update = {name: torch.randn_like(p) for name, p in network.base.items()}
     encoding = encode(network, update, 20, ProxySettings(), generator=generator())
-    assert encoding.proxies.images.shape == (20, 3, 4, 4)
+    assert encoding.proxies.images.shape == (20, 3, 8, 8)
     assert encoding.explained_variance > 0.05
 
 
@@ -188,7 +188,7 @@ def test_code_round_trip(
 
 def test_side_is_chosen_from_the_input_and_limited_by_it(mlp_update: Case) -> None:
     network, _ = mlp_update
-    assert proxy_side(network, ProxySettings()) == 4
+    assert proxy_side(network, ProxySettings()) == 8
     assert proxy_side(Network(network.model, ImageShape(1, 28, 28, 10)), ProxySettings()) == 10
     assert proxy_side(network, ProxySettings(size=7)) == 7
     with pytest.raises(SettingError, match="at most the input's side, 8"):
