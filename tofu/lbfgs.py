@@ -5,32 +5,23 @@ where its BLAS starts threads beside other clients' (benchmark `codec`).
 """
 
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
 HISTORY = 40
 _SUFFICIENT = 1e-4
-_SMALLEST_STEP = 1e-8
+TRIES = 12
+"""Shortest steps are between 2^-12 and 10^-12 of the first."""
 
 
-class Stop(Exception):  # noqa: N818 - not an error
-    """Raised by the objective to end the minimisation."""
-
-
-def minimise(objective: Callable[[Tensor], tuple[float, Tensor]], start: Tensor) -> None:
-    """Minimise from `start` until the objective raises `Stop` or no step helps.
+def lbfgs(objective: Callable[[Tensor], tuple[float, Tensor]], start: Tensor) -> Iterator[None]:
+    """Minimise from `start`, yielding after each step; ends when no step helps.
 
     Args:
         objective: flat float64 vector -> (value, gradient). It keeps the best point itself.
         start: float64 vector; not changed.
     """
-    with suppress(Stop):
-        _minimise(objective, start)
-
-
-def _minimise(objective: Callable[[Tensor], tuple[float, Tensor]], start: Tensor) -> None:
     point = start.clone()
     value, gradient = objective(point)
     memory: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=HISTORY)
@@ -44,19 +35,20 @@ def _minimise(objective: Callable[[Tensor], tuple[float, Tensor]], start: Tensor
         if slope == 0:
             return
         step = 1.0 if memory else 1 / float(gradient.norm())
-        while True:
+        for _ in range(TRIES):
             new_value, new_gradient = objective(point + step * direction)
             if new_value <= value + _SUFFICIENT * step * slope:
                 break
             parabola = -slope * step / (2 * (new_value - value - slope * step))
             step *= min(0.5, max(0.1, parabola))
-            if step < _SMALLEST_STEP:
-                return
+        else:
+            return
         moved, turned = step * direction, new_gradient - gradient
         curvature = float(moved @ turned)
         if curvature > 1e-10 * float(turned @ turned):
             memory.append((moved, turned, 1 / curvature))
         point, value, gradient = point + moved, new_value, new_gradient
+        yield
 
 
 def _direction(gradient: Tensor, memory: "deque[tuple[Tensor, Tensor, float]]") -> Tensor:

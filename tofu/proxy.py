@@ -25,6 +25,7 @@ differentiating twice and works with layers that have no second derivative (fuse
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tofu.errors import PayloadError, SettingError
-from tofu.lbfgs import Stop, minimise
+from tofu.lbfgs import lbfgs
 from tofu.network import Network
 from tofu.quantise import BITS, RowCode, bfloat16_bytes, bfloat16_from
 from tofu.smooth import SmoothTwin
@@ -48,9 +49,19 @@ LABEL_UNIT = 0.05
 STALL = 10
 """Evaluations over which the explained variance must gain `tolerance`, or the encoder stops."""
 
+STEEP, FLAT = 4.0, 0.1
+"""Steepness of the twin. The steep twin is like the network: right for updates that are nearly gradients, as early in
+training. The flat one is nearly linear: easier to steer towards updates that are mostly noise and old residuals, as in
+later rounds (benchmark `codec`)."""
+
+TRIAL, NEARLY_GRADIENT = 12, 0.35
+"""An update of which the steep twin explains this share after so many evaluations is left to it, others to the flat."""
+
+MAX_STEEPNESS = 1000.0
+
 ADAM_STEP = 0.1
 
-SMALLEST_SIDE = 8
+SMALLEST_SIDE = 7
 """Below this a proxy's labels and scales would outweigh its pixels, and an encode would take many proxies."""
 
 ENOUGH = 16
@@ -66,28 +77,28 @@ class ProxySettings:
 
     Attributes:
         smooth: differentiate the smooth twin in place of the network.
-        steepness: of the twin's activations.
+        steepness: of the twin's activations; 0 chooses between `STEEP` and `FLAT` for each update.
         batch_statistics: the twin's BatchNorm uses the proxies' own statistics.
         labels: "free" (unconstrained, solved for) or "simplex" (probabilities, with cross-entropy and image weights).
         scale: "tensor" (one least-squares scale per parameter tensor) or "one".
         size: side of the square proxies in pixels, upsampled to the network's input; 0 chooses one.
         bits: bits of a pixel and of a label: 2, 3, 4, 5, 6, 8, 16, or 32 for float32.
         optimiser: "lbfgs" or "adam".
-        evaluations: at most so many evaluations of the objective and its gradient.
+        evaluations: of the objective and its gradient; the last line search may take a few more.
         tolerance: stop early when the last 10 evaluations together gained less explained variance; 0 never stops.
         warm_start: begin from the proxies of the client's last round rather than from noise.
         solve_labels: evaluations spent on solving for the free labels again after the pixels were rounded.
     """
 
     smooth: bool = True
-    steepness: float = 4.0
+    steepness: float = 0.0
     batch_statistics: bool = True
     labels: str = "free"
     scale: str = "tensor"
     size: int = 0
     bits: int = 8
     optimiser: str = "lbfgs"
-    evaluations: int = 50
+    evaluations: int = 60
     tolerance: float = 0.002
     warm_start: bool = True
     solve_labels: int = 8
@@ -101,7 +112,7 @@ class ProxySettings:
         check(self.scale in ("tensor", "one"), "scale", "tensor or one")
         check(self.optimiser in ("lbfgs", "adam"), "optimiser", "lbfgs or adam")
         check(self.bits in BITS, "bits", f"one of {', '.join(map(str, BITS))}")
-        check(0 < self.steepness <= 1000, "steepness", "a number above 0, at most 1000")
+        check(0 <= self.steepness <= MAX_STEEPNESS, "steepness", f"0 (chooses) to {MAX_STEEPNESS:g}")
         check(self.size == 0 or 2 <= self.size <= 1024, "size", "0 (automatic) or 2 to 1024 pixels")
         check(self.evaluations >= 1, "evaluations", "at least 1")
         check(self.tolerance >= 0, "tolerance", "0 or more")
@@ -142,12 +153,14 @@ class ProxyData:
         labels: float32 [n, classes]; free, or probabilities in simplex mode.
         weights: float32 [n] weight of each image in simplex mode, else None.
         scales: float32 [number of parameter tensors], or [1].
+        steepness: of the twin's activations.
     """
 
     images: Tensor
     labels: Tensor
     weights: Tensor | None
     scales: Tensor
+    steepness: float = STEEP
 
 
 @dataclass(frozen=True)
@@ -174,19 +187,19 @@ def proxy_side(network: Network, settings: ProxySettings) -> int:
 
 
 def automatic_sides(network: Network) -> list[int]:
-    """Sides to choose from, largest first: from 1/2 to 5/14 of the input's side (14 to 10 for 28), but 8 at least.
+    """Sides to choose from, largest first: from 1/2 to 1/4 of the input's side (14 to 7 for 28), but 7 at least.
 
     At equal bytes the benchmark `codec` finds these alike as long as there are some `ENOUGH` proxies; fewer and larger
     ones take less time.
     """
     side = min(network.shape.height, network.shape.width)
-    least = min(side, max(SMALLEST_SIDE, round(side * 5 / 14)))
+    least = min(side, max(SMALLEST_SIDE, round(side / 4)))
     return list(range(max(least, side // 2), least - 1, -1))
 
 
 @dataclass(frozen=True)
 class ProxyCode:
-    """Proxies <-> bytes: images, labels, weights (simplex mode only), scales, in this order without padding."""
+    """Proxies <-> bytes: images, labels, weights (simplex mode only), steepness, scales, in this order, no padding."""
 
     count: int
     channels: int
@@ -214,12 +227,12 @@ class ProxyCode:
     @property
     def nbytes(self) -> int:
         weights = 2 * self.count if self.weighted else 0
-        return self._images.nbytes + self._labels.nbytes + weights + 2 * self.tensors
+        return self._images.nbytes + self._labels.nbytes + weights + 2 + 2 * self.tensors
 
     def write(self, proxies: ProxyData) -> bytes:
         weights = bfloat16_bytes(proxies.weights) if proxies.weights is not None else b""
         images, labels = self._images.write(proxies.images), self._labels.write(proxies.labels)
-        return images + labels + weights + bfloat16_bytes(proxies.scales)
+        return images + labels + weights + bfloat16_bytes(torch.tensor([proxies.steepness, *proxies.scales]))
 
     def read(self, data: bytes) -> ProxyData:
         """Raises PayloadError when the length or a value cannot be right."""
@@ -233,7 +246,10 @@ class ProxyCode:
         if self.weighted:  # rounding may leave the simplex
             labels = labels.clamp_min(0) / labels.clamp_min(0).sum(1, keepdim=True).clamp_min(1e-6)
         weights = bfloat16_from(data[b:c], "proxy weights") if self.weighted else None
-        return ProxyData(images, labels, weights, bfloat16_from(data[c:], "scales"))
+        steepness, *scales = bfloat16_from(data[c:], "scales").tolist()
+        if not 0 < steepness <= MAX_STEEPNESS:
+            raise PayloadError(f"steepness {steepness:g}, expected above 0 and at most {MAX_STEEPNESS:g}")
+        return ProxyData(images, labels, weights, torch.tensor(scales), steepness)
 
     def rounded_images(self, data: bytes) -> Tensor:
         return self._images.read(data, "proxy images").view(self.count, self.channels, self.side, self.side)
@@ -246,7 +262,7 @@ class ProxyCode:
 def proxy_loss(network: Network, weights: Weights, proxies: ProxyData, settings: ProxySettings) -> Tensor:
     """L(p; W), whose gradient in W the proxies stand for."""
     if settings.smooth:
-        with SmoothTwin(steepness=settings.steepness, batch_statistics=settings.batch_statistics):
+        with SmoothTwin(steepness=proxies.steepness, batch_statistics=settings.batch_statistics):
             logits = network.logits(weights, proxies.images)
     else:
         logits = network.logits(weights, proxies.images)
@@ -296,13 +312,14 @@ def encode(
         return _finish(objective, code, _noise(code, generator), settings)
     begin = start if start is not None and settings.warm_start and _fits(start, code) else _noise(code, generator)
     free = settings.labels == "free"
-    variables = _Variables(begin, free=free)
-    proxies = _search(objective, variables, settings.optimiser, settings.evaluations, settings.tolerance)
+    proxies = _search(objective, begin, settings)
     proxies = dataclasses.replace(proxies, images=code.round_images(proxies.images))
     if free and settings.solve_labels:
         # Variable projection: with the rounded pixels fixed, G is linear in the labels, so solve for them once more.
         labels = _Variables(proxies, free=True, only_labels=True)
-        proxies = _search(objective, labels, "lbfgs", settings.solve_labels, 0.0)
+        solve = _Search(objective, labels, "lbfgs", tolerance=0.0)
+        solve.run(settings.solve_labels)
+        proxies = solve.proxies
     return _finish(objective, code, proxies, settings)
 
 
@@ -400,53 +417,72 @@ class _Variables:
         rest = leaves if self._only_labels else leaves[1:]
         images = self._begin.images if self._only_labels else leaves[0]
         labels = rest[0] * LABEL_UNIT if self._free else rest[0].softmax(1)
-        return ProxyData(images, labels, None if self._free else rest[1], self._begin.scales)
+        return dataclasses.replace(self._begin, images=images, labels=labels, weights=None if self._free else rest[1])
 
     def unpack(self, vector: Tensor) -> ProxyData:
         return self.proxies([leaf.detach() for leaf in self.leaves(vector)])
 
 
-class _Watch:
-    """The objective on flat vectors. It remembers the best point, and stops when the budget is spent or it stalls."""
+class _Search:
+    """One descent over the proxies' variables, that can be taken up again where it was left.
 
-    def __init__(self, objective: _Objective, variables: _Variables, evaluations: int, tolerance: float) -> None:
-        self._objective, self._variables = objective, variables
-        self._evaluations, self._tolerance = evaluations, tolerance
+    Attributes:
+        least: the objective's least value so far.
+    """
+
+    def __init__(self, objective: _Objective, variables: _Variables, optimiser: str, tolerance: float) -> None:
+        self._objective, self._variables, self._tolerance = objective, variables, tolerance
         self._history: list[float] = []
-        self.best = variables.vector
+        self._best = variables.vector
+        self._steps = lbfgs(self._evaluate, self._best) if optimiser == "lbfgs" else _adam(self._evaluate, self._best)
+        self.least = math.inf
 
-    def __call__(self, vector: Tensor) -> tuple[float, Tensor]:
-        if len(self._history) >= self._evaluations:
-            raise Stop
+    def run(self, evaluations: int) -> None:
+        """Go on until some `evaluations` were made in all, or the explained variance stalls, or no step helps."""
+        past = self._history
+        for _ in self._steps:
+            stalled = len(past) > STALL and past[-1 - STALL] - past[-1] < self._tolerance
+            if stalled or len(past) >= evaluations:
+                return
+
+    @property
+    def proxies(self) -> ProxyData:
+        """The best proxies so far."""
+        return self._variables.unpack(self._best)
+
+    def _evaluate(self, vector: Tensor) -> tuple[float, Tensor]:
         leaves = self._variables.leaves(vector)
         value, grads = self._objective(leaves, self._variables.proxies(leaves))
         if not math.isfinite(value):
             value = UNUSABLE
-        least = self._history[-1] if self._history else math.inf
-        if value < least:
-            self.best = vector.clone()
-        self._history.append(min(value, least))
-        if len(self._history) > STALL and self._history[-1 - STALL] - self._history[-1] < self._tolerance:
-            raise Stop
+        if value < self.least:
+            self.least, self._best = value, vector.clone()
+        self._history.append(self.least)
         return value, torch.cat([g.flatten() for g in grads]).double()
 
 
-def _search(
-    objective: _Objective, variables: _Variables, optimiser: str, evaluations: int, tolerance: float
-) -> ProxyData:
-    watch = _Watch(objective, variables, evaluations, tolerance)
-    if optimiser == "lbfgs":
-        minimise(watch, variables.vector)
-    else:
-        _adam(watch, variables.vector.clone().requires_grad_(), evaluations)
-    return variables.unpack(watch.best)
+def _search(objective: _Objective, begin: ProxyData, settings: ProxySettings) -> ProxyData:
+    """From `begin` to proxies near the update. With the steepness open, a trial of the steep twin decides it."""
+
+    def start(steepness: float) -> _Search:
+        variables = _Variables(dataclasses.replace(begin, steepness=steepness), free=begin.weights is None)
+        return _Search(objective, variables, settings.optimiser, settings.tolerance)
+
+    left = settings.evaluations
+    search = start(settings.steepness or STEEP)
+    if settings.smooth and not settings.steepness and settings.evaluations > TRIAL:
+        search.run(TRIAL)
+        if 1 - search.least < NEARLY_GRADIENT:
+            left -= TRIAL
+            search = start(FLAT)
+    search.run(left)
+    return search.proxies
 
 
-def _adam(watch: _Watch, vector: Tensor, evaluations: int) -> None:
+def _adam(objective: Callable[[Tensor], tuple[float, Tensor]], start: Tensor) -> Iterator[None]:
+    vector = start.clone().requires_grad_()
     optimiser = torch.optim.Adam([vector], lr=ADAM_STEP)
-    try:
-        for _ in range(evaluations):
-            _, vector.grad = watch(vector.detach())
-            optimiser.step()
-    except Stop:
-        pass
+    while True:
+        _, vector.grad = objective(vector.detach())
+        optimiser.step()
+        yield

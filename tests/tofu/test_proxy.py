@@ -11,6 +11,8 @@ from tofu.data import ImageShape
 from tofu.errors import PayloadError, SettingError
 from tofu.network import Network
 from tofu.proxy import (
+    FLAT,
+    STEEP,
     ProxyCode,
     ProxyData,
     ProxySettings,
@@ -137,6 +139,18 @@ def test_early_stop_spends_fewer_evaluations(mlp_update: Case) -> None:
     assert hasty.explained_variance > patient.explained_variance - 0.1
 
 
+def test_choosing_the_steepness_costs_little_against_knowing_it(mlp_update: Case) -> None:
+    network, update = mlp_update
+    noise = {name: torch.randn(value.shape, generator=generator()) for name, value in update.items()}
+    for target in (update, noise):
+        explained = [
+            encode(network, target, 16, ProxySettings(steepness=s), generator=generator()).explained_variance
+            for s in (0.0, STEEP, FLAT)
+        ]
+        assert explained[0] > max(explained) - 0.05
+    assert explained[2] > 1.2 * explained[1]  # noise: the flat twin follows it further
+
+
 def test_a_zero_update_decodes_to_zero(mlp_update: Case) -> None:
     network, update = mlp_update
     zero = {name: torch.zeros_like(value) for name, value in update.items()}
@@ -150,7 +164,7 @@ def test_colour_images_and_rectangles() -> None:
     network = Network(model, ImageShape(3, 8, 12, 5))
     update = {name: torch.randn_like(p) for name, p in network.base.items()}
     encoding = encode(network, update, 20, ProxySettings(), generator=generator())
-    assert encoding.proxies.images.shape == (20, 3, 8, 8)
+    assert encoding.proxies.images.shape == (20, 3, 7, 7)
     assert encoding.explained_variance > 0.05
 
 
@@ -188,8 +202,8 @@ def test_code_round_trip(
 
 def test_side_is_chosen_from_the_input_and_limited_by_it(mlp_update: Case) -> None:
     network, _ = mlp_update
-    assert proxy_side(network, ProxySettings()) == 8
-    assert proxy_side(Network(network.model, ImageShape(1, 28, 28, 10)), ProxySettings()) == 10
+    assert proxy_side(network, ProxySettings()) == 7
+    assert proxy_side(Network(network.model, ImageShape(1, 28, 28, 10)), ProxySettings()) == 7
     assert proxy_side(network, ProxySettings(size=7)) == 7
     with pytest.raises(SettingError, match="at most the input's side, 8"):
         proxy_side(network, ProxySettings(size=9))
@@ -197,7 +211,7 @@ def test_side_is_chosen_from_the_input_and_limited_by_it(mlp_update: Case) -> No
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("labels", "soft"), ("scale", "row"), ("bits", 7), ("steepness", 0.0), ("evaluations", 0), ("optimiser", "sgd"),
+    [("labels", "soft"), ("scale", "row"), ("bits", 7), ("steepness", -1.0), ("evaluations", 0), ("optimiser", "sgd"),
      ("tolerance", -1.0), ("size", 1), ("solve_labels", -1)],
 )  # fmt: skip
 def test_settings_are_checked(field: str, value: object) -> None:
