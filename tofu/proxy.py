@@ -50,9 +50,9 @@ STALL = 10
 """Evaluations over which the explained variance must gain `tolerance`, or the encoder stops."""
 
 STEEP, FLAT = 4.0, 0.1
-"""Steepness of the twin. The steep twin is like the network: right for updates that are nearly gradients, as early in
-training. The flat one is nearly linear: easier to steer towards updates that are mostly noise and old residuals, as in
-later rounds (benchmark `codec`)."""
+"""Steepness of the twin. The steep twin is like the network, and right for updates that are nearly gradients, as early
+in training. The flat one is nearly linear, and explains more of what later rounds send, updates of a trained network
+with residuals (benchmark `codec`)."""
 
 TRIAL, NEARLY_GRADIENT = 12, 0.35
 """An update of which the steep twin explains this share after so many evaluations is left to it, others to the flat."""

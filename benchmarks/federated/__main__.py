@@ -25,10 +25,10 @@ COMMON: dict[str, Any] = {
     "local_epochs": 1,
     "batch_size": 32,
     "lr": 0.05,
-    "final_lr": 0.1,
-    "weight_average": 0.7,
+    "weight_average": 0.5,
 }
-PROXY: dict[str, Any] = {"ratio": 390.0, "bits": 4, "warm_start": False, "error_feedback": 0.9}
+PROXY: dict[str, Any] = {"ratio": 390.0, "bits": 4, "warm_start": False}
+"""390 is of payloads; with Flower's envelope around each, the uplink is about 200 times less than FedAvg's."""
 METHODS: dict[str, dict[str, Any]] = {
     "FedAvg": {"schedule": "full"},
     "proxy rounds only": {"schedule": "proxy"} | PROXY,
@@ -72,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=find_data("mnist", "ylecun/mnist"))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--train-images", type=int, default=0, help="fewer training images; 0 is all 60,000")
     parser.add_argument("--runs", default="runs/benchmark-federated", help="folder for the runs")
     options = parser.parse_args()

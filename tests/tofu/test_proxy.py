@@ -141,14 +141,11 @@ def test_early_stop_spends_fewer_evaluations(mlp_update: Case) -> None:
 
 def test_choosing_the_steepness_costs_little_against_knowing_it(mlp_update: Case) -> None:
     network, update = mlp_update
-    noise = {name: torch.randn(value.shape, generator=generator()) for name, value in update.items()}
-    for target in (update, noise):
-        explained = [
-            encode(network, target, 16, ProxySettings(steepness=s), generator=generator()).explained_variance
-            for s in (0.0, STEEP, FLAT)
-        ]
-        assert explained[0] > max(explained) - 0.05
-    assert explained[2] > 1.2 * explained[1]  # noise: the flat twin follows it further
+    explained = [
+        encode(network, update, 6, ProxySettings(steepness=s), generator=generator()).explained_variance
+        for s in (0.0, STEEP, FLAT)
+    ]
+    assert explained[0] > max(explained) - 0.05
 
 
 def test_a_zero_update_decodes_to_zero(mlp_update: Case) -> None:
