@@ -55,7 +55,8 @@ in training. The flat one is nearly linear, and explains more of what later roun
 with residuals (benchmark `codec`)."""
 
 TRIAL, NEARLY_GRADIENT = 12, 0.35
-"""An update of which the steep twin explains this share after so many evaluations is left to it, others to the flat."""
+"""An update of which the steep twin explains this share after so many evaluations is left to it, others to the flat.
+With fewer than three times as many evaluations in all, there is no trial."""
 
 MAX_STEEPNESS = 1000.0
 
@@ -468,15 +469,15 @@ def _search(objective: _Objective, begin: ProxyData, settings: ProxySettings) ->
         variables = _Variables(dataclasses.replace(begin, steepness=steepness), free=begin.weights is None)
         return _Search(objective, variables, settings.optimiser, settings.tolerance)
 
-    left = settings.evaluations
-    search = start(settings.steepness or STEEP)
-    if settings.smooth and not settings.steepness and settings.evaluations > TRIAL:
-        search.run(TRIAL)
-        if 1 - search.least < NEARLY_GRADIENT:
-            left -= TRIAL
-            search = start(FLAT)
-    search.run(left)
-    return search.proxies
+    steep = start(settings.steepness or STEEP)
+    if settings.smooth and not settings.steepness and settings.evaluations >= 3 * TRIAL:
+        steep.run(TRIAL)
+        if 1 - steep.least < NEARLY_GRADIENT:
+            flat = start(FLAT)
+            flat.run(settings.evaluations - TRIAL)
+            return min(steep, flat, key=lambda search: search.least).proxies
+    steep.run(settings.evaluations)
+    return steep.proxies
 
 
 def _adam(objective: Callable[[Tensor], tuple[float, Tensor]], start: Tensor) -> Iterator[None]:

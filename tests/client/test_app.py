@@ -1,0 +1,166 @@
+"""The client's handlers, called as Flower calls them, with real messages."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from PIL import Image
+
+from client.app import app, client_data, train_round
+from tofu.compression.proxy import Proxy
+from tofu.data import ImageShape, LabelledImages
+from tofu.errors import DataError, PayloadError
+from tofu.messages import FIELD, RECORD, TrainReply, TrainRequest
+from tofu.models import build_model
+from tofu.network import Network
+from tofu.payload import HEADER_BYTES, WEIGHTS, Payload, float32_bytes, read_payload
+from tofu.settings import Settings
+from tofu.weights import cosine, fingerprint, layout_of, weights_of
+
+SHAPE = ImageShape(1, 8, 8, 10)
+SETTINGS = Settings.of({"model": "mlp", "clients": 2, "ratio": 40.0, "evaluations": 15, "lr": 0.1})
+
+
+def context(**node_config: str | int) -> Context:
+    return Context(1, 2, dict(node_config), RecordDict(), SETTINGS.to_config())
+
+
+@pytest.fixture(autouse=True)
+def identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower's Message asks which task it is made in."""
+    for name in ("run_id", "node_id", "task_id"):
+        monkeypatch.setattr(TaskIdentity, f"_{name}", 1)
+
+
+def request(kind: str = "proxy", round_: int = 1, acknowledged: int = -1, *, seed: int = 0) -> TrainRequest:
+    model = build_model("mlp", SHAPE, seed=seed)
+    weights = weights_of(model)
+    payload = Payload(WEIGHTS, round_, fingerprint(weights), float32_bytes(weights, layout_of(model)))
+    return TrainRequest(kind, acknowledged, SHAPE, payload.to_bytes())
+
+
+def decoded(reply: TrainReply, kind: str, round_: int) -> dict[str, torch.Tensor]:
+    """What the server makes of a reply to `request()`."""
+    network = Network(build_model("mlp", SHAPE, seed=0).eval(), SHAPE)
+    compressor = SETTINGS.make_compressor(kind, network)
+    base = fingerprint(weights_of(network.model))
+    payload = read_payload(reply.payload, codec=compressor.code, round_=round_, fingerprint=base, max_bytes=10**7)
+    return compressor.decompress(network, payload.body)
+
+
+def write_images(folder: Path, data: LabelledImages, classes: list[int]) -> None:
+    for label in classes:
+        (folder / str(label)).mkdir(parents=True)
+        rows = (data.labels == label).nonzero().flatten()[:8]
+        for i, row in enumerate(rows):
+            Image.fromarray(data.images[row, 0].numpy()).save(folder / str(label) / f"{i}.png")
+
+
+def test_a_proxy_reply_decodes_to_about_the_update_and_a_full_one_to_it() -> None:
+    proxy = train_round(request(), 1, SETTINGS, context(**{"partition-id": 0}))
+    full = train_round(request("full"), 1, SETTINGS, context(**{"partition-id": 0}))
+    approximate, exact = decoded(proxy, "proxy", 1), decoded(full, "full", 1)
+    assert cosine(exact, approximate) == pytest.approx(proxy.cosine, abs=1e-3)
+    assert proxy.cosine > 0.6
+    assert full.cosine == pytest.approx(1)
+    layout = layout_of(build_model("mlp", SHAPE))
+    assert len(full.payload) == HEADER_BYTES + layout.float32_bytes
+    assert len(proxy.payload) <= layout.float32_bytes / 40
+
+
+def test_error_feedback_sends_later_what_was_lost() -> None:
+    """Two rounds at the same weights: what both decode to is nearer to twice the update than two fresh replies are."""
+    ctx = context(**{"partition-id": 0})
+    first = decoded(train_round(request(), 1, SETTINGS, ctx), "proxy", 1)
+    second = decoded(train_round(request("full", 2, acknowledged=1), 2, SETTINGS, ctx), "full", 2)
+    fresh = context(**{"partition-id": 0})
+    exact_first = decoded(train_round(request("full"), 1, SETTINGS, fresh), "full", 1)
+    exact_second = decoded(train_round(request("full", 2), 2, SETTINGS, context(**{"partition-id": 0})), "full", 2)
+    for name in first:
+        assert torch.allclose(first[name] + second[name], exact_first[name] + exact_second[name], atol=1e-5)
+
+
+def test_a_reply_that_the_server_never_got_is_sent_again() -> None:
+    ctx = context(**{"partition-id": 0})
+    lost = train_round(request(), 1, SETTINGS, ctx)
+    again = decoded(train_round(request("full", 2, acknowledged=-1), 2, SETTINGS, ctx), "full", 2)
+    assert lost.payload
+    exact_first = decoded(train_round(request("full"), 1, SETTINGS, context(**{"partition-id": 0})), "full", 1)
+    exact_second = decoded(train_round(request("full", 2), 2, SETTINGS, context(**{"partition-id": 0})), "full", 2)
+    for name in again:
+        assert torch.allclose(again[name], exact_first[name] + exact_second[name], atol=1e-5)
+
+
+def test_the_same_round_twice_is_the_same_reply_and_another_client_another() -> None:
+    replies = [train_round(request(), 1, SETTINGS, context(**{"partition-id": k})).payload for k in (0, 0, 1)]
+    assert replies[0] == replies[1] != replies[2]
+
+
+def test_weights_of_another_model_or_round_are_refused() -> None:
+    good = request()
+    ctx = context(**{"partition-id": 0})
+    with pytest.raises(PayloadError, match="belongs to round 1, expected 2"):
+        train_round(good, 2, SETTINGS, ctx)
+    other = Settings.of(SETTINGS.to_config() | {"model": "cnn"})
+    with pytest.raises(PayloadError, match=r"this model takes|expected 22 to"):
+        train_round(good, 1, other, ctx)
+    swapped = TrainRequest("proxy", -1, SHAPE, good.payload[:10] + bytes(8) + good.payload[18:])
+    with pytest.raises(DataError, match="fingerprint"):
+        train_round(swapped, 1, SETTINGS, ctx)
+    assert not ctx.state.array_records  # nothing was kept of a round that failed
+
+
+def test_a_real_client_trains_on_its_own_folder(tmp_path: Path, digits: LabelledImages) -> None:
+    write_images(tmp_path / "own", digits, list(range(10)))
+    reply = train_round(request(), 1, SETTINGS, context(data=str(tmp_path / "own")))
+    assert reply.examples == 80
+
+
+def test_class_names_number_the_labels_of_a_folder_that_lacks_some(tmp_path: Path, digits: LabelledImages) -> None:
+    write_images(tmp_path / "own", digits, [3, 7])
+    settings = Settings.of(SETTINGS.to_config() | {"class-names": "0,1,2,3,4,5,6,7,8,9"})
+    data = client_data(settings, context(data=str(tmp_path / "own")))
+    assert sorted(set(data.labels.tolist())) == [3, 7]
+
+
+def test_data_that_does_not_fit_is_refused(tmp_path: Path, digits: LabelledImages) -> None:
+    write_images(tmp_path / "own", digits, list(range(10)))
+    wide = TrainRequest("proxy", -1, ImageShape(1, 8, 9, 10), request().payload)
+    few = TrainRequest("proxy", -1, ImageShape(1, 8, 8, 3), request().payload)
+    for bad in (wide, few):
+        with pytest.raises((DataError, PayloadError)):
+            train_round(bad, 1, SETTINGS, context(data=str(tmp_path / "own")))
+    with pytest.raises(DataError, match=r"neither data .* nor partition-id"):
+        client_data(SETTINGS, context())
+
+
+def test_errors_travel_as_one_line_and_garbage_is_an_error_reply() -> None:
+    for content in (RecordDict(), RecordDict({RECORD: ConfigRecord({FIELD: b"garbage"})})):
+        message = Message(content, 2, "train", group_id="1")
+        message.metadata.__dict__["_message_id"] = "1"
+        reply = app(message, context(**{"partition-id": 0}))
+        assert reply.has_error()
+        assert "request has" in str(reply.error.reason)
+        assert "\n" not in str(reply.error.reason)
+
+
+def test_hello_names_the_client_and_counts_its_images() -> None:
+    message = Message(RecordDict(), 2, "query", group_id="1")
+    message.metadata.__dict__["_message_id"] = "1"
+    record = app(message, context(**{"partition-id": 1})).content.config_records[RECORD]
+    assert record["client"] == "1"
+    assert isinstance(record["examples"], int)
+    assert 0 < record["examples"] < 1437
+
+
+def test_warm_start_uses_the_last_proxies() -> None:
+    ctx = context(**{"partition-id": 0})
+    train_round(request(), 1, SETTINGS, ctx)
+    network = Network(build_model("mlp", SHAPE, seed=0).eval(), SHAPE)
+    compressor = SETTINGS.make_compressor("proxy", network)
+    assert isinstance(compressor, Proxy)
+    memory = ctx.state.config_records["tofu.numbers"]["memory"]
+    assert isinstance(memory, bytes)
+    assert compressor._remembered(memory) is not None
