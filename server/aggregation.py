@@ -5,6 +5,8 @@ rounded to a multiple of 2^-34 and added as a 64-bit integer: such sums are exac
 the memory is that of one model however many clients there are. The rounding is far below float32's own.
 """
 
+import math
+
 from torch import Tensor
 
 from tofu.errors import PayloadError
@@ -32,8 +34,10 @@ class RunningMean:
         Raises:
             PayloadError: the numbers are not finite or so large that they could overflow the sum. Nothing is added.
         """
-        largest = max(float(value.abs().max()) if value.numel() else 0.0 for value in update.values()) * examples
-        if not self._largest + largest < _LIMIT:  # also catches NaN
+        sizes = [float(value.abs().max()) * examples for value in update.values() if value.numel()]
+        largest = max(sizes, default=0.0)
+        # Python's max may pass over a NaN, so look at each.
+        if not all(map(math.isfinite, sizes)) or not self._largest + largest < _LIMIT:
             raise PayloadError(f"update times its {examples} examples reaches {largest:.3g}, more than can be added")
         self._largest += largest
         self.examples += examples

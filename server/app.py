@@ -15,12 +15,14 @@ from server.local import run_in_process
 from server.progress import Progress, SilentProgress, make_progress
 from server.report import write_report
 from server.run_folder import RunFolder
+from server.schedule import Schedule
 from server.strategy import Federation, RoundResult
-from tofu.data import FederatedData, open_data
+from tofu.data import FederatedData, LabelledImages, open_data
 from tofu.errors import TofuError
 from tofu.models import build_model
 from tofu.network import Network
 from tofu.settings import Settings
+from tofu.units import printable
 from tofu.weights import weights_sha256
 
 app = ServerApp()
@@ -28,12 +30,12 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Entry point of `flwr run`; an error that a user can act on ends the run with one line and no success."""
+    """Entry point of `flwr run`; an error that a user can act on ends the run as failed, with one line on stderr."""
     try:
         serve(grid, Settings.of(context.run_config), make_progress(sys.stderr, quiet=False))
     except TofuError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        raise  # Flower takes any other end, SystemExit too, for success
 
 
 def serve(grid: Grid, settings: Settings, progress: Progress) -> dict[str, object]:
@@ -48,11 +50,13 @@ def serve(grid: Grid, settings: Settings, progress: Progress) -> dict[str, objec
     data = open_run_data(settings)
     model = build_model(settings.model, data.shape, norm=settings.norm, seed=settings.seed)
     network = Network(model.eval(), data.shape)
-    settings.make_compressor("proxy", network)  # an unusable ratio ends the run before anything is written
+    test = data.test()
+    for kind in Schedule.of(settings).kinds:
+        settings.make_compressor(kind, network)  # an unusable ratio ends the run before anything is written
     folder = RunFolder(settings)
     ledger = Ledger(folder.add_message)
-    federation = Federation(grid, network, data.test(), settings, ledger, progress)
-    samples = Samples(data)
+    federation = Federation(grid, network, test, settings, ledger, progress)
+    samples = Samples(data, test)
     progress.start(settings.rounds, settings.clients, f"{settings.model} on {settings.dataset}")
     try:
         start = federation.evaluate()
@@ -163,8 +167,7 @@ def finite(value: float) -> float | None:
 class Samples:
     """Pictures for the report: some real images, and the proxies that one client sent in the first and last rounds."""
 
-    def __init__(self, data: FederatedData) -> None:
-        test = data.test()
+    def __init__(self, data: FederatedData, test: LabelledImages) -> None:
         self.arrays: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]] = {
             "real": test.images[:16].numpy(),
             "real_caption": np.array("held-out images of the same kind"),
@@ -176,7 +179,7 @@ class Samples:
         """Keep this round's proxies, beside those of the first round that had any."""
         if result.proxies is None:
             return
-        if not self._rounds and result.shown.isdigit() and int(result.shown) < self._data.clients:
+        if not self._rounds and result.shown.isdecimal() and int(result.shown) < self._data.clients:
             self.arrays["real"] = self._data.client(int(result.shown)).images[:16].numpy()
             self.arrays["real_caption"] = np.array(
                 f"images of client {result.shown} (known here because one dataset was dealt to all clients)"

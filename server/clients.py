@@ -12,6 +12,8 @@ from tofu.errors import RunError
 from tofu.messages import RECORD
 
 _POLL_SECONDS = (0.005, 1.0)
+_GRACE_SECONDS = 30.0
+"""How long to wait for other clients where all that are connected cannot take part."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Clients:
     def __init__(self, grid: Grid, ledger: Ledger, note: Callable[[str], None]) -> None:
         self._grid, self._ledger, self._note = grid, ledger, note
         self._known: dict[int, Client | None] = {}
+        self._declined: dict[int, str] = {}
 
     def connected(self, *, least: int, timeout: float, round_: int) -> list[Client]:
         """The clients connected now, in the order of their names; waits until there are `least`.
@@ -36,7 +39,8 @@ class Clients:
         Raises:
             RunError: fewer than `least` after `timeout` seconds.
         """
-        end = time.monotonic() + timeout
+        start = time.monotonic()
+        end = start + timeout
         while True:
             nodes = sorted(self._grid.get_node_ids())
             self._introduce([node for node in nodes if node not in self._known], end, round_)
@@ -49,9 +53,13 @@ class Clients:
                     found[client.name] = client
             if len(found) >= least:
                 return sorted(found.values(), key=lambda client: _order(client.name))
-            if time.monotonic() >= end:
-                raise RunError(f"round {round_}: {len(found)} clients connected after {timeout:g} s, "
-                               f"min-clients is {least}")  # fmt: skip
+            declined = [self._declined[node] for node in nodes if node in self._declined]
+            hopeless = declined and not found and time.monotonic() >= start + _GRACE_SECONDS
+            if time.monotonic() >= end or hopeless:
+                waited = time.monotonic() - start
+                reasons = f" ({'; '.join(sorted(set(declined)))})" if declined else ""
+                raise RunError(f"round {round_}: {len(found)} clients connected after {waited:.0f} s, "
+                               f"min-clients is {least}{reasons}")  # fmt: skip
             time.sleep(min(1.0, max(0.0, end - time.monotonic())))
 
     def _introduce(self, nodes: list[int], end: float, round_: int) -> None:
@@ -60,14 +68,13 @@ class Clients:
         ttl = max(1.0, end - time.monotonic())
         messages = [Message(RecordDict(), node, "query", group_id=str(round_), ttl=ttl) for node in nodes]
         for node, reply in exchange(self._grid, messages, end):
-            self._known[node] = None  # do not ask again; a node that cannot say who it is takes no part
             if reply.has_error():
-                self._note(f"node {node} cannot take part: {reply.error.reason}")
+                self._decline(node, reply.error.reason or "error without a reason", reply)
                 continue
             record = reply.content.config_records.get(RECORD)
             name, examples = (record.get("client"), record.get("examples")) if record is not None else (None, None)
             if not isinstance(name, str) or not 0 < len(name) <= 100 or not isinstance(examples, int) or examples < 1:
-                self._note(f"node {node} cannot take part: its introduction is not valid")
+                self._decline(node, "its introduction is not valid", reply)
                 continue
             self._known[node] = Client(node, name, examples)
             self._ledger.add(reply, round_=round_, kind="hello", direction="uplink", client=name)
@@ -75,6 +82,13 @@ class Clients:
             client = self._known.get(message.metadata.dst_node_id)
             if client is not None:
                 self._ledger.add(message, round_=round_, kind="hello", direction="downlink", client=client.name)
+
+    def _decline(self, node: int, reason: str, reply: Message) -> None:
+        """Note why a node takes no part. It is not asked again, unless the error is not its own but the network's."""
+        self._note(f"node {node} cannot take part: {reason}")
+        self._declined[node] = reason
+        if reply.metadata.src_node_id == node:
+            self._known[node] = None
 
 
 def exchange(grid: Grid, messages: list[Message], end: float) -> Iterator[tuple[int, Message]]:
@@ -101,4 +115,4 @@ def exchange(grid: Grid, messages: list[Message], end: float) -> Iterator[tuple[
 
 def _order(name: str) -> tuple[int, str]:
     """Partitions by number, other names after them by letter."""
-    return (int(name), "") if name.isdigit() else (2**63, name)
+    return (int(name), "") if name.isdecimal() else (2**63, name)

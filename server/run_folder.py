@@ -30,11 +30,10 @@ class RunFolder:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.path = Path(settings.run_folder) if settings.run_folder else _fresh(settings)
+        self.path = Path(settings.run_folder) if settings.run_folder else fresh_folder(settings)
+        check_new(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if any(self.path.iterdir()):
-                raise SettingError("run-folder", str(self.path), "a new or empty folder")
         except OSError as error:
             raise SettingError("run-folder", str(self.path), f"a folder that can be made ({error.strerror})") from error
         self._replace("config.json", lambda f: f.write(_json(settings.to_config(), indent=1)))
@@ -68,6 +67,12 @@ class RunFolder:
         replace_file(self.path / name, write)
 
 
+def check_new(path: Path) -> None:
+    """Raises SettingError where `path` is a file or a folder with something in it."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise SettingError("run-folder", str(path), "a new or empty folder")
+
+
 def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Replace a file whole: write beside it, flush to disk, rename."""
     temporary = path.with_name(f".{path.name}.part")
@@ -91,7 +96,8 @@ def _plain(value: Any) -> object:
     return value.item() if hasattr(value, "item") else str(value)
 
 
-def _fresh(settings: Settings) -> Path:
+def fresh_folder(settings: Settings) -> Path:
+    """A folder under runs/ that does not exist yet, named after the time and the settings."""
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     name = Path("runs") / f"{stamp}-{settings.model.rpartition(':')[2]}-{settings.schedule}"
     path, n = name, 2

@@ -30,6 +30,13 @@ class Schedule:
         switch = settings.switch_round or settings.rounds - max(1, settings.rounds // 10) + 1
         return Schedule(settings.schedule, switch, settings.plateau_patience, settings.plateau_gain)
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of round that can occur."""
+        if self.name == "full" or (self.name == "switch" and self.switch_round == 1):
+            return ("full",)
+        return ("proxy",) if self.name == "proxy" else ("proxy", "full")
+
     def kind(self, round_: int, accuracies: Sequence[float]) -> str:
         """The kind of a round, counted from 1.
 

@@ -76,7 +76,7 @@ class Federation:
         self._clients = Clients(grid, ledger, progress.note)
         self._schedule = Schedule.of(settings)
         self._optimiser = ServerOptimiser(network.model, settings)
-        self._compressors = {kind: settings.make_compressor(kind, network) for kind in ("proxy", "full")}
+        self._compressors = {kind: settings.make_compressor(kind, network) for kind in self._schedule.kinds}
         self._acknowledged: dict[str, int] = {}
         self._averaged = copy.deepcopy(network.model) if settings.weight_average else network.model
         self.accuracies: list[float] = []

@@ -163,20 +163,21 @@ def demo(*, config: ConfigFile = None, quiet: Quiet = False, overrides: dict[str
     Without options: ten clients, LeNet-5, the digits that come with scikit-learn.
     """
     from server.report import write_report
-    from server.run_folder import add_baseline
+    from server.run_folder import add_baseline, check_new, fresh_folder
     from tofu.units import human_bytes
 
     tofu = _settings(config, DEMO | overrides)
-    fedavg = dataclasses.replace(
-        tofu, schedule="full", run_folder=f"{tofu.run_folder}-fedavg" if tofu.run_folder else ""
-    )
+    folder = tofu.run_folder or str(fresh_folder(tofu))
+    tofu = dataclasses.replace(tofu, run_folder=folder)
+    fedavg = dataclasses.replace(tofu, schedule="full", run_folder=f"{folder}-fedavg")
+    for settings in (tofu, fedavg):
+        check_new(Path(settings.run_folder))
     print(f"1 of 2: FedAvg, {fedavg.clients} clients, full updates", file=sys.stderr)
     baseline = _run(fedavg, quiet=quiet)
     print("2 of 2: TOFU, proxies in place of updates", file=sys.stderr)
     summary = _run(tofu, quiet=quiet)
-    folder = Path(str(summary["run"]))
-    add_baseline(folder, Path(str(baseline["run"])))
-    page = write_report(folder)
+    add_baseline(Path(folder), Path(str(baseline["run"])))
+    page = write_report(Path(folder))
     print(f"\n{'':<22}{'test accuracy':>14}{'uplink':>12}{'against FedAvg':>16}")
     for name, result in (("FedAvg", baseline), ("TOFU (proxy images)", summary)):
         accuracy, uplink, ratio = result["final_accuracy"], result["uplink_bytes"], result["uplink_ratio"]

@@ -9,9 +9,10 @@ class TofuError(Exception):
 
 
 class SettingError(TofuError):
-    """A setting that cannot be used: names the field, its value and what would be accepted."""
+    """A setting that cannot be used: names the field as the user writes it, its value and what would be accepted."""
 
     def __init__(self, field: str, value: object, accepted: str) -> None:
+        field = field.replace("_", "-")
         super().__init__(f"{field}={value!r} is not usable: expected {accepted}")
         self.field = field
         self.value = value

@@ -212,5 +212,5 @@ def test_side_is_chosen_from_the_input_and_limited_by_it(mlp_update: Case) -> No
      ("tolerance", -1.0), ("size", 1), ("solve_labels", -1)],
 )  # fmt: skip
 def test_settings_are_checked(field: str, value: object) -> None:
-    with pytest.raises(SettingError, match=f"{field}="):
+    with pytest.raises(SettingError, match=f"{field.replace('_', '-')}="):
         ProxySettings(**{field: value})  # type: ignore[arg-type]

@@ -1,0 +1,658 @@
+"""Whole federations in one process: what a run leaves behind, that it repeats and learns, and what faults do to it."""
+
+import dataclasses
+import json
+import re
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from client import app as honest
+from client.training import LocalTraining, train_locally
+from server.app import app as server_app
+from server.app import open_run_data, serve_in_process
+from server.evaluation import evaluate
+from server.local import run_in_process
+from tofu.cli import main
+from tofu.errors import RunError
+from tofu.messages import FIELD, RECORD, TrainReply
+from tofu.models import build_model
+from tofu.network import Network
+from tofu.payload import HEADER_BYTES, Payload, read_payload
+from tofu.proxy import ProxyCode, ProxyData
+from tofu.seeding import derive_generator
+from tofu.settings import Settings
+from tofu.weights import Weights, layout_of, load_weights, weights_of, weights_sha256
+
+Row = dict[str, Any]
+Fault = Callable[[Message, Message], Message]
+"""From a request and the honest reply to it, the reply that is sent."""
+
+TINY: Row = {"model": "mlp", "clients": 4, "rounds": 3, "evaluations": 3, "ratio": 50.0}
+QUICK: Row = {"model": "mlp", "clients": 3, "lr": 0.1, "local_epochs": 2, "batch_size": 16}
+FILES = ("config.json", "metrics.jsonl", "ledger.jsonl", "summary.json", "weights.safetensors", "report.html")
+
+
+def settings_of(folder: Path, **settings: object) -> Settings:
+    return Settings.of(TINY | settings | {"run_folder": str(folder)})
+
+
+def federate(folder: Path, app: ClientApp = honest.app, **settings: object) -> Row:
+    """Run a federation into a folder; the summary."""
+    return serve_in_process(app, settings_of(folder, **settings))
+
+
+def rows(folder: Path, name: str = "metrics") -> list[Row]:
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def saved_weights(folder: Path, model: torch.nn.Module) -> Weights:
+    """The weights that a run left, in the model's order."""
+    saved = safetensors.torch.load_file(folder / "weights.safetensors")
+    assert saved.keys() == weights_of(model).keys()
+    return {name: saved[name] for name in weights_of(model)}
+
+
+def fresh_model(settings: Settings) -> torch.nn.Module:
+    return build_model(settings.model, open_run_data(settings).shape, norm=settings.norm, seed=settings.seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class CommandRun:
+    """A run of the command line in a process of its own."""
+
+    folder: Path
+    process: "subprocess.CompletedProcess[str]"
+
+    @property
+    def summary(self) -> Row:
+        return json.loads(self.process.stdout)  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def command_run(tmp_path_factory: pytest.TempPathFactory) -> CommandRun:
+    """`tofu run --json` with the settings of `TINY`."""
+    here = tmp_path_factory.mktemp("command")
+    options = [f"--{name}={value}" for name, value in TINY.items()]
+    command = [sys.executable, "-m", "tofu.cli", "run", "--json", *options, f"--run-folder={here / 'run'}"]
+    process = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=120, check=False)
+    assert process.returncode == 0, process.stderr
+    return CommandRun(here / "run", process)
+
+
+# What a run leaves behind
+
+
+def test_json_prints_one_object_and_nothing_else(command_run: CommandRun) -> None:
+    summary = command_run.summary
+    assert command_run.process.stdout.count("\n") == 1
+    assert command_run.process.stderr == ""
+    assert summary["run"] == str(command_run.folder)
+    assert summary["rounds"] == 3
+    assert 0 <= summary["final_accuracy"] <= 1
+    assert re.fullmatch("[0-9a-f]{64}", summary["weights_sha256"])
+    for name in ("uplink_bytes", "downlink_bytes", "fedavg_uplink_bytes"):
+        assert type(summary[name]) is int
+        assert summary[name] > 0
+    assert summary["uplink_ratio"] == pytest.approx(summary["fedavg_uplink_bytes"] / summary["uplink_bytes"])
+    assert json.loads((command_run.folder / "summary.json").read_text()) == summary
+
+
+def test_the_folder_holds_the_documented_files(command_run: CommandRun) -> None:
+    found = {path.name for path in command_run.folder.iterdir()}
+    assert set(FILES) <= found
+    assert not {name for name in found if name.startswith(".")}  # nothing half-written
+    config = json.loads((command_run.folder / "config.json").read_text())
+    assert Settings.of(config) == settings_of(command_run.folder)
+    assert "mlp" in (command_run.folder / "report.html").read_text()
+
+
+def test_the_ledger_adds_up_to_the_totals(command_run: CommandRun) -> None:
+    summary, ledger, metrics = command_run.summary, rows(command_run.folder, "ledger"), rows(command_run.folder)
+    assert [row["round"] for row in metrics] == [0, 1, 2, 3]
+    for direction in ("uplink", "downlink"):
+        sizes = [row["bytes"] for row in ledger if row["direction"] == direction]
+        assert sum(sizes) == summary[f"{direction}_bytes"] == sum(row[f"{direction}_bytes"] for row in metrics)
+        names = Counter((row["round"], row["kind"], row["client"]) for row in ledger if row["direction"] == direction)
+        hello = {(1, "hello", name): 1 for name in "0123"}
+        assert names == hello | {(round_, "proxy", name): 1 for round_ in (1, 2, 3) for name in "0123"}
+    assert summary["fedavg_uplink_bytes"] == sum(row["fedavg_uplink_bytes"] for row in metrics)
+    payloads = [row["payload_bytes"] for row in ledger if row["direction"] == "uplink" and row["kind"] == "proxy"]
+    assert summary["payload_ratio"] == pytest.approx(
+        12 * layout_of(fresh_model(settings_of(command_run.folder))).float32_bytes / sum(payloads)
+    )
+    assert summary["payload_ratio"] >= TINY["ratio"]
+
+
+def test_the_fedavg_figure_is_what_fedavg_really_sends(command_run: CommandRun, tmp_path: Path) -> None:
+    fedavg = federate(tmp_path / "full", schedule="full")
+    assert fedavg["uplink_bytes"] == fedavg["fedavg_uplink_bytes"] == command_run.summary["fedavg_uplink_bytes"]
+    assert fedavg["uplink_ratio"] == 1
+    assert fedavg["downlink_bytes"] == command_run.summary["downlink_bytes"]
+
+
+def test_the_saved_weights_are_those_of_the_summary(command_run: CommandRun) -> None:
+    settings = settings_of(command_run.folder)
+    model = fresh_model(settings)
+    saved = saved_weights(command_run.folder, model)
+    assert weights_sha256(saved) == command_run.summary["weights_sha256"]
+    assert weights_sha256(weights_of(model)) != command_run.summary["weights_sha256"]
+    load_weights(model, saved)
+    accuracy = evaluate(model, open_run_data(settings).test()).accuracy
+    assert accuracy == command_run.summary["final_accuracy"] == rows(command_run.folder)[-1]["accuracy"]
+
+
+# Determinism
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_the_same_run_gives_the_same_weights_to_the_bit(command_run: CommandRun, tmp_path: Path, workers: int) -> None:
+    again = federate(tmp_path / "run", workers=workers)
+    assert again["weights_sha256"] == command_run.summary["weights_sha256"]
+    assert {name: again[name] for name in again if name not in ("run", "seconds")} == {
+        name: value for name, value in command_run.summary.items() if name not in ("run", "seconds")
+    }
+
+
+def test_another_seed_gives_another_run(command_run: CommandRun, tmp_path: Path) -> None:
+    other = federate(tmp_path / "run", seed=1)
+    assert other["weights_sha256"] != command_run.summary["weights_sha256"]
+    assert rows(tmp_path / "run")[0]["loss"] != rows(command_run.folder)[0]["loss"]
+
+
+# Learning
+
+
+def test_full_rounds_learn(tmp_path: Path) -> None:
+    summary = federate(tmp_path / "run", **QUICK, schedule="full", rounds=3)
+    assert summary["final_accuracy"] > 0.7  # ten classes: chance is 0.1
+    assert rows(tmp_path / "run")[0]["accuracy"] < 0.3
+
+
+def test_proxy_rounds_learn(tmp_path: Path) -> None:
+    summary = federate(tmp_path / "run", **QUICK, rounds=5, evaluations=Settings().evaluations)
+    assert summary["final_accuracy"] > 0.5
+    assert summary["uplink_bytes"] * 20 < summary["fedavg_uplink_bytes"]
+    assert all(row["explained_variance"] > 0 for row in rows(tmp_path / "run")[1:])
+
+
+def plain_loop(settings: Settings, lost: tuple[int, int] | None) -> Weights:
+    """Federated averaging without any framework: train each client from the same weights, average by images.
+
+    The reply of a (round, client) that is lost is not averaged; the client adds what it held to its next update.
+    """
+    data, model = open_run_data(settings), fresh_model(settings)
+    weights = weights_of(model)
+    owed: dict[int, Weights] = {}
+    for round_ in range(1, settings.rounds + 1):
+        total: Weights = {name: torch.zeros(()) for name in weights}
+        images = 0
+        for client in range(settings.clients):
+            load_weights(model, weights)
+            own = data.client(client)
+            generator = derive_generator(settings.seed, round_, str(client), "train")
+            train_locally(model, own, LocalTraining(1, 32, settings.lr), generator=generator)
+            before = owed.pop(client, {})
+            update = {name: new - weights[name] + before.get(name, 0) for name, new in weights_of(model).items()}
+            if (round_, client) == lost:
+                owed[client] = update
+            else:
+                total = {name: total[name] + len(own) * value for name, value in update.items()}
+                images += len(own)
+        weights = {name: value + total[name] / images for name, value in weights.items()}
+    return weights
+
+
+@pytest.mark.parametrize("lost", [None, (2, 1)])
+def test_full_rounds_are_federated_averaging(tmp_path: Path, lost: tuple[int, int] | None) -> None:
+    settings = settings_of(tmp_path / "run", schedule="full", clients=3)
+    app = faulty(error, names=str(lost[1]), rounds=(lost[0],)) if lost else honest.app
+    serve_in_process(app, settings)
+    expected = plain_loop(settings, lost)
+    for name, value in saved_weights(tmp_path / "run", fresh_model(settings)).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+
+
+# Schedules
+
+
+def kinds(folder: Path) -> list[str]:
+    return [row["kind"] for row in rows(folder)[1:]]
+
+
+def test_switch_changes_the_kind_of_the_messages(tmp_path: Path) -> None:
+    federate(tmp_path / "run", schedule="switch", switch_round=2, clients=2)
+    assert kinds(tmp_path / "run") == ["proxy", "full", "full"]
+    full = HEADER_BYTES + layout_of(fresh_model(settings_of(tmp_path / "run"))).float32_bytes
+    for row in rows(tmp_path / "run", "ledger"):
+        if row["direction"] == "uplink" and row["kind"] != "hello":
+            assert row["kind"] == ("proxy" if row["round"] == 1 else "full")
+            assert (row["payload_bytes"] == full) == (row["round"] > 1)
+    assert [row["explained_variance"] is None for row in rows(tmp_path / "run")[1:]] == [False, True, True]
+
+
+def test_switch_by_default_makes_the_last_tenth_full(tmp_path: Path) -> None:
+    federate(tmp_path / "run", schedule="switch", clients=2, rounds=2)
+    assert kinds(tmp_path / "run") == ["proxy", "full"]
+
+
+@pytest.mark.parametrize(
+    ("patience", "expected"), [(1, ["proxy", "full", "full"]), (2, ["proxy", "proxy", "full"]), (3, ["proxy"] * 3)]
+)
+def test_plateau_switches_after_its_patience(tmp_path: Path, patience: int, expected: list[str]) -> None:
+    """No round gains what is asked for, so each one counts against the patience."""
+    federate(tmp_path / "run", clients=2, schedule="plateau", plateau_patience=patience, plateau_gain=0.99)
+    assert kinds(tmp_path / "run") == expected
+
+
+def test_plateau_does_not_switch_while_accuracy_gains(tmp_path: Path) -> None:
+    """Full updates in rounds that may be proxy rounds: they learn in every round."""
+    settings = QUICK | {"compressor": "full", "partition": "iid", "lr": 0.02, "local_epochs": 1}
+    federate(tmp_path / "run", **settings, schedule="plateau", plateau_patience=1, plateau_gain=0.01)
+    assert kinds(tmp_path / "run") == ["proxy", "proxy", "proxy"]
+
+
+# The server
+
+
+def step_of(folder: Path, **settings: object) -> Weights:
+    """What full rounds with these settings add to the initial weights."""
+    given: Row = {"schedule": "full", "clients": 2, "rounds": 1} | settings
+    federate(folder, **given)
+    model = fresh_model(settings_of(folder, **given))
+    start = weights_of(model)
+    return {name: value - start[name] for name, value in saved_weights(folder, model).items()}
+
+
+def test_what_the_server_does_with_the_average_follows_its_formula(tmp_path: Path) -> None:
+    plain, twice = step_of(tmp_path / "plain"), step_of(tmp_path / "twice", rounds=2)
+    half = step_of(tmp_path / "half", server_lr=0.5)
+    adam = step_of(tmp_path / "adam", server_optimiser="adam", server_lr=0.01)
+    momentum = step_of(tmp_path / "momentum", server_optimiser="momentum", server_momentum=0.75, rounds=2)
+    average = step_of(tmp_path / "average", weight_average=0.75, rounds=2)
+    for name, step in plain.items():
+        for found, expected in (
+            (half[name], step / 2),
+            (adam[name], 0.01 * step / (step.abs() + 1e-3)),
+            # The second round starts from the same weights in both, so it differs by the momentum alone.
+            (momentum[name], twice[name] + 0.75 * step),
+            (average[name], (step + twice[name]) / 2),
+        ):
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-6)
+
+
+@pytest.mark.parametrize("optimiser", [{"server_optimiser": "momentum", "server_momentum": 0.5},
+                                       {"server_optimiser": "adam", "server_lr": 0.01}])  # fmt: skip
+def test_server_optimisers_learn(tmp_path: Path, optimiser: Row) -> None:
+    summary = federate(tmp_path / "run", **QUICK, **optimiser, schedule="full", rounds=3)
+    assert summary["final_accuracy"] > 0.5
+
+
+def test_a_fraction_of_the_clients_is_asked(tmp_path: Path) -> None:
+    first, again = (
+        federate(tmp_path / name, fraction=0.5, rounds=4, schedule="full")["weights_sha256"]
+        for name in ("first", "again")
+    )
+    assert first == again
+    asked = [
+        {row["client"] for row in rows(tmp_path / "first", "ledger") if (row["round"], row["kind"]) == (n, "full")}
+        for n in (1, 2, 3, 4)
+    ]
+    assert [len(names) for names in asked] == [2, 2, 2, 2]
+    assert len({frozenset(names) for names in asked}) > 1
+    assert [row["clients"] for row in rows(tmp_path / "first")] == [0, 2, 2, 2, 2]
+    assert (
+        len({json.loads((tmp_path / n / "summary.json").read_text())["weights_sha256"] for n in ("first", "again")})
+        == 1
+    )
+
+
+def test_min_clients_outweighs_the_fraction(tmp_path: Path) -> None:
+    federate(tmp_path / "run", fraction=0.1, min_clients=3, rounds=1, schedule="full")
+    assert rows(tmp_path / "run")[1]["clients"] == 3
+
+
+# Faults: client 2 of four goes wrong in round 2 of three
+
+
+def faulty(fault: Fault, *, names: Iterable[str] = ("2",), rounds: Iterable[int] = (2,)) -> ClientApp:
+    """The real client app, but what some clients reply in some rounds is a fault's."""
+    app = ClientApp()
+    app.query()(honest.hello)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        reply = honest.train(message, context)
+        wrong = honest.client_name(context) in names and int(message.metadata.group_id) in rounds
+        return fault(message, reply) if wrong else reply
+
+    return app
+
+
+def content(message: Message) -> bytes:
+    value = message.content.config_records[RECORD][FIELD]
+    assert isinstance(value, bytes)
+    return value
+
+
+def saying(request: Message, data: bytes) -> Message:
+    return Message(RecordDict({RECORD: ConfigRecord({FIELD: data})}), reply_to=request)
+
+
+def raising(request: Message, reply: Message) -> Message:
+    raise ZeroDivisionError("nothing to divide by")
+
+
+def error(request: Message, reply: Message) -> Message:
+    return Message(Error(code=0, reason="the disk is full\nand the printer burns"), reply_to=request)
+
+
+def nothing(request: Message, reply: Message) -> Message:
+    return Message(RecordDict(), reply_to=request)
+
+
+def text(request: Message, reply: Message) -> Message:
+    return Message(RecordDict({RECORD: ConfigRecord({FIELD: "a payload"})}), reply_to=request)
+
+
+def no_message(request: Message, reply: Message) -> Message:
+    return "not even a message"  # type: ignore[return-value]
+
+
+def garbage(data: bytes) -> Fault:
+    return lambda request, reply: saying(request, data)
+
+
+def with_reply(**changes: Any) -> Fault:
+    return lambda request, reply: saying(
+        request, dataclasses.replace(TrainReply.from_bytes(content(reply)), **changes).to_bytes()
+    )
+
+
+def with_payload(change: Callable[[bytes], bytes]) -> Fault:
+    """The honest reply with another payload."""
+
+    def fault(request: Message, reply: Message) -> Message:
+        return with_reply(payload=change(TrainReply.from_bytes(content(reply)).payload))(request, reply)
+
+    return fault
+
+
+def with_header(**changes: Any) -> Fault:
+    """The honest reply with other fields in its payload's header, the checksum fitting."""
+
+    def change(data: bytes) -> bytes:
+        codec = data[5]
+        payload = read_payload(data, codec=codec, round_=2, fingerprint=None, max_bytes=len(data))
+        return dataclasses.replace(payload, **changes).to_bytes()
+
+    return with_payload(change)
+
+
+def with_body(change: Callable[[bytes], bytes]) -> Fault:
+    """The honest reply with another body in its payload, the checksum fitting."""
+
+    def patched(data: bytes) -> bytes:
+        body = change(data[HEADER_BYTES:])
+        return data[: HEADER_BYTES - 4] + struct.pack("<I", zlib.crc32(body)) + body
+
+    return with_payload(patched)
+
+
+def floats(value: float) -> Fault:
+    return with_body(lambda body: struct.pack("<f", value) * (len(body) // 4))
+
+
+FAULTS: dict[str, tuple[str, Fault, str]] = {
+    "exception": ("full", raising, "ZeroDivisionError.*nothing to divide by"),
+    "error": ("full", error, "the disk is full and the printer burns"),
+    "no message": ("full", no_message, "not a Message"),
+    "no record": ("full", nothing, "reply has 0 bytes"),
+    "text": ("full", text, "reply has 0 bytes"),
+    "empty": ("full", garbage(b""), "reply has 0 bytes"),
+    "ones": ("full", garbage(b"\xff" * 99), "not finite"),
+    "words": ("full", garbage(b"no reply at all, " * 9), "reply says [0-9]+ images"),
+    "head only": ("full", with_reply(payload=b""), "payload has 0 bytes"),
+    "truncated": ("full", with_payload(lambda data: data[:-7]), "checksum"),
+    "too long": ("full", with_payload(lambda data: data + b"!"), "payload has [0-9]+ bytes, expected"),
+    "flipped bit": ("full", with_payload(lambda data: data[:-1] + bytes([data[-1] ^ 1])), "checksum"),
+    "short body": ("full", with_body(lambda body: body[:-4]), "float32 body has [0-9]+ bytes"),
+    "nan": ("full", floats(float("nan")), "not finite"),
+    "infinity": ("full", floats(float("-inf")), "not finite"),
+    "huge": ("full", floats(3e38), "more than can be added"),
+    "other weights": ("full", with_header(fingerprint=b"\x07" * 8), "relative to weights 0707"),
+    "other codec": ("full", with_header(codec=2), "codec 2, expected 1"),
+    "old round": ("full", with_header(round=1), "belongs to round 1, expected 2"),
+    "more images": ("full", with_reply(examples=10_000), "reply says 10000 images, the client has [0-9]+"),
+    "no images": ("full", with_reply(examples=0), "0 images"),
+    "nan metric": ("full", with_reply(train_loss=float("nan")), "not finite"),
+    "exception in a proxy round": ("proxy", raising, "nothing to divide by"),
+    "truncated proxies": ("proxy", with_payload(lambda data: data[:-7]), "checksum"),
+    "short proxies": ("proxy", with_body(lambda body: body[:-7]), "bytes"),
+    "other proxies": ("proxy", with_body(lambda body: bytes([body[0] ^ 1]) + body[1:]), "flags"),
+    "full in a proxy round": ("proxy", with_header(codec=1), "codec 1, expected 2"),
+}
+
+
+@pytest.fixture(scope="module")
+def without_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """By schedule, the weights (SHA-256) of a run in which client 2's reply of round 2 is lost."""
+    folder = tmp_path_factory.mktemp("lost")
+    return {
+        schedule: federate(folder / schedule, faulty(error), schedule=schedule)["weights_sha256"]
+        for schedule in ("full", "proxy")
+    }
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_bad_reply_is_left_out_and_named(name: str, tmp_path: Path, without_two: dict[str, str]) -> None:
+    schedule, fault, reason = FAULTS[name]
+    summary = federate(tmp_path / "run", faulty(fault), schedule=schedule)
+    metrics = rows(tmp_path / "run")
+    assert [row["clients"] for row in metrics] == [0, 4, 3, 4]
+    assert [len(row["failures"]) for row in metrics] == [0, 0, 1, 0]
+    (failure,) = metrics[2]["failures"]
+    assert failure["client"] == "2"
+    assert re.search(reason, failure["reason"])
+    assert "\n" not in failure["reason"]
+    # Nothing of the reply got into the model: the weights are those of a run that lost it.
+    assert summary["weights_sha256"] == without_two[schedule]
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_lost_reply_matters(without_two: dict[str, str], command_run: CommandRun) -> None:
+    """Otherwise the comparison of the weights above would say nothing."""
+    assert without_two["proxy"] != command_run.summary["weights_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("renumbered", "reason"), [(False, "belongs to round 1, expected 2"), (True, "relative to weights")]
+)
+def test_a_replayed_payload_is_refused(tmp_path: Path, renumbered: bool, reason: str) -> None:
+    """Client 2 sends its payload of round 1 again in round 2, as it is or with the number of round 2."""
+    first: list[TrainReply] = []
+
+    def replay(request: Message, reply: Message) -> Message:
+        if request.metadata.group_id == "1":
+            first.append(TrainReply.from_bytes(content(reply)))
+            return reply
+        old = first[0].payload
+        if renumbered:
+            payload = read_payload(old, codec=old[5], round_=1, fingerprint=None, max_bytes=len(old))
+            old = Payload(payload.codec, 2, payload.fingerprint, payload.body).to_bytes()
+        return saying(request, dataclasses.replace(first[0], payload=old).to_bytes())
+
+    federate(tmp_path / "run", faulty(replay, rounds=(1, 2)), rounds=2)
+    metrics = rows(tmp_path / "run")
+    assert [row["clients"] for row in metrics] == [0, 4, 3]
+    (failure,) = metrics[2]["failures"]
+    assert failure["client"] == "2"
+    assert reason in failure["reason"]
+
+
+def test_proxies_that_decode_to_nan_are_refused(tmp_path: Path) -> None:
+    """Every number sent is finite, but two labels add up to infinity, which a scale of 0 turns into NaN."""
+    given: Row = {"schedule": "proxy", "bits": 32, "proxies": 2, "rounds": 2}
+    settings = settings_of(tmp_path / "run", **given)
+    shape = open_run_data(settings).shape
+    network = Network(fresh_model(settings).eval(), shape)
+    code = ProxyCode.of(network, settings.proxy_settings(), 2)
+    labels = torch.zeros(2, shape.classes)
+    labels[:, 0] = 3e38
+    images, scales = torch.zeros(2, code.channels, code.side, code.side), torch.zeros(code.tensors)
+    evil = with_body(lambda body: body[:6] + code.write(ProxyData(images, labels, None, scales)))
+    federate(tmp_path / "run", faulty(evil), **given)
+    assert [row["clients"] for row in rows(tmp_path / "run")] == [0, 4, 3]
+    assert "2" in rows(tmp_path / "run")[2]["failures"][0]["client"]
+
+
+def test_a_round_does_not_wait_for_ever(tmp_path: Path, without_two: dict[str, str]) -> None:
+    """A reply that comes after the timeout does not count, and its client takes part again in the next round."""
+
+    def late(request: Message, reply: Message) -> Message:
+        end = time.monotonic() + 4.5
+        while time.monotonic() < end:  # in steps, so that the thread can be interrupted
+            time.sleep(0.02)
+        return reply
+
+    began = time.monotonic()
+    summary = federate(tmp_path / "run", faulty(late), schedule="full", round_timeout=4.0)
+    assert time.monotonic() - began < 30
+    metrics = rows(tmp_path / "run")
+    assert [row["clients"] for row in metrics] == [0, 4, 3, 4]
+    assert [failure["client"] for failure in metrics[2]["failures"]] == ["2"]
+    assert metrics[2]["failures"][0]["reason"]
+    assert metrics[2]["seconds"] >= 4
+    assert summary["weights_sha256"] == without_two["full"]
+
+
+def test_a_silent_client_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    """It still sleeps when the last round is over, and is interrupted."""
+
+    def never(request: Message, reply: Message) -> Message:
+        while True:
+            time.sleep(0.02)
+
+    began = time.monotonic()
+    federate(tmp_path / "run", faulty(never, rounds=(1,)), schedule="full", rounds=1, round_timeout=3.0)
+    assert time.monotonic() - began < 20
+    assert [row["clients"] for row in rows(tmp_path / "run")] == [0, 3]
+
+
+def test_the_client_whose_proxies_are_shown_may_fail(tmp_path: Path) -> None:
+    federate(tmp_path / "run", faulty(garbage(b"?"), names=("0",), rounds=(1,)), rounds=2)
+    assert [row["clients"] for row in rows(tmp_path / "run")] == [0, 3, 4]
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.mark.parametrize("fault", [raising, garbage(b"?")])
+def test_a_round_that_all_clients_fail_stops_the_run(tmp_path: Path, fault: Fault) -> None:
+    with pytest.raises(RunError, match=r"^round 2: no valid reply from 4 clients"):
+        federate(tmp_path / "run", faulty(fault, names="0123"), schedule="full")
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert not (tmp_path / "run" / "report.html").exists()
+    assert [row["round"] for row in rows(tmp_path / "run")] == [0, 1]
+    # What the first round gave is kept.
+    federate(tmp_path / "one", schedule="full", rounds=1, final_lr=1.0)
+    model = fresh_model(settings_of(tmp_path / "one"))
+    assert weights_sha256(saved_weights(tmp_path / "run", model)) == weights_sha256(
+        saved_weights(tmp_path / "one", model)
+    )
+
+
+def test_the_command_line_fails_where_the_run_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every client's training diverges."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "0")
+    monkeypatch.setenv("FLWR_DISABLE_UPDATE_CHECK", "1")
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["tofu", "run", "--json", "--model", "mlp", "--clients", "2", "--lr", "1e30", "--run-folder", "run"],
+    )
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    out, err = capsys.readouterr()
+    assert exit_.value.code == 2
+    assert out == ""
+    assert err.startswith("error: round 1: no valid reply from 2 clients (local training diverged")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_flower_sees_a_failed_run_fail(tmp_path: Path) -> None:
+    """Its simulation catches `Exception` alone: what is none leaves the run "completed"."""
+    config = settings_of(tmp_path / "run").to_config() | {"ratio": 1e6}
+    with pytest.raises(BaseException, match="ratio") as caught:
+        run_in_process(server_app, honest.app, run_config=config, num_supernodes=4)
+    assert isinstance(caught.value, Exception)
+
+
+# Faults in the introduction, before the first round
+
+
+def introducing(client: str, introduce: Callable[[Message, Message], Message]) -> ClientApp:
+    """The real client app, but one client introduces itself otherwise."""
+    app = ClientApp()
+    app.train()(honest.train)
+
+    @app.query()
+    def hello(message: Message, context: Context) -> Message:
+        reply = honest.hello(message, context)
+        return introduce(message, reply) if honest.client_name(context) == client else reply
+
+    return app
+
+
+def called(name: object, examples: object = 10) -> Fault:
+    def introduce(request: Message, reply: Message) -> Message:
+        record = ConfigRecord({"client": name, "examples": examples})  # type: ignore[dict-item]
+        return Message(RecordDict({RECORD: record}), reply_to=request)
+
+    return introduce
+
+
+@pytest.mark.parametrize(
+    "introduce",
+    [raising, error, nothing, called(7), called(""), called("x" * 1000), called("2", 0), called("2", "many"),
+     called("0")],
+    ids=["exception", "error", "nothing", "number", "nameless", "endless", "no images", "words", "of another"],
+)  # fmt: skip
+def test_a_client_that_cannot_introduce_itself_takes_no_part(tmp_path: Path, introduce: Fault) -> None:
+    federate(tmp_path / "run", introducing("2", introduce), schedule="full", rounds=2)
+    assert [row["clients"] for row in rows(tmp_path / "run")] == [0, 3, 3]
+    senders = {row["client"] for row in rows(tmp_path / "run", "ledger") if row["kind"] == "full"}
+    assert senders == {"0", "1", "3"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["hospital", "\x1b[31mred", "<b>", "../up", "0x1",
+     "²"],
+)  # fmt: skip
+def test_a_client_may_have_any_name(tmp_path: Path, name: str) -> None:
+    federate(tmp_path / "run", introducing("2", called(name, 10_000)), schedule="full", rounds=1)
+    assert [row["clients"] for row in rows(tmp_path / "run")] == [0, 4]
+    assert name in {row["client"] for row in rows(tmp_path / "run", "ledger")}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_no_client_at_all_stops_the_run(tmp_path: Path) -> None:
+    app = introducing("0", error)
+    with pytest.raises(RunError, match="0 clients connected"):
+        federate(tmp_path / "run", app, clients=1, rounds=1, round_timeout=0.5)
+    assert not (tmp_path / "run" / "summary.json").exists()

@@ -1,0 +1,391 @@
+"""The command line: bad input takes one line and leaves nothing behind; plans agree with runs; help; reports."""
+
+import dataclasses
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tofu.cli import main
+from tofu.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+TINY = ("--model=mlp", "--clients=2", "--rounds=2", "--evaluations=2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a command left: exit status, and what it wrote to stdout and stderr."""
+
+    status: object
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The one object on stdout."""
+        assert self.status == 0, self.err
+        assert self.out.count("\n") == 1
+        return json.loads(self.out)  # type: ignore[no-any-return]
+
+
+Tofu = Callable[..., Outcome]
+
+
+@pytest.fixture
+def tofu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Tofu]:
+    """Runs the command line in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "0")
+    monkeypatch.setenv("FLWR_DISABLE_UPDATE_CHECK", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    level = logging.getLogger("flwr").level
+
+    def call(*arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["tofu", *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        return Outcome(exit_.value.code or 0, *capsys.readouterr())
+
+    yield call
+    logging.getLogger("flwr").setLevel(level)
+
+
+def fails(outcome: Outcome, *words: str) -> None:
+    """Checks for one line of error that holds the words."""
+    assert outcome.status == 2
+    assert outcome.out == ""
+    assert outcome.err.startswith("error: ")
+    assert outcome.err.count("\n") == 1
+    assert outcome.err.endswith("\n")
+    for word in words:
+        assert word in outcome.err
+
+
+def pictures(folder: Path, count: int = 6) -> None:
+    """Random grey images of 8x8 pixels."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / f"{i}.png")
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--dataset=nosuch", ("dataset='nosuch'", "digits")),
+        ("--dataset=/no/such/folder", ("dataset='/no/such/folder'",)),
+        ("--dataset=", ("dataset=''",)),
+        ("--model=alexnet", ("model='alexnet'", "lenet5")),
+        ("--model=nowhere:net", ("model='nowhere:net'", "ModuleNotFoundError")),
+        ("--model=json:loads", ("model='json:loads'", "TypeError")),
+        ("--schedule=sometimes", ("schedule='sometimes'", "proxy, full, switch, plateau")),
+        ("--bits=7", ("bits=7", "2, 3, 4, 5, 6, 8, 16, 32")),
+        ("--ratio=1e6", ("ratio=1000000.0", "at most")),
+        ("--ratio=0.5", ("ratio=0.5", "at least 1")),
+        ("--ratio=nan", ("ratio=nan",)),
+        ("--rounds=-1", ("rounds=-1", "at least 1")),
+        ("--rounds=0", ("rounds=0", "at least 1")),
+        ("--rounds=99999999999999999999", ("rounds=99999999999999999999",)),
+        ("--clients=5000", ("clients=5000", "at most")),
+        ("--train-images=5000", ("train_images=5000", "at most")),
+        ("--min-clients=3", ("min-clients=3", "at most clients, 2")),
+        ("--lr=inf", ("lr=inf",)),
+    ],
+)
+def test_a_value_that_cannot_be_used(
+    tofu: Tofu, tmp_path: Path, command: str, option: str, words: tuple[str, ...]
+) -> None:
+    fails(tofu(command, *TINY, "--run-folder=run", option), *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_many_lines_takes_one(tofu: Tofu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_net.py").write_text("def net(**shape): raise RuntimeError('one\\ntwo\\x1b[31m')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    outcome = tofu("run", *TINY, "--model=broken_net:net", "--run-folder=run")
+    fails(outcome, "RuntimeError: one two?[31m")
+    assert [path.name for path in tmp_path.iterdir()] == ["broken_net.py"]
+
+
+def test_data_without_labels(tofu: Tofu, tmp_path: Path) -> None:
+    pictures(tmp_path / "data")
+    fails(tofu("run", *TINY, "--dataset=data", "--run-folder=run"), "data has no labelled images")
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_data_with_a_damaged_image(tofu: Tofu, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        pictures(tmp_path / "data" / name)
+    (tmp_path / "data" / "a" / "0.png").write_bytes(b"no picture")
+    fails(tofu("run", *TINY, "--dataset=data", "--run-folder=run"), "0.png cannot be read as an image")
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_data_with_a_damaged_test_image(tofu: Tofu, tmp_path: Path) -> None:
+    for name in ("train/a", "train/b", "test/a", "test/b"):
+        pictures(tmp_path / "data" / name)
+    (tmp_path / "data" / "test" / "b" / "3.png").write_bytes(b"no picture")
+    fails(tofu("run", *TINY, "--dataset=data", "--run-folder=run"), "3.png cannot be read as an image")
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("round = 3", ("round=3", "a known setting (rounds")),
+        ("rounds = ", ("config='settings.toml'", "a TOML file")),
+        ("rounds = 0", ("rounds=0", "at least 1")),
+        ("rounds = '3'", ("rounds='3'", "a whole number")),
+        ("[training]\nrounds = 3", ("training={'rounds': 3}", "a known setting")),
+        ("tool = 3", ("config='settings.toml'",)),
+    ],
+)
+def test_a_file_that_cannot_be_used(tofu: Tofu, tmp_path: Path, text: str, words: tuple[str, ...]) -> None:
+    (tmp_path / "settings.toml").write_text(text)
+    fails(tofu("run", "--config=settings.toml", "--run-folder=run"), *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["settings.toml"]
+
+
+def test_a_file_that_is_missing(tofu: Tofu, tmp_path: Path) -> None:
+    fails(tofu("run", "--config=settings.toml"), "config='settings.toml'", "No such file")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_folder_that_is_not_empty(tofu: Tofu, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("precious")
+    fails(tofu("run", *TINY, "--run-folder=run"), "run-folder='run'", "a new or empty folder")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below"])
+def test_a_run_folder_that_cannot_be_made(tofu: Tofu, tmp_path: Path, folder: str) -> None:
+    (tmp_path / "file").write_text("precious")
+    fails(tofu("run", *TINY, f"--run-folder={folder}"), f"run-folder='{folder}'", "a folder that can be made")
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_demo_folder_that_is_not_empty(tofu: Tofu, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("precious")
+    outcome = tofu("demo", *TINY, "--quiet", "--run-folder=run")
+    assert outcome.status == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("run", "--rounds=abc"), ("run", "--nosuch=1"), ("run", "--lr"), ("nosuch",), ("report",), ("plan", "extra")],
+)
+def test_usage_errors_have_no_traceback(tofu: Tofu, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    outcome = tofu(*arguments)
+    assert outcome.status == 2
+    assert "─ Error ─" in outcome.err
+    assert "Traceback" not in outcome.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_real_command_fails_in_one_line(tmp_path: Path) -> None:
+    """In a process of its own, where nothing but the command itself could tidy up stderr."""
+    command = [sys.executable, "-m", "tofu.cli", "run", "--model=mlp", "--rounds=0", "--run-folder=run"]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    fails(Outcome(process.returncode, process.stdout, process.stderr), "rounds=0")
+    assert list(tmp_path.iterdir()) == []
+
+
+# Where settings come from
+
+
+def test_options_go_over_the_file_over_the_folders_pyproject_over_the_defaults(tofu: Tofu, tmp_path: Path) -> None:
+    def rounds(*arguments: str) -> int:
+        made = tofu("plan", "--json", "--model=mlp", *arguments).json
+        return int(made["compressed_rounds"])
+
+    (tmp_path / "settings.toml").write_text("rounds = 7\n")
+    assert rounds() == Settings().rounds == 10
+    ours = '[tool.flwr.app.components]\nserverapp = "server.app:app"\n[tool.flwr.app.config]\nrounds = 4\n'
+    (tmp_path / "pyproject.toml").write_text(ours)
+    assert rounds() == 4
+    assert rounds("--rounds=3") == 3
+    assert rounds("--config=settings.toml") == 7
+    assert rounds("--config=settings.toml", "--rounds=3") == 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['[tool.flwr.app.components]\nserverapp = "other:app"\n[tool.flwr.app.config]\nrounds = 4\nnosuch = 1\n',
+     "tool = 1", "tool.flwr = 'x'", "not TOML", ""],
+)  # fmt: skip
+def test_a_pyproject_of_something_else_is_let_be(tofu: Tofu, tmp_path: Path, text: str) -> None:
+    (tmp_path / "pyproject.toml").write_text(text)
+    assert tofu("plan", "--json", "--model=mlp").json["compressed_rounds"] == 10
+
+
+# Plans
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--ratio=50",),
+        ("--ratio=1000",),
+        ("--schedule=switch", "--switch-round=2", "--proxies=8"),
+        ("--schedule=full",),
+        ("--fraction=0.5", "--clients=5", "--bits=4"),
+    ],
+)
+def test_a_plan_agrees_with_the_run(tofu: Tofu, tmp_path: Path, options: tuple[str, ...]) -> None:
+    planned = tofu("plan", "--json", *TINY, *options).json
+    summary = tofu("run", "--json", *TINY, *options, "--run-folder=run").json
+    ledger = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
+    for direction in ("uplink", "downlink"):
+        hello = sum(row["bytes"] for row in ledger if row["direction"] == direction and row["kind"] == "hello")
+        assert hello > 0
+        measured = summary[f"{direction}_bytes"] - hello
+        assert planned[f"{direction}_bytes"] == pytest.approx(measured, rel=0.02)
+        if direction == "uplink":
+            assert planned["fedavg_uplink_bytes"] == pytest.approx(summary["fedavg_uplink_bytes"] - hello, rel=0.02)
+    payloads = [row["payload_bytes"] for row in ledger if row["direction"] == "uplink" and row["kind"] == "proxy"]
+    assert set(payloads) <= {planned["payload_bytes"]}
+    assert bool(payloads) == (planned["compressed_rounds"] > 0)
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert kinds.count("proxy") == planned["compressed_rounds"]
+    assert kinds.count("full") == planned["full_rounds"]
+
+
+def test_a_plan_for_people(tofu: Tofu, tmp_path: Path) -> None:
+    outcome = tofu("plan", *TINY)
+    assert (outcome.status, outcome.err) == (0, "")
+    assert "34,110 parameters" in outcome.out
+    assert "2 compressed, 0 full" in outcome.out
+    assert "uplink of FedAvg" in outcome.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_warns_of_proxies_larger_than_the_update(tofu: Tofu) -> None:
+    outcome = tofu("plan", *TINY, "--proxies=9000")
+    assert outcome.status == 0
+    assert outcome.err.startswith("warning: a payload of ")
+    assert "no smaller than the update" in outcome.err
+    assert outcome.err.count("\n") == 1
+    (warning,) = tofu("plan", "--json", *TINY, "--proxies=9000").json["warnings"]
+    assert outcome.err == f"warning: {warning}\n"
+
+
+# Runs, demos, reports
+
+
+def test_quiet_prints_where_the_report_is(tofu: Tofu, tmp_path: Path) -> None:
+    outcome = tofu("run", *TINY, "--quiet", "--run-folder=run")
+    assert (outcome.status, outcome.out, outcome.err) == (0, "run/report.html\n", "")
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_progress_goes_to_stderr_a_line_a_round(tofu: Tofu) -> None:
+    outcome = tofu("run", *TINY, "--run-folder=run")
+    assert (outcome.status, outcome.out) == (0, "")
+    lines = outcome.err.splitlines()
+    assert lines[0] == "mlp on digits: 2 rounds, 2 clients"
+    assert [line.split()[1] for line in lines[1:3]] == ["1/2", "2/2"]
+    assert lines[3].startswith("done: final accuracy")
+
+
+def test_a_run_without_a_folder_makes_one_of_its_own(tofu: Tofu, tmp_path: Path) -> None:
+    folders = [tofu("run", *TINY, "--schedule=full", "--json").json["run"] for _ in range(2)]
+    assert len(set(folders)) == 2
+    assert sorted(f"runs/{path.name}" for path in (tmp_path / "runs").iterdir()) == sorted(folders)
+    assert all("mlp-full" in folder for folder in folders)
+
+
+def test_demo_compares_two_runs(tofu: Tofu, tmp_path: Path) -> None:
+    outcome = tofu("demo", *TINY, "--quiet", "--run-folder=run")
+    assert outcome.status == 0
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("run-fedavg", "run")]
+    assert summaries[0]["uplink_ratio"] == 1
+    assert summaries[1]["uplink_ratio"] > 20
+    assert summaries[1]["baseline"]["final_accuracy"] == summaries[0]["final_accuracy"]
+    for summary in summaries:
+        assert f"{summary['final_accuracy']:.1%}" in outcome.out
+    assert "report: run/report.html" in outcome.out
+
+
+def test_report_writes_the_page_again(tofu: Tofu, tmp_path: Path) -> None:
+    tofu("run", *TINY, "--quiet", "--run-folder=run")
+    page = tmp_path / "run" / "report.html"
+    before = page.read_text()
+    page.unlink()
+    outcome = tofu("report", "run")
+    assert (outcome.status, outcome.out) == (0, "run/report.html\n")
+    assert page.read_text() == before
+
+
+def test_report_of_what_is_no_run(tofu: Tofu, tmp_path: Path) -> None:
+    fails(tofu("report", "nosuch"), "nosuch")
+    (tmp_path / "empty").mkdir()
+    fails(tofu("report", "empty"), "config.json is missing")
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+# Help
+
+
+def test_help_names_the_commands(tofu: Tofu) -> None:
+    outcome = tofu("--help")
+    assert outcome.status == 0
+    for command in ("run", "plan", "demo", "report"):
+        assert f"│ {command} " in outcome.out
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "demo"])
+def test_help_lists_every_setting_under_its_section(tofu: Tofu, command: str) -> None:
+    outcome = tofu(command, "--help")
+    assert outcome.status == 0
+    panels: dict[str, str] = {}
+    for panel in outcome.out.split("╭─ ")[1:]:
+        title, _, body = panel.partition(" ─")
+        panels[title] = body
+    for field in dataclasses.fields(Settings):
+        assert f"--{field.name.replace('_', '-')} " in panels[field.metadata["section"]], field.name
+
+
+def test_help_tells_defaults_and_choices(tofu: Tofu) -> None:
+    text = " ".join(tofu("run", "--help").out.replace("│", " ").split())
+    for default in ("lenet5", "100.0", "true"):
+        assert f"[default: {default}]" in text
+    for choices in ("(plain, momentum, adam)", "(iid, dirichlet, shards)"):
+        assert choices in text
+    assert "[default: ]" not in text
+
+
+def test_help_runs_quickly(tmp_path: Path) -> None:
+    """It must not import what only a run needs: Flower and its data sets take seconds."""
+    code = (
+        "import sys; sys.argv = ['tofu', 'run', '--help']\n"
+        "from tofu.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "heavy = {'flwr', 'ray', 'datasets', 'flwr_datasets', 'sklearn', 'torchvision', 'pandas'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    began = time.monotonic()
+    process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
+                             env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert "--rounds" in process.stdout
+    assert time.monotonic() - began < 30  # about 2 on an idle core

@@ -1,0 +1,129 @@
+"""The plan's numbers, each against what the codec writes or against plain arithmetic."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tofu.data import ImageShape
+from tofu.errors import SettingError
+from tofu.models import build_model
+from tofu.network import Network
+from tofu.payload import HEADER_BYTES
+from tofu.plan import Plan, make_plan
+from tofu.settings import Settings
+
+SHAPE = ImageShape(1, 8, 8, 10)
+OVERHEAD = 600
+
+
+def network_of(settings: Settings) -> Network:
+    return Network(build_model(settings.model, SHAPE, norm=settings.norm).eval(), SHAPE)
+
+
+def plan(full_rounds: int = 0, **values: object) -> Plan:
+    settings = Settings.of({"model": "mlp"} | values)
+    return make_plan(settings, network_of(settings), full_rounds=full_rounds, message_overhead=OVERHEAD)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"ratio": 10.0},
+        {"proxies": 3, "proxy-size": 8},
+        {"bits": 5},
+        {"codec-mode": "paper"},
+        {"compressor": "full"},
+        {"model": "cnn", "norm": "batch", "ratio": 200.0},
+    ],
+)
+def test_the_payload_is_what_the_codec_writes(values: dict[str, object]) -> None:
+    settings = Settings.of({"model": "mlp", "evaluations": 1} | values)
+    network = network_of(settings)
+    made = make_plan(settings, network, full_rounds=0, message_overhead=OVERHEAD)
+    update = {name: torch.randn(shape) / 100 for name, shape in network.layout.shapes.items()}
+    compressor = settings.make_compressor("proxy", network)
+    body = compressor.compress(network, update, generator=torch.Generator().manual_seed(0)).body
+    assert made.payload_bytes == HEADER_BYTES + len(body)
+
+
+@pytest.mark.parametrize("ratio", [2.0, 17.0, 100.0, 900.0])
+def test_as_many_proxies_as_the_ratio_affords(ratio: float) -> None:
+    made = plan(ratio=ratio)
+    assert made.payload_ratio >= ratio
+    assert plan(ratio=ratio, proxies=made.proxies).payload_bytes == made.payload_bytes
+    assert plan(ratio=ratio, proxies=made.proxies + 1).payload_ratio < ratio
+
+
+def test_a_model_and_its_update() -> None:
+    made = plan()
+    assert made.parameters == 64 * 200 + 200 + 200 * 100 + 100 + 100 * 10 + 10
+    assert made.update_bytes == 4 * made.parameters
+    buffers = plan(model="cnn", norm="batch", ratio=200)
+    # 32 + 64 + 128 channels, each with a running mean and variance, and three batch counters.
+    assert buffers.update_bytes == 4 * (buffers.parameters + 2 * 224 + 3)
+
+
+def test_the_proxies_asked_for() -> None:
+    made = plan(proxies=5, **{"proxy-size": 6})
+    assert (made.proxies, made.proxy_side) == (5, 6)
+
+
+def test_the_run_is_the_sum_of_its_messages() -> None:
+    made = plan(full_rounds=2, rounds=8, clients=5)
+    full = HEADER_BYTES + made.update_bytes + OVERHEAD
+    assert (made.compressed_rounds, made.full_rounds) == (6, 2)
+    assert made.uplink_bytes == 5 * (6 * (made.payload_bytes + OVERHEAD) + 2 * full)
+    assert made.downlink_bytes == made.fedavg_uplink_bytes == 5 * 8 * full
+    assert made.uplink_ratio == pytest.approx(made.fedavg_uplink_bytes / made.uplink_bytes)
+
+
+def test_full_rounds_throughout_are_fedavg() -> None:
+    made = plan(full_rounds=4, rounds=4, schedule="full")
+    assert made.uplink_bytes == made.fedavg_uplink_bytes
+    assert made.uplink_ratio == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "asked"),
+    [({}, 10), ({"fraction": 0.5}, 5), ({"fraction": 0.01}, 1), ({"fraction": 0.2, "min-clients": 4}, 4)],
+)
+def test_only_the_clients_asked_count(values: dict[str, Any], asked: int) -> None:
+    one = plan(clients=1)
+    made = plan(**values)
+    assert made.uplink_bytes == asked * one.uplink_bytes
+    assert made.downlink_bytes == asked * one.downlink_bytes
+    assert made.fedavg_uplink_bytes == asked * one.fedavg_uplink_bytes
+
+
+def test_other_codecs_have_no_proxies() -> None:
+    made = plan(compressor="full")
+    assert (made.proxies, made.proxy_side) == (0, 0)
+    assert made.payload_bytes == HEADER_BYTES + made.update_bytes
+
+
+# Warnings and errors
+
+
+def test_a_usual_plan_has_no_warnings() -> None:
+    assert plan().warnings == ()
+
+
+def test_a_payload_larger_than_the_update_is_warned_of() -> None:
+    (warning,) = plan(proxies=9000).warnings
+    assert "no smaller than the update" in warning
+    assert plan(full_rounds=10, schedule="full", proxies=9000).warnings == ()  # it would not be sent
+
+
+def test_a_message_larger_than_its_payload_is_warned_of() -> None:
+    (warning,) = plan(ratio=1000).warnings
+    assert "Flower's 600 bytes a message outweigh the payload" in warning
+    assert plan(full_rounds=10, schedule="full", ratio=1000).warnings == ()
+
+
+def test_a_ratio_out_of_reach_is_refused_with_the_best_there_is() -> None:
+    with pytest.raises(SettingError, match=r"^ratio=100000\.0 is not usable: expected at most ") as caught:
+        plan(ratio=1e5)
+    best = float(caught.value.accepted.split()[2])
+    assert plan(ratio=best - 0.1).proxies == 1

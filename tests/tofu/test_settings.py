@@ -1,0 +1,274 @@
+"""Settings: one list of names and defaults, and one line about every value that cannot be used."""
+
+import dataclasses
+import itertools
+import math
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tofu.compression.full import Full
+from tofu.compression.proxy import Proxy
+from tofu.data import ImageShape
+from tofu.errors import SettingError
+from tofu.models import build_model
+from tofu.network import Network
+from tofu.settings import Settings, Value, read_toml
+
+ROOT = Path(__file__).parents[2]
+
+
+def another(field: "dataclasses.Field[Any]") -> Value:
+    """A value that a setting may have, not its default."""
+    default, choices = field.default, field.metadata["choices"]
+    assert isinstance(default, Value)
+    if isinstance(default, bool):
+        return not default
+    if choices:
+        return type(default)(next(choice for choice in choices if choice != str(default)))
+    if isinstance(default, str):
+        return "something else"
+    most = field.metadata["most"]
+    return type(default)(default / 2 if most is not None and default + 2 > most else default + 2)
+
+
+OTHERS = {field.name.replace("_", "-"): another(field) for field in dataclasses.fields(Settings)}
+OTHERS |= dict.fromkeys(("momentum", "server-momentum", "weight-average", "error-feedback", "tolerance"), 0.5)
+"""A value for every setting that is not its default."""
+
+# One list of names
+
+
+def test_pyproject_has_the_names_and_defaults_of_settings() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        config = tomllib.load(file)["tool"]["flwr"]["app"]["config"]
+    defaults = Settings().to_config()
+    assert config == defaults
+    assert {name: type(value) for name, value in config.items()} == {
+        name: type(value) for name, value in defaults.items()
+    }
+
+
+def test_read_toml_finds_the_table_in_a_pyproject() -> None:
+    assert Settings.of(read_toml(ROOT / "pyproject.toml")) == Settings()
+
+
+def test_every_setting_has_a_help_and_a_section() -> None:
+    for field in dataclasses.fields(Settings):
+        assert field.metadata["help"], field.name
+        assert field.metadata["section"] in ("Data", "Model", "Training", "Rounds", "Codec", "Server", "Run")
+
+
+# Round trip
+
+
+def test_others_differ_from_every_default() -> None:
+    assert not OTHERS.items() & Settings().to_config().items()
+
+
+@pytest.mark.parametrize("dashed", [True, False])
+def test_what_of_reads_to_config_gives(dashed: bool) -> None:
+    settings = Settings.of({name if dashed else name.replace("-", "_"): value for name, value in OTHERS.items()})
+    assert settings.to_config() == OTHERS
+    assert Settings.of(settings.to_config()) == settings
+
+
+def test_of_nothing_is_the_defaults() -> None:
+    assert Settings.of({}) == Settings()
+
+
+def test_a_whole_number_may_stand_for_a_float() -> None:
+    lr = Settings.of({"lr": 1}).lr
+    assert (lr, type(lr)) == (1.0, float)
+
+
+def test_settings_do_not_change() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Settings().rounds = 5  # type: ignore[misc]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("rounds", "3", "a whole number"), ("rounds", 3.0, "a whole number"), ("rounds", True, "a whole number"),
+        ("rounds", None, "a whole number"), ("rounds", [3], "a whole number"), ("lr", "0.1", "a number"),
+        ("lr", True, "a number"), ("lr", 10**400, "a number"), ("smooth-twin", 1, "true or false"),
+        ("smooth-twin", "yes", "true or false"), ("model", 5, "text"), ("dataset", None, "text"),
+        ("run-folder", Path("x"), "text"),
+    ],
+)  # fmt: skip
+def test_wrong_types_are_refused(name: str, value: object, expected: str) -> None:
+    with pytest.raises(SettingError) as caught:
+        Settings.of({name: value})
+    assert str(caught.value) == f"{name}={value!r} is not usable: expected {expected}"
+
+
+@pytest.mark.parametrize(
+    ("name", "refused", "accepted"),
+    [
+        ("alpha", [0.0, -1.0, math.inf, math.nan], [1e-9, 1e9]),
+        ("shards-per-client", [0, -1], [1]),
+        ("train-images", [-1], [0, 10]),
+        ("clients", [0, -3, 100_001], [1, 100_000]),
+        ("rounds", [0, -1, 100_001], [1, 100_000]),
+        ("local-epochs", [0], [1]),
+        ("batch-size", [0, -8], [1]),
+        ("lr", [0.0, -0.1, math.inf, -math.inf, math.nan], [1e-12, 10.0]),
+        ("final-lr", [0.0, 1.01], [0.001, 1.0]),
+        ("momentum", [-0.1, 1.0, math.nan], [0.0, 0.99]),
+        ("weight-decay", [-1e-9, math.inf], [0.0, 1.0]),
+        ("switch-round", [-1], [0, 10]),
+        ("plateau-patience", [0], [1]),
+        ("plateau-gain", [-0.1], [0.0]),
+        ("ratio", [0.99, 0.0, -5.0, math.inf], [1.0, 1e6]),
+        ("proxies", [-1, 65536], [0, 65535]),
+        ("proxy-size", [-1, 1, 1025], [0, 2, 1024]),
+        ("bits", [0, 1, 7, 64], [2, 8, 32]),
+        ("steepness", [-0.1, 1001.0], [0.5, 1000.0]),
+        ("evaluations", [0], [1]),
+        ("tolerance", [-0.1], [0.0]),
+        ("error-feedback", [-0.1, 1.1], [0.0, 1.0]),
+        ("fraction", [0.0, 1.01], [0.01, 1.0]),
+        ("min-clients", [0], [1, 10]),
+        ("round-timeout", [0.0, math.inf], [0.1]),
+        ("server-lr", [0.0], [0.1]),
+        ("server-momentum", [-0.1, 1.0], [0.0, 0.99]),
+        ("weight-average", [-0.1, 1.0], [0.0, 0.999]),
+        ("seed", [-1, 2**31], [0, 2**31 - 1]),
+        ("threads", [0, 1025], [1]),
+        ("workers", [0, 1025], [1]),
+        ("partition", ["", "IID", "random"], ["iid", "dirichlet", "shards"]),
+        ("norm", ["layer"], ["group", "batch", "none"]),
+        ("schedule", ["proxies"], ["proxy", "full", "switch", "plateau"]),
+        ("compressor", ["zip"], ["proxy", "full"]),
+        ("codec-mode", ["rough"], ["smooth", "paper"]),
+        ("server-optimiser", ["sgd"], ["plain", "momentum", "adam"]),
+    ],
+)
+def test_ranges(name: str, refused: list[object], accepted: list[object]) -> None:
+    for value in accepted:
+        assert Settings.of({name: value}).to_config()[name] == value
+    for value in refused:
+        with pytest.raises(SettingError) as caught:
+            Settings.of({name: value})
+        assert caught.value.field == name
+        assert str(caught.value).startswith(f"{name}={value!r} is not usable: expected ")
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "suggestion"),
+    [("round", "rounds"), ("local_epoch", "local-epochs"), ("evaluation", "evaluations"), ("sede", "seed"),
+     ("proxy_count", "proxy-size"), ("qqq", "see `tofu run --help`")],
+)  # fmt: skip
+def test_an_unknown_name_gets_a_suggestion(name: str, suggestion: str) -> None:
+    with pytest.raises(SettingError, match=f"^{name}=3 is not usable: expected a known setting") as caught:
+        Settings.of({name: 3})
+    assert suggestion in str(caught.value)
+
+
+def test_settings_that_contradict_are_refused() -> None:
+    with pytest.raises(SettingError, match="switch-round=11 is not usable: expected at most rounds, 10"):
+        Settings.of({"schedule": "switch", "switch-round": 11})
+    assert Settings.of({"schedule": "proxy", "switch-round": 11}).switch_round == 11  # it is not used
+    with pytest.raises(SettingError, match="min-clients=11 is not usable: expected at most clients, 10"):
+        Settings.of({"min-clients": 11})
+
+
+# TOML files
+
+
+def toml(folder: Path, text: str | bytes) -> Path:
+    path = folder / "settings.toml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def test_read_toml_reads_a_flat_table(tmp_path: Path) -> None:
+    path = toml(tmp_path, 'rounds = 3\nlocal_epochs = 2\nmodel = "mlp"\nwarm-start = false\n')
+    settings = Settings.of(read_toml(path))
+    assert settings == Settings(rounds=3, local_epochs=2, model="mlp", warm_start=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("rounds = ", "a TOML file"),
+        ("rounds = 3\nrounds = 4", "a TOML file"),
+        (b"model = '\xff\xfe'", "a TOML file"),
+        ("tool = 1", "a TOML file whose tool is a table"),
+        ("[tool]\nflwr = 'x'", "a TOML file whose flwr is a table"),
+        ("[tool.flwr.app]\nconfig = []", "a TOML file whose config is a table"),
+    ],
+)
+def test_read_toml_refuses_what_is_no_table_of_settings(tmp_path: Path, text: str | bytes, words: str) -> None:
+    path = toml(tmp_path, text)
+    with pytest.raises(SettingError) as caught:
+        read_toml(path)
+    assert str(caught.value).startswith(f"config='{path}' is not usable: expected {words}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["missing.toml", "."])
+def test_read_toml_says_which_file_cannot_be_read(tmp_path: Path, name: str) -> None:
+    with pytest.raises(SettingError, match="a readable TOML file"):
+        read_toml(tmp_path / name)
+
+
+def test_a_pyproject_without_our_table_holds_no_settings(tmp_path: Path) -> None:
+    assert read_toml(toml(tmp_path, "[tool.ruff]\nline-length = 120")) == {}
+
+
+# What follows from settings
+
+
+def test_lr_falls_along_half_a_cosine() -> None:
+    settings = Settings.of({"lr": 0.4, "final-lr": 0.1, "rounds": 5})
+    rates = [settings.lr_of(round_) for round_ in range(1, 6)]
+    assert rates[0] == pytest.approx(0.4)
+    assert rates[2] == pytest.approx((0.4 + 0.04) / 2)
+    assert rates[4] == pytest.approx(0.04)
+    assert rates == sorted(rates, reverse=True)
+    steps = [a - b for a, b in itertools.pairwise(rates)]
+    assert steps[0] < steps[1]  # flat at both ends, steep between
+    assert steps[0] == pytest.approx(steps[3])
+    assert steps[1] == pytest.approx(steps[2])
+
+
+def test_lr_stays_by_default_and_in_a_single_round() -> None:
+    assert {Settings(rounds=7).lr_of(round_) for round_ in range(1, 8)} == {0.05}
+    assert Settings.of({"rounds": 1, "final-lr": 0.1}).lr_of(1) == 0.05
+
+
+def test_paper_mode_is_the_published_method_whatever_refines_smooth() -> None:
+    plain = Settings.of({"codec-mode": "paper", "bits": 4, "proxy-size": 6}).proxy_settings()
+    refined = Settings.of(
+        {"codec-mode": "paper", "bits": 4, "proxy-size": 6, "free-labels": True, "steepness": 9.0}
+    ).proxy_settings()
+    assert plain == refined
+    assert (plain.smooth, plain.labels, plain.scale, plain.warm_start) == (False, "simplex", "one", False)
+    assert (plain.bits, plain.size) == (4, 6)
+
+
+def test_smooth_mode_follows_its_settings() -> None:
+    settings = Settings.of({"free-labels": False, "tensor-scales": False, "evaluations": 7, "tolerance": 0})
+    codec = settings.proxy_settings()
+    assert (codec.labels, codec.scale, codec.evaluations, codec.tolerance) == ("simplex", "one", 7, 0.0)
+    assert Settings().proxy_settings().batch_statistics
+    assert not Settings.of({"smooth-twin": False}).proxy_settings().batch_statistics  # it is the twin's
+
+
+def test_the_compressor_follows_from_the_kind_of_the_round() -> None:
+    shape = ImageShape(1, 8, 8, 10)
+    network = Network(build_model("mlp", shape).eval(), shape)
+    settings = Settings.of({"proxies": 5, "model": "mlp"})
+    proxy = settings.make_compressor("proxy", network)
+    assert isinstance(proxy, Proxy)
+    assert proxy.count == 5
+    assert isinstance(settings.make_compressor("full", network), Full)
+    assert isinstance(Settings.of({"compressor": "full"}).make_compressor("proxy", network), Full)
