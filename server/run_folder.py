@@ -69,7 +69,9 @@ class RunFolder:
 
 def check_new(path: Path) -> None:
     """Raises SettingError where `path` is a file or a folder with something in it."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and not path.is_dir():
+        raise SettingError("run-folder", str(path), "a folder that can be made (this is a file)")
+    if path.is_dir() and any(path.iterdir()):
         raise SettingError("run-folder", str(path), "a new or empty folder")
 
 

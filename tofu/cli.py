@@ -188,7 +188,15 @@ def demo(*, config: ConfigFile = None, quiet: Quiet = False, overrides: dict[str
     print(f"\nreport: {page}")
 
 
-DEMO: dict[str, Value] = {"rounds": 20, "local_epochs": 5, "lr": 0.05, "batch_size": 16}
+DEMO: dict[str, Value] = {
+    "rounds": 15,
+    "local_epochs": 5,
+    "lr": 0.1,
+    "batch_size": 16,
+    "ratio": 200.0,
+    "bits": 4,
+    "weight_average": 0.5,
+}
 """The demo's settings where they differ from the defaults."""
 
 

@@ -101,7 +101,7 @@ def pictures(folder: Path, count: int = 6) -> None:
         ("--rounds=0", ("rounds=0", "at least 1")),
         ("--rounds=99999999999999999999", ("rounds=99999999999999999999",)),
         ("--clients=5000", ("clients=5000", "at most")),
-        ("--train-images=5000", ("train_images=5000", "at most")),
+        ("--train-images=5000", ("train-images=5000", "at most")),
         ("--min-clients=3", ("min-clients=3", "at most clients, 2")),
         ("--lr=inf", ("lr=inf",)),
     ],

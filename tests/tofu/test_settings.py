@@ -163,8 +163,8 @@ def test_ranges(name: str, refused: list[object], accepted: list[object]) -> Non
 
 @pytest.mark.parametrize(
     ("name", "suggestion"),
-    [("round", "rounds"), ("local_epoch", "local-epochs"), ("evaluation", "evaluations"), ("sede", "seed"),
-     ("proxy_count", "proxy-size"), ("qqq", "see `tofu run --help`")],
+    [("round", "rounds"), ("local-epoch", "local-epochs"), ("evaluation", "evaluations"), ("sede", "seed"),
+     ("proxy-count", "proxy-size"), ("qqq", "see `tofu run --help`")],
 )  # fmt: skip
 def test_an_unknown_name_gets_a_suggestion(name: str, suggestion: str) -> None:
     with pytest.raises(SettingError, match=f"^{name}=3 is not usable: expected a known setting") as caught:
