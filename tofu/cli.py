@@ -146,7 +146,7 @@ def plan(*, config: ConfigFile = None, json_: Json = False, overrides: dict[str,
         ("message around a payload", human_bytes(made.message_overhead)),
         ("rounds", f"{made.compressed_rounds} compressed, {made.full_rounds} full"),
         ("uplink of the run", human_bytes(made.uplink_bytes)),
-        ("uplink of FedAvg", f"{human_bytes(made.fedavg_uplink_bytes)}, {made.uplink_ratio:.1f}x more"),
+        ("uplink of FedAvg", f"{human_bytes(made.fedavg_uplink_bytes)}, {made.uplink_ratio:.1f}x as much"),
         ("downlink of either", human_bytes(made.downlink_bytes)),
     ]
     for name, value in rows:

@@ -7,6 +7,9 @@ from tofu.network import Network
 from tofu.payload import HEADER_BYTES
 from tofu.settings import Settings
 
+SLOW_ENCODE = 50_000
+"""Forward and backward passes over one image, from which an encode is slow enough to be warned of."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -75,6 +78,12 @@ def make_plan(settings: Settings, network: Network, *, full_rounds: int, message
         warnings.append(
             f"Flower's {message_overhead} bytes a message outweigh the payload of {payload}: "
             "a higher ratio saves little more"
+        )
+    passes = 2 * settings.evaluations * proxy.count if proxy else 0
+    if compressed_rounds and payload < full and passes > SLOW_ENCODE:
+        warnings.append(
+            f"one encode costs about as much as training on {passes:,} images: "
+            "a higher ratio, larger proxies or fewer evaluations cost less"
         )
     return Plan(
         parameters=layout.parameter_count,

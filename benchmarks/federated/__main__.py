@@ -10,7 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import find_data, print_table, spread, write_results
+from benchmarks.common import RESULTS, find_data, print_table, spread, write_results
+from benchmarks.federated.figure import draw
 from client.app import app as client_app
 from server.app import serve_in_process
 from server.progress import PlainProgress
@@ -61,6 +62,7 @@ def one_run(method: str, seed: int, options: argparse.Namespace) -> dict[str, An
         "uplink_ratio": summary["uplink_ratio"],
         "payload_ratio": summary["payload_ratio"],
         "seconds": summary["seconds"],
+        "uplink_by_round": [row["uplink_bytes"] for row in metrics],
         "accuracies": [row["accuracy"] for row in metrics],
         "explained_variance": [row["explained_variance"] for row in metrics],
         "train_seconds": [row.get("train_seconds") for row in metrics],
@@ -79,6 +81,7 @@ def main() -> None:
     rows = [one_run(method, seed, options) for seed in range(options.seeds) for method in METHODS]
     settings = {"dataset": "mnist", "rounds": options.rounds, "train_images": options.train_images} | COMMON
     print(write_results("federated", settings=settings | {"proxy": PROXY}, rows=rows))
+    draw(rows, RESULTS / "federated.svg")
     table = []
     for method in METHODS:
         mine = [row for row in rows if row["method"] == method]
