@@ -160,13 +160,13 @@ def plan(*, config: ConfigFile = None, json_: Json = False, overrides: dict[str,
 def demo(*, config: ConfigFile = None, quiet: Quiet = False, overrides: dict[str, Value]) -> None:
     """Train the same federation twice, with FedAvg and with proxies, and compare accuracy and bytes.
 
-    Without options: ten clients, LeNet-5, the digits that come with scikit-learn.
+    Without options: ten clients, a small network, the digits that come with scikit-learn.
     """
     from server.report import write_report
     from server.run_folder import add_baseline, check_new, fresh_folder
     from tofu.units import human_bytes
 
-    tofu = _settings(config, DEMO | overrides)
+    tofu = _settings(config, overrides)
     folder = tofu.run_folder or str(fresh_folder(tofu))
     tofu = dataclasses.replace(tofu, run_folder=folder)
     fedavg = dataclasses.replace(tofu, schedule="full", run_folder=f"{folder}-fedavg")
@@ -186,18 +186,6 @@ def demo(*, config: ConfigFile = None, quiet: Quiet = False, overrides: dict[str
         assert isinstance(ratio, float)
         print(f"{name:<22}{accuracy:>13.1%} {human_bytes(uplink):>11}{f'{ratio:.0f}x less' if ratio > 1 else '':>16}")
     print(f"\nreport: {page}")
-
-
-DEMO: dict[str, Value] = {
-    "rounds": 15,
-    "local_epochs": 5,
-    "lr": 0.1,
-    "batch_size": 16,
-    "ratio": 200.0,
-    "bits": 4,
-    "weight_average": 0.5,
-}
-"""The demo's settings where they differ from the defaults."""
 
 
 @_app.command()

@@ -42,13 +42,13 @@ class Settings:
     class_names: str = _setting("", "names of all classes in order, separated by commas, for real clients whose folders lack some", section="Data")
     clients: int = _setting(10, "number of simulated clients", section="Data", least=1, most=100_000)
 
-    model: str = _setting("lenet5", "lenet5, mlp, cnn, resnet18, vgg11, vgg13, vgg16, vit_b_16, vit_tiny, or package.module:factory", section="Model")
+    model: str = _setting("mlp", "lenet5, mlp, cnn, resnet18, vgg11, vgg13, vgg16, vit_b_16, vit_tiny, or package.module:factory", section="Model")
     norm: str = _setting("group", "normalisation layers, where the model has a choice", section="Model", choices=("group", "batch", "none"))
 
-    rounds: int = _setting(10, "number of rounds", section="Training", least=1, most=100_000)
-    local_epochs: int = _setting(1, "epochs over a client's own images in each round", section="Training", least=1)
-    batch_size: int = _setting(32, "images in a local step", section="Training", least=1)
-    lr: float = _setting(0.05, "step size of the clients' SGD", section="Training", above=0)
+    rounds: int = _setting(20, "number of rounds", section="Training", least=1, most=100_000)
+    local_epochs: int = _setting(5, "epochs over a client's own images in each round", section="Training", least=1)
+    batch_size: int = _setting(16, "images in a local step", section="Training", least=1)
+    lr: float = _setting(0.1, "step size of the clients' SGD", section="Training", above=0)
     final_lr: float = _setting(1.0, "step size of the last round as a share of the first; it falls along half a cosine", section="Training", above=0, most=1)
     momentum: float = _setting(0.0, "momentum of the clients' SGD", section="Training", least=0, most=0.9999)
     weight_decay: float = _setting(0.0, "weight decay of the clients' SGD", section="Training", least=0)
@@ -63,7 +63,7 @@ class Settings:
     codec_mode: str = _setting("smooth", "smooth: our codec; paper: as published; the settings below refine smooth", section="Codec", choices=("smooth", "paper"))
     proxies: int = _setting(0, "number of proxies; 0 is what the ratio affords", section="Codec", least=0, most=65535)
     proxy_size: int = _setting(0, "side of a proxy in pixels; 0 chooses", section="Codec", least=0, most=1024)
-    bits: int = _setting(8, "bits of a pixel and of a label", section="Codec", choices=tuple(map(str, BITS)))
+    bits: int = _setting(4, "bits of a pixel and of a label", section="Codec", choices=tuple(map(str, BITS)))
     smooth_twin: bool = _setting(True, "differentiate the smooth twin in place of the network", section="Codec")
     steepness: float = _setting(0.0, "of the twin's activations; 0 chooses for each update", section="Codec", least=0, most=1000)
     batch_statistics: bool = _setting(True, "the twin's BatchNorm uses the proxies' statistics", section="Codec")
@@ -81,7 +81,7 @@ class Settings:
     server_lr: float = _setting(1.0, "step size of the server's optimiser", section="Server", above=0)
     server_momentum: float = _setting(0.9, "of server-optimiser=momentum", section="Server", least=0, most=0.9999)
 
-    weight_average: float = _setting(0.0, "share of the past in a running average of the global weights, which is then what is evaluated and saved; 0 is off", section="Server", least=0, most=0.999)
+    weight_average: float = _setting(0.5, "share of the past in a running average of the global weights, which is then what is evaluated and saved; 0 is off", section="Server", least=0, most=0.999)
 
     seed: int = _setting(0, "everything random follows from it", section="Run", least=0, most=2**31 - 1)
     threads: int = _setting(1, "threads of one client; results are bit-identical only for equal values", section="Run", least=1, most=1024)

@@ -49,7 +49,8 @@ def one_run(method: str, seed: int, options: argparse.Namespace) -> dict[str, An
             for file in folder.iterdir():
                 file.unlink()
         serve_in_process(client_app, settings, PlainProgress())
-    if json.loads((folder / "config.json").read_text()) != settings.to_config():
+    kept = json.loads((folder / "config.json").read_text())
+    if any(kept[name.replace("_", "-")] != value for name, value in values.items()):
         raise SystemExit(f"error: {folder} holds a run with other settings: give another --runs")
     summary = json.loads((folder / "summary.json").read_text())
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -20,7 +20,18 @@ from tofu.settings import Settings
 from tofu.weights import cosine, fingerprint, layout_of, weights_of
 
 SHAPE = ImageShape(1, 8, 8, 10)
-SETTINGS = Settings.of({"model": "mlp", "clients": 2, "ratio": 40.0, "evaluations": 15, "lr": 0.1})
+SETTINGS = Settings.of(
+    {
+        "model": "mlp",
+        "clients": 2,
+        "ratio": 40.0,
+        "evaluations": 15,
+        "lr": 0.1,
+        "bits": 8,
+        "local-epochs": 1,
+        "batch-size": 32,
+    }
+)
 
 
 def context(**node_config: str | int) -> Context:

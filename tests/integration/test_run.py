@@ -40,7 +40,10 @@ Row = dict[str, Any]
 Fault = Callable[[Message, Message], Message]
 """From a request and the honest reply to it, the reply that is sent."""
 
-TINY: Row = {"model": "mlp", "clients": 4, "rounds": 3, "evaluations": 3, "ratio": 50.0}
+TINY: Row = {
+    "model": "mlp", "clients": 4, "rounds": 3, "evaluations": 3, "ratio": 50.0, "bits": 8,
+    "local_epochs": 1, "batch_size": 32, "lr": 0.05, "weight_average": 0.0,
+}  # fmt: skip
 QUICK: Row = {"model": "mlp", "clients": 3, "lr": 0.1, "local_epochs": 2, "batch_size": 16}
 FILES = ("config.json", "metrics.jsonl", "ledger.jsonl", "summary.json", "weights.safetensors", "report.html")
 

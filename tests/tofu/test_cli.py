@@ -218,7 +218,7 @@ def test_options_go_over_the_file_over_the_folders_pyproject_over_the_defaults(t
         return int(made["compressed_rounds"])
 
     (tmp_path / "settings.toml").write_text("rounds = 7\n")
-    assert rounds() == Settings().rounds == 10
+    assert rounds() == Settings().rounds == 20
     ours = '[tool.flwr.app.components]\nserverapp = "server.app:app"\n[tool.flwr.app.config]\nrounds = 4\n'
     (tmp_path / "pyproject.toml").write_text(ours)
     assert rounds() == 4
@@ -234,7 +234,7 @@ def test_options_go_over_the_file_over_the_folders_pyproject_over_the_defaults(t
 )  # fmt: skip
 def test_a_pyproject_of_something_else_is_let_be(tofu: Tofu, tmp_path: Path, text: str) -> None:
     (tmp_path / "pyproject.toml").write_text(text)
-    assert tofu("plan", "--json", "--model=mlp").json["compressed_rounds"] == 10
+    assert tofu("plan", "--json", "--model=mlp").json["compressed_rounds"] == 20
 
 
 # Plans
@@ -366,7 +366,7 @@ def test_help_lists_every_setting_under_its_section(tofu: Tofu, command: str) ->
 
 def test_help_tells_defaults_and_choices(tofu: Tofu) -> None:
     text = " ".join(tofu("run", "--help").out.replace("│", " ").split())
-    for default in ("lenet5", "100.0", "true"):
+    for default in ("mlp", "100.0", "true"):
         assert f"[default: {default}]" in text
     for choices in ("(plain, momentum, adam)", "(iid, dirichlet, shards)"):
         assert choices in text

@@ -22,7 +22,7 @@ def network_of(settings: Settings) -> Network:
 
 
 def plan(full_rounds: int = 0, **values: object) -> Plan:
-    settings = Settings.of({"model": "mlp"} | values)
+    settings = Settings.of({"model": "mlp", "rounds": 10, "bits": 8} | values)
     return make_plan(settings, network_of(settings), full_rounds=full_rounds, message_overhead=OVERHEAD)
 
 

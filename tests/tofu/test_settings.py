@@ -35,7 +35,7 @@ def another(field: "dataclasses.Field[Any]") -> Value:
 
 
 OTHERS = {field.name.replace("_", "-"): another(field) for field in dataclasses.fields(Settings)}
-OTHERS |= dict.fromkeys(("momentum", "server-momentum", "weight-average", "error-feedback", "tolerance"), 0.5)
+OTHERS |= dict.fromkeys(("momentum", "server-momentum", "weight-average", "error-feedback", "tolerance"), 0.25)
 """A value for every setting that is not its default."""
 
 # One list of names
@@ -174,7 +174,7 @@ def test_an_unknown_name_gets_a_suggestion(name: str, suggestion: str) -> None:
 
 def test_settings_that_contradict_are_refused() -> None:
     with pytest.raises(SettingError, match="switch-round=11 is not usable: expected at most rounds, 10"):
-        Settings.of({"schedule": "switch", "switch-round": 11})
+        Settings.of({"rounds": 10, "schedule": "switch", "switch-round": 11})
     assert Settings.of({"schedule": "proxy", "switch-round": 11}).switch_round == 11  # it is not used
     with pytest.raises(SettingError, match="min-clients=11 is not usable: expected at most clients, 10"):
         Settings.of({"min-clients": 11})
@@ -241,8 +241,8 @@ def test_lr_falls_along_half_a_cosine() -> None:
 
 
 def test_lr_stays_by_default_and_in_a_single_round() -> None:
-    assert {Settings(rounds=7).lr_of(round_) for round_ in range(1, 8)} == {0.05}
-    assert Settings.of({"rounds": 1, "final-lr": 0.1}).lr_of(1) == 0.05
+    assert {Settings(rounds=7).lr_of(round_) for round_ in range(1, 8)} == {0.1}
+    assert Settings.of({"rounds": 1, "final-lr": 0.1}).lr_of(1) == 0.1
 
 
 def test_paper_mode_is_the_published_method_whatever_refines_smooth() -> None:
