@@ -88,7 +88,7 @@ class CommandRun:
 def command_run(tmp_path_factory: pytest.TempPathFactory) -> CommandRun:
     """`tofu run --json` with the settings of `TINY`."""
     here = tmp_path_factory.mktemp("command")
-    options = [f"--{name}={value}" for name, value in TINY.items()]
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
     command = [sys.executable, "-m", "tofu.cli", "run", "--json", *options, f"--run-folder={here / 'run'}"]
     process = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=120, check=False)
     assert process.returncode == 0, process.stderr
