@@ -60,6 +60,9 @@ With fewer than three times as many evaluations in all, there is no trial."""
 
 MAX_STEEPNESS = 1000.0
 
+RUNAWAY = 1000.0
+"""Pixels or labels beyond this are brought back before they start another search; noise begins at about 1."""
+
 ADAM_STEP = 0.1
 
 SMALLEST_SIDE = 7
@@ -311,7 +314,8 @@ def encode(
     objective = _Objective(network, update, settings)
     if objective.power == 0:
         return _finish(objective, code, _noise(code, generator), settings)
-    begin = start if start is not None and settings.warm_start and _fits(start, code) else _noise(code, generator)
+    warm = start is not None and settings.warm_start and _fits(start, code)
+    begin = _tamed(start) if warm and start is not None else _noise(code, generator)
     free = settings.labels == "free"
     proxies = _search(objective, begin, settings)
     proxies = dataclasses.replace(proxies, images=code.round_images(proxies.images))
@@ -344,6 +348,19 @@ def _noise(code: ProxyCode, generator: torch.Generator) -> ProxyData:
     if not code.weighted:
         return ProxyData(images, 0.3 * labels, None, torch.zeros(code.tensors))
     return ProxyData(images, labels.softmax(1), torch.ones(code.count), torch.zeros(code.tensors))
+
+
+def _tamed(proxies: ProxyData) -> ProxyData:
+    """The proxies in the range of the noise that a search begins from, where they have left it far behind.
+
+    A nearly linear twin hardly minds larger pixels, so they can grow from round to round of a warm start, without end.
+    """
+    images, labels = proxies.images, proxies.labels
+    if float(images.abs().max()) > RUNAWAY:
+        images = images / images.std()
+    if proxies.weights is None and float(labels.abs().max()) > RUNAWAY:
+        labels = 0.3 * labels / labels.std()
+    return dataclasses.replace(proxies, images=images, labels=labels)
 
 
 def _fits(proxies: ProxyData, code: ProxyCode) -> bool:

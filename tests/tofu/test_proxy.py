@@ -131,6 +131,16 @@ def test_warm_start_begins_ahead(mlp_update: Case) -> None:
     assert off.body == cold.body
 
 
+def test_a_warm_start_does_not_let_pixels_run_away(mlp_update: Case) -> None:
+    network, update = mlp_update
+    first = encode(network, update, 6, ProxySettings(), generator=generator()).proxies
+    huge = dataclasses.replace(first, images=1e6 * first.images, labels=1e6 * first.labels)
+    warm = encode(network, update, 6, ProxySettings(), generator=generator(1), start=huge)
+    assert float(warm.proxies.images.abs().max()) < 1e5
+    assert float(warm.proxies.labels.abs().max()) < 1e5
+    assert warm.explained_variance > 0.3
+
+
 def test_early_stop_spends_fewer_evaluations(mlp_update: Case) -> None:
     network, update = mlp_update
     patient = encode(network, update, 6, ProxySettings(evaluations=300, tolerance=0), generator=generator())
