@@ -1,7 +1,7 @@
 """Limited-memory BFGS (Nocedal and Wright, Numerical Optimization, algorithms 7.4 and 7.5) with backtracking.
 
-torch's own with strong-Wolfe search takes twice the time per evaluation of a small objective, and scipy's gets slow
-where its BLAS starts threads beside other clients' (benchmark `codec`).
+Written here because it must be taken up again where it was left (the trial in `tofu.proxy`), which neither scipy's nor
+torch's can; scipy's also starts BLAS threads beside other clients' own.
 """
 
 from collections import deque
