@@ -10,18 +10,19 @@ import torch
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.state import load_state, save_state
+from client.downlink import ResyncError, receive_weights
+from client.state import KeptWeights, load_state, save_state
 from client.training import LocalTraining, train_locally
 from tofu.compression import ErrorFeedback
 from tofu.data import ImageShape, LabelledImages, local_folder, open_data
 from tofu.errors import DataError, TofuError
-from tofu.messages import FIELD, RECORD, TrainReply, TrainRequest
+from tofu.messages import FIELD, RECORD, RESYNC, TrainReply, TrainRequest
 from tofu.models import build_model
 from tofu.network import Network
-from tofu.payload import HEADER_BYTES, WEIGHTS, Payload, float32_from, read_payload
+from tofu.payload import Payload
 from tofu.seeding import derive_generator
 from tofu.settings import Settings
-from tofu.weights import cosine, difference, explained_variance, fingerprint, load_weights, weights_of
+from tofu.weights import cosine, difference, explained_variance, load_weights, weights_of
 
 app = ClientApp()
 
@@ -48,6 +49,8 @@ def train(message: Message, context: Context) -> Message:
         round_ = int(message.metadata.group_id)
         reply = train_round(request, round_, settings, context)
         return Message(RecordDict({RECORD: ConfigRecord({FIELD: reply.to_bytes()})}), reply_to=message)
+    except ResyncError as error:
+        return Message(Error(code=RESYNC, reason=str(error)), reply_to=message)
     except TofuError as error:
         return Message(Error(code=0, reason=str(error)), reply_to=message)
 
@@ -56,17 +59,15 @@ def train_round(request: TrainRequest, round_: int, settings: Settings, context:
     """Train and compress; the error feedback and the codec's memory live in `context.state`.
 
     Raises:
+        ResyncError: this client must be sent the weights whole.
         TofuError: the weights are not what they should be, the data does not fit, or training diverged.
     """
     model = build_model(settings.model, request.shape, norm=settings.norm, seed=settings.seed)
     network = Network(model, request.shape)
     layout = network.layout
-    limit = HEADER_BYTES + layout.float32_bytes
-    payload = read_payload(request.payload, codec=WEIGHTS, round_=round_, fingerprint=None, max_bytes=limit)
-    load_weights(model, float32_from(payload.body, layout))
+    state = load_state(context, layout)
+    receive_weights(request, round_, network, state.kept, settings.make_downlink(network))
     base = weights_of(model)
-    if fingerprint(base) != payload.fingerprint:
-        raise DataError("the global weights do not match their fingerprint: server and client built other models")
 
     data = client_data(settings, context)
     check_fit(data, request.shape)
@@ -80,7 +81,6 @@ def train_round(request: TrainRequest, round_: int, settings: Settings, context:
     model.eval()
 
     began = time.perf_counter()
-    state = load_state(context, layout)
     feedback = state.feedback if settings.error_feedback else ErrorFeedback()
     target = feedback.target(update, request.acknowledged, share=settings.error_feedback)
     compressor = settings.make_compressor(request.kind, network)
@@ -93,8 +93,10 @@ def train_round(request: TrainRequest, round_: int, settings: Settings, context:
     encode_seconds = time.perf_counter() - began
     save_state(
         context,
+        layout,
         feedback=ErrorFeedback.after(target, compressed.decoded, round_) if settings.error_feedback else None,
         memory=compressed.memory or state.memory,
+        kept=KeptWeights(base, request.identity) if settings.downlink != "full" else None,
     )
     parameters = {name: target[name] for name in layout.parameters}
     return TrainReply(
@@ -104,7 +106,7 @@ def train_round(request: TrainRequest, round_: int, settings: Settings, context:
         cosine=cosine(parameters, compressed.decoded),
         train_seconds=result.seconds,
         encode_seconds=encode_seconds,
-        payload=Payload(compressor.code, round_, payload.fingerprint, compressed.body).to_bytes(),
+        payload=Payload(compressor.code, round_, request.identity, compressed.body).to_bytes(),
     )
 
 

@@ -1,54 +1,76 @@
-"""What a client remembers between rounds, kept in its Flower context: error feedback and the codec's memory.
+"""What a client remembers between rounds, kept in its Flower context: error feedback, the codec's memory, and the
+global weights where the downlink is compressed.
 
-State that is absent, or from another model (a restarted client), counts as none: the client then begins afresh.
+State that is absent, or from another model (a restarted client), counts as none: the client then begins afresh. Weights
+are kept as plain bytes: Flower's arrays are parsed by `ast.literal_eval`, which in CPython 3.11 now and then fails
+where two threads call it at a time, as clients of one process do.
 """
 
 from dataclasses import dataclass
 
-from flwr.app import ArrayRecord, ConfigRecord, Context
+from flwr.app import ConfigRecord, Context
 
 from tofu.compression import ErrorFeedback
+from tofu.errors import PayloadError
+from tofu.payload import float32_bytes, float32_from
 from tofu.weights import Layout, Weights
 
-_RESIDUAL, _SENT, _NUMBERS = "tofu.residual", "tofu.sent", "tofu.numbers"
-_VERSION = 1
+_RECORD = "tofu"
+_VERSION = 2
+
+
+@dataclass(frozen=True)
+class KeptWeights:
+    """The global weights of the client's last round, and their identity (`tofu.same_weights`)."""
+
+    weights: Weights
+    identity: bytes
 
 
 @dataclass(frozen=True)
 class ClientState:
-    """Error feedback, and what the compressor wanted back (its last proxies)."""
+    """Error feedback, what the compressor wanted back (its last proxies), and the global weights if they were kept."""
 
     feedback: ErrorFeedback
     memory: bytes
+    kept: KeptWeights | None = None
 
 
 def load_state(context: Context, layout: Layout) -> ClientState:
     """The state that `save_state` left, or an empty one."""
-    numbers = context.state.config_records.get(_NUMBERS)
-    if numbers is None or numbers.get("version") != _VERSION:
+    record = context.state.config_records.get(_RECORD)
+    if record is None or record.get("version") != _VERSION:
         return ClientState(ErrorFeedback(), b"")
-    memory = numbers.get("memory", b"")
-    residual, sent = _weights(context, _RESIDUAL, layout), _weights(context, _SENT, layout)
-    sent_round = numbers.get("sent-round")
+
+    def weights(name: str) -> Weights | None:
+        data = record.get(name)
+        try:
+            return float32_from(data, layout) if isinstance(data, bytes) else None
+        except PayloadError:  # of another model
+            return None
+
+    memory, sent_round, identity = record.get("memory"), record.get("sent-round"), record.get("identity")
+    residual, sent, kept = weights("residual"), weights("sent"), weights("kept")
     feedback = ErrorFeedback()
-    if residual and sent and isinstance(sent_round, int):
+    if residual is not None and sent is not None and isinstance(sent_round, int):
         feedback = ErrorFeedback(residual, sent, sent_round)
-    return ClientState(feedback, memory if isinstance(memory, bytes) else b"")
+    return ClientState(
+        feedback,
+        memory if isinstance(memory, bytes) else b"",
+        KeptWeights(kept, identity) if kept is not None and isinstance(identity, bytes) else None,
+    )
 
 
-def save_state(context: Context, *, feedback: ErrorFeedback | None, memory: bytes) -> None:
-    """Keep the state in `context` for this client's next round; without feedback, none is kept."""
-    numbers: dict[str, int | bytes] = {"version": _VERSION, "memory": memory}
+def save_state(
+    context: Context, layout: Layout, *, feedback: ErrorFeedback | None, memory: bytes, kept: KeptWeights | None = None
+) -> None:
+    """Keep the state in `context` for this client's next round; what is None is not kept."""
+    record = ConfigRecord({"version": _VERSION, "memory": memory})
     if feedback is not None:
-        context.state[_RESIDUAL] = ArrayRecord(feedback.residual)
-        context.state[_SENT] = ArrayRecord(feedback.sent)
-        numbers["sent-round"] = feedback.sent_round
-    context.state[_NUMBERS] = ConfigRecord(dict(numbers))
-
-
-def _weights(context: Context, key: str, layout: Layout) -> Weights | None:
-    record = context.state.array_records.get(key)
-    if record is None:
-        return None
-    weights: Weights = {name: value.clone() for name, value in record.to_torch_state_dict().items()}
-    return weights if {name: w.shape for name, w in weights.items()} == layout.shapes else None
+        record["residual"] = float32_bytes(feedback.residual, layout)
+        record["sent"] = float32_bytes(feedback.sent, layout)
+        record["sent-round"] = feedback.sent_round
+    if kept is not None:
+        record["kept"] = float32_bytes(kept.weights, layout)
+        record["identity"] = kept.identity
+    context.state[_RECORD] = record

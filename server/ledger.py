@@ -9,8 +9,10 @@ from flwr.supercore.inflatable.inflatable_object import (
     no_object_id_recompute,
 )
 
-from tofu.messages import FIELD, RECORD, TrainReply
+from tofu.data import ImageShape
+from tofu.messages import FIELD, RECORD, TrainReply, TrainRequest
 from tofu.payload import HEADER_BYTES
+from tofu.weights import FINGERPRINT_BYTES
 
 
 def message_bytes(message: Message) -> int:
@@ -44,14 +46,15 @@ class Ledger:
 
     Attributes:
         uplink, downlink: bytes so far, towards the server and towards the clients.
-        fedavg_uplink: what the uplink would be had every reply carried its update as float32, in the same message.
+        fedavg_uplink, fedavg_downlink: what they would be had every reply carried its update, and every request the
+            weights, as float32 in the same message.
         payload, float32: bytes of the updates' payloads so far (headers included), and of the same updates as float32.
     """
 
     def __init__(self, write: Callable[[dict[str, object]], None]) -> None:
         self._write = write
-        self._full_message: dict[int, int] = {}
-        self.uplink = self.downlink = self.fedavg_uplink = self.payload = self.float32 = 0
+        self._full_message: dict[tuple[str, int], int] = {}
+        self.uplink = self.downlink = self.fedavg_uplink = self.fedavg_downlink = self.payload = self.float32 = 0
 
     def add(
         self,
@@ -63,6 +66,7 @@ class Ledger:
         client: str,
         payload_bytes: int | None = None,
         full_payload_bytes: int | None = None,
+        fedavg: bool = True,
     ) -> None:
         """Count one message.
 
@@ -70,7 +74,8 @@ class Ledger:
             kind: of the round, or "hello".
             direction: "uplink" or "downlink".
             payload_bytes: length of the payload inside, header included.
-            full_payload_bytes: length that the payload of the same update would have as float32, header included.
+            full_payload_bytes: length that the payload of the same content would have as float32, header included.
+            fedavg: whether FedAvg would have sent this message too.
         """
         size = message_bytes(message)
         row: dict[str, object] = {
@@ -78,32 +83,45 @@ class Ledger:
         }  # fmt: skip
         if payload_bytes is not None:
             row["payload_bytes"] = payload_bytes
+        same = 0 if not fedavg else size
+        if fedavg and full_payload_bytes is not None:
+            same = self._full(message, direction, full_payload_bytes)
         if direction == "downlink":
             self.downlink += size
+            self.fedavg_downlink += same
         else:
             self.uplink += size
-            self.fedavg_uplink += size if full_payload_bytes is None else self._full(message, full_payload_bytes)
+            self.fedavg_uplink += same
             if payload_bytes is not None and full_payload_bytes is not None:
                 self.payload += payload_bytes
                 self.float32 += full_payload_bytes - HEADER_BYTES
         self._write(row)
 
-    def _full(self, message: Message, full_payload_bytes: int) -> int:
+    def _full(self, message: Message, direction: str, full_payload_bytes: int) -> int:
         """Bytes of the same message with a float32 payload, measured once for each size."""
-        if full_payload_bytes not in self._full_message:
-            blank = TrainReply(1, 0.0, 0.0, 0.0, 0.0, 0.0, bytes(full_payload_bytes))
-            self._full_message[full_payload_bytes] = message_bytes(_message(blank, message.metadata))
-        return self._full_message[full_payload_bytes]
+        key = direction, full_payload_bytes
+        if key not in self._full_message:
+            payload = bytes(full_payload_bytes)
+            reply = TrainReply(1, 0.0, 0.0, 0.0, 0.0, 0.0, payload)
+            request = TrainRequest("full", -1, ImageShape(1, 1, 1, 1), payload, bytes(FINGERPRINT_BYTES))
+            blank = reply if direction == "uplink" else request
+            self._full_message[key] = message_bytes(_message(blank, message.metadata))
+        return self._full_message[key]
 
     def ratio(self) -> float:
         """FedAvg's uplink bytes over ours, whole messages."""
         return self.fedavg_uplink / self.uplink if self.uplink else 1.0
+
+    def both_ratio(self) -> float:
+        """FedAvg's bytes in both directions over ours, whole messages."""
+        ours = self.uplink + self.downlink
+        return (self.fedavg_uplink + self.fedavg_downlink) / ours if ours else 1.0
 
     def payload_ratio(self) -> float:
         """Float32 bytes of the updates over bytes of their payloads."""
         return self.float32 / self.payload if self.payload else 1.0
 
 
-def _message(reply: TrainReply, metadata: Metadata) -> Message:
+def _message(reply: TrainReply | TrainRequest, metadata: Metadata) -> Message:
     content = RecordDict({RECORD: ConfigRecord({FIELD: reply.to_bytes()})})
     return Message(content, metadata=metadata)  # type: ignore[call-overload, no-any-return]

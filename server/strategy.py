@@ -16,21 +16,21 @@ from torch import Tensor
 
 from server.aggregation import RunningMean
 from server.clients import Client, Clients, exchange
+from server.downlink import Downlink, Parts
 from server.evaluation import Evaluation, evaluate
 from server.ledger import Ledger
 from server.optimiser import ServerOptimiser
 from server.progress import Progress
 from server.schedule import Schedule
-from tofu.compression import Compressor
 from tofu.compression.proxy import Proxy
 from tofu.data import LabelledImages
 from tofu.errors import PayloadError, RunError
-from tofu.messages import FIELD, RECORD, TrainReply, TrainRequest
+from tofu.messages import FIELD, RECORD, RESYNC, TrainReply, TrainRequest
 from tofu.network import Network
-from tofu.payload import HEADER_BYTES, WEIGHTS, Payload, float32_bytes, read_payload
+from tofu.payload import HEADER_BYTES, read_payload
 from tofu.seeding import derive_generator
 from tofu.settings import Settings
-from tofu.weights import Weights, fingerprint, load_weights, weights_of
+from tofu.weights import Weights, load_weights, weights_of
 
 _WINDOW = 256
 """Messages on their way at a time, so that a round with many clients does not hold a model for each of them."""
@@ -45,6 +45,7 @@ class RoundResult:
         failures: client name -> one line that says why it was not.
         shown: name of the client whose proxies are kept for the report.
         proxies: images [n, c, h, w] that it sent, in a proxy round.
+        step_explained_variance: of the server's compressed step to this round's weights; None where it sent them whole.
     """
 
     round: int
@@ -53,6 +54,7 @@ class RoundResult:
     replies: list[tuple[Client, TrainReply]] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
     proxies: Tensor | None = None
+    step_explained_variance: float | None = None
 
     def mean(self, name: str) -> float:
         """A metric of the replies, averaged with their numbers of examples as weights."""
@@ -77,6 +79,7 @@ class Federation:
         self._schedule = Schedule.of(settings)
         self._optimiser = ServerOptimiser(network.model, settings)
         self._compressors = {kind: settings.make_compressor(kind, network) for kind in self._schedule.kinds}
+        self._downlink = Downlink(network, settings)
         self._acknowledged: dict[str, int] = {}
         self._averaged = copy.deepcopy(network.model) if settings.weight_average else network.model
         self.accuracies: list[float] = []
@@ -97,21 +100,27 @@ class Federation:
         known = self._clients.connected(least=settings.min_clients, timeout=settings.round_timeout, round_=round_)
         chosen = self._sample(known, round_)
         result = RoundResult(round_, self._schedule.kind(round_, self.accuracies), shown=chosen[0].name)
-        self.network.model.eval()
-        base = weights_of(self.network.model)
-        base_print = fingerprint(base)
-        weights = Payload(WEIGHTS, round_, base_print, float32_bytes(base, self.network.layout)).to_bytes()
+        self._downlink.begin(round_, whole=result.kind == "full")
+        result.step_explained_variance = self._downlink.explained_variance
 
         mean = RunningMean()
-        compressor = self._compressors[result.kind]
         end = time.monotonic() + settings.round_timeout
         self._progress.phase(round_, result.kind, "train", 0, len(chosen))
-        for done, (client, reply) in enumerate(self._exchange(chosen, weights, result, end), start=1):
-            try:
-                self._add(client, reply, result, mean, compressor, base_print)
-            except PayloadError as error:
-                result.failures[client.name] = str(error)
-            self._progress.phase(round_, result.kind, "train", done, len(chosen))
+        lost: list[Client] = []
+        for whole, asked in ((False, chosen), (True, lost)):
+            for client, reply in self._exchange(asked, result, end, whole=whole):
+                if not whole and reply.has_error() and reply.error.code == RESYNC:
+                    self._count_error(client, reply, result, fedavg=False)
+                    self._progress.note(f"round {round_}: client {client.name} is sent the weights: "
+                                        f"{_one_line(reply.error.reason)}")  # fmt: skip
+                    lost.append(client)
+                    continue
+                try:
+                    self._add(client, reply, result, mean)
+                except PayloadError as error:
+                    result.failures[client.name] = str(error)
+                done = len(result.replies) + len(result.failures)
+                self._progress.phase(round_, result.kind, "train", done, len(chosen))
         answered = {client.name for client, _ in result.replies} | result.failures.keys()
         for client in chosen:
             if client.name not in answered:
@@ -143,37 +152,49 @@ class Federation:
         return [clients[int(row)] for row in rows]
 
     def _exchange(
-        self, chosen: list[Client], weights: bytes, result: RoundResult, end: float
+        self, asked: list[Client], result: RoundResult, end: float, *, whole: bool
     ) -> Iterator[tuple[Client, Message]]:
-        for start in range(0, len(chosen), _WINDOW):
-            window = chosen[start : start + _WINDOW]
-            messages = [self._request(client, weights, result, end) for client in window]
-            for client, message in zip(window, messages, strict=True):
+        """Ask clients to train and yield their replies; `whole` for those that could not use the steps they got."""
+        full = HEADER_BYTES + self.network.layout.float32_bytes
+        for start in range(0, len(asked), _WINDOW):
+            window = asked[start : start + _WINDOW]
+            messages = []
+            for client in window:
+                parts = self._downlink.parts(client.name, whole=whole)
+                message = self._request(client, parts, result, end)
+                messages.append(message)
                 self._ledger.add(
                     message, round_=result.round, kind=result.kind, direction="downlink", client=client.name,
-                    payload_bytes=len(weights),
+                    payload_bytes=parts.nbytes, full_payload_bytes=full, fedavg=not whole,
                 )  # fmt: skip
             by_node = {client.node: client for client in window}
             for node, reply in exchange(self._grid, messages, end):
                 yield by_node[node], reply
 
-    def _request(self, client: Client, weights: bytes, result: RoundResult, end: float) -> Message:
+    def _request(self, client: Client, parts: Parts, result: RoundResult, end: float) -> Message:
         acknowledged = self._acknowledged.get(client.name, -1)
-        request = TrainRequest(result.kind, acknowledged, self.network.shape, weights)
+        down = self._downlink
+        request = TrainRequest(
+            result.kind, acknowledged, self.network.shape, parts.payload, down.identity, parts.steps, down.sketch
+        )
         content = RecordDict({RECORD: ConfigRecord({FIELD: request.to_bytes()})})
         ttl = max(1.0, end - time.monotonic())
         return Message(content, client.node, "train", group_id=str(result.round), ttl=ttl)
 
-    def _add(
-        self, client: Client, message: Message, result: RoundResult, mean: RunningMean, compressor: Compressor,
-        base_print: bytes,
-    ) -> None:  # fmt: skip
+    def _count_error(self, client: Client, message: Message, result: RoundResult, *, fedavg: bool = True) -> None:
+        if message.metadata.src_node_id == client.node:  # else it is the network's own
+            self._ledger.add(
+                message, round_=result.round, kind=result.kind, direction="uplink", client=client.name, fedavg=fedavg
+            )
+
+    def _add(self, client: Client, message: Message, result: RoundResult, mean: RunningMean) -> None:
         """Check, decode and add one reply.
 
         Raises:
             PayloadError: the reply is an error or cannot be trusted.
         """
         if message.has_error():
+            self._count_error(client, message, result)
             raise PayloadError(_one_line(message.error.reason))
         record = message.content.config_records.get(RECORD)
         reply = TrainReply.from_bytes(record.get(FIELD) if record is not None else None)
@@ -184,16 +205,18 @@ class Federation:
         )  # fmt: skip
         if reply.examples > client.examples:
             raise PayloadError(f"reply says {reply.examples} images, the client has {client.examples}")
-        limit = HEADER_BYTES + compressor.body_bytes(layout)
+        compressor = self._compressors[result.kind]
         payload = read_payload(
-            reply.payload, codec=compressor.code, round_=result.round, fingerprint=base_print, max_bytes=limit
-        )
-        update = compressor.decompress(self.network, payload.body)
+            reply.payload, codec=compressor.code, round_=result.round, fingerprint=self._downlink.identity,
+            max_bytes=HEADER_BYTES + compressor.body_bytes(layout),
+        )  # fmt: skip
+        update = compressor.decompress(self._downlink.network, payload.body)
         mean.add(update, reply.examples)
         if isinstance(compressor, Proxy) and client.name == result.shown:
             result.proxies = compressor.read_proxies(payload.body).images
         result.replies.append((client, reply))
         self._acknowledged[client.name] = result.round
+        self._downlink.delivered(client.name)
 
     @property
     def weights(self) -> Weights:

@@ -1,4 +1,4 @@
-"""The command line: `tofu run`, `tofu plan`, `tofu demo`, `tofu report`."""
+"""The command line: `tofu run`, `tofu plan`, `tofu demo`, `tofu compare`, `tofu report`."""
 
 import dataclasses
 import inspect
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tofu.errors import TofuError
+from tofu.errors import SettingError, TofuError
 from tofu.settings import Settings, Value, read_toml
 from tofu.units import printable
 
@@ -26,6 +26,24 @@ _app = typer.Typer(
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with settings", rich_help_panel="Run")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object at the end, and no progress")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress view")]
+
+
+def _comparison(flag: str, help_: str) -> Any:
+    return typer.Option(flag, help=help_, rich_help_panel="Comparison")
+
+
+Compressors = Annotated[str, _comparison("--compressors", "names of compressors, separated by commas")]
+Ratios = Annotated[str, _comparison("--ratios", "ratios to run each of them at, separated by commas")]
+Seeds = Annotated[int, _comparison("--seeds", "how many seeds, counted up from --seed")]
+Folder = Annotated[Path, _comparison("--folder", "where the runs and the results go; finished runs are not run again")]
+For = Annotated[
+    list[str] | None,
+    _comparison("--for", "NAME:setting=value for one compressor (full is FedAvg); may be given several times"),
+]
+Tune = Annotated[
+    str | None,
+    _comparison("--tune", "setting=value,value,... to choose from for FedAvg and each compressor at each ratio"),
+]
 
 
 def main() -> None:
@@ -135,7 +153,7 @@ def plan(*, config: ConfigFile = None, json_: Json = False, overrides: dict[str,
     full_rounds = sum(schedule.kind(r, ()) == "full" for r in range(1, settings.rounds + 1))
     made = make_plan(settings, network, full_rounds=full_rounds, message_overhead=reply_overhead())
     if json_:
-        extra = {"payload_ratio": made.payload_ratio, "uplink_ratio": made.uplink_ratio}
+        extra = {name: getattr(made, name) for name in ("payload_ratio", "uplink_ratio", "both_ratio")}
         print(json.dumps(dataclasses.asdict(made) | extra))
         return
     proxies = f" ({made.proxies} proxies of {made.proxy_side}x{made.proxy_side})" if made.proxies else ""
@@ -147,8 +165,18 @@ def plan(*, config: ConfigFile = None, json_: Json = False, overrides: dict[str,
         ("rounds", f"{made.compressed_rounds} compressed, {made.full_rounds} full"),
         ("uplink of the run", human_bytes(made.uplink_bytes)),
         ("uplink of FedAvg", f"{human_bytes(made.fedavg_uplink_bytes)}, {made.uplink_ratio:.1f}x as much"),
-        ("downlink of either", human_bytes(made.downlink_bytes)),
     ]
+    if made.step_bytes:
+        rows += [
+            (
+                "one step of the server",
+                f"{human_bytes(made.step_bytes)}, {made.update_bytes / made.step_bytes:.1f}x less",
+            ),
+            ("downlink of the run", human_bytes(made.downlink_bytes)),
+            ("both directions", f"{made.both_ratio:.1f}x less than FedAvg"),
+        ]
+    else:
+        rows.append(("downlink of either", human_bytes(made.downlink_bytes)))
     for name, value in rows:
         print(f"{name:<26}{value}")
     for warning in made.warnings:
@@ -186,6 +214,58 @@ def demo(*, config: ConfigFile = None, quiet: Quiet = False, overrides: dict[str
         assert isinstance(ratio, float)
         print(f"{name:<22}{accuracy:>13.1%} {human_bytes(uplink):>11}{f'{ratio:.0f}x less' if ratio > 1 else '':>16}")
     print(f"\nreport: {page}")
+
+
+@_app.command()
+@_with_settings
+def compare(
+    *,
+    compressors: Compressors,
+    folder: Folder,
+    ratios: Ratios = "100",
+    seeds: Seeds = 3,
+    for_: For = None,
+    tune: Tune = None,
+    config: ConfigFile = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+    overrides: dict[str, Value],
+) -> None:
+    """Run compressors at several ratios, and FedAvg, on the same data: who ends more accurate at equal bytes.
+
+    Runs are kept in the folder, so the same command goes on after an interruption. With --tune, FedAvg and every
+    compressor at every ratio is first run once with each value and a seed of its own (the first plus 1000), and then
+    uses its best.
+    """
+    for name, instead in {"compressor": "--compressors", "ratio": "--ratios", "run_folder": "--folder"}.items():
+        if name in overrides:
+            raise SettingError(name, overrides[name], f"{instead} in its place")
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    from client.app import app as client_app
+    from server.compare import Comparison, run_comparison
+    from server.progress import Progress, SilentProgress, make_progress
+    from server.report.compare_tables import markdown
+
+    comparison = Comparison.of(
+        _settings(config, overrides), compressors=compressors, ratios=ratios, seeds=seeds, folder=folder,
+        overrides=for_ or (), tune=tune or "",
+    )  # fmt: skip
+    quiet = quiet or json_
+
+    def say(line: str) -> None:
+        if not quiet:
+            print(printable(line), file=sys.stderr, flush=True)
+
+    def view() -> Progress:
+        # A line for each round of each run would bury the lines that say how far the comparison is.
+        return make_progress(sys.stderr, quiet=quiet) if sys.stderr.isatty() else SilentProgress()
+
+    document = run_comparison(comparison, client_app, say=say, view=view)
+    if json_:
+        print(json.dumps(document))
+        return
+    print(markdown(document))
+    print(f"\nreport: {folder / 'compare.html'}")
 
 
 @_app.command()

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from tofu.data import ImageShape
 from tofu.errors import PayloadError
+from tofu.same_weights import SKETCH_BYTES
+from tofu.weights import FINGERPRINT_BYTES
 
 RECORD = "t"
 FIELD = "b"
@@ -17,7 +19,11 @@ FIELD = "b"
 KINDS = ("proxy", "full")
 """Kinds of round. The position is the number on the wire."""
 
-_REQUEST = struct.Struct("<Bi4H")
+RESYNC = 1001
+"""Code of the error reply of a client that cannot build the round's weights from the steps it was sent."""
+
+_REQUEST = struct.Struct(f"<Bi4HH{FINGERPRINT_BYTES}s{SKETCH_BYTES}s")
+_LENGTH = struct.Struct("<I")
 _REPLY = struct.Struct("<I5f")
 
 
@@ -29,29 +35,47 @@ class TrainRequest:
         kind: of the round, one of `KINDS`.
         acknowledged: the last round whose reply of this client the server added, or -1.
         shape: of the network's input and output, which the client's data must fit.
-        payload: the global weights.
+        payload: the global weights whole, or b"" where the client can build them.
+        steps: payloads of the steps of the last rounds, oldest first; they lead from the weights that the client has to
+            this round's. None where it has them already: before the first round every client has the initial model.
+        identity: of this round's weights (`tofu.same_weights`), which the reply is relative to.
+        sketch: of this round's weights.
     """
 
     kind: str
     acknowledged: int
     shape: ImageShape
     payload: bytes
+    identity: bytes
+    steps: tuple[bytes, ...] = ()
+    sketch: bytes = bytes(SKETCH_BYTES)
 
     def to_bytes(self) -> bytes:
         s = self.shape
         numbers = (KINDS.index(self.kind), self.acknowledged, s.channels, s.height, s.width, s.classes)
-        return _REQUEST.pack(*numbers) + self.payload
+        head = _REQUEST.pack(*numbers, len(self.steps), self.identity, self.sketch)
+        return head + b"".join(_LENGTH.pack(len(step)) + step for step in self.steps) + self.payload
 
     @staticmethod
     def from_bytes(data: object) -> "TrainRequest":
         """Raises PayloadError for bytes that are no request."""
-        head, payload = _split(data, _REQUEST, "request")
-        kind, acknowledged, *shape = _REQUEST.unpack(head)
+        head, rest = _split(data, _REQUEST, "request")
+        kind, acknowledged, *shape, count, identity, sketch = _REQUEST.unpack(head)
         if not kind < len(KINDS):
             raise PayloadError(f"request has round kind {kind}, expected below {len(KINDS)}")
         if min(shape) < 1:
             raise PayloadError(f"request has input shape {shape}, expected positive numbers")
-        return TrainRequest(KINDS[kind], acknowledged, ImageShape(*shape), payload)
+        steps = []
+        for _ in range(count):
+            length, rest = _split(rest, _LENGTH, "request's step")
+            size = _LENGTH.unpack(length)[0]
+            if size > len(rest):
+                raise PayloadError(f"request's step has {len(rest)} bytes, expected {size}")
+            steps.append(rest[:size])
+            rest = rest[size:]
+        if steps and rest:
+            raise PayloadError(f"request has {count} steps and {len(rest)} bytes of weights, expected one of the two")
+        return TrainRequest(KINDS[kind], acknowledged, ImageShape(*shape), rest, identity, tuple(steps), sketch)
 
 
 @dataclass(frozen=True)

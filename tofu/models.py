@@ -5,6 +5,7 @@ torchvision is imported for its own models only. None of them has dropout: an up
 """
 
 import importlib
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -16,6 +17,9 @@ from tofu.data import ImageShape
 from tofu.errors import SettingError
 
 NORMS = ("group", "batch", "none")
+
+_ONE_AT_A_TIME = threading.Lock()
+"""Layers draw their weights from torch's one generator, which clients that are threads of one process share."""
 
 _CHANNELS_PER_GROUP = 16  # Wu & He 2018, "Group Normalization", table 3
 
@@ -47,7 +51,7 @@ def build_model(name: str, shape: ImageShape, *, norm: str = "group", seed: int 
         raise SettingError("norm", norm, f"one of {', '.join(NORMS)}")
     if name not in _BUILDERS and ":" not in name:
         raise SettingError("model", name, f"one of {', '.join(model_names())}, or package.module:factory")
-    with torch.random.fork_rng(devices=[]):
+    with _ONE_AT_A_TIME, torch.random.fork_rng(devices=[]):
         # torch.manual_seed would reseed the accelerators' generators too, which the fork does not restore.
         torch.default_generator.manual_seed(seed)
         model = _BUILDERS[name](shape, norm) if name in _BUILDERS else _from_factory(name, shape)

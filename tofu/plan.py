@@ -23,7 +23,8 @@ class Plan:
         message_overhead: what Flower's message adds to a payload.
         compressed_rounds, full_rounds: of the schedule ("plateau" is planned as compressed throughout).
         uplink_bytes, downlink_bytes: of the run, all messages.
-        fedavg_uplink_bytes: of the same rounds with float32 updates.
+        fedavg_uplink_bytes: of the same rounds with float32 updates; its downlink has as many.
+        step_bytes: the payload of the server's step, header included; 0 where the downlink is not compressed.
         warnings: one line each.
     """
 
@@ -38,6 +39,7 @@ class Plan:
     uplink_bytes: int
     downlink_bytes: int
     fedavg_uplink_bytes: int
+    step_bytes: int
     warnings: tuple[str, ...]
 
     @property
@@ -47,6 +49,10 @@ class Plan:
     @property
     def uplink_ratio(self) -> float:
         return self.fedavg_uplink_bytes / self.uplink_bytes
+
+    @property
+    def both_ratio(self) -> float:
+        return 2 * self.fedavg_uplink_bytes / (self.uplink_bytes + self.downlink_bytes)
 
 
 def make_plan(settings: Settings, network: Network, *, full_rounds: int, message_overhead: int) -> Plan:
@@ -68,6 +74,7 @@ def make_plan(settings: Settings, network: Network, *, full_rounds: int, message
     clients = max(settings.min_clients, round(settings.fraction * settings.clients), 1)
     compressed_rounds = settings.rounds - full_rounds
     uplink = clients * (compressed_rounds * (payload + message_overhead) + full_rounds * (full + message_overhead))
+    step, downlink = _downlink(settings, network, full_rounds=full_rounds, message_overhead=message_overhead)
     warnings = []
     if compressed_rounds and payload >= full:
         warnings.append(
@@ -95,7 +102,25 @@ def make_plan(settings: Settings, network: Network, *, full_rounds: int, message
         compressed_rounds=compressed_rounds,
         full_rounds=full_rounds,
         uplink_bytes=uplink,
-        downlink_bytes=clients * settings.rounds * (full + message_overhead),
+        downlink_bytes=clients * downlink,
         fedavg_uplink_bytes=clients * settings.rounds * (full + message_overhead),
+        step_bytes=step,
         warnings=tuple(warnings),
     )
+
+
+def _downlink(settings: Settings, network: Network, *, full_rounds: int, message_overhead: int) -> tuple[int, int]:
+    """Bytes of a step's payload (0 for none), and of the downlink messages to one client that is asked in every round.
+
+    A client that is asked in a share of the rounds lacks, on average, one over the share of steps when it is asked.
+    """
+    whole = HEADER_BYTES + network.layout.float32_bytes
+    compressor = settings.make_downlink(network)
+    if compressor is None:
+        return 0, settings.rounds * (whole + message_overhead)
+    step = HEADER_BYTES + compressor.body_bytes(network.layout)
+    payloads = full_rounds * whole
+    for round_ in range(1, settings.rounds - full_rounds + 1):
+        lacked = min(round_ - 1, round(1 / settings.fraction))
+        payloads += min(whole, lacked * step)
+    return step, payloads + settings.rounds * message_overhead

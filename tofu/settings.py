@@ -74,6 +74,9 @@ class Settings:
     tolerance: float = _setting(0.002, "stop an encode that gains less explained variance in 10 evaluations; 0 never", section="Codec", least=0)
     error_feedback: float = _setting(1.0, "share of what compression lost that is added to the client's next update; 0 keeps nothing", section="Codec", least=0, most=1)
 
+    downlink: str = _setting("full", "what the server sends: full: the weights; else: its step by this compressor, and the weights only to clients that missed too many", section="Codec", choices=compressor_names())
+    downlink_ratio: float = _setting(25.0, "float32 bytes of the weights over bytes of a step's payload", section="Codec", least=1)
+
     fraction: float = _setting(1.0, "share of the available clients asked in each round", section="Server", above=0, most=1)
     min_clients: int = _setting(1, "wait for, and ask, at least so many clients", section="Server", least=1)
     round_timeout: float = _setting(3600.0, "seconds until a round goes on without the clients that have not replied", section="Server", above=0)
@@ -144,6 +147,12 @@ class Settings:
         """The compressor of a round of this kind ("proxy" or "full") for this network."""
         name = "full" if kind == "full" else self.compressor
         return make_compressor(name, network, ratio=self.ratio, count=self.proxies, settings=self.proxy_settings())
+
+    def make_downlink(self, network: Network) -> Compressor | None:
+        """The compressor of the server's steps, or None where it sends its weights whole."""
+        if self.downlink == "full":
+            return None
+        return make_compressor(self.downlink, network, ratio=self.downlink_ratio, settings=self.proxy_settings())
 
 
 def read_toml(path: Path) -> dict[str, object]:

@@ -84,6 +84,11 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         target.copy_(value if target.is_floating_point() else value.round())
 
 
+def add_update(model: nn.Module, update: Mapping[str, Tensor]) -> None:
+    """Add an update to a model in place: elementwise float32, so the same on both ends of a connection."""
+    load_weights(model, {name: value.float() + update[name] for name, value in weights_of(model).items()})
+
+
 def difference(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> Weights:
     """The update new - old, float32."""
     return {name: new[name].float() - old[name].float() for name in old}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 WIDTH, HEIGHT = 540, 330
 LEFT, RIGHT, TOP, BOTTOM = 52, 534, 58, 286
+_MARGIN = 12
 KINDS = ("start", "proxy", "full", "secure")
 
 
@@ -70,10 +71,11 @@ def round_axis(last: int) -> Axis:
 
 
 class Drawing:
-    """One figure under construction: an SVG of `WIDTH` times `height` with the text `alt` for who cannot see it."""
+    """One figure under construction: an SVG of `width` times `height` with the text `alt` for who cannot see it."""
 
-    def __init__(self, alt: str, height: int = HEIGHT) -> None:
-        self.svg = ET.Element("svg", {"viewBox": f"0 0 {WIDTH} {height}", "role": "img", "aria-label": alt})
+    def __init__(self, alt: str, height: int = HEIGHT, width: int = WIDTH) -> None:
+        self.width, self.height = width, height
+        self.svg = ET.Element("svg", {"viewBox": f"0 0 {width} {height}", "role": "img", "aria-label": alt})
 
     def add(self, tag: str, css: str = "", text: str = "", tip: str = "", **attributes: float | str) -> None:
         """Append one element; `tip` is shown while the pointer rests on it. `_` in an attribute name stands for `-`."""
@@ -86,14 +88,15 @@ class Drawing:
     def frame(self, x: Axis, y: Axis, labels: tuple[str, str], *, x_text: Callable[[float], str]) -> None:
         """Grid, ticks and the names of both axes; the vertical one counts in percent."""
         decimals = 0 if nice_step(y.high - y.low) >= 0.01 else 1
+        right, bottom = self.width - (WIDTH - RIGHT), y.start
         for value in y.ticks():
-            self.add("line", "grid", x1=LEFT, x2=RIGHT, y1=y.at(value), y2=y.at(value))
+            self.add("line", "grid", x1=LEFT, x2=right, y1=y.at(value), y2=y.at(value))
             self.add("text", "tick end", f"{100 * value:.{decimals}f}%", x=LEFT - 8, y=y.at(value) + 4)
         for value in x.ticks():
-            self.add("line", "axis", x1=x.at(value), x2=x.at(value), y1=BOTTOM, y2=BOTTOM + 4)
-            self.add("text", "tick middle", x_text(value), x=x.at(value), y=BOTTOM + 18)
-        self.add("line", "axis", x1=LEFT, x2=RIGHT, y1=BOTTOM, y2=BOTTOM)
-        self.add("text", "label middle", labels[0], x=(LEFT + RIGHT) / 2, y=BOTTOM + 38)
+            self.add("line", "axis", x1=x.at(value), x2=x.at(value), y1=bottom, y2=bottom + 4)
+            self.add("text", "tick middle", x_text(value), x=x.at(value), y=bottom + 18)
+        self.add("line", "axis", x1=LEFT, x2=right, y1=bottom, y2=bottom)
+        self.add("text", "label middle", labels[0], x=(LEFT + right) / 2, y=bottom + 38)
         self.add("text", "label", labels[1], x=0, y=12)
 
     def curve(self, points: Sequence[tuple[float, float]], css: str) -> None:
@@ -128,6 +131,23 @@ class Drawing:
     def markup(self) -> str:
         """The figure as markup that can be placed in a page."""
         return ET.tostring(self.svg, encoding="unicode")
+
+
+def standalone(drawings: Sequence[Drawing], style: str) -> str:
+    """Figures below each other as a file of its own, with the CSS that a page would give them and a background."""
+    width = max(drawing.width for drawing in drawings) + 2 * _MARGIN
+    height = sum(drawing.height + 2 * _MARGIN for drawing in drawings)
+    size = {"width": f"{width}", "height": f"{height}"}
+    root = ET.Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "viewBox": f"0 0 {width} {height}", **size})
+    ET.SubElement(root, "style").text = style
+    ET.SubElement(root, "rect", {"class": "page", **size})
+    top = _MARGIN
+    for drawing in drawings:
+        place = {"x": _MARGIN, "y": top, "width": drawing.width, "height": drawing.height}
+        node = ET.SubElement(root, "svg", drawing.svg.attrib | {name: f"{value}" for name, value in place.items()})
+        node.extend(drawing.svg)
+        top += drawing.height + 2 * _MARGIN
+    return ET.tostring(root, encoding="unicode")
 
 
 def thinned(kinds: Sequence[str], most: int) -> list[int]:

@@ -107,6 +107,7 @@ class RunFolder:
     downlink_bytes: int
     fedavg_uplink_bytes: int
     payload_ratio: float | None
+    both_ratio: float | None
     seconds: float | None
     weights_sha256: str
 
@@ -153,6 +154,7 @@ def read_run(run: Path) -> RunFolder:
         downlink_bytes=total("downlink_bytes"),
         fedavg_uplink_bytes=total("fedavg_uplink_bytes"),
         payload_ratio=summary.number("payload_ratio"),
+        both_ratio=summary.number("both_ratio") if "both_ratio" in summary.values else None,
         seconds=summary.number("seconds") if "seconds" in summary.values else (sum(durations) if durations else None),
         weights_sha256=summary.text("weights_sha256") if "weights_sha256" in summary.values else "",
     )

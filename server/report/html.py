@@ -169,6 +169,8 @@ def _aside(run: RunFolder) -> str:
 
 def _facts(run: RunFolder) -> list[tuple[str, str]]:
     facts = [("uplink", human_bytes(run.uplink_bytes)), ("downlink", human_bytes(run.downlink_bytes))]
+    if run.both_ratio is not None and run.both_ratio > 2:  # below, the downlink is that of FedAvg
+        facts.append(("both directions", f"{human_factor(max(run.both_ratio, 0.0))} less than FedAvg"))
     if run.payload_ratio is not None:
         facts.append(("payload ratio", human_factor(max(run.payload_ratio, 0.0))))
     explained = [row.explained_variance for row in run.rounds if row.explained_variance is not None]

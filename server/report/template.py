@@ -4,7 +4,7 @@ Nothing in it loads anything: no scripts, no fonts, no addresses but `data:`. Th
 browser as well, so that even a value that slipped through escaping could not fetch or run anything.
 """
 
-STYLE = """
+COLOURS = """
 :root {
   color-scheme: light dark;
   --page: #fbfaf8; --card: #ffffff; --ink: #1d1c1a; --soft: #63605a; --line: #e4e1db; --grid: #eeebe6;
@@ -26,6 +26,9 @@ STYLE = """
     --proxy: #2a78d6; --full: #d9602b; --secure: #12875a; --other: #7b57b8;
   }
 }
+"""
+
+_PAGE_STYLE = """
 * { box-sizing: border-box; }
 body {
   margin: 0; background: var(--page); color: var(--ink);
@@ -82,6 +85,9 @@ tfoot td, tfoot th { border-top: 1px solid var(--line); border-bottom: 0; color:
 summary { cursor: pointer; font-size: 16px; font-weight: 650; }
 code { font: 12.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 footer { margin-top: 26px; color: var(--soft); font-size: 13px; }
+"""
+
+FIGURE_STYLE = """
 svg text { font-size: 12px; fill: var(--ink); font-family: inherit; font-variant-numeric: tabular-nums; }
 svg .tick, svg .label { fill: var(--soft); }
 svg .end { text-anchor: end; } svg .middle { text-anchor: middle; }
@@ -102,6 +108,9 @@ svg .k-start { fill: var(--start); } svg .mark.k-start { stroke: var(--soft); st
 svg .bar.k-start { fill: var(--soft); }
 svg .rail { fill: var(--grid); } svg .overhead { fill: var(--card); fill-opacity: .5; }
 svg .drop { stroke: var(--soft); stroke-dasharray: 1 3; } svg .span { stroke: var(--soft); }
+"""
+
+_MEDIA_STYLE = """
 @media screen and (max-width: 820px) {
   .grid2 { grid-template-columns: minmax(0, 1fr); }
   main { padding: 24px 14px; }
@@ -122,6 +131,8 @@ svg .drop { stroke: var(--soft); stroke-dasharray: 1 3; } svg .span { stroke: va
   .sheets { grid-template-columns: repeat(3, minmax(0, 1fr)); }
 }
 """
+
+STYLE = COLOURS + _PAGE_STYLE + FIGURE_STYLE + _MEDIA_STYLE
 
 PAGE = """<!doctype html>
 <html lang="en">

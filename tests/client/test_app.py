@@ -49,7 +49,7 @@ def request(kind: str = "proxy", round_: int = 1, acknowledged: int = -1, *, see
     model = build_model("mlp", SHAPE, seed=seed)
     weights = weights_of(model)
     payload = Payload(WEIGHTS, round_, fingerprint(weights), float32_bytes(weights, layout_of(model)))
-    return TrainRequest(kind, acknowledged, SHAPE, payload.to_bytes())
+    return TrainRequest(kind, acknowledged, SHAPE, payload.to_bytes(), payload.fingerprint)
 
 
 def decoded(reply: TrainReply, kind: str, round_: int) -> dict[str, torch.Tensor]:
@@ -117,10 +117,10 @@ def test_weights_of_another_model_or_round_are_refused() -> None:
     other = Settings.of(SETTINGS.to_config() | {"model": "cnn"})
     with pytest.raises(PayloadError, match=r"this model takes|expected 22 to"):
         train_round(good, 1, other, ctx)
-    swapped = TrainRequest("proxy", -1, SHAPE, good.payload[:10] + bytes(8) + good.payload[18:])
+    swapped = TrainRequest("proxy", -1, SHAPE, good.payload[:10] + bytes(8) + good.payload[18:], bytes(8))
     with pytest.raises(DataError, match="fingerprint"):
         train_round(swapped, 1, SETTINGS, ctx)
-    assert not ctx.state.array_records  # nothing was kept of a round that failed
+    assert not ctx.state.config_records  # nothing was kept of a round that failed
 
 
 def test_a_real_client_trains_on_its_own_folder(tmp_path: Path, digits: LabelledImages) -> None:
@@ -138,8 +138,8 @@ def test_class_names_number_the_labels_of_a_folder_that_lacks_some(tmp_path: Pat
 
 def test_data_that_does_not_fit_is_refused(tmp_path: Path, digits: LabelledImages) -> None:
     write_images(tmp_path / "own", digits, list(range(10)))
-    wide = TrainRequest("proxy", -1, ImageShape(1, 8, 9, 10), request().payload)
-    few = TrainRequest("proxy", -1, ImageShape(1, 8, 8, 3), request().payload)
+    wide = TrainRequest("proxy", -1, ImageShape(1, 8, 9, 10), request().payload, bytes(8))
+    few = TrainRequest("proxy", -1, ImageShape(1, 8, 8, 3), request().payload, bytes(8))
     for bad in (wide, few):
         with pytest.raises((DataError, PayloadError)):
             train_round(bad, 1, SETTINGS, context(data=str(tmp_path / "own")))
@@ -172,6 +172,6 @@ def test_warm_start_uses_the_last_proxies() -> None:
     network = Network(build_model("mlp", SHAPE, seed=0).eval(), SHAPE)
     compressor = SETTINGS.make_compressor("proxy", network)
     assert isinstance(compressor, Proxy)
-    memory = ctx.state.config_records["tofu.numbers"]["memory"]
+    memory = ctx.state.config_records["tofu"]["memory"]
     assert isinstance(memory, bytes)
     assert compressor._remembered(memory) is not None

@@ -1,7 +1,7 @@
 import torch
-from flwr.app import ArrayRecord, Context, RecordDict
+from flwr.app import Context, RecordDict
 
-from client.state import load_state, save_state
+from client.state import KeptWeights, load_state, save_state
 from tofu.compression import ErrorFeedback
 from tofu.weights import Layout
 
@@ -18,7 +18,7 @@ def weights(value: float) -> dict[str, torch.Tensor]:
 
 def test_round_trip() -> None:
     ctx = context()
-    save_state(ctx, feedback=ErrorFeedback(weights(0.5), weights(-2.0), 7), memory=b"proxies")
+    save_state(ctx, LAYOUT, feedback=ErrorFeedback(weights(0.5), weights(-2.0), 7), memory=b"proxies")
     state = load_state(ctx, LAYOUT)
     assert state.memory == b"proxies"
     assert state.feedback.sent_round == 7
@@ -34,24 +34,34 @@ def test_an_empty_context_is_a_fresh_start() -> None:
 
 def test_the_state_of_another_model_is_not_used() -> None:
     ctx = context()
-    save_state(ctx, feedback=ErrorFeedback(weights(0.5), weights(0.5), 7), memory=b"")
+    save_state(ctx, LAYOUT, feedback=ErrorFeedback(weights(0.5), weights(0.5), 7), memory=b"",
+               kept=KeptWeights(weights(1.0), bytes(8)))  # fmt: skip
     other = Layout({"w": torch.Size([4]), "b": torch.Size([])}, {"n": torch.Size([1])})
-    assert load_state(ctx, other).feedback == ErrorFeedback()
-    del ctx.state["tofu.sent"]
-    assert load_state(ctx, LAYOUT).feedback == ErrorFeedback()
+    state = load_state(ctx, other)
+    assert state.feedback == ErrorFeedback()
+    assert state.kept is None
+    ctx.state["tofu"]["version"] = 1
+    assert load_state(ctx, LAYOUT).kept is None
+
+
+def test_kept_weights_come_back_with_their_identity() -> None:
+    ctx = context()
+    save_state(ctx, LAYOUT, feedback=None, memory=b"", kept=KeptWeights(weights(3.0), b"identity"))
+    kept = load_state(ctx, LAYOUT).kept
+    assert kept is not None
+    assert kept.identity == b"identity"
+    assert torch.equal(kept.weights["w"], torch.full((2, 3), 3.0))
 
 
 def test_without_feedback_only_the_codecs_memory_is_kept() -> None:
     ctx = context()
-    save_state(ctx, feedback=None, memory=b"m")
-    assert not ctx.state.array_records
-    assert load_state(ctx, LAYOUT).memory == b"m"
+    save_state(ctx, LAYOUT, feedback=None, memory=b"m")
+    state = load_state(ctx, LAYOUT)
+    assert (state.memory, state.kept, state.feedback) == (b"m", None, ErrorFeedback())
 
 
 def test_loaded_weights_do_not_share_memory_with_the_record() -> None:
     ctx = context()
-    save_state(ctx, feedback=ErrorFeedback(weights(0.5), weights(0.5), 7), memory=b"")
+    save_state(ctx, LAYOUT, feedback=ErrorFeedback(weights(0.5), weights(0.5), 7), memory=b"")
     load_state(ctx, LAYOUT).feedback.residual["w"].add_(1)
-    record = ctx.state["tofu.residual"]
-    assert isinstance(record, ArrayRecord)
-    assert float(record.to_torch_state_dict()["w"].max()) == 0.5
+    assert float(load_state(ctx, LAYOUT).feedback.residual["w"].max()) == 0.5

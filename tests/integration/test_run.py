@@ -659,3 +659,76 @@ def test_no_client_at_all_stops_the_run(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="0 clients connected"):
         federate(tmp_path / "run", app, clients=1, rounds=1, round_timeout=0.5)
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+# The compressed downlink
+
+
+DOWN: Row = {"downlink": "proxy", "downlink_ratio": 20.0, "rounds": 5}
+
+
+def downlinks(folder: Path) -> dict[tuple[int, str], list[int]]:
+    """(round, client) -> payload bytes of the requests that it was sent."""
+    sent: dict[tuple[int, str], list[int]] = {}
+    for row in rows(folder, "ledger"):
+        if row["direction"] == "downlink" and "payload_bytes" in row:
+            sent.setdefault((row["round"], row["client"]), []).append(row["payload_bytes"])
+    return sent
+
+
+def test_a_compressed_downlink_learns_and_sends_less(tmp_path: Path) -> None:
+    settings: Row = QUICK | {"rounds": 6, "evaluations": 30, "ratio": 30.0, "weight_average": 0.5}
+    plain = federate(tmp_path / "plain", **settings)
+    both = federate(tmp_path / "both", **settings, downlink="proxy", downlink_ratio=20.0)
+    assert plain["both_ratio"] < 2
+    assert both["both_ratio"] > 10
+    assert both["fedavg_downlink_bytes"] == plain["downlink_bytes"] == plain["fedavg_downlink_bytes"]
+    assert both["uplink_bytes"] == plain["uplink_bytes"]
+    assert both["final_accuracy"] > plain["final_accuracy"] - 0.05
+    assert both["final_accuracy"] > 0.8
+
+
+def test_a_client_that_lost_its_state_is_sent_the_weights(tmp_path: Path) -> None:
+    def forget(message: Message, context: Context, next_: Any) -> Message:
+        if message.metadata.group_id == "3" and context.node_config["partition-id"] == 1:
+            context.state = RecordDict()
+        return next_(message, context)  # type: ignore[no-any-return]
+
+    app = ClientApp(mods=[forget])
+    app.query()(lambda message, context: honest.app(message, context))
+    app.train()(lambda message, context: honest.app(message, context))
+    federate(tmp_path / "run", app, **DOWN)
+    sent = downlinks(tmp_path / "run")
+    model = fresh_model(settings_of(tmp_path, **DOWN))
+    whole = HEADER_BYTES + layout_of(model).float32_bytes
+    step = sent[2, "0"][0]
+    assert step <= whole / 20
+    for (round_, client), sizes in sent.items():
+        expected = [0] if round_ == 1 else [step]
+        assert sizes == expected + ([whole] if (round_, client) == (3, "1") else [])
+    assert all(row["clients"] == 4 and not row["failures"] for row in rows(tmp_path / "run")[1:])
+    errors = [row for row in rows(tmp_path / "run", "ledger") if row["direction"] == "uplink" and row["round"] == 3]
+    assert len([row for row in errors if row["client"] == "1"]) == 2  # the call for weights, and the reply
+
+
+def test_clients_that_sat_out_are_sent_the_steps_they_lack(tmp_path: Path) -> None:
+    federate(tmp_path / "run", **DOWN | {"rounds": 8, "fraction": 0.5, "downlink_ratio": 30.0})
+    sent = downlinks(tmp_path / "run")
+    step = min(size for sizes in sent.values() for size in sizes if size)
+    last: dict[str, int] = {}
+    for (round_, client), sizes in sorted(sent.items()):
+        assert sizes == [step * (round_ - last.get(client, 1))]
+        last[client] = round_
+    assert len({round_ - last.get(client, 1) for (round_, client) in sent}) > 1
+
+
+def test_full_rounds_send_whole_weights_and_the_next_steps_start_there(tmp_path: Path) -> None:
+    federate(tmp_path / "run", **DOWN | {"schedule": "switch", "switch_round": 5})
+    sent = downlinks(tmp_path / "run")
+    whole = HEADER_BYTES + layout_of(fresh_model(settings_of(tmp_path, **DOWN))).float32_bytes
+    assert {sizes[0] for (round_, _), sizes in sent.items() if round_ == 5} == {whole}
+
+
+def test_a_run_with_a_compressed_downlink_repeats(tmp_path: Path) -> None:
+    one, two = (federate(tmp_path / name, **DOWN, workers=n)["weights_sha256"] for name, n in (("a", 1), ("b", 3)))
+    assert one == two

@@ -348,11 +348,11 @@ def test_report_of_what_is_no_run(tofu: Tofu, tmp_path: Path) -> None:
 def test_help_names_the_commands(tofu: Tofu) -> None:
     outcome = tofu("--help")
     assert outcome.status == 0
-    for command in ("run", "plan", "demo", "report"):
+    for command in ("run", "plan", "demo", "compare", "report"):
         assert f"│ {command} " in outcome.out
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "demo"])
+@pytest.mark.parametrize("command", ["run", "plan", "demo", "compare"])
 def test_help_lists_every_setting_under_its_section(tofu: Tofu, command: str) -> None:
     outcome = tofu(command, "--help")
     assert outcome.status == 0

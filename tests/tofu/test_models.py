@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from tofu.data import ImageShape
 from tofu.errors import SettingError
 from tofu.models import build_model, model_names
+from tofu.weights import fingerprint, weights_of
 
 DIGITS = ImageShape(1, 8, 8, 10)
 MNIST = ImageShape(1, 28, 28, 10)
@@ -205,3 +207,10 @@ print([name for name in ("torchvision", "datasets", "flwr_datasets", "sklearn", 
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_threads_that_build_at_the_same_time_build_the_same_model() -> None:
+    shape = ImageShape(1, 28, 28, 10)
+    with ThreadPoolExecutor(8) as threads:
+        prints = set(threads.map(lambda _: fingerprint(weights_of(build_model("lenet5", shape, seed=3))), range(64)))
+    assert len(prints) == 1

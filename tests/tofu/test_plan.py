@@ -1,10 +1,14 @@
 """The plan's numbers, each against what the codec writes or against plain arithmetic."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from client.app import app as client_app
+from server.app import serve_in_process
+from server.ledger import reply_overhead
 from tofu.data import ImageShape
 from tofu.errors import SettingError
 from tofu.models import build_model
@@ -127,3 +131,17 @@ def test_a_ratio_out_of_reach_is_refused_with_the_best_there_is() -> None:
         plan(ratio=1e5)
     best = float(caught.value.accepted.split()[2])
     assert plan(ratio=best - 0.1).proxies == 1
+
+
+def test_a_compressed_downlink_is_planned_as_the_run_sends_it(tmp_path: Path) -> None:
+    for fraction in (1.0, 0.5):
+        settings = Settings.of({"model": "mlp", "clients": 4, "rounds": 6, "fraction": fraction, "local-epochs": 1,
+                                "evaluations": 2, "ratio": 40.0, "downlink": "proxy", "downlink-ratio": 30.0,
+                                "run-folder": str(tmp_path / f"{fraction}")})  # fmt: skip
+        network = network_of(settings)
+        made = make_plan(settings, network, full_rounds=0, message_overhead=reply_overhead())
+        summary = serve_in_process(client_app, settings)
+        assert made.step_bytes <= network.layout.float32_bytes / 30
+        downlink = summary["downlink_bytes"]
+        assert isinstance(downlink, int)
+        assert made.downlink_bytes == pytest.approx(downlink, rel=0.1 if fraction == 1 else 0.3)

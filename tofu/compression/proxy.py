@@ -8,28 +8,24 @@ Body, little-endian:
     2      number of proxies
     2      side of a proxy in pixels
     -      the proxies (ProxyCode)
-    -      one row of 8-bit integers with its scale for each float buffer (BatchNorm's means and variances)
-    4 each integer buffers as float32 (the difference of the batch counters)
+    -      the buffers (BufferCode)
 """
 
 import struct
 from dataclasses import replace
-from functools import cached_property
 from typing import ClassVar
 
-import numpy as np
 import torch
 
 from tofu.compression.base import Compressed, Compressor
+from tofu.compression.buffers import BufferCode
 from tofu.errors import PayloadError, SettingError
 from tofu.network import Network
 from tofu.payload import HEADER_BYTES
 from tofu.proxy import ENOUGH, ProxyCode, ProxyData, ProxySettings, automatic_sides, decode, encode
-from tofu.quantise import RowCode
 from tofu.weights import Layout, Weights
 
 _PREFIX = struct.Struct("<BBHH")
-BUFFER_BITS = 8
 
 
 class Proxy(Compressor):
@@ -64,7 +60,7 @@ class Proxy(Compressor):
     ) -> Compressed:
         start = self._remembered(memory)
         encoding = encode(network, update, self.count, self.settings, generator=generator, start=start)
-        buffers = _BufferCode(network.layout)
+        buffers = BufferCode(network.layout)
         tail = buffers.write(update)
         prefix = _PREFIX.pack(self.settings.flags, self.settings.bits, self.count, self._code.side)
         decoded = encoding.decoded | buffers.read(tail)
@@ -73,7 +69,7 @@ class Proxy(Compressor):
     def decompress(self, network: Network, body: bytes) -> Weights:
         split = _PREFIX.size + self._code.nbytes
         proxies = self.read_proxies(body)
-        return decode(network, proxies, self.settings) | _BufferCode(network.layout).read(body[split:])
+        return decode(network, proxies, self.settings) | BufferCode(network.layout).read(body[split:])
 
     def read_proxies(self, body: bytes) -> ProxyData:
         """The proxies in a body, checked.
@@ -91,7 +87,7 @@ class Proxy(Compressor):
         return self._code.read(body[_PREFIX.size : _PREFIX.size + self._code.nbytes])
 
     def body_bytes(self, layout: Layout) -> int:
-        return _PREFIX.size + self._code.nbytes + _BufferCode(layout).nbytes
+        return _PREFIX.size + self._code.nbytes + BufferCode(layout).nbytes
 
     def _remembered(self, memory: bytes) -> ProxyData | None:
         try:
@@ -112,7 +108,7 @@ def _with_side(network: Network, ratio: float, count: int, settings: ProxySettin
 def _size(network: Network, count: int, settings: ProxySettings) -> int:
     """Bytes of a payload with so many proxies, header included."""
     code = ProxyCode.of(network, settings, count)
-    return HEADER_BYTES + _PREFIX.size + code.nbytes + _BufferCode(network.layout).nbytes
+    return HEADER_BYTES + _PREFIX.size + code.nbytes + BufferCode(network.layout).nbytes
 
 
 def _affordable(network: Network, ratio: float, settings: ProxySettings) -> int:
@@ -131,41 +127,3 @@ def _affordable(network: Network, ratio: float, settings: ProxySettings) -> int:
     while size(count) > budget:
         count -= 1
     return count
-
-
-class _BufferCode:
-    """Buffers' differences <-> bytes."""
-
-    def __init__(self, layout: Layout) -> None:
-        self._shapes = {name: shape for name, shape in layout.buffers.items() if name not in layout.integers}
-        self._integers = [(name, layout.buffers[name]) for name in layout.buffers if name in layout.integers]
-
-    @cached_property
-    def _rows(self) -> list[RowCode]:
-        return [RowCode(1, shape.numel(), BUFFER_BITS) for shape in self._shapes.values()]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(row.nbytes for row in self._rows) + 4 * sum(shape.numel() for _, shape in self._integers)
-
-    def write(self, update: Weights) -> bytes:
-        rows = [row.write(update[name]) for name, row in zip(self._shapes, self._rows, strict=True)]
-        rows += [update[name].float().numpy().astype("<f4").tobytes() for name, _ in self._integers]
-        return b"".join(rows)
-
-    def read(self, data: bytes) -> Weights:
-        if len(data) != self.nbytes:
-            raise PayloadError(f"buffers take {len(data)} bytes, expected {self.nbytes}")
-        buffers: Weights = {}
-        start = 0
-        for (name, shape), row in zip(self._shapes.items(), self._rows, strict=True):
-            buffers[name] = row.read(data[start : start + row.nbytes], f"buffer {name}").view(shape)
-            start += row.nbytes
-        for name, shape in self._integers:
-            end = start + 4 * shape.numel()
-            values = torch.from_numpy(np.frombuffer(data[start:end], dtype="<f4").astype(np.float32))
-            if not bool(torch.isfinite(values).all()):
-                raise PayloadError(f"buffer {name} holds a value that is not finite")
-            buffers[name] = values.view(shape)
-            start = end
-        return buffers

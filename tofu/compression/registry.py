@@ -1,13 +1,40 @@
 """Compressors by name."""
 
+from typing import Protocol
+
 from tofu.compression.base import Compressor
+from tofu.compression.eden import Eden
+from tofu.compression.float16 import Float16
 from tofu.compression.full import Full
+from tofu.compression.powersgd import PowerSgd
 from tofu.compression.proxy import Proxy
+from tofu.compression.qsgd import Qsgd
+from tofu.compression.signsgd import SignSgd
+from tofu.compression.stc import Stc
+from tofu.compression.threesfc import ThreeSfc
+from tofu.compression.topk import TopK
 from tofu.errors import SettingError
 from tofu.network import Network
 from tofu.proxy import ProxySettings
 
-_NAMES = (Full.name, Proxy.name)
+
+class _ByRatio(Protocol):
+    """A codec that the ratio alone decides."""
+
+    def __call__(self, network_like: Network, *, ratio: float) -> Compressor: ...
+
+
+_BY_RATIO: dict[str, _ByRatio] = {
+    TopK.name: TopK,
+    Stc.name: Stc,
+    PowerSgd.name: PowerSgd,
+    Eden.name: Eden,
+    SignSgd.name: SignSgd,
+    Qsgd.name: Qsgd,
+    ThreeSfc.name: ThreeSfc,
+    Float16.name: Float16,
+}
+_NAMES = (Full.name, Proxy.name, *_BY_RATIO)
 
 
 def compressor_names() -> tuple[str, ...]:
@@ -22,7 +49,7 @@ def make_compressor(
 
     Args:
         ratio: bytes wanted, as float32 bytes of the update over bytes of the payload.
-        count: number of proxies, 0 to derive it from the ratio.
+        count: number of proxies of the proxy codec, 0 to derive it from the ratio.
         settings: of the proxy codec.
 
     Raises:
@@ -32,4 +59,6 @@ def make_compressor(
         return Full()
     if name == Proxy.name:
         return Proxy(network_like, ratio=ratio, count=count, settings=settings or ProxySettings())
+    if name in _BY_RATIO:
+        return _BY_RATIO[name](network_like, ratio=ratio)
     raise SettingError("compressor", name, f"one of {', '.join(_NAMES)}")

@@ -1,0 +1,112 @@
+"""What the server sends: the global weights whole, or its step towards them, compressed.
+
+With steps there are two sets of weights: the server's own, and those that the clients hold. A round's step is the
+compressed difference of the two, so what compression loses stays in the difference and is sent later. That is error
+feedback in the other direction (DoubleSqueeze, Tang et al., ICML 2019). Clients train from the weights that they hold,
+and the server decodes their updates there. Every client can build the initial model itself, from the run's settings, so
+the first round sends none. A client that sat out some rounds gets the steps that it lacks, or the weights whole where
+those are fewer bytes. Rounds of float32 updates send whole weights.
+"""
+
+import copy
+from dataclasses import dataclass
+
+from tofu.network import Network
+from tofu.payload import HEADER_BYTES, WEIGHTS, Payload, float32_bytes
+from tofu.same_weights import SKETCH_BYTES, after_step, sketch
+from tofu.seeding import derive_generator
+from tofu.settings import Settings
+from tofu.weights import add_update, difference, explained_variance, fingerprint, load_weights, weights_of
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a request brings: whole weights, or steps."""
+
+    payload: bytes
+    steps: tuple[bytes, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.payload) + sum(map(len, self.steps))
+
+
+class Downlink:
+    """The weights that clients hold, and what each of them must be sent to hold them.
+
+    Args:
+        master: the server's own model. Without compression it is what clients hold.
+
+    Attributes:
+        network: the model at the weights that clients hold in this round.
+        identity: of these weights.
+        sketch: of these weights.
+        explained_variance: of this round's step, or None where there is none.
+    """
+
+    def __init__(self, master: Network, settings: Settings) -> None:
+        self._master, self._settings = master, settings
+        self._compressor = settings.make_downlink(master)
+        self.network = Network(copy.deepcopy(master.model), master.shape) if self._compressor else master
+        self.identity = b""
+        self.sketch = bytes(SKETCH_BYTES)
+        self.explained_variance: float | None = None
+        self._memory = b""
+        self._steps: list[bytes] = []
+        self._round = 0
+        self._held: dict[str, int] = {}
+        self._shared = 0
+        self._whole = b""
+
+    def begin(self, round_: int, *, whole: bool) -> None:
+        """Settle the weights of a round; rounds follow each other without a gap.
+
+        Args:
+            whole: send weights, not a step, to everyone.
+        """
+        self._round, self.explained_variance = round_, None
+        self.network.model.eval()
+        if self._compressor is None or whole or not self.identity:
+            weights = weights_of(self._master.model)
+            load_weights(self.network.model, weights)
+            self.identity = fingerprint(weights)
+            self._steps, self._held = [], {}
+            # Before the first step the clients hold the initial model, later ones hold nothing until they are sent it.
+            self._shared = round_ if round_ == 1 and self._compressor and not whole else 0
+        else:
+            self._step()
+        weights = weights_of(self.network.model)
+        self.sketch = sketch(weights) if self._compressor else bytes(SKETCH_BYTES)
+        body = float32_bytes(weights, self.network.layout)
+        self._whole = Payload(WEIGHTS, round_, fingerprint(weights), body).to_bytes()
+
+    def _step(self) -> None:
+        assert self._compressor is not None
+        target = difference(weights_of(self._master.model), weights_of(self.network.model))
+        generator = derive_generator(self._settings.seed, self._round, "server", "encode")
+        made = self._compressor.compress(self.network, target, generator=generator, memory=self._memory)
+        parameters = {name: target[name] for name in self.network.layout.parameters}
+        self.explained_variance = explained_variance(parameters, made.decoded)
+        payload = Payload(self._compressor.code, self._round, self.identity, made.body).to_bytes()
+        add_update(self.network.model, made.decoded)
+        self.identity, self._memory = after_step(self.identity, payload), made.memory
+        self._steps.append(payload)
+        whole = HEADER_BYTES + self.network.layout.float32_bytes
+        while self._steps and sum(map(len, self._steps)) >= whole:
+            del self._steps[0]
+
+    def parts(self, client: str, *, whole: bool = False) -> Parts:
+        """What to send to a client: the steps that it lacks, or the weights.
+
+        Args:
+            whole: the client asked for the weights.
+        """
+        held = self._held.get(client, self._shared)
+        lacks = self._round - held
+        if whole or not held or lacks > len(self._steps):
+            return Parts(self._whole)
+        return Parts(b"", tuple(self._steps[len(self._steps) - lacks :]))
+
+    def delivered(self, client: str) -> None:
+        """A client answered from this round's weights, so it holds them."""
+        self._held[client] = self._round

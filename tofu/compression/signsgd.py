@@ -1,0 +1,54 @@
+"""EF-signSGD: the signs of an update, with one magnitude a tensor.
+
+Karimireddy, Rebjock, Stich, Jaggi, "Error Feedback Fixes SignSGD and other Gradient Compression Schemes", ICML 2019,
+arXiv 1901.09847: for a tensor x of d entries
+
+    C(x) = |x|_1 / d sign(x),    |x - C(x)|^2 = (1 - |x|_1^2 / (d |x|_2^2)) |x|_2^2.
+
+The feedback is around the codec. A bit a number, so the ratio is near 32 whatever is asked for below it.
+
+Own part of the body: the magnitude of each tensor as bfloat16, then the signs (1 is negative).
+"""
+
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tofu.compression.bitstream import BitReader, fixed, packed
+from tofu.compression.flat import FlatCompressor, checked_length, checked_scales
+from tofu.quantise import bfloat16_bytes, bfloat16_from
+from tofu.weights import Layout
+
+
+class SignSgd(FlatCompressor):
+    """One bit a number."""
+
+    name: ClassVar[str] = "signsgd"
+    code: ClassVar[int] = 7
+
+    def _least(self, layout: Layout) -> int:
+        return 2 * len(layout.parameters) + (layout.parameter_count + 7) // 8
+
+    def _most(self, layout: Layout) -> int:
+        return self._least(layout)
+
+    def _write(self, vector: Tensor, layout: Layout, generator: torch.Generator, memory: bytes) -> bytes:
+        tensors = torch.split(vector, _lengths(layout))
+        magnitudes = [float(t.double().abs().mean()) if t.numel() else 0.0 for t in tensors]
+        negative = (vector < 0).numpy().astype(np.int64)
+        return bfloat16_bytes(torch.tensor(magnitudes)) + packed(fixed(negative, 1))
+
+    def _read(self, own: bytes, layout: Layout) -> Tensor:
+        checked_length(own, self._most(layout), "signs")
+        split = 2 * len(layout.parameters)
+        magnitudes = checked_scales(bfloat16_from(own[:split], "magnitudes"), "magnitudes")
+        bits = BitReader(own[split:], "signs")
+        signs = 1 - 2 * torch.from_numpy(bits.fixed(layout.parameter_count, 1))
+        bits.finish()
+        return magnitudes.repeat_interleave(torch.tensor(_lengths(layout))) * signs
+
+
+def _lengths(layout: Layout) -> list[int]:
+    return [shape.numel() for shape in layout.parameters.values()]

@@ -1,0 +1,74 @@
+"""STC, sparse ternary compression: the largest entries of an update, all with the same magnitude.
+
+Sattler, Wiedemann, Mueller, Samek, "Robust and Communication-Efficient Federated Learning from Non-IID Data", IEEE
+Transactions on Neural Networks and Learning Systems 2019, arXiv 1903.02891. With I the positions of the k largest
+entries of x in magnitude,
+
+    mu = 1/k sum_{i in I} |x_i|,    C(x)_i = mu sign(x_i) for i in I, else 0;
+
+mu is also the magnitude of least squared error. Positions are Golomb-coded, as in the paper. The paper fixes k/d; here
+k is, of those whose bytes fit, the one that misses least of |x|^2, which is that of the largest k mu^2. At high ratios
+it is the largest that fits; at low ones, more entries would only pull the one magnitude away from the others.
+
+Own part of the body, little-endian:
+
+    bytes  field
+    4      k
+    4      mu, float32
+    -      bits: positions (`positions`), k signs (1 is negative)
+"""
+
+import struct
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tofu.compression.bitstream import BitReader, fixed, packed
+from tofu.compression.flat import FlatCompressor, checked_length, checked_scales
+from tofu.compression.positions import by_magnitude, most_that_fit, positions_length, read_positions, write_positions
+from tofu.weights import Layout
+
+_HEAD = struct.Struct("<If")
+
+
+class Stc(FlatCompressor):
+    """The largest entries, with their sign and one magnitude."""
+
+    name: ClassVar[str] = "stc"
+    code: ClassVar[int] = 4
+
+    def _least(self, layout: Layout) -> int:
+        one = positions_length(np.array([layout.parameter_count - 1])) + 1
+        return _HEAD.size + (one + 7) // 8
+
+    def _write(self, vector: Tensor, layout: Layout, generator: torch.Generator, memory: bytes) -> bytes:
+        order = by_magnitude(vector)
+        most = most_that_fit(order, value_bits=1, room=8 * (self._room(layout) - _HEAD.size))
+        count, mu = _best(vector[torch.from_numpy(order[:most])].abs())
+        positions = np.sort(order[:count])
+        values = vector[torch.from_numpy(positions)]
+        signs = (values < 0).numpy().astype(np.int64)
+        return _HEAD.pack(positions.size, mu) + packed(*write_positions(positions), fixed(signs, 1))
+
+    def _read(self, own: bytes, layout: Layout) -> Tensor:
+        checked_length(own, _HEAD.size, "ternary entries", exactly=False)
+        count, mu = _HEAD.unpack_from(own)
+        scale = checked_scales(torch.tensor([mu]), "ternary entries")
+        bits = BitReader(own[_HEAD.size :], "ternary entries")
+        positions = read_positions(bits, count, layout.parameter_count)
+        negative = bits.fixed(count, 1)
+        bits.finish()
+        vector = torch.zeros(layout.parameter_count)
+        vector[torch.from_numpy(positions)] = scale * torch.from_numpy(1 - 2 * negative)
+        return vector
+
+
+def _best(falling: Tensor) -> tuple[int, float]:
+    """k and mu for falling magnitudes [n] to choose the first k of."""
+    if not falling.numel():
+        return 0, 0.0
+    sums = falling.double().cumsum(0)
+    count = int((sums.square() / torch.arange(1, falling.numel() + 1)).argmax()) + 1
+    return count, float(sums[count - 1] / count)
