@@ -21,13 +21,19 @@ def find_data(name: str, hub: str) -> str:
     return hub
 
 
+def versions(command: str) -> dict[str, object]:
+    """Where results come from: the command, the versions of what it used, the machine."""
+    return {
+        "command": command,
+        "versions": {package: version(package) for package in _PACKAGES} | {"python": platform.python_version()},
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+    }
+
+
 def write_results(name: str, *, settings: Mapping[str, object], rows: Sequence[Mapping[str, object]]) -> Path:
     """Write benchmarks/results/NAME.json: the command, versions, settings (with seeds) and rows."""
     path = RESULTS / f"{name}.json"
-    document = {
-        "command": f"python -m benchmarks.{name} {' '.join(sys.argv[1:])}".strip(),
-        "versions": {package: version(package) for package in _PACKAGES} | {"python": platform.python_version()},
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+    document = versions(f"python -m benchmarks.{name} {' '.join(sys.argv[1:])}".strip()) | {
         "settings": dict(settings),
         "rows": [dict(row) for row in rows],
     }

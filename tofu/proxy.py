@@ -49,14 +49,14 @@ LABEL_UNIT = 0.05
 STALL = 10
 """Evaluations over which the explained variance must gain `tolerance`, or the encoder stops."""
 
-STEEP, FLAT = 4.0, 0.1
-"""Steepness of the twin. The steep twin is like the network, and right for updates that are nearly gradients, as early
-in training. The flat one is nearly linear, and explains more of what later rounds send, updates of a trained network
-with residuals (benchmark `codec`)."""
+STEEPNESSES = (4.0, 1.0, 0.1)
+"""What an encode chooses the twin's steepness from. The steep twin is like the network, and right for updates that are
+nearly gradients and for networks with normalisation layers. The flat one is nearly linear, and explains more of a small
+trained network's updates with their residuals (benchmark `codec`)."""
 
-TRIAL, NEARLY_GRADIENT = 12, 0.35
-"""An update of which the steep twin explains this share after so many evaluations is left to it, others to the flat.
-With fewer than three times as many evaluations in all, there is no trial."""
+TRIAL = 30
+"""Evaluations of each steepness before the best is chosen; 12 often chose wrongly. With fewer than twice as many
+evaluations in all there is no trial, and the first is taken."""
 
 MAX_STEEPNESS = 1000.0
 
@@ -81,14 +81,15 @@ class ProxySettings:
 
     Attributes:
         smooth: differentiate the smooth twin in place of the network.
-        steepness: of the twin's activations; 0 chooses between `STEEP` and `FLAT` for each update.
+        steepness: of the twin's activations; 0 chooses one of `STEEPNESSES` by a trial.
         batch_statistics: the twin's BatchNorm uses the proxies' own statistics.
         labels: "free" (unconstrained, solved for) or "simplex" (probabilities, with cross-entropy and image weights).
         scale: "tensor" (one least-squares scale per parameter tensor) or "one".
         size: side of the square proxies in pixels, upsampled to the network's input; 0 chooses one.
         bits: bits of a pixel and of a label: 2, 3, 4, 5, 6, 8, 16, or 32 for float32.
         optimiser: "lbfgs" or "adam".
-        evaluations: of the objective and its gradient; the last line search may take a few more.
+        evaluations: of the objective and its gradient, beside those of a trial; the last line search may take a few
+            more.
         tolerance: stop early when the last 10 evaluations together gained less explained variance; 0 never stops.
         warm_start: begin from the proxies of the client's last round rather than from noise.
         solve_labels: evaluations spent on solving for the free labels again after the pixels were rounded.
@@ -102,7 +103,7 @@ class ProxySettings:
     size: int = 0
     bits: int = 8
     optimiser: str = "lbfgs"
-    evaluations: int = 60
+    evaluations: int = 100
     tolerance: float = 0.002
     warm_start: bool = True
     solve_labels: int = 8
@@ -164,7 +165,7 @@ class ProxyData:
     labels: Tensor
     weights: Tensor | None
     scales: Tensor
-    steepness: float = STEEP
+    steepness: float = STEEPNESSES[0]
 
 
 @dataclass(frozen=True)
@@ -456,7 +457,7 @@ class _Search:
         self.least = math.inf
 
     def run(self, evaluations: int) -> None:
-        """Go on until some `evaluations` were made in all, or the explained variance stalls, or no step helps."""
+        """Go on until some `evaluations` were made here in all, the explained variance stalls, or no step helps."""
         past = self._history
         for _ in self._steps:
             stalled = len(past) > STALL and past[-1 - STALL] - past[-1] < self._tolerance
@@ -480,21 +481,20 @@ class _Search:
 
 
 def _search(objective: _Objective, begin: ProxyData, settings: ProxySettings) -> ProxyData:
-    """From `begin` to proxies near the update. With the steepness open, a trial of the steep twin decides it."""
+    """From `begin` to proxies near the update. With the steepness open, the one that is ahead after a trial goes on."""
 
     def start(steepness: float) -> _Search:
         variables = _Variables(dataclasses.replace(begin, steepness=steepness), free=begin.weights is None)
         return _Search(objective, variables, settings.optimiser, settings.tolerance)
 
-    steep = start(settings.steepness or STEEP)
-    if settings.smooth and not settings.steepness and settings.evaluations >= 3 * TRIAL:
-        steep.run(TRIAL)
-        if 1 - steep.least < NEARLY_GRADIENT:
-            flat = start(FLAT)
-            flat.run(settings.evaluations - TRIAL)
-            return min(steep, flat, key=lambda search: search.least).proxies
-    steep.run(settings.evaluations)
-    return steep.proxies
+    search = start(settings.steepness or STEEPNESSES[0])
+    if settings.smooth and not settings.steepness and settings.evaluations >= 2 * TRIAL:
+        trials = [search, *map(start, STEEPNESSES[1:])]
+        for trial in trials:
+            trial.run(TRIAL)
+        search = min(trials, key=lambda trial: trial.least)
+    search.run(settings.evaluations)
+    return search.proxies
 
 
 def _adam(objective: Callable[[Tensor], tuple[float, Tensor]], start: Tensor) -> Iterator[None]:

@@ -63,14 +63,15 @@ class Settings:
     codec_mode: str = _setting("smooth", "smooth: our codec; paper: as published; the settings below refine smooth", section="Codec", choices=("smooth", "paper"))
     proxies: int = _setting(0, "number of proxies; 0 is what the ratio affords", section="Codec", least=0, most=65535)
     proxy_size: int = _setting(0, "side of a proxy in pixels; 0 chooses", section="Codec", least=0, most=1024)
+    correction: float = _setting(0.4, "share of a payload for the largest entries that its proxies missed; 0 sends proxies alone", section="Codec", least=0, most=0.9)
     bits: int = _setting(4, "bits of a pixel and of a label", section="Codec", choices=tuple(map(str, BITS)))
     smooth_twin: bool = _setting(True, "differentiate the smooth twin in place of the network", section="Codec")
-    steepness: float = _setting(0.0, "of the twin's activations; 0 chooses for each update", section="Codec", least=0, most=1000)
+    steepness: float = _setting(0.0, "of the twin's activations; 0 tries a few, every fourth time", section="Codec", least=0, most=1000)
     batch_statistics: bool = _setting(True, "the twin's BatchNorm uses the proxies' statistics", section="Codec")
     free_labels: bool = _setting(True, "unconstrained labels, solved for, in place of probabilities", section="Codec")
     tensor_scales: bool = _setting(True, "a scale per tensor in place of one", section="Codec")
     warm_start: bool = _setting(True, "begin from the client's last proxies", section="Codec")
-    evaluations: int = _setting(60, "most evaluations that one encode may take", section="Codec", least=1, most=100_000)
+    evaluations: int = _setting(100, "most evaluations that one encode may take, beside those of a trial of the steepness", section="Codec", least=1, most=100_000)
     tolerance: float = _setting(0.002, "stop an encode that gains less explained variance in 10 evaluations; 0 never", section="Codec", least=0)
     error_feedback: float = _setting(1.0, "share of what compression lost that is added to the client's next update; 0 keeps nothing", section="Codec", least=0, most=1)
 
@@ -146,13 +147,19 @@ class Settings:
     def make_compressor(self, kind: str, network: Network) -> Compressor:
         """The compressor of a round of this kind ("proxy" or "full") for this network."""
         name = "full" if kind == "full" else self.compressor
-        return make_compressor(name, network, ratio=self.ratio, count=self.proxies, settings=self.proxy_settings())
+        return self._make(name, network, ratio=self.ratio, count=self.proxies)
 
     def make_downlink(self, network: Network) -> Compressor | None:
         """The compressor of the server's steps, or None where it sends its weights whole."""
         if self.downlink == "full":
             return None
-        return make_compressor(self.downlink, network, ratio=self.downlink_ratio, settings=self.proxy_settings())
+        return self._make(self.downlink, network, ratio=self.downlink_ratio, count=0)
+
+    def _make(self, name: str, network: Network, *, ratio: float, count: int) -> Compressor:
+        correction = 0.0 if self.codec_mode == "paper" else self.correction
+        return make_compressor(
+            name, network, ratio=ratio, count=count, settings=self.proxy_settings(), correction=correction
+        )
 
 
 def read_toml(path: Path) -> dict[str, object]:

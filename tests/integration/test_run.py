@@ -443,7 +443,7 @@ FAULTS: dict[str, tuple[str, Fault, str]] = {
     "nan metric": ("full", with_reply(train_loss=float("nan")), "not finite"),
     "exception in a proxy round": ("proxy", raising, "nothing to divide by"),
     "truncated proxies": ("proxy", with_payload(lambda data: data[:-7]), "checksum"),
-    "short proxies": ("proxy", with_body(lambda body: body[:-7]), "bytes"),
+    "short proxies": ("proxy", with_body(lambda body: body[:-7]), "bytes|end early"),
     "other proxies": ("proxy", with_body(lambda body: bytes([body[0] ^ 1]) + body[1:]), "flags"),
     "full in a proxy round": ("proxy", with_header(codec=1), "codec 1, expected 2"),
 }

@@ -26,7 +26,7 @@ def network_of(settings: Settings) -> Network:
 
 
 def plan(full_rounds: int = 0, **values: object) -> Plan:
-    settings = Settings.of({"model": "mlp", "rounds": 10, "bits": 8} | values)
+    settings = Settings.of({"model": "mlp", "rounds": 10, "bits": 8, "correction": 0.0} | values)
     return make_plan(settings, network_of(settings), full_rounds=full_rounds, message_overhead=OVERHEAD)
 
 

@@ -11,8 +11,7 @@ from tofu.data import ImageShape
 from tofu.errors import PayloadError, SettingError
 from tofu.network import Network
 from tofu.proxy import (
-    FLAT,
-    STEEP,
+    STEEPNESSES,
     ProxyCode,
     ProxyData,
     ProxySettings,
@@ -153,7 +152,7 @@ def test_choosing_the_steepness_costs_little_against_knowing_it(mlp_update: Case
     network, update = mlp_update
     explained = [
         encode(network, update, 6, ProxySettings(steepness=s), generator=generator()).explained_variance
-        for s in (0.0, STEEP, FLAT)
+        for s in (0.0, *STEEPNESSES)
     ]
     assert explained[0] > max(explained) - 0.05
 

@@ -43,7 +43,13 @@ def compressor_names() -> tuple[str, ...]:
 
 
 def make_compressor(
-    name: str, network_like: Network, *, ratio: float, count: int = 0, settings: ProxySettings | None = None
+    name: str,
+    network_like: Network,
+    *,
+    ratio: float,
+    count: int = 0,
+    settings: ProxySettings | None = None,
+    correction: float = 0.0,
 ) -> Compressor:
     """The compressor called `name`, for networks like `network_like`.
 
@@ -51,6 +57,7 @@ def make_compressor(
         ratio: bytes wanted, as float32 bytes of the update over bytes of the payload.
         count: number of proxies of the proxy codec, 0 to derive it from the ratio.
         settings: of the proxy codec.
+        correction: share of its bytes that the proxy codec leaves to a sparse correction.
 
     Raises:
         SettingError: unknown name, or a ratio that this model does not allow.
@@ -58,7 +65,8 @@ def make_compressor(
     if name == Full.name:
         return Full()
     if name == Proxy.name:
-        return Proxy(network_like, ratio=ratio, count=count, settings=settings or ProxySettings())
+        settings = settings or ProxySettings()
+        return Proxy(network_like, ratio=ratio, count=count, settings=settings, correction=correction)
     if name in _BY_RATIO:
         return _BY_RATIO[name](network_like, ratio=ratio)
     raise SettingError("compressor", name, f"one of {', '.join(_NAMES)}")

@@ -50,35 +50,54 @@ class TopK(FlatCompressor):
     code: ClassVar[int] = 3
 
     def _least(self, layout: Layout) -> int:
-        one = positions_length(np.array([layout.parameter_count - 1])) + 1 + 1
-        return _head(1) + (one + 7) // 8
+        return least_room(layout.parameter_count)
 
     def _write(self, vector: Tensor, layout: Layout, generator: torch.Generator, memory: bytes) -> bytes:
-        order, room = by_magnitude(vector), self._room(layout)
-        best = _entries(vector, order, 1, room)
-        for level_bits in range(2, MOST_LEVEL_BITS + 1):
-            more = _entries(vector, order, level_bits, room)
-            if more.explained <= best.explained:
-                break
-            best = more
-        return best.to_bytes()
+        return write_largest(vector, self._room(layout))
 
     def _read(self, own: bytes, layout: Layout) -> Tensor:
-        checked_length(own, _HEAD.size, "largest entries", exactly=False)
-        count, level_bits = _HEAD.unpack_from(own)
-        if not 1 <= level_bits <= MOST_LEVEL_BITS:
-            raise PayloadError(f"largest entries have {level_bits} bits a magnitude, expected 1 to {MOST_LEVEL_BITS}")
-        split = _head(level_bits)
-        checked_length(own, split, "largest entries", exactly=False)
-        magnitudes = checked_scales(bfloat16_from(own[_HEAD.size : split], "magnitudes"), "magnitudes")
-        bits = BitReader(own[split:], "largest entries")
-        positions = read_positions(bits, count, layout.parameter_count)
-        signs = torch.from_numpy(1 - 2 * bits.fixed(count, 1))
-        codes = torch.from_numpy(bits.fixed(count, level_bits))
-        bits.finish()
-        vector = torch.zeros(layout.parameter_count)
-        vector[torch.from_numpy(positions)] = magnitudes[codes] * signs
-        return vector
+        return read_largest(own, layout.parameter_count)
+
+
+def least_room(length: int) -> int:
+    """Bytes into which one entry of a vector of this length always fits."""
+    one = positions_length(np.array([length - 1])) + 1 + 1
+    return _head(1) + (one + 7) // 8
+
+
+def write_largest(vector: Tensor, room: int) -> bytes:
+    """As many of the largest entries of a float vector [d] as explain most of it in at most `room` bytes."""
+    order = by_magnitude(vector)
+    best = _entries(vector, order, 1, room)
+    for level_bits in range(2, MOST_LEVEL_BITS + 1):
+        more = _entries(vector, order, level_bits, room)
+        if more.explained <= best.explained:
+            break
+        best = more
+    return best.to_bytes()
+
+
+def read_largest(data: bytes, length: int) -> Tensor:
+    """The inverse of `write_largest`: a float32 vector [length], zero elsewhere.
+
+    Raises:
+        PayloadError: the bytes cannot have been written for a vector of this length.
+    """
+    checked_length(data, _HEAD.size, "largest entries", exactly=False)
+    count, level_bits = _HEAD.unpack_from(data)
+    if not 1 <= level_bits <= MOST_LEVEL_BITS:
+        raise PayloadError(f"largest entries have {level_bits} bits a magnitude, expected 1 to {MOST_LEVEL_BITS}")
+    split = _head(level_bits)
+    checked_length(data, split, "largest entries", exactly=False)
+    magnitudes = checked_scales(bfloat16_from(data[_HEAD.size : split], "magnitudes"), "magnitudes")
+    bits = BitReader(data[split:], "largest entries")
+    positions = read_positions(bits, count, length)
+    signs = torch.from_numpy(1 - 2 * bits.fixed(count, 1))
+    codes = torch.from_numpy(bits.fixed(count, level_bits))
+    bits.finish()
+    vector = torch.zeros(length)
+    vector[torch.from_numpy(positions)] = magnitudes[codes] * signs
+    return vector
 
 
 @dataclass(frozen=True)

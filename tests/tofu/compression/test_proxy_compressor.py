@@ -12,6 +12,7 @@ from tofu.models import build_model
 from tofu.network import Network
 from tofu.payload import HEADER_BYTES
 from tofu.proxy import ProxySettings
+from tofu.weights import explained_variance
 
 QUICK = ProxySettings(evaluations=4, solve_labels=2)
 
@@ -90,7 +91,61 @@ def test_bodies_of_other_settings_are_refused(mlp_update: Case) -> None:
     assert "count 65535, this run uses 3" in refusal(body[:2] + b"\xff\xff" + body[4:])
     assert "side" in refusal(body[:4] + struct.pack("<H", 60000) + body[6:])
     assert "proxies take" in refusal(body[:-60])
-    assert "buffers take" in refusal(body + b"\0")
+    assert "proxy body has" in refusal(body + b"\0")
+
+
+@pytest.mark.parametrize("ratio", [20.0, 60.0])
+def test_a_correction_sends_what_the_proxies_missed(every_layer_update: Case, mlp_update: Case, ratio: float) -> None:
+    """At equal bytes; and both ends agree to the bit, buffers included."""
+    for network, update in (mlp_update, every_layer_update):
+        explained: dict[float, float] = {}
+        try:
+            make_compressor("proxy", network, ratio=ratio)
+        except SettingError:  # too small a network
+            continue
+        for share in (0.0, 0.4):
+            compressor = make_compressor("proxy", network, ratio=ratio, correction=share)
+            assert isinstance(compressor, Proxy)
+            compressed = compressor.compress(network, update, generator=generator())
+            decoded = compressor.decompress(network, compressed.body)
+            assert all(torch.equal(decoded[name], compressed.decoded[name]) for name in update)
+            assert len(compressed.body) <= compressor.body_bytes(network.layout)
+            assert HEADER_BYTES + compressor.body_bytes(network.layout) <= network.layout.float32_bytes / ratio
+            assert (compressor.correction > 0) == (share > 0)
+            parameters = {name: update[name] for name in network.layout.parameters}
+            explained[share] = explained_variance(parameters, decoded)
+        if network is mlp_update[0] and ratio < 50:
+            assert explained[0.4] > explained[0.0]
+
+
+def test_a_correction_that_cannot_have_been_written_is_refused(mlp_update: Case) -> None:
+    network, update = mlp_update
+    compressor = Proxy(network, ratio=40, count=0, settings=QUICK, correction=0.4)
+    body = compressor.compress(network, update, generator=generator()).body
+    for bad in (body[:-1], body[: len(body) - compressor.correction], body + bytes(2)):
+        with pytest.raises(PayloadError):
+            compressor.decompress(network, bad)
+
+
+def test_where_one_proxy_takes_the_whole_there_is_no_correction(mlp_update: Case) -> None:
+    network, _ = mlp_update
+    with pytest.raises(SettingError) as error:
+        Proxy(network, ratio=1e6, count=0, settings=ProxySettings(size=8))
+    most = float(error.value.accepted.split()[2])
+    compressor = Proxy(network, ratio=most - 0.1, count=0, settings=ProxySettings(size=8), correction=0.4)
+    assert (compressor.count, compressor.correction) == (1, 0)
+
+
+def test_the_steepness_is_tried_anew_every_fourth_time(mlp_update: Case) -> None:
+    network, update = mlp_update
+    compressor = Proxy(network, ratio=1, count=4, settings=ProxySettings(evaluations=60, tolerance=0.0))
+    memory, evaluations = b"", []
+    for _ in range(6):
+        compressed = compressor.compress(network, update, generator=generator(), memory=memory)
+        memory = compressed.memory
+        evaluations.append(compressed.evaluations)
+    tried = [count > 100 for count in evaluations]
+    assert tried == [True, False, False, False, True, False]
 
 
 def test_full_is_the_update_itself(every_layer_update: Case) -> None:

@@ -1,0 +1,56 @@
+"""TOFU against the rivals at equal bytes: `tofu compare` on named settings, its document kept as JSON with its figure.
+
+Every method gets error feedback, the same local training, rounds, seeds and running average of weights, and its own
+step size of three, chosen on a seed that is not reported. Finished runs are kept in --runs and not run again.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS, find_data, versions
+from client.app import app as client_app
+from server.compare import Comparison, run_comparison
+from server.report.compare_tables import markdown
+from tofu.settings import Settings
+
+FEDERATION: dict[str, Any] = {
+    "clients": 10, "partition": "dirichlet", "alpha": 0.5, "local_epochs": 1, "batch_size": 32, "weight_average": 0.5,
+}  # fmt: skip
+MNIST: dict[str, Any] = {"dataset": "ylecun/mnist", "model": "lenet5", "train_images": 12_000, "rounds": 15}
+CIFAR: dict[str, Any] = {"dataset": "uoft-cs/cifar10", "model": "cnn", "train_images": 5_000, "rounds": 10}
+RIVALS = "proxy,topk,stc,powersgd,eden,qsgd"
+COMPARISONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "mnist": (MNIST, {"compressors": RIVALS, "ratios": "50,200,500", "seeds": 3, "tune": "lr=0.05,0.1,0.2"}),
+}
+"""Name -> (settings beside FEDERATION, arguments of the comparison)."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=list(COMPARISONS), help=f"some of {', '.join(COMPARISONS)}")
+    parser.add_argument("--compressors", help="only these")
+    parser.add_argument("--runs", default="runs/benchmark-rivals", help="folder for the runs")
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    for name in options.names:
+        settings, arguments = COMPARISONS[name]
+        if options.compressors:
+            arguments = arguments | {"compressors": options.compressors}
+        hub = settings["dataset"]
+        local = find_data(hub.split("/")[1], hub)
+        folder = Path(options.runs) / name
+        shared = Settings.of(FEDERATION | settings | {"dataset": local, "workers": options.workers})
+        comparison = Comparison.of(shared, folder=folder, **arguments)
+        document = run_comparison(comparison, client_app, say=lambda line: print(line, file=sys.stderr, flush=True))
+        document["settings"]["dataset"] = hub
+        document |= versions(f"python -m benchmarks.rivals {name}")
+        (RESULTS / f"rivals-{name}.json").write_text(json.dumps(document, indent=1) + "\n")
+        (RESULTS / f"rivals-{name}.svg").write_text((folder / "compare.svg").read_text())
+        print(f"\n## {name}\n\n{markdown(document)}")
+
+
+if __name__ == "__main__":
+    main()
