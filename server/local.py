@@ -76,7 +76,7 @@ def run_in_process(
         config |= node_config(partition) if node_config else {}
         contexts.append(Context(_RUN_ID, _FIRST_NODE_ID + partition, config, RecordDict(), dict(run_config)))
     context = Context(_RUN_ID, SUPERLINK_NODE_ID, {}, RecordDict(), dict(run_config))
-    with _task_identity():
+    with task_identity():
         grid = InProcessGrid(client_app, contexts, workers=workers)
         try:
             server_app(grid, context)
@@ -319,7 +319,7 @@ class _Node:
 
 
 @contextmanager
-def _task_identity() -> Iterator[None]:
+def task_identity() -> Iterator[None]:
     """Tells Flower's Message constructor which run, node and task this is, for as long as the run takes."""
     before = TaskIdentity._run_id, TaskIdentity._node_id, TaskIdentity._task_id
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = _RUN_ID, SUPERLINK_NODE_ID, _TASK_ID

@@ -1,0 +1,171 @@
+"""What a round costs the server with 10 to 10,000 clients: time a client, and memory beside that of the model.
+
+The server is the real one (`server.strategy.Federation`), with LeNet-5. The clients are replayed: each answers with
+the payload that one real client made from its update, so the server checks, decodes, adds and counts as it would. Every
+size runs in a process of its own, whose peak memory is read at the end.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from benchmarks.common import print_table, write_results
+from client.training import LocalTraining, train_locally
+from server.ledger import Ledger
+from server.local import task_identity
+from server.progress import SilentProgress
+from server.strategy import Federation
+from tofu.data import ImageShape, LabelledImages
+from tofu.messages import FIELD, RECORD, TrainReply, TrainRequest
+from tofu.models import build_model
+from tofu.network import Network
+from tofu.payload import Payload
+from tofu.settings import Settings
+from tofu.units import human_bytes
+from tofu.weights import difference, load_weights, weights_of
+
+SHAPE = ImageShape(1, 28, 28, 10)
+IMAGES = 600
+SIZES = (10, 100, 1_000, 10_000)
+
+
+class ReplayGrid(Grid):
+    """A grid of clients that all answer with the same body, relative to whatever weights they were sent."""
+
+    def __init__(self, clients: int, code: int, body: bytes) -> None:
+        self._clients, self._code, self._body = clients, code, body
+        self._sent: dict[str, Message] = {}
+        self._number = 0
+
+    def set_run(self, run: Any) -> None:
+        raise NotImplementedError  # nothing here belongs to a run
+
+    @property
+    def run(self) -> Any:
+        raise NotImplementedError
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        raise NotImplementedError
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        raise NotImplementedError
+
+    def get_node_ids(self) -> Iterable[int]:
+        return range(2, 2 + self._clients)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        identities = []
+        for message in messages:
+            self._number += 1
+            identity = f"{self._number:064d}"
+            message.metadata.__dict__["_message_id"] = identity
+            self._sent[identity] = message
+            identities.append(identity)
+        return identities
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return [self._reply(self._sent.pop(identity)) for identity in message_ids]
+
+    def _reply(self, message: Message) -> Message:
+        if message.metadata.message_type == "query":
+            record = ConfigRecord({"client": str(message.metadata.dst_node_id), "examples": IMAGES})
+            return Message(RecordDict({RECORD: record}), reply_to=message)
+        request = TrainRequest.from_bytes(message.content.config_records[RECORD][FIELD])
+        payload = Payload(self._code, int(message.metadata.group_id), request.identity, self._body).to_bytes()
+        reply = TrainReply(IMAGES, 1.0, 0.5, 0.7, 1.0, 1.0, payload)
+        return Message(RecordDict({RECORD: ConfigRecord({FIELD: reply.to_bytes()})}), reply_to=message)
+
+
+def measure(clients: int, ratio: float) -> dict[str, Any]:
+    """Two rounds, the second of them timed."""
+    torch.set_num_threads(1)
+    settings = Settings.of({"model": "lenet5", "clients": clients, "ratio": ratio, "rounds": 2})
+    generator = torch.Generator().manual_seed(0)
+    data = LabelledImages(
+        torch.randint(0, 256, (IMAGES, 1, 28, 28), dtype=torch.uint8, generator=generator),
+        torch.randint(0, 10, (IMAGES,), generator=generator), 10,
+    )  # fmt: skip
+    network = Network(build_model("lenet5", SHAPE).eval(), SHAPE)
+    base = weights_of(network.model)
+    train_locally(network.model, data, LocalTraining(1, 32, 0.05), generator=generator)
+    update = difference(weights_of(network.model), base)
+    load_weights(network.model, base)
+    compressor = settings.make_compressor("proxy", network)
+    body = compressor.compress(network, update, generator=generator).body
+    decode = time.perf_counter()
+    for _ in range(20):
+        compressor.decompress(network, body)
+    decode = (time.perf_counter() - decode) / 20
+    rows = 0
+
+    def count(row: dict[str, object]) -> None:
+        nonlocal rows
+        rows += 1
+
+    with task_identity():
+        grid = ReplayGrid(clients, compressor.code, body)
+        federation = Federation(grid, network, data, settings, Ledger(count), SilentProgress())
+        federation.run_round(1)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        began = time.perf_counter()
+        federation.run_round(2)
+        seconds = time.perf_counter() - began
+    return {
+        "clients": clients,
+        "seconds": seconds,
+        "seconds_per_client": seconds / clients,
+        "decode_seconds": decode,
+        "peak_bytes": 1024 * max(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss),
+        "payload_bytes": len(body),
+        "weights_bytes": network.layout.float32_bytes,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="*", default=SIZES)
+    parser.add_argument("--ratio", type=float, default=200.0)
+    parser.add_argument("--one", type=int, help="measure one size in this process and print its row as JSON")
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(measure(options.one, options.ratio)))
+        return
+    rows = []
+    for size in options.sizes:
+        command = [sys.executable, "-m", "benchmarks.scale", "--one", str(size), "--ratio", str(options.ratio)]
+        rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+        print(f"{size} clients: {rows[-1]['seconds']:.2f} s", file=sys.stderr, flush=True)
+    print(write_results("scale", settings={"model": "lenet5", "ratio": options.ratio}, rows=rows))
+    least = rows[0]
+    print_table(
+        (
+            "clients",
+            "time a client, of the least",
+            "share of it that is decoding",
+            "peak memory",
+            "more than the least",
+        ),
+        [
+            (
+                f"{row['clients']:,}",
+                f"{row['seconds_per_client'] / min(r['seconds_per_client'] for r in rows):.2f}",
+                f"{row['decode_seconds'] / row['seconds_per_client']:.0%}",
+                human_bytes(cast("int", row["peak_bytes"])),
+                human_bytes(max(0, row["peak_bytes"] - least["peak_bytes"])),
+            )
+            for row in rows
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()
