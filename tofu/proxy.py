@@ -77,7 +77,7 @@ UNUSABLE = 10.0
 
 @dataclass(frozen=True)
 class ProxySettings:
-    """How to encode; both ends must agree on all but the last five.
+    """How to encode; both ends must agree on all but the last four.
 
     Attributes:
         smooth: differentiate the smooth twin in place of the network.
@@ -102,7 +102,6 @@ class ProxySettings:
     scale: str = "tensor"
     size: int = 0
     bits: int = 8
-    coded: bool = False
     optimiser: str = "lbfgs"
     evaluations: int = 100
     tolerance: float = 0.002
@@ -132,7 +131,6 @@ class ProxySettings:
             | (self.batch_statistics << 1)
             | ((self.labels == "simplex") << 2)
             | ((self.scale == "tensor") << 3)
-            | (self.coded << 4)
         )
 
 
@@ -206,7 +204,7 @@ def automatic_sides(network: Network) -> list[int]:
 
 @dataclass(frozen=True)
 class ProxyCode:
-    """Proxies <-> bytes: labels, weights (simplex mode only), steepness, scales, images, in this order, no padding."""
+    """Proxies <-> bytes: images, labels, weights (simplex mode only), steepness, scales, in this order, no padding."""
 
     count: int
     channels: int
@@ -215,65 +213,55 @@ class ProxyCode:
     tensors: int
     bits: int
     weighted: bool
-    coded: bool = False
 
     @staticmethod
     def of(network: Network, settings: ProxySettings, count: int) -> "ProxyCode":
         tensors = len(network.layout.parameters) if settings.scale == "tensor" else 1
         shape, side = network.shape, proxy_side(network, settings)
         weighted = settings.labels == "simplex"
-        return ProxyCode(count, shape.channels, side, shape.classes, tensors, settings.bits, weighted, settings.coded)
+        return ProxyCode(count, shape.channels, side, shape.classes, tensors, settings.bits, weighted)
 
     @property
     def _images(self) -> RowCode:
-        return RowCode(self.count, self.channels * self.side**2, self.bits, self.coded)
+        return RowCode(self.count, self.channels * self.side**2, self.bits)
 
     @property
     def _labels(self) -> RowCode:
         return RowCode(self.count, self.classes, self.bits)
 
     @property
-    def _rest(self) -> int:
-        """Bytes ahead of the images."""
-        return self._labels.nbytes + (2 * self.count if self.weighted else 0) + 2 + 2 * self.tensors
-
-    @property
     def nbytes(self) -> int:
-        """Bytes of the proxies; the most that they take where they are coded."""
-        return self._rest + self._images.nbytes
-
-    @property
-    def expected_bytes(self) -> int:
-        """Bytes that the proxies are expected to take: exact where they are not coded."""
-        return self._rest + self._images.expected_bytes
+        weights = 2 * self.count if self.weighted else 0
+        return self._images.nbytes + self._labels.nbytes + weights + 2 + 2 * self.tensors
 
     def write(self, proxies: ProxyData) -> bytes:
         weights = bfloat16_bytes(proxies.weights) if proxies.weights is not None else b""
-        scales = bfloat16_bytes(torch.tensor([proxies.steepness, *proxies.scales]))
-        return self._labels.write(proxies.labels) + weights + scales + self._images.write(proxies.images)
+        images, labels = self._images.write(proxies.images), self._labels.write(proxies.labels)
+        return images + labels + weights + bfloat16_bytes(torch.tensor([proxies.steepness, *proxies.scales]))
 
     def read(self, data: bytes) -> ProxyData:
         """Raises PayloadError when the length or a value cannot be right."""
-        if len(data) > self.nbytes or (not self.coded and len(data) != self.nbytes) or len(data) < self._rest:
+        if len(data) != self.nbytes:
             raise PayloadError(f"{self.count} proxies take {len(data)} bytes, expected {self.nbytes}")
-        a = self._labels.nbytes
-        b = a + (2 * self.count if self.weighted else 0)
-        labels = self._labels.read(data[:a], "proxy labels")
+        a = self._images.nbytes
+        b = a + self._labels.nbytes
+        c = b + (2 * self.count if self.weighted else 0)
+        images = self.rounded_images(data[:a])
+        labels = self._labels.read(data[a:b], "proxy labels")
         if self.weighted:  # rounding may leave the simplex
             labels = labels.clamp_min(0) / labels.clamp_min(0).sum(1, keepdim=True).clamp_min(1e-6)
-        weights = bfloat16_from(data[a:b], "proxy weights") if self.weighted else None
-        steepness, *scales = bfloat16_from(data[b : self._rest], "scales").tolist()
+        weights = bfloat16_from(data[b:c], "proxy weights") if self.weighted else None
+        steepness, *scales = bfloat16_from(data[c:], "scales").tolist()
         if not 0 < steepness <= MAX_STEEPNESS:
             raise PayloadError(f"steepness {steepness:g}, expected above 0 and at most {MAX_STEEPNESS:g}")
-        images = self._images.read(data[self._rest :], "proxy images")
-        return ProxyData(self._shaped(images), labels, weights, torch.tensor(scales), steepness)
+        return ProxyData(images, labels, weights, torch.tensor(scales), steepness)
+
+    def rounded_images(self, data: bytes) -> Tensor:
+        return self._images.read(data, "proxy images").view(self.count, self.channels, self.side, self.side)
 
     def round_images(self, images: Tensor) -> Tensor:
         """The images as the receiver will read them."""
-        return self._shaped(self._images.rounded(images))
-
-    def _shaped(self, images: Tensor) -> Tensor:
-        return images.view(self.count, self.channels, self.side, self.side)
+        return self.rounded_images(self._images.write(images))
 
 
 def proxy_loss(network: Network, weights: Weights, proxies: ProxyData, settings: ProxySettings) -> Tensor:

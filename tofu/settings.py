@@ -60,20 +60,19 @@ class Settings:
 
     compressor: str = _setting("proxy", "what compressed rounds send", section="Codec", choices=compressor_names())
     ratio: float = _setting(100.0, "float32 bytes of an update over bytes of its payload", section="Codec", least=1)
-    codec_mode: str = _setting("smooth", "smooth: our codec; paper: as published; the settings below refine smooth", section="Codec", choices=("smooth", "paper"))
-    proxies: int = _setting(0, "number of proxies; 0 is what the ratio affords", section="Codec", least=0, most=65535)
-    proxy_size: int = _setting(0, "side of a proxy in pixels; 0 chooses", section="Codec", least=0, most=1024)
-    correction: float = _setting(0.4, "share of a payload for the largest entries that its proxies missed; 0 sends proxies alone", section="Codec", least=0, most=0.9)
-    bits: int = _setting(3, "bits of a pixel and of a label", section="Codec", choices=tuple(map(str, BITS)))
-    entropy_coding: bool = _setting(True, "pixels in as few bits as their distribution needs", section="Codec")
-    smooth_twin: bool = _setting(True, "differentiate the smooth twin in place of the network", section="Codec")
-    steepness: float = _setting(0.0, "of the twin's activations; 0 tries a few, every fourth time", section="Codec", least=0, most=1000)
-    batch_statistics: bool = _setting(True, "the twin's BatchNorm uses the proxies' statistics", section="Codec")
-    free_labels: bool = _setting(True, "unconstrained labels, solved for, in place of probabilities", section="Codec")
-    tensor_scales: bool = _setting(True, "a scale per tensor in place of one", section="Codec")
-    warm_start: bool = _setting(False, "begin from the client's last proxies", section="Codec")
-    evaluations: int = _setting(100, "most evaluations that one encode may take, beside those of a trial of the steepness", section="Codec", least=1, most=100_000)
-    tolerance: float = _setting(0.002, "stop an encode that gains less explained variance in 10 evaluations; 0 never", section="Codec", least=0)
+    codec_mode: str = _setting("smooth", "smooth: our codec; paper: as published; the settings below refine smooth", section="Proxies", choices=("smooth", "paper"))
+    proxies: int = _setting(0, "number of proxies; 0 is what the ratio affords", section="Proxies", least=0, most=65535)
+    proxy_size: int = _setting(0, "side of a proxy in pixels; 0 chooses", section="Proxies", least=0, most=1024)
+    correction: float = _setting(0.4, "share of a payload for the largest entries that its proxies missed; 0 sends proxies alone", section="Proxies", least=0, most=0.9)
+    bits: int = _setting(4, "bits of a pixel and of a label", section="Proxies", choices=tuple(map(str, BITS)))
+    smooth_twin: bool = _setting(True, "differentiate the smooth twin in place of the network", section="Proxies")
+    steepness: float = _setting(0.0, "of the twin's activations; 0 tries a few, every fourth time", section="Proxies", least=0, most=1000)
+    batch_statistics: bool = _setting(True, "the twin's BatchNorm uses the proxies' statistics", section="Proxies")
+    free_labels: bool = _setting(True, "unconstrained labels, solved for, in place of probabilities", section="Proxies")
+    tensor_scales: bool = _setting(True, "a scale per tensor in place of one", section="Proxies")
+    warm_start: bool = _setting(False, "begin from the client's last proxies", section="Proxies")
+    evaluations: int = _setting(100, "most evaluations that one encode may take, beside those of a trial of the steepness", section="Proxies", least=1, most=100_000)
+    tolerance: float = _setting(0.002, "stop an encode that gains less explained variance in 10 evaluations; 0 never", section="Proxies", least=0)
     error_feedback: float = _setting(1.0, "share of what compression lost that is added to the client's next update; 0 keeps nothing", section="Codec", least=0, most=1)
 
     downlink: str = _setting("full", "what the server sends: full: the weights; else: its step by this compressor, and the weights only to clients that missed too many", section="Codec", choices=compressor_names())
@@ -136,7 +135,6 @@ class Settings:
             evaluations=self.evaluations,
             tolerance=self.tolerance,
             warm_start=self.warm_start,
-            coded=self.entropy_coding,
             **common,
         )
 
@@ -162,6 +160,11 @@ class Settings:
         return make_compressor(
             name, network, ratio=ratio, count=count, settings=self.proxy_settings(), correction=correction
         )
+
+
+def settings_of_section(section: str) -> tuple[str, ...]:
+    """Names of the fields of a section; "Proxies" are those that nothing but the proxy codec looks at."""
+    return tuple(field.name for field in dataclasses.fields(Settings) if field.metadata["section"] == section)
 
 
 def read_toml(path: Path) -> dict[str, object]:

@@ -20,25 +20,39 @@ FEDERATION: dict[str, Any] = {
     "clients": 10, "partition": "dirichlet", "alpha": 0.5, "local_epochs": 1, "batch_size": 32, "weight_average": 0.5,
 }  # fmt: skip
 MNIST: dict[str, Any] = {"dataset": "ylecun/mnist", "model": "lenet5", "train_images": 12_000, "rounds": 15}
-CIFAR: dict[str, Any] = {"dataset": "uoft-cs/cifar10", "model": "cnn", "train_images": 5_000, "rounds": 10}
-RIVALS = "proxy,topk,stc,powersgd,eden,qsgd"
+CIFAR: dict[str, Any] = {
+    "dataset": "uoft-cs/cifar10", "model": "cnn", "train_images": 5_000, "clients": 5, "rounds": 10, "lr": 0.1,
+}  # fmt: skip
+ALL = "proxy,topk,stc,powersgd,eden,qsgd"
+BEST = "proxy,topk,stc,powersgd"
 COMPARISONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "mnist": (MNIST, {"compressors": RIVALS, "ratios": "50,200,500", "seeds": 3, "tune": "lr=0.05,0.1,0.2"}),
-}
+    "mnist": (MNIST, {"compressors": ALL, "ratios": "50,200,500", "seeds": 3, "tune": "lr=0.05,0.1,0.2"}),
+    # Both directions: each method sends its own kind of step down.
+    "mnist-both": (
+        MNIST | {"lr": 0.2, "downlink_ratio": 40.0},
+        {"compressors": "proxy,topk", "ratios": "200", "seeds": 3,
+         "overrides": ("proxy:downlink=proxy", "topk:downlink=topk")},
+    ),
+    "cifar10-group": (CIFAR, {"compressors": BEST, "ratios": "50,200,500", "seeds": 3}),
+    "cifar10-batch": (CIFAR | {"norm": "batch"}, {"compressors": BEST, "ratios": "50,200,500", "seeds": 3}),
+}  # fmt: skip
 """Name -> (settings beside FEDERATION, arguments of the comparison)."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=list(COMPARISONS), help=f"some of {', '.join(COMPARISONS)}")
-    parser.add_argument("--compressors", help="only these")
+    for name in ("compressors", "ratios"):
+        parser.add_argument(f"--{name}", help="only these")
+    parser.add_argument("--seeds", type=int, help="fewer seeds")
     parser.add_argument("--runs", default="runs/benchmark-rivals", help="folder for the runs")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     for name in options.names:
         settings, arguments = COMPARISONS[name]
-        if options.compressors:
-            arguments = arguments | {"compressors": options.compressors}
+        arguments = arguments | {
+            key: value for key in ("compressors", "ratios", "seeds") if (value := getattr(options, key)) is not None
+        }
         hub = settings["dataset"]
         local = find_data(hub.split("/")[1], hub)
         folder = Path(options.runs) / name

@@ -20,8 +20,9 @@ from server.compare.results import Row, best_value, document, failed_run, read_r
 from server.progress import Progress, SilentProgress
 from server.report.compare import render_figure, render_page
 from server.run_folder import replace_file
+from tofu.compression.proxy import Proxy
 from tofu.errors import RunError, SettingError
-from tofu.settings import Settings
+from tofu.settings import Settings, settings_of_section
 from tofu.units import human_seconds
 
 _WRITTEN = frozenset(
@@ -206,8 +207,11 @@ def _finished(run: Run, unknown: str = "") -> bool:
         _written(folder)
         return False
     found = _config(folder)
+    ignored = {*_NOT_COMPARED, unknown}
+    if Proxy.name not in (run.settings.compressor, run.settings.downlink):
+        ignored |= {name.replace("_", "-") for name in settings_of_section("Proxies")}
     for name, value in run.settings.to_config().items():
-        if name not in (*_NOT_COMPARED, unknown) and found[name] != value:
+        if name not in ignored and found[name] != value:
             raise SettingError(
                 name, value, f"{found[name]!r}, as in the finished run {folder}; other settings need another folder"
             )

@@ -305,6 +305,13 @@ def test_a_finished_run_with_other_settings_is_kept(copied: Path, compare: Compa
     assert times(copied) == before
 
 
+def test_settings_that_a_finished_run_never_looked_at_may_change(copied: Path, compare: Compare) -> None:
+    before = times(copied)
+    compare(*ASKED, "--bits=8", "--evaluations=7", f"--folder={copied}")
+    assert times(copied) == before
+    fails(compare(*ASKED, "--downlink=proxy", f"--folder={copied}"), "downlink='proxy'")
+
+
 def test_files_of_somebody_else_are_kept(copied: Path, compare: Compare) -> None:
     run = copied / "topk-60x-seed1"
     (run / "summary.json").unlink()

@@ -58,7 +58,7 @@ def test_read_toml_finds_the_table_in_a_pyproject() -> None:
 def test_every_setting_has_a_help_and_a_section() -> None:
     for field in dataclasses.fields(Settings):
         assert field.metadata["help"], field.name
-        assert field.metadata["section"] in ("Data", "Model", "Training", "Rounds", "Codec", "Server", "Run")
+        assert field.metadata["section"] in ("Data", "Model", "Training", "Rounds", "Codec", "Proxies", "Server", "Run")
 
 
 # Round trip

@@ -2,8 +2,7 @@
 
 Proxies explain what is like a gradient of a few images, and little of the rest. A sparse correction explains the large
 entries whatever they come from. Together they explain more of an update than either does in the same bytes (benchmark
-`codec`), so a share of the bytes is left to the correction, and what entropy coding of the pixels saves beyond what
-was expected of it. The published method has neither.
+`codec`), so a share of the bytes is left to the correction. The published method has none.
 
 Body, little-endian:
 
@@ -12,7 +11,6 @@ Body, little-endian:
     1      bits of a pixel and of a label
     2      number of proxies
     2      side of a proxy in pixels
-    4      bytes of the proxies
     -      the proxies (ProxyCode)
     -      one row of 8-bit integers with its scale for each float buffer (BatchNorm's means and variances)
     4 each integer buffers as float32 (the difference of the batch counters)
@@ -35,7 +33,7 @@ from tofu.payload import HEADER_BYTES
 from tofu.proxy import ENOUGH, ProxyCode, ProxyData, ProxySettings, automatic_sides, decode, encode
 from tofu.weights import Layout, Weights
 
-_PREFIX = struct.Struct("<BBHHI")
+_PREFIX = struct.Struct("<BBHH")
 
 TRIAL_EVERY = 4
 """The steepness that a trial chose is kept for so many encodes of a client."""
@@ -47,9 +45,9 @@ class Proxy(Compressor):
     Args:
         network_like: any network of the run (its layout and input shape fix the sizes).
         ratio: payload wanted, as float32 bytes of the update over bytes of the payload with its header.
-        count: number of proxies; 0 takes as many as `ratio` affords.
+        count: number of proxies; 0 takes as many as `ratio` affords, beside a correction at most `ENOUGH`.
         settings: how to encode.
-        correction: share of the payload's bytes that is left to the sparse correction.
+        correction: share of the payload's bytes that is left to the sparse correction, at least.
 
     Raises:
         SettingError: the ratio is out of reach for this model, or the proxies do not fit the network.
@@ -61,31 +59,21 @@ class Proxy(Compressor):
     def __init__(
         self, network_like: Network, *, ratio: float, count: int, settings: ProxySettings, correction: float = 0.0
     ) -> None:
-        layout = network_like.layout
-        room = int(layout.float32_bytes / ratio) - HEADER_BYTES - _PREFIX.size - BufferCode(layout).nbytes
-        if not correction:  # coding saves now more, now less, and only a correction can use what it leaves
-            settings = replace(settings, coded=False)
         try:
             self.settings, self.count = _sized(network_like, ratio / (1 - correction), count, settings)
         except SettingError:  # one proxy takes more than its share, perhaps not more than the whole
-            self.settings, self.count = _sized(network_like, ratio, count, replace(settings, coded=False))
+            self.settings, self.count = _sized(network_like, ratio, count, settings)
+        if correction and not count:  # more of them take long to encode, and explain no more than the correction does
+            self.count = min(self.count, ENOUGH)
         self._code = ProxyCode.of(network_like, self.settings, self.count)
-        if self._code.coded and self._code.nbytes > room and not count:
-            self.settings, self.count = _sized(network_like, ratio, count, replace(settings, coded=False))
-            self._code = ProxyCode.of(network_like, self.settings, self.count)
-        self._least = least_room(layout.parameter_count)
-        self._room = max(room if correction else 0, self._code.nbytes)  # of proxies and correction together
+        layout = network_like.layout
+        left = int(layout.float32_bytes / ratio) - _size(network_like, self.count, self.settings)
+        self.correction = left if correction and left >= least_room(layout.parameter_count) else 0
 
     @property
     def side(self) -> int:
         """Side of a proxy in pixels."""
         return self._code.side
-
-    @property
-    def correction(self) -> int:
-        """Bytes that are left to the sparse correction, at least; 0 where there is none."""
-        left = self._room - self._code.nbytes
-        return left if left >= self._least else 0
 
     def compress(
         self, network: Network, update: Weights, *, generator: torch.Generator, memory: bytes = b""
@@ -97,25 +85,26 @@ class Proxy(Compressor):
         encoding = encode(network, update, self.count, settings, generator=generator, start=start)
         buffers = BufferCode(network.layout)
         tail = buffers.write(update)
-        numbers = (self.settings.flags, self.settings.bits, self.count, self._code.side, len(encoding.body))
+        prefix = _PREFIX.pack(self.settings.flags, self.settings.bits, self.count, self._code.side)
         decoded, correction = encoding.decoded, b""
-        room = self._room - len(encoding.body) if self.correction else 0
-        if room >= self._least:
+        if self.correction:
             missed = torch.cat([(update[name] - value).flatten() for name, value in decoded.items()])
-            correction = write_largest(missed, room)
+            correction = write_largest(missed, self.correction)
             decoded = _corrected(decoded, correction)
-        body = _PREFIX.pack(*numbers) + encoding.body + tail + correction
+        body = prefix + encoding.body + tail + correction
         return Compressed(body, decoded | buffers.read(tail), bytes([age]) + encoding.body, encoding.evaluations)
 
     def decompress(self, network: Network, body: bytes) -> Weights:
-        proxies, rest = self._split(body)
+        proxies = self.read_proxies(body)
         buffers = BufferCode(network.layout)
-        decoded, correction = decode(network, proxies, self.settings), rest[buffers.nbytes :]
-        if correction and not self.correction:
-            raise PayloadError(f"proxy body has {len(body)} bytes, {len(correction)} too many")
-        if correction:
+        split = _PREFIX.size + self._code.nbytes
+        end = split + buffers.nbytes
+        decoded, correction = decode(network, proxies, self.settings), body[end:]
+        if self.correction:
             decoded = _corrected(decoded, correction)
-        return decoded | buffers.read(rest[: buffers.nbytes])
+        elif correction:
+            raise PayloadError(f"proxy body has {len(body)} bytes, expected {end}")
+        return decoded | buffers.read(body[split:end])
 
     def read_proxies(self, body: bytes) -> ProxyData:
         """The proxies in a body, checked.
@@ -123,24 +112,17 @@ class Proxy(Compressor):
         Raises:
             PayloadError: they differ from what this run sends, or a value is out of range.
         """
-        return self._split(body)[0]
-
-    def _split(self, body: bytes) -> tuple[ProxyData, bytes]:
-        """The proxies and the bytes after them."""
         if len(body) < _PREFIX.size:
             raise PayloadError(f"proxy body has {len(body)} bytes, expected at least {_PREFIX.size}")
-        *found, length = _PREFIX.unpack_from(body)
+        found = _PREFIX.unpack_from(body)
         wanted = (self.settings.flags, self.settings.bits, self.count, self._code.side)
         for field, value, expected in zip(("flags", "bits", "count", "side"), found, wanted, strict=True):
             if value != expected:
                 raise PayloadError(f"proxy body has {field} {value}, this run uses {expected}")
-        end = _PREFIX.size + length
-        if end > len(body):
-            raise PayloadError(f"proxy body has {len(body)} bytes, its proxies alone take {end}")
-        return self._code.read(body[_PREFIX.size : end]), body[end:]
+        return self._code.read(body[_PREFIX.size : _PREFIX.size + self._code.nbytes])
 
     def body_bytes(self, layout: Layout) -> int:
-        return _PREFIX.size + BufferCode(layout).nbytes + self._room
+        return _PREFIX.size + self._code.nbytes + BufferCode(layout).nbytes + self.correction
 
     def _remembered(self, memory: bytes) -> tuple[int, ProxyData | None]:
         """How many encodes ago the steepness was tried, and the last proxies."""
@@ -173,9 +155,9 @@ def _with_side(network: Network, ratio: float, count: int, settings: ProxySettin
 
 
 def _size(network: Network, count: int, settings: ProxySettings) -> int:
-    """Bytes that a payload with so many proxies is expected to take, header included and correction not."""
+    """Bytes of a payload with so many proxies, header included."""
     code = ProxyCode.of(network, settings, count)
-    return HEADER_BYTES + _PREFIX.size + code.expected_bytes + BufferCode(network.layout).nbytes
+    return HEADER_BYTES + _PREFIX.size + code.nbytes + BufferCode(network.layout).nbytes
 
 
 def _affordable(network: Network, ratio: float, settings: ProxySettings) -> int:
