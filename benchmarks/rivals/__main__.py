@@ -1,7 +1,7 @@
 """TOFU against the rivals at equal bytes: `tofu compare` on named settings, its document kept as JSON with its figure.
 
 Every method gets error feedback, the same local training, rounds, seeds and running average of weights, and its own
-step size of three, chosen on a seed that is not reported. Finished runs are kept in --runs and not run again.
+step size of two, chosen on a seed that is not reported. Finished runs are kept in --runs and not run again.
 """
 
 import argparse
@@ -26,7 +26,7 @@ CIFAR: dict[str, Any] = {
 ALL = "proxy,topk,stc,powersgd,eden,qsgd"
 BEST = "proxy,topk,stc,powersgd"
 COMPARISONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "mnist": (MNIST, {"compressors": ALL, "ratios": "50,200,500", "seeds": 3, "tune": "lr=0.05,0.1,0.2"}),
+    "mnist": (MNIST, {"compressors": ALL, "ratios": "50,200,500", "seeds": 3, "tune": "lr=0.1,0.2"}),
     # Both directions: each method sends its own kind of step down.
     "mnist-both": (
         MNIST | {"lr": 0.2, "downlink_ratio": 40.0},
