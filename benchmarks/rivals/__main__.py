@@ -60,7 +60,7 @@ def main() -> None:
         comparison = Comparison.of(shared, folder=folder, **arguments)
         document = run_comparison(comparison, client_app, say=lambda line: print(line, file=sys.stderr, flush=True))
         document["settings"]["dataset"] = hub
-        document |= versions(f"python -m benchmarks.rivals {name}")
+        document |= versions(" ".join(["python -m benchmarks.rivals", *sys.argv[1:]]))
         (RESULTS / f"rivals-{name}.json").write_text(json.dumps(document, indent=1) + "\n")
         (RESULTS / f"rivals-{name}.svg").write_text((folder / "compare.svg").read_text())
         print(f"\n## {name}\n\n{markdown(document)}")

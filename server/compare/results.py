@@ -18,7 +18,7 @@ Row = dict[str, Any]
 POINTS_BELOW = (0.5, 1.0, 2.0, 5.0)
 """The target accuracies: so many points below FedAvg's mean."""
 _MEASURED = (
-    "final_accuracy", "points_lost", "uplink_bytes", "downlink_bytes", "uplink_ratio", "payload_ratio",
+    "final_accuracy", "points_lost", "uplink_bytes", "downlink_bytes", "uplink_ratio", "both_ratio", "payload_ratio",
     "explained_variance", "train_seconds", "encode_seconds",
 )  # fmt: skip
 
@@ -40,6 +40,7 @@ def read_run(run: Run) -> Row:
             "uplink_bytes": summary["uplink_bytes"],
             "downlink_bytes": summary["downlink_bytes"],
             "uplink_ratio": summary["uplink_ratio"],
+            "both_ratio": summary["both_ratio"],
             "seconds": summary["seconds"],
             "train_seconds": sum(row["train_seconds"] for row in rounds[1:]),
             "encode_seconds": sum(row["encode_seconds"] for row in rounds[1:]),

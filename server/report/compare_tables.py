@@ -39,7 +39,7 @@ def method_name(compressor: str) -> str:
 
 def cell_table(document: Mapping[str, Any]) -> Table:
     """One row a cell: FedAvg, then by ratio asked and accuracy, with those out of reach last at their ratio."""
-    tune = document["tune"]
+    tune, both = document["tune"], _compressed_downlink(document)
     reference, *others = document["cells"]
     others = sorted(others, key=lambda cell: (cell["ratios"][0], -_mean(cell["final_accuracy"], -1.0)))
     header = ("ratio asked", "method", "test accuracy, %", "points lost", "uplink", "less than FedAvg", "payload ratio")
@@ -54,8 +54,18 @@ def cell_table(document: Mapping[str, Any]) -> Table:
             human_factor(cell["uplink_ratio"]["mean"]) if cell["uplink_ratio"] and cell is not reference else _NONE,
             _payload_ratio(cell),
         ]
+        if both:
+            ratio = cell["both_ratio"] if cell is not reference else None
+            row.append(human_factor(ratio["mean"]) if ratio else _NONE)
         rows.append((*row, *([_value(cell["tuned"])] if tune else [])))
-    return Table((*header, *([tune["setting"]] if tune else [])), tuple(rows), left=2)
+    extra = (*(["both directions, less"] if both else []), *([tune["setting"]] if tune else []))
+    return Table((*header, *extra), tuple(rows), left=2)
+
+
+def _compressed_downlink(document: Mapping[str, Any]) -> bool:
+    """Whether any method of the comparison compresses the downlink."""
+    changes = [document["settings"], *document["overrides"].values()]
+    return any(change.get("downlink", "full") != "full" for change in changes)
 
 
 def target_table(document: Mapping[str, Any]) -> Table | None:

@@ -106,7 +106,7 @@ def test_the_rows_are_what_the_runs_wrote(done: tuple[Path, dict[str, Any]]) -> 
         run = folder / row["folder"]
         summary = json.loads((run / "summary.json").read_text())
         config, metrics = json.loads((run / "config.json").read_text()), rows(run / "metrics.jsonl")
-        for name in ("final_accuracy", "uplink_bytes", "downlink_bytes", "uplink_ratio", "payload_ratio"):
+        for name in ("final_accuracy", "uplink_bytes", "downlink_bytes", "uplink_ratio", "both_ratio", "payload_ratio"):
             assert row[name] == summary[name]
         assert (row["compressor"], row["seed"]) == (config["compressor"], config["seed"])
         assert row["ratio"] == (None if row["compressor"] == "full" else config["ratio"])

@@ -81,7 +81,7 @@ def test_every_compressor_keeps_the_budget_or_is_out_of_reach(tmp_path: Path) ->
 
 def test_equal_payloads_are_one_cell_at_the_lowest_ratio(tmp_path: Path) -> None:
     """Eight proxies are eight proxies, whatever the ratio."""
-    made = planned(tmp_path, settings={"proxies": 8}, ratios="60,20")
+    made = planned(tmp_path, settings={"proxies": 8, "correction": 0.0}, ratios="60,20")
     assert [(cell.name, cell.ratios) for cell in made.cells] == [
         ("full-1x", (1.0,)), ("proxy-20x", (20.0, 60.0)), ("topk-20x", (20.0,)), ("topk-60x", (60.0,)),
     ]  # fmt: skip
@@ -179,6 +179,7 @@ def row(made: Comparison, cell: Cell, seed: int, accuracy: float, uplink: int) -
     """A finished run of two rounds."""
     return failed_run(made.run(cell, seed), "") | {
         "final_accuracy": accuracy, "uplink_bytes": uplink, "downlink_bytes": 900_000, "uplink_ratio": 1e6 / uplink,
+        "both_ratio": 1.9,
         "payload_ratio": cell.ratios[0], "train_seconds": 2.0, "encode_seconds": 1.0, "seconds": 4.0,
         "accuracy_by_round": [0.1, accuracy / 2, accuracy], "uplink_bytes_by_round": [0, uplink // 2, uplink // 2],
         "explained_variance_by_round": [None, 0.5, 0.7],
@@ -289,6 +290,14 @@ def test_the_best_value_is_the_most_accurate_and_the_first_of_equals() -> None:
 
 
 # Tables
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize("given", [{"settings": {"downlink": "proxy"}}, {"overrides": {"proxy": {"downlink": "topk"}}}])
+def test_both_directions_are_shown_where_the_downlink_is_compressed(given: dict[str, Any]) -> None:
+    plain, both = cell_table(results(comparison("proxy"))), cell_table(results(comparison("proxy", **given)))
+    assert both.header == (*plain.header, "both directions, less")
+    assert [line[-1] for line in both.rows] == [NONE, "1.90x", "1.90x"]
 
 
 @pytest.mark.usefixtures("fake")

@@ -1,0 +1,63 @@
+"""Long-term identities: Ed25519 keys (RFC 8032) that sign what a client says, so that a server cannot say it for it.
+
+Bonawitz et al., CCS 2017, section 6.2: the server that lies is stopped by signatures, and those need a list of public
+keys, name by name, that reached every client some other way than through that server.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from tofu.errors import PayloadError
+from tofu.secagg.domain import fields
+
+SIGNATURE_BYTES = 64
+
+ADVERT = b"tofu secagg 1 advert"
+SURVIVORS = b"tofu secagg 1 survivors"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A client's name and the key that proves it.
+
+    Attributes:
+        name: as in the list of known public keys.
+        key: secret, never in a message nor in a session's saved state.
+    """
+
+    name: str
+    key: Ed25519PrivateKey
+
+    @staticmethod
+    def generate(name: str) -> "Identity":
+        return Identity(name, Ed25519PrivateKey.generate())
+
+    @property
+    def public(self) -> bytes:
+        """The public key, 32 bytes."""
+        return self.key.public_key().public_bytes_raw()
+
+    def sign(self, purpose: bytes, *parts: bytes) -> bytes:
+        """A signature of the parts for one purpose, 64 bytes."""
+        return self.key.sign(fields(purpose, *parts))
+
+
+def verify(known: Mapping[str, bytes], name: str, signature: bytes, purpose: bytes, *parts: bytes) -> None:
+    """Check a signature by `Identity.sign` of the same purpose and parts.
+
+    Args:
+        known: name -> Ed25519 public key.
+
+    Raises:
+        PayloadError: names the client that is unknown or did not sign this.
+    """
+    if name not in known:
+        raise PayloadError(f"{name} is not among the {len(known)} known identities")
+    what = purpose.decode().rpartition(" ")[2]
+    try:
+        Ed25519PublicKey.from_public_bytes(known[name]).verify(signature, fields(purpose, *parts))
+    except InvalidSignature as error:
+        raise PayloadError(f"{name} did not sign this {what}: the signature does not fit") from error

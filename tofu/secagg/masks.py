@@ -1,0 +1,98 @@
+"""Masks: seeds that two clients agree on, and the uniform ring elements that a seed stands for.
+
+Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine Learning", CCS 2017, sections 3 and 4: key
+agreement KA is X25519 (RFC 7748) with HKDF-SHA256 (RFC 5869), the generator PRG is AES-256 in counter mode from counter
+zero. A seed makes one stream only, so the counter needs no nonce.
+
+An element of b bits is the lowest b bits of the stream's next little-endian word of 1, 2, 4 or 8 bytes, the smallest
+that holds b: uniform, with no rejection, and as fast as the cipher.
+"""
+
+import os
+
+import numpy as np
+import numpy.typing as npt
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from tofu.errors import PayloadError
+from tofu.secagg.domain import fields
+from tofu.secagg.ring import CHUNK, RingVector, largest
+
+SEED_BYTES = 32
+KEY_BYTES = 32
+
+PAIR_MASK = b"tofu secagg 1 pair mask"
+SHARE_KEY = b"tofu secagg 1 share key"
+
+
+def new_seed() -> bytes:
+    """256 bits from the operating system."""
+    return os.urandom(SEED_BYTES)
+
+
+def public_key(secret: bytes) -> bytes:
+    """The X25519 public key of a secret key (32 bytes each)."""
+    return X25519PrivateKey.from_private_bytes(secret).public_key().public_bytes_raw()
+
+
+def agree(secret: bytes, public: bytes, purpose: bytes, terms: bytes, parties: tuple[bytes, ...]) -> bytes:
+    """The 32 bytes that the owners of two X25519 keys share for one purpose in one session.
+
+    Args:
+        secret: our secret key.
+        public: the other's public key.
+        purpose: what the bytes are for.
+        terms: digest of what the session's members agree on, run and round among it (`tofu.secagg.terms`).
+        parties: the two by the digests of their adverts: sorted where both use the same bytes, and sender first where
+            each direction has its own.
+
+    Raises:
+        PayloadError: a public key of low order, whose shared secret everybody knows.
+    """
+    try:
+        shared = X25519PrivateKey.from_private_bytes(secret).exchange(X25519PublicKey.from_public_bytes(public))
+    except ValueError as error:
+        raise PayloadError(f"public key {public.hex()} is not usable: it has low order") from error
+    return HKDF(SHA256(), SEED_BYTES, salt=None, info=fields(purpose, terms, *parties)).derive(shared)
+
+
+def pair_seed(secret: bytes, public: bytes, terms: bytes, one: bytes, other: bytes) -> bytes:
+    """The seed of the mask between two clients, the same from either side. Raises as `agree`."""
+    return agree(secret, public, PAIR_MASK, terms, (min(one, other), max(one, other)))
+
+
+class Stream:
+    """A seed's uniform words, one after the other.
+
+    Args:
+        seed: 32 bytes, used for nothing else.
+    """
+
+    def __init__(self, seed: bytes) -> None:
+        self._cipher = Cipher(algorithms.AES256(seed), modes.CTR(bytes(16))).encryptor()
+
+    def words(self, count: int, width: int) -> npt.NDArray[np.unsignedinteger]:
+        """The next `count` little-endian words of `width` bytes (1, 2, 4 or 8)."""
+        return np.frombuffer(self._cipher.update(bytes(count * width)), dtype=f"<u{width}")
+
+
+def add_mask(vector: RingVector, seed: bytes, bits: int, *, negative: bool = False) -> None:
+    """Add the seed's stream to a ring vector in place, or subtract it. Nothing as long as the vector is made."""
+    stream = Stream(seed)
+    width = word_bytes(bits)
+    for start in range(0, vector.size, CHUNK):
+        part = vector[start : start + CHUNK]
+        words = stream.words(part.size, width)
+        if negative:
+            part -= words
+        else:
+            part += words
+        part &= largest(bits)  # also drops what a word has beyond b bits
+
+
+def word_bytes(bits: int) -> int:
+    """Bytes of the smallest word that holds an element of b bits."""
+    return next(width for width in (1, 2, 4, 8) if bits <= 8 * width)
