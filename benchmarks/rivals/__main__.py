@@ -21,7 +21,7 @@ FEDERATION: dict[str, Any] = {
 }  # fmt: skip
 MNIST: dict[str, Any] = {"dataset": "ylecun/mnist", "model": "lenet5", "train_images": 12_000, "rounds": 15}
 CIFAR: dict[str, Any] = {
-    "dataset": "uoft-cs/cifar10", "model": "cnn", "train_images": 5_000, "clients": 5, "rounds": 10, "lr": 0.1,
+    "dataset": "uoft-cs/cifar10", "model": "cnn", "train_images": 5_000, "clients": 5, "rounds": 10, "lr": 0.05,
 }  # fmt: skip
 ALL = "proxy,topk,stc,powersgd,eden,qsgd"
 BEST = "proxy,topk,stc,powersgd"

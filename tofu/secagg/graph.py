@@ -5,17 +5,22 @@ section 3: few clients make a complete graph; many stand in random order on a ri
 side (a Harary graph on a random permutation), which keeps every client's work at O(k) keys and shares.
 
 The order is by SHA-256 of a seed and a client's advert, and the seed is the hash of all adverts, so every client draws
-the graph by itself and a server cannot seat a client among its accomplices. What remains to a server that lies is to try
-many adverts of its accomplices, each try another draw of the graph: 2^20 tries turn a bound of 2^-40 into 2^-20.
+the graph by itself and a server cannot seat a client among its accomplices. What remains to a server that lies is to
+try many adverts of its accomplices, each try another draw: 2^20 tries turn a bound of 2^-40 into 2^-20.
 
-Threshold t of d neighbours, c of them at worst in league with the server: t > d/2 + c. Then
+The threshold is t > d/2 + c for d neighbours, at worst c of them in league with the server. Then c accomplices have
+fewer than t shares of either secret of a client, and the server cannot have both secrets, whatever it says to whom:
+t shares of each are from 2(t - c) > d honest neighbours, and an honest one gives one.
 
-- c accomplices have fewer than t shares of either secret of a client;
-- the server cannot have both: t shares of each need 2(t - c) > d - c honest neighbours, and an honest one gives one;
-- all honest clients whose neighbours stay keep one connected graph: on one side of a client are only d/2 neighbours, so
-  of t that stay one honest is on each side, and steps of at most k/2 around the ring pass next to everybody;
-- two honest clients with t signatures each for different lists of survivors cannot be next to each other on the ring
-  (their honest fellows, counted on the far side of each, would be 2(t - c) > d in two half windows of d/2).
+With a server that follows the protocol the honest clients in the sum are one connected graph, so only their sum is
+bare: on one side of a client are at most d/2 neighbours, so of the t that stay one honest is on either side, and steps
+of at most d/2 around the ring pass next to everybody.
+
+With a server that lies and signed lists of survivors, on the complete graph, there is one sum and it has t - c honest
+clients or more: two lists would take 2(t - c) > d honest signers, an honest client reveals only where it has masks with
+all survivors, and of those that revealed for it, and those that it has masks with, at least one is the same. On a
+sparse graph only this last step holds, so nobody's vector is ever bare but a sum may be of few: where the server may
+lie, choose the complete graph.
 """
 
 import hashlib
@@ -43,8 +48,8 @@ class Topology:
     threshold: int
 
 
-def neighbourhoods(adverts: Sequence[bytes], neighbours: int) -> list[tuple[int, ...]]:
-    """For each client its neighbours, as numbers into `adverts` in rising order.
+class Graph:
+    """The neighbours of each client.
 
     Args:
         adverts: digest of each client's advert, in the session's order.
@@ -53,22 +58,32 @@ def neighbourhoods(adverts: Sequence[bytes], neighbours: int) -> list[tuple[int,
     Raises:
         SettingError: no such graph.
     """
-    count = len(adverts)
-    if neighbours == count - 1:
-        return [tuple(other for other in range(count) if other != one) for one in range(count)]
-    if not 2 <= neighbours < count - 1 or neighbours % 2:
-        raise SettingError("neighbours", neighbours, f"{count - 1}, or an even number from 2 below it")
-    seed = hashlib.sha256(b"tofu secagg 1 graph" + b"".join(adverts)).digest()
-    ring = sorted(range(count), key=lambda one: hashlib.sha256(seed + adverts[one]).digest())
-    reach = neighbours // 2
-    result: list[tuple[int, ...]] = [()] * count
-    for place, one in enumerate(ring):
-        result[one] = tuple(sorted(ring[(place + step) % count] for step in range(-reach, reach + 1) if step))
-    return result
+
+    def __init__(self, adverts: Sequence[bytes], neighbours: int) -> None:
+        count = len(adverts)
+        self._everybody = neighbours == count - 1
+        if not self._everybody and (not 2 <= neighbours < count - 1 or neighbours % 2):
+            raise SettingError("neighbours", neighbours, f"{count - 1}, or an even number from 2 below it")
+        seed = hashlib.sha256(b"tofu secagg 1 graph" + b"".join(adverts)).digest()
+        self._ring = sorted(range(count), key=lambda one: hashlib.sha256(seed + adverts[one]).digest())
+        self._reach = neighbours // 2
+
+    def neighbours_of(self, one: int) -> tuple[int, ...]:
+        """A client's neighbours in rising order, all by their places among the adverts."""
+        if self._everybody:
+            return tuple(other for other in range(len(self._ring)) if other != one)
+        place, steps = self._ring.index(one), range(-self._reach, self._reach + 1)
+        return tuple(sorted(self._ring[(place + step) % len(self._ring)] for step in steps if step))
 
 
 def choose_topology(
-    clients: int, *, dropout: float, corrupted: float, security_bits: int = 40, correctness_bits: int = 30
+    clients: int,
+    *,
+    dropout: float,
+    corrupted: float,
+    security_bits: int = 40,
+    correctness_bits: int = 30,
+    complete_up_to: int = COMPLETE_UP_TO,
 ) -> Topology:
     """The smallest graph that is safe and that finishes.
 
@@ -83,6 +98,7 @@ def choose_topology(
         corrupted: fraction that may be in league with the server.
         security_bits: more accomplices than the threshold allows with probability at most 2^-security_bits.
         correctness_bits: too many dropouts around a client with probability at most 2^-correctness_bits.
+        complete_up_to: clients up to which the graph is complete.
 
     Raises:
         SettingError: fewer than 2 clients, a fraction outside [0, 1), or more dropouts and accomplices than any
@@ -94,7 +110,7 @@ def choose_topology(
         if not 0 <= share < 1:
             raise SettingError(name, share, "a fraction from 0 to below 1")
     bad, lost = math.floor(corrupted * clients), math.floor(dropout * clients)
-    for neighbours in range(2, min(clients - 1, MOST_SHARES + 1), 2) if clients > COMPLETE_UP_TO else ():
+    for neighbours in range(2, min(clients - 1, MOST_SHARES + 1), 2) if clients > complete_up_to else ():
         worst = _exceeded(clients - 1, bad, neighbours, clients, security_bits)
         gone = _exceeded(clients - 1, lost, neighbours, clients, correctness_bits)
         threshold = neighbours // 2 + worst + 1

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from tofu.errors import PayloadError
+from tofu.errors import PayloadError, SettingError
 from tofu.secagg.domain import fields
 
 SIGNATURE_BYTES = 64
+PUBLIC_BYTES = 32
 
 ADVERT = b"tofu secagg 1 advert"
 SURVIVORS = b"tofu secagg 1 survivors"
@@ -43,6 +44,13 @@ class Identity:
     def sign(self, purpose: bytes, *parts: bytes) -> bytes:
         """A signature of the parts for one purpose, 64 bytes."""
         return self.key.sign(fields(purpose, *parts))
+
+
+def check_known(known: Mapping[str, bytes]) -> None:
+    """Raises SettingError for a public key that is none: name -> 32 bytes."""
+    for name, public in known.items():
+        if len(public) != PUBLIC_BYTES:
+            raise SettingError("known", name, f"a public key of {PUBLIC_BYTES} bytes, not of {len(public)}")
 
 
 def verify(known: Mapping[str, bytes], name: str, signature: bytes, purpose: bytes, *parts: bytes) -> None:

@@ -38,6 +38,18 @@ def public_key(secret: bytes) -> bytes:
     return X25519PrivateKey.from_private_bytes(secret).public_key().public_bytes_raw()
 
 
+def check_public_key(public: bytes) -> None:
+    """Raises PayloadError for a key of low order, whose shared secret with anybody is zero."""
+    _exchange(X25519PrivateKey.generate(), public)
+
+
+def _exchange(secret: X25519PrivateKey, public: bytes) -> bytes:
+    try:
+        return secret.exchange(X25519PublicKey.from_public_bytes(public))
+    except ValueError as error:
+        raise PayloadError(f"public key {public.hex()} is not usable: it has low order") from error
+
+
 def agree(secret: bytes, public: bytes, purpose: bytes, terms: bytes, parties: tuple[bytes, ...]) -> bytes:
     """The 32 bytes that the owners of two X25519 keys share for one purpose in one session.
 
@@ -50,12 +62,9 @@ def agree(secret: bytes, public: bytes, purpose: bytes, terms: bytes, parties: t
             each direction has its own.
 
     Raises:
-        PayloadError: a public key of low order, whose shared secret everybody knows.
+        PayloadError: as `check_public_key`.
     """
-    try:
-        shared = X25519PrivateKey.from_private_bytes(secret).exchange(X25519PublicKey.from_public_bytes(public))
-    except ValueError as error:
-        raise PayloadError(f"public key {public.hex()} is not usable: it has low order") from error
+    shared = _exchange(X25519PrivateKey.from_private_bytes(secret), public)
     return HKDF(SHA256(), SEED_BYTES, salt=None, info=fields(purpose, terms, *parties)).derive(shared)
 
 

@@ -1,10 +1,10 @@
 """Shamir's secret sharing of 32-byte secrets ("How to Share a Secret", CACM 1979), over pycryptodome's GF(2^128).
 
 The field holds 16 bytes, so a secret is shared as two halves with polynomials of their own and the same indices. The
-share of index i = 1, 2, ... is the polynomials' values at i; the value at 0 is the secret, which is why an index below 1
-must never be taken. The library checks neither that, nor that the threshold is within the number of shares, nor that
-enough shares came: too few give a wrong secret and no error. Its `ssss` variant adds x^threshold to the polynomial for a
-command-line tool's sake and then wants exactly `threshold` shares; it is not used.
+share of index i = 1, 2, ... is the polynomials' values at i; the value at 0 is the secret, which is why an index below
+1 must never be taken. The library checks neither that, nor that the threshold is within the number of shares, nor that
+enough shares came: too few give a wrong secret and no error. Its `ssss` variant adds x^threshold to the polynomial for
+a command-line tool's sake and then wants exactly `threshold` shares; it is not used.
 """
 
 from collections.abc import Mapping

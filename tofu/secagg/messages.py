@@ -1,0 +1,288 @@
+"""What clients and server say to each other, as bytes. Little-endian, every field checked on read.
+
+Every message but the advert, which is made before its session, starts with the head of `tofu.secagg.wire` and goes on
+as its class says; "each" stands for entries with their number (2 bytes) before them.
+"""
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from tofu.errors import PayloadError
+from tofu.secagg.identities import SIGNATURE_BYTES
+from tofu.secagg.masks import KEY_BYTES, check_public_key
+from tofu.secagg.ring import MOST_BITS
+from tofu.secagg.shamir import SHARE_BYTES
+from tofu.secagg.terms import DIGEST_BYTES, Session, Terms, advert_digest
+from tofu.secagg.wire import (
+    ADVERT,
+    ALL,
+    CONFIRMATION,
+    COUNT,
+    KIND,
+    MASKED,
+    REVEAL,
+    ROSTER,
+    SHARES,
+    SURVIVORS,
+    VERSION,
+    Reader,
+    entries,
+    head,
+)
+
+MOST_NAME_BYTES = 64
+SEALED_BYTES = 12 + 2 * SHARE_BYTES + 16
+"""A nonce, a share of each of two secrets, and a tag."""
+
+_ROSTER = struct.Struct("<HBIHHH")
+_BYTE = struct.Struct("<B")
+
+
+@dataclass(frozen=True)
+class Advert:
+    """A client's keys for one session, sent ahead of it. After version and kind:
+
+        1   length of the name
+        -   name, UTF-8, 1 to 64 bytes
+        32  X25519 public key of the pair masks
+        32  X25519 public key of the shares' encryption
+        0 or 64  Ed25519 signature of run, name and keys
+
+    Attributes:
+        signature: b"" where the run has no identities.
+    """
+
+    name: str
+    mask_key: bytes
+    share_key: bytes
+    signature: bytes = b""
+
+    def to_bytes(self) -> bytes:
+        name = self.name.encode()
+        return KIND.pack(VERSION, ADVERT) + _BYTE.pack(len(name)) + name + self.signed + self.signature
+
+    @property
+    def signed(self) -> bytes:
+        """Both public keys."""
+        return self.mask_key + self.share_key
+
+    @property
+    def digest(self) -> bytes:
+        return advert_digest(self.to_bytes())
+
+    @staticmethod
+    def from_bytes(data: object) -> "Advert":
+        """Raises PayloadError for bytes that are no advert, or a key of low order."""
+        reader = Reader(data, ADVERT)
+        reader.kind(*reader.unpack(KIND))
+        (length,) = reader.unpack(_BYTE)
+        name, mask_key, share_key = reader.take(length), reader.take(KEY_BYTES), reader.take(KEY_BYTES)
+        signature = reader.take(SIGNATURE_BYTES) if reader.left else b""
+        reader.finish()
+        try:
+            text = name.decode()
+        except UnicodeDecodeError as error:
+            raise PayloadError("advert has a name that is not UTF-8") from error
+        check_name(text)
+        check_public_key(mask_key)
+        check_public_key(share_key)
+        return Advert(text, mask_key, share_key, signature)
+
+
+def check_name(name: str) -> None:
+    """Raises PayloadError for what cannot be a client's name."""
+    if not (1 <= len(name.encode()) <= MOST_NAME_BYTES and name.isprintable()):
+        raise PayloadError(f"advert has the name {name[:MOST_NAME_BYTES]!r}, expected 1 to 64 printable bytes")
+
+
+@dataclass(frozen=True)
+class Roster:
+    """Server to client: the session's terms and the neighbours' adverts. After the head:
+
+        2   threshold
+        1   bits of the ring
+        4   elements of a vector
+        2   neighbours
+        2   adverts
+        2   members
+        16 for each member: its advert's digest, rising
+        -   adverts in order of number, each behind its length (1 byte)
+
+    Attributes:
+        client: whom it is for.
+        adverts: of its neighbours.
+    """
+
+    client: int
+    terms: Terms
+    adverts: tuple[Advert, ...]
+
+    def to_bytes(self) -> bytes:
+        t = self.terms
+        numbers = (t.threshold, t.bits, t.values, t.neighbours, len(self.adverts), len(t.members))
+        adverts = [advert.to_bytes() for advert in self.adverts]
+        written = b"".join(_BYTE.pack(len(advert)) + advert for advert in adverts)
+        return head(ROSTER, t.session, self.client) + _ROSTER.pack(*numbers) + b"".join(t.members) + written
+
+    @staticmethod
+    def from_bytes(data: object) -> "Roster":
+        """Raises PayloadError for bytes that are no roster, or numbers that cannot be right."""
+        reader = Reader(data, ROSTER)
+        session, client = reader.head()
+        threshold, bits, values, neighbours, count, members = reader.unpack(_ROSTER)
+        digests = tuple(reader.take(DIGEST_BYTES) for _ in range(members))
+        adverts = tuple(Advert.from_bytes(reader.take(*reader.unpack(_BYTE))) for _ in range(count))
+        reader.finish()
+        if not 1 <= bits <= MOST_BITS:
+            raise PayloadError(f"roster has a ring of {bits} bits, expected 1 to {MOST_BITS}")
+        if any(one >= other for one, other in pairwise(digests)):
+            raise PayloadError("roster has members that are not in rising order")
+        return Roster(client, Terms(session, threshold, bits, values, neighbours, digests), adverts)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Client to server, and on to the neighbours: sealed shares. After the head, each
+
+        2   the other client: the receiver on the way up, the sender on the way down
+        92  nonce, ciphertext and tag
+
+    Attributes:
+        client: whom it is from or for.
+        sealed: the other client -> 92 bytes.
+    """
+
+    session: Session
+    client: int
+    sealed: Mapping[int, bytes]
+
+    def to_bytes(self) -> bytes:
+        return head(SHARES, self.session, self.client) + entries(self.sealed)
+
+    @staticmethod
+    def from_bytes(data: object) -> "Shares":
+        """Raises PayloadError for bytes that are no shares."""
+        reader = Reader(data, SHARES)
+        session, client = reader.head()
+        sealed = reader.entries(SEALED_BYTES)
+        reader.finish()
+        return Shares(session, client, sealed)
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Client to server: the masked vector. After the head the packed elements (`tofu.secagg.ring.pack`)."""
+
+    session: Session
+    client: int
+    packed: bytes
+
+    def to_bytes(self) -> bytes:
+        return head(MASKED, self.session, self.client) + self.packed
+
+    @staticmethod
+    def from_bytes(data: object) -> "Masked":
+        """Raises PayloadError for bytes that are no masked vector. The terms say how long `packed` must be."""
+        reader = Reader(data, MASKED)
+        session, client = reader.head()
+        return Masked(session, client, reader.take(reader.left))
+
+
+@dataclass(frozen=True)
+class Survivors:
+    """Server to clients: whose vectors are in the sum, and on the second time who signed that. After the head:
+
+        2   members of the session
+        -   one bit for each, lowest first, set for a survivor
+        each a client's number (2) and its Ed25519 signature (64) of run, terms and bits
+
+    Attributes:
+        present: one bool for each member.
+        signatures: client -> signature.
+    """
+
+    session: Session
+    present: tuple[bool, ...]
+    signatures: Mapping[int, bytes] = field(default_factory=dict)
+    client: int = ALL
+
+    def to_bytes(self) -> bytes:
+        members = COUNT.pack(len(self.present)) + self.signed
+        return head(SURVIVORS, self.session, self.client) + members + entries(self.signatures)
+
+    @property
+    def signed(self) -> bytes:
+        """The bits."""
+        number = sum(1 << place for place, present in enumerate(self.present) if present)
+        return number.to_bytes((len(self.present) + 7) // 8, "little")
+
+    @staticmethod
+    def from_bytes(data: object) -> "Survivors":
+        """Raises PayloadError for bytes that are no list of survivors."""
+        reader = Reader(data, SURVIVORS)
+        session, client = reader.head()
+        (members,) = reader.unpack(COUNT)
+        number = int.from_bytes(reader.take((members + 7) // 8), "little")
+        if number >> members:
+            raise PayloadError(f"survivors have a bit set beyond their {members} members")
+        signatures = reader.entries(SIGNATURE_BYTES)
+        reader.finish()
+        present = tuple(bool(number >> place & 1) for place in range(members))
+        return Survivors(session, present, signatures, client)
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """Client to server: its signature (64 bytes) of the survivors it was told, after the head."""
+
+    session: Session
+    client: int
+    signature: bytes
+
+    def to_bytes(self) -> bytes:
+        return head(CONFIRMATION, self.session, self.client) + self.signature
+
+    @staticmethod
+    def from_bytes(data: object) -> "Confirmation":
+        """Raises PayloadError for bytes that are no confirmation."""
+        reader = Reader(data, CONFIRMATION)
+        session, client = reader.head()
+        signature = reader.take(SIGNATURE_BYTES)
+        reader.finish()
+        return Confirmation(session, client, signature)
+
+
+@dataclass(frozen=True)
+class Reveal:
+    """Client to server: for each neighbour one share. After the head, each
+
+        2   the neighbour
+        1   1 for its self-mask seed, because it survived; 0 for its mask key, because it dropped out
+        32  share
+
+    Attributes:
+        shares: neighbour -> (of its self-mask seed, share).
+    """
+
+    session: Session
+    client: int
+    shares: Mapping[int, tuple[bool, bytes]]
+
+    def to_bytes(self) -> bytes:
+        written = {peer: bytes([survived]) + share for peer, (survived, share) in self.shares.items()}
+        return head(REVEAL, self.session, self.client) + entries(written)
+
+    @staticmethod
+    def from_bytes(data: object) -> "Reveal":
+        """Raises PayloadError for bytes that are no reveal."""
+        reader = Reader(data, REVEAL)
+        session, client = reader.head()
+        shares: dict[int, tuple[bool, bytes]] = {}
+        for peer, entry in reader.entries(1 + SHARE_BYTES).items():
+            if entry[0] > 1:
+                raise PayloadError(f"reveal has a share of kind {entry[0]}, expected 0 or 1")
+            shares[peer] = (bool(entry[0]), entry[1:])
+        reader.finish()
+        return Reveal(session, client, shares)
