@@ -28,7 +28,14 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 NODES = 2
-SETTINGS: dict[str, Value] = {"model": "mlp", "clients": NODES, "rounds": 2, "evaluations": 4, "seed": 3}
+SETTINGS: dict[str, Value] = {
+    "model": "mlp",
+    "clients": NODES,
+    "rounds": 2,
+    "evaluations": 4,
+    "seed": 3,
+    "downlink": "topk",
+}
 
 SCRIPT = """
 ip link set lo up

@@ -13,18 +13,26 @@ REPOSITORY = Path(__file__).parents[2]
 
 def test_two_authenticated_nodes_train_what_one_process_trains(tmp_path: Path) -> None:
     settings = Settings.of(
-        {"clients": 2, "min-clients": 2, "rounds": 2, "schedule": "switch", "model": "mlp", "ratio": 40.0,
-         "evaluations": 12, "lr": 0.1, "round-timeout": 120.0}
+        {"clients": 2, "min-clients": 2, "rounds": 3, "schedule": "switch", "model": "mlp", "ratio": 40.0,
+         "evaluations": 12, "lr": 0.1, "round-timeout": 120.0, "downlink": "proxy", "downlink-ratio": 20.0}
     )  # fmt: skip
     with Federation(tmp_path / "federation", nodes=2, app=REPOSITORY) as federation:
-        run = federation.run(settings.to_config() | {"run-folder": str(tmp_path / "remote")}, timeout=240)
+        run = federation.run(settings.to_config() | {"run-folder": str(tmp_path / "remote")}, timeout=280)
     assert run.completed, run.log
     remote = json.loads((tmp_path / "remote" / "summary.json").read_text())
     local = serve_in_process(client_app, Settings.of(settings.to_config() | {"run-folder": str(tmp_path / "local")}))
     assert remote["weights_sha256"] == local["weights_sha256"]
     assert remote["final_accuracy"] == local["final_accuracy"] > 0.15
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "remote" / "metrics.jsonl").read_text().splitlines()]
-    assert kinds == ["start", "proxy", "full"]
+    assert kinds == ["start", "proxy", "proxy", "full"]
+    ledger = [json.loads(line) for line in (tmp_path / "remote" / "ledger.jsonl").read_text().splitlines()]
+    sent = {
+        row["round"]: row["payload_bytes"]
+        for row in ledger
+        if row["direction"] == "downlink" and row["kind"] != "hello"
+    }
+    assert sent[1] == 0  # every node builds the initial model itself
+    assert 0 < sent[2] <= sent[3] / 20
     # Ids differ in length by a few bytes, nothing else does.
     assert abs(remote["uplink_bytes"] - local["uplink_bytes"]) < 100
     assert run.traffic_bytes >= remote["uplink_bytes"]
