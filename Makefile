@@ -11,7 +11,7 @@ help:
 	@echo "make test      the quick tests"
 	@echo "make test-all  all tests, the slow ones too"
 	@echo "make lint      ruff and mypy"
-	@echo "make bench-NAME  a benchmark of benchmarks/NAME (codec, federated); writes benchmarks/results/NAME.json"
+	@echo "make bench-NAME  a benchmark of benchmarks/NAME (codec, federated, rivals, speed, scale); writes benchmarks/results/NAME.json"
 
 setup: $(VENV)/.ready
 
