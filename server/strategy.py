@@ -5,6 +5,7 @@ replies before it aggregates any, and hides which node failed.
 """
 
 import copy
+import dataclasses
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -214,7 +215,7 @@ class Federation:
         mean.add(update, reply.examples)
         if isinstance(compressor, Proxy) and client.name == result.shown:
             result.proxies = compressor.read_proxies(payload.body).images
-        result.replies.append((client, reply))
+        result.replies.append((client, dataclasses.replace(reply, payload=b"")))
         self._acknowledged[client.name] = result.round
         self._downlink.delivered(client.name)
 
