@@ -53,6 +53,7 @@ def serve(grid: Grid, settings: Settings, progress: Progress) -> dict[str, objec
     test = data.test()
     for kind in Schedule.of(settings).kinds:
         settings.make_compressor(kind, network)  # an unusable ratio ends the run before anything is written
+    settings.make_downlink(network)
     folder = RunFolder(settings)
     ledger = Ledger(folder.add_message)
     federation = Federation(grid, network, test, settings, ledger, progress)

@@ -67,18 +67,15 @@ class Downlink:
         self._round, self.explained_variance = round_, None
         self.network.model.eval()
         if self._compressor is None or whole or not self.identity:
-            weights = weights_of(self._master.model)
-            load_weights(self.network.model, weights)
-            self.identity = fingerprint(weights)
+            load_weights(self.network.model, weights_of(self._master.model))
+            self.identity = fingerprint(weights_of(self.network.model))
             self._steps, self._held = [], {}
             # Before the first step the clients hold the initial model, later ones hold nothing until they are sent it.
             self._shared = round_ if round_ == 1 and self._compressor and not whole else 0
         else:
             self._step()
-        weights = weights_of(self.network.model)
-        self.sketch = sketch(weights) if self._compressor else bytes(SKETCH_BYTES)
-        body = float32_bytes(weights, self.network.layout)
-        self._whole = Payload(WEIGHTS, round_, fingerprint(weights), body).to_bytes()
+        self.sketch = sketch(weights_of(self.network.model)) if self._compressor else bytes(SKETCH_BYTES)
+        self._whole = b""
 
     def _step(self) -> None:
         assert self._compressor is not None
@@ -104,8 +101,16 @@ class Downlink:
         held = self._held.get(client, self._shared)
         lacks = self._round - held
         if whole or not held or lacks > len(self._steps):
-            return Parts(self._whole)
+            return Parts(self._weights())
         return Parts(b"", tuple(self._steps[len(self._steps) - lacks :]))
+
+    def _weights(self) -> bytes:
+        """The payload of this round's weights, made when the first client needs it."""
+        if not self._whole:
+            weights = weights_of(self.network.model)
+            body = float32_bytes(weights, self.network.layout)
+            self._whole = Payload(WEIGHTS, self._round, fingerprint(weights), body).to_bytes()
+        return self._whole
 
     def delivered(self, client: str) -> None:
         """A client answered from this round's weights, so it holds them."""

@@ -65,14 +65,17 @@ class TrainRequest:
             raise PayloadError(f"request has round kind {kind}, expected below {len(KINDS)}")
         if min(shape) < 1:
             raise PayloadError(f"request has input shape {shape}, expected positive numbers")
-        steps = []
+        steps, at = [], 0
         for _ in range(count):
-            length, rest = _split(rest, _LENGTH, "request's step")
-            size = _LENGTH.unpack(length)[0]
-            if size > len(rest):
-                raise PayloadError(f"request's step has {len(rest)} bytes, expected {size}")
-            steps.append(rest[:size])
-            rest = rest[size:]
+            if len(rest) < at + _LENGTH.size:
+                raise PayloadError(f"request's step has {len(rest) - at} bytes, expected at least {_LENGTH.size}")
+            at += _LENGTH.size
+            end = at + _LENGTH.unpack_from(rest, at - _LENGTH.size)[0]
+            if end > len(rest):
+                raise PayloadError(f"request's step has {len(rest) - at} bytes, expected {end - at}")
+            steps.append(rest[at:end])
+            at = end
+        rest = rest[at:]
         if steps and rest:
             raise PayloadError(f"request has {count} steps and {len(rest)} bytes of weights, expected one of the two")
         return TrainRequest(KINDS[kind], acknowledged, ImageShape(*shape), rest, identity, tuple(steps), sketch)

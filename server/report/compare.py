@@ -9,7 +9,7 @@ from markupsafe import Markup
 from server.report import compare_figures as figures
 from server.report.chart import Drawing, standalone
 from server.report.compare_tables import Table, cell_table, notes, ratio_text, target_table
-from server.report.template import COLOURS, FIGURE_STYLE, STYLE
+from server.report.template import COLOURS, FIGURE_STYLE, PAGE_HEAD, STYLE
 from tofu.units import human_share
 
 _NOTHING = "No compressor has finished a run yet."
@@ -29,22 +29,9 @@ ul { margin: 12px 0 0; padding-left: 20px; font-size: 14px; }
 """
 )
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<title>{{ title }}</title>
-<style>{{ style }}</style>
-</head>
-<body>
-<main>
-<header>
-<h1>{{ title }}{% if state %}<span class="state">{{ state }}</span>{% endif %}</h1>
-<p class="lead">{{ lead }}</p>
-<p class="soft">{{ aside }}</p>
-</header>
+_PAGE = (
+    PAGE_HEAD
+    + """</header>
 {% for figure in wide %}<figure class="card wide">
 <h2>{{ figure.title }}</h2>
 <figcaption>{{ figure.caption }}</figcaption>
@@ -85,6 +72,7 @@ ratio is of float32 updates over payloads alone. Every run and number: compare.j
 </body>
 </html>
 """
+)
 
 
 def render_figure(document: Mapping[str, Any]) -> str:

@@ -134,7 +134,7 @@ _MEDIA_STYLE = """
 
 STYLE = COLOURS + _PAGE_STYLE + FIGURE_STYLE + _MEDIA_STYLE
 
-PAGE = """<!doctype html>
+PAGE_HEAD = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -149,7 +149,12 @@ PAGE = """<!doctype html>
 <h1>{{ title }}{% if state %}<span class="state">{{ state }}</span>{% endif %}</h1>
 <p class="lead">{{ lead }}</p>
 {% if aside %}<p class="soft">{{ aside }}</p>{% endif %}
-<dl class="facts">
+"""
+"""The beginning of every page, up to what follows the lead in its header."""
+
+PAGE = (
+    PAGE_HEAD
+    + """<dl class="facts">
 {% for name, value in facts %}<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>
 {% endfor %}</dl>
 </header>
@@ -210,3 +215,4 @@ compute that update and try to learn about the data from it. How much can be rec
 </body>
 </html>
 """
+)

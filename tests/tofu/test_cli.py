@@ -113,6 +113,12 @@ def test_a_value_that_cannot_be_used(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_downlink_ratio_out_of_reach_leaves_no_folder(tofu: Tofu, tmp_path: Path) -> None:
+    options = ("--run-folder=run", "--downlink=proxy", "--downlink-ratio=1e6")
+    fails(tofu("run", *TINY, *options), "at most")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_error_of_many_lines_takes_one(tofu: Tofu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken_net.py").write_text("def net(**shape): raise RuntimeError('one\\ntwo\\x1b[31m')\n")
     monkeypatch.syspath_prepend(tmp_path)

@@ -286,9 +286,8 @@ class ServerSession:
 
     def _reconstructed(self, number: int) -> bytes:
         """The one secret of a client that its neighbours revealed."""
-        peers = enumerate(
-            self._neighbours[number], start=1
-        )  # a share's index is the holder's place among the neighbours
+        # A share's index is the holder's place among the neighbours.
+        peers = enumerate(self._neighbours[number], start=1)
         shares = {index: self._reveals[peer][number][1] for index, peer in peers if peer in self._reveals}
         return shamir.combine(shares, self._terms.threshold)
 
