@@ -5,24 +5,27 @@ with this client's own images, and optionally `partition-id` as its name.
 """
 
 import time
+from dataclasses import dataclass
 
 import torch
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.downlink import ResyncError, receive_weights
+from client.secure import answer_query, load_session, member_of, new_advert, save_session
 from client.state import KeptWeights, load_state, save_state
 from client.training import LocalTraining, train_locally
 from tofu.compression import ErrorFeedback
 from tofu.data import ImageShape, LabelledImages, local_folder, open_data
 from tofu.errors import DataError, TofuError
-from tofu.messages import FIELD, RECORD, RESYNC, TrainReply, TrainRequest
+from tofu.messages import FIELD, RECORD, RESYNC, SECURE, SecurePart, SecureQuery, TrainReply, TrainRequest
 from tofu.models import build_model
 from tofu.network import Network
 from tofu.payload import Payload
-from tofu.seeding import derive_generator
+from tofu.secure_update import SecureCode, SecureTerms
+from tofu.seeding import derive_bytes, derive_generator
 from tofu.settings import Settings
-from tofu.weights import cosine, difference, explained_variance, load_weights, weights_of
+from tofu.weights import Weights, cosine, difference, explained_variance, load_weights, weights_of
 
 app = ClientApp()
 
@@ -47,16 +50,28 @@ def train(message: Message, context: Context) -> Message:
         torch.set_num_threads(settings.threads)
         request = TrainRequest.from_bytes(_content(message))
         round_ = int(message.metadata.group_id)
-        reply = train_round(request, round_, settings, context)
-        return Message(RecordDict({RECORD: ConfigRecord({FIELD: reply.to_bytes()})}), reply_to=message)
+        return _answer(train_round(request, round_, settings, context), message)
     except ResyncError as error:
         return Message(Error(code=RESYNC, reason=str(error)), reply_to=message)
     except TofuError as error:
         return Message(Error(code=0, reason=str(error)), reply_to=message)
 
 
-def train_round(request: TrainRequest, round_: int, settings: Settings, context: Context) -> TrainReply:
-    """Train and compress; the error feedback and the codec's memory live in `context.state`.
+@app.query(SECURE)
+def secure(message: Message, context: Context) -> Message:
+    """A stage of a secure round other than the training."""
+    try:
+        query = SecureQuery.from_bytes(_content(message))
+        return _answer(answer_query(query, context, member_of(context, client_name(context))).to_bytes(), message)
+    except TofuError as error:
+        return Message(Error(code=0, reason=str(error)), reply_to=message)
+
+
+def train_round(request: TrainRequest, round_: int, settings: Settings, context: Context) -> bytes:
+    """Train, then compress or mask; error feedback and the codec's memory live in `context.state`.
+
+    Returns:
+        A `TrainReply`, or in a secure round a masked vector (`tofu.secagg.messages.Masked`).
 
     Raises:
         ResyncError: this client must be sent the weights whole.
@@ -64,8 +79,7 @@ def train_round(request: TrainRequest, round_: int, settings: Settings, context:
     """
     model = build_model(settings.model, request.shape, norm=settings.norm, seed=settings.seed)
     network = Network(model, request.shape)
-    layout = network.layout
-    state = load_state(context, layout)
+    state = load_state(context, network.layout)
     receive_weights(request, round_, network, state.kept, settings.make_downlink(network))
     base = weights_of(model)
 
@@ -79,35 +93,66 @@ def train_round(request: TrainRequest, round_: int, settings: Settings, context:
     update = difference(weights_of(model), base)
     load_weights(model, base)  # the codec differentiates at the base weights
     model.eval()
-
-    began = time.perf_counter()
     feedback = state.feedback if settings.error_feedback else ErrorFeedback()
     target = feedback.target(update, request.acknowledged, share=settings.error_feedback)
-    compressor = settings.make_compressor(request.kind, network)
-    compressed = compressor.compress(
-        network,
-        target,
-        generator=derive_generator(settings.seed, round_, client, "encode"),
-        memory=state.memory if request.kind != "full" else b"",
-    )
-    encode_seconds = time.perf_counter() - began
+
+    if request.kind == "secure":
+        seed = derive_bytes(settings.seed, round_, client, "round")
+        sent = _mask(request, target, len(data), result.loss, network, context, seed)
+    else:
+        generator = derive_generator(settings.seed, round_, client, "encode")
+        compressor = settings.make_compressor(request.kind, network)
+        began = time.perf_counter()
+        made = compressor.compress(
+            network, target, generator=generator, memory=state.memory if request.kind != "full" else b""
+        )
+        parameters = {name: target[name] for name in network.layout.parameters}
+        reply = TrainReply(
+            examples=len(data),
+            train_loss=result.loss,
+            explained_variance=explained_variance(parameters, made.decoded),
+            cosine=cosine(parameters, made.decoded),
+            train_seconds=result.seconds,
+            encode_seconds=time.perf_counter() - began,
+            payload=Payload(compressor.code, round_, request.identity, made.body).to_bytes(),
+            advert=new_advert(context, member_of(context, client)) if request.advert else b"",
+        )
+        sent = _Sent(reply.to_bytes(), made.decoded, made.memory)
     save_state(
         context,
-        layout,
-        feedback=ErrorFeedback.after(target, compressed.decoded, round_) if settings.error_feedback else None,
-        memory=compressed.memory or state.memory,
+        network.layout,
+        feedback=ErrorFeedback.after(target, sent.decoded, round_) if settings.error_feedback else None,
+        memory=sent.memory or state.memory,
         kept=KeptWeights(base, request.identity) if settings.downlink != "full" else None,
     )
-    parameters = {name: target[name] for name in layout.parameters}
-    return TrainReply(
-        examples=len(data),
-        train_loss=result.loss,
-        explained_variance=explained_variance(parameters, compressed.decoded),
-        cosine=cosine(parameters, compressed.decoded),
-        train_seconds=result.seconds,
-        encode_seconds=encode_seconds,
-        payload=Payload(compressor.code, round_, request.identity, compressed.body).to_bytes(),
-    )
+    return sent.reply
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A reply, what of the update it delivers, and the codec's memory."""
+
+    reply: bytes
+    decoded: Weights
+    memory: bytes = b""
+
+
+def _mask(
+    request: TrainRequest,
+    target: Weights,
+    examples: int,
+    loss: float,
+    network: Network,
+    context: Context,
+    seed: bytes,
+) -> _Sent:
+    """The masked vector of a secure round; `seed` is of the rounding."""
+    part = SecurePart.from_bytes(request.secure)
+    session = load_session(context, member_of(context, client_name(context)))
+    encoded = SecureCode(network.layout, SecureTerms.from_bytes(part.terms)).encode(target, examples, loss, seed)
+    masked = session.mask(encoded.vector, part.shares)
+    save_session(context, session)
+    return _Sent(masked, encoded.decoded)
 
 
 def client_name(context: Context) -> str:
@@ -148,6 +193,10 @@ def check_fit(data: LabelledImages, shape: ImageShape) -> None:
         )
     if len(data) and int(data.labels.max()) >= shape.classes:
         raise DataError(f"label {int(data.labels.max())}, the run's network has classes 0 to {shape.classes - 1}")
+
+
+def _answer(content: bytes, message: Message) -> Message:
+    return Message(RecordDict({RECORD: ConfigRecord({FIELD: content})}), reply_to=message)
 
 
 def _content(message: Message) -> object:

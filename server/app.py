@@ -16,6 +16,7 @@ from server.progress import Progress, SilentProgress, make_progress
 from server.report import write_report
 from server.run_folder import RunFolder
 from server.schedule import Schedule
+from server.secure_round import SecureRounds
 from server.strategy import Federation, RoundResult
 from tofu.data import FederatedData, LabelledImages, open_data
 from tofu.errors import TofuError
@@ -51,9 +52,11 @@ def serve(grid: Grid, settings: Settings, progress: Progress) -> dict[str, objec
     model = build_model(settings.model, data.shape, norm=settings.norm, seed=settings.seed)
     network = Network(model.eval(), data.shape)
     test = data.test()
-    for kind in Schedule.of(settings).kinds:
+    for kind in set(Schedule.of(settings).kinds) - {"secure"}:
         settings.make_compressor(kind, network)  # an unusable ratio ends the run before anything is written
     settings.make_downlink(network)
+    if settings.has_secure_rounds:
+        SecureRounds.check(settings)
     folder = RunFolder(settings)
     ledger = Ledger(folder.add_message)
     federation = Federation(grid, network, test, settings, ledger, progress)
@@ -142,18 +145,18 @@ def _round(
     progress.phase(round_, result.kind, "evaluate", 0, 1)
     score = federation.evaluate()
     samples.add(result)
-    compressed = result.kind != "full"
-    return {
+    compressed, secure = result.kind == "proxy", result.secure
+    row: dict[str, object] = {
         "round": round_,
         "kind": result.kind,
         "accuracy": score.accuracy,
         "loss": finite(score.loss),
-        "clients": len(result.replies),
+        "clients": len(result.survivors) if result.kind == "secure" else len(result.replies),
         "failures": [{"client": name, "reason": reason} for name, reason in result.failures.items()],
         "explained_variance": result.mean("explained_variance") if compressed else None,
         "cosine": result.mean("cosine") if compressed else None,
         "step_explained_variance": result.step_explained_variance,
-        "train_loss": result.mean("train_loss"),
+        "train_loss": secure.loss if secure else result.mean("train_loss"),
         "train_seconds": result.mean("train_seconds"),
         "encode_seconds": result.mean("encode_seconds"),
         "uplink_bytes": ledger.uplink - before[0],
@@ -161,6 +164,13 @@ def _round(
         "fedavg_uplink_bytes": ledger.fedavg_uplink - before[2],
         "seconds": time.perf_counter() - began,
     }
+    if result.kind == "secure":
+        row |= {
+            "clipped": secure.clipped if secure else None,
+            "furthest": secure.furthest if secure else None,
+            "abandoned": result.abandoned,
+        }
+    return row
 
 
 def finite(value: float) -> float | None:

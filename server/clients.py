@@ -113,6 +113,11 @@ def exchange(grid: Grid, messages: list[Message], end: float) -> Iterator[tuple[
         time.sleep(min(pause, max(0.0, end - time.monotonic())))
 
 
+def one_line(reason: str | None) -> str:
+    """The reason of an error reply, as one line of bounded length."""
+    return " ".join((reason or "").split())[:300] or "error without a reason"
+
+
 def _order(name: str) -> tuple[int, str]:
     """Partitions by number, other names after them by letter."""
     return (int(name), "") if name.isdecimal() else (2**63, name)

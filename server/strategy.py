@@ -7,7 +7,7 @@ replies before it aggregates any, and hides which node failed.
 import copy
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -16,21 +16,23 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from server.aggregation import RunningMean
-from server.clients import Client, Clients, exchange
+from server.clients import Client, Clients, exchange, one_line
 from server.downlink import Downlink, Parts
 from server.evaluation import Evaluation, evaluate
 from server.ledger import Ledger
 from server.optimiser import ServerOptimiser
 from server.progress import Progress
 from server.schedule import Schedule
+from server.secure_round import AbandonedError, OpenRound, SecureRounds
 from tofu.compression.proxy import Proxy
 from tofu.data import LabelledImages
 from tofu.errors import PayloadError, RunError
 from tofu.messages import FIELD, RECORD, RESYNC, TrainReply, TrainRequest
 from tofu.network import Network
 from tofu.payload import HEADER_BYTES, read_payload
+from tofu.secure_update import SecureMean
 from tofu.seeding import derive_generator
-from tofu.settings import Settings
+from tofu.settings import LEAST_SECURE, Settings
 from tofu.weights import Weights, load_weights, weights_of
 
 _WINDOW = 256
@@ -47,6 +49,11 @@ class RoundResult:
         shown: name of the client whose proxies are kept for the report.
         proxies: images [n, c, h, w] that it sent, in a proxy round.
         step_explained_variance: of the server's compressed step to this round's weights; None where it sent them whole.
+        asks_keys: whether train requests ask for keys for a secure round.
+        parts: client name -> what its train request carries in a secure round.
+        secure: what a secure round learnt; None in others, and where it was abandoned.
+        survivors: names of the clients in that sum.
+        abandoned: why a secure round came to nothing, or "".
     """
 
     round: int
@@ -56,10 +63,17 @@ class RoundResult:
     failures: dict[str, str] = field(default_factory=dict)
     proxies: Tensor | None = None
     step_explained_variance: float | None = None
+    asks_keys: bool = False
+    parts: Mapping[str, bytes] = field(default_factory=dict)
+    secure: SecureMean | None = None
+    survivors: tuple[str, ...] = ()
+    abandoned: str = ""
 
-    def mean(self, name: str) -> float:
-        """A metric of the replies, averaged with their numbers of examples as weights."""
+    def mean(self, name: str) -> float | None:
+        """A metric of the replies, averaged with their numbers of examples as weights; None without replies."""
         total = sum(reply.examples for _, reply in self.replies)
+        if not total:
+            return None
         return float(sum(getattr(reply, name) * reply.examples for _, reply in self.replies) / total)
 
 
@@ -79,7 +93,9 @@ class Federation:
         self._clients = Clients(grid, ledger, progress.note)
         self._schedule = Schedule.of(settings)
         self._optimiser = ServerOptimiser(network.model, settings)
-        self._compressors = {kind: settings.make_compressor(kind, network) for kind in self._schedule.kinds}
+        kinds = self._schedule.kinds
+        self._compressors = {kind: settings.make_compressor(kind, network) for kind in kinds if kind != "secure"}
+        self._secure = SecureRounds(grid, ledger, settings, network.layout) if "secure" in kinds else None
         self._downlink = Downlink(network, settings)
         self._acknowledged: dict[str, int] = {}
         self._averaged = copy.deepcopy(network.model) if settings.weight_average else network.model
@@ -99,42 +115,83 @@ class Federation:
         """
         settings = self.settings
         known = self._clients.connected(least=settings.min_clients, timeout=settings.round_timeout, round_=round_)
-        chosen = self._sample(known, round_)
-        result = RoundResult(round_, self._schedule.kind(round_, self.accuracies), shown=chosen[0].name)
+        kind = self._schedule.kind(round_, self.accuracies)
+        chosen = self._sample(known, round_, least=LEAST_SECURE if kind == "secure" else 1)
+        result = RoundResult(round_, kind, shown=chosen[0].name)
+        result.asks_keys = result.kind != "secure" and self._schedule.secure_may_follow(round_, self.accuracies)
         self._downlink.begin(round_, whole=result.kind == "full")
         result.step_explained_variance = self._downlink.explained_variance
 
-        mean = RunningMean()
         end = time.monotonic() + settings.round_timeout
-        self._progress.phase(round_, result.kind, "train", 0, len(chosen))
-        lost: list[Client] = []
-        for whole, asked in ((False, chosen), (True, lost)):
-            for client, reply in self._exchange(asked, result, end, whole=whole):
-                if not whole and reply.has_error() and reply.error.code == RESYNC:
-                    self._count_error(client, reply, result, fedavg=False)
-                    self._progress.note(f"round {round_}: client {client.name} is sent the weights: "
-                                        f"{_one_line(reply.error.reason)}")  # fmt: skip
-                    lost.append(client)
-                    continue
-                try:
-                    self._add(client, reply, result, mean)
-                except PayloadError as error:
-                    result.failures[client.name] = str(error)
-                done = len(result.replies) + len(result.failures)
-                self._progress.phase(round_, result.kind, "train", done, len(chosen))
-        answered = {client.name for client, _ in result.replies} | result.failures.keys()
-        for client in chosen:
-            if client.name not in answered:
-                result.failures[client.name] = f"no reply within {settings.round_timeout:g} s"
+        update = self._secure_mean(chosen, result, end) if result.kind == "secure" else self._mean(chosen, result, end)
         for name, reason in result.failures.items():
             self._progress.note(f"round {round_}: client {name}: {reason}")
-        if not result.replies:
-            reasons = "; ".join(sorted(set(result.failures.values())))
-            raise RunError(f"round {round_}: no valid reply from {len(chosen)} clients ({reasons})")
-        result.replies.sort(key=lambda pair: chosen.index(pair[0]))
-        self._optimiser.step(mean.mean())
+        if update is not None:
+            self._optimiser.step(update)
         self._average(round_)
         return result
+
+    def _mean(self, chosen: list[Client], result: RoundResult, end: float) -> Weights:
+        """The mean update of a proxy or full round. Raises RunError where no reply is valid."""
+        mean = RunningMean()
+        self._train(chosen, result, end, lambda client, reply: self._add(client, reply, result, mean))
+        if not result.replies:
+            reasons = "; ".join(sorted(set(result.failures.values())))
+            raise RunError(f"round {result.round}: no valid reply from {len(chosen)} clients ({reasons})")
+        result.replies.sort(key=lambda pair: chosen.index(pair[0]))
+        return mean.mean()
+
+    def _secure_mean(self, chosen: list[Client], result: RoundResult, end: float) -> Weights | None:
+        """The mean update of a secure round, or None where it was abandoned."""
+        assert self._secure is not None  # in a run with secure rounds
+        self._progress.phase(result.round, "secure", "share", 0, len(chosen))
+        try:
+            opened = self._secure.open(chosen, result.round, result.failures)
+            result.parts = opened.parts
+            sharers = [client for client in chosen if client.name in opened.parts]
+            self._train(sharers, result, end, lambda client, reply: self._add_masked(client, reply, result, opened))
+            self._progress.phase(result.round, "secure", "reveal", 0, len(sharers))
+            again = self._schedule.secure_may_follow(result.round, self.accuracies)
+            result.secure, result.survivors = self._secure.close(opened, result.failures, again=again)
+        except AbandonedError as error:
+            result.abandoned = str(error)
+            self._progress.note(f"round {result.round} is abandoned: {error}")
+            return None
+        mean = result.secure
+        if mean.clipped:
+            self._progress.note(
+                f"round {result.round}: {mean.clipped} values of all clients were clipped, the furthest at most "
+                f"{mean.furthest:.3g} times its range; what was cut off is sent later"
+            )
+        for name in result.survivors:
+            self._acknowledged[name] = result.round
+        return mean.update
+
+    def _train(
+        self, asked: list[Client], result: RoundResult, end: float, take: Callable[[Client, Message], None]
+    ) -> None:
+        """Have clients train and take their replies as they come; `take` raises PayloadError for one of no use."""
+        lost: list[Client] = []
+        done = 0
+        self._progress.phase(result.round, result.kind, "train", 0, len(asked))
+        silent = {client.name: client for client in asked}
+        for whole, some in ((False, asked), (True, lost)):
+            for client, reply in self._exchange(some, result, end, whole=whole):
+                if not whole and reply.has_error() and reply.error.code == RESYNC:
+                    self._count_error(client, reply, result, fedavg=False)
+                    self._progress.note(f"round {result.round}: client {client.name} is sent the weights: "
+                                        f"{one_line(reply.error.reason)}")  # fmt: skip
+                    lost.append(client)
+                    continue
+                silent.pop(client.name, None)
+                try:
+                    take(client, reply)
+                except PayloadError as error:
+                    result.failures[client.name] = str(error)
+                done += 1
+                self._progress.phase(result.round, result.kind, "train", done, len(asked))
+        for name in silent:
+            result.failures[name] = f"no reply within {self.settings.round_timeout:g} s"
 
     def _average(self, round_: int) -> None:
         """Move the running average of the global weights on; early rounds count by their number, not by the share."""
@@ -143,9 +200,9 @@ class Federation:
             old, new = weights_of(self._averaged), weights_of(self.network.model)
             load_weights(self._averaged, {name: share * old[name] + (1 - share) * new[name] for name in new})
 
-    def _sample(self, clients: list[Client], round_: int) -> list[Client]:
+    def _sample(self, clients: list[Client], round_: int, *, least: int) -> list[Client]:
         """The clients asked in this round: a function of the seed, the round and who is connected."""
-        count = max(self.settings.min_clients, round(self.settings.fraction * len(clients)), 1)
+        count = max(self.settings.min_clients, round(self.settings.fraction * len(clients)), least)
         if count >= len(clients):
             return clients
         generator = derive_generator(self.settings.seed, round_, "sample")
@@ -176,8 +233,9 @@ class Federation:
         acknowledged = self._acknowledged.get(client.name, -1)
         down = self._downlink
         request = TrainRequest(
-            result.kind, acknowledged, self.network.shape, parts.payload, down.identity, parts.steps, down.sketch
-        )
+            result.kind, acknowledged, self.network.shape, parts.payload, down.identity, parts.steps, down.sketch,
+            advert=result.asks_keys, secure=result.parts.get(client.name, b""),
+        )  # fmt: skip
         content = RecordDict({RECORD: ConfigRecord({FIELD: request.to_bytes()})})
         ttl = max(1.0, end - time.monotonic())
         return Message(content, client.node, "train", group_id=str(result.round), ttl=ttl)
@@ -196,9 +254,8 @@ class Federation:
         """
         if message.has_error():
             self._count_error(client, message, result)
-            raise PayloadError(_one_line(message.error.reason))
-        record = message.content.config_records.get(RECORD)
-        reply = TrainReply.from_bytes(record.get(FIELD) if record is not None else None)
+            raise PayloadError(one_line(message.error.reason))
+        reply = TrainReply.from_bytes(_content(message))
         layout = self.network.layout
         self._ledger.add(
             message, round_=result.round, kind=result.kind, direction="uplink", client=client.name,
@@ -218,6 +275,27 @@ class Federation:
         result.replies.append((client, dataclasses.replace(reply, payload=b"")))
         self._acknowledged[client.name] = result.round
         self._downlink.delivered(client.name)
+        if self._secure is not None:
+            self._secure.learn(update, reply.examples)
+            self._secure.keep_advert(client, reply.advert)
+
+    def _add_masked(self, client: Client, message: Message, result: RoundResult, opened: OpenRound) -> None:
+        """Check and add one masked vector.
+
+        Raises:
+            PayloadError: the reply is an error or cannot be trusted.
+        """
+        if message.has_error():
+            self._count_error(client, message, result)
+            raise PayloadError(one_line(message.error.reason))
+        masked = _content(message)
+        full = HEADER_BYTES + self.network.layout.float32_bytes
+        self._ledger.add(
+            message, round_=result.round, kind=result.kind, direction="uplink", client=client.name,
+            payload_bytes=len(masked) if isinstance(masked, bytes) else 0, full_payload_bytes=full,
+        )  # fmt: skip
+        opened.add(client, masked)
+        self._downlink.delivered(client.name)
 
     @property
     def weights(self) -> Weights:
@@ -225,5 +303,6 @@ class Federation:
         return weights_of(self._averaged)
 
 
-def _one_line(text: str | None) -> str:
-    return " ".join((text or "").split())[:300] or "error without a reason"
+def _content(message: Message) -> object:
+    record = message.content.config_records.get(RECORD)
+    return record.get(FIELD) if record is not None else None

@@ -150,8 +150,14 @@ def plan(*, config: ConfigFile = None, json_: Json = False, overrides: dict[str,
     shape = open_run_data(settings).shape
     network = Network(build_model(settings.model, shape, norm=settings.norm, seed=settings.seed).eval(), shape)
     schedule = Schedule.of(settings)
-    full_rounds = sum(schedule.kind(r, ()) == "full" for r in range(1, settings.rounds + 1))
-    made = make_plan(settings, network, full_rounds=full_rounds, message_overhead=reply_overhead())
+    kinds = [schedule.kind(r, ()) for r in range(1, settings.rounds + 1)]
+    made = make_plan(
+        settings,
+        network,
+        full_rounds=kinds.count("full"),
+        secure_rounds=kinds.count("secure"),
+        message_overhead=reply_overhead(),
+    )
     if json_:
         extra = {name: getattr(made, name) for name in ("payload_ratio", "uplink_ratio", "both_ratio")}
         print(json.dumps(dataclasses.asdict(made) | extra))
@@ -162,7 +168,7 @@ def plan(*, config: ConfigFile = None, json_: Json = False, overrides: dict[str,
         ("one update as float32", human_bytes(made.update_bytes)),
         ("one compressed payload", f"{human_bytes(made.payload_bytes)}, {made.payload_ratio:.1f}x less{proxies}"),
         ("message around a payload", human_bytes(made.message_overhead)),
-        ("rounds", f"{made.compressed_rounds} compressed, {made.full_rounds} full"),
+        ("rounds", f"{made.compressed_rounds} compressed, {made.full_rounds} full, {made.secure_rounds} secure"),
         ("uplink of the run", human_bytes(made.uplink_bytes)),
         ("uplink of FedAvg", f"{human_bytes(made.fedavg_uplink_bytes)}, {made.uplink_ratio:.1f}x as much"),
     ]

@@ -16,15 +16,28 @@ from tofu.weights import FINGERPRINT_BYTES
 RECORD = "t"
 FIELD = "b"
 
-KINDS = ("proxy", "full")
+KINDS = ("proxy", "full", "secure")
 """Kinds of round. The position is the number on the wire."""
+
+STAGES = ("advert", "share", "confirm", "reveal")
+"""What a client is asked for in a secure round besides its masked vector. The position is the number on the wire."""
+
+SECURE = "secure"
+"""The action of these queries."""
 
 RESYNC = 1001
 """Code of the error reply of a client that cannot build the round's weights from the steps it was sent."""
 
-_REQUEST = struct.Struct(f"<Bi4HH{FINGERPRINT_BYTES}s{SKETCH_BYTES}s")
+_REQUEST = struct.Struct(f"<BBi4HHI{FINGERPRINT_BYTES}s{SKETCH_BYTES}s")
 _LENGTH = struct.Struct("<I")
-_REPLY = struct.Struct("<I5f")
+_REPLY = struct.Struct("<I5fB")
+_QUERY = struct.Struct("<BB")
+_ADVERT = struct.Struct("<B")
+
+
+def run_name(run_id: int) -> bytes:
+    """What tells a Flower run from others in the keys and signatures of secure rounds, the same on both ends."""
+    return run_id.to_bytes(8, "little")
 
 
 @dataclass(frozen=True)
@@ -40,6 +53,8 @@ class TrainRequest:
             this round's. None where it has them already: before the first round every client has the initial model.
         identity: of this round's weights (`tofu.same_weights`), which the reply is relative to.
         sketch: of this round's weights.
+        advert: whether the reply shall carry fresh keys for a secure round.
+        secure: the part of a secure round, b"" in others.
     """
 
     kind: str
@@ -49,23 +64,30 @@ class TrainRequest:
     identity: bytes
     steps: tuple[bytes, ...] = ()
     sketch: bytes = bytes(SKETCH_BYTES)
+    advert: bool = False
+    secure: bytes = b""
 
     def to_bytes(self) -> bytes:
         s = self.shape
-        numbers = (KINDS.index(self.kind), self.acknowledged, s.channels, s.height, s.width, s.classes)
-        head = _REQUEST.pack(*numbers, len(self.steps), self.identity, self.sketch)
-        return head + b"".join(_LENGTH.pack(len(step)) + step for step in self.steps) + self.payload
+        numbers = (KINDS.index(self.kind), self.advert, self.acknowledged, s.channels, s.height, s.width, s.classes)
+        head = _REQUEST.pack(*numbers, len(self.steps), len(self.secure), self.identity, self.sketch)
+        steps = b"".join(_LENGTH.pack(len(step)) + step for step in self.steps)
+        return head + self.secure + steps + self.payload
 
     @staticmethod
     def from_bytes(data: object) -> "TrainRequest":
         """Raises PayloadError for bytes that are no request."""
         head, rest = _split(data, _REQUEST, "request")
-        kind, acknowledged, *shape, count, identity, sketch = _REQUEST.unpack(head)
+        kind, advert, acknowledged, *shape, count, length, identity, sketch = _REQUEST.unpack(head)
         if not kind < len(KINDS):
             raise PayloadError(f"request has round kind {kind}, expected below {len(KINDS)}")
         if min(shape) < 1:
             raise PayloadError(f"request has input shape {shape}, expected positive numbers")
-        steps, at = [], 0
+        if advert > 1:
+            raise PayloadError(f"request has advert {advert}, expected 0 or 1")
+        if length > len(rest) or bool(length) != (KINDS[kind] == "secure"):
+            raise PayloadError(f"request of a {KINDS[kind]} round has {length} bytes for a secure one")
+        secure, steps, at = rest[:length], [], length
         for _ in range(count):
             if len(rest) < at + _LENGTH.size:
                 raise PayloadError(f"request's step has {len(rest) - at} bytes, expected at least {_LENGTH.size}")
@@ -78,7 +100,9 @@ class TrainRequest:
         rest = rest[at:]
         if steps and rest:
             raise PayloadError(f"request has {count} steps and {len(rest)} bytes of weights, expected one of the two")
-        return TrainRequest(KINDS[kind], acknowledged, ImageShape(*shape), rest, identity, tuple(steps), sketch)
+        return TrainRequest(
+            KINDS[kind], acknowledged, ImageShape(*shape), rest, identity, tuple(steps), sketch, bool(advert), secure
+        )
 
 
 @dataclass(frozen=True)
@@ -93,6 +117,7 @@ class TrainReply:
         train_seconds: spent on local steps.
         encode_seconds: spent on compressing.
         payload: the compressed update.
+        advert: fresh keys for a secure round (`tofu.secagg`), where they were asked for.
     """
 
     examples: int
@@ -102,22 +127,99 @@ class TrainReply:
     train_seconds: float
     encode_seconds: float
     payload: bytes
+    advert: bytes = b""
 
     def to_bytes(self) -> bytes:
         floats = (self.train_loss, self.explained_variance, self.cosine, self.train_seconds, self.encode_seconds)
-        return _REPLY.pack(self.examples, *floats) + self.payload
+        return _REPLY.pack(self.examples, *floats, len(self.advert)) + self.advert + self.payload
 
     @staticmethod
     def from_bytes(data: object) -> "TrainReply":
         """Raises PayloadError for bytes that are no reply, or numbers that cannot be right."""
-        head, payload = _split(data, _REPLY, "reply")
-        examples, *floats = _REPLY.unpack(head)
+        head, rest = _split(data, _REPLY, "reply")
+        examples, *floats, length = _REPLY.unpack(head)
         if examples < 1:
             raise PayloadError("reply says it trained on 0 images, expected at least 1")
         if not all(math.isfinite(value) for value in floats):
             raise PayloadError("reply holds a metric that is not finite")
+        if length > len(rest):
+            raise PayloadError(f"reply has {len(rest)} bytes, expected an advert of {length}")
         loss, explained, cosine, train_seconds, encode_seconds = floats
-        return TrainReply(examples, loss, explained, cosine, train_seconds, encode_seconds, payload)
+        return TrainReply(
+            examples, loss, explained, cosine, train_seconds, encode_seconds, rest[length:], rest[:length]
+        )
+
+
+@dataclass(frozen=True)
+class SecurePart:
+    """What a train request carries in a secure round. The reply to it is a masked vector (`tofu.secagg`) and no more.
+
+    Attributes:
+        terms: of the vector (`tofu.secure_update`).
+        shares: the neighbours' sealed shares (`tofu.secagg.messages.Shares`).
+    """
+
+    terms: bytes
+    shares: bytes
+
+    def to_bytes(self) -> bytes:
+        return _LENGTH.pack(len(self.terms)) + self.terms + self.shares
+
+    @staticmethod
+    def from_bytes(data: object) -> "SecurePart":
+        """Raises PayloadError for bytes that are no such part."""
+        head, rest = _split(data, _LENGTH, "secure part")
+        (length,) = _LENGTH.unpack(head)
+        if length > len(rest):
+            raise PayloadError(f"secure part has {len(rest)} bytes, expected terms of {length}")
+        return SecurePart(rest[:length], rest[length:])
+
+
+@dataclass(frozen=True)
+class SecureQuery:
+    """The server asks for one stage of a secure round.
+
+    Attributes:
+        stage: one of `STAGES`.
+        message: of `tofu.secagg`; b"" for an advert.
+        advert: whether the answer shall carry fresh keys for the next secure round.
+    """
+
+    stage: str
+    message: bytes = b""
+    advert: bool = False
+
+    def to_bytes(self) -> bytes:
+        return _QUERY.pack(STAGES.index(self.stage), self.advert) + self.message
+
+    @staticmethod
+    def from_bytes(data: object) -> "SecureQuery":
+        """Raises PayloadError for bytes that are no query."""
+        head, message = _split(data, _QUERY, "query")
+        stage, advert = _QUERY.unpack(head)
+        if not stage < len(STAGES) or advert > 1:
+            raise PayloadError(f"query has stage {stage} and advert {advert}, expected below {len(STAGES)} and 2")
+        return SecureQuery(STAGES[stage], message, bool(advert))
+
+
+@dataclass(frozen=True)
+class SecureAnswer:
+    """A client's answer to a `SecureQuery`: its message of `tofu.secagg`, and fresh keys where they were asked for."""
+
+    message: bytes
+    advert: bytes = b""
+
+    def to_bytes(self) -> bytes:
+        return _ADVERT.pack(len(self.advert)) + self.advert + self.message
+
+    @staticmethod
+    def from_bytes(data: object) -> "SecureAnswer":
+        """Raises PayloadError for bytes that are no answer."""
+        head, rest = _split(data, _ADVERT, "answer")
+        (length,) = _ADVERT.unpack(head)
+        if length > len(rest):
+            raise PayloadError(f"answer has {len(rest)} bytes, expected an advert of {length}")
+        return SecureAnswer(rest[length:], rest[:length])
 
 
 def _split(data: object, head: struct.Struct, what: str) -> tuple[bytes, bytes]:

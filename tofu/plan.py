@@ -3,9 +3,17 @@
 from dataclasses import dataclass
 
 from tofu.compression.proxy import Proxy
+from tofu.messages import SecurePart
 from tofu.network import Network
 from tofu.payload import HEADER_BYTES
-from tofu.settings import Settings
+from tofu.secagg.fixed_point import ring_bits
+from tofu.secagg.identities import SIGNATURE_BYTES
+from tofu.secagg.masks import KEY_BYTES
+from tofu.secagg.messages import SEALED_BYTES, Advert, Confirmation, Masked, Reveal, Roster, Shares, Survivors
+from tofu.secagg.shamir import SHARE_BYTES
+from tofu.secagg.terms import DIGEST_BYTES, SESSION_BYTES, Session, Terms
+from tofu.secure_update import SecureCode, SecureTerms, first_ranges
+from tofu.settings import LEAST_SECURE, Settings
 
 SLOW_ENCODE = 50_000
 """Forward and backward passes over one image, from which an encode is slow enough to be warned of."""
@@ -21,7 +29,7 @@ class Plan:
         update_bytes: an update as float32, without any header.
         payload_bytes: the compressed payload, header included.
         message_overhead: what Flower's message adds to a payload.
-        compressed_rounds, full_rounds: of the schedule ("plateau" is planned as compressed throughout).
+        compressed_rounds, full_rounds, secure_rounds: of the schedule ("plateau" is planned as compressed throughout).
         uplink_bytes, downlink_bytes: of the run, all messages.
         fedavg_uplink_bytes: of the same rounds with float32 updates; its downlink has as many.
         step_bytes: the payload of the server's step, header included; 0 where the downlink is not compressed.
@@ -36,6 +44,7 @@ class Plan:
     message_overhead: int
     compressed_rounds: int
     full_rounds: int
+    secure_rounds: int
     uplink_bytes: int
     downlink_bytes: int
     fedavg_uplink_bytes: int
@@ -55,13 +64,16 @@ class Plan:
         return 2 * self.fedavg_uplink_bytes / (self.uplink_bytes + self.downlink_bytes)
 
 
-def make_plan(settings: Settings, network: Network, *, full_rounds: int, message_overhead: int) -> Plan:
+def make_plan(
+    settings: Settings, network: Network, *, full_rounds: int, message_overhead: int, secure_rounds: int = 0
+) -> Plan:
     """Plan a run.
 
     Args:
         network: as the run will build it.
         full_rounds: rounds that send float32 updates.
         message_overhead: bytes that a message adds to its payload.
+        secure_rounds: rounds in which the server learns the sum alone.
 
     Raises:
         SettingError: the ratio is out of reach for this model.
@@ -72,9 +84,13 @@ def make_plan(settings: Settings, network: Network, *, full_rounds: int, message
     payload = HEADER_BYTES + compressor.body_bytes(layout)
     full = HEADER_BYTES + layout.float32_bytes
     clients = max(settings.min_clients, round(settings.fraction * settings.clients), 1)
-    compressed_rounds = settings.rounds - full_rounds
+    compressed_rounds = settings.rounds - full_rounds - secure_rounds
     uplink = clients * (compressed_rounds * (payload + message_overhead) + full_rounds * (full + message_overhead))
     step, downlink = _downlink(settings, network, full_rounds=full_rounds, message_overhead=message_overhead)
+    if secure_rounds:
+        up, down = _secure_extra(settings, network, clients, message_overhead=message_overhead)
+        uplink += clients * secure_rounds * up
+        downlink += secure_rounds * down
     warnings = []
     if compressed_rounds and payload >= full:
         warnings.append(
@@ -101,12 +117,41 @@ def make_plan(settings: Settings, network: Network, *, full_rounds: int, message
         message_overhead=message_overhead,
         compressed_rounds=compressed_rounds,
         full_rounds=full_rounds,
+        secure_rounds=secure_rounds,
         uplink_bytes=uplink,
         downlink_bytes=clients * downlink,
         fedavg_uplink_bytes=clients * settings.rounds * (full + message_overhead),
         step_bytes=step,
         warnings=tuple(warnings),
     )
+
+
+def _secure_extra(settings: Settings, network: Network, clients: int, *, message_overhead: int) -> tuple[int, int]:
+    """Bytes of one client in one secure round: all that it sends, and what it is sent besides the weights.
+
+    Its messages are written once with zeros for keys, shares and the masked vector.
+    """
+    members = max(clients, LEAST_SECURE)
+    topology, bits = settings.topology(members), ring_bits(members, settings.secure_bits)
+    terms = SecureTerms(members, bits, 1.0, first_ranges(network.layout, {}))
+    length = SecureCode(network.layout, terms).length
+    signature = bytes(SIGNATURE_BYTES if settings.secure_identities else 0)
+    session, peers = Session(1, bytes(SESSION_BYTES)), range(topology.neighbours)
+    advert = Advert("0" * len(str(members - 1)), bytes(KEY_BYTES), bytes(KEY_BYTES), signature)
+    shape = (topology.threshold, bits, length, topology.neighbours)
+    roster = Roster(0, Terms(session, *shape, (bytes(DIGEST_BYTES),) * members), (advert,) * topology.neighbours)
+    shares = Shares(session, 0, dict.fromkeys(peers, bytes(SEALED_BYTES)))
+    survivors = Survivors(session, (True,) * members)
+    masked = Masked(session, 0, bytes((length * bits + 7) // 8))
+    reveal = Reveal(session, 0, dict.fromkeys(peers, (True, bytes(SHARE_BYTES))))
+    up = [shares.to_bytes(), masked.to_bytes(), reveal.to_bytes()]
+    down = [roster.to_bytes(), survivors.to_bytes()]
+    if settings.secure_identities:
+        up.append(Confirmation(session, 0, signature).to_bytes())
+        down.append(Survivors(session, (True,) * members, dict.fromkeys(peers, signature), 0).to_bytes())
+    train = SecurePart(terms.to_bytes(), shares.to_bytes()).to_bytes()
+    sent = sum(len(message) + message_overhead for message in up) + len(advert.to_bytes())
+    return sent, len(train) + sum(len(message) + message_overhead for message in down)
 
 
 def _downlink(settings: Settings, network: Network, *, full_rounds: int, message_overhead: int) -> tuple[int, int]:

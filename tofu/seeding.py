@@ -7,8 +7,12 @@ import torch
 
 def derive_seed(*parts: int | str) -> int:
     """A 63-bit seed from the parts (the run's seed, the round, the client, the purpose), by SHA-256."""
-    text = "\0".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+    return int.from_bytes(derive_bytes(*parts)[:8], "little") >> 1
+
+
+def derive_bytes(*parts: int | str) -> bytes:
+    """32 bytes from the parts. Whoever knows the run's seed knows them: never a secret."""
+    return hashlib.sha256("\0".join(str(part) for part in parts).encode()).digest()
 
 
 def derive_generator(*parts: int | str) -> torch.Generator:

@@ -16,8 +16,15 @@ from tofu.errors import SettingError
 from tofu.network import Network
 from tofu.proxy import ProxySettings, paper_settings
 from tofu.quantise import BITS
+from tofu.secagg.graph import COMPLETE_UP_TO, Topology, choose_topology
 
 Value = bool | int | float | str
+
+LEAST_SECURE = 3
+"""Clients of a secure round: of two, each would know the other's update from the sum."""
+
+_COMPLETE_WITH_IDENTITIES = 256
+"""Against a server that lies a sparse graph guarantees less (`tofu.secagg.graph`), so it is left to larger rounds."""
 
 
 def _setting(default: Value, help_: str, *, section: str, choices: tuple[str, ...] = (), least: float | None = None,
@@ -53,8 +60,9 @@ class Settings:
     momentum: float = _setting(0.0, "momentum of the clients' SGD", section="Training", least=0, most=0.9999)
     weight_decay: float = _setting(0.0, "weight decay of the clients' SGD", section="Training", least=0)
 
-    schedule: str = _setting("proxy", "proxy: compressed rounds; full: float32 rounds (FedAvg); switch: full from switch-round on; plateau: full once accuracy stalls", section="Rounds", choices=("proxy", "full", "switch", "plateau"))
-    switch_round: int = _setting(0, "first full round with schedule=switch; 0 is the last tenth of the rounds", section="Rounds", least=0)
+    schedule: str = _setting("proxy", "proxy: compressed rounds; full: float32 rounds (FedAvg); secure: encrypted rounds; switch: recovery from switch-round on; plateau: recovery once accuracy stalls", section="Rounds", choices=("proxy", "full", "secure", "switch", "plateau"))
+    recovery: str = _setting("secure", "rounds that recover what compression lost: secure: the server learns the sum alone; full: float32", section="Rounds", choices=("secure", "full"))
+    switch_round: int = _setting(0, "first recovery round with schedule=switch; 0 is the last tenth of the rounds", section="Rounds", least=0)
     plateau_patience: int = _setting(3, "rounds without gain before schedule=plateau switches", section="Rounds", least=1)
     plateau_gain: float = _setting(0.002, "the accuracy gain that counts for schedule=plateau", section="Rounds", least=0)
 
@@ -77,6 +85,12 @@ class Settings:
 
     downlink: str = _setting("full", "what the server sends: full: the weights; else: its step by this compressor, and the weights only to clients that missed too many", section="Codec", choices=compressor_names())
     downlink_ratio: float = _setting(25.0, "float32 bytes of the weights over bytes of a step's payload", section="Codec", least=1)
+
+    secure_bits: int = _setting(8, "bits of an entry in a secure round, before those that the sum needs: about log2 of the clients more are sent", section="Secure rounds", least=2, most=24)
+    secure_dropout: float = _setting(0.2, "share of the clients that may drop out of a secure round", section="Secure rounds", least=0, most=0.9)
+    secure_colluding: float = _setting(0.1, "share of the clients that may be in league with the server", section="Secure rounds", least=0, most=0.9)
+    secure_timeout: float = _setting(120.0, "seconds for each exchange of a secure round but the training", section="Secure rounds", above=0)
+    secure_identities: str = _setting("", "file of the clients' public keys, as `python -m deploy.identities` writes; empty trusts the server not to lie", section="Secure rounds")
 
     fraction: float = _setting(1.0, "share of the available clients asked in each round", section="Server", above=0, most=1)
     min_clients: int = _setting(1, "wait for, and ask, at least so many clients", section="Server", least=1)
@@ -114,8 +128,15 @@ class Settings:
             raise SettingError("min-clients", settings.min_clients, f"at most clients, {settings.clients}")
         if settings.proxy_size == 1:
             raise SettingError("proxy-size", 1, "0 (chooses) or 2 to 1024 pixels")
+        if settings.has_secure_rounds and settings.clients < LEAST_SECURE:
+            raise SettingError("clients", settings.clients, f"at least {LEAST_SECURE} for secure rounds")
         settings.proxy_settings()
         return settings
+
+    @property
+    def has_secure_rounds(self) -> bool:
+        """Whether a round may be a secure one."""
+        return self.schedule == "secure" or (self.schedule in ("switch", "plateau") and self.recovery == "secure")
 
     def to_config(self) -> dict[str, Value]:
         """Name with dashes -> value, as Flower's run config holds it."""
@@ -145,9 +166,15 @@ class Settings:
         return self.lr * share
 
     def make_compressor(self, kind: str, network: Network) -> Compressor:
-        """The compressor of a round of this kind ("proxy" or "full") for this network."""
+        """The compressor of a round of this kind ("proxy" or "full"; a secure round has none) for this network."""
         name = "full" if kind == "full" else self.compressor
         return self._make(name, network, ratio=self.ratio, count=self.proxies)
+
+    def topology(self, clients: int) -> Topology:
+        """Who is whose neighbour in a secure round of so many clients. Raises SettingError where no graph is safe."""
+        complete = _COMPLETE_WITH_IDENTITIES if self.secure_identities else COMPLETE_UP_TO
+        dropout, corrupted = self.secure_dropout, self.secure_colluding
+        return choose_topology(clients, dropout=dropout, corrupted=corrupted, complete_up_to=complete)
 
     def make_downlink(self, network: Network) -> Compressor | None:
         """The compressor of the server's steps, or None where it sends its weights whole."""

@@ -8,7 +8,8 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from PIL import Image
 
-from client.app import app, client_data, train_round
+from client import app as client_app
+from client.app import app, client_data
 from tofu.compression.proxy import Proxy
 from tofu.data import ImageShape, LabelledImages
 from tofu.errors import DataError, PayloadError
@@ -50,6 +51,10 @@ def request(kind: str = "proxy", round_: int = 1, acknowledged: int = -1, *, see
     weights = weights_of(model)
     payload = Payload(WEIGHTS, round_, fingerprint(weights), float32_bytes(weights, layout_of(model)))
     return TrainRequest(kind, acknowledged, SHAPE, payload.to_bytes(), payload.fingerprint)
+
+
+def train_round(request: TrainRequest, round_: int, settings: Settings, context: Context) -> TrainReply:
+    return TrainReply.from_bytes(client_app.train_round(request, round_, settings, context))
 
 
 def decoded(reply: TrainReply, kind: str, round_: int) -> dict[str, torch.Tensor]:

@@ -236,7 +236,7 @@ def kinds(folder: Path) -> list[str]:
 
 
 def test_switch_changes_the_kind_of_the_messages(tmp_path: Path) -> None:
-    federate(tmp_path / "run", schedule="switch", switch_round=2, clients=2)
+    federate(tmp_path / "run", schedule="switch", recovery="full", switch_round=2, clients=2)
     assert kinds(tmp_path / "run") == ["proxy", "full", "full"]
     full = HEADER_BYTES + layout_of(fresh_model(settings_of(tmp_path / "run"))).float32_bytes
     for row in rows(tmp_path / "run", "ledger"):
@@ -247,7 +247,7 @@ def test_switch_changes_the_kind_of_the_messages(tmp_path: Path) -> None:
 
 
 def test_switch_by_default_makes_the_last_tenth_full(tmp_path: Path) -> None:
-    federate(tmp_path / "run", schedule="switch", clients=2, rounds=2)
+    federate(tmp_path / "run", schedule="switch", recovery="full", clients=2, rounds=2)
     assert kinds(tmp_path / "run") == ["proxy", "full"]
 
 
@@ -256,7 +256,7 @@ def test_switch_by_default_makes_the_last_tenth_full(tmp_path: Path) -> None:
 )
 def test_plateau_switches_after_its_patience(tmp_path: Path, patience: int, expected: list[str]) -> None:
     """No round gains what is asked for, so each one counts against the patience."""
-    federate(tmp_path / "run", clients=2, schedule="plateau", plateau_patience=patience, plateau_gain=0.99)
+    federate(tmp_path / "run", clients=2, schedule="plateau", recovery="full", plateau_patience=patience, plateau_gain=0.99)
     assert kinds(tmp_path / "run") == expected
 
 
@@ -723,7 +723,7 @@ def test_clients_that_sat_out_are_sent_the_steps_they_lack(tmp_path: Path) -> No
 
 
 def test_full_rounds_send_whole_weights_and_the_next_steps_start_there(tmp_path: Path) -> None:
-    federate(tmp_path / "run", **DOWN | {"schedule": "switch", "switch_round": 5})
+    federate(tmp_path / "run", **DOWN | {"schedule": "switch", "recovery": "full", "switch_round": 5})
     sent = downlinks(tmp_path / "run")
     whole = HEADER_BYTES + layout_of(fresh_model(settings_of(tmp_path, **DOWN))).float32_bytes
     assert {sizes[0] for (round_, _), sizes in sent.items() if round_ == 5} == {whole}

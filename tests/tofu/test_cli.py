@@ -92,7 +92,8 @@ def pictures(folder: Path, count: int = 6) -> None:
         ("--model=alexnet", ("model='alexnet'", "lenet5")),
         ("--model=nowhere:net", ("model='nowhere:net'", "ModuleNotFoundError")),
         ("--model=json:loads", ("model='json:loads'", "TypeError")),
-        ("--schedule=sometimes", ("schedule='sometimes'", "proxy, full, switch, plateau")),
+        ("--schedule=sometimes", ("schedule='sometimes'", "proxy, full, secure, switch, plateau")),
+        ("--schedule=secure", ("clients=2", "at least 3 for secure rounds")),
         ("--bits=7", ("bits=7", "2, 3, 4, 5, 6, 8, 16, 32")),
         ("--ratio=1e6", ("ratio=1000000.0", "at most")),
         ("--ratio=0.5", ("ratio=0.5", "at least 1")),
@@ -251,7 +252,8 @@ def test_a_pyproject_of_something_else_is_let_be(tofu: Tofu, tmp_path: Path, tex
     [
         ("--ratio=50",),
         ("--ratio=1000",),
-        ("--schedule=switch", "--switch-round=2", "--proxies=8"),
+        ("--schedule=switch", "--recovery=full", "--switch-round=2", "--proxies=8"),
+        ("--schedule=switch", "--switch-round=2", "--clients=4"),
         ("--schedule=full",),
         ("--fraction=0.5", "--clients=5", "--bits=4"),
     ],
@@ -273,13 +275,14 @@ def test_a_plan_agrees_with_the_run(tofu: Tofu, tmp_path: Path, options: tuple[s
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert kinds.count("proxy") == planned["compressed_rounds"]
     assert kinds.count("full") == planned["full_rounds"]
+    assert kinds.count("secure") == planned["secure_rounds"]
 
 
 def test_a_plan_for_people(tofu: Tofu, tmp_path: Path) -> None:
     outcome = tofu("plan", *TINY)
     assert (outcome.status, outcome.err) == (0, "")
     assert "34,110 parameters" in outcome.out
-    assert "2 compressed, 0 full" in outcome.out
+    assert "2 compressed, 0 full, 0 secure" in outcome.out
     assert "uplink of FedAvg" in outcome.out
     assert list(tmp_path.iterdir()) == []
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tofu.data import ImageShape
 from tofu.errors import PayloadError
-from tofu.messages import KINDS, TrainReply, TrainRequest
+from tofu.messages import KINDS, STAGES, SecureAnswer, SecurePart, SecureQuery, TrainReply, TrainRequest
 
 floats = st.floats(-1e6, 1e6, width=32)
 
@@ -23,12 +23,22 @@ floats = st.floats(-1e6, 1e6, width=32)
     ),
     st.binary(min_size=8, max_size=8),
     st.binary(min_size=32, max_size=32),
+    st.booleans(),
+    st.binary(min_size=1, max_size=50),
 )
 def test_request_round_trip(
-    kind: str, acknowledged: int, size: int, parts: tuple[bytes, tuple[bytes, ...]], identity: bytes, sketch: bytes
+    kind: str,
+    acknowledged: int,
+    size: int,
+    parts: tuple[bytes, tuple[bytes, ...]],
+    identity: bytes,
+    sketch: bytes,
+    advert: bool,
+    secure: bytes,
 ) -> None:
     payload, steps = parts
-    request = TrainRequest(kind, acknowledged, ImageShape(1, size, size, 10), payload, identity, steps, sketch)
+    shape, secure = ImageShape(1, size, size, 10), secure if kind == "secure" else b""
+    request = TrainRequest(kind, acknowledged, shape, payload, identity, steps, sketch, advert, secure)
     assert TrainRequest.from_bytes(request.to_bytes()) == request
 
 
@@ -42,16 +52,29 @@ def test_a_request_brings_weights_or_steps_and_not_both() -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(1, 2**32 - 1), floats, floats, floats, floats, floats, st.binary(max_size=50))
-def test_reply_round_trip(n: int, a: float, b: float, c: float, d: float, e: float, payload: bytes) -> None:
-    reply = TrainReply(n, a, b, c, d, e, payload)
+@given(
+    st.integers(1, 2**32 - 1), floats, floats, floats, floats, floats, st.binary(max_size=50), st.binary(max_size=50)
+)
+def test_reply_round_trip(
+    n: int, a: float, b: float, c: float, d: float, e: float, payload: bytes, advert: bytes
+) -> None:
+    reply = TrainReply(n, a, b, c, d, e, payload, advert)
     assert TrainReply.from_bytes(reply.to_bytes()) == reply
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(STAGES), st.booleans(), st.binary(max_size=50), st.binary(max_size=50))
+def test_messages_of_a_secure_round_go_round(stage: str, advert: bool, one: bytes, other: bytes) -> None:
+    query = SecureQuery(stage, one, advert)
+    assert SecureQuery.from_bytes(query.to_bytes()) == query
+    assert SecurePart.from_bytes(SecurePart(one, other).to_bytes()) == SecurePart(one, other)
+    assert SecureAnswer.from_bytes(SecureAnswer(one, other).to_bytes()) == SecureAnswer(one, other)
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=60))
 def test_noise_is_a_message_or_a_payload_error(data: bytes) -> None:
-    for kind in (TrainRequest, TrainReply):
+    for kind in (TrainRequest, TrainReply, SecurePart, SecureQuery, SecureAnswer):
         with suppress(PayloadError):  # any other exception fails the test
             kind.from_bytes(data)
 
@@ -65,11 +88,26 @@ def test_what_is_no_message_is_refused(data: object) -> None:
 
 
 def test_values_that_cannot_be_right_are_refused() -> None:
+    request = "<BBi4HHI40x"
     with pytest.raises(PayloadError, match="round kind 9"):
-        TrainRequest.from_bytes(struct.pack("<Bi4HH40x", 9, 0, 1, 8, 8, 10, 0))
+        TrainRequest.from_bytes(struct.pack(request, 9, 0, 0, 1, 8, 8, 10, 0, 0))
+    with pytest.raises(PayloadError, match="advert 2"):
+        TrainRequest.from_bytes(struct.pack(request, 0, 2, 0, 1, 8, 8, 10, 0, 0))
     with pytest.raises(PayloadError, match="positive"):
-        TrainRequest.from_bytes(struct.pack("<Bi4HH40x", 0, 0, 1, 0, 8, 10, 0))
+        TrainRequest.from_bytes(struct.pack(request, 0, 0, 0, 1, 0, 8, 10, 0, 0))
+    with pytest.raises(PayloadError, match="secure round has 0 bytes"):
+        TrainRequest.from_bytes(struct.pack(request, 2, 0, 0, 1, 8, 8, 10, 0, 0))
+    with pytest.raises(PayloadError, match="proxy round has 5 bytes"):
+        TrainRequest.from_bytes(struct.pack(request, 0, 0, 0, 1, 8, 8, 10, 0, 5) + bytes(5))
     with pytest.raises(PayloadError, match="0 images"):
-        TrainReply.from_bytes(struct.pack("<I5f", 0, 0, 0, 0, 0, 0))
+        TrainReply.from_bytes(struct.pack("<I5fB", 0, 0, 0, 0, 0, 0, 0))
     with pytest.raises(PayloadError, match="not finite"):
-        TrainReply.from_bytes(struct.pack("<I5f", 1, float("nan"), 0, 0, 0, 0))
+        TrainReply.from_bytes(struct.pack("<I5fB", 1, float("nan"), 0, 0, 0, 0, 0))
+    with pytest.raises(PayloadError, match="advert of 4"):
+        TrainReply.from_bytes(struct.pack("<I5fB", 1, 0, 0, 0, 0, 0, 4) + b"abc")
+    with pytest.raises(PayloadError, match="stage 9"):
+        SecureQuery.from_bytes(b"\x09\x00")
+    with pytest.raises(PayloadError, match="advert of 200"):
+        SecureAnswer.from_bytes(b"\xc8abc")
+    with pytest.raises(PayloadError, match="terms of 9"):
+        SecurePart.from_bytes(struct.pack("<I", 9))

@@ -55,10 +55,13 @@ def test_read_toml_finds_the_table_in_a_pyproject() -> None:
     assert Settings.of(read_toml(ROOT / "pyproject.toml")) == Settings()
 
 
+SECTIONS = ("Data", "Model", "Training", "Rounds", "Codec", "Proxies", "Secure rounds", "Server", "Run")
+
+
 def test_every_setting_has_a_help_and_a_section() -> None:
     for field in dataclasses.fields(Settings):
         assert field.metadata["help"], field.name
-        assert field.metadata["section"] in ("Data", "Model", "Training", "Rounds", "Codec", "Proxies", "Server", "Run")
+        assert field.metadata["section"] in SECTIONS
 
 
 # Round trip

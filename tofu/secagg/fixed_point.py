@@ -143,8 +143,12 @@ class FixedPoint:
         """Ring elements of a vector of so many values: itself, the examples and the count of clipped values."""
         return values + 2 * self.digits
 
-    def encode(self, values: RealVector, examples: int) -> tuple[RingVector, Clipped]:
+    def encode(self, values: RealVector, examples: int, seed: bytes = b"") -> tuple[RingVector, Clipped]:
         """values [n] -> ring vector [length(n)], and what had to be clipped.
+
+        Args:
+            seed: 32 bytes that the rounding's draws follow from, so that a run can be repeated; b"" draws one. Rounding
+                hides nothing: that is the masks' part, which are never repeatable.
 
         Raises:
             RunError: a value that is not finite, or a number of examples outside 1 to 2^32 - 1.
@@ -153,7 +157,7 @@ class FixedPoint:
             raise RunError(f"a client has {examples} examples, expected 1 to {2**COUNT_BITS - 1}")
         result = np.empty(self.length(values.size), dtype=np.uint64)
         weight = examples / self.unit_weight
-        draws = Stream(new_seed())
+        draws = Stream(seed or new_seed())
         count, furthest = 0, 1.0
         for start in range(0, values.size, CHUNK):
             # In units of the range, so that a value at its very end is not moved out by a rounding of float64.

@@ -4,11 +4,14 @@ Bonawitz et al., CCS 2017, section 6.2: the server that lies is stopped by signa
 keys, name by name, that reached every client some other way than through that server.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from tofu.errors import PayloadError, SettingError
 from tofu.secagg.domain import fields
@@ -44,6 +47,30 @@ class Identity:
     def sign(self, purpose: bytes, *parts: bytes) -> bytes:
         """A signature of the parts for one purpose, 64 bytes."""
         return self.key.sign(fields(purpose, *parts))
+
+
+def read_identity(path: Path, name: str) -> Identity:
+    """A client's identity from its key, PEM in PKCS8. Raises SettingError."""
+    wanted = "a readable file with an Ed25519 key in PEM"
+    try:
+        key = load_pem_private_key(path.read_bytes(), None)
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise SettingError("identity", str(path), wanted) from error
+    if not isinstance(key, Ed25519PrivateKey):
+        raise SettingError("identity", str(path), wanted)
+    return Identity(name, key)
+
+
+def read_known(path: Path) -> dict[str, bytes]:
+    """Public keys by name, from a JSON object of hexadecimal strings. Raises SettingError."""
+    try:
+        table = json.loads(path.read_text())
+        known = {str(name): bytes.fromhex(public) for name, public in table.items()}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        wanted = "a readable JSON object from names to public keys in hexadecimal"
+        raise SettingError("identities", str(path), wanted) from error
+    check_known(known)
+    return known
 
 
 def check_known(known: Mapping[str, bytes]) -> None:

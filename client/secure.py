@@ -1,0 +1,69 @@
+"""A client's side of secure rounds: its session of `tofu.secagg`, kept in the Flower context between messages.
+
+Node config, where the server may lie: `identity`, the file of this client's Ed25519 key, and `identities`, the file of
+all clients' public keys, which came some other way than through the server (`deploy.identities` makes both).
+`least-neighbours` and `accomplices` say what this client insists on, whatever the server proposes.
+"""
+
+from pathlib import Path
+
+from flwr.app import ConfigRecord, Context
+
+from tofu.errors import PayloadError
+from tofu.messages import SecureAnswer, SecureQuery, run_name
+from tofu.secagg.client import ClientSession
+from tofu.secagg.identities import read_identity, read_known
+from tofu.secagg.member import Member
+
+_RECORD = "tofu-secure"
+_SESSION = "session"
+
+
+def member_of(context: Context, name: str) -> Member:
+    """Who this client is in secure rounds. Raises SettingError for a node config that cannot be used."""
+    config = context.node_config
+    key, known = config.get("identity"), config.get("identities")
+    return Member(
+        run=run_name(context.run_id),
+        name=name,
+        identity=read_identity(Path(str(key)), name) if key is not None else None,
+        known=read_known(Path(str(known))) if known is not None else None,
+        least_neighbours=int(config.get("least-neighbours", 2)),
+        accomplices=int(config.get("accomplices", 0)),
+    )
+
+
+def new_advert(context: Context, member: Member) -> bytes:
+    """Fresh keys for the next secure round; those of an earlier one are forgotten."""
+    session = ClientSession(member)
+    advert = session.advertise()
+    save_session(context, session)
+    return advert
+
+
+def answer_query(query: SecureQuery, context: Context, member: Member) -> SecureAnswer:
+    """Answer one stage. What was answered is in `context` before the answer leaves.
+
+    Raises:
+        PayloadError: a message that is not to be answered; nothing was revealed.
+    """
+    if query.stage == "advert":
+        return SecureAnswer(b"", new_advert(context, member))
+    session = load_session(context, member)
+    stages = {"share": session.share, "confirm": session.confirm, "reveal": session.reveal}
+    message = stages[query.stage](query.message)
+    save_session(context, session)
+    return SecureAnswer(message, new_advert(context, member) if query.advert else b"")
+
+
+def load_session(context: Context, member: Member) -> ClientSession:
+    """The session under way. Raises PayloadError where there is none."""
+    record = context.state.config_records.get(_RECORD)
+    if record is None:
+        raise PayloadError(f"{member.name} has no secure session: it never sent keys, or lost its state")
+    return ClientSession.from_bytes(member, record.get(_SESSION))
+
+
+def save_session(context: Context, session: ClientSession) -> None:
+    """Put the session in the place of the old one."""
+    context.state[_RECORD] = ConfigRecord({_SESSION: session.to_bytes()})

@@ -1,0 +1,234 @@
+"""Secure rounds on the server: the exchanges of `tofu.secagg` around the training of a round.
+
+    advert   keys, with the reply of the round before; only clients that sent none are asked for them apart
+    share    the roster down, sealed shares up
+    train    the weights and the neighbours' shares down, the masked vector up
+    confirm  only with identities: who survived down, a signature up
+    reveal   who survived down, one share for each neighbour up, and with it the keys for the next secure round
+
+So a secure round takes three exchanges, or four with identities. A client that is silent or wrong in one of them is
+left out; where fewer stay than the threshold the round is abandoned, and what was revealed by then opens nothing.
+"""
+
+import math
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from server.clients import Client, exchange, one_line
+from server.ledger import Ledger
+from tofu.errors import PayloadError, RunError, SettingError
+from tofu.messages import FIELD, RECORD, SECURE, SecureAnswer, SecurePart, SecureQuery, run_name
+from tofu.secagg.fixed_point import ring_bits
+from tofu.secagg.identities import read_known
+from tofu.secagg.server import ServerSession
+from tofu.secure_update import SecureCode, SecureMean, SecureTerms, first_ranges
+from tofu.settings import LEAST_SECURE, Settings
+from tofu.weights import Layout, Weights
+
+
+class AbandonedError(RunError):
+    """Too few clients stayed: nothing is known of this round's updates, and nothing is lost but the round."""
+
+
+@dataclass(frozen=True)
+class OpenRound:
+    """A secure round whose clients have shared and are to train.
+
+    Attributes:
+        code: of their vectors.
+        parts: client name -> what its train request carries.
+    """
+
+    round: int
+    code: SecureCode
+    parts: Mapping[str, bytes]
+    clients: Mapping[str, Client]
+    session: ServerSession
+
+    def add(self, client: Client, masked: object) -> None:
+        """Add a client's masked vector. Raises PayloadError."""
+        if not isinstance(masked, bytes):
+            raise PayloadError("masked vector has 0 bytes, expected one of `tofu.secagg`")
+        self.session.add_masked(client.name, masked)
+
+
+class SecureRounds:
+    """What the server keeps for a run's secure rounds: keys that came ahead, and the ranges of the last sum."""
+
+    def __init__(self, grid: Grid, ledger: Ledger, settings: Settings, layout: Layout) -> None:
+        self._grid, self._ledger, self._settings, self._layout = grid, ledger, settings, layout
+        self._known = _known(settings)
+        self._adverts: dict[str, bytes] = {}
+        self._ranges: tuple[float, ...] = ()
+        self._peaks: dict[str, float] = {}
+
+    @staticmethod
+    def check(settings: Settings) -> None:
+        """Raises SettingError where the identities cannot be read, or no graph bears the dropouts and accomplices."""
+        settings.topology(max(round(settings.fraction * settings.clients), settings.min_clients, LEAST_SECURE))
+        _known(settings)
+
+    def keep_advert(self, client: Client, advert: bytes) -> None:
+        """Keys that a client sent ahead."""
+        if advert:
+            self._adverts[client.name] = advert
+
+    def learn(self, update: Weights, examples: int) -> None:
+        """How large a client's decoded update is in a round that shows it, for the first secure round's ranges."""
+        for name, value in update.items():
+            peak = float(value.abs().max()) * examples if value.numel() else 0.0
+            self._peaks[name] = max(self._peaks.get(name, 0.0), peak)
+
+    def open(self, asked: Sequence[Client], round_: int, failures: dict[str, str]) -> OpenRound:
+        """Collect keys and shares.
+
+        Args:
+            failures: client name -> reason, filled in.
+
+        Raises:
+            AbandonedError: too few clients took part.
+        """
+        lacking = [client for client in asked if client.name not in self._adverts]
+        for client, answer in self._ask(lacking, "advert", {client.name: b"" for client in lacking}, round_, failures):
+            self.keep_advert(client, answer.advert)
+        able = [client for client in asked if client.name in self._adverts]
+        terms = self._terms(able)
+        code = SecureCode(self._layout, terms)
+        session = ServerSession(
+            run_name(self._grid.run.run_id), round_, values=code.length, bits=terms.bits, known=self._known
+        )
+        came = 0
+        for client in able:
+            with _blaming(client, failures):
+                session.add_advert(client.name, self._adverts.pop(client.name))
+                came += 1
+        if came < LEAST_SECURE:
+            raise AbandonedError(f"{came} clients sent keys, a secure round takes at least {LEAST_SECURE}")
+        clients = {client.name: client for client in able}
+        with _abandoning():
+            rosters = session.rosters(self._settings.topology(came))
+        for client, answer in self._ask(clients.values(), "share", rosters, round_, failures):
+            with _blaming(client, failures):
+                session.add_shares(client.name, answer.message)
+        with _abandoning():
+            deliveries = session.deliveries()
+        part = terms.to_bytes()
+        parts = {name: SecurePart(part, shares).to_bytes() for name, shares in deliveries.items()}
+        return OpenRound(round_, code, parts, clients, session)
+
+    def close(self, opened: OpenRound, failures: dict[str, str], *, again: bool) -> tuple[SecureMean, tuple[str, ...]]:
+        """Settle who survived, collect what takes off the masks, and decode.
+
+        Args:
+            failures: client name -> reason, of clients that were left out of a later stage; a client whose vector
+                came is in the sum all the same.
+            again: another secure round may follow, for which the clients send keys.
+
+        Returns:
+            The mean update, and the names of the clients in it.
+
+        Raises:
+            AbandonedError: too few clients stayed.
+        """
+        session, clients, round_ = opened.session, opened.clients, opened.round
+        with _abandoning():
+            messages = session.survivors()
+        if self._known is not None:
+            for client, answer in self._ask(clients.values(), "confirm", messages, round_, failures):
+                with _blaming(client, failures):
+                    session.add_confirmation(client.name, answer.message)
+            with _abandoning():
+                messages = session.reveal_requests()
+        for client, answer in self._ask(clients.values(), "reveal", messages, round_, failures, advert=again):
+            with _blaming(client, failures):
+                session.add_reveal(client.name, answer.message)
+                self.keep_advert(client, answer.advert)
+        with _abandoning():
+            total = session.finish()
+            mean = opened.code.decode(total.vector, len(total.survivors))
+        self._ranges = mean.ranges
+        return mean, total.survivors
+
+    def _terms(self, able: Sequence[Client]) -> SecureTerms:
+        clients = max(len(able), LEAST_SECURE)
+        unit = sum(client.examples for client in able) / len(able) if able else 1.0
+        peaks = {name: peak / unit for name, peak in self._peaks.items()}
+        terms = SecureTerms(
+            clients,
+            ring_bits(clients, self._settings.secure_bits),
+            unit,
+            self._ranges or first_ranges(self._layout, peaks),
+        )
+        return SecureTerms.from_bytes(terms.to_bytes())  # rounded as the clients will read them
+
+    def _ask(
+        self,
+        clients: Collection[Client],
+        stage: str,
+        messages: Mapping[str, bytes],
+        round_: int,
+        failures: dict[str, str],
+        *,
+        advert: bool = False,
+    ) -> Iterator[tuple[Client, SecureAnswer]]:
+        """One exchange with those clients that have a message in `messages`; yields the answers that can be read."""
+        seconds = self._settings.secure_timeout
+        asked = {client.node: client for client in clients if client.name in messages}
+        requests = []
+        for node, client in asked.items():
+            query = SecureQuery(stage, messages[client.name], advert).to_bytes()
+            content = RecordDict({RECORD: ConfigRecord({FIELD: query})})
+            request = Message(content, node, f"query.{SECURE}", group_id=str(round_), ttl=math.ceil(seconds))
+            self._count(request, client, round_, "downlink")
+            requests.append(request)
+        silent = dict(asked)
+        for node, reply in exchange(self._grid, requests, time.monotonic() + seconds) if requests else ():
+            client = silent.pop(node)
+            if reply.metadata.src_node_id == node:  # else it is an error of the network's own
+                self._count(reply, client, round_, "uplink")
+            answer = None
+            with _blaming(client, failures):
+                answer = _read(reply)
+            if answer is not None:
+                yield client, answer
+        for client in silent.values():
+            failures[client.name] = f"no answer at stage {stage} within {seconds:g} s"
+
+    def _count(self, message: Message, client: Client, round_: int, direction: str) -> None:
+        self._ledger.add(message, round_=round_, kind="secure", direction=direction, client=client.name, fedavg=False)
+
+
+def _known(settings: Settings) -> dict[str, bytes] | None:
+    return read_known(Path(settings.secure_identities)) if settings.secure_identities else None
+
+
+def _read(reply: Message) -> SecureAnswer:
+    """Raises PayloadError where the reply is an error, or no answer."""
+    if reply.has_error():
+        raise PayloadError(one_line(reply.error.reason))
+    record = reply.content.config_records.get(RECORD)
+    return SecureAnswer.from_bytes(record.get(FIELD) if record is not None else None)
+
+
+@contextmanager
+def _blaming(client: Client, failures: dict[str, str]) -> Iterator[None]:
+    """A message that cannot be used is its sender's failure; the round goes on."""
+    try:
+        yield
+    except PayloadError as error:
+        failures[client.name] = str(error)
+
+
+@contextmanager
+def _abandoning() -> Iterator[None]:
+    """What ends a session abandons the round."""
+    try:
+        yield
+    except (RunError, SettingError) as error:
+        raise AbandonedError(str(error)) from error

@@ -1,0 +1,211 @@
+"""A client's update as the vector of ring elements that a secure round sums, and the mean update from that sum.
+
+Every tensor has a range of its own, agreed by all for the round: its entries are divided by it, so that one fixed
+point of range 1 (`tofu.secagg.fixed_point`) serves weights, biases and BatchNorm statistics alike. After the update
+come a few entries more, so that what the server would otherwise ask of each client is a sum as well: the loss, and for
+each tensor how far beyond its range the client's values were.
+"""
+
+import math
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tofu.errors import PayloadError, SettingError
+from tofu.secagg.fixed_point import HEADROOM, LARGEST_GROWTH, Clipped, FixedPoint
+from tofu.secagg.ring import MOST_BITS, RingVector, centred
+from tofu.weights import Layout, Weights
+
+LARGEST = 32.0
+"""Losses, and distances beyond a range, up to which the sums say them."""
+
+_LOSS_ENTRIES = 16
+"""The loss is rounded so many times, since one rounding among few levels says little of it."""
+
+FIRST_RANGE = 0.25
+"""Of every tensor as long as nothing is known of the updates: wide for any usual one."""
+
+_SMALLEST, _WIDEST = 1e-12, 1e12
+_HEAD = struct.Struct("<HBfH")
+
+
+@dataclass(frozen=True)
+class SecureTerms:
+    """What all clients of one secure round, and the server, agree on.
+
+    Attributes:
+        clients: most clients in the sum.
+        bits: of the ring.
+        unit_weight: examples that count as weight 1.
+        ranges: of each tensor of the layout, in its order: |value * weight| up to which nothing is clipped.
+    """
+
+    clients: int
+    bits: int
+    unit_weight: float
+    ranges: tuple[float, ...]
+
+    def to_bytes(self) -> bytes:
+        head = _HEAD.pack(self.clients, self.bits, self.unit_weight, len(self.ranges))
+        return head + np.array(self.ranges, "<f4").tobytes()
+
+    @staticmethod
+    def from_bytes(data: bytes) -> "SecureTerms":
+        """Raises PayloadError for bytes that are no terms, or terms that nobody could work by."""
+        if len(data) < _HEAD.size:
+            raise PayloadError(f"secure terms have {len(data)} bytes, expected at least {_HEAD.size}")
+        clients, bits, unit_weight, count = _HEAD.unpack_from(data)
+        if len(data) != _HEAD.size + 4 * count:
+            raise PayloadError(f"secure terms have {len(data)} bytes, expected {_HEAD.size + 4 * count}")
+        ranges = tuple(float(value) for value in np.frombuffer(data, "<f4", offset=_HEAD.size))
+        if not all(_SMALLEST / 2 < value < 2 * _WIDEST for value in (*ranges, unit_weight)):
+            raise PayloadError("secure terms hold a range or a weight that is not a usual positive number")
+        if not 1 <= bits <= MOST_BITS:
+            raise PayloadError(f"secure terms have {bits} bits, expected 1 to {MOST_BITS}")
+        return SecureTerms(clients, bits, unit_weight, ranges)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a client puts into the sum.
+
+    Attributes:
+        vector: ring elements [length].
+        decoded: the update that these stand for: the client's own, rounded and clipped.
+        clipped: how many values were beyond their ranges, and the furthest in units of its range.
+    """
+
+    vector: RingVector
+    decoded: Weights
+    clipped: Clipped
+
+
+@dataclass(frozen=True)
+class SecureMean:
+    """What the server learns from the sum.
+
+    Attributes:
+        update: the mean weighted by examples, float32 by name.
+        examples: of all clients in the sum.
+        loss: mean training loss, weighted by examples.
+        clipped: values beyond their ranges, all clients together.
+        furthest: no client's value was further out than this, in units of its tensor's range; 1.0 where none was out.
+        ranges: for the next round, by `next_range`.
+    """
+
+    update: Weights
+    examples: int
+    loss: float
+    clipped: int
+    furthest: float
+    ranges: tuple[float, ...]
+
+
+class SecureCode:
+    """The two directions of one round.
+
+    Raises:
+        PayloadError: terms for another model, or a ring that is too small for that many clients.
+    """
+
+    def __init__(self, layout: Layout, terms: SecureTerms) -> None:
+        if len(terms.ranges) != len(layout.shapes):
+            raise PayloadError(f"secure terms have {len(terms.ranges)} ranges, expected {len(layout.shapes)}")
+        self._layout, self._terms = layout, terms
+        try:
+            self._fixed = FixedPoint(terms.clients, terms.bits, 1.0, terms.unit_weight)
+        except SettingError as error:
+            raise PayloadError(f"secure terms cannot be used: {error}") from error
+        self._sizes = [shape.numel() for shape in layout.shapes.values()]
+        self._count = sum(self._sizes)
+
+    @property
+    def length(self) -> int:
+        """Ring elements of a client's vector."""
+        return self._fixed.length(self._count + _LOSS_ENTRIES + len(self._sizes))
+
+    def encode(self, update: Weights, examples: int, loss: float, seed: bytes = b"") -> Encoded:
+        """An update as a vector.
+
+        Args:
+            seed: of the rounding (`FixedPoint.encode`).
+
+        Raises:
+            RunError: an update that is not finite.
+        """
+        weight = examples / self._terms.unit_weight
+        flat = torch.cat([update[name].detach().float().flatten() for name in self._layout.shapes]).numpy()
+        values = flat.astype(np.float64) / self._spread
+        furthest = [float(np.abs(part).max(initial=0.0)) * weight for part in self._parts(values)]
+        # Divided by the weight, which `FixedPoint` multiplies by; at least one whole level, which is not rounded away.
+        least = LARGEST / self._fixed.levels
+        beyond = [min(max(far - 1.0, least), LARGEST) if far > 1 else 0.0 for far in furthest]
+        excess = np.array(beyond) / LARGEST / weight
+        losses = np.full(_LOSS_ENTRIES, min(max(loss, 0.0) / LARGEST, 1.0 / weight))
+        vector, clipped = self._fixed.encode(np.concatenate([values, losses, excess]), examples, seed)
+        own = centred(vector[: self._count], self._terms.bits) * (self._fixed.step / weight) * self._spread
+        return Encoded(vector, self._weights(own), clipped)
+
+    def decode(self, total: RingVector, survivors: int) -> SecureMean:
+        """The mean from the sum of so many clients' vectors.
+
+        Raises:
+            PayloadError: a sum of another length.
+            RunError: a sum that says 0 examples.
+        """
+        if total.size != self.length:
+            raise PayloadError(f"sum has {total.size} elements, expected {self.length}")
+        decoded = self._fixed.decode(total, survivors)
+        weights = decoded.examples / self._terms.unit_weight
+        values, losses, excess = np.split(decoded.mean, [self._count, self._count + _LOSS_ENTRIES])
+        # A mean is stochastically rounded, so what is nothing may come out a little below.
+        beyond = np.maximum(excess, 0.0) * weights * LARGEST
+        peaks = [float(np.abs(part).max(initial=0.0)) * weights / survivors for part in self._parts(values)]
+        ranges = zip(self._terms.ranges, beyond.tolist(), peaks, strict=True)
+        return SecureMean(
+            self._weights(values * self._spread),
+            decoded.examples,
+            float(losses.mean()) * LARGEST,
+            decoded.clipped,
+            1.0 + float(beyond.max(initial=0.0)),
+            tuple(next_range(range_, out, peak * range_) for range_, out, peak in ranges),
+        )
+
+    @property
+    def _spread(self) -> npt.NDArray[np.float64]:
+        """Each entry's range [values]."""
+        return np.repeat(np.array(self._terms.ranges, np.float32).astype(np.float64), self._sizes)
+
+    def _parts(self, values: npt.NDArray[np.float64]) -> list[npt.NDArray[np.float64]]:
+        return np.split(values, np.cumsum(self._sizes)[:-1])
+
+    def _weights(self, values: npt.NDArray[np.float64]) -> Weights:
+        parts = zip(self._layout.shapes.items(), self._parts(values), strict=True)
+        return {name: torch.from_numpy(part).float().reshape(shape) for (name, shape), part in parts}
+
+
+def next_range(range_: float, beyond: float, peak: float) -> float:
+    """A tensor's range for the next round; the same numbers give the same range.
+
+    Where a value was out of the range it widens by as much, within 2 to 8 times; otherwise it stays above `HEADROOM`
+    times the peak, and shrinks to it by at most half a round.
+
+    Args:
+        beyond: how far out the clients' furthest values were together, in units of the range; 0.0 where all fit.
+        peak: largest |sum of weighted values| / clients in the sum, in units of the values.
+    """
+    if beyond > 0:
+        wider = range_ * min(max(1.0 + beyond, 2.0), LARGEST_GROWTH)
+        return min(wider, _WIDEST)
+    return max(min(range_, max(range_ / 2, HEADROOM * peak)), _SMALLEST)
+
+
+def first_ranges(layout: Layout, peaks: dict[str, float]) -> tuple[float, ...]:
+    """Ranges of a first secure round, from the largest weighted |value| by tensor that earlier rounds' updates had."""
+    known = {name: peak for name, peak in peaks.items() if peak > 0 and math.isfinite(peak)}
+    return tuple(
+        min(max(HEADROOM * known[name], _SMALLEST), _WIDEST) if name in known else FIRST_RANGE for name in layout.shapes
+    )
