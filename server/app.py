@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -10,8 +11,9 @@ from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
+from server.checkpoint import Snapshot, read_checkpoint, remove_checkpoints, write_checkpoint
 from server.ledger import Ledger
-from server.local import run_in_process
+from server.local import InProcessGrid, run_in_process
 from server.progress import Progress, SilentProgress, make_progress
 from server.report import write_report
 from server.run_folder import RunFolder
@@ -27,6 +29,11 @@ from tofu.units import printable
 from tofu.weights import weights_sha256
 
 app = ServerApp()
+
+MOST_CLIENT_BYTES = 2**30
+"""Of the clients' state in a checkpoint of a run in one process; with more, resumed clients begin without theirs."""
+
+_CLIENT = "client "
 
 
 @app.main()
@@ -58,20 +65,30 @@ def serve(grid: Grid, settings: Settings, progress: Progress) -> dict[str, objec
     if settings.has_secure_rounds:
         SecureRounds.check(settings)
     folder = RunFolder(settings)
-    ledger = Ledger(folder.add_message)
+    ledger = Ledger()
     federation = Federation(grid, network, test, settings, ledger, progress)
     samples = Samples(data, test)
     progress.start(settings.rounds, settings.clients, f"{settings.model} on {settings.dataset}")
     try:
-        start = federation.evaluate()
-        folder.add_metrics(
-            {"round": 0, "kind": "start", "accuracy": start.accuracy, "loss": finite(start.loss), "clients": 0,
-             "failures": [], "explained_variance": None, "cosine": None, "train_loss": None, "uplink_bytes": 0,
-             "downlink_bytes": 0, "fedavg_uplink_bytes": 0, "seconds": time.perf_counter() - began}
-        )  # fmt: skip
-        for round_ in range(1, settings.rounds + 1):
-            row = _round(federation, ledger, samples, round_, progress)
-            folder.add_metrics(row)
+        done = _resume(folder, federation, samples, grid, progress) if settings.resume else None
+        if done is None:
+            start = federation.evaluate()
+            row: dict[str, object] = {
+                "round": 0, "kind": "start", "accuracy": start.accuracy, "loss": finite(start.loss), "clients": 0,
+                "failures": [], "explained_variance": None, "cosine": None, "train_loss": None, "uplink_bytes": 0,
+                "downlink_bytes": 0, "fedavg_uplink_bytes": 0, "seconds": time.perf_counter() - began,
+            }  # fmt: skip
+            folder.add_round(row, ())
+        for round_ in range((done or 0) + 1, settings.rounds + 1):
+            try:
+                row = _round(federation, ledger, samples, round_, progress)
+            except BaseException:
+                folder.add_messages(ledger.take())
+                raise
+            messages = ledger.take()
+            if settings.checkpoint:
+                _checkpoint(folder, federation, grid, row, messages)
+            folder.add_round(row, messages)
             folder.write_weights(federation.weights)
             folder.write_samples(samples.arrays)
             progress.round_done(row)
@@ -90,11 +107,50 @@ def serve(grid: Grid, settings: Settings, progress: Progress) -> dict[str, objec
             "seconds": time.perf_counter() - began,
         }
         folder.write_summary(summary)
+        remove_checkpoints(folder.path)
         write_report(folder.path)
         progress.finish(summary)
     finally:
         progress.close()
     return summary
+
+
+def _checkpoint(
+    folder: RunFolder,
+    federation: Federation,
+    grid: Grid,
+    row: Mapping[str, object],
+    messages: Sequence[Mapping[str, object]],
+) -> None:
+    """Keep the state after a round, before anything says that the round is done."""
+    snapshot = Snapshot({"row": row, "messages": messages})
+    federation.save(snapshot)
+    if isinstance(grid, InProcessGrid):
+        contexts = grid.contexts()
+        if sum(map(len, contexts.values())) <= MOST_CLIENT_BYTES:
+            snapshot.blobs |= {f"{_CLIENT}{name}": context for name, context in contexts.items()}
+    write_checkpoint(folder.path, federation.round, snapshot)
+
+
+def _resume(
+    folder: RunFolder, federation: Federation, samples: "Samples", grid: Grid, progress: Progress
+) -> int | None:
+    """Bring a run back to its last checkpoint; the round of that, or None where it had not come to one."""
+    snapshot = read_checkpoint(folder.path, progress.note)
+    if snapshot is None:
+        folder.go_back(None, ())
+        return None
+    contexts = {name.removeprefix(_CLIENT): b for name, b in snapshot.blobs.items() if name.startswith(_CLIENT)}
+    kept = isinstance(grid, InProcessGrid) and bool(contexts)
+    if isinstance(grid, InProcessGrid) and kept:
+        grid.restore_contexts(contexts)
+    federation.restore(snapshot, clients_kept=kept)
+    row = snapshot.plain["row"]
+    folder.go_back(row, snapshot.plain["messages"])
+    folder.write_weights(federation.weights)
+    samples.restore(folder.read_samples(), int(row["round"]))
+    progress.note(f"goes on after round {row['round']}" + ("" if kept else "; clients begin without error feedback"))
+    return int(row["round"])
 
 
 def serve_in_process(client_app: ClientApp, settings: Settings, progress: Progress | None = None) -> dict[str, object]:
@@ -188,6 +244,14 @@ class Samples:
         }
         self._data = data
         self._rounds: list[str] = []
+
+    def restore(self, arrays: Mapping[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]], round_: int) -> None:
+        """Take back what was kept up to a round."""
+        rounds = {int(name.removeprefix("proxies_")): name for name in arrays if name.startswith("proxies_")}
+        self._rounds = [name for number, name in sorted(rounds.items()) if number <= round_]
+        if self._rounds:
+            kept = ("real", "real_caption", *self._rounds)
+            self.arrays |= {name: value for name, value in arrays.items() if name in kept}
 
     def add(self, result: RoundResult) -> None:
         """Keep this round's proxies, beside those of the first round that had any."""

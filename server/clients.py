@@ -3,11 +3,12 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from server.ledger import Ledger
+from server.ledger import Ledger, client_order
 from tofu.errors import RunError
 from tofu.messages import RECORD
 
@@ -52,7 +53,7 @@ class Clients:
                 else:
                     found[client.name] = client
             if len(found) >= least:
-                return sorted(found.values(), key=lambda client: _order(client.name))
+                return sorted(found.values(), key=lambda client: client_order(client.name))
             declined = [self._declined[node] for node in nodes if node in self._declined]
             hopeless = declined and not found and time.monotonic() >= start + _GRACE_SECONDS
             if time.monotonic() >= end or hopeless:
@@ -61,6 +62,15 @@ class Clients:
                 raise RunError(f"round {round_}: {len(found)} clients connected after {waited:.0f} s, "
                                f"min-clients is {least}{reasons}")  # fmt: skip
             time.sleep(min(1.0, max(0.0, end - time.monotonic())))
+
+    def state(self) -> list[list[object]]:
+        """Who is known, for a checkpoint of a run whose nodes go on with it."""
+        known = filter(None, self._known.values())
+        return [[client.node, client.name, client.examples] for client in known]
+
+    def restore(self, state: list[list[Any]]) -> None:
+        """The inverse of `state`."""
+        self._known = {node: Client(node, name, examples) for node, name, examples in state}
 
     def _introduce(self, nodes: list[int], end: float, round_: int) -> None:
         if not nodes:
@@ -116,8 +126,3 @@ def exchange(grid: Grid, messages: list[Message], end: float) -> Iterator[tuple[
 def one_line(reason: str | None) -> str:
     """The reason of an error reply, as one line of bounded length."""
     return " ".join((reason or "").split())[:300] or "error without a reason"
-
-
-def _order(name: str) -> tuple[int, str]:
-    """Partitions by number, other names after them by letter."""
-    return (int(name), "") if name.isdecimal() else (2**63, name)

@@ -11,6 +11,7 @@ those are fewer bytes. Rounds of float32 updates send whole weights.
 import copy
 from dataclasses import dataclass
 
+from server.checkpoint import Snapshot
 from tofu.network import Network
 from tofu.payload import HEADER_BYTES, WEIGHTS, Payload, float32_bytes
 from tofu.same_weights import SKETCH_BYTES, after_step, sketch
@@ -76,6 +77,33 @@ class Downlink:
             self._step()
         self.sketch = sketch(weights_of(self.network.model)) if self._compressor else bytes(SKETCH_BYTES)
         self._whole = b""
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Put what the next rounds need into a checkpoint."""
+        if self._compressor is None:
+            return
+        snapshot.put_tensors("downlink", weights_of(self.network.model))
+        snapshot.blobs["downlink/memory"] = self._memory
+        for number, step in enumerate(self._steps):
+            snapshot.blobs[f"downlink/step {number}"] = step
+        snapshot.plain["downlink"] = {
+            "identity": self.identity.hex(), "steps": len(self._steps), "held": self._held, "shared": self._shared
+        }  # fmt: skip
+
+    def restore(self, snapshot: Snapshot, *, clients_kept: bool) -> None:
+        """The inverse of `save`.
+
+        Args:
+            clients_kept: the clients have what they had; otherwise they are sent the weights whole.
+        """
+        if self._compressor is None:
+            return
+        plain = snapshot.plain["downlink"]
+        load_weights(self.network.model, snapshot.tensors_of("downlink"))
+        self.identity, self._memory = bytes.fromhex(plain["identity"]), snapshot.blobs["downlink/memory"]
+        if clients_kept:
+            self._steps = [snapshot.blobs[f"downlink/step {number}"] for number in range(plain["steps"])]
+            self._held, self._shared = dict(plain["held"]), plain["shared"]
 
     def _step(self) -> None:
         assert self._compressor is not None

@@ -1,6 +1,6 @@
 """What travelled: the bytes of every message, as Flower serialises it."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
 from flwr.app import ConfigRecord, Message, Metadata, RecordDict
 from flwr.supercore.inflatable.inflatable_object import (
@@ -13,6 +13,13 @@ from tofu.data import ImageShape
 from tofu.messages import FIELD, RECORD, TrainReply, TrainRequest
 from tofu.payload import HEADER_BYTES
 from tofu.weights import FINGERPRINT_BYTES
+
+_TOTALS = ("uplink", "downlink", "fedavg_uplink", "fedavg_downlink", "payload", "float32")
+
+
+def client_order(name: str) -> tuple[int, str]:
+    """Sorts clients: partitions by number, other names after them by letter."""
+    return (int(name), "") if name.isdecimal() else (2**63, name)
 
 
 def message_bytes(message: Message) -> int:
@@ -41,9 +48,6 @@ def reply_overhead() -> int:
 class Ledger:
     """Counts every message of a run as serialised.
 
-    Args:
-        write: called with each row, for example to append it to a file.
-
     Attributes:
         uplink, downlink: bytes so far, towards the server and towards the clients.
         fedavg_uplink, fedavg_downlink: what they would be had every reply carried its update, and every request the
@@ -51,8 +55,8 @@ class Ledger:
         payload, float32: bytes of the updates' payloads so far (headers included), and of the same updates as float32.
     """
 
-    def __init__(self, write: Callable[[dict[str, object]], None]) -> None:
-        self._write = write
+    def __init__(self) -> None:
+        self._rows: list[dict[str, object]] = []
         self._full_message: dict[tuple[str, int], int] = {}
         self.uplink = self.downlink = self.fedavg_uplink = self.fedavg_downlink = self.payload = self.float32 = 0
 
@@ -95,7 +99,21 @@ class Ledger:
             if payload_bytes is not None and full_payload_bytes is not None:
                 self.payload += payload_bytes
                 self.float32 += full_payload_bytes - HEADER_BYTES
-        self._write(row)
+        self._rows.append(row)
+
+    def take(self) -> list[dict[str, object]]:
+        """The rows since the last call, client by client: replies arrive in any order, and a run's ledger has one."""
+        rows, self._rows = sorted(self._rows, key=lambda row: client_order(str(row["client"]))), []
+        return rows
+
+    def totals(self) -> dict[str, int]:
+        """All sums, for a checkpoint."""
+        return {name: getattr(self, name) for name in _TOTALS}
+
+    def restore(self, totals: Mapping[str, int]) -> None:
+        """The inverse of `totals`."""
+        for name in _TOTALS:
+            setattr(self, name, int(totals[name]))
 
     def _full(self, message: Message, direction: str, full_payload_bytes: int) -> int:
         """Bytes of the same message with a float32 payload, measured once for each size."""

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -21,6 +21,7 @@ from flwr.app.user_config import UserConfig, UserConfigValue
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.common.serde import context_from_proto, context_to_proto
+from flwr.proto.message_pb2 import Context as ContextProto
 from flwr.server.superlink.linkstate.utils import create_message_error_unavailable_ins_message
 from flwr.server.utils.validator import validate_message
 from flwr.serverapp import Grid, ServerApp
@@ -28,8 +29,9 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+from google.protobuf.message import DecodeError
 
-from tofu.errors import SettingError
+from tofu.errors import RunError, SettingError
 
 _LOG = logging.getLogger(__name__)
 
@@ -174,6 +176,19 @@ class InProcessGrid(Grid):
                         break
                 self._changed.wait(min(max(left, 0.0), threading.TIMEOUT_MAX))
         return self.pull_messages(order)
+
+    def contexts(self) -> dict[str, bytes]:
+        """Every node's context as Flower serialises it, by partition; only while no message is under way."""
+        return {node.name: context_to_proto(node.context).SerializeToString() for node in self._nodes.values()}
+
+    def restore_contexts(self, contexts: Mapping[str, bytes]) -> None:
+        """Give nodes the state (`Context.state`) that `contexts` wrote. Raises RunError for bytes that it did not."""
+        for node in self._nodes.values():
+            try:
+                proto = ContextProto.FromString(contexts[node.name])
+                node.context.state = context_from_proto(proto).state
+            except (KeyError, DecodeError, ValueError) as error:
+                raise RunError(f"checkpoint has no usable state of client {node.name}: {error}") from error
 
     def close(self) -> None:
         """Drop what is queued, interrupt the handlers that still run, and end the threads; takes about a second."""

@@ -4,12 +4,10 @@ Flower's FedAvgM and FedAdam do the same sums, but only inside strategies that a
 fit better.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from server.checkpoint import Snapshot
 from tofu.settings import Settings
 from tofu.weights import Weights
 
@@ -44,10 +42,16 @@ class ServerOptimiser:
                 moved = moved.clamp_min(0)  # a lossy update may undershoot, and a variance cannot
             buffer.copy_(moved if buffer.is_floating_point() else moved.round())
 
-    def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        return self._optimiser.state_dict()
+    def save(self, snapshot: Snapshot) -> None:
+        """Put momentum and moments into a checkpoint; the settings are the run's."""
+        for number, state in self._optimiser.state_dict()["state"].items():
+            held = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+            snapshot.put_tensors(f"optimiser/{number}", held)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`."""
-        self._optimiser.load_state_dict(dict(state))
+    def restore(self, snapshot: Snapshot) -> None:
+        """The inverse of `save`."""
+        state: dict[int, dict[str, Tensor]] = {}
+        for path, value in snapshot.tensors_of("optimiser").items():
+            number, _, name = path.partition("/")
+            state.setdefault(int(number), {})[name] = value
+        self._optimiser.load_state_dict(self._optimiser.state_dict() | {"state": state})

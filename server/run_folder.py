@@ -2,13 +2,17 @@
 
 config.json      every setting
 metrics.jsonl    one object a round (round 0: before training)
-ledger.jsonl     one object a message
+ledger.jsonl     one object a message, written round by round
 weights.safetensors, summary.json, report.html, samples.npz   replaced whole by a rename
+checkpoints      what a run that was ended needs to go on (`server.checkpoint`)
 """
 
+import fcntl
 import json
 import os
-from collections.abc import Callable, Mapping
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,15 +25,26 @@ from tofu.errors import SettingError
 from tofu.settings import Settings
 from tofu.weights import Weights
 
+MAY_CHANGE = ("workers", "round-timeout", "secure-timeout", "min-clients", "resume", "run-folder", "checkpoint")
+"""Settings that a run may go on with another value of."""
+
 
 class RunFolder:
-    """Creates and fills the folder of one run.
+    """Creates and fills the folder of one run, or goes on with that of `settings.resume`.
+
+    One process at a time: the folder is held until it ends.
 
     Raises:
-        SettingError: the folder exists and is not empty, or cannot be made.
+        SettingError: a new run's folder exists and is not empty, or cannot be made; or the run to go on with has ended,
+            is under way, or began with other settings.
     """
 
     def __init__(self, settings: Settings) -> None:
+        if settings.resume:
+            self.path = Path(settings.resume)
+            self._held = _hold(self.path)
+            self._check_settings(settings)
+            return
         self.path = Path(settings.run_folder) if settings.run_folder else fresh_folder(settings)
         check_new(self.path)
         try:
@@ -37,14 +52,32 @@ class RunFolder:
         except OSError as error:
             raise SettingError("run-folder", str(self.path), f"a folder that can be made ({error.strerror})") from error
         self._replace("config.json", lambda f: f.write(_json(settings.to_config(), indent=1)))
+        self._held = _hold(self.path)
 
-    def add_metrics(self, row: Mapping[str, object]) -> None:
-        """Append one round's row to metrics.jsonl."""
-        self._append("metrics.jsonl", row)
+    def _check_settings(self, settings: Settings) -> None:
+        if (self.path / "summary.json").exists():
+            raise SettingError("resume", str(self.path), "a run that did not end")
+        began, now = read_config(self.path).to_config(), settings.to_config()
+        for name, value in began.items():
+            if now[name] != value and name not in MAY_CHANGE:
+                raise SettingError(name, now[name], f"{value}, as the run in {self.path} began with")
 
-    def add_message(self, row: Mapping[str, object]) -> None:
-        """Append one message's row to ledger.jsonl."""
-        self._append("ledger.jsonl", row)
+    def add_round(self, row: Mapping[str, object], messages: Iterable[Mapping[str, object]]) -> None:
+        """Append one round's row to metrics.jsonl, and its messages to ledger.jsonl."""
+        self.add_messages(messages)
+        self._append("metrics.jsonl", [row])
+
+    def add_messages(self, messages: Iterable[Mapping[str, object]]) -> None:
+        """Append messages to ledger.jsonl, such as those of a round that failed."""
+        self._append("ledger.jsonl", messages)
+
+    def go_back(self, row: Mapping[str, Any] | None, messages: Iterable[Mapping[str, object]]) -> None:
+        """Make metrics.jsonl and ledger.jsonl end with the round of this row, or be empty without one."""
+        last = int(row["round"]) if row else -1
+        for name, final in (("metrics.jsonl", [row] if row else []), ("ledger.jsonl", list(messages))):
+            earlier = [old for old in _rows(self.path / name) if 0 <= old["round"] < last]
+            lines = [_json(line) + b"\n" for line in (*earlier, *final)]
+            self._replace(name, lambda f, lines=lines: f.writelines(lines))  # type: ignore[misc]
 
     def write_weights(self, weights: Weights) -> None:
         """Replace weights.safetensors."""
@@ -59,12 +92,54 @@ class RunFolder:
         """Replace samples.npz."""
         self._replace("samples.npz", lambda f: _savez(f, samples))
 
-    def _append(self, name: str, row: Mapping[str, object]) -> None:
+    def read_samples(self) -> dict[str, npt.NDArray[Any]]:
+        """What `write_samples` wrote, or nothing."""
+        try:
+            with np.load(self.path / "samples.npz", allow_pickle=False) as file:
+                return {name: file[name] for name in file.files}
+        except (OSError, ValueError, zipfile.BadZipFile):
+            return {}
+
+    def _append(self, name: str, rows: Iterable[Mapping[str, object]]) -> None:
         with (self.path / name).open("ab") as file:
-            file.write(_json(row) + b"\n")
+            file.write(b"".join(_json(row) + b"\n" for row in rows))
 
     def _replace(self, name: str, write: Callable[[BinaryIO], object]) -> None:
         replace_file(self.path / name, write)
+
+
+def read_config(run: Path) -> Settings:
+    """The settings of a run, from its folder. Raises SettingError where there is no such run."""
+    try:
+        values = json.loads((run / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise SettingError("resume", str(run), "the folder of a run, with its config.json") from error
+    if not isinstance(values, dict):
+        raise SettingError("resume", str(run), "the folder of a run, with its config.json")
+    return Settings.of(values)
+
+
+def _hold(run: Path) -> BinaryIO:
+    """Hold a run's folder until this process ends: two would write into each other's files."""
+    try:
+        file = (run / "config.json").open("rb")
+    except OSError as error:
+        raise SettingError("resume", str(run), "the folder of a run, with its config.json") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise SettingError("resume", str(run), "a run that is not under way in another process") from error
+    return file
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole rows of a file, up to the first that is not: a crash may leave half a line at the end."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        for line in path.read_bytes().splitlines():
+            row = json.loads(line)
+            int(row["round"])
+            yield row
 
 
 def check_new(path: Path) -> None:

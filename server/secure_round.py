@@ -20,6 +20,7 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
+from server.checkpoint import Snapshot
 from server.clients import Client, exchange, one_line
 from server.ledger import Ledger
 from tofu.errors import PayloadError, RunError, SettingError
@@ -73,6 +74,18 @@ class SecureRounds:
         """Raises SettingError where the identities cannot be read, or no graph bears the dropouts and accomplices."""
         settings.topology(max(round(settings.fraction * settings.clients), settings.min_clients, LEAST_SECURE))
         _known(settings)
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Put what the next rounds need into a checkpoint. The keys are public ones."""
+        adverts = {name: advert.hex() for name, advert in self._adverts.items()}
+        snapshot.plain["secure"] = {"ranges": self._ranges, "peaks": self._peaks, "adverts": adverts}
+
+    def restore(self, snapshot: Snapshot, *, clients_kept: bool) -> None:
+        """The inverse of `save`; clients that lost what they had are asked for keys anew."""
+        plain = snapshot.plain["secure"]
+        self._ranges, self._peaks = tuple(plain["ranges"]), dict(plain["peaks"])
+        if clients_kept:
+            self._adverts = {name: bytes.fromhex(advert) for name, advert in plain["adverts"].items()}
 
     def keep_advert(self, client: Client, advert: bytes) -> None:
         """Keys that a client sent ahead."""

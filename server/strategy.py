@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from server.aggregation import RunningMean
+from server.checkpoint import Snapshot
 from server.clients import Client, Clients, exchange, one_line
 from server.downlink import Downlink, Parts
 from server.evaluation import Evaluation, evaluate
@@ -100,6 +101,7 @@ class Federation:
         self._acknowledged: dict[str, int] = {}
         self._averaged = copy.deepcopy(network.model) if settings.weight_average else network.model
         self.accuracies: list[float] = []
+        self.round = 0
 
     def evaluate(self) -> Evaluation:
         """Evaluate the model that the run would end with, and remember the accuracy for the schedule."""
@@ -114,6 +116,7 @@ class Federation:
             RunError: too few clients, or no valid reply.
         """
         settings = self.settings
+        self.round = round_
         known = self._clients.connected(least=settings.min_clients, timeout=settings.round_timeout, round_=round_)
         kind = self._schedule.kind(round_, self.accuracies)
         chosen = self._sample(known, round_, least=LEAST_SECURE if kind == "secure" else 1)
@@ -296,6 +299,37 @@ class Federation:
         )  # fmt: skip
         opened.add(client, masked)
         self._downlink.delivered(client.name)
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Put all that the next rounds need into a checkpoint."""
+        snapshot.put_tensors("model", weights_of(self.network.model))
+        snapshot.put_tensors("averaged", weights_of(self._averaged))
+        self._optimiser.save(snapshot)
+        self._downlink.save(snapshot)
+        if self._secure is not None:
+            self._secure.save(snapshot)
+        snapshot.plain |= {
+            "accuracies": self.accuracies, "acknowledged": self._acknowledged, "clients": self._clients.state(),
+            "ledger": self._ledger.totals(),
+        }  # fmt: skip
+
+    def restore(self, snapshot: Snapshot, *, clients_kept: bool) -> None:
+        """The inverse of `save`.
+
+        Args:
+            clients_kept: the clients have the state that they had then, as those of one process; others begin afresh.
+        """
+        load_weights(self.network.model, snapshot.tensors_of("model"))
+        load_weights(self._averaged, snapshot.tensors_of("averaged"))
+        self._optimiser.restore(snapshot)
+        self._downlink.restore(snapshot, clients_kept=clients_kept)
+        if self._secure is not None:
+            self._secure.restore(snapshot, clients_kept=clients_kept)
+        self.accuracies[:] = snapshot.plain["accuracies"]
+        self._ledger.restore(snapshot.plain["ledger"])
+        if clients_kept:
+            self._acknowledged = dict(snapshot.plain["acknowledged"])
+            self._clients.restore(snapshot.plain["clients"])
 
     @property
     def weights(self) -> Weights:

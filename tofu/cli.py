@@ -102,6 +102,14 @@ def _settings(config: Path | None, overrides: dict[str, Value]) -> Settings:
     return Settings.of({name.replace("-", "_"): value for name, value in values.items()} | dict(overrides))
 
 
+def _resumed(overrides: dict[str, Value]) -> Settings:
+    """The settings of the run to go on with, and what was given beside it; the server says what may not differ."""
+    from server.run_folder import read_config
+
+    began = read_config(Path(str(overrides["resume"]))).to_config()
+    return Settings.of({name.replace("-", "_"): value for name, value in began.items()} | dict(overrides))
+
+
 def _is_ours(path: Path) -> bool:
     import tomllib
 
@@ -118,7 +126,8 @@ def _is_ours(path: Path) -> bool:
 @_with_settings
 def run(*, config: ConfigFile = None, json_: Json = False, quiet: Quiet = False, overrides: dict[str, Value]) -> None:
     """Run a federation in this process: the same server and client apps as `flwr run`, no ray, no open port."""
-    summary = _run(_settings(config, overrides), quiet=quiet or json_)
+    settings = _resumed(overrides) if overrides.get("resume") else _settings(config, overrides)
+    summary = _run(settings, quiet=quiet or json_)
     if json_:
         print(json.dumps(summary))
     elif quiet:

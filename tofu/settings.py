@@ -104,6 +104,8 @@ class Settings:
     seed: int = _setting(0, "everything random follows from it", section="Run", least=0, most=2**31 - 1)
     threads: int = _setting(1, "threads of one client; results are bit-identical only for equal values", section="Run", least=1, most=1024)
     workers: int = _setting(2, "clients that `tofu run` trains at a time", section="Run", least=1, most=1024)
+    checkpoint: bool = _setting(True, "keep all that the run needs to go on, after every round, until it ends", section="Run")
+    resume: str = _setting("", "folder of a run that did not end, to go on with", section="Run")
     run_folder: str = _setting("", "folder for the results; empty makes one under runs/", section="Run")
     # fmt: on
 

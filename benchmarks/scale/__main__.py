@@ -105,16 +105,12 @@ def measure(clients: int, ratio: float) -> dict[str, Any]:
     for _ in range(20):
         compressor.decompress(network, body)
     decode = (time.perf_counter() - decode) / 20
-    rows = 0
-
-    def count(row: dict[str, object]) -> None:
-        nonlocal rows
-        rows += 1
-
     with task_identity():
+        ledger = Ledger()
         grid = ReplayGrid(clients, compressor.code, body)
-        federation = Federation(grid, network, data, settings, Ledger(count), SilentProgress())
+        federation = Federation(grid, network, data, settings, ledger, SilentProgress())
         federation.run_round(1)
+        ledger.take()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         began = time.perf_counter()
         federation.run_round(2)

@@ -181,7 +181,13 @@ class Comparison:
         if tuning and self.tune:
             name += f"-tune-{self.tune.setting}={_text(value)}"
         settings = self._settings(cell.compressor, cell.ratios[0], seed, value)
-        return Run(cell, seed, value, tuning, dataclasses.replace(settings, run_folder=str(self.folder / name)))
+        return Run(
+            cell,
+            seed,
+            value,
+            tuning,
+            dataclasses.replace(settings, run_folder=str(self.folder / name), checkpoint=False),
+        )
 
     def _settings(self, compressor: str, ratio: float, seed: int, value: Value | None) -> Settings:
         values: dict[str, object] = dict(self.shared.to_config())

@@ -37,7 +37,7 @@ _WRITTEN = frozenset(
     )
 )
 _TEMPORARY = frozenset(f".{name}.part" for name in _WRITTEN)
-_NOT_COMPARED = ("run-folder", "workers")
+_NOT_COMPARED = ("run-folder", "workers", "checkpoint", "resume")
 """Settings that change nothing about a run's results."""
 
 

@@ -256,7 +256,8 @@ def test_switch_by_default_makes_the_last_tenth_full(tmp_path: Path) -> None:
 )
 def test_plateau_switches_after_its_patience(tmp_path: Path, patience: int, expected: list[str]) -> None:
     """No round gains what is asked for, so each one counts against the patience."""
-    federate(tmp_path / "run", clients=2, schedule="plateau", recovery="full", plateau_patience=patience, plateau_gain=0.99)
+    plateau: Row = {"schedule": "plateau", "recovery": "full", "plateau_patience": patience, "plateau_gain": 0.99}
+    federate(tmp_path / "run", clients=2, **plateau)
     assert kinds(tmp_path / "run") == expected
 
 

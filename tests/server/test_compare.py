@@ -43,7 +43,7 @@ def test_every_run_differs_only_in_what_is_compared(tmp_path: Path) -> None:
         for seed in made.seeds:
             settings = made.run(cell, seed).settings
             changed = {name for name, value in settings.to_config().items() if value != made.shared.to_config()[name]}
-            allowed = {"compressor", "ratio", "seed", "run-folder"}
+            allowed = {"compressor", "ratio", "seed", "run-folder", "checkpoint"}
             allowed |= {"error-feedback"} if cell.compressor == "topk" else set()
             allowed |= {"schedule"} if cell.compressor == FEDAVG else set()
             assert changed <= allowed

@@ -3,6 +3,7 @@ import copy
 import torch
 from torch import nn
 
+from server.checkpoint import Snapshot
 from server.optimiser import ServerOptimiser
 from tofu.settings import Settings
 from tofu.weights import weights_of
@@ -46,7 +47,9 @@ def test_adam_normalises_and_resumes_from_its_state() -> None:
     assert torch.allclose(weights_of(model)["0.weight"], before + 0.1, atol=1e-3)
     twin = copy.deepcopy(model)
     resumed = ServerOptimiser(twin, settings)
-    resumed.load_state_dict(copy.deepcopy(optimiser.state_dict()))
+    snapshot = Snapshot()
+    optimiser.save(snapshot)
+    resumed.restore(Snapshot.from_bytes(snapshot.to_bytes()))
     optimiser.step(update(-1.0))
     resumed.step(update(-1.0))
     assert torch.equal(weights_of(model)["0.weight"], weights_of(twin)["0.weight"])

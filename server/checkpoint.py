@@ -1,0 +1,162 @@
+"""Checkpoints: all that a run needs to go on after a crash, written after every round.
+
+Each is written beside its place, flushed to disk and renamed, so that at every moment there is a whole one. Two are
+kept, since a disk may still damage the newest; a checksum tells.
+
+    8   "TOFUCKPT"
+    1   version
+    32  SHA-256 of everything after it
+    8   length of the JSON, then the JSON: {"plain": ..., "blobs": {name: length}}
+    8   length of the tensors, then these as safetensors
+    -   the blobs, one after the other
+
+Nothing in it is ever unpickled.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from tofu.errors import RunError, SettingError
+
+FOLDER = "checkpoints"
+_MAGIC = b"TOFUCKPT"
+_VERSION = 1
+_HEAD = struct.Struct("<8sB32s")
+_LENGTH = struct.Struct("<Q")
+_KEPT = 2
+
+
+@dataclass
+class Snapshot:
+    """A run's state.
+
+    Attributes:
+        plain: what JSON holds.
+        tensors: name -> tensor.
+        blobs: name -> bytes.
+    """
+
+    plain: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    blobs: dict[str, bytes] = field(default_factory=dict)
+
+    def put_tensors(self, prefix: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep copies of tensors under `prefix/name`."""
+        self.tensors |= {f"{prefix}/{name}": value.detach().clone().contiguous() for name, value in tensors.items()}
+
+    def tensors_of(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors under a prefix, by their names after it."""
+        start = f"{prefix}/"
+        return {name.removeprefix(start): value for name, value in self.tensors.items() if name.startswith(start)}
+
+    def to_bytes(self) -> bytes:
+        head = json.dumps({"plain": self.plain, "blobs": {name: len(blob) for name, blob in self.blobs.items()}})
+        text, tensors = head.encode(), safetensors.torch.save(self.tensors)
+        body = b"".join((_LENGTH.pack(len(text)), text, _LENGTH.pack(len(tensors)), tensors, *self.blobs.values()))
+        return _HEAD.pack(_MAGIC, _VERSION, hashlib.sha256(body).digest()) + body
+
+    @staticmethod
+    def from_bytes(data: bytes) -> "Snapshot":
+        """Raises RunError for bytes that are not a whole checkpoint of this version."""
+        if len(data) < _HEAD.size:
+            raise RunError(f"has {len(data)} bytes, expected more")
+        magic, version, digest = _HEAD.unpack_from(data)
+        if magic != _MAGIC or version != _VERSION:
+            raise RunError(f"is no checkpoint of version {_VERSION}")
+        body = memoryview(data)[_HEAD.size :]
+        if hashlib.sha256(body).digest() != digest:
+            raise RunError("is damaged: its checksum does not fit")
+        try:
+            text, at = _section(body, 0)
+            table = json.loads(bytes(text))
+            tensors, at = _section(body, at)
+            blobs = {}
+            for name, length in table["blobs"].items():
+                blobs[name] = bytes(body[at : at + length])
+                at += length
+            return Snapshot(table["plain"], safetensors.torch.load(bytes(tensors)), blobs)
+        except (struct.error, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            raise RunError(f"cannot be read: {error}") from error
+
+
+def write_checkpoint(run: Path, round_: int, snapshot: Snapshot) -> None:
+    """Write a run's checkpoint after a round, and remove all but the last two.
+
+    Raises:
+        RunError: it cannot be written, such as on a full disk; the earlier ones are still there.
+    """
+    folder = run / FOLDER
+    path = _path(folder, round_)
+    part = path.with_suffix(".part")
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        with part.open("wb") as file:
+            file.write(snapshot.to_bytes())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        _sync(folder)
+        for old in sorted(folder.glob("round-*.checkpoint"))[:-_KEPT]:
+            old.unlink()
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise RunError(f"round {round_}: its checkpoint cannot be written to {folder} ({error.strerror})") from error
+
+
+def read_checkpoint(run: Path, note: Callable[[str], None]) -> Snapshot | None:
+    """The newest whole checkpoint of a run, or None where it has none yet.
+
+    Args:
+        note: told of each that had to be passed over.
+
+    Raises:
+        SettingError: there are some, and none is whole.
+    """
+    files = sorted((run / FOLDER).glob("round-*.checkpoint"), reverse=True)
+    for file in files:
+        try:
+            return Snapshot.from_bytes(file.read_bytes())
+        except (RunError, OSError) as error:
+            note(f"checkpoint {file.name} is passed over: it {error}")
+    if files:
+        raise SettingError("resume", str(run), "a run with a checkpoint that is whole")
+    return None
+
+
+def remove_checkpoints(run: Path) -> None:
+    """Of a run that is over."""
+    for file in (run / FOLDER).glob("round-*"):
+        file.unlink()
+    if (run / FOLDER).is_dir():
+        (run / FOLDER).rmdir()
+
+
+def _path(folder: Path, round_: int) -> Path:
+    return folder / f"round-{round_:06}.checkpoint"
+
+
+def _section(body: memoryview, at: int) -> tuple[memoryview, int]:
+    start = at + _LENGTH.size
+    end = start + int(_LENGTH.unpack_from(body, at)[0])
+    if end > len(body):
+        raise ValueError("a section is longer than the file")
+    return body[start:end], end
+
+
+def _sync(folder: Path) -> None:
+    """A rename is on disk only when its folder is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
