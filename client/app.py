@@ -5,6 +5,7 @@ with this client's own images, and optionally `partition-id` as its name.
 """
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from flwr.clientapp import ClientApp
 
 from client.downlink import ResyncError, receive_weights
 from client.secure import answer_query, load_session, member_of, new_advert, save_session
-from client.state import KeptWeights, load_state, save_state
+from client.state import KeptWeights, load_plugins, load_state, save_state
 from client.training import LocalTraining, train_locally
 from tofu.compression import ErrorFeedback
 from tofu.data import ImageShape, LabelledImages, local_folder, open_data
@@ -22,9 +23,11 @@ from tofu.messages import FIELD, RECORD, RESYNC, SECURE, SecurePart, SecureQuery
 from tofu.models import build_model
 from tofu.network import Network
 from tofu.payload import Payload
-from tofu.secure_update import SecureCode, SecureTerms
+from tofu.plugins import MOST_STATE_BYTES, export_to_bytes
+from tofu.secure_update import Encoded, SecureCode, SecureTerms
 from tofu.seeding import derive_bytes, derive_generator
 from tofu.settings import Settings
+from tofu.tasks import only_classes
 from tofu.weights import Weights, cosine, difference, explained_variance, load_weights, weights_of
 
 app = ClientApp()
@@ -77,19 +80,28 @@ def train_round(request: TrainRequest, round_: int, settings: Settings, context:
         ResyncError: this client must be sent the weights whole.
         TofuError: the weights are not what they should be, the data does not fit, or training diverged.
     """
-    model = build_model(settings.model, request.shape, norm=settings.norm, seed=settings.seed)
-    network = Network(model, request.shape)
+    client = client_name(context)
+    plugins, about = settings.make_plugins(), settings.about(request.shape, round_, client)
+    plugins.load(state=load_plugins(context), broadcast=request.broadcast, max_bytes=MOST_STATE_BYTES)
+    built = build_model(settings.model, request.shape, norm=settings.norm, seed=settings.seed)
+    network = Network.of(built, request.shape, plugins, about)
+    model = network.model
     state = load_state(context, network.layout)
     receive_weights(request, round_, network, state.kept, settings.make_downlink(network))
     base = weights_of(model)
 
+    stream = settings.task_stream(request.shape.classes)
+    task = stream.number(about.task, client)
     data = client_data(settings, context)
     check_fit(data, request.shape)
-    client = client_name(context)
+    data = stream.images_of(data, task)
     how = LocalTraining(
         settings.local_epochs, settings.batch_size, settings.lr_of(round_), settings.momentum, settings.weight_decay
     )
-    result = train_locally(model, data, how, generator=derive_generator(settings.seed, round_, client, "train"))
+    generator = derive_generator(settings.seed, round_, client, "train")
+    with only_classes(model, stream.classes_of(task)) if settings.task_heads == "multi" else nullcontext():
+        result = train_locally(model, data, how, generator=generator, plugins=plugins, final=about.final)
+    exported = plugins.export(model)
     update = difference(weights_of(model), base)
     load_weights(model, base)  # the codec differentiates at the base weights
     model.eval()
@@ -98,7 +110,9 @@ def train_round(request: TrainRequest, round_: int, settings: Settings, context:
 
     if request.kind == "secure":
         seed = derive_bytes(settings.seed, round_, client, "round")
-        sent = _mask(request, target, len(data), result.loss, network, context, seed)
+        part = SecurePart.from_bytes(request.secure)
+        code = SecureCode(network.layout, SecureTerms.from_bytes(part.terms), plugins.declare_sums(model))
+        sent = _mask(code.encode(target, len(data), result.loss, seed, exported.sums), part.shares, context)
     else:
         generator = derive_generator(settings.seed, round_, client, "encode")
         compressor = settings.make_compressor(request.kind, network)
@@ -116,6 +130,7 @@ def train_round(request: TrainRequest, round_: int, settings: Settings, context:
             encode_seconds=time.perf_counter() - began,
             payload=Payload(compressor.code, round_, request.identity, made.body).to_bytes(),
             advert=new_advert(context, member_of(context, client)) if request.advert else b"",
+            exported=export_to_bytes(exported) if plugins else b"",
         )
         sent = _Sent(reply.to_bytes(), made.decoded, made.memory)
     save_state(
@@ -124,6 +139,7 @@ def train_round(request: TrainRequest, round_: int, settings: Settings, context:
         feedback=ErrorFeedback.after(target, sent.decoded, round_) if settings.error_feedback else None,
         memory=sent.memory or state.memory,
         kept=KeptWeights(base, request.identity) if settings.downlink != "full" else None,
+        plugins=plugins.state_bytes(max_bytes=MOST_STATE_BYTES),
     )
     return sent.reply
 
@@ -137,20 +153,10 @@ class _Sent:
     memory: bytes = b""
 
 
-def _mask(
-    request: TrainRequest,
-    target: Weights,
-    examples: int,
-    loss: float,
-    network: Network,
-    context: Context,
-    seed: bytes,
-) -> _Sent:
-    """The masked vector of a secure round; `seed` is of the rounding."""
-    part = SecurePart.from_bytes(request.secure)
+def _mask(encoded: Encoded, shares: bytes, context: Context) -> _Sent:
+    """The masked vector of a secure round."""
     session = load_session(context, member_of(context, client_name(context)))
-    encoded = SecureCode(network.layout, SecureTerms.from_bytes(part.terms)).encode(target, examples, loss, seed)
-    masked = session.mask(encoded.vector, part.shares)
+    masked = session.mask(encoded.vector, shares)
     save_session(context, session)
     return _Sent(masked, encoded.decoded)
 

@@ -16,7 +16,7 @@ from tofu.payload import float32_bytes, float32_from
 from tofu.weights import Layout, Weights
 
 _RECORD = "tofu"
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,20 @@ class KeptWeights:
 
 @dataclass(frozen=True)
 class ClientState:
-    """Error feedback, what the compressor wanted back (its last proxies), and the global weights if they were kept."""
+    """Error feedback, what the compressor wanted back (its last proxies), the global weights if they were kept, and the
+    plugins' private states (`tofu.plugins.Plugins.state_bytes`)."""
 
     feedback: ErrorFeedback
     memory: bytes
     kept: KeptWeights | None = None
+    plugins: bytes = b""
+
+
+def load_plugins(context: Context) -> bytes:
+    """The plugins' states alone, needed before the model that the rest has the layout of; b"" where there are none."""
+    record = context.state.config_records.get(_RECORD)
+    state = record.get("plugins") if record is not None and record.get("version") == _VERSION else None
+    return state if isinstance(state, bytes) else b""
 
 
 def load_state(context: Context, layout: Layout) -> ClientState:
@@ -58,14 +67,21 @@ def load_state(context: Context, layout: Layout) -> ClientState:
         feedback,
         memory if isinstance(memory, bytes) else b"",
         KeptWeights(kept, identity) if kept is not None and isinstance(identity, bytes) else None,
+        load_plugins(context),
     )
 
 
 def save_state(
-    context: Context, layout: Layout, *, feedback: ErrorFeedback | None, memory: bytes, kept: KeptWeights | None = None
+    context: Context,
+    layout: Layout,
+    *,
+    feedback: ErrorFeedback | None,
+    memory: bytes,
+    kept: KeptWeights | None = None,
+    plugins: bytes = b"",
 ) -> None:
     """Keep the state in `context` for this client's next round; what is None is not kept."""
-    record = ConfigRecord({"version": _VERSION, "memory": memory})
+    record = ConfigRecord({"version": _VERSION, "memory": memory, "plugins": plugins})
     if feedback is not None:
         record["residual"] = float32_bytes(feedback.residual, layout)
         record["sent"] = float32_bytes(feedback.sent, layout)

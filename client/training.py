@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from tofu.data import LabelledImages, to_float
 from tofu.errors import RunError
+from tofu.plugins import NO_PLUGINS, Plugins
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,21 @@ class TrainingResult:
 
 
 def train_locally(
-    model: nn.Module, data: LabelledImages, how: LocalTraining, *, generator: torch.Generator
+    model: nn.Module,
+    data: LabelledImages,
+    how: LocalTraining,
+    *,
+    generator: torch.Generator,
+    plugins: Plugins = NO_PLUGINS,
+    final: bool = False,
 ) -> TrainingResult:
     """Train `model` in place.
 
     Args:
-        generator: draws the order of the images and dropout's masks; nothing else is random.
+        generator: draws the order of the images, dropout's masks and what plugins make of a batch; nothing else is
+            random.
+        plugins: already set up with this model (`Plugins.setup`).
+        final: this is the last round of a task, as plugins are told at the end.
 
     Raises:
         RunError: the loss is no longer finite.
@@ -56,17 +66,22 @@ def train_locally(
     total, steps = torch.zeros(()), 0
     for _ in range(how.epochs):
         for rows in _batches(len(data), how.batch_size, generator):
+            images, targets = plugins.on_batch(to_float(data.images[rows]), data.labels[rows], generator)
             with SeededDropout(generator):
-                logits = model(to_float(data.images[rows]))
-            loss = F.cross_entropy(logits, data.labels[rows])
+                logits = model(images)
+            loss = plugins.on_loss(logits, targets, F.cross_entropy(logits, targets), model)
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
+            before = plugins.before_step(model)
             optimiser.step()
+            plugins.on_step(model, before)
             total += loss.detach()
             steps += 1
+        plugins.on_epoch_end(model, data)
     mean = float(total) / steps
     if mean != mean or mean in (float("inf"), float("-inf")):
         raise RunError(f"local training diverged (loss {mean}): a smaller lr than {how.lr:g} may help")
+    plugins.on_task_end(model, data, final)
     return TrainingResult(mean, steps, time.perf_counter() - began)
 
 

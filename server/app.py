@@ -17,7 +17,6 @@ from server.local import InProcessGrid, run_in_process
 from server.progress import Progress, SilentProgress, make_progress
 from server.report import write_report
 from server.run_folder import RunFolder
-from server.schedule import Schedule
 from server.secure_round import SecureRounds
 from server.strategy import Federation, RoundResult
 from tofu.data import FederatedData, LabelledImages, open_data
@@ -25,6 +24,7 @@ from tofu.errors import TofuError
 from tofu.models import build_model
 from tofu.network import Network
 from tofu.settings import Settings
+from tofu.tasks import backward_transfer, mean_accuracy
 from tofu.units import printable
 from tofu.weights import weights_sha256
 
@@ -59,14 +59,12 @@ def serve(grid: Grid, settings: Settings, progress: Progress) -> dict[str, objec
     model = build_model(settings.model, data.shape, norm=settings.norm, seed=settings.seed)
     network = Network(model.eval(), data.shape)
     test = data.test()
-    for kind in set(Schedule.of(settings).kinds) - {"secure"}:
-        settings.make_compressor(kind, network)  # an unusable ratio ends the run before anything is written
-    settings.make_downlink(network)
     if settings.has_secure_rounds:
         SecureRounds.check(settings)
-    folder = RunFolder(settings)
     ledger = Ledger()
+    # Settings that cannot be used, such as a ratio out of reach, end the run here, before anything is written.
     federation = Federation(grid, network, test, settings, ledger, progress)
+    folder = RunFolder(settings)
     samples = Samples(data, test)
     progress.start(settings.rounds, settings.clients, f"{settings.model} on {settings.dataset}")
     try:
@@ -103,6 +101,7 @@ def serve(grid: Grid, settings: Settings, progress: Progress) -> dict[str, objec
             "both_ratio": ledger.both_ratio(),
             "payload_ratio": ledger.payload_ratio(),
             "weights_sha256": weights_sha256(federation.weights),
+            **_transfer(federation),
             "run": str(folder.path),
             "seconds": time.perf_counter() - began,
         }
@@ -195,7 +194,7 @@ def open_run_data(settings: Settings) -> FederatedData:
 def _round(
     federation: Federation, ledger: Ledger, samples: "Samples", round_: int, progress: Progress
 ) -> dict[str, object]:
-    began = time.perf_counter()
+    began, settings = time.perf_counter(), federation.settings
     before = (ledger.uplink, ledger.downlink, ledger.fedavg_uplink)
     result = federation.run_round(round_)
     progress.phase(round_, result.kind, "evaluate", 0, 1)
@@ -220,6 +219,10 @@ def _round(
         "fedavg_uplink_bytes": ledger.fedavg_uplink - before[2],
         "seconds": time.perf_counter() - began,
     }
+    if metrics := result.plugin_metrics():
+        row["plugins"] = metrics
+    if settings.task_count > 1:
+        row["task"], row["task_accuracies"] = settings.about(samples.shape, round_).task, federation.task_accuracies[-1]
     if result.kind == "secure":
         row |= {
             "clipped": secure.clipped if secure else None,
@@ -227,6 +230,21 @@ def _round(
             "abandoned": result.abandoned,
         }
     return row
+
+
+def _transfer(federation: Federation) -> dict[str, float]:
+    """ACC and BWT in percent (`tofu.tasks`), averaged over the orders in which the clients learnt the tasks."""
+    settings, stream = federation.settings, federation.stream
+    if stream.tasks < 2:
+        return {}
+    each = settings.rounds // stream.tasks
+    after = torch.tensor(federation.task_accuracies[each::each])  # [tasks, tasks]: after each task, on each task
+    orders = [[stream.number(at, str(client)) for at in range(stream.tasks)] for client in range(settings.clients)]
+    matrices = [after[:, order] for order in orders]
+    return {
+        "mean_accuracy": sum(map(mean_accuracy, matrices)) / len(matrices),
+        "backward_transfer": sum(map(backward_transfer, matrices)) / len(matrices),
+    }
 
 
 def finite(value: float) -> float | None:
@@ -242,7 +260,7 @@ class Samples:
             "real": test.images[:16].numpy(),
             "real_caption": np.array("held-out images of the same kind"),
         }
-        self._data = data
+        self._data, self.shape = data, data.shape
         self._rounds: list[str] = []
 
     def restore(self, arrays: Mapping[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]], round_: int) -> None:

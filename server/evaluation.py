@@ -1,12 +1,16 @@
 """Accuracy and loss of a model on held-out images."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from tofu.data import LabelledImages, to_float
+from tofu.plugins import Prediction
+
+Predict = Callable[[nn.Module, Tensor], Prediction]
 
 
 @dataclass(frozen=True)
@@ -18,13 +22,20 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: LabelledImages, *, batch_size: int = 500) -> Evaluation:
-    """Evaluate in eval mode; the model's mode is restored."""
+def evaluate(
+    model: nn.Module, data: LabelledImages, *, batch_size: int = 500, predict: Predict | None = None
+) -> Evaluation:
+    """Evaluate in eval mode; the model's mode is restored.
+
+    Args:
+        predict: what gives the logits in place of the model alone.
+    """
     was_training = model.training
     model.eval()
     right, loss = 0, 0.0
     for start in range(0, len(data), batch_size):
-        logits = model(to_float(data.images[start : start + batch_size]))
+        images = to_float(data.images[start : start + batch_size])
+        logits = predict(model, images).logits if predict else model(images)
         labels = data.labels[start : start + batch_size]
         right += int((logits.argmax(1) == labels).sum())
         loss += float(F.cross_entropy(logits, labels, reduction="sum"))

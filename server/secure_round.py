@@ -25,6 +25,7 @@ from server.clients import Client, exchange, one_line
 from server.ledger import Ledger
 from tofu.errors import PayloadError, RunError, SettingError
 from tofu.messages import FIELD, RECORD, SECURE, SecureAnswer, SecurePart, SecureQuery, run_name
+from tofu.plugins import SumSpec
 from tofu.secagg.fixed_point import ring_bits
 from tofu.secagg.identities import read_known
 from tofu.secagg.server import ServerSession
@@ -62,10 +63,14 @@ class OpenRound:
 class SecureRounds:
     """What the server keeps for a run's secure rounds: keys that came ahead, and the ranges of the last sum."""
 
-    def __init__(self, grid: Grid, ledger: Ledger, settings: Settings, layout: Layout) -> None:
-        self._grid, self._ledger, self._settings, self._layout = grid, ledger, settings, layout
+    def __init__(self, grid: Grid, ledger: Ledger, settings: Settings) -> None:
+        self._grid, self._ledger, self._settings = grid, ledger, settings
         self._known = _known(settings)
         self._adverts: dict[str, bytes] = {}
+
+    def begin(self, layout: Layout) -> None:
+        """Begin with a model: nothing is known of the ranges of its updates."""
+        self._layout = layout
         self._ranges: tuple[float, ...] = ()
         self._peaks: dict[str, float] = {}
 
@@ -98,11 +103,14 @@ class SecureRounds:
             peak = float(value.abs().max()) * examples if value.numel() else 0.0
             self._peaks[name] = max(self._peaks.get(name, 0.0), peak)
 
-    def open(self, asked: Sequence[Client], round_: int, failures: dict[str, str]) -> OpenRound:
+    def open(
+        self, asked: Sequence[Client], round_: int, failures: dict[str, str], declared: Mapping[str, SumSpec]
+    ) -> OpenRound:
         """Collect keys and shares.
 
         Args:
             failures: client name -> reason, filled in.
+            declared: what plugins sum beside the update.
 
         Raises:
             AbandonedError: too few clients took part.
@@ -112,7 +120,7 @@ class SecureRounds:
             self.keep_advert(client, answer.advert)
         able = [client for client in asked if client.name in self._adverts]
         terms = self._terms(able)
-        code = SecureCode(self._layout, terms)
+        code = SecureCode(self._layout, terms, declared)
         session = ServerSession(
             run_name(self._grid.run.run_id), round_, values=code.length, bits=terms.bits, known=self._known
         )

@@ -6,14 +6,15 @@ replies before it aggregates any, and hides which node failed.
 
 import copy
 import dataclasses
+import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
-from torch import Tensor
+from torch import Tensor, nn
 
 from server.aggregation import RunningMean
 from server.checkpoint import Snapshot
@@ -29,11 +30,14 @@ from tofu.compression.proxy import Proxy
 from tofu.data import LabelledImages
 from tofu.errors import PayloadError, RunError
 from tofu.messages import FIELD, RECORD, RESYNC, TrainReply, TrainRequest
+from tofu.models import build_model
 from tofu.network import Network
 from tofu.payload import HEADER_BYTES, read_payload
+from tofu.plugins import MOST_STATE_BYTES, Export, SumSpec, export_from_bytes
 from tofu.secure_update import SecureMean
 from tofu.seeding import derive_generator
 from tofu.settings import LEAST_SECURE, Settings
+from tofu.tasks import only_classes
 from tofu.weights import Weights, load_weights, weights_of
 
 _WINDOW = 256
@@ -50,6 +54,8 @@ class RoundResult:
         shown: name of the client whose proxies are kept for the report.
         proxies: images [n, c, h, w] that it sent, in a proxy round.
         step_explained_variance: of the server's compressed step to this round's weights; None where it sent them whole.
+        broadcast: of the plugins, as every train request carries it.
+        exports: client name -> what its plugins sent, in a round that is not secure.
         asks_keys: whether train requests ask for keys for a secure round.
         parts: client name -> what its train request carries in a secure round.
         secure: what a secure round learnt; None in others, and where it was abandoned.
@@ -64,11 +70,24 @@ class RoundResult:
     failures: dict[str, str] = field(default_factory=dict)
     proxies: Tensor | None = None
     step_explained_variance: float | None = None
+    broadcast: bytes = b""
+    exports: dict[str, Export] = field(default_factory=dict)
     asks_keys: bool = False
     parts: Mapping[str, bytes] = field(default_factory=dict)
     secure: SecureMean | None = None
     survivors: tuple[str, ...] = ()
     abandoned: str = ""
+
+    def plugin_metrics(self) -> dict[str, float]:
+        """The plugins' metrics, averaged like `mean`. Secure rounds have none."""
+        values: dict[str, list[tuple[float, int]]] = {}
+        for client, reply in self.replies:
+            for name, value in self.exports.get(client.name, Export()).metrics.items():
+                values.setdefault(name, []).append((value, reply.examples))
+        return {
+            name: sum(value * weight for value, weight in some) / sum(weight for _, weight in some)
+            for name, some in sorted(values.items())
+        }
 
     def mean(self, name: str) -> float | None:
         """A metric of the replies, averaged with their numbers of examples as weights; None without replies."""
@@ -89,25 +108,64 @@ class Federation:
     def __init__(
         self, grid: Grid, network: Network, test: LabelledImages, settings: Settings, ledger: Ledger, progress: Progress
     ) -> None:
-        self.network, self.settings = network, settings
+        self.settings, self._shape = settings, network.shape
         self._grid, self._test, self._ledger, self._progress = grid, test, ledger, progress
         self._clients = Clients(grid, ledger, progress.note)
         self._schedule = Schedule.of(settings)
-        self._optimiser = ServerOptimiser(network.model, settings)
-        kinds = self._schedule.kinds
-        self._compressors = {kind: settings.make_compressor(kind, network) for kind in kinds if kind != "secure"}
-        self._secure = SecureRounds(grid, ledger, settings, network.layout) if "secure" in kinds else None
-        self._downlink = Downlink(network, settings)
+        self.plugins = settings.make_plugins()
+        self.stream = settings.task_stream(network.shape.classes)
+        self._secure = SecureRounds(grid, ledger, settings) if "secure" in self._schedule.kinds else None
         self._acknowledged: dict[str, int] = {}
-        self._averaged = copy.deepcopy(network.model) if settings.weight_average else network.model
         self.accuracies: list[float] = []
+        self.task_accuracies: list[list[float]] = []
         self.round = 0
+        self._equip(Network.of(network.model, network.shape, self.plugins, settings.about(network.shape, 1)))
+
+    def _equip(self, network: Network, averaged: nn.Module | None = None) -> None:
+        """Begin with a network: all that depends on the names and shapes of its parameters is made anew."""
+        self.network = network
+        self._optimiser = ServerOptimiser(network.model, self.settings)
+        kinds = set(self._schedule.kinds) - {"secure"}
+        self._compressors = {kind: self.settings.make_compressor(kind, network) for kind in kinds}
+        self._downlink = Downlink(network, self.settings)
+        self._averaged = averaged or (copy.deepcopy(network.model) if self.settings.weight_average else network.model)
+        if self._secure is not None:
+            self._secure.begin(network.layout)
+
+    def _set_up(self, round_: int) -> None:
+        """Have the plugins make a round's network, and go over to it where its parameters are others than now."""
+        if not self.plugins:
+            return
+        settings, about = self.settings, self.settings.about(self._shape, round_)
+        built = build_model(settings.model, self._shape, norm=settings.norm, seed=settings.seed)
+        if Network.of(built, self._shape, self.plugins, about).layout == self.network.layout:
+            return
+        averaged = None
+        if self._averaged is not self.network.model:
+            averaged = Network.of(self._averaged, self._shape, self.plugins, about).model
+        network = Network.of(self.network.model, self._shape, self.plugins, about)
+        self._equip(Network(network.model.eval(), network.shape), averaged)
 
     def evaluate(self) -> Evaluation:
-        """Evaluate the model that the run would end with, and remember the accuracy for the schedule."""
-        result = evaluate(self._averaged, self._test)
-        self.accuracies.append(result.accuracy)
-        return result
+        """Evaluate the model that the run would end with, and remember the accuracy for the schedule.
+
+        In a run of tasks that is the mean over all tasks, and `task_accuracies` holds them one by one.
+        """
+        results = []
+        for task in range(self.stream.tasks):
+            with only_classes(self._averaged, self._heads(task)):
+                images = self.stream.images_of(self._test, task)
+                results.append(evaluate(self._averaged, images, predict=self.plugins.predict))
+        accuracy = sum(result.accuracy for result in results) / len(results)
+        self.accuracies.append(accuracy)
+        self.task_accuracies.append([result.accuracy for result in results])
+        return Evaluation(accuracy, sum(result.loss for result in results) / len(results))
+
+    def _heads(self, task: int) -> Sequence[int]:
+        """The outputs that are in the running for a task's images."""
+        if self.settings.task_heads == "multi":
+            return self.stream.classes_of(task)
+        return range(self.network.shape.classes)
 
     def run_round(self, round_: int) -> RoundResult:
         """One round, counted from 1.
@@ -115,12 +173,12 @@ class Federation:
         Raises:
             RunError: too few clients, or no valid reply.
         """
-        settings = self.settings
-        self.round = round_
+        settings, self.round = self.settings, round_
         known = self._clients.connected(least=settings.min_clients, timeout=settings.round_timeout, round_=round_)
         kind = self._schedule.kind(round_, self.accuracies)
         chosen = self._sample(known, round_, least=LEAST_SECURE if kind == "secure" else 1)
         result = RoundResult(round_, kind, shown=chosen[0].name)
+        result.broadcast = self.plugins.broadcast_bytes(max_bytes=MOST_STATE_BYTES)
         result.asks_keys = result.kind != "secure" and self._schedule.secure_may_follow(round_, self.accuracies)
         self._downlink.begin(round_, whole=result.kind == "full")
         result.step_explained_variance = self._downlink.explained_variance
@@ -130,9 +188,29 @@ class Federation:
         for name, reason in result.failures.items():
             self._progress.note(f"round {round_}: client {name}: {reason}")
         if update is not None:
+            before = self.plugins.before_step(self.network.model)
             self._optimiser.step(update)
+            self.plugins.on_step(self.network.model, before)
+            self._reduce(result)
         self._average(round_)
+        if round_ < settings.rounds:
+            self._set_up(round_ + 1)
         return result
+
+    def _reduce(self, result: RoundResult) -> None:
+        """Give the plugins what the clients' halves exported: totals, in an order that the replies' has no part in."""
+        if result.secure is not None:
+            sums, examples = result.secure.sums, result.secure.examples
+            self.plugins.check_sums(sums, self.network.model, clients=len(result.survivors))
+        else:
+            examples = sum(reply.examples for _, reply in result.replies)
+            exports = [result.exports[client.name] for client, _ in result.replies if client.name in result.exports]
+            sums = {name: sum_of(export.sums[name] for export in exports) for name in self._declared()}
+        if sums:
+            self.plugins.reduce(sums, examples)
+
+    def _declared(self) -> dict[str, SumSpec]:
+        return self.plugins.declare_sums(self.network.model)
 
     def _mean(self, chosen: list[Client], result: RoundResult, end: float) -> Weights:
         """The mean update of a proxy or full round. Raises RunError where no reply is valid."""
@@ -149,7 +227,7 @@ class Federation:
         assert self._secure is not None  # in a run with secure rounds
         self._progress.phase(result.round, "secure", "share", 0, len(chosen))
         try:
-            opened = self._secure.open(chosen, result.round, result.failures)
+            opened = self._secure.open(chosen, result.round, result.failures, self._declared())
             result.parts = opened.parts
             sharers = [client for client in chosen if client.name in opened.parts]
             self._train(sharers, result, end, lambda client, reply: self._add_masked(client, reply, result, opened))
@@ -236,8 +314,8 @@ class Federation:
         acknowledged = self._acknowledged.get(client.name, -1)
         down = self._downlink
         request = TrainRequest(
-            result.kind, acknowledged, self.network.shape, parts.payload, down.identity, parts.steps, down.sketch,
-            advert=result.asks_keys, secure=result.parts.get(client.name, b""),
+            result.kind, acknowledged, self._shape, parts.payload, down.identity, parts.steps, down.sketch,
+            advert=result.asks_keys, secure=result.parts.get(client.name, b""), broadcast=result.broadcast,
         )  # fmt: skip
         content = RecordDict({RECORD: ConfigRecord({FIELD: request.to_bytes()})})
         ttl = max(1.0, end - time.monotonic())
@@ -272,15 +350,28 @@ class Federation:
             max_bytes=HEADER_BYTES + compressor.body_bytes(layout),
         )  # fmt: skip
         update = compressor.decompress(self._downlink.network, payload.body)
+        export = self._read_export(reply.exported)
         mean.add(update, reply.examples)
         if isinstance(compressor, Proxy) and client.name == result.shown:
             result.proxies = compressor.read_proxies(payload.body).images
-        result.replies.append((client, dataclasses.replace(reply, payload=b"")))
+        result.replies.append((client, dataclasses.replace(reply, payload=b"", exported=b"")))
+        result.exports[client.name] = export
         self._acknowledged[client.name] = result.round
         self._downlink.delivered(client.name)
         if self._secure is not None:
             self._secure.learn(update, reply.examples)
             self._secure.keep_advert(client, reply.advert)
+
+    def _read_export(self, data: bytes) -> Export:
+        """What a client's plugins sent. Raises PayloadError where it is not what they declare."""
+        if not self.plugins and not data:
+            return Export()
+        export = export_from_bytes(data, self._declared())
+        try:
+            self.plugins.check_sums(export.sums, self.network.model)
+        except RunError as error:
+            raise PayloadError(str(error)) from error
+        return export
 
     def _add_masked(self, client: Client, message: Message, result: RoundResult, opened: OpenRound) -> None:
         """Check and add one masked vector.
@@ -302,6 +393,7 @@ class Federation:
 
     def save(self, snapshot: Snapshot) -> None:
         """Put all that the next rounds need into a checkpoint."""
+        snapshot.blobs["plugins"] = self.plugins.broadcast_bytes(max_bytes=MOST_STATE_BYTES)
         snapshot.put_tensors("model", weights_of(self.network.model))
         snapshot.put_tensors("averaged", weights_of(self._averaged))
         self._optimiser.save(snapshot)
@@ -309,7 +401,8 @@ class Federation:
         if self._secure is not None:
             self._secure.save(snapshot)
         snapshot.plain |= {
-            "accuracies": self.accuracies, "acknowledged": self._acknowledged, "clients": self._clients.state(),
+            "round": self.round, "accuracies": self.accuracies, "task_accuracies": self.task_accuracies,
+            "acknowledged": self._acknowledged, "clients": self._clients.state(),
             "ledger": self._ledger.totals(),
         }  # fmt: skip
 
@@ -319,6 +412,10 @@ class Federation:
         Args:
             clients_kept: the clients have the state that they had then, as those of one process; others begin afresh.
         """
+        self.round = int(snapshot.plain["round"])
+        self.plugins.load(broadcast=snapshot.blobs["plugins"], max_bytes=MOST_STATE_BYTES)
+        if self.round < self.settings.rounds:
+            self._set_up(self.round + 1)
         load_weights(self.network.model, snapshot.tensors_of("model"))
         load_weights(self._averaged, snapshot.tensors_of("averaged"))
         self._optimiser.restore(snapshot)
@@ -326,6 +423,7 @@ class Federation:
         if self._secure is not None:
             self._secure.restore(snapshot, clients_kept=clients_kept)
         self.accuracies[:] = snapshot.plain["accuracies"]
+        self.task_accuracies[:] = snapshot.plain["task_accuracies"]
         self._ledger.restore(snapshot.plain["ledger"])
         if clients_kept:
             self._acknowledged = dict(snapshot.plain["acknowledged"])
@@ -335,6 +433,11 @@ class Federation:
     def weights(self) -> Weights:
         """A copy of the weights that the run would end with: the global ones, or their running average."""
         return weights_of(self._averaged)
+
+
+def sum_of(tensors: Iterable[Tensor]) -> Tensor:
+    """Their sum, added up in their order."""
+    return functools.reduce(torch.add, tensors)
 
 
 def _content(message: Message) -> object:

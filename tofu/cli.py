@@ -45,6 +45,9 @@ Tune = Annotated[
     _comparison("--tune", "setting=value,value,... to choose from for FedAvg and each compressor at each ratio"),
 ]
 
+_REPEATED = {"plugins": ",", "plugin_options": " "}
+"""Settings of several values that may also be given one at a time, and what stands between them."""
+
 
 def main() -> None:
     """Run the command line; errors that a user can act on take one line and exit status 2."""
@@ -66,6 +69,9 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
 
     def wrapped(**given: Any) -> None:
         overrides = {name: given.pop(name) for name in names}
+        for name in _REPEATED:
+            if overrides[name] is not None:
+                overrides[name] = _REPEATED[name].join(overrides[name])
         command(overrides={name: value for name, value in overrides.items() if value is not None}, **given)
 
     own = [p for p in inspect.signature(command).parameters.values() if p.name != "overrides"]
@@ -84,11 +90,15 @@ def _option(field: "dataclasses.Field[Any]") -> inspect.Parameter:
         text += f" ({', '.join(meta['choices'])})"
     shown = str(field.default).lower() if isinstance(field.default, bool) else field.default
     text += f" \\[default: {shown}]" if shown != "" else ""  # escaped: brackets are markup in a help text
-    flag = f"--{dashed}/--no-{dashed}" if field.type is bool else f"--{dashed}"
-    option = typer.Option(flag, help=text, rich_help_panel=meta["section"], show_default=False)
+    flags = [f"--{dashed}/--no-{dashed}" if field.type is bool else f"--{dashed}"]
     assert isinstance(field.type, type)
+    kind: Any = field.type
+    if field.name in _REPEATED:
+        flags.append(f"--{dashed.removesuffix('s')}")
+        kind = list[str]
+    option = typer.Option(*flags, help=text, rich_help_panel=meta["section"], show_default=False)
     return inspect.Parameter(
-        field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[field.type | None, option]
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )
 
 

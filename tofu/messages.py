@@ -28,9 +28,9 @@ SECURE = "secure"
 RESYNC = 1001
 """Code of the error reply of a client that cannot build the round's weights from the steps it was sent."""
 
-_REQUEST = struct.Struct(f"<BBi4HHI{FINGERPRINT_BYTES}s{SKETCH_BYTES}s")
+_REQUEST = struct.Struct(f"<BBi4HHII{FINGERPRINT_BYTES}s{SKETCH_BYTES}s")
 _LENGTH = struct.Struct("<I")
-_REPLY = struct.Struct("<I5fB")
+_REPLY = struct.Struct("<I5fBI")
 _QUERY = struct.Struct("<BB")
 _ADVERT = struct.Struct("<B")
 
@@ -55,6 +55,7 @@ class TrainRequest:
         sketch: of this round's weights.
         advert: whether the reply shall carry fresh keys for a secure round.
         secure: the part of a secure round, b"" in others.
+        broadcast: the state that the plugins' server halves give to all clients (`tofu.plugins`).
     """
 
     kind: str
@@ -66,19 +67,21 @@ class TrainRequest:
     sketch: bytes = bytes(SKETCH_BYTES)
     advert: bool = False
     secure: bytes = b""
+    broadcast: bytes = b""
 
     def to_bytes(self) -> bytes:
         s = self.shape
         numbers = (KINDS.index(self.kind), self.advert, self.acknowledged, s.channels, s.height, s.width, s.classes)
-        head = _REQUEST.pack(*numbers, len(self.steps), len(self.secure), self.identity, self.sketch)
+        lengths = len(self.steps), len(self.secure), len(self.broadcast)
+        head = _REQUEST.pack(*numbers, *lengths, self.identity, self.sketch)
         steps = b"".join(_LENGTH.pack(len(step)) + step for step in self.steps)
-        return head + self.secure + steps + self.payload
+        return head + self.secure + self.broadcast + steps + self.payload
 
     @staticmethod
     def from_bytes(data: object) -> "TrainRequest":
         """Raises PayloadError for bytes that are no request."""
         head, rest = _split(data, _REQUEST, "request")
-        kind, advert, acknowledged, *shape, count, length, identity, sketch = _REQUEST.unpack(head)
+        kind, advert, acknowledged, *shape, count, length, broadcasts, identity, sketch = _REQUEST.unpack(head)
         if not kind < len(KINDS):
             raise PayloadError(f"request has round kind {kind}, expected below {len(KINDS)}")
         if min(shape) < 1:
@@ -87,7 +90,10 @@ class TrainRequest:
             raise PayloadError(f"request has advert {advert}, expected 0 or 1")
         if length > len(rest) or bool(length) != (KINDS[kind] == "secure"):
             raise PayloadError(f"request of a {KINDS[kind]} round has {length} bytes for a secure one")
-        secure, steps, at = rest[:length], [], length
+        if length + broadcasts > len(rest):
+            raise PayloadError(f"request has {len(rest) - length} bytes, expected a broadcast of {broadcasts}")
+        secure, broadcast = rest[:length], rest[length : length + broadcasts]
+        steps, at = [], length + broadcasts
         for _ in range(count):
             if len(rest) < at + _LENGTH.size:
                 raise PayloadError(f"request's step has {len(rest) - at} bytes, expected at least {_LENGTH.size}")
@@ -101,8 +107,9 @@ class TrainRequest:
         if steps and rest:
             raise PayloadError(f"request has {count} steps and {len(rest)} bytes of weights, expected one of the two")
         return TrainRequest(
-            KINDS[kind], acknowledged, ImageShape(*shape), rest, identity, tuple(steps), sketch, bool(advert), secure
-        )
+            KINDS[kind], acknowledged, ImageShape(*shape), rest, identity, tuple(steps), sketch, bool(advert), secure,
+            broadcast,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -118,6 +125,7 @@ class TrainReply:
         encode_seconds: spent on compressing.
         payload: the compressed update.
         advert: fresh keys for a secure round (`tofu.secagg`), where they were asked for.
+        exported: the plugins' sums and metrics (`tofu.plugins`).
     """
 
     examples: int
@@ -128,26 +136,29 @@ class TrainReply:
     encode_seconds: float
     payload: bytes
     advert: bytes = b""
+    exported: bytes = b""
 
     def to_bytes(self) -> bytes:
         floats = (self.train_loss, self.explained_variance, self.cosine, self.train_seconds, self.encode_seconds)
-        return _REPLY.pack(self.examples, *floats, len(self.advert)) + self.advert + self.payload
+        head = _REPLY.pack(self.examples, *floats, len(self.advert), len(self.exported))
+        return head + self.advert + self.exported + self.payload
 
     @staticmethod
     def from_bytes(data: object) -> "TrainReply":
         """Raises PayloadError for bytes that are no reply, or numbers that cannot be right."""
         head, rest = _split(data, _REPLY, "reply")
-        examples, *floats, length = _REPLY.unpack(head)
+        examples, *floats, advert, exported = _REPLY.unpack(head)
         if examples < 1:
             raise PayloadError("reply says it trained on 0 images, expected at least 1")
         if not all(math.isfinite(value) for value in floats):
             raise PayloadError("reply holds a metric that is not finite")
-        if length > len(rest):
-            raise PayloadError(f"reply has {len(rest)} bytes, expected an advert of {length}")
+        if advert + exported > len(rest):
+            raise PayloadError(f"reply has {len(rest)} bytes, expected an advert of {advert} and exports of {exported}")
         loss, explained, cosine, train_seconds, encode_seconds = floats
         return TrainReply(
-            examples, loss, explained, cosine, train_seconds, encode_seconds, rest[length:], rest[:length]
-        )
+            examples, loss, explained, cosine, train_seconds, encode_seconds,
+            rest[advert + exported :], rest[:advert], rest[advert : advert + exported],
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

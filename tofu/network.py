@@ -1,14 +1,17 @@
 """A model at its base weights together with the shape of its input: what both ends of a codec agree on."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from tofu.data import ImageShape
+from tofu.plugins import NO_PLUGINS, About, Plugins
 from tofu.weights import Layout, Weights, layout_of
 
 
@@ -18,11 +21,24 @@ class Network:
 
     Attributes:
         model: the network, holding the base weights. It is never changed here; call `eval()` on it first.
-        shape: channels, height, width and classes of its input and output.
+        shape: channels, height, width of its input, and the number of its outputs as `classes`.
     """
 
     model: nn.Module
     shape: ImageShape
+
+    @staticmethod
+    def of(model: nn.Module, shape: ImageShape, plugins: Plugins = NO_PLUGINS, about: About | None = None) -> "Network":
+        """A network of a new model, as the plugins make it; the same on both ends.
+
+        Args:
+            model: as built, for images and classes of `shape`.
+            about: where in the run this is; needed where there are plugins.
+        """
+        if not plugins or about is None:
+            return Network(model, shape)
+        model = plugins.setup(model, about)
+        return Network(model, dataclasses.replace(shape, classes=_outputs(model, shape)))
 
     @cached_property
     def layout(self) -> Layout:
@@ -41,3 +57,14 @@ class Network:
             images = F.interpolate(images, size=size, mode="bilinear", align_corners=False)
         logits: Tensor = functional_call(self.model, dict(parameters), (images,))
         return logits
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, shape: ImageShape) -> int:
+    """How many numbers a model gives for an image: a plugin may have added some."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    outputs: Tensor = model(torch.zeros(1, shape.channels, shape.height, shape.width))
+    for module, training in modes.items():
+        module.training = training
+    return outputs.shape[1]

@@ -3,18 +3,22 @@
 Every tensor has a range of its own, agreed by all for the round: its entries are divided by it, so that one fixed
 point of range 1 (`tofu.secagg.fixed_point`) serves weights, biases and BatchNorm statistics alike. After the update
 come a few entries more, so that what the server would otherwise ask of each client is a sum as well: the loss, and for
-each tensor how far beyond its range the client's values were.
+each tensor how far beyond its range the client's values were. What plugins sum goes last, each value in digits that add
+up exactly, to 2^-39 of its bound.
 """
 
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from tofu.errors import PayloadError, SettingError
+from tofu.plugins import SumSpec
 from tofu.secagg.fixed_point import HEADROOM, LARGEST_GROWTH, Clipped, FixedPoint
 from tofu.secagg.ring import MOST_BITS, RingVector, centred
 from tofu.weights import Layout, Weights
@@ -27,6 +31,8 @@ _LOSS_ENTRIES = 16
 
 FIRST_RANGE = 0.25
 """Of every tensor as long as nothing is known of the updates: wide for any usual one."""
+
+_SUM_BITS = 40
 
 _SMALLEST, _WIDEST = 1e-12, 1e12
 _HEAD = struct.Struct("<HBfH")
@@ -94,6 +100,7 @@ class SecureMean:
         clipped: values beyond their ranges, all clients together.
         furthest: no client's value was further out than this, in units of its tensor's range; 1.0 where none was out.
         ranges: for the next round, by `next_range`.
+        sums: of the plugins, float64 by name.
     """
 
     update: Weights
@@ -102,16 +109,20 @@ class SecureMean:
     clipped: int
     furthest: float
     ranges: tuple[float, ...]
+    sums: dict[str, Tensor]
 
 
 class SecureCode:
     """The two directions of one round.
 
+    Args:
+        declared: what the plugins sum beside the update, with finite bounds.
+
     Raises:
         PayloadError: terms for another model, or a ring that is too small for that many clients.
     """
 
-    def __init__(self, layout: Layout, terms: SecureTerms) -> None:
+    def __init__(self, layout: Layout, terms: SecureTerms, declared: Mapping[str, SumSpec] | None = None) -> None:
         if len(terms.ranges) != len(layout.shapes):
             raise PayloadError(f"secure terms have {len(terms.ranges)} ranges, expected {len(layout.shapes)}")
         self._layout, self._terms = layout, terms
@@ -121,17 +132,28 @@ class SecureCode:
             raise PayloadError(f"secure terms cannot be used: {error}") from error
         self._sizes = [shape.numel() for shape in layout.shapes.values()]
         self._count = sum(self._sizes)
+        self._declared = dict(declared or {})
+        self._digits = -(-_SUM_BITS // self._fixed.digit_bits)
 
     @property
     def length(self) -> int:
         """Ring elements of a client's vector."""
-        return self._fixed.length(self._count + _LOSS_ENTRIES + len(self._sizes))
+        sums = sum(math.prod(spec.shape) for spec in self._declared.values())
+        return self._fixed.length(self._count + _LOSS_ENTRIES + len(self._sizes)) + self._digits * sums
 
-    def encode(self, update: Weights, examples: int, loss: float, seed: bytes = b"") -> Encoded:
+    def encode(
+        self,
+        update: Weights,
+        examples: int,
+        loss: float,
+        seed: bytes = b"",
+        sums: Mapping[str, Tensor] | None = None,
+    ) -> Encoded:
         """An update as a vector.
 
         Args:
             seed: of the rounding (`FixedPoint.encode`).
+            sums: the plugins', by the names that were declared, within their bounds.
 
         Raises:
             RunError: an update that is not finite.
@@ -147,7 +169,8 @@ class SecureCode:
         losses = np.full(_LOSS_ENTRIES, min(max(loss, 0.0) / LARGEST, 1.0 / weight))
         vector, clipped = self._fixed.encode(np.concatenate([values, losses, excess]), examples, seed)
         own = centred(vector[: self._count], self._terms.bits) * (self._fixed.step / weight) * self._spread
-        return Encoded(vector, self._weights(own), clipped)
+        digits = [self._digits_of((sums or {})[name], spec) for name, spec in self._declared.items()]
+        return Encoded(np.concatenate([vector, *digits]), self._weights(own), clipped)
 
     def decode(self, total: RingVector, survivors: int) -> SecureMean:
         """The mean from the sum of so many clients' vectors.
@@ -158,7 +181,8 @@ class SecureCode:
         """
         if total.size != self.length:
             raise PayloadError(f"sum has {total.size} elements, expected {self.length}")
-        decoded = self._fixed.decode(total, survivors)
+        end = total.size - self._digits * sum(math.prod(spec.shape) for spec in self._declared.values())
+        decoded = self._fixed.decode(total[:end], survivors)
         weights = decoded.examples / self._terms.unit_weight
         values, losses, excess = np.split(decoded.mean, [self._count, self._count + _LOSS_ENTRIES])
         # A mean is stochastically rounded, so what is nothing may come out a little below.
@@ -172,7 +196,27 @@ class SecureCode:
             decoded.clipped,
             1.0 + float(beyond.max(initial=0.0)),
             tuple(next_range(range_, out, peak * range_) for range_, out, peak in ranges),
+            self._sums_from(total[end:], survivors),
         )
+
+    def _digits_of(self, value: Tensor, spec: SumSpec) -> RingVector:
+        """A sum's values as whole numbers from 0 to 2^b - 1, one row for each of their digits, lowest first."""
+        top = 2 ** (_SUM_BITS - 1) - 1
+        whole = np.rint(value.numpy().ravel() / spec.bound * top).astype(np.int64) + top
+        places = np.arange(self._digits, dtype=np.uint64)[:, None] * np.uint64(self._fixed.digit_bits)
+        digits: RingVector = whole.astype(np.uint64) >> places & np.uint64(2**self._fixed.digit_bits - 1)
+        return digits.ravel()
+
+    def _sums_from(self, total: RingVector, survivors: int) -> dict[str, Tensor]:
+        top, at, sums = 2 ** (_SUM_BITS - 1) - 1, 0, {}
+        places = 2.0 ** (np.arange(self._digits) * self._fixed.digit_bits)
+        for name, spec in self._declared.items():
+            count = math.prod(spec.shape)
+            digits = total[at : at + self._digits * count].reshape(self._digits, count).astype(np.float64)
+            whole = (digits * places[:, None]).sum(0) - survivors * top  # exact to 8,192 clients
+            sums[name] = torch.from_numpy(whole / top * spec.bound).reshape(spec.shape)
+            at += self._digits * count
+        return sums
 
     @property
     def _spread(self) -> npt.NDArray[np.float64]:

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from tofu.compression import Compressor, compressor_names, make_compressor
+from tofu.data import ImageShape
 from tofu.errors import SettingError
 from tofu.network import Network
+from tofu.plugins import About, Conditions, Plugins, make_plugins, plugin_names
 from tofu.proxy import ProxySettings, paper_settings
 from tofu.quantise import BITS
 from tofu.secagg.graph import COMPLETE_UP_TO, Topology, choose_topology
+from tofu.tasks import ORDERS, STREAMS, TaskStream
 
 Value = bool | int | float | str
 
@@ -51,6 +54,13 @@ class Settings:
 
     model: str = _setting("mlp", "lenet5, mlp, cnn, resnet18, vgg11, vgg13, vgg16, vit_b_16, vit_tiny, or package.module:factory", section="Model")
     norm: str = _setting("group", "normalisation layers, where the model has a choice", section="Model", choices=("group", "batch", "none"))
+
+    plugins: str = _setting("", f"techniques that bend local training: {', '.join(plugin_names())}, or package.module:Class, separated by commas", section="Plugins")
+    plugin_options: str = _setting("", "plugin.option=value, separated by spaces", section="Plugins")
+    tasks: str = _setting("none", "a stream of tasks: classes: each has some of the classes; pixels: each permutes the pixels in its own way", section="Plugins", choices=STREAMS)
+    task_count: int = _setting(1, "how many tasks, of equally many rounds each", section="Plugins", least=1, most=10_000)
+    task_order: str = _setting("same", "same: all clients learn the tasks in the same order; own: each in its own", section="Plugins", choices=ORDERS)
+    task_heads: str = _setting("single", "multi: a task's images are told apart among that task's classes only", section="Plugins", choices=("single", "multi"))
 
     rounds: int = _setting(20, "number of rounds", section="Training", least=1, most=100_000)
     local_epochs: int = _setting(5, "epochs over a client's own images in each round", section="Training", least=1)
@@ -130,6 +140,18 @@ class Settings:
             raise SettingError("min-clients", settings.min_clients, f"at most clients, {settings.clients}")
         if settings.proxy_size == 1:
             raise SettingError("proxy-size", 1, "0 (chooses) or 2 to 1024 pixels")
+        if settings.tasks == "none" and settings.task_count > 1:
+            raise SettingError("task-count", settings.task_count, "1 with tasks=none")
+        if settings.rounds % settings.task_count:
+            raise SettingError("task-count", settings.task_count, f"a divisor of rounds, {settings.rounds}")
+        settings.make_plugins().check(
+            Conditions(
+                clients=settings.clients,
+                tasks=settings.task_count,
+                exact_updates=settings.schedule == "full",
+                secure=settings.has_secure_rounds,
+            )
+        )
         if settings.has_secure_rounds and settings.clients < LEAST_SECURE:
             raise SettingError("clients", settings.clients, f"at least {LEAST_SECURE} for secure rounds")
         settings.proxy_settings()
@@ -166,6 +188,28 @@ class Settings:
         progress = (round_ - 1) / max(1, self.rounds - 1)
         share = self.final_lr + (1 - self.final_lr) * (1 + math.cos(math.pi * progress)) / 2
         return self.lr * share
+
+    def make_plugins(self) -> Plugins:
+        """The plugins, new and without state."""
+        return make_plugins(self.plugins, self.plugin_options)
+
+    def about(self, shape: ImageShape, round_: int, client: str = "") -> About:
+        """Where in the run a round is, as plugins are told."""
+        each = self.rounds // self.task_count
+        return About(
+            shape,
+            round=round_,
+            rounds=self.rounds,
+            task=(round_ - 1) // each,
+            tasks=self.task_count,
+            final=round_ % each == 0,
+            client=client,
+            seed=self.seed,
+        )
+
+    def task_stream(self, classes: int) -> TaskStream:
+        """The run's tasks over a dataset of so many classes. Raises SettingError where there are more than these."""
+        return TaskStream(self.tasks, self.task_count, classes, self.seed, self.task_order)
 
     def make_compressor(self, kind: str, network: Network) -> Compressor:
         """The compressor of a round of this kind ("proxy" or "full"; a secure round has none) for this network."""

@@ -1,12 +1,15 @@
+from dataclasses import dataclass, field
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from client.training import LocalTraining, SeededDropout, _batches, train_locally
 from tofu.data import LabelledImages, to_float
 from tofu.errors import RunError
 from tofu.models import build_model
+from tofu.plugins import NO_PLUGINS, Plugin, Plugins, Weights
 from tofu.weights import fingerprint, weights_of
 
 
@@ -73,3 +76,52 @@ def test_a_lone_last_image_is_left_out_as_batch_norm_could_not_take_it() -> None
 def test_divergence_is_an_error_that_says_what_may_help(digits: LabelledImages) -> None:
     with pytest.raises(RunError, match="a smaller lr than 1e\\+10 may help"):
         train_locally(build_model("mlp", digits.shape), digits, LocalTraining(1, 32, 1e10), generator=generator())
+
+
+@dataclass
+class Everything(Plugin):
+    """Overrides every hook of the loop without changing anything, and counts the calls."""
+
+    calls: list[str] = field(default_factory=list)
+    soft: bool = False
+
+    def on_batch(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        self.calls.append("batch")
+        return images, F.one_hot(labels, 10).float() if self.soft else labels
+
+    def on_loss(self, outputs: Tensor, targets: Tensor, loss: Tensor, model: nn.Module) -> Tensor:
+        self.calls.append("loss")
+        return loss
+
+    def on_step(self, model: nn.Module, before: Weights) -> None:
+        self.calls.append("step")
+        assert not any(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+    def on_epoch_end(self, model: nn.Module, data: LabelledImages) -> None:
+        self.calls.append("epoch")
+
+    def on_task_end(self, model: nn.Module, data: LabelledImages, final: bool) -> None:
+        self.calls.append(f"end {final}")
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+def test_plugins_that_change_nothing_leave_a_run_as_it_was_to_the_bit(digits: LabelledImages, model: str) -> None:
+    data, how, weights = digits.subset(torch.arange(96)), LocalTraining(2, 32, 0.1, 0.9, 1e-3), []
+    watcher = Everything()
+    for plugins in (NO_PLUGINS, Plugins([watcher])):
+        network = build_model(model, data.shape, seed=1)
+        train_locally(network, data, how, generator=generator(3), plugins=plugins, final=True)
+        weights.append(fingerprint(weights_of(network)))
+    assert weights[0] == weights[1]
+    assert watcher.calls == 2 * (3 * ["batch", "loss", "step"] + ["epoch"]) + ["end True"]
+
+
+def test_targets_may_be_soft(digits: LabelledImages) -> None:
+    data, results = digits.subset(torch.arange(64)), []
+    for soft in (False, True):
+        network = build_model("mlp", data.shape, seed=1)
+        plugins = Plugins([Everything(soft=soft)])
+        train_locally(network, data, LocalTraining(1, 32, 0.1), generator=generator(3), plugins=plugins)
+        results.append(weights_of(network))
+    for name, value in results[0].items():
+        assert torch.allclose(value, results[1][name], atol=1e-6)

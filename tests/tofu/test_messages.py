@@ -25,6 +25,7 @@ floats = st.floats(-1e6, 1e6, width=32)
     st.binary(min_size=32, max_size=32),
     st.booleans(),
     st.binary(min_size=1, max_size=50),
+    st.binary(max_size=50),
 )
 def test_request_round_trip(
     kind: str,
@@ -35,10 +36,11 @@ def test_request_round_trip(
     sketch: bytes,
     advert: bool,
     secure: bytes,
+    broadcast: bytes,
 ) -> None:
     payload, steps = parts
     shape, secure = ImageShape(1, size, size, 10), secure if kind == "secure" else b""
-    request = TrainRequest(kind, acknowledged, shape, payload, identity, steps, sketch, advert, secure)
+    request = TrainRequest(kind, acknowledged, shape, payload, identity, steps, sketch, advert, secure, broadcast)
     assert TrainRequest.from_bytes(request.to_bytes()) == request
 
 
@@ -53,12 +55,14 @@ def test_a_request_brings_weights_or_steps_and_not_both() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(
-    st.integers(1, 2**32 - 1), floats, floats, floats, floats, floats, st.binary(max_size=50), st.binary(max_size=50)
+    st.integers(1, 2**32 - 1),
+    st.lists(floats, min_size=5, max_size=5),
+    st.lists(st.binary(max_size=50), min_size=3, max_size=3),
 )
-def test_reply_round_trip(
-    n: int, a: float, b: float, c: float, d: float, e: float, payload: bytes, advert: bytes
-) -> None:
-    reply = TrainReply(n, a, b, c, d, e, payload, advert)
+def test_reply_round_trip(examples: int, numbers: list[float], parts: list[bytes]) -> None:
+    loss, explained, cosine, train, encode = numbers
+    payload, advert, exported = parts
+    reply = TrainReply(examples, loss, explained, cosine, train, encode, payload, advert, exported)
     assert TrainReply.from_bytes(reply.to_bytes()) == reply
 
 
@@ -88,23 +92,23 @@ def test_what_is_no_message_is_refused(data: object) -> None:
 
 
 def test_values_that_cannot_be_right_are_refused() -> None:
-    request = "<BBi4HHI40x"
+    request = "<BBi4HHII40x"
     with pytest.raises(PayloadError, match="round kind 9"):
-        TrainRequest.from_bytes(struct.pack(request, 9, 0, 0, 1, 8, 8, 10, 0, 0))
+        TrainRequest.from_bytes(struct.pack(request, 9, 0, 0, 1, 8, 8, 10, 0, 0, 0))
     with pytest.raises(PayloadError, match="advert 2"):
-        TrainRequest.from_bytes(struct.pack(request, 0, 2, 0, 1, 8, 8, 10, 0, 0))
+        TrainRequest.from_bytes(struct.pack(request, 0, 2, 0, 1, 8, 8, 10, 0, 0, 0))
     with pytest.raises(PayloadError, match="positive"):
-        TrainRequest.from_bytes(struct.pack(request, 0, 0, 0, 1, 0, 8, 10, 0, 0))
+        TrainRequest.from_bytes(struct.pack(request, 0, 0, 0, 1, 0, 8, 10, 0, 0, 0))
     with pytest.raises(PayloadError, match="secure round has 0 bytes"):
-        TrainRequest.from_bytes(struct.pack(request, 2, 0, 0, 1, 8, 8, 10, 0, 0))
+        TrainRequest.from_bytes(struct.pack(request, 2, 0, 0, 1, 8, 8, 10, 0, 0, 0))
     with pytest.raises(PayloadError, match="proxy round has 5 bytes"):
-        TrainRequest.from_bytes(struct.pack(request, 0, 0, 0, 1, 8, 8, 10, 0, 5) + bytes(5))
+        TrainRequest.from_bytes(struct.pack(request, 0, 0, 0, 1, 8, 8, 10, 0, 5, 0) + bytes(5))
     with pytest.raises(PayloadError, match="0 images"):
-        TrainReply.from_bytes(struct.pack("<I5fB", 0, 0, 0, 0, 0, 0, 0))
+        TrainReply.from_bytes(struct.pack("<I5fBI", 0, 0, 0, 0, 0, 0, 0, 0))
     with pytest.raises(PayloadError, match="not finite"):
-        TrainReply.from_bytes(struct.pack("<I5fB", 1, float("nan"), 0, 0, 0, 0, 0))
+        TrainReply.from_bytes(struct.pack("<I5fBI", 1, float("nan"), 0, 0, 0, 0, 0, 0))
     with pytest.raises(PayloadError, match="advert of 4"):
-        TrainReply.from_bytes(struct.pack("<I5fB", 1, 0, 0, 0, 0, 0, 4) + b"abc")
+        TrainReply.from_bytes(struct.pack("<I5fBI", 1, 0, 0, 0, 0, 0, 4, 0) + b"abc")
     with pytest.raises(PayloadError, match="stage 9"):
         SecureQuery.from_bytes(b"\x09\x00")
     with pytest.raises(PayloadError, match="advert of 200"):

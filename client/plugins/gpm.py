@@ -1,0 +1,327 @@
+"""Gradient projection memory: learn task after task without moving what earlier tasks' inputs are mapped to.
+
+Saha, Garg, Roy, "Gradient Projection Memory for Continual Learning", ICLR 2021. A layer y = W x changes nothing for an
+old input x if its update dW has dW x = 0. So after a task the span M of (most of) a layer's inputs is kept, and in
+later tasks every update is projected: dW (I - M M^T).
+
+Federated: what must be spared is the span of all clients' inputs, since the average of updates is orthogonal to it only
+if each of them is. The sum over clients of G = sum x x^T has that span (equations 5 to 9 need nothing but G), adds
+under secure aggregation, and the server sends M, as large as what it protects, to all. `memory=local`, each client
+sparing its own inputs alone, is there to compare with. The inputs of layers beyond the first are those in each client's
+own network after the last round of a task, which is not quite the average that follows: with several clients those
+layers are spared in approximation. (Inputs in the round's common weights did no better in our measurements.)
+
+Differences from the published code, which projects gradients and knows plain SGD without biases only:
+
+- The update is projected, after the optimiser's step: the same for plain SGD, and right with momentum and weight decay.
+- Biases: a 1 is appended to the layer's inputs, and [W | b] projected (`bias=append`), or they are frozen after the
+  first task (`bias=freeze`). Every other parameter (norms' scales and shifts, embeddings, layers that
+  `client.plugins.layers` does not find) is frozen after the first task, when BatchNorm's statistics are, too.
+- `scaling`: Saha & Roy, "Continual Learning with Scaled Gradient Projection", AAAI 2023: dW (I - M diag(l) M^T), with
+  importances l = (a + 1) s / (a s + max s) of a task's singular values s along M, added up over tasks, at most 1.
+
+Privacy. G of the first layer holds the second moments of a client's raw images: with one client, or without secure
+aggregation, the server learns them (of a client with few images, nearly the images). `first-layer=noise` adds Gaussian
+noise to it, of the deviation `noise` times the most that one image can contribute; `first-layer=skip` exports nothing
+of it and freezes that layer after the first task. The other layers' G are statistics of the data as well.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from client.plugins.layers import Site, grams, rows_per_image, sites
+from tofu.data import LabelledImages
+from tofu.errors import PayloadError
+from tofu.plugins import About, Conditions, Export, Plugin, PluginState, SumSpec, Weights, option
+from tofu.privacy import normals
+from tofu.secagg.masks import Stream, new_seed
+from tofu.seeding import derive_generator
+
+_NOISE_REACH = 9.0  # deviations; `normals` has none beyond 8.6
+
+
+@dataclass
+class GradientProjectionMemory(Plugin):
+    """See the module. State (`broadcast`, or `state` where memory=local): "tasks", the number of tasks remembered; for
+    every site "basis/SITE", orthonormal float32 [columns, k], and with scaling "importance/SITE", float32 [k]."""
+
+    name: ClassVar[str] = "gpm"
+    needs_task_boundaries: ClassVar[bool] = True
+    order: ClassVar[int] = Plugin.PROJECTION
+    why_inexact: ClassVar[str] = "an average of updates that each spare their own client's inputs spares nobody's"
+
+    # fmt: off
+    threshold: float = option(0.97, "share of the power of a layer's inputs that its memory must hold", above=0, most=1)
+    first_threshold: float = option(0.0, "the same of the first layer; 0: as threshold", least=0, most=1)
+    threshold_step: float = option(0.0, "added to the thresholds with every task", least=0, most=0.1)
+    rule: str = option("paper", "paper: reach the threshold; code: as published, one vector less after the first task", choices=("paper", "code"))  # noqa: E501
+    samples: int = option(300, "images of a client that count for its memory of a task", least=1, most=100_000)
+    most: float = option(1.0, "largest share of a layer's input dimensions that may be kept", above=0, most=1)
+    memory: str = option("union", "union: of all clients' inputs; local: of the client's own", choices=("union", "local"))  # noqa: E501
+    scaling: float = option(0.0, "a of scaled gradient projection (10 in the paper); 0 projects wholly", least=0, most=1000)  # noqa: E501
+    bias: str = option("append", "append: project them with their layer; freeze: after the first task", choices=("append", "freeze"))  # noqa: E501
+    head: str = option("project", "project: as any layer; free: not at all, for tasks with rows of their own in it", choices=("project", "free"))  # noqa: E501
+    first_layer: str = option("gram", "what is exported of it: gram, noise (with noise) or skip (nothing; frozen after the first task)", choices=("gram", "noise", "skip"))  # noqa: E501
+    noise: float = option(0.5, "deviation of first-layer=noise, in the most that one image contributes", above=0, most=1000)  # noqa: E501
+    longest: float = option(100.0, "norm of an input row; longer ones are scaled to it, which bounds what is summed", above=0, most=1e6)  # noqa: E501
+    # fmt: on
+
+    _about: About | None = field(default=None, init=False, repr=False)
+    _sites: tuple[Site, ...] = field(default=(), init=False, repr=False)
+    _projections: dict[str, "_Projection"] = field(default_factory=dict, init=False, repr=False)
+    _sums: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def averages_exactly(self) -> bool:
+        return self.memory == "union"
+
+    def refusal(self, run: Conditions) -> str:
+        """Local memories are what they are asked to be, so they are not refused for being inexact."""
+        return super().refusal(run) if self.averages_exactly else super().refusal(Conditions(1, run.tasks))
+
+    def setup(self, model: nn.Module, about: About) -> nn.Module:
+        self._about, self._sites, self._projections, self._sums = about, (), {}, {}
+        if about.task > 0:
+            for module in model.modules():
+                if isinstance(module, _BatchNorm):
+                    module.register_forward_pre_hook(_use_running_statistics)
+        return model
+
+    def declare_sums(self, model: nn.Module) -> Mapping[str, SumSpec]:
+        about = self._setup_done()
+        if not about.final or self.memory == "local":
+            return {}
+        shape, specs = about.shape, {}
+        per_image = rows_per_image(model, shape.channels, shape.height, shape.width)
+        for site in self._remembered(model):
+            size = self._size(site)
+            contribution = per_image[site.name] * self._reach(site) ** 2
+            bound = contribution * (self.samples + (_NOISE_REACH * self.noise if self._noisy(site) else 0))
+            specs[site.name] = SumSpec((size * (size + 1) // 2,), bound * (1 + 1e-9))
+        return specs
+
+    def on_step(self, model: nn.Module, before: Weights) -> None:
+        if not self._memory.get("tasks"):
+            return
+        parameters = dict(model.named_parameters())
+        free = before.keys() - self._project(model, parameters, before)
+        if self.head == "free":
+            head = self._all(model)[-1]
+            free -= {head.weight, head.bias or head.weight}
+        for name in free:
+            parameters[name].copy_(before[name])
+
+    def _project(self, model: nn.Module, parameters: Mapping[str, Tensor], before: Weights) -> set[str]:
+        """Projects what the memory has a basis for; returns the names of those parameters."""
+        if not self._projections:
+            self._projections = {
+                s.name: _Projection.of(self._memory, s.name, self._size(s)) for s in self._remembered(model)
+            }
+        done: set[str] = set()
+        for site in self._remembered(model):
+            rows, projection = slice(site.start, site.stop), self._projections[site.name]
+            weight, old = parameters[site.weight][rows], before[site.weight][rows]
+            step = (weight - old).flatten(1)
+            with_bias = self._size(site) > site.columns
+            if with_bias:
+                assert site.bias is not None
+                bias, old_bias = parameters[site.bias][rows], before[site.bias][rows]
+                step = torch.cat([step, (bias - old_bias)[:, None]], dim=1)
+                done.add(site.bias)
+            step = projection(step)
+            if with_bias:
+                bias.copy_(old_bias + step[:, -1])
+                step = step[:, :-1]
+            weight.copy_(old + step.reshape(old.shape))
+            done.add(site.weight)
+        return done
+
+    def on_task_end(self, model: nn.Module, data: LabelledImages, final: bool) -> None:
+        about = self._setup_done()
+        if not final:
+            return
+        generator = derive_generator(about.seed, about.round, about.client, self.name)
+        chosen = torch.randperm(len(data), generator=generator)[: self.samples]
+        full = grams(model, data.images[chosen], bias=self.bias == "append", longest=self.longest)
+        remembered = {site.name: full[site.name] for site in self._remembered(model)}
+        if self.memory == "local":
+            self.state = self._remember(remembered, self.state)
+            self._projections = {}
+            return
+        shape = about.shape
+        per_image = rows_per_image(model, shape.channels, shape.height, shape.width)
+        for site in self._remembered(model):
+            packed = _packed(remembered[site.name])
+            if self._noisy(site):
+                deviation = self.noise * per_image[site.name] * self._reach(site) ** 2
+                packed += deviation * torch.from_numpy(normals(len(packed), Stream(new_seed())))
+            self._sums[site.name] = packed
+
+    def export(self) -> Export:
+        """The Gram matrices' upper triangles, row by row; and the share of every layer's inputs that is frozen."""
+        frozen = {
+            f"frozen/{name.removeprefix('basis/')}": basis.shape[1] / basis.shape[0]
+            for name, basis in self._memory.items()
+            if isinstance(basis, Tensor) and name.startswith("basis/")
+        }
+        return Export(self._sums, frozen)
+
+    def reduce(self, sums: Weights, examples: int, broadcast: PluginState) -> PluginState:
+        return self._remember({name: _unpacked(packed) for name, packed in sums.items()}, broadcast)
+
+    def _remember(self, gram: Mapping[str, Tensor], memory: PluginState) -> PluginState:
+        """The memory of one more task, from every site's Gram matrix of that task's inputs (equations 5 to 9)."""
+        assert self._sites, "declare_sums or on_task_end comes first"
+        task = _tasks(memory)
+        new: PluginState = {"tasks": task + 1}
+        for name, total in gram.items():
+            first = name == self._sites[0].name
+            threshold = (first and self.first_threshold) or self.threshold
+            threshold = min(1.0, threshold + task * self.threshold_step)
+            old = memory.get(f"basis/{name}")
+            basis = old.double() if isinstance(old, Tensor) else total.new_zeros(len(total), 0)
+            less = int(self.rule == "code" and task == 0)
+            wider = widened(basis, total, threshold, most=int(self.most * len(total)), less=less)
+            new[f"basis/{name}"] = wider.float()
+            if self.scaling:
+                known = memory.get(f"importance/{name}")
+                known = known.double() if isinstance(known, Tensor) else total.new_zeros(0)
+                new[f"importance/{name}"] = importances(wider, total, known, self.scaling).float()
+        return new
+
+    @property
+    def _memory(self) -> PluginState:
+        return self.state if self.memory == "local" else self.broadcast
+
+    def _setup_done(self) -> About:
+        assert self._about is not None, "setup comes first"
+        return self._about
+
+    def _all(self, model: nn.Module) -> tuple[Site, ...]:
+        # Not in `setup`: a later plugin's may still change the model.
+        self._sites = self._sites or sites(model)
+        return self._sites
+
+    def _remembered(self, model: nn.Module) -> Iterable[Site]:
+        every = self._all(model)
+        return every[self.first_layer == "skip" : len(every) - (self.head == "free")]
+
+    def _size(self, site: Site) -> int:
+        return site.columns + (self.bias == "append" and site.bias is not None)
+
+    def _noisy(self, site: Site) -> bool:
+        return self.first_layer == "noise" and site is self._sites[0]
+
+    def _reach(self, site: Site) -> float:
+        """Largest norm of an input row; images are in [-1, 1], as is the 1 for the bias."""
+        return min(self.longest, math.sqrt(self._size(site))) if self._noisy(site) else self.longest
+
+
+def widened(basis: Tensor, gram: Tensor, threshold: float, *, most: int, less: int = 0) -> Tensor:
+    """An orthonormal basis that also holds a new task's inputs.
+
+    Args:
+        basis: float64 [d, k], orthonormal, of the tasks so far.
+        gram: float64 [d, d], the sum of x x^T over the task's inputs.
+        threshold: the share of the inputs' power (the trace) to hold; vectors are added, strongest first, until then.
+        most: at most so many columns.
+        less: leave so many of the new vectors out.
+
+    Returns:
+        float64 [d, k + added].
+    """
+    gram = (gram + gram.T) / 2
+    residual = gram - basis @ (basis.T @ gram)
+    residual = residual - (residual @ basis) @ basis.T
+    values, vectors = torch.linalg.eigh((residual + residual.T) / 2)
+    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    # Of noisy Gram matrices the residual's power alone would count noise as negative power.
+    held = (basis * (gram @ basis)).sum().clamp(min=0)
+    power = held + values.sum()
+    if power <= 0:
+        return basis
+    shares = (held + values.cumsum(0)) / power
+    added = 0 if held / power >= threshold else int((shares < threshold - 1e-12).sum()) + 1
+    added = max(0, min(added - less, most - basis.shape[1], int((values > 1e-12 * values[0]).sum())))
+    wider = torch.cat([basis, vectors[:, :added]], dim=1)
+    return _orthonormal(wider) if added else basis
+
+
+def importances(basis: Tensor, gram: Tensor, known: Tensor, alpha: float) -> Tensor:
+    """Importance of each basis vector, float64 [k] in 0..1 (SGP, section 4): a new task's along the vectors that there
+    were before adds to what was `known` of those."""
+    strengths = (basis * (gram @ basis)).sum(0).clamp(min=0).sqrt()
+    total = torch.cat([known, known.new_zeros(len(strengths) - len(known))])
+    if len(strengths) == 0 or float(strengths.max()) == 0:
+        return total
+    return (total + (alpha + 1) * strengths / (alpha * strengths + strengths.max())).clamp(max=1)
+
+
+@dataclass(frozen=True)
+class _Projection:
+    """dW -> dW (I - M M^T), by M or, where that is less work, by a basis of its complement."""
+
+    basis: Tensor
+    importance: Tensor | None
+    complement: bool
+
+    @staticmethod
+    def of(memory: PluginState, name: str, size: int) -> "_Projection":
+        """Raises PayloadError where the memory has no such basis of vectors of this size."""
+        basis, importance = memory.get(f"basis/{name}"), memory.get(f"importance/{name}")
+        if not (isinstance(basis, Tensor) and basis.dtype == torch.float32 and basis.dim() == 2 and len(basis) == size):
+            raise PayloadError(f"memory of {name} is not a float32 basis of {size} dimensions")
+        if isinstance(importance, Tensor):
+            if importance.dtype != torch.float32 or importance.shape != basis.shape[1:]:
+                raise PayloadError(
+                    f"memory of {name} has importances {list(importance.shape)} of {basis.shape[1]} vectors"
+                )
+            return _Projection(basis, importance, False)
+        rows, columns = basis.shape
+        if 2 * columns <= rows:
+            return _Projection(basis, None, False)
+        full = torch.linalg.qr(basis.double(), mode="complete").Q
+        return _Projection(full[:, columns:].float().contiguous(), None, True)
+
+    def __call__(self, step: Tensor) -> Tensor:
+        along = step @ self.basis
+        if self.importance is not None:
+            along = along * self.importance
+        return along @ self.basis.T if self.complement else step - along @ self.basis.T
+
+
+def _orthonormal(basis: Tensor) -> Tensor:
+    """The same vectors, orthonormal to float64's precision, by their order; they nearly are already."""
+    q, r = torch.linalg.qr(basis)
+    signed: Tensor = q * r.diagonal().sign()
+    return signed
+
+
+def _packed(gram: Tensor) -> Tensor:
+    rows, columns = torch.triu_indices(*gram.shape)
+    return gram[rows, columns]
+
+
+def _unpacked(packed: Tensor) -> Tensor:
+    size = (math.isqrt(8 * len(packed) + 1) - 1) // 2
+    rows, columns = torch.triu_indices(size, size)
+    gram = packed.new_zeros(size, size)
+    gram[rows, columns] = packed
+    gram[columns, rows] = packed
+    return gram
+
+
+def _tasks(memory: PluginState) -> int:
+    tasks = memory.get("tasks", 0)
+    assert isinstance(tasks, int)
+    return tasks
+
+
+def _use_running_statistics(module: nn.Module, args: object) -> None:
+    module.eval()

@@ -1,0 +1,223 @@
+"""What a network's layers are fed: every layer as a matrix that multiplies rows of inputs.
+
+A linear layer's rows are its inputs, one for each image (or token). A convolution's are the patches under its kernel
+(im2col), one for each image and position; each group of a grouped convolution is a matrix of its own. Attention's
+projections are two: of queries, keys and values together, and of the heads' outputs.
+
+    grams(model, images)["conv1.weight"]   # sum over rows x of x x^T, float64: adds over images, batches and clients
+
+Weights that are reached in another way, by `F.linear` in a module of one's own or by a convolution that is not 2-d, are
+not found; frozen ones are left out.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from tofu.data import to_float
+
+_BATCH = 50  # images whose patches are in memory at a time
+
+
+@dataclass(frozen=True)
+class Site:
+    """A matrix of a layer, [outputs, columns]: `parameter.flatten(1)[start:stop]` of the parameter `weight`.
+
+    Attributes:
+        name: the parameter's name, with "#group" for a convolution's groups.
+        weight, bias: names of the parameters; the bias, or None, has the same rows.
+        start, stop: rows.
+        columns: length of an input row.
+    """
+
+    name: str
+    weight: str
+    bias: str | None
+    start: int
+    stop: int
+    columns: int
+
+
+See = Callable[[Site, Tensor], None]
+"""Called with a site and its input rows, float32 [rows, columns]."""
+
+
+def sites(model: nn.Module) -> tuple[Site, ...]:
+    """All matrices of a model in its modules' order, the first layer's first."""
+    return tuple(site for _, own in _layers(model) for site in own)
+
+
+def matrix(site: Site, model: nn.Module) -> Tensor:
+    """The site's matrix [outputs, columns], a view of the parameter; outputs before the bias are `rows @ matrix.T`."""
+    return model.get_parameter(site.weight).flatten(1)[site.start : site.stop]
+
+
+@contextmanager
+def watching(model: nn.Module, see: See) -> Iterator[None]:
+    """Calls `see` with what every layer is fed in forward passes within the block."""
+    handles = [module.register_forward_pre_hook(_hook(own, see), with_kwargs=True) for module, own in _layers(model)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def show(model: nn.Module, images: Tensor, see: See) -> None:
+    """Call `see` with what every layer is fed for uint8 images [n, channels, height, width], in eval mode."""
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with watching(model, see):
+            for batch in torch.split(images, _BATCH):
+                model(to_float(batch))
+    finally:
+        for module in was_training:
+            module.training = True
+
+
+def grams(model: nn.Module, images: Tensor, *, bias: bool = False, longest: float = float("inf")) -> dict[str, Tensor]:
+    """The sum over input rows x of x x^T for every site, float64 [columns, columns], in eval mode.
+
+    Args:
+        images: uint8 [n, channels, height, width].
+        bias: append a 1 to the rows of layers with a bias, whose matrix is then [weight | bias].
+        longest: rows of a larger norm are scaled to it.
+    """
+    every = sites(model)
+    size = {site.name: site.columns + (bias and site.bias is not None) for site in every}
+    total = {name: torch.zeros(d, d, dtype=torch.float64) for name, d in size.items()}
+
+    def add(site: Site, rows: Tensor) -> None:
+        rows = rows.double()
+        if size[site.name] > site.columns:
+            rows = F.pad(rows, (0, 1), value=1.0)
+        if longest < float("inf"):
+            rows = rows * (longest / rows.norm(dim=1, keepdim=True).clamp(min=longest))
+        total[site.name].addmm_(rows.T, rows)
+
+    show(model, images, add)
+    return total
+
+
+def rows_per_image(model: nn.Module, channels: int, height: int, width: int) -> dict[str, int]:
+    """How many input rows one image makes at every site; 0 for layers that are not reached."""
+    count = {site.name: 0 for site in sites(model)}
+
+    def add(site: Site, rows: Tensor) -> None:
+        count[site.name] += len(rows)
+
+    show(model, torch.zeros(1, channels, height, width, dtype=torch.uint8), add)
+    return count
+
+
+_Layer = tuple[nn.Module, tuple[Site, ...]]
+
+
+def _layers(model: nn.Module) -> list[_Layer]:
+    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    # Attention uses the weights of its last layer without calling it.
+    inside = {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
+    found: list[_Layer] = []
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            own = _attention_sites(module, names)
+        elif isinstance(module, nn.Linear | nn.Conv2d) and id(module) not in inside:
+            own = _plain_sites(module, names)
+        else:
+            continue
+        if own:
+            found.append((module, own))
+    return found
+
+
+def _plain_sites(module: nn.Linear | nn.Conv2d, names: dict[int, str]) -> tuple[Site, ...]:
+    groups = module.groups if isinstance(module, nn.Conv2d) else 1
+    own = []
+    for group in range(groups):
+        suffix = f"#{group}" if groups > 1 else ""
+        own += _site(module.weight, module.bias, names, group, groups, suffix)
+    return tuple(own)
+
+
+def _attention_sites(module: nn.MultiheadAttention, names: dict[int, str]) -> tuple[Site, ...]:
+    own: list[Site] = []
+    if module.in_proj_weight is not None:
+        own += _site(module.in_proj_weight, module.in_proj_bias, names)
+    else:
+        # Their biases are thirds of one parameter: left to those that no site covers.
+        for weight in (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight):
+            own += _site(weight, None, names)
+    return (*own, *_site(module.out_proj.weight, module.out_proj.bias, names))
+
+
+def _site(weight: Tensor, bias: Tensor | None, names: dict[int, str], group: int = 0, groups: int = 1,
+          suffix: str = "") -> list[Site]:  # fmt: skip
+    if id(weight) not in names:
+        return []
+    outputs, name = weight.shape[0] // groups, names[id(weight)]
+    bias_name = None if bias is None else names.get(id(bias))
+    start = group * outputs
+    return [Site(name + suffix, name, bias_name, start, start + outputs, weight[0].numel())]
+
+
+def _hook(own: tuple[Site, ...], see: See) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    busy = False
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal busy
+        if busy:
+            return
+        if isinstance(module, nn.MultiheadAttention):
+            busy = True
+            try:
+                _see_attention(module, own, args, kwargs, see)
+            finally:
+                busy = False
+            return
+        inputs = (args[0] if args else kwargs["input"]).detach()
+        if isinstance(module, nn.Conv2d):
+            for site, rows in zip(own, _patches(module, inputs), strict=True):
+                see(site, rows)
+        else:
+            see(own[0], inputs.reshape(-1, own[0].columns))
+
+    return hook
+
+
+def _patches(conv: nn.Conv2d, images: Tensor) -> list[Tensor]:
+    """Per group: rows [n * positions, columns]."""
+    if images.dim() == 3:
+        images = images[None]
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    images = F.pad(images, conv._reversed_padding_repeated_twice, mode=mode)
+    columns = F.unfold(images, conv.kernel_size, dilation=conv.dilation, stride=conv.stride)
+    return [part.transpose(1, 2).flatten(0, 1) for part in columns.chunk(conv.groups, dim=1)]
+
+
+def _see_attention(module: nn.MultiheadAttention, own: tuple[Site, ...], args: tuple[Any, ...],
+                   kwargs: dict[str, Any], see: See) -> None:  # fmt: skip
+    given = {**dict(zip(("query", "key", "value"), args, strict=False)), **kwargs}
+    inputs = [given[name].detach() for name in ("query", "key", "value")]
+    for site in own:
+        if site.weight.endswith("out_proj.weight"):
+            # With the identity for its last layer, attention returns what that layer is fed.
+            weight = module.out_proj.weight
+            identity = {"out_proj.weight": torch.eye(len(weight), dtype=weight.dtype)}
+            if module.out_proj.bias is not None:
+                identity["out_proj.bias"] = torch.zeros_like(module.out_proj.bias)
+            fed: Tensor = functional_call(module, identity, args, kwargs)[0]
+            see(site, fed.detach().flatten(0, -2))
+        elif site.weight.endswith("in_proj_weight"):
+            distinct = {id(given[name]): x for name, x in zip(("query", "key", "value"), inputs, strict=True)}
+            for x in distinct.values():
+                see(site, x.flatten(0, -2))
+        else:
+            see(site, inputs["qkv".index(site.weight.rsplit(".", 1)[-1][0])].flatten(0, -2))

@@ -1,0 +1,223 @@
+"""Compression to the utilised rank: every layer is projected onto the subspaces that it reads and writes.
+
+Garg, Koguchi, Verma, Ulbricht, "Revealing the Utilized Rank of Subspaces of Learning in Neural Networks", arXiv
+2407.04797. With S the subspace in which a layer's inputs lie (the leading eigenvectors V_S of sum x x^T) and T that of
+its outputs before the bias, W' = P_T W P_S does what W does: its rank is at most r = min(k_S, k_T), the utilised rank.
+
+Convolutions are matrices of patches (im2col), attention's projections matrices like any other. In one round clients
+measure both sums at the weights with which it began, so the totals are those of the pooled images and the server finds
+exactly their subspaces; the energy they must hold, which the paper leaves open, is an option. From then on a layer is
+V_T C V_S^T, of which only the core C [k_T, k_S] is trained, sent and encoded. Factors of different clients could not be
+averaged; cores in a common basis can, exactly: the average of V_T C_i V_S^T is V_T (average of C_i) V_S^T.
+
+The server learns the second moments of every measured layer's inputs. Those of the first layer are of the raw images
+themselves, so it is left out unless `rank.first-layer=gram`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from client.plugins.layers import Site, matrix, rows_per_image, show, sites
+from client.plugins.round_start import holding, some_of
+from tofu.data import LabelledImages
+from tofu.plugins import About, Conditions, Export, Plugin, PluginState, SumSpec, option
+from tofu.weights import Weights, weights_of
+
+
+class Core(nn.Module):
+    """Makes a weight V_T C V_S^T of its core C [k_T, k_S]; the bases are buffers that are neither trained nor sent.
+
+    Args:
+        inputs: V_S [columns, k_S], orthonormal.
+        outputs: V_T [outputs, k_T], orthonormal.
+        shape: of the weight, [outputs, ...] with `columns` elements a row.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+
+    def __init__(self, inputs: Tensor, outputs: Tensor, shape: torch.Size) -> None:
+        super().__init__()
+        self.register_buffer("inputs", inputs, persistent=False)
+        self.register_buffer("outputs", outputs, persistent=False)
+        self.shape = shape
+
+    def forward(self, core: Tensor) -> Tensor:
+        return (self.outputs @ core @ self.inputs.T).view(self.shape)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """The core of the weight's projection."""
+        return self.outputs.T @ weight.flatten(1) @ self.inputs
+
+
+@dataclass(frozen=True)
+class LayerRank:
+    """What a layer uses of its dimensions: k_S of `columns`, k_T of `outputs`."""
+
+    inputs: int
+    columns: int
+    outputs: int
+    rows: int
+
+    @property
+    def utilisation(self) -> float:
+        """r / (the largest rank that the layer could have)."""
+        return min(self.inputs, self.outputs) / min(self.columns, self.rows)
+
+
+@dataclass
+class UtilisedRank(Plugin):
+    """In round `after` clients measure; from the next one on the network is factorised, and rounds fine-tune its cores.
+
+        plugins = make_plugins("rank", "rank.energy=0.99")
+        plugins.setup(model, About(data.shape))
+        train_locally(model, data, how, generator=generator, plugins=plugins)
+        plugins.reduce(plugins.export(model).sums, len(data))
+        plugins.setup(model, About(data.shape, round=2))  # the weights are projected, and have other names and shapes
+
+    `ranks` tells what each layer uses; `merged` makes a plain network again.
+    """
+
+    name = "rank"
+
+    energy: float = option(0.998, "share of the inputs' and outputs' energy that the subspaces hold", above=0, most=1)
+    after: int = option(1, "the round in which clients measure", least=1, most=100_000)
+    first_layer: str = option("skip", "skip it, or gram: measure raw images too", choices=("skip", "gram"))
+    factorise: bool = option(True, "train the cores from then on; false only measures")
+    images: int = option(500, "most images of a client that are measured", least=1, most=1_000_000)
+    longest: float = option(0.0, "scale rows of a larger norm to it, which bounds the sums; 0 leaves them", least=0)
+
+    _about: About | None = field(default=None, init=False, repr=False)
+    _start: Weights = field(default_factory=dict, init=False, repr=False)
+    _sums: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def refusal(self, run: Conditions) -> str:
+        if run.secure and not self.longest:
+            return "rank.longest above 0: secure aggregation needs bounded sums"
+        return super().refusal(run)
+
+    def setup(self, model: nn.Module, about: About) -> nn.Module:
+        self._about = about
+        if self.factorise:
+            for name in self.ranks:
+                inputs, outputs = (self.broadcast.get(f"{name}/{side}") for side in ("inputs", "outputs"))
+                if isinstance(inputs, Tensor) and isinstance(outputs, Tensor):
+                    _factorise(model, name, inputs, outputs)
+        return model
+
+    def declare_sums(self, model: nn.Module) -> Mapping[str, SumSpec]:
+        if not self._measures:
+            return {}
+        assert self._about is not None
+        shape, largest = self._about.shape, self.longest**2 if self.longest else float("inf")
+        rows = rows_per_image(model, shape.channels, shape.height, shape.width)
+        declared = {}
+        for site in self._sites(model):
+            bound = self.images * rows[site.name] * largest
+            for side, size in (("inputs", site.columns), ("outputs", site.stop - site.start)):
+                declared[f"{site.name}/{side}"] = SumSpec((size, size), bound)
+        return declared
+
+    def on_loss(self, outputs: Tensor, targets: Tensor, loss: Tensor, model: nn.Module) -> Tensor:
+        if self._measures and not self._start:  # the round's first step is yet to come
+            self._start = weights_of(model)
+        return loss
+
+    def on_task_end(self, model: nn.Module, data: LabelledImages, final: bool) -> None:
+        if self._measures:
+            with holding(model, self._start):
+                self._sums = grams(model, some_of(data, self.images), self._sites(model), self.longest)
+
+    def export(self) -> Export:
+        used = self.broadcast.get("utilisation")
+        return Export(self._sums, {"utilisation": used} if isinstance(used, float) else {})
+
+    def reduce(self, sums: Mapping[str, Tensor], examples: int, broadcast: PluginState) -> PluginState:
+        """The bases of the layers that have a smaller core, the ranks of all, and their mean utilisation."""
+        found: PluginState = {}
+        utilisation = []
+        for name in dict.fromkeys(key.rpartition("/")[0] for key in sums):
+            inputs, outputs = (leading(sums[f"{name}/{side}"], self.energy) for side in ("inputs", "outputs"))
+            rank = LayerRank(inputs.shape[1], inputs.shape[0], outputs.shape[1], outputs.shape[0])
+            utilisation.append(rank.utilisation)
+            found[f"{name}/ranks"] = torch.tensor([rank.inputs, rank.columns, rank.outputs, rank.rows])
+            if rank.inputs * rank.outputs < rank.columns * rank.rows:
+                found |= {f"{name}/inputs": inputs.float(), f"{name}/outputs": outputs.float()}
+        return found | {"utilisation": sum(utilisation) / len(utilisation)}
+
+    @property
+    def ranks(self) -> dict[str, LayerRank]:
+        """Weight's name -> what it uses; empty until the clients have measured."""
+        found = {}
+        for key, value in self.broadcast.items():
+            name, _, what = key.rpartition("/")
+            if what == "ranks" and isinstance(value, Tensor):
+                found[name] = LayerRank(*map(int, value.tolist()))
+        return found
+
+    @property
+    def _measures(self) -> bool:
+        return self._about is not None and self._about.round == self.after and not self.ranks
+
+    def _sites(self, model: nn.Module) -> tuple[Site, ...]:
+        """The matrices to measure; a grouped convolution, whose parameter is many of them, is left as it is."""
+        every = sites(model)
+        own = every if self.first_layer == "gram" else every[1:]
+        return tuple(site for site in own if site.name == site.weight)
+
+
+def grams(model: nn.Module, images: Tensor, wanted: tuple[Site, ...], longest: float) -> dict[str, Tensor]:
+    """`name/inputs` -> sum of x x^T over a layer's input rows, `name/outputs` -> sum of (W x)(W x)^T. float64.
+
+    Args:
+        images: uint8 [n, channels, height, width].
+        longest: rows, of inputs and outputs each, of a larger norm are scaled to it; 0 leaves them.
+    """
+    weights = {site.name: matrix(site, model).detach().double() for site in wanted}
+    sums = {}
+    for name, weight in weights.items():
+        for side, size in (("outputs", weight.shape[0]), ("inputs", weight.shape[1])):
+            sums[f"{name}/{side}"] = torch.zeros(size, size, dtype=torch.float64)
+
+    def see(site: Site, rows: Tensor) -> None:
+        if site.name in weights:
+            inputs = rows.double()
+            for side, values in (("inputs", inputs), ("outputs", inputs @ weights[site.name].T)):
+                if longest:
+                    values = values * (longest / values.norm(dim=1, keepdim=True).clamp(min=longest))
+                sums[f"{site.name}/{side}"].addmm_(values.T, values)
+
+    show(model, images, see)
+    return sums
+
+
+def leading(gram: Tensor, energy: float) -> Tensor:
+    """The fewest leading eigenvectors of sum x x^T [d, d] that hold this share of its trace: float64 [d, k], k >= 1."""
+    values, vectors = torch.linalg.eigh(gram)
+    falling = values.flip(0).clamp(min=0)
+    # Rounding may leave the last of the running sums below a share of 1.
+    count = min(int((falling.cumsum(0) < energy * falling.sum()).sum()) + 1, len(gram))
+    kept: Tensor = vectors.flip(1)[:, :count]
+    return kept
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """The model, with plain weights again where it was factorised (in place)."""
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module):
+            for name, chain in list(module.parametrizations.items()):  # type: ignore[union-attr, operator]
+                if isinstance(chain[0], Core):
+                    parametrize.remove_parametrizations(module, name)
+    return model
+
+
+def _factorise(model: nn.Module, name: str, inputs: Tensor, outputs: Tensor) -> None:
+    parent, _, weight = name.rpartition(".")
+    module = model.get_submodule(parent)
+    if not parametrize.is_parametrized(module, weight):
+        shape = getattr(module, weight).shape
+        parametrize.register_parametrization(module, weight, Core(inputs, outputs, shape))

@@ -1,0 +1,161 @@
+"""Plugins in whole federations: in proxy, full and secure rounds, through a crash, with clients that lose state."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from client import app as honest
+from server.app import serve_in_process
+from server.progress import SilentProgress
+from tofu.errors import SettingError
+from tofu.messages import SECURE
+from tofu.settings import Settings
+
+Row = dict[str, Any]
+
+TINY: Row = {
+    "model": "mlp", "clients": 3, "rounds": 4, "evaluations": 5, "ratio": 50.0, "local_epochs": 1, "batch_size": 32,
+    "lr": 0.05, "weight_average": 0.0, "partition": "iid",
+}  # fmt: skip
+RANK: Row = {"plugins": "rank", "plugin_options": "rank.after=2 rank.energy=0.99 rank.longest=30"}
+
+
+def federate(folder: Path, app: ClientApp = honest.app, progress: SilentProgress | None = None, **more: object) -> Row:
+    return serve_in_process(app, Settings.of(TINY | more | {"run_folder": str(folder)}), progress)
+
+
+def rows(folder: Path, name: str = "metrics") -> list[Row]:
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def payloads(folder: Path, round_: int) -> set[int]:
+    return {
+        row["payload_bytes"] for row in rows(folder, "ledger")
+        if row["round"] == round_ and row["direction"] == "uplink" and "payload_bytes" in row
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("schedule", ["proxy", "full", "secure"])
+def test_ood_works_in_every_kind_of_round(tmp_path: Path, schedule: str) -> None:
+    """The threshold comes of the summed histograms and goes out with the next requests."""
+    end = federate(tmp_path / "run", plugins="ood", schedule=schedule, rounds=3, lr=0.1, local_epochs=3)
+    assert float(end["final_accuracy"]) > (0.4 if schedule == "proxy" else 0.7)
+    metrics = [row.get("plugins", {}) for row in rows(tmp_path / "run")[1:]]
+    if schedule == "secure":
+        assert metrics == [{}] * 3  # the server learns sums only
+    else:
+        assert "ood/false-alarms" not in metrics[0]
+        assert 0.0 <= metrics[2]["ood/false-alarms"] <= 0.5
+
+
+@pytest.mark.parametrize("schedule", ["proxy", "full", "secure"])
+def test_rank_sends_fewer_numbers_from_the_next_round_on(tmp_path: Path, schedule: str) -> None:
+    federate(tmp_path / "run", schedule=schedule, **RANK)
+    before, after = payloads(tmp_path / "run", 2), payloads(tmp_path / "run", 4)
+    assert all(row["failures"] == [] for row in rows(tmp_path / "run"))
+    if schedule == "secure":  # round 2 has the sums in it as well
+        before = payloads(tmp_path / "run", 1)
+    assert max(after) < 0.7 * min(before)
+    accuracies = [row["accuracy"] for row in rows(tmp_path / "run")]
+    assert accuracies[4] > accuracies[1] - 0.05
+
+
+def test_secure_sums_are_those_of_full_rounds(tmp_path: Path) -> None:
+    """The utilised rank that the server finds is the same, whether it saw each client's sums or their total alone."""
+    options: Row = {"rounds": 3, "error_feedback": 0.0, "secure_bits": 20, **RANK}
+    federate(tmp_path / "secure", schedule="secure", **options)
+    federate(tmp_path / "full", schedule="full", **options)
+    secure, full = (rows(tmp_path / name)[-1]["accuracy"] for name in ("secure", "full"))
+    assert secure == pytest.approx(full, abs=0.01)
+    sizes = [
+        json.loads((tmp_path / name / "summary.json").read_text())["weights_sha256"] for name in ("secure", "full")
+    ]
+    assert sizes[0] != sizes[1]  # rounded, so close and not equal
+    assert len(payloads(tmp_path / "full", 3)) == 1
+
+
+def test_a_client_that_loses_its_state_goes_on(tmp_path: Path) -> None:
+    def forget(message: Message, context: Context, next_: Any) -> Message:
+        if honest.client_name(context) == "1" and message.metadata.group_id == "3":
+            for name in list(context.state):
+                del context.state[name]
+        return next_(message, context)  # type: ignore[no-any-return]
+
+    app = ClientApp()
+    app.query()(honest.hello)
+    app.query(SECURE)(honest.secure)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return forget(message, context, honest.train)
+
+    federate(tmp_path / "run", app, plugins="rank,ood", plugin_options="rank.after=2")
+    assert [row["failures"] for row in rows(tmp_path / "run")[1:]] == [[]] * 4
+
+
+class KillAfter(SilentProgress):
+    def round_done(self, row: Any) -> None:
+        if row["round"] == 3:
+            raise KeyboardInterrupt
+
+
+def test_a_run_with_plugins_goes_on_where_it_was(tmp_path: Path) -> None:
+    """The factorised network and the threshold come back with the checkpoint."""
+    options: Row = {"plugins": "rank,ood", "plugin_options": RANK["plugin_options"], "rounds": 5}
+    whole = federate(tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        federate(tmp_path / "run", progress=KillAfter(), **options)
+    run = federate(tmp_path / "run", resume=str(tmp_path / "run"), **options)
+    assert run["weights_sha256"] == whole["weights_sha256"]
+
+
+def test_gpm_remembers_in_a_federation(tmp_path: Path) -> None:
+    """Two tasks, the same for all: what the first one taught stays, though the server saw only secure sums."""
+    tasks: Row = {
+        "schedule": "secure", "tasks": "pixels", "task_count": 2, "rounds": 8, "lr": 0.1, "local_epochs": 3,
+        "secure_bits": 16, "error_feedback": 0.0,
+    }  # fmt: skip
+    plain = federate(tmp_path / "plain", **tasks)
+    gpm = federate(tmp_path / "gpm", plugins="gpm", **tasks)
+    assert gpm["backward_transfer"] > plain["backward_transfer"] + 5
+    assert [row["task"] for row in rows(tmp_path / "gpm")[1:]] == [0] * 4 + [1] * 4
+    assert all(len(row["task_accuracies"]) == 2 for row in rows(tmp_path / "gpm")[1:])
+    last = rows(tmp_path / "gpm")[-1]["task_accuracies"]
+    assert gpm["mean_accuracy"] == pytest.approx(100 * sum(last) / 2)
+
+
+def test_tasks_of_classes_with_heads_of_their_own(tmp_path: Path) -> None:
+    tasks: Row = {
+        "tasks": "classes",
+        "task_count": 2,
+        "task_heads": "multi",
+        "schedule": "full",
+        "lr": 0.1,
+        "local_epochs": 4,
+    }
+    end = federate(tmp_path / "run", plugins="gpm", plugin_options="gpm.head=free", **tasks)
+    assert end["mean_accuracy"] > 50
+    assert rows(tmp_path / "run")[1]["failures"] == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"plugins": "nosuch"}, "nosuch"),
+        ({"plugins": "ood,ood"}, "each plugin once"),
+        ({"plugins": "ood", "plugin_options": "ood.share=2"}, "ood.share='2'"),
+        ({"plugins": "gpm"}, "at least 2 tasks"),
+        ({"plugins": "rank", "schedule": "secure"}, "rank.longest above 0"),
+        ({"tasks": "pixels", "task_count": 3}, "a divisor of rounds, 4"),
+        ({"task_count": 2}, "1 with tasks=none"),
+    ],
+)
+def test_what_cannot_be_combined_is_refused_when_it_is_configured(settings: Row, words: str) -> None:
+    with pytest.raises(SettingError) as caught:
+        Settings.of(TINY | settings)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,130 @@
+"""Task streams: the same images as a sequence of tasks, and what is measured of learning them one after the other.
+
+Two streams, both functions of a seed: disjoint sets of classes, and permutations of the pixels (Goodfellow et al. 2014;
+Kirkpatrick et al. 2017). ACC and BWT: Lopez-Paz & Ranzato, "Gradient Episodic Memory", NeurIPS 2017, section 2.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tofu.data import LabelledImages
+from tofu.errors import DataError, SettingError
+from tofu.seeding import derive_generator
+
+STREAMS = ("none", "classes", "pixels")
+ORDERS = ("same", "own")
+_EXCLUDED = -1e9
+"""A logit whose probability is 0 in float32, and finite, so that 0 of a soft target times it is not NaN."""
+
+
+@dataclass(frozen=True)
+class TaskStream:
+    """Tasks 0..tasks-1 made of a dataset.
+
+    Attributes:
+        kind: "classes": each task has some of the classes; "pixels": each task has its own permutation of the pixels,
+            task 0 the images as they are; "none": every task is the data.
+        tasks: how many.
+        classes: of the dataset.
+        seed: of the split or the permutations.
+        order: "same": all clients learn the tasks in order; "own": each in an order of its own.
+
+    Raises:
+        SettingError: a field that cannot be used.
+    """
+
+    kind: str
+    tasks: int
+    classes: int
+    seed: int = 0
+    order: str = "same"
+
+    def __post_init__(self) -> None:
+        for name, value, accepted in (("tasks", self.kind, STREAMS), ("task_order", self.order, ORDERS)):
+            if value not in accepted:
+                raise SettingError(name, value, f"one of {', '.join(accepted)}")
+        if not 1 <= self.tasks <= (self.classes if self.kind == "classes" else 10_000):
+            text = f"1 to {self.classes}, the number of classes" if self.kind == "classes" else "1 to 10000"
+            raise SettingError("task_count", self.tasks, text)
+
+    def number(self, position: int, client: str = "") -> int:
+        """Which task comes at a position (0..tasks-1) of the stream, for this client."""
+        self._check(position)
+        if self.order == "same":
+            return position
+        generator = derive_generator(self.seed, client, "task order")
+        return int(torch.randperm(self.tasks, generator=generator)[position])
+
+    def classes_of(self, task: int) -> tuple[int, ...]:
+        """The classes of a task, ascending; as evenly dealt as can be."""
+        self._check(task)
+        if self.kind != "classes":
+            return tuple(range(self.classes))
+        dealt = torch.randperm(self.classes, generator=derive_generator(self.seed, "task classes"))
+        return tuple(sorted(torch.tensor_split(dealt, self.tasks)[task].tolist()))
+
+    def permutation_of(self, task: int, pixels: int) -> Tensor:
+        """int64 [pixels]: which pixel of an image stands where in the task's; the same in all channels."""
+        self._check(task)
+        if self.kind != "pixels" or task == 0:
+            return torch.arange(pixels)
+        return torch.randperm(pixels, generator=derive_generator(self.seed, task, "task pixels"))
+
+    def images_of(self, data: LabelledImages, task: int) -> LabelledImages:
+        """A task's images; labels stay those of the dataset.
+
+        Raises:
+            DataError: there is no image of the task's classes.
+        """
+        if self.kind == "classes":
+            mine = torch.isin(data.labels, torch.tensor(self.classes_of(task)))
+            if not bool(mine.any()):
+                raise DataError(f"there is no image of task {task}, whose classes are {self.classes_of(task)}")
+            return data.subset(mine.nonzero().flatten())
+        pixels = self.permutation_of(task, data.images[0, 0].numel()) if len(data) else torch.arange(0)
+        images = data.images.flatten(2)[:, :, pixels].view_as(data.images)
+        return LabelledImages(images, data.labels, data.classes)
+
+    def _check(self, task: int) -> None:
+        if not 0 <= task < self.tasks:
+            raise SettingError("task", task, f"0 to {self.tasks - 1}")
+
+
+@contextmanager
+def only_classes(model: nn.Module, classes: Sequence[int]) -> Iterator[None]:
+    """Multi-head: within the block the model's other logits are out of the running, and get no gradient.
+
+    Outputs beyond the dataset's classes (an auxiliary class) are out as well unless named.
+    """
+    allowed = torch.tensor(sorted(classes))
+
+    def mask(module: nn.Module, args: object, outputs: Tensor) -> Tensor:
+        out = torch.ones(outputs.shape[1], dtype=torch.bool)
+        out[allowed] = False
+        return outputs.masked_fill(out, _EXCLUDED)
+
+    handle = model.register_forward_hook(mask)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def mean_accuracy(matrix: Tensor) -> float:
+    """ACC in percent: mean accuracy over all tasks after the last.
+
+    Args:
+        matrix: [tasks, tasks]; row i, column j: share of task j's test images classified rightly after task i.
+    """
+    return 100 * float(matrix[-1].double().mean())
+
+
+def backward_transfer(matrix: Tensor) -> float:
+    """BWT in percent points: what each task gained (lost, if negative) since it was learnt; 0 for one task."""
+    if len(matrix) < 2:
+        return 0.0
+    return 100 * float((matrix[-1].double() - matrix.double().diagonal())[:-1].mean())
