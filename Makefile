@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-all lint bench clean
+.PHONY: help setup demo test test-all lint bench certs clean
 help:
 	@echo "make demo      train a federation on the embedded digits: FedAvg against proxies, with a picture report"
 	@echo "make test      the quick tests"
 	@echo "make test-all  all tests, the slow ones too"
 	@echo "make lint      ruff and mypy"
+	@echo "make certs     keys and certificates for deploy/compose.yaml; HOSTS='fl.example.org' for names of this machine"
 	@echo "make bench-NAME  a benchmark of benchmarks/NAME (codec, federated, rivals, speed, scale); writes benchmarks/results/NAME.json"
 
 setup: $(VENV)/.ready
@@ -39,6 +40,13 @@ lint: setup
 
 bench-%: setup
 	$(BIN)/python -m benchmarks.$*
+
+# Names under which SuperNodes on other machines reach this one.
+HOSTS ?=
+NODES := node-0 node-1 node-2
+certs: setup
+	$(BIN)/python -m deploy.certificates deploy/secrets --compose $(NODES:%=--node %) $(HOSTS:%=--host %)
+	mkdir -p deploy/state deploy/results deploy/data/server $(NODES:%=deploy/data/%)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

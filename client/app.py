@@ -4,6 +4,7 @@ Node config: `partition-id` (the client's number; its images are that share of t
 with this client's own images, and optionally `partition-id` as its name.
 """
 
+import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,13 +19,14 @@ from client.state import KeptWeights, load_plugins, load_state, save_state
 from client.training import LocalTraining, train_locally
 from tofu.compression import ErrorFeedback
 from tofu.data import ImageShape, LabelledImages, local_folder, open_data
-from tofu.errors import DataError, TofuError
+from tofu.errors import DataError, PayloadError, TofuError
 from tofu.messages import FIELD, RECORD, RESYNC, SECURE, SecurePart, SecureQuery, TrainReply, TrainRequest
 from tofu.models import build_model
 from tofu.network import Network
 from tofu.payload import Payload
 from tofu.plugins import MOST_STATE_BYTES, export_to_bytes
-from tofu.secure_update import Encoded, SecureCode, SecureTerms
+from tofu.privacy import check_layout, clip
+from tofu.secure_update import SecureCode, SecureTerms, flat
 from tofu.seeding import derive_bytes, derive_generator
 from tofu.settings import Settings
 from tofu.tasks import only_classes
@@ -39,7 +41,8 @@ def hello(message: Message, context: Context) -> Message:
     try:
         settings = Settings.of(context.run_config)
         data = client_data(settings, context)
-        record = ConfigRecord({"client": client_name(context), "examples": len(data)})
+        examples = 1 if settings.noise_multiplier else len(data)
+        record = ConfigRecord({"client": client_name(context), "examples": examples})
         return Message(RecordDict({RECORD: record}), reply_to=message)
     except TofuError as error:
         return Message(Error(code=0, reason=str(error)), reply_to=message)
@@ -86,6 +89,7 @@ def train_round(request: TrainRequest, round_: int, settings: Settings, context:
     built = build_model(settings.model, request.shape, norm=settings.norm, seed=settings.seed)
     network = Network.of(built, request.shape, plugins, about)
     model = network.model
+    initial = flat(weights_of(model)) if request.kind == "secure" else None
     state = load_state(context, network.layout)
     receive_weights(request, round_, network, state.kept, settings.make_downlink(network))
     base = weights_of(model)
@@ -105,15 +109,37 @@ def train_round(request: TrainRequest, round_: int, settings: Settings, context:
     update = difference(weights_of(model), base)
     load_weights(model, base)  # the codec differentiates at the base weights
     model.eval()
-    feedback = state.feedback if settings.error_feedback else ErrorFeedback()
-    target = feedback.target(update, request.acknowledged, share=settings.error_feedback)
+    share = 0.0 if settings.noise_multiplier else settings.error_feedback
+    feedback = state.feedback if share else ErrorFeedback()
+    target = feedback.target(update, request.acknowledged, share=share)
+    examples, loss = len(data), result.loss
+    if settings.noise_multiplier:
+        # Of a client nothing leaves that has no noise: neither its number of images nor its loss.
+        examples, loss = 1, 0.0
+        check_layout(network.layout)
+        target, _ = clip(target, settings.clip_norm)
 
     if request.kind == "secure":
         seed = derive_bytes(settings.seed, round_, client, "round")
         part = SecurePart.from_bytes(request.secure)
-        code = SecureCode(network.layout, SecureTerms.from_bytes(part.terms), plugins.declare_sums(model))
-        sent = _mask(code.encode(target, len(data), result.loss, seed, exported.sums), part.shares, context)
+        terms = SecureTerms.from_bytes(part.terms)
+        moved = flat(base) - initial if terms.share < 1 and initial is not None else None
+        code = SecureCode(network.layout, terms, plugins.declare_sums(model), moved)
+        if code.digest != terms.digest:
+            raise ResyncError("the weights lead to other places than the server's")
+        session = load_session(context, member_of(context, client))
+        if noise := settings.noise_in_sum(session.topology, session.members, levels=code.levels, values=code.values):
+            fit = noise.grid * code.levels
+            if terms.unit_weight != 1 or any(not math.isclose(range_, fit, rel_tol=1e-6) for range_ in terms.ranges):
+                raise PayloadError("secure terms have ranges that do not fit the noise of this run")
+            target = noise.add(target)
+        encoded = code.encode(target, examples, loss, seed, exported.sums, silent=bool(noise))
+        masked = session.mask(encoded.vector, part.shares)
+        save_session(context, session)
+        sent = _Sent(masked, encoded.decoded)
     else:
+        if noise := settings.noise():
+            target = noise.add(target)
         generator = derive_generator(settings.seed, round_, client, "encode")
         compressor = settings.make_compressor(request.kind, network)
         began = time.perf_counter()
@@ -122,8 +148,8 @@ def train_round(request: TrainRequest, round_: int, settings: Settings, context:
         )
         parameters = {name: target[name] for name in network.layout.parameters}
         reply = TrainReply(
-            examples=len(data),
-            train_loss=result.loss,
+            examples=examples,
+            train_loss=loss,
             explained_variance=explained_variance(parameters, made.decoded),
             cosine=cosine(parameters, made.decoded),
             train_seconds=result.seconds,
@@ -136,7 +162,7 @@ def train_round(request: TrainRequest, round_: int, settings: Settings, context:
     save_state(
         context,
         network.layout,
-        feedback=ErrorFeedback.after(target, sent.decoded, round_) if settings.error_feedback else None,
+        feedback=ErrorFeedback.after(target, sent.decoded, round_) if share else None,
         memory=sent.memory or state.memory,
         kept=KeptWeights(base, request.identity) if settings.downlink != "full" else None,
         plugins=plugins.state_bytes(max_bytes=MOST_STATE_BYTES),
@@ -151,14 +177,6 @@ class _Sent:
     reply: bytes
     decoded: Weights
     memory: bytes = b""
-
-
-def _mask(encoded: Encoded, shares: bytes, context: Context) -> _Sent:
-    """The masked vector of a secure round."""
-    session = load_session(context, member_of(context, client_name(context)))
-    masked = session.mask(encoded.vector, shares)
-    save_session(context, session)
-    return _Sent(masked, encoded.decoded)
 
 
 def client_name(context: Context) -> str:

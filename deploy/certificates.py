@@ -1,11 +1,13 @@
 """What a federation needs to trust itself: a CA, the server's certificate, and a key pair for every node.
 
 `python -m deploy.certificates FOLDER --host fl.example.org --node hospital-a --node hospital-b` makes them.
+With `--compose` it makes a folder for each service of deploy/compose.yaml, with a certificate and secrets of its own.
 """
 
 import argparse
 import ipaddress
 import os
+import secrets
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +17,13 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+)
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from tofu.errors import SettingError, TofuError
@@ -58,31 +66,81 @@ def make_certificates(folder: Path, hosts: Sequence[str]) -> Certificates:
         raise SettingError("host", list(hosts), "at least one IP address or DNS name")
     files = Certificates(folder / "ca.crt", folder / "ca.key", folder / "server.pem", folder / "server.key")
     _refuse_to_overwrite(files.ca, files.ca_key, files.server, files.server_key)
-
-    ca_key, server_key = _private_key(), _private_key()
-    ca_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "tofu-fl CA")])
+    key, name = _private_key(), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "tofu-fl CA")])
     ca = (
-        _builder(ca_name, ca_name, ca_key, _CA_DAYS)
+        _builder(name, name, key, _CA_DAYS)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_usage(signs_certificates=True), critical=True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(ca_key.public_key()), critical=False)
-        .sign(ca_key, hashes.SHA384())
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .sign(key, hashes.SHA384())
     )
-    server_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "tofu-fl server")])
-    server = (
-        _builder(server_name, ca_name, server_key, _SERVER_DAYS)
+    _write(files.ca_key, _pem(key), 0o600)
+    _write(files.ca, ca.public_bytes(Encoding.PEM), 0o644)
+    make_server_certificate(folder, hosts, ca=files.ca, ca_key=files.ca_key)
+    return files
+
+
+def make_server_certificate(folder: Path, hosts: Sequence[str], *, ca: Path, ca_key: Path) -> None:
+    """A new key and a certificate for `hosts`, signed by the CA: `folder`/server.key and `folder`/server.pem.
+
+    Raises:
+        SettingError: as `make_certificates`, or a CA that cannot be read.
+    """
+    files = folder / "server.pem", folder / "server.key"
+    _refuse_to_overwrite(*files)
+    try:
+        authority = x509.load_pem_x509_certificate(ca.read_bytes())
+        authority_key = load_pem_private_key(ca_key.read_bytes(), password=None)
+    except (OSError, ValueError) as error:
+        raise SettingError("ca", str(ca), f"a CA's certificate and, at {ca_key}, its key ({error})") from error
+    if not isinstance(authority_key, ec.EllipticCurvePrivateKey):
+        raise SettingError("ca", str(ca), "a CA with an elliptic-curve key")
+    key, name = _private_key(), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "tofu-fl server")])
+    issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key())
+    certificate = (
+        _builder(name, authority.subject, key, _SERVER_DAYS)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(signs_certificates=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .add_extension(x509.SubjectAlternativeName([_name(host) for host in hosts]), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
-        .sign(ca_key, hashes.SHA384())
+        .add_extension(issuer, critical=False)
+        .sign(authority_key, hashes.SHA384())
     )
-    _write(files.ca_key, _pem(ca_key), 0o600)
-    _write(files.server_key, _pem(server_key), 0o600)
-    _write(files.ca, ca.public_bytes(Encoding.PEM), 0o644)
-    _write(files.server, server.public_bytes(Encoding.PEM), 0o644)
-    return files
+    _write(files[1], _pem(key), 0o600)
+    _write(files[0], certificate.public_bytes(Encoding.PEM), 0o644)
+
+
+def make_superexec_secret(file: Path) -> None:
+    """A new secret that a SuperLink or SuperNode and the SuperExec beside it share.
+
+    Raises:
+        SettingError: the file is there or cannot be written.
+    """
+    _refuse_to_overwrite(file)
+    _write(file, secrets.token_bytes(32), 0o600)
+
+
+def make_compose_secrets(folder: Path, hosts: Sequence[str], nodes: Sequence[str]) -> None:
+    """What deploy/compose.yaml mounts: a CA in `folder`, and in a folder for each service what only that one holds.
+
+    Args:
+        hosts: names and addresses under which SuperNodes on other machines reach the proxy.
+
+    Raises:
+        SettingError: as `make_certificates` and `make_node_key`.
+    """
+    local = ["localhost", "127.0.0.1"]
+    ca, ca_key = folder / "ca.crt", folder / "ca.key"
+    _refuse_to_overwrite(ca, ca_key)
+    made = make_certificates(folder / "superlink", ["superlink", *local])
+    made.ca.rename(ca)
+    made.ca_key.rename(ca_key)
+    make_superexec_secret(folder / "superlink" / "superexec")
+    make_server_certificate(folder / "proxy", ["proxy", *local, *hosts], ca=ca, ca_key=ca_key)
+    for node in nodes:
+        make_node_key(folder / node, node)
+        make_superexec_secret(folder / node / "superexec")
+        make_server_certificate(folder / node, [node, *local], ca=ca, ca_key=ca_key)
 
 
 def make_node_key(folder: Path, name: str) -> NodeKey:
@@ -172,15 +230,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="where the files go")
     parser.add_argument("--host", action="append", default=[], help="IP or DNS name of the server; makes CA and server")
     parser.add_argument("--node", action="append", default=[], help="name of a node; makes its key pair")
+    parser.add_argument("--compose", action="store_true", help="a folder for each service of deploy/compose.yaml")
     given = parser.parse_args(arguments)
     if not given.host and not given.node:
         parser.error("nothing to make: give --host, --node or both")
     try:
         made: list[Path] = []
-        if given.host:
-            made += vars(make_certificates(given.folder, given.host)).values()
-        for name in given.node:
-            made += vars(make_node_key(given.folder, name)).values()
+        if given.compose:
+            make_compose_secrets(given.folder, given.host, given.node)
+            made += sorted(file for file in given.folder.rglob("*") if file.is_file())
+        else:
+            if given.host:
+                made += vars(make_certificates(given.folder, given.host)).values()
+            for name in given.node:
+                made += vars(make_node_key(given.folder, name)).values()
     except TofuError as error:
         print(error, file=sys.stderr)
         return 2

@@ -5,82 +5,69 @@ The same topology as on separate machines. Every member has a folder of its own 
 
 import json
 import os
-import re
-import secrets
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-from deploy.certificates import make_certificates, make_node_key
+from deploy import topology
+from deploy.certificates import make_certificates, make_node_key, make_superexec_secret
+from deploy.control import CompletedRun, Control, last_lines
+from deploy.topology import ENVIRONMENT, Member, Trust
 from tofu.errors import RunError
 
+_NAMES = "nodes.json"
 _HOST = "127.0.0.1"
-_CONNECTION = "processes"
 _BIN = Path(sys.executable).parent
 _START_SECONDS = 90.0
 _STOP_SECONDS = 10.0
-_QUIET = {
-    # Without the first, every run calls `uv sync`, which needs the internet and may replace torch.
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
-
-
-@dataclass(frozen=True)
-class CompletedRun:
-    """A run that ended.
-
-    Attributes:
-        status: as Flower says it: finished:completed, finished:failed or finished:stopped.
-        details: the reason of a failure.
-        log: what the server app printed.
-        traffic_bytes: between SuperLink and SuperNodes, both directions, as Flower counts it.
-    """
-
-    identity: int
-    status: str
-    details: str
-    log: str
-    traffic_bytes: int
-
-    @property
-    def completed(self) -> bool:
-        """Whether the server app came to its end without an error."""
-        return self.status == "finished:completed"
 
 
 class Federation:
     """Starts on entering and stops on leaving a `with` block.
 
     Args:
-        folder: where keys, logs, the database and what the apps write go; it is also the apps' working directory.
+        folder: where keys, logs, the database and what the apps write go; it is also the apps' working directory. One
+            that a federation left behind is used on, with its keys, nodes and runs.
         nodes: number of SuperNodes, named node-0 and so on, with partition ids in that order.
         app: folder of the Flower app that `run` runs.
+        data: a folder whose sub-folders node-0 and so on hold the nodes' own data; None where the run's dataset is
+            dealt to them.
+        warm: client apps start from a process that has imported what they need (deploy/warm.py).
+        environment: more environment variables of every member.
 
     Attributes:
         processes: name -> process, in the order they were started; each leads a process group of its own.
+        address: host:port of the SuperLink.
     """
 
-    def __init__(self, folder: Path, *, nodes: int = 2, app: Path = Path(".")) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        nodes: int = 2,
+        app: Path = Path("."),
+        data: Path | None = None,
+        warm: bool = False,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.folder, self.nodes, self.app = folder.resolve(), nodes, app.resolve()
+        self._data = data.resolve() if data is not None else None
+        self._warm, self._environment = warm, {**ENVIRONMENT, **(environment or {})}
         self.logs = self.folder / "logs"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._port = _free_port()
-        self._runs = 0
+        self._members: dict[str, Member] = {}
+        self._port = free_port()
+        self.address = f"{_HOST}:{self._port}"
 
     def __enter__(self) -> Self:
         try:
-            self._start()
+            self.start()
         except BaseException:
             self.stop()
             raise
@@ -91,8 +78,30 @@ class Federation:
     ) -> None:
         self.stop()
 
-    def start_node(self, name: str, *, partition: int, register: bool = True) -> subprocess.Popen[bytes]:
+    def start(self) -> None:
+        """Make what keys are missing, and start every member.
+
+        Raises:
+            RunError: the SuperLink did not start, or refused a node's key.
+        """
+        if not (self._keys / "ca.crt").exists():
+            make_certificates(self._keys, [_HOST, "localhost"])
+            make_superexec_secret(self._keys / "superexec")
+        self.logs.mkdir(parents=True, exist_ok=True)
+        database = self.folder / "state.db"
+        self._spawn("superlink", topology.superlink(self._trust, host=_HOST, port=self._port, database=database))
+        self._spawn("superlink-exec", topology.superexec(self._trust, address=self.address))
+        self._await_port("superlink", self._port)
+        for partition in range(self.nodes):
+            self.start_node(f"node-{partition}", partition=partition)
+
+    def start_node(
+        self, name: str, *, partition: int, register: bool = True, superlink: str = ""
+    ) -> subprocess.Popen[bytes]:
         """Start a SuperNode and the SuperExec beside it; the node's key is made unless it is there.
+
+        Args:
+            superlink: host:port at which the node finds the SuperLink, where that is not the SuperLink's own.
 
         Returns:
             The SuperNode's process, which may not be online yet.
@@ -100,55 +109,35 @@ class Federation:
         Raises:
             RunError: the key cannot be registered.
         """
-        keys = self.folder / "keys"
-        if not (keys / name).exists():
-            make_node_key(keys, name)
-            if register:
-                self._flwr("supernode", "register", str(keys / f"{name}.pub"), _CONNECTION, "--name", name)
-        port = _free_port()
-        node = self._spawn(
-            name, "flower-supernode", "--superlink", f"{_HOST}:{self._port}",
-            "--root-certificates", str(keys / "ca.crt"), "--auth-supernode-private-key", str(keys / name),
-            "--node-config", f"partition-id={partition} num-partitions={self.nodes}", *self._listen(port),
-        )  # fmt: skip
-        self._spawn_superexec(f"{name}-exec", port)
-        return node
+        if not (self._keys / name).exists():
+            make_node_key(self._keys, name)
+        if register and (identity := self.control.register(self._keys / f"{name}.pub", name)):
+            names = read_names(self.folder) | {identity: name}
+            (self.folder / _NAMES).write_text(json.dumps(names, indent=1))
+        port = free_port()
+        config: dict[str, int | str] = {"partition-id": partition, "num-partitions": self.nodes}
+        if self._data is not None:
+            config["data"] = str(self._data / name)
+        node = topology.supernode(
+            self._trust,
+            superlink=superlink or self.address,
+            key=self._keys / name,
+            config=config,
+            host=_HOST,
+            port=port,
+        )
+        process = self._spawn(name, node)
+        self._spawn(f"{name}-exec", topology.superexec(self._trust, address=f"{_HOST}:{port}"))
+        return process
 
     def run(self, run_config: Mapping[str, bool | float | int | str], *, timeout: float = 300) -> CompletedRun:
-        """Run the app and wait for its end, whether it completes or fails.
+        """Run the app and wait for its end; see `Control.run`."""
+        return self.control.run(self.app, run_config, timeout=timeout)
 
-        Args:
-            run_config: overrides of keys in the app's `[tool.flwr.app.config]`.
-            timeout: seconds, after which the run is stopped.
-
-        Raises:
-            RunError: the run could not be started, or had not ended in time.
-        """
-        self._runs += 1
-        config = self.folder / f"run-{self._runs}.toml"
-        lines = [f"{json.dumps(key)} = {json.dumps(value, ensure_ascii=False)}" for key, value in run_config.items()]
-        config.write_text("\n".join(lines), encoding="utf-8")
-        end = time.monotonic() + timeout
-        name = f"run-{self._runs}"
-        overrides = ["--run-config", str(config)] if run_config else []
-        stream = self._spawn(name, "flwr", "run", str(self.app), _CONNECTION, "--stream", *overrides)
-        with suppress(subprocess.TimeoutExpired):
-            stream.wait(timeout)
+    def restart(self, name: str) -> subprocess.Popen[bytes]:
+        """Start a member again that ended, with the same command line."""
         self.end(name)
-        log = self._log(name)
-        started = re.search(r"started run (\d+)", log)
-        if started is None:
-            raise RunError(f"the run did not start: {_last_lines(log)}")
-        identity = int(started[1])
-        while True:
-            status = self._flwr("ls", _CONNECTION, "--run-id", str(identity), "--format", "json")["runs"][0]
-            if status["status"].startswith("finished"):
-                traffic = int(status["network-traffic"]["total-bytes"])
-                return CompletedRun(identity, status["status"], status["status-details"], log, traffic)
-            if time.monotonic() >= end:
-                self._flwr("stop", str(identity), _CONNECTION, "--format", "json")
-                raise RunError(f"run {identity} had not ended after {timeout:g} s: {_last_lines(log)}")
-            time.sleep(0.5)
+        return self._spawn(name, self._members[name])
 
     def end(self, *names: str) -> None:
         """End these processes and the processes they started: politely, and after 10 s by force."""
@@ -159,7 +148,7 @@ class Federation:
             os.killpg(process.pid, signal.SIGTERM)
         deadline = time.monotonic() + _STOP_SECONDS
         for process in ending:
-            while not _exited(process) and time.monotonic() < deadline:
+            while exit_status(process) is None and time.monotonic() < deadline:
                 time.sleep(0.05)
             # What the leader started may have outlived it.
             os.killpg(process.pid, signal.SIGKILL)
@@ -171,79 +160,36 @@ class Federation:
         self.end(*[name for name in self.processes if name not in servers])
         self.end(*servers)
 
-    def _start(self) -> None:
-        keys = self.folder / "keys"
-        make_certificates(keys, [_HOST, "localhost"])
-        secret = os.open(keys / "superexec", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(secret, "wb") as file:
-            file.write(secrets.token_bytes(32))
-        self.logs.mkdir(exist_ok=True)
-        home = self._home("flwr")
-        home.mkdir(parents=True)
-        address, ca = f"{_HOST}:{self._port}", str(keys / "ca.crt")
-        (home / "config.toml").write_text(
-            f"[superlink.{_CONNECTION}]\naddress = {json.dumps(address)}\nroot-certificates = {json.dumps(ca)}\n"
-        )
-        self._spawn(
-            "superlink", "flower-superlink", "--enable-supernode-auth", "--database", str(self.folder / "state.db"),
-            "--disable-runtime-dependency-installation", *self._listen(self._port),
-        )  # fmt: skip
-        self._spawn_superexec("superlink-exec", self._port)
-        self._await_port("superlink", self._port)
-        for partition in range(self.nodes):
-            self.start_node(f"node-{partition}", partition=partition)
+    @property
+    def control(self) -> Control:
+        """The operator's side of this federation."""
+        return Control(self.folder / "homes", self.address, self._keys / "ca.crt")
 
-    def _listen(self, port: int) -> list[str]:
-        keys = self.folder / "keys"
-        return [
-            "--host", _HOST, "--port", str(port), "--ssl-ca-certfile", str(keys / "ca.crt"),
-            "--ssl-certfile", str(keys / "server.pem"), "--ssl-keyfile", str(keys / "server.key"),
-            "--isolation", "process", "--superexec-auth-secret-file", str(keys / "superexec"),
-        ]  # fmt: skip
+    @property
+    def _keys(self) -> Path:
+        return self.folder / "keys"
 
-    def _spawn_superexec(self, name: str, port: int) -> None:
-        keys = self.folder / "keys"
-        self._spawn(
-            name, "flower-superexec", "--runtime-api-address", f"{_HOST}:{port}",
-            "--root-certificates", str(keys / "ca.crt"), "--superexec-auth-secret-file", str(keys / "superexec"),
-        )  # fmt: skip
+    @property
+    def _trust(self) -> Trust:
+        return Trust(*(self._keys / name for name in ("ca.crt", "server.pem", "server.key", "superexec")))
 
-    def _spawn(self, name: str, command: str, *arguments: str) -> subprocess.Popen[bytes]:
+    def _spawn(self, name: str, member: Member) -> subprocess.Popen[bytes]:
+        path = f"{_BIN}{os.pathsep}{os.environ.get('PATH', '')}"
+        home = str(self.folder / "homes" / name)
+        warm = self._warm and member.command == "flower-superexec" and not name.startswith("superlink")
+        before = [sys.executable, "-m", "deploy.warm"] if warm else []
         with (self.logs / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
-                [str(_BIN / command), *arguments],
+                [*before, str(_BIN / member.command), *member.arguments],
                 cwd=self.folder,
-                env=self._environment("flwr" if command == "flwr" else name),
+                env=os.environ | self._environment | {"FLWR_HOME": home, "PATH": path},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self.processes[name] = process
+        self.processes[name], self._members[name] = process, member
         return process
-
-    def _flwr(self, *arguments: str) -> Any:
-        """The answer of a `flwr` command, as the JSON it prints; None where it prints something else."""
-        result = subprocess.run(
-            [str(_BIN / "flwr"), *arguments],
-            cwd=self.folder,
-            env=self._environment("flwr"),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_START_SECONDS,
-            check=False,
-        )
-        if result.returncode != 0:
-            raise RunError(f"flwr {' '.join(arguments[:2])} failed: {_last_lines(result.stdout + result.stderr)}")
-        return json.loads(result.stdout) if result.stdout.lstrip().startswith("{") else None
-
-    def _home(self, name: str) -> Path:
-        return self.folder / "homes" / name
-
-    def _environment(self, name: str) -> dict[str, str]:
-        path = f"{_BIN}{os.pathsep}{os.environ.get('PATH', '')}"
-        return os.environ | _QUIET | {"FLWR_HOME": str(self._home(name)), "PATH": path}
 
     def _await_port(self, name: str, port: int) -> None:
         end = time.monotonic() + _START_SECONDS
@@ -253,22 +199,27 @@ class Federation:
                 return
             except OSError:
                 time.sleep(0.1)
-        raise RunError(f"{name} did not start: {_last_lines(self._log(name))}")
-
-    def _log(self, name: str) -> str:
-        return (self.logs / f"{name}.log").read_text(encoding="utf-8", errors="replace")
+        log = (self.logs / f"{name}.log").read_text(encoding="utf-8", errors="replace")
+        raise RunError(f"{name} did not start: {last_lines(log)}")
 
 
-def _free_port() -> int:
+def read_names(folder: Path) -> dict[str, str]:
+    """Node id -> name of the nodes that were registered from a federation's folder."""
+    file = folder / _NAMES
+    return dict(json.loads(file.read_text())) if file.exists() else {}
+
+
+def exit_status(process: subprocess.Popen[bytes]) -> int | None:
+    """Its exit status, or the signal that ended it; None while it runs.
+
+    The process is not waited for, so that its group keeps its number and `end` can end what is left of the group.
+    """
+    ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+    return ended.si_status if ended is not None else None
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 on which nothing listens now."""
     with socket.socket() as probe:
         probe.bind((_HOST, 0))
         return int(probe.getsockname()[1])
-
-
-def _exited(process: subprocess.Popen[bytes]) -> bool:
-    """Whether it ended, without waiting for it, so that its process group keeps its number."""
-    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
-
-
-def _last_lines(text: str) -> str:
-    return " | ".join(text.split("\n")[-6:]).strip(" |")

@@ -77,7 +77,11 @@ def serve(grid: Grid, settings: Settings, progress: Progress) -> dict[str, objec
                 "downlink_bytes": 0, "fedavg_uplink_bytes": 0, "seconds": time.perf_counter() - began,
             }  # fmt: skip
             folder.add_round(row, ())
+        stopped = ""
         for round_ in range((done or 0) + 1, settings.rounds + 1):
+            if stopped := _spent(federation, round_):
+                progress.note(stopped)
+                break
             try:
                 row = _round(federation, ledger, samples, round_, progress)
             except BaseException:
@@ -92,7 +96,7 @@ def serve(grid: Grid, settings: Settings, progress: Progress) -> dict[str, objec
             progress.round_done(row)
         summary: dict[str, object] = {
             "final_accuracy": federation.accuracies[-1],
-            "rounds": settings.rounds,
+            "rounds": federation.round,
             "uplink_bytes": ledger.uplink,
             "downlink_bytes": ledger.downlink,
             "fedavg_uplink_bytes": ledger.fedavg_uplink,
@@ -102,6 +106,8 @@ def serve(grid: Grid, settings: Settings, progress: Progress) -> dict[str, objec
             "payload_ratio": ledger.payload_ratio(),
             "weights_sha256": weights_sha256(federation.weights),
             **_transfer(federation),
+            **({"epsilon": federation.account.epsilon, "delta": settings.privacy_delta} if federation.account else {}),
+            **({"stopped": stopped} if stopped else {}),
             "run": str(folder.path),
             "seconds": time.perf_counter() - began,
         }
@@ -219,6 +225,8 @@ def _round(
         "fedavg_uplink_bytes": ledger.fedavg_uplink - before[2],
         "seconds": time.perf_counter() - began,
     }
+    if federation.account is not None:
+        row |= {"epsilon": finite(federation.account.epsilon), "train_loss": None}
     if metrics := result.plugin_metrics():
         row["plugins"] = metrics
     if settings.task_count > 1:
@@ -232,10 +240,25 @@ def _round(
     return row
 
 
+def _spent(federation: Federation, round_: int) -> str:
+    """Why the run must stop before a round, or ""."""
+    settings, account = federation.settings, federation.account
+    if (
+        account is None
+        or not settings.privacy_budget
+        or account.allows(settings.noise_multiplier, settings.privacy_budget)
+    ):
+        return ""
+    return (
+        f"the privacy budget allows no round {round_}: epsilon is {account.epsilon:.4g}, "
+        f"privacy-budget {settings.privacy_budget:g}"
+    )
+
+
 def _transfer(federation: Federation) -> dict[str, float]:
     """ACC and BWT in percent (`tofu.tasks`), averaged over the orders in which the clients learnt the tasks."""
     settings, stream = federation.settings, federation.stream
-    if stream.tasks < 2:
+    if stream.tasks < 2 or federation.round < settings.rounds:
         return {}
     each = settings.rounds // stream.tasks
     after = torch.tensor(federation.task_accuracies[each::each])  # [tasks, tasks]: after each task, on each task

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
+from torch import Tensor
 
 from server.checkpoint import Snapshot
 from server.clients import Client, exchange, one_line
@@ -26,7 +27,8 @@ from server.ledger import Ledger
 from tofu.errors import PayloadError, RunError, SettingError
 from tofu.messages import FIELD, RECORD, SECURE, SecureAnswer, SecurePart, SecureQuery, run_name
 from tofu.plugins import SumSpec
-from tofu.secagg.fixed_point import ring_bits
+from tofu.secagg import compact
+from tofu.secagg.fixed_point import FixedPoint
 from tofu.secagg.identities import read_known
 from tofu.secagg.server import ServerSession
 from tofu.secure_update import SecureCode, SecureMean, SecureTerms, first_ranges
@@ -69,8 +71,18 @@ class SecureRounds:
         self._adverts: dict[str, bytes] = {}
 
     def begin(self, layout: Layout) -> None:
-        """Begin with a model: nothing is known of the ranges of its updates."""
-        self._layout = layout
+        """Begin with a model: nothing is known of the ranges of its updates.
+
+        Raises:
+            SettingError: the noise that is asked for does not fit the ring.
+        """
+        settings = self._settings
+        clients = max(round(settings.fraction * settings.clients), settings.min_clients, LEAST_SECURE)
+        share, bits = compact.settings_for(settings.secure_ratio, clients)
+        levels = FixedPoint(clients, bits, 1.0).levels
+        values = math.ceil(share * layout.float32_bytes / 4)
+        settings.noise_in_sum(settings.topology(clients), clients, levels=levels, values=values)
+        self._layout, self._turn = layout, 0
         self._ranges: tuple[float, ...] = ()
         self._peaks: dict[str, float] = {}
 
@@ -83,12 +95,17 @@ class SecureRounds:
     def save(self, snapshot: Snapshot) -> None:
         """Put what the next rounds need into a checkpoint. The keys are public ones."""
         adverts = {name: advert.hex() for name, advert in self._adverts.items()}
-        snapshot.plain["secure"] = {"ranges": self._ranges, "peaks": self._peaks, "adverts": adverts}
+        snapshot.plain["secure"] = {
+            "turn": self._turn,
+            "ranges": self._ranges,
+            "peaks": self._peaks,
+            "adverts": adverts,
+        }
 
     def restore(self, snapshot: Snapshot, *, clients_kept: bool) -> None:
         """The inverse of `save`; clients that lost what they had are asked for keys anew."""
         plain = snapshot.plain["secure"]
-        self._ranges, self._peaks = tuple(plain["ranges"]), dict(plain["peaks"])
+        self._turn, self._ranges, self._peaks = plain["turn"], tuple(plain["ranges"]), dict(plain["peaks"])
         if clients_kept:
             self._adverts = {name: bytes.fromhex(advert) for name, advert in plain["adverts"].items()}
 
@@ -104,13 +121,19 @@ class SecureRounds:
             self._peaks[name] = max(self._peaks.get(name, 0.0), peak)
 
     def open(
-        self, asked: Sequence[Client], round_: int, failures: dict[str, str], declared: Mapping[str, SumSpec]
+        self,
+        asked: Sequence[Client],
+        round_: int,
+        failures: dict[str, str],
+        declared: Mapping[str, SumSpec],
+        moved: Tensor,
     ) -> OpenRound:
         """Collect keys and shares.
 
         Args:
             failures: client name -> reason, filled in.
             declared: what plugins sum beside the update.
+            moved: how far the weights that clients train from are from the initial ones, as one vector.
 
         Raises:
             AbandonedError: too few clients took part.
@@ -119,8 +142,8 @@ class SecureRounds:
         for client, answer in self._ask(lacking, "advert", {client.name: b"" for client in lacking}, round_, failures):
             self.keep_advert(client, answer.advert)
         able = [client for client in asked if client.name in self._adverts]
-        terms = self._terms(able)
-        code = SecureCode(self._layout, terms, declared)
+        with _abandoning():
+            terms, code = self._terms(able, declared, moved)
         session = ServerSession(
             run_name(self._grid.run.run_id), round_, values=code.length, bits=terms.bits, known=self._known
         )
@@ -173,20 +196,30 @@ class SecureRounds:
         with _abandoning():
             total = session.finish()
             mean = opened.code.decode(total.vector, len(total.survivors))
-        self._ranges = mean.ranges
+        self._ranges, self._turn = mean.ranges, self._turn + 1
         return mean, total.survivors
 
-    def _terms(self, able: Sequence[Client]) -> SecureTerms:
-        clients = max(len(able), LEAST_SECURE)
+    def _terms(
+        self, able: Sequence[Client], declared: Mapping[str, SumSpec], moved: Tensor
+    ) -> tuple[SecureTerms, SecureCode]:
+        """What these clients are to agree on."""
+        settings, clients = self._settings, max(len(able), LEAST_SECURE)
         unit = sum(client.examples for client in able) / len(able) if able else 1.0
+        share, bits = compact.settings_for(settings.secure_ratio, clients)
         peaks = {name: peak / unit for name, peak in self._peaks.items()}
-        terms = SecureTerms(
-            clients,
-            ring_bits(clients, self._settings.secure_bits),
-            unit,
-            self._ranges or first_ranges(self._layout, peaks),
-        )
-        return SecureTerms.from_bytes(terms.to_bytes())  # rounded as the clients will read them
+        ranges = self._ranges or first_ranges(self._layout, peaks)
+        moved_ = moved if share < 1 else None
+
+        def agreed(ranges: tuple[float, ...], digest: bytes) -> SecureTerms:
+            terms = SecureTerms(clients, bits, unit, ranges, share, self._turn, digest)
+            return SecureTerms.from_bytes(terms.to_bytes())  # rounded as the clients will read them
+
+        draft = SecureCode(self._layout, agreed(ranges, b""), declared, moved_)
+        topology = settings.topology(clients)
+        if noise := settings.noise_in_sum(topology, clients, levels=draft.levels, values=draft.values):
+            ranges = (noise.grid * draft.levels,) * len(self._layout.shapes)  # never adapts to what was summed
+        terms = agreed(ranges, draft.digest)
+        return terms, SecureCode(self._layout, terms, declared, moved_)
 
     def _ask(
         self,

@@ -34,7 +34,8 @@ from tofu.models import build_model
 from tofu.network import Network
 from tofu.payload import HEADER_BYTES, read_payload
 from tofu.plugins import MOST_STATE_BYTES, Export, SumSpec, export_from_bytes
-from tofu.secure_update import SecureMean
+from tofu.privacy import Accountant, check_layout
+from tofu.secure_update import SecureMean, flat
 from tofu.seeding import derive_generator
 from tofu.settings import LEAST_SECURE, Settings
 from tofu.tasks import only_classes
@@ -116,14 +117,22 @@ class Federation:
         self.stream = settings.task_stream(network.shape.classes)
         self._secure = SecureRounds(grid, ledger, settings) if "secure" in self._schedule.kinds else None
         self._acknowledged: dict[str, int] = {}
+        self.account = Accountant(settings.privacy_delta) if settings.noise_multiplier else None
         self.accuracies: list[float] = []
         self.task_accuracies: list[list[float]] = []
         self.round = 0
-        self._equip(Network.of(network.model, network.shape, self.plugins, settings.about(network.shape, 1)))
+        first = Network.of(network.model, network.shape, self.plugins, settings.about(network.shape, 1))
+        self._equip(first, flat(weights_of(first.model)))
 
-    def _equip(self, network: Network, averaged: nn.Module | None = None) -> None:
-        """Begin with a network: all that depends on the names and shapes of its parameters is made anew."""
-        self.network = network
+    def _equip(self, network: Network, initial: Tensor, averaged: nn.Module | None = None) -> None:
+        """Begin with a network: all that depends on the names and shapes of its parameters is made anew.
+
+        Args:
+            initial: the weights that clients build it with, as one vector.
+        """
+        if self.settings.noise_multiplier:
+            check_layout(network.layout)
+        self.network, self._initial = network, initial
         self._optimiser = ServerOptimiser(network.model, self.settings)
         kinds = set(self._schedule.kinds) - {"secure"}
         self._compressors = {kind: self.settings.make_compressor(kind, network) for kind in kinds}
@@ -138,13 +147,14 @@ class Federation:
             return
         settings, about = self.settings, self.settings.about(self._shape, round_)
         built = build_model(settings.model, self._shape, norm=settings.norm, seed=settings.seed)
-        if Network.of(built, self._shape, self.plugins, about).layout == self.network.layout:
+        fresh = Network.of(built, self._shape, self.plugins, about)
+        if fresh.layout == self.network.layout:
             return
         averaged = None
         if self._averaged is not self.network.model:
             averaged = Network.of(self._averaged, self._shape, self.plugins, about).model
         network = Network.of(self.network.model, self._shape, self.plugins, about)
-        self._equip(Network(network.model.eval(), network.shape), averaged)
+        self._equip(Network(network.model.eval(), network.shape), flat(weights_of(fresh.model)), averaged)
 
     def evaluate(self) -> Evaluation:
         """Evaluate the model that the run would end with, and remember the accuracy for the schedule.
@@ -193,6 +203,8 @@ class Federation:
             self.plugins.on_step(self.network.model, before)
             self._reduce(result)
         self._average(round_)
+        if self.account is not None and update is not None:
+            self.account.spend(settings.noise_multiplier, kind)
         if round_ < settings.rounds:
             self._set_up(round_ + 1)
         return result
@@ -227,7 +239,8 @@ class Federation:
         assert self._secure is not None  # in a run with secure rounds
         self._progress.phase(result.round, "secure", "share", 0, len(chosen))
         try:
-            opened = self._secure.open(chosen, result.round, result.failures, self._declared())
+            moved = flat(weights_of(self._downlink.network.model)) - self._initial
+            opened = self._secure.open(chosen, result.round, result.failures, self._declared(), moved)
             result.parts = opened.parts
             sharers = [client for client in chosen if client.name in opened.parts]
             self._train(sharers, result, end, lambda client, reply: self._add_masked(client, reply, result, opened))
@@ -400,6 +413,7 @@ class Federation:
         self._downlink.save(snapshot)
         if self._secure is not None:
             self._secure.save(snapshot)
+        snapshot.plain["privacy"] = self.account.to_dict() if self.account else None
         snapshot.plain |= {
             "round": self.round, "accuracies": self.accuracies, "task_accuracies": self.task_accuracies,
             "acknowledged": self._acknowledged, "clients": self._clients.state(),
@@ -413,6 +427,8 @@ class Federation:
             clients_kept: the clients have the state that they had then, as those of one process; others begin afresh.
         """
         self.round = int(snapshot.plain["round"])
+        if self.account is not None:
+            self.account = Accountant.from_dict(snapshot.plain["privacy"])
         self.plugins.load(broadcast=snapshot.blobs["plugins"], max_bytes=MOST_STATE_BYTES)
         if self.round < self.settings.rounds:
             self._set_up(self.round + 1)

@@ -1,4 +1,4 @@
-"""The command line: `tofu run`, `tofu plan`, `tofu demo`, `tofu compare`, `tofu report`."""
+"""The command line: `tofu run`, `tofu plan`, `tofu demo`, `tofu compare`, `tofu report`, `tofu deploy`."""
 
 import dataclasses
 import inspect
@@ -299,6 +299,14 @@ def report(run: Annotated[Path, typer.Argument(help="a run's folder")]) -> None:
     from server.report import write_report
 
     print(write_report(run))
+
+
+@_app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def deploy(context: typer.Context) -> None:
+    """Run a federation of real processes, over TLS: `tofu deploy up`, `run`, `status`, `down`."""
+    from deploy.cli import app
+
+    app(context.args, prog_name="tofu deploy")
 
 
 if __name__ == "__main__":

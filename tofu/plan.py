@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from tofu.compression.proxy import Proxy
 from tofu.messages import SecurePart
 from tofu.network import Network
 from tofu.payload import HEADER_BYTES
-from tofu.secagg.fixed_point import ring_bits
+from tofu.secagg import compact
 from tofu.secagg.identities import SIGNATURE_BYTES
 from tofu.secagg.masks import KEY_BYTES
 from tofu.secagg.messages import SEALED_BYTES, Advert, Confirmation, Masked, Reveal, Roster, Shares, Survivors
@@ -132,9 +134,10 @@ def _secure_extra(settings: Settings, network: Network, clients: int, *, message
     Its messages are written once with zeros for keys, shares and the masked vector.
     """
     members = max(clients, LEAST_SECURE)
-    topology, bits = settings.topology(members), ring_bits(members, settings.secure_bits)
-    terms = SecureTerms(members, bits, 1.0, first_ranges(network.layout, {}))
-    length = SecureCode(network.layout, terms).length
+    topology, (share, bits) = settings.topology(members), compact.settings_for(settings.secure_ratio, members)
+    terms = SecureTerms(members, bits, 1.0, first_ranges(network.layout, {}), share)
+    moved = torch.zeros(network.layout.float32_bytes // 4) if share < 1 else None
+    length = SecureCode(network.layout, terms, None, moved).length
     signature = bytes(SIGNATURE_BYTES if settings.secure_identities else 0)
     session, peers = Session(1, bytes(SESSION_BYTES)), range(topology.neighbours)
     advert = Advert("0" * len(str(members - 1)), bytes(KEY_BYTES), bytes(KEY_BYTES), signature)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tofu.errors import PayloadError, SettingError
 from tofu.plugins import SumSpec
+from tofu.secagg import compact
 from tofu.secagg.fixed_point import HEADROOM, LARGEST_GROWTH, Clipped, FixedPoint
 from tofu.secagg.ring import MOST_BITS, RingVector, centred
 from tofu.weights import Layout, Weights
@@ -35,7 +36,7 @@ FIRST_RANGE = 0.25
 _SUM_BITS = 40
 
 _SMALLEST, _WIDEST = 1e-12, 1e12
-_HEAD = struct.Struct("<HBfH")
+_HEAD = struct.Struct(f"<HBfHfI{compact.DIGEST_BYTES}s")
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,22 @@ class SecureTerms:
         bits: of the ring.
         unit_weight: examples that count as weight 1.
         ranges: of each tensor of the layout, in its order: |value * weight| up to which nothing is clipped.
+        share: of the entries that travel (`tofu.secagg.compact`).
+        turn: secure rounds before this one.
+        digest: of the places that travel, where that is not all of them.
     """
 
     clients: int
     bits: int
     unit_weight: float
     ranges: tuple[float, ...]
+    share: float = 1.0
+    turn: int = 0
+    digest: bytes = bytes(compact.DIGEST_BYTES)
 
     def to_bytes(self) -> bytes:
-        head = _HEAD.pack(self.clients, self.bits, self.unit_weight, len(self.ranges))
+        numbers = (self.clients, self.bits, self.unit_weight, len(self.ranges), self.share, self.turn)
+        head = _HEAD.pack(*numbers, self.digest)
         return head + np.array(self.ranges, "<f4").tobytes()
 
     @staticmethod
@@ -63,7 +71,7 @@ class SecureTerms:
         """Raises PayloadError for bytes that are no terms, or terms that nobody could work by."""
         if len(data) < _HEAD.size:
             raise PayloadError(f"secure terms have {len(data)} bytes, expected at least {_HEAD.size}")
-        clients, bits, unit_weight, count = _HEAD.unpack_from(data)
+        clients, bits, unit_weight, count, share, turn, digest = _HEAD.unpack_from(data)
         if len(data) != _HEAD.size + 4 * count:
             raise PayloadError(f"secure terms have {len(data)} bytes, expected {_HEAD.size + 4 * count}")
         ranges = tuple(float(value) for value in np.frombuffer(data, "<f4", offset=_HEAD.size))
@@ -71,7 +79,9 @@ class SecureTerms:
             raise PayloadError("secure terms hold a range or a weight that is not a usual positive number")
         if not 1 <= bits <= MOST_BITS:
             raise PayloadError(f"secure terms have {bits} bits, expected 1 to {MOST_BITS}")
-        return SecureTerms(clients, bits, unit_weight, ranges)
+        if not 0 < share <= 1:
+            raise PayloadError(f"secure terms have share {share:g}, expected above 0 and up to 1")
+        return SecureTerms(clients, bits, unit_weight, ranges, share, turn, digest)
 
 
 @dataclass(frozen=True)
@@ -117,12 +127,19 @@ class SecureCode:
 
     Args:
         declared: what the plugins sum beside the update, with finite bounds.
+        moved: the round's weights less the initial ones, one vector in the layout's order; where a share travels.
 
     Raises:
         PayloadError: terms for another model, or a ring that is too small for that many clients.
     """
 
-    def __init__(self, layout: Layout, terms: SecureTerms, declared: Mapping[str, SumSpec] | None = None) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        terms: SecureTerms,
+        declared: Mapping[str, SumSpec] | None = None,
+        moved: Tensor | None = None,
+    ) -> None:
         if len(terms.ranges) != len(layout.shapes):
             raise PayloadError(f"secure terms have {len(terms.ranges)} ranges, expected {len(layout.shapes)}")
         self._layout, self._terms = layout, terms
@@ -131,9 +148,26 @@ class SecureCode:
         except SettingError as error:
             raise PayloadError(f"secure terms cannot be used: {error}") from error
         self._sizes = [shape.numel() for shape in layout.shapes.values()]
-        self._count = sum(self._sizes)
+        self._all = sum(self._sizes)
+        self._places = None if moved is None else compact.places(moved, terms.share, terms.turn)
+        self._count = self._all if self._places is None else len(self._places)
         self._declared = dict(declared or {})
         self._digits = -(-_SUM_BITS // self._fixed.digit_bits)
+
+    @property
+    def levels(self) -> int:
+        """Steps on either side of zero."""
+        return self._fixed.levels
+
+    @property
+    def values(self) -> int:
+        """Entries of the update that travel."""
+        return self._count
+
+    @property
+    def digest(self) -> bytes:
+        """Names the places that travel; zeros where that is all."""
+        return bytes(compact.DIGEST_BYTES) if self._places is None else compact.digest(self._places)
 
     @property
     def length(self) -> int:
@@ -148,27 +182,35 @@ class SecureCode:
         loss: float,
         seed: bytes = b"",
         sums: Mapping[str, Tensor] | None = None,
+        *,
+        silent: bool = False,
     ) -> Encoded:
         """An update as a vector.
 
         Args:
             seed: of the rounding (`FixedPoint.encode`).
             sums: the plugins', by the names that were declared, within their bounds.
+            silent: say nothing beside the update: neither a loss nor that anything was clipped.
 
         Raises:
             RunError: an update that is not finite.
         """
         weight = examples / self._terms.unit_weight
-        flat = torch.cat([update[name].detach().float().flatten() for name in self._layout.shapes]).numpy()
-        values = flat.astype(np.float64) / self._spread
-        furthest = [float(np.abs(part).max(initial=0.0)) * weight for part in self._parts(values)]
+        entries = flat({name: update[name] for name in self._layout.shapes}).numpy()
+        values = entries.astype(np.float64) / self._spread
+        if self._places is not None:
+            values = compact.encode(torch.from_numpy(values), self._places).numpy()
+        if silent:
+            values, loss = np.clip(values, -1 / weight, 1 / weight), 0.0
+        furthest = [float(np.abs(part).max(initial=0.0)) * weight for part in self._parts(self._spaced(values))]
         # Divided by the weight, which `FixedPoint` multiplies by; at least one whole level, which is not rounded away.
         least = LARGEST / self._fixed.levels
         beyond = [min(max(far - 1.0, least), LARGEST) if far > 1 else 0.0 for far in furthest]
         excess = np.array(beyond) / LARGEST / weight
         losses = np.full(_LOSS_ENTRIES, min(max(loss, 0.0) / LARGEST, 1.0 / weight))
         vector, clipped = self._fixed.encode(np.concatenate([values, losses, excess]), examples, seed)
-        own = centred(vector[: self._count], self._terms.bits) * (self._fixed.step / weight) * self._spread
+        steps = centred(vector[: self._count], self._terms.bits).astype(np.float64)
+        own = self._spaced(steps * (self._fixed.step / weight)) * self._spread
         digits = [self._digits_of((sums or {})[name], spec) for name, spec in self._declared.items()]
         return Encoded(np.concatenate([vector, *digits]), self._weights(own), clipped)
 
@@ -184,7 +226,8 @@ class SecureCode:
         end = total.size - self._digits * sum(math.prod(spec.shape) for spec in self._declared.values())
         decoded = self._fixed.decode(total[:end], survivors)
         weights = decoded.examples / self._terms.unit_weight
-        values, losses, excess = np.split(decoded.mean, [self._count, self._count + _LOSS_ENTRIES])
+        sent, losses, excess = np.split(decoded.mean, [self._count, self._count + _LOSS_ENTRIES])
+        values = self._spaced(sent)
         # A mean is stochastically rounded, so what is nothing may come out a little below.
         beyond = np.maximum(excess, 0.0) * weights * LARGEST
         peaks = [float(np.abs(part).max(initial=0.0)) * weights / survivors for part in self._parts(values)]
@@ -223,6 +266,12 @@ class SecureCode:
         """Each entry's range [values]."""
         return np.repeat(np.array(self._terms.ranges, np.float32).astype(np.float64), self._sizes)
 
+    def _spaced(self, sent: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """What travels, with zeros in all other places."""
+        if self._places is None:
+            return sent
+        return compact.decode(torch.from_numpy(sent), self._places, self._all).numpy()
+
     def _parts(self, values: npt.NDArray[np.float64]) -> list[npt.NDArray[np.float64]]:
         return np.split(values, np.cumsum(self._sizes)[:-1])
 
@@ -253,3 +302,8 @@ def first_ranges(layout: Layout, peaks: dict[str, float]) -> tuple[float, ...]:
     return tuple(
         min(max(HEADROOM * known[name], _SMALLEST), _WIDEST) if name in known else FIRST_RANGE for name in layout.shapes
     )
+
+
+def flat(weights: Weights) -> Tensor:
+    """All tensors as one float32 vector, in their order."""
+    return torch.cat([value.detach().float().flatten() for value in weights.values()])

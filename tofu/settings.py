@@ -16,6 +16,7 @@ from tofu.data import ImageShape
 from tofu.errors import SettingError
 from tofu.network import Network
 from tofu.plugins import About, Conditions, Plugins, make_plugins, plugin_names
+from tofu.privacy import Noise
 from tofu.proxy import ProxySettings, paper_settings
 from tofu.quantise import BITS
 from tofu.secagg.graph import COMPLETE_UP_TO, Topology, choose_topology
@@ -96,11 +97,16 @@ class Settings:
     downlink: str = _setting("full", "what the server sends: full: the weights; else: its step by this compressor, and the weights only to clients that missed too many", section="Codec", choices=compressor_names())
     downlink_ratio: float = _setting(25.0, "float32 bytes of the weights over bytes of a step's payload", section="Codec", least=1)
 
-    secure_bits: int = _setting(8, "bits of an entry in a secure round, before those that the sum needs: about log2 of the clients more are sent", section="Secure rounds", least=2, most=24)
+    secure_ratio: float = _setting(4.0, "float32 bytes of an update over bytes of its masked vector; where too few bits an entry are left, some of the entries are sent, and the others later", section="Secure rounds", least=1, most=1000)
     secure_dropout: float = _setting(0.2, "share of the clients that may drop out of a secure round", section="Secure rounds", least=0, most=0.9)
     secure_colluding: float = _setting(0.1, "share of the clients that may be in league with the server", section="Secure rounds", least=0, most=0.9)
     secure_timeout: float = _setting(120.0, "seconds for each exchange of a secure round but the training", section="Secure rounds", above=0)
     secure_identities: str = _setting("", "file of the clients' public keys, as `python -m deploy.identities` writes; empty trusts the server not to lie", section="Secure rounds")
+
+    noise_multiplier: float = _setting(0.0, "differential privacy: deviation of the noise over clip-norm; 0 is off", section="Privacy", least=0, most=1e6)
+    clip_norm: float = _setting(1.0, "differential privacy: L2 norm that a client's update is cut to", section="Privacy", above=0, most=1e9)
+    privacy_delta: float = _setting(1e-5, "chance that the bound fails; well below one over the clients", section="Privacy", above=0, most=0.1)
+    privacy_budget: float = _setting(0.0, "epsilon at which the run stops; 0 is no limit", section="Privacy", least=0)
 
     fraction: float = _setting(1.0, "share of the available clients asked in each round", section="Server", above=0, most=1)
     min_clients: int = _setting(1, "wait for, and ask, at least so many clients", section="Server", least=1)
@@ -152,6 +158,10 @@ class Settings:
                 secure=settings.has_secure_rounds,
             )
         )
+        if settings.noise_multiplier and settings.plugins:
+            raise SettingError("plugins", settings.plugins, "none with noise-multiplier: what they sum has no noise")
+        if settings.privacy_budget and not settings.noise_multiplier:
+            raise SettingError("privacy-budget", settings.privacy_budget, "0 without noise-multiplier")
         if settings.has_secure_rounds and settings.clients < LEAST_SECURE:
             raise SettingError("clients", settings.clients, f"at least {LEAST_SECURE} for secure rounds")
         settings.proxy_settings()
@@ -215,6 +225,25 @@ class Settings:
         """The compressor of a round of this kind ("proxy" or "full"; a secure round has none) for this network."""
         name = "full" if kind == "full" else self.compressor
         return self._make(name, network, ratio=self.ratio, count=self.proxies)
+
+    def noise(self, sharers: int = 1) -> Noise | None:
+        """What a client adds to its clipped update where the server sees it; None without differential privacy."""
+        return Noise(self.clip_norm, self.noise_multiplier, sharers) if self.noise_multiplier else None
+
+    def noise_in_sum(self, topology: Topology, clients: int, *, levels: int, values: int) -> Noise | None:
+        """A client's part of the noise in a secure round's sum, which may be of no more clients than the threshold.
+
+        Raises:
+            SettingError: too few levels for so much noise.
+        """
+        if not self.noise_multiplier:
+            return None
+        honest = max(1, topology.threshold - math.floor(self.secure_colluding * clients))
+        try:
+            return Noise.on_ring(self.clip_norm, self.noise_multiplier, honest, levels=levels, values=values)
+        except SettingError as error:
+            wanted = f"less with noise-multiplier {self.noise_multiplier:g}, whose noise needs more bits an entry"
+            raise SettingError("secure-ratio", self.secure_ratio, wanted) from error
 
     def topology(self, clients: int) -> Topology:
         """Who is whose neighbour in a secure round of so many clients. Raises SettingError where no graph is safe."""

@@ -66,7 +66,7 @@ def test_rank_sends_fewer_numbers_from_the_next_round_on(tmp_path: Path, schedul
 
 def test_secure_sums_are_those_of_full_rounds(tmp_path: Path) -> None:
     """The utilised rank that the server finds is the same, whether it saw each client's sums or their total alone."""
-    options: Row = {"rounds": 3, "error_feedback": 0.0, "secure_bits": 20, **RANK}
+    options: Row = {"rounds": 3, "error_feedback": 0.0, "secure_ratio": 1.2, **RANK}
     federate(tmp_path / "secure", schedule="secure", **options)
     federate(tmp_path / "full", schedule="full", **options)
     secure, full = (rows(tmp_path / name)[-1]["accuracy"] for name in ("secure", "full"))
@@ -117,7 +117,7 @@ def test_gpm_remembers_in_a_federation(tmp_path: Path) -> None:
     """Two tasks, the same for all: what the first one taught stays, though the server saw only secure sums."""
     tasks: Row = {
         "schedule": "secure", "tasks": "pixels", "task_count": 2, "rounds": 8, "lr": 0.1, "local_epochs": 3,
-        "secure_bits": 16, "error_feedback": 0.0,
+        "secure_ratio": 1.5, "error_feedback": 0.0,
     }  # fmt: skip
     plain = federate(tmp_path / "plain", **tasks)
     gpm = federate(tmp_path / "gpm", plugins="gpm", **tasks)

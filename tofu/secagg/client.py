@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from tofu.errors import PayloadError
 from tofu.secagg import ring, shamir
 from tofu.secagg.domain import fields
+from tofu.secagg.graph import Topology
 from tofu.secagg.identities import ADVERT, SURVIVORS
 from tofu.secagg.masks import SHARE_KEY, add_mask, agree, new_seed, pair_seed, public_key
 from tofu.secagg.member import Member
@@ -47,6 +48,16 @@ class ClientSession:
     def stage(self) -> Stage:
         """What was done last."""
         return self._state.stage
+
+    @property
+    def topology(self) -> Topology:
+        """Neighbours and threshold of the session, from SHARED on."""
+        return Topology(self._roster.terms.neighbours, self._roster.terms.threshold)
+
+    @property
+    def members(self) -> int:
+        """Clients of the session, from SHARED on."""
+        return len(self._roster.terms.members)
 
     def advertise(self) -> bytes:
         """Fresh keys for one session -> `Advert`, to be sent with an earlier reply. Raises PayloadError if repeated."""
@@ -158,7 +169,8 @@ class ClientSession:
 
     @property
     def _roster(self) -> Roster:
-        assert self._state.roster is not None  # since SHARED
+        if self._state.roster is None:
+            raise PayloadError(f"{self._member.name} has no roster at stage {self._state.stage.name.lower()}")
         return self._state.roster
 
     @property

@@ -1,0 +1,61 @@
+"""Several messages of one client about the same images, inverted together.
+
+A client trains on the same images round after round, and what compression loses of one update differs from what it
+loses of the next. Images that fit all of the messages,
+
+    x = argmin sum_r | SGD(W_r; x, y) - W_r - U_r |^2 / |U_r|^2 + alpha TV(x),
+
+are better determined than those that fit one. Each message is matched at its own base weights, which the server has.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from attacks.base import Attack, Reconstruction, Watch
+from attacks.labels import guessed_labels
+from attacks.observation import Observation
+from attacks.simulated import SimulatedClient, relative_distance, search_lbfgs, total_variation
+from attacks.simulation import Simulation
+
+
+@dataclass(frozen=True)
+class Accumulation(Attack):
+    """L-BFGS over all messages' distances at once.
+
+    Attributes:
+        restarts: from new noise.
+        evaluations: of each.
+        variation: alpha.
+    """
+
+    restarts: int = 2
+    evaluations: int = 300
+    variation: float = 1e-5
+    name: ClassVar[str] = "accumulation"
+    needs: ClassVar[tuple[str, ...]] = ("lr", "earlier")
+
+    def _run(self, observation: Observation, generator: torch.Generator, watch: Watch) -> Reconstruction:
+        messages = [*observation.earlier, observation]
+        clients = [SimulatedClient(message) for message in messages]
+        plan = Simulation()
+        labels = guessed_labels(observation, generator)
+        labels = labels[torch.randperm(len(labels), generator=generator)[: plan.most_images]]
+        plans = [plan.batches(message, len(labels), generator) for message in messages]
+        shape = (len(labels), *clients[0].image_shape)
+
+        def start() -> Tensor:
+            return clients[0].noise(len(labels), generator).flatten()
+
+        def loss(vector: Tensor) -> Tensor:
+            images = vector.view(shape)
+            distances = [
+                relative_distance(client.update(images, labels, batches, lr), client.target())
+                for client, (batches, lr) in zip(clients, plans, strict=True)
+            ]
+            return torch.stack(distances).mean() + self.variation * total_variation(images)
+
+        found = search_lbfgs(loss, start, restarts=self.restarts, evaluations=self.evaluations, watch=watch)
+        return Reconstruction(found.point.view(shape).float(), labels, found.loss, found.evaluations)

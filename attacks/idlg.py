@@ -1,0 +1,53 @@
+"""iDLG: labels first, then only the images are searched for.
+
+Zhao, Mopuri, Bilen, "iDLG: Improved Deep Leakage from Gradients", arXiv 2001.02610. Theirs is for one image, whose
+label is the one negative entry of the last bias's gradient. For a batch the labels come by counts (`attacks.labels`),
+which is our extension; their order does not matter, since neither does that of the images.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from attacks.base import Attack, Reconstruction, Watch
+from attacks.labels import LabelSigns, guessed_labels
+from attacks.observation import Observation
+from attacks.simulated import SimulatedClient, relative_distance, search_lbfgs
+
+
+@dataclass(frozen=True)
+class Idlg(Attack):
+    """L-BFGS over the images.
+
+    Attributes:
+        restarts: from new noise, until one solves it.
+        evaluations: of each.
+    """
+
+    restarts: int = 2
+    evaluations: int = 600
+    name: ClassVar[str] = "idlg"
+    needs: ClassVar[tuple[str, ...]] = ("gradient", "linear-last")
+
+    def _run(self, observation: Observation, generator: torch.Generator, watch: Watch) -> Reconstruction:
+        client = SimulatedClient(observation)
+        target, labels = client.target(as_gradient=True), self._labels(observation, generator)
+        shape = (len(labels), *client.image_shape)
+
+        def start() -> Tensor:
+            return client.noise(len(labels), generator).flatten()
+
+        def loss(vector: Tensor) -> Tensor:
+            return relative_distance(client.gradient(vector.view(shape), labels), target)
+
+        found = search_lbfgs(loss, start, restarts=self.restarts, evaluations=self.evaluations, watch=watch)
+        return Reconstruction(found.point.view(shape).float(), labels, found.loss, found.evaluations)
+
+    def _labels(self, observation: Observation, generator: torch.Generator) -> Tensor:
+        if observation.images > 1 or observation.labels is not None:
+            return guessed_labels(observation, generator)
+        labels = LabelSigns().run(observation, generator=generator).labels
+        assert labels is not None
+        return labels

@@ -1,0 +1,114 @@
+"""Labels from the last layer's part of an update.
+
+Zhao, Mopuri, Bilen, "iDLG: Improved Deep Leakage from Gradients", arXiv 2001.02610, read the label of a single image
+from a sign: with p the softmax and y the one-hot label, the gradient of the last bias is p - y, negative at the label
+only. Wainakh et al., "User-Level Label Leakage from Gradients in Federated Learning", PoPETs 2022, count the labels of
+a batch: over n images
+
+    db_c = mean_i (p_ic - y_ic),    so    n_c = n (p_c - db_c)
+
+where p_c, the mean softmax, is estimated by showing the network noise. Without a bias, the row sums of the weight's
+gradient take its place, divided by the mean sum of the features. Of S local steps the update gives the mean of db over
+the steps, and p_c is that of the network a share (S - 1) / 2S of the way from before to after.
+
+Counts are whole numbers that add up to n: the largest remainders are rounded up.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from attacks.base import Attack, Reconstruction, Watch
+from attacks.observation import Observation
+
+PROBES = 64
+"""Noise images that stand for the data."""
+
+
+@dataclass(frozen=True)
+class LabelSigns(Attack):
+    """The classes whose entry of the last layer's gradient is negative; of a batch, each once, most negative first."""
+
+    name: ClassVar[str] = "label-signs"
+    needs: ClassVar[tuple[str, ...]] = ("linear-last",)
+
+    def _run(self, observation: Observation, generator: torch.Generator, watch: Watch) -> Reconstruction:
+        order = _last_gradient(observation, 1.0).argsort()
+        labels = order[: observation.images]
+        # More images than classes: what is left goes to the most negative again.
+        return Reconstruction(None, labels.repeat(-(-observation.images // len(labels)))[: observation.images])
+
+
+@dataclass(frozen=True)
+class LabelCounts(Attack):
+    """How many images of each class the update was made of."""
+
+    name: ClassVar[str] = "label-counts"
+    needs: ClassVar[tuple[str, ...]] = ("linear-last", "lr")
+
+    def _run(self, observation: Observation, generator: torch.Generator, watch: Watch) -> Reconstruction:
+        assert observation.lr is not None
+        images = observation.images
+        mean = _last_gradient(observation, observation.lr * observation.steps)
+        probability, features = _probed(observation, generator)
+        if not _has_bias(observation):
+            mean = mean / features.clamp_min(1e-6)
+        return Reconstruction(None, _rounded(images * (probability - mean), images))
+
+
+def guessed_labels(observation: Observation, generator: torch.Generator) -> Tensor:
+    """The labels where the attacker knows them, else by counts; random where the last layer gives none. int64 [n]."""
+    if observation.labels is not None:
+        return observation.labels
+    attack = LabelCounts()
+    if attack.refusal(observation) is None:
+        labels = attack.run(observation, generator=generator).labels
+        assert labels is not None
+        return labels
+    return torch.randint(observation.network.shape.classes, (observation.images,), generator=generator)
+
+
+def _has_bias(observation: Observation) -> bool:
+    return f"{observation.last_linear}.bias" in observation.update
+
+
+def _last_gradient(observation: Observation, lr: float) -> Tensor:
+    """The update of the last bias over -lr, or the weight's row sums where there is no bias: float32 [classes]."""
+    name = observation.last_linear
+    if _has_bias(observation):
+        return -observation.update[f"{name}.bias"] / lr
+    return -observation.update[f"{name}.weight"].sum(1) / lr
+
+
+def _probed(observation: Observation, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Mean softmax [classes] on noise over the local steps, and the mean sum of the last layer's inputs [1]."""
+    network = observation.network
+    shape = network.shape
+    noise = torch.randn(PROBES, shape.channels, shape.height, shape.width, generator=generator).clamp(-1, 1)
+    features: list[Tensor] = []
+    layer = dict(network.model.named_modules())[observation.last_linear or ""]
+    assert isinstance(layer, nn.Linear)
+    hook = layer.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].sum(-1).mean()))
+    try:
+        with torch.no_grad():
+            way = (observation.steps - 1) / (2 * observation.steps)
+            weights = {n: w + way * observation.update[n] for n, w in network.base.items()}
+            probability = functional_call(network.model, weights, (noise,)).softmax(1).mean(0)
+    finally:
+        hook.remove()
+    return torch.nan_to_num(probability, nan=1 / shape.classes), features[0]
+
+
+def _rounded(counts: Tensor, total: int) -> Tensor:
+    """Labels [total] whose counts are nearest to the given ones [classes], which may be negative."""
+    positive = counts.double().clamp_min(0)
+    if positive.sum() <= 0:
+        positive = torch.ones_like(positive)
+    positive = positive * total / positive.sum()
+    whole = positive.floor().long()
+    order = (positive - whole).argsort(descending=True)
+    whole[order[: total - int(whole.sum())]] += 1
+    return torch.arange(len(counts)).repeat_interleave(whole)

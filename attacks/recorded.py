@@ -1,0 +1,192 @@
+"""A real run under attack: recorded messages, scored against the client's own images.
+
+What was recorded is what came: its error feedback, its many local steps, its many images. So attacks simulate the
+client by fewer images and steps (`attacks.simulation`), and images are matched with all of the client's. Momentum,
+weight decay and the plugins of a run are not simulated.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from attacks.base import Attack, AttackError, Watch
+from attacks.cells import OTHERS, Outcome
+from attacks.evaluate import CONTROL, Row, finished, keep, made_folder, row_of, told, write_document
+from attacks.messages import local_round
+from attacks.metrics import lpips_network, score
+from attacks.networks import attacked_model
+from attacks.observation import Observation
+from attacks.registry import make_attack
+from client.training import LocalTraining
+from tofu.compression.proxy import Proxy
+from tofu.data import FederatedData, LabelledImages, open_data, to_float
+from tofu.errors import SettingError
+from tofu.network import Network
+from tofu.payload import HEADER_BYTES, read_payload
+from tofu.recording import Recording, read_recording, recordings
+from tofu.seeding import derive_generator
+from tofu.weights import load_weights
+
+ATTACKS = ("analytic", "simulation", "codec-aware", "proxy-images", "label-counts")
+"""What is tried where the user does not say."""
+
+
+def observation_of(recording: Recording) -> Observation:
+    """What the attacker sees of a recorded message.
+
+    Raises:
+        AttackError: the base weights are not those of the run's model.
+        PayloadError: the payload was not made for this model and these settings.
+        SettingError: the model cannot be built.
+    """
+    settings, network = recording.settings, _network(recording)
+    compressor = settings.make_compressor(recording.kind, network)
+    payload = read_payload(
+        recording.payload,
+        codec=compressor.code,
+        round_=recording.round,
+        fingerprint=None,
+        max_bytes=len(recording.payload),
+    )
+    proxy = compressor if isinstance(compressor, Proxy) else None
+    mode = f":{settings.codec_mode}" if proxy else ""
+    return Observation(
+        message=f"recorded {compressor.name}{mode}",
+        network=network,
+        update=compressor.decompress(network, payload.body),
+        images=recording.examples,
+        batch_size=settings.batch_size,
+        epochs=settings.local_epochs,
+        lr=recording.lr,
+        proxies=proxy.read_proxies(payload.body) if proxy else None,
+        proxy_settings=proxy.settings if proxy else None,
+        payload_bytes=len(recording.payload),
+    )
+
+
+def control_of(recording: Recording, data: LabelledImages, observation: Observation) -> Observation:
+    """The same round's exact update, from the client's training made again: what the attacks have to break first."""
+    settings = recording.settings
+    how = LocalTraining(
+        settings.local_epochs, settings.batch_size, recording.lr, settings.momentum, settings.weight_decay
+    )
+    generator = derive_generator(settings.seed, recording.round, recording.client, "train")
+    exact = local_round(observation.network, data, how, generator).update
+    return replace(observation, message=CONTROL, update=exact, proxies=None, proxy_settings=None,
+                   payload_bytes=HEADER_BYTES + observation.network.layout.float32_bytes)  # fmt: skip
+
+
+def attack_run(
+    run: Path,
+    folder: Path,
+    *,
+    attacks: tuple[str, ...] = ATTACKS,
+    seconds: float = math.inf,
+    say: Callable[[str], None],
+) -> list[Row]:
+    """Attack all recorded messages of a run, and for each the exact update that it stood for, as a control.
+
+    Earlier messages of a client are given along with its later ones. Finished cells are not run again.
+
+    Args:
+        folder: for the results.
+        seconds: time limit of one attack.
+
+    Raises:
+        RunError: nothing was recorded, or a recording is damaged.
+        DataError: the run's images cannot be read.
+        SettingError: no such attack, or a client that is no partition of the run's dataset.
+    """
+    paths = recordings(run)
+    chosen = [make_attack(name) for name in attacks]
+    cells = made_folder(folder / "cells")
+    perceptual = lpips_network()
+    rows: list[Row] = []
+    earlier: dict[str, tuple[Observation, ...]] = {}
+    for path in paths:
+        recording = read_recording(path)
+        data, truth = _data(recording)
+        seen = earlier.get(recording.client, ())
+        sent = replace(observation_of(recording), earlier=seen)
+        earlier[recording.client] = (*seen, replace(sent, earlier=()))
+        for observation, attack in product((control_of(recording, truth, sent), sent), chosen):
+            name = f"{path.name}-{observation.message.replace(' ', '-').replace(':', '-')}-{attack.name}"
+            cell = cells / f"{name}.json"
+            row = finished(cell)
+            if row is None:
+                generator = derive_generator(recording.settings.seed, name)
+                outcome = _attacked(attack, observation, generator, Watch(seconds), truth, data, perceptual)
+                row = row_of(_situation(recording, observation), observation.message, attack.name, outcome)
+                keep(cell, row, outcome)
+                say(f"round {recording.round} client {recording.client} {told(row)}")
+            rows.append({**row, "images": str(cell.with_suffix(".npz").relative_to(folder))})
+    write_document(folder, {"run": str(run), "attacks": list(attacks)}, rows, planned=len(rows))
+    return rows
+
+
+def _attacked(attack: Attack, observation: Observation, generator: torch.Generator, watch: Watch,
+              truth: LabelledImages, data: FederatedData, perceptual: torch.nn.Module | None) -> Outcome:  # fmt: skip
+    refused = attack.refusal(observation)
+    if refused:
+        return Outcome.refusal(refused, observation)
+    found = attack.run(observation, generator=generator, watch=watch)
+    originals = to_float(truth.images)
+    scores = score(
+        found.images,
+        found.labels,
+        truth=originals,
+        true_labels=truth.labels,
+        others=to_float(data.test().images[:OTHERS]),
+        perceptual=perceptual,
+    )
+    return Outcome.of(found, scores, observation, originals)
+
+
+def _situation(recording: Recording, observation: Observation) -> dict[str, object]:
+    settings = recording.settings
+    return {
+        "dataset": settings.dataset,
+        "model": settings.model,
+        "norm": settings.norm,
+        "lr": recording.lr,
+        "seed": settings.seed,
+        "client": recording.client,
+        "moment": recording.round - 1,
+        "batch_size": settings.batch_size,
+        "steps": observation.steps,
+        "rounds": len(observation.earlier) + 1,
+        "know_labels": False,
+    }
+
+
+def _network(recording: Recording) -> Network:
+    settings = recording.settings
+    model = attacked_model(settings.model, recording.shape, norm=settings.norm, seed=settings.seed)
+    network = Network(model.eval(), recording.shape)
+    if {name: value.shape for name, value in recording.base.items()} != network.layout.shapes:
+        raise AttackError(f"the recorded weights of round {recording.round} are not those of model={settings.model!r}")
+    load_weights(model, recording.base)
+    return network
+
+
+def _data(recording: Recording) -> tuple[FederatedData, LabelledImages]:
+    """The run's images, and those of the recorded client."""
+    s = recording.settings
+    data = open_data(
+        s.dataset,
+        clients=s.clients,
+        partition=s.partition,
+        alpha=s.alpha,
+        shards_per_client=s.shards_per_client,
+        train_images=s.train_images,
+        seed=s.seed,
+    )
+    if data.shape != recording.shape:
+        raise AttackError(f"the run's images are {data.shape}, the recorded network takes {recording.shape}")
+    if not recording.client.isdigit():
+        raise SettingError("client", recording.client, "the number of a simulated client, whose images are at hand")
+    return data, data.client(int(recording.client))

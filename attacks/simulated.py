@@ -1,0 +1,178 @@
+"""The client as an attacker simulates it, and the two searches for images that would have made its update.
+
+A search minimises a distance between the update of a guess and the one that was seen. It needs second derivatives of
+the network: float64 for L-BFGS, whose line search would otherwise end in rounding.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from attacks.base import Watch
+from attacks.observation import Observation
+from tofu.lbfgs import lbfgs
+
+Tensors = tuple[Tensor, ...]
+
+SOLVED = 1e-13
+"""Loss at which a search may stop: a share of the update's power that float32 rounding hides."""
+
+NEAR = 1e-5
+"""Loss below which a descent is on its way to a solution, and more evaluations serve it better than another start."""
+
+NOISE = 0.3
+"""Deviation of the noise that a search starts from, on pixels in [-1, 1]."""
+
+
+class SimulatedClient:
+    """Gradients and local steps that can be differentiated in the images.
+
+    Args:
+        observation: its network is copied, and trains as a client's does (BatchNorm by the batch).
+    """
+
+    def __init__(self, observation: Observation, dtype: torch.dtype = torch.float64) -> None:
+        network = observation.network
+        self._observation, self.dtype = observation, dtype
+        self.model = copy.deepcopy(network.model).to(dtype).train()
+        self._names = list(network.layout.parameters)
+        self.base: Tensors = tuple(network.base[name].to(dtype) for name in self._names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        shape = self._observation.network.shape
+        return shape.channels, shape.height, shape.width
+
+    def target(self, *, as_gradient: bool = False) -> Tensors:
+        """The update that was seen, or the gradient of its single step, by parameter."""
+        seen = self._observation.gradient if as_gradient else self._observation.update
+        return tuple(seen[name].to(self.dtype) for name in self._names)
+
+    def loss(self, images: Tensor, labels: Tensor, weights: Tensors | None = None) -> Tensor:
+        """Mean cross-entropy; labels are int64 [n] or probabilities [n, classes]."""
+        parameters = dict(zip(self._names, weights or self.base, strict=True))
+        # The fused attention has no second derivative.
+        with sdpa_kernel(SDPBackend.MATH):
+            logits = functional_call(self.model, parameters, (images,))
+        return F.cross_entropy(logits, labels)
+
+    def gradient(self, images: Tensor, labels: Tensor, weights: Tensors | None = None) -> Tensors:
+        """The gradient in the weights, itself differentiable."""
+        at = tuple(w.detach().requires_grad_() for w in self.base) if weights is None else weights
+        return torch.autograd.grad(self.loss(images, labels, at), at, create_graph=True, materialize_grads=True)
+
+    def update(self, images: Tensor, labels: Tensor, batches: Sequence[Tensor], lr: float) -> Tensors:
+        """The update of one step of SGD for each batch (int64 rows of the images), in order."""
+        weights = tuple(w.detach().requires_grad_() for w in self.base)
+        for rows in batches:
+            grads = self.gradient(images[rows], labels[rows], weights)
+            weights = tuple(w - lr * g for w, g in zip(weights, grads, strict=True))
+        return tuple(w - b for w, b in zip(weights, self.base, strict=True))
+
+    def noise(self, count: int, generator: torch.Generator) -> Tensor:
+        """Random images [count, channels, height, width] to start from."""
+        return NOISE * torch.randn(count, *self.image_shape, generator=generator, dtype=self.dtype)
+
+
+def relative_distance(found: Tensors, target: Tensors) -> Tensor:
+    """|found - target|^2 / |target|^2 over all tensors together."""
+    power = _total(t.square() for t in target)
+    return _total((f - t).square() for f, t in zip(found, target, strict=True)) / power.clamp_min(1e-30)
+
+
+def angular_distance(found: Tensors, target: Tensors) -> Tensor:
+    """1 - cosine over all tensors together."""
+    inner = _total(f * t for f, t in zip(found, target, strict=True))
+    norms = _total(f.square() for f in found) * _total(t.square() for t in target)
+    return 1 - inner / norms.clamp_min(1e-30).sqrt()
+
+
+def total_variation(images: Tensor) -> Tensor:
+    """Mean absolute difference of neighbouring pixels, down and across."""
+    down, across = images[..., 1:, :] - images[..., :-1, :], images[..., 1:] - images[..., :-1]
+    return down.abs().mean() + across.abs().mean()
+
+
+def _total(parts: Iterable[Tensor]) -> Tensor:
+    return torch.stack([part.sum() for part in parts]).sum()
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best point of a search, its loss, and how many evaluations were made in all."""
+
+    point: Tensor
+    loss: float
+    evaluations: int
+
+
+def search_lbfgs(loss: Callable[[Tensor], Tensor], starts: Callable[[], Tensor], *, restarts: int, evaluations: int,
+                 watch: Watch) -> Found:  # fmt: skip
+    """Minimise by L-BFGS from starts (float64 vectors), by up to restarts * evaluations evaluations; stops once solved.
+
+    A descent that is not near a solution after `evaluations` gives way to the next; one that is goes on to the end.
+    """
+    best = Found(starts(), math.inf, 0)
+    made = 0
+    begin = best.point
+
+    def objective(vector: Tensor) -> tuple[float, Tensor]:
+        nonlocal best, made
+        point = vector.detach().requires_grad_()
+        value = loss(point)
+        (slope,) = torch.autograd.grad(value, point)
+        made += 1
+        number = float(value.detach())
+        if not math.isfinite(number):
+            return math.inf, torch.zeros_like(vector)
+        if number < best.loss:
+            best = Found(vector.detach().clone(), number, made)
+        return number, slope
+
+    planned = restarts * evaluations
+    for restart in range(restarts):
+        if restart:
+            begin = starts()
+        before = made
+        for _ in lbfgs(objective, begin):
+            enough = best.loss < SOLVED or made >= planned or (made - before >= evaluations and best.loss > NEAR)
+            if enough or not watch.go_on(made, planned, best.loss):
+                break
+        if best.loss < NEAR or made >= planned or not watch.go_on():
+            break
+    return Found(best.point, best.loss, made)
+
+
+def search_adam(loss: Callable[[Tensor], Tensor], start: Tensor, *, evaluations: int, step: float, watch: Watch,
+                signed: bool = False, bound: float = 1.0) -> Found:  # fmt: skip
+    """Minimise by Adam, by the sign of the gradient where `signed`; the point stays within +-bound.
+
+    The step falls to a tenth after 3/8, 5/8 and 7/8 of the evaluations (Geiping et al. 2020).
+    """
+    point = start.detach().clone().requires_grad_()
+    adam = torch.optim.Adam([point], lr=step)
+    falls = [int(evaluations * share) for share in (3 / 8, 5 / 8, 7 / 8)]
+    schedule = torch.optim.lr_scheduler.MultiStepLR(adam, milestones=falls, gamma=0.1)
+    best = Found(start, math.inf, 0)
+    for made in range(1, evaluations + 1):
+        value = loss(point)
+        (slope,) = torch.autograd.grad(value, point)
+        number = float(value.detach())
+        if number < best.loss:
+            best = Found(point.detach().clone(), number, made)
+        if not math.isfinite(number) or not watch.go_on(made, evaluations, best.loss):
+            break
+        point.grad = slope.sign() if signed else slope
+        adam.step()
+        schedule.step()
+        with torch.no_grad():
+            point.clamp_(-bound, bound)
+    return Found(best.point, best.loss, made)

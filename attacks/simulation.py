@@ -1,0 +1,73 @@
+"""Images from an update of several local steps, by simulating the steps.
+
+Dimitrov, Balunovic, Konstantinov, Vechev, "Data Leakage in Federated Averaging", TMLR 2022, arXiv 2206.12395: the
+client's whole local training is part of the function that is inverted,
+
+    x = argmin | SGD(W; x, y) - W - U |^2 / |U|^2,
+
+differentiated through every step. The paper has a copy of each image for each epoch, held together by a penalty that
+does not depend on their order; here the epochs share their images, whose order is drawn once. Where a client's step is
+over all of its images there is no order, and nothing is approximated.
+
+A client with many images in many steps is simulated by fewer: `most_images` stand for all, in at most `most_steps`
+steps of a size that makes up for the steps that are left out.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from attacks.base import Attack, Reconstruction, Watch
+from attacks.labels import guessed_labels
+from attacks.observation import Observation
+from attacks.simulated import SimulatedClient, relative_distance, search_lbfgs
+
+
+@dataclass(frozen=True)
+class Simulation(Attack):
+    """L-BFGS through the simulated steps.
+
+    Attributes:
+        restarts: from new noise, until one solves it.
+        evaluations: of each.
+        most_images: in the simulation.
+        most_steps: of the simulation.
+    """
+
+    restarts: int = 2
+    evaluations: int = 400
+    most_images: int = 16
+    most_steps: int = 10
+    name: ClassVar[str] = "simulation"
+    needs: ClassVar[tuple[str, ...]] = ("lr",)
+
+    def _run(self, observation: Observation, generator: torch.Generator, watch: Watch) -> Reconstruction:
+        client = SimulatedClient(observation)
+        labels = guessed_labels(observation, generator)
+        if len(labels) > self.most_images:
+            labels = labels[torch.randperm(len(labels), generator=generator)[: self.most_images]]
+        batches, lr = self.batches(observation, len(labels), generator)
+        target, shape = client.target(), (len(labels), *client.image_shape)
+
+        def start() -> Tensor:
+            return client.noise(len(labels), generator).flatten()
+
+        def loss(vector: Tensor) -> Tensor:
+            return relative_distance(client.update(vector.view(shape), labels, batches, lr), target)
+
+        found = search_lbfgs(loss, start, restarts=self.restarts, evaluations=self.evaluations, watch=watch)
+        return Reconstruction(found.point.view(shape).float(), labels, found.loss, found.evaluations)
+
+    def batches(self, observation: Observation, count: int, generator: torch.Generator) -> tuple[list[Tensor], float]:
+        """The rows of each simulated step, and its step size."""
+        assert observation.lr is not None
+        size = min(observation.batch_size, count)
+        epochs = max(1, min(math.ceil(observation.steps / math.ceil(count / size)), observation.epochs))
+        batches = [
+            rows for _ in range(epochs) for rows in torch.split(torch.randperm(count, generator=generator), size)
+        ]
+        batches = batches[: min(self.most_steps, observation.steps)]
+        return batches, observation.lr * observation.steps / len(batches)

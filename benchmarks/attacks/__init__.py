@@ -1,0 +1,1 @@
+"""What each kind of message leaks to the attacks of `attacks`."""

@@ -1,0 +1,79 @@
+"""What an attacker at the server recovers from each kind of message, by situation, over seeds.
+
+The exact update is the control: where it does not break, the rest of a situation proves nothing, and the table says so.
+Finished cells are kept in --runs and not run again. Attacks end by their evaluations, not by the clock, so that a busy
+machine finds the same (a limit of an hour a cell aside).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attacks.evaluate import Evaluation, evaluate, summarise, verdicts
+from attacks.report import print_tables, write_report
+from benchmarks.attacks.membership import membership_rows, print_membership
+from benchmarks.common import find_data, write_results
+
+HOUR = 3600.0
+FULL_MESSAGES = (
+    "exact", "proxy:smooth:50", "proxy:smooth:100", "proxy:smooth:200", "proxy:paper:50", "proxy:paper:100",
+    "proxy:paper:200", "topk:100", "powersgd:100", "signsgd", "dp:8", "dp:1000000", "secure:4",
+)  # fmt: skip
+SHORT_MESSAGES = ("exact", "proxy:smooth:100", "proxy:paper:100", "topk:100", "dp:8")
+IMAGES = ("idlg", "codec-aware", "proxy-images", "label-counts")
+STEPS = ("simulation", "codec-aware", "proxy-images", "label-counts")
+ALL = ("dlg", "idlg", "inverting", "simulation", "codec-aware", "proxy-images", "label-counts", "label-signs")
+
+QUICK: dict[str, dict[str, Any]] = {
+    "digits": {"messages": FULL_MESSAGES, "attacks": IMAGES, "batch_sizes": (1, 4)},
+    "digits-steps": {"messages": SHORT_MESSAGES, "attacks": STEPS, "batch_sizes": (4,), "steps": (5,)},
+    "cifar10": {"messages": SHORT_MESSAGES, "attacks": ("idlg", "label-counts"), "batch_sizes": (1, 4)},
+}
+FULL: dict[str, dict[str, Any]] = {
+    "digits": {"messages": FULL_MESSAGES, "attacks": ALL, "batch_sizes": (1, 4, 8, 16), "moments": (0, 1, 2, 10)},
+    "digits-steps": {"messages": FULL_MESSAGES, "attacks": STEPS, "batch_sizes": (1, 4, 8, 16), "steps": (5, 10)},
+    "cifar10": {"messages": FULL_MESSAGES, "attacks": ALL, "batch_sizes": (1, 4), "moments": (0, 2)},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=list(QUICK), help=f"some of {', '.join(QUICK)}")
+    parser.add_argument("--full", action="store_true", help="every attack, batch size and moment: many hours")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--runs", type=Path, default=Path("runs/benchmark-attacks"), help="folder for the cells")
+    parser.add_argument("--time-limit", type=float, default=float("inf"), help="seconds for each name")
+    parser.add_argument("--messages", help="only these, separated by commas")
+    parser.add_argument("--no-membership", action="store_true", help="without membership inference")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for name in options.names:
+        values = (FULL if options.full else QUICK)[name] | {"seeds": options.seeds, "seconds": HOUR}
+        if options.messages:
+            values["messages"] = tuple(options.messages.split(","))
+        data = "digits" if name.startswith("digits") else find_data("cifar10", "uoft-cs/cifar10")
+        folder = options.runs / name
+        done = evaluate(Evaluation(dataset=data, **values), folder, seconds=options.time_limit,
+                        say=lambda line: print(line, file=sys.stderr, flush=True))  # fmt: skip
+        write_report(done, folder)
+        rows += [row | {"dataset": name.partition("-")[0]} for row in done]
+    print_tables(rows)
+    membership = [] if options.no_membership else membership_rows(FULL_MESSAGES, seeds=options.seeds)
+    print_membership(membership)
+    shown = [{key: value for key, value in row.items() if key != "images"} for row in rows]
+    settings = {
+        "seeds": options.seeds,
+        "full": options.full,
+        "verdicts": verdicts(rows),
+        "summary": summarise(rows),
+        "membership": membership,
+    }
+    write_results("attacks", settings=settings, rows=shown)
+
+
+if __name__ == "__main__":
+    main()

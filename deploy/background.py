@@ -1,0 +1,205 @@
+"""`tofu deploy`: a federation in the background, for machines without containers.
+
+Everything listens on 127.0.0.1 only.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from deploy.control import CompletedRun, Control, last_lines
+from deploy.processes import read_names
+from deploy.state import Process, State, end_group
+from tofu.errors import RunError, SettingError
+from tofu.settings import Settings
+
+APP = Path(__file__).parents[1]
+_ONLINE_SECONDS = 120.0
+_STOP_SECONDS = 40.0
+
+
+def up(folder: Path, *, nodes: int, app: Path = APP, data: Path | None = None, warm: bool = True) -> dict[str, Any]:
+    """Start a federation that outlives this process, and wait until all its nodes are online.
+
+    Args:
+        folder: where its keys, logs, database and results go. One that was used before is used on, with its keys.
+        nodes: number of SuperNodes.
+        app: folder of the Flower app.
+        data, warm: as `Federation` takes them.
+
+    Returns:
+        What `status` returns.
+
+    Raises:
+        SettingError: the folder, the app or the data cannot be used.
+        RunError: it did not come up; nothing of it is left running.
+    """
+    if nodes < 1:
+        raise SettingError("nodes", nodes, "at least 1")
+    if not (app / "pyproject.toml").is_file():
+        raise SettingError("app", str(app), "a folder with the pyproject.toml of a Flower app")
+    missing = [f"node-{node}" for node in range(nodes) if data is not None and not (data / f"node-{node}").is_dir()]
+    if missing:
+        raise SettingError("data", str(data), f"a folder that has the folder {missing[0]}")
+    folder = folder.resolve()
+    before = State.read(folder)
+    if before is not None and before.alive:
+        raise SettingError("folder", str(folder), "one without a running federation (`tofu deploy down` ends it)")
+    try:
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        # Written before the supervisor starts, so that an old state is not taken for its own.
+        State("starting", Process(0, "")).write(folder)
+        log = (folder / "logs" / "supervisor.log").open("ab")
+    except OSError as error:
+        raise SettingError("folder", str(folder), f"a folder that can be written ({error.strerror})") from error
+    command = [sys.executable, "-m", "deploy.supervisor", str(folder)]
+    command += ["--nodes", str(nodes), "--app", str(app.resolve())]
+    if data is not None:
+        command += ["--data", str(data.resolve())]
+    if warm:
+        command.append("--warm")
+    with log:
+        supervisor = subprocess.Popen(
+            command, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        _await(folder, supervisor)
+    except BaseException:
+        supervisor.terminate()
+        supervisor.wait()
+        raise
+    return status(folder)
+
+
+def _await(folder: Path, supervisor: "subprocess.Popen[bytes]") -> None:
+    end = time.monotonic() + _ONLINE_SECONDS
+    while time.monotonic() < end:
+        state = State.read(folder)
+        if supervisor.poll() is not None or state is None:
+            said = (folder / "logs" / "supervisor.log").read_text(encoding="utf-8", errors="replace")
+            reason = state.error if state is not None and state.error else last_lines(said)
+            raise RunError(f"the federation did not start: {reason}")
+        if state.phase == "running" and online(folder, state) >= state.nodes:
+            return
+        time.sleep(0.5)
+    raise RunError(f"not all nodes were online after {_ONLINE_SECONDS:g} s; see {folder / 'logs'}")
+
+
+def status(folder: Path) -> dict[str, Any]:
+    """Which processes live, which nodes are online, and the runs, as one JSON-like object.
+
+    It has an `error` where the SuperLink runs and does not answer.
+
+    Raises:
+        SettingError: no federation was ever started in this folder.
+    """
+    folder = folder.resolve()
+    state = _state(folder)
+    named = {"supervisor": state.supervisor} | state.members
+    result: dict[str, Any] = {
+        "folder": str(folder),
+        "phase": state.phase if state.alive or state.phase in ("stopped", "failed") else "gone",
+        "address": state.address,
+        "processes": [
+            {"name": name, "pid": process.pid, "alive": process.alive, "restarts": process.restarts}
+            for name, process in named.items()
+        ],
+        "nodes": [],
+        "runs": [],
+    }
+    if "superlink" in state.alive:
+        control, names = _control(folder, state), read_names(folder)
+        try:
+            result["nodes"] = [
+                {"name": names.get(node["node-id"], node["node-id"]), "status": node["status"]}
+                for node in control.nodes()
+            ]
+            result["runs"] = [{"run": run["run-id"], "status": run["status"]} for run in control.runs()]
+        except RunError as error:  # it starts, or hangs: what is known of the processes is worth saying all the same
+            result["error"] = str(error)
+    return result
+
+
+def online(folder: Path, state: State) -> int:
+    """How many nodes are online."""
+    return sum(node["status"] == "online" for node in _control(folder, state).nodes())
+
+
+def run(folder: Path, overrides: Mapping[str, object], *, follow: Callable[[str], None]) -> tuple[CompletedRun, Path]:
+    """Run the app on a federation, follow it to its end.
+
+    Args:
+        overrides: settings, by the names of `Settings`. `clients` is the number of nodes unless it is given.
+        follow: is given each line that the server app prints.
+
+    Returns:
+        The run and its results' folder.
+
+    Raises:
+        SettingError: a setting, or no federation runs here.
+        RunError: the run failed; the results of its finished rounds stay.
+    """
+    folder = folder.resolve()
+    state = _state(folder)
+    if state.phase != "running" or "superlink" not in state.alive:
+        raise SettingError("folder", str(folder), "one in which a federation runs (`tofu deploy up` starts one)")
+    settings = Settings.of({"clients": state.nodes, **overrides})
+    count = sum(1 for _ in (folder / "runs").glob("run-*"))
+    results = Path(settings.run_folder or folder / "runs" / f"run-{count + 1}").resolve()
+    dataset = Path(settings.dataset)
+    # The apps run in another folder than this command.
+    settings = replace(
+        settings, run_folder=str(results), dataset=str(dataset.resolve()) if dataset.is_dir() else settings.dataset
+    )
+    done = _control(folder, state).run(Path(state.app), settings.to_config(), follow=follow)
+    if not done.completed:
+        reason = " ".join(done.details.split()) or last_lines(done.log)
+        raise RunError(f"run {done.identity} {done.status.removeprefix('finished:')}: {reason}")
+    return done, results
+
+
+def down(folder: Path) -> list[str]:
+    """End the federation's processes, those of a supervisor that died too, and no other.
+
+    Returns:
+        Names of the processes that were ended.
+
+    Raises:
+        SettingError: no federation was ever started in this folder.
+        RunError: a process could not be ended.
+    """
+    folder = folder.resolve()
+    state = _state(folder)
+    ended = state.alive
+    end_group(state.supervisor, seconds=_STOP_SECONDS)
+    state = _state(folder)
+    # Only what a supervisor left behind that was killed: nodes first, as `Federation.stop` does.
+    for name in sorted(state.alive, key=lambda name: name.startswith("superlink")):
+        end_group(state.members[name], seconds=10)
+    if state.alive:
+        raise RunError(f"still running: {', '.join(state.alive)}")
+    replace(state, phase="stopped", members={}).write(folder)
+    return ended
+
+
+def summary(done: CompletedRun, results: Path) -> dict[str, Any]:
+    """A completed run as one JSON-like object: the run's own summary, and what Flower counted."""
+    file = results / "summary.json"
+    own = json.loads(file.read_text()) if file.is_file() else {}
+    return {**own, "flower_run": done.identity, "traffic_bytes": done.traffic_bytes, "run": str(results)}
+
+
+def _state(folder: Path) -> State:
+    state = State.read(folder)
+    if state is None:
+        raise SettingError("folder", str(folder), "one in which `tofu deploy up` started a federation")
+    return state
+
+
+def _control(folder: Path, state: State) -> Control:
+    return Control(folder / "homes", state.address, folder / "keys" / "ca.crt")

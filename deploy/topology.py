@@ -1,0 +1,110 @@
+"""Who takes part in a federation, and with which command lines: processes on one machine and containers both use these.
+
+SuperLink: the server's post office. SuperNode: the same on a client's machine. Beside each of them stands a SuperExec,
+which starts the apps: the server app beside the SuperLink, the client app beside a SuperNode.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePath, PurePosixPath
+
+RUNTIME_PORT = 9094
+HEALTH_PORT = 9100
+
+ENVIRONMENT: Mapping[str, str] = {
+    # Without it every run calls `uv sync`, which needs the internet and may replace torch.
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Seconds between a SuperExec's looks for work; 1 by default, which every message of a round waits for.
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
+}
+"""What every member runs with."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One process of a federation: a Flower command and its arguments."""
+
+    command: str
+    arguments: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Trust:
+    """Where a member finds what it trusts and proves itself with.
+
+    Attributes:
+        ca: certificate of the CA that signed every server's certificate.
+        certificate, key: its own, where it listens.
+        superexec: the secret that a SuperExec and what it serves share.
+    """
+
+    ca: PurePath
+    certificate: PurePath
+    key: PurePath
+    superexec: PurePath
+
+
+def superlink(trust: Trust, *, host: str, port: int, database: PurePath) -> Member:
+    """A SuperLink that admits registered keys only and keeps its runs in a database."""
+    arguments = ("--enable-supernode-auth", "--database", str(database), "--disable-runtime-dependency-installation")
+    return Member("flower-superlink", (*arguments, *_listen(trust, host, port)))
+
+
+def supernode(
+    trust: Trust, *, superlink: str, key: PurePath, config: Mapping[str, int | str], host: str, port: int
+) -> Member:
+    """A SuperNode.
+
+    Args:
+        superlink: host:port of the SuperLink's Fleet API.
+        key: the node's private key.
+        config: its node config, as client/app.py reads it.
+    """
+    pairs = " ".join(
+        f'{name}="{value}"' if isinstance(value, str) else f"{name}={value}" for name, value in config.items()
+    )
+    arguments = (
+        "--superlink",
+        superlink,
+        "--root-certificates",
+        str(trust.ca),
+        "--auth-supernode-private-key",
+        str(key),
+    )
+    return Member("flower-supernode", (*arguments, "--node-config", pairs, *_listen(trust, host, port)))
+
+
+def superexec(trust: Trust, *, address: str, health: str = "") -> Member:
+    """The SuperExec of the SuperLink or SuperNode at `address`; `health` is where it answers gRPC health checks."""
+    arguments = ("--runtime-api-address", address, "--root-certificates", str(trust.ca))
+    secret = ("--superexec-auth-secret-file", str(trust.superexec))
+    return Member("flower-superexec", (*arguments, *secret, *(("--health-server-address", health) if health else ())))
+
+
+def containers(nodes: int) -> dict[str, Member]:
+    """The members as services of deploy/compose.yaml. SuperNodes see the SuperLink through the proxy only."""
+    mounted = PurePosixPath("/run/secrets")
+    trust = Trust(mounted / "ca.crt", mounted / "server.pem", mounted / "server.key", mounted / "superexec")
+    health = f"127.0.0.1:{HEALTH_PORT}"
+    members = {
+        "superlink": superlink(trust, host="0.0.0.0", port=8000, database=PurePosixPath("/state/state.db")),
+        "superlink-exec": superexec(trust, address="superlink:8000", health=health),
+    }
+    for node in range(nodes):
+        members[f"node-{node}"] = supernode(
+            trust, superlink="proxy:8443", key=mounted / "node", config={"data": "/data", "partition-id": node},
+            host="0.0.0.0", port=RUNTIME_PORT,
+        )  # fmt: skip
+        members[f"node-{node}-exec"] = superexec(trust, address=f"node-{node}:{RUNTIME_PORT}", health=health)
+    return members
+
+
+def _listen(trust: Trust, host: str, port: int) -> tuple[str, ...]:
+    return (
+        "--host", host, "--port", str(port), "--ssl-ca-certfile", str(trust.ca),
+        "--ssl-certfile", str(trust.certificate), "--ssl-keyfile", str(trust.key),
+        "--isolation", "process", "--superexec-auth-secret-file", str(trust.superexec),
+    )  # fmt: skip

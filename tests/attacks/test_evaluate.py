@@ -1,0 +1,133 @@
+"""A whole evaluation: resumed, judged by its control, reported; and the command line."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from attacks.__main__ import main
+from attacks.cells import Situation, drawn_clients, trained_network
+from attacks.evaluate import Evaluation, evaluate, summarise, verdicts
+from attacks.report import READING, remarks, write_report
+from tofu.errors import DataError, SettingError
+from tofu.weights import weights_sha256
+
+SMALL = Evaluation(
+    messages=("exact", "secure:2"), attacks=("idlg", "analytic", "label-counts"), batch_sizes=(2,), seeds=2
+)
+
+
+def test_an_evaluation_is_resumed_and_reported(tmp_path: Path) -> None:
+    told: list[str] = []
+    rows = evaluate(SMALL, tmp_path, say=told.append)
+    assert len(rows) == len(told) == 12
+    again: list[str] = []
+    assert evaluate(SMALL, tmp_path, say=again.append) == rows
+    assert not again
+    (damaged,) = list((tmp_path / "cells").glob("*.json"))[:1]
+    damaged.write_text("{")
+    evaluate(replace(SMALL, seeds=1), tmp_path, say=again.append)
+    evaluate(SMALL, tmp_path, say=again.append)
+    assert len(again) == 1
+
+    (verdict,) = verdicts(rows)
+    assert verdict["broke"]
+    control, summed = summarise(rows)
+    assert (control["message"], control["attack"], control["seeds"]) == ("exact", "idlg", 2)
+    assert control["psnr"][0] > 30
+    assert (summed["message"], summed["recovered"][0]) == ("secure:2", 1)
+    document = json.loads((tmp_path / "attacks.json").read_text())
+    assert (document["planned"], document["finished"], len(document["rows"])) == (12, 12, 12)
+
+    page = write_report(rows, tmp_path).read_text()
+    assert READING in page
+    assert "analytic needs linear-first" in page
+    assert (tmp_path / "situation-1.png").read_bytes().startswith(b"\x89PNG")
+    assert "data:image/png;base64," in page
+    with np.load(tmp_path / rows[0]["images"]) as arrays:
+        assert arrays["originals"].shape == arrays["reconstructions"].shape == (2, 1, 8, 8)
+
+
+def test_a_control_that_does_not_break_says_that_the_rest_proves_nothing(tmp_path: Path) -> None:
+    rows = evaluate(replace(SMALL, attacks=("label-counts", "proxy-images"), seeds=1), tmp_path, say=lambda _: None)
+    (verdict,) = verdicts(rows)
+    assert not verdict["broke"]
+    assert "prove nothing" in verdict["text"]
+    assert "prove nothing" in write_report(rows, tmp_path).read_text()
+
+
+def test_smooth_mode_leaking_more_is_said() -> None:
+    entries = [
+        {"message": f"proxy:{mode}:50", "psnr": (psnr, 0.0)} for mode, psnr in (("smooth", 21.0), ("paper", 9.0))
+    ]
+    (remark,) = remarks(entries)
+    assert remark.startswith("At ratio 50 smooth mode leaks more than paper mode: it encodes the update better")
+    entries[0]["psnr"] = (8.0, 0.0)
+    assert remarks(entries) == ["At ratio 50 smooth mode leaks no more than paper mode (8.0 against 9.0 dB)."]
+
+
+def test_the_page_escapes_everything(tmp_path: Path) -> None:
+    rows = evaluate(replace(SMALL, seeds=1, attacks=("label-counts",)), tmp_path, say=lambda _: None)
+    page = write_report([row | {"model": "<script>alert(1)</script>"} for row in rows], tmp_path).read_text()
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_a_time_limit_leaves_cells_for_later(tmp_path: Path) -> None:
+    assert evaluate(SMALL, tmp_path, say=lambda _: None, seconds=0) == []
+    assert json.loads((tmp_path / "attacks.json").read_text())["finished"] == 0
+
+
+def test_situations_are_reproducible_and_spread_labels() -> None:
+    situation = Situation("digits", "mlp", "group", 0.1, 1, 1, 10, 1)
+    (client,) = drawn_clients(situation, 1)
+    assert len(set(client.labels.tolist())) == 10
+    one, two = (weights_sha256(trained_network(situation).base) for _ in range(2))
+    assert one == two
+    assert one != weights_sha256(trained_network(replace(situation, moment=0)).base)
+    with pytest.raises(DataError, match="a batch takes 1000"):
+        drawn_clients(replace(situation, batch_size=1000), 1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"messages": ("topk:10",)}, {"attacks": ("x",)}, {"batch_sizes": (0,)}, {"batch_sizes": ()}, {"moments": (-1,)},
+     {"seeds": 0}, {"lr": float("nan")}, {"seconds": 0.0}],
+)  # fmt: skip
+def test_what_cannot_be_run_is_one_line(change: dict[str, object]) -> None:
+    with pytest.raises(SettingError):
+        replace(SMALL, **change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--messages", "foo"], "messages='foo' is not usable"),
+        (["--batch-sizes", "1,x"], "batch-sizes='1,x' is not usable"),
+        (["--attacks", "ddlg"], "attacks='ddlg' is not usable"),
+        (["--model", "nonet"], "model='nonet' is not usable"),
+        (["--dataset", "no/such/folder/here"], "no/such/folder/here"),
+        (["--messages", "exact,proxy:smooth:1000000"], "ratio="),
+        (["no-such-run"], "no-such-run has no recorded messages"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    arguments: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--folder", str(tmp_path / "out"), "--quiet", "--seeds", "1"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert expected in error
+    assert error.count("\n") == 1
+
+
+def test_the_command_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--messages", "exact", "--batch-sizes", "1", "--seeds", "1"]
+    assert main([*arguments, "--attacks", "idlg", "--folder", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert "the control broke" in printed.out
+    assert "| exact" in printed.out
+    assert "report.html" in printed.out
+    assert "1/1 seed 0" in printed.err

@@ -1,0 +1,75 @@
+"""A recorded run under attack, scored against the client's own images."""
+
+from pathlib import Path
+
+import pytest
+
+from attacks.__main__ import main
+from attacks.base import AttackError
+from attacks.messages import local_round
+from attacks.recorded import attack_run, observation_of
+from client.training import LocalTraining
+from tofu.data import open_data
+from tofu.errors import PayloadError, RunError
+from tofu.models import build_model
+from tofu.network import Network
+from tofu.payload import Payload
+from tofu.recording import Recorder, read_recording, recordings
+from tofu.seeding import derive_generator
+from tofu.settings import Settings
+from tofu.weights import add_update, fingerprint, weights_of
+
+SETTINGS = Settings.of({"clients": 100, "local_epochs": 1, "batch_size": 16, "rounds": 2, "ratio": 50.0})
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Two rounds of one client with some 14 images, recorded as a server would."""
+    data = open_data("digits", clients=100, partition="dirichlet", alpha=0.5, seed=0)
+    model = build_model("mlp", data.shape, seed=0)
+    recorder = Recorder(tmp_path, ["4"], settings=SETTINGS, shape=data.shape)
+    for round_ in (1, 2):
+        network, base = Network(model.eval(), data.shape), weights_of(model)
+        how = LocalTraining(1, 16, SETTINGS.lr_of(round_))
+        sent = local_round(network, data.client(4), how, derive_generator(0, round_, "4", "train"))
+        compressor = SETTINGS.make_compressor("proxy", network)
+        compressed = compressor.compress(network, sent.update, generator=derive_generator(0, round_, "4", "encode"))
+        payload = Payload(compressor.code, round_, fingerprint(base), compressed.body).to_bytes()
+        recorder.keep(round_, "4", kind="proxy", examples=len(data.client(4)), base=base, payload=payload)
+        add_update(model, compressed.decoded)
+    return tmp_path
+
+
+def test_a_recorded_run_is_attacked_with_its_control(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(run), "--attacks", "analytic,proxy-images,label-counts", "--quiet"]
+    assert main(arguments) == 0
+    assert "recorded proxy:smooth" in capsys.readouterr().out
+    rows = attack_run(run, run / "attacks", attacks=("analytic", "proxy-images", "label-counts"), say=print)
+    assert not capsys.readouterr().out
+    assert {(row["moment"], row["message"]) for row in rows} == {
+        (moment, message) for moment in (0, 1) for message in ("exact", "recorded proxy:smooth")
+    }
+    found = {(row["message"], row["attack"]): row for row in rows if row["moment"] == 0}
+    assert found["exact", "analytic"]["psnr"] > found["recorded proxy:smooth", "analytic"]["psnr"]
+    assert found["exact", "proxy-images"]["refused"]
+    assert found["exact", "label-counts"]["labels"] > 0.7
+    assert (run / "attacks" / "report.html").is_file()
+
+
+def test_later_rounds_come_with_the_earlier(run: Path) -> None:
+    rows = attack_run(run, run / "out", attacks=("accumulation",), seconds=1, say=lambda _: None)
+    assert [bool(row["refused"]) for row in rows] == [True, True, False, False]
+
+
+def test_a_model_that_the_message_was_not_made_for(run: Path) -> None:
+    first = recordings(run)[0]
+    text = (first / "record.json").read_text()
+    (first / "record.json").write_text(text.replace('"model": "mlp"', '"model": "lenet5"'))
+    with pytest.raises(AttackError, match="are not those of model='lenet5'"):
+        observation_of(read_recording(first))
+    (first / "record.json").write_text(text.replace('"codec-mode": "smooth"', '"codec-mode": "paper"'))
+    with pytest.raises(PayloadError):
+        observation_of(read_recording(first))
+    (first / "record.json").write_text(text.replace('"height": 8', '"height": 9'))
+    with pytest.raises((AttackError, RunError)):
+        attack_run(run, run / "out", say=print)

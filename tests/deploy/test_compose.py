@@ -1,0 +1,112 @@
+"""compose.yaml: the Compose Specification's own schema, the command lines of the topology, and what hardening promises.
+
+compose-spec.json beside this file is the schema of the Compose Specification (Apache-2.0), as check-jsonschema 0.39.0
+ships it.
+"""
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from jsonschema import Draft202012Validator
+
+from deploy.certificates import main as make_certificates
+from deploy.topology import ENVIRONMENT, containers
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+NODES = 3
+
+
+@pytest.fixture(scope="module")
+def compose() -> dict[str, Any]:
+    """The file as a plain tree, merges done."""
+    document = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    assert isinstance(document, dict)
+    return document
+
+
+def test_it_follows_the_compose_specification(compose: dict[str, Any]) -> None:
+    validator = Draft202012Validator(json.loads((Path(__file__).parent / "compose-spec.json").read_text()))
+    assert [f"{error.json_path}: {error.message}" for error in validator.iter_errors(compose)] == []
+    broken = compose | {"services": compose["services"] | {"superlink": {"comand": []}}}
+    assert not validator.is_valid(broken)
+
+
+def test_its_command_lines_are_those_of_the_processes(compose: dict[str, Any]) -> None:
+    images = {"flower-superlink": "flwr/superlink:1.41.0", "flower-supernode": "flwr/supernode:1.41.0"}
+    for name, member in containers(NODES).items():
+        service = compose["services"][name]
+        assert service["command"] == list(member.arguments), name
+        assert service["image"] == images.get(member.command, "tofu-fl/app:0.1.0"), name
+        # The images' own entry points are the commands.
+        assert service.get("entrypoint", [member.command])[-1] == member.command, name
+        assert ENVIRONMENT.items() <= service["environment"].items(), name
+    others = {"proxy", "register", "operator"}
+    assert compose["services"].keys() == containers(NODES).keys() | others
+    assert "flwr[simulation]==1.41.0" in (DEPLOY.parent / "pyproject.toml").read_text()
+
+
+def test_every_service_is_locked_down(compose: dict[str, Any]) -> None:
+    for name, service in compose["services"].items():
+        assert service["read_only"], name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["user"] not in ("", "0", "root"), name
+        assert not service.keys() & {"privileged", "cap_add", "network_mode", "pid", "ipc", "devices"}, name
+        assert ":" in service["image"], name
+        assert not service["image"].endswith(":latest"), name
+    long_lived = compose["services"].keys() - {"register", "operator"}
+    for name in long_lived:
+        assert compose["services"][name]["restart"] == "unless-stopped", name
+        assert compose["services"][name]["healthcheck"]["test"][0] == "CMD", name
+
+
+def test_only_the_proxy_can_be_reached_from_outside(compose: dict[str, Any]) -> None:
+    services, networks = compose["services"], compose["networks"]
+    assert [name for name, service in services.items() if "ports" in service] == ["proxy"]
+    open_networks = {name for name, network in networks.items() if not network.get("internal")}
+    assert [name for name, service in services.items() if open_networks & set(service["networks"])] == ["proxy"]
+    # Whoever shares a network with the SuperLink reaches its Control API.
+    beside = {name for name, service in services.items() if "server" in service["networks"]}
+    assert beside == {"superlink", "superlink-exec", "proxy", "register", "operator"}
+    for node in range(NODES):
+        own = {name for name, service in services.items() if f"node-{node}" in service["networks"]}
+        assert own == {f"node-{node}", f"node-{node}-exec"}
+
+
+def test_only_the_client_app_sees_a_nodes_data_and_cannot_write_it(compose: dict[str, Any]) -> None:
+    for node in range(NODES):
+        source = f"${{TOFU_DATA:-./data}}/node-{node}"
+        mounts = [
+            (name, volume)
+            for name, service in compose["services"].items()
+            for volume in service.get("volumes", [])
+            if volume["source"] == source
+        ]
+        assert [name for name, _ in mounts] == [f"node-{node}-exec"]
+        assert mounts[0][1]["read_only"]
+        assert mounts[0][1]["target"] == "/data"
+
+
+def test_every_secret_is_made_and_only_its_owner_mounts_it(compose: dict[str, Any], tmp_path: Path) -> None:
+    names = [f"node-{node}" for node in range(NODES)]
+    arguments = [str(tmp_path), "--compose", *(f"--node={name}" for name in names)]
+    assert make_certificates(arguments) == 0
+    users: dict[str, set[str]] = {name: set() for name in compose["secrets"]}
+    for name, service in compose["services"].items():
+        for secret in service.get("secrets", []):
+            users[secret["source"]].add(name.removesuffix("-exec"))
+    for name, secret in compose["secrets"].items():
+        file = tmp_path / Path(secret["file"]).relative_to("secrets")
+        mode = stat.S_IMODE(file.stat().st_mode)
+        if mode == 0o600:
+            assert users[name] == {file.parent.name}
+        else:
+            assert mode == 0o644
+            assert users[name]
+    mounted = {Path(secret["file"]).relative_to("secrets") for secret in compose["secrets"].values()}
+    made = {file.relative_to(tmp_path) for file in tmp_path.rglob("*") if file.is_file()}
+    assert made - mounted == {Path("ca.key")}  # which stays offline

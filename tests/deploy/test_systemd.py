@@ -1,0 +1,88 @@
+"""The systemd units: systemd's own check where it is installed, and the topology's command lines in any case."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+from deploy.topology import ENVIRONMENT, Trust, superexec, supernode
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+UNITS = ("tofu-node.service", "tofu-node-exec.service")
+_SYSTEMD = shutil.which("systemd-analyze")
+
+
+def _settings(unit: str) -> dict[str, list[str]]:
+    """Key -> its values in order, of all sections, continued lines joined."""
+    text = re.sub(r"\\\n\s*", "", (DEPLOY / unit).read_text())
+    settings: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        if "=" in line and not line.startswith("#"):
+            key, _, value = line.partition("=")
+            settings.setdefault(key, []).append(value)
+    return settings
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """A folder with the units as they would be installed on this machine."""
+    binaries = Path(sys.executable).parent
+    for unit in UNITS:
+        text = (DEPLOY / unit).read_text()
+        assert "ExecStart=/opt/tofu-fl/.venv/bin/flower-" in text
+        (tmp_path / unit).write_text(text.replace("/opt/tofu-fl/.venv/bin", str(binaries)))
+    return tmp_path
+
+
+@pytest.mark.skipif(_SYSTEMD is None, reason="systemd-analyze is not installed")
+def test_systemd_accepts_them_and_finds_them_locked_down(installed: Path) -> None:
+    assert _SYSTEMD is not None
+    files = [str(installed / unit) for unit in UNITS]
+    checked = subprocess.run([_SYSTEMD, "verify", "--man=no", *files], capture_output=True, text=True, check=False)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    # Exposure from 0 to 10; the threshold is in tenths of a percent of that.
+    command = [_SYSTEMD, "security", "--offline=true", "--threshold=20", *files]
+    judged = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert judged.returncode == 0, judged.stdout + judged.stderr
+
+
+def test_their_command_lines_are_those_of_the_topology() -> None:
+    credentials = PurePosixPath("${CREDENTIALS_DIRECTORY}")
+    trust = Trust(*(credentials / name for name in ("ca.crt", "server.pem", "server.key", "superexec")))
+    node = supernode(
+        trust, superlink="${SUPERLINK}", key=credentials / "node", config={}, host="127.0.0.1", port=9094
+    )  # fmt: skip
+    # What listens on a client's machine has a CA of that machine's own.
+    expected = {
+        "tofu-node.service": (node, {"--ssl-ca-certfile": "local-ca.crt"}),
+        "tofu-node-exec.service": (superexec(trust, address="127.0.0.1:9094"), {"--root-certificates": "local-ca.crt"}),
+    }
+    for unit, (member, own) in expected.items():
+        command, *arguments = shlex.split(_settings(unit)["ExecStart"][0])
+        assert command == f"/opt/tofu-fl/.venv/bin/{member.command}"
+        wanted = _options(member.arguments) | {name: str(credentials / file) for name, file in own.items()}
+        if "--node-config" in wanted:
+            wanted["--node-config"] = "${NODE_CONFIG}"
+        assert _options(arguments) == wanted
+    environment = " ".join(_settings("tofu-node-exec.service")["Environment"]).split()
+    missing = {f"{name}={value}" for name, value in ENVIRONMENT.items()} - set(environment)
+    assert missing == {"RAY_USAGE_STATS_ENABLED=0"}  # there is no ray on a client
+
+
+def test_every_credential_that_is_used_is_loaded_and_the_node_never_gives_up() -> None:
+    for unit in UNITS:
+        settings = _settings(unit)
+        used = set(re.findall(r"\$\{CREDENTIALS_DIRECTORY\}/([\w.-]+)", settings["ExecStart"][0]))
+        assert used == {credential.partition(":")[0] for credential in settings["LoadCredential"]}
+        assert settings["Restart"] == ["always"]
+        assert settings["StartLimitIntervalSec"] == ["0"]
+        assert settings["DynamicUser"] == ["yes"]
+
+
+def _options(arguments: tuple[str, ...] | list[str]) -> dict[str, str]:
+    """Option -> value."""
+    return dict(zip(arguments[::2], arguments[1::2], strict=True))

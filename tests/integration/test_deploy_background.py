@@ -1,0 +1,197 @@
+"""`tofu deploy`: a federation that outlives the command that starts it, a round on it, and an end of all of it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy import control
+from deploy.state import Process, State
+
+_ROOT = Path(__file__).parents[2]
+_QUICK = ("--model=mlp", "--local-epochs=1", "--evaluations=4", "--ratio=40", "--lr=0.1")
+
+
+def deploy(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    """The command, as a user types it."""
+    command = [str(Path(sys.executable).parent / "tofu"), "deploy", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+
+
+def asked(*arguments: str) -> Any:
+    """What the command says as JSON."""
+    result = deploy(*arguments, "--json")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("\n") == 1
+    return json.loads(result.stdout)
+
+
+def wait_for(what: Callable[[], bool], seconds: float) -> None:
+    """Look until it is so."""
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it never came to that"
+        time.sleep(0.5)
+
+
+def node_status(folder: Path) -> dict[str, str]:
+    """Node -> registered, online or offline."""
+    return {node["name"]: node["status"] for node in asked("status", f"--folder={folder}")["nodes"]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder in which a federation of two runs; whatever is left of it at the end is ended."""
+    folder = tmp_path_factory.mktemp("deploy") / "federation"
+    up = asked("up", "--nodes=2", f"--folder={folder}")
+    assert up["phase"] == "running"
+    yield folder
+    deploy("down", f"--folder={folder}")
+
+
+def test_up_says_what_runs(folder: Path) -> None:
+    status = asked("status", f"--folder={folder}")
+    assert [process["name"] for process in status["processes"]] == [
+        "supervisor", "superlink", "superlink-exec", "node-0", "node-0-exec", "node-1", "node-1-exec"
+    ]  # fmt: skip
+    assert all(process["alive"] for process in status["processes"])
+    assert status["nodes"] == [{"name": "node-0", "status": "online"}, {"name": "node-1", "status": "online"}]
+    assert status["address"].startswith("127.0.0.1:")
+    keys = {file.name: file.stat().st_mode & 0o777 for file in (folder / "keys").iterdir()}
+    assert {name for name, mode in keys.items() if mode == 0o600} == {
+        "ca.key", "server.key", "superexec", "node-0", "node-1"
+    }  # fmt: skip
+
+
+def test_a_second_up_is_refused(folder: Path) -> None:
+    again = deploy("up", f"--folder={folder}")
+    assert again.returncode == 2
+    assert again.stderr.count("\n") == 1
+    assert "running federation" in again.stderr
+
+
+def test_a_proxy_round_goes_round(folder: Path) -> None:
+    result = deploy("run", f"--folder={folder}", "--rounds=1", "--min-clients=2", *_QUICK)
+    assert result.returncode == 0, result.stderr
+    assert "round 1/1  proxy" in result.stderr
+    summary = json.loads((folder / "runs" / "run-1" / "summary.json").read_text())
+    assert summary["final_accuracy"] > 0.15
+    rows = [json.loads(line) for line in (folder / "runs" / "run-1" / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["kind"], row["clients"], row["failures"]) for row in rows] == [("start", 0, []), ("proxy", 2, [])]
+    assert [run["status"] for run in asked("status", f"--folder={folder}")["runs"]] == ["finished:completed"]
+
+
+def test_the_containers_command_speaks_to_it_too(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = State.read(folder)
+    assert state is not None
+    common = [f"--address={state.address}", f"--ca={folder}/keys/ca.crt", f"--folder={tmp_path}"]
+    for _ in range(2):  # a key that is admitted stays so
+        assert control.main([*common, "register", str(folder / "keys" / "node-0.pub")]) == 0
+    assert control.main([*common, "nodes"]) == 0
+    assert [node["status"] for node in json.loads(capsys.readouterr().out)] == ["online", "online"]
+    for refused, said in (
+        ([*common, "run", "rounds=many"], "rounds='many'"),
+        ([*common, "run", "--app=/nowhere"], "pyproject.toml"),
+        ([*common, "register", str(folder / "keys" / "ca.crt")], "register failed"),
+        (["--address=127.0.0.1:1", *common[1:], "nodes"], "unavailable"),
+    ):
+        assert control.main(refused) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert said in error
+
+
+def _living(group: int) -> list[int]:
+    """Processes of a group that have not ended."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, pgrp, *_ = file.read_text().rpartition(")")[2].split()
+            if int(pgrp) == group and state not in "ZX":
+                found.append(int(file.parent.name))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads the kernel's list of processes")
+def test_a_member_that_dies_is_started_again_and_leaves_nothing(folder: Path) -> None:
+    def now() -> Process:
+        state = State.read(folder)
+        assert state is not None
+        return state.members["node-1-exec"]
+
+    before = now()
+    os.kill(before.pid, signal.SIGKILL)
+    wait_for(lambda: now().restarts == 1, 30)
+    assert now().alive
+    wait_for(lambda: _living(before.pid) == [], 10)
+    assert _living(now().pid) != []
+
+
+def test_down_ends_also_what_a_dead_supervisor_left(folder: Path) -> None:
+    state = State.read(folder)
+    assert state is not None
+    os.kill(state.supervisor.pid, signal.SIGKILL)
+    wait_for(lambda: not state.supervisor.alive, 10)
+    members = [name for name in state.alive if name != "supervisor"]
+    assert members == list(state.members)
+    assert asked("down", f"--folder={folder}")["ended"] == members
+    assert not state.alive
+    assert asked("status", f"--folder={folder}")["phase"] == "stopped"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_survives_a_killed_node_and_a_killed_superlink(tmp_path: Path) -> None:
+    """Round 1: all three. A node dies in a later round, which ends without it; the SuperLink dies after that."""
+    folder = tmp_path / "federation"
+    asked("up", "--nodes=3", f"--folder={folder}")
+    try:
+        command = [
+            str(Path(sys.executable).parent / "tofu"), "deploy", "run", f"--folder={folder}", "--rounds=25",
+            "--min-clients=2", "--round-timeout=180", *_QUICK,
+        ]  # fmt: skip
+        with (tmp_path / "log").open("wb") as log:
+            run = subprocess.Popen(command, stdout=log, stderr=log)
+
+        def rows() -> list[dict[str, Any]]:
+            file = folder / "runs" / "run-1" / "metrics.jsonl"
+            return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+        wait_for(lambda: len(rows()) >= 2, 200)
+        state = State.read(folder)
+        assert state is not None
+        os.kill(state.members["node-1"].pid, signal.SIGKILL)
+        wait_for(lambda: any(row["failures"] for row in rows()), 200)
+        [failed] = next(row["failures"] for row in rows() if row["failures"])
+        assert failed["client"] == "1"
+        # Its key counts as online for a while, so that it is refused and started again until it is admitted.
+        wait_for(lambda: node_status(folder)["node-1"] == "online", 200)
+        state = State.read(folder)
+        assert state is not None
+        assert state.members["node-1"].restarts >= 2
+        assert "Exit Code: 305" in (folder / "logs" / "node-1.log").read_text()
+
+        os.kill(state.members["superlink"].pid, signal.SIGKILL)
+        before = rows()[-1]["round"]
+        assert before < 24
+        assert run.wait(400) == 0, (tmp_path / "log").read_text()
+        done = rows()
+        assert [row["round"] for row in done] == list(range(26))
+        assert done[-1]["clients"] == 3
+        assert "client 1" in (tmp_path / "log").read_text()
+        state = State.read(folder)
+        assert state is not None
+        assert state.members["superlink"].restarts == 1
+        assert [run["status"] for run in asked("status", f"--folder={folder}")["runs"]] == ["finished:completed"]
+    finally:
+        deploy("down", f"--folder={folder}")

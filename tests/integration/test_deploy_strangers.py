@@ -1,0 +1,80 @@
+"""Who has no right to take part is refused: no key, another CA, a key that is online, plain text, a wrong secret.
+
+An unregistered key is refused in test_tls.py.
+"""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from deploy.certificates import make_certificates, make_node_key, make_superexec_secret
+from deploy.processes import Federation, free_port
+from deploy.topology import ENVIRONMENT
+
+_BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    with Federation(tmp_path_factory.mktemp("federation"), nodes=1) as federation:
+        end = time.monotonic() + 60
+        while [node["status"] for node in federation.control.nodes()] != ["online"]:
+            assert time.monotonic() < end
+            time.sleep(0.5)
+        yield federation
+
+
+def _started(folder: Path, command: str, *arguments: str) -> "subprocess.Popen[str]":
+    folder.mkdir()
+    return subprocess.Popen(
+        [_BIN / command, *arguments], cwd=folder, env={**ENVIRONMENT, "FLWR_HOME": str(folder), "PATH": str(_BIN)},
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def test_strangers_are_refused(federation: Federation, tmp_path: Path) -> None:
+    keys = federation.folder / "keys"
+    make_certificates(tmp_path / "other", ["127.0.0.1"])
+    make_node_key(tmp_path / "keys", "registered")
+    federation.control.register(tmp_path / "keys" / "registered.pub", "registered")
+    registered = ("--auth-supernode-private-key", str(tmp_path / "keys" / "registered"))
+    trusting = ("--root-certificates", str(keys / "ca.crt"))
+    node = ("--superlink", federation.address, "--isolation", "process", "--max-retries", "1", "--insecure")
+    secure = tuple(argument for argument in node if argument != "--insecure")
+    strangers = {
+        "no key": (*secure, *trusting),
+        "another CA": (*secure, *registered, "--root-certificates", str(tmp_path / "other" / "ca.crt")),
+        "a key that is online": (*secure, *trusting, "--auth-supernode-private-key", str(keys / "node-0")),
+        "plain text": node,
+        "plain text with a key": (*node, *registered),
+    }
+    running = {
+        name: _started(tmp_path / name, "flower-supernode", *arguments, "--port", str(free_port()))
+        for name, arguments in strangers.items()
+    }
+    said = {name: process.communicate(timeout=120)[0] for name, process in running.items()}
+    for name, process in running.items():
+        assert process.returncode != 0, f"{name}: {said[name]}"
+    assert "Exit Code: 305" in said["a key that is online"]
+    assert "Exit Code: 305" in said["no key"]
+    assert "certificate" in said["another CA"].lower()
+    assert not any("usage:" in text for text in said.values())
+    statuses = sorted(node["status"] for node in federation.control.nodes())
+    assert statuses == ["online", "registered"]  # the one that belongs here, and the key that nobody came in with
+
+
+def test_a_superexec_with_another_secret_gets_no_work(federation: Federation, tmp_path: Path) -> None:
+    make_superexec_secret(tmp_path / "secret")
+    rogue = _started(
+        tmp_path / "rogue", "flower-superexec", "--runtime-api-address", federation.address,
+        "--root-certificates", str(federation.folder / "keys" / "ca.crt"),
+        "--superexec-auth-secret-file", str(tmp_path / "secret"),
+    )  # fmt: skip
+    # One with the right secret runs until it is told to end; one that is refused ends by itself.
+    said, _ = rogue.communicate(timeout=120)
+    assert "terminated" in said
+    assert federation.processes["superlink-exec"].poll() is None

@@ -1,0 +1,193 @@
+"""What a run keeps of some clients' messages, so that attacks can be tried on what was really sent.
+
+    record/round-0003-client-7/
+        base.safetensors   the weights that the payload is relative to: parameters and buffers
+        payload.bin        the bytes as they came, header included
+        record.json        everything else that the server knew
+
+A folder appears whole, by a rename. Nothing in it is executed on reading; every field is checked. A recording is what
+an attacker at the server has: with the run's settings it also says where the client's images are, so keep it as safe as
+the data.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from tofu.data import ImageShape
+from tofu.errors import RunError, SettingError
+from tofu.messages import KINDS
+from tofu.payload import HEADER_BYTES
+from tofu.settings import Settings
+from tofu.weights import Weights
+
+FOLDER = "record"
+VERSION = 1
+_NAME = re.compile(r"round-(\d{4,6})-client-([A-Za-z0-9_.]{1,64})")
+_SHAPE = ("channels", "height", "width", "classes")
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One client's message of one round.
+
+    Attributes:
+        round: counted from 1.
+        client: its name in the ledger; of a simulated client, the number of its partition.
+        kind: of the round, one of `tofu.messages.KINDS`.
+        examples: images that the update stands for, as the reply says.
+        shape: of the network's input and output.
+        settings: of the run; they give model, codec, step size, epochs, batch size, seed and dataset.
+        base: the weights that the payload is relative to.
+        payload: the bytes as they came.
+    """
+
+    round: int
+    client: str
+    kind: str
+    examples: int
+    shape: ImageShape
+    settings: Settings
+    base: Weights
+    payload: bytes
+
+    @property
+    def lr(self) -> float:
+        """The client's step size in this round."""
+        return self.settings.lr_of(self.round)
+
+
+class Recorder:
+    """Keeps the messages of some clients under a run's folder.
+
+    Args:
+        folder: of the run.
+        clients: names of the clients to keep.
+        settings: of the run.
+        shape: of the network's input and output.
+    """
+
+    def __init__(self, folder: Path, clients: Sequence[str], *, settings: Settings, shape: ImageShape) -> None:
+        self._folder, self._clients = folder / FOLDER, frozenset(clients)
+        self._settings, self._shape = settings, shape
+        for client in clients:
+            if not _NAME.fullmatch(_folder_name(1, client)):
+                raise SettingError("record", client, "names of clients: letters, digits, points and underscores")
+
+    def wants(self, client: str) -> bool:
+        """Whether this client's messages are kept."""
+        return client in self._clients
+
+    def keep(
+        self, round_: int, client: str, *, kind: str, examples: int, base: Mapping[str, Tensor], payload: bytes
+    ) -> None:
+        """Write one message, atomically; the one of a round that is run again after a crash replaces the first.
+
+        Args:
+            base: parameters and buffers that the payload is relative to.
+
+        Raises:
+            RunError: the folder cannot be written.
+        """
+        about = {
+            "version": VERSION,
+            "round": round_,
+            "client": client,
+            "kind": kind,
+            "examples": examples,
+            "shape": {name: getattr(self._shape, name) for name in _SHAPE},
+            "settings": self._settings.to_config(),
+        }
+        final = self._folder / _folder_name(round_, client)
+        part = final.with_name(f".{final.name}.part")
+        try:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            weights = {name: value.detach().contiguous() for name, value in base.items()}
+            _write(part / "base.safetensors", safetensors.torch.save(weights))
+            _write(part / "payload.bin", payload)
+            _write(part / "record.json", json.dumps(about, indent=1, allow_nan=False).encode())
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(part, final)
+        except OSError as error:
+            raise RunError(f"{final} cannot be written: {error.strerror or error}") from error
+
+
+def recordings(run: Path) -> list[Path]:
+    """The folders of a run's recordings, by client and then round.
+
+    Raises:
+        RunError: the run has none.
+    """
+    found = [(m[2], int(m[1]), path) for path in sorted((run / FOLDER).glob("round-*")) if (m := _match(path))]
+    if not found:
+        raise RunError(f"{run} has no recorded messages: run it again with --record")
+    return [path for *_, path in sorted(found)]
+
+
+def read_recording(folder: Path) -> Recording:
+    """Read one recording, every field checked. (What base and payload mean, the codec checks when it decodes.)
+
+    Raises:
+        RunError: a file is missing or is not what `Recorder` writes.
+        SettingError: a setting of the run that this program does not know.
+    """
+    match = _match(folder)
+    try:
+        about = json.loads((folder / "record.json").read_bytes())
+        payload = (folder / "payload.bin").read_bytes()
+        base = safetensors.torch.load((folder / "base.safetensors").read_bytes())
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise RunError(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
+    if match is None or not isinstance(about, dict):
+        raise RunError(f"{folder} is no recording: expected a folder named round-NUMBER-client-NAME")
+    shape = about.get("shape")
+    if not isinstance(shape, dict) or not isinstance(about.get("settings"), dict):
+        raise RunError(f"{folder}/record.json has no shape or no settings")
+    numbers = {"version": about.get("version"), "round": about.get("round"), "examples": about.get("examples")}
+    for name, value in [*numbers.items(), *((name, shape.get(name)) for name in _SHAPE)]:
+        if type(value) is not int or not 1 <= value < 2**31:
+            raise RunError(f"{folder}/record.json has {name} {value!r}, expected a whole number of at least 1")
+    if about["version"] != VERSION:
+        raise RunError(f"{folder}/record.json has version {about['version']}, this program reads {VERSION}")
+    if about.get("kind") not in KINDS:
+        raise RunError(f"{folder}/record.json has kind {about.get('kind')!r}, expected one of {', '.join(KINDS)}")
+    if (about["round"], about.get("client")) != (int(match[1]), match[2]):
+        raise RunError(f"{folder}/record.json is of round {about['round']}, client {about.get('client')!r}")
+    if len(payload) < HEADER_BYTES:
+        raise RunError(f"{folder}/payload.bin has {len(payload)} bytes, expected at least {HEADER_BYTES}")
+    if not all(bool(value.isfinite().all()) for value in base.values()):
+        raise RunError(f"{folder}/base.safetensors holds a value that is not finite")
+    return Recording(
+        round=about["round"],
+        client=about["client"],
+        kind=about["kind"],
+        examples=about["examples"],
+        shape=ImageShape(*(shape[name] for name in _SHAPE)),
+        settings=Settings.of(about["settings"]),
+        base=base,
+        payload=payload,
+    )
+
+
+def _folder_name(round_: int, client: str) -> str:
+    return f"round-{round_:04d}-client-{client}"
+
+
+def _match(folder: Path) -> "re.Match[str] | None":
+    return _NAME.fullmatch(folder.name)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
