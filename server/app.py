@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from tofu.data import FederatedData, LabelledImages, open_data
 from tofu.errors import TofuError
 from tofu.models import build_model
 from tofu.network import Network
+from tofu.recording import Recorder
 from tofu.settings import Settings
 from tofu.tasks import backward_transfer, mean_accuracy
 from tofu.units import printable
@@ -64,7 +66,12 @@ def serve(grid: Grid, settings: Settings, progress: Progress) -> dict[str, objec
     ledger = Ledger()
     # Settings that cannot be used, such as a ratio out of reach, end the run here, before anything is written.
     federation = Federation(grid, network, test, settings, ledger, progress)
+    recorder = Recorder(Path(), settings.recorded, settings=settings, shape=data.shape)
     folder = RunFolder(settings)
+    if settings.recorded:
+        federation.recorder = recorder.in_folder(folder.path)
+        progress.note(f"keeps what client {', '.join(settings.recorded)} sends in {folder.path}/record: as sensitive "
+                      "as its data")  # fmt: skip
     samples = Samples(data, test)
     progress.start(settings.rounds, settings.clients, f"{settings.model} on {settings.dataset}")
     try:
@@ -91,7 +98,7 @@ def serve(grid: Grid, settings: Settings, progress: Progress) -> dict[str, objec
             if settings.checkpoint:
                 _checkpoint(folder, federation, grid, row, messages)
             folder.add_round(row, messages)
-            folder.write_weights(federation.weights)
+            federation.write_model(folder)
             folder.write_samples(samples.arrays)
             progress.round_done(row)
         summary: dict[str, object] = {
@@ -152,7 +159,7 @@ def _resume(
     federation.restore(snapshot, clients_kept=kept)
     row = snapshot.plain["row"]
     folder.go_back(row, snapshot.plain["messages"])
-    folder.write_weights(federation.weights)
+    federation.write_model(folder)
     samples.restore(folder.read_samples(), int(row["round"]))
     progress.note(f"goes on after round {row['round']}" + ("" if kept else "; clients begin without error feedback"))
     return int(row["round"])

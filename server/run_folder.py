@@ -3,7 +3,7 @@
 config.json      every setting
 metrics.jsonl    one object a round (round 0: before training)
 ledger.jsonl     one object a message, written round by round
-weights.safetensors, summary.json, report.html, samples.npz   replaced whole by a rename
+weights.safetensors, summary.json, report.html, samples.npz, plugins.state   replaced whole by a rename
 checkpoints      what a run that was ended needs to go on (`server.checkpoint`)
 """
 
@@ -19,14 +19,18 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
+import safetensors
 import safetensors.torch
 
+from tofu.data import ImageShape
 from tofu.errors import SettingError
 from tofu.settings import Settings
 from tofu.weights import Weights
 
 MAY_CHANGE = ("workers", "round-timeout", "secure-timeout", "min-clients", "resume", "run-folder", "checkpoint")
 """Settings that a run may go on with another value of."""
+
+_SHAPE = "shape"
 
 
 class RunFolder:
@@ -79,9 +83,13 @@ class RunFolder:
             lines = [_json(line) + b"\n" for line in (*earlier, *final)]
             self._replace(name, lambda f, lines=lines: f.writelines(lines))  # type: ignore[misc]
 
-    def write_weights(self, weights: Weights) -> None:
-        """Replace weights.safetensors."""
-        data = safetensors.torch.save({name: value.contiguous() for name, value in weights.items()})
+    def write_model(self, weights: Weights, shape: ImageShape, broadcast: bytes) -> None:
+        """Replace weights.safetensors, whose metadata say what images the model takes, and plugins.state."""
+        numbers = (shape.channels, shape.height, shape.width, shape.classes)
+        named = {name: value.contiguous() for name, value in weights.items()}
+        data = safetensors.torch.save(named, {_SHAPE: ",".join(map(str, numbers))})
+        if broadcast:
+            self._replace("plugins.state", lambda f: f.write(broadcast))
         self._replace("weights.safetensors", lambda f: f.write(data))
 
     def write_summary(self, summary: Mapping[str, object]) -> None:
@@ -106,6 +114,23 @@ class RunFolder:
 
     def _replace(self, name: str, write: Callable[[BinaryIO], object]) -> None:
         replace_file(self.path / name, write)
+
+
+def read_model(run: Path) -> tuple[Weights, ImageShape, bytes]:
+    """What `write_model` wrote: weights, the images' shape, and the plugins' broadcast.
+
+    Raises:
+        SettingError: the run has no weights yet, or the files are not what they should be.
+    """
+    wanted = "the folder of a run, with its weights.safetensors"
+    try:
+        with safetensors.safe_open(run / "weights.safetensors", framework="pt") as file:
+            shape = ImageShape(*map(int, file.metadata()[_SHAPE].split(",")))
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        state = run / "plugins.state"
+        return weights, shape, state.read_bytes() if state.exists() else b""
+    except (OSError, ValueError, TypeError, KeyError, safetensors.SafetensorError) as error:
+        raise SettingError("run", str(run), wanted) from error
 
 
 def read_config(run: Path) -> Settings:

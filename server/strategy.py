@@ -24,6 +24,7 @@ from server.evaluation import Evaluation, evaluate
 from server.ledger import Ledger
 from server.optimiser import ServerOptimiser
 from server.progress import Progress
+from server.run_folder import RunFolder
 from server.schedule import Schedule
 from server.secure_round import AbandonedError, OpenRound, SecureRounds
 from tofu.compression.proxy import Proxy
@@ -35,6 +36,7 @@ from tofu.network import Network
 from tofu.payload import HEADER_BYTES, read_payload
 from tofu.plugins import MOST_STATE_BYTES, Export, SumSpec, export_from_bytes
 from tofu.privacy import Accountant, check_layout
+from tofu.recording import Recorder
 from tofu.secure_update import SecureMean, flat
 from tofu.seeding import derive_generator
 from tofu.settings import LEAST_SECURE, Settings
@@ -121,6 +123,7 @@ class Federation:
         self.accuracies: list[float] = []
         self.task_accuracies: list[list[float]] = []
         self.round = 0
+        self.recorder: Recorder | None = None
         first = Network.of(network.model, network.shape, self.plugins, settings.about(network.shape, 1))
         self._equip(first, flat(weights_of(first.model)))
 
@@ -145,7 +148,8 @@ class Federation:
         """Have the plugins make a round's network, and go over to it where its parameters are others than now."""
         if not self.plugins:
             return
-        settings, about = self.settings, self.settings.about(self._shape, round_)
+        settings = self.settings
+        about = settings.about(self._shape, min(round_, settings.rounds))  # after the last it is what the run leaves
         built = build_model(settings.model, self._shape, norm=settings.norm, seed=settings.seed)
         fresh = Network.of(built, self._shape, self.plugins, about)
         if fresh.layout == self.network.layout:
@@ -205,8 +209,7 @@ class Federation:
         self._average(round_)
         if self.account is not None and update is not None:
             self.account.spend(settings.noise_multiplier, kind)
-        if round_ < settings.rounds:
-            self._set_up(round_ + 1)
+        self._set_up(round_ + 1)
         return result
 
     def _reduce(self, result: RoundResult) -> None:
@@ -362,6 +365,11 @@ class Federation:
             reply.payload, codec=compressor.code, round_=result.round, fingerprint=self._downlink.identity,
             max_bytes=HEADER_BYTES + compressor.body_bytes(layout),
         )  # fmt: skip
+        if self.recorder is not None and self.recorder.wants(client.name):
+            base = weights_of(self._downlink.network.model)
+            self.recorder.keep(
+                result.round, client.name, kind=result.kind, examples=reply.examples, base=base, payload=reply.payload
+            )
         update = compressor.decompress(self._downlink.network, payload.body)
         export = self._read_export(reply.exported)
         mean.add(update, reply.examples)
@@ -430,8 +438,7 @@ class Federation:
         if self.account is not None:
             self.account = Accountant.from_dict(snapshot.plain["privacy"])
         self.plugins.load(broadcast=snapshot.blobs["plugins"], max_bytes=MOST_STATE_BYTES)
-        if self.round < self.settings.rounds:
-            self._set_up(self.round + 1)
+        self._set_up(self.round + 1)
         load_weights(self.network.model, snapshot.tensors_of("model"))
         load_weights(self._averaged, snapshot.tensors_of("averaged"))
         self._optimiser.restore(snapshot)
@@ -444,6 +451,10 @@ class Federation:
         if clients_kept:
             self._acknowledged = dict(snapshot.plain["acknowledged"])
             self._clients.restore(snapshot.plain["clients"])
+
+    def write_model(self, folder: RunFolder) -> None:
+        """Write the model that the run would end with."""
+        folder.write_model(self.weights, self._shape, self.plugins.broadcast_bytes(max_bytes=MOST_STATE_BYTES))
 
     @property
     def weights(self) -> Weights:

@@ -1,4 +1,4 @@
-"""The command line: `tofu run`, `tofu plan`, `tofu demo`, `tofu compare`, `tofu report`, `tofu deploy`."""
+"""The command line: `tofu run`, `plan`, `demo`, `compare`, `report`, `predict`, `attack` and `deploy`."""
 
 import dataclasses
 import inspect
@@ -291,6 +291,34 @@ def compare(
         return
     print(markdown(document))
     print(f"\nreport: {folder / 'compare.html'}")
+
+
+@_app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="a run's folder")],
+    images: Annotated[Path, typer.Argument(help="an image, or a folder of images")],
+    json_: Json = False,
+) -> None:
+    """Classify images with a run's model; with the ood plugin, say which it does not know."""
+    from server.predict import predict_images
+
+    rows = predict_images(run, images)
+    if json_:
+        print(json.dumps(rows))
+        return
+    width = max(len(str(row["image"])) for row in rows)
+    for row in rows:
+        verdict = "unknown" if row["unknown"] else f"class {row['class']}"
+        score = "" if row["score"] is None else f"   score {row['score']:.4f}"
+        print(f"{printable(str(row['image'])):<{width}}   {verdict:<10} {row['probability']:7.1%}{score}")
+
+
+@_app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def attack(context: typer.Context) -> None:
+    """Measure what messages leak: of a run with --record, or of messages made for the purpose."""
+    from attacks.__main__ import main as attack_main
+
+    raise SystemExit(attack_main(context.args))
 
 
 @_app.command()

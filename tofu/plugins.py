@@ -105,10 +105,12 @@ class Export:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Logits [n, classes] of the data's classes, and a score [n] (higher: less like the training data), or None."""
+    """Logits [n, classes] of the data's classes; a score [n] (higher: less like the training data) and which images are
+    so much unlike it that the logits mean nothing, bool [n]; both None where the model cannot tell."""
 
     logits: Tensor
     score: Tensor | None = None
+    unknown: Tensor | None = None
 
 
 @dataclass

@@ -82,6 +82,10 @@ class Recorder:
             if not _NAME.fullmatch(_folder_name(1, client)):
                 raise SettingError("record", client, "names of clients: letters, digits, points and underscores")
 
+    def in_folder(self, folder: Path) -> "Recorder":
+        """The same, under another run's folder."""
+        return Recorder(folder, sorted(self._clients), settings=self._settings, shape=self._shape)
+
     def wants(self, client: str) -> bool:
         """Whether this client's messages are kept."""
         return client in self._clients

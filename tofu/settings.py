@@ -120,6 +120,7 @@ class Settings:
     seed: int = _setting(0, "everything random follows from it", section="Run", least=0, most=2**31 - 1)
     threads: int = _setting(1, "threads of one client; results are bit-identical only for equal values", section="Run", least=1, most=1024)
     workers: int = _setting(2, "clients that `tofu run` trains at a time", section="Run", least=1, most=1024)
+    record: str = _setting("", "names of clients, separated by commas, whose messages are kept as the server sees them, for `tofu attack`: as sensitive as their data", section="Run")
     checkpoint: bool = _setting(True, "keep all that the run needs to go on, after every round, until it ends", section="Run")
     resume: str = _setting("", "folder of a run that did not end, to go on with", section="Run")
     run_folder: str = _setting("", "folder for the results; empty makes one under runs/", section="Run")
@@ -198,6 +199,11 @@ class Settings:
         progress = (round_ - 1) / max(1, self.rounds - 1)
         share = self.final_lr + (1 - self.final_lr) * (1 + math.cos(math.pi * progress)) / 2
         return self.lr * share
+
+    @property
+    def recorded(self) -> tuple[str, ...]:
+        """Names of the clients whose messages are kept."""
+        return tuple(filter(None, (name.strip() for name in self.record.split(","))))
 
     def make_plugins(self) -> Plugins:
         """The plugins, new and without state."""

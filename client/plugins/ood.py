@@ -127,7 +127,8 @@ class OutOfDistribution(Plugin):
         return {"threshold": threshold(sums["histogram"], self.score, self.false_alarms)}
 
     def predict(self, model: nn.Module, images: Tensor) -> Prediction:
-        return Prediction(*self._scored(model, images))
+        logits, score = self._scored(model, images)
+        return Prediction(logits, score, self.unknown(score))
 
     def unknown(self, score: Tensor) -> Tensor:
         """Which of these scores are those of images unlike the clients' own: bool [n]. None before a calibration."""

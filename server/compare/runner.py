@@ -34,6 +34,7 @@ _WRITTEN = frozenset(
         "summary.json",
         "report.html",
         "samples.npz",
+        "plugins.state",
     )
 )
 _TEMPORARY = frozenset(f".{name}.part" for name in _WRITTEN)

@@ -159,3 +159,75 @@ def test_what_cannot_be_combined_is_refused_when_it_is_configured(settings: Row,
         Settings.of(TINY | settings)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# What a run leaves
+
+
+def pictures(folder: Path) -> Path:
+    """Digits, and images unlike any digit, as files."""
+    import numpy as np
+    from PIL import Image
+
+    from server.app import open_run_data
+
+    folder.mkdir()
+    digits = open_run_data(Settings.of(TINY)).test().images[:20, 0].numpy()
+    noise = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
+    for kind, images in (("digit", digits), ("noise", noise)):
+        for number, image in enumerate(images):
+            Image.fromarray(image).save(folder / f"{kind}-{number:02}.png")
+    return folder
+
+
+def test_predict_flags_what_it_does_not_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tofu import cli
+
+    training: Row = {"plugins": "ood", "schedule": "full", "rounds": 6, "lr": 0.1, "local_epochs": 4}
+    federate(tmp_path / "run", **training)
+    folder = pictures(tmp_path / "pictures")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["tofu", "predict", str(tmp_path / "run"), str(folder), "--json"])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    assert ended.value.code == 0
+    found = json.loads(capsys.readouterr().out)
+    flagged = {row["image"].rpartition("/")[2]: row["unknown"] for row in found}
+    assert sum(flag for name, flag in flagged.items() if name.startswith("digit")) <= 4
+    assert sum(flag for name, flag in flagged.items() if name.startswith("noise")) >= 16
+    assert all(0 < row["probability"] <= 1 and row["score"] is not None for row in found)
+
+
+def test_predict_with_a_factorised_network_and_without_plugins(tmp_path: Path) -> None:
+    from server.predict import predict_images
+    from tofu.errors import DataError
+
+    folder = pictures(tmp_path / "pictures")
+    for name, more in (("plain", {}), ("rank", {**RANK, "rounds": 2})):  # whose last round makes the bases
+        federate(tmp_path / name, schedule="full", **{"rounds": 2, "lr": 0.1, "local_epochs": 3} | more)
+        found = predict_images(tmp_path / name, folder)
+        assert len(found) == 40
+        assert {row["unknown"] for row in found} == {None}
+    assert len(predict_images(tmp_path / "plain", folder / "digit-00.png")) == 1
+    (folder / "digit-00.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"digit-00.png cannot be read as an image"):
+        predict_images(tmp_path / "plain", folder)
+    with pytest.raises(SettingError, match="the folder of a run"):
+        predict_images(tmp_path / "nowhere", folder)
+
+
+def test_a_run_keeps_what_it_is_told_to_for_attacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tofu import cli
+    from tofu.recording import read_recording, recordings
+
+    federate(tmp_path / "run", rounds=2, record="1", batch_size=4, train_images=12)
+    kept = [read_recording(folder) for folder in recordings(tmp_path / "run")]
+    assert [(one.round, one.client, one.kind) for one in kept] == [(1, "1", "proxy"), (2, "1", "proxy")]
+    options = ["--attacks", "proxy-images", "--seconds", "5", "--quiet"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["tofu", "attack", str(tmp_path / "run"), *options])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    assert ended.value.code == 0, capsys.readouterr().err
+    assert "report:" in capsys.readouterr().out
+    assert (tmp_path / "run" / "attacks" / "report.html").is_file()
