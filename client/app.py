@@ -15,12 +15,12 @@ from flwr.clientapp import ClientApp
 
 from client.downlink import ResyncError, receive_weights
 from client.secure import answer_query, load_session, member_of, new_advert, save_session
-from client.state import KeptWeights, load_plugins, load_state, save_state
+from client.state import KeptWeights, load_broadcast, load_plugins, load_state, save_state
 from client.training import LocalTraining, train_locally
 from tofu.compression import ErrorFeedback
 from tofu.data import ImageShape, LabelledImages, local_folder, open_data
 from tofu.errors import DataError, PayloadError, TofuError
-from tofu.messages import FIELD, RECORD, RESYNC, SECURE, SecurePart, SecureQuery, TrainReply, TrainRequest
+from tofu.messages import FIELD, RECORD, RESYNC, SECURE, SecurePart, SecureQuery, TrainReply, TrainRequest, broadcast_id
 from tofu.models import build_model
 from tofu.network import Network
 from tofu.payload import Payload
@@ -85,7 +85,10 @@ def train_round(request: TrainRequest, round_: int, settings: Settings, context:
     """
     client = client_name(context)
     plugins, about = settings.make_plugins(), settings.about(request.shape, round_, client)
-    plugins.load(state=load_plugins(context), broadcast=request.broadcast, max_bytes=MOST_STATE_BYTES)
+    broadcast = load_broadcast(context) if request.kept else request.broadcast
+    if request.kept and broadcast_id(broadcast) != request.kept:
+        raise ResyncError("this client has not kept what the plugins broadcast")
+    plugins.load(state=load_plugins(context), broadcast=broadcast, max_bytes=MOST_STATE_BYTES)
     built = build_model(settings.model, request.shape, norm=settings.norm, seed=settings.seed)
     network = Network.of(built, request.shape, plugins, about)
     model = network.model
@@ -166,6 +169,7 @@ def train_round(request: TrainRequest, round_: int, settings: Settings, context:
         memory=sent.memory or state.memory,
         kept=KeptWeights(base, request.identity) if settings.downlink != "full" else None,
         plugins=plugins.state_bytes(max_bytes=MOST_STATE_BYTES),
+        broadcast=broadcast,
     )
     return sent.reply
 

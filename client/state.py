@@ -38,11 +38,20 @@ class ClientState:
     plugins: bytes = b""
 
 
+def load_broadcast(context: Context) -> bytes:
+    """The plugins' broadcast that was kept; b"" where there is none."""
+    return _bytes(context, "broadcast")
+
+
 def load_plugins(context: Context) -> bytes:
     """The plugins' states alone, needed before the model that the rest has the layout of; b"" where there are none."""
+    return _bytes(context, "plugins")
+
+
+def _bytes(context: Context, name: str) -> bytes:
     record = context.state.config_records.get(_RECORD)
-    state = record.get("plugins") if record is not None and record.get("version") == _VERSION else None
-    return state if isinstance(state, bytes) else b""
+    value = record.get(name) if record is not None and record.get("version") == _VERSION else None
+    return value if isinstance(value, bytes) else b""
 
 
 def load_state(context: Context, layout: Layout) -> ClientState:
@@ -79,9 +88,10 @@ def save_state(
     memory: bytes,
     kept: KeptWeights | None = None,
     plugins: bytes = b"",
+    broadcast: bytes = b"",
 ) -> None:
     """Keep the state in `context` for this client's next round; what is None is not kept."""
-    record = ConfigRecord({"version": _VERSION, "memory": memory, "plugins": plugins})
+    record = ConfigRecord({"version": _VERSION, "memory": memory, "plugins": plugins, "broadcast": broadcast})
     if feedback is not None:
         record["residual"] = float32_bytes(feedback.residual, layout)
         record["sent"] = float32_bytes(feedback.sent, layout)

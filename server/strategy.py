@@ -30,7 +30,7 @@ from server.secure_round import AbandonedError, OpenRound, SecureRounds
 from tofu.compression.proxy import Proxy
 from tofu.data import LabelledImages
 from tofu.errors import PayloadError, RunError
-from tofu.messages import FIELD, RECORD, RESYNC, TrainReply, TrainRequest
+from tofu.messages import FIELD, RECORD, RESYNC, TrainReply, TrainRequest, broadcast_id
 from tofu.models import build_model
 from tofu.network import Network
 from tofu.payload import HEADER_BYTES, read_payload
@@ -124,6 +124,7 @@ class Federation:
         self.task_accuracies: list[list[float]] = []
         self.round = 0
         self.recorder: Recorder | None = None
+        self._broadcasts: dict[str, bytes] = {}
         first = Network.of(network.model, network.shape, self.plugins, settings.about(network.shape, 1))
         self._equip(first, flat(weights_of(first.model)))
 
@@ -316,7 +317,7 @@ class Federation:
             messages = []
             for client in window:
                 parts = self._downlink.parts(client.name, whole=whole)
-                message = self._request(client, parts, result, end)
+                message = self._request(client, parts, result, end, whole=whole)
                 messages.append(message)
                 self._ledger.add(
                     message, round_=result.round, kind=result.kind, direction="downlink", client=client.name,
@@ -326,12 +327,14 @@ class Federation:
             for node, reply in exchange(self._grid, messages, end):
                 yield by_node[node], reply
 
-    def _request(self, client: Client, parts: Parts, result: RoundResult, end: float) -> Message:
+    def _request(self, client: Client, parts: Parts, result: RoundResult, end: float, *, whole: bool) -> Message:
         acknowledged = self._acknowledged.get(client.name, -1)
-        down = self._downlink
+        down, current = self._downlink, broadcast_id(result.broadcast)
+        has = not whole and bool(current) and self._broadcasts.get(client.name) == current
         request = TrainRequest(
             result.kind, acknowledged, self._shape, parts.payload, down.identity, parts.steps, down.sketch,
-            advert=result.asks_keys, secure=result.parts.get(client.name, b""), broadcast=result.broadcast,
+            advert=result.asks_keys, secure=result.parts.get(client.name, b""),
+            broadcast=b"" if has else result.broadcast, kept=current if has else b"",
         )  # fmt: skip
         content = RecordDict({RECORD: ConfigRecord({FIELD: request.to_bytes()})})
         ttl = max(1.0, end - time.monotonic())
@@ -379,6 +382,7 @@ class Federation:
         result.exports[client.name] = export
         self._acknowledged[client.name] = result.round
         self._downlink.delivered(client.name)
+        self._broadcasts[client.name] = broadcast_id(result.broadcast)
         if self._secure is not None:
             self._secure.learn(update, reply.examples)
             self._secure.keep_advert(client, reply.advert)
@@ -403,6 +407,7 @@ class Federation:
         if message.has_error():
             self._count_error(client, message, result)
             raise PayloadError(one_line(message.error.reason))
+        self._broadcasts[client.name] = broadcast_id(result.broadcast)
         masked = _content(message)
         full = HEADER_BYTES + self.network.layout.float32_bytes
         self._ledger.add(
@@ -424,6 +429,7 @@ class Federation:
         snapshot.plain["privacy"] = self.account.to_dict() if self.account else None
         snapshot.plain |= {
             "round": self.round, "accuracies": self.accuracies, "task_accuracies": self.task_accuracies,
+            "broadcasts": {name: identity.hex() for name, identity in self._broadcasts.items()},
             "acknowledged": self._acknowledged, "clients": self._clients.state(),
             "ledger": self._ledger.totals(),
         }  # fmt: skip
@@ -450,6 +456,7 @@ class Federation:
         self._ledger.restore(snapshot.plain["ledger"])
         if clients_kept:
             self._acknowledged = dict(snapshot.plain["acknowledged"])
+            self._broadcasts = {name: bytes.fromhex(text) for name, text in snapshot.plain["broadcasts"].items()}
             self._clients.restore(snapshot.plain["clients"])
 
     def write_model(self, folder: RunFolder) -> None:

@@ -4,6 +4,7 @@ Flower spends hundreds of bytes on every further record or array of a message, a
 message is one bytes value: a small fixed head, then the payload (`tofu.payload`).
 """
 
+import hashlib
 import math
 import struct
 from dataclasses import dataclass
@@ -31,8 +32,14 @@ RESYNC = 1001
 _REQUEST = struct.Struct(f"<BBi4HHII{FINGERPRINT_BYTES}s{SKETCH_BYTES}s")
 _LENGTH = struct.Struct("<I")
 _REPLY = struct.Struct("<I5fBI")
+_ADVERT_FLAG, _KEPT_FLAG = 1, 2
 _QUERY = struct.Struct("<BB")
 _ADVERT = struct.Struct("<B")
+
+
+def broadcast_id(broadcast: bytes) -> bytes:
+    """Names a broadcast of the plugins, in 8 bytes; b"" for none."""
+    return hashlib.sha256(broadcast).digest()[:8] if broadcast else b""
 
 
 def run_name(run_id: int) -> bytes:
@@ -55,7 +62,8 @@ class TrainRequest:
         sketch: of this round's weights.
         advert: whether the reply shall carry fresh keys for a secure round.
         secure: the part of a secure round, b"" in others.
-        broadcast: the state that the plugins' server halves give to all clients (`tofu.plugins`).
+        broadcast: the state that the plugins' server halves give to all clients (`tofu.plugins`), or b"".
+        kept: instead, `broadcast_id` of the one that the client has kept and is to use.
     """
 
     kind: str
@@ -68,31 +76,34 @@ class TrainRequest:
     advert: bool = False
     secure: bytes = b""
     broadcast: bytes = b""
+    kept: bytes = b""
 
     def to_bytes(self) -> bytes:
         s = self.shape
-        numbers = (KINDS.index(self.kind), self.advert, self.acknowledged, s.channels, s.height, s.width, s.classes)
-        lengths = len(self.steps), len(self.secure), len(self.broadcast)
-        head = _REQUEST.pack(*numbers, *lengths, self.identity, self.sketch)
+        flags = _ADVERT_FLAG * self.advert + _KEPT_FLAG * bool(self.kept)
+        numbers = (KINDS.index(self.kind), flags, self.acknowledged, s.channels, s.height, s.width, s.classes)
+        state = self.kept or self.broadcast
+        head = _REQUEST.pack(*numbers, len(self.steps), len(self.secure), len(state), self.identity, self.sketch)
         steps = b"".join(_LENGTH.pack(len(step)) + step for step in self.steps)
-        return head + self.secure + self.broadcast + steps + self.payload
+        return head + self.secure + state + steps + self.payload
 
     @staticmethod
     def from_bytes(data: object) -> "TrainRequest":
         """Raises PayloadError for bytes that are no request."""
         head, rest = _split(data, _REQUEST, "request")
-        kind, advert, acknowledged, *shape, count, length, broadcasts, identity, sketch = _REQUEST.unpack(head)
+        kind, flags, acknowledged, *shape, count, length, broadcasts, identity, sketch = _REQUEST.unpack(head)
         if not kind < len(KINDS):
             raise PayloadError(f"request has round kind {kind}, expected below {len(KINDS)}")
         if min(shape) < 1:
             raise PayloadError(f"request has input shape {shape}, expected positive numbers")
-        if advert > 1:
-            raise PayloadError(f"request has advert {advert}, expected 0 or 1")
+        if flags > _ADVERT_FLAG + _KEPT_FLAG:
+            raise PayloadError(f"request has flags {flags}, expected at most {_ADVERT_FLAG + _KEPT_FLAG}")
         if length > len(rest) or bool(length) != (KINDS[kind] == "secure"):
             raise PayloadError(f"request of a {KINDS[kind]} round has {length} bytes for a secure one")
         if length + broadcasts > len(rest):
             raise PayloadError(f"request has {len(rest) - length} bytes, expected a broadcast of {broadcasts}")
-        secure, broadcast = rest[:length], rest[length : length + broadcasts]
+        secure, state = rest[:length], rest[length : length + broadcasts]
+        kept = bool(flags & _KEPT_FLAG)
         steps, at = [], length + broadcasts
         for _ in range(count):
             if len(rest) < at + _LENGTH.size:
@@ -107,8 +118,8 @@ class TrainRequest:
         if steps and rest:
             raise PayloadError(f"request has {count} steps and {len(rest)} bytes of weights, expected one of the two")
         return TrainRequest(
-            KINDS[kind], acknowledged, ImageShape(*shape), rest, identity, tuple(steps), sketch, bool(advert), secure,
-            broadcast,
+            KINDS[kind], acknowledged, ImageShape(*shape), rest, identity, tuple(steps), sketch,
+            bool(flags & _ADVERT_FLAG), secure, b"" if kept else state, state if kept else b"",
         )  # fmt: skip
 
 

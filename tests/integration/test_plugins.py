@@ -62,6 +62,9 @@ def test_rank_sends_fewer_numbers_from_the_next_round_on(tmp_path: Path, schedul
     assert max(after) < 0.7 * min(before)
     accuracies = [row["accuracy"] for row in rows(tmp_path / "run")]
     assert accuracies[4] > accuracies[1] - 0.05
+    # The bases go out once: in the round after, clients are told to use those that they kept.
+    downlink = [row["downlink_bytes"] for row in rows(tmp_path / "run")]
+    assert downlink[4] < 0.8 * downlink[3]
 
 
 def test_secure_sums_are_those_of_full_rounds(tmp_path: Path) -> None:

@@ -1,0 +1,141 @@
+"""What the tests of federations of real processes share: apps that misbehave, waiting, and looking at processes."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from deploy.processes import Federation
+from deploy.supervisor import supervise
+from server.app import serve_in_process
+from tests.integration import misbehaving
+from tofu.settings import Settings
+
+Row = dict[str, Any]
+Faults = Mapping[str, Mapping[str, str]]
+"""Client name -> "round:stage" -> fault (`misbehaving`)."""
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def misbehaving_app(folder: Path) -> Path:
+    """A Flower app like this repository's, whose client app misbehaves where `faults.json` says so."""
+    folder.mkdir()
+    project = (REPOSITORY / "pyproject.toml").read_text()
+    own = 'clientapp = "client.app:app"'
+    assert own in project
+    (folder / "pyproject.toml").write_text(project.replace(own, 'clientapp = "misbehaving:app"'))
+    (folder / "README.md").write_text("A node that misbehaves.")
+    (folder / "misbehaving.py").write_text((REPOSITORY / "tests" / "integration" / "misbehaving.py").read_text())
+    return folder
+
+
+def set_faults(folder: Path, faults: Faults) -> None:
+    """From now on."""
+    part = folder / "faults.part"
+    part.write_text(json.dumps(faults))
+    part.replace(folder / misbehaving.FAULTS_FILE)
+
+
+def in_process(folder: Path, settings: Settings, faults: Faults, monkeypatch: Any) -> Row:
+    """The same run in this process, where clients misbehave likewise; its summary."""
+    folder.mkdir()
+    set_faults(folder, faults)
+    monkeypatch.chdir(folder)
+    return serve_in_process(misbehaving.app, Settings.of(settings.to_config() | {"run-folder": str(folder / "run")}))
+
+
+def rows(folder: Path, name: str = "metrics") -> list[Row]:
+    """The whole lines of a run's file so far."""
+    file = folder / f"{name}.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines(True) if line[-1] == "\n"] if file.exists() else []
+
+
+def wait_for(what: Callable[[], bool], seconds: float) -> None:
+    """Look until it is so."""
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it never came to that"
+        time.sleep(0.2)
+
+
+def wait_online(federation: Federation, seconds: float = 240) -> None:
+    """Until all of its nodes are."""
+    wait_for(
+        lambda: sum(node["status"] == "online" for node in federation.control.nodes()) == federation.nodes, seconds
+    )
+
+
+@contextmanager
+def supervised(federation: Federation) -> Iterator[None]:
+    """Start a federation, start again what ends of it, and stop it at the end."""
+    stopping = threading.Event()
+    thread = threading.Thread(target=supervise, args=(federation, stopping))
+    federation.folder.mkdir(parents=True, exist_ok=True)
+    thread.start()
+    try:
+        wait_for(lambda: not thread.is_alive() or len(federation.processes) == 2 + 2 * federation.nodes, 120)
+        assert thread.is_alive()
+        yield
+    finally:
+        stopping.set()
+        thread.join()
+
+
+class Background:
+    """A run that goes on while the test does something else; `end` waits for it."""
+
+    def __init__(self, federation: Federation, app: Path, settings: Settings, timeout: float) -> None:
+        self.run: Any = None
+        self.folder = Path(settings.run_folder)
+        self._error: BaseException | None = None
+
+        def work() -> None:
+            try:
+                self.run = federation.control.run(app, settings.to_config(), timeout=timeout)
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=work)
+        self._thread.start()
+
+    def wait_for_round(self, number: int, seconds: float = 200) -> None:
+        """Until a round is in metrics.jsonl."""
+        wait_for(lambda: not self._thread.is_alive() or len(rows(self.folder)) > number, seconds)
+        assert len(rows(self.folder)) > number, self.run or self._error
+
+    def end(self) -> Any:
+        """The run once it ended."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self.run
+
+
+def server_app(federation: Federation) -> int:
+    """Number of the process of the server app that runs now, or 0."""
+    executor = federation.processes["superlink-exec"].pid
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            command = file.read_bytes().split(b"\0")
+            if any(part.endswith(b"/flwr-serverapp") for part in command[:2]) and executor in _ancestors(file.parent):
+                return int(file.parent.name)
+    return 0
+
+
+def _ancestors(process: Path) -> Iterator[int]:
+    while process.name not in ("0", "1"):
+        process = Path("/proc") / (process / "stat").read_text().rpartition(")")[2].split()[1]
+        yield int(process.name)
+
+
+def megabytes(pid: int, what: str = "VmRSS") -> float:
+    """Memory of a process: VmRSS now, or VmHWM at its highest. 0 where it has ended."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith(f"{what}:"):
+                return int(line.split()[1]) / 1024
+    return 0.0
