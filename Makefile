@@ -28,10 +28,10 @@ demo: setup
 	$(BIN)/tofu demo
 
 test: setup
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses=8 --dist loadfile
 
 test-all: setup
-	$(BIN)/python -m pytest -q -m 'slow or not slow'
+	$(BIN)/python -m pytest -q -n auto --maxprocesses=8 --dist loadfile -m 'slow or not slow'
 
 lint: setup
 	$(BIN)/ruff check .
