@@ -24,6 +24,8 @@ PHASES = {"send": "sending", "train": "clients train", "decode": "decoding", "ev
 _NONE = "-"
 _LAST_ROUNDS = 6
 _LISTED_FAILURES = 3
+_OPTIONAL = ("task", "epsilon")
+"""Columns of the live view that only runs with tasks or privacy have."""
 
 
 class Progress:
@@ -79,11 +81,16 @@ class PlainProgress(Progress):
         number = f"{row.get('round', '?')}"
         total = f"{self._rounds}"
         cells = _cells(row)
-        words = [f"round {number:>{len(total)}}/{total}", f"{cells['kind']:<6}", f"accuracy {cells['accuracy']:>6}"]
+        words = [f"round {number:>{len(total)}}/{total}", f"{cells['kind']:<6}"]
+        if cells["task"] != _NONE:
+            words.append(f"task {cells['task']}")
+        words.append(f"accuracy {cells['accuracy']:>6}")
         if cells["explained"] != _NONE:
             words.append(f"explained {cells['explained']:>6}")
         if cells["uplink"] != _NONE:
             words.append(f"uplink {cells['uplink']:>8} (FedAvg: {cells['less']} as much)")
+        if cells["epsilon"] != _NONE:
+            words.append(f"epsilon {cells['epsilon']:>5}")
         if cells["time"] != _NONE:
             words.append(cells["time"])
         self._say("  ".join(words))
@@ -201,18 +208,22 @@ def make_progress(stream: TextIO | None = None, *, quiet: bool = False) -> Progr
 
 def _table(rows: tuple[dict[str, str], ...]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    hidden = {key for key in _OPTIONAL if all(row[key] == _NONE for row in rows)}
     for key, title in (
         ("round", "\nround"),
         ("kind", "\nkind"),
+        ("task", "\ntask"),
         ("accuracy", "\naccuracy"),
         ("explained", "explained\nvariance"),
         ("uplink", "\nuplink"),
         ("less", "less than\nFedAvg"),
+        ("epsilon", "\nepsilon"),
         ("time", "\ntime"),
     ):
-        table.add_column(title, justify="left" if key == "kind" else "right", no_wrap=True)
+        if key not in hidden:
+            table.add_column(title, justify="left" if key == "kind" else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row.values()))
+        table.add_row(*(Text(cell) for key, cell in row.items() if key not in hidden))
     return table
 
 
@@ -220,13 +231,17 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
     """The columns of a round as text, in the order of the table."""
     sent, fedavg = _number(row, "uplink_bytes"), _number(row, "fedavg_uplink_bytes")
     accuracy, explained, seconds = (_number(row, key) for key in ("accuracy", "explained_variance", "seconds"))
+    task = _number(row, "task")
+    abandoned = ", abandoned" if row.get("abandoned") else ""
     return {
         "round": printable(f"{row.get('round', '?')}"),
-        "kind": printable(f"{row.get('kind', '?')}"),
+        "kind": printable(f"{row.get('kind', '?')}{abandoned}"),
+        "task": _NONE if task is None else f"{task:g}",
         "accuracy": _NONE if accuracy is None else human_share(accuracy, 2),
         "explained": _NONE if explained is None else human_share(explained),
         "uplink": human_bytes(int(sent)) if sent and sent > 0 else _NONE,
         "less": human_factor(fedavg / sent) if sent and fedavg and sent > 0 and fedavg > 0 else _NONE,
+        "epsilon": _epsilon(row),
         "time": _NONE if seconds is None else human_seconds(seconds),
     }
 
@@ -235,6 +250,13 @@ def _number(values: Mapping[str, Any], key: str) -> float | None:
     value = values.get(key)
     usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if usable and value is not None else None
+
+
+def _epsilon(values: Mapping[str, Any]) -> str:
+    epsilon = _number(values, "epsilon")
+    if epsilon is not None:
+        return f"{epsilon:.4g}"
+    return "inf" if "epsilon" in values else _NONE  # JSON has no infinity: a run writes null for it
 
 
 def _failures(row: Mapping[str, Any]) -> list[str]:
@@ -256,6 +278,12 @@ def _in_short(summary: Mapping[str, Any]) -> str:
         _number(summary, key) for key in ("final_accuracy", "uplink_bytes", "fedavg_uplink_bytes", "seconds")
     )
     words = [] if accuracy is None else [f"final accuracy {human_share(accuracy, 2)}"]
+    learnt, kept = (_number(summary, key) for key in ("mean_accuracy", "backward_transfer"))
+    if learnt is not None and kept is not None:
+        words.append(f"ACC {human_share(learnt / 100)}, BWT {kept:+.1f} points")
+    delta = _number(summary, "delta")
+    if delta is not None:
+        words.append(f"epsilon {_epsilon(summary)} at delta {delta:g}")
     if sent is not None and sent >= 0:
         words.append(f"uplink {human_bytes(int(sent))}")
         if sent and fedavg and fedavg >= sent:

@@ -85,13 +85,22 @@ class Drawing:
         if tip:
             ET.SubElement(node, "title").text = tip
 
-    def frame(self, x: Axis, y: Axis, labels: tuple[str, str], *, x_text: Callable[[float], str]) -> None:
-        """Grid, ticks and the names of both axes; the vertical one counts in percent."""
+    def frame(
+        self,
+        x: Axis,
+        y: Axis,
+        labels: tuple[str, str],
+        *,
+        x_text: Callable[[float], str],
+        y_text: Callable[[float], str] | None = None,
+    ) -> None:
+        """Grid, ticks and the names of both axes; the vertical one counts in percent unless `y_text` says otherwise."""
         decimals = 0 if nice_step(y.high - y.low) >= 0.01 else 1
+        y_text = y_text or (lambda value: f"{100 * value:.{decimals}f}%")
         right, bottom = self.width - (WIDTH - RIGHT), y.start
         for value in y.ticks():
             self.add("line", "grid", x1=LEFT, x2=right, y1=y.at(value), y2=y.at(value))
-            self.add("text", "tick end", f"{100 * value:.{decimals}f}%", x=LEFT - 8, y=y.at(value) + 4)
+            self.add("text", "tick end", y_text(value), x=LEFT - 8, y=y.at(value) + 4)
         for value in x.ticks():
             self.add("line", "axis", x1=x.at(value), x2=x.at(value), y1=bottom, y2=bottom + 4)
             self.add("text", "tick middle", x_text(value), x=x.at(value), y=bottom + 18)
@@ -104,9 +113,10 @@ class Drawing:
         if len(points) > 1:
             self.add("polyline", f"curve {css}", points=" ".join(f"{x:g},{y:g}" for x, y in points))
 
-    def mark(self, x: float, y: float, kind: str, tip: str = "") -> None:
-        """The mark of a kind of round. Shape as well as colour tells the kinds apart."""
+    def mark(self, x: float, y: float, kind: str, tip: str = "", *, hollow: bool = False) -> None:
+        """The mark of a kind of round. Shape as well as colour tells the kinds apart; `hollow`: it was abandoned."""
         css = f"mark k-{kind}" if kind in KINDS else "mark k-other"
+        css += " hollow" if hollow else ""
         if kind == "full":
             self.add("rect", css, tip=tip, x=x - 4, y=y - 4, width=8, height=8)
         elif kind == "secure":

@@ -1,9 +1,23 @@
-"""The four figures of the report, each a function from a run to SVG markup (or None where there is nothing to draw)."""
+"""The figures of a run's rounds, each a function from a run to SVG markup (or None where there is nothing to draw)."""
 
 import itertools
+import math
 from collections.abc import Sequence
 
-from server.report.chart import BOTTOM, KINDS, LEFT, RIGHT, TOP, WIDTH, Axis, Drawing, round_axis, share_axis, thinned
+from server.report.chart import (
+    BOTTOM,
+    KINDS,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Axis,
+    Drawing,
+    nice_step,
+    round_axis,
+    share_axis,
+    thinned,
+)
 from server.report.folder import Round, RunFolder
 from tofu.units import human_bytes, human_factor, human_share
 
@@ -31,9 +45,8 @@ def accuracy_by_round(run: RunFolder) -> str | None:
     drawing.curve([(x.at(row.round), y.at(accuracy)) for row, accuracy in theirs], "c-fedavg")
     drawing.curve([(x.at(row.round), y.at(accuracy)) for row, accuracy in ours], "c-run")
     for row, accuracy in (ours[index] for index in thinned([row.kind for row, _ in ours], _MARKS)):
-        drawing.mark(
-            x.at(row.round), y.at(accuracy), row.kind, f"round {row.round}, {row.kind}: {human_share(accuracy, 2)}"
-        )
+        tip = f"{_round_text(row)}: {human_share(accuracy, 2)}"
+        drawing.mark(x.at(row.round), y.at(accuracy), row.kind, tip, hollow=bool(row.abandoned))
     ends = [(x.at(last.round), y.at(last_accuracy), human_share(last_accuracy), "strong")]
     if theirs:
         ends.append((x.at(theirs[-1][0].round), y.at(theirs[-1][1]), human_share(theirs[-1][1]), "muted"))
@@ -64,8 +77,8 @@ def accuracy_by_bytes(run: RunFolder) -> str | None:
         drawing.add("line", "curve c-fedavg", x1=x.at(fedavg), x2=x.at(fedavg), y1=TOP, y2=BOTTOM)
     drawing.curve([(x.at(size), y.at(share)) for size, _, share in ours], "c-run")
     for size, row, share in (ours[index] for index in thinned([row.kind for _, row, _ in ours], _MARKS)):
-        tip = f"round {row.round}, {row.kind}: {human_share(share, 2)} after {human_bytes(size)}"
-        drawing.mark(x.at(size), y.at(share), row.kind, tip)
+        tip = f"{_round_text(row)}: {human_share(share, 2)} after {human_bytes(size)}"
+        drawing.mark(x.at(size), y.at(share), row.kind, tip, hollow=bool(row.abandoned))
     if run.saving and fedavg:
         _span(drawing, x.at(sent), x.at(fedavg), (y.at(accuracy), y.at(theirs[-1][2]) if theirs else TOP), run.saving)
     return drawing.markup()
@@ -100,6 +113,38 @@ def explained_variance(run: RunFolder) -> str | None:
             tip = f"round {row.round}: {name} {human_share(value)}"
             drawing.add("circle", f"dot {css}", tip=tip, cx=x.at(row.round), cy=y.at(value), r=3)
     return drawing.markup()
+
+
+def epsilon_by_round(run: RunFolder) -> str | None:
+    """What differential privacy has spent by each round, and the budget as a line where there is one."""
+    rows = [(row, row.epsilon) for row in run.rounds if row.epsilon is not None and math.isfinite(row.epsilon)]
+    if not rows:
+        return None
+    budget = run.setting("privacy-budget")
+    last, spent = rows[-1]
+    alt = f"Epsilon spent by round: {epsilon_text(rows[0][1])} at round {rows[0][0].round}, "
+    alt += f"{epsilon_text(spent)} at round {last.round}."
+    drawing = Drawing(alt + (f" The budget is {budget:g}." if budget else ""))
+    highest = max(budget, *(value for _, value in rows)) or 1.0
+    step = nice_step(highest)
+    x, y = round_axis(run.rounds[-1].round), Axis(0, math.ceil(highest / step - 1e-9) * step, BOTTOM, TOP)
+    drawing.frame(x, y, ("round", "epsilon spent"), x_text=_whole, y_text="{:.4g}".format)
+    drawing.legend(_keys([row for row, _ in rows], f"privacy-budget {budget:g}" if budget else ""))
+    if budget:
+        drawing.add("line", "curve c-fedavg", x1=LEFT, x2=RIGHT, y1=y.at(budget), y2=y.at(budget))
+    kept = [rows[index] for index in thinned([row.kind for row, _ in rows], _POINTS)]
+    drawing.curve([(x.at(row.round), y.at(value)) for row, value in kept], "c-run")
+    for row, value in (kept[index] for index in thinned([row.kind for row, _ in kept], _MARKS)):
+        tip = f"{_round_text(row)}: epsilon {epsilon_text(value)}"
+        drawing.mark(x.at(row.round), y.at(value), row.kind, tip, hollow=bool(row.abandoned))
+    below = y.at(spent) + 20 if budget or y.at(spent) < TOP + 12 else y.at(spent) - 11
+    drawing.add("text", "value end strong", epsilon_text(spent), x=x.at(last.round) + 4, y=below)
+    return drawing.markup()
+
+
+def epsilon_text(epsilon: float) -> str:
+    """Four figures of it."""
+    return f"{epsilon:.4g}" if math.isfinite(epsilon) else "beyond any bound"
 
 
 def bytes_by_kind(run: RunFolder) -> str | None:
@@ -157,6 +202,10 @@ def _spent(rounds: Sequence[Round]) -> list[tuple[int, Round, float]]:
 def _keys(rows: Sequence[Round], fedavg: str) -> list[tuple[str, str]]:
     kinds = {row.kind: None for row in rows}
     return [(kind, _KIND_TEXT.get(kind, kind[:20])) for kind in kinds] + ([("c-fedavg", fedavg)] if fedavg else [])
+
+
+def _round_text(row: Round) -> str:
+    return f"round {row.round}, {row.kind}" + (", abandoned" if row.abandoned else "")
 
 
 def _whole(value: float) -> str:

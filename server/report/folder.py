@@ -12,11 +12,10 @@ A run that still goes on may be in the middle of appending a line: an unfinished
 is left out. Everything else that does not read is a `RunError` that names the file and the line.
 """
 
-import json
 import math
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from server.report.fields import Fields, finite, read_lines, read_object
 from tofu.errors import RunError
 
 _PROXIES = re.compile(r"proxies_(\d{1,9})")
@@ -40,7 +40,18 @@ class Failure:
 
 @dataclass(frozen=True)
 class Round:
-    """One line of `metrics.jsonl`. What a round has not measured (or measured as NaN) is None."""
+    """One line of `metrics.jsonl`. What a round has not measured (or measured as NaN) is None.
+
+    Attributes:
+        clients: whose replies were used; in a secure round, those in the sum.
+        clipped: values beyond their range in a secure round, of all clients together.
+        furthest: how far out the furthest was at most, in units of its range.
+        abandoned: why a secure round came to nothing, or "".
+        epsilon: of differential privacy, spent up to this round; infinite beyond any bound, None without privacy.
+        task: position of the task that this round trained.
+        task_accuracies: of the model after this round, on each task; () where there are no tasks.
+        plugins: "plugin/metric" -> its mean over the clients.
+    """
 
     round: int
     kind: str
@@ -55,6 +66,13 @@ class Round:
     downlink_bytes: int
     fedavg_uplink_bytes: int
     failures: tuple[Failure, ...]
+    clipped: int | None
+    furthest: float | None
+    abandoned: str
+    epsilon: float | None
+    task: int | None
+    task_accuracies: tuple[float | None, ...]
+    plugins: Mapping[str, float | None]
 
 
 @dataclass
@@ -93,7 +111,13 @@ class Baseline:
 class RunFolder:
     """A run as its folder tells it.
 
-    `finished` says whether there is a summary; without one the totals are those of the rounds so far.
+    Attributes:
+        finished: whether there is a summary; without one the totals are those of the rounds so far.
+        epsilon: of differential privacy, spent by all rounds; infinite beyond any bound, None without privacy.
+        delta: that goes with it.
+        stopped: why the run ended before its last round, or "".
+        mean_accuracy: ACC over the tasks, in percent.
+        backward_transfer: BWT over the tasks, in points.
     """
 
     config: dict[str, Any]
@@ -110,6 +134,20 @@ class RunFolder:
     both_ratio: float | None
     seconds: float | None
     weights_sha256: str
+    epsilon: float | None
+    delta: float | None
+    stopped: str
+    mean_accuracy: float | None
+    backward_transfer: float | None
+
+    def setting(self, name: str) -> float:
+        """A setting that is a number; 0 where an older run has not got it."""
+        return _setting(self.config, name)
+
+    @property
+    def secure(self) -> tuple[Round, ...]:
+        """The secure rounds, abandoned ones too."""
+        return tuple(row for row in self.rounds if row.kind == "secure")
 
     @property
     def trained(self) -> tuple[Round, ...]:
@@ -133,14 +171,15 @@ def read_run(run: Path) -> RunFolder:
     """Read the run folder `run`; `RunError` names the file (and line) that is missing or does not read."""
     if not run.is_dir():
         raise RunError(f"{run} is not a run folder")
-    config = _read_object(run / "config.json")
-    rounds = _rounds(_read_lines(run / "metrics.jsonl"))
+    config = read_object(run / "config.json")
+    rounds = _rounds(read_lines(run / "metrics.jsonl"))
     finished = (run / "summary.json").exists()
-    summary = _Fields(_read_object(run / "summary.json") if finished else {}, f"{run / 'summary.json'}")
+    summary = Fields(read_object(run / "summary.json") if finished else {}, f"{run / 'summary.json'}")
 
     def total(name: str) -> int:
         return summary.count(name) if name in summary.values else sum(getattr(row, name) for row in rounds)
 
+    epsilon, delta = _privacy(summary, config, rounds)
     durations = [row.seconds for row in rounds if row.seconds is not None]
     return RunFolder(
         config=config,
@@ -156,101 +195,20 @@ def read_run(run: Path) -> RunFolder:
         payload_ratio=summary.number("payload_ratio"),
         both_ratio=summary.number("both_ratio") if "both_ratio" in summary.values else None,
         seconds=summary.number("seconds") if "seconds" in summary.values else (sum(durations) if durations else None),
-        weights_sha256=summary.text("weights_sha256") if "weights_sha256" in summary.values else "",
+        weights_sha256=summary.text_or_empty("weights_sha256"),
+        epsilon=epsilon,
+        delta=delta,
+        stopped=summary.text_or_empty("stopped"),
+        mean_accuracy=summary.number("mean_accuracy"),
+        backward_transfer=summary.number("backward_transfer"),
     )
 
 
-@dataclass(frozen=True)
-class _Fields:
-    """Typed access to one JSON object; `where` is the file and line that an error names."""
-
-    values: dict[str, Any]
-    where: str
-
-    def number(self, name: str) -> float | None:
-        value = self.values.get(name)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self._wrong(name, "a number or null")
-        return float(value) if math.isfinite(value) else None
-
-    def count(self, name: str) -> int:
-        value = self.values.get(name, 0)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise self._wrong(name, "a whole number from 0")
-        return value
-
-    def text(self, name: str) -> str:
-        value = self.values.get(name)
-        if not isinstance(value, str):
-            raise self._wrong(name, "a string")
-        return value
-
-    def objects(self, name: str) -> list[dict[str, Any]]:
-        value = self.values.get(name, [])
-        if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
-            raise self._wrong(name, "a list of objects")
-        return value
-
-    def _wrong(self, name: str, accepted: str) -> RunError:
-        found = repr(self.values[name])[:60] if name in self.values else "nothing"
-        return RunError(f"{self.where}: {name!r} must be {accepted}, found {found}")
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise RunError(f"{path} is missing: is {path.parent} the folder of a run?") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"{path} does not read: {error}") from error
-
-
-def _object(text: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        raise RunError(f"{where} is not JSON: {reason}") from error
-    if not isinstance(value, dict):
-        raise RunError(f"{where} must hold a JSON object, found {type(value).__name__}")
-    return value
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    text = _read_text(path)
-    try:
-        return _object(text, f"{path}")
-    except RunError as error:
-        # A whole file has lines too: say which one, as for the line files.
-        cause = error.__cause__
-        if isinstance(cause, json.JSONDecodeError):
-            raise RunError(f"{path} line {cause.lineno} is not JSON: {cause.msg}") from cause
-        raise
-
-
-def _read_lines(path: Path) -> Iterator[_Fields]:
-    # Split at "\n" only: str.splitlines would also cut at characters that JSON allows inside a string.
-    *lines, unfinished = _read_text(path).split("\n")
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            where = f"{path} line {number}"
-            yield _Fields(_object(line, where), where)
-    if unfinished.strip():
-        where = f"{path} line {len(lines) + 1}"
-        try:
-            last = _object(unfinished, where)
-        except RunError:
-            return
-        yield _Fields(last, where)
-
-
-def _round(fields: _Fields) -> Round:
+def _round(fields: Fields) -> Round:
     if "round" not in fields.values:
         raise RunError(f"{fields.where}: 'round' is missing")
     number = fields.count("round")
-    entries = [_Fields(entry, f"{fields.where} failures") for entry in fields.objects("failures")]
+    entries = [Fields(entry, f"{fields.where} failures") for entry in fields.objects("failures")]
     return Round(
         round=number,
         kind=fields.text("kind"),
@@ -265,10 +223,23 @@ def _round(fields: _Fields) -> Round:
         downlink_bytes=fields.count("downlink_bytes"),
         fedavg_uplink_bytes=fields.count("fedavg_uplink_bytes"),
         failures=tuple(Failure(number, entry.text("client"), entry.text("reason")) for entry in entries),
+        clipped=fields.count_or_none("clipped"),
+        furthest=fields.number("furthest"),
+        abandoned=fields.text_or_empty("abandoned"),
+        epsilon=_epsilon(fields),
+        task=fields.count_or_none("task"),
+        task_accuracies=fields.numbers("task_accuracies"),
+        plugins=fields.numbers_by_name("plugins"),
     )
 
 
-def _rounds(lines: Iterator[_Fields]) -> tuple[Round, ...]:
+def _epsilon(fields: Fields) -> float | None:
+    """None where there is none; JSON has no infinity, and a run writes null for it."""
+    value = fields.number("epsilon")
+    return math.inf if value is None and "epsilon" in fields.values else value
+
+
+def _rounds(lines: Iterator[Fields]) -> tuple[Round, ...]:
     # A run that was killed and resumed may have written a round twice: the later line is the one that counts.
     rows = {row.round: row for row in map(_round, lines)}
     return tuple(rows[number] for number in sorted(rows))
@@ -277,7 +248,7 @@ def _rounds(lines: Iterator[_Fields]) -> tuple[Round, ...]:
 def _traffic(ledger: Path, rounds: tuple[Round, ...]) -> tuple[Traffic, ...]:
     found: dict[tuple[str, str], Traffic] = {}
     if ledger.exists():
-        for fields in _read_lines(ledger):
+        for fields in read_lines(ledger):
             direction, kind = fields.text("direction"), fields.text("kind")
             if direction not in ("uplink", "downlink"):
                 raise RunError(f"{fields.where}: 'direction' must be 'uplink' or 'downlink', found {direction!r}")
@@ -296,22 +267,38 @@ def _traffic(ledger: Path, rounds: tuple[Round, ...]) -> tuple[Traffic, ...]:
     )
 
 
-def _stated_or_last(fields: _Fields, rounds: tuple[Round, ...]) -> float | None:
+def _stated_or_last(fields: Fields, rounds: tuple[Round, ...]) -> float | None:
     """The final accuracy that a summary states, or the last one that its rounds measured."""
     measured = [row.accuracy for row in rounds if row.accuracy is not None]
     stated = fields.number("final_accuracy")
     return stated if stated is not None else (measured[-1] if measured else None)
 
 
-def _baseline(summary: _Fields) -> Baseline | None:
+def _setting(config: Mapping[str, Any], name: str) -> float:
+    value = config.get(name)
+    return (finite(value) or 0.0) if isinstance(value, int | float) and not isinstance(value, bool) else 0.0
+
+
+def _privacy(
+    summary: Fields, config: Mapping[str, Any], rounds: tuple[Round, ...]
+) -> tuple[float | None, float | None]:
+    """(epsilon, delta) of a run that has ended or still goes on; (None, None) without differential privacy."""
+    if summary.number("delta") is not None:
+        return _epsilon(summary), summary.number("delta")
+    if summary.values or not _setting(config, "noise-multiplier"):
+        return None, None
+    return (rounds[-1].epsilon or 0.0) if rounds else 0.0, _setting(config, "privacy-delta")
+
+
+def _baseline(summary: Fields) -> Baseline | None:
     found = summary.values.get("baseline")
     if found is None:
         return None
     where = f"{summary.where} baseline"
     if not isinstance(found, dict):
         raise RunError(f"{where} must be an object")
-    fields = _Fields(found, where)
-    rounds = _rounds(_Fields(row, f"{where} row {n}") for n, row in enumerate(fields.objects("metrics"), start=1))
+    fields = Fields(found, where)
+    rounds = _rounds(Fields(row, f"{where} row {n}") for n, row in enumerate(fields.objects("metrics"), start=1))
     return Baseline(
         rounds=rounds,
         final_accuracy=_stated_or_last(fields, rounds),

@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,12 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from server.report import figures, images
+from server.report import figures, images, plugin_metrics
 from server.report.chart import KINDS
 from server.report.folder import Round, RunFolder, Samples, read_run
+from server.report.rounds_table import Column, columns_of
+from server.report.sections import failures_note, privacy_caption, secure_text, stopped_text
+from server.report.task_matrix import matrix_caption, task_matrix
 from server.report.template import PAGE, STYLE
 from tofu.errors import RunError
 from tofu.units import human_bytes, human_factor, human_seconds, human_share
@@ -32,11 +35,6 @@ _TITLE = {
     "compressor": "compressor {}",
     "seed": "seed {}",
 }
-_NONE = "\N{EN DASH}"
-_COLUMNS = (
-    "accuracy", "loss", "training loss", "explained variance", "cosine",
-    "valid replies", "failed", "uplink", "downlink", "FedAvg's uplink", "less than FedAvg", "time",
-)  # fmt: skip
 
 
 def write_report(run: Path) -> Path:
@@ -69,7 +67,8 @@ def write_report(run: Path) -> Path:
 
 def render(run: RunFolder, name: str) -> str:
     """The page of a run called `name` as HTML; every text from the run's files is escaped."""
-    rows = run.rounds[-_MOST_ROWS:]
+    rows, columns = run.rounds[-_MOST_ROWS:], columns_of(run)
+    abandoned = [row for row in run.secure if row.abandoned][-_MOST_ROWS:]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     return environment.from_string(PAGE).render(
         style=Markup(STYLE),
@@ -77,14 +76,20 @@ def render(run: RunFolder, name: str) -> str:
         state=_state(run),
         lead=_lead(run),
         aside=_aside(run),
+        stopped=_short(stopped_text(run)),
         facts=_facts(run),
         figures=_figures(run),
         sheets=_sheets(run.samples) if run.samples else [],
+        received=bool(run.samples and run.samples.proxies),
         sheets_text=_sheets_text(run.samples) if run.samples else "",
-        columns=_COLUMNS,
-        rows=[_row(row) for row in rows],
+        columns=[column.name for column in columns],
+        rows=[_row(row, columns) for row in rows],
         hidden_rounds=len(run.rounds) - len(rows),
-        totals=_totals(run),
+        totals=[column.total(run) for column in columns],
+        secure_text=secure_text(run),
+        abandoned=[{"round": row.round, "reason": _short(row.abandoned)} for row in abandoned],
+        plugins=_plugins(run),
+        plugins_text=_plugins_text(run),
         failures=[
             {"round": failure.round, "client": _short(failure.client), "reason": _short(failure.reason)}
             for failure in run.failures[-_MOST_ROWS:]
@@ -128,10 +133,10 @@ def _planned(run: RunFolder) -> int | None:
 
 
 def _state(run: RunFolder) -> str:
-    if run.finished:
-        return ""
     done = run.rounds[-1].round if run.rounds else 0
     planned = _planned(run)
+    if run.finished:
+        return f"stopped early: {done} of {planned} rounds" if run.stopped and planned else ""
     return f"not finished: {done} of {planned} rounds" if planned else f"not finished: {done} rounds so far"
 
 
@@ -173,6 +178,12 @@ def _facts(run: RunFolder) -> list[tuple[str, str]]:
         facts.append(("both directions", f"{human_factor(max(run.both_ratio, 0.0))} less than FedAvg"))
     if run.payload_ratio is not None:
         facts.append(("payload ratio", human_factor(max(run.payload_ratio, 0.0))))
+    if run.epsilon is not None and run.delta is not None:
+        facts.append(("client-level (epsilon, delta)", f"({figures.epsilon_text(run.epsilon)}, {run.delta:g})"))
+    if run.mean_accuracy is not None:
+        facts.append(("mean accuracy (ACC)", human_share(run.mean_accuracy / 100)))
+    if run.backward_transfer is not None:
+        facts.append(("backward transfer (BWT)", f"{run.backward_transfer:+.1f} points"))
     explained = [row.explained_variance for row in run.rounds if row.explained_variance is not None]
     if explained:
         facts.append(("mean explained variance", human_share(sum(explained) / len(explained))))
@@ -182,6 +193,8 @@ def _facts(run: RunFolder) -> list[tuple[str, str]]:
     if kinds:
         facts.append(("rounds", ", ".join(f"{count:,} {_short(kind)}" for kind, count in kinds.items())))
     facts.append(("failed replies", f"{len(run.failures):,}"))
+    if abandoned := sum(bool(row.abandoned) for row in run.rounds):
+        facts.append(("abandoned rounds", f"{abandoned:,}"))
     if run.seconds is not None:
         facts.append(("time", human_seconds(run.seconds)))
     return facts
@@ -214,6 +227,8 @@ def _figures(run: RunFolder) -> list[_Figure]:
             "The decoded update against the true one, mean over clients. Rounds that send it whole have no mark.",
             figures.explained_variance(run),
         ),
+        ("What privacy has cost", privacy_caption(run), figures.epsilon_by_round(run)),
+        ("What was learnt and what was kept", matrix_caption(run), task_matrix(run)),
     ]
     # Safe as markup: built as an XML tree, which escapes what it holds.
     return [_Figure(title, caption, Markup(svg)) for title, caption, svg in drawn if svg]
@@ -248,7 +263,7 @@ def _sheets(samples: Samples) -> list[_Sheet]:
 def _sheets_text(samples: Samples) -> str:
     text = "Every image is stretched to its own full range, so that any structure in it is as visible as it can be."
     if samples.real is not None:
-        text = "First real images, then what the server received from one client. " + text
+        text = f"First real images, then what the server received from one client. {text}" if samples.proxies else text
     return text
 
 
@@ -258,55 +273,43 @@ def _shown(count: int) -> str:
     return "One image" if count == 1 else f"{count} images"
 
 
-def _row(row: Round) -> dict[str, Any]:
-    trained = row.round > 0
+def _row(row: Round, columns: Sequence[Column]) -> dict[str, Any]:
+    css = row.kind if row.kind in KINDS else "other"
     return {
         "round": row.round,
-        "kind": _short(row.kind),
-        "css": row.kind if row.kind in KINDS else "other",
-        "cells": [
-            _number(row.accuracy, lambda share: human_share(share, 2)),
-            _number(row.loss, "{:.4f}".format),
-            _number(row.train_loss, "{:.4f}".format),
-            _number(row.explained_variance, human_share),
-            _number(row.cosine, "{:.3f}".format),
-            f"{row.clients}" if trained else _NONE,
-            f"{len(row.failures)}" if trained else _NONE,
-            human_bytes(row.uplink_bytes) if trained else _NONE,
-            human_bytes(row.downlink_bytes) if trained else _NONE,
-            human_bytes(row.fedavg_uplink_bytes) if trained else _NONE,
-            _less(row.fedavg_uplink_bytes, row.uplink_bytes),
-            _number(row.seconds, human_seconds),
-        ],
+        "kind": _short(row.kind) + (", abandoned" if row.abandoned else ""),
+        "css": f"{css} hollow" if row.abandoned else css,
+        "cells": [column.cell(row) for column in columns],
     }
 
 
-def _totals(run: RunFolder) -> list[str]:
+def _plugins(run: RunFolder) -> list[dict[str, Any]]:
+    last = run.rounds[-1].round if run.rounds else 0
     return [
-        _number(run.final_accuracy, lambda share: human_share(share, 2)),
-        *[""] * 4,
-        f"{sum(row.clients for row in run.trained)}",
-        f"{len(run.failures)}",
-        human_bytes(run.uplink_bytes),
-        human_bytes(run.downlink_bytes),
-        human_bytes(run.fedavg_uplink_bytes),
-        _less(run.fedavg_uplink_bytes, run.uplink_bytes),
-        _number(run.seconds, human_seconds),
+        # Safe as markup: built as an XML tree, as every figure is.
+        {
+            "name": _short(metric.name),
+            "cells": metric.cells(),
+            "svg": Markup(plugin_metrics.sparkline(metric, last)),
+        }
+        for metric in plugin_metrics.metrics_of(run)[: plugin_metrics.MOST]
     ]
 
 
-def _number(value: float | None, write: Callable[[float], str]) -> str:
-    return _NONE if value is None else write(value)
-
-
-def _less(fedavg: int, sent: int) -> str:
-    return human_factor(fedavg / sent) if fedavg and sent else _NONE
+def _plugins_text(run: RunFolder) -> str:
+    text = (
+        "Mean over the clients, weighted by their examples, of what each plugin measured; each line has its own scale."
+    )
+    if run.secure:
+        text += " Secure rounds have none."
+    hidden = len(plugin_metrics.metrics_of(run)) - plugin_metrics.MOST
+    return f"{text} {hidden:,} more are in metrics.jsonl." if hidden > 0 else text
 
 
 def _failures_text(run: RunFolder) -> str:
     count = len(run.failures)
     text = "One reply was" if count == 1 else f"{count:,} replies were"
-    text += " left out of a round. The round went on with the others."
+    text += f" left out of a round. {failures_note(run)}"
     return text if count <= _MOST_ROWS else f"{text} The last {_MOST_ROWS} are listed; all are in metrics.jsonl."
 
 

@@ -67,10 +67,10 @@ figure { margin: 0; }
 }
 .scroll { overflow-x: auto; margin-top: 12px; }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; font-variant-numeric: tabular-nums; }
-th, td { padding: 5px 9px; text-align: right; border-bottom: 1px solid var(--grid); white-space: nowrap; }
+th, td { padding: 5px 7px; text-align: right; border-bottom: 1px solid var(--grid); white-space: nowrap; }
 th { color: var(--soft); font-weight: 500; border-bottom-color: var(--line); vertical-align: bottom; }
 thead th { white-space: normal; overflow-wrap: normal; line-height: 1.3; }
-tbody th { color: inherit; font-weight: 600; border-bottom-color: var(--grid); }
+tbody th { color: inherit; vertical-align: inherit; font-weight: 600; border-bottom-color: var(--grid); }
 tfoot td, tfoot th { border-top: 1px solid var(--line); border-bottom: 0; color: inherit; font-weight: 600; }
 .left { text-align: left; }
 .wrap { white-space: normal; }
@@ -81,7 +81,11 @@ tfoot td, tfoot th { border-top: 1px solid var(--line); border-bottom: 0; color:
 .kind.t-proxy::before { background: var(--proxy); }
 .kind.t-full::before { background: var(--full); border-radius: 1px; }
 .kind.t-secure::before { background: var(--secure); border-radius: 0; transform: rotate(45deg); }
+.kind.hollow { display: inline-block; max-width: 7em; white-space: normal; overflow-wrap: normal; }
+.kind.hollow::before { background: none; box-shadow: inset 0 0 0 2px var(--secure); }
 .kind.t-start::before { background: none; box-shadow: inset 0 0 0 1.5px var(--soft); }
+.spark { width: 180px; } .spark svg { display: block; width: 180px; height: 28px; }
+.several p { margin-top: 6px; max-width: 66em; }
 summary { cursor: pointer; font-size: 16px; font-weight: 650; }
 code { font: 12.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 footer { margin-top: 26px; color: var(--soft); font-size: 13px; }
@@ -104,6 +108,9 @@ svg .dot { stroke: none; } svg .dot.c-run { fill: var(--run); } svg .dot.c-cosin
 svg .mark { stroke: var(--card); stroke-width: 1.2; }
 svg .k-proxy { fill: var(--proxy); } svg .k-full { fill: var(--full); } svg .k-secure { fill: var(--secure); }
 svg .k-other { fill: var(--other); } svg .k-fedavg { fill: var(--fedavg); }
+svg .mark.hollow { fill: var(--card); stroke: var(--secure); stroke-width: 2; }
+svg .cell { fill: var(--run); } svg .learnt { fill: none; stroke: var(--ink); stroke-width: 1.5; }
+svg .number { fill: var(--ink); }
 svg .k-start { fill: var(--start); } svg .mark.k-start { stroke: var(--soft); stroke-width: 1.6; }
 svg .bar.k-start { fill: var(--soft); }
 svg .rail { fill: var(--grid); } svg .overhead { fill: var(--card); fill-opacity: .5; }
@@ -154,7 +161,8 @@ PAGE_HEAD = """<!doctype html>
 
 PAGE = (
     PAGE_HEAD
-    + """<dl class="facts">
+    + """{% if stopped %}<p class="note">{{ stopped }}</p>{% endif %}
+<dl class="facts">
 {% for name, value in facts %}<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>
 {% endfor %}</dl>
 </header>
@@ -166,15 +174,17 @@ PAGE = (
 </figure>
 {% endfor %}</div>
 {% if sheets %}<section class="card">
-<h2>What the data looks like, and what the server received</h2>
+<h2>What the data looks like{% if received %}, and what the server received{% endif %}</h2>
 <p class="soft">{{ sheets_text }}</p>
 <div class="sheets">
 {% for sheet in sheets %}<figure><img src="{{ sheet.address }}" alt="{{ sheet.alt }}">
 <figcaption><b>{{ sheet.title }}</b>{{ sheet.caption }}</figcaption></figure>
 {% endfor %}</div>
+{% if received %}
 <p class="note">If the proxies look unlike the data, that is an observation about these few images and not a
 guarantee of privacy. A proxy is made to carry the client's update: whoever holds the proxies and the shared weights can
 compute that update and try to learn about the data from it. How much can be recovered has to be measured.</p>
+{% endif %}
 </section>{% endif %}
 <section class="card">
 <h2>Rounds</h2>
@@ -192,6 +202,28 @@ compute that update and try to learn about the data from it. How much can be rec
 <tfoot><tr><th scope="row">all</th><td></td>{% for cell in totals %}<td>{{ cell }}</td>{% endfor %}</tr></tfoot>
 </table></div>{% else %}<p class="soft">No round has ended yet.</p>{% endif %}
 </section>
+{% if secure_text %}<section class="card several">
+<h2>Secure rounds</h2>
+{% for text in secure_text %}<p class="soft">{{ text }}</p>
+{% endfor %}
+{% if abandoned %}<div class="scroll"><table id="abandoned">
+<thead><tr><th scope="col">abandoned round</th><th scope="col" class="left">reason</th></tr></thead>
+<tbody>
+{% for row in abandoned %}<tr><th scope="row">{{ row.round }}</th><td class="left wrap">{{ row.reason }}</td></tr>
+{% endfor %}</tbody></table></div>{% endif %}
+</section>{% endif %}
+{% if plugins %}<section class="card">
+<h2>What the plugins measured</h2>
+<p class="soft">{{ plugins_text }}</p>
+<div class="scroll"><table id="plugins">
+<thead><tr><th scope="col" class="left">metric</th><th scope="col">rounds</th><th scope="col">first</th>
+<th scope="col">last</th><th scope="col">lowest</th><th scope="col">highest</th>
+<th scope="col" class="left">by round</th></tr></thead>
+<tbody>
+{% for plugin in plugins %}<tr><th scope="row" class="left wrap">{{ plugin.name }}</th>
+{%- for cell in plugin.cells %}<td>{{ cell }}</td>{% endfor %}<td class="spark">{{ plugin.svg }}</td></tr>
+{% endfor %}</tbody></table></div>
+</section>{% endif %}
 {% if failures %}<section class="card">
 <h2>Replies that were not used</h2>
 <p class="soft">{{ failures_text }}</p>

@@ -89,6 +89,43 @@ def test_plain_names_failures_and_cuts_a_long_list(screen: io.StringIO) -> None:
     assert lines[3:] == ["note: round 4: 2 more replies not used"]
 
 
+def test_plain_tells_abandoned_rounds_tasks_and_epsilon(screen: io.StringIO) -> None:
+    progress = PlainProgress(screen)
+    progress.start(12, 10, "digits")
+    sent = {"explained_variance": None, "uplink_bytes": 0}
+    progress.round_done(row(1, kind="secure", abandoned="too few", epsilon=0.0, **sent))
+    progress.round_done(row(2, task=1, task_accuracies=[0.9, 0.8], **sent))
+    progress.round_done(row(3, kind="secure", abandoned="", epsilon=4.3771, **sent))
+    progress.round_done(row(4, kind="secure", epsilon=None, **sent))
+    progress.finish({"final_accuracy": 0.5, "epsilon": 8.3849, "delta": 1e-5})
+    progress.finish({"mean_accuracy": 86.63, "backward_transfer": -7.8, "epsilon": None, "delta": 1e-5})
+    assert screen.getvalue().splitlines()[1:] == [
+        "round  1/12  secure, abandoned  accuracy 81.00%  epsilon     0  3.2 s",
+        "round  2/12  proxy   task 1  accuracy 82.00%  3.2 s",
+        "round  3/12  secure  accuracy 83.00%  epsilon 4.377  3.2 s",
+        "round  4/12  secure  accuracy 84.00%  epsilon   inf  3.2 s",
+        "done: final accuracy 50.00%; epsilon 8.385 at delta 1e-05",
+        "done: ACC 86.6%, BWT -7.8 points; epsilon inf at delta 1e-05",
+    ]
+
+
+def test_live_view_has_columns_for_tasks_and_epsilon_where_a_run_has_them(
+    screen: io.StringIO, live: RichProgress
+) -> None:
+    live.start(4, 4, "digits")
+    live.round_done(row(1))
+    live.close()
+    assert not re.search("task|epsilon", shown(screen))
+    live.start(4, 4, "digits")
+    live.round_done(row(1))
+    live.round_done(row(2, kind="secure", abandoned="too few", task=3, epsilon=12.8731))
+    live.close()
+    latest = shown(screen)
+    assert re.search(r"round +kind +task +accuracy +variance +uplink +FedAvg +epsilon +time", latest)
+    assert re.search(r"1 +proxy +- +81\.00% +71\.0% +25\.0 kB +100x +- +3\.2 s", latest)
+    assert re.search(r"2 +secure, abandoned +3 +82\.00% +71\.0% +25\.0 kB +100x +12\.87 +3\.2 s", latest)
+
+
 def test_nothing_hostile_reaches_the_terminal(screen: io.StringIO, live: RichProgress) -> None:
     hostile = "\x1b[2J\x07[red]node\n\u202e"
     failures = [{"client": hostile, "reason": hostile}]
