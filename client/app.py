@@ -1,7 +1,9 @@
 """The Flower ClientApp: thin handlers that unpack, call and pack.
 
 Node config: `partition-id` (the client's number; its images are that share of the run's dataset), or `data`, a folder
-with this client's own images, and optionally `partition-id` as its name.
+with this client's own images, and optionally `partition-id` as its name. What a client insists on, whatever a run asks
+for: `kinds`, the kinds of round that it takes part in ("secure" or "proxy,secure"), and `least-noise`, below which
+noise-multiplier may not be. For secure rounds see `client.secure`.
 """
 
 import math
@@ -83,6 +85,7 @@ def train_round(request: TrainRequest, round_: int, settings: Settings, context:
         ResyncError: this client must be sent the weights whole.
         TofuError: the weights are not what they should be, the data does not fit, or training diverged.
     """
+    check_terms(request.kind, settings, context)
     client = client_name(context)
     plugins, about = settings.make_plugins(), settings.about(request.shape, round_, client)
     broadcast = load_broadcast(context) if request.kept else request.broadcast
@@ -209,6 +212,18 @@ def client_data(settings: Settings, context: Context) -> LabelledImages:
         train_images=settings.train_images,
         seed=settings.seed,
     ).client(int(partition))
+
+
+def check_terms(kind: str, settings: Settings, context: Context) -> None:
+    """Raises DataError where this client's node config does not take part in such a round."""
+    kinds = context.node_config.get("kinds")
+    if kinds is not None and kind not in [name.strip() for name in str(kinds).split(",")]:
+        raise DataError(f"this client takes part in rounds of kind {kinds}, not {kind}")
+    least = context.node_config.get("least-noise", 0.0)
+    if isinstance(least, str) or settings.noise_multiplier < least:
+        raise DataError(
+            f"this client takes part with noise-multiplier {least} or more, not {settings.noise_multiplier:g}"
+        )
 
 
 def check_fit(data: LabelledImages, shape: ImageShape) -> None:
