@@ -193,7 +193,7 @@ class Federation:
         kind = self._schedule.kind(round_, self.accuracies)
         chosen = self._sample(known, round_, least=LEAST_SECURE if kind == "secure" else 1)
         result = RoundResult(round_, kind, shown=chosen[0].name)
-        result.broadcast = self.plugins.broadcast_bytes(max_bytes=MOST_STATE_BYTES)
+        result.broadcast = self.plugins.broadcast_bytes(max_bytes=MOST_STATE_BYTES) if self.plugins else b""
         result.asks_keys = result.kind != "secure" and self._schedule.secure_may_follow(round_, self.accuracies)
         self._downlink.begin(round_, whole=result.kind == "full")
         result.step_explained_variance = self._downlink.explained_variance
@@ -461,7 +461,8 @@ class Federation:
 
     def write_model(self, folder: RunFolder) -> None:
         """Write the model that the run would end with."""
-        folder.write_model(self.weights, self._shape, self.plugins.broadcast_bytes(max_bytes=MOST_STATE_BYTES))
+        broadcast = self.plugins.broadcast_bytes(max_bytes=MOST_STATE_BYTES) if self.plugins else b""
+        folder.write_model(self.weights, self._shape, broadcast)
 
     @property
     def weights(self) -> Weights:

@@ -1,6 +1,8 @@
 """What the tests of federations of real processes share: apps that misbehave, waiting, and looking at processes."""
 
 import json
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -41,11 +43,12 @@ def set_faults(folder: Path, faults: Faults) -> None:
 
 
 def in_process(folder: Path, settings: Settings, faults: Faults, monkeypatch: Any) -> Row:
-    """The same run in this process, where clients misbehave likewise; its summary."""
+    """The same run in this process, without identities, where clients misbehave likewise; its summary."""
     folder.mkdir()
     set_faults(folder, faults)
     monkeypatch.chdir(folder)
-    return serve_in_process(misbehaving.app, Settings.of(settings.to_config() | {"run-folder": str(folder / "run")}))
+    own = settings.to_config() | {"run-folder": str(folder / "run"), "secure-identities": ""}
+    return serve_in_process(misbehaving.app, Settings.of(own))
 
 
 def rows(folder: Path, name: str = "metrics") -> list[Row]:
@@ -102,9 +105,14 @@ class Background:
         self._thread = threading.Thread(target=work)
         self._thread.start()
 
+    @property
+    def alive(self) -> bool:
+        """Whether it goes on."""
+        return self._thread.is_alive()
+
     def wait_for_round(self, number: int, seconds: float = 200) -> None:
         """Until a round is in metrics.jsonl."""
-        wait_for(lambda: not self._thread.is_alive() or len(rows(self.folder)) > number, seconds)
+        wait_for(lambda: not self.alive or len(rows(self.folder)) > number, seconds)
         assert len(rows(self.folder)) > number, self.run or self._error
 
     def end(self) -> Any:
@@ -124,6 +132,13 @@ def server_app(federation: Federation) -> int:
             if any(part.endswith(b"/flwr-serverapp") for part in command[:2]) and executor in _ancestors(file.parent):
                 return int(file.parent.name)
     return 0
+
+
+def kill_server_app(federation: Federation) -> None:
+    """With SIGKILL."""
+    pid = server_app(federation)
+    assert pid
+    os.kill(pid, signal.SIGKILL)
 
 
 def _ancestors(process: Path) -> Iterator[int]:

@@ -1,8 +1,8 @@
 """The real client app as the app of a node that misbehaves: it replies with something else, too late, or dies.
 
-`faults.json` in the working directory, which in a federation of processes is its folder, says who does what when: client
-name -> "round:stage" -> fault. The stage of the training is "mask" in all rounds. A node that dies takes its SuperNode
-and its SuperExec with it, as a machine that loses power would.
+`faults.json` in the working directory, which in a federation of processes is its folder, says who does what when:
+client name -> "round:stage" -> fault. The stage of the training is "mask" in all rounds. A node that dies takes its
+SuperNode and its SuperExec with it, as a machine that loses power would.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from tofu.messages import FIELD, RECORD, SECURE, SecureQuery, TrainReply
 from tofu.payload import HEADER_BYTES
 
 FAULTS_FILE = "faults.json"
-HUGE_BYTES = 2**25
+HUGE_BYTES = 2**24
 BOMB_BYTES = 2**30
 _KEPT = "misbehaving"
 

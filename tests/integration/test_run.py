@@ -427,7 +427,7 @@ FAULTS: dict[str, tuple[str, Fault, str]] = {
     "text": ("full", text, "reply has 0 bytes"),
     "empty": ("full", garbage(b""), "reply has 0 bytes"),
     "ones": ("full", garbage(b"\xff" * 99), "not finite"),
-    "words": ("full", garbage(b"no reply at all, " * 9), "reply says [0-9]+ images"),
+    "words": ("full", garbage(b"no reply at all, " * 9), "expected an advert of [0-9]+"),
     "head only": ("full", with_reply(payload=b""), "payload has 0 bytes"),
     "truncated": ("full", with_payload(lambda data: data[:-7]), "checksum"),
     "too long": ("full", with_payload(lambda data: data + b"!"), "payload has [0-9]+ bytes, expected"),
