@@ -1,8 +1,8 @@
 """FedAvg against proxy rounds only and against hybrid rounds: accuracy and uplink bytes at equal rounds.
 
-MNIST, LeNet-5, ten clients, Dirichlet 0.5; the last two rounds of the hybrid are secure ones. Every method uses the same local training, the same
-rounds and the same running average of weights; they differ in what travels. Finished runs are kept in --runs and not
-run again, so that an interrupted benchmark goes on where it was.
+MNIST, LeNet-5, ten clients, Dirichlet 0.5; the last two rounds of the hybrid are secure ones. Every method uses the
+same local training, the same rounds and the same running average of weights; they differ in what travels. Finished
+runs are kept in --runs and not run again, so that an interrupted benchmark goes on where it was.
 """
 
 import argparse

@@ -27,7 +27,7 @@ QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-NODES = 2
+NODES = 3
 SETTINGS: dict[str, Value] = {
     "model": "mlp",
     "clients": NODES,
@@ -35,7 +35,9 @@ SETTINGS: dict[str, Value] = {
     "evaluations": 4,
     "seed": 3,
     "downlink": "topk",
+    "schedule": "switch",
 }
+"""A proxy round and a secure round."""
 
 SCRIPT = """
 ip link set lo up
@@ -134,6 +136,7 @@ def test_flwr_run_gives_the_weights_of_tofu_run(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["clients"] for row in rows] == [0, NODES, NODES]
     assert not any(row["failures"] for row in rows)
+    assert [row["kind"] for row in rows] == ["start", "proxy", "secure"]
     for name in ("uplink_bytes", "downlink_bytes"):
         assert on_ray[name] == pytest.approx(here[name], rel=0.05)
 
