@@ -28,7 +28,7 @@ from tofu.network import Network
 from tofu.payload import Payload
 from tofu.plugins import MOST_STATE_BYTES, export_to_bytes
 from tofu.privacy import check_layout, clip
-from tofu.secure_update import SecureCode, SecureTerms, flat
+from tofu.secure_update import SecureCode, SecureTerms, flat, purpose_of
 from tofu.seeding import derive_bytes, derive_generator
 from tofu.settings import Settings
 from tofu.tasks import only_classes
@@ -134,6 +134,8 @@ def train_round(request: TrainRequest, round_: int, settings: Settings, context:
         if code.digest != terms.digest:
             raise ResyncError("the weights lead to other places than the server's")
         session = load_session(context, member_of(context, client))
+        if session.purpose != purpose_of(terms, base, broadcast):
+            raise ResyncError("the weights or the terms are not those that all clients of this sum were told of")
         if noise := settings.noise_in_sum(session.topology, session.members, levels=code.levels, values=code.values):
             fit = noise.grid * code.levels
             if terms.unit_weight != 1 or any(not math.isclose(range_, fit, rel_tol=1e-6) for range_ in terms.ranges):

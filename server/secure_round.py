@@ -31,7 +31,7 @@ from tofu.secagg import compact
 from tofu.secagg.fixed_point import FixedPoint
 from tofu.secagg.identities import read_known
 from tofu.secagg.server import ServerSession
-from tofu.secure_update import SecureCode, SecureMean, SecureTerms, first_ranges
+from tofu.secure_update import SecureCode, SecureMean, SecureTerms, first_ranges, flat, purpose_of
 from tofu.settings import LEAST_SECURE, Settings
 from tofu.weights import Layout, Weights
 
@@ -126,14 +126,18 @@ class SecureRounds:
         round_: int,
         failures: dict[str, str],
         declared: Mapping[str, SumSpec],
-        moved: Tensor,
+        weights: Weights,
+        initial: Tensor,
+        broadcast: bytes,
     ) -> OpenRound:
         """Collect keys and shares.
 
         Args:
             failures: client name -> reason, filled in.
             declared: what plugins sum beside the update.
-            moved: how far the weights that clients train from are from the initial ones, as one vector.
+            weights: that clients train from.
+            initial: those that the run began with, as one vector.
+            broadcast: of the plugins.
 
         Raises:
             AbandonedError: too few clients took part.
@@ -143,10 +147,10 @@ class SecureRounds:
             self.keep_advert(client, answer.advert)
         able = [client for client in asked if client.name in self._adverts]
         with _abandoning():
-            terms, code = self._terms(able, declared, moved)
-        session = ServerSession(
-            run_name(self._grid.run.run_id), round_, values=code.length, bits=terms.bits, known=self._known
-        )
+            terms, code = self._terms(able, declared, flat(weights) - initial)
+        purpose = purpose_of(terms, weights, broadcast)
+        run, values = run_name(self._grid.run.run_id), code.length
+        session = ServerSession(run, round_, values=values, bits=terms.bits, known=self._known, purpose=purpose)
         came = 0
         for client in able:
             with _blaming(client, failures):

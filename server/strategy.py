@@ -243,8 +243,10 @@ class Federation:
         assert self._secure is not None  # in a run with secure rounds
         self._progress.phase(result.round, "secure", "share", 0, len(chosen))
         try:
-            moved = flat(weights_of(self._downlink.network.model)) - self._initial
-            opened = self._secure.open(chosen, result.round, result.failures, self._declared(), moved)
+            weights = weights_of(self._downlink.network.model)
+            opened = self._secure.open(
+                chosen, result.round, result.failures, self._declared(), weights, self._initial, result.broadcast
+            )
             result.parts = opened.parts
             sharers = [client for client in chosen if client.name in opened.parts]
             self._train(sharers, result, end, lambda client, reply: self._add_masked(client, reply, result, opened))

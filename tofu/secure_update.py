@@ -7,6 +7,7 @@ each tensor how far beyond its range the client's values were. What plugins sum 
 up exactly, to 2^-39 of its bound.
 """
 
+import hashlib
 import math
 import struct
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from tofu.plugins import SumSpec
 from tofu.secagg import compact
 from tofu.secagg.fixed_point import HEADROOM, LARGEST_GROWTH, Clipped, FixedPoint
 from tofu.secagg.ring import MOST_BITS, RingVector, centred
-from tofu.weights import Layout, Weights
+from tofu.weights import Layout, Weights, weights_sha256
 
 LARGEST = 32.0
 """Losses, and distances beyond a range, up to which the sums say them."""
@@ -82,6 +83,19 @@ class SecureTerms:
         if not 0 < share <= 1:
             raise PayloadError(f"secure terms have share {share:g}, expected above 0 and up to 1")
         return SecureTerms(clients, bits, unit_weight, ranges, share, turn, digest)
+
+
+def purpose_of(terms: SecureTerms, weights: Weights, broadcast: bytes) -> bytes:
+    """What the clients' vectors mean, in 32 bytes: their code, the weights that they update, the plugins' state.
+
+    All clients of a sum must have the same. A server that gives most of them huge ranges, or weights at which nothing
+    can be learnt, would otherwise get the one that it left out of this nearly alone (Pasquini, Francati, Ateniese,
+    "Eluding Secure Aggregation in Federated Learning via Model Inconsistency", CCS 2022).
+    """
+    meaning = hashlib.sha256(b"tofu secure round 1")
+    for part in (terms.to_bytes(), weights_sha256(weights).encode(), hashlib.sha256(broadcast).digest()):
+        meaning.update(len(part).to_bytes(4, "little") + part)
+    return meaning.digest()
 
 
 @dataclass(frozen=True)

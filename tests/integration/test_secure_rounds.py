@@ -1,5 +1,6 @@
 """Secure rounds in whole federations: the sum is right whoever drops out when, and the server sees nothing else."""
 
+import dataclasses
 import itertools
 import json
 import time
@@ -22,11 +23,12 @@ from server.local import run_in_process
 from tofu.errors import SettingError
 from tofu.messages import FIELD, RECORD, SECURE, STAGES, SecureAnswer, SecurePart, SecureQuery, TrainRequest
 from tofu.models import build_model
+from tofu.payload import WEIGHTS, Payload, float32_bytes
 from tofu.secagg.messages import Masked
 from tofu.secagg.ring import centred, unpack
 from tofu.secure_update import SecureCode, SecureTerms
 from tofu.settings import Settings
-from tofu.weights import Layout, Weights, layout_of, load_weights, weights_of
+from tofu.weights import Layout, Weights, fingerprint, layout_of, load_weights, weights_of
 
 Row = dict[str, Any]
 Fault = Callable[[Message, Message, Context], Message]
@@ -403,6 +405,47 @@ def test_weights_are_loaded(tmp_path: Path) -> None:
     weights: Weights = end_weights(tmp_path / "run")
     load_weights(model, weights)
     assert all(torch.isfinite(value).all() for value in weights_of(model).values())
+
+
+def wider(request: TrainRequest) -> TrainRequest:
+    """Ranges at which a client's update is rounded to nothing."""
+    part = SecurePart.from_bytes(request.secure)
+    terms = SecureTerms.from_bytes(part.terms)
+    huge = dataclasses.replace(terms, ranges=tuple(1e6 * range_ for range_ in terms.ranges))
+    return dataclasses.replace(request, secure=SecurePart(huge.to_bytes(), part.shares).to_bytes())
+
+
+def other_weights(request: TrainRequest) -> TrainRequest:
+    """Weights at which there is nothing to learn."""
+    settings = Settings.of(TINY)
+    model = build_model("mlp", open_run_data(settings).shape, seed=settings.seed)
+    dead = {name: torch.zeros_like(value) for name, value in weights_of(model).items()}
+    payload = Payload(WEIGHTS, 2, fingerprint(dead), float32_bytes(dead, layout_of(model)))
+    return dataclasses.replace(request, payload=payload.to_bytes(), identity=payload.fingerprint)
+
+
+@pytest.mark.parametrize("lie", [wider, other_weights])
+def test_a_server_cannot_silence_all_clients_but_one(
+    lie: Callable[[TrainRequest], TrainRequest], tmp_path: Path
+) -> None:
+    """Model inconsistency: who is told of other terms or weights than the roster was made for does not answer."""
+    app = ClientApp()
+    app.query()(honest.hello)
+    app.query(SECURE)(honest.secure)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        if honest.client_name(context) != "0" and message.metadata.group_id == "2":
+            request = lie(TrainRequest.from_bytes(content(message)))
+            message.content.config_records[RECORD][FIELD] = request.to_bytes()
+        return honest.train(message, context)
+
+    federate(tmp_path / "run", app, rounds=2)
+    second = rows(tmp_path / "run")[2]
+    assert second["abandoned"]
+    reasons = {failure["client"]: failure["reason"] for failure in second["failures"]}
+    assert reasons.keys() == set("1234")
+    assert all("not those that all clients of this sum were told of" in reason for reason in reasons.values())
 
 
 # Cheaper rounds

@@ -55,6 +55,11 @@ class ClientSession:
         return Topology(self._roster.terms.neighbours, self._roster.terms.threshold)
 
     @property
+    def purpose(self) -> bytes:
+        """What all clients of the session were told that their vectors mean, from SHARED on."""
+        return self._roster.terms.purpose
+
+    @property
     def members(self) -> int:
         """Clients of the session, from SHARED on."""
         return len(self._roster.terms.members)

@@ -14,7 +14,7 @@ from tofu.secagg.identities import SIGNATURE_BYTES
 from tofu.secagg.masks import KEY_BYTES, check_public_key
 from tofu.secagg.ring import MOST_BITS
 from tofu.secagg.shamir import SHARE_BYTES
-from tofu.secagg.terms import DIGEST_BYTES, Session, Terms, advert_digest
+from tofu.secagg.terms import DIGEST_BYTES, PURPOSE_BYTES, Session, Terms, advert_digest
 from tofu.secagg.wire import (
     ADVERT,
     ALL,
@@ -107,6 +107,7 @@ class Roster:
         2   neighbours
         2   adverts
         2   members
+        32  purpose
         16 for each member: its advert's digest, rising
         -   adverts in order of number, each behind its length (1 byte)
 
@@ -124,7 +125,7 @@ class Roster:
         numbers = (t.threshold, t.bits, t.values, t.neighbours, len(self.adverts), len(t.members))
         adverts = [advert.to_bytes() for advert in self.adverts]
         written = b"".join(_BYTE.pack(len(advert)) + advert for advert in adverts)
-        return head(ROSTER, t.session, self.client) + _ROSTER.pack(*numbers) + b"".join(t.members) + written
+        return head(ROSTER, t.session, self.client) + _ROSTER.pack(*numbers) + t.purpose + b"".join(t.members) + written
 
     @staticmethod
     def from_bytes(data: object) -> "Roster":
@@ -132,6 +133,7 @@ class Roster:
         reader = Reader(data, ROSTER)
         session, client = reader.head()
         threshold, bits, values, neighbours, count, members = reader.unpack(_ROSTER)
+        purpose = reader.take(PURPOSE_BYTES)
         digests = tuple(reader.take(DIGEST_BYTES) for _ in range(members))
         adverts = tuple(Advert.from_bytes(reader.take(*reader.unpack(_BYTE))) for _ in range(count))
         reader.finish()
@@ -139,7 +141,7 @@ class Roster:
             raise PayloadError(f"roster has a ring of {bits} bits, expected 1 to {MOST_BITS}")
         if any(one >= other for one, other in pairwise(digests)):
             raise PayloadError("roster has members that are not in rising order")
-        return Roster(client, Terms(session, threshold, bits, values, neighbours, digests), adverts)
+        return Roster(client, Terms(session, threshold, bits, values, neighbours, digests, purpose), adverts)
 
 
 @dataclass(frozen=True)

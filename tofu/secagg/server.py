@@ -26,7 +26,7 @@ from tofu.secagg.identities import ADVERT, SURVIVORS, check_known, verify
 from tofu.secagg.masks import add_mask, pair_seed, public_key
 from tofu.secagg.messages import Advert, Confirmation, Masked, Reveal, Roster, Shares, Survivors
 from tofu.secagg.ring import RingVector
-from tofu.secagg.terms import SESSION_BYTES, Session, Terms
+from tofu.secagg.terms import PURPOSE_BYTES, SESSION_BYTES, Session, Terms
 from tofu.secagg.wire import MOST_CLIENTS
 
 
@@ -64,10 +64,18 @@ class ServerSession:
         bits: of the ring.
         known: name -> Ed25519 public key where clients have identities: asks for the consistency round, and refuses
             what is not signed before it reaches the neighbours. The clients check by themselves.
+        purpose: digest of what the vectors mean (`Terms.purpose`).
     """
 
     def __init__(
-        self, run: bytes, round_: int, *, values: int, bits: int, known: Mapping[str, bytes] | None = None
+        self,
+        run: bytes,
+        round_: int,
+        *,
+        values: int,
+        bits: int,
+        known: Mapping[str, bytes] | None = None,
+        purpose: bytes = bytes(PURPOSE_BYTES),
     ) -> None:
         ring.check_bits(bits)
         check_known(known or {})
@@ -75,7 +83,7 @@ class ServerSession:
         self._session = Session(round_, os.urandom(SESSION_BYTES))
         self._values = values
         self._bits = bits
-        self._known = known
+        self._known, self._purpose = known, purpose
         self._phase = Phase.ADVERTS
         self._adverts: dict[str, Advert] = {}
         # From the rosters on clients go by number, their place in the terms.
@@ -132,7 +140,7 @@ class ServerSession:
         self._numbers = {advert.name: number for number, advert in enumerate(self._order)}
         members = tuple(advert.digest for advert in self._order)
         shape = (topology.threshold, self._bits, self._values, topology.neighbours)
-        self._terms = Terms(self._session, *shape, members)
+        self._terms = Terms(self._session, *shape, members, self._purpose)
         self._neighbours = [self._terms.neighbours_of(number) for number in range(came)]
         self._digest = self._terms.digest(self._run)
         result = {}

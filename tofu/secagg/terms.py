@@ -14,6 +14,7 @@ from tofu.secagg.graph import Graph
 
 SESSION_BYTES = 16
 DIGEST_BYTES = 16
+PURPOSE_BYTES = 32
 """Of an advert. Who can make two adverts of one digest gains nothing: both are its own."""
 
 _NUMBERS = struct.Struct("<IHBIH")
@@ -43,6 +44,8 @@ class Terms:
         values: elements of everybody's vector.
         neighbours: d, of every client.
         members: digests of all adverts in rising order. A client's number in this session is its place here.
+        purpose: digest of all that gives the vectors their meaning. It goes into every key and mask, so clients that
+            were told different ones share no masks, and a server cannot have all but one of them send next to nothing.
     """
 
     session: Session
@@ -51,6 +54,7 @@ class Terms:
     values: int
     neighbours: int
     members: tuple[bytes, ...]
+    purpose: bytes = bytes(PURPOSE_BYTES)
 
     def digest(self, run: bytes) -> bytes:
         """SHA-256 of the terms in a run.
@@ -59,7 +63,8 @@ class Terms:
             run: identifies the run to all its clients.
         """
         numbers = _NUMBERS.pack(self.session.round, self.threshold, self.bits, self.values, self.neighbours)
-        return hashlib.sha256(fields(b"tofu secagg 1 terms", run, self.session.id, numbers, *self.members)).digest()
+        parts = (b"tofu secagg 1 terms", run, self.session.id, numbers, self.purpose, *self.members)
+        return hashlib.sha256(fields(*parts)).digest()
 
     def neighbours_of(self, client: int) -> tuple[int, ...]:
         """A client's neighbours by number, rising. Raises SettingError where there is no such graph."""
