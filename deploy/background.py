@@ -15,6 +15,7 @@ from typing import Any
 from deploy.control import CompletedRun, Control, last_lines
 from deploy.processes import read_names
 from deploy.state import Process, State, end_group
+from server.run_folder import read_config
 from tofu.errors import RunError, SettingError
 from tofu.settings import Settings
 
@@ -23,14 +24,22 @@ _ONLINE_SECONDS = 120.0
 _STOP_SECONDS = 40.0
 
 
-def up(folder: Path, *, nodes: int, app: Path = APP, data: Path | None = None, warm: bool = True) -> dict[str, Any]:
+def up(
+    folder: Path,
+    *,
+    nodes: int,
+    app: Path = APP,
+    data: Path | None = None,
+    warm: bool = True,
+    identities: bool = False,
+) -> dict[str, Any]:
     """Start a federation that outlives this process, and wait until all its nodes are online.
 
     Args:
         folder: where its keys, logs, database and results go. One that was used before is used on, with its keys.
         nodes: number of SuperNodes.
         app: folder of the Flower app.
-        data, warm: as `Federation` takes them.
+        data, warm, identities: as `Federation` takes them.
 
     Returns:
         What `status` returns.
@@ -63,6 +72,8 @@ def up(folder: Path, *, nodes: int, app: Path = APP, data: Path | None = None, w
         command += ["--data", str(data.resolve())]
     if warm:
         command.append("--warm")
+    if identities:
+        command.append("--identities")
     with log:
         supervisor = subprocess.Popen(
             command, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -134,7 +145,8 @@ def run(folder: Path, overrides: Mapping[str, object], *, follow: Callable[[str]
     """Run the app on a federation, follow it to its end.
 
     Args:
-        overrides: settings, by the names of `Settings`. `clients` is the number of nodes unless it is given.
+        overrides: settings, by the names of `Settings`. Unless they are given, `clients` is the number of nodes and
+            `secure_identities` the list of their keys, and with `resume` all are those that the run began with.
         follow: is given each line that the server app prints.
 
     Returns:
@@ -148,13 +160,21 @@ def run(folder: Path, overrides: Mapping[str, object], *, follow: Callable[[str]
     state = _state(folder)
     if state.phase != "running" or "superlink" not in state.alive:
         raise SettingError("folder", str(folder), "one in which a federation runs (`tofu deploy up` starts one)")
-    settings = Settings.of({"clients": state.nodes, **overrides})
+    own: dict[str, object] = {"clients": state.nodes, "secure_identities": state.identities}
+    if resumed := overrides.get("resume"):
+        began = read_config(Path(str(resumed))).to_config()
+        own = {name.replace("-", "_"): value for name, value in began.items()}
+    settings = Settings.of(own | dict(overrides))
     count = sum(1 for _ in (folder / "runs").glob("run-*"))
-    results = Path(settings.run_folder or folder / "runs" / f"run-{count + 1}").resolve()
-    dataset = Path(settings.dataset)
+    results = Path(settings.resume or settings.run_folder or folder / "runs" / f"run-{count + 1}").resolve()
+    dataset, known = Path(settings.dataset), settings.secure_identities
     # The apps run in another folder than this command.
     settings = replace(
-        settings, run_folder=str(results), dataset=str(dataset.resolve()) if dataset.is_dir() else settings.dataset
+        settings,
+        run_folder=str(results),
+        resume=str(results) if settings.resume else "",
+        secure_identities=str(Path(known).resolve()) if known else "",
+        dataset=str(dataset.resolve()) if dataset.is_dir() else settings.dataset,
     )
     done = _control(folder, state).run(Path(state.app), settings.to_config(), follow=follow)
     if not done.completed:

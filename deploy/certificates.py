@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from deploy.identities import LIST, make_identities
 from tofu.errors import SettingError, TofuError
 
 _CA_DAYS = 3650
@@ -125,13 +126,14 @@ def make_compose_secrets(folder: Path, hosts: Sequence[str], nodes: Sequence[str
 
     Args:
         hosts: names and addresses under which SuperNodes on other machines reach the proxy.
+        nodes: the first has the partition id 0, by which secure rounds know its identity, and so on.
 
     Raises:
-        SettingError: as `make_certificates` and `make_node_key`.
+        SettingError: as `make_certificates`, `make_node_key` and `make_identities`.
     """
     local = ["localhost", "127.0.0.1"]
     ca, ca_key = folder / "ca.crt", folder / "ca.key"
-    _refuse_to_overwrite(ca, ca_key)
+    _refuse_to_overwrite(ca, ca_key, folder / LIST)
     made = make_certificates(folder / "superlink", ["superlink", *local])
     made.ca.rename(ca)
     made.ca_key.rename(ca_key)
@@ -141,6 +143,10 @@ def make_compose_secrets(folder: Path, hosts: Sequence[str], nodes: Sequence[str
         make_node_key(folder / node, node)
         make_superexec_secret(folder / node / "superexec")
         make_server_certificate(folder / node, [node, *local], ca=ca, ca_key=ca_key)
+    if nodes:
+        make_identities(folder, [str(number) for number in range(len(nodes))])
+    for number, node in enumerate(nodes):
+        (folder / f"{number}.identity").rename(folder / node / "identity")
 
 
 def make_node_key(folder: Path, name: str) -> NodeKey:

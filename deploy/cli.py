@@ -35,10 +35,13 @@ def up(
     warm: Annotated[
         bool, typer.Option(help="keep imports in memory between rounds: faster, about 600 MB a node")
     ] = True,
+    identities: Annotated[
+        bool, typer.Option("--identities", help="a key for each client, so that no server can lie in secure rounds")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Start a federation in the background and wait until its nodes are online. It runs until `tofu deploy down`."""
-    _show(background.up(folder, nodes=nodes, app=app_, data=data, warm=warm), as_json=json_)
+    _show(background.up(folder, nodes=nodes, app=app_, data=data, warm=warm, identities=identities), as_json=json_)
 
 
 @app.command()

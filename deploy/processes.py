@@ -18,8 +18,10 @@ from typing import Self
 from deploy import topology
 from deploy.certificates import make_certificates, make_node_key, make_superexec_secret
 from deploy.control import CompletedRun, Control, last_lines
+from deploy.identities import LIST, make_identities
 from deploy.topology import ENVIRONMENT, Member, Trust
-from tofu.errors import RunError
+from tofu.errors import RunError, SettingError
+from tofu.secagg.identities import read_known
 
 _NAMES = "nodes.json"
 _HOST = "127.0.0.1"
@@ -39,11 +41,13 @@ class Federation:
         data: a folder whose sub-folders node-0 and so on hold the nodes' own data; None where the run's dataset is
             dealt to them.
         warm: client apps start from a process that has imported what they need (deploy/warm.py).
+        identities: every client has a key of its own for secure rounds, and the list of all.
         environment: more environment variables of every member.
 
     Attributes:
         processes: name -> process, in the order they were started; each leads a process group of its own.
         address: host:port of the SuperLink.
+        identities: the list of the clients' public keys, for the setting `secure-identities`; None without.
     """
 
     def __init__(
@@ -54,11 +58,13 @@ class Federation:
         app: Path = Path("."),
         data: Path | None = None,
         warm: bool = False,
+        identities: bool = False,
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self.folder, self.nodes, self.app = folder.resolve(), nodes, app.resolve()
         self._data = data.resolve() if data is not None else None
         self._warm, self._environment = warm, {**ENVIRONMENT, **(environment or {})}
+        self.identities = self.folder / "keys" / LIST if identities else None
         self.logs = self.folder / "logs"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._members: dict[str, Member] = {}
@@ -83,7 +89,10 @@ class Federation:
 
         Raises:
             RunError: the SuperLink did not start, or refused a node's key.
+            SettingError: the folder has identities, and not for all nodes.
         """
+        if self.identities is not None:
+            self._make_identities(self.identities)
         if not (self._keys / "ca.crt").exists():
             make_certificates(self._keys, [_HOST, "localhost"])
             make_superexec_secret(self._keys / "superexec")
@@ -118,6 +127,8 @@ class Federation:
         config: dict[str, int | str] = {"partition-id": partition, "num-partitions": self.nodes}
         if self._data is not None:
             config["data"] = str(self._data / name)
+        if self.identities is not None:
+            config |= topology.identity_config(self._keys / f"{partition}.identity", self.identities)
         node = topology.supernode(
             self._trust,
             superlink=superlink or self.address,
@@ -172,6 +183,14 @@ class Federation:
     @property
     def _trust(self) -> Trust:
         return Trust(*(self._keys / name for name in ("ca.crt", "server.pem", "server.key", "superexec")))
+
+    def _make_identities(self, listed: Path) -> None:
+        names = [str(partition) for partition in range(self.nodes)]
+        if not listed.exists():
+            make_identities(self._keys, names)
+        elif missing := [name for name in names if name not in read_known(listed)]:
+            # Who is added must be made known to everyone, and not by a way that the server has a hand in.
+            raise SettingError("nodes", self.nodes, f"as many as {listed} lists, where client {missing[0]} is not")
 
     def _spawn(self, name: str, member: Member) -> subprocess.Popen[bytes]:
         path = f"{_BIN}{os.pathsep}{os.environ.get('PATH', '')}"

@@ -45,6 +45,7 @@ class State:
     Attributes:
         phase: starting, running, failed or stopped.
         error: why it failed.
+        identities: file of the clients' public keys; empty without identities.
         members: in the order in which they were started.
     """
 
@@ -54,6 +55,7 @@ class State:
     nodes: int = 0
     app: str = ""
     error: str = ""
+    identities: str = ""
     members: dict[str, Process] = field(default_factory=dict)
 
     @property

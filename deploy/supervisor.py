@@ -59,7 +59,10 @@ def supervise(federation: Federation, stopping: threading.Event) -> None:
     Raises:
         TofuError: it could not be started.
     """
-    state = State("starting", Process.of(os.getpid()), federation.address, federation.nodes, str(federation.app))
+    state = State(
+        "starting", Process.of(os.getpid()), federation.address, federation.nodes, str(federation.app),
+        identities=str(federation.identities or ""),
+    )  # fmt: skip
     state.write(federation.folder)
     restarts = Restarts()
     try:
@@ -111,12 +114,16 @@ def main() -> int:
     parser.add_argument("--app", type=Path, required=True)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--warm", action="store_true")
+    parser.add_argument("--identities", action="store_true")
     given = parser.parse_args()
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
     try:
-        federation = Federation(given.folder, nodes=given.nodes, app=given.app, data=given.data, warm=given.warm)
+        federation = Federation(
+            given.folder, nodes=given.nodes, app=given.app, data=given.data, warm=given.warm,
+            identities=given.identities,
+        )  # fmt: skip
         supervise(federation, stopping)
     except TofuError as error:
         print(f"error: {error}", file=sys.stderr)

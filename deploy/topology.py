@@ -77,6 +77,11 @@ def supernode(
     return Member("flower-supernode", (*arguments, "--node-config", pairs, *_listen(trust, host, port)))
 
 
+def identity_config(identity: PurePath, identities: PurePath) -> dict[str, str]:
+    """Node config for secure rounds in which the server may lie: where a client's own key and the list are."""
+    return {"identity": str(identity), "identities": str(identities)}
+
+
 def superexec(trust: Trust, *, address: str, health: str = "") -> Member:
     """The SuperExec of the SuperLink or SuperNode at `address`; `health` is where it answers gRPC health checks."""
     arguments = ("--runtime-api-address", address, "--root-certificates", str(trust.ca))
@@ -93,10 +98,11 @@ def containers(nodes: int) -> dict[str, Member]:
         "superlink": superlink(trust, host="0.0.0.0", port=8000, database=PurePosixPath("/state/state.db")),
         "superlink-exec": superexec(trust, address="superlink:8000", health=health),
     }
+    known = identity_config(mounted / "identity", mounted / "identities.json")
     for node in range(nodes):
         members[f"node-{node}"] = supernode(
-            trust, superlink="proxy:8443", key=mounted / "node", config={"data": "/data", "partition-id": node},
-            host="0.0.0.0", port=RUNTIME_PORT,
+            trust, superlink="proxy:8443", key=mounted / "node",
+            config={"data": "/data", "partition-id": node, **known}, host="0.0.0.0", port=RUNTIME_PORT,
         )  # fmt: skip
         members[f"node-{node}-exec"] = superexec(trust, address=f"node-{node}:{RUNTIME_PORT}", health=health)
     return members

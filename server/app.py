@@ -1,5 +1,6 @@
 """The Flower ServerApp: reads the settings, runs the rounds, writes the run folder."""
 
+import errno
 import math
 import sys
 import time
@@ -21,7 +22,7 @@ from server.run_folder import RunFolder
 from server.secure_round import SecureRounds
 from server.strategy import Federation, RoundResult
 from tofu.data import FederatedData, LabelledImages, open_data
-from tofu.errors import TofuError
+from tofu.errors import RunError, TofuError
 from tofu.models import build_model
 from tofu.network import Network
 from tofu.recording import Recorder
@@ -36,6 +37,8 @@ MOST_CLIENT_BYTES = 2**30
 """Of the clients' state in a checkpoint of a run in one process; with more, resumed clients begin without theirs."""
 
 _CLIENT = "client "
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""What writing to a disk that is full or broken ends with."""
 
 
 @app.main()
@@ -122,6 +125,11 @@ def serve(grid: Grid, settings: Settings, progress: Progress) -> dict[str, objec
         remove_checkpoints(folder.path)
         write_report(folder.path)
         progress.finish(summary)
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        reason = f"the run's folder {folder.path} cannot be written ({error.strerror})"
+        raise RunError(f"round {federation.round}: {reason}") from error
     finally:
         progress.close()
     return summary

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import yaml
+from flwr.common.config import parse_config_args
 from jsonschema import Draft202012Validator
 
 from deploy.certificates import main as make_certificates
 from deploy.topology import ENVIRONMENT, containers
+from tofu.secagg.identities import read_identity, read_known
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 NODES = 3
@@ -91,6 +93,20 @@ def test_only_the_client_app_sees_a_nodes_data_and_cannot_write_it(compose: dict
         assert mounts[0][1]["target"] == "/data"
 
 
+def test_what_the_node_config_names_is_mounted_where_the_client_app_runs(compose: dict[str, Any]) -> None:
+    for node in range(NODES):
+        arguments = compose["services"][f"node-{node}"]["command"]
+        config = parse_config_args([arguments[arguments.index("--node-config") + 1]])
+        assert config["partition-id"] == node
+        own = compose["services"][f"node-{node}-exec"]
+        targets = {f"/run/secrets/{secret['target']}" for secret in own["secrets"]}
+        assert {config["identity"], config["identities"]} <= targets
+        assert config["data"] in {volume["target"] for volume in own["volumes"]}
+    # The server's setting secure-identities names the same list.
+    assert "identities.json" in {secret["target"] for secret in compose["services"]["superlink-exec"]["secrets"]}
+    assert "secure-identities=/run/secrets/identities.json" in (DEPLOY / "compose.yaml").read_text()
+
+
 def test_every_secret_is_made_and_only_its_owner_mounts_it(compose: dict[str, Any], tmp_path: Path) -> None:
     names = [f"node-{node}" for node in range(NODES)]
     arguments = [str(tmp_path), "--compose", *(f"--node={name}" for name in names)]
@@ -99,6 +115,12 @@ def test_every_secret_is_made_and_only_its_owner_mounts_it(compose: dict[str, An
     for name, service in compose["services"].items():
         for secret in service.get("secrets", []):
             users[secret["source"]].add(name.removesuffix("-exec"))
+    # What an app reads, only the service that starts apps sees.
+    for name in names:
+        for service, options in compose["services"].items():
+            seen = {secret["source"] for secret in options.get("secrets", [])}
+            assert (f"{name}-identity" in seen) == (service == f"{name}-exec")
+    assert users["identities"] == {"superlink", *names}
     for name, secret in compose["secrets"].items():
         file = tmp_path / Path(secret["file"]).relative_to("secrets")
         mode = stat.S_IMODE(file.stat().st_mode)
@@ -110,3 +132,7 @@ def test_every_secret_is_made_and_only_its_owner_mounts_it(compose: dict[str, An
     mounted = {Path(secret["file"]).relative_to("secrets") for secret in compose["secrets"].values()}
     made = {file.relative_to(tmp_path) for file in tmp_path.rglob("*") if file.is_file()}
     assert made - mounted == {Path("ca.key")}  # which stays offline
+    known = read_known(tmp_path / "identities.json")
+    assert known == {
+        str(node): read_identity(tmp_path / f"node-{node}" / "identity", str(node)).public for node in range(NODES)
+    }

@@ -9,9 +9,11 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from deploy.topology import ENVIRONMENT, Trust, superexec, supernode
+from deploy.topology import ENVIRONMENT, Trust, identity_config, superexec, supernode
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
+OWN = {"identity", "identities.json"}
+"""What the client app reads of its own accord, where the node config says so."""
 UNITS = ("tofu-node.service", "tofu-node-exec.service")
 _SYSTEMD = shutil.which("systemd-analyze")
 
@@ -77,10 +79,21 @@ def test_every_credential_that_is_used_is_loaded_and_the_node_never_gives_up() -
     for unit in UNITS:
         settings = _settings(unit)
         used = set(re.findall(r"\$\{CREDENTIALS_DIRECTORY\}/([\w.-]+)", settings["ExecStart"][0]))
-        assert used == {credential.partition(":")[0] for credential in settings["LoadCredential"]}
+        loaded = {credential.partition(":")[0] for credential in settings["LoadCredential"]}
+        # Those of the node config, which need not be there.
+        others = {credential.partition(":")[0] for credential in settings.get("SetCredential", [])}
+        assert loaded - used == others == (OWN if unit == "tofu-node-exec.service" else set())
+        assert used <= loaded
         assert settings["Restart"] == ["always"]
         assert settings["StartLimitIntervalSec"] == ["0"]
         assert settings["DynamicUser"] == ["yes"]
+
+
+def test_the_node_config_that_is_documented_names_the_credentials_of_the_unit_that_has_them() -> None:
+    folder = PurePosixPath("/run/credentials/tofu-node-exec.service")
+    text = " ".join(line.lstrip("# ") for line in (DEPLOY / "tofu-node.service").read_text().splitlines())
+    for name, value in identity_config(*(folder / name for name in ("identity", "identities.json"))).items():
+        assert f'{name}="{value}"' in text
 
 
 def _options(arguments: tuple[str, ...] | list[str]) -> dict[str, str]:

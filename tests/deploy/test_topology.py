@@ -6,7 +6,7 @@ import pytest
 from flwr.common.config import parse_config_args
 from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
 
-from deploy.topology import Member, Trust, containers, supernode
+from deploy.topology import Member, Trust, containers, identity_config, supernode
 
 TRUST = Trust(*map(PurePosixPath, ("ca.crt", "server.pem", "server.key", "superexec")))
 
@@ -18,7 +18,8 @@ def _node(**config: int | str) -> Member:
 
 
 def test_flower_reads_the_node_config_that_was_meant() -> None:
-    config: dict[str, int | str] = {"data": "/my data/a", "partition-id": 3}
+    known = identity_config(PurePosixPath("/my keys/3.identity"), PurePosixPath("/keys/identities.json"))
+    config: dict[str, int | str] = {"data": "/my data/a", "partition-id": 3, **known}
     given = _parse_args_run_supernode().parse_args(_node(**config).arguments)
     assert parse_config_args([given.node_config]) == config
     assert given.superlink == "fl.example.org:8443"

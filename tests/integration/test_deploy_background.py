@@ -15,6 +15,7 @@ import pytest
 
 from deploy import control
 from deploy.state import Process, State
+from tofu.secagg.identities import read_known
 
 _ROOT = Path(__file__).parents[2]
 _QUICK = ("--model=mlp", "--local-epochs=1", "--evaluations=4", "--ratio=40", "--lr=0.1")
@@ -51,7 +52,7 @@ def node_status(folder: Path) -> dict[str, str]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder in which a federation of two runs; whatever is left of it at the end is ended."""
     folder = tmp_path_factory.mktemp("deploy") / "federation"
-    up = asked("up", "--nodes=2", f"--folder={folder}")
+    up = asked("up", "--nodes=2", "--identities", f"--folder={folder}")
     assert up["phase"] == "running"
     yield folder
     deploy("down", f"--folder={folder}")
@@ -67,7 +68,7 @@ def test_up_says_what_runs(folder: Path) -> None:
     assert status["address"].startswith("127.0.0.1:")
     keys = {file.name: file.stat().st_mode & 0o777 for file in (folder / "keys").iterdir()}
     assert {name for name, mode in keys.items() if mode == 0o600} == {
-        "ca.key", "server.key", "superexec", "node-0", "node-1"
+        "ca.key", "server.key", "superexec", "node-0", "node-1", "0.identity", "1.identity"
     }  # fmt: skip
 
 
@@ -87,6 +88,17 @@ def test_a_proxy_round_goes_round(folder: Path) -> None:
     rows = [json.loads(line) for line in (folder / "runs" / "run-1" / "metrics.jsonl").read_text().splitlines()]
     assert [(row["kind"], row["clients"], row["failures"]) for row in rows] == [("start", 0, []), ("proxy", 2, [])]
     assert [run["status"] for run in asked("status", f"--folder={folder}")["runs"]] == ["finished:completed"]
+    # What `up` made, the server is told of by itself.
+    config = json.loads((folder / "runs" / "run-1" / "config.json").read_text())
+    assert config["secure-identities"] == str(folder / "keys" / "identities.json")
+    assert sorted(read_known(folder / "keys" / "identities.json")) == ["0", "1"]
+
+
+def test_a_run_that_ended_is_not_gone_on_with(folder: Path) -> None:
+    """The server app refuses, not this command: all settings are those of that run, its folder's path included."""
+    again = deploy("run", f"--folder={folder}", f"--resume={os.path.relpath(folder / 'runs' / 'run-1')}")
+    assert again.returncode == 2
+    assert "expected a run that did not end" in again.stderr.splitlines()[-1]
 
 
 def test_the_containers_command_speaks_to_it_too(

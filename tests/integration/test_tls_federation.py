@@ -17,7 +17,7 @@ def test_two_authenticated_nodes_train_what_one_process_trains(tmp_path: Path) -
          "ratio": 40.0, "evaluations": 12, "lr": 0.1, "round-timeout": 120.0, "downlink": "proxy",
          "downlink-ratio": 20.0}
     )  # fmt: skip
-    with Federation(tmp_path / "federation", nodes=2, app=REPOSITORY) as federation:
+    with Federation(tmp_path / "federation", nodes=2, app=REPOSITORY, warm=True) as federation:
         run = federation.run(settings.to_config() | {"run-folder": str(tmp_path / "remote")}, timeout=280)
     assert run.completed, run.log
     remote = json.loads((tmp_path / "remote" / "summary.json").read_text())

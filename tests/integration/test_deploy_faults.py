@@ -1,0 +1,258 @@
+"""Three authenticated nodes with identities, over TLS: secure rounds, nodes that misbehave, and a server that dies."""
+
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from client.app import app as client_app
+from deploy.processes import Federation
+from server.app import serve_in_process
+from server.checkpoint import FOLDER
+from tests.integration.deployed import (
+    REPOSITORY,
+    Background,
+    in_process,
+    kill_server_app,
+    megabytes,
+    misbehaving_app,
+    rows,
+    server_app,
+    set_faults,
+    wait_for,
+    wait_online,
+)
+from tests.integration.misbehaving import HUGE_BYTES
+from tofu.settings import Settings
+
+TINY: dict[str, Any] = {
+    "clients": 3, "min-clients": 3, "model": "mlp", "local-epochs": 1, "batch-size": 32, "lr": 0.1, "ratio": 40.0,
+    "evaluations": 5, "schedule": "switch", "round-timeout": 240.0,
+}  # fmt: skip
+
+pytestmark = [
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads the kernel's list of processes"),
+]
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    folder = tmp_path_factory.mktemp("deploy")
+    app = misbehaving_app(folder / "app")
+    with Federation(folder / "federation", nodes=3, app=app, warm=True, identities=True) as federation:
+        wait_online(federation)
+        yield federation
+
+
+def settings_of(federation: Federation, folder: Path, **more: object) -> Settings:
+    own: dict[str, Any] = {"secure-identities": str(federation.identities), "run-folder": str(folder)}
+    return Settings.of(TINY | own | {name.replace("_", "-"): value for name, value in more.items()})
+
+
+def test_secure_rounds_with_identities_give_the_weights_of_one_process(federation: Federation, tmp_path: Path) -> None:
+    settings = settings_of(federation, tmp_path / "remote", rounds=4, switch_round=3)
+    run = federation.control.run(REPOSITORY, settings.to_config(), timeout=600)
+    assert run.completed, run.log
+    remote = rows(tmp_path / "remote")
+    assert [(row["kind"], row["clients"], row["failures"]) for row in remote] == [
+        ("start", 0, []), ("proxy", 3, []), ("proxy", 3, []), ("secure", 3, []), ("secure", 3, [])
+    ]  # fmt: skip
+    # One process has no identities: they sign the same masked vectors.
+    own: dict[str, Any] = {"run-folder": str(tmp_path / "local"), "secure-identities": ""}
+    serve_in_process(client_app, Settings.of(settings.to_config() | own))
+    local = rows(tmp_path / "local")
+    assert [row["accuracy"] for row in remote] == [row["accuracy"] for row in local]
+    assert local[-1]["accuracy"] > 0.3
+    ends = [(tmp_path / name / "weights.safetensors").read_bytes() for name in ("remote", "local")]
+    assert ends[0] == ends[1]
+    # The signatures were asked for: train, share, confirm and reveal.
+    sent = [row for row in rows(tmp_path / "remote", "ledger") if (row["round"], row["direction"]) == (4, "uplink")]
+    assert len(sent) == 4 * 3
+
+
+def test_nodes_that_misbehave_are_left_out_and_named(
+    federation: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = {
+        (2, "1"): ("truncated", "checksum"),
+        (2, "2"): ("replayed", "belongs to round 1, expected 2"),
+        (3, "1"): ("huge", "reply "),
+        (3, "2"): ("bomb", "bytes, expected"),
+        (4, "1"): ("nan", "not finite"),
+        (4, "2"): ("another model", "float32 body has"),
+    }
+
+    def faults(instead: str = "") -> dict[str, dict[str, str]]:
+        return {
+            name: {f"{round_}:mask": instead or fault for (round_, who), (fault, _) in wrong.items() if who == name}
+            for name in "12"
+        }
+
+    settings = settings_of(federation, tmp_path / "run", rounds=5, switch_round=4, recovery="full")
+    set_faults(federation.folder, faults())
+    link = federation.processes["superlink"].pid
+    before = megabytes(link)
+    background = Background(federation, federation.app, settings, timeout=800)
+    background.wait_for_round(1)
+    honest = megabytes(pid := server_app(federation), "VmHWM")
+    highest = honest
+    while (now := megabytes(pid, "VmHWM")) > 0:
+        highest = max(highest, now)
+        time.sleep(0.1)
+    run = background.end()
+    assert run.completed, run.log
+    metrics = rows(tmp_path / "run")
+    assert [row["clients"] for row in metrics] == [0, 3, 1, 1, 1, 3]
+    for (round_, name), (_, reason) in wrong.items():
+        assert reason in {fault["client"]: fault["reason"] for fault in metrics[round_]["failures"]}[name]
+        assert f"round {round_}: client {name}: " in run.log
+    # The huge one is received whole, with a few copies of it; the bomb is 1 GB that nobody inflates.
+    assert honest > 0
+    assert highest - honest < 6 * HUGE_BYTES / 2**20, (honest, highest)
+    assert megabytes(link) - before < 300
+    alone = in_process(tmp_path / "alone", settings, faults("lost"), monkeypatch)
+    assert metrics[-1]["accuracy"] == alone["final_accuracy"]
+    ends = [folder / "weights.safetensors" for folder in (tmp_path / "run", tmp_path / "alone" / "run")]
+    assert ends[0].read_bytes() == ends[1].read_bytes()
+
+
+@pytest.mark.slow
+def test_rubbish_in_a_secure_round_costs_the_round_and_names_its_sender(federation: Federation, tmp_path: Path) -> None:
+    """Three clients bear no dropout, so that the round is abandoned; the next one goes on."""
+    set_faults(federation.folder, {"2": {"2:share": "rubbish", "4:mask": "rubbish", "6:reveal": "rubbish"}})
+    settings = settings_of(federation, tmp_path / "run", rounds=7, switch_round=2, weight_average=0.0)
+    run = federation.run(settings.to_config(), timeout=800)
+    assert run.completed, run.log
+    metrics = rows(tmp_path / "run")
+    assert [row["clients"] for row in metrics] == [0, 3, 0, 3, 0, 3, 0, 3]
+    for row in metrics[2::2]:
+        assert row["abandoned"]
+        assert "2" in {failure["client"] for failure in row["failures"]}
+        assert row["accuracy"] == metrics[row["round"] - 1]["accuracy"]
+
+
+@pytest.mark.slow
+def test_a_server_app_that_was_killed_goes_on_in_another_run(federation: Federation, tmp_path: Path) -> None:
+    set_faults(federation.folder, {})
+    settings = settings_of(federation, tmp_path / "run", rounds=8, switch_round=3)
+    background = Background(federation, federation.app, settings, timeout=800)
+    background.wait_for_round(4)
+    kill_server_app(federation)
+    run = background.end()
+    assert run.status == "finished:failed"
+    reported = rows(tmp_path / "run")
+    assert 4 <= reported[-1]["round"] < 8
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+    again = Settings.of(settings.to_config() | {"resume": str(tmp_path / "run")})
+    run = federation.run(again.to_config(), timeout=800)
+    assert run.completed, run.log
+    assert "goes on after round" in run.log
+    metrics = rows(tmp_path / "run")
+    assert [row["round"] for row in metrics] == list(range(9))
+    assert metrics[: len(reported)] == reported
+    assert [(row["clients"], row["failures"]) for row in metrics[1:]] == [(3, [])] * 8
+    assert (tmp_path / "run" / "summary.json").exists()
+    assert not (tmp_path / "run" / FOLDER).exists()
+
+
+@pytest.mark.slow
+def test_below_min_clients_a_run_waits_and_then_stops_in_one_line(federation: Federation, tmp_path: Path) -> None:
+    gone = ("node-1", "node-1-exec", "node-2", "node-2-exec")
+    set_faults(federation.folder, {})
+    members = {name: federation.processes[name] for name in gone}
+    settings = settings_of(federation, tmp_path / "run", rounds=100, switch_round=0, round_timeout=20.0)
+    background = Background(federation, federation.app, settings, timeout=800)
+    background.wait_for_round(2)
+    federation.end(*gone)
+    run = background.end()
+    try:
+        assert run.status == "finished:failed"
+        [said] = {line for line in run.log.splitlines() if line.lstrip().startswith("error:")}
+        assert "1 clients connected after 20 s, min-clients is 3" in said
+        reported = rows(tmp_path / "run")
+        assert [row["round"] for row in reported] == list(range(len(reported)))
+        assert len(reported) > 2
+    finally:
+        for name in members:
+            federation.restart(name)
+    wait_online(federation)
+    # They are back, so that the run can go on; this time it waits for those that go.
+    own = {"resume": str(tmp_path / "run"), "round-timeout": 300.0}
+    background = Background(federation, federation.app, Settings.of(settings.to_config() | own), timeout=800)
+    background.wait_for_round(len(reported) + 1)
+    federation.end(*gone)
+    settled = len(rows(tmp_path / "run"))
+    time.sleep(25)
+    assert server_app(federation)
+    assert len(rows(tmp_path / "run")) <= settled + 1
+    for name in gone:
+        federation.restart(name)
+    background.wait_for_round(settled + 3)
+    kill_server_app(federation)  # it has rounds enough
+    background.end()
+    wait_for(lambda: not server_app(federation), 30)
+
+
+@pytest.mark.slow
+def test_a_slow_node_is_left_behind_and_welcome_again(federation: Federation, tmp_path: Path) -> None:
+    """What a node sends 20 s after it was asked is of a round that is over."""
+    set_faults(federation.folder, {"1": {"2:mask": "late"}})
+    settings = settings_of(
+        federation, tmp_path / "run", rounds=14, switch_round=14, recovery="full", round_timeout=15.0, min_clients=2
+    )
+    run = federation.run(settings.to_config(), timeout=800)
+    assert run.completed, run.log
+    metrics = rows(tmp_path / "run")
+    assert [failure["client"] for failure in metrics[2]["failures"]] == ["1"]
+    assert metrics[2]["clients"] == 2
+    assert 15 <= metrics[2]["seconds"] < 40
+    assert metrics[-1]["clients"] == 3
+    assert metrics[-1]["failures"] == []
+
+
+def test_a_full_disk_ends_a_run_without_checkpoints_in_one_line_too(tmp_path: Path) -> None:
+    """In one process: the weights, of 136 kB, cannot be written whole."""
+    options = [f"--{name}={value}" for name, value in TINY.items() if name not in ("schedule", "round-timeout")]
+    code = "import resource, tofu.cli; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); tofu.cli.main()"
+    command = [sys.executable, "-c", code, "run", "--quiet", "--no-checkpoint", *options, "--rounds=2"]
+    result = subprocess.run(
+        [*command, f"--run-folder={tmp_path / 'run'}"], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert f"round 1: the run's folder {tmp_path / 'run'} cannot be written (File too large)" in result.stderr
+    assert [row["round"] for row in rows(tmp_path / "run")] == [0, 1]
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_the_run_in_one_line_and_it_goes_on_later(federation: Federation, tmp_path: Path) -> None:
+    """As on a full disk, a checkpoint of this run can be begun and not be written whole."""
+    set_faults(federation.folder, {})
+    settings = settings_of(federation, tmp_path / "run", rounds=40, switch_round=0, recovery="full")
+    background = Background(federation, federation.app, settings, timeout=800)
+    background.wait_for_round(3)
+    [size, *_] = sorted(file.stat().st_size for file in (tmp_path / "run" / FOLDER).glob("round-*.checkpoint"))
+    resource.prlimit(server_app(federation), resource.RLIMIT_FSIZE, (size - 1000, size - 1000))
+    run = background.end()
+    assert run.status == "finished:failed"
+    [said] = {line for line in run.log.splitlines() if line.lstrip().startswith("error:")}
+    assert "its checkpoint cannot be written to" in said
+    assert "File too large" in said
+    reported = rows(tmp_path / "run")
+    assert [row["round"] for row in reported] == list(range(len(reported)))
+    assert 4 <= len(reported) < 40
+    assert f"round {len(reported)}: " in said
+
+    again = Settings.of(settings.to_config() | {"resume": str(tmp_path / "run")})
+    background = Background(federation, federation.app, again, timeout=800)
+    background.wait_for_round(len(reported) + 1)
+    assert rows(tmp_path / "run")[: len(reported)] == reported
+    kill_server_app(federation)
+    background.end()
