@@ -23,7 +23,7 @@ from attacks.observation import Observation
 from attacks.registry import make_attack
 from client.training import LocalTraining
 from tofu.compression.proxy import Proxy
-from tofu.data import FederatedData, LabelledImages, open_data, to_float
+from tofu.data import FederatedData, LabelledImages, to_float
 from tofu.errors import SettingError
 from tofu.network import Network
 from tofu.payload import HEADER_BYTES, read_payload
@@ -175,16 +175,7 @@ def _network(recording: Recording) -> Network:
 
 def _data(recording: Recording) -> tuple[FederatedData, LabelledImages]:
     """The run's images, and those of the recorded client."""
-    s = recording.settings
-    data = open_data(
-        s.dataset,
-        clients=s.clients,
-        partition=s.partition,
-        alpha=s.alpha,
-        shards_per_client=s.shards_per_client,
-        train_images=s.train_images,
-        seed=s.seed,
-    )
+    data = recording.settings.open_data()
     if data.shape != recording.shape:
         raise AttackError(f"the run's images are {data.shape}, the recorded network takes {recording.shape}")
     if not recording.client.isdigit():

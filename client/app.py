@@ -20,7 +20,7 @@ from client.secure import answer_query, load_session, member_of, new_advert, sav
 from client.state import KeptWeights, load_broadcast, load_plugins, load_state, save_state
 from client.training import LocalTraining, train_locally
 from tofu.compression import ErrorFeedback
-from tofu.data import ImageShape, LabelledImages, local_folder, open_data
+from tofu.data import ImageShape, LabelledImages, local_folder
 from tofu.errors import DataError, PayloadError, TofuError
 from tofu.messages import FIELD, RECORD, RESYNC, SECURE, SecurePart, SecureQuery, TrainReply, TrainRequest, broadcast_id
 from tofu.models import build_model
@@ -205,15 +205,7 @@ def client_data(settings: Settings, context: Context) -> LabelledImages:
     partition = context.node_config.get("partition-id")
     if partition is None:
         raise DataError("node config has neither data (a folder of images) nor partition-id (a share of the dataset)")
-    return open_data(
-        settings.dataset,
-        clients=settings.clients,
-        partition=settings.partition,
-        alpha=settings.alpha,
-        shards_per_client=settings.shards_per_client,
-        train_images=settings.train_images,
-        seed=settings.seed,
-    ).client(int(partition))
+    return settings.open_data().client(int(partition))
 
 
 def check_terms(kind: str, settings: Settings, context: Context) -> None:

@@ -6,7 +6,6 @@ With `--compose` it makes a folder for each service of deploy/compose.yaml, with
 
 import argparse
 import ipaddress
-import os
 import secrets
 import sys
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from deploy.files import refuse_to_overwrite, write_new
 from deploy.identities import LIST, make_identities
 from tofu.errors import SettingError, TofuError
 
@@ -66,7 +66,7 @@ def make_certificates(folder: Path, hosts: Sequence[str]) -> Certificates:
     if not hosts:
         raise SettingError("host", list(hosts), "at least one IP address or DNS name")
     files = Certificates(folder / "ca.crt", folder / "ca.key", folder / "server.pem", folder / "server.key")
-    _refuse_to_overwrite(files.ca, files.ca_key, files.server, files.server_key)
+    refuse_to_overwrite(files.ca, files.ca_key, files.server, files.server_key)
     key, name = _private_key(), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "tofu-fl CA")])
     ca = (
         _builder(name, name, key, _CA_DAYS)
@@ -75,8 +75,8 @@ def make_certificates(folder: Path, hosts: Sequence[str]) -> Certificates:
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .sign(key, hashes.SHA384())
     )
-    _write(files.ca_key, _pem(key), 0o600)
-    _write(files.ca, ca.public_bytes(Encoding.PEM), 0o644)
+    write_new(files.ca_key, _pem(key), 0o600)
+    write_new(files.ca, ca.public_bytes(Encoding.PEM), 0o644)
     make_server_certificate(folder, hosts, ca=files.ca, ca_key=files.ca_key)
     return files
 
@@ -88,7 +88,7 @@ def make_server_certificate(folder: Path, hosts: Sequence[str], *, ca: Path, ca_
         SettingError: as `make_certificates`, or a CA that cannot be read.
     """
     files = folder / "server.pem", folder / "server.key"
-    _refuse_to_overwrite(*files)
+    refuse_to_overwrite(*files)
     try:
         authority = x509.load_pem_x509_certificate(ca.read_bytes())
         authority_key = load_pem_private_key(ca_key.read_bytes(), password=None)
@@ -107,8 +107,8 @@ def make_server_certificate(folder: Path, hosts: Sequence[str], *, ca: Path, ca_
         .add_extension(issuer, critical=False)
         .sign(authority_key, hashes.SHA384())
     )
-    _write(files[1], _pem(key), 0o600)
-    _write(files[0], certificate.public_bytes(Encoding.PEM), 0o644)
+    write_new(files[1], _pem(key), 0o600)
+    write_new(files[0], certificate.public_bytes(Encoding.PEM), 0o644)
 
 
 def make_superexec_secret(file: Path) -> None:
@@ -117,8 +117,8 @@ def make_superexec_secret(file: Path) -> None:
     Raises:
         SettingError: the file is there or cannot be written.
     """
-    _refuse_to_overwrite(file)
-    _write(file, secrets.token_bytes(32), 0o600)
+    refuse_to_overwrite(file)
+    write_new(file, secrets.token_bytes(32), 0o600)
 
 
 def make_compose_secrets(folder: Path, hosts: Sequence[str], nodes: Sequence[str]) -> None:
@@ -133,7 +133,7 @@ def make_compose_secrets(folder: Path, hosts: Sequence[str], nodes: Sequence[str
     """
     local = ["localhost", "127.0.0.1"]
     ca, ca_key = folder / "ca.crt", folder / "ca.key"
-    _refuse_to_overwrite(ca, ca_key, folder / LIST)
+    refuse_to_overwrite(ca, ca_key, folder / LIST)
     made = make_certificates(folder / "superlink", ["superlink", *local])
     made.ca.rename(ca)
     made.ca_key.rename(ca_key)
@@ -159,11 +159,11 @@ def make_node_key(folder: Path, name: str) -> NodeKey:
     if not name or name != Path(name).name or name.startswith("."):
         raise SettingError("node", name, "a plain file name")
     files = NodeKey(folder / name, folder / f"{name}.pub")
-    _refuse_to_overwrite(files.private, files.public)
+    refuse_to_overwrite(files.private, files.public)
     key = _private_key()
-    _write(files.private, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()), 0o600)
+    write_new(files.private, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()), 0o600)
     public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
-    _write(files.public, public + f" {name}\n".encode(), 0o644)
+    write_new(files.public, public + f" {name}\n".encode(), 0o644)
     return files
 
 
@@ -210,24 +210,6 @@ def _name(host: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
         return x509.DNSName(host)
-
-
-def _refuse_to_overwrite(*files: Path) -> None:
-    for file in files:
-        if file.exists():
-            raise SettingError("folder", str(file.parent), f"a folder without {file.name}, which is not overwritten")
-
-
-def _write(file: Path, data: bytes, mode: int) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        # Created with its mode, so that a private key is at no moment readable by others.
-        with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as opened:
-            opened.write(data)
-    except OSError as error:
-        raise SettingError(
-            "folder", str(file.parent), f"a folder to write {file.name} in ({error.strerror})"
-        ) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

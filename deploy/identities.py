@@ -9,13 +9,13 @@ client and the server get by a way that the server has no hand in. A client's no
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from deploy.files import refuse_to_overwrite, write_new
 from tofu.errors import PayloadError, SettingError, TofuError
 from tofu.secagg.identities import Identity
 from tofu.secagg.messages import check_name
@@ -42,26 +42,13 @@ def make_identities(folder: Path, names: Sequence[str]) -> Path:
     if len(set(names)) < max(len(names), 1):
         raise SettingError("names", ", ".join(names), "at least one name, and none twice")
     files = [folder / f"{name}.identity" for name in names]
-    for file in (*files, folder / LIST):
-        if file.exists():
-            raise SettingError("folder", str(folder), f"a folder without {file.name}, which is not overwritten")
+    refuse_to_overwrite(*files, folder / LIST)
     identities = [Identity.generate(name) for name in names]
     for file, identity in zip(files, identities, strict=True):
-        _write(file, identity.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), 0o600)
+        write_new(file, identity.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), 0o600)
     public = {identity.name: identity.public.hex() for identity in identities}
-    _write(folder / LIST, (json.dumps(public, indent=1) + "\n").encode(), 0o644)
+    write_new(folder / LIST, (json.dumps(public, indent=1) + "\n").encode(), 0o644)
     return folder / LIST
-
-
-def _write(file: Path, data: bytes, mode: int) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        # Created with its mode, so that a key is at no moment readable by others.
-        with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as opened:
-            opened.write(data)
-    except OSError as error:
-        wanted = f"a folder to write {file.name} in ({error.strerror})"
-        raise SettingError("folder", str(file.parent), wanted) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

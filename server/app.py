@@ -21,7 +21,7 @@ from server.report import write_report
 from server.run_folder import RunFolder
 from server.secure_round import SecureRounds
 from server.strategy import Federation, RoundResult
-from tofu.data import FederatedData, LabelledImages, open_data
+from tofu.data import FederatedData, LabelledImages
 from tofu.errors import RunError, TofuError
 from tofu.models import build_model
 from tofu.network import Network
@@ -201,15 +201,7 @@ def serve_in_process(client_app: ClientApp, settings: Settings, progress: Progre
 
 def open_run_data(settings: Settings) -> FederatedData:
     """The run's dataset, dealt as the settings say."""
-    return open_data(
-        settings.dataset,
-        clients=settings.clients,
-        partition=settings.partition,
-        alpha=settings.alpha,
-        shards_per_client=settings.shards_per_client,
-        train_images=settings.train_images,
-        seed=settings.seed,
-    )
+    return settings.open_data()
 
 
 def _round(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tofu.compression import Compressor, compressor_names, make_compressor
-from tofu.data import ImageShape
+from tofu.data import FederatedData, ImageShape, open_data
 from tofu.errors import SettingError
 from tofu.network import Network
 from tofu.plugins import About, Conditions, Plugins, make_plugins, plugin_names
@@ -199,6 +199,18 @@ class Settings:
         progress = (round_ - 1) / max(1, self.rounds - 1)
         share = self.final_lr + (1 - self.final_lr) * (1 + math.cos(math.pi * progress)) / 2
         return self.lr * share
+
+    def open_data(self) -> FederatedData:
+        """The run's dataset, dealt to the clients. Raises DataError or SettingError where it cannot be."""
+        return open_data(
+            self.dataset,
+            clients=self.clients,
+            partition=self.partition,
+            alpha=self.alpha,
+            shards_per_client=self.shards_per_client,
+            train_images=self.train_images,
+            seed=self.seed,
+        )
 
     @property
     def recorded(self) -> tuple[str, ...]:
