@@ -162,6 +162,7 @@ def trained_network(situation: Situation) -> Network:
     """The model after `moment` rounds of federated averaging over all clients but the first."""
     data = open_clients(situation)
     model = attacked_model(situation.model, data.shape, norm=situation.norm, seed=situation.seed)
+    network = Network(model.eval(), data.shape).as_built()
     how = LocalTraining(epochs=1, batch_size=16, lr=situation.lr)
     for round_ in range(1, situation.moment + 1):
         results = []
@@ -171,7 +172,8 @@ def trained_network(situation: Situation) -> Network:
             train_locally(local, data.client(client), how, generator=generator)
             results.append(weights_of(local))
         load_weights(model, {n: torch.stack([r[n].float() for r in results]).mean(0) for n in results[0]})
-    return Network(model.eval(), data.shape)
+    model.eval()
+    return network
 
 
 def _make_message(situation: Situation, message: Message, network: Network) -> tuple[Observation, LabelledImages]:
@@ -222,4 +224,4 @@ def _stepped(network: Network, rounds: Sequence[ClientRound]) -> Network:
     weights: Mapping[str, Tensor] = weights_of(model)
     moved = {n: torch.stack([one.update[n] for one in rounds]).mean(0) / CLIENTS for n in weights}
     load_weights(model, {n: weights[n].float() + moved[n] for n in weights})
-    return Network(model.eval(), network.shape)
+    return replace(network, model=model.eval())

@@ -166,7 +166,7 @@ def _situation(recording: Recording, observation: Observation) -> dict[str, obje
 def _network(recording: Recording) -> Network:
     settings = recording.settings
     model = attacked_model(settings.model, recording.shape, norm=settings.norm, seed=settings.seed)
-    network = Network(model.eval(), recording.shape)
+    network = Network(model.eval(), recording.shape).as_built()
     if {name: value.shape for name, value in recording.base.items()} != network.layout.shapes:
         raise AttackError(f"the recorded weights of round {recording.round} are not those of model={settings.model!r}")
     load_weights(model, recording.base)

@@ -9,7 +9,7 @@ those are fewer bytes. Rounds of float32 updates send whole weights.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from server.checkpoint import Snapshot
 from tofu.network import Network
@@ -48,7 +48,7 @@ class Downlink:
     def __init__(self, master: Network, settings: Settings) -> None:
         self._master, self._settings = master, settings
         self._compressor = settings.make_downlink(master)
-        self.network = Network(copy.deepcopy(master.model), master.shape) if self._compressor else master
+        self.network = replace(master, model=copy.deepcopy(master.model)) if self._compressor else master
         self.identity = b""
         self.sketch = bytes(SKETCH_BYTES)
         self.explained_variance: float | None = None

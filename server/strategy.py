@@ -159,7 +159,8 @@ class Federation:
         if self._averaged is not self.network.model:
             averaged = Network.of(self._averaged, self._shape, self.plugins, about).model
         network = Network.of(self.network.model, self._shape, self.plugins, about)
-        self._equip(Network(network.model.eval(), network.shape), flat(weights_of(fresh.model)), averaged)
+        network = dataclasses.replace(network, model=network.model.eval(), initial=fresh.initial)
+        self._equip(network, flat(weights_of(fresh.model)), averaged)
 
     def evaluate(self) -> Evaluation:
         """Evaluate the model that the run would end with, and remember the accuracy for the schedule.
@@ -379,7 +380,8 @@ class Federation:
         export = self._read_export(reply.exported)
         mean.add(update, reply.examples)
         if isinstance(compressor, Proxy) and client.name == result.shown:
-            result.proxies = compressor.read_proxies(payload.body).images
+            proxies = compressor.read_proxies(payload.body)
+            result.proxies = None if proxies is None else proxies.images
         result.replies.append((client, dataclasses.replace(reply, payload=b"", exported=b"")))
         result.exports[client.name] = export
         self._acknowledged[client.name] = result.round

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -22,23 +22,29 @@ class Network:
     Attributes:
         model: the network, holding the base weights. It is never changed here; call `eval()` on it first.
         shape: channels, height, width of its input, and the number of its outputs as `classes`.
+        initial: the trainable parameters that both ends built the run's model with; none where they are the base.
     """
 
     model: nn.Module
     shape: ImageShape
+    initial: Weights = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
     def of(model: nn.Module, shape: ImageShape, plugins: Plugins = NO_PLUGINS, about: About | None = None) -> "Network":
-        """A network of a new model, as the plugins make it; the same on both ends.
+        """A network of a new model, as the plugins make it, at its initial weights; the same on both ends.
 
         Args:
             model: as built, for images and classes of `shape`.
             about: where in the run this is; needed where there are plugins.
         """
         if not plugins or about is None:
-            return Network(model, shape)
+            return Network(model, shape).as_built()
         model = plugins.setup(model, about)
-        return Network(model, dataclasses.replace(shape, classes=_outputs(model, shape)))
+        return Network(model, dataclasses.replace(shape, classes=_outputs(model, shape))).as_built()
+
+    def as_built(self) -> "Network":
+        """This network with its weights of now as the initial ones, whatever becomes of the model."""
+        return dataclasses.replace(self, initial={name: w.clone() for name, w in self.base.items()})
 
     @cached_property
     def layout(self) -> Layout:
@@ -49,6 +55,10 @@ class Network:
         """The trainable parameters at the base weights, detached (shared memory, not a copy)."""
         parameters = dict(self.model.named_parameters())
         return {name: parameters[name].detach() for name in self.layout.parameters}
+
+    def moved(self) -> Weights:
+        """How far each trainable parameter is from its initial value."""
+        return {name: w - self.initial[name] if self.initial else torch.zeros_like(w) for name, w in self.base.items()}
 
     def logits(self, parameters: Mapping[str, Tensor], images: Tensor) -> Tensor:
         """Output [n, classes] for images [n, channels, h, w] of any size: smaller ones are upsampled bilinearly."""

@@ -82,7 +82,7 @@ class Settings:
     codec_mode: str = _setting("smooth", "smooth: our codec; paper: as published; the settings below refine smooth", section="Proxies", choices=("smooth", "paper"))
     proxies: int = _setting(0, "number of proxies; 0 is what the ratio affords", section="Proxies", least=0, most=65535)
     proxy_size: int = _setting(0, "side of a proxy in pixels; 0 chooses", section="Proxies", least=0, most=1024)
-    correction: float = _setting(0.4, "share of a payload for the largest entries that its proxies missed; 0 sends proxies alone", section="Proxies", least=0, most=0.9)
+    correction: float = _setting(0.4, "least share of a payload for the largest entries that its proxies missed; 0 sends proxies alone, 1 sends none", section="Proxies", least=0, most=1)
     bits: int = _setting(4, "bits of a pixel and of a label", section="Proxies", choices=tuple(map(str, BITS)))
     smooth_twin: bool = _setting(True, "differentiate the smooth twin in place of the network", section="Proxies")
     steepness: float = _setting(0.0, "of the twin's activations; 0 tries a few, every fourth time", section="Proxies", least=0, most=1000)

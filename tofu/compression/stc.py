@@ -46,7 +46,7 @@ class Stc(FlatCompressor):
     def _write(self, vector: Tensor, layout: Layout, generator: torch.Generator, memory: bytes) -> bytes:
         order = by_magnitude(vector)
         most = most_that_fit(order, value_bits=1, room=8 * (self._room(layout) - _HEAD.size))
-        count, mu = _best(vector[torch.from_numpy(order[:most])].abs())
+        count, mu = best_count(vector[torch.from_numpy(order[:most])].abs())
         positions = np.sort(order[:count])
         values = vector[torch.from_numpy(positions)]
         signs = (values < 0).numpy().astype(np.int64)
@@ -65,7 +65,7 @@ class Stc(FlatCompressor):
         return vector
 
 
-def _best(falling: Tensor) -> tuple[int, float]:
+def best_count(falling: Tensor) -> tuple[int, float]:
     """k and mu for falling magnitudes [n] to choose the first k of."""
     if not falling.numel():
         return 0, 0.0

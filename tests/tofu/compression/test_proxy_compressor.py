@@ -1,4 +1,5 @@
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
@@ -96,16 +97,15 @@ def test_bodies_of_other_settings_are_refused(mlp_update: Case) -> None:
 
 @pytest.mark.parametrize("ratio", [20.0, 60.0])
 def test_a_correction_sends_what_the_proxies_missed(every_layer_update: Case, mlp_update: Case, ratio: float) -> None:
-    """At equal bytes; and both ends agree to the bit, buffers included."""
+    """More than the same proxies alone, and than no proxies in the same bytes; both ends agree to the bit."""
     for network, update in (mlp_update, every_layer_update):
         explained: dict[float, float] = {}
         try:
-            make_compressor("proxy", network, ratio=ratio)
+            count = Proxy(network, ratio=ratio, count=0, settings=ProxySettings(), correction=0.4).count
         except SettingError:  # too small a network
             continue
-        for share in (0.0, 0.4):
-            compressor = make_compressor("proxy", network, ratio=ratio, correction=share)
-            assert isinstance(compressor, Proxy)
+        for share in (0.0, 0.4, 1.0):
+            compressor = Proxy(network, ratio=ratio, count=count, settings=ProxySettings(), correction=share)
             compressed = compressor.compress(network, update, generator=generator())
             decoded = compressor.decompress(network, compressed.body)
             assert all(torch.equal(decoded[name], compressed.decoded[name]) for name in update)
@@ -114,8 +114,47 @@ def test_a_correction_sends_what_the_proxies_missed(every_layer_update: Case, ml
             assert (compressor.correction > 0) == (share > 0)
             parameters = {name: update[name] for name in network.layout.parameters}
             explained[share] = explained_variance(parameters, decoded)
-        if network is mlp_update[0] and ratio < 50:
-            assert explained[0.4] > explained[0.0]
+        assert explained[0.4] > explained[0.0]
+        assert explained[0.4] >= explained[1.0]
+
+
+def test_a_payload_without_proxies_where_they_explain_less_and_the_client_keeps_to_it(mlp_update: Case) -> None:
+    """An update of a few entries is no gradient of any image: until the next trial no proxy is looked for."""
+    network, _ = mlp_update
+    update = {name: torch.zeros_like(w) for name, w in network.base.items()}
+    for value in update.values():
+        value.view(-1)[:3] = 1.0
+    compressor = Proxy(network, ratio=40, count=0, settings=ProxySettings(evaluations=8), correction=0.4)
+    memory, evaluations = b"", []
+    for _ in range(5):
+        made = compressor.compress(network, update, generator=generator(), memory=memory)
+        assert compressor.read_proxies(made.body) is None
+        decoded = compressor.decompress(network, made.body)
+        assert all(torch.equal(decoded[name], update[name]) for name in update)
+        memory = made.memory
+        evaluations.append(made.evaluations)
+    assert [count > 0 for count in evaluations] == [True, False, False, False, True]
+
+
+def test_no_proxies_at_all(mlp_update: Case) -> None:
+    network, update = mlp_update
+    compressor = Proxy(network, ratio=100, count=0, settings=QUICK, correction=1.0)
+    made = compressor.compress(network, update, generator=generator())
+    assert (compressor.count, made.evaluations) == (0, 0)
+    assert explained_variance(update, made.decoded) > 0.1
+    with pytest.raises(SettingError, match=r"ratio=1000000.0 is not usable: expected at most \d+\.\d .*one entry"):
+        Proxy(network, ratio=1e6, count=0, settings=QUICK, correction=1.0)
+
+
+def test_ends_that_began_elsewhere_find_out(mlp_update: Case) -> None:
+    """The correction's places depend on the initial weights: other ones must not put entries elsewhere."""
+    network, update = mlp_update
+    compressor = Proxy(network, ratio=100, count=0, settings=QUICK, correction=0.4)
+    body = compressor.compress(network, update, generator=generator()).body
+    generator_ = generator()
+    initial = {name: w + torch.randn(w.shape, generator=generator_) for name, w in network.base.items()}
+    with pytest.raises(PayloadError, match="the weights, or the initial ones, are not the same at both ends"):
+        compressor.decompress(replace(network, initial=initial), body)
 
 
 def test_a_correction_that_cannot_have_been_written_is_refused(mlp_update: Case) -> None:
