@@ -2,7 +2,7 @@
 
 from client.state import KeptWeights
 from tofu.compression import Compressor
-from tofu.errors import DataError, TofuError
+from tofu.errors import DataError, PayloadError, TofuError
 from tofu.messages import TrainRequest
 from tofu.network import Network
 from tofu.payload import HEADER_BYTES, WEIGHTS, float32_from, read_payload
@@ -56,7 +56,10 @@ def _build(
     for number, data in enumerate(request.steps, start=round_ - len(request.steps) + 1):
         step = read_payload(data, codec=compressor.code, round_=number, fingerprint=None, max_bytes=limit)
         if step.fingerprint == identity:  # the first ones may have been taken already, in a reply that got lost
-            add_update(network.model, compressor.decompress(network, step.body))
+            try:
+                add_update(network.model, compressor.decompress(network, step.body))
+            except PayloadError as error:
+                raise ResyncError(f"the step of round {number} cannot be taken from these weights: {error}") from error
             identity = after_step(identity, data)
     if identity != request.identity:
         raise ResyncError(f"weights {start.hex()} and {len(request.steps)} steps lead to {identity.hex()}, "

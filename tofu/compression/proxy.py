@@ -15,7 +15,7 @@ Body, little-endian:
     -      the proxies (ProxyCode), where there are any
     -      one row of 8-bit integers with its scale for each float buffer (BatchNorm's means and variances)
     4 each integer buffers as float32 (the difference of the batch counters)
-    -      the correction (`ternary.write_ternary`), where there is room for one
+    -      the correction (`entries.write_entries`), where there is room for one
 """
 
 import math
@@ -29,8 +29,8 @@ from torch import Tensor
 from tofu.compression.base import Compressed, Compressor
 from tofu.compression.buffers import BufferCode
 from tofu.compression.classes import Classes, classes_of
+from tofu.compression.entries import least_room, read_entries, write_entries
 from tofu.compression.flat import LARGEST
-from tofu.compression.ternary import least_room, read_ternary, write_ternary
 from tofu.errors import PayloadError, RunError, SettingError
 from tofu.network import Network
 from tofu.payload import HEADER_BYTES
@@ -178,7 +178,7 @@ class Proxy(Compressor):
         tail, correction = buffers.write(update), b""
         if classes is not None and self._rooms[count]:
             missed = torch.cat([(update[name] - value).flatten() for name, value in decoded.items()])
-            correction = write_ternary(missed.clamp(-LARGEST, LARGEST), self._rooms[count], classes)
+            correction = write_entries(missed.clamp(-LARGEST, LARGEST), self._rooms[count], classes)
             decoded = _corrected(decoded, correction, classes)
         body = _PREFIX.pack(*self._fields(count)) + proxies + tail + correction
         return Compressed(body, decoded | buffers.read(tail), proxies)
@@ -196,7 +196,7 @@ class Proxy(Compressor):
 def _corrected(decoded: Weights, correction: bytes, classes: Classes) -> Weights:
     """The proxies' update with the correction added."""
     sizes = [value.numel() for value in decoded.values()]
-    pieces: tuple[Tensor, ...] = torch.split(read_ternary(correction, classes), sizes)
+    pieces: tuple[Tensor, ...] = torch.split(read_entries(correction, classes), sizes)
     return {name: d + piece.view_as(d) for (name, d), piece in zip(decoded.items(), pieces, strict=True)}
 
 

@@ -129,7 +129,7 @@ def _entries(vector: Tensor, order: Integers, level_bits: int, room: int) -> _En
     count = most_that_fit(order, value_bits=1 + level_bits, room=8 * (room - _head(level_bits)))
     positions = np.sort(order[:count])
     values = vector[torch.from_numpy(positions)]
-    magnitudes = bfloat16_bytes(_magnitudes(values.abs(), 1 << level_bits))
+    magnitudes = bfloat16_bytes(magnitudes_of(values.abs(), 1 << level_bits))
     read = bfloat16_from(magnitudes, "magnitudes")
     codes = torch.bucketize(values.abs(), (read[1:] + read[:-1]) / 2)
     sent = read[codes].double()
@@ -138,7 +138,7 @@ def _entries(vector: Tensor, order: Integers, level_bits: int, room: int) -> _En
     return _Entries(positions, negative, codes.numpy(), magnitudes, level_bits, explained)
 
 
-def _magnitudes(values: Tensor, count: int) -> Tensor:
+def magnitudes_of(values: Tensor, count: int) -> Tensor:
     """The `count` rising magnitudes of about the least squared error for float values [k] >= 0: Lloyd's algorithm.
 
     In one dimension a magnitude's values are a stretch of the sorted ones, and its mean a difference of running sums.

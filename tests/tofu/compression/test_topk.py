@@ -3,7 +3,7 @@ import torch
 
 from tests.conftest import Case
 from tests.tofu.compression.common import bare, flat, generator, missed, update_of
-from tofu.compression.topk import TopK, _magnitudes
+from tofu.compression.topk import TopK, magnitudes_of
 from tofu.errors import PayloadError
 
 
@@ -19,8 +19,8 @@ def plain_lloyd(values: list[float], levels: list[float], steps: int) -> list[fl
 def test_magnitudes_are_those_of_a_plain_lloyd() -> None:
     values = torch.rand(101, generator=generator(), dtype=torch.float64).pow(3)
     start = [float(values.sort().values[int((j + 0.5) / 4 * 101)]) for j in range(4)]
-    assert _magnitudes(values, 4).tolist() == pytest.approx(plain_lloyd(values.tolist(), start, 50))
-    assert _magnitudes(torch.zeros(0), 2).tolist() == [0.0, 0.0]
+    assert magnitudes_of(values, 4).tolist() == pytest.approx(plain_lloyd(values.tolist(), start, 50))
+    assert magnitudes_of(torch.zeros(0), 2).tolist() == [0.0, 0.0]
 
 
 def test_four_magnitudes_are_kept_as_they_are() -> None:

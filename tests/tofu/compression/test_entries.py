@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tofu.compression.classes import CLASSES, Classes
-from tofu.compression.ternary import least_room, read_ternary, slots_length, write_ternary
+from tofu.compression.entries import least_room, read_entries, slots_length, write_entries
 from tofu.errors import PayloadError
 
 
@@ -21,9 +21,9 @@ def test_the_largest_entries_come_back_in_no_more_than_the_room(
     vector = torch.randn(length, generator=generator) * (torch.rand(length, generator=generator) >= zeros)
     classes = random_classes(length, seed)
     room = least_room(length) + more
-    data = write_ternary(vector, room, classes)
+    data = write_entries(vector, room, classes)
     assert len(data) <= room
-    read = read_ternary(data, classes)
+    read = read_entries(data, classes)
     sent = torch.nonzero(read).flatten()
     assert len(sent) > 0 or not bool(vector.any())
     if len(sent):
@@ -31,7 +31,18 @@ def test_the_largest_entries_come_back_in_no_more_than_the_room(
         rest = vector.abs().clone()
         rest[sent] = 0
         assert float(vector[sent].abs().min()) >= float(rest.max())
-        assert float(read[sent[0]].abs()) == pytest.approx(float(vector[sent].abs().mean()), rel=2**-8)
+        magnitudes = read[sent].abs()
+        for magnitude in magnitudes.unique():  # the mean of those that it stands for
+            stands_for = vector[sent][magnitudes == magnitude].abs()
+            assert float(magnitude) == pytest.approx(float(stands_for.mean()), rel=2**-8)
+
+
+def test_more_magnitudes_only_where_one_would_leave_bytes_unused() -> None:
+    vector = torch.randn(2000, generator=torch.Generator().manual_seed(0))
+    classes = random_classes(2000, 0)
+    bits = {room: write_entries(vector, room, classes)[2] for room in (60, 200, 1000)}
+    assert bits[60] == bits[200] == 0
+    assert bits[1000] > 0
 
 
 def test_classes_that_tell_where_entries_are_make_room_for_more_of_them() -> None:
@@ -40,7 +51,7 @@ def test_classes_that_tell_where_entries_are_make_room_for_more_of_them() -> Non
     vector[:1000] *= 20
     one = Classes(np.zeros(20_000, dtype=np.int8))
     right = Classes((np.arange(20_000) >= 1000).astype(np.int8))
-    entries = [int(torch.count_nonzero(read_ternary(write_ternary(vector, 300, c), c))) for c in (one, right)]
+    entries = [int(torch.count_nonzero(read_entries(write_entries(vector, 300, c), c))) for c in (one, right)]
     assert entries[1] > 1.3 * entries[0]
 
 
@@ -58,19 +69,19 @@ def test_a_position_takes_little_more_than_its_entropy() -> None:
 def test_what_cannot_have_been_written_is_refused() -> None:
     vector = torch.randn(500, generator=torch.Generator().manual_seed(0))
     classes = random_classes(500, 0)
-    good = write_ternary(vector, 100, classes)
+    good = write_entries(vector, 100, classes)
     with pytest.raises(PayloadError, match="classes"):
-        read_ternary(good, random_classes(500, 1))
+        read_entries(good, random_classes(500, 1))
     for bad in (good[:3], good[:-4], good + b"\1", good[:2] + b"\xc0\x7f" + good[4:]):
         with pytest.raises(PayloadError):
-            read_ternary(bad, classes)
+            read_entries(bad, classes)
 
 
 @given(st.binary(max_size=60), st.integers(0, 3))
 def test_hostile_bytes_give_a_vector_or_a_payload_error(data: bytes, seed: int) -> None:
     classes = random_classes(200, seed)
     try:
-        read = read_ternary(classes.checksum.to_bytes(2, "little") + data, classes)
+        read = read_entries(classes.checksum.to_bytes(2, "little") + data, classes)
     except PayloadError:
         return
     assert read.shape == (200,)
