@@ -30,10 +30,12 @@ def versions(command: str) -> dict[str, object]:
     }
 
 
-def write_results(name: str, *, settings: Mapping[str, object], rows: Sequence[Mapping[str, object]]) -> Path:
+def write_results(
+    name: str, *, settings: Mapping[str, object], rows: Sequence[Mapping[str, object]], script: str = ""
+) -> Path:
     """Write benchmarks/results/NAME.json: the command, versions, settings (with seeds) and rows."""
     path = RESULTS / f"{name}.json"
-    document = versions(f"python -m benchmarks.{name} {' '.join(sys.argv[1:])}".strip()) | {
+    document = versions(f"python -m benchmarks.{script or name} {' '.join(sys.argv[1:])}".strip()) | {
         "settings": dict(settings),
         "rows": [dict(row) for row in rows],
     }

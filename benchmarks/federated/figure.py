@@ -14,7 +14,7 @@ _COLOURS = ("#6b7280", "#d97706", "#2563eb")
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw rows of results/federated.json (one run each) as an SVG."""
+    """Draw rows of results/federated-CASE.json (one run each) as an SVG."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
     # A hybrid run is a proxy run until its full rounds, so earlier methods lie on top of later ones.
     figure, axes = plt.subplots(figsize=(7.2, 3.9))
@@ -28,7 +28,8 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         low, high = [100 * min(values) for values in points], [100 * max(values) for values in points]
         axes.fill_between(bytes_, low, high, color=colour, alpha=0.18, linewidth=0)
     axes.set_xscale("log")
-    axes.set_ylim(60, 100)
+    best = 100 * max(accuracy for row in rows for accuracy in row["accuracies"])
+    axes.set_ylim(0.6 * best, 1.03 * best)
     axes.set_xlabel("bytes that all clients sent so far, whole messages")
     axes.set_ylabel("test accuracy, %")
     axes.grid(alpha=0.25)

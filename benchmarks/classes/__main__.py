@@ -1,0 +1,118 @@
+"""What it is worth to code positions by class, and what proxies add to that, in the same bytes.
+
+LeNet-5 on MNIST, ten clients (Dirichlet 0.5), 12,000 images: a federation that sends ternary entries (STC) at 200x with
+error feedback. What three clients would send in rounds 2, 6 and 12, residuals included, is compressed by STC, by the
+proxy codec's correction alone, and by the whole codec. `bits` is what a position takes on average, signs not counted.
+"""
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.common import find_data, print_table, spread, write_results
+from client.training import LocalTraining, train_locally
+from server.aggregation import RunningMean
+from tofu.compression import ErrorFeedback
+from tofu.compression.classes import classes_of
+from tofu.compression.entries import slots_length
+from tofu.compression.positions import positions_length
+from tofu.data import FederatedData
+from tofu.models import build_model
+from tofu.network import Network
+from tofu.payload import HEADER_BYTES
+from tofu.seeding import derive_generator
+from tofu.settings import Settings
+from tofu.weights import Weights, add_update, difference, explained_variance, load_weights, weights_of
+
+FEDERATION: dict[str, Any] = {
+    "dataset": "ylecun/mnist", "model": "lenet5", "train_images": 12_000, "clients": 10, "partition": "dirichlet",
+    "alpha": 0.5, "local_epochs": 1, "batch_size": 32, "lr": 0.2, "compressor": "stc", "ratio": 200.0,
+}  # fmt: skip
+METHODS: dict[str, dict[str, Any]] = {
+    "STC": {"compressor": "stc"},
+    "correction alone": {"compressor": "proxy", "correction": 1.0},
+    "proxies and correction": {"compressor": "proxy"},
+}
+MOMENTS = (2, 6, 12)
+LOOKED_AT = (0, 1, 2)
+
+
+def targets(settings: Settings, data: FederatedData) -> Iterator[tuple[int, int, Network, Weights]]:
+    """(round, client, network at the round's weights, what the client would compress), while the federation goes on."""
+    model = build_model(settings.model, data.shape, seed=settings.seed)
+    network = Network(model.eval(), data.shape).as_built()
+    how = LocalTraining(settings.local_epochs, settings.batch_size, settings.lr)
+    compressor = settings.make_compressor("proxy", network)
+    memories = [ErrorFeedback() for _ in range(settings.clients)]
+    for round_ in range(1, MOMENTS[-1] + 1):
+        base, mean = weights_of(model), RunningMean()
+        for client in range(settings.clients):
+            images = data.client(client)
+            train_locally(model, images, how, generator=derive_generator(settings.seed, round_, str(client), "train"))
+            target = memories[client].target(difference(weights_of(model), base), round_ - 1)
+            load_weights(model, base)
+            model.eval()
+            if round_ in MOMENTS and client in LOOKED_AT:
+                yield round_, client, network, target
+            decoded = compressor.compress(network, target, generator=derive_generator(settings.seed, "none")).decoded
+            memories[client] = ErrorFeedback.after(target, decoded, round_)
+            mean.add(decoded, len(images))
+        add_update(model, mean.mean())
+
+
+def measure(network: Network, target: Weights, settings: Settings) -> dict[str, Any]:
+    compressor = settings.make_compressor("proxy", network)
+    made = compressor.compress(network, target, generator=torch.Generator().manual_seed(settings.seed))
+    vector = torch.cat([made.decoded[name].flatten() for name in network.layout.parameters])
+    row = {
+        "bytes": HEADER_BYTES + len(made.body),
+        "explained_variance": explained_variance(target, made.decoded),
+        "evaluations": made.evaluations,
+    }
+    positions = np.flatnonzero(vector.numpy())
+    if not made.evaluations:  # proxies decode to entries everywhere
+        classes = classes_of(network)
+        bits = positions_length(positions)
+        if settings.compressor == "proxy":
+            bits = slots_length(np.sort(classes.slots[positions]), classes)
+        row |= {"entries": positions.size, "bits": bits / positions.size}
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default=find_data("mnist", "ylecun/mnist"))
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    for seed in range(options.seeds):
+        settings = Settings.of(FEDERATION | {"dataset": options.data, "seed": seed})
+        for round_, client, network, target in targets(settings, settings.open_data()):
+            for method, changes in METHODS.items():
+                made = measure(network, target, Settings.of(FEDERATION | {"seed": seed} | changes))
+                rows.append({"seed": seed, "round": round_, "client": client, "method": method} | made)
+            print(rows[-1], flush=True)
+    print(write_results("classes", settings=FEDERATION | {"moments": MOMENTS}, rows=rows))
+    table = []
+    for round_ in MOMENTS:
+        for method in METHODS:
+            mine = [row for row in rows if (row["round"], row["method"]) == (round_, method)]
+            sparse = "bits" in mine[0]
+            table.append(
+                (
+                    f"{round_}",
+                    method,
+                    spread([row["entries"] for row in mine], 0) if sparse else "",
+                    spread([row["bits"] for row in mine], 2) if sparse else "",
+                    spread([row["explained_variance"] for row in mine]),
+                )
+            )
+    print_table(("round", "payload", "entries", "bits a position", "explained variance"), table)
+
+
+if __name__ == "__main__":
+    main()
