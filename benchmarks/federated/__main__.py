@@ -24,7 +24,7 @@ COMMON: dict[str, Any] = {
 }  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "mnist": {"dataset": "ylecun/mnist", "model": "lenet5", "clients": 10, "train_images": 12_000, "rounds": 15,
-              "lr": 0.3},
+              "lr": 0.2},
     "cifar10": {"dataset": "uoft-cs/cifar10", "model": "cnn", "clients": 5, "train_images": 5_000, "rounds": 20,
                 "lr": 0.05},
 }  # fmt: skip
