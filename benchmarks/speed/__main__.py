@@ -35,6 +35,7 @@ def measure(case: str, seed: int) -> list[dict[str, Any]]:
     local = find_data(values["dataset"].split("/")[1], values["dataset"])
     data = open_data(local, clients=1, partition="iid", seed=seed, train_images=values["train_images"]).client(0)
     model = build_model(values["model"], data.shape, seed=seed)
+    network = Network(model, data.shape).as_built()
     how = LocalTraining(epochs=1, batch_size=32, lr=0.05)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(2):
@@ -43,7 +44,7 @@ def measure(case: str, seed: int) -> list[dict[str, Any]]:
     epoch = train_locally(model, data, how, generator=generator).seconds
     update = difference(weights_of(model), base)
     load_weights(model, base)
-    network = Network(model.eval(), data.shape)
+    model.eval()
     rows = []
     for evaluations in EVALUATIONS:
         settings = Settings.of({"model": values["model"], "ratio": RATIO, "evaluations": evaluations, "tolerance": 0.0})

@@ -27,9 +27,10 @@ def run(tmp_path: Path) -> Path:
     """Two rounds of one client with some 14 images, recorded as a server would."""
     data = open_data("digits", clients=100, partition="dirichlet", alpha=0.5, seed=0)
     model = build_model("mlp", data.shape, seed=0)
+    network = Network(model.eval(), data.shape).as_built()
     recorder = Recorder(tmp_path, ["4"], settings=SETTINGS, shape=data.shape)
     for round_ in (1, 2):
-        network, base = Network(model.eval(), data.shape), weights_of(model)
+        base = weights_of(model.eval())
         how = LocalTraining(1, 16, SETTINGS.lr_of(round_))
         sent = local_round(network, data.client(4), how, derive_generator(0, round_, "4", "train"))
         compressor = SETTINGS.make_compressor("proxy", network)
