@@ -508,7 +508,7 @@ def test_a_replayed_payload_is_refused(tmp_path: Path, renumbered: bool, reason:
 
 def test_proxies_that_decode_to_nan_are_refused(tmp_path: Path) -> None:
     """Every number sent is finite, but two labels add up to infinity, which a scale of 0 turns into NaN."""
-    given: Row = {"schedule": "proxy", "bits": 32, "proxies": 2, "rounds": 2}
+    given: Row = {"schedule": "proxy", "bits": 32, "proxies": 2, "correction": 0.0, "rounds": 2}
     settings = settings_of(tmp_path / "run", **given)
     shape = open_run_data(settings).shape
     network = Network(fresh_model(settings).eval(), shape)
