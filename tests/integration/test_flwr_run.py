@@ -142,6 +142,27 @@ def test_flwr_run_gives_the_weights_of_tofu_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "plugins",
+    [
+        {"plugins": "ood,rank", "plugin-options": "rank.after=1,rank.longest=50"},
+        {"plugins": "gpm", "tasks": "pixels", "task-count": 2, "rounds": 4, "schedule": "secure"},
+    ],
+    ids=lambda plugins: plugins["plugins"],
+)
+def test_plugins_give_the_weights_of_tofu_run(tmp_path: Path, plugins: dict[str, Value]) -> None:
+    """What plugins keep, broadcast and hand over travels on ray as it does in one process, in both kinds of round."""
+    run = flower(tmp_path, **plugins)
+    assert run.status == "finished:completed", run.log
+    on_ray = json.loads((run.folder / "summary.json").read_text())
+    here = serve_in_process(client_app, Settings.of(SETTINGS | plugins | {"run-folder": str(tmp_path / "here")}))
+    assert on_ray["weights_sha256"] == here["weights_sha256"]
+    rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert not any(row["failures"] for row in rows)
+    assert any("plugins" in row for row in rows)
+
+
+@pytest.mark.slow
 def test_a_failed_run_is_not_called_completed(tmp_path: Path) -> None:
     run = flower(tmp_path, ratio=1e6)
     assert "error: ratio=1000000.0 is not usable: expected at most " in run.log
