@@ -4,6 +4,7 @@ config.json      every setting
 metrics.jsonl    one object a round (round 0: before training)
 ledger.jsonl     one object a message, written round by round
 weights.safetensors, summary.json, report.html, samples.npz, plugins.state   replaced whole by a rename
+metrics.prom     the same for Prometheus (`server.metrics`), replaced likewise after every round
 checkpoints      what a run that was ended needs to go on (`server.checkpoint`)
 """
 
@@ -27,7 +28,10 @@ from tofu.errors import SettingError
 from tofu.settings import Settings
 from tofu.weights import Weights
 
-MAY_CHANGE = ("workers", "round-timeout", "secure-timeout", "min-clients", "resume", "run-folder", "checkpoint")
+MAY_CHANGE = (
+    "workers", "round-timeout", "secure-timeout", "min-clients", "resume", "run-folder", "checkpoint", "log",
+    "metrics-port",
+)  # fmt: skip
 """Settings that a run may go on with another value of."""
 
 _SHAPE = "shape"
@@ -82,6 +86,14 @@ class RunFolder:
             earlier = [old for old in _rows(self.path / name) if 0 <= old["round"] < last]
             lines = [_json(line) + b"\n" for line in (*earlier, *final)]
             self._replace(name, lambda f, lines=lines: f.writelines(lines))  # type: ignore[misc]
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The rows of metrics.jsonl so far."""
+        return _rows(self.path / "metrics.jsonl")
+
+    def write_metrics(self, text: bytes) -> None:
+        """Replace metrics.prom."""
+        self._replace("metrics.prom", lambda f: f.write(text))
 
     def write_model(self, weights: Weights, shape: ImageShape, broadcast: bytes) -> None:
         """Replace weights.safetensors, whose metadata say what images the model takes, and plugins.state."""
