@@ -105,6 +105,8 @@ def _serve(grid: Grid, settings: Settings, progress: Progress) -> dict[str, obje
                 reason = f"the run's folder {folder.path} cannot be written ({error.strerror})"
                 raise RunError(f"round {federation.round}: {reason}") from error
             raise
+        finally:
+            folder.close()
     return summary
 
 

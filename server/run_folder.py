@@ -40,7 +40,7 @@ _SHAPE = "shape"
 class RunFolder:
     """Creates and fills the folder of one run, or goes on with that of `settings.resume`.
 
-    One process at a time: the folder is held until it ends.
+    One process at a time: the folder is held until `close`.
 
     Raises:
         SettingError: a new run's folder exists and is not empty, or cannot be made; or the run to go on with has ended,
@@ -61,6 +61,10 @@ class RunFolder:
             raise SettingError("run-folder", str(self.path), f"a folder that can be made ({error.strerror})") from error
         self._replace("config.json", lambda f: f.write(_json(settings.to_config(), indent=1)))
         self._held = _hold(self.path)
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        self._held.close()
 
     def _check_settings(self, settings: Settings) -> None:
         if (self.path / "summary.json").exists():
@@ -157,7 +161,7 @@ def read_config(run: Path) -> Settings:
 
 
 def _hold(run: Path) -> BinaryIO:
-    """Hold a run's folder until this process ends: two would write into each other's files."""
+    """Hold a run's folder until the file is closed: two processes would write into each other's files."""
     try:
         file = (run / "config.json").open("rb")
     except OSError as error:

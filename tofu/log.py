@@ -18,7 +18,7 @@ import threading
 from datetime import UTC, datetime
 from typing import Any
 
-from tofu.errors import SettingError
+from tofu.errors import TofuError
 
 FILE = "TOFU_LOG"
 STYLES = ("text", "json")
@@ -69,7 +69,7 @@ def start_logging(style: str) -> None:
     """From now on, log as the setting `log` and the environment say. To be called again costs nothing.
 
     Raises:
-        SettingError: the file that TOFU_LOG names cannot be written.
+        TofuError: the file that TOFU_LOG names cannot be written.
     """
     wanted = {("stderr", "")} if style == "json" else set()
     if path := os.environ.get(FILE):
@@ -92,4 +92,6 @@ def _file(path: str) -> logging.Handler:
         # Opened again where logrotate moved it away. Lines of several processes do not mix: each is appended at once.
         return logging.handlers.WatchedFileHandler(path, encoding="utf-8")
     except OSError as error:
-        raise SettingError(FILE, path, f"a file that can be written ({error.strerror})") from error
+        raise TofuError(
+            f"{FILE}={path!r} is not usable: expected a file that can be written ({error.strerror})"
+        ) from error
