@@ -130,7 +130,11 @@ def status(folder: Path) -> dict[str, Any]:
         control, names = _control(folder, state), read_names(folder)
         try:
             result["nodes"] = [
-                {"name": names.get(node["node-id"], node["node-id"]), "status": node["status"]}
+                {
+                    "name": names.get(node["node-id"], node["node-id"]),
+                    "node": node["node-id"],  # as logs and metrics call it
+                    "status": node["status"],
+                }
                 for node in control.nodes()
             ]
             result["runs"] = [{"run": run["run-id"], "status": run["status"]} for run in control.runs()]

@@ -90,7 +90,8 @@ def test_nodes_that_misbehave_are_left_out_and_named(
         (3, "1"): ("huge", "reply "),
         (3, "2"): ("bomb", "bytes, expected"),
         (4, "1"): ("nan", "not finite"),
-        (4, "2"): ("another model", "float32 body has"),
+        (4, "2"): ("another model", "relative to weights 0000"),
+        (5, "1"): ("wrong shapes", "float32 body has"),
     }
 
     def faults(instead: str = "") -> dict[str, dict[str, str]]:
@@ -99,7 +100,7 @@ def test_nodes_that_misbehave_are_left_out_and_named(
             for name in "12"
         }
 
-    settings = settings_of(federation, tmp_path / "run", rounds=5, switch_round=4, recovery="full", log="json")
+    settings = settings_of(federation, tmp_path / "run", rounds=6, switch_round=4, recovery="full", log="json")
     set_faults(federation.folder, faults())
     link = federation.processes["superlink"].pid
     before = megabytes(link)
@@ -113,7 +114,7 @@ def test_nodes_that_misbehave_are_left_out_and_named(
     run = background.end()
     assert run.completed, run.log
     metrics = rows(tmp_path / "run")
-    assert [row["clients"] for row in metrics] == [0, 3, 1, 1, 1, 3]
+    assert [row["clients"] for row in metrics] == [0, 3, 1, 1, 1, 2, 3]
     for (round_, name), (_, reason) in wrong.items():
         assert reason in {fault["client"]: fault["reason"] for fault in metrics[round_]["failures"]}[name]
     assert_logged(federation, run, tmp_path / "run", {(round_, name) for round_, name in wrong})
