@@ -99,8 +99,9 @@ def _serve(grid: Grid, settings: Settings, progress: Progress) -> dict[str, obje
             summary = _run(folder, federation, Samples(data, test), grid, ledger, metrics, progress, began)
         except BaseException as error:
             metrics.end(failed=True)
-            with suppress(OSError):
-                folder.write_metrics(metrics.text())
+            if metrics.begun:
+                with suppress(OSError):
+                    folder.write_metrics(metrics.text())
             if isinstance(error, OSError) and error.errno in _DISK:
                 reason = f"the run's folder {folder.path} cannot be written ({error.strerror})"
                 raise RunError(f"round {federation.round}: {reason}") from error
@@ -131,7 +132,7 @@ def _run(
             "downlink_bytes": 0, "fedavg_uplink_bytes": 0, "seconds": time.perf_counter() - began,
         }  # fmt: skip
         folder.add_round(row, ())
-    metrics.begin(folder.path.name, folder.rows())
+    metrics.begin(folder.path.resolve().name, folder.rows())
     folder.write_metrics(metrics.text())
     stopped = ""
     for round_ in range((done or 0) + 1, settings.rounds + 1):

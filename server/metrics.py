@@ -46,6 +46,11 @@ class RunMetrics(Collector):
         self._name = name
         self.add(rows)
 
+    @property
+    def begun(self) -> bool:
+        """Whether they have."""
+        return bool(self._name)
+
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Count rounds, each a row of metrics.jsonl."""
         for row in rows:
@@ -91,38 +96,31 @@ class RunMetrics(Collector):
             thread.join()
 
     def _made(self) -> tuple[Metric, ...]:
-        row = self._last
-        one = {"run": self._name}
-        info = InfoMetricFamily("tofu_run", "What is run.", value=one | self._info)
-        return tuple(
-            filter(
-                None,
-                (
-                    info,
-                    gauge("tofu_run_state", "1 for the state the run is in; one that was killed stays as it was.",
-                          [(one | {"state": state}, float(state == self._state)) for state in STATES]),
-                    gauge("tofu_rounds_planned", "Rounds that the run is to have.", [(one, self._planned)]),
-                    counter("tofu_rounds", "Rounds done, by kind.",
-                            [(one | {"kind": kind}, count) for kind, count in sorted(self._rounds.items())]),
-                    counter("tofu_abandoned_rounds", "Secure rounds that came to nothing.",
-                            [(one, self._totals["abandoned"])]),
-                    gauge("tofu_last_round_end_timestamp_seconds", "When the last round ended.", [(one, self._ended)]),
-                    gauge("tofu_round_seconds", "What the last round took.", [(one, row.get("seconds"))]),
-                    gauge("tofu_clients", "Clients whose updates are in the last round.", [(one, row.get("clients"))]),
-                    gauge("tofu_accuracy", "Share of the test images told rightly.", [(one, row.get("accuracy"))]),
-                    gauge("tofu_loss", "Loss on the test images.", [(one, row.get("loss"))]),
-                    gauge("tofu_epsilon", "Privacy spent, at the run's privacy-delta.",
-                          [(one, float("inf") if row.get("epsilon") is None else row["epsilon"])]
-                          if "epsilon" in row else []),
-                    counter("tofu_uplink_bytes", "Bytes that clients sent.", [(one, self._totals["uplink_bytes"])]),
-                    counter("tofu_downlink_bytes", "Bytes sent to clients.", [(one, self._totals["downlink_bytes"])]),
-                    gauge("tofu_explained_variance", "Of a client's update, by its payload; of its last such round.",
-                          self._by_client(self._explained)),
-                    counter("tofu_client_failures", "Rounds in which something of a client's could not be used.",
-                            self._by_client(self._failures)),
-                ),
-            )
+        row, one = self._last, {"run": self._name}
+        epsilon = float("inf") if row.get("epsilon") is None else row["epsilon"]  # JSON has no infinity
+        families = (
+            InfoMetricFamily("tofu_run", "What is run.", value=one | self._info),
+            gauge("tofu_run_state", "1 for the state that the run is in; one that was killed stays as it was.",
+                  [(one | {"state": state}, state == self._state) for state in STATES]),
+            gauge("tofu_rounds_planned", "Rounds that the run is to have.", [(one, self._planned)]),
+            counter("tofu_rounds", "Rounds done, by kind.",
+                    [(one | {"kind": kind}, count) for kind, count in sorted(self._rounds.items())]),
+            counter("tofu_abandoned_rounds", "Secure rounds that came to nothing.", [(one, self._totals["abandoned"])]),
+            gauge("tofu_last_round_end_timestamp_seconds", "When the last round ended.", [(one, self._ended)]),
+            gauge("tofu_round_seconds", "What the last round took.", [(one, row.get("seconds"))]),
+            gauge("tofu_clients", "Clients whose updates are in the last round.", [(one, row.get("clients"))]),
+            gauge("tofu_accuracy", "Share of the test images told rightly.", [(one, row.get("accuracy"))]),
+            gauge("tofu_loss", "Loss on the test images.", [(one, row.get("loss"))]),
+            gauge("tofu_epsilon", "Privacy spent, at the run's privacy-delta.",
+                  [(one, epsilon)] if "epsilon" in row else []),
+            counter("tofu_uplink_bytes", "Bytes that clients sent.", [(one, self._totals["uplink_bytes"])]),
+            counter("tofu_downlink_bytes", "Bytes sent to clients.", [(one, self._totals["downlink_bytes"])]),
+            gauge("tofu_explained_variance", "Of a client's update, by the last payload that it sent.",
+                  self._by_client(self._explained)),
+            counter("tofu_client_failures", "Rounds in which something of a client's could not be used.",
+                    self._by_client(self._failures)),
         )  # fmt: skip
+        return tuple(family for family in families if family.samples)
 
     def _by_client(self, values: Mapping[tuple[str, str], float]) -> "Samples":
         return [({"run": self._name, "client": client, "node": node}, v) for (client, node), v in values.items()]
@@ -132,18 +130,18 @@ Samples = list[tuple[dict[str, str], float | None]]
 """Labels and value; one without a value is left out."""
 
 
-def gauge(name: str, what: str, samples: Samples) -> Metric | None:
-    """What goes up and down; None without a sample."""
+def gauge(name: str, what: str, samples: Samples) -> Metric:
+    """What goes up and down."""
     return _filled(GaugeMetricFamily(name, what), samples)
 
 
-def counter(name: str, what: str, samples: Samples) -> Metric | None:
-    """What only grows; its samples are called `name`_total. None without a sample."""
+def counter(name: str, what: str, samples: Samples) -> Metric:
+    """What only grows; its samples are called `name`_total."""
     return _filled(CounterMetricFamily(name, what), samples, "_total")
 
 
-def _filled(family: Metric, samples: Samples, suffix: str = "") -> Metric | None:
+def _filled(family: Metric, samples: Samples, suffix: str = "") -> Metric:
     for labels, value in samples:
         if value is not None:
             family.add_sample(family.name + suffix, labels, float(value))
-    return family if family.samples else None
+    return family
