@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -88,15 +88,14 @@ def _serve(grid: Grid, settings: Settings, progress: Progress) -> dict[str, obje
     federation = Federation(grid, network, test, settings, ledger, progress)
     recorder = Recorder(Path(), settings.recorded, settings=settings, shape=data.shape)
     metrics = RunMetrics(grid.run.run_id, settings)
-    with metrics.served(settings.metrics_port):
-        folder = RunFolder(settings)
+    with metrics.served(settings.metrics_port), closing(RunFolder(settings)) as folder:
         if settings.recorded:
             federation.recorder = recorder.in_folder(folder.path)
             progress.note(f"keeps what client {', '.join(settings.recorded)} sends in {folder.path}/record: as "
                           "sensitive as its data")  # fmt: skip
         progress.start(settings.rounds, settings.clients, f"{settings.model} on {settings.dataset}")
         try:
-            summary = _run(folder, federation, Samples(data, test), grid, ledger, metrics, progress, began)
+            return _run(folder, federation, Samples(data, test), grid, ledger, metrics, progress, began)
         except BaseException as error:
             metrics.end(failed=True)
             if metrics.begun:
@@ -106,9 +105,6 @@ def _serve(grid: Grid, settings: Settings, progress: Progress) -> dict[str, obje
                 reason = f"the run's folder {folder.path} cannot be written ({error.strerror})"
                 raise RunError(f"round {federation.round}: {reason}") from error
             raise
-        finally:
-            folder.close()
-    return summary
 
 
 def _run(
