@@ -33,7 +33,7 @@ def up(
     app_: Annotated[Path, typer.Option("--app", help="folder of the Flower app")] = background.APP,
     data: Annotated[Path | None, typer.Option("--data", help="folder of folders node-0, node-1, …: own data")] = None,
     warm: Annotated[
-        bool, typer.Option(help="keep imports in memory between rounds: faster, about 600 MB a node")
+        bool, typer.Option(help="keep imports in memory between rounds: faster, about 500 MB a node")
     ] = True,
     identities: Annotated[
         bool, typer.Option("--identities", help="a key for each client, so that no server can lie in secure rounds")

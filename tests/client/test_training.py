@@ -75,7 +75,9 @@ g = torch.Generator()
 train_locally(model, data, LocalTraining(1, 8, 0.1, 0.9), generator=g)
 network = Network(model.eval(), data.shape)
 update = {name: torch.randn(w.shape, generator=g) for name, w in weights_of(model).items()}
-Settings(evaluations=3).make_compressor("proxy", network).compress(network, update, generator=g, memory=b"")
+for mode in ("smooth", "paper"):
+    settings = Settings(evaluations=3, codec_mode=mode)
+    settings.make_compressor("proxy", network).compress(network, update, generator=g, memory=b"")
 assert "torch._dynamo" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
