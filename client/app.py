@@ -6,10 +6,13 @@ for: `kinds`, the kinds of round that it takes part in ("secure" or "proxy,secur
 noise-multiplier may not be. For secure rounds see `client.secure`.
 """
 
+import logging
 import math
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
@@ -22,6 +25,7 @@ from client.training import LocalTraining, train_locally
 from tofu.compression import ErrorFeedback
 from tofu.data import ImageShape, LabelledImages, local_folder
 from tofu.errors import DataError, PayloadError, TofuError
+from tofu.log import about, start_logging
 from tofu.messages import FIELD, RECORD, RESYNC, SECURE, SecurePart, SecureQuery, TrainReply, TrainRequest, broadcast_id
 from tofu.models import build_model
 from tofu.network import Network
@@ -34,45 +38,86 @@ from tofu.settings import Settings
 from tofu.tasks import only_classes
 from tofu.weights import Weights, cosine, difference, explained_variance, load_weights, weights_of
 
+LOG = logging.getLogger("tofu.client")
+
 app = ClientApp()
 
 
 @app.query()
 def hello(message: Message, context: Context) -> Message:
     """Say who this client is: its name, and how many images it has."""
-    try:
+    with _answering("hello", message, context) as answer:
         settings = Settings.of(context.run_config)
         data = client_data(settings, context)
         examples = 1 if settings.noise_multiplier else len(data)
-        record = ConfigRecord({"client": client_name(context), "examples": examples})
-        return Message(RecordDict({RECORD: record}), reply_to=message)
-    except TofuError as error:
-        return Message(Error(code=0, reason=str(error)), reply_to=message)
+        answer.record = ConfigRecord({"client": client_name(context), "examples": examples})
+    return answer.message
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """One round: train locally, compress the update, reply with one payload."""
-    try:
+    with _answering("train", message, context) as answer:
         settings = Settings.of(context.run_config)
         torch.set_num_threads(settings.threads)
         request = TrainRequest.from_bytes(_content(message))
+        answer.fields["kind"] = request.kind
         round_ = int(message.metadata.group_id)
-        return _answer(train_round(request, round_, settings, context), message)
-    except ResyncError as error:
-        return Message(Error(code=RESYNC, reason=str(error)), reply_to=message)
-    except TofuError as error:
-        return Message(Error(code=0, reason=str(error)), reply_to=message)
+        answer.record = ConfigRecord({FIELD: train_round(request, round_, settings, context)})
+    return answer.message
 
 
 @app.query(SECURE)
 def secure(message: Message, context: Context) -> Message:
     """A stage of a secure round other than the training."""
-    try:
+    with _answering("secure", message, context) as answer:
         query = SecureQuery.from_bytes(_content(message))
-        return _answer(answer_query(query, context, member_of(context, client_name(context))).to_bytes(), message)
+        answer.fields["stage"] = query.stage
+        made = answer_query(query, context, member_of(context, client_name(context)))
+        answer.record = ConfigRecord({FIELD: made.to_bytes()})
+    return answer.message
+
+
+@dataclass
+class _Answer:
+    """The reply to a message: `record`, unless an error is the `message`; and what the log says beside it."""
+
+    to: Message
+    record: ConfigRecord = field(default_factory=ConfigRecord)
+    error: Error | None = None
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def message(self) -> Message:
+        if self.error is not None:
+            return Message(self.error, reply_to=self.to)
+        return Message(RecordDict({RECORD: self.record}), reply_to=self.to)
+
+
+@contextmanager
+def _answering(what: str, message: Message, context: Context) -> Iterator[_Answer]:
+    """Make an answer, and log how that went. An error that someone can act on becomes the answer."""
+    began, answer, group = time.perf_counter(), _Answer(message), message.metadata.group_id
+    round_ = int(group) if group.isdecimal() else None
+
+    def log(level: int, event: str, **fields: Any) -> None:
+        extra = about(
+            run=context.run_id, round=round_, node=context.node_id, client=client_name(context), what=what,
+            **answer.fields, seconds=round(time.perf_counter() - began, 3), **fields,
+        )  # fmt: skip
+        LOG.log(level, event, extra=extra, exc_info=level >= logging.ERROR)
+
+    try:
+        start_logging(str(context.run_config.get("log", "text")))
+        yield answer
+        sent = answer.record.get(FIELD)
+        log(logging.INFO, "answered", bytes=len(sent) if isinstance(sent, bytes) else 0)
     except TofuError as error:
-        return Message(Error(code=0, reason=str(error)), reply_to=message)
+        answer.error = Error(code=RESYNC if isinstance(error, ResyncError) else 0, reason=str(error))
+        log(logging.WARNING, "failed", reason=str(error))
+    except Exception as error:
+        log(logging.ERROR, "failed", reason=f"{type(error).__name__}: {error}")
+        raise
 
 
 def train_round(request: TrainRequest, round_: int, settings: Settings, context: Context) -> bytes:
@@ -230,10 +275,6 @@ def check_fit(data: LabelledImages, shape: ImageShape) -> None:
         )
     if len(data) and int(data.labels.max()) >= shape.classes:
         raise DataError(f"label {int(data.labels.max())}, the run's network has classes 0 to {shape.classes - 1}")
-
-
-def _answer(content: bytes, message: Message) -> Message:
-    return Message(RecordDict({RECORD: ConfigRecord({FIELD: content})}), reply_to=message)
 
 
 def _content(message: Message) -> object:

@@ -1,13 +1,14 @@
 """The local loop: a client's epochs of SGD over its own images."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.sgd import sgd
 from torch.overrides import TorchFunctionMode
 
 from tofu.data import LabelledImages, to_float
@@ -57,12 +58,7 @@ def train_locally(
     """
     began = time.perf_counter()
     model.train()
-    optimiser = torch.optim.SGD(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=how.lr,
-        momentum=how.momentum,
-        weight_decay=how.weight_decay,
-    )
+    descend = Descent([p for p in model.parameters() if p.requires_grad], how)
     total, steps = torch.zeros(()), 0
     for _ in range(how.epochs):
         for rows in _batches(len(data), how.batch_size, generator):
@@ -70,10 +66,10 @@ def train_locally(
             with SeededDropout(generator):
                 logits = model(images)
             loss = plugins.on_loss(logits, targets, F.cross_entropy(logits, targets), model)
-            optimiser.zero_grad()
+            model.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             before = plugins.before_step(model)
-            optimiser.step()
+            descend.step()
             plugins.on_step(model, before)
             total += loss.detach()
             steps += 1
@@ -83,6 +79,30 @@ def train_locally(
         raise RunError(f"local training diverged (loss {mean}): a smaller lr than {how.lr:g} may help")
     plugins.on_task_end(model, data, final)
     return TrainingResult(mean, steps, time.perf_counter() - began)
+
+
+class Descent:
+    """Steps of torch's SGD.
+
+    The class `torch.optim.SGD` takes the same ones and imports torch's compiler first, which takes a second: each time,
+    where a client app starts anew for every message.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], how: LocalTraining) -> None:
+        self._parameters, self._how = parameters, how
+        self._momenta: dict[Tensor, Tensor | None] = {}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move every parameter that has a gradient."""
+        moving: list[Tensor] = [p for p in self._parameters if p.grad is not None]
+        gradients = [p.grad for p in moving if p.grad is not None]
+        momenta = [self._momenta.get(p) for p in moving]
+        sgd(
+            moving, gradients, momenta, lr=self._how.lr, momentum=self._how.momentum,
+            weight_decay=self._how.weight_decay, dampening=0.0, nesterov=False, maximize=False, foreach=False,
+        )  # fmt: skip
+        self._momenta |= zip(moving, momenta, strict=True)
 
 
 def _batches(count: int, size: int, generator: torch.Generator) -> list[Tensor]:

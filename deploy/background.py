@@ -4,6 +4,7 @@ Everything listens on 127.0.0.1 only.
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from deploy.processes import read_names
 from deploy.state import Process, State, end_group
 from server.run_folder import read_config
 from tofu.errors import RunError, SettingError
+from tofu.log import FILE
 from tofu.settings import Settings
 
 APP = Path(__file__).parents[1]
@@ -76,8 +78,9 @@ def up(
         command.append("--identities")
     with log:
         supervisor = subprocess.Popen(
-            command, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+            command, cwd=folder, env=os.environ | {FILE: str(folder / "logs" / "supervisor.jsonl")},
+            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
     try:
         _await(folder, supervisor)
     except BaseException:
@@ -127,7 +130,11 @@ def status(folder: Path) -> dict[str, Any]:
         control, names = _control(folder, state), read_names(folder)
         try:
             result["nodes"] = [
-                {"name": names.get(node["node-id"], node["node-id"]), "status": node["status"]}
+                {
+                    "name": names.get(node["node-id"], node["node-id"]),
+                    "node": node["node-id"],  # as logs and metrics call it
+                    "status": node["status"],
+                }
                 for node in control.nodes()
             ]
             result["runs"] = [{"run": run["run-id"], "status": run["status"]} for run in control.runs()]

@@ -33,7 +33,7 @@ def up(
     app_: Annotated[Path, typer.Option("--app", help="folder of the Flower app")] = background.APP,
     data: Annotated[Path | None, typer.Option("--data", help="folder of folders node-0, node-1, …: own data")] = None,
     warm: Annotated[
-        bool, typer.Option(help="keep imports in memory between rounds: faster, about 600 MB a node")
+        bool, typer.Option(help="keep imports in memory between rounds: faster, about 500 MB a node")
     ] = True,
     identities: Annotated[
         bool, typer.Option("--identities", help="a key for each client, so that no server can lie in secure rounds")
@@ -95,6 +95,6 @@ def _show(status: dict[str, Any], *, as_json: bool) -> None:
     if "error" in status:
         print(f"  {printable(status['error'])}")
     for node in status["nodes"]:
-        print(f"  {printable(node['name']):<16}{node['status']}")
+        print(f"  {printable(node['name']):<16}{node['status']:<12}node {node['node']}")
     for entry in status["runs"]:
         print(f"  run {entry['run']:<24}{entry['status']}")

@@ -21,6 +21,7 @@ from deploy.control import CompletedRun, Control, last_lines
 from deploy.identities import LIST, make_identities
 from deploy.topology import ENVIRONMENT, Member, Trust
 from tofu.errors import RunError, SettingError
+from tofu.log import FILE
 from tofu.secagg.identities import read_known
 
 _NAMES = "nodes.json"
@@ -197,11 +198,13 @@ class Federation:
         home = str(self.folder / "homes" / name)
         warm = self._warm and member.command == "flower-superexec" and not name.startswith("superlink")
         before = [sys.executable, "-m", "deploy.warm"] if warm else []
+        # The apps log there as JSON (`tofu.log`), apart from Flower's lines and prints.
+        logs = {FILE: str(self.logs / f"{name}.jsonl")} if member.command == "flower-superexec" else {}
         with (self.logs / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
                 [*before, str(_BIN / member.command), *member.arguments],
                 cwd=self.folder,
-                env=os.environ | self._environment | {"FLWR_HOME": home, "PATH": path},
+                env=os.environ | self._environment | logs | {"FLWR_HOME": home, "PATH": path},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -5,6 +5,7 @@
 
 import argparse
 import dataclasses
+import logging
 import os
 import signal
 import subprocess
@@ -16,6 +17,9 @@ from pathlib import Path
 from deploy.processes import Federation, exit_status
 from deploy.state import Process, State
 from tofu.errors import TofuError
+from tofu.log import about, start_logging
+
+LOG = logging.getLogger("tofu.deploy")
 
 _WAIT_SECONDS = (2.0, 60.0)
 """Before the first restart, and the most before a later one.
@@ -70,6 +74,7 @@ def supervise(federation: Federation, stopping: threading.Event) -> None:
         for name in federation.processes:
             restarts.started(name, time.monotonic())
         state = dataclasses.replace(state, phase="running")
+        LOG.info("federation runs", extra=about(address=federation.address, nodes=federation.nodes))
         while True:
             state = dataclasses.replace(state, members=_members(federation, state, restarts))
             state.write(federation.folder)
@@ -79,6 +84,8 @@ def supervise(federation: Federation, stopping: threading.Event) -> None:
                 due = [name for name in ended if restarts.is_due(name, time.monotonic())]
                 for name in due:
                     print(f"{name} ended with {ended[name]}: restart {restarts.counts[name]}", flush=True)
+                    extra = about(member=name, status=ended[name], restarts=restarts.counts[name])
+                    LOG.warning("member ended", extra=extra)
                     federation.restart(name)
                     restarts.started(name, time.monotonic())
                 if due:
@@ -86,12 +93,13 @@ def supervise(federation: Federation, stopping: threading.Event) -> None:
             if stopping.is_set():
                 break
         federation.stop()
+        LOG.info("federation stopped", extra=about())
         dataclasses.replace(state, phase="stopped", members={}).write(federation.folder)
     except (TofuError, OSError, subprocess.SubprocessError) as error:
         federation.stop()
-        dataclasses.replace(state, phase="failed", error=" ".join(str(error).split()), members={}).write(
-            federation.folder
-        )
+        reason = " ".join(str(error).split())
+        LOG.error("federation failed", extra=about(reason=reason))
+        dataclasses.replace(state, phase="failed", error=reason, members={}).write(federation.folder)
         raise
 
 
@@ -120,6 +128,7 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
     try:
+        start_logging("text")  # and where the environment says
         federation = Federation(
             given.folder, nodes=given.nodes, app=given.app, data=given.data, warm=given.warm,
             identities=given.identities,

@@ -22,7 +22,6 @@ from pathlib import Path
 PACKAGES = (
     "flwr.supernode.cli.flwr_clientapp",
     "torch",
-    "torch._dynamo",  # the first torch.optim imports it
     "sklearn.datasets",
     "flwr_datasets.partitioner",
     "datasets",

@@ -5,6 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,16 @@ from flwr.serverapp import Grid, ServerApp
 from server.checkpoint import Snapshot, read_checkpoint, remove_checkpoints, write_checkpoint
 from server.ledger import Ledger
 from server.local import InProcessGrid, run_in_process
+from server.metrics import RunMetrics
 from server.progress import Progress, SilentProgress, make_progress
+from server.progress_log import LoggedProgress
 from server.report import write_report
 from server.run_folder import RunFolder
 from server.secure_round import SecureRounds
 from server.strategy import Federation, RoundResult
 from tofu.data import FederatedData, LabelledImages
 from tofu.errors import RunError, TofuError
+from tofu.log import start_logging
 from tofu.models import build_model
 from tofu.network import Network
 from tofu.recording import Recorder
@@ -45,7 +49,8 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 def main(grid: Grid, context: Context) -> None:
     """Entry point of `flwr run`; an error that a user can act on ends the run as failed, with one line on stderr."""
     try:
-        serve(grid, Settings.of(context.run_config), make_progress(sys.stderr, quiet=False))
+        settings = Settings.of(context.run_config)
+        serve(grid, settings, make_progress(sys.stderr, quiet=settings.log == "json"))
     except TofuError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         raise  # Flower takes any other end, SystemExit too, for success
@@ -58,6 +63,18 @@ def serve(grid: Grid, settings: Settings, progress: Progress) -> dict[str, objec
         TofuError: a setting or the data cannot be used, or a round got no valid reply. What the finished rounds
             wrote to the run folder stays.
     """
+    start_logging(settings.log)
+    progress = LoggedProgress(progress, grid.run.run_id)
+    try:
+        return _serve(grid, settings, progress)
+    except BaseException as error:
+        progress.broke_off(error)
+        raise
+    finally:
+        progress.close()
+
+
+def _serve(grid: Grid, settings: Settings, progress: Progress) -> dict[str, object]:
     began = time.perf_counter()
     torch.set_num_threads(settings.threads)
     data = open_run_data(settings)
@@ -70,68 +87,91 @@ def serve(grid: Grid, settings: Settings, progress: Progress) -> dict[str, objec
     # Settings that cannot be used, such as a ratio out of reach, end the run here, before anything is written.
     federation = Federation(grid, network, test, settings, ledger, progress)
     recorder = Recorder(Path(), settings.recorded, settings=settings, shape=data.shape)
-    folder = RunFolder(settings)
-    if settings.recorded:
-        federation.recorder = recorder.in_folder(folder.path)
-        progress.note(f"keeps what client {', '.join(settings.recorded)} sends in {folder.path}/record: as sensitive "
-                      "as its data")  # fmt: skip
-    samples = Samples(data, test)
-    progress.start(settings.rounds, settings.clients, f"{settings.model} on {settings.dataset}")
-    try:
-        done = _resume(folder, federation, samples, grid, progress) if settings.resume else None
-        if done is None:
-            start = federation.evaluate()
-            row: dict[str, object] = {
-                "round": 0, "kind": "start", "accuracy": start.accuracy, "loss": finite(start.loss), "clients": 0,
-                "failures": [], "explained_variance": None, "cosine": None, "train_loss": None, "uplink_bytes": 0,
-                "downlink_bytes": 0, "fedavg_uplink_bytes": 0, "seconds": time.perf_counter() - began,
-            }  # fmt: skip
-            folder.add_round(row, ())
-        stopped = ""
-        for round_ in range((done or 0) + 1, settings.rounds + 1):
-            if stopped := _spent(federation, round_):
-                progress.note(stopped)
-                break
-            try:
-                row = _round(federation, ledger, samples, round_, progress)
-            except BaseException:
-                folder.add_messages(ledger.take())
-                raise
-            messages = ledger.take()
-            if settings.checkpoint:
-                _checkpoint(folder, federation, grid, row, messages)
-            folder.add_round(row, messages)
-            federation.write_model(folder)
-            folder.write_samples(samples.arrays)
-            progress.round_done(row)
-        summary: dict[str, object] = {
-            "final_accuracy": federation.accuracies[-1],
-            "rounds": federation.round,
-            "uplink_bytes": ledger.uplink,
-            "downlink_bytes": ledger.downlink,
-            "fedavg_uplink_bytes": ledger.fedavg_uplink,
-            "fedavg_downlink_bytes": ledger.fedavg_downlink,
-            "uplink_ratio": ledger.ratio(),
-            "both_ratio": ledger.both_ratio(),
-            "payload_ratio": ledger.payload_ratio(),
-            "weights_sha256": weights_sha256(federation.weights),
-            **_transfer(federation),
-            **({"epsilon": federation.account.epsilon, "delta": settings.privacy_delta} if federation.account else {}),
-            **({"stopped": stopped} if stopped else {}),
-            "run": str(folder.path),
-            "seconds": time.perf_counter() - began,
-        }
-        folder.write_summary(summary)
-        remove_checkpoints(folder.path)
-        write_report(folder.path)
-        progress.finish(summary)
-    except OSError as error:
-        if error.errno not in _DISK:
+    metrics = RunMetrics(grid.run.run_id, settings)
+    with metrics.served(settings.metrics_port), closing(RunFolder(settings)) as folder:
+        if settings.recorded:
+            federation.recorder = recorder.in_folder(folder.path)
+            progress.note(f"keeps what client {', '.join(settings.recorded)} sends in {folder.path}/record: as "
+                          "sensitive as its data")  # fmt: skip
+        progress.start(settings.rounds, settings.clients, f"{settings.model} on {settings.dataset}")
+        try:
+            return _run(folder, federation, Samples(data, test), grid, ledger, metrics, progress, began)
+        except BaseException as error:
+            metrics.end(failed=True)
+            if metrics.begun:
+                with suppress(OSError):
+                    folder.write_metrics(metrics.text())
+            if isinstance(error, OSError) and error.errno in _DISK:
+                reason = f"the run's folder {folder.path} cannot be written ({error.strerror})"
+                raise RunError(f"round {federation.round}: {reason}") from error
             raise
-        reason = f"the run's folder {folder.path} cannot be written ({error.strerror})"
-        raise RunError(f"round {federation.round}: {reason}") from error
-    finally:
-        progress.close()
+
+
+def _run(
+    folder: RunFolder,
+    federation: Federation,
+    samples: "Samples",
+    grid: Grid,
+    ledger: Ledger,
+    metrics: RunMetrics,
+    progress: Progress,
+    began: float,
+) -> dict[str, object]:
+    """The rounds, from the first or from where a resumed run was; `began`: when, by `time.perf_counter`."""
+    settings = federation.settings
+    done = _resume(folder, federation, samples, grid, progress) if settings.resume else None
+    if done is None:
+        start = federation.evaluate()
+        row: dict[str, object] = {
+            "round": 0, "kind": "start", "accuracy": start.accuracy, "loss": finite(start.loss), "clients": 0,
+            "failures": [], "explained_variance": None, "cosine": None, "train_loss": None, "uplink_bytes": 0,
+            "downlink_bytes": 0, "fedavg_uplink_bytes": 0, "seconds": time.perf_counter() - began,
+        }  # fmt: skip
+        folder.add_round(row, ())
+    metrics.begin(folder.path.resolve().name, folder.rows())
+    folder.write_metrics(metrics.text())
+    stopped = ""
+    for round_ in range((done or 0) + 1, settings.rounds + 1):
+        if stopped := _spent(federation, round_):
+            progress.note(stopped)
+            break
+        try:
+            row = _round(federation, ledger, samples, round_, progress)
+        except BaseException:
+            folder.add_messages(ledger.take())
+            raise
+        messages = ledger.take()
+        if settings.checkpoint:
+            _checkpoint(folder, federation, grid, row, messages)
+        folder.add_round(row, messages)
+        federation.write_model(folder)
+        folder.write_samples(samples.arrays)
+        metrics.add([row])
+        folder.write_metrics(metrics.text())
+        progress.round_done(row)
+    summary: dict[str, object] = {
+        "final_accuracy": federation.accuracies[-1],
+        "rounds": federation.round,
+        "uplink_bytes": ledger.uplink,
+        "downlink_bytes": ledger.downlink,
+        "fedavg_uplink_bytes": ledger.fedavg_uplink,
+        "fedavg_downlink_bytes": ledger.fedavg_downlink,
+        "uplink_ratio": ledger.ratio(),
+        "both_ratio": ledger.both_ratio(),
+        "payload_ratio": ledger.payload_ratio(),
+        "weights_sha256": weights_sha256(federation.weights),
+        **_transfer(federation),
+        **({"epsilon": federation.account.epsilon, "delta": settings.privacy_delta} if federation.account else {}),
+        **({"stopped": stopped} if stopped else {}),
+        "run": str(folder.path),
+        "seconds": time.perf_counter() - began,
+    }
+    folder.write_summary(summary)
+    remove_checkpoints(folder.path)
+    metrics.end(failed=False)
+    folder.write_metrics(metrics.text())
+    write_report(folder.path)
+    progress.finish(summary)
     return summary
 
 
@@ -220,7 +260,10 @@ def _round(
         "accuracy": score.accuracy,
         "loss": finite(score.loss),
         "clients": len(result.survivors) if result.kind == "secure" else len(result.replies),
-        "failures": [{"client": name, "reason": reason} for name, reason in result.failures.items()],
+        "failures": [
+            {"client": name, "node": str(result.nodes[name]), "reason": reason}
+            for name, reason in result.failures.items()
+        ],
         "explained_variance": result.mean("explained_variance") if compressed else None,
         "cosine": result.mean("cosine") if compressed else None,
         "step_explained_variance": result.step_explained_variance,
@@ -234,6 +277,11 @@ def _round(
     }
     if federation.account is not None:
         row |= {"epsilon": finite(federation.account.epsilon), "train_loss": None}
+    if compressed:
+        row["by_client"] = [
+            {"client": client.name, "node": str(client.node), "explained_variance": reply.explained_variance}
+            for client, reply in result.replies
+        ]
     if metrics := result.plugin_metrics():
         row["plugins"] = metrics
     if settings.task_count > 1:

@@ -1,7 +1,7 @@
 """Which clients there are: node ids from the grid, names and image counts from the clients themselves."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from server.ledger import Ledger, client_order
+from server.progress import Progress
 from tofu.errors import RunError
 from tofu.messages import RECORD
 
@@ -29,8 +30,8 @@ class Client:
 class Clients:
     """Keeps track of who is connected. Nodes that were never heard of are asked who they are, once."""
 
-    def __init__(self, grid: Grid, ledger: Ledger, note: Callable[[str], None]) -> None:
-        self._grid, self._ledger, self._note = grid, ledger, note
+    def __init__(self, grid: Grid, ledger: Ledger, progress: Progress) -> None:
+        self._grid, self._ledger, self._progress = grid, ledger, progress
         self._known: dict[int, Client | None] = {}
         self._declined: dict[int, str] = {}
 
@@ -48,8 +49,12 @@ class Clients:
             found: dict[str, Client] = {}
             for client in filter(None, (self._known.get(node) for node in nodes)):
                 if client.name in found:
-                    self._note(f"node {client.node} calls itself client {client.name}, as node "
-                               f"{found[client.name].node} does: ignored")  # fmt: skip
+                    other = found[client.name].node
+                    self._progress.note(
+                        f"node {client.node} calls itself client {client.name}, as node {other} does: ignored",
+                        round=round_,
+                        node=client.node,
+                    )
                 else:
                     found[client.name] = client
             if len(found) >= least:
@@ -79,12 +84,12 @@ class Clients:
         messages = [Message(RecordDict(), node, "query", group_id=str(round_), ttl=ttl) for node in nodes]
         for node, reply in exchange(self._grid, messages, end):
             if reply.has_error():
-                self._decline(node, reply.error.reason or "error without a reason", reply)
+                self._decline(node, reply.error.reason or "error without a reason", reply, round_)
                 continue
             record = reply.content.config_records.get(RECORD)
             name, examples = (record.get("client"), record.get("examples")) if record is not None else (None, None)
             if not isinstance(name, str) or not 0 < len(name) <= 100 or not isinstance(examples, int) or examples < 1:
-                self._decline(node, "its introduction is not valid", reply)
+                self._decline(node, "its introduction is not valid", reply, round_)
                 continue
             self._known[node] = Client(node, name, examples)
             self._ledger.add(reply, round_=round_, kind="hello", direction="uplink", client=name)
@@ -93,9 +98,9 @@ class Clients:
             if client is not None:
                 self._ledger.add(message, round_=round_, kind="hello", direction="downlink", client=client.name)
 
-    def _decline(self, node: int, reason: str, reply: Message) -> None:
+    def _decline(self, node: int, reason: str, reply: Message, round_: int) -> None:
         """Note why a node takes no part. It is not asked again, unless the error is not its own but the network's."""
-        self._note(f"node {node} cannot take part: {reason}")
+        self._progress.note(f"node {node} cannot take part: {reason}", round=round_, node=node)
         self._declined[node] = reason
         if reply.metadata.src_node_id == node:
             self._known[node] = None

@@ -105,6 +105,8 @@ class InProcessGrid(Grid):
         self._nodes = {context.node_id: _Node(context) for context in contexts}
         self._sent: dict[str, _Sent] = {}
         self._changed = threading.Condition()
+        # One thread at a time: Flower parses its arrays with `ast.literal_eval`, which in CPython 3.11 may fail in two.
+        self._unpacking = threading.Lock()
         self._closed = False
         self._ready: SimpleQueue[_Node | None] = SimpleQueue()
         self._threads = [
@@ -154,13 +156,14 @@ class InProcessGrid(Grid):
         for identity in message_ids:
             with self._changed:
                 sent = self._sent.get(identity)
-                if sent is not None and sent.reply is None and not sent.expired:
+                if sent is not None and not sent.settled:
                     continue
                 self._sent.pop(identity, None)
             if sent is None or sent.reply is None or sent.expired:
                 replies.append(create_message_error_unavailable_ins_message(identity, self._run.run_id))
             else:
-                replies.append(sent.reply.unpack())
+                with self._unpacking:
+                    replies.append(sent.reply.unpack())
         return replies
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
@@ -245,9 +248,19 @@ class InProcessGrid(Grid):
             if sent is None or sent.expired or sent.request is None:
                 return
             request, sent.request = sent.request, None
-        reply = self._answer(node, request.unpack())
+        try:
+            with self._unpacking:
+                message = request.unpack()
+            reply = self._answer(node, message)
+        except Exception as error:
+            # Whatever it is, this thread must go on: a node whose message were neither answered nor given up would
+            # look busy for ever.
+            if self._closed:
+                raise SystemExit from None
+            _LOG.error("a message to client %s got lost", node.name, exc_info=error)
+            reply = None
         with self._changed:
-            sent.reply = reply
+            sent.reply, sent.lost = reply, reply is None
             self._changed.notify_all()
 
     def _answer(self, node: "_Node", message: Message) -> "_Parcel":
@@ -257,7 +270,8 @@ class InProcessGrid(Grid):
                 reply = self._client_app(message=message, context=context)
             finally:
                 # A SuperNode keeps the state of a failed handler too, as far as the handler had got.
-                node.context = context_from_proto(context_to_proto(context))
+                with self._unpacking:
+                    node.context = context_from_proto(context_to_proto(context))
             if not isinstance(reply, Message):
                 raise TypeError(f"the client app returned {type(reply).__name__}, not a Message")
             with no_object_id_recompute():
@@ -304,11 +318,15 @@ class _Parcel:
 
 @dataclass
 class _Sent:
-    """A message that was sent and not pulled yet; `request` goes when a worker takes it, `reply` comes when it ends."""
+    """A message that was sent and not pulled yet; `request` goes when a worker takes it, `reply` comes when it ends.
+
+    `lost` where none will come.
+    """
 
     expires_at: float
     request: _Parcel | None
     reply: _Parcel | None = None
+    lost: bool = False
 
     @property
     def expired(self) -> bool:
@@ -317,7 +335,7 @@ class _Sent:
 
     @property
     def settled(self) -> bool:
-        return self.reply is not None or self.expired
+        return self.reply is not None or self.lost or self.expired
 
 
 @dataclass

@@ -31,9 +31,13 @@ _OPTIONAL = ("task", "epsilon")
 class Progress:
     """A view of a run that shows nothing, and the base of those that do.
 
-    Order of calls: `start`, then for every round `phase` (any number of times) and `round_done`, then `finish`; `note`
-    at any time. `close` gives the terminal back and may be called twice; leaving the context does it.
+    Order of calls: `start`, then for every round `phase` (any number of times), `failed` for each client that did and
+    `round_done`, then `finish` or `broke_off`; `note` at any time. `close` gives the terminal back and may be called
+    twice; leaving the context does it.
     """
+
+    _failed = 0
+    """Failures of the round under way."""
 
     def start(self, rounds: int, clients: int, title: str) -> None:
         """A run of `rounds` rounds with `clients` clients begins."""
@@ -41,14 +45,27 @@ class Progress:
     def phase(self, round_: int, kind: str, phase: str, done: int, total: int) -> None:
         """Of the `total` pieces of a phase (a key of `PHASES`) of a round, `done` are done."""
 
+    def failed(self, round_: int, client: str, node: int, reason: str) -> None:
+        """Something of a client's could not be used in a round. People are told of the first few of a round."""
+        self._failed += 1
+        if self._failed <= _LISTED_FAILURES:
+            self.note(f"round {round_}: client {client}: {reason}", round=round_, node=node)
+
     def round_done(self, row: Mapping[str, Any]) -> None:
         """A round has ended; `row` is its line of `metrics.jsonl`, in which any key may be missing."""
+        if (more := self._failed - _LISTED_FAILURES) > 0:
+            self.note(f"round {row.get('round', '?')}: {more} more failures")
+        self._failed = 0
 
-    def note(self, text: str) -> None:
-        """Something that the user should know although the run goes on."""
+    def note(self, text: str, **where: Any) -> None:
+        """Something that the user should know although the run goes on; `where`: the round and node that it is about,
+        where it is about one."""
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """The run has ended; `summary` is what `summary.json` holds, in which any key may be missing."""
+
+    def broke_off(self, error: BaseException) -> None:
+        """The run ends with an error, which who started it tells people of."""
 
     def close(self) -> None:
         """Stop showing anything."""
@@ -93,11 +110,10 @@ class PlainProgress(Progress):
             words.append(f"epsilon {cells['epsilon']:>5}")
         if cells["time"] != _NONE:
             words.append(cells["time"])
+        super().round_done(row)
         self._say("  ".join(words))
-        for text in _failures(row):
-            self.note(text)
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, **where: Any) -> None:
         self._say(f"note: {text}")
 
     def finish(self, summary: Mapping[str, Any]) -> None:
@@ -148,12 +164,11 @@ class RichProgress(Progress):
         self._since = now
         self._phase = None
         self._rows = (*self._rows[1 - _LAST_ROUNDS :], _cells(row))
-        for text in _failures(row):
-            self.note(text)
+        super().round_done(row)
         if self._live is not None:
             self._live.refresh()
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, **where: Any) -> None:
         # Text, not markup: a client called "[red]" is called just that.
         self._console.print(Text.assemble(("note: ", "yellow"), printable(text)))
 
@@ -257,19 +272,6 @@ def _epsilon(values: Mapping[str, Any]) -> str:
     if epsilon is not None:
         return f"{epsilon:.4g}"
     return "inf" if "epsilon" in values else _NONE  # JSON has no infinity: a run writes null for it
-
-
-def _failures(row: Mapping[str, Any]) -> list[str]:
-    """One line for each of the first failures of a round, and one that counts the rest."""
-    where = f"round {row.get('round', '?')}"
-    listed = row.get("failures") or []
-    lines = [
-        f"{where}: reply of client {failure.get('client', '?')} not used: {failure.get('reason', '?')}"
-        for failure in listed[:_LISTED_FAILURES]
-    ]
-    if len(listed) > _LISTED_FAILURES:
-        lines.append(f"{where}: {len(listed) - _LISTED_FAILURES} more replies not used")
-    return lines
 
 
 def _in_short(summary: Mapping[str, Any]) -> str:

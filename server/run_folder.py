@@ -4,6 +4,7 @@ config.json      every setting
 metrics.jsonl    one object a round (round 0: before training)
 ledger.jsonl     one object a message, written round by round
 weights.safetensors, summary.json, report.html, samples.npz, plugins.state   replaced whole by a rename
+metrics.prom     the same for Prometheus (`server.metrics`), replaced likewise after every round
 checkpoints      what a run that was ended needs to go on (`server.checkpoint`)
 """
 
@@ -27,7 +28,10 @@ from tofu.errors import SettingError
 from tofu.settings import Settings
 from tofu.weights import Weights
 
-MAY_CHANGE = ("workers", "round-timeout", "secure-timeout", "min-clients", "resume", "run-folder", "checkpoint")
+MAY_CHANGE = (
+    "workers", "round-timeout", "secure-timeout", "min-clients", "resume", "run-folder", "checkpoint", "log",
+    "metrics-port",
+)  # fmt: skip
 """Settings that a run may go on with another value of."""
 
 _SHAPE = "shape"
@@ -36,7 +40,7 @@ _SHAPE = "shape"
 class RunFolder:
     """Creates and fills the folder of one run, or goes on with that of `settings.resume`.
 
-    One process at a time: the folder is held until it ends.
+    One process at a time: the folder is held until `close`.
 
     Raises:
         SettingError: a new run's folder exists and is not empty, or cannot be made; or the run to go on with has ended,
@@ -57,6 +61,10 @@ class RunFolder:
             raise SettingError("run-folder", str(self.path), f"a folder that can be made ({error.strerror})") from error
         self._replace("config.json", lambda f: f.write(_json(settings.to_config(), indent=1)))
         self._held = _hold(self.path)
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        self._held.close()
 
     def _check_settings(self, settings: Settings) -> None:
         if (self.path / "summary.json").exists():
@@ -82,6 +90,14 @@ class RunFolder:
             earlier = [old for old in _rows(self.path / name) if 0 <= old["round"] < last]
             lines = [_json(line) + b"\n" for line in (*earlier, *final)]
             self._replace(name, lambda f, lines=lines: f.writelines(lines))  # type: ignore[misc]
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The rows of metrics.jsonl so far."""
+        return _rows(self.path / "metrics.jsonl")
+
+    def write_metrics(self, text: bytes) -> None:
+        """Replace metrics.prom."""
+        self._replace("metrics.prom", lambda f: f.write(text))
 
     def write_model(self, weights: Weights, shape: ImageShape, broadcast: bytes) -> None:
         """Replace weights.safetensors, whose metadata say what images the model takes, and plugins.state."""
@@ -145,7 +161,7 @@ def read_config(run: Path) -> Settings:
 
 
 def _hold(run: Path) -> BinaryIO:
-    """Hold a run's folder until this process ends: two would write into each other's files."""
+    """Hold a run's folder until the file is closed: two processes would write into each other's files."""
     try:
         file = (run / "config.json").open("rb")
     except OSError as error:

@@ -54,6 +54,7 @@ class RoundResult:
     Attributes:
         replies: (client, its reply without the payload) of every client that was added.
         failures: client name -> one line that says why it was not.
+        nodes: client name -> node, of all that were asked.
         shown: name of the client whose proxies are kept for the report.
         proxies: images [n, c, h, w] that it sent, in a proxy round.
         step_explained_variance: of the server's compressed step to this round's weights; None where it sent them whole.
@@ -71,6 +72,7 @@ class RoundResult:
     shown: str
     replies: list[tuple[Client, TrainReply]] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
+    nodes: dict[str, int] = field(default_factory=dict)
     proxies: Tensor | None = None
     step_explained_variance: float | None = None
     broadcast: bytes = b""
@@ -113,7 +115,7 @@ class Federation:
     ) -> None:
         self.settings, self._shape = settings, network.shape
         self._grid, self._test, self._ledger, self._progress = grid, test, ledger, progress
-        self._clients = Clients(grid, ledger, progress.note)
+        self._clients = Clients(grid, ledger, progress)
         self._schedule = Schedule.of(settings)
         self.plugins = settings.make_plugins()
         self.stream = settings.task_stream(network.shape.classes)
@@ -194,15 +196,19 @@ class Federation:
         kind = self._schedule.kind(round_, self.accuracies)
         chosen = self._sample(known, round_, least=LEAST_SECURE if kind == "secure" else 1)
         result = RoundResult(round_, kind, shown=chosen[0].name)
+        result.nodes = {client.name: client.node for client in chosen}
         result.broadcast = self.plugins.broadcast_bytes(max_bytes=MOST_STATE_BYTES) if self.plugins else b""
         result.asks_keys = result.kind != "secure" and self._schedule.secure_may_follow(round_, self.accuracies)
         self._downlink.begin(round_, whole=result.kind == "full")
         result.step_explained_variance = self._downlink.explained_variance
 
         end = time.monotonic() + settings.round_timeout
-        update = self._secure_mean(chosen, result, end) if result.kind == "secure" else self._mean(chosen, result, end)
-        for name, reason in result.failures.items():
-            self._progress.note(f"round {round_}: client {name}: {reason}")
+        mean = self._secure_mean if result.kind == "secure" else self._mean
+        try:
+            update = mean(chosen, result, end)
+        finally:
+            for name, reason in result.failures.items():
+                self._progress.failed(round_, name, result.nodes[name], reason)
         if update is not None:
             before = self.plugins.before_step(self.network.model)
             self._optimiser.step(update)
@@ -256,13 +262,14 @@ class Federation:
             result.secure, result.survivors = self._secure.close(opened, result.failures, again=again)
         except AbandonedError as error:
             result.abandoned = str(error)
-            self._progress.note(f"round {result.round} is abandoned: {error}")
+            self._progress.note(f"round {result.round} is abandoned: {error}", round=result.round)
             return None
         mean = result.secure
         if mean.clipped:
             self._progress.note(
                 f"round {result.round}: {mean.clipped} values of all clients were clipped, the furthest at most "
-                f"{mean.furthest:.3g} times its range; what was cut off is sent later"
+                f"{mean.furthest:.3g} times its range; what was cut off is sent later",
+                round=result.round,
             )
         for name in result.survivors:
             self._acknowledged[name] = result.round
@@ -280,8 +287,12 @@ class Federation:
             for client, reply in self._exchange(some, result, end, whole=whole):
                 if not whole and reply.has_error() and reply.error.code == RESYNC:
                     self._count_error(client, reply, result, fedavg=False)
-                    self._progress.note(f"round {result.round}: client {client.name} is sent the weights: "
-                                        f"{one_line(reply.error.reason)}")  # fmt: skip
+                    reason = one_line(reply.error.reason)
+                    self._progress.note(
+                        f"round {result.round}: client {client.name} is sent the weights: {reason}",
+                        round=result.round,
+                        node=client.node,
+                    )
                     lost.append(client)
                     continue
                 silent.pop(client.name, None)

@@ -150,7 +150,7 @@ def _run(settings: Settings, *, quiet: bool) -> dict[str, object]:
     from server.app import serve_in_process
     from server.progress import make_progress
 
-    return serve_in_process(client_app, settings, make_progress(sys.stderr, quiet=quiet))
+    return serve_in_process(client_app, settings, make_progress(sys.stderr, quiet=quiet or settings.log == "json"))
 
 
 @_app.command()

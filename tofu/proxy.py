@@ -32,6 +32,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.adam import adam
 
 from tofu.errors import PayloadError, SettingError
 from tofu.lbfgs import lbfgs
@@ -498,9 +499,13 @@ def _search(objective: _Objective, begin: ProxyData, settings: ProxySettings) ->
 
 
 def _adam(objective: Callable[[Tensor], tuple[float, Tensor]], start: Tensor) -> Iterator[None]:
-    vector = start.clone().requires_grad_()
-    optimiser = torch.optim.Adam([vector], lr=ADAM_STEP)
+    # As torch.optim.Adam, whose class imports torch's compiler first: a second of a client app's start.
+    vector, steps = start.clone(), torch.zeros(())
+    mean, square = torch.zeros_like(vector), torch.zeros_like(vector)
     while True:
-        _, vector.grad = objective(vector.detach())
-        optimiser.step()
+        _, gradient = objective(vector.detach())
+        adam(
+            [vector], [gradient], [mean], [square], [], [steps], foreach=False, amsgrad=False, beta1=0.9, beta2=0.999,
+            lr=ADAM_STEP, weight_decay=0.0, eps=1e-8, maximize=False,
+        )  # fmt: skip
         yield

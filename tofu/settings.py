@@ -14,6 +14,7 @@ from typing import Any
 from tofu.compression import Compressor, compressor_names, make_compressor
 from tofu.data import FederatedData, ImageShape, open_data
 from tofu.errors import SettingError
+from tofu.log import STYLES
 from tofu.network import Network
 from tofu.plugins import About, Conditions, Plugins, make_plugins, plugin_names
 from tofu.privacy import Noise
@@ -124,6 +125,8 @@ class Settings:
     checkpoint: bool = _setting(True, "keep all that the run needs to go on, after every round, until it ends", section="Run")
     resume: str = _setting("", "folder of a run that did not end, to go on with", section="Run")
     run_folder: str = _setting("", "folder for the results; empty makes one under runs/", section="Run")
+    log: str = _setting("text", "what the apps write to standard error: text: progress, for people; json: one JSON object a line, for machines", section="Run", choices=STYLES)
+    metrics_port: int = _setting(0, "port of 127.0.0.1 at which Prometheus finds the run's metrics while it goes on, beside the file metrics.prom; 0 is none", section="Run", least=0, most=65535)
     # fmt: on
 
     @staticmethod

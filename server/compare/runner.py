@@ -29,6 +29,7 @@ _WRITTEN = frozenset(
     (
         "config.json",
         "metrics.jsonl",
+        "metrics.prom",
         "ledger.jsonl",
         "weights.safetensors",
         "summary.json",
@@ -38,7 +39,7 @@ _WRITTEN = frozenset(
     )
 )
 _TEMPORARY = frozenset(f".{name}.part" for name in _WRITTEN)
-_NOT_COMPARED = ("run-folder", "workers", "checkpoint", "resume")
+_NOT_COMPARED = ("run-folder", "workers", "checkpoint", "resume", "log", "metrics-port")
 """Settings that change nothing about a run's results."""
 
 

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from dataclasses import dataclass, field
 
 import pytest
@@ -5,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from client.training import LocalTraining, SeededDropout, _batches, train_locally
+from client.training import Descent, LocalTraining, SeededDropout, _batches, train_locally
 from tofu.data import LabelledImages, to_float
 from tofu.errors import RunError
 from tofu.models import build_model
@@ -35,6 +37,50 @@ def test_an_epoch_is_plain_sgd_over_shuffled_batches(digits: LabelledImages) -> 
     assert result.steps == 8
     for name, value in weights_of(ours).items():
         assert torch.allclose(value, weights_of(theirs)[name], atol=1e-6)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+def test_a_step_is_torchs_to_the_bit(momentum: float, weight_decay: float, digits: LabelledImages) -> None:
+    ours, theirs = build_model("cnn", digits.shape, seed=1), build_model("cnn", digits.shape, seed=1)
+    still = next(theirs.parameters()).detach().clone()
+    for model in (ours, theirs):
+        next(model.parameters()).requires_grad_(False)
+    descent = Descent([*ours.parameters()], LocalTraining(1, 32, 0.1, momentum, weight_decay))
+    optimiser = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=momentum, weight_decay=weight_decay)
+    for start in range(0, 160, 32):
+        images, labels = to_float(digits.images[start : start + 32]), digits.labels[start : start + 32]
+        for model in (ours, theirs):
+            model.zero_grad()
+            F.cross_entropy(model(images), labels).backward()
+        descent.step()
+        optimiser.step()
+    assert fingerprint(weights_of(ours)) == fingerprint(weights_of(theirs))
+    assert torch.equal(next(ours.parameters()), still)
+
+
+def test_training_and_encoding_leave_torchs_compiler_alone() -> None:
+    """Its import takes longer than a small client's epoch, and a client app may start anew for every message."""
+    code = """
+import sys, torch
+from client.training import LocalTraining, train_locally
+from tofu.data import LabelledImages, ImageShape
+from tofu.models import build_model
+from tofu.network import Network
+from tofu.settings import Settings
+from tofu.weights import weights_of
+data = LabelledImages(torch.zeros(20, 1, 8, 8, dtype=torch.uint8), torch.arange(20) % 10, 10)
+model = build_model("mlp", data.shape, seed=0)
+g = torch.Generator()
+train_locally(model, data, LocalTraining(1, 8, 0.1, 0.9), generator=g)
+network = Network(model.eval(), data.shape)
+update = {name: torch.randn(w.shape, generator=g) for name, w in weights_of(model).items()}
+for mode in ("smooth", "paper"):
+    settings = Settings(evaluations=3, codec_mode=mode)
+    settings.make_compressor("proxy", network).compress(network, update, generator=g, memory=b"")
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_training_learns_and_the_seed_decides(digits: LabelledImages) -> None:

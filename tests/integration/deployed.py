@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from prometheus_client.parser import text_string_to_metric_families
+
 from deploy.processes import Federation
 from deploy.supervisor import supervise
 from server.app import serve_in_process
@@ -19,6 +21,9 @@ from tofu.settings import Settings
 Row = dict[str, Any]
 Faults = Mapping[str, Mapping[str, str]]
 """Client name -> "round:stage" -> fault (`misbehaving`)."""
+
+WHERE = ("time", "level", "app", "event", "run", "round", "node")
+"""What every line of a structured log begins with."""
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -55,6 +60,41 @@ def rows(folder: Path, name: str = "metrics") -> list[Row]:
     """The whole lines of a run's file so far."""
     file = folder / f"{name}.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines(True) if line[-1] == "\n"] if file.exists() else []
+
+
+def log_lines(text: str) -> list[Row]:
+    """A structured log."""
+    found = [json.loads(line) for line in text.splitlines()]
+    for line in found:
+        assert tuple(line)[: len(WHERE)] == WHERE
+    return found
+
+
+def samples(text: str) -> dict[tuple[str, str], float]:
+    """(name, client) -> value, added up over all other labels."""
+    found: dict[tuple[str, str], float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            key = sample.name, sample.labels.get("client", "")
+            found[key] = found.get(key, 0) + sample.value
+    return found
+
+
+def assert_of_the_run(found: Mapping[tuple[str, str], float], folder: Path) -> None:
+    """The metrics are those of metrics.jsonl."""
+    told = rows(folder)
+    assert found["tofu_rounds_total", ""] == told[-1]["round"]
+    for name in ("uplink_bytes", "downlink_bytes"):
+        assert found[f"tofu_{name}_total", ""] == sum(row[name] for row in told)
+    assert found["tofu_accuracy", ""] == told[-1]["accuracy"]
+    assert found["tofu_round_seconds", ""] == told[-1]["seconds"]
+    failures = [failure["client"] for row in told for failure in row["failures"]]
+    for client in failures:
+        assert found["tofu_client_failures_total", client] == failures.count(client)
+    assert {client for name, client in found if name == "tofu_client_failures_total"} == set(failures)
+    explained = {each["client"]: each["explained_variance"] for row in told for each in row.get("by_client", ())}
+    assert explained == {client: value for (name, client), value in found.items() if name == "tofu_explained_variance"}
+    assert all(0 < value < 1 for value in explained.values())
 
 
 def wait_for(what: Callable[[], bool], seconds: float) -> None:

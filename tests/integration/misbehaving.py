@@ -22,6 +22,7 @@ from client import app as honest
 from deploy.state import State
 from tofu.messages import FIELD, RECORD, SECURE, SecureQuery, TrainReply
 from tofu.payload import HEADER_BYTES
+from tofu.weights import FINGERPRINT_BYTES
 
 FAULTS_FILE = "faults.json"
 HUGE_BYTES = 2**24
@@ -117,7 +118,10 @@ _FAULTS: dict[str, Fault] = {
     "rubbish": lambda request, reply, context: _saying(request, b"\xff" * 99),
     "truncated": _with_payload(lambda data: data[:-7]),
     "nan": _with_body(lambda body: struct.pack("<f", float("nan")) * (len(body) // 4)),
-    "another model": _with_body(lambda body: body[: len(body) // 8 * 4]),
+    "another model": _with_payload(
+        lambda data: data[: HEADER_BYTES - 4 - FINGERPRINT_BYTES] + bytes(FINGERPRINT_BYTES) + data[HEADER_BYTES - 4 :]
+    ),
+    "wrong shapes": _with_body(lambda body: body[: len(body) // 8 * 4]),
     "bomb": _with_body(_bomb),
 }
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from deploy import control
+from deploy.processes import read_names
 from deploy.state import Process, State
 from tofu.secagg.identities import read_known
 
@@ -64,7 +65,12 @@ def test_up_says_what_runs(folder: Path) -> None:
         "supervisor", "superlink", "superlink-exec", "node-0", "node-0-exec", "node-1", "node-1-exec"
     ]  # fmt: skip
     assert all(process["alive"] for process in status["processes"])
-    assert status["nodes"] == [{"name": "node-0", "status": "online"}, {"name": "node-1", "status": "online"}]
+    names = read_names(folder)
+    assert sorted(names.values()) == ["node-0", "node-1"]
+    assert status["nodes"] == [
+        {"name": name, "node": node, "status": "online"}
+        for node, name in sorted(names.items(), key=lambda item: item[1])
+    ]
     assert status["address"].startswith("127.0.0.1:")
     keys = {file.name: file.stat().st_mode & 0o777 for file in (folder / "keys").iterdir()}
     assert {name for name, mode in keys.items() if mode == 0o600} == {

@@ -176,15 +176,17 @@ def killed(folder: Path, *, after: float, rounds: int) -> None:
     """Start a run, and kill it some seconds after it has come to a number of rounds."""
     process = subprocess.Popen(command(*options(), f"--run-folder={folder}"), stderr=subprocess.PIPE)
     metrics, end = folder / "metrics.jsonl", time.monotonic() + 120
-    while not (metrics.exists() and len(metrics.read_bytes().splitlines()) > rounds):
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    time.sleep(after)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    if process.stderr:
-        process.stderr.close()
+    try:
+        while not (metrics.exists() and len(metrics.read_bytes().splitlines()) > rounds):
+            assert process.poll() is None, process.stderr.read() if process.stderr else ""
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        time.sleep(after)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if process.stderr:
+            process.stderr.close()
 
 
 def test_a_command_that_was_killed_goes_on(whole: Path, tmp_path: Path) -> None:
@@ -206,6 +208,7 @@ def test_a_run_under_way_is_not_begun_twice(tmp_path: Path, broken: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_twenty_kills_at_random_moments(whole: Path, tmp_path: Path) -> None:
     generator = random.Random(5)
     for number in range(20):

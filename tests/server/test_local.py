@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.task_identity import TaskIdentity
 
+from server import local
 from server.local import run_in_process
 from tofu.errors import SettingError
 
@@ -255,6 +257,32 @@ def test_a_message_that_outlives_its_time_is_answered_by_the_superlink_with_an_e
     serve(main, client_app())
 
 
+def test_a_message_that_cannot_be_unpacked_is_an_error_and_its_node_answers_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With one worker: a thread that died of it would never answer again, nor would its node look idle."""
+    unpack, failing = local.inflate_object_from_contents, [True]
+
+    def inflate(*arguments: Any) -> Any:
+        if failing and threading.current_thread() is not threading.main_thread():
+            failing.clear()
+            raise SystemError("AST constructor recursion depth mismatch")
+        return unpack(*arguments)
+
+    monkeypatch.setattr(local, "inflate_object_from_contents", inflate)
+    outcomes: list[list[bool]] = []
+
+    def main(grid: Grid, context: Context) -> None:
+        for _ in range(2):
+            replies = grid.send_and_receive(train_messages(grid, np.ones(2, np.float32)), timeout=60)
+            outcomes.append(sorted(reply.has_error() for reply in replies))
+
+    began = time.monotonic()
+    serve(main, client_app(), nodes=2, workers=1)
+    assert outcomes == [[False, True], [False, False]]
+    assert time.monotonic() - began < 50  # nobody waited for what would not come
+
+
 def test_messages_are_dropped_once_pulled() -> None:
     def main(grid: Grid, context: Context) -> None:
         assert len(list(grid.send_and_receive(train_messages(grid, np.zeros(3, np.float32))))) == 3
@@ -348,6 +376,7 @@ import torch
 from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
+from server import local
 from server.local import run_in_process
 
 client, server = ClientApp(), ServerApp()

@@ -82,11 +82,16 @@ def test_plain_writes_one_line_a_round(screen: io.StringIO) -> None:
 
 
 def test_plain_names_failures_and_cuts_a_long_list(screen: io.StringIO) -> None:
-    failures = [{"client": f"{client}", "reason": "timed out"} for client in range(5)]
-    PlainProgress(screen).round_done(row(4, failures=failures))
-    lines = screen.getvalue().splitlines()[1:]
-    assert lines[0] == "note: round 4: reply of client 0 not used: timed out"
-    assert lines[3:] == ["note: round 4: 2 more replies not used"]
+    progress = PlainProgress(screen)
+    for round_ in (4, 5):
+        for client in range(5):
+            progress.failed(round_, f"{client}", 100 + client, "timed out")
+        progress.round_done(row(round_))
+    lines = screen.getvalue().splitlines()
+    assert lines[0] == "note: round 4: client 0: timed out"
+    assert lines[3] == "note: round 4: 2 more failures"
+    assert lines[5] == "note: round 5: client 0: timed out"
+    assert len(lines) == 10
 
 
 def test_plain_tells_abandoned_rounds_tasks_and_epsilon(screen: io.StringIO) -> None:
@@ -128,13 +133,15 @@ def test_live_view_has_columns_for_tasks_and_epsilon_where_a_run_has_them(
 
 def test_nothing_hostile_reaches_the_terminal(screen: io.StringIO, live: RichProgress) -> None:
     hostile = "\x1b[2J\x07[red]node\n\u202e"
-    failures = [{"client": hostile, "reason": hostile}]
     plain = io.StringIO()
-    PlainProgress(plain).round_done(row(1, kind="a\nb", failures=failures))
+    progress = PlainProgress(plain)
+    progress.failed(1, hostile, 7, hostile)
+    progress.round_done(row(1, kind="a\nb"))
     assert plain.getvalue().count("\n") == 2
     live.start(2, 1, hostile)
     live.phase(1, hostile, hostile, 0, 1)
-    live.round_done(row(1, kind=hostile, failures=failures))
+    live.failed(1, hostile, 7, hostile)
+    live.round_done(row(1, kind=hostile))
     live.close()
     for text in (plain.getvalue(), screen.getvalue()):
         assert "\x1b[2J" not in text

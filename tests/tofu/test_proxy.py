@@ -11,10 +11,12 @@ from tofu.data import ImageShape
 from tofu.errors import PayloadError, SettingError
 from tofu.network import Network
 from tofu.proxy import (
+    ADAM_STEP,
     STEEPNESSES,
     ProxyCode,
     ProxyData,
     ProxySettings,
+    _adam,
     _Objective,
     _Variables,
     decode,
@@ -29,6 +31,26 @@ from tofu.weights import cosine, explained_variance
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def test_adams_steps_are_torchs_to_the_bit() -> None:
+    start = torch.randn(20, dtype=torch.float64, generator=generator())
+    ours: list[torch.Tensor] = []
+
+    def objective(vector: torch.Tensor) -> tuple[float, torch.Tensor]:
+        ours.append(vector.clone())
+        return 0.0, vector**3 + vector.cos()
+
+    steps = _adam(objective, start)
+    theirs = start.clone().requires_grad_()
+    optimiser = torch.optim.Adam([theirs], lr=ADAM_STEP)
+    for _ in range(10):
+        next(steps)
+        assert torch.equal(ours[-1], theirs.detach())
+        theirs.grad = objective(theirs.detach())[1]
+        ours.pop()
+        optimiser.step()
+    assert torch.equal(start, torch.randn(20, dtype=torch.float64, generator=generator()))
 
 
 @pytest.mark.parametrize("mode", [ProxySettings(), paper_settings()], ids=["smooth", "paper"])
