@@ -8,6 +8,7 @@ interrupted benchmark goes on where it was.
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,8 @@ def one_run(case: str, method: str, seed: int, options: argparse.Namespace) -> d
     values = COMMON | CASES[case] | changes(case, method) | {"dataset": find_data(hub.split("/")[1], hub), "seed": seed}
     settings = Settings.of(values | {"run_folder": str(folder), "workers": options.workers})
     if not (folder / "summary.json").is_file():
-        if folder.is_dir():  # interrupted: begin it again
-            for file in folder.iterdir():
-                file.unlink()
+        if (folder / "config.json").is_file():  # interrupted: begin it again
+            shutil.rmtree(folder)
         serve_in_process(client_app, settings, PlainProgress())
     kept = json.loads((folder / "config.json").read_text())
     if any(kept[name.replace("_", "-")] != value for name, value in values.items()):
