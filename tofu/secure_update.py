@@ -198,6 +198,7 @@ class SecureCode:
         sums: Mapping[str, Tensor] | None = None,
         *,
         silent: bool = False,
+        nearest: bool = False,
     ) -> Encoded:
         """An update as a vector.
 
@@ -205,6 +206,7 @@ class SecureCode:
             seed: of the rounding (`FixedPoint.encode`).
             sums: the plugins', by the names that were declared, within their bounds.
             silent: say nothing beside the update: neither a loss nor that anything was clipped.
+            nearest: round the update to the nearest steps, as is better where the caller keeps what that loses.
 
         Raises:
             RunError: an update that is not finite.
@@ -222,7 +224,9 @@ class SecureCode:
         beyond = [min(max(far - 1.0, least), LARGEST) if far > 1 else 0.0 for far in furthest]
         excess = np.array(beyond) / LARGEST / weight
         losses = np.full(_LOSS_ENTRIES, min(max(loss, 0.0) / LARGEST, 1.0 / weight))
-        vector, clipped = self._fixed.encode(np.concatenate([values, losses, excess]), examples, seed)
+        vector, clipped = self._fixed.encode(
+            np.concatenate([values, losses, excess]), examples, seed, nearest=self._count if nearest else 0
+        )
         steps = centred(vector[: self._count], self._terms.bits).astype(np.float64)
         own = self._spaced(steps * (self._fixed.step / weight)) * self._spread
         digits = [self._digits_of((sums or {})[name], spec) for name, spec in self._declared.items()]

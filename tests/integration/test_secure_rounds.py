@@ -35,10 +35,12 @@ Fault = Callable[[Message, Message, Context], Message]
 """From a request, the honest reply and the client's context, the reply that is sent."""
 
 TINY: Row = {
-    "model": "mlp", "clients": 5, "rounds": 3, "evaluations": 3, "ratio": 50.0, "local_epochs": 1, "batch_size": 32,
+    "model": "mlp", "clients": 5, "rounds": 3, "compressor": "topk", "ratio": 50.0, "local_epochs": 1, "batch_size": 32,
     "lr": 0.05, "weight_average": 0.0, "schedule": "switch", "switch_round": 2, "secure_ratio": 1.2,
 }  # fmt: skip
-"""A proxy round, then two secure rounds; so many bits that the sum is right to the last digits that are looked at."""
+"""A compressed round, then two secure rounds; so many bits that the sum is right to the last digits that are looked at.
+
+Top-k's magnitudes show how large updates are, so that the first secure round clips nothing."""
 
 
 def federate(folder: Path, app: ClientApp = honest.app, **settings: object) -> Row:
@@ -47,6 +49,11 @@ def federate(folder: Path, app: ClientApp = honest.app, **settings: object) -> R
 
 def rows(folder: Path, name: str = "metrics") -> list[Row]:
     return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def failed(row: Row) -> list[tuple[str, str]]:
+    """Who failed in a round, and why."""
+    return [(failure["client"], failure["reason"]) for failure in row["failures"]]
 
 
 def end_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -191,7 +198,7 @@ def test_a_client_may_drop_out_at_any_stage(stage: str, counts: bool, tmp_path: 
     second, third = rows(tmp_path / "run")[2:]
     assert (second["clients"], third["clients"]) == (5 if counts else 4, 5)
     assert second["abandoned"] == third["abandoned"] == ""
-    assert second["failures"] == [{"client": "2", "reason": "the battery is empty"}]
+    assert failed(second) == [("2", "the battery is empty")]
 
 
 @pytest.mark.parametrize("stage", ["share", "mask", "reveal"])
@@ -249,7 +256,7 @@ def test_a_silent_client_holds_up_a_stage_only_so_long(tmp_path: Path) -> None:
 
     federate(tmp_path / "run", faulty(silent, "share"), secure_timeout=2.5)
     second, third = rows(tmp_path / "run")[2:]
-    assert second["failures"] == [{"client": "2", "reason": "no answer at stage share within 2.5 s"}]
+    assert failed(second) == [("2", "no answer at stage share within 2.5 s")]
     assert (second["clients"], third["clients"]) == (4, 5)
 
 
@@ -288,23 +295,26 @@ def test_a_transcript_of_the_server_gives_no_update_away(tmp_path: Path) -> None
             vectors[client] = unpack(Masked.from_bytes(reply).packed, code.length, terms.bits, "vector")
     count, bits = sum(shape.numel() for shape in layout.shapes.values()), terms.bits
 
-    def cosine(vector: Any, update: np.ndarray[Any, np.dtype[np.float64]]) -> float:
-        guess = centred(vector, bits)[:count] * np.repeat(terms.ranges, [s.numel() for s in layout.shapes.values()])
-        return float(guess @ update / np.linalg.norm(guess) / np.linalg.norm(update))
+    spread = np.repeat(terms.ranges, [s.numel() for s in layout.shapes.values()])
 
-    noise = 5 / np.sqrt(count)
+    def deviations(vector: Any, update: np.ndarray[Any, np.dtype[np.float64]]) -> float:
+        """The cosine of vector and update over its standard deviation where the vector is uniform over the ring."""
+        guess = centred(vector, bits)[:count] * spread
+        deviation = np.linalg.norm(spread * update) / np.linalg.norm(spread)
+        return float(abs(guess @ update) / np.linalg.norm(guess) / deviation)
+
     for client, vector in vectors.items():
         assert chisquare(np.bincount(vector >> np.uint64(bits - 4), minlength=16)).pvalue > 1e-6
-        assert abs(cosine(vector, true[client])) < noise
+        assert deviations(vector, true[client]) < 5
     names = sorted(vectors)
     assert len(names) == 5
     for size in range(2, 5):
         for some in itertools.combinations(names, size):
             both = np.sum([vectors[name] for name in some], axis=0, dtype=np.uint64) & np.uint64(2**bits - 1)
-            assert abs(cosine(both, np.sum([true[name] for name in some], axis=0))) < noise
+            assert deviations(both, np.sum([true[name] for name in some], axis=0)) < 5
     # Self-masks hide the sum of all too, until their seeds are revealed; then it is there, and only it.
     everything = np.sum(list(vectors.values()), axis=0, dtype=np.uint64) & np.uint64(2**bits - 1)
-    assert abs(cosine(everything, np.sum(list(true.values()), axis=0))) < noise
+    assert deviations(everything, np.sum(list(true.values()), axis=0)) < 5
     moved = step_of_round_two(tmp_path, layout)
     data = open_run_data(settings)
     pooled = np.sum([len(data.client(int(name))) * update for name, update in true.items()], axis=0)
@@ -367,7 +377,7 @@ def test_with_identities_there_is_one_exchange_more_and_the_same_sum(tmp_path: P
 def test_with_identities_a_client_may_drop_out_before_it_confirms(tmp_path: Path) -> None:
     signed(tmp_path, faulty(gone, "confirm"))
     assert [row["clients"] for row in rows(tmp_path / "run")[2:]] == [5, 5]
-    assert rows(tmp_path / "run")[2]["failures"] == [{"client": "2", "reason": "the battery is empty"}]
+    assert failed(rows(tmp_path / "run")[2]) == [("2", "the battery is empty")]
 
 
 def test_keys_of_a_stranger_are_refused_by_name(tmp_path: Path) -> None:
@@ -477,7 +487,7 @@ def test_what_does_not_travel_now_travels_later(tmp_path: Path) -> None:
     moved = [{name: new[name] != old[name] for name in new} for old, new in itertools.pairwise(steps)]
     for one in moved:
         share = sum(int(value.sum()) for value in one.values()) / sum(value.numel() for value in one.values())
-        assert 0.05 < share < 0.34  # of a third, what is not rounded to nothing
+        assert 0.005 < share < 0.34  # of a third, what is not rounded to nothing
     assert any(bool((moved[1][name] & ~moved[0][name]).any()) for name in moved[0])
 
 

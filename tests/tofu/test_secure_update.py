@@ -170,3 +170,15 @@ def test_an_update_that_is_not_finite_stops_the_client() -> None:
     update["bias"][3] = float("nan")
     with pytest.raises(RunError, match="not finite"):
         code_for(2).encode(update, 50, 0.0)
+
+
+@given(st.integers(0, 2**16), st.integers(4, 12))
+def test_to_the_nearest_step_an_error_is_half_a_step_and_never_more_than_the_value(seed: int, value_bits: int) -> None:
+    code, update = code_for(2, value_bits=value_bits), updates(1, 0.2, seed)[0]
+    one = code.encode(update, 50, 1.0, nearest=True)
+    assert torch.equal(one.decoded["weight"], code.encode(update, 50, 1.0, nearest=True).decoded["weight"])
+    half = 0.5 / (2 ** (value_bits - 1) - 1)
+    for name in LAYOUT.shapes:
+        error = (one.decoded[name] - update[name]).abs()
+        assert torch.all(error <= half + 1e-6)
+        assert torch.all(error <= update[name].abs() + 1e-6)

@@ -18,6 +18,10 @@ Rounding is stochastic (up with probability of the fraction, from AES-256 in cou
 what lies within the range the mean is unbiased but for the draw's resolution of 2^-32 step. Each client's error is
 below step with variance at most step^2 / 4: with S = sum n_i / u, the mean's error is below N step / S and its standard
 deviation at most sqrt(N) step / (2 S).
+
+With few levels that is far more than most values, which are small against the range. Where error feedback keeps what
+rounding loses, values may be rounded to the nearest step instead: the sum is biased in one round, not over several, and
+its error is never larger than the values.
 """
 
 import math
@@ -143,10 +147,13 @@ class FixedPoint:
         """Ring elements of a vector of so many values: itself, the examples and the count of clipped values."""
         return values + 2 * self.digits
 
-    def encode(self, values: RealVector, examples: int, seed: bytes = b"") -> tuple[RingVector, Clipped]:
+    def encode(
+        self, values: RealVector, examples: int, seed: bytes = b"", *, nearest: int = 0
+    ) -> tuple[RingVector, Clipped]:
         """values [n] -> ring vector [length(n)], and what had to be clipped.
 
         Args:
+            nearest: so many of the first values are rounded to the nearest step, the others stochastically.
             seed: 32 bytes that the rounding's draws follow from, so that a run can be repeated; b"" draws one. Rounding
                 hides nothing: that is the masks' part, which are never repeatable.
 
@@ -167,7 +174,10 @@ class FixedPoint:
             magnitude = np.abs(relative)
             count += int((magnitude > 1).sum())
             furthest = max(furthest, float(magnitude.max()))
-            result[start : start + relative.size] = from_signed(self._rounded(relative, draws), self.bits)
+            rounded = self._rounded(relative, draws)
+            whole = max(0, min(nearest - start, relative.size))
+            rounded[:whole] = np.rint(np.clip(relative[:whole], -1, 1) * self.levels)
+            result[start : start + relative.size] = from_signed(rounded, self.bits)
         result[values.size :] = [*self._digits_of(examples), *self._digits_of(min(count, 2**COUNT_BITS - 1))]
         return result, Clipped(count, furthest)
 

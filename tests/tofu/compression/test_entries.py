@@ -31,10 +31,8 @@ def test_the_largest_entries_come_back_in_no_more_than_the_room(
         rest = vector.abs().clone()
         rest[sent] = 0
         assert float(vector[sent].abs().min()) >= float(rest.max())
-        magnitudes = read[sent].abs()
-        for magnitude in magnitudes.unique():  # the mean of those that it stands for
-            stands_for = vector[sent][magnitudes == magnitude].abs()
-            assert float(magnitude) == pytest.approx(float(stands_for.mean()), rel=2**-8)
+        if not data[2]:  # one magnitude, the mean of all
+            assert float(read[sent[0]].abs()) == pytest.approx(float(vector[sent].abs().mean()), rel=2**-8)
 
 
 def test_more_magnitudes_only_where_one_would_leave_bytes_unused() -> None:
