@@ -33,9 +33,9 @@ from tofu.compression.classes import CLASSES, Classes
 from tofu.compression.flat import checked_length, checked_scales
 from tofu.compression.positions import by_magnitude, most_that_fit
 from tofu.compression.stc import best_count
-from tofu.compression.topk import MOST_LEVEL_BITS, magnitudes_of
+from tofu.compression.topk import MOST_LEVEL_BITS, rounded_values
 from tofu.errors import PayloadError
-from tofu.quantise import bfloat16_bytes, bfloat16_from
+from tofu.quantise import bfloat16_from
 
 _HEAD = struct.Struct("<HB")
 _WIDTH_BITS = 5
@@ -89,13 +89,7 @@ class _Entries:
             count, _ = best_count(vector[torch.from_numpy(classes.positions[slots[:most]])].abs())
         chosen = np.sort(slots[:count])
         values = vector[torch.from_numpy(classes.positions[chosen])]
-        magnitudes = bfloat16_bytes(magnitudes_of(values.abs(), 1 << level_bits))
-        read = bfloat16_from(magnitudes, "magnitudes")
-        codes = torch.bucketize(values.abs(), (read[1:] + read[:-1]) / 2)
-        sent = read[codes].double()
-        explained = float((sent * (2 * values.abs().double() - sent)).sum())
-        negative = (values < 0).numpy().astype(np.int64)
-        return _Entries(chosen, negative, codes.numpy(), magnitudes, level_bits, explained, count == most)
+        return _Entries(chosen, *rounded_values(values, level_bits), count == most)
 
     def to_bytes(self, classes: Classes) -> bytes:
         counts, widths, gaps = _parts(self.slots, classes)

@@ -129,13 +129,19 @@ def _entries(vector: Tensor, order: Integers, level_bits: int, room: int) -> _En
     count = most_that_fit(order, value_bits=1 + level_bits, room=8 * (room - _head(level_bits)))
     positions = np.sort(order[:count])
     values = vector[torch.from_numpy(positions)]
+    return _Entries(positions, *rounded_values(values, level_bits))
+
+
+def rounded_values(values: Tensor, level_bits: int) -> tuple[Integers, Integers, bytes, int, float]:
+    """Float values [k] as signs (1 is negative), numbers of magnitudes, 2^level_bits magnitudes, level_bits, and how
+    much of |x|^2 these explain."""
     magnitudes = bfloat16_bytes(magnitudes_of(values.abs(), 1 << level_bits))
     read = bfloat16_from(magnitudes, "magnitudes")
     codes = torch.bucketize(values.abs(), (read[1:] + read[:-1]) / 2)
     sent = read[codes].double()
     explained = float((sent * (2 * values.abs().double() - sent)).sum())
     negative = (values < 0).numpy().astype(np.int64)
-    return _Entries(positions, negative, codes.numpy(), magnitudes, level_bits, explained)
+    return negative, codes.numpy(), magnitudes, level_bits, explained
 
 
 def magnitudes_of(values: Tensor, count: int) -> Tensor:
