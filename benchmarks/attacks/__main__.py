@@ -20,8 +20,9 @@ from benchmarks.common import find_data, write_results
 HOUR = 3600.0
 FULL_MESSAGES = (
     "exact", "proxy:smooth:50", "proxy:smooth:100", "proxy:smooth:200", "proxy:paper:50", "proxy:paper:100",
-    "proxy:paper:200", "topk:100", "powersgd:100", "signsgd", "dp:8", "dp:1000000", "secure:4",
+    "proxy:paper:200", "topk:100", "powersgd:100", "signsgd", "dp:8", "dp:1000000", "secure:4", "secure:8",
 )  # fmt: skip
+CIFAR_MESSAGES = tuple(m for m in FULL_MESSAGES if m not in ("powersgd:100", "dp:1000000", "secure:8"))
 SHORT_MESSAGES = ("exact", "proxy:smooth:100", "proxy:paper:100", "topk:100", "dp:8")
 IMAGES = ("idlg", "codec-aware", "proxy-images", "label-counts")
 STEPS = ("simulation", "codec-aware", "proxy-images", "label-counts")
@@ -29,9 +30,13 @@ ALL = ("dlg", "idlg", "inverting", "simulation", "codec-aware", "proxy-images", 
 
 QUICK: dict[str, dict[str, Any]] = {
     "digits": {"messages": FULL_MESSAGES, "attacks": IMAGES, "batch_sizes": (1, 4)},
-    "digits-steps": {"messages": SHORT_MESSAGES, "attacks": STEPS, "batch_sizes": (4,), "steps": (5,)},
-    "cifar10": {"messages": SHORT_MESSAGES, "attacks": ("idlg", "label-counts"), "batch_sizes": (1, 4)},
+    "digits-trained": {"messages": SHORT_MESSAGES, "attacks": IMAGES, "batch_sizes": (1, 4), "moments": (1, 2, 10)},
+    "digits-steps": {"messages": SHORT_MESSAGES, "attacks": STEPS, "batch_sizes": (4,), "steps": (5, 10)},
+    "digits-batches": {"messages": SHORT_MESSAGES, "attacks": IMAGES, "batch_sizes": (8, 16)},
+    "cifar10": {"messages": CIFAR_MESSAGES, "attacks": ("idlg", "label-counts"), "batch_sizes": (1, 4)},
 }
+"""Each differs from the others in some field of a situation, by which the rows are told apart afterwards."""
+
 FULL: dict[str, dict[str, Any]] = {
     "digits": {"messages": FULL_MESSAGES, "attacks": ALL, "batch_sizes": (1, 4, 8, 16), "moments": (0, 1, 2, 10)},
     "digits-steps": {"messages": FULL_MESSAGES, "attacks": STEPS, "batch_sizes": (1, 4, 8, 16), "steps": (5, 10)},
