@@ -186,9 +186,9 @@ def train_round(request: TrainRequest, round_: int, settings: Settings, context:
             if terms.unit_weight != 1 or any(not math.isclose(range_, fit, rel_tol=1e-6) for range_ in terms.ranges):
                 raise PayloadError("secure terms have ranges that do not fit the noise of this run")
             target = noise.add(target)
-        # Where few levels are left and nothing gets lost for good, stochastic rounding would only add noise.
-        nearest = terms.share < 1 and share == 1
-        encoded = code.encode(target, examples, loss, seed, exported.sums, silent=bool(noise), nearest=nearest)
+        if terms.coarse and (noise or share != 1):
+            raise PayloadError("secure terms are coarse, expected only without noise and with error-feedback 1")
+        encoded = code.encode(target, examples, loss, seed, exported.sums, silent=bool(noise))
         masked = session.mask(encoded.vector, part.shares)
         save_session(context, session)
         sent = _Sent(masked, encoded.decoded)

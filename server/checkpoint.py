@@ -30,7 +30,7 @@ from tofu.errors import RunError, SettingError
 
 FOLDER = "checkpoints"
 _MAGIC = b"TOFUCKPT"
-_VERSION = 1
+_VERSION = 2
 _HEAD = struct.Struct("<8sB32s")
 _LENGTH = struct.Struct("<Q")
 _KEPT = 2

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -28,10 +28,10 @@ from tofu.errors import PayloadError, RunError, SettingError
 from tofu.messages import FIELD, RECORD, SECURE, SecureAnswer, SecurePart, SecureQuery, run_name
 from tofu.plugins import SumSpec
 from tofu.secagg import compact
-from tofu.secagg.fixed_point import FixedPoint
+from tofu.secagg.fixed_point import HEADROOM, FixedPoint
 from tofu.secagg.identities import read_known
 from tofu.secagg.server import ServerSession
-from tofu.secure_update import SecureCode, SecureMean, SecureTerms, first_ranges, flat, purpose_of
+from tofu.secure_update import SecureCode, SecureMean, SecureTerms, first_ranges, flat, purpose_of, reach
 from tofu.settings import LEAST_SECURE, Settings
 from tofu.weights import Layout, Weights
 
@@ -62,6 +62,39 @@ class OpenRound:
         self.session.add_masked(client.name, masked)
 
 
+@dataclass
+class Seen:
+    """How large the clients' weighted values were where the server saw them, by tensor.
+
+    Attributes:
+        peaks: the largest of all rounds.
+        powers: sum of the clients' mean squares in the last such round, in units of 2^-64: whole numbers, so that it
+            does not depend on who answered first.
+        clients: of that round.
+        round: its number.
+    """
+
+    peaks: dict[str, float] = field(default_factory=dict)
+    powers: dict[str, int] = field(default_factory=dict)
+    clients: int = 0
+    round: int = 0
+
+    def add(self, update: Weights, examples: int, round_: int) -> None:
+        """A client's decoded update."""
+        if round_ != self.round:
+            self.powers, self.clients, self.round = {}, 0, round_
+        self.clients += 1
+        for name, value in update.items():
+            if value.numel():
+                peak, power = float(value.abs().max()), float(value.double().square().mean())
+                self.peaks[name] = max(self.peaks.get(name, 0.0), peak * examples)
+                self.powers[name] = self.powers.get(name, 0) + round(math.ldexp(power * examples**2, 64))
+
+    def deviations(self) -> dict[str, float]:
+        """Root mean squares, over the last round's clients."""
+        return {name: math.sqrt(math.ldexp(power, -64) / self.clients) for name, power in self.powers.items()}
+
+
 class SecureRounds:
     """What the server keeps for a run's secure rounds: keys that came ahead, and the ranges of the last sum."""
 
@@ -84,7 +117,7 @@ class SecureRounds:
         settings.noise_in_sum(settings.topology(clients), clients, levels=levels, values=values)
         self._layout, self._turn = layout, 0
         self._ranges: tuple[float, ...] = ()
-        self._peaks: dict[str, float] = {}
+        self._seen = Seen()
 
     @staticmethod
     def check(settings: Settings) -> None:
@@ -98,14 +131,14 @@ class SecureRounds:
         snapshot.plain["secure"] = {
             "turn": self._turn,
             "ranges": self._ranges,
-            "peaks": self._peaks,
+            "seen": vars(self._seen),
             "adverts": adverts,
         }
 
     def restore(self, snapshot: Snapshot, *, clients_kept: bool) -> None:
         """The inverse of `save`; clients that lost what they had are asked for keys anew."""
         plain = snapshot.plain["secure"]
-        self._turn, self._ranges, self._peaks = plain["turn"], tuple(plain["ranges"]), dict(plain["peaks"])
+        self._turn, self._ranges, self._seen = plain["turn"], tuple(plain["ranges"]), Seen(**plain["seen"])
         if clients_kept:
             self._adverts = {name: bytes.fromhex(advert) for name, advert in plain["adverts"].items()}
 
@@ -114,11 +147,9 @@ class SecureRounds:
         if advert:
             self._adverts[client.name] = advert
 
-    def learn(self, update: Weights, examples: int) -> None:
+    def learn(self, update: Weights, examples: int, round_: int) -> None:
         """How large a client's decoded update is in a round that shows it, for the first secure round's ranges."""
-        for name, value in update.items():
-            peak = float(value.abs().max()) * examples if value.numel() else 0.0
-            self._peaks[name] = max(self._peaks.get(name, 0.0), peak)
+        self._seen.add(update, examples, round_)
 
     def open(
         self,
@@ -210,12 +241,16 @@ class SecureRounds:
         settings, clients = self._settings, max(len(able), LEAST_SECURE)
         unit = sum(client.examples for client in able) / len(able) if able else 1.0
         share, bits = compact.settings_for(settings.secure_ratio, clients)
-        peaks = {name: peak / unit for name, peak in self._peaks.items()}
-        ranges = self._ranges or first_ranges(self._layout, peaks)
+        levels = FixedPoint(clients, bits, 1.0).levels
+        # With ranges that nothing is known of, rounding to the nearest step could leave nothing at all.
+        coarse = settings.coarse(levels) and bool(self._ranges or self._seen.powers)
+        known = self._seen.deviations() if coarse else self._seen.peaks
+        factor = (reach(levels) if coarse else HEADROOM) / unit
+        ranges = self._ranges or first_ranges(self._layout, {name: factor * size for name, size in known.items()})
         moved_ = moved if share < 1 else None
 
         def agreed(ranges: tuple[float, ...], digest: bytes) -> SecureTerms:
-            terms = SecureTerms(clients, bits, unit, ranges, share, self._turn, digest)
+            terms = SecureTerms(clients, bits, unit, ranges, share, self._turn, digest, coarse)
             return SecureTerms.from_bytes(terms.to_bytes())  # rounded as the clients will read them
 
         draft = SecureCode(self._layout, agreed(ranges, b""), declared, moved_)

@@ -9,6 +9,7 @@ from tofu.messages import SecurePart
 from tofu.network import Network
 from tofu.payload import HEADER_BYTES
 from tofu.secagg import compact
+from tofu.secagg.fixed_point import FixedPoint
 from tofu.secagg.identities import SIGNATURE_BYTES
 from tofu.secagg.masks import KEY_BYTES
 from tofu.secagg.messages import SEALED_BYTES, Advert, Confirmation, Masked, Reveal, Roster, Shares, Survivors
@@ -135,7 +136,8 @@ def _secure_extra(settings: Settings, network: Network, clients: int, *, message
     """
     members = max(clients, LEAST_SECURE)
     topology, (share, bits) = settings.topology(members), compact.settings_for(settings.secure_ratio, members)
-    terms = SecureTerms(members, bits, 1.0, first_ranges(network.layout, {}), share)
+    coarse = settings.coarse(FixedPoint(members, bits, 1.0).levels)
+    terms = SecureTerms(members, bits, 1.0, first_ranges(network.layout, {}), share, coarse=coarse)
     moved = torch.zeros(network.layout.float32_bytes // 4) if share < 1 else None
     length = SecureCode(network.layout, terms, None, moved).length
     signature = bytes(SIGNATURE_BYTES if settings.secure_identities else 0)

@@ -5,6 +5,11 @@ point of range 1 (`tofu.secagg.fixed_point`) serves weights, biases and BatchNor
 come a few entries more, so that what the server would otherwise ask of each client is a sum as well: the loss, and for
 each tensor how far beyond its range the client's values were. What plugins sum goes last, each value in digits that add
 up exactly, to 2^-39 of its bound.
+
+With many levels the range is so wide that hardly anything is clipped, and rounding is unbiased. *Coarse* terms are for
+few levels, where that would round nearly all values to nothing, and where error feedback keeps what a client could not
+deliver: values are rounded to the nearest step, and the range is `reach` times their root mean square, of which the
+clients sum the square. The furthest values are clipped then, counted as ever, and what is over goes with later rounds.
 """
 
 import hashlib
@@ -18,6 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tofu import movement
 from tofu.errors import PayloadError, SettingError
 from tofu.plugins import SumSpec
 from tofu.secagg import compact
@@ -34,10 +40,19 @@ _LOSS_ENTRIES = 16
 FIRST_RANGE = 0.25
 """Of every tensor as long as nothing is known of the updates: wide for any usual one."""
 
+FEW_LEVELS = 64
+"""Below which terms are coarse, where error feedback allows it."""
+
+_TAILS = 1.5
+"""How much further an update's values reach than a Laplace distribution's (benchmarks/README.md)."""
+
+_POWER = ""
+"""Name of the sum of mean squares, which no plugin's sum has."""
+
 _SUM_BITS = 40
 
 _SMALLEST, _WIDEST = 1e-12, 1e12
-_HEAD = struct.Struct(f"<HBfHfI{compact.DIGEST_BYTES}s")
+_HEAD = struct.Struct(f"<HBfHfI{compact.DIGEST_BYTES}sB")
 
 
 @dataclass(frozen=True)
@@ -52,6 +67,7 @@ class SecureTerms:
         share: of the entries that travel (`tofu.secagg.compact`).
         turn: secure rounds before this one.
         digest: of the places that travel, where that is not all of them.
+        coarse: values are rounded to the nearest step, within ranges that clip the furthest.
     """
 
     clients: int
@@ -61,10 +77,11 @@ class SecureTerms:
     share: float = 1.0
     turn: int = 0
     digest: bytes = bytes(compact.DIGEST_BYTES)
+    coarse: bool = False
 
     def to_bytes(self) -> bytes:
         numbers = (self.clients, self.bits, self.unit_weight, len(self.ranges), self.share, self.turn)
-        head = _HEAD.pack(*numbers, self.digest)
+        head = _HEAD.pack(*numbers, self.digest, self.coarse)
         return head + np.array(self.ranges, "<f4").tobytes()
 
     @staticmethod
@@ -72,7 +89,7 @@ class SecureTerms:
         """Raises PayloadError for bytes that are no terms, or terms that nobody could work by."""
         if len(data) < _HEAD.size:
             raise PayloadError(f"secure terms have {len(data)} bytes, expected at least {_HEAD.size}")
-        clients, bits, unit_weight, count, share, turn, digest = _HEAD.unpack_from(data)
+        clients, bits, unit_weight, count, share, turn, digest, coarse = _HEAD.unpack_from(data)
         if len(data) != _HEAD.size + 4 * count:
             raise PayloadError(f"secure terms have {len(data)} bytes, expected {_HEAD.size + 4 * count}")
         ranges = tuple(float(value) for value in np.frombuffer(data, "<f4", offset=_HEAD.size))
@@ -82,7 +99,9 @@ class SecureTerms:
             raise PayloadError(f"secure terms have {bits} bits, expected 1 to {MOST_BITS}")
         if not 0 < share <= 1:
             raise PayloadError(f"secure terms have share {share:g}, expected above 0 and up to 1")
-        return SecureTerms(clients, bits, unit_weight, ranges, share, turn, digest)
+        if coarse > 1:
+            raise PayloadError(f"secure terms have coarse {coarse}, expected 0 or 1")
+        return SecureTerms(clients, bits, unit_weight, ranges, share, turn, digest, bool(coarse))
 
 
 def purpose_of(terms: SecureTerms, weights: Weights, broadcast: bytes) -> bytes:
@@ -163,9 +182,11 @@ class SecureCode:
             raise PayloadError(f"secure terms cannot be used: {error}") from error
         self._sizes = [shape.numel() for shape in layout.shapes.values()]
         self._all = sum(self._sizes)
-        self._places = None if moved is None else compact.places(moved, terms.share, terms.turn)
+        self._places = None if moved is None else self._taken(moved)
         self._count = self._all if self._places is None else len(self._places)
         self._declared = dict(declared or {})
+        if terms.coarse:
+            self._declared[_POWER] = SumSpec((len(self._sizes),), 1.0)
         self._digits = -(-_SUM_BITS // self._fixed.digit_bits)
 
     @property
@@ -198,15 +219,13 @@ class SecureCode:
         sums: Mapping[str, Tensor] | None = None,
         *,
         silent: bool = False,
-        nearest: bool = False,
     ) -> Encoded:
         """An update as a vector.
 
         Args:
             seed: of the rounding (`FixedPoint.encode`).
             sums: the plugins', by the names that were declared, within their bounds.
-            silent: say nothing beside the update: neither a loss nor that anything was clipped.
-            nearest: round the update to the nearest steps, as is better where the caller keeps what that loses.
+            silent: say nothing beside the update: neither a loss nor that anything was clipped. Not in coarse terms.
 
         Raises:
             RunError: an update that is not finite.
@@ -214,6 +233,10 @@ class SecureCode:
         weight = examples / self._terms.unit_weight
         entries = flat({name: update[name] for name in self._layout.shapes}).numpy()
         values = entries.astype(np.float64) / self._spread
+        sums = dict(sums or {})
+        if self._terms.coarse:
+            power = [float(np.square(part).mean()) * weight**2 if part.size else 0.0 for part in self._parts(values)]
+            sums[_POWER] = torch.tensor(power, dtype=torch.float64).clamp(max=1)
         if self._places is not None:
             values = compact.encode(torch.from_numpy(values), self._places).numpy()
         if silent:
@@ -225,11 +248,11 @@ class SecureCode:
         excess = np.array(beyond) / LARGEST / weight
         losses = np.full(_LOSS_ENTRIES, min(max(loss, 0.0) / LARGEST, 1.0 / weight))
         vector, clipped = self._fixed.encode(
-            np.concatenate([values, losses, excess]), examples, seed, nearest=self._count if nearest else 0
+            np.concatenate([values, losses, excess]), examples, seed, nearest=self._count if self._terms.coarse else 0
         )
         steps = centred(vector[: self._count], self._terms.bits).astype(np.float64)
         own = self._spaced(steps * (self._fixed.step / weight)) * self._spread
-        digits = [self._digits_of((sums or {})[name], spec) for name, spec in self._declared.items()]
+        digits = [self._digits_of(sums[name], spec) for name, spec in self._declared.items()]
         return Encoded(np.concatenate([vector, *digits]), self._weights(own), clipped)
 
     def decode(self, total: RingVector, survivors: int) -> SecureMean:
@@ -249,16 +272,29 @@ class SecureCode:
         # A mean is stochastically rounded, so what is nothing may come out a little below.
         beyond = np.maximum(excess, 0.0) * weights * LARGEST
         peaks = [float(np.abs(part).max(initial=0.0)) * weights / survivors for part in self._parts(values)]
-        ranges = zip(self._terms.ranges, beyond.tolist(), peaks, strict=True)
+        sums = self._sums_from(total[end:], survivors)
+        if self._terms.coarse:
+            powers = (sums.pop(_POWER) / survivors).clamp(min=0).tolist()
+            mean_squares = zip(self._terms.ranges, powers, strict=True)
+            ranges = [max(range_ * max(self._reach * power**0.5, 1 / 8), _SMALLEST) for range_, power in mean_squares]
+        else:
+            known = zip(self._terms.ranges, beyond.tolist(), peaks, strict=True)
+            ranges = [next_range(range_, out, peak * range_) for range_, out, peak in known]
         return SecureMean(
             self._weights(values * self._spread),
             decoded.examples,
             float(losses.mean()) * LARGEST,
             decoded.clipped,
             1.0 + float(beyond.max(initial=0.0)),
-            tuple(next_range(range_, out, peak * range_) for range_, out, peak in ranges),
-            self._sums_from(total[end:], survivors),
+            tuple(min(range_, _WIDEST) for range_ in ranges),
+            sums,
         )
+
+    def _taken(self, moved: Tensor) -> Tensor:
+        """The places that travel (`tofu.secagg.compact`)."""
+        tensors = zip(torch.split(moved, self._sizes), self._layout.shapes.values(), strict=True)
+        of_all = np.concatenate([movement.levels(part.reshape(shape)) for part, shape in tensors])
+        return compact.places(moved, self._terms.share, self._terms.turn, levels=of_all)
 
     def _digits_of(self, value: Tensor, spec: SumSpec) -> RingVector:
         """A sum's values as whole numbers from 0 to 2^b - 1, one row for each of their digits, lowest first."""
@@ -278,6 +314,10 @@ class SecureCode:
             sums[name] = torch.from_numpy(whole / top * spec.bound).reshape(spec.shape)
             at += self._digits * count
         return sums
+
+    @property
+    def _reach(self) -> float:
+        return reach(self.levels)
 
     @property
     def _spread(self) -> npt.NDArray[np.float64]:
@@ -314,12 +354,21 @@ def next_range(range_: float, beyond: float, peak: float) -> float:
     return max(min(range_, max(range_ / 2, HEADROOM * peak)), _SMALLEST)
 
 
-def first_ranges(layout: Layout, peaks: dict[str, float]) -> tuple[float, ...]:
-    """Ranges of a first secure round, from the largest weighted |value| by tensor that earlier rounds' updates had."""
-    known = {name: peak for name, peak in peaks.items() if peak > 0 and math.isfinite(peak)}
-    return tuple(
-        min(max(HEADROOM * known[name], _SMALLEST), _WIDEST) if name in known else FIRST_RANGE for name in layout.shapes
-    )
+def reach(levels: int) -> float:
+    """The range of coarse terms in units of the values' root mean square, with so many levels M on either side of zero.
+
+    For Laplace-distributed values of variance 1 a range R has the mean squared error R^2 / (12 M^2) of rounding and
+    exp(-sqrt(2) R) of clipping; their sum is least at R = W(12 M^2) / sqrt(2), W being Lambert's function.
+    """
+    from scipy.special import lambertw  # the server's alone; a client that starts for one message need not wait for it
+
+    return _TAILS * float(lambertw(12 * levels**2).real) / math.sqrt(2)
+
+
+def first_ranges(layout: Layout, known: Mapping[str, float]) -> tuple[float, ...]:
+    """Ranges of a first secure round, where earlier rounds' updates say what they should be, and else wide ones."""
+    usable = {name: range_ for name, range_ in known.items() if range_ > 0 and math.isfinite(range_)}
+    return tuple(min(max(usable.get(name, FIRST_RANGE), _SMALLEST), _WIDEST) for name in layout.shapes)
 
 
 def flat(weights: Weights) -> Tensor:

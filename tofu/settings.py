@@ -21,6 +21,7 @@ from tofu.privacy import Noise
 from tofu.proxy import ProxySettings, paper_settings
 from tofu.quantise import BITS
 from tofu.secagg.graph import COMPLETE_UP_TO, Topology, choose_topology
+from tofu.secure_update import FEW_LEVELS
 from tofu.tasks import ORDERS, STREAMS, TaskStream
 
 Value = bool | int | float | str
@@ -265,6 +266,10 @@ class Settings:
         except SettingError as error:
             wanted = f"less with noise-multiplier {self.noise_multiplier:g}, whose noise needs more bits an entry"
             raise SettingError("secure-ratio", self.secure_ratio, wanted) from error
+
+    def coarse(self, levels: int) -> bool:
+        """Whether secure rounds of so many levels are coarse (`tofu.secure_update`)."""
+        return levels < FEW_LEVELS and self.error_feedback == 1 and not self.noise_multiplier
 
     def topology(self, clients: int) -> Topology:
         """Who is whose neighbour in a secure round of so many clients. Raises SettingError where no graph is safe."""

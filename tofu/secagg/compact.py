@@ -1,10 +1,11 @@
 """Secure rounds that cost less: some of an update's entries, the same for all clients, so that their codes still sum.
 
 A client cannot choose its own largest entries, as top-k codecs do: a sum needs the same places from everybody. What all
-know is how far the global weights have moved since the run began, and the entries that have moved furthest move on:
-they are most of a round's m places (`LED`). The others take turns for the rest, in the order p s mod n, p = 0, 1, ...,
-with s coprime to n and near the golden section of it: each window of that order is spread evenly over them, and both
-ends compute it without tables or generators. Which entries travel is no secret, and says nothing of a single client.
+know is how far the global weights have moved since the run began, and where they have moved furthest they move on, by
+the row and column of an entry (`tofu.movement`): that is most of a round's m places (`LED`). The others take turns for
+the rest, in the order p s mod n, p = 0, 1, ..., with s coprime to n and near the golden section of it: each window of
+that order is spread evenly over them, and both ends compute it without tables or generators. Which entries travel is no
+secret, and says nothing of a single client.
 
 What is not sent stays in error feedback's residual and goes with the next turn of its entries. Until then it is stale:
 it was computed at weights that the others' steps have left since, by up to (d - LED m) / (m - LED m) rounds or so for
@@ -23,13 +24,14 @@ import torch
 from torch import Tensor
 
 from tofu.errors import SettingError
+from tofu.movement import Integers
 
 LED = 0.9
 """Of the places, for those that have moved furthest."""
 
-LEAST_LEVELS = 3
-"""Steps on either side of zero, below which more entries were no better (benchmarks/secagg/compact_study.py): 6 bits at
-10 clients. So few do because rounding is unbiased and the mean is over many clients."""
+LEAST_LEVELS = 6
+"""Steps on either side of zero, below which more entries were no better: 7 bits at 10 clients. So few do because most
+values are far below the range, and what rounding loses stays in error feedback."""
 
 DIGEST_BYTES = 8
 
@@ -55,13 +57,14 @@ def settings_for(ratio: float, clients: int) -> tuple[float, int]:
     return 32 / (ratio * least), least
 
 
-def places(moved: Tensor, share: float, turn: int, *, led: float = LED) -> Tensor:
+def places(moved: Tensor, share: float, turn: int, *, levels: Integers | None = None, led: float = LED) -> Tensor:
     """The places that travel, int64 [m] rising, m = share d rounded up.
 
     Args:
         moved: the round's global weights less those that the run began with, float [d].
         share: above 0 and up to 1.
         turn: compact rounds that the run had before.
+        levels: of the entries [d]; those of a higher one lead before those that moved further. None: of all the same.
         led: fraction of the places for those that have moved furthest.
 
     Raises:
@@ -73,7 +76,7 @@ def places(moved: Tensor, share: float, turn: int, *, led: float = LED) -> Tenso
     if count == moved.numel():
         return torch.arange(count)
     distance = np.abs(moved.numpy())
-    chosen = _furthest(distance, min(int(led * count), int(np.count_nonzero(distance))))
+    chosen = _leading(distance, levels, min(int(led * count), int(np.count_nonzero(distance))))
     others = np.flatnonzero(~chosen)
     chosen[others[_window(others.size, count - int(chosen.sum()), turn)]] = True
     return torch.from_numpy(np.flatnonzero(chosen))
@@ -92,6 +95,17 @@ def encode(update: Tensor, places: Tensor) -> Tensor:
 def decode(vector: Tensor, places: Tensor, values: int) -> Tensor:
     """float [m] -> float [d] with zeros elsewhere: of a mean of codes the mean of what they decode to."""
     return torch.zeros(values, dtype=vector.dtype).index_copy_(0, places, vector)
+
+
+def _leading(distance: npt.NDArray[np.float32], levels: Integers | None, count: int) -> npt.NDArray[np.bool_]:
+    """Which are the `count` of the highest levels, and of the last of these levels the furthest."""
+    if levels is None or not count:
+        return _furthest(distance, count)
+    border = np.partition(levels, levels.size - count)[levels.size - count]
+    chosen: npt.NDArray[np.bool_] = levels > border
+    last = np.flatnonzero(levels == border)
+    chosen[last[_furthest(distance[last], count - int(chosen.sum()))]] = True
+    return chosen
 
 
 def _furthest(distance: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.bool_]:

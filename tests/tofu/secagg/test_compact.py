@@ -62,6 +62,19 @@ def test_what_moved_furthest_is_sent(moved: Tensor, share: float, turn: int) -> 
     assert taken.issuperset(led)
 
 
+@settings(max_examples=100, deadline=None)
+@given(movements(), shares, turns, st.integers(0, 1000))
+def test_higher_levels_lead(moved: Tensor, share: float, turn: int, seed: int) -> None:
+    """By a plain sort, first by level, then by distance."""
+    levels = torch.randint(-3, 4, moved.shape, generator=torch.Generator().manual_seed(seed))
+    taken = set(places(moved, share, turn, levels=levels.numpy()).tolist())
+    order = sorted(range(moved.numel()), key=lambda p: (-int(levels[p]), -abs(float(moved[p])), p))
+    led = min(int(LED * len(taken)), int((moved != 0).sum()))
+    if len(taken) < moved.numel():
+        assert taken.issuperset(order[:led])
+    assert len(taken) == math.ceil(share * moved.numel())
+
+
 @settings(max_examples=60, deadline=None)
 @given(movements(), st.floats(0.05, 1.0), turns)
 def test_every_entry_has_its_turn(moved: Tensor, share: float, first: int) -> None:
@@ -133,7 +146,7 @@ def test_settings_keep_the_ratio_and_enough_levels(ratio: float, clients: int) -
 
 def test_settings_for_ten_clients() -> None:
     assert settings_for(4.0, 10) == (1.0, 8)
-    assert settings_for(16.0, 10) == (pytest.approx(1 / 3), 6)
+    assert settings_for(16.0, 10) == (pytest.approx(2 / 7), 7)
     assert settings_for(1.0, 10) == (1.0, 32)
 
 
