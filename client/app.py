@@ -174,6 +174,8 @@ def train_round(request: TrainRequest, round_: int, settings: Settings, context:
         seed = derive_bytes(settings.seed, round_, client, "round")
         part = SecurePart.from_bytes(request.secure)
         terms = SecureTerms.from_bytes(part.terms)
+        if terms.coarse and share != 1:
+            raise PayloadError("secure terms are coarse, expected only without noise and with error-feedback 1")
         moved = flat(base) - initial if terms.share < 1 and initial is not None else None
         code = SecureCode(network.layout, terms, plugins.declare_sums(model), moved)
         if code.digest != terms.digest:
@@ -186,8 +188,6 @@ def train_round(request: TrainRequest, round_: int, settings: Settings, context:
             if terms.unit_weight != 1 or any(not math.isclose(range_, fit, rel_tol=1e-6) for range_ in terms.ranges):
                 raise PayloadError("secure terms have ranges that do not fit the noise of this run")
             target = noise.add(target)
-        if terms.coarse and (noise or share != 1):
-            raise PayloadError("secure terms are coarse, expected only without noise and with error-feedback 1")
         encoded = code.encode(target, examples, loss, seed, exported.sums, silent=bool(noise))
         masked = session.mask(encoded.vector, part.shares)
         save_session(context, session)

@@ -1,5 +1,6 @@
 """The client's handlers, called as Flower calls them, with real messages."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ from client.app import app, client_data
 from tofu.compression.proxy import Proxy
 from tofu.data import ImageShape, LabelledImages
 from tofu.errors import DataError, PayloadError
-from tofu.messages import FIELD, RECORD, TrainReply, TrainRequest
+from tofu.messages import FIELD, RECORD, SecurePart, TrainReply, TrainRequest
 from tofu.models import build_model
 from tofu.network import Network
 from tofu.payload import HEADER_BYTES, WEIGHTS, Payload, float32_bytes, read_payload
+from tofu.secure_update import SecureTerms
 from tofu.settings import Settings
 from tofu.weights import cosine, fingerprint, layout_of, weights_of
 
@@ -107,6 +109,16 @@ def test_a_reply_that_the_server_never_got_is_sent_again() -> None:
     exact_second = decoded(train_round(request("full", 2), 2, SETTINGS, context(**{"partition-id": 0})), "full", 2)
     for name in again:
         assert torch.allclose(again[name], exact_first[name] + exact_second[name], atol=1e-5)
+
+
+@pytest.mark.parametrize("setting", [{"error_feedback": 0.9}, {"noise_multiplier": 1.0, "clip_norm": 1.0}])
+def test_terms_that_lose_values_are_refused_where_nothing_keeps_them(setting: dict[str, float]) -> None:
+    settings = Settings.of({"model": "mlp", "clients": 3, "batch-size": 32, "schedule": "secure"} | setting)
+    layout = layout_of(build_model("mlp", SHAPE))
+    terms = SecureTerms(2, 6, 50.0, (0.1,) * len(layout.shapes), coarse=True)
+    asked = replace(request("secure"), secure=SecurePart(terms.to_bytes(), b"").to_bytes())
+    with pytest.raises(PayloadError, match="coarse"):
+        client_app.train_round(asked, 1, settings, context(**{"partition-id": 0}))
 
 
 def test_the_same_round_twice_is_the_same_reply_and_another_client_another() -> None:

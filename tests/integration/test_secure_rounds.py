@@ -473,7 +473,7 @@ def uplinks(folder: Path, round_: int) -> list[int]:
 def test_a_secure_round_costs_as_much_less_as_it_is_asked_to(ratio: float, tmp_path: Path) -> None:
     federate(tmp_path / "run", clients=10, secure_ratio=ratio, rounds=3)
     whole = 4 * layout_of(build_model("mlp", open_run_data(Settings.of(TINY)).shape)).parameter_count
-    assert max(uplinks(tmp_path / "run", 3)) <= whole / ratio + 100
+    assert max(uplinks(tmp_path / "run", 3)) <= whole / ratio + 150  # counts, losses and mean squares
     assert [row["failures"] for row in rows(tmp_path / "run")] == [[]] * 4
 
 

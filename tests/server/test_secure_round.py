@@ -1,0 +1,39 @@
+"""What the server learns of the size of updates before the first secure round."""
+
+import random
+
+import pytest
+import torch
+
+from server.secure_round import Seen
+from tofu.weights import Weights
+
+
+def updates(count: int) -> list[tuple[Weights, int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        ({"weight": torch.randn(30, 20, generator=generator) * 10.0**-n, "none": torch.zeros(0)}, 7 + n)
+        for n in range(count)
+    ]
+
+
+def test_the_last_rounds_deviation_and_the_largest_value_of_all() -> None:
+    seen, sent = Seen(), updates(5)
+    seen.add({"weight": torch.full((30, 20), 100.0)}, 3, 1)
+    for update, examples in sent:
+        seen.add(update, examples, 2)
+    weighted = torch.stack([update["weight"] * examples for update, examples in sent])
+    assert seen.deviations() == {"weight": pytest.approx(float(weighted.square().mean().sqrt()), rel=1e-6)}
+    assert seen.peaks == {"weight": 300.0}
+    assert Seen(**vars(seen)) == seen
+
+
+def test_the_order_of_answers_changes_nothing() -> None:
+    found = []
+    for seed in range(6):
+        seen, sent = Seen(), updates(8)
+        random.Random(seed).shuffle(sent)
+        for update, examples in sent:
+            seen.add(update, examples, 1)
+        found.append((seen.powers, seen.peaks))
+    assert all(one == found[0] for one in found)
