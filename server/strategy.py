@@ -476,8 +476,10 @@ class Federation:
 
     def write_model(self, folder: RunFolder) -> None:
         """Write the model that the run would end with."""
-        broadcast = self.plugins.broadcast_bytes(max_bytes=MOST_STATE_BYTES) if self.plugins else b""
-        folder.write_model(self.weights, self._shape, broadcast)
+        state = b""
+        if self.plugins:
+            state = self.plugins.calibrated_bytes(self._averaged, self._test, max_bytes=MOST_STATE_BYTES)
+        folder.write_model(self.weights, self._shape, state)
 
     @property
     def weights(self) -> Weights:

@@ -232,6 +232,15 @@ class Plugin:
         """
         return broadcast
 
+    def calibrate(self, model: nn.Module, data: LabelledImages) -> PluginState:
+        """The broadcast to save with the weights that a run would end with, no client having measured at these yet.
+
+        Args:
+            model: with these weights, in eval mode.
+            data: the server's own held-out images.
+        """
+        return self.broadcast
+
 
 class Plugins(tuple[Plugin, ...]):
     """Plugins in the order in which the user listed them, with the same hooks. Build it with `make_plugins`."""
@@ -359,6 +368,15 @@ class Plugins(tuple[Plugin, ...]):
     def broadcast_bytes(self, *, max_bytes: int) -> bytes:
         """All plugins' broadcasts, for the server to send. Raises PayloadError as `state_bytes` does."""
         return state_to_bytes(_joined({p.name: p.broadcast for p in self}), max_bytes=max_bytes)
+
+    @torch.no_grad()
+    def calibrated_bytes(self, model: nn.Module, data: LabelledImages, *, max_bytes: int) -> bytes:
+        """All plugins' broadcasts, for `predict` with this model; its mode is restored. Raises as `state_bytes`."""
+        was_training = model.training
+        model.eval()
+        states = {plugin.name: plugin.calibrate(model, data) for plugin in self}
+        model.train(was_training)
+        return state_to_bytes(_joined(states), max_bytes=max_bytes)
 
     def load(self, *, state: bytes = b"", broadcast: bytes = b"", max_bytes: int) -> None:
         """Give the plugins what `state_bytes` and `broadcast_bytes` made; empty bytes are no state.

@@ -10,7 +10,8 @@ Out-of-Distribution Detection", IEEE Access 2023, which scores by the angle betw
 weights. How l and n are drawn is left open; here l is uniform and n Gaussian.
 
 Ours: the clients calibrate the threshold together. Each counts the scores of its own images, at the weights with which
-the round began, in a histogram; the server sees the sum and finds the score that only a chosen share of them reach.
+the round began, in a histogram; the server sees the sum and finds the score that only a chosen share of them reach. For
+the weights that the run ends with, which no client has scored at, it is found anew on the server's own held-out images.
 """
 
 from collections.abc import Mapping
@@ -61,7 +62,8 @@ class OutOfDistribution(Plugin):
         prediction = plugins.predict(model.eval(), images)
         unknown = plugins[0].unknown(prediction.score)
 
-    `broadcast["threshold"]` is that of the weights with which the last round began.
+    `broadcast["threshold"]` is that of the weights with which the last round began, by the clients' images. With a
+    run's weights that of these is saved, by the server's images.
     """
 
     name = "ood"
@@ -71,8 +73,8 @@ class OutOfDistribution(Plugin):
     noise: float = option(0.5, "standard deviation of the noise, images being in [-1, 1]", above=0, most=10)
     intra_class: bool = option(False, "mix every image with another of its class in the batch")
     score: str = option("auxiliary", _SCORE_HELP, choices=tuple(_AXES))
-    false_alarms: float = option(0.05, "share of the clients' own images that may be flagged", above=0, most=0.5)
-    images: int = option(1000, "most images of a client that calibrate the threshold", least=1, most=1_000_000)
+    false_alarms: float = option(0.05, "share of images like the clients' own that may be flagged", above=0, most=0.5)
+    images: int = option(1000, "most images of a client, or of the server, that calibrate it", least=1, most=1_000_000)
 
     _classes: int = field(default=0, init=False, repr=False)
     _start: Weights = field(default_factory=dict, init=False, repr=False)
@@ -125,6 +127,11 @@ class OutOfDistribution(Plugin):
 
     def reduce(self, sums: Mapping[str, Tensor], examples: int, broadcast: PluginState) -> PluginState:
         return {"threshold": threshold(sums["histogram"], self.score, self.false_alarms)}
+
+    def calibrate(self, model: nn.Module, data: LabelledImages) -> PluginState:
+        batches = torch.split(some_of(data, self.images), _AT_A_TIME)
+        scores = torch.cat([self._scored(model, to_float(batch))[1] for batch in batches])
+        return {"threshold": threshold(histogram(scores, self.score), self.score, self.false_alarms)}
 
     def predict(self, model: nn.Module, images: Tensor) -> Prediction:
         logits, score = self._scored(model, images)

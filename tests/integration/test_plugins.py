@@ -5,15 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from client import app as honest
 from server.app import serve_in_process
 from server.progress import SilentProgress
+from server.run_folder import read_config, read_model
+from tofu.data import to_float
 from tofu.errors import SettingError
 from tofu.messages import SECURE
+from tofu.models import build_model
+from tofu.network import Network
 from tofu.settings import Settings
+from tofu.weights import load_weights
 
 Row = dict[str, Any]
 
@@ -50,6 +56,23 @@ def test_ood_works_in_every_kind_of_round(tmp_path: Path, schedule: str) -> None
     else:
         assert "ood/false-alarms" not in metrics[0]
         assert 0.0 <= metrics[2]["ood/false-alarms"] <= 0.5
+
+
+def test_what_is_saved_flags_as_many_images_as_were_asked_for(tmp_path: Path) -> None:
+    """The threshold is of the very weights that were saved: here a running average that no client ever saw."""
+    federate(tmp_path / "run", plugins="ood", schedule="full", rounds=3, lr=0.1, local_epochs=3, weight_average=0.5,
+             plugin_options="ood.false-alarms=0.1")  # fmt: skip
+    weights, shape, state = read_model(tmp_path / "run")
+    settings = read_config(tmp_path / "run")
+    plugins = settings.make_plugins()
+    plugins.load(broadcast=state, max_bytes=10**6)
+    network = Network.of(build_model("mlp", shape), shape, plugins, settings.about(shape, 2))
+    load_weights(network.model, weights)
+    test = settings.open_data().test()
+    with torch.no_grad():
+        unknown = plugins.predict(network.model.eval(), to_float(test.images)).unknown
+    assert unknown is not None
+    assert 0.07 < float(unknown.float().mean()) <= 0.1
 
 
 @pytest.mark.parametrize("schedule", ["proxy", "full", "secure"])

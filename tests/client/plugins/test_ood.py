@@ -191,6 +191,24 @@ def test_every_score_calibrates(kind: str, digits: LabelledImages) -> None:
     assert 0.07 < float(ood.unknown(score).float().mean()) <= 0.1
 
 
+@pytest.mark.parametrize("kind", ["auxiliary", "angle", "energy"])
+def test_the_server_calibrates_at_the_weights_that_it_saves(kind: str, digits: LabelledImages) -> None:
+    """A threshold for half of its images flags about as many of the other half."""
+    plugins, ood = one_client(f"ood.score={kind} ood.false-alarms=0.1 ood.images=100000")
+    model = plugins.setup(build_model("mlp", digits.shape, seed=0), About(digits.shape))
+    train_locally(model, digits, LocalTraining(2, 32, 0.1), generator=generator(), plugins=plugins)
+    ood.broadcast = {"threshold": -1e9}
+    halves = [digits.subset(torch.arange(i, len(digits), 2)) for i in range(2)]
+    saved = plugins.calibrated_bytes(model, halves[0], max_bytes=10**4)
+    assert model.training
+    assert ood.broadcast == {"threshold": -1e9}  # clients are still told what clients found
+    plugins.load(broadcast=saved, max_bytes=10**4)
+    with torch.no_grad():
+        flagged = [ood.unknown(ood.predict(model.eval(), to_float(half.images)).score) for half in halves]
+    assert 0.06 < float(flagged[0].float().mean()) <= 0.1
+    assert 0.04 < float(flagged[1].float().mean()) < 0.17
+
+
 def test_measuring_leaves_the_trained_model_as_it_was(digits: LabelledImages) -> None:
     prints = []
     for plugins in (one_client("ood.images=10")[0], one_client("ood.images=500")[0]):
