@@ -77,8 +77,9 @@ class Evaluation:
             raise SettingError("messages", ",".join(self.messages), f"{CONTROL} among them: it is the control")
 
     def cells(self) -> Iterator[tuple[Situation, str, str]]:
-        """Situation, message and attack of every cell, so ordered that what they share is prepared once."""
-        for seed, moment, size, steps in product(range(self.seeds), self.moments, self.batch_sizes, self.steps):
+        """Situation, message and attack of every cell. A situation's seeds are together, so that who stops early has
+        some situations whole; and each seed's messages, so that what they share is prepared once."""
+        for moment, size, steps, seed in product(self.moments, self.batch_sizes, self.steps, range(self.seeds)):
             situation = Situation(
                 self.dataset, self.model, self.norm, self.lr, seed, moment, size, steps, self.rounds, self.know_labels
             )
@@ -160,7 +161,8 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
                 attack: [row for row in sent if row["attack"] == attack and row["psnr"] is not None]
                 for attack in dict.fromkeys(row["attack"] for row in sent)
             }
-            by_attack = {attack: found for attack, found in by_attack.items() if found}
+            most = max(map(len, by_attack.values()))  # an attack with fewer seeds is not done yet
+            by_attack = {attack: found for attack, found in by_attack.items() if found and len(found) == most}
             best = max(by_attack, key=lambda a: statistics.fmean(r["psnr"] for r in by_attack[a]), default=None)
             entry: Row = situation | {"message": message, "attack": best or "", "seeds": 0}
             entry["payload_bytes"] = max(row["payload_bytes"] for row in sent)

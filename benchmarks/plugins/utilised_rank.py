@@ -39,7 +39,7 @@ from tofu.weights import difference, explained_variance, layout_of, load_weights
 CLIENTS = 2
 FINE_TUNING = 2
 RATIO = 100.0
-ENERGIES = (0.95, 0.99, 0.998)
+ENERGIES = (0.9, 0.95, 0.99, 0.998)
 TUNED = (0.99, 0.998)
 """The energies whose networks are fine-tuned too."""
 

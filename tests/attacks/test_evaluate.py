@@ -38,6 +38,10 @@ def test_an_evaluation_is_resumed_and_reported(tmp_path: Path) -> None:
     assert (control["message"], control["attack"], control["seeds"]) == ("exact", "idlg", 2)
     assert control["psnr"][0] > 30
     assert (summed["message"], summed["recovered"][0]) == ("secure:2", 1)
+    # Stopped early: an attack that lacks a seed is not compared with one that has all.
+    lucky = next(row for row in rows if (row["message"], row["attack"], row["seed"]) == ("exact", "idlg", 0))
+    short = [row for row in rows if row["message"] == "exact"] + [lucky | {"attack": "dlg", "psnr": 99.0}]
+    assert [entry["attack"] for entry in summarise(short)] == ["idlg"]
     document = json.loads((tmp_path / "attacks.json").read_text())
     assert (document["planned"], document["finished"], len(document["rows"])) == (12, 12, 12)
 
