@@ -25,7 +25,7 @@ from server.checkpoint import Snapshot
 from server.clients import Client, exchange, one_line
 from server.ledger import Ledger
 from tofu.errors import PayloadError, RunError, SettingError
-from tofu.messages import FIELD, RECORD, SECURE, SecureAnswer, SecurePart, SecureQuery, run_name
+from tofu.messages import FIELD, RECORD, SECURE, SecureAnswer, SecurePart, SecureQuery, TrainReply, run_name
 from tofu.plugins import SumSpec
 from tofu.secagg import compact
 from tofu.secagg.fixed_point import HEADROOM, FixedPoint
@@ -62,6 +62,10 @@ class OpenRound:
         self.session.add_masked(client.name, masked)
 
 
+LEAST_EXPLAINED = 0.05
+"""Of an update, by what its client says: less is taken for so much."""
+
+
 @dataclass
 class Seen:
     """How large the clients' weighted values were where the server saw them, by tensor.
@@ -69,7 +73,7 @@ class Seen:
     Attributes:
         peaks: the largest of all rounds.
         powers: sum of the clients' mean squares in the last such round, in units of 2^-64: whole numbers, so that it
-            does not depend on who answered first.
+            does not depend on who answered first. Of what clients wanted to send, which is more than what arrived.
         clients: of that round.
         round: its number.
     """
@@ -79,8 +83,8 @@ class Seen:
     clients: int = 0
     round: int = 0
 
-    def add(self, update: Weights, examples: int, round_: int) -> None:
-        """A client's decoded update."""
+    def add(self, update: Weights, examples: int, round_: int, explained: float) -> None:
+        """A client's decoded update, and what share of its power that is by what the client says."""
         if round_ != self.round:
             self.powers, self.clients, self.round = {}, 0, round_
         self.clients += 1
@@ -88,7 +92,8 @@ class Seen:
             if value.numel():
                 peak, power = float(value.abs().max()), float(value.double().square().mean())
                 self.peaks[name] = max(self.peaks.get(name, 0.0), peak * examples)
-                self.powers[name] = self.powers.get(name, 0) + round(math.ldexp(power * examples**2, 64))
+                power *= examples**2 / min(max(explained, LEAST_EXPLAINED), 1.0)
+                self.powers[name] = self.powers.get(name, 0) + round(math.ldexp(power, 64))
 
     def deviations(self) -> dict[str, float]:
         """Root mean squares, over the last round's clients."""
@@ -147,9 +152,9 @@ class SecureRounds:
         if advert:
             self._adverts[client.name] = advert
 
-    def learn(self, update: Weights, examples: int, round_: int) -> None:
+    def learn(self, update: Weights, reply: TrainReply, round_: int) -> None:
         """How large a client's decoded update is in a round that shows it, for the first secure round's ranges."""
-        self._seen.add(update, examples, round_)
+        self._seen.add(update, reply.examples, round_, reply.explained_variance)
 
     def open(
         self,

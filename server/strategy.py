@@ -399,7 +399,7 @@ class Federation:
         self._downlink.delivered(client.name)
         self._broadcasts[client.name] = broadcast_id(result.broadcast)
         if self._secure is not None:
-            self._secure.learn(update, reply.examples, result.round)
+            self._secure.learn(update, reply, result.round)
             self._secure.keep_advert(client, reply.advert)
 
     def _read_export(self, data: bytes) -> Export:

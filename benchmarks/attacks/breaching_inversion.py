@@ -38,7 +38,7 @@ def main() -> None:
     config.impl.JIT = None
     images_shape = [shape.channels, shape.height, shape.width]
     about = OmegaConf.create({"shape": images_shape, "classes": shape.classes, "modality": "vision",
-                              "mean": [0.0] * shape.channels, "std": [1.0] * shape.channels})  # fmt: skip
+                              "mean": [0.5] * shape.channels, "std": [0.5] * shape.channels})  # fmt: skip
     torch.manual_seed(int(given["seed"]))
     attacker = breaching.attacks.prepare_attack(
         model, torch.nn.CrossEntropyLoss(), config, {"device": torch.device("cpu"), "dtype": torch.float}

@@ -2,8 +2,10 @@
 
 Federated averaging in memory, with the fixed point of secure rounds but no masks, which do not change a sum. Eight
 rounds of top-1% updates with error feedback come first (cheap rounds, as a run has them); from there each setting goes
-on by itself, with error feedback, and accuracy and loss on the test images are compared after the last rounds. The
-range is that which clips a given fraction of the entries, as a server can steer by the count of clipped values.
+on by itself, with error feedback, and accuracy and loss on the test images are compared after the last rounds.
+
+The range is that which clips a given fraction of the entries, as a server can steer by the count of clipped values, and
+rounding is stochastic; but for kind "coarse", which is what secure rounds do: `tofu.secure_update` with coarse terms.
 """
 
 import argparse
@@ -23,13 +25,16 @@ from torch import Tensor, nn
 
 from benchmarks.common import RESULTS, find_data, print_table, spread, versions
 from client.training import LocalTraining, train_locally
+from server.secure_round import Seen
 from tofu.compression.hadamard import pieces, random_signs, rotated, rotated_back
 from tofu.data import LabelledImages, open_data, to_float
 from tofu.models import build_model
 from tofu.secagg.compact import LED, decode, encode, places
 from tofu.secagg.fixed_point import FixedPoint
 from tofu.secagg.ring import add, centred
+from tofu.secure_update import SecureCode, SecureTerms, first_ranges, flat, reach
 from tofu.seeding import derive_generator
+from tofu.weights import Weights, layout_of
 
 CLIENTS = 10
 FIRST_ROUNDS = 8
@@ -46,7 +51,8 @@ class Way:
     """A setting: entries sent and bits of the ring.
 
     Attributes:
-        kind: "led" is `tofu.secagg.compact`, with the fraction `led`; "rotated" takes turns after a rotation by random
+        kind: "coarse" is what secure rounds do; "led" has the places that `tofu.secagg.compact` leads by entries alone,
+            with the fraction `led`; "rotated" takes turns after a rotation by random
             signs and Walsh-Hadamard transforms, which makes all entries alike; "sketch" is M Q.
         clipped: fraction of entries that the range clips.
         whole_residual: error feedback takes what was clipped and rounded, and not only what was not sent.
@@ -65,6 +71,8 @@ class Way:
 
 
 WAYS = [
+    Way(1.0, 8, "coarse"),
+    *(Way(2 / bits, bits, "coarse") for bits in (6, 7, 8)),
     *(Way(1.0, bits) for bits in (12, 8)),
     *(Way(8 / bits, bits) for bits in (10, 12, 16)),
     *(Way(2 / bits, bits) for bits in (5, 6, 8, 10, 12)),
@@ -93,6 +101,9 @@ class Federation:
         self.examples = [len(client) for client in self.clients]
         self.residuals = [torch.zeros_like(self.weights) for _ in range(CLIENTS)]
         self.round = 0
+        self.layout = layout_of(self.model)
+        self.seen = Seen()
+        self.ranges: tuple[float, ...] = ()
 
     def targets(self) -> list[Tensor]:
         """Every client's update plus its residual."""
@@ -105,6 +116,12 @@ class Federation:
             result.append(update + self.residuals[number])
         self.round += 1
         return result
+
+    def named(self, vector: Tensor) -> Weights:
+        """A vector as tensors by name."""
+        parts: tuple[Tensor, ...] = torch.split(vector, [shape.numel() for shape in self.layout.shapes.values()])
+        named = zip(self.layout.shapes.items(), parts, strict=True)
+        return {name: part.view(shape) for (name, shape), part in named}
 
     def results(self) -> dict[str, float]:
         nn.utils.vector_to_parameters(self.weights.clone(), self.model.parameters())
@@ -128,6 +145,8 @@ def top_entries(federation: Federation, fraction: float) -> None:
         places = target.abs().topk(max(1, round(fraction * target.numel()))).indices
         sent[places] = target[places]
         federation.residuals[number] = target - sent
+        explained = float(sent.square().sum() / target.square().sum())
+        federation.seen.add(federation.named(sent), federation.examples[number], federation.round, explained)
         total += federation.examples[number] / all_examples * sent
     federation.weights = federation.weights + total
 
@@ -210,6 +229,23 @@ def compact_round(way: Way, federation: Federation, turn: int) -> None:
     federation.weights = federation.weights + back(torch.from_numpy(mean).float())
 
 
+def coarse_round(way: Way, federation: Federation, turn: int) -> None:
+    """A secure round's arithmetic, by the code that makes it."""
+    unit, layout = statistics.fmean(federation.examples), federation.layout
+    levels = FixedPoint(CLIENTS, way.bits, 1.0).levels
+    known = {name: reach(levels) / unit * size for name, size in federation.seen.deviations().items()}
+    ranges = federation.ranges if turn else first_ranges(layout, known)
+    terms = SecureTerms(CLIENTS, way.bits, unit, ranges, way.share, turn, coarse=True)
+    code = SecureCode(layout, terms, moved=federation.weights - federation.first if way.share < 1 else None)
+    total = np.zeros(code.length, dtype=np.uint64)
+    for number, target in enumerate(federation.targets()):
+        encoded = code.encode(federation.named(target), federation.examples[number], 0.0)
+        total = add(total, encoded.vector, way.bits)
+        federation.residuals[number] = target - flat(encoded.decoded)
+    mean = code.decode(total, CLIENTS)
+    federation.weights, federation.ranges = federation.weights + flat(mean.update), mean.ranges
+
+
 def measure(case: str, seed: int, ways: list[Way]) -> list[dict[str, Any]]:
     """Accuracies of all ways from one common start."""
     start = Federation(case, seed)
@@ -221,7 +257,7 @@ def measure(case: str, seed: int, ways: list[Way]) -> list[dict[str, Any]]:
     rows += _goes_on(start, base | {"way": "float32"}, _full)
     for way in ways:
         row = base | {"way": way.kind, "ratio": way.ratio, **vars(way)}
-        rows += _goes_on(start, row, partial(compact_round, way))
+        rows += _goes_on(start, row, partial(coarse_round if way.kind == "coarse" else compact_round, way))
     return rows
 
 
