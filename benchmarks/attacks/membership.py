@@ -42,7 +42,8 @@ def membership_rows(messages: Sequence[str], *, seeds: int) -> list[dict[str, An
         statistics = [calibrated_statistic(model, shadows, part) for part in (members, others)]
         rows.append(_row(seed, "final model, calibrated", roc(statistics[0], statistics[1])))
         fresh = trained_network(Situation("digits", MODEL, "group", 0.1, seed, 0, IMAGES, 1))
-        clients = [data.client(number).subset(range(IMAGES)) for number in range(4)]
+        together = max(parse_message(message).clients for message in messages)
+        clients = [data.client(number).subset(range(IMAGES)) for number in range(together)]
         generator = derive_generator(seed, "membership")
         sent = [local_round(fresh, images, LocalTraining(5, IMAGES, 0.1), generator) for images in clients]
         for message in messages:
