@@ -61,11 +61,15 @@ class Case:
         return LocalTraining(epochs=1, batch_size=64, lr=lr, momentum=0.9)
 
 
+DEEP = "benchmarks.plugins.networks:deep_cnn"
 CASES = {
     "mnist": Case("mnist", "cnn", 4000, 5),
     "digits-vit": Case("digits", "vit_tiny", 0, 16, lr=0.05, last_lr=0.01),
     "cifar10": Case("cifar10", "cnn", 4000, 6),
+    "mnist-deep": Case("mnist", DEEP, 4000, 8),
+    "cifar10-deep": Case("cifar10", DEEP, 4000, 10),
 }
+USUAL = ("mnist", "digits-vit", "cifar10")
 HUB = {"mnist": "ylecun/mnist", "cifar10": "uoft-cs/cifar10"}
 
 
@@ -224,7 +228,8 @@ def summary(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=list(USUAL))
+    parser.add_argument("--name", default="plugins-utilised-rank", help="of the results' JSON and pictures")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0 on")
     parser.add_argument("--test-images", type=int, default=2000, help="at most so many")
     options = parser.parse_args()
@@ -238,7 +243,7 @@ def main() -> None:
         "seeds": list(range(options.seeds)),
         "cases": {name: vars(CASES[name]) for name in options.cases},
     }
-    path = RESULTS / "plugins-utilised-rank.json"
+    path = RESULTS / f"{options.name}.json"
     kept = json.loads(path.read_text()) if path.is_file() else {}
     rows: list[dict[str, Any]] = kept["rows"] if kept.get("settings") == settings else []
     for seed in range(options.seeds):
@@ -250,7 +255,7 @@ def main() -> None:
             document = versions(command) | {"settings": settings, "rows": rows}
             path.write_text(json.dumps(document, indent=1) + "\n")
             if seed == 0:
-                (RESULTS / f"plugins-utilised-rank-{case}.svg").write_text(picture)
+                (RESULTS / f"{options.name}-{case}.svg").write_text(picture)
             print(f"{case}, seed {seed}: done", flush=True)
     summary(rows)
 

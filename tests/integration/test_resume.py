@@ -107,7 +107,7 @@ def test_a_damaged_checkpoint_costs_one_round_and_a_warning(whole: Path, broken:
     class Notes(SilentProgress):
         said: list[str]
 
-        def note(self, text: str) -> None:
+        def note(self, text: str, **where: Any) -> None:
             self.said.append(text)
 
     (broken / FOLDER / "round-000004.checkpoint").write_bytes(b"TOFUCKPT, but not really")
