@@ -6,16 +6,17 @@ machine finds the same (a limit of an hour a cell aside).
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from attacks.evaluate import Evaluation, evaluate, summarise, verdicts
+from attacks.evaluate import SITUATION, Evaluation, evaluate, summarise, verdicts
 from attacks.report import print_tables, write_report
 from benchmarks.attacks.membership import membership_rows, print_membership
-from benchmarks.common import find_data, write_results
+from benchmarks.common import RESULTS, find_data, write_results
 
 HOUR = 3600.0
 FULL_MESSAGES = (
@@ -23,6 +24,7 @@ FULL_MESSAGES = (
     "proxy:paper:200", "topk:100", "powersgd:100", "signsgd", "dp:8", "dp:1000000", "secure:4", "secure:8",
 )  # fmt: skip
 CIFAR_MESSAGES = tuple(m for m in FULL_MESSAGES if m not in ("powersgd:100", "dp:1000000", "secure:8"))
+PROXIES = tuple(m for m in FULL_MESSAGES if m.startswith("proxy"))
 SHORT_MESSAGES = ("exact", "proxy:smooth:100", "proxy:paper:100", "topk:100", "dp:8")
 IMAGES = ("idlg", "codec-aware", "proxy-images", "label-counts")
 STEPS = ("simulation", "codec-aware", "proxy-images", "label-counts")
@@ -41,15 +43,20 @@ QUICK: dict[str, dict[str, Any]] = {
     },
     "digits-batches": {"messages": SHORT_MESSAGES[:3], "attacks": IMAGES, "batch_sizes": (8, 16)},
     "cifar10": {"messages": CIFAR_MESSAGES, "attacks": ("idlg", "label-counts"), "batch_sizes": (1, 4)},
+    "cifar10-proxies": {"messages": PROXIES, "attacks": ("codec-aware", "proxy-images"), "batch_sizes": (1, 4)},
 }
-"""Each differs from the others in some field of a situation, by which the rows are told apart afterwards. Of several
-steps on four images the labels are told: counting them goes wrong there, and no control would break."""
+"""Each but the last, which adds to the one before, differs from the others in some field of a situation, by which the
+rows are told apart afterwards. Of several steps on four images the labels are told: counting them goes wrong there, and
+no control would break."""
 
 FULL: dict[str, dict[str, Any]] = {
     "digits": {"messages": FULL_MESSAGES, "attacks": ALL, "batch_sizes": (1, 4, 8, 16), "moments": (0, 1, 2, 10)},
     "digits-steps": {"messages": FULL_MESSAGES, "attacks": STEPS, "batch_sizes": (1, 4, 8, 16), "steps": (5, 10)},
     "cifar10": {"messages": FULL_MESSAGES, "attacks": ALL, "batch_sizes": (1, 4), "moments": (0, 2)},
 }
+
+CELL = (*SITUATION, "seed", "message", "attack")
+"""What tells a row from all others."""
 
 
 def main() -> None:
@@ -61,6 +68,7 @@ def main() -> None:
     parser.add_argument("--time-limit", type=float, default=float("inf"), help="seconds for each name")
     parser.add_argument("--messages", help="only these, separated by commas")
     parser.add_argument("--no-membership", action="store_true", help="without membership inference")
+    parser.add_argument("--keep", action="store_true", help="keep what the last results have and this does not measure")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
@@ -74,8 +82,14 @@ def main() -> None:
                         say=lambda line: print(line, file=sys.stderr, flush=True))  # fmt: skip
         write_report(done, folder)
         rows += [row | {"dataset": name.partition("-")[0]} for row in done]
+    last = json.loads((RESULTS / "attacks.json").read_text()) if options.keep else {"rows": [], "settings": {}}
+    measured = {tuple(row[key] for key in CELL) for row in rows}
+    rows = [row for row in last["rows"] if tuple(row[key] for key in CELL) not in measured] + rows
     print_tables(rows)
-    membership = [] if options.no_membership else membership_rows(FULL_MESSAGES, seeds=options.seeds)
+    if options.no_membership:
+        membership = last["settings"].get("membership", [])
+    else:
+        membership = membership_rows(FULL_MESSAGES, seeds=options.seeds)
     print_membership(membership)
     shown = [{key: value for key, value in row.items() if key != "images"} for row in rows]
     settings = {

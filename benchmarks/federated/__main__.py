@@ -1,9 +1,9 @@
-"""FedAvg against proxy rounds only and against hybrid rounds: accuracy and uplink bytes at equal rounds.
+"""FedAvg against proxy rounds only, hybrid rounds, and both directions compressed: accuracy and bytes at equal rounds.
 
 MNIST with LeNet-5 and ten clients, CIFAR-10 with the small cnn (GroupNorm) and five, both Dirichlet 0.5; the last
-round of the hybrid is a secure one. Every method uses the same local training, the same rounds and the same running
-average of weights; they differ in what travels. Finished runs are kept in --runs and not run again, so that an
-interrupted benchmark goes on where it was.
+round of the hybrid is a secure one, and on CIFAR-10 that of "both directions" too. Every method uses the same local
+training, the same rounds and the same running average of weights; they differ in what travels. Finished runs are kept
+in --runs and not run again, so that an interrupted benchmark goes on where it was.
 """
 
 import argparse
@@ -36,7 +36,11 @@ SECURE: dict[str, dict[str, Any]] = {
     "mnist": {"switch_round": 15, "secure_ratio": 16.0},
     "cifar10": {"switch_round": 12, "secure_ratio": 8.0},
 }
-METHODS = ("FedAvg", "proxy rounds only", "hybrid")
+BOTH: dict[str, dict[str, Any]] = {
+    "mnist": {"schedule": "proxy", "ratio": 110.0, "lr": 0.3, "downlink_ratio": 45.0},
+    "cifar10": {"schedule": "switch", "downlink_ratio": 25.0} | PROXY["cifar10"] | SECURE["cifar10"],
+}
+METHODS = ("FedAvg", "proxy rounds only", "hybrid", "both directions")
 
 
 def changes(case: str, method: str) -> dict[str, Any]:
@@ -45,7 +49,9 @@ def changes(case: str, method: str) -> dict[str, Any]:
         return {"schedule": "full"}
     if method == "proxy rounds only":
         return {"schedule": "proxy"} | PROXY[case]
-    return {"schedule": "switch"} | PROXY[case] | SECURE[case]
+    if method == "hybrid":
+        return {"schedule": "switch"} | PROXY[case] | SECURE[case]
+    return {"downlink": "proxy"} | BOTH[case]
 
 
 def one_run(case: str, method: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -85,6 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=list(CASES), help=f"some of {', '.join(CASES)}")
     parser.add_argument("--methods", default=",".join(METHODS), help="only these, separated by commas")
+    parser.add_argument("--name", default="federated", help="of the results, before the case's")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--runs", default="runs/benchmark-federated", help="folder for the runs")
@@ -92,9 +99,9 @@ def main() -> None:
     methods = [method for method in METHODS if method in options.methods.split(",")]
     for case in options.names:
         rows = [one_run(case, method, seed, options) for seed in range(options.seeds) for method in methods]
-        settings = COMMON | CASES[case] | {"proxy": PROXY[case], "secure": SECURE[case]}
-        print(write_results(f"federated-{case}", script="federated", settings=settings, rows=rows))
-        draw(rows, RESULTS / f"federated-{case}.svg")
+        settings = COMMON | CASES[case] | {"proxy": PROXY[case], "secure": SECURE[case], "both": BOTH[case]}
+        print(write_results(f"{options.name}-{case}", script="federated", settings=settings, rows=rows))
+        draw(rows, RESULTS / f"{options.name}-{case}.svg")
         print_case(rows)
 
 
@@ -105,6 +112,7 @@ def print_case(rows: list[dict[str, Any]]) -> None:
         if not mine:
             continue
         fedavg = [row["final_accuracy"] for row in rows if row["method"] == "FedAvg"]
+        full = sum(row["uplink_bytes"] + row["downlink_bytes"] for row in rows if row["method"] == "FedAvg")
         lost = [100 * (f - row["final_accuracy"]) for f, row in zip(fedavg, mine, strict=True)]
         table.append(
             (
@@ -113,9 +121,10 @@ def print_case(rows: list[dict[str, Any]]) -> None:
                 "" if method == "FedAvg" else spread(lost, 2),
                 human_bytes(round(sum(row["uplink_bytes"] for row in mine) / len(mine))),
                 f"{sum(row['uplink_ratio'] for row in mine) / len(mine):.1f}x",
+                f"{full / sum(row['uplink_bytes'] + row['downlink_bytes'] for row in mine):.1f}x",
             )
         )
-    print_table(("method", "test accuracy, %", "points lost", "uplink", "less than FedAvg"), table)
+    print_table(("method", "test accuracy, %", "points lost", "uplink", "less than FedAvg", "both ways"), table)
 
 
 if __name__ == "__main__":
