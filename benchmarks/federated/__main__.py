@@ -101,7 +101,8 @@ def main() -> None:
         rows = [one_run(case, method, seed, options) for seed in range(options.seeds) for method in methods]
         settings = COMMON | CASES[case] | {"proxy": PROXY[case], "secure": SECURE[case], "both": BOTH[case]}
         print(write_results(f"{options.name}-{case}", script="federated", settings=settings, rows=rows))
-        draw(rows, RESULTS / f"{options.name}-{case}.svg")
+        if "both directions" not in methods:  # the picture shows the uplink alone
+            draw(rows, RESULTS / f"{options.name}-{case}.svg")
         print_case(rows)
 
 
