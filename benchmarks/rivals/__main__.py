@@ -36,6 +36,8 @@ COMPARISONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
          "overrides": ("proxy:downlink=proxy", "topk:downlink=topk")},
     ),
     "cifar10-group": (CIFAR, {"compressors": BEST, "ratios": "50,200,500", "seeds": 3}),
+    # A third of the bytes of 50x and of 200x.
+    "cifar10-group-thirds": (CIFAR, {"compressors": "proxy", "ratios": "150,600", "seeds": 3}),
     "cifar10-batch": (CIFAR | {"norm": "batch"}, {"compressors": BEST, "ratios": "50,200,500", "seeds": 3}),
     "mnist-100": (
         MNIST | {"clients": 100, "fraction": 0.1, "rounds": 30, "lr": 0.2},
