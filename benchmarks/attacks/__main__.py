@@ -24,7 +24,7 @@ FULL_MESSAGES = (
     "proxy:paper:200", "topk:100", "powersgd:100", "signsgd", "dp:8", "dp:1000000", "secure:4", "secure:8",
 )  # fmt: skip
 CIFAR_MESSAGES = tuple(m for m in FULL_MESSAGES if m not in ("powersgd:100", "dp:1000000", "secure:8"))
-PROXIES = tuple(m for m in FULL_MESSAGES if m.startswith("proxy"))
+PROXIES = tuple(m for m in FULL_MESSAGES if m.startswith(("exact", "proxy")))
 SHORT_MESSAGES = ("exact", "proxy:smooth:100", "proxy:paper:100", "topk:100", "dp:8")
 IMAGES = ("idlg", "codec-aware", "proxy-images", "label-counts")
 STEPS = ("simulation", "codec-aware", "proxy-images", "label-counts")
