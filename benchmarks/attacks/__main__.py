@@ -61,7 +61,7 @@ CELL = (*SITUATION, "seed", "message", "attack")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=list(QUICK), help=f"some of {', '.join(QUICK)}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(QUICK)}; all unless given")
     parser.add_argument("--full", action="store_true", help="every attack, batch size and moment: many hours")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmark-attacks"), help="folder for the cells")
@@ -72,8 +72,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
-    for name in options.names:
-        values = (FULL if options.full else QUICK)[name] | {"seeds": options.seeds, "seconds": HOUR}
+    suite = FULL if options.full else QUICK
+    if unknown := set(options.names) - set(suite):
+        parser.error(f"NAME={', '.join(sorted(unknown))} is not usable: expected some of {', '.join(suite)}")
+    for name in options.names or suite:
+        values = suite[name] | {"seeds": options.seeds, "seconds": HOUR}
         if options.messages:
             values["messages"] = tuple(options.messages.split(","))
         data = "digits" if name.startswith("digits") else find_data("cifar10", "uoft-cs/cifar10")
@@ -95,6 +98,7 @@ def main() -> None:
     settings = {
         "seeds": options.seeds,
         "full": options.full,
+        "kept_from": last.get("command", ""),
         "verdicts": verdicts(rows),
         "summary": summarise(rows),
         "membership": membership,

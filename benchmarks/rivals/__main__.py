@@ -25,7 +25,7 @@ CIFAR: dict[str, Any] = {
 }  # fmt: skip
 """The step size is the best on seed 7 (not reported): of 0.02, 0.03 and 0.05 for FedAvg (41.2, 41.8, 39.7 %), of these
 and 0.1 for STC at 200x (35.2, 36.0, 33.7, 19.1), of the last three for proxies at 200x (38.9, 36.0, 22.7). BatchNorm:
-STC at 200x is level with 0.03 and 0.05 (40.0, 40.2)."""
+STC at 200x is level with 0.03 and 0.05 (40.0, 40.2). Single runs by hand, not kept; PowerSGD's was not looked for."""
 ALL = "proxy,stc,topk,powersgd,eden,qsgd"
 BEST = "proxy,stc,topk,powersgd"
 COMPARISONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
