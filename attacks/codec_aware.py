@@ -9,9 +9,8 @@ client's images, this is where it would show.
 
 - A scale is fitted for each tensor, so each tensor's direction is what proxies convey, and its length is that of the
   update's projection on it. The distance is thus by tensor, 1 - cosine, weighted by the tensor's share of the power.
-- The entries of a top-k message are the update's own, nearly exact; those of a ternary correction have its signs, and
-  its magnitudes on average. They are where the decoded update differs from the proxies' alone, and are matched one by
-  one as well.
+- The entries of a top-k message are the update's own, nearly exact, those of a correction to within a step. They are
+  where the decoded update differs from the proxies' alone, and are matched one by one as well.
 - Proxies lie where gradients like the update's come from. They are one of the starts; the others are noise.
 
 Several local steps are simulated as in `attacks.simulation`.

@@ -64,10 +64,6 @@ class Classes:
         """16 bits by which two ends know that they have the same classes."""
         return zlib.crc32(self.numbers.tobytes()) & 0xFFFF
 
-    def of_slots(self, slots: Integers) -> Integers:
-        """The class of each slot."""
-        return np.repeat(np.arange(CLASSES), np.diff(np.searchsorted(slots, [*self.starts, self.numbers.size])))
-
 
 def classes_of(network: Network) -> Classes:
     """The classes at a network's base weights, from how far they are from its initial ones."""

@@ -5,8 +5,6 @@ is the best for them; Rice's special case (1979) divides by a power of two, 2^b.
 remainder in b digits, some log2(d/k) + 1.5 bits a position. b is the best for the gaps at hand and goes ahead of them.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -62,21 +60,14 @@ def by_magnitude(vector: Tensor) -> Integers:
     return order[: int(torch.count_nonzero(magnitudes))]
 
 
-def most_that_fit(
-    order: Integers, *, value_bits: int, room: int, length: Callable[[Integers], int] = positions_length
-) -> int:
-    """The largest k for which the first k of `order` fit into `room` bits, with `value_bits` beside each position.
-
-    Args:
-        length: bits of rising positions. Where it may fall by a few with one position more, k is one that fits, and at
-            most a few from the largest.
-    """
+def most_that_fit(order: Integers, *, value_bits: int, room: int) -> int:
+    """The largest k for which the first k of `order` fit into `room` bits, with `value_bits` beside each position."""
     limit = min(order.size, max(0, room // (value_bits + 1)))  # a gap takes a bit at least
     by_position = np.argsort(order[:limit])
     candidates = order[by_position]
 
     def size(count: int) -> int:
-        return length(candidates[by_position < count]) + count * value_bits
+        return positions_length(candidates[by_position < count]) + count * value_bits
 
     low, high, small, large = 0, limit, size(0), size(limit)
     if large <= room:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tofu.compression.classes import CLASSES, Classes
-from tofu.compression.entries import least_room, read_entries, slots_length, write_entries
+from tofu.compression.entries import MOST_LEVELS, least_room, read_entries, slots_length, write_entries
 from tofu.errors import PayloadError
 
 
@@ -13,12 +13,14 @@ def random_classes(length: int, seed: int) -> Classes:
     return Classes(np.random.default_rng(seed).integers(0, CLASSES, length).astype(np.int8))
 
 
-@given(st.integers(1, 400), st.integers(0, 2**32 - 1), st.integers(0, 300), st.floats(0, 1))
+@given(st.integers(1, 400), st.integers(0, 2**32 - 1), st.integers(0, 300), st.floats(0, 1), st.floats(0.1, 8))
 def test_the_largest_entries_come_back_in_no_more_than_the_room(
-    length: int, seed: int, more: int, zeros: float
+    length: int, seed: int, more: int, zeros: float, tail: float
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    vector = torch.randn(length, generator=generator) * (torch.rand(length, generator=generator) >= zeros)
+    values = torch.randn(length, generator=generator)
+    values *= values.abs() ** tail
+    vector = values * (torch.rand(length, generator=generator) >= zeros)
     classes = random_classes(length, seed)
     room = least_room(length) + more
     data = write_entries(vector, room, classes)
@@ -31,16 +33,37 @@ def test_the_largest_entries_come_back_in_no_more_than_the_room(
         rest = vector.abs().clone()
         rest[sent] = 0
         assert float(vector[sent].abs().min()) >= float(rest.max())
-        if not data[2]:  # one magnitude, the mean of all
-            assert float(read[sent[0]].abs()) == pytest.approx(float(vector[sent].abs().mean()), rel=2**-8)
 
 
-def test_more_magnitudes_only_where_one_would_leave_bytes_unused() -> None:
-    vector = torch.randn(2000, generator=torch.Generator().manual_seed(0))
+@given(st.integers(0, 2**32 - 1), st.floats(0.1, 4))
+def test_an_entry_comes_back_as_the_mean_of_its_level(seed: int, tail: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    vector = torch.randn(300, generator=generator)
+    vector *= vector.abs() ** tail
+    classes = random_classes(300, seed)
+    read = read_entries(write_entries(vector, 150, classes), classes)
+    sent = torch.nonzero(read).flatten()
+    values = vector[sent].abs().double()
+    levels = ((values / values.min() + 2) // 3).clamp(max=MOST_LEVELS)
+    for level in levels.unique():
+        mine = levels == level
+        assert read[sent][mine].abs().double() == pytest.approx(values[mine].mean().expand(int(mine.sum())), rel=2**-8)
+
+
+def test_equal_entries_are_sent_as_far_as_they_fit() -> None:
     classes = random_classes(2000, 0)
-    bits = {room: write_entries(vector, room, classes)[2] for room in (60, 200, 1000)}
-    assert bits[60] == bits[200] == 0
-    assert bits[1000] > 0
+    few, all_ = (read_entries(write_entries(torch.full((2000,), -3.0), room, classes), classes) for room in (60, 2000))
+    assert 0 < int(torch.count_nonzero(few)) < 2000
+    assert torch.equal(all_, torch.full((2000,), -3.0))
+
+
+def test_the_highest_level_has_no_end() -> None:
+    vector = torch.ones(500)
+    vector[7] = 1e6
+    classes = random_classes(500, 0)
+    read = read_entries(write_entries(vector, 1000, classes), classes)
+    assert int(torch.count_nonzero(read)) == 500
+    assert float(read[7]) == pytest.approx(1e6, rel=2**-8)  # alone in the highest level, whose mean it is
 
 
 def test_classes_that_tell_where_entries_are_make_room_for_more_of_them() -> None:
