@@ -1,10 +1,9 @@
 """FedAvg against proxy rounds only, hybrid rounds, and both directions compressed: accuracy and bytes at equal rounds.
 
 MNIST with LeNet-5 and ten clients, CIFAR-10 with the small cnn (GroupNorm) and five, both Dirichlet 0.5; the last
-round of the hybrid is a secure one. Every method uses the same local
-training, the same rounds and the same running average of weights; they differ in what travels, and each has its own
-best step size of a few, on a seed that is not reported. Finished runs are kept in --runs and not run again, so that an
-interrupted benchmark goes on where it was.
+round of the hybrid is a secure one. Every method uses the same local training, the same rounds and the same running
+average of weights; they differ in what travels, and each has its own best step size of a few, on a seed that is not
+reported. Finished runs are kept in --runs and not run again, so that an interrupted benchmark goes on where it was.
 """
 
 import argparse

@@ -4,11 +4,12 @@ As many of the largest as there is room for, in steps of three times the smalles
 level 2 from 4s, level 3 from 7s. For a level the mean of its entries is sent. Few entries reach a level and fewer the
 next, so levels are sent as positions too: which of the entries reach level 2, which of these level 3, and so on.
 
-All positions are Golomb-Rice-coded gaps, those of entries counted among the entries of one class
-(`tofu.compression.classes`). The parameter follows from how many of how many places are taken, and is Rice's best for
-gaps of that mean (Kiely, IPN Progress Report 42-159, 2004):
+Each of these is a subset of n places: the places of one class (`tofu.compression.classes`) that hold an entry, and the
+entries of one level that reach the next. A subset of k is written as k, in as many bits as n has digits, and the gaps
+between its places by Golomb-Rice's code, quotients in unary before all remainders of b bits each. b follows from k and
+n, and is Rice's best for gaps of that mean (Kiely, IPN Progress Report 42-159, 2004):
 
-    b = floor(log2(2 ln(phi) * places / taken)), at least 0, with phi the golden ratio.
+    b = floor(log2(2 ln(phi) n / k)), at least 0, with phi the golden ratio.
 
 Body, little-endian:
 
@@ -16,10 +17,8 @@ Body, little-endian:
     2      checksum of the classes
     1      number of levels, L
     2 each L magnitudes, bfloat16
-    -      bits: width w of a count (5 bits), entries sent of each class (w bits each), quotients of all gaps in
-           unary, remainders of all gaps (b bits each), signs (1 is negative), then for each level from 2 to L: how many
-           of the n entries of the level before reach it (as many bits as n has digits), quotients, remainders;
-           gaps and signs in the order of slots
+    -      bits: the subset of each class, signs (1 is negative), the subset that reaches each level from 2 to L;
+           entries in the order of slots
 """
 
 import struct
@@ -43,18 +42,16 @@ MOST_LEVELS = 31
 """The highest level has no end: what would reach further ones belongs to it."""
 
 _HEAD = struct.Struct("<HB")
-_WIDTH_BITS = 5
 _SHARE = 63073
 """2 ln(phi) in units of 2^-16: parameters are whole-number arithmetic, so that both ends get the same."""
-
 
 Floats = npt.NDArray[np.float32]
 
 
 def least_room(length: int) -> int:
     """Bytes into which one entry of a vector of this length always fits."""
-    gap = 2 + length.bit_length()
-    return _head(1) + (_WIDTH_BITS + CLASSES + gap + 1 + 7) // 8
+    counts, gap, sign = CLASSES * length.bit_length(), 2 + length.bit_length(), 1
+    return _head(1) + (counts + gap + sign + 7) // 8
 
 
 def write_entries(vector: Tensor, room: int, classes: Classes) -> bytes:
@@ -86,15 +83,12 @@ def read_entries(data: bytes, classes: Classes) -> Tensor:
     if top > MOST_LEVELS:
         raise PayloadError(f"{what} have {top} levels, expected at most {MOST_LEVELS}")
     split = _head(top)
-    checked_length(data, split + 1, what, exactly=False)
+    checked_length(data, split, what, exactly=False)
     magnitudes = checked_scales(bfloat16_from(data[_HEAD.size : split], "magnitudes"), what)
     bits = BitReader(data[split:], what)
-    counts = bits.fixed(CLASSES, int(bits.fixed(1, _WIDTH_BITS)[0]))
-    if bool((counts > classes.sizes).any()):
-        raise PayloadError(f"{what} are {counts.tolist()} of the classes, which have {classes.sizes.tolist()}")
-    if counts.any() and not top:
-        raise PayloadError(f"{what} are {int(counts.sum())} of no level")
-    slots = _read_slots(bits, counts, classes)
+    slots = _read_slots(bits, classes)
+    if slots.size and not top:
+        raise PayloadError(f"{what} are {slots.size} of no level")
     signs = torch.from_numpy(1 - 2 * bits.fixed(slots.size, 1))
     levels = _read_levels(bits, slots.size, top)
     bits.finish()
@@ -104,10 +98,8 @@ def read_entries(data: bytes, classes: Classes) -> Tensor:
 
 
 def slots_length(slots: Integers, classes: Classes) -> int:
-    """Bits that rising slots take, the counts included."""
-    counts, widths, gaps = _parts(slots, classes)
-    quotients = int((gaps >> np.repeat(widths, counts)).sum())
-    return _WIDTH_BITS + CLASSES * _digits(counts) + quotients + int((counts * (widths + 1)).sum())
+    """Bits that rising slots take."""
+    return sum(subset.length for subset in _by_class(slots, classes))
 
 
 @dataclass(frozen=True)
@@ -157,19 +149,14 @@ class _Entries:
     @property
     def nbytes(self) -> int:
         """Length of `to_bytes`."""
-        bits = slots_length(self.slots, self.classes) + self.slots.size + sum(step.length for step in self._steps())
-        return _head(self.top) + (bits + 7) // 8
+        levels = sum(subset.length for subset in self._by_level())
+        return _head(self.top) + (slots_length(self.slots, self.classes) + self.slots.size + levels + 7) // 8
 
     def to_bytes(self) -> bytes:
-        counts, widths, gaps = _parts(self.slots, self.classes)
-        remainders = np.split(gaps, np.cumsum(counts)[:-1])
         bits = packed(
-            fixed(np.array([_digits(counts)]), _WIDTH_BITS),
-            fixed(counts, _digits(counts)),
-            unary(gaps >> np.repeat(widths, counts)),
-            *(fixed(part, int(width)) for part, width in zip(remainders, widths, strict=True)),
+            *(field for subset in _by_class(self.slots, self.classes) for field in subset.fields()),
             fixed((self.values < 0).astype(np.int64), 1),
-            *(field for step in self._steps() for field in step.fields()),
+            *(field for subset in self._by_level() for field in subset.fields()),
         )
         return _HEAD.pack(self.classes.checksum, self.top) + self._magnitudes() + bits
 
@@ -179,7 +166,7 @@ class _Entries:
         counts = np.bincount(self.levels, minlength=self.top + 1)[1:]
         return bfloat16_bytes(torch.from_numpy(sums / np.maximum(counts, 1)))
 
-    def _steps(self) -> Iterator["_Subset"]:
+    def _by_level(self) -> Iterator["_Subset"]:
         """For each level from 2 on, which entries of the level before reach it."""
         levels = self.levels
         for level in range(2, self.top + 1):
@@ -190,7 +177,7 @@ class _Entries:
 
 @dataclass(frozen=True)
 class _Subset:
-    """Some of n places: how many, then their gaps."""
+    """Rising places that are taken, of so many."""
 
     places: int
     taken: Integers
@@ -199,59 +186,47 @@ class _Subset:
     def gaps(self) -> Integers:
         return np.diff(self.taken, prepend=-1) - 1
 
-    @property
+    @cached_property
     def width(self) -> int:
-        return int(_widths(np.array([self.taken.size]), np.array([self.places]))[0])
+        return _width(self.taken.size, self.places)
 
     @property
     def length(self) -> int:
         """Bits of `fields`."""
-        return self.places.bit_length() + int((self.gaps >> self.width).sum()) + self.taken.size * (self.width + 1)
+        return self.places.bit_length() + int((self.gaps >> self.width).sum()) + self.taken.size * (1 + self.width)
 
     def fields(self) -> tuple[Bits, Bits, Bits]:
         count = fixed(np.array([self.taken.size]), self.places.bit_length())
-        return count, unary(self.gaps >> self.width), fixed(self.gaps & ((1 << self.width) - 1), self.width)
+        return count, unary(self.gaps >> self.width), fixed(self.gaps, self.width)
 
     @staticmethod
     def read(bits: BitReader, places: int) -> Integers:
         """The places that are taken.
 
         Raises:
-            PayloadError: there are not so many places, or the stream ends early.
+            PayloadError: more are taken than there are, one lies outside, or the stream ends early.
         """
-        taken = int(bits.fixed(1, places.bit_length())[0])
-        width = int(_widths(np.array([taken]), np.array([places]))[0])
-        quotients = bits.unary(taken)
-        if taken > places or int(quotients.sum()) > places >> width:
-            raise PayloadError(f"correction's entries of a level are {taken} of {places}, or lie outside them")
-        found: Integers = np.cumsum((quotients << width) + bits.fixed(taken, width) + 1) - 1
-        if taken and int(found[-1]) >= places:
-            raise PayloadError(f"correction's entries of a level lie outside the {places} of the level before")
-        return found
+        count = int(bits.fixed(1, places.bit_length())[0])
+        width = _width(count, places)
+        quotients = bits.unary(count)
+        if count > places or int(quotients.sum()) > places >> width:  # before the shift below could overflow
+            raise PayloadError(f"correction's entries are {count} of {places} places, or lie outside them")
+        taken: Integers = np.cumsum((quotients << width) + bits.fixed(count, width) + 1) - 1
+        if count and int(taken[-1]) >= places:
+            raise PayloadError(f"correction's entries lie outside {places} places")
+        return taken
 
 
-def _read_slots(bits: BitReader, counts: Integers, classes: Classes) -> Integers:
-    """Rising slots, so many of each class.
+def _by_class(slots: Integers, classes: Classes) -> Iterator[_Subset]:
+    """Rising slots as the places that they take in each class."""
+    parts = np.split(slots, np.searchsorted(slots, classes.starts[1:]))
+    for start, size, part in zip(classes.starts, classes.sizes, parts, strict=True):
+        yield _Subset(int(size), part - start)
 
-    Raises:
-        PayloadError: the stream ends early, or a slot lies outside its class.
-    """
-    widths = _widths(counts, classes.sizes)
-    quotients = bits.unary(int(counts.sum()))
-    gaps = np.empty_like(quotients)
-    end = 0
-    for number, (count, width) in enumerate(zip(counts.tolist(), widths.tolist(), strict=True)):
-        begin, end = end, end + count
-        if int(quotients[begin:end].sum()) > int(classes.sizes[number]) >> width:
-            raise PayloadError(f"correction's entries lie outside their class of {classes.sizes[number]} entries")
-        gaps[begin:end] = (quotients[begin:end] << width) + bits.fixed(count, width)
-    slots: Integers = np.cumsum(gaps + 1) - 1
-    firsts = np.cumsum(counts) - counts
-    before = np.concatenate([[-1], slots])[firsts]  # the running sum before each class
-    slots += np.repeat(classes.starts - before - 1, counts)
-    if bool((slots >= np.repeat(classes.starts + classes.sizes, counts)).any()):
-        raise PayloadError("correction's entries lie outside their classes")
-    return slots
+
+def _read_slots(bits: BitReader, classes: Classes) -> Integers:
+    parts = [start + _Subset.read(bits, int(size)) for start, size in zip(classes.starts, classes.sizes, strict=True)]
+    return np.concatenate(parts)
 
 
 def _read_levels(bits: BitReader, count: int, top: int) -> Integers:
@@ -264,24 +239,10 @@ def _read_levels(bits: BitReader, count: int, top: int) -> Integers:
     return levels
 
 
-def _parts(slots: Integers, classes: Classes) -> tuple[Integers, Integers, Integers]:
-    """Rising slots as how many are sent of each class, its parameter b, and the gaps."""
-    ends = np.searchsorted(slots, [*classes.starts, classes.numbers.size])
-    counts = np.diff(ends)
-    gaps = np.diff(slots, prepend=-1) - 1
-    sent = counts > 0
-    gaps[ends[:-1][sent]] = slots[ends[:-1][sent]] - classes.starts[sent]
-    return counts, _widths(counts, classes.sizes), gaps
-
-
-def _widths(taken: Integers, places: Integers) -> Integers:
-    """b where so many of so many places are taken, elementwise."""
-    means = (places * _SHARE) // (np.maximum(taken, 1) << 16)
-    return np.maximum(np.frexp(means)[1].astype(np.int64) - 1, 0)
-
-
-def _digits(counts: Integers) -> int:
-    return int(counts.max(initial=0)).bit_length()
+def _width(taken: int, places: int) -> int:
+    """b where so many of so many places are taken."""
+    mean = (places * _SHARE) // (max(taken, 1) << 16)
+    return max(mean.bit_length() - 1, 0)
 
 
 def _head(levels: int) -> int:
