@@ -7,12 +7,17 @@ step size of two, chosen on a seed that is not reported. Finished runs are kept 
 import argparse
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS, find_data, versions
 from client.app import app as client_app
 from server.compare import Comparison, run_comparison
+from server.compare.plan import FEDAVG, Cell
+from server.compare.results import Row, document
+from server.report.compare import render_figure
 from server.report.compare_tables import markdown
 from tofu.settings import Settings
 
@@ -36,7 +41,7 @@ COMPARISONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"compressors": "proxy,topk", "ratios": "200", "seeds": 3,
          "overrides": ("proxy:downlink=proxy", "topk:downlink=topk")},
     ),
-    "cifar10-group": (CIFAR, {"compressors": BEST, "ratios": "50,200,500", "seeds": 3}),
+    "cifar10-group": (CIFAR, {"compressors": ALL, "ratios": "50,200,500", "seeds": 3}),
     # A third of the bytes of 50x and of 200x.
     "cifar10-group-thirds": (CIFAR, {"compressors": "proxy", "ratios": "150,600", "seeds": 3}),
     "cifar10-batch": (CIFAR | {"norm": "batch"}, {"compressors": BEST, "ratios": "50,200,500", "seeds": 3}),
@@ -65,6 +70,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="fewer seeds")
     parser.add_argument("--runs", default="runs/benchmark-rivals", help="folder for the runs")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--keep", action="store_true", help="keep the last results of compressors that this leaves out")
     options = parser.parse_args()
     for name in options.names:
         settings, arguments = COMPARISONS[name]
@@ -76,12 +82,49 @@ def main() -> None:
         folder = Path(options.runs) / name
         shared = Settings.of(FEDERATION | settings | {"dataset": local, "workers": options.workers})
         comparison = Comparison.of(shared, folder=folder, **arguments)
-        document = run_comparison(comparison, client_app, say=lambda line: print(line, file=sys.stderr, flush=True))
-        document["settings"]["dataset"] = hub
-        document |= versions(" ".join(["python -m benchmarks.rivals", *sys.argv[1:]]))
-        (RESULTS / f"rivals-{name}.json").write_text(json.dumps(document, indent=1) + "\n")
-        (RESULTS / f"rivals-{name}.svg").write_text((folder / "compare.svg").read_text())
-        print(f"\n## {name}\n\n{markdown(document)}")
+        made = run_comparison(comparison, client_app, say=lambda line: print(line, file=sys.stderr, flush=True))
+        result = RESULTS / f"rivals-{name}.json"
+        if options.keep:
+            compare = partial(Comparison.of, shared, folder=folder, **arguments)
+            made = with_kept(compare, made, json.loads(result.read_text()))
+        made["settings"]["dataset"] = hub
+        made |= versions(" ".join(["python -m benchmarks.rivals", *sys.argv[1:]]))
+        result.write_text(json.dumps(made, indent=1) + "\n")
+        result.with_suffix(".svg").write_text(render_figure(made))
+        print(f"\n## {name}\n\n{markdown(made)}")
+
+
+def with_kept(compare: Callable[..., Comparison], made: Row, last: Row) -> Row:
+    """The document of what was run, and of what the last one has of other compressors, whose code has not changed.
+
+    Args:
+        compare: makes the comparison of `compressors`.
+    """
+
+    def fedavg(one: Row) -> list[float]:
+        return [row["final_accuracy"] for row in one["runs"] if row["compressor"] == FEDAVG]
+
+    if fedavg(made) != fedavg(last):
+        raise SystemExit("error: --keep: FedAvg ends elsewhere than in the last results, so they do not compare")
+    for field in ("settings", "ratios", "seeds", "tune", "overrides"):
+        ours, theirs = ({**one, "dataset": "", "workers": 0} if field == "settings" else one
+                        for one in (made[field], last[field]))  # fmt: skip
+        if ours != theirs:
+            raise SystemExit(f"error: --keep: the last results have other {field}, so nothing of them can be kept")
+    kept = [name for name in last["compressors"] if name not in made["compressors"]]
+    names = [name for name in ALL.split(",") if name in (*kept, *made["compressors"])]
+    comparison = compare(compressors=",".join(names))
+
+    def rows(field: str) -> dict[Cell, list[Row]]:
+        pool = made[field] + [row for row in last[field] if row["compressor"] in kept]
+        asked = {cell: cell.ratios[0] if cell != comparison.reference else None for cell in comparison.cells}
+        return {
+            cell: [row for row in pool if (row["compressor"], row["ratio"]) == (cell.compressor, ratio)]
+            for cell, ratio in asked.items()
+        }
+
+    merged = document(comparison, rows("runs"), rows("tuning_runs"), runs_left=0)
+    return merged | {"kept": {"compressors": kept, "command": last["command"]}}
 
 
 if __name__ == "__main__":
