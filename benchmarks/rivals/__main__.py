@@ -106,10 +106,13 @@ def with_kept(compare: Callable[..., Comparison], made: Row, last: Row) -> Row:
 
     if fedavg(made) != fedavg(last):
         raise SystemExit("error: --keep: FedAvg ends elsewhere than in the last results, so they do not compare")
-    for field in ("settings", "ratios", "seeds", "tune", "overrides"):
-        ours, theirs = ({**one, "dataset": "", "workers": 0} if field == "settings" else one
-                        for one in (made[field], last[field]))  # fmt: skip
-        if ours != theirs:
+    anywhere = ("dataset", "workers")
+    known = {name: made["settings"].get(name) for name in last["settings"]}  # others are newer than the last results
+    same = {name: value for name, value in known.items() if name not in anywhere}
+    if same != {name: value for name, value in last["settings"].items() if name not in anywhere}:
+        raise SystemExit("error: --keep: the last results have other settings, so nothing of them can be kept")
+    for field in ("ratios", "seeds", "tune", "overrides"):
+        if made[field] != last[field]:
             raise SystemExit(f"error: --keep: the last results have other {field}, so nothing of them can be kept")
     kept = [name for name in last["compressors"] if name not in made["compressors"]]
     names = [name for name in ALL.split(",") if name in (*kept, *made["compressors"])]
