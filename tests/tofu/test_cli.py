@@ -271,7 +271,8 @@ def test_a_plan_agrees_with_the_run(tofu: Tofu, tmp_path: Path, options: tuple[s
         if direction == "uplink":
             assert planned["fedavg_uplink_bytes"] == pytest.approx(summary["fedavg_uplink_bytes"] - hello, rel=0.02)
     payloads = [row["payload_bytes"] for row in ledger if row["direction"] == "uplink" and row["kind"] == "proxy"]
-    assert set(payloads) <= {planned["payload_bytes"]}
+    for bytes_ in payloads:  # what is left may be too little for one entry more
+        assert planned["payload_bytes"] - 4 <= bytes_ <= planned["payload_bytes"]
     assert bool(payloads) == (planned["compressed_rounds"] > 0)
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert kinds.count("proxy") == planned["compressed_rounds"]
