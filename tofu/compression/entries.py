@@ -65,7 +65,9 @@ def write_entries(vector: Tensor, room: int, classes: Classes) -> bytes:
             fits = count
         else:
             too_many = count
-    return ranking.largest(fits).to_bytes()
+    # Where nearly all fit, the smallest may be so small that most belong to the highest level: then fewer say more.
+    choices = (ranking.largest(fits >> halvings) for halvings in range(max(1, fits.bit_length())))
+    return max((one for one in choices if one.nbytes <= room), key=lambda one: one.explained).to_bytes()
 
 
 def read_entries(data: bytes, classes: Classes) -> Tensor:
@@ -160,11 +162,22 @@ class _Entries:
         )
         return _HEAD.pack(self.classes.checksum, self.top) + self._magnitudes() + bits
 
+    @property
+    def explained(self) -> float:
+        """|x|^2 - |x - C(x)|^2."""
+        sums, counts = self._by_magnitude()
+        return float((sums**2 / counts).sum())
+
     def _magnitudes(self) -> bytes:
         """The mean magnitude of each level, 0 for one that no entry has."""
-        sums = np.bincount(self.levels, weights=np.abs(self.values), minlength=self.top + 1)[1:]
-        counts = np.bincount(self.levels, minlength=self.top + 1)[1:]
-        return bfloat16_bytes(torch.from_numpy(sums / np.maximum(counts, 1)))
+        sums, counts = self._by_magnitude()
+        return bfloat16_bytes(torch.from_numpy(sums / counts))
+
+    def _by_magnitude(self) -> tuple[npt.NDArray[np.float64], Integers]:
+        """For each level, the sum of its entries' magnitudes and how many they are, at least 1."""
+        sums = np.bincount(self.levels, np.abs(self.values), self.top + 1)[1:].astype(np.float64)
+        counts: Integers = np.maximum(np.bincount(self.levels, minlength=self.top + 1)[1:], 1)
+        return sums, counts
 
     def _by_level(self) -> Iterator["_Subset"]:
         """For each level from 2 on, which entries of the level before reach it."""

@@ -66,6 +66,13 @@ def test_the_highest_level_has_no_end() -> None:
     assert float(read[7]) == pytest.approx(1e6, rel=2**-8)  # alone in the highest level, whose mean it is
 
 
+def test_entries_of_all_sizes_are_told_apart_by_the_large_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    vector = torch.randn(2000, generator=generator) * 10 ** (-8 * torch.rand(2000, generator=generator))
+    read = read_entries(write_entries(vector, 4000, random_classes(2000, 0)), random_classes(2000, 0))
+    assert float((vector - read).square().sum()) < 0.01 * float(vector.square().sum())
+
+
 def test_classes_that_tell_where_entries_are_make_room_for_more_of_them() -> None:
     generator = torch.Generator().manual_seed(0)
     vector = torch.randn(20_000, generator=generator) * 0.1
