@@ -27,6 +27,9 @@ from tofu.errors import SettingError
 Array = npt.NDArray[np.float32]
 Main = Callable[[Grid, Context], None]
 
+READING = threading.Lock()
+"""Flower's arrays are parsed by `ast`, which in CPython 3.11 now and then fails where two threads do it at once."""
+
 
 def serve(main: Main, client: ClientApp, *, nodes: int = 3, workers: int = 2) -> Context:
     app = ServerApp()
@@ -44,7 +47,8 @@ def client_app() -> ClientApp:
         assert isinstance(before, int)
         count, partition = before + 1, int(context.node_config["partition-id"])
         context.state["count"] = MetricRecord({"n": count})
-        given = message.content.array_records["w"].to_numpy_ndarrays()[0]
+        with READING:
+            given = message.content.array_records["w"].to_numpy_ndarrays()[0]
         array = given * float(context.run_config["scale"]) + np.float32(partition + 0.1 * count)
         metrics = MetricRecord({"n": count, "partition": partition})
         return Message(RecordDict({"w": ArrayRecord([array]), "m": metrics}), reply_to=message)
