@@ -127,7 +127,7 @@ def with_kept(compare: Callable[..., Comparison], made: Row, last: Row) -> Row:
         }
 
     merged = document(comparison, rows("runs"), rows("tuning_runs"), runs_left=0)
-    return merged | {"kept": {"compressors": kept, "command": last["command"]}}
+    return merged | {"kept": {name: last.get("kept", {}).get(name, last["command"]) for name in kept}}
 
 
 if __name__ == "__main__":

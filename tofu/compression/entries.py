@@ -55,7 +55,7 @@ def least_room(length: int) -> int:
 
 
 def write_entries(vector: Tensor, room: int, classes: Classes) -> bytes:
-    """As many of the largest entries of a float vector [d] as fit into `room` bytes."""
+    """The largest entries of a float vector [d] in at most `room` bytes: as many as fit, or fewer that explain more."""
     ranking = _Ranking.of(vector, classes)
     fits, too_many = 0, min(ranking.falling.size, 4 * room) + 1  # an entry takes two bits at least
     # Now and then one entry more takes fewer bits; then this ends with a few fewer than would fit.
@@ -165,15 +165,15 @@ class _Entries:
     @property
     def explained(self) -> float:
         """|x|^2 - |x - C(x)|^2."""
-        sums, counts = self._by_magnitude()
+        sums, counts = self._sums_and_counts()
         return float((sums**2 / counts).sum())
 
     def _magnitudes(self) -> bytes:
         """The mean magnitude of each level, 0 for one that no entry has."""
-        sums, counts = self._by_magnitude()
+        sums, counts = self._sums_and_counts()
         return bfloat16_bytes(torch.from_numpy(sums / counts))
 
-    def _by_magnitude(self) -> tuple[npt.NDArray[np.float64], Integers]:
+    def _sums_and_counts(self) -> tuple[npt.NDArray[np.float64], Integers]:
         """For each level, the sum of its entries' magnitudes and how many they are, at least 1."""
         sums = np.bincount(self.levels, np.abs(self.values), self.top + 1)[1:].astype(np.float64)
         counts: Integers = np.maximum(np.bincount(self.levels, minlength=self.top + 1)[1:], 1)
