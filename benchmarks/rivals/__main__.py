@@ -47,12 +47,12 @@ COMPARISONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "cifar10-batch": (CIFAR | {"norm": "batch"}, {"compressors": BEST, "ratios": "50,200,500", "seeds": 3}),
     "mnist-100": (
         MNIST | {"clients": 100, "fraction": 0.1, "rounds": 30, "lr": 0.2},
-        {"compressors": "proxy,stc", "ratios": "200", "seeds": 3},
+        {"compressors": "proxy,stc,topk", "ratios": "200", "seeds": 3},
     ),
 } | {
     f"mnist-alpha-{alpha}": (
         MNIST | {"alpha": alpha, "lr": 0.2},
-        {"compressors": "proxy,stc", "ratios": "500", "seeds": 3},
+        {"compressors": "proxy,stc,topk", "ratios": "500", "seeds": 3},
     )
     for alpha in (0.1, 0.3, 1.0, 10.0)
 }  # fmt: skip
