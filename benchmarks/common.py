@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("tofu-fl", "flwr", "torch", "torchvision", "numpy")
 
@@ -23,10 +25,12 @@ def find_data(name: str, hub: str) -> str:
 
 def versions(command: str) -> dict[str, object]:
     """Where results come from: the command, the versions of what it used, the machine."""
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
         "command": command,
         "versions": {package: version(package) for package in _PACKAGES} | {"python": platform.python_version()},
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        **gpu,
     }
 
 

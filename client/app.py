@@ -1,9 +1,9 @@
 """The Flower ClientApp: thin handlers that unpack, call and pack.
 
 Node config: `partition-id` (the client's number; its images are that share of the run's dataset), or `data`, a folder
-with this client's own images, and optionally `partition-id` as its name. What a client insists on, whatever a run asks
-for: `kinds`, the kinds of round that it takes part in ("secure" or "proxy,secure"), and `least-noise`, below which
-noise-multiplier may not be. For secure rounds see `client.secure`.
+with this client's own images, and optionally `partition-id` as its name; `device`, where it trains and encodes. What a
+client insists on, whatever a run asks for: `kinds`, the kinds of round that it takes part in ("secure" or
+"proxy,secure"), and `least-noise`, below which noise-multiplier may not be. For secure rounds see `client.secure`.
 """
 
 import logging
@@ -24,6 +24,7 @@ from client.state import KeptWeights, load_broadcast, load_plugins, load_state, 
 from client.training import LocalTraining, train_locally
 from tofu.compression import ErrorFeedback
 from tofu.data import ImageShape, LabelledImages, local_folder
+from tofu.device import open_device
 from tofu.errors import DataError, PayloadError, TofuError
 from tofu.log import about, start_logging
 from tofu.messages import FIELD, RECORD, RESYNC, SECURE, SecurePart, SecureQuery, TrainReply, TrainRequest, broadcast_id
@@ -58,7 +59,7 @@ def hello(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """One round: train locally, compress the update, reply with one payload."""
     with _answering("train", message, context) as answer:
-        settings = Settings.of(context.run_config)
+        settings = Settings.of({**context.run_config, **_device_of(context)})
         torch.set_num_threads(settings.threads)
         request = TrainRequest.from_bytes(_content(message))
         answer.fields["kind"] = request.kind
@@ -155,7 +156,10 @@ def train_round(request: TrainRequest, round_: int, settings: Settings, context:
     )
     generator = derive_generator(settings.seed, round_, client, "train")
     with only_classes(model, stream.classes_of(task)) if settings.task_heads == "multi" else nullcontext():
-        result = train_locally(model, data, how, generator=generator, plugins=plugins, final=about.final)
+        result = train_locally(
+            model, data, how, generator=generator, plugins=plugins, final=about.final,
+            device=open_device(settings.device),
+        )  # fmt: skip
     exported = plugins.export(model)
     update = difference(weights_of(model), base)
     load_weights(model, base)  # the codec differentiates at the base weights
@@ -238,6 +242,12 @@ class _Sent:
 def client_name(context: Context) -> str:
     """The client's name in ledger and logs: its partition, or its node's number where it has none."""
     return str(context.node_config.get("partition-id", context.node_id))
+
+
+def _device_of(context: Context) -> dict[str, str]:
+    """Where this client's node config says that it trains and encodes, whatever a run asks for."""
+    device = context.node_config.get("device")
+    return {} if device is None else {"device": str(device)}
 
 
 def client_data(settings: Settings, context: Context) -> LabelledImages:

@@ -12,6 +12,7 @@ from torch.optim.sgd import sgd
 from torch.overrides import TorchFunctionMode
 
 from tofu.data import LabelledImages, to_float
+from tofu.device import CPU, on_device
 from tofu.errors import RunError
 from tofu.plugins import NO_PLUGINS, Plugins
 
@@ -44,14 +45,17 @@ def train_locally(
     generator: torch.Generator,
     plugins: Plugins = NO_PLUGINS,
     final: bool = False,
+    device: torch.device = CPU,
 ) -> TrainingResult:
     """Train `model` in place.
 
     Args:
+        model: on the CPU, as it is afterwards.
         generator: draws the order of the images, dropout's masks and what plugins make of a batch; nothing else is
             random.
         plugins: already set up with this model (`Plugins.setup`).
         final: this is the last round of a task, as plugins are told at the end.
+        device: where the steps are taken.
 
     Raises:
         RunError: the loss is no longer finite.
@@ -59,20 +63,22 @@ def train_locally(
     began = time.perf_counter()
     model.train()
     descend = Descent([p for p in model.parameters() if p.requires_grad], how)
-    total, steps = torch.zeros(()), 0
+    total, steps = torch.zeros((), device=device), 0
     for _ in range(how.epochs):
-        for rows in _batches(len(data), how.batch_size, generator):
-            images, targets = plugins.on_batch(to_float(data.images[rows]), data.labels[rows], generator)
-            with SeededDropout(generator):
-                logits = model(images)
-            loss = plugins.on_loss(logits, targets, F.cross_entropy(logits, targets), model)
-            model.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            before = plugins.before_step(model)
-            descend.step()
-            plugins.on_step(model, before)
-            total += loss.detach()
-            steps += 1
+        with on_device(model, device):
+            for rows in _batches(len(data), how.batch_size, generator):
+                images, targets = plugins.on_batch(to_float(data.images[rows]), data.labels[rows], generator)
+                targets = targets.to(device)
+                with SeededDropout(generator):
+                    logits = model(images.to(device))
+                loss = plugins.on_loss(logits, targets, F.cross_entropy(logits, targets), model)
+                model.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                before = plugins.before_step(model)
+                descend.step()
+                plugins.on_step(model, before)
+                total += loss.detach()
+                steps += 1
         plugins.on_epoch_end(model, data)
     mean = float(total) / steps
     if mean != mean or mean in (float("inf"), float("-inf")):
@@ -136,5 +142,5 @@ class SeededDropout(TorchFunctionMode):
     def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         if not training or p == 0:
             return input
-        keep = torch.rand(input.shape, generator=self._generator) >= p
+        keep = (torch.rand(input.shape, generator=self._generator) >= p).to(input.device)
         return input * keep / (1 - p) if p < 1 else torch.zeros_like(input)

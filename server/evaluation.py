@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tofu.data import LabelledImages, to_float
+from tofu.device import CPU, on_device
 from tofu.plugins import Prediction
 
 Predict = Callable[[nn.Module, Tensor], Prediction]
@@ -23,21 +24,28 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, data: LabelledImages, *, batch_size: int = 500, predict: Predict | None = None
+    model: nn.Module,
+    data: LabelledImages,
+    *,
+    batch_size: int = 500,
+    predict: Predict | None = None,
+    device: torch.device = CPU,
 ) -> Evaluation:
     """Evaluate in eval mode; the model's mode is restored.
 
     Args:
         predict: what gives the logits in place of the model alone.
+        device: where the forward passes run; the model is on the CPU, before and after.
     """
     was_training = model.training
     model.eval()
     right, loss = 0, 0.0
-    for start in range(0, len(data), batch_size):
-        images = to_float(data.images[start : start + batch_size])
-        logits = predict(model, images).logits if predict else model(images)
-        labels = data.labels[start : start + batch_size]
-        right += int((logits.argmax(1) == labels).sum())
-        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+    with on_device(model, device):
+        for start in range(0, len(data), batch_size):
+            images = to_float(data.images[start : start + batch_size].to(device))
+            logits = predict(model, images).logits if predict else model(images)
+            labels = data.labels[start : start + batch_size].to(device)
+            right += int((logits.argmax(1) == labels).sum())
+            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
     model.train(was_training)
     return Evaluation(right / len(data), loss / len(data))

@@ -29,6 +29,7 @@ from server.schedule import Schedule
 from server.secure_round import AbandonedError, OpenRound, SecureRounds
 from tofu.compression.proxy import Proxy
 from tofu.data import LabelledImages
+from tofu.device import open_device
 from tofu.errors import PayloadError, RunError
 from tofu.messages import FIELD, RECORD, RESYNC, TrainReply, TrainRequest, broadcast_id
 from tofu.models import build_model
@@ -117,6 +118,7 @@ class Federation:
         self._grid, self._test, self._ledger, self._progress = grid, test, ledger, progress
         self._clients = Clients(grid, ledger, progress)
         self._schedule = Schedule.of(settings)
+        self._device = open_device(settings.device)
         self.plugins = settings.make_plugins()
         self.stream = settings.task_stream(network.shape.classes)
         self._secure = SecureRounds(grid, ledger, settings) if "secure" in self._schedule.kinds else None
@@ -173,7 +175,7 @@ class Federation:
         for task in range(self.stream.tasks):
             with only_classes(self._averaged, self._heads(task)):
                 images = self.stream.images_of(self._test, task)
-                results.append(evaluate(self._averaged, images, predict=self.plugins.predict))
+                results.append(evaluate(self._averaged, images, predict=self.plugins.predict, device=self._device))
         accuracy = sum(result.accuracy for result in results) / len(results)
         self.accuracies.append(accuracy)
         self.task_accuracies.append([result.accuracy for result in results])

@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.adam import adam
 
+from tofu.device import on_device, open_device
 from tofu.errors import PayloadError, SettingError
 from tofu.lbfgs import lbfgs
 from tofu.network import Network
@@ -78,7 +79,7 @@ UNUSABLE = 10.0
 
 @dataclass(frozen=True)
 class ProxySettings:
-    """How to encode; both ends must agree on all but the last four.
+    """How to encode; both ends must agree on all but the last six.
 
     Attributes:
         smooth: differentiate the smooth twin in place of the network.
@@ -94,6 +95,7 @@ class ProxySettings:
         tolerance: stop early when the last 10 evaluations together gained less explained variance; 0 never stops.
         warm_start: begin from the proxies of the client's last round rather than from noise.
         solve_labels: evaluations spent on solving for the free labels again after the pixels were rounded.
+        device: where the search runs (`tofu.device`); what it found is decoded on the CPU.
     """
 
     smooth: bool = True
@@ -108,6 +110,7 @@ class ProxySettings:
     tolerance: float = 0.002
     warm_start: bool = True
     solve_labels: int = 8
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         def check(ok: bool, field: str, accepted: str) -> None:
@@ -167,6 +170,11 @@ class ProxyData:
     weights: Tensor | None
     scales: Tensor
     steepness: float = STEEPNESSES[0]
+
+    def on(self, device: torch.device) -> "ProxyData":
+        """The same with images, labels and weights on a device."""
+        weights = self.weights.to(device) if self.weights is not None else None
+        return dataclasses.replace(self, images=self.images.to(device), labels=self.labels.to(device), weights=weights)
 
 
 @dataclass(frozen=True)
@@ -266,7 +274,8 @@ class ProxyCode:
 
 
 def proxy_loss(network: Network, weights: Weights, proxies: ProxyData, settings: ProxySettings) -> Tensor:
-    """L(p; W), whose gradient in W the proxies stand for."""
+    """L(p; W), whose gradient in W the proxies stand for; computed where the weights are."""
+    proxies = proxies.on(next(iter(weights.values())).device)
     if settings.smooth:
         with SmoothTwin(steepness=proxies.steepness, batch_statistics=settings.batch_statistics):
             logits = network.logits(weights, proxies.images)
@@ -313,26 +322,30 @@ def encode(
     The returned proxies are read back from `body`, so `decoded` is, to the bit, what the receiver will decode.
     """
     code = ProxyCode.of(network, settings, count)
-    objective = _Objective(network, update, settings)
-    if objective.power == 0:
-        return _finish(objective, code, _noise(code, generator), settings)
+    update = {name: update[name] for name in network.base}
+    if _power(update) == 0:
+        return _finish(network, update, code, _noise(code, generator), settings)
     warm = start is not None and settings.warm_start and _fits(start, code)
     begin = _tamed(start) if warm and start is not None else _noise(code, generator)
-    free = settings.labels == "free"
-    proxies = _search(objective, begin, settings)
-    proxies = dataclasses.replace(proxies, images=code.round_images(proxies.images))
-    if free and settings.solve_labels:
-        # Variable projection: with the rounded pixels fixed, G is linear in the labels, so solve for them once more.
-        labels = _Variables(proxies, free=True, only_labels=True)
-        solve = _Search(objective, labels, "lbfgs", tolerance=0.0)
-        solve.run(settings.solve_labels)
-        proxies = solve.proxies
-    return _finish(objective, code, proxies, settings)
+    device = open_device(settings.device)
+    with on_device(network.model, device):
+        objective = _Objective(network, {name: u.to(device) for name, u in update.items()}, settings)
+        proxies = _search(objective, begin, settings)
+        proxies = dataclasses.replace(proxies, images=code.round_images(proxies.images))
+        if settings.labels == "free" and settings.solve_labels:
+            # Variable projection: with the rounded pixels fixed, G is linear in the labels: solve for them once more.
+            labels = _Variables(proxies, free=True, only_labels=True)
+            solve = _Search(objective, labels, "lbfgs", tolerance=0.0)
+            solve.run(settings.solve_labels)
+            proxies = solve.proxies
+    made = _finish(network, update, code, proxies, settings)
+    return dataclasses.replace(made, evaluations=objective.evaluations)
 
 
-def _finish(objective: "_Objective", code: ProxyCode, proxies: ProxyData, settings: ProxySettings) -> Encoding:
+def _finish(
+    network: Network, update: Weights, code: ProxyCode, proxies: ProxyData, settings: ProxySettings
+) -> Encoding:
     """Round everything, then fit the scales to what the rounded proxies really decode to."""
-    network, update = objective.network, objective.update
     unscaled = dataclasses.replace(proxies, scales=torch.zeros(code.tensors))
     grads = gradients(network, code.read(code.write(unscaled)), settings)
     scales = _scales(update, grads, one=settings.scale == "one")
@@ -340,8 +353,12 @@ def _finish(objective: "_Objective", code: ProxyCode, proxies: ProxyData, settin
     read = code.read(body)
     decoded = _scaled(grads, read.scales)
     error = sum(float(torch.sum((update[name] - d).double() ** 2)) for name, d in decoded.items())
-    explained = 1 - error / objective.power if objective.power else 0.0
-    return Encoding(body, read, decoded, explained, objective.evaluations)
+    power = _power(update)
+    return Encoding(body, read, decoded, explained_variance=1 - error / power if power else 0.0, evaluations=0)
+
+
+def _power(update: Weights) -> float:
+    return sum(float(torch.sum(u.double() ** 2)) for u in update.values())
 
 
 def _noise(code: ProxyCode, generator: torch.Generator) -> ProxyData:
@@ -377,17 +394,15 @@ def _scales(update: Weights, grads: Weights, *, one: bool) -> list[Tensor]:
     bottom = [torch.sum(g * g) for g in grads.values()]
     if one:
         top, bottom = [torch.stack(top).sum()] * len(top), [torch.stack(bottom).sum()] * len(bottom)
-    return [torch.where(b > 0, t / b.clamp_min(1e-30), torch.zeros(())) for t, b in zip(top, bottom, strict=True)]
+    return [torch.where(b > 0, t / b.clamp_min(1e-30), torch.zeros_like(t)) for t, b in zip(top, bottom, strict=True)]
 
 
 class _Objective:
     """1 - explained variance of the proxies, with the best scales, and its gradient in the proxies."""
 
     def __init__(self, network: Network, update: Weights, settings: ProxySettings) -> None:
-        self.network, self.settings = network, settings
-        self.base = network.base
-        self.update = {name: update[name] for name in self.base}
-        self.power = sum(float(torch.sum(u.double() ** 2)) for u in self.update.values())
+        self.network, self.update, self.settings = network, update, settings
+        self.base, self.power = network.base, _power(update)
         self.reach = STEP * sum(float(torch.sum(w * w)) for w in self.base.values()) ** 0.5
         self.evaluations = 0
 
@@ -400,13 +415,10 @@ class _Objective:
         at_base = grads[len(weights) :]
         decoded = dict(zip(weights, grads[: len(weights)], strict=True))
         scales = _scales(self.update, decoded, one=self.settings.scale == "one")
-        residual: Weights = {}
-        missed = 0.0
-        for (name, g), scale in zip(decoded.items(), scales, strict=True):
-            rest = self.update[name] - scale * g
-            missed += float(torch.sum(rest * rest))
-            residual[name] = scale * rest
-        length = sum(float(torch.sum(r * r)) for r in residual.values()) ** 0.5
+        rests = [self.update[name] - scale * g for (name, g), scale in zip(decoded.items(), scales, strict=True)]
+        residual = {name: scale * rest for name, rest, scale in zip(decoded, rests, scales, strict=True)}
+        squares = torch.stack([torch.sum(r * r) for r in (*rests, *residual.values())]).tolist()  # one wait for a GPU
+        missed, length = sum(squares[: len(rests)]), sum(squares[len(rests) :]) ** 0.5
         step = self.reach / length if length > 0 else 0.0
         if step == 0 or not math.isfinite(missed) or not math.isfinite(step):
             return missed / self.power, [torch.zeros_like(leaf) for leaf in leaves]

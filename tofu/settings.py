@@ -13,6 +13,7 @@ from typing import Any
 
 from tofu.compression import Compressor, compressor_names, make_compressor
 from tofu.data import FederatedData, ImageShape, open_data
+from tofu.device import DEVICES, NAMES
 from tofu.errors import SettingError
 from tofu.log import STYLES
 from tofu.network import Network
@@ -120,6 +121,7 @@ class Settings:
     weight_average: float = _setting(0.5, "share of the past in a running average of the global weights, which is then what is evaluated and saved; 0 is off", section="Server", least=0, most=0.999)
 
     seed: int = _setting(0, "everything random follows from it", section="Run", least=0, most=2**31 - 1)
+    device: str = _setting("cpu", "where local steps, encodes and evaluation run: cpu, cuda, cuda:N, or auto, the GPU where there is one; a client's node config may say another", section="Run")
     threads: int = _setting(1, "threads of one client; results are bit-identical only for equal values", section="Run", least=1, most=1024)
     workers: int = _setting(2, "clients that `tofu run` trains at a time", section="Run", least=1, most=1024)
     record: str = _setting("", "names of clients, separated by commas, whose messages are kept as the server sees them, for `tofu attack`: as sensitive as their data", section="Run")
@@ -169,6 +171,8 @@ class Settings:
             raise SettingError("privacy-budget", settings.privacy_budget, "0 without noise-multiplier")
         if settings.has_secure_rounds and settings.clients < LEAST_SECURE:
             raise SettingError("clients", settings.clients, f"at least {LEAST_SECURE} for secure rounds")
+        if not NAMES.fullmatch(settings.device):
+            raise SettingError("device", settings.device, DEVICES)
         settings.proxy_settings()
         return settings
 
@@ -183,7 +187,7 @@ class Settings:
 
     def proxy_settings(self) -> ProxySettings:
         """The codec's part of the settings."""
-        common: dict[str, Any] = {"size": self.proxy_size, "bits": self.bits}
+        common: dict[str, Any] = {"size": self.proxy_size, "bits": self.bits, "device": self.device}
         if self.codec_mode == "paper":
             return paper_settings(**common)
         return ProxySettings(

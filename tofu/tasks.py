@@ -103,7 +103,7 @@ def only_classes(model: nn.Module, classes: Sequence[int]) -> Iterator[None]:
     allowed = torch.tensor(sorted(classes))
 
     def mask(module: nn.Module, args: object, outputs: Tensor) -> Tensor:
-        out = torch.ones(outputs.shape[1], dtype=torch.bool)
+        out = torch.ones(outputs.shape[1], dtype=torch.bool, device=outputs.device)
         out[allowed] = False
         return outputs.masked_fill(out, _EXCLUDED)
 

@@ -121,7 +121,8 @@ class GradientProjectionMemory(Plugin):
         """Projects what the memory has a basis for; returns the names of those parameters."""
         if not self._projections:
             self._projections = {
-                s.name: _Projection.of(self._memory, s.name, self._size(s)) for s in self._remembered(model)
+                s.name: _Projection.of(self._memory, s.name, self._size(s)).on(parameters[s.weight].device)
+                for s in self._remembered(model)
             }
         done: set[str] = set()
         for site in self._remembered(model):
@@ -288,6 +289,10 @@ class _Projection:
             return _Projection(basis, None, False)
         full = torch.linalg.qr(basis.double(), mode="complete").Q
         return _Projection(full[:, columns:].float().contiguous(), None, True)
+
+    def on(self, device: torch.device) -> "_Projection":
+        importance = self.importance.to(device) if self.importance is not None else None
+        return _Projection(self.basis.to(device), importance, self.complement)
 
     def __call__(self, step: Tensor) -> Tensor:
         along = step @ self.basis

@@ -36,7 +36,12 @@ def another(field: "dataclasses.Field[Any]") -> Value:
 
 OTHERS = {field.name.replace("_", "-"): another(field) for field in dataclasses.fields(Settings)}
 OTHERS |= dict.fromkeys(("momentum", "server-momentum", "weight-average", "error-feedback", "tolerance"), 0.25)
-OTHERS |= {"plugins": "", "plugin-options": "", "task-count": 2}  # plugins do not go with noise-multiplier
+OTHERS |= {
+    "plugins": "",
+    "plugin-options": "",
+    "task-count": 2,
+    "device": "auto",
+}  # plugins do not go with noise-multiplier
 """A value for every setting that is not its default."""
 
 # One list of names
