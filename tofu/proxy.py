@@ -349,7 +349,7 @@ def _finish(
     unscaled = dataclasses.replace(proxies, scales=torch.zeros(code.tensors))
     grads = gradients(network, code.read(code.write(unscaled)), settings)
     scales = _scales(update, grads, one=settings.scale == "one")
-    body = code.write(dataclasses.replace(proxies, scales=torch.stack(scales[: code.tensors])))
+    body = code.write(dataclasses.replace(proxies, scales=scales[: code.tensors]))
     read = code.read(body)
     decoded = _scaled(grads, read.scales)
     error = sum(float(torch.sum((update[name] - d).double() ** 2)) for name, d in decoded.items())
@@ -388,13 +388,13 @@ def _fits(proxies: ProxyData, code: ProxyCode) -> bool:
     return same and (proxies.weights is not None) == code.weighted and float(proxies.labels.abs().max()) > 0
 
 
-def _scales(update: Weights, grads: Weights, *, one: bool) -> list[Tensor]:
-    """Least-squares scale of each gradient tensor towards the update's, or one for all; 0 where a gradient is 0."""
-    top = [torch.sum(update[name] * g) for name, g in grads.items()]
-    bottom = [torch.sum(g * g) for g in grads.values()]
+def _scales(update: Weights, grads: Weights, *, one: bool) -> Tensor:
+    """Least-squares scales [tensors] of the gradients towards the update, or one for all; 0 where a gradient is 0."""
+    top = torch.stack([torch.sum(update[name] * g) for name, g in grads.items()])
+    bottom = torch.stack([torch.sum(g * g) for g in grads.values()])
     if one:
-        top, bottom = [torch.stack(top).sum()] * len(top), [torch.stack(bottom).sum()] * len(bottom)
-    return [torch.where(b > 0, t / b.clamp_min(1e-30), torch.zeros_like(t)) for t, b in zip(top, bottom, strict=True)]
+        top, bottom = top.sum().expand(len(grads)), bottom.sum().expand(len(grads))
+    return torch.where(bottom > 0, top / bottom.clamp_min(1e-30), torch.zeros_like(top))
 
 
 class _Objective:
@@ -414,7 +414,7 @@ class _Objective:
         grads = torch.autograd.grad(loss, [*weights.values(), *leaves], retain_graph=True)
         at_base = grads[len(weights) :]
         decoded = dict(zip(weights, grads[: len(weights)], strict=True))
-        scales = _scales(self.update, decoded, one=self.settings.scale == "one")
+        scales = _scales(self.update, decoded, one=self.settings.scale == "one").unbind()
         rests = [self.update[name] - scale * g for (name, g), scale in zip(decoded.items(), scales, strict=True)]
         residual = {name: scale * rest for name, rest, scale in zip(decoded, rests, scales, strict=True)}
         squares = torch.stack([torch.sum(r * r) for r in (*rests, *residual.values())]).tolist()  # one wait for a GPU
