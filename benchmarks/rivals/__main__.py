@@ -6,26 +6,20 @@ step size of two, chosen on a seed that is not reported. Finished runs are kept 
 
 import argparse
 import json
-import multiprocessing
-import shutil
 import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS, find_data, versions
+from benchmarks.rivals.processes import run_at_a_time
 from client.app import app as client_app
-from server.app import serve_in_process
 from server.compare import Comparison, run_comparison
 from server.compare.plan import FEDAVG, Cell
-from server.compare.plan import Run as PlannedRun
-from server.compare.results import Row, best_value, document, read_run
-from server.progress import SilentProgress
+from server.compare.results import Row, document
 from server.report.compare import render_figure
 from server.report.compare_tables import markdown
-from tofu.errors import RunError
 from tofu.settings import Settings
 
 FEDERATION: dict[str, Any] = {
@@ -122,42 +116,6 @@ def main() -> None:
         result.write_text(json.dumps(made, indent=1) + "\n")
         result.with_suffix(".svg").write_text(render_figure(made))
         print(f"\n## {name}\n\n{markdown(made)}")
-
-
-def run_at_a_time(comparison: Comparison, processes: int) -> None:
-    """Make a comparison's runs in several processes, so that `run_comparison` finds them finished.
-
-    What fails here it runs again, and records.
-    """
-    cells = comparison.reachable
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-
-        def make(runs: Sequence[PlannedRun]) -> None:
-            for number, line in enumerate(pool.map(_run, runs), start=1):
-                print(f"{number} of {len(runs)}: {line}", file=sys.stderr, flush=True)
-
-        make([run for cell in cells for run in comparison.tuning_runs(cell)])
-        chosen = {
-            cell: best_value([read_run(run) for run in comparison.tuning_runs(cell) if _is_finished(run)])
-            for cell in cells
-        }
-        make([comparison.run(cell, seed, chosen[cell]) for seed in comparison.seeds for cell in cells])
-
-
-def _run(run: PlannedRun) -> str:
-    """Make one run, unless it is finished; returns a line about it."""
-    name = f"{run.folder.name}"
-    if not _is_finished(run):
-        shutil.rmtree(run.folder, ignore_errors=True)
-        try:
-            serve_in_process(client_app, run.settings, SilentProgress())
-        except RunError as error:
-            return f"{name} failed: {error}"
-    return f"{name} {100 * json.loads((run.folder / 'summary.json').read_text())['final_accuracy']:.2f} %"
-
-
-def _is_finished(run: PlannedRun) -> bool:
-    return (run.folder / "summary.json").is_file()
 
 
 def with_kept(compare: Callable[..., Comparison], made: Row, last: Row) -> Row:
