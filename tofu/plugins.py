@@ -179,7 +179,7 @@ class Plugin:
         A plugin that exports only at the ends of tasks declares none in rounds that are not `about.final`."""
         return {}
 
-    # Client
+    # Client: with a GPU the model is there in `on_loss` and `on_step`, with outputs and targets; else all is on the CPU
 
     def on_batch(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Another batch in place of this one.
