@@ -30,7 +30,7 @@ from tofu.weights import Weights
 
 MAY_CHANGE = (
     "workers", "round-timeout", "secure-timeout", "min-clients", "resume", "run-folder", "checkpoint", "log",
-    "metrics-port",
+    "metrics-port", "device",
 )  # fmt: skip
 """Settings that a run may go on with another value of."""
 
