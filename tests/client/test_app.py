@@ -201,3 +201,20 @@ def test_a_client_takes_part_on_its_own_terms_only() -> None:
     with pytest.raises(DataError, match="noise-multiplier 1 or more, not 0"):
         train_round(request(), 1, SETTINGS, context(**{"partition-id": 0, "least-noise": 1}))
     assert train_round(request(), 1, SETTINGS, context(**{"partition-id": 0, "kinds": "proxy"})).payload
+
+
+def answer(context: Context) -> Message:
+    """What the client app answers to a request to train."""
+    message = Message(RecordDict({RECORD: ConfigRecord({FIELD: request().to_bytes()})}), 2, "train", group_id="1")
+    message.metadata.__dict__["_message_id"] = "1"
+    return app(message, context)
+
+
+def test_a_client_trains_on_the_device_that_its_node_config_names() -> None:
+    """One that it lacks is an error reply with what there is, whatever device the run's settings name."""
+    lacking = answer(context(**{"partition-id": 0, "device": "cuda:999"}))
+    assert lacking.has_error()
+    assert "device='cuda:999' is not usable: expected what this" in str(lacking.error.reason)
+    other = context(**{"partition-id": 0, "device": "cpu"})
+    other.run_config["device"] = "cuda:999"
+    assert not answer(other).has_error()
