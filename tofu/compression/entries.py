@@ -56,8 +56,8 @@ def least_room(length: int) -> int:
 
 def write_entries(vector: Tensor, room: int, classes: Classes) -> bytes:
     """The largest entries of a float vector [d] in at most `room` bytes: as many as fit, or fewer that explain more."""
-    ranking = _Ranking.of(vector, classes)
-    fits, too_many = 0, min(ranking.falling.size, 4 * room) + 1  # an entry takes two bits at least
+    ranking = _Ranking.of(vector, classes, most=4 * room)  # an entry takes two bits at least
+    fits, too_many = 0, ranking.falling.size + 1
     # Now and then one entry more takes fewer bits; then this ends with a few fewer than would fit.
     while too_many - fits > 1:
         count = (fits + too_many) // 2
@@ -106,30 +106,34 @@ def slots_length(slots: Integers, classes: Classes) -> int:
 
 @dataclass(frozen=True)
 class _Ranking:
-    """All entries in the order of slots, and by magnitude.
+    """The largest entries in the order of slots, and by magnitude.
 
     Attributes:
-        values: float32 [d], in the order of slots.
-        ranks: of these, 0 for the largest; d for those that are zero.
-        falling: magnitudes of those that are not zero, the largest first.
+        slots: of these entries, rising.
+        values: theirs.
+        ranks: theirs, 0 for the largest.
+        falling: their magnitudes, the largest first.
     """
 
     classes: Classes
+    slots: Integers
     values: Floats
     ranks: Integers
     falling: Floats
 
     @staticmethod
-    def of(vector: Tensor, classes: Classes) -> "_Ranking":
-        values, order = vector.detach().numpy(), by_magnitude(vector)
-        ranks = np.full(values.size, values.size)
-        ranks[classes.slots[order]] = np.arange(order.size)
-        return _Ranking(classes, values[classes.positions], ranks, np.abs(values[order]))
+    def of(vector: Tensor, classes: Classes, most: int) -> "_Ranking":
+        values, order = vector.detach().numpy(), by_magnitude(vector, most)
+        ranks = np.full(values.size, order.size)
+        ranks[order] = np.arange(order.size)
+        by_slot = ranks[classes.positions]
+        slots = np.flatnonzero(by_slot < order.size)
+        return _Ranking(classes, slots, values[classes.positions[slots]], by_slot[slots], np.abs(values[order]))
 
     def largest(self, count: int) -> "_Entries":
         """The first `count` by magnitude."""
-        slots = np.flatnonzero(self.ranks < count)
-        values = self.values[slots]
+        chosen = self.ranks < count
+        slots, values = self.slots[chosen], self.values[chosen]
         smallest = np.float64(self.falling[count - 1]) if count else 1.0
         levels = np.clip((np.abs(values) / smallest + 2) // 3, 1, MOST_LEVELS).astype(np.int64)
         return _Entries(self.classes, slots, values, levels)

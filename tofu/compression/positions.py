@@ -53,11 +53,16 @@ def read_positions(reader: BitReader, count: int, length: int) -> Integers:
     return positions
 
 
-def by_magnitude(vector: Tensor) -> Integers:
-    """Positions of the entries that are not zero, the largest in magnitude first, of equals the first."""
-    magnitudes = vector.abs()
-    order: Integers = torch.sort(magnitudes, descending=True, stable=True).indices.numpy()
-    return order[: int(torch.count_nonzero(magnitudes))]
+def by_magnitude(vector: Tensor, most: int) -> Integers:
+    """Positions of the `most` largest entries in magnitude, the largest first, of equals the first; no zeros."""
+    magnitudes = vector.detach().abs()
+    most = min(most, int(torch.count_nonzero(magnitudes)))
+    if not most:
+        return np.zeros(0, dtype=np.int64)
+    least = magnitudes.kthvalue(magnitudes.numel() - most + 1).values
+    among = (magnitudes >= least).nonzero().flatten()  # these alone are sorted: a few of millions
+    order: Integers = among[torch.sort(magnitudes[among], descending=True, stable=True).indices].numpy()
+    return order[:most]
 
 
 def most_that_fit(order: Integers, *, value_bits: int, room: int) -> int:

@@ -44,8 +44,9 @@ class Stc(FlatCompressor):
         return _HEAD.size + (one + 7) // 8
 
     def _write(self, vector: Tensor, layout: Layout, generator: torch.Generator, memory: bytes) -> bytes:
-        order = by_magnitude(vector)
-        most = most_that_fit(order, value_bits=1, room=8 * (self._room(layout) - _HEAD.size))
+        room = self._room(layout) - _HEAD.size
+        order = by_magnitude(vector, most=4 * room)  # an entry takes two bits at least
+        most = most_that_fit(order, value_bits=1, room=8 * room)
         count, mu = best_count(vector[torch.from_numpy(order[:most])].abs())
         positions = np.sort(order[:count])
         values = vector[torch.from_numpy(positions)]

@@ -67,7 +67,7 @@ def least_room(length: int) -> int:
 
 def write_largest(vector: Tensor, room: int) -> bytes:
     """As many of the largest entries of a float vector [d] as explain most of it in at most `room` bytes."""
-    order = by_magnitude(vector)
+    order = by_magnitude(vector, most=4 * room)  # an entry takes two bits at least
     best = _entries(vector, order, 1, room)
     for level_bits in range(2, MOST_LEVEL_BITS + 1):
         more = _entries(vector, order, level_bits, room)

@@ -44,6 +44,13 @@ def test_one_position_more_never_takes_fewer_bits(positions: list[int], more: in
     assert positions_length(larger) >= positions_length(np.array(positions, dtype=np.int64))
 
 
+@given(st.lists(st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, -2.0, 1e-30]), max_size=30), st.integers(0, 40))
+def test_the_largest_entries_in_order_of_equals_the_first(values: list[float], most: int) -> None:
+    order = sorted(range(len(values)), key=lambda i: (-abs(values[i]), i))
+    nonzero = [i for i in order if values[i]]
+    assert by_magnitude(torch.tensor(values), most).tolist() == nonzero[:most]
+
+
 @given(st.integers(0, 2**31), st.integers(0, 900), st.integers(0, 4))
 def test_the_largest_entries_as_many_as_fit(seed: int, room: int, value_bits: int) -> None:
     x = torch.randn(200, generator=torch.Generator().manual_seed(seed))
@@ -54,7 +61,7 @@ def test_the_largest_entries_as_many_as_fit(seed: int, room: int, value_bits: in
         for k in range(int(x.count_nonzero()) + 1)
         if positions_length(np.array(sorted(order[:k]), dtype=np.int64)) + k * value_bits <= room
     ]
-    found = by_magnitude(x)
+    found = by_magnitude(x, most=len(x))
     assert found.tolist() == order[: found.size]
     assert most_that_fit(found, value_bits=value_bits, room=room) == max(fitting, default=0)
 
