@@ -179,7 +179,7 @@ class Plugin:
         A plugin that exports only at the ends of tasks declares none in rounds that are not `about.final`."""
         return {}
 
-    # Client: with a GPU the model is there in `on_loss` and `on_step`, with outputs and targets; else all is on the CPU
+    # Client: with a GPU the model is there in `on_loss` and `on_step`, with outputs and targets; else on the CPU
 
     def on_batch(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Another batch in place of this one.
@@ -213,7 +213,7 @@ class Plugin:
 
     def predict(self, model: nn.Module, images: Tensor) -> Prediction:
         """Logits of the data's classes for float32 images [n, channels, height, width], the model being in eval mode.
-        One plugin at most may have its own."""
+        Both may be on a GPU. One plugin at most may have its own."""
         return Prediction(model(images))
 
     def export(self) -> Export:
