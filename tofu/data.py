@@ -176,6 +176,7 @@ def open_data(
     alpha: float = 0.5,
     shards_per_client: int = 2,
     train_images: int = 0,
+    test_images: int = 0,
     seed: int,
 ) -> FederatedData:
     """Open a dataset and deal its training images to clients. The same arguments give the same deal in any process.
@@ -191,7 +192,8 @@ def open_data(
             "shards" (the images sorted by class, cut into even shards, `shards_per_client` random shards for each).
         alpha: concentration of the Dirichlet distribution; smaller is more skewed.
         train_images: use a random subset of so many training images; 0 is all.
-        seed: of the subset and the deal; the test images do not depend on it.
+        test_images: test on a random subset of so many images; 0 is all.
+        seed: of the training subset and the deal; the test images do not depend on it.
 
     Raises:
         SettingError: an argument cannot be used, or not with this dataset.
@@ -201,6 +203,7 @@ def open_data(
         ("clients", clients, 1),
         ("shards_per_client", shards_per_client, 1),
         ("train_images", train_images, 0),
+        ("test_images", test_images, 0),
         ("seed", seed, 0),
     ):
         if value < least:
@@ -211,7 +214,8 @@ def open_data(
         raise SettingError("alpha", alpha, "a number above 0")
     # A simulation's threads ask for the data at once; one of them should read it.
     with _OPENING:
-        return _open(_resolve(dataset), clients, partition, float(alpha), shards_per_client, train_images, seed)
+        source = _resolve(dataset)
+        return _open(source, clients, partition, float(alpha), shards_per_client, train_images, test_images, seed)
 
 
 def local_folder(path: str, *, class_names: Sequence[str] = ()) -> LabelledImages:
@@ -358,14 +362,24 @@ def _read_image(source: bytes | Path) -> Pixels:
 
 @lru_cache(maxsize=4)
 def _open(
-    dataset: str, clients: int, partition: str, alpha: float, shards_per_client: int, train_images: int, seed: int
+    dataset: str,
+    clients: int,
+    partition: str,
+    alpha: float,
+    shards_per_client: int,
+    train_images: int,
+    test_images: int,
+    seed: int,
 ) -> FederatedData:
     train, test, train_rows, test_rows = _load(dataset)
     shape = _probe(train)
-    if train_images > len(train_rows):
-        raise SettingError("train_images", train_images, f"at most {len(train_rows)}, which {dataset} has (0 is all)")
+    for field, wanted, rows in (("train_images", train_images, train_rows), ("test_images", test_images, test_rows)):
+        if wanted > len(rows):
+            raise SettingError(field, wanted, f"at most {len(rows)}, which {dataset} has (0 is all)")
     if train_images:
         train_rows = np.random.default_rng([seed, 0]).permutation(train_rows)[:train_images]
+    if test_images:
+        test_rows = np.random.default_rng(_FIXED_SEED).permutation(test_rows)[:test_images]
     parts = partition_rows(
         train.labels[train_rows],
         clients=clients,

@@ -53,6 +53,7 @@ class Settings:
     alpha: float = _setting(0.5, "Dirichlet concentration; smaller is more skewed", section="Data", above=0)
     shards_per_client: int = _setting(2, "classes a client sees with partition=shards", section="Data", least=1)
     train_images: int = _setting(0, "use only so many training images; 0 is all", section="Data", least=0)
+    test_images: int = _setting(0, "test on only so many of the test images, the same in every run; 0 is all", section="Data", least=0)
     class_names: str = _setting("", "names of all classes in order, separated by commas, for real clients whose folders lack some", section="Data")
     clients: int = _setting(10, "number of simulated clients", section="Data", least=1, most=100_000)
 
@@ -217,6 +218,7 @@ class Settings:
             alpha=self.alpha,
             shards_per_client=self.shards_per_client,
             train_images=self.train_images,
+            test_images=self.test_images,
             seed=self.seed,
         )
 

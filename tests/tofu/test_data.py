@@ -229,6 +229,16 @@ def test_train_images_is_a_random_subset_of_that_size(digits: LabelledImages) ->
     assert taken(1) != taken(2)
 
 
+def test_test_images_is_a_random_subset_of_the_test_images_that_no_seed_changes() -> None:
+    every, first, other = (
+        open_("digits", seed=seed, test_images=count).test() for seed, count in ((1, 0), (1, 100), (2, 100))
+    )
+    assert len(first) == 100 < len(every)
+    assert as_set(first) <= as_set(every)
+    assert torch.equal(first.images, other.images)
+    assert not torch.equal(first.images, every.images[:100])
+
+
 def test_the_deal_is_the_same_in_another_process_without_a_network(as_parquet: Path) -> None:
     code = f"""
 import time
@@ -274,6 +284,8 @@ def test_a_second_call_shares_what_was_opened_and_decoded(as_parquet: Path) -> N
         ("shards_per_client", 0),
         ("train_images", -1),
         ("train_images", 1439),
+        ("test_images", -1),
+        ("test_images", 360),
         ("seed", -1),
     ],
 )

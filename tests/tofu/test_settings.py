@@ -136,6 +136,7 @@ def test_wrong_types_are_refused(name: str, value: object, expected: str) -> Non
         ("alpha", [0.0, -1.0, math.inf, math.nan], [1e-9, 1e9]),
         ("shards-per-client", [0, -1], [1]),
         ("train-images", [-1], [0, 10]),
+        ("test-images", [-1], [0, 10]),
         ("clients", [0, -3, 100_001], [1, 100_000]),
         ("rounds", [0, -1, 100_001], [1, 100_000]),
         ("local-epochs", [0], [1]),
