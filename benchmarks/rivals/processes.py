@@ -15,6 +15,7 @@ from server.app import serve_in_process
 from server.compare import Comparison
 from server.compare.plan import Run
 from server.compare.results import best_value, read_run
+from server.compare.runner import claimed
 from server.progress import SilentProgress
 from tofu.errors import RunError
 
@@ -25,7 +26,8 @@ def run_at_a_time(comparison: Comparison, processes: int) -> None:
     What fails here it runs again, and records.
     """
     cells = comparison.reachable
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+    with claimed(comparison.folder), pool:
 
         def make(runs: Sequence[Run]) -> None:
             longest_first = sorted(runs, key=lambda run: run.cell.compressor != "proxy")

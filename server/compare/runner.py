@@ -63,7 +63,7 @@ def run_comparison(
         SettingError: the folder cannot be used, holds finished runs with other settings, or files that are not ours.
         TofuError: as `serve` does, except that a RunError of one run is recorded and the others go on.
     """
-    with _claimed(comparison.folder):
+    with claimed(comparison.folder):
         return _Work(comparison, client_app, say, view).run()
 
 
@@ -178,8 +178,12 @@ class _Work:
 
 
 @contextlib.contextmanager
-def _claimed(folder: Path) -> Iterator[None]:
-    """Make the folder and hold it: a second comparison in it would begin the first one's current run again."""
+def claimed(folder: Path) -> Iterator[None]:
+    """Make the folder and hold it: a second comparison in it would begin the first one's current run again.
+
+    Raises:
+        SettingError: it cannot be written, or another holds it.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("ab")
