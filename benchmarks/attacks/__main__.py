@@ -98,7 +98,7 @@ def main() -> None:
     settings = {
         "seeds": options.seeds,
         "full": options.full,
-        "kept_from": last.get("command", ""),
+        "kept_from": [last["command"], *last["settings"]["kept_from"]] if options.keep else [],
         "verdicts": verdicts(rows),
         "summary": summarise(rows),
         "membership": membership,

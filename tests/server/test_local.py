@@ -375,6 +375,7 @@ def test_no_socket_is_opened() -> None:
 
 
 _ENDLESS = """
+import signal
 import time
 import torch
 from flwr.app import Message, RecordDict
@@ -382,6 +383,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from server import local
 from server.local import run_in_process
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 
 client, server = ClientApp(), ServerApp()
 
