@@ -29,7 +29,7 @@ from attacks.labels import guessed_labels
 from attacks.observation import Observation
 from attacks.simulated import SimulatedClient, Tensors, relative_distance, search_lbfgs, total_variation
 from attacks.simulation import Simulation
-from tofu.proxy import decode
+from tofu.codec.proxies import decode
 
 
 @dataclass(frozen=True)

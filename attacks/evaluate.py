@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from attacks.base import Watch
-from attacks.cells import Outcome, Situation, Stage
 from attacks.messages import parse_message
 from attacks.registry import ATTACKS
+from attacks.trials import Outcome, Situation, Stage
 from tofu.errors import SettingError
 
 CONTROL = "exact"

@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from attacks.base import AttackError
 from attacks.observation import Observation
 from attacks.simulated import SimulatedClient
-from client.training import LocalTraining, train_locally
 from tofu.data import LabelledImages, to_float
 from tofu.models import build_model
-from tofu.seeding import derive_generator
+from tofu.rng import derive_generator
+from tofu.training import LocalTraining, train_locally
 
 RATES = (0.01, 0.001)
 

@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 
 from attacks.observation import Observation
-from client.training import LocalTraining, train_locally
+from tofu.codec.compressor import Proxy
 from tofu.compression import compressor_names
-from tofu.compression.proxy import Proxy
 from tofu.data import LabelledImages
 from tofu.errors import SettingError
-from tofu.network import Network
 from tofu.payload import HEADER_BYTES
 from tofu.privacy import Noise, check_layout, clip, noise_multiplier_for
+from tofu.reference_model import Network
 from tofu.settings import Settings
+from tofu.training import LocalTraining, train_locally
 from tofu.weights import Weights, difference, dot, weights_of
 
 DELTA = 1e-5

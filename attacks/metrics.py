@@ -17,7 +17,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-import tofu.vision  # noqa: F401  # before torchmetrics, which imports torchvision
+import tofu.models.torchvision_compat  # noqa: F401  # before torchmetrics, which imports torchvision
 
 # isort: split
 from torchmetrics.functional.image import structural_similarity_index_measure

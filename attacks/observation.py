@@ -12,8 +12,8 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
-from tofu.network import Network
-from tofu.proxy import ProxyData, ProxySettings
+from tofu.codec.proxies import ProxyData, ProxySettings
+from tofu.reference_model import Network
 from tofu.weights import Weights
 
 _LAYOUT_ONLY = (nn.Flatten, nn.Identity)

@@ -14,21 +14,21 @@ from pathlib import Path
 import torch
 
 from attacks.base import Attack, AttackError, Watch
-from attacks.cells import OTHERS, Outcome
 from attacks.evaluate import CONTROL, Row, finished, keep, made_folder, row_of, told, write_document
 from attacks.messages import local_round
 from attacks.metrics import lpips_network, score
 from attacks.networks import attacked_model
 from attacks.observation import Observation
 from attacks.registry import make_attack
-from client.training import LocalTraining
-from tofu.compression.proxy import Proxy
+from attacks.trials import OTHERS, Outcome
+from tofu.codec.compressor import Proxy
 from tofu.data import FederatedData, LabelledImages, to_float
 from tofu.errors import SettingError
-from tofu.network import Network
 from tofu.payload import HEADER_BYTES, read_payload
 from tofu.recording import Recording, read_recording, recordings
-from tofu.seeding import derive_generator
+from tofu.reference_model import Network
+from tofu.rng import derive_generator
+from tofu.training import LocalTraining
 from tofu.weights import load_weights
 
 ATTACKS = ("analytic", "simulation", "codec-aware", "proxy-images", "label-counts")

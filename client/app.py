@@ -21,23 +21,23 @@ from flwr.clientapp import ClientApp
 from client.downlink import ResyncError, receive_weights
 from client.secure import answer_query, load_session, member_of, new_advert, save_session
 from client.state import KeptWeights, load_broadcast, load_plugins, load_state, save_state
-from client.training import LocalTraining, train_locally
 from tofu.compression import ErrorFeedback
 from tofu.data import ImageShape, LabelledImages, local_folder
 from tofu.device import open_device
 from tofu.errors import DataError, PayloadError, TofuError
 from tofu.log import about, start_logging
-from tofu.messages import FIELD, RECORD, RESYNC, SECURE, SecurePart, SecureQuery, TrainReply, TrainRequest, broadcast_id
 from tofu.models import build_model
-from tofu.network import Network
 from tofu.payload import Payload
 from tofu.plugins import MOST_STATE_BYTES, export_to_bytes
 from tofu.privacy import check_layout, clip
-from tofu.secure_update import SecureCode, SecureTerms, flat, purpose_of
-from tofu.seeding import derive_bytes, derive_generator
+from tofu.reference_model import Network
+from tofu.rng import derive_bytes, derive_generator
+from tofu.secagg.encoding import SecureCode, SecureTerms, flat, purpose_of
 from tofu.settings import Settings
 from tofu.tasks import only_classes
+from tofu.training import LocalTraining, train_locally
 from tofu.weights import Weights, cosine, difference, explained_variance, load_weights, weights_of
+from tofu.wire import FIELD, RECORD, RESYNC, SECURE, SecurePart, SecureQuery, TrainReply, TrainRequest, broadcast_id
 
 LOG = logging.getLogger("tofu.client")
 

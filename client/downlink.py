@@ -3,11 +3,11 @@
 from client.state import KeptWeights
 from tofu.compression import Compressor
 from tofu.errors import DataError, PayloadError, TofuError
-from tofu.messages import TrainRequest
-from tofu.network import Network
+from tofu.fingerprint import TOLERANCE, after_step, drift
 from tofu.payload import HEADER_BYTES, WEIGHTS, float32_from, read_payload
-from tofu.same_weights import TOLERANCE, after_step, drift
+from tofu.reference_model import Network
 from tofu.weights import add_update, fingerprint, load_weights, weights_of
+from tofu.wire import TrainRequest
 
 
 class ResyncError(TofuError):

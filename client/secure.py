@@ -10,10 +10,10 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context
 
 from tofu.errors import PayloadError
-from tofu.messages import SecureAnswer, SecureQuery, run_name
 from tofu.secagg.client import ClientSession
 from tofu.secagg.identities import read_identity, read_known
-from tofu.secagg.member import Member
+from tofu.secagg.participant import Member
+from tofu.wire import SecureAnswer, SecureQuery, run_name
 
 _RECORD = "tofu-secure"
 _SESSION = "session"

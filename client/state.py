@@ -21,7 +21,7 @@ _VERSION = 3
 
 @dataclass(frozen=True)
 class KeptWeights:
-    """The global weights of the client's last round, and their identity (`tofu.same_weights`)."""
+    """The global weights of the client's last round, and their identity (`tofu.fingerprint`)."""
 
     weights: Weights
     identity: bytes

@@ -16,9 +16,9 @@ from typing import Any
 from deploy.control import CompletedRun, Control, last_lines
 from deploy.processes import read_names
 from deploy.state import Process, State, end_group
-from server.run_folder import read_config
 from tofu.errors import RunError, SettingError
 from tofu.log import FILE
+from tofu.reporting.folder import read_config
 from tofu.settings import Settings
 
 APP = Path(__file__).parents[1]

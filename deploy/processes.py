@@ -41,7 +41,7 @@ class Federation:
         app: folder of the Flower app that `run` runs.
         data: a folder whose sub-folders node-0 and so on hold the nodes' own data; None where the run's dataset is
             dealt to them.
-        warm: client apps start from a process that has imported what they need (deploy/warm.py).
+        warm: client apps start from a process that has imported what they need (deploy/prefork.py).
         identities: every client has a key of its own for secure rounds, and the list of all.
         environment: more environment variables of every member.
 
@@ -197,7 +197,7 @@ class Federation:
         path = f"{_BIN}{os.pathsep}{os.environ.get('PATH', '')}"
         home = str(self.folder / "homes" / name)
         warm = self._warm and member.command == "flower-superexec" and not name.startswith("superlink")
-        before = [sys.executable, "-m", "deploy.warm"] if warm else []
+        before = [sys.executable, "-m", "deploy.prefork"] if warm else []
         # The apps log there as JSON (`tofu.log`), apart from Flower's lines and prints.
         logs = {FILE: str(self.logs / f"{name}.jsonl")} if member.command == "flower-superexec" else {}
         with (self.logs / f"{name}.log").open("ab") as log:

@@ -16,23 +16,23 @@ from flwr.serverapp import Grid, ServerApp
 
 from server.checkpoint import Snapshot, read_checkpoint, remove_checkpoints, write_checkpoint
 from server.ledger import Ledger
-from server.local import InProcessGrid, run_in_process
-from server.metrics import RunMetrics
-from server.progress import Progress, SilentProgress, make_progress
-from server.progress_log import LoggedProgress
-from server.report import write_report
-from server.run_folder import RunFolder
+from server.runner import Federation, RoundResult
 from server.secure_round import SecureRounds
-from server.strategy import Federation, RoundResult
 from tofu.data import FederatedData, LabelledImages
 from tofu.errors import RunError, TofuError
+from tofu.flower.in_process import InProcessGrid, run_in_process
+from tofu.formatting import printable
 from tofu.log import start_logging
 from tofu.models import build_model
-from tofu.network import Network
+from tofu.observers.json_lines import LoggedProgress
+from tofu.observers.prometheus import RunMetrics
+from tofu.observers.terminal import Progress, SilentProgress, make_progress
 from tofu.recording import Recorder
+from tofu.reference_model import Network
+from tofu.reporting.folder import RunFolder
+from tofu.reporting.report import write_report
 from tofu.settings import Settings
 from tofu.tasks import backward_transfer, mean_accuracy
-from tofu.units import printable
 from tofu.weights import weights_sha256
 
 app = ServerApp()

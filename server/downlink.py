@@ -12,10 +12,10 @@ import copy
 from dataclasses import dataclass, replace
 
 from server.checkpoint import Snapshot
-from tofu.network import Network
+from tofu.fingerprint import SKETCH_BYTES, after_step, sketch
 from tofu.payload import HEADER_BYTES, WEIGHTS, Payload, float32_bytes
-from tofu.same_weights import SKETCH_BYTES, after_step, sketch
-from tofu.seeding import derive_generator
+from tofu.reference_model import Network
+from tofu.rng import derive_generator
 from tofu.settings import Settings
 from tofu.weights import add_update, difference, explained_variance, fingerprint, load_weights, weights_of
 

@@ -10,9 +10,9 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 
 from tofu.data import ImageShape
-from tofu.messages import FIELD, RECORD, TrainReply, TrainRequest
 from tofu.payload import HEADER_BYTES
 from tofu.weights import FINGERPRINT_BYTES
+from tofu.wire import FIELD, RECORD, TrainReply, TrainRequest
 
 _TOTALS = ("uplink", "downlink", "fedavg_uplink", "fedavg_downlink", "payload", "float32")
 

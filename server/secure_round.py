@@ -22,18 +22,18 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from server.checkpoint import Snapshot
-from server.clients import Client, exchange, one_line
+from server.client_registry import Client, exchange, one_line
 from server.ledger import Ledger
 from tofu.errors import PayloadError, RunError, SettingError
-from tofu.messages import FIELD, RECORD, SECURE, SecureAnswer, SecurePart, SecureQuery, TrainReply, run_name
 from tofu.plugins import SumSpec
-from tofu.secagg import compact
+from tofu.secagg import coordinates
+from tofu.secagg.encoding import SecureCode, SecureMean, SecureTerms, first_ranges, flat, purpose_of, reach
 from tofu.secagg.fixed_point import HEADROOM, FixedPoint
 from tofu.secagg.identities import read_known
 from tofu.secagg.server import ServerSession
-from tofu.secure_update import SecureCode, SecureMean, SecureTerms, first_ranges, flat, purpose_of, reach
 from tofu.settings import LEAST_SECURE, Settings
 from tofu.weights import Layout, Weights
+from tofu.wire import FIELD, RECORD, SECURE, SecureAnswer, SecurePart, SecureQuery, TrainReply, run_name
 
 
 class AbandonedError(RunError):
@@ -116,7 +116,7 @@ class SecureRounds:
         """
         settings = self._settings
         clients = max(round(settings.fraction * settings.clients), settings.min_clients, LEAST_SECURE)
-        share, bits = compact.settings_for(settings.secure_ratio, clients)
+        share, bits = coordinates.settings_for(settings.secure_ratio, clients)
         levels = FixedPoint(clients, bits, 1.0).levels
         values = math.ceil(share * layout.float32_bytes / 4)
         settings.noise_in_sum(settings.topology(clients), clients, levels=levels, values=values)
@@ -245,7 +245,7 @@ class SecureRounds:
         """What these clients are to agree on."""
         settings, clients = self._settings, max(len(able), LEAST_SECURE)
         unit = sum(client.examples for client in able) / len(able) if able else 1.0
-        share, bits = compact.settings_for(settings.secure_ratio, clients)
+        share, bits = coordinates.settings_for(settings.secure_ratio, clients)
         levels = FixedPoint(clients, bits, 1.0).levels
         # With ranges that nothing is known of, rounding to the nearest step could leave nothing at all.
         coarse = settings.coarse(levels) and bool(self._ranges or self._seen.powers)

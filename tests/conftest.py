@@ -6,7 +6,7 @@ from torch import nn
 
 from tofu.data import ImageShape, LabelledImages, open_data
 from tofu.models import build_model
-from tofu.network import Network
+from tofu.reference_model import Network
 from tofu.weights import Weights, difference, load_weights, weights_of
 
 torch.set_num_threads(1)
@@ -45,7 +45,7 @@ class EveryLayer(nn.Module):
 
 def trained_update(model: nn.Module, data: LabelledImages, *, epochs: int = 1, seed: int = 0) -> Case:
     """A network after one round of local training, and the update of the next one relative to it."""
-    from client.training import LocalTraining, train_locally
+    from tofu.training import LocalTraining, train_locally
 
     how = LocalTraining(epochs=epochs, batch_size=32, lr=0.05)
     train_locally(model, data, how, generator=torch.Generator().manual_seed(seed))

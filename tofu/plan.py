@@ -4,19 +4,19 @@ from dataclasses import dataclass
 
 import torch
 
-from tofu.compression.proxy import Proxy
-from tofu.messages import SecurePart
-from tofu.network import Network
+from tofu.codec.compressor import Proxy
 from tofu.payload import HEADER_BYTES
-from tofu.secagg import compact
+from tofu.reference_model import Network
+from tofu.secagg import coordinates
+from tofu.secagg.encoding import SecureCode, SecureTerms, first_ranges
 from tofu.secagg.fixed_point import FixedPoint
 from tofu.secagg.identities import SIGNATURE_BYTES
 from tofu.secagg.masks import KEY_BYTES
 from tofu.secagg.messages import SEALED_BYTES, Advert, Confirmation, Masked, Reveal, Roster, Shares, Survivors
 from tofu.secagg.shamir import SHARE_BYTES
 from tofu.secagg.terms import DIGEST_BYTES, SESSION_BYTES, Session, Terms
-from tofu.secure_update import SecureCode, SecureTerms, first_ranges
 from tofu.settings import LEAST_SECURE, Settings
+from tofu.wire import SecurePart
 
 SLOW_ENCODE = 50_000
 """Forward and backward passes over one image, from which an encode is slow enough to be warned of."""
@@ -135,7 +135,7 @@ def _secure_extra(settings: Settings, network: Network, clients: int, *, message
     Its messages are written once with zeros for keys, shares and the masked vector.
     """
     members = max(clients, LEAST_SECURE)
-    topology, (share, bits) = settings.topology(members), compact.settings_for(settings.secure_ratio, members)
+    topology, (share, bits) = settings.topology(members), coordinates.settings_for(settings.secure_ratio, members)
     coarse = settings.coarse(FixedPoint(members, bits, 1.0).levels)
     terms = SecureTerms(members, bits, 1.0, first_ranges(network.layout, {}), share, coarse=coarse)
     moved = torch.zeros(network.layout.float32_bytes // 4) if share < 1 else None

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from tofu.data import ImageShape
 from tofu.errors import RunError, SettingError
-from tofu.messages import KINDS
 from tofu.payload import HEADER_BYTES
 from tofu.settings import Settings
 from tofu.weights import Weights
+from tofu.wire import KINDS
 
 FOLDER = "record"
 VERSION = 1
@@ -42,7 +42,7 @@ class Recording:
     Attributes:
         round: counted from 1.
         client: its name in the ledger; of a simulated client, the number of its partition.
-        kind: of the round, one of `tofu.messages.KINDS`.
+        kind: of the round, one of `tofu.wire.KINDS`.
         examples: images that the update stands for, as the reply says.
         shape: of the network's input and output.
         settings: of the run; they give model, codec, step size, epochs, batch size, seed and dataset.

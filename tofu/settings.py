@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tofu.codec.proxies import ProxySettings, paper_settings
 from tofu.compression import Compressor, compressor_names, make_compressor
+from tofu.compression.quantize import BITS
 from tofu.data import FederatedData, ImageShape, open_data
 from tofu.device import DEVICES, NAMES
 from tofu.errors import SettingError
 from tofu.log import STYLES
-from tofu.network import Network
 from tofu.plugins import About, Conditions, Plugins, make_plugins, plugin_names
 from tofu.privacy import Noise
-from tofu.proxy import ProxySettings, paper_settings
-from tofu.quantise import BITS
+from tofu.reference_model import Network
+from tofu.secagg.encoding import FEW_LEVELS
 from tofu.secagg.graph import COMPLETE_UP_TO, Topology, choose_topology
-from tofu.secure_update import FEW_LEVELS
 from tofu.tasks import ORDERS, STREAMS, TaskStream
 
 Value = bool | int | float | str
@@ -274,7 +274,7 @@ class Settings:
             raise SettingError("secure-ratio", self.secure_ratio, wanted) from error
 
     def coarse(self, levels: int) -> bool:
-        """Whether secure rounds of so many levels are coarse (`tofu.secure_update`)."""
+        """Whether secure rounds of so many levels are coarse (`tofu.secagg.encoding`)."""
         return levels < FEW_LEVELS and self.error_feedback == 1 and not self.noise_multiplier
 
     def topology(self, clients: int) -> Topology:

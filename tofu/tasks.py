@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tofu.data import LabelledImages
 from tofu.errors import DataError, SettingError
-from tofu.seeding import derive_generator
+from tofu.rng import derive_generator
 
 STREAMS = ("none", "classes", "pixels")
 ORDERS = ("same", "own")

@@ -22,15 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attacks.cells import OTHERS, Situation, drawn_clients, open_clients, trained_network
 from attacks.inverting import Inverting
 from attacks.messages import local_round, observe, parse_message
 from attacks.metrics import score
 from attacks.observation import Observation
+from attacks.trials import OTHERS, Situation, drawn_clients, open_clients, trained_network
 from benchmarks.common import find_data, print_table, spread, write_results
-from client.training import LocalTraining
 from tofu.data import to_float
-from tofu.seeding import derive_generator
+from tofu.rng import derive_generator
+from tofu.training import LocalTraining
 
 MODEL = "lenet-smooth"
 

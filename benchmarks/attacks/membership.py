@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from attacks.cells import Situation, open_clients, trained_network
 from attacks.membership import (
     Membership,
     calibrated_statistic,
@@ -15,10 +14,11 @@ from attacks.membership import (
     shadow_models,
 )
 from attacks.messages import local_round, observe, parse_message
+from attacks.trials import Situation, open_clients, trained_network
 from benchmarks.common import print_table, spread
-from client.training import LocalTraining
 from tofu.data import LabelledImages
-from tofu.seeding import derive_generator
+from tofu.rng import derive_generator
+from tofu.training import LocalTraining
 
 MODEL = "mlp"
 ROUNDS = 50

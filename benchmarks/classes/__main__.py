@@ -13,18 +13,18 @@ import numpy as np
 import torch
 
 from benchmarks.common import find_data, print_table, spread, write_results
-from client.training import LocalTraining, train_locally
-from server.aggregation import RunningMean
+from tofu.codec.correction import slots_length
+from tofu.codec.strata import classes_of
 from tofu.compression import ErrorFeedback
-from tofu.compression.classes import classes_of
-from tofu.compression.entries import slots_length
-from tofu.compression.positions import positions_length
+from tofu.compression.rice import positions_length
 from tofu.data import FederatedData
 from tofu.models import build_model
-from tofu.network import Network
 from tofu.payload import HEADER_BYTES
-from tofu.seeding import derive_generator
+from tofu.reference_model import Network
+from tofu.rng import derive_generator
+from tofu.rounds.aggregation import RunningMean
 from tofu.settings import Settings
+from tofu.training import LocalTraining, train_locally
 from tofu.weights import Weights, add_update, difference, explained_variance, load_weights, weights_of
 
 FEDERATION: dict[str, Any] = {

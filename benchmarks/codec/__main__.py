@@ -18,14 +18,14 @@ from typing import Any
 import torch
 
 from benchmarks.common import find_data, print_table, spread, write_results
-from client.training import LocalTraining, train_locally
+from tofu.codec.compressor import Proxy
+from tofu.codec.proxies import ProxySettings, paper_settings
 from tofu.compression import ErrorFeedback
-from tofu.compression.proxy import Proxy
 from tofu.data import LabelledImages, open_data
 from tofu.models import build_model
-from tofu.network import Network
 from tofu.payload import HEADER_BYTES
-from tofu.proxy import ProxySettings, paper_settings
+from tofu.reference_model import Network
+from tofu.training import LocalTraining, train_locally
 from tofu.weights import Weights, cosine, difference, load_weights, weights_of
 
 EPOCH = LocalTraining(epochs=1, batch_size=64, lr=0.02)

@@ -16,9 +16,9 @@ from benchmarks.common import RESULTS, find_data, print_table, spread, write_res
 from benchmarks.federated.figure import draw
 from client.app import app as client_app
 from server.app import serve_in_process
-from server.progress import PlainProgress
+from tofu.formatting import human_bytes
+from tofu.observers.terminal import PlainProgress
 from tofu.settings import Settings
-from tofu.units import human_bytes
 
 COMMON: dict[str, Any] = {
     "partition": "dirichlet", "alpha": 0.5, "local_epochs": 1, "batch_size": 32, "weight_average": 0.5,

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import RESULTS, find_data, print_table, spread, versions
-from client.training import LocalTraining, train_locally
-from server.evaluation import evaluate
 from tofu.data import ImageShape, LabelledImages, open_data
+from tofu.evaluation import evaluate
 from tofu.models import build_model
 from tofu.plugins import About, make_plugins
-from tofu.seeding import derive_generator, derive_seed
+from tofu.rng import derive_generator, derive_seed
 from tofu.tasks import TaskStream, backward_transfer, mean_accuracy
+from tofu.training import LocalTraining, train_locally
 from tofu.weights import Weights, load_weights, weights_of
 
 METHODS: dict[str, tuple[str, str]] = {

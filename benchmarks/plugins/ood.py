@@ -25,14 +25,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.common import RESULTS, find_data, print_table, spread, versions
+from benchmarks.plugins.ood_metrics import ood_metrics
 from client.plugins.ood import OutOfDistribution, WiderHead
-from client.training import LocalTraining, train_locally
 from tofu.data import LabelledImages, open_data, to_float
 from tofu.models import build_model
-from tofu.ood_metrics import ood_metrics
+from tofu.models.torchvision_compat import torchvision  # noqa: F401  before pytorch_ood
 from tofu.plugins import NO_PLUGINS, About, Plugins, make_plugins
-from tofu.seeding import derive_generator
-from tofu.vision import torchvision  # noqa: F401  before pytorch_ood
+from tofu.rng import derive_generator
+from tofu.training import LocalTraining, train_locally
 from tofu.weights import load_weights, weights_of
 
 from pytorch_ood.detector import ODIN, EnergyBased, Mahalanobis, MaxSoftmax  # isort: skip

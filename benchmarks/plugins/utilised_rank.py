@@ -23,17 +23,17 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import RESULTS, find_data, print_table, spread, versions
-from client.plugins.rank_picture import rank_picture
+from benchmarks.plugins.rank_picture import rank_picture
 from client.plugins.utilised_rank import UtilisedRank
-from client.training import LocalTraining, train_locally
-from tofu.compression.proxy import Proxy
+from tofu.codec.compressor import Proxy
+from tofu.codec.proxies import ProxySettings
 from tofu.data import ImageShape, LabelledImages, open_data, to_float
 from tofu.models import build_model
-from tofu.network import Network
 from tofu.payload import HEADER_BYTES
 from tofu.plugins import NO_PLUGINS, About, Plugins, make_plugins
-from tofu.proxy import ProxySettings
-from tofu.seeding import derive_generator
+from tofu.reference_model import Network
+from tofu.rng import derive_generator
+from tofu.training import LocalTraining, train_locally
 from tofu.weights import difference, explained_variance, layout_of, load_weights, weights_of
 
 CLIENTS = 2

@@ -15,11 +15,11 @@ from typing import Any
 from benchmarks.common import RESULTS, find_data, versions
 from benchmarks.rivals.processes import run_at_a_time
 from client.app import app as client_app
-from server.compare import Comparison, run_comparison
-from server.compare.plan import FEDAVG, Cell
-from server.compare.results import Row, document
-from server.report.compare import render_figure
-from server.report.compare_tables import markdown
+from tofu.reporting.compare import Comparison, run_comparison
+from tofu.reporting.compare.plan import FEDAVG, Cell
+from tofu.reporting.compare.results import Row, document
+from tofu.reporting.report.compare import render_figure
+from tofu.reporting.report.compare_tables import markdown
 from tofu.settings import Settings
 
 FEDERATION: dict[str, Any] = {

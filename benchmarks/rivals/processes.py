@@ -12,12 +12,12 @@ from concurrent.futures import ProcessPoolExecutor
 
 from client.app import app as client_app
 from server.app import serve_in_process
-from server.compare import Comparison
-from server.compare.plan import Run
-from server.compare.results import best_value, read_run
-from server.compare.runner import claimed
-from server.progress import SilentProgress
+from server.comparison import claimed
 from tofu.errors import RunError
+from tofu.observers.terminal import SilentProgress
+from tofu.reporting.compare import Comparison
+from tofu.reporting.compare.plan import Run
+from tofu.reporting.compare.results import best_value, read_run
 
 
 def run_at_a_time(comparison: Comparison, processes: int) -> None:

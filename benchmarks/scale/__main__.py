@@ -1,6 +1,6 @@
 """What a round costs the server with 10 to 10,000 clients: time a client, and memory beside that of the model.
 
-The server is the real one (`server.strategy.Federation`), with LeNet-5. The clients are replayed: each answers with
+The server is the real one (`server.runner.Federation`), with LeNet-5. The clients are replayed: each answers with
 the payload that one real client made from its update, so the server checks, decodes, adds and counts as it would. Every
 size runs in a process of its own, whose peak memory is read at the end.
 """
@@ -19,19 +19,19 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from benchmarks.common import print_table, write_results
-from client.training import LocalTraining, train_locally
 from server.ledger import Ledger
-from server.local import task_identity
-from server.progress import SilentProgress
-from server.strategy import Federation
+from server.runner import Federation
 from tofu.data import ImageShape, LabelledImages
-from tofu.messages import FIELD, RECORD, TrainReply, TrainRequest
+from tofu.flower.in_process import task_identity
+from tofu.formatting import human_bytes
 from tofu.models import build_model
-from tofu.network import Network
+from tofu.observers.terminal import SilentProgress
 from tofu.payload import Payload
+from tofu.reference_model import Network
 from tofu.settings import Settings
-from tofu.units import human_bytes
+from tofu.training import LocalTraining, train_locally
 from tofu.weights import difference, load_weights, weights_of
+from tofu.wire import FIELD, RECORD, TrainReply, TrainRequest
 
 SHAPE = ImageShape(1, 28, 28, 10)
 IMAGES = 600

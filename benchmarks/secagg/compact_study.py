@@ -5,7 +5,7 @@ rounds of top-1% updates with error feedback come first (cheap rounds, as a run 
 on by itself, with error feedback, and accuracy and loss on the test images are compared after the last rounds.
 
 The range is that which clips a given fraction of the entries, as a server can steer by the count of clipped values, and
-rounding is stochastic; but for kind "coarse", which is what secure rounds do: `tofu.secure_update` with coarse terms.
+rounding is stochastic; but for kind "coarse", which is what secure rounds do: `tofu.secagg.encoding` with coarse terms.
 """
 
 import argparse
@@ -24,16 +24,16 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from benchmarks.common import RESULTS, find_data, print_table, spread, versions
-from client.training import LocalTraining, train_locally
 from server.secure_round import Seen
 from tofu.compression.hadamard import pieces, random_signs, rotated, rotated_back
 from tofu.data import LabelledImages, open_data, to_float
 from tofu.models import build_model
-from tofu.secagg.compact import LED, decode, encode, places
+from tofu.rng import derive_generator
+from tofu.secagg.coordinates import LED, decode, encode, places
+from tofu.secagg.encoding import SecureCode, SecureTerms, first_ranges, flat, reach
 from tofu.secagg.fixed_point import FixedPoint
 from tofu.secagg.ring import add, centred
-from tofu.secure_update import SecureCode, SecureTerms, first_ranges, flat, reach
-from tofu.seeding import derive_generator
+from tofu.training import LocalTraining, train_locally
 from tofu.weights import Weights, layout_of
 
 CLIENTS = 10
@@ -51,7 +51,7 @@ class Way:
     """A setting: entries sent and bits of the ring.
 
     Attributes:
-        kind: "coarse" is what secure rounds do; "led" has the places that `tofu.secagg.compact` leads by entries alone,
+        kind: "coarse" is what secure rounds do; "led" has the places that `tofu.secagg.coordinates` leads by entries alone,
             with the fraction `led`; "rotated" takes turns after a rotation by random
             signs and Walsh-Hadamard transforms, which makes all entries alike; "sketch" is M Q.
         clipped: fraction of entries that the range clips.

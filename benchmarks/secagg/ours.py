@@ -9,7 +9,7 @@ from tofu.secagg import ring
 from tofu.secagg.client import ClientSession
 from tofu.secagg.fixed_point import FixedPoint
 from tofu.secagg.masks import add_mask, new_seed
-from tofu.secagg.member import Member
+from tofu.secagg.participant import Member
 from tofu.secagg.ring import RingVector
 from tofu.secagg.server import ServerSession
 

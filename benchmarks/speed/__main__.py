@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from benchmarks.common import find_data, print_table, spread, write_results
-from client.training import LocalTraining, train_locally
 from tofu.data import open_data
 from tofu.models import build_model
-from tofu.network import Network
+from tofu.reference_model import Network
 from tofu.settings import Settings
+from tofu.training import LocalTraining, train_locally
 from tofu.weights import cosine, difference, explained_variance, load_weights, weights_of
 
 CASES: dict[str, dict[str, Any]] = {

@@ -40,8 +40,8 @@ from tofu.data import LabelledImages
 from tofu.errors import PayloadError
 from tofu.plugins import About, Conditions, Export, Plugin, PluginState, SumSpec, Weights, option
 from tofu.privacy import normals
+from tofu.rng import derive_generator
 from tofu.secagg.masks import Stream, new_seed
-from tofu.seeding import derive_generator
 
 _NOISE_REACH = 9.0  # deviations; `normals` has none beyond 8.6
 

@@ -8,9 +8,9 @@ import torch
 from attacks.messages import ClientRound, local_round, observe, parse_message
 from attacks.networks import attacked_model
 from attacks.observation import Observation
-from client.training import LocalTraining
 from tofu.data import LabelledImages
-from tofu.network import Network
+from tofu.reference_model import Network
+from tofu.training import LocalTraining
 
 Seen = tuple[Observation, LabelledImages, LabelledImages]
 """What the attacker sees, the images in it, and other images."""

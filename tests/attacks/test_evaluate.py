@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from attacks.__main__ import main
-from attacks.cells import Situation, drawn_clients, trained_network
 from attacks.evaluate import Evaluation, evaluate, summarise, verdicts
 from attacks.report import READING, remarks, write_report
+from attacks.trials import Situation, drawn_clients, trained_network
+from tofu.cli.attack import main
 from tofu.errors import DataError, SettingError
 from tofu.weights import weights_sha256
 

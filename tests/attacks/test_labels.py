@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from attacks.labels import LabelCounts, LabelSigns, _rounded, guessed_labels
 from attacks.messages import local_round, observe, parse_message
 from attacks.networks import attacked_model
-from client.training import LocalTraining
 from tests.attacks.conftest import Look
 from tofu.data import LabelledImages
-from tofu.network import Network
+from tofu.reference_model import Network
+from tofu.training import LocalTraining
 
 
 @pytest.mark.parametrize("model", ["lenet-smooth", "mlp", "lenet5"])

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from attacks.base import AttackError
 from attacks.membership import calibrated_statistic, loss_statistic, payload_statistic, roc, shadow_models
 from attacks.messages import local_round, observe, parse_message
-from client.training import LocalTraining, train_locally
 from tofu.data import LabelledImages
 from tofu.models import build_model
-from tofu.network import Network
+from tofu.reference_model import Network
+from tofu.training import LocalTraining, train_locally
 
 VALUES = st.lists(st.integers(-5, 5).map(float), min_size=1, max_size=30)
 

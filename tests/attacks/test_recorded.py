@@ -4,19 +4,19 @@ from pathlib import Path
 
 import pytest
 
-from attacks.__main__ import main
 from attacks.base import AttackError
 from attacks.messages import local_round
 from attacks.recorded import attack_run, observation_of
-from client.training import LocalTraining
+from tofu.cli.attack import main
 from tofu.data import open_data
 from tofu.errors import PayloadError, RunError
 from tofu.models import build_model
-from tofu.network import Network
 from tofu.payload import Payload
 from tofu.recording import Recorder, read_recording, recordings
-from tofu.seeding import derive_generator
+from tofu.reference_model import Network
+from tofu.rng import derive_generator
 from tofu.settings import Settings
+from tofu.training import LocalTraining
 from tofu.weights import add_update, fingerprint, weights_of
 
 SETTINGS = Settings.of({"clients": 100, "local_epochs": 1, "batch_size": 16, "rounds": 2, "ratio": 50.0})

@@ -11,16 +11,16 @@ from PIL import Image
 
 from client import app as client_app
 from client.app import app, client_data
-from tofu.compression.proxy import Proxy
+from tofu.codec.compressor import Proxy
 from tofu.data import ImageShape, LabelledImages
 from tofu.errors import DataError, PayloadError
-from tofu.messages import FIELD, RECORD, SecurePart, TrainReply, TrainRequest
 from tofu.models import build_model
-from tofu.network import Network
 from tofu.payload import HEADER_BYTES, WEIGHTS, Payload, float32_bytes, read_payload
-from tofu.secure_update import SecureTerms
+from tofu.reference_model import Network
+from tofu.secagg.encoding import SecureTerms
 from tofu.settings import Settings
 from tofu.weights import cosine, fingerprint, layout_of, weights_of
+from tofu.wire import FIELD, RECORD, SecurePart, TrainReply, TrainRequest
 
 SHAPE = ImageShape(1, 8, 8, 10)
 SETTINGS = Settings.of(

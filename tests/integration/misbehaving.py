@@ -20,9 +20,9 @@ from flwr.clientapp import ClientApp
 
 from client import app as honest
 from deploy.state import State
-from tofu.messages import FIELD, RECORD, SECURE, SecureQuery, TrainReply
 from tofu.payload import HEADER_BYTES
 from tofu.weights import FINGERPRINT_BYTES
+from tofu.wire import FIELD, RECORD, SECURE, SecureQuery, TrainReply
 
 FAULTS_FILE = "faults.json"
 HUGE_BYTES = 2**24

@@ -16,11 +16,11 @@ import pytest
 
 from client.app import app as client_app
 from server.app import serve_in_process
-from server.compare import Comparison, run_comparison
-from server.progress import Progress
 from tofu.cli import main
+from tofu.formatting import human_bytes
+from tofu.observers.terminal import Progress
+from tofu.reporting.compare import Comparison, run_comparison
 from tofu.settings import Settings
-from tofu.units import human_bytes
 
 TINY = ("--model=mlp", "--clients=2", "--rounds=2", "--train-images=200", "--local-epochs=1", "--evaluations=2",
         "--ratios=20,60")  # fmt: skip

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from client import app as honest
-from client.training import LocalTraining, train_locally
 from server.app import serve_in_process
-from server.evaluation import evaluate
+from tofu.codec.proxies import ProxySettings, decode, encode, paper_settings
 from tofu.data import LabelledImages
 from tofu.device import open_device
+from tofu.evaluation import evaluate
 from tofu.models import build_model
-from tofu.network import Network
-from tofu.proxy import ProxySettings, decode, encode, paper_settings
+from tofu.reference_model import Network
 from tofu.settings import Settings
+from tofu.training import LocalTraining, train_locally
 from tofu.weights import Weights, cosine, difference, explained_variance, weights_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")

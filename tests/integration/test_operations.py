@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from server.app import serve_in_process
-from server.progress import SilentProgress
 from tests.integration import misbehaving
 from tests.integration.deployed import assert_of_the_run, log_lines, rows, samples, set_faults
+from tofu.observers.terminal import SilentProgress
 from tofu.settings import Settings
 
 Row = dict[str, Any]

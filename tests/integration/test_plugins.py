@@ -11,15 +11,15 @@ from flwr.clientapp import ClientApp
 
 from client import app as honest
 from server.app import serve_in_process
-from server.progress import SilentProgress
-from server.run_folder import read_config, read_model
 from tofu.data import to_float
 from tofu.errors import SettingError
-from tofu.messages import SECURE
 from tofu.models import build_model
-from tofu.network import Network
+from tofu.observers.terminal import SilentProgress
+from tofu.reference_model import Network
+from tofu.reporting.folder import read_config, read_model
 from tofu.settings import Settings
 from tofu.weights import load_weights
+from tofu.wire import SECURE
 
 Row = dict[str, Any]
 
@@ -225,8 +225,8 @@ def test_predict_flags_what_it_does_not_know(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_predict_with_a_factorised_network_and_without_plugins(tmp_path: Path) -> None:
-    from server.predict import predict_images
     from tofu.errors import DataError
+    from tofu.reporting.predict import predict_images
 
     folder = pictures(tmp_path / "pictures")
     for name, more in (("plain", {}), ("rank", {**RANK, "rounds": 2})):  # whose last round makes the bases

@@ -16,8 +16,8 @@ import pytest
 from client.app import app as client_app
 from server.app import serve_in_process
 from server.checkpoint import FOLDER
-from server.progress import SilentProgress
 from tofu.errors import SettingError
+from tofu.observers.terminal import SilentProgress
 from tofu.settings import Settings
 
 Row = dict[str, Any]

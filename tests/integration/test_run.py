@@ -20,21 +20,21 @@ from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client import app as honest
-from client.training import LocalTraining, train_locally
 from server.app import app as server_app
 from server.app import open_run_data, serve_in_process
-from server.evaluation import evaluate
-from server.local import run_in_process
 from tofu.cli import main
+from tofu.codec.proxies import ProxyCode, ProxyData
 from tofu.errors import RunError
-from tofu.messages import FIELD, RECORD, TrainReply
+from tofu.evaluation import evaluate
+from tofu.flower.in_process import run_in_process
 from tofu.models import build_model
-from tofu.network import Network
 from tofu.payload import HEADER_BYTES, Payload, read_payload
-from tofu.proxy import ProxyCode, ProxyData
-from tofu.seeding import derive_generator
+from tofu.reference_model import Network
+from tofu.rng import derive_generator
 from tofu.settings import Settings
+from tofu.training import LocalTraining, train_locally
 from tofu.weights import Weights, layout_of, load_weights, weights_of, weights_sha256
+from tofu.wire import FIELD, RECORD, TrainReply
 
 Row = dict[str, Any]
 Fault = Callable[[Message, Message], Message]

@@ -19,16 +19,16 @@ from client import app as honest
 from deploy.identities import make_identities
 from server.app import app as server_app
 from server.app import open_run_data, serve_in_process
-from server.local import run_in_process
 from tofu.errors import SettingError
-from tofu.messages import FIELD, RECORD, SECURE, STAGES, SecureAnswer, SecurePart, SecureQuery, TrainRequest
+from tofu.flower.in_process import run_in_process
 from tofu.models import build_model
 from tofu.payload import WEIGHTS, Payload, float32_bytes
+from tofu.secagg.encoding import SecureCode, SecureTerms
 from tofu.secagg.messages import Masked
 from tofu.secagg.ring import centred, unpack
-from tofu.secure_update import SecureCode, SecureTerms
 from tofu.settings import Settings
 from tofu.weights import Layout, Weights, fingerprint, layout_of, load_weights, weights_of
+from tofu.wire import FIELD, RECORD, SECURE, STAGES, SecureAnswer, SecurePart, SecureQuery, TrainRequest
 
 Row = dict[str, Any]
 Fault = Callable[[Message, Message, Context], Message]
@@ -332,8 +332,8 @@ def updates_of_round_two(folder: Path) -> dict[str, np.ndarray[Any, np.dtype[np.
     found: dict[str, np.ndarray[Any, np.dtype[np.float64]]] = {}
 
     def look(request: Message, reply: Message, context: Context) -> Message:
-        from tofu.messages import TrainReply
         from tofu.payload import HEADER_BYTES
+        from tofu.wire import TrainReply
 
         body = TrainReply.from_bytes(content(reply)).payload[HEADER_BYTES:]
         found[honest.client_name(context)] = np.frombuffer(body, "<f4").astype(np.float64)
@@ -552,7 +552,7 @@ def test_with_privacy_nothing_leaves_a_client_without_noise(schedule: str, tmp_p
         assert row["failures"] == []
         assert row.get("clipped", 0) == 0
     if schedule == "proxy":
-        from tofu.messages import TrainReply
+        from tofu.wire import TrainReply
 
         replies = [TrainReply.from_bytes(data) for data in seen]
         assert {(reply.examples, reply.train_loss) for reply in replies} == {(1, 0.0)}

@@ -10,12 +10,12 @@ from client.state import KeptWeights
 from server.downlink import Downlink, Parts
 from tofu.data import ImageShape
 from tofu.errors import DataError, PayloadError
-from tofu.messages import TrainRequest
 from tofu.models import build_model
-from tofu.network import Network
 from tofu.payload import HEADER_BYTES
+from tofu.reference_model import Network
 from tofu.settings import Settings
 from tofu.weights import Weights, add_update, load_weights, weights_of
+from tofu.wire import TrainRequest
 
 SHAPE = ImageShape(1, 8, 8, 10)
 SETTINGS = Settings.of({"model": "mlp", "downlink": "proxy", "downlink-ratio": 12.0, "evaluations": 10, "bits": 8})

@@ -8,7 +8,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
 from server.ledger import message_bytes
-from server.local import run_in_process
+from tofu.flower.in_process import run_in_process
 
 
 def reply_bytes(content: RecordDict) -> int:

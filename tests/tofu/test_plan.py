@@ -12,9 +12,9 @@ from server.ledger import reply_overhead
 from tofu.data import ImageShape
 from tofu.errors import SettingError
 from tofu.models import build_model
-from tofu.network import Network
 from tofu.payload import HEADER_BYTES
 from tofu.plan import Plan, make_plan
+from tofu.reference_model import Network
 from tofu.settings import Settings
 
 SHAPE = ImageShape(1, 8, 8, 10)

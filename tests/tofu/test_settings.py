@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from tofu.codec.compressor import Proxy
 from tofu.compression.full import Full
-from tofu.compression.proxy import Proxy
 from tofu.data import ImageShape
 from tofu.errors import SettingError
 from tofu.models import build_model
-from tofu.network import Network
+from tofu.reference_model import Network
 from tofu.settings import Settings, Value, read_toml
 
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from tofu.network import Network
+from tofu.reference_model import Network
 from tofu.weights import Layout, Weights
 
 

@@ -11,8 +11,8 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from tofu.compression.quantize import RowCode
 from tofu.errors import PayloadError
-from tofu.quantise import RowCode
 from tofu.weights import Layout, Weights
 
 BUFFER_BITS = 8

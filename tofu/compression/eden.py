@@ -33,8 +33,8 @@ from torch import Tensor
 from tofu.compression.bitstream import BitReader, fixed, packed
 from tofu.compression.flat import FlatCompressor, checked_length, checked_scales
 from tofu.compression.hadamard import pieces, random_signs, rotated, rotated_back
-from tofu.network import Network
-from tofu.quantise import bfloat16_bytes, bfloat16_from
+from tofu.compression.quantize import bfloat16_bytes, bfloat16_from
+from tofu.reference_model import Network
 from tofu.weights import Layout
 
 _SEED = struct.Struct("<Q")

@@ -15,8 +15,8 @@ from torch import Tensor
 from tofu.compression.base import Compressed, Compressor
 from tofu.compression.buffers import BufferCode
 from tofu.errors import PayloadError, RunError, SettingError
-from tofu.network import Network
 from tofu.payload import HEADER_BYTES
+from tofu.reference_model import Network
 from tofu.weights import Layout, Weights
 
 LARGEST = 1e30

@@ -5,8 +5,8 @@ from typing import ClassVar
 import torch
 
 from tofu.compression.base import Compressed, Compressor
-from tofu.network import Network
 from tofu.payload import float32_bytes, float32_from
+from tofu.reference_model import Network
 from tofu.weights import Layout, Weights
 
 

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from tofu.compression.flat import FlatCompressor, checked_length
+from tofu.compression.quantize import RowCode
 from tofu.errors import PayloadError
-from tofu.network import Network
-from tofu.quantise import RowCode
+from tofu.reference_model import Network
 from tofu.weights import Layout
 
 USUAL_BITS = 8

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from tofu.compression.bitstream import BitReader, Integers, fixed, gamma, gamma_length, packed
 from tofu.compression.flat import FlatCompressor, checked_length, checked_scales
-from tofu.compression.positions import positions_length, read_positions, write_positions
-from tofu.network import Network
+from tofu.compression.rice import positions_length, read_positions, write_positions
+from tofu.reference_model import Network
 from tofu.weights import Layout
 
 _HEAD = struct.Struct("<If")

@@ -2,20 +2,20 @@
 
 from typing import Protocol
 
+from tofu.codec.compressor import Proxy
+from tofu.codec.proxies import ProxySettings
 from tofu.compression.base import Compressor
 from tofu.compression.eden import Eden
 from tofu.compression.float16 import Float16
 from tofu.compression.full import Full
 from tofu.compression.powersgd import PowerSgd
-from tofu.compression.proxy import Proxy
 from tofu.compression.qsgd import Qsgd
 from tofu.compression.signsgd import SignSgd
 from tofu.compression.stc import Stc
 from tofu.compression.threesfc import ThreeSfc
 from tofu.compression.topk import TopK
 from tofu.errors import SettingError
-from tofu.network import Network
-from tofu.proxy import ProxySettings
+from tofu.reference_model import Network
 
 
 class _ByRatio(Protocol):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tofu.compression.bitstream import BitReader, fixed, packed
 from tofu.compression.flat import FlatCompressor, checked_length, checked_scales
-from tofu.quantise import bfloat16_bytes, bfloat16_from
+from tofu.compression.quantize import bfloat16_bytes, bfloat16_from
 from tofu.weights import Layout
 
 

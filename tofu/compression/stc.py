@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tofu.compression.bitstream import BitReader, fixed, packed
 from tofu.compression.flat import FlatCompressor, checked_length, checked_scales
-from tofu.compression.positions import by_magnitude, most_that_fit, positions_length, read_positions, write_positions
+from tofu.compression.rice import by_magnitude, most_that_fit, positions_length, read_positions, write_positions
 from tofu.weights import Layout
 
 _HEAD = struct.Struct("<If")

@@ -4,7 +4,7 @@ Zhou, Shi, Li, Yang, Sun, Li, "Communication-efficient Federated Learning with S
 for Faster Convergence", ICCV 2023, arXiv 2302.13562. With G the network's own gradient at samples of the input's size
 and soft labels, made from noise so that |cos(G, U)| is large, the update decodes to s G with s = |U| cos(G, U) / |G|.
 
-That is `tofu.proxy` with the published method's settings, so only sizes are chosen here. Its objective, the share of U
+That is `tofu.codec.proxies` with the published method's settings, so only sizes are chosen here. Its objective, the share of U
 that the best s G misses, is 1 - cos^2. What the paper leaves open, or we do otherwise:
 
 - Samples have 8 bits a pixel and a label, as many as fit; where not even one does, one sample of 4 bits. The paper
@@ -16,10 +16,10 @@ that the best s G misses, is 1 - cos^2. What the paper leaves open, or we do oth
 
 from typing import ClassVar
 
-from tofu.compression.proxy import Proxy
+from tofu.codec.compressor import Proxy
+from tofu.codec.proxies import paper_settings
 from tofu.errors import SettingError
-from tofu.network import Network
-from tofu.proxy import paper_settings
+from tofu.reference_model import Network
 
 BITS, FEWEST_BITS = 8, 4
 LARGEST_SIDE = 1024

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from tofu.compression.bitstream import BitReader, Integers, fixed, packed
 from tofu.compression.flat import FlatCompressor, checked_length, checked_scales
-from tofu.compression.positions import (
+from tofu.compression.quantize import bfloat16_bytes, bfloat16_from
+from tofu.compression.rice import (
     by_magnitude,
     most_that_fit,
     positions_length,
@@ -35,7 +36,6 @@ from tofu.compression.positions import (
     write_positions,
 )
 from tofu.errors import PayloadError
-from tofu.quantise import bfloat16_bytes, bfloat16_from
 from tofu.weights import Layout
 
 _HEAD = struct.Struct("<IB")

@@ -24,8 +24,8 @@ from tofu.secagg.domain import fields
 from tofu.secagg.graph import Topology
 from tofu.secagg.identities import ADVERT, SURVIVORS
 from tofu.secagg.masks import SHARE_KEY, add_mask, agree, new_seed, pair_seed, public_key
-from tofu.secagg.member import Member
 from tofu.secagg.messages import Advert, Confirmation, Masked, Reveal, Roster, Shares, Survivors
+from tofu.secagg.participant import Member
 from tofu.secagg.ring import RingVector
 from tofu.secagg.state import ClientState, Stage
 from tofu.secagg.terms import Session

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from benchmarks.plugins.gpm import learn
 from client.plugins.gpm import GradientProjectionMemory, importances, widened
 from client.plugins.layers import rows_per_image
-from client.training import LocalTraining, train_locally
 from tofu.data import LabelledImages, open_data, to_float
 from tofu.errors import PayloadError, SettingError
 from tofu.models import build_model
 from tofu.plugins import About, Conditions, Plugins, make_plugins
 from tofu.tasks import TaskStream, backward_transfer, mean_accuracy
+from tofu.training import LocalTraining, train_locally
 from tofu.weights import load_weights, weights_of
 
 MOST = 1 << 24

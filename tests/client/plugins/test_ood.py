@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from benchmarks.plugins.ood_metrics import ood_metrics
 from client.plugins.ood import BINS, OutOfDistribution, histogram, mix_within_classes, threshold
-from client.training import LocalTraining, train_locally
 from tofu.data import LabelledImages, open_data, to_float
 from tofu.errors import SettingError
 from tofu.models import build_model
-from tofu.ood_metrics import ood_metrics
 from tofu.plugins import About, Plugins, make_plugins
+from tofu.training import LocalTraining, train_locally
 from tofu.weights import difference, fingerprint, load_weights, weights_of
 
 HOW = LocalTraining(epochs=5, batch_size=32, lr=0.02, momentum=0.9)

@@ -9,17 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from benchmarks.plugins.rank_picture import rank_picture
 from client.plugins.layers import sites
-from client.plugins.rank_picture import rank_picture
 from client.plugins.utilised_rank import Core, LayerRank, UtilisedRank, grams, leading, merged
-from client.training import LocalTraining, train_locally
-from tofu.compression.proxy import Proxy
+from tofu.codec.compressor import Proxy
+from tofu.codec.proxies import ProxySettings
 from tofu.data import LabelledImages, open_data, to_float
 from tofu.errors import RunError
 from tofu.models import build_model
-from tofu.network import Network
 from tofu.plugins import About, Conditions, Plugins, make_plugins
-from tofu.proxy import ProxySettings
+from tofu.reference_model import Network
+from tofu.training import LocalTraining, train_locally
 from tofu.weights import difference, explained_variance, fingerprint, layout_of, load_weights, weights_of
 
 MB = 1 << 28

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from tofu.data import ImageShape
-from tofu.network import Network
+from tofu.reference_model import Network
 from tofu.weights import Weights
 
 

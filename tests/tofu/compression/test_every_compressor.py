@@ -11,12 +11,12 @@ from torch import nn
 
 from tests.conftest import Case
 from tests.tofu.compression.common import bare, flat, generator, missed, update_of
+from tofu.codec.proxies import ProxySettings
 from tofu.compression import Compressor, ErrorFeedback, compressor_names, make_compressor
 from tofu.data import ImageShape
 from tofu.errors import PayloadError, RunError, SettingError
-from tofu.network import Network
 from tofu.payload import HEADER_BYTES
-from tofu.proxy import ProxySettings
+from tofu.reference_model import Network
 from tofu.weights import Weights
 
 NAMES = compressor_names()

@@ -3,10 +3,10 @@ import torch
 
 from tests.conftest import Case
 from tests.tofu.compression.common import flat, generator
-from tofu.compression.proxy import Proxy
+from tofu.codec.compressor import Proxy
+from tofu.codec.proxies import gradients, paper_settings
 from tofu.compression.threesfc import ThreeSfc
 from tofu.errors import SettingError
-from tofu.proxy import gradients, paper_settings
 
 
 def test_full_size_samples_of_8_bits_or_one_of_4(mlp_update: Case) -> None:

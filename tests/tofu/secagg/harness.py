@@ -8,7 +8,7 @@ import numpy as np
 from tofu.secagg.client import ClientSession
 from tofu.secagg.graph import Topology
 from tofu.secagg.identities import Identity
-from tofu.secagg.member import Member
+from tofu.secagg.participant import Member
 from tofu.secagg.ring import RingVector, largest
 from tofu.secagg.server import ServerSession, Total
 

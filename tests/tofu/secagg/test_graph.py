@@ -7,7 +7,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from tofu.errors import PayloadError, SettingError
 from tofu.secagg.graph import Graph, Topology, choose_topology
 from tofu.secagg.identities import ADVERT, SURVIVORS, Identity, check_known, verify
-from tofu.secagg.member import Member
+from tofu.secagg.participant import Member
 
 
 def adverts(count: int) -> list[bytes]:

@@ -13,8 +13,8 @@ from tofu.errors import PayloadError, RunError, SettingError
 from tofu.secagg.client import ClientSession
 from tofu.secagg.fixed_point import FixedPoint
 from tofu.secagg.graph import Topology
-from tofu.secagg.member import Member
 from tofu.secagg.messages import Advert, Masked, Reveal, Roster, Shares
+from tofu.secagg.participant import Member
 from tofu.secagg.server import Phase, ServerSession
 
 

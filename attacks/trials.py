@@ -1,0 +1,227 @@
+"""One cell of an evaluation: one attack on one kind of message in one situation, with one seed.
+
+A situation is the images' dataset, the model, how many rounds it was trained before, how many images the client has and
+how many local steps it makes. The client under attack takes part in none of the rounds before, so that its images are
+new to the model, and its batch is drawn with as few repeated labels as its size allows: images of one class are hard to
+tell apart by their gradients (Yin et al. 2021 assume that no label repeats), so this favours the attacker.
+"""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from attacks.base import AttackError, Reconstruction, Watch
+from attacks.messages import ClientRound, Message, local_round, observe
+from attacks.metrics import Scores, lpips_network, score
+from attacks.networks import attacked_model
+from attacks.observation import Observation
+from attacks.registry import make_attack
+from tofu.data import FederatedData, LabelledImages, open_data, to_float
+from tofu.errors import DataError, SettingError
+from tofu.reference_model import Network
+from tofu.rng import derive_generator
+from tofu.training import LocalTraining, train_locally
+from tofu.weights import load_weights, weights_of
+
+CLIENTS = 10
+"""Simulated clients; the first is under attack, the others train the model before."""
+
+TRAIN_IMAGES = 2000
+"""Images of all of them together, where the dataset has more."""
+
+OTHERS = 200
+"""Images outside the batch that calibrate what counts as recovered."""
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What all cells of one seed share.
+
+    Attributes:
+        dataset, model, norm: as in a run.
+        lr: of all local training.
+        seed: of the deal, the weights, the batch and every draw of codec and attack.
+        moment: rounds of real training before.
+        batch_size: images of the client, all of them in each step.
+        steps: local steps.
+        rounds: messages of the client about these images that the attacker has seen, this one included.
+        know_labels: whether the attacker is told the labels.
+    """
+
+    dataset: str
+    model: str
+    norm: str
+    lr: float
+    seed: int
+    moment: int
+    batch_size: int
+    steps: int
+    rounds: int = 1
+    know_labels: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one cell.
+
+    Attributes:
+        scores: None where the attack was refused.
+        refused: why, or "".
+        loss: the attacker's own objective at the end.
+        evaluations: of it.
+        payload_bytes: of the message.
+        originals, reconstructions: float32 in [-1, 1], the second in the order of the first; None where there is none.
+    """
+
+    scores: Scores | None
+    refused: str
+    loss: float
+    evaluations: int
+    payload_bytes: int
+    originals: Tensor | None
+    reconstructions: Tensor | None
+
+    @staticmethod
+    def of(found: Reconstruction, scores: Scores, observation: Observation, originals: Tensor) -> "Outcome":
+        """Of an attack that was made."""
+        shown = None
+        if found.images is not None:
+            pairs = torch.tensor(scores.pairs)
+            shown = found.images[pairs.clamp_min(0)].clone()
+            shown[pairs < 0] = 0.0
+        return Outcome(scores, "", found.loss, found.evaluations, observation.payload_bytes, originals, shown)
+
+    @staticmethod
+    def refusal(reason: str, observation: Observation) -> "Outcome":
+        """Of an attack that was refused."""
+        return Outcome(None, reason, math.nan, 0, observation.payload_bytes, None, None)
+
+
+@dataclass
+class Stage:
+    """Prepares situations, each once: data, trained networks, the clients' updates and the messages.
+
+    Explicit, so that a caller decides how long they are kept.
+    """
+
+    perceptual: torch.nn.Module | None = field(default_factory=lpips_network)
+    _networks: dict[object, Network] = field(default_factory=dict)
+    _messages: dict[object, tuple[Observation, LabelledImages]] = field(default_factory=dict)
+
+    def run(self, situation: Situation, message: Message, attack: str, watch: Watch) -> Outcome:
+        """Attack one message.
+
+        Raises:
+            SettingError: the message or the attack cannot be made in this situation.
+        """
+        observation, truth = self._message(situation, message)
+        generator = derive_generator(situation.seed, repr(situation), message.text, attack)
+        try:
+            found = make_attack(attack).run(observation, generator=generator, watch=watch)
+        except AttackError as error:
+            return Outcome.refusal(str(error), observation)
+        scores = score(
+            found.images,
+            found.labels,
+            truth=to_float(truth.images),
+            true_labels=truth.labels,
+            others=to_float(open_clients(situation).test().images[:OTHERS]),
+            perceptual=self.perceptual,
+        )
+        return Outcome.of(found, scores, observation, to_float(truth.images))
+
+    def _message(self, situation: Situation, message: Message) -> tuple[Observation, LabelledImages]:
+        key = (situation, message)
+        if key not in self._messages:
+            self._messages.clear()  # cells come sorted by message: one is enough
+            self._messages[key] = _make_message(situation, message, self._network(situation))
+        return self._messages[key]
+
+    def _network(self, situation: Situation) -> Network:
+        key = (situation.dataset, situation.model, situation.norm, situation.lr, situation.seed, situation.moment)
+        if key not in self._networks:
+            self._networks[key] = trained_network(situation)
+        return self._networks[key]
+
+
+def open_clients(situation: Situation) -> FederatedData:
+    """The dataset dealt evenly to `CLIENTS` (opened once per process)."""
+    whole = open_data(situation.dataset, clients=CLIENTS, partition="iid", seed=0)
+    if int(whole.class_counts().sum()) <= TRAIN_IMAGES:
+        return open_data(situation.dataset, clients=CLIENTS, partition="iid", seed=situation.seed)
+    return open_data(
+        situation.dataset, clients=CLIENTS, partition="iid", train_images=TRAIN_IMAGES, seed=situation.seed
+    )
+
+
+def trained_network(situation: Situation) -> Network:
+    """The model after `moment` rounds of federated averaging over all clients but the first."""
+    data = open_clients(situation)
+    model = attacked_model(situation.model, data.shape, norm=situation.norm, seed=situation.seed)
+    network = Network(model.eval(), data.shape).as_built()
+    how = LocalTraining(epochs=1, batch_size=16, lr=situation.lr)
+    for round_ in range(1, situation.moment + 1):
+        results = []
+        for client in range(1, CLIENTS):
+            local = copy.deepcopy(model)
+            generator = derive_generator(situation.seed, round_, client, "train")
+            train_locally(local, data.client(client), how, generator=generator)
+            results.append(weights_of(local))
+        load_weights(model, {n: torch.stack([r[n].float() for r in results]).mean(0) for n in results[0]})
+    model.eval()
+    return network
+
+
+def _make_message(situation: Situation, message: Message, network: Network) -> tuple[Observation, LabelledImages]:
+    clients = drawn_clients(situation, message.clients)
+    how = LocalTraining(epochs=situation.steps, batch_size=situation.batch_size, lr=situation.lr)
+    generator = derive_generator(situation.seed, repr(situation), message.text)
+    seen: list[Observation] = []
+    for _ in range(situation.rounds):
+        rounds = [local_round(network, data, how, generator) for data in clients]
+        seen.append(observe(message, rounds, generator=generator, know_labels=situation.know_labels))
+        network = _stepped(network, rounds)
+    last = seen[-1]
+    if situation.rounds > 1:
+        last = replace(last, earlier=tuple(seen[:-1]))
+    images, labels = (torch.cat([getattr(one, name) for one in clients]) for name in ("images", "labels"))
+    return last, LabelledImages(images, labels, clients[0].classes)
+
+
+def drawn_clients(situation: Situation, count: int) -> list[LabelledImages]:
+    """The images of `count` clients, the first being under attack, each with as few repeated labels as can be."""
+    data = open_clients(situation)
+    if count > data.clients:
+        raise SettingError("messages", f"secure:{count}", f"at most {data.clients} clients")
+    drawn = []
+    for number in range(count):
+        own = data.client(number)
+        if len(own) < situation.batch_size:
+            raise DataError(f"client {number} has {len(own)} images, a batch takes {situation.batch_size}")
+        generator = derive_generator(situation.seed, number, "batch")
+        order = torch.randperm(len(own), generator=generator)
+        drawn.append(own.subset(order[_spread(own.labels[order])[: situation.batch_size]]))
+    return drawn
+
+
+def _spread(labels: Tensor) -> Tensor:
+    """An order of the rows in which every class comes once before any comes twice, and so on."""
+    turns: list[int] = []
+    met: dict[int, int] = {}
+    for label in labels.tolist():
+        turns.append(met.get(label, 0))
+        met[label] = turns[-1] + 1
+    return torch.tensor(turns).argsort(stable=True)
+
+
+def _stepped(network: Network, rounds: Sequence[ClientRound]) -> Network:
+    """The network a round later, the update of these clients being one of many: a tenth of it."""
+    model = copy.deepcopy(network.model)
+    weights: Mapping[str, Tensor] = weights_of(model)
+    moved = {n: torch.stack([one.update[n] for one in rounds]).mean(0) / CLIENTS for n in weights}
+    load_weights(model, {n: weights[n].float() + moved[n] for n in weights})
+    return replace(network, model=model.eval())

@@ -1,0 +1,118 @@
+"""A SuperExec whose client apps start at once: `python -m deploy.prefork flower-superexec …`
+
+A SuperExec starts `flwr-clientapp` anew for every message, and each spends seconds on importing torch and the rest.
+Here one process imports them once and forks for each message: every app still has a process of its own, with nothing of
+another's. The SuperExec finds our `flwr-clientapp` first on its PATH, which hands its arguments and streams over.
+
+Only packages are imported ahead, none of the app's own modules: those come with the app.
+"""
+
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+PACKAGES = (
+    "flwr.supernode.cli.flwr_clientapp",
+    "torch",
+    "sklearn.datasets",
+    "flwr_datasets.partitioner",
+    "datasets",
+    "safetensors.torch",
+)
+_COMMAND = "flwr-clientapp"
+_SHIM = """#!{python} -IS
+import array, json, os, socket, sys
+with socket.socket(socket.AF_UNIX) as warm:
+    warm.connect({path!r})
+    streams = array.array("i", [0, 1, 2])
+    warm.sendmsg([json.dumps(sys.argv).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
+    warm.shutdown(socket.SHUT_WR)
+    warm.recv(1)  # nothing comes: it closes when the app ends
+"""
+_MOST_BYTES = 1 << 16
+
+
+def main(command: Sequence[str], packages: Sequence[str] = PACKAGES) -> int:
+    """Run the command, a SuperExec, to its end; returns its exit status."""
+    with tempfile.TemporaryDirectory(prefix="tofu-warm-") as folder:  # readable by this user only
+        shim, path = Path(folder) / _COMMAND, str(Path(folder) / "socket")
+        shim.write_text(_SHIM.format(python=sys.executable, path=path))
+        shim.chmod(0o700)
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen(64)
+            environment = os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"}
+            superexec = subprocess.Popen(command, env=environment)
+            # The SuperExec ends on a signal in its own way, and so do we when it has.
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda received, _: superexec.send_signal(received))
+            for name in packages:
+                with suppress(ImportError):  # one that is missing is missing in the app, which says so
+                    importlib.import_module(name)
+            return _serve(listener, superexec)
+
+
+def _serve(listener: socket.socket, superexec: "subprocess.Popen[bytes]") -> int:
+    listener.settimeout(0.5)
+    while superexec.poll() is None:
+        with suppress(TimeoutError):
+            connection, _ = listener.accept()
+            with connection:
+                connection.setblocking(True)
+                data, streams, *_ = socket.recv_fds(connection, _MOST_BYTES, 3)
+                if data and os.fork() == 0:
+                    listener.close()
+                    _app(json.loads(data), streams)
+                for stream in streams:
+                    os.close(stream)
+        _reap(superexec.pid)
+    return superexec.returncode
+
+
+def _app(arguments: list[str], streams: list[int]) -> None:
+    """Become the client app; does not return."""
+    status = 1
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+        for target, stream in enumerate(streams):
+            os.dup2(stream, target)
+            os.close(stream)
+        from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
+
+        sys.argv = arguments
+        sys.path[0] = os.path.dirname(sys.executable)  # as for the command itself; `python -m` had put its folder there
+        flwr_clientapp()
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)  # nothing of the parent's is cleaned up here
+
+
+def _reap(superexec: int) -> None:
+    """Collect the apps that ended; the SuperExec is its Popen's to collect."""
+    with suppress(ChildProcessError):
+        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
+            if ended.si_pid == superexec:
+                return
+            os.waitpid(ended.si_pid, 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

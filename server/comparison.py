@@ -1,0 +1,254 @@
+"""Run what a comparison lacks, and keep its document, table and page up to date while it goes on.
+
+A run is finished once its folder holds summary.json, and then it is not run again. Anything less is begun again from
+the start, so a comparison can be interrupted at any moment and goes on with the same command.
+"""
+
+import contextlib
+import fcntl
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from flwr.clientapp import ClientApp
+
+from server.app import serve_in_process
+from tofu.codec.compressor import Proxy
+from tofu.errors import RunError, SettingError
+from tofu.formatting import human_seconds
+from tofu.observers.terminal import Progress, SilentProgress
+from tofu.reporting.compare.plan import FEDAVG, Cell, Comparison, Run
+from tofu.reporting.compare.results import Row, best_value, document, failed_run, read_run
+from tofu.reporting.folder import replace_file
+from tofu.reporting.report.compare import render_figure, render_page
+from tofu.settings import Settings, settings_of_section
+
+_WRITTEN = frozenset(
+    (
+        "config.json",
+        "metrics.jsonl",
+        "metrics.prom",
+        "ledger.jsonl",
+        "weights.safetensors",
+        "summary.json",
+        "report.html",
+        "samples.npz",
+        "plugins.state",
+    )
+)
+_TEMPORARY = frozenset(f".{name}.part" for name in _WRITTEN)
+_NOT_COMPARED = ("run-folder", "workers", "checkpoint", "resume", "log", "metrics-port")
+"""Settings that change nothing about a run's results."""
+
+
+def run_comparison(
+    comparison: Comparison,
+    client_app: ClientApp,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+    view: Callable[[], Progress] = SilentProgress,
+) -> Row:
+    """Run whatever is not finished yet; compare.json, compare.html and compare.svg are rewritten after each run.
+
+    Args:
+        say: called with each line of progress.
+        view: makes the view of one run.
+
+    Returns:
+        The document, as in compare.json.
+
+    Raises:
+        SettingError: the folder cannot be used, holds finished runs with other settings, or files that are not ours.
+        TofuError: as `serve` does, except that a RunError of one run is recorded and the others go on.
+    """
+    with claimed(comparison.folder):
+        return _Work(comparison, client_app, say, view).run()
+
+
+class _Work:
+    """The state of one invocation."""
+
+    def __init__(
+        self, comparison: Comparison, client_app: ClientApp, say: Callable[[str], None], view: Callable[[], Progress]
+    ) -> None:
+        self._comparison, self._client_app, self._say, self._view = comparison, client_app, say, view
+        self._rows: dict[Cell, list[Row]] = {}
+        self._tuning: dict[Cell, list[Row]] = {}
+        self._began = time.perf_counter()
+        trials = {cell: comparison.tuning_runs(cell) for cell in comparison.reachable}
+        self._trials = trials
+        # Which value tuning will choose is not known yet, so this list only counts and estimates.
+        self._waiting = [cell.compressor for cell in trials for _ in trials[cell]]
+        self._waiting += [cell.compressor for _ in comparison.seeds for cell in trials]
+        self._total, self._done = len(self._waiting), 0
+        self._seconds: dict[str, list[float]] = {}
+
+    def run(self) -> Row:
+        comparison = self._comparison
+        self._check()
+        for cell in comparison.cells:
+            if cell.unreachable:
+                self._say(f"{cell.compressor} at {cell.ratios[0]:g}x is not reachable: ratio {cell.unreachable}")
+        self._write()  # what cannot be written is found out before anything is trained
+        for cell, runs in self._trials.items():
+            for run in runs:
+                self._tuning.setdefault(cell, []).append(self._outcome(run))
+                self._write()
+        # Seed by seed, so that there is something of every cell to look at early on.
+        for seed in comparison.seeds:
+            for cell in comparison.reachable:
+                value = best_value(self._tuning[cell]) if comparison.tune else None
+                run = comparison.run(cell, seed, value)
+                if comparison.tune and value is None:
+                    self._next(cell)
+                    row = failed_run(run, "every tuning run failed")
+                else:
+                    row = self._outcome(run)
+                self._rows.setdefault(cell, []).append(row)
+                self._write()
+        return self._document()
+
+    def _check(self) -> None:
+        """Look at every folder before anything runs or is deleted."""
+        for runs in self._trials.values():
+            for run in runs:
+                _finished(run)
+        tune = self._comparison.tune
+        for cell in self._comparison.reachable:
+            for seed in self._comparison.seeds:
+                _finished(self._comparison.run(cell, seed), unknown=tune.setting if tune else "")
+
+    def _outcome(self, run: Run) -> Row:
+        """The row of a run that was finished before, or is run now."""
+        self._next(run.cell)
+        if _finished(run):
+            self._say(f"{self._place(run)}: finished before")
+        else:
+            self._say(f"{self._place(run)}{self._times(run)}")
+            _clear(run.folder)
+            try:
+                serve_in_process(self._client_app, run.settings, self._view())
+            except RunError as error:  # training that diverges is a result, and no reason to lose the other cells
+                self._say(f"{self._place(run)}: failed: {error}")
+                return failed_run(run, str(error))
+        row = read_run(run)
+        self._seconds.setdefault(run.cell.compressor, []).append(row["seconds"])
+        return row
+
+    def _next(self, cell: Cell) -> None:
+        self._waiting.remove(cell.compressor)
+        self._done += 1
+
+    def _place(self, run: Run) -> str:
+        name = "FedAvg" if run.cell.compressor == FEDAVG else f"{run.cell.compressor} at {run.cell.ratios[0]:g}x"
+        text = f"run {self._done} of {self._total}: {name}, seed {run.seed}"
+        tune = self._comparison.tune
+        if tune and run.value is not None:
+            text += f", {'trying ' if run.tuning else ''}{tune.setting}={run.value}"
+        return text
+
+    def _times(self, run: Run) -> str:
+        """Time so far, and what the runs to come will take if they take what those of their compressor took."""
+        text = f"; {human_seconds(time.perf_counter() - self._began)} elapsed"
+        known = {name: sum(values) / len(values) for name, values in self._seconds.items()}
+        if not known:
+            return text
+        typical = sum(known.values()) / len(known)
+        left = sum(known.get(name, typical) for name in (run.cell.compressor, *self._waiting))
+        return f"{text}, about {human_seconds(left)} left"
+
+    def _document(self) -> Row:
+        return document(self._comparison, self._rows, self._tuning, runs_left=self._total - self._done)
+
+    def _write(self) -> None:
+        made = self._document()
+        folder = self._comparison.folder
+        for name, text in (
+            ("compare.json", json.dumps(made, indent=1, allow_nan=False)),
+            ("compare.svg", render_figure(made)),
+            ("compare.html", render_page(made, folder.resolve().name)),
+        ):
+            data = text.encode(errors="replace")
+            try:
+                replace_file(folder / name, lambda file, data=data: file.write(data))  # type: ignore[misc]
+            except OSError as error:
+                raise SettingError("folder", str(folder), f"a folder that can be written ({error.strerror})") from error
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Make the folder and hold it: a second comparison in it would begin the first one's current run again.
+
+    Raises:
+        SettingError: it cannot be written, or another holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("ab")
+    except OSError as error:
+        raise SettingError("folder", str(folder), f"a folder that can be written ({error.strerror})") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise SettingError("folder", str(folder), "a folder in which no other comparison is running") from error
+        yield
+
+
+def _finished(run: Run, unknown: str = "") -> bool:
+    """Whether a run's folder holds it finished.
+
+    Args:
+        unknown: a setting whose value is not known yet and may be anything.
+
+    Raises:
+        SettingError: it is finished with other settings, or unfinished and holds what no run writes.
+    """
+    folder = run.folder
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise SettingError("folder", str(folder), "a run folder (this is a file or a link)")
+    if not (folder / "summary.json").is_file():
+        _written(folder)
+        return False
+    found = _config(folder)
+    ignored = {*_NOT_COMPARED, unknown}
+    if Proxy.name not in (run.settings.compressor, run.settings.downlink):
+        ignored |= {name.replace("_", "-") for name in settings_of_section("Proxies")}
+    for name, value in run.settings.to_config().items():
+        if name not in ignored and found[name] != value:
+            raise SettingError(
+                name, value, f"{found[name]!r}, as in the finished run {folder}; other settings need another folder"
+            )
+    return True
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The settings of a finished run. What its file lacks is newer than the run and stands at its default."""
+    try:
+        return dict(Settings.of(json.loads((folder / "config.json").read_text())).to_config())
+    except (OSError, ValueError, AttributeError, SettingError) as error:
+        reason = " ".join(str(error).split())
+        raise SettingError("folder", str(folder), f"a finished run with its config.json ({reason})") from error
+
+
+def _written(folder: Path) -> list[Path]:
+    """What a run has written to its folder, if that is all there is.
+
+    Raises:
+        SettingError: there is something else, which is not ours to delete.
+    """
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    for path in found:
+        temporary = path.name in _TEMPORARY or path.name.startswith(".report-")
+        ours = path.name in _WRITTEN or temporary
+        if not ours or path.is_symlink() or not path.is_file():
+            raise SettingError("folder", str(folder), f"nothing but the files of a run to begin again ({path.name})")
+    return found
+
+
+def _clear(folder: Path) -> None:
+    """Delete what an unfinished run left."""
+    for path in _written(folder):
+        path.unlink()

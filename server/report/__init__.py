@@ -1,5 +1,0 @@
-"""What a person looks at after a run: one self-contained page made from the files of the run folder."""
-
-from server.report.html import write_report
-
-__all__ = ["write_report"]

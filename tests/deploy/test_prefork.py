@@ -1,0 +1,35 @@
+"""Warm client apps: each in a process of its own, on the streams of who asked for it, and none left at the end."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+_SUPEREXEC = """
+import os, subprocess, sys
+for arguments in (["--help"], ["--token"]):
+    app = subprocess.run(["flwr-clientapp", *arguments], capture_output=True, text=True)
+    print(app.stdout.startswith("usage: flwr-clientapp"), "expected one argument" in app.stderr)
+print(os.environ["PATH"].split(os.pathsep)[0])
+sys.exit(7)
+"""
+
+
+def test_apps_are_forked_and_speak_on_the_streams_they_were_given(tmp_path: Path) -> None:
+    code = "import sys; from deploy.prefork import PACKAGES, main; sys.exit(main(sys.argv[1:], PACKAGES[:1]))"
+    command = [sys.executable, "-c", code, sys.executable, "-c", _SUPEREXEC]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
+    assert result.returncode == 7, result.stderr
+    said = result.stdout.splitlines()
+    assert said[:2] == ["True False", "False True"]
+    assert not Path(said[2]).exists()
+    assert result.stderr == ""
+
+
+def test_none_of_the_apps_own_modules_are_imported_ahead() -> None:
+    code = (
+        "import importlib, sys, deploy.prefork as warm\n"
+        "for name in warm.PACKAGES: importlib.import_module(name)\n"
+        "print([name for name in sys.modules if name.split('.')[0] in ('tofu', 'client', 'server', 'attacks')])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,201 @@
+import struct
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.conftest import Case
+from tofu.codec.compressor import Proxy
+from tofu.codec.proxies import ProxySettings
+from tofu.compression import make_compressor
+from tofu.data import ImageShape
+from tofu.errors import PayloadError, SettingError
+from tofu.models import build_model
+from tofu.payload import HEADER_BYTES
+from tofu.reference_model import Network
+from tofu.weights import explained_variance
+
+QUICK = ProxySettings(evaluations=4, solve_labels=2)
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def lenet() -> Network:
+    shape = ImageShape(1, 28, 28, 10)
+    return Network(build_model("lenet5", shape).eval(), shape)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 32])
+@pytest.mark.parametrize("ratio", [2, 10, 64, 250])
+def test_the_payload_is_as_small_as_asked_and_no_smaller_than_needed(lenet: Network, ratio: float, bits: int) -> None:
+    compressor = Proxy(lenet, ratio=ratio, count=0, settings=ProxySettings(bits=bits))
+    limit = lenet.layout.float32_bytes / ratio
+    size = HEADER_BYTES + compressor.body_bytes(lenet.layout)
+    more = Proxy(lenet, ratio=1, count=compressor.count + 1, settings=compressor.settings)
+    assert size <= limit < HEADER_BYTES + more.body_bytes(lenet.layout)
+
+
+def test_lower_ratios_get_larger_proxies_not_only_more(lenet: Network) -> None:
+    sides = [Proxy(lenet, ratio=ratio, count=0, settings=ProxySettings()).side for ratio in (10, 100, 500)]
+    assert sides == [14, 11, 7]
+
+
+def test_a_ratio_out_of_reach_says_what_is_in_reach(lenet: Network) -> None:
+    with pytest.raises(SettingError, match=r"ratio=100000 is not usable: expected at most 2\d\d\d\.\d"):
+        Proxy(lenet, ratio=100_000, count=0, settings=ProxySettings())
+
+
+def test_round_trip_with_buffers(every_layer_update: Case) -> None:
+    network, update = every_layer_update
+    compressor = Proxy(network, ratio=1, count=6, settings=QUICK)
+    compressed = compressor.compress(network, update, generator=generator())
+    assert len(compressed.body) == compressor.body_bytes(network.layout)
+    decoded = compressor.decompress(network, compressed.body)
+    assert decoded.keys() == update.keys()
+    assert all(torch.equal(decoded[name], compressed.decoded[name]) for name in decoded)
+    for name in ("batch.running_mean", "batch.running_var"):
+        assert torch.allclose(decoded[name], update[name], atol=float(update[name].abs().max()) / 100)
+    assert torch.equal(decoded["batch.num_batches_tracked"], update["batch.num_batches_tracked"])
+
+
+def test_memory_warms_the_next_call_and_foreign_memory_is_ignored(mlp_update: Case) -> None:
+    network, update = mlp_update
+    compressor = Proxy(network, ratio=1, count=6, settings=ProxySettings(evaluations=3))
+    first = Proxy(network, ratio=1, count=6, settings=ProxySettings()).compress(network, update, generator=generator())
+    cold = compressor.compress(network, update, generator=generator())
+    warm = compressor.compress(network, update, generator=generator(), memory=first.memory)
+    foreign = compressor.compress(network, update, generator=generator(), memory=b"something else")
+
+    def error(decoded: dict[str, torch.Tensor]) -> float:
+        return sum(float((decoded[name] - update[name]).square().sum()) for name in network.layout.parameters)
+
+    assert error(warm.decoded) < error(cold.decoded)
+    assert foreign.body == cold.body
+
+
+def test_bodies_of_other_settings_are_refused(mlp_update: Case) -> None:
+    network, update = mlp_update
+    compressor = Proxy(network, ratio=1, count=3, settings=QUICK)
+    body = compressor.compress(network, update, generator=generator()).body
+
+    def refusal(data: bytes) -> str:
+        with pytest.raises(PayloadError) as error:
+            compressor.decompress(network, data)
+        return str(error.value)
+
+    assert "at least 6" in refusal(body[:3])
+    assert "flags" in refusal(b"\x00" + body[1:])
+    assert "bits 16, this run uses 8" in refusal(body[:1] + b"\x10" + body[2:])
+    assert "count 65535, this run uses 3" in refusal(body[:2] + b"\xff\xff" + body[4:])
+    assert "side" in refusal(body[:4] + struct.pack("<H", 60000) + body[6:])
+    assert "proxies take" in refusal(body[:-60])
+    assert "proxy body has" in refusal(body + b"\0")
+
+
+@pytest.mark.parametrize("ratio", [20.0, 60.0])
+def test_a_correction_sends_what_the_proxies_missed(every_layer_update: Case, mlp_update: Case, ratio: float) -> None:
+    """More than the same proxies alone, and than no proxies in the same bytes; both ends agree to the bit."""
+    for network, update in (mlp_update, every_layer_update):
+        explained: dict[float, float] = {}
+        try:
+            count = Proxy(network, ratio=ratio, count=0, settings=ProxySettings(), correction=0.4).count
+        except SettingError:  # too small a network
+            continue
+        for share in (0.0, 0.4, 1.0):
+            compressor = Proxy(network, ratio=ratio, count=count, settings=ProxySettings(), correction=share)
+            compressed = compressor.compress(network, update, generator=generator())
+            decoded = compressor.decompress(network, compressed.body)
+            assert all(torch.equal(decoded[name], compressed.decoded[name]) for name in update)
+            assert len(compressed.body) <= compressor.body_bytes(network.layout)
+            assert HEADER_BYTES + compressor.body_bytes(network.layout) <= network.layout.float32_bytes / ratio
+            assert (compressor.correction > 0) == (share > 0)
+            parameters = {name: update[name] for name in network.layout.parameters}
+            explained[share] = explained_variance(parameters, decoded)
+        assert explained[0.4] > explained[0.0]
+        assert explained[0.4] >= explained[1.0]
+
+
+def test_a_payload_without_proxies_where_they_explain_less_and_the_client_keeps_to_it(mlp_update: Case) -> None:
+    """An update of a few entries is no gradient of any image: until the next trial no proxy is looked for."""
+    network, _ = mlp_update
+    update = {name: torch.zeros_like(w) for name, w in network.base.items()}
+    for value in update.values():
+        value.view(-1)[:3] = 1.0
+    compressor = Proxy(network, ratio=40, count=0, settings=ProxySettings(evaluations=8), correction=0.4)
+    memory, evaluations = b"", []
+    for _ in range(5):
+        made = compressor.compress(network, update, generator=generator(), memory=memory)
+        assert compressor.read_proxies(made.body) is None
+        decoded = compressor.decompress(network, made.body)
+        assert all(torch.equal(decoded[name], update[name]) for name in update)
+        memory = made.memory
+        evaluations.append(made.evaluations)
+    assert [count > 0 for count in evaluations] == [True, False, False, False, True]
+
+
+def test_no_proxies_at_all(mlp_update: Case) -> None:
+    network, update = mlp_update
+    compressor = Proxy(network, ratio=100, count=0, settings=QUICK, correction=1.0)
+    made = compressor.compress(network, update, generator=generator())
+    assert (compressor.count, made.evaluations) == (0, 0)
+    assert explained_variance(update, made.decoded) > 0.1
+    with pytest.raises(SettingError, match=r"ratio=1000000.0 is not usable: expected at most \d+\.\d .*one entry"):
+        Proxy(network, ratio=1e6, count=0, settings=QUICK, correction=1.0)
+
+
+def test_ends_that_began_elsewhere_find_out(mlp_update: Case) -> None:
+    """The correction's places depend on the initial weights: other ones must not put entries elsewhere."""
+    network, update = mlp_update
+    compressor = Proxy(network, ratio=100, count=0, settings=QUICK, correction=0.4)
+    body = compressor.compress(network, update, generator=generator()).body
+    generator_ = generator()
+    initial = {name: w + torch.randn(w.shape, generator=generator_) for name, w in network.base.items()}
+    with pytest.raises(PayloadError, match="the weights, or the initial ones, are not the same at both ends"):
+        compressor.decompress(replace(network, initial=initial), body)
+
+
+def test_a_correction_that_cannot_have_been_written_is_refused(mlp_update: Case) -> None:
+    network, update = mlp_update
+    compressor = Proxy(network, ratio=40, count=0, settings=QUICK, correction=0.4)
+    body = compressor.compress(network, update, generator=generator()).body
+    for bad in (body[:-1], body[: len(body) - compressor.correction], body + bytes(2)):
+        with pytest.raises(PayloadError):
+            compressor.decompress(network, bad)
+
+
+def test_where_one_proxy_takes_the_whole_there_is_no_correction(mlp_update: Case) -> None:
+    network, _ = mlp_update
+    with pytest.raises(SettingError) as error:
+        Proxy(network, ratio=1e6, count=0, settings=ProxySettings(size=8))
+    most = float(error.value.accepted.split()[2])
+    compressor = Proxy(network, ratio=most - 0.1, count=0, settings=ProxySettings(size=8), correction=0.4)
+    assert (compressor.count, compressor.correction) == (1, 0)
+
+
+def test_the_steepness_is_tried_anew_every_fourth_time(mlp_update: Case) -> None:
+    network, update = mlp_update
+    compressor = Proxy(network, ratio=1, count=4, settings=ProxySettings(evaluations=60, tolerance=0.0))
+    memory, evaluations = b"", []
+    for _ in range(6):
+        compressed = compressor.compress(network, update, generator=generator(), memory=memory)
+        memory = compressed.memory
+        evaluations.append(compressed.evaluations)
+    tried = [count > 100 for count in evaluations]
+    assert tried == [True, False, False, False, True, False]
+
+
+def test_full_is_the_update_itself(every_layer_update: Case) -> None:
+    network, update = every_layer_update
+    full = make_compressor("full", network, ratio=1)
+    compressed = full.compress(network, update, generator=generator())
+    assert len(compressed.body) == network.layout.float32_bytes
+    decoded = full.decompress(network, compressed.body)
+    assert all(torch.equal(decoded[name], update[name]) for name in update)
+
+
+def test_unknown_names_list_the_known() -> None:
+    with pytest.raises(SettingError, match="compressor='zip' is not usable: expected one of full, proxy"):
+        make_compressor("zip", Network(torch.nn.Linear(2, 2), ImageShape(1, 1, 2, 2)), ratio=1)

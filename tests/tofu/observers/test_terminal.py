@@ -1,0 +1,295 @@
+"""The live view, the plain lines and the choice between them."""
+
+import io
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from tofu.formatting import human_bytes, human_factor, human_seconds, human_share, printable
+from tofu.observers.terminal import PlainProgress, Progress, RichProgress, SilentProgress, make_progress
+
+SUMMARY = {"final_accuracy": 0.9473, "uplink_bytes": 2_550_000, "fedavg_uplink_bytes": 7_500_000, "seconds": 125.0}
+
+
+def row(number: int, **changes: Any) -> dict[str, Any]:
+    return {
+        "round": number,
+        "kind": "proxy" if number else "start",
+        "accuracy": 0.8 + number / 100,
+        "explained_variance": 0.71 if number else None,
+        "uplink_bytes": 25_000 if number else 0,
+        "fedavg_uplink_bytes": 2_500_000 if number else 0,
+        "failures": [],
+        "seconds": 3.2,
+    } | changes
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class Clock:
+    """A clock that stands still until told otherwise."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def screen() -> io.StringIO:
+    return io.StringIO()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def live(screen: io.StringIO, clock: Clock) -> Iterator[RichProgress]:
+    with RichProgress(Console(force_terminal=True, file=screen, width=100), clock=clock) as progress:
+        yield progress
+
+
+def shown(screen: io.StringIO) -> str:
+    """What was written, without the sequences that colour it and move the cursor."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+
+
+def test_plain_writes_one_line_a_round(screen: io.StringIO) -> None:
+    with PlainProgress(screen) as progress:
+        progress.start(12, 10, "digits, lenet5")
+        progress.phase(1, "proxy", "train", 3, 10)
+        progress.round_done(row(0))
+        progress.round_done(row(1))
+        progress.round_done(row(12, kind="secure", explained_variance=None, uplink_bytes=2_500_000))
+        progress.finish(SUMMARY)
+    assert screen.getvalue().splitlines() == [
+        "digits, lenet5: 12 rounds, 10 clients",
+        "round  0/12  start   accuracy 80.00%  3.2 s",
+        "round  1/12  proxy   accuracy 81.00%  explained  71.0%  uplink  25.0 kB (FedAvg: 100x as much)  3.2 s",
+        "round 12/12  secure  accuracy 92.00%  uplink   2.5 MB (FedAvg: 1.00x as much)  3.2 s",
+        "done: final accuracy 94.73%; uplink 2.5 MB, 2.94x less than the 7.5 MB FedAvg sends; 2 min 05 s",
+    ]
+
+
+def test_plain_names_failures_and_cuts_a_long_list(screen: io.StringIO) -> None:
+    progress = PlainProgress(screen)
+    for round_ in (4, 5):
+        for client in range(5):
+            progress.failed(round_, f"{client}", 100 + client, "timed out")
+        progress.round_done(row(round_))
+    lines = screen.getvalue().splitlines()
+    assert lines[0] == "note: round 4: client 0: timed out"
+    assert lines[3] == "note: round 4: 2 more failures"
+    assert lines[5] == "note: round 5: client 0: timed out"
+    assert len(lines) == 10
+
+
+def test_plain_tells_abandoned_rounds_tasks_and_epsilon(screen: io.StringIO) -> None:
+    progress = PlainProgress(screen)
+    progress.start(12, 10, "digits")
+    sent = {"explained_variance": None, "uplink_bytes": 0}
+    progress.round_done(row(1, kind="secure", abandoned="too few", epsilon=0.0, **sent))
+    progress.round_done(row(2, task=1, task_accuracies=[0.9, 0.8], **sent))
+    progress.round_done(row(3, kind="secure", abandoned="", epsilon=4.3771, **sent))
+    progress.round_done(row(4, kind="secure", epsilon=None, **sent))
+    progress.finish({"final_accuracy": 0.5, "epsilon": 8.3849, "delta": 1e-5})
+    progress.finish({"mean_accuracy": 86.63, "backward_transfer": -7.8, "epsilon": None, "delta": 1e-5})
+    assert screen.getvalue().splitlines()[1:] == [
+        "round  1/12  secure, abandoned  accuracy 81.00%  epsilon     0  3.2 s",
+        "round  2/12  proxy   task 1  accuracy 82.00%  3.2 s",
+        "round  3/12  secure  accuracy 83.00%  epsilon 4.377  3.2 s",
+        "round  4/12  secure  accuracy 84.00%  epsilon   inf  3.2 s",
+        "done: final accuracy 50.00%; epsilon 8.385 at delta 1e-05",
+        "done: ACC 86.6%, BWT -7.8 points; epsilon inf at delta 1e-05",
+    ]
+
+
+def test_live_view_has_columns_for_tasks_and_epsilon_where_a_run_has_them(
+    screen: io.StringIO, live: RichProgress
+) -> None:
+    live.start(4, 4, "digits")
+    live.round_done(row(1))
+    live.close()
+    assert not re.search("task|epsilon", shown(screen))
+    live.start(4, 4, "digits")
+    live.round_done(row(1))
+    live.round_done(row(2, kind="secure", abandoned="too few", task=3, epsilon=12.8731))
+    live.close()
+    latest = shown(screen)
+    assert re.search(r"round +kind +task +accuracy +variance +uplink +FedAvg +epsilon +time", latest)
+    assert re.search(r"1 +proxy +- +81\.00% +71\.0% +25\.0 kB +100x +- +3\.2 s", latest)
+    assert re.search(r"2 +secure, abandoned +3 +82\.00% +71\.0% +25\.0 kB +100x +12\.87 +3\.2 s", latest)
+
+
+def test_nothing_hostile_reaches_the_terminal(screen: io.StringIO, live: RichProgress) -> None:
+    hostile = "\x1b[2J\x07[red]node\n\u202e"
+    plain = io.StringIO()
+    progress = PlainProgress(plain)
+    progress.failed(1, hostile, 7, hostile)
+    progress.round_done(row(1, kind="a\nb"))
+    assert plain.getvalue().count("\n") == 2
+    live.start(2, 1, hostile)
+    live.phase(1, hostile, hostile, 0, 1)
+    live.failed(1, hostile, 7, hostile)
+    live.round_done(row(1, kind=hostile))
+    live.close()
+    for text in (plain.getvalue(), screen.getvalue()):
+        assert "\x1b[2J" not in text
+        assert "\x07" not in text
+        assert "\u202e" not in text
+        assert "[red]node" in text
+
+
+def test_live_view_shows_phase_and_last_rounds(screen: io.StringIO, live: RichProgress) -> None:
+    live.start(12, 10, "digits, lenet5")
+    assert "\x1b[" in screen.getvalue()
+    for number in range(9):
+        live.round_done(row(number))
+    live.phase(9, "proxy", "train", 3, 10)
+    live._live.refresh()  # type: ignore[union-attr]
+    latest = shown(screen).rpartition("digits, lenet5: 12 rounds, 10 clients")[2]
+    assert "8/12 rounds" in latest
+    assert "round 9 (proxy): clients train 3/10" in latest
+    assert [line.split()[0] for line in latest.splitlines() if "proxy " in line] == ["3", "4", "5", "6", "7", "8"]
+    assert re.search(r"8 +proxy +88\.00% +71\.0% +25\.0 kB +100x +3\.2 s", latest)
+
+
+def test_live_view_ends_without_what_was_under_way(screen: io.StringIO, live: RichProgress) -> None:
+    live.start(2, 10, "digits")
+    live.round_done(row(1))
+    live.phase(2, "proxy", "train", 3, 10)
+    live.finish(SUMMARY)
+    latest = shown(screen).rpartition("digits: 2 rounds, 10 clients")[2]
+    assert "clients train" not in latest
+    assert " left" not in latest
+    assert "final accuracy 94.73%" in latest
+    assert screen.getvalue().count("\x1b[?25l") == screen.getvalue().count("\x1b[?25h") == 1
+    live.close()
+
+
+def test_live_view_gives_the_terminal_back_after_an_error(screen: io.StringIO) -> None:
+    def interrupted() -> None:
+        with RichProgress(Console(force_terminal=True, file=screen)) as progress:
+            progress.start(2, 10, "digits")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert "\x1b[?25h" in screen.getvalue()
+
+
+def test_live_view_leaves_stdout_alone(live: RichProgress) -> None:
+    before = sys.stdout
+    live.start(2, 10, "digits")
+    assert sys.stdout is before
+
+
+def test_time_left_follows_the_last_rounds(live: RichProgress, clock: Clock) -> None:
+    live.start(10, 10, "digits")
+    assert live.seconds_left() is None
+    clock.now += 50
+    live.round_done(row(0))
+    assert live.seconds_left() is None
+    for number in (1, 2):
+        clock.now += 4
+        live.round_done(row(number))
+    assert live.seconds_left() == pytest.approx(32)
+    clock.now += 3
+    assert live.seconds_left() == pytest.approx(29)
+    clock.now += 1000
+    assert live.seconds_left() == 0
+
+
+def test_missing_and_odd_values_are_shown_as_missing(screen: io.StringIO, live: RichProgress) -> None:
+    plain = io.StringIO()
+    odd = {"round": 1, "accuracy": None, "uplink_bytes": 0, "explained_variance": float("nan"), "seconds": "long"}
+    live.start(2, 1, "digits")
+    for progress in (PlainProgress(plain), live):
+        progress.round_done(odd)
+        progress.finish({})
+    assert plain.getvalue() == "round 1/0  ?       accuracy      -\ndone\n"
+    assert re.search(r"1 +\? +- +- +- +- +-", shown(screen))
+
+
+def test_choice_follows_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    assert isinstance(make_progress(io.StringIO()), PlainProgress)
+    assert isinstance(make_progress(Terminal()), RichProgress)
+    assert isinstance(make_progress(Terminal(), quiet=True), SilentProgress)
+    monkeypatch.setenv("TERM", "dumb")
+    assert isinstance(make_progress(Terminal()), PlainProgress)
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_stdout_stays_empty(capsys: pytest.CaptureFixture[str], quiet: bool) -> None:
+    with make_progress(quiet=quiet) as progress:
+        progress.start(1, 1, "digits")
+        progress.phase(1, "proxy", "send", 0, 1)
+        progress.note("careful")
+        progress.round_done(row(1))
+        progress.finish(SUMMARY)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == (0 if quiet else 4)
+
+
+def test_base_accepts_every_call() -> None:
+    with Progress() as progress:
+        progress.start(1, 1, "digits")
+        progress.phase(1, "proxy", "decode", 0, 1)
+        progress.note("x")
+        progress.round_done(row(1))
+        progress.finish(SUMMARY)
+        progress.close()
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (12_345, "12.3 kB"), (999_949, "999.9 kB"), (999_950, "1.0 MB")],
+)
+def test_human_bytes(count: int, text: str) -> None:
+    assert human_bytes(count) == text
+
+
+def test_human_bytes_of_extremes() -> None:
+    assert human_bytes(10**19) == "10000.0 PB"
+    with pytest.raises(ValueError, match="never negative"):
+        human_bytes(-1)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (-1, "0.0 s"),
+        (0.44, "0.4 s"),
+        (9.96, "10 s"),
+        (59.6, "1 min 00 s"),
+        (3599.4, "59 min 59 s"),
+        (3840, "1 h 04 min"),
+    ],
+)
+def test_human_seconds(seconds: float, text: str) -> None:
+    assert human_seconds(seconds) == text
+
+
+def test_shares_factors_and_names() -> None:
+    assert human_share(0.9625) == "96.2%"
+    assert human_share(0.9625, 2) == "96.25%"
+    assert [human_factor(f) for f in (2.136, 9.996, 21.37, 213.6, 1213.7)] == [
+        "2.14x",
+        "10.0x",
+        "21.4x",
+        "214x",
+        "1,214x",
+    ]
+    assert printable("a\tb\nc\x1b[1m é") == "a b c?[1m é"

@@ -1,0 +1,46 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tofu.errors import PayloadError
+from tofu.rounds.aggregation import RunningMean
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    weights=st.lists(st.integers(1, 100_000), min_size=1, max_size=20),
+    seed=st.integers(0, 2**31),
+    spread=st.floats(1e-6, 10),
+    order=st.randoms(),
+)
+def test_the_mean_is_right_and_the_same_to_the_bit_in_every_order(weights, seed, spread, order) -> None:  # type: ignore[no-untyped-def]
+    generator = torch.Generator().manual_seed(seed)
+    updates = [({"a": spread * torch.randn(5, generator=generator)}, weight) for weight in weights]
+    exact = sum(u["a"].double() * w for u, w in updates) / sum(weights)
+    means = []
+    for _ in range(2):
+        mean = RunningMean()
+        for update, weight in updates:
+            mean.add(update, weight)
+        means.append(mean.mean()["a"])
+        order.shuffle(updates)
+    assert torch.equal(means[0], means[1])
+    assert torch.allclose(means[0].double(), exact, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_numbers_that_would_spoil_the_sum_are_refused_and_leave_it_as_it_was(value: float) -> None:
+    mean = RunningMean()
+    mean.add({"a": torch.ones(2)}, 3)
+    with pytest.raises(PayloadError, match="more than can be added"):
+        mean.add({"a": torch.tensor([0.0, value])}, 3)
+    assert mean.examples == 3
+    assert torch.equal(mean.mean()["a"], torch.ones(2))
+
+
+def test_many_large_updates_cannot_overflow() -> None:
+    mean = RunningMean()
+    mean.add({"a": torch.tensor([1e5])}, 2000)
+    with pytest.raises(PayloadError):
+        mean.add({"a": torch.tensor([1e5])}, 2000)

@@ -1,0 +1,173 @@
+import subprocess
+import sys
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tofu.data import LabelledImages, to_float
+from tofu.errors import RunError
+from tofu.models import build_model
+from tofu.plugins import NO_PLUGINS, Plugin, Plugins, Weights
+from tofu.training import Descent, LocalTraining, SeededDropout, _batches, train_locally
+from tofu.weights import fingerprint, weights_of
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_an_epoch_is_plain_sgd_over_shuffled_batches(digits: LabelledImages) -> None:
+    """Against a loop written out."""
+    data = digits.subset(torch.arange(100))
+    ours, theirs = build_model("mlp", data.shape, seed=1), build_model("mlp", data.shape, seed=1)
+    result = train_locally(ours, data, LocalTraining(2, 32, 0.1), generator=generator(3))
+    g = generator(3)
+    for _ in range(2):
+        order = torch.randperm(100, generator=g)
+        for i in range(0, 100, 32):
+            rows = order[i : i + 32]
+            F.cross_entropy(theirs(to_float(data.images[rows])), data.labels[rows]).backward()
+            for p in theirs.parameters():
+                assert p.grad is not None
+                p.data -= 0.1 * p.grad
+                p.grad = None
+    assert result.steps == 8
+    for name, value in weights_of(ours).items():
+        assert torch.allclose(value, weights_of(theirs)[name], atol=1e-6)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+def test_a_step_is_torchs_to_the_bit(momentum: float, weight_decay: float, digits: LabelledImages) -> None:
+    ours, theirs = build_model("cnn", digits.shape, seed=1), build_model("cnn", digits.shape, seed=1)
+    still = next(theirs.parameters()).detach().clone()
+    for model in (ours, theirs):
+        next(model.parameters()).requires_grad_(False)
+    descent = Descent([*ours.parameters()], LocalTraining(1, 32, 0.1, momentum, weight_decay))
+    optimiser = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=momentum, weight_decay=weight_decay)
+    for start in range(0, 160, 32):
+        images, labels = to_float(digits.images[start : start + 32]), digits.labels[start : start + 32]
+        for model in (ours, theirs):
+            model.zero_grad()
+            F.cross_entropy(model(images), labels).backward()
+        descent.step()
+        optimiser.step()
+    assert fingerprint(weights_of(ours)) == fingerprint(weights_of(theirs))
+    assert torch.equal(next(ours.parameters()), still)
+
+
+def test_training_and_encoding_leave_torchs_compiler_alone() -> None:
+    """Its import takes longer than a small client's epoch, and a client app may start anew for every message."""
+    code = """
+import sys, torch
+from tofu.training import LocalTraining, train_locally
+from tofu.data import LabelledImages, ImageShape
+from tofu.models import build_model
+from tofu.reference_model import Network
+from tofu.settings import Settings
+from tofu.weights import weights_of
+data = LabelledImages(torch.zeros(20, 1, 8, 8, dtype=torch.uint8), torch.arange(20) % 10, 10)
+model = build_model("mlp", data.shape, seed=0)
+g = torch.Generator()
+train_locally(model, data, LocalTraining(1, 8, 0.1, 0.9), generator=g)
+network = Network(model.eval(), data.shape)
+update = {name: torch.randn(w.shape, generator=g) for name, w in weights_of(model).items()}
+for mode in ("smooth", "paper"):
+    settings = Settings(evaluations=3, codec_mode=mode)
+    settings.make_compressor("proxy", network).compress(network, update, generator=g, memory=b"")
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_training_learns_and_the_seed_decides(digits: LabelledImages) -> None:
+    prints = []
+    for seed in (1, 1, 2):
+        model = build_model("mlp", digits.shape, seed=0)
+        result = train_locally(model, digits, LocalTraining(1, 32, 0.05), generator=generator(seed))
+        prints.append(fingerprint(weights_of(model)))
+    assert prints[0] == prints[1] != prints[2]
+    again = train_locally(model, digits, LocalTraining(1, 32, 0.05), generator=generator())
+    assert again.loss < result.loss - 0.3
+
+
+def test_dropout_draws_from_the_given_generator_only() -> None:
+    layer = nn.Dropout(0.5)
+    x = torch.ones(1000)
+    torch.manual_seed(0)
+    state = torch.random.get_rng_state()
+    with SeededDropout(generator(1)):
+        a = layer(x)
+    with SeededDropout(generator(1)):
+        b = layer(x)
+    with SeededDropout(generator(2)):
+        c = layer(x)
+        assert torch.equal(layer.eval()(x), x)
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+    assert set(a.tolist()) == {0.0, 2.0}
+    assert 400 < int((a == 0).sum()) < 600
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_lone_last_image_is_left_out_as_batch_norm_could_not_take_it() -> None:
+    assert [len(b) for b in _batches(65, 32, generator())] == [32, 32]
+    assert [len(b) for b in _batches(66, 32, generator())] == [32, 32, 2]
+    assert [len(b) for b in _batches(1, 32, generator())] == [1]
+
+
+def test_divergence_is_an_error_that_says_what_may_help(digits: LabelledImages) -> None:
+    with pytest.raises(RunError, match="a smaller lr than 1e\\+10 may help"):
+        train_locally(build_model("mlp", digits.shape), digits, LocalTraining(1, 32, 1e10), generator=generator())
+
+
+@dataclass
+class Everything(Plugin):
+    """Overrides every hook of the loop without changing anything, and counts the calls."""
+
+    calls: list[str] = field(default_factory=list)
+    soft: bool = False
+
+    def on_batch(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        self.calls.append("batch")
+        return images, F.one_hot(labels, 10).float() if self.soft else labels
+
+    def on_loss(self, outputs: Tensor, targets: Tensor, loss: Tensor, model: nn.Module) -> Tensor:
+        self.calls.append("loss")
+        return loss
+
+    def on_step(self, model: nn.Module, before: Weights) -> None:
+        self.calls.append("step")
+        assert not any(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+    def on_epoch_end(self, model: nn.Module, data: LabelledImages) -> None:
+        self.calls.append("epoch")
+
+    def on_task_end(self, model: nn.Module, data: LabelledImages, final: bool) -> None:
+        self.calls.append(f"end {final}")
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+def test_plugins_that_change_nothing_leave_a_run_as_it_was_to_the_bit(digits: LabelledImages, model: str) -> None:
+    data, how, weights = digits.subset(torch.arange(96)), LocalTraining(2, 32, 0.1, 0.9, 1e-3), []
+    watcher = Everything()
+    for plugins in (NO_PLUGINS, Plugins([watcher])):
+        network = build_model(model, data.shape, seed=1)
+        train_locally(network, data, how, generator=generator(3), plugins=plugins, final=True)
+        weights.append(fingerprint(weights_of(network)))
+    assert weights[0] == weights[1]
+    assert watcher.calls == 2 * (3 * ["batch", "loss", "step"] + ["epoch"]) + ["end True"]
+
+
+def test_targets_may_be_soft(digits: LabelledImages) -> None:
+    data, results = digits.subset(torch.arange(64)), []
+    for soft in (False, True):
+        network = build_model("mlp", data.shape, seed=1)
+        plugins = Plugins([Everything(soft=soft)])
+        train_locally(network, data, LocalTraining(1, 32, 0.1), generator=generator(3), plugins=plugins)
+        results.append(weights_of(network))
+    for name, value in results[0].items():
+        assert torch.allclose(value, results[1][name], atol=1e-6)

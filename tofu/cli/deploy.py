@@ -1,0 +1,100 @@
+"""The command line of `tofu deploy`: up, run, status, down."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deploy import background
+from tofu.cli import ConfigFile, Json, Quiet, _with_settings
+from tofu.formatting import human_bytes, printable
+from tofu.settings import Value, read_toml
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="A federation of real processes on this machine: TLS, node keys, a database. Everything listens on 127.0.0.1.",
+)
+
+Folder = Annotated[Path, typer.Option("--folder", help="the federation's folder: keys, logs, database, results")]
+_FOLDER = Path("runs/federation")
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@app.command()
+def up(
+    *,
+    nodes: Annotated[int, typer.Option("--nodes", help="number of clients")] = 3,
+    folder: Folder = _FOLDER,
+    app_: Annotated[Path, typer.Option("--app", help="folder of the Flower app")] = background.APP,
+    data: Annotated[Path | None, typer.Option("--data", help="folder of folders node-0, node-1, …: own data")] = None,
+    warm: Annotated[
+        bool, typer.Option(help="keep imports in memory between rounds: faster, about 500 MB a node")
+    ] = True,
+    identities: Annotated[
+        bool, typer.Option("--identities", help="a key for each client, so that no server can lie in secure rounds")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Start a federation in the background and wait until its nodes are online. It runs until `tofu deploy down`."""
+    _show(background.up(folder, nodes=nodes, app=app_, data=data, warm=warm, identities=identities), as_json=json_)
+
+
+@app.command()
+@_with_settings
+def run(
+    *,
+    folder: Folder = _FOLDER,
+    config: ConfigFile = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+    overrides: dict[str, Value],
+) -> None:
+    """Run on a federation that is up, and show its progress. The settings are those of `tofu run`."""
+    file = read_toml(config) if config is not None else {}
+    given = {name.replace("-", "_"): value for name, value in file.items()} | overrides
+
+    def follow(line: str) -> None:
+        if not quiet and not json_:
+            print(printable(_COLOUR.sub("", line)), file=sys.stderr, flush=True)
+
+    done, results = background.run(folder, given, follow=follow)
+    result = background.summary(done, results)
+    if json_:
+        print(json.dumps(result))
+        return
+    print(f"run {done.identity} completed, {human_bytes(done.traffic_bytes)} between server and nodes")
+    print(f"report: {results / 'report.html'}")
+
+
+@app.command()
+def status(*, folder: Folder = _FOLDER, json_: Json = False) -> None:
+    """Say which processes live, which nodes are online, and how the runs ended."""
+    _show(background.status(folder), as_json=json_)
+
+
+@app.command()
+def down(*, folder: Folder = _FOLDER, json_: Json = False) -> None:
+    """End the processes that `up` started, and no others. Keys, database and results stay."""
+    ended = background.down(folder)
+    print(json.dumps({"ended": ended}) if json_ else f"ended: {', '.join(ended) or 'nothing was running'}")
+
+
+def _show(status: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(status))
+        return
+    print(f"{status['phase']} at {status['address'] or 'no address'}, in {status['folder']}")
+    for process in status["processes"]:
+        again = f", started again {process['restarts']} times" if process["restarts"] else ""
+        print(f"  {process['name']:<16}{'runs' if process['alive'] else 'ended':<8}{process['pid']}{again}")
+    if "error" in status:
+        print(f"  {printable(status['error'])}")
+    for node in status["nodes"]:
+        print(f"  {printable(node['name']):<16}{node['status']:<12}node {node['node']}")
+    for entry in status["runs"]:
+        print(f"  run {entry['run']:<24}{entry['status']}")

@@ -1,0 +1,36 @@
+"""torchvision, importable beside a torch without CUDA too: always `from tofu.models.torchvision_compat import torchvision`.
+
+The Linux wheel of torchvision is linked against CUDA. Beside a CPU-only torch its extension does not load, and the
+import then stops at `operator torchvision::nms does not exist`. Models, transforms and datasets need none of the
+operators: declaring their schemas is enough.
+"""
+
+from contextlib import suppress
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
+
+import torch
+
+_SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+
+
+def _declare_missing_operators() -> torch.library.Library:
+    """Declare those operators that the extension should have brought and did not."""
+    package = find_spec("torchvision")
+    extension = PathFinder.find_spec("_C", package.submodule_search_locations) if package else None
+    if extension is not None and extension.origin is not None:
+        with suppress(OSError):
+            torch.ops.load_library(extension.origin)  # type: ignore[no-untyped-call]
+    library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            library.define(name + _SCHEMA)  # type: ignore[no-untyped-call]
+    return library
+
+
+# Schemas vanish with the object that declared them.
+_LIBRARY = _declare_missing_operators()
+
+import torchvision  # noqa: E402
+
+__all__ = ["torchvision"]

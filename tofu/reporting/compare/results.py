@@ -1,0 +1,181 @@
+"""What the runs of a comparison left, as one document of plain values: compare.json.
+
+Every number of the tables and figures is in it. Shares are of one, sizes are bytes of whole messages, times are
+seconds, and deviations are those of a sample (over n - 1), null where there are fewer than two values.
+"""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tofu.errors import RunError
+from tofu.reporting.compare.plan import FEDAVG, Cell, Comparison, Run
+from tofu.settings import Value
+
+Row = dict[str, Any]
+
+POINTS_BELOW = (0.5, 1.0, 2.0, 5.0)
+"""The target accuracies: so many points below FedAvg's mean."""
+_MEASURED = (
+    "final_accuracy", "points_lost", "uplink_bytes", "downlink_bytes", "uplink_ratio", "both_ratio", "payload_ratio",
+    "explained_variance", "train_seconds", "encode_seconds",
+)  # fmt: skip
+
+
+def read_run(run: Run) -> Row:
+    """One row of the document from a finished run's folder.
+
+    `train_seconds` and `encode_seconds` are what the mean client spent on them in the whole run.
+
+    Raises:
+        RunError: a file of the folder is missing or does not read.
+    """
+    try:
+        summary = json.loads((run.folder / "summary.json").read_text())
+        rounds = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+        return _begin(run) | {
+            "final_accuracy": summary["final_accuracy"],
+            "payload_ratio": summary["payload_ratio"],
+            "uplink_bytes": summary["uplink_bytes"],
+            "downlink_bytes": summary["downlink_bytes"],
+            "uplink_ratio": summary["uplink_ratio"],
+            "both_ratio": summary["both_ratio"],
+            "seconds": summary["seconds"],
+            "train_seconds": sum(row["train_seconds"] for row in rounds[1:]),
+            "encode_seconds": sum(row["encode_seconds"] for row in rounds[1:]),
+            "accuracy_by_round": [row["accuracy"] for row in rounds],
+            "uplink_bytes_by_round": [row["uplink_bytes"] for row in rounds],
+            "explained_variance_by_round": [row["explained_variance"] for row in rounds],
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise RunError(f"{run.folder} does not read as a finished run ({reason})") from error
+
+
+def failed_run(run: Run, reason: str) -> Row:
+    """The row of a run that could not go on, for example because training diverged."""
+    return _begin(run) | {"failed": reason}
+
+
+def _begin(run: Run) -> Row:
+    row: Row = {"compressor": run.cell.compressor, "ratio": _asked(run.cell)[0] if _asked(run.cell) else None}
+    return row | {"seed": run.seed, "tuned": run.value, "folder": run.folder.name}
+
+
+def _asked(cell: Cell) -> list[float]:
+    return [] if cell.compressor == FEDAVG else list(cell.ratios)
+
+
+def best_value(rows: Sequence[Row]) -> Value | None:
+    """The tuned value of the most accurate of a cell's tuning runs, the first of equals; None if all failed."""
+    finished = [row for row in rows if "failed" not in row]
+    if not finished:
+        return None
+    value: Value = max(finished, key=lambda row: row["final_accuracy"])["tuned"]
+    return value
+
+
+def document(
+    comparison: Comparison, rows: Mapping[Cell, Sequence[Row]], tuning: Mapping[Cell, Sequence[Row]], *, runs_left: int
+) -> Row:
+    """The document of the runs so far.
+
+    Args:
+        rows: of each cell's runs that count, in the order of the seeds.
+        tuning: of each cell's tuning runs.
+        runs_left: how many have yet to be run.
+    """
+    tune, reference = comparison.tune, rows.get(comparison.reference, ())
+    fedavg = {row["seed"]: row["final_accuracy"] for row in reference if "failed" not in row}
+    cells = []
+    for cell in comparison.cells:
+        trials = tuning.get(cell, ())
+        chosen = best_value(trials) if tune and len(trials) == len(cell.payloads) else None
+        cells.append(_cell(comparison, cell, rows.get(cell, ()), fedavg, chosen))
+    return {
+        "settings": {
+            name: value
+            for name, value in comparison.shared.to_config().items()
+            if name not in ("compressor", "ratio", "seed", "run-folder")
+        },
+        "compressors": list(comparison.compressors),
+        "ratios": list(comparison.ratios),
+        "seeds": list(comparison.seeds),
+        "overrides": {
+            name: {key.replace("_", "-"): value for key, value in changes.items()}
+            for name, changes in comparison.overrides.items()
+        },
+        "tune": {"setting": tune.setting, "values": list(tune.values), "seed": tune.seed} if tune else None,
+        "runs_left": runs_left,
+        "cells": cells,
+        "targets": _targets(cells),
+        "runs": [row for cell in comparison.cells for row in rows.get(cell, ())],
+        "tuning_runs": [row for cell in comparison.cells for row in tuning.get(cell, ())],
+    }
+
+
+def _cell(
+    comparison: Comparison, cell: Cell, rows: Sequence[Row], fedavg: Mapping[int, float], chosen: Value | None
+) -> Row:
+    finished = [row for row in rows if "failed" not in row]
+    measured = [
+        row
+        | {
+            "points_lost": 100 * (fedavg[row["seed"]] - row["final_accuracy"]) if row["seed"] in fedavg else None,
+            "explained_variance": _mean([v for v in row["explained_variance_by_round"] if v is not None]),
+        }
+        for row in finished
+    ]
+    return {
+        "compressor": cell.compressor,
+        "ratios": _asked(cell),
+        "not_reachable": cell.unreachable or None,
+        "planned_payload_ratio": cell.float32_bytes / max(cell.payloads.values()) if cell.payloads else None,
+        "tuned": chosen,
+        "seeds": [row["seed"] for row in finished],
+        "failed": [{"seed": row["seed"], "reason": row["failed"]} for row in rows if "failed" in row],
+        "complete": len(finished) == len(comparison.seeds),
+        **{name: _spread([row[name] for row in measured if row[name] is not None]) for name in _MEASURED},
+        "accuracy_by_round": _means([row["accuracy_by_round"] for row in finished]),
+        "uplink_bytes_by_round": _means([row["uplink_bytes_by_round"] for row in finished]),
+    }
+
+
+def _targets(cells: Sequence[Row]) -> list[Row]:
+    """For each target accuracy the cell of each compressor that ends at or above it with the least mean uplink.
+
+    Only cells that finished with every seed count: means over different seeds say nothing about each other.
+    """
+    reference = cells[0]
+    if not reference["complete"]:
+        return []
+    targets = []
+    for points in POINTS_BELOW:
+        accuracy = reference["final_accuracy"]["mean"] - points / 100
+        least: dict[str, Row | None] = {cell["compressor"]: None for cell in cells}
+        for cell in cells:
+            if not cell["complete"] or cell["final_accuracy"]["mean"] < accuracy - 1e-12:  # the tolerance is rounding's
+                continue
+            best, uplink = least[cell["compressor"]], cell["uplink_bytes"]["mean"]
+            if best is None or uplink < best["uplink_bytes"]:
+                ratio = cell["ratios"][0] if cell["ratios"] else None
+                least[cell["compressor"]] = {
+                    "ratio": ratio, "uplink_bytes": uplink, "final_accuracy": cell["final_accuracy"]["mean"],
+                }  # fmt: skip
+        targets.append({"points_below_fedavg": points, "accuracy": accuracy, "least": least})
+    return targets
+
+
+def _spread(values: Sequence[float]) -> Row | None:
+    if not values:
+        return None
+    return {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else None}
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+def _means(series: Sequence[Sequence[float]]) -> list[float]:
+    return [statistics.fmean(values) for values in zip(*series, strict=True)]

@@ -1,0 +1,79 @@
+"""Classify images with the model that a run ended with."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from tofu.data import ImageShape, to_float
+from tofu.errors import DataError
+from tofu.models import build_model
+from tofu.plugins import MOST_STATE_BYTES
+from tofu.reference_model import Network
+from tofu.reporting.folder import read_config, read_model
+from tofu.weights import load_weights
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+_AT_A_TIME = 500
+
+
+@torch.no_grad()
+def predict_images(run: Path, images: Path) -> list[dict[str, object]]:
+    """Classify an image, or all images of a folder in the order of their names.
+
+    Returns:
+        For each: image (its path), class, probability of that class, score and unknown, which are None where the run
+        has no plugin that tells what is unlike its data.
+
+    Raises:
+        SettingError: no such run, or none with a model.
+        DataError: an image cannot be read, is of another size than the model takes, or there is none.
+    """
+    settings = read_config(run)
+    weights, shape, broadcast = read_model(run)
+    plugins, about = settings.make_plugins(), settings.about(shape, settings.rounds)
+    plugins.load(broadcast=broadcast, max_bytes=MOST_STATE_BYTES)
+    built = build_model(settings.model, shape, norm=settings.norm, seed=settings.seed)
+    network = Network.of(built, shape, plugins, about)
+    load_weights(network.model, weights)
+    network.model.eval()
+    files = _files(images)
+    pixels = torch.stack([_pixels(file, shape) for file in files])
+    rows: list[dict[str, object]] = []
+    for start in range(0, len(files), _AT_A_TIME):
+        prediction = plugins.predict(network.model, to_float(pixels[start : start + _AT_A_TIME]))
+        best = prediction.logits.softmax(1).max(1)
+        for at, file in enumerate(files[start : start + _AT_A_TIME]):
+            rows.append(
+                {
+                    "image": str(file),
+                    "class": int(best.indices[at]),
+                    "probability": float(best.values[at]),
+                    "score": None if prediction.score is None else float(prediction.score[at]),
+                    "unknown": None if prediction.unknown is None else bool(prediction.unknown[at]),
+                }
+            )
+    return rows
+
+
+def _files(images: Path) -> list[Path]:
+    if not images.exists():
+        raise DataError(f"{images} does not exist")
+    found = [images] if images.is_file() else sorted(p for p in images.rglob("*") if p.suffix.lower() in _SUFFIXES)
+    if not found:
+        raise DataError(f"{images} has no images ({', '.join(_SUFFIXES)})")
+    return found
+
+
+def _pixels(file: Path, shape: ImageShape) -> torch.Tensor:
+    """uint8 [channels, height, width]."""
+    try:
+        with Image.open(file) as image:
+            values = np.array(image.convert("L" if shape.channels == 1 else "RGB"))
+    except (OSError, ValueError, UnidentifiedImageError) as error:
+        raise DataError(f"{file} cannot be read as an image") from error
+    if values.shape[:2] != (shape.height, shape.width):
+        taken = f"{shape.height}x{shape.width}"
+        raise DataError(f"{file} has {values.shape[0]}x{values.shape[1]} pixels, the run's model takes {taken}")
+    return torch.from_numpy(values.reshape(shape.height, shape.width, -1)).permute(2, 0, 1).contiguous()

@@ -1,0 +1,238 @@
+"""The figures of a run's rounds, each a function from a run to SVG markup (or None where there is nothing to draw)."""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+from tofu.formatting import human_bytes, human_factor, human_share
+from tofu.reporting.report.chart import (
+    BOTTOM,
+    KINDS,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Axis,
+    Drawing,
+    nice_step,
+    round_axis,
+    share_axis,
+    thinned,
+)
+from tofu.reporting.report.run_data import Round, RunFolder
+
+# A curve has at most about so many points, and so many of them get a mark: more would only cover each other.
+_POINTS, _MARKS = 240, 60
+_KIND_TEXT = {"start": "before training", "proxy": "proxy round", "full": "full round", "secure": "secure round"}
+
+
+def accuracy_by_round(run: RunFolder) -> str | None:
+    """Test accuracy against rounds, each round marked with its kind, FedAvg beside it if it was run."""
+    ours = _measured(run.rounds)
+    theirs = _measured(run.baseline.rounds) if run.baseline else []
+    if not ours:
+        return None
+    last = ours[-1][0]
+    alt = f"Test accuracy against rounds: {human_share(ours[0][1])} at round {ours[0][0].round}, "
+    alt += f"{human_share(last_accuracy := ours[-1][1])} at round {last.round}."
+    if theirs:
+        alt += f" FedAvg: {human_share(theirs[-1][1])} at round {theirs[-1][0].round}."
+    drawing = Drawing(alt)
+    x = round_axis(max(row.round for row, _ in ours + theirs))
+    y = share_axis([accuracy for _, accuracy in ours + theirs])
+    drawing.frame(x, y, ("round", "test accuracy"), x_text=_whole)
+    drawing.legend(_keys([row for row, _ in ours], "FedAvg" if theirs else ""))
+    drawing.curve([(x.at(row.round), y.at(accuracy)) for row, accuracy in theirs], "c-fedavg")
+    drawing.curve([(x.at(row.round), y.at(accuracy)) for row, accuracy in ours], "c-run")
+    for row, accuracy in (ours[index] for index in thinned([row.kind for row, _ in ours], _MARKS)):
+        tip = f"{_round_text(row)}: {human_share(accuracy, 2)}"
+        drawing.mark(x.at(row.round), y.at(accuracy), row.kind, tip, hollow=bool(row.abandoned))
+    ends = [(x.at(last.round), y.at(last_accuracy), human_share(last_accuracy), "strong")]
+    if theirs:
+        ends.append((x.at(theirs[-1][0].round), y.at(theirs[-1][1]), human_share(theirs[-1][1]), "muted"))
+    _end_labels(drawing, ends)
+    return drawing.markup()
+
+
+def accuracy_by_bytes(run: RunFolder) -> str | None:
+    """Test accuracy against all uplink bytes so far, on a log axis, with FedAvg's curve or at least its bytes."""
+    ours = _spent(run.rounds)
+    theirs = _spent(run.baseline.rounds) if run.baseline else []
+    fedavg = theirs[-1][0] if theirs else run.fedavg_uplink_bytes
+    if not ours:
+        return None
+    sent, _, accuracy = ours[-1]
+    alt = f"Test accuracy against uplink bytes: {human_share(accuracy)} after {human_bytes(sent)}."
+    alt += f" FedAvg sends {human_bytes(fedavg)} for the same rounds." if fedavg else ""
+    drawing = Drawing(alt)
+    sizes = [size for size, _, _ in ours + theirs] + ([fedavg] if fedavg else [])
+    # Room on both sides, so that no mark sits on the edge and one lone point still has an axis.
+    x = Axis(min(sizes) / 1.35, max(sizes) * 1.35, LEFT, RIGHT, log=True)
+    y = share_axis([accuracy for _, _, accuracy in ours + theirs])
+    drawing.frame(x, y, ("uplink bytes so far (log scale)", "test accuracy"), x_text=_tick_bytes)
+    drawing.legend(_keys([row for _, row, _ in ours], "FedAvg" if fedavg else ""))
+    if theirs:
+        drawing.curve([(x.at(size), y.at(share)) for size, _, share in theirs], "c-fedavg")
+    elif fedavg:
+        drawing.add("line", "curve c-fedavg", x1=x.at(fedavg), x2=x.at(fedavg), y1=TOP, y2=BOTTOM)
+    drawing.curve([(x.at(size), y.at(share)) for size, _, share in ours], "c-run")
+    for size, row, share in (ours[index] for index in thinned([row.kind for _, row, _ in ours], _MARKS)):
+        tip = f"{_round_text(row)}: {human_share(share, 2)} after {human_bytes(size)}"
+        drawing.mark(x.at(size), y.at(share), row.kind, tip, hollow=bool(row.abandoned))
+    if run.saving and fedavg:
+        _span(drawing, x.at(sent), x.at(fedavg), (y.at(accuracy), y.at(theirs[-1][2]) if theirs else TOP), run.saving)
+    return drawing.markup()
+
+
+def explained_variance(run: RunFolder) -> str | None:
+    """Explained variance of the decoded updates in each round, and their cosine to the true ones."""
+    series = [
+        (
+            "explained variance",
+            "c-run",
+            [(r, r.explained_variance) for r in run.rounds if r.explained_variance is not None],
+        ),
+        ("cosine", "c-cosine", [(r, r.cosine) for r in run.rounds if r.cosine is not None]),
+    ]
+    series = [entry for entry in series if entry[2]]
+    if not series:
+        return None
+    alt = "Decoded against true update by round: " + "; ".join(
+        f"{name} {human_share(points[0][1])} at first, {human_share(points[-1][1])} at last"
+        for name, _, points in series
+    )
+    drawing = Drawing(alt + ".")
+    x = round_axis(run.rounds[-1].round)
+    y = share_axis([value for _, _, points in series for _, value in points] + [1.0])
+    drawing.frame(x, y, ("round", "decoded against true update"), x_text=_whole)
+    drawing.legend([(css, name) for name, css, _ in series])
+    for name, css, points in reversed(series):
+        points = [points[index] for index in thinned([css] * len(points), _POINTS)]
+        drawing.curve([(x.at(row.round), y.at(value)) for row, value in points], css)
+        for row, value in (points[index] for index in thinned([css] * len(points), _MARKS)):
+            tip = f"round {row.round}: {name} {human_share(value)}"
+            drawing.add("circle", f"dot {css}", tip=tip, cx=x.at(row.round), cy=y.at(value), r=3)
+    return drawing.markup()
+
+
+def epsilon_by_round(run: RunFolder) -> str | None:
+    """What differential privacy has spent by each round, and the budget as a line where there is one."""
+    rows = [(row, row.epsilon) for row in run.rounds if row.epsilon is not None and math.isfinite(row.epsilon)]
+    if not rows:
+        return None
+    budget = run.setting("privacy-budget")
+    last, spent = rows[-1]
+    alt = f"Epsilon spent by round: {epsilon_text(rows[0][1])} at round {rows[0][0].round}, "
+    alt += f"{epsilon_text(spent)} at round {last.round}."
+    drawing = Drawing(alt + (f" The budget is {budget:g}." if budget else ""))
+    highest = max(budget, *(value for _, value in rows)) or 1.0
+    step = nice_step(highest)
+    x, y = round_axis(run.rounds[-1].round), Axis(0, math.ceil(highest / step - 1e-9) * step, BOTTOM, TOP)
+    drawing.frame(x, y, ("round", "epsilon spent"), x_text=_whole, y_text="{:.4g}".format)
+    drawing.legend(_keys([row for row, _ in rows], f"privacy-budget {budget:g}" if budget else ""))
+    if budget:
+        drawing.add("line", "curve c-fedavg", x1=LEFT, x2=RIGHT, y1=y.at(budget), y2=y.at(budget))
+    kept = [rows[index] for index in thinned([row.kind for row, _ in rows], _POINTS)]
+    drawing.curve([(x.at(row.round), y.at(value)) for row, value in kept], "c-run")
+    for row, value in (kept[index] for index in thinned([row.kind for row, _ in kept], _MARKS)):
+        tip = f"{_round_text(row)}: epsilon {epsilon_text(value)}"
+        drawing.mark(x.at(row.round), y.at(value), row.kind, tip, hollow=bool(row.abandoned))
+    below = y.at(spent) + 20 if budget or y.at(spent) < TOP + 12 else y.at(spent) - 11
+    drawing.add("text", "value end strong", epsilon_text(spent), x=x.at(last.round) + 4, y=below)
+    return drawing.markup()
+
+
+def epsilon_text(epsilon: float) -> str:
+    """Four figures of it."""
+    return f"{epsilon:.4g}" if math.isfinite(epsilon) else "beyond any bound"
+
+
+def bytes_by_kind(run: RunFolder) -> str | None:
+    """Bars of all bytes by direction and kind of round, on one linear scale together with FedAvg's uplink."""
+    if not run.traffic:
+        return None
+    bars = []
+    for entry in run.traffic:
+        note = f"{human_bytes(entry.bytes)}"
+        if entry.messages is not None and entry.payload_bytes is not None:
+            plural = "" if entry.messages == 1 else "s"
+            share = human_share(min(entry.payload_bytes / entry.bytes, 1))
+            note += f" in {entry.messages:,} message{plural}, {share} payload"
+        bars.append(
+            (f"{entry.direction.capitalize()}, {entry.kind} rounds", note, entry.bytes, entry.payload_bytes, entry.kind)
+        )
+    if run.fedavg_uplink_bytes:
+        size = run.fedavg_uplink_bytes
+        uplinks = sum(entry.direction == "uplink" for entry in run.traffic)
+        bars.insert(uplinks, ("Uplink, had it been FedAvg", human_bytes(size), size, None, "fedavg"))
+    drawing = Drawing(
+        "Bytes sent: " + "; ".join(f"{name}: {note}" for name, note, *_ in bars) + ".", 44 * len(bars) + 4
+    )
+    widest = max(size for _, _, size, _, _ in bars)
+    for index, (name, note, size, payload, kind) in enumerate(bars):
+        top = 44 * index
+        css = f"k-{kind}" if kind in (*KINDS, "fedavg") else "k-other"
+        drawing.add("text", "bar-name", name, x=0, y=top + 14)
+        drawing.add("text", "tick end", note, x=WIDTH, y=top + 14)
+        drawing.add("rect", "rail", x=0, y=top + 21, width=WIDTH, height=12, rx=2)
+        width = max(WIDTH * size / widest, 2.0)
+        drawing.add(
+            "rect", f"bar {css}", tip=f"{name}: {note}", x=0, y=top + 21, width=round(width, 2), height=12, rx=2
+        )
+        if payload is not None and payload < size and width > 8:
+            inner = width * payload / size
+            drawing.add(
+                "rect", "overhead", x=round(inner, 2), y=top + 21, width=round(width - inner, 2), height=12, rx=2
+            )
+    return drawing.markup()
+
+
+def _measured(rounds: Sequence[Round]) -> list[tuple[Round, float]]:
+    rows = [(row, row.accuracy) for row in rounds if row.accuracy is not None]
+    return [rows[index] for index in thinned([row.kind for row, _ in rows], _POINTS)]
+
+
+def _spent(rounds: Sequence[Round]) -> list[tuple[int, Round, float]]:
+    """Rounds with an accuracy and the uplink bytes up to their end; those before the first byte have no log."""
+    totals = itertools.accumulate(row.uplink_bytes for row in rounds)
+    rows = [(t, row, row.accuracy) for t, row in zip(totals, rounds, strict=True) if t and row.accuracy is not None]
+    return [rows[index] for index in thinned([row.kind for _, row, _ in rows], _POINTS)]
+
+
+def _keys(rows: Sequence[Round], fedavg: str) -> list[tuple[str, str]]:
+    kinds = {row.kind: None for row in rows}
+    return [(kind, _KIND_TEXT.get(kind, kind[:20])) for kind in kinds] + ([("c-fedavg", fedavg)] if fedavg else [])
+
+
+def _round_text(row: Round) -> str:
+    return f"round {row.round}, {row.kind}" + (", abandoned" if row.abandoned else "")
+
+
+def _whole(value: float) -> str:
+    return f"{value:.0f}"
+
+
+def _tick_bytes(value: float) -> str:
+    return human_bytes(round(value)).replace(".0 ", " ")
+
+
+def _end_labels(drawing: Drawing, ends: list[tuple[float, float, str, str]]) -> None:
+    """Write each curve's last value under or over its last mark: the higher one above, the lower one below."""
+    top = min(y for _, y, _, _ in ends)
+    for index, (x, y, text, css) in enumerate(ends):
+        above = y == top and not (index and ends[0][1] == top) and y - 12 > TOP - 8
+        drawing.add("text", f"value end {css}", text, x=x + 4, y=y - 11 if above else y + 20)
+
+
+def _span(drawing: Drawing, start: float, end: float, heights: tuple[float, float], saving: float) -> None:
+    """An arrow along the bottom from this run's bytes to FedAvg's, with the factor between them."""
+    if abs(end - start) < 24:
+        return
+    y = BOTTOM - 22
+    for x, height in zip((start, end), heights, strict=True):
+        drawing.add("line", "drop", x1=x, x2=x, y1=height, y2=y + 6)
+    drawing.add("line", "span", x1=start, x2=end, y1=y, y2=y)
+    text = f"{human_factor(saving)} fewer bytes" if saving >= 1 else f"{human_factor(1 / saving)} more bytes"
+    wide = 6.6 * len(text)
+    middle = min(max((start + end) / 2, LEFT + wide / 2), RIGHT - wide / 2)
+    drawing.add("text", "value middle strong", text, x=middle, y=y - 7)

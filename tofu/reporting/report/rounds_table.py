@@ -1,0 +1,111 @@
+"""The table of rounds. A column that says nothing in any round of a run is left out."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tofu.formatting import human_bytes, human_factor, human_seconds, human_share
+from tofu.reporting.report.figures import epsilon_text
+from tofu.reporting.report.run_data import Round, RunFolder
+
+_NONE = "\N{EN DASH}"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column between the kind of a round and the end of the line.
+
+    Attributes:
+        cell: of a round.
+        total: of the run, under all rounds.
+        shown: whether a run has anything to say in it.
+    """
+
+    name: str
+    cell: Callable[[Round], str]
+    total: Callable[[RunFolder], str] = lambda _: ""
+    shown: Callable[[RunFolder], bool] = lambda _: True
+
+
+def columns_of(run: RunFolder) -> list[Column]:
+    """The columns that this run's table has."""
+    return [column for column in _COLUMNS if column.shown(run)]
+
+
+def _number(value: float | None, write: Callable[[float], str]) -> str:
+    return _NONE if value is None else write(value)
+
+
+def _percent(share: float) -> str:
+    return human_share(share, 2)
+
+
+def _trained(write: Callable[[Round], str]) -> Callable[[Round], str]:
+    """Nothing for round 0, in which nobody trained."""
+    return lambda row: write(row) if row.round > 0 else _NONE
+
+
+def _less(fedavg: int, sent: int) -> str:
+    return human_factor(fedavg / sent) if fedavg and sent else _NONE
+
+
+def _clipped(row: Round) -> str:
+    if row.clipped is None:
+        return _NONE
+    far = f" ({row.furthest:.3g}x)" if row.clipped and row.furthest is not None else ""
+    return f"{row.clipped:,}{far}"
+
+
+_COLUMNS = (
+    Column(
+        "task",
+        lambda row: _NONE if row.task is None else f"{row.task}",
+        shown=lambda run: any(row.task is not None for row in run.rounds),
+    ),
+    Column("accuracy", lambda row: _number(row.accuracy, _percent), lambda run: _number(run.final_accuracy, _percent)),
+    Column("loss", lambda row: _number(row.loss, "{:.4f}".format)),
+    Column("training loss", lambda row: _number(row.train_loss, "{:.4f}".format)),
+    Column(
+        "explained variance",
+        lambda row: _number(row.explained_variance, human_share),
+        shown=lambda run: any(row.explained_variance is not None for row in run.rounds),
+    ),
+    Column(
+        "cosine",
+        lambda row: _number(row.cosine, "{:.3f}".format),
+        shown=lambda run: any(row.cosine is not None for row in run.rounds),
+    ),
+    Column(
+        "epsilon",
+        lambda row: _number(row.epsilon, epsilon_text),
+        lambda run: _number(run.epsilon, epsilon_text),
+        lambda run: any(row.epsilon is not None for row in run.rounds),
+    ),
+    Column(
+        "valid replies",
+        _trained(lambda row: f"{row.clients}"),
+        lambda run: f"{sum(row.clients for row in run.trained)}",
+    ),
+    Column("failed", _trained(lambda row: f"{len(row.failures)}"), lambda run: f"{len(run.failures)}"),
+    Column(
+        "values clipped (furthest)",
+        _clipped,
+        lambda run: f"{sum(row.clipped or 0 for row in run.rounds):,}",
+        # With noise, clients do not say what they clipped: the zeros of such a run would be no measurement.
+        lambda run: run.delta is None and any(row.clipped is not None for row in run.rounds),
+    ),
+    Column("uplink", _trained(lambda row: human_bytes(row.uplink_bytes)), lambda run: human_bytes(run.uplink_bytes)),
+    Column(
+        "downlink", _trained(lambda row: human_bytes(row.downlink_bytes)), lambda run: human_bytes(run.downlink_bytes)
+    ),
+    Column(
+        "FedAvg's uplink",
+        _trained(lambda row: human_bytes(row.fedavg_uplink_bytes)),
+        lambda run: human_bytes(run.fedavg_uplink_bytes),
+    ),
+    Column(
+        "less than FedAvg",
+        lambda row: _less(row.fedavg_uplink_bytes, row.uplink_bytes),
+        lambda run: _less(run.fedavg_uplink_bytes, run.uplink_bytes),
+    ),
+    Column("time", lambda row: _number(row.seconds, human_seconds), lambda run: _number(run.seconds, human_seconds)),
+)

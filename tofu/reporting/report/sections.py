@@ -1,0 +1,106 @@
+"""What the page says of secure rounds and of differential privacy: claims, and where they end."""
+
+from tofu.formatting import human_share
+from tofu.reporting.report.run_data import RunFolder
+
+
+def secure_text(run: RunFolder) -> list[str]:
+    """What the server learned in secure rounds and in the others, a paragraph each; [] for a run without any."""
+    if not run.secure:
+        return []
+    abandoned = sum(bool(row.abandoned) for row in run.secure)
+    summed = len(run.secure) - abandoned
+    told = []
+    if summed:
+        learned = (
+            f"In {_rounds(summed, 'secure')} the server learned the weighted sum of the clients' updates"
+            f"{'' if run.delta is None else ', noise included,'} and which clients were in it, not a single client's "
+            "update."
+        )
+        if run.delta is None:
+            sums = ["the number of examples", "the training loss", "what was clipped"]
+            sums += ["what plugins add up"] if run.config.get("plugins") else []
+            learned += f" As sums, too, it learned {', '.join(sums[:-1])} and {sums[-1]}."
+        learned += _rests_on(run)
+        if summed > 1:
+            learned += " Sums of several rounds with changing clients say more than each of them."
+        told.append(learned)
+    told += _others(run)
+    if abandoned:
+        told.append(
+            f"{_rounds(abandoned, 'secure').capitalize()} {'was' if abandoned == 1 else 'were'} abandoned: the server "
+            "learned no sum, and the global weights stayed as they were."
+        )
+    if run.delta is not None and summed:
+        told.append("With noise, clients do not say what they clipped.")
+    else:
+        told += _clipped(run)
+    return told
+
+
+def privacy_caption(run: RunFolder) -> str:
+    """What the epsilon of the figure bounds, and what it does not."""
+    text = (
+        "(epsilon, delta)-differential privacy at the level of clients: epsilon spent by the end of each round, for a "
+        f"client that took part in all of them; delta is {run.delta or 0:g}. It covers the updates, not what clients "
+        "show beside them: an error, or how long they took."
+    )
+    if run.setting("privacy-budget"):
+        text += " The dashed line is the budget: no round that would pass it is begun."
+    return text
+
+
+def stopped_text(run: RunFolder) -> str:
+    """Why the run ended before its last round, or ""."""
+    return f"Stopped early: {run.stopped}." if run.stopped else ""
+
+
+def failures_note(run: RunFolder) -> str:
+    """What became of the rounds that had failures."""
+    text = "The round went on with the others"
+    if any(row.failures and row.abandoned for row in run.secure):
+        text += ", unless it was abandoned"
+    if any(row.failures for row in run.secure):
+        text += ". A client of a secure round that failed after its masked vector had come is in the sum all the same"
+    return f"{text}."
+
+
+def _others(run: RunFolder) -> list[str]:
+    """The rounds that are not secure."""
+    kinds = {kind: sum(row.kind == kind for row in run.trained) for kind in ("proxy", "full")}
+    told = []
+    why = "proxies of different clients do not add up, so " if run.config.get("compressor", "proxy") == "proxy" else ""
+    if kinds["proxy"]:
+        told.append(
+            f"Secure aggregation does not cover the {_rounds(kinds['proxy'], 'proxy')}: {why}the server decoded each "
+            "client's update."
+        )
+    if kinds["full"]:
+        told.append(f"Nor does it cover the {_rounds(kinds['full'], 'full')}: the server saw each client's update.")
+    return told
+
+
+def _rests_on(run: RunFolder) -> str:
+    rests = []
+    if colluding := run.setting("secure-colluding"):
+        rests.append(f"at most {human_share(min(colluding, 1.0), 0)} of the clients being in league with the server")
+    if run.config.get("secure-identities") == "":
+        rests.append("a server that does not lie (there are no secure-identities)")
+    return f" That rests on {' and on '.join(rests)}." if rests else ""
+
+
+def _clipped(run: RunFolder) -> list[str]:
+    cut = [row for row in run.secure if row.clipped]
+    if not cut:
+        return []
+    text = f"{sum(row.clipped or 0 for row in cut):,} values of all clients were clipped in {_rounds(len(cut))}"
+    distances = [(row.furthest, row.round) for row in cut if row.furthest is not None]
+    if distances:
+        furthest, round_ = max(distances)
+        text += f", the furthest at most {furthest:.3g} times its range (round {round_})"
+    return [f"{text}."]
+
+
+def _rounds(count: int, kind: str = "") -> str:
+    number = "one" if count == 1 else f"{count:,}"
+    return f"{number} {kind + ' ' if kind else ''}round{'' if count == 1 else 's'}"

@@ -1,0 +1,107 @@
+"""The accuracy matrix of a run of tasks: what the model could do on each task after it had learnt each task."""
+
+from typing import Any
+
+from tofu.formatting import human_share
+from tofu.reporting.report.chart import WIDTH, Drawing, share_axis, thinned
+from tofu.reporting.report.run_data import Round, RunFolder
+
+_MOST = 20
+_LEFT, _TOP = 44, 46
+_PALEST, _DARKEST = 0.06, 0.5
+"""Opacity of the one hue over the card, so that the ink of either mode stays legible on the darkest cell."""
+_KEYS = 8
+
+
+def task_matrix(run: RunFolder) -> str | None:
+    """A heat map: row i, column j is the accuracy on task j after task i; None for a run without tasks.
+
+    More than `_MOST` tasks are thinned evenly. Where all clients learn the tasks in one order, the cell of the task
+    that was just learnt is outlined.
+    """
+    rows = after_tasks(run)
+    count = max((len(row.task_accuracies) for _, row in rows), default=0)
+    values = [value for _, row in rows for value in row.task_accuracies if value is not None]
+    if count < 2 or not values:
+        return None
+    drawn = [rows[index] for index in thinned([""] * len(rows), _MOST)]
+    columns = thinned([""] * count, _MOST)
+    wide = (WIDTH - _LEFT) / len(columns)
+    tall = min(max(0.6 * wide, 24.0), 44.0)
+    scale = share_axis(values)
+    bottom = _TOP + tall * len(drawn)
+    task, row = rows[-1]
+    ends = ", ".join(
+        f"{human_share(share)} on task {number}"
+        for number, share in enumerate(row.task_accuracies[:_MOST])
+        if share is not None
+    )
+    drawing = Drawing(f"Test accuracy of each task after each task. After task {task}: {ends}.", round(bottom) + 36)
+    drawing.add("text", "label", "after task", x=0, y=12)
+    drawing.add("text", "label middle", "test accuracy (%) on task", x=_LEFT + (WIDTH - _LEFT) / 2, y=12)
+    for place, column in enumerate(columns):
+        drawing.add("text", "tick middle", f"{column}", x=round(_LEFT + (place + 0.5) * wide, 2), y=_TOP - 10)
+    for line, (task, row) in enumerate(drawn):
+        top = round(_TOP + line * tall, 2)
+        drawing.add("text", "tick end", f"{task}", x=_LEFT - 12, y=round(top + tall / 2 + 4, 2))
+        for place, column in enumerate(columns):
+            if column < len(row.task_accuracies) and (share := row.task_accuracies[column]) is not None:
+                left = round(_LEFT + place * wide, 2)
+                box: dict[str, Any] = {
+                    "x": round(left + 1, 2),
+                    "y": round(top + 1, 2),
+                    "width": round(wide - 2, 2),
+                    "height": round(tall - 2, 2),
+                }
+                tip = f"after task {task} (round {row.round}), on task {column}: {human_share(share, 2)}"
+                darkness = (share - scale.low) / (scale.high - scale.low)
+                drawing.add("rect", "cell", tip=tip, fill_opacity=_opacity(darkness), rx=2, **box)
+                if task == column and one_order(run):
+                    drawing.add("rect", "learnt", rx=2, **box)
+                text = f"{100 * share:.{1 if wide >= 36 else 0}f}"
+                drawing.add("text", "middle number", text, x=round(left + wide / 2, 2), y=round(top + tall / 2 + 4, 2))
+    _key(drawing, bottom + 14, (human_share(scale.low, 0), human_share(scale.high, 0)))
+    return drawing.markup()
+
+
+def after_tasks(run: RunFolder) -> list[tuple[int, Round]]:
+    """(position of a task, the last round that trained it so far), in order."""
+    last = {row.task: row for row in run.rounds if row.task is not None and row.task_accuracies}
+    return sorted(last.items(), key=lambda entry: entry[0])
+
+
+def one_order(run: RunFolder) -> bool:
+    """Whether all clients learn the tasks in the same order."""
+    return bool(run.config.get("task-order", "same") == "same")
+
+
+def matrix_caption(run: RunFolder) -> str:
+    """What the rows and columns of `task_matrix` are, and what of it was not measured or not drawn."""
+    rows = after_tasks(run)
+    text = "Accuracy of the global model on the test images of each task, after the last round of each task."
+    if one_order(run):
+        text += (
+            " Outlined: the task just learnt. ACC is the mean of the last row, BWT its mean change from the outlined."
+        )
+    else:
+        text += " Each client learns the tasks in its own order: row 0 comes after each client's first task."
+    planned, count = run.setting("rounds"), run.setting("task-count")
+    if rows and planned and count and rows[-1][1].round * count < (rows[-1][0] + 1) * planned:
+        text += f" Task {rows[-1][0]} has not been trained to its end."
+    most = max((len(row.task_accuracies) for _, row in rows), default=0)
+    return text + (f" Of {most:,} tasks, {_MOST} are drawn." if most > _MOST else "")
+
+
+def _key(drawing: Drawing, top: float, ends: tuple[str, str]) -> None:
+    """A strip from the palest to the darkest cell, with what they stand for."""
+    left, step = WIDTH - 180, 16
+    drawing.add("text", "tick end", ends[0], x=left - 8, y=round(top + 14, 2))
+    for index in range(_KEYS):
+        x = left + index * step
+        opacity = _opacity(index / (_KEYS - 1))
+        drawing.add("rect", "cell", fill_opacity=opacity, x=x, y=round(top + 3, 2), width=step - 1, height=14)
+    drawing.add("text", "tick", ends[1], x=left + _KEYS * step + 8, y=round(top + 14, 2))
+
+
+def _opacity(darkness: float) -> float:
+    return round(_PALEST + (_DARKEST - _PALEST) * min(max(darkness, 0.0), 1.0), 3)
