@@ -27,12 +27,12 @@ class Accumulation(Attack):
 
     Attributes:
         restarts: from new noise.
-        evaluations: of each.
+        max_evals: of each.
         variation: alpha.
     """
 
     restarts: int = 2
-    evaluations: int = 300
+    max_evals: int = 300
     variation: float = 1e-5
     name: ClassVar[str] = "accumulation"
     needs: ClassVar[tuple[str, ...]] = ("lr", "earlier")
@@ -57,5 +57,5 @@ class Accumulation(Attack):
             ]
             return torch.stack(distances).mean() + self.variation * total_variation(images)
 
-        found = search_lbfgs(loss, start, restarts=self.restarts, evaluations=self.evaluations, watch=watch)
-        return Reconstruction(found.point.view(shape).float(), labels, found.loss, found.evaluations)
+        found = search_lbfgs(loss, start, restarts=self.restarts, max_evals=self.max_evals, watch=watch)
+        return Reconstruction(found.point.view(shape).float(), labels, found.loss, found.max_evals)

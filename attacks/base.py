@@ -19,7 +19,7 @@ class AttackError(TofuError):
 
 
 Progress = Callable[[int, int, float], None]
-"""Called with the evaluations made, those planned, and the attacker's own loss so far."""
+"""Called with the max_evals made, those planned, and the attacker's own loss so far."""
 
 
 class Watch:
@@ -54,13 +54,13 @@ class Reconstruction:
         images: float32 [n, channels, height, width] in [-1, 1], or None for an attack on labels alone.
         labels: int64 [n], or None.
         loss: the attacker's own objective at the end (nan where it has none).
-        evaluations: of that objective.
+        max_evals: of that objective.
     """
 
     images: Tensor | None
     labels: Tensor | None
     loss: float = math.nan
-    evaluations: int = 0
+    max_evals: int = 0
 
 
 class Attack(ABC):
@@ -74,7 +74,7 @@ class Attack(ABC):
     name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
 
-    def refusal(self, observation: Observation) -> str | None:
+    def incompatibility(self, observation: Observation) -> str | None:
         """Why this attack cannot be made on this message; None where it can."""
         for need in self.needs:
             reason, given = CAPABILITIES[need]
@@ -94,9 +94,9 @@ class Attack(ABC):
         Raises:
             AttackError: the message lacks something that this attack needs.
         """
-        refusal = self.refusal(observation)
-        if refusal:
-            raise AttackError(refusal)
+        incompatibility = self.incompatibility(observation)
+        if incompatibility:
+            raise AttackError(incompatibility)
         return self._run(observation, generator, watch or Watch())
 
     @abstractmethod

@@ -50,13 +50,13 @@ class CodecAware(Attack):
 
     Attributes:
         restarts: starts, the first from the proxies where there are some, the others from noise.
-        evaluations: of each.
+        max_evals: of each.
         variation: weight of the total variation.
         entries: weight of the entries that the codec sent themselves.
     """
 
     restarts: int = 2
-    evaluations: int = 400
+    max_evals: int = 400
     variation: float = 1e-5
     entries: float = 1.0
     name: ClassVar[str] = "codec-aware"
@@ -83,8 +83,8 @@ class CodecAware(Attack):
             images = vector.view(shape)
             return distance(client.update(images, labels, batches, lr)) + self.variation * total_variation(images)
 
-        found = search_lbfgs(loss, start, restarts=self.restarts, evaluations=self.evaluations, watch=watch)
-        return Reconstruction(found.point.view(shape).float(), labels, found.loss, found.evaluations)
+        found = search_lbfgs(loss, start, restarts=self.restarts, max_evals=self.max_evals, watch=watch)
+        return Reconstruction(found.point.view(shape).float(), labels, found.loss, found.max_evals)
 
 
 def stretched(observation: Observation) -> Tensor:
@@ -99,7 +99,7 @@ def stretched(observation: Observation) -> Tensor:
 
 def sent_entries(observation: Observation) -> list[Tensor]:
     """For each parameter tensor, which entries the codec sent themselves, as bool."""
-    names = list(observation.network.layout.parameters)
+    names = list(observation.network.param_spec.parameters)
     if observation.proxies is None or observation.proxy_settings is None:
         sparse = [observation.update[name] != 0 for name in names]
         # Messages without zeros send everything about as well: no entry is special.

@@ -25,11 +25,11 @@ class Dlg(Attack):
 
     Attributes:
         restarts: from new noise, until one solves it.
-        evaluations: of each.
+        max_evals: of each.
     """
 
     restarts: int = 2
-    evaluations: int = 600
+    max_evals: int = 600
     name: ClassVar[str] = "dlg"
     needs: ClassVar[tuple[str, ...]] = ("gradient",)
 
@@ -49,6 +49,6 @@ class Dlg(Attack):
             images, logits = parts(vector)
             return relative_distance(client.gradient(images, logits.softmax(1)), target)
 
-        found = search_lbfgs(loss, start, restarts=self.restarts, evaluations=self.evaluations, watch=watch)
+        found = search_lbfgs(loss, start, restarts=self.restarts, max_evals=self.max_evals, watch=watch)
         images, logits = parts(found.point)
-        return Reconstruction(images.float(), logits.argmax(1), found.loss, found.evaluations)
+        return Reconstruction(images.float(), logits.argmax(1), found.loss, found.max_evals)

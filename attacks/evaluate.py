@@ -21,7 +21,7 @@ import numpy.typing as npt
 from attacks.base import Watch
 from attacks.messages import parse_message
 from attacks.registry import ATTACKS
-from attacks.trials import Outcome, Situation, Stage
+from attacks.trials import AttackResult, Scenario, Stage
 from tofu.errors import SettingError
 
 CONTROL = "exact"
@@ -29,7 +29,7 @@ BROKEN = 30.0
 """dB of mean PSNR from which a control counts as broken: images that look like the originals."""
 
 Row = dict[str, Any]
-"""A cell: the situation's fields, message, attack, the scores, loss, evaluations, payload_bytes, refused."""
+"""A cell: the situation's fields, message, attack, the scores, loss, max_evals, payload_bytes, refused."""
 
 SITUATION = ("dataset", "model", "norm", "lr", "moment", "batch_size", "steps", "rounds", "know_labels")
 
@@ -76,11 +76,11 @@ class Evaluation:
         if CONTROL not in self.messages:
             raise SettingError("messages", ",".join(self.messages), f"{CONTROL} among them: it is the control")
 
-    def cells(self) -> Iterator[tuple[Situation, str, str]]:
-        """Situation, message and attack of every cell. A situation's seeds are together, so that who stops early has
+    def cells(self) -> Iterator[tuple[Scenario, str, str]]:
+        """Scenario, message and attack of every cell. A situation's seeds are together, so that who stops early has
         some situations whole; and each seed's messages, so that what they share is prepared once."""
         for moment, size, steps, seed in product(self.moments, self.batch_sizes, self.steps, range(self.seeds)):
-            situation = Situation(
+            situation = Scenario(
                 self.dataset, self.model, self.norm, self.lr, seed, moment, size, steps, self.rounds, self.know_labels
             )
             for message, attack in product(self.messages, self.attacks):
@@ -132,7 +132,7 @@ def made_folder(path: Path) -> Path:
     return path
 
 
-def keep(path: Path, row: Row, outcome: Outcome) -> None:
+def keep(path: Path, row: Row, outcome: AttackResult) -> None:
     """Write one finished cell: its images beside its row, the row last."""
     if outcome.originals is not None and outcome.reconstructions is not None:
         images = {"originals": outcome.originals.numpy(), "reconstructions": outcome.reconstructions.numpy()}
@@ -143,11 +143,11 @@ def keep(path: Path, row: Row, outcome: Outcome) -> None:
 def write_document(folder: Path, settings: Mapping[str, object], rows: Sequence[Row], *, planned: int) -> None:
     """Replace attacks.json: everything in one file."""
     document = {"settings": dict(settings), "planned": planned, "finished": len(rows),
-                "summary": summarise(rows), "verdicts": verdicts(rows), "rows": list(rows)}  # fmt: skip
+                "summary": summarize(rows), "verdicts": verdicts(rows), "rows": list(rows)}  # fmt: skip
     _replace(folder / "attacks.json", _json(document))
 
 
-def summarise(rows: Sequence[Row]) -> list[Row]:
+def summarize(rows: Sequence[Row]) -> list[Row]:
     """For each situation and message, the attack of the highest mean PSNR, its measures' means and deviations by seed.
 
     The best attack is chosen with the truth in hand, which an attacker has not: an upper bound on these attacks.
@@ -178,7 +178,7 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
 def verdicts(rows: Sequence[Row]) -> list[Row]:
     """For each situation, whether the control broke: mean PSNR above `BROKEN`, or the rest of it proves nothing."""
     found = []
-    for entry in summarise(rows):
+    for entry in summarize(rows):
         if entry["message"] == CONTROL:
             psnr = entry["psnr"][0] if entry.get("psnr") else None
             broke = psnr is not None and psnr > BROKEN
@@ -214,14 +214,14 @@ def _mean_and_spread(values: Sequence[float | None]) -> tuple[float, float] | No
     return statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else 0.0
 
 
-def row_of(situation: Mapping[str, object], message: str, attack: str, outcome: Outcome) -> Row:
-    """A cell's row, from the fields of `Situation`."""
+def row_of(situation: Mapping[str, object], message: str, attack: str, outcome: AttackResult) -> Row:
+    """A cell's row, from the fields of `Scenario`."""
     scores = outcome.scores
     names = ("psnr", "ssim", "mse", "lpips", "recovered", "threshold", "labels")
     measures = {name: getattr(scores, name) if scores else None for name in names}
     loss = outcome.loss if math.isfinite(outcome.loss) else None
     return dict(situation) | {"message": message, "attack": attack, **measures, "loss": loss,
-            "evaluations": outcome.evaluations, "payload_bytes": outcome.payload_bytes,
+            "max_evals": outcome.max_evals, "payload_bytes": outcome.payload_bytes,
             "refused": outcome.refused}  # fmt: skip
 
 

@@ -31,13 +31,13 @@ class GradInversion(Attack):
 
     Attributes:
         seeds: in the group; the best is handed back.
-        evaluations: of all seeds together.
+        max_evals: of all seeds together.
         variation, power, statistics, group: the weights of the terms beside the gradient's.
         step: of Adam.
     """
 
     seeds: int = 2
-    evaluations: int = 1000
+    max_evals: int = 1000
     variation: float = 1e-3
     power: float = 1e-4
     statistics: float = 1.0
@@ -66,10 +66,10 @@ class GradInversion(Attack):
             return torch.stack([one(images) for images in seeds]).sum() + self.group * apart
 
         start = torch.stack([client.noise(len(labels), generator) for _ in range(self.seeds)])
-        found = search_adam(loss, start, evaluations=self.evaluations, step=self.step, watch=watch)
+        found = search_adam(loss, start, max_evals=self.max_evals, step=self.step, watch=watch)
         losses = [float(one(images.requires_grad_()).detach()) for images in found.point.unbind()]
         best = found.point[losses.index(min(losses))].detach()
-        return Reconstruction(best, labels, min(losses), found.evaluations)
+        return Reconstruction(best, labels, min(losses), found.max_evals)
 
 
 @contextmanager

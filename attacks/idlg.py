@@ -23,11 +23,11 @@ class Idlg(Attack):
 
     Attributes:
         restarts: from new noise, until one solves it.
-        evaluations: of each.
+        max_evals: of each.
     """
 
     restarts: int = 2
-    evaluations: int = 600
+    max_evals: int = 600
     name: ClassVar[str] = "idlg"
     needs: ClassVar[tuple[str, ...]] = ("gradient", "linear-last")
 
@@ -42,8 +42,8 @@ class Idlg(Attack):
         def loss(vector: Tensor) -> Tensor:
             return relative_distance(client.gradient(vector.view(shape), labels), target)
 
-        found = search_lbfgs(loss, start, restarts=self.restarts, evaluations=self.evaluations, watch=watch)
-        return Reconstruction(found.point.view(shape).float(), labels, found.loss, found.evaluations)
+        found = search_lbfgs(loss, start, restarts=self.restarts, max_evals=self.max_evals, watch=watch)
+        return Reconstruction(found.point.view(shape).float(), labels, found.loss, found.max_evals)
 
     def _labels(self, observation: Observation, generator: torch.Generator) -> Tensor:
         if observation.images > 1 or observation.labels is not None:

@@ -26,13 +26,13 @@ class Inverting(Attack):
 
     Attributes:
         restarts: the one with the least loss is kept.
-        evaluations: of each; the paper takes 4,800 or more.
+        max_evals: of each; the paper takes 4,800 or more.
         variation: alpha, the weight of the total variation.
-        step: of Adam; images span 2, where the paper's, normalised, span some 4.
+        step: of Adam; images span 2, where the paper's, normalized, span some 4.
     """
 
     restarts: int = 2
-    evaluations: int = 1000
+    max_evals: int = 1000
     variation: float = 1e-4
     step: float = 0.1
     name: ClassVar[str] = "inverting"
@@ -48,10 +48,8 @@ class Inverting(Attack):
         trials = []
         for _ in range(self.restarts):
             start = client.noise(len(labels), generator)
-            trials.append(
-                search_adam(loss, start, evaluations=self.evaluations, step=self.step, watch=watch, signed=True)
-            )
+            trials.append(search_adam(loss, start, max_evals=self.max_evals, step=self.step, watch=watch, signed=True))
             if not watch.go_on():
                 break
         best = min(trials, key=lambda trial: trial.loss)
-        return Reconstruction(best.point, labels, best.loss, sum(trial.evaluations for trial in trials))
+        return Reconstruction(best.point, labels, best.loss, sum(trial.max_evals for trial in trials))

@@ -64,7 +64,7 @@ def guessed_labels(observation: Observation, generator: torch.Generator) -> Tens
     if observation.labels is not None:
         return observation.labels
     attack = LabelCounts()
-    if attack.refusal(observation) is None:
+    if attack.incompatibility(observation) is None:
         labels = attack.run(observation, generator=generator).labels
         assert labels is not None
         return labels

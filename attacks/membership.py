@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from attacks.base import AttackError
 from attacks.observation import Observation
 from attacks.simulated import SimulatedClient
-from tofu.data import LabelledImages, to_float
+from tofu.data import LabeledImages, to_float
 from tofu.models import build_model
 from tofu.rng import derive_generator
-from tofu.training import LocalTraining, train_locally
+from tofu.training import LocalTrainingConfig, train_locally
 
 RATES = (0.01, 0.001)
 
@@ -75,13 +75,13 @@ def roc(members: Tensor, others: Tensor) -> Membership:
 
 
 @torch.no_grad()
-def loss_statistic(model: nn.Module, data: LabelledImages) -> Tensor:
+def loss_statistic(model: nn.Module, data: LabeledImages) -> Tensor:
     """Minus the loss: float32 [n]."""
     return -F.cross_entropy(model.eval()(to_float(data.images)), data.labels, reduction="none")
 
 
 @torch.no_grad()
-def confidence(model: nn.Module, data: LabelledImages) -> Tensor:
+def confidence(model: nn.Module, data: LabeledImages) -> Tensor:
     """phi = log(p / (1 - p)) of the true label, by differences of logits so that nothing overflows: float32 [n]."""
     logits = model.eval()(to_float(data.images))
     own = logits.gather(1, data.labels.unsqueeze(1)).squeeze(1)
@@ -90,7 +90,7 @@ def confidence(model: nn.Module, data: LabelledImages) -> Tensor:
     return phi
 
 
-def calibrated_statistic(model: nn.Module, shadows: Sequence[nn.Module], data: LabelledImages) -> Tensor:
+def calibrated_statistic(model: nn.Module, shadows: Sequence[nn.Module], data: LabeledImages) -> Tensor:
     """The offline statistic: float32 [n]; the shadows must not have been trained on `data`."""
     out = torch.stack([confidence(shadow, data) for shadow in shadows])
     spread = out.std(0, correction=0).square().mean().sqrt() if len(shadows) > 1 else torch.ones(())
@@ -98,7 +98,7 @@ def calibrated_statistic(model: nn.Module, shadows: Sequence[nn.Module], data: L
 
 
 def shadow_models(
-    name: str, pool: LabelledImages, how: LocalTraining, *, norm: str, count: int, seed: int
+    name: str, pool: LabeledImages, how: LocalTrainingConfig, *, norm: str, count: int, seed: int
 ) -> list[nn.Module]:
     """Models each trained on a random half of `pool`, images that the attacker has and the clients have not."""
     shadows = []
@@ -111,7 +111,7 @@ def shadow_models(
     return shadows
 
 
-def payload_statistic(observation: Observation, candidates: LabelledImages) -> Tensor:
+def payload_statistic(observation: Observation, candidates: LabeledImages) -> Tensor:
     """Cosine of each candidate's own step downhill with the decoded update: float32 [n].
 
     Raises:

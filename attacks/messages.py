@@ -21,13 +21,13 @@ from torch import Tensor
 from attacks.observation import Observation
 from tofu.codec.compressor import Proxy
 from tofu.compression import compressor_names
-from tofu.data import LabelledImages
+from tofu.data import LabeledImages
 from tofu.errors import SettingError
 from tofu.payload import HEADER_BYTES
-from tofu.privacy import Noise, check_layout, clip, noise_multiplier_for
-from tofu.reference_model import Network
+from tofu.privacy import Noise, check_param_spec, clip, noise_multiplier_for
+from tofu.reference_model import ReferenceModel
 from tofu.settings import Settings
-from tofu.training import LocalTraining, train_locally
+from tofu.training import LocalTrainingConfig, train_locally
 from tofu.weights import Weights, difference, dot, weights_of
 
 DELTA = 1e-5
@@ -46,13 +46,15 @@ class ClientRound:
         update: new minus old weights.
     """
 
-    network: Network
-    data: LabelledImages
-    how: LocalTraining
+    network: ReferenceModel
+    data: LabeledImages
+    how: LocalTrainingConfig
     update: Weights
 
 
-def local_round(network: Network, data: LabelledImages, how: LocalTraining, generator: torch.Generator) -> ClientRound:
+def local_round(
+    network: ReferenceModel, data: LabeledImages, how: LocalTrainingConfig, generator: torch.Generator
+) -> ClientRound:
     """Train a copy of the network as a client does."""
     model = copy.deepcopy(network.model)
     base = weights_of(model)
@@ -119,7 +121,7 @@ def observe(
     """
     own = rounds[0]
     network, update, proxies, proxy_settings = own.network, own.update, None, None
-    nbytes = HEADER_BYTES + network.layout.float32_bytes
+    nbytes = HEADER_BYTES + network.param_spec.float32_bytes
     labels = torch.cat([one.data.labels for one in rounds[: message.clients]])
     if message.kind == "dp":
         update = _noised(network, update, message.number)
@@ -151,9 +153,9 @@ def observe(
     )
 
 
-def _noised(network: Network, update: Weights, epsilon: float) -> Weights:
+def _noised(network: ReferenceModel, update: Weights, epsilon: float) -> Weights:
     """Clipped to its own norm, which loses nothing of it, and given the whole noise, as in a private proxy round."""
-    check_layout(network.layout)
+    check_param_spec(network.param_spec)
     norm = math.sqrt(dot(update, update))
     if norm == 0:
         return update

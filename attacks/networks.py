@@ -1,7 +1,7 @@
 """Networks that are known to leak: an attack that fails on these is a bad attack, and proves nothing elsewhere.
 
 Zhu et al. 2019 invert a LeNet whose ReLUs are sigmoids and whose pooling is strides, because their search needs second
-derivatives. Ours has softplus, which also trains, and twice their channels: on 32x32 colour images theirs has fewer
+derivatives. Ours has softplus, which also trains, and twice their channels: on 32x32 color images theirs has fewer
 weights than a batch of four has pixels, so no gradient of it could fix them.
 """
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from torch import Tensor, nn
 
 from tofu.codec.proxies import ProxyData, ProxySettings
-from tofu.reference_model import Network
+from tofu.reference_model import ReferenceModel
 from tofu.weights import Weights
 
 _LAYOUT_ONLY = (nn.Flatten, nn.Identity)
@@ -40,7 +40,7 @@ class Observation:
     """
 
     message: str
-    network: Network
+    network: ReferenceModel
     update: Weights
     images: int
     batch_size: int
@@ -62,7 +62,7 @@ class Observation:
     def gradient(self) -> Weights:
         """The gradient that a single step followed, of the parameters: -update / lr (call only where `steps` is 1)."""
         assert self.lr is not None
-        return {name: -self.update[name] / self.lr for name in self.network.layout.parameters}
+        return {name: -self.update[name] / self.lr for name in self.network.param_spec.parameters}
 
     @cached_property
     def batch_statistics(self) -> dict[str, tuple[Tensor, Tensor]]:

@@ -20,15 +20,15 @@ from attacks.metrics import lpips_network, score
 from attacks.networks import attacked_model
 from attacks.observation import Observation
 from attacks.registry import make_attack
-from attacks.trials import OTHERS, Outcome
+from attacks.trials import OTHERS, AttackResult
 from tofu.codec.compressor import Proxy
-from tofu.data import FederatedData, LabelledImages, to_float
+from tofu.data import FederatedData, LabeledImages, to_float
 from tofu.errors import SettingError
 from tofu.payload import HEADER_BYTES, read_payload
 from tofu.recording import Recording, read_recording, recordings
-from tofu.reference_model import Network
+from tofu.reference_model import ReferenceModel
 from tofu.rng import derive_generator
-from tofu.training import LocalTraining
+from tofu.training import LocalTrainingConfig
 from tofu.weights import load_weights
 
 ATTACKS = ("analytic", "simulation", "codec-aware", "proxy-images", "label-counts")
@@ -68,16 +68,16 @@ def observation_of(recording: Recording) -> Observation:
     )
 
 
-def control_of(recording: Recording, data: LabelledImages, observation: Observation) -> Observation:
+def control_of(recording: Recording, data: LabeledImages, observation: Observation) -> Observation:
     """The same round's exact update, from the client's training made again: what the attacks have to break first."""
     settings = recording.settings
-    how = LocalTraining(
+    how = LocalTrainingConfig(
         settings.local_epochs, settings.batch_size, recording.lr, settings.momentum, settings.weight_decay
     )
     generator = derive_generator(settings.seed, recording.round, recording.client, "train")
     exact = local_round(observation.network, data, how, generator).update
     return replace(observation, message=CONTROL, update=exact, proxies=None, proxy_settings=None,
-                   payload_bytes=HEADER_BYTES + observation.network.layout.float32_bytes)  # fmt: skip
+                   payload_bytes=HEADER_BYTES + observation.network.param_spec.float32_bytes)  # fmt: skip
 
 
 def attack_run(
@@ -129,10 +129,10 @@ def attack_run(
 
 
 def _attacked(attack: Attack, observation: Observation, generator: torch.Generator, watch: Watch,
-              truth: LabelledImages, data: FederatedData, perceptual: torch.nn.Module | None) -> Outcome:  # fmt: skip
-    refused = attack.refusal(observation)
+              truth: LabeledImages, data: FederatedData, perceptual: torch.nn.Module | None) -> AttackResult:  # fmt: skip
+    refused = attack.incompatibility(observation)
     if refused:
-        return Outcome.refusal(refused, observation)
+        return AttackResult.incompatibility(refused, observation)
     found = attack.run(observation, generator=generator, watch=watch)
     originals = to_float(truth.images)
     scores = score(
@@ -143,7 +143,7 @@ def _attacked(attack: Attack, observation: Observation, generator: torch.Generat
         others=to_float(data.test().images[:OTHERS]),
         perceptual=perceptual,
     )
-    return Outcome.of(found, scores, observation, originals)
+    return AttackResult.of(found, scores, observation, originals)
 
 
 def _situation(recording: Recording, observation: Observation) -> dict[str, object]:
@@ -163,17 +163,17 @@ def _situation(recording: Recording, observation: Observation) -> dict[str, obje
     }
 
 
-def _network(recording: Recording) -> Network:
+def _network(recording: Recording) -> ReferenceModel:
     settings = recording.settings
     model = attacked_model(settings.model, recording.shape, norm=settings.norm, seed=settings.seed)
-    network = Network(model.eval(), recording.shape).as_built()
-    if {name: value.shape for name, value in recording.base.items()} != network.layout.shapes:
+    network = ReferenceModel(model.eval(), recording.shape).as_built()
+    if {name: value.shape for name, value in recording.base.items()} != network.param_spec.shapes:
         raise AttackError(f"the recorded weights of round {recording.round} are not those of model={settings.model!r}")
     load_weights(model, recording.base)
     return network
 
 
-def _data(recording: Recording) -> tuple[FederatedData, LabelledImages]:
+def _data(recording: Recording) -> tuple[FederatedData, LabeledImages]:
     """The run's images, and those of the recorded client."""
     data = recording.settings.open_data()
     if data.shape != recording.shape:

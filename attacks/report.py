@@ -7,7 +7,7 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from attacks.evaluate import SITUATION, Row, summarise, verdicts
+from attacks.evaluate import SITUATION, Row, summarize, verdicts
 from attacks.picture import Images, contact_sheet
 
 HEADER = ("message", "bytes", "best attack", "PSNR dB", "SSIM", "recovered", "labels", "seeds")
@@ -89,7 +89,7 @@ def situation_title(entry: Mapping[str, object]) -> str:
 
 def print_tables(rows: Sequence[Row]) -> None:
     """Each situation's verdict and table, in Markdown."""
-    summary = summarise(rows)
+    summary = summarize(rows)
     for verdict in verdicts(rows):
         entries = [e for e in summary if all(e[k] == verdict[k] for k in SITUATION)]
         print(f"\n{situation_title(verdict)}\n{verdict['text']}\n")
@@ -104,7 +104,7 @@ def print_tables(rows: Sequence[Row]) -> None:
 
 def write_report(rows: Sequence[Row], folder: Path) -> Path:
     """Write report.html and one PNG for each situation into the folder."""
-    summary, parts = summarise(rows), []
+    summary, parts = summarize(rows), []
     for number, verdict in enumerate(verdicts(rows), start=1):
         entries = [e for e in summary if all(e[k] == verdict[k] for k in SITUATION)]
         picture = _picture(rows, entries, folder)

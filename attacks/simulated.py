@@ -1,6 +1,6 @@
 """The client as an attacker simulates it, and the two searches for images that would have made its update.
 
-A search minimises a distance between the update of a guess and the one that was seen. It needs second derivatives of
+A search minimizes a distance between the update of a guess and the one that was seen. It needs second derivatives of
 the network: float64 for L-BFGS, whose line search would otherwise end in rounding.
 """
 
@@ -25,7 +25,7 @@ SOLVED = 1e-13
 """Loss at which a search may stop: a share of the update's power that float32 rounding hides."""
 
 NEAR = 1e-5
-"""Loss below which a descent is on its way to a solution, and more evaluations serve it better than another start."""
+"""Loss below which a descent is on its way to a solution, and more max_evals serve it better than another start."""
 
 NOISE = 0.3
 """Deviation of the noise that a search starts from, on pixels in [-1, 1]."""
@@ -42,7 +42,7 @@ class SimulatedClient:
         network = observation.network
         self._observation, self.dtype = observation, dtype
         self.model = copy.deepcopy(network.model).to(dtype).train()
-        self._names = list(network.layout.parameters)
+        self._names = list(network.param_spec.parameters)
         self.base: Tensors = tuple(network.base[name].to(dtype) for name in self._names)
 
     @property
@@ -96,7 +96,7 @@ def angular_distance(found: Tensors, target: Tensors) -> Tensor:
 
 
 def total_variation(images: Tensor) -> Tensor:
-    """Mean absolute difference of neighbouring pixels, down and across."""
+    """Mean absolute difference of neighboring pixels, down and across."""
     down, across = images[..., 1:, :] - images[..., :-1, :], images[..., 1:] - images[..., :-1]
     return down.abs().mean() + across.abs().mean()
 
@@ -107,18 +107,18 @@ def _total(parts: Iterable[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Found:
-    """The best point of a search, its loss, and how many evaluations were made in all."""
+    """The best point of a search, its loss, and how many max_evals were made in all."""
 
     point: Tensor
     loss: float
-    evaluations: int
+    max_evals: int
 
 
-def search_lbfgs(loss: Callable[[Tensor], Tensor], starts: Callable[[], Tensor], *, restarts: int, evaluations: int,
+def search_lbfgs(loss: Callable[[Tensor], Tensor], starts: Callable[[], Tensor], *, restarts: int, max_evals: int,
                  watch: Watch) -> Found:  # fmt: skip
-    """Minimise by L-BFGS from starts (float64 vectors), by up to restarts * evaluations evaluations; stops once solved.
+    """Minimize by L-BFGS from starts (float64 vectors), by up to restarts * max_evals max_evals; stops once solved.
 
-    A descent that is not near a solution after `evaluations` gives way to the next; one that is goes on to the end.
+    A descent that is not near a solution after `max_evals` gives way to the next; one that is goes on to the end.
     """
     best = Found(starts(), math.inf, 0)
     made = 0
@@ -137,13 +137,13 @@ def search_lbfgs(loss: Callable[[Tensor], Tensor], starts: Callable[[], Tensor],
             best = Found(vector.detach().clone(), number, made)
         return number, slope
 
-    planned = restarts * evaluations
+    planned = restarts * max_evals
     for restart in range(restarts):
         if restart:
             begin = starts()
         before = made
         for _ in lbfgs(objective, begin):
-            enough = best.loss < SOLVED or made >= planned or (made - before >= evaluations and best.loss > NEAR)
+            enough = best.loss < SOLVED or made >= planned or (made - before >= max_evals and best.loss > NEAR)
             if enough or not watch.go_on(made, planned, best.loss):
                 break
         if best.loss < NEAR or made >= planned or not watch.go_on():
@@ -151,24 +151,24 @@ def search_lbfgs(loss: Callable[[Tensor], Tensor], starts: Callable[[], Tensor],
     return Found(best.point, best.loss, made)
 
 
-def search_adam(loss: Callable[[Tensor], Tensor], start: Tensor, *, evaluations: int, step: float, watch: Watch,
+def search_adam(loss: Callable[[Tensor], Tensor], start: Tensor, *, max_evals: int, step: float, watch: Watch,
                 signed: bool = False, bound: float = 1.0) -> Found:  # fmt: skip
-    """Minimise by Adam, by the sign of the gradient where `signed`; the point stays within +-bound.
+    """Minimize by Adam, by the sign of the gradient where `signed`; the point stays within +-bound.
 
-    The step falls to a tenth after 3/8, 5/8 and 7/8 of the evaluations (Geiping et al. 2020).
+    The step falls to a tenth after 3/8, 5/8 and 7/8 of the max_evals (Geiping et al. 2020).
     """
     point = start.detach().clone().requires_grad_()
     adam = torch.optim.Adam([point], lr=step)
-    falls = [int(evaluations * share) for share in (3 / 8, 5 / 8, 7 / 8)]
+    falls = [int(max_evals * share) for share in (3 / 8, 5 / 8, 7 / 8)]
     schedule = torch.optim.lr_scheduler.MultiStepLR(adam, milestones=falls, gamma=0.1)
     best = Found(start, math.inf, 0)
-    for made in range(1, evaluations + 1):
+    for made in range(1, max_evals + 1):
         value = loss(point)
         (slope,) = torch.autograd.grad(value, point)
         number = float(value.detach())
         if number < best.loss:
             best = Found(point.detach().clone(), number, made)
-        if not math.isfinite(number) or not watch.go_on(made, evaluations, best.loss):
+        if not math.isfinite(number) or not watch.go_on(made, max_evals, best.loss):
             break
         point.grad = slope.sign() if signed else slope
         adam.step()

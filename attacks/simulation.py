@@ -32,13 +32,13 @@ class Simulation(Attack):
 
     Attributes:
         restarts: from new noise, until one solves it.
-        evaluations: of each.
+        max_evals: of each.
         most_images: in the simulation.
         most_steps: of the simulation.
     """
 
     restarts: int = 2
-    evaluations: int = 400
+    max_evals: int = 400
     most_images: int = 16
     most_steps: int = 10
     name: ClassVar[str] = "simulation"
@@ -58,8 +58,8 @@ class Simulation(Attack):
         def loss(vector: Tensor) -> Tensor:
             return relative_distance(client.update(vector.view(shape), labels, batches, lr), target)
 
-        found = search_lbfgs(loss, start, restarts=self.restarts, evaluations=self.evaluations, watch=watch)
-        return Reconstruction(found.point.view(shape).float(), labels, found.loss, found.evaluations)
+        found = search_lbfgs(loss, start, restarts=self.restarts, max_evals=self.max_evals, watch=watch)
+        return Reconstruction(found.point.view(shape).float(), labels, found.loss, found.max_evals)
 
     def batches(self, observation: Observation, count: int, generator: torch.Generator) -> tuple[list[Tensor], float]:
         """The rows of each simulated step, and its step size."""

@@ -3,7 +3,7 @@
 A situation is the images' dataset, the model, how many rounds it was trained before, how many images the client has and
 how many local steps it makes. The client under attack takes part in none of the rounds before, so that its images are
 new to the model, and its batch is drawn with as few repeated labels as its size allows: images of one class are hard to
-tell apart by their gradients (Yin et al. 2021 assume that no label repeats), so this favours the attacker.
+tell apart by their gradients (Yin et al. 2021 assume that no label repeats), so this favors the attacker.
 """
 
 import copy
@@ -20,11 +20,11 @@ from attacks.metrics import Scores, lpips_network, score
 from attacks.networks import attacked_model
 from attacks.observation import Observation
 from attacks.registry import make_attack
-from tofu.data import FederatedData, LabelledImages, open_data, to_float
+from tofu.data import FederatedData, LabeledImages, open_data, to_float
 from tofu.errors import DataError, SettingError
-from tofu.reference_model import Network
+from tofu.reference_model import ReferenceModel
 from tofu.rng import derive_generator
-from tofu.training import LocalTraining, train_locally
+from tofu.training import LocalTrainingConfig, train_locally
 from tofu.weights import load_weights, weights_of
 
 CLIENTS = 10
@@ -38,7 +38,7 @@ OTHERS = 200
 
 
 @dataclass(frozen=True)
-class Situation:
+class Scenario:
     """What all cells of one seed share.
 
     Attributes:
@@ -65,14 +65,14 @@ class Situation:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class AttackResult:
     """Of one cell.
 
     Attributes:
         scores: None where the attack was refused.
         refused: why, or "".
         loss: the attacker's own objective at the end.
-        evaluations: of it.
+        max_evals: of it.
         payload_bytes: of the message.
         originals, reconstructions: float32 in [-1, 1], the second in the order of the first; None where there is none.
     """
@@ -80,25 +80,25 @@ class Outcome:
     scores: Scores | None
     refused: str
     loss: float
-    evaluations: int
+    max_evals: int
     payload_bytes: int
     originals: Tensor | None
     reconstructions: Tensor | None
 
     @staticmethod
-    def of(found: Reconstruction, scores: Scores, observation: Observation, originals: Tensor) -> "Outcome":
+    def of(found: Reconstruction, scores: Scores, observation: Observation, originals: Tensor) -> "AttackResult":
         """Of an attack that was made."""
         shown = None
         if found.images is not None:
             pairs = torch.tensor(scores.pairs)
             shown = found.images[pairs.clamp_min(0)].clone()
             shown[pairs < 0] = 0.0
-        return Outcome(scores, "", found.loss, found.evaluations, observation.payload_bytes, originals, shown)
+        return AttackResult(scores, "", found.loss, found.max_evals, observation.payload_bytes, originals, shown)
 
     @staticmethod
-    def refusal(reason: str, observation: Observation) -> "Outcome":
+    def incompatibility(reason: str, observation: Observation) -> "AttackResult":
         """Of an attack that was refused."""
-        return Outcome(None, reason, math.nan, 0, observation.payload_bytes, None, None)
+        return AttackResult(None, reason, math.nan, 0, observation.payload_bytes, None, None)
 
 
 @dataclass
@@ -109,10 +109,10 @@ class Stage:
     """
 
     perceptual: torch.nn.Module | None = field(default_factory=lpips_network)
-    _networks: dict[object, Network] = field(default_factory=dict)
-    _messages: dict[object, tuple[Observation, LabelledImages]] = field(default_factory=dict)
+    _networks: dict[object, ReferenceModel] = field(default_factory=dict)
+    _messages: dict[object, tuple[Observation, LabeledImages]] = field(default_factory=dict)
 
-    def run(self, situation: Situation, message: Message, attack: str, watch: Watch) -> Outcome:
+    def run(self, situation: Scenario, message: Message, attack: str, watch: Watch) -> AttackResult:
         """Attack one message.
 
         Raises:
@@ -123,7 +123,7 @@ class Stage:
         try:
             found = make_attack(attack).run(observation, generator=generator, watch=watch)
         except AttackError as error:
-            return Outcome.refusal(str(error), observation)
+            return AttackResult.incompatibility(str(error), observation)
         scores = score(
             found.images,
             found.labels,
@@ -132,23 +132,23 @@ class Stage:
             others=to_float(open_clients(situation).test().images[:OTHERS]),
             perceptual=self.perceptual,
         )
-        return Outcome.of(found, scores, observation, to_float(truth.images))
+        return AttackResult.of(found, scores, observation, to_float(truth.images))
 
-    def _message(self, situation: Situation, message: Message) -> tuple[Observation, LabelledImages]:
+    def _message(self, situation: Scenario, message: Message) -> tuple[Observation, LabeledImages]:
         key = (situation, message)
         if key not in self._messages:
             self._messages.clear()  # cells come sorted by message: one is enough
             self._messages[key] = _make_message(situation, message, self._network(situation))
         return self._messages[key]
 
-    def _network(self, situation: Situation) -> Network:
+    def _network(self, situation: Scenario) -> ReferenceModel:
         key = (situation.dataset, situation.model, situation.norm, situation.lr, situation.seed, situation.moment)
         if key not in self._networks:
             self._networks[key] = trained_network(situation)
         return self._networks[key]
 
 
-def open_clients(situation: Situation) -> FederatedData:
+def open_clients(situation: Scenario) -> FederatedData:
     """The dataset dealt evenly to `CLIENTS` (opened once per process)."""
     whole = open_data(situation.dataset, clients=CLIENTS, partition="iid", seed=0)
     if int(whole.class_counts().sum()) <= TRAIN_IMAGES:
@@ -158,12 +158,12 @@ def open_clients(situation: Situation) -> FederatedData:
     )
 
 
-def trained_network(situation: Situation) -> Network:
+def trained_network(situation: Scenario) -> ReferenceModel:
     """The model after `moment` rounds of federated averaging over all clients but the first."""
     data = open_clients(situation)
     model = attacked_model(situation.model, data.shape, norm=situation.norm, seed=situation.seed)
-    network = Network(model.eval(), data.shape).as_built()
-    how = LocalTraining(epochs=1, batch_size=16, lr=situation.lr)
+    network = ReferenceModel(model.eval(), data.shape).as_built()
+    how = LocalTrainingConfig(epochs=1, batch_size=16, lr=situation.lr)
     for round_ in range(1, situation.moment + 1):
         results = []
         for client in range(1, CLIENTS):
@@ -176,9 +176,9 @@ def trained_network(situation: Situation) -> Network:
     return network
 
 
-def _make_message(situation: Situation, message: Message, network: Network) -> tuple[Observation, LabelledImages]:
+def _make_message(situation: Scenario, message: Message, network: ReferenceModel) -> tuple[Observation, LabeledImages]:
     clients = drawn_clients(situation, message.clients)
-    how = LocalTraining(epochs=situation.steps, batch_size=situation.batch_size, lr=situation.lr)
+    how = LocalTrainingConfig(epochs=situation.steps, batch_size=situation.batch_size, lr=situation.lr)
     generator = derive_generator(situation.seed, repr(situation), message.text)
     seen: list[Observation] = []
     for _ in range(situation.rounds):
@@ -189,10 +189,10 @@ def _make_message(situation: Situation, message: Message, network: Network) -> t
     if situation.rounds > 1:
         last = replace(last, earlier=tuple(seen[:-1]))
     images, labels = (torch.cat([getattr(one, name) for one in clients]) for name in ("images", "labels"))
-    return last, LabelledImages(images, labels, clients[0].classes)
+    return last, LabeledImages(images, labels, clients[0].classes)
 
 
-def drawn_clients(situation: Situation, count: int) -> list[LabelledImages]:
+def drawn_clients(situation: Scenario, count: int) -> list[LabeledImages]:
     """The images of `count` clients, the first being under attack, each with as few repeated labels as can be."""
     data = open_clients(situation)
     if count > data.clients:
@@ -218,7 +218,7 @@ def _spread(labels: Tensor) -> Tensor:
     return torch.tensor(turns).argsort(stable=True)
 
 
-def _stepped(network: Network, rounds: Sequence[ClientRound]) -> Network:
+def _stepped(network: ReferenceModel, rounds: Sequence[ClientRound]) -> ReferenceModel:
     """The network a round later, the update of these clients being one of many: a tenth of it."""
     model = copy.deepcopy(network.model)
     weights: Mapping[str, Tensor] = weights_of(model)

@@ -3,7 +3,7 @@
 Node config: `partition-id` (the client's number; its images are that share of the run's dataset), or `data`, a folder
 with this client's own images, and optionally `partition-id` as its name; `device`, where it trains and encodes. What a
 client insists on, whatever a run asks for: `kinds`, the kinds of round that it takes part in ("secure" or
-"proxy,secure"), and `least-noise`, below which noise-multiplier may not be. For secure rounds see `client.secure`.
+"proxy,secure"), and `min-noise-multiplier`, below which noise-multiplier may not be. For secure rounds see `client.secure`.
 """
 
 import logging
@@ -19,23 +19,23 @@ from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.downlink import ResyncError, receive_weights
-from client.secure import answer_query, load_session, member_of, new_advert, save_session
+from client.secure import answer_query, load_session, new_advert, participant_of, save_session
 from client.state import KeptWeights, load_broadcast, load_plugins, load_state, save_state
 from tofu.compression import ErrorFeedback
-from tofu.data import ImageShape, LabelledImages, local_folder
+from tofu.data import ImageShape, LabeledImages, local_folder
 from tofu.device import open_device
 from tofu.errors import DataError, PayloadError, TofuError
 from tofu.log import about, start_logging
 from tofu.models import build_model
 from tofu.payload import Payload
-from tofu.plugins import MOST_STATE_BYTES, export_to_bytes
-from tofu.privacy import check_layout, clip
-from tofu.reference_model import Network
+from tofu.plugins import MAX_STATE_BYTES, export_to_bytes
+from tofu.privacy import check_param_spec, clip
+from tofu.reference_model import ReferenceModel
 from tofu.rng import derive_bytes, derive_generator
-from tofu.secagg.encoding import SecureCode, SecureTerms, flat, purpose_of
+from tofu.secagg.encoding import EncodingConfig, RingEncoder, flat, purpose_of
 from tofu.settings import Settings
 from tofu.tasks import only_classes
-from tofu.training import LocalTraining, train_locally
+from tofu.training import LocalTrainingConfig, train_locally
 from tofu.weights import Weights, cosine, difference, explained_variance, load_weights, weights_of
 from tofu.wire import FIELD, RECORD, RESYNC, SECURE, SecurePart, SecureQuery, TrainReply, TrainRequest, broadcast_id
 
@@ -74,7 +74,7 @@ def secure(message: Message, context: Context) -> Message:
     with _answering("secure", message, context) as answer:
         query = SecureQuery.from_bytes(_content(message))
         answer.fields["stage"] = query.stage
-        made = answer_query(query, context, member_of(context, client_name(context)))
+        made = answer_query(query, context, participant_of(context, client_name(context)))
         answer.record = ConfigRecord({FIELD: made.to_bytes()})
     return answer.message
 
@@ -133,16 +133,16 @@ def train_round(request: TrainRequest, round_: int, settings: Settings, context:
     """
     check_terms(request.kind, settings, context)
     client = client_name(context)
-    plugins, about = settings.make_plugins(), settings.about(request.shape, round_, client)
+    plugins, about = settings.make_plugins(), settings.round_context(request.shape, round_, client)
     broadcast = load_broadcast(context) if request.kept else request.broadcast
     if request.kept and broadcast_id(broadcast) != request.kept:
         raise ResyncError("this client has not kept what the plugins broadcast")
-    plugins.load(state=load_plugins(context), broadcast=broadcast, max_bytes=MOST_STATE_BYTES)
+    plugins.load(state=load_plugins(context), broadcast=broadcast, max_bytes=MAX_STATE_BYTES)
     built = build_model(settings.model, request.shape, norm=settings.norm, seed=settings.seed)
-    network = Network.of(built, request.shape, plugins, about)
+    network = ReferenceModel.of(built, request.shape, plugins, about)
     model = network.model
     initial = flat(weights_of(model)) if request.kind == "secure" else None
-    state = load_state(context, network.layout)
+    state = load_state(context, network.param_spec)
     receive_weights(request, round_, network, state.kept, settings.make_downlink(network))
     base = weights_of(model)
 
@@ -151,11 +151,11 @@ def train_round(request: TrainRequest, round_: int, settings: Settings, context:
     data = client_data(settings, context)
     check_fit(data, request.shape)
     data = stream.images_of(data, task)
-    how = LocalTraining(
+    how = LocalTrainingConfig(
         settings.local_epochs, settings.batch_size, settings.lr_of(round_), settings.momentum, settings.weight_decay
     )
     generator = derive_generator(settings.seed, round_, client, "train")
-    with only_classes(model, stream.classes_of(task)) if settings.task_heads == "multi" else nullcontext():
+    with only_classes(model, stream.strata_of(task)) if settings.task_heads == "multi" else nullcontext():
         result = train_locally(
             model, data, how, generator=generator, plugins=plugins, final=about.final,
             device=open_device(settings.device),
@@ -171,20 +171,20 @@ def train_round(request: TrainRequest, round_: int, settings: Settings, context:
     if settings.noise_multiplier:
         # Of a client nothing leaves that has no noise: neither its number of images nor its loss.
         examples, loss = 1, 0.0
-        check_layout(network.layout)
+        check_param_spec(network.param_spec)
         target, _ = clip(target, settings.clip_norm)
 
     if request.kind == "secure":
         seed = derive_bytes(settings.seed, round_, client, "round")
         part = SecurePart.from_bytes(request.secure)
-        terms = SecureTerms.from_bytes(part.terms)
+        terms = EncodingConfig.from_bytes(part.terms)
         if terms.coarse and share != 1:
             raise PayloadError("secure terms are coarse, expected only without noise and with error-feedback 1")
         moved = flat(base) - initial if terms.share < 1 and initial is not None else None
-        code = SecureCode(network.layout, terms, plugins.declare_sums(model), moved)
+        code = RingEncoder(network.param_spec, terms, plugins.declare_sums(model), moved)
         if code.digest != terms.digest:
             raise ResyncError("the weights lead to other places than the server's")
-        session = load_session(context, member_of(context, client))
+        session = load_session(context, participant_of(context, client))
         if session.purpose != purpose_of(terms, base, broadcast):
             raise ResyncError("the weights or the terms are not those that all clients of this sum were told of")
         if noise := settings.noise_in_sum(session.topology, session.members, levels=code.levels, values=code.values):
@@ -205,7 +205,7 @@ def train_round(request: TrainRequest, round_: int, settings: Settings, context:
         made = compressor.compress(
             network, target, generator=generator, memory=state.memory if request.kind != "full" else b""
         )
-        parameters = {name: target[name] for name in network.layout.parameters}
+        parameters = {name: target[name] for name in network.param_spec.parameters}
         reply = TrainReply(
             examples=examples,
             train_loss=loss,
@@ -214,17 +214,17 @@ def train_round(request: TrainRequest, round_: int, settings: Settings, context:
             train_seconds=result.seconds,
             encode_seconds=time.perf_counter() - began,
             payload=Payload(compressor.code, round_, request.identity, made.body).to_bytes(),
-            advert=new_advert(context, member_of(context, client)) if request.advert else b"",
+            advert=new_advert(context, participant_of(context, client)) if request.advert else b"",
             exported=export_to_bytes(exported) if plugins else b"",
         )
         sent = _Sent(reply.to_bytes(), made.decoded, made.memory)
     save_state(
         context,
-        network.layout,
+        network.param_spec,
         feedback=ErrorFeedback.after(target, sent.decoded, round_) if share else None,
         memory=sent.memory or state.memory,
         kept=KeptWeights(base, request.identity) if settings.downlink != "full" else None,
-        plugins=plugins.state_bytes(max_bytes=MOST_STATE_BYTES),
+        plugins=plugins.state_bytes(max_bytes=MAX_STATE_BYTES),
         broadcast=broadcast,
     )
     return sent.reply
@@ -250,7 +250,7 @@ def _device_of(context: Context) -> dict[str, str]:
     return {} if device is None else {"device": str(device)}
 
 
-def client_data(settings: Settings, context: Context) -> LabelledImages:
+def client_data(settings: Settings, context: Context) -> LabeledImages:
     """This client's images: its own folder where its node config names one, else its share of the run's dataset.
 
     Raises:
@@ -270,14 +270,14 @@ def check_terms(kind: str, settings: Settings, context: Context) -> None:
     kinds = context.node_config.get("kinds")
     if kinds is not None and kind not in [name.strip() for name in str(kinds).split(",")]:
         raise DataError(f"this client takes part in rounds of kind {kinds}, not {kind}")
-    least = context.node_config.get("least-noise", 0.0)
+    least = context.node_config.get("min-noise-multiplier", 0.0)
     if isinstance(least, str) or settings.noise_multiplier < least:
         raise DataError(
             f"this client takes part with noise-multiplier {least} or more, not {settings.noise_multiplier:g}"
         )
 
 
-def check_fit(data: LabelledImages, shape: ImageShape) -> None:
+def check_fit(data: LabeledImages, shape: ImageShape) -> None:
     """Raises DataError where the images or labels do not fit the run's network."""
     own = data.shape
     if (own.channels, own.height, own.width) != (shape.channels, shape.height, shape.width):

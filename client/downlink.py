@@ -5,7 +5,7 @@ from tofu.compression import Compressor
 from tofu.errors import DataError, PayloadError, TofuError
 from tofu.fingerprint import TOLERANCE, after_step, drift
 from tofu.payload import HEADER_BYTES, WEIGHTS, float32_from, read_payload
-from tofu.reference_model import Network
+from tofu.reference_model import ReferenceModel
 from tofu.weights import add_update, fingerprint, load_weights, weights_of
 from tofu.wire import TrainRequest
 
@@ -15,7 +15,7 @@ class ResyncError(TofuError):
 
 
 def receive_weights(
-    request: TrainRequest, round_: int, network: Network, kept: KeptWeights | None, compressor: Compressor | None
+    request: TrainRequest, round_: int, network: ReferenceModel, kept: KeptWeights | None, compressor: Compressor | None
 ) -> None:
     """Bring the network's model to the weights of the round, `request.identity`.
 
@@ -34,17 +34,17 @@ def receive_weights(
         _build(request, round_, network, kept, compressor)
 
 
-def _take(data: bytes, round_: int, network: Network) -> None:
-    limit = HEADER_BYTES + network.layout.float32_bytes
+def _take(data: bytes, round_: int, network: ReferenceModel) -> None:
+    limit = HEADER_BYTES + network.param_spec.float32_bytes
     payload = read_payload(data, codec=WEIGHTS, round_=round_, fingerprint=None, max_bytes=limit)
-    load_weights(network.model, float32_from(payload.body, network.layout))
+    load_weights(network.model, float32_from(payload.body, network.param_spec))
     network.model.eval()
     if fingerprint(weights_of(network.model)) != payload.fingerprint:
         raise DataError("the global weights do not match their fingerprint: server and client built other models")
 
 
 def _build(
-    request: TrainRequest, round_: int, network: Network, kept: KeptWeights | None, compressor: Compressor | None
+    request: TrainRequest, round_: int, network: ReferenceModel, kept: KeptWeights | None, compressor: Compressor | None
 ) -> None:
     if compressor is None:
         raise DataError("the server sent steps, but this client's settings have downlink=full")
@@ -52,7 +52,7 @@ def _build(
         load_weights(network.model, kept.weights)
     network.model.eval()
     start = identity = kept.identity if kept is not None else fingerprint(weights_of(network.model))
-    limit = HEADER_BYTES + compressor.body_bytes(network.layout)
+    limit = HEADER_BYTES + compressor.body_bytes(network.param_spec)
     for number, data in enumerate(request.steps, start=round_ - len(request.steps) + 1):
         step = read_payload(data, codec=compressor.code, round_=number, fingerprint=None, max_bytes=limit)
         if step.fingerprint == identity:  # the first ones may have been taken already, in a reply that got lost

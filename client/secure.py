@@ -2,7 +2,7 @@
 
 Node config, where the server may lie: `identity`, the file of this client's Ed25519 key, and `identities`, the file of
 all clients' public keys, which came some other way than through the server (`deploy.identities` makes both).
-`least-neighbours` and `accomplices` say what this client insists on, whatever the server proposes.
+`min-neighbors` and `max_colluding` say what this client insists on, whatever the server proposes.
 """
 
 from pathlib import Path
@@ -12,28 +12,28 @@ from flwr.app import ConfigRecord, Context
 from tofu.errors import PayloadError
 from tofu.secagg.client import ClientSession
 from tofu.secagg.identities import read_identity, read_known
-from tofu.secagg.participant import Member
+from tofu.secagg.participant import Participant
 from tofu.wire import SecureAnswer, SecureQuery, run_name
 
 _RECORD = "tofu-secure"
 _SESSION = "session"
 
 
-def member_of(context: Context, name: str) -> Member:
+def participant_of(context: Context, name: str) -> Participant:
     """Who this client is in secure rounds. Raises SettingError for a node config that cannot be used."""
     config = context.node_config
     key, known = config.get("identity"), config.get("identities")
-    return Member(
+    return Participant(
         run=run_name(context.run_id),
         name=name,
         identity=read_identity(Path(str(key)), name) if key is not None else None,
         known=read_known(Path(str(known))) if known is not None else None,
-        least_neighbours=int(config.get("least-neighbours", 2)),
-        accomplices=int(config.get("accomplices", 0)),
+        min_neighbors=int(config.get("min-neighbors", 2)),
+        max_colluding=int(config.get("max_colluding", 0)),
     )
 
 
-def new_advert(context: Context, member: Member) -> bytes:
+def new_advert(context: Context, member: Participant) -> bytes:
     """Fresh keys for the next secure round; those of an earlier one are forgotten."""
     session = ClientSession(member)
     advert = session.advertise()
@@ -41,7 +41,7 @@ def new_advert(context: Context, member: Member) -> bytes:
     return advert
 
 
-def answer_query(query: SecureQuery, context: Context, member: Member) -> SecureAnswer:
+def answer_query(query: SecureQuery, context: Context, member: Participant) -> SecureAnswer:
     """Answer one stage. What was answered is in `context` before the answer leaves.
 
     Raises:
@@ -56,7 +56,7 @@ def answer_query(query: SecureQuery, context: Context, member: Member) -> Secure
     return SecureAnswer(message, new_advert(context, member) if query.advert else b"")
 
 
-def load_session(context: Context, member: Member) -> ClientSession:
+def load_session(context: Context, member: Participant) -> ClientSession:
     """The session under way. Raises PayloadError where there is none."""
     record = context.state.config_records.get(_RECORD)
     if record is None:

@@ -13,7 +13,7 @@ from flwr.app import ConfigRecord, Context
 from tofu.compression import ErrorFeedback
 from tofu.errors import PayloadError
 from tofu.payload import float32_bytes, float32_from
-from tofu.weights import Layout, Weights
+from tofu.weights import ParamSpec, Weights
 
 _RECORD = "tofu"
 _VERSION = 3
@@ -44,7 +44,7 @@ def load_broadcast(context: Context) -> bytes:
 
 
 def load_plugins(context: Context) -> bytes:
-    """The plugins' states alone, needed before the model that the rest has the layout of; b"" where there are none."""
+    """The plugins' states alone, needed before the model that the rest has the param_spec of; b"" where there are none."""
     return _bytes(context, "plugins")
 
 
@@ -54,7 +54,7 @@ def _bytes(context: Context, name: str) -> bytes:
     return value if isinstance(value, bytes) else b""
 
 
-def load_state(context: Context, layout: Layout) -> ClientState:
+def load_state(context: Context, param_spec: ParamSpec) -> ClientState:
     """The state that `save_state` left, or an empty one."""
     record = context.state.config_records.get(_RECORD)
     if record is None or record.get("version") != _VERSION:
@@ -63,7 +63,7 @@ def load_state(context: Context, layout: Layout) -> ClientState:
     def weights(name: str) -> Weights | None:
         data = record.get(name)
         try:
-            return float32_from(data, layout) if isinstance(data, bytes) else None
+            return float32_from(data, param_spec) if isinstance(data, bytes) else None
         except PayloadError:  # of another model
             return None
 
@@ -82,7 +82,7 @@ def load_state(context: Context, layout: Layout) -> ClientState:
 
 def save_state(
     context: Context,
-    layout: Layout,
+    param_spec: ParamSpec,
     *,
     feedback: ErrorFeedback | None,
     memory: bytes,
@@ -93,10 +93,10 @@ def save_state(
     """Keep the state in `context` for this client's next round; what is None is not kept."""
     record = ConfigRecord({"version": _VERSION, "memory": memory, "plugins": plugins, "broadcast": broadcast})
     if feedback is not None:
-        record["residual"] = float32_bytes(feedback.residual, layout)
-        record["sent"] = float32_bytes(feedback.sent, layout)
+        record["residual"] = float32_bytes(feedback.residual, param_spec)
+        record["sent"] = float32_bytes(feedback.sent, param_spec)
         record["sent-round"] = feedback.sent_round
     if kept is not None:
-        record["kept"] = float32_bytes(kept.weights, layout)
+        record["kept"] = float32_bytes(kept.weights, param_spec)
         record["identity"] = kept.identity
     context.state[_RECORD] = record

@@ -41,7 +41,7 @@ def up(
         folder: where its keys, logs, database and results go. One that was used before is used on, with its keys.
         nodes: number of SuperNodes.
         app: folder of the Flower app.
-        data, warm, identities: as `Federation` takes them.
+        data, warm, identities: as `LocalCluster` takes them.
 
     Returns:
         What `status` returns.
@@ -205,7 +205,7 @@ def down(folder: Path) -> list[str]:
     ended = state.alive
     end_group(state.supervisor, seconds=_STOP_SECONDS)
     state = _state(folder)
-    # Only what a supervisor left behind that was killed: nodes first, as `Federation.stop` does.
+    # Only what a supervisor left behind that was killed: nodes first, as `LocalCluster.stop` does.
     for name in sorted(state.alive, key=lambda name: name.startswith("superlink")):
         end_group(state.members[name], seconds=10)
     if state.alive:

@@ -37,7 +37,7 @@ with socket.socket(socket.AF_UNIX) as warm:
     warm.shutdown(socket.SHUT_WR)
     warm.recv(1)  # nothing comes: it closes when the app ends
 """
-_MOST_BYTES = 1 << 16
+_MAX_BYTES = 1 << 16
 
 
 def main(command: Sequence[str], packages: Sequence[str] = PACKAGES) -> int:
@@ -67,7 +67,7 @@ def _serve(listener: socket.socket, superexec: "subprocess.Popen[bytes]") -> int
             connection, _ = listener.accept()
             with connection:
                 connection.setblocking(True)
-                data, streams, *_ = socket.recv_fds(connection, _MOST_BYTES, 3)
+                data, streams, *_ = socket.recv_fds(connection, _MAX_BYTES, 3)
                 if data and os.fork() == 0:
                     listener.close()
                     _app(json.loads(data), streams)

@@ -31,7 +31,7 @@ _START_SECONDS = 90.0
 _STOP_SECONDS = 10.0
 
 
-class Federation:
+class LocalCluster:
     """Starts on entering and stops on leaving a `with` block.
 
     Args:

@@ -14,7 +14,7 @@ import threading
 import time
 from pathlib import Path
 
-from deploy.processes import Federation, exit_status
+from deploy.processes import LocalCluster, exit_status
 from deploy.state import Process, State
 from tofu.errors import TofuError
 from tofu.log import about, start_logging
@@ -57,7 +57,7 @@ class Restarts:
         return True
 
 
-def supervise(federation: Federation, stopping: threading.Event) -> None:
+def supervise(federation: LocalCluster, stopping: threading.Event) -> None:
     """Run a federation until `stopping` is set; the folder's state says at any time who runs.
 
     Raises:
@@ -103,7 +103,7 @@ def supervise(federation: Federation, stopping: threading.Event) -> None:
         raise
 
 
-def _members(federation: Federation, state: State, restarts: Restarts) -> dict[str, Process]:
+def _members(federation: LocalCluster, state: State, restarts: Restarts) -> dict[str, Process]:
     """The members now. One that was not started again keeps its entry, as its number is not its own once it ended."""
     old = state.members
     return {
@@ -129,7 +129,7 @@ def main() -> int:
         signal.signal(number, lambda *_: stopping.set())
     try:
         start_logging("text")  # and where the environment says
-        federation = Federation(
+        federation = LocalCluster(
             given.folder, nodes=given.nodes, app=given.app, data=given.data, warm=given.warm,
             identities=given.identities,
         )  # fmt: skip

@@ -16,9 +16,9 @@ from flwr.serverapp import Grid, ServerApp
 
 from server.checkpoint import Snapshot, read_checkpoint, remove_checkpoints, write_checkpoint
 from server.ledger import Ledger
-from server.runner import Federation, RoundResult
+from server.runner import RoundResult, RoundRunner
 from server.secure_round import SecureRounds
-from tofu.data import FederatedData, LabelledImages
+from tofu.data import FederatedData, LabeledImages
 from tofu.errors import RunError, TofuError
 from tofu.flower.in_process import InProcessGrid, run_in_process
 from tofu.formatting import printable
@@ -28,7 +28,7 @@ from tofu.observers.json_lines import LoggedProgress
 from tofu.observers.prometheus import RunMetrics
 from tofu.observers.terminal import Progress, SilentProgress, make_progress
 from tofu.recording import Recorder
-from tofu.reference_model import Network
+from tofu.reference_model import ReferenceModel
 from tofu.reporting.folder import RunFolder
 from tofu.reporting.report import write_report
 from tofu.settings import Settings
@@ -37,7 +37,7 @@ from tofu.weights import weights_sha256
 
 app = ServerApp()
 
-MOST_CLIENT_BYTES = 2**30
+MAX_CLIENT_BYTES = 2**30
 """Of the clients' state in a checkpoint of a run in one process; with more, resumed clients begin without theirs."""
 
 _CLIENT = "client "
@@ -79,13 +79,13 @@ def _serve(grid: Grid, settings: Settings, progress: Progress) -> dict[str, obje
     torch.set_num_threads(settings.threads)
     data = open_run_data(settings)
     model = build_model(settings.model, data.shape, norm=settings.norm, seed=settings.seed)
-    network = Network(model.eval(), data.shape)
+    network = ReferenceModel(model.eval(), data.shape)
     test = data.test()
     if settings.has_secure_rounds:
         SecureRounds.check(settings)
     ledger = Ledger()
     # Settings that cannot be used, such as a ratio out of reach, end the run here, before anything is written.
-    federation = Federation(grid, network, test, settings, ledger, progress)
+    federation = RoundRunner(grid, network, test, settings, ledger, progress)
     recorder = Recorder(Path(), settings.recorded, settings=settings, shape=data.shape)
     metrics = RunMetrics(grid.run.run_id, settings)
     with metrics.served(settings.metrics_port), closing(RunFolder(settings)) as folder:
@@ -109,7 +109,7 @@ def _serve(grid: Grid, settings: Settings, progress: Progress) -> dict[str, obje
 
 def _run(
     folder: RunFolder,
-    federation: Federation,
+    federation: RoundRunner,
     samples: "Samples",
     grid: Grid,
     ledger: Ledger,
@@ -177,7 +177,7 @@ def _run(
 
 def _checkpoint(
     folder: RunFolder,
-    federation: Federation,
+    federation: RoundRunner,
     grid: Grid,
     row: Mapping[str, object],
     messages: Sequence[Mapping[str, object]],
@@ -187,13 +187,13 @@ def _checkpoint(
     federation.save(snapshot)
     if isinstance(grid, InProcessGrid):
         contexts = grid.contexts()
-        if sum(map(len, contexts.values())) <= MOST_CLIENT_BYTES:
+        if sum(map(len, contexts.values())) <= MAX_CLIENT_BYTES:
             snapshot.blobs |= {f"{_CLIENT}{name}": context for name, context in contexts.items()}
     write_checkpoint(folder.path, federation.round, snapshot)
 
 
 def _resume(
-    folder: RunFolder, federation: Federation, samples: "Samples", grid: Grid, progress: Progress
+    folder: RunFolder, federation: RoundRunner, samples: "Samples", grid: Grid, progress: Progress
 ) -> int | None:
     """Bring a run back to its last checkpoint; the round of that, or None where it had not come to one."""
     snapshot = read_checkpoint(folder.path, progress.note)
@@ -245,7 +245,7 @@ def open_run_data(settings: Settings) -> FederatedData:
 
 
 def _round(
-    federation: Federation, ledger: Ledger, samples: "Samples", round_: int, progress: Progress
+    federation: RoundRunner, ledger: Ledger, samples: "Samples", round_: int, progress: Progress
 ) -> dict[str, object]:
     began, settings = time.perf_counter(), federation.settings
     before = (ledger.uplink, ledger.downlink, ledger.fedavg_uplink)
@@ -285,7 +285,10 @@ def _round(
     if metrics := result.plugin_metrics():
         row["plugins"] = metrics
     if settings.task_count > 1:
-        row["task"], row["task_accuracies"] = settings.about(samples.shape, round_).task, federation.task_accuracies[-1]
+        row["task"], row["task_accuracies"] = (
+            settings.round_context(samples.shape, round_).task,
+            federation.task_accuracies[-1],
+        )
     if result.kind == "secure":
         row |= {
             "clipped": secure.clipped if secure else None,
@@ -295,22 +298,18 @@ def _round(
     return row
 
 
-def _spent(federation: Federation, round_: int) -> str:
+def _spent(federation: RoundRunner, round_: int) -> str:
     """Why the run must stop before a round, or ""."""
     settings, account = federation.settings, federation.account
-    if (
-        account is None
-        or not settings.privacy_budget
-        or account.allows(settings.noise_multiplier, settings.privacy_budget)
-    ):
+    if account is None or not settings.max_epsilon or account.allows(settings.noise_multiplier, settings.max_epsilon):
         return ""
     return (
         f"the privacy budget allows no round {round_}: epsilon is {account.epsilon:.4g}, "
-        f"privacy-budget {settings.privacy_budget:g}"
+        f"max-epsilon {settings.max_epsilon:g}"
     )
 
 
-def _transfer(federation: Federation) -> dict[str, float]:
+def _transfer(federation: RoundRunner) -> dict[str, float]:
     """ACC and BWT in percent (`tofu.tasks`), averaged over the orders in which the clients learnt the tasks."""
     settings, stream = federation.settings, federation.stream
     if stream.tasks < 2 or federation.round < settings.rounds:
@@ -333,7 +332,7 @@ def finite(value: float) -> float | None:
 class Samples:
     """Pictures for the report: some real images, and the proxies that one client sent in the first and last rounds."""
 
-    def __init__(self, data: FederatedData, test: LabelledImages) -> None:
+    def __init__(self, data: FederatedData, test: LabeledImages) -> None:
         self.arrays: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]] = {
             "real": test.images[:16].numpy(),
             "real_caption": np.array("held-out images of the same kind"),

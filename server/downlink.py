@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from server.checkpoint import Snapshot
 from tofu.fingerprint import SKETCH_BYTES, after_step, sketch
 from tofu.payload import HEADER_BYTES, WEIGHTS, Payload, float32_bytes
-from tofu.reference_model import Network
+from tofu.reference_model import ReferenceModel
 from tofu.rng import derive_generator
 from tofu.settings import Settings
 from tofu.weights import add_update, difference, explained_variance, fingerprint, load_weights, weights_of
@@ -45,7 +45,7 @@ class Downlink:
         explained_variance: of this round's step, or None where there is none.
     """
 
-    def __init__(self, master: Network, settings: Settings) -> None:
+    def __init__(self, master: ReferenceModel, settings: Settings) -> None:
         self._master, self._settings = master, settings
         self._compressor = settings.make_downlink(master)
         self.network = replace(master, model=copy.deepcopy(master.model)) if self._compressor else master
@@ -110,13 +110,13 @@ class Downlink:
         target = difference(weights_of(self._master.model), weights_of(self.network.model))
         generator = derive_generator(self._settings.seed, self._round, "server", "encode")
         made = self._compressor.compress(self.network, target, generator=generator, memory=self._memory)
-        parameters = {name: target[name] for name in self.network.layout.parameters}
+        parameters = {name: target[name] for name in self.network.param_spec.parameters}
         self.explained_variance = explained_variance(parameters, made.decoded)
         payload = Payload(self._compressor.code, self._round, self.identity, made.body).to_bytes()
         add_update(self.network.model, made.decoded)
         self.identity, self._memory = after_step(self.identity, payload), made.memory
         self._steps.append(payload)
-        whole = HEADER_BYTES + self.network.layout.float32_bytes
+        whole = HEADER_BYTES + self.network.param_spec.float32_bytes
         while self._steps and sum(map(len, self._steps)) >= whole:
             del self._steps[0]
 
@@ -136,7 +136,7 @@ class Downlink:
         """The payload of this round's weights, made when the first client needs it."""
         if not self._whole:
             weights = weights_of(self.network.model)
-            body = float32_bytes(weights, self.network.layout)
+            body = float32_bytes(weights, self.network.param_spec)
             self._whole = Payload(WEIGHTS, self._round, fingerprint(weights), body).to_bytes()
         return self._whole
 

@@ -1,4 +1,4 @@
-"""What travelled: the bytes of every message, as Flower serialises it."""
+"""What travelled: the bytes of every message, as Flower serializes it."""
 
 from collections.abc import Mapping
 
@@ -46,7 +46,7 @@ def reply_overhead() -> int:
 
 
 class Ledger:
-    """Counts every message of a run as serialised.
+    """Counts every message of a run as serialized.
 
     Attributes:
         uplink, downlink: bytes so far, towards the server and towards the clients.

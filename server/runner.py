@@ -20,26 +20,26 @@ from server.checkpoint import Snapshot
 from server.client_registry import Client, Clients, exchange, one_line
 from server.downlink import Downlink, Parts
 from server.ledger import Ledger
-from server.optimizer import ServerOptimiser
+from server.optimizer import ServerOptimizer
 from server.secure_round import AbandonedError, OpenRound, SecureRounds
 from tofu.codec.compressor import Proxy
-from tofu.data import LabelledImages
+from tofu.data import LabeledImages
 from tofu.device import open_device
 from tofu.errors import PayloadError, RunError
 from tofu.evaluation import Evaluation, evaluate
 from tofu.models import build_model
 from tofu.observers.terminal import Progress
 from tofu.payload import HEADER_BYTES, read_payload
-from tofu.plugins import MOST_STATE_BYTES, Export, SumSpec, export_from_bytes
-from tofu.privacy import Accountant, check_layout
+from tofu.plugins import MAX_STATE_BYTES, Export, SumSpec, export_from_bytes
+from tofu.privacy import Accountant, check_param_spec
 from tofu.recording import Recorder
-from tofu.reference_model import Network
+from tofu.reference_model import ReferenceModel
 from tofu.reporting.folder import RunFolder
 from tofu.rng import derive_generator
 from tofu.rounds.aggregation import RunningMean
 from tofu.rounds.schedule import Schedule
 from tofu.secagg.encoding import SecureMean, flat
-from tofu.settings import LEAST_SECURE, Settings
+from tofu.settings import MIN_SECURE, Settings
 from tofu.tasks import only_classes
 from tofu.weights import Weights, load_weights, weights_of
 from tofu.wire import FIELD, RECORD, RESYNC, TrainReply, TrainRequest, broadcast_id
@@ -103,7 +103,7 @@ class RoundResult:
         return float(sum(getattr(reply, name) * reply.examples for _, reply in self.replies) / total)
 
 
-class Federation:
+class RoundRunner:
     """The state of a run on the server and its rounds.
 
     Args:
@@ -112,7 +112,13 @@ class Federation:
     """
 
     def __init__(
-        self, grid: Grid, network: Network, test: LabelledImages, settings: Settings, ledger: Ledger, progress: Progress
+        self,
+        grid: Grid,
+        network: ReferenceModel,
+        test: LabeledImages,
+        settings: Settings,
+        ledger: Ledger,
+        progress: Progress,
     ) -> None:
         self.settings, self._shape = settings, network.shape
         self._grid, self._test, self._ledger, self._progress = grid, test, ledger, progress
@@ -129,40 +135,42 @@ class Federation:
         self.round = 0
         self.recorder: Recorder | None = None
         self._broadcasts: dict[str, bytes] = {}
-        first = Network.of(network.model, network.shape, self.plugins, settings.about(network.shape, 1))
+        first = ReferenceModel.of(network.model, network.shape, self.plugins, settings.round_context(network.shape, 1))
         self._equip(first, flat(weights_of(first.model)))
 
-    def _equip(self, network: Network, initial: Tensor, averaged: nn.Module | None = None) -> None:
+    def _equip(self, network: ReferenceModel, initial: Tensor, averaged: nn.Module | None = None) -> None:
         """Begin with a network: all that depends on the names and shapes of its parameters is made anew.
 
         Args:
             initial: the weights that clients build it with, as one vector.
         """
         if self.settings.noise_multiplier:
-            check_layout(network.layout)
+            check_param_spec(network.param_spec)
         self.network, self._initial = network, initial
-        self._optimiser = ServerOptimiser(network.model, self.settings)
+        self._optimizer = ServerOptimizer(network.model, self.settings)
         kinds = set(self._schedule.kinds) - {"secure"}
         self._compressors = {kind: self.settings.make_compressor(kind, network) for kind in kinds}
         self._downlink = Downlink(network, self.settings)
-        self._averaged = averaged or (copy.deepcopy(network.model) if self.settings.weight_average else network.model)
+        self._averaged = averaged or (copy.deepcopy(network.model) if self.settings.ema_decay else network.model)
         if self._secure is not None:
-            self._secure.begin(network.layout)
+            self._secure.begin(network.param_spec)
 
     def _set_up(self, round_: int) -> None:
         """Have the plugins make a round's network, and go over to it where its parameters are others than now."""
         if not self.plugins:
             return
         settings = self.settings
-        about = settings.about(self._shape, min(round_, settings.rounds))  # after the last it is what the run leaves
+        about = settings.round_context(
+            self._shape, min(round_, settings.rounds)
+        )  # after the last it is what the run leaves
         built = build_model(settings.model, self._shape, norm=settings.norm, seed=settings.seed)
-        fresh = Network.of(built, self._shape, self.plugins, about)
-        if fresh.layout == self.network.layout:
+        fresh = ReferenceModel.of(built, self._shape, self.plugins, about)
+        if fresh.param_spec == self.network.param_spec:
             return
         averaged = None
         if self._averaged is not self.network.model:
-            averaged = Network.of(self._averaged, self._shape, self.plugins, about).model
-        network = Network.of(self.network.model, self._shape, self.plugins, about)
+            averaged = ReferenceModel.of(self._averaged, self._shape, self.plugins, about).model
+        network = ReferenceModel.of(self.network.model, self._shape, self.plugins, about)
         network = dataclasses.replace(network, model=network.model.eval(), initial=fresh.initial)
         self._equip(network, flat(weights_of(fresh.model)), averaged)
 
@@ -184,7 +192,7 @@ class Federation:
     def _heads(self, task: int) -> Sequence[int]:
         """The outputs that are in the running for a task's images."""
         if self.settings.task_heads == "multi":
-            return self.stream.classes_of(task)
+            return self.stream.strata_of(task)
         return range(self.network.shape.classes)
 
     def run_round(self, round_: int) -> RoundResult:
@@ -196,10 +204,10 @@ class Federation:
         settings, self.round = self.settings, round_
         known = self._clients.connected(least=settings.min_clients, timeout=settings.round_timeout, round_=round_)
         kind = self._schedule.kind(round_, self.accuracies)
-        chosen = self._sample(known, round_, least=LEAST_SECURE if kind == "secure" else 1)
+        chosen = self._sample(known, round_, least=MIN_SECURE if kind == "secure" else 1)
         result = RoundResult(round_, kind, shown=chosen[0].name)
         result.nodes = {client.name: client.node for client in chosen}
-        result.broadcast = self.plugins.broadcast_bytes(max_bytes=MOST_STATE_BYTES) if self.plugins else b""
+        result.broadcast = self.plugins.broadcast_bytes(max_bytes=MAX_STATE_BYTES) if self.plugins else b""
         result.asks_keys = result.kind != "secure" and self._schedule.secure_may_follow(round_, self.accuracies)
         self._downlink.begin(round_, whole=result.kind == "full")
         result.step_explained_variance = self._downlink.explained_variance
@@ -213,7 +221,7 @@ class Federation:
                 self._progress.failed(round_, name, result.nodes[name], reason)
         if update is not None:
             before = self.plugins.before_step(self.network.model)
-            self._optimiser.step(update)
+            self._optimizer.step(update)
             self.plugins.on_step(self.network.model, before)
             self._reduce(result)
         self._average(round_)
@@ -309,8 +317,8 @@ class Federation:
 
     def _average(self, round_: int) -> None:
         """Move the running average of the global weights on; early rounds count by their number, not by the share."""
-        if self.settings.weight_average:
-            share = min(self.settings.weight_average, 1 - 1 / round_)
+        if self.settings.ema_decay:
+            share = min(self.settings.ema_decay, 1 - 1 / round_)
             old, new = weights_of(self._averaged), weights_of(self.network.model)
             load_weights(self._averaged, {name: share * old[name] + (1 - share) * new[name] for name in new})
 
@@ -327,7 +335,7 @@ class Federation:
         self, asked: list[Client], result: RoundResult, end: float, *, whole: bool
     ) -> Iterator[tuple[Client, Message]]:
         """Ask clients to train and yield their replies; `whole` for those that could not use the steps they got."""
-        full = HEADER_BYTES + self.network.layout.float32_bytes
+        full = HEADER_BYTES + self.network.param_spec.float32_bytes
         for start in range(0, len(asked), _WINDOW):
             window = asked[start : start + _WINDOW]
             messages = []
@@ -372,17 +380,17 @@ class Federation:
             self._count_error(client, message, result)
             raise PayloadError(one_line(message.error.reason))
         reply = TrainReply.from_bytes(_content(message))
-        layout = self.network.layout
+        param_spec = self.network.param_spec
         self._ledger.add(
             message, round_=result.round, kind=result.kind, direction="uplink", client=client.name,
-            payload_bytes=len(reply.payload), full_payload_bytes=HEADER_BYTES + layout.float32_bytes,
+            payload_bytes=len(reply.payload), full_payload_bytes=HEADER_BYTES + param_spec.float32_bytes,
         )  # fmt: skip
         if reply.examples > client.examples:
             raise PayloadError(f"reply says {reply.examples} images, the client has {client.examples}")
         compressor = self._compressors[result.kind]
         payload = read_payload(
             reply.payload, codec=compressor.code, round_=result.round, fingerprint=self._downlink.identity,
-            max_bytes=HEADER_BYTES + compressor.body_bytes(layout),
+            max_bytes=HEADER_BYTES + compressor.body_bytes(param_spec),
         )  # fmt: skip
         if self.recorder is not None and self.recorder.wants(client.name):
             base = weights_of(self._downlink.network.model)
@@ -426,7 +434,7 @@ class Federation:
             raise PayloadError(one_line(message.error.reason))
         self._broadcasts[client.name] = broadcast_id(result.broadcast)
         masked = _content(message)
-        full = HEADER_BYTES + self.network.layout.float32_bytes
+        full = HEADER_BYTES + self.network.param_spec.float32_bytes
         self._ledger.add(
             message, round_=result.round, kind=result.kind, direction="uplink", client=client.name,
             payload_bytes=len(masked) if isinstance(masked, bytes) else 0, full_payload_bytes=full,
@@ -436,10 +444,10 @@ class Federation:
 
     def save(self, snapshot: Snapshot) -> None:
         """Put all that the next rounds need into a checkpoint."""
-        snapshot.blobs["plugins"] = self.plugins.broadcast_bytes(max_bytes=MOST_STATE_BYTES)
+        snapshot.blobs["plugins"] = self.plugins.broadcast_bytes(max_bytes=MAX_STATE_BYTES)
         snapshot.put_tensors("model", weights_of(self.network.model))
         snapshot.put_tensors("averaged", weights_of(self._averaged))
-        self._optimiser.save(snapshot)
+        self._optimizer.save(snapshot)
         self._downlink.save(snapshot)
         if self._secure is not None:
             self._secure.save(snapshot)
@@ -460,11 +468,11 @@ class Federation:
         self.round = int(snapshot.plain["round"])
         if self.account is not None:
             self.account = Accountant.from_dict(snapshot.plain["privacy"])
-        self.plugins.load(broadcast=snapshot.blobs["plugins"], max_bytes=MOST_STATE_BYTES)
+        self.plugins.load(broadcast=snapshot.blobs["plugins"], max_bytes=MAX_STATE_BYTES)
         self._set_up(self.round + 1)
         load_weights(self.network.model, snapshot.tensors_of("model"))
         load_weights(self._averaged, snapshot.tensors_of("averaged"))
-        self._optimiser.restore(snapshot)
+        self._optimizer.restore(snapshot)
         self._downlink.restore(snapshot, clients_kept=clients_kept)
         if self._secure is not None:
             self._secure.restore(snapshot, clients_kept=clients_kept)
@@ -480,7 +488,7 @@ class Federation:
         """Write the model that the run would end with."""
         state = b""
         if self.plugins:
-            state = self.plugins.calibrated_bytes(self._averaged, self._test, max_bytes=MOST_STATE_BYTES)
+            state = self.plugins.calibrated_bytes(self._averaged, self._test, max_bytes=MAX_STATE_BYTES)
         folder.write_model(self.weights, self._shape, state)
 
     @property

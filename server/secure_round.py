@@ -2,9 +2,9 @@
 
     advert   keys, with the reply of the round before; only clients that sent none are asked for them apart
     share    the roster down, sealed shares up
-    train    the weights and the neighbours' shares down, the masked vector up
+    train    the weights and the neighbors' shares down, the masked vector up
     confirm  only with identities: who survived down, a signature up
-    reveal   who survived down, one share for each neighbour up, and with it the keys for the next secure round
+    reveal   who survived down, one share for each neighbor up, and with it the keys for the next secure round
 
 So a secure round takes three exchanges, or four with identities. A client that is silent or wrong in one of them is
 left out; where fewer stay than the threshold the round is abandoned, and what was revealed by then opens nothing.
@@ -27,12 +27,12 @@ from server.ledger import Ledger
 from tofu.errors import PayloadError, RunError, SettingError
 from tofu.plugins import SumSpec
 from tofu.secagg import coordinates
-from tofu.secagg.encoding import SecureCode, SecureMean, SecureTerms, first_ranges, flat, purpose_of, reach
+from tofu.secagg.encoding import EncodingConfig, RingEncoder, SecureMean, first_ranges, flat, purpose_of, reach
 from tofu.secagg.fixed_point import HEADROOM, FixedPoint
 from tofu.secagg.identities import read_known
 from tofu.secagg.server import ServerSession
-from tofu.settings import LEAST_SECURE, Settings
-from tofu.weights import Layout, Weights
+from tofu.settings import MIN_SECURE, Settings
+from tofu.weights import ParamSpec, Weights
 from tofu.wire import FIELD, RECORD, SECURE, SecureAnswer, SecurePart, SecureQuery, TrainReply, run_name
 
 
@@ -50,7 +50,7 @@ class OpenRound:
     """
 
     round: int
-    code: SecureCode
+    code: RingEncoder
     parts: Mapping[str, bytes]
     clients: Mapping[str, Client]
     session: ServerSession
@@ -62,12 +62,12 @@ class OpenRound:
         self.session.add_masked(client.name, masked)
 
 
-LEAST_EXPLAINED = 0.05
+MIN_EXPLAINED = 0.05
 """Of an update, by what its client says: less is taken for so much."""
 
 
 @dataclass
-class Seen:
+class UpdateScaleTracker:
     """How large the clients' weighted values were where the server saw them, by tensor.
 
     Attributes:
@@ -92,7 +92,7 @@ class Seen:
             if value.numel():
                 peak, power = float(value.abs().max()), float(value.double().square().mean())
                 self.peaks[name] = max(self.peaks.get(name, 0.0), peak * examples)
-                power *= examples**2 / min(max(explained, LEAST_EXPLAINED), 1.0)
+                power *= examples**2 / min(max(explained, MIN_EXPLAINED), 1.0)
                 self.powers[name] = self.powers.get(name, 0) + round(math.ldexp(power, 64))
 
     def deviations(self) -> dict[str, float]:
@@ -108,26 +108,26 @@ class SecureRounds:
         self._known = _known(settings)
         self._adverts: dict[str, bytes] = {}
 
-    def begin(self, layout: Layout) -> None:
+    def begin(self, param_spec: ParamSpec) -> None:
         """Begin with a model: nothing is known of the ranges of its updates.
 
         Raises:
             SettingError: the noise that is asked for does not fit the ring.
         """
         settings = self._settings
-        clients = max(round(settings.fraction * settings.clients), settings.min_clients, LEAST_SECURE)
+        clients = max(round(settings.fraction * settings.clients), settings.min_clients, MIN_SECURE)
         share, bits = coordinates.settings_for(settings.secure_ratio, clients)
         levels = FixedPoint(clients, bits, 1.0).levels
-        values = math.ceil(share * layout.float32_bytes / 4)
+        values = math.ceil(share * param_spec.float32_bytes / 4)
         settings.noise_in_sum(settings.topology(clients), clients, levels=levels, values=values)
-        self._layout, self._turn = layout, 0
+        self._param_spec, self._turn = param_spec, 0
         self._ranges: tuple[float, ...] = ()
-        self._seen = Seen()
+        self._seen = UpdateScaleTracker()
 
     @staticmethod
     def check(settings: Settings) -> None:
-        """Raises SettingError where the identities cannot be read, or no graph bears the dropouts and accomplices."""
-        settings.topology(max(round(settings.fraction * settings.clients), settings.min_clients, LEAST_SECURE))
+        """Raises SettingError where the identities cannot be read, or no graph bears the dropouts and max_colluding."""
+        settings.topology(max(round(settings.fraction * settings.clients), settings.min_clients, MIN_SECURE))
         _known(settings)
 
     def save(self, snapshot: Snapshot) -> None:
@@ -143,7 +143,11 @@ class SecureRounds:
     def restore(self, snapshot: Snapshot, *, clients_kept: bool) -> None:
         """The inverse of `save`; clients that lost what they had are asked for keys anew."""
         plain = snapshot.plain["secure"]
-        self._turn, self._ranges, self._seen = plain["turn"], tuple(plain["ranges"]), Seen(**plain["seen"])
+        self._turn, self._ranges, self._seen = (
+            plain["turn"],
+            tuple(plain["ranges"]),
+            UpdateScaleTracker(**plain["seen"]),
+        )
         if clients_kept:
             self._adverts = {name: bytes.fromhex(advert) for name, advert in plain["adverts"].items()}
 
@@ -192,8 +196,8 @@ class SecureRounds:
             with _blaming(client, failures):
                 session.add_advert(client.name, self._adverts.pop(client.name))
                 came += 1
-        if came < LEAST_SECURE:
-            raise AbandonedError(f"{came} clients sent keys, a secure round takes at least {LEAST_SECURE}")
+        if came < MIN_SECURE:
+            raise AbandonedError(f"{came} clients sent keys, a secure round takes at least {MIN_SECURE}")
         clients = {client.name: client for client in able}
         with _abandoning():
             rosters = session.rosters(self._settings.topology(came))
@@ -241,9 +245,9 @@ class SecureRounds:
 
     def _terms(
         self, able: Sequence[Client], declared: Mapping[str, SumSpec], moved: Tensor
-    ) -> tuple[SecureTerms, SecureCode]:
+    ) -> tuple[EncodingConfig, RingEncoder]:
         """What these clients are to agree on."""
-        settings, clients = self._settings, max(len(able), LEAST_SECURE)
+        settings, clients = self._settings, max(len(able), MIN_SECURE)
         unit = sum(client.examples for client in able) / len(able) if able else 1.0
         share, bits = coordinates.settings_for(settings.secure_ratio, clients)
         levels = FixedPoint(clients, bits, 1.0).levels
@@ -251,19 +255,19 @@ class SecureRounds:
         coarse = settings.coarse(levels) and bool(self._ranges or self._seen.powers)
         known = self._seen.deviations() if coarse else self._seen.peaks
         factor = (reach(levels) if coarse else HEADROOM) / unit
-        ranges = self._ranges or first_ranges(self._layout, {name: factor * size for name, size in known.items()})
+        ranges = self._ranges or first_ranges(self._param_spec, {name: factor * size for name, size in known.items()})
         moved_ = moved if share < 1 else None
 
-        def agreed(ranges: tuple[float, ...], digest: bytes) -> SecureTerms:
-            terms = SecureTerms(clients, bits, unit, ranges, share, self._turn, digest, coarse)
-            return SecureTerms.from_bytes(terms.to_bytes())  # rounded as the clients will read them
+        def agreed(ranges: tuple[float, ...], digest: bytes) -> EncodingConfig:
+            terms = EncodingConfig(clients, bits, unit, ranges, share, self._turn, digest, coarse)
+            return EncodingConfig.from_bytes(terms.to_bytes())  # rounded as the clients will read them
 
-        draft = SecureCode(self._layout, agreed(ranges, b""), declared, moved_)
+        draft = RingEncoder(self._param_spec, agreed(ranges, b""), declared, moved_)
         topology = settings.topology(clients)
         if noise := settings.noise_in_sum(topology, clients, levels=draft.levels, values=draft.values):
-            ranges = (noise.grid * draft.levels,) * len(self._layout.shapes)  # never adapts to what was summed
+            ranges = (noise.grid * draft.levels,) * len(self._param_spec.shapes)  # never adapts to what was summed
         terms = agreed(ranges, draft.digest)
-        return terms, SecureCode(self._layout, terms, declared, moved_)
+        return terms, RingEncoder(self._param_spec, terms, declared, moved_)
 
     def _ask(
         self,

@@ -4,19 +4,19 @@ import pytest
 import torch
 from torch import nn
 
-from tofu.data import ImageShape, LabelledImages, open_data
+from tofu.data import ImageShape, LabeledImages, open_data
 from tofu.models import build_model
-from tofu.reference_model import Network
+from tofu.reference_model import ReferenceModel
 from tofu.weights import Weights, difference, load_weights, weights_of
 
 torch.set_num_threads(1)
 
-Case = tuple[Network, Weights]
+Case = tuple[ReferenceModel, Weights]
 """A network at its base weights, and an update of it."""
 
 
 @pytest.fixture(scope="session")
-def digits() -> LabelledImages:
+def digits() -> LabeledImages:
     """All training images of the embedded digits."""
     return open_data("digits", clients=1, partition="iid", seed=0).client(0)
 
@@ -43,28 +43,28 @@ class EveryLayer(nn.Module):
         return self.head(x.mean(1))
 
 
-def trained_update(model: nn.Module, data: LabelledImages, *, epochs: int = 1, seed: int = 0) -> Case:
+def trained_update(model: nn.Module, data: LabeledImages, *, epochs: int = 1, seed: int = 0) -> Case:
     """A network after one round of local training, and the update of the next one relative to it."""
-    from tofu.training import LocalTraining, train_locally
+    from tofu.training import LocalTrainingConfig, train_locally
 
-    how = LocalTraining(epochs=epochs, batch_size=32, lr=0.05)
+    how = LocalTrainingConfig(epochs=epochs, batch_size=32, lr=0.05)
     train_locally(model, data, how, generator=torch.Generator().manual_seed(seed))
     base = weights_of(model)
     train_locally(model, data, how, generator=torch.Generator().manual_seed(seed + 1))
     update = difference(weights_of(model), base)
     load_weights(model, base)
     shape = ImageShape(data.images.shape[1], data.images.shape[2], data.images.shape[3], data.classes)
-    return Network(model.eval(), shape), update
+    return ReferenceModel(model.eval(), shape), update
 
 
 @pytest.fixture(scope="session")
-def mlp_update(digits: LabelledImages) -> Case:
+def mlp_update(digits: LabeledImages) -> Case:
     """A small multi-layer perceptron on the digits, and an update of it."""
     return trained_update(build_model("mlp", digits.shape, seed=0), digits)
 
 
 @pytest.fixture(scope="session")
-def every_layer_update(digits: LabelledImages) -> Case:
+def every_layer_update(digits: LabeledImages) -> Case:
     """The network with every kind of layer, and an update of it."""
     torch.manual_seed(0)
     return trained_update(EveryLayer(), digits, epochs=2)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tofu.data import LabelledImages, to_float
+from tofu.data import LabeledImages, to_float
 from tofu.device import CPU, on_device
 from tofu.plugins import Prediction
 
@@ -25,7 +25,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    data: LabelledImages,
+    data: LabeledImages,
     *,
     batch_size: int = 500,
     predict: Predict | None = None,

@@ -4,7 +4,7 @@ _STEP = 1000
 _PREFIXES = ("kB", "MB", "GB", "TB", "PB")
 
 
-def human_bytes(count: int) -> str:
+def format_bytes(count: int) -> str:
     """Write a number of bytes in decimal units: `964 B`, `12.3 kB`, `2.5 MB`.
 
     Raises `ValueError` for a negative count.

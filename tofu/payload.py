@@ -2,7 +2,7 @@
 
     offset  bytes  field
     0       4      magic "TOFU"
-    4       1      version of this layout
+    4       1      version of this param_spec
     5       1      codec of the body (see `tofu.compression`)
     6       4      round, little-endian unsigned
     10      8      fingerprint of the base weights (of the weights themselves on the downlink)
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tofu.errors import PayloadError
-from tofu.weights import FINGERPRINT_BYTES, Layout, Weights
+from tofu.weights import FINGERPRINT_BYTES, ParamSpec, Weights
 
 MAGIC = b"TOFU"
 VERSION = 1
@@ -85,22 +85,24 @@ def read_payload(data: object, *, codec: int, round_: int, fingerprint: bytes | 
     return Payload(codec_, number, base, body)
 
 
-def float32_bytes(values: Weights, layout: Layout) -> bytes:
-    """All tensors of the layout as little-endian float32, in its order."""
-    parts = [values[name].detach().float().cpu().contiguous().numpy().astype("<f4").tobytes() for name in layout.shapes]
+def float32_bytes(values: Weights, param_spec: ParamSpec) -> bytes:
+    """All tensors of the param_spec as little-endian float32, in its order."""
+    parts = [
+        values[name].detach().float().cpu().contiguous().numpy().astype("<f4").tobytes() for name in param_spec.shapes
+    ]
     return b"".join(parts)
 
 
-def float32_from(body: bytes, layout: Layout) -> Weights:
+def float32_from(body: bytes, param_spec: ParamSpec) -> Weights:
     """The inverse of `float32_bytes`: name -> float32 tensor, buffers too.
 
     Raises:
-        PayloadError: wrong length for this layout, or a value that is not finite.
+        PayloadError: wrong length for this param_spec, or a value that is not finite.
     """
-    if len(body) != layout.float32_bytes:
-        raise PayloadError(f"float32 body has {len(body)} bytes, this model takes {layout.float32_bytes}")
+    if len(body) != param_spec.float32_bytes:
+        raise PayloadError(f"float32 body has {len(body)} bytes, this model takes {param_spec.float32_bytes}")
     flat = torch.from_numpy(np.frombuffer(body, dtype="<f4").astype(np.float32))
     if not bool(torch.isfinite(flat).all()):
         raise PayloadError("float32 body holds a value that is not finite")
-    pieces: tuple[Tensor, ...] = torch.split(flat, [shape.numel() for shape in layout.shapes.values()])
-    return {name: piece.view(shape) for (name, shape), piece in zip(layout.shapes.items(), pieces, strict=True)}
+    pieces: tuple[Tensor, ...] = torch.split(flat, [shape.numel() for shape in param_spec.shapes.values()])
+    return {name: piece.view(shape) for (name, shape), piece in zip(param_spec.shapes.items(), pieces, strict=True)}

@@ -6,16 +6,16 @@ import torch
 
 from tofu.codec.compressor import Proxy
 from tofu.payload import HEADER_BYTES
-from tofu.reference_model import Network
+from tofu.reference_model import ReferenceModel
 from tofu.secagg import coordinates
-from tofu.secagg.encoding import SecureCode, SecureTerms, first_ranges
+from tofu.secagg.encoding import EncodingConfig, RingEncoder, first_ranges
 from tofu.secagg.fixed_point import FixedPoint
 from tofu.secagg.identities import SIGNATURE_BYTES
 from tofu.secagg.masks import KEY_BYTES
 from tofu.secagg.messages import SEALED_BYTES, Advert, Confirmation, Masked, Reveal, Roster, Shares, Survivors
 from tofu.secagg.shamir import SHARE_BYTES
 from tofu.secagg.terms import DIGEST_BYTES, SESSION_BYTES, Session, Terms
-from tofu.settings import LEAST_SECURE, Settings
+from tofu.settings import MIN_SECURE, Settings
 from tofu.wire import SecurePart
 
 SLOW_ENCODE = 50_000
@@ -68,7 +68,7 @@ class Plan:
 
 
 def make_plan(
-    settings: Settings, network: Network, *, full_rounds: int, message_overhead: int, secure_rounds: int = 0
+    settings: Settings, network: ReferenceModel, *, full_rounds: int, message_overhead: int, secure_rounds: int = 0
 ) -> Plan:
     """Plan a run.
 
@@ -81,11 +81,11 @@ def make_plan(
     Raises:
         SettingError: the ratio is out of reach for this model.
     """
-    layout = network.layout
+    param_spec = network.param_spec
     compressor = settings.make_compressor("proxy", network)
     proxy = compressor if isinstance(compressor, Proxy) else None
-    payload = HEADER_BYTES + compressor.body_bytes(layout)
-    full = HEADER_BYTES + layout.float32_bytes
+    payload = HEADER_BYTES + compressor.body_bytes(param_spec)
+    full = HEADER_BYTES + param_spec.float32_bytes
     clients = max(settings.min_clients, round(settings.fraction * settings.clients), 1)
     compressed_rounds = settings.rounds - full_rounds - secure_rounds
     uplink = clients * (compressed_rounds * (payload + message_overhead) + full_rounds * (full + message_overhead))
@@ -105,17 +105,17 @@ def make_plan(
             f"Flower's {message_overhead} bytes a message outweigh the payload of {payload}: "
             "a higher ratio saves little more"
         )
-    passes = 2 * settings.evaluations * proxy.count if proxy else 0
+    passes = 2 * settings.max_evals * proxy.count if proxy else 0
     if compressed_rounds and payload < full and passes > SLOW_ENCODE:
         warnings.append(
             f"one encode costs about as much as training on {passes:,} images: "
-            "a higher ratio, larger proxies or fewer evaluations cost less"
+            "a higher ratio, larger proxies or fewer max_evals cost less"
         )
     return Plan(
-        parameters=layout.parameter_count,
+        parameters=param_spec.parameter_count,
         proxies=proxy.count if proxy else 0,
         proxy_side=proxy.side if proxy else 0,
-        update_bytes=layout.float32_bytes,
+        update_bytes=param_spec.float32_bytes,
         payload_bytes=payload,
         message_overhead=message_overhead,
         compressed_rounds=compressed_rounds,
@@ -129,22 +129,24 @@ def make_plan(
     )
 
 
-def _secure_extra(settings: Settings, network: Network, clients: int, *, message_overhead: int) -> tuple[int, int]:
+def _secure_extra(
+    settings: Settings, network: ReferenceModel, clients: int, *, message_overhead: int
+) -> tuple[int, int]:
     """Bytes of one client in one secure round: all that it sends, and what it is sent besides the weights.
 
     Its messages are written once with zeros for keys, shares and the masked vector.
     """
-    members = max(clients, LEAST_SECURE)
+    members = max(clients, MIN_SECURE)
     topology, (share, bits) = settings.topology(members), coordinates.settings_for(settings.secure_ratio, members)
     coarse = settings.coarse(FixedPoint(members, bits, 1.0).levels)
-    terms = SecureTerms(members, bits, 1.0, first_ranges(network.layout, {}), share, coarse=coarse)
-    moved = torch.zeros(network.layout.float32_bytes // 4) if share < 1 else None
-    length = SecureCode(network.layout, terms, None, moved).length
+    terms = EncodingConfig(members, bits, 1.0, first_ranges(network.param_spec, {}), share, coarse=coarse)
+    moved = torch.zeros(network.param_spec.float32_bytes // 4) if share < 1 else None
+    length = RingEncoder(network.param_spec, terms, None, moved).length
     signature = bytes(SIGNATURE_BYTES if settings.secure_identities else 0)
-    session, peers = Session(1, bytes(SESSION_BYTES)), range(topology.neighbours)
+    session, peers = Session(1, bytes(SESSION_BYTES)), range(topology.neighbors)
     advert = Advert("0" * len(str(members - 1)), bytes(KEY_BYTES), bytes(KEY_BYTES), signature)
-    shape = (topology.threshold, bits, length, topology.neighbours)
-    roster = Roster(0, Terms(session, *shape, (bytes(DIGEST_BYTES),) * members), (advert,) * topology.neighbours)
+    shape = (topology.threshold, bits, length, topology.neighbors)
+    roster = Roster(0, Terms(session, *shape, (bytes(DIGEST_BYTES),) * members), (advert,) * topology.neighbors)
     shares = Shares(session, 0, dict.fromkeys(peers, bytes(SEALED_BYTES)))
     survivors = Survivors(session, (True,) * members)
     masked = Masked(session, 0, bytes((length * bits + 7) // 8))
@@ -159,16 +161,18 @@ def _secure_extra(settings: Settings, network: Network, clients: int, *, message
     return sent, len(train) + sum(len(message) + message_overhead for message in down)
 
 
-def _downlink(settings: Settings, network: Network, *, full_rounds: int, message_overhead: int) -> tuple[int, int]:
+def _downlink(
+    settings: Settings, network: ReferenceModel, *, full_rounds: int, message_overhead: int
+) -> tuple[int, int]:
     """Bytes of a step's payload (0 for none), and of the downlink messages to one client that is asked in every round.
 
     A client that is asked in a share of the rounds lacks, on average, one over the share of steps when it is asked.
     """
-    whole = HEADER_BYTES + network.layout.float32_bytes
+    whole = HEADER_BYTES + network.param_spec.float32_bytes
     compressor = settings.make_downlink(network)
     if compressor is None:
         return 0, settings.rounds * (whole + message_overhead)
-    step = HEADER_BYTES + compressor.body_bytes(network.layout)
+    step = HEADER_BYTES + compressor.body_bytes(network.param_spec)
     payloads = full_rounds * whole
     for round_ in range(1, settings.rounds - full_rounds + 1):
         lacked = min(round_ - 1, round(1 / settings.fraction))

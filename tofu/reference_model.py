@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tofu.data import ImageShape
-from tofu.plugins import NO_PLUGINS, About, Plugins
-from tofu.weights import Layout, Weights, layout_of
+from tofu.plugins import NO_PLUGINS, Plugins, RoundContext
+from tofu.weights import ParamSpec, Weights, layout_of
 
 
 @dataclass(frozen=True)
-class Network:
+class ReferenceModel:
     """A classification network at the base weights, as the codec sees it.
 
     Attributes:
-        model: the network, holding the base weights. It is never changed here; call `eval()` on it first.
+        model: the network, at_weights the base weights. It is never changed here; call `eval()` on it first.
         shape: channels, height, width of its input, and the number of its outputs as `classes`.
         initial: the trainable parameters that both ends built the run's model with; none where they are the base.
     """
@@ -30,7 +30,9 @@ class Network:
     initial: Weights = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
-    def of(model: nn.Module, shape: ImageShape, plugins: Plugins = NO_PLUGINS, about: About | None = None) -> "Network":
+    def of(
+        model: nn.Module, shape: ImageShape, plugins: Plugins = NO_PLUGINS, about: RoundContext | None = None
+    ) -> "ReferenceModel":
         """A network of a new model, as the plugins make it, at its initial weights; the same on both ends.
 
         Args:
@@ -38,23 +40,23 @@ class Network:
             about: where in the run this is; needed where there are plugins.
         """
         if not plugins or about is None:
-            return Network(model, shape).as_built()
+            return ReferenceModel(model, shape).as_built()
         model = plugins.setup(model, about)
-        return Network(model, dataclasses.replace(shape, classes=_outputs(model, shape))).as_built()
+        return ReferenceModel(model, dataclasses.replace(shape, classes=_outputs(model, shape))).as_built()
 
-    def as_built(self) -> "Network":
+    def as_built(self) -> "ReferenceModel":
         """This network with its weights of now as the initial ones, whatever becomes of the model."""
         return dataclasses.replace(self, initial={name: w.clone() for name, w in self.base.items()})
 
     @cached_property
-    def layout(self) -> Layout:
+    def param_spec(self) -> ParamSpec:
         return layout_of(self.model)
 
     @property
     def base(self) -> Weights:
         """The trainable parameters at the base weights, detached (shared memory, not a copy)."""
         parameters = dict(self.model.named_parameters())
-        return {name: parameters[name].detach() for name in self.layout.parameters}
+        return {name: parameters[name].detach() for name in self.param_spec.parameters}
 
     def moved(self) -> Weights:
         """How far each trainable parameter is from its initial value."""

@@ -18,16 +18,16 @@ from tofu.data import FederatedData, ImageShape, open_data
 from tofu.device import DEVICES, NAMES
 from tofu.errors import SettingError
 from tofu.log import STYLES
-from tofu.plugins import About, Conditions, Plugins, make_plugins, plugin_names
+from tofu.plugins import Plugins, RoundContext, RunRequirements, make_plugins, plugin_names
 from tofu.privacy import Noise
-from tofu.reference_model import Network
+from tofu.reference_model import ReferenceModel
 from tofu.secagg.encoding import FEW_LEVELS
 from tofu.secagg.graph import COMPLETE_UP_TO, Topology, choose_topology
 from tofu.tasks import ORDERS, STREAMS, TaskStream
 
 Value = bool | int | float | str
 
-LEAST_SECURE = 3
+MIN_SECURE = 3
 """Clients of a secure round: of two, each would know the other's update from the sum."""
 
 _COMPLETE_WITH_IDENTITIES = 256
@@ -58,7 +58,7 @@ class Settings:
     clients: int = _setting(10, "number of simulated clients", section="Data", least=1, most=100_000)
 
     model: str = _setting("mlp", "lenet5, mlp, cnn, resnet18, vgg11, vgg13, vgg16, vit_b_16, vit_tiny, or package.module:factory", section="Model")
-    norm: str = _setting("group", "normalisation layers, where the model has a choice", section="Model", choices=("group", "batch", "none"))
+    norm: str = _setting("group", "normalization layers, where the model has a choice", section="Model", choices=("group", "batch", "none"))
 
     plugins: str = _setting("", f"techniques that bend local training: {', '.join(plugin_names())}, or package.module:Class, separated by commas", section="Plugins")
     plugin_options: str = _setting("", "plugin.option=value, separated by spaces", section="Plugins")
@@ -71,7 +71,7 @@ class Settings:
     local_epochs: int = _setting(5, "epochs over a client's own images in each round", section="Training", least=1)
     batch_size: int = _setting(16, "images in a local step", section="Training", least=1)
     lr: float = _setting(0.1, "step size of the clients' SGD", section="Training", above=0)
-    final_lr: float = _setting(1.0, "step size of the last round as a share of the first; it falls along half a cosine", section="Training", above=0, most=1)
+    lr_final_factor: float = _setting(1.0, "step size of the last round as a share of the first; it falls along half a cosine", section="Training", above=0, most=1)
     momentum: float = _setting(0.0, "momentum of the clients' SGD", section="Training", least=0, most=0.9999)
     weight_decay: float = _setting(0.0, "weight decay of the clients' SGD", section="Training", least=0)
 
@@ -88,38 +88,38 @@ class Settings:
     proxy_size: int = _setting(0, "side of a proxy in pixels; 0 chooses", section="Proxies", least=0, most=1024)
     correction: float = _setting(0.4, "least share of a payload for the largest entries that its proxies missed; 0 sends proxies alone, 1 sends none", section="Proxies", least=0, most=1)
     bits: int = _setting(4, "bits of a pixel and of a label", section="Proxies", choices=tuple(map(str, BITS)))
-    smooth_twin: bool = _setting(True, "differentiate the smooth twin in place of the network", section="Proxies")
-    steepness: float = _setting(0.0, "of the twin's activations; 0 tries a few, every fourth time", section="Proxies", least=0, most=1000)
+    surrogate: bool = _setting(True, "differentiate the smooth twin in place of the network", section="Proxies")
+    surrogate_beta: float = _setting(0.0, "of the twin's activations; 0 tries a few, every fourth time", section="Proxies", least=0, most=1000)
     batch_statistics: bool = _setting(True, "the twin's BatchNorm uses the proxies' statistics", section="Proxies")
     free_labels: bool = _setting(True, "unconstrained labels, solved for, in place of probabilities", section="Proxies")
     tensor_scales: bool = _setting(True, "a scale per tensor in place of one", section="Proxies")
     warm_start: bool = _setting(False, "begin from the client's last proxies", section="Proxies")
-    evaluations: int = _setting(100, "most evaluations that one encode may take, beside those of a trial of the steepness", section="Proxies", least=1, most=100_000)
-    tolerance: float = _setting(0.002, "stop an encode that gains less explained variance in 10 evaluations; 0 never", section="Proxies", least=0)
+    max_evals: int = _setting(100, "most max_evals that one encode may take, beside those of a trial of the surrogate_beta", section="Proxies", least=1, most=100_000)
+    tolerance: float = _setting(0.002, "stop an encode that gains less explained variance in 10 max_evals; 0 never", section="Proxies", least=0)
     error_feedback: float = _setting(1.0, "share of what compression lost that is added to the client's next update; 0 keeps nothing", section="Codec", least=0, most=1)
 
     downlink: str = _setting("full", "what the server sends: full: the weights; else: its step by this compressor, and the weights only to clients that missed too many", section="Codec", choices=compressor_names())
     downlink_ratio: float = _setting(25.0, "float32 bytes of the weights over bytes of a step's payload", section="Codec", least=1)
 
     secure_ratio: float = _setting(4.0, "float32 bytes of an update over bytes of its masked vector; where too few bits an entry are left, some of the entries are sent, and the others later", section="Secure rounds", least=1, most=1000)
-    secure_dropout: float = _setting(0.2, "share of the clients that may drop out of a secure round", section="Secure rounds", least=0, most=0.9)
-    secure_colluding: float = _setting(0.1, "share of the clients that may be in league with the server", section="Secure rounds", least=0, most=0.9)
+    secagg_dropout_fraction: float = _setting(0.2, "share of the clients that may drop out of a secure round", section="Secure rounds", least=0, most=0.9)
+    secagg_collusion_fraction: float = _setting(0.1, "share of the clients that may be in league with the server", section="Secure rounds", least=0, most=0.9)
     secure_timeout: float = _setting(120.0, "seconds for each exchange of a secure round but the training", section="Secure rounds", above=0)
     secure_identities: str = _setting("", "file of the clients' public keys, as `python -m deploy.identities` writes; empty trusts the server not to lie", section="Secure rounds")
 
     noise_multiplier: float = _setting(0.0, "differential privacy: deviation of the noise over clip-norm; 0 is off", section="Privacy", least=0, most=1e6)
     clip_norm: float = _setting(1.0, "differential privacy: L2 norm that a client's update is cut to", section="Privacy", above=0, most=1e9)
     privacy_delta: float = _setting(1e-5, "chance that the bound fails; well below one over the clients", section="Privacy", above=0, most=0.1)
-    privacy_budget: float = _setting(0.0, "epsilon at which the run stops; 0 is no limit", section="Privacy", least=0)
+    max_epsilon: float = _setting(0.0, "epsilon at which the run stops; 0 is no limit", section="Privacy", least=0)
 
     fraction: float = _setting(1.0, "share of the available clients asked in each round", section="Server", above=0, most=1)
     min_clients: int = _setting(1, "wait for, and ask, at least so many clients", section="Server", least=1)
     round_timeout: float = _setting(3600.0, "seconds until a round goes on without the clients that have not replied", section="Server", above=0)
-    server_optimiser: str = _setting("plain", "what the server does with the average update", section="Server", choices=("plain", "momentum", "adam"))
-    server_lr: float = _setting(1.0, "step size of the server's optimiser", section="Server", above=0)
-    server_momentum: float = _setting(0.9, "of server-optimiser=momentum", section="Server", least=0, most=0.9999)
+    server_optimizer: str = _setting("plain", "what the server does with the average update", section="Server", choices=("plain", "momentum", "adam"))
+    server_lr: float = _setting(1.0, "step size of the server's optimizer", section="Server", above=0)
+    server_momentum: float = _setting(0.9, "of server-optimizer=momentum", section="Server", least=0, most=0.9999)
 
-    weight_average: float = _setting(0.5, "share of the past in a running average of the global weights, which is then what is evaluated and saved; 0 is off", section="Server", least=0, most=0.999)
+    ema_decay: float = _setting(0.5, "share of the past in a running average of the global weights, which is then what is evaluated and saved; 0 is off", section="Server", least=0, most=0.999)
 
     seed: int = _setting(0, "everything random follows from it", section="Run", least=0, most=2**31 - 1)
     device: str = _setting("cpu", "where local steps, encodes and evaluation run: cpu, cuda, cuda:N, or auto, the GPU where there is one; a client's node config may say another", section="Run")
@@ -159,7 +159,7 @@ class Settings:
         if settings.rounds % settings.task_count:
             raise SettingError("task-count", settings.task_count, f"a divisor of rounds, {settings.rounds}")
         settings.make_plugins().check(
-            Conditions(
+            RunRequirements(
                 clients=settings.clients,
                 tasks=settings.task_count,
                 exact_updates=settings.schedule == "full",
@@ -168,10 +168,10 @@ class Settings:
         )
         if settings.noise_multiplier and settings.plugins:
             raise SettingError("plugins", settings.plugins, "none with noise-multiplier: what they sum has no noise")
-        if settings.privacy_budget and not settings.noise_multiplier:
-            raise SettingError("privacy-budget", settings.privacy_budget, "0 without noise-multiplier")
-        if settings.has_secure_rounds and settings.clients < LEAST_SECURE:
-            raise SettingError("clients", settings.clients, f"at least {LEAST_SECURE} for secure rounds")
+        if settings.max_epsilon and not settings.noise_multiplier:
+            raise SettingError("max-epsilon", settings.max_epsilon, "0 without noise-multiplier")
+        if settings.has_secure_rounds and settings.clients < MIN_SECURE:
+            raise SettingError("clients", settings.clients, f"at least {MIN_SECURE} for secure rounds")
         if not NAMES.fullmatch(settings.device):
             raise SettingError("device", settings.device, DEVICES)
         settings.proxy_settings()
@@ -192,12 +192,12 @@ class Settings:
         if self.codec_mode == "paper":
             return paper_settings(**common)
         return ProxySettings(
-            smooth=self.smooth_twin,
-            steepness=self.steepness,
-            batch_statistics=self.smooth_twin and self.batch_statistics,
+            smooth=self.surrogate,
+            surrogate_beta=self.surrogate_beta,
+            batch_statistics=self.surrogate and self.batch_statistics,
             labels="free" if self.free_labels else "simplex",
             scale="tensor" if self.tensor_scales else "one",
-            evaluations=self.evaluations,
+            max_evals=self.max_evals,
             tolerance=self.tolerance,
             warm_start=self.warm_start,
             **common,
@@ -206,7 +206,7 @@ class Settings:
     def lr_of(self, round_: int) -> float:
         """The clients' step size in a round, counted from 1."""
         progress = (round_ - 1) / max(1, self.rounds - 1)
-        share = self.final_lr + (1 - self.final_lr) * (1 + math.cos(math.pi * progress)) / 2
+        share = self.lr_final_factor + (1 - self.lr_final_factor) * (1 + math.cos(math.pi * progress)) / 2
         return self.lr * share
 
     def open_data(self) -> FederatedData:
@@ -231,10 +231,10 @@ class Settings:
         """The plugins, new and without state."""
         return make_plugins(self.plugins, self.plugin_options)
 
-    def about(self, shape: ImageShape, round_: int, client: str = "") -> About:
+    def round_context(self, shape: ImageShape, round_: int, client: str = "") -> RoundContext:
         """Where in the run a round is, as plugins are told."""
         each = self.rounds // self.task_count
-        return About(
+        return RoundContext(
             shape,
             round=round_,
             rounds=self.rounds,
@@ -249,7 +249,7 @@ class Settings:
         """The run's tasks over a dataset of so many classes. Raises SettingError where there are more than these."""
         return TaskStream(self.tasks, self.task_count, classes, self.seed, self.task_order)
 
-    def make_compressor(self, kind: str, network: Network) -> Compressor:
+    def make_compressor(self, kind: str, network: ReferenceModel) -> Compressor:
         """The compressor of a round of this kind ("proxy" or "full"; a secure round has none) for this network."""
         name = "full" if kind == "full" else self.compressor
         return self._make(name, network, ratio=self.ratio, count=self.proxies)
@@ -266,7 +266,7 @@ class Settings:
         """
         if not self.noise_multiplier:
             return None
-        honest = max(1, topology.threshold - math.floor(self.secure_colluding * clients))
+        honest = max(1, topology.threshold - math.floor(self.secagg_collusion_fraction * clients))
         try:
             return Noise.on_ring(self.clip_norm, self.noise_multiplier, honest, levels=levels, values=values)
         except SettingError as error:
@@ -278,18 +278,18 @@ class Settings:
         return levels < FEW_LEVELS and self.error_feedback == 1 and not self.noise_multiplier
 
     def topology(self, clients: int) -> Topology:
-        """Who is whose neighbour in a secure round of so many clients. Raises SettingError where no graph is safe."""
+        """Who is whose neighbor in a secure round of so many clients. Raises SettingError where no graph is safe."""
         complete = _COMPLETE_WITH_IDENTITIES if self.secure_identities else COMPLETE_UP_TO
-        dropout, corrupted = self.secure_dropout, self.secure_colluding
+        dropout, corrupted = self.secagg_dropout_fraction, self.secagg_collusion_fraction
         return choose_topology(clients, dropout=dropout, corrupted=corrupted, complete_up_to=complete)
 
-    def make_downlink(self, network: Network) -> Compressor | None:
+    def make_downlink(self, network: ReferenceModel) -> Compressor | None:
         """The compressor of the server's steps, or None where it sends its weights whole."""
         if self.downlink == "full":
             return None
         return self._make(self.downlink, network, ratio=self.downlink_ratio, count=0)
 
-    def _make(self, name: str, network: Network, *, ratio: float, count: int) -> Compressor:
+    def _make(self, name: str, network: ReferenceModel, *, ratio: float, count: int) -> Compressor:
         correction = 0.0 if self.codec_mode == "paper" else self.correction
         return make_compressor(
             name, network, ratio=ratio, count=count, settings=self.proxy_settings(), correction=correction

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tofu.data import LabelledImages
+from tofu.data import LabeledImages
 from tofu.errors import DataError, SettingError
 from tofu.rng import derive_generator
 
@@ -59,7 +59,7 @@ class TaskStream:
         generator = derive_generator(self.seed, client, "task order")
         return int(torch.randperm(self.tasks, generator=generator)[position])
 
-    def classes_of(self, task: int) -> tuple[int, ...]:
+    def strata_of(self, task: int) -> tuple[int, ...]:
         """The classes of a task, ascending; as evenly dealt as can be."""
         self._check(task)
         if self.kind != "classes":
@@ -74,20 +74,20 @@ class TaskStream:
             return torch.arange(pixels)
         return torch.randperm(pixels, generator=derive_generator(self.seed, task, "task pixels"))
 
-    def images_of(self, data: LabelledImages, task: int) -> LabelledImages:
+    def images_of(self, data: LabeledImages, task: int) -> LabeledImages:
         """A task's images; labels stay those of the dataset.
 
         Raises:
             DataError: there is no image of the task's classes.
         """
         if self.kind == "classes":
-            mine = torch.isin(data.labels, torch.tensor(self.classes_of(task)))
+            mine = torch.isin(data.labels, torch.tensor(self.strata_of(task)))
             if not bool(mine.any()):
-                raise DataError(f"there is no image of task {task}, whose classes are {self.classes_of(task)}")
+                raise DataError(f"there is no image of task {task}, whose classes are {self.strata_of(task)}")
             return data.subset(mine.nonzero().flatten())
         pixels = self.permutation_of(task, data.images[0, 0].numel()) if len(data) else torch.arange(0)
         images = data.images.flatten(2)[:, :, pixels].view_as(data.images)
-        return LabelledImages(images, data.labels, data.classes)
+        return LabeledImages(images, data.labels, data.classes)
 
     def _check(self, task: int) -> None:
         if not 0 <= task < self.tasks:

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.optim.sgd import sgd
 from torch.overrides import TorchFunctionMode
 
-from tofu.data import LabelledImages, to_float
+from tofu.data import LabeledImages, to_float
 from tofu.device import CPU, on_device
 from tofu.errors import RunError
 from tofu.plugins import NO_PLUGINS, Plugins
 
 
 @dataclass(frozen=True)
-class LocalTraining:
+class LocalTrainingConfig:
     """How a client trains: epochs, images in a step, and SGD's step size, momentum and weight decay."""
 
     epochs: int
@@ -39,8 +39,8 @@ class TrainingResult:
 
 def train_locally(
     model: nn.Module,
-    data: LabelledImages,
-    how: LocalTraining,
+    data: LabeledImages,
+    how: LocalTrainingConfig,
     *,
     generator: torch.Generator,
     plugins: Plugins = NO_PLUGINS,
@@ -62,7 +62,7 @@ def train_locally(
     """
     began = time.perf_counter()
     model.train()
-    descend = Descent([p for p in model.parameters() if p.requires_grad], how)
+    descend = SGD([p for p in model.parameters() if p.requires_grad], how)
     total, steps = torch.zeros((), device=device), 0
     for _ in range(how.epochs):
         with on_device(model, device):
@@ -87,14 +87,14 @@ def train_locally(
     return TrainingResult(mean, steps, time.perf_counter() - began)
 
 
-class Descent:
+class SGD:
     """Steps of torch's SGD.
 
     The class `torch.optim.SGD` takes the same ones and imports torch's compiler first, which takes a second: each time,
     where a client app starts anew for every message.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], how: LocalTraining) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], how: LocalTrainingConfig) -> None:
         self._parameters, self._how = parameters, how
         self._momenta: dict[Tensor, Tensor | None] = {}
 

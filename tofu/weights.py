@@ -20,7 +20,7 @@ FINGERPRINT_BYTES = 8
 
 
 @dataclass(frozen=True)
-class Layout:
+class ParamSpec:
     """Names and shapes of what travels, the same on both ends because both build the same model.
 
     Attributes:
@@ -47,8 +47,8 @@ class Layout:
         return 4 * sum(shape.numel() for shape in self.shapes.values())
 
 
-def layout_of(model: nn.Module) -> Layout:
-    """The layout of a model.
+def layout_of(model: nn.Module) -> ParamSpec:
+    """The param_spec of a model.
 
     Raises:
         SettingError: nothing is trainable, or a trainable parameter is not float32.
@@ -61,7 +61,7 @@ def layout_of(model: nn.Module) -> Layout:
             raise SettingError("model", f"{name}: {p.dtype}", "float32 parameters")
     buffers = dict(_travelling_buffers(model))
     integers = frozenset(name for name, b in buffers.items() if not b.is_floating_point())
-    return Layout(parameters, {name: b.shape for name, b in buffers.items()}, integers)
+    return ParamSpec(parameters, {name: b.shape for name, b in buffers.items()}, integers)
 
 
 def _travelling_buffers(model: nn.Module) -> Iterable[tuple[str, Tensor]]:

@@ -178,7 +178,7 @@ class SecurePart:
 
     Attributes:
         terms: of the vector (`tofu.secagg.encoding`).
-        shares: the neighbours' sealed shares (`tofu.secagg.messages.Shares`).
+        shares: the neighbors' sealed shares (`tofu.secagg.messages.Shares`).
     """
 
     terms: bytes

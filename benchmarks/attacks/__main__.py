@@ -1,7 +1,7 @@
 """What an attacker at the server recovers from each kind of message, by situation, over seeds.
 
 The exact update is the control: where it does not break, the rest of a situation proves nothing, and the table says so.
-Finished cells are kept in --runs and not run again. Attacks end by their evaluations, not by the clock, so that a busy
+Finished cells are kept in --runs and not run again. Attacks end by their max_evals, not by the clock, so that a busy
 machine finds the same (a limit of an hour a cell aside).
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from attacks.evaluate import SITUATION, Evaluation, evaluate, summarise, verdicts
+from attacks.evaluate import SITUATION, Evaluation, evaluate, summarize, verdicts
 from attacks.report import print_tables, write_report
 from benchmarks.attacks.membership import membership_rows, print_membership
 from benchmarks.common import RESULTS, find_data, write_results
@@ -100,7 +100,7 @@ def main() -> None:
         "full": options.full,
         "kept_from": [last["command"], *last["settings"]["kept_from"]] if options.keep else [],
         "verdicts": verdicts(rows),
-        "summary": summarise(rows),
+        "summary": summarize(rows),
         "membership": membership,
     }
     write_results("attacks", settings=settings, rows=shown)

@@ -6,7 +6,7 @@
 
 One step on one and on four images, labels known, untrained LeNet with smooth activations; the same objective (cosine,
 the same weight of the total variation; none on grey images, which theirs does not take), signed Adam of step 0.1 with
-the same schedule, one start each of its own noise, as many evaluations. What differs: our start has deviation 0.3 and
+the same schedule, one start each of its own noise, as many max_evals. What differs: our start has deviation 0.3 and
 theirs 1, and their total variation is a mean over differences otherwise than ours.
 """
 
@@ -26,11 +26,11 @@ from attacks.inverting import Inverting
 from attacks.messages import local_round, observe, parse_message
 from attacks.metrics import score
 from attacks.observation import Observation
-from attacks.trials import OTHERS, Situation, drawn_clients, open_clients, trained_network
+from attacks.trials import OTHERS, Scenario, drawn_clients, open_clients, trained_network
 from benchmarks.common import find_data, print_table, spread, write_results
 from tofu.data import to_float
 from tofu.rng import derive_generator
-from tofu.training import LocalTraining
+from tofu.training import LocalTrainingConfig
 
 MODEL = "lenet-smooth"
 
@@ -40,9 +40,9 @@ def theirs(
 ) -> tuple[Tensor, float]:
     """Images and seconds of `breaching`, in a process of its own."""
     network = observation.network
-    arrays: dict[str, Any] = {"labels": labels.numpy(), "seed": seed, "evaluations": attack.evaluations,
+    arrays: dict[str, Any] = {"labels": labels.numpy(), "seed": seed, "max_evals": attack.max_evals,
                               "variation": attack.variation, "shape": list(vars(network.shape).values())}  # fmt: skip
-    for i, name in enumerate(network.layout.parameters):
+    for i, name in enumerate(network.param_spec.parameters):
         arrays |= {f"weight{i}": network.base[name].numpy(), f"gradient{i}": observation.gradient[name].numpy()}
     with tempfile.TemporaryDirectory() as folder:
         given, found = Path(folder) / "in.npz", Path(folder) / "out.npz"
@@ -54,14 +54,14 @@ def theirs(
         return torch.from_numpy(result["images"]).float(), float(result["seconds"])
 
 
-def one_case(name: str, data: str, size: int, seed: int, evaluations: int, python: Path) -> list[dict[str, Any]]:
+def one_case(name: str, data: str, size: int, seed: int, max_evals: int, python: Path) -> list[dict[str, Any]]:
     """A row for each implementation."""
-    situation = Situation(data, MODEL, "group", 0.1, seed, 0, size, 1, 1, True)
+    situation = Scenario(data, MODEL, "group", 0.1, seed, 0, size, 1, 1, True)
     network, images = trained_network(situation), drawn_clients(situation, 1)[0]
     generator = derive_generator(seed, "against breaching", size)
-    sent = local_round(network, images, LocalTraining(1, size, 0.1), generator)
+    sent = local_round(network, images, LocalTrainingConfig(1, size, 0.1), generator)
     seen = observe(parse_message("exact"), [sent], generator=generator, know_labels=True)
-    attack = Inverting(restarts=1, evaluations=evaluations, variation=1e-4 if network.shape.channels == 3 else 0.0)
+    attack = Inverting(restarts=1, max_evals=max_evals, variation=1e-4 if network.shape.channels == 3 else 0.0)
     began = time.perf_counter()
     own = attack.run(seen, generator=generator).images
     seconds = time.perf_counter() - began
@@ -79,14 +79,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", type=Path, required=True, help="a Python that has breaching")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--evaluations", type=int, default=1000)
+    parser.add_argument("--max-evals", type=int, default=1000)
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
     for name, data in (("digits", "digits"), ("cifar10", find_data("cifar10", "uoft-cs/cifar10"))):
         for size in (1, 4):
             for seed in range(options.seeds):
-                rows += one_case(name, data, size, seed, options.evaluations, options.python)
+                rows += one_case(name, data, size, seed, options.max_evals, options.python)
                 told = ", ".join(f"{row['who']} {row['psnr']:.1f} dB in {row['seconds']:.0f} s" for row in rows[-2:])
                 print(f"{name}, batch {size}, seed {seed}: {told}", flush=True)
     table = []
@@ -99,7 +99,7 @@ def main() -> None:
         table.append((name, str(size), spread([r["psnr"] for r in mine], 1), spread([r["psnr"] for r in other], 1),
                       spread(ratio, 2)))  # fmt: skip
     print_table(("data", "batch", "ours, dB", "breaching, dB", "our time over theirs"), table)
-    settings = {"seeds": options.seeds, "evaluations": options.evaluations, "model": MODEL}
+    settings = {"seeds": options.seeds, "max_evals": options.max_evals, "model": MODEL}
     write_results("attacks-breaching", script="attacks.against_breaching", settings=settings, rows=rows)
 
 

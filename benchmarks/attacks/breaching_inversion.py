@@ -29,7 +29,7 @@ def main() -> None:
         for parameter, value in zip(model.parameters(), weights, strict=True):
             parameter.copy_(value)
     config = breaching.get_config(overrides=["attack=invertinggradients"]).attack
-    config.optim.max_iterations = int(given["evaluations"])
+    config.optim.max_iterations = int(given["max_evals"])
     config.optim.callback = 10**9
     config.restarts.num_trials = 1
     config.regularization.total_variation.scale = float(given["variation"])

@@ -14,17 +14,17 @@ import torch
 
 from benchmarks.common import find_data, print_table, spread, write_results
 from tofu.codec.correction import slots_length
-from tofu.codec.strata import classes_of
+from tofu.codec.strata import strata_of
 from tofu.compression import ErrorFeedback
 from tofu.compression.rice import positions_length
 from tofu.data import FederatedData
 from tofu.models import build_model
 from tofu.payload import HEADER_BYTES
-from tofu.reference_model import Network
+from tofu.reference_model import ReferenceModel
 from tofu.rng import derive_generator
 from tofu.rounds.aggregation import RunningMean
 from tofu.settings import Settings
-from tofu.training import LocalTraining, train_locally
+from tofu.training import LocalTrainingConfig, train_locally
 from tofu.weights import Weights, add_update, difference, explained_variance, load_weights, weights_of
 
 FEDERATION: dict[str, Any] = {
@@ -40,11 +40,11 @@ MOMENTS = (2, 6, 12)
 LOOKED_AT = (0, 1, 2)
 
 
-def targets(settings: Settings, data: FederatedData) -> Iterator[tuple[int, int, Network, Weights]]:
+def targets(settings: Settings, data: FederatedData) -> Iterator[tuple[int, int, ReferenceModel, Weights]]:
     """(round, client, network at the round's weights, what the client would compress), while the federation goes on."""
     model = build_model(settings.model, data.shape, seed=settings.seed)
-    network = Network(model.eval(), data.shape).as_built()
-    how = LocalTraining(settings.local_epochs, settings.batch_size, settings.lr)
+    network = ReferenceModel(model.eval(), data.shape).as_built()
+    how = LocalTrainingConfig(settings.local_epochs, settings.batch_size, settings.lr)
     compressor = settings.make_compressor("proxy", network)
     memories = [ErrorFeedback() for _ in range(settings.clients)]
     for round_ in range(1, MOMENTS[-1] + 1):
@@ -63,18 +63,18 @@ def targets(settings: Settings, data: FederatedData) -> Iterator[tuple[int, int,
         add_update(model, mean.mean())
 
 
-def measure(network: Network, target: Weights, settings: Settings) -> dict[str, Any]:
+def measure(network: ReferenceModel, target: Weights, settings: Settings) -> dict[str, Any]:
     compressor = settings.make_compressor("proxy", network)
     made = compressor.compress(network, target, generator=torch.Generator().manual_seed(settings.seed))
-    vector = torch.cat([made.decoded[name].flatten() for name in network.layout.parameters])
+    vector = torch.cat([made.decoded[name].flatten() for name in network.param_spec.parameters])
     row = {
         "bytes": HEADER_BYTES + len(made.body),
         "explained_variance": explained_variance(target, made.decoded),
-        "evaluations": made.evaluations,
+        "max_evals": made.max_evals,
     }
     positions = np.flatnonzero(vector.numpy())
-    if not made.evaluations:  # proxies decode to entries everywhere
-        classes = classes_of(network)
+    if not made.max_evals:  # proxies decode to entries everywhere
+        classes = strata_of(network)
         bits = positions_length(positions)
         if settings.compressor == "proxy":
             bits = slots_length(np.sort(classes.slots[positions]), classes)

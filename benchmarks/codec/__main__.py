@@ -21,15 +21,15 @@ from benchmarks.common import find_data, print_table, spread, write_results
 from tofu.codec.compressor import Proxy
 from tofu.codec.proxies import ProxySettings, paper_settings
 from tofu.compression import ErrorFeedback
-from tofu.data import LabelledImages, open_data
+from tofu.data import LabeledImages, open_data
 from tofu.models import build_model
 from tofu.payload import HEADER_BYTES
-from tofu.reference_model import Network
-from tofu.training import LocalTraining, train_locally
+from tofu.reference_model import ReferenceModel
+from tofu.training import LocalTrainingConfig, train_locally
 from tofu.weights import Weights, cosine, difference, load_weights, weights_of
 
-EPOCH = LocalTraining(epochs=1, batch_size=64, lr=0.02)
-LATE_EPOCH = LocalTraining(epochs=1, batch_size=32, lr=0.05)
+EPOCH = LocalTrainingConfig(epochs=1, batch_size=64, lr=0.02)
+LATE_EPOCH = LocalTrainingConfig(epochs=1, batch_size=32, lr=0.05)
 IMAGES = 6000
 
 SMOOTH = ProxySettings()
@@ -43,15 +43,15 @@ def change(**fields: object) -> ProxySettings:
 VARIANTS: dict[str, ProxySettings] = {
     "smooth (default)": SMOOTH,
     "without the twin (ReLU, max-pool)": change(smooth=False),
-    "without the twin, Adam": change(smooth=False, optimiser="adam"),
-    "steepness 0.1": change(steepness=0.1),
-    "steepness 1": change(steepness=1.0),
-    "steepness 4": change(steepness=4.0),
-    "steepness 16": change(steepness=16.0),
+    "without the twin, Adam": change(smooth=False, optimizer="adam"),
+    "surrogate_beta 0.1": change(surrogate_beta=0.1),
+    "surrogate_beta 1": change(surrogate_beta=1.0),
+    "surrogate_beta 4": change(surrogate_beta=4.0),
+    "surrogate_beta 16": change(surrogate_beta=16.0),
     "labels on the simplex": change(labels="simplex"),
     "one scale": change(scale="one"),
-    "Adam in place of L-BFGS": change(optimiser="adam"),
-    "Adam, 200 evaluations": change(optimiser="adam", evaluations=200),
+    "Adam in place of L-BFGS": change(optimizer="adam"),
+    "Adam, 200 max_evals": change(optimizer="adam", max_evals=200),
     "labels not solved again": change(solve_labels=0),
     "proxies of 7x7": change(size=7),
     "proxies of 10x10": change(size=10),
@@ -60,12 +60,12 @@ VARIANTS: dict[str, ProxySettings] = {
     "4 bits": change(bits=4),
     "16 bits": change(bits=16),
     "32 bits": change(bits=32),
-    "30 evaluations": change(evaluations=30),
-    "120 evaluations": change(evaluations=120),
-    "200 evaluations, no early stop": change(evaluations=200, tolerance=0.0),
+    "30 max_evals": change(max_evals=30),
+    "120 max_evals": change(max_evals=120),
+    "200 max_evals, no early stop": change(max_evals=200, tolerance=0.0),
     "paper mode": PAPER,
     "paper mode, 28x28": dataclasses.replace(PAPER, size=28),
-    "paper mode, 1000 evaluations, no early stop": dataclasses.replace(PAPER, evaluations=1000, tolerance=0.0),
+    "paper mode, 1000 max_evals, no early stop": dataclasses.replace(PAPER, max_evals=1000, tolerance=0.0),
 }
 
 
@@ -73,14 +73,14 @@ VARIANTS: dict[str, ProxySettings] = {
 class Case:
     """One seed's network at the base weights, its update, the one before, and the seconds of the local epoch."""
 
-    network: Network
+    network: ReferenceModel
     update: Weights
     earlier: Weights
     earlier_base: Weights
     epoch_seconds: float
 
 
-def make_case(data: LabelledImages, seed: int) -> Case:
+def make_case(data: LabeledImages, seed: int) -> Case:
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(data), generator=generator)
     parts = [data.subset(order[i * IMAGES : (i + 1) * IMAGES]) for i in range(4)]
@@ -99,7 +99,7 @@ def make_case(data: LabelledImages, seed: int) -> Case:
             update = difference(weights_of(model), base)
     load_weights(model, base)
     earlier = difference(base, earlier_base)
-    return Case(Network(model.eval(), data.shape), update, earlier, earlier_base, statistics.median(seconds))
+    return Case(ReferenceModel(model.eval(), data.shape), update, earlier, earlier_base, statistics.median(seconds))
 
 
 def make_late_case(source: str, seed: int, ratio: float) -> Case:
@@ -111,7 +111,7 @@ def make_late_case(source: str, seed: int, ratio: float) -> Case:
     order = torch.randperm(len(everyone), generator=generator)
     parts = [everyone.subset(rows) for rows in torch.split(order, IMAGES)]
     model = build_model("lenet5", data.shape, seed=seed)
-    network = Network(model, data.shape)
+    network = ReferenceModel(model, data.shape)
     for part in parts[:8]:
         train_locally(model, part, LATE_EPOCH, generator=generator)
     feedback = ErrorFeedback()
@@ -141,9 +141,9 @@ def measure(case: Case, ratio: float, settings: ProxySettings, seed: int, memory
     return {
         "cosine": cosine(case.update, decoded),
         "seconds_over_epoch": seconds / case.epoch_seconds,
-        "evaluations": compressed.evaluations,
+        "max_evals": compressed.max_evals,
         "payload_bytes": payload,
-        "ratio": case.network.layout.float32_bytes / payload,
+        "ratio": case.network.param_spec.float32_bytes / payload,
         "proxies": compressor.count,
     }
 
@@ -167,16 +167,16 @@ def rows(early: list[Case], source: str, ratios: list[float], only: str) -> Iter
                 if only in name:
                     results = [measure(case, ratio, settings, seed) for seed, case in enumerate(cases)]
                     yield row(stage, name, ratio, results)
-        for evaluations in (20, 60):
-            settings = change(evaluations=evaluations)
-            name = f"warm start, {evaluations} evaluations"
+        for max_evals in (20, 60):
+            settings = change(max_evals=max_evals)
+            name = f"warm start, {max_evals} max_evals"
             if only in name:
                 memories = [warm_memory(case, ratio, settings, seed) for seed, case in enumerate(early)]
                 results = [measure(c, ratio, settings, s, memories[s]) for s, c in enumerate(early)]
                 yield row("early", name, ratio, results)
-        if only in "20 evaluations, cold":
-            results = [measure(c, ratio, change(evaluations=20), s) for s, c in enumerate(early)]
-            yield row("early", "20 evaluations, cold", ratio, results)
+        if only in "20 max_evals, cold":
+            results = [measure(c, ratio, change(max_evals=20), s) for s, c in enumerate(early)]
+            yield row("early", "20 max_evals, cold", ratio, results)
 
 
 def row(stage: str, name: str, ratio: float, results: list[dict[str, float]]) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def main() -> None:
         for ratio in options.ratios:
             print(f"\n{stage}, {ratio:g}x\n")
             print_table(
-                ("variant", "proxies", "ratio", "cosine", "time / epoch", "evaluations"),
+                ("variant", "proxies", "ratio", "cosine", "time / epoch", "max_evals"),
                 [
                     (
                         r["variant"],
@@ -212,7 +212,7 @@ def main() -> None:
                         f"{r['ratio'][0]:.0f}",
                         spread(r["cosine"]),
                         f"{statistics.fmean(r['seconds_over_epoch']):.2f}",
-                        f"{statistics.fmean(r['evaluations']):.0f}",
+                        f"{statistics.fmean(r['max_evals']):.0f}",
                     )
                     for r in result
                     if (r["case"], r["wanted_ratio"]) == (stage, ratio)

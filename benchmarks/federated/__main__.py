@@ -16,12 +16,12 @@ from benchmarks.common import RESULTS, find_data, print_table, spread, write_res
 from benchmarks.federated.figure import draw
 from client.app import app as client_app
 from server.app import serve_in_process
-from tofu.formatting import human_bytes
+from tofu.formatting import format_bytes
 from tofu.observers.terminal import PlainProgress
 from tofu.settings import Settings
 
 COMMON: dict[str, Any] = {
-    "partition": "dirichlet", "alpha": 0.5, "local_epochs": 1, "batch_size": 32, "weight_average": 0.5,
+    "partition": "dirichlet", "alpha": 0.5, "local_epochs": 1, "batch_size": 32, "ema_decay": 0.5,
 }  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "mnist": {"dataset": "ylecun/mnist", "model": "lenet5", "clients": 10, "train_images": 12_000, "rounds": 15},
@@ -139,7 +139,7 @@ def print_case(rows: list[dict[str, Any]]) -> None:
                 method,
                 spread([100 * row["final_accuracy"] for row in mine], 2),
                 "" if method == "FedAvg" else spread(lost, 2),
-                human_bytes(round(sum(row["uplink_bytes"] for row in mine) / len(mine))),
+                format_bytes(round(sum(row["uplink_bytes"] for row in mine) / len(mine))),
                 f"{sum(row['uplink_ratio'] for row in mine) / len(mine):.1f}x",
                 f"{full / sum(row['uplink_bytes'] + row['downlink_bytes'] for row in mine):.1f}x",
             )

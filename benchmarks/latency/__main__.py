@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.common import print_table, spread, write_results
-from deploy.processes import Federation
+from deploy.processes import LocalCluster
 
 _NODES = 2
 _ROUNDS = 5
 _TRIVIAL: Mapping[str, bool | float | int | str] = {
-    "clients": _NODES, "min-clients": _NODES, "rounds": _ROUNDS, "model": "mlp", "local-epochs": 1, "evaluations": 2,
+    "clients": _NODES, "min-clients": _NODES, "rounds": _ROUNDS, "model": "mlp", "local-epochs": 1, "max_evals": 2,
     "round-timeout": 300.0,
 }  # fmt: skip
 
@@ -75,7 +75,7 @@ def measure(topology: Topology, seed: int) -> Measured:
     """One run."""
     with tempfile.TemporaryDirectory(prefix="tofu-latency-") as name:
         folder = Path(name)
-        with Federation(
+        with LocalCluster(
             folder / "federation", nodes=_NODES, app=Path("."), warm=topology.warm, environment=topology.environment
         ) as federation:
             leader = federation.processes["node-0-exec"].pid

@@ -1,6 +1,6 @@
 """Gradient projection memory on permuted MNIST, in the setting of Saha et al. (ICLR 2021), table 1.
 
-Ten tasks, each with its own permutation of the pixels; 784-100-100-10 without biases, ReLU, pixels normalised as there;
+Ten tasks, each with its own permutation of the pixels; 784-100-100-10 without biases, ReLU, pixels normalized as there;
 SGD of step 0.01, batches of 10, 5 epochs a task; memory of 300 images, thresholds 0.95 (first layer) and 0.99, the
 code's rule; 54,000 training images, since the published code keeps a tenth for validation. One model learns task after
 task by `train_locally` with the plugin; the server's half is called between tasks. The paper's ACC is 93.91 +- 0.16 and
@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import RESULTS, find_data, print_table, spread, versions
-from tofu.data import ImageShape, LabelledImages, open_data
+from tofu.data import ImageShape, LabeledImages, open_data
 from tofu.evaluation import evaluate
 from tofu.models import build_model
-from tofu.plugins import About, make_plugins
+from tofu.plugins import RoundContext, make_plugins
 from tofu.rng import derive_generator, derive_seed
 from tofu.tasks import TaskStream, backward_transfer, mean_accuracy
-from tofu.training import LocalTraining, train_locally
+from tofu.training import LocalTrainingConfig, train_locally
 from tofu.weights import Weights, load_weights, weights_of
 
 METHODS: dict[str, tuple[str, str]] = {
@@ -51,10 +51,10 @@ FEDERATIONS: dict[str, dict[str, Any]] = {
     "mnist": {"dataset": "ylecun/mnist", "images": 12_000, "model": "mlp", "clients": 5, "tasks": 4, "rounds": 10,
               "epochs": 1, "batch_size": 10, "lr": 0.1, "methods": tuple(FEDERATED)[:3]},
 }  # fmt: skip
-_MOST_BYTES = 1 << 30
+_MAX_BYTES = 1 << 30
 
 
-class Normalised(nn.Module):
+class Normalized(nn.Module):
     """Images in [-1, 1] -> MNIST's mean 0 and deviation 1, as in the published code."""
 
     def forward(self, images: Tensor) -> Tensor:
@@ -62,19 +62,19 @@ class Normalised(nn.Module):
 
 
 def build(shape: ImageShape, seed: int) -> nn.Module:
-    """784-100-100-10 without biases, torch's initialisation under the seed."""
+    """784-100-100-10 without biases, torch's initialization under the seed."""
     sizes = (shape.channels * shape.height * shape.width, 100, 100, shape.classes)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         layers = [nn.Linear(a, b, bias=False) for a, b in itertools.pairwise(sizes)]
-    return nn.Sequential(nn.Flatten(), Normalised(), layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+    return nn.Sequential(nn.Flatten(), Normalized(), layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
 
 
 def learn(
     make: Callable[[], nn.Module],
-    clients: Sequence[Sequence[LabelledImages]],
-    tests: Sequence[Sequence[LabelledImages]],
-    how: LocalTraining,
+    clients: Sequence[Sequence[LabeledImages]],
+    tests: Sequence[Sequence[LabeledImages]],
+    how: LocalTrainingConfig,
     plugin: tuple[str, str],
     *,
     rounds: int = 1,
@@ -105,22 +105,22 @@ def learn(
             totals: dict[str, Tensor] = {}
             for i, own in enumerate(clients):
                 plugins = make_plugins(*plugin)
-                plugins.load(state=states[i], broadcast=broadcast, max_bytes=_MOST_BYTES)
+                plugins.load(state=states[i], broadcast=broadcast, max_bytes=_MAX_BYTES)
                 shape = own[task].shape
-                model = plugins.setup(make(), About(shape, **where, final=final, client=str(i), seed=seed))
+                model = plugins.setup(make(), RoundContext(shape, **where, final=final, client=str(i), seed=seed))
                 load_weights(model, weights)
                 generator = derive_generator(seed, round_, i, "train")
                 train_locally(model, own[task], how, generator=generator, plugins=plugins, final=final)
                 export = plugins.export(model)
                 metrics = dict(export.metrics)
-                states[i] = plugins.state_bytes(max_bytes=_MOST_BYTES)
+                states[i] = plugins.state_bytes(max_bytes=_MAX_BYTES)
                 for name, value in export.sums.items():
                     totals[name] = totals.get(name, torch.zeros_like(value)) + value
                 for name, value in weights_of(model).items():
                     average[name] += value * (len(own[task]) / examples)
             server = make_plugins(*plugin)
-            server.load(broadcast=broadcast, max_bytes=_MOST_BYTES)
-            model = server.setup(make(), About(clients[0][task].shape, **where, final=final, seed=seed))
+            server.load(broadcast=broadcast, max_bytes=_MAX_BYTES)
+            model = server.setup(make(), RoundContext(clients[0][task].shape, **where, final=final, seed=seed))
             server.check_sums(totals, model, clients=len(clients))
             load_weights(model, weights)
             before = server.before_step(model)
@@ -128,7 +128,7 @@ def learn(
             server.on_step(model, before)
             weights = weights_of(model)
             server.reduce(totals, examples)
-            broadcast = server.broadcast_bytes(max_bytes=_MOST_BYTES)
+            broadcast = server.broadcast_bytes(max_bytes=_MAX_BYTES)
         scores = [[evaluate(model, test).accuracy for test in own[: task + 1]] for own in tests]
         matrix[task, : task + 1] = torch.tensor(scores).mean(0)
         say(f"task {task + 1}: " + " ".join(f"{100 * a:.1f}" for a in matrix[task, : task + 1].tolist()))
@@ -148,7 +148,7 @@ def one_run(method: str, seed: int, options: argparse.Namespace) -> dict[str, An
     train = [stream.images_of(data.client(0), task) for task in range(options.tasks)]
     test = [stream.images_of(data.test(), task) for task in range(options.tasks)]
     first = derive_seed(seed, "initial weights")
-    how = LocalTraining(options.epochs, options.batch_size, options.lr)
+    how = LocalTrainingConfig(options.epochs, options.batch_size, options.lr)
     matrix, metrics = learn(
         lambda: build(data.shape, first), [train], [test], how, METHODS[method], seed=seed,
         say=lambda line: print(f"{method}, seed {seed}, {line}", flush=True),
@@ -164,7 +164,7 @@ def one_federation(name: str, method: str, seed: int) -> dict[str, Any]:
     streams = [TaskStream("pixels", f["tasks"], data.shape.classes, seed=100 * seed + i) for i in range(f["clients"])]
     train = [[s.images_of(data.client(i), task) for task in range(f["tasks"])] for i, s in enumerate(streams)]
     test = [[s.images_of(data.test(), task) for task in range(f["tasks"])] for s in streams]
-    how = LocalTraining(f["epochs"], f["batch_size"], f["lr"])
+    how = LocalTrainingConfig(f["epochs"], f["batch_size"], f["lr"])
     matrix, metrics = learn(
         lambda: build_model(f["model"], data.shape, seed=seed), train, test, how, plugin, rounds=f["rounds"], seed=seed,
         say=lambda line: print(f"{method}, seed {seed}, {line}", flush=True),
@@ -197,8 +197,8 @@ def draw(row: dict[str, Any], path: Path) -> None:
     shown = matrix.masked_fill(matrix == 0, float("nan"))
     axes.pcolormesh(shown.flip(0).numpy(), cmap="viridis", vmin=50, vmax=100)
     for i, j in torch.tril_indices(*matrix.shape).T.tolist():
-        colour = "black" if matrix[i, j] > 80 else "white"
-        axes.text(j + 0.5, len(matrix) - i - 0.5, f"{matrix[i, j]:.0f}", ha="center", va="center", size=7, color=colour)
+        color = "black" if matrix[i, j] > 80 else "white"
+        axes.text(j + 0.5, len(matrix) - i - 0.5, f"{matrix[i, j]:.0f}", ha="center", va="center", size=7, color=color)
     marks = [i + 0.5 for i in range(len(matrix))]
     axes.set_xticks(marks, [str(i + 1) for i in range(len(matrix))])
     axes.set_yticks(marks, [str(len(matrix) - i) for i in range(len(matrix))])

@@ -27,18 +27,18 @@ from torch import Tensor, nn
 from benchmarks.common import RESULTS, find_data, print_table, spread, versions
 from benchmarks.plugins.ood_metrics import ood_metrics
 from client.plugins.ood import OutOfDistribution, WiderHead
-from tofu.data import LabelledImages, open_data, to_float
+from tofu.data import LabeledImages, open_data, to_float
 from tofu.models import build_model
 from tofu.models.torchvision_compat import torchvision  # noqa: F401  before pytorch_ood
-from tofu.plugins import NO_PLUGINS, About, Plugins, make_plugins
+from tofu.plugins import NO_PLUGINS, Plugins, RoundContext, make_plugins
 from tofu.rng import derive_generator
-from tofu.training import LocalTraining, train_locally
+from tofu.training import LocalTrainingConfig, train_locally
 from tofu.weights import load_weights, weights_of
 
 from pytorch_ood.detector import ODIN, EnergyBased, Mahalanobis, MaxSoftmax  # isort: skip
 
 CLIENTS = 4
-HOW = LocalTraining(epochs=1, batch_size=64, lr=0.03, momentum=0.9)
+HOW = LocalTrainingConfig(epochs=1, batch_size=64, lr=0.03, momentum=0.9)
 AUXILIARY = "auxiliary class"
 MIXUP = f"{AUXILIARY}, intra-class mixup"
 
@@ -47,27 +47,27 @@ Score = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Network:
+class ReferenceModel:
     """A trained network and the server's plugins."""
 
     model: nn.Module
     plugins: Plugins
 
 
-def train(clients: list[LabelledImages], options: str | None, rounds: int, seed: int) -> Network:
+def train(clients: list[LabeledImages], options: str | None, rounds: int, seed: int) -> ReferenceModel:
     """Federated averaging, with the plugin where there are options."""
 
-    def made(about: About) -> tuple[nn.Module, Plugins]:
+    def made(about: RoundContext) -> tuple[nn.Module, Plugins]:
         plugins = NO_PLUGINS if options is None else make_plugins("ood", options)
         return plugins.setup(build_model("cnn", about.shape, seed=seed), about), plugins
 
     shape, examples = clients[0].shape, sum(map(len, clients))
-    model, server = made(About(shape, rounds=rounds, seed=seed))
+    model, server = made(RoundContext(shape, rounds=rounds, seed=seed))
     for round_ in range(1, rounds + 1):
         mean = {name: torch.zeros_like(value) for name, value in weights_of(model).items()}
         sums: dict[str, Tensor] = {}
         for number, data in enumerate(clients):
-            local, plugins = made(About(shape, round=round_, rounds=rounds, client=str(number), seed=seed))
+            local, plugins = made(RoundContext(shape, round=round_, rounds=rounds, client=str(number), seed=seed))
             load_weights(local, weights_of(model))
             generator = derive_generator(seed, round_, str(number), "train")
             train_locally(local, data, HOW, generator=generator, plugins=plugins)
@@ -78,7 +78,7 @@ def train(clients: list[LabelledImages], options: str | None, rounds: int, seed:
         load_weights(model, mean)
         if sums:
             server.reduce(sums, examples)
-    return Network(model.eval(), server)
+    return ReferenceModel(model.eval(), server)
 
 
 def kept_bytes(model: nn.Module) -> int:
@@ -91,7 +91,7 @@ def in_batches(score: Score, images: Tensor) -> Tensor:
     return torch.cat([score(batch).detach() for batch in torch.split(images, 500)])
 
 
-def plugin_score(network: Network) -> Score:
+def plugin_score(network: ReferenceModel) -> Score:
     def score(images: Tensor) -> Tensor:
         with torch.no_grad():
             found = network.plugins.predict(network.model, images).score
@@ -107,7 +107,7 @@ def features_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return model[:-1]
 
 
-def rivals(model: nn.Module, train_images: LabelledImages) -> dict[str, tuple[Score, int]]:
+def rivals(model: nn.Module, train_images: LabeledImages) -> dict[str, tuple[Score, int]]:
     """Name -> (score, bytes that the detector keeps)."""
     encoder = features_of(model)
     mahalanobis = Mahalanobis(encoder)
@@ -174,16 +174,16 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
     return float((logits.argmax(1) == labels).float().mean())
 
 
-def grey(images: LabelledImages, side: int) -> Tensor:
-    """float32 [n, 1, side, side] in [-1, 1]: the luma of colour images, scaled bilinearly."""
+def grey(images: LabeledImages, side: int) -> Tensor:
+    """float32 [n, 1, side, side] in [-1, 1]: the luma of color images, scaled bilinearly."""
     weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
     luma = (to_float(images.images) * weights).sum(1, keepdim=True)
     return F.interpolate(luma, size=(side, side), mode="bilinear", align_corners=False)
 
 
-def only(data: LabelledImages, wanted: range, classes: int) -> LabelledImages:
+def only(data: LabeledImages, wanted: range, classes: int) -> LabeledImages:
     rows = torch.isin(data.labels, torch.tensor(list(wanted))).nonzero().flatten()
-    return LabelledImages(data.images[rows], data.labels[rows], classes)
+    return LabeledImages(data.images[rows], data.labels[rows], classes)
 
 
 def one_seed(seed: int, options: argparse.Namespace, *, near: bool) -> list[dict[str, Any]]:
@@ -208,7 +208,7 @@ def one_seed(seed: int, options: argparse.Namespace, *, near: bool) -> list[dict
     trained = {AUXILIARY: train(clients, "", options.rounds, seed)}
     if not near:
         trained[MIXUP] = train(clients, "ood.intra-class=true", options.rounds, seed)
-    everyone = LabelledImages(
+    everyone = LabeledImages(
         torch.cat([data.images for data in clients]), torch.cat([data.labels for data in clients]), test.classes
     )
     found: dict[str, tuple[Score, nn.Module, int]] = {
@@ -218,7 +218,7 @@ def one_seed(seed: int, options: argparse.Namespace, *, near: bool) -> list[dict
         found[name] = (plugin_score(network), network.model, kept_bytes(network.model))
     model = trained[AUXILIARY].model
     for kind in ("energy", "angle"):
-        network = Network(model, make_plugins("ood", f"ood.score={kind}"))
+        network = ReferenceModel(model, make_plugins("ood", f"ood.score={kind}"))
         found[f"{AUXILIARY}, score {kind}"] = (plugin_score(network), model, kept_bytes(model))
 
     images, rows = to_float(test.images), []

@@ -23,7 +23,7 @@ from tofu.reporting.report.compare_tables import markdown
 from tofu.settings import Settings
 
 FEDERATION: dict[str, Any] = {
-    "clients": 10, "partition": "dirichlet", "alpha": 0.5, "local_epochs": 1, "batch_size": 32, "weight_average": 0.5,
+    "clients": 10, "partition": "dirichlet", "alpha": 0.5, "local_epochs": 1, "batch_size": 32, "ema_decay": 0.5,
 }  # fmt: skip
 MNIST: dict[str, Any] = {"dataset": "ylecun/mnist", "model": "lenet5", "train_images": 12_000, "rounds": 15}
 CIFAR: dict[str, Any] = {
@@ -35,7 +35,7 @@ STC at 200x is level with 0.03 and 0.05 (40.0, 40.2). Single runs by hand, not k
 results/rivals-cifar10-group-tuned.json."""
 VGG13: dict[str, Any] = {
     "dataset": "uoft-cs/cifar10", "model": "vgg13", "norm": "batch", "clients": 1, "partition": "iid",
-    "momentum": 0.9, "weight_decay": 5e-4, "final_lr": 0.01,
+    "momentum": 0.9, "weight_decay": 5e-4, "lr_final_factor": 0.01,
 }  # fmt: skip
 ALL = "proxy,stc,topk,powersgd,eden,qsgd"
 BEST = "proxy,stc,topk,powersgd"

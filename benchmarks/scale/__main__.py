@@ -1,6 +1,6 @@
 """What a round costs the server with 10 to 10,000 clients: time a client, and memory beside that of the model.
 
-The server is the real one (`server.runner.Federation`), with LeNet-5. The clients are replayed: each answers with
+The server is the real one (`server.runner.RoundRunner`), with LeNet-5. The clients are replayed: each answers with
 the payload that one real client made from its update, so the server checks, decodes, adds and counts as it would. Every
 size runs in a process of its own, whose peak memory is read at the end.
 """
@@ -20,16 +20,16 @@ from flwr.serverapp import Grid
 
 from benchmarks.common import print_table, write_results
 from server.ledger import Ledger
-from server.runner import Federation
-from tofu.data import ImageShape, LabelledImages
+from server.runner import RoundRunner
+from tofu.data import ImageShape, LabeledImages
 from tofu.flower.in_process import task_identity
-from tofu.formatting import human_bytes
+from tofu.formatting import format_bytes
 from tofu.models import build_model
 from tofu.observers.terminal import SilentProgress
 from tofu.payload import Payload
-from tofu.reference_model import Network
+from tofu.reference_model import ReferenceModel
 from tofu.settings import Settings
-from tofu.training import LocalTraining, train_locally
+from tofu.training import LocalTrainingConfig, train_locally
 from tofu.weights import difference, load_weights, weights_of
 from tofu.wire import FIELD, RECORD, TrainReply, TrainRequest
 
@@ -90,13 +90,13 @@ def measure(clients: int, ratio: float) -> dict[str, Any]:
     torch.set_num_threads(1)
     settings = Settings.of({"model": "lenet5", "clients": clients, "ratio": ratio, "rounds": 2})
     generator = torch.Generator().manual_seed(0)
-    data = LabelledImages(
+    data = LabeledImages(
         torch.randint(0, 256, (IMAGES, 1, 28, 28), dtype=torch.uint8, generator=generator),
         torch.randint(0, 10, (IMAGES,), generator=generator), 10,
     )  # fmt: skip
-    network = Network(build_model("lenet5", SHAPE).eval(), SHAPE)
+    network = ReferenceModel(build_model("lenet5", SHAPE).eval(), SHAPE)
     base = weights_of(network.model)
-    train_locally(network.model, data, LocalTraining(1, 32, 0.05), generator=generator)
+    train_locally(network.model, data, LocalTrainingConfig(1, 32, 0.05), generator=generator)
     update = difference(weights_of(network.model), base)
     load_weights(network.model, base)
     compressor = settings.make_compressor("proxy", network)
@@ -108,7 +108,7 @@ def measure(clients: int, ratio: float) -> dict[str, Any]:
     with task_identity():
         ledger = Ledger()
         grid = ReplayGrid(clients, compressor.code, body)
-        federation = Federation(grid, network, data, settings, ledger, SilentProgress())
+        federation = RoundRunner(grid, network, data, settings, ledger, SilentProgress())
         federation.run_round(1)
         ledger.take()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -122,7 +122,7 @@ def measure(clients: int, ratio: float) -> dict[str, Any]:
         "decode_seconds": decode,
         "peak_bytes": 1024 * max(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss),
         "payload_bytes": len(body),
-        "weights_bytes": network.layout.float32_bytes,
+        "weights_bytes": network.param_spec.float32_bytes,
     }
 
 
@@ -155,8 +155,8 @@ def main() -> None:
                 f"{row['clients']:,}",
                 f"{row['seconds_per_client'] / min(r['seconds_per_client'] for r in rows):.2f}",
                 f"{row['decode_seconds'] / row['seconds_per_client']:.0%}",
-                human_bytes(cast("int", row["peak_bytes"])),
-                human_bytes(max(0, row["peak_bytes"] - least["peak_bytes"])),
+                format_bytes(cast("int", row["peak_bytes"])),
+                format_bytes(max(0, row["peak_bytes"] - least["peak_bytes"])),
             )
             for row in rows
         ],

@@ -49,7 +49,7 @@ def measure(case: Case, repeat: int, short: dict[tuple[int, int, int], Cost]) ->
     rows = []
     for levels in LEVELS.get(case.clients, (100,)):
         code = ours.fixed_point(case.clients, levels)
-        if case.clients * (1 + case.topology.neighbours) * case.parameters <= WHOLE_UP_TO:
+        if case.clients * (1 + case.topology.neighbors) * case.parameters <= WHOLE_UP_TO:
             mine = ours.whole_session(case, code)
         else:
             key = (case.clients, levels, repeat)
@@ -59,7 +59,7 @@ def measure(case: Case, repeat: int, short: dict[tuple[int, int, int], Cost]) ->
         row = {
             "clients": case.clients,
             "parameters": case.parameters,
-            "neighbours": case.topology.neighbours,
+            "neighbors": case.topology.neighbors,
             "threshold": case.topology.threshold,
             "dropped": case.dropped,
             "repeat": repeat,
@@ -101,7 +101,7 @@ def main() -> None:
                 rows += measure(case, repeat, short)
             path = write_results("secagg", settings=settings, rows=rows)
     print(path)
-    header = ["clients", "neighbours", "parameters", "bits", "bytes up", "Flower's up", "bytes down"]
+    header = ["clients", "neighbors", "parameters", "bits", "bytes up", "Flower's up", "bytes down"]
     header += ["client / Flower's", "server / Flower's", "client / float32 add", "server / float32 sum", "sampled"]
     table = []
     for key in dict.fromkeys((row["clients"], row["parameters"], row["bits"]) for row in rows):
@@ -112,7 +112,7 @@ def main() -> None:
         sent = [
             f"{statistics.fmean(row[n] for row in mine):.3f}" for n in ("bytes_up", "flower_bytes_up", "bytes_down")
         ]
-        place = (str(key[0]), str(first["neighbours"]), f"{key[1]:,}", str(key[2]))
+        place = (str(key[0]), str(first["neighbors"]), f"{key[1]:,}", str(key[2]))
         table.append((*place, *sent, *times, "yes" if first["sampled"] else "no"))
     print_table(header, table)
 

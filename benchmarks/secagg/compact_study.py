@@ -24,16 +24,16 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from benchmarks.common import RESULTS, find_data, print_table, spread, versions
-from server.secure_round import Seen
+from server.secure_round import UpdateScaleTracker
 from tofu.compression.hadamard import pieces, random_signs, rotated, rotated_back
-from tofu.data import LabelledImages, open_data, to_float
+from tofu.data import LabeledImages, open_data, to_float
 from tofu.models import build_model
 from tofu.rng import derive_generator
 from tofu.secagg.coordinates import LED, decode, encode, places
-from tofu.secagg.encoding import SecureCode, SecureTerms, first_ranges, flat, reach
+from tofu.secagg.encoding import EncodingConfig, RingEncoder, first_ranges, flat, reach
 from tofu.secagg.fixed_point import FixedPoint
 from tofu.secagg.ring import add, centred
-from tofu.training import LocalTraining, train_locally
+from tofu.training import LocalTrainingConfig, train_locally
 from tofu.weights import Weights, layout_of
 
 CLIENTS = 10
@@ -95,14 +95,14 @@ class Federation:
         self.clients = [data.client(number) for number in range(CLIENTS)]
         self.test = data.test()
         self.model = build_model(values["model"], data.shape, seed=seed)
-        self.how = LocalTraining(epochs=values["epochs"], batch_size=values["batch_size"], lr=LR)
+        self.how = LocalTrainingConfig(epochs=values["epochs"], batch_size=values["batch_size"], lr=LR)
         self.weights = nn.utils.parameters_to_vector(self.model.parameters()).detach()
         self.first = self.weights.clone()
         self.examples = [len(client) for client in self.clients]
         self.residuals = [torch.zeros_like(self.weights) for _ in range(CLIENTS)]
         self.round = 0
-        self.layout = layout_of(self.model)
-        self.seen = Seen()
+        self.param_spec = layout_of(self.model)
+        self.seen = UpdateScaleTracker()
         self.ranges: tuple[float, ...] = ()
 
     def targets(self) -> list[Tensor]:
@@ -119,8 +119,8 @@ class Federation:
 
     def named(self, vector: Tensor) -> Weights:
         """A vector as tensors by name."""
-        parts: tuple[Tensor, ...] = torch.split(vector, [shape.numel() for shape in self.layout.shapes.values()])
-        named = zip(self.layout.shapes.items(), parts, strict=True)
+        parts: tuple[Tensor, ...] = torch.split(vector, [shape.numel() for shape in self.param_spec.shapes.values()])
+        named = zip(self.param_spec.shapes.items(), parts, strict=True)
         return {name: part.view(shape) for (name, shape), part in named}
 
     def results(self) -> dict[str, float]:
@@ -129,7 +129,7 @@ class Federation:
 
 
 @torch.no_grad()
-def test_results(model: nn.Module, data: LabelledImages) -> dict[str, float]:
+def test_results(model: nn.Module, data: LabeledImages) -> dict[str, float]:
     model.eval()
     batches: tuple[Tensor, ...] = torch.split(data.images, 1000)
     logits = torch.cat([model(to_float(images)) for images in batches])
@@ -231,12 +231,12 @@ def compact_round(way: Way, federation: Federation, turn: int) -> None:
 
 def coarse_round(way: Way, federation: Federation, turn: int) -> None:
     """A secure round's arithmetic, by the code that makes it."""
-    unit, layout = statistics.fmean(federation.examples), federation.layout
+    unit, param_spec = statistics.fmean(federation.examples), federation.param_spec
     levels = FixedPoint(CLIENTS, way.bits, 1.0).levels
     known = {name: reach(levels) / unit * size for name, size in federation.seen.deviations().items()}
-    ranges = federation.ranges if turn else first_ranges(layout, known)
-    terms = SecureTerms(CLIENTS, way.bits, unit, ranges, way.share, turn, coarse=True)
-    code = SecureCode(layout, terms, moved=federation.weights - federation.first if way.share < 1 else None)
+    ranges = federation.ranges if turn else first_ranges(param_spec, known)
+    terms = EncodingConfig(CLIENTS, way.bits, unit, ranges, way.share, turn, coarse=True)
+    code = RingEncoder(param_spec, terms, moved=federation.weights - federation.first if way.share < 1 else None)
     total = np.zeros(code.length, dtype=np.uint64)
     for number, target in enumerate(federation.targets()):
         encoded = code.encode(federation.named(target), federation.examples[number], 0.0)

@@ -23,7 +23,7 @@ class Case:
     Attributes:
         clients: that share keys.
         parameters: float32 values of an update.
-        topology: of the neighbours; both implementations use it.
+        topology: of the neighbors; both implementations use it.
         dropped: clients that go after they shared keys, before they send a vector.
     """
 

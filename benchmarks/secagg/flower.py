@@ -1,7 +1,7 @@
 """Flower's SecAgg+ of the installed version: its own functions in the order of its client mod and server workflow.
 
 The mod's four stages are called as they are. The workflow refuses the Context of today's Flower, so its loops are timed
-by the functions that they call, each on a sample and scaled to the number of calls. Left out, in its favour: what its
+by the functions that they call, each on a sample and scaled to the number of calls. Left out, in its favor: what its
 stages do beside these calls.
 """
 
@@ -39,8 +39,8 @@ EXAMPLES = 100
 
 
 def cost(case: Case) -> Cost:
-    """Of one round; a client's costs are of one client with all its neighbours."""
-    shares, threshold = case.topology.neighbours + 1, case.topology.threshold  # its graph counts the client itself
+    """Of one round; a client's costs are of one client with all its neighbors."""
+    shares, threshold = case.topology.neighbors + 1, case.topology.threshold  # its graph counts the client itself
     setup = {
         Key.SAMPLE_NUMBER: case.clients,
         Key.SHARE_NUMBER: shares,
@@ -66,7 +66,7 @@ def cost(case: Case) -> Cost:
     masked = clock.of(_collect_masked_vectors, own, ConfigRecord(arrived), EXAMPLES, parameters)  # type: ignore[arg-type]
     up += wire_bytes(**masked)
 
-    gone = round(case.topology.neighbours * case.dropped / (case.clients - 1))
+    gone = round(case.topology.neighbors * case.dropped / (case.clients - 1))
     numbers = [state.nid for state in states]
     lists = {Key.ACTIVE_NODE_ID_LIST: numbers[: shares - gone], Key.DEAD_NODE_ID_LIST: numbers[shares - gone :]}
     down += wire_bytes(**lists)
@@ -75,18 +75,18 @@ def cost(case: Case) -> Cost:
     return Cost(clock.seconds, server, up, down, sampled=True)
 
 
-def _ciphertexts(own: Any, neighbours: list[Any]) -> list[bytes]:
-    """What the neighbours would send, with random bytes for shares: to make true ones takes hours at 1,000 clients."""
+def _ciphertexts(own: Any, neighbors: list[Any]) -> list[bytes]:
+    """What the neighbors would send, with random bytes for shares: to make true ones takes hours at 1,000 clients."""
     seed_share, key_share = (len(shares[own.nid]) for shares in (own.rd_seed_share_dict, own.sk1_share_dict))
     result = []
-    for state in neighbours:
+    for state in neighbors:
         key = generate_shared_key(bytes_to_private_key(state.sk2), bytes_to_public_key(own.pk2))
         plain = share_keys_plaintext_concat(state.nid, own.nid, os.urandom(seed_share), os.urandom(key_share))
         result.append(encrypt(key, plain))
     return result
 
 
-def _server(case: Case, masked: list[bytes], dropped: Any, neighbour: Any, holders: int) -> float:
+def _server(case: Case, masked: list[bytes], dropped: Any, neighbor: Any, holders: int) -> float:
     """Seconds of the workflow's loops. It puts together all shares that came, not a threshold of them."""
     threshold = case.topology.threshold
     total = [bytes_to_ndarray(array) for array in masked]
@@ -99,7 +99,7 @@ def _server(case: Case, masked: list[bytes], dropped: Any, neighbour: Any, holde
         parameters_subtraction(total, pseudo_rand_gen(os.urandom(32), MOD_RANGE, shapes))
 
     def unmask_pair() -> None:
-        key = generate_shared_key(bytes_to_private_key(dropped.sk1), bytes_to_public_key(neighbour.pk1))
+        key = generate_shared_key(bytes_to_private_key(dropped.sk1), bytes_to_public_key(neighbor.pk1))
         parameters_addition(total, pseudo_rand_gen(key, MOD_RANGE, shapes))
 
     def finish() -> None:
@@ -116,7 +116,7 @@ def _server(case: Case, masked: list[bytes], dropped: Any, neighbour: Any, holde
         sampled(case.survivors, lambda: combine_shares(seeds), sample=1),
         sampled(case.dropped, lambda: combine_shares(keys), sample=1),
         sampled(case.survivors, unmask),
-        sampled(case.dropped * case.topology.neighbours, unmask_pair),
+        sampled(case.dropped * case.topology.neighbors, unmask_pair),
         sampled(1, finish),
     )
     return sum(parts)

@@ -9,7 +9,7 @@ from tofu.secagg import ring
 from tofu.secagg.client import ClientSession
 from tofu.secagg.fixed_point import FixedPoint
 from tofu.secagg.masks import add_mask, new_seed
-from tofu.secagg.participant import Member
+from tofu.secagg.participant import Participant
 from tofu.secagg.ring import RingVector
 from tofu.secagg.server import ServerSession
 
@@ -26,7 +26,7 @@ def fixed_point(clients: int, levels: int) -> FixedPoint:
 def whole_session(case: Case, code: FixedPoint) -> Cost:
     """Every message of every client. The mean is checked, so that what is timed is right."""
     names = [f"client-{number}" for number in range(case.clients)]
-    sessions = {name: ClientSession(Member(RUN, name)) for name in names}
+    sessions = {name: ClientSession(Participant(RUN, name)) for name in names}
     clocks, clock = {name: Clock() for name in names}, Clock()
     up, down = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
     server = ServerSession(RUN, 1, values=code.length(case.parameters), bits=code.bits)
@@ -70,7 +70,7 @@ def sampled_session(case: Case, code: FixedPoint, short: Cost, short_parameters:
     Args:
         short: `whole_session` of the same clients with `short_parameters`.
     """
-    values, neighbours = code.length(case.parameters), case.topology.neighbours
+    values, neighbors = code.length(case.parameters), case.topology.neighbors
     update = update_of(case.parameters, 0)
     vector, _ = code.encode(update, EXAMPLES)
     packed = ring.pack(vector, code.bits)
@@ -84,11 +84,11 @@ def sampled_session(case: Case, code: FixedPoint, short: Cost, short_parameters:
 
     client = (
         sampled(1, lambda: code.encode(update, EXAMPLES))
-        + sampled(1 + neighbours, masked)
+        + sampled(1 + neighbors, masked)
         + sampled(1, lambda: ring.pack(vector, code.bits))
     )
-    # A client that is gone has left masks in those of its neighbours that stayed.
-    left = round(case.dropped * neighbours * case.survivors / (case.clients - 1))
+    # A client that is gone has left masks in those of its neighbors that stayed.
+    left = round(case.dropped * neighbors * case.survivors / (case.clients - 1))
     decoding = sampled(1, lambda: code.decode(vector, case.survivors))
     server = sampled(case.survivors, added) + sampled(case.survivors + left, masked) + decoding
     longer = len(packed) - len(ring.pack(_zeros(code.length(short_parameters)), code.bits))

@@ -1,7 +1,7 @@
 """How well an update is encoded after how much time, and what the server's decoding costs.
 
 The small cnn (GroupNorm) on 5,000 CIFAR-10 images and LeNet-5 on 6,000 of MNIST: a network after two epochs, the update
-of the next, and the default codec at 200x with more and more evaluations. Times are over that of the local epoch, in
+of the next, and the default codec at 200x with more and more max_evals. Times are over that of the local epoch, in
 the same process with one thread.
 """
 
@@ -15,9 +15,9 @@ import torch
 from benchmarks.common import find_data, print_table, spread, write_results
 from tofu.data import open_data
 from tofu.models import build_model
-from tofu.reference_model import Network
+from tofu.reference_model import ReferenceModel
 from tofu.settings import Settings
-from tofu.training import LocalTraining, train_locally
+from tofu.training import LocalTrainingConfig, train_locally
 from tofu.weights import cosine, difference, explained_variance, load_weights, weights_of
 
 CASES: dict[str, dict[str, Any]] = {
@@ -30,13 +30,13 @@ PAYLOADS = 100
 
 
 def measure(case: str, seed: int) -> list[dict[str, Any]]:
-    """One row for each number of evaluations."""
+    """One row for each number of max_evals."""
     values = CASES[case]
     local = find_data(values["dataset"].split("/")[1], values["dataset"])
     data = open_data(local, clients=1, partition="iid", seed=seed, train_images=values["train_images"]).client(0)
     model = build_model(values["model"], data.shape, seed=seed)
-    network = Network(model, data.shape).as_built()
-    how = LocalTraining(epochs=1, batch_size=32, lr=0.05)
+    network = ReferenceModel(model, data.shape).as_built()
+    how = LocalTrainingConfig(epochs=1, batch_size=32, lr=0.05)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(2):
         train_locally(model, data, how, generator=generator)
@@ -46,8 +46,8 @@ def measure(case: str, seed: int) -> list[dict[str, Any]]:
     load_weights(model, base)
     model.eval()
     rows = []
-    for evaluations in EVALUATIONS:
-        settings = Settings.of({"model": values["model"], "ratio": RATIO, "evaluations": evaluations, "tolerance": 0.0})
+    for max_evals in EVALUATIONS:
+        settings = Settings.of({"model": values["model"], "ratio": RATIO, "max_evals": max_evals, "tolerance": 0.0})
         compressor = settings.make_compressor("proxy", network)
         began = time.perf_counter()
         made = compressor.compress(network, update, generator=torch.Generator().manual_seed(seed))
@@ -56,13 +56,13 @@ def measure(case: str, seed: int) -> list[dict[str, Any]]:
         for _ in range(PAYLOADS):
             compressor.decompress(network, made.body)
         decode = time.perf_counter() - began
-        parameters = {name: update[name] for name in network.layout.parameters}
+        parameters = {name: update[name] for name in network.param_spec.parameters}
         row = {
             "case": case,
             "seed": seed,
-            "evaluations": evaluations,
-            "made": made.evaluations,
-            "default": evaluations == Settings.of({}).evaluations,
+            "max_evals": max_evals,
+            "made": made.max_evals,
+            "default": max_evals == Settings.of({}).max_evals,
             "cosine": cosine(parameters, made.decoded),
             "explained_variance": explained_variance(parameters, made.decoded),
             "encode_over_epoch": encode / epoch,
@@ -82,19 +82,19 @@ def main() -> None:
     print(write_results("speed", settings={"cases": CASES, "ratio": RATIO, "lr": 0.05, "batch_size": 32}, rows=rows))
     table = []
     for case in CASES:
-        for evaluations in EVALUATIONS:
-            mine = [row for row in rows if (row["case"], row["evaluations"]) == (case, evaluations)]
+        for max_evals in EVALUATIONS:
+            mine = [row for row in rows if (row["case"], row["max_evals"]) == (case, max_evals)]
             table.append(
                 (
                     case,
-                    f"{evaluations}{' (default)' if mine[0]['default'] else ''}",
+                    f"{max_evals}{' (default)' if mine[0]['default'] else ''}",
                     f"{statistics.fmean(row['made'] for row in mine):.0f}",
                     spread([row["cosine"] for row in mine]),
                     spread([row["encode_over_epoch"] for row in mine], 2),
                     spread([row["decode_100_over_epoch"] for row in mine], 2),
                 )
             )
-    header = ("case", "evaluations", "made, with trials", "cosine", "encode / epoch", "100 decodes / epoch")
+    header = ("case", "max_evals", "made, with trials", "cosine", "encode / epoch", "100 decodes / epoch")
     print_table(header, table)
 
 

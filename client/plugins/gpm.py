@@ -13,7 +13,7 @@ layers are spared in approximation. (Inputs in the round's common weights did no
 
 Differences from the published code, which projects gradients and knows plain SGD without biases only:
 
-- The update is projected, after the optimiser's step: the same for plain SGD, and right with momentum and weight decay.
+- The update is projected, after the optimizer's step: the same for plain SGD, and right with momentum and weight decay.
 - Biases: a 1 is appended to the layer's inputs, and [W | b] projected (`bias=append`), or they are frozen after the
   first task (`bias=freeze`). Every other parameter (norms' scales and shifts, embeddings, layers that
   `client.plugins.layers` does not find) is frozen after the first task, when BatchNorm's statistics are, too.
@@ -36,9 +36,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from client.plugins.layers import Site, grams, rows_per_image, sites
-from tofu.data import LabelledImages
+from tofu.data import LabeledImages
 from tofu.errors import PayloadError
-from tofu.plugins import About, Conditions, Export, Plugin, PluginState, SumSpec, Weights, option
+from tofu.plugins import Export, Plugin, PluginState, RoundContext, RunRequirements, SumSpec, Weights, option
 from tofu.privacy import normals
 from tofu.rng import derive_generator
 from tofu.secagg.masks import Stream, new_seed
@@ -72,7 +72,7 @@ class GradientProjectionMemory(Plugin):
     longest: float = option(100.0, "norm of an input row; longer ones are scaled to it, which bounds what is summed", above=0, most=1e6)  # noqa: E501
     # fmt: on
 
-    _about: About | None = field(default=None, init=False, repr=False)
+    _about: RoundContext | None = field(default=None, init=False, repr=False)
     _sites: tuple[Site, ...] = field(default=(), init=False, repr=False)
     _projections: dict[str, "_Projection"] = field(default_factory=dict, init=False, repr=False)
     _sums: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
@@ -81,11 +81,15 @@ class GradientProjectionMemory(Plugin):
     def averages_exactly(self) -> bool:
         return self.memory == "union"
 
-    def refusal(self, run: Conditions) -> str:
+    def incompatibility(self, run: RunRequirements) -> str:
         """Local memories are what they are asked to be, so they are not refused for being inexact."""
-        return super().refusal(run) if self.averages_exactly else super().refusal(Conditions(1, run.tasks))
+        return (
+            super().incompatibility(run)
+            if self.averages_exactly
+            else super().incompatibility(RunRequirements(1, run.tasks))
+        )
 
-    def setup(self, model: nn.Module, about: About) -> nn.Module:
+    def setup(self, model: nn.Module, about: RoundContext) -> nn.Module:
         self._about, self._sites, self._projections, self._sums = about, (), {}, {}
         if about.task > 0:
             for module in model.modules():
@@ -143,7 +147,7 @@ class GradientProjectionMemory(Plugin):
             done.add(site.weight)
         return done
 
-    def on_task_end(self, model: nn.Module, data: LabelledImages, final: bool) -> None:
+    def on_task_end(self, model: nn.Module, data: LabeledImages, final: bool) -> None:
         about = self._setup_done()
         if not final:
             return
@@ -188,7 +192,7 @@ class GradientProjectionMemory(Plugin):
             old = memory.get(f"basis/{name}")
             basis = old.double() if isinstance(old, Tensor) else total.new_zeros(len(total), 0)
             less = int(self.rule == "code" and task == 0)
-            wider = widened(basis, total, threshold, most=int(self.most * len(total)), less=less)
+            wider = extend_basis(basis, total, threshold, most=int(self.most * len(total)), less=less)
             new[f"basis/{name}"] = wider.float()
             if self.scaling:
                 known = memory.get(f"importance/{name}")
@@ -200,7 +204,7 @@ class GradientProjectionMemory(Plugin):
     def _memory(self) -> PluginState:
         return self.state if self.memory == "local" else self.broadcast
 
-    def _setup_done(self) -> About:
+    def _setup_done(self) -> RoundContext:
         assert self._about is not None, "setup comes first"
         return self._about
 
@@ -224,7 +228,7 @@ class GradientProjectionMemory(Plugin):
         return min(self.longest, math.sqrt(self._size(site))) if self._noisy(site) else self.longest
 
 
-def widened(basis: Tensor, gram: Tensor, threshold: float, *, most: int, less: int = 0) -> Tensor:
+def extend_basis(basis: Tensor, gram: Tensor, threshold: float, *, most: int, less: int = 0) -> Tensor:
     """An orthonormal basis that also holds a new task's inputs.
 
     Args:

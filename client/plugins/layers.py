@@ -59,7 +59,7 @@ def matrix(site: Site, model: nn.Module) -> Tensor:
 
 
 @contextmanager
-def watching(model: nn.Module, see: See) -> Iterator[None]:
+def capture_inputs(model: nn.Module, see: See) -> Iterator[None]:
     """Calls `see` with what every layer is fed in forward passes within the block."""
     handles = [module.register_forward_pre_hook(_hook(own, see), with_kwargs=True) for module, own in _layers(model)]
     try:
@@ -75,7 +75,7 @@ def show(model: nn.Module, images: Tensor, see: See) -> None:
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with watching(model, see):
+        with capture_inputs(model, see):
             for batch in torch.split(images, _BATCH):
                 model(to_float(batch))
     finally:

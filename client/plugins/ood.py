@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from client.plugins.round_start import holding, some_of
-from tofu.data import LabelledImages, to_float
+from client.plugins.round_start import at_weights, subsample
+from tofu.data import LabeledImages, to_float
 from tofu.errors import SettingError
-from tofu.plugins import About, Export, Plugin, PluginState, Prediction, SumSpec, option
+from tofu.plugins import Export, Plugin, PluginState, Prediction, RoundContext, SumSpec, option
 from tofu.weights import Weights, weights_of
 
 BINS = 2000
@@ -56,7 +56,7 @@ class OutOfDistribution(Plugin):
     """A network that knows what it does not know.
 
         plugins = make_plugins("ood", "ood.false-alarms=0.01")
-        model = plugins.setup(build_model("cnn", data.shape), About(data.shape))
+        model = plugins.setup(build_model("cnn", data.shape), RoundContext(data.shape))
         train_locally(model, data, how, generator=generator, plugins=plugins)
         plugins.reduce(plugins.export(model).sums, len(data))
         prediction = plugins.predict(model.eval(), images)
@@ -80,7 +80,7 @@ class OutOfDistribution(Plugin):
     _start: Weights = field(default_factory=dict, init=False, repr=False)
     _scores: Tensor = field(default_factory=lambda: torch.zeros(0), init=False, repr=False)
 
-    def setup(self, model: nn.Module, about: About) -> nn.Module:
+    def setup(self, model: nn.Module, about: RoundContext) -> nn.Module:
         """Widen the head: the last linear layer, which must give the logits.
 
         Raises:
@@ -116,9 +116,9 @@ class OutOfDistribution(Plugin):
             self._start = weights_of(model)
         return loss
 
-    def on_task_end(self, model: nn.Module, data: LabelledImages, final: bool) -> None:
-        with holding(model, self._start):
-            batches = torch.split(some_of(data, self.images), _AT_A_TIME)
+    def on_task_end(self, model: nn.Module, data: LabeledImages, final: bool) -> None:
+        with at_weights(model, self._start):
+            batches = torch.split(subsample(data, self.images), _AT_A_TIME)
             self._scores = torch.cat([self._scored(model, to_float(batch))[1] for batch in batches])
 
     def export(self) -> Export:
@@ -128,8 +128,8 @@ class OutOfDistribution(Plugin):
     def reduce(self, sums: Mapping[str, Tensor], examples: int, broadcast: PluginState) -> PluginState:
         return {"threshold": threshold(sums["histogram"], self.score, self.false_alarms)}
 
-    def calibrate(self, model: nn.Module, data: LabelledImages) -> PluginState:
-        batches = torch.split(some_of(data, self.images), _AT_A_TIME)
+    def calibrate(self, model: nn.Module, data: LabeledImages) -> PluginState:
+        batches = torch.split(subsample(data, self.images), _AT_A_TIME)
         scores = torch.cat([self._scored(model, to_float(batch))[1] for batch in batches])
         return {"threshold": threshold(histogram(scores, self.score), self.score, self.false_alarms)}
 

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from tofu.data import LabelledImages
+from tofu.data import LabeledImages
 from tofu.weights import Weights, load_weights, weights_of
 
 
 @contextmanager
-def holding(model: nn.Module, weights: Weights) -> Iterator[None]:
+def at_weights(model: nn.Module, weights: Weights) -> Iterator[None]:
     """Inside, the model is in eval mode with these weights and without gradients; afterwards it is as it was."""
     now, modes = weights_of(model), {module: module.training for module in model.modules()}
     load_weights(model, weights)
@@ -29,7 +29,7 @@ def holding(model: nn.Module, weights: Weights) -> Iterator[None]:
             module.training = training
 
 
-def some_of(data: LabelledImages, most: int) -> Tensor:
+def subsample(data: LabeledImages, most: int) -> Tensor:
     """At most so many of the images, evenly spread: uint8 [n, channels, height, width]."""
     count = min(most, len(data))
     return data.images[torch.arange(count) * len(data) // max(1, count)]

@@ -8,14 +8,14 @@ import torch
 from attacks.messages import ClientRound, local_round, observe, parse_message
 from attacks.networks import attacked_model
 from attacks.observation import Observation
-from tofu.data import LabelledImages
-from tofu.reference_model import Network
-from tofu.training import LocalTraining
+from tofu.data import LabeledImages
+from tofu.reference_model import ReferenceModel
+from tofu.training import LocalTrainingConfig
 
-Seen = tuple[Observation, LabelledImages, LabelledImages]
+UpdateScaleTracker = tuple[Observation, LabeledImages, LabeledImages]
 """What the attacker sees, the images in it, and other images."""
 
-Look = Callable[..., Seen]
+Look = Callable[..., UpdateScaleTracker]
 
 
 def distinct_rows(labels: torch.Tensor, count: int) -> torch.Tensor:
@@ -24,15 +24,15 @@ def distinct_rows(labels: torch.Tensor, count: int) -> torch.Tensor:
 
 
 @pytest.fixture(scope="session")
-def look(digits: LabelledImages) -> Look:
+def look(digits: LabeledImages) -> Look:
     """Makes an observation: look(message, model=, norm=, batch=, steps=, know_labels=)."""
 
     def make(message: str, *, model: str = "lenet-smooth", norm: str = "group", batch: int = 1, steps: int = 1,
-             know_labels: bool = False) -> Seen:  # fmt: skip
-        network = Network(attacked_model(model, digits.shape, norm=norm, seed=0).eval(), digits.shape)
+             know_labels: bool = False) -> UpdateScaleTracker:  # fmt: skip
+        network = ReferenceModel(attacked_model(model, digits.shape, norm=norm, seed=0).eval(), digits.shape)
         parsed = parse_message(message)
         own = digits.subset(distinct_rows(digits.labels, batch * parsed.clients))
-        how, generator = LocalTraining(epochs=steps, batch_size=batch, lr=0.1), torch.Generator().manual_seed(0)
+        how, generator = LocalTrainingConfig(epochs=steps, batch_size=batch, lr=0.1), torch.Generator().manual_seed(0)
         rounds: list[ClientRound] = [
             local_round(network, own.subset(range(i * batch, (i + 1) * batch)), how, generator)
             for i in range(parsed.clients)

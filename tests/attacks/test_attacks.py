@@ -18,7 +18,7 @@ from attacks.observation import CAPABILITIES, Observation
 from attacks.registry import ATTACKS, make_attack
 from attacks.simulation import Simulation
 from tests.attacks.conftest import Look
-from tofu.data import LabelledImages, to_float
+from tofu.data import LabeledImages, to_float
 from tofu.errors import SettingError
 
 
@@ -26,7 +26,7 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def scores(found: Reconstruction, truth: LabelledImages, others: LabelledImages) -> Scores:
+def scores(found: Reconstruction, truth: LabeledImages, others: LabeledImages) -> Scores:
     return score(found.images, found.labels, truth=to_float(truth.images), true_labels=truth.labels,
                  others=to_float(others.images))  # fmt: skip
 
@@ -66,15 +66,15 @@ def test_analytic_recovery_of_a_batch_finds_images_that_switched_on_units_alone(
 
 def test_simulating_local_steps_inverts_them(look: Look) -> None:
     seen, truth, others = look("exact", batch=2, steps=3)
-    assert Idlg().refusal(seen) is not None
-    found = scores(Simulation(restarts=1, evaluations=100).run(seen, generator=generator()), truth, others)
+    assert Idlg().incompatibility(seen) is not None
+    found = scores(Simulation(restarts=1, max_evals=100).run(seen, generator=generator()), truth, others)
     assert found.psnr is not None
     assert found.psnr > 30
 
 
 def test_gradinversion_breaks_a_network_with_batchnorm(look: Look) -> None:
     seen, truth, others = look("exact", model="lenet-smooth-batch", batch=2)
-    attack = GradInversion(seeds=1, evaluations=300)
+    attack = GradInversion(seeds=1, max_evals=300)
     found = scores(attack.run(seen, generator=generator()), truth, others)
     assert found.psnr is not None
     assert found.psnr > 30
@@ -93,7 +93,7 @@ def test_batch_statistics_are_those_of_the_batch(look: Look) -> None:
 
 def test_a_well_encoded_update_leaks_to_the_codec_aware_attacker(look: Look) -> None:
     seen, truth, others = look("proxy:smooth:20")
-    attack = CodecAware(restarts=2, evaluations=250)
+    attack = CodecAware(restarts=2, max_evals=250)
     found = scores(attack.run(seen, generator=generator()), truth, others)
     hidden, _, _ = look("dp:1")
     noisy = scores(attack.run(hidden, generator=generator()), truth, others)
@@ -104,7 +104,7 @@ def test_a_well_encoded_update_leaks_to_the_codec_aware_attacker(look: Look) -> 
 
 def test_sent_entries_are_those_of_the_correction(look: Look) -> None:
     proxy, _, _ = look("proxy:smooth:50")
-    assert 0 < sum(int(s.sum()) for s in sent_entries(proxy)) < proxy.network.layout.parameter_count / 4
+    assert 0 < sum(int(s.sum()) for s in sent_entries(proxy)) < proxy.network.param_spec.parameter_count / 4
     paper, _, _ = look("proxy:paper:50")
     assert not any(bool(s.any()) for s in sent_entries(paper))
     topk, _, _ = look("topk:50")
@@ -120,8 +120,8 @@ def test_proxies_are_stretched_to_the_input(look: Look) -> None:
 
 def test_messages_about_the_same_images_are_matched_together(look: Look) -> None:
     first, truth, others = look("exact")
-    attack = Accumulation(restarts=1, evaluations=100)
-    assert attack.refusal(first) is not None
+    attack = Accumulation(restarts=1, max_evals=100)
+    assert attack.incompatibility(first) is not None
     found = scores(attack.run(replace(first, earlier=(first,)), generator=generator()), truth, others)
     assert found.psnr is not None
     assert found.psnr > 30
@@ -156,14 +156,14 @@ def test_a_watch_ends_an_attack_and_reports(look: Look) -> None:
         return now
 
     watch = Watch(20, lambda done, planned, loss: told.append((done, planned)), clock)
-    found = Inverting(restarts=3, evaluations=500).run(seen, generator=generator(), watch=watch)
-    assert 0 < found.evaluations < 30
+    found = Inverting(restarts=3, max_evals=500).run(seen, generator=generator(), watch=watch)
+    assert 0 < found.max_evals < 30
     assert told[0][1] == 500
 
 
 def test_the_same_seed_finds_the_same(look: Look) -> None:
     seen, _, _ = look("exact")
-    a, b = (Dlg(restarts=1, evaluations=15).run(seen, generator=generator(3)).images for _ in range(2))
+    a, b = (Dlg(restarts=1, max_evals=15).run(seen, generator=generator(3)).images for _ in range(2))
     assert isinstance(a, Tensor)
     assert isinstance(b, Tensor)
     assert torch.equal(a, b)

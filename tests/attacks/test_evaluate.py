@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from attacks.evaluate import Evaluation, evaluate, summarise, verdicts
+from attacks.evaluate import Evaluation, evaluate, summarize, verdicts
 from attacks.report import READING, remarks, write_report
-from attacks.trials import Situation, drawn_clients, trained_network
+from attacks.trials import Scenario, drawn_clients, trained_network
 from tofu.cli.attack import main
 from tofu.errors import DataError, SettingError
 from tofu.weights import weights_sha256
@@ -34,14 +34,14 @@ def test_an_evaluation_is_resumed_and_reported(tmp_path: Path) -> None:
 
     (verdict,) = verdicts(rows)
     assert verdict["broke"]
-    control, summed = summarise(rows)
+    control, summed = summarize(rows)
     assert (control["message"], control["attack"], control["seeds"]) == ("exact", "idlg", 2)
     assert control["psnr"][0] > 30
     assert (summed["message"], summed["recovered"][0]) == ("secure:2", 1)
     # Stopped early: an attack that lacks a seed is not compared with one that has all.
     lucky = next(row for row in rows if (row["message"], row["attack"], row["seed"]) == ("exact", "idlg", 0))
     short = [row for row in rows if row["message"] == "exact"] + [lucky | {"attack": "dlg", "psnr": 99.0}]
-    assert [entry["attack"] for entry in summarise(short)] == ["idlg"]
+    assert [entry["attack"] for entry in summarize(short)] == ["idlg"]
     document = json.loads((tmp_path / "attacks.json").read_text())
     assert (document["planned"], document["finished"], len(document["rows"])) == (12, 12, 12)
 
@@ -85,7 +85,7 @@ def test_a_time_limit_leaves_cells_for_later(tmp_path: Path) -> None:
 
 
 def test_situations_are_reproducible_and_spread_labels() -> None:
-    situation = Situation("digits", "mlp", "group", 0.1, 1, 1, 10, 1)
+    situation = Scenario("digits", "mlp", "group", 0.1, 1, 1, 10, 1)
     (client,) = drawn_clients(situation, 1)
     assert len(set(client.labels.tolist())) == 10
     one, two = (weights_sha256(trained_network(situation).base) for _ in range(2))

@@ -36,9 +36,9 @@ def plain_inversion(model: nn.Module, wanted: list[Tensor], labels: Tensor, star
 def test_two_implementations_agree_within_2_db(look: Look) -> None:
     steps, ours, theirs = 300, [], []
     seen, truth, others = look("exact", batch=2, know_labels=True)
-    wanted = [seen.gradient[name] for name in seen.network.layout.parameters]
+    wanted = [seen.gradient[name] for name in seen.network.param_spec.parameters]
     for seed in range(3):
-        attack = Inverting(restarts=1, evaluations=steps)
+        attack = Inverting(restarts=1, max_evals=steps)
         found = attack.run(seen, generator=torch.Generator().manual_seed(seed)).images
         start = 0.3 * torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(100 + seed))
         plain = plain_inversion(seen.network.model, wanted, truth.labels, start, steps=steps)

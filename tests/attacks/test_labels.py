@@ -9,9 +9,9 @@ from attacks.labels import LabelCounts, LabelSigns, _rounded, guessed_labels
 from attacks.messages import local_round, observe, parse_message
 from attacks.networks import attacked_model
 from tests.attacks.conftest import Look
-from tofu.data import LabelledImages
-from tofu.reference_model import Network
-from tofu.training import LocalTraining
+from tofu.data import LabeledImages
+from tofu.reference_model import ReferenceModel
+from tofu.training import LocalTrainingConfig
 
 
 @pytest.mark.parametrize("model", ["lenet-smooth", "mlp", "lenet5"])
@@ -23,11 +23,11 @@ def test_the_sign_of_one_image_is_its_label(look: Look, model: str) -> None:
 
 
 @pytest.mark.parametrize("epochs", [1, 5])
-def test_counts_of_a_skewed_batch(digits: LabelledImages, epochs: int) -> None:
+def test_counts_of_a_skewed_batch(digits: LabeledImages, epochs: int) -> None:
     rows = torch.cat([(digits.labels == label).nonzero()[:count, 0] for label, count in ((3, 5), (7, 2), (9, 1))])
-    network = Network(attacked_model("lenet-smooth", digits.shape, seed=0).eval(), digits.shape)
+    network = ReferenceModel(attacked_model("lenet-smooth", digits.shape, seed=0).eval(), digits.shape)
     generator = torch.Generator().manual_seed(0)
-    sent = local_round(network, digits.subset(rows), LocalTraining(epochs, 8, 0.1), generator)
+    sent = local_round(network, digits.subset(rows), LocalTrainingConfig(epochs, 8, 0.1), generator)
     for message in ("exact", "proxy:smooth:50"):
         seen = observe(parse_message(message), [sent], generator=generator)
         labels = LabelCounts().run(seen, generator=generator).labels

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from attacks.base import AttackError
 from attacks.membership import calibrated_statistic, loss_statistic, payload_statistic, roc, shadow_models
 from attacks.messages import local_round, observe, parse_message
-from tofu.data import LabelledImages
+from tofu.data import LabeledImages
 from tofu.models import build_model
-from tofu.reference_model import Network
-from tofu.training import LocalTraining, train_locally
+from tofu.reference_model import ReferenceModel
+from tofu.training import LocalTrainingConfig, train_locally
 
 VALUES = st.lists(st.integers(-5, 5).map(float), min_size=1, max_size=30)
 
@@ -35,10 +35,10 @@ def test_a_statistic_without_values_is_one_line() -> None:
         roc(torch.ones(2), torch.ones(0))
 
 
-def test_an_overfitted_model_gives_its_members_away(digits: LabelledImages) -> None:
+def test_an_overfitted_model_gives_its_members_away(digits: LabeledImages) -> None:
     members, others, pool = digits.subset(range(40)), digits.subset(range(400, 800)), digits.subset(range(800, 1200))
     model = build_model("mlp", digits.shape, seed=0)
-    how = LocalTraining(40, 8, 0.1)
+    how = LocalTrainingConfig(40, 8, 0.1)
     train_locally(model, members, how, generator=torch.Generator().manual_seed(0))
     plain = roc(loss_statistic(model, members), loss_statistic(model, others))
     shadows = shadow_models("mlp", pool.subset(range(80)), how, norm="group", count=3, seed=5)
@@ -47,11 +47,11 @@ def test_an_overfitted_model_gives_its_members_away(digits: LabelledImages) -> N
     assert calibrated.area > 0.65
 
 
-def test_a_payload_gives_its_images_away(digits: LabelledImages) -> None:
+def test_a_payload_gives_its_images_away(digits: LabeledImages) -> None:
     members, others = digits.subset(range(8)), digits.subset(range(400, 500))
-    network = Network(build_model("mlp", digits.shape, seed=0).eval(), digits.shape)
+    network = ReferenceModel(build_model("mlp", digits.shape, seed=0).eval(), digits.shape)
     generator = torch.Generator().manual_seed(0)
-    sent = local_round(network, members, LocalTraining(3, 8, 0.1), generator)
+    sent = local_round(network, members, LocalTrainingConfig(3, 8, 0.1), generator)
     areas = {}
     for message in ("exact", "proxy:smooth:50", "dp:1"):
         seen = observe(parse_message(message), [sent], generator=generator)

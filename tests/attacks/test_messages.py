@@ -29,7 +29,7 @@ def test_the_exact_update_of_one_step_is_the_gradient(look: Look) -> None:
     model = seen.network.model
     loss = torch.nn.functional.cross_entropy(model((truth.images.float() / 255 - 0.5) / 0.5), truth.labels)
     grads = torch.autograd.grad(loss, list(model.parameters()))
-    for grad, name in zip(grads, seen.network.layout.parameters, strict=True):
+    for grad, name in zip(grads, seen.network.param_spec.parameters, strict=True):
         assert torch.allclose(seen.gradient[name], grad, atol=2e-6)
 
 

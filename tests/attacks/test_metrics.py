@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from attacks.metrics import BEST_PSNR, lpips_network, score
-from tofu.data import LabelledImages, to_float
+from tofu.data import LabeledImages, to_float
 
 
-def test_order_does_not_matter(digits: LabelledImages) -> None:
+def test_order_does_not_matter(digits: LabeledImages) -> None:
     truth, others = to_float(digits.images[:6]), to_float(digits.images[50:150])
     shuffled = torch.tensor([3, 0, 5, 1, 4, 2])
     found = score(
@@ -23,7 +23,7 @@ def test_order_does_not_matter(digits: LabelledImages) -> None:
     assert [int(shuffled[p]) for p in found.pairs] == list(range(6))
 
 
-def test_psnr_is_torchmetrics(digits: LabelledImages) -> None:
+def test_psnr_is_torchmetrics(digits: LabeledImages) -> None:
     truth = to_float(digits.images[:1])
     noisy = (truth + 0.2 * torch.randn(truth.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
     found = score(noisy, None, truth=truth, true_labels=digits.labels[:1], others=truth[:0])
@@ -32,7 +32,7 @@ def test_psnr_is_torchmetrics(digits: LabelledImages) -> None:
     assert found.labels is None
 
 
-def test_the_mean_of_all_digits_recovers_none(digits: LabelledImages) -> None:
+def test_the_mean_of_all_digits_recovers_none(digits: LabeledImages) -> None:
     images = to_float(digits.images)
     blurry = images.mean(0, keepdim=True).expand(20, -1, -1, -1)
     found = score(blurry, None, truth=images[:20], true_labels=digits.labels[:20], others=images[20:220])

@@ -13,10 +13,10 @@ from tofu.errors import PayloadError, RunError
 from tofu.models import build_model
 from tofu.payload import Payload
 from tofu.recording import Recorder, read_recording, recordings
-from tofu.reference_model import Network
+from tofu.reference_model import ReferenceModel
 from tofu.rng import derive_generator
 from tofu.settings import Settings
-from tofu.training import LocalTraining
+from tofu.training import LocalTrainingConfig
 from tofu.weights import add_update, fingerprint, weights_of
 
 SETTINGS = Settings.of({"clients": 100, "local_epochs": 1, "batch_size": 16, "rounds": 2, "ratio": 50.0})
@@ -27,11 +27,11 @@ def run(tmp_path: Path) -> Path:
     """Two rounds of one client with some 14 images, recorded as a server would."""
     data = open_data("digits", clients=100, partition="dirichlet", alpha=0.5, seed=0)
     model = build_model("mlp", data.shape, seed=0)
-    network = Network(model.eval(), data.shape).as_built()
+    network = ReferenceModel(model.eval(), data.shape).as_built()
     recorder = Recorder(tmp_path, ["4"], settings=SETTINGS, shape=data.shape)
     for round_ in (1, 2):
         base = weights_of(model.eval())
-        how = LocalTraining(1, 16, SETTINGS.lr_of(round_))
+        how = LocalTrainingConfig(1, 16, SETTINGS.lr_of(round_))
         sent = local_round(network, data.client(4), how, derive_generator(0, round_, "4", "train"))
         compressor = SETTINGS.make_compressor("proxy", network)
         compressed = compressor.compress(network, sent.update, generator=derive_generator(0, round_, "4", "encode"))

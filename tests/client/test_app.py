@@ -12,12 +12,12 @@ from PIL import Image
 from client import app as client_app
 from client.app import app, client_data
 from tofu.codec.compressor import Proxy
-from tofu.data import ImageShape, LabelledImages
+from tofu.data import ImageShape, LabeledImages
 from tofu.errors import DataError, PayloadError
 from tofu.models import build_model
 from tofu.payload import HEADER_BYTES, WEIGHTS, Payload, float32_bytes, read_payload
-from tofu.reference_model import Network
-from tofu.secagg.encoding import SecureTerms
+from tofu.reference_model import ReferenceModel
+from tofu.secagg.encoding import EncodingConfig
 from tofu.settings import Settings
 from tofu.weights import cosine, fingerprint, layout_of, weights_of
 from tofu.wire import FIELD, RECORD, SecurePart, TrainReply, TrainRequest
@@ -28,7 +28,7 @@ SETTINGS = Settings.of(
         "model": "mlp",
         "clients": 2,
         "ratio": 40.0,
-        "evaluations": 15,
+        "max_evals": 15,
         "lr": 0.1,
         "bits": 8,
         "local-epochs": 1,
@@ -61,14 +61,14 @@ def train_round(request: TrainRequest, round_: int, settings: Settings, context:
 
 def decoded(reply: TrainReply, kind: str, round_: int) -> dict[str, torch.Tensor]:
     """What the server makes of a reply to `request()`."""
-    network = Network(build_model("mlp", SHAPE, seed=0).eval(), SHAPE)
+    network = ReferenceModel(build_model("mlp", SHAPE, seed=0).eval(), SHAPE)
     compressor = SETTINGS.make_compressor(kind, network)
     base = fingerprint(weights_of(network.model))
     payload = read_payload(reply.payload, codec=compressor.code, round_=round_, fingerprint=base, max_bytes=10**7)
     return compressor.decompress(network, payload.body)
 
 
-def write_images(folder: Path, data: LabelledImages, classes: list[int]) -> None:
+def write_images(folder: Path, data: LabeledImages, classes: list[int]) -> None:
     for label in classes:
         (folder / str(label)).mkdir(parents=True)
         rows = (data.labels == label).nonzero().flatten()[:8]
@@ -83,9 +83,9 @@ def test_a_proxy_reply_decodes_to_about_the_update_and_a_full_one_to_it() -> Non
     assert cosine(exact, approximate) == pytest.approx(proxy.cosine, abs=1e-3)
     assert proxy.cosine > 0.6
     assert full.cosine == pytest.approx(1)
-    layout = layout_of(build_model("mlp", SHAPE))
-    assert len(full.payload) == HEADER_BYTES + layout.float32_bytes
-    assert len(proxy.payload) <= layout.float32_bytes / 40
+    param_spec = layout_of(build_model("mlp", SHAPE))
+    assert len(full.payload) == HEADER_BYTES + param_spec.float32_bytes
+    assert len(proxy.payload) <= param_spec.float32_bytes / 40
 
 
 def test_error_feedback_sends_later_what_was_lost() -> None:
@@ -114,8 +114,8 @@ def test_a_reply_that_the_server_never_got_is_sent_again() -> None:
 @pytest.mark.parametrize("setting", [{"error_feedback": 0.9}, {"noise_multiplier": 1.0, "clip_norm": 1.0}])
 def test_terms_that_lose_values_are_refused_where_nothing_keeps_them(setting: dict[str, float]) -> None:
     settings = Settings.of({"model": "mlp", "clients": 3, "batch-size": 32, "schedule": "secure"} | setting)
-    layout = layout_of(build_model("mlp", SHAPE))
-    terms = SecureTerms(2, 6, 50.0, (0.1,) * len(layout.shapes), coarse=True)
+    param_spec = layout_of(build_model("mlp", SHAPE))
+    terms = EncodingConfig(2, 6, 50.0, (0.1,) * len(param_spec.shapes), coarse=True)
     asked = replace(request("secure"), secure=SecurePart(terms.to_bytes(), b"").to_bytes())
     with pytest.raises(PayloadError, match="coarse"):
         client_app.train_round(asked, 1, settings, context(**{"partition-id": 0}))
@@ -140,20 +140,20 @@ def test_weights_of_another_model_or_round_are_refused() -> None:
     assert not ctx.state.config_records  # nothing was kept of a round that failed
 
 
-def test_a_real_client_trains_on_its_own_folder(tmp_path: Path, digits: LabelledImages) -> None:
+def test_a_real_client_trains_on_its_own_folder(tmp_path: Path, digits: LabeledImages) -> None:
     write_images(tmp_path / "own", digits, list(range(10)))
     reply = train_round(request(), 1, SETTINGS, context(data=str(tmp_path / "own")))
     assert reply.examples == 80
 
 
-def test_class_names_number_the_labels_of_a_folder_that_lacks_some(tmp_path: Path, digits: LabelledImages) -> None:
+def test_class_names_number_the_labels_of_a_folder_that_lacks_some(tmp_path: Path, digits: LabeledImages) -> None:
     write_images(tmp_path / "own", digits, [3, 7])
     settings = Settings.of(SETTINGS.to_config() | {"class-names": "0,1,2,3,4,5,6,7,8,9"})
     data = client_data(settings, context(data=str(tmp_path / "own")))
     assert sorted(set(data.labels.tolist())) == [3, 7]
 
 
-def test_data_that_does_not_fit_is_refused(tmp_path: Path, digits: LabelledImages) -> None:
+def test_data_that_does_not_fit_is_refused(tmp_path: Path, digits: LabeledImages) -> None:
     write_images(tmp_path / "own", digits, list(range(10)))
     wide = TrainRequest("proxy", -1, ImageShape(1, 8, 9, 10), request().payload, bytes(8))
     few = TrainRequest("proxy", -1, ImageShape(1, 8, 8, 3), request().payload, bytes(8))
@@ -186,7 +186,7 @@ def test_hello_names_the_client_and_counts_its_images() -> None:
 def test_warm_start_uses_the_last_proxies() -> None:
     ctx = context(**{"partition-id": 0})
     train_round(request(), 1, SETTINGS, ctx)
-    network = Network(build_model("mlp", SHAPE, seed=0).eval(), SHAPE)
+    network = ReferenceModel(build_model("mlp", SHAPE, seed=0).eval(), SHAPE)
     compressor = SETTINGS.make_compressor("proxy", network)
     assert isinstance(compressor, Proxy)
     memory = ctx.state.config_records["tofu"]["memory"]
@@ -199,7 +199,7 @@ def test_a_client_takes_part_on_its_own_terms_only() -> None:
         with pytest.raises(DataError, match=f"rounds of kind {kinds}, not full"):
             train_round(request("full"), 1, SETTINGS, context(**{"partition-id": 0, "kinds": kinds}))
     with pytest.raises(DataError, match="noise-multiplier 1 or more, not 0"):
-        train_round(request(), 1, SETTINGS, context(**{"partition-id": 0, "least-noise": 1}))
+        train_round(request(), 1, SETTINGS, context(**{"partition-id": 0, "min-noise-multiplier": 1}))
     assert train_round(request(), 1, SETTINGS, context(**{"partition-id": 0, "kinds": "proxy"})).payload
 
 

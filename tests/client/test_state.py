@@ -3,9 +3,9 @@ from flwr.app import Context, RecordDict
 
 from client.state import KeptWeights, load_state, save_state
 from tofu.compression import ErrorFeedback
-from tofu.weights import Layout
+from tofu.weights import ParamSpec
 
-LAYOUT = Layout({"w": torch.Size([2, 3]), "b": torch.Size([])}, {"n": torch.Size([1])}, frozenset({"n"}))
+LAYOUT = ParamSpec({"w": torch.Size([2, 3]), "b": torch.Size([])}, {"n": torch.Size([1])}, frozenset({"n"}))
 
 
 def context() -> Context:
@@ -36,7 +36,7 @@ def test_the_state_of_another_model_is_not_used() -> None:
     ctx = context()
     save_state(ctx, LAYOUT, feedback=ErrorFeedback(weights(0.5), weights(0.5), 7), memory=b"",
                kept=KeptWeights(weights(1.0), bytes(8)))  # fmt: skip
-    other = Layout({"w": torch.Size([4]), "b": torch.Size([])}, {"n": torch.Size([1])})
+    other = ParamSpec({"w": torch.Size([4]), "b": torch.Size([])}, {"n": torch.Size([1])})
     state = load_state(ctx, other)
     assert state.feedback == ErrorFeedback()
     assert state.kept is None

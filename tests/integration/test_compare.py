@@ -17,12 +17,12 @@ import pytest
 from client.app import app as client_app
 from server.app import serve_in_process
 from tofu.cli import main
-from tofu.formatting import human_bytes
+from tofu.formatting import format_bytes
 from tofu.observers.terminal import Progress
 from tofu.reporting.compare import Comparison, run_comparison
 from tofu.settings import Settings
 
-TINY = ("--model=mlp", "--clients=2", "--rounds=2", "--train-images=200", "--local-epochs=1", "--evaluations=2",
+TINY = ("--model=mlp", "--clients=2", "--rounds=2", "--train-images=200", "--local-epochs=1", "--max-evals=2",
         "--ratios=20,60")  # fmt: skip
 ASKED = ("--compressors=topk,signsgd", "--seeds=2", *TINY)
 RUNS = {f"{name}-seed{seed}" for name in ("full-1x", "topk-20x", "topk-60x", "signsgd-20x") for seed in (0, 1)}
@@ -30,7 +30,7 @@ RUN_FILES = ("config.json", "metrics.jsonl", "ledger.jsonl", "summary.json")
 
 
 @dataclass(frozen=True)
-class Outcome:
+class AttackResult:
     """What a command left: exit status, and what it wrote to stdout and stderr."""
 
     status: object
@@ -38,7 +38,7 @@ class Outcome:
     err: str
 
 
-Compare = Callable[..., Outcome]
+Compare = Callable[..., AttackResult]
 
 
 @pytest.fixture
@@ -46,11 +46,11 @@ def compare(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     """Runs `tofu compare` in this process."""
     level = logging.getLogger("flwr").level
 
-    def call(*arguments: str) -> Outcome:
+    def call(*arguments: str) -> AttackResult:
         monkeypatch.setattr(sys, "argv", ["tofu", "compare", *arguments])
         with pytest.raises(SystemExit) as exit_:
             main()
-        return Outcome(exit_.value.code or 0, *capsys.readouterr())
+        return AttackResult(exit_.value.code or 0, *capsys.readouterr())
 
     yield call
     logging.getLogger("flwr").setLevel(level)
@@ -83,7 +83,7 @@ def times(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in sorted(folder.glob("*/*"))}
 
 
-def fails(outcome: Outcome, *words: str) -> None:
+def fails(outcome: AttackResult, *words: str) -> None:
     assert outcome.status == 2
     assert outcome.out == ""
     assert outcome.err.count("\n") == 1, outcome.err
@@ -171,7 +171,7 @@ def test_the_table_shows_the_numbers_of_the_files(done: tuple[Path, dict[str, An
         lost = [100 * (theirs - ours) for theirs, ours in zip(fedavg, accuracy, strict=True)]
         if cell != "full-1x":
             assert shown[key][1] == f"{statistics.mean(lost):.2f} ± {statistics.stdev(lost):.2f}"
-        assert shown[key][2] == human_bytes(round(statistics.mean(uplink)))
+        assert shown[key][2] == format_bytes(round(statistics.mean(uplink)))
     assert lines[-1] == f"report: {folder / 'compare.html'}"
 
 
@@ -307,7 +307,7 @@ def test_a_finished_run_with_other_settings_is_kept(copied: Path, compare: Compa
 
 def test_settings_that_a_finished_run_never_looked_at_may_change(copied: Path, compare: Compare) -> None:
     before = times(copied)
-    compare(*ASKED, "--bits=8", "--evaluations=7", f"--folder={copied}")
+    compare(*ASKED, "--bits=8", "--max-evals=7", f"--folder={copied}")
     assert times(copied) == before
     fails(compare(*ASKED, "--downlink=proxy", f"--folder={copied}"), "downlink='proxy'")
 

@@ -19,7 +19,7 @@ from deploy.state import Process, State
 from tofu.secagg.identities import read_known
 
 _ROOT = Path(__file__).parents[2]
-_QUICK = ("--model=mlp", "--local-epochs=1", "--evaluations=4", "--ratio=40", "--lr=0.1")
+_QUICK = ("--model=mlp", "--local-epochs=1", "--max-evals=4", "--ratio=40", "--lr=0.1")
 
 
 def deploy(*arguments: str) -> "subprocess.CompletedProcess[str]":

@@ -32,7 +32,7 @@ SETTINGS: dict[str, Value] = {
     "model": "mlp",
     "clients": NODES,
     "rounds": 2,
-    "evaluations": 4,
+    "max_evals": 4,
     "seed": 3,
     "downlink": "topk",
     "schedule": "switch",

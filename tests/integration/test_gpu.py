@@ -10,25 +10,25 @@ import torch
 from client import app as honest
 from server.app import serve_in_process
 from tofu.codec.proxies import ProxySettings, decode, encode, paper_settings
-from tofu.data import LabelledImages
+from tofu.data import LabeledImages
 from tofu.device import open_device
 from tofu.evaluation import evaluate
 from tofu.models import build_model
-from tofu.reference_model import Network
+from tofu.reference_model import ReferenceModel
 from tofu.settings import Settings
-from tofu.training import LocalTraining, train_locally
+from tofu.training import LocalTrainingConfig, train_locally
 from tofu.weights import Weights, cosine, difference, explained_variance, weights_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
 
-HOW = LocalTraining(1, 32, 0.01, momentum=0.9, weight_decay=1e-4)
+HOW = LocalTrainingConfig(1, 32, 0.01, momentum=0.9, weight_decay=1e-4)
 TINY: dict[str, Any] = {
-    "clients": 3, "evaluations": 20, "ratio": 50.0, "local_epochs": 2, "batch_size": 32, "lr": 0.1,
-    "weight_average": 0.0, "partition": "iid", "device": "cuda",
+    "clients": 3, "max_evals": 20, "ratio": 50.0, "local_epochs": 2, "batch_size": 32, "lr": 0.1,
+    "ema_decay": 0.0, "partition": "iid", "device": "cuda",
 }  # fmt: skip
 
 
-def trained(model: torch.nn.Module, data: LabelledImages, device: str) -> Weights:
+def trained(model: torch.nn.Module, data: LabeledImages, device: str) -> Weights:
     """The update of an epoch."""
     before = weights_of(model)
     generator = torch.Generator().manual_seed(3)
@@ -37,13 +37,13 @@ def trained(model: torch.nn.Module, data: LabelledImages, device: str) -> Weight
 
 
 @pytest.mark.parametrize("norm", ["group", "batch"])
-def test_local_steps_are_those_of_the_cpu(norm: str, digits: LabelledImages) -> None:
+def test_local_steps_are_those_of_the_cpu(norm: str, digits: LabeledImages) -> None:
     data = digits.subset(torch.arange(160))  # few steps: rounding grows from step to step
     updates = [trained(build_model("cnn", data.shape, norm=norm, seed=1), data, name) for name in ("cpu", "cuda")]
     assert cosine(*updates) > 0.999
 
 
-def test_the_model_is_on_the_cpu_again_afterwards_and_scores_alike(digits: LabelledImages) -> None:
+def test_the_model_is_on_the_cpu_again_afterwards_and_scores_alike(digits: LabeledImages) -> None:
     model = build_model("cnn", digits.shape, seed=1)
     trained(model, digits, "cuda")
     assert {tensor.device.type for tensor in weights_of(model).values()} == {"cpu"}
@@ -55,11 +55,11 @@ def test_the_model_is_on_the_cpu_again_afterwards_and_scores_alike(digits: Label
 @pytest.mark.parametrize("norm", ["group", "batch"])
 @pytest.mark.parametrize("mode", ["smooth", "paper"])
 def test_a_search_on_the_gpu_explains_as_much_and_decodes_on_the_cpu(
-    mode: str, norm: str, digits: LabelledImages
+    mode: str, norm: str, digits: LabeledImages
 ) -> None:
     model = build_model("cnn", digits.shape, norm=norm, seed=1).eval()
     network, update = (
-        Network(model, digits.shape),
+        ReferenceModel(model, digits.shape),
         trained(build_model("cnn", digits.shape, norm=norm, seed=1), digits, "cpu"),
     )
     explained = {}

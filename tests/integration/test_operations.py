@@ -22,7 +22,7 @@ from tofu.settings import Settings
 
 Row = dict[str, Any]
 TINY: Row = {
-    "model": "mlp", "rounds": 3, "evaluations": 5, "ratio": 40.0, "local_epochs": 1, "batch_size": 32, "lr": 0.1,
+    "model": "mlp", "rounds": 3, "max_evals": 5, "ratio": 40.0, "local_epochs": 1, "batch_size": 32, "lr": 0.1,
 }  # fmt: skip
 
 

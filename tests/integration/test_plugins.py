@@ -15,7 +15,7 @@ from tofu.data import to_float
 from tofu.errors import SettingError
 from tofu.models import build_model
 from tofu.observers.terminal import SilentProgress
-from tofu.reference_model import Network
+from tofu.reference_model import ReferenceModel
 from tofu.reporting.folder import read_config, read_model
 from tofu.settings import Settings
 from tofu.weights import load_weights
@@ -24,8 +24,8 @@ from tofu.wire import SECURE
 Row = dict[str, Any]
 
 TINY: Row = {
-    "model": "mlp", "clients": 3, "rounds": 4, "evaluations": 5, "ratio": 50.0, "local_epochs": 1, "batch_size": 32,
-    "lr": 0.05, "weight_average": 0.0, "partition": "iid",
+    "model": "mlp", "clients": 3, "rounds": 4, "max_evals": 5, "ratio": 50.0, "local_epochs": 1, "batch_size": 32,
+    "lr": 0.05, "ema_decay": 0.0, "partition": "iid",
 }  # fmt: skip
 RANK: Row = {"plugins": "rank", "plugin_options": "rank.after=2 rank.energy=0.99 rank.longest=30"}
 
@@ -60,13 +60,13 @@ def test_ood_works_in_every_kind_of_round(tmp_path: Path, schedule: str) -> None
 
 def test_what_is_saved_flags_as_many_images_as_were_asked_for(tmp_path: Path) -> None:
     """The threshold is of the very weights that were saved: here a running average that no client ever saw."""
-    federate(tmp_path / "run", plugins="ood", schedule="full", rounds=3, lr=0.1, local_epochs=3, weight_average=0.5,
+    federate(tmp_path / "run", plugins="ood", schedule="full", rounds=3, lr=0.1, local_epochs=3, ema_decay=0.5,
              plugin_options="ood.false-alarms=0.1")  # fmt: skip
     weights, shape, state = read_model(tmp_path / "run")
     settings = read_config(tmp_path / "run")
     plugins = settings.make_plugins()
     plugins.load(broadcast=state, max_bytes=10**6)
-    network = Network.of(build_model("mlp", shape), shape, plugins, settings.about(shape, 2))
+    network = ReferenceModel.of(build_model("mlp", shape), shape, plugins, settings.round_context(shape, 2))
     load_weights(network.model, weights)
     test = settings.open_data().test()
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_rank_sends_fewer_numbers_from_the_next_round_on(tmp_path: Path, schedul
 
 
 def test_secure_sums_are_those_of_full_rounds(tmp_path: Path) -> None:
-    """The utilised rank that the server finds is the same, whether it saw each client's sums or their total alone."""
+    """The utilized rank that the server finds is the same, whether it saw each client's sums or their total alone."""
     options: Row = {"rounds": 3, "error_feedback": 0.0, "secure_ratio": 1.2, **RANK}
     federate(tmp_path / "secure", schedule="secure", **options)
     federate(tmp_path / "full", schedule="full", **options)
@@ -130,7 +130,7 @@ class KillAfter(SilentProgress):
 
 
 def test_a_run_with_plugins_goes_on_where_it_was(tmp_path: Path) -> None:
-    """The factorised network and the threshold come back with the checkpoint."""
+    """The factorized network and the threshold come back with the checkpoint."""
     options: Row = {"plugins": "rank,ood", "plugin_options": RANK["plugin_options"], "rounds": 5}
     whole = federate(tmp_path / "whole", **options)
     with pytest.raises(KeyboardInterrupt):
@@ -224,7 +224,7 @@ def test_predict_flags_what_it_does_not_know(tmp_path: Path, capsys: pytest.Capt
     assert all(0 < row["probability"] <= 1 and row["score"] is not None for row in found)
 
 
-def test_predict_with_a_factorised_network_and_without_plugins(tmp_path: Path) -> None:
+def test_predict_with_a_factorized_network_and_without_plugins(tmp_path: Path) -> None:
     from tofu.errors import DataError
     from tofu.reporting.predict import predict_images
 

@@ -23,8 +23,8 @@ from tofu.settings import Settings
 Row = dict[str, Any]
 
 TINY: Row = {
-    "model": "mlp", "clients": 4, "rounds": 6, "evaluations": 5, "ratio": 50.0, "local_epochs": 1, "batch_size": 32,
-    "lr": 0.05, "schedule": "switch", "switch_round": 4, "downlink": "topk", "server_optimiser": "momentum",
+    "model": "mlp", "clients": 4, "rounds": 6, "max_evals": 5, "ratio": 50.0, "local_epochs": 1, "batch_size": 32,
+    "lr": 0.05, "schedule": "switch", "switch_round": 4, "downlink": "topk", "server_optimizer": "momentum",
 }  # fmt: skip
 """Everything that has a state: error feedback both ways, momentum, the running average, proxy and secure rounds."""
 SAME = ("ledger.jsonl", "weights.safetensors")

@@ -29,10 +29,10 @@ from tofu.evaluation import evaluate
 from tofu.flower.in_process import run_in_process
 from tofu.models import build_model
 from tofu.payload import HEADER_BYTES, Payload, read_payload
-from tofu.reference_model import Network
+from tofu.reference_model import ReferenceModel
 from tofu.rng import derive_generator
 from tofu.settings import Settings
-from tofu.training import LocalTraining, train_locally
+from tofu.training import LocalTrainingConfig, train_locally
 from tofu.weights import Weights, layout_of, load_weights, weights_of, weights_sha256
 from tofu.wire import FIELD, RECORD, TrainReply
 
@@ -41,8 +41,8 @@ Fault = Callable[[Message, Message], Message]
 """From a request and the honest reply to it, the reply that is sent."""
 
 TINY: Row = {
-    "model": "mlp", "clients": 4, "rounds": 3, "evaluations": 3, "ratio": 50.0, "bits": 8,
-    "local_epochs": 1, "batch_size": 32, "lr": 0.05, "weight_average": 0.0,
+    "model": "mlp", "clients": 4, "rounds": 3, "max_evals": 3, "ratio": 50.0, "bits": 8,
+    "local_epochs": 1, "batch_size": 32, "lr": 0.05, "ema_decay": 0.0,
 }  # fmt: skip
 QUICK: Row = {"model": "mlp", "clients": 3, "lr": 0.1, "local_epochs": 2, "batch_size": 16}
 FILES = ("config.json", "metrics.jsonl", "ledger.jsonl", "summary.json", "weights.safetensors", "report.html")
@@ -185,7 +185,7 @@ def test_full_rounds_learn(tmp_path: Path) -> None:
 
 
 def test_proxy_rounds_learn(tmp_path: Path) -> None:
-    summary = federate(tmp_path / "run", **QUICK, rounds=5, evaluations=Settings().evaluations)
+    summary = federate(tmp_path / "run", **QUICK, rounds=5, max_evals=Settings().max_evals)
     assert summary["final_accuracy"] > 0.5
     assert summary["uplink_bytes"] * 20 < summary["fedavg_uplink_bytes"]
     assert all(row["explained_variance"] > 0 for row in rows(tmp_path / "run")[1:])
@@ -206,7 +206,7 @@ def plain_loop(settings: Settings, lost: tuple[int, int] | None) -> Weights:
             load_weights(model, weights)
             own = data.client(client)
             generator = derive_generator(settings.seed, round_, str(client), "train")
-            train_locally(model, own, LocalTraining(1, 32, settings.lr), generator=generator)
+            train_locally(model, own, LocalTrainingConfig(1, 32, settings.lr), generator=generator)
             before = owed.pop(client, {})
             update = {name: new - weights[name] + before.get(name, 0) for name, new in weights_of(model).items()}
             if (round_, client) == lost:
@@ -283,9 +283,9 @@ def step_of(folder: Path, **settings: object) -> Weights:
 def test_what_the_server_does_with_the_average_follows_its_formula(tmp_path: Path) -> None:
     plain, twice = step_of(tmp_path / "plain"), step_of(tmp_path / "twice", rounds=2)
     half = step_of(tmp_path / "half", server_lr=0.5)
-    adam = step_of(tmp_path / "adam", server_optimiser="adam", server_lr=0.01)
-    momentum = step_of(tmp_path / "momentum", server_optimiser="momentum", server_momentum=0.75, rounds=2)
-    average = step_of(tmp_path / "average", weight_average=0.75, rounds=2)
+    adam = step_of(tmp_path / "adam", server_optimizer="adam", server_lr=0.01)
+    momentum = step_of(tmp_path / "momentum", server_optimizer="momentum", server_momentum=0.75, rounds=2)
+    average = step_of(tmp_path / "average", ema_decay=0.75, rounds=2)
     for name, step in plain.items():
         for found, expected in (
             (half[name], step / 2),
@@ -297,10 +297,10 @@ def test_what_the_server_does_with_the_average_follows_its_formula(tmp_path: Pat
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-6)
 
 
-@pytest.mark.parametrize("optimiser", [{"server_optimiser": "momentum", "server_momentum": 0.5},
-                                       {"server_optimiser": "adam", "server_lr": 0.01}])  # fmt: skip
-def test_server_optimisers_learn(tmp_path: Path, optimiser: Row) -> None:
-    summary = federate(tmp_path / "run", **QUICK, **optimiser, schedule="full", rounds=3)
+@pytest.mark.parametrize("optimizer", [{"server_optimizer": "momentum", "server_momentum": 0.5},
+                                       {"server_optimizer": "adam", "server_lr": 0.01}])  # fmt: skip
+def test_server_optimizers_learn(tmp_path: Path, optimizer: Row) -> None:
+    summary = federate(tmp_path / "run", **QUICK, **optimizer, schedule="full", rounds=3)
     assert summary["final_accuracy"] > 0.5
 
 
@@ -511,7 +511,7 @@ def test_proxies_that_decode_to_nan_are_refused(tmp_path: Path) -> None:
     given: Row = {"schedule": "proxy", "bits": 32, "proxies": 2, "correction": 0.0, "rounds": 2}
     settings = settings_of(tmp_path / "run", **given)
     shape = open_run_data(settings).shape
-    network = Network(fresh_model(settings).eval(), shape)
+    network = ReferenceModel(fresh_model(settings).eval(), shape)
     code = ProxyCode.of(network, settings.proxy_settings(), 2)
     labels = torch.zeros(2, shape.classes)
     labels[:, 0] = 3e38
@@ -569,7 +569,7 @@ def test_a_round_that_all_clients_fail_stops_the_run(tmp_path: Path, fault: Faul
     assert not (tmp_path / "run" / "report.html").exists()
     assert [row["round"] for row in rows(tmp_path / "run")] == [0, 1]
     # What the first round gave is kept.
-    federate(tmp_path / "one", schedule="full", rounds=1, final_lr=1.0)
+    federate(tmp_path / "one", schedule="full", rounds=1, lr_final_factor=1.0)
     model = fresh_model(settings_of(tmp_path / "one"))
     assert weights_sha256(saved_weights(tmp_path / "run", model)) == weights_sha256(
         saved_weights(tmp_path / "one", model)
@@ -678,7 +678,7 @@ def downlinks(folder: Path) -> dict[tuple[int, str], list[int]]:
 
 
 def test_a_compressed_downlink_learns_and_sends_less(tmp_path: Path) -> None:
-    settings: Row = QUICK | {"rounds": 6, "evaluations": 30, "ratio": 30.0, "weight_average": 0.5}
+    settings: Row = QUICK | {"rounds": 6, "max_evals": 30, "ratio": 30.0, "ema_decay": 0.5}
     plain = federate(tmp_path / "plain", **settings)
     both = federate(tmp_path / "both", **settings, downlink="proxy", downlink_ratio=20.0)
     assert plain["both_ratio"] < 2

@@ -23,11 +23,11 @@ from tofu.errors import SettingError
 from tofu.flower.in_process import run_in_process
 from tofu.models import build_model
 from tofu.payload import WEIGHTS, Payload, float32_bytes
-from tofu.secagg.encoding import SecureCode, SecureTerms
+from tofu.secagg.encoding import EncodingConfig, RingEncoder
 from tofu.secagg.messages import Masked
 from tofu.secagg.ring import centred, unpack
 from tofu.settings import Settings
-from tofu.weights import Layout, Weights, fingerprint, layout_of, load_weights, weights_of
+from tofu.weights import ParamSpec, Weights, fingerprint, layout_of, load_weights, weights_of
 from tofu.wire import FIELD, RECORD, SECURE, STAGES, SecureAnswer, SecurePart, SecureQuery, TrainRequest
 
 Row = dict[str, Any]
@@ -36,7 +36,7 @@ Fault = Callable[[Message, Message, Context], Message]
 
 TINY: Row = {
     "model": "mlp", "clients": 5, "rounds": 3, "compressor": "topk", "ratio": 50.0, "local_epochs": 1, "batch_size": 32,
-    "lr": 0.05, "weight_average": 0.0, "schedule": "switch", "switch_round": 2, "secure_ratio": 1.2,
+    "lr": 0.05, "ema_decay": 0.0, "schedule": "switch", "switch_round": 2, "secure_ratio": 1.2,
 }  # fmt: skip
 """A compressed round, then two secure rounds; so many bits that the sum is right to the last digits that are looked at.
 
@@ -290,8 +290,8 @@ def test_a_transcript_of_the_server_gives_no_update_away(tmp_path: Path) -> None
     vectors: dict[str, np.ndarray[Any, np.dtype[np.int64]]] = {}
     for client, round_, stage, request, reply in seen:
         if (round_, stage) == (2, "mask"):
-            terms = SecureTerms.from_bytes(SecurePart.from_bytes(TrainRequest.from_bytes(request).secure).terms)
-            code = SecureCode(layout, terms)
+            terms = EncodingConfig.from_bytes(SecurePart.from_bytes(TrainRequest.from_bytes(request).secure).terms)
+            code = RingEncoder(layout, terms)
             vectors[client] = unpack(Masked.from_bytes(reply).packed, code.length, terms.bits, "vector")
     count, bits = sum(shape.numel() for shape in layout.shapes.values()), terms.bits
 
@@ -343,7 +343,7 @@ def updates_of_round_two(folder: Path) -> dict[str, np.ndarray[Any, np.dtype[np.
     return found
 
 
-def step_of_round_two(folder: Path, layout: Layout) -> np.ndarray[Any, np.dtype[np.float64]]:
+def step_of_round_two(folder: Path, layout: ParamSpec) -> np.ndarray[Any, np.dtype[np.float64]]:
     federate(folder / "one", rounds=1, schedule="proxy", switch_round=0)
     before, after = end_weights(folder / "one"), end_weights(folder / "run")
     return np.concatenate([(after[name] - before[name]).double().flatten().numpy() for name in layout.shapes])
@@ -399,12 +399,12 @@ def test_keys_of_a_stranger_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_a_client_insists_on_its_own_terms(tmp_path: Path) -> None:
-    """Five clients have four neighbours each; all of these want ten, so no secure round comes about."""
-    signed(tmp_path, **{"least-neighbours": 10})
+    """Five clients have four neighbors each; all of these want ten, so no secure round comes about."""
+    signed(tmp_path, **{"min-neighbors": 10})
     for row in rows(tmp_path / "run")[2:]:
         assert "are missing to the threshold" in row["abandoned"]
         assert {failure["reason"] for failure in row["failures"]} == {
-            "roster has 4 neighbours, expected 4, from 10 to 255"
+            "roster has 4 neighbors, expected 4, from 10 to 255"
         }
 
 
@@ -420,7 +420,7 @@ def test_weights_are_loaded(tmp_path: Path) -> None:
 def wider(request: TrainRequest) -> TrainRequest:
     """Ranges at which a client's update is rounded to nothing."""
     part = SecurePart.from_bytes(request.secure)
-    terms = SecureTerms.from_bytes(part.terms)
+    terms = EncodingConfig.from_bytes(part.terms)
     huge = dataclasses.replace(terms, ranges=tuple(1e6 * range_ for range_ in terms.ranges))
     return dataclasses.replace(request, secure=SecurePart(huge.to_bytes(), part.shares).to_bytes())
 
@@ -519,7 +519,7 @@ def test_the_noise_of_the_sum_is_what_was_asked_for(tmp_path: Path) -> None:
 def test_epsilon_is_accounted_round_by_round_and_the_budget_stops_the_run(tmp_path: Path) -> None:
     from tofu.privacy import epsilon_of
 
-    end = federate(tmp_path / "run", **PRIVATE, noise_multiplier=2.0, privacy_budget=2.9)
+    end = federate(tmp_path / "run", **PRIVATE, noise_multiplier=2.0, max_epsilon=2.9)
     said = [row["epsilon"] for row in rows(tmp_path / "run")[1:]]
     assert said == pytest.approx([epsilon_of(2.0 / number**0.5, 1e-5) for number in range(1, len(said) + 1)])
     assert len(said) == end["rounds"] < 3

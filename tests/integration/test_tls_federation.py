@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from client.app import app as client_app
-from deploy.processes import Federation
+from deploy.processes import RoundRunner
 from server.app import serve_in_process
 from tofu.settings import Settings
 
@@ -14,10 +14,10 @@ REPOSITORY = Path(__file__).parents[2]
 def test_two_authenticated_nodes_train_what_one_process_trains(tmp_path: Path) -> None:
     settings = Settings.of(
         {"clients": 2, "min-clients": 2, "rounds": 3, "schedule": "switch", "recovery": "full", "model": "mlp",
-         "ratio": 40.0, "evaluations": 12, "lr": 0.1, "round-timeout": 120.0, "downlink": "proxy",
+         "ratio": 40.0, "max_evals": 12, "lr": 0.1, "round-timeout": 120.0, "downlink": "proxy",
          "downlink-ratio": 20.0}
     )  # fmt: skip
-    with Federation(tmp_path / "federation", nodes=2, app=REPOSITORY, warm=True) as federation:
+    with RoundRunner(tmp_path / "federation", nodes=2, app=REPOSITORY, warm=True) as federation:
         run = federation.run(settings.to_config() | {"run-folder": str(tmp_path / "remote")}, timeout=280)
     assert run.completed, run.log
     remote = json.loads((tmp_path / "remote" / "summary.json").read_text())

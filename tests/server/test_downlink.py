@@ -12,17 +12,17 @@ from tofu.data import ImageShape
 from tofu.errors import DataError, PayloadError
 from tofu.models import build_model
 from tofu.payload import HEADER_BYTES
-from tofu.reference_model import Network
+from tofu.reference_model import ReferenceModel
 from tofu.settings import Settings
 from tofu.weights import Weights, add_update, load_weights, weights_of
 from tofu.wire import TrainRequest
 
 SHAPE = ImageShape(1, 8, 8, 10)
-SETTINGS = Settings.of({"model": "mlp", "downlink": "proxy", "downlink-ratio": 12.0, "evaluations": 10, "bits": 8})
+SETTINGS = Settings.of({"model": "mlp", "downlink": "proxy", "downlink-ratio": 12.0, "max_evals": 10, "bits": 8})
 
 
-def network() -> Network:
-    return Network(build_model("mlp", SHAPE, seed=0).eval(), SHAPE).as_built()
+def network() -> ReferenceModel:
+    return ReferenceModel(build_model("mlp", SHAPE, seed=0).eval(), SHAPE).as_built()
 
 
 class Server:
@@ -81,7 +81,7 @@ def test_steps_lead_to_the_servers_weights_to_the_bit() -> None:
         server.downlink.delivered("a")
         sizes.append(server.downlink.parts("a").nbytes)
     assert server.request("a").payload == b""
-    whole = HEADER_BYTES + server.master.layout.float32_bytes
+    whole = HEADER_BYTES + server.master.param_spec.float32_bytes
     request = server.request("b")
     assert len(request.steps) == 3
     assert all(0.8 * whole / 12 < len(step) <= whole / 12 for step in request.steps)
@@ -94,7 +94,7 @@ def test_the_first_round_sends_no_weights() -> None:
     assert equal(receiver.take(server.request("a"), 1), weights_of(network().model))
 
 
-def test_what_compression_loses_is_sent_later(mlp_update: tuple[Network, Weights]) -> None:
+def test_what_compression_loses_is_sent_later(mlp_update: tuple[ReferenceModel, Weights]) -> None:
     server = Server()
     server.next_round()
     trained, update = mlp_update
@@ -141,7 +141,7 @@ def test_whole_weights_are_sent_where_the_steps_would_be_more_bytes() -> None:
         server.next_round()
     late = server.downlink.parts("late")
     assert late.steps == ()
-    assert len(late.payload) == HEADER_BYTES + server.master.layout.float32_bytes
+    assert len(late.payload) == HEADER_BYTES + server.master.param_spec.float32_bytes
     receiver = Receiver()
     assert equal(receiver.take(server.request("late"), 20), server.weights)
     server.downlink.delivered("late")

@@ -1,4 +1,4 @@
-"""Message sizes are those of Flower's serialisation, to the byte."""
+"""Message sizes are those of Flower's serialization, to the byte."""
 
 import numpy as np
 import pytest

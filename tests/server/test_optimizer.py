@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from server.checkpoint import Snapshot
-from server.optimizer import ServerOptimiser
+from server.optimizer import ServerOptimizer
 from tofu.settings import Settings
 from tofu.weights import weights_of
 
@@ -21,7 +21,7 @@ def update(value: float) -> dict[str, torch.Tensor]:
 def test_plain_adds_the_update() -> None:
     model = network()
     before = weights_of(model)
-    ServerOptimiser(model, Settings()).step(update(0.25))
+    ServerOptimizer(model, Settings()).step(update(0.25))
     for name, value in weights_of(model).items():
         if name == "1.num_batches_tracked":  # an integer: 0 + 0.25 rounds to 0
             assert value == before[name]
@@ -32,31 +32,31 @@ def test_plain_adds_the_update() -> None:
 def test_momentum_carries_the_last_step_on() -> None:
     model = network()
     before = weights_of(model)["0.weight"]
-    optimiser = ServerOptimiser(model, Settings(server_optimiser="momentum", server_momentum=0.5))
-    optimiser.step(update(1.0))
-    optimiser.step(update(0.0))
+    optimizer = ServerOptimizer(model, Settings(server_optimizer="momentum", server_momentum=0.5))
+    optimizer.step(update(1.0))
+    optimizer.step(update(0.0))
     assert torch.allclose(weights_of(model)["0.weight"], before + 1.5)
 
 
-def test_adam_normalises_and_resumes_from_its_state() -> None:
+def test_adam_normalizes_and_resumes_from_its_state() -> None:
     model = network()
     before = weights_of(model)["0.weight"]
-    settings = Settings(server_optimiser="adam", server_lr=0.1)
-    optimiser = ServerOptimiser(model, settings)
-    optimiser.step(update(5.0))
+    settings = Settings(server_optimizer="adam", server_lr=0.1)
+    optimizer = ServerOptimizer(model, settings)
+    optimizer.step(update(5.0))
     assert torch.allclose(weights_of(model)["0.weight"], before + 0.1, atol=1e-3)
     twin = copy.deepcopy(model)
-    resumed = ServerOptimiser(twin, settings)
+    resumed = ServerOptimizer(twin, settings)
     snapshot = Snapshot()
-    optimiser.save(snapshot)
+    optimizer.save(snapshot)
     resumed.restore(Snapshot.from_bytes(snapshot.to_bytes()))
-    optimiser.step(update(-1.0))
+    optimizer.step(update(-1.0))
     resumed.step(update(-1.0))
     assert torch.equal(weights_of(model)["0.weight"], weights_of(twin)["0.weight"])
 
 
 def test_a_variance_never_falls_below_zero() -> None:
     model = network()
-    ServerOptimiser(model, Settings()).step(update(-3.0))
+    ServerOptimizer(model, Settings()).step(update(-3.0))
     assert float(model.get_buffer("1.running_var").min()) == 0
     assert torch.equal(model.get_buffer("1.running_mean"), torch.full((2,), -3.0))

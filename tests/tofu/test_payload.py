@@ -40,31 +40,31 @@ def test_noise_is_refused(data: bytes) -> None:
 def test_each_refusal_names_what_is_wrong() -> None:
     good = Payload(2, 7, BASE, b"body").to_bytes()
 
-    def refusal(data: object, **changes: object) -> str:
+    def incompatibility(data: object, **changes: object) -> str:
         expected = {"codec": 2, "round_": 7, "fingerprint": BASE, "max_bytes": 1000} | changes
         with pytest.raises(PayloadError) as error:
             read_payload(data, **expected)  # type: ignore[arg-type]
         return str(error.value)
 
-    assert "expected bytes" in refusal("text")
-    assert "expected 22 to 1000" in refusal(good[:10])
-    assert "expected 22 to 23" in refusal(good, max_bytes=23)
-    assert "starts with b'GOFU'" in refusal(b"G" + good[1:])
-    assert "version 9" in refusal(good[:4] + b"\x09" + good[5:])
-    assert "codec 2, expected 1" in refusal(good, codec=1)
-    assert "round 7, expected 8" in refusal(good, round_=8)
-    assert "relative to weights" in refusal(good, fingerprint=bytes(8))
-    assert "checksum" in refusal(good[:-1])
+    assert "expected bytes" in incompatibility("text")
+    assert "expected 22 to 1000" in incompatibility(good[:10])
+    assert "expected 22 to 23" in incompatibility(good, max_bytes=23)
+    assert "starts with b'GOFU'" in incompatibility(b"G" + good[1:])
+    assert "version 9" in incompatibility(good[:4] + b"\x09" + good[5:])
+    assert "codec 2, expected 1" in incompatibility(good, codec=1)
+    assert "round 7, expected 8" in incompatibility(good, round_=8)
+    assert "relative to weights" in incompatibility(good, fingerprint=bytes(8))
+    assert "checksum" in incompatibility(good[:-1])
 
 
 def test_float32_body() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    layout, weights = layout_of(model), weights_of(model)
-    body = float32_bytes(weights, layout)
-    assert len(body) == layout.float32_bytes == 4 * (12 + 4 + 4 + 4 + 4 + 4 + 1)
-    back = float32_from(body, layout)
+    param_spec, weights = layout_of(model), weights_of(model)
+    body = float32_bytes(weights, param_spec)
+    assert len(body) == param_spec.float32_bytes == 4 * (12 + 4 + 4 + 4 + 4 + 4 + 1)
+    back = float32_from(body, param_spec)
     assert all(torch.equal(back[name], weights[name].float()) for name in weights)
     with pytest.raises(PayloadError, match="this model takes"):
-        float32_from(body[4:], layout)
+        float32_from(body[4:], param_spec)
     with pytest.raises(PayloadError, match="not finite"):
-        float32_from(b"\x00\x00\x80\x7f" + body[4:], layout)
+        float32_from(b"\x00\x00\x80\x7f" + body[4:], param_spec)

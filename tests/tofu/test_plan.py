@@ -14,15 +14,15 @@ from tofu.errors import SettingError
 from tofu.models import build_model
 from tofu.payload import HEADER_BYTES
 from tofu.plan import Plan, make_plan
-from tofu.reference_model import Network
+from tofu.reference_model import ReferenceModel
 from tofu.settings import Settings
 
 SHAPE = ImageShape(1, 8, 8, 10)
 OVERHEAD = 600
 
 
-def network_of(settings: Settings) -> Network:
-    return Network(build_model(settings.model, SHAPE, norm=settings.norm).eval(), SHAPE)
+def network_of(settings: Settings) -> ReferenceModel:
+    return ReferenceModel(build_model(settings.model, SHAPE, norm=settings.norm).eval(), SHAPE)
 
 
 def plan(full_rounds: int = 0, **values: object) -> Plan:
@@ -43,10 +43,10 @@ def plan(full_rounds: int = 0, **values: object) -> Plan:
     ],
 )
 def test_the_payload_is_what_the_codec_writes(values: dict[str, object]) -> None:
-    settings = Settings.of({"model": "mlp", "evaluations": 1} | values)
+    settings = Settings.of({"model": "mlp", "max_evals": 1} | values)
     network = network_of(settings)
     made = make_plan(settings, network, full_rounds=0, message_overhead=OVERHEAD)
-    update = {name: torch.randn(shape) / 100 for name, shape in network.layout.shapes.items()}
+    update = {name: torch.randn(shape) / 100 for name, shape in network.param_spec.shapes.items()}
     compressor = settings.make_compressor("proxy", network)
     body = compressor.compress(network, update, generator=torch.Generator().manual_seed(0)).body
     # A correction may leave a few bytes: it takes whole entries, and as many as explain the most.
@@ -137,12 +137,12 @@ def test_a_ratio_out_of_reach_is_refused_with_the_best_there_is() -> None:
 def test_a_compressed_downlink_is_planned_as_the_run_sends_it(tmp_path: Path) -> None:
     for fraction in (1.0, 0.5):
         settings = Settings.of({"model": "mlp", "clients": 4, "rounds": 6, "fraction": fraction, "local-epochs": 1,
-                                "evaluations": 2, "ratio": 40.0, "downlink": "proxy", "downlink-ratio": 30.0,
+                                "max_evals": 2, "ratio": 40.0, "downlink": "proxy", "downlink-ratio": 30.0,
                                 "run-folder": str(tmp_path / f"{fraction}")})  # fmt: skip
         network = network_of(settings)
         made = make_plan(settings, network, full_rounds=0, message_overhead=reply_overhead())
         summary = serve_in_process(client_app, settings)
-        assert made.step_bytes <= network.layout.float32_bytes / 30
+        assert made.step_bytes <= network.param_spec.float32_bytes / 30
         downlink = summary["downlink_bytes"]
         assert isinstance(downlink, int)
         assert made.downlink_bytes == pytest.approx(downlink, rel=0.1 if fraction == 1 else 0.3)

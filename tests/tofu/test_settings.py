@@ -14,7 +14,7 @@ from tofu.compression.full import Full
 from tofu.data import ImageShape
 from tofu.errors import SettingError
 from tofu.models import build_model
-from tofu.reference_model import Network
+from tofu.reference_model import ReferenceModel
 from tofu.settings import Settings, Value, read_toml
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +35,7 @@ def another(field: "dataclasses.Field[Any]") -> Value:
 
 
 OTHERS = {field.name.replace("_", "-"): another(field) for field in dataclasses.fields(Settings)}
-OTHERS |= dict.fromkeys(("momentum", "server-momentum", "weight-average", "error-feedback", "tolerance"), 0.25)
+OTHERS |= dict.fromkeys(("momentum", "server-momentum", "ema-decay", "error-feedback", "tolerance"), 0.25)
 OTHERS |= {
     "plugins": "",
     "plugin-options": "",
@@ -119,8 +119,8 @@ def test_settings_do_not_change() -> None:
     [
         ("rounds", "3", "a whole number"), ("rounds", 3.0, "a whole number"), ("rounds", True, "a whole number"),
         ("rounds", None, "a whole number"), ("rounds", [3], "a whole number"), ("lr", "0.1", "a number"),
-        ("lr", True, "a number"), ("lr", 10**400, "a number"), ("smooth-twin", 1, "true or false"),
-        ("smooth-twin", "yes", "true or false"), ("model", 5, "text"), ("dataset", None, "text"),
+        ("lr", True, "a number"), ("lr", 10**400, "a number"), ("surrogate", 1, "true or false"),
+        ("surrogate", "yes", "true or false"), ("model", 5, "text"), ("dataset", None, "text"),
         ("run-folder", Path("x"), "text"),
     ],
 )  # fmt: skip
@@ -142,7 +142,7 @@ def test_wrong_types_are_refused(name: str, value: object, expected: str) -> Non
         ("local-epochs", [0], [1]),
         ("batch-size", [0, -8], [1]),
         ("lr", [0.0, -0.1, math.inf, -math.inf, math.nan], [1e-12, 10.0]),
-        ("final-lr", [0.0, 1.01], [0.001, 1.0]),
+        ("lr-final-factor", [0.0, 1.01], [0.001, 1.0]),
         ("momentum", [-0.1, 1.0, math.nan], [0.0, 0.99]),
         ("weight-decay", [-1e-9, math.inf], [0.0, 1.0]),
         ("switch-round", [-1], [0, 10]),
@@ -152,8 +152,8 @@ def test_wrong_types_are_refused(name: str, value: object, expected: str) -> Non
         ("proxies", [-1, 65536], [0, 65535]),
         ("proxy-size", [-1, 1, 1025], [0, 2, 1024]),
         ("bits", [0, 1, 7, 64], [2, 8, 32]),
-        ("steepness", [-0.1, 1001.0], [0.5, 1000.0]),
-        ("evaluations", [0], [1]),
+        ("surrogate-beta", [-0.1, 1001.0], [0.5, 1000.0]),
+        ("max-evals", [0], [1]),
         ("tolerance", [-0.1], [0.0]),
         ("error-feedback", [-0.1, 1.1], [0.0, 1.0]),
         ("fraction", [0.0, 1.01], [0.01, 1.0]),
@@ -161,7 +161,7 @@ def test_wrong_types_are_refused(name: str, value: object, expected: str) -> Non
         ("round-timeout", [0.0, math.inf], [0.1]),
         ("server-lr", [0.0], [0.1]),
         ("server-momentum", [-0.1, 1.0], [0.0, 0.99]),
-        ("weight-average", [-0.1, 1.0], [0.0, 0.999]),
+        ("ema-decay", [-0.1, 1.0], [0.0, 0.999]),
         ("seed", [-1, 2**31], [0, 2**31 - 1]),
         ("threads", [0, 1025], [1]),
         ("workers", [0, 1025], [1]),
@@ -170,7 +170,7 @@ def test_wrong_types_are_refused(name: str, value: object, expected: str) -> Non
         ("schedule", ["proxies"], ["proxy", "full", "switch", "plateau"]),
         ("compressor", ["zip"], ["proxy", "full"]),
         ("codec-mode", ["rough"], ["smooth", "paper"]),
-        ("server-optimiser", ["sgd"], ["plain", "momentum", "adam"]),
+        ("server-optimizer", ["sgd"], ["plain", "momentum", "adam"]),
     ],
 )
 def test_ranges(name: str, refused: list[object], accepted: list[object]) -> None:
@@ -186,7 +186,7 @@ def test_ranges(name: str, refused: list[object], accepted: list[object]) -> Non
 
 @pytest.mark.parametrize(
     ("name", "suggestion"),
-    [("round", "rounds"), ("local-epoch", "local-epochs"), ("evaluation", "evaluations"), ("sede", "seed"),
+    [("round", "rounds"), ("local-epoch", "local-epochs"), ("max-eval", "max-evals"), ("sede", "seed"),
      ("proxy-count", "proxy-size"), ("qqq", "see `tofu run --help`")],
 )  # fmt: skip
 def test_an_unknown_name_gets_a_suggestion(name: str, suggestion: str) -> None:
@@ -251,7 +251,7 @@ def test_a_pyproject_without_our_table_holds_no_settings(tmp_path: Path) -> None
 
 
 def test_lr_falls_along_half_a_cosine() -> None:
-    settings = Settings.of({"lr": 0.4, "final-lr": 0.1, "rounds": 5})
+    settings = Settings.of({"lr": 0.4, "lr-final-factor": 0.1, "rounds": 5})
     rates = [settings.lr_of(round_) for round_ in range(1, 6)]
     assert rates[0] == pytest.approx(0.4)
     assert rates[2] == pytest.approx((0.4 + 0.04) / 2)
@@ -265,13 +265,13 @@ def test_lr_falls_along_half_a_cosine() -> None:
 
 def test_lr_stays_by_default_and_in_a_single_round() -> None:
     assert {Settings(rounds=7).lr_of(round_) for round_ in range(1, 8)} == {0.1}
-    assert Settings.of({"rounds": 1, "final-lr": 0.1}).lr_of(1) == 0.1
+    assert Settings.of({"rounds": 1, "lr-final-factor": 0.1}).lr_of(1) == 0.1
 
 
 def test_paper_mode_is_the_published_method_whatever_refines_smooth() -> None:
     plain = Settings.of({"codec-mode": "paper", "bits": 4, "proxy-size": 6}).proxy_settings()
     refined = Settings.of(
-        {"codec-mode": "paper", "bits": 4, "proxy-size": 6, "free-labels": True, "steepness": 9.0}
+        {"codec-mode": "paper", "bits": 4, "proxy-size": 6, "free-labels": True, "surrogate-beta": 9.0}
     ).proxy_settings()
     assert plain == refined
     assert (plain.smooth, plain.labels, plain.scale, plain.warm_start) == (False, "simplex", "one", False)
@@ -279,16 +279,16 @@ def test_paper_mode_is_the_published_method_whatever_refines_smooth() -> None:
 
 
 def test_smooth_mode_follows_its_settings() -> None:
-    settings = Settings.of({"free-labels": False, "tensor-scales": False, "evaluations": 7, "tolerance": 0})
+    settings = Settings.of({"free-labels": False, "tensor-scales": False, "max-evals": 7, "tolerance": 0})
     codec = settings.proxy_settings()
-    assert (codec.labels, codec.scale, codec.evaluations, codec.tolerance) == ("simplex", "one", 7, 0.0)
+    assert (codec.labels, codec.scale, codec.max_evals, codec.tolerance) == ("simplex", "one", 7, 0.0)
     assert Settings().proxy_settings().batch_statistics
-    assert not Settings.of({"smooth-twin": False}).proxy_settings().batch_statistics  # it is the twin's
+    assert not Settings.of({"surrogate": False}).proxy_settings().batch_statistics  # it is the twin's
 
 
 def test_the_compressor_follows_from_the_kind_of_the_round() -> None:
     shape = ImageShape(1, 8, 8, 10)
-    network = Network(build_model("mlp", shape).eval(), shape)
+    network = ReferenceModel(build_model("mlp", shape).eval(), shape)
     settings = Settings.of({"proxies": 5, "model": "mlp"})
     proxy = settings.make_compressor("proxy", network)
     assert isinstance(proxy, Proxy)

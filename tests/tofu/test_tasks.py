@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from tofu.data import LabelledImages
+from tofu.data import LabeledImages
 from tofu.errors import DataError, SettingError
 from tofu.tasks import TaskStream, backward_transfer, mean_accuracy, only_classes
 
@@ -14,23 +14,23 @@ from tofu.tasks import TaskStream, backward_transfer, mean_accuracy, only_classe
 def test_classes_are_dealt_to_tasks_each_to_one(classes: int, data: st.DataObject, seed: int) -> None:
     tasks = data.draw(st.integers(1, classes))
     stream = TaskStream("classes", tasks, classes, seed)
-    dealt = [stream.classes_of(task) for task in range(tasks)]
+    dealt = [stream.strata_of(task) for task in range(tasks)]
     assert sorted(c for own in dealt for c in own) == list(range(classes))
     assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
 
 
-def test_a_class_task_has_its_classes_images_and_keeps_their_labels(digits: LabelledImages) -> None:
+def test_a_class_task_has_its_classes_images_and_keeps_their_labels(digits: LabeledImages) -> None:
     stream = TaskStream("classes", 5, 10, seed=3)
     parts = [stream.images_of(digits, task) for task in range(5)]
     assert sum(map(len, parts)) == len(digits)
     for task, part in enumerate(parts):
-        assert tuple(part.labels.unique().tolist()) == stream.classes_of(task)
+        assert tuple(part.labels.unique().tolist()) == stream.strata_of(task)
         assert part.classes == 10
     with pytest.raises(DataError, match="there is no image of task 1, whose classes are"):
         stream.images_of(parts[0], 1)
 
 
-def test_a_pixel_task_is_a_permutation_that_the_seed_fixes(digits: LabelledImages) -> None:
+def test_a_pixel_task_is_a_permutation_that_the_seed_fixes(digits: LabeledImages) -> None:
     stream = TaskStream("pixels", 3, 10, seed=1)
     first, second = (stream.images_of(digits, task) for task in (0, 1))
     assert torch.equal(first.images, digits.images)
@@ -44,10 +44,10 @@ def test_a_pixel_task_is_a_permutation_that_the_seed_fixes(digits: LabelledImage
     assert not torch.equal(stream.images_of(digits, 2).images, second.images)
 
 
-def test_colours_move_together() -> None:
+def test_colors_move_together() -> None:
     generator = torch.Generator().manual_seed(0)
     grey = torch.randint(0, 256, (2, 1, 4, 4), generator=generator, dtype=torch.uint8)
-    data = LabelledImages(grey.expand(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64), 1)
+    data = LabeledImages(grey.expand(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64), 1)
     permuted = TaskStream("pixels", 2, 1).images_of(data, 1).images
     assert torch.equal(permuted[:, 0], permuted[:, 2])
 
@@ -65,10 +65,10 @@ def test_clients_orders_differ() -> None:
     assert len(orders) == 6
 
 
-def test_a_stream_of_kind_none_repeats_the_data(digits: LabelledImages) -> None:
+def test_a_stream_of_kind_none_repeats_the_data(digits: LabeledImages) -> None:
     stream = TaskStream("none", 2, 10)
     assert torch.equal(stream.images_of(digits, 1).images, digits.images)
-    assert stream.classes_of(1) == tuple(range(10))
+    assert stream.strata_of(1) == tuple(range(10))
 
 
 @pytest.mark.parametrize(

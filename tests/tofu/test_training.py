@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tofu.data import LabelledImages, to_float
+from tofu.data import LabeledImages, to_float
 from tofu.errors import RunError
 from tofu.models import build_model
 from tofu.plugins import NO_PLUGINS, Plugin, Plugins, Weights
-from tofu.training import Descent, LocalTraining, SeededDropout, _batches, train_locally
+from tofu.training import SGD, LocalTrainingConfig, SeededDropout, _batches, train_locally
 from tofu.weights import fingerprint, weights_of
 
 
@@ -19,11 +19,11 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def test_an_epoch_is_plain_sgd_over_shuffled_batches(digits: LabelledImages) -> None:
+def test_an_epoch_is_plain_sgd_over_shuffled_batches(digits: LabeledImages) -> None:
     """Against a loop written out."""
     data = digits.subset(torch.arange(100))
     ours, theirs = build_model("mlp", data.shape, seed=1), build_model("mlp", data.shape, seed=1)
-    result = train_locally(ours, data, LocalTraining(2, 32, 0.1), generator=generator(3))
+    result = train_locally(ours, data, LocalTrainingConfig(2, 32, 0.1), generator=generator(3))
     g = generator(3)
     for _ in range(2):
         order = torch.randperm(100, generator=g)
@@ -41,20 +41,20 @@ def test_an_epoch_is_plain_sgd_over_shuffled_batches(digits: LabelledImages) -> 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.01])
-def test_a_step_is_torchs_to_the_bit(momentum: float, weight_decay: float, digits: LabelledImages) -> None:
+def test_a_step_is_torchs_to_the_bit(momentum: float, weight_decay: float, digits: LabeledImages) -> None:
     ours, theirs = build_model("cnn", digits.shape, seed=1), build_model("cnn", digits.shape, seed=1)
     still = next(theirs.parameters()).detach().clone()
     for model in (ours, theirs):
         next(model.parameters()).requires_grad_(False)
-    descent = Descent([*ours.parameters()], LocalTraining(1, 32, 0.1, momentum, weight_decay))
-    optimiser = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=momentum, weight_decay=weight_decay)
+    descent = SGD([*ours.parameters()], LocalTrainingConfig(1, 32, 0.1, momentum, weight_decay))
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=momentum, weight_decay=weight_decay)
     for start in range(0, 160, 32):
         images, labels = to_float(digits.images[start : start + 32]), digits.labels[start : start + 32]
         for model in (ours, theirs):
             model.zero_grad()
             F.cross_entropy(model(images), labels).backward()
         descent.step()
-        optimiser.step()
+        optimizer.step()
     assert fingerprint(weights_of(ours)) == fingerprint(weights_of(theirs))
     assert torch.equal(next(ours.parameters()), still)
 
@@ -63,34 +63,34 @@ def test_training_and_encoding_leave_torchs_compiler_alone() -> None:
     """Its import takes longer than a small client's epoch, and a client app may start anew for every message."""
     code = """
 import sys, torch
-from tofu.training import LocalTraining, train_locally
-from tofu.data import LabelledImages, ImageShape
+from tofu.training import LocalTrainingConfig, train_locally
+from tofu.data import LabeledImages, ImageShape
 from tofu.models import build_model
-from tofu.reference_model import Network
+from tofu.reference_model import ReferenceModel
 from tofu.settings import Settings
 from tofu.weights import weights_of
-data = LabelledImages(torch.zeros(20, 1, 8, 8, dtype=torch.uint8), torch.arange(20) % 10, 10)
+data = LabeledImages(torch.zeros(20, 1, 8, 8, dtype=torch.uint8), torch.arange(20) % 10, 10)
 model = build_model("mlp", data.shape, seed=0)
 g = torch.Generator()
-train_locally(model, data, LocalTraining(1, 8, 0.1, 0.9), generator=g)
-network = Network(model.eval(), data.shape)
+train_locally(model, data, LocalTrainingConfig(1, 8, 0.1, 0.9), generator=g)
+network = ReferenceModel(model.eval(), data.shape)
 update = {name: torch.randn(w.shape, generator=g) for name, w in weights_of(model).items()}
 for mode in ("smooth", "paper"):
-    settings = Settings(evaluations=3, codec_mode=mode)
+    settings = Settings(max_evals=3, codec_mode=mode)
     settings.make_compressor("proxy", network).compress(network, update, generator=g, memory=b"")
 assert "torch._dynamo" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-def test_training_learns_and_the_seed_decides(digits: LabelledImages) -> None:
+def test_training_learns_and_the_seed_decides(digits: LabeledImages) -> None:
     prints = []
     for seed in (1, 1, 2):
         model = build_model("mlp", digits.shape, seed=0)
-        result = train_locally(model, digits, LocalTraining(1, 32, 0.05), generator=generator(seed))
+        result = train_locally(model, digits, LocalTrainingConfig(1, 32, 0.05), generator=generator(seed))
         prints.append(fingerprint(weights_of(model)))
     assert prints[0] == prints[1] != prints[2]
-    again = train_locally(model, digits, LocalTraining(1, 32, 0.05), generator=generator())
+    again = train_locally(model, digits, LocalTrainingConfig(1, 32, 0.05), generator=generator())
     assert again.loss < result.loss - 0.3
 
 
@@ -119,9 +119,9 @@ def test_a_lone_last_image_is_left_out_as_batch_norm_could_not_take_it() -> None
     assert [len(b) for b in _batches(1, 32, generator())] == [1]
 
 
-def test_divergence_is_an_error_that_says_what_may_help(digits: LabelledImages) -> None:
+def test_divergence_is_an_error_that_says_what_may_help(digits: LabeledImages) -> None:
     with pytest.raises(RunError, match="a smaller lr than 1e\\+10 may help"):
-        train_locally(build_model("mlp", digits.shape), digits, LocalTraining(1, 32, 1e10), generator=generator())
+        train_locally(build_model("mlp", digits.shape), digits, LocalTrainingConfig(1, 32, 1e10), generator=generator())
 
 
 @dataclass
@@ -143,16 +143,16 @@ class Everything(Plugin):
         self.calls.append("step")
         assert not any(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
-    def on_epoch_end(self, model: nn.Module, data: LabelledImages) -> None:
+    def on_epoch_end(self, model: nn.Module, data: LabeledImages) -> None:
         self.calls.append("epoch")
 
-    def on_task_end(self, model: nn.Module, data: LabelledImages, final: bool) -> None:
+    def on_task_end(self, model: nn.Module, data: LabeledImages, final: bool) -> None:
         self.calls.append(f"end {final}")
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
-def test_plugins_that_change_nothing_leave_a_run_as_it_was_to_the_bit(digits: LabelledImages, model: str) -> None:
-    data, how, weights = digits.subset(torch.arange(96)), LocalTraining(2, 32, 0.1, 0.9, 1e-3), []
+def test_plugins_that_change_nothing_leave_a_run_as_it_was_to_the_bit(digits: LabeledImages, model: str) -> None:
+    data, how, weights = digits.subset(torch.arange(96)), LocalTrainingConfig(2, 32, 0.1, 0.9, 1e-3), []
     watcher = Everything()
     for plugins in (NO_PLUGINS, Plugins([watcher])):
         network = build_model(model, data.shape, seed=1)
@@ -162,12 +162,12 @@ def test_plugins_that_change_nothing_leave_a_run_as_it_was_to_the_bit(digits: La
     assert watcher.calls == 2 * (3 * ["batch", "loss", "step"] + ["epoch"]) + ["end True"]
 
 
-def test_targets_may_be_soft(digits: LabelledImages) -> None:
+def test_targets_may_be_soft(digits: LabeledImages) -> None:
     data, results = digits.subset(torch.arange(64)), []
     for soft in (False, True):
         network = build_model("mlp", data.shape, seed=1)
         plugins = Plugins([Everything(soft=soft)])
-        train_locally(network, data, LocalTraining(1, 32, 0.1), generator=generator(3), plugins=plugins)
+        train_locally(network, data, LocalTrainingConfig(1, 32, 0.1), generator=generator(3), plugins=plugins)
         results.append(weights_of(network))
     for name, value in results[0].items():
         assert torch.allclose(value, results[1][name], atol=1e-6)

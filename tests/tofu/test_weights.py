@@ -12,12 +12,12 @@ def model() -> nn.Module:
 
 
 def test_layout_tells_parameters_from_buffers() -> None:
-    layout = layout_of(model())
-    assert list(layout.parameters) == ["0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias"]
-    assert list(layout.buffers) == ["1.running_mean", "1.running_var", "1.num_batches_tracked"]
-    assert layout.integers == {"1.num_batches_tracked"}
-    assert layout.parameter_count == 18 + 2 + 2 + 2 + 24 + 3
-    assert layout.float32_bytes == 4 * (51 + 2 + 2 + 1)
+    param_spec = layout_of(model())
+    assert list(param_spec.parameters) == ["0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias"]
+    assert list(param_spec.buffers) == ["1.running_mean", "1.running_var", "1.num_batches_tracked"]
+    assert param_spec.integers == {"1.num_batches_tracked"}
+    assert param_spec.parameter_count == 18 + 2 + 2 + 2 + 24 + 3
+    assert param_spec.float32_bytes == 4 * (51 + 2 + 2 + 1)
 
 
 def test_frozen_parameters_do_not_travel() -> None:

@@ -159,15 +159,15 @@ def plan(*, config: ConfigFile = None, json_: Json = False, overrides: dict[str,
     """Say what a run will cost in bytes, without running it."""
     from server.app import open_run_data
     from server.ledger import reply_overhead
-    from tofu.formatting import human_bytes
+    from tofu.formatting import format_bytes
     from tofu.models import build_model
     from tofu.plan import make_plan
-    from tofu.reference_model import Network
+    from tofu.reference_model import ReferenceModel
     from tofu.rounds.schedule import Schedule
 
     settings = _settings(config, overrides)
     shape = open_run_data(settings).shape
-    network = Network(build_model(settings.model, shape, norm=settings.norm, seed=settings.seed).eval(), shape)
+    network = ReferenceModel(build_model(settings.model, shape, norm=settings.norm, seed=settings.seed).eval(), shape)
     schedule = Schedule.of(settings)
     kinds = [schedule.kind(r, ()) for r in range(1, settings.rounds + 1)]
     made = make_plan(
@@ -184,24 +184,24 @@ def plan(*, config: ConfigFile = None, json_: Json = False, overrides: dict[str,
     proxies = f" ({made.proxies} proxies of {made.proxy_side}x{made.proxy_side})" if made.proxies else ""
     rows = [
         ("model", f"{settings.model}, {made.parameters:,} parameters"),
-        ("one update as float32", human_bytes(made.update_bytes)),
-        ("one compressed payload", f"{human_bytes(made.payload_bytes)}, {made.payload_ratio:.1f}x less{proxies}"),
-        ("message around a payload", human_bytes(made.message_overhead)),
+        ("one update as float32", format_bytes(made.update_bytes)),
+        ("one compressed payload", f"{format_bytes(made.payload_bytes)}, {made.payload_ratio:.1f}x less{proxies}"),
+        ("message around a payload", format_bytes(made.message_overhead)),
         ("rounds", f"{made.compressed_rounds} compressed, {made.full_rounds} full, {made.secure_rounds} secure"),
-        ("uplink of the run", human_bytes(made.uplink_bytes)),
-        ("uplink of FedAvg", f"{human_bytes(made.fedavg_uplink_bytes)}, {made.uplink_ratio:.1f}x as much"),
+        ("uplink of the run", format_bytes(made.uplink_bytes)),
+        ("uplink of FedAvg", f"{format_bytes(made.fedavg_uplink_bytes)}, {made.uplink_ratio:.1f}x as much"),
     ]
     if made.step_bytes:
         rows += [
             (
                 "one step of the server",
-                f"{human_bytes(made.step_bytes)}, {made.update_bytes / made.step_bytes:.1f}x less",
+                f"{format_bytes(made.step_bytes)}, {made.update_bytes / made.step_bytes:.1f}x less",
             ),
-            ("downlink of the run", human_bytes(made.downlink_bytes)),
+            ("downlink of the run", format_bytes(made.downlink_bytes)),
             ("both directions", f"{made.both_ratio:.1f}x less than FedAvg"),
         ]
     else:
-        rows.append(("downlink of either", human_bytes(made.downlink_bytes)))
+        rows.append(("downlink of either", format_bytes(made.downlink_bytes)))
     for name, value in rows:
         print(f"{name:<26}{value}")
     for warning in made.warnings:
@@ -215,7 +215,7 @@ def demo(*, config: ConfigFile = None, quiet: Quiet = False, overrides: dict[str
 
     Without options: ten clients, a small network, the digits that come with scikit-learn.
     """
-    from tofu.formatting import human_bytes
+    from tofu.formatting import format_bytes
     from tofu.reporting.folder import add_baseline, check_new, fresh_folder
     from tofu.reporting.report import write_report
 
@@ -237,7 +237,7 @@ def demo(*, config: ConfigFile = None, quiet: Quiet = False, overrides: dict[str
         assert isinstance(accuracy, float)
         assert isinstance(uplink, int)
         assert isinstance(ratio, float)
-        print(f"{name:<22}{accuracy:>13.1%} {human_bytes(uplink):>11}{f'{ratio:.0f}x less' if ratio > 1 else '':>16}")
+        print(f"{name:<22}{accuracy:>13.1%} {format_bytes(uplink):>11}{f'{ratio:.0f}x less' if ratio > 1 else '':>16}")
     print(f"\nreport: {page}")
 
 
@@ -335,7 +335,3 @@ def deploy(context: typer.Context) -> None:
     from tofu.cli.deploy import app
 
     app(context.args, prog_name="tofu deploy")
-
-
-if __name__ == "__main__":
-    main()

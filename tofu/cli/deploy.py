@@ -10,7 +10,7 @@ import typer
 
 from deploy import background
 from tofu.cli import ConfigFile, Json, Quiet, _with_settings
-from tofu.formatting import human_bytes, printable
+from tofu.formatting import format_bytes, printable
 from tofu.settings import Value, read_toml
 
 app = typer.Typer(
@@ -22,7 +22,7 @@ app = typer.Typer(
 
 Folder = Annotated[Path, typer.Option("--folder", help="the federation's folder: keys, logs, database, results")]
 _FOLDER = Path("runs/federation")
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_COLOR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @app.command()
@@ -60,14 +60,14 @@ def run(
 
     def follow(line: str) -> None:
         if not quiet and not json_:
-            print(printable(_COLOUR.sub("", line)), file=sys.stderr, flush=True)
+            print(printable(_COLOR.sub("", line)), file=sys.stderr, flush=True)
 
     done, results = background.run(folder, given, follow=follow)
     result = background.summary(done, results)
     if json_:
         print(json.dumps(result))
         return
-    print(f"run {done.identity} completed, {human_bytes(done.traffic_bytes)} between server and nodes")
+    print(f"run {done.identity} completed, {format_bytes(done.traffic_bytes)} between server and nodes")
     print(f"report: {results / 'report.html'}")
 
 

@@ -28,21 +28,21 @@ from torch import Tensor
 
 from tofu.codec.correction import least_room, read_entries, write_entries
 from tofu.codec.proxies import ENOUGH, ProxyCode, ProxyData, ProxySettings, automatic_sides, decode, encode
-from tofu.codec.strata import Classes, classes_of
+from tofu.codec.strata import Strata, strata_of
 from tofu.compression.base import Compressed, Compressor
 from tofu.compression.buffers import BufferCode
 from tofu.compression.flat import LARGEST
 from tofu.errors import PayloadError, RunError, SettingError
 from tofu.payload import HEADER_BYTES
-from tofu.reference_model import Network
-from tofu.weights import Layout, Weights, explained_variance
+from tofu.reference_model import ReferenceModel
+from tofu.weights import ParamSpec, Weights, explained_variance
 
 _PREFIX = struct.Struct("<BBHH")
 
 TRIAL_EVERY = 4
-"""What a trial chose, a steepness or no proxies at all, a client keeps for so many encodes."""
+"""What a trial chose, a surrogate_beta or no proxies at all, a client keeps for so many encodes."""
 
-MOST_PROXIES = 8
+MAX_PROXIES = 8
 """Beside a correction more of them take long to encode, and explain no more than the correction does in their bytes."""
 
 
@@ -50,9 +50,9 @@ class Proxy(Compressor):
     """Proxy images in place of the update.
 
     Args:
-        network_like: any network of the run (its layout and input shape fix the sizes).
+        network_like: any network of the run (its param_spec and input shape fix the sizes).
         ratio: payload wanted, as float32 bytes of the update over bytes of the payload with its header.
-        count: number of proxies; 0 takes as many as `ratio` affords, beside a correction at most `MOST_PROXIES`.
+        count: number of proxies; 0 takes as many as `ratio` affords, beside a correction at most `MAX_PROXIES`.
         settings: how to encode.
         correction: share of the payload's bytes that is left to the sparse correction, at least; 1 sends no proxies.
 
@@ -67,19 +67,25 @@ class Proxy(Compressor):
     code: ClassVar[int] = 2
 
     def __init__(
-        self, network_like: Network, *, ratio: float, count: int, settings: ProxySettings, correction: float = 0.0
+        self,
+        network_like: ReferenceModel,
+        *,
+        ratio: float,
+        count: int,
+        settings: ProxySettings,
+        correction: float = 0.0,
     ) -> None:
-        layout = network_like.layout
-        self._beside = _PREFIX.size + BufferCode(layout).nbytes
-        least = least_room(layout.parameter_count) if correction else math.inf
-        room = int(layout.float32_bytes / ratio) - HEADER_BYTES - self._beside
+        param_spec = network_like.param_spec
+        self._beside = _PREFIX.size + BufferCode(param_spec).nbytes
+        least = least_room(param_spec.parameter_count) if correction else math.inf
+        room = int(param_spec.float32_bytes / ratio) - HEADER_BYTES - self._beside
         if correction == 1:
             self.settings, self.count = replace(settings, size=settings.size or automatic_sides(network_like)[-1]), 0
             if room < least:
-                best = layout.float32_bytes / (HEADER_BYTES + self._beside + least)
+                best = param_spec.float32_bytes / (HEADER_BYTES + self._beside + least)
                 raise SettingError("ratio", ratio, f"at most {best:.1f} for this model (a correction of one entry)")
         else:
-            most = MOST_PROXIES if correction else 0
+            most = MAX_PROXIES if correction else 0
             try:
                 self.settings, self.count = _sized(network_like, ratio / (1 - correction), count, settings, most)
             except SettingError:  # one proxy takes more than its share, perhaps not more than the whole
@@ -104,7 +110,7 @@ class Proxy(Compressor):
         return self._rooms[self.count]
 
     def compress(
-        self, network: Network, update: Weights, *, generator: torch.Generator, memory: bytes = b""
+        self, network: ReferenceModel, update: Weights, *, generator: torch.Generator, memory: bytes = b""
     ) -> Compressed:
         """See `Compressor.compress`.
 
@@ -115,22 +121,22 @@ class Proxy(Compressor):
             raise RunError("the update holds a value that is not finite: local training diverged")
         age, last = self._remembered(memory)
         age = (age + 1) % TRIAL_EVERY
-        classes = classes_of(network) if any(self._rooms.values()) else None
+        classes = strata_of(network) if any(self._rooms.values()) else None
         zero = {name: torch.zeros_like(w) for name, w in network.base.items()}
         made = []
         if 0 in self._rooms and (not age or last is None):
             made.append(self._body(network, update, 0, b"", zero, classes))
         if self.count and not (age and last is None and made):
             settings = self.settings
-            if last is not None and age and not settings.steepness:
-                settings = replace(settings, steepness=last.steepness)
+            if last is not None and age and not settings.surrogate_beta:
+                settings = replace(settings, surrogate_beta=last.surrogate_beta)
             encoding = encode(network, update, self.count, settings, generator=generator, start=last)
             with_proxies = self._body(network, update, self.count, encoding.body, encoding.decoded, classes)
-            made = [replace(one, evaluations=encoding.evaluations) for one in (with_proxies, *made)]
+            made = [replace(one, max_evals=encoding.max_evals) for one in (with_proxies, *made)]
         best = max(made, key=lambda one: explained_variance({name: update[name] for name in zero}, one.decoded))
         return replace(best, memory=bytes([age]) + best.memory)
 
-    def decompress(self, network: Network, body: bytes) -> Weights:
+    def decompress(self, network: ReferenceModel, body: bytes) -> Weights:
         proxies = self.read_proxies(body)
         count = 0 if proxies is None else self.count
         split = _PREFIX.size + (self._code.nbytes if count else 0)
@@ -143,10 +149,10 @@ class Proxy(Compressor):
         if self._rooms[count]:
             if len(correction) > self._rooms[count]:
                 raise PayloadError(f"correction has {len(correction)} bytes, expected at most {self._rooms[count]}")
-            decoded = _corrected(decoded, correction, classes_of(network))
+            decoded = _corrected(decoded, correction, strata_of(network))
         elif correction:
             raise PayloadError(f"proxy body has {len(body)} bytes, expected {end}")
-        return decoded | BufferCode(network.layout).read(body[split:end])
+        return decoded | BufferCode(network.param_spec).read(body[split:end])
 
     def read_proxies(self, body: bytes) -> ProxyData | None:
         """The proxies in a body, checked; None where it has none.
@@ -163,7 +169,7 @@ class Proxy(Compressor):
                 raise PayloadError(f"proxy body has {field} {value}, this run uses {expected}")
         return self._code.read(body[_PREFIX.size : _PREFIX.size + self._code.nbytes]) if count else None
 
-    def body_bytes(self, layout: Layout) -> int:
+    def body_bytes(self, param_spec: ParamSpec) -> int:
         sizes = [(self._code.nbytes if count else 0) + room for count, room in self._rooms.items()]
         return self._beside + max(sizes)
 
@@ -171,10 +177,16 @@ class Proxy(Compressor):
         return self.settings.flags, self.settings.bits, count, self._code.side
 
     def _body(
-        self, network: Network, update: Weights, count: int, proxies: bytes, decoded: Weights, classes: Classes | None
+        self,
+        network: ReferenceModel,
+        update: Weights,
+        count: int,
+        proxies: bytes,
+        decoded: Weights,
+        classes: Strata | None,
     ) -> Compressed:
         """A body with these proxies, which decode to `decoded`; its memory is the proxies alone."""
-        buffers = BufferCode(network.layout)
+        buffers = BufferCode(network.param_spec)
         tail, correction = buffers.write(update), b""
         if classes is not None and self._rooms[count]:
             missed = torch.cat([(update[name] - value).flatten() for name, value in decoded.items()])
@@ -193,14 +205,16 @@ class Proxy(Compressor):
             return -1, None
 
 
-def _corrected(decoded: Weights, correction: bytes, classes: Classes) -> Weights:
+def _corrected(decoded: Weights, correction: bytes, classes: Strata) -> Weights:
     """The proxies' update with the correction added."""
     sizes = [value.numel() for value in decoded.values()]
     pieces: tuple[Tensor, ...] = torch.split(read_entries(correction, classes), sizes)
     return {name: d + piece.view_as(d) for (name, d), piece in zip(decoded.items(), pieces, strict=True)}
 
 
-def _sized(network: Network, ratio: float, count: int, settings: ProxySettings, most: int) -> tuple[ProxySettings, int]:
+def _sized(
+    network: ReferenceModel, ratio: float, count: int, settings: ProxySettings, most: int
+) -> tuple[ProxySettings, int]:
     """The settings with a side, and how many proxies to send: `count`, or as many as the ratio affords.
 
     Args:
@@ -214,29 +228,29 @@ def _sized(network: Network, ratio: float, count: int, settings: ProxySettings, 
     return settings, affordable if count or not most else min(affordable, most)
 
 
-def _with_side(network: Network, ratio: float, count: int, settings: ProxySettings) -> ProxySettings:
+def _with_side(network: ReferenceModel, ratio: float, count: int, settings: ProxySettings) -> ProxySettings:
     """Choose the largest automatic side of which the ratio affords enough proxies."""
     for side in automatic_sides(network):
         settings = replace(settings, size=side)
-        if not count and network.layout.float32_bytes / ratio >= _size(network, ENOUGH, settings):
+        if not count and network.param_spec.float32_bytes / ratio >= _size(network, ENOUGH, settings):
             break
     return settings
 
 
-def _size(network: Network, count: int, settings: ProxySettings) -> int:
+def _size(network: ReferenceModel, count: int, settings: ProxySettings) -> int:
     """Bytes of a payload with so many proxies, header included."""
     code = ProxyCode.of(network, settings, count)
-    return HEADER_BYTES + _PREFIX.size + code.nbytes + BufferCode(network.layout).nbytes
+    return HEADER_BYTES + _PREFIX.size + code.nbytes + BufferCode(network.param_spec).nbytes
 
 
-def _affordable(network: Network, ratio: float, settings: ProxySettings) -> int:
-    budget = network.layout.float32_bytes / ratio
+def _affordable(network: ReferenceModel, ratio: float, settings: ProxySettings) -> int:
+    budget = network.param_spec.float32_bytes / ratio
 
     def size(count: int) -> int:
         return _size(network, count, settings)
 
     if size(1) > budget:
-        best = network.layout.float32_bytes / size(1)
+        best = network.param_spec.float32_bytes / size(1)
         raise SettingError("ratio", ratio, f"at most {best:.1f} for this model (one proxy of these settings)")
     # The size is affine in the count up to the rounding of packed bits to whole bytes, so start there and step.
     count = max(1, int((budget - size(1)) / ((size(65) - size(1)) / 64)))

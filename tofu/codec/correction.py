@@ -31,14 +31,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tofu.codec.strata import CLASSES, Classes
+from tofu.codec.strata import CLASSES, Strata
 from tofu.compression.bitstream import BitReader, Bits, Integers, fixed, packed, unary
 from tofu.compression.flat import checked_length, checked_scales
 from tofu.compression.quantize import bfloat16_bytes, bfloat16_from
 from tofu.compression.rice import by_magnitude
 from tofu.errors import PayloadError
 
-MOST_LEVELS = 31
+MAX_LEVELS = 31
 """The highest level has no end: what would reach further ones belongs to it."""
 
 _HEAD = struct.Struct("<HB")
@@ -54,7 +54,7 @@ def least_room(length: int) -> int:
     return _head(1) + (counts + gap + sign + 7) // 8
 
 
-def write_entries(vector: Tensor, room: int, classes: Classes) -> bytes:
+def write_entries(vector: Tensor, room: int, classes: Strata) -> bytes:
     """The largest entries of a float vector [d] in at most `room` bytes: as many as fit, or fewer that explain more."""
     ranking = _Ranking.of(vector, classes, most=4 * room)  # an entry takes two bits at least
     fits, too_many = 0, ranking.falling.size + 1
@@ -70,7 +70,7 @@ def write_entries(vector: Tensor, room: int, classes: Classes) -> bytes:
     return max((one for one in choices if one.nbytes <= room), key=lambda one: one.explained).to_bytes()
 
 
-def read_entries(data: bytes, classes: Classes) -> Tensor:
+def read_entries(data: bytes, classes: Strata) -> Tensor:
     """The inverse of `write_entries`: a float32 vector [d], zero elsewhere.
 
     Raises:
@@ -82,8 +82,8 @@ def read_entries(data: bytes, classes: Classes) -> Tensor:
     if checksum != classes.checksum:
         raise PayloadError(f"{what} are of classes {checksum:04x}, this end's are {classes.checksum:04x}: "
                            "the weights, or the initial ones, are not the same at both ends")  # fmt: skip
-    if top > MOST_LEVELS:
-        raise PayloadError(f"{what} have {top} levels, expected at most {MOST_LEVELS}")
+    if top > MAX_LEVELS:
+        raise PayloadError(f"{what} have {top} levels, expected at most {MAX_LEVELS}")
     split = _head(top)
     checked_length(data, split, what, exactly=False)
     magnitudes = checked_scales(bfloat16_from(data[_HEAD.size : split], "magnitudes"), what)
@@ -99,9 +99,9 @@ def read_entries(data: bytes, classes: Classes) -> Tensor:
     return vector
 
 
-def slots_length(slots: Integers, classes: Classes) -> int:
+def slots_length(slots: Integers, classes: Strata) -> int:
     """Bits that rising slots take."""
-    return sum(subset.length for subset in _by_class(slots, classes))
+    return sum(subset.length for subset in _by_stratum(slots, classes))
 
 
 @dataclass(frozen=True)
@@ -115,14 +115,14 @@ class _Ranking:
         falling: their magnitudes, the largest first.
     """
 
-    classes: Classes
+    classes: Strata
     slots: Integers
     values: Floats
     ranks: Integers
     falling: Floats
 
     @staticmethod
-    def of(vector: Tensor, classes: Classes, most: int) -> "_Ranking":
+    def of(vector: Tensor, classes: Strata, most: int) -> "_Ranking":
         values, order = vector.detach().numpy(), by_magnitude(vector, most)
         ranks = np.full(values.size, order.size)
         ranks[order] = np.arange(order.size)
@@ -135,7 +135,7 @@ class _Ranking:
         chosen = self.ranks < count
         slots, values = self.slots[chosen], self.values[chosen]
         smallest = np.float64(self.falling[count - 1]) if count else 1.0
-        levels = np.clip((np.abs(values) / smallest + 2) // 3, 1, MOST_LEVELS).astype(np.int64)
+        levels = np.clip((np.abs(values) / smallest + 2) // 3, 1, MAX_LEVELS).astype(np.int64)
         return _Entries(self.classes, slots, values, levels)
 
 
@@ -143,7 +143,7 @@ class _Ranking:
 class _Entries:
     """Chosen entries: their rising slots, values, and levels from 1."""
 
-    classes: Classes
+    classes: Strata
     slots: Integers
     values: Floats
     levels: Integers
@@ -160,7 +160,7 @@ class _Entries:
 
     def to_bytes(self) -> bytes:
         bits = packed(
-            *(field for subset in _by_class(self.slots, self.classes) for field in subset.fields()),
+            *(field for subset in _by_stratum(self.slots, self.classes) for field in subset.fields()),
             fixed((self.values < 0).astype(np.int64), 1),
             *(field for subset in self._by_level() for field in subset.fields()),
         )
@@ -234,14 +234,14 @@ class _Subset:
         return taken
 
 
-def _by_class(slots: Integers, classes: Classes) -> Iterator[_Subset]:
+def _by_stratum(slots: Integers, classes: Strata) -> Iterator[_Subset]:
     """Rising slots as the places that they take in each class."""
     parts = np.split(slots, np.searchsorted(slots, classes.starts[1:]))
     for start, size, part in zip(classes.starts, classes.sizes, parts, strict=True):
         yield _Subset(int(size), part - start)
 
 
-def _read_slots(bits: BitReader, classes: Classes) -> Integers:
+def _read_slots(bits: BitReader, classes: Strata) -> Integers:
     parts = [start + _Subset.read(bits, int(size)) for start, size in zip(classes.starts, classes.sizes, strict=True)]
     return np.concatenate(parts)
 

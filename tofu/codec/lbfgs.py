@@ -16,7 +16,7 @@ TRIES = 12
 
 
 def lbfgs(objective: Callable[[Tensor], tuple[float, Tensor]], start: Tensor) -> Iterator[None]:
-    """Minimise from `start`, yielding after each step; ends when no step helps.
+    """Minimize from `start`, yielding after each step; ends when no step helps.
 
     Args:
         objective: flat float64 vector -> (value, gradient). It keeps the best point itself.

@@ -10,7 +10,7 @@ point along its update U, by gradient descent on x and y. Whoever knows W decode
 Two modes, and every difference between them is a setting of its own (`ProxySettings`):
 
 - paper: cross-entropy against soft labels on the simplex, a weight per image, one scale, the network as it is. What the
-  paper leaves open (optimiser, start, sizes) is our choice.
+  paper leaves open (optimizer, start, sizes) is our choice.
 - smooth (ours, the default): the network's smooth twin (`tofu.codec.surrogate`), free labels (the loss is sum(f(x) * Y) with Y
   unconstrained, so that G is linear in Y and Y can be solved for), a least-squares scale per tensor.
 
@@ -35,30 +35,30 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from tofu.codec.lbfgs import lbfgs
-from tofu.codec.surrogate import SmoothTwin
+from tofu.codec.surrogate import Surrogate
 from tofu.compression.quantize import BITS, RowCode, bfloat16_bytes, bfloat16_from
 from tofu.device import on_device, open_device
 from tofu.errors import PayloadError, SettingError
-from tofu.reference_model import Network
+from tofu.reference_model import ReferenceModel
 from tofu.weights import Weights
 
 STEP = 1e-3
 """|e R| / |W|: float32 rounding and the curvature of L each cost about this share of the derivative."""
 
 LABEL_UNIT = 0.05
-"""What counts as one unit of a free label for the optimiser, so that pixels and labels move alike (measured)."""
+"""What counts as one unit of a free label for the optimizer, so that pixels and labels move alike (measured)."""
 
 STALL = 10
 """Evaluations over which the explained variance must gain `tolerance`, or the encoder stops."""
 
-STEEPNESSES = (4.0, 1.0, 0.1)
-"""What an encode chooses the twin's steepness from. The steep twin is like the network, and right for updates that are
-nearly gradients and for networks with normalisation layers. The flat one is nearly linear, and explains more of a small
+SURROGATE_BETAS = (4.0, 1.0, 0.1)
+"""What an encode chooses the twin's surrogate_beta from. The steep twin is like the network, and right for updates that are
+nearly gradients and for networks with normalization layers. The flat one is nearly linear, and explains more of a small
 trained network's updates with their residuals (benchmark `codec`)."""
 
 TRIAL = 30
-"""Evaluations of each steepness before the best is chosen; 12 often chose wrongly. With fewer than twice as many
-evaluations in all there is no trial, and the first is taken."""
+"""Evaluations of each surrogate_beta before the best is chosen; 12 often chose wrongly. With fewer than twice as many
+max_evals in all there is no trial, and the first is taken."""
 
 MAX_STEEPNESS = 1000.0
 
@@ -83,30 +83,30 @@ class ProxySettings:
 
     Attributes:
         smooth: differentiate the smooth twin in place of the network.
-        steepness: of the twin's activations; 0 chooses one of `STEEPNESSES` by a trial.
+        surrogate_beta: of the twin's activations; 0 chooses one of `SURROGATE_BETAS` by a trial.
         batch_statistics: the twin's BatchNorm uses the proxies' own statistics.
         labels: "free" (unconstrained, solved for) or "simplex" (probabilities, with cross-entropy and image weights).
         scale: "tensor" (one least-squares scale per parameter tensor) or "one".
         size: side of the square proxies in pixels, upsampled to the network's input; 0 chooses one.
         bits: bits of a pixel and of a label: 2, 3, 4, 5, 6, 8, 16, or 32 for float32.
-        optimiser: "lbfgs" or "adam".
-        evaluations: of the objective and its gradient, beside those of a trial; the last line search may take a few
+        optimizer: "lbfgs" or "adam".
+        max_evals: of the objective and its gradient, beside those of a trial; the last line search may take a few
             more.
-        tolerance: stop early when the last 10 evaluations together gained less explained variance; 0 never stops.
+        tolerance: stop early when the last 10 max_evals together gained less explained variance; 0 never stops.
         warm_start: begin from the proxies of the client's last round rather than from noise.
-        solve_labels: evaluations spent on solving for the free labels again after the pixels were rounded.
+        solve_labels: max_evals spent on solving for the free labels again after the pixels were rounded.
         device: where the search runs (`tofu.device`); what it found is decoded on the CPU.
     """
 
     smooth: bool = True
-    steepness: float = 0.0
+    surrogate_beta: float = 0.0
     batch_statistics: bool = True
     labels: str = "free"
     scale: str = "tensor"
     size: int = 0
     bits: int = 8
-    optimiser: str = "lbfgs"
-    evaluations: int = 100
+    optimizer: str = "lbfgs"
+    max_evals: int = 100
     tolerance: float = 0.002
     warm_start: bool = True
     solve_labels: int = 8
@@ -119,11 +119,11 @@ class ProxySettings:
 
         check(self.labels in ("free", "simplex"), "labels", "free or simplex")
         check(self.scale in ("tensor", "one"), "scale", "tensor or one")
-        check(self.optimiser in ("lbfgs", "adam"), "optimiser", "lbfgs or adam")
+        check(self.optimizer in ("lbfgs", "adam"), "optimizer", "lbfgs or adam")
         check(self.bits in BITS, "bits", f"one of {', '.join(map(str, BITS))}")
-        check(0 <= self.steepness <= MAX_STEEPNESS, "steepness", f"0 (chooses) to {MAX_STEEPNESS:g}")
+        check(0 <= self.surrogate_beta <= MAX_STEEPNESS, "surrogate_beta", f"0 (chooses) to {MAX_STEEPNESS:g}")
         check(self.size == 0 or 2 <= self.size <= 1024, "size", "0 (automatic) or 2 to 1024 pixels")
-        check(self.evaluations >= 1, "evaluations", "at least 1")
+        check(self.max_evals >= 1, "max_evals", "at least 1")
         check(self.tolerance >= 0, "tolerance", "0 or more")
         check(self.solve_labels >= 0, "solve_labels", "0 or more")
 
@@ -145,8 +145,8 @@ def paper_settings(**changes: Any) -> ProxySettings:
         batch_statistics=False,
         labels="simplex",
         scale="one",
-        optimiser="adam",  # through ReLU's kinks L-BFGS's line search fails (benchmark `codec`)
-        evaluations=200,
+        optimizer="adam",  # through ReLU's kinks L-BFGS's line search fails (benchmark `codec`)
+        max_evals=200,
         warm_start=False,
         solve_labels=0,
     )
@@ -162,14 +162,14 @@ class ProxyData:
         labels: float32 [n, classes]; free, or probabilities in simplex mode.
         weights: float32 [n] weight of each image in simplex mode, else None.
         scales: float32 [number of parameter tensors], or [1].
-        steepness: of the twin's activations.
+        surrogate_beta: of the twin's activations.
     """
 
     images: Tensor
     labels: Tensor
     weights: Tensor | None
     scales: Tensor
-    steepness: float = STEEPNESSES[0]
+    surrogate_beta: float = SURROGATE_BETAS[0]
 
     def on(self, device: torch.device) -> "ProxyData":
         """The same with images, labels and weights on a device."""
@@ -185,10 +185,10 @@ class Encoding:
     proxies: ProxyData
     decoded: Weights
     explained_variance: float
-    evaluations: int
+    max_evals: int
 
 
-def proxy_side(network: Network, settings: ProxySettings) -> int:
+def proxy_side(network: ReferenceModel, settings: ProxySettings) -> int:
     """Side of the square proxies in pixels; where the settings leave it open, the least of `automatic_sides`.
 
     Raises:
@@ -200,7 +200,7 @@ def proxy_side(network: Network, settings: ProxySettings) -> int:
     return settings.size or automatic_sides(network)[-1]
 
 
-def automatic_sides(network: Network) -> list[int]:
+def automatic_sides(network: ReferenceModel) -> list[int]:
     """Sides to choose from, largest first: from 1/2 to 1/4 of the input's side (14 to 7 for 28), but 7 at least.
 
     At equal bytes the benchmark `codec` finds these alike as long as there are some `ENOUGH` proxies; fewer and larger
@@ -213,7 +213,7 @@ def automatic_sides(network: Network) -> list[int]:
 
 @dataclass(frozen=True)
 class ProxyCode:
-    """Proxies <-> bytes: images, labels, weights (simplex mode only), steepness, scales, in this order, no padding."""
+    """Proxies <-> bytes: images, labels, weights (simplex mode only), surrogate_beta, scales, in this order, no padding."""
 
     count: int
     channels: int
@@ -224,8 +224,8 @@ class ProxyCode:
     weighted: bool
 
     @staticmethod
-    def of(network: Network, settings: ProxySettings, count: int) -> "ProxyCode":
-        tensors = len(network.layout.parameters) if settings.scale == "tensor" else 1
+    def of(network: ReferenceModel, settings: ProxySettings, count: int) -> "ProxyCode":
+        tensors = len(network.param_spec.parameters) if settings.scale == "tensor" else 1
         shape, side = network.shape, proxy_side(network, settings)
         weighted = settings.labels == "simplex"
         return ProxyCode(count, shape.channels, side, shape.classes, tensors, settings.bits, weighted)
@@ -246,7 +246,7 @@ class ProxyCode:
     def write(self, proxies: ProxyData) -> bytes:
         weights = bfloat16_bytes(proxies.weights) if proxies.weights is not None else b""
         images, labels = self._images.write(proxies.images), self._labels.write(proxies.labels)
-        return images + labels + weights + bfloat16_bytes(torch.tensor([proxies.steepness, *proxies.scales]))
+        return images + labels + weights + bfloat16_bytes(torch.tensor([proxies.surrogate_beta, *proxies.scales]))
 
     def read(self, data: bytes) -> ProxyData:
         """Raises PayloadError when the length or a value cannot be right."""
@@ -260,10 +260,10 @@ class ProxyCode:
         if self.weighted:  # rounding may leave the simplex
             labels = labels.clamp_min(0) / labels.clamp_min(0).sum(1, keepdim=True).clamp_min(1e-6)
         weights = bfloat16_from(data[b:c], "proxy weights") if self.weighted else None
-        steepness, *scales = bfloat16_from(data[c:], "scales").tolist()
-        if not 0 < steepness <= MAX_STEEPNESS:
-            raise PayloadError(f"steepness {steepness:g}, expected above 0 and at most {MAX_STEEPNESS:g}")
-        return ProxyData(images, labels, weights, torch.tensor(scales), steepness)
+        surrogate_beta, *scales = bfloat16_from(data[c:], "scales").tolist()
+        if not 0 < surrogate_beta <= MAX_STEEPNESS:
+            raise PayloadError(f"surrogate_beta {surrogate_beta:g}, expected above 0 and at most {MAX_STEEPNESS:g}")
+        return ProxyData(images, labels, weights, torch.tensor(scales), surrogate_beta)
 
     def rounded_images(self, data: bytes) -> Tensor:
         return self._images.read(data, "proxy images").view(self.count, self.channels, self.side, self.side)
@@ -273,11 +273,11 @@ class ProxyCode:
         return self.rounded_images(self._images.write(images))
 
 
-def proxy_loss(network: Network, weights: Weights, proxies: ProxyData, settings: ProxySettings) -> Tensor:
+def proxy_loss(network: ReferenceModel, weights: Weights, proxies: ProxyData, settings: ProxySettings) -> Tensor:
     """L(p; W), whose gradient in W the proxies stand for; computed where the weights are."""
     proxies = proxies.on(next(iter(weights.values())).device)
     if settings.smooth:
-        with SmoothTwin(steepness=proxies.steepness, batch_statistics=settings.batch_statistics):
+        with Surrogate(surrogate_beta=proxies.surrogate_beta, batch_statistics=settings.batch_statistics):
             logits = network.logits(weights, proxies.images)
     else:
         logits = network.logits(weights, proxies.images)
@@ -286,14 +286,14 @@ def proxy_loss(network: Network, weights: Weights, proxies: ProxyData, settings:
     return torch.sum(proxies.weights * F.cross_entropy(logits, proxies.labels, reduction="none"))
 
 
-def gradients(network: Network, proxies: ProxyData, settings: ProxySettings) -> Weights:
+def gradients(network: ReferenceModel, proxies: ProxyData, settings: ProxySettings) -> Weights:
     """G: the gradient of the proxies' loss at the base weights, before any scale."""
     weights = {name: w.detach().requires_grad_() for name, w in network.base.items()}
     grads = torch.autograd.grad(proxy_loss(network, weights, proxies, settings), list(weights.values()))
     return dict(zip(weights, grads, strict=True))
 
 
-def decode(network: Network, proxies: ProxyData, settings: ProxySettings) -> Weights:
+def decode(network: ReferenceModel, proxies: ProxyData, settings: ProxySettings) -> Weights:
     """The update that the proxies stand for at the network's weights: one backward pass, then the scales."""
     return _scaled(gradients(network, proxies, settings), proxies.scales)
 
@@ -304,7 +304,7 @@ def _scaled(grads: Weights, scales: Tensor) -> Weights:
 
 
 def encode(
-    network: Network,
+    network: ReferenceModel,
     update: Weights,
     count: int,
     settings: ProxySettings,
@@ -339,11 +339,11 @@ def encode(
             solve.run(settings.solve_labels)
             proxies = solve.proxies
     made = _finish(network, update, code, proxies, settings)
-    return dataclasses.replace(made, evaluations=objective.evaluations)
+    return dataclasses.replace(made, max_evals=objective.max_evals)
 
 
 def _finish(
-    network: Network, update: Weights, code: ProxyCode, proxies: ProxyData, settings: ProxySettings
+    network: ReferenceModel, update: Weights, code: ProxyCode, proxies: ProxyData, settings: ProxySettings
 ) -> Encoding:
     """Round everything, then fit the scales to what the rounded proxies really decode to."""
     unscaled = dataclasses.replace(proxies, scales=torch.zeros(code.tensors))
@@ -354,7 +354,7 @@ def _finish(
     decoded = _scaled(grads, read.scales)
     error = sum(float(torch.sum((update[name] - d).double() ** 2)) for name, d in decoded.items())
     power = _power(update)
-    return Encoding(body, read, decoded, explained_variance=1 - error / power if power else 0.0, evaluations=0)
+    return Encoding(body, read, decoded, explained_variance=1 - error / power if power else 0.0, max_evals=0)
 
 
 def _power(update: Weights) -> float:
@@ -400,15 +400,15 @@ def _scales(update: Weights, grads: Weights, *, one: bool) -> Tensor:
 class _Objective:
     """1 - explained variance of the proxies, with the best scales, and its gradient in the proxies."""
 
-    def __init__(self, network: Network, update: Weights, settings: ProxySettings) -> None:
+    def __init__(self, network: ReferenceModel, update: Weights, settings: ProxySettings) -> None:
         self.network, self.update, self.settings = network, update, settings
         self.base, self.power = network.base, _power(update)
         self.reach = STEP * sum(float(torch.sum(w * w)) for w in self.base.values()) ** 0.5
-        self.evaluations = 0
+        self.max_evals = 0
 
     def __call__(self, leaves: list[Tensor], proxies: ProxyData) -> tuple[float, list[Tensor]]:
         """The objective, and its gradient in each of `leaves` (tensors that `proxies` was made from)."""
-        self.evaluations += 1
+        self.max_evals += 1
         weights = {name: w.detach().requires_grad_() for name, w in self.base.items()}
         loss = proxy_loss(self.network, weights, proxies, self.settings)
         grads = torch.autograd.grad(loss, [*weights.values(), *leaves], retain_graph=True)
@@ -429,7 +429,7 @@ class _Objective:
 
 
 class _Variables:
-    """The proxies as one flat float64 vector for the optimiser, and back."""
+    """The proxies as one flat float64 vector for the optimizer, and back."""
 
     def __init__(self, begin: ProxyData, *, free: bool, only_labels: bool = False) -> None:
         self._begin, self._free, self._only_labels = begin, free, only_labels
@@ -462,19 +462,19 @@ class _Search:
         least: the objective's least value so far.
     """
 
-    def __init__(self, objective: _Objective, variables: _Variables, optimiser: str, tolerance: float) -> None:
+    def __init__(self, objective: _Objective, variables: _Variables, optimizer: str, tolerance: float) -> None:
         self._objective, self._variables, self._tolerance = objective, variables, tolerance
         self._history: list[float] = []
         self._best = variables.vector
-        self._steps = lbfgs(self._evaluate, self._best) if optimiser == "lbfgs" else _adam(self._evaluate, self._best)
+        self._steps = lbfgs(self._evaluate, self._best) if optimizer == "lbfgs" else _adam(self._evaluate, self._best)
         self.least = math.inf
 
-    def run(self, evaluations: int) -> None:
-        """Go on until some `evaluations` were made here in all, the explained variance stalls, or no step helps."""
+    def run(self, max_evals: int) -> None:
+        """Go on until some `max_evals` were made here in all, the explained variance stalls, or no step helps."""
         past = self._history
         for _ in self._steps:
             stalled = len(past) > STALL and past[-1 - STALL] - past[-1] < self._tolerance
-            if stalled or len(past) >= evaluations:
+            if stalled or len(past) >= max_evals:
                 return
 
     @property
@@ -494,19 +494,19 @@ class _Search:
 
 
 def _search(objective: _Objective, begin: ProxyData, settings: ProxySettings) -> ProxyData:
-    """From `begin` to proxies near the update. With the steepness open, the one that is ahead after a trial goes on."""
+    """From `begin` to proxies near the update. With the surrogate_beta open, the one that is ahead after a trial goes on."""
 
-    def start(steepness: float) -> _Search:
-        variables = _Variables(dataclasses.replace(begin, steepness=steepness), free=begin.weights is None)
-        return _Search(objective, variables, settings.optimiser, settings.tolerance)
+    def start(surrogate_beta: float) -> _Search:
+        variables = _Variables(dataclasses.replace(begin, surrogate_beta=surrogate_beta), free=begin.weights is None)
+        return _Search(objective, variables, settings.optimizer, settings.tolerance)
 
-    search = start(settings.steepness or STEEPNESSES[0])
-    if settings.smooth and not settings.steepness and settings.evaluations >= 2 * TRIAL:
-        trials = [search, *map(start, STEEPNESSES[1:])]
+    search = start(settings.surrogate_beta or SURROGATE_BETAS[0])
+    if settings.smooth and not settings.surrogate_beta and settings.max_evals >= 2 * TRIAL:
+        trials = [search, *map(start, SURROGATE_BETAS[1:])]
         for trial in trials:
             trial.run(TRIAL)
         search = min(trials, key=lambda trial: trial.least)
-    search.run(settings.evaluations)
+    search.run(settings.max_evals)
     return search.proxies
 
 

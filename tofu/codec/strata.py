@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from tofu.compression.bitstream import Integers
 from tofu.displacement import levels
-from tofu.reference_model import Network
+from tofu.reference_model import ReferenceModel
 
 LADDER = (0.0005, 0.002, 0.006, 0.02, 0.06, 0.2, 0.5)
 """Shares of all entries at which one class ends and the next begins, the likeliest first."""
@@ -26,8 +26,8 @@ CLASSES = len(LADDER) + 1
 
 
 @dataclass(frozen=True)
-class Classes:
-    """A class for each entry of the vector of all trainable parameters, in the layout's order.
+class Strata:
+    """A class for each entry of the vector of all trainable parameters, in the param_spec's order.
 
     A *slot* is a place in the order by class, and in a class by position.
 
@@ -65,12 +65,12 @@ class Classes:
         return zlib.crc32(self.numbers.tobytes()) & 0xFFFF
 
 
-def classes_of(network: Network) -> Classes:
+def strata_of(network: ReferenceModel) -> Strata:
     """The classes at a network's base weights, from how far they are from its initial ones."""
     moved = network.moved()
-    found = np.concatenate([levels(moved[name]) for name in network.layout.parameters])
+    found = np.concatenate([levels(moved[name]) for name in network.param_spec.parameters])
     found -= found.min()
     counts = np.bincount(found)  # levels are whole numbers that span a million at most: no need to sort
     above = np.cumsum(counts[::-1])[::-1]
     centres = (above - counts / 2) / found.size
-    return Classes(np.searchsorted(LADDER, centres).astype(np.int8)[found])
+    return Strata(np.searchsorted(LADDER, centres).astype(np.int8)[found])

@@ -3,11 +3,11 @@
 The gradient of a gradient is zero through ReLU's kink, so proxies cannot learn which units fire. Both ends of the codec
 know the weights; nothing forces them to differentiate the very activation that the model trains with. In the twin,
 
-- ReLU(x) becomes x * sigmoid(b x), b being the steepness (4 by default), and LeakyReLU and ReLU6 likewise,
+- ReLU(x) becomes x * sigmoid(b x), b being the surrogate_beta (4 by default), and LeakyReLU and ReLU6 likewise,
 - max-pooling becomes average-pooling,
-- BatchNorm normalises by the proxies' own batch statistics and leaves its running ones alone.
+- BatchNorm normalizes by the proxies' own batch statistics and leaves its running ones alone.
 
-This is our addition to the paper, as are its constants. No copy of the network is made: `SmoothTwin` is a context in
+This is our addition to the paper, as are its constants. No copy of the network is made: `Surrogate` is a context in
 which torch's own functions are swapped, so it reaches activations written as modules, as functions and as methods.
 """
 
@@ -20,17 +20,17 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
-class SmoothTwin(TorchFunctionMode):
-    """Inside `with SmoothTwin(...)`, kinked functions run as their smooth twins (in this thread only).
+class Surrogate(TorchFunctionMode):
+    """Inside `with Surrogate(...)`, kinked functions run as their smooth twins (in this thread only).
 
     Args:
-        steepness: b in x * sigmoid(b x); larger is closer to ReLU and harder to encode through.
+        surrogate_beta: b in x * sigmoid(b x); larger is closer to ReLU and harder to encode through.
         batch_statistics: whether BatchNorm uses the statistics of the batch that it is given.
     """
 
-    def __init__(self, *, steepness: float = 4.0, batch_statistics: bool = True) -> None:
+    def __init__(self, *, surrogate_beta: float = 4.0, batch_statistics: bool = True) -> None:
         super().__init__()
-        self._swaps = _swaps(steepness, batch_statistics)
+        self._swaps = _swaps(surrogate_beta, batch_statistics)
 
     def __torch_function__(
         self,
@@ -42,20 +42,20 @@ class SmoothTwin(TorchFunctionMode):
         return self._swaps.get(func, func)(*args, **(kwargs or {}))
 
 
-def smooth_relu(x: Tensor, steepness: float) -> Tensor:
-    """x * sigmoid(steepness * x), by torch's fused SiLU."""
-    return F.silu(x * steepness) / steepness
+def smooth_relu(x: Tensor, surrogate_beta: float) -> Tensor:
+    """x * sigmoid(surrogate_beta * x), by torch's fused SiLU."""
+    return F.silu(x * surrogate_beta) / surrogate_beta
 
 
-def _swaps(steepness: float, batch_statistics: bool) -> dict[Callable[..., Any], Callable[..., Any]]:
+def _swaps(surrogate_beta: float, batch_statistics: bool) -> dict[Callable[..., Any], Callable[..., Any]]:
     def relu(input: Tensor, inplace: bool = False) -> Tensor:
-        return smooth_relu(input, steepness)
+        return smooth_relu(input, surrogate_beta)
 
     def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
-        return negative_slope * input + (1 - negative_slope) * smooth_relu(input, steepness)
+        return negative_slope * input + (1 - negative_slope) * smooth_relu(input, surrogate_beta)
 
     def relu6(input: Tensor, inplace: bool = False) -> Tensor:
-        return smooth_relu(input, steepness) - smooth_relu(input - 6, steepness)
+        return smooth_relu(input, surrogate_beta) - smooth_relu(input - 6, surrogate_beta)
 
     def max_pool2d(
         input: Tensor,

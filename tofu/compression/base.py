@@ -6,8 +6,8 @@ from typing import ClassVar
 
 import torch
 
-from tofu.reference_model import Network
-from tofu.weights import Layout, Weights
+from tofu.reference_model import ReferenceModel
+from tofu.weights import ParamSpec, Weights
 
 
 @dataclass(frozen=True)
@@ -16,15 +16,15 @@ class Compressed:
 
     Attributes:
         body: the bytes to send.
-        decoded: what the receiver will decode from them, over all tensors of the layout.
+        decoded: what the receiver will decode from them, over all tensors of the param_spec.
         memory: what the compressor wants back at its next call for the same sender (b"" for nothing).
-        evaluations: how often an iterative encoder evaluated its objective (0 for others).
+        max_evals: how often an iterative encoder evaluated its objective (0 for others).
     """
 
     body: bytes
     decoded: Weights
     memory: bytes = b""
-    evaluations: int = field(default=0)
+    max_evals: int = field(default=0)
 
 
 class Compressor(ABC):
@@ -40,7 +40,7 @@ class Compressor(ABC):
 
     @abstractmethod
     def compress(
-        self, network: Network, update: Weights, *, generator: torch.Generator, memory: bytes = b""
+        self, network: ReferenceModel, update: Weights, *, generator: torch.Generator, memory: bytes = b""
     ) -> Compressed:
         """Compress an update of `network`'s trainable parameters and buffers (float32, by state-dict name).
 
@@ -50,13 +50,13 @@ class Compressor(ABC):
         """
 
     @abstractmethod
-    def decompress(self, network: Network, body: bytes) -> Weights:
-        """The update that `body` stands for, over all tensors of the layout; deterministic.
+    def decompress(self, network: ReferenceModel, body: bytes) -> Weights:
+        """The update that `body` stands for, over all tensors of the param_spec; deterministic.
 
         Raises:
             PayloadError: the body cannot have been written for this network and these settings.
         """
 
     @abstractmethod
-    def body_bytes(self, layout: Layout) -> int:
-        """Largest length in bytes of a body for a model with this layout."""
+    def body_bytes(self, param_spec: ParamSpec) -> int:
+        """Largest length in bytes of a body for a model with this param_spec."""

@@ -1,6 +1,6 @@
 """Buffers (BatchNorm's statistics) as bytes, the same way in every codec so that all pay the same for them.
 
-In the layout's order, little-endian:
+In the param_spec's order, little-endian:
 
     one row of 8-bit integers with its bfloat16 scale for each float buffer (the differences of means and variances)
     float32 for each integer buffer (the difference of a batch counter)
@@ -13,7 +13,7 @@ import torch
 
 from tofu.compression.quantize import RowCode
 from tofu.errors import PayloadError
-from tofu.weights import Layout, Weights
+from tofu.weights import ParamSpec, Weights
 
 BUFFER_BITS = 8
 
@@ -21,9 +21,11 @@ BUFFER_BITS = 8
 class BufferCode:
     """Buffers' differences <-> bytes."""
 
-    def __init__(self, layout: Layout) -> None:
-        self._shapes = {name: shape for name, shape in layout.buffers.items() if name not in layout.integers}
-        self._integers = [(name, layout.buffers[name]) for name in layout.buffers if name in layout.integers]
+    def __init__(self, param_spec: ParamSpec) -> None:
+        self._shapes = {name: shape for name, shape in param_spec.buffers.items() if name not in param_spec.integers}
+        self._integers = [
+            (name, param_spec.buffers[name]) for name in param_spec.buffers if name in param_spec.integers
+        ]
 
     @cached_property
     def _rows(self) -> dict[str, RowCode]:

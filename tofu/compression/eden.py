@@ -3,7 +3,7 @@
 Vargaftik, Ben Basat, Portnoy, Mendelson, Ben-Itzhak, Mitzenmacher, "DRIVE: One-bit Distributed Mean Estimation",
 NeurIPS 2021, arXiv 2105.08339, and "EDEN: Communication-Efficient and Robust Distributed Mean Estimation for Federated
 Learning", ICML 2022, arXiv 2108.08842. Rotated by R, any x looks like a sample of a normal distribution, so with
-z = R x, n entries, and Q the nearest centroid of Lloyd's and Max's quantiser of the standard normal,
+z = R x, n entries, and Q the nearest centroid of Lloyd's and Max's quantizer of the standard normal,
 
     q = Q(z sqrt(n) / |x|),    C(x) = s R^T q.
 
@@ -34,18 +34,18 @@ from tofu.compression.bitstream import BitReader, fixed, packed
 from tofu.compression.flat import FlatCompressor, checked_length, checked_scales
 from tofu.compression.hadamard import pieces, random_signs, rotated, rotated_back
 from tofu.compression.quantize import bfloat16_bytes, bfloat16_from
-from tofu.reference_model import Network
-from tofu.weights import Layout
+from tofu.reference_model import ReferenceModel
+from tofu.weights import ParamSpec
 
 _SEED = struct.Struct("<Q")
-MOST_BITS = 8
+MAX_BITS = 8
 """Of a coordinate: at 8 bits some 0.00004 of |x|^2 is missed, and more would serve nobody."""
 
 LLOYD_STEPS = 1000
 
 
 class Eden(FlatCompressor):
-    """Rotated and quantised.
+    """Rotated and quantized.
 
     Args:
         unbiased: take the scale that makes the mean over seeds exact, in place of that of least squared error.
@@ -54,26 +54,26 @@ class Eden(FlatCompressor):
     name: ClassVar[str] = "eden"
     code: ClassVar[int] = 6
 
-    def __init__(self, network_like: Network, *, ratio: float, unbiased: bool = False) -> None:
+    def __init__(self, network_like: ReferenceModel, *, ratio: float, unbiased: bool = False) -> None:
         super().__init__(network_like, ratio=ratio)
         self._unbiased = unbiased
 
-    def _least(self, layout: Layout) -> int:
-        return _head(layout) + 1
+    def _least(self, param_spec: ParamSpec) -> int:
+        return _head(param_spec) + 1
 
-    def _most(self, layout: Layout) -> int:
-        bits, more = self._bits(layout)
-        return _head(layout) + (sum(pieces(layout.parameter_count)) * bits + more + 7) // 8
+    def _most(self, param_spec: ParamSpec) -> int:
+        bits, more = self._bits(param_spec)
+        return _head(param_spec) + (sum(pieces(param_spec.parameter_count)) * bits + more + 7) // 8
 
-    def _bits(self, layout: Layout) -> tuple[int, int]:
+    def _bits(self, param_spec: ParamSpec) -> tuple[int, int]:
         """Bits that every rotated coordinate has, and how many coordinates have one more."""
-        length = sum(pieces(layout.parameter_count))
-        bits, more = divmod(8 * (self._room(layout) - _head(layout)), length)
-        return (bits, more) if bits < MOST_BITS else (MOST_BITS, 0)
+        length = sum(pieces(param_spec.parameter_count))
+        bits, more = divmod(8 * (self._room(param_spec) - _head(param_spec)), length)
+        return (bits, more) if bits < MAX_BITS else (MAX_BITS, 0)
 
-    def _write(self, vector: Tensor, layout: Layout, generator: torch.Generator, memory: bytes) -> bytes:
+    def _write(self, vector: Tensor, param_spec: ParamSpec, generator: torch.Generator, memory: bytes) -> bytes:
         seed = int(torch.randint(0, 2**63 - 1, (1,), generator=generator))
-        bits, more = self._bits(layout)
+        bits, more = self._bits(param_spec)
         cut = list(pieces(vector.numel()))
         signs, subset = _drawn(seed, sum(cut), more)
         z = rotated(torch.cat([vector, torch.zeros(sum(cut) - vector.numel())]), signs)
@@ -84,12 +84,12 @@ class Eden(FlatCompressor):
         stream = packed(fixed(finer.numpy(), bits + 1), fixed(others.numpy(), bits))
         return _SEED.pack(seed) + bfloat16_bytes(torch.tensor(scales)) + stream
 
-    def _read(self, own: bytes, layout: Layout) -> Tensor:
-        checked_length(own, self._most(layout), "rotated entries")
+    def _read(self, own: bytes, param_spec: ParamSpec) -> Tensor:
+        checked_length(own, self._most(param_spec), "rotated entries")
         (seed,) = _SEED.unpack_from(own)
-        bits, more = self._bits(layout)
-        cut = pieces(layout.parameter_count)
-        split = _head(layout)
+        bits, more = self._bits(param_spec)
+        cut = pieces(param_spec.parameter_count)
+        split = _head(param_spec)
         scales = checked_scales(bfloat16_from(own[_SEED.size : split], "scales"), "rotated entries")
         stream = BitReader(own[split:], "rotated entries")
         signs, subset = _drawn(seed, sum(cut), more)
@@ -97,7 +97,7 @@ class Eden(FlatCompressor):
         stream.finish()
         q = _values(torch.from_numpy(finer), torch.from_numpy(others), subset, bits)
         q *= scales.repeat_interleave(torch.tensor(cut, dtype=torch.int64))
-        return rotated_back(q, signs)[: layout.parameter_count]
+        return rotated_back(q, signs)[: param_spec.parameter_count]
 
     def _scale(self, z: Tensor, q: Tensor) -> float:
         z, q = z.double(), q.double()
@@ -105,9 +105,9 @@ class Eden(FlatCompressor):
         return float(top / bottom) if bottom > 0 else 0.0
 
 
-def _head(layout: Layout) -> int:
+def _head(param_spec: ParamSpec) -> int:
     """Bytes ahead of the bits."""
-    return _SEED.size + 2 * len(pieces(layout.parameter_count))
+    return _SEED.size + 2 * len(pieces(param_spec.parameter_count))
 
 
 def _drawn(seed: int, length: int, more: int) -> tuple[Tensor, Tensor]:

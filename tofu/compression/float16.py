@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tofu.compression.flat import FlatCompressor, checked_length
-from tofu.weights import Layout
+from tofu.weights import ParamSpec
 
 
 class Float16(FlatCompressor):
@@ -19,16 +19,16 @@ class Float16(FlatCompressor):
     name: ClassVar[str] = "float16"
     code: ClassVar[int] = 10
 
-    def _least(self, layout: Layout) -> int:
-        return 2 * layout.parameter_count
+    def _least(self, param_spec: ParamSpec) -> int:
+        return 2 * param_spec.parameter_count
 
-    def _most(self, layout: Layout) -> int:
-        return self._least(layout)
+    def _most(self, param_spec: ParamSpec) -> int:
+        return self._least(param_spec)
 
-    def _write(self, vector: Tensor, layout: Layout, generator: torch.Generator, memory: bytes) -> bytes:
+    def _write(self, vector: Tensor, param_spec: ParamSpec, generator: torch.Generator, memory: bytes) -> bytes:
         top = torch.finfo(torch.float16).max
         return vector.clamp(-top, top).half().numpy().astype("<f2").tobytes()
 
-    def _read(self, own: bytes, layout: Layout) -> Tensor:
-        checked_length(own, self._most(layout), "halves")
+    def _read(self, own: bytes, param_spec: ParamSpec) -> Tensor:
+        checked_length(own, self._most(param_spec), "halves")
         return torch.from_numpy(np.frombuffer(own, dtype="<f2").astype(np.float32))

@@ -6,8 +6,8 @@ import torch
 
 from tofu.compression.base import Compressed, Compressor
 from tofu.payload import float32_bytes, float32_from
-from tofu.reference_model import Network
-from tofu.weights import Layout, Weights
+from tofu.reference_model import ReferenceModel
+from tofu.weights import ParamSpec, Weights
 
 
 class Full(Compressor):
@@ -17,12 +17,12 @@ class Full(Compressor):
     code: ClassVar[int] = 1
 
     def compress(
-        self, network: Network, update: Weights, *, generator: torch.Generator, memory: bytes = b""
+        self, network: ReferenceModel, update: Weights, *, generator: torch.Generator, memory: bytes = b""
     ) -> Compressed:
-        return Compressed(float32_bytes(update, network.layout), dict(update))
+        return Compressed(float32_bytes(update, network.param_spec), dict(update))
 
-    def decompress(self, network: Network, body: bytes) -> Weights:
-        return float32_from(body, network.layout)
+    def decompress(self, network: ReferenceModel, body: bytes) -> Weights:
+        return float32_from(body, network.param_spec)
 
-    def body_bytes(self, layout: Layout) -> int:
-        return layout.float32_bytes
+    def body_bytes(self, param_spec: ParamSpec) -> int:
+        return param_spec.float32_bytes

@@ -4,7 +4,7 @@ Vogels, Karimireddy, Jaggi, "PowerSGD: Practical Low-Rank Gradient Compression f
 2019, arXiv 1905.13727. A tensor is taken as a matrix M [m, n], m its first dimension. One step of subspace iteration
 from the sender's last Q [n, r] (normal noise at first) gives
 
-    P = orthonormalised(M Q),    Q = M^T P,    M ~ P Q^T.
+    P = orthonormalized(M Q),    Q = M^T P,    M ~ P Q^T.
 
 What travels is rounded, so Q is fitted to P as the receiver reads it: Q^T is the least-squares solution of P Q^T = M,
 which is M^T P again where P is orthonormal. In the paper the clients' P and Q are averaged between the two halves of a
@@ -28,8 +28,8 @@ from torch import Tensor
 from tofu.compression.flat import FlatCompressor, checked_length
 from tofu.compression.quantize import RowCode
 from tofu.errors import PayloadError
-from tofu.reference_model import Network
-from tofu.weights import Layout
+from tofu.reference_model import ReferenceModel
+from tofu.weights import ParamSpec
 
 USUAL_BITS = 8
 SMALL_BITS = (6, 5, 4, 3, 2)
@@ -46,23 +46,23 @@ class PowerSgd(FlatCompressor):
     name: ClassVar[str] = "powersgd"
     code: ClassVar[int] = 5
 
-    def __init__(self, network_like: Network, *, ratio: float) -> None:
+    def __init__(self, network_like: ReferenceModel, *, ratio: float) -> None:
         super().__init__(network_like, ratio=ratio)
-        self.rank, self.bits = _rank_and_bits(network_like.layout, self._room(network_like.layout))
+        self.rank, self.bits = _rank_and_bits(network_like.param_spec, self._room(network_like.param_spec))
 
-    def _least(self, layout: Layout) -> int:
-        return _size(layout, 1, SMALL_BITS[-1])
+    def _least(self, param_spec: ParamSpec) -> int:
+        return _size(param_spec, 1, SMALL_BITS[-1])
 
-    def _most(self, layout: Layout) -> int:
-        return _size(layout, self.rank, self.bits)
+    def _most(self, param_spec: ParamSpec) -> int:
+        return _size(param_spec, self.rank, self.bits)
 
     def _memory(self, own: bytes) -> bytes:
         return own
 
-    def _write(self, vector: Tensor, layout: Layout, generator: torch.Generator, memory: bytes) -> bytes:
-        start = self._remembered(memory, layout)
+    def _write(self, vector: Tensor, param_spec: ParamSpec, generator: torch.Generator, memory: bytes) -> bytes:
+        start = self._remembered(memory, param_spec)
         parts = []
-        for name, tensor in zip(layout.parameters, _tensors(vector, layout), strict=True):
+        for name, tensor in zip(param_spec.parameters, _tensors(vector, param_spec), strict=True):
             codes = _codes(tensor.shape, self.rank, self.bits)
             if len(codes) == 2:
                 noise = torch.randn(codes[1].columns, codes[1].rows, generator=generator)
@@ -71,26 +71,26 @@ class PowerSgd(FlatCompressor):
                 parts += [code.write(tensor) for code in codes]
         return b"".join(parts)
 
-    def _read(self, own: bytes, layout: Layout) -> Tensor:
-        checked_length(own, self._most(layout), "factors")
-        return torch.cat([_product(matrices) for _, matrices in self._matrices(own, layout)])
+    def _read(self, own: bytes, param_spec: ParamSpec) -> Tensor:
+        checked_length(own, self._most(param_spec), "factors")
+        return torch.cat([_product(matrices) for _, matrices in self._matrices(own, param_spec)])
 
-    def _matrices(self, own: bytes, layout: Layout) -> Iterator[tuple[str, list[Tensor]]]:
+    def _matrices(self, own: bytes, param_spec: ParamSpec) -> Iterator[tuple[str, list[Tensor]]]:
         """For each tensor its name, and P^T and Q^T, or itself, or nothing where it is empty."""
         begin = 0
-        for name, shape in layout.parameters.items():
+        for name, shape in param_spec.parameters.items():
             matrices = []
             for code in _codes(shape, self.rank, self.bits):
                 matrices.append(code.read(own[begin : begin + code.nbytes], f"factors of {name}"))
                 begin += code.nbytes
             yield name, matrices
 
-    def _remembered(self, memory: bytes, layout: Layout) -> dict[str, Tensor]:
+    def _remembered(self, memory: bytes, param_spec: ParamSpec) -> dict[str, Tensor]:
         """The last Q of each matrix, by name."""
-        if len(memory) != self._most(layout):  # none, or another ratio's or model's: begin from noise
+        if len(memory) != self._most(param_spec):  # none, or another ratio's or model's: begin from noise
             return {}
         try:
-            return {name: m[1].T for name, m in self._matrices(memory, layout) if len(m) == 2}
+            return {name: m[1].T for name, m in self._matrices(memory, param_spec) if len(m) == 2}
         except PayloadError:
             return {}
 
@@ -112,9 +112,9 @@ def _product(matrices: list[Tensor]) -> Tensor:
     return matrices[0].flatten() if matrices else torch.zeros(0)
 
 
-def _tensors(vector: Tensor, layout: Layout) -> list[Tensor]:
-    pieces = torch.split(vector, [shape.numel() for shape in layout.parameters.values()])
-    return [piece.view(shape) for piece, shape in zip(pieces, layout.parameters.values(), strict=True)]
+def _tensors(vector: Tensor, param_spec: ParamSpec) -> list[Tensor]:
+    pieces = torch.split(vector, [shape.numel() for shape in param_spec.parameters.values()])
+    return [piece.view(shape) for piece, shape in zip(pieces, param_spec.parameters.values(), strict=True)]
 
 
 def _codes(shape: torch.Size, rank: int, bits: int) -> tuple[RowCode, ...]:
@@ -129,16 +129,16 @@ def _codes(shape: torch.Size, rank: int, bits: int) -> tuple[RowCode, ...]:
     return RowCode(rank, rows, bits), RowCode(rank, columns, bits)
 
 
-def _size(layout: Layout, rank: int, bits: int) -> int:
-    return sum(code.nbytes for shape in layout.parameters.values() for code in _codes(shape, rank, bits))
+def _size(param_spec: ParamSpec, rank: int, bits: int) -> int:
+    return sum(code.nbytes for shape in param_spec.parameters.values() for code in _codes(shape, rank, bits))
 
 
-def _rank_and_bits(layout: Layout, room: int) -> tuple[int, int]:
-    matrices = [shape for shape in layout.parameters.values() if len(shape) > 1 and shape.numel()]
+def _rank_and_bits(param_spec: ParamSpec, room: int) -> tuple[int, int]:
+    matrices = [shape for shape in param_spec.parameters.values() if len(shape) > 1 and shape.numel()]
     most = max((min(shape[0], shape.numel() // shape[0]) for shape in matrices), default=1)
-    if _size(layout, most, 16) <= room:
+    if _size(param_spec, most, 16) <= room:
         return most, 16
     for rank in range(most, 0, -1):
-        if _size(layout, rank, USUAL_BITS) <= room:
+        if _size(param_spec, rank, USUAL_BITS) <= room:
             return rank, USUAL_BITS
-    return 1, next(bits for bits in SMALL_BITS if _size(layout, 1, bits) <= room)
+    return 1, next(bits for bits in SMALL_BITS if _size(param_spec, 1, bits) <= room)

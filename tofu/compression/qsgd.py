@@ -31,8 +31,8 @@ from torch import Tensor
 from tofu.compression.bitstream import BitReader, Integers, fixed, gamma, gamma_length, packed
 from tofu.compression.flat import FlatCompressor, checked_length, checked_scales
 from tofu.compression.rice import positions_length, read_positions, write_positions
-from tofu.reference_model import Network
-from tofu.weights import Layout
+from tofu.reference_model import ReferenceModel
+from tofu.weights import ParamSpec
 
 _HEAD = struct.Struct("<If")
 FINEST = 2.0**-24
@@ -51,22 +51,22 @@ class Qsgd(FlatCompressor):
     name: ClassVar[str] = "qsgd"
     code: ClassVar[int] = 8
 
-    def __init__(self, network_like: Network, *, ratio: float, unbiased: bool = False) -> None:
+    def __init__(self, network_like: ReferenceModel, *, ratio: float, unbiased: bool = False) -> None:
         super().__init__(network_like, ratio=ratio)
         self._unbiased = unbiased
 
-    def _least(self, layout: Layout) -> int:
-        one = _length(np.array([layout.parameter_count - 1]), np.array([1]))
+    def _least(self, param_spec: ParamSpec) -> int:
+        one = _length(np.array([param_spec.parameter_count - 1]), np.array([1]))
         return _HEAD.size + (one + 7) // 8
 
-    def _write(self, vector: Tensor, layout: Layout, generator: torch.Generator, memory: bytes) -> bytes:
+    def _write(self, vector: Tensor, param_spec: ParamSpec, generator: torch.Generator, memory: bytes) -> bytes:
         x = vector.double().numpy()
         dither = torch.rand(x.size, generator=generator, dtype=torch.float64).numpy()
         largest = float(np.abs(x).max(initial=0.0))
         if largest == 0:
             return _HEAD.pack(0, 0.0) + packed(*write_positions(np.zeros(0, dtype=np.int64)))
         shares = np.abs(x) / largest
-        step = _finest_step(shares, dither, 8 * (self._room(layout) - _HEAD.size))
+        step = _finest_step(shares, dither, 8 * (self._room(param_spec) - _HEAD.size))
         levels = _levels(shares, dither, step)
         positions = np.flatnonzero(levels)
         kept, power = levels[positions], float(np.square(levels.astype(np.float64)).sum())
@@ -75,16 +75,16 @@ class Qsgd(FlatCompressor):
         negative = (x[positions] < 0).astype(np.int64)
         return _HEAD.pack(kept.size, unit) + packed(*write_positions(positions), gamma(kept), fixed(negative, 1))
 
-    def _read(self, own: bytes, layout: Layout) -> Tensor:
+    def _read(self, own: bytes, param_spec: ParamSpec) -> Tensor:
         checked_length(own, _HEAD.size, "levels", exactly=False)
         count, unit = _HEAD.unpack_from(own)
         scale = checked_scales(torch.tensor([unit]), "levels")
         bits = BitReader(own[_HEAD.size :], "levels")
-        positions = read_positions(bits, count, layout.parameter_count)
+        positions = read_positions(bits, count, param_spec.parameter_count)
         magnitudes = bits.gamma(count)
         levels = magnitudes * (1 - 2 * bits.fixed(count, 1))
         bits.finish()
-        vector = torch.zeros(layout.parameter_count)
+        vector = torch.zeros(param_spec.parameter_count)
         vector[torch.from_numpy(positions)] = scale * torch.from_numpy(levels)
         return vector
 

@@ -1,6 +1,6 @@
 """Tensors as few-bit integers with one scale a row, packed into bytes without padding between values.
 
-Symmetric uniform quantisation: q = round(v / s) with s = max|row| / (2^(bits-1) - 1), s kept as bfloat16 (the rounded
+Symmetric uniform quantization: q = round(v / s) with s = max|row| / (2^(bits-1) - 1), s kept as bfloat16 (the rounded
 scale is the one used, so its rounding costs nothing but range). 32 bits means raw float32 and no scale.
 """
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from tofu.compression.bitstream import BitReader, fixed, packed
 from tofu.compression.flat import FlatCompressor, checked_length, checked_scales
 from tofu.compression.quantize import bfloat16_bytes, bfloat16_from
-from tofu.weights import Layout
+from tofu.weights import ParamSpec
 
 
 class SignSgd(FlatCompressor):
@@ -28,27 +28,27 @@ class SignSgd(FlatCompressor):
     name: ClassVar[str] = "signsgd"
     code: ClassVar[int] = 7
 
-    def _least(self, layout: Layout) -> int:
-        return 2 * len(layout.parameters) + (layout.parameter_count + 7) // 8
+    def _least(self, param_spec: ParamSpec) -> int:
+        return 2 * len(param_spec.parameters) + (param_spec.parameter_count + 7) // 8
 
-    def _most(self, layout: Layout) -> int:
-        return self._least(layout)
+    def _most(self, param_spec: ParamSpec) -> int:
+        return self._least(param_spec)
 
-    def _write(self, vector: Tensor, layout: Layout, generator: torch.Generator, memory: bytes) -> bytes:
-        tensors = torch.split(vector, _lengths(layout))
+    def _write(self, vector: Tensor, param_spec: ParamSpec, generator: torch.Generator, memory: bytes) -> bytes:
+        tensors = torch.split(vector, _lengths(param_spec))
         magnitudes = [float(t.double().abs().mean()) if t.numel() else 0.0 for t in tensors]
         negative = (vector < 0).numpy().astype(np.int64)
         return bfloat16_bytes(torch.tensor(magnitudes)) + packed(fixed(negative, 1))
 
-    def _read(self, own: bytes, layout: Layout) -> Tensor:
-        checked_length(own, self._most(layout), "signs")
-        split = 2 * len(layout.parameters)
+    def _read(self, own: bytes, param_spec: ParamSpec) -> Tensor:
+        checked_length(own, self._most(param_spec), "signs")
+        split = 2 * len(param_spec.parameters)
         magnitudes = checked_scales(bfloat16_from(own[:split], "magnitudes"), "magnitudes")
         bits = BitReader(own[split:], "signs")
-        signs = 1 - 2 * torch.from_numpy(bits.fixed(layout.parameter_count, 1))
+        signs = 1 - 2 * torch.from_numpy(bits.fixed(param_spec.parameter_count, 1))
         bits.finish()
-        return magnitudes.repeat_interleave(torch.tensor(_lengths(layout))) * signs
+        return magnitudes.repeat_interleave(torch.tensor(_lengths(param_spec))) * signs
 
 
-def _lengths(layout: Layout) -> list[int]:
-    return [shape.numel() for shape in layout.parameters.values()]
+def _lengths(param_spec: ParamSpec) -> list[int]:
+    return [shape.numel() for shape in param_spec.parameters.values()]

@@ -28,7 +28,7 @@ from torch import Tensor
 from tofu.compression.bitstream import BitReader, fixed, packed
 from tofu.compression.flat import FlatCompressor, checked_length, checked_scales
 from tofu.compression.rice import by_magnitude, most_that_fit, positions_length, read_positions, write_positions
-from tofu.weights import Layout
+from tofu.weights import ParamSpec
 
 _HEAD = struct.Struct("<If")
 
@@ -39,12 +39,12 @@ class Stc(FlatCompressor):
     name: ClassVar[str] = "stc"
     code: ClassVar[int] = 4
 
-    def _least(self, layout: Layout) -> int:
-        one = positions_length(np.array([layout.parameter_count - 1])) + 1
+    def _least(self, param_spec: ParamSpec) -> int:
+        one = positions_length(np.array([param_spec.parameter_count - 1])) + 1
         return _HEAD.size + (one + 7) // 8
 
-    def _write(self, vector: Tensor, layout: Layout, generator: torch.Generator, memory: bytes) -> bytes:
-        room = self._room(layout) - _HEAD.size
+    def _write(self, vector: Tensor, param_spec: ParamSpec, generator: torch.Generator, memory: bytes) -> bytes:
+        room = self._room(param_spec) - _HEAD.size
         order = by_magnitude(vector, most=4 * room)  # an entry takes two bits at least
         most = most_that_fit(order, value_bits=1, room=8 * room)
         count, mu = best_count(vector[torch.from_numpy(order[:most])].abs())
@@ -53,15 +53,15 @@ class Stc(FlatCompressor):
         signs = (values < 0).numpy().astype(np.int64)
         return _HEAD.pack(positions.size, mu) + packed(*write_positions(positions), fixed(signs, 1))
 
-    def _read(self, own: bytes, layout: Layout) -> Tensor:
+    def _read(self, own: bytes, param_spec: ParamSpec) -> Tensor:
         checked_length(own, _HEAD.size, "ternary entries", exactly=False)
         count, mu = _HEAD.unpack_from(own)
         scale = checked_scales(torch.tensor([mu]), "ternary entries")
         bits = BitReader(own[_HEAD.size :], "ternary entries")
-        positions = read_positions(bits, count, layout.parameter_count)
+        positions = read_positions(bits, count, param_spec.parameter_count)
         negative = bits.fixed(count, 1)
         bits.finish()
-        vector = torch.zeros(layout.parameter_count)
+        vector = torch.zeros(param_spec.parameter_count)
         vector[torch.from_numpy(positions)] = scale * torch.from_numpy(1 - 2 * negative)
         return vector
 

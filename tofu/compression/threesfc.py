@@ -19,7 +19,7 @@ from typing import ClassVar
 from tofu.codec.compressor import Proxy
 from tofu.codec.proxies import paper_settings
 from tofu.errors import SettingError
-from tofu.reference_model import Network
+from tofu.reference_model import ReferenceModel
 
 BITS, FEWEST_BITS = 8, 4
 LARGEST_SIDE = 1024
@@ -39,7 +39,7 @@ class ThreeSfc(Proxy):
     name: ClassVar[str] = "3sfc"
     code: ClassVar[int] = 9
 
-    def __init__(self, network_like: Network, *, ratio: float) -> None:
+    def __init__(self, network_like: ReferenceModel, *, ratio: float) -> None:
         side = min(network_like.shape.height, network_like.shape.width, LARGEST_SIDE)
         try:
             super().__init__(network_like, ratio=ratio, count=0, settings=paper_settings(size=side, bits=BITS))

@@ -1,6 +1,6 @@
 """Top-k: the largest entries of an update, each with its position and a few bits of its value.
 
-Aji, Heafield, "Sparse Communication for Distributed Gradient Descent", EMNLP 2017, arXiv 1704.05021. Lin, Han, Mao,
+Aji, Heafield, "Sparse Communication for Distributed Gradient SGD", EMNLP 2017, arXiv 1704.05021. Lin, Han, Mao,
 Wang, Dally, "Deep Gradient Compression", ICLR 2018, arXiv 1712.01887. Both keep what was not sent for the next round;
 here the error feedback around every codec does. Both send values as floats, which is poor use of bytes: at a ratio of
 50, on an update of LeNet-5, 32 bits a value explain 0.54 of the variance, 8-bit integers 0.74, 4-bit ones 0.67, and a
@@ -36,10 +36,10 @@ from tofu.compression.rice import (
     write_positions,
 )
 from tofu.errors import PayloadError
-from tofu.weights import Layout
+from tofu.weights import ParamSpec
 
 _HEAD = struct.Struct("<IB")
-MOST_LEVEL_BITS = 8
+MAX_LEVEL_BITS = 8
 LLOYD_STEPS = 50
 
 
@@ -49,14 +49,14 @@ class TopK(FlatCompressor):
     name: ClassVar[str] = "topk"
     code: ClassVar[int] = 3
 
-    def _least(self, layout: Layout) -> int:
-        return least_room(layout.parameter_count)
+    def _least(self, param_spec: ParamSpec) -> int:
+        return least_room(param_spec.parameter_count)
 
-    def _write(self, vector: Tensor, layout: Layout, generator: torch.Generator, memory: bytes) -> bytes:
-        return write_largest(vector, self._room(layout))
+    def _write(self, vector: Tensor, param_spec: ParamSpec, generator: torch.Generator, memory: bytes) -> bytes:
+        return write_largest(vector, self._room(param_spec))
 
-    def _read(self, own: bytes, layout: Layout) -> Tensor:
-        return read_largest(own, layout.parameter_count)
+    def _read(self, own: bytes, param_spec: ParamSpec) -> Tensor:
+        return read_largest(own, param_spec.parameter_count)
 
 
 def least_room(length: int) -> int:
@@ -69,7 +69,7 @@ def write_largest(vector: Tensor, room: int) -> bytes:
     """As many of the largest entries of a float vector [d] as explain most of it in at most `room` bytes."""
     order = by_magnitude(vector, most=4 * room)  # an entry takes two bits at least
     best = _entries(vector, order, 1, room)
-    for level_bits in range(2, MOST_LEVEL_BITS + 1):
+    for level_bits in range(2, MAX_LEVEL_BITS + 1):
         more = _entries(vector, order, level_bits, room)
         if more.explained <= best.explained:
             break
@@ -85,8 +85,8 @@ def read_largest(data: bytes, length: int) -> Tensor:
     """
     checked_length(data, _HEAD.size, "largest entries", exactly=False)
     count, level_bits = _HEAD.unpack_from(data)
-    if not 1 <= level_bits <= MOST_LEVEL_BITS:
-        raise PayloadError(f"largest entries have {level_bits} bits a magnitude, expected 1 to {MOST_LEVEL_BITS}")
+    if not 1 <= level_bits <= MAX_LEVEL_BITS:
+        raise PayloadError(f"largest entries have {level_bits} bits a magnitude, expected 1 to {MAX_LEVEL_BITS}")
     split = _head(level_bits)
     checked_length(data, split, "largest entries", exactly=False)
     magnitudes = checked_scales(bfloat16_from(data[_HEAD.size : split], "magnitudes"), "magnitudes")

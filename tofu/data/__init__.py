@@ -40,8 +40,8 @@ _LOG = logging.getLogger(__name__)
 _OPENING = threading.Lock()
 _FIXED_SEED = 20240229  # of splits that stay the same from run to run
 _HELD_OUT = 0.15
-_LEAST_IMAGES = 10
-_MOST_CLASSES = 1 << 16
+_MIN_IMAGES = 10
+_MAX_CLASSES = 1 << 16
 _HUB_TIMEOUT = 10.0  # seconds
 _IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"))
 _IMAGE_NAMES = ("image", "img", "images", "pixels", "picture")
@@ -55,7 +55,7 @@ _ROLES = {
 
 @dataclass(frozen=True)
 class ImageShape:
-    """What a model must know of the images: channels (1 grey, 3 colour), height and width in pixels, and classes."""
+    """What a model must know of the images: channels (1 grey, 3 color), height and width in pixels, and classes."""
 
     channels: int
     height: int
@@ -64,7 +64,7 @@ class ImageShape:
 
 
 @dataclass(frozen=True)
-class LabelledImages:
+class LabeledImages:
     """Images with their labels. Instances are cached and shared, so do not write into their tensors.
 
     Attributes:
@@ -91,10 +91,10 @@ class LabelledImages:
         channels, height, width = self.images.shape[1:]
         return ImageShape(channels, height, width, self.classes)
 
-    def subset(self, indices: Tensor | Sequence[int]) -> "LabelledImages":
+    def subset(self, indices: Tensor | Sequence[int]) -> "LabeledImages":
         """A copy of the images at `indices` (int [k]), in that order."""
         chosen = torch.as_tensor(indices, dtype=torch.int64)
-        return LabelledImages(self.images[chosen], self.labels[chosen], self.classes)
+        return LabeledImages(self.images[chosen], self.labels[chosen], self.classes)
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ class FederatedData:
         self._train, self._test = train, test
         self._test_rows, self._client_rows = test_rows, client_rows
         self._shape = shape
-        self._decoded: dict[int, LabelledImages] = {}
+        self._decoded: dict[int, LabeledImages] = {}
 
     @property
     def shape(self) -> ImageShape:
@@ -136,12 +136,12 @@ class FederatedData:
         """The names of the classes in the order of their labels; the numbers themselves where the data has no names."""
         return self._train.names
 
-    def client(self, partition_id: int) -> LabelledImages:
+    def client(self, partition_id: int) -> LabeledImages:
         """The images of one client (0..clients-1), in a random order that the seed fixes. Decoded on the first call.
 
         Raises:
             SettingError: there is no such client.
-            DataError: an image cannot be read, or differs in size or colour from the dataset's first.
+            DataError: an image cannot be read, or differs in size or color from the dataset's first.
         """
         if not 0 <= partition_id < self.clients:
             raise SettingError(
@@ -149,11 +149,11 @@ class FederatedData:
             )
         return self._load(partition_id, self._train, self._client_rows[partition_id])
 
-    def test(self) -> LabelledImages:
+    def test(self) -> LabeledImages:
         """The server's held-out images: the dataset's test split, or what was held out of its training split.
 
         Raises:
-            DataError: an image cannot be read, or differs in size or colour from the dataset's first.
+            DataError: an image cannot be read, or differs in size or color from the dataset's first.
         """
         return self._load(-1, self._test, self._test_rows)
 
@@ -162,7 +162,7 @@ class FederatedData:
         labels, classes = self._train.labels, self.shape.classes
         return torch.from_numpy(np.stack([np.bincount(labels[rows], minlength=classes) for rows in self._client_rows]))
 
-    def _load(self, key: int, split: "_Split", rows: IntArray) -> LabelledImages:
+    def _load(self, key: int, split: "_Split", rows: IntArray) -> LabeledImages:
         if key not in self._decoded:
             self._decoded[key] = _decode(split, rows, self.shape)
         return self._decoded[key]
@@ -218,7 +218,7 @@ def open_data(
         return _open(source, clients, partition, float(alpha), shards_per_client, train_images, test_images, seed)
 
 
-def local_folder(path: str, *, class_names: Sequence[str] = ()) -> LabelledImages:
+def local_folder(path: str, *, class_names: Sequence[str] = ()) -> LabeledImages:
     """A real client's own images: parquet files or <class>/*.png in a folder, all of them (or its training split).
 
     Args:
@@ -228,7 +228,7 @@ def local_folder(path: str, *, class_names: Sequence[str] = ()) -> LabelledImage
 
     Raises:
         DataError: no such folder, no images or labels in it, an image that cannot be read or differs from the first in
-            size or colour, a class that is not among `class_names`.
+            size or color, a class that is not among `class_names`.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -267,7 +267,7 @@ def partition_rows(
         parts = [np.concatenate([shards[shard] for shard in hand]) for hand in hands]
     else:
         parts = _flower_partition(labels, clients, partition, alpha, rng)
-        _top_up(parts, math.ceil(min(_LEAST_IMAGES, n / clients / 2)))
+        _top_up(parts, math.ceil(min(_MIN_IMAGES, n / clients / 2)))
     return tuple(rng.permutation(part) for part in parts)
 
 
@@ -323,7 +323,7 @@ def _probe(split: _Split) -> ImageShape:
     return ImageShape(1 if pixels.ndim == 2 else 3, pixels.shape[0], pixels.shape[1], len(split.names))
 
 
-def _decode(split: _Split, rows: IntArray, shape: ImageShape) -> LabelledImages:
+def _decode(split: _Split, rows: IntArray, shape: ImageShape) -> LabeledImages:
     images = np.empty((len(rows), shape.channels, shape.height, shape.width), dtype=np.uint8)
     for i, row in enumerate(rows.tolist()):
         pixels = _pixels(split, row)
@@ -333,9 +333,9 @@ def _decode(split: _Split, rows: IntArray, shape: ImageShape) -> LabelledImages:
                 f"{split.where(row)} is {found} pixels where the first image is {shape.width}x{shape.height}"
             )
         if pixels.ndim == 3 and shape.channels == 1:
-            raise DataError(f"{split.where(row)} is in colour where the first image is grey")
+            raise DataError(f"{split.where(row)} is in color where the first image is grey")
         images[i] = pixels if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-    return LabelledImages(torch.from_numpy(images), torch.from_numpy(split.labels[rows]), shape.classes)
+    return LabeledImages(torch.from_numpy(images), torch.from_numpy(split.labels[rows]), shape.classes)
 
 
 def _pixels(split: _Split, row: int) -> Pixels:
@@ -507,7 +507,7 @@ def _image_splits(roots: Mapping[str, Path], class_names: tuple[str, ...]) -> di
         ]
         if not files:
             raise DataError(
-                f"{root} has no labelled images: expected parquet files, or <class>/*.png with a folder per class"
+                f"{root} has no labeled images: expected parquet files, or <class>/*.png with a folder per class"
             )
         paths = [file for file, _ in files]
         labels = np.array([label for _, label in files], dtype=np.int64)
@@ -565,7 +565,7 @@ def _table_split(
     labels = np.asarray(column.to_numpy(), dtype=np.int64)
     feature = features.get(label_name, {})
     own_names = feature.get("names") if isinstance(feature, dict) else None
-    if not own_names and labels.max() >= _MOST_CLASSES:
+    if not own_names and labels.max() >= _MAX_CLASSES:
         raise DataError(f"{origin} has label {labels.max()} in column {label_name}: expected class numbers from 0 on")
     names = tuple(map(str, own_names or range(max(int(labels.max()) + 1, 1))))
     if class_names and own_names and names != class_names:

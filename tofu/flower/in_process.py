@@ -1,6 +1,6 @@
 """A ServerApp and a ClientApp in one process: no ray, no port, nothing to start or to clean up.
 
-Messages go through Flower's own serialisation in both directions and a node's context does after every message, so
+Messages go through Flower's own serialization in both directions and a node's context does after every message, so
 what could not travel in a deployment cannot travel here. Each node answers one message at a time, in the order sent;
 `workers` threads share the nodes.
 """
@@ -181,7 +181,7 @@ class InProcessGrid(Grid):
         return self.pull_messages(order)
 
     def contexts(self) -> dict[str, bytes]:
-        """Every node's context as Flower serialises it, by partition; only while no message is under way."""
+        """Every node's context as Flower serializes it, by partition; only while no message is under way."""
         return {node.name: context_to_proto(node.context).SerializeToString() for node in self._nodes.values()}
 
     def restore_contexts(self, contexts: Mapping[str, bytes]) -> None:
@@ -293,14 +293,14 @@ class InProcessGrid(Grid):
 
 @dataclass(frozen=True)
 class _Parcel:
-    """A message on its way: its objects as Flower serialises them, by their content addresses."""
+    """A message on its way: its objects as Flower serializes them, by their content addresses."""
 
     identity: str
     contents: dict[str, bytes]
 
     @classmethod
     def pack(cls, message: Message, shared: dict[str, bytes]) -> Self:
-        """Serialise, taking from `shared` (and adding to it) objects that other messages carry too."""
+        """Serialize, taking from `shared` (and adding to it) objects that other messages carry too."""
         objects = get_all_nested_objects(message)
         for identity, item in objects.items():
             if identity not in shared:

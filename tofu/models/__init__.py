@@ -39,7 +39,7 @@ def build_model(name: str, shape: ImageShape, *, norm: str = "group", seed: int 
         name: one of `model_names()`, or `package.module:factory` for a callable of your own, called as
             `factory(channels=, height=, width=, classes=)`.
         shape: of the images.
-        norm: "group" (16 channels a group), "batch" or "none", where the model has normalisation layers to choose:
+        norm: "group" (16 channels a group), "batch" or "none", where the model has normalization layers to choose:
             cnn, resnet18 and the vggs.
         seed: of the initial weights.
 

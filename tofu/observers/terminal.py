@@ -18,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tofu.formatting import human_bytes, human_factor, human_seconds, human_share, printable
+from tofu.formatting import format_bytes, human_factor, human_seconds, human_share, printable
 
 PHASES = {"send": "sending", "train": "clients train", "decode": "decoding", "evaluate": "evaluating"}
 _NONE = "-"
@@ -84,7 +84,7 @@ class SilentProgress(Progress):
 
 
 class PlainProgress(Progress):
-    """One line a round to a stream, for pipes and logs: no colours, nothing redrawn."""
+    """One line a round to a stream, for pipes and logs: no colors, nothing redrawn."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = sys.stderr if stream is None else stream
@@ -254,7 +254,7 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
         "task": _NONE if task is None else f"{task:g}",
         "accuracy": _NONE if accuracy is None else human_share(accuracy, 2),
         "explained": _NONE if explained is None else human_share(explained),
-        "uplink": human_bytes(int(sent)) if sent and sent > 0 else _NONE,
+        "uplink": format_bytes(int(sent)) if sent and sent > 0 else _NONE,
         "less": human_factor(fedavg / sent) if sent and fedavg and sent > 0 and fedavg > 0 else _NONE,
         "epsilon": _epsilon(row),
         "time": _NONE if seconds is None else human_seconds(seconds),
@@ -287,9 +287,9 @@ def _in_short(summary: Mapping[str, Any]) -> str:
     if delta is not None:
         words.append(f"epsilon {_epsilon(summary)} at delta {delta:g}")
     if sent is not None and sent >= 0:
-        words.append(f"uplink {human_bytes(int(sent))}")
+        words.append(f"uplink {format_bytes(int(sent))}")
         if sent and fedavg and fedavg >= sent:
-            words[-1] += f", {human_factor(fedavg / sent)} less than the {human_bytes(int(fedavg))} FedAvg sends"
+            words[-1] += f", {human_factor(fedavg / sent)} less than the {format_bytes(int(fedavg))} FedAvg sends"
     if seconds is not None:
         words.append(human_seconds(seconds))
     return "done: " + "; ".join(words) if words else "done"

@@ -19,25 +19,40 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from tofu.data import ImageShape, LabelledImages
+from tofu.data import ImageShape, LabeledImages
 from tofu.errors import PayloadError, RunError, SettingError
 from tofu.plugins.options import option, options_of, read_options
 from tofu.plugins.state import PluginState, state_from_bytes, state_to_bytes
 
-__all__ = ["NO_PLUGINS", "About", "Conditions", "Export", "Plugin", "PluginState", "Plugins", "Prediction", "SumSpec",
-           "Weights", "make_plugins", "option", "plugin_names", "state_from_bytes", "state_to_bytes"]  # fmt: skip
+__all__ = [
+    "NO_PLUGINS",
+    "Export",
+    "Plugin",
+    "PluginState",
+    "Plugins",
+    "Prediction",
+    "RoundContext",
+    "RunRequirements",
+    "SumSpec",
+    "Weights",
+    "make_plugins",
+    "option",
+    "plugin_names",
+    "state_from_bytes",
+    "state_to_bytes",
+]  # fmt: skip
 
 Weights = Mapping[str, Tensor]
 
 _BUILT_IN: Mapping[str, str] = {
     "gpm": "client.plugins.gpm:GradientProjectionMemory",
     "ood": "client.plugins.ood:OutOfDistribution",
-    "rank": "client.plugins.utilised_rank:UtilisedRank",
+    "rank": "client.plugins.utilized_rank:UtilizedRank",
 }
 
 
 @dataclass(frozen=True)
-class About:
+class RoundContext:
     """Where in a run a plugin is. The same on clients and server, `client` aside.
 
     Attributes:
@@ -60,8 +75,8 @@ class About:
 
 
 @dataclass(frozen=True)
-class Conditions:
-    """What is known of a run when it is configured, for `Plugin.refusal`.
+class RunRequirements:
+    """What is known of a run when it is configured, for `Plugin.incompatibility`.
 
     Attributes:
         clients: how many train.
@@ -154,7 +169,7 @@ class Plugin:
     def averages_exactly(self) -> bool:
         return True
 
-    def refusal(self, run: Conditions) -> str:
+    def incompatibility(self, run: RunRequirements) -> str:
         """Why the plugin cannot be used in such a run, as "expected ..." text; empty where it can."""
         if self.needs_task_boundaries and run.tasks < 2:
             return f"a run of at least 2 tasks: {self.name} works at the boundaries between tasks"
@@ -164,7 +179,7 @@ class Plugin:
 
     # Both halves
 
-    def setup(self, model: nn.Module, about: About) -> nn.Module:
+    def setup(self, model: nn.Module, about: RoundContext) -> nn.Module:
         """Replace, wrap or only look at the model; called once a round, before any other hook and before the round's
         weights are loaded, on clients and on the server. `broadcast` and `state` are already there.
 
@@ -199,16 +214,16 @@ class Plugin:
         return loss
 
     def on_step(self, model: nn.Module, before: Weights) -> None:
-        """Change the weights after an optimiser's step, in place and without a gradient.
+        """Change the weights after an optimizer's step, in place and without a gradient.
 
         Args:
             before: trainable parameter's name -> its value before the step. Do not keep or write into it.
         """
 
-    def on_epoch_end(self, model: nn.Module, data: LabelledImages) -> None:
+    def on_epoch_end(self, model: nn.Module, data: LabeledImages) -> None:
         """After each local epoch; the model is in training mode and must be left so."""
 
-    def on_task_end(self, model: nn.Module, data: LabelledImages, final: bool) -> None:
+    def on_task_end(self, model: nn.Module, data: LabeledImages, final: bool) -> None:
         """At the end of a round's local training; `final` in the last round of a task."""
 
     def predict(self, model: nn.Module, images: Tensor) -> Prediction:
@@ -232,7 +247,7 @@ class Plugin:
         """
         return broadcast
 
-    def calibrate(self, model: nn.Module, data: LabelledImages) -> PluginState:
+    def calibrate(self, model: nn.Module, data: LabeledImages) -> PluginState:
         """The broadcast to save with the weights that a run would end with, no client having measured at these yet.
 
         Args:
@@ -251,14 +266,14 @@ class Plugins(tuple[Plugin, ...]):
         """Name -> plugin."""
         return {plugin.name: plugin for plugin in self}
 
-    def check(self, run: Conditions) -> None:
+    def check(self, run: RunRequirements) -> None:
         """Raises SettingError where a plugin refuses such a run."""
         for plugin in self:
-            if reason := plugin.refusal(run):
+            if reason := plugin.incompatibility(run):
                 raise SettingError("plugins", plugin.name, reason)
 
-    def setup(self, model: nn.Module, about: About) -> nn.Module:
-        """The one that changes the head goes first, whatever the order: others measure or factorise what it made."""
+    def setup(self, model: nn.Module, about: RoundContext) -> nn.Module:
+        """The one that changes the head goes first, whatever the order: others measure or factorize what it made."""
         for plugin in sorted(self, key=lambda plugin: not plugin.changes_head):
             model = plugin.setup(model, about)
         return model
@@ -286,7 +301,7 @@ class Plugins(tuple[Plugin, ...]):
 
     @torch.no_grad()
     def on_step(self, model: nn.Module, before: Weights | None) -> None:
-        """Call it after any step: the optimiser's, and the server's own after it averaged (which a compressed update,
+        """Call it after any step: the optimizer's, and the server's own after it averaged (which a compressed update,
         momentum or error feedback would otherwise take out of a projection's subspace)."""
         if before is None:
             return
@@ -295,11 +310,11 @@ class Plugins(tuple[Plugin, ...]):
         for plugin in falling:
             plugin.on_step(model, before)
 
-    def on_epoch_end(self, model: nn.Module, data: LabelledImages) -> None:
+    def on_epoch_end(self, model: nn.Module, data: LabeledImages) -> None:
         for plugin in self:
             plugin.on_epoch_end(model, data)
 
-    def on_task_end(self, model: nn.Module, data: LabelledImages, final: bool) -> None:
+    def on_task_end(self, model: nn.Module, data: LabeledImages, final: bool) -> None:
         for plugin in self:
             plugin.on_task_end(model, data, final)
 
@@ -370,7 +385,7 @@ class Plugins(tuple[Plugin, ...]):
         return state_to_bytes(_joined({p.name: p.broadcast for p in self}), max_bytes=max_bytes)
 
     @torch.no_grad()
-    def calibrated_bytes(self, model: nn.Module, data: LabelledImages, *, max_bytes: int) -> bytes:
+    def calibrated_bytes(self, model: nn.Module, data: LabeledImages, *, max_bytes: int) -> bytes:
         """All plugins' broadcasts, for `predict` with this model; its mode is restored. Raises as `state_bytes`."""
         was_training = model.training
         model.eval()
@@ -398,24 +413,24 @@ class Plugins(tuple[Plugin, ...]):
 
 NO_PLUGINS = Plugins()
 
-MOST_STATE_BYTES = 2**30
+MAX_STATE_BYTES = 2**30
 """Of all plugins' private states on a client, and of their broadcasts."""
 
-_MOST_METRICS_BYTES = 2**16
+_MAX_METRICS_BYTES = 2**16
 
 
 def export_to_bytes(export: Export) -> bytes:
     """What a client sends of its plugins in a round whose sums the server may see."""
     sums = {f"sum/{name}": value for name, value in export.sums.items()}
     return state_to_bytes(
-        sums | {f"metric/{name}": value for name, value in export.metrics.items()}, max_bytes=MOST_STATE_BYTES
+        sums | {f"metric/{name}": value for name, value in export.metrics.items()}, max_bytes=MAX_STATE_BYTES
     )
 
 
 def export_from_bytes(data: bytes, declared: Mapping[str, SumSpec]) -> Export:
     """Raises PayloadError for bytes that are no export, or hold more than the declared sums and some metrics."""
     room = sum(8 * math.prod(spec.shape) + 4 * len(spec.shape) + len(name) + 64 for name, spec in declared.items())
-    state = state_from_bytes(data, max_bytes=room + _MOST_METRICS_BYTES)
+    state = state_from_bytes(data, max_bytes=room + _MAX_METRICS_BYTES)
     sums: dict[str, Tensor] = {}
     metrics: dict[str, float] = {}
     for key, value in state.items():

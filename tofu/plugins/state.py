@@ -30,7 +30,7 @@ _HEADER = struct.Struct("<4sBI")
 _INT, _FLOAT, _TEXT, _BYTES, _TENSOR = range(1, 6)
 _TYPES = ((torch.float32, "<f4"), (torch.float64, "<f8"), (torch.int64, "<i8"), (torch.int32, "<i4"),
           (torch.uint8, "|u1"), (torch.bool, "|b1"))  # fmt: skip
-_MOST_DIMENSIONS = 8
+_MAX_DIMENSIONS = 8
 
 
 def state_to_bytes(state: Mapping[str, Tensor | int | float | str | bytes], *, max_bytes: int) -> bytes:
@@ -123,7 +123,7 @@ def _value_bytes(name: str, value: object) -> bytes:
 
 def _tensor_bytes(name: str, value: Tensor) -> bytes:
     codes = [i for i, (dtype, _) in enumerate(_TYPES) if dtype == value.dtype]
-    if not codes or value.dim() > _MOST_DIMENSIONS:
+    if not codes or value.dim() > _MAX_DIMENSIONS:
         raise PayloadError(f"plugin state's {name} is {value.dtype} with {value.dim()} dimensions: not a type we keep")
     if value.is_floating_point() and not bool(torch.isfinite(value).all()):
         raise PayloadError(f"plugin state's {name} holds a value that is not finite")
@@ -151,7 +151,7 @@ def _read_value(name: str, reader: _Reader) -> Tensor | int | float | str | byte
 
 def _read_tensor(name: str, reader: _Reader) -> Tensor:
     code, dimensions = reader.take(_U8)[0], reader.take(_U8)[0]
-    if code >= len(_TYPES) or dimensions > _MOST_DIMENSIONS:
+    if code >= len(_TYPES) or dimensions > _MAX_DIMENSIONS:
         raise PayloadError(f"plugin state's {name} is a tensor of type {code} with {dimensions} dimensions")
     shape = [reader.take(_U32)[0] for _ in range(dimensions)]
     _, layout = _TYPES[code]

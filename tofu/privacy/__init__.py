@@ -1,7 +1,7 @@
 """Differential privacy of whole clients: clipping, Gaussian noise, and the account of what a run has spent.
 
 McMahan, Ramage, Talwar, Zhang, "Learning Differentially Private Recurrent Language Models", ICLR 2018. Two runs are
-neighbours where one client's updates are zero in one of them; a client's update has norm at most C (`clip`), so a sum
+neighbors where one client's updates are zero in one of them; a client's update has norm at most C (`clip`), so a sum
 of updates changes by at most C and Gaussian noise of deviation z C (z is the noise multiplier) makes it private.
 
 Weights. Of a weighted mean sum w_i x_i / sum w_i with weights up to w, the sum changes by w C and the mean by
@@ -49,7 +49,7 @@ import torch
 from tofu.errors import RunError, SettingError
 from tofu.secagg.masks import Stream, new_seed
 from tofu.secagg.ring import CHUNK
-from tofu.weights import Layout, Weights, dot
+from tofu.weights import ParamSpec, Weights, dot
 
 Reals = npt.NDArray[np.float64]
 
@@ -59,14 +59,14 @@ REACH = 6.0
 _FINE = 2.0**-20
 """Of a part's deviation: the grid where no ring gives one."""
 
-_LEAST_STEPS = 2.0
+_MIN_STEPS = 2.0
 _ROUNDING_FAILS = 0.01  # beta of Kairouz et al.: how often a rounding may have to be drawn again
 _INSIDE = 1 - 2.0**-22  # float32 rounds up, too
 
 
-def check_layout(layout: Layout) -> None:
+def check_param_spec(param_spec: ParamSpec) -> None:
     """Raises SettingError for a model whose batch counters would take up the norm of every update."""
-    if layout.integers:
+    if param_spec.integers:
         raise SettingError("norm", "batch", "group or none with privacy: batch counters would take up the norm")
 
 
@@ -115,8 +115,8 @@ class Noise:
         part = self.multiplier * self.norm / math.sqrt(self.sharers)
         if not self.grid:
             object.__setattr__(self, "grid", 2.0 ** math.floor(math.log2(part * _FINE)))
-        if self.grid < 0 or math.frexp(self.grid)[0] != 0.5 or part < _LEAST_STEPS * self.grid:
-            raise SettingError("grid", self.grid, f"a power of 2 up to {part / _LEAST_STEPS:g}")
+        if self.grid < 0 or math.frexp(self.grid)[0] != 0.5 or part < _MIN_STEPS * self.grid:
+            raise SettingError("grid", self.grid, f"a power of 2 up to {part / _MIN_STEPS:g}")
 
     @staticmethod
     def on_ring(norm: float, multiplier: float, sharers: int, *, levels: int, values: int) -> "Noise":
@@ -133,7 +133,7 @@ class Noise:
         """
         part = multiplier * norm / math.sqrt(sharers)
         grid = 2.0 ** math.ceil(math.log2((norm + REACH * part) / levels))
-        while _LEAST_STEPS * grid <= part:
+        while _MIN_STEPS * grid <= part:
             noise = Noise(norm, multiplier, sharers, grid)
             if noise.reach(values) <= grid * levels:
                 return noise

@@ -9,8 +9,8 @@ from PIL import Image, UnidentifiedImageError
 from tofu.data import ImageShape, to_float
 from tofu.errors import DataError
 from tofu.models import build_model
-from tofu.plugins import MOST_STATE_BYTES
-from tofu.reference_model import Network
+from tofu.plugins import MAX_STATE_BYTES
+from tofu.reference_model import ReferenceModel
 from tofu.reporting.folder import read_config, read_model
 from tofu.weights import load_weights
 
@@ -32,10 +32,10 @@ def predict_images(run: Path, images: Path) -> list[dict[str, object]]:
     """
     settings = read_config(run)
     weights, shape, broadcast = read_model(run)
-    plugins, about = settings.make_plugins(), settings.about(shape, settings.rounds)
-    plugins.load(broadcast=broadcast, max_bytes=MOST_STATE_BYTES)
+    plugins, about = settings.make_plugins(), settings.round_context(shape, settings.rounds)
+    plugins.load(broadcast=broadcast, max_bytes=MAX_STATE_BYTES)
     built = build_model(settings.model, shape, norm=settings.norm, seed=settings.seed)
-    network = Network.of(built, shape, plugins, about)
+    network = ReferenceModel.of(built, shape, plugins, about)
     load_weights(network.model, weights)
     network.model.eval()
     files = _files(images)

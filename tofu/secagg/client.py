@@ -1,14 +1,14 @@
 """A client's side of one session.
 
-Bonawitz et al., CCS 2017, figure 4, with the shares among the neighbours of Bell et al., CCS 2020. For client u with
-vector x_u, self-mask seed b_u, mask key s_u and neighbours v who shared with it,
+Bonawitz et al., CCS 2017, figure 4, with the shares among the neighbors of Bell et al., CCS 2020. For client u with
+vector x_u, self-mask seed b_u, mask key s_u and neighbors v who shared with it,
 
     y_u = x_u + PRG(b_u) + sum_(u < v) PRG(s_uv) - sum_(u > v) PRG(s_uv)    mod 2^b.
 
 Each stage is answered once, in order, and a message that is refused changes nothing and reveals nothing. What makes two
 sessions of one advert impossible is that its keys are used for one roster and then erased.
 
-An old advert of a neighbour, played again by a server, gains it nothing: pair masks are made only with neighbours whose
+An old advert of a neighbor, played again by a server, gains it nothing: pair masks are made only with neighbors whose
 ciphertexts open, and to make one takes the secret key, which its owner has erased.
 """
 
@@ -25,7 +25,7 @@ from tofu.secagg.graph import Topology
 from tofu.secagg.identities import ADVERT, SURVIVORS
 from tofu.secagg.masks import SHARE_KEY, add_mask, agree, new_seed, pair_seed, public_key
 from tofu.secagg.messages import Advert, Confirmation, Masked, Reveal, Roster, Shares, Survivors
-from tofu.secagg.participant import Member
+from tofu.secagg.participant import Participant
 from tofu.secagg.ring import RingVector
 from tofu.secagg.state import ClientState, Stage
 from tofu.secagg.terms import Session
@@ -40,7 +40,7 @@ class ClientSession:
         member: who we are and what we accept.
     """
 
-    def __init__(self, member: Member) -> None:
+    def __init__(self, member: Participant) -> None:
         self._member = member
         self._state = ClientState()
 
@@ -51,8 +51,8 @@ class ClientSession:
 
     @property
     def topology(self) -> Topology:
-        """Neighbours and threshold of the session, from SHARED on."""
-        return Topology(self._roster.terms.neighbours, self._roster.terms.threshold)
+        """Neighbors and threshold of the session, from SHARED on."""
+        return Topology(self._roster.terms.neighbors, self._roster.terms.threshold)
 
     @property
     def purpose(self) -> bytes:
@@ -75,7 +75,7 @@ class ClientSession:
         return state.advert.to_bytes()
 
     def share(self, data: bytes) -> bytes:
-        """`Roster` -> `Shares` for the neighbours, sealed. Raises PayloadError for a roster not to be answered."""
+        """`Roster` -> `Shares` for the neighbors, sealed. Raises PayloadError for a roster not to be answered."""
         self._expect("share", Stage.ADVERTISED)
         state, roster = self._state, Roster.from_bytes(data)
         assert state.advert is not None  # since ADVERTISED
@@ -83,7 +83,7 @@ class ClientSession:
         # From here on nothing is refused.
         state.roster = roster
         state.self_seed = bytearray(new_seed())
-        peers, threshold = self._neighbours, roster.terms.threshold
+        peers, threshold = self._neighbors, roster.terms.threshold
         seeds = shamir.split(bytes(state.self_seed), threshold, len(peers))
         keys = shamir.split(bytes(state.mask_secret), threshold, len(peers))
         shares = zip(peers, seeds, keys, strict=True)
@@ -92,13 +92,13 @@ class ClientSession:
         return Shares(roster.terms.session, roster.client, sealed).to_bytes()
 
     def mask(self, vector: RingVector, data: bytes) -> bytes:
-        """Our vector and the neighbours' `Shares` -> `Masked`, the last thing that needs our secret keys.
+        """Our vector and the neighbors' `Shares` -> `Masked`, the last thing that needs our secret keys.
 
         Args:
             vector: [values] elements below 2^b.
 
         Raises:
-            PayloadError: shares of another session, from strangers, that do not open, or from too few neighbours.
+            PayloadError: shares of another session, from strangers, that do not open, or from too few neighbors.
             ValueError: a vector of another length, or an element outside the ring.
         """
         self._expect("mask", Stage.SHARED)
@@ -109,7 +109,7 @@ class ClientSession:
             raise ValueError(f"vector must be {terms.values} elements of uint64 below 2^{terms.bits}")
         held = {peer: bytearray(self._open(peer, sealed)) for peer, sealed in shares.sealed.items()}
         if len(held) < terms.threshold:
-            raise PayloadError(f"shares came from {len(held)} neighbours, expected at least {terms.threshold}")
+            raise PayloadError(f"shares came from {len(held)} neighbors, expected at least {terms.threshold}")
         masked = vector.copy()
         add_mask(masked, bytes(state.self_seed), terms.bits)
         for peer in held:
@@ -137,7 +137,7 @@ class ClientSession:
         """`Survivors`, with identities also their signatures -> `Reveal`, after which everything is erased.
 
         Raises:
-            PayloadError: survivors not to be answered, or ones that fewer neighbours than the threshold signed.
+            PayloadError: survivors not to be answered, or ones that fewer neighbors than the threshold signed.
         """
         self._expect("reveal", Stage.MASKED if self._member.identity is None else Stage.CONFIRMED)
         survivors = Survivors.from_bytes(data)
@@ -161,7 +161,7 @@ class ClientSession:
         return self._state.to_bytes(self._member.run, self._member.name)
 
     @staticmethod
-    def from_bytes(member: Member, data: object) -> "ClientSession":
+    def from_bytes(member: Participant, data: object) -> "ClientSession":
         """The session that `to_bytes` wrote. Raises PayloadError for bytes that are none, or of another member."""
         session = ClientSession(member)
         session._state = ClientState.from_bytes(data, member.run, member.name)
@@ -179,24 +179,24 @@ class ClientSession:
         return self._state.roster
 
     @property
-    def _neighbours(self) -> tuple[int, ...]:
-        return self._roster.terms.neighbours_of(self._roster.client)
+    def _neighbors(self) -> tuple[int, ...]:
+        return self._roster.terms.neighbors_of(self._roster.client)
 
     @property
     def _digest(self) -> bytes:
         return self._roster.terms.digest(self._member.run)
 
     def _advert(self, peer: int) -> Advert:
-        """Raises PayloadError for a client that is no neighbour."""
-        if peer not in self._neighbours:
-            raise PayloadError(f"client {peer} is no neighbour of {self._member.name}")
-        return self._roster.adverts[self._neighbours.index(peer)]
+        """Raises PayloadError for a client that is no neighbor."""
+        if peer not in self._neighbors:
+            raise PayloadError(f"client {peer} is no neighbor of {self._member.name}")
+        return self._roster.adverts[self._neighbors.index(peer)]
 
     def _cipher(self, peer: int, sender: int, receiver: int) -> tuple[AESGCM, bytes]:
         """The cipher from sender to receiver, one of them the peer, and what its ciphertexts are bound to.
 
         Raises:
-            PayloadError: the peer is no neighbour.
+            PayloadError: the peer is no neighbor.
         """
         public = self._advert(peer).share_key
         members, digest = self._roster.terms.members, self._digest
@@ -232,12 +232,12 @@ class ClientSession:
             raise PayloadError(f"survivors are of {len(present)} members, expected {len(terms.members)}")
         if not present[self._roster.client]:
             raise PayloadError(f"survivors leave out {own}, which sent its vector")
-        alive = [peer for peer in self._neighbours if present[peer]]
+        alive = [peer for peer in self._neighbors if present[peer]]
         for peer in alive:
             if peer not in self._state.held:
                 raise PayloadError(f"survivors have {self._advert(peer).name}, whose shares {own} never got")
         if len(alive) < terms.threshold:
-            raise PayloadError(f"survivors have {len(alive)} neighbours, expected at least {terms.threshold}")
+            raise PayloadError(f"survivors have {len(alive)} neighbors, expected at least {terms.threshold}")
 
     def _check_signatures(self, survivors: Survivors) -> None:
         if survivors.signed != self._state.confirmed:
@@ -249,4 +249,4 @@ class ClientSession:
                 raise PayloadError(f"survivors are signed by {name}, which is not one of them")
             self._member.verify(name, signature, SURVIVORS, self._digest, survivors.signed)
         if len(survivors.signatures) < threshold:
-            raise PayloadError(f"survivors are signed by {len(survivors.signatures)} neighbours, expected {threshold}")
+            raise PayloadError(f"survivors are signed by {len(survivors.signatures)} neighbors, expected {threshold}")

@@ -29,7 +29,7 @@ from tofu.errors import SettingError
 LED = 0.9
 """Of the places, for those that have moved furthest."""
 
-LEAST_LEVELS = 6
+MIN_LEVELS = 6
 """Steps on either side of zero, below which more entries were no better: 7 bits at 10 clients. So few do because most
 values are far below the range, and what rounding loses stays in error feedback."""
 
@@ -42,7 +42,7 @@ def settings_for(ratio: float, clients: int) -> tuple[float, int]:
     """(share, bits): what of an update to send and in what ring, for a ratio of float32's bytes to the vector's.
 
     As many entries as fit with the fewest bits that will do; where all fit, as many bits as fit. The session's other
-    messages are not counted: about 140 bytes up for each neighbour.
+    messages are not counted: about 140 bytes up for each neighbor.
 
     Raises:
         SettingError: a ratio below 1 or clients below 1.
@@ -51,7 +51,7 @@ def settings_for(ratio: float, clients: int) -> tuple[float, int]:
         raise SettingError("ratio", ratio, "a number of at least 1")
     if clients < 1:
         raise SettingError("clients", clients, "at least 1")
-    least = (2 * clients * LEAST_LEVELS).bit_length()
+    least = (2 * clients * MIN_LEVELS).bit_length()
     if 32 / ratio >= least:
         return 1.0, math.floor(32 / ratio)
     return 32 / (ratio * least), least

@@ -28,8 +28,8 @@ from tofu.errors import PayloadError, SettingError
 from tofu.plugins import SumSpec
 from tofu.secagg import coordinates
 from tofu.secagg.fixed_point import HEADROOM, LARGEST_GROWTH, Clipped, FixedPoint
-from tofu.secagg.ring import MOST_BITS, RingVector, centred
-from tofu.weights import Layout, Weights, weights_sha256
+from tofu.secagg.ring import MAX_BITS, RingVector, centred
+from tofu.weights import ParamSpec, Weights, weights_sha256
 
 LARGEST = 32.0
 """Losses, and distances beyond a range, up to which the sums say them."""
@@ -56,14 +56,14 @@ _HEAD = struct.Struct(f"<HBfHfI{coordinates.DIGEST_BYTES}sB")
 
 
 @dataclass(frozen=True)
-class SecureTerms:
+class EncodingConfig:
     """What all clients of one secure round, and the server, agree on.
 
     Attributes:
         clients: most clients in the sum.
         bits: of the ring.
         unit_weight: examples that count as weight 1.
-        ranges: of each tensor of the layout, in its order: |value * weight| up to which nothing is clipped.
+        ranges: of each tensor of the param_spec, in its order: |value * weight| up to which nothing is clipped.
         share: of the entries that travel (`tofu.secagg.coordinates`).
         turn: secure rounds before this one.
         digest: of the places that travel, where that is not all of them.
@@ -85,7 +85,7 @@ class SecureTerms:
         return head + np.array(self.ranges, "<f4").tobytes()
 
     @staticmethod
-    def from_bytes(data: bytes) -> "SecureTerms":
+    def from_bytes(data: bytes) -> "EncodingConfig":
         """Raises PayloadError for bytes that are no terms, or terms that nobody could work by."""
         if len(data) < _HEAD.size:
             raise PayloadError(f"secure terms have {len(data)} bytes, expected at least {_HEAD.size}")
@@ -95,16 +95,16 @@ class SecureTerms:
         ranges = tuple(float(value) for value in np.frombuffer(data, "<f4", offset=_HEAD.size))
         if not all(_SMALLEST / 2 < value < 2 * _WIDEST for value in (*ranges, unit_weight)):
             raise PayloadError("secure terms hold a range or a weight that is not a usual positive number")
-        if not 1 <= bits <= MOST_BITS:
-            raise PayloadError(f"secure terms have {bits} bits, expected 1 to {MOST_BITS}")
+        if not 1 <= bits <= MAX_BITS:
+            raise PayloadError(f"secure terms have {bits} bits, expected 1 to {MAX_BITS}")
         if not 0 < share <= 1:
             raise PayloadError(f"secure terms have share {share:g}, expected above 0 and up to 1")
         if coarse > 1:
             raise PayloadError(f"secure terms have coarse {coarse}, expected 0 or 1")
-        return SecureTerms(clients, bits, unit_weight, ranges, share, turn, digest, bool(coarse))
+        return EncodingConfig(clients, bits, unit_weight, ranges, share, turn, digest, bool(coarse))
 
 
-def purpose_of(terms: SecureTerms, weights: Weights, broadcast: bytes) -> bytes:
+def purpose_of(terms: EncodingConfig, weights: Weights, broadcast: bytes) -> bytes:
     """What the clients' vectors mean, in 32 bytes: their code, the weights that they update, the plugins' state.
 
     All clients of a sum must have the same. A server that gives most of them huge ranges, or weights at which nothing
@@ -155,12 +155,12 @@ class SecureMean:
     sums: dict[str, Tensor]
 
 
-class SecureCode:
+class RingEncoder:
     """The two directions of one round.
 
     Args:
         declared: what the plugins sum beside the update, with finite bounds.
-        moved: the round's weights less the initial ones, one vector in the layout's order; where a share travels.
+        moved: the round's weights less the initial ones, one vector in the param_spec's order; where a share travels.
 
     Raises:
         PayloadError: terms for another model, or a ring that is too small for that many clients.
@@ -168,19 +168,19 @@ class SecureCode:
 
     def __init__(
         self,
-        layout: Layout,
-        terms: SecureTerms,
+        param_spec: ParamSpec,
+        terms: EncodingConfig,
         declared: Mapping[str, SumSpec] | None = None,
         moved: Tensor | None = None,
     ) -> None:
-        if len(terms.ranges) != len(layout.shapes):
-            raise PayloadError(f"secure terms have {len(terms.ranges)} ranges, expected {len(layout.shapes)}")
-        self._layout, self._terms = layout, terms
+        if len(terms.ranges) != len(param_spec.shapes):
+            raise PayloadError(f"secure terms have {len(terms.ranges)} ranges, expected {len(param_spec.shapes)}")
+        self._param_spec, self._terms = param_spec, terms
         try:
             self._fixed = FixedPoint(terms.clients, terms.bits, 1.0, terms.unit_weight)
         except SettingError as error:
             raise PayloadError(f"secure terms cannot be used: {error}") from error
-        self._sizes = [shape.numel() for shape in layout.shapes.values()]
+        self._sizes = [shape.numel() for shape in param_spec.shapes.values()]
         self._all = sum(self._sizes)
         self._places = None if moved is None else self._taken(moved)
         self._count = self._all if self._places is None else len(self._places)
@@ -231,7 +231,7 @@ class SecureCode:
             RunError: an update that is not finite.
         """
         weight = examples / self._terms.unit_weight
-        entries = flat({name: update[name] for name in self._layout.shapes}).numpy()
+        entries = flat({name: update[name] for name in self._param_spec.shapes}).numpy()
         values = entries.astype(np.float64) / self._spread
         sums = dict(sums or {})
         if self._terms.coarse:
@@ -292,7 +292,7 @@ class SecureCode:
 
     def _taken(self, moved: Tensor) -> Tensor:
         """The places that travel (`tofu.secagg.coordinates`)."""
-        tensors = zip(torch.split(moved, self._sizes), self._layout.shapes.values(), strict=True)
+        tensors = zip(torch.split(moved, self._sizes), self._param_spec.shapes.values(), strict=True)
         of_all = np.concatenate([displacement.levels(part.reshape(shape)) for part, shape in tensors])
         return coordinates.places(moved, self._terms.share, self._terms.turn, levels=of_all)
 
@@ -334,7 +334,7 @@ class SecureCode:
         return np.split(values, np.cumsum(self._sizes)[:-1])
 
     def _weights(self, values: npt.NDArray[np.float64]) -> Weights:
-        parts = zip(self._layout.shapes.items(), self._parts(values), strict=True)
+        parts = zip(self._param_spec.shapes.items(), self._parts(values), strict=True)
         return {name: torch.from_numpy(part).float().reshape(shape) for (name, shape), part in parts}
 
 
@@ -365,10 +365,10 @@ def reach(levels: int) -> float:
     return _TAILS * float(lambertw(12 * levels**2).real) / math.sqrt(2)
 
 
-def first_ranges(layout: Layout, known: Mapping[str, float]) -> tuple[float, ...]:
+def first_ranges(param_spec: ParamSpec, known: Mapping[str, float]) -> tuple[float, ...]:
     """Ranges of a first secure round, where earlier rounds' updates say what they should be, and else wide ones."""
     usable = {name: range_ for name, range_ in known.items() if range_ > 0 and math.isfinite(range_)}
-    return tuple(min(max(usable.get(name, FIRST_RANGE), _SMALLEST), _WIDEST) for name in layout.shapes)
+    return tuple(min(max(usable.get(name, FIRST_RANGE), _SMALLEST), _WIDEST) for name in param_spec.shapes)
 
 
 def flat(weights: Weights) -> Tensor:

@@ -32,7 +32,7 @@ import numpy.typing as npt
 
 from tofu.errors import PayloadError, RunError, SettingError
 from tofu.secagg.masks import Stream, new_seed
-from tofu.secagg.ring import CHUNK, MOST_BITS, RingVector, SignedVector, centred, check_bits, from_signed, largest
+from tofu.secagg.ring import CHUNK, MAX_BITS, RingVector, SignedVector, centred, check_bits, from_signed, largest
 
 RealVector = npt.NDArray[np.floating]
 
@@ -90,9 +90,9 @@ def ring_bits(clients: int, value_bits: int) -> int:
     """
     if clients < 1:
         raise SettingError("clients", clients, "at least 1")
-    top = 2 ** (value_bits - 1) - 1 if 2 <= value_bits <= MOST_BITS else 0
+    top = 2 ** (value_bits - 1) - 1 if 2 <= value_bits <= MAX_BITS else 0
     bits = (2 * clients * top).bit_length()
-    if not 1 <= bits <= MOST_BITS:
+    if not 1 <= bits <= MAX_BITS:
         raise SettingError("value_bits", value_bits, f"at least 2, and few enough for {clients} clients in 64 bits")
     return bits
 

@@ -5,15 +5,15 @@ section 3: few clients make a complete graph; many stand in random order on a ri
 side (a Harary graph on a random permutation), which keeps every client's work at O(k) keys and shares.
 
 The order is by SHA-256 of a seed and a client's advert, and the seed is the hash of all adverts, so every client draws
-the graph by itself and a server cannot seat a client among its accomplices. What remains to a server that lies is to
-try many adverts of its accomplices, each try another draw: 2^20 tries turn a bound of 2^-40 into 2^-20.
+the graph by itself and a server cannot seat a client among its max_colluding. What remains to a server that lies is to
+try many adverts of its max_colluding, each try another draw: 2^20 tries turn a bound of 2^-40 into 2^-20.
 
-The threshold is t > d/2 + c for d neighbours, at worst c of them in league with the server. Then c accomplices have
+The threshold is t > d/2 + c for d neighbors, at worst c of them in league with the server. Then c max_colluding have
 fewer than t shares of either secret of a client, and the server cannot have both secrets, whatever it says to whom:
-t shares of each are from 2(t - c) > d honest neighbours, and an honest one gives one.
+t shares of each are from 2(t - c) > d honest neighbors, and an honest one gives one.
 
 With a server that follows the protocol the honest clients in the sum are one connected graph, so only their sum is
-bare: on one side of a client are at most d/2 neighbours, so of the t that stay one honest is on either side, and steps
+bare: on one side of a client are at most d/2 neighbors, so of the t that stay one honest is on either side, and steps
 of at most d/2 around the ring pass next to everybody.
 
 With a server that lies and signed lists of survivors, on the complete graph, there is one sum and it has t - c honest
@@ -29,47 +29,47 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tofu.errors import SettingError
-from tofu.secagg.shamir import MOST_SHARES
+from tofu.secagg.shamir import MAX_SHARES
 
 COMPLETE_UP_TO = 32
-"""Clients up to which everybody is everybody's neighbour: a sparse graph would save next to nothing."""
+"""Clients up to which everybody is everybody's neighbor: a sparse graph would save next to nothing."""
 
 
 @dataclass(frozen=True)
 class Topology:
-    """How many neighbours a client has, and how many of them must answer to the end.
+    """How many neighbors a client has, and how many of them must answer to the end.
 
     Attributes:
-        neighbours: d, of every client; even, or everybody else.
+        neighbors: d, of every client; even, or everybody else.
         threshold: t, shares that give a secret back.
     """
 
-    neighbours: int
+    neighbors: int
     threshold: int
 
 
 class Graph:
-    """The neighbours of each client.
+    """The neighbors of each client.
 
     Args:
         adverts: digest of each client's advert, in the session's order.
-        neighbours: d; n - 1 for a complete graph, otherwise an even number below it.
+        neighbors: d; n - 1 for a complete graph, otherwise an even number below it.
 
     Raises:
         SettingError: no such graph.
     """
 
-    def __init__(self, adverts: Sequence[bytes], neighbours: int) -> None:
+    def __init__(self, adverts: Sequence[bytes], neighbors: int) -> None:
         count = len(adverts)
-        self._everybody = neighbours == count - 1
-        if not self._everybody and (not 2 <= neighbours < count - 1 or neighbours % 2):
-            raise SettingError("neighbours", neighbours, f"{count - 1}, or an even number from 2 below it")
+        self._everybody = neighbors == count - 1
+        if not self._everybody and (not 2 <= neighbors < count - 1 or neighbors % 2):
+            raise SettingError("neighbors", neighbors, f"{count - 1}, or an even number from 2 below it")
         seed = hashlib.sha256(b"tofu secagg 1 graph" + b"".join(adverts)).digest()
         self._ring = sorted(range(count), key=lambda one: hashlib.sha256(seed + adverts[one]).digest())
-        self._reach = neighbours // 2
+        self._reach = neighbors // 2
 
-    def neighbours_of(self, one: int) -> tuple[int, ...]:
-        """A client's neighbours in rising order, all by their places among the adverts."""
+    def neighbors_of(self, one: int) -> tuple[int, ...]:
+        """A client's neighbors in rising order, all by their places among the adverts."""
         if self._everybody:
             return tuple(other for other in range(len(self._ring)) if other != one)
         place, steps = self._ring.index(one), range(-self._reach, self._reach + 1)
@@ -87,8 +87,8 @@ def choose_topology(
 ) -> Topology:
     """The smallest graph that is safe and that finishes.
 
-    Bell et al., section 3.3: around the random ring a client's neighbours are a draw without replacement, so the number
-    of accomplices (or dropouts) among them is hypergeometric; the bounds hold for all clients at once, by the union
+    Bell et al., section 3.3: around the random ring a client's neighbors are a draw without replacement, so the number
+    of max_colluding (or dropouts) among them is hypergeometric; the bounds hold for all clients at once, by the union
     bound. With c and l the numbers that are exceeded only with those probabilities, t = floor(d/2) + c + 1 and the
     smallest d with d - l >= t is taken. A complete graph needs no probability: c and l are everybody.
 
@@ -96,12 +96,12 @@ def choose_topology(
         clients: n.
         dropout: fraction of the clients that may drop out anywhere in the session.
         corrupted: fraction that may be in league with the server.
-        security_bits: more accomplices than the threshold allows with probability at most 2^-security_bits.
+        security_bits: more max_colluding than the threshold allows with probability at most 2^-security_bits.
         correctness_bits: too many dropouts around a client with probability at most 2^-correctness_bits.
         complete_up_to: clients up to which the graph is complete.
 
     Raises:
-        SettingError: fewer than 2 clients, a fraction outside [0, 1), or more dropouts and accomplices than any
+        SettingError: fewer than 2 clients, a fraction outside [0, 1), or more dropouts and max_colluding than any
             threshold bears.
     """
     if clients < 2:
@@ -110,15 +110,15 @@ def choose_topology(
         if not 0 <= share < 1:
             raise SettingError(name, share, "a fraction from 0 to below 1")
     bad, lost = math.floor(corrupted * clients), math.floor(dropout * clients)
-    for neighbours in range(2, min(clients - 1, MOST_SHARES + 1), 2) if clients > complete_up_to else ():
-        worst = _exceeded(clients - 1, bad, neighbours, clients, security_bits)
-        gone = _exceeded(clients - 1, lost, neighbours, clients, correctness_bits)
-        threshold = neighbours // 2 + worst + 1
-        if threshold <= neighbours - gone:
-            return Topology(neighbours, threshold)
+    for neighbors in range(2, min(clients - 1, MAX_SHARES + 1), 2) if clients > complete_up_to else ():
+        worst = _exceeded(clients - 1, bad, neighbors, clients, security_bits)
+        gone = _exceeded(clients - 1, lost, neighbors, clients, correctness_bits)
+        threshold = neighbors // 2 + worst + 1
+        if threshold <= neighbors - gone:
+            return Topology(neighbors, threshold)
     everybody = clients - 1
     threshold = everybody // 2 + bad + 1
-    if threshold > everybody - lost or everybody > MOST_SHARES:
+    if threshold > everybody - lost or everybody > MAX_SHARES:
         accepted = f"less: no threshold bears it beside corrupted={corrupted:g} among {clients} clients"
         raise SettingError("dropout", dropout, accepted)
     return Topology(everybody, threshold)

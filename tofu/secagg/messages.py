@@ -12,7 +12,7 @@ from itertools import pairwise
 from tofu.errors import PayloadError
 from tofu.secagg.identities import SIGNATURE_BYTES
 from tofu.secagg.masks import KEY_BYTES, check_public_key
-from tofu.secagg.ring import MOST_BITS
+from tofu.secagg.ring import MAX_BITS
 from tofu.secagg.shamir import SHARE_BYTES
 from tofu.secagg.terms import DIGEST_BYTES, PURPOSE_BYTES, Session, Terms, advert_digest
 from tofu.secagg.wire import (
@@ -32,7 +32,7 @@ from tofu.secagg.wire import (
     head,
 )
 
-MOST_NAME_BYTES = 64
+MAX_NAME_BYTES = 64
 SEALED_BYTES = 12 + 2 * SHARE_BYTES + 16
 """A nonce, a share of each of two secrets, and a tag."""
 
@@ -93,18 +93,18 @@ class Advert:
 
 def check_name(name: str) -> None:
     """Raises PayloadError for what cannot be a client's name."""
-    if not (1 <= len(name.encode()) <= MOST_NAME_BYTES and name.isprintable()):
-        raise PayloadError(f"advert has the name {name[:MOST_NAME_BYTES]!r}, expected 1 to 64 printable bytes")
+    if not (1 <= len(name.encode()) <= MAX_NAME_BYTES and name.isprintable()):
+        raise PayloadError(f"advert has the name {name[:MAX_NAME_BYTES]!r}, expected 1 to 64 printable bytes")
 
 
 @dataclass(frozen=True)
 class Roster:
-    """Server to client: the session's terms and the neighbours' adverts. After the head:
+    """Server to client: the session's terms and the neighbors' adverts. After the head:
 
         2   threshold
         1   bits of the ring
         4   elements of a vector
-        2   neighbours
+        2   neighbors
         2   adverts
         2   members
         32  purpose
@@ -113,7 +113,7 @@ class Roster:
 
     Attributes:
         client: whom it is for.
-        adverts: of its neighbours.
+        adverts: of its neighbors.
     """
 
     client: int
@@ -122,7 +122,7 @@ class Roster:
 
     def to_bytes(self) -> bytes:
         t = self.terms
-        numbers = (t.threshold, t.bits, t.values, t.neighbours, len(self.adverts), len(t.members))
+        numbers = (t.threshold, t.bits, t.values, t.neighbors, len(self.adverts), len(t.members))
         adverts = [advert.to_bytes() for advert in self.adverts]
         written = b"".join(_BYTE.pack(len(advert)) + advert for advert in adverts)
         return head(ROSTER, t.session, self.client) + _ROSTER.pack(*numbers) + t.purpose + b"".join(t.members) + written
@@ -132,21 +132,21 @@ class Roster:
         """Raises PayloadError for bytes that are no roster, or numbers that cannot be right."""
         reader = Reader(data, ROSTER)
         session, client = reader.head()
-        threshold, bits, values, neighbours, count, members = reader.unpack(_ROSTER)
+        threshold, bits, values, neighbors, count, members = reader.unpack(_ROSTER)
         purpose = reader.take(PURPOSE_BYTES)
         digests = tuple(reader.take(DIGEST_BYTES) for _ in range(members))
         adverts = tuple(Advert.from_bytes(reader.take(*reader.unpack(_BYTE))) for _ in range(count))
         reader.finish()
-        if not 1 <= bits <= MOST_BITS:
-            raise PayloadError(f"roster has a ring of {bits} bits, expected 1 to {MOST_BITS}")
+        if not 1 <= bits <= MAX_BITS:
+            raise PayloadError(f"roster has a ring of {bits} bits, expected 1 to {MAX_BITS}")
         if any(one >= other for one, other in pairwise(digests)):
             raise PayloadError("roster has members that are not in rising order")
-        return Roster(client, Terms(session, threshold, bits, values, neighbours, digests, purpose), adverts)
+        return Roster(client, Terms(session, threshold, bits, values, neighbors, digests, purpose), adverts)
 
 
 @dataclass(frozen=True)
 class Shares:
-    """Client to server, and on to the neighbours: sealed shares. After the head, each
+    """Client to server, and on to the neighbors: sealed shares. After the head, each
 
         2   the other client: the receiver on the way up, the sender on the way down
         92  nonce, ciphertext and tag
@@ -258,14 +258,14 @@ class Confirmation:
 
 @dataclass(frozen=True)
 class Reveal:
-    """Client to server: for each neighbour one share. After the head, each
+    """Client to server: for each neighbor one share. After the head, each
 
-        2   the neighbour
+        2   the neighbor
         1   1 for its self-mask seed, because it survived; 0 for its mask key, because it dropped out
         32  share
 
     Attributes:
-        shares: neighbour -> (of its self-mask seed, share).
+        shares: neighbor -> (of its self-mask seed, share).
     """
 
     session: Session

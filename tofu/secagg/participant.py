@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from tofu.errors import PayloadError, SettingError
 from tofu.secagg.identities import ADVERT, Identity, check_known, verify
 from tofu.secagg.messages import Advert, Roster, check_name
-from tofu.secagg.shamir import MOST_SHARES
+from tofu.secagg.shamir import MAX_SHARES
 
 
 @dataclass(frozen=True)
-class Member:
+class Participant:
     """A client of a run.
 
     Attributes:
@@ -22,8 +22,8 @@ class Member:
         name: of this client.
         identity: the key that proves the name, or None in a run whose server is trusted not to lie.
         known: name -> Ed25519 public key of every client, from elsewhere than the server; None without identities.
-        least_neighbours: refuse a session with fewer.
-        accomplices: c, neighbours that may be in league with the server: refuse a threshold that does not bear them.
+        min_neighbors: refuse a session with fewer.
+        max_colluding: c, neighbors that may be in league with the server: refuse a threshold that does not bear them.
 
     Raises:
         SettingError: an identity without the list of known keys or the reverse, or one that the list contradicts.
@@ -33,8 +33,8 @@ class Member:
     name: str
     identity: Identity | None = None
     known: Mapping[str, bytes] | None = None
-    least_neighbours: int = 2
-    accomplices: int = 0
+    min_neighbors: int = 2
+    max_colluding: int = 0
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -69,20 +69,20 @@ class Member:
         number = terms.members.index(own.digest)
         if roster.client != number:
             raise PayloadError(f"roster is for client {roster.client}, and {self.name} is client {number}")
-        if not self.least_neighbours <= count <= MOST_SHARES or count != terms.neighbours:
-            wanted = f"{terms.neighbours}, from {self.least_neighbours} to {MOST_SHARES}"
-            raise PayloadError(f"roster has {count} neighbours, expected {wanted}")
-        least = count // 2 + self.accomplices + 1  # see `tofu.secagg.graph`
+        if not self.min_neighbors <= count <= MAX_SHARES or count != terms.neighbors:
+            wanted = f"{terms.neighbors}, from {self.min_neighbors} to {MAX_SHARES}"
+            raise PayloadError(f"roster has {count} neighbors, expected {wanted}")
+        least = count // 2 + self.max_colluding + 1  # see `tofu.secagg.graph`
         if not least <= terms.threshold <= count:
             raise PayloadError(f"roster has threshold {terms.threshold}, expected {least} to {count}")
         _check_distinct(own, roster.adverts)
         try:
-            expected = terms.neighbours_of(number)
+            expected = terms.neighbors_of(number)
         except SettingError as error:
             raise PayloadError(f"roster describes no graph: {error}") from error
         for peer, advert in zip(expected, roster.adverts, strict=True):
             if advert.digest != terms.members[peer]:
-                raise PayloadError(f"roster has {advert.name} as neighbour {peer}, which the graph does not have there")
+                raise PayloadError(f"roster has {advert.name} as neighbor {peer}, which the graph does not have there")
             self.verify(advert.name, advert.signature, ADVERT, advert.name.encode(), advert.signed)
 
 

@@ -13,15 +13,15 @@ RingVector = npt.NDArray[np.uint64]
 
 SignedVector = npt.NDArray[np.int64]
 
-MOST_BITS = 64
+MAX_BITS = 64
 CHUNK = 1 << 16
 """Elements handled at a time, a multiple of 8: what is made of them stays in the processor's cache."""
 
 
 def check_bits(bits: int) -> None:
     """Raises SettingError for a ring that this module cannot compute in."""
-    if not 1 <= bits <= MOST_BITS:
-        raise SettingError("ring_bits", bits, f"1 to {MOST_BITS}")
+    if not 1 <= bits <= MAX_BITS:
+        raise SettingError("ring_bits", bits, f"1 to {MAX_BITS}")
 
 
 def largest(bits: int) -> np.uint64:
@@ -46,7 +46,7 @@ def from_signed(values: SignedVector, bits: int) -> RingVector:
 
 def centred(values: RingVector, bits: int) -> SignedVector:
     """The integers of [-2^(b-1), 2^(b-1)) that the elements stand for."""
-    shift = MOST_BITS - bits
+    shift = MAX_BITS - bits
     # The element's highest bit becomes the sign, and the shift back copies it.
     return (values << np.uint64(shift)).view(np.int64) >> np.int64(shift)
 

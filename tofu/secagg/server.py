@@ -5,7 +5,7 @@ of them whose masked vectors came (the survivors) and the signs of `tofu.secagg.
 
     sum_(u in U3) x_u = sum_(u in U3) y_u - sum_(u in U3) PRG(b_u) - sum_(u in U3, v in U2 - U3) +-PRG(s_uv)    mod 2^b
 
-over pairs u, v of neighbours. Masked vectors are added as they come; only their sum is kept.
+over pairs u, v of neighbors. Masked vectors are added as they come; only their sum is kept.
 
 Each stage takes one message of each client that is still in and ends when the caller asks for the next; who has not
 answered by then is out. A message that is late, repeated or of a stranger raises PayloadError, names the client and
@@ -27,7 +27,7 @@ from tofu.secagg.masks import add_mask, pair_seed, public_key
 from tofu.secagg.messages import Advert, Confirmation, Masked, Reveal, Roster, Shares, Survivors
 from tofu.secagg.ring import RingVector
 from tofu.secagg.terms import PURPOSE_BYTES, SESSION_BYTES, Session, Terms
-from tofu.secagg.wire import MOST_CLIENTS
+from tofu.secagg.wire import MAX_CLIENTS
 
 
 class Phase(IntEnum):
@@ -63,7 +63,7 @@ class ServerSession:
         values: elements of a vector.
         bits: of the ring.
         known: name -> Ed25519 public key where clients have identities: asks for the consistency round, and refuses
-            what is not signed before it reaches the neighbours. The clients check by themselves.
+            what is not signed before it reaches the neighbors. The clients check by themselves.
         purpose: digest of what the vectors mean (`Terms.purpose`).
     """
 
@@ -90,7 +90,7 @@ class ServerSession:
         self._terms: Terms
         self._order: list[Advert] = []
         self._numbers: dict[str, int] = {}
-        self._neighbours: list[tuple[int, ...]] = []
+        self._neighbors: list[tuple[int, ...]] = []
         self._digest = b""
         self._sealed: dict[int, Mapping[int, bytes]] = {}
         self._shared: set[int] = set()
@@ -118,8 +118,8 @@ class ServerSession:
             raise PayloadError(f"{name} sent a key that another has")
         if self._known is not None:
             verify(self._known, name, advert.signature, ADVERT, self._run, name.encode(), advert.signed)
-        if len(self._adverts) == MOST_CLIENTS:
-            raise PayloadError(f"{name} sent its advert to a session that is full with {MOST_CLIENTS} clients")
+        if len(self._adverts) == MAX_CLIENTS:
+            raise PayloadError(f"{name} sent its advert to a session that is full with {MAX_CLIENTS} clients")
         self._adverts[name] = advert
 
     def rosters(self, topology: Topology) -> dict[str, bytes]:
@@ -133,19 +133,19 @@ class ServerSession:
             SettingError: a topology for another number of clients.
         """
         self._advance(Phase.ADVERTS, Phase.SHARES)
-        came, needed = len(self._adverts), topology.neighbours + 1
+        came, needed = len(self._adverts), topology.neighbors + 1
         if came < needed:
             raise RunError(f"{came} clients sent adverts: {needed - came} are missing to {needed}")
         self._order = sorted(self._adverts.values(), key=lambda advert: advert.digest)
         self._numbers = {advert.name: number for number, advert in enumerate(self._order)}
         members = tuple(advert.digest for advert in self._order)
-        shape = (topology.threshold, self._bits, self._values, topology.neighbours)
+        shape = (topology.threshold, self._bits, self._values, topology.neighbors)
         self._terms = Terms(self._session, *shape, members, self._purpose)
-        self._neighbours = [self._terms.neighbours_of(number) for number in range(came)]
+        self._neighbors = [self._terms.neighbors_of(number) for number in range(came)]
         self._digest = self._terms.digest(self._run)
         result = {}
         for number, advert in enumerate(self._order):
-            adverts = tuple(self._order[peer] for peer in self._neighbours[number])
+            adverts = tuple(self._order[peer] for peer in self._neighbors[number])
             result[advert.name] = Roster(number, self._terms, adverts).to_bytes()
         return result
 
@@ -155,20 +155,20 @@ class ServerSession:
         number = self._sender(Phase.SHARES, name, "its shares", shares.session, shares.client)
         if number in self._sealed:
             raise PayloadError(f"{name} sent its shares twice")
-        if tuple(shares.sealed) != self._neighbours[number]:
+        if tuple(shares.sealed) != self._neighbors[number]:
             raise PayloadError(
-                f"{name} sent shares for clients that are not its {len(self._neighbours[number])} neighbours"
+                f"{name} sent shares for clients that are not its {len(self._neighbors[number])} neighbors"
             )
         self._sealed[number] = shares.sealed
 
     def deliveries(self) -> dict[str, bytes]:
-        """Close the shares -> each client's `Shares` from its neighbours. Raises RunError below the threshold."""
+        """Close the shares -> each client's `Shares` from its neighbors. Raises RunError below the threshold."""
         self._advance(Phase.SHARES, Phase.MASKED)
         self._shared = set(self._sealed)
         self._check_enough(self._shared, "sent shares")
         result = {}
         for number in self._sealed:
-            sealed = {peer: self._sealed[peer][number] for peer in self._neighbours[number] if peer in self._sealed}
+            sealed = {peer: self._sealed[peer][number] for peer in self._neighbors[number] if peer in self._sealed}
             result[self._order[number].name] = Shares(self._session, number, sealed).to_bytes()
         self._sealed.clear()
         return result
@@ -213,7 +213,7 @@ class ServerSession:
         self._confirmations[number] = confirmation.signature
 
     def reveal_requests(self) -> dict[str, bytes]:
-        """Close the confirmations -> `Survivors` with the neighbours' signatures, for all that confirmed.
+        """Close the confirmations -> `Survivors` with the neighbors' signatures, for all that confirmed.
 
         Raises:
             RunError: below the threshold; nobody has revealed anything, nor is asked to.
@@ -223,7 +223,7 @@ class ServerSession:
         self._asked = set(self._confirmations)
         result = {}
         for number in sorted(self._asked):
-            signatures = {p: self._confirmations[p] for p in self._neighbours[number] if p in self._confirmations}
+            signatures = {p: self._confirmations[p] for p in self._neighbors[number] if p in self._confirmations}
             message = Survivors(self._session, self._present, signatures, number)
             result[self._order[number].name] = message.to_bytes()
         return result
@@ -236,9 +236,9 @@ class ServerSession:
             raise PayloadError(f"{name} sent a reveal that it was not asked for")
         if number in self._reveals:
             raise PayloadError(f"{name} sent its reveal twice")
-        expected = {peer: peer in self._masked for peer in self._neighbours[number] if peer in self._shared}
+        expected = {peer: peer in self._masked for peer in self._neighbors[number] if peer in self._shared}
         if {peer: survived for peer, (survived, _) in reveal.shares.items()} != expected:
-            raise PayloadError(f"{name} revealed other shares than one for each neighbour that shared with it")
+            raise PayloadError(f"{name} revealed other shares than one for each neighbor that shared with it")
         self._reveals[number] = reveal.shares
 
     def finish(self) -> Total:
@@ -285,26 +285,26 @@ class ServerSession:
         return self._numbers[name]
 
     def _check_enough(self, active: Iterable[int], did: str) -> None:
-        """Every client that shared must have a threshold of neighbours that are still there to reveal for it."""
+        """Every client that shared must have a threshold of neighbors that are still there to reveal for it."""
         still, threshold = set(active), self._terms.threshold
-        most = max((threshold - len(still & set(self._neighbours[one])) for one in self._shared), default=threshold)
+        most = max((threshold - len(still & set(self._neighbors[one])) for one in self._shared), default=threshold)
         if most > 0:
             self._phase = Phase.DONE
             raise RunError(f"{len(still)} of {len(self._order)} clients {did}: {most} are missing to the threshold")
 
     def _reconstructed(self, number: int) -> bytes:
-        """The one secret of a client that its neighbours revealed."""
-        # A share's index is the holder's place among the neighbours.
-        peers = enumerate(self._neighbours[number], start=1)
+        """The one secret of a client that its neighbors revealed."""
+        # A share's index is the holder's place among the neighbors.
+        peers = enumerate(self._neighbors[number], start=1)
         shares = {index: self._reveals[peer][number][1] for index, peer in peers if peer in self._reveals}
         return shamir.combine(shares, self._terms.threshold)
 
     def _remove_pair_masks(self, gone: int, secret: bytes) -> None:
-        """What a client that dropped out left in its neighbours' vectors."""
+        """What a client that dropped out left in its neighbors' vectors."""
         advert, members = self._order[gone], self._terms.members
         if public_key(secret) != advert.mask_key:
-            raise RunError(f"shares of {advert.name}'s key do not give it back: a neighbour revealed a false one")
-        for peer in self._neighbours[gone]:
+            raise RunError(f"shares of {advert.name}'s key do not give it back: a neighbor revealed a false one")
+        for peer in self._neighbors[gone]:
             if peer in self._masked:
                 seed = pair_seed(secret, self._order[peer].mask_key, self._digest, members[gone], members[peer])
                 add_mask(self._sum, seed, self._bits, negative=peer < gone)

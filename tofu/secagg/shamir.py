@@ -8,7 +8,7 @@ i = 1 to 255. From shares of indices x_1, ..., x_t, with + and - both XOR,
 Whatever the secret, any threshold - 1 shares are uniform. A share that was changed gives another secret and no error.
 
 The field is that of AES, with a table of all products. pycryptodome's sharing over GF(2^128) computes in Python's
-integers bit by bit: with the 150 neighbours of a client among 1,000 it took most of a session's time, in these tables
+integers bit by bit: with the 150 neighbors of a client among 1,000 it took most of a session's time, in these tables
 next to none. Neither runs in constant time; who can time a client to a cache line reads its memory more easily.
 """
 
@@ -23,7 +23,7 @@ from tofu.errors import PayloadError
 
 SECRET_BYTES = 32
 SHARE_BYTES = 32
-MOST_SHARES = 255
+MAX_SHARES = 255
 """All elements of the field but 0, where the secret is."""
 
 Bytes = npt.NDArray[np.uint8]
@@ -40,8 +40,8 @@ def split(secret: bytes, threshold: int, count: int) -> list[bytes]:
     """
     if len(secret) != SECRET_BYTES:
         raise ValueError(f"secret has {len(secret)} bytes, expected {SECRET_BYTES}")
-    if not 1 <= threshold <= count <= MOST_SHARES:
-        raise ValueError(f"threshold {threshold} of {count} shares, expected 1 <= threshold <= shares <= {MOST_SHARES}")
+    if not 1 <= threshold <= count <= MAX_SHARES:
+        raise ValueError(f"threshold {threshold} of {count} shares, expected 1 <= threshold <= shares <= {MAX_SHARES}")
     products = _tables()[2][1 : count + 1]  # [count, 256]
     indices = np.arange(count)[:, None]
     values = np.zeros((count, SECRET_BYTES), dtype=np.uint8)
@@ -60,8 +60,8 @@ def combine(shares: Mapping[int, bytes], threshold: int) -> bytes:
     if not 1 <= threshold <= len(shares):
         raise PayloadError(f"{len(shares)} shares of a secret came, expected at least {max(threshold, 1)}")
     for index, share in shares.items():
-        if not 1 <= index <= MOST_SHARES:
-            raise PayloadError(f"share has index {index}, expected 1 to {MOST_SHARES}")
+        if not 1 <= index <= MAX_SHARES:
+            raise PayloadError(f"share has index {index}, expected 1 to {MAX_SHARES}")
         if len(share) != SHARE_BYTES:
             raise PayloadError(f"share {index} has {len(share)} bytes, expected {SHARE_BYTES}")
     used = sorted(shares)[:threshold]

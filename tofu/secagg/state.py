@@ -43,7 +43,7 @@ class ClientState:
         mask_secret: X25519 key of the pair masks, until MASKED.
         share_secret: X25519 key of the shares' encryption, until MASKED.
         self_seed: of its self-mask, from SHARED until MASKED.
-        held: neighbour -> its shares, of its self-mask seed and then of its mask key, from MASKED on.
+        held: neighbor -> its shares, of its self-mask seed and then of its mask key, from MASKED on.
         confirmed: the survivors' bits that it signed, from CONFIRMED on.
     """
 

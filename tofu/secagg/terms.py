@@ -42,7 +42,7 @@ class Terms:
         threshold: t, shares that give a secret back.
         bits: of the ring.
         values: elements of everybody's vector.
-        neighbours: d, of every client.
+        neighbors: d, of every client.
         members: digests of all adverts in rising order. A client's number in this session is its place here.
         purpose: digest of all that gives the vectors their meaning. It goes into every key and mask, so clients that
             were told different ones share no masks, and a server cannot have all but one of them send next to nothing.
@@ -52,7 +52,7 @@ class Terms:
     threshold: int
     bits: int
     values: int
-    neighbours: int
+    neighbors: int
     members: tuple[bytes, ...]
     purpose: bytes = bytes(PURPOSE_BYTES)
 
@@ -62,17 +62,17 @@ class Terms:
         Args:
             run: identifies the run to all its clients.
         """
-        numbers = _NUMBERS.pack(self.session.round, self.threshold, self.bits, self.values, self.neighbours)
+        numbers = _NUMBERS.pack(self.session.round, self.threshold, self.bits, self.values, self.neighbors)
         parts = (b"tofu secagg 1 terms", run, self.session.id, numbers, self.purpose, *self.members)
         return hashlib.sha256(fields(*parts)).digest()
 
-    def neighbours_of(self, client: int) -> tuple[int, ...]:
-        """A client's neighbours by number, rising. Raises SettingError where there is no such graph."""
-        return self._graph.neighbours_of(client)
+    def neighbors_of(self, client: int) -> tuple[int, ...]:
+        """A client's neighbors by number, rising. Raises SettingError where there is no such graph."""
+        return self._graph.neighbors_of(client)
 
     @cached_property
     def _graph(self) -> Graph:
-        return Graph(self.members, self.neighbours)
+        return Graph(self.members, self.neighbors)
 
 
 def advert_digest(advert: bytes) -> bytes:

@@ -22,7 +22,7 @@ NAMES = ("advert", "roster", "shares", "masked vector", "survivors", "confirmati
 """The position is the kind on the wire."""
 
 ALL = 0xFFFF
-MOST_CLIENTS = ALL
+MAX_CLIENTS = ALL
 
 KIND = struct.Struct("<BB")
 HEAD = struct.Struct(f"<BBI{SESSION_BYTES}sH")
@@ -64,8 +64,8 @@ class Reader:
         self._at += size
         return self._data[self._at - size : self._at]
 
-    def unpack(self, layout: struct.Struct) -> tuple[int, ...]:
-        return layout.unpack(self.take(layout.size))
+    def unpack(self, param_spec: struct.Struct) -> tuple[int, ...]:
+        return param_spec.unpack(self.take(param_spec.size))
 
     def kind(self, version: int, kind: int) -> None:
         if version != VERSION:

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from client.plugins.layers import Site, grams, matrix, rows_per_image, show, sites, watching
+from client.plugins.layers import Site, capture_inputs, grams, matrix, rows_per_image, show, sites
 from tests.conftest import EveryLayer
-from tofu.data import LabelledImages, to_float
+from tofu.data import LabeledImages, to_float
 
 
 def seeded(make: Callable[[], nn.Module]) -> nn.Module:
@@ -39,7 +39,7 @@ def test_a_convolutions_patches_times_its_matrix_are_its_output(kind: str) -> No
         product = rows @ matrix(site, conv).T
         outputs.append(product if conv.bias is None else product + conv.bias[site.start : site.stop])
 
-    with watching(conv, see):
+    with capture_inputs(conv, see):
         expected = conv(images)
     made = torch.cat(outputs, dim=1).view(3, -1, expected.shape[1]).transpose(1, 2).view_as(expected)
     assert torch.allclose(made, expected, atol=1e-5)
@@ -48,7 +48,7 @@ def test_a_convolutions_patches_times_its_matrix_are_its_output(kind: str) -> No
 def test_linear_layers_of_any_depth_are_rows() -> None:
     layer = seeded(lambda: nn.Linear(4, 2))
     seen: list[Tensor] = []
-    with watching(layer, lambda site, rows: seen.append(rows)):
+    with capture_inputs(layer, lambda site, rows: seen.append(rows)):
         layer(torch.ones(3, 5, 4))
         layer(input=torch.ones(4))
     layer(torch.ones(1, 4))
@@ -63,7 +63,7 @@ def test_attentions_projections_are_seen_as_if_written_out(options: dict[str, bo
     g = torch.Generator().manual_seed(0)
     query, key = torch.randn(5, 3, 8, generator=g), torch.randn(5, 3, wide, generator=g)
     seen: dict[str, list[Tensor]] = {}
-    with torch.no_grad(), watching(attention, lambda site, rows: seen.setdefault(site.name, []).append(rows)):
+    with torch.no_grad(), capture_inputs(attention, lambda site, rows: seen.setdefault(site.name, []).append(rows)):
         expected = attention(query, key, value=key, need_weights=False)[0]
     own = {site.name: site for site in sites(attention)}
     last = own["out_proj.weight"]
@@ -79,7 +79,7 @@ def test_attentions_projections_are_seen_as_if_written_out(options: dict[str, bo
         assert torch.equal(seen["v_proj_weight"][0], key.flatten(0, 1))
 
 
-def test_a_transformers_fast_path_hides_nothing(digits: LabelledImages) -> None:
+def test_a_transformers_fast_path_hides_nothing(digits: LabeledImages) -> None:
     """In eval mode without gradients torch would compute such a layer in one go."""
 
     class Encoder(nn.Module):
@@ -103,7 +103,7 @@ def test_a_transformers_fast_path_hides_nothing(digits: LabelledImages) -> None:
     assert torch.allclose(first, tokens.T @ tokens)
 
 
-def test_every_matrix_of_a_model_is_found_in_order(digits: LabelledImages) -> None:
+def test_every_matrix_of_a_model_is_found_in_order(digits: LabeledImages) -> None:
     model = seeded(EveryLayer)
     names = [site.name for site in sites(model)]
     assert names == ["conv.weight", "attention.in_proj_weight", "attention.out_proj.weight", "head.weight"]
@@ -111,7 +111,7 @@ def test_every_matrix_of_a_model_is_found_in_order(digits: LabelledImages) -> No
     assert [site.name for site in sites(model)] == names[:-1]
 
 
-def test_grams_add_over_images_and_leave_the_model_as_it_was(digits: LabelledImages) -> None:
+def test_grams_add_over_images_and_leave_the_model_as_it_was(digits: LabeledImages) -> None:
     model = seeded(EveryLayer).train()
     model.get_submodule("group").eval()
     state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -124,7 +124,7 @@ def test_grams_add_over_images_and_leave_the_model_as_it_was(digits: LabelledIma
     assert not model.get_submodule("group").training
 
 
-def test_a_one_for_the_bias_and_a_limit_on_rows(digits: LabelledImages) -> None:
+def test_a_one_for_the_bias_and_a_limit_on_rows(digits: LabeledImages) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.Linear(5, 3, bias=False))
     images = digits.images[:10]
     rows = F.pad(to_float(images).flatten(1).double(), (0, 1), value=1.0)
@@ -134,7 +134,7 @@ def test_a_one_for_the_bias_and_a_limit_on_rows(digits: LabelledImages) -> None:
     assert torch.allclose(grams(model, images, bias=True, longest=2)["1.weight"], short.T @ short)
 
 
-def test_a_layer_that_is_never_called_has_no_rows(digits: LabelledImages) -> None:
+def test_a_layer_that_is_never_called_has_no_rows(digits: LabeledImages) -> None:
     class Idle(nn.Module):
         def __init__(self) -> None:
             super().__init__()

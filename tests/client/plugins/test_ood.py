@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from benchmarks.plugins.ood_metrics import ood_metrics
 from client.plugins.ood import BINS, OutOfDistribution, histogram, mix_within_classes, threshold
-from tofu.data import LabelledImages, open_data, to_float
+from tofu.data import LabeledImages, open_data, to_float
 from tofu.errors import SettingError
 from tofu.models import build_model
-from tofu.plugins import About, Plugins, make_plugins
-from tofu.training import LocalTraining, train_locally
+from tofu.plugins import Plugins, RoundContext, make_plugins
+from tofu.training import LocalTrainingConfig, train_locally
 from tofu.weights import difference, fingerprint, load_weights, weights_of
 
-HOW = LocalTraining(epochs=5, batch_size=32, lr=0.02, momentum=0.9)
+HOW = LocalTrainingConfig(epochs=5, batch_size=32, lr=0.02, momentum=0.9)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -32,17 +32,17 @@ def one_client(options: str = "") -> tuple[Plugins, OutOfDistribution]:
 
 
 @pytest.fixture(scope="module")
-def test_images() -> LabelledImages:
+def test_images() -> LabeledImages:
     return open_data("digits", clients=1, partition="iid", seed=0).test()
 
 
 @pytest.fixture(scope="module")
-def trained(digits: LabelledImages) -> tuple[nn.Module, Plugins, OutOfDistribution]:
+def trained(digits: LabeledImages) -> tuple[nn.Module, Plugins, OutOfDistribution]:
     """The small cnn after 20 epochs; the second round's exports calibrated the threshold."""
-    weights = weights_of(one_client()[0].setup(build_model("cnn", digits.shape, seed=0), About(digits.shape)))
+    weights = weights_of(one_client()[0].setup(build_model("cnn", digits.shape, seed=0), RoundContext(digits.shape)))
     for round_ in (1, 2):
         plugins, ood = one_client()
-        model = plugins.setup(build_model("cnn", digits.shape, seed=0), About(digits.shape, round=round_))
+        model = plugins.setup(build_model("cnn", digits.shape, seed=0), RoundContext(digits.shape, round=round_))
         load_weights(model, weights)
         train_locally(model, digits, HOW, generator=generator(round_), plugins=plugins)
         weights = weights_of(model)
@@ -56,7 +56,7 @@ def outside(like: Tensor) -> dict[str, Tensor]:
 
 
 def test_it_knows_noise_and_inverted_digits_and_loses_no_accuracy(
-    trained: tuple[nn.Module, Plugins, OutOfDistribution], digits: LabelledImages, test_images: LabelledImages
+    trained: tuple[nn.Module, Plugins, OutOfDistribution], digits: LabeledImages, test_images: LabeledImages
 ) -> None:
     model, plugins, ood = trained
     images = to_float(test_images.images)
@@ -83,8 +83,8 @@ def test_it_knows_noise_and_inverted_digits_and_loses_no_accuracy(
     assert ood.unknown(inside.score).float().mean() <= 0.12  # 5% of the clients' own; of unseen digits some more
 
 
-def test_setup_is_the_same_everywhere_and_leaves_a_set_up_model_alone(digits: LabelledImages) -> None:
-    about = About(digits.shape)
+def test_setup_is_the_same_everywhere_and_leaves_a_set_up_model_alone(digits: LabeledImages) -> None:
+    about = RoundContext(digits.shape)
     models = [one_client()[0].setup(build_model("cnn", digits.shape, seed=3), about) for _ in range(2)]
     assert fingerprint(weights_of(models[0])) == fingerprint(weights_of(models[1]))
     plain = build_model("cnn", digits.shape, seed=3)
@@ -98,24 +98,24 @@ def test_setup_is_the_same_everywhere_and_leaves_a_set_up_model_alone(digits: La
 
 
 @pytest.mark.parametrize("name", ["mlp", "lenet5", "cnn", "resnet18", "vgg11", "vit_tiny"])
-def test_every_models_head_is_widened(name: str, digits: LabelledImages) -> None:
+def test_every_models_head_is_widened(name: str, digits: LabeledImages) -> None:
     plugins, _ = one_client()
-    model = plugins.setup(build_model(name, digits.shape), About(digits.shape)).eval()
+    model = plugins.setup(build_model(name, digits.shape), RoundContext(digits.shape)).eval()
     with torch.no_grad():
         assert model(to_float(digits.images[:2])).shape == (2, 11)
         assert plugins.predict(model, to_float(digits.images[:2])).logits.shape == (2, 10)
 
 
-def test_a_model_without_a_linear_head_is_refused(digits: LabelledImages) -> None:
+def test_a_model_without_a_linear_head_is_refused(digits: LabeledImages) -> None:
     model = nn.Sequential(nn.Conv2d(1, 10, 8), nn.Flatten())
     with pytest.raises(SettingError, match="a model that ends in a linear layer"):
-        one_client()[0].setup(model, About(digits.shape))
+        one_client()[0].setup(model, RoundContext(digits.shape))
 
 
 @pytest.mark.parametrize("soft", [False, True])
-def test_a_batch_gets_half_as_many_images_mixed_with_noise(digits: LabelledImages, soft: bool) -> None:
+def test_a_batch_gets_half_as_many_images_mixed_with_noise(digits: LabeledImages, soft: bool) -> None:
     plugins, _ = one_client("ood.noise=0.7")
-    plugins.setup(build_model("mlp", digits.shape), About(digits.shape))
+    plugins.setup(build_model("mlp", digits.shape), RoundContext(digits.shape))
     x, y = to_float(digits.images[:40]), digits.labels[:40]
     images, targets = plugins.on_batch(x, F.one_hot(y, 10).float() if soft else y, generator())
     assert images.shape == (60, 1, 8, 8)
@@ -138,7 +138,7 @@ def test_a_batch_gets_half_as_many_images_mixed_with_noise(digits: LabelledImage
     assert torch.equal(again[0], images)
 
 
-def test_partners_are_of_the_same_class(digits: LabelledImages) -> None:
+def test_partners_are_of_the_same_class(digits: LabeledImages) -> None:
     labels = digits.labels[:64]
     coded = labels.float().view(-1, 1, 1, 1).expand(-1, 1, 8, 8)  # an image that shows its class in every pixel
     assert torch.allclose(mix_within_classes(coded, labels, generator()), coded)
@@ -168,19 +168,19 @@ def test_histograms_add_up_and_the_threshold_keeps_its_promise(clients: list[lis
 
 
 @pytest.mark.parametrize("kind", ["auxiliary", "angle", "energy"])
-def test_every_score_calibrates(kind: str, digits: LabelledImages) -> None:
+def test_every_score_calibrates(kind: str, digits: LabeledImages) -> None:
     """A threshold from two clients' summed histograms flags the wanted share of their images at the round's weights."""
-    about = About(digits.shape)
+    about = RoundContext(digits.shape)
     plugins, _ = one_client()
     model = plugins.setup(build_model("mlp", digits.shape, seed=0), about)
-    train_locally(model, digits, LocalTraining(2, 32, 0.1), generator=generator(), plugins=plugins)
+    train_locally(model, digits, LocalTrainingConfig(2, 32, 0.1), generator=generator(), plugins=plugins)
     start = copy.deepcopy(model)
     halves = [digits.subset(torch.arange(i, len(digits), 2)) for i in range(2)]
     sums = []
     for half in halves:
         plugins, ood = one_client(f"ood.score={kind} ood.false-alarms=0.1 ood.images=100000")
         local = plugins.setup(copy.deepcopy(start), about)
-        train_locally(local, half, LocalTraining(1, 32, 0.05), generator=generator(), plugins=plugins)
+        train_locally(local, half, LocalTrainingConfig(1, 32, 0.05), generator=generator(), plugins=plugins)
         assert any(bool(v.any()) for v in difference(weights_of(local), weights_of(start)).values())
         sums.append(plugins.export(local).sums)
     assert not ood.unknown(torch.ones(3)).any()
@@ -192,11 +192,11 @@ def test_every_score_calibrates(kind: str, digits: LabelledImages) -> None:
 
 
 @pytest.mark.parametrize("kind", ["auxiliary", "angle", "energy"])
-def test_the_server_calibrates_at_the_weights_that_it_saves(kind: str, digits: LabelledImages) -> None:
+def test_the_server_calibrates_at_the_weights_that_it_saves(kind: str, digits: LabeledImages) -> None:
     """A threshold for half of its images flags about as many of the other half."""
     plugins, ood = one_client(f"ood.score={kind} ood.false-alarms=0.1 ood.images=100000")
-    model = plugins.setup(build_model("mlp", digits.shape, seed=0), About(digits.shape))
-    train_locally(model, digits, LocalTraining(2, 32, 0.1), generator=generator(), plugins=plugins)
+    model = plugins.setup(build_model("mlp", digits.shape, seed=0), RoundContext(digits.shape))
+    train_locally(model, digits, LocalTrainingConfig(2, 32, 0.1), generator=generator(), plugins=plugins)
     ood.broadcast = {"threshold": -1e9}
     halves = [digits.subset(torch.arange(i, len(digits), 2)) for i in range(2)]
     saved = plugins.calibrated_bytes(model, halves[0], max_bytes=10**4)
@@ -209,12 +209,12 @@ def test_the_server_calibrates_at_the_weights_that_it_saves(kind: str, digits: L
     assert 0.04 < float(flagged[1].float().mean()) < 0.17
 
 
-def test_measuring_leaves_the_trained_model_as_it_was(digits: LabelledImages) -> None:
+def test_measuring_leaves_the_trained_model_as_it_was(digits: LabeledImages) -> None:
     prints = []
     for plugins in (one_client("ood.images=10")[0], one_client("ood.images=500")[0]):
-        model = plugins.setup(build_model("resnet18", digits.shape, norm="batch"), About(digits.shape))
+        model = plugins.setup(build_model("resnet18", digits.shape, norm="batch"), RoundContext(digits.shape))
         data = digits.subset(torch.arange(32))
-        train_locally(model, data, LocalTraining(1, 16, 0.05), generator=generator(), plugins=plugins)
+        train_locally(model, data, LocalTrainingConfig(1, 16, 0.05), generator=generator(), plugins=plugins)
         assert all(module.training for module in model.modules())
         assert plugins.export(model).sums["ood/histogram"].sum() == min(32, plugins[0].images)  # type: ignore[attr-defined]
         prints.append(fingerprint(weights_of(model)))

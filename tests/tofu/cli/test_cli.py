@@ -19,12 +19,12 @@ from PIL import Image
 from tofu.cli import main
 from tofu.settings import Settings
 
-ROOT = Path(__file__).parents[2]
-TINY = ("--model=mlp", "--clients=2", "--rounds=2", "--evaluations=2")
+ROOT = Path(__file__).parents[3]
+TINY = ("--model=mlp", "--clients=2", "--rounds=2", "--max-evals=2")
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class AttackResult:
     """What a command left: exit status, and what it wrote to stdout and stderr."""
 
     status: object
@@ -39,7 +39,7 @@ class Outcome:
         return json.loads(self.out)  # type: ignore[no-any-return]
 
 
-Tofu = Callable[..., Outcome]
+Tofu = Callable[..., AttackResult]
 
 
 @pytest.fixture
@@ -51,17 +51,17 @@ def tofu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     monkeypatch.setenv("COLUMNS", "120")
     level = logging.getLogger("flwr").level
 
-    def call(*arguments: str) -> Outcome:
+    def call(*arguments: str) -> AttackResult:
         monkeypatch.setattr(sys, "argv", ["tofu", *arguments])
         with pytest.raises(SystemExit) as exit_:
             main()
-        return Outcome(exit_.value.code or 0, *capsys.readouterr())
+        return AttackResult(exit_.value.code or 0, *capsys.readouterr())
 
     yield call
     logging.getLogger("flwr").setLevel(level)
 
 
-def fails(outcome: Outcome, *words: str) -> None:
+def fails(outcome: AttackResult, *words: str) -> None:
     """Checks for one line of error that holds the words."""
     assert outcome.status == 2
     assert outcome.out == ""
@@ -132,7 +132,7 @@ def test_an_error_of_many_lines_takes_one(tofu: Tofu, tmp_path: Path, monkeypatc
 
 def test_data_without_labels(tofu: Tofu, tmp_path: Path) -> None:
     pictures(tmp_path / "data")
-    fails(tofu("run", *TINY, "--dataset=data", "--run-folder=run"), "data has no labelled images")
+    fails(tofu("run", *TINY, "--dataset=data", "--run-folder=run"), "data has no labeled images")
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
@@ -213,7 +213,7 @@ def test_the_real_command_fails_in_one_line(tmp_path: Path) -> None:
     """In a process of its own, where nothing but the command itself could tidy up stderr."""
     command = [sys.executable, "-m", "tofu.cli", "run", "--model=mlp", "--rounds=0", "--run-folder=run"]
     process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
-    fails(Outcome(process.returncode, process.stdout, process.stderr), "rounds=0")
+    fails(AttackResult(process.returncode, process.stdout, process.stderr), "rounds=0")
     assert list(tmp_path.iterdir()) == []
 
 

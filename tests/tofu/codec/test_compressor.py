@@ -12,10 +12,10 @@ from tofu.data import ImageShape
 from tofu.errors import PayloadError, SettingError
 from tofu.models import build_model
 from tofu.payload import HEADER_BYTES
-from tofu.reference_model import Network
+from tofu.reference_model import ReferenceModel
 from tofu.weights import explained_variance
 
-QUICK = ProxySettings(evaluations=4, solve_labels=2)
+QUICK = ProxySettings(max_evals=4, solve_labels=2)
 
 
 def generator() -> torch.Generator:
@@ -23,27 +23,29 @@ def generator() -> torch.Generator:
 
 
 @pytest.fixture(scope="module")
-def lenet() -> Network:
+def lenet() -> ReferenceModel:
     shape = ImageShape(1, 28, 28, 10)
-    return Network(build_model("lenet5", shape).eval(), shape)
+    return ReferenceModel(build_model("lenet5", shape).eval(), shape)
 
 
 @pytest.mark.parametrize("bits", [4, 8, 32])
 @pytest.mark.parametrize("ratio", [2, 10, 64, 250])
-def test_the_payload_is_as_small_as_asked_and_no_smaller_than_needed(lenet: Network, ratio: float, bits: int) -> None:
+def test_the_payload_is_as_small_as_asked_and_no_smaller_than_needed(
+    lenet: ReferenceModel, ratio: float, bits: int
+) -> None:
     compressor = Proxy(lenet, ratio=ratio, count=0, settings=ProxySettings(bits=bits))
-    limit = lenet.layout.float32_bytes / ratio
-    size = HEADER_BYTES + compressor.body_bytes(lenet.layout)
+    limit = lenet.param_spec.float32_bytes / ratio
+    size = HEADER_BYTES + compressor.body_bytes(lenet.param_spec)
     more = Proxy(lenet, ratio=1, count=compressor.count + 1, settings=compressor.settings)
-    assert size <= limit < HEADER_BYTES + more.body_bytes(lenet.layout)
+    assert size <= limit < HEADER_BYTES + more.body_bytes(lenet.param_spec)
 
 
-def test_lower_ratios_get_larger_proxies_not_only_more(lenet: Network) -> None:
+def test_lower_ratios_get_larger_proxies_not_only_more(lenet: ReferenceModel) -> None:
     sides = [Proxy(lenet, ratio=ratio, count=0, settings=ProxySettings()).side for ratio in (10, 100, 500)]
     assert sides == [14, 11, 7]
 
 
-def test_a_ratio_out_of_reach_says_what_is_in_reach(lenet: Network) -> None:
+def test_a_ratio_out_of_reach_says_what_is_in_reach(lenet: ReferenceModel) -> None:
     with pytest.raises(SettingError, match=r"ratio=100000 is not usable: expected at most 2\d\d\d\.\d"):
         Proxy(lenet, ratio=100_000, count=0, settings=ProxySettings())
 
@@ -52,7 +54,7 @@ def test_round_trip_with_buffers(every_layer_update: Case) -> None:
     network, update = every_layer_update
     compressor = Proxy(network, ratio=1, count=6, settings=QUICK)
     compressed = compressor.compress(network, update, generator=generator())
-    assert len(compressed.body) == compressor.body_bytes(network.layout)
+    assert len(compressed.body) == compressor.body_bytes(network.param_spec)
     decoded = compressor.decompress(network, compressed.body)
     assert decoded.keys() == update.keys()
     assert all(torch.equal(decoded[name], compressed.decoded[name]) for name in decoded)
@@ -63,14 +65,14 @@ def test_round_trip_with_buffers(every_layer_update: Case) -> None:
 
 def test_memory_warms_the_next_call_and_foreign_memory_is_ignored(mlp_update: Case) -> None:
     network, update = mlp_update
-    compressor = Proxy(network, ratio=1, count=6, settings=ProxySettings(evaluations=3))
+    compressor = Proxy(network, ratio=1, count=6, settings=ProxySettings(max_evals=3))
     first = Proxy(network, ratio=1, count=6, settings=ProxySettings()).compress(network, update, generator=generator())
     cold = compressor.compress(network, update, generator=generator())
     warm = compressor.compress(network, update, generator=generator(), memory=first.memory)
     foreign = compressor.compress(network, update, generator=generator(), memory=b"something else")
 
     def error(decoded: dict[str, torch.Tensor]) -> float:
-        return sum(float((decoded[name] - update[name]).square().sum()) for name in network.layout.parameters)
+        return sum(float((decoded[name] - update[name]).square().sum()) for name in network.param_spec.parameters)
 
     assert error(warm.decoded) < error(cold.decoded)
     assert foreign.body == cold.body
@@ -81,18 +83,18 @@ def test_bodies_of_other_settings_are_refused(mlp_update: Case) -> None:
     compressor = Proxy(network, ratio=1, count=3, settings=QUICK)
     body = compressor.compress(network, update, generator=generator()).body
 
-    def refusal(data: bytes) -> str:
+    def incompatibility(data: bytes) -> str:
         with pytest.raises(PayloadError) as error:
             compressor.decompress(network, data)
         return str(error.value)
 
-    assert "at least 6" in refusal(body[:3])
-    assert "flags" in refusal(b"\x00" + body[1:])
-    assert "bits 16, this run uses 8" in refusal(body[:1] + b"\x10" + body[2:])
-    assert "count 65535, this run uses 3" in refusal(body[:2] + b"\xff\xff" + body[4:])
-    assert "side" in refusal(body[:4] + struct.pack("<H", 60000) + body[6:])
-    assert "proxies take" in refusal(body[:-60])
-    assert "proxy body has" in refusal(body + b"\0")
+    assert "at least 6" in incompatibility(body[:3])
+    assert "flags" in incompatibility(b"\x00" + body[1:])
+    assert "bits 16, this run uses 8" in incompatibility(body[:1] + b"\x10" + body[2:])
+    assert "count 65535, this run uses 3" in incompatibility(body[:2] + b"\xff\xff" + body[4:])
+    assert "side" in incompatibility(body[:4] + struct.pack("<H", 60000) + body[6:])
+    assert "proxies take" in incompatibility(body[:-60])
+    assert "proxy body has" in incompatibility(body + b"\0")
 
 
 @pytest.mark.parametrize("ratio", [20.0, 60.0])
@@ -109,10 +111,10 @@ def test_a_correction_sends_what_the_proxies_missed(every_layer_update: Case, ml
             compressed = compressor.compress(network, update, generator=generator())
             decoded = compressor.decompress(network, compressed.body)
             assert all(torch.equal(decoded[name], compressed.decoded[name]) for name in update)
-            assert len(compressed.body) <= compressor.body_bytes(network.layout)
-            assert HEADER_BYTES + compressor.body_bytes(network.layout) <= network.layout.float32_bytes / ratio
+            assert len(compressed.body) <= compressor.body_bytes(network.param_spec)
+            assert HEADER_BYTES + compressor.body_bytes(network.param_spec) <= network.param_spec.float32_bytes / ratio
             assert (compressor.correction > 0) == (share > 0)
-            parameters = {name: update[name] for name in network.layout.parameters}
+            parameters = {name: update[name] for name in network.param_spec.parameters}
             explained[share] = explained_variance(parameters, decoded)
         assert explained[0.4] > explained[0.0]
         assert explained[0.4] >= explained[1.0]
@@ -124,23 +126,23 @@ def test_a_payload_without_proxies_where_they_explain_less_and_the_client_keeps_
     update = {name: torch.zeros_like(w) for name, w in network.base.items()}
     for value in update.values():
         value.view(-1)[:3] = 1.0
-    compressor = Proxy(network, ratio=40, count=0, settings=ProxySettings(evaluations=8), correction=0.4)
-    memory, evaluations = b"", []
+    compressor = Proxy(network, ratio=40, count=0, settings=ProxySettings(max_evals=8), correction=0.4)
+    memory, max_evals = b"", []
     for _ in range(5):
         made = compressor.compress(network, update, generator=generator(), memory=memory)
         assert compressor.read_proxies(made.body) is None
         decoded = compressor.decompress(network, made.body)
         assert all(torch.equal(decoded[name], update[name]) for name in update)
         memory = made.memory
-        evaluations.append(made.evaluations)
-    assert [count > 0 for count in evaluations] == [True, False, False, False, True]
+        max_evals.append(made.max_evals)
+    assert [count > 0 for count in max_evals] == [True, False, False, False, True]
 
 
 def test_no_proxies_at_all(mlp_update: Case) -> None:
     network, update = mlp_update
     compressor = Proxy(network, ratio=100, count=0, settings=QUICK, correction=1.0)
     made = compressor.compress(network, update, generator=generator())
-    assert (compressor.count, made.evaluations) == (0, 0)
+    assert (compressor.count, made.max_evals) == (0, 0)
     assert explained_variance(update, made.decoded) > 0.1
     with pytest.raises(SettingError, match=r"ratio=1000000.0 is not usable: expected at most \d+\.\d .*one entry"):
         Proxy(network, ratio=1e6, count=0, settings=QUICK, correction=1.0)
@@ -177,13 +179,13 @@ def test_where_one_proxy_takes_the_whole_there_is_no_correction(mlp_update: Case
 
 def test_the_steepness_is_tried_anew_every_fourth_time(mlp_update: Case) -> None:
     network, update = mlp_update
-    compressor = Proxy(network, ratio=1, count=4, settings=ProxySettings(evaluations=60, tolerance=0.0))
-    memory, evaluations = b"", []
+    compressor = Proxy(network, ratio=1, count=4, settings=ProxySettings(max_evals=60, tolerance=0.0))
+    memory, max_evals = b"", []
     for _ in range(6):
         compressed = compressor.compress(network, update, generator=generator(), memory=memory)
         memory = compressed.memory
-        evaluations.append(compressed.evaluations)
-    tried = [count > 100 for count in evaluations]
+        max_evals.append(compressed.max_evals)
+    tried = [count > 100 for count in max_evals]
     assert tried == [True, False, False, False, True, False]
 
 
@@ -191,11 +193,11 @@ def test_full_is_the_update_itself(every_layer_update: Case) -> None:
     network, update = every_layer_update
     full = make_compressor("full", network, ratio=1)
     compressed = full.compress(network, update, generator=generator())
-    assert len(compressed.body) == network.layout.float32_bytes
+    assert len(compressed.body) == network.param_spec.float32_bytes
     decoded = full.decompress(network, compressed.body)
     assert all(torch.equal(decoded[name], update[name]) for name in update)
 
 
 def test_unknown_names_list_the_known() -> None:
     with pytest.raises(SettingError, match="compressor='zip' is not usable: expected one of full, proxy"):
-        make_compressor("zip", Network(torch.nn.Linear(2, 2), ImageShape(1, 1, 2, 2)), ratio=1)
+        make_compressor("zip", ReferenceModel(torch.nn.Linear(2, 2), ImageShape(1, 1, 2, 2)), ratio=1)

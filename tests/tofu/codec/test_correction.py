@@ -4,13 +4,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tofu.codec.correction import MOST_LEVELS, least_room, read_entries, slots_length, write_entries
-from tofu.codec.strata import CLASSES, Classes
+from tofu.codec.correction import MAX_LEVELS, least_room, read_entries, slots_length, write_entries
+from tofu.codec.strata import CLASSES, Strata
 from tofu.errors import PayloadError
 
 
-def random_classes(length: int, seed: int) -> Classes:
-    return Classes(np.random.default_rng(seed).integers(0, CLASSES, length).astype(np.int8))
+def random_classes(length: int, seed: int) -> Strata:
+    return Strata(np.random.default_rng(seed).integers(0, CLASSES, length).astype(np.int8))
 
 
 @given(st.integers(1, 400), st.integers(0, 2**32 - 1), st.integers(0, 300), st.floats(0, 1), st.floats(0.1, 8))
@@ -44,7 +44,7 @@ def test_an_entry_comes_back_as_the_mean_of_its_level(seed: int, tail: float) ->
     read = read_entries(write_entries(vector, 150, classes), classes)
     sent = torch.nonzero(read).flatten()
     values = vector[sent].abs().double()
-    levels = ((values / values.min() + 2) // 3).clamp(max=MOST_LEVELS)
+    levels = ((values / values.min() + 2) // 3).clamp(max=MAX_LEVELS)
     for level in levels.unique():
         mine = levels == level
         assert read[sent][mine].abs().double() == pytest.approx(values[mine].mean().expand(int(mine.sum())), rel=2**-8)
@@ -77,8 +77,8 @@ def test_classes_that_tell_where_entries_are_make_room_for_more_of_them() -> Non
     generator = torch.Generator().manual_seed(0)
     vector = torch.randn(20_000, generator=generator) * 0.1
     vector[:1000] *= 20
-    one = Classes(np.zeros(20_000, dtype=np.int8))
-    right = Classes((np.arange(20_000) >= 1000).astype(np.int8))
+    one = Strata(np.zeros(20_000, dtype=np.int8))
+    right = Strata((np.arange(20_000) >= 1000).astype(np.int8))
     entries = [int(torch.count_nonzero(read_entries(write_entries(vector, 300, c), c))) for c in (one, right)]
     assert entries[1] > 1.3 * entries[0]
 
@@ -88,7 +88,7 @@ def test_a_position_takes_little_more_than_its_entropy() -> None:
     draw = np.random.default_rng(0)
     numbers = (np.arange(50_000) >= 5000).astype(np.int8)
     chances = np.where(numbers == 0, 0.1, 0.005)
-    classes = Classes(numbers)
+    classes = Strata(numbers)
     chosen = np.sort(classes.slots[draw.random(50_000) < chances])
     entropy = float(-(chances * np.log2(chances) + (1 - chances) * np.log2(1 - chances)).sum())
     assert slots_length(chosen, classes) < 1.06 * entropy + 5 + 8 * 10

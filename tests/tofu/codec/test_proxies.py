@@ -9,7 +9,7 @@ from torch import nn
 from tests.conftest import Case
 from tofu.codec.proxies import (
     ADAM_STEP,
-    STEEPNESSES,
+    SURROGATE_BETAS,
     ProxyCode,
     ProxyData,
     ProxySettings,
@@ -25,7 +25,7 @@ from tofu.codec.proxies import (
 )
 from tofu.data import ImageShape
 from tofu.errors import PayloadError, SettingError
-from tofu.reference_model import Network
+from tofu.reference_model import ReferenceModel
 from tofu.weights import cosine, explained_variance
 
 
@@ -43,13 +43,13 @@ def test_adams_steps_are_torchs_to_the_bit() -> None:
 
     steps = _adam(objective, start)
     theirs = start.clone().requires_grad_()
-    optimiser = torch.optim.Adam([theirs], lr=ADAM_STEP)
+    optimizer = torch.optim.Adam([theirs], lr=ADAM_STEP)
     for _ in range(10):
         next(steps)
         assert torch.equal(ours[-1], theirs.detach())
         theirs.grad = objective(theirs.detach())[1]
         ours.pop()
-        optimiser.step()
+        optimizer.step()
     assert torch.equal(start, torch.randn(20, dtype=torch.float64, generator=generator()))
 
 
@@ -58,10 +58,10 @@ def test_adams_steps_are_torchs_to_the_bit() -> None:
 def test_proxies_reproduce_an_update(case: str, mode: ProxySettings, request: pytest.FixtureRequest) -> None:
     network, update = request.getfixturevalue(case)
     encoding = encode(network, update, 16, mode, generator=generator())
-    noise = encode(network, update, 16, dataclasses.replace(mode, evaluations=1, solve_labels=0), generator=generator())
+    noise = encode(network, update, 16, dataclasses.replace(mode, max_evals=1, solve_labels=0), generator=generator())
     assert cosine(encoding.decoded, update) > {"mlp_update": 0.7, "every_layer_update": 0.5}[case]
     assert cosine(encoding.decoded, update) > cosine(noise.decoded, update) + 0.2
-    parameters = {name: update[name] for name in network.layout.parameters}
+    parameters = {name: update[name] for name in network.param_spec.parameters}
     assert encoding.explained_variance == pytest.approx(explained_variance(parameters, encoding.decoded), abs=1e-5)
 
 
@@ -69,7 +69,7 @@ def test_smooth_mode_beats_paper_mode_at_the_same_bytes(mlp_update: Case) -> Non
     network, update = mlp_update
     smooth = encode(network, update, 8, ProxySettings(), generator=generator())
     paper = encode(network, update, 8, paper_settings(), generator=generator())
-    assert len(smooth.body) <= len(paper.body) + 2 * len(network.layout.parameters)
+    assert len(smooth.body) <= len(paper.body) + 2 * len(network.param_spec.parameters)
     assert smooth.explained_variance > paper.explained_variance + 0.03
 
 
@@ -84,7 +84,7 @@ def test_the_receiver_decodes_to_the_bit_what_the_sender_saw(mlp_update: Case, m
 
 def test_same_seed_same_bytes_other_seed_other_bytes(mlp_update: Case) -> None:
     network, update = mlp_update
-    quick = ProxySettings(evaluations=5)
+    quick = ProxySettings(max_evals=5)
     one, two, three = (encode(network, update, 4, quick, generator=generator(s)).body for s in (1, 1, 2))
     assert one == two
     assert one != three
@@ -122,7 +122,7 @@ def test_gradient_by_difference_is_the_gradient_by_differentiating_twice(mlp_upd
 def test_decode_is_the_scaled_gradient_of_the_loss(mlp_update: Case) -> None:
     network, _ = mlp_update
     mode = ProxySettings()
-    tensors = len(network.layout.parameters)
+    tensors = len(network.param_spec.parameters)
     proxies = ProxyData(torch.randn(3, 1, 4, 4), torch.randn(3, 10), None, torch.arange(1.0, tensors + 1))
     grads, decoded = gradients(network, proxies, mode), decode(network, proxies, mode)
     for i, name in enumerate(grads):
@@ -133,7 +133,7 @@ def test_labels_enter_linearly(mlp_update: Case) -> None:
     network, _ = mlp_update
     mode = ProxySettings()
     images, labels = torch.randn(3, 1, 4, 4), torch.randn(2, 3, 10)
-    ones = torch.ones(len(network.layout.parameters))
+    ones = torch.ones(len(network.param_spec.parameters))
     parts = [decode(network, ProxyData(images, y, None, ones), mode) for y in (labels[0], labels[1], labels.sum(0))]
     for name in parts[0]:
         assert torch.allclose(parts[0][name] + parts[1][name], parts[2][name], atol=1e-4)
@@ -142,7 +142,7 @@ def test_labels_enter_linearly(mlp_update: Case) -> None:
 def test_warm_start_begins_ahead(mlp_update: Case) -> None:
     network, update = mlp_update
     first = encode(network, update, 6, ProxySettings(), generator=generator())
-    quick = ProxySettings(evaluations=3)
+    quick = ProxySettings(max_evals=3)
     cold = encode(network, update, 6, quick, generator=generator(1))
     warm = encode(network, update, 6, quick, generator=generator(1), start=first.proxies)
     off = encode(
@@ -164,17 +164,17 @@ def test_a_warm_start_does_not_let_pixels_run_away(mlp_update: Case) -> None:
 
 def test_early_stop_spends_fewer_evaluations(mlp_update: Case) -> None:
     network, update = mlp_update
-    patient = encode(network, update, 6, ProxySettings(evaluations=300, tolerance=0), generator=generator())
-    hasty = encode(network, update, 6, ProxySettings(evaluations=300, tolerance=0.01), generator=generator())
-    assert hasty.evaluations < patient.evaluations
+    patient = encode(network, update, 6, ProxySettings(max_evals=300, tolerance=0), generator=generator())
+    hasty = encode(network, update, 6, ProxySettings(max_evals=300, tolerance=0.01), generator=generator())
+    assert hasty.max_evals < patient.max_evals
     assert hasty.explained_variance > patient.explained_variance - 0.1
 
 
 def test_choosing_the_steepness_costs_little_against_knowing_it(mlp_update: Case) -> None:
     network, update = mlp_update
     explained = [
-        encode(network, update, 6, ProxySettings(steepness=s), generator=generator()).explained_variance
-        for s in (0.0, *STEEPNESSES)
+        encode(network, update, 6, ProxySettings(surrogate_beta=s), generator=generator()).explained_variance
+        for s in (0.0, *SURROGATE_BETAS)
     ]
     assert explained[0] > max(explained) - 0.05
 
@@ -186,10 +186,10 @@ def test_a_zero_update_decodes_to_zero(mlp_update: Case) -> None:
     assert all(float(value.abs().max()) == 0 for value in encoding.decoded.values())
 
 
-def test_colour_images_and_rectangles() -> None:
+def test_color_images_and_rectangles() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 10, 5))
-    network = Network(model, ImageShape(3, 8, 12, 5))
+    network = ReferenceModel(model, ImageShape(3, 8, 12, 5))
     update = {name: torch.randn_like(p) for name, p in network.base.items()}
     encoding = encode(network, update, 20, ProxySettings(), generator=generator())
     assert encoding.proxies.images.shape == (20, 3, 7, 7)
@@ -231,7 +231,7 @@ def test_code_round_trip(
 def test_side_is_chosen_from_the_input_and_limited_by_it(mlp_update: Case) -> None:
     network, _ = mlp_update
     assert proxy_side(network, ProxySettings()) == 7
-    assert proxy_side(Network(network.model, ImageShape(1, 28, 28, 10)), ProxySettings()) == 7
+    assert proxy_side(ReferenceModel(network.model, ImageShape(1, 28, 28, 10)), ProxySettings()) == 7
     assert proxy_side(network, ProxySettings(size=7)) == 7
     with pytest.raises(SettingError, match="at most the input's side, 8"):
         proxy_side(network, ProxySettings(size=9))
@@ -239,7 +239,7 @@ def test_side_is_chosen_from_the_input_and_limited_by_it(mlp_update: Case) -> No
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("labels", "soft"), ("scale", "row"), ("bits", 7), ("steepness", -1.0), ("evaluations", 0), ("optimiser", "sgd"),
+    [("labels", "soft"), ("scale", "row"), ("bits", 7), ("surrogate_beta", -1.0), ("max_evals", 0), ("optimizer", "sgd"),
      ("tolerance", -1.0), ("size", 1), ("solve_labels", -1)],
 )  # fmt: skip
 def test_settings_are_checked(field: str, value: object) -> None:

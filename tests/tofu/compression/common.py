@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from tofu.data import ImageShape
-from tofu.reference_model import Network
+from tofu.reference_model import ReferenceModel
 from tofu.weights import Weights
 
 
@@ -16,25 +16,25 @@ class Bare(nn.Module):
         self.tensors = nn.ParameterList([nn.Parameter(torch.zeros(shape)) for shape in shapes])
 
 
-def bare(*shapes: tuple[int, ...]) -> Network:
+def bare(*shapes: tuple[int, ...]) -> ReferenceModel:
     """A network of these parameters, for codecs that look at sizes only."""
-    return Network(Bare(*shapes), ImageShape(1, 8, 8, 10))
+    return ReferenceModel(Bare(*shapes), ImageShape(1, 8, 8, 10))
 
 
-def update_of(network: Network, *tensors: torch.Tensor) -> Weights:
-    return dict(zip(network.layout.parameters, tensors, strict=True))
+def update_of(network: ReferenceModel, *tensors: torch.Tensor) -> Weights:
+    return dict(zip(network.param_spec.parameters, tensors, strict=True))
 
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def flat(weights: Weights, network: Network) -> torch.Tensor:
+def flat(weights: Weights, network: ReferenceModel) -> torch.Tensor:
     """All trainable parameters as one float64 vector."""
-    return torch.cat([weights[name].double().flatten() for name in network.layout.parameters])
+    return torch.cat([weights[name].double().flatten() for name in network.param_spec.parameters])
 
 
-def missed(true: Weights, decoded: Weights, network: Network) -> float:
+def missed(true: Weights, decoded: Weights, network: ReferenceModel) -> float:
     """|x - C(x)|^2 / |x|^2 over the parameters."""
     x = flat(true, network)
     return float((x - flat(decoded, network)).square().sum() / x.square().sum())

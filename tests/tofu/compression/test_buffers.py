@@ -3,10 +3,10 @@ import torch
 
 from tofu.compression.buffers import BufferCode
 from tofu.errors import PayloadError
-from tofu.weights import Layout
+from tofu.weights import ParamSpec
 
 SHAPES = {"mean": torch.Size([4, 3]), "none": torch.Size([0, 5]), "one": torch.Size([]), "count": torch.Size([])}
-CODE = BufferCode(Layout({}, SHAPES, frozenset({"count"})))
+CODE = BufferCode(ParamSpec({}, SHAPES, frozenset({"count"})))
 
 
 def test_empty_scalar_transposed_and_huge_buffers() -> None:

@@ -57,14 +57,14 @@ def test_one_bit_misses_what_drive_says() -> None:
     update = update_of(network, torch.randn(4096, generator=generator()).pow(3))
     for unbiased, expected in ((False, 1 - 2 / math.pi), (True, math.pi / 2 - 1)):
         compressor = Eden(network, ratio=one_bit(4096), unbiased=unbiased)
-        assert compressor._bits(network.layout) == (1, 0)
+        assert compressor._bits(network.param_spec) == (1, 0)
         decoded = compressor.compress(network, update, generator=generator()).decoded
         assert missed(update, decoded, network) == pytest.approx(expected, abs=0.03)
 
 
 @pytest.mark.parametrize(("bits", "expected"), [(0.25, 1 - 0.25 * 2 / math.pi), (2, 0.1175), (3, 0.03454)])
 def test_fewer_and_more_bits(bits: float, expected: float) -> None:
-    """Of a normal sample, Max's quantiser of 2 bits misses 0.1175, of 3 bits 0.03454."""
+    """Of a normal sample, Max's quantizer of 2 bits misses 0.1175, of 3 bits 0.03454."""
     network = bare((8192,))
     update = update_of(network, torch.randn(8192, generator=generator()))
     compressor = Eden(network, ratio=4 * 8192 / (HEADER_BYTES + 10 + bits * 1024))

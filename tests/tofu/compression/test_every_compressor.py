@@ -16,7 +16,7 @@ from tofu.compression import Compressor, ErrorFeedback, compressor_names, make_c
 from tofu.data import ImageShape
 from tofu.errors import PayloadError, RunError, SettingError
 from tofu.payload import HEADER_BYTES
-from tofu.reference_model import Network
+from tofu.reference_model import ReferenceModel
 from tofu.weights import Weights
 
 NAMES = compressor_names()
@@ -30,8 +30,8 @@ FILLING = ("topk", "eden", "qsgd")
 """Codecs whose size is as fine as a byte or so; stc is so at high ratios, and leaves out entries that do not help."""
 
 
-def made(name: str, network: Network, ratio: float) -> Compressor:
-    return make_compressor(name, network, ratio=FIXED.get(name, ratio), settings=ProxySettings(evaluations=5))
+def made(name: str, network: ReferenceModel, ratio: float) -> Compressor:
+    return make_compressor(name, network, ratio=FIXED.get(name, ratio), settings=ProxySettings(max_evals=5))
 
 
 def test_names_and_codes_are_fixed() -> None:
@@ -56,23 +56,23 @@ def test_every_kind_of_tensor_within_its_budget(name: str, ratio: float, every_l
     check(name, network, update, {"full": 1.0, "float16": 1.8}.get(name, ratio))
 
 
-def check(name: str, network: Network, update: Weights, ratio: float) -> None:
+def check(name: str, network: ReferenceModel, update: Weights, ratio: float) -> None:
     """Round trip to the bit, budget kept and used, all tensors there, and nearer to the update than nothing is."""
-    compressor = make_compressor(name, network, ratio=ratio, settings=ProxySettings(evaluations=20))
+    compressor = make_compressor(name, network, ratio=ratio, settings=ProxySettings(max_evals=20))
     compressed = compressor.compress(network, update, generator=generator())
     again = compressor.compress(network, update, generator=generator())
     assert again.body == compressed.body
     decoded = compressor.decompress(network, compressed.body)
-    assert list(decoded) == list(network.layout.shapes)
+    assert list(decoded) == list(network.param_spec.shapes)
     for tensor_name, value in decoded.items():
         assert value.dtype == torch.float32
-        assert value.shape == network.layout.shapes[tensor_name]
+        assert value.shape == network.param_spec.shapes[tensor_name]
         assert torch.equal(value, compressed.decoded[tensor_name])
-    assert len(compressed.body) <= compressor.body_bytes(network.layout)
+    assert len(compressed.body) <= compressor.body_bytes(network.param_spec)
     if name != "full":  # which has the header on top of the update
-        assert HEADER_BYTES + compressor.body_bytes(network.layout) <= network.layout.float32_bytes / ratio
+        assert HEADER_BYTES + compressor.body_bytes(network.param_spec) <= network.param_spec.float32_bytes / ratio
     if name in FILLING or (name, ratio) == ("stc", 300):
-        assert HEADER_BYTES + len(compressed.body) >= 0.95 * network.layout.float32_bytes / ratio
+        assert HEADER_BYTES + len(compressed.body) >= 0.95 * network.param_spec.float32_bytes / ratio
     assert missed(update, decoded, network) < 1
 
 
@@ -101,7 +101,7 @@ def test_zero_stays_zero(name: str, every_layer_update: Case) -> None:
 @pytest.mark.parametrize("size", [1e-42, 1e-20, 1e20, 3e38])
 def test_huge_and_tiny_values_stay_finite(name: str, size: float) -> None:
     network = bare((50, 40), (300,), (0, 3), ())
-    shapes = network.layout.parameters.values()
+    shapes = network.param_spec.parameters.values()
     update = update_of(network, *(torch.randn(s, generator=generator()).clamp(-1, 1) * size for s in shapes))
     decoded = made(name, network, 8).compress(network, update, generator=generator())
     assert all(torch.isfinite(value).all() for value in decoded.decoded.values())
@@ -154,19 +154,19 @@ def test_a_ratio_out_of_reach_is_told_with_one_that_is_not(name: str, mlp_update
         make_compressor(name, network, ratio=1e8)
     if name in VECTORS:
         reach = float(error.value.accepted.split()[2])
-        assert make_compressor(name, network, ratio=reach).body_bytes(network.layout) > 0
+        assert make_compressor(name, network, ratio=reach).body_bytes(network.param_spec) > 0
         with pytest.raises(SettingError):
             make_compressor(name, network, ratio=reach * 1.02 + 0.01)
 
 
 @cache
-def victim(name: str) -> tuple[Network, Compressor, bytes]:
+def victim(name: str) -> tuple[ReferenceModel, Compressor, bytes]:
     """A small network with buffers, its codec, and a body that the codec wrote."""
     torch.manual_seed(0)
     layers = nn.Flatten(), nn.Linear(64, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Linear(20, 10)
-    network = Network(nn.Sequential(*layers).eval(), ImageShape(1, 8, 8, 10))
+    network = ReferenceModel(nn.Sequential(*layers).eval(), ImageShape(1, 8, 8, 10))
     compressor = made(name, network, 8)
-    update = {key: torch.randn(shape, generator=generator()) for key, shape in network.layout.shapes.items()}
+    update = {key: torch.randn(shape, generator=generator()) for key, shape in network.param_spec.shapes.items()}
     return network, compressor, compressor.compress(network, update, generator=generator()).body
 
 
@@ -178,7 +178,7 @@ def decodes_or_refuses(name: str, body: bytes) -> None:
         return
     if name in VECTORS:  # the gradient at enormous proxies may overflow; the server's mean refuses that
         assert all(torch.isfinite(value).all() for value in decoded.values())
-    assert {key: value.shape for key, value in decoded.items()} == network.layout.shapes
+    assert {key: value.shape for key, value in decoded.items()} == network.param_spec.shapes
 
 
 HOSTILE = settings(max_examples=60, deadline=1000, suppress_health_check=[HealthCheck.too_slow])
@@ -207,6 +207,6 @@ def test_bodies_that_were_tampered_with(name: str, data: st.DataObject) -> None:
 @pytest.mark.parametrize("name", VECTORS)
 def test_a_body_longer_than_any_is_refused_unread(name: str) -> None:
     network, compressor, body = victim(name)
-    too_long = body + bytes(compressor.body_bytes(network.layout) + 1 - len(body))
+    too_long = body + bytes(compressor.body_bytes(network.param_spec) + 1 - len(body))
     with pytest.raises(PayloadError, match=f"{name} body has {len(too_long)} bytes, expected"):
         compressor.decompress(network, too_long)

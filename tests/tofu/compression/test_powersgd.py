@@ -6,7 +6,7 @@ from tests.tofu.compression.common import bare, generator, missed, update_of
 from tofu.compression.powersgd import PowerSgd
 from tofu.errors import SettingError
 from tofu.payload import HEADER_BYTES
-from tofu.reference_model import Network
+from tofu.reference_model import ReferenceModel
 
 
 def low_rank(rank: int, *, rows: int = 60, columns: int = 80) -> torch.Tensor:
@@ -85,10 +85,10 @@ def test_the_decode_is_the_projection_on_the_factor_as_received() -> None:
 
 
 def test_a_ratio_out_of_reach_says_what_is_in_reach(mlp_update: Case) -> None:
-    network: Network = mlp_update[0]
+    network: ReferenceModel = mlp_update[0]
     with pytest.raises(SettingError, match="ratio=9999 is not usable: expected at most") as error:
         PowerSgd(network, ratio=9999)
     reach = float(error.value.accepted.split()[2])
     compressor = PowerSgd(network, ratio=reach)
     assert (compressor.rank, compressor.bits) == (1, 2)
-    assert HEADER_BYTES + compressor.body_bytes(network.layout) <= network.layout.float32_bytes / reach
+    assert HEADER_BYTES + compressor.body_bytes(network.param_spec) <= network.param_spec.float32_bytes / reach

@@ -20,7 +20,7 @@ def test_by_hand() -> None:
 def test_each_tensor_contracts_as_the_paper_says(every_layer_update: Case) -> None:
     network, update = every_layer_update
     decoded = SignSgd(network, ratio=5).compress(network, update, generator=generator()).decoded
-    for name in network.layout.parameters:
+    for name in network.param_spec.parameters:
         x, c = update[name].double(), decoded[name].double()
         delta = float(x.abs().sum().square() / (x.numel() * x.square().sum()))
         assert float((x - c).square().sum() / x.square().sum()) == pytest.approx(1 - delta, abs=1e-4)
@@ -30,4 +30,6 @@ def test_the_ratio_is_near_32_and_no_more(mlp_update: Case) -> None:
     network, _ = mlp_update
     with pytest.raises(SettingError, match=r"ratio=32 is not usable: expected at most 31\.\d\d for this model with s"):
         SignSgd(network, ratio=32)
-    assert SignSgd(network, ratio=31).body_bytes(network.layout) == SignSgd(network, ratio=1).body_bytes(network.layout)
+    assert SignSgd(network, ratio=31).body_bytes(network.param_spec) == SignSgd(network, ratio=1).body_bytes(
+        network.param_spec
+    )

@@ -29,5 +29,5 @@ def test_it_decodes_to_the_projection_on_the_network_s_own_gradient(mlp_update: 
     cosine = u @ g / (u.norm() * g.norm())
     assert torch.allclose(c, u.norm() * cosine * g / g.norm(), rtol=0.01, atol=1e-6)  # the scale is a bfloat16
     assert abs(float(cosine)) > 0.2
-    assert 10 < compressed.evaluations <= paper_settings().evaluations == 200
+    assert 10 < compressed.max_evals <= paper_settings().max_evals == 200
     assert (compressor.code, Proxy.code) == (9, 2)

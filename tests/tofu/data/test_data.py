@@ -23,7 +23,7 @@ from tofu.data import (
     PARTITIONS,
     FederatedData,
     ImageShape,
-    LabelledImages,
+    LabeledImages,
     local_folder,
     open_data,
     partition_rows,
@@ -32,7 +32,7 @@ from tofu.data import (
 )
 from tofu.errors import DataError, SettingError
 
-SHARED = Path(os.environ.get("TOFU_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
+SHARED = Path(os.environ.get("TOFU_SHARED_DATA", Path(__file__).parents[4] / "shared" / "data"))
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -42,11 +42,11 @@ def png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def pixels_of(data: LabelledImages, i: int) -> np.ndarray:
+def pixels_of(data: LabeledImages, i: int) -> np.ndarray:
     return data.images[i, 0].numpy()
 
 
-def as_set(data: LabelledImages) -> set[tuple[bytes, int]]:
+def as_set(data: LabeledImages) -> set[tuple[bytes, int]]:
     return {(image.numpy().tobytes(), int(label)) for image, label in zip(data.images, data.labels, strict=True)}
 
 
@@ -65,12 +65,12 @@ def write_images(root: Path, images: Mapping[str, Sequence[np.ndarray]]) -> None
 
 
 @pytest.fixture(scope="module")
-def digits() -> LabelledImages:
+def digits() -> LabeledImages:
     return open_data("digits", clients=1, partition="iid", seed=0).client(0)
 
 
 @pytest.fixture(scope="module")
-def by_name(digits: LabelledImages) -> dict[str, list[np.ndarray]]:
+def by_name(digits: LabeledImages) -> dict[str, list[np.ndarray]]:
     """Twelve digits of each class, under the English name of the digit."""
     return {
         name: [pixels_of(digits, i) for i in torch.nonzero(digits.labels == k)[:12, 0]] for k, name in enumerate(NAMES)
@@ -78,8 +78,8 @@ def by_name(digits: LabelledImages) -> dict[str, list[np.ndarray]]:
 
 
 @pytest.fixture(scope="module")
-def as_parquet(tmp_path_factory: pytest.TempPathFactory, digits: LabelledImages) -> Path:
-    """300 training and 50 test digits, in the hub's layout and with its features."""
+def as_parquet(tmp_path_factory: pytest.TempPathFactory, digits: LabeledImages) -> Path:
+    """300 training and 50 test digits, in the hub's param_spec and with its features."""
     import datasets
 
     features = datasets.Features({"img": datasets.Image(), "fine_label": datasets.ClassLabel(names=list(NAMES))})
@@ -122,17 +122,17 @@ def test_to_float_refuses_what_is_float_already() -> None:
         to_float(torch.zeros(1))
 
 
-def test_labelled_images_refuse_other_types_and_lengths() -> None:
+def test_labeled_images_refuse_other_types_and_lengths() -> None:
     images, labels = torch.zeros(2, 1, 3, 4, dtype=torch.uint8), torch.tensor([0, 1])
-    data = LabelledImages(images, labels, 5)
+    data = LabeledImages(images, labels, 5)
     assert (len(data), data.shape) == (2, ImageShape(1, 3, 4, 5))
     with pytest.raises(ValueError, match="uint8"):
-        LabelledImages(images.float(), labels, 5)
+        LabeledImages(images.float(), labels, 5)
     with pytest.raises(ValueError, match="int64"):
-        LabelledImages(images, labels[:1], 5)
+        LabeledImages(images, labels[:1], 5)
 
 
-def test_subset_keeps_the_order_asked_for_and_copies(digits: LabelledImages) -> None:
+def test_subset_keeps_the_order_asked_for_and_copies(digits: LabeledImages) -> None:
     subset = digits.subset([5, 2])
     assert torch.equal(subset.images, torch.stack([digits.images[5], digits.images[2]]))
     assert subset.labels.tolist() == [digits.labels[5], digits.labels[2]]
@@ -154,12 +154,12 @@ def test_digits_are_split_80_20_and_evenly_over_the_classes() -> None:
     assert ((test / (train + test) - 0.2).abs() < 0.004).all()
 
 
-def test_digits_use_the_whole_grey_scale_and_lose_no_level(digits: LabelledImages) -> None:
+def test_digits_use_the_whole_grey_scale_and_lose_no_level(digits: LabeledImages) -> None:
     assert (int(digits.images.min()), int(digits.images.max())) == (0, 255)
     assert len(set(digits.images.flatten().tolist())) == 17
 
 
-def test_train_and_test_digits_are_apart_and_the_test_set_ignores_the_seed(digits: LabelledImages) -> None:
+def test_train_and_test_digits_are_apart_and_the_test_set_ignores_the_seed(digits: LabeledImages) -> None:
     first, other = open_("digits", seed=1).test(), open_("digits", seed=2, clients=7, partition="shards").test()
     assert torch.equal(first.images, other.images)
     assert not as_set(first) & as_set(digits)
@@ -187,7 +187,7 @@ def test_every_row_goes_to_exactly_one_client(
     assert min(len(part) for part in parts) >= min(10, n / clients / 2)
 
 
-def test_iid_parts_are_even_and_alike(digits: LabelledImages) -> None:
+def test_iid_parts_are_even_and_alike(digits: LabeledImages) -> None:
     counts = open_("digits", clients=5).class_counts()
     assert counts.shape == (5, 10)
     assert int(counts.sum(1).max() - counts.sum(1).min()) <= 1
@@ -219,7 +219,7 @@ def test_another_seed_deals_otherwise_and_in_no_order_of_class(partition: str) -
     assert int((first.labels.diff() != 0).sum()) > len(first) / 4
 
 
-def test_train_images_is_a_random_subset_of_that_size(digits: LabelledImages) -> None:
+def test_train_images_is_a_random_subset_of_that_size(digits: LabeledImages) -> None:
     def taken(seed: int) -> set[tuple[bytes, int]]:
         data = open_("digits", train_images=100, seed=seed)
         assert int(data.class_counts().sum()) == 100
@@ -309,7 +309,7 @@ def test_there_is_no_client_beyond_the_last(partition_id: int) -> None:
 # --- parquet
 
 
-def test_parquet_of_the_hub_is_read_as_written(as_parquet: Path, digits: LabelledImages) -> None:
+def test_parquet_of_the_hub_is_read_as_written(as_parquet: Path, digits: LabeledImages) -> None:
     data = open_(as_parquet, clients=4)
     assert data.class_names == NAMES
     assert torch.equal(data.test().images, digits.images[300:350])
@@ -438,7 +438,7 @@ def test_mixed_sizes_name_the_first_odd_image(tmp_path: Path, by_name: dict[str,
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK"])
-def test_colour_images_have_three_channels(tmp_path: Path, mode: str) -> None:
+def test_color_images_have_three_channels(tmp_path: Path, mode: str) -> None:
     (tmp_path / "a").mkdir()
     red_left = np.zeros((4, 6, 3), np.uint8)
     red_left[:, :3, 0] = 255
@@ -458,16 +458,16 @@ def test_grey_images_keep_one_channel_and_16_bits_become_8(tmp_path: Path) -> No
     assert local_folder(str(tmp_path)).images[:, 0, 0, 0].tolist() == [7, 0x12, 255]
 
 
-def test_a_colour_image_among_grey_ones_is_named(tmp_path: Path) -> None:
+def test_a_color_image_among_grey_ones_is_named(tmp_path: Path) -> None:
     write_images(tmp_path, {"a": [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.uint8)]})
-    with pytest.raises(DataError, match=r"001\.png is in colour"):
+    with pytest.raises(DataError, match=r"001\.png is in color"):
         local_folder(str(tmp_path))
 
 
 # --- a client's own folder
 
 
-def test_a_local_folder_uses_its_training_split(as_parquet: Path, digits: LabelledImages) -> None:
+def test_a_local_folder_uses_its_training_split(as_parquet: Path, digits: LabeledImages) -> None:
     data = local_folder(str(as_parquet))
     assert torch.equal(data.images, digits.images[:300])
     assert data.classes == 10
@@ -499,12 +499,12 @@ def test_an_unknown_dataset_is_answered_with_what_is_accepted(dataset: str) -> N
         open_(dataset)
 
 
-@pytest.mark.parametrize("layout", [(), ("train",), ("train/cat", "test/cat")])
-def test_a_folder_without_images_is_refused(tmp_path: Path, layout: Sequence[str]) -> None:
-    for name in layout:
+@pytest.mark.parametrize("param_spec", [(), ("train",), ("train/cat", "test/cat")])
+def test_a_folder_without_images_is_refused(tmp_path: Path, param_spec: Sequence[str]) -> None:
+    for name in param_spec:
         (tmp_path / name).mkdir(parents=True)
     for opened in (open_, lambda path: local_folder(str(path))):
-        with pytest.raises(DataError, match=f"^{tmp_path}.* has no labelled images: expected"):
+        with pytest.raises(DataError, match=f"^{tmp_path}.* has no labeled images: expected"):
             opened(tmp_path)
 
 

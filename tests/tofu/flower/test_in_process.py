@@ -136,11 +136,11 @@ def test_a_failing_client_gives_an_error_reply_and_the_others_answer(caplog: pyt
     assert "client 1 failed in train.fail" in caplog.text
 
 
-def _unserialisable(message: Message, context: Context) -> Message:
+def _unserializable(message: Message, context: Context) -> Message:
     return Message(RecordDict({"m": MetricRecord({"n": 1 << 64})}), reply_to=message)
 
 
-def _unserialisable_state(message: Message, context: Context) -> Message:
+def _unserializable_state(message: Message, context: Context) -> Message:
     context.state["c"] = ConfigRecord({"n": 1 << 64})
     return Message(RecordDict(), reply_to=message)
 
@@ -158,7 +158,7 @@ def _exit(message: Message, context: Context) -> Message:
 
 
 @pytest.mark.parametrize(
-    "handler", [_unserialisable, _unserialisable_state, _not_a_message, _not_a_reply, _exit], ids=lambda f: f.__name__
+    "handler", [_unserializable, _unserializable_state, _not_a_message, _not_a_reply, _exit], ids=lambda f: f.__name__
 )
 def test_what_could_not_travel_is_an_error_reply(handler: Callable[[Message, Context], Message]) -> None:
     app = ClientApp()
@@ -273,7 +273,7 @@ def test_a_message_that_cannot_be_unpacked_is_an_error_and_its_node_answers_the_
             raise SystemError("AST constructor recursion depth mismatch")
         return unpack(*arguments)
 
-    monkeypatch.setattr(local, "inflate_object_from_contents", inflate)
+    monkeypatch.setattr(in_process, "inflate_object_from_contents", inflate)
     outcomes: list[list[bool]] = []
 
     def main(grid: Grid, context: Context) -> None:
@@ -410,7 +410,7 @@ def test_ctrl_c_ends_the_process_quickly() -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     ) as process:
         try:

@@ -78,7 +78,7 @@ def test_resnet_keeps_the_size_of_small_images_through_its_stem() -> None:
 
 
 @pytest.mark.parametrize("name", ["cnn", "resnet18", "vgg11"])
-def test_norm_is_the_only_normalisation_in_the_model(name: str) -> None:
+def test_norm_is_the_only_normalization_in_the_model(name: str) -> None:
     kinds = (nn.GroupNorm, nn.BatchNorm2d)
     found = {
         norm: {type(module) for module in build_model(name, CIFAR, norm=norm).modules() if isinstance(module, kinds)}

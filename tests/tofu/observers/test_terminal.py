@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tofu.formatting import human_bytes, human_factor, human_seconds, human_share, printable
+from tofu.formatting import format_bytes, human_factor, human_seconds, human_share, printable
 from tofu.observers.terminal import PlainProgress, Progress, RichProgress, SilentProgress, make_progress
 
 SUMMARY = {"final_accuracy": 0.9473, "uplink_bytes": 2_550_000, "fedavg_uplink_bytes": 7_500_000, "seconds": 125.0}
@@ -60,7 +60,7 @@ def live(screen: io.StringIO, clock: Clock) -> Iterator[RichProgress]:
 
 
 def shown(screen: io.StringIO) -> str:
-    """What was written, without the sequences that colour it and move the cursor."""
+    """What was written, without the sequences that color it and move the cursor."""
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
 
 
@@ -258,13 +258,13 @@ def test_base_accepts_every_call() -> None:
     [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (12_345, "12.3 kB"), (999_949, "999.9 kB"), (999_950, "1.0 MB")],
 )
 def test_human_bytes(count: int, text: str) -> None:
-    assert human_bytes(count) == text
+    assert format_bytes(count) == text
 
 
 def test_human_bytes_of_extremes() -> None:
-    assert human_bytes(10**19) == "10000.0 PB"
+    assert format_bytes(10**19) == "10000.0 PB"
     with pytest.raises(ValueError, match="never negative"):
-        human_bytes(-1)
+        format_bytes(-1)
 
 
 @pytest.mark.parametrize(

@@ -10,25 +10,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tofu.data import ImageShape, LabelledImages
+from tofu.data import ImageShape, LabeledImages
 from tofu.errors import PayloadError, RunError, SettingError
 from tofu.models import build_model
 from tofu.plugins import (
     NO_PLUGINS,
-    About,
-    Conditions,
     Export,
     Plugin,
     Plugins,
     PluginState,
     Prediction,
+    RoundContext,
+    RunRequirements,
     SumSpec,
     Weights,
     make_plugins,
     option,
     plugin_names,
 )
-from tofu.training import LocalTraining, train_locally
+from tofu.training import LocalTrainingConfig, train_locally
 
 HERE = __name__
 MOST = 1 << 20
@@ -149,7 +149,7 @@ def test_no_plugins_change_nothing_and_copy_nothing() -> None:
     assert out[0] is images
     assert out[1] is labels
     assert NO_PLUGINS.on_loss(images, labels, loss, model) is loss
-    assert NO_PLUGINS.setup(model, About(SHAPE)) is model
+    assert NO_PLUGINS.setup(model, RoundContext(SHAPE)) is model
     assert NO_PLUGINS.before_step(model) is None
     NO_PLUGINS.on_step(model, None)
     assert NO_PLUGINS.export(model) == Export()
@@ -211,12 +211,12 @@ def test_what_cannot_be_used_is_said_in_one_line(names: str, options: str, messa
 
 
 def test_a_run_that_a_plugin_cannot_serve_is_refused() -> None:
-    of("Local").check(Conditions(clients=1))
+    of("Local").check(RunRequirements(clients=1))
     with pytest.raises(SettingError, match=r"plugins='local' .* expected a run of 1 client: every client has its own"):
-        of("Adds", "Local").check(Conditions(clients=2))
-    of("Tasks").check(Conditions(clients=5, tasks=2))
+        of("Adds", "Local").check(RunRequirements(clients=2))
+    of("Tasks").check(RunRequirements(clients=5, tasks=2))
     with pytest.raises(SettingError, match="tasks works at the boundaries between tasks"):
-        of("Tasks").check(Conditions())
+        of("Tasks").check(RunRequirements())
 
 
 def test_every_built_in_has_a_plain_name() -> None:
@@ -294,7 +294,7 @@ def test_one_plugin_predicts() -> None:
 @pytest.fixture
 def fair() -> Iterator[None]:
     """The README's plugin as the module `fair_of_readme`."""
-    text = (Path(__file__).parents[2] / "client" / "plugins" / "README.md").read_text()
+    text = (Path(__file__).parents[3] / "client" / "plugins" / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(code.strip().splitlines()) <= 45
     module = types.ModuleType("fair_of_readme")
@@ -304,7 +304,7 @@ def fair() -> Iterator[None]:
     del sys.modules[module.__name__]
 
 
-def test_the_readmes_plugin_makes_rare_classes_fair(fair: None, digits: LabelledImages) -> None:
+def test_the_readmes_plugin_makes_rare_classes_fair(fair: None, digits: LabeledImages) -> None:
     """Two clients with little of class 0: its logit gains where the loss is adjusted by the counts of both."""
     rare = torch.cat([(digits.labels == 0).nonzero().flatten()[:4], (digits.labels > 0).nonzero().flatten()])
     data = digits.subset(rare[torch.randperm(len(rare), generator=torch.Generator().manual_seed(0))])
@@ -313,9 +313,9 @@ def test_the_readmes_plugin_makes_rare_classes_fair(fair: None, digits: Labelled
     totals: dict[str, Tensor] = {}
     for half in halves:
         plugins = make_plugins("fair_of_readme:Fair")
-        model = plugins.setup(build_model("mlp", data.shape), About(data.shape))
+        model = plugins.setup(build_model("mlp", data.shape), RoundContext(data.shape))
         generator = torch.Generator().manual_seed(0)
-        train_locally(model, half, LocalTraining(1, 32, 0.05), generator=generator, plugins=plugins)
+        train_locally(model, half, LocalTrainingConfig(1, 32, 0.05), generator=generator, plugins=plugins)
         for name, value in plugins.export(model).sums.items():
             totals[name] = totals.get(name, torch.zeros_like(value)) + value
     server.reduce(totals, len(data))
@@ -327,9 +327,9 @@ def test_the_readmes_plugin_makes_rare_classes_fair(fair: None, digits: Labelled
     for tau in (0, 1):
         plugins = make_plugins("fair_of_readme:Fair", f"fair.tau={tau}")
         plugins.load(broadcast=server.broadcast_bytes(max_bytes=MOST), max_bytes=MOST)
-        model = plugins.setup(build_model("mlp", data.shape), About(data.shape, round=2))
+        model = plugins.setup(build_model("mlp", data.shape), RoundContext(data.shape, round=2))
         generator = torch.Generator().manual_seed(0)
-        train_locally(model, data, LocalTraining(2, 32, 0.05), generator=generator, plugins=plugins)
+        train_locally(model, data, LocalTrainingConfig(2, 32, 0.05), generator=generator, plugins=plugins)
         with torch.no_grad():
             logits = plugins.predict(model.eval(), zeros.images / 127.5 - 1).logits
         probability.append(F.softmax(logits, 1)[:, 0].mean().item())

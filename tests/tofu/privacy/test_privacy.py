@@ -18,7 +18,7 @@ from tofu.models import build_model
 from tofu.privacy import (
     Accountant,
     Noise,
-    check_layout,
+    check_param_spec,
     clip,
     epsilon_of,
     noise_multiplier_for,
@@ -73,9 +73,9 @@ def test_what_cannot_be_clipped_is_refused() -> None:
 
 
 def test_a_model_with_batch_counters_is_refused(digits) -> None:  # type: ignore[no-untyped-def]
-    check_layout(layout_of(build_model("cnn", digits.shape, norm="group")))
+    check_param_spec(layout_of(build_model("cnn", digits.shape, norm="group")))
     with pytest.raises(SettingError, match="norm='batch'"):
-        check_layout(layout_of(build_model("cnn", digits.shape, norm="batch")))
+        check_param_spec(layout_of(build_model("cnn", digits.shape, norm="batch")))
 
 
 def test_samples_are_normal() -> None:

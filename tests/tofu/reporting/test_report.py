@@ -428,7 +428,7 @@ def test_sheet_stretches_each_image_and_leaves_clear_gaps(tmp_path: Path) -> Non
     assert pixels[100, 100, 3] == pixels[10, 66, 3] == 0
 
 
-def test_sheet_draws_colours_and_survives_what_is_not_finite(tmp_path: Path) -> None:
+def test_sheet_draws_colors_and_survives_what_is_not_finite(tmp_path: Path) -> None:
     image = np.zeros((1, 3, 1, 2), np.float32)
     image[0, 0, 0, 0] = 1
     image[0, 1, 0, 1] = np.nan

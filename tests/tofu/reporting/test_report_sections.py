@@ -22,11 +22,11 @@ from tofu.reporting.report.figures import epsilon_by_round
 from tofu.reporting.report.plugin_metrics import MOST, Metric, metrics_of, sparkline
 from tofu.reporting.report.run_data import RunFolder, read_run
 from tofu.reporting.report.task_matrix import task_matrix
-from tofu.reporting.report.template import COLOURS
+from tofu.reporting.report.template import COLORS
 from tofu.settings import Settings
 
 CONFIG = {"dataset": "digits", "rounds": 4, "compressor": "proxy"}
-PRIVATE = {"noise-multiplier": 1.0, "privacy-delta": 1e-5, "privacy-budget": 13.0}
+PRIVATE = {"noise-multiplier": 1.0, "privacy-delta": 1e-5, "max-epsilon": 13.0}
 SECURE = {"clipped": 0, "furthest": 1.0, "abandoned": ""}
 
 
@@ -97,7 +97,7 @@ def test_clipped_values_are_counted_with_their_distance(folder: Path) -> None:
 
 def test_says_what_the_server_learned_and_what_is_not_covered(folder: Path) -> None:
     rows = [*secure_rows(), line(5, "full", 0.93)]
-    given = {"secure-colluding": 0.1, "secure-identities": ""}
+    given = {"secagg-collusion-fraction": 0.1, "secure-identities": ""}
     text = page_of(written(folder, rows, **given)).text
     assert "In 2 secure rounds the server learned the weighted sum of the clients' updates and which clients" in text
     assert "not a single client's update" in text
@@ -152,7 +152,7 @@ def test_epsilon_figure_places_rounds_and_budget_on_one_scale(folder: Path) -> N
     assert len(steps) == 1
     assert TOP <= float(budget["y1"]) < min(y for _, y in points)
     assert [mark["tip"] for mark in elements(svg, "k-secure") if mark["tip"]][-1] == "round 3, secure: epsilon 8.385"
-    assert not elements(epsilon_by_round(read(folder, private_rows(), **PRIVATE | {"privacy-budget": 0.0})), "c-fedavg")
+    assert not elements(epsilon_by_round(read(folder, private_rows(), **PRIVATE | {"max-epsilon": 0.0})), "c-fedavg")
 
 
 def test_epsilon_beyond_any_bound_is_never_a_smaller_one(folder: Path) -> None:
@@ -228,22 +228,22 @@ def test_many_tasks_are_thinned(folder: Path) -> None:
     assert cells[-1]["tip"] == "after task 99 (round 100), on task 99: 99.00%"
 
 
-def colours() -> list[dict[str, str]]:
-    """The page's colours in light mode, dark mode and print."""
+def colors() -> list[dict[str, str]]:
+    """The page's colors in light mode, dark mode and print."""
     return [
         dict(re.findall(r"--([a-z]+): (#[0-9a-f]{3,6})", block))
-        for block in re.findall(r":root \{(.*?)\}", COLOURS, re.DOTALL)
+        for block in re.findall(r":root \{(.*?)\}", COLORS, re.DOTALL)
     ]
 
 
-def rgb(colour: str) -> list[float]:
-    digits = colour.lstrip("#")
+def rgb(color: str) -> list[float]:
+    digits = color.lstrip("#")
     digits = "".join(2 * digit for digit in digits) if len(digits) == 3 else digits
     return [int(digits[n : n + 2], 16) / 255 for n in (0, 2, 4)]
 
 
-def luminance(colour: list[float]) -> float:
-    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in colour]
+def luminance(color: list[float]) -> float:
+    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in color]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
@@ -253,7 +253,7 @@ def test_numbers_are_legible_on_every_cell(folder: Path, mode: int) -> None:
     matrix: list[list[float | None]] = [[0.0, 0.25], [0.5, 1.0]]
     cells = elements(task_matrix(read(folder, task_rows(matrix, each=1))), "cell")
     opacities = sorted({float(cell["fill-opacity"]) for cell in cells})
-    given = colours()[mode]
+    given = colors()[mode]
     hue, card, ink = rgb(given["run"]), rgb(given["card"]), luminance(rgb(given["ink"]))
     shades = [luminance([a * h + (1 - a) * c for h, c in zip(hue, card, strict=True)]) for a in opacities]
     assert all((max(ink, s) + 0.05) / (min(ink, s) + 0.05) >= 4.5 for s in shades)
@@ -340,9 +340,9 @@ def test_wrong_types_are_one_line(folder: Path, field: str, value: object, messa
 
 @pytest.mark.parametrize("budget", ["13", True, None, [1], float("nan"), 10**400])
 def test_odd_settings_are_listed_and_not_drawn(folder: Path, budget: object) -> None:
-    run = read(folder, private_rows(), **PRIVATE | {"privacy-budget": budget})
+    run = read(folder, private_rows(), **PRIVATE | {"max-epsilon": budget})
     assert elements(epsilon_by_round(run), "c-fedavg") == []
-    assert "privacy-budget" in [row[0] for row in page_of(folder).tables["config"]]
+    assert "max-epsilon" in [row[0] for row in page_of(folder).tables["config"]]
 
 
 def test_numbers_too_large_for_a_float_count_as_not_measured(folder: Path) -> None:

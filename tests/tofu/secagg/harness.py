@@ -8,7 +8,7 @@ import numpy as np
 from tofu.secagg.client import ClientSession
 from tofu.secagg.graph import Topology
 from tofu.secagg.identities import Identity
-from tofu.secagg.participant import Member
+from tofu.secagg.participant import Participant
 from tofu.secagg.ring import RingVector, largest
 from tofu.secagg.server import ServerSession, Total
 
@@ -20,14 +20,14 @@ def names(count: int) -> list[str]:
     return [f"client-{number}" for number in range(count)]
 
 
-def members(count: int, *, signed: bool, accomplices: int = 0) -> dict[str, Member]:
+def members(count: int, *, signed: bool, max_colluding: int = 0) -> dict[str, Participant]:
     """Members of one run, with identities or without."""
     if not signed:
-        return {name: Member(RUN, name, accomplices=accomplices, least_neighbours=1) for name in names(count)}
+        return {name: Participant(RUN, name, max_colluding=max_colluding, min_neighbors=1) for name in names(count)}
     identities = {name: Identity.generate(name) for name in names(count)}
     known = {name: identity.public for name, identity in identities.items()}
     return {
-        name: Member(RUN, name, identity, known, accomplices=accomplices, least_neighbours=1)
+        name: Participant(RUN, name, identity, known, max_colluding=max_colluding, min_neighbors=1)
         for name, identity in identities.items()
     }
 
@@ -64,7 +64,7 @@ class Session:
     saved: bool = False
     received: list[tuple[str, str, bytes]] = field(default_factory=list)
     clients: dict[str, ClientSession] = field(default_factory=dict)
-    members: dict[str, Member] = field(default_factory=dict)
+    members: dict[str, Participant] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.members = self.members or members(len(self.vectors), signed=self.signed)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.conftest import Case
 from tofu.errors import SettingError
-from tofu.secagg.coordinates import LEAST_LEVELS, LED, decode, digest, encode, places, settings_for
+from tofu.secagg.coordinates import LED, MIN_LEVELS, decode, digest, encode, places, settings_for
 from tofu.secagg.fixed_point import FixedPoint
 
 shares = st.floats(0.01, 1.0)
@@ -138,10 +138,10 @@ def test_settings_keep_the_ratio_and_enough_levels(ratio: float, clients: int) -
     share, bits = settings_for(ratio, clients)
     assert 0 < share <= 1
     assert 32 / (share * bits) >= ratio * (1 - 1e-9)
-    assert FixedPoint(clients, bits, 1.0).levels >= LEAST_LEVELS
+    assert FixedPoint(clients, bits, 1.0).levels >= MIN_LEVELS
     if share < 1:
         assert 32 / (share * bits) == pytest.approx(ratio)
-        assert (2 * clients * LEAST_LEVELS).bit_length() == bits
+        assert (2 * clients * MIN_LEVELS).bit_length() == bits
 
 
 def test_settings_for_ten_clients() -> None:

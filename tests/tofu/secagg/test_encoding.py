@@ -10,26 +10,26 @@ from tofu.errors import PayloadError, RunError
 from tofu.secagg.encoding import (
     FIRST_RANGE,
     LARGEST,
-    SecureCode,
+    EncodingConfig,
+    RingEncoder,
     SecureMean,
-    SecureTerms,
     first_ranges,
     next_range,
     reach,
 )
 from tofu.secagg.fixed_point import ring_bits
 from tofu.secagg.ring import RingVector, largest
-from tofu.weights import Layout, Weights
+from tofu.weights import ParamSpec, Weights
 
-LAYOUT = Layout(
+LAYOUT = ParamSpec(
     {"weight": torch.Size((6, 5)), "bias": torch.Size((6,))}, {"mean": torch.Size(()), "none": torch.Size((0,))}
 )
 
 
 def code_for(
     clients: int, *, value_bits: int = 12, unit: float = 50.0, ranges: tuple[float, ...] = (1.0,) * 4
-) -> SecureCode:
-    return SecureCode(LAYOUT, SecureTerms(clients, ring_bits(clients, value_bits), unit, ranges))
+) -> RingEncoder:
+    return RingEncoder(LAYOUT, EncodingConfig(clients, ring_bits(clients, value_bits), unit, ranges))
 
 
 def updates(count: int, scale: float = 0.2, seed: int = 0) -> list[Weights]:
@@ -89,7 +89,7 @@ def test_what_does_not_fit_is_counted_named_by_distance_and_not_delivered() -> N
     mean = code.decode(summed([one.vector for one in encoded], ring_bits(3, 12)), 3)
     assert mean.clipped == 1
     assert mean.furthest == pytest.approx(4.5, abs=LARGEST / 2047)
-    # The tensor that was too narrow is widened by as much, and no other.
+    # The tensor that was too narrow is extend_basis by as much, and no other.
     assert mean.ranges[0] == pytest.approx(0.45, rel=0.05)
     assert all(range_ <= 1.0 for range_ in mean.ranges[1:])
 
@@ -148,10 +148,10 @@ def heavy_tailed(count: int, seed: int = 0) -> list[Weights]:
     ]
 
 
-BROAD = Layout({"weight": torch.Size((100, 200)), "bias": torch.Size((100,))}, {})
+BROAD = ParamSpec({"weight": torch.Size((100, 200)), "bias": torch.Size((100,))}, {})
 
 
-def coarse_mean(code: SecureCode, sent: list[Weights], examples: list[int], bits: int) -> tuple[SecureMean, float]:
+def coarse_mean(code: RingEncoder, sent: list[Weights], examples: list[int], bits: int) -> tuple[SecureMean, float]:
     """What the server decodes, and what share of the mean's power that leaves out."""
     encoded = [code.encode(update, n, 1.0) for update, n in zip(sent, examples, strict=True)]
     mean = code.decode(summed([one.vector for one in encoded], bits), len(sent))
@@ -169,8 +169,8 @@ def coarse_mean(code: SecureCode, sent: list[Weights], examples: list[int], bits
 def test_coarse_terms_deliver_most_of_an_update_in_few_levels() -> None:
     """Seven bits for ten clients; ranges from the largest value and unbiased rounding add more noise than they save."""
     sent, examples, bits = heavy_tailed(10), [30, 70] * 5, 7
-    wide = SecureCode(BROAD, SecureTerms(10, bits, 50.0, (4 * 1.5,) * 2))
-    fit = SecureCode(BROAD, SecureTerms(10, bits, 50.0, (reach(wide.levels) * 0.11,) * 2, coarse=True))
+    wide = RingEncoder(BROAD, EncodingConfig(10, bits, 50.0, (4 * 1.5,) * 2))
+    fit = RingEncoder(BROAD, EncodingConfig(10, bits, 50.0, (reach(wide.levels) * 0.11,) * 2, coarse=True))
     (_, missed_wide), (mean, missed) = (coarse_mean(code, sent, examples, bits) for code in (wide, fit))
     assert missed < 0.1
     assert missed_wide > 1
@@ -180,7 +180,7 @@ def test_coarse_terms_deliver_most_of_an_update_in_few_levels() -> None:
 
 def test_coarse_ranges_follow_the_mean_square_of_all_clients() -> None:
     sent, examples, bits = heavy_tailed(4, seed=1), [20, 40, 60, 80], 6
-    code = SecureCode(BROAD, SecureTerms(4, bits, 50.0, (0.5, 0.002), coarse=True))
+    code = RingEncoder(BROAD, EncodingConfig(4, bits, 50.0, (0.5, 0.002), coarse=True))
     mean, _ = coarse_mean(code, sent, examples, bits)
     weighted = [update["weight"] * (n / 50.0) for update, n in zip(sent, examples, strict=True)]
     deviation = float(torch.stack(weighted).square().mean().sqrt())
@@ -192,7 +192,7 @@ def test_coarse_ranges_follow_the_mean_square_of_all_clients() -> None:
     assert coarse_mean_ranges(code, still, bits) == (pytest.approx(0.5 / 8), pytest.approx(0.002 / 8))
 
 
-def coarse_mean_ranges(code: SecureCode, sent: list[Weights], bits: int) -> tuple[float, ...]:
+def coarse_mean_ranges(code: RingEncoder, sent: list[Weights], bits: int) -> tuple[float, ...]:
     encoded = [code.encode(update, 50, 1.0).vector for update in sent]
     return code.decode(summed(encoded, bits), len(sent)).ranges
 
@@ -219,34 +219,34 @@ def test_reach_is_where_rounding_and_clipping_cost_least(levels: int) -> None:
     st.lists(st.floats(2**-20, 2**20, width=32), max_size=6), st.booleans(),
 )  # fmt: skip
 def test_terms_go_round(clients: int, bits: int, unit: float, ranges: list[float], coarse: bool) -> None:
-    terms = SecureTerms(clients, bits, unit, tuple(ranges), coarse=coarse)
-    assert SecureTerms.from_bytes(terms.to_bytes()) == terms
+    terms = EncodingConfig(clients, bits, unit, tuple(ranges), coarse=coarse)
+    assert EncodingConfig.from_bytes(terms.to_bytes()) == terms
 
 
 @pytest.mark.parametrize(
     ("terms", "reason"),
     [
-        (SecureTerms(3, 12, 1.0, (1.0, float("nan"))), "usual positive"),
-        (SecureTerms(3, 12, 1.0, (-1.0,)), "usual positive"),
-        (SecureTerms(3, 12, float("inf"), (1.0,)), "usual positive"),
-        (SecureTerms(3, 65, 1.0, (1.0,)), "65 bits"),
-        (SecureTerms(3, 0, 1.0, (1.0,)), "0 bits"),
+        (EncodingConfig(3, 12, 1.0, (1.0, float("nan"))), "usual positive"),
+        (EncodingConfig(3, 12, 1.0, (-1.0,)), "usual positive"),
+        (EncodingConfig(3, 12, float("inf"), (1.0,)), "usual positive"),
+        (EncodingConfig(3, 65, 1.0, (1.0,)), "65 bits"),
+        (EncodingConfig(3, 0, 1.0, (1.0,)), "0 bits"),
     ],
 )
-def test_terms_that_nobody_can_work_by_are_refused(terms: SecureTerms, reason: str) -> None:
+def test_terms_that_nobody_can_work_by_are_refused(terms: EncodingConfig, reason: str) -> None:
     with pytest.raises(PayloadError, match=reason):
-        SecureTerms.from_bytes(terms.to_bytes())
+        EncodingConfig.from_bytes(terms.to_bytes())
 
 
 def test_cut_terms_and_terms_of_another_model_are_refused() -> None:
-    data = SecureTerms(3, 12, 1.0, (1.0,) * 4).to_bytes()
+    data = EncodingConfig(3, 12, 1.0, (1.0,) * 4).to_bytes()
     for cut in (b"", data[:-1], data + b"x"):
         with pytest.raises(PayloadError, match="secure terms have"):
-            SecureTerms.from_bytes(cut)
+            EncodingConfig.from_bytes(cut)
     with pytest.raises(PayloadError, match="3 ranges, expected 4"):
         code_for(3, ranges=(1.0,) * 3)
     with pytest.raises(PayloadError, match="cannot be used"):
-        SecureCode(LAYOUT, SecureTerms(1000, 3, 1.0, (1.0,) * 4))
+        RingEncoder(LAYOUT, EncodingConfig(1000, 3, 1.0, (1.0,) * 4))
     with pytest.raises(PayloadError, match="elements, expected"):
         code_for(3).decode(np.zeros(7, np.uint64), 3)
 
@@ -260,8 +260,8 @@ def test_an_update_that_is_not_finite_stops_the_client() -> None:
 
 @given(st.integers(0, 2**16), st.integers(4, 12))
 def test_to_the_nearest_step_an_error_is_half_a_step_and_never_more_than_the_value(seed: int, value_bits: int) -> None:
-    terms = SecureTerms(2, ring_bits(2, value_bits), 50.0, (1.0,) * 4, coarse=True)
-    code, update = SecureCode(LAYOUT, terms), updates(1, 0.2, seed)[0]
+    terms = EncodingConfig(2, ring_bits(2, value_bits), 50.0, (1.0,) * 4, coarse=True)
+    code, update = RingEncoder(LAYOUT, terms), updates(1, 0.2, seed)[0]
     one = code.encode(update, 50, 1.0)
     assert torch.equal(one.decoded["weight"], code.encode(update, 50, 1.0).decoded["weight"])
     half = 0.5 / (2 ** (value_bits - 1) - 1)

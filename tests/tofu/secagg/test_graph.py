@@ -7,19 +7,19 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from tofu.errors import PayloadError, SettingError
 from tofu.secagg.graph import Graph, Topology, choose_topology
 from tofu.secagg.identities import ADVERT, SURVIVORS, Identity, check_known, verify
-from tofu.secagg.participant import Member
+from tofu.secagg.participant import Participant
 
 
 def adverts(count: int) -> list[bytes]:
     return sorted(os.urandom(16) for _ in range(count))
 
 
-@pytest.mark.parametrize(("count", "neighbours"), [(2, 1), (5, 4), (6, 5), (5, 2), (10, 4), (40, 12), (41, 38)])
-def test_every_client_has_as_many_neighbours_and_they_have_it(count: int, neighbours: int) -> None:
-    graph = Graph(adverts(count), neighbours)
-    near = [graph.neighbours_of(one) for one in range(count)]
+@pytest.mark.parametrize(("count", "neighbors"), [(2, 1), (5, 4), (6, 5), (5, 2), (10, 4), (40, 12), (41, 38)])
+def test_every_client_has_as_many_neighbors_and_they_have_it(count: int, neighbors: int) -> None:
+    graph = Graph(adverts(count), neighbors)
+    near = [graph.neighbors_of(one) for one in range(count)]
     for one in range(count):
-        assert len(set(near[one])) == len(near[one]) == neighbours
+        assert len(set(near[one])) == len(near[one]) == neighbors
         assert list(near[one]) == sorted(near[one])
         assert one not in near[one]
         assert all(one in near[other] for other in near[one])
@@ -32,15 +32,15 @@ def test_every_client_has_as_many_neighbours_and_they_have_it(count: int, neighb
 
 def test_the_ring_s_order_depends_on_every_advert() -> None:
     some = adverts(50)
-    assert [Graph(some, 4).neighbours_of(i) for i in range(50)] == [Graph(some, 4).neighbours_of(i) for i in range(50)]
+    assert [Graph(some, 4).neighbors_of(i) for i in range(50)] == [Graph(some, 4).neighbors_of(i) for i in range(50)]
     changed = [*some[:-1], b"\xff" * 16]
-    assert [Graph(some, 4).neighbours_of(i) for i in range(9)] != [Graph(changed, 4).neighbours_of(i) for i in range(9)]
+    assert [Graph(some, 4).neighbors_of(i) for i in range(9)] != [Graph(changed, 4).neighbors_of(i) for i in range(9)]
 
 
-@pytest.mark.parametrize("neighbours", [-1, 0, 1, 3, 10, 11])
-def test_what_is_no_graph_is_refused(neighbours: int) -> None:
+@pytest.mark.parametrize("neighbors", [-1, 0, 1, 3, 10, 11])
+def test_what_is_no_graph_is_refused(neighbors: int) -> None:
     with pytest.raises(SettingError, match="expected 9, or an even number"):
-        Graph(adverts(10), neighbours)
+        Graph(adverts(10), neighbors)
 
 
 def test_a_complete_graph_bears_what_it_was_asked_to() -> None:
@@ -55,8 +55,8 @@ def test_a_complete_graph_bears_what_it_was_asked_to() -> None:
 @pytest.mark.parametrize(("clients", "dropout", "corrupted"), [(100, 0.1, 0.05), (1000, 0.05, 0.05), (255, 0.2, 0.1)])
 def test_a_sparse_graph_keeps_both_bounds_and_is_the_smallest(clients: int, dropout: float, corrupted: float) -> None:
     chosen = choose_topology(clients, dropout=dropout, corrupted=corrupted)
-    assert chosen.neighbours < clients - 1
-    assert chosen.neighbours % 2 == 0
+    assert chosen.neighbors < clients - 1
+    assert chosen.neighbors % 2 == 0
 
     def tail(marked: int, draws: int, above: int) -> float:
         """clients * P[more than `above`], hypergeometric, by logarithms of the gamma function."""
@@ -72,12 +72,12 @@ def test_a_sparse_graph_keeps_both_bounds_and_is_the_smallest(clients: int, drop
             if draws - x <= clients - 1 - marked
         )
 
-    def holds(neighbours: int, threshold: int) -> bool:
-        safe = tail(int(corrupted * clients), neighbours, threshold - neighbours // 2 - 1) <= 2**-40
-        return safe and tail(int(dropout * clients), neighbours, neighbours - threshold) <= 2**-30
+    def holds(neighbors: int, threshold: int) -> bool:
+        safe = tail(int(corrupted * clients), neighbors, threshold - neighbors // 2 - 1) <= 2**-40
+        return safe and tail(int(dropout * clients), neighbors, neighbors - threshold) <= 2**-30
 
-    assert holds(chosen.neighbours, chosen.threshold)
-    fewer = chosen.neighbours - 2
+    assert holds(chosen.neighbors, chosen.threshold)
+    fewer = chosen.neighbors - 2
     assert not any(holds(fewer, threshold) for threshold in range(fewer // 2 + 1, fewer + 1))
 
 
@@ -113,17 +113,17 @@ def test_a_signature_is_for_one_name_purpose_and_text() -> None:
 def test_a_member_that_does_not_fit_its_identity_is_refused() -> None:
     identity = Identity("one", Ed25519PrivateKey.generate())
     known = {"one": identity.public}
-    Member(b"run", "one", identity, known)
+    Participant(b"run", "one", identity, known)
     with pytest.raises(SettingError, match="beside an identity"):
-        Member(b"run", "one", identity)
+        Participant(b"run", "one", identity)
     with pytest.raises(SettingError, match="beside an identity"):
-        Member(b"run", "one", None, known)
+        Participant(b"run", "one", None, known)
     with pytest.raises(SettingError, match="that of two"):
-        Member(b"run", "two", identity, known)
+        Participant(b"run", "two", identity, known)
     with pytest.raises(SettingError, match="own public key"):
-        Member(b"run", "one", identity, {"one": bytes(32)})
+        Participant(b"run", "one", identity, {"one": bytes(32)})
     with pytest.raises(SettingError, match="32 bytes, not of 31"):
         check_known({"one": bytes(31)})
     for name in ("", "a\nb", "x" * 65):
         with pytest.raises(PayloadError, match="printable"):
-            Member(b"run", name)
+            Participant(b"run", name)

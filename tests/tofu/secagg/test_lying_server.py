@@ -32,10 +32,10 @@ def own_keys(name: str, identity: Identity | None = None) -> tuple[Advert, bytes
 
 
 def rebuilt(roster: Roster, own: Advert, others: list[Advert], **terms: int) -> bytes:
-    """A roster that is right in itself, for other adverts of the neighbours."""
+    """A roster that is right in itself, for other adverts of the neighbors."""
     ordered = sorted(others, key=lambda advert: advert.digest)
     digests = tuple(sorted(advert.digest for advert in [own, *others]))
-    changed: Terms = replace(roster.terms, members=digests, neighbours=len(others))
+    changed: Terms = replace(roster.terms, members=digests, neighbors=len(others))
     changed = replace(changed, **terms)  # type: ignore[arg-type]
     return Roster(digests.index(own.digest), changed, tuple(ordered)).to_bytes()
 
@@ -105,39 +105,39 @@ def test_rosters_that_must_not_be_answered() -> None:
         told = rebuilt(roster, own, others, threshold=threshold)
         refused(client.share, told, reason=f"roster has threshold {threshold}, expected 3 to 4")
     fewer = replace(roster, adverts=roster.adverts[1:]).to_bytes()
-    refused(client.share, fewer, reason="roster has 3 neighbours, expected 4")
-    told = rebuilt(roster, own, others, neighbours=3)
-    refused(client.share, told, reason="roster has 4 neighbours, expected 3")
+    refused(client.share, fewer, reason="roster has 3 neighbors, expected 4")
+    told = rebuilt(roster, own, others, neighbors=3)
+    refused(client.share, told, reason="roster has 4 neighbors, expected 3")
     wrong = replace(roster, client=(roster.client + 1) % COUNT).to_bytes()
     refused(client.share, wrong, reason="roster is for client")
     shuffled = replace(roster, adverts=(others[1], others[0], *others[2:])).to_bytes()
     refused(client.share, shuffled, reason="which the graph does not have there")
-    odd = replace(roster.terms, neighbours=3)
+    odd = replace(roster.terms, neighbors=3)
     refused(client.share, Roster(roster.client, odd, roster.adverts[:3]).to_bytes(), reason="expected 2 to 3|no graph")
     client.share(roster.to_bytes())
 
 
 def test_a_client_s_own_least_numbers_hold() -> None:
     session = started("share", signed=False)
-    strict = replace(session.members["client-0"], least_neighbours=5)
+    strict = replace(session.members["client-0"], min_neighbors=5)
     saved = session.clients["client-0"].to_bytes()
     refused(
-        ClientSession.from_bytes(strict, saved).share, session.down["client-0"], reason="4 neighbours, expected .* 5"
+        ClientSession.from_bytes(strict, saved).share, session.down["client-0"], reason="4 neighbors, expected .* 5"
     )
-    wary = replace(session.members["client-0"], accomplices=1)
+    wary = replace(session.members["client-0"], max_colluding=1)
     refused(
         ClientSession.from_bytes(wary, saved).share, session.down["client-0"], reason="threshold 3, expected 4 to 4"
     )
 
 
-def test_a_neighbour_that_the_graph_does_not_have_is_refused() -> None:
+def test_a_neighbor_that_the_graph_does_not_have_is_refused() -> None:
     session = Session(random_vectors(9, 5, 12), 12, Topology(4, 3)).until("share")
     client, roster, _ = victim(session)
     others = [Roster.from_bytes(data) for name, data in session.down.items() if name != "client-0"]
     near = {advert.name for advert in roster.adverts} | {"client-0"}
     far = next(advert for other in others for advert in other.adverts if advert.name not in near)
     seated = replace(roster, adverts=(far, *roster.adverts[1:])).to_bytes()
-    refused(client.share, seated, reason=f"roster has {far.name} as neighbour")
+    refused(client.share, seated, reason=f"roster has {far.name} as neighbor")
     client.share(roster.to_bytes())
 
 
@@ -215,13 +215,13 @@ def test_shares_that_are_forged_moved_or_too_few_are_refused_by_name() -> None:
     forged = one[:20] + bytes([one[20] ^ 1]) + one[21:]
     for sealed in ({first: forged}, {first: two, second: one}):
         refused(client.mask, vector, with_shares({**told.sealed, **sealed}), reason=f"^shares of {name} do not open")
-    # What the client itself sealed for that neighbour comes back to it.
+    # What the client itself sealed for that neighbor comes back to it.
     reflected = next(data for who, what, data in session.received if (who, what) == ("client-0", "share"))
     refused(client.mask, vector, reflected, reason=f"^shares of {name} do not open")
     few = with_shares(dict(rest))
-    refused(client.mask, vector, few, reason="shares came from 2 neighbours, expected at least 3")
-    refused(client.mask, vector, with_shares({told.client: one}), reason="is no neighbour of client-0")
-    refused(client.mask, vector, with_shares({**told.sealed, 77: one}), reason="client 77 is no neighbour of client-0")
+    refused(client.mask, vector, few, reason="shares came from 2 neighbors, expected at least 3")
+    refused(client.mask, vector, with_shares({told.client: one}), reason="is no neighbor of client-0")
+    refused(client.mask, vector, with_shares({**told.sealed, 77: one}), reason="client 77 is no neighbor of client-0")
     client.mask(vector, session.down["client-0"])
 
 
@@ -259,7 +259,7 @@ def test_survivors_that_must_not_be_answered(signed: bool) -> None:
     client = session.clients["client-0"]
     ask = client.confirm if signed else client.reveal
     smaller = without(told, number["client-1"])
-    refused(ask, smaller.to_bytes(), reason="survivors have 2 neighbours, expected at least 3")
+    refused(ask, smaller.to_bytes(), reason="survivors have 2 neighbors, expected at least 3")
     refused(ask, without(told, number["client-0"]).to_bytes(), reason="survivors leave out client-0, which sent")
     more = replace(told, present=(True,) * COUNT)
     refused(ask, more.to_bytes(), reason="survivors have client-4, whose shares client-0 never got")
@@ -281,10 +281,10 @@ def test_a_live_client_cannot_be_said_to_have_dropped_out() -> None:
     others = {who: sig for who, sig in signatures.items() if who not in (number["client-0"], number["client-1"])}
     lied = replace(lie, signatures=others)
     refused(deceived.reveal, lied.to_bytes(), reason="^client-. did not sign this survivors")
-    refused(deceived.reveal, replace(lie, signatures={}).to_bytes(), reason="signed by 0 neighbours, expected 3")
+    refused(deceived.reveal, replace(lie, signatures={}).to_bytes(), reason="signed by 0 neighbors, expected 3")
     refused(deceived.reveal, replace(told, signatures=others).to_bytes(), reason="not those that client-0 signed")
     own = {number["client-0"]: signatures[number["client-0"]]}
-    refused(deceived.reveal, replace(lie, signatures=own).to_bytes(), reason="is no neighbour of client-0")
+    refused(deceived.reveal, replace(lie, signatures=own).to_bytes(), reason="is no neighbor of client-0")
     gone = {number["client-1"]: signatures[number["client-1"]]}
     reason = "survivors are signed by client-1, which is not one of them"
     refused(deceived.reveal, replace(lie, signatures=gone).to_bytes(), reason=reason)
@@ -317,7 +317,7 @@ def test_never_both_shares_of_a_client(signed: bool) -> None:
         assert (share == reveal.shares[peer][1]) == survived
 
 
-def test_an_old_advert_of_a_neighbour_gets_no_pair_mask() -> None:
+def test_an_old_advert_of_a_neighbor_gets_no_pair_mask() -> None:
     """Its keys are gone, so nobody can make the ciphertexts without which no mask is made with it."""
     some = members(COUNT, signed=True)
     old = Session(VECTORS, 12, Topology(COUNT - 1, THRESHOLD), signed=True, members=some).until("finish")

@@ -154,7 +154,7 @@ def test_every_term_and_the_run_enter_the_digest() -> None:
         {"threshold": 3},
         {"bits": 13},
         {"values": 1001},
-        {"neighbours": 4},
+        {"neighbors": 4},
         {"members": TERMS.members[:1]},
     ]
     digests = {replace(TERMS, **change).digest(b"run") for change in changes}  # type: ignore[arg-type]

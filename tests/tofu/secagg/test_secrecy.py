@@ -68,7 +68,7 @@ def test_the_transcript_has_no_vector_but_the_sum(signed: bool) -> None:
     assert correlation(code.decode(total.vector, 5).mean, real["client-0"]) > 0.5
 
 
-def test_the_transcript_has_one_share_of_each_client_from_each_neighbour() -> None:
+def test_the_transcript_has_one_share_of_each_client_from_each_neighbor() -> None:
     vectors = random_vectors(6, 50, BITS)
     session = Session(vectors, BITS, Topology(5, 3), gone={"client-5": "mask"})
     held = {}

@@ -14,7 +14,7 @@ from tofu.secagg.client import ClientSession
 from tofu.secagg.fixed_point import FixedPoint
 from tofu.secagg.graph import Topology
 from tofu.secagg.messages import Advert, Masked, Reveal, Roster, Shares
-from tofu.secagg.participant import Member
+from tofu.secagg.participant import Participant
 from tofu.secagg.server import Phase, ServerSession
 
 
@@ -24,13 +24,13 @@ def test_the_sum_is_exact_whoever_drops_out(data: st.DataObject) -> None:
     signed, saved = data.draw(st.booleans()), data.draw(st.booleans())
     count = data.draw(st.integers(3, 9))
     complete = data.draw(st.booleans()) or count < 6
-    neighbours = count - 1 if complete else data.draw(st.sampled_from(range(4, count - 1, 2)))
-    threshold = data.draw(st.integers(neighbours // 2 + 1, neighbours))
+    neighbors = count - 1 if complete else data.draw(st.sampled_from(range(4, count - 1, 2)))
+    threshold = data.draw(st.integers(neighbors // 2 + 1, neighbors))
     bits, values = data.draw(st.integers(1, 64)), data.draw(st.integers(1, 40))
-    leaving = data.draw(st.lists(st.sampled_from(names(count)), max_size=neighbours - threshold, unique=True))
+    leaving = data.draw(st.lists(st.sampled_from(names(count)), max_size=neighbors - threshold, unique=True))
     gone = {name: data.draw(st.sampled_from(STAGES)) for name in leaving}
     vectors = random_vectors(count, values, bits, seed=data.draw(st.integers(0, 99)))
-    session = Session(vectors, bits, Topology(neighbours, threshold), signed=signed, gone=gone, saved=saved)
+    session = Session(vectors, bits, Topology(neighbors, threshold), signed=signed, gone=gone, saved=saved)
     total = session.finish()
     stayed = {name for name in names(count) if gone.get(name) not in ("share", "mask")}
     assert set(total.survivors) == stayed
@@ -83,7 +83,7 @@ def test_too_few_adverts_are_counted() -> None:
     session = Session(random_vectors(3, 5, 8), 8, Topology(5, 4))
     with pytest.raises(RunError, match="3 clients sent adverts: 3 are missing to 6"):
         session.advertise()
-    with pytest.raises(SettingError, match="neighbours=3"):
+    with pytest.raises(SettingError, match="neighbors=3"):
         Session(random_vectors(5, 5, 8), 8, Topology(3, 2)).advertise()
 
 
@@ -173,7 +173,7 @@ def test_shares_and_vectors_that_do_not_fit_the_session_are_refused() -> None:
     session = Session(vectors, 12, Topology(3, 2)).until("share")
     shares = Shares.from_bytes(session.client("client-0").share(session.down.pop("client-0")))
     fewer = Shares(shares.session, shares.client, dict(list(shares.sealed.items())[1:]))
-    with pytest.raises(PayloadError, match=r"^client-0 sent shares for clients that are not its 3 neighbours"):
+    with pytest.raises(PayloadError, match=r"^client-0 sent shares for clients that are not its 3 neighbors"):
         session.server.add_shares("client-0", fewer.to_bytes())
     session.server.add_shares("client-0", shares.to_bytes())
     session.share()
@@ -246,7 +246,7 @@ def test_a_state_is_of_one_client_and_run() -> None:
     with pytest.raises(PayloadError, match="saved state is not that of client-1"):
         ClientSession.from_bytes(some["client-1"], data)
     with pytest.raises(PayloadError, match="saved state is not that of client-0"):
-        ClientSession.from_bytes(Member(b"another run", "client-0"), data)
+        ClientSession.from_bytes(Participant(b"another run", "client-0"), data)
     for size in range(len(data)):
         with pytest.raises(PayloadError):
             ClientSession.from_bytes(some["client-0"], data[:size])

@@ -17,14 +17,14 @@ from tofu.compression import compressor_names
 from tofu.errors import SettingError
 from tofu.models import build_model
 from tofu.payload import HEADER_BYTES
-from tofu.reference_model import Network
+from tofu.reference_model import ReferenceModel
 from tofu.settings import Settings, Value
 
 FEDAVG = "full"
 """Name of the reference's compressor: no compression."""
 TUNING_SEED = 1000
 """The seed of tuning runs is the first seed plus this, so no run that is reported was itself chosen."""
-MOST_SEEDS = 1000
+MAX_SEEDS = 1000
 
 # What makes two runs comparable: the data, the model, the rounds, who is asked, and what the cell itself sets.
 _SHARED_SECTIONS = ("Data", "Model", "Rounds", "Run")
@@ -135,8 +135,8 @@ class Comparison:
         """
         if shared.schedule == "full":
             raise SettingError("schedule", "full", "proxy, switch or plateau (FedAvg is always run beside them)")
-        if not 1 <= seeds <= MOST_SEEDS:
-            raise SettingError("seeds", seeds, f"a whole number from 1 to {MOST_SEEDS}")
+        if not 1 <= seeds <= MAX_SEEDS:
+            raise SettingError("seeds", seeds, f"a whole number from 1 to {MAX_SEEDS}")
         names = _entries("compressors", compressors)
         for name in names:
             if name not in compressor_names() or name == FEDAVG:
@@ -205,7 +205,7 @@ class Comparison:
             self._settings(FEDAVG, 1.0, seed, None)  # the last seeds may be past what a seed can be
         shared = self.shared
         shape = open_run_data(shared).shape
-        network = Network(build_model(shared.model, shape, norm=shared.norm, seed=shared.seed).eval(), shape)
+        network = ReferenceModel(build_model(shared.model, shape, norm=shared.norm, seed=shared.seed).eval(), shape)
         cells = [self._cell(FEDAVG, 1.0, network)]
         for ratio in sorted(self.ratios):
             for name in self.compressors:
@@ -218,7 +218,7 @@ class Comparison:
                     cells.append(cell)
         return tuple(cells)
 
-    def _cell(self, name: str, ratio: float, network: Network) -> Cell:
+    def _cell(self, name: str, ratio: float, network: ReferenceModel) -> Cell:
         values: tuple[Value | None, ...] = self.tune.values if self.tune else (None,)
         payloads: dict[Value | None, int] = {}
         unreachable = ""
@@ -232,8 +232,8 @@ class Comparison:
                     raise
                 unreachable = error.accepted
                 continue
-            payloads[value] = HEADER_BYTES + compressor.body_bytes(network.layout)
-        return Cell(name, (ratio,), payloads, network.layout.float32_bytes, "" if payloads else unreachable)
+            payloads[value] = HEADER_BYTES + compressor.body_bytes(network.param_spec)
+        return Cell(name, (ratio,), payloads, network.param_spec.float32_bytes, "" if payloads else unreachable)
 
 
 def _entries(field_: str, text: str) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """Axes and marks: the few SVG parts that the figures are made of.
 
-Colours and fonts are CSS classes of the page, so a figure follows light mode, dark mode and print. Text passes through
+Colors and fonts are CSS classes of the page, so a figure follows light mode, dark mode and print. Text passes through
 an XML tree and is escaped there, never pasted into markup.
 """
 
@@ -114,7 +114,7 @@ class Drawing:
             self.add("polyline", f"curve {css}", points=" ".join(f"{x:g},{y:g}" for x, y in points))
 
     def mark(self, x: float, y: float, kind: str, tip: str = "", *, hollow: bool = False) -> None:
-        """The mark of a kind of round. Shape as well as colour tells the kinds apart; `hollow`: it was abandoned."""
+        """The mark of a kind of round. Shape as well as color tells the kinds apart; `hollow`: it was abandoned."""
         css = f"mark k-{kind}" if kind in KINDS else "mark k-other"
         css += " hollow" if hollow else ""
         if kind == "full":

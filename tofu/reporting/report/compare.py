@@ -10,7 +10,7 @@ from tofu.formatting import human_share
 from tofu.reporting.report import compare_figures as figures
 from tofu.reporting.report.chart import Drawing, standalone
 from tofu.reporting.report.compare_tables import Table, cell_table, notes, ratio_text, target_table
-from tofu.reporting.report.template import COLOURS, FIGURE_STYLE, PAGE_HEAD, STYLE
+from tofu.reporting.report.template import COLORS, FIGURE_STYLE, PAGE_HEAD, STYLE
 
 _NOTHING = "No compressor has finished a run yet."
 _FONT = (
@@ -18,7 +18,7 @@ _FONT = (
 )
 _STYLE = (
     STYLE
-    + figures.SERIES_COLOURS
+    + figures.SERIES_COLORS
     + figures.SERIES_STYLE
     + """
 .wide { overflow-x: auto; }
@@ -77,7 +77,7 @@ ratio is of float32 updates over payloads alone. Every run and number: compare.j
 
 def render_figure(document: Mapping[str, Any]) -> str:
     """compare.svg: accuracy against bytes as a file of its own, in light and dark, enlarged below where that helps."""
-    style = "\n".join((COLOURS, figures.SERIES_COLOURS, FIGURE_STYLE, figures.SERIES_STYLE, _FONT))
+    style = "\n".join((COLORS, figures.SERIES_COLORS, FIGURE_STYLE, figures.SERIES_STYLE, _FONT))
     drawn = [figures.accuracy_by_uplink(document), figures.accuracy_by_uplink(document, zoom=True)]
     drawings = [drawing for drawing in drawn if drawing]
     if not drawings:

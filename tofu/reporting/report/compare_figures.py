@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tofu.formatting import human_bytes, human_share
+from tofu.formatting import format_bytes, human_share
 from tofu.reporting.report.chart import (
     BOTTOM,
     LEFT,
@@ -24,14 +24,14 @@ from tofu.reporting.report.compare_tables import cell_name, method_name, ratio_t
 Cell = Mapping[str, Any]
 
 WIDE = 880
-COLOURS = 8
+COLORS = 8
 ZOOM_POINTS = 5
 """How far below FedAvg the enlarged figure reaches, in points."""
 _CURVE_POINTS = 240
 _DODGE = 7.0
 _SHAPES = ("circle", "square", "diamond", "up", "down")
 
-SERIES_COLOURS = """
+SERIES_COLORS = """
 :root {
   --s0: #2a78d6; --s1: #d9602b; --s2: #12875a; --s3: #7b57b8;
   --s4: #c2317d; --s5: #8f6b12; --s6: #1190a6; --s7: #5d6470;
@@ -51,8 +51,8 @@ SERIES_COLOURS = """
 """
 SERIES_STYLE = "\n".join(
     [
-        *(f"svg .curve.s{n}, svg .error.s{n} {{ stroke: var(--s{n}); }}" for n in range(COLOURS)),
-        *(f"svg .mark.s{n} {{ fill: var(--s{n}); }}" for n in range(COLOURS)),
+        *(f"svg .curve.s{n}, svg .error.s{n} {{ stroke: var(--s{n}); }}" for n in range(COLORS)),
+        *(f"svg .mark.s{n} {{ fill: var(--s{n}); }}" for n in range(COLORS)),
         "svg .error { stroke-width: 1.5; fill: none; } svg .again { stroke-dasharray: 5 3; }",
         "svg .band { fill: var(--fedavg); fill-opacity: .16; } svg .page { fill: var(--card); }",
     ]
@@ -144,17 +144,17 @@ def accuracy_by_round(document: Mapping[str, Any], ratio: float) -> Drawing | No
 
 @dataclasses.dataclass(frozen=True)
 class _Style:
-    """How a compressor is drawn: colour and shape both tell it apart; past the colours lines are broken as well."""
+    """How a compressor is drawn: color and shape both tell it apart; past the colors lines are broken as well."""
 
     index: int
 
     @property
     def css(self) -> str:
-        return f"s{self.index % COLOURS}" + (" again" if self.index >= COLOURS else "")
+        return f"s{self.index % COLORS}" + (" again" if self.index >= COLORS else "")
 
     def mark(self, drawing: Drawing, x: float, y: float, tip: str = "") -> None:
         shape = _SHAPES[self.index % len(_SHAPES)]
-        css = f"mark s{self.index % COLOURS}"
+        css = f"mark s{self.index % COLORS}"
         if shape == "circle":
             drawing.add("circle", css, tip=tip, cx=x, cy=y, r=4.6)
         elif shape == "square":
@@ -187,7 +187,7 @@ def _legend(drawing: Drawing, entries: Sequence[tuple[_Style, str]], fedavg: str
 def _fedavg_key(reference: Cell) -> str:
     if not reference["final_accuracy"]:
         return ""
-    return f"FedAvg ({human_bytes(round(reference['uplink_bytes']['mean']))})"
+    return f"FedAvg ({format_bytes(round(reference['uplink_bytes']['mean']))})"
 
 
 def _level(drawing: Drawing, y: Axis, fedavg: Mapping[str, Any], right: float) -> None:
@@ -203,7 +203,7 @@ def _error_bar(drawing: Drawing, x: float, ends: Sequence[float], style: _Style,
     low, high = ends
     if low != high:
         path = f"M{x - 3.5:g} {low:g}h7M{x:g} {low:g}V{high:g}M{x - 3.5:g} {high:g}h7"
-        drawing.add("path", f"error s{style.index % COLOURS}", d=path, clip_path=clip)
+        drawing.add("path", f"error s{style.index % COLORS}", d=path, clip_path=clip)
 
 
 def _curve(drawing: Drawing, x: Axis, y: Axis, values: Sequence[float], css: str, clip: str) -> None:
@@ -247,7 +247,9 @@ def _share(spread: Mapping[str, Any]) -> str:
 
 
 def _tip(cell: Cell) -> str:
-    return f"{cell_name(cell)}: {_share(cell['final_accuracy'])} for {human_bytes(round(cell['uplink_bytes']['mean']))}"
+    return (
+        f"{cell_name(cell)}: {_share(cell['final_accuracy'])} for {format_bytes(round(cell['uplink_bytes']['mean']))}"
+    )
 
 
 def _alt(document: Mapping[str, Any], done: Sequence[Cell], zoom: bool) -> str:
@@ -258,4 +260,4 @@ def _alt(document: Mapping[str, Any], done: Sequence[Cell], zoom: bool) -> str:
 
 
 def _tick_bytes(value: float) -> str:
-    return human_bytes(round(value)).replace(".0 ", " ")
+    return format_bytes(round(value)).replace(".0 ", " ")

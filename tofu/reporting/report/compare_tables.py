@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tofu.formatting import human_bytes, human_factor, human_share, printable
+from tofu.formatting import format_bytes, human_factor, human_share, printable
 
 FEDAVG = "full"
 _NONE = "\N{EN DASH}"
@@ -50,7 +50,7 @@ def cell_table(document: Mapping[str, Any]) -> Table:
             method_name(cell["compressor"]),
             _accuracy(cell, len(document["seeds"])),
             _NONE if cell is reference else _plus_minus(cell["points_lost"]),
-            human_bytes(round(cell["uplink_bytes"]["mean"])) if cell["uplink_bytes"] else _NONE,
+            format_bytes(round(cell["uplink_bytes"]["mean"])) if cell["uplink_bytes"] else _NONE,
             human_factor(cell["uplink_ratio"]["mean"]) if cell["uplink_ratio"] and cell is not reference else _NONE,
             _payload_ratio(cell),
         ]
@@ -125,7 +125,7 @@ def _least(best: Mapping[str, Any] | None) -> str:
     if best is None:
         return _NONE
     at = f" at {ratio_text(best['ratio'])}" if best["ratio"] is not None else ""
-    return human_bytes(round(best["uplink_bytes"])) + at
+    return format_bytes(round(best["uplink_bytes"])) + at
 
 
 def _accuracy(cell: Mapping[str, Any], seeds: int) -> str:

@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from tofu.formatting import human_bytes, human_factor, human_share
+from tofu.formatting import format_bytes, human_factor, human_share
 from tofu.reporting.report.chart import (
     BOTTOM,
     KINDS,
@@ -62,8 +62,8 @@ def accuracy_by_bytes(run: RunFolder) -> str | None:
     if not ours:
         return None
     sent, _, accuracy = ours[-1]
-    alt = f"Test accuracy against uplink bytes: {human_share(accuracy)} after {human_bytes(sent)}."
-    alt += f" FedAvg sends {human_bytes(fedavg)} for the same rounds." if fedavg else ""
+    alt = f"Test accuracy against uplink bytes: {human_share(accuracy)} after {format_bytes(sent)}."
+    alt += f" FedAvg sends {format_bytes(fedavg)} for the same rounds." if fedavg else ""
     drawing = Drawing(alt)
     sizes = [size for size, _, _ in ours + theirs] + ([fedavg] if fedavg else [])
     # Room on both sides, so that no mark sits on the edge and one lone point still has an axis.
@@ -77,7 +77,7 @@ def accuracy_by_bytes(run: RunFolder) -> str | None:
         drawing.add("line", "curve c-fedavg", x1=x.at(fedavg), x2=x.at(fedavg), y1=TOP, y2=BOTTOM)
     drawing.curve([(x.at(size), y.at(share)) for size, _, share in ours], "c-run")
     for size, row, share in (ours[index] for index in thinned([row.kind for _, row, _ in ours], _MARKS)):
-        tip = f"{_round_text(row)}: {human_share(share, 2)} after {human_bytes(size)}"
+        tip = f"{_round_text(row)}: {human_share(share, 2)} after {format_bytes(size)}"
         drawing.mark(x.at(size), y.at(share), row.kind, tip, hollow=bool(row.abandoned))
     if run.saving and fedavg:
         _span(drawing, x.at(sent), x.at(fedavg), (y.at(accuracy), y.at(theirs[-1][2]) if theirs else TOP), run.saving)
@@ -120,7 +120,7 @@ def epsilon_by_round(run: RunFolder) -> str | None:
     rows = [(row, row.epsilon) for row in run.rounds if row.epsilon is not None and math.isfinite(row.epsilon)]
     if not rows:
         return None
-    budget = run.setting("privacy-budget")
+    budget = run.setting("max-epsilon")
     last, spent = rows[-1]
     alt = f"Epsilon spent by round: {epsilon_text(rows[0][1])} at round {rows[0][0].round}, "
     alt += f"{epsilon_text(spent)} at round {last.round}."
@@ -129,7 +129,7 @@ def epsilon_by_round(run: RunFolder) -> str | None:
     step = nice_step(highest)
     x, y = round_axis(run.rounds[-1].round), Axis(0, math.ceil(highest / step - 1e-9) * step, BOTTOM, TOP)
     drawing.frame(x, y, ("round", "epsilon spent"), x_text=_whole, y_text="{:.4g}".format)
-    drawing.legend(_keys([row for row, _ in rows], f"privacy-budget {budget:g}" if budget else ""))
+    drawing.legend(_keys([row for row, _ in rows], f"max-epsilon {budget:g}" if budget else ""))
     if budget:
         drawing.add("line", "curve c-fedavg", x1=LEFT, x2=RIGHT, y1=y.at(budget), y2=y.at(budget))
     kept = [rows[index] for index in thinned([row.kind for row, _ in rows], _POINTS)]
@@ -153,7 +153,7 @@ def bytes_by_kind(run: RunFolder) -> str | None:
         return None
     bars = []
     for entry in run.traffic:
-        note = f"{human_bytes(entry.bytes)}"
+        note = f"{format_bytes(entry.bytes)}"
         if entry.messages is not None and entry.payload_bytes is not None:
             plural = "" if entry.messages == 1 else "s"
             share = human_share(min(entry.payload_bytes / entry.bytes, 1))
@@ -164,7 +164,7 @@ def bytes_by_kind(run: RunFolder) -> str | None:
     if run.fedavg_uplink_bytes:
         size = run.fedavg_uplink_bytes
         uplinks = sum(entry.direction == "uplink" for entry in run.traffic)
-        bars.insert(uplinks, ("Uplink, had it been FedAvg", human_bytes(size), size, None, "fedavg"))
+        bars.insert(uplinks, ("Uplink, had it been FedAvg", format_bytes(size), size, None, "fedavg"))
     drawing = Drawing(
         "Bytes sent: " + "; ".join(f"{name}: {note}" for name, note, *_ in bars) + ".", 44 * len(bars) + 4
     )
@@ -213,7 +213,7 @@ def _whole(value: float) -> str:
 
 
 def _tick_bytes(value: float) -> str:
-    return human_bytes(round(value)).replace(".0 ", " ")
+    return format_bytes(round(value)).replace(".0 ", " ")
 
 
 def _end_labels(drawing: Drawing, ends: list[tuple[float, float, str, str]]) -> None:

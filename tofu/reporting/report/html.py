@@ -16,7 +16,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from tofu.errors import RunError
-from tofu.formatting import human_bytes, human_factor, human_seconds, human_share
+from tofu.formatting import format_bytes, human_factor, human_seconds, human_share
 from tofu.reporting.report import figures, images, plugin_metrics
 from tofu.reporting.report.chart import KINDS
 from tofu.reporting.report.rounds_table import Column, columns_of
@@ -25,8 +25,8 @@ from tofu.reporting.report.sections import failures_note, privacy_caption, secur
 from tofu.reporting.report.task_matrix import matrix_caption, task_matrix
 from tofu.reporting.report.template import PAGE, STYLE
 
-_MOST_ROWS = 500
-_MOST_CHARACTERS = 300
+_MAX_ROWS = 500
+_MAX_CHARACTERS = 300
 _TITLE = {
     "dataset": "{}",
     "model": "{}",
@@ -67,8 +67,8 @@ def write_report(run: Path) -> Path:
 
 def render(run: RunFolder, name: str) -> str:
     """The page of a run called `name` as HTML; every text from the run's files is escaped."""
-    rows, columns = run.rounds[-_MOST_ROWS:], columns_of(run)
-    abandoned = [row for row in run.secure if row.abandoned][-_MOST_ROWS:]
+    rows, columns = run.rounds[-_MAX_ROWS:], columns_of(run)
+    abandoned = [row for row in run.secure if row.abandoned][-_MAX_ROWS:]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     return environment.from_string(PAGE).render(
         style=Markup(STYLE),
@@ -92,7 +92,7 @@ def render(run: RunFolder, name: str) -> str:
         plugins_text=_plugins_text(run),
         failures=[
             {"round": failure.round, "client": _short(failure.client), "reason": _short(failure.reason)}
-            for failure in run.failures[-_MOST_ROWS:]
+            for failure in run.failures[-_MAX_ROWS:]
         ],
         failures_text=_failures_text(run),
         config=[
@@ -119,7 +119,7 @@ class _Sheet:
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= _MOST_CHARACTERS else f"{text[: _MOST_CHARACTERS - 1]}…"
+    return text if len(text) <= _MAX_CHARACTERS else f"{text[: _MAX_CHARACTERS - 1]}…"
 
 
 def _title(run: RunFolder, name: str) -> str:
@@ -146,11 +146,11 @@ def _lead(run: RunFolder) -> Markup:
         return Markup("No round has ended yet.")
     count = run.trained[-1].round
     text = Markup("<b>{}</b> test accuracy after {:,} {}, for <b>{}</b> of uplink").format(
-        human_share(run.final_accuracy), count, "round" if count == 1 else "rounds", human_bytes(run.uplink_bytes)
+        human_share(run.final_accuracy), count, "round" if count == 1 else "rounds", format_bytes(run.uplink_bytes)
     )
     if run.saving is None:
         return text + "."
-    fedavg = human_bytes(run.fedavg_uplink_bytes)
+    fedavg = format_bytes(run.fedavg_uplink_bytes)
     if run.saving >= 1:
         return text + Markup(": <b>{} less</b> than the {} FedAvg sends.").format(human_factor(run.saving), fedavg)
     return text + Markup(": {} more than the {} FedAvg sends.").format(human_factor(1 / run.saving), fedavg)
@@ -173,7 +173,7 @@ def _aside(run: RunFolder) -> str:
 
 
 def _facts(run: RunFolder) -> list[tuple[str, str]]:
-    facts = [("uplink", human_bytes(run.uplink_bytes)), ("downlink", human_bytes(run.downlink_bytes))]
+    facts = [("uplink", format_bytes(run.uplink_bytes)), ("downlink", format_bytes(run.downlink_bytes))]
     if run.both_ratio is not None and run.both_ratio > 2:  # below, the downlink is that of FedAvg
         facts.append(("both directions", f"{human_factor(max(run.both_ratio, 0.0))} less than FedAvg"))
     if run.payload_ratio is not None:
@@ -310,7 +310,7 @@ def _failures_text(run: RunFolder) -> str:
     count = len(run.failures)
     text = "One reply was" if count == 1 else f"{count:,} replies were"
     text += f" left out of a round. {failures_note(run)}"
-    return text if count <= _MOST_ROWS else f"{text} The last {_MOST_ROWS} are listed; all are in metrics.jsonl."
+    return text if count <= _MAX_ROWS else f"{text} The last {_MAX_ROWS} are listed; all are in metrics.jsonl."
 
 
 def _footer(run: RunFolder) -> str:

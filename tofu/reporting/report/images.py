@@ -19,7 +19,7 @@ def sheet(images: npt.NDArray[Any], columns: int = 4) -> str:
 
     At most the first `MOST` are drawn, and of images larger than 64 pixels only every second, third, ... pixel.
     Each is stretched to its own full range (over its channels together), real images and proxies alike: that shows as
-    much structure as there is. Three channels are colour, any other number is averaged to grey. Pixels are repeated,
+    much structure as there is. Three channels are color, any other number is averaged to grey. Pixels are repeated,
     never smoothed, and the gaps between images are transparent.
     """
     images = images[:MOST]
@@ -33,13 +33,13 @@ def sheet(images: npt.NDArray[Any], columns: int = 4) -> str:
     canvas = np.zeros((rows * tall - _GAP, columns * wide - _GAP, 4), dtype=np.uint8)
     for index, image in enumerate(images):
         top, left = index // columns * tall, index % columns * wide
-        pixels = np.repeat(np.repeat(_colours(image), scale, axis=0), scale, axis=1)
+        pixels = np.repeat(np.repeat(_colors(image), scale, axis=0), scale, axis=1)
         canvas[top : top + height * scale, left : left + width * scale, :3] = pixels
         canvas[top : top + height * scale, left : left + width * scale, 3] = 255
     return "data:image/png;base64," + base64.b64encode(_png(canvas)).decode("ascii")
 
 
-def _colours(image: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+def _colors(image: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     """An image [c, h, w] of any range as uint8 [h, w, 3]; a constant one is mid-grey."""
     values = np.nan_to_num(image.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     if len(values) != 3:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tofu.formatting import human_bytes, human_factor, human_seconds, human_share
+from tofu.formatting import format_bytes, human_factor, human_seconds, human_share
 from tofu.reporting.report.figures import epsilon_text
 from tofu.reporting.report.run_data import Round, RunFolder
 
@@ -93,14 +93,14 @@ _COLUMNS = (
         # With noise, clients do not say what they clipped: the zeros of such a run would be no measurement.
         lambda run: run.delta is None and any(row.clipped is not None for row in run.rounds),
     ),
-    Column("uplink", _trained(lambda row: human_bytes(row.uplink_bytes)), lambda run: human_bytes(run.uplink_bytes)),
+    Column("uplink", _trained(lambda row: format_bytes(row.uplink_bytes)), lambda run: format_bytes(run.uplink_bytes)),
     Column(
-        "downlink", _trained(lambda row: human_bytes(row.downlink_bytes)), lambda run: human_bytes(run.downlink_bytes)
+        "downlink", _trained(lambda row: format_bytes(row.downlink_bytes)), lambda run: format_bytes(run.downlink_bytes)
     ),
     Column(
         "FedAvg's uplink",
-        _trained(lambda row: human_bytes(row.fedavg_uplink_bytes)),
-        lambda run: human_bytes(run.fedavg_uplink_bytes),
+        _trained(lambda row: format_bytes(row.fedavg_uplink_bytes)),
+        lambda run: format_bytes(run.fedavg_uplink_bytes),
     ),
     Column(
         "less than FedAvg",

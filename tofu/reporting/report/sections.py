@@ -45,7 +45,7 @@ def privacy_caption(run: RunFolder) -> str:
         f"client that took part in all of them; delta is {run.delta or 0:g}. It covers the updates, not what clients "
         "show beside them: an error, or how long they took."
     )
-    if run.setting("privacy-budget"):
+    if run.setting("max-epsilon"):
         text += " The dashed line is the budget: no round that would pass it is begun."
     return text
 
@@ -82,7 +82,7 @@ def _others(run: RunFolder) -> list[str]:
 
 def _rests_on(run: RunFolder) -> str:
     rests = []
-    if colluding := run.setting("secure-colluding"):
+    if colluding := run.setting("secagg-collusion-fraction"):
         rests.append(f"at most {human_share(min(colluding, 1.0), 0)} of the clients being in league with the server")
     if run.config.get("secure-identities") == "":
         rests.append("a server that does not lie (there are no secure-identities)")

@@ -6,7 +6,7 @@ from tofu.formatting import human_share
 from tofu.reporting.report.chart import WIDTH, Drawing, share_axis, thinned
 from tofu.reporting.report.run_data import Round, RunFolder
 
-_MOST = 20
+_MAX = 20
 _LEFT, _TOP = 44, 46
 _PALEST, _DARKEST = 0.06, 0.5
 """Opacity of the one hue over the card, so that the ink of either mode stays legible on the darkest cell."""
@@ -16,7 +16,7 @@ _KEYS = 8
 def task_matrix(run: RunFolder) -> str | None:
     """A heat map: row i, column j is the accuracy on task j after task i; None for a run without tasks.
 
-    More than `_MOST` tasks are thinned evenly. Where all clients learn the tasks in one order, the cell of the task
+    More than `_MAX` tasks are thinned evenly. Where all clients learn the tasks in one order, the cell of the task
     that was just learnt is outlined.
     """
     rows = after_tasks(run)
@@ -24,8 +24,8 @@ def task_matrix(run: RunFolder) -> str | None:
     values = [value for _, row in rows for value in row.task_accuracies if value is not None]
     if count < 2 or not values:
         return None
-    drawn = [rows[index] for index in thinned([""] * len(rows), _MOST)]
-    columns = thinned([""] * count, _MOST)
+    drawn = [rows[index] for index in thinned([""] * len(rows), _MAX)]
+    columns = thinned([""] * count, _MAX)
     wide = (WIDTH - _LEFT) / len(columns)
     tall = min(max(0.6 * wide, 24.0), 44.0)
     scale = share_axis(values)
@@ -33,7 +33,7 @@ def task_matrix(run: RunFolder) -> str | None:
     task, row = rows[-1]
     ends = ", ".join(
         f"{human_share(share)} on task {number}"
-        for number, share in enumerate(row.task_accuracies[:_MOST])
+        for number, share in enumerate(row.task_accuracies[:_MAX])
         if share is not None
     )
     drawing = Drawing(f"Test accuracy of each task after each task. After task {task}: {ends}.", round(bottom) + 36)
@@ -89,7 +89,7 @@ def matrix_caption(run: RunFolder) -> str:
     if rows and planned and count and rows[-1][1].round * count < (rows[-1][0] + 1) * planned:
         text += f" Task {rows[-1][0]} has not been trained to its end."
     most = max((len(row.task_accuracies) for _, row in rows), default=0)
-    return text + (f" Of {most:,} tasks, {_MOST} are drawn." if most > _MOST else "")
+    return text + (f" Of {most:,} tasks, {_MAX} are drawn." if most > _MAX else "")
 
 
 def _key(drawing: Drawing, top: float, ends: tuple[str, str]) -> None:

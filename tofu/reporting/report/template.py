@@ -4,7 +4,7 @@ Nothing in it loads anything: no scripts, no fonts, no addresses but `data:`. Th
 browser as well, so that even a value that slipped through escaping could not fetch or run anything.
 """
 
-COLOURS = """
+COLORS = """
 :root {
   color-scheme: light dark;
   --page: #fbfaf8; --card: #ffffff; --ink: #1d1c1a; --soft: #63605a; --line: #e4e1db; --grid: #eeebe6;
@@ -139,7 +139,7 @@ _MEDIA_STYLE = """
 }
 """
 
-STYLE = COLOURS + _PAGE_STYLE + FIGURE_STYLE + _MEDIA_STYLE
+STYLE = COLORS + _PAGE_STYLE + FIGURE_STYLE + _MEDIA_STYLE
 
 PAGE_HEAD = """<!doctype html>
 <html lang="en">

@@ -1,8 +1,8 @@
-"""Compression to the utilised rank: what is left to send, what it costs in accuracy, and what it is worth to the codec.
+"""Compression to the utilized rank: what is left to send, what it costs in accuracy, and what it is worth to the codec.
 
 Two clients, federated averaging through `train_locally` with a step size that falls along half a cosine. In the last of
 these rounds the plugin `rank` measures; its sums are added and reduced as the server does it, once for each energy.
-The factorised network then has two rounds of fine-tuning; so has the whole one, as the control.
+The factorized network then has two rounds of fine-tuning; so has the whole one, as the control.
 
 Plain SVD: every measured layer cut to the same rank r = min(k_S, k_T) by the singular values of its weights alone.
 Codec: the explained variance of a client's next update, sent as proxies with a correction in the bytes that the whole
@@ -24,16 +24,16 @@ from torch import Tensor, nn
 
 from benchmarks.common import RESULTS, find_data, print_table, spread, versions
 from benchmarks.plugins.rank_picture import rank_picture
-from client.plugins.utilised_rank import UtilisedRank
+from client.plugins.utilized_rank import UtilizedRank
 from tofu.codec.compressor import Proxy
 from tofu.codec.proxies import ProxySettings
-from tofu.data import ImageShape, LabelledImages, open_data, to_float
+from tofu.data import ImageShape, LabeledImages, open_data, to_float
 from tofu.models import build_model
 from tofu.payload import HEADER_BYTES
-from tofu.plugins import NO_PLUGINS, About, Plugins, make_plugins
-from tofu.reference_model import Network
+from tofu.plugins import NO_PLUGINS, Plugins, RoundContext, make_plugins
+from tofu.reference_model import ReferenceModel
 from tofu.rng import derive_generator
-from tofu.training import LocalTraining, train_locally
+from tofu.training import LocalTrainingConfig, train_locally
 from tofu.weights import difference, explained_variance, layout_of, load_weights, weights_of
 
 CLIENTS = 2
@@ -55,10 +55,10 @@ class Case:
     lr: float = 0.03
     last_lr: float = 0.006
 
-    def how(self, round_: int) -> LocalTraining:
+    def how(self, round_: int) -> LocalTrainingConfig:
         progress = min(1.0, (round_ - 1) / max(1, self.rounds - 1))
         lr = self.last_lr + (self.lr - self.last_lr) * (1 + math.cos(math.pi * progress)) / 2
-        return LocalTraining(epochs=1, batch_size=64, lr=lr, momentum=0.9)
+        return LocalTrainingConfig(epochs=1, batch_size=64, lr=lr, momentum=0.9)
 
 
 DEEP = "benchmarks.plugins.networks:deep_cnn"
@@ -73,7 +73,7 @@ USUAL = ("mnist", "digits-vit", "cifar10")
 HUB = {"mnist": "ylecun/mnist", "cifar10": "uoft-cs/cifar10"}
 
 
-def one_round(model: nn.Module, clients: list[LabelledImages], how: LocalTraining, about: About,
+def one_round(model: nn.Module, clients: list[LabeledImages], how: LocalTrainingConfig, about: RoundContext,
               server: Plugins, options: str) -> dict[str, Tensor]:  # fmt: skip
     """A round of federated averaging in place, of a model that the server set up; the total of the clients' sums."""
     start, examples = weights_of(model), sum(map(len, clients))
@@ -94,7 +94,7 @@ def one_round(model: nn.Module, clients: list[LabelledImages], how: LocalTrainin
     return sums
 
 
-def accuracy(model: nn.Module, test: LabelledImages) -> float:
+def accuracy(model: nn.Module, test: LabeledImages) -> float:
     model.eval()
     with torch.no_grad():
         right = [
@@ -104,7 +104,7 @@ def accuracy(model: nn.Module, test: LabelledImages) -> float:
     return sum(right) / len(test)
 
 
-def by_svd(model: nn.Module, rank: UtilisedRank) -> nn.Module:
+def by_svd(model: nn.Module, rank: UtilizedRank) -> nn.Module:
     """A copy whose measured layers are cut to the same ranks by plain SVD."""
     cut = copy.deepcopy(model)
     for name, used in rank.ranks.items():
@@ -115,22 +115,28 @@ def by_svd(model: nn.Module, rank: UtilisedRank) -> nn.Module:
     return cut
 
 
-def codec(model: nn.Module, shape: ImageShape, data: LabelledImages, how: LocalTraining, room: float) -> dict[str, Any]:
+def codec(
+    model: nn.Module, shape: ImageShape, data: LabeledImages, how: LocalTrainingConfig, room: float
+) -> dict[str, Any]:
     """Explained variance of one client's next update in a payload of so many bytes, and the payload's real size."""
     base = weights_of(model)
     local = copy.deepcopy(model)
     train_locally(local, data, how, generator=torch.Generator().manual_seed(1))
     update = difference(weights_of(local), base)
-    network = Network(copy.deepcopy(model).eval(), shape)
-    ratio = network.layout.float32_bytes / room
+    network = ReferenceModel(copy.deepcopy(model).eval(), shape)
+    ratio = network.param_spec.float32_bytes / room
     if ratio <= 1:  # the cores fit as they are
-        return {"explained_variance": 1.0, "payload_bytes": network.layout.float32_bytes + HEADER_BYTES, "ratio": 1.0}
+        return {
+            "explained_variance": 1.0,
+            "payload_bytes": network.param_spec.float32_bytes + HEADER_BYTES,
+            "ratio": 1.0,
+        }
     compressor = Proxy(network, ratio=ratio, count=0, settings=ProxySettings(bits=4, warm_start=False), correction=0.4)
     compressed = compressor.compress(network, update, generator=torch.Generator().manual_seed(2))
     return {
         "explained_variance": explained_variance(update, compressed.decoded),
         "payload_bytes": HEADER_BYTES + len(compressed.body),
-        "ratio": network.layout.float32_bytes / (HEADER_BYTES + len(compressed.body)),
+        "ratio": network.param_spec.float32_bytes / (HEADER_BYTES + len(compressed.body)),
     }
 
 
@@ -146,7 +152,7 @@ def one_seed(case_name: str, seed: int, options: argparse.Namespace) -> tuple[li
     measuring = f"rank.after={rounds}"
     server = make_plugins("rank", measuring)
     for round_ in range(1, rounds + 1):
-        about = About(shape, round=round_, rounds=rounds + FINE_TUNING, seed=seed)
+        about = RoundContext(shape, round=round_, rounds=rounds + FINE_TUNING, seed=seed)
         server.setup(model, about)
         sums = one_round(model, clients, case.how(round_), about, server, measuring)
     base, whole = accuracy(model, test), layout_of(model)
@@ -156,7 +162,7 @@ def one_seed(case_name: str, seed: int, options: argparse.Namespace) -> tuple[li
 
     control = copy.deepcopy(model)
     for i in range(FINE_TUNING):
-        one_round(control, clients, tune, About(shape, round=rounds + 1 + i, seed=seed), NO_PLUGINS, "")
+        one_round(control, clients, tune, RoundContext(shape, round=rounds + 1 + i, seed=seed), NO_PLUGINS, "")
     rows = [common | {
         "what": "whole network", "parameters": whole.parameter_count, "parameters_share": 1.0,
         "float32_bytes": whole.float32_bytes, "accuracy_tuned": accuracy(control, test),
@@ -166,12 +172,12 @@ def one_seed(case_name: str, seed: int, options: argparse.Namespace) -> tuple[li
     for energy in ENERGIES:
         text = f"{measuring} rank.energy={energy}"
         server = make_plugins("rank", text)
-        server.setup(copy.deepcopy(model), About(shape, round=rounds, seed=seed))
+        server.setup(copy.deepcopy(model), RoundContext(shape, round=rounds, seed=seed))
         server.reduce(sums, sum(map(len, clients)))
         rank = server[0]
-        assert isinstance(rank, UtilisedRank)
-        small = server.setup(copy.deepcopy(model), About(shape, round=rounds + 1, seed=seed))
-        layout = layout_of(small)
+        assert isinstance(rank, UtilizedRank)
+        small = server.setup(copy.deepcopy(model), RoundContext(shape, round=rounds + 1, seed=seed))
+        param_spec = layout_of(small)
         svd_parameters = sum(
             min(r.columns * r.rows, min(r.inputs, r.outputs) * (r.columns + r.rows)) for r in rank.ranks.values()
         )
@@ -179,11 +185,11 @@ def one_seed(case_name: str, seed: int, options: argparse.Namespace) -> tuple[li
         row = common | {
             "what": f"energy {energy}",
             "energy": energy,
-            "utilisation": rank.broadcast["utilisation"],
+            "utilization": rank.broadcast["utilization"],
             "ranks": {name: [r.inputs, r.columns, r.outputs, r.rows] for name, r in rank.ranks.items()},
-            "parameters": layout.parameter_count,
-            "parameters_share": layout.parameter_count / whole.parameter_count,
-            "float32_bytes": layout.float32_bytes,
+            "parameters": param_spec.parameter_count,
+            "parameters_share": param_spec.parameter_count / whole.parameter_count,
+            "float32_bytes": param_spec.float32_bytes,
             "broadcast_bytes": len(server.broadcast_bytes(max_bytes=1 << 30)),
             "sums_bytes": sum(8 * value.numel() for value in sums.values()),
             "accuracy_projected": accuracy(small, test),
@@ -193,7 +199,7 @@ def one_seed(case_name: str, seed: int, options: argparse.Namespace) -> tuple[li
         if energy in TUNED:
             row["codec"] = codec(small, shape, clients[0], tune, room)
             for i in range(FINE_TUNING):
-                about = About(shape, round=rounds + 1 + i, seed=seed)
+                about = RoundContext(shape, round=rounds + 1 + i, seed=seed)
                 one_round(small, clients, tune, about, server, text)
             row["accuracy_tuned"] = accuracy(small, test)
         if energy == 0.99:
@@ -214,7 +220,7 @@ def summary(rows: list[dict[str, Any]]) -> None:
             own = [row for row in rows if row["case"] == case and row["what"] == what]
             codecs = [row["codec"]["explained_variance"] for row in own if "codec" in row]
             lines.append([
-                what, cell(own, "utilisation"), cell(own, "parameters_share", digits=1),
+                what, cell(own, "utilization"), cell(own, "parameters_share", digits=1),
                 cell(own, "accuracy_projected") or cell(own, "accuracy_before"), cell(own, "accuracy_svd"),
                 cell(own, "svd_parameters_share", digits=1), cell(own, "accuracy_tuned"),
                 spread(codecs, 3) if codecs else "",
@@ -229,12 +235,12 @@ def summary(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=list(USUAL))
-    parser.add_argument("--name", default="plugins-utilised-rank", help="of the results' JSON and pictures")
+    parser.add_argument("--name", default="plugins-utilized-rank", help="of the results' JSON and pictures")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0 on")
     parser.add_argument("--test-images", type=int, default=2000, help="at most so many")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    command = " ".join(["python -m benchmarks.plugins.utilised_rank", *sys.argv[1:]])
+    command = " ".join(["python -m benchmarks.plugins.utilized_rank", *sys.argv[1:]])
     settings = {
         "clients": CLIENTS,
         "fine_tuning_rounds": FINE_TUNING,

@@ -1,8 +1,8 @@
-"""Compression to the utilised rank: every layer is projected onto the subspaces that it reads and writes.
+"""Compression to the utilized rank: every layer is projected onto the subspaces that it reads and writes.
 
 Garg, Koguchi, Verma, Ulbricht, "Revealing the Utilized Rank of Subspaces of Learning in Neural Networks", arXiv
 2407.04797. With S the subspace in which a layer's inputs lie (the leading eigenvectors V_S of sum x x^T) and T that of
-its outputs before the bias, W' = P_T W P_S does what W does: its rank is at most r = min(k_S, k_T), the utilised rank.
+its outputs before the bias, W' = P_T W P_S does what W does: its rank is at most r = min(k_S, k_T), the utilized rank.
 
 Convolutions are matrices of patches (im2col), attention's projections matrices like any other. In one round clients
 measure both sums at the weights with which it began, so the totals are those of the pooled images and the server finds
@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from client.plugins.layers import Site, matrix, rows_per_image, show, sites
-from client.plugins.round_start import holding, some_of
-from tofu.data import LabelledImages
-from tofu.plugins import About, Conditions, Export, Plugin, PluginState, SumSpec, option
+from client.plugins.round_start import at_weights, subsample
+from tofu.data import LabeledImages
+from tofu.plugins import Export, Plugin, PluginState, RoundContext, RunRequirements, SumSpec, option
 from tofu.weights import Weights, weights_of
 
 
@@ -64,20 +64,20 @@ class LayerRank:
     rows: int
 
     @property
-    def utilisation(self) -> float:
+    def utilization(self) -> float:
         """r / (the largest rank that the layer could have)."""
         return min(self.inputs, self.outputs) / min(self.columns, self.rows)
 
 
 @dataclass
-class UtilisedRank(Plugin):
-    """In round `after` clients measure; from the next one on the network is factorised, and rounds fine-tune its cores.
+class UtilizedRank(Plugin):
+    """In round `after` clients measure; from the next one on the network is factorized, and rounds fine-tune its cores.
 
         plugins = make_plugins("rank", "rank.energy=0.99")
-        plugins.setup(model, About(data.shape))
+        plugins.setup(model, RoundContext(data.shape))
         train_locally(model, data, how, generator=generator, plugins=plugins)
         plugins.reduce(plugins.export(model).sums, len(data))
-        plugins.setup(model, About(data.shape, round=2))  # the weights are projected, and have other names and shapes
+        plugins.setup(model, RoundContext(data.shape, round=2))  # the weights are projected, and have other names and shapes
 
     `ranks` tells what each layer uses; `merged` makes a plain network again.
     """
@@ -87,26 +87,26 @@ class UtilisedRank(Plugin):
     energy: float = option(0.998, "share of the inputs' and outputs' energy that the subspaces hold", above=0, most=1)
     after: int = option(1, "the round in which clients measure", least=1, most=100_000)
     first_layer: str = option("skip", "skip it, or gram: measure raw images too", choices=("skip", "gram"))
-    factorise: bool = option(True, "train the cores from then on; false only measures")
+    factorize: bool = option(True, "train the cores from then on; false only measures")
     images: int = option(500, "most images of a client that are measured", least=1, most=1_000_000)
     longest: float = option(0.0, "scale rows of a larger norm to it, which bounds the sums; 0 leaves them", least=0)
 
-    _about: About | None = field(default=None, init=False, repr=False)
+    _about: RoundContext | None = field(default=None, init=False, repr=False)
     _start: Weights = field(default_factory=dict, init=False, repr=False)
     _sums: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
-    def refusal(self, run: Conditions) -> str:
+    def incompatibility(self, run: RunRequirements) -> str:
         if run.secure and not self.longest:
             return "rank.longest above 0: secure aggregation needs bounded sums"
-        return super().refusal(run)
+        return super().incompatibility(run)
 
-    def setup(self, model: nn.Module, about: About) -> nn.Module:
+    def setup(self, model: nn.Module, about: RoundContext) -> nn.Module:
         self._about = about
-        if self.factorise:
+        if self.factorize:
             for name in self.ranks:
                 inputs, outputs = (self.broadcast.get(f"{name}/{side}") for side in ("inputs", "outputs"))
                 if isinstance(inputs, Tensor) and isinstance(outputs, Tensor):
-                    _factorise(model, name, inputs, outputs)
+                    _factorize(model, name, inputs, outputs)
         return model
 
     def declare_sums(self, model: nn.Module) -> Mapping[str, SumSpec]:
@@ -127,27 +127,27 @@ class UtilisedRank(Plugin):
             self._start = weights_of(model)
         return loss
 
-    def on_task_end(self, model: nn.Module, data: LabelledImages, final: bool) -> None:
+    def on_task_end(self, model: nn.Module, data: LabeledImages, final: bool) -> None:
         if self._measures:
-            with holding(model, self._start):
-                self._sums = grams(model, some_of(data, self.images), self._sites(model), self.longest)
+            with at_weights(model, self._start):
+                self._sums = grams(model, subsample(data, self.images), self._sites(model), self.longest)
 
     def export(self) -> Export:
-        used = self.broadcast.get("utilisation")
-        return Export(self._sums, {"utilisation": used} if isinstance(used, float) else {})
+        used = self.broadcast.get("utilization")
+        return Export(self._sums, {"utilization": used} if isinstance(used, float) else {})
 
     def reduce(self, sums: Mapping[str, Tensor], examples: int, broadcast: PluginState) -> PluginState:
-        """The bases of the layers that have a smaller core, the ranks of all, and their mean utilisation."""
+        """The bases of the layers that have a smaller core, the ranks of all, and their mean utilization."""
         found: PluginState = {}
-        utilisation = []
+        utilization = []
         for name in dict.fromkeys(key.rpartition("/")[0] for key in sums):
             inputs, outputs = (leading(sums[f"{name}/{side}"], self.energy) for side in ("inputs", "outputs"))
             rank = LayerRank(inputs.shape[1], inputs.shape[0], outputs.shape[1], outputs.shape[0])
-            utilisation.append(rank.utilisation)
+            utilization.append(rank.utilization)
             found[f"{name}/ranks"] = torch.tensor([rank.inputs, rank.columns, rank.outputs, rank.rows])
             if rank.inputs * rank.outputs < rank.columns * rank.rows:
                 found |= {f"{name}/inputs": inputs.float(), f"{name}/outputs": outputs.float()}
-        return found | {"utilisation": sum(utilisation) / len(utilisation)}
+        return found | {"utilization": sum(utilization) / len(utilization)}
 
     @property
     def ranks(self) -> dict[str, LayerRank]:
@@ -206,7 +206,7 @@ def leading(gram: Tensor, energy: float) -> Tensor:
 
 
 def merged(model: nn.Module) -> nn.Module:
-    """The model, with plain weights again where it was factorised (in place)."""
+    """The model, with plain weights again where it was factorized (in place)."""
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
             for name, chain in list(module.parametrizations.items()):  # type: ignore[union-attr, operator]
@@ -215,7 +215,7 @@ def merged(model: nn.Module) -> nn.Module:
     return model
 
 
-def _factorise(model: nn.Module, name: str, inputs: Tensor, outputs: Tensor) -> None:
+def _factorize(model: nn.Module, name: str, inputs: Tensor, outputs: Tensor) -> None:
     parent, _, weight = name.rpartition(".")
     module = model.get_submodule(parent)
     if not parametrize.is_parametrized(module, weight):

@@ -11,39 +11,39 @@ from torch import Tensor, nn
 
 from benchmarks.plugins.rank_picture import rank_picture
 from client.plugins.layers import sites
-from client.plugins.utilised_rank import Core, LayerRank, UtilisedRank, grams, leading, merged
+from client.plugins.utilized_rank import Core, LayerRank, UtilizedRank, grams, leading, merged
 from tofu.codec.compressor import Proxy
 from tofu.codec.proxies import ProxySettings
-from tofu.data import LabelledImages, open_data, to_float
+from tofu.data import LabeledImages, open_data, to_float
 from tofu.errors import RunError
 from tofu.models import build_model
-from tofu.plugins import About, Conditions, Plugins, make_plugins
-from tofu.reference_model import Network
-from tofu.training import LocalTraining, train_locally
+from tofu.plugins import Plugins, RoundContext, RunRequirements, make_plugins
+from tofu.reference_model import ReferenceModel
+from tofu.training import LocalTrainingConfig, train_locally
 from tofu.weights import difference, explained_variance, fingerprint, layout_of, load_weights, weights_of
 
 MB = 1 << 28
-HOW = LocalTraining(epochs=3, batch_size=32, lr=0.02, momentum=0.9)
+HOW = LocalTrainingConfig(epochs=3, batch_size=32, lr=0.02, momentum=0.9)
 
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def only(options: str = "") -> tuple[Plugins, UtilisedRank]:
+def only(options: str = "") -> tuple[Plugins, UtilizedRank]:
     plugins = make_plugins("rank", options)
     rank = plugins[0]
-    assert isinstance(rank, UtilisedRank)
+    assert isinstance(rank, UtilizedRank)
     return plugins, rank
 
 
-def measured(model: nn.Module, parts: list[LabelledImages], options: str) -> tuple[Plugins, UtilisedRank]:
+def measured(model: nn.Module, parts: list[LabeledImages], options: str) -> tuple[Plugins, UtilizedRank]:
     """The server's plugins after the first round, in which clients trained copies of the model on their parts."""
-    about, totals = About(parts[0].shape), {}
+    about, totals = RoundContext(parts[0].shape), {}
     for part in parts:
         plugins, _ = only(options)
         local = plugins.setup(copy.deepcopy(model), about)
-        train_locally(local, part, LocalTraining(1, 32, 0.01), generator=generator(), plugins=plugins)
+        train_locally(local, part, LocalTrainingConfig(1, 32, 0.01), generator=generator(), plugins=plugins)
         totals = {name: totals.get(name, 0) + value for name, value in plugins.export(local).sums.items()}
     server, rank = only(options)
     server.setup(model, about)
@@ -53,24 +53,24 @@ def measured(model: nn.Module, parts: list[LabelledImages], options: str) -> tup
 
 
 @pytest.fixture(scope="module")
-def halves(digits: LabelledImages) -> list[LabelledImages]:
+def halves(digits: LabeledImages) -> list[LabeledImages]:
     return [digits.subset(torch.arange(i, len(digits), 2)) for i in range(2)]
 
 
 @pytest.fixture(scope="module")
-def trained(digits: LabelledImages) -> nn.Module:
+def trained(digits: LabeledImages) -> nn.Module:
     """The small cnn, trained on the digits."""
     model = build_model("cnn", digits.shape, seed=0)
     train_locally(model, digits, HOW, generator=generator())
     return model
 
 
-def accuracy(model: nn.Module, data: LabelledImages) -> float:
+def accuracy(model: nn.Module, data: LabeledImages) -> float:
     with torch.no_grad():
         return float((model.eval()(to_float(data.images)).argmax(1) == data.labels).float().mean())
 
 
-def projected(model: nn.Module, rank: UtilisedRank) -> nn.Module:
+def projected(model: nn.Module, rank: UtilizedRank) -> nn.Module:
     """A copy with P_T W P_S written out, layer by layer: the oracle."""
     copied = copy.deepcopy(model)
     for name in rank.ranks:
@@ -109,7 +109,7 @@ def test_the_leading_subspace_is_that_of_the_rows(dimension: int, seed: int) -> 
         assert float((rows @ few[:, :-1]).square().sum() / rows.square().sum()) < 0.7
 
 
-def test_clients_sums_are_those_of_the_pooled_images(trained: nn.Module, halves: list[LabelledImages]) -> None:
+def test_clients_sums_are_those_of_the_pooled_images(trained: nn.Module, halves: list[LabeledImages]) -> None:
     """At the round's weights, however each client then trained; so the server has exactly the pooled subspaces."""
     images = torch.cat([half.images for half in halves])
     own = sites(trained)[1:]
@@ -124,7 +124,7 @@ def test_clients_sums_are_those_of_the_pooled_images(trained: nn.Module, halves:
             assert torch.allclose(found @ found.T, basis @ basis.T, atol=1e-4)
 
 
-def test_output_sums_are_of_the_outputs_before_the_bias(trained: nn.Module, digits: LabelledImages) -> None:
+def test_output_sums_are_of_the_outputs_before_the_bias(trained: nn.Module, digits: LabeledImages) -> None:
     model, images = copy.deepcopy(trained).eval(), digits.images[:40]
     sums = grams(model, images, sites(model), 0.0)
     with torch.no_grad():
@@ -136,26 +136,28 @@ def test_output_sums_are_of_the_outputs_before_the_bias(trained: nn.Module, digi
     assert torch.allclose(sums["conv1.weight/outputs"], out @ out.T, rtol=1e-4, atol=1e-2)
 
 
-def test_factorised_layers_compute_the_projected_weights(trained: nn.Module, halves: list[LabelledImages]) -> None:
+def test_factorized_layers_compute_the_projected_weights(trained: nn.Module, halves: list[LabeledImages]) -> None:
     server, rank = measured(trained, halves, "rank.energy=0.99")
     oracle = projected(trained, rank)
-    model = server.setup(copy.deepcopy(trained), About(halves[0].shape, round=2))
+    model = server.setup(copy.deepcopy(trained), RoundContext(halves[0].shape, round=2))
     x = to_float(halves[0].images[:20])
     with torch.no_grad():
         expected = oracle.eval()(x)
         assert torch.allclose(model.eval()(x), expected, atol=1e-4)
-    layout, whole = layout_of(model), layout_of(trained)
+    param_spec, whole = layout_of(model), layout_of(trained)
     cores = sum(r.inputs * r.outputs for r in rank.ranks.values())
     plain = sum(r.columns * r.rows for r in rank.ranks.values())
-    assert layout.parameter_count == whole.parameter_count - plain + cores < whole.parameter_count / 2
-    assert layout.float32_bytes == 4 * layout.parameter_count  # the bases are no buffers that travel
+    assert param_spec.parameter_count == whole.parameter_count - plain + cores < whole.parameter_count / 2
+    assert param_spec.float32_bytes == 4 * param_spec.parameter_count  # the bases are no buffers that travel
     # Another client builds the same from its own fresh weights, the broadcast's bytes and the server's cores.
     client, _ = only("rank.energy=0.99")
     client.load(broadcast=server.broadcast_bytes(max_bytes=MB), max_bytes=MB)
-    local = client.setup(build_model("cnn", halves[0].shape, seed=5), About(halves[0].shape, round=2, client="1"))
+    local = client.setup(
+        build_model("cnn", halves[0].shape, seed=5), RoundContext(halves[0].shape, round=2, client="1")
+    )
     load_weights(local, weights_of(model))
     assert fingerprint(weights_of(local)) == fingerprint(weights_of(model))
-    assert client.setup(local, About(halves[0].shape, round=3)) is local
+    assert client.setup(local, RoundContext(halves[0].shape, round=3)) is local
     assert client.declare_sums(local) == {}
     with torch.no_grad():
         assert torch.equal(local.eval()(x), model(x))
@@ -164,38 +166,38 @@ def test_factorised_layers_compute_the_projected_weights(trained: nn.Module, hal
 
 
 def test_half_the_parameters_lose_no_accuracy_after_fine_tuning(
-    trained: nn.Module, halves: list[LabelledImages]
+    trained: nn.Module, halves: list[LabeledImages]
 ) -> None:
     """A round of two clients on the cores, averaged."""
     test = open_data("digits", clients=1, partition="iid", seed=0).test()
     server, rank = measured(trained, halves, "rank.energy=0.99")
-    about = About(halves[0].shape, round=2)
+    about = RoundContext(halves[0].shape, round=2)
     model = server.setup(copy.deepcopy(trained), about)
     locals_: list[Mapping[str, Tensor]] = []
     for half in halves:
         client, _ = only("rank.energy=0.99")
         client.load(broadcast=server.broadcast_bytes(max_bytes=MB), max_bytes=MB)
         local = client.setup(copy.deepcopy(model), about)
-        train_locally(local, half, LocalTraining(1, 32, 0.01, 0.9), generator=generator(), plugins=client)
-        assert client.export(local).metrics == {"rank/utilisation": rank.broadcast["utilisation"]}
+        train_locally(local, half, LocalTrainingConfig(1, 32, 0.01, 0.9), generator=generator(), plugins=client)
+        assert client.export(local).metrics == {"rank/utilization": rank.broadcast["utilization"]}
         locals_.append(weights_of(local))
     load_weights(model, {name: (value + locals_[1][name]) / 2 for name, value in locals_[0].items()})
     assert layout_of(model).parameter_count < layout_of(trained).parameter_count / 2
-    used = rank.broadcast["utilisation"]
+    used = rank.broadcast["utilization"]
     assert isinstance(used, float)
     assert 0 < used < 0.75
     assert accuracy(model, test) >= accuracy(trained, test) - 0.004  # one of 270 images
 
 
-def test_the_codec_encodes_cores(trained: nn.Module, halves: list[LabelledImages]) -> None:
+def test_the_codec_encodes_cores(trained: nn.Module, halves: list[LabeledImages]) -> None:
     server, _ = measured(trained, halves, "rank.energy=0.99")
-    model = server.setup(copy.deepcopy(trained), About(halves[0].shape, round=2))
+    model = server.setup(copy.deepcopy(trained), RoundContext(halves[0].shape, round=2))
     base = weights_of(model)
-    train_locally(model, halves[0], LocalTraining(1, 32, 0.01), generator=generator())
+    train_locally(model, halves[0], LocalTrainingConfig(1, 32, 0.01), generator=generator())
     update = difference(weights_of(model), base)
     load_weights(model, base)
-    network = Network(model.eval(), halves[0].shape)
-    codec = Proxy(network, ratio=20, count=0, settings=ProxySettings(evaluations=20, bits=4), correction=0.4)
+    network = ReferenceModel(model.eval(), halves[0].shape)
+    codec = Proxy(network, ratio=20, count=0, settings=ProxySettings(max_evals=20, bits=4), correction=0.4)
     compressed = codec.compress(network, update, generator=generator())
     decoded = codec.decompress(network, compressed.body)
     assert all(torch.equal(decoded[name], value) for name, value in compressed.decoded.items())
@@ -221,7 +223,7 @@ class Strided(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["vit_tiny", "lenet5", "strided"])
-def test_other_networks(name: str, digits: LabelledImages) -> None:
+def test_other_networks(name: str, digits: LabeledImages) -> None:
     """Attention's two projections, and convolutions with strides and without a bias; train and eval mode alike."""
     data = digits.subset(torch.arange(64))
     torch.manual_seed(0)
@@ -234,49 +236,49 @@ def test_other_networks(name: str, digits: LabelledImages) -> None:
     if name == "strided":
         assert list(rank.ranks) == ["conv.weight", "twice.weight", "head.weight"]
     oracle = projected(model, rank)
-    factored = server.setup(copy.deepcopy(model), About(data.shape, round=2))
+    factored = server.setup(copy.deepcopy(model), RoundContext(data.shape, round=2))
     assert layout_of(factored).parameter_count < 0.6 * layout_of(model).parameter_count
     x = to_float(data.images[:4])
     with torch.no_grad():
         assert torch.allclose(factored.eval()(x), oracle.eval()(x), atol=1e-3, rtol=1e-3)
     assert torch.allclose(factored(x), oracle(x), atol=1e-3, rtol=1e-3)
     before = weights_of(factored)
-    train_locally(factored, data, LocalTraining(1, 32, 0.01), generator=generator(), plugins=server)
+    train_locally(factored, data, LocalTrainingConfig(1, 32, 0.01), generator=generator(), plugins=server)
     assert all(bool(value.any()) for value in difference(weights_of(factored), before).values())
 
 
-def test_the_first_layer_is_left_out_unless_asked_for(trained: nn.Module, digits: LabelledImages) -> None:
+def test_the_first_layer_is_left_out_unless_asked_for(trained: nn.Module, digits: LabeledImages) -> None:
     for options, first in (("", "conv2.weight"), ("rank.first-layer=gram", "conv1.weight")):
         plugins, _ = only(options)
-        plugins.setup(trained, About(digits.shape))
+        plugins.setup(trained, RoundContext(digits.shape))
         assert next(iter(plugins.declare_sums(trained))) == f"rank/{first}/inputs"
 
 
-def test_only_the_chosen_round_measures(trained: nn.Module, digits: LabelledImages) -> None:
+def test_only_the_chosen_round_measures(trained: nn.Module, digits: LabeledImages) -> None:
     for round_, exports in ((1, False), (2, True), (3, False)):
         plugins, _ = only("rank.after=2")
-        model = plugins.setup(copy.deepcopy(trained), About(digits.shape, round=round_))
+        model = plugins.setup(copy.deepcopy(trained), RoundContext(digits.shape, round=round_))
         data = digits.subset(torch.arange(40))
-        train_locally(model, data, LocalTraining(1, 20, 0.01), generator=generator(), plugins=plugins)
+        train_locally(model, data, LocalTrainingConfig(1, 20, 0.01), generator=generator(), plugins=plugins)
         assert bool(plugins.export(model).sums) is exports
         assert bool(plugins.declare_sums(model)) is exports
 
 
-def test_measuring_only_leaves_the_network_alone(trained: nn.Module, halves: list[LabelledImages]) -> None:
-    server, rank = measured(trained, halves, "rank.factorise=false")
-    model = server.setup(copy.deepcopy(trained), About(halves[0].shape, round=2))
+def test_measuring_only_leaves_the_network_alone(trained: nn.Module, halves: list[LabeledImages]) -> None:
+    server, rank = measured(trained, halves, "rank.factorize=false")
+    model = server.setup(copy.deepcopy(trained), RoundContext(halves[0].shape, round=2))
     assert layout_of(model) == layout_of(trained)
     assert rank.ranks
 
 
-def test_rows_are_shortened_to_bound_the_sums(trained: nn.Module, digits: LabelledImages) -> None:
+def test_rows_are_shortened_to_bound_the_sums(trained: nn.Module, digits: LabeledImages) -> None:
     data = digits.subset(torch.arange(40))
     _, rank = only()
-    assert "rank.longest above 0" in rank.refusal(Conditions(secure=True))
+    assert "rank.longest above 0" in rank.incompatibility(RunRequirements(secure=True))
     plugins, rank = only("rank.longest=0.5 rank.images=10")
-    assert rank.refusal(Conditions(secure=True)) == ""
-    model = plugins.setup(copy.deepcopy(trained), About(digits.shape))
-    train_locally(model, data, LocalTraining(1, 20, 0.01), generator=generator(), plugins=plugins)
+    assert rank.incompatibility(RunRequirements(secure=True)) == ""
+    model = plugins.setup(copy.deepcopy(trained), RoundContext(digits.shape))
+    train_locally(model, data, LocalTrainingConfig(1, 20, 0.01), generator=generator(), plugins=plugins)
     declared, sums = plugins.declare_sums(model), plugins.export(model).sums
     for name, value in sums.items():
         assert 0 < float(value.abs().max()) <= declared[name].bound < float("inf")
@@ -296,20 +298,20 @@ def test_the_picture_has_a_pair_of_bars_for_every_layer() -> None:
     assert [widths[i + 1] / widths[i] for i in (0, 2, 4, 6)] == pytest.approx(
         [28 / 288, 11 / 64, 9 / 128, 1], abs=0.001
     )
-    assert abs(ranks["conv2.weight"].utilisation - 11 / 64) < 1e-12
+    assert abs(ranks["conv2.weight"].utilization - 11 / 64) < 1e-12
 
 
-def test_it_goes_with_the_wider_head_of_ood(digits: LabelledImages) -> None:
-    data, about = digits.subset(torch.arange(200)), About(digits.shape)
+def test_it_goes_with_the_wider_head_of_ood(digits: LabeledImages) -> None:
+    data, about = digits.subset(torch.arange(200)), RoundContext(digits.shape)
     plugins = make_plugins("ood,rank", "rank.energy=0.99")
     model = plugins.setup(build_model("mlp", data.shape, seed=0), about)
-    train_locally(model, data, LocalTraining(2, 32, 0.05), generator=generator(), plugins=plugins)
+    train_locally(model, data, LocalTrainingConfig(2, 32, 0.05), generator=generator(), plugins=plugins)
     plugins.reduce(plugins.export(model).sums, len(data))
     later = make_plugins("ood,rank", "rank.energy=0.99")
     later.load(broadcast=plugins.broadcast_bytes(max_bytes=MB), max_bytes=MB)
-    small = later.setup(model, About(digits.shape, round=2))
+    small = later.setup(model, RoundContext(digits.shape, round=2))
     assert layout_of(small).parameters["fc3.parametrizations.weight.original"][0] <= 11
-    train_locally(small, data, LocalTraining(1, 32, 0.05), generator=generator(), plugins=later)
+    train_locally(small, data, LocalTrainingConfig(1, 32, 0.05), generator=generator(), plugins=later)
     assert later.export(small).sums.keys() == {"ood/histogram"}
     with torch.no_grad():
         found = later.predict(small.eval(), to_float(data.images))
