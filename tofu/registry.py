@@ -1,0 +1,111 @@
+"""Named entries that users extend: a decorator registers a class, and `package.module:Class` selects any other one.
+
+A registry knows its built-in names without importing the modules that define them: it reads their source files for
+`@NAME.register("...")`. So the names can be listed before torch is loaded, and adding an entry touches one file.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import re
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from tofu.errors import SettingError
+
+_DECORATOR = re.compile(r"^@[\w.]*\.register\(\s*[\"']([^\"']+)[\"']", re.MULTILINE)
+
+T = TypeVar("T")
+E = TypeVar("E")
+
+
+class Registry(Generic[T]):
+    """Entries of type T (a class such as `type[Compressor]`, or another callable) by name.
+
+    Args:
+        setting: the setting that selects an entry; errors name it.
+        base: the class that every entry must subclass, itself or as "module:Class"; None accepts any callable.
+        sources: packages (their modules, without subpackages) and modules that register the built-in entries.
+    """
+
+    def __init__(self, setting: str, base: type | str | None, *sources: str) -> None:
+        self._setting, self._base, self._sources = setting, base, sources
+        self._entries: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[E], E]:
+        """A decorator that registers a class or a callable; it sets the `name` of a class.
+
+        Raises:
+            ValueError: another entry has that name.
+        """
+
+        def decorate(entry: E) -> E:
+            if name in self._entries:
+                raise ValueError(f"{self._setting} {name!r} is registered twice")
+            self._entries[name] = self._checked(name, entry)
+            if inspect.isclass(entry):
+                entry.name = name  # type: ignore[attr-defined]
+            return entry
+
+        return decorate
+
+    def names(self) -> tuple[str, ...]:
+        """The built-in names by file, then what was registered elsewhere."""
+        return tuple(dict.fromkeys((*self._modules, *self._entries)))
+
+    def get(self, name: str) -> T:
+        """The entry with a registered name, or the object at `package.module:attribute`.
+
+        Raises:
+            SettingError: the name is unknown, the module cannot be imported, or the base class is another one.
+        """
+        if name not in self._entries and name in self._modules:
+            importlib.import_module(self._modules[name])
+        if name in self._entries:
+            return self._entries[name]
+        module, colon, attribute = name.partition(":")
+        if not (module and colon and attribute):
+            raise SettingError(self._setting, name, f"one of {', '.join(self.names())}, or package.module:Class")
+        try:
+            entry = getattr(importlib.import_module(module), attribute)
+        except Exception as error:  # the user's own module may raise anything
+            expected = f"a package.module:Class that can be imported ({type(error).__name__}: {error})"
+            raise SettingError(self._setting, name, expected) from error
+        return self._checked(name, entry)
+
+    @cached_property
+    def _modules(self) -> dict[str, str]:
+        """Built-in name -> the module that registers it."""
+        found = {}
+        for module, path in (pair for source in self._sources for pair in _files(source)):
+            found.update(dict.fromkeys(_DECORATOR.findall(path.read_text(encoding="utf-8")), module))
+        return found
+
+    def _checked(self, name: str, entry: Any) -> T:
+        base = self._base
+        if isinstance(base, str):
+            module, _, attribute = base.partition(":")
+            base = getattr(importlib.import_module(module), attribute)
+        if base is None:
+            if not callable(entry):
+                raise SettingError(self._setting, name, "a class or another callable")
+        elif not (inspect.isclass(entry) and issubclass(entry, base)):
+            raise SettingError(self._setting, name, f"a subclass of {base.__module__}.{base.__name__}")
+        result: T = entry
+        return result
+
+
+def _files(source: str) -> list[tuple[str, Path]]:
+    """Modules of a package in alphabetical order, or one module, each with its file; none if it is not installed."""
+    try:
+        spec = importlib.util.find_spec(source)
+    except ModuleNotFoundError:
+        return []
+    if spec is None or spec.origin is None:
+        return []
+    if spec.submodule_search_locations is None:
+        return [(source, Path(spec.origin))]
+    paths = sorted(path for folder in spec.submodule_search_locations for path in Path(folder).glob("*.py"))
+    return [(source if path.stem == "__init__" else f"{source}.{path.stem}", path) for path in paths]
