@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tofu.bytes_io import ByteReader
 from tofu.errors import PayloadError
 from tofu.weights import FINGERPRINT_BYTES, ParamSpec, Weights
 
@@ -64,11 +65,8 @@ def read_payload(data: object, *, codec: int, round_: int, fingerprint: bytes | 
     Raises:
         PayloadError: one line that names the field, its value and what was expected.
     """
-    if not isinstance(data, bytes):
-        raise PayloadError(f"payload is {type(data).__name__}, expected bytes")
-    if not HEADER_BYTES <= len(data) <= max_bytes:
-        raise PayloadError(f"payload has {len(data)} bytes, expected {HEADER_BYTES} to {max_bytes}")
-    magic, version, codec_, number, base, checksum = _HEADER.unpack_from(data)
+    reader = ByteReader(data, "payload", min_bytes=HEADER_BYTES, max_bytes=max_bytes)
+    magic, version, codec_, number, base, checksum = reader.unpack(_HEADER)
     if magic != MAGIC:
         raise PayloadError(f"payload starts with {magic!r}, expected {MAGIC!r}")
     if version != VERSION:
@@ -79,7 +77,7 @@ def read_payload(data: object, *, codec: int, round_: int, fingerprint: bytes | 
         raise PayloadError(f"payload belongs to round {number}, expected {round_}")
     if fingerprint is not None and base != fingerprint:
         raise PayloadError(f"payload is relative to weights {base.hex()}, expected {fingerprint.hex()}")
-    body = data[HEADER_BYTES:]
+    body = reader.rest()
     if zlib.crc32(body) != checksum:
         raise PayloadError("payload's checksum does not match its body: it was damaged on the way")
     return Payload(codec_, number, base, body)

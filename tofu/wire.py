@@ -1,7 +1,7 @@
-"""What the server and a client say to each other, as bytes: one value in one record of a Flower message.
+"""The messages between server and client as bytes: one bytes value in one record of a Flower message.
 
-Flower spends hundreds of bytes on every further record or array of a message, as much as a whole payload of ours, so a
-message is one bytes value: a small fixed head, then the payload (`tofu.payload`).
+Every further record or array of a Flower message costs hundreds of bytes, as much as a compressed payload. So a message
+is one bytes value: a fixed header, then parts of variable length, then the payload (`tofu.payload`).
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import math
 import struct
 from dataclasses import dataclass
 
+from tofu.bytes_io import ByteReader
 from tofu.data import ImageShape
 from tofu.errors import PayloadError
 from tofu.fingerprint import SKETCH_BYTES
@@ -21,13 +22,13 @@ KINDS = ("proxy", "full", "secure")
 """Kinds of round. The position is the number on the wire."""
 
 STAGES = ("advert", "share", "confirm", "reveal")
-"""What a client is asked for in a secure round besides its masked vector. The position is the number on the wire."""
+"""Stages of a secure round besides the masked vector. The position is the number on the wire."""
 
 SECURE = "secure"
 """The action of these queries."""
 
 RESYNC = 1001
-"""Code of the error reply of a client that cannot build the round's weights from the steps it was sent."""
+"""Code of the error reply of a client that cannot build the round's weights from the steps that it received."""
 
 _REQUEST = struct.Struct(f"<BBi4HHII{FINGERPRINT_BYTES}s{SKETCH_BYTES}s")
 _LENGTH = struct.Struct("<I")
@@ -38,32 +39,32 @@ _ADVERT = struct.Struct("<B")
 
 
 def broadcast_id(broadcast: bytes) -> bytes:
-    """Names a broadcast of the plugins, in 8 bytes; b"" for none."""
+    """The 8-byte identifier of a broadcast of the plugins; b"" for none."""
     return hashlib.sha256(broadcast).digest()[:8] if broadcast else b""
 
 
 def run_name(run_id: int) -> bytes:
-    """What tells a Flower run from others in the keys and signatures of secure rounds, the same on both ends."""
+    """The bytes that bind the keys and signatures of secure rounds to one Flower run, the same on both ends."""
     return run_id.to_bytes(8, "little")
 
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """The server asks a client to train.
+    """A request of the server that a client trains one round.
 
     Attributes:
-        kind: of the round, one of `KINDS`.
-        acknowledged: the last round whose reply of this client the server added, or -1.
-        shape: of the network's input and output, which the client's data must fit.
-        payload: the global weights whole, or b"" where the client can build them.
-        steps: payloads of the steps of the last rounds, oldest first; they lead from the weights that the client has to
-            this round's. None where it has them already: before the first round every client has the initial model.
-        identity: of this round's weights (`tofu.fingerprint`), which the reply is relative to.
-        sketch: of this round's weights.
-        advert: whether the reply shall carry fresh keys for a secure round.
-        secure: the part of a secure round, b"" in others.
-        broadcast: the state that the plugins' server halves give to all clients (`tofu.plugins`), or b"".
-        kept: instead, `broadcast_id` of the one that the client has kept and is to use.
+        kind: kind of the round, one of `KINDS`.
+        acknowledged: the last round in which the server aggregated this client's reply, or -1.
+        shape: shape of the network's input and number of its outputs, which the client's data must fit.
+        payload: the full global weights, or b"" if the client can compute them.
+        steps: payloads of the steps of the missed rounds, oldest first. Applied in order, they lead from the client's
+            weights to this round's. Empty if it has these already: all clients start with the initial model.
+        identity: identity of this round's weights (`tofu.fingerprint`); the reply is relative to them.
+        sketch: sketch of this round's weights (`tofu.fingerprint`).
+        advert: whether the reply must carry new public keys for a secure round.
+        secure: a `SecurePart` in a secure round, else b"".
+        broadcast: the state that the plugins send from the server to all clients (`tofu.plugins`), or b"".
+        kept: `broadcast_id` of a broadcast that the client has stored and must use instead, or b"".
     """
 
     kind: str
@@ -89,53 +90,44 @@ class TrainRequest:
 
     @staticmethod
     def from_bytes(data: object) -> "TrainRequest":
-        """Raises PayloadError for bytes that are no request."""
-        head, rest = _split(data, _REQUEST, "request")
-        kind, flags, acknowledged, *shape, count, length, broadcasts, identity, sketch = _REQUEST.unpack(head)
+        """Parse a request. Raises PayloadError if the bytes are not one."""
+        reader = ByteReader(data, "request", min_bytes=_REQUEST.size)
+        kind, flags, acknowledged, *shape, count, secure_bytes, state_bytes, identity, sketch = reader.unpack(_REQUEST)
         if not kind < len(KINDS):
             raise PayloadError(f"request has round kind {kind}, expected below {len(KINDS)}")
         if min(shape) < 1:
             raise PayloadError(f"request has input shape {shape}, expected positive numbers")
         if flags > _ADVERT_FLAG + _KEPT_FLAG:
             raise PayloadError(f"request has flags {flags}, expected at most {_ADVERT_FLAG + _KEPT_FLAG}")
-        if length > len(rest) or bool(length) != (KINDS[kind] == "secure"):
-            raise PayloadError(f"request of a {KINDS[kind]} round has {length} bytes for a secure one")
-        if length + broadcasts > len(rest):
-            raise PayloadError(f"request has {len(rest) - length} bytes, expected a broadcast of {broadcasts}")
-        secure, state = rest[:length], rest[length : length + broadcasts]
-        kept = bool(flags & _KEPT_FLAG)
-        steps, at = [], length + broadcasts
-        for _ in range(count):
-            if len(rest) < at + _LENGTH.size:
-                raise PayloadError(f"request's step has {len(rest) - at} bytes, expected at least {_LENGTH.size}")
-            at += _LENGTH.size
-            end = at + _LENGTH.unpack_from(rest, at - _LENGTH.size)[0]
-            if end > len(rest):
-                raise PayloadError(f"request's step has {len(rest) - at} bytes, expected {end - at}")
-            steps.append(rest[at:end])
-            at = end
-        rest = rest[at:]
-        if steps and rest:
-            raise PayloadError(f"request has {count} steps and {len(rest)} bytes of weights, expected one of the two")
+        if bool(secure_bytes) != (KINDS[kind] == "secure"):
+            raise PayloadError(f"request of a {KINDS[kind]} round has {secure_bytes} bytes for a secure round")
+        secure = reader.take(secure_bytes, "of the secure round")
+        state, kept = reader.take(state_bytes, "of the broadcast"), bool(flags & _KEPT_FLAG)
+        steps = tuple(reader.prefixed(_LENGTH, "of a step") for _ in range(count))
+        payload = reader.rest()
+        if steps and payload:
+            raise PayloadError(
+                f"request has {count} steps and {len(payload)} bytes of weights, expected one of the two"
+            )
         return TrainRequest(
-            KINDS[kind], acknowledged, ImageShape(*shape), rest, identity, tuple(steps), sketch,
+            KINDS[kind], acknowledged, ImageShape(*shape), payload, identity, steps, sketch,
             bool(flags & _ADVERT_FLAG), secure, b"" if kept else state, state if kept else b"",
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TrainReply:
-    """A client's answer.
+    """A client's reply to a `TrainRequest`.
 
     Attributes:
-        examples: number of images that it trained on, its weight in the average.
-        train_loss: mean loss over its local steps.
-        explained_variance: of the decoded against the true update (with what error feedback added).
-        cosine: of the same two.
-        train_seconds: spent on local steps.
-        encode_seconds: spent on compressing.
+        examples: number of training images, the weight of the update in the average.
+        train_loss: mean loss over the local steps.
+        explained_variance: of the decoded update, relative to the true update plus error feedback.
+        cosine: cosine of the same two.
+        train_seconds: seconds of local training.
+        encode_seconds: seconds of compression.
         payload: the compressed update.
-        advert: fresh keys for a secure round (`tofu.secagg`), where they were asked for.
+        advert: new public keys for a secure round (`tofu.secagg`), if requested.
         exported: the plugins' sums and metrics (`tofu.plugins`).
     """
 
@@ -156,29 +148,27 @@ class TrainReply:
 
     @staticmethod
     def from_bytes(data: object) -> "TrainReply":
-        """Raises PayloadError for bytes that are no reply, or numbers that cannot be right."""
-        head, rest = _split(data, _REPLY, "reply")
-        examples, *floats, advert, exported = _REPLY.unpack(head)
+        """Parse a reply. Raises PayloadError if the bytes are not one, or a value is out of range."""
+        reader = ByteReader(data, "reply", min_bytes=_REPLY.size)
+        examples, *floats, advert_bytes, exported_bytes = reader.unpack(_REPLY)
         if examples < 1:
-            raise PayloadError("reply says it trained on 0 images, expected at least 1")
+            raise PayloadError("reply claims training on 0 images, expected at least 1")
         if not all(math.isfinite(value) for value in floats):
             raise PayloadError("reply holds a metric that is not finite")
-        if advert + exported > len(rest):
-            raise PayloadError(f"reply has {len(rest)} bytes, expected an advert of {advert} and exports of {exported}")
+        advert, exported = reader.take(advert_bytes, "of the advert"), reader.take(exported_bytes, "of plugin exports")
         loss, explained, cosine, train_seconds, encode_seconds = floats
         return TrainReply(
-            examples, loss, explained, cosine, train_seconds, encode_seconds,
-            rest[advert + exported :], rest[:advert], rest[advert : advert + exported],
-        )  # fmt: skip
+            examples, loss, explained, cosine, train_seconds, encode_seconds, reader.rest(), advert, exported
+        )
 
 
 @dataclass(frozen=True)
 class SecurePart:
-    """What a train request carries in a secure round. The reply to it is a masked vector (`tofu.secagg`) and no more.
+    """The part of a train request that only secure rounds have. The reply is a masked vector (`tofu.secagg`) alone.
 
     Attributes:
-        terms: of the vector (`tofu.secagg.encoding`).
-        shares: the neighbors' sealed shares (`tofu.secagg.messages.Shares`).
+        terms: how the vector is encoded (`tofu.secagg.encoding`).
+        shares: the neighbors' encrypted shares (`tofu.secagg.messages.Shares`).
     """
 
     terms: bytes
@@ -189,22 +179,19 @@ class SecurePart:
 
     @staticmethod
     def from_bytes(data: object) -> "SecurePart":
-        """Raises PayloadError for bytes that are no such part."""
-        head, rest = _split(data, _LENGTH, "secure part")
-        (length,) = _LENGTH.unpack(head)
-        if length > len(rest):
-            raise PayloadError(f"secure part has {len(rest)} bytes, expected terms of {length}")
-        return SecurePart(rest[:length], rest[length:])
+        """Parse a secure part. Raises PayloadError if the bytes are not one."""
+        reader = ByteReader(data, "secure part")
+        return SecurePart(reader.prefixed(_LENGTH, "of the terms"), reader.rest())
 
 
 @dataclass(frozen=True)
 class SecureQuery:
-    """The server asks for one stage of a secure round.
+    """A request of the server for one stage of a secure round.
 
     Attributes:
         stage: one of `STAGES`.
-        message: of `tofu.secagg`; b"" for an advert.
-        advert: whether the answer shall carry fresh keys for the next secure round.
+        message: a message of `tofu.secagg.messages`; b"" for an advert.
+        advert: whether the answer must carry new public keys for the next secure round.
     """
 
     stage: str
@@ -216,17 +203,17 @@ class SecureQuery:
 
     @staticmethod
     def from_bytes(data: object) -> "SecureQuery":
-        """Raises PayloadError for bytes that are no query."""
-        head, message = _split(data, _QUERY, "query")
-        stage, advert = _QUERY.unpack(head)
+        """Parse a query. Raises PayloadError if the bytes are not one."""
+        reader = ByteReader(data, "query")
+        stage, advert = reader.unpack(_QUERY)
         if not stage < len(STAGES) or advert > 1:
             raise PayloadError(f"query has stage {stage} and advert {advert}, expected below {len(STAGES)} and 2")
-        return SecureQuery(STAGES[stage], message, bool(advert))
+        return SecureQuery(STAGES[stage], reader.rest(), bool(advert))
 
 
 @dataclass(frozen=True)
 class SecureAnswer:
-    """A client's answer to a `SecureQuery`: its message of `tofu.secagg`, and fresh keys where they were asked for."""
+    """A client's answer to a `SecureQuery`: its message of `tofu.secagg`, and new public keys if requested."""
 
     message: bytes
     advert: bytes = b""
@@ -236,16 +223,7 @@ class SecureAnswer:
 
     @staticmethod
     def from_bytes(data: object) -> "SecureAnswer":
-        """Raises PayloadError for bytes that are no answer."""
-        head, rest = _split(data, _ADVERT, "answer")
-        (length,) = _ADVERT.unpack(head)
-        if length > len(rest):
-            raise PayloadError(f"answer has {len(rest)} bytes, expected an advert of {length}")
-        return SecureAnswer(rest[length:], rest[:length])
-
-
-def _split(data: object, head: struct.Struct, what: str) -> tuple[bytes, bytes]:
-    if not isinstance(data, bytes) or len(data) < head.size:
-        size = len(data) if isinstance(data, bytes) else 0
-        raise PayloadError(f"{what} has {size} bytes, expected at least {head.size}")
-    return data[: head.size], data[head.size :]
+        """Parse an answer. Raises PayloadError if the bytes are not one."""
+        reader = ByteReader(data, "answer")
+        advert = reader.prefixed(_ADVERT, "of the advert")
+        return SecureAnswer(reader.rest(), advert)

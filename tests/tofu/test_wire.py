@@ -52,7 +52,7 @@ def test_a_request_brings_weights_or_steps_and_not_both() -> None:
     with pytest.raises(PayloadError, match="expected one of the two"):
         TrainRequest.from_bytes(request.to_bytes())
     cut = TrainRequest("proxy", -1, ImageShape(1, 8, 8, 10), b"", bytes(8), (b"step",)).to_bytes()[:-1]
-    with pytest.raises(PayloadError, match="step has 3 bytes, expected 4"):
+    with pytest.raises(PayloadError, match="3 bytes are left, expected 4 of a step"):
         TrainRequest.from_bytes(cut)
 
 
@@ -88,9 +88,9 @@ def test_noise_is_a_message_or_a_payload_error(data: bytes) -> None:
 
 @pytest.mark.parametrize("data", [None, 3, "text", b"", b"short"])
 def test_what_is_no_message_is_refused(data: object) -> None:
-    with pytest.raises(PayloadError, match="expected at least"):
+    with pytest.raises(PayloadError, match="reply .*expected"):
         TrainReply.from_bytes(data)
-    with pytest.raises(PayloadError, match="expected at least"):
+    with pytest.raises(PayloadError, match="request .*expected"):
         TrainRequest.from_bytes(data)
 
 
@@ -110,11 +110,11 @@ def test_values_that_cannot_be_right_are_refused() -> None:
         TrainReply.from_bytes(struct.pack("<I5fBI", 0, 0, 0, 0, 0, 0, 0, 0))
     with pytest.raises(PayloadError, match="not finite"):
         TrainReply.from_bytes(struct.pack("<I5fBI", 1, float("nan"), 0, 0, 0, 0, 0, 0))
-    with pytest.raises(PayloadError, match="advert of 4"):
+    with pytest.raises(PayloadError, match="3 bytes are left, expected 4 of the advert"):
         TrainReply.from_bytes(struct.pack("<I5fBI", 1, 0, 0, 0, 0, 0, 4, 0) + b"abc")
     with pytest.raises(PayloadError, match="stage 9"):
         SecureQuery.from_bytes(b"\x09\x00")
-    with pytest.raises(PayloadError, match="advert of 200"):
+    with pytest.raises(PayloadError, match="3 bytes are left, expected 200 of the advert"):
         SecureAnswer.from_bytes(b"\xc8abc")
-    with pytest.raises(PayloadError, match="terms of 9"):
+    with pytest.raises(PayloadError, match="0 bytes are left, expected 9 of the terms"):
         SecurePart.from_bytes(struct.pack("<I", 9))

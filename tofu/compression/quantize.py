@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tofu.bit_packing import pack, packed_bytes, unpack
 from tofu.errors import PayloadError
 
 BITS = (2, 3, 4, 5, 6, 8, 16, 32)
@@ -45,7 +46,7 @@ class RowCode:
         """Bytes of the written matrix."""
         if self.bits == 32:
             return 4 * self.rows * self.columns
-        return 2 * self.rows + (self.rows * self.columns * self.bits + 7) // 8
+        return 2 * self.rows + packed_bytes(self.rows * self.columns, self.bits)
 
     def write(self, values: Tensor) -> bytes:
         """values: float [rows, columns] -> bytes of length `nbytes`."""
@@ -56,7 +57,7 @@ class RowCode:
         scales = (values.abs().amax(1) / top).to(torch.bfloat16)
         safe = torch.where(scales > 0, scales.float(), torch.ones(()))
         codes = (values / safe[:, None]).round().clamp(-top, top).to(torch.int64) + top
-        return bfloat16_bytes(scales) + _pack(codes.numpy().ravel(), self.bits)
+        return bfloat16_bytes(scales) + pack(codes.numpy().ravel().view(np.uint64), self.bits)
 
     def read(self, data: bytes, what: str) -> Tensor:
         """The inverse of `write`, as float32 [rows, columns]; `what` names the field in errors.
@@ -73,20 +74,8 @@ class RowCode:
             return values.view(self.rows, self.columns)
         top = 2 ** (self.bits - 1) - 1
         scales = bfloat16_from(data[: 2 * self.rows], f"scales of {what}")
-        codes = _unpack(data[2 * self.rows :], self.bits, self.rows * self.columns)
+        codes = unpack(data[2 * self.rows :], self.rows * self.columns, self.bits, what)
         if codes.size and int(codes.max()) > 2 * top:
             raise PayloadError(f"{what} hold a code above {2 * top}, the largest of {self.bits} bits")
         integers = torch.from_numpy(codes.astype(np.float32)).view(self.rows, self.columns) - top
         return torch.mul(integers, scales[:, None])
-
-
-def _pack(codes: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]", bits: int) -> bytes:
-    shifts = np.arange(bits, dtype=np.int64)
-    return np.packbits(((codes[:, None] >> shifts) & 1).astype(np.uint8).ravel(), bitorder="little").tobytes()
-
-
-def _unpack(data: bytes, bits: int, count: int) -> "np.ndarray[tuple[int, ...], np.dtype[np.int64]]":
-    flags = np.unpackbits(np.frombuffer(data, dtype=np.uint8), bitorder="little")[: count * bits]
-    weights = 1 << np.arange(bits, dtype=np.int64)
-    result: np.ndarray[tuple[int, ...], np.dtype[np.int64]] = flags.reshape(count, bits).astype(np.int64) @ weights
-    return result
