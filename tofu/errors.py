@@ -1,15 +1,15 @@
-"""Errors that a user can act on, each said in one line.
+"""Errors that a user can act on, each with a message of one line.
 
 The command line prints the text of a `TofuError` and exits with status 2; it never shows a traceback for one.
 """
 
 
 class TofuError(Exception):
-    """Base of every error that is about what the user (or the network) gave us, not about our code."""
+    """Base of the errors that the user's input or the network caused, and not a bug."""
 
 
 class SettingError(TofuError):
-    """A setting that cannot be used: names the field as the user writes it, its value and what would be accepted."""
+    """A setting is not usable. The message names the field as users write it, its value, and what is accepted."""
 
     def __init__(self, field: str, value: object, accepted: str) -> None:
         field = field.replace("_", "-")
@@ -20,12 +20,17 @@ class SettingError(TofuError):
 
 
 class DataError(TofuError):
-    """Data that cannot be loaded or has not the form we need (no labels, mixed sizes, unknown dataset)."""
+    """Data cannot be loaded, or does not have the required form (no labels, mixed sizes, unknown dataset)."""
 
 
 class PayloadError(TofuError):
-    """Bytes from the network that are not a payload we can trust: wrong magic, size, range or base weights."""
+    """Bytes from the network failed validation: wrong magic, size, range or base weights."""
 
 
 class RunError(TofuError):
-    """A run that cannot go on, for example because no client gave a valid reply."""
+    """A run cannot continue, for example because no client sent a valid reply."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, without closing punctuation; the name of its type if it has none."""
+    return (str(error).strip().splitlines() or [""])[0].rstrip(".:") or type(error).__name__

@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 
 from tofu.data import ImageShape, to_float
+from tofu.data.images import IMAGE_SUFFIXES, fit_image, read_image
 from tofu.errors import DataError
 from tofu.models import build_model
 from tofu.plugins import MAX_STATE_BYTES
@@ -14,7 +13,6 @@ from tofu.reference_model import ReferenceModel
 from tofu.reporting.folder import read_config, read_model
 from tofu.weights import load_weights
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 _AT_A_TIME = 500
 
 
@@ -39,7 +37,7 @@ def predict_images(run: Path, images: Path) -> list[dict[str, object]]:
     load_weights(network.model, weights)
     network.model.eval()
     files = _files(images)
-    pixels = torch.stack([_pixels(file, shape) for file in files])
+    pixels = torch.stack([_read(file, shape) for file in files])
     rows: list[dict[str, object]] = []
     for start in range(0, len(files), _AT_A_TIME):
         prediction = plugins.predict(network.model, to_float(pixels[start : start + _AT_A_TIME]))
@@ -60,20 +58,15 @@ def predict_images(run: Path, images: Path) -> list[dict[str, object]]:
 def _files(images: Path) -> list[Path]:
     if not images.exists():
         raise DataError(f"{images} does not exist")
-    found = [images] if images.is_file() else sorted(p for p in images.rglob("*") if p.suffix.lower() in _SUFFIXES)
+    found = [images] if images.is_file() else sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     if not found:
-        raise DataError(f"{images} has no images ({', '.join(_SUFFIXES)})")
+        raise DataError(f"{images} has no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return found
 
 
-def _pixels(file: Path, shape: ImageShape) -> torch.Tensor:
-    """uint8 [channels, height, width]."""
+def _read(file: Path, shape: ImageShape) -> torch.Tensor:
+    """Read one image exactly as in training: uint8 [channels, height, width]."""
     try:
-        with Image.open(file) as image:
-            values = np.array(image.convert("L" if shape.channels == 1 else "RGB"))
-    except (OSError, ValueError, UnidentifiedImageError) as error:
-        raise DataError(f"{file} cannot be read as an image") from error
-    if values.shape[:2] != (shape.height, shape.width):
-        taken = f"{shape.height}x{shape.width}"
-        raise DataError(f"{file} has {values.shape[0]}x{values.shape[1]} pixels, the run's model takes {taken}")
-    return torch.from_numpy(values.reshape(shape.height, shape.width, -1)).permute(2, 0, 1).contiguous()
+        return torch.from_numpy(fit_image(read_image(file), shape).copy())
+    except DataError as error:
+        raise DataError(f"{file} {error}") from error

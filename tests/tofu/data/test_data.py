@@ -1,5 +1,6 @@
 """Data: what is read is what was written, and every training image goes to exactly one client."""
 
+import doctest
 import io
 import logging
 import math
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +26,13 @@ from tofu.data import (
     FederatedData,
     ImageShape,
     LabeledImages,
+    federated,
     local_folder,
     open_data,
     partition_rows,
     to_float,
-    to_uint8,
 )
+from tofu.data.splits import split_role
 from tofu.errors import DataError, SettingError
 
 SHARED = Path(os.environ.get("TOFU_SHARED_DATA", Path(__file__).parents[4] / "shared" / "data"))
@@ -79,7 +82,7 @@ def by_name(digits: LabeledImages) -> dict[str, list[np.ndarray]]:
 
 @pytest.fixture(scope="module")
 def as_parquet(tmp_path_factory: pytest.TempPathFactory, digits: LabeledImages) -> Path:
-    """300 training and 50 test digits, in the hub's param_spec and with its features."""
+    """300 training and 50 test digits, in the hub's layout and with its features."""
     import datasets
 
     features = datasets.Features({"img": datasets.Image(), "fine_label": datasets.ClassLabel(names=list(NAMES))})
@@ -106,15 +109,11 @@ def open_(dataset: object, **settings: object) -> FederatedData:
 # --- pixels
 
 
-def test_every_grey_level_survives_the_way_to_float_and_back() -> None:
-    levels = torch.arange(256, dtype=torch.uint8)
-    assert to_float(levels).dtype == torch.float32
-    assert to_float(levels)[[0, 255]].tolist() == [-1.0, 1.0]
-    assert torch.equal(to_uint8(to_float(levels)), levels)
-
-
-def test_to_uint8_clamps_and_rounds() -> None:
-    assert to_uint8(torch.tensor([-3.0, 3.0, 2 / 255 * 0.6 - 1, 2 / 255 * 0.4 - 1])).tolist() == [0, 255, 1, 0]
+def test_to_float_maps_the_gray_levels_to_minus_one_to_one() -> None:
+    levels = to_float(torch.arange(256, dtype=torch.uint8))
+    assert levels.dtype == torch.float32
+    assert levels[[0, 255]].tolist() == [-1.0, 1.0]
+    assert len(set(levels.tolist())) == 256
 
 
 def test_to_float_refuses_what_is_float_already() -> None:
@@ -138,6 +137,11 @@ def test_subset_keeps_the_order_asked_for_and_copies(digits: LabeledImages) -> N
     assert subset.labels.tolist() == [digits.labels[5], digits.labels[2]]
     subset.images.zero_()
     assert digits.images[5].any()
+
+
+def test_the_example_of_open_data_runs() -> None:
+    assert doctest.testmod(federated).attempted
+    assert not doctest.testmod(federated).failed
 
 
 # --- digits
@@ -334,20 +338,76 @@ def test_only_the_images_asked_for_are_decoded(tmp_path: Path, by_name: dict[str
         data.client(holder)
 
 
-def test_a_plain_binary_column_and_any_one_int_column_do(tmp_path: Path, by_name: dict[str, list[np.ndarray]]) -> None:
-    write_parquet(tmp_path / "mine.parquet", [png(p) for p in by_name["two"]], [4] * 12, columns=("scan", "grade"))
+def test_a_plain_binary_column_is_read_whatever_its_name(tmp_path: Path, by_name: dict[str, list[np.ndarray]]) -> None:
+    write_parquet(tmp_path / "mine.parquet", [png(p) for p in by_name["two"]], [4] * 12, columns=("scan", "target"))
     data = local_folder(str(tmp_path))
     assert data.shape == ImageShape(1, 8, 8, 5)
     assert np.array_equal(pixels_of(data, 3), by_name["two"][3])
 
 
-def test_an_obvious_label_name_wins_over_other_numbers(tmp_path: Path, by_name: dict[str, list[np.ndarray]]) -> None:
-    table = {"id": [70, 80], "label": [1, 0], "image": [png(p) for p in by_name["two"][:2]]}
-    pq.write_table(pa.table(table), tmp_path / "train.parquet")
+def test_a_label_column_has_a_usual_name(tmp_path: Path, by_name: dict[str, list[np.ndarray]]) -> None:
+    """The only column of whole numbers may be an age, a width or a fold."""
+    images = [png(p) for p in by_name["two"][:2]]
+    write = partial(pq.write_table, where=tmp_path / "train.parquet")
+    write(pa.table({"id": [70, 80], "label": [1, 0], "image": images}))
     assert local_folder(str(tmp_path)).labels.tolist() == [1, 0]
-    pq.write_table(pa.table(table).rename_columns(["id", "age", "image"]), tmp_path / "train.parquet")
-    with pytest.raises(DataError, match=r"no label column .* id, age, image"):
+    for columns in ({"id": [1, 2], "age": [70, 80]}, {"age": [70, 80]}, {"label": ["cat", "dog"], "age": [70, 80]}):
+        write(pa.table(columns | {"image": images}))
+        with pytest.raises(DataError, match=f"no label column among {', '.join(columns)}, image"):
+            local_folder(str(tmp_path))
+
+
+def test_one_of_several_image_columns_has_a_usual_name(tmp_path: Path, by_name: dict[str, list[np.ndarray]]) -> None:
+    masks, images = ([png(p) for p in by_name[name][:2]] for name in ("one", "two"))
+    pq.write_table(pa.table({"mask": masks, "image": images, "label": [0, 1]}), tmp_path / "train.parquet")
+    assert np.array_equal(pixels_of(local_folder(str(tmp_path)), 0), by_name["two"][0])
+    pq.write_table(pa.table({"mask": masks, "scan": images, "label": [0, 1]}), tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=r"several image columns \(mask, scan\)"):
         local_folder(str(tmp_path))
+
+
+@pytest.mark.parametrize("metadata", [b"no json", b"[]", b'{"info": null}', b'{"info": {"features": {"label": 1}}}'])
+def test_broken_hugging_face_metadata_is_ignored(
+    tmp_path: Path, by_name: dict[str, list[np.ndarray]], metadata: bytes
+) -> None:
+    table = pa.table({"image": [png(p) for p in by_name["two"][:2]], "label": [0, 1]})
+    pq.write_table(table.replace_schema_metadata({b"huggingface": metadata}), tmp_path / "train.parquet")
+    assert local_folder(str(tmp_path)).labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        ("train", "train"), ("train-00000-of-00002", "train"), ("mnist_test", "test"), ("data_train_0001", "train"),
+        ("Validation", "validation"), ("val-0", "validation"), ("my-test-scanner", None), ("latest", None), ("", None),
+    ],
+)  # fmt: skip
+def test_a_split_is_what_a_name_begins_or_ends_with(name: str, role: str | None) -> None:
+    assert split_role(name) == role
+
+
+@pytest.mark.parametrize(
+    ("names", "why"),
+    [
+        (("train.parquet", "more.parquet"), r"more\.parquet has no split in its name"),
+        (("plain/train-0.parquet", "cropped/train-0.parquet"), "name the folder of one configuration"),
+        (("a/0.parquet", "b/0.parquet"), "name the folder of one configuration"),
+    ],
+)
+def test_parquet_files_that_may_not_belong_together_are_refused(
+    tmp_path: Path, by_name: dict[str, list[np.ndarray]], names: Sequence[str], why: str
+) -> None:
+    for name in names:
+        write_parquet(tmp_path / name, [png(p) for p in by_name["two"]], [0, 1] * 6)
+    with pytest.raises(DataError, match=why):
+        open_(tmp_path)
+
+
+def test_splits_may_be_folders_of_parquet_files(tmp_path: Path, by_name: dict[str, list[np.ndarray]]) -> None:
+    images = [png(p) for p in by_name["two"]]
+    write_parquet(tmp_path / "train" / "0000.parquet", images[:8], [0, 1] * 4)
+    write_parquet(tmp_path / "test" / "0000.parquet", images[8:], [0, 1] * 2)
+    assert len(open_(tmp_path).test()) == 4
 
 
 def test_images_may_be_files_beside_the_parquet(tmp_path: Path, by_name: dict[str, list[np.ndarray]]) -> None:
@@ -433,35 +493,36 @@ def test_mixed_sizes_name_the_first_odd_image(tmp_path: Path, by_name: dict[str,
     write_images(tmp_path, {"one": by_name["one"][:3]})
     (tmp_path / "one" / "001.png").write_bytes(png(np.zeros((9, 7), np.uint8)))
     (tmp_path / "one" / "002.png").write_bytes(png(np.zeros((5, 5), np.uint8)))
-    with pytest.raises(DataError, match=r"one/001\.png is 7x9 pixels where the first image is 8x8"):
+    with pytest.raises(DataError, match=r"one/001\.png has 7x9 pixels, expected 8x8"):
         local_folder(str(tmp_path))
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK"])
-def test_color_images_have_three_channels(tmp_path: Path, mode: str) -> None:
-    (tmp_path / "a").mkdir()
-    red_left = np.zeros((4, 6, 3), np.uint8)
-    red_left[:, :3, 0] = 255
-    Image.fromarray(red_left).convert(mode).save(tmp_path / "a" / "0.tif")
-    Image.fromarray(np.full((4, 6), 9, np.uint8)).save(tmp_path / "a" / "1.png")
+def test_images_directly_in_a_split_are_refused(tmp_path: Path, by_name: dict[str, list[np.ndarray]]) -> None:
+    write_images(tmp_path, {"train": by_name["one"]})
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,label\n")
+    with pytest.raises(DataError, match="images directly in train"):
+        open_(tmp_path)
+    write_images(tmp_path, {"test": by_name["two"]})
+    with pytest.raises(DataError, match="images directly in test, train"):
+        open_(tmp_path)
+
+
+def test_classes_that_lie_deeper_than_others_are_refused(tmp_path: Path, by_name: dict[str, list[np.ndarray]]) -> None:
+    write_images(tmp_path, {"plane": by_name["one"], "animals/cat": by_name["two"]})
+    with pytest.raises(DataError, match=r"animals/cat has images below a class folder"):
+        open_(tmp_path)
+
+
+def test_folders_without_images_are_no_classes_but_empty_ones_are(
+    tmp_path: Path, by_name: dict[str, list[np.ndarray]], caplog: pytest.LogCaptureFixture
+) -> None:
+    write_images(tmp_path, {"cat": by_name["one"], "dog": [], "__MACOSX": by_name["two"], "annotations": []})
+    (tmp_path / "annotations" / "boxes.xml").write_text("<none/>")
+    (tmp_path / "preview.png").write_bytes(png(by_name["one"][0]))
     data = local_folder(str(tmp_path))
-    assert data.shape == ImageShape(3, 4, 6, 1)
-    assert data.images[0, :, 0, [0, 5]].tolist() == [[255, 0], [0, 0], [0, 0]]
-    assert set(data.images[1].flatten().tolist()) == {9}
-
-
-def test_grey_images_keep_one_channel_and_16_bits_become_8(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    Image.fromarray(np.full((4, 4), 7, np.uint8)).save(tmp_path / "a" / "0.png")
-    Image.fromarray(np.full((4, 4), 0x1234, np.uint16)).save(tmp_path / "a" / "1.png")
-    Image.fromarray(np.full((4, 4), True)).save(tmp_path / "a" / "2.png")
-    assert local_folder(str(tmp_path)).images[:, 0, 0, 0].tolist() == [7, 0x12, 255]
-
-
-def test_a_color_image_among_grey_ones_is_named(tmp_path: Path) -> None:
-    write_images(tmp_path, {"a": [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.uint8)]})
-    with pytest.raises(DataError, match=r"001\.png is in color"):
-        local_folder(str(tmp_path))
+    assert (len(data), data.classes) == (12, 2)
+    assert "annotations has files but no images" in caplog.text
+    assert "1 images outside the class folders" in caplog.text
 
 
 # --- a client's own folder
@@ -499,9 +560,9 @@ def test_an_unknown_dataset_is_answered_with_what_is_accepted(dataset: str) -> N
         open_(dataset)
 
 
-@pytest.mark.parametrize("param_spec", [(), ("train",), ("train/cat", "test/cat")])
-def test_a_folder_without_images_is_refused(tmp_path: Path, param_spec: Sequence[str]) -> None:
-    for name in param_spec:
+@pytest.mark.parametrize("folders", [(), ("train",), ("train/cat", "test/cat")])
+def test_a_folder_without_images_is_refused(tmp_path: Path, folders: Sequence[str]) -> None:
+    for name in folders:
         (tmp_path / name).mkdir(parents=True)
     for opened in (open_, lambda path: local_folder(str(path))):
         with pytest.raises(DataError, match=f"^{tmp_path}.* has no labeled images: expected"):
@@ -544,7 +605,7 @@ except DataError as error:
     assert done.returncode == 0, done.stderr
     cached, absent = done.stdout.splitlines()
     assert cached == f"300 {open_(as_parquet).test().images.sum()} {' '.join(NAMES)}"
-    assert absent.startswith("True dataset 'some/dataset' cannot be had from the hub")
+    assert absent.startswith("True dataset 'some/dataset' cannot be loaded from the hub")
     assert all(word in absent for word in ("digits", "hub id", "folder"))
 
 

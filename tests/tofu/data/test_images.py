@@ -1,0 +1,87 @@
+"""The image reader: every mode and bit depth, upright, and the same in training and prediction."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tofu.data import ImageShape, LabeledImages, local_folder
+from tofu.data.images import fit_image, read_image
+from tofu.errors import DataError
+
+
+def folder_of(root: Path, *images: np.ndarray) -> LabeledImages:
+    """Write the images as PNG files of one class, and read them as a client does."""
+    (root / "a").mkdir()
+    for number, pixels in enumerate(images):
+        Image.fromarray(pixels).save(root / "a" / f"{number}.png")
+    return local_folder(str(root))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK"])
+def test_color_images_have_three_channels(tmp_path: Path, mode: str) -> None:
+    (tmp_path / "a").mkdir()
+    red_left = np.zeros((4, 6, 3), np.uint8)
+    red_left[:, :3, 0] = 255
+    Image.fromarray(red_left).convert(mode).save(tmp_path / "a" / "0.tif")
+    Image.fromarray(np.full((4, 6), 9, np.uint8)).save(tmp_path / "a" / "1.png")
+    data = local_folder(str(tmp_path))
+    assert data.shape == ImageShape(3, 4, 6, 1)
+    assert data.images[0, :, 0, [0, 5]].tolist() == [[255, 0], [0, 0], [0, 0]]
+    assert set(data.images[1].flatten().tolist()) == {9}
+
+
+def test_gray_images_keep_one_channel_and_16_bits_become_8(tmp_path: Path) -> None:
+    images = (np.full((4, 4), 7, np.uint8), np.full((4, 4), 0x1234, np.uint16), np.full((4, 4), True))
+    assert folder_of(tmp_path, *images).images[:, 0, 0, 0].tolist() == [7, 0x12, 255]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+@pytest.mark.parametrize(("bits", "shift"), [(16, 8), (12, 4)])
+def test_12_and_16_bit_values_use_the_whole_gray_scale(tmp_path: Path, suffix: str, bits: int, shift: int) -> None:
+    ramp = np.linspace(0, 2**bits - 1, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / f"ramp{suffix}")
+    pixels = read_image(tmp_path / f"ramp{suffix}")
+    assert pixels.dtype == np.uint8
+    assert np.array_equal(pixels, ramp >> shift)
+    assert (pixels.min(), pixels.max()) == (0, 255)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
+    """EXIF 2.32, table 8: where row 0 and column 0 of the stored image belong in the upright image."""
+    upright = np.arange(24, dtype=np.uint8).reshape(4, 6)
+    stored = {
+        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.T,
+        6: np.rot90(upright), 7: upright[::-1, ::-1].T, 8: np.rot90(upright, -1),
+    }  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(stored[orientation])).save(tmp_path / "0.png", exif=exif)
+    assert np.array_equal(read_image(tmp_path / "0.png"), upright)
+
+
+def test_damaged_exif_leaves_the_image_readable(tmp_path: Path) -> None:
+    pixels = np.arange(16, dtype=np.uint8).reshape(4, 4)
+    Image.fromarray(pixels).save(tmp_path / "0.png", exif=b"Exif\0\0no TIFF header")
+    assert np.array_equal(read_image(tmp_path / "0.png"), pixels)
+
+
+def test_a_color_image_among_gray_ones_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"1\.png is in color"):
+        folder_of(tmp_path, np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.uint8))
+
+
+def test_a_truncated_image_is_named(tmp_path: Path) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64), np.uint8)).save(tmp_path / "0.png")
+    (tmp_path / "0.png").write_bytes((tmp_path / "0.png").read_bytes()[:2000])
+    with pytest.raises(DataError, match="cannot be read as an image"):
+        read_image(tmp_path / "0.png")
+
+
+def test_a_gray_image_fills_the_channels_of_a_color_shape() -> None:
+    pixels = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    assert np.array_equal(fit_image(pixels, ImageShape(3, 3, 4, 2)), np.stack([pixels] * 3))
+    with pytest.raises(DataError, match="expected 3x4"):
+        fit_image(pixels, ImageShape(1, 4, 3, 2))

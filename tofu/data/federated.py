@@ -1,0 +1,254 @@
+"""The images of a run: what each client trains on, and what the server tests on."""
+
+import logging
+import math
+import re
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tofu.data.digits import read_digits
+from tofu.data.folder import folder_splits
+from tofu.data.hub import hub_splits
+from tofu.data.images import ImageShape, LabeledImages
+from tofu.data.partition import PARTITIONS, IntArray, partition_rows
+from tofu.data.splits import Split
+from tofu.errors import DataError, SettingError, first_line
+
+ACCEPTED_DATASETS = (
+    "'digits', a Hugging Face hub id such as 'ylecun/mnist', or an existing folder of parquet files or images"
+)
+
+_LOG = logging.getLogger("tofu.data")
+_OPEN_LOCK = threading.Lock()
+_FIXED_SEED = 20240229  # seeds the splits that are the same in every run
+_HELD_OUT = 0.15
+
+
+class FederatedData:
+    """A dataset that is partitioned over clients. `open_data` builds it."""
+
+    def __init__(
+        self, train: Split, test: Split, test_rows: IntArray, client_rows: tuple[IntArray, ...], shape: ImageShape
+    ) -> None:
+        self._train, self._test = train, test
+        self._test_rows, self._client_rows = test_rows, client_rows
+        self._shape = shape
+        self._decoded: dict[int, LabeledImages] = {}
+
+    @property
+    def shape(self) -> ImageShape:
+        return self._shape
+
+    @property
+    def clients(self) -> int:
+        return len(self._client_rows)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes in the order of their labels; the numbers themselves if the data has no names."""
+        return self._train.class_names
+
+    def client(self, partition_id: int) -> LabeledImages:
+        """The images of one client (0..clients-1), in a random order that the seed fixes. Decoded on the first call.
+
+        Raises:
+            SettingError: there is no such client.
+            DataError: an image cannot be read, or differs in size or color from the dataset's first.
+        """
+        if not 0 <= partition_id < self.clients:
+            accepted = f"0 to {self.clients - 1}, as there are {self.clients} clients"
+            raise SettingError("partition-id", partition_id, accepted)
+        return self._load(partition_id, self._train, self._client_rows[partition_id])
+
+    def test(self) -> LabeledImages:
+        """The server's test images: the dataset's test split, or the images held out of its training split.
+
+        Raises:
+            DataError: an image cannot be read, or differs in size or color from the dataset's first.
+        """
+        return self._load(-1, self._test, self._test_rows)
+
+    def class_counts(self) -> Tensor:
+        """The number of images by client and class: int64 [clients, classes]."""
+        labels, classes = self._train.labels, self.shape.classes
+        return torch.from_numpy(np.stack([np.bincount(labels[rows], minlength=classes) for rows in self._client_rows]))
+
+    def _load(self, key: int, split: Split, rows: IntArray) -> LabeledImages:
+        if key not in self._decoded:
+            self._decoded[key] = split.decode(rows, self.shape)
+        return self._decoded[key]
+
+
+def open_data(
+    dataset: str,
+    *,
+    clients: int,
+    partition: str,
+    alpha: float = 0.5,
+    shards_per_client: int = 2,
+    train_images: int = 0,
+    test_images: int = 0,
+    seed: int,
+) -> FederatedData:
+    """Open a dataset and partition its training images over clients. The same arguments give the same partition.
+
+    A local folder holds parquet files as on the hub (train.parquet, data/test-00000-of-00001.parquet, ...), or images
+    as train/<class>/*.png and test/<class>/*.png. A folder is read once per process: later changes are not seen.
+    Without a test split, a stratified 15% of the training images is held out, the same in every run.
+
+    Args:
+        dataset: "digits" (8x8, embedded in scikit-learn), a local folder, or a Hugging Face hub id.
+        clients: number of clients.
+        partition: "iid"; "dirichlet" (each class is distributed in proportions drawn from a Dirichlet distribution); or
+            "shards" (the images sorted by class, cut into even shards, `shards_per_client` random shards for each).
+        alpha: concentration of the Dirichlet distribution; smaller is more skewed.
+        shards_per_client: for "shards".
+        train_images: size of the random subset of training images to use; 0 uses all.
+        test_images: size of the random subset of test images to use; 0 uses all.
+        seed: of the training subset and the partition; the test images do not depend on it.
+
+    Raises:
+        SettingError: an argument cannot be used, or not with this dataset.
+        DataError: the dataset cannot be found, reached or read.
+
+    Example:
+        >>> data = open_data("digits", clients=4, partition="iid", seed=0)
+        >>> data.shape
+        ImageShape(channels=1, height=8, width=8, classes=10)
+        >>> len(data.client(0)), len(data.test())
+        (360, 359)
+    """
+    for field, value, minimum in (
+        ("clients", clients, 1),
+        ("shards_per_client", shards_per_client, 1),
+        ("train_images", train_images, 0),
+        ("test_images", test_images, 0),
+        ("seed", seed, 0),
+    ):
+        if value < minimum:
+            raise SettingError(field, value, f"a whole number of at least {minimum}")
+    if partition not in PARTITIONS:
+        raise SettingError("partition", partition, f"one of {', '.join(PARTITIONS)}")
+    if not 0 < alpha < math.inf:
+        raise SettingError("alpha", alpha, "a number above 0")
+    # The threads of a simulation open the data at the same time; only one of them should read it.
+    with _OPEN_LOCK:
+        source = _resolve(dataset)
+        return _open(source, clients, partition, float(alpha), shards_per_client, train_images, test_images, seed)
+
+
+def local_folder(path: str, *, class_names: Sequence[str] = ()) -> LabeledImages:
+    """Read a real client's own images: all of a folder of parquet files or <class>/*.png, or its training split.
+
+    Args:
+        path: the folder.
+        class_names: the classes of the run in the order of their labels. Without it the labels are those of this folder
+            alone, which agree with the other clients' only if every folder has all the classes (empty ones count).
+
+    Raises:
+        DataError: there is no such folder, it has no images or labels, an image cannot be read or differs from the
+            first in size or color, or a class is not among `class_names`.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"{path} is not a folder")
+    split = folder_splits(folder.resolve(), tuple(class_names)).get("train")
+    if split is None:
+        raise DataError(f"{path} has a test split but no images to train on")
+    split.check_labels()
+    return split.decode(np.arange(len(split.labels)), split.image_shape())
+
+
+@lru_cache(maxsize=4)
+def _open(
+    dataset: str,
+    clients: int,
+    partition: str,
+    alpha: float,
+    shards_per_client: int,
+    train_images: int,
+    test_images: int,
+    seed: int,
+) -> FederatedData:
+    train, test, train_rows, test_rows = _load(dataset)
+    shape = train.image_shape()
+    for field, wanted, rows in (("train_images", train_images, train_rows), ("test_images", test_images, test_rows)):
+        if wanted > len(rows):
+            raise SettingError(field, wanted, f"at most {len(rows)}, the number that {dataset} has (0 uses all)")
+    if train_images:
+        train_rows = np.random.default_rng([seed, 0]).permutation(train_rows)[:train_images]
+    if test_images:
+        test_rows = np.random.default_rng(_FIXED_SEED).permutation(test_rows)[:test_images]
+    parts = partition_rows(
+        train.labels[train_rows],
+        clients=clients,
+        partition=partition,
+        alpha=alpha,
+        shards_per_client=shards_per_client,
+        seed=seed,
+    )
+    return FederatedData(train, test, test_rows, tuple(train_rows[part] for part in parts), shape)
+
+
+@lru_cache(maxsize=4)
+def _load(dataset: str) -> tuple[Split, Split, IntArray, IntArray]:
+    """The training and test splits of a resolved dataset, and the rows to use of each."""
+    if dataset == "digits":
+        digits = read_digits()
+        return digits, digits, *_hold_out(digits.labels, 0.2)
+    splits = folder_splits(Path(dataset), ()) if Path(dataset).is_absolute() else hub_splits(dataset)
+    if "train" not in splits:
+        raise DataError(f"{dataset} has no split named train")
+    train = splits["train"]
+    # Benchmarks that withhold the labels of their test split set all of them to -1.
+    test = next(
+        (splits[role] for role in ("test", "validation") if role in splits and splits[role].labels.max() >= 0), None
+    )
+    if test is None:
+        train_rows, test_rows = _hold_out(train.labels, _HELD_OUT)
+        if not len(test_rows):
+            raise DataError(f"{dataset} has no test split and too few images to hold one out: a class needs two")
+        held_out, total = len(test_rows), len(train.labels)
+        _LOG.warning("%s has no test split: %d of its %d images are held out", dataset, held_out, total)
+        train.check_labels()
+        return train, train, train_rows, test_rows
+    names = max(train.class_names, test.class_names, key=len)
+    if train.class_names != names[: len(train.class_names)] or test.class_names != names[: len(test.class_names)]:
+        raise DataError(f"{dataset} has other class names in its test split than in its training split")
+    train, test = replace(train, class_names=names), replace(test, class_names=names)
+    train.check_labels()
+    test.check_labels()
+    return train, test, np.arange(len(train.labels)), np.arange(len(test.labels))
+
+
+def _hold_out(labels: IntArray, fraction: float) -> tuple[IntArray, IntArray]:
+    """Rows (kept, held out): `fraction` of each class is held out, at least one image of a class of two or more."""
+    rng = np.random.default_rng(_FIXED_SEED)
+    held = []
+    for label in np.unique(labels):
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        held.append(rows[: max(round(fraction * len(rows)), min(1, len(rows) - 1))])
+    test_rows = np.sort(np.concatenate(held))
+    return np.setdiff1d(np.arange(len(labels)), test_rows), test_rows
+
+
+def _resolve(dataset: str) -> str:
+    """Resolve the setting to "digits", an absolute path, or a hub id."""
+    if dataset == "digits":
+        return dataset
+    try:
+        folder = Path(dataset).expanduser()
+        if dataset and folder.is_dir():
+            return str(folder.resolve())
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SettingError("dataset", dataset, f"{ACCEPTED_DATASETS} ({first_line(error)})") from error
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", dataset):
+        raise SettingError("dataset", dataset, ACCEPTED_DATASETS)
+    return dataset

@@ -1,0 +1,149 @@
+"""Labeled images in memory, and the one reader of image files that training and prediction share."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tofu.errors import DataError, first_line
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Pixels = NDArray[np.uint8]
+"""One image: uint8 [height, width] if it is gray, [height, width, 3] if it is in color."""
+
+IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"))
+
+_MAX_12_BIT = (1 << 12) - 1
+
+
+@dataclass(frozen=True)
+class ImageShape:
+    """The input and output size of a model.
+
+    Attributes:
+        channels: 1 for gray images, 3 for color images.
+        height: in pixels.
+        width: in pixels.
+        classes: number of classes.
+    """
+
+    channels: int
+    height: int
+    width: int
+    classes: int
+
+
+@dataclass(frozen=True)
+class LabeledImages:
+    """Images with their labels. Instances are cached and shared, so their tensors must not be modified.
+
+    Attributes:
+        images: uint8 [n, channels, height, width].
+        labels: int64 [n], each in 0..classes-1.
+        classes: number of classes of the dataset, including those without an image here.
+
+    Raises:
+        ValueError: a tensor has another type or shape.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: int
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.dim() != 4:
+            raise ValueError(f"images must be uint8 [n, c, h, w], not {self.images.dtype} {list(self.images.shape)}")
+        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
+            raise ValueError(f"labels must be int64 [n], not {self.labels.dtype} {list(self.labels.shape)}")
+
+    def __len__(self) -> int:
+        return self.labels.shape[0]
+
+    @property
+    def shape(self) -> ImageShape:
+        channels, height, width = self.images.shape[1:]
+        return ImageShape(channels, height, width, self.classes)
+
+    def subset(self, indices: Tensor | Sequence[int]) -> "LabeledImages":
+        """Copy the images at `indices` (int [k]), in that order."""
+        chosen = torch.as_tensor(indices, dtype=torch.int64)
+        return LabeledImages(self.images[chosen], self.labels[chosen], self.classes)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Convert uint8 images to float32 in [-1, 1].
+
+    The scale is fixed because a dataset's mean and standard deviation would be statistics of the clients' data.
+
+    Raises:
+        TypeError: the images are not uint8.
+    """
+    if images.dtype != torch.uint8:
+        raise TypeError(f"to_float takes uint8 images, not {images.dtype}")
+    return (images.to(torch.float32) / 255 - 0.5) / 0.5
+
+
+def read_image(source: bytes | Path) -> Pixels:
+    """Decode one image file to 8 bits per channel, upright.
+
+    The EXIF orientation is applied. 16-bit gray values are scaled from 16 bits to 8, or from 12 bits to 8 if all of
+    the image's values fit in 12 bits: many cameras and scanners store 12-bit values in 16-bit files.
+
+    Args:
+        source: the encoded bytes, or the path of the file.
+
+    Raises:
+        DataError: the image cannot be decoded, or has 32 bits per pixel and channel.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as opened:
+            return _to_pixels(_upright(opened))
+    except (OSError, SyntaxError, ValueError, EOFError, TypeError, Image.DecompressionBombError) as error:
+        raise DataError(f"cannot be read as an image: {first_line(error)}") from error
+
+
+def fit_image(pixels: Pixels, shape: ImageShape) -> Pixels:
+    """Convert an image to uint8 [channels, height, width]; a gray image fills all three channels of a color shape.
+
+    Raises:
+        DataError: the image has another size, or is in color where the shape is gray.
+    """
+    if pixels.shape[:2] != (shape.height, shape.width):
+        size = f"{pixels.shape[1]}x{pixels.shape[0]}"
+        raise DataError(f"has {size} pixels, expected {shape.width}x{shape.height} (width x height)")
+    if pixels.ndim == 3 and shape.channels == 1:
+        raise DataError("is in color, expected gray")
+    channels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return np.broadcast_to(channels, (shape.channels, shape.height, shape.width))
+
+
+def _upright(image: "Image.Image") -> "Image.Image":
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:
+        # A damaged EXIF block raises many types of errors and says nothing about the orientation. Errors of the
+        # pixels themselves are raised again when these are read.
+        return image
+
+
+def _to_pixels(image: "Image.Image") -> Pixels:
+    if image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        return (values >> (4 if values.max(initial=0) <= _MAX_12_BIT else 8)).astype(np.uint8)
+    if image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode} (32-bit pixels) is not supported")
+    if image.mode in ("1", "LA", "La"):
+        return np.asarray(image.convert("L"))
+    return np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))

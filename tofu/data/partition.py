@@ -1,0 +1,84 @@
+"""Partition the rows of a dataset over simulated clients."""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tofu.errors import SettingError
+
+IntArray = NDArray[np.int64]
+
+PARTITIONS = ("iid", "dirichlet", "shards")
+
+_MIN_IMAGES = 10
+
+
+def partition_rows(
+    labels: IntArray, *, clients: int, partition: str, alpha: float, shards_per_client: int, seed: int
+) -> tuple[IntArray, ...]:
+    """Partition the rows 0..n-1 over clients: each row goes to exactly one client, and each part is shuffled.
+
+    After a Dirichlet draw, a client with fewer than min(10, n / clients / 2) rows takes rows from the client that has
+    the most. The minimum of flwr-datasets redraws up to ten times and then fails, as it does for many clients or a
+    small alpha, and its balancing divides by zero once every client is full. Shards are cut here because its
+    ShardPartitioner drops the rows that do not fill a shard, and its PathologicalPartitioner drops whole classes.
+
+    Args:
+        labels: int64 [n].
+        clients: number of parts.
+        partition: one of `PARTITIONS`, as in `tofu.data.open_data`.
+        alpha: concentration of the Dirichlet distribution.
+        shards_per_client: for "shards".
+        seed: seeds all draws.
+
+    Returns:
+        For each client its rows, int64 [its number of rows].
+
+    Raises:
+        SettingError: there are more clients, or more shards, than rows.
+    """
+    n = len(labels)
+    if clients > n:
+        raise SettingError("clients", clients, f"at most {n}, the number of training images")
+    rng = np.random.default_rng([seed, 1])
+    if partition == "shards":
+        if clients * shards_per_client > n:
+            accepted = f"at most {n // clients} ({n} images, {clients} clients)"
+            raise SettingError("shards_per_client", shards_per_client, accepted)
+        shards = np.array_split(np.argsort(labels, kind="stable"), clients * shards_per_client)
+        hands = rng.permutation(len(shards)).reshape(clients, shards_per_client)
+        parts = [np.concatenate([shards[shard] for shard in hand]) for hand in hands]
+    else:
+        parts = _flower_partition(labels, clients, partition, alpha, rng)
+        _fill_up(parts, math.ceil(min(_MIN_IMAGES, n / clients / 2)))
+    return tuple(rng.permutation(part) for part in parts)
+
+
+def _flower_partition(
+    labels: IntArray, clients: int, partition: str, alpha: float, rng: np.random.Generator
+) -> list[IntArray]:
+    from datasets import Dataset
+    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, Partitioner
+
+    rows = rng.permutation(len(labels))
+    partitioner: Partitioner
+    if partition == "iid":
+        partitioner = IidPartitioner(clients)
+    else:
+        draw = int(rng.integers(2**31))
+        partitioner = DirichletPartitioner(clients, "label", alpha, min_partition_size=0, shuffle=False, seed=draw)
+    partitioner.dataset = Dataset.from_dict({"row": rows, "label": labels[rows]})
+    return [np.asarray(partitioner.load_partition(i)[:]["row"], dtype=np.int64) for i in range(clients)]
+
+
+def _fill_up(parts: list[IntArray], min_rows: int) -> None:
+    """Move rows from the largest part, one at a time, until each part has `min_rows` (at most the mean size)."""
+    sizes = np.array([len(part) for part in parts])
+    for short in np.flatnonzero(sizes < min_rows):
+        while sizes[short] < min_rows:
+            largest = int(sizes.argmax())
+            parts[short] = np.append(parts[short], parts[largest][-1])
+            parts[largest] = parts[largest][:-1]
+            sizes[short] += 1
+            sizes[largest] -= 1
