@@ -17,7 +17,7 @@ from flwr.clientapp import ClientApp
 from server.app import serve_in_process
 from tofu.codec.compressor import Proxy
 from tofu.errors import RunError, SettingError
-from tofu.formatting import human_seconds
+from tofu.formatting import format_seconds
 from tofu.observers.terminal import Progress, SilentProgress
 from tofu.reporting.compare.plan import FEDAVG, Cell, Comparison, Run
 from tofu.reporting.compare.results import Row, best_value, document, failed_run, read_run
@@ -151,13 +151,13 @@ class _Work:
 
     def _times(self, run: Run) -> str:
         """Time so far, and what the runs to come will take if they take what those of their compressor took."""
-        text = f"; {human_seconds(time.perf_counter() - self._began)} elapsed"
+        text = f"; {format_seconds(time.perf_counter() - self._began)} elapsed"
         known = {name: sum(values) / len(values) for name, values in self._seconds.items()}
         if not known:
             return text
         typical = sum(known.values()) / len(known)
         left = sum(known.get(name, typical) for name in (run.cell.compressor, *self._waiting))
-        return f"{text}, about {human_seconds(left)} left"
+        return f"{text}, about {format_seconds(left)} left"
 
     def _document(self) -> Row:
         return document(self._comparison, self._rows, self._tuning, runs_left=self._total - self._done)

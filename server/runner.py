@@ -394,7 +394,7 @@ class RoundRunner:
         )  # fmt: skip
         if self.recorder is not None and self.recorder.wants(client.name):
             base = weights_of(self._downlink.network.model)
-            self.recorder.keep(
+            self.recorder.save(
                 result.round, client.name, kind=result.kind, examples=reply.examples, base=base, payload=reply.payload
             )
         update = compressor.decompress(self._downlink.network, payload.body)

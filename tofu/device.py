@@ -1,7 +1,7 @@
-"""Where the heavy loops run: a client's local steps, the search of an encode, and the server's evaluation.
+"""The device of the expensive loops: a client's local steps, the search of an encode, and the server's evaluation.
 
-Everything else stays on the CPU. Above all decoding: both ends do it, and only the same arithmetic on both gives the
-same update. Local steps and searches may round otherwise from machine to machine, because what they find is sent.
+Everything else stays on the CPU, in particular decoding: both ends decode, and only the same arithmetic on both gives
+the same update. Local steps and searches may round differently from machine to machine because their results are sent.
 """
 
 import re
@@ -17,17 +17,17 @@ CPU = torch.device("cpu")
 
 NAMES = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 DEVICES = "auto, cpu, cuda or cuda:N"
-"""What a device may be called; auto is cuda where there is such a device, else cpu."""
+"""Accepted names; "auto" is cuda if the machine has such a device, and cpu otherwise."""
 
 
 def open_device(name: str) -> torch.device:
-    """The device of this name, if this machine has it.
+    """Return the device of this name, if this machine has it.
 
-    With CUDA float32 is then float32 everywhere in this process, and convolutions take the same algorithms every time:
-    the search differentiates by a difference of two gradients, in which TF32's ten bits would leave nothing.
+    With CUDA this disables TF32 and makes cuDNN deterministic for the whole process: the search differentiates by a
+    difference of two gradients, in which TF32 with its 10 bits would leave no significant digits.
 
     Raises:
-        SettingError: no such device here.
+        SettingError: the name is unknown, or this machine has no such device.
     """
     if not NAMES.fullmatch(name):
         raise SettingError("device", name, DEVICES)
@@ -36,9 +36,9 @@ def open_device(name: str) -> torch.device:
         return CPU
     number = int(name.partition(":")[2] or 0)
     if number >= count:
-        here = "cpu, or a torch built for CUDA" if torch.version.cuda is None else "cpu"
-        here = f"cuda:0 to cuda:{count - 1}" if count else here
-        raise SettingError("device", name, f"what this machine has: {here}")
+        available = "cpu, or a torch built for CUDA" if torch.version.cuda is None else "cpu"
+        available = f"cuda:0 to cuda:{count - 1}" if count else available
+        raise SettingError("device", name, f"a device of this machine: {available}")
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
     return torch.device("cuda", number)
@@ -46,7 +46,7 @@ def open_device(name: str) -> torch.device:
 
 @contextmanager
 def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """The model is on `device` within the block, and on the CPU after it."""
+    """Move the model to `device` within the block and back to the CPU after it."""
     if device == CPU:
         yield
         return

@@ -1,9 +1,9 @@
-"""Structured logs: one JSON object a line, for those who collect the logs of many machines.
+"""Structured logs: one JSON object per line, for collectors of logs from many machines.
 
-Every line has `time`, `level`, `app` (server, client or deploy), `event`, `run`, `round` and `node`, null where there
-is none, and beside them what the event has. `run` and `node` are Flower's numbers, as text: they have 64 bits, which
-many readers of JSON round. With the setting `log=json` lines go to standard error; where the environment variable
-TOFU_LOG names a file they are appended to it, whatever the setting. Nobody else hears of them.
+Every line has `time`, `level`, `app` (server, client or deploy), `event`, `run`, `round` and `node` (null if they do not
+apply), and the event's own fields. `run` and `node` are Flower's 64-bit numbers, written as text because many JSON
+readers round such numbers. With the setting `log=json`, lines go to standard error; if the environment variable
+TOFU_LOG names a file, they are appended to it whatever the setting. Otherwise nothing is logged.
 
     LOG = logging.getLogger("tofu.server")
     LOG.warning("client failed", extra=about(run=run, round=3, node=node, reason="no reply"))
@@ -23,7 +23,7 @@ from tofu.errors import TofuError
 FILE = "TOFU_LOG"
 STYLES = ("text", "json")
 _ROOT = logging.getLogger("tofu")
-_ROOT.addHandler(logging.NullHandler())  # else Python prints warnings where nobody asked for logs
+_ROOT.addHandler(logging.NullHandler())  # otherwise Python prints warnings to standard error
 _ABOUT = "about"
 _lock = threading.Lock()
 _started: dict[tuple[str, str], logging.Handler] = {}
@@ -32,14 +32,14 @@ _started: dict[tuple[str, str], logging.Handler] = {}
 def about(
     *, run: int | None = None, round: int | None = None, node: int | None = None, **fields: Any
 ) -> dict[str, Any]:
-    """What a line says beside its event, as the `extra` of a logging call. None is null."""
+    """Build the `extra` of a logging call: the fields of a line in addition to its event. None becomes null."""
     named = {"run": run, "node": node}
     where = {name: None if value is None else str(value) for name, value in named.items()}
     return {_ABOUT: {"run": where["run"], "round": round, "node": where["node"]} | fields}
 
 
 class JsonLines(logging.Formatter):
-    """A log record as one line of JSON."""
+    """Formats a log record as one line of JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
@@ -55,7 +55,7 @@ class JsonLines(logging.Formatter):
 
 
 class _StandardError(logging.Handler):
-    """Writes to what standard error is now: Flower puts another stream in its place."""
+    """Writes to the current `sys.stderr`, which Flower replaces after the handler was made."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -66,10 +66,10 @@ class _StandardError(logging.Handler):
 
 
 def start_logging(style: str) -> None:
-    """From now on, log as the setting `log` and the environment say. To be called again costs nothing.
+    """Configure logging from the setting `log` and the environment. Repeated calls are cheap.
 
     Raises:
-        TofuError: the file that TOFU_LOG names cannot be written.
+        TofuError: the file named by TOFU_LOG cannot be written.
     """
     wanted = {("stderr", "")} if style == "json" else set()
     if path := os.environ.get(FILE):
@@ -89,7 +89,7 @@ def start_logging(style: str) -> None:
 
 def _file(path: str) -> logging.Handler:
     try:
-        # Opened again where logrotate moved it away. Lines of several processes do not mix: each is appended at once.
+        # Reopens the file after logrotate moved it. Lines of several processes do not mix: each is one append.
         return logging.handlers.WatchedFileHandler(path, encoding="utf-8")
     except OSError as error:
         raise TofuError(

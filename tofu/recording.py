@@ -1,13 +1,12 @@
-"""What a run keeps of some clients' messages, so that attacks can be tried on what was really sent.
+"""Recordings: some clients' messages, saved so that attacks can be tried on exactly what was sent.
 
     record/round-0003-client-7/
         base.safetensors   the weights that the payload is relative to: parameters and buffers
-        payload.bin        the bytes as they came, header included
+        payload.bin        the bytes as received, including the header
         record.json        everything else that the server knew
 
-A folder appears whole, by a rename. Nothing in it is executed on reading; every field is checked. A recording is what
-an attacker at the server has: with the run's settings it also says where the client's images are, so keep it as safe as
-the data.
+A folder is written completely and then renamed. Reading executes nothing and checks every field. A recording is what an
+attacker at the server has, and with the run's settings it also identifies the client's images: protect it like the data.
 """
 
 import json
@@ -41,13 +40,13 @@ class Recording:
 
     Attributes:
         round: counted from 1.
-        client: its name in the ledger; of a simulated client, the number of its partition.
+        client: its name in the ledger; the partition number of a simulated client.
         kind: of the round, one of `tofu.wire.KINDS`.
-        examples: images that the update stands for, as the reply says.
-        shape: of the network's input and output.
-        settings: of the run; they give model, codec, step size, epochs, batch size, seed and dataset.
+        examples: number of training images that the reply states.
+        shape: of the model's input and output.
+        settings: of the run: model, codec, learning rate, epochs, batch size, seed and dataset.
         base: the weights that the payload is relative to.
-        payload: the bytes as they came.
+        payload: the bytes as received.
     """
 
     round: int
@@ -61,18 +60,21 @@ class Recording:
 
     @property
     def lr(self) -> float:
-        """The client's step size in this round."""
+        """The client's learning rate in this round."""
         return self.settings.lr_of(self.round)
 
 
 class Recorder:
-    """Keeps the messages of some clients under a run's folder.
+    """Saves the messages of some clients in a run's folder.
 
     Args:
         folder: of the run.
-        clients: names of the clients to keep.
+        clients: names of the clients whose messages are saved.
         settings: of the run.
-        shape: of the network's input and output.
+        shape: of the model's input and output.
+
+    Raises:
+        SettingError: a name that is not usable in the name of a folder.
     """
 
     def __init__(self, folder: Path, clients: Sequence[str], *, settings: Settings, shape: ImageShape) -> None:
@@ -80,20 +82,20 @@ class Recorder:
         self._settings, self._shape = settings, shape
         for client in clients:
             if not _NAME.fullmatch(_folder_name(1, client)):
-                raise SettingError("record", client, "names of clients: letters, digits, points and underscores")
+                raise SettingError("record", client, "names of clients: letters, digits, dots and underscores")
 
     def in_folder(self, folder: Path) -> "Recorder":
-        """The same, under another run's folder."""
+        """A recorder of the same clients in another run's folder."""
         return Recorder(folder, sorted(self._clients), settings=self._settings, shape=self._shape)
 
     def wants(self, client: str) -> bool:
-        """Whether this client's messages are kept."""
+        """Whether this client's messages are saved."""
         return client in self._clients
 
-    def keep(
+    def save(
         self, round_: int, client: str, *, kind: str, examples: int, base: Mapping[str, Tensor], payload: bytes
     ) -> None:
-        """Write one message, atomically; the one of a round that is run again after a crash replaces the first.
+        """Save one message atomically. A message of a round that is repeated after a crash replaces the first one.
 
         Args:
             base: parameters and buffers that the payload is relative to.
@@ -101,7 +103,7 @@ class Recorder:
         Raises:
             RunError: the folder cannot be written.
         """
-        about = {
+        fields = {
             "version": VERSION,
             "round": round_,
             "client": client,
@@ -118,7 +120,7 @@ class Recorder:
             weights = {name: value.detach().contiguous() for name, value in base.items()}
             _write(part / "base.safetensors", safetensors.torch.save(weights))
             _write(part / "payload.bin", payload)
-            _write(part / "record.json", json.dumps(about, indent=1, allow_nan=False).encode())
+            _write(part / "record.json", json.dumps(fields, indent=1, allow_nan=False).encode())
             shutil.rmtree(final, ignore_errors=True)
             os.replace(part, final)
         except OSError as error:
@@ -126,10 +128,10 @@ class Recorder:
 
 
 def recordings(run: Path) -> list[Path]:
-    """The folders of a run's recordings, by client and then round.
+    """List the folders of a run's recordings, by client and then by round.
 
     Raises:
-        RunError: the run has none.
+        RunError: the run has no recordings.
     """
     found = [(m[2], int(m[1]), path) for path in sorted((run / FOLDER).glob("round-*")) if (m := _match(path))]
     if not found:
@@ -138,11 +140,11 @@ def recordings(run: Path) -> list[Path]:
 
 
 def read_recording(folder: Path) -> Recording:
-    """Read one recording, every field checked. (What base and payload mean, the codec checks when it decodes.)
+    """Read one recording and check every field. (The codec checks the contents of base and payload when it decodes.)
 
     Raises:
-        RunError: a file is missing or is not what `Recorder` writes.
-        SettingError: a setting of the run that this program does not know.
+        RunError: a file is missing or was not written by `Recorder`.
+        SettingError: a setting of the run is unknown to this version.
     """
     match = _match(folder)
     try:
@@ -152,7 +154,7 @@ def read_recording(folder: Path) -> Recording:
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise RunError(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
     if match is None or not isinstance(about, dict):
-        raise RunError(f"{folder} is no recording: expected a folder named round-NUMBER-client-NAME")
+        raise RunError(f"{folder} is not a recording: expected a folder named round-NUMBER-client-NAME")
     shape = about.get("shape")
     if not isinstance(shape, dict) or not isinstance(about.get("settings"), dict):
         raise RunError(f"{folder}/record.json has no shape or no settings")
@@ -161,7 +163,7 @@ def read_recording(folder: Path) -> Recording:
         if type(value) is not int or not 1 <= value < 2**31:
             raise RunError(f"{folder}/record.json has {name} {value!r}, expected a whole number of at least 1")
     if about["version"] != VERSION:
-        raise RunError(f"{folder}/record.json has version {about['version']}, this program reads {VERSION}")
+        raise RunError(f"{folder}/record.json has version {about['version']}, expected {VERSION}")
     if about.get("kind") not in KINDS:
         raise RunError(f"{folder}/record.json has kind {about.get('kind')!r}, expected one of {', '.join(KINDS)}")
     if (about["round"], about.get("client")) != (int(match[1]), match[2]):

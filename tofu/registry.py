@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from tofu.errors import SettingError
+from tofu.imports import import_object
 
 _DECORATOR = re.compile(r"^@[\w.]*\.register\(\s*[\"']([^\"']+)[\"']", re.MULTILINE)
 
@@ -69,7 +70,7 @@ class Registry(Generic[T]):
         if not (module and colon and attribute):
             raise SettingError(self._setting, name, f"one of {', '.join(self.names())}, or package.module:Class")
         try:
-            entry = getattr(importlib.import_module(module), attribute)
+            entry = import_object(name)
         except Exception as error:  # the user's own module may raise anything
             expected = f"a package.module:Class that can be imported ({type(error).__name__}: {error})"
             raise SettingError(self._setting, name, expected) from error

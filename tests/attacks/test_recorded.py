@@ -36,7 +36,7 @@ def run(tmp_path: Path) -> Path:
         compressor = SETTINGS.make_compressor("proxy", network)
         compressed = compressor.compress(network, sent.update, generator=derive_generator(0, round_, "4", "encode"))
         payload = Payload(compressor.code, round_, fingerprint(base), compressed.body).to_bytes()
-        recorder.keep(round_, "4", kind="proxy", examples=len(data.client(4)), base=base, payload=payload)
+        recorder.save(round_, "4", kind="proxy", examples=len(data.client(4)), base=base, payload=payload)
         add_update(model, compressed.decoded)
     return tmp_path
 

@@ -25,7 +25,7 @@ def test_cpu_is_everywhere() -> None:
 def test_without_a_gpu_auto_is_the_cpu_and_cuda_says_what_there_is() -> None:
     assert open_device("auto") == CPU
     for name in ("cuda", "cuda:1"):
-        with pytest.raises(SettingError, match=f"device='{name}' is not usable: expected what this machine has: cpu"):
+        with pytest.raises(SettingError, match=f"device='{name}' is not usable: expected .*: cpu"):
             open_device(name)
 
 

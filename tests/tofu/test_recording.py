@@ -18,7 +18,7 @@ from tofu.weights import weights_of
 def recorded(tmp_path: Path, mlp_update: Case) -> Path:
     network, _ = mlp_update
     recorder = Recorder(tmp_path, ["3"], settings=Settings.of({"lr": 0.2, "rounds": 4}), shape=network.shape)
-    recorder.keep(2, "3", kind="proxy", examples=17, base=weights_of(network.model), payload=bytes(50))
+    recorder.save(2, "3", kind="proxy", examples=17, base=weights_of(network.model), payload=bytes(50))
     return tmp_path
 
 
@@ -38,7 +38,7 @@ def test_what_was_kept_is_read(recorded: Path, mlp_update: Case) -> None:
 def test_a_round_that_is_run_again_replaces_its_recording(recorded: Path, mlp_update: Case) -> None:
     network, _ = mlp_update
     recorder = Recorder(recorded, ["3"], settings=Settings.of({}), shape=network.shape)
-    recorder.keep(2, "3", kind="full", examples=18, base=weights_of(network.model), payload=bytes(60))
+    recorder.save(2, "3", kind="full", examples=18, base=weights_of(network.model), payload=bytes(60))
     (path,) = recordings(recorded)
     assert read_recording(path).examples == 18
     assert [p.name for p in path.parent.iterdir()] == [path.name]

@@ -1,8 +1,8 @@
-"""torchvision, importable beside a torch without CUDA too: always `from tofu.models.torchvision_compat import torchvision`.
+"""Import torchvision with any build of torch: always `from tofu.models.torchvision_compat import torchvision`.
 
-The Linux wheel of torchvision is linked against CUDA. Beside a CPU-only torch its extension does not load, and the
-import then stops at `operator torchvision::nms does not exist`. Models, transforms and datasets need none of the
-operators: declaring their schemas is enough.
+The Linux wheel of torchvision is linked against CUDA. Its extension does not load with a CPU-only torch, and the import
+then fails with `operator torchvision::nms does not exist`. Models, transforms and datasets use none of the operators,
+so declaring their schemas is enough.
 """
 
 from contextlib import suppress
@@ -15,7 +15,7 @@ _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 
 def _declare_missing_operators() -> torch.library.Library:
-    """Declare those operators that the extension should have brought and did not."""
+    """Declare the operators that the extension failed to register."""
     package = find_spec("torchvision")
     extension = PathFinder.find_spec("_C", package.submodule_search_locations) if package else None
     if extension is not None and extension.origin is not None:
@@ -28,7 +28,7 @@ def _declare_missing_operators() -> torch.library.Library:
     return library
 
 
-# Schemas vanish with the object that declared them.
+# The schemas are removed when the object that declared them is deleted.
 _LIBRARY = _declare_missing_operators()
 
 import torchvision  # noqa: E402

@@ -18,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tofu.formatting import format_bytes, human_factor, human_seconds, human_share, printable
+from tofu.formatting import format_bytes, format_factor, format_fraction, format_seconds, printable
 
 PHASES = {"send": "sending", "train": "clients train", "decode": "decoding", "evaluate": "evaluating"}
 _NONE = "-"
@@ -194,7 +194,7 @@ class RichProgress(Progress):
         left = self.seconds_left()
         status = f"{self._done}/{self._rounds} rounds"
         if left is not None and self._done < self._rounds and not self._closing:
-            status += f", {human_seconds(round(left))} left"
+            status += f", {format_seconds(round(left))} left"
         bar = Table.grid(padding=(0, 1))
         rail = ProgressBar(max(self._rounds, 1), self._done, 36, complete_style="cyan", finished_style="green")
         bar.add_row(rail, Text(status))
@@ -252,12 +252,12 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
         "round": printable(f"{row.get('round', '?')}"),
         "kind": printable(f"{row.get('kind', '?')}{abandoned}"),
         "task": _NONE if task is None else f"{task:g}",
-        "accuracy": _NONE if accuracy is None else human_share(accuracy, 2),
-        "explained": _NONE if explained is None else human_share(explained),
+        "accuracy": _NONE if accuracy is None else format_fraction(accuracy, 2),
+        "explained": _NONE if explained is None else format_fraction(explained),
         "uplink": format_bytes(int(sent)) if sent and sent > 0 else _NONE,
-        "less": human_factor(fedavg / sent) if sent and fedavg and sent > 0 and fedavg > 0 else _NONE,
+        "less": format_factor(fedavg / sent) if sent and fedavg and sent > 0 and fedavg > 0 else _NONE,
         "epsilon": _epsilon(row),
-        "time": _NONE if seconds is None else human_seconds(seconds),
+        "time": _NONE if seconds is None else format_seconds(seconds),
     }
 
 
@@ -279,17 +279,17 @@ def _in_short(summary: Mapping[str, Any]) -> str:
     accuracy, sent, fedavg, seconds = (
         _number(summary, key) for key in ("final_accuracy", "uplink_bytes", "fedavg_uplink_bytes", "seconds")
     )
-    words = [] if accuracy is None else [f"final accuracy {human_share(accuracy, 2)}"]
+    words = [] if accuracy is None else [f"final accuracy {format_fraction(accuracy, 2)}"]
     learnt, kept = (_number(summary, key) for key in ("mean_accuracy", "backward_transfer"))
     if learnt is not None and kept is not None:
-        words.append(f"ACC {human_share(learnt / 100)}, BWT {kept:+.1f} points")
+        words.append(f"ACC {format_fraction(learnt / 100)}, BWT {kept:+.1f} points")
     delta = _number(summary, "delta")
     if delta is not None:
         words.append(f"epsilon {_epsilon(summary)} at delta {delta:g}")
     if sent is not None and sent >= 0:
         words.append(f"uplink {format_bytes(int(sent))}")
         if sent and fedavg and fedavg >= sent:
-            words[-1] += f", {human_factor(fedavg / sent)} less than the {format_bytes(int(fedavg))} FedAvg sends"
+            words[-1] += f", {format_factor(fedavg / sent)} less than the {format_bytes(int(fedavg))} FedAvg sends"
     if seconds is not None:
-        words.append(human_seconds(seconds))
+        words.append(format_seconds(seconds))
     return "done: " + "; ".join(words) if words else "done"

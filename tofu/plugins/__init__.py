@@ -9,7 +9,6 @@ broadcast, and the local loop calls their hooks; the server makes the same plugi
 All hooks are optional. client/plugins/README.md writes one in 40 lines.
 """
 
-import importlib
 import inspect
 import math
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from tofu.data import ImageShape, LabeledImages
 from tofu.errors import PayloadError, RunError, SettingError
+from tofu.imports import import_object
 from tofu.plugins.options import option, options_of, read_options
 from tofu.plugins.state import PluginState, state_from_bytes, state_to_bytes
 
@@ -483,11 +483,11 @@ def make_plugins(names: str, options: str = "") -> Plugins:
 
 
 def _import(given: str) -> type[Plugin]:
-    module_name, colon, attribute = _BUILT_IN.get(given, given).partition(":")
-    if not colon:
+    path = _BUILT_IN.get(given, given)
+    if ":" not in path:
         raise SettingError("plugins", given, f"one of {', '.join(_BUILT_IN)}, or package.module:Class")
     try:
-        kind = getattr(importlib.import_module(module_name), attribute)
+        kind = import_object(path)
     except Exception as error:
         # The user's own code may raise anything; its text is what helps.
         text = f"package.module:Class that can be imported ({type(error).__name__}: {error})"

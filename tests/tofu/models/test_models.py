@@ -196,6 +196,34 @@ def test_a_module_that_is_not_there_is_refused() -> None:
         build_model("no_such_module:factory", DIGITS)
 
 
+def test_a_factory_in_the_current_folder_is_found_and_imported_before_the_seed_is_set(tmp_path: Path) -> None:
+    """With the console script, and in a project that has a client.py and a server.py of its own."""
+    for name in ("client", "server"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the user's module was imported')")
+    (tmp_path / "net.py").write_text(
+        "import torch\nfrom torch import nn\nprint(torch.rand(1) * 0)\n"
+        "def make(*, channels, height, width, classes):\n    return nn.Sequential(nn.Flatten(), nn.LazyLinear(classes))\n"
+    )
+    code = """
+import sys
+sys.path[:] = [path for path in sys.path if path]
+from tofu.data import ImageShape
+from tofu.models import build_model
+from tofu.weights import weights_of
+prints = [{k: v.sum().item() for k, v in weights_of(build_model("net:make", ImageShape(1, 8, 8, 10))).items()} for _ in range(2)]
+print(prints[0] == prints[1])
+import client.app
+print(client.app.__file__)
+"""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
+    arguments = [sys.executable, "-c", code]
+    done = subprocess.run(arguments, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    _, same, client_file = done.stdout.splitlines()
+    assert same == "True"
+    assert not client_file.startswith(str(tmp_path))
+
+
 def test_small_models_need_no_heavy_import() -> None:
     code = """
 import sys

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tofu.formatting import format_bytes, human_factor, human_seconds, human_share, printable
+from tofu.formatting import format_bytes, format_factor, format_fraction, format_seconds, printable
 from tofu.observers.terminal import PlainProgress, Progress, RichProgress, SilentProgress, make_progress
 
 SUMMARY = {"final_accuracy": 0.9473, "uplink_bytes": 2_550_000, "fedavg_uplink_bytes": 7_500_000, "seconds": 125.0}
@@ -257,11 +257,11 @@ def test_base_accepts_every_call() -> None:
     ("count", "text"),
     [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (12_345, "12.3 kB"), (999_949, "999.9 kB"), (999_950, "1.0 MB")],
 )
-def test_human_bytes(count: int, text: str) -> None:
+def test_format_bytes(count: int, text: str) -> None:
     assert format_bytes(count) == text
 
 
-def test_human_bytes_of_extremes() -> None:
+def test_format_bytes_of_extremes() -> None:
     assert format_bytes(10**19) == "10000.0 PB"
     with pytest.raises(ValueError, match="never negative"):
         format_bytes(-1)
@@ -278,14 +278,14 @@ def test_human_bytes_of_extremes() -> None:
         (3840, "1 h 04 min"),
     ],
 )
-def test_human_seconds(seconds: float, text: str) -> None:
-    assert human_seconds(seconds) == text
+def test_format_seconds(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
 
 
 def test_shares_factors_and_names() -> None:
-    assert human_share(0.9625) == "96.2%"
-    assert human_share(0.9625, 2) == "96.25%"
-    assert [human_factor(f) for f in (2.136, 9.996, 21.37, 213.6, 1213.7)] == [
+    assert format_fraction(0.9625) == "96.2%"
+    assert format_fraction(0.9625, 2) == "96.25%"
+    assert [format_factor(f) for f in (2.136, 9.996, 21.37, 213.6, 1213.7)] == [
         "2.14x",
         "10.0x",
         "21.4x",

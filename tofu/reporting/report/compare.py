@@ -6,7 +6,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from tofu.formatting import human_share
+from tofu.formatting import format_fraction
 from tofu.reporting.report import compare_figures as figures
 from tofu.reporting.report.chart import Drawing, standalone
 from tofu.reporting.report.compare_tables import Table, cell_table, notes, ratio_text, target_table
@@ -113,14 +113,14 @@ def _lead(document: Mapping[str, Any]) -> Markup:
             best = max(cells, key=lambda cell: float(cell["final_accuracy"]["mean"]))
             parts.append(
                 Markup("at {}: <b>{}</b> {}").format(
-                    ratio_text(ratio), best["compressor"], human_share(best["final_accuracy"]["mean"])
+                    ratio_text(ratio), best["compressor"], format_fraction(best["final_accuracy"]["mean"])
                 )
             )
     if not parts:
         return Markup(_NOTHING)
     fedavg = document["cells"][0]["final_accuracy"]
     text = Markup("Most accurate ") + Markup(", ").join(parts) + "."
-    return text + (Markup(" FedAvg: {}.").format(human_share(fedavg["mean"])) if fedavg else "")
+    return text + (Markup(" FedAvg: {}.").format(format_fraction(fedavg["mean"])) if fedavg else "")
 
 
 def _aside(document: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tofu.formatting import format_bytes, human_share
+from tofu.formatting import format_bytes, format_fraction
 from tofu.reporting.report.chart import (
     BOTTOM,
     LEFT,
@@ -116,7 +116,9 @@ def accuracy_by_round(document: Mapping[str, Any], ratio: float) -> Drawing | No
     series = _series(document)
     drawing = Drawing(
         f"Test accuracy by round at {ratio_text(ratio)}: "
-        + "; ".join(f"{method_name(c['compressor'])} ends at {human_share(c['accuracy_by_round'][-1])}" for c in done),
+        + "; ".join(
+            f"{method_name(c['compressor'])} ends at {format_fraction(c['accuracy_by_round'][-1])}" for c in done
+        ),
         0,
     )
     fedavg = reference["accuracy_by_round"]
@@ -138,7 +140,7 @@ def accuracy_by_round(document: Mapping[str, Any], ratio: float) -> Drawing | No
     for style, points in lines:
         _curve(drawing, x, y, points, style.css, clip)
     for style, points in lines:
-        style.mark(drawing, x.at(last), min(y.at(points[-1]), bottom), human_share(points[-1], 2))
+        style.mark(drawing, x.at(last), min(y.at(points[-1]), bottom), format_fraction(points[-1], 2))
     return drawing
 
 
@@ -242,7 +244,7 @@ def _interval(spread: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def _share(spread: Mapping[str, Any]) -> str:
-    text = human_share(spread["mean"], 2)
+    text = format_fraction(spread["mean"], 2)
     return text if spread["sd"] is None else f"{text} ± {100 * spread['sd']:.2f}"
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tofu.formatting import format_bytes, human_factor, human_share, printable
+from tofu.formatting import format_bytes, format_factor, format_fraction, printable
 
 FEDAVG = "full"
 _NONE = "\N{EN DASH}"
@@ -51,12 +51,12 @@ def cell_table(document: Mapping[str, Any]) -> Table:
             _accuracy(cell, len(document["seeds"])),
             _NONE if cell is reference else _plus_minus(cell["points_lost"]),
             format_bytes(round(cell["uplink_bytes"]["mean"])) if cell["uplink_bytes"] else _NONE,
-            human_factor(cell["uplink_ratio"]["mean"]) if cell["uplink_ratio"] and cell is not reference else _NONE,
+            format_factor(cell["uplink_ratio"]["mean"]) if cell["uplink_ratio"] and cell is not reference else _NONE,
             _payload_ratio(cell),
         ]
         if both:
             ratio = cell["both_ratio"] if cell is not reference else None
-            row.append(human_factor(ratio["mean"]) if ratio else _NONE)
+            row.append(format_factor(ratio["mean"]) if ratio else _NONE)
         rows.append((*row, *([_value(cell["tuned"])] if tune else [])))
     extra = (*(["both directions, less"] if both else []), *([tune["setting"]] if tune else []))
     return Table((*header, *extra), tuple(rows), left=2)
@@ -118,7 +118,7 @@ def ratio_text(ratio: float) -> str:
 
 
 def _target(target: Mapping[str, Any]) -> str:
-    return f"{human_share(target['accuracy'], 2)} (FedAvg - {target['points_below_fedavg']:g})"
+    return f"{format_fraction(target['accuracy'], 2)} (FedAvg - {target['points_below_fedavg']:g})"
 
 
 def _least(best: Mapping[str, Any] | None) -> str:
@@ -146,7 +146,7 @@ def _plus_minus(spread: Mapping[str, float | None] | None, scale: float = 1.0) -
 
 def _payload_ratio(cell: Mapping[str, Any]) -> str:
     ratio = _mean(cell["payload_ratio"], cell["planned_payload_ratio"] or 0.0)
-    return human_factor(ratio) if ratio else _NONE
+    return format_factor(ratio) if ratio else _NONE
 
 
 def _mean(spread: Mapping[str, float] | None, otherwise: float) -> float:

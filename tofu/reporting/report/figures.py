@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from tofu.formatting import format_bytes, human_factor, human_share
+from tofu.formatting import format_bytes, format_factor, format_fraction
 from tofu.reporting.report.chart import (
     BOTTOM,
     KINDS,
@@ -33,10 +33,10 @@ def accuracy_by_round(run: RunFolder) -> str | None:
     if not ours:
         return None
     last = ours[-1][0]
-    alt = f"Test accuracy against rounds: {human_share(ours[0][1])} at round {ours[0][0].round}, "
-    alt += f"{human_share(last_accuracy := ours[-1][1])} at round {last.round}."
+    alt = f"Test accuracy against rounds: {format_fraction(ours[0][1])} at round {ours[0][0].round}, "
+    alt += f"{format_fraction(last_accuracy := ours[-1][1])} at round {last.round}."
     if theirs:
-        alt += f" FedAvg: {human_share(theirs[-1][1])} at round {theirs[-1][0].round}."
+        alt += f" FedAvg: {format_fraction(theirs[-1][1])} at round {theirs[-1][0].round}."
     drawing = Drawing(alt)
     x = round_axis(max(row.round for row, _ in ours + theirs))
     y = share_axis([accuracy for _, accuracy in ours + theirs])
@@ -45,11 +45,11 @@ def accuracy_by_round(run: RunFolder) -> str | None:
     drawing.curve([(x.at(row.round), y.at(accuracy)) for row, accuracy in theirs], "c-fedavg")
     drawing.curve([(x.at(row.round), y.at(accuracy)) for row, accuracy in ours], "c-run")
     for row, accuracy in (ours[index] for index in thinned([row.kind for row, _ in ours], _MARKS)):
-        tip = f"{_round_text(row)}: {human_share(accuracy, 2)}"
+        tip = f"{_round_text(row)}: {format_fraction(accuracy, 2)}"
         drawing.mark(x.at(row.round), y.at(accuracy), row.kind, tip, hollow=bool(row.abandoned))
-    ends = [(x.at(last.round), y.at(last_accuracy), human_share(last_accuracy), "strong")]
+    ends = [(x.at(last.round), y.at(last_accuracy), format_fraction(last_accuracy), "strong")]
     if theirs:
-        ends.append((x.at(theirs[-1][0].round), y.at(theirs[-1][1]), human_share(theirs[-1][1]), "muted"))
+        ends.append((x.at(theirs[-1][0].round), y.at(theirs[-1][1]), format_fraction(theirs[-1][1]), "muted"))
     _end_labels(drawing, ends)
     return drawing.markup()
 
@@ -62,7 +62,7 @@ def accuracy_by_bytes(run: RunFolder) -> str | None:
     if not ours:
         return None
     sent, _, accuracy = ours[-1]
-    alt = f"Test accuracy against uplink bytes: {human_share(accuracy)} after {format_bytes(sent)}."
+    alt = f"Test accuracy against uplink bytes: {format_fraction(accuracy)} after {format_bytes(sent)}."
     alt += f" FedAvg sends {format_bytes(fedavg)} for the same rounds." if fedavg else ""
     drawing = Drawing(alt)
     sizes = [size for size, _, _ in ours + theirs] + ([fedavg] if fedavg else [])
@@ -77,7 +77,7 @@ def accuracy_by_bytes(run: RunFolder) -> str | None:
         drawing.add("line", "curve c-fedavg", x1=x.at(fedavg), x2=x.at(fedavg), y1=TOP, y2=BOTTOM)
     drawing.curve([(x.at(size), y.at(share)) for size, _, share in ours], "c-run")
     for size, row, share in (ours[index] for index in thinned([row.kind for _, row, _ in ours], _MARKS)):
-        tip = f"{_round_text(row)}: {human_share(share, 2)} after {format_bytes(size)}"
+        tip = f"{_round_text(row)}: {format_fraction(share, 2)} after {format_bytes(size)}"
         drawing.mark(x.at(size), y.at(share), row.kind, tip, hollow=bool(row.abandoned))
     if run.saving and fedavg:
         _span(drawing, x.at(sent), x.at(fedavg), (y.at(accuracy), y.at(theirs[-1][2]) if theirs else TOP), run.saving)
@@ -98,7 +98,7 @@ def explained_variance(run: RunFolder) -> str | None:
     if not series:
         return None
     alt = "Decoded against true update by round: " + "; ".join(
-        f"{name} {human_share(points[0][1])} at first, {human_share(points[-1][1])} at last"
+        f"{name} {format_fraction(points[0][1])} at first, {format_fraction(points[-1][1])} at last"
         for name, _, points in series
     )
     drawing = Drawing(alt + ".")
@@ -110,7 +110,7 @@ def explained_variance(run: RunFolder) -> str | None:
         points = [points[index] for index in thinned([css] * len(points), _POINTS)]
         drawing.curve([(x.at(row.round), y.at(value)) for row, value in points], css)
         for row, value in (points[index] for index in thinned([css] * len(points), _MARKS)):
-            tip = f"round {row.round}: {name} {human_share(value)}"
+            tip = f"round {row.round}: {name} {format_fraction(value)}"
             drawing.add("circle", f"dot {css}", tip=tip, cx=x.at(row.round), cy=y.at(value), r=3)
     return drawing.markup()
 
@@ -156,7 +156,7 @@ def bytes_by_kind(run: RunFolder) -> str | None:
         note = f"{format_bytes(entry.bytes)}"
         if entry.messages is not None and entry.payload_bytes is not None:
             plural = "" if entry.messages == 1 else "s"
-            share = human_share(min(entry.payload_bytes / entry.bytes, 1))
+            share = format_fraction(min(entry.payload_bytes / entry.bytes, 1))
             note += f" in {entry.messages:,} message{plural}, {share} payload"
         bars.append(
             (f"{entry.direction.capitalize()}, {entry.kind} rounds", note, entry.bytes, entry.payload_bytes, entry.kind)
@@ -232,7 +232,7 @@ def _span(drawing: Drawing, start: float, end: float, heights: tuple[float, floa
     for x, height in zip((start, end), heights, strict=True):
         drawing.add("line", "drop", x1=x, x2=x, y1=height, y2=y + 6)
     drawing.add("line", "span", x1=start, x2=end, y1=y, y2=y)
-    text = f"{human_factor(saving)} fewer bytes" if saving >= 1 else f"{human_factor(1 / saving)} more bytes"
+    text = f"{format_factor(saving)} fewer bytes" if saving >= 1 else f"{format_factor(1 / saving)} more bytes"
     wide = 6.6 * len(text)
     middle = min(max((start + end) / 2, LEFT + wide / 2), RIGHT - wide / 2)
     drawing.add("text", "value middle strong", text, x=middle, y=y - 7)

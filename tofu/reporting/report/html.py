@@ -16,7 +16,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from tofu.errors import RunError
-from tofu.formatting import format_bytes, human_factor, human_seconds, human_share
+from tofu.formatting import format_bytes, format_factor, format_fraction, format_seconds
 from tofu.reporting.report import figures, images, plugin_metrics
 from tofu.reporting.report.chart import KINDS
 from tofu.reporting.report.rounds_table import Column, columns_of
@@ -146,14 +146,14 @@ def _lead(run: RunFolder) -> Markup:
         return Markup("No round has ended yet.")
     count = run.trained[-1].round
     text = Markup("<b>{}</b> test accuracy after {:,} {}, for <b>{}</b> of uplink").format(
-        human_share(run.final_accuracy), count, "round" if count == 1 else "rounds", format_bytes(run.uplink_bytes)
+        format_fraction(run.final_accuracy), count, "round" if count == 1 else "rounds", format_bytes(run.uplink_bytes)
     )
     if run.saving is None:
         return text + "."
     fedavg = format_bytes(run.fedavg_uplink_bytes)
     if run.saving >= 1:
-        return text + Markup(": <b>{} less</b> than the {} FedAvg sends.").format(human_factor(run.saving), fedavg)
-    return text + Markup(": {} more than the {} FedAvg sends.").format(human_factor(1 / run.saving), fedavg)
+        return text + Markup(": <b>{} less</b> than the {} FedAvg sends.").format(format_factor(run.saving), fedavg)
+    return text + Markup(": {} more than the {} FedAvg sends.").format(format_factor(1 / run.saving), fedavg)
 
 
 def _aside(run: RunFolder) -> str:
@@ -166,7 +166,7 @@ def _aside(run: RunFolder) -> str:
             if abs(points) >= 0.05
             else "level with it"
         )
-        return f"FedAvg, run beside it for the same rounds, reached {human_share(theirs)}: this run is {relation}."
+        return f"FedAvg, run beside it for the same rounds, reached {format_fraction(theirs)}: this run is {relation}."
     if run.saving is not None:
         return "FedAvg was not run beside it: its bytes are those of the same replies as full updates."
     return ""
@@ -175,18 +175,18 @@ def _aside(run: RunFolder) -> str:
 def _facts(run: RunFolder) -> list[tuple[str, str]]:
     facts = [("uplink", format_bytes(run.uplink_bytes)), ("downlink", format_bytes(run.downlink_bytes))]
     if run.both_ratio is not None and run.both_ratio > 2:  # below, the downlink is that of FedAvg
-        facts.append(("both directions", f"{human_factor(max(run.both_ratio, 0.0))} less than FedAvg"))
+        facts.append(("both directions", f"{format_factor(max(run.both_ratio, 0.0))} less than FedAvg"))
     if run.payload_ratio is not None:
-        facts.append(("payload ratio", human_factor(max(run.payload_ratio, 0.0))))
+        facts.append(("payload ratio", format_factor(max(run.payload_ratio, 0.0))))
     if run.epsilon is not None and run.delta is not None:
         facts.append(("client-level (epsilon, delta)", f"({figures.epsilon_text(run.epsilon)}, {run.delta:g})"))
     if run.mean_accuracy is not None:
-        facts.append(("mean accuracy (ACC)", human_share(run.mean_accuracy / 100)))
+        facts.append(("mean accuracy (ACC)", format_fraction(run.mean_accuracy / 100)))
     if run.backward_transfer is not None:
         facts.append(("backward transfer (BWT)", f"{run.backward_transfer:+.1f} points"))
     explained = [row.explained_variance for row in run.rounds if row.explained_variance is not None]
     if explained:
-        facts.append(("mean explained variance", human_share(sum(explained) / len(explained))))
+        facts.append(("mean explained variance", format_fraction(sum(explained) / len(explained))))
     kinds = {row.kind: 0 for row in run.trained}
     for row in run.trained:
         kinds[row.kind] += 1
@@ -196,7 +196,7 @@ def _facts(run: RunFolder) -> list[tuple[str, str]]:
     if abandoned := sum(bool(row.abandoned) for row in run.rounds):
         facts.append(("abandoned rounds", f"{abandoned:,}"))
     if run.seconds is not None:
-        facts.append(("time", human_seconds(run.seconds)))
+        facts.append(("time", format_seconds(run.seconds)))
     return facts
 
 

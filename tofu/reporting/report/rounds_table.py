@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tofu.formatting import format_bytes, human_factor, human_seconds, human_share
+from tofu.formatting import format_bytes, format_factor, format_fraction, format_seconds
 from tofu.reporting.report.figures import epsilon_text
 from tofu.reporting.report.run_data import Round, RunFolder
 
@@ -36,7 +36,7 @@ def _number(value: float | None, write: Callable[[float], str]) -> str:
 
 
 def _percent(share: float) -> str:
-    return human_share(share, 2)
+    return format_fraction(share, 2)
 
 
 def _trained(write: Callable[[Round], str]) -> Callable[[Round], str]:
@@ -45,7 +45,7 @@ def _trained(write: Callable[[Round], str]) -> Callable[[Round], str]:
 
 
 def _less(fedavg: int, sent: int) -> str:
-    return human_factor(fedavg / sent) if fedavg and sent else _NONE
+    return format_factor(fedavg / sent) if fedavg and sent else _NONE
 
 
 def _clipped(row: Round) -> str:
@@ -66,7 +66,7 @@ _COLUMNS = (
     Column("training loss", lambda row: _number(row.train_loss, "{:.4f}".format)),
     Column(
         "explained variance",
-        lambda row: _number(row.explained_variance, human_share),
+        lambda row: _number(row.explained_variance, format_fraction),
         shown=lambda run: any(row.explained_variance is not None for row in run.rounds),
     ),
     Column(
@@ -107,5 +107,5 @@ _COLUMNS = (
         lambda row: _less(row.fedavg_uplink_bytes, row.uplink_bytes),
         lambda run: _less(run.fedavg_uplink_bytes, run.uplink_bytes),
     ),
-    Column("time", lambda row: _number(row.seconds, human_seconds), lambda run: _number(run.seconds, human_seconds)),
+    Column("time", lambda row: _number(row.seconds, format_seconds), lambda run: _number(run.seconds, format_seconds)),
 )

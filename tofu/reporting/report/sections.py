@@ -1,6 +1,6 @@
 """What the page says of secure rounds and of differential privacy: claims, and where they end."""
 
-from tofu.formatting import human_share
+from tofu.formatting import format_fraction
 from tofu.reporting.report.run_data import RunFolder
 
 
@@ -83,7 +83,9 @@ def _others(run: RunFolder) -> list[str]:
 def _rests_on(run: RunFolder) -> str:
     rests = []
     if colluding := run.setting("secagg-collusion-fraction"):
-        rests.append(f"at most {human_share(min(colluding, 1.0), 0)} of the clients being in league with the server")
+        rests.append(
+            f"at most {format_fraction(min(colluding, 1.0), 0)} of the clients being in league with the server"
+        )
     if run.config.get("secure-identities") == "":
         rests.append("a server that does not lie (there are no secure-identities)")
     return f" That rests on {' and on '.join(rests)}." if rests else ""

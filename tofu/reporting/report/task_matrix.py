@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tofu.formatting import human_share
+from tofu.formatting import format_fraction
 from tofu.reporting.report.chart import WIDTH, Drawing, share_axis, thinned
 from tofu.reporting.report.run_data import Round, RunFolder
 
@@ -32,7 +32,7 @@ def task_matrix(run: RunFolder) -> str | None:
     bottom = _TOP + tall * len(drawn)
     task, row = rows[-1]
     ends = ", ".join(
-        f"{human_share(share)} on task {number}"
+        f"{format_fraction(share)} on task {number}"
         for number, share in enumerate(row.task_accuracies[:_MAX])
         if share is not None
     )
@@ -53,14 +53,14 @@ def task_matrix(run: RunFolder) -> str | None:
                     "width": round(wide - 2, 2),
                     "height": round(tall - 2, 2),
                 }
-                tip = f"after task {task} (round {row.round}), on task {column}: {human_share(share, 2)}"
+                tip = f"after task {task} (round {row.round}), on task {column}: {format_fraction(share, 2)}"
                 darkness = (share - scale.low) / (scale.high - scale.low)
                 drawing.add("rect", "cell", tip=tip, fill_opacity=_opacity(darkness), rx=2, **box)
                 if task == column and one_order(run):
                     drawing.add("rect", "learnt", rx=2, **box)
                 text = f"{100 * share:.{1 if wide >= 36 else 0}f}"
                 drawing.add("text", "middle number", text, x=round(left + wide / 2, 2), y=round(top + tall / 2 + 4, 2))
-    _key(drawing, bottom + 14, (human_share(scale.low, 0), human_share(scale.high, 0)))
+    _key(drawing, bottom + 14, (format_fraction(scale.low, 0), format_fraction(scale.high, 0)))
     return drawing.markup()
 
 

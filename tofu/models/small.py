@@ -1,0 +1,70 @@
+"""Small models that are built from torch alone."""
+
+from torch import nn
+
+from tofu.data import ImageShape
+from tofu.models.layers import ChannelsLast, enlarge_to, norm_layer, sequential
+
+
+def lenet5(shape: ImageShape, norm: str) -> nn.Module:
+    """LeCun et al. 1998, with ReLU and max-pooling: 61,706 parameters for 10 classes of 1x28x28."""
+    resize, height, width = enlarge_to(shape, 28)
+    padding = 2 if min(height, width) < 32 else 0
+    height, width = (((side + 2 * padding - 4) // 2 - 4) // 2 for side in (height, width))
+    return sequential(
+        resize
+        | {
+            "conv1": nn.Conv2d(shape.channels, 6, 5, padding=padding),
+            "relu1": nn.ReLU(),
+            "pool1": nn.MaxPool2d(2),
+            "conv2": nn.Conv2d(6, 16, 5),
+            "relu2": nn.ReLU(),
+            "pool2": nn.MaxPool2d(2),
+            "flatten": nn.Flatten(),
+            "fc1": nn.Linear(16 * height * width, 120),
+            "relu3": nn.ReLU(),
+            "fc2": nn.Linear(120, 84),
+            "relu4": nn.ReLU(),
+            "fc3": nn.Linear(84, shape.classes),
+        }
+    )
+
+
+def mlp(shape: ImageShape, norm: str) -> nn.Module:
+    """Two hidden layers of 200 and 100 units: 178,110 parameters for 10 classes of 1x28x28."""
+    return sequential(
+        {
+            "flatten": nn.Flatten(),
+            "fc1": nn.Linear(shape.channels * shape.height * shape.width, 200),
+            "relu1": nn.ReLU(),
+            "fc2": nn.Linear(200, 100),
+            "relu2": nn.ReLU(),
+            "fc3": nn.Linear(100, shape.classes),
+        }
+    )
+
+
+def cnn(shape: ImageShape, norm: str) -> nn.Module:
+    """Three blocks of convolution, norm, ReLU and max-pooling, then two linear layers: 357,258 parameters (CIFAR-10)."""
+    resize, height, width = enlarge_to(shape, 8)
+    layers, channels = resize | {"layout": ChannelsLast()}, shape.channels
+    for i, out in enumerate((32, 64, 128), start=1):
+        layers |= {
+            f"conv{i}": nn.Conv2d(channels, out, 3, padding=1),
+            f"norm{i}": norm_layer(norm, out),
+            f"relu{i}": nn.ReLU(),
+            f"pool{i}": nn.MaxPool2d(2),
+        }
+        channels = out
+    height, width = height // 8, width // 8
+    if max(height, width) > 4:
+        # Otherwise the first linear layer would have most of the parameters for large images.
+        height, width = min(height, 4), min(width, 4)
+        layers["pool"] = nn.AdaptiveAvgPool2d((height, width))
+    layers |= {
+        "flatten": nn.Flatten(),
+        "fc1": nn.Linear(channels * height * width, 128),
+        "relu4": nn.ReLU(),
+        "fc2": nn.Linear(128, shape.classes),
+    }
+    return sequential(layers)
