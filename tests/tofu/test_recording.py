@@ -60,7 +60,7 @@ def test_a_run_without_recordings_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "version 2, this program reads 1"),
+        ({"version": 2}, "version 2, expected 1"),
         ({"round": 3}, "is of round 3"),
         ({"client": "4"}, "client '4'"),
         ({"kind": "half"}, "kind 'half', expected one of"),
