@@ -1,6 +1,8 @@
+import doctest
 import json
 import math
 import statistics
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -18,9 +20,11 @@ from tofu.models import build_model
 from tofu.privacy import (
     Accountant,
     Noise,
+    accounting,
     check_param_spec,
     clip,
     epsilon_of,
+    noise,
     noise_multiplier_for,
     normals,
     rounded_norm,
@@ -214,9 +218,14 @@ def test_rounds_of_different_noise_compose_exactly() -> None:
     pld = PLDAccountant()
     pld.compose(GaussianDpEvent(2.0)).compose(GaussianDpEvent(3.0), 2)
     assert mixed == pytest.approx(pld.get_epsilon(1e-6), rel=1e-3)
-    assert accountant.rounds("proxy") == 2
-    assert accountant.rounds("secure") == 1
-    assert accountant.rounds("full") == 0
+    assert accountant.to_dict()["spent"] == [["proxy", 3.0, 2], ["secure", 2.0, 1]]
+
+
+@pytest.mark.parametrize("module", [accounting, noise])
+def test_the_examples_run(module: ModuleType) -> None:
+    result = doctest.testmod(module)
+    assert result.attempted
+    assert not result.failed
 
 
 @settings(max_examples=50, deadline=None)

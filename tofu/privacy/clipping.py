@@ -1,0 +1,32 @@
+"""Clipping: bound the L2 norm of a client's update, which bounds the sensitivity of a sum of updates."""
+
+import math
+
+from tofu.errors import RunError, SettingError
+from tofu.privacy.checks import check_positive
+from tofu.weights import ParamSpec, Weights, dot
+
+_ROUND_DOWN = 1 - 2.0**-22  # float32 products may be rounded up
+
+
+def check_param_spec(param_spec: ParamSpec) -> None:
+    """Raises SettingError if the model has batch counters, which would dominate the norm of every update."""
+    if param_spec.integers:
+        raise SettingError("norm", "batch", "group or none with privacy: batch counters would dominate the norm")
+
+
+def clip(update: Weights, norm: float) -> tuple[Weights, float]:
+    """Scale an update down to L2 norm `norm`, over all of its tensors as one vector -> (update, its original norm).
+
+    Raises:
+        RunError: the update contains a value that is not finite.
+        SettingError: the norm is not a finite number above 0.
+    """
+    check_positive("clip_norm", norm)
+    original = math.sqrt(dot(update, update))
+    if not math.isfinite(original):
+        raise RunError("the update contains a value that is not finite: local training diverged")
+    if original <= norm:
+        return dict(update), original
+    factor = norm / original * _ROUND_DOWN
+    return {name: value * factor for name, value in update.items()}, original
