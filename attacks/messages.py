@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from attacks.observation import Observation
-from tofu.codec.compressor import Proxy
-from tofu.compression import compressor_names
+from tofu.compression import compressors
 from tofu.data import LabeledImages
 from tofu.errors import SettingError
 from tofu.payload import HEADER_BYTES
@@ -95,7 +94,7 @@ def parse_message(text: str) -> Message:
     if kind == "proxy" and rest:
         mode, *rest = rest
     wanted = {"exact": (0, 0), "dp": (1, 1), "secure": (1, 1), "proxy": (1, 1)}.get(kind, (0, 1))
-    known = kind in ("exact", "dp", "secure") or (kind in compressor_names() and kind != "full")
+    known = kind in ("exact", "dp", "secure") or (kind in compressors.names() and kind != "full")
     try:
         number = float(rest[0]) if rest else 1.0
     except ValueError:
@@ -134,8 +133,8 @@ def observe(
         compressor = Settings.of(wanted).make_compressor("proxy", network)
         compressed = compressor.compress(network, update, generator=generator)
         update, nbytes = compressed.decoded, HEADER_BYTES + len(compressed.body)
-        if isinstance(compressor, Proxy):
-            proxies, proxy_settings = compressor.read_proxies(compressed.body), compressor.settings
+        if (content := compressor.describe(compressed.body)) is not None:
+            proxies, proxy_settings = content.proxies, content.settings
     return Observation(
         message=message.text,
         network=network,

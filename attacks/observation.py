@@ -12,7 +12,8 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
-from tofu.codec.proxies import ProxyData, ProxySettings
+from tofu.codec.options import ProxySettings
+from tofu.codec.proxies import ProxyData
 from tofu.reference_model import ReferenceModel
 from tofu.weights import Weights
 

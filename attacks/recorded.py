@@ -21,7 +21,6 @@ from attacks.networks import attacked_model
 from attacks.observation import Observation
 from attacks.registry import make_attack
 from attacks.trials import OTHERS, AttackResult
-from tofu.codec.compressor import Proxy
 from tofu.data import FederatedData, LabeledImages, to_float
 from tofu.errors import SettingError
 from tofu.payload import HEADER_BYTES, read_payload
@@ -52,8 +51,8 @@ def observation_of(recording: Recording) -> Observation:
         fingerprint=None,
         max_bytes=len(recording.payload),
     )
-    proxy = compressor if isinstance(compressor, Proxy) else None
-    mode = f":{settings.codec_mode}" if proxy else ""
+    content = compressor.describe(payload.body)
+    mode = f":{settings.codec_mode}" if content else ""
     return Observation(
         message=f"recorded {compressor.name}{mode}",
         network=network,
@@ -62,8 +61,8 @@ def observation_of(recording: Recording) -> Observation:
         batch_size=settings.batch_size,
         epochs=settings.local_epochs,
         lr=recording.lr,
-        proxies=proxy.read_proxies(payload.body) if proxy else None,
-        proxy_settings=proxy.settings if proxy else None,
+        proxies=content.proxies if content else None,
+        proxy_settings=content.settings if content else None,
         payload_bytes=len(recording.payload),
     )
 

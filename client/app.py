@@ -21,7 +21,7 @@ from flwr.clientapp import ClientApp
 from client.downlink import ResyncError, receive_weights
 from client.secure import answer_query, load_session, new_advert, participant_of, save_session
 from client.state import KeptWeights, load_broadcast, load_plugins, load_state, save_state
-from tofu.compression import ErrorFeedback
+from tofu.compression.error_feedback import ErrorFeedback
 from tofu.data import ImageShape, LabeledImages, local_folder
 from tofu.device import open_device
 from tofu.errors import DataError, PayloadError, TofuError

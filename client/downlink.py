@@ -1,7 +1,7 @@
 """The round's global weights on the client: taken whole, or built from weights that it kept and the steps it lacks."""
 
 from client.state import KeptWeights
-from tofu.compression import Compressor
+from tofu.compression.base import Compressor
 from tofu.errors import DataError, PayloadError, TofuError
 from tofu.fingerprint import TOLERANCE, after_step, drift
 from tofu.payload import HEADER_BYTES, WEIGHTS, float32_from, read_payload

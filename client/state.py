@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, Context
 
-from tofu.compression import ErrorFeedback
+from tofu.compression.error_feedback import ErrorFeedback
 from tofu.errors import PayloadError
 from tofu.payload import float32_bytes, float32_from
 from tofu.weights import ParamSpec, Weights

@@ -15,7 +15,6 @@ from typing import Any
 from flwr.clientapp import ClientApp
 
 from server.app import serve_in_process
-from tofu.codec.compressor import Proxy
 from tofu.errors import RunError, SettingError
 from tofu.formatting import format_seconds
 from tofu.observers.terminal import Progress, SilentProgress
@@ -214,7 +213,7 @@ def _finished(run: Run, unknown: str = "") -> bool:
         return False
     found = _config(folder)
     ignored = {*_NOT_COMPARED, unknown}
-    if Proxy.name not in (run.settings.compressor, run.settings.downlink):
+    if "proxy" not in (run.settings.compressor, run.settings.downlink):
         ignored |= {name.replace("_", "-") for name in settings_of_section("Proxies")}
     for name, value in run.settings.to_config().items():
         if name not in ignored and found[name] != value:

@@ -22,7 +22,6 @@ from server.downlink import Downlink, Parts
 from server.ledger import Ledger
 from server.optimizer import ServerOptimizer
 from server.secure_round import AbandonedError, OpenRound, SecureRounds
-from tofu.codec.compressor import Proxy
 from tofu.data import LabeledImages
 from tofu.device import open_device
 from tofu.errors import PayloadError, RunError
@@ -400,9 +399,8 @@ class RoundRunner:
         update = compressor.decompress(self._downlink.network, payload.body)
         export = self._read_export(reply.exported)
         mean.add(update, reply.examples)
-        if isinstance(compressor, Proxy) and client.name == result.shown:
-            proxies = compressor.read_proxies(payload.body)
-            result.proxies = None if proxies is None else proxies.images
+        if client.name == result.shown and (content := compressor.describe(payload.body)) is not None:
+            result.proxies = content.proxies.images if content.proxies is not None else None
         result.replies.append((client, dataclasses.replace(reply, payload=b"", exported=b"")))
         result.exports[client.name] = export
         self._acknowledged[client.name] = result.round

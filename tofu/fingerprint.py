@@ -35,7 +35,8 @@ def sketch(weights: Mapping[str, Tensor]) -> bytes:
 
 
 def drift(weights: Mapping[str, Tensor], other: bytes) -> float:
-    """RoundContext the distance between these weights and those that `other` is the sketch of, over these weights' length.
+    """RoundContext the distance between these weights and those that `other` is the sketch of, over these weights'
+    length.
 
     Raises:
         PayloadError: `other` is no sketch.

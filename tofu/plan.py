@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 
-from tofu.codec.compressor import Proxy
 from tofu.payload import HEADER_BYTES
 from tofu.reference_model import ReferenceModel
 from tofu.secagg import coordinates
@@ -83,7 +82,8 @@ def make_plan(
     """
     param_spec = network.param_spec
     compressor = settings.make_compressor("proxy", network)
-    proxy = compressor if isinstance(compressor, Proxy) else None
+    content = compressor.describe()
+    proxies, _, side, _ = content.proxy_shape if content else (0, 0, 0, 0)
     payload = HEADER_BYTES + compressor.body_bytes(param_spec)
     full = HEADER_BYTES + param_spec.float32_bytes
     clients = max(settings.min_clients, round(settings.fraction * settings.clients), 1)
@@ -105,7 +105,7 @@ def make_plan(
             f"Flower's {message_overhead} bytes a message outweigh the payload of {payload}: "
             "a higher ratio saves little more"
         )
-    passes = 2 * settings.max_evals * proxy.count if proxy else 0
+    passes = 2 * settings.max_evals * proxies
     if compressed_rounds and payload < full and passes > SLOW_ENCODE:
         warnings.append(
             f"one encode costs about as much as training on {passes:,} images: "
@@ -113,8 +113,8 @@ def make_plan(
         )
     return Plan(
         parameters=param_spec.parameter_count,
-        proxies=proxy.count if proxy else 0,
-        proxy_side=proxy.side if proxy else 0,
+        proxies=proxies,
+        proxy_side=side,
         update_bytes=param_spec.float32_bytes,
         payload_bytes=payload,
         message_overhead=message_overhead,

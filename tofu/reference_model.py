@@ -58,8 +58,8 @@ class ReferenceModel:
         parameters = dict(self.model.named_parameters())
         return {name: parameters[name].detach() for name in self.param_spec.parameters}
 
-    def moved(self) -> Weights:
-        """How far each trainable parameter is from its initial value."""
+    def displacement(self) -> Weights:
+        """The difference of each trainable parameter from its initial value."""
         return {name: w - self.initial[name] if self.initial else torch.zeros_like(w) for name, w in self.base.items()}
 
     def logits(self, parameters: Mapping[str, Tensor], images: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tofu.codec.proxies import ProxySettings, paper_settings
-from tofu.compression import Compressor, compressor_names, make_compressor
-from tofu.compression.quantize import BITS
+from tofu.codec.options import BITS, CompressorOptions, ProxySettings, paper_settings
+from tofu.compression import compressors, make_compressor
+from tofu.compression.base import Compressor
 from tofu.data import FederatedData, ImageShape, open_data
 from tofu.device import DEVICES, NAMES
 from tofu.errors import SettingError
@@ -81,7 +81,7 @@ class Settings:
     plateau_patience: int = _setting(3, "rounds without gain before schedule=plateau switches", section="Rounds", least=1)
     plateau_gain: float = _setting(0.002, "the accuracy gain that counts for schedule=plateau", section="Rounds", least=0)
 
-    compressor: str = _setting("proxy", "what compressed rounds send", section="Codec", choices=compressor_names())
+    compressor: str = _setting("proxy", "what compressed rounds send", section="Codec", choices=compressors.names())
     ratio: float = _setting(100.0, "float32 bytes of an update over bytes of its payload", section="Codec", least=1)
     codec_mode: str = _setting("smooth", "smooth: our codec; paper: as published; the settings below refine smooth", section="Proxies", choices=("smooth", "paper"))
     proxies: int = _setting(0, "number of proxies; 0 is what the ratio affords", section="Proxies", least=0, most=65535)
@@ -98,7 +98,7 @@ class Settings:
     tolerance: float = _setting(0.002, "stop an encode that gains less explained variance in 10 max_evals; 0 never", section="Proxies", least=0)
     error_feedback: float = _setting(1.0, "share of what compression lost that is added to the client's next update; 0 keeps nothing", section="Codec", least=0, most=1)
 
-    downlink: str = _setting("full", "what the server sends: full: the weights; else: its step by this compressor, and the weights only to clients that missed too many", section="Codec", choices=compressor_names())
+    downlink: str = _setting("full", "what the server sends: full: the weights; else: its step by this compressor, and the weights only to clients that missed too many", section="Codec", choices=compressors.names())
     downlink_ratio: float = _setting(25.0, "float32 bytes of the weights over bytes of a step's payload", section="Codec", least=1)
 
     secure_ratio: float = _setting(4.0, "float32 bytes of an update over bytes of its masked vector; where too few bits an entry are left, some of the entries are sent, and the others later", section="Secure rounds", least=1, most=1000)
@@ -291,9 +291,8 @@ class Settings:
 
     def _make(self, name: str, network: ReferenceModel, *, ratio: float, count: int) -> Compressor:
         correction = 0.0 if self.codec_mode == "paper" else self.correction
-        return make_compressor(
-            name, network, ratio=ratio, count=count, settings=self.proxy_settings(), correction=correction
-        )
+        options = CompressorOptions(proxies=count, correction=correction, encoder=self.proxy_settings())
+        return make_compressor(name, network, ratio=ratio, options=options)
 
 
 def settings_of_section(section: str) -> tuple[str, ...]:

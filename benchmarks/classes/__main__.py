@@ -15,7 +15,7 @@ import torch
 from benchmarks.common import find_data, print_table, spread, write_results
 from tofu.codec.correction import slots_length
 from tofu.codec.strata import strata_of
-from tofu.compression import ErrorFeedback
+from tofu.compression.error_feedback import ErrorFeedback
 from tofu.compression.rice import positions_length
 from tofu.data import FederatedData
 from tofu.models import build_model
@@ -70,10 +70,10 @@ def measure(network: ReferenceModel, target: Weights, settings: Settings) -> dic
     row = {
         "bytes": HEADER_BYTES + len(made.body),
         "explained_variance": explained_variance(target, made.decoded),
-        "max_evals": made.max_evals,
+        "max_evals": made.evals,
     }
     positions = np.flatnonzero(vector.numpy())
-    if not made.max_evals:  # proxies decode to entries everywhere
+    if not made.evals:  # proxies decode to entries everywhere
         classes = strata_of(network)
         bits = positions_length(positions)
         if settings.compressor == "proxy":

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from benchmarks.common import find_data, print_table, spread, write_results
-from tofu.codec.compressor import Proxy
-from tofu.codec.proxies import ProxySettings, paper_settings
-from tofu.compression import ErrorFeedback
+from tofu.codec.compressor import ProxyCompressor
+from tofu.codec.options import CompressorOptions, ProxySettings, paper_settings
+from tofu.compression.error_feedback import ErrorFeedback
 from tofu.data import LabeledImages, open_data
 from tofu.models import build_model
 from tofu.payload import HEADER_BYTES
@@ -122,7 +122,7 @@ def make_late_case(source: str, seed: int, ratio: float) -> Case:
         load_weights(model, base)
         model.eval()
         if round_ < 5:
-            codec = Proxy(network, ratio=ratio, count=0, settings=SMOOTH)
+            codec = ProxyCompressor(network, ratio=ratio, options=CompressorOptions(encoder=SMOOTH))
             decoded = codec.compress(network, target, generator=generator).decoded
             feedback = ErrorFeedback.after(target, decoded, round_)
             train_locally(model, parts[8 + round_ % 2], LATE_EPOCH, generator=generator)  # as the others would move it
@@ -130,7 +130,7 @@ def make_late_case(source: str, seed: int, ratio: float) -> Case:
 
 
 def measure(case: Case, ratio: float, settings: ProxySettings, seed: int, memory: bytes = b"") -> dict[str, float]:
-    compressor = Proxy(case.network, ratio=ratio, count=0, settings=settings)
+    compressor = ProxyCompressor(case.network, ratio=ratio, options=CompressorOptions(encoder=settings))
     began = time.perf_counter()
     compressed = compressor.compress(
         case.network, case.update, generator=torch.Generator().manual_seed(seed), memory=memory
@@ -141,7 +141,7 @@ def measure(case: Case, ratio: float, settings: ProxySettings, seed: int, memory
     return {
         "cosine": cosine(case.update, decoded),
         "seconds_over_epoch": seconds / case.epoch_seconds,
-        "max_evals": compressed.max_evals,
+        "max_evals": compressed.evals,
         "payload_bytes": payload,
         "ratio": case.network.param_spec.float32_bytes / payload,
         "proxies": compressor.count,
@@ -152,7 +152,7 @@ def warm_memory(case: Case, ratio: float, settings: ProxySettings, seed: int) ->
     """The proxies of the epoch before, as a client would remember them."""
     base = weights_of(case.network.model)
     load_weights(case.network.model, case.earlier_base)
-    compressor = Proxy(case.network, ratio=ratio, count=0, settings=settings)
+    compressor = ProxyCompressor(case.network, ratio=ratio, options=CompressorOptions(encoder=settings))
     generator = torch.Generator().manual_seed(500 + seed)
     memory = compressor.compress(case.network, case.earlier, generator=generator).memory
     load_weights(case.network.model, base)

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from benchmarks.common import RESULTS, find_data, print_table, spread, versions
 from benchmarks.plugins.rank_picture import rank_picture
 from client.plugins.utilized_rank import UtilizedRank
-from tofu.codec.compressor import Proxy
-from tofu.codec.proxies import ProxySettings
+from tofu.codec.compressor import ProxyCompressor
+from tofu.codec.options import CompressorOptions, ProxySettings
 from tofu.data import ImageShape, LabeledImages, open_data, to_float
 from tofu.models import build_model
 from tofu.payload import HEADER_BYTES
@@ -131,7 +131,11 @@ def codec(
             "payload_bytes": network.param_spec.float32_bytes + HEADER_BYTES,
             "ratio": 1.0,
         }
-    compressor = Proxy(network, ratio=ratio, count=0, settings=ProxySettings(bits=4, warm_start=False), correction=0.4)
+    compressor = ProxyCompressor(
+        network,
+        ratio=ratio,
+        options=CompressorOptions(correction=0.4, encoder=ProxySettings(bits=4, warm_start=False)),
+    )
     compressed = compressor.compress(network, update, generator=torch.Generator().manual_seed(2))
     return {
         "explained_variance": explained_variance(update, compressed.decoded),

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from benchmarks.common import RESULTS, find_data, print_table, spread, versions
 from server.secure_round import UpdateScaleTracker
-from tofu.compression.hadamard import pieces, random_signs, rotated, rotated_back
+from tofu.compression.hadamard import pieces, random_signs, rotate, rotate_back
 from tofu.data import LabeledImages, open_data, to_float
 from tofu.models import build_model
 from tofu.rng import derive_generator
@@ -182,9 +182,9 @@ def rotation(share: float, federation: Federation, turn: int) -> Code:
     taken = places(torch.zeros(space), share, turn)
 
     def forth(update: Tensor) -> Tensor:
-        return encode(rotated(functional.pad(update, (0, space - values)), signs), taken)
+        return encode(rotate(functional.pad(update, (0, space - values)), signs), taken)
 
-    return forth, lambda vector: rotated_back(decode(vector, taken, space), signs)[:values]
+    return forth, lambda vector: rotate_back(decode(vector, taken, space), signs)[:values]
 
 
 def sketch(share: float, federation: Federation, turn: int) -> Code:

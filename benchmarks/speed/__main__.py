@@ -61,7 +61,7 @@ def measure(case: str, seed: int) -> list[dict[str, Any]]:
             "case": case,
             "seed": seed,
             "max_evals": max_evals,
-            "made": made.max_evals,
+            "made": made.evals,
             "default": max_evals == Settings.of({}).max_evals,
             "cosine": cosine(parameters, made.decoded),
             "explained_variance": explained_variance(parameters, made.decoded),

@@ -2,7 +2,7 @@ import torch
 from flwr.app import Context, RecordDict
 
 from client.state import KeptWeights, load_state, save_state
-from tofu.compression import ErrorFeedback
+from tofu.compression.error_feedback import ErrorFeedback
 from tofu.weights import ParamSpec
 
 LAYOUT = ParamSpec({"w": torch.Size([2, 3]), "b": torch.Size([])}, {"n": torch.Size([1])}, frozenset({"n"}))

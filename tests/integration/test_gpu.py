@@ -9,7 +9,9 @@ import torch
 
 from client import app as honest
 from server.app import serve_in_process
-from tofu.codec.proxies import ProxySettings, decode, encode, paper_settings
+from tofu.codec.options import ProxySettings, paper_settings
+from tofu.codec.proxies import decode
+from tofu.codec.search import encode
 from tofu.data import LabeledImages
 from tofu.device import open_device
 from tofu.evaluation import evaluate

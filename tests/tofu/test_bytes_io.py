@@ -23,7 +23,7 @@ def test_fields_are_read_in_order() -> None:
 
 @pytest.mark.parametrize("data", [None, 3, "text", bytearray(b"ab")])
 def test_only_bytes_are_read(data: object) -> None:
-    with pytest.raises(PayloadError, match="message is .*expected bytes"):
+    with pytest.raises(PayloadError, match=r"message is .*expected bytes"):
         ByteReader(data, "message")
 
 
@@ -32,7 +32,7 @@ def test_errors_name_the_message_the_field_and_the_sizes() -> None:
         ByteReader(b"abc", "message", min_bytes=4)
     with pytest.raises(PayloadError, match="message has 3 bytes, expected 0 to 2"):
         ByteReader(b"abc", "message", max_bytes=2)
-    with pytest.raises(PayloadError, match="message.*3 bytes are left, expected 4 of the key"):
+    with pytest.raises(PayloadError, match=r"message.*3 bytes are left, expected 4 of the key"):
         ByteReader(b"abc", "message").take(4, "of the key")
     with pytest.raises(PayloadError, match="message is followed by 3 bytes"):
         ByteReader(b"abc", "message").finish()

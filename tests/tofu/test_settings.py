@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tofu.codec.compressor import Proxy
+from tofu.codec.compressor import ProxyCompressor
 from tofu.compression.full import Full
 from tofu.data import ImageShape
 from tofu.errors import SettingError
@@ -291,7 +291,7 @@ def test_the_compressor_follows_from_the_kind_of_the_round() -> None:
     network = ReferenceModel(build_model("mlp", shape).eval(), shape)
     settings = Settings.of({"proxies": 5, "model": "mlp"})
     proxy = settings.make_compressor("proxy", network)
-    assert isinstance(proxy, Proxy)
+    assert isinstance(proxy, ProxyCompressor)
     assert proxy.count == 5
     assert isinstance(settings.make_compressor("full", network), Full)
     assert isinstance(Settings.of({"compressor": "full"}).make_compressor("proxy", network), Full)

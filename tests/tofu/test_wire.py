@@ -88,9 +88,9 @@ def test_noise_is_a_message_or_a_payload_error(data: bytes) -> None:
 
 @pytest.mark.parametrize("data", [None, 3, "text", b"", b"short"])
 def test_what_is_no_message_is_refused(data: object) -> None:
-    with pytest.raises(PayloadError, match="reply .*expected"):
+    with pytest.raises(PayloadError, match=r"reply .*expected"):
         TrainReply.from_bytes(data)
-    with pytest.raises(PayloadError, match="request .*expected"):
+    with pytest.raises(PayloadError, match=r"request .*expected"):
         TrainRequest.from_bytes(data)
 
 

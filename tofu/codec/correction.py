@@ -1,23 +1,24 @@
-"""The largest entries of a vector at positions coded by class: the correction of the proxy codec.
+"""The sparse correction: the largest entries of what the proxies missed, at positions coded by stratum.
 
-As many of the largest as there is room for, in steps of three times the smallest of them, s: level 1 is from s on,
-level 2 from 4s, level 3 from 7s. For a level the mean of its entries is sent. Few entries reach a level and fewer the
-next, so levels are sent as positions too: which of the entries reach level 2, which of these level 3, and so on.
+The correction holds as many of the largest entries as the budget allows. Magnitudes are quantized in steps of three
+times the smallest of them, s: level 1 starts at s, level 2 at 4 s, level 3 at 7 s, and each level is sent as the mean
+of its entries. Few entries reach a level and fewer the next, so levels are coded as positions as well: which of the
+entries reach level 2, which of these level 3, and so on.
 
-Each of these is a subset of n places: the places of one class (`tofu.codec.strata`) that hold an entry, and the
-entries of one level that reach the next. A subset of k is written as k, in as many bits as n has digits, and the gaps
-between its places by Golomb-Rice's code, quotients in unary before all remainders of b bits each. b follows from k and
-n, and is Rice's best for gaps of that mean (Kiely, IPN Progress Report 42-159, 2004):
+Each of these is a subset of n items: the entries of one stratum (`tofu.codec.strata`), or the entries of one level. A
+subset of k is written as k, in as many bits as n has digits, and the gaps between its members in Golomb-Rice code: all
+quotients in unary, then all remainders of b bits. Both ends derive b from k and n; it is Rice's optimal parameter for
+gaps of that mean (Kiely, IPN Progress Report 42-159, 2004):
 
     b = floor(log2(2 ln(phi) n / k)), at least 0, with phi the golden ratio.
 
-Body, little-endian:
+Layout, little-endian:
 
     bytes  field
-    2      checksum of the classes
+    2      checksum of the strata
     1      number of levels, L
     2 each L magnitudes, bfloat16
-    -      bits: the subset of each class, signs (1 is negative), the subset that reaches each level from 2 to L;
+    -      bits: the subset of each stratum, signs (1 is negative), the subset that reaches each level from 2 to L;
            entries in the order of slots
 """
 
@@ -31,7 +32,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tofu.codec.strata import CLASSES, Strata
+from tofu.codec.strata import STRATA, Strata
 from tofu.compression.bitstream import BitReader, Bits, Integers, fixed, packed, unary
 from tofu.compression.flat import checked_length, checked_scales
 from tofu.compression.quantize import bfloat16_bytes, bfloat16_from
@@ -39,111 +40,115 @@ from tofu.compression.rice import by_magnitude
 from tofu.errors import PayloadError
 
 MAX_LEVELS = 31
-"""The highest level has no end: what would reach further ones belongs to it."""
+"""The highest level is unbounded: larger magnitudes belong to it."""
 
 _HEAD = struct.Struct("<HB")
-_SHARE = 63073
-"""2 ln(phi) in units of 2^-16: parameters are whole-number arithmetic, so that both ends get the same."""
+_TWO_LN_PHI = 63073
+"""2 ln(phi) in units of 2^-16: integer arithmetic gives both ends the same parameter."""
 
 Floats = npt.NDArray[np.float32]
 
 
-def least_room(length: int) -> int:
-    """Bytes into which one entry of a vector of this length always fits."""
-    counts, gap, sign = CLASSES * length.bit_length(), 2 + length.bit_length(), 1
+def min_bytes(length: int) -> int:
+    """Bytes in which one entry of a vector of this length always fits."""
+    counts, gap, sign = STRATA * length.bit_length(), 2 + length.bit_length(), 1
     return _head(1) + (counts + gap + sign + 7) // 8
 
 
-def write_entries(vector: Tensor, room: int, classes: Strata) -> bytes:
-    """The largest entries of a float vector [d] in at most `room` bytes: as many as fit, or fewer that explain more."""
-    ranking = _Ranking.of(vector, classes, most=4 * room)  # an entry takes two bits at least
-    fits, too_many = 0, ranking.falling.size + 1
-    # Now and then one entry more takes fewer bits; then this ends with a few fewer than would fit.
+def write_correction(vector: Tensor, budget: int, strata: Strata) -> bytes:
+    """Encode the largest entries of a float vector [d]: as many as fit, or fewer if these explain more.
+
+    Args:
+        budget: maximum number of bytes, at least `min_bytes(d)`.
+    """
+    ranking = _Ranking.of(vector, strata, count=4 * budget)  # an entry takes at least two bits
+    fits, too_many = 0, ranking.descending.size + 1
+    # Occasionally one more entry takes fewer bits; then this finds a few entries fewer than would fit.
     while too_many - fits > 1:
         count = (fits + too_many) // 2
-        if ranking.largest(count).nbytes <= room:
+        if ranking.largest(count).nbytes <= budget:
             fits = count
         else:
             too_many = count
-    # Where nearly all fit, the smallest may be so small that most belong to the highest level: then fewer say more.
+    # If nearly all fit, the smallest may be so small that most belong to the highest level; then fewer explain more.
     choices = (ranking.largest(fits >> halvings) for halvings in range(max(1, fits.bit_length())))
-    return max((one for one in choices if one.nbytes <= room), key=lambda one: one.explained).to_bytes()
+    return max((one for one in choices if one.nbytes <= budget), key=lambda one: one.explained).to_bytes()
 
 
-def read_entries(data: bytes, classes: Strata) -> Tensor:
-    """The inverse of `write_entries`: a float32 vector [d], zero elsewhere.
+def read_correction(data: bytes, strata: Strata) -> Tensor:
+    """The inverse of `write_correction`: a float32 vector [d], zero elsewhere.
 
     Raises:
-        PayloadError: the bytes cannot have been written for these classes.
+        PayloadError: the bytes cannot have been written for these strata.
     """
-    what = "correction's entries"
+    what = "correction"
     checked_length(data, _HEAD.size, what, exactly=False)
     checksum, top = _HEAD.unpack_from(data)
-    if checksum != classes.checksum:
-        raise PayloadError(f"{what} are of classes {checksum:04x}, this end's are {classes.checksum:04x}: "
-                           "the weights, or the initial ones, are not the same at both ends")  # fmt: skip
+    if checksum != strata.checksum:
+        raise PayloadError(f"{what} has the strata {checksum:04x}, this end has {strata.checksum:04x}: "
+                           "the weights, or the initial weights, differ between the two ends")  # fmt: skip
     if top > MAX_LEVELS:
-        raise PayloadError(f"{what} have {top} levels, expected at most {MAX_LEVELS}")
+        raise PayloadError(f"{what} has {top} levels, expected at most {MAX_LEVELS}")
     split = _head(top)
     checked_length(data, split, what, exactly=False)
     magnitudes = checked_scales(bfloat16_from(data[_HEAD.size : split], "magnitudes"), what)
     bits = BitReader(data[split:], what)
-    slots = _read_slots(bits, classes)
+    slots = _read_slots(bits, strata)
     if slots.size and not top:
-        raise PayloadError(f"{what} are {slots.size} of no level")
+        raise PayloadError(f"{what} has {slots.size} entries and no level")
     signs = torch.from_numpy(1 - 2 * bits.fixed(slots.size, 1))
     levels = _read_levels(bits, slots.size, top)
     bits.finish()
-    vector = torch.zeros(classes.numbers.size)
-    vector[torch.from_numpy(classes.positions[slots])] = magnitudes[torch.from_numpy(levels - 1)] * signs
+    vector = torch.zeros(strata.numbers.size)
+    vector[torch.from_numpy(strata.positions[slots])] = magnitudes[torch.from_numpy(levels - 1)] * signs
     return vector
 
 
-def slots_length(slots: Integers, classes: Strata) -> int:
-    """Bits that rising slots take."""
-    return sum(subset.length for subset in _by_stratum(slots, classes))
+def slots_length(slots: Integers, strata: Strata) -> int:
+    """Number of bits that increasing slots take."""
+    return sum(subset.length for subset in _by_stratum(slots, strata))
 
 
 @dataclass(frozen=True)
 class _Ranking:
-    """The largest entries in the order of slots, and by magnitude.
+    """The largest entries in the order of slots, with their ranks by magnitude.
 
     Attributes:
-        slots: of these entries, rising.
-        values: theirs.
-        ranks: theirs, 0 for the largest.
-        falling: their magnitudes, the largest first.
+        slots: slots of these entries, increasing.
+        values: their values.
+        ranks: their ranks, 0 for the largest.
+        descending: their magnitudes, the largest first.
     """
 
-    classes: Strata
+    strata: Strata
     slots: Integers
     values: Floats
     ranks: Integers
-    falling: Floats
+    descending: Floats
 
     @staticmethod
-    def of(vector: Tensor, classes: Strata, most: int) -> "_Ranking":
-        values, order = vector.detach().numpy(), by_magnitude(vector, most)
+    def of(vector: Tensor, strata: Strata, count: int) -> "_Ranking":
+        values, order = vector.detach().numpy(), by_magnitude(vector, count)
         ranks = np.full(values.size, order.size)
         ranks[order] = np.arange(order.size)
-        by_slot = ranks[classes.positions]
+        by_slot = ranks[strata.positions]
         slots = np.flatnonzero(by_slot < order.size)
-        return _Ranking(classes, slots, values[classes.positions[slots]], by_slot[slots], np.abs(values[order]))
+        return _Ranking(strata, slots, values[strata.positions[slots]], by_slot[slots], np.abs(values[order]))
 
-    def largest(self, count: int) -> "_Entries":
-        """The first `count` by magnitude."""
+    def largest(self, count: int) -> "_Correction":
+        """The `count` largest entries."""
         chosen = self.ranks < count
         slots, values = self.slots[chosen], self.values[chosen]
-        smallest = np.float64(self.falling[count - 1]) if count else 1.0
+        smallest = np.float64(self.descending[count - 1]) if count else 1.0
         levels = np.clip((np.abs(values) / smallest + 2) // 3, 1, MAX_LEVELS).astype(np.int64)
-        return _Entries(self.classes, slots, values, levels)
+        return _Correction(self.strata, slots, values, levels)
 
 
 @dataclass(frozen=True)
-class _Entries:
-    """Chosen entries: their rising slots, values, and levels from 1."""
+class _Correction:
+    """Selected entries: their increasing slots, their values, and their levels from 1."""
 
-    classes: Strata
+    strata: Strata
     slots: Integers
     values: Floats
     levels: Integers
@@ -156,15 +161,15 @@ class _Entries:
     def nbytes(self) -> int:
         """Length of `to_bytes`."""
         levels = sum(subset.length for subset in self._by_level())
-        return _head(self.top) + (slots_length(self.slots, self.classes) + self.slots.size + levels + 7) // 8
+        return _head(self.top) + (slots_length(self.slots, self.strata) + self.slots.size + levels + 7) // 8
 
     def to_bytes(self) -> bytes:
         bits = packed(
-            *(field for subset in _by_stratum(self.slots, self.classes) for field in subset.fields()),
+            *(field for subset in _by_stratum(self.slots, self.strata) for field in subset.fields()),
             fixed((self.values < 0).astype(np.int64), 1),
             *(field for subset in self._by_level() for field in subset.fields()),
         )
-        return _HEAD.pack(self.classes.checksum, self.top) + self._magnitudes() + bits
+        return _HEAD.pack(self.strata.checksum, self.top) + self._magnitudes() + bits
 
     @property
     def explained(self) -> float:
@@ -173,18 +178,18 @@ class _Entries:
         return float((sums**2 / counts).sum())
 
     def _magnitudes(self) -> bytes:
-        """The mean magnitude of each level, 0 for one that no entry has."""
+        """The mean magnitude of each level; 0 for a level without entries."""
         sums, counts = self._sums_and_counts()
         return bfloat16_bytes(torch.from_numpy(sums / counts))
 
     def _sums_and_counts(self) -> tuple[npt.NDArray[np.float64], Integers]:
-        """For each level, the sum of its entries' magnitudes and how many they are, at least 1."""
+        """For each level, the sum of its entries' magnitudes, and their number or 1 if there are none."""
         sums = np.bincount(self.levels, np.abs(self.values), self.top + 1)[1:].astype(np.float64)
         counts: Integers = np.maximum(np.bincount(self.levels, minlength=self.top + 1)[1:], 1)
         return sums, counts
 
     def _by_level(self) -> Iterator["_Subset"]:
-        """For each level from 2 on, which entries of the level before reach it."""
+        """For each level from 2 on, which entries of the previous level reach it."""
         levels = self.levels
         for level in range(2, self.top + 1):
             reach = levels >= level
@@ -194,55 +199,55 @@ class _Entries:
 
 @dataclass(frozen=True)
 class _Subset:
-    """Rising places that are taken, of so many."""
+    """A subset of the integers below `size`: its members, increasing."""
 
-    places: int
-    taken: Integers
+    size: int
+    members: Integers
 
     @cached_property
     def gaps(self) -> Integers:
-        return np.diff(self.taken, prepend=-1) - 1
+        return np.diff(self.members, prepend=-1) - 1
 
     @cached_property
     def width(self) -> int:
-        return _width(self.taken.size, self.places)
+        return _width(self.members.size, self.size)
 
     @property
     def length(self) -> int:
-        """Bits of `fields`."""
-        return self.places.bit_length() + int((self.gaps >> self.width).sum()) + self.taken.size * (1 + self.width)
+        """Number of bits of `fields`."""
+        return self.size.bit_length() + int((self.gaps >> self.width).sum()) + self.members.size * (1 + self.width)
 
     def fields(self) -> tuple[Bits, Bits, Bits]:
-        count = fixed(np.array([self.taken.size]), self.places.bit_length())
+        count = fixed(np.array([self.members.size]), self.size.bit_length())
         return count, unary(self.gaps >> self.width), fixed(self.gaps, self.width)
 
     @staticmethod
-    def read(bits: BitReader, places: int) -> Integers:
-        """The places that are taken.
+    def read(bits: BitReader, size: int) -> Integers:
+        """The members of a subset of the integers below `size`.
 
         Raises:
-            PayloadError: more are taken than there are, one lies outside, or the stream ends early.
+            PayloadError: a member is out of range, or the stream ends early.
         """
-        count = int(bits.fixed(1, places.bit_length())[0])
-        width = _width(count, places)
+        count = int(bits.fixed(1, size.bit_length())[0])
+        width = _width(count, size)
         quotients = bits.unary(count)
-        if count > places or int(quotients.sum()) > places >> width:  # before the shift below could overflow
-            raise PayloadError(f"correction's entries are {count} of {places} places, or lie outside them")
-        taken: Integers = np.cumsum((quotients << width) + bits.fixed(count, width) + 1) - 1
-        if count and int(taken[-1]) >= places:
-            raise PayloadError(f"correction's entries lie outside {places} places")
-        return taken
+        if count > size or int(quotients.sum()) > size >> width:  # before the shift below could overflow
+            raise PayloadError(f"correction has {count} entries of {size}, or one out of range")
+        members: Integers = np.cumsum((quotients << width) + bits.fixed(count, width) + 1) - 1
+        if count and int(members[-1]) >= size:
+            raise PayloadError(f"correction has an entry outside {size}")
+        return members
 
 
-def _by_stratum(slots: Integers, classes: Strata) -> Iterator[_Subset]:
-    """Rising slots as the places that they take in each class."""
-    parts = np.split(slots, np.searchsorted(slots, classes.starts[1:]))
-    for start, size, part in zip(classes.starts, classes.sizes, parts, strict=True):
+def _by_stratum(slots: Integers, strata: Strata) -> Iterator[_Subset]:
+    """Increasing slots as a subset of each stratum."""
+    parts = np.split(slots, np.searchsorted(slots, strata.starts[1:]))
+    for start, size, part in zip(strata.starts, strata.sizes, parts, strict=True):
         yield _Subset(int(size), part - start)
 
 
-def _read_slots(bits: BitReader, classes: Strata) -> Integers:
-    parts = [start + _Subset.read(bits, int(size)) for start, size in zip(classes.starts, classes.sizes, strict=True)]
+def _read_slots(bits: BitReader, strata: Strata) -> Integers:
+    parts = [start + _Subset.read(bits, int(size)) for start, size in zip(strata.starts, strata.sizes, strict=True)]
     return np.concatenate(parts)
 
 
@@ -256,12 +261,12 @@ def _read_levels(bits: BitReader, count: int, top: int) -> Integers:
     return levels
 
 
-def _width(taken: int, places: int) -> int:
-    """b where so many of so many places are taken."""
-    mean = (places * _SHARE) // (max(taken, 1) << 16)
+def _width(count: int, size: int) -> int:
+    """b for a subset of `count` of `size` integers."""
+    mean = (size * _TWO_LN_PHI) // (max(count, 1) << 16)
     return max(mean.bit_length() - 1, 0)
 
 
 def _head(levels: int) -> int:
-    """Bytes ahead of the bits."""
+    """Bytes before the bits."""
     return _HEAD.size + 2 * levels

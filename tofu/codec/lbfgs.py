@@ -1,7 +1,7 @@
 """Limited-memory BFGS (Nocedal and Wright, Numerical Optimization, algorithms 7.4 and 7.5) with backtracking.
 
-Written here because it must be taken up again where it was left (the trial in `tofu.codec.proxies`), which neither scipy's nor
-torch's can; scipy's also starts BLAS threads beside other clients' own.
+This is our own because a search must be able to continue after a trial (`tofu.codec.search`), which scipy's cannot, and
+because it starts no threads of its own next to other clients.
 """
 
 from collections import deque
@@ -11,16 +11,16 @@ from torch import Tensor
 
 HISTORY = 40
 _SUFFICIENT = 1e-4
-TRIES = 12
-"""Shortest steps are between 2^-12 and 10^-12 of the first."""
+MAX_BACKTRACKS = 12
+"""The shortest steps are between 2^-12 and 10^-12 of the first."""
 
 
 def lbfgs(objective: Callable[[Tensor], tuple[float, Tensor]], start: Tensor) -> Iterator[None]:
     """Minimize from `start`, yielding after each step; ends when no step helps.
 
     Args:
-        objective: flat float64 vector -> (value, gradient). It keeps the best point itself.
-        start: float64 vector; not changed.
+        objective: flat float64 vector -> (value, gradient). The caller records the best point.
+        start: float64 vector; it is not changed.
     """
     point = start.clone()
     value, gradient = objective(point)
@@ -35,7 +35,7 @@ def lbfgs(objective: Callable[[Tensor], tuple[float, Tensor]], start: Tensor) ->
         if slope == 0:
             return
         step = 1.0 if memory else 1 / float(gradient.norm())
-        for _ in range(TRIES):
+        for _ in range(MAX_BACKTRACKS):
             new_value, new_gradient = objective(point + step * direction)
             if new_value <= value + _SUFFICIENT * step * slope:
                 break
@@ -43,25 +43,25 @@ def lbfgs(objective: Callable[[Tensor], tuple[float, Tensor]], start: Tensor) ->
             step *= min(0.5, max(0.1, parabola))
         else:
             return
-        moved, turned = step * direction, new_gradient - gradient
-        curvature = float(moved @ turned)
-        if curvature > 1e-10 * float(turned @ turned):
-            memory.append((moved, turned, 1 / curvature))
-        point, value, gradient = point + moved, new_value, new_gradient
+        step_taken, gradient_change = step * direction, new_gradient - gradient
+        curvature = float(step_taken @ gradient_change)
+        if curvature > 1e-10 * float(gradient_change @ gradient_change):
+            memory.append((step_taken, gradient_change, 1 / curvature))
+        point, value, gradient = point + step_taken, new_value, new_gradient
         yield
 
 
 def _direction(gradient: Tensor, memory: "deque[tuple[Tensor, Tensor, float]]") -> Tensor:
-    """The two-loop recursion: minus the inverse Hessian's estimate times the gradient."""
+    """The two-loop recursion: minus the estimated inverse Hessian times the gradient."""
     q = gradient.clone()
     weights = []
-    for moved, turned, rho in reversed(memory):
-        weight = rho * float(moved @ q)
+    for step_taken, gradient_change, rho in reversed(memory):
+        weight = rho * float(step_taken @ q)
         weights.append(weight)
-        q -= weight * turned
+        q -= weight * gradient_change
     if memory:
-        moved, turned, rho = memory[-1]
-        q /= rho * float(turned @ turned)
-    for (moved, turned, rho), weight in zip(memory, reversed(weights), strict=True):
-        q += moved * (weight - rho * float(turned @ q))
+        step_taken, gradient_change, rho = memory[-1]
+        q /= rho * float(gradient_change @ gradient_change)
+    for (step_taken, gradient_change, rho), weight in zip(memory, reversed(weights), strict=True):
+        q += step_taken * (weight - rho * float(gradient_change @ q))
     return -q

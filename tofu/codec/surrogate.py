@@ -1,36 +1,91 @@
-"""The smooth twin of a network: what both ends of the codec differentiate in place of the network itself.
+"""The surrogate of a network: smooth functions that both ends of the codec differentiate through.
 
-The gradient of a gradient is zero through ReLU's kink, so proxies cannot learn which units fire. Both ends of the codec
-know the weights; nothing forces them to differentiate the very activation that the model trains with. In the twin,
+The second derivative of ReLU is zero, so proxies cannot learn which units fire. Both ends of the codec know the
+weights, and nothing forces them to differentiate the activation that the model trains with. In the surrogate,
 
-- ReLU(x) becomes x * sigmoid(b x), b being the surrogate_beta (4 by default), and LeakyReLU and ReLU6 likewise,
+- ReLU(x) becomes x * sigmoid(beta x), with beta 4 by default, and LeakyReLU and ReLU6 likewise,
 - max-pooling becomes average-pooling,
-- BatchNorm normalizes by the proxies' own batch statistics and leaves its running ones alone.
+- BatchNorm normalizes by the statistics of the proxies and leaves its running statistics unchanged.
 
 This is our addition to the paper, as are its constants. No copy of the network is made: `Surrogate` is a context in
 which torch's own functions are swapped, so it reaches activations written as modules, as functions and as methods.
+`register_surrogate` adds one for a new activation.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from contextvars import ContextVar
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+SurrogateFactory = Callable[[float], Callable[..., Any]]
+
+_beta: ContextVar[float | None] = ContextVar("surrogate_beta", default=None)
+"""Beta of the innermost active `Surrogate` of this thread."""
+
+
+def register_surrogate(module_type: type[nn.Module], factory: SurrogateFactory) -> None:
+    """Give the activation module `module_type` a surrogate, for networks whose activation has no useful derivative.
+
+    Register it where the module is defined, so that clients and server have it alike.
+
+    Args:
+        module_type: the class of the activation; its subclasses have the surrogate too unless they override `forward`.
+        factory: beta -> a function of the module and its inputs that replaces `module_type.forward`. A larger beta must
+            be closer to the activation.
+
+    Example:
+        >>> import torch
+        >>> from tofu.codec.surrogate import Surrogate, register_surrogate
+        >>> class Spike(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return (x > 0).float()
+        >>> register_surrogate(Spike, lambda beta: lambda module, x: torch.sigmoid(beta * x))
+        >>> spike, x = Spike(), torch.tensor([-1.0, 1.0])
+        >>> spike(x).tolist()
+        [0.0, 1.0]
+        >>> with Surrogate(surrogate_beta=4):
+        ...     smooth = spike(x)
+        >>> torch.equal(smooth, torch.sigmoid(4 * x))
+        True
+    """
+    original = module_type.forward
+
+    @functools.wraps(original)
+    def forward(module: nn.Module, *inputs: Any, **options: Any) -> Any:
+        beta = _beta.get()
+        return original(module, *inputs, **options) if beta is None else factory(beta)(module, *inputs, **options)
+
+    setattr(module_type, "forward", forward)  # noqa: B010 (type checkers refuse to assign to a method)
 
 
 class Surrogate(TorchFunctionMode):
-    """Inside `with Surrogate(...)`, kinked functions run as their smooth twins (in this thread only).
+    """Inside `with Surrogate(...)`, functions with kinks run as their smooth surrogates (in this thread only).
 
     Args:
-        surrogate_beta: b in x * sigmoid(b x); larger is closer to ReLU and harder to encode through.
-        batch_statistics: whether BatchNorm uses the statistics of the batch that it is given.
+        surrogate_beta: beta in x * sigmoid(beta x); larger is closer to ReLU and harder to encode through.
+        batch_statistics: whether BatchNorm uses the statistics of the batch that it receives.
     """
 
     def __init__(self, *, surrogate_beta: float = 4.0, batch_statistics: bool = True) -> None:
         super().__init__()
-        self._swaps = _swaps(surrogate_beta, batch_statistics)
+        self._beta, self._swaps = surrogate_beta, _swaps(surrogate_beta, batch_statistics)
+
+    def __enter__(self) -> Self:
+        self._token = _beta.set(self._beta)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
+        _beta.reset(self._token)
 
     def __torch_function__(
         self,
@@ -81,7 +136,7 @@ def _swaps(surrogate_beta: float, batch_statistics: bool) -> dict[Callable[..., 
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        # Also right for one proxy whose map is 1x1, where F.batch_norm would raise: the variance is then 0.
+        # Unlike F.batch_norm this also works for one proxy whose feature map is 1x1; the variance is then 0.
         axes = [0, *range(2, input.dim())]
         mean = input.mean(axes, keepdim=True)
         variance = (input - mean).square().mean(axes, keepdim=True)

@@ -1,4 +1,4 @@
-"""Buffers (BatchNorm's statistics) as bytes, the same way in every codec so that all pay the same for them.
+"""Buffers (BatchNorm's statistics) as bytes, in the same format for every compressor so that the cost is the same.
 
 In the param_spec's order, little-endian:
 
@@ -19,7 +19,7 @@ BUFFER_BITS = 8
 
 
 class BufferCode:
-    """Buffers' differences <-> bytes."""
+    """The byte format of the differences of buffers."""
 
     def __init__(self, param_spec: ParamSpec) -> None:
         self._shapes = {name: shape for name, shape in param_spec.buffers.items() if name not in param_spec.integers}
@@ -29,7 +29,7 @@ class BufferCode:
 
     @cached_property
     def _rows(self) -> dict[str, RowCode]:
-        """How each float buffer is written; one without values takes no bytes."""
+        """The format of each float buffer; one without values takes no bytes."""
         return {name: RowCode(1, n, BUFFER_BITS) for name, shape in self._shapes.items() if (n := shape.numel())}
 
     @property

@@ -1,28 +1,28 @@
-"""No compression: the update as float32, what FedAvg sends (McMahan et al., AISTATS 2017)."""
-
-from typing import ClassVar
+"""No compression: the update as float32, as in FedAvg (McMahan et al., AISTATS 2017)."""
 
 import torch
 
+from tofu.compression import compressors
 from tofu.compression.base import Compressed, Compressor
 from tofu.payload import float32_bytes, float32_from
 from tofu.reference_model import ReferenceModel
 from tofu.weights import ParamSpec, Weights
 
 
+@compressors.register("full")
 class Full(Compressor):
-    """The update itself, four bytes a number."""
+    """The update itself, four bytes per value."""
 
-    name: ClassVar[str] = "full"
-    code: ClassVar[int] = 1
+    code = 1
+    has_own_gain = True  # nothing is lost, so there is nothing to over-relax
 
     def compress(
-        self, network: ReferenceModel, update: Weights, *, generator: torch.Generator, memory: bytes = b""
+        self, reference: ReferenceModel, update: Weights, *, generator: torch.Generator, memory: bytes = b""
     ) -> Compressed:
-        return Compressed(float32_bytes(update, network.param_spec), dict(update))
+        return Compressed(float32_bytes(update, reference.param_spec), dict(update))
 
-    def decompress(self, network: ReferenceModel, body: bytes) -> Weights:
-        return float32_from(body, network.param_spec)
+    def decompress(self, reference: ReferenceModel, body: bytes) -> Weights:
+        return float32_from(body, reference.param_spec)
 
     def body_bytes(self, param_spec: ParamSpec) -> int:
         return param_spec.float32_bytes

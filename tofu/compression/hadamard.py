@@ -1,8 +1,8 @@
 """A random rotation in d log d operations: random signs, then Walsh-Hadamard transforms.
 
-A transform takes a power of two. Filling up a vector of d entries with zeros to the next one could double what is to be
-sent, so it is cut into powers of two instead, one for each 1 in the binary digits of d, and only the last, shortest
-piece is filled up.
+The length of a transform is a power of two. Padding a vector of d entries with zeros to the next one could double its
+size, so it is split into powers of two instead, one for each 1 in the binary digits of d, and only the last, shortest
+piece is padded.
 """
 
 import math
@@ -11,16 +11,16 @@ from functools import cache
 import torch
 from torch import Tensor
 
-SHORTEST = 256
-"""Entries of the shortest piece. A scale of 2 bytes for each halving below would cost more than the filling saves, and
-the rotated entries of a short piece are not close to normal."""
+MIN_PIECE = 256
+"""Entries of the shortest piece. For shorter pieces, a scale of 2 bytes each would cost more than the padding, and
+rotated entries are not close to normal."""
 
 
 @cache
 def pieces(length: int) -> tuple[int, ...]:
-    """Powers of two, falling, whose sum is `length` rounded up to a multiple of `SHORTEST`."""
-    units = -(-length // SHORTEST)
-    return tuple(SHORTEST << bit for bit in range(units.bit_length() - 1, -1, -1) if units >> bit & 1)
+    """Descending powers of two whose sum is `length` rounded up to a multiple of `MIN_PIECE`."""
+    units = -(-length // MIN_PIECE)
+    return tuple(MIN_PIECE << bit for bit in range(units.bit_length() - 1, -1, -1) if units >> bit & 1)
 
 
 def random_signs(length: int, generator: torch.Generator) -> Tensor:
@@ -28,13 +28,13 @@ def random_signs(length: int, generator: torch.Generator) -> Tensor:
     return torch.randint(0, 2, (length,), generator=generator).float() * 2 - 1
 
 
-def rotated(vector: Tensor, signs: Tensor) -> Tensor:
-    """Signs, then the transform of each piece; the vector's length is the sum of `pieces`."""
+def rotate(vector: Tensor, signs: Tensor) -> Tensor:
+    """Random signs, then the transform of each piece; the vector's length is the sum of `pieces`."""
     return _each(vector * signs)
 
 
-def rotated_back(vector: Tensor, signs: Tensor) -> Tensor:
-    """The inverse of `rotated`."""
+def rotate_back(vector: Tensor, signs: Tensor) -> Tensor:
+    """The inverse of `rotate`."""
     return _each(vector) * signs
 
 

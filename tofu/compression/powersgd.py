@@ -1,4 +1,4 @@
-"""PowerSGD: each matrix of an update as a product of two thin ones.
+"""PowerSGD: each matrix of an update as a product of two factors of low rank.
 
 Vogels, Karimireddy, Jaggi, "PowerSGD: Practical Low-Rank Gradient Compression for Distributed Optimization", NeurIPS
 2019, arXiv 1905.13727. A tensor is taken as a matrix M [m, n], m its first dimension. One step of subspace iteration
@@ -6,61 +6,62 @@ from the sender's last Q [n, r] (normal noise at first) gives
 
     P = orthonormalized(M Q),    Q = M^T P,    M ~ P Q^T.
 
-What travels is rounded, so Q is fitted to P as the receiver reads it: Q^T is the least-squares solution of P Q^T = M,
-which is M^T P again where P is orthonormal. In the paper the clients' P and Q are averaged between the two halves of a
-step, which takes two exchanges a round and shared Q; here each client sends its own factors in its one reply.
+The factors are quantized, so Q is fitted to P as the receiver reads it: Q^T is the least-squares solution of P Q^T = M,
+which equals M^T P if P is orthonormal. In the paper the clients' P and Q are averaged between the two halves of a step,
+which takes two exchanges per round and a shared Q; here each client sends its own factors in its one reply.
 
-Vectors, and matrices that the factors would not make smaller, travel whole, at the bits of the factors.
+Vectors, and matrices that the factors would not make smaller, are sent in full, with the bits of the factors.
 
-Rank and bits follow from the ratio: 16 bits where that affords everything whole; else the highest rank (for all
-matrices the same, but never above one's own) that fits at 8 bits; else rank 1 at the most of 6 to 2 bits that fit.
+Rank and bits follow from the ratio: 16 bits at full rank if that fits; else the highest rank (the same for all
+matrices, limited by their own) that fits at 8 bits; else rank 1 with the largest of 6 to 2 bits that fits.
 
-Own part of the body: for each tensor P^T and Q^T, or the whole tensor, as few-bit integers with a bfloat16 scale for
-each column of a factor (RowCode).
+Data: for each tensor P^T and Q^T, or the tensor itself, as few-bit integers with a bfloat16 scale for each
+column of a factor (RowCode).
 """
 
 from collections.abc import Iterator
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from tofu.codec.options import DEFAULTS, CompressorOptions
+from tofu.compression import compressors
 from tofu.compression.flat import FlatCompressor, checked_length
 from tofu.compression.quantize import RowCode
 from tofu.errors import PayloadError
 from tofu.reference_model import ReferenceModel
 from tofu.weights import ParamSpec
 
-USUAL_BITS = 8
+DEFAULT_BITS = 8
 SMALL_BITS = (6, 5, 4, 3, 2)
 
 
+@compressors.register("powersgd")
 class PowerSgd(FlatCompressor):
-    """Factors of low rank.
+    """Low-rank factors of each matrix.
 
     Attributes:
-        rank: of the factors.
-        bits: of their entries.
+        rank: rank of the factors.
+        bits: bits of their entries.
     """
 
-    name: ClassVar[str] = "powersgd"
-    code: ClassVar[int] = 5
+    code = 5
 
-    def __init__(self, network_like: ReferenceModel, *, ratio: float) -> None:
-        super().__init__(network_like, ratio=ratio)
-        self.rank, self.bits = _rank_and_bits(network_like.param_spec, self._room(network_like.param_spec))
+    def __init__(self, reference: ReferenceModel, *, ratio: float, options: CompressorOptions = DEFAULTS) -> None:
+        super().__init__(reference, ratio=ratio, options=options)
+        self.rank, self.bits = _rank_and_bits(reference.param_spec, self._budget(reference.param_spec))
 
-    def _least(self, param_spec: ParamSpec) -> int:
+    def _min_bytes(self, param_spec: ParamSpec) -> int:
         return _size(param_spec, 1, SMALL_BITS[-1])
 
-    def _most(self, param_spec: ParamSpec) -> int:
+    def _max_bytes(self, param_spec: ParamSpec) -> int:
         return _size(param_spec, self.rank, self.bits)
 
-    def _memory(self, own: bytes) -> bytes:
-        return own
+    def _memory(self, data: bytes) -> bytes:
+        return data
 
-    def _write(self, vector: Tensor, param_spec: ParamSpec, generator: torch.Generator, memory: bytes) -> bytes:
-        start = self._remembered(memory, param_spec)
+    def _encode(self, vector: Tensor, param_spec: ParamSpec, generator: torch.Generator, memory: bytes) -> bytes:
+        start = self._read_memory(memory, param_spec)
         parts = []
         for name, tensor in zip(param_spec.parameters, _tensors(vector, param_spec), strict=True):
             codes = _codes(tensor.shape, self.rank, self.bits)
@@ -71,23 +72,23 @@ class PowerSgd(FlatCompressor):
                 parts += [code.write(tensor) for code in codes]
         return b"".join(parts)
 
-    def _read(self, own: bytes, param_spec: ParamSpec) -> Tensor:
-        checked_length(own, self._most(param_spec), "factors")
-        return torch.cat([_product(matrices) for _, matrices in self._matrices(own, param_spec)])
+    def _decode(self, data: bytes, param_spec: ParamSpec) -> Tensor:
+        checked_length(data, self._max_bytes(param_spec), "factors")
+        return torch.cat([_product(matrices) for _, matrices in self._matrices(data, param_spec)])
 
-    def _matrices(self, own: bytes, param_spec: ParamSpec) -> Iterator[tuple[str, list[Tensor]]]:
-        """For each tensor its name, and P^T and Q^T, or itself, or nothing where it is empty."""
+    def _matrices(self, data: bytes, param_spec: ParamSpec) -> Iterator[tuple[str, list[Tensor]]]:
+        """For each tensor its name, and P^T and Q^T, or the tensor itself, or nothing if it is empty."""
         begin = 0
         for name, shape in param_spec.parameters.items():
             matrices = []
             for code in _codes(shape, self.rank, self.bits):
-                matrices.append(code.read(own[begin : begin + code.nbytes], f"factors of {name}"))
+                matrices.append(code.read(data[begin : begin + code.nbytes], f"factors of {name}"))
                 begin += code.nbytes
             yield name, matrices
 
-    def _remembered(self, memory: bytes, param_spec: ParamSpec) -> dict[str, Tensor]:
+    def _read_memory(self, memory: bytes, param_spec: ParamSpec) -> dict[str, Tensor]:
         """The last Q of each matrix, by name."""
-        if len(memory) != self._most(param_spec):  # none, or another ratio's or model's: begin from noise
+        if len(memory) != self._max_bytes(param_spec):  # none, or of another ratio or model: start from noise
             return {}
         try:
             return {name: m[1].T for name, m in self._matrices(memory, param_spec) if len(m) == 2}
@@ -97,9 +98,9 @@ class PowerSgd(FlatCompressor):
 
 def _factors(matrix: Tensor, last: Tensor, noise: Tensor, left: RowCode, right: RowCode) -> list[bytes]:
     """Bytes of P^T and Q^T for a matrix [m, n], from the last Q [n, r]."""
-    unit = float(matrix.abs().max()) or 1.0  # keeps products of large entries finite
+    unit = float(matrix.abs().max()) or 1.0  # products of large entries stay finite
     size = last.norm(dim=0)
-    q = torch.where(size.isfinite() & (size > 0), last, noise)  # a column that was not needed has no direction
+    q = torch.where(size.isfinite() & (size > 0), last, noise)  # an unused column has no direction
     p, _ = torch.linalg.qr(matrix / unit @ (q / q.norm(dim=0)))
     written = left.write(p.T)
     read = left.read(written, "factors").T
@@ -118,7 +119,7 @@ def _tensors(vector: Tensor, param_spec: ParamSpec) -> list[Tensor]:
 
 
 def _codes(shape: torch.Size, rank: int, bits: int) -> tuple[RowCode, ...]:
-    """How a tensor is written: as P^T and Q^T, or whole, or not at all where it is empty."""
+    """The formats of a tensor: P^T and Q^T, or the tensor itself, or none if it is empty."""
     size = shape.numel()
     if not size:
         return ()
@@ -133,12 +134,12 @@ def _size(param_spec: ParamSpec, rank: int, bits: int) -> int:
     return sum(code.nbytes for shape in param_spec.parameters.values() for code in _codes(shape, rank, bits))
 
 
-def _rank_and_bits(param_spec: ParamSpec, room: int) -> tuple[int, int]:
+def _rank_and_bits(param_spec: ParamSpec, budget: int) -> tuple[int, int]:
     matrices = [shape for shape in param_spec.parameters.values() if len(shape) > 1 and shape.numel()]
-    most = max((min(shape[0], shape.numel() // shape[0]) for shape in matrices), default=1)
-    if _size(param_spec, most, 16) <= room:
-        return most, 16
-    for rank in range(most, 0, -1):
-        if _size(param_spec, rank, USUAL_BITS) <= room:
-            return rank, USUAL_BITS
-    return 1, next(bits for bits in SMALL_BITS if _size(param_spec, 1, bits) <= room)
+    full_rank = max((min(shape[0], shape.numel() // shape[0]) for shape in matrices), default=1)
+    if _size(param_spec, full_rank, 16) <= budget:
+        return full_rank, 16
+    for rank in range(full_rank, 0, -1):
+        if _size(param_spec, rank, DEFAULT_BITS) <= budget:
+            return rank, DEFAULT_BITS
+    return 1, next(bits for bits in SMALL_BITS if _size(param_spec, 1, bits) <= budget)

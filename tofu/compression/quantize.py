@@ -1,7 +1,7 @@
-"""Tensors as few-bit integers with one scale a row, packed into bytes without padding between values.
+"""Tensors as few-bit integers with one scale per row, packed into bytes without padding between values.
 
-Symmetric uniform quantization: q = round(v / s) with s = max|row| / (2^(bits-1) - 1), s kept as bfloat16 (the rounded
-scale is the one used, so its rounding costs nothing but range). 32 bits means raw float32 and no scale.
+Symmetric uniform quantization: q = round(v / s) with s = max|row| / (2^(bits-1) - 1), s stored as bfloat16 (the rounded
+scale is the one used, so its rounding only costs range). 32 bits means raw float32 and no scale.
 """
 
 from dataclasses import dataclass
@@ -12,8 +12,6 @@ from torch import Tensor
 
 from tofu.bit_packing import pack, packed_bytes, unpack
 from tofu.errors import PayloadError
-
-BITS = (2, 3, 4, 5, 6, 8, 16, 32)
 
 
 def bfloat16_bytes(values: Tensor) -> bytes:
@@ -35,7 +33,7 @@ def bfloat16_from(data: bytes, what: str) -> Tensor:
 
 @dataclass(frozen=True)
 class RowCode:
-    """How a float matrix [rows, columns] is written: `bits` a value, one bfloat16 scale a row (none at 32 bits)."""
+    """The byte format of a float matrix [rows, columns]: `bits` per value, one bfloat16 scale per row (none at 32)."""
 
     rows: int
     columns: int

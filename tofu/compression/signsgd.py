@@ -1,50 +1,49 @@
-"""EF-signSGD: the signs of an update, with one magnitude a tensor.
+"""EF-signSGD: the signs of an update, with one magnitude per tensor.
 
 Karimireddy, Rebjock, Stich, Jaggi, "Error Feedback Fixes SignSGD and other Gradient Compression Schemes", ICML 2019,
 arXiv 1901.09847: for a tensor x of d entries
 
     C(x) = |x|_1 / d sign(x),    |x - C(x)|^2 = (1 - |x|_1^2 / (d |x|_2^2)) |x|_2^2.
 
-The feedback is around the codec. A bit a number, so the ratio is near 32 whatever is asked for below it.
+The error feedback is the one around every compressor. One bit per value: the ratio is near 32 for any lower setting.
 
-Own part of the body: the magnitude of each tensor as bfloat16, then the signs (1 is negative).
+Data: the magnitude of each tensor as bfloat16, then the signs (1 is negative).
 """
-
-from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tofu.compression import compressors
 from tofu.compression.bitstream import BitReader, fixed, packed
 from tofu.compression.flat import FlatCompressor, checked_length, checked_scales
 from tofu.compression.quantize import bfloat16_bytes, bfloat16_from
 from tofu.weights import ParamSpec
 
 
+@compressors.register("signsgd")
 class SignSgd(FlatCompressor):
-    """One bit a number."""
+    """One bit per value."""
 
-    name: ClassVar[str] = "signsgd"
-    code: ClassVar[int] = 7
+    code = 7
 
-    def _least(self, param_spec: ParamSpec) -> int:
+    def _min_bytes(self, param_spec: ParamSpec) -> int:
         return 2 * len(param_spec.parameters) + (param_spec.parameter_count + 7) // 8
 
-    def _most(self, param_spec: ParamSpec) -> int:
-        return self._least(param_spec)
+    def _max_bytes(self, param_spec: ParamSpec) -> int:
+        return self._min_bytes(param_spec)
 
-    def _write(self, vector: Tensor, param_spec: ParamSpec, generator: torch.Generator, memory: bytes) -> bytes:
+    def _encode(self, vector: Tensor, param_spec: ParamSpec, generator: torch.Generator, memory: bytes) -> bytes:
         tensors = torch.split(vector, _lengths(param_spec))
         magnitudes = [float(t.double().abs().mean()) if t.numel() else 0.0 for t in tensors]
         negative = (vector < 0).numpy().astype(np.int64)
         return bfloat16_bytes(torch.tensor(magnitudes)) + packed(fixed(negative, 1))
 
-    def _read(self, own: bytes, param_spec: ParamSpec) -> Tensor:
-        checked_length(own, self._most(param_spec), "signs")
+    def _decode(self, data: bytes, param_spec: ParamSpec) -> Tensor:
+        checked_length(data, self._max_bytes(param_spec), "signs")
         split = 2 * len(param_spec.parameters)
-        magnitudes = checked_scales(bfloat16_from(own[:split], "magnitudes"), "magnitudes")
-        bits = BitReader(own[split:], "signs")
+        magnitudes = checked_scales(bfloat16_from(data[:split], "magnitudes"), "magnitudes")
+        bits = BitReader(data[split:], "signs")
         signs = 1 - 2 * torch.from_numpy(bits.fixed(param_spec.parameter_count, 1))
         bits.finish()
         return magnitudes.repeat_interleave(torch.tensor(_lengths(param_spec))) * signs

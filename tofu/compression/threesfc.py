@@ -2,46 +2,52 @@
 
 Zhou, Shi, Li, Yang, Sun, Li, "Communication-efficient Federated Learning with Single-Step Synthetic Features Compressor
 for Faster Convergence", ICCV 2023, arXiv 2302.13562. With G the network's own gradient at samples of the input's size
-and soft labels, made from noise so that |cos(G, U)| is large, the update decodes to s G with s = |U| cos(G, U) / |G|.
+and soft labels, found from noise so that |cos(G, U)| is large, the update decodes to s G with s = |U| cos(G, U) / |G|.
 
-That is `tofu.codec.proxies` with the published method's settings, so only sizes are chosen here. Its objective, the share of U
-that the best s G misses, is 1 - cos^2. What the paper leaves open, or we do otherwise:
+This is `tofu.codec` with the published method's settings, so only sizes are chosen here. Its objective, the fraction of
+|U|^2 that the best s G misses, is 1 - cos^2. Where the paper leaves something open, or we differ:
 
-- Samples have 8 bits a pixel and a label, as many as fit; where not even one does, one sample of 4 bits. The paper
-  sends float32. Samples are square, of the input's smaller side.
-- Each sample has a weight of 2 bytes in the loss, which the paper's have not; for one sample it is part of s.
-- Up to 200 steps of Adam, and no penalty on the samples' size.
-- The error feedback, which is part of the paper's method, is the one around every codec.
+- Samples have 8 bits per pixel and label, as many as fit; if not even one fits, one sample of 4 bits. The paper sends
+  float32. Samples are square, with the input's smaller side.
+- Each sample has a weight of 2 bytes in the loss, which the paper does not have; for one sample it is part of s.
+- Up to 200 steps of Adam, and no penalty on the size of the samples.
+- The error feedback of the paper's method is the one around every compressor.
 """
 
-from typing import ClassVar
+from dataclasses import replace
 
-from tofu.codec.compressor import Proxy
-from tofu.codec.proxies import paper_settings
+from tofu.codec.compressor import ProxyCompressor
+from tofu.codec.options import DEFAULTS, CompressorOptions, paper_settings
+from tofu.compression import compressors
 from tofu.errors import SettingError
 from tofu.reference_model import ReferenceModel
 
-BITS, FEWEST_BITS = 8, 4
-LARGEST_SIDE = 1024
+BITS, FALLBACK_BITS = 8, 4
+MAX_SIDE = 1024
 
 
-class ThreeSfc(Proxy):
-    """Full-size samples through the network as it is.
+@compressors.register("3sfc")
+class ThreeSfc(ProxyCompressor):
+    """Full-size samples through the network itself.
 
     Args:
-        network_like: any network of the run.
-        ratio: payload wanted, as float32 bytes of the update over bytes of the payload with its header.
+        reference: a model like those of the run.
+        ratio: float32 bytes of the update over bytes of the payload, header included.
+        options: `proxy_gain` applies; the method has its own encoder and no correction.
 
     Raises:
         SettingError: not even one sample fits.
     """
 
-    name: ClassVar[str] = "3sfc"
-    code: ClassVar[int] = 9
+    code = 9
 
-    def __init__(self, network_like: ReferenceModel, *, ratio: float) -> None:
-        side = min(network_like.shape.height, network_like.shape.width, LARGEST_SIDE)
+    def __init__(self, reference: ReferenceModel, *, ratio: float, options: CompressorOptions = DEFAULTS) -> None:
+        side = min(reference.shape.height, reference.shape.width, MAX_SIDE)
+
+        def published(bits: int) -> CompressorOptions:
+            return replace(options, proxies=0, correction=0.0, encoder=paper_settings(size=side, bits=bits))
+
         try:
-            super().__init__(network_like, ratio=ratio, count=0, settings=paper_settings(size=side, bits=BITS))
+            super().__init__(reference, ratio=ratio, options=published(BITS))
         except SettingError:
-            super().__init__(network_like, ratio=ratio, count=0, settings=paper_settings(size=side, bits=FEWEST_BITS))
+            super().__init__(reference, ratio=ratio, options=published(FALLBACK_BITS))

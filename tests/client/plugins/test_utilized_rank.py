@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from benchmarks.plugins.rank_picture import rank_picture
 from client.plugins.layers import sites
 from client.plugins.utilized_rank import Core, LayerRank, UtilizedRank, grams, leading, merged
-from tofu.codec.compressor import Proxy
-from tofu.codec.proxies import ProxySettings
+from tofu.codec.compressor import ProxyCompressor
+from tofu.codec.options import CompressorOptions, ProxySettings
 from tofu.data import LabeledImages, open_data, to_float
 from tofu.errors import RunError
 from tofu.models import build_model
@@ -197,7 +197,9 @@ def test_the_codec_encodes_cores(trained: nn.Module, halves: list[LabeledImages]
     update = difference(weights_of(model), base)
     load_weights(model, base)
     network = ReferenceModel(model.eval(), halves[0].shape)
-    codec = Proxy(network, ratio=20, count=0, settings=ProxySettings(max_evals=20, bits=4), correction=0.4)
+    codec = ProxyCompressor(
+        network, ratio=20, options=CompressorOptions(correction=0.4, encoder=ProxySettings(max_evals=20, bits=4))
+    )
     compressed = codec.compress(network, update, generator=generator())
     decoded = codec.decompress(network, compressed.body)
     assert all(torch.equal(decoded[name], value) for name, value in compressed.decoded.items())

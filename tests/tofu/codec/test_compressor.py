@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from tests.conftest import Case
-from tofu.codec.compressor import Proxy
-from tofu.codec.proxies import ProxySettings
+from tofu.codec.compressor import ProxyCompressor
+from tofu.codec.options import CompressorOptions, ProxySettings
 from tofu.compression import make_compressor
 from tofu.data import ImageShape
 from tofu.errors import PayloadError, SettingError
@@ -33,26 +33,28 @@ def lenet() -> ReferenceModel:
 def test_the_payload_is_as_small_as_asked_and_no_smaller_than_needed(
     lenet: ReferenceModel, ratio: float, bits: int
 ) -> None:
-    compressor = Proxy(lenet, ratio=ratio, count=0, settings=ProxySettings(bits=bits))
+    compressor = ProxyCompressor(lenet, ratio=ratio, options=CompressorOptions(encoder=ProxySettings(bits=bits)))
     limit = lenet.param_spec.float32_bytes / ratio
     size = HEADER_BYTES + compressor.body_bytes(lenet.param_spec)
-    more = Proxy(lenet, ratio=1, count=compressor.count + 1, settings=compressor.settings)
+    more = ProxyCompressor(
+        lenet, ratio=1, options=CompressorOptions(proxies=compressor.count + 1, encoder=compressor.settings)
+    )
     assert size <= limit < HEADER_BYTES + more.body_bytes(lenet.param_spec)
 
 
 def test_lower_ratios_get_larger_proxies_not_only_more(lenet: ReferenceModel) -> None:
-    sides = [Proxy(lenet, ratio=ratio, count=0, settings=ProxySettings()).side for ratio in (10, 100, 500)]
+    sides = [ProxyCompressor(lenet, ratio=ratio).side for ratio in (10, 100, 500)]
     assert sides == [14, 11, 7]
 
 
 def test_a_ratio_out_of_reach_says_what_is_in_reach(lenet: ReferenceModel) -> None:
     with pytest.raises(SettingError, match=r"ratio=100000 is not usable: expected at most 2\d\d\d\.\d"):
-        Proxy(lenet, ratio=100_000, count=0, settings=ProxySettings())
+        ProxyCompressor(lenet, ratio=100_000)
 
 
 def test_round_trip_with_buffers(every_layer_update: Case) -> None:
     network, update = every_layer_update
-    compressor = Proxy(network, ratio=1, count=6, settings=QUICK)
+    compressor = ProxyCompressor(network, ratio=1, options=CompressorOptions(proxies=6, encoder=QUICK))
     compressed = compressor.compress(network, update, generator=generator())
     assert len(compressed.body) == compressor.body_bytes(network.param_spec)
     decoded = compressor.decompress(network, compressed.body)
@@ -65,8 +67,12 @@ def test_round_trip_with_buffers(every_layer_update: Case) -> None:
 
 def test_memory_warms_the_next_call_and_foreign_memory_is_ignored(mlp_update: Case) -> None:
     network, update = mlp_update
-    compressor = Proxy(network, ratio=1, count=6, settings=ProxySettings(max_evals=3))
-    first = Proxy(network, ratio=1, count=6, settings=ProxySettings()).compress(network, update, generator=generator())
+    compressor = ProxyCompressor(
+        network, ratio=1, options=CompressorOptions(proxies=6, encoder=ProxySettings(max_evals=3))
+    )
+    first = ProxyCompressor(network, ratio=1, options=CompressorOptions(proxies=6)).compress(
+        network, update, generator=generator()
+    )
     cold = compressor.compress(network, update, generator=generator())
     warm = compressor.compress(network, update, generator=generator(), memory=first.memory)
     foreign = compressor.compress(network, update, generator=generator(), memory=b"something else")
@@ -80,7 +86,7 @@ def test_memory_warms_the_next_call_and_foreign_memory_is_ignored(mlp_update: Ca
 
 def test_bodies_of_other_settings_are_refused(mlp_update: Case) -> None:
     network, update = mlp_update
-    compressor = Proxy(network, ratio=1, count=3, settings=QUICK)
+    compressor = ProxyCompressor(network, ratio=1, options=CompressorOptions(proxies=3, encoder=QUICK))
     body = compressor.compress(network, update, generator=generator()).body
 
     def incompatibility(data: bytes) -> str:
@@ -94,7 +100,7 @@ def test_bodies_of_other_settings_are_refused(mlp_update: Case) -> None:
     assert "count 65535, this run uses 3" in incompatibility(body[:2] + b"\xff\xff" + body[4:])
     assert "side" in incompatibility(body[:4] + struct.pack("<H", 60000) + body[6:])
     assert "proxies take" in incompatibility(body[:-60])
-    assert "proxy body has" in incompatibility(body + b"\0")
+    assert "correction has 1 bytes" in incompatibility(body + b"\0")
 
 
 @pytest.mark.parametrize("ratio", [20.0, 60.0])
@@ -103,11 +109,13 @@ def test_a_correction_sends_what_the_proxies_missed(every_layer_update: Case, ml
     for network, update in (mlp_update, every_layer_update):
         explained: dict[float, float] = {}
         try:
-            count = Proxy(network, ratio=ratio, count=0, settings=ProxySettings(), correction=0.4).count
+            count = ProxyCompressor(network, ratio=ratio, options=CompressorOptions(correction=0.4)).count
         except SettingError:  # too small a network
             continue
         for share in (0.0, 0.4, 1.0):
-            compressor = Proxy(network, ratio=ratio, count=count, settings=ProxySettings(), correction=share)
+            compressor = ProxyCompressor(
+                network, ratio=ratio, options=CompressorOptions(proxies=count, correction=share)
+            )
             compressed = compressor.compress(network, update, generator=generator())
             decoded = compressor.decompress(network, compressed.body)
             assert all(torch.equal(decoded[name], compressed.decoded[name]) for name in update)
@@ -126,42 +134,44 @@ def test_a_payload_without_proxies_where_they_explain_less_and_the_client_keeps_
     update = {name: torch.zeros_like(w) for name, w in network.base.items()}
     for value in update.values():
         value.view(-1)[:3] = 1.0
-    compressor = Proxy(network, ratio=40, count=0, settings=ProxySettings(max_evals=8), correction=0.4)
+    compressor = ProxyCompressor(
+        network, ratio=40, options=CompressorOptions(correction=0.4, encoder=ProxySettings(max_evals=8))
+    )
     memory, max_evals = b"", []
     for _ in range(5):
         made = compressor.compress(network, update, generator=generator(), memory=memory)
-        assert compressor.read_proxies(made.body) is None
+        assert compressor.describe(made.body).proxies is None
         decoded = compressor.decompress(network, made.body)
         assert all(torch.equal(decoded[name], update[name]) for name in update)
         memory = made.memory
-        max_evals.append(made.max_evals)
+        max_evals.append(made.evals)
     assert [count > 0 for count in max_evals] == [True, False, False, False, True]
 
 
 def test_no_proxies_at_all(mlp_update: Case) -> None:
     network, update = mlp_update
-    compressor = Proxy(network, ratio=100, count=0, settings=QUICK, correction=1.0)
+    compressor = ProxyCompressor(network, ratio=100, options=CompressorOptions(correction=1.0, encoder=QUICK))
     made = compressor.compress(network, update, generator=generator())
-    assert (compressor.count, made.max_evals) == (0, 0)
+    assert (compressor.count, made.evals) == (0, 0)
     assert explained_variance(update, made.decoded) > 0.1
     with pytest.raises(SettingError, match=r"ratio=1000000.0 is not usable: expected at most \d+\.\d .*one entry"):
-        Proxy(network, ratio=1e6, count=0, settings=QUICK, correction=1.0)
+        ProxyCompressor(network, ratio=1e6, options=CompressorOptions(correction=1.0, encoder=QUICK))
 
 
 def test_ends_that_began_elsewhere_find_out(mlp_update: Case) -> None:
     """The correction's places depend on the initial weights: other ones must not put entries elsewhere."""
     network, update = mlp_update
-    compressor = Proxy(network, ratio=100, count=0, settings=QUICK, correction=0.4)
+    compressor = ProxyCompressor(network, ratio=100, options=CompressorOptions(correction=0.4, encoder=QUICK))
     body = compressor.compress(network, update, generator=generator()).body
     generator_ = generator()
     initial = {name: w + torch.randn(w.shape, generator=generator_) for name, w in network.base.items()}
-    with pytest.raises(PayloadError, match="the weights, or the initial ones, are not the same at both ends"):
+    with pytest.raises(PayloadError, match="the weights, or the initial weights, differ"):
         compressor.decompress(replace(network, initial=initial), body)
 
 
 def test_a_correction_that_cannot_have_been_written_is_refused(mlp_update: Case) -> None:
     network, update = mlp_update
-    compressor = Proxy(network, ratio=40, count=0, settings=QUICK, correction=0.4)
+    compressor = ProxyCompressor(network, ratio=40, options=CompressorOptions(correction=0.4, encoder=QUICK))
     body = compressor.compress(network, update, generator=generator()).body
     for bad in (body[:-1], body[: len(body) - compressor.correction], body + bytes(2)):
         with pytest.raises(PayloadError):
@@ -171,20 +181,24 @@ def test_a_correction_that_cannot_have_been_written_is_refused(mlp_update: Case)
 def test_where_one_proxy_takes_the_whole_there_is_no_correction(mlp_update: Case) -> None:
     network, _ = mlp_update
     with pytest.raises(SettingError) as error:
-        Proxy(network, ratio=1e6, count=0, settings=ProxySettings(size=8))
+        ProxyCompressor(network, ratio=1e6, options=CompressorOptions(encoder=ProxySettings(size=8)))
     most = float(error.value.accepted.split()[2])
-    compressor = Proxy(network, ratio=most - 0.1, count=0, settings=ProxySettings(size=8), correction=0.4)
+    compressor = ProxyCompressor(
+        network, ratio=most - 0.1, options=CompressorOptions(correction=0.4, encoder=ProxySettings(size=8))
+    )
     assert (compressor.count, compressor.correction) == (1, 0)
 
 
 def test_the_steepness_is_tried_anew_every_fourth_time(mlp_update: Case) -> None:
     network, update = mlp_update
-    compressor = Proxy(network, ratio=1, count=4, settings=ProxySettings(max_evals=60, tolerance=0.0))
+    compressor = ProxyCompressor(
+        network, ratio=1, options=CompressorOptions(proxies=4, encoder=ProxySettings(max_evals=60, tolerance=0.0))
+    )
     memory, max_evals = b"", []
     for _ in range(6):
         compressed = compressor.compress(network, update, generator=generator(), memory=memory)
         memory = compressed.memory
-        max_evals.append(compressed.max_evals)
+        max_evals.append(compressed.evals)
     tried = [count > 100 for count in max_evals]
     assert tried == [True, False, False, False, True, False]
 
@@ -199,5 +213,43 @@ def test_full_is_the_update_itself(every_layer_update: Case) -> None:
 
 
 def test_unknown_names_list_the_known() -> None:
-    with pytest.raises(SettingError, match="compressor='zip' is not usable: expected one of full, proxy"):
+    with pytest.raises(
+        SettingError, match=r"compressor='zip' is not usable: expected one of .*proxy.*package.module:Class"
+    ):
         make_compressor("zip", ReferenceModel(torch.nn.Linear(2, 2), ImageShape(1, 1, 2, 2)), ratio=1)
+
+
+def test_gains_apply_to_each_part_at_both_ends(mlp_update: Case) -> None:
+    """The body is the same; proxies count proxy_gain times and the correction correction_gain times."""
+    network, update = mlp_update
+
+    def compress(proxy_gain: float, correction_gain: float) -> tuple[bytes, dict[str, torch.Tensor]]:
+        options = CompressorOptions(
+            correction=0.4, proxy_gain=proxy_gain, correction_gain=correction_gain, encoder=ProxySettings(size=4)
+        )
+        compressor = ProxyCompressor(network, ratio=20, options=options)
+        compressed = compressor.compress(network, update, generator=generator())
+        received = compressor.decompress(network, compressed.body)
+        assert all(torch.equal(received[name], compressed.decoded[name]) for name in update)
+        return compressed.body, received
+
+    (body, plain), (same, proxies), (also, correction) = compress(1.0, 1.0), compress(1.5, 1.0), compress(1.0, 1.5)
+    assert body == same == also
+    for name in network.param_spec.parameters:
+        assert torch.allclose(proxies[name] + correction[name], 2.5 * plain[name], atol=1e-6)
+        assert not torch.equal(proxies[name], plain[name]) or not torch.equal(correction[name], plain[name])
+
+
+@pytest.mark.parametrize("correction", [0.0, 0.4, 1.0])
+def test_describe_accounts_for_every_byte(mlp_update: Case, correction: float) -> None:
+    network, update = mlp_update
+    compressor = ProxyCompressor(network, ratio=40, options=CompressorOptions(correction=correction, encoder=QUICK))
+    planned = compressor.describe()
+    assert sum(planned.parts.values()) == compressor.body_bytes(network.param_spec)
+    assert planned.proxy_shape[0] == compressor.count
+    body = compressor.compress(network, update, generator=generator()).body
+    content = compressor.describe(body)
+    assert sum(content.parts.values()) == len(body)
+    assert (content.proxies is None) == (content.proxy_shape[0] == 0)
+    if content.proxies is not None:
+        assert tuple(content.proxies.images.shape) == content.proxy_shape

@@ -4,28 +4,28 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tofu.codec.correction import MAX_LEVELS, least_room, read_entries, slots_length, write_entries
-from tofu.codec.strata import CLASSES, Strata
+from tofu.codec.correction import MAX_LEVELS, min_bytes, read_correction, slots_length, write_correction
+from tofu.codec.strata import STRATA, Strata
 from tofu.errors import PayloadError
 
 
-def random_classes(length: int, seed: int) -> Strata:
-    return Strata(np.random.default_rng(seed).integers(0, CLASSES, length).astype(np.int8))
+def random_strata(length: int, seed: int) -> Strata:
+    return Strata(np.random.default_rng(seed).integers(0, STRATA, length).astype(np.int8))
 
 
 @given(st.integers(1, 400), st.integers(0, 2**32 - 1), st.integers(0, 300), st.floats(0, 1), st.floats(0.1, 8))
-def test_the_largest_entries_come_back_in_no_more_than_the_room(
+def test_the_largest_entries_come_back_in_within_the_budget(
     length: int, seed: int, more: int, zeros: float, tail: float
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(length, generator=generator)
     values *= values.abs() ** tail
     vector = values * (torch.rand(length, generator=generator) >= zeros)
-    classes = random_classes(length, seed)
-    room = least_room(length) + more
-    data = write_entries(vector, room, classes)
-    assert len(data) <= room
-    read = read_entries(data, classes)
+    strata = random_strata(length, seed)
+    budget = min_bytes(length) + more
+    data = write_correction(vector, budget, strata)
+    assert len(data) <= budget
+    read = read_correction(data, strata)
     sent = torch.nonzero(read).flatten()
     assert len(sent) > 0 or not bool(vector.any())
     if len(sent):
@@ -40,8 +40,8 @@ def test_an_entry_comes_back_as_the_mean_of_its_level(seed: int, tail: float) ->
     generator = torch.Generator().manual_seed(seed)
     vector = torch.randn(300, generator=generator)
     vector *= vector.abs() ** tail
-    classes = random_classes(300, seed)
-    read = read_entries(write_entries(vector, 150, classes), classes)
+    strata = random_strata(300, seed)
+    read = read_correction(write_correction(vector, 150, strata), strata)
     sent = torch.nonzero(read).flatten()
     values = vector[sent].abs().double()
     levels = ((values / values.min() + 2) // 3).clamp(max=MAX_LEVELS)
@@ -51,8 +51,10 @@ def test_an_entry_comes_back_as_the_mean_of_its_level(seed: int, tail: float) ->
 
 
 def test_equal_entries_are_sent_as_far_as_they_fit() -> None:
-    classes = random_classes(2000, 0)
-    few, all_ = (read_entries(write_entries(torch.full((2000,), -3.0), room, classes), classes) for room in (60, 2000))
+    strata = random_strata(2000, 0)
+    few, all_ = (
+        read_correction(write_correction(torch.full((2000,), -3.0), budget, strata), strata) for budget in (60, 2000)
+    )
     assert 0 < int(torch.count_nonzero(few)) < 2000
     assert torch.equal(all_, torch.full((2000,), -3.0))
 
@@ -60,8 +62,8 @@ def test_equal_entries_are_sent_as_far_as_they_fit() -> None:
 def test_the_highest_level_has_no_end() -> None:
     vector = torch.ones(500)
     vector[7] = 1e6
-    classes = random_classes(500, 0)
-    read = read_entries(write_entries(vector, 1000, classes), classes)
+    strata = random_strata(500, 0)
+    read = read_correction(write_correction(vector, 1000, strata), strata)
     assert int(torch.count_nonzero(read)) == 500
     assert float(read[7]) == pytest.approx(1e6, rel=2**-8)  # alone in the highest level, whose mean it is
 
@@ -69,17 +71,17 @@ def test_the_highest_level_has_no_end() -> None:
 def test_entries_of_all_sizes_are_told_apart_by_the_large_ones() -> None:
     generator = torch.Generator().manual_seed(0)
     vector = torch.randn(2000, generator=generator) * 10 ** (-8 * torch.rand(2000, generator=generator))
-    read = read_entries(write_entries(vector, 4000, random_classes(2000, 0)), random_classes(2000, 0))
+    read = read_correction(write_correction(vector, 4000, random_strata(2000, 0)), random_strata(2000, 0))
     assert float((vector - read).square().sum()) < 0.01 * float(vector.square().sum())
 
 
-def test_classes_that_tell_where_entries_are_make_room_for_more_of_them() -> None:
+def test_strata_that_predict_the_entries_leave_bytes_for_more_of_them() -> None:
     generator = torch.Generator().manual_seed(0)
     vector = torch.randn(20_000, generator=generator) * 0.1
     vector[:1000] *= 20
     one = Strata(np.zeros(20_000, dtype=np.int8))
     right = Strata((np.arange(20_000) >= 1000).astype(np.int8))
-    entries = [int(torch.count_nonzero(read_entries(write_entries(vector, 300, c), c))) for c in (one, right)]
+    entries = [int(torch.count_nonzero(read_correction(write_correction(vector, 300, c), c))) for c in (one, right)]
     assert entries[1] > 1.3 * entries[0]
 
 
@@ -88,28 +90,28 @@ def test_a_position_takes_little_more_than_its_entropy() -> None:
     draw = np.random.default_rng(0)
     numbers = (np.arange(50_000) >= 5000).astype(np.int8)
     chances = np.where(numbers == 0, 0.1, 0.005)
-    classes = Strata(numbers)
-    chosen = np.sort(classes.slots[draw.random(50_000) < chances])
+    strata = Strata(numbers)
+    chosen = np.sort(strata.slots[draw.random(50_000) < chances])
     entropy = float(-(chances * np.log2(chances) + (1 - chances) * np.log2(1 - chances)).sum())
-    assert slots_length(chosen, classes) < 1.06 * entropy + 5 + 8 * 10
+    assert slots_length(chosen, strata) < 1.06 * entropy + 5 + 8 * 10
 
 
 def test_what_cannot_have_been_written_is_refused() -> None:
     vector = torch.randn(500, generator=torch.Generator().manual_seed(0))
-    classes = random_classes(500, 0)
-    good = write_entries(vector, 100, classes)
-    with pytest.raises(PayloadError, match="classes"):
-        read_entries(good, random_classes(500, 1))
+    strata = random_strata(500, 0)
+    good = write_correction(vector, 100, strata)
+    with pytest.raises(PayloadError, match="strata"):
+        read_correction(good, random_strata(500, 1))
     for bad in (good[:3], good[:-4], good + b"\1", good[:2] + b"\xc0\x7f" + good[4:]):
         with pytest.raises(PayloadError):
-            read_entries(bad, classes)
+            read_correction(bad, strata)
 
 
 @given(st.binary(max_size=60), st.integers(0, 3))
 def test_hostile_bytes_give_a_vector_or_a_payload_error(data: bytes, seed: int) -> None:
-    classes = random_classes(200, seed)
+    strata = random_strata(200, seed)
     try:
-        read = read_entries(classes.checksum.to_bytes(2, "little") + data, classes)
+        read = read_correction(strata.checksum.to_bytes(2, "little") + data, strata)
     except PayloadError:
         return
     assert read.shape == (200,)

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tofu.codec.surrogate import Surrogate, smooth_relu
+from tofu.codec.surrogate import Surrogate, register_surrogate, smooth_relu
 
 
 @pytest.mark.parametrize(
@@ -64,3 +64,22 @@ def test_twin_ends_with_its_context_and_nests_in_other_threads() -> None:
         assert float(F.relu(x)) < 0
         assert float(pool.submit(F.relu, x).result()) == 0
     assert float(F.relu(x)) == 0
+
+
+def test_a_registered_surrogate_replaces_a_module_inside_the_context_of_its_thread_alone() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    class Spike(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x > 0).float()
+
+    register_surrogate(Spike, lambda beta: lambda module, x: torch.sigmoid(beta * x))
+    spike, x = Spike(), torch.tensor([-1.0, 1.0], requires_grad=True)
+    with Surrogate(surrogate_beta=2), ThreadPoolExecutor(1) as pool:
+        assert torch.equal(spike(x), torch.sigmoid(2 * x))
+        assert bool(torch.autograd.grad(spike(x).sum(), x)[0].all())
+        with Surrogate(surrogate_beta=3):
+            assert torch.equal(spike(x), torch.sigmoid(3 * x))
+        assert torch.equal(spike(x), torch.sigmoid(2 * x))
+        assert pool.submit(spike, x).result().tolist() == [0.0, 1.0]
+    assert spike(x).tolist() == [0.0, 1.0]

@@ -2,7 +2,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tofu.compression import ErrorFeedback
+from tofu.compression.error_feedback import ErrorFeedback
 from tofu.weights import Weights
 
 

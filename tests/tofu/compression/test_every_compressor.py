@@ -11,15 +11,17 @@ from torch import nn
 
 from tests.conftest import Case
 from tests.tofu.compression.common import bare, flat, generator, missed, update_of
-from tofu.codec.proxies import ProxySettings
-from tofu.compression import Compressor, ErrorFeedback, compressor_names, make_compressor
+from tofu.codec.options import CompressorOptions, ProxySettings
+from tofu.compression import compressors, make_compressor
+from tofu.compression.base import Compressed, Compressor
+from tofu.compression.error_feedback import ErrorFeedback
 from tofu.data import ImageShape
 from tofu.errors import PayloadError, RunError, SettingError
 from tofu.payload import HEADER_BYTES
 from tofu.reference_model import ReferenceModel
-from tofu.weights import Weights
+from tofu.weights import ParamSpec, Weights
 
-NAMES = compressor_names()
+NAMES = compressors.names()
 FIXED = {"full": 1.0, "signsgd": 16.0, "float16": 1.8}
 """Codecs that do not tune themselves to a ratio, and one that they reach for any network here."""
 
@@ -31,7 +33,9 @@ FILLING = ("topk", "eden", "qsgd")
 
 
 def made(name: str, network: ReferenceModel, ratio: float) -> Compressor:
-    return make_compressor(name, network, ratio=FIXED.get(name, ratio), settings=ProxySettings(max_evals=5))
+    return make_compressor(
+        name, network, ratio=FIXED.get(name, ratio), options=CompressorOptions(encoder=ProxySettings(max_evals=5))
+    )
 
 
 def test_names_and_codes_are_fixed() -> None:
@@ -58,7 +62,9 @@ def test_every_kind_of_tensor_within_its_budget(name: str, ratio: float, every_l
 
 def check(name: str, network: ReferenceModel, update: Weights, ratio: float) -> None:
     """Round trip to the bit, budget kept and used, all tensors there, and nearer to the update than nothing is."""
-    compressor = make_compressor(name, network, ratio=ratio, settings=ProxySettings(max_evals=20))
+    compressor = make_compressor(
+        name, network, ratio=ratio, options=CompressorOptions(encoder=ProxySettings(max_evals=20))
+    )
     compressed = compressor.compress(network, update, generator=generator())
     again = compressor.compress(network, update, generator=generator())
     assert again.body == compressed.body
@@ -210,3 +216,49 @@ def test_a_body_longer_than_any_is_refused_unread(name: str) -> None:
     too_long = body + bytes(compressor.body_bytes(network.param_spec) + 1 - len(body))
     with pytest.raises(PayloadError, match=f"{name} body has {len(too_long)} bytes, expected"):
         compressor.decompress(network, too_long)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "full"])
+def test_over_relaxation_scales_what_both_ends_decode_and_not_the_bytes(name: str, every_layer_update: Case) -> None:
+    network, update = every_layer_update
+    ratio = {"float16": 1.8}.get(name, 5)
+    encoder = ProxySettings(max_evals=5)
+    plain = make_compressor(name, network, ratio=ratio, options=CompressorOptions(encoder=encoder))
+    gains = CompressorOptions(gain=1.5, proxy_gain=1.5, encoder=encoder)
+    relaxed = make_compressor(name, network, ratio=ratio, options=gains)
+    one, other = (c.compress(network, update, generator=generator()) for c in (plain, relaxed))
+    assert one.body == other.body
+    assert (relaxed.name, relaxed.code) == (plain.name, plain.code)
+    received = relaxed.decompress(network, other.body)
+    for key in update:
+        assert torch.equal(received[key], other.decoded[key])
+        factor = 1.5 if key in network.param_spec.parameters else 1.0
+        assert torch.equal(received[key], factor * one.decoded[key])
+
+
+class Halves(Compressor):
+    """A user's own compressor, given as `package.module:Class`."""
+
+    def __init__(self, reference: ReferenceModel, *, ratio: float, options: CompressorOptions) -> None:
+        assert ratio == 1.8
+
+    def compress(
+        self, reference: ReferenceModel, update: Weights, *, generator: torch.Generator, memory: bytes = b""
+    ) -> Compressed:
+        body = b"".join(update[name].half().numpy().tobytes() for name in reference.param_spec.shapes)
+        return Compressed(body, self.decompress(reference, body))
+
+    def decompress(self, reference: ReferenceModel, body: bytes) -> Weights:
+        shapes = reference.param_spec.shapes
+        pieces = torch.frombuffer(bytearray(body), dtype=torch.half).float().split([s.numel() for s in shapes.values()])
+        return {name: piece.view(s) for (name, s), piece in zip(shapes.items(), pieces, strict=True)}
+
+    def body_bytes(self, param_spec: ParamSpec) -> int:
+        return param_spec.float32_bytes // 2
+
+
+def test_a_users_own_compressor_needs_no_registration(every_layer_update: Case) -> None:
+    network, update = every_layer_update
+    compressor = make_compressor(f"{__name__}:Halves", network, ratio=1.8)
+    assert (compressor.name, compressor.code, compressor.describe()) == ("halves", 255, None)
+    assert missed(update, compressor.compress(network, update, generator=generator()).decoded, network) < 1e-6

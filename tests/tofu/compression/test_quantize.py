@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tofu.compression.quantize import BITS, RowCode, bfloat16_bytes, bfloat16_from
+from tofu.codec.options import BITS
+from tofu.compression.quantize import RowCode, bfloat16_bytes, bfloat16_from
 from tofu.errors import PayloadError
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tofu.compression.bitstream import BitReader, fixed, packed, unary
-from tofu.compression.rice import by_magnitude, most_that_fit, positions_length, read_positions, write_positions
+from tofu.compression.rice import by_magnitude, max_fitting, positions_length, read_positions, write_positions
 from tofu.errors import PayloadError
 
 sets = st.sets(st.integers(0, 5000), max_size=60).map(sorted)
@@ -52,18 +52,18 @@ def test_the_largest_entries_in_order_of_equals_the_first(values: list[float], m
 
 
 @given(st.integers(0, 2**31), st.integers(0, 900), st.integers(0, 4))
-def test_the_largest_entries_as_many_as_fit(seed: int, room: int, value_bits: int) -> None:
+def test_the_largest_entries_as_many_as_fit(seed: int, budget: int, value_bits: int) -> None:
     x = torch.randn(200, generator=torch.Generator().manual_seed(seed))
     x[::7] = 0
     order = sorted(range(200), key=lambda i: (-abs(float(x[i])), i))
     fitting = [
         k
         for k in range(int(x.count_nonzero()) + 1)
-        if positions_length(np.array(sorted(order[:k]), dtype=np.int64)) + k * value_bits <= room
+        if positions_length(np.array(sorted(order[:k]), dtype=np.int64)) + k * value_bits <= budget
     ]
-    found = by_magnitude(x, most=len(x))
+    found = by_magnitude(x, count=len(x))
     assert found.tolist() == order[: found.size]
-    assert most_that_fit(found, value_bits=value_bits, room=room) == max(fitting, default=0)
+    assert max_fitting(found, value_bits=value_bits, budget=budget) == max(fitting, default=0)
 
 
 def stream(parameter: int, *fields: list[int]) -> BitReader:

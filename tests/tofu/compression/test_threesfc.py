@@ -3,8 +3,9 @@ import torch
 
 from tests.conftest import Case
 from tests.tofu.compression.common import flat, generator
-from tofu.codec.compressor import Proxy
-from tofu.codec.proxies import gradients, paper_settings
+from tofu.codec.compressor import ProxyCompressor
+from tofu.codec.options import paper_settings
+from tofu.codec.proxies import gradients
 from tofu.compression.threesfc import ThreeSfc
 from tofu.errors import SettingError
 
@@ -24,10 +25,10 @@ def test_it_decodes_to_the_projection_on_the_network_s_own_gradient(mlp_update: 
     compressor = ThreeSfc(network, ratio=500)
     compressed = compressor.compress(network, update, generator=generator())
     u, c = flat(update, network), flat(compressed.decoded, network)
-    own = gradients(network, compressor.read_proxies(compressed.body), compressor.settings)
+    own = gradients(network, compressor.describe(compressed.body).proxies, compressor.settings)
     g = flat(own, network)
     cosine = u @ g / (u.norm() * g.norm())
     assert torch.allclose(c, u.norm() * cosine * g / g.norm(), rtol=0.01, atol=1e-6)  # the scale is a bfloat16
     assert abs(float(cosine)) > 0.2
-    assert 10 < compressed.max_evals <= paper_settings().max_evals == 200
-    assert (compressor.code, Proxy.code) == (9, 2)
+    assert 10 < compressed.evals <= paper_settings().max_evals == 200
+    assert (compressor.code, ProxyCompressor.code) == (9, 2)

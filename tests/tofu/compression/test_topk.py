@@ -3,7 +3,7 @@ import torch
 
 from tests.conftest import Case
 from tests.tofu.compression.common import bare, flat, generator, missed, update_of
-from tofu.compression.topk import TopK, magnitudes_of
+from tofu.compression.topk import TopK, lloyd_magnitudes
 from tofu.errors import PayloadError
 
 
@@ -19,8 +19,8 @@ def plain_lloyd(values: list[float], levels: list[float], steps: int) -> list[fl
 def test_magnitudes_are_those_of_a_plain_lloyd() -> None:
     values = torch.rand(101, generator=generator(), dtype=torch.float64).pow(3)
     start = [float(values.sort().values[int((j + 0.5) / 4 * 101)]) for j in range(4)]
-    assert magnitudes_of(values, 4).tolist() == pytest.approx(plain_lloyd(values.tolist(), start, 50))
-    assert magnitudes_of(torch.zeros(0), 2).tolist() == [0.0, 0.0]
+    assert lloyd_magnitudes(values, 4).tolist() == pytest.approx(plain_lloyd(values.tolist(), start, 50))
+    assert lloyd_magnitudes(torch.zeros(0), 2).tolist() == [0.0, 0.0]
 
 
 def test_four_magnitudes_are_kept_as_they_are() -> None:
@@ -30,7 +30,7 @@ def test_four_magnitudes_are_kept_as_they_are() -> None:
     compressed = TopK(network, ratio=20).compress(network, update_of(network, x), generator=generator())
     assert torch.equal(flat(compressed.decoded, network), x.double().flatten())
     assert compressed.body[:13] == b"\x04\0\0\0\x02" + b"\x80\x3f\0\x40\x80\x40\0\x41"  # 4, 2 bits, 1, 2, 4, 8
-    with pytest.raises(PayloadError, match="have 9 bits a magnitude, expected 1 to 8"):
+    with pytest.raises(PayloadError, match="have 9 bits per magnitude, expected 1 to 8"):
         TopK(network, ratio=20).decompress(network, b"\x04\0\0\0\x09" + compressed.body[5:])
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tofu.compression import compressor_names
+from tofu.compression import compressors
 from tofu.errors import SettingError
 from tofu.reporting.compare.plan import FEDAVG, Cell, Comparison
 from tofu.reporting.compare.results import best_value, document, failed_run
@@ -19,7 +19,7 @@ from tofu.reporting.report.compare import render_figure, render_page
 from tofu.reporting.report.compare_tables import Table, cell_table, markdown, target_table
 from tofu.settings import Settings
 
-RIVALS = tuple(name for name in compressor_names() if name != FEDAVG)
+RIVALS = tuple(name for name in compressors.names() if name != FEDAVG)
 HOSTILE = '<script>alert("&")</script>'
 FLOAT32 = 136_440
 NONE = "\N{EN DASH}"

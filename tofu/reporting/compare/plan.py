@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from server.app import open_run_data
-from tofu.compression import compressor_names
+from tofu.compression import compressors as registry
 from tofu.errors import SettingError
 from tofu.models import build_model
 from tofu.payload import HEADER_BYTES
@@ -139,8 +139,8 @@ class Comparison:
             raise SettingError("seeds", seeds, f"a whole number from 1 to {MAX_SEEDS}")
         names = _entries("compressors", compressors)
         for name in names:
-            if name not in compressor_names() or name == FEDAVG:
-                known = ", ".join(other for other in compressor_names() if other != FEDAVG)
+            if name not in registry.names() or name == FEDAVG:
+                known = ", ".join(other for other in registry.names() if other != FEDAVG)
                 raise SettingError("compressors", name, f"some of {known} ({FEDAVG} is always run, as FedAvg)")
         made = Comparison(
             shared=shared,

@@ -1,0 +1,15 @@
+"""The examples in docstrings of the library run."""
+
+import doctest
+import importlib
+
+import pytest
+
+MODULES = ("tofu.codec.surrogate", "tofu.compression.base")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_of_docstrings(name: str) -> None:
+    found = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    assert found.attempted > 0
+    assert found.failed == 0

@@ -1,0 +1,128 @@
+"""The options of compressors, in particular of the proxy codec. This module does not import torch."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from tofu.errors import SettingError
+
+BITS = (2, 3, 4, 5, 6, 8, 16, 32)
+"""Bits per value that `tofu.compression.quantize.RowCode` supports; 32 is float32."""
+
+MAX_SURROGATE_BETA = 1000.0
+
+
+@dataclass(frozen=True)
+class ProxySettings:
+    """How proxies are encoded; both ends must agree on all but the last six.
+
+    Two modes, and every difference between them is a field of its own: the default (ours) and `paper_settings`.
+
+    Attributes:
+        smooth: differentiate through the surrogate (`tofu.codec.surrogate`) instead of the network itself.
+        surrogate_beta: beta of the surrogate's activations; 0 chooses one of `search.SURROGATE_BETAS` by a trial.
+        batch_statistics: the surrogate's BatchNorm uses the statistics of the proxies.
+        labels: "free" (unconstrained, solved for) or "simplex" (probabilities, with cross-entropy and image weights).
+        scale: "tensor" (one least-squares scale per parameter tensor) or "one".
+        size: side of the square proxies in pixels, upsampled to the network's input; 0 chooses one.
+        bits: bits of a pixel and of a label, one of `BITS`.
+        optimizer: "lbfgs" or "adam".
+        max_evals: maximum number of evaluations of the objective and its gradient, without those of a trial; the last
+            line search may exceed it by a few.
+        tolerance: stop early if 10 evaluations together gained less explained variance; 0 never stops.
+        warm_start: start from the proxies of the client's last round instead of noise.
+        solve_labels: evaluations spent on solving for the free labels again after the pixels were quantized.
+        device: where the search runs (`tofu.device`); decoding always runs on the CPU.
+
+    Raises:
+        SettingError: a field is out of range.
+    """
+
+    smooth: bool = True
+    surrogate_beta: float = 0.0
+    batch_statistics: bool = True
+    labels: str = "free"
+    scale: str = "tensor"
+    size: int = 0
+    bits: int = 8
+    optimizer: str = "lbfgs"
+    max_evals: int = 100
+    tolerance: float = 0.002
+    warm_start: bool = True
+    solve_labels: int = 8
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, field: str, accepted: str) -> None:
+            if not ok:
+                raise SettingError(field, getattr(self, field), accepted)
+
+        check(self.labels in ("free", "simplex"), "labels", "free or simplex")
+        check(self.scale in ("tensor", "one"), "scale", "tensor or one")
+        check(self.optimizer in ("lbfgs", "adam"), "optimizer", "lbfgs or adam")
+        check(self.bits in BITS, "bits", f"one of {', '.join(map(str, BITS))}")
+        check(0 <= self.surrogate_beta <= MAX_SURROGATE_BETA, "surrogate_beta", f"0 to {MAX_SURROGATE_BETA:g}")
+        check(self.size == 0 or 2 <= self.size <= 1024, "size", "0 (automatic) or 2 to 1024 pixels")
+        check(self.max_evals >= 1, "max_evals", "at least 1")
+        check(self.tolerance >= 0, "tolerance", "0 or more")
+        check(self.solve_labels >= 0, "solve_labels", "0 or more")
+
+    @property
+    def flags(self) -> int:
+        """The binary fields that both ends must agree on, as one byte."""
+        return (
+            self.smooth
+            | (self.batch_statistics << 1)
+            | ((self.labels == "simplex") << 2)
+            | ((self.scale == "tensor") << 3)
+        )
+
+
+def paper_settings(**changes: Any) -> ProxySettings:
+    """The published method: the network itself, cross-entropy, simplex labels, image weights, one scale, no warm start.
+
+    What the paper leaves open (optimizer, starting point, sizes) is our choice.
+    """
+    paper = ProxySettings(
+        smooth=False,
+        batch_statistics=False,
+        labels="simplex",
+        scale="one",
+        optimizer="adam",  # through ReLU's kinks L-BFGS's line search fails (benchmark `codec`)
+        max_evals=200,
+        warm_start=False,
+        solve_labels=0,
+    )
+    return dataclasses.replace(paper, **changes)
+
+
+@dataclass(frozen=True)
+class CompressorOptions:
+    """Options that every compressor is constructed with; a compressor reads those that it has a use for.
+
+    Over-relaxation: a compressor that explains only a part of an update makes faster progress with error feedback if
+    both ends multiply what it decodes to by w, 1 < w < 2. The residual of error feedback accounts for it.
+
+    Attributes:
+        gain: w of a compressor without gains of its own, that is of all but the proxy codec.
+        proxies: number of proxies; 0 sends as many as the ratio allows.
+        correction: minimum fraction of a proxy payload that the sparse correction has; 0 sends proxies alone, 1 none.
+        proxy_gain: w of the proxies' part of an update.
+        correction_gain: w of the correction.
+        encoder: how proxies are encoded.
+    """
+
+    gain: float = 1.0
+    proxies: int = 0
+    correction: float = 0.0
+    proxy_gain: float = 1.0
+    correction_gain: float = 1.0
+    encoder: ProxySettings = dataclasses.field(default_factory=ProxySettings)
+
+    def __post_init__(self) -> None:
+        for field in ("gain", "proxy_gain", "correction_gain"):
+            if not 0 < getattr(self, field) < 2:
+                raise SettingError(field, getattr(self, field), "above 0 and below 2")
+
+
+DEFAULTS = CompressorOptions()
