@@ -1,0 +1,50 @@
+"""Communication-efficient federated learning: updates as proxy images, secure sums, and plugins for local training.
+
+`import tofu` loads nothing but this file; each name below is imported when it is first used.
+
+    tofu.encode, tofu.decode    one update of any torch model as bytes, and back
+    tofu.run                    a federation in this process, from settings given as keywords
+    tofu.Settings               the settings of a run
+    tofu.Plugin                 base class of techniques that change local training
+    tofu.Compressor             base class of compressors of updates
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tofu.api import decode as decode
+    from tofu.api import encode as encode
+    from tofu.api import run as run
+    from tofu.compression.base import Compressor as Compressor
+    from tofu.plugins import Plugin as Plugin
+    from tofu.settings import Settings as Settings
+
+    __version__: str
+
+_EXPORTS = {
+    "encode": "tofu.api",
+    "decode": "tofu.api",
+    "run": "tofu.api",
+    "Settings": "tofu.settings",
+    "Plugin": "tofu.plugins",
+    "Compressor": "tofu.compression.base",
+}
+"""Public name -> the module that defines it."""
+
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("tofu-fl")
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'tofu' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_EXPORTS[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

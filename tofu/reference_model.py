@@ -1,4 +1,4 @@
-"""A model at its base weights together with the shape of its input: what both ends of a codec agree on."""
+"""A model at its base weights, with the shape of its input: what both ends of a compressor agree on."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,12 +17,12 @@ from tofu.weights import ParamSpec, Weights, layout_of
 
 @dataclass(frozen=True)
 class ReferenceModel:
-    """A classification network at the base weights, as the codec sees it.
+    """A classifier at the base weights, which updates are relative to.
 
     Attributes:
-        model: the network, at_weights the base weights. It is never changed here; call `eval()` on it first.
-        shape: channels, height, width of its input, and the number of its outputs as `classes`.
-        initial: the trainable parameters that both ends built the run's model with; none where they are the base.
+        model: the network at the base weights, in eval mode. It is never changed here.
+        shape: channels, height and width of its input, and the number of its outputs as `classes`.
+        initial: the trainable parameters of the run's initial model, the same on both ends; empty if they are the base.
     """
 
     model: nn.Module
@@ -33,19 +33,19 @@ class ReferenceModel:
     def of(
         model: nn.Module, shape: ImageShape, plugins: Plugins = NO_PLUGINS, about: RoundContext | None = None
     ) -> "ReferenceModel":
-        """A network of a new model, as the plugins make it, at its initial weights; the same on both ends.
+        """The reference of a new model after the plugins' `setup`, at its initial weights; the same on both ends.
 
         Args:
-            model: as built, for images and classes of `shape`.
-            about: where in the run this is; needed where there are plugins.
+            model: a newly built model for images and classes of `shape`.
+            about: where in the run this is; required if there are plugins.
         """
         if not plugins or about is None:
             return ReferenceModel(model, shape).as_built()
         model = plugins.setup(model, about)
-        return ReferenceModel(model, dataclasses.replace(shape, classes=_outputs(model, shape))).as_built()
+        return ReferenceModel(model, dataclasses.replace(shape, classes=output_count(model, shape))).as_built()
 
     def as_built(self) -> "ReferenceModel":
-        """This network with its weights of now as the initial ones, whatever becomes of the model."""
+        """This reference with a copy of its present weights as the initial ones."""
         return dataclasses.replace(self, initial={name: w.clone() for name, w in self.base.items()})
 
     @cached_property
@@ -54,7 +54,7 @@ class ReferenceModel:
 
     @property
     def base(self) -> Weights:
-        """The trainable parameters at the base weights, detached (shared memory, not a copy)."""
+        """The trainable parameters at the base weights, detached (sharing memory, not copied)."""
         parameters = dict(self.model.named_parameters())
         return {name: parameters[name].detach() for name in self.param_spec.parameters}
 
@@ -72,8 +72,8 @@ class ReferenceModel:
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, shape: ImageShape) -> int:
-    """How many numbers a model gives for an image: a plugin may have added some."""
+def output_count(model: nn.Module, shape: ImageShape) -> int:
+    """Number of a model's outputs per image, which a plugin may have changed."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     outputs: Tensor = model(torch.zeros(1, shape.channels, shape.height, shape.width))

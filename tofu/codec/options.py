@@ -123,6 +123,10 @@ class CompressorOptions:
         for field in ("gain", "proxy_gain", "correction_gain"):
             if not 0 < getattr(self, field) < 2:
                 raise SettingError(field, getattr(self, field), "above 0 and below 2")
+        if not 0 <= self.correction <= 1:
+            raise SettingError("correction", self.correction, "0 to 1")
+        if not 0 <= self.proxies <= 0xFFFF:
+            raise SettingError("proxies", self.proxies, "0 to 65535")
 
 
 DEFAULTS = CompressorOptions()
