@@ -3,7 +3,7 @@
 from client.state import KeptWeights
 from tofu.compression.base import Compressor
 from tofu.errors import DataError, PayloadError, TofuError
-from tofu.fingerprint import TOLERANCE, after_step, drift
+from tofu.fingerprint import MAX_DRIFT, after_step, drift
 from tofu.payload import HEADER_BYTES, WEIGHTS, float32_from, read_payload
 from tofu.reference_model import ReferenceModel
 from tofu.weights import add_update, fingerprint, load_weights, weights_of
@@ -65,5 +65,5 @@ def _build(
         raise ResyncError(f"weights {start.hex()} and {len(request.steps)} steps lead to {identity.hex()}, "
                           f"the round's weights are {request.identity.hex()}")  # fmt: skip
     away = drift(weights_of(network.model), request.sketch)
-    if not away <= TOLERANCE:
+    if not away <= MAX_DRIFT:
         raise ResyncError(f"weights built from steps are {away:.1g} of their length away from the server's")

@@ -1,12 +1,12 @@
-"""How a client that builds the global weights from steps, and the server, know that they hold the same ones.
+"""Checks that a client that computes the global weights from the server's steps has the same weights as the server.
 
-Weights sent whole are identified by the fingerprint of their values. A step on top of them is identified by the chain
+Full weights are identified by the fingerprint of their values. A step on top of them is identified by the chain
 
     identity after = SHA-256(identity before, payload of the step),
 
-so a client that missed, repeated or swapped a step has another identity than the server, whatever its numbers are. The
-values themselves may differ in their last bits where server and client compute on other hardware, so they are compared
-by a sketch: a few sums under pseudo-random signs, which stray by about the length of the difference.
+so a client that missed, repeated or swapped a step has a different identity from the server, whatever its values are.
+The values may differ in their last bits if server and client run on different hardware, so they are compared by a
+sketch: a few sums under pseudo-random signs, which differ by about the norm of the difference.
 """
 
 import hashlib
@@ -20,26 +20,25 @@ from tofu.weights import FINGERPRINT_BYTES
 
 PROJECTIONS = 8
 SKETCH_BYTES = 4 * PROJECTIONS
-TOLERANCE = 1e-3
-"""Largest difference between two ends' weights that counts as rounding, as a share of the weights' length."""
+MAX_DRIFT = 1e-3
+"""Maximum difference between the weights of both ends that counts as rounding, relative to the norm of the weights."""
 
 
 def after_step(identity: bytes, payload: bytes) -> bytes:
-    """The identity of the weights that a step leads to, from that of the weights it starts at."""
+    """The identity of the weights after a step, from the identity of the weights before it."""
     return hashlib.sha256(identity + payload).digest()[:FINGERPRINT_BYTES]
 
 
 def sketch(weights: Mapping[str, Tensor]) -> bytes:
-    """The weights' sums under `PROJECTIONS` fixed patterns of signs, as little-endian float32."""
+    """Sums of the weights under `PROJECTIONS` fixed sign patterns, as little-endian float32."""
     return np.array(list(_projections(weights)), "<f4").tobytes()
 
 
 def drift(weights: Mapping[str, Tensor], other: bytes) -> float:
-    """RoundContext the distance between these weights and those that `other` is the sketch of, over these weights'
-    length.
+    """The estimated distance between these weights and those of the sketch `other`, relative to the norm of these.
 
     Raises:
-        PayloadError: `other` is no sketch.
+        PayloadError: `other` is not a sketch.
     """
     if len(other) != SKETCH_BYTES:
         raise PayloadError(f"sketch has {len(other)} bytes, expected {SKETCH_BYTES}")

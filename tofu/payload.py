@@ -1,15 +1,15 @@
-"""One message's content as bytes: a versioned header and a body, every field checked on read.
+"""The payload of a message: a versioned header and a body, with every field checked on read.
 
     offset  bytes  field
     0       4      magic "TOFU"
-    4       1      version of this param_spec
-    5       1      codec of the body (see `tofu.compression`)
-    6       4      round, little-endian unsigned
+    4       1      version of this layout
+    5       1      code of the compressor that wrote the body (`tofu.compression`)
+    6       4      round, unsigned, little-endian
     10      8      fingerprint of the base weights (of the weights themselves on the downlink)
     18      4      CRC-32 of the body
     22      -      body
 
-The checksum is against accidents. Against forgery a deployment has TLS and authenticated clients.
+The checksum detects accidental damage. Against forgery, a deployment has TLS and authenticated clients.
 """
 
 import struct
@@ -29,18 +29,18 @@ VERSION = 1
 _HEADER = struct.Struct(f"<4sBBI{FINGERPRINT_BYTES}sI")
 HEADER_BYTES = _HEADER.size
 WEIGHTS = 0
-"""The codec number of a payload that carries the weights themselves as float32 (compressors count from 1)."""
+"""The code of a payload that carries the weights themselves as float32 (compressors count from 1)."""
 
 
 @dataclass(frozen=True)
 class Payload:
-    """What one message carries.
+    """A header and a body.
 
     Attributes:
-        codec: number of the codec that wrote the body.
-        round: the round that it belongs to.
-        fingerprint: of the weights that the body is relative to.
-        body: the codec's bytes.
+        codec: code of the compressor that wrote the body.
+        round: the round that the payload belongs to.
+        fingerprint: fingerprint of the weights that the body is relative to.
+        body: the compressor's bytes.
     """
 
     codec: int
@@ -57,13 +57,13 @@ def read_payload(data: object, *, codec: int, round_: int, fingerprint: bytes | 
     """Parse and check bytes from the network.
 
     Args:
-        codec: the codec that must have written the body.
+        codec: code of the compressor that must have written the body.
         round_: the round that the payload must belong to.
-        fingerprint: of the weights that both ends must share; None where the payload brings the weights themselves.
-        max_bytes: refuse anything longer before looking at it.
+        fingerprint: of the weights that both ends must share; None if the payload carries the weights themselves.
+        max_bytes: longer data is refused unread.
 
     Raises:
-        PayloadError: one line that names the field, its value and what was expected.
+        PayloadError: a field is not as expected; the message names it, its value and the expected value.
     """
     reader = ByteReader(data, "payload", min_bytes=HEADER_BYTES, max_bytes=max_bytes)
     magic, version, codec_, number, base, checksum = reader.unpack(_HEADER)
@@ -79,7 +79,7 @@ def read_payload(data: object, *, codec: int, round_: int, fingerprint: bytes | 
         raise PayloadError(f"payload is relative to weights {base.hex()}, expected {fingerprint.hex()}")
     body = reader.rest()
     if zlib.crc32(body) != checksum:
-        raise PayloadError("payload's checksum does not match its body: it was damaged on the way")
+        raise PayloadError("payload's checksum does not match its body: it was damaged in transit")
     return Payload(codec_, number, base, body)
 
 
@@ -92,7 +92,7 @@ def float32_bytes(values: Weights, param_spec: ParamSpec) -> bytes:
 
 
 def float32_from(body: bytes, param_spec: ParamSpec) -> Weights:
-    """The inverse of `float32_bytes`: name -> float32 tensor, buffers too.
+    """The inverse of `float32_bytes`: name -> float32 tensor for parameters and buffers.
 
     Raises:
         PayloadError: wrong length for this param_spec, or a value that is not finite.

@@ -1,7 +1,7 @@
 """The weights of a model as named tensors, and their fingerprint.
 
-Everything that travels or is averaged is a `Weights`: a dict from state-dict name to tensor. Trainable parameters come
-first, in the model's order, then its buffers (BatchNorm statistics). Frozen parameters never change and never travel.
+Everything that is sent or averaged is a `Weights`: a dict from state-dict name to tensor. Trainable parameters come
+first, in the model's order, then its buffers (BatchNorm statistics). Frozen parameters never change and are never sent.
 """
 
 import hashlib
@@ -14,19 +14,19 @@ from torch import Tensor, nn
 from tofu.errors import SettingError
 
 Weights = dict[str, Tensor]
-"""Name -> tensor, detached. As an update (new minus old weights) every tensor is float32, integer buffers too."""
+"""Name -> tensor, detached. In an update (new minus old weights) every tensor is float32, including integer buffers."""
 
 FINGERPRINT_BYTES = 8
 
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """Names and shapes of what travels, the same on both ends because both build the same model.
+    """Names and shapes of the tensors that are sent, the same on both ends because both build the same model.
 
     Attributes:
         parameters: trainable parameter name -> shape, in the model's order.
         buffers: buffer name -> shape.
-        integers: the buffers that hold integers (BatchNorm's batch counters).
+        integers: names of the buffers that hold integers (BatchNorm's batch counters).
     """
 
     parameters: dict[str, torch.Size]
@@ -43,15 +43,15 @@ class ParamSpec:
 
     @property
     def float32_bytes(self) -> int:
-        """Bytes of one update as bare float32, parameters and buffers: what every ratio is measured against."""
+        """Bytes of one update as float32, parameters and buffers: the numerator of every ratio."""
         return 4 * sum(shape.numel() for shape in self.shapes.values())
 
 
 def layout_of(model: nn.Module) -> ParamSpec:
-    """The param_spec of a model.
+    """The names and shapes of a model's trainable parameters and buffers.
 
     Raises:
-        SettingError: nothing is trainable, or a trainable parameter is not float32.
+        SettingError: no parameter is trainable, or a trainable parameter is not float32.
     """
     parameters = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
@@ -59,12 +59,12 @@ def layout_of(model: nn.Module) -> ParamSpec:
     for name, p in model.named_parameters():
         if p.requires_grad and p.dtype != torch.float32:
             raise SettingError("model", f"{name}: {p.dtype}", "float32 parameters")
-    buffers = dict(_travelling_buffers(model))
+    buffers = dict(_persistent_buffers(model))
     integers = frozenset(name for name, b in buffers.items() if not b.is_floating_point())
     return ParamSpec(parameters, {name: b.shape for name, b in buffers.items()}, integers)
 
 
-def _travelling_buffers(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+def _persistent_buffers(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
     persistent = model.state_dict().keys()
     return [(name, b) for name, b in model.named_buffers() if name in persistent]
 
@@ -72,7 +72,7 @@ def _travelling_buffers(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
 def weights_of(model: nn.Module) -> Weights:
     """A detached copy of a model's trainable parameters and buffers."""
     parameters = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    return parameters | {name: b.detach().clone() for name, b in _travelling_buffers(model)}
+    return parameters | {name: b.detach().clone() for name, b in _persistent_buffers(model)}
 
 
 @torch.no_grad()
@@ -85,7 +85,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def add_update(model: nn.Module, update: Mapping[str, Tensor]) -> None:
-    """Add an update to a model in place: elementwise float32, so the same on both ends of a connection."""
+    """Add an update to a model in place, elementwise in float32, so that both ends compute the same bits."""
     load_weights(model, {name: value.float() + update[name] for name, value in weights_of(model).items()})
 
 
@@ -95,7 +95,7 @@ def difference(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> Weights:
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> bytes:
-    """The first 8 bytes of SHA-256 over names, shapes and values: both ends compare it before they decode."""
+    """The first 8 bytes of SHA-256 over names, shapes and values; both ends compare it before decoding."""
     return _digest(weights).digest()[:FINGERPRINT_BYTES]
 
 
@@ -118,13 +118,13 @@ def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
 
 
 def cosine(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
-    """Cosine of two updates over the tensors of `a`; 0 where either is zero."""
+    """Cosine of two updates over the tensors of `a`; 0 if either is zero."""
     norm = (dot(a, a) * dot({name: b[name] for name in a}, b)) ** 0.5
     return dot(a, b) / norm if norm > 0 else 0.0
 
 
 def explained_variance(true: Mapping[str, Tensor], decoded: Mapping[str, Tensor]) -> float:
-    """1 - |true - decoded|^2 / |true|^2; 0 where `true` is zero."""
+    """1 - |true - decoded|^2 / |true|^2; 0 if `true` is zero."""
     power = dot(true, true)
     if power == 0:
         return 0.0

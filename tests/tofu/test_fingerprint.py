@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tofu.errors import PayloadError
-from tofu.fingerprint import SKETCH_BYTES, TOLERANCE, after_step, drift, sketch
+from tofu.fingerprint import MAX_DRIFT, SKETCH_BYTES, after_step, drift, sketch
 from tofu.weights import Weights
 
 
@@ -39,7 +39,7 @@ def test_equal_weights_do_not_drift_and_rounding_is_tolerated() -> None:
     ours = weights()
     assert drift(ours, sketch(ours)) < 1e-7
     rounded = {name: value * (1 + 2e-6) if value.is_floating_point() else value for name, value in ours.items()}
-    assert drift(rounded, sketch(ours)) < TOLERANCE / 100
+    assert drift(rounded, sketch(ours)) < MAX_DRIFT / 100
 
 
 @settings(max_examples=30, deadline=None)
@@ -51,13 +51,13 @@ def test_the_drift_is_about_the_distance(seed: int, share: float) -> None:
     scale = share * length(ours) / length(noise)
     theirs = {name: ours[name] + scale * noise[name] for name in ours}
     assert 0.2 * share < drift(ours, sketch(theirs)) < 6 * share
-    assert drift(ours, sketch(theirs)) > TOLERANCE
+    assert drift(ours, sketch(theirs)) > MAX_DRIFT
 
 
 def test_one_tensor_against_another_of_the_same_shape_is_found() -> None:
     ours = weights()
     swapped = ours | {"w": ours["w"].flip(0)}
-    assert drift(swapped, sketch(ours)) > TOLERANCE
+    assert drift(swapped, sketch(ours)) > MAX_DRIFT
 
 
 def test_the_signs_never_change() -> None:
