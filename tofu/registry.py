@@ -29,6 +29,15 @@ class Registry(Generic[T]):
         setting: the setting that selects an entry; errors name it.
         base: the class that every entry must subclass, itself or as "module:Class"; None accepts any callable.
         sources: packages (their modules, without subpackages) and modules that register the built-in entries.
+
+    Example:
+        >>> from tofu.compression import compressors
+        >>> "stc" in compressors.names()
+        True
+        >>> compressors.get("stc")
+        <class 'tofu.compression.stc.Stc'>
+        >>> compressors.get("tofu.compression.stc:Stc").code
+        4
     """
 
     def __init__(self, setting: str, base: type | str | None, *sources: str) -> None:
