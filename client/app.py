@@ -178,9 +178,9 @@ def train_round(request: TrainRequest, round_: int, settings: Settings, context:
         seed = derive_bytes(settings.seed, round_, client, "round")
         part = SecurePart.from_bytes(request.secure)
         terms = EncodingConfig.from_bytes(part.terms)
-        if terms.coarse and share != 1:
-            raise PayloadError("secure terms are coarse, expected only without noise and with error-feedback 1")
-        moved = flat(base) - initial if terms.share < 1 and initial is not None else None
+        if terms.nearest_rounding and share != 1:
+            raise PayloadError("encoding config has nearest_rounding, expected error-feedback 1 and no noise")
+        moved = flat(base) - initial if terms.fraction < 1 and initial is not None else None
         code = RingEncoder(network.param_spec, terms, plugins.declare_sums(model), moved)
         if code.digest != terms.digest:
             raise ResyncError("the weights lead to other places than the server's")
@@ -193,7 +193,7 @@ def train_round(request: TrainRequest, round_: int, settings: Settings, context:
                 raise PayloadError("secure terms have ranges that do not fit the noise of this run")
             target = noise.add(target)
         encoded = code.encode(target, examples, loss, seed, exported.sums, silent=bool(noise))
-        masked = session.mask(encoded.vector, part.shares)
+        masked = session.mask_input(encoded.vector, part.shares)
         save_session(context, session)
         sent = _Sent(masked, encoded.decoded)
     else:

@@ -36,7 +36,7 @@ def participant_of(context: Context, name: str) -> Participant:
 def new_advert(context: Context, member: Participant) -> bytes:
     """Fresh keys for the next secure round; those of an earlier one are forgotten."""
     session = ClientSession(member)
-    advert = session.advertise()
+    advert = session.advertise_keys()
     save_session(context, session)
     return advert
 
@@ -50,7 +50,7 @@ def answer_query(query: SecureQuery, context: Context, member: Participant) -> S
     if query.stage == "advert":
         return SecureAnswer(b"", new_advert(context, member))
     session = load_session(context, member)
-    stages = {"share": session.share, "confirm": session.confirm, "reveal": session.reveal}
+    stages = {"share": session.share_keys, "confirm": session.check_consistency, "reveal": session.unmask}
     message = stages[query.stage](query.message)
     save_session(context, session)
     return SecureAnswer(message, new_advert(context, member) if query.advert else b"")

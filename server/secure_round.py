@@ -27,7 +27,7 @@ from server.ledger import Ledger
 from tofu.errors import PayloadError, RunError, SettingError
 from tofu.plugins import SumSpec
 from tofu.secagg import coordinates
-from tofu.secagg.encoding import EncodingConfig, RingEncoder, SecureMean, first_ranges, flat, purpose_of, reach
+from tofu.secagg.encoding import EncodingConfig, RingEncoder, SecureMean, first_ranges, flat, nearest_range, purpose_of
 from tofu.secagg.fixed_point import HEADROOM, FixedPoint
 from tofu.secagg.identities import read_known
 from tofu.secagg.server import ServerSession
@@ -254,7 +254,7 @@ class SecureRounds:
         # With ranges that nothing is known of, rounding to the nearest step could leave nothing at all.
         coarse = settings.coarse(levels) and bool(self._ranges or self._seen.powers)
         known = self._seen.deviations() if coarse else self._seen.peaks
-        factor = (reach(levels) if coarse else HEADROOM) / unit
+        factor = (nearest_range(levels) if coarse else HEADROOM) / unit
         ranges = self._ranges or first_ranges(self._param_spec, {name: factor * size for name, size in known.items()})
         moved_ = moved if share < 1 else None
 

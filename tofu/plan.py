@@ -139,7 +139,7 @@ def _secure_extra(
     members = max(clients, MIN_SECURE)
     topology, (share, bits) = settings.topology(members), coordinates.settings_for(settings.secure_ratio, members)
     coarse = settings.coarse(FixedPoint(members, bits, 1.0).levels)
-    terms = EncodingConfig(members, bits, 1.0, first_ranges(network.param_spec, {}), share, coarse=coarse)
+    terms = EncodingConfig(members, bits, 1.0, first_ranges(network.param_spec, {}), share, nearest_rounding=coarse)
     moved = torch.zeros(network.param_spec.float32_bytes // 4) if share < 1 else None
     length = RingEncoder(network.param_spec, terms, None, moved).length
     signature = bytes(SIGNATURE_BYTES if settings.secure_identities else 0)

@@ -5,7 +5,7 @@ rounds of top-1% updates with error feedback come first (cheap rounds, as a run 
 on by itself, with error feedback, and accuracy and loss on the test images are compared after the last rounds.
 
 The range is that which clips a given fraction of the entries, as a server can steer by the count of clipped values, and
-rounding is stochastic; but for kind "coarse", which is what secure rounds do: `tofu.secagg.encoding` with coarse terms.
+rounding is stochastic; but for kind "coarse", which secure rounds use: `tofu.secagg.encoding` with nearest rounding.
 """
 
 import argparse
@@ -29,10 +29,10 @@ from tofu.compression.hadamard import pieces, random_signs, rotate, rotate_back
 from tofu.data import LabeledImages, open_data, to_float
 from tofu.models import build_model
 from tofu.rng import derive_generator
-from tofu.secagg.coordinates import LED, decode, encode, places
-from tofu.secagg.encoding import EncodingConfig, RingEncoder, first_ranges, flat, reach
+from tofu.secagg.coordinates import LEADING_FRACTION, decode, encode, select
+from tofu.secagg.encoding import EncodingConfig, RingEncoder, first_ranges, flat, nearest_range
 from tofu.secagg.fixed_point import FixedPoint
-from tofu.secagg.ring import add, centred
+from tofu.secagg.ring import add, centered
 from tofu.training import LocalTrainingConfig, train_locally
 from tofu.weights import Weights, layout_of
 
@@ -51,7 +51,7 @@ class Way:
     """A setting: entries sent and bits of the ring.
 
     Attributes:
-        kind: "coarse" is what secure rounds do; "led" has the places that `tofu.secagg.coordinates` leads by entries alone,
+        kind: "coarse" is what secure rounds do; "led" selects coordinates by entries alone (`tofu.secagg.coordinates`),
             with the fraction `led`; "rotated" takes turns after a rotation by random
             signs and Walsh-Hadamard transforms, which makes all entries alike; "sketch" is M Q.
         clipped: fraction of entries that the range clips.
@@ -61,7 +61,7 @@ class Way:
     share: float
     bits: int
     kind: str = "led"
-    led: float = LED
+    led: float = LEADING_FRACTION
     clipped: float = 1e-3
     whole_residual: bool = True
 
@@ -170,7 +170,7 @@ def code_of(way: Way, federation: Federation, turn: int) -> Code:
         return sketch(way.share, federation, turn)
     if way.kind == "rotated":
         return rotation(way.share, federation, turn)
-    taken = places(federation.weights - federation.first, way.share, turn, led=way.led)
+    taken = select(federation.weights - federation.first, way.share, turn, leading_fraction=way.led)
     return lambda update: encode(update, taken), lambda vector: decode(vector, taken, values)
 
 
@@ -179,7 +179,7 @@ def rotation(share: float, federation: Federation, turn: int) -> Code:
     values = federation.weights.numel()
     space = sum(pieces(values))
     signs = random_signs(space, derive_generator(federation.seed, "signs"))
-    taken = places(torch.zeros(space), share, turn)
+    taken = select(torch.zeros(space), share, turn)
 
     def forth(update: Tensor) -> Tensor:
         return encode(rotate(functional.pad(update, (0, space - values)), signs), taken)
@@ -222,10 +222,10 @@ def compact_round(way: Way, federation: Federation, turn: int) -> None:
     for number, (vector, examples) in enumerate(zip(vectors, federation.examples, strict=True)):
         ring, _ = point.encode(vector, examples)
         total = add(total, ring, way.bits)
-        exact = centred(ring[: vector.size], way.bits) * (point.step * unit / examples)
+        exact = centered(ring[: vector.size], way.bits) * (point.step * unit / examples)
         sent = back(torch.from_numpy(exact if way.whole_residual else vector).float())
         federation.residuals[number] = targets[number] - sent
-    mean = point.decode(total, CLIENTS).mean
+    mean = point.decode(total).mean
     federation.weights = federation.weights + back(torch.from_numpy(mean).float())
 
 
@@ -233,10 +233,10 @@ def coarse_round(way: Way, federation: Federation, turn: int) -> None:
     """A secure round's arithmetic, by the code that makes it."""
     unit, param_spec = statistics.fmean(federation.examples), federation.param_spec
     levels = FixedPoint(CLIENTS, way.bits, 1.0).levels
-    known = {name: reach(levels) / unit * size for name, size in federation.seen.deviations().items()}
+    known = {name: nearest_range(levels) / unit * size for name, size in federation.seen.deviations().items()}
     ranges = federation.ranges if turn else first_ranges(param_spec, known)
-    terms = EncodingConfig(CLIENTS, way.bits, unit, ranges, way.share, turn, coarse=True)
-    code = RingEncoder(param_spec, terms, moved=federation.weights - federation.first if way.share < 1 else None)
+    terms = EncodingConfig(CLIENTS, way.bits, unit, ranges, way.share, turn, nearest_rounding=True)
+    code = RingEncoder(param_spec, terms, displacement=federation.weights - federation.first if way.share < 1 else None)
     total = np.zeros(code.length, dtype=np.uint64)
     for number, target in enumerate(federation.targets()):
         encoded = code.encode(federation.named(target), federation.examples[number], 0.0)

@@ -31,12 +31,12 @@ def whole_session(case: Case, code: FixedPoint) -> Cost:
     up, down = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
     server = ServerSession(RUN, 1, values=code.length(case.parameters), bits=code.bits)
     for name in names:
-        advert = clocks[name].of(sessions[name].advertise)
+        advert = clocks[name].of(sessions[name].advertise_keys)
         up[name] += wire_bytes(b=advert)
         clock.of(server.add_advert, name, advert)
     for name, roster in clock.of(server.rosters, case.topology).items():
         down[name] += wire_bytes(b=roster)
-        shares = clocks[name].of(sessions[name].share, roster)
+        shares = clocks[name].of(sessions[name].share_keys, roster)
         up[name] += wire_bytes(b=shares)
         clock.of(server.add_shares, name, shares)
     deliveries = clock.of(server.deliveries)
@@ -47,16 +47,16 @@ def whole_session(case: Case, code: FixedPoint) -> Cost:
         exact += update
         down[name] += wire_bytes(b=deliveries[name])
         vector, _ = clocks[name].of(code.encode, update, EXAMPLES)
-        masked = clocks[name].of(sessions[name].mask, vector, deliveries[name])
+        masked = clocks[name].of(sessions[name].mask_input, vector, deliveries[name])
         up[name] += wire_bytes(b=masked)
         clock.of(server.add_masked, name, masked)
     for name, request in clock.of(server.survivors).items():
         down[name] += wire_bytes(b=request)
-        reveal = clocks[name].of(sessions[name].reveal, request)
+        reveal = clocks[name].of(sessions[name].unmask, request)
         up[name] += wire_bytes(b=reveal)
         clock.of(server.add_reveal, name, reveal)
     total = clock.of(server.finish)
-    mean = clock.of(code.decode, total.vector, len(total.survivors)).mean
+    mean = clock.of(code.decode, total.vector).mean
     if np.abs(mean - exact / len(survivors)).max() > code.step:
         raise AssertionError("the secure mean is not the mean")
     client = statistics.fmean(clocks[name].seconds for name in survivors)
@@ -89,7 +89,7 @@ def sampled_session(case: Case, code: FixedPoint, short: Cost, short_parameters:
     )
     # A client that is gone has left masks in those of its neighbors that stayed.
     left = round(case.dropped * neighbors * case.survivors / (case.clients - 1))
-    decoding = sampled(1, lambda: code.decode(vector, case.survivors))
+    decoding = sampled(1, lambda: code.decode(vector))
     server = sampled(case.survivors, added) + sampled(case.survivors + left, masked) + decoding
     longer = len(packed) - len(ring.pack(_zeros(code.length(short_parameters)), code.bits))
     return Cost(short.client + client, short.server + server, short.up + longer, short.down, sampled=True)

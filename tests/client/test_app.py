@@ -115,9 +115,9 @@ def test_a_reply_that_the_server_never_got_is_sent_again() -> None:
 def test_terms_that_lose_values_are_refused_where_nothing_keeps_them(setting: dict[str, float]) -> None:
     settings = Settings.of({"model": "mlp", "clients": 3, "batch-size": 32, "schedule": "secure"} | setting)
     param_spec = layout_of(build_model("mlp", SHAPE))
-    terms = EncodingConfig(2, 6, 50.0, (0.1,) * len(param_spec.shapes), coarse=True)
+    terms = EncodingConfig(2, 6, 50.0, (0.1,) * len(param_spec.shapes), nearest_rounding=True)
     asked = replace(request("secure"), secure=SecurePart(terms.to_bytes(), b"").to_bytes())
-    with pytest.raises(PayloadError, match="coarse"):
+    with pytest.raises(PayloadError, match="nearest_rounding"):
         client_app.train_round(asked, 1, settings, context(**{"partition-id": 0}))
 
 

@@ -25,7 +25,7 @@ from tofu.models import build_model
 from tofu.payload import WEIGHTS, Payload, float32_bytes
 from tofu.secagg.encoding import EncodingConfig, RingEncoder
 from tofu.secagg.messages import Masked
-from tofu.secagg.ring import centred, unpack
+from tofu.secagg.ring import centered, unpack
 from tofu.settings import Settings
 from tofu.weights import ParamSpec, Weights, fingerprint, layout_of, load_weights, weights_of
 from tofu.wire import FIELD, RECORD, SECURE, STAGES, SecureAnswer, SecurePart, SecureQuery, TrainRequest
@@ -205,7 +205,7 @@ def test_a_client_may_drop_out_at_any_stage(stage: str, counts: bool, tmp_path: 
 def test_below_the_threshold_a_round_is_abandoned_and_the_run_goes_on(stage: str, tmp_path: Path) -> None:
     federate(tmp_path / "run", faulty(gone, stage, names="123"))
     first, second, third = rows(tmp_path / "run")[1:]
-    assert "are missing to the threshold" in second["abandoned"]
+    assert "too few for the threshold" in second["abandoned"]
     assert (second["clients"], second["train_loss"]) == (0, None)
     assert second["accuracy"] == first["accuracy"]
     assert (third["clients"], third["abandoned"]) == (5, "")
@@ -299,7 +299,7 @@ def test_a_transcript_of_the_server_gives_no_update_away(tmp_path: Path) -> None
 
     def deviations(vector: Any, update: np.ndarray[Any, np.dtype[np.float64]]) -> float:
         """The cosine of vector and update over its standard deviation where the vector is uniform over the ring."""
-        guess = centred(vector, bits)[:count] * spread
+        guess = centered(vector, bits)[:count] * spread
         deviation = np.linalg.norm(spread * update) / np.linalg.norm(spread)
         return float(abs(guess @ update) / np.linalg.norm(guess) / deviation)
 
@@ -402,7 +402,7 @@ def test_a_client_insists_on_its_own_terms(tmp_path: Path) -> None:
     """Five clients have four neighbors each; all of these want ten, so no secure round comes about."""
     signed(tmp_path, **{"min-neighbors": 10})
     for row in rows(tmp_path / "run")[2:]:
-        assert "are missing to the threshold" in row["abandoned"]
+        assert "too few for the threshold" in row["abandoned"]
         assert {failure["reason"] for failure in row["failures"]} == {
             "roster has 4 neighbors, expected 4, from 10 to 255"
         }

@@ -1,8 +1,8 @@
 """The images of a run.
 
 `open_data` partitions a dataset over simulated clients by the partitioners of flwr-datasets; `local_folder` reads a
-real client's own images. Parquet is read by pyarrow and images are decoded in memory: nothing is written to a cache, and
-only a hub id uses the network. Labels are read at once, images when they are needed.
+real client's own images. Parquet is read by pyarrow and images are decoded in memory: nothing is written to a cache,
+and only a hub id uses the network. Labels are read at once, images when they are needed.
 """
 
 from tofu.data.federated import ACCEPTED_DATASETS, FederatedData, local_folder, open_data

@@ -45,7 +45,7 @@ def mlp(shape: ImageShape, norm: str) -> nn.Module:
 
 
 def cnn(shape: ImageShape, norm: str) -> nn.Module:
-    """Three blocks of convolution, norm, ReLU and max-pooling, then two linear layers: 357,258 parameters (CIFAR-10)."""
+    """Three blocks of convolution, norm, ReLU and max-pooling, two linear layers: 357,258 parameters (CIFAR-10)."""
     resize, height, width = enlarge_to(shape, 8)
     layers, channels = resize | {"layout": ChannelsLast()}, shape.channels
     for i, out in enumerate((32, 64, 128), start=1):

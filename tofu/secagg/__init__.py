@@ -1,38 +1,57 @@
-"""Secure aggregation: the server learns the sum of the clients' vectors and nothing else of them.
+"""Secure aggregation: the server learns the sum of the clients' vectors and nothing else about them.
 
 Double masking of Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine Learning", CCS 2017, on
 the sparse neighbor graph of Bell et al., "Secure Single-Server Aggregation with (Poly)Logarithmic Overhead", CCS 2020.
-Each client hides its vector under a mask with each neighbor, which cancel in the sum, and under one of its own. Shares
-of what is needed to take off either kind lie with the neighbors, who hand over one or the other and never both.
+Each client hides its vector with one pair mask per neighbor, which cancel in the sum, and with one self-mask. Neighbors
+hold secret shares of what removes either kind, and each reveals one or the other, never both.
 
-Bytes in, bytes out, in pure Python and numpy; `client.ClientSession` and `server.ServerSession` are the two ends, and
-`fixed_point.FixedPoint` turns real vectors into theirs. Exchanges of a session, each one message either way:
+Two state machines exchange bytes, in pure Python and numpy: `ClientSession` and `ServerSession`. `FixedPoint` encodes
+real vectors. The stages have the names of Bonawitz et al., figure 4; each is one message from and to a client:
 
-    1  advert     fresh keys; travels with a reply of an earlier round, so it costs no exchange of its own
-    2  share      roster down, sealed shares up
-    3  mask       neighbors' sealed shares down, masked vector up
-    4  confirm    survivors down, signature up; only in a run with identities
-    5  reveal     survivors (and signatures) down, one share for each neighbor up
+    AdvertiseKeys          fresh keys up; travels with a reply of an earlier round, so it costs no exchange
+    ShareKeys              roster down, encrypted shares up
+    MaskedInputCollection  neighbors' encrypted shares down, masked vector up
+    ConsistencyCheck       survivors down, signature up; only in a run with identities
+    Unmasking              survivors (and signatures) down, one share per neighbor up
 
-A client may drop out at any point. Its vector is in the sum if its masked vector came.
+A client may drop out at any point. Its vector is in the sum if its masked vector arrived. docs/secure-aggregation.md
+states what is guaranteed, and what is not.
 
-Guaranteed, with t the threshold, d neighbors each and t > d/2 + c (`graph.choose_topology`):
-
-- A server that follows the protocol, together with up to c of any client's neighbors, learns the sum and its members,
-  and of the other clients' vectors only what these say. So does anybody who records all messages.
-- With identities and a complete graph, of a server that lies: that swaps keys, plays old messages again, tells clients
-  different things, or says of a client who is there that it dropped out. It can spoil a session; what it can learn is
-  one sum, of t - c honest clients or more. On a sparse graph, only that no vector is bare (`graph`). The public keys of
-  the identities must have come to the clients by another way than through that server.
-
-Not guaranteed:
-
-- That the sum is right. A client may put any vector in, and no one can look: poisoning is easier to hide.
-- That the sum says little. It says all about a client whose fellows' vectors are known, much where clients are few, and
-  the sums of many rounds with changing members say more than each. Noise (differential privacy) is for that.
-- Anything against many false clients that one party runs (sybils): who is known must be decided elsewhere.
-- Without identities, anything against a server that lies about keys.
-- That a session ends. A client that seals rubbish stops its neighbors; one that reveals a false share of a self-mask
-  seed spoils the sum unseen.
-- Who takes part, when, and how many examples all have together: that is in the open.
+Example:
+    >>> import numpy as np
+    >>> names = ["ann", "bob", "eve"]
+    >>> code = FixedPoint(clients=3, bits=32, clip=1.0)
+    >>> clients = {name: ClientSession(Participant(run=b"run", name=name)) for name in names}
+    >>> server = ServerSession(b"run", 1, values=code.length(2), bits=code.bits)
+    >>> for name, client in clients.items():
+    ...     server.add_advert(name, client.advertise_keys())
+    >>> for name, roster in server.rosters(Topology(neighbors=2, threshold=2)).items():
+    ...     server.add_shares(name, clients[name].share_keys(roster))
+    >>> for name, shares in server.deliveries().items():
+    ...     vector, _ = code.encode(np.array([0.5, -0.25]), examples=1)
+    ...     server.add_masked(name, clients[name].mask_input(vector, shares))
+    >>> for name, survivors in server.survivors().items():
+    ...     server.add_reveal(name, clients[name].unmask(survivors))
+    >>> code.decode(server.finish().vector).mean.round(3).tolist()
+    [0.5, -0.25]
 """
+
+from tofu.secagg.client import ClientSession
+from tofu.secagg.fixed_point import FixedPoint
+from tofu.secagg.graph import Topology, choose_topology
+from tofu.secagg.identities import Identity
+from tofu.secagg.participant import Participant
+from tofu.secagg.server import ServerSession, Total
+from tofu.secagg.terms import Stage
+
+__all__ = [
+    "ClientSession",
+    "FixedPoint",
+    "Identity",
+    "Participant",
+    "ServerSession",
+    "Stage",
+    "Topology",
+    "Total",
+    "choose_topology",
+]

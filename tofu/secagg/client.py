@@ -1,15 +1,15 @@
-"""A client's side of one session.
+"""The client's state machine of one session.
 
-Bonawitz et al., CCS 2017, figure 4, with the shares among the neighbors of Bell et al., CCS 2020. For client u with
-vector x_u, self-mask seed b_u, mask key s_u and neighbors v who shared with it,
+Bonawitz et al., CCS 2017, figure 4, with shares among the neighbors of Bell et al., CCS 2020. For client u with
+vector x_u, self-mask seed b_u, mask key s_u and neighbors v that sent it shares,
 
     y_u = x_u + PRG(b_u) + sum_(u < v) PRG(s_uv) - sum_(u > v) PRG(s_uv)    mod 2^b.
 
-Each stage is answered once, in order, and a message that is refused changes nothing and reveals nothing. What makes two
-sessions of one advert impossible is that its keys are used for one roster and then erased.
+Each stage is answered once and in order. A message that is refused changes nothing and reveals nothing. Two sessions of
+one advert are impossible, because its keys are used for one roster and then erased.
 
-An old advert of a neighbor, played again by a server, gains it nothing: pair masks are made only with neighbors whose
-ciphertexts open, and to make one takes the secret key, which its owner has erased.
+A server that replays an old advert of a neighbor gains nothing: pair masks are made only with neighbors whose
+ciphertexts can be decrypted, and encrypting them takes the secret key, which its owner has erased.
 """
 
 import os
@@ -27,60 +27,68 @@ from tofu.secagg.masks import SHARE_KEY, add_mask, agree, new_seed, pair_seed, p
 from tofu.secagg.messages import Advert, Confirmation, Masked, Reveal, Roster, Shares, Survivors
 from tofu.secagg.participant import Participant
 from tofu.secagg.ring import RingVector
-from tofu.secagg.state import ClientState, Stage
-from tofu.secagg.terms import Session
+from tofu.secagg.state import ClientState
+from tofu.secagg.terms import Session, Stage
 
 _NONCE_BYTES = 12
 
 
 class ClientSession:
-    """One session, from its keys to its last answer.
+    """A client in one session.
 
     Args:
-        member: who we are and what we accept.
+        participant: the client's name and keys, and the terms that it accepts.
     """
 
-    def __init__(self, member: Participant) -> None:
-        self._member = member
+    def __init__(self, participant: Participant) -> None:
+        self._participant = participant
         self._state = ClientState()
 
     @property
     def stage(self) -> Stage:
-        """What was done last."""
+        """The next stage."""
         return self._state.stage
 
     @property
     def topology(self) -> Topology:
-        """Neighbors and threshold of the session, from SHARED on."""
+        """Neighbors and threshold of the session, after ShareKeys."""
         return Topology(self._roster.terms.neighbors, self._roster.terms.threshold)
 
     @property
     def purpose(self) -> bytes:
-        """What all clients of the session were told that their vectors mean, from SHARED on."""
+        """Digest of what gives the vectors their meaning (`Terms.purpose`), after ShareKeys."""
         return self._roster.terms.purpose
 
     @property
     def members(self) -> int:
-        """Clients of the session, from SHARED on."""
+        """Number of clients in the session, after ShareKeys."""
         return len(self._roster.terms.members)
 
-    def advertise(self) -> bytes:
-        """Fresh keys for one session -> `Advert`, to be sent with an earlier reply. Raises PayloadError if repeated."""
-        self._expect("advertise", Stage.NEW)
-        state, name = self._state, self._member.name
+    def advertise_keys(self) -> bytes:
+        """Generate the keys of the session -> `Advert`, to be sent with an earlier reply.
+
+        Raises:
+            PayloadError: the stage is repeated.
+        """
+        self._expect(Stage.ADVERTISE_KEYS)
+        state, name = self._state, self._participant.name
         state.mask_secret, state.share_secret = bytearray(new_seed()), bytearray(new_seed())
         keys = public_key(bytes(state.mask_secret)), public_key(bytes(state.share_secret))
-        state.advert = Advert(name, *keys, self._member.signature(ADVERT, name.encode(), b"".join(keys)))
-        state.stage = Stage.ADVERTISED
+        state.advert = Advert(name, *keys, self._participant.signature(ADVERT, name.encode(), b"".join(keys)))
+        state.stage = Stage.SHARE_KEYS
         return state.advert.to_bytes()
 
-    def share(self, data: bytes) -> bytes:
-        """`Roster` -> `Shares` for the neighbors, sealed. Raises PayloadError for a roster not to be answered."""
-        self._expect("share", Stage.ADVERTISED)
+    def share_keys(self, data: bytes) -> bytes:
+        """`Roster` -> encrypted `Shares` for the neighbors.
+
+        Raises:
+            PayloadError: the roster fails validation (`Participant.check_roster`).
+        """
+        self._expect(Stage.SHARE_KEYS)
         state, roster = self._state, Roster.from_bytes(data)
-        assert state.advert is not None  # since ADVERTISED
-        self._member.check_roster(roster, state.advert)
-        # From here on nothing is refused.
+        assert state.advert is not None  # set by AdvertiseKeys
+        self._participant.check_roster(roster, state.advert)
+        # Nothing is refused after this line.
         state.roster = roster
         state.self_seed = bytearray(new_seed())
         peers, threshold = self._neighbors, roster.terms.threshold
@@ -88,20 +96,21 @@ class ClientSession:
         keys = shamir.split(bytes(state.mask_secret), threshold, len(peers))
         shares = zip(peers, seeds, keys, strict=True)
         sealed = {peer: self._seal(peer, seed + key) for peer, seed, key in shares}
-        state.stage = Stage.SHARED
+        state.stage = Stage.MASKED_INPUT_COLLECTION
         return Shares(roster.terms.session, roster.client, sealed).to_bytes()
 
-    def mask(self, vector: RingVector, data: bytes) -> bytes:
-        """Our vector and the neighbors' `Shares` -> `Masked`, the last thing that needs our secret keys.
+    def mask_input(self, vector: RingVector, data: bytes) -> bytes:
+        """Mask the client's vector with the neighbors' `Shares` -> `Masked`, and erase the secret keys.
 
         Args:
             vector: [values] elements below 2^b.
+            data: `Shares`.
 
         Raises:
-            PayloadError: shares of another session, from strangers, that do not open, or from too few neighbors.
-            ValueError: a vector of another length, or an element outside the ring.
+            PayloadError: the shares are of another session, not from a neighbor, cannot be decrypted, or are too few.
+            ValueError: the vector has another length, or an element outside the ring.
         """
-        self._expect("mask", Stage.SHARED)
+        self._expect(Stage.MASKED_INPUT_COLLECTION)
         state, roster = self._state, self._roster
         terms, own, shares = roster.terms, roster.client, Shares.from_bytes(data)
         self._check_address("shares", shares.session, shares.client)
@@ -118,33 +127,36 @@ class ClientSession:
             add_mask(masked, seed, terms.bits, negative=own > peer)
         state.held = held
         state.erase_keys()
-        state.stage = Stage.MASKED
+        identified = self._participant.identity is not None
+        state.stage = Stage.CONSISTENCY_CHECK if identified else Stage.UNMASKING
         return Masked(terms.session, own, ring.pack(masked, terms.bits)).to_bytes()
 
-    def confirm(self, data: bytes) -> bytes:
-        """`Survivors` -> `Confirmation`, our signature of them. Raises PayloadError for survivors not to be signed."""
-        self._expect("confirm", Stage.MASKED)
-        if self._member.identity is None:
-            raise PayloadError(f"{self._member.name} has no identity to confirm survivors with")
-        survivors = Survivors.from_bytes(data)
-        self._check_survivors(survivors)
-        signature = self._member.signature(SURVIVORS, self._digest, survivors.signed)
-        self._state.confirmed = survivors.signed
-        self._state.stage = Stage.CONFIRMED
-        return Confirmation(survivors.session, self._roster.client, signature).to_bytes()
-
-    def reveal(self, data: bytes) -> bytes:
-        """`Survivors`, with identities also their signatures -> `Reveal`, after which everything is erased.
+    def check_consistency(self, data: bytes) -> bytes:
+        """`Survivors` -> `Confirmation`, the client's signature of them. Only in a run with identities.
 
         Raises:
-            PayloadError: survivors not to be answered, or ones that fewer neighbors than the threshold signed.
+            PayloadError: the list of survivors fails validation, or the client has no identity.
         """
-        self._expect("reveal", Stage.MASKED if self._member.identity is None else Stage.CONFIRMED)
+        self._expect(Stage.CONSISTENCY_CHECK)
         survivors = Survivors.from_bytes(data)
         self._check_survivors(survivors)
-        if self._member.identity is not None:
+        signature = self._participant.signature(SURVIVORS, self._digest, survivors.signed)
+        self._state.confirmed = survivors.signed
+        self._state.stage = Stage.UNMASKING
+        return Confirmation(survivors.session, self._roster.client, signature).to_bytes()
+
+    def unmask(self, data: bytes) -> bytes:
+        """`Survivors`, with identities also their signatures -> `Reveal`, after which all secrets are erased.
+
+        Raises:
+            PayloadError: the list of survivors fails validation, or fewer neighbors than the threshold signed it.
+        """
+        self._expect(Stage.UNMASKING)
+        survivors = Survivors.from_bytes(data)
+        self._check_survivors(survivors)
+        if self._participant.identity is not None:
             self._check_signatures(survivors)
-        # Exactly one of the two: the seed of who is in the sum, the key of who is not.
+        # Never both shares: the self-mask seed's of a client in the sum, the mask key's of one that dropped out.
         present, half = survivors.present, shamir.SHARE_BYTES
         held = self._state.held.items()
         shares = {peer: (present[peer], bytes(both[:half] if present[peer] else both[half:])) for peer, both in held}
@@ -153,29 +165,28 @@ class ClientSession:
         return reveal
 
     def close(self) -> None:
-        """Erase all secrets and answer nothing any more; for a session that failed, too."""
+        """Erase all secrets and refuse all further messages; also for a session that failed."""
         self._state.erase()
 
     def to_bytes(self) -> bytes:
-        """The session's state, with its secrets but without the identity's key (`tofu.secagg.state`)."""
-        return self._state.to_bytes(self._member.run, self._member.name)
+        """Serialize the state, with its secrets but without the identity's key (`tofu.secagg.state`)."""
+        return self._state.to_bytes(self._participant.run, self._participant.name)
 
     @staticmethod
-    def from_bytes(member: Participant, data: object) -> "ClientSession":
-        """The session that `to_bytes` wrote. Raises PayloadError for bytes that are none, or of another member."""
-        session = ClientSession(member)
-        session._state = ClientState.from_bytes(data, member.run, member.name)
+    def from_bytes(participant: Participant, data: object) -> "ClientSession":
+        """Restore what `to_bytes` wrote. Raises PayloadError if it is malformed, or is of another client or run."""
+        session = ClientSession(participant)
+        session._state = ClientState.from_bytes(data, participant.run, participant.name)
         return session
 
-    def _expect(self, action: str, stage: Stage) -> None:
+    def _expect(self, stage: Stage) -> None:
         if self._state.stage is not stage:
-            now, name = self._state.stage.name.lower(), self._member.name
-            raise PayloadError(f"{name} was asked to {action} at stage {now}, expected {stage.name.lower()}")
+            raise PayloadError(f"{self._participant.name} got a message of {stage}, expected {self._state.stage}")
 
     @property
     def _roster(self) -> Roster:
         if self._state.roster is None:
-            raise PayloadError(f"{self._member.name} has no roster at stage {self._state.stage.name.lower()}")
+            raise PayloadError(f"{self._participant.name} has no roster before {self._state.stage}")
         return self._state.roster
 
     @property
@@ -184,19 +195,19 @@ class ClientSession:
 
     @property
     def _digest(self) -> bytes:
-        return self._roster.terms.digest(self._member.run)
+        return self._roster.terms.digest(self._participant.run)
 
     def _advert(self, peer: int) -> Advert:
-        """Raises PayloadError for a client that is no neighbor."""
+        """The advert of a neighbor. Raises PayloadError if the client is not one."""
         if peer not in self._neighbors:
-            raise PayloadError(f"client {peer} is no neighbor of {self._member.name}")
+            raise PayloadError(f"client {peer} is not a neighbor of {self._participant.name}")
         return self._roster.adverts[self._neighbors.index(peer)]
 
     def _cipher(self, peer: int, sender: int, receiver: int) -> tuple[AESGCM, bytes]:
-        """The cipher from sender to receiver, one of them the peer, and what its ciphertexts are bound to.
+        """The cipher from sender to receiver, one of which is the peer, and its associated data.
 
         Raises:
-            PayloadError: the peer is no neighbor.
+            PayloadError: the peer is not a neighbor.
         """
         public = self._advert(peer).share_key
         members, digest = self._roster.terms.members, self._digest
@@ -206,7 +217,7 @@ class ClientSession:
 
     def _seal(self, peer: int, shares: bytes) -> bytes:
         cipher, bound = self._cipher(peer, self._roster.client, peer)
-        # Random and not zero: a state that was restored from before this stage must not use one nonce twice.
+        # Random and not zero: a client restored from an earlier state must not use one nonce twice.
         nonce = os.urandom(_NONCE_BYTES)
         return nonce + cipher.encrypt(nonce, shares, bound)
 
@@ -216,37 +227,37 @@ class ClientSession:
             return cipher.decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], bound)
         except InvalidTag as error:
             name = self._advert(peer).name
-            raise PayloadError(f"shares of {name} do not open: they are not from it, or of another session") from error
+            raise PayloadError(f"shares of {name} cannot be decrypted: wrong client or session") from error
 
     def _check_address(self, what: str, session: Session, client: int) -> None:
-        ours, number, name = self._roster.terms.session, self._roster.client, self._member.name
+        ours, number, name = self._roster.terms.session, self._roster.client, self._participant.name
         if session != ours:
-            raise PayloadError(f"{what} belong to another session than that of {name} in round {ours.round}")
+            raise PayloadError(f"{what} are of another session than that of {name} in round {ours.round}")
         if client != number:
             raise PayloadError(f"{what} are for client {client}, and {name} is client {number}")
 
     def _check_survivors(self, survivors: Survivors) -> None:
-        terms, present, own = self._roster.terms, survivors.present, self._member.name
+        terms, present, own = self._roster.terms, survivors.present, self._participant.name
         self._check_address("survivors", survivors.session, self._roster.client)
         if len(present) != len(terms.members):
-            raise PayloadError(f"survivors are of {len(present)} members, expected {len(terms.members)}")
+            raise PayloadError(f"survivors list {len(present)} members, expected {len(terms.members)}")
         if not present[self._roster.client]:
-            raise PayloadError(f"survivors leave out {own}, which sent its vector")
+            raise PayloadError(f"survivors omit {own}, which sent its vector")
         alive = [peer for peer in self._neighbors if present[peer]]
         for peer in alive:
             if peer not in self._state.held:
-                raise PayloadError(f"survivors have {self._advert(peer).name}, whose shares {own} never got")
+                raise PayloadError(f"survivors include {self._advert(peer).name}, whose shares {own} did not receive")
         if len(alive) < terms.threshold:
-            raise PayloadError(f"survivors have {len(alive)} neighbors, expected at least {terms.threshold}")
+            raise PayloadError(f"survivors include {len(alive)} neighbors, expected at least {terms.threshold}")
 
     def _check_signatures(self, survivors: Survivors) -> None:
         if survivors.signed != self._state.confirmed:
-            raise PayloadError(f"survivors are not those that {self._member.name} signed")
+            raise PayloadError(f"survivors differ from those that {self._participant.name} signed")
         threshold = self._roster.terms.threshold
         for peer, signature in survivors.signatures.items():
             name = self._advert(peer).name
             if not survivors.present[peer]:
                 raise PayloadError(f"survivors are signed by {name}, which is not one of them")
-            self._member.verify(name, signature, SURVIVORS, self._digest, survivors.signed)
+            self._participant.verify(name, signature, SURVIVORS, self._digest, survivors.signed)
         if len(survivors.signatures) < threshold:
             raise PayloadError(f"survivors are signed by {len(survivors.signatures)} neighbors, expected {threshold}")

@@ -1,6 +1,6 @@
-"""Integers mod 2^b, 1 <= b <= 64: vectors of uint64 below 2^b; `tofu.bit_packing` turns them into bytes.
+"""Integers mod 2^b, 1 <= b <= 64, as vectors of uint64 below 2^b. `tofu.bit_packing` converts them to bytes.
 
-Addition mod 2^64 wraps by itself and 2^b divides 2^64, so a sum of any length is reduced once, at its end.
+uint64 arithmetic is mod 2^64, which 2^b divides, so a sum of any length needs only one reduction at its end.
 """
 
 import numpy as np
@@ -20,13 +20,13 @@ SignedVector = npt.NDArray[np.int64]
 
 
 def check_bits(bits: int) -> None:
-    """Raises SettingError for a ring that this module cannot compute in."""
+    """Raises SettingError unless the ring has 1 to 64 bits."""
     if not 1 <= bits <= MAX_BITS:
         raise SettingError("ring_bits", bits, f"1 to {MAX_BITS}")
 
 
 def largest(bits: int) -> np.uint64:
-    """2^b - 1, the largest element, which is also the mask that reduces mod 2^b."""
+    """2^b - 1: the largest element, and the bit mask that reduces mod 2^b."""
     return np.uint64((1 << bits) - 1)
 
 
@@ -35,18 +35,13 @@ def add(a: RingVector, b: RingVector, bits: int) -> RingVector:
     return (a + b) & largest(bits)
 
 
-def subtract(a: RingVector, b: RingVector, bits: int) -> RingVector:
-    """a - b mod 2^b."""
-    return (a - b) & largest(bits)
-
-
 def from_signed(values: SignedVector, bits: int) -> RingVector:
-    """Integers mod 2^b."""
+    """Map signed integers to elements mod 2^b."""
     return values.view(np.uint64) & largest(bits)
 
 
-def centred(values: RingVector, bits: int) -> SignedVector:
-    """The integers of [-2^(b-1), 2^(b-1)) that the elements stand for."""
+def centered(values: RingVector, bits: int) -> SignedVector:
+    """Map elements to the integers of [-2^(b-1), 2^(b-1)) that they represent."""
     shift = MAX_BITS - bits
-    # The element's highest bit becomes the sign, and the shift back copies it.
+    # The highest bit of the element becomes the sign bit, which the shift back extends.
     return (values << np.uint64(shift)).view(np.int64) >> np.int64(shift)

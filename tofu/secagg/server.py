@@ -1,21 +1,21 @@
-"""The server's side of one session.
+"""The server's state machine of one session.
 
-Bonawitz et al., CCS 2017, figure 4, with the graph of Bell et al., CCS 2020. With U2 the clients that shared, U3 those
-of them whose masked vectors came (the survivors) and the signs of `tofu.secagg.client`,
+Bonawitz et al., CCS 2017, figure 4, with the graph of Bell et al., CCS 2020. With U2 the clients that sent shares, U3
+those of them whose masked vectors arrived (the survivors) and the signs of `tofu.secagg.client`,
 
     sum_(u in U3) x_u = sum_(u in U3) y_u - sum_(u in U3) PRG(b_u) - sum_(u in U3, v in U2 - U3) +-PRG(s_uv)    mod 2^b
 
-over pairs u, v of neighbors. Masked vectors are added as they come; only their sum is kept.
+over pairs u, v of neighbors. Masked vectors are added as they arrive; only their sum is stored.
 
-Each stage takes one message of each client that is still in and ends when the caller asks for the next; who has not
-answered by then is out. A message that is late, repeated or of a stranger raises PayloadError, names the client and
-changes nothing. The caller says who sent a message, as the transport knows it.
+Each stage accepts one message from each remaining client and ends when the caller asks for the messages of the next
+stage; clients that have not answered by then have dropped out. A message that is late, repeated or from an unknown
+client raises PayloadError, which names the client, and changes nothing. The caller states the sender, as the transport
+knows it.
 """
 
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from enum import IntEnum
 
 import numpy as np
 
@@ -26,24 +26,13 @@ from tofu.secagg.identities import ADVERT, SURVIVORS, check_known, verify
 from tofu.secagg.masks import add_mask, pair_seed, public_key
 from tofu.secagg.messages import Advert, Confirmation, Masked, Reveal, Roster, Shares, Survivors
 from tofu.secagg.ring import RingVector
-from tofu.secagg.terms import PURPOSE_BYTES, SESSION_BYTES, Session, Terms
+from tofu.secagg.terms import PURPOSE_BYTES, SESSION_BYTES, Session, Stage, Terms
 from tofu.secagg.wire import MAX_CLIENTS
-
-
-class Phase(IntEnum):
-    """What the server waits for."""
-
-    ADVERTS = 0
-    SHARES = 1
-    MASKED = 2
-    CONFIRMATIONS = 3
-    REVEALS = 4
-    DONE = 5
 
 
 @dataclass(frozen=True)
 class Total:
-    """A session's result.
+    """The result of a session.
 
     Attributes:
         vector: sum of the survivors' vectors, ring elements [values].
@@ -55,16 +44,19 @@ class Total:
 
 
 class ServerSession:
-    """One session, from the adverts to the sum.
+    """The server in one session.
 
     Args:
         run: identifies the run to all its clients.
         round_: of the run.
         values: elements of a vector.
         bits: of the ring.
-        known: name -> Ed25519 public key where clients have identities: asks for the consistency round, and refuses
-            what is not signed before it reaches the neighbors. The clients check by themselves.
-        purpose: digest of what the vectors mean (`Terms.purpose`).
+        known: name -> Ed25519 public key if clients have identities. Adds the stage ConsistencyCheck, and refuses
+            messages without a valid signature before they reach the neighbors. The clients check independently.
+        purpose: digest of what gives the vectors their meaning (`Terms.purpose`).
+
+    Raises:
+        SettingError: the ring or a public key is not usable.
     """
 
     def __init__(
@@ -84,9 +76,9 @@ class ServerSession:
         self._values = values
         self._bits = bits
         self._known, self._purpose = known, purpose
-        self._phase = Phase.ADVERTS
+        self._stage = Stage.ADVERTISE_KEYS
         self._adverts: dict[str, Advert] = {}
-        # From the rosters on clients go by number, their place in the terms.
+        # From ShareKeys on, clients are identified by their number, the index in the terms.
         self._terms: Terms
         self._order: list[Advert] = []
         self._numbers: dict[str, int] = {}
@@ -101,13 +93,13 @@ class ServerSession:
         self._reveals: dict[int, Mapping[int, tuple[bool, bytes]]] = {}
 
     @property
-    def phase(self) -> Phase:
-        """What the server waits for."""
-        return self._phase
+    def stage(self) -> Stage:
+        """The stage whose messages the server accepts."""
+        return self._stage
 
     def add_advert(self, name: str, data: bytes) -> None:
-        """Take a client's `Advert`. Raises PayloadError."""
-        self._expect(Phase.ADVERTS, name, "its advert")
+        """Accept a client's `Advert`. Raises PayloadError if it fails validation."""
+        self._expect(Stage.ADVERTISE_KEYS, name, "its advert")
         advert = Advert.from_bytes(data)
         if advert.name != name:
             raise PayloadError(f"{name} sent the advert of {advert.name}")
@@ -115,7 +107,7 @@ class ServerSession:
             raise PayloadError(f"{name} sent its advert twice")
         keys = {key for other in self._adverts.values() for key in (other.mask_key, other.share_key)}
         if advert.mask_key in keys or advert.share_key in keys or advert.mask_key == advert.share_key:
-            raise PayloadError(f"{name} sent a key that another has")
+            raise PayloadError(f"{name} sent a key that another client has")
         if self._known is not None:
             verify(self._known, name, advert.signature, ADVERT, self._run, name.encode(), advert.signed)
         if len(self._adverts) == MAX_CLIENTS:
@@ -123,19 +115,19 @@ class ServerSession:
         self._adverts[name] = advert
 
     def rosters(self, topology: Topology) -> dict[str, bytes]:
-        """Close the adverts -> `Roster` for each client.
+        """Close AdvertiseKeys -> `Roster` for each client.
 
         Args:
-            topology: for as many clients as sent an advert (`tofu.secagg.graph.choose_topology`).
+            topology: for the number of clients that sent an advert (`tofu.secagg.graph.choose_topology`).
 
         Raises:
-            RunError: fewer clients than the topology needs.
-            SettingError: a topology for another number of clients.
+            RunError: there are fewer clients than the topology needs.
+            SettingError: the topology is for another number of clients.
         """
-        self._advance(Phase.ADVERTS, Phase.SHARES)
+        self._advance(Stage.ADVERTISE_KEYS, Stage.SHARE_KEYS)
         came, needed = len(self._adverts), topology.neighbors + 1
         if came < needed:
-            raise RunError(f"{came} clients sent adverts: {needed - came} are missing to {needed}")
+            raise RunError(f"{came} clients sent adverts, expected at least {needed}")
         self._order = sorted(self._adverts.values(), key=lambda advert: advert.digest)
         self._numbers = {advert.name: number for number, advert in enumerate(self._order)}
         members = tuple(advert.digest for advert in self._order)
@@ -150,9 +142,9 @@ class ServerSession:
         return result
 
     def add_shares(self, name: str, data: bytes) -> None:
-        """Take a client's `Shares`. Raises PayloadError."""
+        """Accept a client's `Shares`. Raises PayloadError if they fail validation."""
         shares = Shares.from_bytes(data)
-        number = self._sender(Phase.SHARES, name, "its shares", shares.session, shares.client)
+        number = self._sender(Stage.SHARE_KEYS, name, "its shares", shares.session, shares.client)
         if number in self._sealed:
             raise PayloadError(f"{name} sent its shares twice")
         if tuple(shares.sealed) != self._neighbors[number]:
@@ -162,8 +154,8 @@ class ServerSession:
         self._sealed[number] = shares.sealed
 
     def deliveries(self) -> dict[str, bytes]:
-        """Close the shares -> each client's `Shares` from its neighbors. Raises RunError below the threshold."""
-        self._advance(Phase.SHARES, Phase.MASKED)
+        """Close ShareKeys -> each client's `Shares` from its neighbors. Raises RunError below the threshold."""
+        self._advance(Stage.SHARE_KEYS, Stage.MASKED_INPUT_COLLECTION)
         self._shared = set(self._sealed)
         self._check_enough(self._shared, "sent shares")
         result = {}
@@ -174,9 +166,9 @@ class ServerSession:
         return result
 
     def add_masked(self, name: str, data: bytes) -> None:
-        """Add a client's `Masked` vector to the sum. Raises PayloadError."""
+        """Add a client's `Masked` vector to the sum. Raises PayloadError if it fails validation."""
         masked = Masked.from_bytes(data)
-        number = self._sender(Phase.MASKED, name, "its masked vector", masked.session, masked.client)
+        number = self._sender(Stage.MASKED_INPUT_COLLECTION, name, "its masked vector", masked.session, masked.client)
         if number not in self._shared:
             raise PayloadError(f"{name} sent its masked vector without shares")
         if number in self._masked:
@@ -186,39 +178,39 @@ class ServerSession:
         self._masked.add(number)
 
     def survivors(self) -> dict[str, bytes]:
-        """Close the masked vectors -> `Survivors` for each of them, to confirm or, without identities, to reveal for.
+        """Close MaskedInputCollection -> `Survivors` for each survivor, to sign or, without identities, to unmask.
 
         Raises:
-            RunError: below the threshold; nobody has revealed anything, nor is asked to.
+            RunError: too few clients are left for the threshold. No client has revealed anything.
         """
         without = self._known is None
-        self._advance(Phase.MASKED, Phase.REVEALS if without else Phase.CONFIRMATIONS)
+        self._advance(Stage.MASKED_INPUT_COLLECTION, Stage.UNMASKING if without else Stage.CONSISTENCY_CHECK)
         self._check_enough(self._masked, "sent masked vectors")
         self._asked = set(self._masked) if without else set()
         message = Survivors(self._session, self._present).to_bytes()
         return {self._order[number].name: message for number in sorted(self._masked)}
 
     def add_confirmation(self, name: str, data: bytes) -> None:
-        """Take a survivor's `Confirmation`. Raises PayloadError."""
+        """Accept a survivor's `Confirmation`. Raises PayloadError if it fails validation."""
         confirmation = Confirmation.from_bytes(data)
         session, client = confirmation.session, confirmation.client
-        number = self._sender(Phase.CONFIRMATIONS, name, "its confirmation", session, client)
+        number = self._sender(Stage.CONSISTENCY_CHECK, name, "its confirmation", session, client)
         if number not in self._masked:
-            raise PayloadError(f"{name} sent its confirmation and is no survivor")
+            raise PayloadError(f"{name} sent its confirmation but is not a survivor")
         if number in self._confirmations:
             raise PayloadError(f"{name} sent its confirmation twice")
-        assert self._known is not None  # or this phase is skipped
+        assert self._known is not None  # otherwise this stage is skipped
         signed = Survivors(self._session, self._present).signed
         verify(self._known, name, confirmation.signature, SURVIVORS, self._run, self._digest, signed)
         self._confirmations[number] = confirmation.signature
 
     def reveal_requests(self) -> dict[str, bytes]:
-        """Close the confirmations -> `Survivors` with the neighbors' signatures, for all that confirmed.
+        """Close ConsistencyCheck -> `Survivors` with the neighbors' signatures, for all clients that signed.
 
         Raises:
-            RunError: below the threshold; nobody has revealed anything, nor is asked to.
+            RunError: too few clients are left for the threshold. No client has revealed anything.
         """
-        self._advance(Phase.CONFIRMATIONS, Phase.REVEALS)
+        self._advance(Stage.CONSISTENCY_CHECK, Stage.UNMASKING)
         self._check_enough(self._confirmations, "confirmed the survivors")
         self._asked = set(self._confirmations)
         result = {}
@@ -229,25 +221,25 @@ class ServerSession:
         return result
 
     def add_reveal(self, name: str, data: bytes) -> None:
-        """Take a client's `Reveal`. Raises PayloadError, also where it is not the one share of each that was asked."""
+        """Accept a client's `Reveal`. Raises PayloadError unless it has the one requested share of each neighbor."""
         reveal = Reveal.from_bytes(data)
-        number = self._sender(Phase.REVEALS, name, "its reveal", reveal.session, reveal.client)
+        number = self._sender(Stage.UNMASKING, name, "its reveal", reveal.session, reveal.client)
         if number not in self._asked:
-            raise PayloadError(f"{name} sent a reveal that it was not asked for")
+            raise PayloadError(f"{name} sent a reveal that was not requested")
         if number in self._reveals:
             raise PayloadError(f"{name} sent its reveal twice")
         expected = {peer: peer in self._masked for peer in self._neighbors[number] if peer in self._shared}
         if {peer: survived for peer, (survived, _) in reveal.shares.items()} != expected:
-            raise PayloadError(f"{name} revealed other shares than one for each neighbor that shared with it")
+            raise PayloadError(f"{name} revealed other shares than the one requested for each neighbor")
         self._reveals[number] = reveal.shares
 
     def finish(self) -> Total:
-        """Close the reveals and take the masks off the sum.
+        """Close Unmasking and remove the masks from the sum.
 
         Raises:
-            RunError: fewer reveals than the threshold, or shares that do not give back a client's key.
+            RunError: there are fewer reveals than the threshold, or shares do not reconstruct a client's key.
         """
-        self._advance(Phase.REVEALS, Phase.DONE)
+        self._advance(Stage.UNMASKING, Stage.DONE)
         self._check_enough(self._reveals, "revealed shares")
         for number in sorted(self._shared):
             secret = self._reconstructed(number)
@@ -262,48 +254,48 @@ class ServerSession:
     def _present(self) -> tuple[bool, ...]:
         return tuple(number in self._masked for number in range(len(self._order)))
 
-    def _expect(self, phase: Phase, name: str, what: str) -> None:
-        if self._phase is not phase:
-            when = "after they were closed" if self._phase > phase else "before it was asked for"
+    def _expect(self, stage: Stage, name: str, what: str) -> None:
+        if self._stage is not stage:
+            when = "after its stage was closed" if self._stage > stage else "before its stage"
             raise PayloadError(f"{name} sent {what} {when}")
 
-    def _advance(self, phase: Phase, following: Phase) -> None:
-        """Raises RunError where the caller skips or repeats a stage."""
-        if self._phase is not phase:
-            raise RunError(f"session is at {self._phase.name.lower()}, expected {phase.name.lower()}")
-        self._phase = following
+    def _advance(self, stage: Stage, following: Stage) -> None:
+        """Raises RunError if the caller skips or repeats a stage."""
+        if self._stage is not stage:
+            raise RunError(f"session is at {self._stage}, expected {stage}")
+        self._stage = following
 
-    def _sender(self, phase: Phase, name: str, what: str, session: Session, client: int) -> int:
-        """The client's number, where it may send this now."""
-        self._expect(phase, name, what)
+    def _sender(self, stage: Stage, name: str, what: str, session: Session, client: int) -> int:
+        """The client's number, if it may send this message now."""
+        self._expect(stage, name, what)
         if name not in self._numbers:
-            raise PayloadError(f"{name} sent {what} and is not in this session")
+            raise PayloadError(f"{name} sent {what} but is not in this session")
         if session != self._session:
             raise PayloadError(f"{name} sent {what} of another session")
         if client != self._numbers[name]:
-            raise PayloadError(f"{name} sent {what} as client {client}, and is client {self._numbers[name]}")
+            raise PayloadError(f"{name} sent {what} as client {client}, but is client {self._numbers[name]}")
         return self._numbers[name]
 
     def _check_enough(self, active: Iterable[int], did: str) -> None:
-        """Every client that shared must have a threshold of neighbors that are still there to reveal for it."""
+        """Every client that sent shares must have at least a threshold of neighbors that are still active."""
         still, threshold = set(active), self._terms.threshold
-        most = max((threshold - len(still & set(self._neighbors[one])) for one in self._shared), default=threshold)
-        if most > 0:
-            self._phase = Phase.DONE
-            raise RunError(f"{len(still)} of {len(self._order)} clients {did}: {most} are missing to the threshold")
+        missing = max((threshold - len(still & set(self._neighbors[one])) for one in self._shared), default=threshold)
+        if missing > 0:
+            self._stage = Stage.DONE
+            raise RunError(f"{len(still)} of {len(self._order)} clients {did}: {missing} too few for the threshold")
 
     def _reconstructed(self, number: int) -> bytes:
-        """The one secret of a client that its neighbors revealed."""
-        # A share's index is the holder's place among the neighbors.
+        """Reconstruct the secret of a client of which its neighbors revealed shares."""
+        # The index of a share is its holder's position among the neighbors.
         peers = enumerate(self._neighbors[number], start=1)
         shares = {index: self._reveals[peer][number][1] for index, peer in peers if peer in self._reveals}
         return shamir.combine(shares, self._terms.threshold)
 
     def _remove_pair_masks(self, gone: int, secret: bytes) -> None:
-        """What a client that dropped out left in its neighbors' vectors."""
+        """Remove the pair masks that a dropped-out client left in its neighbors' vectors."""
         advert, members = self._order[gone], self._terms.members
         if public_key(secret) != advert.mask_key:
-            raise RunError(f"shares of {advert.name}'s key do not give it back: a neighbor revealed a false one")
+            raise RunError(f"shares of {advert.name}'s key do not reconstruct it: a neighbor revealed a wrong share")
         for peer in self._neighbors[gone]:
             if peer in self._masked:
                 seed = pair_seed(secret, self._order[peer].mask_key, self._digest, members[gone], members[peer])

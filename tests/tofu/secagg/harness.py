@@ -16,6 +16,11 @@ RUN = b"a run for tests"
 STAGES = ("share", "mask", "confirm", "reveal")
 
 
+def ring_bits(clients: int, value_bits: int) -> int:
+    """Bits of the smallest ring in which the sum of `clients` values of `value_bits` bits cannot overflow."""
+    return (2 * clients * (2 ** (value_bits - 1) - 1)).bit_length()
+
+
 def names(count: int) -> list[str]:
     return [f"client-{number}" for number in range(count)]
 
@@ -85,7 +90,7 @@ class Session:
 
     def advertise(self) -> None:
         for name in self.members:
-            data = self.client(name).advertise()
+            data = self.client(name).advertise_keys()
             self.received.append((name, "advert", data))
             self.server.add_advert(name, data)
         self.rosters = self.down = self.server.rosters(self.topology)
@@ -93,7 +98,7 @@ class Session:
     def share(self) -> None:
         for name, data in self.down.items():
             if self.there(name, "share"):
-                answer = self.client(name).share(data)
+                answer = self.client(name).share_keys(data)
                 self.received.append((name, "share", answer))
                 self.server.add_shares(name, answer)
         self.down = self.server.deliveries()
@@ -101,7 +106,7 @@ class Session:
     def mask(self) -> None:
         for name, data in self.down.items():
             if self.there(name, "mask"):
-                answer = self.client(name).mask(self.vectors[name], data)
+                answer = self.client(name).mask_input(self.vectors[name], data)
                 self.received.append((name, "mask", answer))
                 self.server.add_masked(name, answer)
         self.down = self.server.survivors()
@@ -109,7 +114,7 @@ class Session:
     def confirm(self) -> None:
         for name, data in self.down.items():
             if self.there(name, "confirm"):
-                answer = self.client(name).confirm(data)
+                answer = self.client(name).check_consistency(data)
                 self.received.append((name, "confirm", answer))
                 self.server.add_confirmation(name, answer)
         self.down = self.server.reveal_requests()
@@ -117,7 +122,7 @@ class Session:
     def reveal(self) -> None:
         for name, data in self.down.items():
             if self.there(name, "reveal"):
-                answer = self.client(name).reveal(data)
+                answer = self.client(name).unmask(data)
                 self.received.append((name, "reveal", answer))
                 self.server.add_reveal(name, answer)
 

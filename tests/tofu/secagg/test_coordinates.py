@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.conftest import Case
 from tofu.errors import SettingError
-from tofu.secagg.coordinates import LED, MIN_LEVELS, decode, digest, encode, places, settings_for
+from tofu.secagg.coordinates import LEADING_FRACTION, MIN_LEVELS, decode, digest, encode, select, settings_for
 from tofu.secagg.fixed_point import FixedPoint
 
 shares = st.floats(0.01, 1.0)
@@ -32,7 +32,7 @@ def flat(case: Case) -> Tensor:
 def test_the_code_of_a_sum_is_the_sum_of_the_codes(
     moved: Tensor, share: float, turn: int, seed: int, by: float
 ) -> None:
-    taken, values = places(moved, share, turn), moved.numel()
+    taken, values = select(moved, share, turn), moved.numel()
     one, other = torch.randn(2, values, generator=torch.Generator().manual_seed(seed)).double()
     codes = encode(one, taken) + by * encode(other, taken)
     assert torch.equal(encode(one + by * other, taken), codes)
@@ -43,7 +43,7 @@ def test_the_code_of_a_sum_is_the_sum_of_the_codes(
 @settings(max_examples=150, deadline=None)
 @given(movements(), shares, turns)
 def test_places_are_as_many_as_asked_and_in_order(moved: Tensor, share: float, turn: int) -> None:
-    taken = places(moved, share, turn)
+    taken = select(moved, share, turn)
     assert taken.numel() == math.ceil(share * moved.numel())
     assert torch.equal(taken, taken.unique())
     assert 0 <= int(taken[0]) <= int(taken[-1]) < moved.numel()
@@ -56,9 +56,9 @@ def test_places_are_as_many_as_asked_and_in_order(moved: Tensor, share: float, t
 @given(movements(), shares, turns)
 def test_what_moved_furthest_is_sent(moved: Tensor, share: float, turn: int) -> None:
     """Every entry that is among the led by a plain sort, whatever the turn."""
-    taken = set(places(moved, share, turn).tolist())
+    taken = set(select(moved, share, turn).tolist())
     order = sorted(range(moved.numel()), key=lambda place: (-abs(float(moved[place])), place))
-    led = [place for place in order[: int(LED * len(taken))] if moved[place] != 0]
+    led = [place for place in order[: int(LEADING_FRACTION * len(taken))] if moved[place] != 0]
     assert taken.issuperset(led)
 
 
@@ -67,9 +67,9 @@ def test_what_moved_furthest_is_sent(moved: Tensor, share: float, turn: int) -> 
 def test_higher_levels_lead(moved: Tensor, share: float, turn: int, seed: int) -> None:
     """By a plain sort, first by level, then by distance."""
     levels = torch.randint(-3, 4, moved.shape, generator=torch.Generator().manual_seed(seed))
-    taken = set(places(moved, share, turn, levels=levels.numpy()).tolist())
+    taken = set(select(moved, share, turn, levels=levels.numpy()).tolist())
     order = sorted(range(moved.numel()), key=lambda p: (-int(levels[p]), -abs(float(moved[p])), p))
-    led = min(int(LED * len(taken)), int((moved != 0).sum()))
+    led = min(int(LEADING_FRACTION * len(taken)), int((moved != 0).sum()))
     if len(taken) < moved.numel():
         assert taken.issuperset(order[:led])
     assert len(taken) == math.ceil(share * moved.numel())
@@ -79,12 +79,12 @@ def test_higher_levels_lead(moved: Tensor, share: float, turn: int, seed: int) -
 @given(movements(), st.floats(0.05, 1.0), turns)
 def test_every_entry_has_its_turn(moved: Tensor, share: float, first: int) -> None:
     count = math.ceil(share * moved.numel())
-    led = min(int(LED * count), int((moved != 0).sum()))
+    led = min(int(LEADING_FRACTION * count), int((moved != 0).sum()))
     rest, window = moved.numel() - led, count - led
     seen: set[int] = set()
     for turn in range(first, first + math.ceil(rest / window)):
         assert len(seen) < moved.numel()
-        seen |= set(places(moved, share, turn).tolist())
+        seen |= set(select(moved, share, turn).tolist())
     assert len(seen) == moved.numel()
 
 
@@ -94,7 +94,7 @@ def test_a_turn_is_spread_evenly(moving: bool) -> None:
     moved = torch.zeros(100_000)
     moved[0] = float(moving)
     for turn in range(12):
-        taken = places(moved, 0.1, turn)
+        taken = select(moved, 0.1, turn)
         counts = decode(torch.ones(taken.numel()), taken, moved.numel()).view(100, 1000).sum(1)
         assert counts.min() >= 97
         assert counts.max() <= 103
@@ -102,16 +102,16 @@ def test_a_turn_is_spread_evenly(moving: bool) -> None:
 
 def test_both_ends_take_the_same_and_notice_where_not(mlp_update: Case) -> None:
     moved = flat(mlp_update)
-    taken = places(moved, 0.25, 3)
-    assert digest(taken) == digest(places(moved.clone(), 0.25, 3))
-    others = [places(moved, 0.25, 4), places(moved, 0.26, 3), places(moved.roll(1), 0.25, 3)]
+    taken = select(moved, 0.25, 3)
+    assert digest(taken) == digest(select(moved.clone(), 0.25, 3))
+    others = [select(moved, 0.25, 4), select(moved, 0.26, 3), select(moved.roll(1), 0.25, 3)]
     assert len({digest(other) for other in [taken, *others]}) == 4
 
 
 def test_entries_that_moved_carry_most_of_a_real_update(every_layer_update: Case, mlp_update: Case) -> None:
     """A quarter of the places, led by the update itself, holds far more of it than a quarter drawn evenly."""
     update = flat(mlp_update)
-    led, even = (places(update, 0.25, 0, led=led) for led in (LED, 0.0))
+    led, even = (select(update, 0.25, 0, leading_fraction=led) for led in (LEADING_FRACTION, 0.0))
     parts = [float(encode(update, taken).square().sum() / update.square().sum()) for taken in (led, even)]
     assert parts[0] > 0.7
     assert parts[1] == pytest.approx(0.25, abs=0.05)
@@ -122,7 +122,7 @@ def test_error_feedback_delivers_a_real_update(mlp_update: Case) -> None:
     update = flat(mlp_update)
     residual, arrived = torch.zeros_like(update), torch.zeros_like(update)
     for turn in range(8):
-        taken = places(torch.zeros_like(update), 1 / 8, turn)
+        taken = select(torch.zeros_like(update), 1 / 8, turn)
         target = update + residual
         sent = decode(encode(target, taken), taken, update.numel())
         arrived += sent
@@ -152,8 +152,8 @@ def test_settings_for_ten_clients() -> None:
 
 def test_what_cannot_be_compacted_is_refused() -> None:
     for share in (0.0, -0.1, 1.1, math.nan):
-        with pytest.raises(SettingError, match="share"):
-            places(torch.ones(10), share, 0)
+        with pytest.raises(SettingError, match="fraction"):
+            select(torch.ones(10), share, 0)
     for ratio in (0.5, math.inf, math.nan):
         with pytest.raises(SettingError, match="ratio"):
             settings_for(ratio, 10)

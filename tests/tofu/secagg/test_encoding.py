@@ -6,18 +6,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.tofu.secagg.harness import ring_bits
 from tofu.errors import PayloadError, RunError
 from tofu.secagg.encoding import (
     FIRST_RANGE,
-    LARGEST,
     EncodingConfig,
     RingEncoder,
     SecureMean,
     first_ranges,
+    nearest_range,
     next_range,
-    reach,
 )
-from tofu.secagg.fixed_point import ring_bits
+from tofu.secagg.encoding.encoder import MAX_REPORTED
 from tofu.secagg.ring import RingVector, largest
 from tofu.weights import ParamSpec, Weights
 
@@ -75,7 +75,7 @@ def test_the_sum_decodes_to_the_weighted_mean(
         assert torch.all((mean.update[name] - delivered).abs() <= 1e-5)
     assert mean.examples == sum(examples)
     assert (mean.clipped, mean.furthest) == (0, 1.0)
-    assert abs(mean.loss - 1.5) <= LARGEST / levels
+    assert abs(mean.loss - 1.5) <= MAX_REPORTED / levels
 
 
 def test_what_does_not_fit_is_counted_named_by_distance_and_not_delivered() -> None:
@@ -88,7 +88,7 @@ def test_what_does_not_fit_is_counted_named_by_distance_and_not_delivered() -> N
     assert float(encoded[1].decoded["weight"][2, 3]) == pytest.approx(0.1)
     mean = code.decode(summed([one.vector for one in encoded], ring_bits(3, 12)), 3)
     assert mean.clipped == 1
-    assert mean.furthest == pytest.approx(4.5, abs=LARGEST / 2047)
+    assert mean.furthest == pytest.approx(4.5, abs=MAX_REPORTED / 2047)
     # The tensor that was too narrow is extend_basis by as much, and no other.
     assert mean.ranges[0] == pytest.approx(0.45, rel=0.05)
     assert all(range_ <= 1.0 for range_ in mean.ranges[1:])
@@ -170,7 +170,9 @@ def test_coarse_terms_deliver_most_of_an_update_in_few_levels() -> None:
     """Seven bits for ten clients; ranges from the largest value and unbiased rounding add more noise than they save."""
     sent, examples, bits = heavy_tailed(10), [30, 70] * 5, 7
     wide = RingEncoder(BROAD, EncodingConfig(10, bits, 50.0, (4 * 1.5,) * 2))
-    fit = RingEncoder(BROAD, EncodingConfig(10, bits, 50.0, (reach(wide.levels) * 0.11,) * 2, coarse=True))
+    fit = RingEncoder(
+        BROAD, EncodingConfig(10, bits, 50.0, (nearest_range(wide.levels) * 0.11,) * 2, nearest_rounding=True)
+    )
     (_, missed_wide), (mean, missed) = (coarse_mean(code, sent, examples, bits) for code in (wide, fit))
     assert missed < 0.1
     assert missed_wide > 1
@@ -180,12 +182,12 @@ def test_coarse_terms_deliver_most_of_an_update_in_few_levels() -> None:
 
 def test_coarse_ranges_follow_the_mean_square_of_all_clients() -> None:
     sent, examples, bits = heavy_tailed(4, seed=1), [20, 40, 60, 80], 6
-    code = RingEncoder(BROAD, EncodingConfig(4, bits, 50.0, (0.5, 0.002), coarse=True))
+    code = RingEncoder(BROAD, EncodingConfig(4, bits, 50.0, (0.5, 0.002), nearest_rounding=True))
     mean, _ = coarse_mean(code, sent, examples, bits)
     weighted = [update["weight"] * (n / 50.0) for update, n in zip(sent, examples, strict=True)]
     deviation = float(torch.stack(weighted).square().mean().sqrt())
-    assert mean.ranges[0] == pytest.approx(reach(code.levels) * deviation, rel=1e-4)
-    assert mean.ranges[1] == pytest.approx(reach(code.levels) * 0.002, rel=1e-4)  # far too narrow: as wide as is known
+    assert mean.ranges[0] == pytest.approx(nearest_range(code.levels) * deviation, rel=1e-4)
+    assert mean.ranges[1] == pytest.approx(nearest_range(code.levels) * 0.002, rel=1e-4)
     assert mean.clipped > 100
     assert mean.furthest > 2
     still = [{name: torch.zeros(shape) for name, shape in BROAD.shapes.items()}] * 4
@@ -209,7 +211,7 @@ def test_reach_is_where_rounding_and_clipping_cost_least(levels: int) -> None:
         rounded = (np.rint(np.clip(values, -range_, range_) / step + dither) - dither) * step
         return float(np.square(rounded - values).mean())
 
-    best = reach(levels) / 1.5
+    best = nearest_range(levels) / 1.5
     assert error(best) < min(error(0.8 * best), error(1.25 * best))
 
 
@@ -219,16 +221,16 @@ def test_reach_is_where_rounding_and_clipping_cost_least(levels: int) -> None:
     st.lists(st.floats(2**-20, 2**20, width=32), max_size=6), st.booleans(),
 )  # fmt: skip
 def test_terms_go_round(clients: int, bits: int, unit: float, ranges: list[float], coarse: bool) -> None:
-    terms = EncodingConfig(clients, bits, unit, tuple(ranges), coarse=coarse)
+    terms = EncodingConfig(clients, bits, unit, tuple(ranges), nearest_rounding=coarse)
     assert EncodingConfig.from_bytes(terms.to_bytes()) == terms
 
 
 @pytest.mark.parametrize(
     ("terms", "reason"),
     [
-        (EncodingConfig(3, 12, 1.0, (1.0, float("nan"))), "usual positive"),
-        (EncodingConfig(3, 12, 1.0, (-1.0,)), "usual positive"),
-        (EncodingConfig(3, 12, float("inf"), (1.0,)), "usual positive"),
+        (EncodingConfig(3, 12, 1.0, (1.0, float("nan"))), "range or weight outside"),
+        (EncodingConfig(3, 12, 1.0, (-1.0,)), "range or weight outside"),
+        (EncodingConfig(3, 12, float("inf"), (1.0,)), "range or weight outside"),
         (EncodingConfig(3, 65, 1.0, (1.0,)), "65 bits"),
         (EncodingConfig(3, 0, 1.0, (1.0,)), "0 bits"),
     ],
@@ -241,11 +243,11 @@ def test_terms_that_nobody_can_work_by_are_refused(terms: EncodingConfig, reason
 def test_cut_terms_and_terms_of_another_model_are_refused() -> None:
     data = EncodingConfig(3, 12, 1.0, (1.0,) * 4).to_bytes()
     for cut in (b"", data[:-1], data + b"x"):
-        with pytest.raises(PayloadError, match="secure terms have"):
+        with pytest.raises(PayloadError, match="encoding config has"):
             EncodingConfig.from_bytes(cut)
     with pytest.raises(PayloadError, match="3 ranges, expected 4"):
         code_for(3, ranges=(1.0,) * 3)
-    with pytest.raises(PayloadError, match="cannot be used"):
+    with pytest.raises(PayloadError, match="is not usable"):
         RingEncoder(LAYOUT, EncodingConfig(1000, 3, 1.0, (1.0,) * 4))
     with pytest.raises(PayloadError, match="elements, expected"):
         code_for(3).decode(np.zeros(7, np.uint64), 3)
@@ -260,7 +262,7 @@ def test_an_update_that_is_not_finite_stops_the_client() -> None:
 
 @given(st.integers(0, 2**16), st.integers(4, 12))
 def test_to_the_nearest_step_an_error_is_half_a_step_and_never_more_than_the_value(seed: int, value_bits: int) -> None:
-    terms = EncodingConfig(2, ring_bits(2, value_bits), 50.0, (1.0,) * 4, coarse=True)
+    terms = EncodingConfig(2, ring_bits(2, value_bits), 50.0, (1.0,) * 4, nearest_rounding=True)
     code, update = RingEncoder(LAYOUT, terms), updates(1, 0.2, seed)[0]
     one = code.encode(update, 50, 1.0)
     assert torch.equal(one.decoded["weight"], code.encode(update, 50, 1.0).decoded["weight"])

@@ -54,22 +54,22 @@ def test_a_swapped_key_is_refused_by_its_client_s_name() -> None:
     client, roster, own = victim(started("share"))
     swapped, _ = own_keys(roster.adverts[1].name)
     others = [roster.adverts[0], swapped, *roster.adverts[2:]]
-    refused(client.share, rebuilt(roster, own, others), reason=f"^{swapped.name} did not sign this advert")
+    refused(client.share_keys, rebuilt(roster, own, others), reason=f"^{swapped.name} did not sign this advert")
     stranger, _ = own_keys("stranger", Identity.generate("stranger"))
     others = [stranger, *roster.adverts[1:]]
-    refused(client.share, rebuilt(roster, own, others), reason="^stranger is not among the 5 known identities")
+    refused(client.share_keys, rebuilt(roster, own, others), reason="^stranger is not among the 5 known identities")
     # The key of one signature under the name of another.
     borrowed = replace(swapped, signature=roster.adverts[1].signature)
     others = [roster.adverts[0], borrowed, *roster.adverts[2:]]
-    refused(client.share, rebuilt(roster, own, others), reason=f"^{swapped.name} did not sign this advert")
-    client.share(rebuilt(roster, own, list(roster.adverts)))
+    refused(client.share_keys, rebuilt(roster, own, others), reason=f"^{swapped.name} did not sign this advert")
+    client.share_keys(rebuilt(roster, own, list(roster.adverts)))
 
 
 def test_without_identities_a_swapped_key_goes_through() -> None:
     """The check above is what stops it: this test fails if it stops being needed."""
     client, roster, own = victim(started("share", signed=False))
     swapped, _ = own_keys(roster.adverts[1].name)
-    client.share(rebuilt(roster, own, [roster.adverts[0], swapped, *roster.adverts[2:]]))
+    client.share_keys(rebuilt(roster, own, [roster.adverts[0], swapped, *roster.adverts[2:]]))
 
 
 def test_a_signature_is_of_one_run() -> None:
@@ -81,7 +81,9 @@ def test_a_signature_is_of_one_run() -> None:
     other_run = Advert(name, *(public_key(new_seed()) for _ in range(2)))
     signed = replace(other_run, signature=identity.sign(ADVERT, b"other run", name.encode(), other_run.signed))
     refused(
-        client.share, rebuilt(roster, own, [signed, *roster.adverts[1:]]), reason=f"^{name} did not sign this advert"
+        client.share_keys,
+        rebuilt(roster, own, [signed, *roster.adverts[1:]]),
+        reason=f"^{name} did not sign this advert",
     )
 
 
@@ -90,31 +92,35 @@ def test_rosters_that_must_not_be_answered() -> None:
     client, roster, own = victim(session)
     others = list(roster.adverts)
     altered, _ = own_keys("client-0")
-    refused(client.share, rebuilt(roster, altered, others), reason="roster does not hold the advert that client-0 sent")
-    refused(client.share, rebuilt(roster, own, [altered, *others[1:]]), reason="roster has client-0 twice")
+    refused(
+        client.share_keys, rebuilt(roster, altered, others), reason="roster does not hold the advert that client-0 sent"
+    )
+    refused(client.share_keys, rebuilt(roster, own, [altered, *others[1:]]), reason="roster has client-0 twice")
     twin = replace(own_keys("twin")[0], mask_key=others[1].mask_key)
-    refused(client.share, rebuilt(roster, own, [twin, *others[1:]]), reason=r"roster has a key of .* twice")
+    refused(client.share_keys, rebuilt(roster, own, [twin, *others[1:]]), reason=r"roster has a key of .* twice")
     mirror = replace(own_keys("mirror")[0], share_key=own.mask_key)
-    refused(client.share, rebuilt(roster, own, [mirror, *others[1:]]), reason="roster has a key of mirror twice")
+    refused(client.share_keys, rebuilt(roster, own, [mirror, *others[1:]]), reason="roster has a key of mirror twice")
     same = own_keys("same")[0]
     same = replace(same, share_key=same.mask_key)
-    refused(client.share, rebuilt(roster, own, [same, *others[1:]]), reason="roster has a key of same twice")
+    refused(client.share_keys, rebuilt(roster, own, [same, *others[1:]]), reason="roster has a key of same twice")
     doubled = own_keys(others[1].name)[0]
-    refused(client.share, rebuilt(roster, own, [doubled, *others[1:]]), reason=f"roster has {doubled.name} twice")
+    refused(client.share_keys, rebuilt(roster, own, [doubled, *others[1:]]), reason=f"roster has {doubled.name} twice")
     for threshold in (0, 1, 2, 5):
         told = rebuilt(roster, own, others, threshold=threshold)
-        refused(client.share, told, reason=f"roster has threshold {threshold}, expected 3 to 4")
+        refused(client.share_keys, told, reason=f"roster has threshold {threshold}, expected 3 to 4")
     fewer = replace(roster, adverts=roster.adverts[1:]).to_bytes()
-    refused(client.share, fewer, reason="roster has 3 neighbors, expected 4")
+    refused(client.share_keys, fewer, reason="roster has 3 neighbors, expected 4")
     told = rebuilt(roster, own, others, neighbors=3)
-    refused(client.share, told, reason="roster has 4 neighbors, expected 3")
+    refused(client.share_keys, told, reason="roster has 4 neighbors, expected 3")
     wrong = replace(roster, client=(roster.client + 1) % COUNT).to_bytes()
-    refused(client.share, wrong, reason="roster is for client")
+    refused(client.share_keys, wrong, reason="roster is for client")
     shuffled = replace(roster, adverts=(others[1], others[0], *others[2:])).to_bytes()
-    refused(client.share, shuffled, reason="which the graph does not have there")
+    refused(client.share_keys, shuffled, reason="which the graph does not have there")
     odd = replace(roster.terms, neighbors=3)
-    refused(client.share, Roster(roster.client, odd, roster.adverts[:3]).to_bytes(), reason="expected 2 to 3|no graph")
-    client.share(roster.to_bytes())
+    refused(
+        client.share_keys, Roster(roster.client, odd, roster.adverts[:3]).to_bytes(), reason="expected 2 to 3|no graph"
+    )
+    client.share_keys(roster.to_bytes())
 
 
 def test_a_client_s_own_least_numbers_hold() -> None:
@@ -122,11 +128,15 @@ def test_a_client_s_own_least_numbers_hold() -> None:
     strict = replace(session.members["client-0"], min_neighbors=5)
     saved = session.clients["client-0"].to_bytes()
     refused(
-        ClientSession.from_bytes(strict, saved).share, session.down["client-0"], reason="4 neighbors, expected .* 5"
+        ClientSession.from_bytes(strict, saved).share_keys,
+        session.down["client-0"],
+        reason="4 neighbors, expected .* 5",
     )
     wary = replace(session.members["client-0"], max_colluding=1)
     refused(
-        ClientSession.from_bytes(wary, saved).share, session.down["client-0"], reason="threshold 3, expected 4 to 4"
+        ClientSession.from_bytes(wary, saved).share_keys,
+        session.down["client-0"],
+        reason="threshold 3, expected 4 to 4",
     )
 
 
@@ -137,8 +147,8 @@ def test_a_neighbor_that_the_graph_does_not_have_is_refused() -> None:
     near = {advert.name for advert in roster.adverts} | {"client-0"}
     far = next(advert for other in others for advert in other.adverts if advert.name not in near)
     seated = replace(roster, adverts=(far, *roster.adverts[1:])).to_bytes()
-    refused(client.share, seated, reason=f"roster has {far.name} as neighbor")
-    client.share(roster.to_bytes())
+    refused(client.share_keys, seated, reason=f"roster has {far.name} as neighbor")
+    client.share_keys(roster.to_bytes())
 
 
 @pytest.mark.parametrize("signed", [False, True])
@@ -152,26 +162,40 @@ def test_no_stage_is_answered_twice_or_out_of_order(signed: bool) -> None:
         for stage in told:
             if stage != allowed:
                 args = (vector, told[stage]) if stage == "mask" else (told[stage],)
-                reason = f"^client-0 was asked to {stage} at stage {now}, expected "
-                refused(getattr(client, stage), *args, reason=reason)
-        if now != "new":
-            refused(client.advertise, reason=f"^client-0 was asked to advertise at stage {now}, expected new")
+                refused(methods[stage], *args, reason=f"^client-0 got a message of .*, expected {now}$")
+        if now != "AdvertiseKeys":
+            refused(client.advertise_keys, reason=f"^client-0 got a message of AdvertiseKeys, expected {now}$")
         assert client.to_bytes() == saved
 
-    all_but("", "new")
-    stages = [("share", "advertised"), ("mask", "shared"), ("confirm", "masked"), ("reveal", "confirmed")]
+    methods = {
+        "share": client.share_keys,
+        "mask": client.mask_input,
+        "confirm": client.check_consistency,
+        "reveal": client.unmask,
+    }
+
+    all_but("", "AdvertiseKeys")
+    stages = [
+        ("share", "ShareKeys"),
+        ("mask", "MaskedInputCollection"),
+        ("confirm", "ConsistencyCheck"),
+        ("reveal", "Unmasking"),
+    ]
     if not signed:
-        stages = [*stages[:2], ("reveal", "masked")]
+        stages.remove(("confirm", "ConsistencyCheck"))
     steps = ["advertise", *(stage for stage, _ in stages)]
     for step, (stage, now) in zip(steps, stages, strict=False):
         getattr(session, step)()
         told[stage] = session.down["client-0"]
-        if signed or now != "masked":
-            all_but(stage, now)
+        all_but(stage, now)
     if not signed:
-        refused(client.confirm, told["reveal"], reason="client-0 was asked to confirm|no identity to confirm")
+        refused(
+            client.check_consistency,
+            told["reveal"],
+            reason="^client-0 got a message of ConsistencyCheck, expected Unmasking",
+        )
     session.reveal()
-    all_but("", "closed")
+    all_but("", "Done")
     total = session.server.finish()
     assert (total.vector == plain_sum(VECTORS, total.survivors, 12)).all()
 
@@ -184,20 +208,25 @@ def test_another_session_s_messages_are_refused(signed: bool) -> None:
         for _ in range(2)
     )
     client = one.clients["client-0"]
-    refused(client.share, other.down["client-0"], reason="roster does not hold the advert that client-0 sent")
+    refused(client.share_keys, other.down["client-0"], reason="roster does not hold the advert that client-0 sent")
     one.share()
     other.share()
-    refused(client.mask, VECTORS["client-0"], other.down["client-0"], reason="shares belong to another session")
+    refused(client.mask_input, VECTORS["client-0"], other.down["client-0"], reason="shares are of another session")
     refused(
-        client.mask, VECTORS["client-0"], one.down["client-1"], reason="shares are for client . and client-0 is|, and"
+        client.mask_input,
+        VECTORS["client-0"],
+        one.down["client-1"],
+        reason="shares are for client . and client-0 is|, and",
     )
     one.mask()
     other.mask()
-    refused(client.confirm if signed else client.reveal, other.down["client-0"], reason="survivors belong to another")
+    refused(
+        client.check_consistency if signed else client.unmask, other.down["client-0"], reason="survivors are of another"
+    )
     if signed:
         one.confirm()
         other.confirm()
-        refused(client.reveal, other.down["client-0"], reason="survivors belong to another session")
+        refused(client.unmask, other.down["client-0"], reason="survivors are of another session")
     one.reveal()
     assert (one.server.finish().vector == plain_sum(VECTORS, tuple(names(COUNT)), 12)).all()
 
@@ -214,15 +243,25 @@ def test_shares_that_are_forged_moved_or_too_few_are_refused_by_name() -> None:
 
     forged = one[:20] + bytes([one[20] ^ 1]) + one[21:]
     for sealed in ({first: forged}, {first: two, second: one}):
-        refused(client.mask, vector, with_shares({**told.sealed, **sealed}), reason=f"^shares of {name} do not open")
+        refused(
+            client.mask_input,
+            vector,
+            with_shares({**told.sealed, **sealed}),
+            reason=f"^shares of {name} cannot be decrypted",
+        )
     # What the client itself sealed for that neighbor comes back to it.
     reflected = next(data for who, what, data in session.received if (who, what) == ("client-0", "share"))
-    refused(client.mask, vector, reflected, reason=f"^shares of {name} do not open")
+    refused(client.mask_input, vector, reflected, reason=f"^shares of {name} cannot be decrypted")
     few = with_shares(dict(rest))
-    refused(client.mask, vector, few, reason="shares came from 2 neighbors, expected at least 3")
-    refused(client.mask, vector, with_shares({told.client: one}), reason="is no neighbor of client-0")
-    refused(client.mask, vector, with_shares({**told.sealed, 77: one}), reason="client 77 is no neighbor of client-0")
-    client.mask(vector, session.down["client-0"])
+    refused(client.mask_input, vector, few, reason="shares came from 2 neighbors, expected at least 3")
+    refused(client.mask_input, vector, with_shares({told.client: one}), reason="is not a neighbor of client-0")
+    refused(
+        client.mask_input,
+        vector,
+        with_shares({**told.sealed, 77: one}),
+        reason="client 77 is not a neighbor of client-0",
+    )
+    client.mask_input(vector, session.down["client-0"])
 
 
 def test_clients_that_were_told_different_terms_do_not_talk() -> None:
@@ -230,14 +269,14 @@ def test_clients_that_were_told_different_terms_do_not_talk() -> None:
     session = started("share", threshold=3)
     told = Roster.from_bytes(session.down["client-0"])
     other = replace(told, terms=replace(told.terms, threshold=4)).to_bytes()
-    session.server.add_shares("client-0", session.clients["client-0"].share(other))
+    session.server.add_shares("client-0", session.clients["client-0"].share_keys(other))
     del session.down["client-0"]
     session.share()
     refused(
-        session.clients["client-1"].mask,
+        session.clients["client-1"].mask_input,
         VECTORS["client-1"],
         session.down["client-1"],
-        reason="^shares of client-0 do not open",
+        reason="^shares of client-0 cannot be decrypted",
     )
 
 
@@ -257,14 +296,14 @@ def test_survivors_that_must_not_be_answered(signed: bool) -> None:
     )
     told, number = lists(session)
     client = session.clients["client-0"]
-    ask = client.confirm if signed else client.reveal
+    ask = client.check_consistency if signed else client.unmask
     smaller = without(told, number["client-1"])
-    refused(ask, smaller.to_bytes(), reason="survivors have 2 neighbors, expected at least 3")
-    refused(ask, without(told, number["client-0"]).to_bytes(), reason="survivors leave out client-0, which sent")
+    refused(ask, smaller.to_bytes(), reason="survivors include 2 neighbors, expected at least 3")
+    refused(ask, without(told, number["client-0"]).to_bytes(), reason="survivors omit client-0, which sent")
     more = replace(told, present=(True,) * COUNT)
-    refused(ask, more.to_bytes(), reason="survivors have client-4, whose shares client-0 never got")
+    refused(ask, more.to_bytes(), reason="survivors include client-4, whose shares client-0 did not receive")
     longer = replace(told, present=(*told.present, True))
-    refused(ask, longer.to_bytes(), reason="survivors are of 6 members, expected 5")
+    refused(ask, longer.to_bytes(), reason="survivors list 6 members, expected 5")
     ask(told.to_bytes())
 
 
@@ -276,23 +315,27 @@ def test_a_live_client_cannot_be_said_to_have_dropped_out() -> None:
     deceived, honest = session.clients["client-0"], session.clients["client-2"]
     signatures = {}
     for name, client in session.clients.items():
-        confirmation = Confirmation.from_bytes(client.confirm((lie if name == "client-0" else told).to_bytes()))
+        confirmation = Confirmation.from_bytes(
+            client.check_consistency((lie if name == "client-0" else told).to_bytes())
+        )
         signatures[confirmation.client] = confirmation.signature
     others = {who: sig for who, sig in signatures.items() if who not in (number["client-0"], number["client-1"])}
     lied = replace(lie, signatures=others)
-    refused(deceived.reveal, lied.to_bytes(), reason="^client-. did not sign this survivors")
-    refused(deceived.reveal, replace(lie, signatures={}).to_bytes(), reason="signed by 0 neighbors, expected 3")
-    refused(deceived.reveal, replace(told, signatures=others).to_bytes(), reason="not those that client-0 signed")
+    refused(deceived.unmask, lied.to_bytes(), reason="^client-. did not sign this survivors")
+    refused(deceived.unmask, replace(lie, signatures={}).to_bytes(), reason="signed by 0 neighbors, expected 3")
+    refused(
+        deceived.unmask, replace(told, signatures=others).to_bytes(), reason="differ from those that client-0 signed"
+    )
     own = {number["client-0"]: signatures[number["client-0"]]}
-    refused(deceived.reveal, replace(lie, signatures=own).to_bytes(), reason="is no neighbor of client-0")
+    refused(deceived.unmask, replace(lie, signatures=own).to_bytes(), reason="is not a neighbor of client-0")
     gone = {number["client-1"]: signatures[number["client-1"]]}
     reason = "survivors are signed by client-1, which is not one of them"
-    refused(deceived.reveal, replace(lie, signatures=gone).to_bytes(), reason=reason)
+    refused(deceived.unmask, replace(lie, signatures=gone).to_bytes(), reason=reason)
     all_but_own = {who: sig for who, sig in signatures.items() if who != number["client-2"]}
     reason = "^client-0 did not sign this survivors"
-    refused(honest.reveal, replace(told, signatures=all_but_own).to_bytes(), reason=reason)
+    refused(honest.unmask, replace(told, signatures=all_but_own).to_bytes(), reason=reason)
     del all_but_own[number["client-0"]]
-    honest.reveal(replace(told, signatures=all_but_own).to_bytes())
+    honest.unmask(replace(told, signatures=all_but_own).to_bytes())
 
 
 @pytest.mark.parametrize("signed", [False, True])
@@ -302,16 +345,16 @@ def test_never_both_shares_of_a_client(signed: bool) -> None:
     told, number = lists(session)
     client = session.clients["client-0"]
     saved = client.to_bytes()
-    reveal = Reveal.from_bytes(client.reveal(session.down["client-0"]))
+    reveal = Reveal.from_bytes(client.unmask(session.down["client-0"]))
     assert sorted(reveal.shares) == sorted(set(range(COUNT)) - {number["client-0"]})
     assert all(survived for survived, _ in reveal.shares.values())
     lie = without(told, number["client-1"])
-    refused(client.reveal, lie.to_bytes(), reason="^client-0 was asked to reveal at stage closed")
+    refused(client.unmask, lie.to_bytes(), reason="^client-0 got a message of Unmasking, expected Done")
     again = ClientSession.from_bytes(session.members["client-0"], saved)
     if signed:  # even from a copy of its state from before, it stands by what it signed
-        refused(again.reveal, lie.to_bytes(), reason="survivors are not those that client-0 signed")
+        refused(again.unmask, lie.to_bytes(), reason="survivors differ from those that client-0 signed")
         return
-    other = Reveal.from_bytes(again.reveal(lie.to_bytes()))
+    other = Reveal.from_bytes(again.unmask(lie.to_bytes()))
     for peer, (survived, share) in other.shares.items():
         assert survived == (peer != number["client-1"])
         assert (share == reveal.shares[peer][1]) == survived
@@ -326,12 +369,12 @@ def test_an_old_advert_of_a_neighbor_gets_no_pair_mask() -> None:
     played = next(Advert.from_bytes(data) for who, what, data in old.received if (who, what) == ("client-1", "advert"))
     others = [played if advert.name == "client-1" else advert for advert in roster.adverts]
     told = rebuilt(roster, own, others)
-    shares = Shares.from_bytes(client.share(told))
+    shares = Shares.from_bytes(client.share_keys(told))
     number = Roster.from_bytes(told).terms.members.index(played.digest)
     noise = {peer: np.random.default_rng(peer).bytes(92) for peer in shares.sealed}
     refused(
-        client.mask,
+        client.mask_input,
         VECTORS["client-0"],
         Shares(shares.session, shares.client, {number: noise[number]}).to_bytes(),
-        reason="^shares of client-1 do not open",
+        reason="^shares of client-1 cannot be decrypted",
     )

@@ -90,7 +90,7 @@ def test_what_is_no_message_is_refused(data: object) -> None:
     for kind in KINDS:
         with pytest.raises(PayloadError):
             kind.from_bytes(data)
-    with pytest.raises(PayloadError, match="saved state is not one"):
+    with pytest.raises(PayloadError, match="saved state was not written"):
         ClientSession.from_bytes(next(iter(members(1, signed=False).values())), data)
 
 
@@ -134,13 +134,13 @@ def test_changed_bytes_to_both_ends_are_answered_or_payload_errors(stage: str, d
         if stage == "advert":
             ClientSession.from_bytes(session.members[name], hostile)
         elif stage == "share":
-            client.share(hostile)
+            client.share_keys(hostile)
         elif stage == "mask":
-            client.mask(session.vectors[name], hostile)
+            client.mask_input(session.vectors[name], hostile)
         elif stage == "confirm":
-            client.confirm(hostile)
+            client.check_consistency(hostile)
         else:
-            client.reveal(hostile)
+            client.unmask(hostile)
     server = session.server
     for take in (server.add_advert, server.add_shares, server.add_masked, server.add_confirmation, server.add_reveal):
         with suppress(PayloadError):

@@ -8,13 +8,12 @@ from tofu.secagg.ring import (
     CHUNK,
     RingVector,
     add,
-    centred,
+    centered,
     check_bits,
     from_signed,
     largest,
     pack,
     packed_bytes,
-    subtract,
     unpack,
 )
 
@@ -58,8 +57,6 @@ def test_ring_laws(bits: int, data: st.DataObject) -> None:
     assert add(a, b, bits).tolist() == exact
     assert (add(a, b, bits) == add(b, a, bits)).all()
     assert (add(add(a, b, bits), c, bits) == add(a, add(b, c, bits), bits)).all()
-    assert (subtract(add(a, b, bits), b, bits) == a).all()
-    assert (subtract(a, a, bits) == 0).all()
 
 
 @settings(deadline=None)
@@ -68,7 +65,7 @@ def test_the_centred_lift_is_the_inverse_of_reduction(bits: int, data: st.DataOb
     half = 2 ** (bits - 1)
     numbers = [*data.draw(st.lists(st.integers(-half, half - 1), max_size=5)), -half, half - 1, 0]
     signed = np.array(numbers, dtype=np.int64)
-    assert (centred(from_signed(signed, bits), bits) == signed).all()
+    assert (centered(from_signed(signed, bits), bits) == signed).all()
     assert from_signed(signed, bits).tolist() == [n % 2**bits for n in numbers]
 
 

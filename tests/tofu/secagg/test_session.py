@@ -1,13 +1,16 @@
 """Whole sessions: the sum is exact whoever drops out, or there is none."""
 
+import doctest
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tofu.secagg
 from tests.tofu.secagg.harness import RUN, STAGES, Session, members, names, plain_sum, random_vectors
 from tofu.errors import PayloadError, RunError, SettingError
 from tofu.secagg.client import ClientSession
@@ -15,7 +18,8 @@ from tofu.secagg.fixed_point import FixedPoint
 from tofu.secagg.graph import Topology
 from tofu.secagg.messages import Advert, Masked, Reveal, Roster, Shares
 from tofu.secagg.participant import Participant
-from tofu.secagg.server import Phase, ServerSession
+from tofu.secagg.server import ServerSession
+from tofu.secagg.terms import Stage
 
 
 @settings(max_examples=60, deadline=None)
@@ -54,7 +58,7 @@ def test_a_mean_of_real_vectors_comes_through() -> None:
     examples = {name: 30 * (number + 1) for number, name in enumerate(values)}
     vectors = {name: code.encode(value, examples[name])[0] for name, value in values.items()}
     total = Session(vectors, code.bits, Topology(9, 6), gone={"client-3": "mask"}).finish()
-    decoded = code.decode(total.vector, len(total.survivors))
+    decoded = code.decode(total.vector)
     weights = np.array([examples[name] for name in total.survivors])
     mean = np.average([values[name].astype(float) for name in total.survivors], axis=0, weights=weights)
     assert decoded.examples == weights.sum()
@@ -69,19 +73,19 @@ def test_below_the_threshold_there_is_no_sum_and_nothing_is_revealed(stage: str,
     vectors = random_vectors(6, 10, 12)
     gone = dict.fromkeys(names(6)[:3], stage)
     session = Session(vectors, 12, Topology(5, 4), signed=signed, gone=gone)
-    with pytest.raises(RunError, match=r"^3 of 6 clients .*: 2 are missing to the threshold$"):
+    with pytest.raises(RunError, match=r"^3 of 6 clients .*: 2 too few for the threshold$"):
         session.finish()
     revealed = [client for client, what, _ in session.received if what == "reveal"]
     # Only where clients go silent after they were asked have the others answered: with fewer shares than it takes.
     assert len(revealed) == (3 if stage == "reveal" else 0)
-    assert session.server.phase is Phase.DONE
-    with pytest.raises(RunError, match="session is at done"):
+    assert session.server.stage is Stage.DONE
+    with pytest.raises(RunError, match="session is at Done"):
         session.server.finish()
 
 
 def test_too_few_adverts_are_counted() -> None:
     session = Session(random_vectors(3, 5, 8), 8, Topology(5, 4))
-    with pytest.raises(RunError, match="3 clients sent adverts: 3 are missing to 6"):
+    with pytest.raises(RunError, match="3 clients sent adverts, expected at least 6"):
         session.advertise()
     with pytest.raises(SettingError, match="neighbors=3"):
         Session(random_vectors(5, 5, 8), 8, Topology(3, 2)).advertise()
@@ -109,10 +113,10 @@ def test_the_server_refuses_by_name_and_goes_on(stage: str) -> None:
             take(name, data)
 
     refused("client-0", foreign, "of another session")
-    refused("nobody", foreign, "and is not in this session")
+    refused("nobody", foreign, "but is not in this session")
     for later, (other, words, _) in list(TAKE.items())[list(TAKE).index(stage) + 1 :]:
         early = next(data for _, kind, data in strange.received if kind == later)
-        with pytest.raises(PayloadError, match=rf"^client-0 sent {words} before it was asked for"):
+        with pytest.raises(PayloadError, match=rf"^client-0 sent {words} before its stage"):
             getattr(session.server, other)("client-0", early)
     down, session.down = session.down, {"client-0": session.down["client-0"]}
     with _kept_open(session.server, closer):
@@ -124,10 +128,10 @@ def test_the_server_refuses_by_name_and_goes_on(stage: str) -> None:
     getattr(session, stage)()
     if stage == "reveal":
         session.down = {}
-    with pytest.raises(PayloadError, match=r"^client-0 sent its advert after they were closed"):
+    with pytest.raises(PayloadError, match=r"^client-0 sent its advert after its stage was closed"):
         session.server.add_advert("client-0", next(data for _, kind, data in strange.received if kind == "advert"))
     if stage != "reveal":
-        refused("client-0", answer, "after they were closed")
+        refused("client-0", answer, "after its stage was closed")
     for rest in list(TAKE)[list(TAKE).index(stage) + 1 :]:
         getattr(session, rest)()
     total = close() if stage == "reveal" else session.server.finish()
@@ -146,7 +150,7 @@ def _kept_open(server: ServerSession, closer: str) -> Iterator[None]:
 def test_the_server_refuses_adverts_that_cannot_be_right() -> None:
     some = members(3, signed=True)
     server = ServerSession(RUN, 1, values=5, bits=12, known=some["client-0"].known)
-    adverts = {name: ClientSession(member).advertise() for name, member in some.items()}
+    adverts = {name: ClientSession(member).advertise_keys() for name, member in some.items()}
     server.add_advert("client-0", adverts["client-0"])
     with pytest.raises(PayloadError, match=r"^client-0 sent its advert twice"):
         server.add_advert("client-0", adverts["client-0"])
@@ -154,7 +158,7 @@ def test_the_server_refuses_adverts_that_cannot_be_right() -> None:
         server.add_advert("client-1", adverts["client-0"])
     first = Advert.from_bytes(adverts["client-0"])
     stolen = Advert("client-1", first.mask_key, first.share_key, first.signature)
-    with pytest.raises(PayloadError, match=r"^client-1 sent a key that another has"):
+    with pytest.raises(PayloadError, match=r"^client-1 sent a key that another client has"):
         server.add_advert("client-1", stolen.to_bytes())
     other = Advert.from_bytes(adverts["client-2"])
     with pytest.raises(PayloadError, match=r"^client-1 did not sign this advert"):
@@ -171,18 +175,18 @@ def _keys(advert: Advert) -> tuple[bytes, bytes]:
 def test_shares_and_vectors_that_do_not_fit_the_session_are_refused() -> None:
     vectors = random_vectors(4, 20, 12)
     session = Session(vectors, 12, Topology(3, 2)).until("share")
-    shares = Shares.from_bytes(session.client("client-0").share(session.down.pop("client-0")))
+    shares = Shares.from_bytes(session.client("client-0").share_keys(session.down.pop("client-0")))
     fewer = Shares(shares.session, shares.client, dict(list(shares.sealed.items())[1:]))
     with pytest.raises(PayloadError, match=r"^client-0 sent shares for clients that are not its 3 neighbors"):
         session.server.add_shares("client-0", fewer.to_bytes())
     session.server.add_shares("client-0", shares.to_bytes())
     session.share()
-    masked = Masked.from_bytes(session.client("client-1").mask(vectors["client-1"], session.down.pop("client-1")))
+    masked = Masked.from_bytes(session.client("client-1").mask_input(vectors["client-1"], session.down.pop("client-1")))
     with pytest.raises(PayloadError, match=r"^masked vector of client-1 has 29 bytes, expected 30"):
         session.server.add_masked("client-1", Masked(masked.session, masked.client, masked.packed[1:]).to_bytes())
     session.server.add_masked("client-1", masked.to_bytes())
     session.mask()
-    reveal = Reveal.from_bytes(session.client("client-2").reveal(session.down.pop("client-2")))
+    reveal = Reveal.from_bytes(session.client("client-2").unmask(session.down.pop("client-2")))
     peer, (survived, share) = next(iter(reveal.shares.items()))
     for wrong in ({}, {**reveal.shares, peer: (not survived, share)}, {**reveal.shares, 9: (True, share)}):
         with pytest.raises(PayloadError, match=r"^client-2 revealed other shares"):
@@ -196,7 +200,7 @@ def test_shares_and_vectors_that_do_not_fit_the_session_are_refused() -> None:
 def test_a_late_sharer_or_one_without_shares_has_no_vector_to_send() -> None:
     vectors = random_vectors(5, 20, 12)
     session = Session(vectors, 12, Topology(4, 3), gone={"client-0": "share"}).until("mask")
-    donor = Masked.from_bytes(session.client("client-1").mask(vectors["client-1"], session.down["client-1"]))
+    donor = Masked.from_bytes(session.client("client-1").mask_input(vectors["client-1"], session.down["client-1"]))
     number = Roster.from_bytes(session.rosters["client-0"]).client
     with pytest.raises(PayloadError, match=r"^client-0 sent its masked vector without shares"):
         session.server.add_masked("client-0", Masked(donor.session, number, donor.packed).to_bytes())
@@ -206,12 +210,12 @@ def test_a_false_share_of_a_key_is_noticed() -> None:
     vectors = random_vectors(5, 20, 12)
     session = Session(vectors, 12, Topology(4, 3), gone={"client-4": "mask"}).until("reveal")
     for name, data in session.down.items():
-        reveal = Reveal.from_bytes(session.client(name).reveal(data))
+        reveal = Reveal.from_bytes(session.client(name).unmask(data))
         false = {
             peer: (survived, share if survived else bytes(32)) for peer, (survived, share) in reveal.shares.items()
         }
         session.server.add_reveal(name, Reveal(reveal.session, reveal.client, false).to_bytes())
-    with pytest.raises(RunError, match="shares of client-4's key do not give it back"):
+    with pytest.raises(RunError, match="shares of client-4's key do not reconstruct it"):
         session.server.finish()
 
 
@@ -223,8 +227,8 @@ def test_a_saved_client_answers_as_one_that_was_never_saved(signed: bool) -> Non
     session.share()
     for name, data in session.down.items():
         twin = ClientSession.from_bytes(session.members[name], session.clients[name].to_bytes())
-        answer = session.clients[name].mask(vectors[name], data)
-        assert twin.mask(vectors[name], data) == answer
+        answer = session.clients[name].mask_input(vectors[name], data)
+        assert twin.mask_input(vectors[name], data) == answer
         assert twin.to_bytes() == session.clients[name].to_bytes()
         session.server.add_masked(name, answer)
     session.down = session.server.survivors()
@@ -232,8 +236,8 @@ def test_a_saved_client_answers_as_one_that_was_never_saved(signed: bool) -> Non
         session.confirm()
     for name, data in session.down.items():
         twin = ClientSession.from_bytes(session.members[name], session.clients[name].to_bytes())
-        answer = session.clients[name].reveal(data)
-        assert twin.reveal(data) == answer
+        answer = session.clients[name].unmask(data)
+        assert twin.unmask(data) == answer
         session.server.add_reveal(name, answer)
     assert (session.server.finish().vector == plain_sum(vectors, tuple(names(4)), 12)).all()
 
@@ -241,11 +245,11 @@ def test_a_saved_client_answers_as_one_that_was_never_saved(signed: bool) -> Non
 def test_a_state_is_of_one_client_and_run() -> None:
     some = members(2, signed=False)
     client = ClientSession(some["client-0"])
-    client.advertise()
+    client.advertise_keys()
     data = client.to_bytes()
-    with pytest.raises(PayloadError, match="saved state is not that of client-1"):
+    with pytest.raises(PayloadError, match="saved state is not of client-1"):
         ClientSession.from_bytes(some["client-1"], data)
-    with pytest.raises(PayloadError, match="saved state is not that of client-0"):
+    with pytest.raises(PayloadError, match="saved state is not of client-0"):
         ClientSession.from_bytes(Participant(b"another run", "client-0"), data)
     for size in range(len(data)):
         with pytest.raises(PayloadError):
@@ -262,5 +266,12 @@ def test_a_vector_that_is_not_the_session_s_is_a_mistake_of_the_caller() -> None
         np.full(5, 4096, dtype=np.uint64),
     ):
         with pytest.raises(ValueError, match="5 elements of uint64 below"):
-            session.client("client-0").mask(vector, data)
-    session.client("client-0").mask(np.full(5, 4095, dtype=np.uint64), data)
+            session.client("client-0").mask_input(vector, data)
+    session.client("client-0").mask_input(np.full(5, 4095, dtype=np.uint64), data)
+
+
+@pytest.mark.parametrize("module", [tofu.secagg, tofu.secagg.fixed_point])
+def test_the_examples_run(module: ModuleType) -> None:
+    result = doctest.testmod(module)
+    assert result.attempted
+    assert not result.failed
