@@ -20,6 +20,7 @@ from tofu.errors import RunError, SettingError
 from tofu.log import FILE
 from tofu.reporting.folder import read_config
 from tofu.settings import Settings
+from tofu.settings.deprecated import present_names
 
 APP = Path(__file__).parents[1]
 _ONLINE_SECONDS = 120.0
@@ -167,17 +168,15 @@ def run(folder: Path, overrides: Mapping[str, object], *, follow: Callable[[str]
     state = _state(folder)
     if state.phase != "running" or "superlink" not in state.alive:
         raise SettingError("folder", str(folder), "one in which a federation runs (`tofu deploy up` starts one)")
-    own: dict[str, object] = {"clients": state.nodes, "secure_identities": state.identities}
+    own: dict[str, object] = {"clients": state.nodes, "secure-identities": state.identities}
     if resumed := overrides.get("resume"):
-        began = read_config(Path(str(resumed))).to_config()
-        own = {name.replace("-", "_"): value for name, value in began.items()}
-    settings = Settings.of(own | dict(overrides))
+        own = dict(read_config(Path(str(resumed))).to_config())
+    settings = Settings.of(own | present_names(overrides))
     count = sum(1 for _ in (folder / "runs").glob("run-*"))
     results = Path(settings.resume or settings.run_folder or folder / "runs" / f"run-{count + 1}").resolve()
     dataset, known = Path(settings.dataset), settings.secure_identities
     # The apps run in another folder than this command.
-    settings = replace(
-        settings,
+    settings = settings.replace(
         run_folder=str(results),
         resume=str(results) if settings.resume else "",
         secure_identities=str(Path(known).resolve()) if known else "",

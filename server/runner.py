@@ -323,7 +323,7 @@ class RoundRunner:
 
     def _sample(self, clients: list[Client], round_: int, *, least: int) -> list[Client]:
         """The clients asked in this round: a function of the seed, the round and who is connected."""
-        count = max(self.settings.min_clients, round(self.settings.fraction * len(clients)), least)
+        count = max(self.settings.min_clients, round(self.settings.client_fraction * len(clients)), least)
         if count >= len(clients):
             return clients
         generator = derive_generator(self.settings.seed, round_, "sample")

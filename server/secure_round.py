@@ -115,7 +115,7 @@ class SecureRounds:
             SettingError: the noise that is asked for does not fit the ring.
         """
         settings = self._settings
-        clients = max(round(settings.fraction * settings.clients), settings.min_clients, MIN_SECURE)
+        clients = max(round(settings.client_fraction * settings.clients), settings.min_clients, MIN_SECURE)
         share, bits = coordinates.settings_for(settings.secure_ratio, clients)
         levels = FixedPoint(clients, bits, 1.0).levels
         values = math.ceil(share * param_spec.float32_bytes / 4)
@@ -127,7 +127,7 @@ class SecureRounds:
     @staticmethod
     def check(settings: Settings) -> None:
         """Raises SettingError where the identities cannot be read, or no graph bears the dropouts and max_colluding."""
-        settings.topology(max(round(settings.fraction * settings.clients), settings.min_clients, MIN_SECURE))
+        settings.topology(max(round(settings.client_fraction * settings.clients), settings.min_clients, MIN_SECURE))
         _known(settings)
 
     def save(self, snapshot: Snapshot) -> None:

@@ -86,7 +86,7 @@ def make_plan(
     proxies, _, side, _ = content.proxy_shape if content else (0, 0, 0, 0)
     payload = HEADER_BYTES + compressor.body_bytes(param_spec)
     full = HEADER_BYTES + param_spec.float32_bytes
-    clients = max(settings.min_clients, round(settings.fraction * settings.clients), 1)
+    clients = max(settings.min_clients, round(settings.client_fraction * settings.clients), 1)
     compressed_rounds = settings.rounds - full_rounds - secure_rounds
     uplink = clients * (compressed_rounds * (payload + message_overhead) + full_rounds * (full + message_overhead))
     step, downlink = _downlink(settings, network, full_rounds=full_rounds, message_overhead=message_overhead)
@@ -175,6 +175,6 @@ def _downlink(
     step = HEADER_BYTES + compressor.body_bytes(network.param_spec)
     payloads = full_rounds * whole
     for round_ in range(1, settings.rounds - full_rounds + 1):
-        lacked = min(round_ - 1, round(1 / settings.fraction))
+        lacked = min(round_ - 1, round(1 / settings.client_fraction))
         payloads += min(whole, lacked * step)
     return step, payloads + settings.rounds * message_overhead

@@ -82,7 +82,7 @@ class Recorder:
         self._settings, self._shape = settings, shape
         for client in clients:
             if not _NAME.fullmatch(_folder_name(1, client)):
-                raise SettingError("record", client, "names of clients: letters, digits, dots and underscores")
+                raise SettingError("record_clients", client, "names of clients: letters, digits, dots and underscores")
 
     def in_folder(self, folder: Path) -> "Recorder":
         """A recorder of the same clients in another run's folder."""
@@ -135,7 +135,7 @@ def recordings(run: Path) -> list[Path]:
     """
     found = [(m[2], int(m[1]), path) for path in sorted((run / FOLDER).glob("round-*")) if (m := _match(path))]
     if not found:
-        raise RunError(f"{run} has no recorded messages: run it again with --record")
+        raise RunError(f"{run} has no recorded messages: run it again with --record-clients")
     return [path for *_, path in sorted(found)]
 
 
@@ -178,7 +178,7 @@ def read_recording(folder: Path) -> Recording:
         kind=about["kind"],
         examples=about["examples"],
         shape=ImageShape(*(shape[name] for name in _SHAPE)),
-        settings=Settings.of(about["settings"]),
+        settings=Settings.of(about["settings"], warn=False),
         base=base,
         payload=payload,
     )

@@ -67,7 +67,7 @@ COMPARISONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"compressors": "proxy,stc,powersgd", "ratios": "65", "seeds": 3},
     ),
     "mnist-100": (
-        MNIST | {"clients": 100, "fraction": 0.1, "rounds": 30, "lr": 0.2},
+        MNIST | {"clients": 100, "client_fraction": 0.1, "rounds": 30, "lr": 0.2},
         {"compressors": "proxy,stc,topk", "ratios": "200", "seeds": 3},
     ),
 } | {

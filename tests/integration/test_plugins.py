@@ -246,7 +246,7 @@ def test_a_run_keeps_what_it_is_told_to_for_attacks(tmp_path: Path, capsys: pyte
     from tofu import cli
     from tofu.recording import read_recording, recordings
 
-    federate(tmp_path / "run", rounds=2, record="1", batch_size=4, train_images=12)
+    federate(tmp_path / "run", rounds=2, record_clients="1", batch_size=4, train_images=12)
     kept = [read_recording(folder) for folder in recordings(tmp_path / "run")]
     assert [(one.round, one.client, one.kind) for one in kept] == [(1, "1", "proxy"), (2, "1", "proxy")]
     options = ["--attacks", "proxy-images", "--seconds", "5", "--quiet"]

@@ -306,7 +306,7 @@ def test_server_optimizers_learn(tmp_path: Path, optimizer: Row) -> None:
 
 def test_a_fraction_of_the_clients_is_asked(tmp_path: Path) -> None:
     first, again = (
-        federate(tmp_path / name, fraction=0.5, rounds=4, schedule="full")["weights_sha256"]
+        federate(tmp_path / name, client_fraction=0.5, rounds=4, schedule="full")["weights_sha256"]
         for name in ("first", "again")
     )
     assert first == again
@@ -324,7 +324,7 @@ def test_a_fraction_of_the_clients_is_asked(tmp_path: Path) -> None:
 
 
 def test_min_clients_outweighs_the_fraction(tmp_path: Path) -> None:
-    federate(tmp_path / "run", fraction=0.1, min_clients=3, rounds=1, schedule="full")
+    federate(tmp_path / "run", client_fraction=0.1, min_clients=3, rounds=1, schedule="full")
     assert rows(tmp_path / "run")[1]["clients"] == 3
 
 
@@ -713,7 +713,7 @@ def test_a_client_that_lost_its_state_is_sent_the_weights(tmp_path: Path) -> Non
 
 
 def test_clients_that_sat_out_are_sent_the_steps_they_lack(tmp_path: Path) -> None:
-    federate(tmp_path / "run", **DOWN | {"rounds": 8, "fraction": 0.5, "downlink_ratio": 30.0})
+    federate(tmp_path / "run", **DOWN | {"rounds": 8, "client_fraction": 0.5, "downlink_ratio": 30.0})
     sent = downlinks(tmp_path / "run")
     step = min(size for sizes in sent.values() for size in sizes if size)
     last: dict[str, int] = {}

@@ -180,7 +180,7 @@ def test_secure_rounds_take_a_compressed_downlink(tmp_path: Path) -> None:
 
 
 def test_some_of_many_clients_take_part(tmp_path: Path) -> None:
-    federate(tmp_path / "run", clients=8, fraction=0.5)
+    federate(tmp_path / "run", clients=8, client_fraction=0.5)
     assert [row["clients"] for row in rows(tmp_path / "run")[1:]] == [4, 4, 4]
     # Who was not asked in the round before is asked for keys.
     assert exchanges(tmp_path / "run", 2) - {1} == {3, 4}

@@ -32,7 +32,7 @@ def test_plain_adds_the_update() -> None:
 def test_momentum_carries_the_last_step_on() -> None:
     model = network()
     before = weights_of(model)["0.weight"]
-    optimizer = ServerOptimizer(model, Settings(server_optimizer="momentum", server_momentum=0.5))
+    optimizer = ServerOptimizer(model, Settings.of({"server_optimizer": "momentum", "server_momentum": 0.5}))
     optimizer.step(update(1.0))
     optimizer.step(update(0.0))
     assert torch.allclose(weights_of(model)["0.weight"], before + 1.5)
@@ -41,7 +41,7 @@ def test_momentum_carries_the_last_step_on() -> None:
 def test_adam_normalizes_and_resumes_from_its_state() -> None:
     model = network()
     before = weights_of(model)["0.weight"]
-    settings = Settings(server_optimizer="adam", server_lr=0.1)
+    settings = Settings.of({"server_optimizer": "adam", "server_lr": 0.1})
     optimizer = ServerOptimizer(model, settings)
     optimizer.step(update(5.0))
     assert torch.allclose(weights_of(model)["0.weight"], before + 0.1, atol=1e-3)

@@ -92,7 +92,12 @@ def test_full_rounds_throughout_are_fedavg() -> None:
 
 @pytest.mark.parametrize(
     ("values", "asked"),
-    [({}, 10), ({"fraction": 0.5}, 5), ({"fraction": 0.01}, 1), ({"fraction": 0.2, "min-clients": 4}, 4)],
+    [
+        ({}, 10),
+        ({"client_fraction": 0.5}, 5),
+        ({"client_fraction": 0.01}, 1),
+        ({"client_fraction": 0.2, "min-clients": 4}, 4),
+    ],
 )
 def test_only_the_clients_asked_count(values: dict[str, Any], asked: int) -> None:
     one = plan(clients=1)
@@ -136,8 +141,9 @@ def test_a_ratio_out_of_reach_is_refused_with_the_best_there_is() -> None:
 
 def test_a_compressed_downlink_is_planned_as_the_run_sends_it(tmp_path: Path) -> None:
     for fraction in (1.0, 0.5):
-        settings = Settings.of({"model": "mlp", "clients": 4, "rounds": 6, "fraction": fraction, "local-epochs": 1,
-                                "max_evals": 2, "ratio": 40.0, "downlink": "proxy", "downlink-ratio": 30.0,
+        settings = Settings.of({"model": "mlp", "clients": 4, "rounds": 6, "client_fraction": fraction,
+                                "local-epochs": 1, "max_evals": 2, "ratio": 40.0, "downlink": "proxy",
+                                "downlink-ratio": 30.0,
                                 "run-folder": str(tmp_path / f"{fraction}")})  # fmt: skip
         network = network_of(settings)
         made = make_plan(settings, network, full_rounds=0, message_overhead=reply_overhead())

@@ -48,12 +48,12 @@ def test_only_wanted_clients_and_safe_names(tmp_path: Path, mlp_update: Case) ->
     shape = mlp_update[0].shape
     recorder = Recorder(tmp_path, ["0", "7"], settings=Settings.of({}), shape=shape)
     assert [recorder.wants(name) for name in ("0", "1", "7")] == [True, False, True]
-    with pytest.raises(SettingError, match=r"record='\.\./x' is not usable"):
+    with pytest.raises(SettingError, match=r"record-clients='\.\./x' is not usable"):
         Recorder(tmp_path, ["../x"], settings=Settings.of({}), shape=shape)
 
 
 def test_a_run_without_recordings_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="has no recorded messages: run it again with --record"):
+    with pytest.raises(RunError, match="has no recorded messages: run it again with --record-clients"):
         recordings(tmp_path)
 
 

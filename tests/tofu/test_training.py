@@ -76,7 +76,7 @@ train_locally(model, data, LocalTrainingConfig(1, 8, 0.1, 0.9), generator=g)
 network = ReferenceModel(model.eval(), data.shape)
 update = {name: torch.randn(w.shape, generator=g) for name, w in weights_of(model).items()}
 for mode in ("smooth", "paper"):
-    settings = Settings(max_evals=3, codec_mode=mode)
+    settings = Settings.of({"max_evals": 3, "codec_mode": mode})
     settings.make_compressor("proxy", network).compress(network, update, generator=g, memory=b"")
 assert "torch._dynamo" not in sys.modules
 """

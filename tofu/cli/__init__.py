@@ -6,15 +6,17 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic.fields import FieldInfo
 
 from tofu.errors import SettingError, TofuError
 from tofu.formatting import printable
-from tofu.settings import Settings, Value, read_toml
+from tofu.settings import FIELDS, Settings, Value, accepted_values, kind_of, read_toml, section_of, separator_of
+from tofu.settings.deprecated import NAMES, present_names, warn_once
 
 _app = typer.Typer(
     add_completion=False,
@@ -45,7 +47,7 @@ Tune = Annotated[
     _comparison("--tune", "setting=value,value,... to choose from for FedAvg and each compressor at each ratio"),
 ]
 
-_REPEATED = {"plugins": ",", "plugin_options": " "}
+_REPEATED = {name: separator for name in FIELDS if (separator := separator_of(name))}
 """Settings of several values that may also be given one at a time, and what stands between them."""
 
 
@@ -54,7 +56,7 @@ def main() -> None:
     for name, value in {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}.items():
         os.environ.setdefault(name, value)
     try:
-        _app()
+        _app(_with_present_flags(sys.argv[1:]))
     except TofuError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -63,42 +65,55 @@ def main() -> None:
         raise SystemExit(130) from None
 
 
+def _with_present_flags(arguments: Sequence[str]) -> list[str]:
+    """Arguments with deprecated names of settings replaced, such as `--fraction=0.5`, and a warning for each."""
+    result = []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        prefix = "--no-" if flag.startswith("--no-") else "--"
+        old = flag.removeprefix(prefix)
+        if flag.startswith("--") and old in NAMES:
+            warn_once(f"setting {old} is deprecated: use {NAMES[old]}")
+            argument = f"{prefix}{NAMES[old]}{equals}{value}"
+        result.append(argument)
+    return result
+
+
 def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command one option for every field of `Settings`; it receives those given as `overrides`."""
-    names = [field.name for field in dataclasses.fields(Settings)]
+    names = list(FIELDS)
 
     def wrapped(**given: Any) -> None:
         overrides = {name: given.pop(name) for name in names}
-        for name in _REPEATED:
+        for name, separator in _REPEATED.items():
             if overrides[name] is not None:
-                overrides[name] = _REPEATED[name].join(overrides[name])
+                overrides[name] = separator.join(overrides[name])
         command(overrides={name: value for name, value in overrides.items() if value is not None}, **given)
 
     own = [p for p in inspect.signature(command).parameters.values() if p.name != "overrides"]
-    options = [_option(field) for field in dataclasses.fields(Settings)]
+    options = [_option(name, field) for name, field in FIELDS.items()]
     wrapped.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
     wrapped.__annotations__ = {p.name: p.annotation for p in [*own, *options]}
     wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
     return wrapped
 
 
-def _option(field: "dataclasses.Field[Any]") -> inspect.Parameter:
-    dashed = field.name.replace("_", "-")
-    meta = field.metadata
-    text = meta["help"]
-    if meta["choices"] and not any(choice in text for choice in meta["choices"]):
-        text += f" ({', '.join(meta['choices'])})"
+def _option(name: str, field: FieldInfo) -> inspect.Parameter:
+    dashed = name.replace("_", "-")
+    text = str(field.description)
+    choices = accepted_values(name)
+    if choices and not any(choice in text for choice in choices):
+        text += f" ({', '.join(choices)})"
     shown = str(field.default).lower() if isinstance(field.default, bool) else field.default
     text += f" \\[default: {shown}]" if shown != "" else ""  # escaped: brackets are markup in a help text
-    flags = [f"--{dashed}/--no-{dashed}" if field.type is bool else f"--{dashed}"]
-    assert isinstance(field.type, type)
-    kind: Any = field.type
-    if field.name in _REPEATED:
+    flags = [f"--{dashed}/--no-{dashed}" if kind_of(field) is bool else f"--{dashed}"]
+    kind: Any = kind_of(field)
+    if name in _REPEATED:
         flags.append(f"--{dashed.removesuffix('s')}")
         kind = list[str]
-    option = typer.Option(*flags, help=text, rich_help_panel=meta["section"], show_default=False)
+    option = typer.Option(*flags, help=text, rich_help_panel=section_of(name), show_default=False)
     return inspect.Parameter(
-        field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )
 
 
@@ -109,7 +124,7 @@ def _settings(config: Path | None, overrides: dict[str, Value]) -> Settings:
         values = read_toml(config)
     elif _is_ours(Path("pyproject.toml")):
         values = read_toml(Path("pyproject.toml"))
-    return Settings.of({name.replace("-", "_"): value for name, value in values.items()} | dict(overrides))
+    return Settings.of(present_names(values) | present_names(overrides))
 
 
 def _resumed(overrides: dict[str, Value]) -> Settings:
@@ -117,7 +132,7 @@ def _resumed(overrides: dict[str, Value]) -> Settings:
     from tofu.reporting.folder import read_config
 
     began = read_config(Path(str(overrides["resume"]))).to_config()
-    return Settings.of({name.replace("-", "_"): value for name, value in began.items()} | dict(overrides))
+    return Settings.of(began | present_names(overrides))
 
 
 def _is_ours(path: Path) -> bool:
@@ -221,8 +236,8 @@ def demo(*, config: ConfigFile = None, quiet: Quiet = False, overrides: dict[str
 
     tofu = _settings(config, overrides)
     folder = tofu.run_folder or str(fresh_folder(tofu))
-    tofu = dataclasses.replace(tofu, run_folder=folder)
-    fedavg = dataclasses.replace(tofu, schedule="full", run_folder=f"{folder}-fedavg")
+    tofu = tofu.replace(run_folder=folder)
+    fedavg = tofu.replace(schedule="full", run_folder=f"{folder}-fedavg")
     for settings in (tofu, fedavg):
         check_new(Path(settings.run_folder))
     print(f"1 of 2: FedAvg, {fedavg.clients} clients, full updates", file=sys.stderr)
@@ -315,7 +330,7 @@ def predict(
 
 @_app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def attack(context: typer.Context) -> None:
-    """Measure what messages leak: of a run with --record, or of messages made for the purpose."""
+    """Measure what messages leak: of a run with --record-clients, or of messages made for the purpose."""
     from tofu.cli.attack import main as attack_main
 
     raise SystemExit(attack_main(context.args))

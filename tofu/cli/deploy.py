@@ -12,6 +12,7 @@ from deploy import background
 from tofu.cli import ConfigFile, Json, Quiet, _with_settings
 from tofu.formatting import format_bytes, printable
 from tofu.settings import Value, read_toml
+from tofu.settings.deprecated import present_names
 
 app = typer.Typer(
     add_completion=False,
@@ -56,7 +57,7 @@ def run(
 ) -> None:
     """Run on a federation that is up, and show its progress. The settings are those of `tofu run`."""
     file = read_toml(config) if config is not None else {}
-    given = {name.replace("-", "_"): value for name, value in file.items()} | overrides
+    given = present_names(file) | present_names(overrides)
 
     def follow(line: str) -> None:
         if not quiet and not json_:

@@ -157,7 +157,7 @@ def read_config(run: Path) -> Settings:
         raise SettingError("resume", str(run), "the folder of a run, with its config.json") from error
     if not isinstance(values, dict):
         raise SettingError("resume", str(run), "the folder of a run, with its config.json")
-    return Settings.of(values)
+    return Settings.of(values, warn=False)
 
 
 def _hold(run: Path) -> BinaryIO:

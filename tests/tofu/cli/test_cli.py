@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from tofu.cli import main
-from tofu.settings import Settings
+from tofu.settings import FIELDS, Settings, section_of
 
 ROOT = Path(__file__).parents[3]
 TINY = ("--model=mlp", "--clients=2", "--rounds=2", "--max-evals=2")
@@ -256,7 +256,7 @@ def test_a_pyproject_of_something_else_is_let_be(tofu: Tofu, tmp_path: Path, tex
         ("--schedule=switch", "--recovery=full", "--switch-round=2", "--proxies=8"),
         ("--schedule=switch", "--switch-round=2", "--clients=4"),
         ("--schedule=full",),
-        ("--fraction=0.5", "--clients=5", "--bits=4"),
+        ("--client-fraction=0.5", "--clients=5", "--bits=4"),
     ],
 )
 def test_a_plan_agrees_with_the_run(tofu: Tofu, tmp_path: Path, options: tuple[str, ...]) -> None:
@@ -371,16 +371,16 @@ def test_help_lists_every_setting_under_its_section(tofu: Tofu, command: str) ->
     for panel in outcome.out.split("╭─ ")[1:]:
         title, _, body = panel.partition(" ─")
         panels[title] = body
-    for field in dataclasses.fields(Settings):
-        flag = f"--{field.name.replace('_', '-')}"
-        assert re.search(rf"{flag}[ ,]", panels[field.metadata["section"]]), field.name
+    for name in FIELDS:
+        flag = f"--{name.replace('_', '-')}"
+        assert re.search(rf"{flag}[ ,]", panels[section_of(name)]), name
 
 
 def test_help_tells_defaults_and_choices(tofu: Tofu) -> None:
     text = " ".join(tofu("run", "--help").out.replace("│", " ").split())
     for default in ("mlp", "100.0", "true"):
         assert f"[default: {default}]" in text
-    for choices in ("(plain, momentum, adam)", "(iid, dirichlet, shards)"):
+    for choices in ("(sgd, momentum, adam)", "(iid, dirichlet, shards)"):
         assert choices in text
     assert "[default: ]" not in text
 

@@ -46,7 +46,7 @@ def seen(metrics: RunMetrics) -> Samples:
 
 @pytest.fixture
 def metrics() -> RunMetrics:
-    return RunMetrics(2**63, Settings(rounds=9))
+    return RunMetrics(2**63, Settings.of({"rounds": 9}))
 
 
 def test_rounds_add_up(metrics: RunMetrics) -> None:

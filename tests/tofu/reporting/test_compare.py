@@ -214,7 +214,7 @@ def results(made: Comparison, ends: dict[tuple[str, float], tuple[float, ...]] =
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets `Settings` take compressors that do not exist."""
-    monkeypatch.setattr(Comparison, "_settings", lambda self, name, ratio, seed, value: Settings(seed=seed))
+    monkeypatch.setattr(Comparison, "_settings", lambda self, name, ratio, seed, value: Settings.of({"seed": seed}))
 
 
 @pytest.mark.usefixtures("fake")

@@ -353,10 +353,10 @@ def test_numbers_too_large_for_a_float_count_as_not_measured(folder: Path) -> No
 
 def test_report_of_a_run_with_tasks_and_a_plugin(tmp_path: Path) -> None:
     """A real run: the page's numbers are those of its files."""
-    settings = Settings(
-        clients=2, model="mlp", rounds=4, local_epochs=1, train_images=200, schedule="full", tasks="pixels",
-        task_count=2, plugins="gpm", run_folder=str(tmp_path / "run"),
-    )  # fmt: skip
+    settings = Settings.of({
+        "clients": 2, "model": "mlp", "rounds": 4, "local_epochs": 1, "train_images": 200,
+        "schedule": "full", "tasks": "pixels", "task_count": 2, "plugins": "gpm", "run_folder": str(tmp_path / "run"),
+    })  # fmt: skip
     summary = serve_in_process(client_app, settings)
     rows = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     numbers = [number["text"] for number in elements(task_matrix(read_run(tmp_path / "run")), "number")]

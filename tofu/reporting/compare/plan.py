@@ -5,7 +5,6 @@ same settings but for the budget and what `--for` changes. Equal seeds give equa
 because all of these derive from the run's seed alone.
 """
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from tofu.errors import SettingError
 from tofu.models import build_model
 from tofu.payload import HEADER_BYTES
 from tofu.reference_model import ReferenceModel
-from tofu.settings import Settings, Value
+from tofu.settings import FIELDS, Settings, Value, parse_setting, section_of
 
 FEDAVG = "full"
 """Name of the reference's compressor: no compression."""
@@ -28,7 +27,7 @@ MAX_SEEDS = 1000
 
 # What makes two runs comparable: the data, the model, the rounds, who is asked, and what the cell itself sets.
 _SHARED_SECTIONS = ("Data", "Model", "Rounds", "Run")
-_SHARED = ("compressor", "ratio", "rounds", "fraction", "min_clients", "round_timeout")
+_SHARED = ("compressor", "ratio", "rounds", "client_fraction", "min_clients", "round_timeout")
 
 
 @dataclass(frozen=True)
@@ -186,7 +185,7 @@ class Comparison:
             seed,
             value,
             tuning,
-            dataclasses.replace(settings, run_folder=str(self.folder / name), checkpoint=False),
+            settings.replace(run_folder=str(self.folder / name), checkpoint=False),
         )
 
     def _settings(self, compressor: str, ratio: float, seed: int, value: Value | None) -> Settings:
@@ -293,26 +292,21 @@ def _tune(text: str, first_seed: int) -> Tune | None:
 
 def _own_setting(field_: str, text: str, setting: str) -> str:
     """The field of a setting that may differ between the cells of a comparison."""
-    fields = {known.name: known for known in dataclasses.fields(Settings)}
     name = setting.replace("-", "_")
-    if name not in fields:
+    if name not in FIELDS:
         try:
             Settings.of({setting: ""})
         except SettingError as error:
             raise SettingError(field_, text, error.accepted) from None
-    if name in _SHARED or fields[name].metadata["section"] in _SHARED_SECTIONS:
+    if name in _SHARED or section_of(name) in _SHARED_SECTIONS:
         raise SettingError(field_, text, f"a setting that may differ between compressors ({setting} may not)")
     return name
 
 
 def _value(field_: str, text: str, name: str, raw: str) -> Value:
     """A setting's value from text, checked as the command line would."""
-    kind = next(known.type for known in dataclasses.fields(Settings) if known.name == name)
-    value: object = raw
-    with contextlib.suppress(KeyError, ValueError):  # what stays text is refused below, in the setting's own words
-        value = {"true": True, "false": False}[raw.lower()] if kind is bool else kind(raw)  # type: ignore[operator]
     try:
-        checked: Value = getattr(Settings.of({name: value}), name)
+        checked: Value = getattr(Settings.of({name: parse_setting(name, raw)}), name)
     except SettingError as error:
         raise SettingError(field_, text, f"{name.replace('_', '-')} to be {error.accepted}") from None
     return checked

@@ -1,0 +1,110 @@
+"""How one setting is declared, checked and described; the groups of settings build on this."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from tofu.errors import SettingError
+
+Value = bool | int | float | str
+
+M = TypeVar("M", bound=BaseModel)
+
+_TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def setting(
+    default: Value,
+    help_: str,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    section: str = "",
+    repeated: str = "",
+) -> Any:
+    """Declare one setting as a pydantic field.
+
+    Args:
+        help_: one line for `--help` and the JSON schema.
+        ge, gt, le: bounds of a number.
+        section: heading of `--help`, if it is not that of the group.
+        repeated: separator of several values; such an option may be given several times.
+    """
+    extra: dict[str, Any] = {"section": section, "repeated": repeated}
+    finite = False if isinstance(default, float) else None
+    return Field(default, description=help_, ge=ge, gt=gt, le=le, allow_inf_nan=finite, json_schema_extra=extra)
+
+
+class Group(BaseModel):
+    """Settings that one component reads. Immutable; values must have the declared type (an int may be a float)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    def replace(self, **changes: Value) -> Self:
+        """A checked copy with other values. Raises SettingError as `Settings.of` does."""
+        return build(type(self), self.model_dump() | changes)
+
+
+def build(group: type[M], values: Mapping[str, Any]) -> M:
+    """Build a model of `tofu.settings`, with pydantic's first complaint as a SettingError.
+
+    Raises:
+        SettingError: a value has the wrong type or is out of range.
+    """
+    try:
+        return group(**values)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        name = str(first["loc"][0])
+        raise SettingError(name, values[name], expected(group.model_fields[name])) from None
+
+
+def kind_of(field: FieldInfo) -> type:
+    """The Python type of a setting: bool, int, float or str."""
+    return type(field.default)
+
+
+def choices_of(field: FieldInfo) -> tuple[Value, ...]:
+    """The accepted values of a setting with a fixed choice, else an empty tuple."""
+    return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+
+
+def bounds_of(field: FieldInfo) -> dict[str, float]:
+    """Bounds of a number by pydantic's names: ge, gt, le."""
+    return {
+        name: getattr(constraint, name)
+        for constraint in field.metadata
+        for name in ("ge", "gt", "le")
+        if getattr(constraint, name, None) is not None
+    }
+
+
+def expected(field: FieldInfo) -> str:
+    """What a setting accepts, in words that complete "expected ..."."""
+    if choices := choices_of(field):
+        return f"one of {', '.join(map(str, choices))}"
+    words = {"ge": "at least", "gt": "above", "le": "at most"}
+    bounds = ", ".join(f"{words[name]} {bound:g}" for name, bound in bounds_of(field).items())
+    return f"{_TYPES[kind_of(field)]} {bounds}".strip()
+
+
+def parse_text(name: str, field: FieldInfo, text: str) -> Value:
+    """The value of a setting from the text of a command line.
+
+    Raises:
+        SettingError: the text is not of the setting's type. Bounds are checked by `build`.
+    """
+    kind = kind_of(field)
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        result: Value = kind(text)
+        return result
+    except (KeyError, ValueError):
+        raise SettingError(name, text, expected(field)) from None
+
+
+__all__ = ["Group", "Value", "bounds_of", "build", "choices_of", "expected", "kind_of", "parse_text", "setting"]

@@ -1,0 +1,267 @@
+"""The groups of settings. Each setting is declared here, once: type, choices, bounds, default and help.
+
+A component takes the group that it reads, for example `ServerOptimizer(model, settings.server)`. What users type
+(TOML, `flwr run --run-config`, command line) is the flat name of a field with dashes: `local-epochs`.
+"""
+
+import math
+from typing import ClassVar, Literal
+
+from tofu.settings.fields import Group, setting
+
+
+class DataSettings(Group):
+    """Which images there are, and how they are distributed to the clients."""
+
+    section: ClassVar[str] = "Data"
+
+    dataset: str = setting("digits", "digits (embedded), a Hugging Face hub id, or a local folder (parquet or images)")
+    partition: Literal["iid", "dirichlet", "shards"] = setting("dirichlet", "how images are distributed to clients")
+    alpha: float = setting(0.5, "Dirichlet concentration; smaller is more skewed", gt=0)
+    shards_per_client: int = setting(2, "classes per client with partition=shards", ge=1)
+    train_images: int = setting(0, "number of training images to use; 0 uses all", ge=0)
+    test_images: int = setting(0, "number of test images to use, the same in every run; 0 uses all", ge=0)
+    class_names: str = setting(
+        "", "names of all classes in order, separated by commas, if the folders of real clients lack some"
+    )
+    clients: int = setting(10, "number of simulated clients", ge=1, le=100_000)
+
+
+class ModelSettings(Group):
+    """The network that is trained."""
+
+    section: ClassVar[str] = "Model"
+
+    model: str = setting(
+        "mlp", "lenet5, mlp, cnn, resnet18, vgg11, vgg13, vgg16, vit_b_16, vit_tiny, or package.module:factory"
+    )
+    norm: Literal["group", "batch", "none"] = setting("group", "normalization layers, if the model has a choice")
+
+
+class PluginSettings(Group):
+    """Plugins of local training, and the stream of tasks for continual learning."""
+
+    section: ClassVar[str] = "Plugins"
+
+    plugins: str = setting(
+        "", "plugins of local training, separated by commas: gpm, ood, rank, or package.module:Class", repeated=","
+    )
+    plugin_options: str = setting(
+        "", "plugin.option=value, separated by spaces; a value may be JSON or @FILE (JSON or TOML)", repeated=" "
+    )
+    tasks: Literal["none", "classes", "pixels"] = setting(
+        "none", "stream of tasks: classes (disjoint sets of classes) or pixels (permutations of the pixels)"
+    )
+    task_count: int = setting(1, "number of tasks, each with the same number of rounds", ge=1, le=10_000)
+    task_order: Literal["same", "own"] = setting(
+        "same", "same: all clients learn the tasks in the same order; own: each client in its own order"
+    )
+    task_heads: Literal["single", "multi"] = setting(
+        "single", "multi: predictions are restricted to the classes of the image's task"
+    )
+
+
+class TrainingSettings(Group):
+    """Local training."""
+
+    section: ClassVar[str] = "Training"
+
+    rounds: int = setting(20, "number of rounds", ge=1, le=100_000)
+    local_epochs: int = setting(5, "epochs over a client's images per round", ge=1)
+    batch_size: int = setting(16, "batch size of local training", ge=1)
+    lr: float = setting(0.1, "learning rate of the clients' SGD", gt=0)
+    lr_final_factor: float = setting(
+        1.0, "learning rate of the last round as a fraction of the first (half a cosine)", gt=0, le=1
+    )
+    momentum: float = setting(0.0, "momentum of the clients' SGD", ge=0, le=0.9999)
+    weight_decay: float = setting(0.0, "weight decay of the clients' SGD", ge=0)
+
+    def lr_of(self, round_: int) -> float:
+        """The learning rate of a round, counted from 1."""
+        progress = (round_ - 1) / max(1, self.rounds - 1)
+        factor = self.lr_final_factor + (1 - self.lr_final_factor) * (1 + math.cos(math.pi * progress)) / 2
+        return self.lr * factor
+
+
+class RoundSettings(Group):
+    """Which round is of which kind."""
+
+    section: ClassVar[str] = "Rounds"
+
+    schedule: Literal["proxy", "full", "secure", "switch", "plateau"] = setting(
+        "proxy",
+        "proxy: compressed rounds; full: float32 rounds (FedAvg); secure: rounds with secure aggregation; switch: recovery rounds from switch-round on; plateau: recovery rounds once the accuracy stalls",
+    )
+    recovery: Literal["secure", "full"] = setting(
+        "secure",
+        "kind of the rounds that recover what compression lost: secure (the server learns only the sum) or full (float32)",
+    )
+    switch_round: int = setting(0, "first recovery round with schedule=switch; 0 is the last tenth of the rounds", ge=0)
+    plateau_patience: int = setting(3, "rounds without gain before schedule=plateau switches", ge=1)
+    plateau_gain: float = setting(0.002, "accuracy gain that counts for schedule=plateau", ge=0)
+
+    @property
+    def has_secure_rounds(self) -> bool:
+        """Whether a round may be a secure one."""
+        return self.schedule == "secure" or (self.schedule in ("switch", "plateau") and self.recovery == "secure")
+
+
+class CodecSettings(Group):
+    """How clients compress their updates. The settings under "Proxies" concern the proxy codec only."""
+
+    section: ClassVar[str] = "Codec"
+
+    compressor: str = setting("proxy", "compressor of compressed rounds")
+    ratio: float = setting(100.0, "compression ratio: bytes of the update as float32 over bytes of the payload", ge=1)
+    error_feedback: float = setting(
+        1.0,
+        "fraction of the compression error that is added to the client's next update; 0 disables error feedback",
+        ge=0,
+        le=1,
+    )
+    codec_mode: Literal["smooth", "paper"] = setting(
+        "smooth", "smooth: our codec; paper: as published, for which the settings below are fixed", section="Proxies"
+    )
+    proxies: int = setting(0, "number of proxies; 0 derives it from the ratio", ge=0, le=65535, section="Proxies")
+    proxy_size: int = setting(0, "side of a proxy in pixels; 0 chooses it", ge=0, le=1024, section="Proxies")
+    correction: float = setting(
+        0.4,
+        "minimum fraction of the payload for a sparse correction of the largest errors; 0 sends proxies only, 1 no proxies",
+        ge=0,
+        le=1,
+        section="Proxies",
+    )
+    bits: Literal[2, 3, 4, 5, 6, 8, 16, 32] = setting(4, "bits per pixel and per label", section="Proxies")
+    surrogate: bool = setting(True, "differentiate a smooth surrogate of the network", section="Proxies")
+    surrogate_beta: float = setting(
+        0.0,
+        "sharpness of the surrogate's activations; 0 tries several in every fourth round",
+        ge=0,
+        le=1000,
+        section="Proxies",
+    )
+    batch_statistics: bool = setting(
+        True, "BatchNorm of the surrogate uses the statistics of the proxies", section="Proxies"
+    )
+    free_labels: bool = setting(
+        True, "unconstrained labels, found by least squares; otherwise probabilities", section="Proxies"
+    )
+    tensor_scales: bool = setting(True, "one scale per tensor; otherwise one for all", section="Proxies")
+    warm_start: bool = setting(False, "start the search from the client's last proxies", section="Proxies")
+    max_evals: int = setting(
+        100,
+        "maximum number of gradient evaluations per encode, without the trials for surrogate-beta=0",
+        ge=1,
+        le=100_000,
+        section="Proxies",
+    )
+    tolerance: float = setting(
+        0.002,
+        "stop an encode that gains less explained variance in 10 evaluations; 0 never stops",
+        ge=0,
+        section="Proxies",
+    )
+
+
+class DownlinkSettings(Group):
+    """How the server sends the global model."""
+
+    section: ClassVar[str] = "Codec"
+
+    downlink: str = setting(
+        "full",
+        "full: the weights, or the compressor of the server's steps; clients that missed too many steps receive the weights",
+    )
+    downlink_ratio: float = setting(25.0, "compression ratio of the server's steps", ge=1)
+
+
+class SecureSettings(Group):
+    """Rounds with secure aggregation."""
+
+    section: ClassVar[str] = "Secure rounds"
+
+    secure_ratio: float = setting(
+        4.0,
+        "bytes of the update as float32 over bytes of the masked vector; high ratios send a part of the coordinates per round",
+        ge=1,
+        le=1000,
+    )
+    secagg_dropout_fraction: float = setting(
+        0.2, "maximum fraction of clients that may drop out of a secure round", ge=0, le=0.9
+    )
+    secagg_collusion_fraction: float = setting(
+        0.1, "maximum fraction of clients that may collude with the server", ge=0, le=0.9
+    )
+    secure_timeout: float = setting(120.0, "seconds for each exchange of a secure round, except training", gt=0)
+    secure_identities: str = setting(
+        "",
+        "file of the clients' public keys (`tofu deploy identities`); without it the server is trusted to follow the protocol",
+    )
+
+
+class PrivacySettings(Group):
+    """Differential privacy on the client level."""
+
+    section: ClassVar[str] = "Privacy"
+
+    noise_multiplier: float = setting(
+        0.0, "standard deviation of the noise over clip-norm; 0 disables differential privacy", ge=0, le=1e6
+    )
+    clip_norm: float = setting(1.0, "L2 norm to which a client's update is clipped", gt=0, le=1e9)
+    privacy_delta: float = setting(
+        1e-5, "delta of the (epsilon, delta) guarantee; well below one over the number of clients", gt=0, le=0.1
+    )
+    max_epsilon: float = setting(0.0, "epsilon at which the run stops; 0 is no limit", ge=0)
+
+
+class ServerSettings(Group):
+    """Sampling of clients, and the server's optimizer."""
+
+    section: ClassVar[str] = "Server"
+
+    client_fraction: float = setting(1.0, "fraction of the available clients sampled in each round", gt=0, le=1)
+    min_clients: int = setting(1, "minimum number of clients to wait for and to sample", ge=1)
+    round_timeout: float = setting(
+        3600.0, "seconds until a round continues without the clients that have not replied", gt=0
+    )
+    server_optimizer: Literal["sgd", "momentum", "adam"] = setting("sgd", "optimizer that applies the average update")
+    server_lr: float = setting(1.0, "learning rate of the server's optimizer", gt=0)
+    server_momentum: float = setting(0.9, "momentum with server-optimizer=momentum", ge=0, le=0.9999)
+    ema_decay: float = setting(
+        0.5,
+        "decay of an exponential moving average of the global weights, which is evaluated and saved; 0 disables it",
+        ge=0,
+        le=0.999,
+    )
+
+
+class RunSettings(Group):
+    """How and where a run is executed, and what it writes."""
+
+    section: ClassVar[str] = "Run"
+
+    seed: int = setting(0, "seed of all random numbers", ge=0, le=2**31 - 1)
+    device: str = setting(
+        "cpu",
+        "device of training, encoding and evaluation: cpu, cuda, cuda:N or auto; a client's node config overrides it",
+    )
+    threads: int = setting(1, "threads per client; results are bit-identical only for equal values", ge=1, le=1024)
+    workers: int = setting(2, "number of clients that `tofu run` trains in parallel", ge=1, le=1024)
+    record_clients: str = setting(
+        "",
+        "clients, separated by commas, whose messages are stored for `tofu attack`; the files are as sensitive as their data",
+    )
+    checkpoint: bool = setting(True, "write a checkpoint after every round, which the end of the run deletes")
+    resume: str = setting("", "folder of an interrupted run to resume")
+    run_folder: str = setting("", "folder for the results; empty creates one under runs/")
+    log: Literal["text", "json"] = setting(
+        "text", "format of standard error: text (progress) or json (one JSON object per line)"
+    )
+    metrics_port: int = setting(
+        0, "port on 127.0.0.1 that serves the metrics to Prometheus during the run; 0 is none", ge=0, le=65535
+    )
+
+    @property
+    def recorded(self) -> tuple[str, ...]:
+        """Names of the clients whose messages are stored."""
+        return tuple(filter(None, (name.strip() for name in self.record_clients.split(","))))
