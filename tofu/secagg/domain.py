@@ -1,6 +1,6 @@
-"""Unambiguous bytes to hash, to sign, to derive keys from and to keep: each field behind its length.
+"""Unambiguous bytes for hashes, signatures, key derivation and saved states: each field is preceded by its length.
 
-The first field always says what the bytes are for, so that no signature or key of one purpose serves another.
+The first field always names the purpose, so that a signature or key of one purpose is not valid for another.
 """
 
 import struct
@@ -11,7 +11,7 @@ _LENGTH = struct.Struct("<I")
 
 
 def fields(*parts: bytes) -> bytes:
-    """The parts, each behind its length as 4 bytes: different parts give different bytes."""
+    """Concatenate the parts, each preceded by its length in 4 bytes: different parts give different bytes."""
     return b"".join(_LENGTH.pack(len(part)) + part for part in parts)
 
 
@@ -19,7 +19,7 @@ def split_fields(data: bytes, what: str) -> list[bytes]:
     """The inverse of `fields`; `what` names the data in errors.
 
     Raises:
-        PayloadError: a field that goes past the end.
+        PayloadError: a field exceeds the end of the data.
     """
     parts = []
     at = 0

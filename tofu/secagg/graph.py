@@ -1,26 +1,26 @@
-"""Who shares masks with whom, and how many of them must stay.
+"""The graph of neighbors, which share masks, and the threshold of neighbors that must answer until the end.
 
 Bell, Bonawitz, Gascon, Lepoint, Raykova, "Secure Single-Server Aggregation with (Poly)Logarithmic Overhead", CCS 2020,
-section 3: few clients make a complete graph; many stand in random order on a ring, each with its k/2 nearest on either
-side (a Harary graph on a random permutation), which keeps every client's work at O(k) keys and shares.
+section 3: few clients form a complete graph; many are arranged in random order on a ring, each with its k/2 nearest on
+either side (a Harary graph on a random permutation), which keeps every client's work at O(k) keys and shares.
 
 The order is by SHA-256 of a seed and a client's advert, and the seed is the hash of all adverts, so every client draws
-the graph by itself and a server cannot seat a client among its max_colluding. What remains to a server that lies is to
-try many adverts of its max_colluding, each try another draw: 2^20 tries turn a bound of 2^-40 into 2^-20.
+the graph independently, and a server cannot place a client among colluding ones. A malicious server can still try many
+adverts of its colluding clients, each of which is another draw: 2^20 tries turn a bound of 2^-40 into 2^-20.
 
-The threshold is t > d/2 + c for d neighbors, at worst c of them in league with the server. Then c max_colluding have
-fewer than t shares of either secret of a client, and the server cannot have both secrets, whatever it says to whom:
-t shares of each are from 2(t - c) > d honest neighbors, and an honest one gives one.
+The threshold is t > d/2 + c for d neighbors, of which at most c collude with the server. Then c colluding clients have
+fewer than t shares of either secret of a client, and the server cannot obtain both secrets, whatever it sends to whom:
+t shares of each come from 2(t - c) > d honest neighbors, and an honest neighbor reveals only one.
 
-With a server that follows the protocol the honest clients in the sum are one connected graph, so only their sum is
-bare: on one side of a client are at most d/2 neighbors, so of the t that stay one honest is on either side, and steps
-of at most d/2 around the ring pass next to everybody.
+With a server that follows the protocol, the honest clients in the sum form a connected graph, so only their sum is
+unmasked: on one side of a client are at most d/2 neighbors, so of the t that remain, an honest one is on either side,
+and steps of at most d/2 around the ring reach every client.
 
-With a server that lies and signed lists of survivors, on the complete graph, there is one sum and it has t - c honest
-clients or more: two lists would take 2(t - c) > d honest signers, an honest client reveals only where it has masks with
-all survivors, and of those that revealed for it, and those that it has masks with, at least one is the same. On a
-sparse graph only this last step holds, so nobody's vector is ever bare but a sum may be of few: where the server may
-lie, choose the complete graph.
+With a malicious server, signed lists of survivors and the complete graph, there is one sum, of at least t - c honest
+clients: two lists would take 2(t - c) > d honest signers, an honest client reveals only if it has masks with all
+survivors, and at least one of those that revealed for it also has a mask with it. On a sparse graph only this last
+step holds, so no single vector is ever unmasked but a sum may be of few clients: if the server may be malicious, choose
+the complete graph.
 """
 
 import hashlib
@@ -32,16 +32,16 @@ from tofu.errors import SettingError
 from tofu.secagg.shamir import MAX_SHARES
 
 COMPLETE_UP_TO = 32
-"""Clients up to which everybody is everybody's neighbor: a sparse graph would save next to nothing."""
+"""Number of clients up to which the graph is complete: a sparse graph would save almost nothing."""
 
 
 @dataclass(frozen=True)
 class Topology:
-    """How many neighbors a client has, and how many of them must answer to the end.
+    """The number of neighbors of each client, and how many of them must answer until the end.
 
     Attributes:
-        neighbors: d, of every client; even, or everybody else.
-        threshold: t, shares that give a secret back.
+        neighbors: d, of every client; even, or the number of all other clients.
+        threshold: t, number of shares that reconstruct a secret.
     """
 
     neighbors: int
@@ -56,7 +56,7 @@ class Graph:
         neighbors: d; n - 1 for a complete graph, otherwise an even number below it.
 
     Raises:
-        SettingError: no such graph.
+        SettingError: no such graph exists.
     """
 
     def __init__(self, adverts: Sequence[bytes], neighbors: int) -> None:
@@ -69,7 +69,7 @@ class Graph:
         self._reach = neighbors // 2
 
     def neighbors_of(self, one: int) -> tuple[int, ...]:
-        """A client's neighbors in rising order, all by their places among the adverts."""
+        """A client's neighbors in rising order, as indices into the adverts."""
         if self._everybody:
             return tuple(other for other in range(len(self._ring)) if other != one)
         place, steps = self._ring.index(one), range(-self._reach, self._reach + 1)
@@ -85,30 +85,30 @@ def choose_topology(
     correctness_bits: int = 30,
     complete_up_to: int = COMPLETE_UP_TO,
 ) -> Topology:
-    """The smallest graph that is safe and that finishes.
+    """Choose the smallest graph that is secure and that completes.
 
     Bell et al., section 3.3: around the random ring a client's neighbors are a draw without replacement, so the number
-    of max_colluding (or dropouts) among them is hypergeometric; the bounds hold for all clients at once, by the union
-    bound. With c and l the numbers that are exceeded only with those probabilities, t = floor(d/2) + c + 1 and the
-    smallest d with d - l >= t is taken. A complete graph needs no probability: c and l are everybody.
+    of colluding clients (or dropouts) among them is hypergeometric; the bounds hold for all clients at once, by the
+    union bound. With c and l the numbers that are exceeded only with those probabilities, t = floor(d/2) + c + 1 and the
+    smallest d with d - l >= t is taken. For a complete graph, c and l are all of them, without probabilities.
 
     Args:
         clients: n.
         dropout: fraction of the clients that may drop out anywhere in the session.
-        corrupted: fraction that may be in league with the server.
-        security_bits: more max_colluding than the threshold allows with probability at most 2^-security_bits.
+        corrupted: fraction of the clients that may collude with the server.
+        security_bits: more colluding neighbors than the threshold allows with probability at most 2^-security_bits.
         correctness_bits: too many dropouts around a client with probability at most 2^-correctness_bits.
         complete_up_to: clients up to which the graph is complete.
 
     Raises:
-        SettingError: fewer than 2 clients, a fraction outside [0, 1), or more dropouts and max_colluding than any
-            threshold bears.
+        SettingError: there are fewer than 2 clients, a fraction is outside [0, 1), or no threshold allows that many
+            dropouts and colluding clients.
     """
     if clients < 2:
         raise SettingError("clients", clients, "at least 2 for secure aggregation")
-    for name, share in (("dropout", dropout), ("corrupted", corrupted)):
-        if not 0 <= share < 1:
-            raise SettingError(name, share, "a fraction from 0 to below 1")
+    for name, fraction in (("dropout", dropout), ("corrupted", corrupted)):
+        if not 0 <= fraction < 1:
+            raise SettingError(name, fraction, "a fraction from 0 to below 1")
     bad, lost = math.floor(corrupted * clients), math.floor(dropout * clients)
     for neighbors in range(2, min(clients - 1, MAX_SHARES + 1), 2) if clients > complete_up_to else ():
         worst = _exceeded(clients - 1, bad, neighbors, clients, security_bits)

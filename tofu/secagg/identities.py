@@ -1,7 +1,7 @@
-"""Long-term identities: Ed25519 keys (RFC 8032) that sign what a client says, so that a server cannot say it for it.
+"""Long-term identities: Ed25519 keys (RFC 8032) that sign a client's messages, so that a server cannot forge them.
 
-Bonawitz et al., CCS 2017, section 6.2: the server that lies is stopped by signatures, and those need a list of public
-keys, name by name, that reached every client some other way than through that server.
+Bonawitz et al., CCS 2017, section 6.2: signatures protect from a malicious server, and need a list of public keys by
+name that every client received by another way than through that server.
 """
 
 import json
@@ -25,11 +25,11 @@ SURVIVORS = b"tofu secagg 1 survivors"
 
 @dataclass(frozen=True)
 class Identity:
-    """A client's name and the key that proves it.
+    """A client's name and its signing key.
 
     Attributes:
-        name: as in the list of known public keys.
-        key: secret, never in a message nor in a session's saved state.
+        name: of the client in the list of known public keys.
+        key: secret; it is never in a message or in a session's saved state.
     """
 
     name: str
@@ -45,12 +45,12 @@ class Identity:
         return self.key.public_key().public_bytes_raw()
 
     def sign(self, purpose: bytes, *parts: bytes) -> bytes:
-        """A signature of the parts for one purpose, 64 bytes."""
+        """Sign the parts for one purpose -> signature, 64 bytes."""
         return self.key.sign(fields(purpose, *parts))
 
 
 def read_identity(path: Path, name: str) -> Identity:
-    """A client's identity from its key, PEM in PKCS8. Raises SettingError."""
+    """Read a client's identity from its key file (PEM, PKCS8). Raises SettingError if that fails."""
     wanted = "a readable file with an Ed25519 key in PEM"
     try:
         key = load_pem_private_key(path.read_bytes(), None)
@@ -62,7 +62,7 @@ def read_identity(path: Path, name: str) -> Identity:
 
 
 def read_known(path: Path) -> dict[str, bytes]:
-    """Public keys by name, from a JSON object of hexadecimal strings. Raises SettingError."""
+    """Read public keys by name from a JSON object of hexadecimal strings. Raises SettingError if that fails."""
     try:
         table = json.loads(path.read_text())
         known = {str(name): bytes.fromhex(public) for name, public in table.items()}
@@ -74,20 +74,20 @@ def read_known(path: Path) -> dict[str, bytes]:
 
 
 def check_known(known: Mapping[str, bytes]) -> None:
-    """Raises SettingError for a public key that is none: name -> 32 bytes."""
+    """Raises SettingError if a public key (name -> key) does not have 32 bytes."""
     for name, public in known.items():
         if len(public) != PUBLIC_BYTES:
-            raise SettingError("known", name, f"a public key of {PUBLIC_BYTES} bytes, not of {len(public)}")
+            raise SettingError("known", name, f"a public key of {PUBLIC_BYTES} bytes, not {len(public)}")
 
 
 def verify(known: Mapping[str, bytes], name: str, signature: bytes, purpose: bytes, *parts: bytes) -> None:
-    """Check a signature by `Identity.sign` of the same purpose and parts.
+    """Verify a signature made by `Identity.sign` of the same purpose and parts.
 
     Args:
         known: name -> Ed25519 public key.
 
     Raises:
-        PayloadError: names the client that is unknown or did not sign this.
+        PayloadError: the client is unknown, or the signature is invalid.
     """
     if name not in known:
         raise PayloadError(f"{name} is not among the {len(known)} known identities")

@@ -1,11 +1,11 @@
-"""Masks: seeds that two clients agree on, and the uniform ring elements that a seed stands for.
+"""Masks: seeds that two clients agree on, and the uniform ring elements that are generated from a seed.
 
 Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine Learning", CCS 2017, sections 3 and 4: key
-agreement KA is X25519 (RFC 7748) with HKDF-SHA256 (RFC 5869), the generator PRG is AES-256 in counter mode from counter
-zero. A seed makes one stream only, so the counter needs no nonce.
+agreement KA is X25519 (RFC 7748) with HKDF-SHA256 (RFC 5869), the generator PRG is AES-256 in counter mode starting
+at zero. Each seed generates only one stream, so no nonce is needed.
 
 An element of b bits is the lowest b bits of the stream's next little-endian word of 1, 2, 4 or 8 bytes, the smallest
-that holds b: uniform, with no rejection, and as fast as the cipher.
+size that holds b bits. This is uniform, needs no rejection sampling, and is as fast as the cipher.
 """
 
 import os
@@ -29,7 +29,7 @@ SHARE_KEY = b"tofu secagg 1 share key"
 
 
 def new_seed() -> bytes:
-    """256 bits from the operating system."""
+    """Draw 256 bits from the operating system's generator."""
     return os.urandom(SEED_BYTES)
 
 
@@ -39,7 +39,7 @@ def public_key(secret: bytes) -> bytes:
 
 
 def check_public_key(public: bytes) -> None:
-    """Raises PayloadError for a key of low order, whose shared secret with anybody is zero."""
+    """Raises PayloadError for a key of low order, whose shared secret with any key is zero."""
     _exchange(X25519PrivateKey.generate(), public)
 
 
@@ -51,15 +51,14 @@ def _exchange(secret: X25519PrivateKey, public: bytes) -> bytes:
 
 
 def agree(secret: bytes, public: bytes, purpose: bytes, terms: bytes, parties: tuple[bytes, ...]) -> bytes:
-    """The 32 bytes that the owners of two X25519 keys share for one purpose in one session.
+    """Derive the 32 bytes that the owners of two X25519 keys share for one purpose in one session.
 
     Args:
         secret: our secret key.
         public: the other's public key.
-        purpose: what the bytes are for.
-        terms: digest of what the session's members agree on, run and round among it (`tofu.secagg.terms`).
-        parties: the two by the digests of their adverts: sorted where both use the same bytes, and sender first where
-            each direction has its own.
+        purpose: of the bytes.
+        terms: digest of the session's terms, which include run and round (`tofu.secagg.terms`).
+        parties: digests of the two adverts: sorted if both directions use the same bytes, otherwise sender first.
 
     Raises:
         PayloadError: as `check_public_key`.
@@ -69,15 +68,15 @@ def agree(secret: bytes, public: bytes, purpose: bytes, terms: bytes, parties: t
 
 
 def pair_seed(secret: bytes, public: bytes, terms: bytes, one: bytes, other: bytes) -> bytes:
-    """The seed of the mask between two clients, the same from either side. Raises as `agree`."""
+    """Derive the seed of the mask between two clients, the same on both sides. Raises as `agree`."""
     return agree(secret, public, PAIR_MASK, terms, (min(one, other), max(one, other)))
 
 
 class Stream:
-    """A seed's uniform words, one after the other.
+    """A stream of uniform words generated from a seed.
 
     Args:
-        seed: 32 bytes, used for nothing else.
+        seed: 32 bytes, which must not be used for anything else.
     """
 
     def __init__(self, seed: bytes) -> None:
@@ -89,7 +88,7 @@ class Stream:
 
 
 def add_mask(vector: RingVector, seed: bytes, bits: int, *, negative: bool = False) -> None:
-    """Add the seed's stream to a ring vector in place, or subtract it. Nothing as long as the vector is made."""
+    """Add the seed's stream to a ring vector in place, or subtract it, chunk by chunk."""
     stream = Stream(seed)
     width = word_bytes(bits)
     for start in range(0, vector.size, CHUNK):
@@ -99,7 +98,7 @@ def add_mask(vector: RingVector, seed: bytes, bits: int, *, negative: bool = Fal
             part -= words
         else:
             part += words
-        part &= largest(bits)  # also drops what a word has beyond b bits
+        part &= largest(bits)  # also removes the bits of a word beyond b
 
 
 def word_bytes(bits: int) -> int:

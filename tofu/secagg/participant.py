@@ -1,7 +1,7 @@
-"""What a client knows before any session, and what it therefore takes from a roster.
+"""What a client knows before any session, and its validation of a roster.
 
-Bonawitz et al., CCS 2017, figure 4, round 1: a client goes on only where there are enough others, all their keys differ
-and, against a server that lies, each key is signed by the client that it is said to be of.
+Bonawitz et al., CCS 2017, figure 4, ShareKeys: a client continues only if there are enough other clients, all keys are
+different and, against a malicious server, each key is signed by the client that owns it.
 """
 
 from collections.abc import Mapping
@@ -18,15 +18,15 @@ class Participant:
     """A client of a run.
 
     Attributes:
-        run: identifies the run to all its clients, 16 random bytes or a name.
+        run: identifies the run to all its clients: 16 random bytes, or a name.
         name: of this client.
-        identity: the key that proves the name, or None in a run whose server is trusted not to lie.
-        known: name -> Ed25519 public key of every client, from elsewhere than the server; None without identities.
-        min_neighbors: refuse a session with fewer.
-        max_colluding: c, neighbors that may be in league with the server: refuse a threshold that does not bear them.
+        identity: the client's signing key, or None in a run whose server is trusted to follow the protocol.
+        known: name -> Ed25519 public key of every client, not received from the server; None without identities.
+        min_neighbors: sessions with fewer neighbors are refused.
+        max_colluding: c, the number of neighbors that may collude with the server; lower thresholds are refused.
 
     Raises:
-        SettingError: an identity without the list of known keys or the reverse, or one that the list contradicts.
+        SettingError: identity and known keys are not given together, or contradict each other.
     """
 
     run: bytes
@@ -39,7 +39,7 @@ class Participant:
     def __post_init__(self) -> None:
         check_name(self.name)
         if (self.identity is None) != (self.known is None):
-            raise SettingError("known", self.known, "a list of public keys beside an identity, and none without")
+            raise SettingError("known", self.known, "a list of public keys if and only if there is an identity")
         if self.identity is None or self.known is None:
             return
         if self.identity.name != self.name:
@@ -49,40 +49,41 @@ class Participant:
             raise SettingError("known", self.name, "a list that has this client's own public key")
 
     def signature(self, purpose: bytes, *parts: bytes) -> bytes:
-        """Of the parts in this run, or b"" in a run without identities."""
+        """Sign the parts for this run; b"" in a run without identities."""
         return self.identity.sign(purpose, self.run, *parts) if self.identity else b""
 
     def verify(self, name: str, signature: bytes, purpose: bytes, *parts: bytes) -> None:
-        """Raises PayloadError where the run has identities and that client did not sign the parts for this run."""
+        """Raises PayloadError if the run has identities and that client did not sign the parts for this run."""
         if self.known is not None:
             verify(self.known, name, signature, purpose, self.run, *parts)
 
     def check_roster(self, roster: Roster, own: Advert) -> None:
-        """Raises PayloadError, naming the client where one is to blame, for a roster that must not be answered.
+        """Raises PayloadError if a roster fails validation; the message names the client that is to blame, if any.
 
         Args:
-            own: the advert that we sent for this session.
+            roster: as received.
+            own: the advert that this client sent for the session.
         """
         terms, count = roster.terms, len(roster.adverts)
         if own.digest not in terms.members:
             raise PayloadError(f"roster does not hold the advert that {self.name} sent")
         number = terms.members.index(own.digest)
         if roster.client != number:
-            raise PayloadError(f"roster is for client {roster.client}, and {self.name} is client {number}")
+            raise PayloadError(f"roster is for client {roster.client}, but {self.name} is client {number}")
         if not self.min_neighbors <= count <= MAX_SHARES or count != terms.neighbors:
             wanted = f"{terms.neighbors}, from {self.min_neighbors} to {MAX_SHARES}"
             raise PayloadError(f"roster has {count} neighbors, expected {wanted}")
-        least = count // 2 + self.max_colluding + 1  # see `tofu.secagg.graph`
-        if not least <= terms.threshold <= count:
-            raise PayloadError(f"roster has threshold {terms.threshold}, expected {least} to {count}")
+        min_threshold = count // 2 + self.max_colluding + 1  # see `tofu.secagg.graph`
+        if not min_threshold <= terms.threshold <= count:
+            raise PayloadError(f"roster has threshold {terms.threshold}, expected {min_threshold} to {count}")
         _check_distinct(own, roster.adverts)
         try:
             expected = terms.neighbors_of(number)
         except SettingError as error:
-            raise PayloadError(f"roster describes no graph: {error}") from error
+            raise PayloadError(f"roster does not describe a graph: {error}") from error
         for peer, advert in zip(expected, roster.adverts, strict=True):
             if advert.digest != terms.members[peer]:
-                raise PayloadError(f"roster has {advert.name} as neighbor {peer}, which the graph does not have there")
+                raise PayloadError(f"roster has {advert.name} as neighbor {peer}, expected another client of the graph")
             self.verify(advert.name, advert.signature, ADVERT, advert.name.encode(), advert.signed)
 
 

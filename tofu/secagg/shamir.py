@@ -5,11 +5,12 @@ i = 1 to 255. From shares of indices x_1, ..., x_t, with + and - both XOR,
 
     f(0) = sum_i f(x_i) prod_(j != i) x_j / (x_j - x_i).
 
-Whatever the secret, any threshold - 1 shares are uniform. A share that was changed gives another secret and no error.
+Any threshold - 1 shares are uniform, whatever the secret. A modified share yields another secret and no error.
 
-The field is that of AES, with a table of all products. pycryptodome's sharing over GF(2^128) computes in Python's
-integers bit by bit: with the 150 neighbors of a client among 1,000 it took most of a session's time, in these tables
-next to none. Neither runs in constant time; who can time a client to a cache line reads its memory more easily.
+This is written here because of its speed (about 130 times): pycryptodome's sharing over GF(2^128) computes bit by bit
+with Python integers, and took most of a session's time with the 150 neighbors of a client among 1,000. Here the field
+is that of AES, with a table of all products. Neither runs in constant time; an attacker who can time a client's cache
+lines can read its memory more easily.
 """
 
 import os
@@ -24,7 +25,7 @@ from tofu.errors import PayloadError
 SECRET_BYTES = 32
 SHARE_BYTES = 32
 MAX_SHARES = 255
-"""All elements of the field but 0, where the secret is."""
+"""All elements of the field except 0, at which the polynomial is the secret."""
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -33,10 +34,10 @@ _POLYNOMIAL = 0x11B  # x^8 + x^4 + x^3 + x + 1, of FIPS 197, section 4.2
 
 
 def split(secret: bytes, threshold: int, count: int) -> list[bytes]:
-    """Shares 1 to `count` of the secret, 32 bytes each: any `threshold` give it back, and fewer say nothing.
+    """Split a secret into shares 1 to `count` of 32 bytes: any `threshold` reconstruct it, fewer reveal nothing.
 
     Raises:
-        ValueError: a secret of another length, or not 1 <= threshold <= count <= 255.
+        ValueError: the secret has another length, or not 1 <= threshold <= count <= 255.
     """
     if len(secret) != SECRET_BYTES:
         raise ValueError(f"secret has {len(secret)} bytes, expected {SECRET_BYTES}")
@@ -52,13 +53,13 @@ def split(secret: bytes, threshold: int, count: int) -> list[bytes]:
 
 
 def combine(shares: Mapping[int, bytes], threshold: int) -> bytes:
-    """The secret from index -> share, of which the `threshold` lowest indices are used.
+    """Reconstruct the secret from index -> share; the `threshold` lowest indices are used.
 
     Raises:
-        PayloadError: too few shares, an index outside 1 to 255, or a share of another length.
+        PayloadError: there are too few shares, an index is outside 1 to 255, or a share has another length.
     """
     if not 1 <= threshold <= len(shares):
-        raise PayloadError(f"{len(shares)} shares of a secret came, expected at least {max(threshold, 1)}")
+        raise PayloadError(f"{len(shares)} shares of a secret arrived, expected at least {max(threshold, 1)}")
     for index, share in shares.items():
         if not 1 <= index <= MAX_SHARES:
             raise PayloadError(f"share has index {index}, expected 1 to {MAX_SHARES}")
@@ -71,10 +72,10 @@ def combine(shares: Mapping[int, bytes], threshold: int) -> bytes:
 
 
 def _weights(indices: npt.NDArray[np.int64]) -> Bytes:
-    """What each share counts at 0: prod_(j != i) x_j / (x_j - x_i)."""
+    """The Lagrange coefficient of each share at 0: prod_(j != i) x_j / (x_j - x_i)."""
     powers, logarithms, _ = _tables()
     differences = indices[:, None] ^ indices
-    np.fill_diagonal(differences, 1)  # of logarithm 0: leaves j = i out
+    np.fill_diagonal(differences, 1)  # its logarithm is 0, which omits j = i
     logs = logarithms[indices]
     weights: Bytes = powers[(logs.sum() - logs - logarithms[differences].sum(axis=1)) % _ORDER]
     return weights
@@ -82,7 +83,7 @@ def _weights(indices: npt.NDArray[np.int64]) -> Bytes:
 
 @cache
 def _tables() -> tuple[Bytes, npt.NDArray[np.int64], Bytes]:
-    """Powers of the generator 3 [255], logarithms to it [256] (that of 0 is none), and all products [256, 256]."""
+    """Powers of the generator 3 [255], logarithms to base 3 [256] (undefined for 0), and all products [256, 256]."""
     powers, logarithms = np.zeros(_ORDER, dtype=np.uint8), np.zeros(_ORDER + 1, dtype=np.int64)
     power = 1
     for exponent in range(_ORDER):

@@ -1,13 +1,13 @@
-"""The parts that all messages of a session are written with. Little-endian. The head:
+"""The common parts of all messages of a session. Little-endian. The head:
 
     bytes  field
-    1      version of the layouts
+    1      version of the format
     1      kind of message
     4      round
-    16     session
-    2      number of the client that sends it or that it is for; 65535 where it is for all
+    16     session id
+    2      number of the client that sends or receives it; 65535 for all clients
 
-Nothing is read beyond the bytes that came, and no count makes room for more than they hold.
+Nothing is read beyond the received bytes, and no count allocates more memory than they hold.
 """
 
 import struct
@@ -19,7 +19,7 @@ from tofu.secagg.terms import SESSION_BYTES, Session
 VERSION = 1
 ADVERT, ROSTER, SHARES, MASKED, SURVIVORS, CONFIRMATION, REVEAL = range(7)
 NAMES = ("advert", "roster", "shares", "masked vector", "survivors", "confirmation", "reveal")
-"""The position is the kind on the wire."""
+"""Names by kind of message."""
 
 ALL = 0xFFFF
 MAX_CLIENTS = ALL
@@ -30,21 +30,21 @@ COUNT = struct.Struct("<H")
 
 
 def head(kind: int, session: Session, client: int) -> bytes:
-    """What a message of a session starts with."""
+    """Write the head of a message."""
     return HEAD.pack(VERSION, kind, session.round, session.id, client)
 
 
 def entries(values: Mapping[int, bytes]) -> bytes:
-    """Client -> bytes as their number and then each client with its bytes."""
+    """Write client -> bytes: the number of entries, then each client with its bytes, in rising order."""
     return COUNT.pack(len(values)) + b"".join(COUNT.pack(peer) + value for peer, value in sorted(values.items()))
 
 
 class Reader:
-    """Takes a message apart from its start; every method raises PayloadError where the bytes do not fit.
+    """Reads a message from its start; every method raises PayloadError if the bytes are malformed.
 
     Args:
-        data: what came.
-        kind: what it must be.
+        data: as received.
+        kind: expected kind of message.
     """
 
     def __init__(self, data: object, kind: int) -> None:
@@ -64,12 +64,12 @@ class Reader:
         self._at += size
         return self._data[self._at - size : self._at]
 
-    def unpack(self, param_spec: struct.Struct) -> tuple[int, ...]:
-        return param_spec.unpack(self.take(param_spec.size))
+    def unpack(self, layout: struct.Struct) -> tuple[int, ...]:
+        return layout.unpack(self.take(layout.size))
 
     def kind(self, version: int, kind: int) -> None:
         if version != VERSION:
-            raise PayloadError(f"{NAMES[self._kind]} has version {version}, this program reads version {VERSION}")
+            raise PayloadError(f"{NAMES[self._kind]} has version {version}, expected version {VERSION}")
         if kind != self._kind:
             raise PayloadError(f"message is of kind {kind}, expected {self._kind} ({NAMES[self._kind]})")
 
@@ -79,7 +79,7 @@ class Reader:
         return Session(round_, id_), client
 
     def entries(self, size: int) -> dict[int, bytes]:
-        """The inverse of `entries`, each of `size` bytes, in rising order: one way to write them, and none twice."""
+        """Read what `entries` wrote, with `size` bytes per entry, in strictly rising order of the clients."""
         result: dict[int, bytes] = {}
         (count,) = self.unpack(COUNT)
         before = -1
@@ -93,4 +93,4 @@ class Reader:
 
     def finish(self) -> None:
         if self.left:
-            raise PayloadError(f"{NAMES[self._kind]} is followed by {self.left} bytes that belong to nothing")
+            raise PayloadError(f"{NAMES[self._kind]} is followed by {self.left} unexpected bytes")

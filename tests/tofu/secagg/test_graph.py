@@ -114,15 +114,15 @@ def test_a_member_that_does_not_fit_its_identity_is_refused() -> None:
     identity = Identity("one", Ed25519PrivateKey.generate())
     known = {"one": identity.public}
     Participant(b"run", "one", identity, known)
-    with pytest.raises(SettingError, match="beside an identity"):
+    with pytest.raises(SettingError, match="if and only if there is an identity"):
         Participant(b"run", "one", identity)
-    with pytest.raises(SettingError, match="beside an identity"):
+    with pytest.raises(SettingError, match="if and only if there is an identity"):
         Participant(b"run", "one", None, known)
     with pytest.raises(SettingError, match="that of two"):
         Participant(b"run", "two", identity, known)
     with pytest.raises(SettingError, match="own public key"):
         Participant(b"run", "one", identity, {"one": bytes(32)})
-    with pytest.raises(SettingError, match="32 bytes, not of 31"):
+    with pytest.raises(SettingError, match="32 bytes, not 31"):
         check_known({"one": bytes(31)})
     for name in ("", "a\nb", "x" * 65):
         with pytest.raises(PayloadError, match="printable"):

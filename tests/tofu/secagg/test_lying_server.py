@@ -115,10 +115,12 @@ def test_rosters_that_must_not_be_answered() -> None:
     wrong = replace(roster, client=(roster.client + 1) % COUNT).to_bytes()
     refused(client.share_keys, wrong, reason="roster is for client")
     shuffled = replace(roster, adverts=(others[1], others[0], *others[2:])).to_bytes()
-    refused(client.share_keys, shuffled, reason="which the graph does not have there")
+    refused(client.share_keys, shuffled, reason="expected another client of the graph")
     odd = replace(roster.terms, neighbors=3)
     refused(
-        client.share_keys, Roster(roster.client, odd, roster.adverts[:3]).to_bytes(), reason="expected 2 to 3|no graph"
+        client.share_keys,
+        Roster(roster.client, odd, roster.adverts[:3]).to_bytes(),
+        reason="expected 2 to 3|not describe a graph",
     )
     client.share_keys(roster.to_bytes())
 

@@ -61,7 +61,7 @@ def test_a_message_is_of_one_kind_and_version(message) -> None:  # type: ignore[
         if kind is not type(message):
             with pytest.raises(PayloadError):
                 kind.from_bytes(data)
-    with pytest.raises(PayloadError, match="has version 2, this program reads version 1"):
+    with pytest.raises(PayloadError, match="has version 2, expected version 1"):
         type(message).from_bytes(b"\2" + data[1:])
 
 

@@ -35,7 +35,7 @@ def test_one_share_too_few_is_refused_and_would_not_give_the_secret() -> None:
     secret = os.urandom(32)
     shares = dict(enumerate(split(secret, 4, 6), start=1))
     for taken in itertools.combinations(shares, 3):
-        with pytest.raises(PayloadError, match="3 shares of a secret came, expected at least 4"):
+        with pytest.raises(PayloadError, match="3 shares of a secret arrived, expected at least 4"):
             combine({i: shares[i] for i in taken}, 4)
         assert combine({i: shares[i] for i in taken}, 3) != secret
 
