@@ -10,7 +10,7 @@ help:
 	@echo "make demo      train a federation on the embedded digits: FedAvg against proxies, with a picture report"
 	@echo "make test      the quick tests"
 	@echo "make test-all  all tests, the slow ones too"
-	@echo "make lint      ruff and mypy"
+	@echo "make lint      ruff, mypy and the import contracts of pyproject.toml"
 	@echo "make certs     keys and certificates for deploy/compose.yaml; HOSTS='fl.example.org' for names of this machine"
 	@echo "make bench-NAME  a benchmark of benchmarks/NAME (codec, federated, rivals, speed, scale); writes benchmarks/results/NAME.json"
 
@@ -20,23 +20,24 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("error: python=%d.%d is not usable: expected 3.11 or newer" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
 	@touch $@
 
 demo: setup
 	$(BIN)/tofu demo
 
 test: setup
-	$(BIN)/python -m pytest -q -n auto --maxprocesses=8 --dist loadfile
+	$(BIN)/python -m pytest -q -n auto --maxprocesses=8 --dist loadfile $(PYTEST_FLAGS)
 
 test-all: setup
-	$(BIN)/python -m pytest -q -n auto --maxprocesses=8 --dist loadfile -m 'slow or not slow'
+	$(BIN)/python -m pytest -q -n auto --maxprocesses=8 --dist loadfile $(PYTEST_FLAGS) -m 'slow or not slow'
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 bench-%: setup
 	$(BIN)/python -m benchmarks.$*

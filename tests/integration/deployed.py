@@ -12,7 +12,7 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from deploy.processes import RoundRunner
+from deploy.processes import LocalCluster
 from deploy.supervisor import supervise
 from server.app import serve_in_process
 from tests.integration import misbehaving
@@ -105,7 +105,7 @@ def wait_for(what: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.2)
 
 
-def wait_online(federation: RoundRunner, seconds: float = 240) -> None:
+def wait_online(federation: LocalCluster, seconds: float = 240) -> None:
     """Until all of its nodes are."""
     wait_for(
         lambda: sum(node["status"] == "online" for node in federation.control.nodes()) == federation.nodes, seconds
@@ -113,7 +113,7 @@ def wait_online(federation: RoundRunner, seconds: float = 240) -> None:
 
 
 @contextmanager
-def supervised(federation: RoundRunner) -> Iterator[None]:
+def supervised(federation: LocalCluster) -> Iterator[None]:
     """Start a federation, start again what ends of it, and stop it at the end."""
     stopping = threading.Event()
     thread = threading.Thread(target=supervise, args=(federation, stopping))
@@ -131,7 +131,7 @@ def supervised(federation: RoundRunner) -> Iterator[None]:
 class Background:
     """A run that goes on while the test does something else; `end` waits for it."""
 
-    def __init__(self, federation: RoundRunner, app: Path, settings: Settings, timeout: float) -> None:
+    def __init__(self, federation: LocalCluster, app: Path, settings: Settings, timeout: float) -> None:
         self.run: Any = None
         self.folder = Path(settings.run_folder)
         self._error: BaseException | None = None
@@ -163,7 +163,7 @@ class Background:
         return self.run
 
 
-def server_app(federation: RoundRunner) -> int:
+def server_app(federation: LocalCluster) -> int:
     """Number of the process of the server app that runs now, or 0."""
     executor = federation.processes["superlink-exec"].pid
     for file in Path("/proc").glob("[0-9]*/cmdline"):
@@ -174,7 +174,7 @@ def server_app(federation: RoundRunner) -> int:
     return 0
 
 
-def kill_server_app(federation: RoundRunner) -> None:
+def kill_server_app(federation: LocalCluster) -> None:
     """With SIGKILL."""
     pid = server_app(federation)
     assert pid

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from deploy.processes import RoundRunner
+from deploy.processes import LocalCluster
 from deploy.state import State
 from tests.integration.deployed import (
     Background,
@@ -41,22 +41,22 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RoundRunner]:
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
     folder = tmp_path_factory.mktemp("deploy")
     app = misbehaving_app(folder / "app")
-    federation = RoundRunner(folder / "federation", nodes=5, app=app, warm=True, identities=True)
+    federation = LocalCluster(folder / "federation", nodes=5, app=app, warm=True, identities=True)
     with supervised(federation):
         yield federation
 
 
-def settings_of(federation: RoundRunner, folder: Path, **more: object) -> Settings:
+def settings_of(federation: LocalCluster, folder: Path, **more: object) -> Settings:
     own: dict[str, Any] = {"secure-identities": str(federation.identities), "run-folder": str(folder)}
     return Settings.of(TINY | own | {name.replace("_", "-"): value for name, value in more.items()})
 
 
 @pytest.mark.parametrize("stage", ["share", "mask", "confirm", "reveal"])
 def test_a_node_that_dies_in_a_secure_round_is_in_the_sum_or_not_and_comes_back(
-    stage: str, federation: RoundRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str, federation: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The weights are to the bit those of one process in which that client falls silent at that stage."""
     wait_online(federation)
@@ -82,7 +82,7 @@ def test_a_node_that_dies_in_a_secure_round_is_in_the_sum_or_not_and_comes_back(
     assert ends[0].read_bytes() == ends[1].read_bytes()
 
 
-def test_all_are_back_in_a_secure_round(federation: RoundRunner, tmp_path: Path) -> None:
+def test_all_are_back_in_a_secure_round(federation: LocalCluster, tmp_path: Path) -> None:
     wait_online(federation)
     set_faults(federation.folder, {})
     run = federation.run(settings_of(federation, tmp_path / "run", rounds=2).to_config(), timeout=600)
@@ -96,7 +96,7 @@ def _came_to(background: Background, number: int) -> bool:
     return len(rows(background.folder)) > number or not background.alive
 
 
-def _long_lived(federation: RoundRunner) -> dict[str, int]:
+def _long_lived(federation: LocalCluster) -> dict[str, int]:
     """Member, and where it is warm its SuperExec too -> process."""
     found = {name: process.pid for name, process in list(federation.processes.items())}
     for name, pid in list(found.items()):
@@ -107,7 +107,7 @@ def _long_lived(federation: RoundRunner) -> dict[str, int]:
     return found
 
 
-def test_memory_stays_flat_over_many_rounds_with_deaths(federation: RoundRunner, tmp_path: Path) -> None:
+def test_memory_stays_flat_over_many_rounds_with_deaths(federation: LocalCluster, tmp_path: Path) -> None:
     """200 rounds, or $TOFU_SOAK_ROUNDS; the last tenth are secure. After every eighth something dies: of three, one
     SuperNode, which stays away for a minute, and two SuperExecs, for which a round only waits.
     """

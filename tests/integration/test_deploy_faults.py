@@ -13,7 +13,7 @@ import pytest
 
 from client.app import app as client_app
 from deploy.control import CompletedRun
-from deploy.processes import RoundRunner, read_names
+from deploy.processes import LocalCluster, read_names
 from server.app import serve_in_process
 from server.checkpoint import FOLDER
 from tests.integration.deployed import (
@@ -47,20 +47,20 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RoundRunner]:
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
     folder = tmp_path_factory.mktemp("deploy")
     app = misbehaving_app(folder / "app")
-    with RoundRunner(folder / "federation", nodes=3, app=app, warm=True, identities=True) as federation:
+    with LocalCluster(folder / "federation", nodes=3, app=app, warm=True, identities=True) as federation:
         wait_online(federation)
         yield federation
 
 
-def settings_of(federation: RoundRunner, folder: Path, **more: object) -> Settings:
+def settings_of(federation: LocalCluster, folder: Path, **more: object) -> Settings:
     own: dict[str, Any] = {"secure-identities": str(federation.identities), "run-folder": str(folder)}
     return Settings.of(TINY | own | {name.replace("_", "-"): value for name, value in more.items()})
 
 
-def test_secure_rounds_with_identities_give_the_weights_of_one_process(federation: RoundRunner, tmp_path: Path) -> None:
+def test_secure_rounds_with_identities_equal_one_process(federation: LocalCluster, tmp_path: Path) -> None:
     settings = settings_of(federation, tmp_path / "remote", rounds=4, switch_round=3)
     run = federation.control.run(REPOSITORY, settings.to_config(), timeout=600)
     assert run.completed, run.log
@@ -82,7 +82,7 @@ def test_secure_rounds_with_identities_give_the_weights_of_one_process(federatio
 
 
 def test_nodes_that_misbehave_are_left_out_and_named(
-    federation: RoundRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    federation: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = {
         (2, "1"): ("truncated", "checksum"),
@@ -128,7 +128,7 @@ def test_nodes_that_misbehave_are_left_out_and_named(
     assert ends[0].read_bytes() == ends[1].read_bytes()
 
 
-def assert_logged(federation: RoundRunner, run: CompletedRun, folder: Path, failed: set[tuple[int, str]]) -> None:
+def assert_logged(federation: LocalCluster, run: CompletedRun, folder: Path, failed: set[tuple[int, str]]) -> None:
     """The logs of server and nodes tell of this run, and name those that failed; so do the metrics."""
     nodes = {name.removeprefix("node-"): identity for identity, name in read_names(federation.folder).items()}
 
@@ -155,7 +155,7 @@ def assert_logged(federation: RoundRunner, run: CompletedRun, folder: Path, fail
 
 @pytest.mark.slow
 def test_rubbish_in_a_secure_round_costs_the_round_and_names_its_sender(
-    federation: RoundRunner, tmp_path: Path
+    federation: LocalCluster, tmp_path: Path
 ) -> None:
     """Three clients bear no dropout, so that the round is abandoned; the next one goes on."""
     set_faults(federation.folder, {"2": {"2:share": "rubbish", "4:mask": "rubbish", "6:reveal": "rubbish"}})
@@ -171,7 +171,7 @@ def test_rubbish_in_a_secure_round_costs_the_round_and_names_its_sender(
 
 
 @pytest.mark.slow
-def test_a_server_app_that_was_killed_goes_on_in_another_run(federation: RoundRunner, tmp_path: Path) -> None:
+def test_a_server_app_that_was_killed_goes_on_in_another_run(federation: LocalCluster, tmp_path: Path) -> None:
     set_faults(federation.folder, {})
     settings = settings_of(federation, tmp_path / "run", rounds=8, switch_round=3)
     background = Background(federation, federation.app, settings, timeout=800)
@@ -196,7 +196,7 @@ def test_a_server_app_that_was_killed_goes_on_in_another_run(federation: RoundRu
 
 
 @pytest.mark.slow
-def test_below_min_clients_a_run_waits_and_then_stops_in_one_line(federation: RoundRunner, tmp_path: Path) -> None:
+def test_below_min_clients_a_run_waits_and_then_stops_in_one_line(federation: LocalCluster, tmp_path: Path) -> None:
     gone = ("node-1", "node-1-exec", "node-2", "node-2-exec")
     set_faults(federation.folder, {})
     members = {name: federation.processes[name] for name in gone}
@@ -234,7 +234,7 @@ def test_below_min_clients_a_run_waits_and_then_stops_in_one_line(federation: Ro
 
 
 @pytest.mark.slow
-def test_a_slow_node_is_left_behind_and_welcome_again(federation: RoundRunner, tmp_path: Path) -> None:
+def test_a_slow_node_is_left_behind_and_welcome_again(federation: LocalCluster, tmp_path: Path) -> None:
     """What a node sends 20 s after it was asked is of a round that is over."""
     set_faults(federation.folder, {"1": {"2:mask": "late"}})
     settings = settings_of(
@@ -265,7 +265,7 @@ def test_a_full_disk_ends_a_run_without_checkpoints_in_one_line_too(tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_the_run_in_one_line_and_it_goes_on_later(federation: RoundRunner, tmp_path: Path) -> None:
+def test_a_full_disk_ends_the_run_in_one_line_and_it_goes_on_later(federation: LocalCluster, tmp_path: Path) -> None:
     """As on a full disk, a checkpoint of this run can be begun and not be written whole."""
     set_faults(federation.folder, {})
     settings = settings_of(federation, tmp_path / "run", rounds=40, switch_round=0, recovery="full")

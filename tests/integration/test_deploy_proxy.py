@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.processes import RoundRunner, free_port
+from deploy.processes import LocalCluster, free_port
 
 _NGINX = os.environ.get("TOFU_NGINX") or shutil.which("nginx")
 _CONF = Path(__file__).parents[2] / "deploy" / "nginx.conf"
@@ -22,13 +22,13 @@ pytestmark = pytest.mark.skipif(_NGINX is None, reason="nginx is not installed (
 
 
 @pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RoundRunner]:
-    with RoundRunner(tmp_path_factory.mktemp("federation"), nodes=0) as federation:
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    with LocalCluster(tmp_path_factory.mktemp("federation"), nodes=0) as federation:
         yield federation
 
 
 @pytest.fixture(scope="module")
-def proxy(federation: RoundRunner, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+def proxy(federation: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """The proxy's port. Its configuration is the containers', with this machine's addresses and paths."""
     assert _NGINX is not None
     folder, port = tmp_path_factory.mktemp("nginx"), free_port()
@@ -61,7 +61,7 @@ def proxy(federation: RoundRunner, tmp_path_factory: pytest.TempPathFactory) -> 
         process.wait(10)
 
 
-def _ask(federation: RoundRunner, port: int, path: str, method: str = "POST") -> int:
+def _ask(federation: LocalCluster, port: int, path: str, method: str = "POST") -> int:
     context = ssl.create_default_context(cafile=federation.folder / "keys" / "ca.crt")
     connection = http.client.HTTPSConnection("127.0.0.1", port, context=context, timeout=10)
     try:
@@ -71,7 +71,7 @@ def _ask(federation: RoundRunner, port: int, path: str, method: str = "POST") ->
         connection.close()
 
 
-def test_the_fleet_api_passes_and_asks_for_a_signature(federation: RoundRunner, proxy: int) -> None:
+def test_the_fleet_api_passes_and_asks_for_a_signature(federation: LocalCluster, proxy: int) -> None:
     direct = int(federation.address.rpartition(":")[2])
     asked = _ask(federation, direct, "/v1/fleet/pull-messages")
     assert asked == 401
@@ -95,18 +95,18 @@ def test_the_fleet_api_passes_and_asks_for_a_signature(federation: RoundRunner, 
         "/",
     ],
 )
-def test_nothing_else_passes(federation: RoundRunner, proxy: int, path: str) -> None:
+def test_nothing_else_passes(federation: LocalCluster, proxy: int, path: str) -> None:
     assert _ask(federation, proxy, path) == 404
     assert _ask(federation, proxy, path, "GET") == 404
 
 
-def test_the_paths_that_are_kept_inside_exist_inside(federation: RoundRunner) -> None:
+def test_the_paths_that_are_kept_inside_exist_inside(federation: LocalCluster) -> None:
     direct = int(federation.address.rpartition(":")[2])
     for path in ("/v1/control/start-run", "/v1/runtime/acquire-task"):
         assert _ask(federation, direct, path) != 404
 
 
-def test_only_post_passes_and_plain_text_does_not(federation: RoundRunner, proxy: int) -> None:
+def test_only_post_passes_and_plain_text_does_not(federation: LocalCluster, proxy: int) -> None:
     assert _ask(federation, proxy, "/v1/fleet/pull-messages", "GET") == 404
     connection = http.client.HTTPConnection("127.0.0.1", proxy, timeout=10)
     connection.request("POST", "/v1/fleet/pull-messages", body=b"")
@@ -114,7 +114,7 @@ def test_only_post_passes_and_plain_text_does_not(federation: RoundRunner, proxy
     connection.close()
 
 
-def test_a_node_comes_online_through_the_proxy(federation: RoundRunner, proxy: int) -> None:
+def test_a_node_comes_online_through_the_proxy(federation: LocalCluster, proxy: int) -> None:
     federation.start_node("node-0", partition=0, superlink=f"127.0.0.1:{proxy}")
     end = time.monotonic() + 60
     while not (online := [node["status"] for node in federation.control.nodes()] == ["online"]):

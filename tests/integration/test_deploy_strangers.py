@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 
 from deploy.certificates import make_certificates, make_node_key, make_superexec_secret
-from deploy.processes import RoundRunner, free_port
+from deploy.processes import LocalCluster, free_port
 from deploy.topology import ENVIRONMENT
 
 _BIN = Path(sys.executable).parent
 
 
 @pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RoundRunner]:
-    with RoundRunner(tmp_path_factory.mktemp("federation"), nodes=1) as federation:
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    with LocalCluster(tmp_path_factory.mktemp("federation"), nodes=1) as federation:
         end = time.monotonic() + 60
         while [node["status"] for node in federation.control.nodes()] != ["online"]:
             assert time.monotonic() < end
@@ -36,7 +36,7 @@ def _started(folder: Path, command: str, *arguments: str) -> "subprocess.Popen[s
     )  # fmt: skip
 
 
-def test_strangers_are_refused(federation: RoundRunner, tmp_path: Path) -> None:
+def test_strangers_are_refused(federation: LocalCluster, tmp_path: Path) -> None:
     keys = federation.folder / "keys"
     make_certificates(tmp_path / "other", ["127.0.0.1"])
     make_node_key(tmp_path / "keys", "registered")
@@ -67,7 +67,7 @@ def test_strangers_are_refused(federation: RoundRunner, tmp_path: Path) -> None:
     assert statuses == ["online", "registered"]  # the one that belongs here, and the key that nobody came in with
 
 
-def test_a_superexec_with_another_secret_gets_no_work(federation: RoundRunner, tmp_path: Path) -> None:
+def test_a_superexec_with_another_secret_gets_no_work(federation: LocalCluster, tmp_path: Path) -> None:
     make_superexec_secret(tmp_path / "secret")
     rogue = _started(
         tmp_path / "rogue", "flower-superexec", "--runtime-api-address", federation.address,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from deploy import certificates
-from deploy.processes import RoundRunner
+from deploy.processes import LocalCluster
 
 _PYPROJECT = """
 [project]
@@ -78,28 +78,28 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def federation(app: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RoundRunner]:
-    with RoundRunner(tmp_path_factory.mktemp("federation"), nodes=2, app=app) as federation:
+def federation(app: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    with LocalCluster(tmp_path_factory.mktemp("federation"), nodes=2, app=app) as federation:
         yield federation
         leaders = list(federation.processes.values())
     assert all(process.poll() is not None for process in leaders)
 
 
-def test_a_query_goes_round_and_the_run_is_reported_complete(federation: RoundRunner) -> None:
+def test_a_query_goes_round_and_the_run_is_reported_complete(federation: LocalCluster) -> None:
     run = federation.run({}, timeout=120)
     assert run.completed, run.log
     assert run.traffic_bytes > 0
     assert json.loads((federation.folder / "result.json").read_text())["partitions"] == [0, 1]
 
 
-def test_a_run_that_fails_is_reported_failed(federation: RoundRunner) -> None:
+def test_a_run_that_fails_is_reported_failed(federation: LocalCluster) -> None:
     run = federation.run({"fail": True}, timeout=120)
     assert not run.completed
     assert run.status == "finished:failed"
     assert "told to fail" in run.log + run.details
 
 
-def test_a_node_with_an_unregistered_key_is_refused(federation: RoundRunner) -> None:
+def test_a_node_with_an_unregistered_key_is_refused(federation: LocalCluster) -> None:
     stranger = federation.start_node("stranger", partition=2, register=False)
     assert stranger.wait(60) != 0
     federation.end("stranger", "stranger-exec")
@@ -121,11 +121,11 @@ def _listening(groups: set[int]) -> list[str]:
 
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads the kernel's list of sockets")
-def test_everything_listens_on_loopback_only(federation: RoundRunner) -> None:
+def test_everything_listens_on_loopback_only(federation: LocalCluster) -> None:
     assert _listening({leader.pid for leader in federation.processes.values()}) == ["0100007F"] * 3
 
 
-def test_the_server_proves_who_it_is_to_those_who_have_the_ca(federation: RoundRunner) -> None:
+def test_the_server_proves_who_it_is_to_those_who_have_the_ca(federation: LocalCluster) -> None:
     keys = federation.folder / "keys"
     [address] = {line for line in (federation.folder / "homes/flwr/config.toml").read_text().split('"') if ":" in line}
     host, _, port = address.partition(":")

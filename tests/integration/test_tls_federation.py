@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from client.app import app as client_app
-from deploy.processes import RoundRunner
+from deploy.processes import LocalCluster
 from server.app import serve_in_process
 from tofu.settings import Settings
 
@@ -17,7 +17,7 @@ def test_two_authenticated_nodes_train_what_one_process_trains(tmp_path: Path) -
          "ratio": 40.0, "max_evals": 12, "lr": 0.1, "round-timeout": 120.0, "downlink": "proxy",
          "downlink-ratio": 20.0}
     )  # fmt: skip
-    with RoundRunner(tmp_path / "federation", nodes=2, app=REPOSITORY, warm=True) as federation:
+    with LocalCluster(tmp_path / "federation", nodes=2, app=REPOSITORY, warm=True) as federation:
         run = federation.run(settings.to_config() | {"run-folder": str(tmp_path / "remote")}, timeout=280)
     assert run.completed, run.log
     remote = json.loads((tmp_path / "remote" / "summary.json").read_text())

@@ -1,0 +1,42 @@
+"""Rules for the whole source tree: unique class names, and short functions where the method is implemented."""
+
+import ast
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("tofu", "client", "server", "attacks", "deploy")
+SHORT_FUNCTIONS = ("client", "server", "tofu/codec")
+MAX_LINES = 60
+
+# To be emptied: names and functions that are being rewritten.
+DUPLICATE_NAMES = {"Evaluation", "RunFolder", "Samples", "_Sent", "ClientState", "Stage"}
+LONG_FUNCTIONS = {"client/app.py:train_round", "server/app.py:_run"}
+
+
+def definitions(*folders: str) -> Iterator[tuple[str, ast.AST]]:
+    """(path, node) of everything in the Python files of some folders."""
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                yield path.relative_to(ROOT).as_posix(), node
+
+
+def test_no_two_classes_share_a_name() -> None:
+    files = defaultdict(list)
+    for path, node in definitions(*PACKAGES):
+        if isinstance(node, ast.ClassDef):
+            files[node.name].append(path)
+    shared = {name: paths for name, paths in files.items() if len(paths) > 1 and name not in DUPLICATE_NAMES}
+    assert not shared
+
+
+def test_functions_are_short() -> None:
+    too_long = {
+        f"{path}:{node.name}": lines
+        for path, node in definitions(*SHORT_FUNCTIONS)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (lines := (node.end_lineno or node.lineno) - node.lineno + 1) > MAX_LINES
+    }
+    assert not too_long.keys() - LONG_FUNCTIONS, too_long
