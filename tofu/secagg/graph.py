@@ -89,7 +89,7 @@ def choose_topology(
 
     Bell et al., section 3.3: around the random ring a client's neighbors are a draw without replacement, so the number
     of colluding clients (or dropouts) among them is hypergeometric; the bounds hold for all clients at once, by the
-    union bound. With c and l the numbers that are exceeded only with those probabilities, t = floor(d/2) + c + 1 and the
+    union bound. With c and l exceeded only with those probabilities, t = floor(d/2) + c + 1 and the
     smallest d with d - l >= t is taken. For a complete graph, c and l are all of them, without probabilities.
 
     Args:

@@ -1,7 +1,7 @@
-"""What clients and server say to each other, as bytes. Little-endian, every field checked on read.
+"""The messages between clients and server, as bytes. Little-endian; every field is checked when it is read.
 
-Every message but the advert, which is made before its session, starts with the head of `tofu.secagg.wire` and goes on
-as its class says; "each" stands for entries with their number (2 bytes) before them.
+Every message except the advert, which is made before its session, starts with the head of `tofu.secagg.wire` and
+continues as documented in its class; "each" means a list, preceded by its length (2 bytes).
 """
 
 import struct
@@ -42,16 +42,16 @@ _BYTE = struct.Struct("<B")
 
 @dataclass(frozen=True)
 class Advert:
-    """A client's keys for one session, sent ahead of it. After version and kind:
+    """AdvertiseKeys, client to server: the client's keys for one session. After version and kind:
 
         1   length of the name
         -   name, UTF-8, 1 to 64 bytes
         32  X25519 public key of the pair masks
-        32  X25519 public key of the shares' encryption
+        32  X25519 public key of the encryption of shares
         0 or 64  Ed25519 signature of run, name and keys
 
     Attributes:
-        signature: b"" where the run has no identities.
+        signature: b"" in a run without identities.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Advert:
 
     @staticmethod
     def from_bytes(data: object) -> "Advert":
-        """Raises PayloadError for bytes that are no advert, or a key of low order."""
+        """Raises PayloadError if the bytes are malformed, or a key has low order."""
         reader = Reader(data, ADVERT)
         reader.kind(*reader.unpack(KIND))
         (length,) = reader.unpack(_BYTE)
@@ -92,14 +92,14 @@ class Advert:
 
 
 def check_name(name: str) -> None:
-    """Raises PayloadError for what cannot be a client's name."""
+    """Raises PayloadError unless the name has 1 to 64 printable bytes."""
     if not (1 <= len(name.encode()) <= MAX_NAME_BYTES and name.isprintable()):
         raise PayloadError(f"advert has the name {name[:MAX_NAME_BYTES]!r}, expected 1 to 64 printable bytes")
 
 
 @dataclass(frozen=True)
 class Roster:
-    """Server to client: the session's terms and the neighbors' adverts. After the head:
+    """ShareKeys, server to client: the session's terms and the neighbors' adverts. After the head:
 
         2   threshold
         1   bits of the ring
@@ -109,10 +109,10 @@ class Roster:
         2   members
         32  purpose
         16 for each member: its advert's digest, rising
-        -   adverts in order of number, each behind its length (1 byte)
+        -   adverts in order of number, each preceded by its length (1 byte)
 
     Attributes:
-        client: whom it is for.
+        client: number of the receiver.
         adverts: of its neighbors.
     """
 
@@ -129,7 +129,7 @@ class Roster:
 
     @staticmethod
     def from_bytes(data: object) -> "Roster":
-        """Raises PayloadError for bytes that are no roster, or numbers that cannot be right."""
+        """Raises PayloadError if the bytes are malformed, or a number is out of range."""
         reader = Reader(data, ROSTER)
         session, client = reader.head()
         threshold, bits, values, neighbors, count, members = reader.unpack(_ROSTER)
@@ -146,13 +146,13 @@ class Roster:
 
 @dataclass(frozen=True)
 class Shares:
-    """Client to server, and on to the neighbors: sealed shares. After the head, each
+    """ShareKeys, client to server, and MaskedInputCollection, server to client: encrypted shares. After the head, each
 
         2   the other client: the receiver on the way up, the sender on the way down
         92  nonce, ciphertext and tag
 
     Attributes:
-        client: whom it is from or for.
+        client: number of the sender (up) or receiver (down).
         sealed: the other client -> 92 bytes.
     """
 
@@ -165,7 +165,7 @@ class Shares:
 
     @staticmethod
     def from_bytes(data: object) -> "Shares":
-        """Raises PayloadError for bytes that are no shares."""
+        """Raises PayloadError if the bytes are malformed."""
         reader = Reader(data, SHARES)
         session, client = reader.head()
         sealed = reader.entries(SEALED_BYTES)
@@ -175,7 +175,7 @@ class Shares:
 
 @dataclass(frozen=True)
 class Masked:
-    """Client to server: the masked vector. After the head the packed elements (`tofu.secagg.ring.pack`)."""
+    """MaskedInputCollection, client to server: the masked vector. After the head the packed elements (`tofu.secagg.ring.pack`)."""
 
     session: Session
     client: int
@@ -186,7 +186,7 @@ class Masked:
 
     @staticmethod
     def from_bytes(data: object) -> "Masked":
-        """Raises PayloadError for bytes that are no masked vector. The terms say how long `packed` must be."""
+        """Raises PayloadError if the bytes are malformed. The terms determine the length of `packed`."""
         reader = Reader(data, MASKED)
         session, client = reader.head()
         return Masked(session, client, reader.take(reader.left))
@@ -194,7 +194,7 @@ class Masked:
 
 @dataclass(frozen=True)
 class Survivors:
-    """Server to clients: whose vectors are in the sum, and on the second time who signed that. After the head:
+    """Server to clients: the clients in the sum; for Unmasking with identities also the signatures. After the head:
 
         2   members of the session
         -   one bit for each, lowest first, set for a survivor
@@ -222,7 +222,7 @@ class Survivors:
 
     @staticmethod
     def from_bytes(data: object) -> "Survivors":
-        """Raises PayloadError for bytes that are no list of survivors."""
+        """Raises PayloadError if the bytes are malformed."""
         reader = Reader(data, SURVIVORS)
         session, client = reader.head()
         (members,) = reader.unpack(COUNT)
@@ -237,7 +237,7 @@ class Survivors:
 
 @dataclass(frozen=True)
 class Confirmation:
-    """Client to server: its signature (64 bytes) of the survivors it was told, after the head."""
+    """ConsistencyCheck, client to server: after the head its signature (64 bytes) of the survivors."""
 
     session: Session
     client: int
@@ -248,7 +248,7 @@ class Confirmation:
 
     @staticmethod
     def from_bytes(data: object) -> "Confirmation":
-        """Raises PayloadError for bytes that are no confirmation."""
+        """Raises PayloadError if the bytes are malformed."""
         reader = Reader(data, CONFIRMATION)
         session, client = reader.head()
         signature = reader.take(SIGNATURE_BYTES)
@@ -258,7 +258,7 @@ class Confirmation:
 
 @dataclass(frozen=True)
 class Reveal:
-    """Client to server: for each neighbor one share. After the head, each
+    """Unmasking, client to server: one share for each neighbor. After the head, each
 
         2   the neighbor
         1   1 for its self-mask seed, because it survived; 0 for its mask key, because it dropped out
@@ -278,7 +278,7 @@ class Reveal:
 
     @staticmethod
     def from_bytes(data: object) -> "Reveal":
-        """Raises PayloadError for bytes that are no reveal."""
+        """Raises PayloadError if the bytes are malformed."""
         reader = Reader(data, REVEAL)
         session, client = reader.head()
         shares: dict[int, tuple[bool, bytes]] = {}
