@@ -175,7 +175,7 @@ class Shares:
 
 @dataclass(frozen=True)
 class Masked:
-    """MaskedInputCollection, client to server: the masked vector. After the head the packed elements (`tofu.secagg.ring.pack`)."""
+    """MaskedInputCollection, client to server: after the head the packed masked vector (`tofu.secagg.ring.pack`)."""
 
     session: Session
     client: int
