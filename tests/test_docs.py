@@ -1,0 +1,54 @@
+"""The Markdown pages: relative links resolve, commands exist, and the README's Python example runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
+NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of a page's headings, formed as GitHub forms them."""
+    titles = re.findall(r"(?m)^#+ (.+)$", page.read_text(encoding="utf-8"))
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_relative_links_resolve(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_commands_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    targets = set(re.findall(r"(?m)^([a-z][a-z-]*)(?=[ :])", (ROOT / "Makefile").read_text(encoding="utf-8")))
+    for target in re.findall(r"(?:`|^)make ([a-z-]+)", text, re.MULTILINE):
+        benchmark = ROOT / "benchmarks" / target.removeprefix("bench-")
+        assert target in targets or (target.startswith("bench-") and benchmark.is_dir()), target
+    for module in re.findall(r"python -m ((?:attacks|benchmarks|deploy|tofu)(?:\.[a-z]\w*)*)", text):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or path.is_dir(), module
+
+
+def test_the_python_example_runs() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    message, update, decoded = names["message"], names["update"], names["decoded"]
+    assert isinstance(message, bytes)
+    assert isinstance(update, dict)
+    assert isinstance(decoded, dict)
+    assert 20 * len(message) < 4 * sum(value.numel() for value in update.values())
+    sent, received = (torch.cat([values[n].flatten() for n in update]) for values in (update, decoded))
+    assert torch.nn.functional.cosine_similarity(sent, received, dim=0) > 0.5
