@@ -5,7 +5,7 @@ import statistics
 import numpy as np
 
 from benchmarks.secagg.cost import Case, Clock, Cost, sampled, update_of, wire_bytes
-from tofu.secagg import ring
+from tofu.bit_packing import pack, unpack
 from tofu.secagg.client import ClientSession
 from tofu.secagg.fixed_point import FixedPoint
 from tofu.secagg.masks import add_mask, new_seed
@@ -73,25 +73,25 @@ def sampled_session(case: Case, code: FixedPoint, short: Cost, short_parameters:
     values, neighbors = code.length(case.parameters), case.topology.neighbors
     update = update_of(case.parameters, 0)
     vector, _ = code.encode(update, EXAMPLES)
-    packed = ring.pack(vector, code.bits)
+    packed = pack(vector, code.bits)
 
     def masked() -> None:
         add_mask(vector, new_seed(), code.bits)
 
     def added() -> None:
-        total = ring.unpack(packed, values, code.bits, "masked vector")
+        total = unpack(packed, values, code.bits, "masked vector")
         total += vector
 
     client = (
         sampled(1, lambda: code.encode(update, EXAMPLES))
         + sampled(1 + neighbors, masked)
-        + sampled(1, lambda: ring.pack(vector, code.bits))
+        + sampled(1, lambda: pack(vector, code.bits))
     )
     # A client that is gone has left masks in those of its neighbors that stayed.
     left = round(case.dropped * neighbors * case.survivors / (case.clients - 1))
     decoding = sampled(1, lambda: code.decode(vector))
     server = sampled(case.survivors, added) + sampled(case.survivors + left, masked) + decoding
-    longer = len(packed) - len(ring.pack(_zeros(code.length(short_parameters)), code.bits))
+    longer = len(packed) - len(pack(_zeros(code.length(short_parameters)), code.bits))
     return Cost(short.client + client, short.server + server, short.up + longer, short.down, sampled=True)
 
 

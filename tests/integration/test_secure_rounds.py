@@ -19,13 +19,14 @@ from client import app as honest
 from deploy.identities import make_identities
 from server.app import app as server_app
 from server.app import open_run_data, serve_in_process
+from tofu.bit_packing import unpack
 from tofu.errors import SettingError
 from tofu.flower.in_process import run_in_process
 from tofu.models import build_model
 from tofu.payload import WEIGHTS, Payload, float32_bytes
 from tofu.secagg.encoding import EncodingConfig, RingEncoder
 from tofu.secagg.messages import Masked
-from tofu.secagg.ring import centered, unpack
+from tofu.secagg.ring import centered
 from tofu.settings import Settings
 from tofu.weights import ParamSpec, Weights, fingerprint, layout_of, load_weights, weights_of
 from tofu.wire import FIELD, RECORD, SECURE, STAGES, SecureAnswer, SecurePart, SecureQuery, TrainRequest

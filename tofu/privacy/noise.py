@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tofu.bit_packing import CHUNK
 from tofu.errors import RunError, SettingError
 from tofu.privacy.checks import check_positive
 from tofu.secagg.masks import Stream, new_seed
-from tofu.secagg.ring import CHUNK
 from tofu.weights import Weights
 
 Reals = npt.NDArray[np.float64]

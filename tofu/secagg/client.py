@@ -18,15 +18,16 @@ import numpy as np
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from tofu.bit_packing import pack
 from tofu.errors import PayloadError
-from tofu.secagg import ring, shamir
+from tofu.secagg import shamir
 from tofu.secagg.domain import fields
 from tofu.secagg.graph import Topology
 from tofu.secagg.identities import ADVERT, SURVIVORS
 from tofu.secagg.masks import SHARE_KEY, add_mask, agree, new_seed, pair_seed, public_key
 from tofu.secagg.messages import Advert, Confirmation, Masked, Reveal, Roster, Shares, Survivors
 from tofu.secagg.participant import Participant
-from tofu.secagg.ring import RingVector
+from tofu.secagg.ring import RingVector, largest
 from tofu.secagg.state import ClientState
 from tofu.secagg.terms import Session, Stage
 
@@ -114,7 +115,7 @@ class ClientSession:
         state, roster = self._state, self._roster
         terms, own, shares = roster.terms, roster.client, Shares.from_bytes(data)
         self._check_address("shares", shares.session, shares.client)
-        if vector.shape != (terms.values,) or vector.dtype != np.uint64 or (vector > ring.largest(terms.bits)).any():
+        if vector.shape != (terms.values,) or vector.dtype != np.uint64 or (vector > largest(terms.bits)).any():
             raise ValueError(f"vector must be {terms.values} elements of uint64 below 2^{terms.bits}")
         held = {peer: bytearray(self._open(peer, sealed)) for peer, sealed in shares.sealed.items()}
         if len(held) < terms.threshold:
@@ -129,7 +130,7 @@ class ClientSession:
         state.erase_keys()
         identified = self._participant.identity is not None
         state.stage = Stage.CONSISTENCY_CHECK if identified else Stage.UNMASKING
-        return Masked(terms.session, own, ring.pack(masked, terms.bits)).to_bytes()
+        return Masked(terms.session, own, pack(masked, terms.bits)).to_bytes()
 
     def check_consistency(self, data: bytes) -> bytes:
         """`Survivors` -> `Confirmation`, the client's signature of them. Only in a run with identities.

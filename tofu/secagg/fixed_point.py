@@ -30,9 +30,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from tofu.bit_packing import CHUNK
 from tofu.errors import PayloadError, RunError, SettingError
 from tofu.secagg.masks import Stream, new_seed
-from tofu.secagg.ring import CHUNK, RingVector, SignedVector, centered, check_bits, from_signed, largest
+from tofu.secagg.ring import RingVector, SignedVector, centered, check_bits, from_signed, largest
 
 RealVector = npt.NDArray[np.floating]
 

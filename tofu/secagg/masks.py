@@ -17,9 +17,10 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from tofu.bit_packing import CHUNK
 from tofu.errors import PayloadError
 from tofu.secagg.domain import fields
-from tofu.secagg.ring import CHUNK, RingVector, largest
+from tofu.secagg.ring import RingVector, largest
 
 SEED_BYTES = 32
 KEY_BYTES = 32

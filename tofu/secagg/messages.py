@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from tofu.bit_packing import MAX_BITS
 from tofu.errors import PayloadError
 from tofu.secagg.identities import SIGNATURE_BYTES
 from tofu.secagg.masks import KEY_BYTES, check_public_key
-from tofu.secagg.ring import MAX_BITS
 from tofu.secagg.shamir import SHARE_BYTES
 from tofu.secagg.terms import DIGEST_BYTES, PURPOSE_BYTES, Session, Terms, advert_digest
 from tofu.secagg.wire import (
@@ -175,7 +175,7 @@ class Shares:
 
 @dataclass(frozen=True)
 class Masked:
-    """MaskedInputCollection, client to server: after the head the packed masked vector (`tofu.secagg.ring.pack`)."""
+    """MaskedInputCollection, client to server: after the head the packed masked vector (`tofu.bit_packing.pack`)."""
 
     session: Session
     client: int

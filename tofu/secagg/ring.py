@@ -6,11 +6,7 @@ uint64 arithmetic is mod 2^64, which 2^b divides, so a sum of any length needs o
 import numpy as np
 import numpy.typing as npt
 
-from tofu.bit_packing import CHUNK as CHUNK
-from tofu.bit_packing import MAX_BITS as MAX_BITS
-from tofu.bit_packing import pack as pack
-from tofu.bit_packing import packed_bytes as packed_bytes
-from tofu.bit_packing import unpack as unpack
+from tofu.bit_packing import MAX_BITS
 from tofu.errors import SettingError
 
 RingVector = npt.NDArray[np.uint64]

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tofu.bit_packing import unpack
 from tofu.errors import PayloadError, RunError
 from tofu.secagg import ring, shamir
 from tofu.secagg.graph import Topology
@@ -173,7 +174,7 @@ class ServerSession:
             raise PayloadError(f"{name} sent its masked vector without shares")
         if number in self._masked:
             raise PayloadError(f"{name} sent its masked vector twice")
-        vector = ring.unpack(masked.packed, self._values, self._bits, f"masked vector of {name}")
+        vector = unpack(masked.packed, self._values, self._bits, f"masked vector of {name}")
         self._sum += vector
         self._masked.add(number)
 

@@ -4,9 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tofu.secagg.harness import ring_bits
+from tofu.bit_packing import CHUNK
 from tofu.errors import PayloadError, RunError, SettingError
 from tofu.secagg.fixed_point import Clipped, FixedPoint
-from tofu.secagg.ring import CHUNK, RingVector, largest
+from tofu.secagg.ring import RingVector, largest
 
 
 def summed(code: FixedPoint, values: list[np.ndarray], examples: list[int]) -> RingVector:

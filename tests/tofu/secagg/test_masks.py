@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
+from tofu.bit_packing import CHUNK, pack
 from tofu.errors import PayloadError
 from tofu.secagg.masks import (
     PAIR_MASK,
@@ -16,7 +17,7 @@ from tofu.secagg.masks import (
     public_key,
     word_bytes,
 )
-from tofu.secagg.ring import CHUNK, RingVector, largest, pack
+from tofu.secagg.ring import RingVector, largest
 
 
 def mask(seed: bytes, count: int, bits: int) -> RingVector:

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 from tests.tofu.secagg.harness import Session, names, plain_sum, random_vectors
+from tofu.bit_packing import unpack
 from tofu.secagg.client import ClientSession
 from tofu.secagg.fixed_point import FixedPoint
 from tofu.secagg.graph import Topology
 from tofu.secagg.messages import Masked, Reveal, Shares
-from tofu.secagg.ring import RingVector, centered, largest, unpack
+from tofu.secagg.ring import RingVector, centered, largest
 from tofu.secagg.terms import Stage
 
 BITS, VALUES = 12, 20_000

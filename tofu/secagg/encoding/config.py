@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tofu.bit_packing import MAX_BITS
 from tofu.errors import PayloadError
 from tofu.secagg import coordinates
 from tofu.secagg.encoding.ranges import MAX_RANGE, MIN_RANGE
-from tofu.secagg.ring import MAX_BITS
 from tofu.weights import Weights, weights_sha256
 
 _HEAD = struct.Struct(f"<HBfHfI{coordinates.DIGEST_BYTES}sB")
