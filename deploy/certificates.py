@@ -212,6 +212,19 @@ def _name(host: str) -> x509.GeneralName:
         return x509.DNSName(host)
 
 
+def make_files(folder: Path, hosts: Sequence[str], nodes: Sequence[str], *, compose: bool) -> list[Path]:
+    """Make what the command asks for -> the files that were written. Raises SettingError as the functions above."""
+    if not hosts and not nodes:
+        raise SettingError("host", list(hosts), "at least one --host or --node")
+    if compose:
+        make_compose_secrets(folder, hosts, nodes)
+        return sorted(file for file in folder.rglob("*") if file.is_file())
+    made: list[Path] = [*vars(make_certificates(folder, hosts)).values()] if hosts else []
+    for name in nodes:
+        made += vars(make_node_key(folder, name)).values()
+    return made
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: 0 when all was made, 2 with one line on standard error when something was refused."""
     parser = argparse.ArgumentParser(prog="python -m deploy.certificates", description="Make certificates and keys.")
@@ -220,18 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--node", action="append", default=[], help="name of a node; makes its key pair")
     parser.add_argument("--compose", action="store_true", help="a folder for each service of deploy/compose.yaml")
     given = parser.parse_args(arguments)
-    if not given.host and not given.node:
-        parser.error("nothing to make: give --host, --node or both")
     try:
-        made: list[Path] = []
-        if given.compose:
-            make_compose_secrets(given.folder, given.host, given.node)
-            made += sorted(file for file in given.folder.rglob("*") if file.is_file())
-        else:
-            if given.host:
-                made += vars(make_certificates(given.folder, given.host)).values()
-            for name in given.node:
-                made += vars(make_node_key(given.folder, name)).values()
+        made = make_files(given.folder, given.host, given.node, compose=given.compose)
     except TofuError as error:
         print(error, file=sys.stderr)
         return 2

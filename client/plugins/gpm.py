@@ -57,19 +57,19 @@ class GradientProjectionMemory(Plugin):
     why_inexact: ClassVar[str] = "an average of updates that each spare their own client's inputs spares nobody's"
 
     # fmt: off
-    threshold: float = option(0.97, "share of the power of a layer's inputs that its memory must hold", above=0, most=1)
-    first_threshold: float = option(0.0, "the same of the first layer; 0: as threshold", least=0, most=1)
-    threshold_step: float = option(0.0, "added to the thresholds with every task", least=0, most=0.1)
+    threshold: float = option(0.97, "share of the power of a layer's inputs that its memory must hold", gt=0, le=1)
+    first_threshold: float = option(0.0, "the same of the first layer; 0: as threshold", ge=0, le=1)
+    threshold_step: float = option(0.0, "added to the thresholds with every task", ge=0, le=0.1)
     rule: str = option("paper", "paper: reach the threshold; code: as published, one vector less after the first task", choices=("paper", "code"))  # noqa: E501
-    samples: int = option(300, "images of a client that count for its memory of a task", least=1, most=100_000)
-    most: float = option(1.0, "largest share of a layer's input dimensions that may be kept", above=0, most=1)
+    samples: int = option(300, "images of a client that count for its memory of a task", ge=1, le=100_000)
+    most: float = option(1.0, "largest share of a layer's input dimensions that may be kept", gt=0, le=1)
     memory: str = option("union", "union: of all clients' inputs; local: of the client's own", choices=("union", "local"))  # noqa: E501
-    scaling: float = option(0.0, "a of scaled gradient projection (10 in the paper); 0 projects wholly", least=0, most=1000)  # noqa: E501
+    scaling: float = option(0.0, "a of scaled gradient projection (10 in the paper); 0 projects wholly", ge=0, le=1000)
     bias: str = option("append", "append: project them with their layer; freeze: after the first task", choices=("append", "freeze"))  # noqa: E501
     head: str = option("project", "project: as any layer; free: not at all, for tasks with rows of their own in it", choices=("project", "free"))  # noqa: E501
     first_layer: str = option("gram", "what is exported of it: gram, noise (with noise) or skip (nothing; frozen after the first task)", choices=("gram", "noise", "skip"))  # noqa: E501
-    noise: float = option(0.5, "deviation of first-layer=noise, in the most that one image contributes", above=0, most=1000)  # noqa: E501
-    longest: float = option(100.0, "norm of an input row; longer ones are scaled to it, which bounds what is summed", above=0, most=1e6)  # noqa: E501
+    noise: float = option(0.5, "deviation of first-layer=noise, in the most that one image contributes", gt=0, le=1000)
+    longest: float = option(100.0, "norm of an input row; longer ones are scaled to it, which bounds what is summed", gt=0, le=1e6)  # noqa: E501
     # fmt: on
 
     _about: RoundContext | None = field(default=None, init=False, repr=False)

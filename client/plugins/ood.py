@@ -69,12 +69,12 @@ class OutOfDistribution(Plugin):
     name = "ood"
     changes_head = True
 
-    share: float = option(0.5, "noise-mixed images added to a batch, as a share of it", above=0, most=1)
-    noise: float = option(0.5, "standard deviation of the noise, images being in [-1, 1]", above=0, most=10)
+    share: float = option(0.5, "noise-mixed images added to a batch, as a share of it", gt=0, le=1)
+    noise: float = option(0.5, "standard deviation of the noise, images being in [-1, 1]", gt=0, le=10)
     intra_class: bool = option(False, "mix every image with another of its class in the batch")
     score: str = option("auxiliary", _SCORE_HELP, choices=tuple(_AXES))
-    false_alarms: float = option(0.05, "share of images like the clients' own that may be flagged", above=0, most=0.5)
-    images: int = option(1000, "most images of a client, or of the server, that calibrate it", least=1, most=1_000_000)
+    false_alarms: float = option(0.05, "share of images like the clients' own that may be flagged", gt=0, le=0.5)
+    images: int = option(1000, "most images of a client, or of the server, that calibrate it", ge=1, le=1_000_000)
 
     _classes: int = field(default=0, init=False, repr=False)
     _start: Weights = field(default_factory=dict, init=False, repr=False)

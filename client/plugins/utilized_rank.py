@@ -84,12 +84,12 @@ class UtilizedRank(Plugin):
 
     name = "rank"
 
-    energy: float = option(0.998, "share of the inputs' and outputs' energy that the subspaces hold", above=0, most=1)
-    after: int = option(1, "the round in which clients measure", least=1, most=100_000)
+    energy: float = option(0.998, "share of the inputs' and outputs' energy that the subspaces hold", gt=0, le=1)
+    after: int = option(1, "the round in which clients measure", ge=1, le=100_000)
     first_layer: str = option("skip", "skip it, or gram: measure raw images too", choices=("skip", "gram"))
     factorize: bool = option(True, "train the cores from then on; false only measures")
-    images: int = option(500, "most images of a client that are measured", least=1, most=1_000_000)
-    longest: float = option(0.0, "scale rows of a larger norm to it, which bounds the sums; 0 leaves them", least=0)
+    images: int = option(500, "most images of a client that are measured", ge=1, le=1_000_000)
+    longest: float = option(0.0, "scale rows of a larger norm to it, which bounds the sums; 0 leaves them", ge=0)
 
     _about: RoundContext | None = field(default=None, init=False, repr=False)
     _start: Weights = field(default_factory=dict, init=False, repr=False)

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,15 +16,41 @@ from pydantic.fields import FieldInfo
 
 from tofu.errors import SettingError, TofuError
 from tofu.formatting import printable
-from tofu.settings import FIELDS, Settings, Value, accepted_values, kind_of, read_toml, section_of, separator_of
+from tofu.settings import (
+    FIELDS,
+    Settings,
+    Value,
+    accepted_values,
+    dashed,
+    json_schema,
+    kind_of,
+    read_toml,
+    section_of,
+    separator_of,
+)
 from tofu.settings.deprecated import NAMES, present_names, warn_once
 
 _app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Federated learning that sends a few proxy images in place of weight updates.",
+    help="Communication-efficient federated learning: proxy images, secure aggregation, training plugins.",
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"tofu {version('tofu-fl')}")
+        raise typer.Exit
+
+
+@_app.callback()
+def _options(
+    _: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with settings", rich_help_panel="Run")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object at the end, and no progress")]
@@ -88,6 +115,10 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
         for name, separator in _REPEATED.items():
             if overrides[name] is not None:
                 overrides[name] = separator.join(overrides[name])
+        if "@" in (overrides["plugin_options"] or ""):
+            from tofu.plugins.options import inline_files
+
+            overrides["plugin_options"] = inline_files(overrides["plugin_options"])
         command(overrides={name: value for name, value in overrides.items() if value is not None}, **given)
 
     own = [p for p in inspect.signature(command).parameters.values() if p.name != "overrides"]
@@ -334,6 +365,16 @@ def attack(context: typer.Context) -> None:
     from tofu.cli.attack import main as attack_main
 
     raise SystemExit(attack_main(context.args))
+
+
+@_app.command("settings")
+def settings_(schema: Annotated[bool, typer.Option("--schema", help="print a JSON schema")] = False) -> None:
+    """Print every setting with its default, as a TOML file for `--config`; or the JSON schema of such a file."""
+    if schema:
+        print(json.dumps(json_schema(), indent=2))
+        return
+    for name, field in FIELDS.items():
+        print(f"{f'{dashed(name)} = {json.dumps(field.default)}':<32}# {field.description}")
 
 
 @_app.command()

@@ -85,6 +85,31 @@ def down(*, folder: Folder = _FOLDER, json_: Json = False) -> None:
     print(json.dumps({"ended": ended}) if json_ else f"ended: {', '.join(ended) or 'nothing was running'}")
 
 
+@app.command()
+def certificates(
+    folder: Annotated[Path, typer.Argument(help="where the files go")],
+    host: Annotated[list[str] | None, typer.Option(help="address of the server; makes CA and server")] = None,
+    node: Annotated[list[str] | None, typer.Option(help="name of a node; makes its key pair")] = None,
+    compose: Annotated[bool, typer.Option("--compose", help="a folder per service of deploy/compose.yaml")] = False,
+) -> None:
+    """Make a CA, the server's certificate and a key pair for every node."""
+    from deploy.certificates import make_files
+
+    for file in make_files(folder, host or (), node or (), compose=compose):
+        print(file)
+
+
+@app.command()
+def identities(
+    names: Annotated[list[str], typer.Argument(help="the clients: their partition-id, or their names")],
+    folder: Annotated[Path, typer.Option("--folder", help="where the keys go")],
+) -> None:
+    """Make an identity key for every client, and the list of public keys that secure rounds check."""
+    from deploy.identities import make_identities
+
+    print(make_identities(folder, names))
+
+
 def _show(status: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(status))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tofu.data import ImageShape, LabeledImages
 from tofu.errors import PayloadError, RunError, SettingError
 from tofu.imports import import_object
-from tofu.plugins.options import option, options_of, read_options
+from tofu.plugins.options import option, options_of, read_options, split_options
 from tofu.plugins.state import PluginState, state_from_bytes, state_to_bytes
 
 __all__ = [
@@ -467,7 +467,7 @@ def make_plugins(names: str, options: str = "") -> Plugins:
             raise SettingError("plugins", names, f"each plugin once, {kind.name} occurs twice")
         classes[kind.name] = kind
     texts: dict[str, dict[str, str]] = {name: {} for name in classes}
-    for part in options.split():
+    for part in split_options(options):
         key, equals, text = part.partition("=")
         name, dot, own = key.partition(".")
         if not equals or not dot:

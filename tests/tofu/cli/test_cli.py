@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from tofu.cli import main
-from tofu.settings import FIELDS, Settings, section_of
+from tofu.settings import FIELDS, Settings, read_toml, section_of
 
 ROOT = Path(__file__).parents[3]
 TINY = ("--model=mlp", "--clients=2", "--rounds=2", "--max-evals=2")
@@ -401,3 +401,27 @@ def test_help_runs_quickly(tmp_path: Path) -> None:
     assert process.returncode == 0, process.stderr
     assert "--rounds" in process.stdout
     assert time.monotonic() - began < 30  # about 2 on an idle core
+
+
+def test_version_and_settings(tofu: Tofu, tmp_path: Path) -> None:
+    assert re.fullmatch(r"tofu \d+\.\d+.*\n", tofu("--version").out)
+    (tmp_path / "all.toml").write_text(tofu("settings").out)
+    assert Settings.of(read_toml(tmp_path / "all.toml")) == Settings()
+    assert json.loads(tofu("settings", "--schema").out)["properties"]["lr"]["exclusiveMinimum"] == 0
+
+
+def test_an_old_option_is_accepted_with_a_warning(
+    tofu: Tofu, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tofu.settings.deprecated._warned", set())
+    outcome = tofu("plan", "--json", *TINY, "--fraction=0.5")
+    assert outcome.json["compressed_rounds"] == 2
+    assert outcome.err == "warning: setting fraction is deprecated: use client-fraction\n"
+
+
+def test_help_does_not_import_torch(tmp_path: Path) -> None:
+    for command in ([], ["run"]):
+        code = f"import sys; sys.argv = ['tofu', *{command}, '--help']\nfrom tofu.cli import main\n"
+        code += "try: main()\nfinally: assert 'torch' not in sys.modules"
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env=environment)

@@ -39,7 +39,7 @@ SHAPE = ImageShape(1, 8, 8, 10)
 class Adds(Plugin):
     """Adds `amount` to images, loss and weights."""
 
-    amount: float = option(1.0, "what is added", least=0)
+    amount: float = option(1.0, "what is added", ge=0)
 
     def on_batch(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         return images + self.amount, labels
