@@ -2,7 +2,7 @@
 
 Node config: `partition-id` (the client's number; its images are that share of the run's dataset), or `data`, a folder
 with this client's own images, and optionally `partition-id` as its name; `device`, where it trains and encodes. What a
-client insists on, whatever a run asks for: `kinds`, the kinds of round that it takes part in ("secure" or
+client insists on, whatever a run asks for: `allowed-rounds`, the kinds of round that it takes part in ("secure" or
 "proxy,secure"), and `min-noise-multiplier`, below which noise-multiplier may not be. For secure rounds see `client.secure`.
 """
 
@@ -34,6 +34,7 @@ from tofu.reference_model import ReferenceModel
 from tofu.rng import derive_bytes, derive_generator
 from tofu.secagg.encoding import EncodingConfig, RingEncoder, flat, purpose_of
 from tofu.settings import Settings
+from tofu.settings.deprecated import present_node_config
 from tofu.tasks import only_classes
 from tofu.training import LocalTrainingConfig, train_locally
 from tofu.weights import Weights, cosine, difference, explained_variance, load_weights, weights_of
@@ -267,10 +268,11 @@ def client_data(settings: Settings, context: Context) -> LabeledImages:
 
 def check_terms(kind: str, settings: Settings, context: Context) -> None:
     """Raises DataError where this client's node config does not take part in such a round."""
-    kinds = context.node_config.get("kinds")
+    config = present_node_config(context.node_config)
+    kinds = config.get("allowed-rounds")
     if kinds is not None and kind not in [name.strip() for name in str(kinds).split(",")]:
         raise DataError(f"this client takes part in rounds of kind {kinds}, not {kind}")
-    least = context.node_config.get("min-noise-multiplier", 0.0)
+    least = config.get("min-noise-multiplier", 0.0)
     if isinstance(least, str) or settings.noise_multiplier < least:
         raise DataError(
             f"this client takes part with noise-multiplier {least} or more, not {settings.noise_multiplier:g}"

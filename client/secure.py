@@ -2,7 +2,7 @@
 
 Node config, where the server may lie: `identity`, the file of this client's Ed25519 key, and `identities`, the file of
 all clients' public keys, which came some other way than through the server (`deploy.identities` makes both).
-`min-neighbors` and `max_colluding` say what this client insists on, whatever the server proposes.
+`min-neighbors` and `max-colluding` say what this client insists on, whatever the server proposes.
 """
 
 from pathlib import Path
@@ -13,6 +13,7 @@ from tofu.errors import PayloadError
 from tofu.secagg.client import ClientSession
 from tofu.secagg.identities import read_identity, read_known
 from tofu.secagg.participant import Participant
+from tofu.settings.deprecated import present_node_config
 from tofu.wire import SecureAnswer, SecureQuery, run_name
 
 _RECORD = "tofu-secure"
@@ -21,7 +22,7 @@ _SESSION = "session"
 
 def participant_of(context: Context, name: str) -> Participant:
     """Who this client is in secure rounds. Raises SettingError for a node config that cannot be used."""
-    config = context.node_config
+    config = present_node_config(context.node_config)
     key, known = config.get("identity"), config.get("identities")
     return Participant(
         run=run_name(context.run_id),
@@ -29,7 +30,7 @@ def participant_of(context: Context, name: str) -> Participant:
         identity=read_identity(Path(str(key)), name) if key is not None else None,
         known=read_known(Path(str(known))) if known is not None else None,
         min_neighbors=int(config.get("min-neighbors", 2)),
-        max_colluding=int(config.get("max_colluding", 0)),
+        max_colluding=int(config.get("max-colluding", 0)),
     )
 
 

@@ -197,10 +197,12 @@ def test_warm_start_uses_the_last_proxies() -> None:
 def test_a_client_takes_part_on_its_own_terms_only() -> None:
     for kinds in ("secure", "proxy, secure"):
         with pytest.raises(DataError, match=f"rounds of kind {kinds}, not full"):
+            train_round(request("full"), 1, SETTINGS, context(**{"partition-id": 0, "allowed-rounds": kinds}))
+        with pytest.raises(DataError, match=f"rounds of kind {kinds}, not full"):  # the name before the renaming
             train_round(request("full"), 1, SETTINGS, context(**{"partition-id": 0, "kinds": kinds}))
     with pytest.raises(DataError, match="noise-multiplier 1 or more, not 0"):
         train_round(request(), 1, SETTINGS, context(**{"partition-id": 0, "min-noise-multiplier": 1}))
-    assert train_round(request(), 1, SETTINGS, context(**{"partition-id": 0, "kinds": "proxy"})).payload
+    assert train_round(request(), 1, SETTINGS, context(**{"partition-id": 0, "allowed-rounds": "proxy"})).payload
 
 
 def answer(context: Context) -> Message:

@@ -161,8 +161,8 @@ def _structure(kind: type, text: str, label: str, accepted: Accepted) -> Value:
         for entry in value:
             if isinstance(entry, int | float) and not accepted.allows(entry):
                 raise SettingError(label, text, f"finite numbers{_bounds(accepted)}")
-    structure: list[Any] | dict[str, Any] = value
-    return structure
+    structure: Any = value
+    return structure  # type: ignore[no-any-return]
 
 
 def _from_file(text: str, label: str) -> Any:

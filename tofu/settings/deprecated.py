@@ -2,8 +2,11 @@
 
 import sys
 from collections.abc import Mapping
+from typing import TypeVar
 
 from tofu.errors import SettingError
+
+V = TypeVar("V")
 
 NAMES: Mapping[str, str] = {
     "evaluations": "max-evals",
@@ -59,6 +62,23 @@ def present_names(values: Mapping[str, object], *, warn: bool = True) -> dict[st
         if present is not value and warn:
             warn_once(f"{name}={value} is deprecated: use {name}={present}")
         result[name] = present
+    return result
+
+
+def present_node_config(config: Mapping[str, V]) -> dict[str, V]:
+    """A client's node config by the present names: ignoring an old name would lift a restriction.
+
+    Raises:
+        SettingError: an entry is given by its old and by its present name.
+    """
+    result: dict[str, V] = {}
+    for old, value in config.items():
+        name = NODE_NAMES.get(old, old)
+        if name in result:
+            raise SettingError(old, value, f"{name} once (it is given by two names)")
+        if name != old:
+            warn_once(f"node config {old} is deprecated: use {name}")
+        result[name] = value
     return result
 
 
