@@ -17,10 +17,12 @@ from torch import Tensor
 from attacks.base import Attack, Reconstruction, Watch
 from attacks.labels import guessed_labels
 from attacks.observation import Observation
+from attacks.registry import registry
 from attacks.simulated import SimulatedClient, relative_distance, search_lbfgs, total_variation
 from attacks.simulation import Simulation
 
 
+@registry.register("accumulation")
 @dataclass(frozen=True)
 class Accumulation(Attack):
     """L-BFGS over all messages' distances at once.
@@ -34,7 +36,6 @@ class Accumulation(Attack):
     restarts: int = 2
     max_evals: int = 300
     variation: float = 1e-5
-    name: ClassVar[str] = "accumulation"
     needs: ClassVar[tuple[str, ...]] = ("lr", "earlier")
 
     def _run(self, observation: Observation, generator: torch.Generator, watch: Watch) -> Reconstruction:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from attacks.base import Attack, Reconstruction, Watch
 from attacks.observation import Observation
+from attacks.registry import registry
 
 TINY = 1e-4
 """Units whose bias moved less than this share of the most moved one are rounding."""
@@ -30,11 +31,11 @@ BEYOND = 1.1
 """Pixels further out are no image's."""
 
 
+@registry.register("analytic")
 @dataclass(frozen=True)
 class Analytic(Attack):
     """Rows of the first layer's weight over its bias."""
 
-    name: ClassVar[str] = "analytic"
     needs: ClassVar[tuple[str, ...]] = ("linear-first",)
 
     def _run(self, observation: Observation, generator: torch.Generator, watch: Watch) -> Reconstruction:

@@ -1,4 +1,4 @@
-"""What every attack stands on: what it needs, how long it may take, what it hands back."""
+"""The interface of attacks: requirements, time limit and result."""
 
 import math
 import time
@@ -15,20 +15,20 @@ from tofu.errors import TofuError
 
 
 class AttackError(TofuError):
-    """An attack that cannot be made on this message, or a message or model that it cannot be made for."""
+    """The attack cannot run on this message, or the message or model cannot be attacked."""
 
 
 Progress = Callable[[int, int, float], None]
-"""Called with the max_evals made, those planned, and the attacker's own loss so far."""
+"""Called with the evaluations made, those planned, and the attacker's best loss so far."""
 
 
 class Watch:
     """Time limit and progress of one attack.
 
     Args:
-        seconds: after which `go_on` says no.
+        seconds: time after which `go_on` returns False.
         progress: called at most every half second.
-        clock: in seconds; a test brings its own.
+        clock: returns seconds; tests replace it.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Watch:
         self._end, self._next = clock() + seconds, clock()
 
     def go_on(self, done: int = 0, planned: int = 0, loss: float = math.nan) -> bool:
-        """Whether there is time left; reports on the way."""
+        """Report progress and return whether time is left."""
         now = self._clock()
         if self._progress is not None and now >= self._next:
             self._progress(done, planned, loss)
@@ -53,8 +53,8 @@ class Reconstruction:
     Attributes:
         images: float32 [n, channels, height, width] in [-1, 1], or None for an attack on labels alone.
         labels: int64 [n], or None.
-        loss: the attacker's own objective at the end (nan where it has none).
-        max_evals: of that objective.
+        loss: the attacker's final objective (nan if it has none).
+        max_evals: number of evaluations of that objective.
     """
 
     images: Tensor | None
@@ -64,18 +64,18 @@ class Reconstruction:
 
 
 class Attack(ABC):
-    """An attack; an instance holds settings only.
+    """Base class of attacks; an instance holds settings only.
 
     Attributes:
-        name: how a user selects it.
-        needs: names of `CAPABILITIES` without which it cannot be made.
+        name: the registered name.
+        needs: names of `CAPABILITIES` that the attack requires.
     """
 
     name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
 
     def incompatibility(self, observation: Observation) -> str | None:
-        """Why this attack cannot be made on this message; None where it can."""
+        """The reason why this attack cannot run on this message, or None."""
         for need in self.needs:
             reason, given = CAPABILITIES[need]
             if not given(observation):
@@ -89,7 +89,7 @@ class Attack(ABC):
 
         Args:
             generator: the only source of randomness.
-            watch: time limit and progress; what was found until the limit comes back.
+            watch: time limit and progress. The best result until the limit is returned.
 
         Raises:
             AttackError: the message lacks something that this attack needs.
@@ -101,4 +101,4 @@ class Attack(ABC):
 
     @abstractmethod
     def _run(self, observation: Observation, generator: torch.Generator, watch: Watch) -> Reconstruction:
-        """The attack itself; its needs are met."""
+        """Run the attack; its requirements are met."""

@@ -27,16 +27,17 @@ from torch import Tensor
 from attacks.base import Attack, Reconstruction, Watch
 from attacks.labels import guessed_labels
 from attacks.observation import Observation
+from attacks.registry import registry
 from attacks.simulated import SimulatedClient, Tensors, relative_distance, search_lbfgs, total_variation
 from attacks.simulation import Simulation
 from tofu.codec.proxies import decode
 
 
+@registry.register("proxy-images")
 @dataclass(frozen=True)
 class ProxyImages(Attack):
     """The proxies as they are, each stretched to the range of pixels."""
 
-    name: ClassVar[str] = "proxy-images"
     needs: ClassVar[tuple[str, ...]] = ("proxies",)
 
     def _run(self, observation: Observation, generator: torch.Generator, watch: Watch) -> Reconstruction:
@@ -44,6 +45,7 @@ class ProxyImages(Attack):
         return Reconstruction(stretched(observation), observation.proxies.labels.argmax(1)[: observation.images])
 
 
+@registry.register("codec-aware")
 @dataclass(frozen=True)
 class CodecAware(Attack):
     """L-BFGS on the codec's own distance.
@@ -59,7 +61,6 @@ class CodecAware(Attack):
     max_evals: int = 400
     variation: float = 1e-5
     entries: float = 1.0
-    name: ClassVar[str] = "codec-aware"
     needs: ClassVar[tuple[str, ...]] = ("lr",)
 
     def _run(self, observation: Observation, generator: torch.Generator, watch: Watch) -> Reconstruction:

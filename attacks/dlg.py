@@ -16,9 +16,11 @@ from torch import Tensor
 
 from attacks.base import Attack, Reconstruction, Watch
 from attacks.observation import Observation
+from attacks.registry import registry
 from attacks.simulated import SimulatedClient, relative_distance, search_lbfgs
 
 
+@registry.register("dlg")
 @dataclass(frozen=True)
 class Dlg(Attack):
     """L-BFGS over images and label logits.
@@ -30,7 +32,6 @@ class Dlg(Attack):
 
     restarts: int = 2
     max_evals: int = 600
-    name: ClassVar[str] = "dlg"
     needs: ClassVar[tuple[str, ...]] = ("gradient",)
 
     def _run(self, observation: Observation, generator: torch.Generator, watch: Watch) -> Reconstruction:

@@ -20,8 +20,8 @@ import numpy.typing as npt
 
 from attacks.base import Watch
 from attacks.messages import parse_message
-from attacks.registry import ATTACKS
-from attacks.trials import AttackResult, Scenario, Stage
+from attacks.registry import registry
+from attacks.trials import AttackResult, Scenario, TrialRunner
 from tofu.errors import SettingError
 
 CONTROL = "exact"
@@ -29,7 +29,7 @@ BROKEN = 30.0
 """dB of mean PSNR from which a control counts as broken: images that look like the originals."""
 
 Row = dict[str, Any]
-"""A cell: the situation's fields, message, attack, the scores, loss, max_evals, payload_bytes, refused."""
+"""A cell: the scenario's fields, message, attack, the scores, loss, max_evals, payload_bytes, refused."""
 
 SITUATION = ("dataset", "model", "norm", "lr", "moment", "batch_size", "steps", "rounds", "know_labels")
 
@@ -61,8 +61,7 @@ class Evaluation:
         for message in self.messages:
             parse_message(message)
         for attack in self.attacks:
-            if attack not in ATTACKS:
-                raise SettingError("attacks", attack, f"some of {', '.join(ATTACKS)}")
+            registry.get(attack)
         for name, least in (("batch_sizes", 1), ("moments", 0), ("steps", 1)):
             values: Sequence[int] = getattr(self, name)
             if not values or min(values) < least:
@@ -77,14 +76,14 @@ class Evaluation:
             raise SettingError("messages", ",".join(self.messages), f"{CONTROL} among them: it is the control")
 
     def cells(self) -> Iterator[tuple[Scenario, str, str]]:
-        """Scenario, message and attack of every cell. A situation's seeds are together, so that who stops early has
+        """Scenario, message and attack of every cell. A scenario's seeds are together, so that who stops early has
         some situations whole; and each seed's messages, so that what they share is prepared once."""
         for moment, size, steps, seed in product(self.moments, self.batch_sizes, self.steps, range(self.seeds)):
-            situation = Scenario(
+            scenario = Scenario(
                 self.dataset, self.model, self.norm, self.lr, seed, moment, size, steps, self.rounds, self.know_labels
             )
             for message, attack in product(self.messages, self.attacks):
-                yield situation, message, attack
+                yield scenario, message, attack
 
 
 def evaluate(
@@ -101,19 +100,19 @@ def evaluate(
         DataError: the dataset cannot be read.
     """
     cells = made_folder(folder / "cells")
-    stage, limit = Stage(), Watch(seconds)
+    runner, limit = TrialRunner(), Watch(seconds)
     planned = list(evaluation.cells())
     rows: list[Row] = []
-    for number, (situation, message, attack) in enumerate(planned, start=1):
-        path = cells / f"{_key(situation, message, attack, evaluation.seconds)}.json"
-        row = finished(path)
+    for number, (scenario, message, attack) in enumerate(planned, start=1):
+        path = cells / f"{_key(scenario, message, attack, evaluation.seconds)}.json"
+        row = load_row(path)
         if row is None:
             if not limit.go_on():
                 continue
-            outcome = stage.run(situation, parse_message(message), attack, Watch(evaluation.seconds))
-            row = row_of(asdict(situation), message, attack, outcome)
-            keep(path, row, outcome)
-            say(f"{number}/{len(planned)} {told(row)}")
+            result = runner.run(scenario, parse_message(message), attack, Watch(evaluation.seconds))
+            row = row_of(asdict(scenario), message, attack, result)
+            save_row(path, row, result)
+            say(f"{number}/{len(planned)} {format_row(row)}")
         rows.append({**row, "images": str(path.with_suffix(".npz").relative_to(folder))})
     write_document(folder, asdict(evaluation), rows, planned=len(planned))
     return rows
@@ -132,10 +131,10 @@ def made_folder(path: Path) -> Path:
     return path
 
 
-def keep(path: Path, row: Row, outcome: AttackResult) -> None:
+def save_row(path: Path, row: Row, result: AttackResult) -> None:
     """Write one finished cell: its images beside its row, the row last."""
-    if outcome.originals is not None and outcome.reconstructions is not None:
-        images = {"originals": outcome.originals.numpy(), "reconstructions": outcome.reconstructions.numpy()}
+    if result.originals is not None and result.reconstructions is not None:
+        images = {"originals": result.originals.numpy(), "reconstructions": result.reconstructions.numpy()}
         _replace(path.with_suffix(".npz"), _npz(images))
     _replace(path, _json(row))
 
@@ -148,13 +147,13 @@ def write_document(folder: Path, settings: Mapping[str, object], rows: Sequence[
 
 
 def summarize(rows: Sequence[Row]) -> list[Row]:
-    """For each situation and message, the attack of the highest mean PSNR, its measures' means and deviations by seed.
+    """For each scenario and message, the attack of the highest mean PSNR, its measures' means and deviations by seed.
 
     The best attack is chosen with the truth in hand, which an attacker has not: an upper bound on these attacks.
     """
     summary: list[Row] = []
-    for situation in _distinct(rows, SITUATION):
-        mine = [row for row in rows if all(row[k] == situation[k] for k in SITUATION)]
+    for scenario in _distinct(rows, SITUATION):
+        mine = [row for row in rows if all(row[k] == scenario[k] for k in SITUATION)]
         for message in dict.fromkeys(row["message"] for row in mine):
             sent = [row for row in mine if row["message"] == message]
             by_attack = {
@@ -164,7 +163,7 @@ def summarize(rows: Sequence[Row]) -> list[Row]:
             most = max(map(len, by_attack.values()))  # an attack with fewer seeds is not done yet
             by_attack = {attack: found for attack, found in by_attack.items() if found and len(found) == most}
             best = max(by_attack, key=lambda a: statistics.fmean(r["psnr"] for r in by_attack[a]), default=None)
-            entry: Row = situation | {"message": message, "attack": best or "", "seeds": 0}
+            entry: Row = scenario | {"message": message, "attack": best or "", "seeds": 0}
             entry["payload_bytes"] = max(row["payload_bytes"] for row in sent)
             if best is not None:
                 entry["seeds"] = len(by_attack[best])
@@ -176,7 +175,7 @@ def summarize(rows: Sequence[Row]) -> list[Row]:
 
 
 def verdicts(rows: Sequence[Row]) -> list[Row]:
-    """For each situation, whether the control broke: mean PSNR above `BROKEN`, or the rest of it proves nothing."""
+    """For each scenario, whether the control broke: mean PSNR above `BROKEN`, or the rest of it proves nothing."""
     found = []
     for entry in summarize(rows):
         if entry["message"] == CONTROL:
@@ -214,19 +213,19 @@ def _mean_and_spread(values: Sequence[float | None]) -> tuple[float, float] | No
     return statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else 0.0
 
 
-def row_of(situation: Mapping[str, object], message: str, attack: str, outcome: AttackResult) -> Row:
+def row_of(scenario: Mapping[str, object], message: str, attack: str, result: AttackResult) -> Row:
     """A cell's row, from the fields of `Scenario`."""
-    scores = outcome.scores
+    scores = result.scores
     names = ("psnr", "ssim", "mse", "lpips", "recovered", "threshold", "labels")
     measures = {name: getattr(scores, name) if scores else None for name in names}
-    loss = outcome.loss if math.isfinite(outcome.loss) else None
-    return dict(situation) | {"message": message, "attack": attack, **measures, "loss": loss,
-            "max_evals": outcome.max_evals, "payload_bytes": outcome.payload_bytes,
-            "refused": outcome.refused}  # fmt: skip
+    loss = result.loss if math.isfinite(result.loss) else None
+    return dict(scenario) | {"message": message, "attack": attack, **measures, "loss": loss,
+            "max_evals": result.max_evals, "payload_bytes": result.payload_bytes,
+            "refused": result.refused}  # fmt: skip
 
 
-def told(row: Row) -> str:
-    """A row in one line."""
+def format_row(row: Row) -> str:
+    """Format a row as one line."""
     where = f"seed {row['seed']} moment {row['moment']} batch {row['batch_size']} steps {row['steps']}"
     if row["refused"]:
         return f"{where} {row['refused']}"
@@ -238,7 +237,7 @@ def _key(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
-def finished(path: Path) -> Row | None:
+def load_row(path: Path) -> Row | None:
     """The row of a cell that is done; None where it has to be run."""
     try:
         row = json.loads(path.read_bytes())

@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from attacks.base import Attack, Reconstruction, Watch
 from attacks.labels import guessed_labels
 from attacks.observation import Observation
+from attacks.registry import registry
 from attacks.simulated import SimulatedClient, relative_distance, search_adam, total_variation
 
 
+@registry.register("gradinversion")
 @dataclass(frozen=True)
 class GradInversion(Attack):
     """Adam on a group of seeds.
@@ -43,7 +45,6 @@ class GradInversion(Attack):
     statistics: float = 1.0
     group: float = 0.01
     step: float = 0.1
-    name: ClassVar[str] = "gradinversion"
     needs: ClassVar[tuple[str, ...]] = ("gradient", "batchnorm")
 
     def _run(self, observation: Observation, generator: torch.Generator, watch: Watch) -> Reconstruction:

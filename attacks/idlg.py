@@ -14,9 +14,11 @@ from torch import Tensor
 from attacks.base import Attack, Reconstruction, Watch
 from attacks.labels import LabelSigns, guessed_labels
 from attacks.observation import Observation
+from attacks.registry import registry
 from attacks.simulated import SimulatedClient, relative_distance, search_lbfgs
 
 
+@registry.register("idlg")
 @dataclass(frozen=True)
 class Idlg(Attack):
     """L-BFGS over the images.
@@ -28,7 +30,6 @@ class Idlg(Attack):
 
     restarts: int = 2
     max_evals: int = 600
-    name: ClassVar[str] = "idlg"
     needs: ClassVar[tuple[str, ...]] = ("gradient", "linear-last")
 
     def _run(self, observation: Observation, generator: torch.Generator, watch: Watch) -> Reconstruction:

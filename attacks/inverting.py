@@ -17,9 +17,11 @@ from torch import Tensor
 from attacks.base import Attack, Reconstruction, Watch
 from attacks.labels import guessed_labels
 from attacks.observation import Observation
+from attacks.registry import registry
 from attacks.simulated import SimulatedClient, angular_distance, search_adam, total_variation
 
 
+@registry.register("inverting")
 @dataclass(frozen=True)
 class Inverting(Attack):
     """Signed Adam on the cosine.
@@ -35,7 +37,6 @@ class Inverting(Attack):
     max_evals: int = 1000
     variation: float = 1e-4
     step: float = 0.1
-    name: ClassVar[str] = "inverting"
     needs: ClassVar[tuple[str, ...]] = ("gradient",)
 
     def _run(self, observation: Observation, generator: torch.Generator, watch: Watch) -> Reconstruction:

@@ -23,16 +23,17 @@ from torch.func import functional_call
 
 from attacks.base import Attack, Reconstruction, Watch
 from attacks.observation import Observation
+from attacks.registry import registry
 
 PROBES = 64
 """Noise images that stand for the data."""
 
 
+@registry.register("label-signs")
 @dataclass(frozen=True)
 class LabelSigns(Attack):
     """The classes whose entry of the last layer's gradient is negative; of a batch, each once, most negative first."""
 
-    name: ClassVar[str] = "label-signs"
     needs: ClassVar[tuple[str, ...]] = ("linear-last",)
 
     def _run(self, observation: Observation, generator: torch.Generator, watch: Watch) -> Reconstruction:
@@ -42,11 +43,11 @@ class LabelSigns(Attack):
         return Reconstruction(None, labels.repeat(-(-observation.images // len(labels)))[: observation.images])
 
 
+@registry.register("label-counts")
 @dataclass(frozen=True)
 class LabelCounts(Attack):
     """How many images of each class the update was made of."""
 
-    name: ClassVar[str] = "label-counts"
     needs: ClassVar[tuple[str, ...]] = ("linear-last", "lr")
 
     def _run(self, observation: Observation, generator: torch.Generator, watch: Watch) -> Reconstruction:

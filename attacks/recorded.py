@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from attacks.base import Attack, AttackError, Watch
-from attacks.evaluate import CONTROL, Row, finished, keep, made_folder, row_of, told, write_document
+from attacks.evaluate import CONTROL, Row, format_row, load_row, made_folder, row_of, save_row, write_document
 from attacks.messages import local_round
 from attacks.metrics import lpips_network, score
 from attacks.networks import attacked_model
@@ -115,20 +115,21 @@ def attack_run(
         for observation, attack in product((control_of(recording, truth, sent), sent), chosen):
             name = f"{path.name}-{observation.message.replace(' ', '-').replace(':', '-')}-{attack.name}"
             cell = cells / f"{name}.json"
-            row = finished(cell)
+            row = load_row(cell)
             if row is None:
                 generator = derive_generator(recording.settings.seed, name)
-                outcome = _attacked(attack, observation, generator, Watch(seconds), truth, data, perceptual)
-                row = row_of(_situation(recording, observation), observation.message, attack.name, outcome)
-                keep(cell, row, outcome)
-                say(f"round {recording.round} client {recording.client} {told(row)}")
+                result = _attacked(attack, observation, generator, Watch(seconds), truth, data, perceptual)
+                row = row_of(_situation(recording, observation), observation.message, attack.name, result)
+                save_row(cell, row, result)
+                say(f"round {recording.round} client {recording.client} {format_row(row)}")
             rows.append({**row, "images": str(cell.with_suffix(".npz").relative_to(folder))})
     write_document(folder, {"run": str(run), "attacks": list(attacks)}, rows, planned=len(rows))
     return rows
 
 
 def _attacked(attack: Attack, observation: Observation, generator: torch.Generator, watch: Watch,
-              truth: LabeledImages, data: FederatedData, perceptual: torch.nn.Module | None) -> AttackResult:  # fmt: skip
+              truth: LabeledImages, data: FederatedData,
+              perceptual: torch.nn.Module | None) -> AttackResult:  # fmt: skip
     refused = attack.incompatibility(observation)
     if refused:
         return AttackResult.incompatibility(refused, observation)

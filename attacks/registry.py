@@ -1,43 +1,18 @@
-"""Attacks by name."""
+"""The registry of attacks: a decorator registers a class, and `package.module:Class` selects any other one."""
 
-from collections.abc import Mapping
-
-from attacks.accumulation import Accumulation
-from attacks.analytic import Analytic
 from attacks.base import Attack
-from attacks.codec_aware import CodecAware, ProxyImages
-from attacks.dlg import Dlg
-from attacks.gradinversion import GradInversion
-from attacks.idlg import Idlg
-from attacks.inverting import Inverting
-from attacks.labels import LabelCounts, LabelSigns
-from attacks.simulation import Simulation
-from tofu.errors import SettingError
+from tofu.registry import Registry
 
-ATTACKS: Mapping[str, type[Attack]] = {
-    attack.name: attack
-    for attack in (
-        Dlg,
-        Idlg,
-        Inverting,
-        GradInversion,
-        Analytic,
-        Simulation,
-        CodecAware,
-        ProxyImages,
-        Accumulation,
-        LabelSigns,
-        LabelCounts,
-    )
-}
+registry: Registry[type[Attack]] = Registry("attacks", Attack, "attacks")
+
+ATTACKS = registry.names()
+"""Names of the attacks in this package."""
 
 
 def make_attack(name: str) -> Attack:
-    """The attack called `name`, with its own settings.
+    """Create the attack with this name, with its default settings.
 
     Raises:
-        SettingError: there is none.
+        SettingError: the name is unknown, or it names an object that is not an attack.
     """
-    if name not in ATTACKS:
-        raise SettingError("attacks", name, f"one of {', '.join(ATTACKS)}")
-    return ATTACKS[name]()
+    return registry.get(name)()

@@ -23,9 +23,11 @@ from torch import Tensor
 from attacks.base import Attack, Reconstruction, Watch
 from attacks.labels import guessed_labels
 from attacks.observation import Observation
+from attacks.registry import registry
 from attacks.simulated import SimulatedClient, relative_distance, search_lbfgs
 
 
+@registry.register("simulation")
 @dataclass(frozen=True)
 class Simulation(Attack):
     """L-BFGS through the simulated steps.
@@ -41,7 +43,6 @@ class Simulation(Attack):
     max_evals: int = 400
     most_images: int = 16
     most_steps: int = 10
-    name: ClassVar[str] = "simulation"
     needs: ClassVar[tuple[str, ...]] = ("lr",)
 
     def _run(self, observation: Observation, generator: torch.Generator, watch: Watch) -> Reconstruction:

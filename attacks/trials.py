@@ -1,9 +1,9 @@
-"""One cell of an evaluation: one attack on one kind of message in one situation, with one seed.
+"""One trial: one attack on one kind of message in one scenario, with one seed.
 
-A situation is the images' dataset, the model, how many rounds it was trained before, how many images the client has and
-how many local steps it makes. The client under attack takes part in none of the rounds before, so that its images are
-new to the model, and its batch is drawn with as few repeated labels as its size allows: images of one class are hard to
-tell apart by their gradients (Yin et al. 2021 assume that no label repeats), so this favors the attacker.
+A scenario is the dataset, the model, the rounds of training before the attack, and the client's number of images and of
+local steps. The attacked client takes part in none of the earlier rounds, so its images are new to the model. Its batch
+repeats as few labels as its size allows: images of one class are hard to tell apart by their gradients (Yin et al. 2021
+assume that no label repeats), so this favors the attacker.
 """
 
 import copy
@@ -39,17 +39,17 @@ OTHERS = 200
 
 @dataclass(frozen=True)
 class Scenario:
-    """What all cells of one seed share.
+    """What all trials of one seed have in common.
 
     Attributes:
         dataset, model, norm: as in a run.
         lr: of all local training.
-        seed: of the deal, the weights, the batch and every draw of codec and attack.
-        moment: rounds of real training before.
+        seed: seed of the partition, the weights, the batch and all draws of codec and attack.
+        moment: rounds of federated training before the attack.
         batch_size: images of the client, all of them in each step.
         steps: local steps.
-        rounds: messages of the client about these images that the attacker has seen, this one included.
-        know_labels: whether the attacker is told the labels.
+        rounds: number of messages about these images that the attacker has, including this one.
+        know_labels: whether the attacker knows the labels.
     """
 
     dataset: str
@@ -63,18 +63,23 @@ class Scenario:
     rounds: int = 1
     know_labels: bool = False
 
+    @property
+    def stream_name(self) -> str:
+        """Names the random streams. It keeps the class's former name, so that committed results can be reproduced."""
+        return repr(self).replace("Scenario(", "Situation(", 1)
+
 
 @dataclass(frozen=True)
 class AttackResult:
-    """Of one cell.
+    """Result of one attack on one message.
 
     Attributes:
-        scores: None where the attack was refused.
-        refused: why, or "".
-        loss: the attacker's own objective at the end.
-        max_evals: of it.
-        payload_bytes: of the message.
-        originals, reconstructions: float32 in [-1, 1], the second in the order of the first; None where there is none.
+        scores: None if the attack was refused.
+        refused: the reason, or "".
+        loss: the attacker's final objective.
+        max_evals: number of evaluations of the objective.
+        payload_bytes: size of the message.
+        originals, reconstructions: float32 in [-1, 1], paired by index; None if there are none.
     """
 
     scores: Scores | None
@@ -87,7 +92,7 @@ class AttackResult:
 
     @staticmethod
     def of(found: Reconstruction, scores: Scores, observation: Observation, originals: Tensor) -> "AttackResult":
-        """Of an attack that was made."""
+        """The result of an attack that ran."""
         shown = None
         if found.images is not None:
             pairs = torch.tensor(scores.pairs)
@@ -97,29 +102,29 @@ class AttackResult:
 
     @staticmethod
     def incompatibility(reason: str, observation: Observation) -> "AttackResult":
-        """Of an attack that was refused."""
+        """The result of an attack that was refused."""
         return AttackResult(None, reason, math.nan, 0, observation.payload_bytes, None, None)
 
 
 @dataclass
-class Stage:
-    """Prepares situations, each once: data, trained networks, the clients' updates and the messages.
+class TrialRunner:
+    """Runs attacks and caches what trials have in common: data, trained networks and messages.
 
-    Explicit, so that a caller decides how long they are kept.
+    The cache lives as long as this object.
     """
 
     perceptual: torch.nn.Module | None = field(default_factory=lpips_network)
     _networks: dict[object, ReferenceModel] = field(default_factory=dict)
     _messages: dict[object, tuple[Observation, LabeledImages]] = field(default_factory=dict)
 
-    def run(self, situation: Scenario, message: Message, attack: str, watch: Watch) -> AttackResult:
+    def run(self, scenario: Scenario, message: Message, attack: str, watch: Watch) -> AttackResult:
         """Attack one message.
 
         Raises:
-            SettingError: the message or the attack cannot be made in this situation.
+            SettingError: the message or the attack cannot be made in this scenario.
         """
-        observation, truth = self._message(situation, message)
-        generator = derive_generator(situation.seed, repr(situation), message.text, attack)
+        observation, truth = self._message(scenario, message)
+        generator = derive_generator(scenario.seed, scenario.stream_name, message.text, attack)
         try:
             found = make_attack(attack).run(observation, generator=generator, watch=watch)
         except AttackError as error:
@@ -129,82 +134,80 @@ class Stage:
             found.labels,
             truth=to_float(truth.images),
             true_labels=truth.labels,
-            others=to_float(open_clients(situation).test().images[:OTHERS]),
+            others=to_float(open_clients(scenario).test().images[:OTHERS]),
             perceptual=self.perceptual,
         )
         return AttackResult.of(found, scores, observation, to_float(truth.images))
 
-    def _message(self, situation: Scenario, message: Message) -> tuple[Observation, LabeledImages]:
-        key = (situation, message)
+    def _message(self, scenario: Scenario, message: Message) -> tuple[Observation, LabeledImages]:
+        key = (scenario, message)
         if key not in self._messages:
-            self._messages.clear()  # cells come sorted by message: one is enough
-            self._messages[key] = _make_message(situation, message, self._network(situation))
+            self._messages.clear()  # trials come sorted by message: one is enough
+            self._messages[key] = _make_message(scenario, message, self._network(scenario))
         return self._messages[key]
 
-    def _network(self, situation: Scenario) -> ReferenceModel:
-        key = (situation.dataset, situation.model, situation.norm, situation.lr, situation.seed, situation.moment)
+    def _network(self, scenario: Scenario) -> ReferenceModel:
+        key = (scenario.dataset, scenario.model, scenario.norm, scenario.lr, scenario.seed, scenario.moment)
         if key not in self._networks:
-            self._networks[key] = trained_network(situation)
+            self._networks[key] = trained_network(scenario)
         return self._networks[key]
 
 
-def open_clients(situation: Scenario) -> FederatedData:
+def open_clients(scenario: Scenario) -> FederatedData:
     """The dataset dealt evenly to `CLIENTS` (opened once per process)."""
-    whole = open_data(situation.dataset, clients=CLIENTS, partition="iid", seed=0)
+    whole = open_data(scenario.dataset, clients=CLIENTS, partition="iid", seed=0)
     if int(whole.class_counts().sum()) <= TRAIN_IMAGES:
-        return open_data(situation.dataset, clients=CLIENTS, partition="iid", seed=situation.seed)
-    return open_data(
-        situation.dataset, clients=CLIENTS, partition="iid", train_images=TRAIN_IMAGES, seed=situation.seed
-    )
+        return open_data(scenario.dataset, clients=CLIENTS, partition="iid", seed=scenario.seed)
+    return open_data(scenario.dataset, clients=CLIENTS, partition="iid", train_images=TRAIN_IMAGES, seed=scenario.seed)
 
 
-def trained_network(situation: Scenario) -> ReferenceModel:
+def trained_network(scenario: Scenario) -> ReferenceModel:
     """The model after `moment` rounds of federated averaging over all clients but the first."""
-    data = open_clients(situation)
-    model = attacked_model(situation.model, data.shape, norm=situation.norm, seed=situation.seed)
+    data = open_clients(scenario)
+    model = attacked_model(scenario.model, data.shape, norm=scenario.norm, seed=scenario.seed)
     network = ReferenceModel(model.eval(), data.shape).as_built()
-    how = LocalTrainingConfig(epochs=1, batch_size=16, lr=situation.lr)
-    for round_ in range(1, situation.moment + 1):
+    config = LocalTrainingConfig(epochs=1, batch_size=16, lr=scenario.lr)
+    for round_ in range(1, scenario.moment + 1):
         results = []
         for client in range(1, CLIENTS):
             local = copy.deepcopy(model)
-            generator = derive_generator(situation.seed, round_, client, "train")
-            train_locally(local, data.client(client), how, generator=generator)
+            generator = derive_generator(scenario.seed, round_, client, "train")
+            train_locally(local, data.client(client), config, generator=generator)
             results.append(weights_of(local))
         load_weights(model, {n: torch.stack([r[n].float() for r in results]).mean(0) for n in results[0]})
     model.eval()
     return network
 
 
-def _make_message(situation: Scenario, message: Message, network: ReferenceModel) -> tuple[Observation, LabeledImages]:
-    clients = drawn_clients(situation, message.clients)
-    how = LocalTrainingConfig(epochs=situation.steps, batch_size=situation.batch_size, lr=situation.lr)
-    generator = derive_generator(situation.seed, repr(situation), message.text)
+def _make_message(scenario: Scenario, message: Message, network: ReferenceModel) -> tuple[Observation, LabeledImages]:
+    clients = drawn_clients(scenario, message.clients)
+    config = LocalTrainingConfig(epochs=scenario.steps, batch_size=scenario.batch_size, lr=scenario.lr)
+    generator = derive_generator(scenario.seed, scenario.stream_name, message.text)
     seen: list[Observation] = []
-    for _ in range(situation.rounds):
-        rounds = [local_round(network, data, how, generator) for data in clients]
-        seen.append(observe(message, rounds, generator=generator, know_labels=situation.know_labels))
+    for _ in range(scenario.rounds):
+        rounds = [local_round(network, data, config, generator) for data in clients]
+        seen.append(observe(message, rounds, generator=generator, know_labels=scenario.know_labels))
         network = _stepped(network, rounds)
     last = seen[-1]
-    if situation.rounds > 1:
+    if scenario.rounds > 1:
         last = replace(last, earlier=tuple(seen[:-1]))
     images, labels = (torch.cat([getattr(one, name) for one in clients]) for name in ("images", "labels"))
     return last, LabeledImages(images, labels, clients[0].classes)
 
 
-def drawn_clients(situation: Scenario, count: int) -> list[LabeledImages]:
+def drawn_clients(scenario: Scenario, count: int) -> list[LabeledImages]:
     """The images of `count` clients, the first being under attack, each with as few repeated labels as can be."""
-    data = open_clients(situation)
+    data = open_clients(scenario)
     if count > data.clients:
         raise SettingError("messages", f"secure:{count}", f"at most {data.clients} clients")
     drawn = []
     for number in range(count):
         own = data.client(number)
-        if len(own) < situation.batch_size:
-            raise DataError(f"client {number} has {len(own)} images, a batch takes {situation.batch_size}")
-        generator = derive_generator(situation.seed, number, "batch")
+        if len(own) < scenario.batch_size:
+            raise DataError(f"client {number} has {len(own)} images, a batch takes {scenario.batch_size}")
+        generator = derive_generator(scenario.seed, number, "batch")
         order = torch.randperm(len(own), generator=generator)
-        drawn.append(own.subset(order[_spread(own.labels[order])[: situation.batch_size]]))
+        drawn.append(own.subset(order[_spread(own.labels[order])[: scenario.batch_size]]))
     return drawn
 
 

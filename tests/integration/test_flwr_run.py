@@ -19,6 +19,8 @@ from client.app import app as client_app
 from server.app import serve_in_process
 from tofu.settings import Settings, Value
 
+pytestmark = pytest.mark.timeout(900)  # a safeguard against a hang only: a busy machine takes many times longer
+
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 QUIET = {
@@ -114,7 +116,7 @@ def flower(here: Path, **settings: Value) -> FlowerRun:
     with (here / "log").open("wb") as log:
         try:
             ended = subprocess.run(
-                command, cwd=here, env=os.environ | variables, stdout=log, stderr=log, timeout=240, check=False
+                command, cwd=here, env=os.environ | variables, stdout=log, stderr=log, timeout=840, check=False
             )
         finally:
             stop(home)
