@@ -134,7 +134,8 @@ def train_round(request: TrainRequest, round_: int, settings: Settings, context:
     """
     check_terms(request.kind, settings, context)
     client = client_name(context)
-    plugins, about = settings.make_plugins(), settings.round_context(request.shape, round_, client)
+    plugins = settings.make_plugins()
+    about = settings.round_context(request.shape, round_, client, group=plugins.group_of(client))
     broadcast = load_broadcast(context) if request.kept else request.broadcast
     if request.kept and broadcast_id(broadcast) != request.kept:
         raise ResyncError("this client has not kept what the plugins broadcast")

@@ -17,7 +17,8 @@ from flwr.serverapp import Grid, ServerApp
 from server.checkpoint import Snapshot, read_checkpoint, remove_checkpoints, write_checkpoint
 from server.ledger import Ledger
 from server.runner import RoundResult, RoundRunner
-from server.secure_round import SecureRounds
+from server.secure_ranges import check_secure_settings
+from server.transport import GridTransport
 from tofu.data import FederatedData, LabeledImages
 from tofu.errors import RunError, TofuError
 from tofu.flower.in_process import InProcessGrid, run_in_process
@@ -82,10 +83,10 @@ def _serve(grid: Grid, settings: Settings, progress: Progress) -> dict[str, obje
     network = ReferenceModel(model.eval(), data.shape)
     test = data.test()
     if settings.has_secure_rounds:
-        SecureRounds.check(settings)
+        check_secure_settings(settings)
     ledger = Ledger()
     # Settings that cannot be used, such as a ratio out of reach, end the run here, before anything is written.
-    federation = RoundRunner(grid, network, test, settings, ledger, progress)
+    federation = RoundRunner(GridTransport(grid), network, test, settings, ledger, progress)
     recorder = Recorder(Path(), settings.recorded, settings=settings, shape=data.shape)
     metrics = RunMetrics(grid.run.run_id, settings)
     with metrics.served(settings.metrics_port), closing(RunFolder(settings)) as folder:

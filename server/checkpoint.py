@@ -1,16 +1,16 @@
-"""Checkpoints: all that a run needs to go on after a crash, written after every round.
+"""Checkpoints: everything that a run needs to resume after a crash, written after every round.
 
-Each is written beside its place, flushed to disk and renamed, so that at every moment there is a whole one. Two are
-kept, since a disk may still damage the newest; a checksum tells.
+A checkpoint is written to a temporary file, flushed to disk and renamed, so a complete one exists at all times. Two are
+kept in case the disk damages the newest, which a checksum detects.
 
     8   "TOFUCKPT"
     1   version
     32  SHA-256 of everything after it
     8   length of the JSON, then the JSON: {"plain": ..., "blobs": {name: length}}
     8   length of the tensors, then these as safetensors
-    -   the blobs, one after the other
+    -   the blobs, concatenated
 
-Nothing in it is ever unpickled.
+Reading never unpickles anything.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from tofu.errors import RunError, SettingError
 
 FOLDER = "checkpoints"
 _MAGIC = b"TOFUCKPT"
-_VERSION = 2
+_VERSION = 3
 _HEAD = struct.Struct("<8sB32s")
 _LENGTH = struct.Struct("<Q")
 _KEPT = 2
@@ -41,7 +41,7 @@ class Snapshot:
     """A run's state.
 
     Attributes:
-        plain: what JSON holds.
+        plain: JSON values.
         tensors: name -> tensor.
         blobs: name -> bytes.
     """
@@ -51,13 +51,25 @@ class Snapshot:
     blobs: dict[str, bytes] = field(default_factory=dict)
 
     def put_tensors(self, prefix: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep copies of tensors under `prefix/name`."""
+        """Add copies of tensors as `prefix/name`."""
         self.tensors |= {f"{prefix}/{name}": value.detach().clone().contiguous() for name, value in tensors.items()}
 
     def tensors_of(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors under a prefix, by their names after it."""
+        """The tensors with a prefix, by their names after it."""
         start = f"{prefix}/"
         return {name.removeprefix(start): value for name, value in self.tensors.items() if name.startswith(start)}
+
+    def put_part(self, prefix: str, part: "Snapshot") -> None:
+        """Add another snapshot under a prefix."""
+        self.plain[prefix] = part.plain
+        self.tensors |= {f"{prefix}/{name}": value for name, value in part.tensors.items()}
+        self.blobs |= {f"{prefix}/{name}": blob for name, blob in part.blobs.items()}
+
+    def part(self, prefix: str) -> "Snapshot":
+        """The snapshot that `put_part` added."""
+        start = f"{prefix}/"
+        blobs = {name.removeprefix(start): blob for name, blob in self.blobs.items() if name.startswith(start)}
+        return Snapshot(self.plain[prefix], self.tensors_of(prefix), blobs)
 
     def to_bytes(self) -> bytes:
         head = json.dumps({"plain": self.plain, "blobs": {name: len(blob) for name, blob in self.blobs.items()}})
@@ -67,7 +79,7 @@ class Snapshot:
 
     @staticmethod
     def from_bytes(data: bytes) -> "Snapshot":
-        """Raises RunError for bytes that are not a whole checkpoint of this version."""
+        """Raises RunError if the bytes are not a complete checkpoint of this version."""
         if len(data) < _HEAD.size:
             raise RunError(f"has {len(data)} bytes, expected more")
         magic, version, digest = _HEAD.unpack_from(data)
@@ -75,7 +87,7 @@ class Snapshot:
             raise RunError(f"is no checkpoint of version {_VERSION}")
         body = memoryview(data)[_HEAD.size :]
         if hashlib.sha256(body).digest() != digest:
-            raise RunError("is damaged: its checksum does not fit")
+            raise RunError("is damaged: its checksum does not match")
         try:
             text, at = _section(body, 0)
             table = json.loads(bytes(text))
@@ -93,7 +105,7 @@ def write_checkpoint(run: Path, round_: int, snapshot: Snapshot) -> None:
     """Write a run's checkpoint after a round, and remove all but the last two.
 
     Raises:
-        RunError: it cannot be written, such as on a full disk; the earlier ones are still there.
+        RunError: it cannot be written, for example because the disk is full; the earlier ones remain.
     """
     folder = run / FOLDER
     path = _path(folder, round_)
@@ -114,27 +126,27 @@ def write_checkpoint(run: Path, round_: int, snapshot: Snapshot) -> None:
 
 
 def read_checkpoint(run: Path, note: Callable[[str], None]) -> Snapshot | None:
-    """The newest whole checkpoint of a run, or None where it has none yet.
+    """The newest complete checkpoint of a run, or None if it has none yet.
 
     Args:
-        note: told of each that had to be passed over.
+        note: called with a line about each checkpoint that is skipped.
 
     Raises:
-        SettingError: there are some, and none is whole.
+        SettingError: there are checkpoints, but none is complete.
     """
     files = sorted((run / FOLDER).glob("round-*.checkpoint"), reverse=True)
     for file in files:
         try:
             return Snapshot.from_bytes(file.read_bytes())
         except (RunError, OSError) as error:
-            note(f"checkpoint {file.name} is passed over: it {error}")
+            note(f"checkpoint {file.name} is skipped: it {error}")
     if files:
-        raise SettingError("resume", str(run), "a run with a checkpoint that is whole")
+        raise SettingError("resume", str(run), "a run with a complete checkpoint")
     return None
 
 
 def remove_checkpoints(run: Path) -> None:
-    """Of a run that is over."""
+    """Remove the checkpoints of a run that has ended."""
     for file in (run / FOLDER).glob("round-*"):
         file.unlink()
     if (run / FOLDER).is_dir():
@@ -154,7 +166,7 @@ def _section(body: memoryview, at: int) -> tuple[memoryview, int]:
 
 
 def _sync(folder: Path) -> None:
-    """A rename is on disk only when its folder is."""
+    """Flush a folder: a rename is on disk only once its folder is."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,26 +1,24 @@
-"""Which clients there are: node ids from the grid, names and image counts from the clients themselves."""
+"""The connected clients: node ids from the transport, names and numbers of images from the clients themselves."""
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import Message, RecordDict
-from flwr.serverapp import Grid
 
 from server.ledger import Ledger, client_order
+from server.transport import Transport
 from tofu.errors import RunError
 from tofu.observers.terminal import Progress
 from tofu.wire import RECORD
 
-_POLL_SECONDS = (0.005, 1.0)
 _GRACE_SECONDS = 30.0
-"""How long to wait for other clients where all that are connected cannot take part."""
+"""Time to wait for other clients if all that are connected have declined."""
 
 
 @dataclass(frozen=True)
 class Client:
-    """A client as the server knows it: its node, its name (its partition), and how many images it says it has."""
+    """A client: its node, its name (its partition), and the number of images that it reports."""
 
     node: int
     name: str
@@ -28,36 +26,36 @@ class Client:
 
 
 class Clients:
-    """Keeps track of who is connected. Nodes that were never heard of are asked who they are, once."""
+    """Keeps track of the connected clients. A new node is asked once for its name and number of images."""
 
-    def __init__(self, grid: Grid, ledger: Ledger, progress: Progress) -> None:
-        self._grid, self._ledger, self._progress = grid, ledger, progress
+    def __init__(self, transport: Transport, ledger: Ledger, progress: Progress) -> None:
+        self._transport, self._ledger, self._progress = transport, ledger, progress
         self._known: dict[int, Client | None] = {}
         self._declined: dict[int, str] = {}
 
-    def connected(self, *, least: int, timeout: float, round_: int) -> list[Client]:
-        """The clients connected now, in the order of their names; waits until there are `least`.
+    def connected(self, *, min_clients: int, timeout: float, round_: int) -> list[Client]:
+        """The clients connected now, in the order of their names; waits until there are `min_clients`.
 
         Raises:
-            RunError: fewer than `least` after `timeout` seconds.
+            RunError: fewer than `min_clients` are connected after `timeout` seconds.
         """
         start = time.monotonic()
         end = start + timeout
         while True:
-            nodes = sorted(self._grid.get_node_ids())
+            nodes = self._transport.nodes()
             self._introduce([node for node in nodes if node not in self._known], end, round_)
             found: dict[str, Client] = {}
             for client in filter(None, (self._known.get(node) for node in nodes)):
                 if client.name in found:
                     other = found[client.name].node
                     self._progress.note(
-                        f"node {client.node} calls itself client {client.name}, as node {other} does: ignored",
+                        f"node {client.node} has the name of client {client.name}, as node {other} does: ignored",
                         round=round_,
                         node=client.node,
                     )
                 else:
                     found[client.name] = client
-            if len(found) >= least:
+            if len(found) >= min_clients:
                 return sorted(found.values(), key=lambda client: client_order(client.name))
             declined = [self._declined[node] for node in nodes if node in self._declined]
             hopeless = declined and not found and time.monotonic() >= start + _GRACE_SECONDS
@@ -65,16 +63,16 @@ class Clients:
                 waited = time.monotonic() - start
                 reasons = f" ({'; '.join(sorted(set(declined)))})" if declined else ""
                 raise RunError(f"round {round_}: {len(found)} clients connected after {waited:.0f} s, "
-                               f"min-clients is {least}{reasons}")  # fmt: skip
+                               f"min-clients is {min_clients}{reasons}")  # fmt: skip
             time.sleep(min(1.0, max(0.0, end - time.monotonic())))
 
     def state(self) -> list[list[object]]:
-        """Who is known, for a checkpoint of a run whose nodes go on with it."""
+        """The known clients, for a checkpoint."""
         known = filter(None, self._known.values())
         return [[client.node, client.name, client.examples] for client in known]
 
     def restore(self, state: list[list[Any]]) -> None:
-        """The inverse of `state`."""
+        """Restore what `state` returned; only if the nodes are still the same."""
         self._known = {node: Client(node, name, examples) for node, name, examples in state}
 
     def _introduce(self, nodes: list[int], end: float, round_: int) -> None:
@@ -82,7 +80,7 @@ class Clients:
             return
         ttl = max(1.0, end - time.monotonic())
         messages = [Message(RecordDict(), node, "query", group_id=str(round_), ttl=ttl) for node in nodes]
-        for node, reply in exchange(self._grid, messages, end):
+        for node, reply in self._transport.exchange(messages, end):
             if reply.has_error():
                 self._decline(node, reply.error.reason or "error without a reason", reply, round_)
                 continue
@@ -99,35 +97,8 @@ class Clients:
                 self._ledger.add(message, round_=round_, kind="hello", direction="downlink", client=client.name)
 
     def _decline(self, node: int, reason: str, reply: Message, round_: int) -> None:
-        """Note why a node takes no part. It is not asked again, unless the error is not its own but the network's."""
+        """Note why a node takes no part. It is not asked again, unless Flower itself made the error."""
         self._progress.note(f"node {node} cannot take part: {reason}", round=round_, node=node)
         self._declined[node] = reason
         if reply.metadata.src_node_id == node:
             self._known[node] = None
-
-
-def exchange(grid: Grid, messages: list[Message], end: float) -> Iterator[tuple[int, Message]]:
-    """Send the messages and yield (node, reply) as replies arrive, until all have or the clock passes `end`.
-
-    Flower's error replies do not tell the node that failed, so the node is found by the message that was answered.
-    """
-    waiting: dict[str, int] = {}
-    for message, identity in zip(messages, grid.push_messages(messages), strict=True):
-        if identity:
-            waiting[identity] = message.metadata.dst_node_id
-    pause = _POLL_SECONDS[0]
-    while waiting:
-        replies = list(grid.pull_messages(list(waiting)))
-        for reply in replies:
-            node = waiting.pop(reply.metadata.reply_to_message_id, None)
-            if node is not None:
-                yield node, reply
-        if not waiting or time.monotonic() >= end:
-            return
-        pause = _POLL_SECONDS[0] if replies else min(2 * pause, _POLL_SECONDS[1])
-        time.sleep(min(pause, max(0.0, end - time.monotonic())))
-
-
-def one_line(reason: str | None) -> str:
-    """The reason of an error reply, as one line of bounded length."""
-    return " ".join((reason or "").split())[:300] or "error without a reason"

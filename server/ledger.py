@@ -1,15 +1,11 @@
-"""What travelled: the bytes of every message, as Flower serializes it."""
+"""The ledger: the size in bytes of every message, as Flower serializes it."""
 
 from collections.abc import Mapping
 
 from flwr.app import ConfigRecord, Message, Metadata, RecordDict
-from flwr.supercore.inflatable.inflatable_object import (
-    get_all_nested_objects,
-    get_object_tree,
-    no_object_id_recompute,
-)
 
 from tofu.data import ImageShape
+from tofu.flower.internals import message_bytes
 from tofu.payload import HEADER_BYTES
 from tofu.weights import FINGERPRINT_BYTES
 from tofu.wire import FIELD, RECORD, TrainReply, TrainRequest
@@ -18,23 +14,12 @@ _TOTALS = ("uplink", "downlink", "fedavg_uplink", "fedavg_downlink", "payload", 
 
 
 def client_order(name: str) -> tuple[int, str]:
-    """Sorts clients: partitions by number, other names after them by letter."""
+    """Sort key of client names: partition numbers first, then other names alphabetically."""
     return (int(name), "") if name.isdecimal() else (2**63, name)
 
 
-def message_bytes(message: Message) -> int:
-    """The exact size of a message in bytes: its objects, headers included, and the tree of their content addresses.
-
-    Objects with equal content travel once and count once. HTTP headers and protobuf envelopes of the requests that
-    carry the objects are not in it.
-    """
-    with no_object_id_recompute():
-        objects = get_all_nested_objects(message)
-        return sum(len(item.deflate()) for item in objects.values()) + int(get_object_tree(message).ByteSize())
-
-
 def reply_overhead() -> int:
-    """Bytes that a client's reply adds to its payload, measured on a message of the length that real ones have."""
+    """Number of bytes that a client's reply adds to its payload, measured on a message with ids of realistic length."""
     payload = bytes(1000)
     reply = TrainReply(1, 0.0, 0.0, 0.0, 0.0, 0.0, payload)
     long = 1 << 63  # run and node ids of a deployment are random 64-bit numbers
@@ -49,9 +34,9 @@ class Ledger:
     """Counts every message of a run as serialized.
 
     Attributes:
-        uplink, downlink: bytes so far, towards the server and towards the clients.
-        fedavg_uplink, fedavg_downlink: what they would be had every reply carried its update, and every request the
-            weights, as float32 in the same message.
+        uplink, downlink: bytes so far, from the clients and to the clients.
+        fedavg_uplink, fedavg_downlink: the same if every reply carried its update, and every request the weights, as
+            float32 in the same message.
         payload, float32: bytes of the updates' payloads so far (headers included), and of the same updates as float32.
     """
 
@@ -78,8 +63,8 @@ class Ledger:
             kind: of the round, or "hello".
             direction: "uplink" or "downlink".
             payload_bytes: length of the payload inside, header included.
-            full_payload_bytes: length that the payload of the same content would have as float32, header included.
-            fedavg: whether FedAvg would have sent this message too.
+            full_payload_bytes: length of the same payload as float32, header included.
+            fedavg: whether FedAvg would send this message, too.
         """
         size = message_bytes(message)
         row: dict[str, object] = {
@@ -102,21 +87,21 @@ class Ledger:
         self._rows.append(row)
 
     def take(self) -> list[dict[str, object]]:
-        """The rows since the last call, client by client: replies arrive in any order, and a run's ledger has one."""
+        """The rows since the last call, sorted by client, because the order of replies varies."""
         rows, self._rows = sorted(self._rows, key=lambda row: client_order(str(row["client"]))), []
         return rows
 
     def totals(self) -> dict[str, int]:
-        """All sums, for a checkpoint."""
+        """All totals, for a checkpoint."""
         return {name: getattr(self, name) for name in _TOTALS}
 
     def restore(self, totals: Mapping[str, int]) -> None:
-        """The inverse of `totals`."""
+        """Restore what `totals` returned."""
         for name in _TOTALS:
             setattr(self, name, int(totals[name]))
 
     def _full(self, message: Message, direction: str, full_payload_bytes: int) -> int:
-        """Bytes of the same message with a float32 payload, measured once for each size."""
+        """Size of the same message with a float32 payload, measured once for each length."""
         key = direction, full_payload_bytes
         if key not in self._full_message:
             payload = bytes(full_payload_bytes)
@@ -127,11 +112,11 @@ class Ledger:
         return self._full_message[key]
 
     def ratio(self) -> float:
-        """FedAvg's uplink bytes over ours, whole messages."""
+        """FedAvg's uplink bytes over this run's, complete messages."""
         return self.fedavg_uplink / self.uplink if self.uplink else 1.0
 
     def both_ratio(self) -> float:
-        """FedAvg's bytes in both directions over ours, whole messages."""
+        """FedAvg's bytes in both directions over this run's, complete messages."""
         ours = self.uplink + self.downlink
         return (self.fedavg_uplink + self.fedavg_downlink) / ours if ours else 1.0
 

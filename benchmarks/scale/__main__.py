@@ -21,8 +21,9 @@ from flwr.serverapp import Grid
 from benchmarks.common import print_table, write_results
 from server.ledger import Ledger
 from server.runner import RoundRunner
+from server.transport import GridTransport
 from tofu.data import ImageShape, LabeledImages
-from tofu.flower.in_process import task_identity
+from tofu.flower.internals import task_identity
 from tofu.formatting import format_bytes
 from tofu.models import build_model
 from tofu.observers.terminal import SilentProgress
@@ -108,7 +109,7 @@ def measure(clients: int, ratio: float) -> dict[str, Any]:
     with task_identity():
         ledger = Ledger()
         grid = ReplayGrid(clients, compressor.code, body)
-        federation = RoundRunner(grid, network, data, settings, ledger, SilentProgress())
+        federation = RoundRunner(GridTransport(grid), network, data, settings, ledger, SilentProgress())
         federation.run_round(1)
         ledger.take()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

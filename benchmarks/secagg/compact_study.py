@@ -24,7 +24,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from benchmarks.common import RESULTS, find_data, print_table, spread, versions
-from server.secure_round import UpdateScaleTracker
+from server.secure_ranges import UpdateScaleTracker
 from tofu.compression.hadamard import pieces, random_signs, rotate, rotate_back
 from tofu.data import LabeledImages, open_data, to_float
 from tofu.models import build_model
@@ -146,7 +146,7 @@ def top_entries(federation: Federation, fraction: float) -> None:
         sent[places] = target[places]
         federation.residuals[number] = target - sent
         explained = float(sent.square().sum() / target.square().sum())
-        federation.seen.add(federation.named(sent), federation.examples[number], federation.round, explained)
+        federation.seen.observe(federation.named(sent), federation.examples[number], federation.round, explained)
         total += federation.examples[number] / all_examples * sent
     federation.weights = federation.weights + total
 

@@ -115,7 +115,7 @@ def test_a_damaged_checkpoint_costs_one_round_and_a_warning(whole: Path, broken:
     notes.said = []
     run(broken, notes, resume=str(broken))
     assert_same(whole, broken)
-    assert any("round-000004.checkpoint is passed over" in text for text in notes.said)
+    assert any("round-000004.checkpoint is skipped" in text for text in notes.said)
     assert "goes on after round 3" in notes.said
 
 

@@ -88,14 +88,14 @@ def test_a_damaged_one_is_passed_over_with_a_warning(tmp_path: Path, damage: str
     assert read is not None
     assert same(read, snapshot(1))
     assert len(notes) == 1
-    assert "round-000002.checkpoint is passed over" in notes[0]
+    assert "round-000002.checkpoint is skipped" in notes[0]
 
 
 def test_none_at_all_and_none_that_is_whole(tmp_path: Path) -> None:
     assert read_checkpoint(tmp_path, ignore) is None
     write_checkpoint(tmp_path, 1, snapshot())
     (tmp_path / FOLDER / "round-000001.checkpoint").write_bytes(b"TOFUCKPT")
-    with pytest.raises(SettingError, match="a checkpoint that is whole"):
+    with pytest.raises(SettingError, match="complete checkpoint"):
         read_checkpoint(tmp_path, ignore)
 
 

@@ -50,7 +50,7 @@ class Server:
 
     @property
     def weights(self) -> Weights:
-        return weights_of(self.downlink.network.model)
+        return weights_of(self.downlink.reference.model)
 
 
 class Receiver:
@@ -217,6 +217,6 @@ def test_without_compression_clients_hold_the_master_itself() -> None:
     server = Server(Settings.of({"model": "mlp"}))
     for _ in range(3):
         server.next_round()
-        assert server.downlink.network is server.master
+        assert server.downlink.reference is server.master
         assert equal(Receiver(server.settings).take(server.request("a"), server.round), server.weights)
         assert server.downlink.parts("a").steps == ()

@@ -7,8 +7,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
-from server.ledger import message_bytes
 from tofu.flower.in_process import run_in_process
+from tofu.flower.internals import message_bytes
 
 
 def reply_bytes(content: RecordDict) -> int:

@@ -10,28 +10,31 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Self
 
 from flwr.app import Context, Error, Message, RecordDict
-from flwr.app.user_config import UserConfig, UserConfigValue
 from flwr.clientapp import ClientApp
-from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
-from flwr.common.serde import context_from_proto, context_to_proto
-from flwr.proto.message_pb2 import Context as ContextProto
-from flwr.server.superlink.linkstate.utils import create_message_error_unavailable_ins_message
-from flwr.server.utils.validator import validate_message
 from flwr.serverapp import Grid, ServerApp
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
-from google.protobuf.message import DecodeError
 
-from tofu.errors import RunError, SettingError
+from tofu.errors import SettingError
+from tofu.flower.internals import (
+    CLIENT_ERROR,
+    SERVER_NODE,
+    ConfigValue,
+    Run,
+    context_bytes,
+    copy_context,
+    inflate,
+    message_errors,
+    restore_state,
+    serialize,
+    task_identity,
+    unavailable_reply,
+)
 
 _LOG = logging.getLogger(__name__)
 
@@ -47,10 +50,10 @@ def run_in_process(
     server_app: ServerApp,
     client_app: ClientApp,
     *,
-    run_config: dict[str, UserConfigValue],
+    run_config: dict[str, ConfigValue],
     num_supernodes: int,
     workers: int = 2,
-    node_config: Callable[[int], dict[str, UserConfigValue]] | None = None,
+    node_config: Callable[[int], dict[str, ConfigValue]] | None = None,
 ) -> Context:
     """Run `server_app` in the calling thread against `num_supernodes` nodes that all run `client_app`.
 
@@ -74,11 +77,11 @@ def run_in_process(
             raise SettingError(name, value, "a whole number above 0")
     contexts = []
     for partition in range(num_supernodes):
-        config: UserConfig = {"partition-id": partition, "num-partitions": num_supernodes}
+        config: dict[str, ConfigValue] = {"partition-id": partition, "num-partitions": num_supernodes}
         config |= node_config(partition) if node_config else {}
         contexts.append(Context(_RUN_ID, _FIRST_NODE_ID + partition, config, RecordDict(), dict(run_config)))
-    context = Context(_RUN_ID, SUPERLINK_NODE_ID, {}, RecordDict(), dict(run_config))
-    with task_identity():
+    context = Context(_RUN_ID, SERVER_NODE, {}, RecordDict(), dict(run_config))
+    with task_identity(_RUN_ID, _TASK_ID):
         grid = InProcessGrid(client_app, contexts, workers=workers)
         try:
             server_app(grid, context)
@@ -139,15 +142,14 @@ class InProcessGrid(Grid):
         """
         identities = []
         contents: dict[str, bytes] = {}
-        with no_object_id_recompute():
-            for message in messages:
-                parcel = _Parcel.pack(message, contents)
-                errors = validate_message(message, is_reply_message=False)
-                if message.metadata.run_id != self._run.run_id:
-                    errors.append("`metadata.run_id` is of another run")
-                if errors:
-                    raise ValueError(", ".join(errors))
-                identities.append(self._post(message, parcel))
+        for message in messages:
+            parcel = _Parcel.pack(message, contents)
+            errors = message_errors(message, reply=False)
+            if message.metadata.run_id != self._run.run_id:
+                errors.append("`metadata.run_id` is of another run")
+            if errors:
+                raise ValueError(", ".join(errors))
+            identities.append(self._post(message, parcel))
         return identities
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -160,7 +162,7 @@ class InProcessGrid(Grid):
                     continue
                 self._sent.pop(identity, None)
             if sent is None or sent.reply is None or sent.expired:
-                replies.append(create_message_error_unavailable_ins_message(identity, self._run.run_id))
+                replies.append(unavailable_reply(identity, self._run.run_id))
             else:
                 with self._unpacking:
                     replies.append(sent.reply.unpack())
@@ -182,16 +184,12 @@ class InProcessGrid(Grid):
 
     def contexts(self) -> dict[str, bytes]:
         """Every node's context as Flower serializes it, by partition; only while no message is under way."""
-        return {node.name: context_to_proto(node.context).SerializeToString() for node in self._nodes.values()}
+        return {node.name: context_bytes(node.context) for node in self._nodes.values()}
 
     def restore_contexts(self, contexts: Mapping[str, bytes]) -> None:
         """Give nodes the state (`Context.state`) that `contexts` wrote. Raises RunError for bytes that it did not."""
         for node in self._nodes.values():
-            try:
-                proto = ContextProto.FromString(contexts[node.name])
-                node.context.state = context_from_proto(proto).state
-            except (KeyError, DecodeError, ValueError) as error:
-                raise RunError(f"checkpoint has no usable state of client {node.name}: {error}") from error
+            restore_state(node.context, contexts.get(node.name, b""), node.name)
 
     def close(self) -> None:
         """Drop what is queued, interrupt the handlers that still run, and end the threads; takes about a second."""
@@ -271,12 +269,11 @@ class InProcessGrid(Grid):
             finally:
                 # A SuperNode keeps the state of a failed handler too, as far as the handler had got.
                 with self._unpacking:
-                    node.context = context_from_proto(context_to_proto(context))
+                    node.context = copy_context(context)
             if not isinstance(reply, Message):
                 raise TypeError(f"the client app returned {type(reply).__name__}, not a Message")
-            with no_object_id_recompute():
-                parcel = _Parcel.pack(reply, {})
-            errors = validate_message(reply, is_reply_message=True)
+            parcel = _Parcel.pack(reply, {})
+            errors = message_errors(reply, reply=True)
             if reply.metadata.reply_to_message_id != message.metadata.message_id:
                 errors.append("not a reply to the message that was handled")
             if errors:
@@ -287,7 +284,7 @@ class InProcessGrid(Grid):
                 raise SystemExit from None
             _LOG.error("client %s failed in %s", node.name, message.metadata.message_type, exc_info=error)
             reason = f"{type(error)}:<'{error}'>"
-            failure = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason)
+            failure = Error(code=CLIENT_ERROR, reason=reason)
             return _Parcel.pack(Message(failure, reply_to=message), {})
 
 
@@ -301,19 +298,11 @@ class _Parcel:
     @classmethod
     def pack(cls, message: Message, shared: dict[str, bytes]) -> Self:
         """Serialize, taking from `shared` (and adding to it) objects that other messages carry too."""
-        objects = get_all_nested_objects(message)
-        for identity, item in objects.items():
-            if identity not in shared:
-                shared[identity] = item.deflate()
-        message.metadata.__dict__["_message_id"] = message.object_id
-        return cls(message.object_id, {identity: shared[identity] for identity in objects})
+        return cls(*serialize(message, shared))
 
     def unpack(self) -> Message:
         """The message again. Only once: the contents are dropped on the way."""
-        message = inflate_object_from_contents(self.identity, self.contents)
-        assert isinstance(message, Message)
-        message.metadata.__dict__["_message_id"] = self.identity
-        return message
+        return inflate(self.identity, self.contents)
 
 
 @dataclass
@@ -349,14 +338,3 @@ class _Node:
     @property
     def name(self) -> str:
         return str(self.context.node_config.get("partition-id", self.context.node_id))
-
-
-@contextmanager
-def task_identity() -> Iterator[None]:
-    """Tells Flower's Message constructor which run, node and task this is, for as long as the run takes."""
-    before = TaskIdentity._run_id, TaskIdentity._node_id, TaskIdentity._task_id
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = _RUN_ID, SUPERLINK_NODE_ID, _TASK_ID
-    try:
-        yield
-    finally:
-        TaskIdentity._run_id, TaskIdentity._node_id, TaskIdentity._task_id = before

@@ -11,7 +11,7 @@ All hooks are optional. client/plugins/README.md writes one in 40 lines.
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -61,6 +61,7 @@ class RoundContext:
         task, tasks: this round's task, counted from 0, and how many there are (1: no task stream).
         final: whether this round is the last of its task.
         client: the client's name; empty on the server.
+        group: the client group, counted from 0, in a clustered federation (`Plugin.groups`).
         seed: of the run. Derive generators from it (`tofu.rng`) with the round, the client and the plugin's name.
     """
 
@@ -72,6 +73,7 @@ class RoundContext:
     final: bool = True
     client: str = ""
     seed: int = 0
+    group: int = 0
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,15 @@ class Plugin:
     def averages_exactly(self) -> bool:
         return True
 
+    @property
+    def groups(self) -> int:
+        """Number of client groups, each with a global model of its own. At most one plugin may have more than 1."""
+        return 1
+
+    def group_of(self, client: str) -> int:
+        """The group, 0 to groups - 1, of the client with this name; a function of the options alone."""
+        return 0
+
     def incompatibility(self, run: RunRequirements) -> str:
         """Why the plugin cannot be used in such a run, as "expected ..." text; empty where it can."""
         if self.needs_task_boundaries and run.tasks < 2:
@@ -231,6 +242,11 @@ class Plugin:
         Both may be on a GPU. One plugin at most may have its own."""
         return Prediction(model(images))
 
+    def predict_groups(self, models: Sequence[nn.Module], images: Tensor) -> Prediction:
+        """Classify with the models of all groups, in eval mode. The default averages their probabilities."""
+        logits = [self.predict(model, images).logits for model in models]
+        return Prediction(torch.stack([each.softmax(1) for each in logits]).mean(0).log())
+
     def export(self) -> Export:
         """What the server gets; called once, after `on_task_end`."""
         return Export()
@@ -246,6 +262,12 @@ class Plugin:
             broadcast: what was sent until now; not to be written into.
         """
         return broadcast
+
+    def on_aggregate(self, model: nn.Module, context: RoundContext) -> None:
+        """Inspect or change the new global model in place, after the server's optimizer step and after `reduce`.
+
+        Called once per group (`context.group`). It may assign `self.broadcast`. Gradients are disabled.
+        """
 
     def calibrate(self, model: nn.Module, data: LabeledImages) -> PluginState:
         """The broadcast to save with the weights that a run would end with, no client having measured at these yet.
@@ -324,6 +346,38 @@ class Plugins(tuple[Plugin, ...]):
             if _overrides(plugin, "predict"):
                 return plugin.predict(model, images)
         return Prediction(model(images))
+
+    @property
+    def groups(self) -> int:
+        """Number of client groups."""
+        return max((plugin.groups for plugin in self), default=1)
+
+    def group_of(self, client: str) -> int:
+        """The group of a client, by the plugin that has more than one.
+
+        Raises:
+            RunError: the plugin returns a number that is not a group.
+        """
+        for plugin in self:
+            if plugin.groups > 1:
+                group = plugin.group_of(client)
+                if not 0 <= group < plugin.groups:
+                    raise RunError(f"plugin {plugin.name}: group of client {client} is {group}, "
+                                   f"expected 0 to {plugin.groups - 1}")  # fmt: skip
+                return group
+        return 0
+
+    def predict_groups(self, models: Sequence[nn.Module], images: Tensor) -> Prediction:
+        """By the plugin that has groups. Eval mode is the caller's."""
+        for plugin in self:
+            if plugin.groups > 1:
+                return plugin.predict_groups(models, images)
+        return self.predict(models[0], images)
+
+    @torch.no_grad()
+    def on_aggregate(self, model: nn.Module, context: RoundContext) -> None:
+        for plugin in self:
+            plugin.on_aggregate(model, context)
 
     def export(self, model: nn.Module) -> Export:
         """All exports, under `plugin/name`.
@@ -502,6 +556,7 @@ def _check_together(plugins: Plugins, names: str) -> None:
     for what, those in (
         ("changes the model's head", [p for p in plugins if p.changes_head]),
         ("encodes the input", [p for p in plugins if p.encodes_input]),
+        ("has client groups", [p for p in plugins if p.groups > 1]),
         ("has its own predict", [p for p in plugins if _overrides(p, "predict")]),
     ):
         if len(those) > 1:

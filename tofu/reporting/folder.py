@@ -99,14 +99,18 @@ class RunFolder:
         """Replace metrics.prom."""
         self._replace("metrics.prom", lambda f: f.write(text))
 
-    def write_model(self, weights: Weights, shape: ImageShape, broadcast: bytes) -> None:
-        """Replace weights.safetensors, whose metadata say what images the model takes, and plugins.state."""
+    def write_model(self, weights: Weights, shape: ImageShape, broadcast: bytes, *, group: int = 0) -> None:
+        """Replace weights.safetensors, whose metadata hold the images' shape, and plugins.state.
+
+        Further client groups have weights-group-N.safetensors.
+        """
         numbers = (shape.channels, shape.height, shape.width, shape.classes)
         named = {name: value.contiguous() for name, value in weights.items()}
         data = safetensors.torch.save(named, {_SHAPE: ",".join(map(str, numbers))})
         if broadcast:
             self._replace("plugins.state", lambda f: f.write(broadcast))
-        self._replace("weights.safetensors", lambda f: f.write(data))
+        name = f"weights-group-{group}.safetensors" if group else "weights.safetensors"
+        self._replace(name, lambda f: f.write(data))
 
     def write_summary(self, summary: Mapping[str, object]) -> None:
         """Replace summary.json."""

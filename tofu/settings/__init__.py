@@ -198,7 +198,7 @@ class Settings(BaseModel):
 
         return make_plugins(self.plugin.plugins, self.plugin.plugin_options)
 
-    def round_context(self, shape: "ImageShape", round_: int, client: str = "") -> "RoundContext":
+    def round_context(self, shape: "ImageShape", round_: int, client: str = "", *, group: int = 0) -> "RoundContext":
         """The position of a round in the run, as plugins receive it."""
         from tofu.plugins import RoundContext
 
@@ -212,6 +212,7 @@ class Settings(BaseModel):
             final=round_ % each == 0,
             client=client,
             seed=self.run.seed,
+            group=group,
         )
 
     def task_stream(self, classes: int) -> "TaskStream":

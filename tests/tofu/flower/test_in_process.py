@@ -265,7 +265,7 @@ def test_a_message_that_cannot_be_unpacked_is_an_error_and_its_node_answers_the_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With one worker: a thread that died of it would never answer again, nor would its node look idle."""
-    unpack, failing = in_process.inflate_object_from_contents, [True]
+    unpack, failing = in_process.inflate, [True]
 
     def inflate(*arguments: Any) -> Any:
         if failing and threading.current_thread() is not threading.main_thread():
@@ -273,7 +273,7 @@ def test_a_message_that_cannot_be_unpacked_is_an_error_and_its_node_answers_the_
             raise SystemError("AST constructor recursion depth mismatch")
         return unpack(*arguments)
 
-    monkeypatch.setattr(in_process, "inflate_object_from_contents", inflate)
+    monkeypatch.setattr(in_process, "inflate", inflate)
     outcomes: list[list[bool]] = []
 
     def main(grid: Grid, context: Context) -> None:

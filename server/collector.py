@@ -1,0 +1,311 @@
+"""Collects the clients' updates of a round: the interface, the training exchange, and the collector of open rounds."""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from flwr.app import Message
+from torch import Tensor
+
+from server.checkpoint import Snapshot
+from server.client_registry import Client
+from server.downlink import Parts
+from server.global_model import GlobalModel
+from server.ledger import Ledger
+from server.transport import Transport, body_of, error_reason, make_message
+from tofu.errors import PayloadError, RunError
+from tofu.observers.terminal import Progress
+from tofu.payload import HEADER_BYTES, read_payload
+from tofu.plugins import Export, Plugins, export_from_bytes
+from tofu.recording import Recorder
+from tofu.rounds.aggregation import RunningMean
+from tofu.secagg.encoding import SecureMean
+from tofu.weights import Weights, weights_of
+from tofu.wire import RESYNC, TrainReply, TrainRequest, broadcast_id
+
+_WINDOW = 256
+"""Number of messages sent at a time, so that a round with many clients does not hold a model for each of them."""
+
+
+@dataclass(frozen=True)
+class RoundState:
+    """What all requests of a round have in common.
+
+    Attributes:
+        kind: of the round, one of `tofu.wire.KINDS`.
+        deadline: time at which the round goes on without further replies (`time.monotonic`).
+        broadcast: the plugins' state for all clients.
+        request_keys: a secure round may follow, for which the clients send keys ahead.
+        shown: name of the client whose proxies are kept for the report.
+        failures: client name -> reason, in one line, why it could not be used; filled by the collectors.
+    """
+
+    round: int
+    kind: str
+    deadline: float
+    broadcast: bytes = b""
+    request_keys: bool = False
+    shown: str = ""
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Collected:
+    """The updates of one round of one client group.
+
+    Attributes:
+        update: mean update, weighted by examples; None if the round was abandoned.
+        examples: number of examples of the clients in it.
+        sums: totals of the plugins' sums, by name.
+        replies: (client, its reply without the payload); empty in a secure round.
+        metrics: client name -> metrics of its plugins; empty in a secure round.
+        survivors: names of the clients in a secure sum.
+        proxies: images [n, c, h, w] of the shown client, in a proxy round.
+        secure: all that a secure round revealed.
+        abandoned: why a secure round was abandoned, or "".
+    """
+
+    update: Weights | None = None
+    examples: int = 0
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    replies: list[tuple[Client, TrainReply]] = field(default_factory=list)
+    metrics: dict[str, Mapping[str, float]] = field(default_factory=dict)
+    survivors: tuple[str, ...] = ()
+    proxies: Tensor | None = None
+    secure: SecureMean | None = None
+    abandoned: str = ""
+
+
+class Collector(Protocol):
+    """One way to collect the updates of a round."""
+
+    def collect(self, model: GlobalModel, clients: list[Client], state: RoundState) -> Collected:
+        """Have clients train and aggregate their updates.
+
+        Raises:
+            RunError: no reply is valid.
+        """
+
+
+class TrainExchange:
+    """Sends train requests, and again with full weights to clients that cannot use what they were sent.
+
+    Attributes:
+        acknowledged: client name -> last round whose reply was added; its error feedback continues from there.
+        adverts: client name -> keys that it sent ahead of a secure round.
+    """
+
+    def __init__(self, transport: Transport, ledger: Ledger, progress: Progress, timeout: float) -> None:
+        self._transport, self._ledger, self._progress, self._timeout = transport, ledger, progress, timeout
+        self.acknowledged: dict[str, int] = {}
+        self.adverts: dict[str, bytes] = {}
+        self._broadcasts: dict[str, bytes] = {}
+
+    def replies(
+        self,
+        model: GlobalModel,
+        clients: list[Client],
+        state: RoundState,
+        secure_parts: Mapping[str, bytes] | None = None,
+    ) -> Iterator[tuple[Client, Message]]:
+        """Have clients train and yield their replies, errors included, in the order of arrival.
+
+        Args:
+            secure_parts: client name -> what its request carries in a secure round.
+        """
+        lost: list[Client] = []
+        silent = {client.name: client for client in clients}
+        self._progress.phase(state.round, state.kind, "train", 0, len(clients))
+        for resend, some in ((False, clients), (True, lost)):
+            for client, reply in self._send(model, some, state, secure_parts or {}, resend=resend):
+                if not resend and reply.has_error() and reply.error.code == RESYNC:
+                    self._count_error(client, reply, state, fedavg=False)
+                    text = f"round {state.round}: client {client.name} is sent full weights: {error_reason(reply)}"
+                    self._progress.note(text, round=state.round, node=client.node)
+                    lost.append(client)
+                    continue
+                silent.pop(client.name, None)
+                yield client, reply
+                done = len(clients) - len(silent)
+                self._progress.phase(state.round, state.kind, "train", done, len(clients))
+        for name in silent:
+            state.failures[name] = f"no reply within {self._timeout:g} s"
+
+    def body(
+        self, client: Client, message: Message, model: GlobalModel, state: RoundState
+    ) -> tuple[object, TrainReply | None]:
+        """Count a reply in the ledger and return its body, parsed unless the round is secure.
+
+        Raises:
+            PayloadError: the reply is an error or cannot be parsed.
+        """
+        if message.has_error():
+            self._count_error(client, message, state)
+            raise PayloadError(error_reason(message))
+        body, reply = body_of(message), None
+        nbytes = len(body) if isinstance(body, bytes) else 0
+        if state.kind != "secure":
+            reply = TrainReply.from_bytes(body)
+            nbytes = len(reply.payload)
+        self._ledger.add(
+            message, round_=state.round, kind=state.kind, direction="uplink", client=client.name,
+            payload_bytes=nbytes, full_payload_bytes=_full_bytes(model),
+        )  # fmt: skip
+        return body, reply
+
+    def delivered(self, client: Client, model: GlobalModel, state: RoundState) -> None:
+        """A client replied from this round's weights and broadcast, so it holds them."""
+        self._broadcasts[client.name] = broadcast_id(state.broadcast)
+        model.downlink.delivered(client.name)
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Add the state to a checkpoint. The keys are public ones."""
+        snapshot.plain["exchange"] = {
+            "acknowledged": self.acknowledged,
+            "adverts": {name: advert.hex() for name, advert in self.adverts.items()},
+            "broadcasts": {name: identity.hex() for name, identity in self._broadcasts.items()},
+        }
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Restore what `save` wrote; only if the clients still have their state, too."""
+        plain = snapshot.plain["exchange"]
+        self.acknowledged = dict(plain["acknowledged"])
+        self.adverts = {name: bytes.fromhex(text) for name, text in plain["adverts"].items()}
+        self._broadcasts = {name: bytes.fromhex(text) for name, text in plain["broadcasts"].items()}
+
+    def _send(
+        self,
+        model: GlobalModel,
+        clients: list[Client],
+        state: RoundState,
+        secure_parts: Mapping[str, bytes],
+        *,
+        resend: bool,
+    ) -> Iterator[tuple[Client, Message]]:
+        for start in range(0, len(clients), _WINDOW):
+            window = clients[start : start + _WINDOW]
+            messages = []
+            for client in window:
+                parts = model.downlink.parts(client.name, whole=resend)
+                request = self._request(client, model, parts, state, secure_parts, resend=resend)
+                ttl = max(1.0, state.deadline - time.monotonic())
+                message = make_message(request.to_bytes(), client.node, "train", round_=state.round, ttl=ttl)
+                messages.append(message)
+                self._ledger.add(
+                    message, round_=state.round, kind=state.kind, direction="downlink", client=client.name,
+                    payload_bytes=parts.nbytes, full_payload_bytes=_full_bytes(model), fedavg=not resend,
+                )  # fmt: skip
+            by_node = {client.node: client for client in window}
+            for node, reply in self._transport.exchange(messages, state.deadline):
+                yield by_node[node], reply
+
+    def _request(
+        self,
+        client: Client,
+        model: GlobalModel,
+        parts: Parts,
+        state: RoundState,
+        secure_parts: Mapping[str, bytes],
+        *,
+        resend: bool,
+    ) -> TrainRequest:
+        down, current = model.downlink, broadcast_id(state.broadcast)
+        has = not resend and bool(current) and self._broadcasts.get(client.name) == current
+        return TrainRequest(
+            state.kind, self.acknowledged.get(client.name, -1), model.shape, parts.payload, down.identity, parts.steps,
+            down.sketch, advert=state.request_keys and state.kind != "secure",
+            secure=secure_parts.get(client.name, b""),
+            broadcast=b"" if has else state.broadcast, kept=current if has else b"",
+        )  # fmt: skip
+
+    def _count_error(self, client: Client, message: Message, state: RoundState, *, fedavg: bool = True) -> None:
+        if message.metadata.src_node_id == client.node:  # otherwise Flower made the error, and nothing was sent
+            self._ledger.add(
+                message, round_=state.round, kind=state.kind, direction="uplink", client=client.name, fedavg=fedavg
+            )
+
+
+class OpenCollector:
+    """Rounds whose updates the server decodes one by one: proxy and full rounds.
+
+    Attributes:
+        recorder: saves the messages of some clients; None saves none.
+    """
+
+    def __init__(self, exchange: TrainExchange, plugins: Plugins) -> None:
+        self._exchange, self._plugins = exchange, plugins
+        self.recorder: Recorder | None = None
+
+    def collect(self, model: GlobalModel, clients: list[Client], state: RoundState) -> Collected:
+        """See `Collector.collect`."""
+        collected, mean = Collected(), RunningMean()
+        exports: dict[str, Export] = {}
+        for client, message in self._exchange.replies(model, clients, state):
+            try:
+                exports[client.name] = self._add(client, message, model, state, collected, mean)
+            except PayloadError as error:
+                state.failures[client.name] = str(error)
+        if not collected.replies:
+            reasons = "; ".join(sorted(set(state.failures.values())))
+            raise RunError(f"round {state.round}: no valid reply from {len(clients)} clients ({reasons})")
+        collected.replies.sort(key=lambda pair: clients.index(pair[0]))
+        collected.update, collected.examples = mean.mean(), mean.examples
+        ordered = [exports[client.name] for client, _ in collected.replies]
+        for name in self._plugins.declare_sums(model.reference.model):
+            collected.sums[name] = sum((export.sums[name] for export in ordered[1:]), start=ordered[0].sums[name])
+        collected.metrics = {name: export.metrics for name, export in exports.items()}
+        return collected
+
+    def _add(
+        self,
+        client: Client,
+        message: Message,
+        model: GlobalModel,
+        state: RoundState,
+        collected: Collected,
+        mean: RunningMean,
+    ) -> Export:
+        """Validate, decode and add one reply. Raises PayloadError for an error or an invalid reply."""
+        _, reply = self._exchange.body(client, message, model, state)
+        assert reply is not None
+        if reply.examples > client.examples:
+            raise PayloadError(f"reply has {reply.examples} examples, expected at most {client.examples}")
+        compressor, base = model.compressors[state.kind], model.downlink.reference
+        payload = read_payload(
+            reply.payload, codec=compressor.code, round_=state.round, fingerprint=model.downlink.identity,
+            max_bytes=HEADER_BYTES + compressor.body_bytes(base.param_spec),
+        )  # fmt: skip
+        if self.recorder is not None and self.recorder.wants(client.name):
+            self.recorder.save(
+                state.round, client.name, kind=state.kind, examples=reply.examples,
+                base=weights_of(base.model), payload=reply.payload,
+            )  # fmt: skip
+        update = compressor.decompress(base, payload.body)
+        export = self._read_export(reply.exported, model)
+        mean.add(update, reply.examples)
+        if client.name == state.shown and (content := compressor.describe(payload.body)) is not None:
+            collected.proxies = content.proxies.images if content.proxies is not None else None
+        collected.replies.append((client, replace(reply, payload=b"", exported=b"")))
+        self._exchange.acknowledged[client.name] = state.round
+        self._exchange.delivered(client, model, state)
+        if model.secure is not None:
+            model.secure.scales.observe(update, reply.examples, state.round, reply.explained_variance)
+            if reply.advert:
+                self._exchange.adverts[client.name] = reply.advert
+        return export
+
+    def _read_export(self, data: bytes, model: GlobalModel) -> Export:
+        """Parse a client's export. Raises PayloadError if it is not as declared."""
+        if not self._plugins and not data:
+            return Export()
+        export = export_from_bytes(data, self._plugins.declare_sums(model.reference.model))
+        try:
+            self._plugins.check_sums(export.sums, model.reference.model)
+        except RunError as error:
+            raise PayloadError(str(error)) from error
+        return export
+
+
+def _full_bytes(model: GlobalModel) -> int:
+    return HEADER_BYTES + model.reference.param_spec.float32_bytes

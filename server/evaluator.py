@@ -1,0 +1,55 @@
+"""Evaluation of the global models on the server's held-out images."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from tofu.data import LabeledImages
+from tofu.device import open_device
+from tofu.evaluation import Evaluation, evaluate
+from tofu.plugins import Plugins
+from tofu.settings import Settings
+from tofu.tasks import TaskStream, only_classes
+
+
+class Evaluator:
+    """Evaluates the models that a run would end with."""
+
+    def __init__(self, test: LabeledImages, stream: TaskStream, settings: Settings, plugins: Plugins) -> None:
+        self._test, self._stream, self._plugins = test, stream, plugins
+        self._multi_head = settings.task_heads == "multi"
+        self._device = open_device(settings.device)
+
+    def evaluate(self, models: Sequence[nn.Module], classes: int) -> tuple[Evaluation, list[float], list[float]]:
+        """Accuracy and loss averaged over tasks, and the accuracies of each task and of each group's model.
+
+        Several groups' models are evaluated as an ensemble, by the plugins' `predict_groups`.
+        """
+        results = []
+        for task in range(self._stream.tasks):
+            heads = self._stream.strata_of(task) if self._multi_head else range(classes)
+            images = self._stream.images_of(self._test, task)
+            results.append(self._on_task(models, heads, images))
+        groups = []
+        if len(models) > 1:
+            groups = [self.evaluate([model], classes)[0].accuracy for model in models]
+        accuracies = [result.accuracy for result in results]
+        mean = Evaluation(sum(accuracies) / len(results), sum(result.loss for result in results) / len(results))
+        return mean, accuracies, groups
+
+    def _on_task(self, models: Sequence[nn.Module], heads: Sequence[int], images: LabeledImages) -> Evaluation:
+        if len(models) > 1:
+            return evaluate_ensemble(models, images, self._plugins)
+        with only_classes(models[0], heads):
+            return evaluate(models[0], images, predict=self._plugins.predict, device=self._device)
+
+
+def evaluate_ensemble(models: Sequence[nn.Module], images: LabeledImages, plugins: Plugins) -> Evaluation:
+    """Evaluate the ensemble of all groups' models, on the CPU."""
+    modes = [model.training for model in models]
+    for model in models:
+        model.eval()
+    result = evaluate(models[0], images, predict=lambda _, batch: plugins.predict_groups(models, batch))
+    for model, training in zip(models, modes, strict=True):
+        model.train(training)
+    return result

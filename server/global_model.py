@@ -1,0 +1,119 @@
+"""The global model of one client group, with everything that depends on the names and shapes of its parameters."""
+
+import copy
+import dataclasses
+
+from torch import Tensor, nn
+
+from server.checkpoint import Snapshot
+from server.downlink import Downlink
+from server.optimizer import ServerOptimizer
+from server.secure_ranges import SecureRanges
+from tofu.compression.base import Compressor
+from tofu.data import ImageShape
+from tofu.models import build_model
+from tofu.plugins import Plugins
+from tofu.privacy import check_param_spec
+from tofu.reference_model import ReferenceModel
+from tofu.rounds.schedule import Schedule
+from tofu.secagg.encoding import flat
+from tofu.settings import Settings
+from tofu.weights import Weights, load_weights, weights_of
+
+
+class GlobalModel:
+    """A global model and the state of its rounds.
+
+    Args:
+        model: the model as built, at its initial weights; the rounds change it in place.
+        shape: of the images, and the number of classes of the data.
+        group: the client group that trains it, counted from 0.
+
+    Attributes:
+        reference: the model that the server steps, in eval mode.
+        initial: its initial weights as one vector [values].
+        averaged: exponential moving average of the weights, which is evaluated and saved; the model itself with
+            ema-decay=0.
+        compressors: compressed or full round kind -> compressor of the clients' updates.
+        downlink: the weights that the clients hold.
+        secure: ranges of the secure sums; None in a run without secure rounds.
+    """
+
+    def __init__(
+        self, model: nn.Module, shape: ImageShape, settings: Settings, plugins: Plugins, group: int = 0
+    ) -> None:
+        self.group, self.shape = group, shape
+        self._settings, self._plugins = settings, plugins
+        self._kinds = Schedule.of(settings).kinds
+        reference = ReferenceModel.of(model, shape, plugins, settings.round_context(shape, 1, group=group))
+        self._begin(reference, flat(weights_of(reference.model)))
+
+    def _begin(self, reference: ReferenceModel, initial: Tensor, averaged: nn.Module | None = None) -> None:
+        settings = self._settings
+        if settings.noise_multiplier:
+            check_param_spec(reference.param_spec)
+        self.reference, self.initial = reference, initial
+        self.optimizer = ServerOptimizer(reference.model, settings)
+        self.compressors: dict[str, Compressor] = {
+            kind: settings.make_compressor(kind, reference) for kind in self._kinds if kind != "secure"
+        }
+        self.downlink = Downlink(reference, settings)
+        self.averaged = averaged or (copy.deepcopy(reference.model) if settings.ema_decay else reference.model)
+        self.secure = SecureRanges(reference.param_spec, settings) if "secure" in self._kinds else None
+
+    def prepare(self, round_: int) -> None:
+        """Let the plugins set up the model of a round; start anew if that changes the shape of its parameters.
+
+        After a change the weights continue, the optimizer's state starts anew, and all clients receive full weights.
+        """
+        if not self._plugins:
+            return
+        settings, shape, plugins = self._settings, self.shape, self._plugins
+        # The model after the last round is that of the last round.
+        context = settings.round_context(shape, min(round_, settings.rounds), group=self.group)
+        built = build_model(settings.model, shape, norm=settings.norm, seed=settings.seed)
+        fresh = ReferenceModel.of(built, shape, plugins, context)
+        if fresh.param_spec == self.reference.param_spec:
+            return
+        averaged = None
+        if self.averaged is not self.reference.model:
+            averaged = ReferenceModel.of(self.averaged, shape, plugins, context).model
+        reference = ReferenceModel.of(self.reference.model, shape, plugins, context)
+        reference = dataclasses.replace(reference, model=reference.model.eval(), initial=fresh.initial)
+        self._begin(reference, flat(weights_of(fresh.model)), averaged)
+
+    def step(self, update: Weights) -> None:
+        """Apply the mean update by the server's optimizer, then the plugins' `on_step`."""
+        before = self._plugins.before_step(self.reference.model)
+        self.optimizer.step(update)
+        self._plugins.on_step(self.reference.model, before)
+
+    def average(self, round_: int) -> None:
+        """Update the moving average; in early rounds it is the plain mean of the rounds so far."""
+        if self._settings.ema_decay:
+            decay = min(self._settings.ema_decay, 1 - 1 / round_)
+            old, new = weights_of(self.averaged), weights_of(self.reference.model)
+            load_weights(self.averaged, {name: decay * old[name] + (1 - decay) * new[name] for name in new})
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Add the state to a checkpoint."""
+        snapshot.put_tensors("model", weights_of(self.reference.model))
+        snapshot.put_tensors("averaged", weights_of(self.averaged))
+        self.optimizer.save(snapshot)
+        self.downlink.save(snapshot)
+        if self.secure is not None:
+            self.secure.save(snapshot)
+
+    def restore(self, snapshot: Snapshot, *, round_: int, clients_kept: bool) -> None:
+        """Restore what `save` wrote after a round; the plugins have their broadcast already.
+
+        Args:
+            clients_kept: the clients still have their state. If not, they receive full weights.
+        """
+        self.prepare(round_ + 1)
+        load_weights(self.reference.model, snapshot.tensors_of("model"))
+        load_weights(self.averaged, snapshot.tensors_of("averaged"))
+        self.optimizer.restore(snapshot)
+        self.downlink.restore(snapshot, clients_kept=clients_kept)
+        if self.secure is not None:
+            self.secure.restore(snapshot)

@@ -1,0 +1,134 @@
+"""The ranges of the values in a model's secure sums, learned from the rounds before."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from server.checkpoint import Snapshot
+from server.client_registry import Client
+from tofu.plugins import SumSpec
+from tofu.secagg import coordinates
+from tofu.secagg.encoding import EncodingConfig, RingEncoder, first_ranges, nearest_range
+from tofu.secagg.fixed_point import HEADROOM, FixedPoint
+from tofu.secagg.identities import read_known
+from tofu.settings import MIN_SECURE, Settings
+from tofu.weights import ParamSpec, Weights
+
+MIN_EXPLAINED = 0.05
+"""Lower limit of the explained variance that a client may report of itself, so that it cannot inflate a range."""
+
+
+@dataclass
+class UpdateScaleTracker:
+    """The magnitude of the clients' weighted updates in rounds in which the server sees them, per tensor.
+
+    Attributes:
+        peaks: maximum magnitude in all rounds.
+        powers: sum over clients of their updates' mean squares in the last such round, in units of 2^-64; integers, so
+            that the sum does not depend on the order of replies. Estimated for the update before compression.
+        clients: number of clients of that round.
+        round: number of that round.
+    """
+
+    peaks: dict[str, float] = field(default_factory=dict)
+    powers: dict[str, int] = field(default_factory=dict)
+    clients: int = 0
+    round: int = 0
+
+    def observe(self, update: Weights, examples: int, round_: int, explained: float) -> None:
+        """Add a client's decoded update and the fraction of its power that it explains, as the client reports it."""
+        if round_ != self.round:
+            self.powers, self.clients, self.round = {}, 0, round_
+        self.clients += 1
+        for name, value in update.items():
+            if value.numel():
+                peak, power = float(value.abs().max()), float(value.double().square().mean())
+                self.peaks[name] = max(self.peaks.get(name, 0.0), peak * examples)
+                power *= examples**2 / min(max(explained, MIN_EXPLAINED), 1.0)
+                self.powers[name] = self.powers.get(name, 0) + round(math.ldexp(power, 64))
+
+    def deviations(self) -> dict[str, float]:
+        """Root mean square per tensor, over the clients of the last round."""
+        return {name: math.sqrt(math.ldexp(power, -64) / self.clients) for name, power in self.powers.items()}
+
+
+class SecureRanges:
+    """Chooses the encoding of each secure round of one model.
+
+    Raises:
+        SettingError: the required noise does not fit the ring.
+    """
+
+    def __init__(self, param_spec: ParamSpec, settings: Settings) -> None:
+        self._param_spec, self._settings = param_spec, settings
+        self._ranges: tuple[float, ...] = ()
+        self._turn = 0
+        self.scales = UpdateScaleTracker()
+        clients = _max_clients(settings)
+        fraction, bits = coordinates.settings_for(settings.secure_ratio, clients)
+        levels = FixedPoint(clients, bits, 1.0).levels
+        values = math.ceil(fraction * param_spec.float32_bytes / 4)
+        settings.noise_in_sum(settings.topology(clients), clients, levels=levels, values=values)
+
+    def encoding(
+        self, clients: Sequence[Client], declared: Mapping[str, SumSpec], displacement: Tensor
+    ) -> tuple[EncodingConfig, RingEncoder]:
+        """The encoding that these clients have to agree on.
+
+        Args:
+            declared: the plugins' sums.
+            displacement: the round's weights minus the initial ones, as one vector [values].
+        """
+        settings, count = self._settings, max(len(clients), MIN_SECURE)
+        unit = sum(client.examples for client in clients) / len(clients) if clients else 1.0
+        fraction, bits = coordinates.settings_for(settings.secure_ratio, count)
+        levels = FixedPoint(count, bits, 1.0).levels
+        # Rounding to the nearest step with unknown ranges could round everything to zero.
+        nearest = settings.coarse(levels) and bool(self._ranges or self.scales.powers)
+        sizes = self.scales.deviations() if nearest else self.scales.peaks
+        factor = (nearest_range(levels) if nearest else HEADROOM) / unit
+        ranges = self._ranges or first_ranges(self._param_spec, {name: factor * size for name, size in sizes.items()})
+        sent = displacement if fraction < 1 else None
+
+        def agreed(ranges: tuple[float, ...], digest: bytes) -> EncodingConfig:
+            config = EncodingConfig(count, bits, unit, ranges, fraction, self._turn, digest, nearest)
+            return EncodingConfig.from_bytes(config.to_bytes())  # rounded to float32, as the clients read them
+
+        draft = RingEncoder(self._param_spec, agreed(ranges, b""), declared, sent)
+        topology = settings.topology(count)
+        if noise := settings.noise_in_sum(topology, count, levels=draft.levels, values=draft.values):
+            ranges = (noise.grid * draft.levels,) * len(self._param_spec.shapes)  # independent of the clients' data
+        config = agreed(ranges, draft.digest)
+        return config, RingEncoder(self._param_spec, config, declared, sent)
+
+    def advance(self, ranges: tuple[float, ...]) -> None:
+        """Go on with the ranges that the last secure sum suggests."""
+        self._ranges, self._turn = ranges, self._turn + 1
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Add the state to a checkpoint."""
+        snapshot.plain["secure"] = {"turn": self._turn, "ranges": self._ranges, "scales": vars(self.scales)}
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Restore what `save` wrote."""
+        plain = snapshot.plain["secure"]
+        self._turn, self._ranges = plain["turn"], tuple(plain["ranges"])
+        self.scales = UpdateScaleTracker(**plain["scales"])
+
+
+def check_secure_settings(settings: Settings) -> None:
+    """Raises SettingError if the identities cannot be read, or no communication graph tolerates the dropouts."""
+    settings.topology(_max_clients(settings))
+    known_identities(settings)
+
+
+def known_identities(settings: Settings) -> dict[str, bytes] | None:
+    """Client name -> public key; None in a run without identities."""
+    return read_known(Path(settings.secure_identities)) if settings.secure_identities else None
+
+
+def _max_clients(settings: Settings) -> int:
+    return max(round(settings.client_fraction * settings.clients), settings.min_clients, MIN_SECURE)

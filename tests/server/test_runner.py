@@ -1,0 +1,225 @@
+"""The round runner and both collectors, with an in-memory transport and the real client app."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Error, Message, RecordDict
+from torch import Tensor, nn
+
+from server.checkpoint import Snapshot
+from server.ledger import Ledger
+from server.runner import RoundRunner
+from tests.server.memory import MemoryTransport
+from tofu.errors import RunError
+from tofu.flower.internals import task_identity
+from tofu.models import build_model
+from tofu.observers.terminal import SilentProgress
+from tofu.plugins import Plugin, PluginState, RoundContext
+from tofu.reference_model import ReferenceModel
+from tofu.settings import Settings
+from tofu.weights import weights_of
+from tofu.wire import TrainReply
+
+TINY: dict[str, Any] = {
+    "model": "mlp", "clients": 3, "rounds": 4, "local_epochs": 1, "batch_size": 64, "max_evals": 5, "ratio": 50.0,
+    "train_images": 120,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def identity() -> Iterator[None]:
+    with task_identity():
+        yield
+
+
+def make(transport: MemoryTransport | None = None, **changes: object) -> tuple[RoundRunner, MemoryTransport]:
+    settings = Settings.of(TINY | changes)
+    data = settings.open_data()
+    model = build_model(settings.model, data.shape, norm=settings.norm, seed=settings.seed)
+    transport = transport or MemoryTransport(settings)
+    reference = ReferenceModel(model.eval(), data.shape)
+    return RoundRunner(transport, reference, data.test(), settings, Ledger(), SilentProgress()), transport
+
+
+def rounds(runner: RoundRunner, *numbers: int) -> list[Any]:
+    results = []
+    for number in numbers:
+        if not runner.accuracies:
+            runner.evaluate()
+        results.append(runner.run_round(number))
+        runner.evaluate()
+    return results
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def on_train(reply: Callable[[Message, Callable[[], Message]], Message | None]) -> Any:
+    """A behavior that changes replies to train requests only."""
+
+    def behave(message: Message, answer: Callable[[], Message]) -> Message | None:
+        return reply(message, answer) if message.metadata.message_type == "train" else answer()
+
+    return behave
+
+
+def test_a_full_round_steps_to_the_mean_of_the_clients_weights() -> None:
+    runner, transport = make(schedule="full", ema_decay=0.0)
+    before = runner.weights
+    [result] = rounds(runner, 1)
+    assert [client.name for client, _ in result.replies] == transport.trained() == ["0", "1", "2"]
+    assert result.failures == {}
+    assert sum(reply.examples for _, reply in result.replies) == 120
+    assert not same(before, runner.weights)
+
+
+def test_a_late_client_and_an_error_reply_are_failures_and_the_round_goes_on() -> None:
+    runner, transport = make(schedule="full")
+    transport.behaviors = {
+        "0": on_train(lambda message, answer: None),
+        "2": on_train(lambda message, answer: Message(Error(code=0, reason="out of\nmemory"), reply_to=message)),
+    }
+    [result] = rounds(runner, 1)
+    assert [client.name for client, _ in result.replies] == ["1"]
+    assert result.failures.keys() == {"0", "2"}
+    assert "no reply within" in result.failures["0"]
+    assert result.failures["2"] == "out of memory"
+    transport.behaviors["1"] = transport.behaviors["2"]
+    with pytest.raises(RunError, match="no valid reply from 3 clients"):
+        rounds(runner, 2)
+
+
+def test_a_reply_with_too_many_examples_is_refused() -> None:
+    def lying(message: Message, answer: Callable[[], Message]) -> Message:
+        reply = answer()
+        body = reply.content.config_records["t"]["b"]
+        parsed = TrainReply.from_bytes(body)
+        reply.content.config_records["t"]["b"] = TrainReply(
+            10_000, 0.0, 0.0, 0.0, 0.0, 0.0, parsed.payload, exported=parsed.exported
+        ).to_bytes()
+        return reply
+
+    runner, transport = make(schedule="full")
+    transport.behaviors = {"1": on_train(lying)}
+    [result] = rounds(runner, 1)
+    assert "10000 examples" in result.failures["1"]
+
+
+def test_a_client_without_the_weights_is_sent_them_and_takes_part() -> None:
+    runner, transport = make(downlink="topk")
+    rounds(runner, 1, 2)
+    context = next(iter(transport.contexts.values()))
+    context.state = RecordDict()
+    [result] = rounds(runner, 3)
+    assert len(result.replies) == 3
+    assert transport.trained() == ["0", "1", "2"] * 3 + ["0"]
+
+
+def test_a_secure_round_gives_the_update_of_a_full_one() -> None:
+    secure, _ = make(schedule="secure", secure_ratio=1.0, ema_decay=0.0)
+    full, _ = make(schedule="full", ema_decay=0.0)
+    [result] = rounds(secure, 1)
+    rounds(full, 1)
+    assert result.survivors == ("0", "1", "2")
+    assert result.secure.examples == 120
+    for name, value in full.weights.items():
+        assert torch.allclose(secure.weights[name], value, atol=1e-3)
+
+
+def test_a_secure_round_without_enough_survivors_is_abandoned_and_changes_nothing() -> None:
+    runner, transport = make(schedule="secure")
+    before = runner.weights
+    transport.behaviors = {name: on_train(lambda message, answer: None) for name in ("0", "1")}
+    [result] = rounds(runner, 1)
+    assert result.abandoned
+    assert result.secure is None
+    assert same(before, runner.weights)
+    transport.behaviors = {}
+    [result] = rounds(runner, 2)
+    assert result.survivors == ("0", "1", "2")
+
+
+@dataclass
+class Halves(Plugin):
+    """Even and odd clients train models of their own; the server keeps the first bias at zero."""
+
+    @property
+    def groups(self) -> int:
+        return 2
+
+    def group_of(self, client: str) -> int:
+        return int(client) % 2
+
+    def on_aggregate(self, model: nn.Module, context: RoundContext) -> None:
+        next(p for name, p in model.named_parameters() if name.endswith("bias")).zero_()
+        state: PluginState = dict(self.broadcast)
+        state[f"round of group {context.group}"] = context.round
+        self.broadcast = state
+
+
+GROUPS: dict[str, object] = {"plugins": "tests.server.test_runner:Halves", "schedule": "full", "ema_decay": 0.0}
+
+
+def test_each_group_trains_a_model_of_its_own() -> None:
+    runner, _ = make(**GROUPS, clients=4)
+    alone, transport = make(**GROUPS, clients=4)
+    transport.absent = {"1", "3"}
+    [result] = rounds(runner, 1)
+    rounds(alone, 1)
+    assert len(result.replies) == 4
+    first, second = (weights_of(model.averaged) for model in runner.models)
+    assert not same(first, second)
+    assert same(first, weights_of(alone.models[0].averaged))
+    assert not next(value for name, value in first.items() if name.endswith("bias")).any()
+    assert runner.plugins[0].broadcast == {"round of group 0": 1, "round of group 1": 1}
+    assert len(runner.group_accuracies[-1]) == 2
+
+
+def test_secure_groups_need_three_clients_each() -> None:
+    runner, transport = make(**GROUPS | {"schedule": "secure"}, clients=6)
+    [result] = rounds(runner, 1)
+    assert set(result.survivors) == set("012345")
+    assert result.secure.examples == 120
+    transport.absent = {"5"}
+    before = [weights_of(model.reference.model) for model in runner.models]
+    [result] = rounds(runner, 2)
+    assert set(result.survivors) == {"0", "2", "4"}
+    assert result.abandoned
+    assert not same(before[0], weights_of(runner.models[0].reference.model))
+    for name, value in weights_of(runner.models[1].reference.model).items():
+        assert torch.equal(value, before[1][name])
+
+
+RANK: dict[str, object] = {"plugins": "rank", "schedule": "full", "model": "cnn", "rounds": 4}
+
+
+@pytest.mark.parametrize(
+    "changes", [RANK, GROUPS | {"clients": 4}, {"server_optimizer": "momentum", "downlink": "topk"}]
+)
+def test_a_restored_runner_continues_to_the_same_weights(changes: dict[str, object]) -> None:
+    runner, transport = make(**changes)
+    rounds(runner, 1, 2)
+    snapshot = Snapshot()
+    runner.save(snapshot)
+    data = snapshot.to_bytes()
+    resumed, _ = make(transport, **changes)
+    resumed.restore(Snapshot.from_bytes(data), clients_kept=True)
+    assert same(runner.weights, resumed.weights)
+    assert resumed.accuracies == runner.accuracies
+    rounds(resumed, 3)
+    assert len(resumed.accuracies) == 4
+
+
+def test_a_client_that_was_absent_when_the_shape_changed_takes_part_again() -> None:
+    runner, transport = make(**RANK)
+    shapes = [runner.models[0].reference.param_spec.shapes]
+    for round_ in (1, 2, 3, 4):
+        transport.absent = {"1"} if round_ in (2, 3) else set()
+        [result] = rounds(runner, round_)
+        assert len(result.replies) == (2 if transport.absent else 3), result.failures
+        shapes.append(runner.models[0].reference.param_spec.shapes)
+    assert shapes[0] != shapes[-1]
