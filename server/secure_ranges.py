@@ -131,4 +131,5 @@ def known_identities(settings: Settings) -> dict[str, bytes] | None:
 
 
 def _max_clients(settings: Settings) -> int:
-    return max(round(settings.client_fraction * settings.clients), settings.min_clients, MIN_SECURE)
+    clients: int = max(round(settings.client_fraction * settings.clients), settings.min_clients, MIN_SECURE)
+    return clients

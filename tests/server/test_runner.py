@@ -124,7 +124,7 @@ def test_a_secure_round_gives_the_update_of_a_full_one() -> None:
     full, _ = make(schedule="full", ema_decay=0.0)
     [result] = rounds(secure, 1)
     rounds(full, 1)
-    assert result.survivors == ("0", "1", "2")
+    assert set(result.survivors) == {"0", "1", "2"}
     assert result.secure.examples == 120
     for name, value in full.weights.items():
         assert torch.allclose(secure.weights[name], value, atol=1e-3)
@@ -140,7 +140,7 @@ def test_a_secure_round_without_enough_survivors_is_abandoned_and_changes_nothin
     assert same(before, runner.weights)
     transport.behaviors = {}
     [result] = rounds(runner, 2)
-    assert result.survivors == ("0", "1", "2")
+    assert set(result.survivors) == {"0", "1", "2"}
 
 
 @dataclass
