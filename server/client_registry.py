@@ -9,7 +9,7 @@ from flwr.app import Message, RecordDict
 from server.ledger import Ledger, client_order
 from server.transport import Transport
 from tofu.errors import RunError
-from tofu.observers.terminal import Progress
+from tofu.observers.base import Observer
 from tofu.wire import RECORD
 
 _GRACE_SECONDS = 30.0
@@ -28,8 +28,8 @@ class Client:
 class Clients:
     """Keeps track of the connected clients. A new node is asked once for its name and number of images."""
 
-    def __init__(self, transport: Transport, ledger: Ledger, progress: Progress) -> None:
-        self._transport, self._ledger, self._progress = transport, ledger, progress
+    def __init__(self, transport: Transport, ledger: Ledger, observer: Observer) -> None:
+        self._transport, self._ledger, self._observer = transport, ledger, observer
         self._known: dict[int, Client | None] = {}
         self._declined: dict[int, str] = {}
 
@@ -48,7 +48,7 @@ class Clients:
             for client in filter(None, (self._known.get(node) for node in nodes)):
                 if client.name in found:
                     other = found[client.name].node
-                    self._progress.note(
+                    self._observer.on_note(
                         f"node {client.node} has the name of client {client.name}, as node {other} does: ignored",
                         round=round_,
                         node=client.node,
@@ -98,7 +98,7 @@ class Clients:
 
     def _decline(self, node: int, reason: str, reply: Message, round_: int) -> None:
         """Note why a node takes no part. It is not asked again, unless Flower itself made the error."""
-        self._progress.note(f"node {node} cannot take part: {reason}", round=round_, node=node)
+        self._observer.on_note(f"node {node} cannot take part: {reason}", round=round_, node=node)
         self._declined[node] = reason
         if reply.metadata.src_node_id == node:
             self._known[node] = None

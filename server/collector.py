@@ -15,7 +15,7 @@ from server.global_model import GlobalModel
 from server.ledger import Ledger
 from server.transport import Transport, body_of, error_reason, make_message
 from tofu.errors import PayloadError, RunError
-from tofu.observers.terminal import Progress
+from tofu.observers.base import Observer
 from tofu.payload import HEADER_BYTES, read_payload
 from tofu.plugins import Export, Plugins, export_from_bytes
 from tofu.recording import Recorder
@@ -96,8 +96,8 @@ class TrainExchange:
         adverts: client name -> keys that it sent ahead of a secure round.
     """
 
-    def __init__(self, transport: Transport, ledger: Ledger, progress: Progress, timeout: float) -> None:
-        self._transport, self._ledger, self._progress, self._timeout = transport, ledger, progress, timeout
+    def __init__(self, transport: Transport, ledger: Ledger, observer: Observer, timeout: float) -> None:
+        self._transport, self._ledger, self._observer, self._timeout = transport, ledger, observer, timeout
         self.acknowledged: dict[str, int] = {}
         self.adverts: dict[str, bytes] = {}
         self._broadcasts: dict[str, bytes] = {}
@@ -116,19 +116,19 @@ class TrainExchange:
         """
         lost: list[Client] = []
         silent = {client.name: client for client in clients}
-        self._progress.phase(state.round, state.kind, "train", 0, len(clients))
+        self._observer.on_phase(state.round, state.kind, "train", 0, len(clients))
         for resend, some in ((False, clients), (True, lost)):
             for client, reply in self._send(model, some, state, secure_parts or {}, resend=resend):
                 if not resend and reply.has_error() and reply.error.code == RESYNC:
                     self._count_error(client, reply, state, fedavg=False)
                     text = f"round {state.round}: client {client.name} is sent full weights: {error_reason(reply)}"
-                    self._progress.note(text, round=state.round, node=client.node)
+                    self._observer.on_note(text, round=state.round, node=client.node)
                     lost.append(client)
                     continue
                 silent.pop(client.name, None)
                 yield client, reply
                 done = len(clients) - len(silent)
-                self._progress.phase(state.round, state.kind, "train", done, len(clients))
+                self._observer.on_phase(state.round, state.kind, "train", done, len(clients))
         for name in silent:
             state.failures[name] = f"no reply within {self._timeout:g} s"
 

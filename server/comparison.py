@@ -1,11 +1,10 @@
-"""Run what a comparison lacks, and keep its document, table and page up to date while it goes on.
+"""Runs what a comparison still lacks, and updates its document, table and page after every run.
 
-A run is finished once its folder holds summary.json, and then it is not run again. Anything less is begun again from
-the start, so a comparison can be interrupted at any moment and goes on with the same command.
+A run whose folder holds summary.json is finished and not repeated. An unfinished run starts again from round 0, so a
+comparison can be interrupted at any time and continued with the same command.
 """
 
 import contextlib
-import fcntl
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -16,11 +15,11 @@ from flwr.clientapp import ClientApp
 
 from server.app import serve_in_process
 from tofu.errors import RunError, SettingError
+from tofu.files import lock_file, replace_file
 from tofu.formatting import format_seconds
-from tofu.observers.terminal import Progress, SilentProgress
+from tofu.observers.base import Observer
 from tofu.reporting.compare.plan import FEDAVG, Cell, Comparison, Run
 from tofu.reporting.compare.results import Row, best_value, document, failed_run, read_run
-from tofu.reporting.folder import replace_file
 from tofu.reporting.report.compare import render_figure, render_page
 from tofu.settings import Settings, settings_of_section
 
@@ -33,11 +32,12 @@ _WRITTEN = frozenset(
         "weights.safetensors",
         "summary.json",
         "report.html",
+        "panels.json",
         "samples.npz",
         "plugins.state",
     )
 )
-_TEMPORARY = frozenset(f".{name}.part" for name in _WRITTEN)
+_TEMPORARY = frozenset((".config.json.lock", *(f".{name}.part" for name in _WRITTEN)))
 _NOT_COMPARED = ("run-folder", "workers", "checkpoint", "resume", "log", "metrics-port")
 """Settings that change nothing about a run's results."""
 
@@ -47,9 +47,9 @@ def run_comparison(
     client_app: ClientApp,
     *,
     say: Callable[[str], None] = lambda line: None,
-    view: Callable[[], Progress] = SilentProgress,
+    view: Callable[[], Observer] = Observer,
 ) -> Row:
-    """Run whatever is not finished yet; compare.json, compare.html and compare.svg are rewritten after each run.
+    """Run what is not finished yet; compare.json, compare.html and compare.svg are rewritten after each run.
 
     Args:
         say: called with each line of progress.
@@ -70,7 +70,7 @@ class _Work:
     """The state of one invocation."""
 
     def __init__(
-        self, comparison: Comparison, client_app: ClientApp, say: Callable[[str], None], view: Callable[[], Progress]
+        self, comparison: Comparison, client_app: ClientApp, say: Callable[[str], None], view: Callable[[], Observer]
     ) -> None:
         self._comparison, self._client_app, self._say, self._view = comparison, client_app, say, view
         self._rows: dict[Cell, list[Row]] = {}
@@ -90,12 +90,12 @@ class _Work:
         for cell in comparison.cells:
             if cell.unreachable:
                 self._say(f"{cell.compressor} at {cell.ratios[0]:g}x is not reachable: ratio {cell.unreachable}")
-        self._write()  # what cannot be written is found out before anything is trained
+        self._write()  # an unwritable folder is refused before any training
         for cell, runs in self._trials.items():
             for run in runs:
                 self._tuning.setdefault(cell, []).append(self._outcome(run))
                 self._write()
-        # Seed by seed, so that there is something of every cell to look at early on.
+        # Seed by seed, so that every cell has early results.
         for seed in comparison.seeds:
             for cell in comparison.reachable:
                 value = best_value(self._tuning[cell]) if comparison.tune else None
@@ -129,7 +129,7 @@ class _Work:
             _clear(run.folder)
             try:
                 serve_in_process(self._client_app, run.settings, self._view())
-            except RunError as error:  # training that diverges is a result, and no reason to lose the other cells
+            except RunError as error:  # training that diverges is a result; the other cells go on
                 self._say(f"{self._place(run)}: failed: {error}")
                 return failed_run(run, str(error))
         row = read_run(run)
@@ -171,28 +171,26 @@ class _Work:
         ):
             data = text.encode(errors="replace")
             try:
-                replace_file(folder / name, lambda file, data=data: file.write(data))  # type: ignore[misc]
+                replace_file(folder / name, data)
             except OSError as error:
                 raise SettingError("folder", str(folder), f"a folder that can be written ({error.strerror})") from error
 
 
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Make the folder and hold it: a second comparison in it would begin the first one's current run again.
+    """Create the folder and lock it: a second comparison in it would restart the first one's current run.
 
     Raises:
-        SettingError: it cannot be written, or another holds it.
+        SettingError: it cannot be written, or another comparison holds it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("ab")
+        lock = lock_file(folder / "compare.json")
     except OSError as error:
         raise SettingError("folder", str(folder), f"a folder that can be written ({error.strerror})") from error
+    if lock is None:
+        raise SettingError("folder", str(folder), "a folder in which no other comparison is running")
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise SettingError("folder", str(folder), "a folder in which no other comparison is running") from error
         yield
 
 
@@ -240,8 +238,7 @@ def _written(folder: Path) -> list[Path]:
     """
     found = sorted(folder.iterdir()) if folder.is_dir() else []
     for path in found:
-        temporary = path.name in _TEMPORARY or path.name.startswith(".report-")
-        ours = path.name in _WRITTEN or temporary
+        ours = path.name in _WRITTEN or path.name in _TEMPORARY
         if not ours or path.is_symlink() or not path.is_file():
             raise SettingError("folder", str(folder), f"nothing but the files of a run to begin again ({path.name})")
     return found

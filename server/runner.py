@@ -23,7 +23,7 @@ from server.transport import Transport
 from tofu.data import LabeledImages
 from tofu.evaluation import Evaluation
 from tofu.models import build_model
-from tofu.observers.terminal import Progress
+from tofu.observers.base import Observer
 from tofu.plugins import MAX_STATE_BYTES
 from tofu.privacy import Accountant
 from tofu.recording import Recorder
@@ -118,19 +118,19 @@ class RoundRunner:
         test: LabeledImages,
         settings: Settings,
         ledger: Ledger,
-        progress: Progress,
+        observer: Observer,
     ) -> None:
         self.settings, self.plugins = settings, settings.make_plugins()
-        self._shape, self._test, self._ledger, self._progress = reference.shape, test, ledger, progress
-        self._clients = Clients(transport, ledger, progress)
+        self._shape, self._test, self._ledger, self._observer = reference.shape, test, ledger, observer
+        self._clients = Clients(transport, ledger, observer)
         self._schedule = Schedule.of(settings)
         self.stream = settings.task_stream(reference.shape.classes)
         self._evaluator = Evaluator(test, self.stream, settings, self.plugins)
-        self._exchange = TrainExchange(transport, ledger, progress, settings.round_timeout)
+        self._exchange = TrainExchange(transport, ledger, observer, settings.round_timeout)
         self._open = OpenCollector(self._exchange, self.plugins)
         self._secure: Collector = self._open
         if "secure" in self._schedule.kinds:
-            self._secure = SecureCollector(transport, self._exchange, ledger, progress, settings, self.plugins)
+            self._secure = SecureCollector(transport, self._exchange, ledger, observer, settings, self.plugins)
         self.models = [GlobalModel(reference.model, reference.shape, settings, self.plugins)]
         for group in range(1, self.plugins.groups):
             built = build_model(settings.model, reference.shape, norm=settings.norm, seed=settings.seed)
@@ -186,7 +186,7 @@ class RoundRunner:
             rounds = [self._collect(model, clients, state, result) for model, clients in groups]
         finally:
             for name, reason in state.failures.items():
-                self._progress.failed(round_, name, result.nodes[name], reason)
+                self._observer.on_client_failure(round_, name, result.nodes[name], reason)
         self._reduce(rounds)
         for model in self.models:
             context = settings.round_context(self._shape, round_, group=model.group)

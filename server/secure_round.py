@@ -26,7 +26,7 @@ from server.ledger import Ledger
 from server.secure_ranges import known_identities
 from server.transport import Transport, body_of, error_reason, make_message
 from tofu.errors import PayloadError, RunError, SettingError
-from tofu.observers.terminal import Progress
+from tofu.observers.base import Observer
 from tofu.plugins import Plugins
 from tofu.secagg.encoding import RingEncoder, SecureMean, flat, purpose_of
 from tofu.secagg.server import ServerSession
@@ -62,29 +62,29 @@ class SecureCollector:
         transport: Transport,
         exchange: TrainExchange,
         ledger: Ledger,
-        progress: Progress,
+        observer: Observer,
         settings: Settings,
         plugins: Plugins,
     ) -> None:
         self._transport, self._exchange, self._ledger = transport, exchange, ledger
-        self._progress, self._settings, self._plugins = progress, settings, plugins
+        self._observer, self._settings, self._plugins = observer, settings, plugins
         self._known = known_identities(settings)
 
     def collect(self, model: GlobalModel, clients: list[Client], state: RoundState) -> Collected:
         """See `Collector.collect`; an abandoned round is reported in the result."""
         assert model.secure is not None
-        self._progress.phase(state.round, "secure", "share", 0, len(clients))
+        self._observer.on_phase(state.round, "secure", "share", 0, len(clients))
         try:
             opened = self._open(model, clients, state)
             self._train(model, opened, state)
-            self._progress.phase(state.round, "secure", "reveal", 0, len(opened.parts))
+            self._observer.on_phase(state.round, "secure", "reveal", 0, len(opened.parts))
             mean, survivors = self._close(opened, state)
         except AbandonedError as error:
-            self._progress.note(f"round {state.round} is abandoned: {error}", round=state.round)
+            self._observer.on_note(f"round {state.round} is abandoned: {error}", round=state.round)
             return Collected(abandoned=str(error))
         model.secure.advance(mean.ranges)
         if mean.clipped:
-            self._progress.note(
+            self._observer.on_note(
                 f"round {state.round}: {mean.clipped} values of all clients were clipped, the largest at most "
                 f"{mean.furthest:.3g} times its range; error feedback sends the remainder later",
                 round=state.round,

@@ -15,8 +15,8 @@ from typing import Any
 from benchmarks.common import RESULTS, find_data, versions
 from benchmarks.rivals.processes import run_at_a_time
 from client.app import app as client_app
-from tofu.reporting.compare import Comparison, run_comparison
-from tofu.reporting.compare.plan import FEDAVG, Cell
+from server.comparison import run_comparison
+from tofu.reporting.compare.plan import FEDAVG, Cell, Comparison
 from tofu.reporting.compare.results import Row, document
 from tofu.reporting.report.compare import render_figure
 from tofu.reporting.report.compare_tables import markdown

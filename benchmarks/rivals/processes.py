@@ -14,9 +14,8 @@ from client.app import app as client_app
 from server.app import serve_in_process
 from server.comparison import claimed
 from tofu.errors import RunError
-from tofu.observers.terminal import SilentProgress
-from tofu.reporting.compare import Comparison
-from tofu.reporting.compare.plan import Run
+from tofu.observers.base import Observer
+from tofu.reporting.compare.plan import Comparison, Run
 from tofu.reporting.compare.results import best_value, read_run
 
 
@@ -48,7 +47,7 @@ def _run(run: Run) -> str:
     if not _is_finished(run):
         shutil.rmtree(run.folder, ignore_errors=True)
         try:
-            serve_in_process(client_app, run.settings, SilentProgress())
+            serve_in_process(client_app, run.settings, Observer())
         except RunError as error:
             return f"{name} failed: {error}"
     return f"{name} {100 * json.loads((run.folder / 'summary.json').read_text())['final_accuracy']:.2f} %"

@@ -26,7 +26,7 @@ from tofu.data import ImageShape, LabeledImages
 from tofu.flower.internals import task_identity
 from tofu.formatting import format_bytes
 from tofu.models import build_model
-from tofu.observers.terminal import SilentProgress
+from tofu.observers.base import Observer
 from tofu.payload import Payload
 from tofu.reference_model import ReferenceModel
 from tofu.settings import Settings
@@ -109,7 +109,7 @@ def measure(clients: int, ratio: float) -> dict[str, Any]:
     with task_identity():
         ledger = Ledger()
         grid = ReplayGrid(clients, compressor.code, body)
-        federation = RoundRunner(GridTransport(grid), network, data, settings, ledger, SilentProgress())
+        federation = RoundRunner(GridTransport(grid), network, data, settings, ledger, Observer())
         federation.run_round(1)
         ledger.take()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ import pytest
 
 from client.app import app as client_app
 from server.app import serve_in_process
+from server.comparison import run_comparison
 from tofu.cli import main
 from tofu.formatting import format_bytes
-from tofu.observers.terminal import Progress
-from tofu.reporting.compare import Comparison, run_comparison
+from tofu.observers.base import Observer
+from tofu.reporting.compare.plan import Comparison
+from tofu.rounds.record import RoundRecord
 from tofu.settings import Settings
 
 TINY = ("--model=mlp", "--clients=2", "--rounds=2", "--train-images=200", "--local-epochs=1", "--max-evals=2",
@@ -228,9 +230,9 @@ def test_an_interrupted_comparison_ends_as_if_it_had_not_been(
     comparison = Comparison.of(shared, compressors="topk", ratios="20,60", seeds=1, folder=tmp_path / "c")
     rounds: list[object] = []
 
-    class Impatient(Progress):
-        def round_done(self, row: Mapping[str, Any]) -> None:
-            rounds.append(row)
+    class Impatient(Observer):
+        def on_round_end(self, record: RoundRecord) -> None:
+            rounds.append(record)
             if len(rounds) == 3:  # in the middle of the second run
                 raise KeyboardInterrupt
 

@@ -17,7 +17,8 @@ import pytest
 from server.app import serve_in_process
 from tests.integration import misbehaving
 from tests.integration.deployed import assert_of_the_run, log_lines, rows, samples, set_faults
-from tofu.observers.terminal import SilentProgress
+from tofu.observers.base import Observer
+from tofu.rounds.record import RoundRecord
 from tofu.settings import Settings
 
 Row = dict[str, Any]
@@ -32,24 +33,24 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-class Scraped(SilentProgress):
+class Scraped(Observer):
     """Looks at the run from outside after each round, as an operator would."""
 
     def __init__(self, folder: Path, port: int) -> None:
         self._folder, self._port = folder, port
         self.rounds: list[int] = []
 
-    def round_done(self, row: Any) -> None:
+    def on_round_end(self, record: RoundRecord) -> None:
         with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/metrics", timeout=10) as answer:
             served = answer.read().decode()
         assert served == (self._folder / "metrics.prom").read_text()
         assert_of_the_run(samples(served), self._folder)
         # All else in the folder can be read too.
-        assert rows(self._folder)[-1]["round"] == row["round"]
-        assert rows(self._folder, "ledger")[-1]["round"] == row["round"]
+        assert rows(self._folder)[-1]["round"] == record.round
+        assert rows(self._folder, "ledger")[-1]["round"] == record.round
         assert json.loads((self._folder / "config.json").read_text())["rounds"] == 3
         assert (self._folder / "weights.safetensors").stat().st_size > 1000
-        self.rounds.append(row["round"])
+        self.rounds.append(record.round)
 
 
 def test_metrics_follow_a_run_and_a_failed_client_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,8 +71,8 @@ def test_epsilon_is_watched_and_a_resumed_run_counts_on(tmp_path: Path) -> None:
     class Killed(BaseException):
         pass
 
-    class Kill(SilentProgress):
-        def round_done(self, row: Any) -> None:
+    class Kill(Observer):
+        def on_round_end(self, record: RoundRecord) -> None:
             raise Killed
 
     folder = tmp_path / "run"

@@ -14,9 +14,10 @@ from server.app import serve_in_process
 from tofu.data import to_float
 from tofu.errors import SettingError
 from tofu.models import build_model
-from tofu.observers.terminal import SilentProgress
+from tofu.observers.base import Observer
 from tofu.reference_model import ReferenceModel
 from tofu.reporting.folder import read_config, read_model
+from tofu.rounds.record import RoundRecord
 from tofu.settings import Settings
 from tofu.weights import load_weights
 from tofu.wire import SECURE
@@ -30,8 +31,8 @@ TINY: Row = {
 RANK: Row = {"plugins": "rank", "plugin_options": "rank.after=2 rank.energy=0.99 rank.longest=30"}
 
 
-def federate(folder: Path, app: ClientApp = honest.app, progress: SilentProgress | None = None, **more: object) -> Row:
-    return serve_in_process(app, Settings.of(TINY | more | {"run_folder": str(folder)}), progress)
+def federate(folder: Path, app: ClientApp = honest.app, observer: Observer | None = None, **more: object) -> Row:
+    return serve_in_process(app, Settings.of(TINY | more | {"run_folder": str(folder)}), observer)
 
 
 def rows(folder: Path, name: str = "metrics") -> list[Row]:
@@ -123,9 +124,9 @@ def test_a_client_that_loses_its_state_goes_on(tmp_path: Path) -> None:
     assert [row["failures"] for row in rows(tmp_path / "run")[1:]] == [[]] * 4
 
 
-class KillAfter(SilentProgress):
-    def round_done(self, row: Any) -> None:
-        if row["round"] == 3:
+class KillAfter(Observer):
+    def on_round_end(self, record: RoundRecord) -> None:
+        if record.round == 3:
             raise KeyboardInterrupt
 
 
@@ -134,7 +135,7 @@ def test_a_run_with_plugins_goes_on_where_it_was(tmp_path: Path) -> None:
     options: Row = {"plugins": "rank,ood", "plugin_options": RANK["plugin_options"], "rounds": 5}
     whole = federate(tmp_path / "whole", **options)
     with pytest.raises(KeyboardInterrupt):
-        federate(tmp_path / "run", progress=KillAfter(), **options)
+        federate(tmp_path / "run", observer=KillAfter(), **options)
     run = federate(tmp_path / "run", resume=str(tmp_path / "run"), **options)
     assert run["weights_sha256"] == whole["weights_sha256"]
 
@@ -195,10 +196,8 @@ def pictures(folder: Path) -> Path:
     import numpy as np
     from PIL import Image
 
-    from server.app import open_run_data
-
     folder.mkdir()
-    digits = open_run_data(Settings.of(TINY)).test().images[:20, 0].numpy()
+    digits = Settings.of(TINY).open_data().test().images[:20, 0].numpy()
     noise = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
     for kind, images in (("digit", digits), ("noise", noise)):
         for number, image in enumerate(images):

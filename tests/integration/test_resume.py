@@ -17,7 +17,8 @@ from client.app import app as client_app
 from server.app import serve_in_process
 from server.checkpoint import FOLDER
 from tofu.errors import SettingError
-from tofu.observers.terminal import SilentProgress
+from tofu.observers.base import Observer
+from tofu.rounds.record import RoundRecord
 from tofu.settings import Settings
 
 Row = dict[str, Any]
@@ -34,17 +35,17 @@ class Killed(BaseException):
     """Nothing in the run catches it."""
 
 
-class KillAfter(SilentProgress):
+class KillAfter(Observer):
     def __init__(self, round_: int) -> None:
         self._round = round_
 
-    def round_done(self, row: Any) -> None:
-        if row["round"] == self._round:
+    def on_round_end(self, record: RoundRecord) -> None:
+        if record.round == self._round:
             raise Killed
 
 
-def run(folder: Path, progress: SilentProgress | None = None, **settings: object) -> Row:
-    return serve_in_process(client_app, Settings.of(TINY | {"run_folder": str(folder)} | settings), progress)
+def run(folder: Path, observer: Observer | None = None, **settings: object) -> Row:
+    return serve_in_process(client_app, Settings.of(TINY | {"run_folder": str(folder)} | settings), observer)
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +105,10 @@ def test_half_written_lines_of_a_round_that_did_not_end_are_dropped(whole: Path,
 
 
 def test_a_damaged_checkpoint_costs_one_round_and_a_warning(whole: Path, broken: Path) -> None:
-    class Notes(SilentProgress):
+    class Notes(Observer):
         said: list[str]
 
-        def note(self, text: str, **where: Any) -> None:
+        def on_note(self, text: str, **where: Any) -> None:
             self.said.append(text)
 
     (broken / FOLDER / "round-000004.checkpoint").write_bytes(b"TOFUCKPT, but not really")

@@ -21,7 +21,7 @@ from flwr.clientapp import ClientApp
 
 from client import app as honest
 from server.app import app as server_app
-from server.app import open_run_data, serve_in_process
+from server.app import serve_in_process
 from tofu.cli import main
 from tofu.codec.proxies import ProxyCode, ProxyData
 from tofu.errors import RunError
@@ -69,7 +69,7 @@ def saved_weights(folder: Path, model: torch.nn.Module) -> Weights:
 
 
 def fresh_model(settings: Settings) -> torch.nn.Module:
-    return build_model(settings.model, open_run_data(settings).shape, norm=settings.norm, seed=settings.seed)
+    return build_model(settings.model, settings.open_data().shape, norm=settings.norm, seed=settings.seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +153,7 @@ def test_the_saved_weights_are_those_of_the_summary(command_run: CommandRun) -> 
     assert weights_sha256(saved) == command_run.summary["weights_sha256"]
     assert weights_sha256(weights_of(model)) != command_run.summary["weights_sha256"]
     load_weights(model, saved)
-    accuracy = evaluate(model, open_run_data(settings).test()).accuracy
+    accuracy = evaluate(model, settings.open_data().test()).accuracy
     assert accuracy == command_run.summary["final_accuracy"] == rows(command_run.folder)[-1]["accuracy"]
 
 
@@ -196,7 +196,7 @@ def plain_loop(settings: Settings, lost: tuple[int, int] | None) -> Weights:
 
     The reply of a (round, client) that is lost is not averaged; the client adds what it held to its next update.
     """
-    data, model = open_run_data(settings), fresh_model(settings)
+    data, model = settings.open_data(), fresh_model(settings)
     weights = weights_of(model)
     owed: dict[int, Weights] = {}
     for round_ in range(1, settings.rounds + 1):
@@ -510,7 +510,7 @@ def test_proxies_that_decode_to_nan_are_refused(tmp_path: Path) -> None:
     """Every number sent is finite, but two labels add up to infinity, which a scale of 0 turns into NaN."""
     given: Row = {"schedule": "proxy", "bits": 32, "proxies": 2, "correction": 0.0, "rounds": 2}
     settings = settings_of(tmp_path / "run", **given)
-    shape = open_run_data(settings).shape
+    shape = settings.open_data().shape
     network = ReferenceModel(fresh_model(settings).eval(), shape)
     code = ProxyCode.of(network, settings.proxy_settings(), 2)
     labels = torch.zeros(2, shape.classes)

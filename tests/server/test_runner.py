@@ -16,7 +16,7 @@ from tests.server.memory import MemoryTransport
 from tofu.errors import RunError
 from tofu.flower.internals import task_identity
 from tofu.models import build_model
-from tofu.observers.terminal import SilentProgress
+from tofu.observers.base import Observer
 from tofu.plugins import Plugin, PluginState, RoundContext
 from tofu.reference_model import ReferenceModel
 from tofu.settings import Settings
@@ -41,7 +41,7 @@ def make(transport: MemoryTransport | None = None, **changes: object) -> tuple[R
     model = build_model(settings.model, data.shape, norm=settings.norm, seed=settings.seed)
     transport = transport or MemoryTransport(settings)
     reference = ReferenceModel(model.eval(), data.shape)
-    return RoundRunner(transport, reference, data.test(), settings, Ledger(), SilentProgress()), transport
+    return RoundRunner(transport, reference, data.test(), settings, Ledger(), Observer()), transport
 
 
 def rounds(runner: RoundRunner, *numbers: int) -> list[Any]:

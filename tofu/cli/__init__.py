@@ -203,7 +203,6 @@ def _run(settings: Settings, *, quiet: bool) -> dict[str, object]:
 @_with_settings
 def plan(*, config: ConfigFile = None, json_: Json = False, overrides: dict[str, Value]) -> None:
     """Say what a run will cost in bytes, without running it."""
-    from server.app import open_run_data
     from server.ledger import reply_overhead
     from tofu.formatting import format_bytes
     from tofu.models import build_model
@@ -212,7 +211,7 @@ def plan(*, config: ConfigFile = None, json_: Json = False, overrides: dict[str,
     from tofu.rounds.schedule import Schedule
 
     settings = _settings(config, overrides)
-    shape = open_run_data(settings).shape
+    shape = settings.open_data().shape
     network = ReferenceModel(build_model(settings.model, shape, norm=settings.norm, seed=settings.seed).eval(), shape)
     schedule = Schedule.of(settings)
     kinds = [schedule.kind(r, ()) for r in range(1, settings.rounds + 1)]
@@ -313,8 +312,10 @@ def compare(
             raise SettingError(name, overrides[name], f"{instead} in its place")
     logging.getLogger("flwr").setLevel(logging.ERROR)
     from client.app import app as client_app
-    from tofu.observers.terminal import Progress, SilentProgress, make_progress
-    from tofu.reporting.compare import Comparison, run_comparison
+    from server.comparison import run_comparison
+    from tofu.observers.base import Observer
+    from tofu.observers.terminal import make_progress
+    from tofu.reporting.compare.plan import Comparison
     from tofu.reporting.report.compare_tables import markdown
 
     comparison = Comparison.of(
@@ -327,9 +328,9 @@ def compare(
         if not quiet:
             print(printable(line), file=sys.stderr, flush=True)
 
-    def view() -> Progress:
+    def view() -> Observer:
         # A line for each round of each run would bury the lines that say how far the comparison is.
-        return make_progress(sys.stderr, quiet=quiet) if sys.stderr.isatty() else SilentProgress()
+        return make_progress(sys.stderr, quiet=quiet) if sys.stderr.isatty() else Observer()
 
     document = run_comparison(comparison, client_app, say=say, view=view)
     if json_:

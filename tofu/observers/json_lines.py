@@ -1,12 +1,12 @@
-"""Puts what a run's view is told into the structured log too (`tofu.log`)."""
+"""The events of a run in the structured log (`tofu.log`)."""
 
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 from tofu.errors import TofuError
 from tofu.log import about
-from tofu.observers.terminal import Progress
+from tofu.observers.base import Observer
+from tofu.rounds.record import RoundRecord, RunSummary, to_dict
 
 LOG = logging.getLogger("tofu.server")
 _OF_A_ROUND = (
@@ -16,47 +16,38 @@ _OF_A_ROUND = (
 _OF_A_RUN = ("rounds", "final_accuracy", "uplink_bytes", "downlink_bytes", "epsilon", "stopped", "seconds")
 
 
-class LoggedProgress(Progress):
-    """Logs, and hands on to another view.
+class JsonLinesLog(Observer):
+    """Logs every event but phases.
 
     Args:
         run: Flower's number of the run.
     """
 
-    def __init__(self, view: Progress, run: int) -> None:
-        self._view, self._run = view, run
+    def __init__(self, run: int) -> None:
+        self._run = run
 
-    def start(self, rounds: int, clients: int, title: str) -> None:
+    def on_run_start(self, rounds: int, clients: int, title: str) -> None:
         LOG.info("run begins", extra=about(run=self._run, rounds=rounds, clients=clients, title=title))
-        self._view.start(rounds, clients, title)
 
-    def phase(self, round_: int, kind: str, phase: str, done: int, total: int) -> None:
-        self._view.phase(round_, kind, phase, done, total)
-
-    def failed(self, round_: int, client: str, node: int, reason: str) -> None:
+    def on_client_failure(self, round_: int, client: str, node: int, reason: str) -> None:
         LOG.warning("client failed", extra=about(run=self._run, round=round_, node=node, client=client, reason=reason))
-        self._view.failed(round_, client, node, reason)
 
-    def round_done(self, row: Mapping[str, Any]) -> None:
-        fields = {name: row[name] for name in _OF_A_ROUND if name in row}
-        fields["failures"] = len(row["failures"])
-        LOG.info("round done", extra=about(run=self._run, round=row["round"], **fields))
-        self._view.round_done(row)
+    def on_round_end(self, record: RoundRecord) -> None:
+        fields = _some(to_dict(record), _OF_A_ROUND) | {"failures": len(record.failures)}
+        LOG.info("round done", extra=about(run=self._run, round=record.round, **fields))
 
-    def note(self, text: str, **where: Any) -> None:
+    def on_note(self, text: str, **where: Any) -> None:
         LOG.warning("note", extra=about(run=self._run, text=text, **where))
-        self._view.note(text, **where)
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        fields = {name: summary[name] for name in _OF_A_RUN if name in summary}
-        LOG.info("run done", extra=about(run=self._run, folder=summary["run"], **fields))
-        self._view.finish(summary)
+    def on_run_end(self, summary: RunSummary) -> None:
+        fields = _some(to_dict(summary), _OF_A_RUN)
+        LOG.info("run done", extra=about(run=self._run, folder=summary.run, **fields))
 
-    def broke_off(self, error: BaseException) -> None:
-        foreseen = isinstance(error, TofuError | KeyboardInterrupt)
+    def on_run_error(self, error: BaseException) -> None:
+        expected = isinstance(error, TofuError | KeyboardInterrupt)
         reason = str(error) or type(error).__name__
-        LOG.error("run failed", exc_info=None if foreseen else error, extra=about(run=self._run, reason=reason))
-        self._view.broke_off(error)
+        LOG.error("run failed", exc_info=None if expected else error, extra=about(run=self._run, reason=reason))
 
-    def close(self) -> None:
-        self._view.close()
+
+def _some(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: values[name] for name in names if name in values}

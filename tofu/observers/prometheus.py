@@ -1,146 +1,163 @@
-"""A run's metrics for Prometheus: what an operator watches, in the file metrics.prom and, where wanted, behind a port.
+"""Prometheus metrics of a run, in the file metrics.prom and, with the setting metrics-port, over HTTP on loopback.
 
-All of it is made from the rows of metrics.jsonl, so that a run that was resumed goes on counting where it was. The file
-is what the node exporter's textfile collector reads: --collector.textfile.directory='/…/runs/*'.
+They are computed from round records alone, so a resumed run continues its counters. The node exporter's textfile
+collector reads the file: --collector.textfile.directory='/path/to/runs/*'.
 """
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry, generate_latest, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from tofu.errors import SettingError
+from tofu.files import replace_file
+from tofu.observers.base import Observer
+from tofu.rounds.record import RoundRecord, RunSummary
 from tofu.settings import Settings
 
 HOST = "127.0.0.1"
 STATES = ("running", "done", "failed")
 
 
-class RunMetrics(Collector):
+class PrometheusMetrics(Collector, Observer):
     """The metrics of one run.
 
     Args:
-        flower_run: the number by which Flower and the logs know the run.
+        flower_run: the number by which Flower and the logs identify the run.
     """
 
     def __init__(self, flower_run: int, settings: Settings) -> None:
         self._name, self._planned, self._state = "", settings.rounds, STATES[0]
         self._info = {"flower_run": str(flower_run), "model": settings.model, "dataset": settings.dataset}
+        self._folder = Path()
         self._totals: Counter[str] = Counter()
         self._rounds: Counter[str] = Counter()
         self._failures: Counter[tuple[str, str]] = Counter()
         self._explained: dict[tuple[str, str], float] = {}
-        self._last: Mapping[str, Any] = {}
+        self._last = RoundRecord(0, "start")
         self._ended = time.time()
         self._families: tuple[Metric, ...] = ()
+        self._stop: Callable[[], None] = lambda: None
         self.registry = CollectorRegistry()
         self.registry.register(self)
 
-    def begin(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """The rounds begin, after those of `rows`; `name` is the label `run` of every sample: the folder's name."""
-        self._name = name
-        self.add(rows)
+    def on_history(self, folder: Path, records: Sequence[RoundRecord]) -> None:
+        self._folder, self._name = folder, folder.resolve().name
+        for record in records:
+            self._add(record)
+        self._update()
 
-    @property
-    def begun(self) -> bool:
-        """Whether they have."""
-        return bool(self._name)
+    def on_round_end(self, record: RoundRecord) -> None:
+        self._add(record)
+        self._update()
 
-    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Count rounds, each a row of metrics.jsonl."""
-        for row in rows:
-            self._last, self._ended = row, time.time()
-            if row["round"]:
-                self._rounds[row["kind"]] += 1
-            self._totals.update({name: row[name] for name in ("uplink_bytes", "downlink_bytes")})
-            self._totals["abandoned"] += bool(row.get("abandoned"))
-            for entry in row["failures"]:
-                self._failures[entry["client"], entry.get("node", "")] += 1
-            for entry in row.get("by_client", ()):
-                self._explained[entry["client"], entry.get("node", "")] = entry["explained_variance"]
+    def on_run_end(self, summary: RunSummary) -> None:
+        self._state = STATES[1]
+        self._update()
+
+    def on_run_error(self, error: BaseException) -> None:
+        self._state = STATES[2]
+        if self._name:
+            with suppress(OSError):
+                self._update()
+
+    def _add(self, record: RoundRecord) -> None:
+        self._last, self._ended = record, time.time()
+        if record.round:
+            self._rounds[record.kind] += 1
+        self._totals.update(
+            uplink=record.uplink_bytes, downlink=record.downlink_bytes, abandoned=bool(record.abandoned)
+        )
+        for failure in record.failures:
+            self._failures[failure.client, failure.node] += 1
+        for client in record.by_client:
+            if client.explained_variance is not None:
+                self._explained[client.client, client.node] = client.explained_variance
+
+    def _update(self) -> None:
         self._families = self._made()
-
-    def end(self, *, failed: bool) -> None:
-        """The run is over."""
-        self._state = STATES[2 if failed else 1]
-        self._families = self._made()
+        replace_file(self._folder / "metrics.prom", self.text())
 
     def collect(self) -> Iterable[Metric]:
-        """What Prometheus's library asks for; another thread than the run's may."""
+        """Called by Prometheus's library, possibly in another thread."""
         return self._families
 
     def text(self) -> bytes:
-        """In Prometheus's text format."""
+        """All metrics in Prometheus's text format."""
         return generate_latest(self.registry)
 
-    @contextmanager
-    def served(self, port: int) -> Iterator[None]:
-        """Answer http://127.0.0.1:port/metrics; port 0 does nothing. Raises SettingError for one that is taken."""
+    def serve(self, port: int) -> None:
+        """Serve http://127.0.0.1:port/metrics until `close`; port 0 does nothing.
+
+        Raises:
+            SettingError: the port is taken.
+        """
         if not port:
-            yield
             return
         try:
             server, thread = start_http_server(port, addr=HOST, registry=self.registry)
         except OSError as error:
-            raise SettingError("metrics-port", port, f"a port of {HOST} that is free ({error.strerror})") from error
-        try:
-            yield
-        finally:
+            raise SettingError("metrics-port", port, f"a free port of {HOST} ({error.strerror})") from error
+
+        def stop() -> None:
             server.shutdown()
             server.server_close()
             thread.join()
 
+        self._stop = stop
+
+    def close(self) -> None:
+        self._stop()
+        self._stop = lambda: None
+
     def _made(self) -> tuple[Metric, ...]:
-        row, one = self._last, {"run": self._name}
-        epsilon = float("inf") if row.get("epsilon") is None else row["epsilon"]  # JSON has no infinity
+        last, one = self._last, {"run": self._name}
         families = (
-            InfoMetricFamily("tofu_run", "What is run.", value=one | self._info),
-            gauge("tofu_run_state", "1 for the state that the run is in; one that was killed stays as it was.",
+            InfoMetricFamily("tofu_run", "Flower run, model and dataset.", value=one | self._info),
+            gauge("tofu_run_state", "1 for the current state of the run; a killed run keeps its last state.",
                   [(one | {"state": state}, state == self._state) for state in STATES]),
-            gauge("tofu_rounds_planned", "Rounds that the run is to have.", [(one, self._planned)]),
-            counter("tofu_rounds", "Rounds done, by kind.",
+            gauge("tofu_rounds_planned", "Planned number of rounds.", [(one, self._planned)]),
+            counter("tofu_rounds", "Completed rounds by kind.",
                     [(one | {"kind": kind}, count) for kind, count in sorted(self._rounds.items())]),
-            counter("tofu_abandoned_rounds", "Secure rounds that came to nothing.", [(one, self._totals["abandoned"])]),
-            gauge("tofu_last_round_end_timestamp_seconds", "When the last round ended.", [(one, self._ended)]),
-            gauge("tofu_round_seconds", "What the last round took.", [(one, row.get("seconds"))]),
-            gauge("tofu_clients", "Clients whose updates are in the last round.", [(one, row.get("clients"))]),
-            gauge("tofu_accuracy", "Share of the test images told rightly.", [(one, row.get("accuracy"))]),
-            gauge("tofu_loss", "Loss on the test images.", [(one, row.get("loss"))]),
-            gauge("tofu_epsilon", "Privacy spent, at the run's privacy-delta.",
-                  [(one, epsilon)] if "epsilon" in row else []),
-            counter("tofu_uplink_bytes", "Bytes that clients sent.", [(one, self._totals["uplink_bytes"])]),
-            counter("tofu_downlink_bytes", "Bytes sent to clients.", [(one, self._totals["downlink_bytes"])]),
-            gauge("tofu_explained_variance", "Of a client's update, by the last payload that it sent.",
+            counter("tofu_abandoned_rounds", "Abandoned secure rounds.", [(one, self._totals["abandoned"])]),
+            gauge("tofu_last_round_end_timestamp_seconds", "End of the last round.", [(one, self._ended)]),
+            gauge("tofu_round_seconds", "Duration of the last round.", [(one, last.seconds)]),
+            gauge("tofu_clients", "Clients whose updates the last round aggregated.", [(one, last.clients)]),
+            gauge("tofu_accuracy", "Test accuracy.", [(one, last.accuracy)]),
+            gauge("tofu_loss", "Test loss.", [(one, last.loss)]),
+            gauge("tofu_epsilon", "Spent epsilon at the run's privacy-delta.", [(one, last.epsilon)]),
+            counter("tofu_uplink_bytes", "Bytes sent by clients.", [(one, self._totals["uplink"])]),
+            counter("tofu_downlink_bytes", "Bytes sent to clients.", [(one, self._totals["downlink"])]),
+            gauge("tofu_explained_variance", "Explained variance of the client's last decoded update.",
                   self._by_client(self._explained)),
-            counter("tofu_client_failures", "Rounds in which something of a client's could not be used.",
+            counter("tofu_client_failures", "Rounds in which the client's reply could not be used.",
                     self._by_client(self._failures)),
         )  # fmt: skip
         return tuple(family for family in families if family.samples)
 
-    def _by_client(self, values: Mapping[tuple[str, str], float]) -> "Samples":
+    def _by_client(self, values: Mapping[tuple[str, str], float]) -> "LabeledValues":
         return [({"run": self._name, "client": client, "node": node}, v) for (client, node), v in values.items()]
 
 
-Samples = list[tuple[dict[str, str], float | None]]
-"""Labels and value; one without a value is left out."""
+LabeledValues = list[tuple[dict[str, str], float | None]]
+"""Labels and value; samples whose value is None are omitted."""
 
 
-def gauge(name: str, what: str, samples: Samples) -> Metric:
-    """What goes up and down."""
-    return _filled(GaugeMetricFamily(name, what), samples)
+def gauge(name: str, help_: str, samples: LabeledValues) -> Metric:
+    return _filled(GaugeMetricFamily(name, help_), samples)
 
 
-def counter(name: str, what: str, samples: Samples) -> Metric:
-    """What only grows; its samples are called `name`_total."""
-    return _filled(CounterMetricFamily(name, what), samples, "_total")
+def counter(name: str, help_: str, samples: LabeledValues) -> Metric:
+    """Its samples are called `name`_total."""
+    return _filled(CounterMetricFamily(name, help_), samples, "_total")
 
 
-def _filled(family: Metric, samples: Samples, suffix: str = "") -> Metric:
+def _filled(family: Metric, samples: LabeledValues, suffix: str = "") -> Metric:
     for labels, value in samples:
         if value is not None:
             family.add_sample(family.name + suffix, labels, float(value))

@@ -1,16 +1,15 @@
-"""What a person sees while a run goes on.
+"""Progress views of a run in the terminal.
 
-All of it goes to one stream, stderr unless told otherwise, so that stdout stays free for results. `make_progress` picks
-the live view on a terminal, one line a round everywhere else, and nothing at all on request. Names and reasons come
-from other machines and are made printable before they reach a terminal.
+All output goes to one stream, stderr by default, so that stdout stays free for results. `make_progress` selects a live
+view on a terminal, one line per round otherwise, and nothing if quiet. Names and reasons come from other machines;
+control characters in them are replaced before they are printed.
 """
 
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
-from types import TracebackType
-from typing import Any, Self, TextIO
+from collections.abc import Callable
+from typing import Any, TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -19,86 +18,51 @@ from rich.table import Table
 from rich.text import Text
 
 from tofu.formatting import format_bytes, format_factor, format_fraction, format_seconds, printable
+from tofu.observers.base import Observer
+from tofu.rounds.record import RoundRecord, RunSummary
 
-PHASES = {"send": "sending", "train": "clients train", "decode": "decoding", "evaluate": "evaluating"}
+PHASES = {
+    "send": "sending", "train": "clients train", "decode": "decoding", "share": "key exchange",
+    "reveal": "unmasking", "evaluate": "evaluating",
+}  # fmt: skip
 _NONE = "-"
 _LAST_ROUNDS = 6
-_LISTED_FAILURES = 3
+_MAX_FAILURES = 3
 _OPTIONAL = ("task", "epsilon")
-"""Columns of the live view that only runs with tasks or privacy have."""
+"""Columns of the live view that are hidden in runs without tasks or differential privacy."""
 
 
-class Progress:
-    """A view of a run that shows nothing, and the base of those that do.
-
-    Order of calls: `start`, then for every round `phase` (any number of times), `failed` for each client that did and
-    `round_done`, then `finish` or `broke_off`; `note` at any time. `close` gives the terminal back and may be called
-    twice; leaving the context does it.
-    """
+class _View(Observer):
+    """Reports the first failures of a round as notes, and counts the others."""
 
     _failed = 0
-    """Failures of the round under way."""
 
-    def start(self, rounds: int, clients: int, title: str) -> None:
-        """A run of `rounds` rounds with `clients` clients begins."""
-
-    def phase(self, round_: int, kind: str, phase: str, done: int, total: int) -> None:
-        """Of the `total` pieces of a phase (a key of `PHASES`) of a round, `done` are done."""
-
-    def failed(self, round_: int, client: str, node: int, reason: str) -> None:
-        """Something of a client's could not be used in a round. People are told of the first few of a round."""
+    def on_client_failure(self, round_: int, client: str, node: int, reason: str) -> None:
         self._failed += 1
-        if self._failed <= _LISTED_FAILURES:
-            self.note(f"round {round_}: client {client}: {reason}", round=round_, node=node)
+        if self._failed <= _MAX_FAILURES:
+            self.on_note(f"round {round_}: client {client}: {reason}", round=round_, node=node)
 
-    def round_done(self, row: Mapping[str, Any]) -> None:
-        """A round has ended; `row` is its line of `metrics.jsonl`, in which any key may be missing."""
-        if (more := self._failed - _LISTED_FAILURES) > 0:
-            self.note(f"round {row.get('round', '?')}: {more} more failures")
+    def on_round_end(self, record: RoundRecord) -> None:
+        if (more := self._failed - _MAX_FAILURES) > 0:
+            self.on_note(f"round {record.round}: {more} more failures")
         self._failed = 0
 
-    def note(self, text: str, **where: Any) -> None:
-        """Something that the user should know although the run goes on; `where`: the round and node that it is about,
-        where it is about one."""
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """The run has ended; `summary` is what `summary.json` holds, in which any key may be missing."""
-
-    def broke_off(self, error: BaseException) -> None:
-        """The run ends with an error, which who started it tells people of."""
-
-    def close(self) -> None:
-        """Stop showing anything."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class SilentProgress(Progress):
-    """Shows nothing."""
-
-
-class PlainProgress(Progress):
-    """One line a round to a stream, for pipes and logs: no colors, nothing redrawn."""
+class PlainProgress(_View):
+    """One line per round, for pipes and logs: no colors, nothing is redrawn."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = sys.stderr if stream is None else stream
         self._rounds = 0
 
-    def start(self, rounds: int, clients: int, title: str) -> None:
+    def on_run_start(self, rounds: int, clients: int, title: str) -> None:
         self._rounds = rounds
-        self._say(f"{title}: {rounds} rounds, {clients} clients")
+        self._write(f"{title}: {rounds} rounds, {clients} clients")
 
-    def round_done(self, row: Mapping[str, Any]) -> None:
-        number = f"{row.get('round', '?')}"
-        total = f"{self._rounds}"
-        cells = _cells(row)
-        words = [f"round {number:>{len(total)}}/{total}", f"{cells['kind']:<6}"]
+    def on_round_end(self, record: RoundRecord) -> None:
+        super().on_round_end(record)
+        cells = _cells(record)
+        words = [f"round {record.round:>{len(f'{self._rounds}')}}/{self._rounds}", f"{cells['kind']:<6}"]
         if cells["task"] != _NONE:
             words.append(f"task {cells['task']}")
         words.append(f"accuracy {cells['accuracy']:>6}")
@@ -110,24 +74,24 @@ class PlainProgress(Progress):
             words.append(f"epsilon {cells['epsilon']:>5}")
         if cells["time"] != _NONE:
             words.append(cells["time"])
-        super().round_done(row)
-        self._say("  ".join(words))
+        self._write("  ".join(words))
 
-    def note(self, text: str, **where: Any) -> None:
-        self._say(f"note: {text}")
+    def on_note(self, text: str, **where: Any) -> None:
+        self._write(f"note: {text}")
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        self._say(_in_short(summary))
+    def on_run_end(self, summary: RunSummary) -> None:
+        self._write(_summary_line(summary))
 
-    def _say(self, text: str) -> None:
+    def _write(self, text: str) -> None:
         self._stream.write(f"{printable(text)}\n")
         self._stream.flush()
 
 
-class RichProgress(Progress):
-    """A live view on a terminal: a bar over the rounds with the time left, the current phase and the last rounds.
+class LiveProgress(_View):
+    """A live view on a terminal: a progress bar with the remaining time, the current phase and the last rounds.
 
-    `clock` returns seconds; a test can pass its own.
+    Args:
+        clock: returns seconds.
     """
 
     def __init__(self, console: Console | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -143,48 +107,47 @@ class RichProgress(Progress):
         self._since = 0.0
         self._closing = False
 
-    def start(self, rounds: int, clients: int, title: str) -> None:
+    def on_run_start(self, rounds: int, clients: int, title: str) -> None:
         self.close()
         self._title = f"{title}: {rounds} rounds, {clients} clients"
         self._rounds, self._done, self._rows, self._durations = rounds, 0, (), ()
         self._since, self._closing = self._clock(), False
-        # Stdout is left alone: what a program prints there must not end up in this view's stream.
+        # Stdout is not redirected: what a program prints there must not end up in this view's stream.
         self._live = Live(get_renderable=self._view, console=self._console, refresh_per_second=4, redirect_stdout=False)
         self._live.start()
 
-    def phase(self, round_: int, kind: str, phase: str, done: int, total: int) -> None:
+    def on_phase(self, round_: int, kind: str, phase: str, done: int, total: int) -> None:
         self._phase = (round_, kind, phase, done, total)
 
-    def round_done(self, row: Mapping[str, Any]) -> None:
-        number = row.get("round")
-        self._done = number if isinstance(number, int) else self._done + 1
+    def on_round_end(self, record: RoundRecord) -> None:
+        self._done = record.round
         now = self._clock()
         if self._done > 0:
             self._durations = (*self._durations[-4:], now - self._since)
         self._since = now
         self._phase = None
-        self._rows = (*self._rows[1 - _LAST_ROUNDS :], _cells(row))
-        super().round_done(row)
+        self._rows = (*self._rows[1 - _LAST_ROUNDS :], _cells(record))
+        super().on_round_end(record)
         if self._live is not None:
             self._live.refresh()
 
-    def note(self, text: str, **where: Any) -> None:
-        # Text, not markup: a client called "[red]" is called just that.
+    def on_note(self, text: str, **where: Any) -> None:
+        # Text, not markup: the name of a client may be "[red]".
         self._console.print(Text.assemble(("note: ", "yellow"), printable(text)))
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
+    def on_run_end(self, summary: RunSummary) -> None:
         self.close()
-        self._console.print(Text(_in_short(summary), style="bold"))
+        self._console.print(Text(_summary_line(summary), style="bold"))
 
     def close(self) -> None:
         if self._live is not None:
-            # What stays on the screen is how far the run came, not what it was about to do.
+            # The last frame stays on the screen, without the phase that was under way.
             self._phase, self._closing = None, True
             self._live.stop()
             self._live = None
 
     def seconds_left(self) -> float | None:
-        """What the rounds to come will take if they take what the last five took; None before the first has ended."""
+        """Estimated remaining time, from the mean of the last five rounds; None before the first round has ended."""
         if not self._durations:
             return None
         typical = sum(self._durations) / len(self._durations)
@@ -208,16 +171,16 @@ class RichProgress(Progress):
         return Group(*parts)
 
 
-def make_progress(stream: TextIO | None = None, *, quiet: bool = False) -> Progress:
-    """The view that suits `stream` (stderr if None): silent if `quiet`, live on a terminal, else one line a round."""
+def make_progress(stream: TextIO | None = None, *, quiet: bool = False) -> Observer:
+    """The view for `stream` (stderr if None): none if `quiet`, live on a terminal, otherwise one line per round."""
     if quiet:
-        return SilentProgress()
+        return Observer()
     stream = sys.stderr if stream is None else stream
     if stream.isatty():
         console = Console(file=stream)
         # A dumb terminal cannot move its cursor, so nothing can be redrawn on it.
         if not console.is_dumb_terminal:
-            return RichProgress(console)
+            return LiveProgress(console)
     return PlainProgress(stream)
 
 
@@ -242,54 +205,41 @@ def _table(rows: tuple[dict[str, str], ...]) -> Table:
     return table
 
 
-def _cells(row: Mapping[str, Any]) -> dict[str, str]:
+def _cells(record: RoundRecord) -> dict[str, str]:
     """The columns of a round as text, in the order of the table."""
-    sent, fedavg = _number(row, "uplink_bytes"), _number(row, "fedavg_uplink_bytes")
-    accuracy, explained, seconds = (_number(row, key) for key in ("accuracy", "explained_variance", "seconds"))
-    task = _number(row, "task")
-    abandoned = ", abandoned" if row.get("abandoned") else ""
+    sent, fedavg = record.uplink_bytes, record.fedavg_uplink_bytes
+    accuracy, explained, seconds = record.accuracy, record.explained_variance, record.seconds
     return {
-        "round": printable(f"{row.get('round', '?')}"),
-        "kind": printable(f"{row.get('kind', '?')}{abandoned}"),
-        "task": _NONE if task is None else f"{task:g}",
+        "round": f"{record.round}",
+        "kind": printable(record.kind + (", abandoned" if record.abandoned else "")),
+        "task": _NONE if record.task is None else f"{record.task}",
         "accuracy": _NONE if accuracy is None else format_fraction(accuracy, 2),
         "explained": _NONE if explained is None else format_fraction(explained),
-        "uplink": format_bytes(int(sent)) if sent and sent > 0 else _NONE,
-        "less": format_factor(fedavg / sent) if sent and fedavg and sent > 0 and fedavg > 0 else _NONE,
-        "epsilon": _epsilon(row),
+        "uplink": format_bytes(sent) if sent else _NONE,
+        "less": format_factor(fedavg / sent) if sent and fedavg else _NONE,
+        "epsilon": _NONE if record.epsilon is None else _epsilon_text(record.epsilon),
         "time": _NONE if seconds is None else format_seconds(seconds),
     }
 
 
-def _number(values: Mapping[str, Any], key: str) -> float | None:
-    value = values.get(key)
-    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if usable and value is not None else None
+def _epsilon_text(epsilon: float) -> str:
+    return f"{epsilon:.4g}" if math.isfinite(epsilon) else "inf"
 
 
-def _epsilon(values: Mapping[str, Any]) -> str:
-    epsilon = _number(values, "epsilon")
-    if epsilon is not None:
-        return f"{epsilon:.4g}"
-    return "inf" if "epsilon" in values else _NONE  # JSON has no infinity: a run writes null for it
-
-
-def _in_short(summary: Mapping[str, Any]) -> str:
-    """The run in one line."""
-    accuracy, sent, fedavg, seconds = (
-        _number(summary, key) for key in ("final_accuracy", "uplink_bytes", "fedavg_uplink_bytes", "seconds")
-    )
-    words = [] if accuracy is None else [f"final accuracy {format_fraction(accuracy, 2)}"]
-    learnt, kept = (_number(summary, key) for key in ("mean_accuracy", "backward_transfer"))
-    if learnt is not None and kept is not None:
-        words.append(f"ACC {format_fraction(learnt / 100)}, BWT {kept:+.1f} points")
-    delta = _number(summary, "delta")
-    if delta is not None:
-        words.append(f"epsilon {_epsilon(summary)} at delta {delta:g}")
-    if sent is not None and sent >= 0:
-        words.append(f"uplink {format_bytes(int(sent))}")
-        if sent and fedavg and fedavg >= sent:
-            words[-1] += f", {format_factor(fedavg / sent)} less than the {format_bytes(int(fedavg))} FedAvg sends"
-    if seconds is not None:
-        words.append(format_seconds(seconds))
+def _summary_line(summary: RunSummary) -> str:
+    words = []
+    if summary.final_accuracy is not None:
+        words.append(f"final accuracy {format_fraction(summary.final_accuracy, 2)}")
+    if summary.mean_accuracy is not None and summary.backward_transfer is not None:
+        transfer = f"BWT {summary.backward_transfer:+.1f} points"
+        words.append(f"ACC {format_fraction(summary.mean_accuracy / 100)}, {transfer}")
+    if summary.epsilon is not None and summary.delta is not None:
+        words.append(f"epsilon {_epsilon_text(summary.epsilon)} at delta {summary.delta:g}")
+    sent, fedavg = summary.uplink_bytes, summary.fedavg_uplink_bytes
+    if sent:
+        words.append(f"uplink {format_bytes(sent)}")
+        if fedavg >= sent:
+            words[-1] += f", {format_factor(fedavg / sent)} less than the {format_bytes(fedavg)} FedAvg sends"
+    if summary.seconds is not None:
+        words.append(format_seconds(summary.seconds))
     return "done: " + "; ".join(words) if words else "done"

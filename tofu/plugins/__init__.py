@@ -23,10 +23,12 @@ from tofu.errors import PayloadError, RunError, SettingError
 from tofu.imports import import_object
 from tofu.plugins.options import option, options_of, read_options, split_options
 from tofu.plugins.state import PluginState, state_from_bytes, state_to_bytes
+from tofu.rounds.panel import Panel
 
 __all__ = [
     "NO_PLUGINS",
     "Export",
+    "Panel",
     "Plugin",
     "PluginState",
     "Plugins",
@@ -278,6 +280,10 @@ class Plugin:
         """
         return self.broadcast
 
+    def panel(self) -> Panel | None:
+        """What this plugin adds to the report (`tofu.rounds.panel` has an example), after each round; None: nothing."""
+        return None
+
 
 class Plugins(tuple[Plugin, ...]):
     """Plugins in the order in which the user listed them, with the same hooks. Build it with `make_plugins`."""
@@ -425,6 +431,10 @@ class Plugins(tuple[Plugin, ...]):
             own = _of_plugin(plugin.name, sums)
             if own:
                 plugin.broadcast = dict(plugin.reduce(own, examples, plugin.broadcast))
+
+    def panels(self) -> dict[str, Panel]:
+        """Plugin name -> its panel for the report."""
+        return {plugin.name: panel for plugin in self if (panel := plugin.panel()) is not None}
 
     def state_bytes(self, *, max_bytes: int) -> bytes:
         """All plugins' private states, for the client to keep.

@@ -1,18 +1,19 @@
-"""A run's folder: readable while the run goes on, and never half-written.
+"""The folder of a run. It can be read while the run goes on, and no file in it is ever half-written.
 
-config.json      every setting
-metrics.jsonl    one object a round (round 0: before training)
-ledger.jsonl     one object a message, written round by round
-weights.safetensors, summary.json, report.html, samples.npz, plugins.state   replaced whole by a rename
-metrics.prom     the same for Prometheus (`tofu.observers.prometheus`), replaced likewise after every round
-checkpoints      what a run that was ended needs to go on (`server.checkpoint`)
+config.json                          all settings
+metrics.jsonl                        one `RoundRecord` per line
+ledger.jsonl                         one message per line, appended after each round
+weights.safetensors, plugins.state   the model and the plugins' broadcast state, replaced after each round
+samples.npz, panels.json             images and plugin panels for the report, replaced after each round
+metrics.prom                         Prometheus metrics (`tofu.observers.prometheus`), replaced after each round
+checkpoints/                         state for a resume (`server.checkpoint`)
+summary.json, report.html            `RunSummary` and the report, written at the end
 """
 
-import fcntl
+import dataclasses
 import json
-import os
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +26,10 @@ import safetensors.torch
 
 from tofu.data import ImageShape
 from tofu.errors import SettingError
+from tofu.files import FileLock, lock_file, replace_file
+from tofu.reporting.panels import write_panels
+from tofu.rounds.panel import Panel
+from tofu.rounds.record import Baseline, RoundRecord, RunSummary, read_rounds, read_summary, to_dict
 from tofu.settings import Settings
 from tofu.weights import Weights
 
@@ -32,25 +37,26 @@ MAY_CHANGE = (
     "workers", "round-timeout", "secure-timeout", "min-clients", "resume", "run-folder", "checkpoint", "log",
     "metrics-port", "device",
 )  # fmt: skip
-"""Settings that a run may go on with another value of."""
+"""Settings that may differ when a run is resumed."""
 
 _SHAPE = "shape"
+_JSON_LINES = ("metrics.jsonl", "ledger.jsonl")
 
 
 class RunFolder:
-    """Creates and fills the folder of one run, or goes on with that of `settings.resume`.
+    """Writes the folder of one run: a new one, or that of `settings.resume`.
 
-    One process at a time: the folder is held until `close`.
+    The folder is locked against other processes until `close`.
 
     Raises:
-        SettingError: a new run's folder exists and is not empty, or cannot be made; or the run to go on with has ended,
-            is under way, or began with other settings.
+        SettingError: the folder of a new run exists and is not empty, or cannot be created; or the run to resume has
+            finished, is running, or started with other settings.
     """
 
     def __init__(self, settings: Settings) -> None:
         if settings.resume:
             self.path = Path(settings.resume)
-            self._held = _hold(self.path)
+            self._lock = _lock(self.path)
             self._check_settings(settings)
             return
         self.path = Path(settings.run_folder) if settings.run_folder else fresh_folder(settings)
@@ -58,49 +64,46 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise SettingError("run-folder", str(self.path), f"a folder that can be made ({error.strerror})") from error
-        self._replace("config.json", lambda f: f.write(_json(settings.to_config(), indent=1)))
-        self._held = _hold(self.path)
+            accepted = f"a folder that can be created ({error.strerror})"
+            raise SettingError("run-folder", str(self.path), accepted) from error
+        self._replace("config.json", _json(settings.to_config(), indent=1))
+        self._lock = _lock(self.path)
 
     def close(self) -> None:
-        """Let go of the folder."""
-        self._held.close()
+        """Release the lock."""
+        self._lock.release()
 
     def _check_settings(self, settings: Settings) -> None:
         if (self.path / "summary.json").exists():
-            raise SettingError("resume", str(self.path), "a run that did not end")
+            raise SettingError("resume", str(self.path), "a run that has not finished")
         began, now = read_config(self.path).to_config(), settings.to_config()
         for name, value in began.items():
             if now[name] != value and name not in MAY_CHANGE:
-                raise SettingError(name, now[name], f"{value}, as the run in {self.path} began with")
+                raise SettingError(name, now[name], f"{value}, as the run in {self.path} started with")
 
-    def add_round(self, row: Mapping[str, object], messages: Iterable[Mapping[str, object]]) -> None:
-        """Append one round's row to metrics.jsonl, and its messages to ledger.jsonl."""
+    def add_round(self, record: RoundRecord, messages: Iterable[Mapping[str, object]] = ()) -> None:
+        """Append a round to metrics.jsonl, and its messages to ledger.jsonl."""
         self.add_messages(messages)
-        self._append("metrics.jsonl", [row])
+        self._append("metrics.jsonl", [to_dict(record)])
 
     def add_messages(self, messages: Iterable[Mapping[str, object]]) -> None:
         """Append messages to ledger.jsonl, such as those of a round that failed."""
         self._append("ledger.jsonl", messages)
 
-    def go_back(self, row: Mapping[str, Any] | None, messages: Iterable[Mapping[str, object]]) -> None:
-        """Make metrics.jsonl and ledger.jsonl end with the round of this row, or be empty without one."""
-        last = int(row["round"]) if row else -1
-        for name, final in (("metrics.jsonl", [row] if row else []), ("ledger.jsonl", list(messages))):
-            earlier = [old for old in _rows(self.path / name) if 0 <= old["round"] < last]
-            lines = [_json(line) + b"\n" for line in (*earlier, *final)]
-            self._replace(name, lambda f, lines=lines: f.writelines(lines))  # type: ignore[misc]
+    def rewind(self, record: RoundRecord | None, messages: Iterable[Mapping[str, object]] = ()) -> None:
+        """Truncate metrics.jsonl and ledger.jsonl to end with this round, or to nothing without one."""
+        last = record.round if record else -1
+        finals: tuple[list[Mapping[str, object]], ...] = ([to_dict(record)] if record else [], list(messages))
+        for name, final in zip(_JSON_LINES, finals, strict=True):
+            earlier = [old for old in _complete_lines(self.path / name) if 0 <= old["round"] < last]
+            self._replace(name, b"".join(_json(line) + b"\n" for line in (*earlier, *final)))
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """The rows of metrics.jsonl so far."""
-        return _rows(self.path / "metrics.jsonl")
-
-    def write_metrics(self, text: bytes) -> None:
-        """Replace metrics.prom."""
-        self._replace("metrics.prom", lambda f: f.write(text))
+    def records(self) -> tuple[RoundRecord, ...]:
+        """The rounds so far."""
+        return read_rounds(self.path / "metrics.jsonl")
 
     def write_model(self, weights: Weights, shape: ImageShape, broadcast: bytes, *, group: int = 0) -> None:
-        """Replace weights.safetensors, whose metadata hold the images' shape, and plugins.state.
+        """Replace weights.safetensors, whose metadata hold the image shape, and plugins.state.
 
         Further client groups have weights-group-N.safetensors.
         """
@@ -108,20 +111,25 @@ class RunFolder:
         named = {name: value.contiguous() for name, value in weights.items()}
         data = safetensors.torch.save(named, {_SHAPE: ",".join(map(str, numbers))})
         if broadcast:
-            self._replace("plugins.state", lambda f: f.write(broadcast))
+            self._replace("plugins.state", broadcast)
         name = f"weights-group-{group}.safetensors" if group else "weights.safetensors"
-        self._replace(name, lambda f: f.write(data))
+        self._replace(name, data)
 
-    def write_summary(self, summary: Mapping[str, object]) -> None:
+    def write_summary(self, summary: RunSummary) -> None:
         """Replace summary.json."""
-        self._replace("summary.json", lambda f: f.write(_json(summary, indent=1)))
+        self._replace("summary.json", _json(to_dict(summary), indent=1))
+
+    def write_panels(self, panels: Mapping[str, Panel]) -> None:
+        """Replace panels.json (plugin name -> panel), if there are any."""
+        if panels:
+            write_panels(self.path, panels)
 
     def write_samples(self, samples: Mapping[str, npt.ArrayLike]) -> None:
         """Replace samples.npz."""
-        self._replace("samples.npz", lambda f: _savez(f, samples))
+        replace_file(self.path / "samples.npz", lambda file: _savez(file, samples))
 
     def read_samples(self) -> dict[str, npt.NDArray[Any]]:
-        """What `write_samples` wrote, or nothing."""
+        """The content of samples.npz, or nothing if it cannot be read."""
         try:
             with np.load(self.path / "samples.npz", allow_pickle=False) as file:
                 return {name: file[name] for name in file.files}
@@ -132,21 +140,21 @@ class RunFolder:
         with (self.path / name).open("ab") as file:
             file.write(b"".join(_json(row) + b"\n" for row in rows))
 
-    def _replace(self, name: str, write: Callable[[BinaryIO], object]) -> None:
-        replace_file(self.path / name, write)
+    def _replace(self, name: str, data: bytes) -> None:
+        replace_file(self.path / name, data)
 
 
 def read_model(run: Path) -> tuple[Weights, ImageShape, bytes]:
-    """What `write_model` wrote: weights, the images' shape, and the plugins' broadcast.
+    """The weights, the image shape and the plugins' broadcast state of a run.
 
     Raises:
-        SettingError: the run has no weights yet, or the files are not what they should be.
+        SettingError: the run has no weights yet, or a file is damaged.
     """
     wanted = "the folder of a run, with its weights.safetensors"
     try:
         with safetensors.safe_open(run / "weights.safetensors", framework="pt") as file:
             shape = ImageShape(*map(int, file.metadata()[_SHAPE].split(",")))
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         state = run / "plugins.state"
         return weights, shape, state.read_bytes() if state.exists() else b""
     except (OSError, ValueError, TypeError, KeyError, safetensors.SafetensorError) as error:
@@ -154,7 +162,7 @@ def read_model(run: Path) -> tuple[Weights, ImageShape, bytes]:
 
 
 def read_config(run: Path) -> Settings:
-    """The settings of a run, from its folder. Raises SettingError where there is no such run."""
+    """The settings of a run. Raises SettingError if there is no such run."""
     try:
         values = json.loads((run / "config.json").read_text())
     except (OSError, ValueError) as error:
@@ -164,22 +172,18 @@ def read_config(run: Path) -> Settings:
     return Settings.of(values, warn=False)
 
 
-def _hold(run: Path) -> BinaryIO:
-    """Hold a run's folder until the file is closed: two processes would write into each other's files."""
-    try:
-        file = (run / "config.json").open("rb")
-    except OSError as error:
-        raise SettingError("resume", str(run), "the folder of a run, with its config.json") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise SettingError("resume", str(run), "a run that is not under way in another process") from error
-    return file
+def _lock(run: Path) -> FileLock:
+    """Lock a run folder: two processes would overwrite each other's files."""
+    if not (run / "config.json").is_file():
+        raise SettingError("resume", str(run), "the folder of a run, with its config.json")
+    lock = lock_file(run / "config.json")
+    if lock is None:
+        raise SettingError("resume", str(run), "a run that is not running in another process")
+    return lock
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole rows of a file, up to the first that is not: a crash may leave half a line at the end."""
+def _complete_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a file up to the first damaged one: a crash may leave half a line at the end."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         for line in path.read_bytes().splitlines():
             row = json.loads(line)
@@ -188,21 +192,11 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def check_new(path: Path) -> None:
-    """Raises SettingError where `path` is a file or a folder with something in it."""
+    """Raises SettingError if `path` is a file or a folder that is not empty."""
     if path.exists() and not path.is_dir():
-        raise SettingError("run-folder", str(path), "a folder that can be made (this is a file)")
+        raise SettingError("run-folder", str(path), "a folder that can be created (this is a file)")
     if path.is_dir() and any(path.iterdir()):
         raise SettingError("run-folder", str(path), "a new or empty folder")
-
-
-def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Replace a file whole: write beside it, flush to disk, rename."""
-    temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _savez(file: BinaryIO, samples: Mapping[str, npt.ArrayLike]) -> None:
@@ -219,7 +213,7 @@ def _plain(value: Any) -> object:
 
 
 def fresh_folder(settings: Settings) -> Path:
-    """A folder under runs/ that does not exist yet, named after the time and the settings."""
+    """A folder under runs/ that does not exist yet, named by time, model and schedule."""
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     name = Path("runs") / f"{stamp}-{settings.model.rpartition(':')[2]}-{settings.schedule}"
     path, n = name, 2
@@ -229,8 +223,11 @@ def fresh_folder(settings: Settings) -> Path:
 
 
 def add_baseline(run: Path, baseline: Path) -> None:
-    """Put a FedAvg run of the same rounds into another run's summary.json, so that its report shows both."""
-    summary, other = (json.loads((path / "summary.json").read_text()) for path in (run, baseline))
-    rows = [json.loads(line) for line in (baseline / "metrics.jsonl").read_text().splitlines()]
-    summary["baseline"] = {key: other[key] for key in ("final_accuracy", "uplink_bytes", "run")} | {"metrics": rows}
-    replace_file(run / "summary.json", lambda f: f.write(_json(summary, indent=1)))
+    """Store a FedAvg run over the same rounds in another run's summary.json, so that its report shows both."""
+    summary, other = read_summary(run / "summary.json"), read_summary(baseline / "summary.json")
+    if summary is None or other is None:
+        raise SettingError("run", str(run if summary is None else baseline), "a finished run")
+    rounds = read_rounds(baseline / "metrics.jsonl")
+    stored = Baseline(rounds, other.final_accuracy, other.uplink_bytes, other.run)
+    merged = dataclasses.replace(summary, baseline=stored)
+    replace_file(run / "summary.json", _json(to_dict(merged), indent=1))

@@ -3,13 +3,15 @@
 import socket
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tofu.errors import SettingError
-from tofu.observers.prometheus import RunMetrics
+from tofu.observers.prometheus import PrometheusMetrics
+from tofu.rounds.record import ClientRecord, Failure, RoundRecord, RunSummary
 from tofu.settings import Settings
 
 Row = dict[str, Any]
@@ -32,30 +34,35 @@ def samples(text: str) -> Samples:
     return found
 
 
-def row(number: int, **more: object) -> Row:
+def row(number: int, **more: Any) -> RoundRecord:
     own: Row = {
         "round": number, "kind": "proxy" if number else "start", "accuracy": number / 10, "loss": None, "clients": 2,
-        "failures": [], "uplink_bytes": 100 * number, "downlink_bytes": 1000 * number, "seconds": 1.5,
+        "uplink_bytes": 100 * number, "downlink_bytes": 1000 * number, "seconds": 1.5,
     }  # fmt: skip
-    return own | more
+    return RoundRecord(**own | more)
 
 
-def seen(metrics: RunMetrics) -> Samples:
+def seen(metrics: PrometheusMetrics) -> Samples:
     return samples(metrics.text().decode())
 
 
 @pytest.fixture
-def metrics() -> RunMetrics:
-    return RunMetrics(2**63, Settings.of({"rounds": 9}))
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "run-1").mkdir()
+    return tmp_path / "run-1"
 
 
-def test_rounds_add_up(metrics: RunMetrics) -> None:
-    metrics.begin("run-1", [row(0)])
-    failed = [{"client": HOSTILE, "node": "7", "reason": "late"}]
-    explained = [{"client": "0", "node": "6", "explained_variance": 0.5}]
-    metrics.add([row(1, failures=failed, by_client=explained)])
-    metrics.add([row(2, failures=failed, by_client=[explained[0] | {"explained_variance": 0.25}])])
-    metrics.add([row(3, kind="secure", abandoned="too few", epsilon=1.5)])
+@pytest.fixture
+def metrics() -> PrometheusMetrics:
+    return PrometheusMetrics(2**63, Settings.of({"rounds": 9}))
+
+
+def test_rounds_add_up(metrics: PrometheusMetrics, folder: Path) -> None:
+    metrics.on_history(folder, [row(0)])
+    failed = (Failure(HOSTILE, "late", "7"),)
+    metrics.on_round_end(row(1, failures=failed, by_client=(ClientRecord("0", "6", 0.5),)))
+    metrics.on_round_end(row(2, failures=failed, by_client=(ClientRecord("0", "6", 0.25),)))
+    metrics.on_round_end(row(3, kind="secure", abandoned="too few", epsilon=1.5))
     found = seen(metrics)
     assert found["tofu_rounds_total", (("kind", "proxy"),)] == 2
     assert found["tofu_rounds_total", (("kind", "secure"),)] == 1
@@ -70,18 +77,21 @@ def test_rounds_add_up(metrics: RunMetrics) -> None:
     assert not any(name == "tofu_loss" for name, _ in found)  # it is not finite
 
 
-def test_epsilon_without_bound_is_infinite_and_absent_without_noise(metrics: RunMetrics) -> None:
-    metrics.begin("run-1", [row(0)])
+def test_epsilon_without_bound_is_infinite_and_absent_without_noise(metrics: PrometheusMetrics, folder: Path) -> None:
+    metrics.on_history(folder, [row(0)])
     assert ("tofu_epsilon", ()) not in seen(metrics)
-    metrics.add([row(1, epsilon=None)])
+    metrics.on_round_end(row(1, epsilon=float("inf")))
     assert seen(metrics)["tofu_epsilon", ()] == float("inf")
 
 
 @pytest.mark.parametrize(("failed", "state"), [(False, "done"), (True, "failed")])
-def test_the_state_is_one_of_three(failed: bool, state: str, metrics: RunMetrics) -> None:
-    metrics.begin("run-1", [row(0)])
+def test_the_state_is_one_of_three(failed: bool, state: str, metrics: PrometheusMetrics, folder: Path) -> None:
+    metrics.on_history(folder, [row(0)])
     assert seen(metrics)["tofu_run_state", (("state", "running"),)] == 1
-    metrics.end(failed=failed)
+    if failed:
+        metrics.on_run_error(RuntimeError())
+    else:
+        metrics.on_run_end(RunSummary())
     states = {key[1][0][1]: value for key, value in seen(metrics).items() if key[0] == "tofu_run_state"}
     assert {name for name, value in states.items() if value} == {state}
     assert len(states) == 3
@@ -93,24 +103,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def test_they_are_served_while_the_run_goes_on_and_no_longer(metrics: RunMetrics) -> None:
+def test_they_are_served_while_the_run_goes_on_and_no_longer(metrics: PrometheusMetrics, folder: Path) -> None:
     port = free_port()
     url = f"http://127.0.0.1:{port}/metrics"
-    metrics.begin("run-1", [row(0)])
-    with metrics.served(port):
-        metrics.add([row(1)])
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            assert samples(answer.read().decode()) == seen(metrics)
-        other = RunMetrics(1, Settings())
-        with (
-            pytest.raises(SettingError, match=f"metrics-port={port} is not usable: expected a port"),
-            other.served(port),
-        ):
-            raise AssertionError
+    metrics.on_history(folder, [row(0)])
+    metrics.serve(port)
+    metrics.on_round_end(row(1))
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        assert samples(answer.read().decode()) == seen(metrics)
+    with pytest.raises(SettingError) as caught:
+        PrometheusMetrics(1, Settings()).serve(port)
+    assert (caught.value.field, caught.value.value) == ("metrics-port", port)
+    metrics.close()
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(url, timeout=10)
-
-
-def test_port_0_serves_nothing(metrics: RunMetrics) -> None:
-    with metrics.served(0):
-        pass

@@ -1,6 +1,7 @@
 """The live view, the plain lines and the choice between them."""
 
 import io
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -10,22 +11,24 @@ import pytest
 from rich.console import Console
 
 from tofu.formatting import format_bytes, format_factor, format_fraction, format_seconds, printable
-from tofu.observers.terminal import PlainProgress, Progress, RichProgress, SilentProgress, make_progress
+from tofu.observers.base import Observer, Observers
+from tofu.observers.terminal import LiveProgress, PlainProgress, make_progress
+from tofu.rounds.record import RoundRecord, RunSummary
 
-SUMMARY = {"final_accuracy": 0.9473, "uplink_bytes": 2_550_000, "fedavg_uplink_bytes": 7_500_000, "seconds": 125.0}
+SUMMARY = RunSummary(final_accuracy=0.9473, uplink_bytes=2_550_000, fedavg_uplink_bytes=7_500_000, seconds=125.0)
 
 
-def row(number: int, **changes: Any) -> dict[str, Any]:
-    return {
+def row(number: int, **changes: Any) -> RoundRecord:
+    values = {
         "round": number,
         "kind": "proxy" if number else "start",
         "accuracy": 0.8 + number / 100,
         "explained_variance": 0.71 if number else None,
         "uplink_bytes": 25_000 if number else 0,
         "fedavg_uplink_bytes": 2_500_000 if number else 0,
-        "failures": [],
         "seconds": 3.2,
-    } | changes
+    }
+    return RoundRecord(**values | changes)
 
 
 class Terminal(io.StringIO):
@@ -54,8 +57,8 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def live(screen: io.StringIO, clock: Clock) -> Iterator[RichProgress]:
-    with RichProgress(Console(force_terminal=True, file=screen, width=100), clock=clock) as progress:
+def live(screen: io.StringIO, clock: Clock) -> Iterator[LiveProgress]:
+    with LiveProgress(Console(force_terminal=True, file=screen, width=100), clock=clock) as progress:
         yield progress
 
 
@@ -66,12 +69,12 @@ def shown(screen: io.StringIO) -> str:
 
 def test_plain_writes_one_line_a_round(screen: io.StringIO) -> None:
     with PlainProgress(screen) as progress:
-        progress.start(12, 10, "digits, lenet5")
-        progress.phase(1, "proxy", "train", 3, 10)
-        progress.round_done(row(0))
-        progress.round_done(row(1))
-        progress.round_done(row(12, kind="secure", explained_variance=None, uplink_bytes=2_500_000))
-        progress.finish(SUMMARY)
+        progress.on_run_start(12, 10, "digits, lenet5")
+        progress.on_phase(1, "proxy", "train", 3, 10)
+        progress.on_round_end(row(0))
+        progress.on_round_end(row(1))
+        progress.on_round_end(row(12, kind="secure", explained_variance=None, uplink_bytes=2_500_000))
+        progress.on_run_end(SUMMARY)
     assert screen.getvalue().splitlines() == [
         "digits, lenet5: 12 rounds, 10 clients",
         "round  0/12  start   accuracy 80.00%  3.2 s",
@@ -85,8 +88,8 @@ def test_plain_names_failures_and_cuts_a_long_list(screen: io.StringIO) -> None:
     progress = PlainProgress(screen)
     for round_ in (4, 5):
         for client in range(5):
-            progress.failed(round_, f"{client}", 100 + client, "timed out")
-        progress.round_done(row(round_))
+            progress.on_client_failure(round_, f"{client}", 100 + client, "timed out")
+        progress.on_round_end(row(round_))
     lines = screen.getvalue().splitlines()
     assert lines[0] == "note: round 4: client 0: timed out"
     assert lines[3] == "note: round 4: 2 more failures"
@@ -96,14 +99,14 @@ def test_plain_names_failures_and_cuts_a_long_list(screen: io.StringIO) -> None:
 
 def test_plain_tells_abandoned_rounds_tasks_and_epsilon(screen: io.StringIO) -> None:
     progress = PlainProgress(screen)
-    progress.start(12, 10, "digits")
+    progress.on_run_start(12, 10, "digits")
     sent = {"explained_variance": None, "uplink_bytes": 0}
-    progress.round_done(row(1, kind="secure", abandoned="too few", epsilon=0.0, **sent))
-    progress.round_done(row(2, task=1, task_accuracies=[0.9, 0.8], **sent))
-    progress.round_done(row(3, kind="secure", abandoned="", epsilon=4.3771, **sent))
-    progress.round_done(row(4, kind="secure", epsilon=None, **sent))
-    progress.finish({"final_accuracy": 0.5, "epsilon": 8.3849, "delta": 1e-5})
-    progress.finish({"mean_accuracy": 86.63, "backward_transfer": -7.8, "epsilon": None, "delta": 1e-5})
+    progress.on_round_end(row(1, kind="secure", abandoned="too few", epsilon=0.0, **sent))
+    progress.on_round_end(row(2, task=1, task_accuracies=(0.9, 0.8), **sent))
+    progress.on_round_end(row(3, kind="secure", abandoned="", epsilon=4.3771, **sent))
+    progress.on_round_end(row(4, kind="secure", epsilon=math.inf, **sent))
+    progress.on_run_end(RunSummary(final_accuracy=0.5, epsilon=8.3849, delta=1e-5))
+    progress.on_run_end(RunSummary(mean_accuracy=86.63, backward_transfer=-7.8, epsilon=math.inf, delta=1e-5))
     assert screen.getvalue().splitlines()[1:] == [
         "round  1/12  secure, abandoned  accuracy 81.00%  epsilon     0  3.2 s",
         "round  2/12  proxy   task 1  accuracy 82.00%  3.2 s",
@@ -115,15 +118,15 @@ def test_plain_tells_abandoned_rounds_tasks_and_epsilon(screen: io.StringIO) -> 
 
 
 def test_live_view_has_columns_for_tasks_and_epsilon_where_a_run_has_them(
-    screen: io.StringIO, live: RichProgress
+    screen: io.StringIO, live: LiveProgress
 ) -> None:
-    live.start(4, 4, "digits")
-    live.round_done(row(1))
+    live.on_run_start(4, 4, "digits")
+    live.on_round_end(row(1))
     live.close()
     assert not re.search("task|epsilon", shown(screen))
-    live.start(4, 4, "digits")
-    live.round_done(row(1))
-    live.round_done(row(2, kind="secure", abandoned="too few", task=3, epsilon=12.8731))
+    live.on_run_start(4, 4, "digits")
+    live.on_round_end(row(1))
+    live.on_round_end(row(2, kind="secure", abandoned="too few", task=3, epsilon=12.8731))
     live.close()
     latest = shown(screen)
     assert re.search(r"round +kind +task +accuracy +variance +uplink +FedAvg +epsilon +time", latest)
@@ -131,17 +134,17 @@ def test_live_view_has_columns_for_tasks_and_epsilon_where_a_run_has_them(
     assert re.search(r"2 +secure, abandoned +3 +82\.00% +71\.0% +25\.0 kB +100x +12\.87 +3\.2 s", latest)
 
 
-def test_nothing_hostile_reaches_the_terminal(screen: io.StringIO, live: RichProgress) -> None:
+def test_nothing_hostile_reaches_the_terminal(screen: io.StringIO, live: LiveProgress) -> None:
     hostile = "\x1b[2J\x07[red]node\n\u202e"
     plain = io.StringIO()
     progress = PlainProgress(plain)
-    progress.failed(1, hostile, 7, hostile)
-    progress.round_done(row(1, kind="a\nb"))
+    progress.on_client_failure(1, hostile, 7, hostile)
+    progress.on_round_end(row(1, kind="a\nb"))
     assert plain.getvalue().count("\n") == 2
-    live.start(2, 1, hostile)
-    live.phase(1, hostile, hostile, 0, 1)
-    live.failed(1, hostile, 7, hostile)
-    live.round_done(row(1, kind=hostile))
+    live.on_run_start(2, 1, hostile)
+    live.on_phase(1, hostile, hostile, 0, 1)
+    live.on_client_failure(1, hostile, 7, hostile)
+    live.on_round_end(row(1, kind=hostile))
     live.close()
     for text in (plain.getvalue(), screen.getvalue()):
         assert "\x1b[2J" not in text
@@ -150,12 +153,12 @@ def test_nothing_hostile_reaches_the_terminal(screen: io.StringIO, live: RichPro
         assert "[red]node" in text
 
 
-def test_live_view_shows_phase_and_last_rounds(screen: io.StringIO, live: RichProgress) -> None:
-    live.start(12, 10, "digits, lenet5")
+def test_live_view_shows_phase_and_last_rounds(screen: io.StringIO, live: LiveProgress) -> None:
+    live.on_run_start(12, 10, "digits, lenet5")
     assert "\x1b[" in screen.getvalue()
     for number in range(9):
-        live.round_done(row(number))
-    live.phase(9, "proxy", "train", 3, 10)
+        live.on_round_end(row(number))
+    live.on_phase(9, "proxy", "train", 3, 10)
     live._live.refresh()  # type: ignore[union-attr]
     latest = shown(screen).rpartition("digits, lenet5: 12 rounds, 10 clients")[2]
     assert "8/12 rounds" in latest
@@ -164,11 +167,11 @@ def test_live_view_shows_phase_and_last_rounds(screen: io.StringIO, live: RichPr
     assert re.search(r"8 +proxy +88\.00% +71\.0% +25\.0 kB +100x +3\.2 s", latest)
 
 
-def test_live_view_ends_without_what_was_under_way(screen: io.StringIO, live: RichProgress) -> None:
-    live.start(2, 10, "digits")
-    live.round_done(row(1))
-    live.phase(2, "proxy", "train", 3, 10)
-    live.finish(SUMMARY)
+def test_live_view_ends_without_what_was_under_way(screen: io.StringIO, live: LiveProgress) -> None:
+    live.on_run_start(2, 10, "digits")
+    live.on_round_end(row(1))
+    live.on_phase(2, "proxy", "train", 3, 10)
+    live.on_run_end(SUMMARY)
     latest = shown(screen).rpartition("digits: 2 rounds, 10 clients")[2]
     assert "clients train" not in latest
     assert " left" not in latest
@@ -179,8 +182,8 @@ def test_live_view_ends_without_what_was_under_way(screen: io.StringIO, live: Ri
 
 def test_live_view_gives_the_terminal_back_after_an_error(screen: io.StringIO) -> None:
     def interrupted() -> None:
-        with RichProgress(Console(force_terminal=True, file=screen)) as progress:
-            progress.start(2, 10, "digits")
+        with LiveProgress(Console(force_terminal=True, file=screen)) as progress:
+            progress.on_run_start(2, 10, "digits")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -188,21 +191,21 @@ def test_live_view_gives_the_terminal_back_after_an_error(screen: io.StringIO) -
     assert "\x1b[?25h" in screen.getvalue()
 
 
-def test_live_view_leaves_stdout_alone(live: RichProgress) -> None:
+def test_live_view_leaves_stdout_alone(live: LiveProgress) -> None:
     before = sys.stdout
-    live.start(2, 10, "digits")
+    live.on_run_start(2, 10, "digits")
     assert sys.stdout is before
 
 
-def test_time_left_follows_the_last_rounds(live: RichProgress, clock: Clock) -> None:
-    live.start(10, 10, "digits")
+def test_time_left_follows_the_last_rounds(live: LiveProgress, clock: Clock) -> None:
+    live.on_run_start(10, 10, "digits")
     assert live.seconds_left() is None
     clock.now += 50
-    live.round_done(row(0))
+    live.on_round_end(row(0))
     assert live.seconds_left() is None
     for number in (1, 2):
         clock.now += 4
-        live.round_done(row(number))
+        live.on_round_end(row(number))
     assert live.seconds_left() == pytest.approx(32)
     clock.now += 3
     assert live.seconds_left() == pytest.approx(29)
@@ -210,22 +213,21 @@ def test_time_left_follows_the_last_rounds(live: RichProgress, clock: Clock) -> 
     assert live.seconds_left() == 0
 
 
-def test_missing_and_odd_values_are_shown_as_missing(screen: io.StringIO, live: RichProgress) -> None:
+def test_missing_values_are_shown_as_missing(screen: io.StringIO, live: LiveProgress) -> None:
     plain = io.StringIO()
-    odd = {"round": 1, "accuracy": None, "uplink_bytes": 0, "explained_variance": float("nan"), "seconds": "long"}
-    live.start(2, 1, "digits")
+    live.on_run_start(2, 1, "digits")
     for progress in (PlainProgress(plain), live):
-        progress.round_done(odd)
-        progress.finish({})
-    assert plain.getvalue() == "round 1/0  ?       accuracy      -\ndone\n"
-    assert re.search(r"1 +\? +- +- +- +- +-", shown(screen))
+        progress.on_round_end(RoundRecord(1, "full"))
+        progress.on_run_end(RunSummary())
+    assert plain.getvalue() == "round 1/0  full    accuracy      -\ndone\n"
+    assert re.search(r"1 +full +- +- +- +- +-", shown(screen))
 
 
 def test_choice_follows_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     assert isinstance(make_progress(io.StringIO()), PlainProgress)
-    assert isinstance(make_progress(Terminal()), RichProgress)
-    assert isinstance(make_progress(Terminal(), quiet=True), SilentProgress)
+    assert isinstance(make_progress(Terminal()), LiveProgress)
+    assert type(make_progress(Terminal(), quiet=True)) is Observer
     monkeypatch.setenv("TERM", "dumb")
     assert isinstance(make_progress(Terminal()), PlainProgress)
 
@@ -233,24 +235,26 @@ def test_choice_follows_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("quiet", [False, True])
 def test_stdout_stays_empty(capsys: pytest.CaptureFixture[str], quiet: bool) -> None:
     with make_progress(quiet=quiet) as progress:
-        progress.start(1, 1, "digits")
-        progress.phase(1, "proxy", "send", 0, 1)
-        progress.note("careful")
-        progress.round_done(row(1))
-        progress.finish(SUMMARY)
+        progress.on_run_start(1, 1, "digits")
+        progress.on_phase(1, "proxy", "send", 0, 1)
+        progress.on_note("careful")
+        progress.on_round_end(row(1))
+        progress.on_run_end(SUMMARY)
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == (0 if quiet else 4)
 
 
-def test_base_accepts_every_call() -> None:
-    with Progress() as progress:
-        progress.start(1, 1, "digits")
-        progress.phase(1, "proxy", "decode", 0, 1)
-        progress.note("x")
-        progress.round_done(row(1))
-        progress.finish(SUMMARY)
-        progress.close()
+def test_each_event_goes_to_every_observer_in_order() -> None:
+    streams = [io.StringIO(), io.StringIO()]
+    with Observers([PlainProgress(stream) for stream in streams]) as both:
+        both.on_run_start(1, 1, "digits")
+        both.on_note("careful")
+        both.on_client_failure(1, "0", 7, "late")
+        both.on_round_end(row(1))
+        both.on_run_end(SUMMARY)
+    assert streams[0].getvalue() == streams[1].getvalue()
+    assert streams[0].getvalue().count("\n") == 5
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,7 @@ def test_baseline_is_drawn_and_compared(run: Path) -> None:
     without = page_of(run)
     curves = [given for given in without.named("polyline") if "c-fedavg" in given["class"]]
     assert curves == []
-    assert "FedAvg was not run beside it" in without.text
+    assert "FedAvg was not run" in without.text
     rows = [ROWS[0], *(line(number, "full", 0.9 + number / 50) for number in (1, 2, 3))]
     finish(run, baseline={"final_accuracy": 0.96, "uplink_bytes": 7_500_000, "metrics": rows})
     page = page_of(run)
@@ -267,7 +267,7 @@ def test_samples_show_first_and_last_recorded_round(run: Path) -> None:
         "20 proxies of 7x7 that one client sent in round 10",
     ]
     assert "16 of 20 images of 7x7, values from 10 to 10" in page.text
-    assert "not a guarantee of privacy" in page.text
+    assert "no guarantee of privacy" in page.text
 
 
 def test_run_that_goes_on_is_readable(run: Path) -> None:
@@ -316,7 +316,7 @@ def test_failed_write_leaves_the_old_page(run: Path, monkeypatch: pytest.MonkeyP
     def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tofu.reporting.report.html.os.replace", refuse)
+    monkeypatch.setattr("tofu.files.os.replace", refuse)
     with pytest.raises(RunError, match=r"report\.html cannot be written: No space left on device"):
         write_report(run)
     assert (run / "report.html").read_text() == "old"
@@ -344,36 +344,36 @@ def test_long_run_keeps_a_small_page(run: Path) -> None:
         ("config.json", "[]", r"config\.json must hold a JSON object, found list"),
         ("metrics.jsonl", '{"round": 0, "kind": "start"}\n{"round"\n', r"metrics\.jsonl line 2 is not JSON"),
         ("metrics.jsonl", "\n7\n", r"metrics\.jsonl line 2 must hold a JSON object, found int"),
-        ("metrics.jsonl", '{"kind": "proxy"}\n', r"metrics\.jsonl line 1: 'round' is missing"),
-        ("metrics.jsonl", '{"round": 1}\n', r"metrics\.jsonl line 1: 'kind' must be a string, found nothing"),
+        ("metrics.jsonl", '{"kind": "proxy"}\n', r"metrics\.jsonl line 1: 'round': Field required"),
+        ("metrics.jsonl", '{"round": 1}\n', r"metrics\.jsonl line 1: 'kind': Field required"),
         (
             "metrics.jsonl",
             '{"round": 1, "kind": "proxy", "accuracy": "high"}\n',
-            r"metrics\.jsonl line 1: 'accuracy' must be a number or null, found 'high'",
+            r"metrics\.jsonl line 1: 'accuracy': .*number or null, found 'high'",
         ),
         (
             "metrics.jsonl",
             '{"round": 1, "kind": "proxy", "uplink_bytes": -1}\n',
-            r"metrics\.jsonl line 1: 'uplink_bytes' must be a whole number from 0, found -1",
+            r"metrics\.jsonl line 1: 'uplink_bytes': .*, found -1",
         ),
         (
             "metrics.jsonl",
             '{"round": 1, "kind": "proxy", "failures": ["3"]}\n',
-            r"metrics\.jsonl line 1: 'failures' must be a list of objects",
+            r"metrics\.jsonl line 1: 'failures.0': .*, found '3'",
         ),
         (
             "ledger.jsonl",
             '{"kind": "proxy", "direction": "sideways"}\n',
-            r"ledger\.jsonl line 1: 'direction' must be 'uplink' or 'downlink', found 'sideways'",
+            r"ledger\.jsonl line 1: 'direction': .*'uplink' or 'downlink', found 'sideways'",
         ),
-        ("summary.json", '{"final_accuracy": true}', r"summary\.json: 'final_accuracy' must be a number"),
-        ("summary.json", '{"baseline": 3}', r"summary\.json baseline must be an object"),
+        ("summary.json", '{"final_accuracy": true}', r"summary\.json: 'final_accuracy': .*number"),
+        ("summary.json", '{"baseline": 3}', r"summary\.json: 'baseline': .*, found 3"),
         (
             "summary.json",
             '{"baseline": {"metrics": [{"round": 0, "kind": "start"}, {"round": 1}]}}',
-            r"summary\.json baseline row 2: 'kind' must be a string",
+            r"summary\.json: 'baseline.metrics.1.kind': Field required",
         ),
-        ("samples.npz", "not an archive", r"samples\.npz does not read as arrays"),
+        ("samples.npz", "not an archive", r"samples\.npz cannot be read as arrays"),
     ],
 )
 def test_malformed_file_is_one_line(run: Path, name: str, content: str, message: str) -> None:
@@ -401,7 +401,7 @@ def test_missing_folder_is_named(tmp_path: Path) -> None:
     [
         ({"proxies_1": np.zeros((3, 7, 7), np.float32)}, r"'proxies_1' must hold images \[n, c, h, w\]"),
         ({"real": np.zeros((1, 1, 2, 2), np.float32)}, "'real' must be uint8, found float32"),
-        ({"real": np.array([{"a": 1}], dtype=object)}, "does not read as arrays"),
+        ({"real": np.array([{"a": 1}], dtype=object)}, "cannot be read as arrays"),
     ],
 )
 def test_samples_of_a_wrong_form_are_refused(run: Path, arrays: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Which runs a comparison takes, worked out and checked before any of them starts.
+"""The runs of a comparison, determined and checked before any of them starts.
 
 A cell is one compressor at one byte budget; FedAvg is a cell of its own. Every cell is run once for each seed, with the
 same settings but for the budget and what `--for` changes. Equal seeds give equal data, initial weights and batches,
@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from server.app import open_run_data
 from tofu.compression import compressors as registry
 from tofu.errors import SettingError
 from tofu.models import build_model
@@ -133,7 +132,7 @@ class Comparison:
             DataError: the data cannot be used.
         """
         if shared.schedule == "full":
-            raise SettingError("schedule", "full", "proxy, switch or plateau (FedAvg is always run beside them)")
+            raise SettingError("schedule", "full", "proxy, switch or plateau (FedAvg is always run as well)")
         if not 1 <= seeds <= MAX_SEEDS:
             raise SettingError("seeds", seeds, f"a whole number from 1 to {MAX_SEEDS}")
         names = _entries("compressors", compressors)
@@ -203,7 +202,7 @@ class Comparison:
         for seed in (*self.seeds, *((self.tune.seed,) if self.tune else ())):
             self._settings(FEDAVG, 1.0, seed, None)  # the last seeds may be past what a seed can be
         shared = self.shared
-        shape = open_run_data(shared).shape
+        shape = shared.open_data().shape
         network = ReferenceModel(build_model(shared.model, shape, norm=shared.norm, seed=shared.seed).eval(), shape)
         cells = [self._cell(FEDAVG, 1.0, network)]
         for ratio in sorted(self.ratios):

@@ -1,16 +1,16 @@
-"""What the runs of a comparison left, as one document of plain values: compare.json.
+"""The results of a comparison as one document of plain values: compare.json.
 
-Every number of the tables and figures is in it. Shares are of one, sizes are bytes of whole messages, times are
-seconds, and deviations are those of a sample (over n - 1), null where there are fewer than two values.
+It holds every number of the tables and figures. Accuracies are fractions, sizes are bytes of whole messages, times are
+seconds, and deviations are sample standard deviations (n - 1), null for fewer than two values.
 """
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tofu.errors import RunError
 from tofu.reporting.compare.plan import FEDAVG, Cell, Comparison, Run
+from tofu.rounds.record import read_rounds, read_summary
 from tofu.settings import Value
 
 Row = dict[str, Any]
@@ -26,31 +26,29 @@ _MEASURED = (
 def read_run(run: Run) -> Row:
     """One row of the document from a finished run's folder.
 
-    `train_seconds` and `encode_seconds` are what the mean client spent on them in the whole run.
+    `train_seconds` and `encode_seconds` are sums over the rounds of the mean over clients.
 
     Raises:
-        RunError: a file of the folder is missing or does not read.
+        RunError: a file of the folder is missing or cannot be read.
     """
-    try:
-        summary = json.loads((run.folder / "summary.json").read_text())
-        rounds = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-        return _begin(run) | {
-            "final_accuracy": summary["final_accuracy"],
-            "payload_ratio": summary["payload_ratio"],
-            "uplink_bytes": summary["uplink_bytes"],
-            "downlink_bytes": summary["downlink_bytes"],
-            "uplink_ratio": summary["uplink_ratio"],
-            "both_ratio": summary["both_ratio"],
-            "seconds": summary["seconds"],
-            "train_seconds": sum(row["train_seconds"] for row in rounds[1:]),
-            "encode_seconds": sum(row["encode_seconds"] for row in rounds[1:]),
-            "accuracy_by_round": [row["accuracy"] for row in rounds],
-            "uplink_bytes_by_round": [row["uplink_bytes"] for row in rounds],
-            "explained_variance_by_round": [row["explained_variance"] for row in rounds],
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise RunError(f"{run.folder} does not read as a finished run ({reason})") from error
+    summary = read_summary(run.folder / "summary.json")
+    rounds = read_rounds(run.folder / "metrics.jsonl")
+    if summary is None or summary.final_accuracy is None:
+        raise RunError(f"{run.folder} is not a finished run: summary.json is missing or has no final_accuracy")
+    return _begin(run) | {
+        "final_accuracy": summary.final_accuracy,
+        "payload_ratio": summary.payload_ratio,
+        "uplink_bytes": summary.uplink_bytes,
+        "downlink_bytes": summary.downlink_bytes,
+        "uplink_ratio": summary.uplink_ratio,
+        "both_ratio": summary.both_ratio,
+        "seconds": summary.seconds,
+        "train_seconds": sum(row.train_seconds or 0.0 for row in rounds[1:]),
+        "encode_seconds": sum(row.encode_seconds or 0.0 for row in rounds[1:]),
+        "accuracy_by_round": [row.accuracy for row in rounds],
+        "uplink_bytes_by_round": [row.uplink_bytes for row in rounds],
+        "explained_variance_by_round": [row.explained_variance for row in rounds],
+    }
 
 
 def failed_run(run: Run, reason: str) -> Row:

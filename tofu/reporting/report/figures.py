@@ -19,17 +19,18 @@ from tofu.reporting.report.chart import (
     share_axis,
     thinned,
 )
-from tofu.reporting.report.run_data import Round, RunFolder
+from tofu.reporting.report.run_data import RunData
+from tofu.rounds.record import RoundRecord
 
 # A curve has at most about so many points, and so many of them get a mark: more would only cover each other.
 _POINTS, _MARKS = 240, 60
 _KIND_TEXT = {"start": "before training", "proxy": "proxy round", "full": "full round", "secure": "secure round"}
 
 
-def accuracy_by_round(run: RunFolder) -> str | None:
+def accuracy_by_round(run: RunData) -> str | None:
     """Test accuracy against rounds, each round marked with its kind, FedAvg beside it if it was run."""
     ours = _measured(run.rounds)
-    theirs = _measured(run.baseline.rounds) if run.baseline else []
+    theirs = _measured(run.baseline.metrics) if run.baseline else []
     if not ours:
         return None
     last = ours[-1][0]
@@ -54,10 +55,10 @@ def accuracy_by_round(run: RunFolder) -> str | None:
     return drawing.markup()
 
 
-def accuracy_by_bytes(run: RunFolder) -> str | None:
+def accuracy_by_bytes(run: RunData) -> str | None:
     """Test accuracy against all uplink bytes so far, on a log axis, with FedAvg's curve or at least its bytes."""
     ours = _spent(run.rounds)
-    theirs = _spent(run.baseline.rounds) if run.baseline else []
+    theirs = _spent(run.baseline.metrics) if run.baseline else []
     fedavg = theirs[-1][0] if theirs else run.fedavg_uplink_bytes
     if not ours:
         return None
@@ -84,7 +85,7 @@ def accuracy_by_bytes(run: RunFolder) -> str | None:
     return drawing.markup()
 
 
-def explained_variance(run: RunFolder) -> str | None:
+def explained_variance(run: RunData) -> str | None:
     """Explained variance of the decoded updates in each round, and their cosine to the true ones."""
     series = [
         (
@@ -115,7 +116,7 @@ def explained_variance(run: RunFolder) -> str | None:
     return drawing.markup()
 
 
-def epsilon_by_round(run: RunFolder) -> str | None:
+def epsilon_by_round(run: RunData) -> str | None:
     """What differential privacy has spent by each round, and the budget as a line where there is one."""
     rows = [(row, row.epsilon) for row in run.rounds if row.epsilon is not None and math.isfinite(row.epsilon)]
     if not rows:
@@ -147,7 +148,7 @@ def epsilon_text(epsilon: float) -> str:
     return f"{epsilon:.4g}" if math.isfinite(epsilon) else "beyond any bound"
 
 
-def bytes_by_kind(run: RunFolder) -> str | None:
+def bytes_by_kind(run: RunData) -> str | None:
     """Bars of all bytes by direction and kind of round, on one linear scale together with FedAvg's uplink."""
     if not run.traffic:
         return None
@@ -187,24 +188,24 @@ def bytes_by_kind(run: RunFolder) -> str | None:
     return drawing.markup()
 
 
-def _measured(rounds: Sequence[Round]) -> list[tuple[Round, float]]:
+def _measured(rounds: Sequence[RoundRecord]) -> list[tuple[RoundRecord, float]]:
     rows = [(row, row.accuracy) for row in rounds if row.accuracy is not None]
     return [rows[index] for index in thinned([row.kind for row, _ in rows], _POINTS)]
 
 
-def _spent(rounds: Sequence[Round]) -> list[tuple[int, Round, float]]:
+def _spent(rounds: Sequence[RoundRecord]) -> list[tuple[int, RoundRecord, float]]:
     """Rounds with an accuracy and the uplink bytes up to their end; those before the first byte have no log."""
     totals = itertools.accumulate(row.uplink_bytes for row in rounds)
     rows = [(t, row, row.accuracy) for t, row in zip(totals, rounds, strict=True) if t and row.accuracy is not None]
     return [rows[index] for index in thinned([row.kind for _, row, _ in rows], _POINTS)]
 
 
-def _keys(rows: Sequence[Round], fedavg: str) -> list[tuple[str, str]]:
+def _keys(rows: Sequence[RoundRecord], fedavg: str) -> list[tuple[str, str]]:
     kinds = {row.kind: None for row in rows}
     return [(kind, _KIND_TEXT.get(kind, kind[:20])) for kind in kinds] + ([("c-fedavg", fedavg)] if fedavg else [])
 
 
-def _round_text(row: Round) -> str:
+def _round_text(row: RoundRecord) -> str:
     return f"round {row.round}, {row.kind}" + (", abandoned" if row.abandoned else "")
 
 

@@ -1,15 +1,15 @@
-"""Sheets of images: real ones and proxies laid out in a grid, as a PNG inside a `data:` address."""
+"""Lays out images in a grid, as a PNG inside a `data:` address."""
 
 import base64
+import io
 import math
-import struct
-import zlib
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
-MOST = 16
+MAX = 16
 _GAP = 6
 _SIDE = 64
 
@@ -17,12 +17,11 @@ _SIDE = 64
 def sheet(images: npt.NDArray[Any], columns: int = 4) -> str:
     """Lay out images [n, c, h, w] in rows of `columns` and return them as a `data:image/png` address.
 
-    At most the first `MOST` are drawn, and of images larger than 64 pixels only every second, third, ... pixel.
-    Each is stretched to its own full range (over its channels together), real images and proxies alike: that shows as
-    much structure as there is. Three channels are color, any other number is averaged to grey. Pixels are repeated,
-    never smoothed, and the gaps between images are transparent.
+    At most the first `MAX` are drawn, and of images larger than 64 pixels only every second, third, ... pixel.
+    Each is stretched to its own full range over all channels. Three channels are color, any other number is averaged to
+    gray. Pixels are repeated, never smoothed; the gaps between images are transparent.
     """
-    images = images[:MOST]
+    images = images[:MAX]
     stride = math.ceil(max(images.shape[2:]) / _SIDE)
     images = images[:, :, ::stride, ::stride]
     count, _, height, width = images.shape
@@ -36,11 +35,13 @@ def sheet(images: npt.NDArray[Any], columns: int = 4) -> str:
         pixels = np.repeat(np.repeat(_colors(image), scale, axis=0), scale, axis=1)
         canvas[top : top + height * scale, left : left + width * scale, :3] = pixels
         canvas[top : top + height * scale, left : left + width * scale, 3] = 255
-    return "data:image/png;base64," + base64.b64encode(_png(canvas)).decode("ascii")
+    encoded = io.BytesIO()
+    Image.fromarray(canvas).save(encoded, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(encoded.getvalue()).decode("ascii")
 
 
 def _colors(image: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """An image [c, h, w] of any range as uint8 [h, w, 3]; a constant one is mid-grey."""
+    """An image [c, h, w] of any range as uint8 [h, w, 3]; a constant one is mid-gray."""
     values = np.nan_to_num(image.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     if len(values) != 3:
         values = values.mean(axis=0, keepdims=True).repeat(3, axis=0)
@@ -48,16 +49,3 @@ def _colors(image: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     stretched = (values - low) / (high - low) if high > low else np.full_like(values, 0.5)
     result: npt.NDArray[np.uint8] = np.round(255 * stretched).astype(np.uint8).transpose(1, 2, 0)
     return result
-
-
-def _png(pixels: npt.NDArray[np.uint8]) -> bytes:
-    """Encode RGBA pixels uint8 [h, w, 4] as PNG (ISO/IEC 15948): the header, one compressed block, the end."""
-    height, width, _ = pixels.shape
-    filtered = np.concatenate([np.zeros((height, 1), dtype=np.uint8), pixels.reshape(height, -1)], axis=1)
-    chunks = [
-        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0)),
-        (b"IDAT", zlib.compress(filtered.tobytes(), 9)),
-        (b"IEND", b""),
-    ]
-    encoded = (struct.pack(">I", len(d)) + tag + d + struct.pack(">I", zlib.crc32(tag + d)) for tag, d in chunks)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(encoded)

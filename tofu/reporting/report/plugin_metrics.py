@@ -1,12 +1,12 @@
-"""What plugins measured: one line a metric, with its course over the rounds."""
+"""The metrics of plugins: one row per metric, with a sparkline over the rounds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tofu.reporting.report.chart import Axis, Drawing, thinned
-from tofu.reporting.report.run_data import RunFolder
+from tofu.reporting.report.run_data import RunData
 
-MOST = 60
+MAX = 60
 _WIDTH, _HEIGHT, _MARGIN = 180, 28, 4
 _POINTS = 120
 
@@ -19,13 +19,13 @@ class Metric:
     points: tuple[tuple[int, float], ...]
 
     def cells(self) -> list[str]:
-        """In how many rounds it was measured; first, last, lowest and highest value."""
+        """Number of rounds with a value; first, last, lowest and highest value."""
         values = [value for _, value in self.points]
         numbers = (values[0], values[-1], min(values), max(values))
         return [f"{len(values):,}", *(f"{number:.4g}" for number in numbers)]
 
 
-def metrics_of(run: RunFolder) -> list[Metric]:
+def metrics_of(run: RunData) -> list[Metric]:
     """All metrics of the run by name."""
     found: dict[str, list[tuple[int, float]]] = {}
     for row in run.rounds:
@@ -36,7 +36,7 @@ def metrics_of(run: RunFolder) -> list[Metric]:
 
 
 def sparkline(metric: Metric, last: int) -> str:
-    """The course of a metric over rounds 0 to `last`, on a scale of its own."""
+    """A metric over rounds 0 to `last`, on a scale of its own."""
     first, end = metric.points[0], metric.points[-1]
     drawing = Drawing(f"{first[1]:.4g} at round {first[0]}, {end[1]:.4g} at round {end[0]}.", _HEIGHT, _WIDTH)
     x = Axis(0, max(last, 1), _MARGIN, _WIDTH - _MARGIN)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from tofu.formatting import format_bytes, format_factor, format_fraction, format_seconds
 from tofu.reporting.report.figures import epsilon_text
-from tofu.reporting.report.run_data import Round, RunFolder
+from tofu.reporting.report.run_data import RunData
+from tofu.rounds.record import RoundRecord
 
 _NONE = "\N{EN DASH}"
 
@@ -21,12 +22,12 @@ class Column:
     """
 
     name: str
-    cell: Callable[[Round], str]
-    total: Callable[[RunFolder], str] = lambda _: ""
-    shown: Callable[[RunFolder], bool] = lambda _: True
+    cell: Callable[[RoundRecord], str]
+    total: Callable[[RunData], str] = lambda _: ""
+    shown: Callable[[RunData], bool] = lambda _: True
 
 
-def columns_of(run: RunFolder) -> list[Column]:
+def columns_of(run: RunData) -> list[Column]:
     """The columns that this run's table has."""
     return [column for column in _COLUMNS if column.shown(run)]
 
@@ -39,7 +40,7 @@ def _percent(share: float) -> str:
     return format_fraction(share, 2)
 
 
-def _trained(write: Callable[[Round], str]) -> Callable[[Round], str]:
+def _trained(write: Callable[[RoundRecord], str]) -> Callable[[RoundRecord], str]:
     """Nothing for round 0, in which nobody trained."""
     return lambda row: write(row) if row.round > 0 else _NONE
 
@@ -48,7 +49,7 @@ def _less(fedavg: int, sent: int) -> str:
     return format_factor(fedavg / sent) if fedavg and sent else _NONE
 
 
-def _clipped(row: Round) -> str:
+def _clipped(row: RoundRecord) -> str:
     if row.clipped is None:
         return _NONE
     far = f" ({row.furthest:.3g}x)" if row.clipped and row.furthest is not None else ""
@@ -85,7 +86,7 @@ _COLUMNS = (
         _trained(lambda row: f"{row.clients}"),
         lambda run: f"{sum(row.clients for row in run.trained)}",
     ),
-    Column("failed", _trained(lambda row: f"{len(row.failures)}"), lambda run: f"{len(run.failures)}"),
+    Column("failed", _trained(lambda row: f"{len(row.failures)}"), lambda run: f"{run.failures}"),
     Column(
         "values clipped (furthest)",
         _clipped,

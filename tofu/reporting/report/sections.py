@@ -1,10 +1,10 @@
 """What the page says of secure rounds and of differential privacy: claims, and where they end."""
 
 from tofu.formatting import format_fraction
-from tofu.reporting.report.run_data import RunFolder
+from tofu.reporting.report.run_data import RunData
 
 
-def secure_text(run: RunFolder) -> list[str]:
+def secure_text(run: RunData) -> list[str]:
     """What the server learned in secure rounds and in the others, a paragraph each; [] for a run without any."""
     if not run.secure:
         return []
@@ -38,7 +38,7 @@ def secure_text(run: RunFolder) -> list[str]:
     return told
 
 
-def privacy_caption(run: RunFolder) -> str:
+def privacy_caption(run: RunData) -> str:
     """What the epsilon of the figure bounds, and what it does not."""
     text = (
         "(epsilon, delta)-differential privacy at the level of clients: epsilon spent by the end of each round, for a "
@@ -50,12 +50,12 @@ def privacy_caption(run: RunFolder) -> str:
     return text
 
 
-def stopped_text(run: RunFolder) -> str:
+def stopped_text(run: RunData) -> str:
     """Why the run ended before its last round, or ""."""
-    return f"Stopped early: {run.stopped}." if run.stopped else ""
+    return f"Stopped early: {run.summary.stopped}." if run.summary.stopped else ""
 
 
-def failures_note(run: RunFolder) -> str:
+def failures_note(run: RunData) -> str:
     """What became of the rounds that had failures."""
     text = "The round went on with the others"
     if any(row.failures and row.abandoned for row in run.secure):
@@ -65,7 +65,7 @@ def failures_note(run: RunFolder) -> str:
     return f"{text}."
 
 
-def _others(run: RunFolder) -> list[str]:
+def _others(run: RunData) -> list[str]:
     """The rounds that are not secure."""
     kinds = {kind: sum(row.kind == kind for row in run.trained) for kind in ("proxy", "full")}
     told = []
@@ -80,7 +80,7 @@ def _others(run: RunFolder) -> list[str]:
     return told
 
 
-def _rests_on(run: RunFolder) -> str:
+def _rests_on(run: RunData) -> str:
     rests = []
     if colluding := run.setting("secagg-collusion-fraction"):
         rests.append(
@@ -91,7 +91,7 @@ def _rests_on(run: RunFolder) -> str:
     return f" That rests on {' and on '.join(rests)}." if rests else ""
 
 
-def _clipped(run: RunFolder) -> list[str]:
+def _clipped(run: RunData) -> list[str]:
     cut = [row for row in run.secure if row.clipped]
     if not cut:
         return []

@@ -4,7 +4,8 @@ from typing import Any
 
 from tofu.formatting import format_fraction
 from tofu.reporting.report.chart import WIDTH, Drawing, share_axis, thinned
-from tofu.reporting.report.run_data import Round, RunFolder
+from tofu.reporting.report.run_data import RunData
+from tofu.rounds.record import RoundRecord
 
 _MAX = 20
 _LEFT, _TOP = 44, 46
@@ -13,7 +14,7 @@ _PALEST, _DARKEST = 0.06, 0.5
 _KEYS = 8
 
 
-def task_matrix(run: RunFolder) -> str | None:
+def task_matrix(run: RunData) -> str | None:
     """A heat map: row i, column j is the accuracy on task j after task i; None for a run without tasks.
 
     More than `_MAX` tasks are thinned evenly. Where all clients learn the tasks in one order, the cell of the task
@@ -64,18 +65,18 @@ def task_matrix(run: RunFolder) -> str | None:
     return drawing.markup()
 
 
-def after_tasks(run: RunFolder) -> list[tuple[int, Round]]:
+def after_tasks(run: RunData) -> list[tuple[int, RoundRecord]]:
     """(position of a task, the last round that trained it so far), in order."""
     last = {row.task: row for row in run.rounds if row.task is not None and row.task_accuracies}
     return sorted(last.items(), key=lambda entry: entry[0])
 
 
-def one_order(run: RunFolder) -> bool:
+def one_order(run: RunData) -> bool:
     """Whether all clients learn the tasks in the same order."""
     return bool(run.config.get("task-order", "same") == "same")
 
 
-def matrix_caption(run: RunFolder) -> str:
+def matrix_caption(run: RunData) -> str:
     """What the rows and columns of `task_matrix` are, and what of it was not measured or not drawn."""
     rows = after_tasks(run)
     text = "Accuracy of the global model on the test images of each task, after the last round of each task."

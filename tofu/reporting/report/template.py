@@ -1,7 +1,6 @@
 """The page as a Jinja template, kept in Python because a Flower app bundle carries no `.j2` or `.css` files.
 
-Nothing in it loads anything: no scripts, no fonts, no addresses but `data:`. The content security policy says so to the
-browser as well, so that even a value that slipped through escaping could not fetch or run anything.
+The page loads nothing: no scripts, no fonts, no addresses but `data:`. Its content security policy forbids it as well.
 """
 
 COLORS = """
@@ -37,6 +36,9 @@ body {
 }
 main { max-width: 1160px; margin: 0 auto; padding: 44px 28px 56px; }
 h1 { font-size: 14px; font-weight: 600; margin: 0; color: var(--soft); }
+h3 { font-size: 14px; font-weight: 600; margin: 0; }
+.panel td:first-child, .panel th:first-child { text-align: left; }
+img.pixels { display: block; max-width: 100%; height: auto; image-rendering: pixelated; margin-top: 10px; }
 h2 { font-size: 16px; font-weight: 650; margin: 0 0 4px; line-height: 1.35; }
 p { margin: 0; }
 .lead {
@@ -139,7 +141,13 @@ _MEDIA_STYLE = """
 }
 """
 
-STYLE = COLORS + _PAGE_STYLE + FIGURE_STYLE + _MEDIA_STYLE
+_SERIES = ("run", "full", "secure", "other", "cosine", "fedavg", "soft", "ink")
+_SERIES_STYLE = "\n".join(
+    f"svg .curve.c-s{n} {{ stroke: var(--{name}); }} svg .dot.c-s{n}, svg .k-s{n} {{ fill: var(--{name}); }}"
+    for n, name in enumerate(_SERIES)
+)
+
+STYLE = COLORS + _PAGE_STYLE + FIGURE_STYLE + _SERIES_STYLE + _MEDIA_STYLE
 
 PAGE_HEAD = """<!doctype html>
 <html lang="en">
@@ -174,16 +182,16 @@ PAGE = (
 </figure>
 {% endfor %}</div>
 {% if sheets %}<section class="card">
-<h2>What the data looks like{% if received %}, and what the server received{% endif %}</h2>
+<h2>Real images{% if received %} and decoded proxies{% endif %}</h2>
 <p class="soft">{{ sheets_text }}</p>
 <div class="sheets">
 {% for sheet in sheets %}<figure><img src="{{ sheet.address }}" alt="{{ sheet.alt }}">
 <figcaption><b>{{ sheet.title }}</b>{{ sheet.caption }}</figcaption></figure>
 {% endfor %}</div>
 {% if received %}
-<p class="note">If the proxies look unlike the data, that is an observation about these few images and not a
-guarantee of privacy. A proxy is made to carry the client's update: whoever holds the proxies and the shared weights can
-compute that update and try to learn about the data from it. How much can be recovered has to be measured.</p>
+<p class="note">Proxies that do not resemble the data are no guarantee of privacy. A proxy encodes the client's update:
+with the proxies and the shared weights, that update can be computed and attacked. How much an attack recovers has to be
+measured (tofu attack).</p>
 {% endif %}
 </section>{% endif %}
 <section class="card">
@@ -212,8 +220,34 @@ compute that update and try to learn about the data from it. How much can be rec
 {% for row in abandoned %}<tr><th scope="row">{{ row.round }}</th><td class="left wrap">{{ row.reason }}</td></tr>
 {% endfor %}</tbody></table></div>{% endif %}
 </section>{% endif %}
+{% if clients %}<section class="card"><details>
+<summary>Clients ({{ clients | length }})</summary>
+<div class="scroll"><table id="clients">
+<thead><tr><th scope="col" class="left">client</th><th scope="col">valid replies</th><th scope="col">failed</th>
+<th scope="col">images</th><th scope="col">explained variance</th><th scope="col">training</th>
+<th scope="col">encoding</th></tr></thead>
+<tbody>
+{% for client in clients %}<tr><th scope="row" class="left wrap">{{ client.name }}</th>
+{%- for cell in client.cells %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table></div>
+</details></section>{% endif %}
+{% for panel in panels %}<section class="card panel">
+<h2>{{ panel.title }}</h2>
+<p class="soft">{{ panel.text }}</p>
+<div class="grid2">
+{% for figure in panel.figures %}<figure>
+<h3>{{ figure.title }}</h3>
+{% if figure.svg %}{{ figure.svg }}{% endif %}
+{% if figure.image %}<img class="pixels" src="{{ figure.image }}" alt="{{ figure.title }}">{% endif %}
+{% if figure.table %}<div class="scroll"><table>
+<thead><tr>{% for name in figure.table.header %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
+<tbody>{% for row in figure.table.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table></div>{% endif %}
+</figure>
+{% endfor %}</div>
+</section>{% endfor %}
 {% if plugins %}<section class="card">
-<h2>What the plugins measured</h2>
+<h2>Plugin metrics</h2>
 <p class="soft">{{ plugins_text }}</p>
 <div class="scroll"><table id="plugins">
 <thead><tr><th scope="col" class="left">metric</th><th scope="col">rounds</th><th scope="col">first</th>
@@ -225,7 +259,7 @@ compute that update and try to learn about the data from it. How much can be rec
 {% endfor %}</tbody></table></div>
 </section>{% endif %}
 {% if failures %}<section class="card">
-<h2>Replies that were not used</h2>
+<h2>Failed replies</h2>
 <p class="soft">{{ failures_text }}</p>
 <div class="scroll"><table id="failures">
 <thead><tr><th scope="col">round</th><th scope="col" class="left">client</th>

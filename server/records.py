@@ -1,0 +1,161 @@
+"""Builds the records of a run from the runner's results."""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from server.ledger import Ledger
+from server.runner import RoundResult, RoundRunner
+from tofu.data import FederatedData, LabeledImages
+from tofu.evaluation import Evaluation
+from tofu.rounds.record import ClientRecord, Failure, RoundRecord, RunSummary
+from tofu.tasks import backward_transfer, mean_accuracy
+from tofu.weights import weights_sha256
+
+Arrays = Mapping[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]
+_MAX_REAL = 16
+
+
+def start_record(score: Evaluation, seconds: float) -> RoundRecord:
+    """Round 0: the evaluation before training."""
+    return RoundRecord(0, "start", accuracy=score.accuracy, loss=score.loss, seconds=seconds)
+
+
+def round_record(
+    runner: RoundRunner, ledger: Ledger, result: RoundResult, score: Evaluation, before: tuple[int, int, int],
+    seconds: float,
+) -> RoundRecord:  # fmt: skip
+    """The record of a round.
+
+    Args:
+        score: of the model after the round.
+        before: uplink, downlink and FedAvg uplink bytes before the round.
+    """
+    private, secure = runner.account, result.secure
+    compressed, masked = result.kind == "proxy", result.kind == "secure"
+    tasks = runner.settings.task_count > 1
+    return RoundRecord(
+        round=result.round,
+        kind=result.kind,
+        accuracy=score.accuracy,
+        loss=score.loss,
+        clients=len(result.survivors) if masked else len(result.replies),
+        failures=tuple(Failure(name, reason, str(result.nodes[name])) for name, reason in result.failures.items()),
+        explained_variance=result.mean("explained_variance") if compressed else None,
+        cosine=result.mean("cosine") if compressed else None,
+        step_explained_variance=result.step_explained_variance,
+        # Losses carry no noise, so they are not recorded under differential privacy.
+        train_loss=None if private else secure.loss if secure else result.mean("train_loss"),
+        train_seconds=result.mean("train_seconds"),
+        encode_seconds=result.mean("encode_seconds"),
+        uplink_bytes=ledger.uplink - before[0],
+        downlink_bytes=ledger.downlink - before[1],
+        fedavg_uplink_bytes=ledger.fedavg_uplink - before[2],
+        seconds=seconds,
+        epsilon=private.epsilon if private else None,
+        by_client=_by_client(result, compressed=compressed, private=private is not None),
+        plugins=result.plugin_metrics(),
+        task=runner.settings.round_context(runner.models[0].reference.shape, result.round).task if tasks else None,
+        task_accuracies=tuple(runner.task_accuracies[-1]) if tasks else (),
+        group_accuracies=tuple(runner.group_accuracies[-1]) if runner.group_accuracies else (),
+        clipped=secure.clipped if secure else None,
+        furthest=secure.furthest if secure else None,
+        abandoned=result.abandoned,
+    )
+
+
+def _by_client(result: RoundResult, *, compressed: bool, private: bool) -> tuple[ClientRecord, ...]:
+    return tuple(
+        ClientRecord(
+            client.name,
+            str(client.node),
+            explained_variance=reply.explained_variance if compressed else None,
+            examples=None if private else reply.examples,
+            train_seconds=reply.train_seconds,
+            encode_seconds=reply.encode_seconds,
+        )
+        for client, reply in result.replies
+    )
+
+
+def run_summary(runner: RoundRunner, ledger: Ledger, *, stopped: str, folder: str, seconds: float) -> RunSummary:
+    """The summary of a finished run; `stopped`: why it ended before its last round, or ""."""
+    transfer = _transfer(runner)
+    return RunSummary(
+        final_accuracy=runner.accuracies[-1],
+        rounds=runner.round,
+        uplink_bytes=ledger.uplink,
+        downlink_bytes=ledger.downlink,
+        fedavg_uplink_bytes=ledger.fedavg_uplink,
+        fedavg_downlink_bytes=ledger.fedavg_downlink,
+        uplink_ratio=ledger.ratio(),
+        both_ratio=ledger.both_ratio(),
+        payload_ratio=ledger.payload_ratio(),
+        weights_sha256=weights_sha256(runner.weights),
+        mean_accuracy=transfer[0] if transfer else None,
+        backward_transfer=transfer[1] if transfer else None,
+        epsilon=runner.account.epsilon if runner.account else None,
+        delta=runner.settings.privacy_delta if runner.account else None,
+        stopped=stopped,
+        run=folder,
+        seconds=seconds,
+    )
+
+
+def _transfer(runner: RoundRunner) -> tuple[float, float] | None:
+    """ACC and BWT (`tofu.tasks`), averaged over the orders in which the clients learned the tasks."""
+    settings, stream = runner.settings, runner.stream
+    if stream.tasks < 2 or runner.round < settings.rounds:
+        return None
+    each = settings.rounds // stream.tasks
+    after = torch.tensor(runner.task_accuracies[each::each])  # [tasks, tasks]: after each task, on each task
+    orders = [[stream.number(at, str(client)) for at in range(stream.tasks)] for client in range(settings.clients)]
+    matrices = [after[:, order] for order in orders]
+    found = [sum(map(measure, matrices)) / len(matrices) for measure in (mean_accuracy, backward_transfer)]
+    return found[0], found[1]
+
+
+def is_budget_spent(runner: RoundRunner, round_: int) -> str:
+    """Why differential privacy does not allow another round, or ""."""
+    settings, account = runner.settings, runner.account
+    if account is None or not settings.max_epsilon or account.allows(settings.noise_multiplier, settings.max_epsilon):
+        return ""
+    spent = f"{account.epsilon:.4g}" if math.isfinite(account.epsilon) else "unbounded"
+    return f"the privacy budget does not allow round {round_}: epsilon is {spent}, max-epsilon {settings.max_epsilon:g}"
+
+
+class SampleImages:
+    """Images for the report: some real images, and the proxies of one client in the first and the last round."""
+
+    def __init__(self, data: FederatedData, test: LabeledImages) -> None:
+        self.arrays: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]] = {
+            "real": test.images[:_MAX_REAL].numpy(),
+            "real_caption": np.array("test images"),
+        }
+        self._data = data
+        self._rounds: list[str] = []
+
+    def restore(self, arrays: Arrays, round_: int) -> None:
+        """Take over the images of an earlier process up to a round."""
+        rounds = {int(name.removeprefix("proxies_")): name for name in arrays if name.startswith("proxies_")}
+        self._rounds = [name for number, name in sorted(rounds.items()) if number <= round_]
+        if self._rounds:
+            kept = ("real", "real_caption", *self._rounds)
+            self.arrays |= {name: value for name, value in arrays.items() if name in kept}
+
+    def add(self, result: RoundResult) -> None:
+        """Keep the proxies of this round, next to those of the first round that had any."""
+        if result.proxies is None:
+            return
+        if not self._rounds and result.shown.isdecimal() and int(result.shown) < self._data.clients:
+            self.arrays["real"] = self._data.client(int(result.shown)).images[:_MAX_REAL].numpy()
+            self.arrays["real_caption"] = np.array(
+                f"images of client {result.shown} (available because one dataset was split among all clients)"
+            )
+        for old in self._rounds[1:]:
+            del self.arrays[old]
+        key = f"proxies_{result.round}"
+        self._rounds = [*self._rounds[:1], key]
+        self.arrays[key] = result.proxies.numpy()

@@ -1,0 +1,63 @@
+"""Replacing files atomically, and locking them against a second process."""
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from filelock import FileLock, Timeout
+
+__all__ = ["FileLock", "lock_file", "replace_file"]
+
+
+def replace_file(path: Path, data: bytes | Callable[[BinaryIO], object]) -> None:
+    """Replace a file atomically: readers see the old file or the new one, also after a crash.
+
+    The data goes to `.NAME.part` in the same folder, is flushed to disk, and is renamed. If writing fails, the old file
+    stays and the temporary one is removed.
+
+    Args:
+        data: the content, or a function that writes it to an open file.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with temporary.open("wb") as file:
+            if isinstance(data, bytes):
+                file.write(data)
+            else:
+                data(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush a folder: a rename is on disk only after this. Platforms that cannot open a folder skip it."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def lock_file(path: Path) -> FileLock | None:
+    """An exclusive lock that goes with `path`, or None if another process holds it. `release` gives it back.
+
+    The lock file is `.NAME.lock` in the same folder. The system releases the lock of a process that dies.
+    """
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return None
+    return lock

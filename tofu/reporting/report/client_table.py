@@ -1,0 +1,46 @@
+"""The table of clients: replies, images, quality and time of each, from the open rounds."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+from tofu.formatting import format_fraction, format_seconds
+from tofu.reporting.report.run_data import RunData
+from tofu.rounds.record import ClientRecord
+
+_NONE = "\N{EN DASH}"
+_MAX = 500
+
+
+def client_table(run: RunData) -> list[dict[str, Any]]:
+    """One row per client (the first 500): name and cells. Secure rounds show only sums, so they count nothing here."""
+    replies: defaultdict[str, list[ClientRecord]] = defaultdict(list)
+    failures: defaultdict[str, int] = defaultdict(int)
+    for row in run.rounds:
+        for entry in row.by_client:
+            replies[entry.client].append(entry)
+        for failure in row.failures:
+            failures[failure.client] += 1
+    if not replies:
+        return []
+    names = sorted(replies.keys() | failures.keys(), key=lambda name: (len(name), name))
+    return [{"name": name[:300], "cells": _cells(replies[name], failures[name])} for name in names[:_MAX]]
+
+
+def _cells(replies: list[ClientRecord], failures: int) -> list[str]:
+    explained = _mean(entry.explained_variance for entry in replies)
+    train, encode = (_mean(getattr(entry, name) for entry in replies) for name in ("train_seconds", "encode_seconds"))
+    examples = max((entry.examples for entry in replies if entry.examples is not None), default=None)
+    return [
+        f"{len(replies):,}",
+        f"{failures:,}",
+        _NONE if examples is None else f"{examples:,}",
+        _NONE if explained is None else format_fraction(explained),
+        _NONE if train is None else f"{format_seconds(train)} per round",
+        _NONE if encode is None else f"{format_seconds(encode)} per round",
+    ]
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    found = [value for value in values if value is not None]
+    return sum(found) / len(found) if found else None

@@ -1,0 +1,311 @@
+"""The record of a run: what each round and the whole run did; the only schema of metrics.jsonl and summary.json.
+
+The server builds these dataclasses, observers receive them, and reports read them back. `to_dict` and the `read_*`
+functions are the only code that knows the JSON. Measurements that are missing, NaN or infinite are null in JSON and
+None in Python. A file that does not match the schema raises a RunError of one line that names file, line and field.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from tofu.errors import RunError
+
+
+def _number(value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("expected a number or null")
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def _epsilon(value: object) -> float:
+    number = _number(value)
+    return math.inf if number is None else number
+
+
+def _text(value: object) -> object:
+    return "" if value is None else value
+
+
+Number = Annotated[float | None, BeforeValidator(_number)]
+Epsilon = Annotated[float | None, BeforeValidator(_epsilon)]
+"""None without differential privacy; infinite if no bound holds, which JSON writes as null."""
+Count = Annotated[int, Field(strict=True, ge=0)]
+Text = Annotated[str, Field(strict=True), BeforeValidator(_text)]
+_STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A client whose reply could not be used in a round.
+
+    Attributes:
+        node: Flower's node id, as text because it has 64 bits; empty in runs of older versions.
+    """
+
+    client: Annotated[str, Field(strict=True)]
+    reason: Annotated[str, Field(strict=True)]
+    node: Text = ""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+
+@dataclass(frozen=True)
+class ClientRecord:
+    """What the server knows about one client's reply in an open round.
+
+    Attributes:
+        explained_variance: of the decoded update, 1 - |decoded - update|^2 / |update|^2.
+        examples: number of images that the client trained on; None under differential privacy.
+        train_seconds, encode_seconds: time the client spent on local training and on compression.
+    """
+
+    client: Annotated[str, Field(strict=True)]
+    node: Text = ""
+    explained_variance: Number = None
+    examples: Count | None = None
+    train_seconds: Number = None
+    encode_seconds: Number = None
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """What one round did: one line of metrics.jsonl. Round 0 is the evaluation before training.
+
+    Attributes:
+        kind: "start", "proxy" (a compressed round), "full" or "secure".
+        accuracy, loss: of the global model on the test images after the round.
+        clients: number of clients whose updates were aggregated.
+        explained_variance, cosine: of the decoded against the true update, mean over clients; None if not compressed.
+        step_explained_variance: of the compressed server step; None if the full weights were sent.
+        train_loss, train_seconds, encode_seconds: means over clients, weighted by examples.
+        uplink_bytes, downlink_bytes: whole messages of all clients, headers included.
+        fedavg_uplink_bytes: uplink of the same replies with float32 updates.
+        seconds: wall-clock time of the round.
+        epsilon: spent by the end of this round; None without differential privacy, infinite if no bound holds.
+        by_client: one entry per reply of an open round.
+        plugins: "plugin/metric" -> mean over clients, weighted by examples.
+        task: task that this round trained, counted from 0; None without tasks.
+        task_accuracies: accuracy on each task after this round.
+        group_accuracies: accuracy of each client group's model; empty with one group.
+        clipped: values of all clients that a secure round clipped.
+        furthest: upper bound of the largest clipped magnitude, in units of the clipping range.
+        abandoned: why a secure round was abandoned, or "".
+    """
+
+    round: Count
+    kind: Annotated[str, Field(strict=True)]
+    accuracy: Number = None
+    loss: Number = None
+    clients: Count = 0
+    failures: tuple[Failure, ...] = ()
+    explained_variance: Number = None
+    cosine: Number = None
+    step_explained_variance: Number = None
+    train_loss: Number = None
+    train_seconds: Number = None
+    encode_seconds: Number = None
+    uplink_bytes: Count = 0
+    downlink_bytes: Count = 0
+    fedavg_uplink_bytes: Count = 0
+    seconds: Number = None
+    epsilon: Epsilon = None
+    by_client: tuple[ClientRecord, ...] = ()
+    plugins: Mapping[str, Number] = dataclasses.field(default_factory=dict)
+    task: Count | None = None
+    task_accuracies: tuple[Number, ...] = ()
+    group_accuracies: tuple[Number, ...] = ()
+    clipped: Count | None = None
+    furthest: Number = None
+    abandoned: Text = ""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A FedAvg run over the same rounds, stored in summary.json for the report."""
+
+    metrics: tuple[RoundRecord, ...] = ()
+    final_accuracy: Number = None
+    uplink_bytes: Count = 0
+    run: Text = ""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a finished run did: summary.json.
+
+    Attributes:
+        rounds: number of rounds that were run.
+        uplink_ratio, both_ratio: FedAvg's bytes over this run's, uplink and both directions, whole messages.
+        payload_ratio: float32 bytes of the updates over the bytes of their payloads.
+        weights_sha256: SHA-256 of the final weights.
+        mean_accuracy, backward_transfer: ACC in percent and BWT in points; None without tasks.
+        epsilon, delta: of client-level differential privacy; None without it.
+        stopped: why the run ended before its last round, or "".
+        run: folder of the run.
+        baseline: a FedAvg run to compare with, or None.
+    """
+
+    final_accuracy: Number = None
+    rounds: Count = 0
+    uplink_bytes: Count = 0
+    downlink_bytes: Count = 0
+    fedavg_uplink_bytes: Count = 0
+    fedavg_downlink_bytes: Count = 0
+    uplink_ratio: Number = None
+    both_ratio: Number = None
+    payload_ratio: Number = None
+    weights_sha256: Text = ""
+    mean_accuracy: Number = None
+    backward_transfer: Number = None
+    epsilon: Epsilon = None
+    delta: Number = None
+    stopped: Text = ""
+    run: Text = ""
+    seconds: Number = None
+    baseline: Baseline | None = None
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+
+_SPARSE = frozenset((
+    "epsilon", "delta", "by_client", "plugins", "task", "task_accuracies", "group_accuracies", "clipped", "furthest", "abandoned",
+    "mean_accuracy", "backward_transfer", "stopped", "baseline", "node", "examples",
+))  # fmt: skip
+"""Fields that JSON omits at their default, since most runs do not have them."""
+
+_OF_SECURE = frozenset(("clipped", "furthest", "abandoned"))
+
+T = TypeVar("T")
+
+
+def to_dict(record: Any) -> dict[str, Any]:
+    """A record as plain JSON values.
+
+    >>> to_dict(RoundRecord(3, "secure", accuracy=0.5, epsilon=math.inf))["epsilon"] is None
+    True
+    """
+    found: dict[str, Any] = {}
+    keep = _OF_SECURE if getattr(record, "kind", "") == "secure" else frozenset()
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        empty = value is None or value == "" or (isinstance(value, Sequence | Mapping) and not value)
+        if not empty or field.name not in _SPARSE or field.name in keep:
+            found[field.name] = _plain(value)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def from_dict(kind: type[T], values: object, where: str) -> T:
+    """A record from JSON values.
+
+    Args:
+        where: file and line, for the error.
+
+    Raises:
+        RunError: a field is unknown, missing or has the wrong type.
+    """
+    if not isinstance(values, dict):
+        raise RunError(f"{where} must hold a JSON object, found {type(values).__name__}")
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        reason = first["msg"].removeprefix("Value error, ")
+        found = "" if first["type"] == "missing" else f", found {_shown(first['input'])}"
+        raise RunError(f"{where}: {field!r}: {reason}{found}") from error
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises RunError if it is missing or not JSON."""
+    return parse_json(read_text(path), f"{path}")
+
+
+def read_text(path: Path) -> str:
+    """The text of a file of a run. Raises RunError if it is missing or not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise RunError(f"{path} is missing: is {path.parent} the folder of a run?") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The value of a JSON text. Raises RunError, with the line in a text of several lines, if it is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        line, reason = "", str(error)
+        if isinstance(error, json.JSONDecodeError):
+            line, reason = f" line {error.lineno}" if "\n" in text else "", error.msg
+        raise RunError(f"{where}{line} is not JSON: {reason}") from error
+
+
+def json_lines(path: Path) -> Iterator[tuple[Any, str]]:
+    """(value, "file line n") for each line of a file.
+
+    A running or killed process may have written half of the last line; a last line without its newline is skipped if
+    it is not JSON.
+
+    Raises:
+        RunError: another line is not JSON.
+    """
+    # str.splitlines would also split at characters that JSON allows inside a string.
+    *lines, unfinished = read_text(path).split("\n")
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            where = f"{path} line {number}"
+            yield parse_json(line, where), where
+    try:
+        last = json.loads(unfinished)
+    except (ValueError, RecursionError):
+        return
+    yield last, f"{path} line {len(lines) + 1}"
+
+
+def read_rounds(path: Path) -> tuple[RoundRecord, ...]:
+    """The rounds of a metrics.jsonl in ascending order; if a round occurs twice, as after a resume, the later line."""
+    return ordered(from_dict(RoundRecord, values, where) for values, where in json_lines(path))
+
+
+def ordered(records: Iterable[RoundRecord]) -> tuple[RoundRecord, ...]:
+    """Records in ascending order; of several of one round, the last."""
+    by_round = {record.round: record for record in records}
+    return tuple(by_round[number] for number in sorted(by_round))
+
+
+def read_summary(path: Path) -> RunSummary | None:
+    """The summary of a run, or None if the run has not finished."""
+    return from_dict(RunSummary, read_json(path), f"{path}") if path.exists() else None
+
+
+def _shown(value: object) -> str:
+    return " ".join(repr(value).split())[:60]
