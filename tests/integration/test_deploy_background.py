@@ -104,7 +104,7 @@ def test_a_run_that_ended_is_not_gone_on_with(folder: Path) -> None:
     """The server app refuses, not this command: all settings are those of that run, its folder's path included."""
     again = deploy("run", f"--folder={folder}", f"--resume={os.path.relpath(folder / 'runs' / 'run-1')}")
     assert again.returncode == 2
-    assert "expected a run that did not end" in again.stderr.splitlines()[-1]
+    assert "expected a run that has not finished" in again.stderr.splitlines()[-1]
 
 
 def test_the_containers_command_speaks_to_it_too(

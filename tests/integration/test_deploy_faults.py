@@ -186,7 +186,7 @@ def test_a_server_app_that_was_killed_goes_on_in_another_run(federation: LocalCl
     again = Settings.of(settings.to_config() | {"resume": str(tmp_path / "run")})
     run = federation.run(again.to_config(), timeout=800)
     assert run.completed, run.log
-    assert "goes on after round" in run.log
+    assert "resumes after round" in run.log
     metrics = rows(tmp_path / "run")
     assert [row["round"] for row in metrics] == list(range(9))
     assert metrics[: len(reported)] == reported
