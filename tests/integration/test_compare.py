@@ -1,6 +1,5 @@
 """`tofu compare` with real runs: what it leaves, that it goes on where it was, and what it refuses to touch."""
 
-import fcntl
 import json
 import logging
 import statistics
@@ -18,6 +17,7 @@ from client.app import app as client_app
 from server.app import serve_in_process
 from server.comparison import run_comparison
 from tofu.cli import main
+from tofu.files import lock_file
 from tofu.formatting import format_bytes
 from tofu.observers.base import Observer
 from tofu.reporting.compare.plan import Comparison
@@ -324,8 +324,9 @@ def test_files_of_somebody_else_are_kept(copied: Path, compare: Compare) -> None
 
 
 def test_a_folder_in_use_is_let_be(copied: Path, compare: Compare) -> None:
-    with (copied / ".lock").open("ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = lock_file(copied / "compare.json")
+    assert lock is not None
+    with lock:
         fails(compare(*ASKED, f"--folder={copied}"), "no other comparison is running")
 
 

@@ -17,6 +17,7 @@ from client.app import app as client_app
 from server.app import serve_in_process
 from server.checkpoint import FOLDER
 from tofu.errors import SettingError
+from tofu.files import lock_file
 from tofu.observers.base import Observer
 from tofu.rounds.record import RoundRecord
 from tofu.settings import Settings
@@ -200,13 +201,12 @@ def test_a_command_that_was_killed_goes_on(whole: Path, tmp_path: Path) -> None:
     assert_same(whole, folder)
 
 
-def test_a_run_under_way_is_not_begun_twice(tmp_path: Path, broken: Path) -> None:
-    import fcntl
-
-    with (broken / "config.json").open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(SettingError, match="not under way in another process"):
-            run(broken, resume=str(broken))
+def test_a_running_run_is_not_resumed_by_a_second_process(broken: Path) -> None:
+    lock = lock_file(broken / "config.json")
+    assert lock is not None
+    with lock, pytest.raises(SettingError) as caught:
+        run(broken, resume=str(broken))
+    assert (caught.value.field, "another process" in caught.value.accepted) == ("resume", True)
 
 
 @pytest.mark.slow
