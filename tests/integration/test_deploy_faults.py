@@ -260,7 +260,7 @@ def test_a_full_disk_ends_a_run_without_checkpoints_in_one_line_too(tmp_path: Pa
     )
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
-    assert f"round 1: the run's folder {tmp_path / 'run'} cannot be written (File too large)" in result.stderr
+    assert f"round 1: the run folder {tmp_path / 'run'} cannot be written (File too large)" in result.stderr
     assert [row["round"] for row in rows(tmp_path / "run")] == [0, 1]
 
 

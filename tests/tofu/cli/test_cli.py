@@ -185,7 +185,7 @@ def test_a_run_folder_that_is_not_empty(tofu: Tofu, tmp_path: Path) -> None:
 @pytest.mark.parametrize("folder", ["file", "file/below"])
 def test_a_run_folder_that_cannot_be_made(tofu: Tofu, tmp_path: Path, folder: str) -> None:
     (tmp_path / "file").write_text("precious")
-    fails(tofu("run", *TINY, f"--run-folder={folder}"), f"run-folder='{folder}'", "a folder that can be made")
+    fails(tofu("run", *TINY, f"--run-folder={folder}"), f"run-folder='{folder}'", "a folder that can be created")
     assert (tmp_path / "file").read_text() == "precious"
 
 
