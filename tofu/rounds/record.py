@@ -186,8 +186,8 @@ class RunSummary:
 
 
 _SPARSE = frozenset((
-    "epsilon", "delta", "by_client", "plugins", "task", "task_accuracies", "group_accuracies", "clipped", "furthest", "abandoned",
-    "mean_accuracy", "backward_transfer", "stopped", "baseline", "node", "examples",
+    "epsilon", "delta", "by_client", "plugins", "task", "task_accuracies", "group_accuracies", "clipped", "furthest",
+    "abandoned", "mean_accuracy", "backward_transfer", "stopped", "baseline", "node", "examples",
 ))  # fmt: skip
 """Fields that JSON omits at their default, since most runs do not have them."""
 
