@@ -6,7 +6,8 @@
         record.json        everything else that the server knew
 
 A folder is written completely and then renamed. Reading executes nothing and checks every field. A recording is what an
-attacker at the server has, and with the run's settings it also identifies the client's images: protect it like the data.
+attacker at the server has, and with the run's settings it also identifies the client's images:
+protect it like the data.
 """
 
 import json

@@ -108,14 +108,19 @@ class Registry(Generic[T]):
 
 
 def _files(source: str) -> list[tuple[str, Path]]:
-    """Modules of a package in alphabetical order, or one module, each with its file; none if it is not installed."""
-    try:
-        spec = importlib.util.find_spec(source)
-    except ModuleNotFoundError:
-        return []
+    """Modules of a package in alphabetical order, or one module, each with its file; none if it is not installed.
+
+    No package is imported for this: in a folder with a `client.py` of its own that would run the user's code.
+    """
+    top, *rest = source.split(".")
+    spec = importlib.util.find_spec(top)
     if spec is None or spec.origin is None:
         return []
-    if spec.submodule_search_locations is None:
-        return [(source, Path(spec.origin))]
-    paths = sorted(path for folder in spec.submodule_search_locations for path in Path(folder).glob("*.py"))
+    places = [Path(place).joinpath(*rest) for place in spec.submodule_search_locations or ()]
+    if not places:
+        return [] if rest else [(source, Path(spec.origin))]
+    files = [place.with_suffix(".py") for place in places if rest and place.with_suffix(".py").is_file()]
+    if files:
+        return [(source, files[0])]
+    paths = sorted(path for place in places for path in place.glob("*.py"))
     return [(source if path.stem == "__init__" else f"{source}.{path.stem}", path) for path in paths]

@@ -1,7 +1,7 @@
 """The local loop: a client's epochs of SGD over its own images."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 from tofu.data import LabeledImages, to_float
 from tofu.device import CPU, on_device
 from tofu.errors import RunError
-from tofu.plugins import NO_PLUGINS, Plugins
+from tofu.plugins import NO_PLUGINS, Batch, Plugins
+from tofu.plugins.base import Criterion
 
 
 @dataclass(frozen=True)
@@ -62,53 +63,91 @@ def train_locally(
     """
     began = time.perf_counter()
     model.train()
-    descend = SGD([p for p in model.parameters() if p.requires_grad], how)
+    plugins.on_train_begin(model, data)
+    optimizer = SGD(dict(model.named_parameters()), how)
     total, steps = torch.zeros((), device=device), 0
     for _ in range(how.epochs):
         with on_device(model, device):
             for rows in _batches(len(data), how.batch_size, generator):
-                images, targets = plugins.on_batch(to_float(data.images[rows]), data.labels[rows], generator)
-                targets = targets.to(device)
-                with SeededDropout(generator):
-                    logits = model(images.to(device))
-                loss = plugins.on_loss(logits, targets, F.cross_entropy(logits, targets), model)
-                model.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                before = plugins.before_step(model)
-                descend.step()
-                plugins.on_step(model, before)
-                total += loss.detach()
+                batch = plugins.on_batch(Batch(to_float(data.images[rows]), data.labels[rows], rows), generator)
+                if not len(batch):
+                    continue
+                batch = batch.to(device)
+                total += plugins.train_step(batch, BatchStep(model, batch, optimizer, plugins, generator))
                 steps += 1
         plugins.on_epoch_end(model, data)
-    mean = float(total) / steps
+    mean = float(total) / max(1, steps)
     if mean != mean or mean in (float("inf"), float("-inf")):
         raise RunError(f"local training diverged (loss {mean}): a smaller lr than {how.lr:g} may help")
     plugins.on_task_end(model, data, final)
     return TrainingResult(mean, steps, time.perf_counter() - began)
 
 
-class SGD:
-    """Steps of torch's SGD.
+@dataclass(frozen=True)
+class BatchStep:
+    """One optimizer step on a batch (`tofu.plugins.LocalStep`)."""
 
-    The class `torch.optim.SGD` takes the same ones and imports torch's compiler first, which takes a second: each time,
-    where a client app starts anew for every message.
+    model: nn.Module
+    batch: Batch
+    optimizer: "SGD"
+    plugins: Plugins
+    generator: torch.Generator
+
+    def __call__(self, criterion: Criterion | None = None, batch: Batch | None = None) -> Tensor:
+        """Take the step and return the detached scalar loss; see `LocalStep.__call__`."""
+        model, batch = self.model, batch or self.batch
+        with SeededDropout(self.generator):
+            outputs = model(batch.images)
+        loss = criterion(outputs) if criterion else cross_entropy(outputs, batch)
+        loss = self.plugins.on_loss(outputs, batch, loss, model)
+        model.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        before = self.plugins.before_step(model)
+        self.optimizer.step()
+        self.plugins.on_step(model, before, self.optimizer.momenta if before is not None else None)
+        return loss.detach()
+
+
+def cross_entropy(outputs: Tensor, batch: Batch) -> Tensor:
+    """Mean cross-entropy of a batch, weighted by `batch.weights` if there are any (0 if all of them are 0)."""
+    if batch.weights is None:
+        return F.cross_entropy(outputs, batch.targets)
+    losses = F.cross_entropy(outputs, batch.targets, reduction="none")
+    return (losses * batch.weights).sum() / batch.weights.sum().clamp(min=torch.finfo(losses.dtype).tiny)
+
+
+class SGD:
+    """torch's SGD on named parameters.
+
+    The class `torch.optim.SGD` takes the same steps, but importing it imports torch's compiler, which takes a second:
+    too long where a client app is a new process for every message.
+
+    Args:
+        parameters: name -> parameter; those that need no gradient are left out.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], how: LocalTrainingConfig) -> None:
-        self._parameters, self._how = parameters, how
-        self._momenta: dict[Tensor, Tensor | None] = {}
+    def __init__(self, parameters: Mapping[str, nn.Parameter], how: LocalTrainingConfig) -> None:
+        self._parameters = {name: p for name, p in parameters.items() if p.requires_grad}
+        self._how = how
+        self._momenta: dict[str, Tensor | None] = {}
+
+    @property
+    def momenta(self) -> dict[str, Tensor]:
+        """Name -> momentum buffer; empty without momentum."""
+        return {name: buffer for name, buffer in self._momenta.items() if buffer is not None}
 
     @torch.no_grad()
     def step(self) -> None:
-        """Move every parameter that has a gradient."""
-        moving: list[Tensor] = [p for p in self._parameters if p.grad is not None]
+        """Update every parameter that has a gradient."""
+        names = [name for name, p in self._parameters.items() if p.grad is not None]
+        moving: list[Tensor] = [self._parameters[name] for name in names]
         gradients = [p.grad for p in moving if p.grad is not None]
-        momenta = [self._momenta.get(p) for p in moving]
+        momenta = [self._momenta.get(name) for name in names]
         sgd(
             moving, gradients, momenta, lr=self._how.lr, momentum=self._how.momentum,
             weight_decay=self._how.weight_decay, dampening=0.0, nesterov=False, maximize=False, foreach=False,
         )  # fmt: skip
-        self._momenta |= zip(moving, momenta, strict=True)
+        self._momenta |= zip(names, momenta, strict=True)
 
 
 def _batches(count: int, size: int, generator: torch.Generator) -> list[Tensor]:

@@ -38,7 +38,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from client.plugins.layers import Site, grams, rows_per_image, sites
 from tofu.data import LabeledImages
 from tofu.errors import PayloadError
-from tofu.plugins import Export, Plugin, PluginState, RoundContext, RunRequirements, SumSpec, Weights, option
+from tofu.plugins import (
+    Export,
+    Plugin,
+    PluginState,
+    RoundContext,
+    RunRequirements,
+    SumSpec,
+    Weights,
+    option,
+    plugin_registry,
+)
 from tofu.privacy import normals
 from tofu.rng import derive_generator
 from tofu.secagg.masks import Stream, new_seed
@@ -46,12 +56,12 @@ from tofu.secagg.masks import Stream, new_seed
 _NOISE_REACH = 9.0  # deviations; `normals` has none beyond 8.6
 
 
+@plugin_registry.register("gpm")
 @dataclass
 class GradientProjectionMemory(Plugin):
     """See the module. State (`broadcast`, or `state` where memory=local): "tasks", the number of tasks remembered; for
     every site "basis/SITE", orthonormal float32 [columns, k], and with scaling "importance/SITE", float32 [k]."""
 
-    name: ClassVar[str] = "gpm"
     needs_task_boundaries: ClassVar[bool] = True
     order: ClassVar[int] = Plugin.PROJECTION
     why_inexact: ClassVar[str] = "an average of updates that each spare their own client's inputs spares nobody's"
@@ -72,7 +82,7 @@ class GradientProjectionMemory(Plugin):
     longest: float = option(100.0, "norm of an input row; longer ones are scaled to it, which bounds what is summed", gt=0, le=1e6)  # noqa: E501
     # fmt: on
 
-    _about: RoundContext | None = field(default=None, init=False, repr=False)
+    _context: RoundContext | None = field(default=None, init=False, repr=False)
     _sites: tuple[Site, ...] = field(default=(), init=False, repr=False)
     _projections: dict[str, "_Projection"] = field(default_factory=dict, init=False, repr=False)
     _sums: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
@@ -89,19 +99,19 @@ class GradientProjectionMemory(Plugin):
             else super().incompatibility(RunRequirements(1, run.tasks))
         )
 
-    def setup(self, model: nn.Module, about: RoundContext) -> nn.Module:
-        self._about, self._sites, self._projections, self._sums = about, (), {}, {}
-        if about.task > 0:
+    def setup(self, model: nn.Module, context: RoundContext) -> nn.Module:
+        self._context, self._sites, self._projections, self._sums = context, (), {}, {}
+        if context.task > 0:
             for module in model.modules():
                 if isinstance(module, _BatchNorm):
                     module.register_forward_pre_hook(_use_running_statistics)
         return model
 
     def declare_sums(self, model: nn.Module) -> Mapping[str, SumSpec]:
-        about = self._setup_done()
-        if not about.final or self.memory == "local":
+        context = self._setup_done()
+        if not context.final or self.memory == "local":
             return {}
-        shape, specs = about.shape, {}
+        shape, specs = context.shape, {}
         per_image = rows_per_image(model, shape.channels, shape.height, shape.width)
         for site in self._remembered(model):
             size = self._size(site)
@@ -110,7 +120,7 @@ class GradientProjectionMemory(Plugin):
             specs[site.name] = SumSpec((size * (size + 1) // 2,), bound * (1 + 1e-9))
         return specs
 
-    def on_step(self, model: nn.Module, before: Weights) -> None:
+    def on_step(self, model: nn.Module, before: Weights, momenta: Mapping[str, Tensor]) -> None:
         if not self._memory.get("tasks"):
             return
         parameters = dict(model.named_parameters())
@@ -148,10 +158,10 @@ class GradientProjectionMemory(Plugin):
         return done
 
     def on_task_end(self, model: nn.Module, data: LabeledImages, final: bool) -> None:
-        about = self._setup_done()
+        context = self._setup_done()
         if not final:
             return
-        generator = derive_generator(about.seed, about.round, about.client, self.name)
+        generator = derive_generator(context.seed, context.round, context.client, self.name)
         chosen = torch.randperm(len(data), generator=generator)[: self.samples]
         full = grams(model, data.images[chosen], bias=self.bias == "append", longest=self.longest)
         remembered = {site.name: full[site.name] for site in self._remembered(model)}
@@ -159,7 +169,7 @@ class GradientProjectionMemory(Plugin):
             self.state = self._remember(remembered, self.state)
             self._projections = {}
             return
-        shape = about.shape
+        shape = context.shape
         per_image = rows_per_image(model, shape.channels, shape.height, shape.width)
         for site in self._remembered(model):
             packed = _packed(remembered[site.name])
@@ -205,8 +215,8 @@ class GradientProjectionMemory(Plugin):
         return self.state if self.memory == "local" else self.broadcast
 
     def _setup_done(self) -> RoundContext:
-        assert self._about is not None, "setup comes first"
-        return self._about
+        assert self._context is not None, "setup comes first"
+        return self._context
 
     def _all(self, model: nn.Module) -> tuple[Site, ...]:
         # Not in `setup`: a later plugin's may still change the model.

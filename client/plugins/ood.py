@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from client.plugins.round_start import at_weights, subsample
 from tofu.data import LabeledImages, to_float
 from tofu.errors import SettingError
-from tofu.plugins import Export, Plugin, PluginState, Prediction, RoundContext, SumSpec, option
+from tofu.plugins import Batch, Export, Plugin, PluginState, Prediction, RoundContext, SumSpec, option, plugin_registry
 from tofu.weights import Weights, weights_of
 
 BINS = 2000
@@ -51,6 +51,7 @@ class WiderHead(nn.Linear):
             self.bias = nn.Parameter(F.pad(head.bias.detach(), (0, 1)))
 
 
+@plugin_registry.register("ood")
 @dataclass
 class OutOfDistribution(Plugin):
     """A network that knows what it does not know.
@@ -66,7 +67,6 @@ class OutOfDistribution(Plugin):
     run's weights that of these is saved, by the server's images.
     """
 
-    name = "ood"
     changes_head = True
 
     share: float = option(0.5, "noise-mixed images added to a batch, as a share of it", gt=0, le=1)
@@ -80,17 +80,17 @@ class OutOfDistribution(Plugin):
     _start: Weights = field(default_factory=dict, init=False, repr=False)
     _scores: Tensor = field(default_factory=lambda: torch.zeros(0), init=False, repr=False)
 
-    def setup(self, model: nn.Module, about: RoundContext) -> nn.Module:
+    def setup(self, model: nn.Module, context: RoundContext) -> nn.Module:
         """Widen the head: the last linear layer, which must give the logits.
 
         Raises:
             SettingError: the model does not end in one.
         """
-        self._classes = about.shape.classes
+        self._classes = context.shape.classes
         if any(isinstance(module, WiderHead) for module in model.modules()):
             return model
         heads = [name for name, module in model.named_modules()
-                 if isinstance(module, nn.Linear) and module.out_features == about.shape.classes]  # fmt: skip
+                 if isinstance(module, nn.Linear) and module.out_features == context.shape.classes]  # fmt: skip
         if not heads:
             raise SettingError("plugins", self.name, "a model that ends in a linear layer, for the class it adds")
         parent, _, child = heads[-1].rpartition(".")
@@ -102,19 +102,23 @@ class OutOfDistribution(Plugin):
     def declare_sums(self, model: nn.Module) -> Mapping[str, SumSpec]:
         return {"histogram": SumSpec((BINS,), float(self.images))}
 
-    def on_batch(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        targets = F.one_hot(labels, self._classes).float() if labels.dim() == 1 else labels
+    def on_train_begin(self, model: nn.Module, data: LabeledImages) -> None:
+        self._start = weights_of(model)
+
+    def on_batch(self, batch: Batch, generator: torch.Generator) -> Batch:
+        images, targets = batch.images, batch.targets
+        if targets.dim() == 1:
+            targets = F.one_hot(targets, self._classes).float()
         targets = F.pad(targets, (0, self._classes + 1 - targets.shape[1]))
         rows = torch.randperm(len(images), generator=generator)[: max(1, round(self.share * len(images)))]
         unknown, unknown_targets = mix_with_noise(images[rows], targets[rows], self.noise, generator)
         if self.intra_class:
             images = mix_within_classes(images, targets.argmax(1), generator)
-        return torch.cat([images, unknown]), torch.cat([targets, unknown_targets])
-
-    def on_loss(self, outputs: Tensor, targets: Tensor, loss: Tensor, model: nn.Module) -> Tensor:
-        if not self._start:  # the round's first step is yet to come
-            self._start = weights_of(model)
-        return loss
+        added = torch.full((len(unknown),), -1)
+        weights = None if batch.weights is None else torch.cat([batch.weights, batch.weights[rows]])
+        return Batch(
+            torch.cat([images, unknown]), torch.cat([targets, unknown_targets]), torch.cat([batch.ids, added]), weights
+        )
 
     def on_task_end(self, model: nn.Module, data: LabeledImages, final: bool) -> None:
         with at_weights(model, self._start):

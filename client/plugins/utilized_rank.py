@@ -24,7 +24,7 @@ from torch.nn.utils import parametrize
 from client.plugins.layers import Site, matrix, rows_per_image, show, sites
 from client.plugins.round_start import at_weights, subsample
 from tofu.data import LabeledImages
-from tofu.plugins import Export, Plugin, PluginState, RoundContext, RunRequirements, SumSpec, option
+from tofu.plugins import Export, Plugin, PluginState, RoundContext, RunRequirements, SumSpec, option, plugin_registry
 from tofu.weights import Weights, weights_of
 
 
@@ -69,6 +69,7 @@ class LayerRank:
         return min(self.inputs, self.outputs) / min(self.columns, self.rows)
 
 
+@plugin_registry.register("rank")
 @dataclass
 class UtilizedRank(Plugin):
     """In round `after` clients measure; from the next one on the network is factorized, and rounds fine-tune its cores.
@@ -77,12 +78,10 @@ class UtilizedRank(Plugin):
         plugins.setup(model, RoundContext(data.shape))
         train_locally(model, data, how, generator=generator, plugins=plugins)
         plugins.reduce(plugins.export(model).sums, len(data))
-        plugins.setup(model, RoundContext(data.shape, round=2))  # the weights are projected, and have other names and shapes
+        plugins.setup(model, RoundContext(data.shape, round=2))  # projects the weights: their names and shapes change
 
     `ranks` tells what each layer uses; `merged` makes a plain network again.
     """
-
-    name = "rank"
 
     energy: float = option(0.998, "share of the inputs' and outputs' energy that the subspaces hold", gt=0, le=1)
     after: int = option(1, "the round in which clients measure", ge=1, le=100_000)
@@ -91,7 +90,7 @@ class UtilizedRank(Plugin):
     images: int = option(500, "most images of a client that are measured", ge=1, le=1_000_000)
     longest: float = option(0.0, "scale rows of a larger norm to it, which bounds the sums; 0 leaves them", ge=0)
 
-    _about: RoundContext | None = field(default=None, init=False, repr=False)
+    _context: RoundContext | None = field(default=None, init=False, repr=False)
     _start: Weights = field(default_factory=dict, init=False, repr=False)
     _sums: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
@@ -100,8 +99,8 @@ class UtilizedRank(Plugin):
             return "rank.longest above 0: secure aggregation needs bounded sums"
         return super().incompatibility(run)
 
-    def setup(self, model: nn.Module, about: RoundContext) -> nn.Module:
-        self._about = about
+    def setup(self, model: nn.Module, context: RoundContext) -> nn.Module:
+        self._context = context
         if self.factorize:
             for name in self.ranks:
                 inputs, outputs = (self.broadcast.get(f"{name}/{side}") for side in ("inputs", "outputs"))
@@ -112,8 +111,8 @@ class UtilizedRank(Plugin):
     def declare_sums(self, model: nn.Module) -> Mapping[str, SumSpec]:
         if not self._measures:
             return {}
-        assert self._about is not None
-        shape, largest = self._about.shape, self.longest**2 if self.longest else float("inf")
+        assert self._context is not None
+        shape, largest = self._context.shape, self.longest**2 if self.longest else float("inf")
         rows = rows_per_image(model, shape.channels, shape.height, shape.width)
         declared = {}
         for site in self._sites(model):
@@ -122,10 +121,9 @@ class UtilizedRank(Plugin):
                 declared[f"{site.name}/{side}"] = SumSpec((size, size), bound)
         return declared
 
-    def on_loss(self, outputs: Tensor, targets: Tensor, loss: Tensor, model: nn.Module) -> Tensor:
-        if self._measures and not self._start:  # the round's first step is yet to come
+    def on_train_begin(self, model: nn.Module, data: LabeledImages) -> None:
+        if self._measures:
             self._start = weights_of(model)
-        return loss
 
     def on_task_end(self, model: nn.Module, data: LabeledImages, final: bool) -> None:
         if self._measures:
@@ -161,7 +159,7 @@ class UtilizedRank(Plugin):
 
     @property
     def _measures(self) -> bool:
-        return self._about is not None and self._about.round == self.after and not self.ranks
+        return self._context is not None and self._context.round == self.after and not self.ranks
 
     def _sites(self, model: nn.Module) -> tuple[Site, ...]:
         """The matrices to measure; a grouped convolution, whose parameter is many of them, is left as it is."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tofu.data import LabeledImages, to_float
 from tofu.errors import RunError
 from tofu.models import build_model
-from tofu.plugins import NO_PLUGINS, Plugin, Plugins, Weights
+from tofu.plugins import NO_PLUGINS, Batch, LocalStep, Plugin, Plugins, Weights
 from tofu.training import SGD, LocalTrainingConfig, SeededDropout, _batches, train_locally
 from tofu.weights import fingerprint, weights_of
 
@@ -46,7 +46,7 @@ def test_a_step_is_torchs_to_the_bit(momentum: float, weight_decay: float, digit
     still = next(theirs.parameters()).detach().clone()
     for model in (ours, theirs):
         next(model.parameters()).requires_grad_(False)
-    descent = SGD([*ours.parameters()], LocalTrainingConfig(1, 32, 0.1, momentum, weight_decay))
+    descent = SGD(dict(ours.named_parameters()), LocalTrainingConfig(1, 32, 0.1, momentum, weight_decay))
     optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=momentum, weight_decay=weight_decay)
     for start in range(0, 160, 32):
         images, labels = to_float(digits.images[start : start + 32]), digits.labels[start : start + 32]
@@ -129,17 +129,29 @@ class Everything(Plugin):
     """Overrides every hook of the loop without changing anything, and counts the calls."""
 
     calls: list[str] = field(default_factory=list)
+    ids: list[Tensor] = field(default_factory=list)
+    labels: Tensor = field(default_factory=lambda: torch.zeros(0))
     soft: bool = False
 
-    def on_batch(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        self.calls.append("batch")
-        return images, F.one_hot(labels, 10).float() if self.soft else labels
+    def on_train_begin(self, model: nn.Module, data: LabeledImages) -> None:
+        self.calls.append("begin")
+        self.labels = data.labels
 
-    def on_loss(self, outputs: Tensor, targets: Tensor, loss: Tensor, model: nn.Module) -> Tensor:
+    def train_step(self, batch: Batch, step: LocalStep) -> Tensor:
+        self.calls.append("train")
+        return step()
+
+    def on_batch(self, batch: Batch, generator: torch.Generator) -> Batch:
+        self.calls.append("batch")
+        self.ids.append(batch.ids)
+        assert torch.equal(batch.targets, self.labels[batch.ids]) if len(self.labels) else True
+        return batch.replace(targets=F.one_hot(batch.targets, 10).float()) if self.soft else batch
+
+    def on_loss(self, outputs: Tensor, batch: Batch, loss: Tensor, model: nn.Module) -> Tensor:
         self.calls.append("loss")
         return loss
 
-    def on_step(self, model: nn.Module, before: Weights) -> None:
+    def on_step(self, model: nn.Module, before: Weights, momenta: Weights) -> None:
         self.calls.append("step")
         assert not any(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
@@ -159,7 +171,9 @@ def test_plugins_that_change_nothing_leave_a_run_as_it_was_to_the_bit(digits: La
         train_locally(network, data, how, generator=generator(3), plugins=plugins, final=True)
         weights.append(fingerprint(weights_of(network)))
     assert weights[0] == weights[1]
-    assert watcher.calls == 2 * (3 * ["batch", "loss", "step"] + ["epoch"]) + ["end True"]
+    assert watcher.calls == ["begin", *2 * (3 * ["batch", "train", "loss", "step"] + ["epoch"]), "end True"]
+    for epoch in (watcher.ids[:3], watcher.ids[3:]):
+        assert torch.equal(torch.cat(epoch).sort().values, torch.arange(96))  # every image once, by its row
 
 
 def test_targets_may_be_soft(digits: LabeledImages) -> None:
@@ -171,3 +185,52 @@ def test_targets_may_be_soft(digits: LabeledImages) -> None:
         results.append(weights_of(network))
     for name, value in results[0].items():
         assert torch.allclose(value, results[1][name], atol=1e-6)
+
+
+class Reweights(Plugin):
+    """Gives the second half of a batch the weight 0, or drops it."""
+
+    drop: bool = False
+
+    def on_batch(self, batch: Batch, generator: torch.Generator) -> Batch:
+        half = len(batch) // 2
+        if self.drop:
+            return Batch(batch.images[:half], batch.targets[:half], batch.ids[:half])
+        return batch.replace(weights=torch.tensor([2.0] * half + [0.0] * (len(batch) - half)))
+
+
+def test_a_weight_of_zero_is_like_leaving_the_sample_out(digits: LabeledImages) -> None:
+    data, results = digits.subset(torch.arange(64)), []
+    for drop in (False, True):
+        network, plugin = build_model("mlp", data.shape, seed=1), Reweights()
+        plugin.drop = drop
+        train_locally(network, data, LocalTrainingConfig(1, 32, 0.1), generator=generator(3), plugins=Plugins([plugin]))
+        results.append(weights_of(network))
+    for name, value in results[0].items():
+        assert torch.allclose(value, results[1][name], atol=1e-6)
+
+
+class Twice(Plugin):
+    """Takes two steps on every batch, the second with a loss of its own."""
+
+    def train_step(self, batch: Batch, step: LocalStep) -> Tensor:
+        step()
+        return step(lambda outputs: outputs.square().mean())
+
+
+def test_a_plugin_may_take_several_steps_on_a_batch(digits: LabeledImages) -> None:
+    data, network = digits.subset(torch.arange(64)), build_model("mlp", digits.shape, seed=1)
+    expected = build_model("mlp", digits.shape, seed=1)
+    config = LocalTrainingConfig(1, 64, 0.1)
+    result = train_locally(network, data, config, generator=generator(3), plugins=Plugins([Twice()]))
+    optimizer = torch.optim.SGD(expected.parameters(), lr=0.1)
+    rows = torch.randperm(64, generator=generator(3))
+    images, labels = to_float(data.images[rows]), data.labels[rows]
+    for loss_of in (lambda outputs: F.cross_entropy(outputs, labels), lambda outputs: outputs.square().mean()):
+        optimizer.zero_grad()
+        loss = loss_of(expected(images))
+        loss.backward()
+        optimizer.step()
+    assert result.loss == pytest.approx(loss.item(), rel=1e-5)
+    for name, value in weights_of(expected).items():
+        assert torch.allclose(value, weights_of(network)[name], atol=1e-6)

@@ -147,6 +147,7 @@ class Settings(BaseModel):
                 tasks=self.plugin.task_count,
                 exact_updates=self.round_plan.schedule == "full",
                 secure=self.has_secure_rounds,
+                model=self.network.model,
             )
         )
 

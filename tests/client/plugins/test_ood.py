@@ -13,7 +13,7 @@ from client.plugins.ood import BINS, OutOfDistribution, histogram, mix_within_cl
 from tofu.data import LabeledImages, open_data, to_float
 from tofu.errors import SettingError
 from tofu.models import build_model
-from tofu.plugins import Plugins, RoundContext, make_plugins
+from tofu.plugins import Batch, Plugins, RoundContext, make_plugins
 from tofu.training import LocalTrainingConfig, train_locally
 from tofu.weights import difference, fingerprint, load_weights, weights_of
 
@@ -117,7 +117,10 @@ def test_a_batch_gets_half_as_many_images_mixed_with_noise(digits: LabeledImages
     plugins, _ = one_client("ood.noise=0.7")
     plugins.setup(build_model("mlp", digits.shape), RoundContext(digits.shape))
     x, y = to_float(digits.images[:40]), digits.labels[:40]
-    images, targets = plugins.on_batch(x, F.one_hot(y, 10).float() if soft else y, generator())
+    given = Batch(x, F.one_hot(y, 10).float() if soft else y, torch.arange(40))
+    batch = plugins.on_batch(given, generator())
+    images, targets = batch.images, batch.targets
+    assert batch.ids.tolist() == [*range(40), *[-1] * 20]
     assert images.shape == (60, 1, 8, 8)
     assert targets.shape == (60, 11)
     assert torch.equal(images[:40], x)
@@ -134,8 +137,8 @@ def test_a_batch_gets_half_as_many_images_mixed_with_noise(digits: LabeledImages
     inner = noise[(images[40:].abs() < 1) & (x[rows].abs() < 0.3)]
     assert 0.55 < float(inner.std()) < 0.85
     assert abs(float(inner.mean())) < 0.15
-    again = plugins.on_batch(x, y, generator())
-    assert torch.equal(again[0], images)
+    again = plugins.on_batch(Batch(x, y, torch.arange(40)), generator())
+    assert torch.equal(again.images, images)
 
 
 def test_partners_are_of_the_same_class(digits: LabeledImages) -> None:

@@ -202,7 +202,8 @@ def test_a_factory_in_the_current_folder_is_found_and_imported_before_the_seed_i
         (tmp_path / f"{name}.py").write_text("raise SystemExit('the user's module was imported')")
     (tmp_path / "net.py").write_text(
         "import torch\nfrom torch import nn\nprint(torch.rand(1) * 0)\n"
-        "def make(*, channels, height, width, classes):\n    return nn.Sequential(nn.Flatten(), nn.LazyLinear(classes))\n"
+        "def make(*, channels, height, width, classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.LazyLinear(classes))\n"
     )
     code = """
 import sys
@@ -210,7 +211,8 @@ sys.path[:] = [path for path in sys.path if path]
 from tofu.data import ImageShape
 from tofu.models import build_model
 from tofu.weights import weights_of
-prints = [{k: v.sum().item() for k, v in weights_of(build_model("net:make", ImageShape(1, 8, 8, 10))).items()} for _ in range(2)]
+models = [build_model("net:make", ImageShape(1, 8, 8, 10)) for _ in range(2)]
+prints = [{k: v.sum().item() for k, v in weights_of(model).items()} for model in models]
 print(prints[0] == prints[1])
 import client.app
 print(client.app.__file__)

@@ -15,6 +15,7 @@ from tofu.errors import PayloadError, RunError, SettingError
 from tofu.models import build_model
 from tofu.plugins import (
     NO_PLUGINS,
+    Batch,
     Export,
     Plugin,
     Plugins,
@@ -41,13 +42,13 @@ class Adds(Plugin):
 
     amount: float = option(1.0, "what is added", ge=0)
 
-    def on_batch(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        return images + self.amount, labels
+    def on_batch(self, batch: Batch, generator: torch.Generator) -> Batch:
+        return batch.replace(images=batch.images + self.amount)
 
-    def on_loss(self, outputs: Tensor, targets: Tensor, loss: Tensor, model: nn.Module) -> Tensor:
+    def on_loss(self, outputs: Tensor, batch: Batch, loss: Tensor, model: nn.Module) -> Tensor:
         return loss + self.amount
 
-    def on_step(self, model: nn.Module, before: Weights) -> None:
+    def on_step(self, model: nn.Module, before: Weights, momenta: Weights) -> None:
         for p in model.parameters():
             p += self.amount
 
@@ -58,13 +59,13 @@ class Doubles(Adds):
 
     order = Plugin.PROJECTION
 
-    def on_batch(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        return images * 2, labels
+    def on_batch(self, batch: Batch, generator: torch.Generator) -> Batch:
+        return batch.replace(images=batch.images * 2)
 
-    def on_loss(self, outputs: Tensor, targets: Tensor, loss: Tensor, model: nn.Module) -> Tensor:
+    def on_loss(self, outputs: Tensor, batch: Batch, loss: Tensor, model: nn.Module) -> Tensor:
         return loss * 2
 
-    def on_step(self, model: nn.Module, before: Weights) -> None:
+    def on_step(self, model: nn.Module, before: Weights, momenta: Weights) -> None:
         for p in model.parameters():
             p *= 2
 
@@ -73,7 +74,7 @@ class Doubles(Adds):
 class Squares(Doubles):
     order = Plugin.MASK
 
-    def on_step(self, model: nn.Module, before: Weights) -> None:
+    def on_step(self, model: nn.Module, before: Weights, momenta: Weights) -> None:
         for p in model.parameters():
             p **= 2
 
@@ -145,10 +146,9 @@ def test_no_plugins_change_nothing_and_copy_nothing() -> None:
     loss = torch.zeros(())
     assert make_plugins("") == NO_PLUGINS == ()
     assert not NO_PLUGINS
-    out = NO_PLUGINS.on_batch(images, labels, torch.Generator())
-    assert out[0] is images
-    assert out[1] is labels
-    assert NO_PLUGINS.on_loss(images, labels, loss, model) is loss
+    batch = Batch(images, labels, torch.arange(1))
+    assert NO_PLUGINS.on_batch(batch, torch.Generator()) is batch
+    assert NO_PLUGINS.on_loss(images, batch, loss, model) is loss
     assert NO_PLUGINS.setup(model, RoundContext(SHAPE)) is model
     assert NO_PLUGINS.before_step(model) is None
     NO_PLUGINS.on_step(model, None)
@@ -160,9 +160,9 @@ def test_hooks_run_in_their_order() -> None:
     plugins = of("Squares", "Doubles", "Adds")
     model = nn.Linear(1, 1)
     nn.init.ones_(model.weight)
-    images, _ = plugins.on_batch(torch.ones(1, 1), torch.zeros(1), torch.Generator())
-    assert images.item() == 1 * 2 * 2 + 1
-    assert plugins.on_loss(images, images, torch.ones(()), model).item() == 5
+    batch = plugins.on_batch(Batch(torch.ones(1, 1), torch.zeros(1), torch.arange(1)), torch.Generator())
+    assert batch.images.item() == 1 * 2 * 2 + 1
+    assert plugins.on_loss(batch.images, batch, torch.ones(()), model).item() == 5
     before = plugins.before_step(model)
     assert before is not None
     plugins.on_step(model, before)
@@ -191,7 +191,7 @@ def test_a_plugin_of_ones_own_and_its_options() -> None:
         ("grm", "", "plugins='grm' is not usable: expected one of gpm, .*or package.module:Class"),
         ("no.such:Thing", "", "that can be imported .ModuleNotFoundError: No module named 'no'"),
         (f"{HERE}:Nothing", "", "that can be imported .AttributeError"),
-        (f"{HERE}:SHAPE", "", "a subclass of tofu.plugins.Plugin"),
+        (f"{HERE}:SHAPE", "", "a subclass of tofu.plugins.base.Plugin"),
         (f"{HERE}:NoDecorator", "", r"decorated with @dataclass \(option share\)"),
         (f"{HERE}:Adds,{HERE}:Adds", "", "each plugin once, adds occurs twice"),
         (f"{HERE}:Head,{HERE}:OtherHead", "", r"one plugin at most that changes the model's head \(head, otherhead\)"),

@@ -1,0 +1,248 @@
+"""Several plugins as one: `Plugins` calls every hook of its members in a defined order and checks what they export."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tofu.data import LabeledImages
+from tofu.errors import PayloadError, RunError, SettingError
+from tofu.plugins.base import (
+    Batch,
+    Export,
+    LocalStep,
+    Plugin,
+    Prediction,
+    RoundContext,
+    RunRequirements,
+    SumSpec,
+    Weights,
+)  # fmt: skip
+from tofu.plugins.state import PluginState, state_from_bytes, state_to_bytes
+from tofu.rounds.panel import Panel
+
+
+class Plugins(tuple[Plugin, ...]):
+    """Plugins in the order in which the user listed them, with the same hooks. Build it with `make_plugins`."""
+
+    __slots__ = ()
+
+    def named(self) -> dict[str, Plugin]:
+        """Name -> plugin."""
+        return {plugin.name: plugin for plugin in self}
+
+    def check(self, run: RunRequirements) -> None:
+        """Raises SettingError where a plugin refuses such a run."""
+        for plugin in self:
+            if reason := plugin.incompatibility(run):
+                raise SettingError("plugins", plugin.name, reason)
+
+    def setup(self, model: nn.Module, context: RoundContext) -> nn.Module:
+        """Set up all plugins, first the one that changes the head: others measure or factorize its result."""
+        for plugin in sorted(self, key=lambda plugin: not plugin.changes_head):
+            model = plugin.setup(model, context)
+        return model
+
+    def declare_sums(self, model: nn.Module) -> dict[str, SumSpec]:
+        """`plugin/name` -> what is exported under it in this round."""
+        return {f"{p.name}/{name}": spec for p in self for name, spec in p.declare_sums(model).items()}
+
+    def on_train_begin(self, model: nn.Module, data: LabeledImages) -> None:
+        """Call the hook of every plugin, in list order, as `on_batch` and `on_loss` do."""
+        for plugin in self:
+            plugin.on_train_begin(model, data)
+
+    def on_batch(self, batch: Batch, generator: torch.Generator) -> Batch:
+        for plugin in self:
+            batch = plugin.on_batch(batch, generator)
+        return batch
+
+    def train_step(self, batch: Batch, step: LocalStep) -> Tensor:
+        """Train on one batch by the plugin that overrides `train_step`, or by one plain step."""
+        for plugin in self:
+            if overrides(plugin, "train_step"):
+                return plugin.train_step(batch, step)
+        return step()
+
+    def on_loss(self, outputs: Tensor, batch: Batch, loss: Tensor, model: nn.Module) -> Tensor:
+        for plugin in self:
+            loss = plugin.on_loss(outputs, batch, loss, model)
+        return loss
+
+    @torch.no_grad()
+    def before_step(self, model: nn.Module) -> dict[str, Tensor] | None:
+        """Copies of the trainable parameters for `on_step`, or None where no plugin has that hook."""
+        if not any(overrides(plugin, "on_step") for plugin in self):
+            return None
+        return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def on_step(self, model: nn.Module, before: Weights | None, momenta: Mapping[str, Tensor] | None = None) -> None:
+        """Call the hook after a client's optimizer step and after the server's step.
+
+        The server calls it because compression, momentum and error feedback can move the global step out of the
+        subspace to which each client's step was projected.
+
+        Args:
+            before: what `before_step` returned.
+            momenta: name -> momentum buffer of the client's optimizer.
+        """
+        if before is None:
+            return
+        plugins = list(reversed(self))
+        plugins.sort(key=lambda plugin: -plugin.order)  # a stable sort
+        for plugin in plugins:
+            plugin.on_step(model, before, momenta or {})
+
+    def on_epoch_end(self, model: nn.Module, data: LabeledImages) -> None:
+        for plugin in self:
+            plugin.on_epoch_end(model, data)
+
+    def on_task_end(self, model: nn.Module, data: LabeledImages, final: bool) -> None:
+        for plugin in self:
+            plugin.on_task_end(model, data, final)
+
+    def predict(self, model: nn.Module, images: Tensor) -> Prediction:
+        """By the plugin that has its own way of predicting, or the model's outputs. Eval mode is the caller's."""
+        for plugin in self:
+            if overrides(plugin, "predict"):
+                return plugin.predict(model, images)
+        return Prediction(model(images))
+
+    @property
+    def groups(self) -> int:
+        """Number of client groups."""
+        return max((plugin.groups for plugin in self), default=1)
+
+    def group_of(self, client: str) -> int:
+        """The group of a client, by the plugin that has more than one.
+
+        Raises:
+            RunError: the plugin returns a number that is not a group.
+        """
+        for plugin in self:
+            if plugin.groups > 1:
+                group = plugin.group_of(client)
+                if not 0 <= group < plugin.groups:
+                    raise RunError(f"plugin {plugin.name}: group of client {client} is {group}, "
+                                   f"expected 0 to {plugin.groups - 1}")  # fmt: skip
+                return group
+        return 0
+
+    def predict_groups(self, models: Sequence[nn.Module], images: Tensor) -> Prediction:
+        """By the plugin that has groups. Eval mode is the caller's."""
+        for plugin in self:
+            if plugin.groups > 1:
+                return plugin.predict_groups(models, images)
+        return self.predict(models[0], images)
+
+    @torch.no_grad()
+    def on_aggregate(self, model: nn.Module, context: RoundContext) -> None:
+        for plugin in self:
+            plugin.on_aggregate(model, context)
+
+    def export(self, model: nn.Module) -> Export:
+        """All exports, under `plugin/name`.
+
+        Raises:
+            RunError: a sum that was not declared, missing, of another shape or type, not finite or beyond its bound;
+                a metric that is not finite; a name that is local only.
+        """
+        sums: dict[str, Tensor] = {}
+        metrics: dict[str, float] = {}
+        for plugin in self:
+            export = plugin.export()
+            private = plugin.local_only & (export.sums.keys() | export.metrics.keys())
+            if private:
+                raise RunError(f"plugin {plugin.name} exports {min(private)}, which is for its client alone")
+            sums |= {f"{plugin.name}/{name}": value for name, value in export.sums.items()}
+            metrics |= {f"{plugin.name}/{name}": float(value) for name, value in export.metrics.items()}
+        for name, value in metrics.items():
+            if not abs(value) < float("inf"):
+                raise RunError(f"metric {name} is {value}, expected a finite number")
+        self.check_sums(sums, model)
+        return Export(sums, metrics)
+
+    def check_sums(self, sums: Weights, model: nn.Module, *, clients: int = 1) -> None:
+        """Check a client's sums, or totals over so many clients, against `declare_sums`, on both ends.
+
+        Raises:
+            RunError: as in `export`.
+        """
+        declared = self.declare_sums(model)
+        if sums.keys() != declared.keys():
+            odd = sorted(sums.keys() ^ declared.keys())[0]
+            raise RunError(f"sum {odd} is {'not declared' if odd in sums else 'missing'}")
+        for name, value in sums.items():
+            shape, bound = declared[name].shape, declared[name].bound * clients
+            if tuple(value.shape) != shape or value.dtype != torch.float64:
+                raise RunError(f"sum {name} is {value.dtype} {list(value.shape)}, expected float64 {list(shape)}")
+            largest = float(value.abs().max()) if value.numel() else 0.0
+            if not (largest <= bound and largest < float("inf")):
+                raise RunError(f"sum {name} reaches {largest:g}, expected finite values of at most {bound:g}")
+
+    def reduce(self, sums: Weights, examples: int) -> None:
+        """Give every plugin its totals (under `plugin/name`); its `broadcast` is then the new one."""
+        for plugin in self:
+            own = _of_plugin(plugin.name, sums)
+            if own:
+                plugin.broadcast = dict(plugin.reduce(own, examples, plugin.broadcast))
+
+    def panels(self) -> dict[str, Panel]:
+        """Plugin name -> its panel for the report."""
+        return {plugin.name: panel for plugin in self if (panel := plugin.panel()) is not None}
+
+    def state_bytes(self, *, max_bytes: int) -> bytes:
+        """All plugins' private states, for the client to keep.
+
+        Raises:
+            PayloadError: too large, or a value that cannot be kept.
+        """
+        return state_to_bytes(_joined({p.name: p.state for p in self}), max_bytes=max_bytes)
+
+    def broadcast_bytes(self, *, max_bytes: int) -> bytes:
+        """All plugins' broadcasts, for the server to send. Raises PayloadError as `state_bytes` does."""
+        return state_to_bytes(_joined({p.name: p.broadcast for p in self}), max_bytes=max_bytes)
+
+    @torch.no_grad()
+    def calibrated_bytes(self, model: nn.Module, data: LabeledImages, *, max_bytes: int) -> bytes:
+        """All plugins' broadcasts, for `predict` with this model; its mode is restored. Raises as `state_bytes`."""
+        was_training = model.training
+        model.eval()
+        states = {plugin.name: plugin.calibrate(model, data) for plugin in self}
+        model.train(was_training)
+        return state_to_bytes(_joined(states), max_bytes=max_bytes)
+
+    def load(self, *, state: bytes = b"", broadcast: bytes = b"", max_bytes: int) -> None:
+        """Give the plugins what `state_bytes` and `broadcast_bytes` made; empty bytes are no state.
+
+        Raises:
+            PayloadError: bytes that are not such a state, or one of a plugin that is not here.
+        """
+        for attribute, data in (("state", state), ("broadcast", broadcast)):
+            joined = state_from_bytes(data, max_bytes=max_bytes) if data else {}
+            for plugin in self:
+                prefix = f"{plugin.name}/"
+                own = {n.removeprefix(prefix): joined.pop(n) for n in list(joined) if n.startswith(prefix)}
+                setattr(plugin, attribute, own)
+            if joined:
+                raise PayloadError(
+                    f"plugin state holds {min(joined)[:40]!r}, expected plugins {', '.join(self.named())}"
+                )
+
+
+NO_PLUGINS = Plugins()
+
+
+def overrides(plugin: Plugin, hook: str) -> bool:
+    """Whether a plugin's class has its own version of a hook."""
+    return getattr(type(plugin), hook) is not getattr(Plugin, hook)
+
+
+def _joined(states: Mapping[str, PluginState]) -> PluginState:
+    return {f"{plugin}/{name}": value for plugin, state in states.items() for name, value in state.items()}
+
+
+def _of_plugin(plugin: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    prefix = f"{plugin}/"
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
