@@ -147,6 +147,10 @@ def train_round(request: TrainRequest, round_: int, settings: Settings, context:
     state = load_state(context, network.param_spec)
     receive_weights(request, round_, network, state.kept, settings.make_downlink(network))
     base = weights_of(model)
+    share = settings.residual_fraction
+    feedback = state.feedback if share else ErrorFeedback()
+    start = feedback.ahead(base, request.acknowledged, settings.step_ahead, network.param_spec.parameters, share=share)
+    load_weights(model, start)
 
     stream = settings.task_stream(request.shape.classes)
     task = stream.number(about.task, client)
@@ -163,11 +167,9 @@ def train_round(request: TrainRequest, round_: int, settings: Settings, context:
             device=open_device(settings.device),
         )  # fmt: skip
     exported = plugins.export(model)
-    update = difference(weights_of(model), base)
+    update = difference(weights_of(model), start)
     load_weights(model, base)  # the codec differentiates at the base weights
     model.eval()
-    share = 0.0 if settings.noise_multiplier else settings.error_feedback
-    feedback = state.feedback if share else ErrorFeedback()
     target = feedback.target(update, request.acknowledged, share=share)
     examples, loss = len(data), result.loss
     if settings.noise_multiplier:

@@ -111,6 +111,21 @@ def test_a_reply_that_the_server_never_got_is_sent_again() -> None:
         assert torch.allclose(again[name], exact_first[name] + exact_second[name], atol=1e-5)
 
 
+def test_step_ahead_trains_from_where_the_residual_leads() -> None:
+    """The first round has no residual. Without error feedback nothing changes."""
+
+    def second_round(**changes: float) -> tuple[bytes, bytes]:
+        settings, ctx = Settings.of(SETTINGS.to_config() | changes), context(**{"partition-id": 0})
+        first = train_round(request(), 1, settings, ctx).payload
+        return first, train_round(request("proxy", 2, acknowledged=1), 2, settings, ctx).payload
+
+    plain, ahead = second_round(), second_round(**{"step-ahead": 0.5})
+    assert plain[0] == ahead[0]
+    assert plain[1] != ahead[1]
+    off = {"error-feedback": 0.0}
+    assert second_round(**off) == second_round(**off, **{"step-ahead": 0.5, "over-relaxation": 1.8})
+
+
 @pytest.mark.parametrize("setting", [{"error_feedback": 0.9}, {"noise_multiplier": 1.0, "clip_norm": 1.0}])
 def test_terms_that_lose_values_are_refused_where_nothing_keeps_them(setting: dict[str, float]) -> None:
     settings = Settings.of({"model": "mlp", "clients": 3, "batch-size": 32, "schedule": "secure"} | setting)

@@ -53,11 +53,12 @@ def another(name: str) -> Value:
 
 
 OTHERS = {dashed(name): another(name) for name in FIELDS}
-OTHERS |= dict.fromkeys(("momentum", "server-momentum", "ema-decay", "error-feedback", "tolerance"), 0.25)
+OTHERS |= dict.fromkeys(("momentum", "server-momentum", "ema-decay", "error-feedback", "step-ahead", "tolerance"), 0.25)
 OTHERS |= {
     "plugins": "",
     "plugin-options": "",
     "task-count": 2,
+    "over-relaxation": 1.5,
     "device": "auto",
 }  # plugins do not go with noise-multiplier
 """A value for every setting that is not its default."""
@@ -174,6 +175,8 @@ def test_wrong_types_are_refused(name: str, value: object, expected: str) -> Non
         ("max-evals", [0], [1]),
         ("tolerance", [-0.1], [0.0]),
         ("error-feedback", [-0.1, 1.1], [0.0, 1.0]),
+        ("over-relaxation", [0.99, 2.0], [1.0, 1.99]),
+        ("step-ahead", [-0.1, 1.1], [0.0, 1.0]),
         ("client-fraction", [0.0, 1.01], [0.01, 1.0]),
         ("min-clients", [0], [1, 10]),
         ("round-timeout", [0.0, math.inf], [0.1]),
@@ -356,13 +359,14 @@ def values_of(name: str) -> st.SearchStrategy[object]:
     if accepted := accepted_values(name):
         return st.sampled_from(accepted)
     bounds = bounds_of(field)
-    low, high = bounds.get("ge", bounds.get("gt")), bounds.get("le")
+    low, high = bounds.get("ge", bounds.get("gt")), bounds.get("le", bounds.get("lt"))
     if kind_of(field) is bool:
         return st.booleans()
     if kind_of(field) is int:
         return st.integers(int(low or 0), int(high or 10**9))
     if kind_of(field) is float:
-        return st.floats(low, high if high is not None else 1e300, exclude_min="gt" in bounds)
+        top = high if high is not None else 1e300
+        return st.floats(low, top, exclude_min="gt" in bounds, exclude_max="lt" in bounds)
     return st.text(max_size=20)
 
 
@@ -393,3 +397,24 @@ def test_the_json_schema_accepts_the_defaults_and_refuses_the_rest() -> None:
 def test_settings_do_not_import_torch() -> None:
     code = "import sys, tofu.settings; tofu.settings.Settings.of({'rounds': 3}); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_step_ahead_is_refused_with_a_plugin_that_restricts_local_steps() -> None:
+    stream = {"plugins": "gpm", "tasks": "pixels", "task-count": 2, "rounds": 4, "schedule": "full", "clients": 3}
+    assert Settings.of(stream).step_ahead == 0
+    with pytest.raises(SettingError) as caught:
+        Settings.of(stream | {"step-ahead": 0.5})
+    assert caught.value.field == "step-ahead"
+    assert Settings.of({"plugins": "rank", "step-ahead": 0.5}).step_ahead == 0.5
+
+
+def test_over_relaxation_applies_to_the_correction_or_to_the_whole_and_needs_error_feedback() -> None:
+    network = ReferenceModel(build_model("mlp", ImageShape(1, 8, 8, 10)), ImageShape(1, 8, 8, 10))
+
+    def gain(**changes: object) -> tuple[str, float]:
+        made = Settings.of({"over-relaxation": 1.8, "compressor": "stc"} | changes).make_compressor("proxy", network)
+        return made.name, getattr(made, "_gain", 1.0)
+
+    assert gain() == ("stc", 1.8)
+    assert gain(**{"error-feedback": 0.0}) == ("stc", 1.0)
+    assert gain(**{"noise-multiplier": 1.0}) == ("stc", 1.0)

@@ -7,7 +7,10 @@ names, with its next message, the last round whose reply of this client it added
 last sent, the sent part returns into the residual.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+import torch
 
 from tofu.weights import Weights
 
@@ -42,6 +45,24 @@ class ErrorFeedback:
             for name, value in self.sent.items():
                 total[name] = total[name] + value
         return total
+
+    def ahead(
+        self, weights: Weights, acknowledged: int, step_ahead: float, parameters: Iterable[str], *, share: float = 1.0
+    ) -> Weights:
+        """The weights that local training starts from (SA-PEF, Redie et al., TMLR 2026).
+
+        These are the global weights plus `step_ahead` times what the server has not received. The update is then the
+        difference from these weights, because `target` adds what the server has not received in full.
+
+        Args:
+            weights: the global weights.
+            step_ahead: 0 is plain error feedback, which starts from `weights`.
+            parameters: the names that this applies to. Buffers are statistics, so they start from `weights`.
+        """
+        if not step_ahead or not (self.residual or self.sent):
+            return weights
+        missing = self.target({name: torch.zeros_like(weights[name]) for name in weights}, acknowledged, share=share)
+        return weights | {name: weights[name] + step_ahead * missing[name] for name in parameters}
 
     @staticmethod
     def after(target: Weights, decoded: Weights, round_: int) -> "ErrorFeedback":

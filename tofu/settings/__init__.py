@@ -139,9 +139,13 @@ class Settings(BaseModel):
             raise SettingError("clients", data.clients, f"at least {MIN_SECURE} for secure rounds")
 
     def _check_plugins(self) -> None:
-        from tofu.plugins import RunRequirements
+        from tofu.plugins import Plugin, RunRequirements
 
-        self.make_plugins().check(
+        plugins = self.make_plugins()
+        if self.codec.step_ahead and any(type(plugin).on_step is not Plugin.on_step for plugin in plugins):
+            wanted = f"0 with plugins={self.plugin.plugins}, which restricts the steps from the global weights"
+            raise SettingError("step-ahead", self.codec.step_ahead, wanted)
+        plugins.check(
             RunRequirements(
                 clients=self.data.clients,
                 tasks=self.plugin.task_count,
@@ -162,6 +166,11 @@ class Settings(BaseModel):
     def recorded(self) -> tuple[str, ...]:
         """Names of the clients whose messages are stored."""
         return self.run.recorded
+
+    @property
+    def residual_fraction(self) -> float:
+        """Fraction of the compression error that clients keep. None under differential privacy: it is not noised."""
+        return 0.0 if self.privacy.noise_multiplier else self.codec.error_feedback
 
     def lr_of(self, round_: int) -> float:
         """The clients' learning rate in a round, counted from 1."""
@@ -226,7 +235,8 @@ class Settings(BaseModel):
     def make_compressor(self, kind: str, network: "ReferenceModel") -> "Compressor":
         """The compressor of a round of this kind ("proxy" or "full"; a secure round has none) for this network."""
         name = "full" if kind == "full" else self.codec.compressor
-        return self._make(name, network, ratio=self.codec.ratio, count=self.codec.proxies)
+        gain = self.codec.over_relaxation if kind != "full" and self.residual_fraction else 1.0
+        return self._make(name, network, ratio=self.codec.ratio, count=self.codec.proxies, gain=gain)
 
     def make_downlink(self, network: "ReferenceModel") -> "Compressor | None":
         """The compressor of the server's steps, or None if the server sends its weights."""
@@ -234,12 +244,16 @@ class Settings(BaseModel):
             return None
         return self._make(self.downstream.downlink, network, ratio=self.downstream.downlink_ratio, count=0)
 
-    def _make(self, name: str, network: "ReferenceModel", *, ratio: float, count: int) -> "Compressor":
+    def _make(
+        self, name: str, network: "ReferenceModel", *, ratio: float, count: int, gain: float = 1.0
+    ) -> "Compressor":
         from tofu.codec.options import CompressorOptions
         from tofu.compression import make_compressor
 
         correction = 0.0 if self.codec.codec_mode == "paper" else self.codec.correction
-        options = CompressorOptions(proxies=count, correction=correction, encoder=self.proxy_settings())
+        options = CompressorOptions(
+            gain=gain, proxies=count, correction=correction, correction_gain=gain, encoder=self.proxy_settings()
+        )
         return make_compressor(name, network, ratio=ratio, options=options)
 
     def noise(self, sharers: int = 1) -> "Noise | None":

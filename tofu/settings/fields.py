@@ -22,6 +22,7 @@ def setting(
     ge: float | None = None,
     gt: float | None = None,
     le: float | None = None,
+    lt: float | None = None,
     section: str = "",
     repeated: str = "",
 ) -> Any:
@@ -29,13 +30,13 @@ def setting(
 
     Args:
         help_: one line for `--help` and the JSON schema.
-        ge, gt, le: bounds of a number.
+        ge, gt, le, lt: bounds of a number.
         section: heading of `--help`, if it is not that of the group.
         repeated: separator of several values; such an option may be given several times.
     """
     extra: dict[str, Any] = {"section": section, "repeated": repeated}
     finite = False if isinstance(default, float) else None
-    return Field(default, description=help_, ge=ge, gt=gt, le=le, allow_inf_nan=finite, json_schema_extra=extra)
+    return Field(default, description=help_, ge=ge, gt=gt, le=le, lt=lt, allow_inf_nan=finite, json_schema_extra=extra)
 
 
 class Group(BaseModel):
@@ -73,11 +74,11 @@ def choices_of(field: FieldInfo) -> tuple[Value, ...]:
 
 
 def bounds_of(field: FieldInfo) -> dict[str, float]:
-    """Bounds of a number by pydantic's names: ge, gt, le."""
+    """Bounds of a number by pydantic's names: ge, gt, le, lt."""
     return {
         name: getattr(constraint, name)
         for constraint in field.metadata
-        for name in ("ge", "gt", "le")
+        for name in ("ge", "gt", "le", "lt")
         if getattr(constraint, name, None) is not None
     }
 
@@ -86,7 +87,7 @@ def expected(field: FieldInfo) -> str:
     """What a setting accepts, in words that complete "expected ..."."""
     if choices := choices_of(field):
         return f"one of {', '.join(map(str, choices))}"
-    words = {"ge": "at least", "gt": "above", "le": "at most"}
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
     bounds = ", ".join(f"{words[name]} {bound:g}" for name, bound in bounds_of(field).items())
     return f"{_TYPES[kind_of(field)]} {bounds}".strip()
 

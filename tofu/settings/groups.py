@@ -119,6 +119,18 @@ class CodecSettings(Group):
         ge=0,
         le=1,
     )
+    over_relaxation: float = setting(
+        1.0,
+        "factor of decoded updates that error feedback accounts for; with compressor=proxy it applies to the correction",
+        ge=1,
+        lt=2,
+    )
+    step_ahead: float = setting(
+        0.0,
+        "fraction of a client's compression error that is added to the weights local training starts from",
+        ge=0,
+        le=1,
+    )
     codec_mode: Literal["smooth", "paper"] = setting(
         "smooth", "smooth: our codec; paper: as published, for which the settings below are fixed", section="Proxies"
     )

@@ -50,3 +50,39 @@ def test_a_share_of_the_residual_fades_but_a_lost_reply_returns_whole() -> None:
 def test_the_first_round_has_nothing_to_add() -> None:
     update = {"w": torch.ones(2)}
     assert torch.equal(ErrorFeedback().target(update, -1)["w"], update["w"])
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    present=st.lists(st.booleans(), min_size=1, max_size=12),
+    arrives=st.lists(st.booleans(), min_size=12, max_size=12),
+    step_ahead=st.sampled_from([0.0, 0.5, 1.0]),
+    gain=st.sampled_from([1.0, 1.8]),
+    seed=st.integers(0, 2**31),
+)
+def test_step_ahead_and_over_relaxation_keep_the_sum_of_all_local_progress(
+    present: list[bool], arrives: list[bool], step_ahead: float, gain: float, seed: int
+) -> None:
+    """Replies get lost and rounds are missed; the server's weights plus the residual are always the start plus all
+    local progress. The local objective pulls towards a point of its own, so progress depends on the starting point."""
+    generator = torch.Generator().manual_seed(seed)
+    goal, feedback, acknowledged = torch.randn(8, generator=generator), ErrorFeedback(), -1
+    nothing = {"w": torch.zeros(8), "buffer": torch.zeros(8)}
+    progress, server = torch.zeros(8), nothing
+    for round_, here in enumerate(present):
+        if not here:
+            continue
+        start = feedback.ahead(server, acknowledged, step_ahead, ["w"])
+        assert torch.equal(start["buffer"], server["buffer"])
+        missing = feedback.target(nothing, acknowledged)["w"]
+        assert torch.allclose(start["w"], server["w"] + step_ahead * missing, atol=1e-5)
+        update = {"w": 0.3 * (goal - start["w"]), "buffer": torch.ones(8)}
+        progress += update["w"]
+        target = feedback.target(update, acknowledged)
+        decoded = {"w": gain * lossy(target)["w"], "buffer": target["buffer"]}
+        feedback = ErrorFeedback.after(target, decoded, round_)
+        if arrives[round_]:
+            server = {name: value + decoded[name] for name, value in server.items()}
+            acknowledged = round_
+    remembered = feedback.target(nothing, acknowledged)["w"]
+    assert torch.allclose(server["w"] + remembered, progress, atol=1e-3)

@@ -1,0 +1,196 @@
+"""Ablation of error feedback: over-relaxation w, step-ahead a, proxies and correction, each switched off in turn.
+
+Every method has the same grid of w and a, the same local training, rounds and seeds. After each run its row is written
+to the results, so an interrupted benchmark continues with the same command; a row that is there is not run again.
+Accuracies during a run are measured on 1,000 test images, the final accuracy on all of them, because evaluation would
+otherwise take more than half of a run. The step sizes are those of `benchmarks.rivals`.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS, find_data, print_table, spread, versions
+from benchmarks.rivals.__main__ import COMPARISONS, FEDERATION
+from client.app import app as client_app
+from server.app import serve_in_process
+from tofu.errors import RunError
+from tofu.evaluation import evaluate
+from tofu.files import replace_file
+from tofu.models import build_model
+from tofu.observers.base import Observer
+from tofu.reporting.folder import read_model
+from tofu.rounds.record import read_rounds
+from tofu.settings import Settings
+from tofu.weights import load_weights
+
+Row = dict[str, Any]
+
+TASKS: dict[str, dict[str, Any]] = {
+    "cifar10": COMPARISONS["cifar10-group"][0],
+    "mnist-100": COMPARISONS["mnist-100"][0],
+    "mnist": COMPARISONS["mnist"][0] | {"lr": 0.2},
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "proxies+correction": {"compressor": "proxy", "correction": 0.4},
+    "correction": {"compressor": "proxy", "correction": 1.0},
+    "proxies": {"compressor": "proxy", "correction": 0.0},
+    "stc": {"compressor": "stc"},
+    "topk": {"compressor": "topk"},
+    "powersgd": {"compressor": "powersgd"},
+}
+"""The last three are rivals. Proxies without a correction have no w: it applies to the correction only."""
+FEEDBACK = ((1.8, 0.5), (1.0, 0.5), (1.8, 0.0), (1.0, 0.0))
+"""(w, a): both, each switched off, neither."""
+RATIOS = (1000, 200, 500, 2000, 50)
+SEEDS = (0, 1, 2)
+CURVE_IMAGES = 1000
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run; `fedavg` has no ratio and no error feedback."""
+
+    task: str
+    method: str
+    ratio: int
+    w: float
+    a: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        tail = "" if self.method == "fedavg" else f"-{self.ratio}x-w{self.w:g}-a{self.a:g}"
+        return f"{self.task}/{self.method}{tail}-seed{self.seed}"
+
+    def settings(self, folder: Path) -> Settings:
+        task = TASKS[self.task]
+        hub = task["dataset"]
+        own: dict[str, Any] = {"schedule": "full"}
+        if self.method != "fedavg":
+            own = METHODS[self.method] | {
+                "ratio": float(self.ratio), "over_relaxation": self.w, "step_ahead": self.a,
+            }  # fmt: skip
+        common = {
+            "dataset": find_data(hub.split("/")[1], hub), "seed": self.seed, "workers": 1, "threads": 1,
+            "checkpoint": False, "test_images": CURVE_IMAGES, "run_folder": str(folder),
+        }  # fmt: skip
+        return Settings.of(FEDERATION | task | own | common)
+
+
+def all_runs() -> list[Run]:
+    """The whole ablation, in the order in which it is run: by seed, so that every cell has early results."""
+    runs = []
+    for task in TASKS:
+        for ratio in RATIOS:
+            for seed in SEEDS:
+                runs.append(Run(task, "fedavg", 0, 1.0, 0.0, seed))
+                for w, a in FEEDBACK:
+                    for method in METHODS:
+                        if method != "proxies" or w == 1:
+                            runs.append(Run(task, method, ratio, w, a, seed))
+    return list(dict.fromkeys(runs))
+
+
+def make(run: Run, folder: Path) -> Row:
+    """Make one run. Training that diverges is a result, too."""
+    row: Row = {"run": run.name, **vars(run)}
+    shutil.rmtree(folder, ignore_errors=True)
+    settings = run.settings(folder)
+    try:
+        summary = serve_in_process(client_app, settings, Observer())
+    except RunError as error:
+        return row | {"failed": str(error)}
+    rounds = read_rounds(folder / "metrics.jsonl")
+    return row | {
+        "final_accuracy": _accuracy(settings, folder),
+        "accuracy_by_round": [one.accuracy for one in rounds],
+        "explained_variance_by_round": [one.explained_variance for one in rounds],
+        "encode_seconds": sum(one.encode_seconds or 0.0 for one in rounds),
+        **{name: summary[name] for name in ("payload_ratio", "uplink_bytes", "seconds", "weights_sha256")},
+    }
+
+
+def _accuracy(settings: Settings, folder: Path) -> float:
+    """Accuracy of a finished run's weights on all test images."""
+    weights, shape, _ = read_model(folder)
+    model = build_model(settings.model, shape, norm=settings.norm, seed=settings.seed)
+    load_weights(model, weights)
+    return evaluate(model, settings.replace(test_images=0).open_data().test()).accuracy
+
+
+def table(rows: Iterable[Row]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Per task: its name, the header, and one line per method and (w, a), with mean and deviation over the seeds."""
+    found = [row for row in rows if "failed" not in row]
+    tables = []
+    for task in TASKS:
+        ratios = sorted({row["ratio"] for row in found if row["task"] == task and row["ratio"]})
+        lines = []
+        for method in ("fedavg", *METHODS):
+            for w, a in FEEDBACK:
+                mine = [row for row in found if (row["task"], row["method"]) == (task, method)]
+                mine = [row for row in mine if (row["w"], row["a"]) == (w, a)]
+                if not mine:
+                    continue
+                cells = [_cell([row for row in mine if row["ratio"] in (ratio, 0)]) for ratio in ratios]
+                lines.append([method, *(("", "") if method == "fedavg" else (f"{w:g}", f"{a:g}")), *cells])
+        if lines:
+            tables.append((task, ["method", "w", "a", *(f"{ratio}x" for ratio in ratios)], lines))
+    return tables
+
+
+def _cell(rows: list[Row]) -> str:
+    """Final accuracy in %; the number of seeds if there are fewer than three."""
+    if not rows:
+        return "not run"
+    text = spread([100 * row["final_accuracy"] for row in rows], 1)
+    return text if len(rows) == len(SEEDS) else f"{text} ({len(rows)} of {len(SEEDS)} seeds)"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--only", action="append", metavar="PATTERN",
+        help="make only runs whose name matches, for example 'cifar10/stc-1000x-w1.8-a0.5-*'; may be repeated, in order",
+    )  # fmt: skip
+    parser.add_argument("--list", action="store_true", help="print the names of the runs that are left, and stop")
+    parser.add_argument("--table", action="store_true", help="print the table of the results so far, and stop")
+    parser.add_argument("--runs", default="runs/benchmark-error-feedback", help="folder for the runs")
+    parser.add_argument("--output", default=str(RESULTS / "error-feedback.json"), help="results")
+    options = parser.parse_args()
+    output = Path(options.output)
+    rows: list[Row] = json.loads(output.read_text())["rows"] if output.is_file() else []
+    done = {row["run"] for row in rows}
+    runs = all_runs()
+    asked = [run for pattern in options.only or ["*"] for run in runs if fnmatch(run.name, pattern)]
+    left = [run for run in dict.fromkeys(asked) if run.name not in done]
+    if options.list:
+        print("\n".join(run.name for run in left))
+        return
+    for number, run in enumerate([] if options.table else left, start=1):
+        rows.append(make(run, Path(options.runs) / run.name))
+        done.add(run.name)
+        result = rows[-1].get("final_accuracy", rows[-1].get("failed"))
+        print(f"{number} of {len(left)}: {run.name}: {result}", file=sys.stderr, flush=True)
+        missing = sum(run.name not in done for run in runs)
+        document = versions("python -m benchmarks.error_feedback") | {
+            "complete": not missing, "runs_left": missing, "curve_images": CURVE_IMAGES,
+            "settings": {task: FEDERATION | own for task, own in TASKS.items()}, "rows": rows,
+        }  # fmt: skip
+        replace_file(output, (json.dumps(document, indent=1) + "\n").encode())
+    missing = sum(run.name not in done for run in runs)
+    if missing:
+        print(f"Partial results: {missing} of {len(runs)} runs were not made.")
+    for task, header, lines in table(rows):
+        print(f"\n## {task}\n")
+        print_table(header, lines)
+
+
+if __name__ == "__main__":
+    main()
