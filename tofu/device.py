@@ -4,7 +4,6 @@ Everything else stays on the CPU, in particular decoding: both ends decode, and 
 the same update. Local steps and searches may round differently from machine to machine because their results are sent.
 """
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,12 +11,9 @@ import torch
 from torch import nn
 
 from tofu.errors import SettingError
+from tofu.settings.groups import DEVICE_FORMS, DEVICE_NAME
 
 CPU = torch.device("cpu")
-
-NAMES = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
-DEVICES = "auto, cpu, cuda or cuda:N"
-"""Accepted names; "auto" is cuda if the machine has such a device, and cpu otherwise."""
 
 
 def open_device(name: str) -> torch.device:
@@ -29,8 +25,8 @@ def open_device(name: str) -> torch.device:
     Raises:
         SettingError: the name is unknown, or this machine has no such device.
     """
-    if not NAMES.fullmatch(name):
-        raise SettingError("device", name, DEVICES)
+    if not DEVICE_NAME.fullmatch(name):
+        raise SettingError("device", name, DEVICE_FORMS)
     count = torch.cuda.device_count() if name != "cpu" and torch.cuda.is_available() else 0
     if name == "cpu" or (name == "auto" and not count):
         return CPU

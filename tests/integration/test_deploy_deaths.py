@@ -30,7 +30,7 @@ from tofu.settings import Settings
 SOAK_ROUNDS = int(os.environ.get("TOFU_SOAK_ROUNDS", "200"))
 TINY: dict[str, Any] = {
     "clients": 5, "min-clients": 2, "model": "mlp", "local-epochs": 1, "batch-size": 32, "lr": 0.1, "ratio": 40.0,
-    "max_evals": 3, "schedule": "switch", "round-timeout": 150.0, "secure-timeout": 40.0,
+    "max-evals": 3, "schedule": "switch", "round-timeout": 150.0, "secure-timeout": 40.0,
 }  # fmt: skip
 
 pytestmark = [

@@ -37,7 +37,7 @@ from tofu.settings import Settings
 
 TINY: dict[str, Any] = {
     "clients": 3, "min-clients": 3, "model": "mlp", "local-epochs": 1, "batch-size": 32, "lr": 0.1, "ratio": 40.0,
-    "max_evals": 5, "schedule": "switch", "round-timeout": 240.0,
+    "max-evals": 5, "schedule": "switch", "round-timeout": 240.0,
 }  # fmt: skip
 
 pytestmark = [

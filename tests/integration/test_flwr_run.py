@@ -34,7 +34,7 @@ SETTINGS: dict[str, Value] = {
     "model": "mlp",
     "clients": NODES,
     "rounds": 2,
-    "max_evals": 4,
+    "max-evals": 4,
     "seed": 3,
     "downlink": "topk",
     "schedule": "switch",

@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).parents[2]
 def test_two_authenticated_nodes_train_what_one_process_trains(tmp_path: Path) -> None:
     settings = Settings.of(
         {"clients": 2, "min-clients": 2, "rounds": 3, "schedule": "switch", "recovery": "full", "model": "mlp",
-         "ratio": 40.0, "max_evals": 12, "lr": 0.1, "round-timeout": 900.0, "downlink": "proxy",
+         "ratio": 40.0, "max-evals": 12, "lr": 0.1, "round-timeout": 900.0, "downlink": "proxy",
          "downlink-ratio": 20.0}
     )  # fmt: skip
     with LocalCluster(tmp_path / "federation", nodes=2, app=REPOSITORY, warm=True) as federation:

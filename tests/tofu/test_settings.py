@@ -34,6 +34,7 @@ from tofu.settings import (
     section_of,
 )
 from tofu.settings.fields import bounds_of
+from tofu.settings.groups import DEVICE_NAME
 
 ROOT = Path(__file__).parents[2]
 
@@ -367,7 +368,7 @@ def values_of(name: str) -> st.SearchStrategy[object]:
     if kind_of(field) is float:
         top = high if high is not None else 1e300
         return st.floats(low, top, exclude_min="gt" in bounds, exclude_max="lt" in bounds)
-    return st.text(max_size=20)
+    return st.from_regex(DEVICE_NAME, fullmatch=True) if name == "device" else st.text(max_size=20)
 
 
 CONFLICTING = {"plugins", "plugin_options", "task_count", "switch_round", "max_epsilon", "min_clients", "clients"}

@@ -15,6 +15,8 @@ from tofu.settings import deprecated
 from tofu.settings.deprecated import dashed
 from tofu.settings.fields import Group, Value, build, choices_of, expected, kind_of, parse_text
 from tofu.settings.groups import (
+    DEVICE_FORMS,
+    DEVICE_NAME,
     CodecSettings,
     DataSettings,
     DownlinkSettings,
@@ -123,6 +125,8 @@ class Settings(BaseModel):
             raise SettingError("switch-round", rounds.switch_round, f"at most rounds, {total}")
         if self.server.min_clients > data.clients:
             raise SettingError("min-clients", self.server.min_clients, f"at most clients, {data.clients}")
+        if not DEVICE_NAME.fullmatch(self.run.device):
+            raise SettingError("device", self.run.device, DEVICE_FORMS)
         if codec.proxy_size == 1:
             raise SettingError("proxy-size", 1, "0 (chooses it) or 2 to 1024 pixels")
         if plugin.tasks == "none" and plugin.task_count > 1:

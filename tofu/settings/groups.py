@@ -5,9 +5,14 @@ A component takes the group that it reads, for example `ServerOptimizer(model, s
 """
 
 import math
+import re
 from typing import ClassVar, Literal
 
 from tofu.settings.fields import Group, setting
+
+DEVICE_NAME = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
+DEVICE_FORMS = "auto, cpu, cuda or cuda:N"
+"""Accepted devices; "auto" is cuda if the machine has such a device, and cpu otherwise."""
 
 
 class DataSettings(Group):
