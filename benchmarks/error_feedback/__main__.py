@@ -20,7 +20,7 @@ from benchmarks.common import RESULTS, find_data, print_table, spread, versions
 from benchmarks.rivals.__main__ import COMPARISONS, FEDERATION
 from client.app import app as client_app
 from server.app import serve_in_process
-from tofu.errors import RunError
+from tofu.errors import RunError, SettingError
 from tofu.evaluation import evaluate
 from tofu.files import replace_file
 from tofu.models import build_model
@@ -99,13 +99,13 @@ def all_runs() -> list[Run]:
 
 
 def make(run: Run, folder: Path) -> Row:
-    """Make one run. Training that diverges is a result, too."""
+    """Make one run. Training that diverges, or a ratio out of reach, is a result, too."""
     row: Row = {"run": run.name, **vars(run)}
     shutil.rmtree(folder, ignore_errors=True)
     settings = run.settings(folder)
     try:
         summary = serve_in_process(client_app, settings, Observer())
-    except RunError as error:
+    except (RunError, SettingError) as error:  # SettingError: the compressor does not reach this ratio
         return row | {"failed": str(error)}
     rounds = read_rounds(folder / "metrics.jsonl")
     return row | {
