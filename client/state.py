@@ -1,9 +1,9 @@
-"""What a client remembers between rounds, kept in its Flower context: error feedback, the codec's memory, and the
-global weights where the downlink is compressed.
+"""A client's state between rounds, in its Flower context: error feedback, the codec's memory, the plugins' states, and
+the global weights if the downlink is compressed.
 
-State that is absent, or from another model (a restarted client), counts as none: the client then begins afresh. Weights
-are kept as plain bytes: Flower's arrays are parsed by `ast.literal_eval`, which in CPython 3.11 now and then fails
-where two threads call it at a time, as clients of one process do.
+State that is missing or belongs to another model (after a restart, say) is ignored: the client starts without it.
+Weights are stored as plain bytes, because Flower parses its arrays with `ast.literal_eval`, which sometimes fails in
+CPython 3.11 when two threads call it at the same time, as the clients of one process do.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class KeptWeights:
 
 
 @dataclass(frozen=True)
-class ClientState:
+class SavedState:
     """Error feedback, what the compressor wanted back (its last proxies), the global weights if they were kept, and the
     plugins' private states (`tofu.plugins.Plugins.state_bytes`)."""
 
@@ -39,12 +39,12 @@ class ClientState:
 
 
 def load_broadcast(context: Context) -> bytes:
-    """The plugins' broadcast that was kept; b"" where there is none."""
+    """The plugins' broadcast that this client keeps; b"" if there is none."""
     return _bytes(context, "broadcast")
 
 
 def load_plugins(context: Context) -> bytes:
-    """The plugins' states alone, needed before the model that the rest has the param_spec of; b"" where there are none."""
+    """The plugins' states, which are needed before the model exists; b"" if there are none."""
     return _bytes(context, "plugins")
 
 
@@ -54,11 +54,11 @@ def _bytes(context: Context, name: str) -> bytes:
     return value if isinstance(value, bytes) else b""
 
 
-def load_state(context: Context, param_spec: ParamSpec) -> ClientState:
+def load_state(context: Context, param_spec: ParamSpec) -> SavedState:
     """The state that `save_state` left, or an empty one."""
     record = context.state.config_records.get(_RECORD)
     if record is None or record.get("version") != _VERSION:
-        return ClientState(ErrorFeedback(), b"")
+        return SavedState(ErrorFeedback(), b"")
 
     def weights(name: str) -> Weights | None:
         data = record.get(name)
@@ -72,7 +72,7 @@ def load_state(context: Context, param_spec: ParamSpec) -> ClientState:
     feedback = ErrorFeedback()
     if residual is not None and sent is not None and isinstance(sent_round, int):
         feedback = ErrorFeedback(residual, sent, sent_round)
-    return ClientState(
+    return SavedState(
         feedback,
         memory if isinstance(memory, bytes) else b"",
         KeptWeights(kept, identity) if kept is not None and isinstance(identity, bytes) else None,

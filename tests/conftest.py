@@ -2,12 +2,17 @@
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import nn
 
 from tofu.data import ImageShape, LabeledImages, open_data
 from tofu.models import build_model
 from tofu.reference_model import ReferenceModel
 from tofu.weights import Weights, difference, load_weights, weights_of
+
+# On a busy machine one example may take any time: no deadline for an example, only the limit of pytest-timeout.
+settings.register_profile("tofu", deadline=None)
+settings.load_profile("tofu")
 
 torch.set_num_threads(1)
 

@@ -9,8 +9,9 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from PIL import Image
 
-from client import app as client_app
-from client.app import app, client_data
+from client import local_round
+from client.app import app
+from client.policy import client_data
 from tofu.codec.compressor import ProxyCompressor
 from tofu.data import ImageShape, LabeledImages
 from tofu.errors import DataError, PayloadError
@@ -56,7 +57,7 @@ def request(kind: str = "proxy", round_: int = 1, acknowledged: int = -1, *, see
 
 
 def train_round(request: TrainRequest, round_: int, settings: Settings, context: Context) -> TrainReply:
-    return TrainReply.from_bytes(client_app.train_round(request, round_, settings, context))
+    return TrainReply.from_bytes(local_round.train_round(request, round_, settings, context))
 
 
 def decoded(reply: TrainReply, kind: str, round_: int) -> dict[str, torch.Tensor]:
@@ -133,7 +134,7 @@ def test_terms_that_lose_values_are_refused_where_nothing_keeps_them(setting: di
     terms = EncodingConfig(2, 6, 50.0, (0.1,) * len(param_spec.shapes), nearest_rounding=True)
     asked = replace(request("secure"), secure=SecurePart(terms.to_bytes(), b"").to_bytes())
     with pytest.raises(PayloadError, match="nearest_rounding"):
-        client_app.train_round(asked, 1, settings, context(**{"partition-id": 0}))
+        local_round.train_round(asked, 1, settings, context(**{"partition-id": 0}))
 
 
 def test_the_same_round_twice_is_the_same_reply_and_another_client_another() -> None:

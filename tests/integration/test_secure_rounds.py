@@ -456,7 +456,7 @@ def test_a_server_cannot_silence_all_clients_but_one(
     assert second["abandoned"]
     reasons = {failure["client"]: failure["reason"] for failure in second["failures"]}
     assert reasons.keys() == set("1234")
-    assert all("not those that all clients of this sum were told of" in reason for reason in reasons.values())
+    assert all("not those that all clients of this sum agreed on" in reason for reason in reasons.values())
 
 
 # Cheaper rounds

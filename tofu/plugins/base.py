@@ -118,8 +118,8 @@ class Batch:
     Attributes:
         images: float32 [n, channels, height, width] in [-1, 1].
         targets: int64 [n], or probabilities float32 [n, outputs], as `F.cross_entropy` accepts them.
-        ids: int64 [n]; each image's row in this client's own data, the same in all rounds. -1 for an image that a
-            plugin added.
+        ids: int64 [n]; the row of each image in the `data` that the other hooks receive (with tasks=classes, that of
+            the task), the same in all rounds. -1 for an image that a plugin added.
         weights: float32 [n], non-negative weights of the samples in the loss; None for the unweighted mean.
     """
 

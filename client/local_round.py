@@ -1,0 +1,236 @@
+"""One round of a client: receive the global weights, train, and send the update through the chain of steps."""
+
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+from flwr.app import Context
+
+from client.downlink import ResyncError, receive_weights
+from client.policy import check_fit, check_policy, client_data, client_name
+from client.secure import load_session, new_advert, participant_of, save_session
+from client.state import KeptWeights, SavedState, load_broadcast, load_plugins, load_state, save_state
+from tofu.compression.error_feedback import ErrorFeedback
+from tofu.device import open_device
+from tofu.errors import PayloadError
+from tofu.models import build_model
+from tofu.payload import Payload
+from tofu.plugins import MAX_STATE_BYTES, Export, Plugins, RoundContext, export_to_bytes
+from tofu.reference_model import ReferenceModel
+from tofu.rng import derive_bytes, derive_generator
+from tofu.rounds.steps import (
+    AddNoise,
+    AddResidual,
+    Clip,
+    Compress,
+    EncodeInRing,
+    KeepResidual,
+    Outgoing,
+    UpdateStep,
+    apply_steps,
+    check_noise_grid,
+)  # fmt: skip
+from tofu.secagg.encoding import EncodingConfig, RingEncoder, flat, purpose_of
+from tofu.settings import Settings
+from tofu.tasks import only_classes
+from tofu.training import LocalTrainingConfig, train_locally
+from tofu.weights import Weights, cosine, difference, explained_variance, load_weights, weights_of
+from tofu.wire import SecurePart, TrainReply, TrainRequest, broadcast_id
+
+
+def train_round(request: TrainRequest, round_: int, settings: Settings, context: Context) -> bytes:
+    """Train, then compress or mask the update; error feedback and the codec's memory are kept in `context.state`.
+
+    Returns:
+        A `TrainReply`, or in a secure round a masked vector (`tofu.secagg.messages.Masked`).
+
+    Raises:
+        ResyncError: the server must send this client the full weights.
+        TofuError: the client does not take part, the weights or the data are not usable, or training diverged.
+    """
+    check_policy(request.kind, settings, context)
+    local = LocalRound.begin(request, round_, settings, context)
+    trained = local.train()
+    fraction = settings.residual_fraction
+    steps: list[UpdateStep] = [AddResidual(request.acknowledged, fraction)]
+    if settings.privacy.noise_multiplier:
+        steps.append(Clip(settings.privacy.clip_norm, local.reference))
+    send = local.send_masked if request.kind == "secure" else local.send_payload
+    reply, outgoing = send(trained, apply_steps(steps, Outgoing(trained.update, local.feedback, local.state.memory)))
+    outgoing = KeepResidual(round_, fraction).apply(outgoing)
+    save_state(
+        context,
+        local.reference.param_spec,
+        feedback=outgoing.feedback if fraction else None,
+        memory=outgoing.memory,
+        kept=KeptWeights(local.base, request.identity) if settings.downstream.downlink != "full" else None,
+        plugins=local.plugins.state_bytes(max_bytes=MAX_STATE_BYTES),
+        broadcast=local.broadcast,
+    )
+    return reply
+
+
+@dataclass(frozen=True)
+class TrainedUpdate:
+    """Result of local training.
+
+    Attributes:
+        update: new weights minus the weights that training started from.
+        examples, loss: as reported to the server. Under DP they are not noised, so they are reported as 1 and 0.
+        seconds: duration of the local steps.
+        exported: what the plugins send.
+    """
+
+    update: Weights
+    examples: int
+    loss: float
+    seconds: float
+    exported: Export
+
+
+@dataclass(frozen=True)
+class LocalRound:
+    """A client's round after it has received the global weights.
+
+    Attributes:
+        position: the position in the run, as plugins see it.
+        reference: the model; its weights are `base` whenever the codec uses it.
+        base: the global weights of the round.
+        initial: the weights with which the run began.
+        feedback: what the server has not received.
+        broadcast: bytes of the plugins' broadcast.
+    """
+
+    request: TrainRequest
+    round: int
+    settings: Settings
+    context: Context
+    plugins: Plugins
+    position: RoundContext
+    reference: ReferenceModel
+    base: Weights
+    initial: Weights
+    state: SavedState
+    feedback: ErrorFeedback
+    broadcast: bytes
+
+    @staticmethod
+    def begin(request: TrainRequest, round_: int, settings: Settings, context: Context) -> "LocalRound":
+        """Build the model, set up the plugins, load the client's state and receive the weights.
+
+        Raises:
+            ResyncError: the client lacks the weights or the broadcast that the request refers to.
+            TofuError: the request is not usable.
+        """
+        plugins = settings.make_plugins()
+        client = client_name(context)
+        position = settings.round_context(request.shape, round_, client, group=plugins.group_of(client))
+        broadcast = load_broadcast(context) if request.kept else request.broadcast
+        if request.kept and broadcast_id(broadcast) != request.kept:
+            raise ResyncError("this client does not have the plugins' broadcast of this round")
+        plugins.load(state=load_plugins(context), broadcast=broadcast, max_bytes=MAX_STATE_BYTES)
+        network = settings.network
+        built = build_model(network.model, request.shape, norm=network.norm, seed=settings.run.seed)
+        reference = ReferenceModel.of(built, request.shape, plugins, position)
+        initial = weights_of(reference.model)
+        state = load_state(context, reference.param_spec)
+        receive_weights(request, round_, reference, state.kept, settings.make_downlink(reference))
+        feedback = state.feedback if settings.residual_fraction else ErrorFeedback()
+        return LocalRound(
+            request, round_, settings, context, plugins, position, reference, weights_of(reference.model), initial,
+            state, feedback, broadcast,
+        )  # fmt: skip
+
+    def train(self) -> TrainedUpdate:
+        """Train from the global weights, or with step-ahead from where error feedback points.
+
+        Raises:
+            DataError: the client's images do not fit the model.
+            RunError: training diverged.
+        """
+        settings, model = self.settings, self.reference.model
+        start = self.feedback.ahead(
+            self.base, self.request.acknowledged, settings.codec.step_ahead, self.reference.param_spec.parameters,
+            share=settings.residual_fraction,
+        )  # fmt: skip
+        load_weights(model, start)
+        stream = settings.task_stream(self.request.shape.classes)
+        task = stream.number(self.position.task, self.position.client)
+        data = client_data(settings, self.context)
+        check_fit(data, self.request.shape)
+        data = stream.images_of(data, task)
+        training = settings.training
+        config = LocalTrainingConfig(
+            training.local_epochs, training.batch_size, training.lr_of(self.round), training.momentum,
+            training.weight_decay,
+        )  # fmt: skip
+        generator = derive_generator(settings.run.seed, self.round, self.position.client, "train")
+        heads = only_classes(model, stream.strata_of(task)) if settings.plugin.task_heads == "multi" else nullcontext()
+        with heads:
+            result = train_locally(
+                model, data, config, generator=generator, plugins=self.plugins, final=self.position.final,
+                device=open_device(settings.run.device),
+            )  # fmt: skip
+        exported = self.plugins.export(model)
+        update = difference(weights_of(model), start)
+        load_weights(model, self.base)  # the codec differentiates at the global weights
+        model.eval()
+        noised = bool(settings.privacy.noise_multiplier)
+        examples, loss = (1, 0.0) if noised else (len(data), result.loss)
+        return TrainedUpdate(update, examples, loss, result.seconds, exported)
+
+    def send_payload(self, trained: TrainedUpdate, outgoing: Outgoing) -> tuple[bytes, Outgoing]:
+        """The reply of an open round: the compressed update and its metrics."""
+        request, settings, reference = self.request, self.settings, self.reference
+        if noise := settings.noise():
+            outgoing = AddNoise(noise).apply(outgoing)
+        generator = derive_generator(settings.run.seed, self.round, self.position.client, "encode")
+        compressor = settings.make_compressor(request.kind, reference)
+        began = time.perf_counter()
+        outgoing = Compress(compressor, reference, generator, uses_memory=request.kind != "full").apply(outgoing)
+        parameters = {name: outgoing.update[name] for name in reference.param_spec.parameters}
+        participant = participant_of(self.context, self.position.client)
+        reply = TrainReply(
+            examples=trained.examples,
+            train_loss=trained.loss,
+            explained_variance=explained_variance(parameters, outgoing.decoded),
+            cosine=cosine(parameters, outgoing.decoded),
+            train_seconds=trained.seconds,
+            encode_seconds=time.perf_counter() - began,
+            payload=Payload(compressor.code, self.round, request.identity, outgoing.body).to_bytes(),
+            advert=new_advert(self.context, participant) if request.advert else b"",
+            exported=export_to_bytes(trained.exported) if self.plugins else b"",
+        )
+        return reply.to_bytes(), outgoing
+
+    def send_masked(self, trained: TrainedUpdate, outgoing: Outgoing) -> tuple[bytes, Outgoing]:
+        """The reply of a secure round: the masked vector.
+
+        Raises:
+            ResyncError: this client's weights or encoding differ from those that all clients of the sum agreed on.
+            PayloadError: the server's encoding does not fit this run.
+        """
+        settings = self.settings
+        part = SecurePart.from_bytes(self.request.secure)
+        config = EncodingConfig.from_bytes(part.terms)
+        if config.nearest_rounding and settings.residual_fraction != 1:
+            raise PayloadError("encoding config has nearest_rounding, expected error-feedback 1 and no noise")
+        displacement = flat(self.base) - flat(self.initial) if config.fraction < 1 else None
+        sums = self.plugins.declare_sums(self.reference.model)
+        encoder = RingEncoder(self.reference.param_spec, config, sums, displacement)
+        if encoder.digest != config.digest:
+            raise ResyncError("this client's weights select other coordinates than the server's")
+        session = load_session(self.context, participant_of(self.context, self.position.client))
+        if session.purpose != purpose_of(config, self.base, self.broadcast):
+            raise ResyncError("the weights or the encoding are not those that all clients of this sum agreed on")
+        noise = settings.noise_in_sum(
+            session.topology, session.members, levels=encoder.levels, values=encoder.values
+        )  # fmt: skip
+        check_noise_grid(noise, encoder.levels, config.unit_weight, config.ranges)
+        seed = derive_bytes(settings.run.seed, self.round, self.position.client, "round")
+        step = EncodeInRing(encoder, trained.examples, trained.loss, seed, trained.exported.sums, noise)
+        outgoing = step.apply(outgoing)
+        assert outgoing.vector is not None
+        masked = session.mask_input(outgoing.vector, part.shares)
+        save_session(self.context, session)
+        return masked, outgoing

@@ -1,0 +1,60 @@
+"""What a client insists on, whatever a run asks for: rules of its node config, and data that fits the run's model."""
+
+from flwr.app import Context
+
+from tofu.data import ImageShape, LabeledImages, local_folder
+from tofu.errors import DataError
+from tofu.settings import Settings
+from tofu.settings.deprecated import present_node_config
+
+
+def client_name(context: Context) -> str:
+    """The client's name in ledger and logs: its partition id, or its node id if it has none."""
+    return str(context.node_config.get("partition-id", context.node_id))
+
+
+def check_policy(kind: str, settings: Settings, context: Context) -> None:
+    """Check a round against the node config's `allowed-rounds` and `min-noise-multiplier`.
+
+    Raises:
+        DataError: the client does not take part in such a round.
+    """
+    config = present_node_config(context.node_config)
+    allowed = config.get("allowed-rounds")
+    if allowed is not None and kind not in [name.strip() for name in str(allowed).split(",")]:
+        raise DataError(f"this client takes part in rounds of kind {allowed}, not {kind}")
+    minimum = config.get("min-noise-multiplier", 0.0)
+    multiplier = settings.privacy.noise_multiplier
+    if isinstance(minimum, str) or multiplier < minimum:
+        raise DataError(f"this client takes part with noise-multiplier {minimum} or more, not {multiplier:g}")
+
+
+def client_data(settings: Settings, context: Context) -> LabeledImages:
+    """The client's images: the folder that its node config names as `data`, or its partition of the run's dataset.
+
+    Raises:
+        DataError: the node config has neither.
+    """
+    folder = context.node_config.get("data")
+    if folder is not None:
+        return local_folder(str(folder), class_names=tuple(filter(None, settings.data.class_names.split(","))))
+    partition = context.node_config.get("partition-id")
+    if partition is None:
+        raise DataError("node config has neither data (a folder of images) nor partition-id (a part of the dataset)")
+    return settings.open_data().client(int(partition))
+
+
+def check_fit(data: LabeledImages, shape: ImageShape) -> None:
+    """Check that images and labels fit the input and output of the run's model.
+
+    Raises:
+        DataError: they do not.
+    """
+    own = data.shape
+    if (own.channels, own.height, own.width) != (shape.channels, shape.height, shape.width):
+        raise DataError(
+            f"images of {own.channels}x{own.height}x{own.width}, the run's network takes "
+            f"{shape.channels}x{shape.height}x{shape.width}"
+        )
+    if len(data) and int(data.labels.max()) >= shape.classes:
+        raise DataError(f"label {int(data.labels.max())}, the run's network has classes 0 to {shape.classes - 1}")

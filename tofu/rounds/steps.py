@@ -1,0 +1,188 @@
+"""A client's update on its way to the server, as a chain of small steps.
+
+    AddResidual -> Clip -> AddNoise -> Compress | Mask -> KeepResidual
+
+Every step takes an `Outgoing` and returns a new one. State that outlives the round (error feedback, the compressor's
+memory) enters and leaves with it; a step itself holds only settings.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tofu.compression.base import Compressor
+from tofu.compression.error_feedback import ErrorFeedback
+from tofu.errors import PayloadError
+from tofu.privacy import Noise, check_param_spec, clip
+from tofu.reference_model import ReferenceModel
+from tofu.secagg.encoding import RingEncoder
+from tofu.secagg.ring import RingVector
+from tofu.weights import Weights
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """An update and what the chain has made of it.
+
+    Attributes:
+        update: what the server should receive, float32 by name.
+        feedback: what the server has not received yet; after the chain, of the next round.
+        memory: the compressor's memory of the client's last payload; after the chain, of this one.
+        decoded: what the server decodes from the client's message; empty until `Compress` or `Mask`.
+        body: the compressed bytes of an open round.
+        vector: the ring elements of a secure round, not masked yet.
+    """
+
+    update: Weights
+    feedback: ErrorFeedback = field(default_factory=ErrorFeedback)
+    memory: bytes = b""
+    decoded: Weights = field(default_factory=dict)
+    body: bytes = b""
+    vector: RingVector | None = None
+
+    def replace(self, **changes: object) -> "Outgoing":
+        """A copy with other values for the named fields."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+class UpdateStep(Protocol):
+    """One step of the chain."""
+
+    def apply(self, outgoing: Outgoing) -> Outgoing:
+        """Return the next state of the update."""
+
+
+def apply_steps(steps: Sequence[UpdateStep], outgoing: Outgoing) -> Outgoing:
+    """Apply the steps in order."""
+    for step in steps:
+        outgoing = step.apply(outgoing)
+    return outgoing
+
+
+@dataclass(frozen=True)
+class AddResidual:
+    """Add what the server has not received (error feedback, Seide et al. 2014).
+
+    Attributes:
+        acknowledged: the last round whose reply of this client the server added, or -1.
+        fraction: fraction of the residual to keep; 0 drops all that was not delivered.
+    """
+
+    acknowledged: int
+    fraction: float = 1.0
+
+    def apply(self, outgoing: Outgoing) -> Outgoing:
+        if not self.fraction:
+            return outgoing.replace(feedback=ErrorFeedback())
+        return outgoing.replace(
+            update=outgoing.feedback.target(outgoing.update, self.acknowledged, share=self.fraction)
+        )
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Clip the update to an L2 norm, which bounds what one client can change (differential privacy).
+
+    Raises:
+        SettingError: the model has batch counters, which would dominate the norm.
+    """
+
+    norm: float
+    reference: ReferenceModel
+
+    def apply(self, outgoing: Outgoing) -> Outgoing:
+        check_param_spec(self.reference.param_spec)
+        return outgoing.replace(update=clip(outgoing.update, self.norm)[0])
+
+
+@dataclass(frozen=True)
+class AddNoise:
+    """Add this client's part of the noise of the Gaussian mechanism."""
+
+    noise: Noise
+
+    def apply(self, outgoing: Outgoing) -> Outgoing:
+        return outgoing.replace(update=self.noise.add(outgoing.update))
+
+
+@dataclass(frozen=True)
+class Compress:
+    """Compress the update to the bytes of an open round's payload.
+
+    Attributes:
+        generator: the only source of randomness.
+        uses_memory: whether the compressor is the one that the memory belongs to.
+    """
+
+    compressor: Compressor
+    reference: ReferenceModel
+    generator: torch.Generator
+    uses_memory: bool = True
+
+    def apply(self, outgoing: Outgoing) -> Outgoing:
+        memory = outgoing.memory if self.uses_memory else b""
+        made = self.compressor.compress(self.reference, outgoing.update, generator=self.generator, memory=memory)
+        return outgoing.replace(decoded=made.decoded, body=made.body, memory=made.memory or outgoing.memory)
+
+
+@dataclass(frozen=True)
+class EncodeInRing:
+    """Encode the update as the ring vector of a secure round; the client's session masks it afterwards.
+
+    Attributes:
+        examples, loss: reported inside the sum.
+        seed: of the stochastic rounding.
+        sums: the plugins' sums.
+        noise: the client's part of the noise in the sum, or None. With noise, neither the loss nor the number of
+            clipped values is reported.
+    """
+
+    encoder: RingEncoder
+    examples: int
+    loss: float
+    seed: bytes
+    sums: Mapping[str, Tensor]
+    noise: Noise | None = None
+
+    def apply(self, outgoing: Outgoing) -> Outgoing:
+        update = self.noise.add(outgoing.update) if self.noise else outgoing.update
+        encoded = self.encoder.encode(
+            update, self.examples, self.loss, self.seed, self.sums, silent=self.noise is not None
+        )
+        return outgoing.replace(update=update, decoded=encoded.decoded, vector=encoded.vector)
+
+
+@dataclass(frozen=True)
+class KeepResidual:
+    """Remember what the server will not receive from this round's message.
+
+    Attributes:
+        round: this round.
+        fraction: as in `AddResidual`; with 0 nothing is kept.
+    """
+
+    round: int
+    fraction: float = 1.0
+
+    def apply(self, outgoing: Outgoing) -> Outgoing:
+        if not self.fraction:
+            return outgoing.replace(feedback=ErrorFeedback())
+        return outgoing.replace(feedback=ErrorFeedback.after(outgoing.update, outgoing.decoded, self.round))
+
+
+def check_noise_grid(noise: Noise | None, levels: int, unit_weight: float, ranges: Sequence[float]) -> None:
+    """Check that a secure round's ranges are those that the run's noise needs.
+
+    Raises:
+        PayloadError: the server proposes other ranges.
+    """
+    if noise is None:
+        return
+    range_ = noise.grid * levels
+    if unit_weight != 1 or any(not math.isclose(given, range_, rel_tol=1e-6) for given in ranges):
+        raise PayloadError("the encoding config has ranges that do not match the noise of this run")
