@@ -7,6 +7,8 @@
     tofu.Settings               the settings of a run
     tofu.Plugin                 base class of techniques that change local training
     tofu.Compressor             base class of compressors of updates
+    tofu.compress               a mod that compresses the updates of any Flower app's clients
+    tofu.Compressed             the wrapper of that app's strategy
 """
 
 import importlib
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from tofu.api import encode as encode
     from tofu.api import run as run
     from tofu.compression.base import Compressor as Compressor
+    from tofu.flower.compress import Compressed as Compressed
+    from tofu.flower.compress import compress as compress
     from tofu.plugins import Plugin as Plugin
     from tofu.settings import Settings as Settings
 
@@ -29,6 +33,8 @@ _EXPORTS = {
     "Settings": "tofu.settings",
     "Plugin": "tofu.plugins",
     "Compressor": "tofu.compression.base",
+    "compress": "tofu.flower.compress",
+    "Compressed": "tofu.flower.compress",
 }
 """Public name -> the module that defines it."""
 

@@ -30,7 +30,7 @@ from tofu.codec.proxies import ProxyCode, ProxyData, automatic_sides, decode
 from tofu.codec.search import encode
 from tofu.codec.strata import Strata, strata_of
 from tofu.compression import compressors
-from tofu.compression.base import Compressed, Compressor, PayloadContent
+from tofu.compression.base import CompressedUpdate, Compressor, PayloadContent
 from tofu.compression.buffers import BufferCode
 from tofu.compression.flat import MAX_MAGNITUDE, check_finite
 from tofu.errors import PayloadError, SettingError
@@ -124,7 +124,7 @@ class ProxyCompressor(Compressor):
 
     def compress(
         self, reference: ReferenceModel, update: Weights, *, generator: torch.Generator, memory: bytes = b""
-    ) -> Compressed:
+    ) -> CompressedUpdate:
         check_finite(update)
         age, last = self._read_memory(memory)
         age = (age + 1) % TRIAL_INTERVAL
@@ -141,7 +141,7 @@ class ProxyCompressor(Compressor):
             nothing = {name: torch.zeros_like(w) for name, w in reference.base.items()}
             candidates.append(self._candidate(reference, update, b"", nothing, strata))
         best = max(candidates, key=lambda candidate: criterion(update, candidate))
-        return Compressed(best.body, best.decoded, bytes([age]) + best.proxies, evals)
+        return CompressedUpdate(best.body, best.decoded, bytes([age]) + best.proxies, evals)
 
     def decompress(self, reference: ReferenceModel, body: bytes) -> Weights:
         proxies = self._read_proxies(body)

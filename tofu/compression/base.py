@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Compressed:
+class CompressedUpdate:
     """The result of one `Compressor.compress`.
 
     Attributes:
@@ -65,14 +65,14 @@ class Compressor(ABC):
         has_own_gain: whether the compressor applies over-relaxation itself (`CompressorOptions`).
 
     Example:
-        >>> from tofu.compression.base import Compressed, Compressor
+        >>> from tofu.compression.base import CompressedUpdate, Compressor
         >>> from tofu.payload import float32_bytes, float32_from
         >>> class Rounded(Compressor):
         ...     '''Three decimals as float32: a compressor that does not compress.'''
         ...
         ...     def compress(self, reference, update, *, generator, memory=b""):
         ...         decoded = {name: value.round(decimals=3) for name, value in update.items()}
-        ...         return Compressed(float32_bytes(decoded, reference.param_spec), decoded)
+        ...         return CompressedUpdate(float32_bytes(decoded, reference.param_spec), decoded)
         ...
         ...     def decompress(self, reference, body):
         ...         return float32_from(body, reference.param_spec)
@@ -99,12 +99,12 @@ class Compressor(ABC):
     @abstractmethod
     def compress(
         self, reference: ReferenceModel, update: Weights, *, generator: torch.Generator, memory: bytes = b""
-    ) -> Compressed:
+    ) -> CompressedUpdate:
         """Compress an update of the reference's trainable parameters and buffers (float32, by state-dict name).
 
         Args:
             generator: the only source of randomness.
-            memory: `Compressed.memory` of the sender's last call, or b"". Unusable memory is ignored.
+            memory: `CompressedUpdate.memory` of the sender's last call, or b"". Unusable memory is ignored.
 
         Raises:
             RunError: the update holds a value that is not finite.
@@ -143,7 +143,7 @@ class OverRelaxed(Compressor):
 
     def compress(
         self, reference: ReferenceModel, update: Weights, *, generator: torch.Generator, memory: bytes = b""
-    ) -> Compressed:
+    ) -> CompressedUpdate:
         compressed = self._compressor.compress(reference, update, generator=generator, memory=memory)
         return dataclasses.replace(compressed, decoded=self._scaled(reference, compressed.decoded))
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tofu.codec.options import DEFAULTS, CompressorOptions
-from tofu.compression.base import Compressed, Compressor
+from tofu.compression.base import CompressedUpdate, Compressor
 from tofu.compression.buffers import BufferCode
 from tofu.errors import PayloadError, RunError, SettingError
 from tofu.payload import HEADER_BYTES
@@ -47,13 +47,13 @@ class FlatCompressor(Compressor):
 
     def compress(
         self, reference: ReferenceModel, update: Weights, *, generator: torch.Generator, memory: bytes = b""
-    ) -> Compressed:
+    ) -> CompressedUpdate:
         param_spec = reference.param_spec
         check_finite({name: update[name] for name in param_spec.parameters})
         vector = torch.cat([update[name].detach().float().flatten() for name in param_spec.parameters])
         data = self._encode(vector.clamp(-MAX_MAGNITUDE, MAX_MAGNITUDE), param_spec, generator, memory)
         body = data + BufferCode(param_spec).write(update)
-        return Compressed(body, self.decompress(reference, body), self._memory(data))
+        return CompressedUpdate(body, self.decompress(reference, body), self._memory(data))
 
     def decompress(self, reference: ReferenceModel, body: bytes) -> Weights:
         param_spec = reference.param_spec

@@ -3,7 +3,7 @@
 import torch
 
 from tofu.compression import compressors
-from tofu.compression.base import Compressed, Compressor
+from tofu.compression.base import CompressedUpdate, Compressor
 from tofu.payload import float32_bytes, float32_from
 from tofu.reference_model import ReferenceModel
 from tofu.weights import ParamSpec, Weights
@@ -18,8 +18,8 @@ class Full(Compressor):
 
     def compress(
         self, reference: ReferenceModel, update: Weights, *, generator: torch.Generator, memory: bytes = b""
-    ) -> Compressed:
-        return Compressed(float32_bytes(update, reference.param_spec), dict(update))
+    ) -> CompressedUpdate:
+        return CompressedUpdate(float32_bytes(update, reference.param_spec), dict(update))
 
     def decompress(self, reference: ReferenceModel, body: bytes) -> Weights:
         return float32_from(body, reference.param_spec)

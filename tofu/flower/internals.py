@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from flwr.app import Context, Message
+from flwr.app import Context, Error, Message
+from flwr.app.message.message import make_message
 from flwr.app.user_config import UserConfigValue as ConfigValue
 from flwr.common.constant import SUPERLINK_NODE_ID as SERVER_NODE
 from flwr.common.constant import ErrorCode
@@ -30,6 +31,7 @@ __all__ = [
     "Run",
     "context_bytes",
     "copy_context",
+    "error_reply",
     "inflate",
     "message_bytes",
     "message_errors",
@@ -51,6 +53,12 @@ def message_bytes(message: Message) -> int:
     with no_object_id_recompute():
         objects = get_all_nested_objects(message)
         return sum(len(item.deflate()) for item in objects.values()) + int(get_object_tree(message).ByteSize())
+
+
+def error_reply(reply: Message, reason: str) -> Message:
+    """An error in the place of a reply that cannot be used, with the reply's metadata."""
+    error: Message = make_message(reply.metadata, error=Error(code=0, reason=reason))
+    return error
 
 
 def serialize(message: Message, shared: dict[str, bytes]) -> tuple[str, dict[str, bytes]]:

@@ -1,0 +1,218 @@
+"""The mod and the strategy wrapper, on an app of the kind that Flower's quickstart has, with digits as data."""
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, Krum, Strategy
+from torch import nn
+
+import tofu
+from tofu.data import open_data, to_float
+from tofu.errors import RunError, SettingError
+from tofu.flower.in_process import run_in_process
+from tofu.flower.update_codec import RECORD, UpdateCodec
+
+CLIENTS = 4
+SHAPE = (1, 8, 8)
+DATA = open_data("digits", clients=CLIENTS, partition="iid", seed=0)
+
+
+class Net(nn.Module):
+    """As a user writes it: no seed, names of its own."""
+
+    def __init__(self, hidden: int = 128) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(64, hidden), nn.Linear(hidden, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.fc2(F.relu(self.fc1(x.flatten(1))))
+        return out
+
+
+def accuracy(arrays: ArrayRecord) -> float:
+    model = Net()
+    model.load_state_dict(arrays.to_torch_state_dict())
+    test = DATA.test()
+    with torch.no_grad():
+        return float((model(to_float(test.images)).argmax(1) == test.labels).float().mean())
+
+
+def train(message: Message, context: Context) -> Message:
+    """The train function of a Flower app, unaware of compression."""
+    model = Net()
+    model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+    partition = int(context.node_config["partition-id"])
+    data = DATA.client(partition)
+    order = torch.Generator().manual_seed(partition + 100 * int(message.content["config"]["server-round"]))
+    optimizer = torch.optim.SGD(model.parameters(), lr=float(message.content["config"]["lr"]))
+    for rows in torch.randperm(len(data), generator=order).split(32):
+        optimizer.zero_grad()
+        F.cross_entropy(model(to_float(data.images[rows])), data.labels[rows]).backward()
+        optimizer.step()
+    arrays, metrics = ArrayRecord(model.state_dict()), MetricRecord({"num-examples": len(data)})
+    return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+
+
+def federate(
+    strategy: Strategy, *mods: Any, rounds: int = 8, handler: Callable[[Message, Context], Message] = train
+) -> Any:
+    """Run the app in this process and return Flower's result."""
+    client, server, results = ClientApp(mods=list(mods)), ServerApp(), []
+    client.train()(handler)
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        torch.manual_seed(0)
+        arrays = ArrayRecord(Net().state_dict())
+        results.append(strategy.start(grid, arrays, num_rounds=rounds, train_config=ConfigRecord({"lr": 0.1})))
+
+    run_in_process(server, client, run_config={}, num_supernodes=CLIENTS)
+    return results[0]
+
+
+def strategy_of(kind: type[Strategy] = FedAvg, **options: Any) -> Strategy:
+    return kind(fraction_evaluate=0.0, **options)  # type: ignore[call-arg]
+
+
+def test_updates_are_a_fiftieth_of_their_size_and_the_accuracy_is_that_of_the_app() -> None:
+    plain = federate(strategy_of())
+    options: dict[str, Any] = {"ratio": 50, "over_relaxation": 1.5}
+    small = federate(tofu.Compressed(strategy_of(), Net, SHAPE, **options), tofu.compress(Net, SHAPE, **options))
+    metrics = small.train_metrics_clientapp[8]
+    assert metrics["tofu-ratio"] > 50
+    assert metrics["tofu-payload-bytes"] < 4 * 9610 / 50
+    assert 0 < metrics["tofu-explained-variance"] <= 1
+    assert accuracy(small.arrays) > accuracy(plain.arrays) - 0.04
+    assert accuracy(plain.arrays) > 0.85
+
+
+class Halving(FedAvg):
+    """A user's strategy: a schedule of its own, and a `start` that keeps state on itself."""
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        if server_round == 3:
+            config["lr"] = float(config["lr"]) / 2  # type: ignore[arg-type]
+        return super().configure_train(server_round, arrays, config, grid)
+
+    def start(self, grid: Grid, initial_arrays: ArrayRecord, *arguments: Any, **options: Any) -> Any:
+        self.best = -1.0
+        result = super().start(grid, initial_arrays, *arguments, **options)
+        self.best = max(self.best, accuracy(result.arrays))
+        return result
+
+
+@pytest.mark.parametrize("kind", [FedAdam, FedMedian, Krum, Halving])
+def test_any_inner_strategy_gets_plain_replies(kind: type[Strategy]) -> None:
+    extra: dict[str, Any] = {"eta": 0.01, "tau": 1e-3} if kind is FedAdam else {}
+    extra |= {"num_malicious_nodes": 1} if kind is Krum else {}
+    options: dict[str, Any] = {"compressor": "sparse", "ratio": 10, "over_relaxation": 1.3}
+    strategy = tofu.Compressed(strategy_of(kind, **extra), **options)
+    result = federate(strategy, tofu.compress(**options), rounds=6)
+    assert accuracy(result.arrays) > 0.6
+    if kind is Halving:
+        assert strategy.best > 0.6
+
+
+def test_error_feedback_and_step_ahead_matter_at_a_high_ratio() -> None:
+    """And they are kept between rounds: without them most of each update is lost for good."""
+    reached = {}
+    for feedback, ahead in ((0.0, 0.0), (1.0, 0.0), (1.0, 0.5)):
+        options: dict[str, Any] = {
+            "compressor": "sparse",
+            "ratio": 400,
+            "error_feedback": feedback,
+            "step_ahead": ahead,
+        }
+        result = federate(tofu.Compressed(strategy_of(), **options), tofu.compress(**options), rounds=10)
+        reached[feedback, ahead] = accuracy(result.arrays)
+    assert reached[1.0, 0.0] > reached[0.0, 0.0] + 0.05
+    assert reached[1.0, 0.5] > reached[0.0, 0.0]
+
+
+def test_a_client_that_lost_its_state_goes_on_without_it() -> None:
+    def forgetful(message: Message, context: Context) -> Message:
+        if context.node_config["partition-id"] == 1:
+            for name in list(context.state):
+                del context.state[name]
+        return train(message, context)
+
+    options: dict[str, Any] = {"compressor": "sparse", "ratio": 20}
+    result = federate(tofu.Compressed(strategy_of(), **options), tofu.compress(**options), handler=forgetful)
+    assert accuracy(result.arrays) > 0.7
+
+
+def test_misuse_is_one_line() -> None:
+    with pytest.raises(RunError, match=r"add tofu\.compress"):
+        federate(tofu.Compressed(strategy_of(), ratio=20))
+    with pytest.raises(RunError, match=r"round 1: no reply of 4 clients can be used .*different arguments") as caught:
+        federate(tofu.Compressed(strategy_of(), ratio=20), tofu.compress(ratio=21))
+    assert "\n" not in str(caught.value)
+    narrow = tofu.compress(lambda: Net(64), SHAPE, ratio=20)
+    with pytest.raises(RunError, match=r"fc1.weight of shape \[64, 64\].*expected \[128, 64\]"):
+        federate(tofu.Compressed(strategy_of(), Net, SHAPE, ratio=20), narrow)
+    with pytest.raises(SettingError, match=r"ratio=1e\+06|ratio=1000000"):
+        federate(tofu.Compressed(strategy_of(), ratio=1e6), tofu.compress(ratio=1e6))
+
+
+def test_a_mod_without_its_strategy_answers_with_an_error(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="flwr"):
+        federate(strategy_of(), tofu.compress(ratio=20), rounds=1)
+    assert "the server's strategy is not tofu.Compressed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"compressor": "proxy"}, "compressor='proxy'"),
+        ({"compressor": "none such"}, "compressor='none such'"),
+        ({"ratio": 0.5}, "ratio=0.5"),
+        ({"step_ahead": 2}, "step-ahead=2"),
+        ({"over_relaxation": 0}, "over-relaxation=0"),
+    ],
+)
+def test_an_argument_out_of_range_is_named(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(SettingError, match=f"^{named} is not usable: expected"):
+        UpdateCodec(**options)
+
+
+@pytest.mark.parametrize("payload", [b"", b"\xff" * 300, os.urandom(200), 7, "text"])
+def test_a_hostile_payload_costs_that_reply_alone(payload: object) -> None:
+    mod = tofu.compress(compressor="sparse", ratio=20)
+
+    def lying(message: Message, context: Context, call_next: Any) -> Message:
+        reply = mod(message, context, call_next)
+        if context.node_config["partition-id"] == 0 and not reply.has_error():
+            reply.content[RECORD] = ConfigRecord({"key": "arrays", "payload": payload})  # type: ignore[dict-item]
+        return reply
+
+    result = federate(tofu.Compressed(strategy_of(), compressor="sparse", ratio=20), lying, rounds=4)
+    assert all(bool(torch.isfinite(v).all()) for v in result.arrays.to_torch_state_dict().values())
+    assert accuracy(result.arrays) > 0.5
+
+
+def test_arrays_in_another_order_or_with_buffers_are_coded() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10))
+    base = {name: value.clone() for name, value in model.state_dict().items()}
+    renamed = dict(zip((str(i) for i in range(len(base))), base.values(), strict=True))  # a list of arrays
+    codec = UpdateCodec(model, SHAPE, ratio=10)
+    coded = codec.reference(renamed)
+    new = {name: value + 1 if value.dtype == torch.int64 else value + 0.01 for name, value in renamed.items()}
+    update = coded.update(renamed, new)
+    made = codec.compressor(coded.reference).compress(
+        coded.reference, update, generator=torch.Generator().manual_seed(0)
+    )
+    data = codec.payload(codec.compressor(coded.reference), coded.reference, made.body, 3)
+    decoded = coded.add(renamed, codec.decode(coded.reference, data, 3))
+    assert decoded.keys() == renamed.keys()
+    counter = next(name for name, value in renamed.items() if value.dtype == torch.int64)
+    assert torch.equal(decoded[counter], new[counter].float()) or torch.equal(decoded[counter], new[counter])

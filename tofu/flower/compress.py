@@ -1,0 +1,274 @@
+"""Compressed updates for any Flower app: a mod for its `ClientApp` and a wrapper for its strategy.
+
+    app = ClientApp(mods=[tofu.compress(Net, (3, 32, 32), ratio=200)])                # client
+    strategy = tofu.Compressed(FedAvg(), Net, (3, 32, 32), ratio=200)                 # server
+
+The mod replaces the arrays of a train reply by one payload, and keeps error feedback in the client's context. The
+wrapper decodes it and gives plain replies to the inner strategy, which needs no change.
+"""
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp.typing import ClientAppCallable
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from tofu.compression.error_feedback import ErrorFeedback
+from tofu.errors import PayloadError, RunError, TofuError
+from tofu.flower.internals import error_reply
+from tofu.flower.update_codec import RECORD, VERSION, UpdateCodec, record_of, tensors_of
+from tofu.payload import float32_bytes, float32_from
+from tofu.rng import derive_generator
+from tofu.rounds.steps import AddResidual, Compress, KeepResidual, Outgoing, apply_steps
+from tofu.weights import ParamSpec, Weights, explained_variance
+
+LOG = logging.getLogger("tofu.flower")
+_STATE = "tofu.compress"
+_NEVER = -1
+
+
+def compress(*arguments: Any, **options: Any) -> "CompressMod":
+    """A mod that compresses what a client sends; the strategy must be wrapped in `Compressed` with the same arguments.
+
+    Args:
+        arguments, options: of `UpdateCodec`.
+
+    Example:
+        >>> import torch
+        >>> from flwr.clientapp import ClientApp
+        >>> app = ClientApp(mods=[compress(lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)),
+        ...                                (1, 8, 8), ratio=20)])
+    """
+    return CompressMod(UpdateCodec(*arguments, **options))
+
+
+class CompressMod:
+    """The client's half; Flower calls it around the app's train function."""
+
+    def __init__(self, codec: UpdateCodec) -> None:
+        self._codec = codec
+
+    def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        if message.metadata.message_type.split(".")[0] != "train":
+            return call_next(message, context)
+        try:
+            return self._train(message, context, call_next)
+        except TofuError as error:
+            return Message(Error(code=0, reason=str(error)), reply_to=message)
+
+    def _train(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        codec, request = self._codec, _Request.of(message, self._codec)
+        base = tensors_of(request.arrays)
+        model = codec.reference(base)
+        spec = model.reference.param_spec
+        feedback, memory = _load_state(context, spec)
+        start = base
+        if codec.step_ahead and codec.error_feedback:
+            own = {name: base[array].float() for name, array in model.names.items() if name in spec.shapes}
+            ahead = feedback.ahead(
+                own, request.acknowledged, codec.step_ahead, spec.parameters, share=codec.error_feedback
+            )  # fmt: skip
+            start = base | {model.names[name]: ahead[name] for name in spec.parameters}
+            message.content[request.key] = record_of(start, request.arrays)
+        reply = call_next(message, context)
+        if reply.has_error():
+            return reply
+        key, record = _only_arrays(reply.content, "the app's train reply")
+        compressor = codec.compressor(model.reference)
+        generator = derive_generator(codec.seed, request.round, context.node_id, "encode")
+        steps = (
+            AddResidual(request.acknowledged, codec.error_feedback),
+            Compress(compressor, model.reference, generator),
+            KeepResidual(request.round, codec.error_feedback),
+        )
+        outgoing = apply_steps(steps, Outgoing(model.update(start, tensors_of(record)), feedback, memory))
+        _save_state(context, spec, outgoing)
+        payload = codec.payload(compressor, model.reference, outgoing.body, request.round)
+        del reply.content[key]
+        reply.content[RECORD] = ConfigRecord({"key": key, "payload": payload})
+        target = {name: outgoing.update[name] for name in spec.parameters}
+        for metrics in reply.content.metric_records.values():
+            metrics["tofu-payload-bytes"] = len(payload)
+            metrics["tofu-ratio"] = spec.float32_bytes / len(payload)
+            metrics["tofu-explained-variance"] = explained_variance(target, outgoing.decoded)
+        return reply
+
+
+class _Request:
+    """What the strategy says in a train message."""
+
+    def __init__(self, round_: int, acknowledged: int, key: str, arrays: ArrayRecord) -> None:
+        self.round, self.acknowledged, self.key, self.arrays = round_, acknowledged, key, arrays
+
+    @staticmethod
+    def of(message: Message, codec: UpdateCodec) -> "_Request":
+        """Raises PayloadError if the server does not use `Compressed`, or uses it with other arguments."""
+        record = message.content.config_records.get(RECORD)
+        if record is None:
+            raise PayloadError("this client compresses its updates, but the server's strategy is not tofu.Compressed")
+        if record.get("version") != VERSION or record.get("digest") != codec.digest:
+            raise PayloadError("tofu.compress and tofu.Compressed have different arguments: pass the same to both")
+        round_, acknowledged = record.get("round"), record.get("acknowledged")
+        if not isinstance(round_, int) or not isinstance(acknowledged, int):
+            raise PayloadError("the server's record lacks round or acknowledged")
+        key, arrays = _only_arrays(message.content, "the server's train message")
+        return _Request(round_, acknowledged, key, arrays)
+
+
+class Compressed(Strategy):
+    """A strategy whose train replies are compressed by `compress`; everything else is the inner strategy's.
+
+    Args:
+        inner: any strategy of Flower's Message API; it receives plain replies and is not changed.
+        arguments, options: of `UpdateCodec`, the same as given to `compress`.
+
+    Example:
+        >>> import torch
+        >>> from flwr.serverapp.strategy import FedAvg
+        >>> net = lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+        >>> strategy = Compressed(FedAvg(fraction_train=0.5), net, (1, 8, 8), ratio=20)
+        >>> strategy.fraction_train
+        0.5
+    """
+
+    def __init__(self, inner: Strategy, *arguments: Any, **options: Any) -> None:
+        self.inner = inner
+        self._configure_train, self._aggregate_train = inner.configure_train, inner.aggregate_train
+        self._codec = UpdateCodec(*arguments, **options)
+        self._acknowledged: dict[int, int] = {}
+        self._sent: dict[int, tuple[str, ArrayRecord]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes that are not the wrapper's own are the inner strategy's."""
+        if name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    def start(self, *arguments: Any, **options: Any) -> Result:
+        """Run the inner strategy's own `start`, which calls this wrapper's configure and aggregate steps."""
+        own = {name: getattr(self, name) for name in ("configure_train", "aggregate_train")}
+        vars(self.inner).update(own)
+        try:
+            return self.inner.start(*arguments, **options)
+        finally:
+            for name in own:
+                del vars(self.inner)[name]
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The inner strategy's messages, each with a record that says what its reply is relative to.
+
+        Raises:
+            SettingError: the arrays are not those of the model, or the compressor does not reach the ratio for them.
+        """
+        self._codec.compressor(self._codec.reference(tensors_of(arrays)).reference)
+        messages = list(self._configure_train(server_round, arrays, config, grid))
+        self._sent = {}
+        for message in messages:
+            node = message.metadata.dst_node_id
+            key, sent = _only_arrays(message.content, "the strategy's train message")
+            self._sent[node] = (key, sent)
+            message.content[RECORD] = ConfigRecord(
+                {
+                    "version": VERSION,
+                    "round": server_round,
+                    "acknowledged": self._acknowledged.get(node, _NEVER),
+                    "digest": self._codec.digest,
+                }
+            )
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Decode every reply and hand plain ones to the inner strategy.
+
+        Raises:
+            RunError: no reply can be used. Flower's strategies would go on and end without having learned anything.
+        """
+        decoded = [self._decoded(reply, server_round) for reply in replies]
+        failed = [reply.error.reason for reply in decoded if reply.has_error()]
+        if decoded and len(failed) == len(decoded):
+            reasons = "; ".join(sorted({" ".join((reason or "no reason").split())[:300] for reason in failed}))
+            raise RunError(f"round {server_round}: no reply of {len(decoded)} clients can be used ({reasons})")
+        return self._aggregate_train(server_round, decoded)
+
+    def _decoded(self, reply: Message, round_: int) -> Message:
+        """The reply with arrays in the place of its payload, or an error reply if the payload cannot be trusted."""
+        if reply.has_error():
+            return reply
+        node = reply.metadata.src_node_id
+        record = reply.content.config_records.get(RECORD)
+        if record is None:
+            raise RunError(
+                f"node {node} sent no compressed update: add tofu.compress(...) to the mods of its ClientApp"
+            )
+        try:
+            if node not in self._sent:
+                raise PayloadError(f"node {node} was not asked in this round")
+            key, sent = self._sent[node]
+            base = tensors_of(sent)
+            model = self._codec.reference(base)
+            new = model.add(base, self._codec.decode(model.reference, record.get("payload"), round_))
+        except PayloadError as error:
+            LOG.warning("round %d: the reply of node %s is not usable: %s", round_, node, error)
+            return error_reply(reply, str(error))
+        del reply.content[RECORD]
+        reply.content[str(record.get("key", key))] = record_of(new, sent)
+        self._acknowledged[node] = round_
+        return reply
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The inner strategy's."""
+        return self.inner.configure_evaluate(server_round, arrays, config, grid)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """The inner strategy's."""
+        return self.inner.aggregate_evaluate(server_round, replies)
+
+    def summary(self) -> None:
+        """The inner strategy's."""
+        self.inner.summary()
+
+
+def _only_arrays(content: RecordDict, what: str) -> tuple[str, ArrayRecord]:
+    """The one array record of a message. Raises PayloadError if it has another number of them."""
+    records = list(content.array_records.items())
+    if len(records) != 1:
+        raise PayloadError(f"{what} has {len(records)} array records, expected 1")
+    return records[0]
+
+
+def _load_state(context: Context, spec: ParamSpec) -> tuple[ErrorFeedback, bytes]:
+    """Error feedback and the compressor's memory, empty if there are none or they are of another model."""
+    record = context.state.config_records.get(_STATE)
+    if record is None or record.get("version") != VERSION:
+        return ErrorFeedback(), b""
+
+    def weights(name: str) -> Weights | None:
+        data = record.get(name)
+        try:
+            return float32_from(data, spec) if isinstance(data, bytes) else None
+        except PayloadError:
+            return None
+
+    residual, sent, round_, memory = weights("residual"), weights("sent"), record.get("round"), record.get("memory")
+    if residual is None or sent is None or not isinstance(round_, int):
+        return ErrorFeedback(), b""
+    return ErrorFeedback(residual, sent, round_), memory if isinstance(memory, bytes) else b""
+
+
+def _save_state(context: Context, spec: ParamSpec, outgoing: Outgoing) -> None:
+    """Keep error feedback and the compressor's memory in the client's context for its next round."""
+    feedback = outgoing.feedback
+    record = ConfigRecord({"version": VERSION, "memory": outgoing.memory, "round": feedback.sent_round})
+    if feedback.residual:
+        record["residual"] = float32_bytes(feedback.residual, spec)
+        record["sent"] = float32_bytes(feedback.sent, spec)
+    context.state[_STATE] = record

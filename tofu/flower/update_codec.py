@@ -1,0 +1,228 @@
+"""How an update is coded between the two ends of a compressed Flower app.
+
+A Flower app keeps its weights in an `ArrayRecord`. The codec sees them as a `ReferenceModel`: the user's model if one
+is given, or the bare arrays, which are enough for every compressor that does not differentiate through the model.
+"""
+
+import copy
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from flwr.app import Array, ArrayRecord
+from torch import Tensor, nn
+
+from tofu.codec.options import DEFAULTS, CompressorOptions, ProxySettings
+from tofu.compression import compressors, make_compressor
+from tofu.compression.base import Compressor
+from tofu.data import ImageShape
+from tofu.errors import PayloadError, SettingError
+from tofu.payload import HEADER_BYTES, Payload, read_payload
+from tofu.reference_model import ReferenceModel, output_count
+from tofu.weights import FINGERPRINT_BYTES, Weights, fingerprint, load_weights, weights_of
+
+RECORD = "tofu"
+"""Key of the `ConfigRecord` that the strategy adds to a train message, and the mod to its reply."""
+
+VERSION = 1
+NEEDS_MODEL = frozenset({"proxy", "3sfc"})
+"""Compressors that differentiate through the model."""
+
+
+class UpdateCodec:
+    """Codes the difference between two sets of arrays. Both ends of an app must build it from equal arguments.
+
+    Args:
+        model: the app's network, or a function without arguments that builds it. Without it the codec sees only arrays,
+            and every array counts as trainable.
+        input_shape: (channels, height, width) of the model's input; proxies need it.
+        compressor: a registered name or `package.module:Class`. By default `proxy`, or `sparse` if there is no model or
+            no input shape.
+        ratio: float32 bytes of an update over the bytes of its payload.
+        correction: smallest fraction of a proxy payload that is left to the sparse correction.
+        over_relaxation: gain of what is decoded (docs/error-feedback.md); of the correction alone with proxies.
+        step_ahead: fraction of the residual that local training starts ahead by (docs/error-feedback.md).
+        error_feedback: fraction of what compression lost that the client adds to its next update.
+        seed: seed of the search for proxies.
+
+    Raises:
+        SettingError: an argument is out of range, or the compressor needs a model that is not given.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Callable[[], nn.Module] | None = None,
+        input_shape: tuple[int, int, int] | None = None,
+        *,
+        compressor: str | None = None,
+        ratio: float = 100.0,
+        correction: float = 0.4,
+        over_relaxation: float = 1.0,
+        step_ahead: float = 0.0,
+        error_feedback: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        self.name = compressor or ("sparse" if model is None or input_shape is None else "proxy")
+        if self.name in NEEDS_MODEL and (model is None or input_shape is None):
+            raise SettingError("compressor", self.name, "model and input_shape to be given, or compressor=sparse")
+        compressors.get(self.name)
+        for field, value, low, high in (
+            ("error_feedback", error_feedback, 0, 1), ("step_ahead", step_ahead, 0, 1),
+            ("correction", correction, 0, 1), ("over_relaxation", over_relaxation, 1, 2), ("ratio", ratio, 1, 1e6),
+        ):  # fmt: skip
+            if not low <= value <= high:
+                raise SettingError(field, value, f"a number from {low} to {high:g}")
+        self._model, self._shape, self._ratio = model, input_shape, ratio
+        if self.name == "proxy":
+            encoder = ProxySettings(bits=4, warm_start=False)
+            self._options = CompressorOptions(
+                correction=correction, correction_gain=over_relaxation, encoder=encoder
+            )  # fmt: skip
+        else:
+            self._options = dataclasses.replace(DEFAULTS, gain=over_relaxation)
+        self.error_feedback, self.step_ahead, self.seed = error_feedback, step_ahead, seed
+
+    @property
+    def digest(self) -> bytes:
+        """Identifies the arguments that both ends must share, in 8 bytes."""
+        options = dataclasses.asdict(self._options)
+        shared = [VERSION, self.name, self._ratio, self._shape, options]
+        return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).digest()[:FINGERPRINT_BYTES]
+
+    def reference(self, arrays: Mapping[str, Tensor]) -> "ArrayModel":
+        """The app's model with these arrays as its weights.
+
+        Raises:
+            SettingError: the arrays are not those of the model, or the model does not accept the input shape.
+        """
+        model = _bare(arrays) if self._model is None else self._built()
+        names = _matched(arrays, model)
+        load_weights(model, {own: arrays[name] for own, name in names.items()})
+        shape = ImageShape(*(self._shape or (1, 1, 1)), classes=1)
+        model.eval()
+        if self._shape is not None and self._model is not None:
+            try:
+                shape = dataclasses.replace(shape, classes=output_count(model, shape))
+            except Exception as error:  # the user's own code may raise anything
+                reason = " ".join(str(error).split())
+                raise SettingError("input_shape", self._shape, f"the shape of the model's input ({reason})") from error
+        return ArrayModel(ReferenceModel(model, shape), names)
+
+    def compressor(self, reference: ReferenceModel) -> Compressor:
+        """The compressor for this model. Raises SettingError if it does not reach the ratio."""
+        return make_compressor(self.name, reference, ratio=self._ratio, options=self._options)
+
+    def payload(self, compressor: Compressor, reference: ReferenceModel, body: bytes, round_: int) -> bytes:
+        """A body with a header that names compressor, round and the weights that the update is relative to."""
+        return Payload(compressor.code, round_, fingerprint(weights_of(reference.model)), body).to_bytes()
+
+    def decode(self, reference: ReferenceModel, data: object, round_: int) -> Weights:
+        """The update that a payload stands for, by the model's names.
+
+        Raises:
+            PayloadError: the payload is damaged, of another round or compressor, or relative to other weights.
+        """
+        if not isinstance(data, bytes):
+            raise PayloadError(f"payload is {type(data).__name__}, expected bytes")
+        compressor = self.compressor(reference)
+        limit = HEADER_BYTES + compressor.body_bytes(reference.param_spec)
+        base = fingerprint(weights_of(reference.model))
+        payload = read_payload(data, codec=compressor.code, round_=round_, fingerprint=base, max_bytes=limit)
+        return compressor.decompress(reference, payload.body)
+
+    def _built(self) -> nn.Module:
+        return copy.deepcopy(self._model) if isinstance(self._model, nn.Module) else self._model()  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class ArrayModel:
+    """A model whose weights are a message's arrays.
+
+    Attributes:
+        reference: the model.
+        names: the model's state-dict name -> name of the array.
+    """
+
+    reference: ReferenceModel
+    names: dict[str, str]
+
+    def update(self, base: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> Weights:
+        """new - base of all that the model trains, by the model's names.
+
+        Raises:
+            PayloadError: the arrays differ in names or shapes, or one changed that the model does not train.
+        """
+        if base.keys() != new.keys() or any(base[name].shape != new[name].shape for name in base):
+            raise PayloadError("the app returned arrays of other names or shapes than it received")
+        spec = self.reference.param_spec
+        for own, name in self.names.items():
+            if own not in spec.shapes and not new[name].equal(base[name]):
+                raise PayloadError(f"the app changed array {name!r}, which the model declares as not trainable")
+        return {own: new[self.names[own]].float() - base[self.names[own]].float() for own in spec.shapes}
+
+    def add(self, base: Mapping[str, Tensor], update: Weights) -> dict[str, Tensor]:
+        """base + update, by the arrays' names; integers are rounded."""
+        new = dict(base)
+        for own, value in update.items():
+            name = self.names[own]
+            total = base[name].float() + value
+            new[name] = total if base[name].is_floating_point() else total.round()
+        return new
+
+
+def tensors_of(record: ArrayRecord) -> dict[str, Tensor]:
+    """An `ArrayRecord` as detached CPU tensors by name, in its order.
+
+    Raises:
+        PayloadError: an array cannot be read.
+    """
+    try:
+        return {name: torch.from_numpy(array.numpy().copy()) for name, array in record.items()}
+    except (ValueError, TypeError, SyntaxError, EOFError) as error:
+        raise PayloadError(f"arrays cannot be read ({type(error).__name__})") from error
+
+
+def record_of(tensors: Mapping[str, Tensor], like: ArrayRecord) -> ArrayRecord:
+    """Tensors as an `ArrayRecord` with the names, order and types of `like`."""
+    return ArrayRecord(
+        {name: Array(tensors[name].numpy().astype(array.dtype, copy=False)) for name, array in like.items()}
+    )
+
+
+def _matched(arrays: Mapping[str, Tensor], model: nn.Module) -> dict[str, str]:
+    """State-dict name -> name of the array: equal names, or as many arrays in the same order.
+
+    Raises:
+        SettingError: names, number or shapes differ.
+    """
+    own = model.state_dict()
+    same_names = arrays.keys() == own.keys()
+    if not same_names and len(arrays) != len(own):
+        odd = min(arrays.keys() ^ own.keys())
+        raise SettingError("model", f"{len(own)} arrays", f"the {len(arrays)} of the message ({odd!r} is on one side)")
+    names = {name: name for name in own} if same_names else dict(zip(own, arrays, strict=True))
+    for name, array in names.items():
+        if own[name].shape != arrays[array].shape:
+            found, expected = list(own[name].shape), list(arrays[array].shape)
+            raise SettingError("model", f"{name} of shape {found}", f"{expected}, as array {array!r} of the message")
+    return names
+
+
+def _bare(arrays: Mapping[str, Tensor]) -> nn.Module:
+    """A module that has these arrays as parameters (floating point) and buffers (others), and no forward pass."""
+    root = nn.Module()
+    for name, value in arrays.items():
+        module = root
+        *path, leaf = name.split(".")
+        for part in path:
+            if not isinstance(getattr(module, part, None), nn.Module):
+                module.add_module(part, nn.Module())
+            module = getattr(module, part)
+        if value.is_floating_point():  # FedAdam and others turn arrays into float64
+            module.register_parameter(leaf, nn.Parameter(value.float()))
+        else:
+            module.register_buffer(leaf, value.clone())
+    return root
