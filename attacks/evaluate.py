@@ -35,7 +35,7 @@ SITUATION = ("dataset", "model", "norm", "lr", "moment", "batch_size", "steps", 
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class AttackEvaluation:
     """What to run; every combination is a cell.
 
     Attributes:
@@ -87,7 +87,7 @@ class Evaluation:
 
 
 def evaluate(
-    evaluation: Evaluation, folder: Path, *, say: Callable[[str], None], seconds: float = math.inf
+    evaluation: AttackEvaluation, folder: Path, *, say: Callable[[str], None], seconds: float = math.inf
 ) -> list[Row]:
     """Run the cells that `folder` does not have yet, and hand back all rows that are there at the end.
 

@@ -1,4 +1,4 @@
-"""The round's global weights on the client: taken whole, or built from weights that it kept and the steps it lacks."""
+"""How a client obtains the round's global weights: in full, or from weights that it kept and the steps it missed."""
 
 from client.state import KeptWeights
 from tofu.compression.base import Compressor
@@ -11,30 +11,31 @@ from tofu.wire import TrainRequest
 
 
 class ResyncError(TofuError):
-    """The steps do not lead from what this client has to the round's weights: it must be sent them whole."""
+    """The client cannot build the round's weights from the steps: the server must send them in full."""
 
 
 def receive_weights(
     request: TrainRequest, round_: int, network: ReferenceModel, kept: KeptWeights | None, compressor: Compressor | None
 ) -> None:
-    """Bring the network's model to the weights of the round, `request.identity`.
+    """Load the round's weights, `request.identity`, into the network's model.
 
     Args:
-        network: its model is the run's initial one, as every client builds it from the settings.
-        kept: what this client has from an earlier round.
-        compressor: of the server's steps; None where this run sends weights whole.
+        network: the run's initial model, which every client builds from the settings.
+        kept: the weights that this client kept from an earlier round.
+        compressor: compressor of the server's steps; None if the run sends full weights.
 
     Raises:
-        ResyncError: this client lacks the weights that the steps start at, or comes out elsewhere than the server.
-        TofuError: the payload cannot be trusted.
+        ResyncError: this client lacks the weights that the steps start from, or arrives at other weights than the
+            server.
+        TofuError: the payload fails validation.
     """
     if request.payload:
-        _take(request.payload, round_, network)
+        _load_full(request.payload, round_, network)
     else:
-        _build(request, round_, network, kept, compressor)
+        _apply_steps(request, round_, network, kept, compressor)
 
 
-def _take(data: bytes, round_: int, network: ReferenceModel) -> None:
+def _load_full(data: bytes, round_: int, network: ReferenceModel) -> None:
     limit = HEADER_BYTES + network.param_spec.float32_bytes
     payload = read_payload(data, codec=WEIGHTS, round_=round_, fingerprint=None, max_bytes=limit)
     load_weights(network.model, float32_from(payload.body, network.param_spec))
@@ -43,7 +44,7 @@ def _take(data: bytes, round_: int, network: ReferenceModel) -> None:
         raise DataError("the global weights do not match their fingerprint: server and client built other models")
 
 
-def _build(
+def _apply_steps(
     request: TrainRequest, round_: int, network: ReferenceModel, kept: KeptWeights | None, compressor: Compressor | None
 ) -> None:
     if compressor is None:
@@ -55,15 +56,15 @@ def _build(
     limit = HEADER_BYTES + compressor.body_bytes(network.param_spec)
     for number, data in enumerate(request.steps, start=round_ - len(request.steps) + 1):
         step = read_payload(data, codec=compressor.code, round_=number, fingerprint=None, max_bytes=limit)
-        if step.fingerprint == identity:  # the first ones may have been taken already, in a reply that got lost
+        if step.fingerprint == identity:  # an earlier request may have brought the first ones
             try:
                 add_update(network.model, compressor.decompress(network, step.body))
             except PayloadError as error:
-                raise ResyncError(f"the step of round {number} cannot be taken from these weights: {error}") from error
+                raise ResyncError(f"the step of round {number} cannot be applied to these weights: {error}") from error
             identity = after_step(identity, data)
     if identity != request.identity:
         raise ResyncError(f"weights {start.hex()} and {len(request.steps)} steps lead to {identity.hex()}, "
                           f"the round's weights are {request.identity.hex()}")  # fmt: skip
     away = drift(weights_of(network.model), request.sketch)
     if not away <= MAX_DRIFT:
-        raise ResyncError(f"weights built from steps are {away:.1g} of their length away from the server's")
+        raise ResyncError(f"weights built from steps differ from the server's by {away:.1g} of their norm")

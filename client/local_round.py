@@ -165,7 +165,7 @@ class LocalRound:
             training.weight_decay,
         )  # fmt: skip
         generator = derive_generator(settings.run.seed, self.round, self.position.client, "train")
-        heads = only_classes(model, stream.strata_of(task)) if settings.plugin.task_heads == "multi" else nullcontext()
+        heads = only_classes(model, stream.classes_of(task)) if settings.plugin.task_heads == "multi" else nullcontext()
         with heads:
             result = train_locally(
                 model, data, config, generator=generator, plugins=self.plugins, final=self.position.final,

@@ -1,8 +1,8 @@
-"""A client's side of secure rounds: its session of `tofu.secagg`, kept in the Flower context between messages.
+"""The client side of secure rounds: its `tofu.secagg` session, stored in the Flower context between messages.
 
-Node config, where the server may lie: `identity`, the file of this client's Ed25519 key, and `identities`, the file of
-all clients' public keys, which came some other way than through the server (`deploy.identities` makes both).
-`min-neighbors` and `max-colluding` say what this client insists on, whatever the server proposes.
+Entries of the node config against a dishonest server: `identity`, the file of this client's Ed25519 key, and
+`identities`, the file of all clients' public keys, which must not come through the server (`tofu deploy identities`
+creates both). `min-neighbors` and `max-colluding` are limits that this client enforces, whatever the server proposes.
 """
 
 from pathlib import Path
@@ -21,7 +21,11 @@ _SESSION = "session"
 
 
 def participant_of(context: Context, name: str) -> Participant:
-    """Who this client is in secure rounds. Raises SettingError for a node config that cannot be used."""
+    """This client as a participant of secure rounds.
+
+    Raises:
+        SettingError: an entry of the node config is not usable.
+    """
     config = present_node_config(context.node_config)
     key, known = config.get("identity"), config.get("identities")
     return Participant(
@@ -35,7 +39,7 @@ def participant_of(context: Context, name: str) -> Participant:
 
 
 def new_advert(context: Context, member: Participant) -> bytes:
-    """Fresh keys for the next secure round; those of an earlier one are forgotten."""
+    """Create keys for the next secure round; they replace those of an earlier one."""
     session = ClientSession(member)
     advert = session.advertise_keys()
     save_session(context, session)
@@ -43,10 +47,10 @@ def new_advert(context: Context, member: Participant) -> bytes:
 
 
 def answer_query(query: SecureQuery, context: Context, member: Participant) -> SecureAnswer:
-    """Answer one stage. What was answered is in `context` before the answer leaves.
+    """Answer one stage. The session's new state is in `context` before the answer is sent.
 
     Raises:
-        PayloadError: a message that is not to be answered; nothing was revealed.
+        PayloadError: the message fails validation; nothing is revealed.
     """
     if query.stage == "advert":
         return SecureAnswer(b"", new_advert(context, member))
@@ -58,7 +62,7 @@ def answer_query(query: SecureQuery, context: Context, member: Participant) -> S
 
 
 def load_session(context: Context, member: Participant) -> ClientSession:
-    """The session under way. Raises PayloadError where there is none."""
+    """The stored session. Raises PayloadError if there is none."""
     record = context.state.config_records.get(_RECORD)
     if record is None:
         raise PayloadError(f"{member.name} has no secure session: it never sent keys, or lost its state")
@@ -66,5 +70,5 @@ def load_session(context: Context, member: Participant) -> ClientSession:
 
 
 def save_session(context: Context, session: ClientSession) -> None:
-    """Put the session in the place of the old one."""
+    """Store the session in place of the previous one."""
     context.state[_RECORD] = ConfigRecord({_SESSION: session.to_bytes()})

@@ -27,7 +27,7 @@ class Evaluator:
         """
         results = []
         for task in range(self._stream.tasks):
-            heads = self._stream.strata_of(task) if self._multi_head else range(classes)
+            heads = self._stream.classes_of(task) if self._multi_head else range(classes)
             images = self._stream.images_of(self._test, task)
             results.append(self._on_task(models, heads, images))
         groups = []

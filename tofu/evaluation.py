@@ -16,7 +16,7 @@ Predict = Callable[[nn.Module, Tensor], Prediction]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Share of images classified rightly, and mean cross-entropy."""
+    """Accuracy (0 to 1) and mean cross-entropy."""
 
     accuracy: float
     loss: float
@@ -31,21 +31,21 @@ def evaluate(
     predict: Predict | None = None,
     device: torch.device = CPU,
 ) -> Evaluation:
-    """Evaluate in eval mode; the model's mode is restored.
+    """Evaluate a model in eval mode and restore its mode.
 
     Args:
-        predict: what gives the logits in place of the model alone.
-        device: where the forward passes run; the model is on the CPU, before and after.
+        predict: computes the logits; by default the model's forward pass.
+        device: device of the forward passes; the model is on the CPU before and after.
     """
     was_training = model.training
     model.eval()
-    right, loss = 0, 0.0
+    correct, loss = 0, 0.0
     with on_device(model, device):
         for start in range(0, len(data), batch_size):
             images = to_float(data.images[start : start + batch_size].to(device))
             logits = predict(model, images).logits if predict else model(images)
             labels = data.labels[start : start + batch_size].to(device)
-            right += int((logits.argmax(1) == labels).sum())
+            correct += int((logits.argmax(1) == labels).sum())
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
     model.train(was_training)
-    return Evaluation(right / len(data), loss / len(data))
+    return Evaluation(correct / len(data), loss / len(data))

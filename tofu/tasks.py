@@ -1,6 +1,6 @@
-"""Task streams: the same images as a sequence of tasks, and what is measured of learning them one after the other.
+"""Task streams for continual learning: a dataset as a sequence of tasks, and the metrics ACC and BWT.
 
-Two streams, both functions of a seed: disjoint sets of classes, and permutations of the pixels (Goodfellow et al. 2014;
+A stream is a function of the seed: disjoint sets of classes, or permutations of the pixels (Goodfellow et al. 2014;
 Kirkpatrick et al. 2017). ACC and BWT: Lopez-Paz & Ranzato, "Gradient Episodic Memory", NeurIPS 2017, section 2.
 """
 
@@ -18,23 +18,23 @@ from tofu.rng import derive_generator
 STREAMS = ("none", "classes", "pixels")
 ORDERS = ("same", "own")
 _EXCLUDED = -1e9
-"""A logit whose probability is 0 in float32, and finite, so that 0 of a soft target times it is not NaN."""
+"""A logit whose probability is 0 in float32. It is finite, so that its product with a soft target of 0 is not NaN."""
 
 
 @dataclass(frozen=True)
 class TaskStream:
-    """Tasks 0..tasks-1 made of a dataset.
+    """Tasks 0 to tasks-1 of a dataset.
 
     Attributes:
         kind: "classes": each task has some of the classes; "pixels": each task has its own permutation of the pixels,
-            task 0 the images as they are; "none": every task is the data.
-        tasks: how many.
-        classes: of the dataset.
-        seed: of the split or the permutations.
-        order: "same": all clients learn the tasks in order; "own": each in an order of its own.
+            task 0 the identity; "none": every task is the whole dataset.
+        tasks: number of tasks.
+        classes: number of classes of the dataset.
+        seed: seed of the split or the permutations.
+        order: "same": all clients learn the tasks in order; "own": each client in its own order.
 
     Raises:
-        SettingError: a field that cannot be used.
+        SettingError: a field is out of range.
     """
 
     kind: str
@@ -52,15 +52,15 @@ class TaskStream:
             raise SettingError("task_count", self.tasks, text)
 
     def number(self, position: int, client: str = "") -> int:
-        """Which task comes at a position (0..tasks-1) of the stream, for this client."""
+        """The task at a position (0 to tasks-1) of this client's stream."""
         self._check(position)
         if self.order == "same":
             return position
         generator = derive_generator(self.seed, client, "task order")
         return int(torch.randperm(self.tasks, generator=generator)[position])
 
-    def strata_of(self, task: int) -> tuple[int, ...]:
-        """The classes of a task, ascending; as evenly dealt as can be."""
+    def classes_of(self, task: int) -> tuple[int, ...]:
+        """The classes of a task in ascending order; the numbers of classes per task differ by at most one."""
         self._check(task)
         if self.kind != "classes":
             return tuple(range(self.classes))
@@ -68,22 +68,22 @@ class TaskStream:
         return tuple(sorted(torch.tensor_split(dealt, self.tasks)[task].tolist()))
 
     def permutation_of(self, task: int, pixels: int) -> Tensor:
-        """int64 [pixels]: which pixel of an image stands where in the task's; the same in all channels."""
+        """int64 [pixels]: the source pixel of each pixel of the task's images, the same in all channels."""
         self._check(task)
         if self.kind != "pixels" or task == 0:
             return torch.arange(pixels)
         return torch.randperm(pixels, generator=derive_generator(self.seed, task, "task pixels"))
 
     def images_of(self, data: LabeledImages, task: int) -> LabeledImages:
-        """A task's images; labels stay those of the dataset.
+        """The images of a task, with the dataset's labels.
 
         Raises:
-            DataError: there is no image of the task's classes.
+            DataError: the data has no image of the task's classes.
         """
         if self.kind == "classes":
-            mine = torch.isin(data.labels, torch.tensor(self.strata_of(task)))
+            mine = torch.isin(data.labels, torch.tensor(self.classes_of(task)))
             if not bool(mine.any()):
-                raise DataError(f"there is no image of task {task}, whose classes are {self.strata_of(task)}")
+                raise DataError(f"there is no image of task {task}, whose classes are {self.classes_of(task)}")
             return data.subset(mine.nonzero().flatten())
         pixels = self.permutation_of(task, data.images[0, 0].numel()) if len(data) else torch.arange(0)
         images = data.images.flatten(2)[:, :, pixels].view_as(data.images)
@@ -96,9 +96,9 @@ class TaskStream:
 
 @contextmanager
 def only_classes(model: nn.Module, classes: Sequence[int]) -> Iterator[None]:
-    """Multi-head: within the block the model's other logits are out of the running, and get no gradient.
+    """Mask all logits but those of some classes within the block (multi-head evaluation and training).
 
-    Outputs beyond the dataset's classes (an auxiliary class) are out as well unless named.
+    Masked logits get no gradient. Outputs beyond the dataset's classes (an auxiliary class) are masked unless named.
     """
     allowed = torch.tensor(sorted(classes))
 
@@ -115,16 +115,16 @@ def only_classes(model: nn.Module, classes: Sequence[int]) -> Iterator[None]:
 
 
 def mean_accuracy(matrix: Tensor) -> float:
-    """ACC in percent: mean accuracy over all tasks after the last.
+    """ACC in percent: mean accuracy over all tasks after the last one.
 
     Args:
-        matrix: [tasks, tasks]; row i, column j: share of task j's test images classified rightly after task i.
+        matrix: [tasks, tasks]; entry (i, j) is the test accuracy on task j after task i.
     """
     return 100 * float(matrix[-1].double().mean())
 
 
 def backward_transfer(matrix: Tensor) -> float:
-    """BWT in percent points: what each task gained (lost, if negative) since it was learnt; 0 for one task."""
+    """BWT in percentage points: mean change of each task's accuracy since it was learned; 0 for a single task."""
     if len(matrix) < 2:
         return 0.0
     return 100 * float((matrix[-1].double() - matrix.double().diagonal())[:-1].mean())

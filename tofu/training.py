@@ -1,4 +1,4 @@
-"""The local loop: a client's epochs of SGD over its own images."""
+"""Local training: epochs of SGD over a client's own images."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -20,7 +20,7 @@ from tofu.plugins.base import Criterion
 
 @dataclass(frozen=True)
 class LocalTrainingConfig:
-    """How a client trains: epochs, images in a step, and SGD's step size, momentum and weight decay."""
+    """Epochs, batch size, and SGD's learning rate, momentum and weight decay."""
 
     epochs: int
     batch_size: int
@@ -31,7 +31,7 @@ class LocalTrainingConfig:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """Mean loss over the local steps, their number, and the seconds they took."""
+    """Mean loss over the local steps, number of steps, and their duration in seconds."""
 
     loss: float
     steps: int
@@ -41,7 +41,7 @@ class TrainingResult:
 def train_locally(
     model: nn.Module,
     data: LabeledImages,
-    how: LocalTrainingConfig,
+    config: LocalTrainingConfig,
     *,
     generator: torch.Generator,
     plugins: Plugins = NO_PLUGINS,
@@ -51,12 +51,11 @@ def train_locally(
     """Train `model` in place.
 
     Args:
-        model: on the CPU, as it is afterwards.
-        generator: draws the order of the images, dropout's masks and what plugins make of a batch; nothing else is
-            random.
-        plugins: already set up with this model (`Plugins.setup`).
-        final: this is the last round of a task, as plugins are told at the end.
-        device: where the steps are taken.
+        model: on the CPU, before and after.
+        generator: source of all randomness: the order of the images, dropout masks, and the plugins' batches.
+        plugins: set up with this model (`Plugins.setup`).
+        final: whether this is the last round of a task; passed to `on_task_end`.
+        device: device of the training steps.
 
     Raises:
         RunError: the loss is no longer finite.
@@ -64,11 +63,11 @@ def train_locally(
     began = time.perf_counter()
     model.train()
     plugins.on_train_begin(model, data)
-    optimizer = SGD(dict(model.named_parameters()), how)
+    optimizer = SGD(dict(model.named_parameters()), config)
     total, steps = torch.zeros((), device=device), 0
-    for _ in range(how.epochs):
+    for _ in range(config.epochs):
         with on_device(model, device):
-            for rows in _batches(len(data), how.batch_size, generator):
+            for rows in _batches(len(data), config.batch_size, generator):
                 batch = plugins.on_batch(Batch(to_float(data.images[rows]), data.labels[rows], rows), generator)
                 if not len(batch):
                     continue
@@ -78,7 +77,7 @@ def train_locally(
         plugins.on_epoch_end(model, data)
     mean = float(total) / max(1, steps)
     if mean != mean or mean in (float("inf"), float("-inf")):
-        raise RunError(f"local training diverged (loss {mean}): a smaller lr than {how.lr:g} may help")
+        raise RunError(f"local training diverged (loss {mean}): a smaller lr than {config.lr:g} may help")
     plugins.on_task_end(model, data, final)
     return TrainingResult(mean, steps, time.perf_counter() - began)
 
@@ -126,9 +125,9 @@ class SGD:
         parameters: name -> parameter; those that need no gradient are left out.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], how: LocalTrainingConfig) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], config: LocalTrainingConfig) -> None:
         self._parameters = {name: p for name, p in parameters.items() if p.requires_grad}
-        self._how = how
+        self._config = config
         self._momenta: dict[str, Tensor | None] = {}
 
     @property
@@ -144,15 +143,15 @@ class SGD:
         gradients = [p.grad for p in moving if p.grad is not None]
         momenta = [self._momenta.get(name) for name in names]
         sgd(
-            moving, gradients, momenta, lr=self._how.lr, momentum=self._how.momentum,
-            weight_decay=self._how.weight_decay, dampening=0.0, nesterov=False, maximize=False, foreach=False,
+            moving, gradients, momenta, lr=self._config.lr, momentum=self._config.momentum,
+            weight_decay=self._config.weight_decay, dampening=0.0, nesterov=False, maximize=False, foreach=False,
         )  # fmt: skip
         self._momenta |= zip(names, momenta, strict=True)
 
 
 def _batches(count: int, size: int, generator: torch.Generator) -> list[Tensor]:
     batches = list(torch.split(torch.randperm(count, generator=generator), size))
-    # One image alone has no batch statistics, so BatchNorm would refuse it.
+    # BatchNorm refuses a batch of one image.
     return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from attacks.evaluate import SITUATION, Evaluation, evaluate, summarize, verdicts
+from attacks.evaluate import SITUATION, AttackEvaluation, evaluate, summarize, verdicts
 from attacks.report import print_tables, write_report
 from benchmarks.attacks.membership import membership_rows, print_membership
 from benchmarks.common import RESULTS, find_data, write_results
@@ -81,7 +81,7 @@ def main() -> None:
             values["messages"] = tuple(options.messages.split(","))
         data = "digits" if name.startswith("digits") else find_data("cifar10", "uoft-cs/cifar10")
         folder = options.runs / name
-        done = evaluate(Evaluation(dataset=data, **values), folder, seconds=options.time_limit,
+        done = evaluate(AttackEvaluation(dataset=data, **values), folder, seconds=options.time_limit,
                         say=lambda line: print(line, file=sys.stderr, flush=True))  # fmt: skip
         write_report(done, folder)
         rows += [row | {"dataset": name.partition("-")[0]} for row in done]

@@ -157,7 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--only", action="append", metavar="PATTERN",
-        help="make only runs whose name matches, for example 'cifar10/stc-1000x-w1.8-a0.5-*'; may be repeated, in order",
+        help="make only runs whose name matches, such as 'cifar10/stc-1000x-w1.8-a0.5-*'; may be repeated, in order",
     )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="print the names of the runs that are left, and stop")
     parser.add_argument("--table", action="store_true", help="print the table of the results so far, and stop")

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from attacks.evaluate import Evaluation, evaluate, summarize, verdicts
+from attacks.evaluate import AttackEvaluation, evaluate, summarize, verdicts
 from attacks.report import READING, remarks, write_report
 from attacks.trials import Scenario, drawn_clients, trained_network
 from tofu.cli.attack import main
 from tofu.errors import DataError, SettingError
 from tofu.weights import weights_sha256
 
-SMALL = Evaluation(
+SMALL = AttackEvaluation(
     messages=("exact", "secure:2"), attacks=("idlg", "analytic", "label-counts"), batch_sizes=(2,), seeds=2
 )
 

@@ -14,7 +14,7 @@ from tofu.tasks import TaskStream, backward_transfer, mean_accuracy, only_classe
 def test_classes_are_dealt_to_tasks_each_to_one(classes: int, data: st.DataObject, seed: int) -> None:
     tasks = data.draw(st.integers(1, classes))
     stream = TaskStream("classes", tasks, classes, seed)
-    dealt = [stream.strata_of(task) for task in range(tasks)]
+    dealt = [stream.classes_of(task) for task in range(tasks)]
     assert sorted(c for own in dealt for c in own) == list(range(classes))
     assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
 
@@ -24,7 +24,7 @@ def test_a_class_task_has_its_classes_images_and_keeps_their_labels(digits: Labe
     parts = [stream.images_of(digits, task) for task in range(5)]
     assert sum(map(len, parts)) == len(digits)
     for task, part in enumerate(parts):
-        assert tuple(part.labels.unique().tolist()) == stream.strata_of(task)
+        assert tuple(part.labels.unique().tolist()) == stream.classes_of(task)
         assert part.classes == 10
     with pytest.raises(DataError, match="there is no image of task 1, whose classes are"):
         stream.images_of(parts[0], 1)
@@ -68,7 +68,7 @@ def test_clients_orders_differ() -> None:
 def test_a_stream_of_kind_none_repeats_the_data(digits: LabeledImages) -> None:
     stream = TaskStream("none", 2, 10)
     assert torch.equal(stream.images_of(digits, 1).images, digits.images)
-    assert stream.strata_of(1) == tuple(range(10))
+    assert stream.classes_of(1) == tuple(range(10))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from attacks.evaluate import Evaluation, evaluate
+from attacks.evaluate import AttackEvaluation, evaluate
 from attacks.recorded import ATTACKS as RECORDED
 from attacks.recorded import attack_run
 from attacks.registry import ATTACKS
@@ -18,7 +18,7 @@ from attacks.report import print_tables, write_report
 from tofu.errors import SettingError, TofuError
 from tofu.formatting import printable
 
-DEFAULTS = Evaluation()
+DEFAULTS = AttackEvaluation()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,7 +56,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m attacks", description=__doc__)
     parser.add_argument("run", nargs="?", type=Path, help="folder of a run with recorded clients, to attack that")
     parser.add_argument("--folder", type=Path, help="for the results; finished cells in it are not run again")
-    for field in dataclasses.fields(Evaluation):
+    for field in dataclasses.fields(AttackEvaluation):
         flag, default = f"--{field.name.replace('_', '-')}", field.default
         if isinstance(default, bool):
             parser.add_argument(flag, action="store_true", help="tell the attacker the labels")
@@ -73,14 +73,14 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _evaluation(options: argparse.Namespace) -> Evaluation:
+def _evaluation(options: argparse.Namespace) -> AttackEvaluation:
     values: dict[str, object] = {}
-    for field in dataclasses.fields(Evaluation):
+    for field in dataclasses.fields(AttackEvaluation):
         given = getattr(options, field.name)
         if isinstance(field.default, tuple):
             given = field.default if given is None else _listed(field.name, given, type(field.default[0]))
         values[field.name] = given
-    return Evaluation(**values)  # type: ignore[arg-type]
+    return AttackEvaluation(**values)  # type: ignore[arg-type]
 
 
 def _listed(name: str, text: str, kind: type) -> tuple[object, ...]:

@@ -1,10 +1,9 @@
-"""Error feedback: what compression lost this time is added to the next update (Seide et al. 2014; Karimireddy et al.,
-ICML 2019), kept right when a client sits out rounds or a reply never reaches the server.
+"""Error feedback: the compression error of a round is added to the next update (Seide et al. 2014; Karimireddy et al.,
+ICML 2019). It stays correct if a client misses rounds or if a reply does not reach the server.
 
-A reply can be lost after the client sent it: it was late, or the connection broke. Its content must then not be taken
-as delivered. So the client keeps both what was lost in rounding (the residual) and what it last sent, and the server
-names, with its next message, the last round whose reply of this client it added. Unless that is the round of what was
-last sent, the sent part returns into the residual.
+A reply can be lost after the client sent it. The client therefore keeps the residual and the decoded content of its
+last reply, and the server's next request names the last round whose reply it added. If that is another round, the
+content of the last reply returns to the residual. docs/error-feedback.md explains over-relaxation and step-ahead.
 """
 
 from collections.abc import Iterable
@@ -19,11 +18,11 @@ NEVER = -1
 
 @dataclass(frozen=True)
 class ErrorFeedback:
-    """One client's memory of what the server has not received.
+    """What the server has not received from one client.
 
     Attributes:
-        residual: update not yet sent, by name; empty before the first round.
-        sent: what the last reply decodes to, by name; empty before the first round.
+        residual: compression error, by name; empty before the first round.
+        sent: decoded content of the last reply, by name; empty before the first round.
         sent_round: the round of that reply, or -1.
     """
 
@@ -32,11 +31,11 @@ class ErrorFeedback:
     sent_round: int = NEVER
 
     def target(self, update: Weights, acknowledged: int, *, share: float = 1.0) -> Weights:
-        """What to compress now: the update plus what the server has not received.
+        """The update to compress: this round's update plus what the server has not received.
 
         Args:
             acknowledged: the last round whose reply of this client the server added, or -1.
-            share: of the residual that is kept. A reply that was lost on the way returns whole.
+            share: fraction of the residual to keep. A lost reply returns in full.
         """
         total = dict(update)
         for name, value in self.residual.items():
@@ -66,5 +65,5 @@ class ErrorFeedback:
 
     @staticmethod
     def after(target: Weights, decoded: Weights, round_: int) -> "ErrorFeedback":
-        """The memory after sending what decodes to `decoded` in round `round_`."""
+        """The state after sending a reply that decodes to `decoded` in round `round_`."""
         return ErrorFeedback({name: target[name] - decoded[name] for name in target}, decoded, round_)
