@@ -15,18 +15,27 @@ from tofu.weights import Weights, load_weights, weights_of
 
 
 @contextmanager
-def at_weights(model: nn.Module, weights: Weights) -> Iterator[None]:
-    """Inside, the model is in eval mode with these weights and without gradients; afterwards it is as it was."""
-    now, modes = weights_of(model), {module: module.training for module in model.modules()}
-    load_weights(model, weights)
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode; afterwards each module is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad():
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def at_weights(model: nn.Module, weights: Weights) -> Iterator[None]:
+    """Inside, the model is in eval mode with these weights and without gradients; afterwards it is as it was."""
+    now = weights_of(model)
+    load_weights(model, weights)
+    try:
+        with eval_mode(model), torch.no_grad():
             yield
     finally:
         load_weights(model, now)
-        for module, training in modes.items():
-            module.training = training
 
 
 def subsample(data: LabeledImages, most: int) -> Tensor:

@@ -1,0 +1,121 @@
+"""Draw a client's most memorized images, on its own machine, from the scores that the plugin `curvature` saved there.
+
+    TOFU_CURVATURE_FOLDER=scores tofu run --plugins curvature --run-folder runs/a
+    python -m client.plugins.contact_sheet scores/curvature-0.scores runs/a --output sheet.png
+
+The second argument is what the client trained on: a folder of images, or a run folder, whose simulated client is the
+one in the name of the scores' file.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from client.plugins.curvature import SCORES, data_digest
+from tofu.data import LabeledImages, local_folder
+from tofu.errors import DataError, TofuError
+from tofu.plugins import MAX_STATE_BYTES, state_from_bytes
+
+_CAPTION = 12  # pixels below an image
+
+
+@dataclass(frozen=True)
+class MemorizedImages:
+    """The highest mean scores, in descending order.
+
+    Attributes:
+        rows: int64 [n], rows of the client's images.
+        scores: float64 [n].
+    """
+
+    rows: Tensor
+    scores: Tensor
+
+
+def most_memorized(file: Path, data: LabeledImages, count: int, score: str = "curvature") -> MemorizedImages:
+    """Read saved scores and return the `count` highest.
+
+    Raises:
+        DataError: the file cannot be read, is not one of scores, or belongs to other images.
+    """
+    try:
+        state = state_from_bytes(file.read_bytes(), max_bytes=MAX_STATE_BYTES)
+    except (OSError, TofuError) as error:
+        raise DataError(f"{file} cannot be read as scores: {error}") from error
+    rows, total, scorings = state.get("rows"), state.get(score), state.get("count")
+    if not isinstance(rows, Tensor) or not isinstance(total, Tensor) or not isinstance(scorings, int):
+        raise DataError(f"{file} holds no scores named {score}")
+    if state.get("digest") != data_digest(data):
+        raise DataError(f"{file} has scores of other images than these {len(data)}")
+    mean = total / max(1, scorings)
+    top = mean.argsort(descending=True, stable=True)[:count]
+    return MemorizedImages(rows[top], mean[top])
+
+
+def contact_sheet(data: LabeledImages, found: MemorizedImages, *, columns: int = 8, pixels: int = 64) -> Image.Image:
+    """A sheet of images in reading order, each with its label and score below it.
+
+    Args:
+        columns: images in a row.
+        pixels: height of an image; small images are enlarged without smoothing.
+    """
+    lines = -(-len(found.rows) // columns)
+    width = max(pixels, round(pixels * data.shape.width / data.shape.height))
+    sheet = Image.new("RGB", (columns * width, max(1, lines) * (pixels + _CAPTION)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (row, score) in enumerate(zip(found.rows.tolist(), found.scores.tolist(), strict=True)):
+        x, y = i % columns * width, i // columns * (pixels + _CAPTION)
+        picture = data.images[row].permute(1, 2, 0).expand(-1, -1, 3) if data.shape.channels == 1 else (
+            data.images[row].permute(1, 2, 0))  # fmt: skip
+        image = Image.fromarray(picture.contiguous().numpy()).resize((width, pixels), Image.Resampling.NEAREST)
+        sheet.paste(image, (x, y))
+        draw.text((x + 2, y + pixels), f"{int(data.labels[row])}: {score:.2g}", fill="black")
+    return sheet
+
+
+def client_images(file: Path, data: Path, class_names: Sequence[str] = ()) -> LabeledImages:
+    """The images that the scores belong to: those of a folder, or of the simulated client of a run.
+
+    Raises:
+        DataError: they cannot be read.
+    """
+    if not (data / "config.json").is_file():
+        return local_folder(str(data), class_names=class_names)
+    from tofu.reporting.folder import read_config
+
+    client = file.stem.removeprefix("curvature-")
+    if not client.isdigit():
+        raise DataError(f"{file} is not named curvature-CLIENT.scores after a simulated client")
+    return read_config(data).open_data().client(int(client))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m client.plugins.contact_sheet", description=__doc__.split("\n")[0])
+    parser.add_argument("scores", type=Path, help="a file in the folder that TOFU_CURVATURE_FOLDER named")
+    parser.add_argument("data", type=Path, help="the client's folder of images, or a run folder")
+    parser.add_argument("--class-names", default="", help="the run's class-names, for a folder of images")
+    parser.add_argument("--score", choices=SCORES, default="curvature")
+    parser.add_argument("--count", type=int, default=40, help="number of images")
+    parser.add_argument("--columns", type=int, default=8)
+    parser.add_argument("--output", type=Path, default=Path("memorized.png"))
+    args = parser.parse_args()
+    if args.count < 1 or args.columns < 1:
+        parser.error("--count and --columns must be at least 1")
+    try:
+        names = tuple(filter(None, args.class_names.split(",")))
+        data = client_images(args.scores, args.data, names)
+        found = most_memorized(args.scores, data, args.count, args.score)
+        contact_sheet(data, found, columns=args.columns).save(args.output)
+    except (TofuError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    print(f"{len(found.rows)} images: {args.output}")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
