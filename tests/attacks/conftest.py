@@ -1,5 +1,6 @@
 """Situations that leak, made by real local steps on the embedded digits."""
 
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from attacks.messages import ClientRound, local_round, observe, parse_message
 from attacks.networks import attacked_model
 from attacks.observation import Observation
+from tofu.cli import main
 from tofu.data import LabeledImages
 from tofu.reference_model import ReferenceModel
 from tofu.training import LocalTrainingConfig
@@ -41,3 +43,16 @@ def look(digits: LabeledImages) -> Look:
         return seen, own, digits.subset(torch.arange(200, 400))
 
     return make
+
+
+def attack_command(arguments: list[str]) -> int:
+    """Run `tofu attack` in this process and return its exit status."""
+    before = sys.argv
+    sys.argv = ["tofu", "attack", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    finally:
+        sys.argv = before
+    return 0

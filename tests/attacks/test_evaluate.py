@@ -10,7 +10,7 @@ import pytest
 from attacks.evaluate import AttackEvaluation, evaluate, summarize, verdicts
 from attacks.report import READING, remarks, write_report
 from attacks.trials import Scenario, drawn_clients, trained_network
-from tofu.cli.attack import main
+from tests.attacks.conftest import attack_command
 from tofu.errors import DataError, SettingError
 from tofu.weights import weights_sha256
 
@@ -120,7 +120,7 @@ def test_what_cannot_be_run_is_one_line(change: dict[str, object]) -> None:
 def test_bad_input_is_one_line_and_status_2(
     arguments: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*arguments, "--folder", str(tmp_path / "out"), "--quiet", "--seeds", "1"]) == 2
+    assert attack_command([*arguments, "--folder", str(tmp_path / "out"), "--quiet", "--seeds", "1"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert expected in error
@@ -129,7 +129,7 @@ def test_bad_input_is_one_line_and_status_2(
 
 def test_the_command_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--messages", "exact", "--batch-sizes", "1", "--seeds", "1"]
-    assert main([*arguments, "--attacks", "idlg", "--folder", str(tmp_path)]) == 0
+    assert attack_command([*arguments, "--attacks", "idlg", "--folder", str(tmp_path)]) == 0
     printed = capsys.readouterr()
     assert "the control broke" in printed.out
     assert "| exact" in printed.out

@@ -7,7 +7,7 @@ import pytest
 from attacks.base import AttackError
 from attacks.messages import local_round
 from attacks.recorded import attack_run, observation_of
-from tofu.cli.attack import main
+from tests.attacks.conftest import attack_command
 from tofu.data import open_data
 from tofu.errors import PayloadError, RunError
 from tofu.models import build_model
@@ -43,7 +43,7 @@ def run(tmp_path: Path) -> Path:
 
 def test_a_recorded_run_is_attacked_with_its_control(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [str(run), "--attacks", "analytic,proxy-images,label-counts", "--quiet"]
-    assert main(arguments) == 0
+    assert attack_command(arguments) == 0
     assert "recorded proxy:smooth" in capsys.readouterr().out
     rows = attack_run(run, run / "attacks", attacks=("analytic", "proxy-images", "label-counts"), say=print)
     assert not capsys.readouterr().out

@@ -1,94 +1,99 @@
-"""What each kind of message leaks: `python -m attacks --help`, or `python -m attacks RUN` for a recorded run."""
+"""`tofu attack`: what each kind of message leaks."""
 
-import argparse
-import dataclasses
 import json
 import math
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
+import typer
 
-from attacks.evaluate import AttackEvaluation, evaluate
-from attacks.recorded import ATTACKS as RECORDED
-from attacks.recorded import attack_run
-from attacks.registry import ATTACKS
-from attacks.report import print_tables, write_report
-from tofu.errors import SettingError, TofuError
+from tofu.cli.options import Json, Quiet
+from tofu.errors import SettingError
 from tofu.formatting import printable
 
-DEFAULTS = AttackEvaluation()
+if TYPE_CHECKING:
+    from attacks.evaluate import AttackEvaluation
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line -> exit status; what a user can act on takes one line and status 2."""
-    try:
-        return _run(_parsed(arguments))
-    except TofuError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
-        return 130
+def _several(flag: str, help_: str) -> Any:
+    return typer.Option(flag, help=f"{help_}; several are separated by commas", show_default=False)
 
 
-def _run(options: argparse.Namespace) -> int:
-    torch.set_num_threads(options.threads)
-    say = (lambda line: None) if options.quiet else (lambda line: print(printable(line), file=sys.stderr, flush=True))
-    if options.run is not None:
-        folder = options.folder or options.run / "attacks"
-        attacks = RECORDED if options.attacks is None else tuple(options.attacks.split(","))
-        rows = attack_run(options.run, folder, attacks=attacks, seconds=options.seconds, say=say)
+def attack(
+    run: Annotated[
+        Path | None, typer.Argument(help="folder of a run with --record-clients; without it, messages are made")
+    ] = None,
+    *,
+    folder: Annotated[Path | None, typer.Option(help="folder of the results; finished trials are not repeated")] = None,
+    dataset: Annotated[str | None, typer.Option(help="dataset of the messages that are made")] = None,
+    model: Annotated[str | None, typer.Option(help="model")] = None,
+    norm: Annotated[str | None, typer.Option(help="normalization layers")] = None,
+    lr: Annotated[float | None, typer.Option(help="learning rate of the client")] = None,
+    messages: Annotated[
+        str | None, _several("--messages", "kinds of message, such as exact or proxy:smooth:100")
+    ] = None,
+    attacks: Annotated[str | None, _several("--attacks", "registered names or package.module:Class")] = None,
+    batch_sizes: Annotated[str | None, _several("--batch-sizes", "numbers of images in a local step")] = None,
+    moments: Annotated[str | None, _several("--moments", "rounds of training before the message")] = None,
+    steps: Annotated[str | None, _several("--steps", "numbers of local steps")] = None,
+    seeds: Annotated[int | None, typer.Option(help="number of seeds")] = None,
+    rounds: Annotated[int | None, typer.Option(help="number of rounds that the attacker accumulates")] = None,
+    know_labels: Annotated[bool, typer.Option("--know-labels", help="give the attacker the labels")] = False,
+    seconds: Annotated[float | None, typer.Option(help="time limit of one attack")] = None,
+    time_limit: Annotated[
+        float, typer.Option(help="seconds after which no trial starts", show_default=False)
+    ] = math.inf,
+    threads: Annotated[int, typer.Option(help="threads of torch")] = 1,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure what messages leak: those of a recorded run, or messages that are made for the purpose."""
+    import torch
+
+    from attacks.evaluate import evaluate
+    from attacks.recorded import ATTACKS, attack_run
+    from attacks.report import print_tables, write_report
+
+    torch.set_num_threads(threads)
+
+    def log(line: str) -> None:
+        if not quiet:
+            print(printable(line), file=sys.stderr, flush=True)
+
+    given = {
+        "dataset": dataset, "model": model, "norm": norm, "lr": lr, "messages": messages, "attacks": attacks,
+        "batch_sizes": batch_sizes, "moments": moments, "steps": steps, "seeds": seeds, "rounds": rounds,
+        "know_labels": know_labels, "seconds": seconds,
+    }  # fmt: skip
+    evaluation = _evaluation({name: value for name, value in given.items() if value is not None})
+    if run is not None:
+        folder = folder or run / "attacks"
+        chosen = ATTACKS if attacks is None else tuple(attacks.split(","))
+        rows = attack_run(run, folder, attacks=chosen, seconds=evaluation.seconds, say=log)
     else:
-        folder = options.folder or Path("runs/attacks")
-        rows = evaluate(_evaluation(options), folder, say=say, seconds=options.time_limit)
+        folder = folder or Path("runs/attacks")
+        rows = evaluate(evaluation, folder, say=log, seconds=time_limit)
     page = write_report(rows, folder)
-    if options.json:
+    if json_:
         print(json.dumps(rows))
-    else:
-        print_tables(rows)
-        print(f"\nreport: {page}")
-    return 0
+        return
+    print_tables(rows)
+    print(f"\nreport: {page}")
 
 
-def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m attacks", description=__doc__)
-    parser.add_argument("run", nargs="?", type=Path, help="folder of a run with recorded clients, to attack that")
-    parser.add_argument("--folder", type=Path, help="for the results; finished cells in it are not run again")
+def _evaluation(given: dict[str, Any]) -> "AttackEvaluation":
+    """An `AttackEvaluation` from options; tuples are given as text. Raises SettingError for a value out of range."""
+    import dataclasses
+
+    from attacks.evaluate import AttackEvaluation
+
     for field in dataclasses.fields(AttackEvaluation):
-        flag, default = f"--{field.name.replace('_', '-')}", field.default
-        if isinstance(default, bool):
-            parser.add_argument(flag, action="store_true", help="tell the attacker the labels")
-        elif isinstance(default, tuple):
-            text = ",".join(map(str, default))
-            more = f" of {', '.join(ATTACKS)}" if field.name == "attacks" else ""
-            parser.add_argument(flag, help=f"separated by commas{more} [default: {text}]")
-        else:
-            parser.add_argument(flag, type=type(default), default=default, help=f"[default: {default}]")
-    parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds after which no cell begins")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
-    parser.add_argument("--quiet", action="store_true", help="no progress")
-    return parser.parse_args(arguments)
-
-
-def _evaluation(options: argparse.Namespace) -> AttackEvaluation:
-    values: dict[str, object] = {}
-    for field in dataclasses.fields(AttackEvaluation):
-        given = getattr(options, field.name)
-        if isinstance(field.default, tuple):
-            given = field.default if given is None else _listed(field.name, given, type(field.default[0]))
-        values[field.name] = given
-    return AttackEvaluation(**values)  # type: ignore[arg-type]
-
-
-def _listed(name: str, text: str, kind: type) -> tuple[object, ...]:
-    try:
-        return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
-    except ValueError as error:
-        raise SettingError(name, text, "whole numbers separated by commas") from error
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        if field.name in given and isinstance(field.default, tuple):
+            kind = type(field.default[0])
+            try:
+                parts = tuple(kind(part.strip()) for part in given[field.name].split(",") if part.strip())
+            except ValueError as error:
+                raise SettingError(field.name, given[field.name], "whole numbers separated by commas") from error
+            given[field.name] = parts
+    return AttackEvaluation(**given)

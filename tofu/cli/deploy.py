@@ -1,4 +1,4 @@
-"""The command line of `tofu deploy`: up, run, status, down."""
+"""`tofu deploy`: a federation of real processes on this machine, over TLS."""
 
 import json
 import re
@@ -8,14 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from deploy import background
-from tofu.cli import ConfigFile, Json, Quiet, _with_settings
+from tofu.cli.options import ConfigFile, Json, Quiet, with_settings
 from tofu.formatting import format_bytes, printable
 from tofu.settings import Value, read_toml
 from tofu.settings.deprecated import present_names
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="A federation of real processes on this machine: TLS, node keys, a database. Everything listens on 127.0.0.1.",
@@ -31,7 +29,7 @@ def up(
     *,
     nodes: Annotated[int, typer.Option("--nodes", help="number of clients")] = 3,
     folder: Folder = _FOLDER,
-    app_: Annotated[Path, typer.Option("--app", help="folder of the Flower app")] = background.APP,
+    app_: Annotated[Path | None, typer.Option("--app", help="folder of the Flower app; by default ours")] = None,
     data: Annotated[Path | None, typer.Option("--data", help="folder of folders node-0, node-1, …: own data")] = None,
     warm: Annotated[
         bool, typer.Option(help="keep imports in memory between rounds: faster, about 500 MB a node")
@@ -42,11 +40,16 @@ def up(
     json_: Json = False,
 ) -> None:
     """Start a federation in the background and wait until its nodes are online. It runs until `tofu deploy down`."""
-    _show(background.up(folder, nodes=nodes, app=app_, data=data, warm=warm, identities=identities), as_json=json_)
+    from deploy import background
+
+    _show(
+        background.up(folder, nodes=nodes, app=app_ or background.APP, data=data, warm=warm, identities=identities),
+        as_json=json_,
+    )
 
 
 @app.command()
-@_with_settings
+@with_settings
 def run(
     *,
     folder: Folder = _FOLDER,
@@ -56,6 +59,8 @@ def run(
     overrides: dict[str, Value],
 ) -> None:
     """Run on a federation that is up, and show its progress. The settings are those of `tofu run`."""
+    from deploy import background
+
     file = read_toml(config) if config is not None else {}
     given = present_names(file) | present_names(overrides)
 
@@ -75,12 +80,16 @@ def run(
 @app.command()
 def status(*, folder: Folder = _FOLDER, json_: Json = False) -> None:
     """Say which processes live, which nodes are online, and how the runs ended."""
+    from deploy import background
+
     _show(background.status(folder), as_json=json_)
 
 
 @app.command()
 def down(*, folder: Folder = _FOLDER, json_: Json = False) -> None:
     """End the processes that `up` started, and no others. Keys, database and results stay."""
+    from deploy import background
+
     ended = background.down(folder)
     print(json.dumps({"ended": ended}) if json_ else f"ended: {', '.join(ended) or 'nothing was running'}")
 

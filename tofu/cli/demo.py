@@ -1,0 +1,40 @@
+"""`tofu demo`: FedAvg and proxies on the same federation, with a report."""
+
+import sys
+from pathlib import Path
+
+from tofu.cli.options import ConfigFile, Quiet, settings_from, with_settings
+from tofu.cli.run import run_settings
+from tofu.settings import Value
+
+
+@with_settings
+def demo(*, config: ConfigFile = None, quiet: Quiet = False, overrides: dict[str, Value]) -> None:
+    """Train the same federation twice, with FedAvg and with proxies, and compare accuracy and bytes.
+
+    Without options: ten clients, a small network, the digits that come with scikit-learn.
+    """
+    from tofu.formatting import format_bytes
+    from tofu.reporting.folder import add_baseline, check_new, fresh_folder
+    from tofu.reporting.report import write_report
+
+    tofu = settings_from(config, overrides)
+    folder = tofu.run_folder or str(fresh_folder(tofu))
+    tofu = tofu.replace(run_folder=folder)
+    fedavg = tofu.replace(schedule="full", run_folder=f"{folder}-fedavg")
+    for settings in (tofu, fedavg):
+        check_new(Path(settings.run_folder))
+    print(f"1 of 2: FedAvg, {fedavg.clients} clients, full updates", file=sys.stderr)
+    baseline = run_settings(fedavg, quiet=quiet)
+    print("2 of 2: TOFU, proxies in place of updates", file=sys.stderr)
+    summary = run_settings(tofu, quiet=quiet)
+    add_baseline(Path(folder), Path(str(baseline["run"])))
+    page = write_report(Path(folder))
+    print(f"\n{'':<22}{'test accuracy':>14}{'uplink':>12}{'against FedAvg':>16}")
+    for name, result in (("FedAvg", baseline), ("TOFU (proxy images)", summary)):
+        accuracy, uplink, ratio = result["final_accuracy"], result["uplink_bytes"], result["uplink_ratio"]
+        assert isinstance(accuracy, float)
+        assert isinstance(uplink, int)
+        assert isinstance(ratio, float)
+        print(f"{name:<22}{accuracy:>13.1%} {format_bytes(uplink):>11}{f'{ratio:.0f}x less' if ratio > 1 else '':>16}")
+    print(f"\nreport: {page}")

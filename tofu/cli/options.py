@@ -1,0 +1,105 @@
+"""What the commands share: one option for every setting, and how settings are read from options and files."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic.fields import FieldInfo
+
+from tofu.settings import FIELDS, Settings, Value, accepted_values, kind_of, read_toml, section_of, separator_of
+from tofu.settings.deprecated import NAMES, present_names, warn_once
+
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with settings", rich_help_panel="Run")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object at the end, and no progress")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress view")]
+
+_REPEATED = {name: separator for name in FIELDS if (separator := separator_of(name))}
+"""Settings that may be given several times, and the separator of their values."""
+
+
+def with_present_flags(arguments: Sequence[str]) -> list[str]:
+    """Arguments with deprecated names of settings replaced, such as `--fraction=0.5`, and a warning for each."""
+    result = []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        prefix = "--no-" if flag.startswith("--no-") else "--"
+        old = flag.removeprefix(prefix)
+        if flag.startswith("--") and old in NAMES:
+            warn_once(f"setting {old} is deprecated: use {NAMES[old]}")
+            argument = f"{prefix}{NAMES[old]}{equals}{value}"
+        result.append(argument)
+    return result
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Decorate a command with one option per setting; it receives those that were given as `overrides`."""
+    names = list(FIELDS)
+
+    def wrapped(**given: Any) -> None:
+        overrides = {name: given.pop(name) for name in names}
+        for name, separator in _REPEATED.items():
+            if overrides[name] is not None:
+                overrides[name] = separator.join(overrides[name])
+        if "@" in (overrides["plugin_options"] or ""):
+            from tofu.plugins.options import inline_files
+
+            overrides["plugin_options"] = inline_files(overrides["plugin_options"])
+        command(overrides={name: value for name, value in overrides.items() if value is not None}, **given)
+
+    own = [p for p in inspect.signature(command).parameters.values() if p.name != "overrides"]
+    options = [_option(name, field) for name, field in FIELDS.items()]
+    wrapped.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in [*own, *options]}
+    wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
+    return wrapped
+
+
+def _option(name: str, field: FieldInfo) -> inspect.Parameter:
+    dashed = name.replace("_", "-")
+    text = str(field.description)
+    choices = accepted_values(name)
+    if choices and not any(choice in text for choice in choices):
+        text += f" ({', '.join(choices)})"
+    shown = str(field.default).lower() if isinstance(field.default, bool) else field.default
+    text += f" \\[default: {shown}]" if shown != "" else ""  # escaped: brackets are markup in a help text
+    flags = [f"--{dashed}/--no-{dashed}" if kind_of(field) is bool else f"--{dashed}"]
+    kind: Any = kind_of(field)
+    if name in _REPEATED:
+        flags.append(f"--{dashed.removesuffix('s')}")
+        kind = list[str]
+    option = typer.Option(*flags, help=text, rich_help_panel=section_of(name), show_default=False)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+def settings_from(config: Path | None, overrides: dict[str, Value]) -> Settings:
+    """Settings by precedence: options, the given file or this folder's pyproject.toml, defaults."""
+    values: dict[str, object] = {}
+    if config is not None:
+        values = read_toml(config)
+    elif _is_ours(Path("pyproject.toml")):
+        values = read_toml(Path("pyproject.toml"))
+    return Settings.of(present_names(values) | present_names(overrides))
+
+
+def resumed_settings(overrides: dict[str, Value]) -> Settings:
+    """The settings of the run to resume, changed by the options; the server refuses what must not differ."""
+    from tofu.reporting.folder import read_config
+
+    began = read_config(Path(str(overrides["resume"]))).to_config()
+    return Settings.of(began | present_names(overrides))
+
+
+def _is_ours(path: Path) -> bool:
+    import tomllib
+
+    if not path.is_file():
+        return False
+    try:
+        app = tomllib.loads(path.read_text())["tool"]["flwr"]["app"]
+        return bool(app["components"]["serverapp"] == "server.app:app")
+    except (OSError, KeyError, TypeError, tomllib.TOMLDecodeError, UnicodeDecodeError):
+        return False

@@ -1,0 +1,61 @@
+"""`tofu plan`: the bytes that a run will send."""
+
+import dataclasses
+import json
+import sys
+
+from tofu.cli.options import ConfigFile, Json, settings_from, with_settings
+from tofu.settings import Value
+
+
+@with_settings
+def plan(*, config: ConfigFile = None, json_: Json = False, overrides: dict[str, Value]) -> None:
+    """Print what a run will cost in bytes, without running it."""
+    from server.ledger import reply_overhead
+    from tofu.formatting import format_bytes
+    from tofu.models import build_model
+    from tofu.plan import make_plan
+    from tofu.reference_model import ReferenceModel
+    from tofu.rounds.schedule import Schedule
+
+    settings = settings_from(config, overrides)
+    shape = settings.open_data().shape
+    network = ReferenceModel(build_model(settings.model, shape, norm=settings.norm, seed=settings.seed).eval(), shape)
+    schedule = Schedule.of(settings)
+    kinds = [schedule.kind(r, ()) for r in range(1, settings.rounds + 1)]
+    made = make_plan(
+        settings,
+        network,
+        full_rounds=kinds.count("full"),
+        secure_rounds=kinds.count("secure"),
+        message_overhead=reply_overhead(),
+    )
+    if json_:
+        extra = {name: getattr(made, name) for name in ("payload_ratio", "uplink_ratio", "both_ratio")}
+        print(json.dumps(dataclasses.asdict(made) | extra))
+        return
+    proxies = f" ({made.proxies} proxies of {made.proxy_side}x{made.proxy_side})" if made.proxies else ""
+    rows = [
+        ("model", f"{settings.model}, {made.parameters:,} parameters"),
+        ("one update as float32", format_bytes(made.update_bytes)),
+        ("one compressed payload", f"{format_bytes(made.payload_bytes)}, {made.payload_ratio:.1f}x less{proxies}"),
+        ("message around a payload", format_bytes(made.message_overhead)),
+        ("rounds", f"{made.compressed_rounds} compressed, {made.full_rounds} full, {made.secure_rounds} secure"),
+        ("uplink of the run", format_bytes(made.uplink_bytes)),
+        ("uplink of FedAvg", f"{format_bytes(made.fedavg_uplink_bytes)}, {made.uplink_ratio:.1f}x as much"),
+    ]
+    if made.step_bytes:
+        rows += [
+            (
+                "one step of the server",
+                f"{format_bytes(made.step_bytes)}, {made.update_bytes / made.step_bytes:.1f}x less",
+            ),
+            ("downlink of the run", format_bytes(made.downlink_bytes)),
+            ("both directions", f"{made.both_ratio:.1f}x less than FedAvg"),
+        ]
+    else:
+        rows.append(("downlink of either", format_bytes(made.downlink_bytes)))
+    for name, value in rows:
+        print(f"{name:<26}{value}")
+    for warning in made.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
