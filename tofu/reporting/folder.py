@@ -112,8 +112,7 @@ class RunFolder:
         data = safetensors.torch.save(named, {_SHAPE: ",".join(map(str, numbers))})
         if broadcast:
             self._replace("plugins.state", broadcast)
-        name = f"weights-group-{group}.safetensors" if group else "weights.safetensors"
-        self._replace(name, data)
+        self._replace(_weights_name(group), data)
 
     def write_summary(self, summary: RunSummary) -> None:
         """Replace summary.json."""
@@ -144,15 +143,20 @@ class RunFolder:
         replace_file(self.path / name, data)
 
 
-def read_model(run: Path) -> tuple[Weights, ImageShape, bytes]:
-    """The weights, the image shape and the plugins' broadcast state of a run.
+def _weights_name(group: int) -> str:
+    return f"weights-group-{group}.safetensors" if group else "weights.safetensors"
+
+
+def read_model(run: Path, *, group: int = 0) -> tuple[Weights, ImageShape, bytes]:
+    """The weights of a client group, the image shape and the plugins' broadcast state of a run.
 
     Raises:
         SettingError: the run has no weights yet, or a file is damaged.
     """
-    wanted = "the folder of a run, with its weights.safetensors"
+    name = _weights_name(group)
+    wanted = f"the folder of a run, with its {name}"
     try:
-        with safetensors.safe_open(run / "weights.safetensors", framework="pt") as file:
+        with safetensors.safe_open(run / name, framework="pt") as file:
             shape = ImageShape(*map(int, file.metadata()[_SHAPE].split(",")))
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         state = run / "plugins.state"

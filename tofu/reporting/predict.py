@@ -1,4 +1,4 @@
-"""Classify images with the model that a run ended with."""
+"""Classify images with the model that a run ended with, or with the ensemble of its client groups' models."""
 
 from pathlib import Path
 
@@ -30,17 +30,20 @@ def predict_images(run: Path, images: Path) -> list[dict[str, object]]:
     """
     settings = read_config(run)
     weights, shape, broadcast = read_model(run)
-    plugins, about = settings.make_plugins(), settings.round_context(shape, settings.rounds)
+    plugins = settings.make_plugins()
     plugins.load(broadcast=broadcast, max_bytes=MAX_STATE_BYTES)
-    built = build_model(settings.model, shape, norm=settings.norm, seed=settings.seed)
-    network = ReferenceModel.of(built, shape, plugins, about)
-    load_weights(network.model, weights)
-    network.model.eval()
+    models = []
+    for group in range(plugins.groups):
+        context = settings.round_context(shape, settings.rounds, group=group)
+        built = build_model(settings.model, shape, norm=settings.norm, seed=settings.seed)
+        model = ReferenceModel.of(built, shape, plugins, context).model
+        load_weights(model, read_model(run, group=group)[0] if group else weights)
+        models.append(model.eval())
     files = _files(images)
     pixels = torch.stack([_read(file, shape) for file in files])
     rows: list[dict[str, object]] = []
     for start in range(0, len(files), _AT_A_TIME):
-        prediction = plugins.predict(network.model, to_float(pixels[start : start + _AT_A_TIME]))
+        prediction = plugins.predict_groups(models, to_float(pixels[start : start + _AT_A_TIME]))
         best = prediction.logits.softmax(1).max(1)
         for at, file in enumerate(files[start : start + _AT_A_TIME]):
             rows.append(
