@@ -1,22 +1,21 @@
-"""Identities of clients for secure rounds: an Ed25519 key for each, and the list of all public keys.
+"""Identities of clients for secure rounds: an Ed25519 key for each client, and the list of all public keys.
 
-    python -m deploy.identities --folder keys 0 1 2
+    tofu deploy identities --folder keys 0 1 2
 
-writes keys/0.identity and so on, each for one client and nobody else (mode 0600), and keys/identities.json, which every
-client and the server get by a way that the server has no hand in. A client's node config names both files (`identity`,
-`identities`); the run's setting `secure-identities` names the list.
+writes keys/0.identity, keys/1.identity and keys/2.identity, each for one client only (mode 0600), and
+keys/identities.json. All clients and the server need this list, and must receive it over a channel that the server
+does not control. A client's node config names both files (`identity`, `identities`); the run's setting
+`secure-identities` names the list.
 """
 
-import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from deploy.files import refuse_to_overwrite, write_new
-from tofu.errors import PayloadError, SettingError, TofuError
+from tofu.errors import PayloadError, SettingError
 from tofu.secagg.identities import Identity
 from tofu.secagg.messages import check_name
 
@@ -24,13 +23,13 @@ LIST = "identities.json"
 
 
 def make_identities(folder: Path, names: Sequence[str]) -> Path:
-    """Make a key for each name, and the list of them.
+    """Generate a key for each client, and write the keys and the list of public keys.
 
     Returns:
-        The list.
+        The path of the list.
 
     Raises:
-        SettingError: a name that cannot be one, a file that would be overwritten, or a folder that cannot be written.
+        SettingError: a name is not usable or occurs twice, a file exists already, or the folder is not writable.
     """
     for name in names:
         try:
@@ -49,23 +48,3 @@ def make_identities(folder: Path, names: Sequence[str]) -> Path:
     public = {identity.name: identity.public.hex() for identity in identities}
     write_new(folder / LIST, (json.dumps(public, indent=1) + "\n").encode(), 0o644)
     return folder / LIST
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: 0 when all was made, 2 with one line on standard error when something was refused."""
-    parser = argparse.ArgumentParser(
-        prog="python -m deploy.identities", description="Keys of clients for secure rounds."
-    )
-    parser.add_argument("--folder", type=Path, required=True, help="where the keys go")
-    parser.add_argument("names", nargs="+", help="the clients: their partition-id, or the name they go by")
-    options = parser.parse_args(arguments)
-    try:
-        print(make_identities(options.folder, options.names))
-    except TofuError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

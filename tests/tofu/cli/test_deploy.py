@@ -1,5 +1,7 @@
 """`tofu deploy`: what cannot be used takes one line on standard error, exit status 2, and leaves nothing behind."""
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -39,3 +41,39 @@ def test_errors_are_one_line(
     assert error.count("\n") == 1
     assert said in error
     assert {path.name for path in tmp_path.iterdir()} == {"file", "data"}
+
+
+def test_certificates_and_identities_are_written_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = tmp_path / "keys"
+    commands = {
+        "certificates": ["certificates", str(keys), "--host=127.0.0.1", "--node=a", "--node=b"],
+        "identities": ["identities", f"--folder={keys}", "0", "1"],
+    }
+    for command in commands.values():
+        monkeypatch.setattr(sys, "argv", ["tofu", "deploy", *command])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0
+    files = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert {"ca.crt", "a.pub", "b.pub", "identities.json"} <= {file.name for file in files}
+    assert all(file.is_file() for file in files)
+    assert sorted(json.loads((keys / "identities.json").read_text())) == ["0", "1"]
+    for command in commands.values():
+        monkeypatch.setattr(sys, "argv", ["tofu", "deploy", *command])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_certificates_need_neither_torch_nor_flower(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'flwr', 'typer'): sys.modules[name] = None\n"
+        "from deploy.certificates import main\n"
+        f"sys.exit(main([{str(tmp_path / 'keys')!r}, '--node=a']))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    assert (tmp_path / "keys" / "a.pub").is_file()
