@@ -209,7 +209,7 @@ def test_the_metric_is_relative_to_the_source_alone() -> None:
     epsilons = [0.02, 0.05, 0.1, 0.2]
     curve = torch.tensor([100 * (1 - math.exp(-15 * e)) for e in epsilons], dtype=torch.float64)
     share = torch.tensor([[1.0, 0.25], [0.5, 1.0]], dtype=torch.float64)
-    transferred = share[:, :, None] * curve
+    transferred = share[:, :, None] * torch.tensor([1.0, 0.4]).double()[:, None] * curve  # source 1 is harder to fool
     counts = TransferCounts(torch.full((2, 2), 100.0).double(), curve.expand(2, 2, 4), transferred)
     assert torch.allclose(transferability(counts, epsilons, 8 / 255), share, atol=1e-3)
 
