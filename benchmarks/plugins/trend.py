@@ -1,0 +1,177 @@
+"""Transfer of attacks between models with quantized inputs, and robustness of ensembles of them: the plugin `trend`.
+
+Every member is trained by federated averaging of its own group of clients, from an initialization of its own; fp-b is a
+second full-precision member. Every member is attacked by PGD in the maximum norm through its straight-through
+quantizer, and the examples are shown to all. The metric, fitted to the counts on one half of the test images, chooses
+the ensemble; it is attacked on the other half, by the paper's three attacks, and compared with its most robust member
+under the attack on that member alone. Strengths are for images in [0, 1]. Seeds that the JSON already holds, with the
+same settings, are not run again.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.common import RESULTS, find_data, print_table, spread, versions
+from client.plugins.transferability import (
+    ATTACKS,
+    attack,
+    choose_ensemble,
+    count_transfers,
+    transferability,
+    vote,
+)  # fmt: skip
+from tofu.data import LabeledImages, open_data, to_float
+from tofu.models import build_model
+from tofu.plugins import RoundContext, make_plugins
+from tofu.rng import derive_generator
+from tofu.training import LocalTrainingConfig, train_locally
+from tofu.weights import load_weights, weights_of
+
+MEMBERS = {"fp": "fp", "fp-b": "fp", "1": "1", "2": "2", "4": "4", "halftone": "halftone"}
+"""Name of a member -> its quantizer."""
+
+
+def train(clients: Sequence[LabeledImages], member: int, options: argparse.Namespace, seed: int) -> nn.Module:
+    """Federated averaging of one group, with the member's quantizer and an initialization of its own."""
+    kinds = ",".join(MEMBERS[name] for name in options.members)
+    examples = sum(map(len, clients))
+
+    def build(round_: int, client: str = "") -> tuple[nn.Module, Any]:
+        plugins = make_plugins("trend", f"trend.members={kinds}")
+        context = RoundContext(clients[0].shape, round=round_, rounds=1, client=client, seed=seed, group=member)
+        return plugins.setup(build_model(options.model, context.shape, seed=100 * seed + member), context), plugins
+
+    model, _ = build(1)
+    how = LocalTrainingConfig(epochs=1, batch_size=32, lr=options.lr, momentum=0.9)
+    for round_ in range(1, options.rounds + 1):
+        mean = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in weights_of(model).items()}
+        for number, data in enumerate(clients):
+            local, plugins = build(round_, str(number))
+            load_weights(local, weights_of(model))
+            generator = derive_generator(seed, round_, f"{member}/{number}", "train")
+            train_locally(local, data, how, generator=generator, plugins=plugins)
+            for name, value in weights_of(local).items():
+                mean[name] += value * (len(data) / examples)
+        load_weights(model, mean)
+    return model.eval()
+
+
+@torch.no_grad()
+def robustness(models: Sequence[nn.Module], images: Tensor, labels: Tensor, combine: str, options: argparse.Namespace,
+               seed: int) -> float:  # fmt: skip
+    """Accuracy of the vote on images made against these models."""
+    adversarial = attack(models, images, labels, epsilon=options.epsilon, steps=options.steps,
+                         step_size=2.5 * options.epsilon / options.steps, combine=combine,
+                         generator=derive_generator(seed, "ensemble", combine))  # fmt: skip
+    return accuracy(models, adversarial, labels)
+
+
+@torch.no_grad()
+def accuracy(models: Sequence[nn.Module], images: Tensor, labels: Tensor) -> float:
+    logits = vote(torch.stack([model(images) for model in models]))
+    return float((logits.argmax(1) == labels).float().mean())
+
+
+def one_seed(seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The transfer matrix, the metric, and the robustness of every member and of every ensemble."""
+    began = time.perf_counter()
+    data = open_data(options.data, clients=options.clients, partition="iid", seed=seed,
+                     train_images=options.images, test_images=2 * options.attacked)  # fmt: skip
+    clients = [data.client(number) for number in range(options.clients)]
+    names = options.members
+    models = [train(clients, member, options, seed) for member in range(len(names))]
+    print(f"seed {seed}: trained after {time.perf_counter() - began:.0f} s", flush=True)
+    test = data.test()
+    halves = [(to_float(test.images[half::2]), test.labels[half::2]) for half in range(2)]
+    epsilons = [options.epsilon / 3, options.epsilon * 2 / 3, options.epsilon]
+    counts = count_transfers(models, *halves[0], epsilons=epsilons, steps=options.steps,
+                             generator=derive_generator(seed, "transfer"))  # fmt: skip
+    metric = transferability(counts, epsilons, options.at)
+    print(f"seed {seed}: transfers counted after {time.perf_counter() - began:.0f} s", flush=True)
+    images, labels = halves[1]
+    alone = [robustness([model], images, labels, "average", options, seed) for model in models]
+    chosen = choose_ensemble(metric, options.voters)
+    ensembles = []
+    compared = list(itertools.combinations(range(len(names)), options.voters)) if options.all else [chosen]
+    for members in dict.fromkeys(compared):
+        voters = [models[member] for member in members]
+        ensembles.append({
+            "members": [names[member] for member in members], "chosen": members == chosen,
+            "accuracy": accuracy(voters, images, labels),
+            "best_member_robust": max(alone[member] for member in members),
+            "robust": {how: robustness(voters, images, labels, how, options, seed) for how in ATTACKS},
+        })  # fmt: skip
+    return {
+        "seed": seed, "members": names, "epsilons": epsilons,
+        "accuracy": [accuracy([model], images, labels) for model in models], "robust": alone,
+        "right": counts.right.tolist(), "fooled": counts.fooled.tolist(), "transferred": counts.transferred.tolist(),
+        "rates": counts.rates[:, :, -1].tolist(), "metric": metric.tolist(), "ensembles": ensembles,
+        "seconds": time.perf_counter() - began,
+    }  # fmt: skip
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> None:
+    """Transfer rates at the largest strength, and the ensembles; means and deviations over seeds, in percent."""
+    names = rows[0]["members"]
+    lines = []
+    for i, name in enumerate(names):
+        line = [name] + [spread([100 * row["rates"][i][j] for row in rows], 1) for j in range(len(names))]
+        line += [spread([100 * row[key][i] for row in rows], 1) for key in ("accuracy", "robust")]
+        lines.append(line)
+    print_table(["target", *(f"from {name}" for name in names), "accuracy", "robust"], lines)
+    print()
+    lines = []
+    for members in dict.fromkeys(tuple(e["members"]) for row in rows for e in row["ensembles"]):
+        own = [e for row in rows for e in row["ensembles"] if tuple(e["members"]) == members]
+        line = [", ".join(members), str(sum(e["chosen"] for e in own)), str(len(own))]
+        line += [spread([100 * e[key] for e in own], 1) for key in ("accuracy", "best_member_robust")]
+        line += [spread([100 * e["robust"][how] for e in own], 1) for how in ATTACKS]
+        lines.append(line)
+    print_table(["ensemble", "chosen", "seeds", "accuracy", "best member", *ATTACKS], lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", default="mnist", help="the results are plugins-trend-NAME.json")
+    parser.add_argument("--data", default="", help="a dataset: a folder or a hub id; by default that of NAME")
+    parser.add_argument("--model", default="lenet5")
+    parser.add_argument("--members", nargs="+", choices=list(MEMBERS), default=["fp", "fp-b", "1", "2"])
+    parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0 on")
+    parser.add_argument("--clients", type=int, default=2, help="clients of each member's group")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--images", type=int, default=2400, help="training images of all clients of a group")
+    parser.add_argument("--lr", type=float, default=0.05)
+    parser.add_argument("--attacked", type=int, default=150, help="images that are attacked, and as many for the fit")
+    parser.add_argument("--epsilon", type=float, default=0.15, help="strength of the attack, for images in [0, 1]")
+    parser.add_argument("--at", type=float, default=8 / 255, help="strength at which the metric is evaluated")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--voters", type=int, default=3, help="members of an ensemble")
+    parser.add_argument("--all", action="store_true", help="attack all ensembles of that size, not only the chosen one")
+    options = parser.parse_args()
+    hub = {"mnist": "ylecun/mnist", "cifar10": "uoft-cs/cifar10"}
+    command = " ".join(["python -m benchmarks.plugins trend", *sys.argv[1:]])
+    settings = {name: value for name, value in vars(options).items() if name not in ("data", "seeds")}
+    options.data = options.data or find_data(options.name, hub.get(options.name, options.name))
+    torch.set_num_threads(1)
+    path = RESULTS / f"plugins-trend-{options.name}.json"
+    saved = json.loads(path.read_text()) if path.is_file() else {}
+    rows: list[dict[str, Any]] = saved["rows"] if saved.get("settings") == settings else []
+    for seed in range(options.seeds):
+        if any(row["seed"] == seed for row in rows):
+            continue
+        rows.append(one_seed(seed, options))
+        path.write_text(json.dumps(versions(command) | {"settings": settings, "rows": rows}, indent=1) + "\n")
+        print(f"seed {seed}: done after {rows[-1]['seconds']:.0f} s", flush=True)
+    summary(rows)
+
+
+if __name__ == "__main__":
+    main()
