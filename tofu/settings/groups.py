@@ -49,7 +49,9 @@ class PluginSettings(Group):
     section: ClassVar[str] = "Plugins"
 
     plugins: str = setting(
-        "", "plugins of local training, separated by commas: gpm, ood, rank, or package.module:Class", repeated=","
+        "",
+        "plugins of local training, separated by commas: curvature, gpm, ood, rank, trend, or package.module:Class",
+        repeated=",",
     )
     plugin_options: str = setting(
         "", "plugin.option=value, separated by spaces; a value may be JSON or @FILE (JSON or TOML)", repeated=" "
