@@ -53,6 +53,15 @@ def test_masks_by_hand() -> None:
     assert second.grad.tolist()[1] == [0, 0, 0]
 
 
+def test_an_error_of_any_coarser_head_masks_the_last_one() -> None:
+    right, wrong = [5.0, 0.0], [0.0, 5.0]
+    logits = [torch.tensor([right, wrong, right]), torch.tensor([right, right, wrong]), torch.zeros(3, 4)]
+    losses = masked_losses(logits, [torch.zeros(3, dtype=torch.int64)] * 3)
+    assert losses[2].tolist() == pytest.approx([math.log(4), 0, 0])
+    unmasked = masked_losses(logits, [torch.zeros(3, dtype=torch.int64)] * 3, conditional=False)
+    assert unmasked[2].tolist() == pytest.approx([math.log(4)] * 3)
+
+
 @pytest.mark.parametrize("name", ["mlp", "lenet5", "cnn", "resnet18"])
 def test_heads_on_models(name: str) -> None:
     shape = ImageShape(1, 16, 16, 5)
@@ -96,7 +105,11 @@ def test_schedules(schedule: str, steps: int) -> None:
     batch = Batch(images, torch.arange(10) % 5, torch.arange(10))
     step = Steps(model, batch)
     head = model.heads[0].weight.detach().clone()  # type: ignore[index,union-attr,operator]
+    outputs = model(images)
+    labels = list(plugin.label_tree.levels[:, batch.targets])
+    expected = [float(each.detach().mean()) for each in masked_losses([*model.coarse, outputs], labels)]  # type: ignore[misc]
     total = plugin.train_step(batch, step)
+    assert step.losses[0] == pytest.approx(sum(expected) if schedule == "joint" else expected[0], rel=1e-5)
     assert len(step.losses) == steps
     assert float(total) == pytest.approx(sum(step.losses), rel=1e-5)
     assert not torch.equal(head, model.heads[0].weight)  # type: ignore[index,union-attr,arg-type]
