@@ -188,7 +188,7 @@ def test_a_plugin_of_ones_own_and_its_options() -> None:
 @pytest.mark.parametrize(
     ("names", "options", "message"),
     [
-        ("grm", "", "plugins='grm' is not usable: expected one of gpm, .*or package.module:Class"),
+        ("grm", "", "plugins='grm' is not usable: expected one of .*gpm, .*or package.module:Class"),
         ("no.such:Thing", "", "that can be imported .ModuleNotFoundError: No module named 'no'"),
         (f"{HERE}:Nothing", "", "that can be imported .AttributeError"),
         (f"{HERE}:SHAPE", "", "a subclass of tofu.plugins.base.Plugin"),
