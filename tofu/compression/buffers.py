@@ -58,13 +58,19 @@ class BufferCode:
                 buffers[name] = torch.zeros(shape)
                 continue
             row = self._rows[name]
-            buffers[name] = row.read(data[start : start + row.nbytes], f"buffer {name}").view(shape)
+            values = row.read(data[start : start + row.nbytes], f"buffer {name}")  # a finite scale times 127 may be inf
+            buffers[name] = _finite(values, name).view(shape)
             start += row.nbytes
         for name, shape in self._integers:
             end = start + 4 * shape.numel()
             values = torch.from_numpy(np.frombuffer(data[start:end], dtype="<f4").astype(np.float32))
-            if not bool(torch.isfinite(values).all()):
-                raise PayloadError(f"buffer {name} holds a value that is not finite")
-            buffers[name] = values.view(shape)
+            buffers[name] = _finite(values, name).view(shape)
             start = end
         return buffers
+
+
+def _finite(values: torch.Tensor, name: str) -> torch.Tensor:
+    """The values of a buffer. Raises PayloadError if one is not finite."""
+    if not bool(torch.isfinite(values).all()):
+        raise PayloadError(f"buffer {name} holds a value that is not finite")
+    return values

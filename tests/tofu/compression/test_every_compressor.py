@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -187,12 +187,13 @@ def decodes_or_refuses(name: str, body: bytes) -> None:
     assert {key: value.shape for key, value in decoded.items()} == network.param_spec.shapes
 
 
-HOSTILE = settings(max_examples=60, deadline=1000, suppress_health_check=[HealthCheck.too_slow])
+HOSTILE = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @pytest.mark.parametrize("name", NAMES)
 @HOSTILE
 @given(seed=st.integers(0, 2**32), off=st.integers(-2, 2), short=st.none() | st.integers(0, 80))
+@example(seed=1955, off=0, short=None)  # eden: a buffer whose finite scale overflows when it is multiplied
 def test_bytes_of_anyone(name: str, seed: int, off: int, short: int | None) -> None:
     length = len(victim(name)[2]) + off if short is None else short
     decodes_or_refuses(name, Random(seed).randbytes(length))
