@@ -98,7 +98,7 @@ def calibrated_statistic(model: nn.Module, shadows: Sequence[nn.Module], data: L
 
 
 def shadow_models(
-    name: str, pool: LabeledImages, how: LocalTrainingConfig, *, norm: str, count: int, seed: int
+    name: str, pool: LabeledImages, config: LocalTrainingConfig, *, norm: str, count: int, seed: int
 ) -> list[nn.Module]:
     """Models each trained on a random half of `pool`, images that the attacker has and the clients have not."""
     shadows = []
@@ -106,7 +106,7 @@ def shadow_models(
         model = build_model(name, pool.shape, norm=norm, seed=seed + 1 + number)
         generator = derive_generator(seed, "shadow", number)
         half = pool.subset(torch.randperm(len(pool), generator=generator)[: max(1, len(pool) // 2)])
-        train_locally(model, half, how, generator=generator)
+        train_locally(model, half, config, generator=generator)
         shadows.append(model.eval())
     return shadows
 

@@ -41,24 +41,24 @@ class ClientRound:
     Attributes:
         network: at the base weights.
         data: the images that it trained on.
-        how: it trained.
+        config: of the local training.
         update: new minus old weights.
     """
 
     network: ReferenceModel
     data: LabeledImages
-    how: LocalTrainingConfig
+    config: LocalTrainingConfig
     update: Weights
 
 
 def local_round(
-    network: ReferenceModel, data: LabeledImages, how: LocalTrainingConfig, generator: torch.Generator
+    network: ReferenceModel, data: LabeledImages, config: LocalTrainingConfig, generator: torch.Generator
 ) -> ClientRound:
     """Train a copy of the network as a client does."""
     model = copy.deepcopy(network.model)
     base = weights_of(model)
-    train_locally(model, data, how, generator=generator)
-    return ClientRound(network, data, how, difference(weights_of(model), base))
+    train_locally(model, data, config, generator=generator)
+    return ClientRound(network, data, config, difference(weights_of(model), base))
 
 
 @dataclass(frozen=True)
@@ -141,9 +141,9 @@ def observe(
         update=update,
         images=len(labels),
         # A mean of updates over equally many images is, for one step, the update over all of them.
-        batch_size=min(own.how.batch_size, len(own.data)) * message.clients,
-        epochs=own.how.epochs,
-        lr=own.how.lr,
+        batch_size=min(own.config.batch_size, len(own.data)) * message.clients,
+        epochs=own.config.epochs,
+        lr=own.config.lr,
         labels=labels if know_labels else None,
         proxies=proxies,
         proxy_settings=proxy_settings,

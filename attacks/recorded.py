@@ -70,11 +70,11 @@ def observation_of(recording: Recording) -> Observation:
 def control_of(recording: Recording, data: LabeledImages, observation: Observation) -> Observation:
     """The same round's exact update, from the client's training made again: what the attacks have to break first."""
     settings = recording.settings
-    how = LocalTrainingConfig(
+    config = LocalTrainingConfig(
         settings.local_epochs, settings.batch_size, recording.lr, settings.momentum, settings.weight_decay
     )
     generator = derive_generator(settings.seed, recording.round, recording.client, "train")
-    exact = local_round(observation.network, data, how, generator).update
+    exact = local_round(observation.network, data, config, generator).update
     return replace(observation, message=CONTROL, update=exact, proxies=None, proxy_settings=None,
                    payload_bytes=HEADER_BYTES + observation.network.param_spec.float32_bytes)  # fmt: skip
 

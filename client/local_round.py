@@ -151,7 +151,7 @@ class LocalRound:
         settings, model = self.settings, self.reference.model
         start = self.feedback.ahead(
             self.base, self.request.acknowledged, settings.codec.step_ahead, self.reference.param_spec.parameters,
-            share=settings.residual_fraction,
+            fraction=settings.residual_fraction,
         )  # fmt: skip
         load_weights(model, start)
         stream = settings.task_stream(self.request.shape.classes)

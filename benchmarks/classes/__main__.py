@@ -44,14 +44,16 @@ def targets(settings: Settings, data: FederatedData) -> Iterator[tuple[int, int,
     """(round, client, network at the round's weights, what the client would compress), while the federation goes on."""
     model = build_model(settings.model, data.shape, seed=settings.seed)
     network = ReferenceModel(model.eval(), data.shape).as_built()
-    how = LocalTrainingConfig(settings.local_epochs, settings.batch_size, settings.lr)
+    config = LocalTrainingConfig(settings.local_epochs, settings.batch_size, settings.lr)
     compressor = settings.make_compressor("proxy", network)
     memories = [ErrorFeedback() for _ in range(settings.clients)]
     for round_ in range(1, MOMENTS[-1] + 1):
         base, mean = weights_of(model), RunningMean()
         for client in range(settings.clients):
             images = data.client(client)
-            train_locally(model, images, how, generator=derive_generator(settings.seed, round_, str(client), "train"))
+            train_locally(
+                model, images, config, generator=derive_generator(settings.seed, round_, str(client), "train")
+            )
             target = memories[client].target(difference(weights_of(model), base), round_ - 1)
             load_weights(model, base)
             model.eval()

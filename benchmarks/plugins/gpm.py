@@ -74,7 +74,7 @@ def learn(
     make: Callable[[], nn.Module],
     clients: Sequence[Sequence[LabeledImages]],
     tests: Sequence[Sequence[LabeledImages]],
-    how: LocalTrainingConfig,
+    config: LocalTrainingConfig,
     plugin: tuple[str, str],
     *,
     rounds: int = 1,
@@ -87,7 +87,7 @@ def learn(
         make: a fresh model, always with the same weights.
         clients: by client and task: what is learnt.
         tests: by client and task: what its accuracy is measured on.
-        rounds: of `how.epochs` each, a task.
+        rounds: of `config.epochs` each, a task.
         plugin: names and options for `make_plugins`.
 
     Returns:
@@ -110,7 +110,7 @@ def learn(
                 model = plugins.setup(make(), RoundContext(shape, **where, final=final, client=str(i), seed=seed))
                 load_weights(model, weights)
                 generator = derive_generator(seed, round_, i, "train")
-                train_locally(model, own[task], how, generator=generator, plugins=plugins, final=final)
+                train_locally(model, own[task], config, generator=generator, plugins=plugins, final=final)
                 export = plugins.export(model)
                 metrics = dict(export.metrics)
                 states[i] = plugins.state_bytes(max_bytes=_MAX_BYTES)
@@ -148,9 +148,9 @@ def one_run(method: str, seed: int, options: argparse.Namespace) -> dict[str, An
     train = [stream.images_of(data.client(0), task) for task in range(options.tasks)]
     test = [stream.images_of(data.test(), task) for task in range(options.tasks)]
     first = derive_seed(seed, "initial weights")
-    how = LocalTrainingConfig(options.epochs, options.batch_size, options.lr)
+    config = LocalTrainingConfig(options.epochs, options.batch_size, options.lr)
     matrix, metrics = learn(
-        lambda: build(data.shape, first), [train], [test], how, METHODS[method], seed=seed,
+        lambda: build(data.shape, first), [train], [test], config, METHODS[method], seed=seed,
         say=lambda line: print(f"{method}, seed {seed}, {line}", flush=True),
     )  # fmt: skip
     return _row(method, METHODS[method][1], seed, matrix, metrics)
@@ -164,9 +164,10 @@ def one_federation(name: str, method: str, seed: int) -> dict[str, Any]:
     streams = [TaskStream("pixels", f["tasks"], data.shape.classes, seed=100 * seed + i) for i in range(f["clients"])]
     train = [[s.images_of(data.client(i), task) for task in range(f["tasks"])] for i, s in enumerate(streams)]
     test = [[s.images_of(data.test(), task) for task in range(f["tasks"])] for s in streams]
-    how = LocalTrainingConfig(f["epochs"], f["batch_size"], f["lr"])
+    config = LocalTrainingConfig(f["epochs"], f["batch_size"], f["lr"])
     matrix, metrics = learn(
-        lambda: build_model(f["model"], data.shape, seed=seed), train, test, how, plugin, rounds=f["rounds"], seed=seed,
+        lambda: build_model(f["model"], data.shape, seed=seed), train, test, config, plugin,
+        rounds=f["rounds"], seed=seed,
         say=lambda line: print(f"{method}, seed {seed}, {line}", flush=True),
     )  # fmt: skip
     return _row(method, plugin[1], seed, matrix, metrics)

@@ -50,14 +50,14 @@ def train(clients: Sequence[LabeledImages], member: int, options: argparse.Names
         return plugins.setup(build_model(options.model, context.shape, seed=100 * seed + member), context), plugins
 
     model, _ = build(1)
-    how = LocalTrainingConfig(epochs=1, batch_size=32, lr=options.lr, momentum=0.9)
+    config = LocalTrainingConfig(epochs=1, batch_size=32, lr=options.lr, momentum=0.9)
     for round_ in range(1, options.rounds + 1):
         mean = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in weights_of(model).items()}
         for number, data in enumerate(clients):
             local, plugins = build(round_, str(number))
             load_weights(local, weights_of(model))
             generator = derive_generator(seed, round_, f"{member}/{number}", "train")
-            train_locally(local, data, how, generator=generator, plugins=plugins)
+            train_locally(local, data, config, generator=generator, plugins=plugins)
             for name, value in weights_of(local).items():
                 mean[name] += value * (len(data) / examples)
         load_weights(model, mean)

@@ -95,7 +95,7 @@ class Federation:
         self.clients = [data.client(number) for number in range(CLIENTS)]
         self.test = data.test()
         self.model = build_model(values["model"], data.shape, seed=seed)
-        self.how = LocalTrainingConfig(epochs=values["epochs"], batch_size=values["batch_size"], lr=LR)
+        self.config = LocalTrainingConfig(epochs=values["epochs"], batch_size=values["batch_size"], lr=LR)
         self.weights = nn.utils.parameters_to_vector(self.model.parameters()).detach()
         self.first = self.weights.clone()
         self.examples = [len(client) for client in self.clients]
@@ -111,7 +111,7 @@ class Federation:
         for number, client in enumerate(self.clients):
             model = copy.deepcopy(self.model)
             nn.utils.vector_to_parameters(self.weights.clone(), model.parameters())
-            train_locally(model, client, self.how, generator=derive_generator(self.seed, self.round, number))
+            train_locally(model, client, self.config, generator=derive_generator(self.seed, self.round, number))
             update = nn.utils.parameters_to_vector(model.parameters()).detach() - self.weights
             result.append(update + self.residuals[number])
         self.round += 1

@@ -36,12 +36,12 @@ def measure(case: str, seed: int) -> list[dict[str, Any]]:
     data = open_data(local, clients=1, partition="iid", seed=seed, train_images=values["train_images"]).client(0)
     model = build_model(values["model"], data.shape, seed=seed)
     network = ReferenceModel(model, data.shape).as_built()
-    how = LocalTrainingConfig(epochs=1, batch_size=32, lr=0.05)
+    config = LocalTrainingConfig(epochs=1, batch_size=32, lr=0.05)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(2):
-        train_locally(model, data, how, generator=generator)
+        train_locally(model, data, config, generator=generator)
     base = weights_of(model)
-    epoch = train_locally(model, data, how, generator=generator).seconds
+    epoch = train_locally(model, data, config, generator=generator).seconds
     update = difference(weights_of(model), base)
     load_weights(model, base)
     model.eval()

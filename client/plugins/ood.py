@@ -58,7 +58,7 @@ class OutOfDistribution(Plugin):
 
         plugins = make_plugins("ood", "ood.false-alarms=0.01")
         model = plugins.setup(build_model("cnn", data.shape), RoundContext(data.shape))
-        train_locally(model, data, how, generator=generator, plugins=plugins)
+        train_locally(model, data, config, generator=generator, plugins=plugins)
         plugins.reduce(plugins.export(model).sums, len(data))
         prediction = plugins.predict(model.eval(), images)
         unknown = plugins[0].unknown(prediction.score)

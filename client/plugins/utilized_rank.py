@@ -76,7 +76,7 @@ class UtilizedRank(Plugin):
 
         plugins = make_plugins("rank", "rank.energy=0.99")
         plugins.setup(model, RoundContext(data.shape))
-        train_locally(model, data, how, generator=generator, plugins=plugins)
+        train_locally(model, data, config, generator=generator, plugins=plugins)
         plugins.reduce(plugins.export(model).sums, len(data))
         plugins.setup(model, RoundContext(data.shape, round=2))  # projects the weights: their names and shapes change
 

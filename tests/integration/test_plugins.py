@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from client import app as honest
 from server.app import serve_in_process
+from tests.client.plugins.apps import forgetful_app
 from tofu.data import to_float
 from tofu.errors import SettingError
 from tofu.models import build_model
@@ -20,7 +20,6 @@ from tofu.reporting.folder import read_config, read_model
 from tofu.rounds.record import RoundRecord
 from tofu.settings import Settings
 from tofu.weights import load_weights
-from tofu.wire import SECURE
 
 Row = dict[str, Any]
 
@@ -106,20 +105,7 @@ def test_secure_sums_are_those_of_full_rounds(tmp_path: Path) -> None:
 
 
 def test_a_client_that_loses_its_state_goes_on(tmp_path: Path) -> None:
-    def forget(message: Message, context: Context, next_: Any) -> Message:
-        if honest.client_name(context) == "1" and message.metadata.group_id == "3":
-            for name in list(context.state):
-                del context.state[name]
-        return next_(message, context)  # type: ignore[no-any-return]
-
-    app = ClientApp()
-    app.query()(honest.hello)
-    app.query(SECURE)(honest.secure)
-
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        return forget(message, context, honest.train)
-
+    app = forgetful_app("1", 3)
     federate(tmp_path / "run", app, plugins="rank,ood", plugin_options="rank.after=2")
     assert [row["failures"] for row in rows(tmp_path / "run")[1:]] == [[]] * 4
 

@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 
-MODULES = ("tofu.api", "tofu.registry", "tofu.codec.surrogate", "tofu.compression.base")
+MODULES = ("tofu.api", "tofu.registry", "tofu.codec.surrogate", "tofu.compression.base", "tofu.flower.compress")
 
 
 @pytest.mark.parametrize("name", MODULES)

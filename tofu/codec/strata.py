@@ -28,7 +28,7 @@ STRATA = len(BOUNDARIES) + 1
 
 @dataclass(frozen=True)
 class Strata:
-    """The stratum of each entry of the vector of all trainable parameters, in the param_spec's order.
+    """The stratum of each entry of the vector of all trainable parameters, in the order of the param spec.
 
     A *slot* is an index into the entries sorted by stratum, and inside a stratum by position.
 

@@ -1,6 +1,6 @@
 """Buffers (BatchNorm's statistics) as bytes, in the same format for every compressor so that the cost is the same.
 
-In the param_spec's order, little-endian:
+In the order of the param spec, little-endian:
 
     one row of 8-bit integers with its bfloat16 scale for each float buffer (the differences of means and variances)
     float32 for each integer buffer (the difference of a batch counter)

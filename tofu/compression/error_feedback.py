@@ -30,23 +30,29 @@ class ErrorFeedback:
     sent: Weights = field(default_factory=dict)
     sent_round: int = NEVER
 
-    def target(self, update: Weights, acknowledged: int, *, share: float = 1.0) -> Weights:
+    def target(self, update: Weights, acknowledged: int, *, fraction: float = 1.0) -> Weights:
         """The update to compress: this round's update plus what the server has not received.
 
         Args:
             acknowledged: the last round whose reply of this client the server added, or -1.
-            share: fraction of the residual to keep. A lost reply returns in full.
+            fraction: fraction of the residual to keep. A lost reply returns in full.
         """
         total = dict(update)
         for name, value in self.residual.items():
-            total[name] = total[name] + share * value
+            total[name] = total[name] + fraction * value
         if self.sent_round != acknowledged:
             for name, value in self.sent.items():
                 total[name] = total[name] + value
         return total
 
     def ahead(
-        self, weights: Weights, acknowledged: int, step_ahead: float, parameters: Iterable[str], *, share: float = 1.0
+        self,
+        weights: Weights,
+        acknowledged: int,
+        step_ahead: float,
+        parameters: Iterable[str],
+        *,
+        fraction: float = 1.0,
     ) -> Weights:
         """The weights that local training starts from (SA-PEF, Redie et al., TMLR 2026).
 
@@ -60,7 +66,9 @@ class ErrorFeedback:
         """
         if not step_ahead or not (self.residual or self.sent):
             return weights
-        missing = self.target({name: torch.zeros_like(weights[name]) for name in weights}, acknowledged, share=share)
+        missing = self.target(
+            {name: torch.zeros_like(weights[name]) for name in weights}, acknowledged, fraction=fraction
+        )
         return weights | {name: weights[name] + step_ahead * missing[name] for name in parameters}
 
     @staticmethod

@@ -1,6 +1,6 @@
 """The base class of compressors that treat an update as one vector: sizes, buffers, and checks at both ends.
 
-The vector is all trainable parameters, flattened, in the param_spec's order. A body is the compressor's own data
+The vector is all trainable parameters, flattened, in the order of the param spec. A body is the compressor's own data
 followed by the buffers (`BufferCode`). The data may take
 
     float32 bytes of the update / ratio - the payload's header - the buffers.

@@ -9,17 +9,19 @@ wrapper decodes it and gives plain replies to the inner strategy, which needs no
 
 import logging
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
+from torch import Tensor
 
 from tofu.compression.error_feedback import ErrorFeedback
 from tofu.errors import PayloadError, RunError, TofuError
 from tofu.flower.internals import error_reply
-from tofu.flower.update_codec import RECORD, VERSION, UpdateCodec, record_of, tensors_of
+from tofu.flower.update_codec import RECORD, VERSION, ArrayModel, UpdateCodec, record_of, tensors_of
 from tofu.payload import float32_bytes, float32_from
 from tofu.rng import derive_generator
 from tofu.rounds.steps import AddResidual, Compress, KeepResidual, Outgoing, apply_steps
@@ -69,7 +71,7 @@ class CompressMod:
         if codec.step_ahead and codec.error_feedback:
             own = {name: base[array].float() for name, array in model.names.items() if name in spec.shapes}
             ahead = feedback.ahead(
-                own, request.acknowledged, codec.step_ahead, spec.parameters, share=codec.error_feedback
+                own, request.acknowledged, codec.step_ahead, spec.parameters, fraction=codec.error_feedback
             )  # fmt: skip
             start = base | {model.names[name]: ahead[name] for name in spec.parameters}
             message.content[request.key] = record_of(start, request.arrays)
@@ -98,7 +100,7 @@ class CompressMod:
 
 
 class _Request:
-    """What the strategy says in a train message."""
+    """The strategy's record in a train message, and the arrays that the reply is relative to."""
 
     def __init__(self, round_: int, acknowledged: int, key: str, arrays: ArrayRecord) -> None:
         self.round, self.acknowledged, self.key, self.arrays = round_, acknowledged, key, arrays
@@ -116,6 +118,16 @@ class _Request:
             raise PayloadError("the server's record lacks round or acknowledged")
         key, arrays = _only_arrays(message.content, "the server's train message")
         return _Request(round_, acknowledged, key, arrays)
+
+
+@dataclass(frozen=True)
+class SentArrays:
+    """The arrays of a train message: their key, the record, its tensors by name, and the model that they belong to."""
+
+    key: str
+    record: ArrayRecord
+    base: dict[str, Tensor]
+    model: ArrayModel
 
 
 class Compressed(Strategy):
@@ -139,7 +151,7 @@ class Compressed(Strategy):
         self._configure_train, self._aggregate_train = inner.configure_train, inner.aggregate_train
         self._codec = UpdateCodec(*arguments, **options)
         self._acknowledged: dict[int, int] = {}
-        self._sent: dict[int, tuple[str, ArrayRecord]] = {}
+        self._sent: dict[int, SentArrays] = {}
 
     def __getattr__(self, name: str) -> Any:
         """Attributes that are not the wrapper's own are the inner strategy's."""
@@ -166,21 +178,25 @@ class Compressed(Strategy):
             SettingError: the arrays are not those of the model, or the compressor does not reach the ratio for them.
         """
         self._codec.compressor(self._codec.reference(tensors_of(arrays)).reference)
-        messages = list(self._configure_train(server_round, arrays, config, grid))
-        self._sent = {}
-        for message in messages:
+        self._sent, models, messages = {}, {}, []
+        for message in self._configure_train(server_round, arrays, config, grid):
             node = message.metadata.dst_node_id
-            key, sent = _only_arrays(message.content, "the strategy's train message")
-            self._sent[node] = (key, sent)
-            message.content[RECORD] = ConfigRecord(
-                {
-                    "version": VERSION,
-                    "round": server_round,
-                    "acknowledged": self._acknowledged.get(node, _NEVER),
-                    "digest": self._codec.digest,
-                }
-            )
+            key, record = _only_arrays(message.content, "the strategy's train message")
+            if id(record) not in models:  # FedAvg sends the same record to all nodes
+                base = tensors_of(record)
+                models[id(record)] = SentArrays(key, record, base, self._codec.reference(base))
+            self._sent[node] = models[id(record)]
+            messages.append(self._with_record(message, server_round, self._acknowledged.get(node, _NEVER)))
         return messages
+
+    def _with_record(self, message: Message, round_: int, acknowledged: int) -> Message:
+        """The message with a content of its own: Flower's strategies share one content among all their messages."""
+        content = RecordDict(dict(message.content.items()))
+        content[RECORD] = ConfigRecord(
+            {"version": VERSION, "round": round_, "acknowledged": acknowledged, "digest": self._codec.digest}
+        )
+        to = message.metadata
+        return Message(content, to.dst_node_id, to.message_type, ttl=to.ttl, group_id=to.group_id)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -210,15 +226,13 @@ class Compressed(Strategy):
         try:
             if node not in self._sent:
                 raise PayloadError(f"node {node} was not asked in this round")
-            key, sent = self._sent[node]
-            base = tensors_of(sent)
-            model = self._codec.reference(base)
-            new = model.add(base, self._codec.decode(model.reference, record.get("payload"), round_))
+            sent = self._sent[node]
+            update = self._codec.decode(sent.model.reference, record.get("payload"), round_)
         except PayloadError as error:
             LOG.warning("round %d: the reply of node %s is not usable: %s", round_, node, error)
             return error_reply(reply, str(error))
         del reply.content[RECORD]
-        reply.content[str(record.get("key", key))] = record_of(new, sent)
+        reply.content[str(record.get("key", sent.key))] = record_of(sent.model.add(sent.base, update), sent.record)
         self._acknowledged[node] = round_
         return reply
 

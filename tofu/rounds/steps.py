@@ -80,7 +80,7 @@ class AddResidual:
         if not self.fraction:
             return outgoing.replace(feedback=ErrorFeedback())
         return outgoing.replace(
-            update=outgoing.feedback.target(outgoing.update, self.acknowledged, share=self.fraction)
+            update=outgoing.feedback.target(outgoing.update, self.acknowledged, fraction=self.fraction)
         )
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from PIL import Image
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from client.plugins.curvature import (
     sample_scores,
 )
 from server.app import serve_in_process
+from tests.client.plugins.apps import forgetful_app
 from tofu.data import LabeledImages, to_float
 from tofu.errors import DataError, RunError, SettingError
 from tofu.models import build_model
@@ -35,7 +35,6 @@ from tofu.rounds.record import RoundRecord
 from tofu.settings import Settings
 from tofu.training import LocalTrainingConfig, train_locally
 from tofu.weights import fingerprint, load_weights, weights_of
-from tofu.wire import SECURE
 
 CONFIG = LocalTrainingConfig(epochs=2, batch_size=32, lr=0.02, momentum=0.9)
 
@@ -272,18 +271,7 @@ def test_it_works_in_every_kind_of_round_and_draws_a_panel(tmp_path: Path, sched
 
 
 def test_a_client_that_loses_its_state_goes_on(tmp_path: Path) -> None:
-    app = ClientApp()
-    app.query()(honest.hello)
-    app.query(SECURE)(honest.secure)
-
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        if honest.client_name(context) == "1" and message.metadata.group_id == "3":
-            for name in list(context.state):
-                del context.state[name]
-        return honest.train(message, context)
-
-    federate(tmp_path / "run", app)
+    federate(tmp_path / "run", forgetful_app("1", 3))
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["failures"] for row in rows[1:]] == [[]] * 4
 

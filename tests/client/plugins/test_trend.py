@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
@@ -29,6 +28,7 @@ from client.plugins.transferability import (
 )  # fmt: skip
 from client.plugins.trend import Trend
 from server.app import serve_in_process
+from tests.client.plugins.apps import forgetful_app
 from tofu.data import LabeledImages, to_float
 from tofu.errors import SettingError
 from tofu.models import build_model
@@ -39,7 +39,6 @@ from tofu.reporting.panels import read_panels
 from tofu.reporting.predict import predict_images
 from tofu.rounds.record import RoundRecord
 from tofu.settings import Settings
-from tofu.wire import SECURE
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -355,17 +354,6 @@ def test_a_resumed_run_is_bit_exact(tmp_path: Path) -> None:
 
 
 def test_a_client_that_loses_its_state_goes_on(tmp_path: Path) -> None:
-    app = ClientApp()
-    app.query()(honest.hello)
-    app.query(SECURE)(honest.secure)
-
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        if honest.client_name(context) == "1" and message.metadata.group_id == "4":
-            for name in list(context.state):
-                del context.state[name]
-        return honest.train(message, context)
-
-    federate(tmp_path / "run", app)
+    federate(tmp_path / "run", forgetful_app("1", 4))
     assert [row["failures"] for row in rows(tmp_path / "run")[1:]] == [[]] * 4
     assert "trend" in read_panels(tmp_path / "run")

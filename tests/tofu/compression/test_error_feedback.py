@@ -42,9 +42,9 @@ def test_a_share_of_the_residual_fades_but_a_lost_reply_returns_whole() -> None:
     target = {"w": torch.tensor([4.0, 1.0])}
     feedback = ErrorFeedback.after(target, {"w": torch.tensor([4.0, 0.0])}, 3)
     zero = {"w": torch.zeros(2)}
-    assert feedback.target(zero, 3, share=0.5)["w"].tolist() == [0.0, 0.5]
-    assert feedback.target(zero, 2, share=0.5)["w"].tolist() == [4.0, 0.5]
-    assert feedback.target(zero, -1, share=0.0)["w"].tolist() == [4.0, 0.0]
+    assert feedback.target(zero, 3, fraction=0.5)["w"].tolist() == [0.0, 0.5]
+    assert feedback.target(zero, 2, fraction=0.5)["w"].tolist() == [4.0, 0.5]
+    assert feedback.target(zero, -1, fraction=0.0)["w"].tolist() == [4.0, 0.0]
 
 
 def test_the_first_round_has_nothing_to_add() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, Krum, Strategy
@@ -148,6 +148,22 @@ def test_a_client_that_lost_its_state_goes_on_without_it() -> None:
     options: dict[str, Any] = {"compressor": "sparse", "ratio": 20}
     result = federate(tofu.Compressed(strategy_of(), **options), tofu.compress(**options), handler=forgetful)
     assert accuracy(result.arrays) > 0.7
+
+
+def test_each_client_is_told_of_its_own_last_reply_that_arrived() -> None:
+    """FedAvg's messages share one content, so a record put into it would tell all clients the same."""
+    mod, seen = tofu.compress(compressor="sparse", ratio=20), dict[tuple[int, int], int]()
+
+    def watching(message: Message, context: Context, call_next: Any) -> Message:
+        record = message.content.config_records[RECORD]
+        partition, round_ = int(context.node_config["partition-id"]), int(record["round"])  # type: ignore[arg-type]
+        seen[partition, round_] = int(record["acknowledged"])  # type: ignore[arg-type]
+        reply = mod(message, context, call_next)
+        return Message(Error(code=0, reason="lost"), reply_to=message) if (partition, round_) == (0, 2) else reply
+
+    federate(tofu.Compressed(strategy_of(), compressor="sparse", ratio=20), watching, rounds=3)
+    assert [seen[0, round_] for round_ in (1, 2, 3)] == [-1, 1, 1]
+    assert [seen[3, round_] for round_ in (1, 2, 3)] == [-1, 1, 2]
 
 
 def test_misuse_is_one_line() -> None:

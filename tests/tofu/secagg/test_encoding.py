@@ -89,7 +89,7 @@ def test_what_does_not_fit_is_counted_named_by_distance_and_not_delivered() -> N
     mean = code.decode(summed([one.vector for one in encoded], ring_bits(3, 12)), 3)
     assert mean.clipped == 1
     assert mean.furthest == pytest.approx(4.5, abs=MAX_REPORTED / 2047)
-    # The tensor that was too narrow is extend_basis by as much, and no other.
+    # Only the range of the tensor that was too narrow grows, by as much.
     assert mean.ranges[0] == pytest.approx(0.45, rel=0.05)
     assert all(range_ <= 1.0 for range_ in mean.ranges[1:])
 
