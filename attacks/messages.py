@@ -94,7 +94,7 @@ def parse_message(text: str) -> Message:
     if kind == "proxy" and rest:
         mode, *rest = rest
     wanted = {"exact": (0, 0), "dp": (1, 1), "secure": (1, 1), "proxy": (1, 1)}.get(kind, (0, 1))
-    known = kind in ("exact", "dp", "secure") or (kind in compressors.names() and kind != "full")
+    known = kind in ("exact", "dp", "secure") or (kind in compressors.names() and kind != "none")
     try:
         number = float(rest[0]) if rest else 1.0
     except ValueError:

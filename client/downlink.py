@@ -48,7 +48,7 @@ def _apply_steps(
     request: TrainRequest, round_: int, network: ReferenceModel, kept: KeptWeights | None, compressor: Compressor | None
 ) -> None:
     if compressor is None:
-        raise DataError("the server sent steps, but this client's settings have downlink=full")
+        raise DataError("the server sent steps, but this client's settings have downlink=full-weights")
     if kept is not None:
         load_weights(network.model, kept.weights)
     network.model.eval()

@@ -63,7 +63,7 @@ def train_round(request: TrainRequest, round_: int, settings: Settings, context:
         local.reference.param_spec,
         feedback=outgoing.feedback if fraction else None,
         memory=outgoing.memory,
-        kept=KeptWeights(local.base, request.identity) if settings.downstream.downlink != "full" else None,
+        kept=KeptWeights(local.base, request.identity) if settings.downstream.downlink != "full-weights" else None,
         plugins=local.plugins.state_bytes(max_bytes=MAX_STATE_BYTES),
         broadcast=local.broadcast,
     )
@@ -187,7 +187,7 @@ class LocalRound:
         generator = derive_generator(settings.run.seed, self.round, self.position.client, "encode")
         compressor = settings.make_compressor(request.kind, reference)
         began = time.perf_counter()
-        outgoing = Compress(compressor, reference, generator, uses_memory=request.kind != "full").apply(outgoing)
+        outgoing = Compress(compressor, reference, generator, uses_memory=request.kind != "fedavg").apply(outgoing)
         parameters = {name: outgoing.update[name] for name in reference.param_spec.parameters}
         participant = participant_of(self.context, self.position.client)
         reply = TrainReply(

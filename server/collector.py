@@ -227,7 +227,7 @@ class TrainExchange:
 
 
 class OpenCollector:
-    """Rounds whose updates the server decodes one by one: proxy and full rounds.
+    """Rounds whose updates the server decodes one by one: proxy and fedavg rounds.
 
     Attributes:
         recorder: saves the messages of some clients; None saves none.

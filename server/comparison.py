@@ -224,7 +224,7 @@ def _finished(run: Run, unknown: str = "") -> bool:
 def _config(folder: Path) -> dict[str, Any]:
     """The settings of a finished run. What its file lacks is newer than the run and stands at its default."""
     try:
-        return dict(Settings.of(json.loads((folder / "config.json").read_text())).to_config())
+        return dict(Settings.of(json.loads((folder / "config.json").read_text()), warn=False).to_config())
     except (OSError, ValueError, AttributeError, SettingError) as error:
         reason = " ".join(str(error).split())
         raise SettingError("folder", str(folder), f"a finished run with its config.json ({reason})") from error

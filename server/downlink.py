@@ -4,7 +4,7 @@ With steps, the server's own weights differ from those that the clients hold. A 
 difference, so what compression loses remains in the difference and is sent later. This is error feedback on the
 downlink (DoubleSqueeze, Tang et al., ICML 2019). Clients train from the weights that they hold, and the server decodes
 their updates at those. Every client builds the initial model from the run's settings, so the first round sends none. A
-client that missed rounds receives the missed steps, or the full weights if they are smaller. Full rounds send full
+client that missed rounds receives the missed steps, or the full weights if they are smaller. FedAvg rounds send full
 weights.
 """
 

@@ -34,7 +34,7 @@ class GlobalModel:
         initial: its initial weights as one vector [values].
         averaged: exponential moving average of the weights, which is evaluated and saved; the model itself with
             ema-decay=0.
-        compressors: compressed or full round kind -> compressor of the clients' updates.
+        compressors: proxy or fedavg round kind -> compressor of the clients' updates.
         downlink: the weights that the clients hold.
         secure: ranges of the secure sums; None in a run without secure rounds.
     """

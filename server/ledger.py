@@ -106,7 +106,7 @@ class Ledger:
         if key not in self._full_message:
             payload = bytes(full_payload_bytes)
             reply = TrainReply(1, 0.0, 0.0, 0.0, 0.0, 0.0, payload)
-            request = TrainRequest("full", -1, ImageShape(1, 1, 1, 1), payload, bytes(FINGERPRINT_BYTES))
+            request = TrainRequest("fedavg", -1, ImageShape(1, 1, 1, 1), payload, bytes(FINGERPRINT_BYTES))
             blank = reply if direction == "uplink" else request
             self._full_message[key] = message_bytes(_message(blank, message.metadata))
         return self._full_message[key]

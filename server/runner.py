@@ -179,7 +179,7 @@ class RoundRunner:
         state = self._state(round_, kind, shown=asked[0].name)
         result = RoundResult(round_, kind, state.shown, {client.name: client.node for client in asked}, state.failures)
         for model in self.models:  # also of groups without a client in this round: steps are counted by rounds
-            model.downlink.begin(round_, whole=kind == "full")
+            model.downlink.begin(round_, whole=kind == "fedavg")
         result.step_explained_variance = self.models[0].downlink.explained_variance
         groups = [(model, clients) for model, clients in zip(self.models, sampled, strict=True) if clients]
         try:

@@ -35,6 +35,7 @@ from tofu.data import ImageShape
 from tofu.errors import PayloadError, RunError, SettingError
 from tofu.payload import HEADER_BYTES, Payload, read_payload
 from tofu.reference_model import ReferenceModel, output_count
+from tofu.settings.deprecated import present_value
 from tofu.weights import Weights, fingerprint, weights_of
 
 _MAGIC, _VERSION = b"TOFE", 1
@@ -96,6 +97,7 @@ def encode(
         encoder = ProxySettings(bits=4, warm_start=False)
         options = CompressorOptions(correction=0.4, encoder=encoder) if compressor == "proxy" else DEFAULTS
     reference = _reference(model, input_shape, initial)
+    compressor = present_value("compressor", compressor)
     made = make_compressor(compressor, reference, ratio=ratio, options=options)
     complete = _complete(reference, update)
     compressed = made.compress(reference, complete, generator=torch.Generator().manual_seed(seed))
@@ -139,7 +141,8 @@ def decode(
         raise PayloadError(f"message starts with {magic!r} and version {version}, expected {_MAGIC!r} and {_VERSION}")
     if not (_MIN_RATIO <= ratio < math.inf and min(channels, height, width) >= 1 and max(height, width) <= _MAX_SIDE):
         raise PayloadError(f"message has ratio {ratio:g} and input shape {(channels, height, width)}, out of range")
-    name = reader.take(name_bytes).decode(errors="replace")
+    name = present_value("compressor", reader.take(name_bytes).decode(errors="replace"), warn=False)
+    compressor = compressor and present_value("compressor", compressor)
     options = _options_from_bytes(reader.take(options_bytes))
     if input_shape is not None and (channels, height, width) != tuple(input_shape):
         raise PayloadError(f"message has input shape {(channels, height, width)}, expected {tuple(input_shape)}")

@@ -31,7 +31,7 @@ class Plan:
         update_bytes: an update as float32, without any header.
         payload_bytes: the compressed payload, header included.
         message_overhead: what Flower's message adds to a payload.
-        compressed_rounds, full_rounds, secure_rounds: of the schedule ("plateau" is planned as compressed throughout).
+        compressed_rounds, fedavg_rounds, secure_rounds: of the schedule ("plateau" is planned as compressed).
         uplink_bytes, downlink_bytes: of the run, all messages.
         fedavg_uplink_bytes: of the same rounds with float32 updates; its downlink has as many.
         step_bytes: the payload of the server's step, header included; 0 where the downlink is not compressed.
@@ -45,7 +45,7 @@ class Plan:
     payload_bytes: int
     message_overhead: int
     compressed_rounds: int
-    full_rounds: int
+    fedavg_rounds: int
     secure_rounds: int
     uplink_bytes: int
     downlink_bytes: int
@@ -67,13 +67,13 @@ class Plan:
 
 
 def make_plan(
-    settings: Settings, network: ReferenceModel, *, full_rounds: int, message_overhead: int, secure_rounds: int = 0
+    settings: Settings, network: ReferenceModel, *, fedavg_rounds: int, message_overhead: int, secure_rounds: int = 0
 ) -> Plan:
     """Plan a run.
 
     Args:
         network: as the run will build it.
-        full_rounds: rounds that send float32 updates.
+        fedavg_rounds: rounds that send float32 updates.
         message_overhead: bytes that a message adds to its payload.
         secure_rounds: rounds in which the server learns the sum alone.
 
@@ -87,9 +87,9 @@ def make_plan(
     payload = HEADER_BYTES + compressor.body_bytes(param_spec)
     full = HEADER_BYTES + param_spec.float32_bytes
     clients = max(settings.min_clients, round(settings.client_fraction * settings.clients), 1)
-    compressed_rounds = settings.rounds - full_rounds - secure_rounds
-    uplink = clients * (compressed_rounds * (payload + message_overhead) + full_rounds * (full + message_overhead))
-    step, downlink = _downlink(settings, network, full_rounds=full_rounds, message_overhead=message_overhead)
+    compressed_rounds = settings.rounds - fedavg_rounds - secure_rounds
+    uplink = clients * (compressed_rounds * (payload + message_overhead) + fedavg_rounds * (full + message_overhead))
+    step, downlink = _downlink(settings, network, fedavg_rounds=fedavg_rounds, message_overhead=message_overhead)
     if secure_rounds:
         up, down = _secure_extra(settings, network, clients, message_overhead=message_overhead)
         uplink += clients * secure_rounds * up
@@ -98,7 +98,7 @@ def make_plan(
     if compressed_rounds and payload >= full:
         warnings.append(
             f"a payload of {payload} bytes is no smaller than the update of {full}: "
-            "use fewer or smaller proxies, or schedule=full"
+            "use fewer or smaller proxies, or schedule=fedavg"
         )
     elif compressed_rounds and message_overhead > payload:
         warnings.append(
@@ -119,7 +119,7 @@ def make_plan(
         payload_bytes=payload,
         message_overhead=message_overhead,
         compressed_rounds=compressed_rounds,
-        full_rounds=full_rounds,
+        fedavg_rounds=fedavg_rounds,
         secure_rounds=secure_rounds,
         uplink_bytes=uplink,
         downlink_bytes=clients * downlink,
@@ -162,7 +162,7 @@ def _secure_extra(
 
 
 def _downlink(
-    settings: Settings, network: ReferenceModel, *, full_rounds: int, message_overhead: int
+    settings: Settings, network: ReferenceModel, *, fedavg_rounds: int, message_overhead: int
 ) -> tuple[int, int]:
     """Bytes of a step's payload (0 for none), and of the downlink messages to one client that is asked in every round.
 
@@ -173,8 +173,8 @@ def _downlink(
     if compressor is None:
         return 0, settings.rounds * (whole + message_overhead)
     step = HEADER_BYTES + compressor.body_bytes(network.param_spec)
-    payloads = full_rounds * whole
-    for round_ in range(1, settings.rounds - full_rounds + 1):
+    payloads = fedavg_rounds * whole
+    for round_ in range(1, settings.rounds - fedavg_rounds + 1):
         lacked = min(round_ - 1, round(1 / settings.client_fraction))
         payloads += min(whole, lacked * step)
     return step, payloads + settings.rounds * message_overhead

@@ -26,6 +26,7 @@ from tofu.data import ImageShape
 from tofu.errors import RunError, SettingError
 from tofu.payload import HEADER_BYTES
 from tofu.settings import Settings
+from tofu.settings.deprecated import present_kind
 from tofu.weights import Weights
 from tofu.wire import KINDS
 
@@ -165,8 +166,9 @@ def read_recording(folder: Path) -> Recording:
             raise RunError(f"{folder}/record.json has {name} {value!r}, expected a whole number of at least 1")
     if about["version"] != VERSION:
         raise RunError(f"{folder}/record.json has version {about['version']}, expected {VERSION}")
-    if about.get("kind") not in KINDS:
-        raise RunError(f"{folder}/record.json has kind {about.get('kind')!r}, expected one of {', '.join(KINDS)}")
+    about["kind"] = present_kind(str(about.get("kind")))
+    if about["kind"] not in KINDS:
+        raise RunError(f"{folder}/record.json has kind {about['kind']!r}, expected one of {', '.join(KINDS)}")
     if (about["round"], about.get("client")) != (int(match[1]), match[2]):
         raise RunError(f"{folder}/record.json is of round {about['round']}, client {about.get('client')!r}")
     if len(payload) < HEADER_BYTES:

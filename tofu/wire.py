@@ -18,7 +18,7 @@ from tofu.weights import FINGERPRINT_BYTES
 RECORD = "t"
 FIELD = "b"
 
-KINDS = ("proxy", "full", "secure")
+KINDS = ("proxy", "fedavg", "secure")
 """Kinds of round. The position is the number on the wire."""
 
 STAGES = ("advert", "share", "confirm", "reveal")

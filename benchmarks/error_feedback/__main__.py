@@ -72,7 +72,7 @@ class Run:
     def settings(self, folder: Path) -> Settings:
         task = TASKS[self.task]
         hub = task["dataset"]
-        own: dict[str, Any] = {"schedule": "full"}
+        own: dict[str, Any] = {"schedule": "fedavg"}
         if self.method != "fedavg":
             own = METHODS[self.method] | {
                 "ratio": float(self.ratio), "over_relaxation": self.w, "step_ahead": self.a,

@@ -50,7 +50,7 @@ METHODS = ("FedAvg", "proxy rounds only", "hybrid", "both directions")
 def changes(case: str, method: str) -> dict[str, Any]:
     """What a method's settings have beside those of all methods."""
     if method == "FedAvg":
-        return {"schedule": "full"}
+        return {"schedule": "fedavg"}
     if method == "proxy rounds only":
         return {"schedule": "proxy"} | PROXY[case]
     if method == "hybrid":

@@ -12,7 +12,7 @@ from tofu.weights import dot, explained_variance
 @pytest.mark.parametrize(
     "text",
     ["", "foo", "exact:1", "proxy", "proxy:100", "proxy:rough:100", "proxy:smooth:x", "proxy:smooth:0.5", "dp", "dp:0",
-     "dp:nan", "dp:-1", "secure:1", "secure:2.5", "secure:inf", "full:3", "topk:1:2"],
+     "dp:nan", "dp:-1", "secure:1", "secure:2.5", "secure:inf", "none:3", "full:3", "topk:1:2"],
 )  # fmt: skip
 def test_what_is_no_message_is_one_line(text: str) -> None:
     with pytest.raises(SettingError, match=r"^messages='.*' is not usable: expected exact, proxy:smooth:RATIO"):

@@ -79,8 +79,8 @@ def write_images(folder: Path, data: LabeledImages, classes: list[int]) -> None:
 
 def test_a_proxy_reply_decodes_to_about_the_update_and_a_full_one_to_it() -> None:
     proxy = train_round(request(), 1, SETTINGS, context(**{"partition-id": 0}))
-    full = train_round(request("full"), 1, SETTINGS, context(**{"partition-id": 0}))
-    approximate, exact = decoded(proxy, "proxy", 1), decoded(full, "full", 1)
+    full = train_round(request("fedavg"), 1, SETTINGS, context(**{"partition-id": 0}))
+    approximate, exact = decoded(proxy, "proxy", 1), decoded(full, "fedavg", 1)
     assert cosine(exact, approximate) == pytest.approx(proxy.cosine, abs=1e-3)
     assert proxy.cosine > 0.6
     assert full.cosine == pytest.approx(1)
@@ -93,10 +93,10 @@ def test_error_feedback_sends_later_what_was_lost() -> None:
     """Two rounds at the same weights: what both decode to is nearer to twice the update than two fresh replies are."""
     ctx = context(**{"partition-id": 0})
     first = decoded(train_round(request(), 1, SETTINGS, ctx), "proxy", 1)
-    second = decoded(train_round(request("full", 2, acknowledged=1), 2, SETTINGS, ctx), "full", 2)
+    second = decoded(train_round(request("fedavg", 2, acknowledged=1), 2, SETTINGS, ctx), "fedavg", 2)
     fresh = context(**{"partition-id": 0})
-    exact_first = decoded(train_round(request("full"), 1, SETTINGS, fresh), "full", 1)
-    exact_second = decoded(train_round(request("full", 2), 2, SETTINGS, context(**{"partition-id": 0})), "full", 2)
+    exact_first = decoded(train_round(request("fedavg"), 1, SETTINGS, fresh), "fedavg", 1)
+    exact_second = decoded(train_round(request("fedavg", 2), 2, SETTINGS, context(**{"partition-id": 0})), "fedavg", 2)
     for name in first:
         assert torch.allclose(first[name] + second[name], exact_first[name] + exact_second[name], atol=1e-5)
 
@@ -104,10 +104,10 @@ def test_error_feedback_sends_later_what_was_lost() -> None:
 def test_a_reply_that_the_server_never_got_is_sent_again() -> None:
     ctx = context(**{"partition-id": 0})
     lost = train_round(request(), 1, SETTINGS, ctx)
-    again = decoded(train_round(request("full", 2, acknowledged=-1), 2, SETTINGS, ctx), "full", 2)
+    again = decoded(train_round(request("fedavg", 2, acknowledged=-1), 2, SETTINGS, ctx), "fedavg", 2)
     assert lost.payload
-    exact_first = decoded(train_round(request("full"), 1, SETTINGS, context(**{"partition-id": 0})), "full", 1)
-    exact_second = decoded(train_round(request("full", 2), 2, SETTINGS, context(**{"partition-id": 0})), "full", 2)
+    exact_first = decoded(train_round(request("fedavg"), 1, SETTINGS, context(**{"partition-id": 0})), "fedavg", 1)
+    exact_second = decoded(train_round(request("fedavg", 2), 2, SETTINGS, context(**{"partition-id": 0})), "fedavg", 2)
     for name in again:
         assert torch.allclose(again[name], exact_first[name] + exact_second[name], atol=1e-5)
 
@@ -212,13 +212,18 @@ def test_warm_start_uses_the_last_proxies() -> None:
 
 def test_a_client_takes_part_on_its_own_terms_only() -> None:
     for kinds in ("secure", "proxy, secure"):
-        with pytest.raises(DataError, match=f"rounds of kind {kinds}, not full"):
-            train_round(request("full"), 1, SETTINGS, context(**{"partition-id": 0, "allowed-rounds": kinds}))
-        with pytest.raises(DataError, match=f"rounds of kind {kinds}, not full"):  # the name before the renaming
-            train_round(request("full"), 1, SETTINGS, context(**{"partition-id": 0, "kinds": kinds}))
+        with pytest.raises(DataError, match=f"rounds of kind {kinds}, not fedavg"):
+            train_round(request("fedavg"), 1, SETTINGS, context(**{"partition-id": 0, "allowed-rounds": kinds}))
+        with pytest.raises(DataError, match=f"rounds of kind {kinds}, not fedavg"):  # the name before the renaming
+            train_round(request("fedavg"), 1, SETTINGS, context(**{"partition-id": 0, "kinds": kinds}))
     with pytest.raises(DataError, match="noise-multiplier 1 or more, not 0"):
         train_round(request(), 1, SETTINGS, context(**{"partition-id": 0, "min-noise-multiplier": 1}))
     assert train_round(request(), 1, SETTINGS, context(**{"partition-id": 0, "allowed-rounds": "proxy"})).payload
+    for kinds in ("secure,fedavg", "secure, full"):  # full is the name before the renaming
+        allowed = context(**{"partition-id": 0, "allowed-rounds": kinds})
+        assert train_round(request("fedavg"), 1, SETTINGS, allowed).payload
+        with pytest.raises(DataError, match=r"rounds of kind secure, ?fedavg, not proxy"):
+            train_round(request("proxy"), 1, SETTINGS, allowed)
 
 
 def answer(context: Context) -> Message:

@@ -111,7 +111,7 @@ def test_the_rows_are_what_the_runs_wrote(done: tuple[Path, dict[str, Any]]) -> 
         for name in ("final_accuracy", "uplink_bytes", "downlink_bytes", "uplink_ratio", "both_ratio", "payload_ratio"):
             assert row[name] == summary[name]
         assert (row["compressor"], row["seed"]) == (config["compressor"], config["seed"])
-        assert row["ratio"] == (None if row["compressor"] == "full" else config["ratio"])
+        assert row["ratio"] == (None if row["compressor"] == "none" else config["ratio"])
         assert row["accuracy_by_round"] == [line["accuracy"] for line in metrics]
         assert row["uplink_bytes_by_round"] == [line["uplink_bytes"] for line in metrics]
         assert sum(row["uplink_bytes_by_round"]) == row["uplink_bytes"]
@@ -126,7 +126,7 @@ def test_equal_seeds_begin_alike_and_budgets_are_kept(done: tuple[Path, dict[str
         starts = {row["accuracy_by_round"][0] for row in document["runs"] if row["seed"] == seed}
         assert len(starts) == 1
     for row in document["runs"]:
-        if row["compressor"] != "full":
+        if row["compressor"] != "none":
             assert row["payload_ratio"] >= row["ratio"]
             assert row["uplink_ratio"] > 10
 
@@ -278,7 +278,7 @@ def test_tuning_gives_each_cell_its_own_best(tmp_path: Path, compare: Compare) -
     document = json.loads(compare(*arguments, "--json").out)
     assert document["tune"] == {"setting": "lr", "values": [1e-7, 0.1], "seed": 1000}
     tried = {(row["compressor"], row["tuned"]): row for row in document["tuning_runs"]}
-    assert set(tried) == {("full", 1e-7), ("full", 0.1), ("topk", 1e-7), ("topk", 0.1)}
+    assert set(tried) == {("none", 1e-7), ("none", 0.1), ("topk", 1e-7), ("topk", 0.1)}
     for cell in document["cells"]:
         mine = {value: row for (name, value), row in tried.items() if name == cell["compressor"]}
         best = max(mine, key=lambda value: mine[value]["final_accuracy"])
@@ -341,7 +341,7 @@ def test_a_folder_in_use_is_let_be(copied: Path, compare: Compare) -> None:
         (("--ratio=5",), ("ratio=5.0", "--ratios")),
         (("--compressor=topk",), ("compressor='topk'", "--compressors")),
         (("--run-folder=x",), ("run-folder='x'", "--folder")),
-        (("--schedule=full",), ("schedule='full'",)),
+        (("--schedule=fedavg",), ("schedule='fedavg'",)),
         (("--model=nosuch",), ("model='nosuch'",)),
         (("--folder=file/below",), ("folder='file/below'",)),
     ],

@@ -100,7 +100,7 @@ def test_nodes_that_misbehave_are_left_out_and_named(
             for name in "12"
         }
 
-    settings = settings_of(federation, tmp_path / "run", rounds=6, switch_round=4, recovery="full", log="json")
+    settings = settings_of(federation, tmp_path / "run", rounds=6, switch_round=4, recovery="fedavg", log="json")
     set_faults(federation.folder, faults())
     link = federation.processes["superlink"].pid
     before = megabytes(link)
@@ -238,7 +238,7 @@ def test_a_slow_node_is_left_behind_and_welcome_again(federation: LocalCluster, 
     """What a node sends 20 s after it was asked is of a round that is over."""
     set_faults(federation.folder, {"1": {"2:mask": "late"}})
     settings = settings_of(
-        federation, tmp_path / "run", rounds=14, switch_round=14, recovery="full", round_timeout=15.0, min_clients=2
+        federation, tmp_path / "run", rounds=14, switch_round=14, recovery="fedavg", round_timeout=15.0, min_clients=2
     )
     run = federation.run(settings.to_config(), timeout=800)
     assert run.completed, run.log
@@ -268,7 +268,7 @@ def test_a_full_disk_ends_a_run_without_checkpoints_in_one_line_too(tmp_path: Pa
 def test_a_full_disk_ends_the_run_in_one_line_and_it_goes_on_later(federation: LocalCluster, tmp_path: Path) -> None:
     """As on a full disk, a checkpoint of this run can be begun and not be written whole."""
     set_faults(federation.folder, {})
-    settings = settings_of(federation, tmp_path / "run", rounds=40, switch_round=0, recovery="full")
+    settings = settings_of(federation, tmp_path / "run", rounds=40, switch_round=0, recovery="fedavg")
     background = Background(federation, federation.app, settings, timeout=800)
     background.wait_for_round(3)
     [size, *_] = sorted(file.stat().st_size for file in (tmp_path / "run" / FOLDER).glob("round-*.checkpoint"))

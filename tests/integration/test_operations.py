@@ -76,7 +76,7 @@ def test_epsilon_is_watched_and_a_resumed_run_counts_on(tmp_path: Path) -> None:
             raise Killed
 
     folder = tmp_path / "run"
-    own = {"clients": 3, "run_folder": str(folder), "noise_multiplier": 1.0, "schedule": "full"}
+    own = {"clients": 3, "run_folder": str(folder), "noise_multiplier": 1.0, "schedule": "fedavg"}
     with pytest.raises(Killed):
         serve_in_process(misbehaving.honest.app, Settings.of(TINY | own), Kill())
     text = (folder / "metrics.prom").read_text()

@@ -45,7 +45,7 @@ def payloads(folder: Path, round_: int) -> set[int]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("schedule", ["proxy", "full", "secure"])
+@pytest.mark.parametrize("schedule", ["proxy", "fedavg", "secure"])
 def test_ood_works_in_every_kind_of_round(tmp_path: Path, schedule: str) -> None:
     """The threshold comes of the summed histograms and goes out with the next requests."""
     end = federate(tmp_path / "run", plugins="ood", schedule=schedule, rounds=3, lr=0.1, local_epochs=3)
@@ -60,7 +60,7 @@ def test_ood_works_in_every_kind_of_round(tmp_path: Path, schedule: str) -> None
 
 def test_what_is_saved_flags_as_many_images_as_were_asked_for(tmp_path: Path) -> None:
     """The threshold is of the very weights that were saved: here a running average that no client ever saw."""
-    federate(tmp_path / "run", plugins="ood", schedule="full", rounds=3, lr=0.1, local_epochs=3, ema_decay=0.5,
+    federate(tmp_path / "run", plugins="ood", schedule="fedavg", rounds=3, lr=0.1, local_epochs=3, ema_decay=0.5,
              plugin_options="ood.false-alarms=0.1")  # fmt: skip
     weights, shape, state = read_model(tmp_path / "run")
     settings = read_config(tmp_path / "run")
@@ -75,7 +75,7 @@ def test_what_is_saved_flags_as_many_images_as_were_asked_for(tmp_path: Path) ->
     assert 0.07 < float(unknown.float().mean()) <= 0.1
 
 
-@pytest.mark.parametrize("schedule", ["proxy", "full", "secure"])
+@pytest.mark.parametrize("schedule", ["proxy", "fedavg", "secure"])
 def test_rank_sends_fewer_numbers_from_the_next_round_on(tmp_path: Path, schedule: str) -> None:
     federate(tmp_path / "run", schedule=schedule, **RANK)
     before, after = payloads(tmp_path / "run", 2), payloads(tmp_path / "run", 4)
@@ -90,11 +90,11 @@ def test_rank_sends_fewer_numbers_from_the_next_round_on(tmp_path: Path, schedul
     assert downlink[4] < 0.8 * downlink[3]
 
 
-def test_secure_sums_are_those_of_full_rounds(tmp_path: Path) -> None:
+def test_secure_sums_are_those_of_fedavg_rounds(tmp_path: Path) -> None:
     """The utilized rank that the server finds is the same, whether it saw each client's sums or their total alone."""
     options: Row = {"rounds": 3, "error_feedback": 0.0, "secure_ratio": 1.2, **RANK}
     federate(tmp_path / "secure", schedule="secure", **options)
-    federate(tmp_path / "full", schedule="full", **options)
+    federate(tmp_path / "full", schedule="fedavg", **options)
     secure, full = (rows(tmp_path / name)[-1]["accuracy"] for name in ("secure", "full"))
     assert secure == pytest.approx(full, abs=0.01)
     sizes = [
@@ -146,7 +146,7 @@ def test_tasks_of_classes_with_heads_of_their_own(tmp_path: Path) -> None:
         "tasks": "classes",
         "task_count": 2,
         "task_heads": "multi",
-        "schedule": "full",
+        "schedule": "fedavg",
         "lr": 0.1,
         "local_epochs": 4,
     }
@@ -194,7 +194,7 @@ def pictures(folder: Path) -> Path:
 def test_predict_flags_what_it_does_not_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from tofu import cli
 
-    training: Row = {"plugins": "ood", "schedule": "full", "rounds": 6, "lr": 0.1, "local_epochs": 4}
+    training: Row = {"plugins": "ood", "schedule": "fedavg", "rounds": 6, "lr": 0.1, "local_epochs": 4}
     federate(tmp_path / "run", **training)
     folder = pictures(tmp_path / "pictures")
     with pytest.MonkeyPatch.context() as patch:
@@ -215,7 +215,7 @@ def test_predict_with_a_factorized_network_and_without_plugins(tmp_path: Path) -
 
     folder = pictures(tmp_path / "pictures")
     for name, more in (("plain", {}), ("rank", {**RANK, "rounds": 2})):  # whose last round makes the bases
-        federate(tmp_path / name, schedule="full", **{"rounds": 2, "lr": 0.1, "local_epochs": 3} | more)
+        federate(tmp_path / name, schedule="fedavg", **{"rounds": 2, "lr": 0.1, "local_epochs": 3} | more)
         found = predict_images(tmp_path / name, folder)
         assert len(found) == 40
         assert {row["unknown"] for row in found} == {None}

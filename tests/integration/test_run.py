@@ -140,7 +140,7 @@ def test_the_ledger_adds_up_to_the_totals(command_run: CommandRun) -> None:
 
 
 def test_the_fedavg_figure_is_what_fedavg_really_sends(command_run: CommandRun, tmp_path: Path) -> None:
-    fedavg = federate(tmp_path / "full", schedule="full")
+    fedavg = federate(tmp_path / "full", schedule="fedavg")
     assert fedavg["uplink_bytes"] == fedavg["fedavg_uplink_bytes"] == command_run.summary["fedavg_uplink_bytes"]
     assert fedavg["uplink_ratio"] == 1
     assert fedavg["downlink_bytes"] == command_run.summary["downlink_bytes"]
@@ -178,8 +178,8 @@ def test_another_seed_gives_another_run(command_run: CommandRun, tmp_path: Path)
 # Learning
 
 
-def test_full_rounds_learn(tmp_path: Path) -> None:
-    summary = federate(tmp_path / "run", **QUICK, schedule="full", rounds=3)
+def test_fedavg_rounds_learn(tmp_path: Path) -> None:
+    summary = federate(tmp_path / "run", **QUICK, schedule="fedavg", rounds=3)
     assert summary["final_accuracy"] > 0.7  # ten classes: chance is 0.1
     assert rows(tmp_path / "run")[0]["accuracy"] < 0.3
 
@@ -219,8 +219,8 @@ def plain_loop(settings: Settings, lost: tuple[int, int] | None) -> Weights:
 
 
 @pytest.mark.parametrize("lost", [None, (2, 1)])
-def test_full_rounds_are_federated_averaging(tmp_path: Path, lost: tuple[int, int] | None) -> None:
-    settings = settings_of(tmp_path / "run", schedule="full", clients=3)
+def test_fedavg_rounds_are_federated_averaging(tmp_path: Path, lost: tuple[int, int] | None) -> None:
+    settings = settings_of(tmp_path / "run", schedule="fedavg", clients=3)
     app = faulty(error, names=str(lost[1]), rounds=(lost[0],)) if lost else honest.app
     serve_in_process(app, settings)
     expected = plain_loop(settings, lost)
@@ -236,34 +236,35 @@ def kinds(folder: Path) -> list[str]:
 
 
 def test_switch_changes_the_kind_of_the_messages(tmp_path: Path) -> None:
-    federate(tmp_path / "run", schedule="switch", recovery="full", switch_round=2, clients=2)
-    assert kinds(tmp_path / "run") == ["proxy", "full", "full"]
+    federate(tmp_path / "run", schedule="switch", recovery="fedavg", switch_round=2, clients=2)
+    assert kinds(tmp_path / "run") == ["proxy", "fedavg", "fedavg"]
     full = HEADER_BYTES + layout_of(fresh_model(settings_of(tmp_path / "run"))).float32_bytes
     for row in rows(tmp_path / "run", "ledger"):
         if row["direction"] == "uplink" and row["kind"] != "hello":
-            assert row["kind"] == ("proxy" if row["round"] == 1 else "full")
+            assert row["kind"] == ("proxy" if row["round"] == 1 else "fedavg")
             assert (row["payload_bytes"] == full) == (row["round"] > 1)
     assert [row["explained_variance"] is None for row in rows(tmp_path / "run")[1:]] == [False, True, True]
 
 
 def test_switch_by_default_makes_the_last_tenth_full(tmp_path: Path) -> None:
-    federate(tmp_path / "run", schedule="switch", recovery="full", clients=2, rounds=2)
-    assert kinds(tmp_path / "run") == ["proxy", "full"]
+    federate(tmp_path / "run", schedule="switch", recovery="fedavg", clients=2, rounds=2)
+    assert kinds(tmp_path / "run") == ["proxy", "fedavg"]
 
 
 @pytest.mark.parametrize(
-    ("patience", "expected"), [(1, ["proxy", "full", "full"]), (2, ["proxy", "proxy", "full"]), (3, ["proxy"] * 3)]
+    ("patience", "expected"),
+    [(1, ["proxy", "fedavg", "fedavg"]), (2, ["proxy", "proxy", "fedavg"]), (3, ["proxy"] * 3)],
 )
 def test_plateau_switches_after_its_patience(tmp_path: Path, patience: int, expected: list[str]) -> None:
     """No round gains what is asked for, so each one counts against the patience."""
-    plateau: Row = {"schedule": "plateau", "recovery": "full", "plateau_patience": patience, "plateau_gain": 0.99}
+    plateau: Row = {"schedule": "plateau", "recovery": "fedavg", "plateau_patience": patience, "plateau_gain": 0.99}
     federate(tmp_path / "run", clients=2, **plateau)
     assert kinds(tmp_path / "run") == expected
 
 
 def test_plateau_does_not_switch_while_accuracy_gains(tmp_path: Path) -> None:
-    """Full updates in rounds that may be proxy rounds: they learn in every round."""
-    settings = QUICK | {"compressor": "full", "partition": "iid", "lr": 0.02, "local_epochs": 1}
+    """Float32 updates in rounds that may be proxy rounds: they learn in every round."""
+    settings = QUICK | {"compressor": "none", "partition": "iid", "lr": 0.02, "local_epochs": 1}
     federate(tmp_path / "run", **settings, schedule="plateau", plateau_patience=1, plateau_gain=0.01)
     assert kinds(tmp_path / "run") == ["proxy", "proxy", "proxy"]
 
@@ -273,7 +274,7 @@ def test_plateau_does_not_switch_while_accuracy_gains(tmp_path: Path) -> None:
 
 def step_of(folder: Path, **settings: object) -> Weights:
     """What full rounds with these settings add to the initial weights."""
-    given: Row = {"schedule": "full", "clients": 2, "rounds": 1} | settings
+    given: Row = {"schedule": "fedavg", "clients": 2, "rounds": 1} | settings
     federate(folder, **given)
     model = fresh_model(settings_of(folder, **given))
     start = weights_of(model)
@@ -300,18 +301,18 @@ def test_what_the_server_does_with_the_average_follows_its_formula(tmp_path: Pat
 @pytest.mark.parametrize("optimizer", [{"server_optimizer": "momentum", "server_momentum": 0.5},
                                        {"server_optimizer": "adam", "server_lr": 0.01}])  # fmt: skip
 def test_server_optimizers_learn(tmp_path: Path, optimizer: Row) -> None:
-    summary = federate(tmp_path / "run", **QUICK, **optimizer, schedule="full", rounds=3)
+    summary = federate(tmp_path / "run", **QUICK, **optimizer, schedule="fedavg", rounds=3)
     assert summary["final_accuracy"] > 0.5
 
 
 def test_a_fraction_of_the_clients_is_asked(tmp_path: Path) -> None:
     first, again = (
-        federate(tmp_path / name, client_fraction=0.5, rounds=4, schedule="full")["weights_sha256"]
+        federate(tmp_path / name, client_fraction=0.5, rounds=4, schedule="fedavg")["weights_sha256"]
         for name in ("first", "again")
     )
     assert first == again
     asked = [
-        {row["client"] for row in rows(tmp_path / "first", "ledger") if (row["round"], row["kind"]) == (n, "full")}
+        {row["client"] for row in rows(tmp_path / "first", "ledger") if (row["round"], row["kind"]) == (n, "fedavg")}
         for n in (1, 2, 3, 4)
     ]
     assert [len(names) for names in asked] == [2, 2, 2, 2]
@@ -324,7 +325,7 @@ def test_a_fraction_of_the_clients_is_asked(tmp_path: Path) -> None:
 
 
 def test_min_clients_outweighs_the_fraction(tmp_path: Path) -> None:
-    federate(tmp_path / "run", client_fraction=0.1, min_clients=3, rounds=1, schedule="full")
+    federate(tmp_path / "run", client_fraction=0.1, min_clients=3, rounds=1, schedule="fedavg")
     assert rows(tmp_path / "run")[1]["clients"] == 3
 
 
@@ -420,28 +421,28 @@ def floats(value: float) -> Fault:
 
 
 FAULTS: dict[str, tuple[str, Fault, str]] = {
-    "exception": ("full", raising, "ZeroDivisionError.*nothing to divide by"),
-    "error": ("full", error, "the disk is full and the printer burns"),
-    "no message": ("full", no_message, "not a Message"),
-    "no record": ("full", nothing, "reply is NoneType, expected bytes"),
-    "text": ("full", text, "reply is str, expected bytes"),
-    "empty": ("full", garbage(b""), "reply has 0 bytes"),
-    "ones": ("full", garbage(b"\xff" * 99), "not finite"),
-    "words": ("full", garbage(b"no reply at all, " * 9), "reply ends early"),
-    "head only": ("full", with_reply(payload=b""), "payload has 0 bytes"),
-    "truncated": ("full", with_payload(lambda data: data[:-7]), "checksum"),
-    "too long": ("full", with_payload(lambda data: data + b"!"), "payload has [0-9]+ bytes, expected"),
-    "flipped bit": ("full", with_payload(lambda data: data[:-1] + bytes([data[-1] ^ 1])), "checksum"),
-    "short body": ("full", with_body(lambda body: body[:-4]), "float32 body has [0-9]+ bytes"),
-    "nan": ("full", floats(float("nan")), "not finite"),
-    "infinity": ("full", floats(float("-inf")), "not finite"),
-    "huge": ("full", floats(3e38), "more than can be added"),
-    "other weights": ("full", with_header(fingerprint=b"\x07" * 8), "relative to weights 0707"),
-    "other codec": ("full", with_header(codec=2), "codec 2, expected 1"),
-    "old round": ("full", with_header(round=1), "belongs to round 1, expected 2"),
-    "more images": ("full", with_reply(examples=10_000), "reply has 10000 examples, expected at most [0-9]+"),
-    "no images": ("full", with_reply(examples=0), "0 images"),
-    "nan metric": ("full", with_reply(train_loss=float("nan")), "not finite"),
+    "exception": ("fedavg", raising, "ZeroDivisionError.*nothing to divide by"),
+    "error": ("fedavg", error, "the disk is full and the printer burns"),
+    "no message": ("fedavg", no_message, "not a Message"),
+    "no record": ("fedavg", nothing, "reply is NoneType, expected bytes"),
+    "text": ("fedavg", text, "reply is str, expected bytes"),
+    "empty": ("fedavg", garbage(b""), "reply has 0 bytes"),
+    "ones": ("fedavg", garbage(b"\xff" * 99), "not finite"),
+    "words": ("fedavg", garbage(b"no reply at all, " * 9), "reply ends early"),
+    "head only": ("fedavg", with_reply(payload=b""), "payload has 0 bytes"),
+    "truncated": ("fedavg", with_payload(lambda data: data[:-7]), "checksum"),
+    "too long": ("fedavg", with_payload(lambda data: data + b"!"), "payload has [0-9]+ bytes, expected"),
+    "flipped bit": ("fedavg", with_payload(lambda data: data[:-1] + bytes([data[-1] ^ 1])), "checksum"),
+    "short body": ("fedavg", with_body(lambda body: body[:-4]), "float32 body has [0-9]+ bytes"),
+    "nan": ("fedavg", floats(float("nan")), "not finite"),
+    "infinity": ("fedavg", floats(float("-inf")), "not finite"),
+    "huge": ("fedavg", floats(3e38), "more than can be added"),
+    "other weights": ("fedavg", with_header(fingerprint=b"\x07" * 8), "relative to weights 0707"),
+    "other codec": ("fedavg", with_header(codec=2), "codec 2, expected 1"),
+    "old round": ("fedavg", with_header(round=1), "belongs to round 1, expected 2"),
+    "more images": ("fedavg", with_reply(examples=10_000), "reply has 10000 examples, expected at most [0-9]+"),
+    "no images": ("fedavg", with_reply(examples=0), "0 images"),
+    "nan metric": ("fedavg", with_reply(train_loss=float("nan")), "not finite"),
     "exception in a proxy round": ("proxy", raising, "nothing to divide by"),
     "truncated proxies": ("proxy", with_payload(lambda data: data[:-7]), "checksum"),
     "short proxies": ("proxy", with_body(lambda body: body[:-7]), "bytes|end early|end after"),
@@ -456,7 +457,7 @@ def without_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("lost")
     return {
         schedule: federate(folder / schedule, faulty(error), schedule=schedule)["weights_sha256"]
-        for schedule in ("full", "proxy")
+        for schedule in ("fedavg", "proxy")
     }
 
 
@@ -532,14 +533,14 @@ def test_a_round_does_not_wait_for_ever(tmp_path: Path, without_two: dict[str, s
         return reply
 
     began = time.monotonic()
-    summary = federate(tmp_path / "run", faulty(late), schedule="full", round_timeout=4.0)
+    summary = federate(tmp_path / "run", faulty(late), schedule="fedavg", round_timeout=4.0)
     assert time.monotonic() - began < 30
     metrics = rows(tmp_path / "run")
     assert [row["clients"] for row in metrics] == [0, 4, 3, 4]
     assert [failure["client"] for failure in metrics[2]["failures"]] == ["2"]
     assert metrics[2]["failures"][0]["reason"]
     assert metrics[2]["seconds"] >= 4
-    assert summary["weights_sha256"] == without_two["full"]
+    assert summary["weights_sha256"] == without_two["fedavg"]
 
 
 def test_a_silent_client_does_not_hold_up_the_end(tmp_path: Path) -> None:
@@ -550,7 +551,7 @@ def test_a_silent_client_does_not_hold_up_the_end(tmp_path: Path) -> None:
             time.sleep(0.02)
 
     began = time.monotonic()
-    federate(tmp_path / "run", faulty(never, rounds=(1,)), schedule="full", rounds=1, round_timeout=3.0)
+    federate(tmp_path / "run", faulty(never, rounds=(1,)), schedule="fedavg", rounds=1, round_timeout=3.0)
     assert time.monotonic() - began < 20
     assert [row["clients"] for row in rows(tmp_path / "run")] == [0, 3]
 
@@ -564,12 +565,12 @@ def test_the_client_whose_proxies_are_shown_may_fail(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fault", [raising, garbage(b"?")])
 def test_a_round_that_all_clients_fail_stops_the_run(tmp_path: Path, fault: Fault) -> None:
     with pytest.raises(RunError, match=r"^round 2: no valid reply from 4 clients"):
-        federate(tmp_path / "run", faulty(fault, names="0123"), schedule="full")
+        federate(tmp_path / "run", faulty(fault, names="0123"), schedule="fedavg")
     assert not (tmp_path / "run" / "summary.json").exists()
     assert not (tmp_path / "run" / "report.html").exists()
     assert [row["round"] for row in rows(tmp_path / "run")] == [0, 1]
     # What the first round gave is kept.
-    federate(tmp_path / "one", schedule="full", rounds=1, lr_final_factor=1.0)
+    federate(tmp_path / "one", schedule="fedavg", rounds=1, lr_final_factor=1.0)
     model = fresh_model(settings_of(tmp_path / "one"))
     assert weights_sha256(saved_weights(tmp_path / "run", model)) == weights_sha256(
         saved_weights(tmp_path / "one", model)
@@ -637,9 +638,9 @@ def called(name: object, examples: object = 10) -> Fault:
     ids=["exception", "error", "nothing", "number", "nameless", "endless", "no images", "words", "of another"],
 )  # fmt: skip
 def test_a_client_that_cannot_introduce_itself_takes_no_part(tmp_path: Path, introduce: Fault) -> None:
-    federate(tmp_path / "run", introducing("2", introduce), schedule="full", rounds=2)
+    federate(tmp_path / "run", introducing("2", introduce), schedule="fedavg", rounds=2)
     assert [row["clients"] for row in rows(tmp_path / "run")] == [0, 3, 3]
-    senders = {row["client"] for row in rows(tmp_path / "run", "ledger") if row["kind"] == "full"}
+    senders = {row["client"] for row in rows(tmp_path / "run", "ledger") if row["kind"] == "fedavg"}
     assert senders == {"0", "1", "3"}
 
 
@@ -649,7 +650,7 @@ def test_a_client_that_cannot_introduce_itself_takes_no_part(tmp_path: Path, int
      "²"],
 )  # fmt: skip
 def test_a_client_may_have_any_name(tmp_path: Path, name: str) -> None:
-    federate(tmp_path / "run", introducing("2", called(name, 10_000)), schedule="full", rounds=1)
+    federate(tmp_path / "run", introducing("2", called(name, 10_000)), schedule="fedavg", rounds=1)
     assert [row["clients"] for row in rows(tmp_path / "run")] == [0, 4]
     assert name in {row["client"] for row in rows(tmp_path / "run", "ledger")}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
@@ -723,8 +724,8 @@ def test_clients_that_sat_out_are_sent_the_steps_they_lack(tmp_path: Path) -> No
     assert len({round_ - last.get(client, 1) for (round_, client) in sent}) > 1
 
 
-def test_full_rounds_send_whole_weights_and_the_next_steps_start_there(tmp_path: Path) -> None:
-    federate(tmp_path / "run", **DOWN | {"schedule": "switch", "recovery": "full", "switch_round": 5})
+def test_fedavg_rounds_send_whole_weights_and_the_next_steps_start_there(tmp_path: Path) -> None:
+    federate(tmp_path / "run", **DOWN | {"schedule": "switch", "recovery": "fedavg", "switch_round": 5})
     sent = downlinks(tmp_path / "run")
     whole = HEADER_BYTES + layout_of(fresh_model(settings_of(tmp_path, **DOWN))).float32_bytes
     assert {sizes[0] for (round_, _), sizes in sent.items() if round_ == 5} == {whole}

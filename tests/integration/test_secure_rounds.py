@@ -113,7 +113,7 @@ def gone(request: Message, reply: Message, context: Context) -> Message:
 
 def without(folder: Path, names: Iterable[str], **settings: object) -> None:
     """The same run with full rounds in place of secure ones, in which those clients send nothing in round 2."""
-    federate(folder, faulty(gone, "mask", names=names), recovery="full", **settings)
+    federate(folder, faulty(gone, "mask", names=names), recovery="fedavg", **settings)
 
 
 # What the rounds come to
@@ -121,7 +121,7 @@ def without(folder: Path, names: Iterable[str], **settings: object) -> None:
 
 def test_a_secure_round_is_a_full_round_with_less_to_see(tmp_path: Path) -> None:
     federate(tmp_path / "secure")
-    federate(tmp_path / "full", recovery="full")
+    federate(tmp_path / "full", recovery="fedavg")
     assert difference_of(tmp_path / "secure", tmp_path / "full") < 1e-5
     secure, full = rows(tmp_path / "secure"), rows(tmp_path / "full")
     assert [row["kind"] for row in secure] == ["start", "proxy", "secure", "secure"]
@@ -137,7 +137,7 @@ def test_a_secure_round_is_a_full_round_with_less_to_see(tmp_path: Path) -> None
 def test_twelve_bits_a_parameter_are_enough_for_ten_clients(tmp_path: Path) -> None:
     settings: Row = {"clients": 10, "secure_ratio": 2.6, "rounds": 2}
     secure = federate(tmp_path / "secure", **settings)
-    full = federate(tmp_path / "full", **settings, recovery="full")
+    full = federate(tmp_path / "full", **settings, recovery="fedavg")
     assert abs(float(secure["final_accuracy"]) - float(full["final_accuracy"])) < 0.02
     payloads = [row["payload_bytes"] for row in rows(tmp_path / "secure", "ledger")
                 if row["direction"] == "uplink" and row["kind"] == "secure" and "payload_bytes" in row]  # fmt: skip
@@ -172,7 +172,7 @@ def test_keys_travel_with_earlier_replies(tmp_path: Path) -> None:
 def test_secure_rounds_take_a_compressed_downlink(tmp_path: Path) -> None:
     settings: Row = {"downlink": "topk", "downlink_ratio": 10.0}
     federate(tmp_path / "secure", **settings)
-    federate(tmp_path / "full", **settings, recovery="full")
+    federate(tmp_path / "full", **settings, recovery="fedavg")
     asked = [row for row in rows(tmp_path / "secure", "ledger") if row["direction"] == "downlink" and row["round"] == 3]
     whole = 4 * layout_of(build_model("mlp", Settings.of(TINY).open_data().shape)).parameter_count
     assert len(asked) == 15
@@ -216,8 +216,8 @@ def test_below_the_threshold_a_round_is_abandoned_and_the_run_goes_on(stage: str
 def test_what_an_abandoned_round_should_have_delivered_is_delivered_later(tmp_path: Path) -> None:
     """Error feedback: the masked vectors that came to nothing return into what is sent next."""
     federate(tmp_path / "run", faulty(gone, "reveal", names="0123", rounds=(2,)))
-    federate(tmp_path / "two", recovery="full", rounds=2)
-    federate(tmp_path / "three", recovery="full")
+    federate(tmp_path / "two", recovery="fedavg", rounds=2)
+    federate(tmp_path / "three", recovery="fedavg")
     # Round 3 sends the updates of rounds 2 and 3, both from the weights after round 1: further than one of them.
     start, run = end_weights(tmp_path / "two"), end_weights(tmp_path / "run")
     assert rows(tmp_path / "run")[2]["abandoned"]
@@ -340,7 +340,7 @@ def updates_of_round_two(folder: Path) -> dict[str, np.ndarray[Any, np.dtype[np.
         found[honest.client_name(context)] = np.frombuffer(body, "<f4").astype(np.float64)
         return reply
 
-    federate(folder / "full", faulty(look, "mask", names="01234"), recovery="full", rounds=2)
+    federate(folder / "full", faulty(look, "mask", names="01234"), recovery="fedavg", rounds=2)
     return found
 
 

@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).parents[2]
 @pytest.mark.timeout(1200)  # a safeguard against a hang only: a busy machine takes many times longer than an idle one
 def test_two_authenticated_nodes_train_what_one_process_trains(tmp_path: Path) -> None:
     settings = Settings.of(
-        {"clients": 2, "min-clients": 2, "rounds": 3, "schedule": "switch", "recovery": "full", "model": "mlp",
+        {"clients": 2, "min-clients": 2, "rounds": 3, "schedule": "switch", "recovery": "fedavg", "model": "mlp",
          "ratio": 40.0, "max-evals": 12, "lr": 0.1, "round-timeout": 900.0, "downlink": "proxy",
          "downlink-ratio": 20.0}
     )  # fmt: skip
@@ -28,7 +28,7 @@ def test_two_authenticated_nodes_train_what_one_process_trains(tmp_path: Path) -
     assert remote["weights_sha256"] == local["weights_sha256"]
     assert remote["final_accuracy"] == local["final_accuracy"] > 0.15
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "remote" / "metrics.jsonl").read_text().splitlines()]
-    assert kinds == ["start", "proxy", "proxy", "full"]
+    assert kinds == ["start", "proxy", "proxy", "fedavg"]
     ledger = [json.loads(line) for line in (tmp_path / "remote" / "ledger.jsonl").read_text().splitlines()]
     sent = {
         row["round"]: row["payload_bytes"]

@@ -209,7 +209,7 @@ def test_a_client_whose_settings_have_no_steps_says_so() -> None:
     server = Server()
     server.next_round()
     server.next_round()
-    with pytest.raises(DataError, match="downlink=full"):
+    with pytest.raises(DataError, match="downlink=full-weights"):
         Receiver(Settings.of({"model": "mlp"})).take(server.request("a"), 2)
 
 

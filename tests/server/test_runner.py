@@ -68,7 +68,7 @@ def on_train(reply: Callable[[Message, Callable[[], Message]], Message | None]) 
 
 
 def test_a_full_round_steps_to_the_mean_of_the_clients_weights() -> None:
-    runner, transport = make(schedule="full", ema_decay=0.0)
+    runner, transport = make(schedule="fedavg", ema_decay=0.0)
     before = runner.weights
     [result] = rounds(runner, 1)
     assert [client.name for client, _ in result.replies] == transport.trained() == ["0", "1", "2"]
@@ -78,7 +78,7 @@ def test_a_full_round_steps_to_the_mean_of_the_clients_weights() -> None:
 
 
 def test_a_late_client_and_an_error_reply_are_failures_and_the_round_goes_on() -> None:
-    runner, transport = make(schedule="full")
+    runner, transport = make(schedule="fedavg")
     transport.behaviors = {
         "0": on_train(lambda message, answer: None),
         "2": on_train(lambda message, answer: Message(Error(code=0, reason="out of\nmemory"), reply_to=message)),
@@ -103,7 +103,7 @@ def test_a_reply_with_too_many_examples_is_refused() -> None:
         ).to_bytes()
         return reply
 
-    runner, transport = make(schedule="full")
+    runner, transport = make(schedule="fedavg")
     transport.behaviors = {"1": on_train(lying)}
     [result] = rounds(runner, 1)
     assert "10000 examples" in result.failures["1"]
@@ -121,7 +121,7 @@ def test_a_client_without_the_weights_is_sent_them_and_takes_part() -> None:
 
 def test_a_secure_round_gives_the_update_of_a_full_one() -> None:
     secure, _ = make(schedule="secure", secure_ratio=1.0, ema_decay=0.0)
-    full, _ = make(schedule="full", ema_decay=0.0)
+    full, _ = make(schedule="fedavg", ema_decay=0.0)
     [result] = rounds(secure, 1)
     rounds(full, 1)
     assert set(result.survivors) == {"0", "1", "2"}
@@ -161,7 +161,7 @@ class Halves(Plugin):
         self.broadcast = state
 
 
-GROUPS: dict[str, object] = {"plugins": "tests.server.test_runner:Halves", "schedule": "full", "ema_decay": 0.0}
+GROUPS: dict[str, object] = {"plugins": "tests.server.test_runner:Halves", "schedule": "fedavg", "ema_decay": 0.0}
 
 
 def test_each_group_trains_a_model_of_its_own() -> None:
@@ -194,7 +194,7 @@ def test_secure_groups_need_three_clients_each() -> None:
         assert torch.equal(value, before[1][name])
 
 
-RANK: dict[str, object] = {"plugins": "rank", "schedule": "full", "model": "cnn", "rounds": 4}
+RANK: dict[str, object] = {"plugins": "rank", "schedule": "fedavg", "model": "cnn", "rounds": 4}
 
 
 @pytest.mark.parametrize(

@@ -44,17 +44,27 @@ def test_every_public_name_resolves_and_is_listed() -> None:
         tofu.nothing  # noqa: B018
 
 
-@pytest.mark.parametrize("compressor", ["proxy", "stc", "topk", "full"])
+@pytest.mark.parametrize("compressor", ["proxy", "stc", "topk", "none"])
 def test_a_message_decodes_to_the_update_with_the_model_alone(every_layer_update: Case, compressor: str) -> None:
     network, update = every_layer_update
     model = network.model
-    ratio = 1.0 if compressor == "full" else 5.0
+    ratio = 1.0 if compressor == "none" else 5.0
     message = tofu.encode(model, update, input_shape=SHAPE, ratio=ratio, compressor=compressor)
     decoded = tofu.decode(model, message)
     assert decoded.keys() == update.keys()
     assert cosine({name: update[name] for name in network.param_spec.parameters}, decoded) > 0.5
     assert len(message) <= network.param_spec.float32_bytes / ratio + 110
     assert tofu.decode(model, message, compressor=compressor, input_shape=SHAPE).keys() == update.keys()
+
+
+def test_the_old_name_of_no_compression(mlp_update: Case) -> None:
+    network, update = mlp_update
+    message = tofu.encode(network.model, update, input_shape=SHAPE, ratio=1, compressor="full")
+    assert message == tofu.encode(network.model, update, input_shape=SHAPE, ratio=1, compressor="none")
+    earlier = message.replace(b"none", b"full", 1)
+    for name in (None, "none", "full"):
+        decoded = tofu.decode(network.model, earlier, compressor=name)
+        assert all(torch.equal(decoded[key], value) for key, value in update.items())
 
 
 def test_the_model_is_left_alone_in_its_mode(mlp_update: Case) -> None:

@@ -25,9 +25,9 @@ def network_of(settings: Settings) -> ReferenceModel:
     return ReferenceModel(build_model(settings.model, SHAPE, norm=settings.norm).eval(), SHAPE)
 
 
-def plan(full_rounds: int = 0, **values: object) -> Plan:
+def plan(fedavg_rounds: int = 0, **values: object) -> Plan:
     settings = Settings.of({"model": "mlp", "rounds": 10, "bits": 8, "correction": 0.0} | values)
-    return make_plan(settings, network_of(settings), full_rounds=full_rounds, message_overhead=OVERHEAD)
+    return make_plan(settings, network_of(settings), fedavg_rounds=fedavg_rounds, message_overhead=OVERHEAD)
 
 
 @pytest.mark.parametrize(
@@ -38,14 +38,14 @@ def plan(full_rounds: int = 0, **values: object) -> Plan:
         {"proxies": 3, "proxy-size": 8},
         {"bits": 5},
         {"codec-mode": "paper"},
-        {"compressor": "full"},
+        {"compressor": "none"},
         {"model": "cnn", "norm": "batch", "ratio": 200.0},
     ],
 )
 def test_the_payload_is_what_the_codec_writes(values: dict[str, object]) -> None:
     settings = Settings.of({"model": "mlp", "max_evals": 1} | values)
     network = network_of(settings)
-    made = make_plan(settings, network, full_rounds=0, message_overhead=OVERHEAD)
+    made = make_plan(settings, network, fedavg_rounds=0, message_overhead=OVERHEAD)
     update = {name: torch.randn(shape) / 100 for name, shape in network.param_spec.shapes.items()}
     compressor = settings.make_compressor("proxy", network)
     body = compressor.compress(network, update, generator=torch.Generator().manual_seed(0)).body
@@ -76,16 +76,16 @@ def test_the_proxies_asked_for() -> None:
 
 
 def test_the_run_is_the_sum_of_its_messages() -> None:
-    made = plan(full_rounds=2, rounds=8, clients=5)
+    made = plan(fedavg_rounds=2, rounds=8, clients=5)
     full = HEADER_BYTES + made.update_bytes + OVERHEAD
-    assert (made.compressed_rounds, made.full_rounds) == (6, 2)
+    assert (made.compressed_rounds, made.fedavg_rounds) == (6, 2)
     assert made.uplink_bytes == 5 * (6 * (made.payload_bytes + OVERHEAD) + 2 * full)
     assert made.downlink_bytes == made.fedavg_uplink_bytes == 5 * 8 * full
     assert made.uplink_ratio == pytest.approx(made.fedavg_uplink_bytes / made.uplink_bytes)
 
 
-def test_full_rounds_throughout_are_fedavg() -> None:
-    made = plan(full_rounds=4, rounds=4, schedule="full")
+def test_fedavg_rounds_throughout_are_fedavg() -> None:
+    made = plan(fedavg_rounds=4, rounds=4, schedule="fedavg")
     assert made.uplink_bytes == made.fedavg_uplink_bytes
     assert made.uplink_ratio == 1
 
@@ -108,7 +108,7 @@ def test_only_the_clients_asked_count(values: dict[str, Any], asked: int) -> Non
 
 
 def test_other_codecs_have_no_proxies() -> None:
-    made = plan(compressor="full")
+    made = plan(compressor="none")
     assert (made.proxies, made.proxy_side) == (0, 0)
     assert made.payload_bytes == HEADER_BYTES + made.update_bytes
 
@@ -123,13 +123,13 @@ def test_a_usual_plan_has_no_warnings() -> None:
 def test_a_payload_larger_than_the_update_is_warned_of() -> None:
     (warning,) = plan(proxies=9000).warnings
     assert "no smaller than the update" in warning
-    assert plan(full_rounds=10, schedule="full", proxies=9000).warnings == ()  # it would not be sent
+    assert plan(fedavg_rounds=10, schedule="fedavg", proxies=9000).warnings == ()  # it would not be sent
 
 
 def test_a_message_larger_than_its_payload_is_warned_of() -> None:
     (warning,) = plan(ratio=1000).warnings
     assert "Flower's 600 bytes a message outweigh the payload" in warning
-    assert plan(full_rounds=10, schedule="full", ratio=1000).warnings == ()
+    assert plan(fedavg_rounds=10, schedule="fedavg", ratio=1000).warnings == ()
 
 
 def test_a_ratio_out_of_reach_is_refused_with_the_best_there_is() -> None:
@@ -146,7 +146,7 @@ def test_a_compressed_downlink_is_planned_as_the_run_sends_it(tmp_path: Path) ->
                                 "downlink-ratio": 30.0,
                                 "run-folder": str(tmp_path / f"{fraction}")})  # fmt: skip
         network = network_of(settings)
-        made = make_plan(settings, network, full_rounds=0, message_overhead=reply_overhead())
+        made = make_plan(settings, network, fedavg_rounds=0, message_overhead=reply_overhead())
         summary = serve_in_process(client_app, settings)
         assert made.step_bytes <= network.param_spec.float32_bytes / 30
         downlink = summary["downlink_bytes"]

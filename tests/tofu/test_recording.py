@@ -38,10 +38,19 @@ def test_what_was_kept_is_read(recorded: Path, mlp_update: Case) -> None:
 def test_a_round_that_is_run_again_replaces_its_recording(recorded: Path, mlp_update: Case) -> None:
     network, _ = mlp_update
     recorder = Recorder(recorded, ["3"], settings=Settings.of({}), shape=network.shape)
-    recorder.save(2, "3", kind="full", examples=18, base=weights_of(network.model), payload=bytes(60))
+    recorder.save(2, "3", kind="fedavg", examples=18, base=weights_of(network.model), payload=bytes(60))
     (path,) = recordings(recorded)
     assert read_recording(path).examples == 18
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_a_recording_with_an_old_kind_of_round(recorded: Path) -> None:
+    (path,) = recordings(recorded)
+    about = json.loads((path / "record.json").read_text())
+    about["settings"] |= {"schedule": "full", "downlink": "full"}
+    (path / "record.json").write_text(json.dumps(about | {"kind": "full"}))
+    read = read_recording(path)
+    assert (read.kind, read.settings.round_plan.schedule) == ("fedavg", "fedavg")
 
 
 def test_only_wanted_clients_and_safe_names(tmp_path: Path, mlp_update: Case) -> None:

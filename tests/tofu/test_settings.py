@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tofu.codec.compressor import ProxyCompressor
-from tofu.compression.full import Full
+from tofu.compression.uncompressed import Uncompressed
 from tofu.data import ImageShape
 from tofu.errors import SettingError
 from tofu.models import build_model
@@ -189,8 +189,8 @@ def test_wrong_types_are_refused(name: str, value: object, expected: str) -> Non
         ("workers", [0, 1025], [1]),
         ("partition", ["", "IID", "random"], ["iid", "dirichlet", "shards"]),
         ("norm", ["layer"], ["group", "batch", "none"]),
-        ("schedule", ["proxies"], ["proxy", "full", "switch", "plateau"]),
-        ("compressor", ["zip"], ["proxy", "full"]),
+        ("schedule", ["proxies"], ["proxy", "fedavg", "switch", "plateau"]),
+        ("compressor", ["zip"], ["proxy", "none"]),
         ("codec-mode", ["rough"], ["smooth", "paper"]),
         ("server-optimizer", ["plane"], ["sgd", "momentum", "adam"]),
     ],
@@ -315,8 +315,8 @@ def test_the_compressor_follows_from_the_kind_of_the_round() -> None:
     proxy = settings.make_compressor("proxy", network)
     assert isinstance(proxy, ProxyCompressor)
     assert proxy.count == 5
-    assert isinstance(settings.make_compressor("full", network), Full)
-    assert isinstance(Settings.of({"compressor": "full"}).make_compressor("proxy", network), Full)
+    assert isinstance(settings.make_compressor("fedavg", network), Uncompressed)
+    assert isinstance(Settings.of({"compressor": "none"}).make_compressor("proxy", network), Uncompressed)
 
 
 # Old names and values
@@ -340,8 +340,13 @@ def test_an_old_name_is_accepted_with_one_warning(
 @pytest.mark.parametrize(
     ("name", "old", "present"), [(name, *pair) for name, pairs in deprecated.VALUES.items() for pair in pairs.items()]
 )
-def test_an_old_value_is_accepted(name: str, old: str, present: str) -> None:
+def test_an_old_value_is_accepted_with_one_warning(
+    name: str, old: str, present: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert Settings.of({name: old}, warn=False).to_config()[name] == present
+    monkeypatch.setattr(deprecated, "_warned", set())
+    assert Settings.of({name: old}).to_config()[name] == present
+    assert capsys.readouterr().err == f"warning: {name}={old} is deprecated: use {name}={present}\n"
     assert old not in accepted_values(name.replace("-", "_"))
 
 

@@ -24,7 +24,7 @@ Seeds = Annotated[int, _comparison("--seeds", "how many seeds, counted up from -
 Folder = Annotated[Path, _comparison("--folder", "where the runs and the results go; finished runs are not run again")]
 For = Annotated[
     list[str] | None,
-    _comparison("--for", "NAME:setting=value for one compressor (full is FedAvg); may be given several times"),
+    _comparison("--for", "NAME:setting=value for one compressor (none is FedAvg); may be given several times"),
 ]
 Tune = Annotated[
     str | None,

@@ -26,7 +26,7 @@ def plan(*, config: ConfigFile = None, json_: Json = False, overrides: dict[str,
     made = make_plan(
         settings,
         network,
-        full_rounds=kinds.count("full"),
+        fedavg_rounds=kinds.count("fedavg"),
         secure_rounds=kinds.count("secure"),
         message_overhead=reply_overhead(),
     )
@@ -40,7 +40,7 @@ def plan(*, config: ConfigFile = None, json_: Json = False, overrides: dict[str,
         ("one update as float32", format_bytes(made.update_bytes)),
         ("one compressed payload", f"{format_bytes(made.payload_bytes)}, {made.payload_ratio:.1f}x less{proxies}"),
         ("message around a payload", format_bytes(made.message_overhead)),
-        ("rounds", f"{made.compressed_rounds} compressed, {made.full_rounds} full, {made.secure_rounds} secure"),
+        ("rounds", f"{made.compressed_rounds} compressed, {made.fedavg_rounds} FedAvg, {made.secure_rounds} secure"),
         ("uplink of the run", format_bytes(made.uplink_bytes)),
         ("uplink of FedAvg", f"{format_bytes(made.fedavg_uplink_bytes)}, {made.uplink_ratio:.1f}x as much"),
     ]

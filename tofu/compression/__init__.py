@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from tofu.codec.options import DEFAULTS, CompressorOptions
 from tofu.registry import Registry
+from tofu.settings.deprecated import present_value
 
 if TYPE_CHECKING:
     from tofu.compression.base import Compressor
@@ -33,5 +34,5 @@ def make_compressor(
     """
     from tofu.compression.base import OverRelaxed
 
-    compressor = compressors.get(name)(reference, ratio=ratio, options=options)
+    compressor = compressors.get(present_value("compressor", name))(reference, ratio=ratio, options=options)
     return compressor if options.gain == 1 or compressor.has_own_gain else OverRelaxed(compressor, options.gain)

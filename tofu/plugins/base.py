@@ -57,7 +57,7 @@ class RunRequirements:
     Attributes:
         clients: number of clients.
         tasks: number of consecutive tasks (1 without a task stream).
-        exact_updates: every update is sent as float32 (schedule=full). Only then does the server receive exactly the
+        exact_updates: every update is sent as float32 (schedule=fedavg). Only then does the server receive exactly the
             entries that a client left unchanged, or an update that stays within a subspace.
         secure: there are secure rounds, in which sums need finite bounds (`SumSpec.bound`).
         model: the setting `model`.

@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from tofu.errors import RunError
+from tofu.settings.deprecated import present_kind
 
 
 def _number(value: object) -> float | None:
@@ -34,6 +35,10 @@ def _epsilon(value: object) -> float:
     return math.inf if number is None else number
 
 
+def _kind(value: object) -> object:
+    return present_kind(value) if isinstance(value, str) else value
+
+
 def _text(value: object) -> object:
     return "" if value is None else value
 
@@ -43,6 +48,7 @@ Epsilon = Annotated[float | None, BeforeValidator(_epsilon)]
 """None without differential privacy; infinite if no bound holds, which JSON writes as null."""
 Count = Annotated[int, Field(strict=True, ge=0)]
 Text = Annotated[str, Field(strict=True), BeforeValidator(_text)]
+RoundKind = Annotated[str, Field(strict=True), BeforeValidator(_kind)]
 _STRICT = ConfigDict(extra="forbid")
 
 
@@ -86,7 +92,7 @@ class RoundRecord:
     """What one round did: one line of metrics.jsonl. Round 0 is the evaluation before training.
 
     Attributes:
-        kind: "start", "proxy" (a compressed round), "full" or "secure".
+        kind: "start", "proxy" (a compressed round), "fedavg" or "secure".
         accuracy, loss: of the global model on the test images after the round.
         clients: number of clients whose updates were aggregated.
         explained_variance, cosine: of the decoded against the true update, mean over clients; None if not compressed.
@@ -107,7 +113,7 @@ class RoundRecord:
     """
 
     round: Count
-    kind: Annotated[str, Field(strict=True)]
+    kind: RoundKind
     accuracy: Number = None
     loss: Number = None
     clients: Count = 0

@@ -1,4 +1,4 @@
-"""Which kind a round is: compressed ("proxy"), float32 ("full") or an encrypted sum ("secure")."""
+"""Which kind a round is: compressed ("proxy"), float32 ("fedavg") or an encrypted sum ("secure")."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ class Schedule:
     The paper's hybrid training is "switch": proxies for most rounds, then a few full updates recover what was lost.
 
     Attributes:
-        name: "proxy", "full", "secure", "switch" (recovery from `switch_round` on) or "plateau" (recovery once accuracy
-            stalls).
-        recovery: the kind of the rounds that recover: "secure" or "full".
+        name: "proxy", "fedavg", "secure", "switch" (recovery from `switch_round` on) or "plateau" (recovery once
+            accuracy stalls).
+        recovery: the kind of the rounds that recover: "secure" or "fedavg".
         switch_round: first such round of "switch".
         patience: rounds that may pass without gain before "plateau" switches.
         gain: the accuracy gain that counts.
@@ -39,7 +39,7 @@ class Schedule:
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of round that can occur."""
-        if self.name in ("proxy", "full", "secure"):
+        if self.name in ("proxy", "fedavg", "secure"):
             return (self.name,)
         if self.name == "switch" and self.switch_round == 1:
             return (self.recovery,)

@@ -50,7 +50,7 @@ __all__ = [
 MIN_SECURE = 3
 """Minimum number of clients in a secure round. With two, each could compute the other's update from the sum."""
 
-_WEIGHTS = "full"
+_WEIGHTS = "full-weights"
 
 _COMPLETE_WITH_IDENTITIES = 256
 """Clients up to which the graph is complete if the server may lie: a sparse graph then guarantees less."""
@@ -153,7 +153,7 @@ class Settings(BaseModel):
             RunRequirements(
                 clients=self.data.clients,
                 tasks=self.plugin.task_count,
-                exact_updates=self.round_plan.schedule == "full",
+                exact_updates=self.round_plan.schedule == "fedavg",
                 secure=self.has_secure_rounds,
                 model=self.network.model,
             )
@@ -237,14 +237,14 @@ class Settings(BaseModel):
         return TaskStream(plugin.tasks, plugin.task_count, classes, self.run.seed, plugin.task_order)
 
     def make_compressor(self, kind: str, network: "ReferenceModel") -> "Compressor":
-        """The compressor of a round of this kind ("proxy" or "full"; a secure round has none) for this network."""
-        name = "full" if kind == "full" else self.codec.compressor
-        gain = self.codec.over_relaxation if kind != "full" and self.residual_fraction else 1.0
+        """The compressor of a round of this kind ("proxy" or "fedavg"; a secure round has none) for this network."""
+        name = "none" if kind == "fedavg" else self.codec.compressor
+        gain = self.codec.over_relaxation if kind != "fedavg" and self.residual_fraction else 1.0
         return self._make(name, network, ratio=self.codec.ratio, count=self.codec.proxies, gain=gain)
 
     def make_downlink(self, network: "ReferenceModel") -> "Compressor | None":
         """The compressor of the server's steps, or None if the server sends its weights."""
-        if self.downstream.downlink == "full":
+        if self.downstream.downlink == _WEIGHTS:
             return None
         return self._make(self.downstream.downlink, network, ratio=self.downstream.downlink_ratio, count=0)
 
@@ -341,7 +341,7 @@ def accepted_values(name: str) -> tuple[str, ...]:
     if name == "compressor":
         return compressors.names()
     if name == "downlink":
-        return (*(_WEIGHTS if known == "full" else known for known in compressors.names()),)
+        return (*(_WEIGHTS if known == "none" else known for known in compressors.names()),)
     return tuple(map(str, choices_of(FIELDS[name])))
 
 

@@ -2,11 +2,10 @@
 
 import sys
 from collections.abc import Mapping
-from typing import TypeVar
 
 from tofu.errors import SettingError
 
-V = TypeVar("V")
+Scalar = bool | int | float | str
 
 NAMES: Mapping[str, str] = {
     "evaluations": "max-evals",
@@ -32,6 +31,10 @@ NODE_NAMES: Mapping[str, str] = {
 """The same for a client's node config."""
 
 VALUES: Mapping[str, Mapping[object, str]] = {
+    "compressor": {"full": "none"},
+    "downlink": {"full": "full-weights"},
+    "recovery": {"full": "fedavg"},
+    "schedule": {"full": "fedavg"},
     "server-optimizer": {"plain": "sgd"},
 }
 """Present name -> old value -> present value."""
@@ -58,20 +61,34 @@ def present_names(values: Mapping[str, object], *, warn: bool = True) -> dict[st
             raise SettingError(key, value, f"{name} once (it is given by two names)")
         if name != old and warn:
             warn_once(f"setting {old} is deprecated: use {name}")
-        present = VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value
-        if present is not value and warn:
-            warn_once(f"{name}={value} is deprecated: use {name}={present}")
-        result[name] = present
+        result[name] = present_value(name, value, warn=warn) if isinstance(value, str) else value
     return result
 
 
-def present_node_config(config: Mapping[str, V]) -> dict[str, V]:
+def present_value(name: str, value: str, *, warn: bool = True) -> str:
+    """The present form of a setting's value.
+
+    Args:
+        name: present name of the setting, with dashes.
+    """
+    present = VALUES.get(name, {}).get(value, value)
+    if present != value and warn:
+        warn_once(f"{name}={value} is deprecated: use {name}={present}")
+    return present
+
+
+def present_kind(kind: str) -> str:
+    """The present name of a kind of round in a file of an earlier version."""
+    return present_value("schedule", kind, warn=False)
+
+
+def present_node_config(config: Mapping[str, Scalar]) -> dict[str, Scalar]:
     """A client's node config by the present names: ignoring an old name would lift a restriction.
 
     Raises:
         SettingError: an entry is given by its old and by its present name.
     """
-    result: dict[str, V] = {}
+    result: dict[str, Scalar] = {}
     for old, value in config.items():
         name = NODE_NAMES.get(old, old)
         if name in result:
@@ -79,6 +96,9 @@ def present_node_config(config: Mapping[str, V]) -> dict[str, V]:
         if name != old:
             warn_once(f"node config {old} is deprecated: use {name}")
         result[name] = value
+    if isinstance(allowed := result.get("allowed-rounds"), str):
+        kinds = [present_kind(kind.strip()) for kind in allowed.split(",")]
+        result["allowed-rounds"] = ", ".join(kinds)
     return result
 
 

@@ -95,13 +95,13 @@ class RoundSettings(Group):
 
     section: ClassVar[str] = "Rounds"
 
-    schedule: Literal["proxy", "full", "secure", "switch", "plateau"] = setting(
+    schedule: Literal["proxy", "fedavg", "secure", "switch", "plateau"] = setting(
         "proxy",
-        "proxy: compressed rounds; full: float32 rounds (FedAvg); secure: rounds with secure aggregation; switch: recovery rounds from switch-round on; plateau: recovery rounds once the accuracy stalls",
+        "proxy: compressed rounds; fedavg: float32 rounds; secure: rounds with secure aggregation; switch: recovery rounds from switch-round on; plateau: recovery rounds once the accuracy stalls",
     )
-    recovery: Literal["secure", "full"] = setting(
+    recovery: Literal["secure", "fedavg"] = setting(
         "secure",
-        "kind of the rounds that recover what compression lost: secure (the server learns only the sum) or full (float32)",
+        "kind of the rounds that recover what compression lost: secure (the server learns only the sum) or fedavg (float32)",
     )
     switch_round: int = setting(0, "first recovery round with schedule=switch; 0 is the last tenth of the rounds", ge=0)
     plateau_patience: int = setting(3, "rounds without gain before schedule=plateau switches", ge=1)
@@ -188,8 +188,8 @@ class DownlinkSettings(Group):
     section: ClassVar[str] = "Codec"
 
     downlink: str = setting(
-        "full",
-        "full: the weights, or the compressor of the server's steps; clients that missed too many steps receive the weights",
+        "full-weights",
+        "full-weights, or the compressor of the server's steps; clients that missed too many steps receive the full weights",
     )
     downlink_ratio: float = setting(25.0, "compression ratio of the server's steps", ge=1)
 

@@ -294,7 +294,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("schedule", ["full", "proxy", "secure"])
+@pytest.mark.parametrize("schedule", ["fedavg", "proxy", "secure"])
 def test_a_federation_trains_measures_and_votes(tmp_path: Path, schedule: str) -> None:
     run = tmp_path / "run"
     end = federate(run, schedule=schedule)
@@ -319,7 +319,7 @@ def test_predict_uses_the_models_of_all_groups(tmp_path: Path) -> None:
     from PIL import Image
 
     run, folder = tmp_path / "run", tmp_path / "images"
-    federate(run, schedule="full", rounds=2)
+    federate(run, schedule="fedavg", rounds=2)
     folder.mkdir()
     test = Settings.of(TINY).open_data().test()
     for number in range(30):

@@ -93,7 +93,7 @@ def pictures(folder: Path, count: int = 6) -> None:
         ("--model=alexnet", ("model='alexnet'", "lenet5")),
         ("--model=nowhere:net", ("model='nowhere:net'", "ModuleNotFoundError")),
         ("--model=json:loads", ("model='json:loads'", "TypeError")),
-        ("--schedule=sometimes", ("schedule='sometimes'", "proxy, full, secure, switch, plateau")),
+        ("--schedule=sometimes", ("schedule='sometimes'", "proxy, fedavg, secure, switch, plateau")),
         ("--schedule=secure", ("clients=2", "at least 3 for secure rounds")),
         ("--bits=7", ("bits=7", "2, 3, 4, 5, 6, 8, 16, 32")),
         ("--ratio=1e6", ("ratio=1000000.0", "at most")),
@@ -253,9 +253,9 @@ def test_a_pyproject_of_something_else_is_let_be(tofu: Tofu, tmp_path: Path, tex
     [
         ("--ratio=50",),
         ("--ratio=1000",),
-        ("--schedule=switch", "--recovery=full", "--switch-round=2", "--proxies=8"),
+        ("--schedule=switch", "--recovery=fedavg", "--switch-round=2", "--proxies=8"),
         ("--schedule=switch", "--switch-round=2", "--clients=4"),
-        ("--schedule=full",),
+        ("--schedule=fedavg",),
         ("--client-fraction=0.5", "--clients=5", "--bits=4"),
     ],
 )
@@ -276,7 +276,7 @@ def test_a_plan_agrees_with_the_run(tofu: Tofu, tmp_path: Path, options: tuple[s
     assert bool(payloads) == (planned["compressed_rounds"] > 0)
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert kinds.count("proxy") == planned["compressed_rounds"]
-    assert kinds.count("full") == planned["full_rounds"]
+    assert kinds.count("fedavg") == planned["fedavg_rounds"]
     assert kinds.count("secure") == planned["secure_rounds"]
 
 
@@ -284,7 +284,7 @@ def test_a_plan_for_people(tofu: Tofu, tmp_path: Path) -> None:
     outcome = tofu("plan", *TINY)
     assert (outcome.status, outcome.err) == (0, "")
     assert "34,110 parameters" in outcome.out
-    assert "2 compressed, 0 full, 0 secure" in outcome.out
+    assert "2 compressed, 0 FedAvg, 0 secure" in outcome.out
     assert "uplink of FedAvg" in outcome.out
     assert list(tmp_path.iterdir()) == []
 
@@ -318,10 +318,10 @@ def test_progress_goes_to_stderr_a_line_a_round(tofu: Tofu) -> None:
 
 
 def test_a_run_without_a_folder_makes_one_of_its_own(tofu: Tofu, tmp_path: Path) -> None:
-    folders = [tofu("run", *TINY, "--schedule=full", "--json").json["run"] for _ in range(2)]
+    folders = [tofu("run", *TINY, "--schedule=fedavg", "--json").json["run"] for _ in range(2)]
     assert len(set(folders)) == 2
     assert sorted(f"runs/{path.name}" for path in (tmp_path / "runs").iterdir()) == sorted(folders)
-    assert all("mlp-full" in folder for folder in folders)
+    assert all("mlp-fedavg" in folder for folder in folders)
 
 
 def test_demo_compares_two_runs(tofu: Tofu, tmp_path: Path) -> None:

@@ -205,7 +205,7 @@ def test_the_steepness_is_tried_anew_every_fourth_time(mlp_update: Case) -> None
 
 def test_full_is_the_update_itself(every_layer_update: Case) -> None:
     network, update = every_layer_update
-    full = make_compressor("full", network, ratio=1)
+    full = make_compressor("none", network, ratio=1)
     compressed = full.compress(network, update, generator=generator())
     assert len(compressed.body) == network.param_spec.float32_bytes
     decoded = full.decompress(network, compressed.body)

@@ -22,10 +22,10 @@ from tofu.reference_model import ReferenceModel
 from tofu.weights import ParamSpec, Weights
 
 NAMES = compressors.names()
-FIXED = {"full": 1.0, "signsgd": 16.0, "float16": 1.8}
+FIXED = {"none": 1.0, "signsgd": 16.0, "float16": 1.8}
 """Codecs that do not tune themselves to a ratio, and one that they reach for any network here."""
 
-VECTORS = tuple(name for name in NAMES if name not in ("full", "proxy", "3sfc"))
+VECTORS = tuple(name for name in NAMES if name not in ("none", "proxy", "3sfc"))
 """Codecs of one vector."""
 
 FILLING = ("topk", "eden", "qsgd")
@@ -41,7 +41,7 @@ def made(name: str, network: ReferenceModel, ratio: float) -> Compressor:
 def test_names_and_codes_are_fixed() -> None:
     network = bare((40, 50))
     codes = {name: made(name, network, 10).code for name in NAMES}
-    expected = ("full", "proxy", "topk", "stc", "powersgd", "eden", "signsgd", "qsgd", "3sfc", "float16", "sparse")
+    expected = ("none", "proxy", "topk", "stc", "powersgd", "eden", "signsgd", "qsgd", "3sfc", "float16", "sparse")
     assert codes == {name: number for number, name in enumerate(expected, start=1)}
     assert all(made(name, network, 10).name == name for name in NAMES)
 
@@ -57,7 +57,7 @@ def test_a_network_s_update_within_its_budget(name: str, ratio: float, mlp_updat
 @pytest.mark.parametrize("name", NAMES)
 def test_every_kind_of_tensor_within_its_budget(name: str, ratio: float, every_layer_update: Case) -> None:
     network, update = every_layer_update
-    check(name, network, update, {"full": 1.0, "float16": 1.8}.get(name, ratio))
+    check(name, network, update, {"none": 1.0, "float16": 1.8}.get(name, ratio))
 
 
 def check(name: str, network: ReferenceModel, update: Weights, ratio: float) -> None:
@@ -75,7 +75,7 @@ def check(name: str, network: ReferenceModel, update: Weights, ratio: float) -> 
         assert value.shape == network.param_spec.shapes[tensor_name]
         assert torch.equal(value, compressed.decoded[tensor_name])
     assert len(compressed.body) <= compressor.body_bytes(network.param_spec)
-    if name != "full":  # which has the header on top of the update
+    if name != "none":  # which has the header on top of the update
         assert HEADER_BYTES + compressor.body_bytes(network.param_spec) <= network.param_spec.float32_bytes / ratio
     if name in FILLING or (name, ratio) == ("stc", 300):
         assert HEADER_BYTES + len(compressed.body) >= 0.95 * network.param_spec.float32_bytes / ratio
@@ -153,7 +153,7 @@ def test_with_error_feedback_all_arrives_in_time(name: str, mlp_update: Case) ->
     assert float(arrived @ x / (arrived.norm() * x.norm())) > 0.95
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "full"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "none"])
 def test_a_ratio_out_of_reach_is_told_with_one_that_is_not(name: str, mlp_update: Case) -> None:
     network, _ = mlp_update
     with pytest.raises(SettingError, match=r"ratio=100000000\.0 is not usable: expected at most") as error:
@@ -219,7 +219,7 @@ def test_a_body_longer_than_any_is_refused_unread(name: str) -> None:
         compressor.decompress(network, too_long)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "full"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "none"])
 def test_over_relaxation_scales_what_both_ends_decode_and_not_the_bytes(name: str, every_layer_update: Case) -> None:
     network, update = every_layer_update
     ratio = {"float16": 1.8}.get(name, 5)

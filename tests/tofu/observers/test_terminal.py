@@ -217,7 +217,7 @@ def test_missing_values_are_shown_as_missing(screen: io.StringIO, live: LiveProg
     plain = io.StringIO()
     live.on_run_start(2, 1, "digits")
     for progress in (PlainProgress(plain), live):
-        progress.on_round_end(RoundRecord(1, "full"))
+        progress.on_round_end(RoundRecord(1, "fedavg"))
         progress.on_run_end(RunSummary())
     assert plain.getvalue() == "round 1/0  full    accuracy      -\ndone\n"
     assert re.search(r"1 +full +- +- +- +- +-", shown(screen))

@@ -36,7 +36,7 @@ def planned(tmp_path: Path, *, settings: dict[str, Any] | None = None, **given: 
 def test_every_run_differs_only_in_what_is_compared(tmp_path: Path) -> None:
     made = planned(tmp_path, settings={"seed": 5}, overrides=["topk:error-feedback=0.5"])
     assert [(cell.compressor, cell.ratios) for cell in made.cells] == [
-        ("full", (1.0,)), ("proxy", (20.0,)), ("topk", (20.0,)), ("proxy", (60.0,)), ("topk", (60.0,)),
+        ("none", (1.0,)), ("proxy", (20.0,)), ("topk", (20.0,)), ("proxy", (60.0,)), ("topk", (60.0,)),
     ]  # fmt: skip
     assert made.seeds == (5, 6)
     for cell in made.cells:
@@ -49,20 +49,28 @@ def test_every_run_differs_only_in_what_is_compared(tmp_path: Path) -> None:
             assert changed <= allowed
             assert settings.seed == seed
             assert settings.compressor == cell.compressor
-            assert settings.schedule == ("full" if cell.compressor == FEDAVG else "proxy")
+            assert settings.schedule == ("fedavg" if cell.compressor == FEDAVG else "proxy")
             assert settings.error_feedback == (0.5 if cell.compressor == "topk" else 1.0)
     assert not (tmp_path / "new").exists()  # planning writes nothing
     folders = [made.run(cell, seed).folder.name for cell in made.cells for seed in made.seeds]
-    assert folders[0] == "full-1x-seed5"
+    assert folders[0] == "none-1x-seed5"
     assert "topk-60x-seed6" in folders
     assert len(set(folders)) == 10
 
 
 def test_fedavg_compresses_neither_way_unless_asked(tmp_path: Path) -> None:
     made = planned(tmp_path, settings={"downlink": "topk"})
-    assert [made.run(cell, 0).settings.downlink for cell in made.cells[:2]] == ["full", "topk"]
-    asked = planned(tmp_path, settings={"downlink": "topk"}, overrides=["full:downlink=topk"])
+    assert [made.run(cell, 0).settings.downlink for cell in made.cells[:2]] == ["full-weights", "topk"]
+    asked = planned(tmp_path, settings={"downlink": "topk"}, overrides=["none:downlink=topk"])
     assert asked.run(asked.reference, 0).settings.downlink == "topk"
+
+
+def test_fedavg_by_its_old_name(tmp_path: Path) -> None:
+    made = planned(tmp_path, folder=tmp_path, overrides=["full:downlink=topk"])
+    assert dict(made.overrides) == {FEDAVG: {"downlink": "topk"}}
+    (tmp_path / "full-1x-seed0").mkdir()  # the run of an earlier version is not repeated
+    assert [made.run(cell, 0).folder.name for cell in made.cells[:2]] == ["full-1x-seed0", "proxy-20x-seed0"]
+    assert made.run(made.reference, 1).folder.name == "none-1x-seed1"
 
 
 def test_every_compressor_keeps_the_budget_or_is_out_of_reach(tmp_path: Path) -> None:
@@ -83,7 +91,7 @@ def test_equal_payloads_are_one_cell_at_the_lowest_ratio(tmp_path: Path) -> None
     """Eight proxies are eight proxies, whatever the ratio."""
     made = planned(tmp_path, settings={"proxies": 8, "correction": 0.0}, ratios="60,20")
     assert [(cell.name, cell.ratios) for cell in made.cells] == [
-        ("full-1x", (1.0,)), ("proxy-20x", (20.0, 60.0)), ("topk-20x", (20.0,)), ("topk-60x", (60.0,)),
+        ("none-1x", (1.0,)), ("proxy-20x", (20.0, 60.0)), ("topk-20x", (20.0,)), ("topk-60x", (60.0,)),
     ]  # fmt: skip
 
 
@@ -110,7 +118,7 @@ def test_values_out_of_reach_are_not_tried(tmp_path: Path) -> None:
     ("given", "field", "words"),
     [
         ({"compressors": "nosuch"}, "compressors", ("nosuch", "proxy")),
-        ({"compressors": "full"}, "compressors", ("always run",)),
+        ({"compressors": "none"}, "compressors", ("always run",)),
         ({"compressors": "proxy,topk,proxy"}, "compressors", ("proxy is there twice",)),
         ({"compressors": "proxy,,topk"}, "compressors", ("separated by commas",)),
         ({"compressors": ""}, "compressors", ("separated by commas",)),
@@ -124,12 +132,12 @@ def test_values_out_of_reach_are_not_tried(tmp_path: Path) -> None:
         ({"seeds": 1001}, "seeds", ("1 to 1000",)),
         ({"settings": {"seed": 2**31 - 2}, "seeds": 3}, "seed", ("at most",)),
         ({"settings": {"seed": 2**31 - 900}, "tune": "lr=1,2"}, "seed", ("at most",)),
-        ({"settings": {"schedule": "full"}}, "schedule", ("FedAvg",)),
+        ({"settings": {"schedule": "fedavg"}}, "schedule", ("FedAvg",)),
         ({"settings": {"train_images": 9999}}, "train-images", ("at most",)),
         ({"overrides": ["proxy"]}, "for", ("NAME:setting=value",)),
         ({"overrides": ["proxy:lr"]}, "for", ("NAME:setting=value",)),
         ({"overrides": [":lr=1"]}, "for", ("NAME:setting=value",)),
-        ({"overrides": ["eden:lr=1"]}, "for", ("one of full, proxy, topk",)),
+        ({"overrides": ["eden:lr=1"]}, "for", ("one of none, proxy, topk",)),
         ({"overrides": ["proxy:nosuch=1"]}, "for", ("known setting",)),
         ({"overrides": ["proxy:lr=abc"]}, "for", ("lr to be a number",)),
         ({"overrides": ["proxy:lr=-1"]}, "for", ("lr to be", "above 0")),

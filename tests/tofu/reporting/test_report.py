@@ -189,13 +189,13 @@ def test_figures_mark_the_kinds_of_rounds_and_have_texts(run: Path) -> None:
 def test_baseline_is_drawn_and_compared(run: Path) -> None:
     finish(run)
     without = page_of(run)
-    curves = [given for given in without.named("polyline") if "c-fedavg" in given["class"]]
+    curves = [given for given in without.named("polyline") if "c-baseline" in given["class"]]
     assert curves == []
     assert "FedAvg was not run" in without.text
-    rows = [ROWS[0], *(line(number, "full", 0.9 + number / 50) for number in (1, 2, 3))]
+    rows = [ROWS[0], *(line(number, "fedavg", 0.9 + number / 50) for number in (1, 2, 3))]
     finish(run, baseline={"final_accuracy": 0.96, "uplink_bytes": 7_500_000, "metrics": rows})
     page = page_of(run)
-    curves = [given for given in page.named("polyline") if "c-fedavg" in given["class"]]
+    curves = [given for given in page.named("polyline") if "c-baseline" in given["class"]]
     assert [len(given["points"].split()) for given in curves] == [4, 3]
     assert "reached 96.0%: this run is 1.3 points below it" in page.text
 

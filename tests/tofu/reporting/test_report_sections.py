@@ -96,14 +96,14 @@ def test_clipped_values_are_counted_with_their_distance(folder: Path) -> None:
 
 
 def test_says_what_the_server_learned_and_what_is_not_covered(folder: Path) -> None:
-    rows = [*secure_rows(), line(5, "full", 0.93)]
+    rows = [*secure_rows(), line(5, "fedavg", 0.93)]
     given = {"secagg-collusion-fraction": 0.1, "secure-identities": ""}
     text = page_of(written(folder, rows, **given)).text
     assert "In 2 secure rounds the server learned the weighted sum of the clients' updates and which clients" in text
     assert "not a single client's update" in text
     assert "at most 10% of the clients being in league with the server and on a server that does not lie" in text
     assert "does not cover the one proxy round: proxies of different clients do not add up" in text
-    assert "Nor does it cover the one full round" in text
+    assert "Nor does it cover the one FedAvg round" in text
     text = page_of(written(folder, rows, **given | {"secure-identities": "keys.json", "compressor": "topk"})).text
     assert "does not lie" not in text
     assert "does not cover the one proxy round: the server decoded each client's update" in text
@@ -143,7 +143,7 @@ def test_epsilon_is_a_column_a_fact_and_a_figure(folder: Path) -> None:
 def test_epsilon_figure_places_rounds_and_budget_on_one_scale(folder: Path) -> None:
     run = read(folder, private_rows(), **PRIVATE)
     svg = epsilon_by_round(run)
-    _key, budget = elements(svg, "c-fedavg")
+    _key, budget = elements(svg, "c-baseline")
     points = [tuple(map(float, point.split(","))) for point in elements(svg, "c-run")[0]["points"].split()]
     assert budget["y1"] == budget["y2"]
     unit = (BOTTOM - float(budget["y1"])) / 13
@@ -152,7 +152,7 @@ def test_epsilon_figure_places_rounds_and_budget_on_one_scale(folder: Path) -> N
     assert len(steps) == 1
     assert TOP <= float(budget["y1"]) < min(y for _, y in points)
     assert [mark["tip"] for mark in elements(svg, "k-secure") if mark["tip"]][-1] == "round 3, secure: epsilon 8.385"
-    assert not elements(epsilon_by_round(read(folder, private_rows(), **PRIVATE | {"max-epsilon": 0.0})), "c-fedavg")
+    assert not elements(epsilon_by_round(read(folder, private_rows(), **PRIVATE | {"max-epsilon": 0.0})), "c-baseline")
 
 
 def test_epsilon_beyond_any_bound_is_never_a_smaller_one(folder: Path) -> None:
@@ -177,7 +177,7 @@ def task_rows(matrix: list[list[float | None]], each: int = 2) -> list[dict[str,
         for step in range(each):
             # Before a task's last round the accuracies are others, which the matrix must not show.
             found = after if step == each - 1 else [0.5] * len(after)
-            rows.append(line(1 + task * each + step, "full", 0.5, task=task, task_accuracies=found))
+            rows.append(line(1 + task * each + step, "fedavg", 0.5, task=task, task_accuracies=found))
     return rows
 
 
@@ -268,10 +268,10 @@ def test_plugin_metrics_are_listed_with_their_course(folder: Path) -> None:
     name = f"gpm/{HOSTILE}"
     rows = [
         ROWS[0],
-        line(1, "full", 0.5, plugins={name: 2.0}),
-        line(2, "full", 0.6),
-        line(3, "full", 0.7, plugins={name: 8.0, "ood/false-alarms": 0.25}),
-        line(4, "full", 0.8, plugins={name: 5.0, "ood/false-alarms": float("nan")}),
+        line(1, "fedavg", 0.5, plugins={name: 2.0}),
+        line(2, "fedavg", 0.6),
+        line(3, "fedavg", 0.7, plugins={name: 8.0, "ood/false-alarms": 0.25}),
+        line(4, "fedavg", 0.8, plugins={name: 5.0, "ood/false-alarms": float("nan")}),
     ]
     page = page_of(written(folder, rows))
     listed = [row[:6] for row in page.tables["plugins"][1:]]
@@ -287,7 +287,7 @@ def test_plugin_metrics_are_listed_with_their_course(folder: Path) -> None:
 
 
 def test_many_metrics_are_cut(folder: Path) -> None:
-    page = page_of(written(folder, [ROWS[0], line(1, "full", 0.5, plugins={f"p/{n:03}": n for n in range(70)})]))
+    page = page_of(written(folder, [ROWS[0], line(1, "fedavg", 0.5, plugins={f"p/{n:03}": n for n in range(70)})]))
     assert len(page.tables["plugins"]) == 1 + MAX
     assert "10 more are in metrics.jsonl" in page.text
 
@@ -331,7 +331,7 @@ def test_older_runs_have_none_of_it(folder: Path) -> None:
     ],
 )
 def test_wrong_types_are_one_line(folder: Path, field: str, value: object, message: str) -> None:
-    written(folder, [ROWS[0], line(1, "full", 0.5, **{field: value})])
+    written(folder, [ROWS[0], line(1, "fedavg", 0.5, **{field: value})])
     with pytest.raises(RunError, match=re.escape(message)) as caught:
         write_report(folder)
     assert "metrics.jsonl line 2" in str(caught.value)
@@ -341,12 +341,12 @@ def test_wrong_types_are_one_line(folder: Path, field: str, value: object, messa
 @pytest.mark.parametrize("budget", ["13", True, None, [1], float("nan"), 10**400])
 def test_odd_settings_are_listed_and_not_drawn(folder: Path, budget: object) -> None:
     run = read(folder, private_rows(), **PRIVATE | {"max-epsilon": budget})
-    assert elements(epsilon_by_round(run), "c-fedavg") == []
+    assert elements(epsilon_by_round(run), "c-baseline") == []
     assert "max-epsilon" in [row[0] for row in page_of(folder).tables["config"]]
 
 
 def test_numbers_too_large_for_a_float_count_as_not_measured(folder: Path) -> None:
-    page = page_of(written(folder, [ROWS[0], line(1, "full", 0.5, loss=10**400, plugins={"a/b": 10**400})]))
+    page = page_of(written(folder, [ROWS[0], line(1, "fedavg", 0.5, loss=10**400, plugins={"a/b": 10**400})]))
     assert column(page, "loss")[1] == "\N{EN DASH}"
     assert "plugins" not in page.tables
 
@@ -355,7 +355,7 @@ def test_report_of_a_run_with_tasks_and_a_plugin(tmp_path: Path) -> None:
     """A real run: the page's numbers are those of its files."""
     settings = Settings.of({
         "clients": 2, "model": "mlp", "rounds": 4, "local_epochs": 1, "train_images": 200,
-        "schedule": "full", "tasks": "pixels", "task_count": 2, "plugins": "gpm", "run_folder": str(tmp_path / "run"),
+        "schedule": "fedavg", "tasks": "pixels", "task_count": 2, "plugins": "gpm", "run_folder": str(tmp_path / "run"),
     })  # fmt: skip
     summary = serve_in_process(client_app, settings)
     rows = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -43,14 +43,14 @@ def test_a_summary_with_its_baseline_is_read_back_as_written(tmp_path: Path) -> 
 
 
 def test_a_run_without_privacy_has_no_epsilon_and_one_without_a_bound_has_null() -> None:
-    assert "epsilon" not in to_dict(RoundRecord(1, "full"))
-    assert to_dict(RoundRecord(1, "full", epsilon=math.inf))["epsilon"] is None
+    assert "epsilon" not in to_dict(RoundRecord(1, "fedavg"))
+    assert to_dict(RoundRecord(1, "fedavg", epsilon=math.inf))["epsilon"] is None
 
 
 def test_values_that_are_not_finite_count_as_not_measured() -> None:
-    assert to_dict(RoundRecord(1, "full", loss=math.nan))["loss"] is None
-    values = {"round": 1, "kind": "full", "loss": math.inf, "accuracy": 10**400}
-    assert from_dict(RoundRecord, values, "line 1") == RoundRecord(1, "full")
+    assert to_dict(RoundRecord(1, "fedavg", loss=math.nan))["loss"] is None
+    values = {"round": 1, "kind": "fedavg", "loss": math.inf, "accuracy": 10**400}
+    assert from_dict(RoundRecord, values, "line 1") == RoundRecord(1, "fedavg")
 
 
 def test_the_keys_of_an_older_run_are_read(tmp_path: Path) -> None:
@@ -64,6 +64,10 @@ def test_the_keys_of_an_older_run_are_read(tmp_path: Path) -> None:
     path.write_text(json.dumps(old) + "\n" + json.dumps(old | {"round": 0}) + '\n{"round": 2, "ki')
     first, second = read_rounds(path)
     assert (first.round, second.round, second.failures) == (0, 1, (Failure("2", "late"),))
+
+
+def test_an_old_kind_of_round_is_read_by_its_present_name() -> None:
+    assert from_dict(RoundRecord, {"round": 1, "kind": "full"}, "line 1") == RoundRecord(1, "fedavg")
 
 
 @pytest.mark.parametrize(
@@ -82,7 +86,7 @@ def test_what_does_not_fit_is_one_line_with_file_line_and_field(
     changes: dict[str, Any], words: tuple[str, ...]
 ) -> None:
     with pytest.raises(RunError) as caught:
-        from_dict(RoundRecord, {"round": 1, "kind": "full"} | changes, "metrics.jsonl line 2")
+        from_dict(RoundRecord, {"round": 1, "kind": "fedavg"} | changes, "metrics.jsonl line 2")
     assert all(word in str(caught.value) for word in ("metrics.jsonl line 2", *words))
     assert "\n" not in str(caught.value)
 

@@ -5,7 +5,7 @@ from tofu.settings import Settings
 
 
 def kinds(accuracies: list[float] | None = None, **settings: object) -> list[str]:
-    made = Settings.of({"rounds": 10, "recovery": "full", **settings})
+    made = Settings.of({"rounds": 10, "recovery": "fedavg", **settings})
     schedule = Schedule.of(made)
     history = accuracies or [0.1] * 11
     return [schedule.kind(round_, history[:round_]) for round_ in range(1, made.rounds + 1)]
@@ -13,23 +13,23 @@ def kinds(accuracies: list[float] | None = None, **settings: object) -> list[str
 
 def test_plain_schedules() -> None:
     assert kinds(schedule="proxy") == ["proxy"] * 10
-    assert kinds(schedule="full") == ["full"] * 10
+    assert kinds(schedule="fedavg") == ["fedavg"] * 10
 
 
 @pytest.mark.parametrize(("switch", "full"), [(1, 10), (8, 3), (10, 1), (0, 1)])
 def test_switch(switch: int, full: int) -> None:
-    assert kinds(schedule="switch", switch_round=switch) == ["proxy"] * (10 - full) + ["full"] * full
+    assert kinds(schedule="switch", switch_round=switch) == ["proxy"] * (10 - full) + ["fedavg"] * full
 
 
 def test_default_switch_is_the_last_tenth() -> None:
-    assert kinds(schedule="switch", rounds=30).count("full") == 3
+    assert kinds(schedule="switch", rounds=30).count("fedavg") == 3
 
 
 def test_plateau_switches_once_accuracy_stalls_and_stays() -> None:
     rising = [0.1 * i for i in range(11)]
     assert kinds(rising, schedule="plateau") == ["proxy"] * 10
     stalls = [0.1, 0.5, 0.6, 0.6, 0.601, 0.6, 0.9, 0.95, 0.96, 0.97, 0.98]
-    assert kinds(stalls, schedule="plateau") == ["proxy"] * 5 + ["full"] * 5
+    assert kinds(stalls, schedule="plateau") == ["proxy"] * 5 + ["fedavg"] * 5
     assert kinds(stalls, schedule="plateau", plateau_patience=4) == ["proxy"] * 10
 
 
@@ -48,7 +48,7 @@ def test_keys_are_asked_for_in_the_rounds_before_a_secure_one() -> None:
     assert asked(rising, schedule="switch", switch_round=5) == [4, 5]
     assert asked(rising, schedule="secure") == [1, 2, 3, 4, 5]
     assert asked(rising, schedule="proxy") == []
-    assert asked(rising, schedule="switch", recovery="full") == []
+    assert asked(rising, schedule="switch", recovery="fedavg") == []
     # Of a plateau, where one more round without gain would be one too many.
     stalls = [0.1, 0.5, 0.5, 0.5, 0.9, 0.9, 0.9]
     assert asked(stalls, schedule="plateau", plateau_patience=3) == [4]

@@ -17,8 +17,9 @@ from tofu.models import build_model
 from tofu.payload import HEADER_BYTES
 from tofu.reference_model import ReferenceModel
 from tofu.settings import FIELDS, Settings, Value, parse_setting, section_of
+from tofu.settings.deprecated import present_value
 
-FEDAVG = "full"
+FEDAVG = "none"
 """Name of the reference's compressor: no compression."""
 TUNING_SEED = 1000
 """The seed of tuning runs is the first seed plus this, so no run that is reported was itself chosen."""
@@ -131,8 +132,8 @@ class Comparison:
             SettingError: anything that would stop a run later, except a ratio out of reach.
             DataError: the data cannot be used.
         """
-        if shared.schedule == "full":
-            raise SettingError("schedule", "full", "proxy, switch or plateau (FedAvg is always run as well)")
+        if shared.schedule == "fedavg":
+            raise SettingError("schedule", "fedavg", "proxy, switch or plateau (FedAvg is always run as well)")
         if not 1 <= seeds <= MAX_SEEDS:
             raise SettingError("seeds", seeds, f"a whole number from 1 to {MAX_SEEDS}")
         names = _entries("compressors", compressors)
@@ -179,23 +180,21 @@ class Comparison:
         if tuning and self.tune:
             name += f"-tune-{self.tune.setting}={_text(value)}"
         settings = self._settings(cell.compressor, cell.ratios[0], seed, value)
-        return Run(
-            cell,
-            seed,
-            value,
-            tuning,
-            settings.replace(run_folder=str(self.folder / name), checkpoint=False),
-        )
+        folder = self.folder / name
+        former = self.folder / f"full{name.removeprefix(FEDAVG)}"  # FedAvg's folder in earlier versions
+        if cell.compressor == FEDAVG and former.is_dir():
+            folder = former
+        return Run(cell, seed, value, tuning, settings.replace(run_folder=str(folder), checkpoint=False))
 
     def _settings(self, compressor: str, ratio: float, seed: int, value: Value | None) -> Settings:
         values: dict[str, object] = dict(self.shared.to_config())
         if compressor == FEDAVG:
-            values["downlink"] = "full"  # FedAvg compresses neither way, unless it is asked to
+            values["downlink"] = "full-weights"  # FedAvg compresses neither way, unless it is asked to
         values |= {name.replace("_", "-"): given for name, given in self.overrides.get(compressor, {}).items()}
         if self.tune and value is not None:
             values[self.tune.setting] = value
         if compressor == FEDAVG:
-            values["schedule"] = "full"
+            values["schedule"] = "fedavg"
         return Settings.of(values | {"compressor": compressor, "ratio": ratio, "seed": seed})
 
     def _cells(self) -> tuple[Cell, ...]:
@@ -224,7 +223,7 @@ class Comparison:
             settings = self._settings(name, ratio, self.shared.seed, value)
             settings.make_downlink(network)  # no cell is worth running if this cannot be made
             try:
-                compressor = settings.make_compressor("full" if name == FEDAVG else "proxy", network)
+                compressor = settings.make_compressor("fedavg" if name == FEDAVG else "proxy", network)
             except SettingError as error:
                 if error.field != "ratio":
                     raise
@@ -263,6 +262,7 @@ def _overrides(texts: Sequence[str], compressors: Sequence[str]) -> dict[str, di
     overrides: dict[str, dict[str, Value]] = {}
     for text in texts:
         compressor, colon, assignment = text.partition(":")
+        compressor = present_value("compressor", compressor)
         setting, equals, raw = assignment.partition("=")
         if not (compressor and colon and setting and equals):
             raise SettingError("for", text, "NAME:setting=value")

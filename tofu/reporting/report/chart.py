@@ -12,7 +12,7 @@ from dataclasses import dataclass
 WIDTH, HEIGHT = 540, 330
 LEFT, RIGHT, TOP, BOTTOM = 52, 534, 58, 286
 _MARGIN = 12
-KINDS = ("start", "proxy", "full", "secure")
+KINDS = ("start", "proxy", "fedavg", "secure")
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Drawing:
         """The mark of a kind of round. Shape as well as color tells the kinds apart; `hollow`: it was abandoned."""
         css = f"mark k-{kind}" if kind in KINDS else "mark k-other"
         css += " hollow" if hollow else ""
-        if kind == "full":
+        if kind == "fedavg":
             self.add("rect", css, tip=tip, x=x - 4, y=y - 4, width=8, height=8)
         elif kind == "secure":
             self.add("path", css, tip=tip, d=f"M{x:g} {y - 5.5:g}l5.5 5.5-5.5 5.5-5.5-5.5z")

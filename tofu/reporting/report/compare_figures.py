@@ -54,7 +54,7 @@ SERIES_STYLE = "\n".join(
         *(f"svg .curve.s{n}, svg .error.s{n} {{ stroke: var(--s{n}); }}" for n in range(COLORS)),
         *(f"svg .mark.s{n} {{ fill: var(--s{n}); }}" for n in range(COLORS)),
         "svg .error { stroke-width: 1.5; fill: none; } svg .again { stroke-dasharray: 5 3; }",
-        "svg .band { fill: var(--fedavg); fill-opacity: .16; } svg .page { fill: var(--card); }",
+        "svg .band { fill: var(--baseline); fill-opacity: .16; } svg .page { fill: var(--card); }",
     ]
 )
 
@@ -136,7 +136,7 @@ def accuracy_by_round(document: Mapping[str, Any], ratio: float) -> Drawing | No
     drawing.frame(x, y, ("round", "test accuracy, mean over seeds"), x_text=lambda value: f"{value:.0f}")
     clip = _clip(drawing, f"round-{ratio:.12g}", top, bottom, RIGHT)
     if fedavg:
-        _curve(drawing, x, y, fedavg, "c-fedavg", clip)
+        _curve(drawing, x, y, fedavg, "c-baseline", clip)
     for style, points in lines:
         _curve(drawing, x, y, points, style.css, clip)
     for style, points in lines:
@@ -177,7 +177,7 @@ def _legend(drawing: Drawing, entries: Sequence[tuple[_Style, str]], fedavg: str
         wide = 33 + 6.6 * len(text) + 16  # about so many pixels a character: SVG has no layout
         if x > LEFT and x + wide - 16 > drawing.width:
             x, y = float(LEFT), y + 18
-        css = style.css if style else "c-fedavg"
+        css = style.css if style else "c-baseline"
         drawing.add("line", f"curve {css}", x1=x, x2=x + 26, y1=y - 4, y2=y - 4)
         if style:
             style.mark(drawing, x + 13, y - 4)
@@ -198,7 +198,7 @@ def _level(drawing: Drawing, y: Axis, fedavg: Mapping[str, Any], right: float) -
     if high < low:  # pixels count down
         drawing.add("rect", "band", x=LEFT, y=high, width=right - LEFT, height=round(low - high, 2))
     level = y.at(fedavg["mean"])
-    drawing.add("line", "curve c-fedavg", tip=f"FedAvg: {_share(fedavg)}", x1=LEFT, x2=right, y1=level, y2=level)
+    drawing.add("line", "curve c-baseline", tip=f"FedAvg: {_share(fedavg)}", x1=LEFT, x2=right, y1=level, y2=level)
 
 
 def _error_bar(drawing: Drawing, x: float, ends: Sequence[float], style: _Style, clip: str) -> None:

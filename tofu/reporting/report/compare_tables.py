@@ -6,7 +6,7 @@ from typing import Any
 
 from tofu.formatting import format_bytes, format_factor, format_fraction, printable
 
-FEDAVG = "full"
+FEDAVG = "none"
 _NONE = "\N{EN DASH}"
 
 
@@ -65,7 +65,7 @@ def cell_table(document: Mapping[str, Any]) -> Table:
 def _compressed_downlink(document: Mapping[str, Any]) -> bool:
     """Whether any method of the comparison compresses the downlink."""
     changes = [document["settings"], *document["overrides"].values()]
-    return any(change.get("downlink", "full") != "full" for change in changes)
+    return any(change.get("downlink", "full-weights") != "full-weights" for change in changes)
 
 
 def target_table(document: Mapping[str, Any]) -> Table | None:

@@ -24,7 +24,7 @@ from tofu.rounds.record import RoundRecord
 
 # A curve has at most about so many points, and so many of them get a mark: more would only cover each other.
 _POINTS, _MARKS = 240, 60
-_KIND_TEXT = {"start": "before training", "proxy": "proxy round", "full": "full round", "secure": "secure round"}
+_KIND_TEXT = {"start": "before training", "proxy": "proxy round", "fedavg": "FedAvg round", "secure": "secure round"}
 
 
 def accuracy_by_round(run: RunData) -> str | None:
@@ -43,7 +43,7 @@ def accuracy_by_round(run: RunData) -> str | None:
     y = share_axis([accuracy for _, accuracy in ours + theirs])
     drawing.frame(x, y, ("round", "test accuracy"), x_text=_whole)
     drawing.legend(_keys([row for row, _ in ours], "FedAvg" if theirs else ""))
-    drawing.curve([(x.at(row.round), y.at(accuracy)) for row, accuracy in theirs], "c-fedavg")
+    drawing.curve([(x.at(row.round), y.at(accuracy)) for row, accuracy in theirs], "c-baseline")
     drawing.curve([(x.at(row.round), y.at(accuracy)) for row, accuracy in ours], "c-run")
     for row, accuracy in (ours[index] for index in thinned([row.kind for row, _ in ours], _MARKS)):
         tip = f"{_round_text(row)}: {format_fraction(accuracy, 2)}"
@@ -73,9 +73,9 @@ def accuracy_by_bytes(run: RunData) -> str | None:
     drawing.frame(x, y, ("uplink bytes so far (log scale)", "test accuracy"), x_text=_tick_bytes)
     drawing.legend(_keys([row for _, row, _ in ours], "FedAvg" if fedavg else ""))
     if theirs:
-        drawing.curve([(x.at(size), y.at(share)) for size, _, share in theirs], "c-fedavg")
+        drawing.curve([(x.at(size), y.at(share)) for size, _, share in theirs], "c-baseline")
     elif fedavg:
-        drawing.add("line", "curve c-fedavg", x1=x.at(fedavg), x2=x.at(fedavg), y1=TOP, y2=BOTTOM)
+        drawing.add("line", "curve c-baseline", x1=x.at(fedavg), x2=x.at(fedavg), y1=TOP, y2=BOTTOM)
     drawing.curve([(x.at(size), y.at(share)) for size, _, share in ours], "c-run")
     for size, row, share in (ours[index] for index in thinned([row.kind for _, row, _ in ours], _MARKS)):
         tip = f"{_round_text(row)}: {format_fraction(share, 2)} after {format_bytes(size)}"
@@ -132,7 +132,7 @@ def epsilon_by_round(run: RunData) -> str | None:
     drawing.frame(x, y, ("round", "epsilon spent"), x_text=_whole, y_text="{:.4g}".format)
     drawing.legend(_keys([row for row, _ in rows], f"max-epsilon {budget:g}" if budget else ""))
     if budget:
-        drawing.add("line", "curve c-fedavg", x1=LEFT, x2=RIGHT, y1=y.at(budget), y2=y.at(budget))
+        drawing.add("line", "curve c-baseline", x1=LEFT, x2=RIGHT, y1=y.at(budget), y2=y.at(budget))
     kept = [rows[index] for index in thinned([row.kind for row, _ in rows], _POINTS)]
     drawing.curve([(x.at(row.round), y.at(value)) for row, value in kept], "c-run")
     for row, value in (kept[index] for index in thinned([row.kind for row, _ in kept], _MARKS)):
@@ -165,14 +165,14 @@ def bytes_by_kind(run: RunData) -> str | None:
     if run.fedavg_uplink_bytes:
         size = run.fedavg_uplink_bytes
         uplinks = sum(entry.direction == "uplink" for entry in run.traffic)
-        bars.insert(uplinks, ("Uplink, had it been FedAvg", format_bytes(size), size, None, "fedavg"))
+        bars.insert(uplinks, ("Uplink, had it been FedAvg", format_bytes(size), size, None, "baseline"))
     drawing = Drawing(
         "Bytes sent: " + "; ".join(f"{name}: {note}" for name, note, *_ in bars) + ".", 44 * len(bars) + 4
     )
     widest = max(size for _, _, size, _, _ in bars)
     for index, (name, note, size, payload, kind) in enumerate(bars):
         top = 44 * index
-        css = f"k-{kind}" if kind in (*KINDS, "fedavg") else "k-other"
+        css = f"k-{kind}" if kind in (*KINDS, "baseline") else "k-other"
         drawing.add("text", "bar-name", name, x=0, y=top + 14)
         drawing.add("text", "tick end", note, x=WIDTH, y=top + 14)
         drawing.add("rect", "rail", x=0, y=top + 21, width=WIDTH, height=12, rx=2)
@@ -202,7 +202,7 @@ def _spent(rounds: Sequence[RoundRecord]) -> list[tuple[int, RoundRecord, float]
 
 def _keys(rows: Sequence[RoundRecord], fedavg: str) -> list[tuple[str, str]]:
     kinds = {row.kind: None for row in rows}
-    return [(kind, _KIND_TEXT.get(kind, kind[:20])) for kind in kinds] + ([("c-fedavg", fedavg)] if fedavg else [])
+    return [(kind, _KIND_TEXT.get(kind, kind[:20])) for kind in kinds] + ([("c-baseline", fedavg)] if fedavg else [])
 
 
 def _round_text(row: RoundRecord) -> str:

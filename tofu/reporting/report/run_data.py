@@ -30,6 +30,7 @@ from tofu.rounds.panel import Panel
 from tofu.rounds.record import (
     Baseline,
     Count,
+    RoundKind,
     RoundRecord,
     RunSummary,
     from_dict,
@@ -46,7 +47,7 @@ _PROXIES = re.compile(r"proxies_(\d{1,9})")
 class _Message:
     """One line of ledger.jsonl."""
 
-    kind: str
+    kind: RoundKind
     direction: Literal["uplink", "downlink"]
     round: Count = 0
     client: str = ""

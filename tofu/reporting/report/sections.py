@@ -67,7 +67,7 @@ def failures_note(run: RunData) -> str:
 
 def _others(run: RunData) -> list[str]:
     """The rounds that are not secure."""
-    kinds = {kind: sum(row.kind == kind for row in run.trained) for kind in ("proxy", "full")}
+    kinds = {kind: sum(row.kind == kind for row in run.trained) for kind in ("proxy", "fedavg")}
     told = []
     why = "proxies of different clients do not add up, so " if run.config.get("compressor", "proxy") == "proxy" else ""
     if kinds["proxy"]:
@@ -75,8 +75,8 @@ def _others(run: RunData) -> list[str]:
             f"Secure aggregation does not cover the {_rounds(kinds['proxy'], 'proxy')}: {why}the server decoded each "
             "client's update."
         )
-    if kinds["full"]:
-        told.append(f"Nor does it cover the {_rounds(kinds['full'], 'full')}: the server saw each client's update.")
+    if kinds["fedavg"]:
+        told.append(f"Nor does it cover the {_rounds(kinds['fedavg'], 'FedAvg')}: the server saw each client's update.")
     return told
 
 

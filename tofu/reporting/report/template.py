@@ -7,22 +7,22 @@ COLORS = """
 :root {
   color-scheme: light dark;
   --page: #fbfaf8; --card: #ffffff; --ink: #1d1c1a; --soft: #63605a; --line: #e4e1db; --grid: #eeebe6;
-  --run: #2f5d9b; --cosine: #9a6b1f; --fedavg: #8b8781; --start: #ffffff;
-  --proxy: #2a78d6; --full: #d9602b; --secure: #12875a; --other: #7b57b8;
+  --run: #2f5d9b; --cosine: #9a6b1f; --baseline: #8b8781; --start: #ffffff;
+  --proxy: #2a78d6; --fedavg: #d9602b; --secure: #12875a; --other: #7b57b8;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #161615; --card: #1e1e1c; --ink: #ecebe8; --soft: #a7a49d; --line: #34332f; --grid: #2a2926;
-    --run: #7fb0ee; --cosine: #d3a75a; --fedavg: #96928b; --start: #1e1e1c;
-    --proxy: #5b9df0; --full: #ec8152; --secure: #3dbd8a; --other: #a98ae0;
+    --run: #7fb0ee; --cosine: #d3a75a; --baseline: #96928b; --start: #1e1e1c;
+    --proxy: #5b9df0; --fedavg: #ec8152; --secure: #3dbd8a; --other: #a98ae0;
   }
 }
 @media print {
   :root {
     color-scheme: light;
     --page: #fff; --card: #fff; --ink: #000; --soft: #444; --line: #ccc; --grid: #e6e6e6;
-    --run: #2f5d9b; --cosine: #9a6b1f; --fedavg: #77736d; --start: #fff;
-    --proxy: #2a78d6; --full: #d9602b; --secure: #12875a; --other: #7b57b8;
+    --run: #2f5d9b; --cosine: #9a6b1f; --baseline: #77736d; --start: #fff;
+    --proxy: #2a78d6; --fedavg: #d9602b; --secure: #12875a; --other: #7b57b8;
   }
 }
 """
@@ -65,7 +65,7 @@ figure { margin: 0; }
 .sheets b { display: block; color: var(--ink); font-weight: 600; }
 .note {
   margin-top: 20px; padding: 10px 16px; max-width: 66em; font-size: 14px;
-  border-left: 3px solid var(--full); background: var(--grid); border-radius: 0 6px 6px 0;
+  border-left: 3px solid var(--fedavg); background: var(--grid); border-radius: 0 6px 6px 0;
 }
 .scroll { overflow-x: auto; margin-top: 12px; }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; font-variant-numeric: tabular-nums; }
@@ -81,7 +81,7 @@ tfoot td, tfoot th { border-top: 1px solid var(--line); border-bottom: 0; color:
   border-radius: 50%; background: var(--other);
 }
 .kind.t-proxy::before { background: var(--proxy); }
-.kind.t-full::before { background: var(--full); border-radius: 1px; }
+.kind.t-fedavg::before { background: var(--fedavg); border-radius: 1px; }
 .kind.t-secure::before { background: var(--secure); border-radius: 0; transform: rotate(45deg); }
 .kind.hollow { display: inline-block; max-width: 7em; white-space: normal; overflow-wrap: normal; }
 .kind.hollow::before { background: none; box-shadow: inset 0 0 0 2px var(--secure); }
@@ -105,11 +105,11 @@ svg .muted { fill: var(--soft); } svg .strong { fill: var(--run); } svg .bar-nam
 svg .grid { stroke: var(--grid); } svg .axis { stroke: var(--line); }
 svg .curve { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
 svg .c-run { stroke: var(--run); } svg .c-cosine { stroke: var(--cosine); stroke-dasharray: 2 4; }
-svg .c-fedavg { stroke: var(--fedavg); stroke-dasharray: 6 4; }
+svg .c-baseline { stroke: var(--baseline); stroke-dasharray: 6 4; }
 svg .dot { stroke: none; } svg .dot.c-run { fill: var(--run); } svg .dot.c-cosine { fill: var(--cosine); }
 svg .mark { stroke: var(--card); stroke-width: 1.2; }
-svg .k-proxy { fill: var(--proxy); } svg .k-full { fill: var(--full); } svg .k-secure { fill: var(--secure); }
-svg .k-other { fill: var(--other); } svg .k-fedavg { fill: var(--fedavg); }
+svg .k-proxy { fill: var(--proxy); } svg .k-fedavg { fill: var(--fedavg); } svg .k-secure { fill: var(--secure); }
+svg .k-other { fill: var(--other); } svg .k-baseline { fill: var(--baseline); }
 svg .mark.hollow { fill: var(--card); stroke: var(--secure); stroke-width: 2; }
 svg .cell { fill: var(--run); } svg .learnt { fill: none; stroke: var(--ink); stroke-width: 1.5; }
 svg .number { fill: var(--ink); }
@@ -141,7 +141,7 @@ _MEDIA_STYLE = """
 }
 """
 
-_SERIES = ("run", "full", "secure", "other", "cosine", "fedavg", "soft", "ink")
+_SERIES = ("run", "fedavg", "secure", "other", "cosine", "baseline", "soft", "ink")
 _SERIES_STYLE = "\n".join(
     f"svg .curve.c-s{n} {{ stroke: var(--{name}); }} svg .dot.c-s{n}, svg .k-s{n} {{ fill: var(--{name}); }}"
     for n, name in enumerate(_SERIES)

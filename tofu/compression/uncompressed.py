@@ -9,8 +9,8 @@ from tofu.reference_model import ReferenceModel
 from tofu.weights import ParamSpec, Weights
 
 
-@compressors.register("full")
-class Full(Compressor):
+@compressors.register("none")
+class Uncompressed(Compressor):
     """The update itself, four bytes per value."""
 
     code = 1
