@@ -406,7 +406,7 @@ def test_settings_do_not_import_torch() -> None:
 
 
 def test_step_ahead_is_refused_with_a_plugin_that_restricts_local_steps() -> None:
-    stream = {"plugins": "gpm", "tasks": "pixels", "task-count": 2, "rounds": 4, "schedule": "full", "clients": 3}
+    stream = {"plugins": "gpm", "tasks": "pixels", "task-count": 2, "rounds": 4, "schedule": "fedavg", "clients": 3}
     assert Settings.of(stream).step_ahead == 0
     with pytest.raises(SettingError) as caught:
         Settings.of(stream | {"step-ahead": 0.5})
