@@ -13,6 +13,7 @@ All hooks are optional. client/plugins/README.md implements a complete plugin in
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import ClassVar, Protocol
 
 import torch
@@ -173,6 +174,7 @@ class Plugin:
         order: `on_step` runs in descending order, and in reverse list order among equals. 0: anything;
             PROJECTION (-1): projections, after those; MASK (-2): masks, last.
         local_only: names that must never be exported.
+        excludes: name of a plugin that cannot be combined with this one -> the reason, shown to the user.
         state: private state of one client, saved by the client between rounds and never sent.
         broadcast: the result of `reduce`, the same on all clients; empty at first.
     """
@@ -187,6 +189,7 @@ class Plugin:
     needs_task_boundaries: ClassVar[bool] = False
     order: ClassVar[int] = 0
     local_only: ClassVar[frozenset[str]] = frozenset()
+    excludes: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     state: PluginState = field(default_factory=dict, init=False, repr=False)
     broadcast: PluginState = field(default_factory=dict, init=False, repr=False)

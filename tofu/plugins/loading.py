@@ -58,3 +58,8 @@ def _check_together(plugins: Plugins, names: str) -> None:
     ):
         if len(those) > 1:
             raise SettingError("plugins", names, f"one plugin at most that {what} ({', '.join(p.name for p in those)})")
+    listed = plugins.named()
+    for plugin in plugins:
+        for other, reason in plugin.excludes.items():
+            if other in listed:
+                raise SettingError("plugins", names, f"{plugin.name} without {other}: {reason}")

@@ -36,6 +36,10 @@ MOST = 1 << 20
 SHAPE = ImageShape(1, 8, 8, 10)
 
 
+class Picky(Plugin):
+    excludes = types.MappingProxyType({"adds": "they disagree"})
+
+
 @dataclass
 class Adds(Plugin):
     """Adds `amount` to images, loss and weights."""
@@ -194,6 +198,8 @@ def test_a_plugin_of_ones_own_and_its_options() -> None:
         (f"{HERE}:SHAPE", "", "a subclass of tofu.plugins.base.Plugin"),
         (f"{HERE}:NoDecorator", "", r"decorated with @dataclass \(option share\)"),
         (f"{HERE}:Adds,{HERE}:Adds", "", "each plugin once, adds occurs twice"),
+        (f"{HERE}:Picky,{HERE}:Adds", "", "picky without adds: they disagree"),
+        (f"{HERE}:Adds,{HERE}:Picky", "", "picky without adds: they disagree"),
         (f"{HERE}:Head,{HERE}:OtherHead", "", r"one plugin at most that changes the model's head \(head, otherhead\)"),
         (f"{HERE}:Adds", "adds.amount=-1", "adds.amount='-1' is not usable: expected a finite number at least 0"),
         (f"{HERE}:Adds", "adds.amuont=1", r"adds.amuont='1' is not usable: expected a known option \(amount\)"),
