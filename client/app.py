@@ -5,7 +5,7 @@ Entries of the node config:
 - `partition-id`: the client's partition of the run's dataset, and its name; or `data`, a folder with its own images.
 - `device`: where it trains and encodes, whatever the run's setting.
 - `allowed-rounds` ("secure" or "proxy,secure") and `min-noise-multiplier`: the client refuses other rounds
-  (`client.policy`). `client.secure` has those for secure rounds.
+  (`tofu.flower.policy`). `tofu.flower.secure_session` has those for secure rounds.
 """
 
 import logging
@@ -21,9 +21,10 @@ from flwr.clientapp import ClientApp
 
 from client.downlink import ResyncError
 from client.local_round import train_round
-from client.policy import client_data, client_name
-from client.secure import answer_query, participant_of
+from client.policy import client_data
 from tofu.errors import TofuError
+from tofu.flower.policy import client_name
+from tofu.flower.secure_session import answer_query, participant_of
 from tofu.log import about, start_logging
 from tofu.settings import Settings
 from tofu.wire import FIELD, RECORD, RESYNC, SECURE, SecureQuery, TrainRequest

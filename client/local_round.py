@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from flwr.app import Context
 
 from client.downlink import ResyncError, receive_weights
-from client.policy import check_fit, check_policy, client_data, client_name
-from client.secure import load_session, new_advert, participant_of, save_session
+from client.policy import check_fit, client_data
 from client.state import KeptWeights, SavedState, load_broadcast, load_plugins, load_state, save_state
 from tofu.compression.error_feedback import ErrorFeedback
 from tofu.device import open_device
 from tofu.errors import PayloadError
+from tofu.flower.policy import check_policy, client_name
+from tofu.flower.secure_session import load_session, new_advert, participant_of, save_session
 from tofu.models import build_model
 from tofu.payload import Payload
 from tofu.plugins import MAX_STATE_BYTES, Export, Plugins, RoundContext, export_to_bytes
@@ -48,13 +49,13 @@ def train_round(request: TrainRequest, round_: int, settings: Settings, context:
         ResyncError: the server must send this client the full weights.
         TofuError: the client does not take part, the weights or the data are not usable, or training diverged.
     """
-    check_policy(request.kind, settings, context)
+    check_policy(request.kind, settings.privacy.noise_multiplier, context)
     local = LocalRound.begin(request, round_, settings, context)
     trained = local.train()
     fraction = settings.residual_fraction
     steps: list[UpdateStep] = [AddResidual(request.acknowledged, fraction)]
     if settings.privacy.noise_multiplier:
-        steps.append(Clip(settings.privacy.clip_norm, local.reference))
+        steps.append(Clip(settings.privacy.clip_norm, local.reference.param_spec))
     send = local.send_masked if request.kind == "secure" else local.send_payload
     reply, outgoing = send(trained, apply_steps(steps, Outgoing(trained.update, local.feedback, local.state.memory)))
     outgoing = KeepResidual(round_, fraction).apply(outgoing)

@@ -1,32 +1,10 @@
-"""What a client insists on, whatever a run asks for: rules of its node config, and data that fits the run's model."""
+"""A client's data, and whether they fit the run's model."""
 
 from flwr.app import Context
 
 from tofu.data import ImageShape, LabeledImages, local_folder
 from tofu.errors import DataError
 from tofu.settings import Settings
-from tofu.settings.deprecated import present_node_config
-
-
-def client_name(context: Context) -> str:
-    """The client's name in ledger and logs: its partition id, or its node id if it has none."""
-    return str(context.node_config.get("partition-id", context.node_id))
-
-
-def check_policy(kind: str, settings: Settings, context: Context) -> None:
-    """Check a round against the node config's `allowed-rounds` and `min-noise-multiplier`.
-
-    Raises:
-        DataError: the client does not take part in such a round.
-    """
-    config = present_node_config(context.node_config)
-    allowed = config.get("allowed-rounds")
-    if allowed is not None and kind not in [name.strip() for name in str(allowed).split(",")]:
-        raise DataError(f"this client takes part in rounds of kind {allowed}, not {kind}")
-    minimum = config.get("min-noise-multiplier", 0.0)
-    multiplier = settings.privacy.noise_multiplier
-    if isinstance(minimum, str) or multiplier < minimum:
-        raise DataError(f"this client takes part with noise-multiplier {minimum} or more, not {multiplier:g}")
 
 
 def client_data(settings: Settings, context: Context) -> LabeledImages:

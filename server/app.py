@@ -18,9 +18,9 @@ from server.ledger import Ledger
 from server.records import SampleImages, is_budget_spent, round_record, run_summary, start_record
 from server.runner import RoundRunner
 from server.secure_ranges import check_secure_settings
-from server.transport import GridTransport
 from tofu.errors import RunError, TofuError
 from tofu.flower.in_process import InProcessGrid, run_in_process
+from tofu.flower.transport import GridTransport
 from tofu.formatting import printable
 from tofu.log import start_logging
 from tofu.models import build_model

@@ -7,8 +7,8 @@ from typing import Any
 from flwr.app import Message, RecordDict
 
 from server.ledger import Ledger, client_order
-from server.transport import Transport
 from tofu.errors import RunError
+from tofu.flower.transport import Transport
 from tofu.observers.base import Observer
 from tofu.wire import RECORD
 

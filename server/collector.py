@@ -13,8 +13,8 @@ from server.client_registry import Client
 from server.downlink import Parts
 from server.global_model import GlobalModel
 from server.ledger import Ledger
-from server.transport import Transport, body_of, error_reason, make_message
 from tofu.errors import PayloadError, RunError
+from tofu.flower.transport import Transport, body_of, error_reason, make_message
 from tofu.observers.base import Observer
 from tofu.payload import HEADER_BYTES, read_payload
 from tofu.plugins import Export, Plugins, export_from_bytes

@@ -19,9 +19,9 @@ from server.evaluator import Evaluator
 from server.global_model import GlobalModel
 from server.ledger import Ledger
 from server.secure_round import SecureCollector
-from server.transport import Transport
 from tofu.data import LabeledImages
 from tofu.evaluation import Evaluation
+from tofu.flower.transport import Transport
 from tofu.models import build_model
 from tofu.observers.base import Observer
 from tofu.plugins import MAX_STATE_BYTES

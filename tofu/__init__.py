@@ -9,6 +9,8 @@
     tofu.Compressor             base class of compressors of updates
     tofu.compress               a mod that compresses the updates of any Flower app's clients
     tofu.Compressed             the wrapper of that app's strategy
+    tofu.secure                 a mod that masks the updates of any Flower app's clients
+    tofu.SecureAggregation      the wrapper of that app's strategy, which learns the sum only
 """
 
 import importlib
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from tofu.compression.base import Compressor as Compressor
     from tofu.flower.compress import Compressed as Compressed
     from tofu.flower.compress import compress as compress
+    from tofu.flower.secure import SecureAggregation as SecureAggregation
+    from tofu.flower.secure import secure as secure
     from tofu.plugins import Plugin as Plugin
     from tofu.settings import Settings as Settings
 
@@ -35,6 +39,8 @@ _EXPORTS = {
     "Compressor": "tofu.compression.base",
     "compress": "tofu.flower.compress",
     "Compressed": "tofu.flower.compress",
+    "secure": "tofu.flower.secure",
+    "SecureAggregation": "tofu.flower.secure",
 }
 """Public name -> the module that defines it."""
 

@@ -21,9 +21,9 @@ from flwr.serverapp import Grid
 from benchmarks.common import print_table, write_results
 from server.ledger import Ledger
 from server.runner import RoundRunner
-from server.transport import GridTransport
 from tofu.data import ImageShape, LabeledImages
 from tofu.flower.internals import task_identity
+from tofu.flower.transport import GridTransport
 from tofu.formatting import format_bytes
 from tofu.models import build_model
 from tofu.observers.base import Observer

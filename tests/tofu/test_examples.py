@@ -5,7 +5,14 @@ import importlib
 
 import pytest
 
-MODULES = ("tofu.api", "tofu.registry", "tofu.codec.surrogate", "tofu.compression.base", "tofu.flower.compress")
+MODULES = (
+    "tofu.api",
+    "tofu.registry",
+    "tofu.codec.surrogate",
+    "tofu.compression.base",
+    "tofu.flower.compress",
+    "tofu.flower.secure",
+)
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -12,24 +12,24 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result, Strategy
+from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from tofu.compression.error_feedback import ErrorFeedback
-from tofu.errors import PayloadError, RunError, TofuError
+from tofu.compression.error_feedback import NEVER
+from tofu.errors import PayloadError, RunError
+from tofu.flower.feedback import load_feedback, save_feedback
 from tofu.flower.internals import error_reply
+from tofu.flower.policy import check_policy
 from tofu.flower.update_codec import RECORD, VERSION, ArrayModel, UpdateCodec, record_of, tensors_of
-from tofu.payload import float32_bytes, float32_from
+from tofu.flower.wrapper import StrategyWrapper, TrainMod, only_arrays, reasons_of, with_record
 from tofu.rng import derive_generator
 from tofu.rounds.steps import AddResidual, Compress, KeepResidual, Outgoing, apply_steps
-from tofu.weights import ParamSpec, Weights, explained_variance
+from tofu.weights import explained_variance
 
 LOG = logging.getLogger("tofu.flower")
-_STATE = "tofu.compress"
-_NEVER = -1
 
 
 def compress(*arguments: Any, **options: Any) -> "CompressMod":
@@ -47,26 +47,25 @@ def compress(*arguments: Any, **options: Any) -> "CompressMod":
     return CompressMod(UpdateCodec(*arguments, **options))
 
 
-class CompressMod:
+class CompressMod(TrainMod):
     """The client's half; Flower calls it around the app's train function."""
 
     def __init__(self, codec: UpdateCodec) -> None:
         self._codec = codec
 
-    def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-        if message.metadata.message_type.split(".")[0] != "train":
-            return call_next(message, context)
-        try:
-            return self._train(message, context, call_next)
-        except TofuError as error:
-            return Message(Error(code=0, reason=str(error)), reply_to=message)
+    def train(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        """Call the app and replace the arrays of its reply by one payload.
 
-    def _train(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        Raises:
+            PayloadError: the server's strategy is another one, or the app's reply cannot be compressed.
+            DataError: the node config refuses such rounds.
+        """
+        check_policy("proxy", 0.0, context)
         codec, request = self._codec, _Request.of(message, self._codec)
         base = tensors_of(request.arrays)
         model = codec.reference(base)
         spec = model.reference.param_spec
-        feedback, memory = _load_state(context, spec)
+        feedback, memory = load_feedback(context, spec)
         start = base
         if codec.step_ahead and codec.error_feedback:
             own = {name: base[array].float() for name, array in model.names.items() if name in spec.shapes}
@@ -78,7 +77,8 @@ class CompressMod:
         reply = call_next(message, context)
         if reply.has_error():
             return reply
-        key, record = _only_arrays(reply.content, "the app's train reply")
+        key, record = only_arrays(reply.content, "the app's train reply")
+        del reply.content[key]
         compressor = codec.compressor(model.reference)
         generator = derive_generator(codec.seed, request.round, context.node_id, "encode")
         steps = (
@@ -87,10 +87,9 @@ class CompressMod:
             KeepResidual(request.round, codec.error_feedback),
         )
         outgoing = apply_steps(steps, Outgoing(model.update(start, tensors_of(record)), feedback, memory))
-        _save_state(context, spec, outgoing)
+        save_feedback(context, spec, outgoing.feedback, outgoing.memory)
         payload = codec.payload(compressor, model.reference, outgoing.body, request.round)
-        del reply.content[key]
-        reply.content[RECORD] = ConfigRecord({"key": key, "payload": payload})
+        reply.content[RECORD] = ConfigRecord({"payload": payload})
         target = {name: outgoing.update[name] for name in spec.parameters}
         for metrics in reply.content.metric_records.values():
             metrics["tofu-payload-bytes"] = len(payload)
@@ -116,7 +115,7 @@ class _Request:
         round_, acknowledged = record.get("round"), record.get("acknowledged")
         if not isinstance(round_, int) or not isinstance(acknowledged, int):
             raise PayloadError("the server's record lacks round or acknowledged")
-        key, arrays = _only_arrays(message.content, "the server's train message")
+        key, arrays = only_arrays(message.content, "the server's train message")
         return _Request(round_, acknowledged, key, arrays)
 
 
@@ -130,7 +129,7 @@ class SentArrays:
     model: ArrayModel
 
 
-class Compressed(Strategy):
+class Compressed(StrategyWrapper):
     """A strategy whose train replies are compressed by `compress`; everything else is the inner strategy's.
 
     Args:
@@ -147,27 +146,10 @@ class Compressed(Strategy):
     """
 
     def __init__(self, inner: Strategy, *arguments: Any, **options: Any) -> None:
-        self.inner = inner
-        self._configure_train, self._aggregate_train = inner.configure_train, inner.aggregate_train
+        super().__init__(inner)
         self._codec = UpdateCodec(*arguments, **options)
         self._acknowledged: dict[int, int] = {}
         self._sent: dict[int, SentArrays] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        """Attributes that are not the wrapper's own are the inner strategy's."""
-        if name == "inner":
-            raise AttributeError(name)
-        return getattr(self.inner, name)
-
-    def start(self, *arguments: Any, **options: Any) -> Result:
-        """Run the inner strategy's own `start`, which calls this wrapper's configure and aggregate steps."""
-        own = {name: getattr(self, name) for name in ("configure_train", "aggregate_train")}
-        vars(self.inner).update(own)
-        try:
-            return self.inner.start(*arguments, **options)
-        finally:
-            for name in own:
-                del vars(self.inner)[name]
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -181,22 +163,17 @@ class Compressed(Strategy):
         self._sent, models, messages = {}, {}, []
         for message in self._configure_train(server_round, arrays, config, grid):
             node = message.metadata.dst_node_id
-            key, record = _only_arrays(message.content, "the strategy's train message")
+            key, record = only_arrays(message.content, "the strategy's train message")
             if id(record) not in models:  # FedAvg sends the same record to all nodes
                 base = tensors_of(record)
                 models[id(record)] = SentArrays(key, record, base, self._codec.reference(base))
             self._sent[node] = models[id(record)]
-            messages.append(self._with_record(message, server_round, self._acknowledged.get(node, _NEVER)))
+            acknowledged = self._acknowledged.get(node, NEVER)
+            request = ConfigRecord(
+                {"version": VERSION, "round": server_round, "acknowledged": acknowledged, "digest": self._codec.digest}
+            )
+            messages.append(with_record(message, RECORD, request))
         return messages
-
-    def _with_record(self, message: Message, round_: int, acknowledged: int) -> Message:
-        """The message with a content of its own: Flower's strategies share one content among all their messages."""
-        content = RecordDict(dict(message.content.items()))
-        content[RECORD] = ConfigRecord(
-            {"version": VERSION, "round": round_, "acknowledged": acknowledged, "digest": self._codec.digest}
-        )
-        to = message.metadata
-        return Message(content, to.dst_node_id, to.message_type, ttl=to.ttl, group_id=to.group_id)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -209,8 +186,9 @@ class Compressed(Strategy):
         decoded = [self._decoded(reply, server_round) for reply in replies]
         failed = [reply.error.reason for reply in decoded if reply.has_error()]
         if decoded and len(failed) == len(decoded):
-            reasons = "; ".join(sorted({" ".join((reason or "no reason").split())[:300] for reason in failed}))
-            raise RunError(f"round {server_round}: no reply of {len(decoded)} clients can be used ({reasons})")
+            raise RunError(
+                f"round {server_round}: no reply of {len(decoded)} clients can be used ({reasons_of(failed)})"
+            )
         return self._aggregate_train(server_round, decoded)
 
     def _decoded(self, reply: Message, round_: int) -> Message:
@@ -232,57 +210,6 @@ class Compressed(Strategy):
             LOG.warning("round %d: the reply of node %s is not usable: %s", round_, node, error)
             return error_reply(reply, str(error))
         del reply.content[RECORD]
-        reply.content[str(record.get("key", sent.key))] = record_of(sent.model.add(sent.base, update), sent.record)
+        reply.content[sent.key] = record_of(sent.model.add(sent.base, update), sent.record)
         self._acknowledged[node] = round_
         return reply
-
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """The inner strategy's."""
-        return self.inner.configure_evaluate(server_round, arrays, config, grid)
-
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """The inner strategy's."""
-        return self.inner.aggregate_evaluate(server_round, replies)
-
-    def summary(self) -> None:
-        """The inner strategy's."""
-        self.inner.summary()
-
-
-def _only_arrays(content: RecordDict, what: str) -> tuple[str, ArrayRecord]:
-    """The one array record of a message. Raises PayloadError if it has another number of them."""
-    records = list(content.array_records.items())
-    if len(records) != 1:
-        raise PayloadError(f"{what} has {len(records)} array records, expected 1")
-    return records[0]
-
-
-def _load_state(context: Context, spec: ParamSpec) -> tuple[ErrorFeedback, bytes]:
-    """Error feedback and the compressor's memory, empty if there are none or they are of another model."""
-    record = context.state.config_records.get(_STATE)
-    if record is None or record.get("version") != VERSION:
-        return ErrorFeedback(), b""
-
-    def weights(name: str) -> Weights | None:
-        data = record.get(name)
-        try:
-            return float32_from(data, spec) if isinstance(data, bytes) else None
-        except PayloadError:
-            return None
-
-    residual, sent, round_, memory = weights("residual"), weights("sent"), record.get("round"), record.get("memory")
-    if residual is None or sent is None or not isinstance(round_, int):
-        return ErrorFeedback(), b""
-    return ErrorFeedback(residual, sent, round_), memory if isinstance(memory, bytes) else b""
-
-
-def _save_state(context: Context, spec: ParamSpec, outgoing: Outgoing) -> None:
-    """Keep error feedback and the compressor's memory in the client's context for its next round."""
-    feedback = outgoing.feedback
-    record = ConfigRecord({"version": VERSION, "memory": outgoing.memory, "round": feedback.sent_round})
-    if feedback.residual:
-        record["residual"] = float32_bytes(feedback.residual, spec)
-        record["sent"] = float32_bytes(feedback.sent, spec)
-    context.state[_STATE] = record

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from flwr.app import Context, Error, Message
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.app.message.message import make_message
 from flwr.app.user_config import UserConfigValue as ConfigValue
 from flwr.common.constant import SUPERLINK_NODE_ID as SERVER_NODE
@@ -29,6 +29,7 @@ __all__ = [
     "SERVER_NODE",
     "ConfigValue",
     "Run",
+    "content_reply",
     "context_bytes",
     "copy_context",
     "error_reply",
@@ -59,6 +60,12 @@ def error_reply(reply: Message, reason: str) -> Message:
     """An error in the place of a reply that cannot be used, with the reply's metadata."""
     error: Message = make_message(reply.metadata, error=Error(code=0, reason=reason))
     return error
+
+
+def content_reply(reply: Message, content: RecordDict) -> Message:
+    """A reply with other content, with the metadata of `reply`."""
+    made: Message = make_message(reply.metadata, content=content)
+    return made
 
 
 def serialize(message: Message, shared: dict[str, bytes]) -> tuple[str, dict[str, bytes]]:

@@ -22,7 +22,7 @@ from tofu.data import ImageShape
 from tofu.errors import PayloadError, SettingError
 from tofu.payload import HEADER_BYTES, Payload, read_payload
 from tofu.reference_model import ReferenceModel, output_count
-from tofu.weights import FINGERPRINT_BYTES, Weights, fingerprint, load_weights, weights_of
+from tofu.weights import FINGERPRINT_BYTES, ParamSpec, Weights, fingerprint, load_weights, weights_of
 
 RECORD = "tofu"
 """Key of the `ConfigRecord` that the strategy adds to a train message, and the mod to its reply."""
@@ -190,6 +190,13 @@ def record_of(tensors: Mapping[str, Tensor], like: ArrayRecord) -> ArrayRecord:
     return ArrayRecord(
         {name: Array(tensors[name].numpy().astype(array.dtype, copy=False)) for name, array in like.items()}
     )
+
+
+def spec_of(arrays: Mapping[str, Tensor]) -> ParamSpec:
+    """The arrays' names and shapes: floating-point ones count as parameters, others as integer buffers."""
+    floats = {name: value.shape for name, value in arrays.items() if value.is_floating_point()}
+    others = {name: value.shape for name, value in arrays.items() if name not in floats}
+    return ParamSpec(floats, others, frozenset(others))
 
 
 def _matched(arrays: Mapping[str, Tensor], model: nn.Module) -> dict[str, str]:

@@ -22,7 +22,7 @@ from tofu.privacy import Noise, check_param_spec, clip
 from tofu.reference_model import ReferenceModel
 from tofu.secagg.encoding import RingEncoder
 from tofu.secagg.ring import RingVector
-from tofu.weights import Weights
+from tofu.weights import ParamSpec, Weights
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,10 @@ class Clip:
     """
 
     norm: float
-    reference: ReferenceModel
+    param_spec: ParamSpec
 
     def apply(self, outgoing: Outgoing) -> Outgoing:
-        check_param_spec(self.reference.param_spec)
+        check_param_spec(self.param_spec)
         return outgoing.replace(update=clip(outgoing.update, self.norm)[0])
 
 

@@ -47,6 +47,10 @@ class Topology:
     neighbors: int
     threshold: int
 
+    def honest(self, clients: int, corrupted: float) -> int:
+        """Minimum number of honest clients in any sum, if a fraction of the clients colludes with the server."""
+        return max(1, self.threshold - math.floor(corrupted * clients))
+
 
 class Graph:
     """The neighbors of each client.

@@ -1,7 +1,6 @@
 """All settings of a run: groups of typed fields, the flat names that users write, TOML files and the JSON schema."""
 
 import difflib
-import math
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -278,7 +277,7 @@ class Settings(BaseModel):
         privacy, secure = self.privacy, self.secure
         if not privacy.noise_multiplier:
             return None
-        honest = max(1, topology.threshold - math.floor(secure.secagg_collusion_fraction * clients))
+        honest = topology.honest(clients, secure.secagg_collusion_fraction)
         try:
             return Noise.on_ring(privacy.clip_norm, privacy.noise_multiplier, honest, levels=levels, values=values)
         except SettingError as error:

@@ -1,84 +1,20 @@
 """The mod and the strategy wrapper, on an app of the kind that Flower's quickstart has, with digits as data."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid, ServerApp
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message
+from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, Krum, Strategy
 from torch import nn
 
 import tofu
-from tofu.data import open_data, to_float
+from tests.tofu.flower.quickstart import SHAPE, Net, accuracy, federate, strategy_of, train
 from tofu.errors import RunError, SettingError
-from tofu.flower.in_process import run_in_process
 from tofu.flower.update_codec import RECORD, UpdateCodec
-
-CLIENTS = 4
-SHAPE = (1, 8, 8)
-DATA = open_data("digits", clients=CLIENTS, partition="iid", seed=0)
-
-
-class Net(nn.Module):
-    """As a user writes it: no seed, names of its own."""
-
-    def __init__(self, hidden: int = 128) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(64, hidden), nn.Linear(hidden, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.fc2(F.relu(self.fc1(x.flatten(1))))
-        return out
-
-
-def accuracy(arrays: ArrayRecord) -> float:
-    model = Net()
-    model.load_state_dict(arrays.to_torch_state_dict())
-    test = DATA.test()
-    with torch.no_grad():
-        return float((model(to_float(test.images)).argmax(1) == test.labels).float().mean())
-
-
-def train(message: Message, context: Context) -> Message:
-    """The train function of a Flower app, unaware of compression."""
-    model = Net()
-    model.load_state_dict(message.content["arrays"].to_torch_state_dict())
-    partition = int(context.node_config["partition-id"])
-    data = DATA.client(partition)
-    order = torch.Generator().manual_seed(partition + 100 * int(message.content["config"]["server-round"]))
-    optimizer = torch.optim.SGD(model.parameters(), lr=float(message.content["config"]["lr"]))
-    for rows in torch.randperm(len(data), generator=order).split(32):
-        optimizer.zero_grad()
-        F.cross_entropy(model(to_float(data.images[rows])), data.labels[rows]).backward()
-        optimizer.step()
-    arrays, metrics = ArrayRecord(model.state_dict()), MetricRecord({"num-examples": len(data)})
-    return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
-
-
-def federate(
-    strategy: Strategy, *mods: Any, rounds: int = 8, handler: Callable[[Message, Context], Message] = train
-) -> Any:
-    """Run the app in this process and return Flower's result."""
-    client, server, results = ClientApp(mods=list(mods)), ServerApp(), []
-    client.train()(handler)
-
-    @server.main()
-    def main(grid: Grid, context: Context) -> None:
-        torch.manual_seed(0)
-        arrays = ArrayRecord(Net().state_dict())
-        results.append(strategy.start(grid, arrays, num_rounds=rounds, train_config=ConfigRecord({"lr": 0.1})))
-
-    run_in_process(server, client, run_config={}, num_supernodes=CLIENTS)
-    return results[0]
-
-
-def strategy_of(kind: type[Strategy] = FedAvg, **options: Any) -> Strategy:
-    return kind(fraction_evaluate=0.0, **options)  # type: ignore[call-arg]
 
 
 def test_updates_are_a_fiftieth_of_their_size_and_the_accuracy_is_that_of_the_app() -> None:

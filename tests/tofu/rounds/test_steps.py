@@ -66,10 +66,10 @@ def test_the_residual_is_added_by_its_fraction_and_a_lost_reply_in_full() -> Non
 
 
 def test_clip_bounds_the_norm_and_refuses_batch_counters() -> None:
-    clipped = Clip(0.25, reference()).apply(Outgoing(update()))
+    clipped = Clip(0.25, reference().param_spec).apply(Outgoing(update()))
     assert math.sqrt(dot(clipped.update, clipped.update)) == pytest.approx(0.25, rel=1e-5)
     with pytest.raises(SettingError, match="batch counters"):
-        Clip(0.25, reference(batch_norm=True)).apply(Outgoing(update()))
+        Clip(0.25, reference(batch_norm=True).param_spec).apply(Outgoing(update()))
 
 
 def test_noise_has_the_deviation_of_the_mechanism() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context
 
 from tofu.errors import PayloadError
+from tofu.flower.policy import client_name
 from tofu.secagg.client import ClientSession
 from tofu.secagg.identities import read_identity, read_known
 from tofu.secagg.participant import Participant
@@ -18,6 +19,11 @@ from tofu.wire import SecureAnswer, SecureQuery, run_name
 
 _RECORD = "tofu-secure"
 _SESSION = "session"
+
+
+def session_name(context: Context) -> str:
+    """The name in the secure sessions of a Flower app: with an identity, the partition id; else the unique node id."""
+    return client_name(context) if "identity" in context.node_config else str(context.node_id)
 
 
 def participant_of(context: Context, name: str) -> Participant:

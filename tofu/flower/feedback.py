@@ -1,0 +1,39 @@
+"""Error feedback of the mods, in the client's Flower context between rounds."""
+
+from flwr.app import ConfigRecord, Context
+
+from tofu.compression.error_feedback import ErrorFeedback
+from tofu.errors import PayloadError
+from tofu.payload import float32_bytes, float32_from
+from tofu.weights import ParamSpec, Weights
+
+_STATE = "tofu.compress"
+_VERSION = 1
+
+
+def load_feedback(context: Context, spec: ParamSpec) -> tuple[ErrorFeedback, bytes]:
+    """Error feedback and the compressor's memory, empty if there are none or they are of another model."""
+    record = context.state.config_records.get(_STATE)
+    if record is None or record.get("version") != _VERSION:
+        return ErrorFeedback(), b""
+
+    def weights(name: str) -> Weights | None:
+        data = record.get(name)
+        try:
+            return float32_from(data, spec) if isinstance(data, bytes) else None
+        except PayloadError:
+            return None
+
+    residual, sent, round_, memory = weights("residual"), weights("sent"), record.get("round"), record.get("memory")
+    if residual is None or sent is None or not isinstance(round_, int):
+        return ErrorFeedback(), b""
+    return ErrorFeedback(residual, sent, round_), memory if isinstance(memory, bytes) else b""
+
+
+def save_feedback(context: Context, spec: ParamSpec, feedback: ErrorFeedback, memory: bytes) -> None:
+    """Keep error feedback and the compressor's memory in the client's context for its next round."""
+    record = ConfigRecord({"version": _VERSION, "memory": memory, "round": feedback.sent_round})
+    if feedback.residual:
+        record["residual"] = float32_bytes(feedback.residual, spec)
+        record["sent"] = float32_bytes(feedback.sent, spec)
+    context.state[_STATE] = record

@@ -1,0 +1,182 @@
+"""The arguments that both ends of secure rounds in a Flower app share, and how the server encodes each round."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tofu.errors import SettingError
+from tofu.plugins import SumSpec
+from tofu.privacy import Noise
+from tofu.secagg.coordinates import MIN_LEVELS
+from tofu.secagg.encoding import FEW_LEVELS, EncodingConfig, RingEncoder, SecureMean, nearest_range
+from tofu.secagg.encoding.ranges import MAX_RANGE
+from tofu.secagg.fixed_point import HEADROOM, FixedPoint
+from tofu.secagg.graph import Topology, choose_topology
+from tofu.weights import FINGERPRINT_BYTES, ParamSpec
+
+VERSION = 1
+MIN_CLIENTS = 3
+
+FIRST_BITS = 48
+"""Minimum bits of the ring in the first round, in which ranges are so wide that nothing is clipped."""
+
+_FIRST_FLOATS, _FIRST_INTEGERS, _FIRST_EXAMPLES = 16.0, 2.0**16, 2.0**20
+_WIDE_BITS, _WIDE_HEADROOM = 24, 64.0
+_SMALLEST = 2.0**-8
+"""Smallest range of a tensor relative to the largest range, so that one that rested may move again."""
+
+_METRIC_BOUND = 2.0**50
+_FINE_BOUND = _METRIC_BOUND / 2**39
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecureOptions:
+    """Options of secure rounds; `secure` and `SecureAggregation` must have the same.
+
+    Attributes:
+        bits: of the ring from the second round on: bytes of an update are bits / 8 an entry. With n clients rounding is
+            to 1 in 2^bits / 2n of each tensor's range. 32 is about as exact as float32.
+        error_feedback: fraction of what clipping and rounding lost that a client adds to its next update.
+        metrics: number of metric values of a reply that can be summed; a list counts by its length.
+        noise_multiplier: standard deviation of the noise in the sum, in units of `clip_norm`; 0 adds none.
+        clip_norm: with noise, each update is clipped to this L2 norm, and every client counts as one example.
+        dropout: fraction of the clients that may drop out of a round.
+        collusion: fraction of the clients that may collude with the server.
+
+    Raises:
+        SettingError: an option is out of range.
+    """
+
+    bits: int = 32
+    error_feedback: float = 0.0
+    metrics: int = 16
+    noise_multiplier: float = 0.0
+    clip_norm: float = 1.0
+    dropout: float = 0.2
+    collusion: float = 0.1
+
+    def __post_init__(self) -> None:
+        for field, low, high in (
+            ("bits", MIN_LEVELS, 56), ("error_feedback", 0, 1), ("metrics", 0, 1024), ("noise_multiplier", 0, 1e6),
+            ("clip_norm", 1e-9, 1e9), ("dropout", 0, 0.99), ("collusion", 0, 0.99),
+        ):  # fmt: skip
+            if not low <= getattr(self, field) <= high:
+                raise SettingError(field, getattr(self, field), f"a number from {low} to {high:g}")
+
+    @property
+    def digest(self) -> bytes:
+        """Identifies the options in 8 bytes."""
+        shared = [VERSION, dataclasses.asdict(self)]
+        return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).digest()[:FINGERPRINT_BYTES]
+
+    @property
+    def declared(self) -> dict[str, SumSpec]:
+        """The sums of metrics times examples. The second one holds what rounding took from the first."""
+        return {
+            "coarse": SumSpec((self.metrics,), _METRIC_BOUND),
+            "fine": SumSpec((self.metrics,), _METRIC_BOUND / 2**39),
+        }
+
+    def topology(self, clients: int) -> Topology:
+        """The graph of neighbors. Raises SettingError if none allows the dropouts and the collusion."""
+        return choose_topology(clients, dropout=self.dropout, corrupted=self.collusion)
+
+    def noise_in_sum(self, topology: Topology, clients: int, encoder: RingEncoder) -> Noise | None:
+        """One client's part of the noise. Raises SettingError if the ring has too few bits for it."""
+        if not self.noise_multiplier:
+            return None
+        honest = topology.honest(clients, self.collusion)
+        return Noise.on_ring(
+            self.clip_norm, self.noise_multiplier, honest, levels=encoder.levels, values=encoder.values
+        )
+
+    def metric_sums(self, values: list[float]) -> dict[str, Tensor]:
+        """At most `metrics` values within the bound -> what `declared` says."""
+        padded = torch.zeros(self.metrics, dtype=torch.float64)
+        padded[: len(values)] = torch.tensor(values, dtype=torch.float64)
+        step = _METRIC_BOUND / (2**39 - 1)
+        coarse = (padded / step).round() * step
+        return {"coarse": coarse, "fine": (padded - coarse).clamp(-_FINE_BOUND, _FINE_BOUND)}
+
+    def fits(self, value: float) -> bool:
+        """Whether a metric times examples is finite and within the bound."""
+        return abs(value) <= _METRIC_BOUND
+
+
+class RangeTracker:
+    """Chooses the encoding of each round from the sums before.
+
+    The first ranges are 16 for floating-point arrays (or 8 times the array's largest value) and 65,536 for integers,
+    with up to a million examples: so wide that practically nothing is clipped, which takes `FIRST_BITS` bits.
+    """
+
+    def __init__(self, options: SecureOptions) -> None:
+        self._options = options
+        self._ranges: tuple[float, ...] = ()
+        self._unit = 1.0
+        self._turn = 0
+
+    def encoding(self, base: Mapping[str, Tensor], spec: ParamSpec, clients: int) -> tuple[EncodingConfig, RingEncoder]:
+        """The encoding of a round.
+
+        Args:
+            base: the arrays that are sent.
+            clients: maximum number of clients in the sum.
+
+        Raises:
+            SettingError: the ring has too few bits for the clients, or for the noise.
+        """
+        options, unit, ranges, bits = self._options, self._unit, self._ranges, self._options.bits
+        if not ranges:
+            ranges = _first_ranges(base, spec)
+            bits = bits if options.noise_multiplier else max(bits, FIRST_BITS)
+        nearest = bool(self._ranges) and self._nearest(clients)
+        if options.noise_multiplier:
+            draft = RingEncoder(spec, EncodingConfig(clients, bits, 1.0, ranges), options.declared)
+            noise = options.noise_in_sum(options.topology(clients), clients, draft)
+            assert noise is not None
+            ranges, unit, nearest = (noise.grid * draft.levels,) * len(ranges), 1.0, False
+        config = EncodingConfig(clients, bits, unit, ranges, turn=self._turn, nearest_rounding=nearest)
+        config = EncodingConfig.from_bytes(config.to_bytes())  # rounded to float32, as the clients read it
+        return config, RingEncoder(spec, config, options.declared)
+
+    def advance(self, mean: SecureMean, config: EncodingConfig, clients: int) -> None:
+        """Learn from a sum of `clients` clients."""
+        unit = mean.examples / clients
+        headroom = _WIDE_HEADROOM if self._options.bits >= _WIDE_BITS else HEADROOM
+        if self._nearest(config.clients):
+            levels = FixedPoint(config.clients, self._options.bits, 1.0).levels
+            sizes = [2 * nearest_range(levels) * float(v.double().square().mean() ** 0.5) for v in mean.update.values()]
+        else:
+            sizes = [headroom * float(v.abs().max()) if v.numel() else 0.0 for v in mean.update.values()]
+        least = _SMALLEST * max(max(sizes), 1e-9)
+        scale = config.unit_weight / unit
+        known = zip(sizes, mean.ranges, config.ranges, strict=True)
+        # A range that the encoder widened had clipped a value.
+        ranges = [max(size, least, out * scale if out > before else 0.0) for size, out, before in known]
+        if config.nearest_rounding:
+            ranges = [out * scale for out in mean.ranges]
+        self._ranges = tuple(min(range_, MAX_RANGE) for range_ in ranges)
+        self._unit, self._turn = unit, self._turn + 1
+
+    def _nearest(self, clients: int) -> bool:
+        """Whether values are rounded to the nearest step, which takes error feedback."""
+        options = self._options
+        few = FixedPoint(clients, options.bits, 1.0).levels < FEW_LEVELS
+        return few and options.error_feedback == 1 and not options.noise_multiplier
+
+
+def _first_ranges(base: Mapping[str, Tensor], spec: ParamSpec) -> tuple[float, ...]:
+    ranges = []
+    for name in spec.shapes:
+        value = base[name]
+        first = _FIRST_INTEGERS if name in spec.integers else _FIRST_FLOATS
+        if name not in spec.integers and value.numel():
+            first = max(first, 8 * float(value.abs().max()))
+        ranges.append(min(first * _FIRST_EXAMPLES, MAX_RANGE))
+    return tuple(ranges)

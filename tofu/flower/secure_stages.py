@@ -1,0 +1,162 @@
+"""The server's exchanges of a secure round, around the training of a round: the stages of `tofu.secagg`.
+
+    advert   public keys, sent with an answer of the round before; clients that sent none are asked separately
+    share    the roster down, encrypted shares up
+    confirm  only with identities: the survivors down, a signature up
+    reveal   the survivors down, one share for each neighbor up, and with it the keys for the next secure round
+
+Between share and confirm the caller sends the weights with the neighbors' shares, and collects the masked vectors. A
+client that does not answer a stage, or answers it wrongly, is left out of the next ones. If fewer remain than the
+threshold, the round is abandoned, and the shares that were revealed until then decrypt nothing.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from flwr.app import Message
+
+from tofu.errors import PayloadError, RunError, SettingError
+from tofu.flower.transport import Transport, body_of, error_reason, make_message
+from tofu.secagg.graph import Topology
+from tofu.secagg.server import ServerSession, Total
+from tofu.wire import SECURE, SecureAnswer, SecureQuery
+
+
+class AbandonedError(RunError):
+    """Too few clients remain in a secure round: it reveals nothing, and the run continues with the next round."""
+
+
+@dataclass
+class SecureExchange:
+    """Asks clients for the stages of one round.
+
+    Attributes:
+        clients: name -> node.
+        seconds: maximum duration of a stage.
+        failures: client name -> reason, in one line, why it could not be used; filled here.
+        action: type of the messages.
+        count: called with every message, the client's name and its direction.
+    """
+
+    transport: Transport
+    clients: Mapping[str, int]
+    round: int
+    seconds: float
+    failures: dict[str, str] = field(default_factory=dict)
+    action: str = f"query.{SECURE}"
+    count: Callable[[Message, str, str], None] = lambda message, name, direction: None
+
+    def ask(
+        self, stage: str, messages: Mapping[str, bytes], *, advert: bool = False
+    ) -> Iterator[tuple[str, SecureAnswer]]:
+        """Run one stage with the clients that have a message in `messages`; yields the valid answers by name."""
+        silent = {node: name for name, node in self.clients.items() if name in messages}
+        requests = []
+        for node, name in silent.items():
+            query = SecureQuery(stage, messages[name], advert).to_bytes()
+            request = make_message(query, node, self.action, round_=self.round, ttl=math.ceil(self.seconds))
+            self.count(request, name, "downlink")
+            requests.append(request)
+        for node, reply in self.transport.exchange(requests, time.monotonic() + self.seconds) if requests else ():
+            name = silent.pop(node)
+            if reply.metadata.src_node_id == node:  # otherwise Flower made the error, and nothing was sent
+                self.count(reply, name, "uplink")
+            answer = None
+            with self.blaming(name):
+                if reply.has_error():
+                    raise PayloadError(error_reason(reply))
+                answer = SecureAnswer.from_bytes(body_of(reply))
+            if answer is not None:
+                yield name, answer
+        for name in silent.values():
+            self.failures[name] = f"no answer at stage {stage} within {self.seconds:g} s"
+
+    @contextmanager
+    def blaming(self, name: str) -> Iterator[None]:
+        """Record an invalid message as its sender's failure, and continue the round."""
+        try:
+            yield
+        except PayloadError as error:
+            self.failures[name] = str(error)
+
+    def collect_keys(self, adverts: dict[str, bytes]) -> None:
+        """Ask clients that sent no keys ahead for them, and add them to `adverts`."""
+        missing = {name: b"" for name in self.clients if name not in adverts}
+        for name, answer in self.ask("advert", missing):
+            if answer.advert:
+                adverts[name] = answer.advert
+
+    def share_keys(
+        self,
+        session: ServerSession,
+        adverts: dict[str, bytes],
+        topology: Callable[[int], Topology],
+        *,
+        min_clients: int,
+    ) -> dict[str, bytes]:
+        """Exchange shares -> name of each client that may train -> its neighbors' shares.
+
+        Args:
+            adverts: by name; those of this round's clients are removed, because keys serve once.
+            topology: from the number of clients.
+
+        Raises:
+            AbandonedError: too few clients take part.
+        """
+        count = 0
+        for name in self.clients:
+            if name in adverts:
+                with self.blaming(name):
+                    session.add_advert(name, adverts.pop(name))
+                    count += 1
+        if count < min_clients:
+            raise AbandonedError(f"{count} clients sent keys, a secure round takes at least {min_clients}")
+        with abandoning():
+            rosters = session.rosters(topology(count))
+        for name, answer in self.ask("share", rosters):
+            with self.blaming(name):
+                session.add_shares(name, answer.message)
+        with abandoning():
+            return session.deliveries()
+
+    def unmask(
+        self, session: ServerSession, adverts: dict[str, bytes], *, identified: bool, request_keys: bool
+    ) -> Total:
+        """Collect the shares that remove the masks from the sum.
+
+        A client that fails here is in the sum all the same.
+
+        Args:
+            adverts: receives the keys for the next secure round if `request_keys`.
+            identified: clients have identities.
+
+        Raises:
+            AbandonedError: too few clients remain.
+        """
+        with abandoning():
+            messages = session.survivors()
+        if identified:
+            for name, answer in self.ask("confirm", messages):
+                with self.blaming(name):
+                    session.add_confirmation(name, answer.message)
+            with abandoning():
+                messages = session.reveal_requests()
+        for name, answer in self.ask("reveal", messages, advert=request_keys):
+            with self.blaming(name):
+                session.add_reveal(name, answer.message)
+                if answer.advert:
+                    adverts[name] = answer.advert
+        with abandoning():
+            return session.finish()
+
+
+@contextmanager
+def abandoning() -> Iterator[None]:
+    """Abandon the round if the session ends."""
+    try:
+        yield
+    except (RunError, SettingError) as error:
+        raise AbandonedError(str(error)) from error

@@ -1,0 +1,91 @@
+"""What all mods and all strategy wrappers for Flower apps have in common."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp.typing import ClientAppCallable
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from tofu.errors import PayloadError, TofuError
+
+
+class TrainMod:
+    """A mod that handles train messages; Flower calls it around the app's train function."""
+
+    def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        if message.metadata.message_type.split(".")[0] != "train":
+            return call_next(message, context)
+        try:
+            return self.train(message, context, call_next)
+        except TofuError as error:
+            return Message(Error(code=0, reason=str(error)), reply_to=message)
+
+    def train(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        """The reply to a train message. A `TofuError` becomes an error reply."""
+        raise NotImplementedError
+
+
+class StrategyWrapper(Strategy):
+    """A strategy that changes the train messages of another one; everything else is the inner strategy's.
+
+    Args:
+        inner: any strategy of Flower's Message API; it is not changed.
+    """
+
+    def __init__(self, inner: Strategy) -> None:
+        self.inner = inner
+        # `start` replaces the inner strategy's methods for its duration; these are the originals.
+        self._configure_train, self._aggregate_train = inner.configure_train, inner.aggregate_train
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes that are not the wrapper's own are the inner strategy's."""
+        if name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    def start(self, *arguments: Any, **options: Any) -> Result:
+        """Run the inner strategy's own `start`, which calls this wrapper's configure and aggregate steps."""
+        own = {name: getattr(self, name) for name in ("configure_train", "aggregate_train")}
+        vars(self.inner).update(own)
+        try:
+            return self.inner.start(*arguments, **options)
+        finally:
+            for name in own:
+                del vars(self.inner)[name]
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The inner strategy's."""
+        return self.inner.configure_evaluate(server_round, arrays, config, grid)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """The inner strategy's."""
+        return self.inner.aggregate_evaluate(server_round, replies)
+
+    def summary(self) -> None:
+        """The inner strategy's."""
+        self.inner.summary()
+
+
+def with_record(message: Message, key: str, record: ConfigRecord) -> Message:
+    """The message with one more record, in a content of its own: Flower's strategies share one among all messages."""
+    content = RecordDict(dict(message.content.items()))
+    content[key] = record
+    to = message.metadata
+    return Message(content, to.dst_node_id, to.message_type, ttl=to.ttl, group_id=to.group_id)
+
+
+def only_arrays(content: RecordDict, what: str) -> tuple[str, ArrayRecord]:
+    """The one array record of a message. Raises PayloadError if it has another number of them."""
+    records = list(content.array_records.items())
+    if len(records) != 1:
+        raise PayloadError(f"{what} has {len(records)} array records, expected 1")
+    return records[0]
+
+
+def reasons_of(errors: Iterable[str | None]) -> str:
+    """Different reasons in one line of bounded length."""
+    return "; ".join(sorted({" ".join((error or "no reason").split())[:300] for error in errors}))[:900]
