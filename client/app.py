@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,25 +29,22 @@ from tofu.flower.secure_session import answer_query, participant_of
 from tofu.log import about, start_logging
 from tofu.settings import Settings
 from tofu.wire import FIELD, RECORD, RESYNC, SECURE, SecureQuery, TrainRequest
+from tofu.workload import Workload
 
 LOG = logging.getLogger("tofu.client")
 
-app = ClientApp()
 
-
-@app.query()
-def hello(message: Message, context: Context) -> Message:
+def hello(message: Message, context: Context, workload: Workload | None = None) -> Message:
     """Reply with this client's name and its number of images (1 under DP, where the number would not be noised)."""
     with _answering("hello", message, context) as answer:
         settings = Settings.of(context.run_config)
-        data = client_data(settings, context)
+        data = client_data(settings, context, workload)
         examples = 1 if settings.privacy.noise_multiplier else len(data)
         answer.record = ConfigRecord({"client": client_name(context), "examples": examples})
     return answer.message
 
 
-@app.train()
-def train(message: Message, context: Context) -> Message:
+def train(message: Message, context: Context, workload: Workload | None = None) -> Message:
     """One round: train locally, compress the update, reply with one payload."""
     with _answering("train", message, context) as answer:
         settings = Settings.of({**context.run_config, **_device_of(context)})
@@ -54,11 +52,10 @@ def train(message: Message, context: Context) -> Message:
         request = TrainRequest.from_bytes(_content(message))
         answer.fields["kind"] = request.kind
         round_ = int(message.metadata.group_id)
-        answer.record = ConfigRecord({FIELD: train_round(request, round_, settings, context)})
+        answer.record = ConfigRecord({FIELD: train_round(request, round_, settings, context, workload)})
     return answer.message
 
 
-@app.query(SECURE)
 def secure(message: Message, context: Context) -> Message:
     """Answer one stage of a secure round other than the masked input."""
     with _answering("secure", message, context) as answer:
@@ -67,6 +64,18 @@ def secure(message: Message, context: Context) -> Message:
         made = answer_query(query, context, participant_of(context, client_name(context)))
         answer.record = ConfigRecord({FIELD: made.to_bytes()})
     return answer.message
+
+
+def make_app(workload: Workload | None = None) -> ClientApp:
+    """The client app; with `workload`, for clients that train its data and model in this process."""
+    made = ClientApp()
+    made.query()(partial(hello, workload=workload))
+    made.train()(partial(train, workload=workload))
+    made.query(SECURE)(secure)
+    return made
+
+
+app = make_app()
 
 
 @dataclass

@@ -10,11 +10,11 @@ from client.downlink import ResyncError, receive_weights
 from client.policy import check_fit, client_data
 from client.state import KeptWeights, SavedState, load_broadcast, load_plugins, load_state, save_state
 from tofu.compression.error_feedback import ErrorFeedback
+from tofu.data import LabeledImages
 from tofu.device import open_device
 from tofu.errors import PayloadError
 from tofu.flower.policy import check_policy, client_name
 from tofu.flower.secure_session import load_session, new_advert, participant_of, save_session
-from tofu.models import build_model
 from tofu.payload import Payload
 from tofu.plugins import MAX_STATE_BYTES, Export, Plugins, RoundContext, export_to_bytes
 from tofu.reference_model import ReferenceModel
@@ -34,13 +34,19 @@ from tofu.rounds.steps import (
 from tofu.secagg.encoding import EncodingConfig, RingEncoder, flat, purpose_of
 from tofu.settings import Settings
 from tofu.tasks import only_classes
-from tofu.training import LocalTrainingConfig, train_locally
+from tofu.training import LocalTrainingConfig
 from tofu.weights import Weights, cosine, difference, explained_variance, load_weights, weights_of
 from tofu.wire import SecurePart, TrainReply, TrainRequest, broadcast_id
+from tofu.workload import NamedWorkload, Workload
 
 
-def train_round(request: TrainRequest, round_: int, settings: Settings, context: Context) -> bytes:
+def train_round(
+    request: TrainRequest, round_: int, settings: Settings, context: Context, workload: Workload | None = None
+) -> bytes:
     """Train, then compress or mask the update; error feedback and the codec's memory are kept in `context.state`.
+
+    Args:
+        workload: data and model; by default those that the settings name.
 
     Returns:
         A `TrainReply`, or in a secure round a masked vector (`tofu.secagg.messages.Masked`).
@@ -50,7 +56,7 @@ def train_round(request: TrainRequest, round_: int, settings: Settings, context:
         TofuError: the client does not take part, the weights or the data are not usable, or training diverged.
     """
     check_policy(request.kind, settings.privacy.noise_multiplier, context)
-    local = LocalRound.begin(request, round_, settings, context)
+    local = LocalRound.begin(request, round_, settings, context, workload or NamedWorkload(settings))
     trained = local.train()
     fraction = settings.residual_fraction
     steps: list[UpdateStep] = [AddResidual(request.acknowledged, fraction)]
@@ -114,9 +120,12 @@ class LocalRound:
     state: SavedState
     feedback: ErrorFeedback
     broadcast: bytes
+    workload: Workload
 
     @staticmethod
-    def begin(request: TrainRequest, round_: int, settings: Settings, context: Context) -> "LocalRound":
+    def begin(
+        request: TrainRequest, round_: int, settings: Settings, context: Context, workload: Workload
+    ) -> "LocalRound":
         """Build the model, set up the plugins, load the client's state and receive the weights.
 
         Raises:
@@ -130,8 +139,7 @@ class LocalRound:
         if request.kept and broadcast_id(broadcast) != request.kept:
             raise ResyncError("this client does not have the plugins' broadcast of this round")
         plugins.load(state=load_plugins(context), broadcast=broadcast, max_bytes=MAX_STATE_BYTES)
-        network = settings.network
-        built = build_model(network.model, request.shape, norm=network.norm, seed=settings.run.seed)
+        built = workload.build_model(request.shape)
         reference = ReferenceModel.of(built, request.shape, plugins, position)
         initial = weights_of(reference.model)
         state = load_state(context, reference.param_spec)
@@ -139,7 +147,7 @@ class LocalRound:
         feedback = state.feedback if settings.residual_fraction else ErrorFeedback()
         return LocalRound(
             request, round_, settings, context, plugins, position, reference, weights_of(reference.model), initial,
-            state, feedback, broadcast,
+            state, feedback, broadcast, workload,
         )  # fmt: skip
 
     def train(self) -> TrainedUpdate:
@@ -157,9 +165,10 @@ class LocalRound:
         load_weights(model, start)
         stream = settings.task_stream(self.request.shape.classes)
         task = stream.number(self.position.task, self.position.client)
-        data = client_data(settings, self.context)
-        check_fit(data, self.request.shape)
-        data = stream.images_of(data, task)
+        data = client_data(settings, self.context, self.workload)
+        if isinstance(data, LabeledImages):
+            check_fit(data, self.request.shape)
+            data = stream.images_of(data, task)
         training = settings.training
         config = LocalTrainingConfig(
             training.local_epochs, training.batch_size, training.lr_of(self.round), training.momentum,
@@ -168,8 +177,8 @@ class LocalRound:
         generator = derive_generator(settings.run.seed, self.round, self.position.client, "train")
         heads = only_classes(model, stream.classes_of(task)) if settings.plugin.task_heads == "multi" else nullcontext()
         with heads:
-            result = train_locally(
-                model, data, config, generator=generator, plugins=self.plugins, final=self.position.final,
+            result = self.workload.train(
+                model, data, config, position=self.position, generator=generator, plugins=self.plugins,
                 device=open_device(settings.run.device),
             )  # fmt: skip
         exported = self.plugins.export(model)

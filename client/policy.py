@@ -1,14 +1,18 @@
 """A client's data, and whether they fit the run's model."""
 
+from collections.abc import Sized
+
 from flwr.app import Context
 
 from tofu.data import ImageShape, LabeledImages, local_folder
 from tofu.errors import DataError
 from tofu.settings import Settings
+from tofu.workload import NamedWorkload, Workload
 
 
-def client_data(settings: Settings, context: Context) -> LabeledImages:
-    """The client's images: the folder that its node config names as `data`, or its partition of the run's dataset.
+def client_data(settings: Settings, context: Context, workload: Workload | None = None) -> Sized:
+    """The client's data: the folder that its node config names as `data`, or its partition of the workload's
+    data, by default the dataset that the settings name.
 
     Raises:
         DataError: the node config has neither.
@@ -19,7 +23,7 @@ def client_data(settings: Settings, context: Context) -> LabeledImages:
     partition = context.node_config.get("partition-id")
     if partition is None:
         raise DataError("node config has neither data (a folder of images) nor partition-id (a part of the dataset)")
-    return settings.open_data().client(int(partition))
+    return (workload or NamedWorkload(settings)).client(int(partition))
 
 
 def check_fit(data: LabeledImages, shape: ImageShape) -> None:

@@ -23,7 +23,6 @@ from tofu.flower.in_process import InProcessGrid, run_in_process
 from tofu.flower.transport import GridTransport
 from tofu.formatting import printable
 from tofu.log import start_logging
-from tofu.models import build_model
 from tofu.observers.base import Observer, Observers
 from tofu.observers.json_lines import JsonLinesLog
 from tofu.observers.prometheus import PrometheusMetrics
@@ -34,6 +33,7 @@ from tofu.reporting.folder import RunFolder
 from tofu.reporting.report import write_report
 from tofu.rounds.record import RoundRecord, RunSummary, from_dict, to_dict
 from tofu.settings import Settings
+from tofu.workload import NamedWorkload, Workload
 
 app = ServerApp()
 
@@ -56,11 +56,12 @@ def main(grid: Grid, context: Context) -> None:
         raise  # Flower takes every other end, also SystemExit, for success
 
 
-def serve(grid: Grid, settings: Settings, observer: Observer) -> RunSummary:
+def serve(grid: Grid, settings: Settings, observer: Observer, workload: Workload | None = None) -> RunSummary:
     """Run the whole federation.
 
     Args:
         observer: receives the events of the run, after the log and the Prometheus metrics.
+        workload: data and model; by default those that the settings name.
 
     Raises:
         TofuError: a setting or the data cannot be used, or a round got no valid reply. The run folder keeps the
@@ -70,7 +71,7 @@ def serve(grid: Grid, settings: Settings, observer: Observer) -> RunSummary:
     metrics = PrometheusMetrics(grid.run.run_id, settings)
     observers = Observers((JsonLinesLog(grid.run.run_id), metrics, observer))
     try:
-        run = _Run(grid, settings, observers)
+        run = _Run(grid, settings, observers, workload or NamedWorkload(settings))
         metrics.serve(settings.metrics_port)
         return run.run()
     except BaseException as error:
@@ -80,8 +81,13 @@ def serve(grid: Grid, settings: Settings, observer: Observer) -> RunSummary:
         observers.close()
 
 
-def serve_in_process(client_app: ClientApp, settings: Settings, observer: Observer | None = None) -> dict[str, Any]:
+def serve_in_process(
+    client_app: ClientApp, settings: Settings, observer: Observer | None = None, workload: Workload | None = None
+) -> dict[str, Any]:
     """Run this server app and a client app in this process, without ray and without opening a port.
+
+    Args:
+        workload: the one that the client app was made with (`client.app.make_app`).
 
     Returns:
         The run's summary, as in summary.json.
@@ -94,7 +100,7 @@ def serve_in_process(client_app: ClientApp, settings: Settings, observer: Observ
 
     @server_app.main()
     def run(grid: Grid, context: Context) -> None:
-        summaries.append(serve(grid, Settings.of(context.run_config), observer or Observer()))
+        summaries.append(serve(grid, Settings.of(context.run_config), observer or Observer(), workload))
 
     run_in_process(
         server_app,
@@ -109,20 +115,19 @@ def serve_in_process(client_app: ClientApp, settings: Settings, observer: Observ
 class _Run:
     """A run: the runner, and all that is stored of it. Settings that cannot be used are refused on construction."""
 
-    def __init__(self, grid: Grid, settings: Settings, observer: Observer) -> None:
+    def __init__(self, grid: Grid, settings: Settings, observer: Observer, workload: Workload) -> None:
         self._began = time.perf_counter()
         torch.set_num_threads(settings.threads)
         self._grid, self._settings, self._observer = grid, settings, observer
-        data = settings.open_data()
-        model = build_model(settings.model, data.shape, norm=settings.norm, seed=settings.seed)
-        network = ReferenceModel(model.eval(), data.shape)
-        test = data.test()
+        shape = workload.shape
+        network = ReferenceModel(workload.build_model(shape).eval(), shape)
+        test = workload.test()
         if settings.has_secure_rounds:
             check_secure_settings(settings)
         self._ledger = Ledger()
-        self._runner = RoundRunner(GridTransport(grid), network, test, settings, self._ledger, observer)
-        self._recorder = Recorder(Path(), settings.recorded, settings=settings, shape=data.shape)
-        self._samples = SampleImages(data, test)
+        self._runner = RoundRunner(GridTransport(grid), network, test, settings, self._ledger, observer, workload)
+        self._recorder = Recorder(Path(), settings.recorded, settings=settings, shape=shape)
+        self._samples = SampleImages(workload, test)
 
     def run(self) -> RunSummary:
         settings, observer = self._settings, self._observer

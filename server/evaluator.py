@@ -1,6 +1,7 @@
 """Evaluation of the global models on the server's held-out images."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
+from contextlib import nullcontext
 
 from torch import nn
 
@@ -10,13 +11,16 @@ from tofu.evaluation import Evaluation, evaluate
 from tofu.plugins import Plugins
 from tofu.settings import Settings
 from tofu.tasks import TaskStream, only_classes
+from tofu.workload import Workload, labeled_images
 
 
 class Evaluator:
     """Evaluates the models that a run would end with."""
 
-    def __init__(self, test: LabeledImages, stream: TaskStream, settings: Settings, plugins: Plugins) -> None:
-        self._test, self._stream, self._plugins = test, stream, plugins
+    def __init__(
+        self, test: Sized, stream: TaskStream, settings: Settings, plugins: Plugins, workload: Workload
+    ) -> None:
+        self._test, self._stream, self._plugins, self._workload = test, stream, plugins, workload
         self._multi_head = settings.task_heads == "multi"
         self._device = open_device(settings.device)
 
@@ -28,20 +32,22 @@ class Evaluator:
         results = []
         for task in range(self._stream.tasks):
             heads = self._stream.classes_of(task) if self._multi_head else range(classes)
-            images = self._stream.images_of(self._test, task)
-            results.append(self._on_task(models, heads, images))
+            data = self._test
+            if self._stream.kind != "none":
+                data = self._stream.images_of(labeled_images(data), task)
+            results.append(self._on_task(models, heads, data))
         groups = []
         if len(models) > 1:
             groups = [self.evaluate([model], classes)[0].accuracy for model in models]
         accuracies = [result.accuracy for result in results]
-        mean = Evaluation(sum(accuracies) / len(results), sum(result.loss for result in results) / len(results))
-        return mean, accuracies, groups
+        loss = sum(result.loss for result in results) / len(results)
+        return Evaluation(sum(accuracies) / len(results), loss, results[-1].metrics), accuracies, groups
 
-    def _on_task(self, models: Sequence[nn.Module], heads: Sequence[int], images: LabeledImages) -> Evaluation:
+    def _on_task(self, models: Sequence[nn.Module], heads: Sequence[int], data: Sized) -> Evaluation:
         if len(models) > 1:
-            return evaluate_ensemble(models, images, self._plugins)
-        with only_classes(models[0], heads):
-            return evaluate(models[0], images, predict=self._plugins.predict, device=self._device)
+            return evaluate_ensemble(models, labeled_images(data), self._plugins)
+        with only_classes(models[0], heads) if isinstance(data, LabeledImages) else nullcontext():
+            return self._workload.evaluate(models[0], data, predict=self._plugins.predict, device=self._device)
 
 
 def evaluate_ensemble(models: Sequence[nn.Module], images: LabeledImages, plugins: Plugins) -> Evaluation:

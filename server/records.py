@@ -1,18 +1,19 @@
 """Builds the records of a run from the runner's results."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 
 import numpy as np
 import torch
 
 from server.ledger import Ledger
 from server.runner import RoundResult, RoundRunner
-from tofu.data import FederatedData, LabeledImages
+from tofu.data import LabeledImages
 from tofu.evaluation import Evaluation
 from tofu.rounds.record import ClientRecord, Failure, RoundRecord, RunSummary
 from tofu.tasks import backward_transfer, mean_accuracy
 from tofu.weights import weights_sha256
+from tofu.workload import NamedWorkload, Workload
 
 Arrays = Mapping[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]
 _MAX_REAL = 16
@@ -20,7 +21,8 @@ _MAX_REAL = 16
 
 def start_record(score: Evaluation, seconds: float) -> RoundRecord:
     """Round 0: the evaluation before training."""
-    return RoundRecord(0, "start", accuracy=score.accuracy, loss=score.loss, seconds=seconds)
+    accuracy, loss = _finite(score.accuracy), _finite(score.loss)
+    return RoundRecord(0, "start", accuracy=accuracy, loss=loss, metrics=dict(score.metrics), seconds=seconds)
 
 
 def round_record(
@@ -39,8 +41,9 @@ def round_record(
     return RoundRecord(
         round=result.round,
         kind=result.kind,
-        accuracy=score.accuracy,
-        loss=score.loss,
+        accuracy=_finite(score.accuracy),
+        loss=_finite(score.loss),
+        metrics=dict(score.metrics),
         clients=len(result.survivors) if masked else len(result.replies),
         failures=tuple(Failure(name, reason, str(result.nodes[name])) for name, reason in result.failures.items()),
         explained_variance=result.mean("explained_variance") if compressed else None,
@@ -66,6 +69,11 @@ def round_record(
     )
 
 
+def _finite(value: float) -> float | None:
+    """The value, or None if it could not be measured."""
+    return value if math.isfinite(value) else None
+
+
 def _by_client(result: RoundResult, *, compressed: bool, private: bool) -> tuple[ClientRecord, ...]:
     return tuple(
         ClientRecord(
@@ -84,7 +92,7 @@ def run_summary(runner: RoundRunner, ledger: Ledger, *, stopped: str, folder: st
     """The summary of a finished run; `stopped`: why it ended before its last round, or ""."""
     transfer = _transfer(runner)
     return RunSummary(
-        final_accuracy=runner.accuracies[-1],
+        final_accuracy=_finite(runner.accuracies[-1]),
         rounds=runner.round,
         uplink_bytes=ledger.uplink,
         downlink_bytes=ledger.downlink,
@@ -129,12 +137,11 @@ def is_budget_spent(runner: RoundRunner, round_: int) -> str:
 class SampleImages:
     """Images for the report: some real images, and the proxies of one client in the first and the last round."""
 
-    def __init__(self, data: FederatedData, test: LabeledImages) -> None:
-        self.arrays: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]] = {
-            "real": test.images[:_MAX_REAL].numpy(),
-            "real_caption": np.array("test images"),
-        }
-        self._data = data
+    def __init__(self, workload: Workload, test: Sized) -> None:
+        self.arrays: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]] = {}
+        if isinstance(test, LabeledImages):
+            self.arrays = {"real": test.images[:_MAX_REAL].numpy(), "real_caption": np.array("test images")}
+        self._data = workload.data if isinstance(workload, NamedWorkload) else None
         self._rounds: list[str] = []
 
     def restore(self, arrays: Arrays, round_: int) -> None:
@@ -149,7 +156,7 @@ class SampleImages:
         """Keep the proxies of this round, next to those of the first round that had any."""
         if result.proxies is None:
             return
-        if not self._rounds and result.shown.isdecimal() and int(result.shown) < self._data.clients:
+        if self._data and not self._rounds and result.shown.isdecimal() and int(result.shown) < self._data.clients:
             self.arrays["real"] = self._data.client(int(result.shown)).images[:_MAX_REAL].numpy()
             self.arrays["real_caption"] = np.array(
                 f"images of client {result.shown} (available because one dataset was split among all clients)"

@@ -6,7 +6,7 @@ before it aggregates any, and hides which node failed.
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +19,6 @@ from server.evaluator import Evaluator
 from server.global_model import GlobalModel
 from server.ledger import Ledger
 from server.secure_round import SecureCollector
-from tofu.data import LabeledImages
 from tofu.evaluation import Evaluation
 from tofu.flower.transport import Transport
 from tofu.models import build_model
@@ -35,6 +34,7 @@ from tofu.secagg.encoding import SecureMean
 from tofu.settings import MIN_SECURE, Settings
 from tofu.weights import Weights, weights_of
 from tofu.wire import TrainReply
+from tofu.workload import NamedWorkload, Workload, labeled_images
 
 
 @dataclass
@@ -103,7 +103,8 @@ class RoundRunner:
 
     Args:
         reference: the model at its initial weights; the rounds change it in place.
-        test: held-out images.
+        test: held-out data.
+        workload: data and model of the run; by default those that the settings name.
 
     Attributes:
         models: the global model of each client group; one unless a plugin has more groups.
@@ -115,17 +116,19 @@ class RoundRunner:
         self,
         transport: Transport,
         reference: ReferenceModel,
-        test: LabeledImages,
+        test: Sized,
         settings: Settings,
         ledger: Ledger,
         observer: Observer,
+        workload: Workload | None = None,
     ) -> None:
         self.settings, self.plugins = settings, settings.make_plugins()
         self._shape, self._test, self._ledger, self._observer = reference.shape, test, ledger, observer
         self._clients = Clients(transport, ledger, observer)
         self._schedule = Schedule.of(settings)
         self.stream = settings.task_stream(reference.shape.classes)
-        self._evaluator = Evaluator(test, self.stream, settings, self.plugins)
+        workload = workload or NamedWorkload(settings)
+        self._evaluator = Evaluator(test, self.stream, settings, self.plugins, workload)
         self._exchange = TrainExchange(transport, ledger, observer, settings.round_timeout)
         self._open = OpenCollector(self._exchange, self.plugins)
         self._secure: Collector = self._open
@@ -281,7 +284,7 @@ class RoundRunner:
         state = b""
         if self.plugins:
             averaged = self.models[0].averaged
-            state = self.plugins.calibrated_bytes(averaged, self._test, max_bytes=MAX_STATE_BYTES)
+            state = self.plugins.calibrated_bytes(averaged, labeled_images(self._test), max_bytes=MAX_STATE_BYTES)
         folder.write_model(weights_of(self.models[0].averaged), self._shape, state)
         for model in self.models[1:]:
             folder.write_model(weights_of(model.averaged), self._shape, b"", group=model.group)

@@ -3,7 +3,7 @@
 `import tofu` loads nothing but this file; each name below is imported when it is first used.
 
     tofu.encode, tofu.decode    one update of any torch model as bytes, and back
-    tofu.run                    a federation in this process, from settings given as keywords
+    tofu.run                    a federation in this process, with your own datasets, model, loss and training
     tofu.Settings               the settings of a run
     tofu.Plugin                 base class of techniques that change local training
     tofu.Compressor             base class of compressors of updates
@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tofu.api import decode as decode
     from tofu.api import encode as encode
-    from tofu.api import run as run
     from tofu.compression.base import Compressor as Compressor
     from tofu.flower.compress import Compressed as Compressed
     from tofu.flower.compress import compress as compress
     from tofu.flower.secure import SecureAggregation as SecureAggregation
     from tofu.flower.secure import secure as secure
     from tofu.plugins import Plugin as Plugin
+    from tofu.running import run as run
     from tofu.settings import Settings as Settings
 
     __version__: str
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "encode": "tofu.api",
     "decode": "tofu.api",
-    "run": "tofu.api",
+    "run": "tofu.running",
     "Settings": "tofu.settings",
     "Plugin": "tofu.plugins",
     "Compressor": "tofu.compression.base",

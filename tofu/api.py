@@ -1,4 +1,4 @@
-"""The functions of the public API: `tofu.encode`, `tofu.decode` and `tofu.run`.
+"""Two functions of the public API: `tofu.encode` and `tofu.decode`.
 
 A message of `encode` describes itself, so `decode` needs the model alone. Little-endian:
 
@@ -16,23 +16,19 @@ A message of `encode` describes itself, so `decode` needs the model alone. Littl
 
 import copy
 import dataclasses
-import importlib
-import importlib.util
 import json
 import math
 import struct
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-import tofu
 from tofu.bytes_io import ByteReader
 from tofu.codec.options import DEFAULTS, CompressorOptions, ProxySettings
 from tofu.compression import compressors, make_compressor
 from tofu.data import ImageShape
-from tofu.errors import PayloadError, RunError, SettingError
+from tofu.errors import PayloadError, SettingError
 from tofu.payload import HEADER_BYTES, Payload, read_payload
 from tofu.reference_model import ReferenceModel, output_count
 from tofu.settings.deprecated import present_value
@@ -162,37 +158,6 @@ def decode(
     base = fingerprint(weights_of(reference.model))
     payload = read_payload(reader.rest(), codec=made.code, round_=0, fingerprint=base, max_bytes=limit)
     return made.decompress(reference, payload.body)
-
-
-def run(**settings: bool | int | float | str) -> object:
-    """Run a federation in this process and return its summary, as written to summary.json in the run folder.
-
-    Args:
-        settings: the settings of a run, named as in `tofu run --help` with underscores for dashes.
-
-    Raises:
-        SettingError: a setting cannot be used.
-        DataError: the dataset cannot be used.
-        RunError: no client gave a valid reply, or this folder has a `client` or `server` module of its own.
-
-    Example:
-        >>> import tempfile, tofu
-        >>> folder = tempfile.mkdtemp() + "/run"
-        >>> summary = tofu.run(clients=2, rounds=1, local_epochs=1, train_images=100, max_evals=5, run_folder=folder)
-        >>> import json, pathlib
-        >>> json.loads(pathlib.Path(folder, "summary.json").read_text())["rounds"]
-        1
-    """
-    for package in ("client", "server"):
-        ours = Path(tofu.__path__[0]).parent / package / "__init__.py"
-        spec = importlib.util.find_spec(package)
-        found = spec.origin if spec is not None else None
-        if found is None or Path(found).resolve() != ours.resolve():
-            raise RunError(f"tofu.run needs {ours}, but Python finds {found or 'no module'} for {package!r}: "
-                           "rename that file, or run in another folder")  # fmt: skip
-    client, server = importlib.import_module("client.app"), importlib.import_module("server.app")
-    result: object = server.serve_in_process(client.app, tofu.Settings.of(settings))
-    return result
 
 
 def _reference(

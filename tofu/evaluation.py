@@ -1,7 +1,7 @@
 """Accuracy and loss of a model on held-out images."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +16,11 @@ Predict = Callable[[nn.Module, Tensor], Prediction]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracy (0 to 1) and mean cross-entropy."""
+    """Accuracy (0 to 1) and mean loss, NaN where they cannot be measured, and the user's own metrics by name."""
 
     accuracy: float
     loss: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @torch.no_grad()

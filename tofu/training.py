@@ -67,7 +67,7 @@ def train_locally(
     total, steps = torch.zeros((), device=device), 0
     for _ in range(config.epochs):
         with on_device(model, device):
-            for rows in _batches(len(data), config.batch_size, generator):
+            for rows in shuffled_batches(len(data), config.batch_size, generator):
                 batch = plugins.on_batch(Batch(to_float(data.images[rows]), data.labels[rows], rows), generator)
                 if not len(batch):
                     continue
@@ -149,7 +149,8 @@ class SGD:
         self._momenta |= zip(names, momenta, strict=True)
 
 
-def _batches(count: int, size: int, generator: torch.Generator) -> list[Tensor]:
+def shuffled_batches(count: int, size: int, generator: torch.Generator) -> list[Tensor]:
+    """Rows 0..count-1 in a random order, in batches of `size` (int64); a last batch of one row is dropped."""
     batches = list(torch.split(torch.randperm(count, generator=generator), size))
     # BatchNorm refuses a batch of one image.
     return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches

@@ -7,6 +7,7 @@ import pytest
 
 MODULES = (
     "tofu.api",
+    "tofu.running",
     "tofu.registry",
     "tofu.codec.surrogate",
     "tofu.compression.base",

@@ -11,7 +11,7 @@ from tofu.data import LabeledImages, to_float
 from tofu.errors import RunError
 from tofu.models import build_model
 from tofu.plugins import NO_PLUGINS, Batch, LocalStep, Plugin, Plugins, Weights
-from tofu.training import SGD, LocalTrainingConfig, SeededDropout, _batches, train_locally
+from tofu.training import SGD, LocalTrainingConfig, SeededDropout, shuffled_batches, train_locally
 from tofu.weights import fingerprint, weights_of
 
 
@@ -114,9 +114,9 @@ def test_dropout_draws_from_the_given_generator_only() -> None:
 
 
 def test_a_lone_last_image_is_left_out_as_batch_norm_could_not_take_it() -> None:
-    assert [len(b) for b in _batches(65, 32, generator())] == [32, 32]
-    assert [len(b) for b in _batches(66, 32, generator())] == [32, 32, 2]
-    assert [len(b) for b in _batches(1, 32, generator())] == [1]
+    assert [len(b) for b in shuffled_batches(65, 32, generator())] == [32, 32]
+    assert [len(b) for b in shuffled_batches(66, 32, generator())] == [32, 32, 2]
+    assert [len(b) for b in shuffled_batches(1, 32, generator())] == [1]
 
 
 def test_divergence_is_an_error_that_says_what_may_help(digits: LabeledImages) -> None:

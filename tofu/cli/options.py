@@ -85,14 +85,6 @@ def settings_from(config: Path | None, overrides: dict[str, Value]) -> Settings:
     return Settings.of(present_names(values) | present_names(overrides))
 
 
-def resumed_settings(overrides: dict[str, Value]) -> Settings:
-    """The settings of the run to resume, changed by the options; the server refuses what must not differ."""
-    from tofu.reporting.folder import read_config
-
-    began = read_config(Path(str(overrides["resume"]))).to_config()
-    return Settings.of(began | present_names(overrides))
-
-
 def _is_ours(path: Path) -> bool:
     import tomllib
 

@@ -4,14 +4,14 @@ import json
 import logging
 import sys
 
-from tofu.cli.options import ConfigFile, Json, Quiet, resumed_settings, settings_from, with_settings
+from tofu.cli.options import ConfigFile, Json, Quiet, settings_from, with_settings
 from tofu.settings import Settings, Value
 
 
 @with_settings
 def run(*, config: ConfigFile = None, json_: Json = False, quiet: Quiet = False, overrides: dict[str, Value]) -> None:
     """Run a federation in this process: the same server and client apps as `flwr run`, no ray, no open port."""
-    settings = resumed_settings(overrides) if overrides.get("resume") else settings_from(config, overrides)
+    settings = _resumed(overrides) if overrides.get("resume") else settings_from(config, overrides)
     summary = run_settings(settings, quiet=quiet or json_)
     if json_:
         print(json.dumps(summary))
@@ -27,3 +27,9 @@ def run_settings(settings: Settings, *, quiet: bool) -> dict[str, object]:
     from tofu.observers.terminal import make_progress
 
     return serve_in_process(client_app, settings, make_progress(sys.stderr, quiet=quiet or settings.log == "json"))
+
+
+def _resumed(overrides: dict[str, Value]) -> Settings:
+    from tofu.reporting.folder import resumed_settings
+
+    return resumed_settings(overrides)

@@ -31,7 +31,7 @@ _BUILDERS: Mapping[str, Callable[[ImageShape, str], nn.Module]] = {
     "vit_tiny": partial(vit, 4, 4, 64, 128, patch=4),
 }
 
-_BUILD_LOCK = threading.Lock()
+_BUILD_LOCK = threading.RLock()
 """Layers draw their initial weights from torch's global generator, which the client threads of a process share."""
 
 _FACTORY = "package.module:factory, a callable that takes channels, height, width and classes"
@@ -75,12 +75,17 @@ def build_model(name: str, shape: ImageShape, *, norm: str = "group", seed: int 
         build = _factory(name, shape)  # imports the user's module, which may draw numbers, before the seed is set
     else:
         raise SettingError("model", name, f"one of {', '.join(model_names())}, or package.module:factory")
+    model = build_seeded(build, seed)
+    _check_output(model, name, shape)
+    return model
+
+
+def build_seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """The model that `build` makes when torch's global generator has this seed; the generator's state is restored."""
     with _BUILD_LOCK, torch.random.fork_rng(devices=[]):
         # torch.manual_seed would also reseed the generators of accelerators, which fork_rng does not restore here.
         torch.default_generator.manual_seed(seed)
-        model = build()
-        _check_output(model, name, shape)
-    return model
+        return build()
 
 
 def _factory(name: str, shape: ImageShape) -> Callable[[], nn.Module]:

@@ -31,6 +31,7 @@ from tofu.reporting.panels import write_panels
 from tofu.rounds.panel import Panel
 from tofu.rounds.record import Baseline, RoundRecord, RunSummary, read_rounds, read_summary, to_dict
 from tofu.settings import Settings
+from tofu.settings.deprecated import present_names
 from tofu.weights import Weights
 
 MAY_CHANGE = (
@@ -174,6 +175,16 @@ def read_config(run: Path) -> Settings:
     if not isinstance(values, dict):
         raise SettingError("resume", str(run), "the folder of a run, with its config.json")
     return Settings.of(values, warn=False)
+
+
+def resumed_settings(overrides: Mapping[str, object]) -> Settings:
+    """The settings of the run to resume, with some changed; `RunFolder` refuses what must not differ.
+
+    Raises:
+        SettingError: there is no such run, or a setting cannot be used.
+    """
+    began = read_config(Path(str(overrides["resume"]))).to_config()
+    return Settings.of(began | present_names(overrides))
 
 
 def _lock(run: Path) -> FileLock:

@@ -93,7 +93,8 @@ class RoundRecord:
 
     Attributes:
         kind: "start", "proxy" (a compressed round), "fedavg" or "secure".
-        accuracy, loss: of the global model on the test images after the round.
+        accuracy, loss: of the global model on the test data after the round; None where they cannot be measured.
+        metrics: the user's own metrics of the global model, by name.
         clients: number of clients whose updates were aggregated.
         explained_variance, cosine: of the decoded against the true update, mean over clients; None if not compressed.
         step_explained_variance: of the compressed server step; None if the full weights were sent.
@@ -116,6 +117,7 @@ class RoundRecord:
     kind: RoundKind
     accuracy: Number = None
     loss: Number = None
+    metrics: Mapping[str, Number] = dataclasses.field(default_factory=dict)
     clients: Count = 0
     failures: tuple[Failure, ...] = ()
     explained_variance: Number = None
@@ -192,8 +194,8 @@ class RunSummary:
 
 
 _SPARSE = frozenset((
-    "epsilon", "delta", "by_client", "plugins", "task", "task_accuracies", "group_accuracies", "clipped", "furthest",
-    "abandoned", "mean_accuracy", "backward_transfer", "stopped", "baseline", "node", "examples",
+    "epsilon", "delta", "by_client", "metrics", "plugins", "task", "task_accuracies", "group_accuracies", "clipped",
+    "furthest", "abandoned", "mean_accuracy", "backward_transfer", "stopped", "baseline", "node", "examples",
 ))  # fmt: skip
 """Fields that JSON omits at their default, since most runs do not have them."""
 

@@ -1,0 +1,256 @@
+"""`tofu.run` with Python objects: datasets, models, losses, optimizers, metrics and training functions of the user."""
+
+import asyncio
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+import tofu
+from tofu.data import LabeledImages, open_data, to_float
+from tofu.errors import RunError, SettingError
+from tofu.models import build_model
+from tofu.observers.base import Observer
+from tofu.rounds.record import RoundRecord
+from tofu.user_workload import TrainingContext
+
+Row = dict[str, Any]
+QUICK: Row = {
+    "rounds": 2, "local_epochs": 1, "batch_size": 32, "lr": 0.05, "ratio": 20.0, "max_evals": 3, "ema_decay": 0.0,
+    "progress": False,
+}  # fmt: skip
+DATA: Row = {"dataset": "digits", "partition": "iid", "train_images": 300, "test_images": 100, "clients": 3}
+
+
+def tensors(data: LabeledImages) -> TensorDataset:
+    return TensorDataset(to_float(data.images), data.labels)
+
+
+@pytest.fixture(scope="module")
+def parts() -> tuple[list[TensorDataset], TensorDataset]:
+    """The clients' and the test images of the run that `DATA` names."""
+    data = open_data("digits", clients=3, partition="iid", train_images=300, test_images=100, seed=0)
+    return [tensors(data.client(number)) for number in range(3)], tensors(data.test())
+
+
+def mlp() -> nn.Module:
+    """A small perceptron on digits."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+
+
+def named_mlp() -> nn.Module:
+    """What model=mlp builds for digits."""
+    return build_model("mlp", open_data("digits", clients=1, partition="iid", seed=0).shape)
+
+
+class Vectors(Dataset[tuple[Tensor, Tensor]]):
+    """Rows of a linear map with noise: a regression from four numbers to one."""
+
+    def __init__(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.inputs = torch.randn(40, 4, generator=generator)
+        self.targets = self.inputs @ torch.tensor([1.0, -2.0, 0.5, 0.0])
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        return self.inputs[row], self.targets[row]
+
+
+def test_datasets_give_the_weights_of_the_named_run(
+    tmp_path: Path, parts: tuple[list[TensorDataset], TensorDataset]
+) -> None:
+    named = tofu.run(**QUICK, **DATA, model="mlp", run_folder=str(tmp_path / "named"))
+    clients, test = parts
+    own = tofu.run(**QUICK, clients=clients, test=test, model=named_mlp, run_folder=str(tmp_path / "own"))
+    mixed = tofu.run(**QUICK, **DATA, model=named_mlp, run_folder=str(tmp_path / "mixed"))
+    assert own.summary.weights_sha256 == named.summary.weights_sha256 == mixed.summary.weights_sha256
+    assert [row.accuracy for row in own.history] == [row.accuracy for row in named.history]
+    assert own.history[-1].loss == pytest.approx(named.history[-1].loss)
+    assert own.summary.uplink_bytes == named.summary.uplink_bytes
+    assert len(own.ledger) == len(named.ledger) > 0
+
+
+def test_the_result_has_the_run_as_objects(tmp_path: Path, parts: tuple[list[TensorDataset], TensorDataset]) -> None:
+    clients, test = parts
+    result = tofu.run(**QUICK, clients=clients, test=test, model=mlp, run_folder=str(tmp_path / "run"))
+    assert result.folder == tmp_path / "run"
+    assert [row.round for row in result.history] == [0, 1, 2]
+    assert {row["direction"] for row in result.ledger} == {"uplink", "downlink"}
+    images, labels = test.tensors
+    right = (result.model()(images).argmax(1) == labels).float().mean()
+    assert float(right) == pytest.approx(result.summary.final_accuracy or 0.0)
+    assert result.weights.keys() == dict(mlp().named_parameters()).keys()
+    for against in ("rounds", "bytes"):
+        result.plot(against).save(tmp_path / "plot.svg")
+        text = (tmp_path / "plot.svg").read_text()
+        assert text.startswith("<svg")
+        assert "polyline" in text
+    assert result.report().read_text().startswith("<!doctype html>")
+
+
+class Rounds(Observer):
+    """Collects records, and interrupts a run after one of them."""
+
+    def __init__(self, interrupt: int = 0) -> None:
+        self.records: list[RoundRecord] = []
+        self.notes: list[str] = []
+        self._interrupt = interrupt
+
+    def on_round_end(self, record: RoundRecord) -> None:
+        self.records.append(record)
+        if record.round == self._interrupt:
+            raise KeyboardInterrupt
+
+    def on_note(self, text: str, **where: Any) -> None:
+        self.notes.append(text)
+
+
+def test_own_loss_optimizer_metrics_and_callbacks_in_a_running_event_loop(
+    tmp_path: Path, parts: tuple[list[TensorDataset], TensorDataset]
+) -> None:
+    clients, test = parts
+    seen = Rounds()
+
+    def smoothed(outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs, targets, label_smoothing=0.1)
+
+    def top3(outputs: Tensor, targets: Tensor) -> float:
+        return float((outputs.topk(3, 1).indices == targets[:, None]).any(1).float().mean())
+
+    async def notebook() -> tofu.running.RunResult:
+        arguments = QUICK | {"lr": 0.003, "run_folder": str(tmp_path / "run")}
+        return tofu.run(
+            **arguments, clients=clients, test=test, model=mlp, loss=smoothed, optimizer=torch.optim.Adam,
+            metrics={"top3": top3}, callbacks=[seen],
+        )  # fmt: skip
+
+    result = asyncio.run(notebook())
+    last = result.history[-1]
+    assert seen.records[-1].metrics == last.metrics
+    assert 1 >= (last.metrics["top3"] or 0) > (last.accuracy or 1) > 0.3
+    images, labels = test.tensors
+    with torch.no_grad():
+        outputs = result.model()(images)
+    assert last.metrics["top3"] == pytest.approx(top3(outputs, labels))
+    assert last.loss == pytest.approx(float(smoothed(outputs, labels)))
+
+
+def test_an_own_training_function_trains_with_the_round_and_the_client(
+    tmp_path: Path, parts: tuple[list[TensorDataset], TensorDataset]
+) -> None:
+    clients, _ = parts
+    calls: list[tuple[str, int, int, float]] = []
+
+    def train(model: nn.Module, data: TensorDataset, context: TrainingContext) -> float:
+        calls.append((context.client, context.round, len(data), context.lr))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1.0)
+        return 7.0
+
+    start = nn.Linear(64, 10, bias=False)
+    model = nn.Sequential(nn.Flatten(), start)
+    arguments = QUICK | {"schedule": "fedavg", "workers": 1, "run_folder": str(tmp_path / "run")}
+    result = tofu.run(**arguments, clients=clients, model=model, train=train)
+    assert sorted(calls) == [(str(c), r, len(clients[c]), 0.05) for c in range(3) for r in (1, 2)]
+    torch.testing.assert_close(result.weights["1.weight"], start.weight.detach() + 2.0)
+    assert result.history[1].train_loss == 7.0
+    assert (result.summary.final_accuracy, result.history[-1].loss) == (None, None)  # there is no test data
+    with pytest.raises(RunError, match="test data"):
+        result.plot()
+    assert result.report().exists()
+
+
+def test_an_interrupted_run_resumes_to_the_same_weights(
+    tmp_path: Path, parts: tuple[list[TensorDataset], TensorDataset]
+) -> None:
+    clients, test = parts
+    arguments: Row = QUICK | {"clients": clients, "test": test, "model": mlp, "rounds": 3}
+    whole = tofu.run(**arguments, run_folder=str(tmp_path / "whole"))
+    with pytest.raises(KeyboardInterrupt):
+        tofu.run(**arguments, run_folder=str(tmp_path / "cut"), callbacks=[Rounds(interrupt=2)])
+    resumed = tofu.run(
+        resume=str(tmp_path / "cut"), clients=clients, test=test, model=mlp, progress=False
+    )  # the settings are those of the folder
+    assert resumed.summary.weights_sha256 == whole.summary.weights_sha256
+    assert [row.accuracy for row in resumed.history] == [row.accuracy for row in whole.history]
+    with pytest.raises(SettingError, match="has not finished"):
+        tofu.run(resume=str(tmp_path / "cut"), clients=clients, test=test, model=mlp, progress=False)
+
+
+def test_a_regression_on_vectors_is_sent_as_a_sparse_correction_and_secure_rounds_sum_it(tmp_path: Path) -> None:
+    seen = Rounds()
+    arguments: Row = QUICK | {"ratio": 2.0, "rounds": 6, "lr": 0.1, "compressor": "proxy"}
+    own: Row = {
+        "clients": [Vectors(seed) for seed in range(3)], "test": Vectors(9), "loss": nn.functional.mse_loss,
+        "model": lambda: nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1), nn.Flatten(0)), "callbacks": [seen],
+    }  # fmt: skip
+    result = tofu.run(**arguments, **own, run_folder=str(tmp_path / "run"))
+    losses = [row.loss or 0.0 for row in result.history]
+    assert losses[-1] < losses[0] / 2
+    assert result.summary.final_accuracy is None
+    assert any("sparse correction alone" in note for note in seen.notes)
+    assert '"compressor": "sparse"' in (result.folder / "config.json").read_text()
+    secure = tofu.run(**arguments | {"schedule": "secure"}, **own, run_folder=str(tmp_path / "secure"))
+    assert (secure.history[-1].loss or 9) < losses[0] / 2
+
+
+class Rows(Dataset[dict[str, Tensor]]):
+    """Samples as mappings, as `datasets` from the Hugging Face hub have them."""
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        return {"ids": torch.tensor([row % 6, row % 2]), "labels": torch.tensor(row % 2)}
+
+
+class Bag(nn.Module):
+    """An embedding bag whose output has an attribute `logits`, as models of transformers have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(6, 8)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, ids: Tensor) -> Any:
+        return type("Output", (), {"logits": self.head(self.bag(ids))})
+
+
+def test_mappings_are_passed_by_name_and_logits_are_read(tmp_path: Path) -> None:
+    arguments = QUICK | {"ratio": 2.0, "rounds": 8, "lr": 1.0, "run_folder": str(tmp_path / "run")}
+    result = tofu.run(**arguments, clients=[Rows(), Rows()], test=Rows(), model=Bag)
+    assert (result.summary.final_accuracy or 0) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"clients": [Vectors(0)]}, "model=None .* a function that builds one"),
+        ({"clients": [Vectors(0)], "model": "mlp"}, "model='mlp' .* a function that builds one"),
+        ({"clients": [TensorDataset(torch.zeros(0, 4))], "model": mlp}, "clients=.*client 0.*at least one sample"),
+        ({"clients": [iter(())], "model": mlp}, "clients=.*__len__"),
+        ({"clients": [[torch.zeros(4)] * 3], "model": mlp}, "pairs"),
+        ({"clients": [Vectors(0)], "model": mlp}, r"model='Sequential' .*accepts the inputs"),
+        ({"clients": [Vectors(0)], "model": mlp, "plugins": "ood"}, "plugins='ood' .* Python objects"),
+        ({"clients": [Vectors(0)], "model": lambda: nn.Linear(4, 1), "ratio": 1.1}, "loss=None .* no class numbers"),
+        (
+            {"clients": [Vectors(0)], "model": lambda: nn.Linear(4, 1), "loss": nn.functional.nll_loss},
+            "loss='nll_loss'",
+        ),
+        ({"model": mlp, "test": Vectors(0)}, "test='Vectors'"),
+        ({"test": Vectors(0)}, "test='Vectors'"),
+        ({"clients": 2, "rounds_": 3}, "rounds"),
+    ],
+)
+def test_misuse_has_a_line_that_says_what_is_expected(tmp_path: Path, arguments: Row, reason: str) -> None:
+    with pytest.raises((SettingError, RunError)) as caught:
+        tofu.run(**QUICK | {"run_folder": str(tmp_path / "run")} | arguments)
+    assert re.search(reason, str(caught.value))
+    assert "\n" not in str(caught.value)

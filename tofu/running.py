@@ -1,0 +1,204 @@
+"""`tofu.run`: a federation in this process, from a script or a notebook."""
+
+import importlib
+import importlib.util
+import logging
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset, default_collate
+
+import tofu
+from tofu.data import LabeledImages, to_float
+from tofu.errors import RunError, SettingError
+from tofu.observers.base import Observer, Observers
+from tofu.observers.terminal import make_progress
+from tofu.reporting.folder import resumed_settings
+from tofu.rounds.record import RunSummary, from_dict
+from tofu.run_result import RunResult
+from tofu.settings import Settings, Value
+from tofu.user_workload import Loss, Metric, OptimizerFactory, TrainFunction, UserWorkload, factory_of
+from tofu.workload import NamedWorkload, Workload
+
+DATASET = "python"
+"""The setting `dataset` of a run whose data are Python objects; the setting `model` starts with it, too."""
+
+
+_NAMED_ONLY: Mapping[str, Value] = {
+    "plugins": "", "plugin_options": "", "tasks": "none", "record_clients": "", "class_names": "",
+}  # fmt: skip
+"""Settings that need a dataset and a model that the settings name, with their defaults."""
+
+
+def run(
+    *,
+    clients: Sequence[Any] | int | None = None,
+    test: Any = None,
+    model: Callable[[], nn.Module] | nn.Module | str | None = None,
+    loss: Loss | None = None,
+    optimizer: OptimizerFactory | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+    train: TrainFunction | None = None,
+    collate: Callable[[list[Any]], Any] = default_collate,
+    callbacks: Sequence[Observer] = (),
+    progress: bool = True,
+    **settings: Value,
+) -> RunResult:
+    """Run a federation in this process. It works in a notebook, too: nothing here needs an event loop.
+
+    Ctrl-C interrupts a run. `tofu.run(resume=folder, ...)` with the same data and model continues after its last round.
+
+    Args:
+        clients: one torch `Dataset` per client, with samples (input, target) or mappings with a key "labels"; or a
+            number of clients, to which the setting `dataset` is distributed.
+        test: the server's test data, a `Dataset` of the same samples. Without it, accuracy and loss are unknown.
+        model: a function without arguments that builds the model, or the model. A name, as in the settings, only if
+            nothing but settings is given.
+        loss: (outputs, targets) -> scalar, the mean over a batch; by default cross-entropy with class numbers.
+        optimizer: (parameters, lr=) -> optimizer, such as `torch.optim.Adam`; by default SGD with the settings `lr`,
+            `momentum` and `weight_decay`.
+        metrics: name -> function of (outputs, targets) of all test samples. One named "accuracy" replaces the share of
+            right classes.
+        train: a training function of your own, `train(model, dataset, context)`, with a
+            `tofu.user_workload.TrainingContext`; it trains the model in place and may return the mean loss.
+        collate: list of samples -> batch, as for `torch.utils.data.DataLoader`.
+        callbacks: observers of the run (`tofu.observers.base.Observer`).
+        progress: print the rounds to standard error.
+        settings: all settings of `tofu run --help`, with underscores for dashes.
+
+    Raises:
+        SettingError: an argument cannot be used.
+        DataError: the dataset cannot be used.
+        RunError: no client gave a valid reply, or this folder has a `client` or `server` module of its own.
+
+    Example:
+        >>> import tempfile, torch, tofu
+        >>> from sklearn.datasets import load_digits
+        >>> from torch.utils.data import TensorDataset
+        >>> images, labels = (torch.tensor(values) for values in load_digits(return_X_y=True))
+        >>> images = images.float().view(-1, 1, 8, 8) / 8 - 1
+        >>> parts = [TensorDataset(images[n:1500:3], labels[n:1500:3]) for n in range(3)]
+        >>> net = lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 32), torch.nn.ReLU(),
+        ...                                   torch.nn.Linear(32, 10))
+        >>> result = tofu.run(clients=parts, test=TensorDataset(images[1500:], labels[1500:]), model=net, rounds=2,
+        ...                   ratio=20, max_evals=20, run_folder=tempfile.mkdtemp() + "/run", progress=False)
+        >>> [record.kind for record in result.history], result.summary.final_accuracy > 0.5
+        (['start', 'proxy', 'proxy'], True)
+    """
+    own = _OwnParts(model, loss, optimizer, metrics or {}, train, collate)
+    workload: Workload | None = None
+    note = ""
+    if own.any or not (clients is None or isinstance(clients, int)):
+        workload, settings, note = own.workload(clients, test, settings)
+    else:
+        if test is not None:
+            raise SettingError("test", type(test).__name__, "None for a dataset that the settings name")
+        settings |= {} if clients is None else {"clients": clients}
+        settings |= {"model": model} if isinstance(model, str) else {}
+    checked = _checked(settings)
+    client, server = _apps()
+    observers = Observers((make_progress(sys.stderr, quiet=not progress), *callbacks))
+    if note:
+        observers.on_note(note)
+    threads, level = torch.get_num_threads(), logging.getLogger("flwr").level
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    try:
+        summary = server.serve_in_process(client.make_app(workload), checked, observers, workload)
+    finally:
+        torch.set_num_threads(threads)
+        logging.getLogger("flwr").setLevel(level)
+    typed = from_dict(RunSummary, summary, "summary")
+    return RunResult(Path(typed.run), typed, (workload or NamedWorkload(checked)).build_model)
+
+
+@dataclass(frozen=True)
+class _OwnParts:
+    """The Python objects of a run other than its data."""
+
+    model: Any
+    loss: Loss | None
+    optimizer: OptimizerFactory | None
+    metrics: Mapping[str, Metric]
+    train: TrainFunction | None
+    collate: Callable[[list[Any]], Any]
+
+    @property
+    def any(self) -> bool:
+        """Whether there is one, so that the run is not of settings alone."""
+        named = self.model is None or isinstance(self.model, str)
+        return not named or any((self.loss, self.optimizer, self.metrics, self.train))
+
+    def workload(
+        self, clients: Any, test: Any, settings: dict[str, Value]
+    ) -> tuple[UserWorkload, dict[str, Value], str]:
+        """The workload, the settings of the run, and a note to the user or "".
+
+        Raises:
+            SettingError: an argument cannot be used.
+        """
+        if not callable(self.model):
+            raise SettingError("model", self.model, "a torch.nn.Module or a function that builds one, as other Python "
+                               "objects are given")  # fmt: skip
+        for name, default in _NAMED_ONLY.items():
+            if settings.get(name, default) != default:
+                accepted = f"{default!r} for datasets and models that are Python objects"
+                raise SettingError(name, settings[name], accepted)
+        named = clients is None or isinstance(clients, int)
+        if named and test is not None:
+            raise SettingError("test", type(test).__name__, "None for a dataset that the settings name")
+        settings = settings | ({"dataset": DATASET} if not named else {})
+        if clients is not None:
+            settings["clients"] = clients if isinstance(clients, int) else len(clients)
+        kind = re.sub(r"\W", "", getattr(self.model, "__qualname__", type(self.model).__name__).rpartition(".")[2])
+        settings["model"] = f"{DATASET}:{kind}"
+        checked = _checked(settings)
+        if named:
+            clients, test = _named_datasets(checked)
+        made = UserWorkload(
+            factory_of(self.model), clients, () if test is None else test, self.loss, self.optimizer, self.metrics,
+            self.train, self.collate, checked.run.seed,
+        )  # fmt: skip
+        note = ""
+        if checked.codec.compressor == "proxy" and not made.takes_images:
+            settings["compressor"] = "sparse"
+            note = (
+                "the model's input is no image, so updates are sent as the sparse correction alone (compressor=sparse)"
+            )
+        return made, settings, note
+
+
+def _checked(settings: Mapping[str, Value]) -> Settings:
+    """The settings of a new or a resumed run. Raises SettingError if one cannot be used."""
+    return resumed_settings(settings) if settings.get("resume") else Settings.of(settings)
+
+
+def _named_datasets(settings: Settings) -> tuple[list[TensorDataset], TensorDataset]:
+    """The clients' and the test images of a dataset that the settings name, scaled to [-1, 1]."""
+
+    def tensors(data: LabeledImages) -> TensorDataset:
+        return TensorDataset(to_float(data.images), data.labels)
+
+    data = settings.open_data()
+    return [tensors(data.client(number)) for number in range(data.clients)], tensors(data.test())
+
+
+def _apps() -> tuple[Any, Any]:
+    """The modules `client.app` and `server.app` of this project.
+
+    Raises:
+        RunError: this folder has a module of that name.
+    """
+    for package in ("client", "server"):
+        ours = Path(tofu.__path__[0]).parent / package / "__init__.py"
+        spec = importlib.util.find_spec(package)
+        found = spec.origin if spec is not None else None
+        if found is None or Path(found).resolve() != ours.resolve():
+            raise RunError(f"tofu.run needs {ours}, but Python finds {found or 'no module'} for {package!r}: "
+                           "rename that file, or run in another folder")  # fmt: skip
+    return importlib.import_module("client.app"), importlib.import_module("server.app")

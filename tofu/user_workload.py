@@ -1,0 +1,293 @@
+"""A workload of a user's own Python objects: torch datasets, a model factory, a loss, an optimizer, metrics."""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, default_collate
+
+from tofu.data import ImageShape
+from tofu.device import CPU, on_device
+from tofu.errors import RunError, SettingError
+from tofu.evaluation import Evaluation, Predict
+from tofu.models import build_seeded
+from tofu.plugins import Plugins, RoundContext
+from tofu.training import SGD, LocalTrainingConfig, SeededDropout, TrainingResult, shuffled_batches
+
+Loss = Callable[[Any, Any], Tensor]
+"""(outputs, targets) of a batch -> scalar loss, the mean over the batch."""
+Metric = Callable[[Any, Any], float]
+"""(outputs, targets) of all test samples -> number."""
+OptimizerFactory = Callable[..., torch.optim.Optimizer]
+"""(parameters, lr=) -> optimizer, such as `torch.optim.Adam`; called once per client and round."""
+_EVALUATION_BATCH = 256
+_LABELS = ("labels", "label", "targets", "target")
+
+
+@dataclass(frozen=True)
+class TrainingContext:
+    """What a training function of your own receives in addition to the model and the client's dataset.
+
+    Attributes:
+        client: name of the client: "0", "1", ...
+        round: of the run, counted from 1.
+        lr: learning rate of this round.
+        epochs, batch_size, momentum, weight_decay: the settings of the run.
+        generator: source of this client's randomness in this round, a function of the run's seed.
+        device: where the model is.
+    """
+
+    client: str
+    round: int
+    lr: float
+    epochs: int
+    batch_size: int
+    momentum: float
+    weight_decay: float
+    generator: torch.Generator
+    device: torch.device
+
+
+TrainFunction = Callable[[nn.Module, Any, TrainingContext], "float | None"]
+"""Trains a model in place on a client's dataset and returns the mean loss, if it knows one."""
+
+
+@dataclass(frozen=True)
+class UserWorkload:
+    """The workload of `tofu.run` with Python objects; its arguments are described there.
+
+    Attributes:
+        model: builds the model; called once for the server and once for each client and round.
+        clients: one dataset of (input, target) pairs, or of mappings with a key "labels", per client.
+
+    Raises:
+        SettingError: a dataset has no samples, or model or loss do not accept them.
+    """
+
+    model: Callable[[], nn.Module]
+    clients: Sequence[Any]
+    test_data: Any = ()
+    loss: Loss | None = None
+    optimizer: OptimizerFactory | None = None
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    train_function: TrainFunction | None = None
+    collate: Callable[[list[Any]], Any] = default_collate
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for number, data in enumerate(self.clients):
+            if not isinstance(data, Sized) or not hasattr(data, "__getitem__") or not len(data):
+                accepted = "datasets with __len__ and __getitem__, each with at least one sample"
+                raise SettingError("clients", f"{type(data).__name__} of client {number}", accepted)
+
+    @cached_property
+    def _probe(self) -> tuple[Any, Any]:
+        """Inputs and outputs of the first samples of client 0."""
+        first = self.clients[0]
+        inputs, targets = split_batch(self.collate([first[row] for row in range(min(2, len(first)))]))
+        model = self.build_model().eval()
+        try:
+            with torch.no_grad():
+                outputs = _forward(model, inputs)
+        except Exception as error:  # the user's own code may raise anything
+            reason = " ".join(str(error).split())
+            accepted = f"a model that accepts the inputs of the datasets ({type(error).__name__}: {reason})"
+            raise SettingError("model", type(model).__name__, accepted) from error
+        if self.train_function is None or len(self.test_data):
+            try:
+                self._loss_of(outputs, targets)
+            except (RuntimeError, TypeError, ValueError, IndexError) as error:
+                reason = " ".join(str(error).split())
+                name = getattr(self.loss, "__name__", "cross_entropy")
+                raise SettingError("loss", name, f"a function of (outputs, targets) of a batch ({reason})") from error
+        return inputs, outputs
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether the model maps float images [n, channels, height, width] to logits [n, classes]."""
+        inputs, outputs = self._probe
+        image = isinstance(inputs, Tensor) and inputs.dim() == 4 and inputs.is_floating_point()
+        return image and isinstance(outputs, Tensor) and outputs.dim() == 2
+
+    @property
+    def shape(self) -> ImageShape:
+        """Input and output size of a model for images; ones for any other model, whose codec does not need them."""
+        inputs, outputs = self._probe
+        if not self.takes_images:
+            return ImageShape(1, 1, 1, 1)
+        channels, height, width = inputs.shape[1:]
+        return ImageShape(channels, height, width, outputs.shape[1])
+
+    def build_model(self, shape: ImageShape | None = None) -> nn.Module:
+        """The model, whose initial weights are a function of the seed."""
+        return build_seeded(self.model, self.seed)
+
+    def client(self, partition: int) -> Sized:
+        data: Sized = self.clients[partition]
+        return data
+
+    def test(self) -> Sized:
+        data: Sized = self.test_data
+        return data
+
+    def train(
+        self,
+        model: nn.Module,
+        data: Sized,
+        config: LocalTrainingConfig,
+        *,
+        position: RoundContext,
+        generator: torch.Generator,
+        plugins: Plugins,
+        device: torch.device,
+    ) -> TrainingResult:
+        """Train by the user's function, or by epochs of the loss over shuffled batches.
+
+        Raises:
+            RunError: the loss is no longer finite.
+        """
+        began = time.perf_counter()
+        model.train()
+        if self.train_function is not None:
+            context = TrainingContext(
+                position.client, position.round, config.lr, config.epochs, config.batch_size, config.momentum,
+                config.weight_decay, generator, device,
+            )  # fmt: skip
+            with on_device(model, device):
+                loss = self.train_function(model, data, context)
+            mean, steps = float(loss or 0.0), 0
+        else:
+            mean, steps = self._epochs(model, data, config, generator, device)
+        if not math.isfinite(mean):
+            raise RunError(f"local training diverged (loss {mean}): a smaller lr than {config.lr:g} may help")
+        return TrainingResult(mean, steps, time.perf_counter() - began)
+
+    def _epochs(
+        self,
+        model: nn.Module,
+        data: Sized,
+        config: LocalTrainingConfig,
+        generator: torch.Generator,
+        device: torch.device,
+    ) -> tuple[float, int]:
+        """Mean loss and number of steps."""
+        total, steps = torch.zeros((), device=device), 0
+        with on_device(model, device):
+            if self.optimizer is None:
+                optimizer: Any = SGD(dict(model.named_parameters()), config)
+            else:
+                optimizer = self.optimizer([p for p in model.parameters() if p.requires_grad], lr=config.lr)
+            for _ in range(config.epochs):
+                batches = [rows.tolist() for rows in shuffled_batches(len(data), config.batch_size, generator)]
+                for inputs, targets in self._batches(data, batches, device):
+                    with SeededDropout(generator):
+                        outputs = _forward(model, inputs)
+                    loss = self._loss_of(outputs, targets)
+                    model.zero_grad()
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    optimizer.step()
+                    total += loss.detach()
+                    steps += 1
+        return float(total) / max(1, steps), steps
+
+    @torch.no_grad()
+    def evaluate(
+        self, model: nn.Module, data: Sized, *, predict: Predict | None = None, device: torch.device = CPU
+    ) -> Evaluation:
+        """Mean loss, accuracy of classifiers with class numbers as targets, and the user's metrics."""
+        if not len(data):
+            return Evaluation(math.nan, math.nan)
+        was_training = model.training
+        model.eval()
+        rows = [rows.tolist() for rows in torch.split(torch.arange(len(data)), _EVALUATION_BATCH)]
+        loss, correct, kept = 0.0, 0.0, []
+        with on_device(model, device):
+            for numbers, (inputs, targets) in zip(rows, self._batches(data, rows, device), strict=True):
+                outputs = _forward(model, inputs)
+                loss += float(self._loss_of(outputs, targets)) * len(numbers)
+                correct += float((outputs.argmax(1) == targets).sum()) if _classifies(outputs, targets) else math.nan
+                if self.metrics:
+                    kept.append(_to((outputs, targets), CPU))
+        model.train(was_training)
+        metrics = {}
+        if self.metrics:
+            outputs, targets = (_joined(list(parts)) for parts in zip(*kept, strict=True))
+            metrics = {name: float(metric(outputs, targets)) for name, metric in self.metrics.items()}
+        accuracy = metrics.pop("accuracy", correct / len(data))
+        return Evaluation(accuracy, loss / len(data), metrics)
+
+    def _loss_of(self, outputs: Any, targets: Any) -> Tensor:
+        if self.loss is not None:
+            return self.loss(outputs, targets)
+        if not isinstance(targets, Tensor) or targets.is_floating_point():
+            raise SettingError("loss", None, "a function of (outputs, targets), as the targets are no class numbers")
+        return F.cross_entropy(outputs, targets)
+
+    def _batches(self, data: Any, rows: list[list[int]], device: torch.device) -> Iterator[tuple[Any, Any]]:
+        # The loader draws a number even if it starts no worker: not from the process's generator, which clients share.
+        loader = DataLoader(data, batch_sampler=rows, collate_fn=self.collate, generator=torch.Generator())
+        for batch in loader:
+            yield _to(split_batch(batch), device)
+
+
+def split_batch(batch: Any) -> tuple[Any, Any]:
+    """(inputs, targets) of a collated batch.
+
+    Raises:
+        SettingError: it is neither a pair nor a mapping with a key "labels".
+    """
+    if isinstance(batch, Mapping):
+        for name in _LABELS:
+            if name in batch:
+                return {key: value for key, value in batch.items() if key != name}, batch[name]
+    if isinstance(batch, Sequence) and len(batch) == 2:
+        return batch[0], batch[1]
+    accepted = f"samples that are pairs (input, target), or mappings with a key {' or '.join(_LABELS)}"
+    raise SettingError("clients", type(batch).__name__, accepted)
+
+
+def factory_of(model: nn.Module | Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """A function that builds the model; of a module, one that copies it."""
+    return (lambda: copy.deepcopy(model)) if isinstance(model, nn.Module) else model
+
+
+def _forward(model: nn.Module, inputs: Any) -> Any:
+    """The model's outputs: a mapping is passed by name and a sequence by position, as Hugging Face models expect."""
+    if isinstance(inputs, Mapping):
+        outputs = model(**inputs)
+    elif isinstance(inputs, Sequence):
+        outputs = model(*inputs)
+    else:
+        outputs = model(inputs)
+    return getattr(outputs, "logits", outputs)
+
+
+def _classifies(outputs: Any, targets: Any) -> bool:
+    tensors = isinstance(outputs, Tensor) and isinstance(targets, Tensor)
+    return tensors and outputs.dim() == 2 and targets.dim() == 1 and not targets.is_floating_point()
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    """A nested value with all tensors on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {name: _to(item, device) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(_to(item, device) for item in value)
+    return value
+
+
+def _joined(parts: list[Any]) -> Any:
+    if isinstance(parts[0], Mapping):
+        return {name: _joined([part[name] for part in parts]) for name in parts[0]}
+    if isinstance(parts[0], tuple):
+        return tuple(_joined(list(column)) for column in zip(*parts, strict=True))
+    return torch.cat(parts)
