@@ -92,8 +92,8 @@ def stretched(observation: Observation) -> Tensor:
     """The proxies at the size of the network's input, each from -1 to 1: float32 [n, channels, height, width]."""
     assert observation.proxies is not None
     shape = observation.network.shape
-    images = observation.proxies.images.detach()
-    images = F.interpolate(images, size=(shape.height, shape.width), mode="bilinear", align_corners=False)
+    (images,) = observation.proxies.inputs
+    images = F.interpolate(images.detach(), size=(shape.height, shape.width), mode="bilinear", align_corners=False)
     low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
     return 2 * (images - low) / (high - low).clamp_min(1e-9) - 1
 

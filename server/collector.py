@@ -285,7 +285,7 @@ class OpenCollector:
         export = self._read_export(reply.exported, model)
         mean.add(update, reply.examples)
         if client.name == state.shown and (content := compressor.describe(payload.body)) is not None:
-            collected.proxies = content.proxies.images if content.proxies is not None else None
+            collected.proxies = content.proxies.inputs[0] if content.proxies is not None else None
         collected.replies.append((client, replace(reply, payload=b"", exported=b"")))
         self._exchange.acknowledged[client.name] = state.round
         self._exchange.delivered(client, model, state)

@@ -3,6 +3,7 @@
 `import tofu` loads nothing but this file; each name below is imported when it is first used.
 
     tofu.encode, tofu.decode    one update of any torch model as bytes, and back
+    tofu.at_embedding           for models of token ids: proxies take the place of embeddings
     tofu.run                    a federation in this process, with your own datasets, model, loss and training
     tofu.Settings               the settings of a run
     tofu.Plugin                 base class of techniques that change local training
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from tofu.flower.compress import compress as compress
     from tofu.flower.secure import SecureAggregation as SecureAggregation
     from tofu.flower.secure import secure as secure
+    from tofu.model_call import at_embedding as at_embedding
     from tofu.plugins import Plugin as Plugin
     from tofu.running import run as run
     from tofu.settings import Settings as Settings
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "encode": "tofu.api",
     "decode": "tofu.api",
+    "at_embedding": "tofu.model_call",
     "run": "tofu.running",
     "Settings": "tofu.settings",
     "Plugin": "tofu.plugins",

@@ -6,7 +6,9 @@ A message of `encode` describes itself, so `decode` needs the model alone. Littl
     4      magic "TOFE"
     1      version of this layout
     8      ratio, float64
-    4 x 2  channels, height and width of the input, number of outputs
+    1      1 if `forward` was given, plus 2 if `loss` was
+    1      number of the model's inputs, 0 if none is known
+    -      the shape of each input and that of the target: the number of axes (1 byte) and their lengths (4 bytes each)
     1      length of the compressor's name
     2      length of the options
     -      the compressor's name
@@ -27,25 +29,30 @@ from torch import Tensor, nn
 from tofu.bytes_io import ByteReader
 from tofu.codec.options import DEFAULTS, CompressorOptions, ProxySettings
 from tofu.compression import compressors, make_compressor
-from tofu.data import ImageShape
 from tofu.errors import PayloadError, SettingError
+from tofu.model_call import MAX_AXES, Forward, InputShape, Loss, ModelCall, Shape, resolve_compressor, shapes_of
 from tofu.payload import HEADER_BYTES, Payload, read_payload
-from tofu.reference_model import ReferenceModel, output_count
+from tofu.reference_model import ReferenceModel
 from tofu.settings.deprecated import present_value
-from tofu.weights import Weights, fingerprint, weights_of
+from tofu.weights import Weights, base_fingerprint
 
-_MAGIC, _VERSION = b"TOFE", 1
-_HEADER = struct.Struct("<4sBd4HBH")
-_MIN_RATIO, _MAX_SIDE = 0.1, 4096
+_MAGIC, _VERSION = b"TOFE", 2
+_HEADER = struct.Struct("<4sBdBB")
+_LENGTHS = struct.Struct("<BH")
+_MIN_RATIO, _MAX_VALUES = 0.1, 1 << 26
+_FORWARD, _LOSS = 1, 2
 
 
 def encode(
     model: nn.Module,
     update: Mapping[str, Tensor],
     *,
-    input_shape: tuple[int, int, int],
+    input_shape: InputShape | None = None,
+    forward: Forward | None = None,
+    loss: Loss | None = None,
+    target_shape: Shape | None = None,
     ratio: float = 50.0,
-    compressor: str = "proxy",
+    compressor: str | None = None,
     options: CompressorOptions | None = None,
     initial: Mapping[str, Tensor] | None = None,
     seed: int = 0,
@@ -53,12 +60,20 @@ def encode(
     """Compress one update of a model; `decode` reverses it for whoever has the model at the same weights.
 
     Args:
-        model: a classifier at the weights that the update is relative to. It is not changed.
+        model: the model at the weights that the update is relative to. It is not changed. Only its trainable
+            parameters and its buffers are encoded.
         update: new minus old weights: name -> float tensor for every trainable parameter, and optionally for buffers
             (buffers that are missing count as unchanged).
-        input_shape: channels, height and width of the model's input.
+        input_shape: shape of one example, without the batch: (features,), (channels, length), (channels, height,
+            width), (channels, depth, height, width), or a tuple of such shapes for several inputs.
+        forward: forward(model, *inputs) -> outputs, if the model cannot simply be called with floating-point inputs.
+            `tofu.at_embedding` makes one for models of token ids.
+        loss: loss(outputs, targets) -> scalar, for outputs of so many values that a free target of their shape costs
+            too many bytes; by default no loss of your own is needed, whatever the model was trained with.
+        target_shape: shape of one example's target in `loss`.
         ratio: float32 bytes of the update over bytes of the payload. The message's own header adds about 30 bytes.
-        compressor: a registered name (proxy, stc, topk, ...) or `package.module:Class`.
+        compressor: a registered name (proxy, sparse, stc, topk, ...) or `package.module:Class`. By default `proxy`, or
+            `sparse` where no input shape is given, or the model takes integers and there is no `forward`.
         options: options of the compressor; by default the proxy codec with a correction of 0.4.
         initial: trainable parameters that both ends know from earlier, such as the model's initial weights. The
             correction's positions take fewer bits with them. `decode` needs the same.
@@ -89,25 +104,33 @@ def encode(
         >>> cosine(update, decoded) > 0.7
         True
     """
+    compressor = compressor and present_value("compressor", compressor)
+    name, call = resolve_compressor(
+        compressor, model, input_shape, forward=forward, loss=loss, target_shape=target_shape
+    )  # fmt: skip
     if options is None:
         encoder = ProxySettings(bits=4, warm_start=False)
-        options = CompressorOptions(correction=0.4, encoder=encoder) if compressor == "proxy" else DEFAULTS
-    reference = _reference(model, input_shape, initial)
-    compressor = present_value("compressor", compressor)
-    made = make_compressor(compressor, reference, ratio=ratio, options=options)
-    complete = _complete(reference, update)
-    compressed = made.compress(reference, complete, generator=torch.Generator().manual_seed(seed))
-    name, text = compressor.encode(), _options_to_bytes(options)
-    shape = (*input_shape, reference.shape.classes)
-    header = _HEADER.pack(_MAGIC, _VERSION, ratio, *shape, len(name), len(text)) + name + text
-    return header + Payload(made.code, 0, fingerprint(weights_of(reference.model)), compressed.body).to_bytes()
+        options = CompressorOptions(correction=0.4, encoder=encoder) if name == "proxy" else DEFAULTS
+    reference = _reference(model, call, initial)
+    made = make_compressor(name, reference, ratio=ratio, options=options)
+    compressed = made.compress(
+        reference, _complete(reference, update), generator=torch.Generator().manual_seed(seed)
+    )  # fmt: skip
+    text = _options_to_bytes(options)
+    given = _FORWARD * (forward is not None) | _LOSS * (loss is not None)
+    header = _HEADER.pack(_MAGIC, _VERSION, ratio, given, len(call.inputs))
+    header += b"".join(struct.pack(f"<B{len(shape)}I", len(shape), *shape) for shape in (*call.inputs, call.target))
+    header += _LENGTHS.pack(len(name.encode()), len(text)) + name.encode() + text
+    return header + Payload(made.code, 0, base_fingerprint(reference.model), compressed.body).to_bytes()
 
 
 def decode(
     model: nn.Module,
     message: bytes,
     *,
-    input_shape: tuple[int, int, int] | None = None,
+    input_shape: InputShape | None = None,
+    forward: Forward | None = None,
+    loss: Loss | None = None,
     compressor: str | None = None,
     initial: Mapping[str, Tensor] | None = None,
 ) -> Weights:
@@ -118,6 +141,7 @@ def decode(
         message: bytes of `encode`. They are checked. Give `input_shape` as well if they come from an untrusted sender,
             because the memory that decoding takes grows with it.
         input_shape: the input shape that the message must have been encoded with; by default any.
+        forward, loss: as for `encode`.
         compressor: the compressor that the message must have been written by. It is required for one that is not
             registered, because a message must not choose which code is imported.
         initial: as for `encode`.
@@ -132,46 +156,55 @@ def decode(
         See `tofu.encode`.
     """
     reader = ByteReader(message, "message", min_bytes=_HEADER.size)
-    magic, version, ratio, channels, height, width, classes, name_bytes, options_bytes = reader.unpack(_HEADER)
+    magic, version, ratio, given, inputs = reader.unpack(_HEADER)
     if (magic, version) != (_MAGIC, _VERSION):
         raise PayloadError(f"message starts with {magic!r} and version {version}, expected {_MAGIC!r} and {_VERSION}")
-    if not (_MIN_RATIO <= ratio < math.inf and min(channels, height, width) >= 1 and max(height, width) <= _MAX_SIDE):
-        raise PayloadError(f"message has ratio {ratio:g} and input shape {(channels, height, width)}, out of range")
+    if not _MIN_RATIO <= ratio < math.inf or inputs > MAX_AXES:
+        raise PayloadError(f"message has ratio {ratio:g} and {inputs} inputs, out of range")
+    if given != _FORWARD * (forward is not None) | _LOSS * (loss is not None):
+        raise PayloadError("message was encoded with a `forward` or `loss` where this decode has none, or the reverse")
+    shapes, target = tuple(_read_shape(reader) for _ in range(inputs)), _read_shape(reader)
+    name_bytes, options_bytes = reader.unpack(_LENGTHS)
     name = present_value("compressor", reader.take(name_bytes).decode(errors="replace"), warn=False)
     compressor = compressor and present_value("compressor", compressor)
     options = _options_from_bytes(reader.take(options_bytes))
-    if input_shape is not None and (channels, height, width) != tuple(input_shape):
-        raise PayloadError(f"message has input shape {(channels, height, width)}, expected {tuple(input_shape)}")
+    if input_shape is not None and shapes not in ((), shapes_of(input_shape)):
+        raise PayloadError(f"message has input shape {shapes}, expected {shapes_of(input_shape)}")
     if name != (compressor or name) or (compressor is None and name not in compressors.names()):
         raise PayloadError(f"message was written by compressor {name!r}, expected {compressor or 'a registered one'}")
     try:
-        reference = _reference(model, (channels, height, width), initial)
+        _, call = resolve_compressor(
+            name, model, shapes or None, forward=forward, loss=loss, target_shape=target if loss else None
+        )
+        reference = _reference(model, call, initial)
     except SettingError as error:
         raise PayloadError(f"message does not fit this model: {error}") from error
-    if classes != reference.shape.classes:
-        raise PayloadError(f"message is for {classes} outputs, this model has {reference.shape.classes}")
+    if target != call.target:
+        raise PayloadError(f"message is for outputs of shape {target}, this model has {call.target}")
     try:
         made = make_compressor(name, reference, ratio=ratio, options=options)
     except SettingError as error:
         raise PayloadError(f"message has options that do not fit this model: {error}") from error
     limit = HEADER_BYTES + made.body_bytes(reference.param_spec)
-    base = fingerprint(weights_of(reference.model))
+    base = base_fingerprint(reference.model)
     payload = read_payload(reader.rest(), codec=made.code, round_=0, fingerprint=base, max_bytes=limit)
     return made.decompress(reference, payload.body)
 
 
-def _reference(
-    model: nn.Module, input_shape: tuple[int, int, int], initial: Mapping[str, Tensor] | None
-) -> ReferenceModel:
-    """A copy of the model on the CPU, in eval mode, with its input shape and number of outputs."""
-    model = copy.deepcopy(model).cpu().eval()
-    shape = ImageShape(*input_shape, classes=1)
-    try:
-        shape = dataclasses.replace(shape, classes=output_count(model, shape))
-    except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise SettingError("input_shape", tuple(input_shape), f"the shape of this model's input ({reason})") from error
-    reference = ReferenceModel(model, shape)
+def _read_shape(reader: ByteReader) -> Shape:
+    """A shape, checked to have at most so many values that the memory for them is no danger."""
+    (axes,) = reader.unpack(struct.Struct("<B"))
+    if axes > MAX_AXES:
+        raise PayloadError(f"message has a shape of {axes} axes, expected at most {MAX_AXES}")
+    shape: Shape = reader.unpack(struct.Struct(f"<{axes}I"))
+    if not 1 <= math.prod(shape) <= _MAX_VALUES:
+        raise PayloadError(f"message has the shape {shape}, expected 1 to {_MAX_VALUES} values")
+    return shape
+
+
+def _reference(model: nn.Module, call: ModelCall, initial: Mapping[str, Tensor] | None) -> ReferenceModel:
+    """A copy of the model on the CPU, in eval mode."""
+    reference = ReferenceModel(copy.deepcopy(model).cpu().eval(), call)
     if initial is None:
         return reference
     missing = reference.param_spec.parameters.keys() - initial.keys()

@@ -83,7 +83,7 @@ def make_plan(
     param_spec = network.param_spec
     compressor = settings.make_compressor("proxy", network)
     content = compressor.describe()
-    proxies, _, side, _ = content.proxy_shape if content else (0, 0, 0, 0)
+    proxies, *proxy = content.proxy_shape if content else (0,)
     payload = HEADER_BYTES + compressor.body_bytes(param_spec)
     full = HEADER_BYTES + param_spec.float32_bytes
     clients = max(settings.min_clients, round(settings.client_fraction * settings.clients), 1)
@@ -114,7 +114,7 @@ def make_plan(
     return Plan(
         parameters=param_spec.parameter_count,
         proxies=proxies,
-        proxy_side=side,
+        proxy_side=min(proxy[1:], default=0),
         update_bytes=param_spec.float32_bytes,
         payload_bytes=payload,
         message_overhead=message_overhead,

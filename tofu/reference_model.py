@@ -1,32 +1,32 @@
-"""A model at its base weights, with the shape of its input: what both ends of a compressor agree on."""
+"""A model at its base weights, and how it is called: what both ends of a compressor agree on."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from tofu.data import ImageShape
+from tofu.errors import SettingError
+from tofu.model_call import ModelCall, call_of
 from tofu.plugins import NO_PLUGINS, Plugins, RoundContext
 from tofu.weights import ParamSpec, Weights, layout_of
 
 
 @dataclass(frozen=True)
 class ReferenceModel:
-    """A classifier at the base weights, which updates are relative to.
+    """A model at the base weights, which updates are relative to.
 
     Attributes:
         model: the network at the base weights, in eval mode. It is never changed here.
-        shape: channels, height and width of its input, and the number of its outputs as `classes`.
+        input: the shape of the images that it classifies, or how any other model is called.
         initial: the trainable parameters of the run's initial model, the same on both ends; empty if they are the base.
     """
 
     model: nn.Module
-    shape: ImageShape
+    input: ImageShape | ModelCall
     initial: Weights = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
@@ -42,11 +42,31 @@ class ReferenceModel:
         if not plugins or about is None:
             return ReferenceModel(model, shape).as_built()
         model = plugins.setup(model, about)
-        return ReferenceModel(model, dataclasses.replace(shape, classes=output_count(model, shape))).as_built()
+        (classes,) = call_of(model, (shape.channels, shape.height, shape.width)).target  # a plugin may have changed it
+        return ReferenceModel(model, dataclasses.replace(shape, classes=classes)).as_built()
 
     def as_built(self) -> "ReferenceModel":
         """This reference with a copy of its present weights as the initial ones."""
         return dataclasses.replace(self, initial={name: w.clone() for name, w in self.base.items()})
+
+    @cached_property
+    def call(self) -> ModelCall:
+        if isinstance(self.input, ModelCall):
+            return self.input
+        return ModelCall(((self.input.channels, self.input.height, self.input.width),), (self.input.classes,))
+
+    @property
+    def shape(self) -> ImageShape:
+        """The shape of the images that it classifies.
+
+        Raises:
+            SettingError: it takes other inputs, or several.
+        """
+        if isinstance(self.input, ImageShape):
+            return self.input
+        if len(self.call.inputs) != 1 or len(self.call.inputs[0]) != 3 or len(self.call.target) != 1:
+            raise SettingError("input_shape", self.call.inputs, "one image: channels, height and width")
+        return ImageShape(*self.call.inputs[0], classes=self.call.target[0])
 
     @cached_property
     def param_spec(self) -> ParamSpec:
@@ -62,21 +82,6 @@ class ReferenceModel:
         """The difference of each trainable parameter from its initial value."""
         return {name: w - self.initial[name] if self.initial else torch.zeros_like(w) for name, w in self.base.items()}
 
-    def logits(self, parameters: Mapping[str, Tensor], images: Tensor) -> Tensor:
-        """Output [n, classes] for images [n, channels, h, w] of any size: smaller ones are upsampled bilinearly."""
-        size = (self.shape.height, self.shape.width)
-        if images.shape[-2:] != size:
-            images = F.interpolate(images, size=size, mode="bilinear", align_corners=False)
-        logits: Tensor = functional_call(self.model, dict(parameters), (images,))
-        return logits
-
-
-@torch.no_grad()
-def output_count(model: nn.Module, shape: ImageShape) -> int:
-    """Number of a model's outputs per image, which a plugin may have changed."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    outputs: Tensor = model(torch.zeros(1, shape.channels, shape.height, shape.width))
-    for module, training in modes.items():
-        module.training = training
-    return outputs.shape[1]
+    def outputs(self, parameters: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Tensor:
+        """Outputs [n, ...] for proxies [n, ...] of each input; smaller ones are interpolated to the input's size."""
+        return self.call.outputs(self.model, parameters, inputs)

@@ -99,6 +99,12 @@ def fingerprint(weights: Mapping[str, Tensor]) -> bytes:
     return _digest(weights).digest()[:FINGERPRINT_BYTES]
 
 
+def base_fingerprint(model: nn.Module) -> bytes:
+    """The fingerprint of everything that an update of the model is relative to, frozen parameters included."""
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    return fingerprint(weights_of(model) | frozen)
+
+
 def weights_sha256(weights: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, shapes and values, in hexadecimal."""
     return _digest(weights).hexdigest()

@@ -516,8 +516,8 @@ def test_proxies_that_decode_to_nan_are_refused(tmp_path: Path) -> None:
     code = ProxyCode.of(network, settings.proxy_settings(), 2)
     labels = torch.zeros(2, shape.classes)
     labels[:, 0] = 3e38
-    images, scales = torch.zeros(2, code.channels, code.side, code.side), torch.zeros(code.tensors)
-    evil = with_body(lambda body: body[:6] + code.write(ProxyData(images, labels, None, scales)))
+    images, scales = torch.zeros(2, *code.shape), torch.zeros(code.tensors)
+    evil = with_body(lambda body: body[:6] + code.write(ProxyData((images,), labels, None, scales)))
     federate(tmp_path / "run", faulty(evil), **given)
     assert [row["clients"] for row in rows(tmp_path / "run")] == [0, 4, 3]
     assert "2" in rows(tmp_path / "run")[2]["failures"][0]["client"]

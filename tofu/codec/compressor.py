@@ -11,7 +11,7 @@ Body, little-endian:
     1      flags: what both ends must agree on (ProxySettings.flags)
     1      bits of a pixel and of a label
     2      number of proxies; 0 if the correction has all the bytes
-    2      side of a proxy in pixels
+    2      shortest side of a proxy; 0 if proxies cannot be smaller than the input
     -      the proxies (`proxies.ProxyCode`), if there are any
     -      the buffers (`tofu.compression.buffers`)
     -      the correction (`correction.write_correction`), if the budget allows one
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from tofu.codec.correction import min_bytes, read_correction, write_correction
 from tofu.codec.options import DEFAULTS, CompressorOptions, ProxySettings
-from tofu.codec.proxies import ProxyCode, ProxyData, automatic_sides, decode
+from tofu.codec.proxies import ProxyCode, ProxyData, automatic_sides, decode, proxy_side
 from tofu.codec.search import encode
 from tofu.codec.strata import Strata, strata_of
 from tofu.compression import compressors
@@ -85,6 +85,7 @@ class ProxyCompressor(Compressor):
     Attributes:
         count: number of proxies in a payload that has any.
         settings: how proxies are encoded, with the side chosen.
+        side: shortest side of a proxy; 0 if proxies cannot be smaller than the input.
 
     Raises:
         SettingError: the ratio is out of reach for this model, or the proxies do not fit the network.
@@ -99,11 +100,11 @@ class ProxyCompressor(Compressor):
         self._overhead = _PREFIX.size + BufferCode(param_spec).nbytes
         smallest = min_bytes(param_spec.parameter_count) if options.correction else math.inf
         budget = int(param_spec.float32_bytes / ratio) - HEADER_BYTES - self._overhead
-        if options.correction == 1 and budget < smallest:
+        self.settings, self.count = _choose_proxies(reference, ratio, options)
+        if not self.count and budget < smallest:
             reach = param_spec.float32_bytes / (HEADER_BYTES + self._overhead + smallest)
             raise SettingError("ratio", ratio, f"at most {reach:.1f} for this model (a correction of one entry)")
-        self.settings, self.count = _choose_proxies(reference, ratio, options)
-        self._code = ProxyCode.of(reference, self.settings, self.count)
+        self._code, self.side = ProxyCode.of(reference, self.settings, self.count), proxy_side(reference, self.settings)
         self._budgets: dict[int, int] = {}
         """Number of proxies in a body -> bytes of its correction."""
         if budget >= smallest:
@@ -111,11 +112,6 @@ class ProxyCompressor(Compressor):
         if self.count:
             left = budget - self._code.nbytes
             self._budgets[self.count] = left if left >= smallest else 0
-
-    @property
-    def side(self) -> int:
-        """Side of a proxy in pixels."""
-        return self._code.side
 
     @property
     def correction(self) -> int:
@@ -171,7 +167,7 @@ class ProxyCompressor(Compressor):
             "buffers": self._overhead - _PREFIX.size,
         }
         parts["correction"] = self._budgets[count] if body is None else max(0, len(body) - sum(parts.values()))
-        shape = (count, self._code.channels, self._code.side, self._code.side) if count else (0, 0, 0, 0)
+        shape = (count, *self._code.shape) if count else (0,)
         return PayloadContent(parts, shape, proxies, self.settings)
 
     def _read_proxies(self, body: bytes) -> ProxyData | None:
@@ -190,7 +186,7 @@ class ProxyCompressor(Compressor):
         return self._code.read(body[_PREFIX.size : _PREFIX.size + self._code.nbytes]) if count else None
 
     def _fields(self, count: int) -> tuple[int, int, int, int]:
-        return self.settings.flags, self.settings.bits, count, self._code.side
+        return self.settings.flags, self.settings.bits, count, self.side
 
     def _candidate(
         self, reference: ReferenceModel, update: Weights, proxies: bytes, explained: Weights, strata: Strata | None
@@ -235,14 +231,20 @@ def _correction(like: Weights, data: bytes, strata: Strata) -> Weights:
 
 
 def _choose_proxies(reference: ReferenceModel, ratio: float, options: CompressorOptions) -> tuple[ProxySettings, int]:
-    """The settings with a side, and the number of proxies that the ratio and the correction leave bytes for."""
-    settings = options.encoder
-    if options.correction == 1:
-        return replace(settings, size=settings.size or automatic_sides(reference)[-1]), 0
-    try:
-        return _sized(reference, ratio / (1 - options.correction), options)
-    except SettingError:  # one proxy takes more than its fraction, but perhaps not more than the whole budget
+    """The settings with a side, and the number of proxies that the ratio and the correction leave bytes for.
+
+    With a correction that number may be 0.
+    """
+    if not options.correction:
         return _sized(reference, ratio, options)
+    # One proxy may take more than its fraction, but perhaps not more than the whole budget.
+    for allowed in (ratio / (1 - options.correction), ratio) if options.correction < 1 else ():
+        try:
+            return _sized(reference, allowed, options)
+        except SettingError as error:
+            if error.field != "ratio":
+                raise
+    return replace(options.encoder, size=options.encoder.size or automatic_sides(reference)[-1]), 0
 
 
 def _sized(reference: ReferenceModel, ratio: float, options: CompressorOptions) -> tuple[ProxySettings, int]:

@@ -103,7 +103,7 @@ def encode(
     with on_device(reference.model, device):
         objective = _Objective(reference, {name: u.to(device) for name, u in update.items()}, settings)
         proxies = _search(objective, begin, settings)
-        proxies = dataclasses.replace(proxies, images=code.quantize_images(proxies.images))
+        proxies = dataclasses.replace(proxies, inputs=code.quantize_inputs(proxies.inputs))
         if settings.labels == "free" and settings.solve_labels:
             proxies = _solve_labels(objective, proxies, settings)
     encoding = _finish(reference, update, code, proxies, settings)
@@ -155,24 +155,23 @@ def _power(update: Weights) -> float:
 
 
 def _noise(code: ProxyCode, generator: torch.Generator) -> ProxyData:
-    images = torch.randn(code.count, code.channels, code.side, code.side, generator=generator)
-    labels = torch.randn(code.count, code.classes, generator=generator)
+    inputs = tuple(torch.randn(code.count, *shape, generator=generator) for shape in code.shapes)
+    labels = torch.randn(code.count, *code.target, generator=generator)
     if not code.weighted:
-        return ProxyData(images, 0.3 * labels, None, torch.zeros(code.tensors))
-    return ProxyData(images, labels.softmax(1), torch.ones(code.count), torch.zeros(code.tensors))
+        return ProxyData(inputs, 0.3 * labels, None, torch.zeros(code.tensors))
+    return ProxyData(inputs, labels.softmax(1), torch.ones(code.count), torch.zeros(code.tensors))
 
 
 def _rescaled(proxies: ProxyData) -> ProxyData:
     """The proxies in the range of the noise that a search starts from, if they have left it far behind.
 
-    A nearly linear surrogate is insensitive to large pixels, so they can grow without end over warm starts.
+    A nearly linear surrogate is insensitive to large inputs, so they can grow without end over warm starts.
     """
-    images, labels = proxies.images, proxies.labels
-    if float(images.abs().max()) > MAX_START:
-        images = images / images.std()
+    labels = proxies.labels
+    inputs = tuple(x / x.std() if float(x.abs().max()) > MAX_START else x for x in proxies.inputs)
     if proxies.weights is None and float(labels.abs().max()) > MAX_START:
         labels = 0.3 * labels / labels.std()
-    return dataclasses.replace(proxies, images=images, labels=labels)
+    return dataclasses.replace(proxies, inputs=inputs, labels=labels)
 
 
 def _least_squares_scales(update: Weights, grads: Weights, *, one: bool) -> Tensor:
@@ -202,7 +201,8 @@ class _Objective:
         self.evals += 1
         weights = {name: w.detach().requires_grad_() for name, w in self.base.items()}
         loss = proxy_loss(self.reference, weights, proxies, self.settings)
-        grads = torch.autograd.grad(loss, [*weights.values(), *leaves], retain_graph=True)
+        variables = [*weights.values(), *leaves]
+        grads = torch.autograd.grad(loss, variables, retain_graph=True, materialize_grads=True)
         at_base = grads[len(weights) :]
         decoded = dict(zip(weights, grads[: len(weights)], strict=True))
         scales = _least_squares_scales(self.update, decoded, one=self.settings.scale == "one").unbind()
@@ -214,7 +214,9 @@ class _Objective:
         if step == 0 or not math.isfinite(missed) or not math.isfinite(step):
             return missed / self.power, [torch.zeros_like(leaf) for leaf in leaves]
         shifted = {name: (w + step * residual[name]).detach() for name, w in self.base.items()}
-        at_shifted = torch.autograd.grad(proxy_loss(self.reference, shifted, proxies, self.settings), leaves)
+        at_shifted = torch.autograd.grad(
+            proxy_loss(self.reference, shifted, proxies, self.settings), leaves, materialize_grads=True
+        )
         factor = -2 / (step * self.power)
         return missed / self.power, [factor * (b - a) for a, b in zip(at_base, at_shifted, strict=True)]
 
@@ -225,7 +227,7 @@ class _Variables:
     def __init__(self, begin: ProxyData, *, free: bool, only_labels: bool = False) -> None:
         self._begin, self._free, self._only_labels = begin, free, only_labels
         labels = begin.labels / LABEL_UNIT if free else begin.labels.clamp_min(1e-6).log()
-        parts = [] if only_labels else [begin.images]
+        parts = [] if only_labels else [*begin.inputs]
         parts.append(labels)
         if begin.weights is not None:
             parts.append(begin.weights)
@@ -239,10 +241,10 @@ class _Variables:
 
     def proxies(self, leaves: list[Tensor]) -> ProxyData:
         """The proxies that the leaves parametrize."""
-        rest = leaves if self._only_labels else leaves[1:]
-        images = self._begin.images if self._only_labels else leaves[0]
+        split = 0 if self._only_labels else len(self._begin.inputs)
+        inputs, rest = tuple(leaves[:split]) or self._begin.inputs, leaves[split:]
         labels = rest[0] * LABEL_UNIT if self._free else rest[0].softmax(1)
-        return dataclasses.replace(self._begin, images=images, labels=labels, weights=None if self._free else rest[1])
+        return dataclasses.replace(self._begin, inputs=inputs, labels=labels, weights=None if self._free else rest[1])
 
     def unpack(self, vector: Tensor) -> ProxyData:
         """The proxies of a vector, detached."""

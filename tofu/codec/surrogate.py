@@ -112,20 +112,6 @@ def _swaps(surrogate_beta: float, batch_statistics: bool) -> dict[Callable[..., 
     def relu6(input: Tensor, inplace: bool = False) -> Tensor:
         return smooth_relu(input, surrogate_beta) - smooth_relu(input - 6, surrogate_beta)
 
-    def max_pool2d(
-        input: Tensor,
-        kernel_size: Any,
-        stride: Any = None,
-        padding: Any = 0,
-        dilation: Any = 1,
-        ceil_mode: bool = False,
-        return_indices: bool = False,
-    ) -> Tensor:
-        return F.avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pad=False)
-
-    def adaptive_max_pool2d(input: Tensor, output_size: Any, return_indices: bool = False) -> Tensor:
-        return F.adaptive_avg_pool2d(input, output_size)
-
     def batch_norm(
         input: Tensor,
         running_mean: Tensor | None,
@@ -151,8 +137,42 @@ def _swaps(surrogate_beta: float, batch_statistics: bool) -> dict[Callable[..., 
     )
     swaps |= dict.fromkeys((F.leaky_relu, F.leaky_relu_), leaky_relu)
     swaps[F.relu6] = relu6
-    swaps |= dict.fromkeys((F.max_pool2d, torch.max_pool2d, F.max_pool2d_with_indices), max_pool2d)
-    swaps |= dict.fromkeys((F.adaptive_max_pool2d, F.adaptive_max_pool2d_with_indices), adaptive_max_pool2d)
+    for axes, average, adaptive in (
+        (1, F.avg_pool1d, F.adaptive_avg_pool1d),
+        (2, F.avg_pool2d, F.adaptive_avg_pool2d),
+        (3, F.avg_pool3d, F.adaptive_avg_pool3d),
+    ):
+        name = f"max_pool{axes}d"
+        pooled = getattr(F, name), getattr(torch, name), getattr(F, f"{name}_with_indices")
+        swaps |= dict.fromkeys(pooled, _average_pooling(average))
+        adapted = getattr(F, f"adaptive_{name}"), getattr(F, f"adaptive_{name}_with_indices")
+        swaps |= dict.fromkeys(adapted, _adaptive_average_pooling(adaptive))
     if batch_statistics:
         swaps[F.batch_norm] = batch_norm
     return swaps
+
+
+def _average_pooling(average: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Average- with the arguments of max-pooling."""
+
+    def pool(
+        input: Tensor,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+        return_indices: bool = False,
+    ) -> Tensor:
+        return average(input, kernel_size, stride, padding, ceil_mode, count_include_pad=False)
+
+    return pool
+
+
+def _adaptive_average_pooling(average: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Adaptive average- with the arguments of adaptive max-pooling."""
+
+    def pool(input: Tensor, output_size: Any, return_indices: bool = False) -> Tensor:
+        return average(input, output_size)
+
+    return pool

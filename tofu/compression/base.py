@@ -39,13 +39,13 @@ class PayloadContent:
 
     Attributes:
         parts: name of each part -> its bytes, in the order of the body.
-        proxy_shape: number of proxies, channels, height, width; zeros without proxies.
+        proxy_shape: number of proxies, then the shape of one (of several inputs, all values in a row); (0,) without.
         proxies: the proxies, or None if there are none or no body was given.
         settings: how the proxies decode.
     """
 
     parts: Mapping[str, int]
-    proxy_shape: tuple[int, int, int, int] = (0, 0, 0, 0)
+    proxy_shape: tuple[int, ...] = (0,)
     proxies: "ProxyData | None" = None
     settings: ProxySettings | None = None
 

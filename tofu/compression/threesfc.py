@@ -8,7 +8,7 @@ This is `tofu.codec` with the published method's settings, so only sizes are cho
 |U|^2 that the best s G misses, is 1 - cos^2. Where the paper leaves something open, or we differ:
 
 - Samples have 8 bits per pixel and label, as many as fit; if not even one fits, one sample of 4 bits. The paper sends
-  float32. Samples are square, with the input's smaller side.
+  float32. Samples have the input's size, up to a side of 1024.
 - Each sample has a weight of 2 bytes in the loss, which the paper does not have; for one sample it is part of s.
 - Up to 200 steps of Adam, and no penalty on the size of the samples.
 - The error feedback of the paper's method is the one around every compressor.
@@ -18,12 +18,12 @@ from dataclasses import replace
 
 from tofu.codec.compressor import ProxyCompressor
 from tofu.codec.options import DEFAULTS, CompressorOptions, paper_settings
+from tofu.codec.proxies import MAX_SIDE
 from tofu.compression import compressors
 from tofu.errors import SettingError
 from tofu.reference_model import ReferenceModel
 
 BITS, FALLBACK_BITS = 8, 4
-MAX_SIDE = 1024
 
 
 @compressors.register("3sfc")
@@ -42,7 +42,7 @@ class ThreeSfc(ProxyCompressor):
     code = 9
 
     def __init__(self, reference: ReferenceModel, *, ratio: float, options: CompressorOptions = DEFAULTS) -> None:
-        side = min(reference.shape.height, reference.shape.width, MAX_SIDE)
+        side = min(reference.call.side, MAX_SIDE)
 
         def published(bits: int) -> CompressorOptions:
             return replace(options, proxies=0, correction=0.0, encoder=paper_settings(size=side, bits=bits))

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from flwr.app import Array, ArrayRecord
@@ -18,18 +19,16 @@ from torch import Tensor, nn
 from tofu.codec.options import DEFAULTS, CompressorOptions, ProxySettings
 from tofu.compression import compressors, make_compressor
 from tofu.compression.base import Compressor
-from tofu.data import ImageShape
 from tofu.errors import PayloadError, SettingError
+from tofu.model_call import NEEDS_CALL, Forward, InputShape, Loss, ModelCall, Shape, resolve_compressor
 from tofu.payload import HEADER_BYTES, Payload, read_payload
-from tofu.reference_model import ReferenceModel, output_count
-from tofu.weights import FINGERPRINT_BYTES, ParamSpec, Weights, fingerprint, load_weights, weights_of
+from tofu.reference_model import ReferenceModel
+from tofu.weights import FINGERPRINT_BYTES, ParamSpec, Weights, base_fingerprint, load_weights
 
 RECORD = "tofu"
 """Key of the `ConfigRecord` that the strategy adds to a train message, and the mod to its reply."""
 
-VERSION = 1
-NEEDS_MODEL = frozenset({"proxy", "3sfc"})
-"""Compressors that differentiate through the model."""
+VERSION = 2
 
 
 class UpdateCodec:
@@ -38,9 +37,11 @@ class UpdateCodec:
     Args:
         model: the app's network, or a function without arguments that builds it. Without it the codec sees only arrays,
             and every array counts as trainable.
-        input_shape: (channels, height, width) of the model's input; proxies need it.
-        compressor: a registered name or `package.module:Class`. By default `proxy`, or `sparse` if there is no model or
-            no input shape.
+        input_shape: shape of one example, without the batch, such as (3, 32, 32) or (features,), or a tuple of such
+            shapes for several inputs; proxies need it.
+        forward, loss, target_shape: of a model that cannot simply be called, as for `tofu.encode`.
+        compressor: a registered name or `package.module:Class`. By default `proxy`, or `sparse` where proxies are
+            impossible: there is no model or input shape, or the model takes integers and there is no `forward`.
         ratio: float32 bytes of an update over the bytes of its payload.
         correction: smallest fraction of a proxy payload that is left to the sparse correction.
         over_relaxation: gain of what is decoded (docs/error-feedback.md); of the correction alone with proxies.
@@ -55,8 +56,11 @@ class UpdateCodec:
     def __init__(
         self,
         model: nn.Module | Callable[[], nn.Module] | None = None,
-        input_shape: tuple[int, int, int] | None = None,
+        input_shape: InputShape | None = None,
         *,
+        forward: Forward | None = None,
+        loss: Loss | None = None,
+        target_shape: Shape | None = None,
         compressor: str | None = None,
         ratio: float = 100.0,
         correction: float = 0.4,
@@ -65,10 +69,10 @@ class UpdateCodec:
         error_feedback: float = 1.0,
         seed: int = 0,
     ) -> None:
-        self.name = compressor or ("sparse" if model is None or input_shape is None else "proxy")
-        if self.name in NEEDS_MODEL and (model is None or input_shape is None):
-            raise SettingError("compressor", self.name, "model and input_shape to be given, or compressor=sparse")
-        compressors.get(self.name)
+        if compressor is not None:
+            compressors.get(compressor)
+        if compressor in NEEDS_CALL and (model is None or input_shape is None):
+            raise SettingError("compressor", compressor, "model and input_shape to be given, or compressor=sparse")
         for field, value, low, high in (
             ("error_feedback", error_feedback, 0, 1), ("step_ahead", step_ahead, 0, 1),
             ("correction", correction, 0, 1), ("over_relaxation", over_relaxation, 1, 2), ("ratio", ratio, 1, 1e6),
@@ -76,20 +80,31 @@ class UpdateCodec:
             if not low <= value <= high:
                 raise SettingError(field, value, f"a number from {low} to {high:g}")
         self._model, self._shape, self._ratio = model, input_shape, ratio
-        if self.name == "proxy":
-            encoder = ProxySettings(bits=4, warm_start=False)
-            self._options = CompressorOptions(
-                correction=correction, correction_gain=over_relaxation, encoder=encoder
-            )  # fmt: skip
-        else:
-            self._options = dataclasses.replace(DEFAULTS, gain=over_relaxation)
+        self._compressor, self._correction, self._over_relaxation = compressor, correction, over_relaxation
+        self._call = {"forward": forward, "loss": loss, "target_shape": target_shape}
         self.error_feedback, self.step_ahead, self.seed = error_feedback, step_ahead, seed
+
+    @cached_property
+    def _resolved(self) -> tuple[str, ModelCall]:
+        """The compressor's name, and how it calls the model. The model is built for it, at the first message."""
+        return resolve_compressor(self._compressor, self._built_once, self._shape, **self._call)
+
+    @cached_property
+    def _options(self) -> CompressorOptions:
+        if self._resolved[0] != "proxy":
+            return dataclasses.replace(DEFAULTS, gain=self._over_relaxation)
+        encoder = ProxySettings(bits=4, warm_start=False)
+        return CompressorOptions(
+            correction=self._correction, correction_gain=self._over_relaxation, encoder=encoder
+        )  # fmt: skip
 
     @property
     def digest(self) -> bytes:
         """Identifies the arguments that both ends must share, in 8 bytes."""
         options = dataclasses.asdict(self._options)
-        shared = [VERSION, self.name, self._ratio, self._shape, options]
+        name, call = self._resolved
+        functions = [getattr(f, "__qualname__", type(f).__qualname__) for f in (call.forward, call.loss) if f]
+        shared = [VERSION, name, self._ratio, call.inputs, call.target, functions, options]
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).digest()[:FINGERPRINT_BYTES]
 
     def reference(self, arrays: Mapping[str, Tensor]) -> "ArrayModel":
@@ -98,26 +113,18 @@ class UpdateCodec:
         Raises:
             SettingError: the arrays are not those of the model, or the model does not accept the input shape.
         """
-        model = _bare(arrays) if self._model is None else self._built()
+        model = _bare(arrays) if self._built_once is None else copy.deepcopy(self._built_once)
         names = _matched(arrays, model)
         load_weights(model, {own: arrays[name] for own, name in names.items()})
-        shape = ImageShape(*(self._shape or (1, 1, 1)), classes=1)
-        model.eval()
-        if self._shape is not None and self._model is not None:
-            try:
-                shape = dataclasses.replace(shape, classes=output_count(model, shape))
-            except Exception as error:  # the user's own code may raise anything
-                reason = " ".join(str(error).split())
-                raise SettingError("input_shape", self._shape, f"the shape of the model's input ({reason})") from error
-        return ArrayModel(ReferenceModel(model, shape), names)
+        return ArrayModel(ReferenceModel(model.eval(), self._resolved[1]), names)
 
     def compressor(self, reference: ReferenceModel) -> Compressor:
         """The compressor for this model. Raises SettingError if it does not reach the ratio."""
-        return make_compressor(self.name, reference, ratio=self._ratio, options=self._options)
+        return make_compressor(self._resolved[0], reference, ratio=self._ratio, options=self._options)
 
     def payload(self, compressor: Compressor, reference: ReferenceModel, body: bytes, round_: int) -> bytes:
         """A body with a header that names compressor, round and the weights that the update is relative to."""
-        return Payload(compressor.code, round_, fingerprint(weights_of(reference.model)), body).to_bytes()
+        return Payload(compressor.code, round_, base_fingerprint(reference.model), body).to_bytes()
 
     def decode(self, reference: ReferenceModel, data: object, round_: int) -> Weights:
         """The update that a payload stands for, by the model's names.
@@ -129,12 +136,16 @@ class UpdateCodec:
             raise PayloadError(f"payload is {type(data).__name__}, expected bytes")
         compressor = self.compressor(reference)
         limit = HEADER_BYTES + compressor.body_bytes(reference.param_spec)
-        base = fingerprint(weights_of(reference.model))
+        base = base_fingerprint(reference.model)
         payload = read_payload(data, codec=compressor.code, round_=round_, fingerprint=base, max_bytes=limit)
         return compressor.decompress(reference, payload.body)
 
-    def _built(self) -> nn.Module:
-        return copy.deepcopy(self._model) if isinstance(self._model, nn.Module) else self._model()  # type: ignore[misc]
+    @cached_property
+    def _built_once(self) -> nn.Module | None:
+        """The user's model, on the CPU; built only once, because that may load a pretrained network."""
+        if self._model is None:
+            return None
+        return copy.deepcopy(self._model).cpu() if isinstance(self._model, nn.Module) else self._model().cpu()
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,9 @@ def test_a_correction_sends_what_the_proxies_missed(every_layer_update: Case, ml
             count = ProxyCompressor(network, ratio=ratio, options=CompressorOptions(correction=0.4)).count
         except SettingError:  # too small a network
             continue
+        if not count:  # a network that small has bytes for the correction alone
+            assert network is every_layer_update[0]
+            continue
         for share in (0.0, 0.4, 1.0):
             compressor = ProxyCompressor(
                 network, ratio=ratio, options=CompressorOptions(proxies=count, correction=share)
@@ -252,4 +255,4 @@ def test_describe_accounts_for_every_byte(mlp_update: Case, correction: float) -
     assert sum(content.parts.values()) == len(body)
     assert (content.proxies is None) == (content.proxy_shape[0] == 0)
     if content.proxies is not None:
-        assert tuple(content.proxies.images.shape) == content.proxy_shape
+        assert tuple(content.proxies.inputs[0].shape) == content.proxy_shape

@@ -19,7 +19,7 @@ def test_decode_is_the_scaled_gradient_of_the_loss(mlp_update: Case) -> None:
     network, _ = mlp_update
     mode = ProxySettings()
     tensors = len(network.param_spec.parameters)
-    proxies = ProxyData(torch.randn(3, 1, 4, 4), torch.randn(3, 10), None, torch.arange(1.0, tensors + 1))
+    proxies = ProxyData((torch.randn(3, 1, 4, 4),), torch.randn(3, 10), None, torch.arange(1.0, tensors + 1))
     grads, decoded = gradients(network, proxies, mode), decode(network, proxies, mode)
     for i, name in enumerate(grads):
         assert torch.equal(decoded[name], (i + 1) * grads[name])
@@ -30,7 +30,7 @@ def test_labels_enter_linearly(mlp_update: Case) -> None:
     mode = ProxySettings()
     images, labels = torch.randn(3, 1, 4, 4), torch.randn(2, 3, 10)
     ones = torch.ones(len(network.param_spec.parameters))
-    parts = [decode(network, ProxyData(images, y, None, ones), mode) for y in (labels[0], labels[1], labels.sum(0))]
+    parts = [decode(network, ProxyData((images,), y, None, ones), mode) for y in (labels[0], labels[1], labels.sum(0))]
     for name in parts[0]:
         assert torch.allclose(parts[0][name] + parts[1][name], parts[2][name], atol=1e-4)
 
@@ -44,10 +44,10 @@ def test_labels_enter_linearly(mlp_update: Case) -> None:
 def test_code_round_trip(
     count: int, channels: int, side: int, classes: int, tensors: int, bits: int, weighted: bool, seed: int
 ) -> None:
-    code, g = ProxyCode(count, channels, side, classes, tensors, bits, weighted), generator(seed)
+    code, g = ProxyCode(count, ((channels, side, side),), (classes,), tensors, bits, weighted), generator(seed)
     labels = torch.randn(count, classes, generator=g)
     proxies = ProxyData(
-        torch.randn(count, channels, side, side, generator=g),
+        (torch.randn(count, channels, side, side, generator=g),),
         labels.softmax(1) if weighted else labels,
         torch.rand(count, generator=g) if weighted else None,
         torch.randn(tensors, generator=g),
@@ -55,12 +55,12 @@ def test_code_round_trip(
     data = code.write(proxies)
     back = code.read(data)
     assert len(data) == code.nbytes
-    assert torch.equal(back.images, code.quantize_images(proxies.images))
+    assert torch.equal(back.inputs[0], code.quantize_inputs(proxies.inputs)[0])
     assert torch.allclose(back.scales, proxies.scales, rtol=2**-7)
     if weighted:
         assert bool((back.labels >= 0).all())
     if bits >= 8:
-        assert torch.allclose(back.images, proxies.images, atol=0.03 * float(proxies.images.abs().max()))
+        assert torch.allclose(back.inputs[0], proxies.inputs[0], atol=0.03 * float(proxies.inputs[0].abs().max()))
         if weighted:
             assert torch.allclose(back.labels.sum(1), torch.ones(count), atol=1e-5)
     with pytest.raises(PayloadError, match="proxies take"):

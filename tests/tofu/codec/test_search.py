@@ -81,7 +81,7 @@ def test_gradient_by_difference_is_the_gradient_by_differentiating_twice(mlp_upd
     code = ProxyCode.of(network, mode, 4)
     simplex = mode.labels == "simplex"
     begin = ProxyData(
-        torch.randn(4, code.channels, code.side, code.side, generator=generator()),
+        (torch.randn(4, *code.shape, generator=generator()),),
         torch.randn(4, 10, generator=generator()).softmax(1) if simplex else torch.randn(4, 10, generator=generator()),
         torch.ones(4) if simplex else None,
         torch.zeros(code.tensors),
@@ -119,9 +119,9 @@ def test_warm_start_begins_ahead(mlp_update: Case) -> None:
 def test_a_warm_start_does_not_let_pixels_run_away(mlp_update: Case) -> None:
     network, update = mlp_update
     first = encode(network, update, 6, ProxySettings(), generator=generator()).proxies
-    huge = dataclasses.replace(first, images=1e6 * first.images, labels=1e6 * first.labels)
+    huge = dataclasses.replace(first, inputs=(1e6 * first.inputs[0],), labels=1e6 * first.labels)
     warm = encode(network, update, 6, ProxySettings(), generator=generator(1), start=huge)
-    assert float(warm.proxies.images.abs().max()) < 1e5
+    assert float(warm.proxies.inputs[0].abs().max()) < 1e5
     assert float(warm.proxies.labels.abs().max()) < 1e5
     assert warm.explained_variance > 0.3
 
@@ -156,5 +156,5 @@ def test_color_images_and_rectangles() -> None:
     network = ReferenceModel(model, ImageShape(3, 8, 12, 5))
     update = {name: torch.randn_like(p) for name, p in network.base.items()}
     encoding = encode(network, update, 20, ProxySettings(), generator=generator())
-    assert encoding.proxies.images.shape == (20, 3, 7, 7)
+    assert encoding.proxies.inputs[0].shape == (20, 3, 7, 11)
     assert encoding.explained_variance > 0.05
