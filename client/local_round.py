@@ -67,7 +67,7 @@ def train_round(
     outgoing = KeepResidual(round_, fraction).apply(outgoing)
     save_state(
         context,
-        local.reference.param_spec,
+        local.reference,
         feedback=outgoing.feedback if fraction else None,
         memory=outgoing.memory,
         kept=KeptWeights(local.base, request.identity) if settings.downstream.downlink != "full-weights" else None,
@@ -142,7 +142,7 @@ class LocalRound:
         built = workload.build_model(request.shape)
         reference = ReferenceModel.of(built, request.shape, plugins, position)
         initial = weights_of(reference.model)
-        state = load_state(context, reference.param_spec)
+        state = load_state(context, reference)
         receive_weights(request, round_, reference, state.kept, settings.make_downlink(reference))
         feedback = state.feedback if settings.residual_fraction else ErrorFeedback()
         return LocalRound(

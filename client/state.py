@@ -1,7 +1,8 @@
 """A client's state between rounds, in its Flower context: error feedback, the codec's memory, the plugins' states, and
 the global weights if the downlink is compressed.
 
-State that is missing or belongs to another model (after a restart, say) is ignored: the client starts without it.
+State that is missing or belongs to another architecture (a plugin changed the model) is ignored: the client starts
+without it. Only the plugins' states and their broadcast, which say what the architecture is, are kept across a change.
 Weights are stored as plain bytes, because Flower parses its arrays with `ast.literal_eval`, which sometimes fails in
 CPython 3.11 when two threads call it at the same time, as the clients of one process do.
 """
@@ -13,10 +14,11 @@ from flwr.app import ConfigRecord, Context
 from tofu.compression.error_feedback import ErrorFeedback
 from tofu.errors import PayloadError
 from tofu.payload import float32_bytes, float32_from
-from tofu.weights import ParamSpec, Weights
+from tofu.reference_model import ReferenceModel
+from tofu.weights import Weights
 
 _RECORD = "tofu"
-_VERSION = 3
+_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -54,17 +56,17 @@ def _bytes(context: Context, name: str) -> bytes:
     return value if isinstance(value, bytes) else b""
 
 
-def load_state(context: Context, param_spec: ParamSpec) -> SavedState:
-    """The state that `save_state` left, or an empty one."""
-    record = context.state.config_records.get(_RECORD)
-    if record is None or record.get("version") != _VERSION:
-        return SavedState(ErrorFeedback(), b"")
+def load_state(context: Context, reference: ReferenceModel) -> SavedState:
+    """The state that `save_state` left, or an empty one if it belongs to another architecture."""
+    record, param_spec = context.state.config_records.get(_RECORD), reference.param_spec
+    if record is None or record.get("version") != _VERSION or record.get("architecture") != reference.architecture:
+        return SavedState(ErrorFeedback(), b"", plugins=load_plugins(context))
 
     def weights(name: str) -> Weights | None:
         data = record.get(name)
         try:
             return float32_from(data, param_spec) if isinstance(data, bytes) else None
-        except PayloadError:  # of another model
+        except PayloadError:
             return None
 
     memory, sent_round, identity = record.get("memory"), record.get("sent-round"), record.get("identity")
@@ -82,7 +84,7 @@ def load_state(context: Context, param_spec: ParamSpec) -> SavedState:
 
 def save_state(
     context: Context,
-    param_spec: ParamSpec,
+    reference: ReferenceModel,
     *,
     feedback: ErrorFeedback | None,
     memory: bytes,
@@ -91,7 +93,13 @@ def save_state(
     broadcast: bytes = b"",
 ) -> None:
     """Keep the state in `context` for this client's next round; what is None is not kept."""
-    record = ConfigRecord({"version": _VERSION, "memory": memory, "plugins": plugins, "broadcast": broadcast})
+    param_spec = reference.param_spec
+    record = ConfigRecord(
+        {
+            "version": _VERSION, "architecture": reference.architecture, "memory": memory, "plugins": plugins,
+            "broadcast": broadcast,
+        }
+    )  # fmt: skip
     if feedback is not None:
         record["residual"] = float32_bytes(feedback.residual, param_spec)
         record["sent"] = float32_bytes(feedback.sent, param_spec)

@@ -11,6 +11,7 @@ from server.optimizer import ServerOptimizer
 from server.secure_ranges import SecureRanges
 from tofu.compression.base import Compressor
 from tofu.data import ImageShape
+from tofu.errors import RunError
 from tofu.models import build_model
 from tofu.plugins import Plugins
 from tofu.privacy import check_param_spec
@@ -61,26 +62,31 @@ class GlobalModel:
         self.averaged = averaged or (copy.deepcopy(reference.model) if settings.ema_decay else reference.model)
         self.secure = SecureRanges(reference.param_spec, settings) if "secure" in self._kinds else None
 
-    def prepare(self, round_: int) -> None:
-        """Let the plugins set up the model of a round; start anew if that changes the shape of its parameters.
+    def prepare(self, round_: int) -> bool:
+        """Let the plugins set up the model of a round; start anew if that changes its architecture.
 
-        After a change the weights continue, the optimizer's state starts anew, and all clients receive full weights.
+        After a change the weights continue as the plugins' `setup` converts them, the optimizer's state starts anew,
+        and all clients receive full weights and drop the residuals of the old architecture.
+
+        Returns:
+            Whether the architecture changed.
         """
         if not self._plugins:
-            return
+            return False
         settings, shape, plugins = self._settings, self.shape, self._plugins
         # The model after the last round is that of the last round.
         context = settings.round_context(shape, min(round_, settings.rounds), group=self.group)
         built = build_model(settings.model, shape, norm=settings.norm, seed=settings.seed)
         fresh = ReferenceModel.of(built, shape, plugins, context)
-        if fresh.param_spec == self.reference.param_spec:
-            return
+        if fresh.architecture == self.reference.architecture:
+            return False
         averaged = None
         if self.averaged is not self.reference.model:
             averaged = ReferenceModel.of(self.averaged, shape, plugins, context).model
         reference = ReferenceModel.of(self.reference.model, shape, plugins, context)
         reference = dataclasses.replace(reference, model=reference.model.eval(), initial=fresh.initial)
         self._begin(reference, flat(weights_of(fresh.model)), averaged)
+        return True
 
     def step(self, update: Weights) -> None:
         """Apply the mean update by the server's optimizer, then the plugins' `on_step`."""
@@ -97,6 +103,7 @@ class GlobalModel:
 
     def save(self, snapshot: Snapshot) -> None:
         """Add the state to a checkpoint."""
+        snapshot.plain["architecture"] = self.reference.architecture.hex()
         snapshot.put_tensors("model", weights_of(self.reference.model))
         snapshot.put_tensors("averaged", weights_of(self.averaged))
         self.optimizer.save(snapshot)
@@ -109,8 +116,14 @@ class GlobalModel:
 
         Args:
             clients_kept: the clients still have their state. If not, they receive full weights.
+
+        Raises:
+            RunError: the plugins no longer make the architecture that the checkpoint was written with.
         """
         self.prepare(round_ + 1)
+        saved, built = snapshot.plain["architecture"], self.reference.architecture.hex()
+        if saved != built:
+            raise RunError(f"the checkpoint of round {round_} has architecture {saved}, the plugins made {built}")
         load_weights(self.reference.model, snapshot.tensors_of("model"))
         load_weights(self.averaged, snapshot.tensors_of("averaged"))
         self.optimizer.restore(snapshot)

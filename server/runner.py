@@ -198,7 +198,10 @@ class RoundRunner:
         if self.account is not None and any(collected.update is not None for collected in rounds):
             self.account.spend(settings.noise_multiplier, kind)
         for model in self.models:
-            model.prepare(round_ + 1)
+            before = model.reference.param_spec.parameter_count
+            if model.prepare(round_ + 1):
+                after = model.reference.param_spec.parameter_count
+                self._observer.on_note(f"round {round_}: plugins change the model from {before} to {after} parameters")
         return result
 
     def _state(self, round_: int, kind: str, shown: str) -> RoundState:

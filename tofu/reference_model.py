@@ -12,7 +12,7 @@ from tofu.data import ImageShape
 from tofu.errors import SettingError
 from tofu.model_call import ModelCall, call_of
 from tofu.plugins import NO_PLUGINS, Plugins, RoundContext
-from tofu.weights import ParamSpec, Weights, layout_of
+from tofu.weights import ParamSpec, Weights, architecture_of, layout_of
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,11 @@ class ReferenceModel:
     @cached_property
     def param_spec(self) -> ParamSpec:
         return layout_of(self.model)
+
+    @cached_property
+    def architecture(self) -> bytes:
+        """The version of the model's architecture (`tofu.weights.architecture_of`), which plugins may change."""
+        return architecture_of(self.model)
 
     @property
     def base(self) -> Weights:

@@ -64,6 +64,21 @@ def layout_of(model: nn.Module) -> ParamSpec:
     return ParamSpec(parameters, {name: b.shape for name, b in buffers.items()}, integers)
 
 
+def architecture_of(model: nn.Module) -> bytes:
+    """Identity of what the weights of a model mean: updates and residuals of one architecture do not fit another.
+
+    The first 8 bytes of SHA-256 over the names and shapes of the trainable parameters and of the buffers that are sent,
+    and over the constants: names and values of the buffers that are not sent, such as a mask's positions
+    (`tofu.plugins.masking`). So two masks that keep equally many entries are two architectures.
+    """
+    spec, sent = layout_of(model), model.state_dict().keys()
+    digest = hashlib.sha256()
+    for name, shape in spec.shapes.items():
+        digest.update(f"{name}:{tuple(shape)};".encode())
+    digest.update(_digest({name: b for name, b in model.named_buffers() if name not in sent}).digest())
+    return digest.digest()[:FINGERPRINT_BYTES]
+
+
 def _persistent_buffers(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
     persistent = model.state_dict().keys()
     return [(name, b) for name, b in model.named_buffers() if name in persistent]

@@ -1,5 +1,7 @@
 """The round runner and both collectors, with an in-memory transport and the real client app."""
 
+import itertools
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,15 +11,17 @@ import torch
 from flwr.app import Error, Message, RecordDict
 from torch import Tensor, nn
 
+from client.state import load_state
 from server.checkpoint import Snapshot
 from server.ledger import Ledger
 from server.runner import RoundRunner
 from tests.server.memory import MemoryTransport
+from tofu.compression.error_feedback import ErrorFeedback
 from tofu.errors import RunError
 from tofu.flower.internals import task_identity
 from tofu.models import build_model
 from tofu.observers.base import Observer
-from tofu.plugins import Plugin, PluginState, RoundContext
+from tofu.plugins import Plugin, PluginState, RoundContext, keep_channels, keep_entries
 from tofu.reference_model import ReferenceModel
 from tofu.settings import Settings
 from tofu.weights import weights_of
@@ -223,3 +227,75 @@ def test_a_client_that_was_absent_when_the_shape_changed_takes_part_again() -> N
         assert len(result.replies) == (2 if transport.absent else 3), result.failures
         shapes.append(runner.models[0].reference.param_spec.shapes)
     assert shapes[0] != shapes[-1]
+
+
+@dataclass
+class Narrow(Plugin):
+    """Every other channel of a layer from round 2 on, and in round 3 as many others: shapes that stay the same."""
+
+    def setup(self, model: nn.Module, context: RoundContext) -> nn.Module:
+        if context.round > 1:
+            keep_channels(model, {"conv1": torch.arange(0, 32, 2)})
+            mask = torch.arange(10 * 128).view(10, 128) % 2 == context.round % 2
+            keep_entries(model, {"fc2.weight": mask})
+        return model
+
+
+NARROW: dict[str, object] = {
+    "plugins": "tests.server.test_runner:Narrow", "model": "cnn", "norm": "none", "server_optimizer": "momentum",
+    "min_clients": 2, "clients": 4, "train_images": 160,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"downlink": "topk"}, {"schedule": "fedavg"}, {"schedule": "secure"}],
+    ids=["proxy", "topk", "fedavg", "secure"],
+)
+def test_architectures_change_in_every_kind_of_round_and_the_run_resumes(changes: dict[str, object]) -> None:
+    """An absent client takes part again; a run restored after the changes continues to the same weights."""
+    changes = NARROW | changes
+    runner, transport = make(**changes)
+    architectures = [runner.models[0].reference.architecture]
+    for round_ in (1, 2, 3):
+        transport.absent = {"1"} if round_ == 2 else set()
+        [result] = rounds(runner, round_)
+        assert result.failures == {}
+        assert not result.abandoned
+        architectures.append(runner.models[0].reference.architecture)
+    assert all(old != new for old, new in itertools.pairwise(architectures))
+    weights = runner.weights
+    assert weights["conv1.weight"].shape[0] == weights["conv2.weight"].shape[1] == 16
+    snapshot = Snapshot()
+    runner.save(snapshot)
+    stored = {node: pickle.dumps(context) for node, context in transport.contexts.items()}
+    rounds(runner, 4)
+    transport.contexts = {node: pickle.loads(context) for node, context in stored.items()}
+    resumed, _ = make(transport, **changes)
+    resumed.restore(Snapshot.from_bytes(snapshot.to_bytes()), clients_kept=True)
+    rounds(resumed, 4)
+    assert same(runner.weights, resumed.weights)
+
+
+def test_a_change_drops_residuals_and_sends_full_weights() -> None:
+    """In round 3 the mask has as many entries at other places: a residual of round 2 would be added to those."""
+    runner, transport = make(**NARROW | {"downlink": "topk"})
+    for round_ in (1, 2, 3):
+        rounds(runner, round_)
+        # Steps alone reach a client that has the architecture; here each round has another one.
+        assert all(runner.models[0].downlink.parts(name).payload or round_ == 1 for name in "0123")
+    context = next(iter(transport.contexts.values()))
+    of_round_3 = context.state.config_records["tofu"]["architecture"]
+    assert load_state(context, runner.models[0].reference).feedback == ErrorFeedback()
+    assert of_round_3 != runner.models[0].reference.architecture
+
+
+def test_a_checkpoint_of_another_architecture_is_refused() -> None:
+    runner, _ = make(**NARROW)
+    rounds(runner, 1)
+    snapshot = Snapshot()
+    runner.save(snapshot)
+    other, _ = make(**{name: value for name, value in NARROW.items() if name != "plugins"})
+    snapshot.blobs["plugins"] = b""
+    with pytest.raises(RunError, match=r"the checkpoint of round 1 has architecture .*, the plugins made"):
+        other.restore(snapshot, clients_kept=True)

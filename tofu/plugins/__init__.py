@@ -15,6 +15,7 @@ from tofu.plugins.base import (
     Weights,
 )  # fmt: skip
 from tofu.plugins.chain import NO_PLUGINS, Plugins
+from tofu.plugins.channels import keep_channels
 from tofu.plugins.export import MAX_STATE_BYTES, export_from_bytes, export_to_bytes
 from tofu.plugins.loading import make_plugins, plugin_names, plugin_registry
 from tofu.plugins.masking import keep_entries
@@ -25,5 +26,6 @@ from tofu.rounds.panel import Panel
 __all__ = [
     "MAX_STATE_BYTES", "NO_PLUGINS", "Batch", "Export", "LocalStep", "Panel", "Plugin", "PluginState", "Plugins",
     "Prediction", "RoundContext", "RunRequirements", "SumSpec", "Weights", "export_from_bytes", "export_to_bytes",
-    "keep_entries", "make_plugins", "option", "plugin_names", "plugin_registry", "state_from_bytes", "state_to_bytes",
+    "keep_channels", "keep_entries", "make_plugins", "option", "plugin_names", "plugin_registry",
+    "state_from_bytes", "state_to_bytes",
 ]  # fmt: skip

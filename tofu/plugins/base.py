@@ -229,8 +229,13 @@ class Plugin:
 
         The names, shapes and `requires_grad` of the resulting parameters must be a function of the options, the
         broadcast and `context` without its client, so that they are the same everywhere. They may change from round to
-        round: the server then calls `setup` on its trained model, and clients receive full weights. Entries that all
-        clients must neither train nor send are removed this way (`tofu.plugins.masking.keep_entries`).
+        round: the server then calls `setup` on its trained model, which must convert the weights or replace them, and
+        clients receive full weights. Entries and channels that all clients must neither train nor send are removed this
+        way (`tofu.plugins.keep_entries`, `tofu.plugins.keep_channels`).
+
+        Buffers that are not sent (`persistent=False`) are constants of the architecture: other values are a change,
+        even if all names and shapes stay the same. After a change clients drop the residuals of error feedback and the
+        compressor's memory, because both belong to the old architecture.
         """
         return model
 
