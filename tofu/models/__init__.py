@@ -15,6 +15,7 @@ from tofu.data import ImageShape
 from tofu.errors import SettingError
 from tofu.imports import import_object
 from tofu.models.small import cnn, lenet5, mlp
+from tofu.models.spiking import spiking_model
 from tofu.models.torchvision_models import resnet18, vgg, vit
 
 NORMS = ("group", "batch", "none")
@@ -29,6 +30,9 @@ _BUILDERS: Mapping[str, Callable[[ImageShape, str], nn.Module]] = {
     "vgg16": partial(vgg, "D"),
     "vit_b_16": partial(vit, 12, 12, 768, 3072),
     "vit_tiny": partial(vit, 4, 4, 64, 128, patch=4),
+    "snn-small": partial(spiking_model, "small"),
+    "vgg5-snn": partial(spiking_model, "vgg5"),
+    "vgg9-snn": partial(spiking_model, "vgg9"),
 }
 
 _BUILD_LOCK = threading.RLock()

@@ -38,7 +38,8 @@ class ModelSettings(Group):
     section: ClassVar[str] = "Model"
 
     model: str = setting(
-        "mlp", "lenet5, mlp, cnn, resnet18, vgg11, vgg13, vgg16, vit_b_16, vit_tiny, or package.module:factory"
+        "mlp",
+        "lenet5, mlp, cnn, resnet18, vgg11, vgg13, vgg16, vit_b_16, vit_tiny, snn-small, vgg5-snn, vgg9-snn, or package.module:factory",
     )
     norm: Literal["group", "batch", "none"] = setting("group", "normalization layers, if the model has a choice")
 

@@ -1,0 +1,98 @@
+"""Layers that know how many time steps there are. All activations are [steps * n, ...], the steps outermost.
+
+In non-spiking mode these layers make up the network that a spiking one is converted from: one step, ReLU for neurons.
+The codec's surrogate of a spiking network is close to that: one step, in which a neuron is its firing rate, the smooth
+ReLU of current / threshold. Its gradients are near those that a client trains with, and take 1 step instead of T.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tofu.codec.surrogate import register_surrogate, smooth_relu
+from tofu.models.spiking.neuron import LEAK, potentials, spike
+
+
+def split_time(x: Tensor, steps: int) -> Tensor:
+    """[steps * n, ...] -> [steps, n, ...]."""
+    return x.view(steps, -1, *x.shape[1:])
+
+
+class OverTime(nn.Module):
+    """Base class of layers that depend on the number of time steps.
+
+    Attributes:
+        steps: number of time steps; it may be changed at any time.
+        spiking: False for the non-spiking mode, which has no time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 1
+        self.spiking = True
+
+    def extra_repr(self) -> str:
+        return f"steps={self.steps}" if self.spiking else "non-spiking"
+
+
+class RepeatOverTime(OverTime):
+    """A constant current: [n, ...] -> [steps * n, ...]."""
+
+    def forward(self, current: Tensor) -> Tensor:
+        if not self.spiking:
+            return current
+        return current.expand(self.steps, *current.shape).flatten(0, 1)
+
+
+class MeanOverTime(OverTime):
+    """[steps * n, ...] -> [n, ...]. A linear layer after it integrates over time without leak or reset."""
+
+    def forward(self, spikes: Tensor) -> Tensor:
+        return split_time(spikes, self.steps).mean(0) if self.spiking else spikes
+
+
+class LeakyIntegrateFire(OverTime):
+    """Leaky integrate-and-fire neurons with soft reset: currents [steps * n, ...] -> spikes 0 or 1 of that shape.
+
+    Potentials start at 0 for every input. The threshold is a buffer: balancing sets it, training does not.
+
+    Args:
+        threshold: positive.
+        leak: fraction of a potential that is left after a step, 0 to 1.
+
+    Example:
+        >>> import torch
+        >>> layer = LeakyIntegrateFire(leak=1.0)
+        >>> layer.steps = 4
+        >>> layer(torch.full((4, 1), 0.4)).flatten().tolist()
+        [0.0, 0.0, 1.0, 0.0]
+    """
+
+    threshold: Tensor
+
+    def __init__(self, threshold: float = 1.0, leak: float = LEAK) -> None:
+        super().__init__()
+        self.leak = leak
+        self.register_buffer("threshold", torch.tensor(threshold))
+
+    def forward(self, current: Tensor) -> Tensor:
+        if not self.spiking:
+            return F.relu(current)
+        u = potentials(split_time(current, self.steps), self.threshold, self.leak)
+        return spike(u / self.threshold - 1).flatten(0, 1)  # type: ignore[no-any-return]
+
+
+def _firing_rate(beta: float) -> Callable[[LeakyIntegrateFire, Tensor], Tensor]:
+    """Unlike a real rate this one is not bounded by 1: through the bounded one, proxies explain less of an update."""
+
+    def forward(layer: LeakyIntegrateFire, current: Tensor) -> Tensor:
+        return smooth_relu(current / layer.threshold if layer.spiking else current, beta)
+
+    return forward
+
+
+register_surrogate(LeakyIntegrateFire, _firing_rate)
+register_surrogate(RepeatOverTime, lambda beta: lambda layer, current: current)
+register_surrogate(MeanOverTime, lambda beta: lambda layer, rates: rates)

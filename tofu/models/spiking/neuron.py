@@ -1,0 +1,89 @@
+"""A leaky integrate-and-fire layer that is fused over time, with a linear surrogate gradient.
+
+With current I_t = W s_t and threshold theta, all arithmetic of a layer is
+
+    u_t = leak u_{t-1} + I_t - theta o_{t-1},    o_t = 1 if u_t > theta, else 0        (soft reset)
+    do_t / du_t := 0.3 max(0, 1 - |u_t / theta - 1|) / theta                          (linear surrogate)
+
+(Garg, Chowdhury, Roy, "DCT-SNN", ICCV 2021; the surrogate is that of Bellec et al., NeurIPS 2018). As in snnTorch, no
+gradient flows through the reset. Then u is a linear function of the currents, and its backward pass is the same filter
+run backward in time: that is why it needs no graph of T steps, and why it can be differentiated twice.
+"""
+
+import itertools
+from typing import Any
+
+import torch
+from snntorch.surrogate import custom_surrogate
+from torch import Tensor
+
+LEAK = 0.9901
+"""Of DCT-SNN and of the authors' other networks."""
+
+SURROGATE_SLOPE = 0.3
+
+
+def _linear(x: Tensor, grad_output: Tensor, spikes: Tensor) -> Tensor:
+    return grad_output * (SURROGATE_SLOPE * (1 - x.abs()).clamp(min=0))
+
+
+spike = custom_surrogate(_linear)
+"""x = u / theta - 1 -> 1.0 where x is positive, 0.0 elsewhere; twice differentiable by the linear surrogate."""
+
+
+class _Filter(torch.autograd.Function):
+    """y_t = x_t + leak y_{t-1} along the first dimension, or with `backward_in_time` y_t = x_t + leak y_{t+1}."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, leak: float, backward_in_time: bool) -> Tensor:
+        ctx.leak, ctx.backward_in_time = leak, backward_in_time
+        out = x.clone()
+        steps = list(out.unbind())
+        if backward_in_time:
+            steps.reverse()
+        for last, step in itertools.pairwise(steps):
+            step.add_(last, alpha=leak)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _filter(grads[0], ctx.leak, not ctx.backward_in_time), None, None
+
+
+def _filter(x: Tensor, leak: float, backward_in_time: bool) -> Tensor:
+    return _Filter.apply(x, leak, backward_in_time)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _Potential(torch.autograd.Function):
+    """Currents [T, ...] -> potentials u [T, ...] before the reset of their own step."""
+
+    @staticmethod
+    def forward(ctx: Any, current: Tensor, threshold: Tensor, leak: float) -> Tensor:
+        ctx.leak = leak
+        out = current.clone()
+        steps = out.unbind()
+        for last, step in itertools.pairwise(steps):
+            step.add_(last, alpha=leak)
+            step.sub_((last > threshold).to(last.dtype).mul_(threshold))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _filter(grads[0], ctx.leak, True), None, None
+
+
+def potentials(current: Tensor, threshold: Tensor, leak: float = LEAK) -> Tensor:
+    """Membrane potentials of currents over time, with soft reset.
+
+    Args:
+        current: [T, ...].
+        threshold: [], positive; no gradient flows to it.
+
+    Returns:
+        [T, ...]; a step spikes where it exceeds the threshold.
+
+    Example:
+        >>> potentials(torch.tensor([0.75, 0.75, 0.75]), torch.tensor(1.0), leak=1.0).tolist()
+        [0.75, 1.5, 1.25]
+    """
+    return _Potential.apply(current, threshold.detach(), leak)  # type: ignore[no-any-return,no-untyped-call]
