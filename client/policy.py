@@ -19,7 +19,8 @@ def client_data(settings: Settings, context: Context, workload: Workload | None 
     """
     folder = context.node_config.get("data")
     if folder is not None:
-        return local_folder(str(folder), class_names=tuple(filter(None, settings.data.class_names.split(","))))
+        names = tuple(filter(None, settings.data.class_names.split(",")))
+        return local_folder(str(folder), class_names=names, subpopulations=settings.data.subpopulations)
     partition = context.node_config.get("partition-id")
     if partition is None:
         raise DataError("node config has neither data (a folder of images) nor partition-id (a part of the dataset)")

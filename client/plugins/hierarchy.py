@@ -3,17 +3,23 @@
 Mukherjee, Garg, Roy, "Encoding Hierarchical Information in Neural Networks helps in Subpopulation Shift", IEEE TAI
 2023, arXiv 2112.10844. With V_k(i) = 1 if all heads before k classify image i correctly, and 0 otherwise, the loss of
 head k is L_k = mean_i V_k(i) CE_k(i), over all images of the batch. Only the last head predicts.
+
+Ours: proxies describe an update by gradients of a loss on the model's outputs, which the coarser heads do not affect.
+The outputs therefore carry a gradient for the weights of these heads, and only for them: as if a head's logit of a node
+were added to the logits of all classes under it. The losses above do not use it.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from client.plugins.label_tree import TREES, LabelTree
+from client.plugins.round_start import eval_mode, subsample_rows
 from tofu.data import ImageShape, LabeledImages, to_float
 from tofu.errors import SettingError
 from tofu.plugins import (
@@ -36,12 +42,13 @@ from tofu.rounds.panel import TableFigure
 class BranchedModel(nn.Module):
     """A model with linear heads on intermediate features.
 
-    `forward` returns the model's own outputs [n, classes]; the logits of the other heads, coarsest first, are in
-    `coarse` after a forward pass in training mode.
+    `forward` returns the model's own outputs [n, classes]. After a forward pass in training mode, `logits` has those of
+    all heads, coarsest first; the last are the outputs without the gradient for the other heads.
     """
 
-    def __init__(self, trunk: nn.Module, widths: list[int], shape: ImageShape, generator: torch.Generator) -> None:
+    def __init__(self, trunk: nn.Module, tree: LabelTree, shape: ImageShape, generator: torch.Generator) -> None:
         super().__init__()
+        widths = tree.widths[:-1]
         points = _attachment_points(trunk, shape, len(widths))
         self.trunk = trunk
         self.points = tuple(name for name, _ in points)
@@ -52,7 +59,8 @@ class BranchedModel(nn.Module):
             bound = 1 / math.sqrt(head.in_features)  # type: ignore[arg-type]
             with torch.no_grad():
                 parameter.copy_((torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound)
-        self.coarse: list[Tensor] = []
+        self.register_buffer("above", tree.levels[:-1], persistent=False)
+        self.logits: list[Tensor] = []
 
     def forward(self, images: Tensor) -> Tensor:
         features: dict[str, Tensor] = {}
@@ -70,12 +78,29 @@ class BranchedModel(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-        coarse = [head(_pool(features[name])) for name, head in zip(self.points, self.heads, strict=True)]
-        self.coarse = coarse if self.training else []
-        # Every parameter gets a gradient from the outputs alone, zero for the heads.
-        for logits in coarse:
-            outputs = outputs + 0 * logits.sum()
+        pooled = [_pool(features[name]) for name in self.points]
+        logits = [*(head(each) for head, each in zip(self.heads, pooled, strict=True)), outputs]
+        self.logits = logits if self.training else []
+        if not torch.is_grad_enabled():
+            return outputs
+        for head, each, nodes in zip(self.heads, pooled, self.above, strict=True):  # type: ignore[arg-type]
+            of_class = _WeightGradient.apply(each, head.weight, head.bias)[:, nodes]  # type: ignore[no-untyped-call]
+            outputs = outputs + (of_class - of_class.detach())
         return outputs
+
+
+class _WeightGradient(torch.autograd.Function):
+    """A linear layer that has a gradient for its weights and none for its input; second derivatives are complete."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(features)
+        return F.linear(features, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor]:
+        (features,), (gradient,) = ctx.saved_tensors, gradients
+        return None, gradient.T @ features, gradient.sum(0)
 
 
 def _pool(features: Tensor) -> Tensor:
@@ -139,16 +164,27 @@ def masked_losses(logits: list[Tensor], labels: list[Tensor], conditional: bool 
 @plugin_registry.register("hierarchy")
 @dataclass
 class HierarchicalLabels(Plugin):
-    """Trains coarse to fine heads on a label tree. `broadcast` holds the last round's counts on training images."""
+    """Trains coarse to fine heads on a label tree.
 
-    tree: str = option("", "built-in label tree: digits or cifar10; empty: the option labels")
+        plugins = make_plugins("hierarchy", "hierarchy.tree=digits")
+        model = plugins.setup(build_model("cnn", data.shape), RoundContext(data.shape))
+        train_locally(model, data, config, generator=generator, plugins=plugins)
+
+    `broadcast` holds counts on the clients' training images at the end of the last round: "right" [depth], how many
+    have the right node at each depth; "nodes" [3], the totals of `LabelTree.overlap`; and "count" [1].
+    """
+
+    class_targets = True
+
+    tree: str = option("", "built-in label tree: digits, cifar10 or cifar10-pairs; empty: the option labels")
     labels: list = option([], "label tree as nested lists of class numbers")  # type: ignore[type-arg]
     schedule: str = option("three-step", "one optimizer step per head, or one for all", choices=("three-step", "joint"))
     conditional: bool = option(True, "train a head only on images that the coarser heads classify correctly")
-    images: int = option(200, "maximum number of a client's images that are measured", ge=1, le=1_000_000)
+    images: int = option(1000, "maximum number of images, of a client or the server, that are measured", ge=1, le=10**6)
 
     _tree: LabelTree | None = field(default=None, init=False, repr=False)
-    _sums: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _sums: Mapping[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _held_out: Mapping[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if bool(self.tree) == bool(self.labels) or (self.tree and self.tree not in TREES):
@@ -172,18 +208,20 @@ class HierarchicalLabels(Plugin):
             raise SettingError("hierarchy.labels", f"{tree.classes} classes", f"{context.shape.classes}, as the data")
         if isinstance(model, BranchedModel):
             return model
-        return BranchedModel(model, tree.widths[:-1], context.shape, derive_generator(context.seed, "hierarchy"))
+        return BranchedModel(model, tree, context.shape, derive_generator(context.seed, "hierarchy"))
 
     def train_step(self, batch: Batch, step: LocalStep) -> Tensor:
         """One step per head, with masks from the weights after the previous step; or one step on the sum."""
-        if batch.targets.dim() != 1:
-            raise SettingError("plugins", "hierarchy", "no plugin that mixes labels: a tree has no mixed labels")
+        if batch.targets.dim() != 1:  # a plugin that does not say that it mixes labels
+            raise SettingError("plugins", self.name, "no plugin that mixes labels: the tree has no mixed ones")
         labels = list(self.label_tree.levels.to(batch.targets.device)[:, batch.targets])
         branched = next(module for module in step.model.modules() if isinstance(module, BranchedModel))
 
         def head_losses(outputs: Tensor) -> Tensor:
-            losses = torch.stack(masked_losses([*branched.coarse, outputs], labels, self.conditional))
-            return losses.mean(1) if batch.weights is None else losses @ batch.weights / batch.weights.sum()
+            losses = torch.stack(masked_losses(branched.logits, labels, self.conditional))
+            if batch.weights is None:
+                return losses.mean(1)
+            return losses @ batch.weights / batch.weights.sum().clamp(min=torch.finfo(losses.dtype).tiny)
 
         if self.schedule == "joint":
             return step(lambda outputs: head_losses(outputs).sum())
@@ -194,35 +232,58 @@ class HierarchicalLabels(Plugin):
         return torch.stack([step(loss_of(head)) for head in range(len(labels))]).sum()
 
     def declare_sums(self, model: nn.Module) -> Mapping[str, SumSpec]:
-        depth = len(self.label_tree.levels)
-        return {"right": SumSpec((depth,), float(self.images)), "count": SumSpec((1,), float(self.images))}
+        depth, deepest = len(self.label_tree.levels), int(self.label_tree.ancestors.sum(1).max())
+        shapes = {"right": (depth, 1), "nodes": (3, deepest), "count": (1, 1)}
+        return {name: SumSpec((size,), float(bound * self.images)) for name, (size, bound) in shapes.items()}
 
     def on_task_end(self, model: nn.Module, data: LabeledImages, final: bool) -> None:
-        """Count the images whose predicted class has the right node at each depth of the tree."""
-        n = min(self.images, len(data))
-        model.eval()
-        with torch.no_grad():
-            predicted = model(to_float(data.images[:n])).argmax(1)
-        model.train()
-        levels = self.label_tree.levels
-        right = (levels[:, predicted] == levels[:, data.labels[:n]]).sum(1)
-        self._sums = {"right": right.double(), "count": torch.tensor([float(n)], dtype=torch.float64)}
+        self._sums = self._measured(model, data)
 
     def export(self) -> Export:
         return Export(self._sums)
 
     def reduce(self, sums: Mapping[str, Tensor], examples: int, broadcast: PluginState) -> PluginState:
-        return {"right": sums["right"], "count": sums["count"]}
+        return dict(sums)
+
+    def calibrate(self, model: nn.Module, data: LabeledImages) -> PluginState:
+        """Measure on the server's held-out images, for the panel; the broadcast stays as it is."""
+        self._held_out = self._measured(model, data)
+        return self.broadcast
 
     def panel(self) -> Panel | None:
-        right, count = self.broadcast.get("right"), self.broadcast.get("count")
-        if not (isinstance(right, Tensor) and isinstance(count, Tensor)):
+        sources = (("training images", self.broadcast), ("held-out images", self._held_out))
+        measured = {name: _measures(sums) for name, sums in sources if "count" in sums}
+        if not measured:
             return None
-        accuracy = right / count
-        rows = tuple((f"accuracy at depth {k + 1}", float(value)) for k, value in enumerate(accuracy))
-        distance = float(2 * (1 - accuracy).sum())
+        names = next(iter(measured.values()))
+        rows: list[tuple[str | float, ...]] = [(name, *(each[name] for each in measured.values())) for name in names]
         return Panel(
             "Label hierarchy",
-            "How much of the path to the true class the clients' models predict, on their own training images.",
-            (TableFigure("Last round", ("measure", "value"), (*rows, ("graph distance", distance))),),
+            "How much of the path to the true class is predicted: by the clients' models on their own training images, "
+            "and by the global model on images that the server holds out.",
+            (TableFigure("Last round", ("measure", *measured), tuple(rows)),),
         )
+
+    @torch.no_grad()
+    def _measured(self, model: nn.Module, data: LabeledImages) -> dict[str, Tensor]:
+        """Counts on at most `images` of the images, as in `broadcast`; float64."""
+        tree, rows = self.label_tree, subsample_rows(len(data), self.images)
+        with eval_mode(model):
+            predicted = torch.cat([model(to_float(data.images[part])).argmax(1) for part in torch.split(rows, 250)])
+        labels = data.labels[rows]
+        right = (tree.levels[:, predicted] == tree.levels[:, labels]).sum(1)
+        nodes = torch.stack([each.sum() for each in tree.overlap(predicted, labels)])
+        return {"right": right.double(), "nodes": nodes.double(), "count": torch.tensor([float(len(rows))]).double()}
+
+
+def _measures(sums: PluginState | Mapping[str, Tensor]) -> dict[str, float]:
+    """Name -> value of the measures in the panel."""
+    right, nodes, count = (torch.as_tensor(sums[name]) for name in ("right", "nodes", "count"))
+    accuracy, (common, predicted, true) = right / count, nodes.tolist()
+    return {
+        **{f"accuracy at depth {k + 1}": float(value) for k, value in enumerate(accuracy)},
+        "graph distance": float(2 * (1 - accuracy).sum()),
+        "hierarchical precision": common / predicted,
+        "hierarchical recall": common / true,
+        "hierarchical F": 2 * common / (predicted + true),
+    }

@@ -1,4 +1,4 @@
-"""A tree of class labels, and metrics that grade a wrong prediction by its distance in the tree."""
+"""A tree of class labels; `client.plugins.tree_metrics` grades predictions by it."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,9 +10,14 @@ from tofu.errors import SettingError
 
 TREES: dict[str, list[Any]] = {
     "digits": [[[0, 6], [8, 9]], [[3, 5], [2]], [[1, 7], [4]]],
-    "cifar10": [[[0, 8], [1, 9]], [[2], [6], [[3, 5]], [[4, 7]]]],
+    "cifar10": [[[0, 8], [1, 9]], [[2], [6], [3, 5], [4, 7]]],
+    "cifar10-pairs": [[[0, 1]], [[2], [3, 4]]],
 }
-"""cifar10: vehicles (airplane, ship; car, truck) and animals (bird; frog; cat, dog; deer, horse)."""
+"""cifar10: vehicles (airplane, ship; car, truck) and animals (bird; frog; cat, dog; deer, horse).
+
+cifar10-pairs: the five classes of subpopulations "0/8 1/9 2/6 3/5 4/7", which are vehicles (airplane or ship; car or
+truck) and animals (bird or frog; the mammals: cat or dog, deer or horse).
+"""
 
 
 class LabelTree:
@@ -21,6 +26,15 @@ class LabelTree:
     Attributes:
         levels: int64 [depth, classes], the node of each class at each depth, counted from 0 within the depth. The
             last level is the class itself.
+        ancestors: bool [classes, nodes], whether a node of the tree without padding is a class itself or above it. The
+            root, which is above all classes, is left out.
+
+    Example:
+        >>> tree = LabelTree([[0, 1], [2]])
+        >>> tree.levels.tolist()
+        [[0, 0, 1], [0, 1, 2]]
+        >>> tree.distance(torch.tensor([0, 0]), torch.tensor([1, 2])).tolist()
+        [2, 4]
     """
 
     def __init__(self, nested: list[Any], label: str = "tree") -> None:
@@ -36,6 +50,9 @@ class LabelTree:
             numbers = {node: number for number, node in enumerate(sorted(set(nodes)))}
             rows.append([numbers[node] for node in nodes])
         self.levels = torch.tensor([*rows, list(range(len(paths)))])
+        ordered = [path for _, path in sorted(paths.items())]
+        inner = sorted({path[:level] for path in ordered for level in range(1, len(path) + 1)})
+        self.ancestors = torch.tensor([[path[: len(node)] == node for node in inner] for path in ordered])
 
     @property
     def classes(self) -> int:
@@ -51,6 +68,12 @@ class LabelTree:
         levels = self.levels.to(predicted.device)
         return 2 * (levels[:, predicted] != levels[:, target]).sum(0)
 
+    def overlap(self, predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Numbers of nodes of `ancestors`, int64 [n] each: above both classes, above the predicted, above the true."""
+        ancestors = self.ancestors.to(predicted.device)
+        above = ancestors[predicted], ancestors[target]
+        return (above[0] & above[1]).sum(1), above[0].sum(1), above[1].sum(1)
+
 
 def _paths(node: list[Any], path: tuple[int, ...], label: str) -> Iterator[tuple[int, tuple[int, ...]]]:
     for number, child in enumerate(node):
@@ -64,24 +87,3 @@ def _paths(node: list[Any], path: tuple[int, ...], label: str) -> Iterator[tuple
 
 def _count(node: Any) -> int:
     return sum(map(_count, node)) if isinstance(node, list) else 1
-
-
-class GraphDistance:
-    """Mean tree distance between predicted and true class (the paper's catastrophic coefficient), with the interface
-    of torchmetrics: `update`, `compute`, `reset`."""
-
-    def __init__(self, tree: LabelTree) -> None:
-        self.tree = tree
-        self.reset()
-
-    def reset(self) -> None:
-        self.total, self.count = 0, 0
-
-    def update(self, predicted: Tensor, target: Tensor) -> None:
-        """Args: predicted, target: int64 [n]."""
-        self.total += int(self.tree.distance(predicted, target).sum())
-        self.count += len(target)
-
-    def compute(self) -> float:
-        """The mean; NaN without samples."""
-        return self.total / self.count if self.count else float("nan")

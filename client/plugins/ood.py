@@ -68,6 +68,7 @@ class OutOfDistribution(Plugin):
     """
 
     changes_head = True
+    mixes_labels = True
 
     share: float = option(0.5, "noise-mixed images added to a batch, as a share of it", gt=0, le=1)
     noise: float = option(0.5, "standard deviation of the noise, images being in [-1, 1]", gt=0, le=10)

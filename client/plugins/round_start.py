@@ -40,5 +40,10 @@ def at_weights(model: nn.Module, weights: Weights) -> Iterator[None]:
 
 def subsample(data: LabeledImages, most: int) -> Tensor:
     """At most so many of the images, evenly spread: uint8 [n, channels, height, width]."""
-    count = min(most, len(data))
-    return data.images[torch.arange(count) * len(data) // max(1, count)]
+    return data.images[subsample_rows(len(data), most)]
+
+
+def subsample_rows(count: int, most: int) -> Tensor:
+    """At most so many of the rows 0 to count - 1, evenly spread: int64 [n]."""
+    n = min(most, count)
+    return torch.arange(n) * count // max(1, n)

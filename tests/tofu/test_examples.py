@@ -11,8 +11,11 @@ MODULES = (
     "tofu.registry",
     "tofu.codec.surrogate",
     "tofu.compression.base",
+    "tofu.data.subpopulations",
     "tofu.flower.compress",
     "tofu.flower.secure",
+    "client.plugins.label_tree",
+    "client.plugins.tree_metrics",
 )
 
 

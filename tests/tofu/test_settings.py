@@ -47,6 +47,8 @@ def another(name: str) -> Value:
         return not default
     if choices:
         return type(default)(next(choice for choice in choices if choice != str(default)))
+    if name == "subpopulations":
+        return "0/1 2/3"
     if isinstance(default, str):
         return "something else"
     most = bounds_of(FIELDS[name]).get("le")
@@ -373,6 +375,8 @@ def values_of(name: str) -> st.SearchStrategy[object]:
     if kind_of(field) is float:
         top = high if high is not None else 1e300
         return st.floats(low, top, exclude_min="gt" in bounds, exclude_max="lt" in bounds)
+    if name == "subpopulations":
+        return st.permutations(range(6)).map(lambda k: f"{k[0]},{k[1]}/{k[2]} {k[3]}/{k[4]}")
     return st.from_regex(DEVICE_NAME, fullmatch=True) if name == "device" else st.text(max_size=20)
 
 

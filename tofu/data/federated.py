@@ -19,6 +19,7 @@ from tofu.data.hub import hub_splits
 from tofu.data.images import ImageShape, LabeledImages
 from tofu.data.partition import PARTITIONS, IntArray, partition_rows
 from tofu.data.splits import Split
+from tofu.data.subpopulations import PARTS, Part, Subpopulations
 from tofu.errors import DataError, SettingError, first_line
 
 ACCEPTED_DATASETS = (
@@ -95,6 +96,8 @@ def open_data(
     shards_per_client: int = 2,
     train_images: int = 0,
     test_images: int = 0,
+    subpopulations: str = "",
+    test_subpopulations: Part = "unseen",
     seed: int,
 ) -> FederatedData:
     """Open a dataset and partition its training images over clients. The same arguments give the same partition.
@@ -112,6 +115,9 @@ def open_data(
         shards_per_client: for "shards".
         train_images: size of the random subset of training images to use; 0 uses all.
         test_images: size of the random subset of test images to use; 0 uses all.
+        subpopulations: broader classes made of the dataset's labels, some of which are not trained on, as
+            `tofu.data.subpopulations` describes; empty keeps the dataset's classes.
+        test_subpopulations: whether the test images are of "unseen" labels, of "seen" ones or of "all".
         seed: of the training subset and the partition; the test images do not depend on it.
 
     Raises:
@@ -138,21 +144,28 @@ def open_data(
         raise SettingError("partition", partition, f"one of {', '.join(PARTITIONS)}")
     if not 0 < alpha < math.inf:
         raise SettingError("alpha", alpha, "a number above 0")
+    if test_subpopulations not in PARTS:
+        raise SettingError("test_subpopulations", test_subpopulations, f"one of {', '.join(PARTS)}")
+    shift = (Subpopulations.parse(subpopulations), test_subpopulations) if subpopulations else None
     # The threads of a simulation open the data at the same time; only one of them should read it.
     with _OPEN_LOCK:
         source = _resolve(dataset)
-        return _open(source, clients, partition, float(alpha), shards_per_client, train_images, test_images, seed)
+        return _open(
+            source, clients, partition, float(alpha), shards_per_client, train_images, test_images, shift, seed
+        )
 
 
-def local_folder(path: str, *, class_names: Sequence[str] = ()) -> LabeledImages:
+def local_folder(path: str, *, class_names: Sequence[str] = (), subpopulations: str = "") -> LabeledImages:
     """Read a real client's own images: all of a folder of parquet files or <class>/*.png, or its training split.
 
     Args:
         path: the folder.
         class_names: the classes of the run in the order of their labels. Without it the labels are those of this folder
             alone, which agree with the other clients' only if every folder has all the classes (empty ones count).
+        subpopulations: as in `open_data`; only images of seen labels are read.
 
     Raises:
+        SettingError: `subpopulations` cannot be used with this folder's labels.
         DataError: there is no such folder, it has no images or labels, an image cannot be read or differs from the
             first in size or color, or a class is not among `class_names`.
     """
@@ -163,7 +176,12 @@ def local_folder(path: str, *, class_names: Sequence[str] = ()) -> LabeledImages
     if split is None:
         raise DataError(f"{path} has a test split but no images to train on")
     split.check_labels()
-    return split.decode(np.arange(len(split.labels)), split.image_shape())
+    rows = np.arange(len(split.labels))
+    if subpopulations:
+        classes = Subpopulations.parse(subpopulations)
+        classes.check(split)
+        rows, split = classes.rows(split.labels, "seen"), classes.regroup(split)
+    return split.decode(rows, split.image_shape())
 
 
 @lru_cache(maxsize=4)
@@ -175,9 +193,16 @@ def _open(
     shards_per_client: int,
     train_images: int,
     test_images: int,
+    shift: tuple[Subpopulations, Part] | None,
     seed: int,
 ) -> FederatedData:
     train, test, train_rows, test_rows = _load(dataset)
+    if shift is not None:
+        classes, tested = shift
+        classes.check(train)
+        train_rows = np.intersect1d(train_rows, classes.rows(train.labels, "seen"))
+        test_rows = np.intersect1d(test_rows, classes.rows(test.labels, tested))
+        train, test = classes.regroup(train), classes.regroup(test)
     shape = train.image_shape()
     for field, wanted, rows in (("train_images", train_images, train_rows), ("test_images", test_images, test_rows)):
         if wanted > len(rows):

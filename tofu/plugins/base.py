@@ -168,6 +168,8 @@ class Plugin:
     Attributes:
         name: prefix of the options, `name.option=value`. Defaults to the class name in lower case.
         changes_head: `setup` changes the number of outputs. At most one plugin may do so.
+        mixes_labels: `on_batch` gives probabilities as targets, of several classes for one image.
+        class_targets: the plugin needs one class per image, so it cannot be combined with one that mixes labels.
         encodes_input: the model receives something other than images in [-1, 1]. At most one plugin may do so.
         why_inexact: one sentence that is shown to the user where `averages_exactly` is False.
         needs_task_boundaries: the plugin acts at the ends of tasks, so a run without tasks is refused.
@@ -184,6 +186,8 @@ class Plugin:
 
     name: ClassVar[str] = ""
     changes_head: ClassVar[bool] = False
+    mixes_labels: ClassVar[bool] = False
+    class_targets: ClassVar[bool] = False
     encodes_input: ClassVar[bool] = False
     why_inexact: ClassVar[str] = ""
     needs_task_boundaries: ClassVar[bool] = False

@@ -124,6 +124,10 @@ class Settings(BaseModel):
             raise SettingError("switch-round", rounds.switch_round, f"at most rounds, {total}")
         if self.server.min_clients > data.clients:
             raise SettingError("min-clients", self.server.min_clients, f"at most clients, {data.clients}")
+        if data.subpopulations:
+            from tofu.data.subpopulations import Subpopulations
+
+            Subpopulations.parse(data.subpopulations)
         if not DEVICE_NAME.fullmatch(self.run.device):
             raise SettingError("device", self.run.device, DEVICE_FORMS)
         if codec.proxy_size == 1:

@@ -26,6 +26,12 @@ class DataSettings(Group):
     shards_per_client: int = setting(2, "classes per client with partition=shards", ge=1)
     train_images: int = setting(0, "number of training images to use; 0 uses all", ge=0)
     test_images: int = setting(0, "number of test images to use, the same in every run; 0 uses all", ge=0)
+    subpopulations: str = setting(
+        "", "broader classes as SEEN/UNSEEN labels, for example '0,8/9 3/5'; unseen ones are not trained on"
+    )
+    test_subpopulations: Literal["unseen", "seen", "all"] = setting(
+        "unseen", "with subpopulations: the labels that the server tests on"
+    )
     class_names: str = setting(
         "", "names of all classes in order, separated by commas, if the folders of real clients lack some"
     )
@@ -51,7 +57,7 @@ class PluginSettings(Group):
 
     plugins: str = setting(
         "",
-        "plugins of local training, separated by commas: curvature, gpm, ood, rank, trend, or package.module:Class",
+        "plugins of local training, separated by commas: curvature, gpm, hierarchy, ood, rank, trend, or package.module:Class",
         repeated=",",
     )
     plugin_options: str = setting(
