@@ -12,6 +12,7 @@
     tofu.Compressed             the wrapper of that app's strategy
     tofu.secure                 a mod that masks the updates of any Flower app's clients
     tofu.SecureAggregation      the wrapper of that app's strategy, which learns the sum only
+    tofu.hybrid, tofu.Hybrid    the same for compressed rounds that secure rounds follow
 """
 
 import importlib
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from tofu.compression.base import Compressor as Compressor
     from tofu.flower.compress import Compressed as Compressed
     from tofu.flower.compress import compress as compress
+    from tofu.flower.hybrid import Hybrid as Hybrid
+    from tofu.flower.hybrid import hybrid as hybrid
     from tofu.flower.secure import SecureAggregation as SecureAggregation
     from tofu.flower.secure import secure as secure
     from tofu.model_call import at_embedding as at_embedding
@@ -44,6 +47,8 @@ _EXPORTS = {
     "Compressed": "tofu.flower.compress",
     "secure": "tofu.flower.secure",
     "SecureAggregation": "tofu.flower.secure",
+    "hybrid": "tofu.flower.hybrid",
+    "Hybrid": "tofu.flower.hybrid",
 }
 """Public name -> the module that defines it."""
 

@@ -13,6 +13,7 @@ MODULES = (
     "tofu.compression.base",
     "tofu.data.subpopulations",
     "tofu.flower.compress",
+    "tofu.flower.hybrid",
     "tofu.flower.secure",
     "client.plugins.label_tree",
     "client.plugins.tree_metrics",

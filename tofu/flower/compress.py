@@ -135,6 +135,10 @@ class Compressed(StrategyWrapper):
     Args:
         inner: any strategy of Flower's Message API; it receives plain replies and is not changed.
         arguments, options: of `UpdateCodec`, the same as given to `compress`.
+        codec: an `UpdateCodec`, instead of its arguments.
+
+    Attributes:
+        mod: name of the client's half, for messages.
 
     Example:
         >>> import torch
@@ -145,10 +149,11 @@ class Compressed(StrategyWrapper):
         0.5
     """
 
-    def __init__(self, inner: Strategy, *arguments: Any, **options: Any) -> None:
+    def __init__(self, inner: Strategy, *arguments: Any, codec: UpdateCodec | None = None, **options: Any) -> None:
         super().__init__(inner)
-        self._codec = UpdateCodec(*arguments, **options)
-        self._acknowledged: dict[int, int] = {}
+        self.mod = "tofu.compress"
+        self._codec = codec or UpdateCodec(*arguments, **options)
+        self.acknowledged: dict[int, int] = {}
         self._sent: dict[int, SentArrays] = {}
 
     def configure_train(
@@ -168,7 +173,7 @@ class Compressed(StrategyWrapper):
                 base = tensors_of(record)
                 models[id(record)] = SentArrays(key, record, base, self._codec.reference(base))
             self._sent[node] = models[id(record)]
-            acknowledged = self._acknowledged.get(node, NEVER)
+            acknowledged = self.acknowledged.get(node, NEVER)
             request = ConfigRecord(
                 {"version": VERSION, "round": server_round, "acknowledged": acknowledged, "digest": self._codec.digest}
             )
@@ -198,9 +203,7 @@ class Compressed(StrategyWrapper):
         node = reply.metadata.src_node_id
         record = reply.content.config_records.get(RECORD)
         if record is None:
-            raise RunError(
-                f"node {node} sent no compressed update: add tofu.compress(...) to the mods of its ClientApp"
-            )
+            raise RunError(f"node {node} sent no compressed update: add {self.mod}(...) to the mods of its ClientApp")
         try:
             if node not in self._sent:
                 raise PayloadError(f"node {node} was not asked in this round")
@@ -211,5 +214,5 @@ class Compressed(StrategyWrapper):
             return error_reply(reply, str(error))
         del reply.content[RECORD]
         reply.content[sent.key] = record_of(sent.model.add(sent.base, update), sent.record)
-        self._acknowledged[node] = round_
+        self.acknowledged[node] = round_
         return reply

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.serverapp import Grid
@@ -48,7 +47,7 @@ from tofu.flower.secure_options import MIN_CLIENTS, VERSION, RangeTracker, Secur
 from tofu.flower.secure_session import answer_query, load_session, participant_of, save_session, session_name
 from tofu.flower.secure_stages import AbandonedError, SecureExchange, abandoning
 from tofu.flower.transport import GridTransport
-from tofu.flower.update_codec import spec_of, tensors_of
+from tofu.flower.update_codec import ArrayNames, UpdateCodec, tensors_of
 from tofu.flower.wrapper import StrategyWrapper, TrainMod, only_arrays, reasons_of, with_record
 from tofu.privacy import Accountant
 from tofu.rng import derive_bytes
@@ -66,7 +65,6 @@ from tofu.secagg.encoding import EncodingConfig, RingEncoder, SecureMean, purpos
 from tofu.secagg.identities import read_known
 from tofu.secagg.messages import Advert
 from tofu.secagg.server import ServerSession
-from tofu.weights import ParamSpec, difference
 from tofu.wire import FIELD, SecurePart, SecureQuery, run_name
 from tofu.wire import RECORD as STAGE
 
@@ -101,8 +99,8 @@ def secure(**options: Any) -> "SecureMod":
 class SecureMod(TrainMod):
     """The client's half. The node config may have the entries that `tofu.flower.secure_session` lists."""
 
-    def __init__(self, options: SecureOptions) -> None:
-        self._options = options
+    def __init__(self, options: SecureOptions, codec: UpdateCodec | None = None) -> None:
+        self._options, self._codec = options, codec
 
     def train(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         """Answer a stage of the protocol, or call the app and mask what it returns.
@@ -118,7 +116,7 @@ class SecureMod(TrainMod):
             answer = answer_query(SecureQuery.from_bytes(stage.get(FIELD)), context, participant)
             return Message(RecordDict({STAGE: ConfigRecord({FIELD: answer.to_bytes()})}), reply_to=message)
         check_policy("secure", options.noise_multiplier, context)
-        request = _SecureRequest.of(message, options)
+        request = _SecureRequest.of(message, options, self._codec)
         encoder = request.encoder
         session = load_session(context, participant)
         if session.purpose != request.purpose:
@@ -131,19 +129,23 @@ class SecureMod(TrainMod):
         if reply.has_error():
             return reply
         trained = _Trained.of(reply, request, options)
-        feedback, memory = load_feedback(context, request.spec) if options.error_feedback else (ErrorFeedback(), b"")
+        spec, kept = request.names.param_spec, bool(options.error_feedback)
+        feedback, memory = load_feedback(context, spec) if kept else (ErrorFeedback(), b"")
         steps: list[UpdateStep] = [AddResidual(request.acknowledged, options.error_feedback)]
         if noise:
-            steps.append(Clip(options.clip_norm, request.spec))
+            steps.append(Clip(options.clip_norm, spec))
         seed = derive_bytes(0, request.round, participant.name, "round")
         steps.append(EncodeInRing(encoder, trained.examples, 0.0, seed, options.metric_sums(trained.values), noise))
         steps.append(KeepResidual(request.round, options.error_feedback))
         outgoing = apply_steps(steps, Outgoing(trained.update, feedback, memory))
         assert outgoing.vector is not None
-        masked = session.mask_input(outgoing.vector, request.shares)
+        try:
+            masked = session.mask_input(outgoing.vector, request.shares)
+        except ValueError as error:
+            raise PayloadError(f"this client's model differs from the server's: {error}") from error
         save_session(context, session)
-        if options.error_feedback:
-            save_feedback(context, request.spec, outgoing.feedback, outgoing.memory)
+        if kept:
+            save_feedback(context, spec, outgoing.feedback, outgoing.memory)
         record = ConfigRecord({"masked": masked, "metrics": trained.names})
         return Message(RecordDict({RECORD: record}), reply_to=message)
 
@@ -156,24 +158,21 @@ class _SecureRequest:
     acknowledged: int
     weight_key: str
     base: dict[str, Tensor]
+    names: ArrayNames
     config: EncodingConfig
     shares: bytes
     encoder: RingEncoder
     purpose: bytes
 
-    @property
-    def spec(self) -> ParamSpec:
-        return spec_of(self.base)
-
     @staticmethod
-    def of(message: Message, options: SecureOptions) -> "_SecureRequest":
+    def of(message: Message, options: SecureOptions, codec: UpdateCodec | None) -> "_SecureRequest":
         """Raises PayloadError if the server does not use `SecureAggregation`, or uses it with other options."""
         record = message.content.config_records.get(RECORD)
         if record is None:
             raise PayloadError(
                 "this client sends masked updates only, but the server's strategy is not tofu.SecureAggregation"
             )
-        if record.get("version") != VERSION or record.get("digest") != options.digest:
+        if record.get("version") != VERSION or record.get("digest") != joint_digest(options, codec):
             raise PayloadError("tofu.secure and tofu.SecureAggregation have different options: pass the same to both")
         round_, acknowledged, key = record.get("round"), record.get("acknowledged"), record.get("weight-key")
         if not isinstance(round_, int) or not isinstance(acknowledged, int) or not isinstance(key, str):
@@ -184,9 +183,10 @@ class _SecureRequest:
         base, config = tensors_of(arrays), EncodingConfig.from_bytes(part.terms)
         if config.fraction < 1 or (config.nearest_rounding and options.error_feedback != 1):
             raise PayloadError("encoding config omits or rounds values that this client would not send later")
-        encoder = RingEncoder(spec_of(base), config, options.declared)
+        names = codec.reference(base) if codec else ArrayNames.of(base)
+        encoder = RingEncoder(names.param_spec, config, options.declared)
         purpose = purpose_of(config, base, content_digest(message.content, key))
-        return _SecureRequest(round_, acknowledged, key, base, config, part.shares, encoder, purpose)
+        return _SecureRequest(round_, acknowledged, key, base, names, config, part.shares, encoder, purpose)
 
 
 @dataclass(frozen=True)
@@ -209,10 +209,7 @@ class _Trained:
     def of(reply: Message, request: _SecureRequest, options: SecureOptions) -> "_Trained":
         """Raises PayloadError if the reply cannot be averaged."""
         _, record = only_arrays(reply.content, "the app's train reply")
-        new, base = tensors_of(record), request.base
-        if new.keys() != base.keys() or any(new[name].shape != base[name].shape for name in base):
-            raise PayloadError("the app returned arrays of other names or shapes than it received")
-        update = difference(new, {name: base[name] for name in request.spec.shapes})
+        update = request.names.update(request.base, tensors_of(record))
         metrics = {name: value for part in reply.content.metric_records.values() for name, value in part.items()}
         weight = metrics.pop(request.weight_key, None)
         if isinstance(weight, list) or weight is None or weight != int(weight) or weight < 1:
@@ -246,6 +243,7 @@ class _OpenSum:
     names: dict[int, str]
     key: str
     base: dict[str, Tensor]
+    arrays: ArrayNames
     metrics: dict[str, object] = field(default_factory=dict)
     masked_bytes: int = 0
 
@@ -258,7 +256,12 @@ class SecureAggregation(StrategyWrapper):
         identities: file with the clients' public keys (`tofu deploy identities`), against a server that lies.
         stage_timeout: seconds that clients have for each stage of the protocol other than training.
         delta: of the differential privacy that `tofu-epsilon` in the metrics accounts for.
+        codec: names what the model trains; without it all arrays are summed.
         options: of `SecureOptions`, the same as given to `secure`.
+
+    Attributes:
+        mod: name of the client's half, for messages.
+        acknowledged: node -> last round whose sum its update is in.
 
     Raises:
         SettingError: the inner strategy needs the individual updates, or an option is out of range.
@@ -271,13 +274,14 @@ class SecureAggregation(StrategyWrapper):
 
     def __init__(
         self, inner: Strategy, *, identities: str | Path | None = None, stage_timeout: float = 300.0,
-        delta: float = 1e-5, **options: Any,
+        delta: float = 1e-5, codec: UpdateCodec | None = None, **options: Any,
     ) -> None:  # fmt: skip
         if isinstance(inner, INDIVIDUAL):
             accepted = "one that averages updates: a secure sum contains no individual ones"
             raise SettingError("strategy", type(inner).__name__, accepted)
         super().__init__(inner)
-        self._options = SecureOptions(**options)
+        self.mod = "tofu.secure"
+        self._options, self._codec = SecureOptions(**options), codec
         self._known = read_known(Path(identities)) if identities else None
         self._seconds = stage_timeout
         self._ranges = RangeTracker(self._options)
@@ -327,7 +331,7 @@ class SecureAggregation(StrategyWrapper):
             if part is not None:
                 record = ConfigRecord({
                     "version": VERSION, "round": server_round, "acknowledged": self.acknowledged.get(node, NEVER),
-                    "digest": self._options.digest, "weight-key": self._weight_key, "part": part,
+                    "digest": joint_digest(self._options, self._codec), "weight-key": self._weight_key, "part": part,
                 })  # fmt: skip
                 requests.append(with_record(message, RECORD, record))
         return requests
@@ -391,13 +395,14 @@ class SecureAggregation(StrategyWrapper):
         )  # fmt: skip
         key, record = only_arrays(message.content, "the strategy's train message")
         base = tensors_of(record)
-        config, encoder = self._ranges.encoding(base, spec_of(base), max(len(names), MIN_CLIENTS))
+        arrays = self._codec.reference(base) if self._codec else ArrayNames.of(base)
+        config, encoder = self._ranges.encoding(arrays.own(base), arrays.param_spec, max(len(names), MIN_CLIENTS))
         session = ServerSession(
             run_name(transport.run_id), round_, values=encoder.length, bits=config.bits, known=self._known,
             purpose=purpose_of(config, base, content_digest(message.content, self._weight_key)),
         )  # fmt: skip
         shares = exchange.share_keys(session, adverts, options.topology, min_clients=MIN_CLIENTS)
-        self._open = _OpenSum(session, exchange, encoder, config, names, key, base)
+        self._open = _OpenSum(session, exchange, encoder, config, names, key, base, arrays)
         return {name: SecurePart(config.to_bytes(), part).to_bytes() for name, part in shares.items()}
 
     def _collect_keys(
@@ -423,7 +428,7 @@ class SecureAggregation(StrategyWrapper):
                 names[node], adverts[name] = name, keys[str(node)]
         if not names:
             raise RunError(
-                f"round {round_}: no client sent keys: add tofu.secure(...) to the mods of the ClientApp "
+                f"round {round_}: no client sent keys: add {self.mod}(...) to the mods of the ClientApp "
                 f"({reasons_of(exchange.failures.values())})"
             )
         for name, reason in exchange.failures.items():
@@ -477,6 +482,11 @@ class SecureAggregation(StrategyWrapper):
         LOG.warning("round %d is abandoned: %s", round_, error)
 
 
+def joint_digest(options: SecureOptions, codec: UpdateCodec | None) -> bytes:
+    """Identifies what both ends must have in common."""
+    return options.digest + (codec.digest if codec else b"")
+
+
 def content_digest(content: RecordDict, weight_key: str) -> bytes:
     """Digest of the key of a message's arrays and of all its other records, 32 bytes."""
     digest = hashlib.sha256(repr(weight_key).encode())
@@ -503,11 +513,11 @@ def _check_equal(messages: list[Message], inner: Strategy) -> None:
 
 def _mean_arrays(opened: _OpenSum, mean: SecureMean) -> ArrayRecord:
     """Base plus mean update, as FedAvg would average: in an array's own type, integers in float64."""
-    arrays = {}
-    for name, base in opened.base.items():
-        total = base.double() + mean.update[name].double()
-        arrays[name] = Array(total.to(base.dtype if base.is_floating_point() else torch.float64).numpy())
-    return ArrayRecord(arrays)
+    new = {name: base if base.is_floating_point() else base.double() for name, base in opened.base.items()}
+    for own, value in mean.update.items():
+        base = new[opened.arrays.names[own]]
+        new[opened.arrays.names[own]] = (base.double() + value.double()).to(base.dtype)
+    return ArrayRecord({name: Array(value.numpy()) for name, value in new.items()})
 
 
 def _layout(names: object, slots: int) -> list[tuple[str, int]] | None:

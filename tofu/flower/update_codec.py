@@ -23,7 +23,7 @@ from tofu.errors import PayloadError, SettingError
 from tofu.model_call import NEEDS_CALL, Forward, InputShape, Loss, ModelCall, Shape, resolve_compressor
 from tofu.payload import HEADER_BYTES, Payload, read_payload
 from tofu.reference_model import ReferenceModel
-from tofu.weights import FINGERPRINT_BYTES, ParamSpec, Weights, base_fingerprint, load_weights
+from tofu.weights import FINGERPRINT_BYTES, ParamSpec, Weights, base_fingerprint, difference, load_weights
 
 RECORD = "tofu"
 """Key of the `ConfigRecord` that the strategy adds to a train message, and the mod to its reply."""
@@ -116,7 +116,8 @@ class UpdateCodec:
         model = _bare(arrays) if self._built_once is None else copy.deepcopy(self._built_once)
         names = _matched(arrays, model)
         load_weights(model, {own: arrays[name] for own, name in names.items()})
-        return ArrayModel(ReferenceModel(model.eval(), self._resolved[1]), names)
+        reference = ReferenceModel(model.eval(), self._resolved[1])
+        return ArrayModel(reference.param_spec, names, reference)
 
     def compressor(self, reference: ReferenceModel) -> Compressor:
         """The compressor for this model. Raises SettingError if it does not reach the ratio."""
@@ -149,30 +150,40 @@ class UpdateCodec:
 
 
 @dataclass(frozen=True)
-class ArrayModel:
-    """A model whose weights are a message's arrays.
+class ArrayNames:
+    """Which of a message's arrays are trained, and by which names.
 
     Attributes:
-        reference: the model.
-        names: the model's state-dict name -> name of the array.
+        param_spec: of what is trained.
+        names: own name -> name of the array.
     """
 
-    reference: ReferenceModel
+    param_spec: ParamSpec
     names: dict[str, str]
 
+    @staticmethod
+    def of(arrays: Mapping[str, Tensor]) -> "ArrayNames":
+        """All arrays, by their own names: floating-point ones count as parameters, others as integer buffers."""
+        floats = {name: value.shape for name, value in arrays.items() if value.is_floating_point()}
+        others = {name: value.shape for name, value in arrays.items() if name not in floats}
+        return ArrayNames(ParamSpec(floats, others, frozenset(others)), {name: name for name in arrays})
+
+    def own(self, arrays: Mapping[str, Tensor]) -> Weights:
+        """The trained arrays by their own names, float32."""
+        return {own: arrays[self.names[own]].float() for own in self.param_spec.shapes}
+
     def update(self, base: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> Weights:
-        """new - base of all that the model trains, by the model's names.
+        """new - base of all that is trained, by its own names.
 
         Raises:
             PayloadError: the arrays differ in names or shapes, or one changed that the model does not train.
         """
         if base.keys() != new.keys() or any(base[name].shape != new[name].shape for name in base):
             raise PayloadError("the app returned arrays of other names or shapes than it received")
-        spec = self.reference.param_spec
         for own, name in self.names.items():
-            if own not in spec.shapes and not new[name].equal(base[name]):
+            if own not in self.param_spec.shapes and not new[name].equal(base[name]):
                 raise PayloadError(f"the app changed array {name!r}, which the model declares as not trainable")
-        return {own: new[self.names[own]].float() - base[self.names[own]].float() for own in spec.shapes}
+        return difference(self.own(new), self.own(base))
 
     def add(self, base: Mapping[str, Tensor], update: Weights) -> dict[str, Tensor]:
         """base + update, by the arrays' names; integers are rounded."""
@@ -182,6 +193,13 @@ class ArrayModel:
             total = base[name].float() + value
             new[name] = total if base[name].is_floating_point() else total.round()
         return new
+
+
+@dataclass(frozen=True)
+class ArrayModel(ArrayNames):
+    """A model whose weights are a message's arrays; the names are those of its state dict."""
+
+    reference: ReferenceModel
 
 
 def tensors_of(record: ArrayRecord) -> dict[str, Tensor]:
@@ -201,13 +219,6 @@ def record_of(tensors: Mapping[str, Tensor], like: ArrayRecord) -> ArrayRecord:
     return ArrayRecord(
         {name: Array(tensors[name].numpy().astype(array.dtype, copy=False)) for name, array in like.items()}
     )
-
-
-def spec_of(arrays: Mapping[str, Tensor]) -> ParamSpec:
-    """The arrays' names and shapes: floating-point ones count as parameters, others as integer buffers."""
-    floats = {name: value.shape for name, value in arrays.items() if value.is_floating_point()}
-    others = {name: value.shape for name, value in arrays.items() if name not in floats}
-    return ParamSpec(floats, others, frozenset(others))
 
 
 def _matched(arrays: Mapping[str, Tensor], model: nn.Module) -> dict[str, str]:

@@ -38,6 +38,7 @@ class StrategyWrapper(Strategy):
         self.inner = inner
         # `start` replaces the inner strategy's methods for its duration; these are the originals.
         self._configure_train, self._aggregate_train = inner.configure_train, inner.aggregate_train
+        self._aggregate_evaluate = inner.aggregate_evaluate
 
     def __getattr__(self, name: str) -> Any:
         """Attributes that are not the wrapper's own are the inner strategy's."""
@@ -47,7 +48,7 @@ class StrategyWrapper(Strategy):
 
     def start(self, *arguments: Any, **options: Any) -> Result:
         """Run the inner strategy's own `start`, which calls this wrapper's configure and aggregate steps."""
-        own = {name: getattr(self, name) for name in ("configure_train", "aggregate_train")}
+        own = {name: getattr(self, name) for name in ("configure_train", "aggregate_train", "aggregate_evaluate")}
         vars(self.inner).update(own)
         try:
             return self.inner.start(*arguments, **options)
@@ -63,7 +64,7 @@ class StrategyWrapper(Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """The inner strategy's."""
-        return self.inner.aggregate_evaluate(server_round, replies)
+        return self._aggregate_evaluate(server_round, replies)
 
     def summary(self) -> None:
         """The inner strategy's."""

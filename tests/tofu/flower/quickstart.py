@@ -62,6 +62,7 @@ def federate(
     handler: Callable[[Message, Context], Message] = train,
     model: Callable[[], nn.Module] = Net,
     node_config: Callable[[int], dict[str, Any]] | None = None,
+    **options: Any,
 ) -> Any:
     """Run the app in this process and return Flower's result."""
     client, server, results = ClientApp(mods=list(mods)), ServerApp(), []
@@ -71,7 +72,9 @@ def federate(
     def main(grid: Grid, context: Context) -> None:
         torch.manual_seed(0)
         arrays = ArrayRecord(model().state_dict())
-        results.append(strategy.start(grid, arrays, num_rounds=rounds, train_config=ConfigRecord({"lr": 0.1})))
+        results.append(
+            strategy.start(grid, arrays, num_rounds=rounds, train_config=ConfigRecord({"lr": 0.1}), **options)
+        )
 
     run_in_process(server, client, run_config={}, num_supernodes=CLIENTS, node_config=node_config)
     return results[0]
