@@ -10,7 +10,7 @@ from client.downlink import ResyncError, receive_weights
 from client.policy import check_fit, client_data
 from client.state import KeptWeights, SavedState, load_broadcast, load_plugins, load_state, save_state
 from tofu.compression.error_feedback import ErrorFeedback
-from tofu.data import LabeledImages
+from tofu.data import LabeledImages, LabeledRows
 from tofu.device import open_device
 from tofu.errors import PayloadError
 from tofu.flower.policy import check_policy, client_name
@@ -31,13 +31,14 @@ from tofu.rounds.steps import (
     apply_steps,
     check_noise_grid,
 )  # fmt: skip
+from tofu.row_workload import workload_of
 from tofu.secagg.encoding import EncodingConfig, RingEncoder, flat, purpose_of
 from tofu.settings import Settings
 from tofu.tasks import only_classes
 from tofu.training import LocalTrainingConfig
 from tofu.weights import Weights, cosine, difference, explained_variance, load_weights, weights_of
 from tofu.wire import SecurePart, TrainReply, TrainRequest, broadcast_id
-from tofu.workload import NamedWorkload, Workload
+from tofu.workload import Workload
 
 
 def train_round(
@@ -56,7 +57,7 @@ def train_round(
         TofuError: the client does not take part, the weights or the data are not usable, or training diverged.
     """
     check_policy(request.kind, settings.privacy.noise_multiplier, context)
-    local = LocalRound.begin(request, round_, settings, context, workload or NamedWorkload(settings))
+    local = LocalRound.begin(request, round_, settings, context, workload or workload_of(settings))
     trained = local.train()
     fraction = settings.residual_fraction
     steps: list[UpdateStep] = [AddResidual(request.acknowledged, fraction)]
@@ -140,7 +141,7 @@ class LocalRound:
             raise ResyncError("this client does not have the plugins' broadcast of this round")
         plugins.load(state=load_plugins(context), broadcast=broadcast, max_bytes=MAX_STATE_BYTES)
         built = workload.build_model(request.shape)
-        reference = ReferenceModel.of(built, request.shape, plugins, position)
+        reference = ReferenceModel.of(built, request.shape, plugins, position, workload.call(built, request.shape))
         initial = weights_of(reference.model)
         state = load_state(context, reference)
         receive_weights(request, round_, reference, state.kept, settings.make_downlink(reference))
@@ -166,8 +167,9 @@ class LocalRound:
         stream = settings.task_stream(self.request.shape.classes)
         task = stream.number(self.position.task, self.position.client)
         data = client_data(settings, self.context, self.workload)
-        if isinstance(data, LabeledImages):
+        if isinstance(data, LabeledImages | LabeledRows):
             check_fit(data, self.request.shape)
+        if isinstance(data, LabeledImages):
             data = stream.images_of(data, task)
         training = settings.training
         config = LocalTrainingConfig(

@@ -4,10 +4,11 @@ from collections.abc import Sized
 
 from flwr.app import Context
 
-from tofu.data import ImageShape, LabeledImages, local_folder
+from tofu.data import ImageShape, LabeledImages, LabeledRows, local_folder, local_rows
 from tofu.errors import DataError
+from tofu.row_workload import workload_of
 from tofu.settings import Settings
-from tofu.workload import NamedWorkload, Workload
+from tofu.workload import Workload
 
 
 def client_data(settings: Settings, context: Context, workload: Workload | None = None) -> Sized:
@@ -18,26 +19,32 @@ def client_data(settings: Settings, context: Context, workload: Workload | None 
         DataError: the node config has neither.
     """
     folder = context.node_config.get("data")
+    if folder is not None and settings.data.kind != "images":
+        return local_rows(str(folder), settings.row_format())
     if folder is not None:
         names = tuple(filter(None, settings.data.class_names.split(",")))
         return local_folder(str(folder), class_names=names, subpopulations=settings.data.subpopulations)
     partition = context.node_config.get("partition-id")
     if partition is None:
         raise DataError("node config has neither data (a folder of images) nor partition-id (a part of the dataset)")
-    return (workload or NamedWorkload(settings)).client(int(partition))
+    return (workload or workload_of(settings)).client(int(partition))
 
 
-def check_fit(data: LabeledImages, shape: ImageShape) -> None:
-    """Check that images and labels fit the input and output of the run's model.
+def check_fit(data: LabeledImages | LabeledRows, shape: ImageShape) -> None:
+    """Check that inputs and labels fit the input and output of the run's model.
 
     Raises:
         DataError: they do not.
     """
-    own = data.shape
-    if (own.channels, own.height, own.width) != (shape.channels, shape.height, shape.width):
-        raise DataError(
-            f"images of {own.channels}x{own.height}x{own.width}, the run's network takes "
-            f"{shape.channels}x{shape.height}x{shape.width}"
-        )
+    if isinstance(data, LabeledRows):
+        if data.width != shape.width:
+            raise DataError(f"rows of {data.width} features or tokens, the run's network takes {shape.width}")
+    else:
+        own = data.shape
+        if (own.channels, own.height, own.width) != (shape.channels, shape.height, shape.width):
+            raise DataError(
+                f"images of {own.channels}x{own.height}x{own.width}, the run's network takes "
+                f"{shape.channels}x{shape.height}x{shape.width}"
+            )
     if len(data) and int(data.labels.max()) >= shape.classes:
         raise DataError(f"label {int(data.labels.max())}, the run's network has classes 0 to {shape.classes - 1}")

@@ -23,6 +23,7 @@ from tofu.flower.in_process import InProcessGrid, run_in_process
 from tofu.flower.transport import GridTransport
 from tofu.formatting import printable
 from tofu.log import start_logging
+from tofu.model_call import NEEDS_CALL
 from tofu.observers.base import Observer, Observers
 from tofu.observers.json_lines import JsonLinesLog
 from tofu.observers.prometheus import PrometheusMetrics
@@ -32,8 +33,9 @@ from tofu.reference_model import ReferenceModel
 from tofu.reporting.folder import RunFolder
 from tofu.reporting.report import write_report
 from tofu.rounds.record import RoundRecord, RunSummary, from_dict, to_dict
+from tofu.row_workload import workload_of
 from tofu.settings import Settings
-from tofu.workload import NamedWorkload, Workload
+from tofu.workload import Workload
 
 app = ServerApp()
 
@@ -71,7 +73,7 @@ def serve(grid: Grid, settings: Settings, observer: Observer, workload: Workload
     metrics = PrometheusMetrics(grid.run.run_id, settings)
     observers = Observers((JsonLinesLog(grid.run.run_id), metrics, observer))
     try:
-        run = _Run(grid, settings, observers, workload or NamedWorkload(settings))
+        run = _Run(grid, settings, observers, workload or workload_of(settings))
         metrics.serve(settings.metrics_port)
         return run.run()
     except BaseException as error:
@@ -139,6 +141,9 @@ class _Run:
                     f"records the messages of client {names} in {folder.path}/record; protect them like its data"
                 )
             observer.on_run_start(settings.rounds, settings.clients, f"{settings.model} on {settings.dataset}")
+            if settings.compressor in NEEDS_CALL and not self._runner.models[0].reference.call.inputs:
+                why = "the model has no floating-point input that proxies could take the place of"
+                observer.on_note(f"updates are sent as the sparse correction alone (compressor=sparse): {why}")
             try:
                 return self._run(folder)
             except OSError as error:

@@ -12,6 +12,7 @@ from server.secure_ranges import SecureRanges
 from tofu.compression.base import Compressor
 from tofu.data import ImageShape
 from tofu.errors import RunError
+from tofu.model_call import ModelCall
 from tofu.models import build_model
 from tofu.plugins import Plugins
 from tofu.privacy import check_param_spec
@@ -29,6 +30,7 @@ class GlobalModel:
         model: the model as built, at its initial weights; the rounds change it in place.
         shape: of the images, and the number of classes of the data.
         group: the client group that trains it, counted from 0.
+        call: how the codec calls the model; by default with images of `shape`.
 
     Attributes:
         reference: the model that the server steps, in eval mode.
@@ -41,12 +43,18 @@ class GlobalModel:
     """
 
     def __init__(
-        self, model: nn.Module, shape: ImageShape, settings: Settings, plugins: Plugins, group: int = 0
+        self,
+        model: nn.Module,
+        shape: ImageShape,
+        settings: Settings,
+        plugins: Plugins,
+        group: int = 0,
+        call: ImageShape | ModelCall | None = None,
     ) -> None:
         self.group, self.shape = group, shape
         self._settings, self._plugins = settings, plugins
         self._kinds = Schedule.of(settings).kinds
-        reference = ReferenceModel.of(model, shape, plugins, settings.round_context(shape, 1, group=group))
+        reference = ReferenceModel.of(model, shape, plugins, settings.round_context(shape, 1, group=group), call)
         self._begin(reference, flat(weights_of(reference.model)))
 
     def _begin(self, reference: ReferenceModel, initial: Tensor, averaged: nn.Module | None = None) -> None:
@@ -61,6 +69,12 @@ class GlobalModel:
         self.downlink = Downlink(reference, settings)
         self.averaged = averaged or (copy.deepcopy(reference.model) if settings.ema_decay else reference.model)
         self.secure = SecureRanges(reference.param_spec, settings) if "secure" in self._kinds else None
+
+    @property
+    def classes(self) -> int:
+        """Number of the model's outputs, which a plugin may have changed."""
+        found = self.reference.input
+        return found.classes if isinstance(found, ImageShape) else self.shape.classes
 
     def prepare(self, round_: int) -> bool:
         """Let the plugins set up the model of a round; start anew if that changes its architecture.

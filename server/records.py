@@ -60,7 +60,7 @@ def round_record(
         epsilon=private.epsilon if private else None,
         by_client=_by_client(result, compressed=compressed, private=private is not None),
         plugins=result.plugin_metrics(),
-        task=runner.settings.round_context(runner.models[0].reference.shape, result.round).task if tasks else None,
+        task=runner.settings.round_context(runner.models[0].shape, result.round).task if tasks else None,
         task_accuracies=tuple(runner.task_accuracies[-1]) if tasks else (),
         group_accuracies=tuple(runner.group_accuracies[-1]) if runner.group_accuracies else (),
         clipped=secure.clipped if secure else None,
@@ -154,7 +154,7 @@ class SampleImages:
 
     def add(self, result: RoundResult) -> None:
         """Keep the proxies of this round, next to those of the first round that had any."""
-        if result.proxies is None:
+        if result.proxies is None or result.proxies.dim() != 4:  # proxies of vectors or signals are no images
             return
         if self._data and not self._rounds and result.shown.isdecimal() and int(result.shown) < self._data.clients:
             self.arrays["real"] = self._data.client(int(result.shown)).images[:_MAX_REAL].numpy()

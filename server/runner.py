@@ -30,11 +30,12 @@ from tofu.reference_model import ReferenceModel
 from tofu.reporting.folder import RunFolder
 from tofu.rng import derive_generator
 from tofu.rounds.schedule import Schedule
+from tofu.row_workload import workload_of
 from tofu.secagg.encoding import SecureMean
 from tofu.settings import MIN_SECURE, Settings
 from tofu.weights import Weights, weights_of
 from tofu.wire import TrainReply
-from tofu.workload import NamedWorkload, Workload, labeled_images
+from tofu.workload import Workload, labeled_images
 
 
 @dataclass
@@ -127,14 +128,15 @@ class RoundRunner:
         self._clients = Clients(transport, ledger, observer)
         self._schedule = Schedule.of(settings)
         self.stream = settings.task_stream(reference.shape.classes)
-        workload = workload or NamedWorkload(settings)
+        workload = workload or workload_of(settings)
         self._evaluator = Evaluator(test, self.stream, settings, self.plugins, workload)
         self._exchange = TrainExchange(transport, ledger, observer, settings.round_timeout)
         self._open = OpenCollector(self._exchange, self.plugins)
         self._secure: Collector = self._open
         if "secure" in self._schedule.kinds:
             self._secure = SecureCollector(transport, self._exchange, ledger, observer, settings, self.plugins)
-        self.models = [GlobalModel(reference.model, reference.shape, settings, self.plugins)]
+        call = workload.call(reference.model, reference.shape)
+        self.models = [GlobalModel(reference.model, reference.shape, settings, self.plugins, call=call)]
         for group in range(1, self.plugins.groups):
             built = build_model(settings.model, reference.shape, norm=settings.norm, seed=settings.seed)
             self.models.append(GlobalModel(built.eval(), reference.shape, settings, self.plugins, group))
@@ -158,7 +160,7 @@ class RoundRunner:
 
         In a run of tasks the result is the mean over tasks, and that of several groups is their ensemble's.
         """
-        classes = self.models[0].reference.shape.classes
+        classes = self.models[0].classes
         averaged = [model.averaged for model in self.models]
         score, by_task, by_group = self._evaluator.evaluate(averaged, classes)
         self.accuracies.append(score.accuracy)

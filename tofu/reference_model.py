@@ -31,16 +31,21 @@ class ReferenceModel:
 
     @staticmethod
     def of(
-        model: nn.Module, shape: ImageShape, plugins: Plugins = NO_PLUGINS, about: RoundContext | None = None
+        model: nn.Module,
+        shape: ImageShape,
+        plugins: Plugins = NO_PLUGINS,
+        about: RoundContext | None = None,
+        call: ModelCall | ImageShape | None = None,
     ) -> "ReferenceModel":
         """The reference of a new model after the plugins' `setup`, at its initial weights; the same on both ends.
 
         Args:
             model: a newly built model for images and classes of `shape`.
             about: where in the run this is; required if there are plugins.
+            call: how the model is called, if there are no plugins; by default with images of `shape`.
         """
         if not plugins or about is None:
-            return ReferenceModel(model, shape).as_built()
+            return ReferenceModel(model, call or shape).as_built()
         model = plugins.setup(model, about)
         (classes,) = call_of(model, (shape.channels, shape.height, shape.width)).target  # a plugin may have changed it
         return ReferenceModel(model, dataclasses.replace(shape, classes=classes)).as_built()

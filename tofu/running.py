@@ -17,14 +17,16 @@ from torch.utils.data import TensorDataset, default_collate
 import tofu
 from tofu.data import LabeledImages, to_float
 from tofu.errors import RunError, SettingError
+from tofu.model_call import Forward, InputShape
 from tofu.observers.base import Observer, Observers
 from tofu.observers.terminal import make_progress
 from tofu.reporting.folder import resumed_settings
 from tofu.rounds.record import RunSummary, from_dict
+from tofu.row_workload import workload_of
 from tofu.run_result import RunResult
 from tofu.settings import Settings, Value
 from tofu.user_workload import Loss, Metric, OptimizerFactory, TrainFunction, UserWorkload, factory_of
-from tofu.workload import NamedWorkload, Workload
+from tofu.workload import Workload
 
 DATASET = "python"
 """The setting `dataset` of a run whose data are Python objects; the setting `model` starts with it, too."""
@@ -46,6 +48,8 @@ def run(
     metrics: Mapping[str, Metric] | None = None,
     train: TrainFunction | None = None,
     collate: Callable[[list[Any]], Any] = default_collate,
+    input_shape: InputShape | None = None,
+    forward: Forward | None = None,
     callbacks: Sequence[Observer] = (),
     progress: bool = True,
     **settings: Value,
@@ -68,6 +72,8 @@ def run(
         train: a training function of your own, `train(model, dataset, context)`, with a
             `tofu.user_workload.TrainingContext`; it trains the model in place and may return the mean loss.
         collate: list of samples -> batch, as for `torch.utils.data.DataLoader`.
+        input_shape, forward: how proxies are passed to the model, as for `tofu.encode`. By default inputs of
+            floating-point numbers are proxied as they are, and the sparse correction alone is sent for all others.
         callbacks: observers of the run (`tofu.observers.base.Observer`).
         progress: print the rounds to standard error.
         settings: all settings of `tofu run --help`, with underscores for dashes.
@@ -91,11 +97,10 @@ def run(
         >>> [record.kind for record in result.history], result.summary.final_accuracy > 0.5
         (['start', 'proxy', 'proxy'], True)
     """
-    own = _OwnParts(model, loss, optimizer, metrics or {}, train, collate)
+    own = _OwnParts(model, loss, optimizer, metrics or {}, train, collate, input_shape, forward)
     workload: Workload | None = None
-    note = ""
     if own.any or not (clients is None or isinstance(clients, int)):
-        workload, settings, note = own.workload(clients, test, settings)
+        workload, settings = own.workload(clients, test, settings)
     else:
         if test is not None:
             raise SettingError("test", type(test).__name__, "None for a dataset that the settings name")
@@ -104,8 +109,6 @@ def run(
     checked = _checked(settings)
     client, server = _apps()
     observers = Observers((make_progress(sys.stderr, quiet=not progress), *callbacks))
-    if note:
-        observers.on_note(note)
     threads, level = torch.get_num_threads(), logging.getLogger("flwr").level
     logging.getLogger("flwr").setLevel(logging.ERROR)
     try:
@@ -114,7 +117,7 @@ def run(
         torch.set_num_threads(threads)
         logging.getLogger("flwr").setLevel(level)
     typed = from_dict(RunSummary, summary, "summary")
-    return RunResult(Path(typed.run), typed, (workload or NamedWorkload(checked)).build_model)
+    return RunResult(Path(typed.run), typed, (workload or workload_of(checked)).build_model)
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,8 @@ class _OwnParts:
     metrics: Mapping[str, Metric]
     train: TrainFunction | None
     collate: Callable[[list[Any]], Any]
+    input_shape: InputShape | None
+    forward: Forward | None
 
     @property
     def any(self) -> bool:
@@ -134,10 +139,8 @@ class _OwnParts:
         named = self.model is None or isinstance(self.model, str)
         return not named or any((self.loss, self.optimizer, self.metrics, self.train))
 
-    def workload(
-        self, clients: Any, test: Any, settings: dict[str, Value]
-    ) -> tuple[UserWorkload, dict[str, Value], str]:
-        """The workload, the settings of the run, and a note to the user or "".
+    def workload(self, clients: Any, test: Any, settings: dict[str, Value]) -> tuple[UserWorkload, dict[str, Value]]:
+        """The workload, and the settings of the run.
 
         Raises:
             SettingError: an argument cannot be used.
@@ -161,16 +164,11 @@ class _OwnParts:
         if named:
             clients, test = _named_datasets(checked)
         made = UserWorkload(
-            factory_of(self.model), clients, () if test is None else test, self.loss, self.optimizer, self.metrics,
-            self.train, self.collate, checked.run.seed,
+            model=factory_of(self.model), clients=clients, test_data=() if test is None else test, loss=self.loss,
+            optimizer=self.optimizer, metrics=self.metrics, train_function=self.train, collate=self.collate,
+            input_shape=self.input_shape, forward=self.forward, seed=checked.run.seed,
         )  # fmt: skip
-        note = ""
-        if checked.codec.compressor == "proxy" and not made.takes_images:
-            settings["compressor"] = "sparse"
-            note = (
-                "the model's input is no image, so updates are sent as the sparse correction alone (compressor=sparse)"
-            )
-        return made, settings, note
+        return made, settings
 
 
 def _checked(settings: Mapping[str, Value]) -> Settings:

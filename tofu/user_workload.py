@@ -17,6 +17,7 @@ from tofu.data import ImageShape
 from tofu.device import CPU, on_device
 from tofu.errors import RunError, SettingError
 from tofu.evaluation import Evaluation, Predict
+from tofu.model_call import NO_CALL, Forward, InputShape, ModelCall, call_of
 from tofu.models import build_seeded
 from tofu.plugins import Plugins, RoundContext
 from tofu.training import SGD, LocalTrainingConfig, SeededDropout, TrainingResult, shuffled_batches
@@ -60,82 +61,18 @@ TrainFunction = Callable[[nn.Module, Any, TrainingContext], "float | None"]
 
 
 @dataclass(frozen=True)
-class UserWorkload:
-    """The workload of `tofu.run` with Python objects; its arguments are described there.
+class DatasetLoop:
+    """Training and evaluation on torch datasets of (input, target) pairs, or of mappings with a key "labels".
 
     Attributes:
-        model: builds the model; called once for the server and once for each client and round.
-        clients: one dataset of (input, target) pairs, or of mappings with a key "labels", per client.
-
-    Raises:
-        SettingError: a dataset has no samples, or model or loss do not accept them.
+        loss, optimizer, metrics, train_function, collate: arguments of `tofu.run`, which describes them.
     """
 
-    model: Callable[[], nn.Module]
-    clients: Sequence[Any]
-    test_data: Any = ()
     loss: Loss | None = None
     optimizer: OptimizerFactory | None = None
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     train_function: TrainFunction | None = None
     collate: Callable[[list[Any]], Any] = default_collate
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for number, data in enumerate(self.clients):
-            if not isinstance(data, Sized) or not hasattr(data, "__getitem__") or not len(data):
-                accepted = "datasets with __len__ and __getitem__, each with at least one sample"
-                raise SettingError("clients", f"{type(data).__name__} of client {number}", accepted)
-
-    @cached_property
-    def _probe(self) -> tuple[Any, Any]:
-        """Inputs and outputs of the first samples of client 0."""
-        first = self.clients[0]
-        inputs, targets = split_batch(self.collate([first[row] for row in range(min(2, len(first)))]))
-        model = self.build_model().eval()
-        try:
-            with torch.no_grad():
-                outputs = _forward(model, inputs)
-        except Exception as error:  # the user's own code may raise anything
-            reason = " ".join(str(error).split())
-            accepted = f"a model that accepts the inputs of the datasets ({type(error).__name__}: {reason})"
-            raise SettingError("model", type(model).__name__, accepted) from error
-        if self.train_function is None or len(self.test_data):
-            try:
-                self._loss_of(outputs, targets)
-            except (RuntimeError, TypeError, ValueError, IndexError) as error:
-                reason = " ".join(str(error).split())
-                name = getattr(self.loss, "__name__", "cross_entropy")
-                raise SettingError("loss", name, f"a function of (outputs, targets) of a batch ({reason})") from error
-        return inputs, outputs
-
-    @property
-    def takes_images(self) -> bool:
-        """Whether the model maps float images [n, channels, height, width] to logits [n, classes]."""
-        inputs, outputs = self._probe
-        image = isinstance(inputs, Tensor) and inputs.dim() == 4 and inputs.is_floating_point()
-        return image and isinstance(outputs, Tensor) and outputs.dim() == 2
-
-    @property
-    def shape(self) -> ImageShape:
-        """Input and output size of a model for images; ones for any other model, whose codec does not need them."""
-        inputs, outputs = self._probe
-        if not self.takes_images:
-            return ImageShape(1, 1, 1, 1)
-        channels, height, width = inputs.shape[1:]
-        return ImageShape(channels, height, width, outputs.shape[1])
-
-    def build_model(self, shape: ImageShape | None = None) -> nn.Module:
-        """The model, whose initial weights are a function of the seed."""
-        return build_seeded(self.model, self.seed)
-
-    def client(self, partition: int) -> Sized:
-        data: Sized = self.clients[partition]
-        return data
-
-    def test(self) -> Sized:
-        data: Sized = self.test_data
-        return data
 
     def train(
         self,
@@ -235,6 +172,102 @@ class UserWorkload:
         loader = DataLoader(data, batch_sampler=rows, collate_fn=self.collate, generator=torch.Generator())
         for batch in loader:
             yield _to(split_batch(batch), device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserWorkload(DatasetLoop):
+    """The workload of `tofu.run` with Python objects; its arguments are described there.
+
+    Attributes:
+        input_shape, forward: how proxies are passed to the model (`tofu.encode`); by default found by calling it.
+        model: builds the model; called once for the server and once for each client and round.
+        clients: one dataset of (input, target) pairs, or of mappings with a key "labels", per client.
+
+    Raises:
+        SettingError: a dataset has no samples, or model or loss do not accept them.
+    """
+
+    model: Callable[[], nn.Module]
+    clients: Sequence[Any]
+    test_data: Any = ()
+    input_shape: InputShape | None = None
+    forward: Forward | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for number, data in enumerate(self.clients):
+            if not isinstance(data, Sized) or not hasattr(data, "__getitem__") or not len(data):
+                accepted = "datasets with __len__ and __getitem__, each with at least one sample"
+                raise SettingError("clients", f"{type(data).__name__} of client {number}", accepted)
+
+    @cached_property
+    def _probe(self) -> tuple[Any, Any]:
+        """Inputs and outputs of the first samples of client 0."""
+        first = self.clients[0]
+        inputs, targets = split_batch(self.collate([first[row] for row in range(min(2, len(first)))]))
+        model = self.build_model().eval()
+        try:
+            with torch.no_grad():
+                outputs = _forward(model, inputs)
+        except Exception as error:  # the user's own code may raise anything
+            reason = " ".join(str(error).split())
+            accepted = f"a model that accepts the inputs of the datasets ({type(error).__name__}: {reason})"
+            raise SettingError("model", type(model).__name__, accepted) from error
+        if self.train_function is None or len(self.test_data):
+            try:
+                self._loss_of(outputs, targets)
+            except (RuntimeError, TypeError, ValueError, IndexError) as error:
+                reason = " ".join(str(error).split())
+                name = getattr(self.loss, "__name__", "cross_entropy")
+                raise SettingError("loss", name, f"a function of (outputs, targets) of a batch ({reason})") from error
+        return inputs, outputs
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether the model maps float images [n, channels, height, width] to logits [n, classes]."""
+        inputs, outputs = self._probe
+        image = isinstance(inputs, Tensor) and inputs.dim() == 4 and inputs.is_floating_point()
+        return image and isinstance(outputs, Tensor) and outputs.dim() == 2
+
+    @property
+    def shape(self) -> ImageShape:
+        """Input and output size of a model for images; ones for any other model, to which `call` applies."""
+        inputs, outputs = self._probe
+        if not self.takes_images:
+            return ImageShape(1, 1, 1, 1)
+        channels, height, width = inputs.shape[1:]
+        return ImageShape(channels, height, width, outputs.shape[1])
+
+    def build_model(self, shape: ImageShape | None = None) -> nn.Module:
+        """The model, whose initial weights are a function of the seed."""
+        return build_seeded(self.model, self.seed)
+
+    def call(self, model: nn.Module, shape: ImageShape) -> ImageShape | ModelCall:
+        """How proxies are passed to the model: as images, or as floating-point inputs of any other shapes.
+
+        Raises:
+            SettingError: the model does not accept the given input shape.
+        """
+        if self.input_shape is not None:
+            return call_of(model, self.input_shape, forward=self.forward)
+        if self.takes_images:
+            return shape
+        inputs = self._probe[0]
+        inputs = inputs if isinstance(inputs, list | tuple) else [inputs]
+        if not all(isinstance(each, Tensor) and each.is_floating_point() and each.dim() > 1 for each in inputs):
+            return NO_CALL
+        try:
+            return call_of(model, tuple(tuple(each.shape[1:]) for each in inputs))
+        except SettingError:
+            return NO_CALL
+
+    def client(self, partition: int) -> Sized:
+        data: Sized = self.clients[partition]
+        return data
+
+    def test(self) -> Sized:
+        data: Sized = self.test_data
+        return data
 
 
 def split_batch(batch: Any) -> tuple[Any, Any]:

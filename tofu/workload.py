@@ -1,7 +1,7 @@
 """What a federation trains: data, model, local training and evaluation, as one object that server and clients share.
 
-`NamedWorkload` is that of a run whose settings name a dataset and a model. `tofu.user_workload` has the one that is
-made of a user's own Python objects, for `tofu.run`.
+`NamedWorkload` is that of a run whose settings name a dataset of images; `tofu.row_workload` has the one of tables and
+texts, `tofu.user_workload` the one that is made of a user's own Python objects, for `tofu.run`.
 """
 
 from collections.abc import Sized
@@ -13,6 +13,7 @@ from torch import nn
 from tofu.data import FederatedData, ImageShape, LabeledImages
 from tofu.errors import DataError
 from tofu.evaluation import Evaluation, Predict, evaluate
+from tofu.model_call import ModelCall
 from tofu.models import build_model
 from tofu.plugins import Plugins, RoundContext
 from tofu.settings import Settings
@@ -28,6 +29,9 @@ class Workload(Protocol):
 
     def build_model(self, shape: ImageShape) -> nn.Module:
         """The model at its initial weights, in training mode on the CPU; the same in every process."""
+
+    def call(self, model: nn.Module, shape: ImageShape) -> ImageShape | ModelCall:
+        """How proxies are passed to the model; `tofu.model_call.NO_CALL` if it has none."""
 
     def client(self, partition: int) -> Sized:
         """The training data of one simulated client."""
@@ -73,6 +77,9 @@ class NamedWorkload:
         """See `Workload.build_model`. Raises SettingError if the model cannot be built."""
         network = self._settings.network
         return build_model(network.model, shape, norm=network.norm, seed=self._settings.run.seed)
+
+    def call(self, model: nn.Module, shape: ImageShape) -> ImageShape:
+        return shape
 
     def client(self, partition: int) -> LabeledImages:
         return self.data.client(partition)

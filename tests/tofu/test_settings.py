@@ -60,10 +60,12 @@ OTHERS |= dict.fromkeys(("momentum", "server-momentum", "ema-decay", "error-feed
 OTHERS |= {
     "plugins": "",
     "plugin-options": "",
+    "feature-columns": "",
+    "text-column": "",
     "task-count": 2,
     "over-relaxation": 1.5,
     "device": "auto",
-}  # plugins do not go with noise-multiplier
+}  # plugins do not go with noise-multiplier, and many settings not with tables and texts
 """A value for every setting that is not its default."""
 
 # One list of names
@@ -109,7 +111,7 @@ def test_every_setting_has_a_help_and_a_section() -> None:
 
 def test_others_differ_from_every_default() -> None:
     same = OTHERS.items() & Settings().to_config().items()
-    assert same == {("plugins", ""), ("plugin-options", "")}
+    assert same == {(name, "") for name in ("plugins", "plugin-options", "feature-columns", "text-column")}
 
 
 @pytest.mark.parametrize("dashed", [True, False])
@@ -380,7 +382,10 @@ def values_of(name: str) -> st.SearchStrategy[object]:
     return st.from_regex(DEVICE_NAME, fullmatch=True) if name == "device" else st.text(max_size=20)
 
 
-CONFLICTING = {"plugins", "plugin_options", "task_count", "switch_round", "max_epsilon", "min_clients", "clients"}
+CONFLICTING = {
+    "plugins", "plugin_options", "task_count", "switch_round", "max_epsilon", "min_clients", "clients", "partition",
+    "feature_columns", "text_column",
+}  # fmt: skip
 
 
 @hypothesis_settings(max_examples=50, deadline=None)

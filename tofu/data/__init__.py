@@ -1,4 +1,4 @@
-"""The images of a run.
+"""The data of a run: images, tables or texts.
 
 `open_data` partitions a dataset over simulated clients by the partitioners of flwr-datasets; `local_folder` reads a
 real client's own images. Parquet is read by pyarrow and images are decoded in memory: nothing is written to a cache,
@@ -7,16 +7,23 @@ and only a hub id uses the network. Labels are read at once, images when they ar
 
 from tofu.data.federated import ACCEPTED_DATASETS, FederatedData, local_folder, open_data
 from tofu.data.images import ImageShape, LabeledImages, to_float
-from tofu.data.partition import PARTITIONS, partition_rows
+from tofu.data.partition import PARTITIONS, partition_by_id, partition_rows
+from tofu.data.rows import FederatedRows, LabeledRows, RowFormat, local_rows, open_rows
 
 __all__ = [
     "ACCEPTED_DATASETS",
     "PARTITIONS",
     "FederatedData",
+    "FederatedRows",
     "ImageShape",
     "LabeledImages",
+    "LabeledRows",
+    "RowFormat",
     "local_folder",
+    "local_rows",
     "open_data",
+    "open_rows",
+    "partition_by_id",
     "partition_rows",
     "to_float",
 ]

@@ -17,8 +17,8 @@ from tofu.data.digits import read_digits
 from tofu.data.folder import folder_splits
 from tofu.data.hub import hub_splits
 from tofu.data.images import ImageShape, LabeledImages
-from tofu.data.partition import PARTITIONS, IntArray, partition_rows
-from tofu.data.splits import Split
+from tofu.data.partition import PARTITIONS, IntArray, partition_by_id, partition_rows
+from tofu.data.splits import Split, hold_out, subset_rows
 from tofu.data.subpopulations import PARTS, Part, Subpopulations
 from tofu.errors import DataError, SettingError, first_line
 
@@ -28,7 +28,6 @@ ACCEPTED_DATASETS = (
 
 _LOG = logging.getLogger("tofu.data")
 _OPEN_LOCK = threading.Lock()
-_FIXED_SEED = 20240229  # seeds the splits that are the same in every run
 _HELD_OUT = 0.15
 
 
@@ -98,6 +97,7 @@ def open_data(
     test_images: int = 0,
     subpopulations: str = "",
     test_subpopulations: Part = "unseen",
+    client_column: str = "",
     seed: int,
 ) -> FederatedData:
     """Open a dataset and partition its training images over clients. The same arguments give the same partition.
@@ -109,8 +109,9 @@ def open_data(
     Args:
         dataset: "digits" (8x8, embedded in scikit-learn), a local folder, or a Hugging Face hub id.
         clients: number of clients.
-        partition: "iid"; "dirichlet" (each class is distributed in proportions drawn from a Dirichlet distribution); or
-            "shards" (the images sorted by class, cut into even shards, `shards_per_client` random shards for each).
+        partition: "iid"; "dirichlet" (each class is distributed in proportions drawn from a Dirichlet distribution);
+            "shards" (the images sorted by class, cut into even shards, `shards_per_client` random shards for each); or
+            "natural" (by `client_column`; the clients with the most images).
         alpha: concentration of the Dirichlet distribution; smaller is more skewed.
         shards_per_client: for "shards".
         train_images: size of the random subset of training images to use; 0 uses all.
@@ -118,6 +119,7 @@ def open_data(
         subpopulations: broader classes made of the dataset's labels, some of which are not trained on, as
             `tofu.data.subpopulations` describes; empty keeps the dataset's classes.
         test_subpopulations: whether the test images are of "unseen" labels, of "seen" ones or of "all".
+        client_column: of parquet files or a hub dataset, with the name of each image's client.
         seed: of the training subset and the partition; the test images do not depend on it.
 
     Raises:
@@ -140,8 +142,8 @@ def open_data(
     ):
         if value < minimum:
             raise SettingError(field, value, f"a whole number of at least {minimum}")
-    if partition not in PARTITIONS:
-        raise SettingError("partition", partition, f"one of {', '.join(PARTITIONS)}")
+    if partition not in (*PARTITIONS, "natural"):
+        raise SettingError("partition", partition, f"one of {', '.join((*PARTITIONS, 'natural'))}")
     if not 0 < alpha < math.inf:
         raise SettingError("alpha", alpha, "a number above 0")
     if test_subpopulations not in PARTS:
@@ -151,8 +153,9 @@ def open_data(
     with _OPEN_LOCK:
         source = _resolve(dataset)
         return _open(
-            source, clients, partition, float(alpha), shards_per_client, train_images, test_images, shift, seed
-        )
+            source, clients, partition, float(alpha), shards_per_client, train_images, test_images, shift,
+            client_column, seed,
+        )  # fmt: skip
 
 
 def local_folder(path: str, *, class_names: Sequence[str] = (), subpopulations: str = "") -> LabeledImages:
@@ -194,23 +197,24 @@ def _open(
     train_images: int,
     test_images: int,
     shift: tuple[Subpopulations, Part] | None,
+    client_column: str,
     seed: int,
 ) -> FederatedData:
-    train, test, train_rows, test_rows = _load(dataset)
+    train, test, train_rows, test_rows = _load(dataset, client_column if partition == "natural" else "")
     if shift is not None:
-        classes, tested = shift
+        classes, part = shift
         classes.check(train)
         train_rows = np.intersect1d(train_rows, classes.rows(train.labels, "seen"))
-        test_rows = np.intersect1d(test_rows, classes.rows(test.labels, tested))
+        test_rows = np.intersect1d(test_rows, classes.rows(test.labels, part))
         train, test = classes.regroup(train), classes.regroup(test)
     shape = train.image_shape()
-    for field, wanted, rows in (("train_images", train_images, train_rows), ("test_images", test_images, test_rows)):
-        if wanted > len(rows):
-            raise SettingError(field, wanted, f"at most {len(rows)}, the number that {dataset} has (0 uses all)")
-    if train_images:
-        train_rows = np.random.default_rng([seed, 0]).permutation(train_rows)[:train_images]
-    if test_images:
-        test_rows = np.random.default_rng(_FIXED_SEED).permutation(test_rows)[:test_images]
+    kept, tested = subset_rows(dataset, len(train_rows), len(test_rows), train_images, test_images, seed)
+    train_rows, test_rows = train_rows[kept], test_rows[tested]
+    if partition == "natural":
+        if train.ids is None:
+            raise SettingError("client_column", client_column, f"a column of {dataset} that names each image's client")
+        parts, _ = partition_by_id(train.ids[train_rows], clients=clients, seed=seed)
+        return FederatedData(train, test, test_rows, tuple(train_rows[part] for part in parts), shape)
     parts = partition_rows(
         train.labels[train_rows],
         clients=clients,
@@ -223,12 +227,16 @@ def _open(
 
 
 @lru_cache(maxsize=4)
-def _load(dataset: str) -> tuple[Split, Split, IntArray, IntArray]:
+def _load(dataset: str, client_column: str) -> tuple[Split, Split, IntArray, IntArray]:
     """The training and test splits of a resolved dataset, and the rows to use of each."""
     if dataset == "digits":
         digits = read_digits()
-        return digits, digits, *_hold_out(digits.labels, 0.2)
-    splits = folder_splits(Path(dataset), ()) if Path(dataset).is_absolute() else hub_splits(dataset)
+        return digits, digits, *hold_out(digits.labels, 0.2)
+    splits = (
+        folder_splits(Path(dataset), (), client_column)
+        if Path(dataset).is_absolute()
+        else hub_splits(dataset, client_column)
+    )
     if "train" not in splits:
         raise DataError(f"{dataset} has no split named train")
     train = splits["train"]
@@ -237,7 +245,7 @@ def _load(dataset: str) -> tuple[Split, Split, IntArray, IntArray]:
         (splits[role] for role in ("test", "validation") if role in splits and splits[role].labels.max() >= 0), None
     )
     if test is None:
-        train_rows, test_rows = _hold_out(train.labels, _HELD_OUT)
+        train_rows, test_rows = hold_out(train.labels, _HELD_OUT)
         if not len(test_rows):
             raise DataError(f"{dataset} has no test split and too few images to hold one out: a class needs two")
         held_out, total = len(test_rows), len(train.labels)
@@ -251,17 +259,6 @@ def _load(dataset: str) -> tuple[Split, Split, IntArray, IntArray]:
     train.check_labels()
     test.check_labels()
     return train, test, np.arange(len(train.labels)), np.arange(len(test.labels))
-
-
-def _hold_out(labels: IntArray, fraction: float) -> tuple[IntArray, IntArray]:
-    """Rows (kept, held out): `fraction` of each class is held out, at least one image of a class of two or more."""
-    rng = np.random.default_rng(_FIXED_SEED)
-    held = []
-    for label in np.unique(labels):
-        rows = rng.permutation(np.flatnonzero(labels == label))
-        held.append(rows[: max(round(fraction * len(rows)), min(1, len(rows) - 1))])
-    test_rows = np.sort(np.concatenate(held))
-    return np.setdiff1d(np.arange(len(labels)), test_rows), test_rows
 
 
 def _resolve(dataset: str) -> str:

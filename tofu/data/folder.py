@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from tofu.data.images import IMAGE_SUFFIXES, Pixels, read_image
-from tofu.data.splits import Split, split_role
+from tofu.data.splits import Split, files_by_role, split_role
 from tofu.data.tables import parquet_split
 from tofu.errors import DataError, first_line
 
@@ -20,7 +20,7 @@ _LOG = logging.getLogger("tofu.data")
 _LAYOUTS = "parquet files, or images as <class>/*.png with a folder per class"
 
 
-def folder_splits(folder: Path, class_names: tuple[str, ...]) -> dict[str, Split]:
+def folder_splits(folder: Path, class_names: tuple[str, ...], client_column: str = "") -> dict[str, Split]:
     """Read the splits of a local folder, by role ("train", "test", "validation").
 
     A parquet file belongs to the split that its name, or else its folder's name, begins or ends with
@@ -29,6 +29,7 @@ def folder_splits(folder: Path, class_names: tuple[str, ...]) -> dict[str, Split
     Args:
         folder: to be read.
         class_names: the classes of the run in the order of their labels, or () for those of the folder.
+        client_column: of parquet files, with the name of each image's client.
 
     Raises:
         DataError: the folder cannot be read, or its layout is ambiguous.
@@ -36,32 +37,12 @@ def folder_splits(folder: Path, class_names: tuple[str, ...]) -> dict[str, Split
     try:
         files = sorted((*folder.glob("*.parquet"), *folder.glob("*/*.parquet")))
         if files:
-            return {role: parquet_split(paths, class_names) for role, paths in _by_role(folder, files).items()}
+            roles = files_by_role(folder, files)
+            return {role: parquet_split(paths, class_names, client_column) for role, paths in roles.items()}
         roots = {role: path for path in _subfolders(folder) if (role := split_role(path.name)) and _subfolders(path)}
         return _image_splits(roots if "train" in roots else {"train": folder}, class_names)
     except OSError as error:
         raise DataError(f"{folder} cannot be read: {first_line(error)}") from error
-
-
-def _by_role(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
-    """Group parquet files by their split. Raises DataError if that is ambiguous."""
-    by_role: dict[str, list[Path]] = {}
-    unnamed = []
-    for file in files:
-        role = split_role(file.stem) or (split_role(file.parent.name) if file.parent != folder else None)
-        if role is None:
-            unnamed.append(file)
-        by_role.setdefault(role or "train", []).append(file)
-    if unnamed and len(unnamed) < len(files):
-        raise DataError(
-            f"{unnamed[0]} has no split in its name, unlike other files: expected train, test or validation"
-        )
-    for role, paths in by_role.items():
-        parents = sorted({path.parent for path in paths})
-        if len(parents) > 1:
-            found = f"in {parents[0]} and in {parents[1]}"
-            raise DataError(f"{folder} has {role} files {found}: name the folder of one configuration")
-    return by_role
 
 
 def _subfolders(root: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 import errno
 from pathlib import Path
+from typing import Any
 
 from tofu.data.splits import Split, split_role
 from tofu.data.tables import table_split
@@ -10,8 +11,18 @@ from tofu.errors import DataError, first_line
 _TIMEOUT = 10.0  # seconds
 
 
-def hub_splits(dataset: str) -> dict[str, Split]:
-    """Read the splits of a hub dataset from the Hugging Face cache, or download it into the cache first.
+def hub_splits(dataset: str, client_column: str = "") -> dict[str, Split]:
+    """The splits of a hub dataset of images. Raises DataError as `hub_tables`, or if it has no images."""
+    return {
+        role: table_split(
+            rows.features.arrow_schema, rows.data.table.select, f"{dataset} ({role})", Path(), (), client_column
+        )
+        for role, rows in hub_tables(dataset).items()
+    }
+
+
+def hub_tables(dataset: str) -> dict[str, Any]:
+    """The `datasets.Dataset` of each split, from the Hugging Face cache, or downloaded into the cache first.
 
     Args:
         dataset: hub id.
@@ -42,8 +53,4 @@ def hub_splits(dataset: str) -> dict[str, Split]:
             f"dataset {dataset!r} cannot be loaded from the hub ({reason}): "
             "expected 'digits', a hub id such as 'ylecun/mnist', or an existing folder"
         ) from error
-    return {
-        role: table_split(rows.features.arrow_schema, rows.data.table.select, f"{dataset} ({name})", Path())
-        for name, rows in found.items()
-        if (role := split_role(str(name)))
-    }
+    return {role: rows for name, rows in found.items() if (role := split_role(str(name)))}

@@ -55,6 +55,26 @@ def partition_rows(
     return tuple(rng.permutation(part) for part in parts)
 
 
+def partition_by_id(ids: NDArray[np.str_], *, clients: int, seed: int) -> tuple[tuple[IntArray, ...], tuple[str, ...]]:
+    """Partition rows by the client that each names, and the clients' names.
+
+    Args:
+        ids: name of each row's client [n].
+        clients: number of clients: those with the most rows, in the order of their names.
+        seed: of the order of each client's rows.
+
+    Raises:
+        SettingError: there are fewer names than clients.
+    """
+    names, counts = np.unique(ids, return_counts=True)
+    if clients > len(names):
+        raise SettingError("clients", clients, f"at most {len(names)}, the number of names in the client column")
+    rng = np.random.default_rng([seed, 1])
+    chosen = np.sort(np.argsort(-counts, kind="stable")[:clients])
+    parts = tuple(rng.permutation(np.flatnonzero(ids == names[number])) for number in chosen)
+    return parts, tuple(str(names[number]) for number in chosen)
+
+
 def _flower_partition(
     labels: IntArray, clients: int, partition: str, alpha: float, rng: np.random.Generator
 ) -> list[IntArray]:

@@ -1,21 +1,24 @@
 """One split of a dataset: rows whose labels are in memory and whose images are decoded when they are needed."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tofu.data.images import ImageShape, LabeledImages, Pixels, fit_image
 from tofu.data.partition import IntArray
-from tofu.errors import DataError
+from tofu.errors import DataError, SettingError
 
 _SYNONYMS = {
     "train": ("training", "train"),
     "test": ("testing", "test"),
     "validation": ("validation", "valid", "val", "dev"),
 }
+_FIXED_SEED = 20240229  # seeds the splits that are the same in every run
 _SHARD_NUMBER = re.compile(r"[-_.]?\d+(-of-\d+)?$")
 
 
@@ -28,12 +31,14 @@ class Split:
         class_names: in the order of the labels.
         read: row -> its image. Raises DataError, with a text that goes on from the row's origin.
         origin: row -> its file or its row in a table, for error messages.
+        ids: name of each row's client [n], if the data have such a column.
     """
 
     labels: IntArray
     class_names: tuple[str, ...]
     read: Callable[[int], Pixels]
     origin: Callable[[int], str]
+    ids: NDArray[np.str_] | None = None
 
     def image_shape(self) -> ImageShape:
         """The shape of the first image, which all others must have. Raises DataError if it cannot be read."""
@@ -77,3 +82,54 @@ def split_role(name: str) -> str | None:
             if word in synonyms:
                 return role
     return None
+
+
+def hold_out(labels: IntArray, fraction: float) -> tuple[IntArray, IntArray]:
+    """Rows (kept, held out): `fraction` of each class is held out, at least one image of a class of two or more."""
+    rng = np.random.default_rng(_FIXED_SEED)
+    held = []
+    for label in np.unique(labels):
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        held.append(rows[: max(round(fraction * len(rows)), min(1, len(rows) - 1))])
+    test_rows = np.sort(np.concatenate(held))
+    return np.setdiff1d(np.arange(len(labels)), test_rows), test_rows
+
+
+def subset_rows(
+    dataset: str, train: int, test: int, train_images: int, test_images: int, seed: int
+) -> tuple[IntArray, IntArray]:
+    """Random rows 0..train-1 to train on and 0..test-1 to test on; the latter do not depend on the seed.
+
+    Raises:
+        SettingError: there are fewer rows than wanted (0 uses all).
+    """
+    for field, wanted, count in (("train_images", train_images, train), ("test_images", test_images, test)):
+        if wanted > count:
+            raise SettingError(field, wanted, f"at most {count}, the number that {dataset} has (0 uses all)")
+    train_rows, test_rows = np.arange(train), np.arange(test)
+    if train_images:
+        train_rows = np.random.default_rng([seed, 0]).permutation(train_rows)[:train_images]
+    if test_images:
+        test_rows = np.random.default_rng(_FIXED_SEED).permutation(test_rows)[:test_images]
+    return train_rows, test_rows
+
+
+def files_by_role(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
+    """Group files by their split. Raises DataError if that is ambiguous."""
+    by_role: dict[str, list[Path]] = {}
+    unnamed = []
+    for file in files:
+        role = split_role(file.stem) or (split_role(file.parent.name) if file.parent != folder else None)
+        if role is None:
+            unnamed.append(file)
+        by_role.setdefault(role or "train", []).append(file)
+    if unnamed and len(unnamed) < len(files):
+        raise DataError(
+            f"{unnamed[0]} has no split in its name, unlike other files: expected train, test or validation"
+        )
+    for role, paths in by_role.items():
+        parents = sorted({path.parent for path in paths})
+        if len(parents) > 1:
+            found = f"in {parents[0]} and in {parents[1]}"
+            raise DataError(f"{folder} has {role} files {found}: name the folder of one configuration")
+    return by_role

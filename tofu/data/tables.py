@@ -20,12 +20,12 @@ _LABEL_NAMES = ("label", "labels", "fine_label", "target", "class", "y")
 _MAX_CLASSES = 1 << 16
 
 
-def parquet_split(files: Sequence[Path], class_names: tuple[str, ...]) -> Split:
+def parquet_split(files: Sequence[Path], class_names: tuple[str, ...], client_column: str = "") -> Split:
     """Read one split from parquet files of one schema. The image column is read on first use.
 
     Args:
         files: of the split, in order.
-        class_names: as in `table_split`.
+        class_names, client_column: as in `table_split`.
 
     Raises:
         DataError: a file is not parquet, or the files have different columns; as `table_split`.
@@ -50,7 +50,7 @@ def parquet_split(files: Sequence[Path], class_names: tuple[str, ...]) -> Split:
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{files[0]} cannot be read as parquet: {first_line(error)}") from error
     origin = str(files[0] if len(files) == 1 else files[0].parent)
-    return table_split(schema, read, origin, files[0].parent, class_names)
+    return table_split(schema, read, origin, files[0].parent, class_names, client_column)
 
 
 def table_split(
@@ -59,6 +59,7 @@ def table_split(
     origin: str,
     folder: Path,
     class_names: tuple[str, ...] = (),
+    client_column: str = "",
 ) -> Split:
     """Read one split from a table, column by column.
 
@@ -68,6 +69,7 @@ def table_split(
         origin: of the table, for error messages.
         folder: that the paths in the image column are relative to.
         class_names: of the run, or () to use the table's own.
+        client_column: with the name of each image's client; "" if there is none.
 
     Raises:
         DataError: there is no unambiguous image or label column, a label is missing or not a class number, or the
@@ -96,7 +98,12 @@ def table_split(
             raise DataError("cannot be read as an image: the cell is empty")
         return read_image(value)
 
-    return Split(labels, class_names or names, pixels, f"{origin}, row {{}}".format)
+    ids = None
+    if client_column:
+        if client_column not in schema.names:
+            raise DataError(f"{origin} has no column {client_column!r}: expected one of {', '.join(schema.names)}")
+        ids = np.asarray(read([client_column])[client_column].to_numpy()).astype(str)
+    return Split(labels, class_names or names, pixels, f"{origin}, row {{}}".format, ids)
 
 
 def _features(schema: "pyarrow.Schema") -> dict[str, dict[str, object]]:

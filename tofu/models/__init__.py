@@ -14,7 +14,7 @@ from torch import nn
 from tofu.data import ImageShape
 from tofu.errors import SettingError
 from tofu.imports import import_object
-from tofu.models.small import cnn, lenet5, mlp
+from tofu.models.small import BagOfWords, cnn, lenet5, mlp
 from tofu.models.spiking import spiking_model
 from tofu.models.torchvision_models import resnet18, vgg, vit
 
@@ -38,7 +38,7 @@ _BUILDERS: Mapping[str, Callable[[ImageShape, str], nn.Module]] = {
 _BUILD_LOCK = threading.RLock()
 """Layers draw their initial weights from torch's global generator, which the client threads of a process share."""
 
-_FACTORY = "package.module:factory, a callable that takes channels, height, width and classes"
+_FACTORY = "package.module:factory, a callable that takes the sizes of input and output by name"
 
 
 def model_names() -> tuple[str, ...]:
@@ -76,12 +76,46 @@ def build_model(name: str, shape: ImageShape, *, norm: str = "group", seed: int 
     if name in _BUILDERS:
         build = partial(_BUILDERS[name], shape, norm)
     elif ":" in name:
-        build = _factory(name, shape)  # imports the user's module, which may draw numbers, before the seed is set
+        sizes = {name: getattr(shape, name) for name in ("channels", "height", "width", "classes")}
+        build = _factory(name, sizes)  # imports the user's module, which may draw numbers, before the seed is set
     else:
         raise SettingError("model", name, f"one of {', '.join(model_names())}, or package.module:factory")
-    model = build_seeded(build, seed)
-    _check_output(model, name, shape)
-    return model
+    zeros = torch.zeros(2, shape.channels, shape.height, shape.width)
+    return build_seeded(lambda: _checked(build(), name, zeros, shape.classes), seed)
+
+
+def build_row_model(name: str, width: int, classes: int, *, vocabulary: int = 0, seed: int = 0) -> nn.Module:
+    """Build a model of rows, in training mode on the CPU: features [n, width] or token ids [n, width] -> logits.
+
+    Args:
+        name: "mlp" for features, "bag_of_words" for token ids, or `package.module:factory`, called as
+            `factory(features=, classes=)` or `factory(vocabulary=, tokens=, classes=)`.
+        width: number of features or tokens.
+        vocabulary: number of token ids; 0 for features.
+        seed: of the initial weights.
+
+    Raises:
+        SettingError: the model is unknown, cannot be built, or does not map [2, width] to [2, classes].
+
+    Example:
+        >>> build_row_model("mlp", 30, 2)(torch.zeros(5, 30)).shape
+        torch.Size([5, 2])
+    """
+    sizes = {"vocabulary": vocabulary, "tokens": width} if vocabulary else {"features": width}
+    own = "bag_of_words" if vocabulary else "mlp"
+    build: Callable[[], nn.Module]
+    if name == own:
+        build = (
+            partial(BagOfWords, vocabulary, classes)
+            if vocabulary
+            else partial(mlp, ImageShape(1, 1, width, classes), "")
+        )
+    elif ":" in name:
+        build = _factory(name, sizes | {"classes": classes})
+    else:
+        raise SettingError("model", name, f"{own} or package.module:factory for rows of {', '.join(sizes)}")
+    zeros = torch.zeros(2, width, dtype=torch.int64 if vocabulary else torch.float32)
+    return build_seeded(lambda: _checked(build(), name, zeros, classes), seed)
 
 
 def build_seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
@@ -92,7 +126,7 @@ def build_seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
         return build()
 
 
-def _factory(name: str, shape: ImageShape) -> Callable[[], nn.Module]:
+def _factory(name: str, sizes: Mapping[str, int]) -> Callable[[], nn.Module]:
     """Import the user's factory -> a function that calls it. Both raise SettingError."""
     try:
         factory = import_object(name)
@@ -102,7 +136,7 @@ def _factory(name: str, shape: ImageShape) -> Callable[[], nn.Module]:
 
     def build() -> nn.Module:
         try:
-            model = factory(channels=shape.channels, height=shape.height, width=shape.width, classes=shape.classes)
+            model = factory(**sizes)
         except Exception as error:
             raise SettingError("model", name, f"{_FACTORY} ({type(error).__name__}: {error})") from error
         if not isinstance(model, nn.Module):
@@ -113,16 +147,17 @@ def _factory(name: str, shape: ImageShape) -> Callable[[], nn.Module]:
     return build
 
 
-def _check_output(model: nn.Module, name: str, shape: ImageShape) -> None:
-    expected = [2, shape.classes]
-    takes = [2, shape.channels, shape.height, shape.width]
+def _checked(model: nn.Module, name: str, inputs: torch.Tensor, classes: int) -> nn.Module:
+    """The model, in training mode. Its lazy layers draw their weights here, in the first forward pass."""
+    expected = [2, classes]
+    takes = list(inputs.shape)
     model.eval()
     try:
         with torch.no_grad():
-            output = model(torch.zeros(takes))
+            output = model(inputs)
         found = f"{list(output.shape)}" if isinstance(output, torch.Tensor) else type(output).__name__
     except Exception as error:
         found = f"{type(error).__name__}: {error}"
     if found != str(expected):
         raise SettingError("model", name, f"a model that maps {takes} to {expected} (found {found})")
-    model.train()
+    return model.train()

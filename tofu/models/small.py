@@ -1,6 +1,7 @@
 """Small models that are built from torch alone."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tofu.data import ImageShape
 from tofu.models.layers import ChannelsLast, enlarge_to, norm_layer, sequential
@@ -68,3 +69,21 @@ def cnn(shape: ImageShape, norm: str) -> nn.Module:
         "fc2": nn.Linear(128, shape.classes),
     }
     return sequential(layers)
+
+
+class BagOfWords(nn.Module):
+    """Embeddings of token ids int64 [n, tokens], summed and divided by the root of tokens; one hidden layer; logits.
+
+    Padding (id 0) has the embedding 0.
+    """
+
+    def __init__(self, vocabulary: int, classes: int, dim: int = 32) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, dim, padding_idx=0)
+        self.hidden = nn.Linear(dim, 32)
+        self.head = nn.Linear(32, classes)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        summed = self.embedding(ids).sum(1) / ids.shape[1] ** 0.5
+        logits: Tensor = self.head(torch.relu(self.hidden(summed)))
+        return logits

@@ -32,7 +32,7 @@ from tofu.settings.groups import (
 if TYPE_CHECKING:
     from tofu.codec.options import ProxySettings
     from tofu.compression.base import Compressor
-    from tofu.data import FederatedData, ImageShape
+    from tofu.data import FederatedData, FederatedRows, ImageShape, RowFormat
     from tofu.plugins import Plugins, RoundContext
     from tofu.privacy import Noise
     from tofu.reference_model import ReferenceModel
@@ -45,6 +45,11 @@ __all__ = [
     "TrainingSettings", "Value", "accepted_values", "choices_of", "dashed", "expected", "json_schema", "kind_of",
     "parse_setting", "read_toml", "section_of", "separator_of", "settings_of_section",
 ]  # fmt: skip
+
+_ROWS_ONLY = {
+    "class_names", "feature_columns", "text_column", "label_column", "feature_scaling", "vocabulary", "tokens",
+}  # fmt: skip
+"""Settings of the data that a dataset of images is opened without."""
 
 MIN_SECURE = 3
 """Minimum number of clients in a secure round. With two, each could compute the other's update from the sum."""
@@ -120,6 +125,7 @@ class Settings(BaseModel):
         total = self.training.rounds
         _check_compressor("compressor", codec.compressor)
         _check_compressor("downlink", self.downstream.downlink)
+        self._check_data()
         if rounds.schedule == "switch" and rounds.switch_round > total:
             raise SettingError("switch-round", rounds.switch_round, f"at most rounds, {total}")
         if self.server.min_clients > data.clients:
@@ -144,6 +150,22 @@ class Settings(BaseModel):
             raise SettingError("max-epsilon", self.privacy.max_epsilon, "0 without noise-multiplier")
         if rounds.has_secure_rounds and data.clients < MIN_SECURE:
             raise SettingError("clients", data.clients, f"at least {MIN_SECURE} for secure rounds")
+
+    def _check_data(self) -> None:
+        data, plugin = self.data, self.plugin
+        if data.text_column and data.feature_columns:
+            raise SettingError("feature-columns", data.feature_columns, "none with a text-column")
+        if data.partition == "natural" and not data.client_column:
+            raise SettingError("partition", "natural", "a client-column, which names the client of each row")
+        if data.kind != "images":
+            for name, value, none in (
+                ("plugins", plugin.plugins, ""),
+                ("tasks", plugin.tasks, "none"),
+                ("subpopulations", data.subpopulations, ""),
+                ("record-clients", self.run.record_clients, ""),
+            ):
+                if value != none:
+                    raise SettingError(name, value, f"{none!r} for a {data.kind} dataset: it needs images")
 
     def _check_plugins(self) -> None:
         from tofu.plugins import Plugin, RunRequirements
@@ -207,7 +229,29 @@ class Settings(BaseModel):
         """The run's dataset, distributed to the clients. Raises DataError or SettingError if it cannot be opened."""
         from tofu.data import open_data
 
-        return open_data(**self.data.model_dump(exclude={"class_names"}), seed=self.run.seed)
+        return open_data(**self.data.model_dump(exclude=_ROWS_ONLY), seed=self.run.seed)
+
+    def row_format(self) -> "RowFormat":
+        """How the columns of the run's table or texts become tensors."""
+        from tofu.data import RowFormat
+
+        data = self.data
+        return RowFormat(
+            features=_names(data.feature_columns), text=data.text_column, label=data.label_column,
+            client=data.client_column, scaling=data.feature_scaling, vocabulary=data.vocabulary, tokens=data.tokens,
+            class_names=_names(data.class_names),
+        )  # fmt: skip
+
+    def open_rows(self) -> "FederatedRows":
+        """The run's table or texts, distributed to the clients. Raises DataError or SettingError as `open_data`."""
+        from tofu.data import open_rows
+
+        data = self.data
+        return open_rows(
+            data.dataset, self.row_format(), clients=data.clients, partition=data.partition, alpha=data.alpha,
+            shards_per_client=data.shards_per_client, train_images=data.train_images, test_images=data.test_images,
+            seed=self.run.seed,
+        )  # fmt: skip
 
     def make_plugins(self) -> "Plugins":
         """The plugins, new and without state."""
@@ -256,7 +300,10 @@ class Settings(BaseModel):
     ) -> "Compressor":
         from tofu.codec.options import CompressorOptions
         from tofu.compression import make_compressor
+        from tofu.model_call import NEEDS_CALL
 
+        if name in NEEDS_CALL and not network.call.inputs:
+            name = "sparse"
         correction = 0.0 if self.codec.codec_mode == "paper" else self.codec.correction
         options = CompressorOptions(
             gain=gain, proxies=count, correction=correction, correction_gain=gain, encoder=self.proxy_settings()
@@ -311,6 +358,10 @@ _GROUPS: dict[str, type[Group]] = {
 _GROUP_OF = {name: group for group, kind in _GROUPS.items() for name in kind.model_fields}
 FIELDS: dict[str, FieldInfo] = {name: field for kind in _GROUPS.values() for name, field in kind.model_fields.items()}
 """Every setting by its name with underscores, in the order of the groups."""
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, (name.strip() for name in text.split(","))))
 
 
 def section_of(name: str) -> str:

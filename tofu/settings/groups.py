@@ -10,18 +10,25 @@ from typing import ClassVar, Literal
 
 from tofu.settings.fields import Group, setting
 
+EMBEDDED_TABLES = ("breast-cancer", "wine")
+"""Tables that come with scikit-learn."""
 DEVICE_NAME = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 DEVICE_FORMS = "auto, cpu, cuda or cuda:N"
 """Accepted devices; "auto" is cuda if the machine has such a device, and cpu otherwise."""
 
 
 class DataSettings(Group):
-    """Which images there are, and how they are distributed to the clients."""
+    """Which data there are, and how they are distributed to the clients."""
 
     section: ClassVar[str] = "Data"
 
-    dataset: str = setting("digits", "digits (embedded), a Hugging Face hub id, or a local folder (parquet or images)")
-    partition: Literal["iid", "dirichlet", "shards"] = setting("dirichlet", "how images are distributed to clients")
+    dataset: str = setting(
+        "digits",
+        "digits, breast-cancer or wine (embedded), a Hugging Face hub id, or a local folder or file (images, parquet, CSV)",
+    )
+    partition: Literal["iid", "dirichlet", "shards", "natural"] = setting(
+        "dirichlet", "how images or rows are distributed to clients; natural: by client-column"
+    )
     alpha: float = setting(0.5, "Dirichlet concentration; smaller is more skewed", gt=0)
     shards_per_client: int = setting(2, "classes per client with partition=shards", ge=1)
     train_images: int = setting(0, "number of training images to use; 0 uses all", ge=0)
@@ -36,6 +43,25 @@ class DataSettings(Group):
         "", "names of all classes in order, separated by commas, if the folders of real clients lack some"
     )
     clients: int = setting(10, "number of simulated clients", ge=1, le=100_000)
+    feature_columns: str = setting(
+        "", "columns of a table that are features, separated by commas; * is all columns of numbers"
+    )
+    text_column: str = setting("", "column of texts to classify, if the dataset holds texts")
+    label_column: str = setting("", "column of the classes; empty takes label, labels, target, class or y")
+    client_column: str = setting("", "column that names the client of a row, for partition=natural")
+    feature_scaling: Literal["none", "client"] = setting(
+        "none", "client: each client scales its features to mean 0 and variance 1"
+    )
+    vocabulary: int = setting(4096, "number of token ids that the words of a text are hashed to", ge=2, le=1_000_000)
+    tokens: int = setting(64, "number of tokens to which a text is cut or padded", ge=1, le=65_535)
+
+    @property
+    def kind(self) -> str:
+        """What the dataset holds: "images", "table" or "text"."""
+        if self.text_column:
+            return "text"
+        table = self.feature_columns or self.dataset in EMBEDDED_TABLES or self.dataset.endswith(".csv")
+        return "table" if table else "images"
 
 
 class ModelSettings(Group):

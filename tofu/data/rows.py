@@ -1,0 +1,345 @@
+"""Datasets of rows: tables of features, and texts, for classification. Read from CSV, parquet or the hub.
+
+A text becomes token ids by hashing its words, so all clients number them alike without a shared vocabulary.
+"""
+
+import re
+import threading
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from tofu.data.partition import IntArray, partition_by_id, partition_rows
+from tofu.data.splits import files_by_role, hold_out, subset_rows
+from tofu.errors import DataError, SettingError, first_line
+from tofu.settings.groups import EMBEDDED_TABLES
+
+if TYPE_CHECKING:
+    import pyarrow
+
+ALL_NUMBERS = "*"
+"""As the only feature column: all columns of numbers except label and client."""
+
+_LABELS = ("label", "labels", "target", "class", "y")
+_SUFFIXES = (".csv", ".parquet")
+_WORD = re.compile(r"\w+|[^\w\s]")
+_HELD_OUT = 0.15
+_OPEN_LOCK = threading.Lock()
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """Which columns of a table hold what, and how they become tensors.
+
+    Attributes:
+        features: names of the feature columns, or () or ("*",) for all columns of numbers.
+        text: name of the text column, or "" for tables of features.
+        label: name of the label column; "" takes the first of label, labels, target, class and y.
+        client: name of the column whose values name the clients; "" if there is none.
+        scaling: "none", or "client" for features with mean 0 and variance 1 over the rows of each client.
+        vocabulary: number of token ids, the padding 0 included.
+        tokens: length to which a text is cut or padded.
+        class_names: the classes of the run in order, or () for those of the dataset.
+    """
+
+    features: tuple[str, ...] = ()
+    text: str = ""
+    label: str = ""
+    client: str = ""
+    scaling: str = "none"
+    vocabulary: int = 4096
+    tokens: int = 64
+    class_names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LabeledRows(Dataset[tuple[Tensor, Tensor]]):
+    """Rows with their labels, as a torch dataset of pairs.
+
+    Attributes:
+        inputs: features, float32 [n, features], or token ids, int64 [n, tokens].
+        labels: int64 [n], each in 0..classes-1.
+        class_names: in the order of the labels.
+        ids: name of each row's client [n], if there is a client column.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...]
+    ids: NDArray[np.str_] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        return self.inputs[row], self.labels[row]
+
+    @property
+    def width(self) -> int:
+        """Number of features, or of tokens."""
+        return self.inputs.shape[1]
+
+    def subset(self, rows: Sequence[int] | Tensor | IntArray) -> "LabeledRows":
+        """The rows with these numbers, in that order."""
+        chosen = torch.as_tensor(rows, dtype=torch.int64)
+        ids = self.ids[chosen.numpy()] if self.ids is not None else None
+        return replace(self, inputs=self.inputs[chosen], labels=self.labels[chosen], ids=ids)
+
+    def scaled(self, scaling: str) -> "LabeledRows":
+        """The rows with each feature at mean 0 and variance 1 if `scaling` is "client"; constant features become 0."""
+        if scaling != "client" or not self.inputs.is_floating_point():
+            return self
+        std, mean = torch.std_mean(self.inputs, dim=0, correction=0)
+        return replace(self, inputs=(self.inputs - mean) / torch.where(std > 0, std, torch.ones_like(std)))
+
+
+@dataclass(frozen=True)
+class FederatedRows:
+    """A dataset of rows that is partitioned over clients.
+
+    Attributes:
+        clients: one dataset per client.
+        test: the server's test rows.
+        names: of the clients: the values of the client column with partition=natural, else their numbers.
+    """
+
+    clients: tuple[LabeledRows, ...]
+    test: LabeledRows
+    names: tuple[str, ...]
+
+    @property
+    def width(self) -> int:
+        return self.test.width
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.test.class_names
+
+
+def token_ids(text: str, *, vocabulary: int, tokens: int) -> list[int]:
+    """The ids of a text's words and signs: 1 to vocabulary - 1 by CRC-32 of the lower-case word; 0 is padding.
+
+    >>> token_ids("To be, or not to be", vocabulary=1000, tokens=8)
+    [590, 307, 133, 98, 350, 590, 307, 0]
+    """
+    ids = [1 + zlib.crc32(word.encode()) % (vocabulary - 1) for word in _WORD.findall(text.lower())[:tokens]]
+    return ids + [0] * (tokens - len(ids))
+
+
+def open_rows(
+    dataset: str,
+    form: RowFormat,
+    *,
+    clients: int,
+    partition: str,
+    alpha: float = 0.5,
+    shards_per_client: int = 2,
+    train_images: int = 0,
+    test_images: int = 0,
+    seed: int,
+) -> FederatedRows:
+    """Open a dataset of rows and partition it over clients. The same arguments give the same partition.
+
+    Args:
+        dataset: a CSV or parquet file, a folder with train.csv and test.csv (or parquet), a Hugging Face hub id, or one
+            of `EMBEDDED_TABLES`. Without test rows, a stratified 15% is held out, the same in every run.
+        clients: number of clients. With partition="natural", those with the most rows are taken.
+        partition: "iid", "dirichlet" or "shards" as for `tofu.data.open_data`, or "natural": by the client column.
+        train_images, test_images: number of rows to use; 0 uses all.
+
+    Raises:
+        SettingError: an argument cannot be used, or not with this dataset.
+        DataError: the dataset cannot be read, or lacks a column.
+
+    Example:
+        >>> data = open_rows("breast-cancer", RowFormat(features=("*",)), clients=4, partition="iid", seed=0)
+        >>> data.clients[0].inputs.shape, data.class_names
+        (torch.Size([121, 30]), ('malignant', 'benign'))
+    """
+    # The threads of a simulation open the data at the same time; only one of them should read it.
+    with _OPEN_LOCK:
+        return _open(dataset, form, clients, partition, alpha, shards_per_client, train_images, test_images, seed)
+
+
+def local_rows(path: str, form: RowFormat) -> LabeledRows:
+    """Read a real client's own rows: a CSV or parquet file, or the training rows of a folder.
+
+    Raises:
+        DataError: there is no such file, or it lacks a column; or a label is not among `form.class_names`.
+    """
+    tables = _tables(str(Path(path).expanduser()))
+    if "train" not in tables:
+        raise DataError(f"{path} has no rows to train on")
+    return _read({"train": tables["train"]}, form)["train"].scaled(form.scaling)
+
+
+@lru_cache(maxsize=4)
+def _open(
+    dataset: str,
+    form: RowFormat,
+    clients: int,
+    partition: str,
+    alpha: float,
+    shards_per_client: int,
+    train_images: int,
+    test_images: int,
+    seed: int,
+) -> FederatedRows:
+    train, test = _splits(dataset, form)
+    labels = train.labels.numpy()
+    train_rows, test_rows = subset_rows(dataset, len(train), len(test), train_images, test_images, seed)
+    names = tuple(str(number) for number in range(clients))
+    if partition == "natural":
+        if train.ids is None:
+            raise SettingError("client_column", "", "the column that names the client of a row, for partition=natural")
+        parts, names = partition_by_id(train.ids[train_rows], clients=clients, seed=seed)
+    else:
+        parts = partition_rows(
+            labels[train_rows], clients=clients, partition=partition, alpha=alpha,
+            shards_per_client=shards_per_client, seed=seed,
+        )  # fmt: skip
+    own = tuple(train.subset(train_rows[part]).scaled(form.scaling) for part in parts)
+    return FederatedRows(own, test.subset(test_rows).scaled(form.scaling), names)
+
+
+@lru_cache(maxsize=4)
+def _splits(dataset: str, form: RowFormat) -> tuple[LabeledRows, LabeledRows]:
+    """Training and test rows."""
+    if dataset in EMBEDDED_TABLES:
+        rows = _embedded(dataset)
+        train, test = hold_out(rows.labels.numpy(), 0.2)
+        return rows.subset(train), rows.subset(test)
+    found = _read(_tables(dataset), form)
+    if "train" not in found:
+        raise DataError(f"{dataset} has no rows to train on")
+    rows = found["train"]
+    test_rows = found.get("test") or found.get("validation")
+    if test_rows is not None:
+        return rows, test_rows
+    train, test = hold_out(rows.labels.numpy(), _HELD_OUT)
+    if not len(test):
+        raise DataError(f"{dataset} has no test rows and too few to hold some out: a class needs two")
+    return rows.subset(train), rows.subset(test)
+
+
+def _embedded(name: str) -> LabeledRows:
+    """A table of scikit-learn, each feature at mean 0 and variance 1."""
+    from sklearn.datasets import load_breast_cancer, load_wine
+
+    bunch = {"breast-cancer": load_breast_cancer, "wine": load_wine}[name]()
+    inputs = torch.from_numpy(bunch.data).float()
+    names = tuple(str(each) for each in bunch.target_names)
+    return LabeledRows(inputs, torch.from_numpy(bunch.target.astype(np.int64)), names).scaled("client")
+
+
+def _tables(dataset: str) -> dict[str, "tuple[pyarrow.Table, str]"]:
+    """Split -> (table, where it is from)."""
+    import pyarrow
+
+    path = Path(dataset)
+    try:
+        if path.is_file() and path.suffix in _SUFFIXES:
+            return {"train": (_file(path), str(path))}
+        if path.is_dir():
+            files = sorted(file for suffix in _SUFFIXES for file in path.glob(f"*{suffix}"))
+            if not files:
+                raise DataError(f"{path} has no CSV or parquet files")
+            roles = files_by_role(path, files)
+            return {role: (pyarrow.concat_tables(map(_file, own)), str(path)) for role, own in roles.items()}
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path} cannot be read as a table: {first_line(error)}") from error
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", dataset):
+        expected = f"{' or '.join(EMBEDDED_TABLES)}, a CSV or parquet file, a folder of them, or a Hugging Face hub id"
+        raise SettingError("dataset", dataset, expected)
+    from tofu.data.hub import hub_tables
+
+    return {role: (rows.data.table, f"{dataset} ({role})") for role, rows in hub_tables(dataset).items()}
+
+
+def _file(path: Path) -> "pyarrow.Table":
+    from pyarrow import csv, parquet
+
+    return csv.read_csv(path) if path.suffix == ".csv" else parquet.read_table(path)
+
+
+def _read(tables: "Mapping[str, tuple[pyarrow.Table, str]]", form: RowFormat) -> dict[str, LabeledRows]:
+    """The rows of each split, with one numbering of the classes."""
+    train, origin = tables["train"] if "train" in tables else next(iter(tables.values()))
+    label = form.label or next((name for name in _LABELS if name in train.column_names), "")
+    if not label:
+        raise DataError(f"{origin} has no label column among {', '.join(train.column_names)}: name it (label-column)")
+    columns = _feature_columns(train, label, form)
+    labels = {role: _column(table, label, where) for role, (table, where) in tables.items()}
+    numbers = all(values.dtype.kind in "iu" for values in labels.values())
+    found: Any = {value for values in labels.values() for value in values.tolist()}
+    if numbers and min(found) < 0:
+        raise DataError(f"{origin} has label {min(found)} in column {label}: expected class numbers from 0 on")
+    own = tuple(map(str, range(max(found) + 1))) if numbers else tuple(sorted(map(str, found)))
+    names = form.class_names or own
+    rows = {}
+    for role, (table, where) in tables.items():
+        if form.text:
+            texts = _column(table, form.text, where)
+            ids = [token_ids(str(text), vocabulary=form.vocabulary, tokens=form.tokens) for text in texts]
+            inputs = torch.tensor(ids, dtype=torch.int64).reshape(len(ids), form.tokens)
+        else:
+            inputs = _numbers(table, columns, where)
+        clients = _column(table, form.client, where).astype(str) if form.client else None
+        numbered = _class_numbers(labels[role], names, numbers, where)
+        rows[role] = LabeledRows(inputs, torch.from_numpy(numbered), names, clients)
+    return rows
+
+
+def _class_numbers(values: NDArray[Any], names: tuple[str, ...], numbers: bool, where: str) -> IntArray:
+    if numbers and int(values.max(initial=0)) < len(names):
+        return values.astype(np.int64)
+    position = {name: number for number, name in enumerate(names)}
+    unknown = sorted({str(value) for value in values.tolist()} - position.keys())
+    if unknown:
+        raise DataError(f"{where} has the label {unknown[0]!r}: expected one of {', '.join(names)}")
+    return np.array([position[str(value)] for value in values.tolist()], dtype=np.int64)
+
+
+def _feature_columns(table: "pyarrow.Table", label: str, form: RowFormat) -> tuple[str, ...]:
+    from pyarrow import types
+
+    if form.features not in ((), (ALL_NUMBERS,)):
+        return form.features
+    is_number: Callable[[Any], bool] = lambda kind: types.is_integer(kind) or types.is_floating(kind)  # noqa: E731
+    return tuple(
+        field.name for field in table.schema if is_number(field.type) and field.name not in (label, form.client)
+    )
+
+
+def _column(table: "pyarrow.Table", name: str, where: str) -> NDArray[Any]:
+    if name not in table.column_names:
+        raise DataError(f"{where} has no column {name!r}: expected one of {', '.join(table.column_names)}")
+    column = table[name]
+    if column.null_count or not len(column):
+        raise DataError(f"{where} has {'empty cells' if len(column) else 'no rows'} in column {name!r}")
+    return np.asarray(column.to_numpy(zero_copy_only=False))
+
+
+def _numbers(table: "pyarrow.Table", columns: Sequence[str], where: str) -> Tensor:
+    if not columns:
+        raise DataError(f"{where} has no columns of numbers to use as features")
+    values = []
+    for name in columns:
+        column = _column(table, name, where)
+        if column.dtype.kind not in "iufb":
+            raise DataError(
+                f"{where} has text in column {name!r}: expected numbers (one column of 0 and 1 per category)"
+            )
+        if not np.isfinite(column.astype(np.float64)).all():
+            raise DataError(f"{where} has values that are not finite in column {name!r}")
+        values.append(column.astype(np.float32))
+    return torch.from_numpy(np.stack(values, axis=1))

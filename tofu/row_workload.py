@@ -1,0 +1,75 @@
+"""The workload of a run whose dataset holds rows: tables of features, or texts."""
+
+from collections.abc import Sized
+
+import torch
+from torch import nn
+
+from tofu.data import FederatedRows, ImageShape, LabeledRows
+from tofu.evaluation import Evaluation, Predict
+from tofu.model_call import NO_CALL, ModelCall
+from tofu.models import build_row_model
+from tofu.plugins import Plugins, RoundContext
+from tofu.settings import Settings
+from tofu.training import LocalTrainingConfig, TrainingResult
+from tofu.user_workload import DatasetLoop
+from tofu.workload import NamedWorkload, Workload
+
+
+class RowWorkload:
+    """Classification of rows. On the wire, a row is an image of one channel and one line."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings, self._loop = settings, DatasetLoop()
+
+    @property
+    def data(self) -> FederatedRows:
+        """The run's dataset. Raises DataError or SettingError if it cannot be opened."""
+        return self._settings.open_rows()
+
+    @property
+    def shape(self) -> ImageShape:
+        return ImageShape(1, 1, self.data.width, len(self.data.class_names))
+
+    def build_model(self, shape: ImageShape) -> nn.Module:
+        """See `Workload.build_model`. Raises SettingError if the model cannot be built."""
+        settings = self._settings
+        vocabulary = settings.data.vocabulary if settings.data.kind == "text" else 0
+        return build_row_model(
+            settings.network.model, shape.width, shape.classes, vocabulary=vocabulary, seed=settings.run.seed
+        )  # fmt: skip
+
+    def call(self, model: nn.Module, shape: ImageShape) -> ModelCall:
+        """Of a table a vector of features. Token ids have no gradient, so texts have no proxies."""
+        return NO_CALL if self._settings.data.kind == "text" else ModelCall(((shape.width,),), (shape.classes,))
+
+    def client(self, partition: int) -> LabeledRows:
+        return self.data.clients[partition]
+
+    def test(self) -> LabeledRows:
+        return self.data.test
+
+    def train(
+        self,
+        model: nn.Module,
+        data: Sized,
+        config: LocalTrainingConfig,
+        *,
+        position: RoundContext,
+        generator: torch.Generator,
+        plugins: Plugins,
+        device: torch.device,
+    ) -> TrainingResult:
+        return self._loop.train(
+            model, data, config, position=position, generator=generator, plugins=plugins, device=device
+        )
+
+    def evaluate(
+        self, model: nn.Module, data: Sized, *, predict: Predict | None = None, device: torch.device
+    ) -> Evaluation:
+        return self._loop.evaluate(model, data, device=device)
+
+
+def workload_of(settings: Settings) -> Workload:
+    """The workload of a run of settings alone."""
+    return NamedWorkload(settings) if settings.data.kind == "images" else RowWorkload(settings)
