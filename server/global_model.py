@@ -93,6 +93,8 @@ class GlobalModel:
         built = build_model(settings.model, shape, norm=settings.norm, seed=settings.seed)
         fresh = ReferenceModel.of(built, shape, plugins, context)
         if fresh.architecture == self.reference.architecture:
+            for model in (self.reference.model, self.downlink.reference.model, self.averaged):
+                plugins.on_round_begin(model, context)
             return False
         averaged = None
         if self.averaged is not self.reference.model:

@@ -3,9 +3,10 @@
 A client builds the plugins anew in every round, gives them their state and the server's broadcast, and the local loop
 calls their hooks. The server builds the same plugins and calls `setup`, `reduce` and `on_aggregate`:
 
-    client  load -> setup -> on_train_begin -> [on_batch, train_step (on_loss, on_step)] x batches,
+    client  load -> setup -> on_round_begin -> on_train_begin -> [on_batch, train_step (on_loss, on_step)] x batches,
             on_epoch_end x epochs, on_task_end -> export -> save
-    server  setup -> (a round) -> on_step -> reduce(sum of the clients' exports) -> on_aggregate -> broadcast -> panel
+    server  setup -> on_round_begin -> (a round) -> on_step -> reduce(sum of the clients' exports) -> on_aggregate
+            -> broadcast -> panel
 
 All hooks are optional. client/plugins/README.md implements a complete plugin in 40 lines.
 """
@@ -242,6 +243,13 @@ class Plugin:
         compressor's memory, because both belong to the old architecture.
         """
         return model
+
+    def on_round_begin(self, model: nn.Module, context: RoundContext) -> None:
+        """Set, in place, what depends on the round but is not a weight, such as a network's number of time steps.
+
+        Called after `setup` on clients, and on the server at each round boundary on every copy of its model, also where
+        the architecture stays the same. Like `setup` it must do the same everywhere; weights are not touched.
+        """
 
     def declare_sums(self, model: nn.Module) -> Mapping[str, SumSpec]:
         """Name -> shape and bound of the sums that every client exports in this round; called after `setup`.

@@ -41,7 +41,13 @@ class Plugins(tuple[Plugin, ...]):
         """Set up all plugins, first the one that changes the head: others measure or factorize its result."""
         for plugin in sorted(self, key=lambda plugin: not plugin.changes_head):
             model = plugin.setup(model, context)
+        self.on_round_begin(model, context)
         return model
+
+    def on_round_begin(self, model: nn.Module, context: RoundContext) -> None:
+        """Call the hook of every plugin in list order; `setup` has done so for the model that it returned."""
+        for plugin in self:
+            plugin.on_round_begin(model, context)
 
     def declare_sums(self, model: nn.Module) -> dict[str, SumSpec]:
         """`plugin/name` -> what is exported under it in this round."""
