@@ -79,6 +79,8 @@ class Observation:
     @cached_property
     def first_linear(self) -> str | None:
         """The name of the linear layer that sees the pixels themselves, if the network begins with one."""
+        if self.network.model._forward_pre_hooks:  # an app's normalization: the layer does not see the pixels
+            return None
         shape = self.network.shape
         pixels = shape.channels * shape.height * shape.width
         for name, layer in self.network.model.named_modules():

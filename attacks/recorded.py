@@ -7,12 +7,14 @@ weight decay and the plugins of a run are not simulated.
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 
 import torch
 
+from attacks.app_recorded import AppMessage
 from attacks.base import Attack, AttackError, Watch
 from attacks.evaluate import CONTROL, Row, format_row, load_row, made_folder, row_of, save_row, write_document
 from attacks.messages import local_round
@@ -24,7 +26,7 @@ from attacks.trials import OTHERS, AttackResult
 from tofu.data import FederatedData, LabeledImages, to_float
 from tofu.errors import SettingError
 from tofu.payload import HEADER_BYTES, read_payload
-from tofu.recording import Recording, read_recording, recordings
+from tofu.recording import AppRecording, Recording, read_recording, recordings
 from tofu.reference_model import ReferenceModel
 from tofu.rng import derive_generator
 from tofu.training import LocalTrainingConfig
@@ -85,15 +87,20 @@ def attack_run(
     *,
     attacks: tuple[str, ...] = ATTACKS,
     seconds: float = math.inf,
+    model: str | None = None,
+    dataset: str | None = None,
     say: Callable[[str], None],
 ) -> list[Row]:
     """Attack all recorded messages of a run, and for each the exact update that it stood for, as a control.
+
+    A Flower app's messages (`tofu.record`) have no control: its training cannot be made again.
 
     Earlier messages of a client are given along with its later ones. Finished cells are not run again.
 
     Args:
         folder: for the results.
         seconds: time limit of one attack.
+        model, dataset: of a Flower app (`attacks.app_recorded`); of our own runs the recording knows them.
 
     Raises:
         RunError: nothing was recorded, or a recording is damaged.
@@ -108,18 +115,22 @@ def attack_run(
     earlier: dict[str, tuple[Observation, ...]] = {}
     for path in paths:
         recording = read_recording(path)
-        data, truth = _data(recording)
+        message: RunMessage | AppMessage
+        if isinstance(recording, AppRecording):
+            message = AppMessage(recording, model, dataset)
+        else:
+            message = RunMessage(recording)
         seen = earlier.get(recording.client, ())
-        sent = replace(observation_of(recording), earlier=seen)
+        sent = replace(message.observation, earlier=seen)
         earlier[recording.client] = (*seen, replace(sent, earlier=()))
-        for observation, attack in product((control_of(recording, truth, sent), sent), chosen):
+        for observation, attack in product((*message.controls(sent), sent), chosen):
             name = f"{path.name}-{observation.message.replace(' ', '-').replace(':', '-')}-{attack.name}"
             cell = cells / f"{name}.json"
             row = load_row(cell)
             if row is None:
-                generator = derive_generator(recording.settings.seed, name)
-                result = _attacked(attack, observation, generator, Watch(seconds), truth, data, perceptual)
-                row = row_of(_situation(recording, observation), observation.message, attack.name, result)
+                generator = derive_generator(message.seed, name)
+                result = _attacked(attack, observation, generator, Watch(seconds), message, perceptual)
+                row = row_of(message.scenario(observation), observation.message, attack.name, result)
                 save_row(cell, row, result)
                 say(f"round {recording.round} client {recording.client} {format_row(row)}")
             rows.append({**row, "images": str(cell.with_suffix(".npz").relative_to(folder))})
@@ -127,20 +138,58 @@ def attack_run(
     return rows
 
 
+@dataclass(frozen=True)
+class RunMessage:
+    """A recorded message of one of our own runs."""
+
+    recording: Recording
+
+    @cached_property
+    def observation(self) -> Observation:
+        """What the attacker sees."""
+        return observation_of(self.recording)
+
+    def controls(self, sent: Observation) -> tuple[Observation, ...]:
+        """The exact update that the message stands for."""
+        return (control_of(self.recording, self.truth, sent),)
+
+    @property
+    def truth(self) -> LabeledImages:
+        """The client's images."""
+        return self._data[1]
+
+    @property
+    def others(self) -> LabeledImages:
+        """Images that the update was not made of."""
+        return self._data[0].test()
+
+    @property
+    def seed(self) -> int:
+        return int(self.recording.settings.seed)
+
+    def scenario(self, observation: Observation) -> dict[str, object]:
+        """The fields of a row of results."""
+        return _situation(self.recording, observation)
+
+    @cached_property
+    def _data(self) -> tuple[FederatedData, LabeledImages]:
+        return _data(self.recording)
+
+
 def _attacked(attack: Attack, observation: Observation, generator: torch.Generator, watch: Watch,
-              truth: LabeledImages, data: FederatedData,
-              perceptual: torch.nn.Module | None) -> AttackResult:  # fmt: skip
+              message: RunMessage | AppMessage, perceptual: torch.nn.Module | None) -> AttackResult:  # fmt: skip
     refused = attack.incompatibility(observation)
     if refused:
         return AttackResult.incompatibility(refused, observation)
     found = attack.run(observation, generator=generator, watch=watch)
+    truth, others = message.truth, message.others
     originals = to_float(truth.images)
     scores = score(
         found.images,
         found.labels,
         truth=originals,
         true_labels=truth.labels,
-        others=to_float(data.test().images[:OTHERS]),
+        others=to_float(others.images[:OTHERS]),
         perceptual=perceptual,
     )
     return AttackResult.of(found, scores, observation, originals)

@@ -12,6 +12,7 @@
     tofu.Compressed             the wrapper of that app's strategy
     tofu.secure                 a mod that masks the updates of any Flower app's clients
     tofu.SecureAggregation      the wrapper of that app's strategy, which learns the sum only
+    tofu.record                 a wrapper that saves what the app's server receives, for `tofu attack`
     tofu.hybrid, tofu.Hybrid    the same for compressed rounds that secure rounds follow
 """
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from tofu.flower.compress import compress as compress
     from tofu.flower.hybrid import Hybrid as Hybrid
     from tofu.flower.hybrid import hybrid as hybrid
+    from tofu.flower.record import record as record
     from tofu.flower.secure import SecureAggregation as SecureAggregation
     from tofu.flower.secure import secure as secure
     from tofu.model_call import at_embedding as at_embedding
@@ -48,6 +50,7 @@ _EXPORTS = {
     "secure": "tofu.flower.secure",
     "SecureAggregation": "tofu.flower.secure",
     "hybrid": "tofu.flower.hybrid",
+    "record": "tofu.flower.record",
     "Hybrid": "tofu.flower.hybrid",
 }
 """Public name -> the module that defines it."""

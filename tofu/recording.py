@@ -17,9 +17,12 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, ClassVar
 
 import safetensors
 import safetensors.torch
+from annotated_types import Ge, Gt, Len
+from pydantic import ConfigDict, StringConstraints, TypeAdapter, ValidationError
 from torch import Tensor
 
 from tofu.data import ImageShape
@@ -33,6 +36,7 @@ from tofu.wire import KINDS
 FOLDER = "record"
 VERSION = 1
 _NAME = re.compile(r"round-(\d{4,6})-client-([A-Za-z0-9_.]{1,64})")
+_STRICT = ConfigDict(extra="forbid")
 _SHAPE = ("channels", "height", "width", "classes")
 
 
@@ -64,6 +68,64 @@ class Recording:
     def lr(self) -> float:
         """The client's learning rate in this round."""
         return self.settings.lr_of(self.round)
+
+
+@dataclass(frozen=True)
+class AppCodec:
+    """The arguments of the `UpdateCodec` that decodes an app's payloads, besides model and input shape."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    compressor: Annotated[str, StringConstraints(pattern="^[a-z0-9-]{1,64}$")]
+    ratio: float
+    correction: float
+    over_relaxation: float
+
+
+@dataclass(frozen=True)
+class AppRecording:
+    """One client's message of one round of a Flower app (`tofu.record`), or the sum of several clients' updates.
+
+    Attributes:
+        round: counted from 1.
+        client: its partition id, if its metrics contain one, or its node id; "sum" for a sum.
+        clients: number of clients in it.
+        examples: number of training examples that it stands for.
+        input_shape: of one example.
+        batch_size: of local training.
+        epochs: of local training.
+        lr: of local training; None if it is not known.
+        mean: pixels in [0, 1] minus this, divided by `std`, are the model's input.
+        std: see `mean`.
+        codec: how the payload is coded; None if it is the arrays themselves.
+        base: the arrays that the message is relative to.
+        payload: the bytes as received; or the received arrays in the format of safetensors.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    round: Annotated[int, Ge(1)]
+    client: Annotated[str, Len(1, 64)]
+    clients: Annotated[int, Ge(1)]
+    examples: Annotated[int, Ge(1)]
+    input_shape: tuple[Annotated[int, Ge(1)], ...]
+    batch_size: Annotated[int, Ge(1)]
+    epochs: Annotated[int, Ge(1)]
+    lr: Annotated[float, Gt(0)] | None
+    mean: float
+    std: Annotated[float, Gt(0)]
+    codec: AppCodec | None
+    base: Any
+    payload: bytes
+
+    def save(self, run: Path) -> None:
+        """Save it in a folder of recordings. Raises RunError if that cannot be written."""
+        fields = {name: value for name, value in vars(self).items() if name not in ("base", "payload")}
+        fields["codec"] = vars(self.codec) if self.codec else None
+        save_message(run / FOLDER, self.round, self.client, {"app": fields}, self.base, self.payload)
+
+
+_APP = TypeAdapter(AppRecording)
 
 
 class Recorder:
@@ -106,27 +168,36 @@ class Recorder:
             RunError: the folder cannot be written.
         """
         fields = {
-            "version": VERSION,
-            "round": round_,
-            "client": client,
             "kind": kind,
             "examples": examples,
             "shape": {name: getattr(self._shape, name) for name in _SHAPE},
             "settings": self._settings.to_config(),
         }
-        final = self._folder / _folder_name(round_, client)
-        part = final.with_name(f".{final.name}.part")
-        try:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-            weights = {name: value.detach().contiguous() for name, value in base.items()}
-            _write(part / "base.safetensors", safetensors.torch.save(weights))
-            _write(part / "payload.bin", payload)
-            _write(part / "record.json", json.dumps(fields, indent=1, allow_nan=False).encode())
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(part, final)
-        except OSError as error:
-            raise RunError(f"{final} cannot be written: {error.strerror or error}") from error
+        save_message(self._folder, round_, client, fields, base, payload)
+
+
+def save_message(
+    folder: Path, round_: int, client: str, fields: Mapping[str, object], base: Mapping[str, Tensor], payload: bytes
+) -> None:
+    """Save one message atomically in a folder of its own; an earlier one of this round and client is replaced.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    final = folder / _folder_name(round_, client)
+    part = final.with_name(f".{final.name}.part")
+    about = {"version": VERSION, "round": round_, "client": client, **fields}
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        weights = {name: value.detach().contiguous() for name, value in base.items()}
+        _write(part / "base.safetensors", safetensors.torch.save(weights))
+        _write(part / "payload.bin", payload)
+        _write(part / "record.json", json.dumps(about, indent=1, allow_nan=False).encode())
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(part, final)
+    except OSError as error:
+        raise RunError(f"{final} cannot be written: {error.strerror or error}") from error
 
 
 def recordings(run: Path) -> list[Path]:
@@ -141,7 +212,7 @@ def recordings(run: Path) -> list[Path]:
     return [path for *_, path in sorted(found)]
 
 
-def read_recording(folder: Path) -> Recording:
+def read_recording(folder: Path) -> "Recording | AppRecording":
     """Read one recording and check every field. (The codec checks the contents of base and payload when it decodes.)
 
     Raises:
@@ -157,6 +228,10 @@ def read_recording(folder: Path) -> Recording:
         raise RunError(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
     if match is None or not isinstance(about, dict):
         raise RunError(f"{folder} is not a recording: expected a folder named round-NUMBER-client-NAME")
+    if not all(bool(value.isfinite().all()) for value in base.values()):
+        raise RunError(f"{folder}/base.safetensors holds a value that is not finite")
+    if "app" in about:
+        return _app_recording(folder, about, base, payload)
     shape = about.get("shape")
     if not isinstance(shape, dict) or not isinstance(about.get("settings"), dict):
         raise RunError(f"{folder}/record.json has no shape or no settings")
@@ -173,8 +248,6 @@ def read_recording(folder: Path) -> Recording:
         raise RunError(f"{folder}/record.json is of round {about['round']}, client {about.get('client')!r}")
     if len(payload) < HEADER_BYTES:
         raise RunError(f"{folder}/payload.bin has {len(payload)} bytes, expected at least {HEADER_BYTES}")
-    if not all(bool(value.isfinite().all()) for value in base.values()):
-        raise RunError(f"{folder}/base.safetensors holds a value that is not finite")
     return Recording(
         round=about["round"],
         client=about["client"],
@@ -185,6 +258,21 @@ def read_recording(folder: Path) -> Recording:
         base=base,
         payload=payload,
     )
+
+
+def _app_recording(folder: Path, about: dict[str, object], base: Weights, payload: bytes) -> AppRecording:
+    app = about["app"]
+    if about.get("version") != VERSION or not isinstance(app, dict):
+        raise RunError(f"{folder}/record.json has version {about.get('version')!r}, expected {VERSION}")
+    try:
+        recording = _APP.validate_python({**app, "base": base, "payload": payload})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise RunError(f"{folder}/record.json has {name} {first['input']!r}: {first['msg']}") from error
+    if folder.name != _folder_name(recording.round, recording.client):
+        raise RunError(f"{folder}/record.json is of round {recording.round}, client {recording.client!r}")
+    return recording
 
 
 def _folder_name(round_: int, client: str) -> str:

@@ -14,6 +14,7 @@ MODULES = (
     "tofu.data.subpopulations",
     "tofu.flower.compress",
     "tofu.flower.hybrid",
+    "tofu.flower.record",
     "tofu.flower.secure",
     "client.plugins.label_tree",
     "client.plugins.tree_metrics",

@@ -22,12 +22,15 @@ def _several(flag: str, help_: str) -> Any:
 
 def attack(
     run: Annotated[
-        Path | None, typer.Argument(help="folder of a run with --record-clients; without it, messages are made")
+        Path | None,
+        typer.Argument(help="folder of a run with --record-clients or of tofu.record; without it, messages are made"),
     ] = None,
     *,
     folder: Annotated[Path | None, typer.Option(help="folder of the results; finished trials are not repeated")] = None,
-    dataset: Annotated[str | None, typer.Option(help="dataset of the messages that are made")] = None,
-    model: Annotated[str | None, typer.Option(help="model")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="dataset of the messages that are made; of an app, package.module:function")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="model; of an app, package.module:function")] = None,
     norm: Annotated[str | None, typer.Option(help="normalization layers")] = None,
     lr: Annotated[float | None, typer.Option(help="learning rate of the client")] = None,
     messages: Annotated[
@@ -70,7 +73,9 @@ def attack(
     if run is not None:
         folder = folder or run / "attacks"
         chosen = ATTACKS if attacks is None else tuple(attacks.split(","))
-        rows = attack_run(run, folder, attacks=chosen, seconds=evaluation.seconds, say=log)
+        rows = attack_run(
+            run, folder, attacks=chosen, seconds=evaluation.seconds, model=model, dataset=dataset, say=log
+        )
     else:
         folder = folder or Path("runs/attacks")
         rows = evaluate(evaluation, folder, say=log, seconds=time_limit)

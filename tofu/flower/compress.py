@@ -156,6 +156,15 @@ class Compressed(StrategyWrapper):
         self.acknowledged: dict[int, int] = {}
         self._sent: dict[int, SentArrays] = {}
 
+    @property
+    def codec(self) -> UpdateCodec:
+        """How updates are coded."""
+        return self._codec
+
+    def sent_to(self, node: int) -> "SentArrays | None":
+        """What a node was sent in this round; None if it was not asked."""
+        return self._sent.get(node)
+
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:

@@ -48,7 +48,7 @@ from tofu.flower.secure_session import answer_query, load_session, participant_o
 from tofu.flower.secure_stages import AbandonedError, SecureExchange, abandoning
 from tofu.flower.transport import GridTransport
 from tofu.flower.update_codec import ArrayNames, UpdateCodec, tensors_of
-from tofu.flower.wrapper import StrategyWrapper, TrainMod, only_arrays, reasons_of, with_record
+from tofu.flower.wrapper import StrategyWrapper, TrainMod, only_arrays, reasons_of, unwrapped, with_record
 from tofu.privacy import Accountant
 from tofu.rng import derive_bytes
 from tofu.rounds.steps import (
@@ -276,9 +276,10 @@ class SecureAggregation(StrategyWrapper):
         self, inner: Strategy, *, identities: str | Path | None = None, stage_timeout: float = 300.0,
         delta: float = 1e-5, codec: UpdateCodec | None = None, **options: Any,
     ) -> None:  # fmt: skip
-        if isinstance(inner, INDIVIDUAL):
+        core = unwrapped(inner)
+        if isinstance(core, INDIVIDUAL) or isinstance(inner, INDIVIDUAL):
             accepted = "one that averages updates: a secure sum contains no individual ones"
-            raise SettingError("strategy", type(inner).__name__, accepted)
+            raise SettingError("strategy", type(inner if isinstance(inner, INDIVIDUAL) else core).__name__, accepted)
         super().__init__(inner)
         self.mod = "tofu.secure"
         self._options, self._codec = SecureOptions(**options), codec

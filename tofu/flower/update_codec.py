@@ -22,6 +22,7 @@ from tofu.compression.base import Compressor
 from tofu.errors import PayloadError, SettingError
 from tofu.model_call import NEEDS_CALL, Forward, InputShape, Loss, ModelCall, Shape, resolve_compressor
 from tofu.payload import HEADER_BYTES, Payload, read_payload
+from tofu.recording import AppCodec
 from tofu.reference_model import ReferenceModel
 from tofu.weights import FINGERPRINT_BYTES, ParamSpec, Weights, base_fingerprint, difference, load_weights
 
@@ -106,6 +107,18 @@ class UpdateCodec:
         functions = [getattr(f, "__qualname__", type(f).__qualname__) for f in (call.forward, call.loss) if f]
         shared = [VERSION, name, self._ratio, call.inputs, call.target, functions, options]
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).digest()[:FINGERPRINT_BYTES]
+
+    @property
+    def arguments(self) -> AppCodec:
+        """The arguments for a recording.
+
+        Raises:
+            SettingError: the codec has code of the user, which recordings do not contain.
+        """
+        name = self._resolved[0]
+        if any(value is not None for value in self._call.values()) or ":" in name:
+            raise SettingError("compressor", name, "a registered one, and no forward or loss, for recordings")
+        return AppCodec(name, self._ratio, self._correction, self._over_relaxation)
 
     def reference(self, arrays: Mapping[str, Tensor]) -> "ArrayModel":
         """The app's model with these arrays as its weights.

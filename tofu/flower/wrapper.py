@@ -71,6 +71,13 @@ class StrategyWrapper(Strategy):
         self.inner.summary()
 
 
+def unwrapped(strategy: Strategy) -> Strategy:
+    """The strategy inside all wrappers."""
+    while isinstance(strategy, StrategyWrapper):
+        strategy = strategy.inner
+    return strategy
+
+
 def with_record(message: Message, key: str, record: ConfigRecord) -> Message:
     """The message with one more record, in a content of its own: Flower's strategies share one among all messages."""
     content = RecordDict(dict(message.content.items()))

@@ -1,0 +1,158 @@
+"""A recorded message of a Flower app (`tofu.record`), with the app's own model and the images of its clients."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from attacks.base import AttackError
+from attacks.evaluate import CONTROL
+from attacks.observation import Observation
+from tofu.data import LabeledImages
+from tofu.errors import SettingError
+from tofu.flower.update_codec import ArrayModel, UpdateCodec
+from tofu.imports import import_object
+from tofu.payload import read_payload
+from tofu.recording import AppCodec, AppRecording
+
+
+@dataclass(frozen=True)
+class AppMessage:
+    """What the app's server saw, and what it stands for.
+
+    Attributes:
+        model: `package.module:function` that builds the app's network, without arguments.
+        dataset: `package.module:function` that returns the images [n, channels, height, width], uint8 or float in
+            [0, 1], and labels int64 [n] of the client with the given name; for "test", those of nobody.
+
+    Raises:
+        SettingError: model or dataset is missing or cannot be used.
+    """
+
+    recording: AppRecording
+    model: str | None
+    dataset: str | None
+
+    @cached_property
+    def observation(self) -> Observation:
+        """What the attacker sees.
+
+        Raises:
+            AttackError: the model is not the one of the recorded arrays.
+            PayloadError: the payload is not usable.
+        """
+        seen = self.recording
+        how = seen.codec or AppCodec("none", 1.0, 0.0, 1.0)
+        codec = UpdateCodec(
+            self._network, seen.input_shape, compressor=how.compressor, ratio=how.ratio, correction=how.correction,
+            over_relaxation=how.over_relaxation,
+        )  # fmt: skip
+        try:
+            reference = codec.reference(seen.base)
+        except SettingError as error:
+            raise AttackError(f"the recorded arrays are not those of model={self.model!r}: {error}") from error
+        described = None
+        if seen.codec is None:
+            update = reference.update(seen.base, _arrays(seen.payload))
+        else:
+            update = codec.decode(reference.reference, seen.payload, seen.round)
+            compressor = codec.compressor(reference.reference)
+            body = read_payload(
+                seen.payload, codec=compressor.code, round_=seen.round, fingerprint=None, max_bytes=len(seen.payload)
+            ).body  # fmt: skip
+            described = compressor.describe(body)
+        return Observation(
+            message=self._kind, network=self._with_normalization(reference).reference, update=update,
+            images=seen.examples, batch_size=seen.batch_size, epochs=seen.epochs, lr=seen.lr,
+            proxies=described.proxies if described else None, proxy_settings=described.settings if described else None,
+            payload_bytes=len(seen.payload), clients=seen.clients,
+        )  # fmt: skip
+
+    @property
+    def truth(self) -> LabeledImages:
+        """The images behind the message: the client's, or of a sum those of the clients together (name "sum")."""
+        images, labels = self._images(self.recording.client)
+        return LabeledImages(_to_uint8(images), labels, int(labels.max()) + 1)
+
+    @property
+    def others(self) -> LabeledImages:
+        """Images that the update was not made of."""
+        images, labels = self._images("test")
+        return LabeledImages(_to_uint8(images), labels, int(labels.max()) + 1)
+
+    def controls(self, _: Observation) -> tuple[Observation, ...]:
+        """None: an app's training cannot be made again."""
+        return ()
+
+    @property
+    def seed(self) -> int:
+        return 0
+
+    def scenario(self, observation: Observation) -> dict[str, object]:
+        """The fields of a row of results."""
+        seen = self.recording
+        return {
+            "dataset": self.dataset, "model": self.model, "norm": "", "lr": seen.lr, "seed": 0, "client": seen.client,
+            "moment": seen.round - 1, "batch_size": seen.batch_size, "steps": observation.steps,
+            "rounds": len(observation.earlier) + 1, "know_labels": False,
+        }  # fmt: skip
+
+    @property
+    def _kind(self) -> str:
+        seen = self.recording
+        if seen.clients > 1:
+            return f"recorded sum of {seen.clients}"
+        return CONTROL if seen.codec is None else f"recorded {seen.codec.compressor}"
+
+    @cached_property
+    def _network(self) -> nn.Module:
+        network = _imported("model", self.model, "package.module:function that builds the app's network")()
+        if not isinstance(network, nn.Module):
+            raise SettingError("model", self.model, "a function without arguments that returns a torch.nn.Module")
+        return network
+
+    def _with_normalization(self, reference: ArrayModel) -> ArrayModel:
+        """Attacks see pixels in [-1, 1]; a hook turns them into what the app feeds to its model."""
+        mean, std = self.recording.mean, self.recording.std
+        if (mean, std) != (0.5, 0.5):
+            reference.reference.model.register_forward_pre_hook(lambda _, args: (((args[0] + 1) / 2 - mean) / std,))
+        return reference
+
+    def _images(self, name: str) -> tuple[Tensor, Tensor]:
+        load = _imported("dataset", self.dataset, "package.module:function that returns a client's images and labels")
+        images, labels = load(name)
+        shape = tuple(images.shape[1:])
+        if shape != self.recording.input_shape or len(labels) != len(images) or not len(labels):
+            raise SettingError(
+                "dataset", self.dataset,
+                f"images of {self.recording.input_shape} for {name!r} with as many labels, not {shape}",
+            )  # fmt: skip
+        return images, torch.as_tensor(labels).long()
+
+
+def _imported(field: str, name: str | None, accepted: str) -> Callable[..., Any]:
+    if name is None or ":" not in name:
+        raise SettingError(field, name, accepted)
+    try:
+        found = import_object(name)
+    except Exception as error:  # the user's own module may raise anything
+        raise SettingError(field, name, f"{accepted} ({type(error).__name__}: {error})") from error
+    if not callable(found):
+        raise SettingError(field, name, accepted)
+    return found  # type: ignore[no-any-return]
+
+
+def _arrays(data: bytes) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(data)
+    except (ValueError, safetensors.SafetensorError) as error:
+        raise AttackError(f"the recorded arrays cannot be read: {error}") from error
+
+
+def _to_uint8(images: Tensor) -> Tensor:
+    return images if images.dtype == torch.uint8 else (images.clamp(0, 1) * 255).round().to(torch.uint8)
