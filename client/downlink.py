@@ -6,7 +6,7 @@ from tofu.errors import DataError, PayloadError, TofuError
 from tofu.fingerprint import MAX_DRIFT, after_step, drift
 from tofu.payload import HEADER_BYTES, WEIGHTS, float32_from, read_payload
 from tofu.reference_model import ReferenceModel
-from tofu.weights import add_update, fingerprint, load_weights, weights_of
+from tofu.weights import add_update, base_fingerprint, load_weights, weights_of
 from tofu.wire import TrainRequest
 
 
@@ -40,8 +40,9 @@ def _load_full(data: bytes, round_: int, network: ReferenceModel) -> None:
     payload = read_payload(data, codec=WEIGHTS, round_=round_, fingerprint=None, max_bytes=limit)
     load_weights(network.model, float32_from(payload.body, network.param_spec))
     network.model.eval()
-    if fingerprint(weights_of(network.model)) != payload.fingerprint:
-        raise DataError("the global weights do not match their fingerprint: server and client built other models")
+    if base_fingerprint(network.model) != payload.fingerprint:
+        raise DataError("the global weights do not match their fingerprint: server and client built other models "
+                        "(frozen weights and constant buffers count, too)")  # fmt: skip
 
 
 def _apply_steps(
@@ -52,7 +53,7 @@ def _apply_steps(
     if kept is not None:
         load_weights(network.model, kept.weights)
     network.model.eval()
-    start = identity = kept.identity if kept is not None else fingerprint(weights_of(network.model))
+    start = identity = kept.identity if kept is not None else base_fingerprint(network.model)
     limit = HEADER_BYTES + compressor.body_bytes(network.param_spec)
     for number, data in enumerate(request.steps, start=round_ - len(request.steps) + 1):
         step = read_payload(data, codec=compressor.code, round_=number, fingerprint=None, max_bytes=limit)

@@ -15,6 +15,7 @@ from tofu.device import open_device
 from tofu.errors import PayloadError
 from tofu.flower.policy import check_policy, client_name
 from tofu.flower.secure_session import load_session, new_advert, participant_of, save_session
+from tofu.models.checks import check_constant_buffers, constant_buffers
 from tofu.payload import Payload
 from tofu.plugins import MAX_STATE_BYTES, Export, Plugins, RoundContext, export_to_bytes
 from tofu.reference_model import ReferenceModel
@@ -156,7 +157,7 @@ class LocalRound:
 
         Raises:
             DataError: the client's images do not fit the model.
-            RunError: training diverged.
+            RunError: training diverged, or changed a buffer that is not sent.
         """
         settings, model = self.settings, self.reference.model
         start = self.feedback.ahead(
@@ -178,11 +179,13 @@ class LocalRound:
         )  # fmt: skip
         generator = derive_generator(settings.run.seed, self.round, self.position.client, "train")
         heads = only_classes(model, stream.classes_of(task)) if settings.plugin.task_heads == "multi" else nullcontext()
+        constants = constant_buffers(model)
         with heads:
             result = self.workload.train(
                 model, data, config, position=self.position, generator=generator, plugins=self.plugins,
                 device=open_device(settings.run.device),
             )  # fmt: skip
+        check_constant_buffers(model, constants)
         exported = self.plugins.export(model)
         update = difference(weights_of(model), start)
         load_weights(model, self.base)  # the codec differentiates at the global weights

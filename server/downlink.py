@@ -8,7 +8,6 @@ client that missed rounds receives the missed steps, or the full weights if they
 weights.
 """
 
-import copy
 from dataclasses import dataclass, replace
 
 from server.checkpoint import Snapshot
@@ -17,7 +16,15 @@ from tofu.payload import HEADER_BYTES, WEIGHTS, Payload, float32_bytes
 from tofu.reference_model import ReferenceModel
 from tofu.rng import derive_generator
 from tofu.settings import Settings
-from tofu.weights import add_update, difference, explained_variance, fingerprint, load_weights, weights_of
+from tofu.weights import (
+    add_update,
+    base_fingerprint,
+    copy_model,
+    difference,
+    explained_variance,
+    load_weights,
+    weights_of,
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class Downlink:
     def __init__(self, master: ReferenceModel, settings: Settings) -> None:
         self._master, self._settings = master, settings
         self._compressor = settings.make_downlink(master)
-        self.reference = replace(master, model=copy.deepcopy(master.model)) if self._compressor else master
+        self.reference = replace(master, model=copy_model(master.model)) if self._compressor else master
         self.identity = b""
         self.sketch = bytes(SKETCH_BYTES)
         self.explained_variance: float | None = None
@@ -69,7 +76,7 @@ class Downlink:
         self.reference.model.eval()
         if self._compressor is None or whole or not self.identity:
             load_weights(self.reference.model, weights_of(self._master.model))
-            self.identity = fingerprint(weights_of(self.reference.model))
+            self.identity = base_fingerprint(self.reference.model)
             self._steps, self._held = [], {}
             # Before the first step all clients hold the initial model, later those that received weights.
             self._shared = round_ if round_ == 1 and self._compressor and not whole else 0
@@ -137,7 +144,7 @@ class Downlink:
         if not self._whole:
             weights = weights_of(self.reference.model)
             body = float32_bytes(weights, self.reference.param_spec)
-            self._whole = Payload(WEIGHTS, self._round, fingerprint(weights), body).to_bytes()
+            self._whole = Payload(WEIGHTS, self._round, base_fingerprint(self.reference.model), body).to_bytes()
         return self._whole
 
     def delivered(self, client: str) -> None:

@@ -1,6 +1,5 @@
 """The global model of one client group, with everything that depends on the names and shapes of its parameters."""
 
-import copy
 import dataclasses
 
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from tofu.reference_model import ReferenceModel
 from tofu.rounds.schedule import Schedule
 from tofu.secagg.encoding import flat
 from tofu.settings import Settings
-from tofu.weights import Weights, load_weights, weights_of
+from tofu.weights import Weights, copy_model, load_weights, weights_of
 
 
 class GlobalModel:
@@ -67,7 +66,7 @@ class GlobalModel:
             kind: settings.make_compressor(kind, reference) for kind in self._kinds if kind != "secure"
         }
         self.downlink = Downlink(reference, settings)
-        self.averaged = averaged or (copy.deepcopy(reference.model) if settings.ema_decay else reference.model)
+        self.averaged = averaged or (copy_model(reference.model) if settings.ema_decay else reference.model)
         self.secure = SecureRanges(reference.param_spec, settings) if "secure" in self._kinds else None
 
     @property

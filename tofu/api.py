@@ -16,7 +16,6 @@ A message of `encode` describes itself, so `decode` needs the model alone. Littl
     -      the payload (`tofu.payload`), with the fingerprint of the weights that it is relative to
 """
 
-import copy
 import dataclasses
 import json
 import math
@@ -34,7 +33,7 @@ from tofu.model_call import MAX_AXES, Forward, InputShape, Loss, ModelCall, Shap
 from tofu.payload import HEADER_BYTES, Payload, read_payload
 from tofu.reference_model import ReferenceModel
 from tofu.settings.deprecated import present_value
-from tofu.weights import Weights, base_fingerprint
+from tofu.weights import Weights, base_fingerprint, copy_model
 
 _MAGIC, _VERSION = b"TOFE", 2
 _HEADER = struct.Struct("<4sBdBB")
@@ -204,7 +203,7 @@ def _read_shape(reader: ByteReader) -> Shape:
 
 def _reference(model: nn.Module, call: ModelCall, initial: Mapping[str, Tensor] | None) -> ReferenceModel:
     """A copy of the model on the CPU, in eval mode."""
-    reference = ReferenceModel(copy.deepcopy(model).cpu().eval(), call)
+    reference = ReferenceModel(copy_model(model).cpu().eval(), call)
     if initial is None:
         return reference
     missing = reference.param_spec.parameters.keys() - initial.keys()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tofu.data import LabeledImages, to_float
 from tofu.device import CPU, on_device
 from tofu.plugins import Prediction
+from tofu.rng import GlobalGenerators
 
 Predict = Callable[[nn.Module, Tensor], Prediction]
 
@@ -41,12 +42,13 @@ def evaluate(
     was_training = model.training
     model.eval()
     correct, loss = 0, 0.0
-    with on_device(model, device):
+    with on_device(model, device), GlobalGenerators(0, device) as shared:
         for start in range(0, len(data), batch_size):
             images = to_float(data.images[start : start + batch_size].to(device))
             logits = predict(model, images).logits if predict else model(images)
             labels = data.labels[start : start + batch_size].to(device)
             correct += int((logits.argmax(1) == labels).sum())
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+            shared.release_if_unused()
     model.train(was_training)
     return Evaluation(correct / len(data), loss / len(data))

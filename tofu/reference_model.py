@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 
 from tofu.data import ImageShape
 from tofu.errors import SettingError
-from tofu.model_call import ModelCall, call_of
+from tofu.model_call import ModelCall, call_of, evaluating
 from tofu.plugins import NO_PLUGINS, Plugins, RoundContext
+from tofu.rng import GlobalGenerators
 from tofu.weights import ParamSpec, Weights, architecture_of, layout_of
 
 
@@ -92,6 +94,31 @@ class ReferenceModel:
         """The difference of each trainable parameter from its initial value."""
         return {name: w - self.initial[name] if self.initial else torch.zeros_like(w) for name, w in self.base.items()}
 
+    def check_differentiable(self) -> None:
+        """Compute one gradient at other weights, as decoding does. Raises SettingError if the model prevents that."""
+        weights = {name: value.clone().requires_grad_() for name, value in self.base.items()}
+        device = next(iter(weights.values())).device
+        inputs = [torch.zeros(1, *shape, device=device) for shape in self.call.inputs]
+        try:
+            with evaluating(self.model):
+                loss = self.outputs(weights, inputs).sum()
+                torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
+        except Exception as error:  # the user's own code may raise anything
+            accepted = "a network that torch.func.functional_call and torch.autograd.grad accept, or another compressor"
+            reason = " ".join(str(error).split())[:200]
+            raise SettingError("model", type(self.model).__name__, f"{accepted} ({reason})") from error
+
     def outputs(self, parameters: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Tensor:
         """Outputs [n, ...] for proxies [n, ...] of each input; smaller ones are interpolated to the input's size."""
-        return self.call.outputs(self.model, parameters, inputs)
+        with GlobalGenerators(0, inputs[0].device) if self._draws else nullcontext():
+            return self.call.outputs(self.model, parameters, inputs)
+
+    @cached_property
+    @torch.no_grad()
+    def _draws(self) -> bool:
+        """Whether the model draws random numbers in evaluation mode; then both ends must draw the same ones."""
+        device = next(self.model.parameters()).device
+        inputs = [torch.zeros(1, *shape, device=device) for shape in self.call.inputs]
+        with evaluating(self.model), GlobalGenerators(0, device) as generators:
+            self.call.outputs(self.model, self.base, inputs)
+            return not generators.unused

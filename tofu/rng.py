@@ -1,8 +1,15 @@
 """Random generators derived from the run's seed and a purpose, so that no draw depends on the order of others."""
 
 import hashlib
+import random
+import threading
+from types import TracebackType
+from typing import Any, Self
 
+import numpy as np
 import torch
+
+_GLOBAL_LOCK = threading.RLock()
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -18,3 +25,68 @@ def derive_bytes(*parts: int | str) -> bytes:
 def derive_generator(*parts: int | str) -> torch.Generator:
     """Return a generator seeded with `derive_seed(*parts)`."""
     return torch.Generator().manual_seed(derive_seed(*parts))
+
+
+class GlobalGenerators:
+    """The global generators of torch, numpy and Python, seeded and used by one thread at a time; restored at the end.
+
+    Layers and user code draw from them without asking (`dropout2d`, `randn_like`, `numpy.random`), and the client
+    threads of a process share them. Inside `with GlobalGenerators(seed)`, what a thread draws depends on the seed only.
+
+    Args:
+        seed: of all generators.
+        device: its generator is included if it is a GPU.
+    """
+
+    def __init__(self, seed: int, device: torch.device | None = None) -> None:
+        self._seed = seed
+        self._cuda = device if device is not None and device.type == "cuda" else None
+        self._held = False
+
+    def __enter__(self) -> Self:
+        _GLOBAL_LOCK.acquire()
+        self._held = True
+        self._before = self._states()
+        # torch.manual_seed would also seed the generators of accelerators, which are not restored here.
+        torch.default_generator.manual_seed(self._seed)
+        if self._cuda is not None:
+            torch.cuda.default_generators[self._cuda.index or 0].manual_seed(self._seed)
+        np.random.seed(self._seed % 2**32)
+        random.seed(self._seed)
+        self._seeded = self._states()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._release()
+
+    @property
+    def unused(self) -> bool:
+        """Whether nothing was drawn since `with`; unknown, and False, after `release_if_unused` has released them."""
+        return self._held and self._states() == self._seeded
+
+    def release_if_unused(self) -> None:
+        """Let other threads use the generators from now on if nothing was drawn from them so far."""
+        if self.unused:
+            self._release()
+
+    def _release(self) -> None:
+        if not self._held:
+            return
+        self._held = False
+        torch_state, cuda_state, numpy_state, python_state = self._before
+        torch.default_generator.set_state(torch.frombuffer(bytearray(torch_state), dtype=torch.uint8))
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(torch.frombuffer(bytearray(cuda_state), dtype=torch.uint8), self._cuda)
+        name, keys, *rest = numpy_state
+        np.random.set_state((name, np.frombuffer(keys, np.uint32), *rest))
+        random.setstate(python_state)
+        _GLOBAL_LOCK.release()
+
+    def _states(self) -> tuple[bytes, bytes, tuple[Any, ...], tuple[Any, ...]]:
+        """The states of the generators, comparable."""
+        cuda = torch.cuda.get_rng_state(self._cuda).numpy().tobytes() if self._cuda is not None else b""
+        name, keys, *rest = np.random.get_state(legacy=True)
+        torch_state = torch.default_generator.get_state().numpy().tobytes()
+        return torch_state, cuda, (name, np.asarray(keys).tobytes(), *rest), random.getstate()

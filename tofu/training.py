@@ -16,6 +16,7 @@ from tofu.device import CPU, on_device
 from tofu.errors import RunError
 from tofu.plugins import NO_PLUGINS, Batch, Plugins
 from tofu.plugins.base import Criterion
+from tofu.rng import GlobalGenerators
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ def train_locally(
 
     Args:
         model: on the CPU, before and after.
-        generator: source of all randomness: the order of the images, dropout masks, and the plugins' batches.
+        generator: source of all randomness: the order of the images, dropout masks, and the plugins' batches. What
+            layers draw from the process's global generators depends on its seed.
         plugins: set up with this model (`Plugins.setup`).
         final: whether this is the last round of a task; passed to `on_task_end`.
         device: device of the training steps.
@@ -65,16 +67,18 @@ def train_locally(
     plugins.on_train_begin(model, data)
     optimizer = SGD(dict(model.named_parameters()), config)
     total, steps = torch.zeros((), device=device), 0
-    for _ in range(config.epochs):
-        with on_device(model, device):
-            for rows in shuffled_batches(len(data), config.batch_size, generator):
-                batch = plugins.on_batch(Batch(to_float(data.images[rows]), data.labels[rows], rows), generator)
-                if not len(batch):
-                    continue
-                batch = batch.to(device)
-                total += plugins.train_step(batch, BatchStep(model, batch, optimizer, plugins, generator))
-                steps += 1
-        plugins.on_epoch_end(model, data)
+    with GlobalGenerators(generator.initial_seed(), device) as shared:
+        for _ in range(config.epochs):
+            with on_device(model, device):
+                for rows in shuffled_batches(len(data), config.batch_size, generator):
+                    batch = plugins.on_batch(Batch(to_float(data.images[rows]), data.labels[rows], rows), generator)
+                    if not len(batch):
+                        continue
+                    batch = batch.to(device)
+                    total += plugins.train_step(batch, BatchStep(model, batch, optimizer, plugins, generator))
+                    steps += 1
+                    shared.release_if_unused()  # most models draw nothing; then clients train at the same time
+            plugins.on_epoch_end(model, data)
     mean = float(total) / max(1, steps)
     if mean != mean or mean in (float("inf"), float("-inf")):
         raise RunError(f"local training diverged (loss {mean}): a smaller lr than {config.lr:g} may help")

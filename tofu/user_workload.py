@@ -19,7 +19,9 @@ from tofu.errors import RunError, SettingError
 from tofu.evaluation import Evaluation, Predict
 from tofu.model_call import NO_CALL, Forward, InputShape, ModelCall, call_of
 from tofu.models import build_seeded
+from tofu.models.checks import changed_buffers, drop_constant_buffers
 from tofu.plugins import Plugins, RoundContext
+from tofu.rng import GlobalGenerators
 from tofu.training import SGD, LocalTrainingConfig, SeededDropout, TrainingResult, shuffled_batches
 
 Loss = Callable[[Any, Any], Tensor]
@@ -97,7 +99,7 @@ class DatasetLoop:
                 position.client, position.round, config.lr, config.epochs, config.batch_size, config.momentum,
                 config.weight_decay, generator, device,
             )  # fmt: skip
-            with on_device(model, device):
+            with on_device(model, device), GlobalGenerators(generator.initial_seed(), device):
                 loss = self.train_function(model, data, context)
             mean, steps = float(loss or 0.0), 0
         else:
@@ -116,7 +118,7 @@ class DatasetLoop:
     ) -> tuple[float, int]:
         """Mean loss and number of steps."""
         total, steps = torch.zeros((), device=device), 0
-        with on_device(model, device):
+        with on_device(model, device), GlobalGenerators(generator.initial_seed(), device) as shared:
             if self.optimizer is None:
                 optimizer: Any = SGD(dict(model.named_parameters()), config)
             else:
@@ -132,6 +134,7 @@ class DatasetLoop:
                     optimizer.step()
                     total += loss.detach()
                     steps += 1
+                    shared.release_if_unused()  # if neither layers nor datasets draw, clients train at the same time
         return float(total) / max(1, steps), steps
 
     @torch.no_grad()
@@ -145,7 +148,7 @@ class DatasetLoop:
         model.eval()
         rows = [rows.tolist() for rows in torch.split(torch.arange(len(data)), _EVALUATION_BATCH)]
         loss, correct, kept = 0.0, 0.0, []
-        with on_device(model, device):
+        with on_device(model, device), GlobalGenerators(0, device):
             for numbers, (inputs, targets) in zip(rows, self._batches(data, rows, device), strict=True):
                 outputs = _forward(model, inputs)
                 loss += float(self._loss_of(outputs, targets)) * len(numbers)
@@ -205,7 +208,7 @@ class UserWorkload(DatasetLoop):
         """Inputs and outputs of the first samples of client 0."""
         first = self.clients[0]
         inputs, targets = split_batch(self.collate([first[row] for row in range(min(2, len(first)))]))
-        model = self.build_model().eval()
+        model = build_seeded(self.model, self.seed).eval()
         try:
             with torch.no_grad():
                 outputs = _forward(model, inputs)
@@ -239,8 +242,20 @@ class UserWorkload(DatasetLoop):
         return ImageShape(channels, height, width, outputs.shape[1])
 
     def build_model(self, shape: ImageShape | None = None) -> nn.Module:
-        """The model, whose initial weights are a function of the seed."""
-        return build_seeded(self.model, self.seed)
+        """The model, whose initial weights are a function of the seed; constant buffers are not sent."""
+        model = build_seeded(self.model, self.seed)
+        inputs, _ = self._probe
+        try:
+            with GlobalGenerators(self.seed):
+                drop_constant_buffers(model, changed_buffers(model, lambda: _forward(model, inputs)))
+        except SettingError:
+            raise
+        except Exception as error:  # the user's own code may raise anything
+            if self.train_function is None:  # otherwise that function may call the model in another way
+                reason = " ".join(str(error).split())
+                accepted = f"a model that accepts the inputs in training mode, too ({type(error).__name__}: {reason})"
+                raise SettingError("model", type(model).__name__, accepted) from error
+        return model.train()
 
     def call(self, model: nn.Module, shape: ImageShape) -> ImageShape | ModelCall:
         """How proxies are passed to the model: as images, or as floating-point inputs of any other shapes.

@@ -4,6 +4,7 @@ Everything that is sent or averaged is a `Weights`: a dict from state-dict name 
 first, in the model's order, then its buffers (BatchNorm statistics). Frozen parameters never change and are never sent.
 """
 
+import copy
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,11 @@ Weights = dict[str, Tensor]
 """Name -> tensor, detached. In an update (new minus old weights) every tensor is float32, including integer buffers."""
 
 FINGERPRINT_BYTES = 8
+
+_MAX_INTEGER = 2**24
+"""Integers up to this are exact in float32."""
+
+_BUFFERS = "buffers that training changes with finite float32, float16 or bfloat16 values, or integers up to 2^24"
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,8 @@ def layout_of(model: nn.Module) -> ParamSpec:
     """The names and shapes of a model's trainable parameters and buffers.
 
     Raises:
-        SettingError: no parameter is trainable, or a trainable parameter is not float32.
+        SettingError: no parameter is trainable, a trainable parameter is not float32, or a buffer cannot be sent
+            exactly.
     """
     parameters = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
@@ -60,6 +67,8 @@ def layout_of(model: nn.Module) -> ParamSpec:
         if p.requires_grad and p.dtype != torch.float32:
             raise SettingError("model", f"{name}: {p.dtype}", "float32 parameters")
     buffers = dict(_persistent_buffers(model))
+    for name, b in buffers.items():
+        _check_buffer(name, b)
     integers = frozenset(name for name, b in buffers.items() if not b.is_floating_point())
     return ParamSpec(parameters, {name: b.shape for name, b in buffers.items()}, integers)
 
@@ -79,6 +88,17 @@ def architecture_of(model: nn.Module) -> bytes:
     return digest.digest()[:FINGERPRINT_BYTES]
 
 
+def _check_buffer(name: str, buffer: Tensor) -> None:
+    """Raises SettingError for a buffer whose differences float32 cannot hold; `build_model` drops constant ones."""
+    if buffer.is_floating_point() and buffer.dtype != torch.float64:
+        if not bool(torch.isfinite(buffer).all()):
+            raise SettingError("model", f"buffer {name} with a value that is not finite", _BUFFERS)
+    elif buffer.is_complex() or buffer.dtype in (torch.bool, torch.float64):
+        raise SettingError("model", f"buffer {name} of type {str(buffer.dtype).removeprefix('torch.')}", _BUFFERS)
+    elif buffer.numel() and int(buffer.long().abs().max()) > _MAX_INTEGER:
+        raise SettingError("model", f"buffer {name} with the value {int(buffer.long().abs().max())}", _BUFFERS)
+
+
 def _persistent_buffers(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
     persistent = model.state_dict().keys()
     return [(name, b) for name, b in model.named_buffers() if name in persistent]
@@ -88,6 +108,27 @@ def weights_of(model: nn.Module) -> Weights:
     """A detached copy of a model's trainable parameters and buffers."""
     parameters = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     return parameters | {name: b.detach().clone() for name, b in _persistent_buffers(model)}
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A copy of a model; attributes that cannot be copied (locks, open files) are shared with the original."""
+    try:
+        return copy.deepcopy(model)
+    except (TypeError, RuntimeError):
+        shared = {}
+        for module in model.modules():
+            for name, value in vars(module).items():
+                if name not in ("_parameters", "_buffers", "_modules") and not _can_be_copied(value):
+                    shared[id(value)] = value
+        return copy.deepcopy(model, shared)
+
+
+def _can_be_copied(value: object) -> bool:
+    try:
+        copy.deepcopy(value)
+    except (TypeError, RuntimeError):
+        return False
+    return True
 
 
 @torch.no_grad()
@@ -115,9 +156,10 @@ def fingerprint(weights: Mapping[str, Tensor]) -> bytes:
 
 
 def base_fingerprint(model: nn.Module) -> bytes:
-    """The fingerprint of everything that an update of the model is relative to, frozen parameters included."""
-    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-    return fingerprint(weights_of(model) | frozen)
+    """The fingerprint of everything that a forward pass reads: the weights, frozen parameters and constant buffers."""
+    others = dict(model.named_parameters()) | dict(model.named_buffers())
+    weights = weights_of(model)
+    return fingerprint(weights | {name: value for name, value in others.items() if name not in weights})
 
 
 def weights_sha256(weights: Mapping[str, Tensor]) -> str:
@@ -129,7 +171,7 @@ def _digest(weights: Mapping[str, Tensor]) -> "hashlib._Hash":
     digest = hashlib.sha256()
     for name, value in weights.items():
         digest.update(f"{name}:{tuple(value.shape)}:{value.dtype};".encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest
 
 

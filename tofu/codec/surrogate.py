@@ -143,17 +143,16 @@ def _swaps(surrogate_beta: float, batch_statistics: bool) -> dict[Callable[..., 
         (3, F.avg_pool3d, F.adaptive_avg_pool3d),
     ):
         name = f"max_pool{axes}d"
-        pooled = getattr(F, name), getattr(torch, name), getattr(F, f"{name}_with_indices")
-        swaps |= dict.fromkeys(pooled, _average_pooling(average))
-        adapted = getattr(F, f"adaptive_{name}"), getattr(F, f"adaptive_{name}_with_indices")
-        swaps |= dict.fromkeys(adapted, _adaptive_average_pooling(adaptive))
+        pooled, adapted = getattr(F, name), getattr(F, f"adaptive_{name}")
+        swaps |= dict.fromkeys((pooled, getattr(torch, name)), _average_pooling(average, pooled))
+        swaps[adapted] = _adaptive_average_pooling(adaptive, adapted)
     if batch_statistics:
         swaps[F.batch_norm] = batch_norm
     return swaps
 
 
-def _average_pooling(average: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Average- with the arguments of max-pooling."""
+def _average_pooling(average: Callable[..., Tensor], maximum: Callable[..., Any]) -> Callable[..., Any]:
+    """Average- with the arguments of max-pooling; max-pooling itself if it is dilated or its indices are asked for."""
 
     def pool(
         input: Tensor,
@@ -163,16 +162,18 @@ def _average_pooling(average: Callable[..., Tensor]) -> Callable[..., Tensor]:
         dilation: Any = 1,
         ceil_mode: bool = False,
         return_indices: bool = False,
-    ) -> Tensor:
+    ) -> Any:
+        if return_indices or (set(dilation) if isinstance(dilation, tuple | list) else {dilation}) != {1}:
+            return maximum(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
         return average(input, kernel_size, stride, padding, ceil_mode, count_include_pad=False)
 
     return pool
 
 
-def _adaptive_average_pooling(average: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Adaptive average- with the arguments of adaptive max-pooling."""
+def _adaptive_average_pooling(average: Callable[..., Tensor], maximum: Callable[..., Any]) -> Callable[..., Any]:
+    """Adaptive average- with the arguments of adaptive max-pooling; the latter itself if its indices are asked for."""
 
-    def pool(input: Tensor, output_size: Any, return_indices: bool = False) -> Tensor:
-        return average(input, output_size)
+    def pool(input: Tensor, output_size: Any, return_indices: bool = False) -> Any:
+        return maximum(input, output_size, return_indices) if return_indices else average(input, output_size)
 
     return pool

@@ -4,7 +4,6 @@ Importing this package does not import torchvision, because every message of a d
 has dropout.
 """
 
-import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -14,9 +13,11 @@ from torch import nn
 from tofu.data import ImageShape
 from tofu.errors import SettingError
 from tofu.imports import import_object
+from tofu.models.checks import check_training, drop_constant_buffers
 from tofu.models.small import BagOfWords, cnn, lenet5, mlp
 from tofu.models.spiking import spiking_model
 from tofu.models.torchvision_models import resnet18, vgg, vit
+from tofu.rng import GlobalGenerators
 
 NORMS = ("group", "batch", "none")
 
@@ -35,9 +36,6 @@ _BUILDERS: Mapping[str, Callable[[ImageShape, str], nn.Module]] = {
     "vgg9-snn": partial(spiking_model, "vgg9"),
 }
 
-_BUILD_LOCK = threading.RLock()
-"""Layers draw their initial weights from torch's global generator, which the client threads of a process share."""
-
 _FACTORY = "package.module:factory, a callable that takes the sizes of input and output by name"
 
 
@@ -49,8 +47,9 @@ def model_names() -> tuple[str, ...]:
 def build_model(name: str, shape: ImageShape, *, norm: str = "group", seed: int = 0) -> nn.Module:
     """Build a model that maps float32 [n, channels, height, width] to logits [n, classes], in training mode on the CPU.
 
-    A first layer scales up images that are too small for a model. The weights are a function of the arguments;
-    the state of torch's global generator is restored.
+    A first layer scales up images that are too small for a model. The weights are a function of the arguments, also
+    if a factory draws them from the global generators of torch, numpy or Python, whose state is restored. Buffers that
+    training does not change (masks, position tables) become non-persistent: they are neither sent nor averaged.
 
     Args:
         name: one of `model_names()`, or `package.module:factory`, called as
@@ -62,7 +61,7 @@ def build_model(name: str, shape: ImageShape, *, norm: str = "group", seed: int 
 
     Raises:
         SettingError: the model or norm is unknown, or a factory cannot be imported or called, or its model does not map
-            [2, channels, height, width] to [2, classes].
+            [2, channels, height, width] to [2, classes], in training mode and in evaluation mode.
 
     Example:
         >>> from tofu.data import ImageShape
@@ -119,10 +118,8 @@ def build_row_model(name: str, width: int, classes: int, *, vocabulary: int = 0,
 
 
 def build_seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """The model that `build` makes when torch's global generator has this seed; the generator's state is restored."""
-    with _BUILD_LOCK, torch.random.fork_rng(devices=[]):
-        # torch.manual_seed would also reseed the generators of accelerators, which fork_rng does not restore here.
-        torch.default_generator.manual_seed(seed)
+    """The model that `build` makes when the global generators have this seed; their state is restored."""
+    with GlobalGenerators(seed):
         return build()
 
 
@@ -142,7 +139,10 @@ def _factory(name: str, sizes: Mapping[str, int]) -> Callable[[], nn.Module]:
         if not isinstance(model, nn.Module):
             accepted = f"{_FACTORY} and returns a torch.nn.Module, not {type(model).__name__}"
             raise SettingError("model", name, accepted)
-        return model
+        bare: nn.Module = model.module if isinstance(model, nn.DataParallel) else model
+        if any(isinstance(module, torch.jit.ScriptModule) for module in bare.modules()):
+            raise SettingError("model", name, f"{_FACTORY}, of Python modules: not compiled by torch.jit")
+        return bare
 
     return build
 
@@ -160,4 +160,5 @@ def _checked(model: nn.Module, name: str, inputs: torch.Tensor, classes: int) ->
         found = f"{type(error).__name__}: {error}"
     if found != str(expected):
         raise SettingError("model", name, f"a model that maps {takes} to {expected} (found {found})")
-    return model.train()
+    drop_constant_buffers(model, check_training(model, name, inputs, classes))
+    return model

@@ -1,0 +1,1 @@
+"""Models of many kinds and what a run must do with them."""

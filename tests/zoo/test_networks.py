@@ -1,0 +1,62 @@
+"""Every kind of network goes through proxy, secure and uncompressed rounds, and the same run gives the same weights."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tofu
+from tests.zoo.networks import ACCEPTED, REFUSED
+from tofu.errors import RunError, SettingError
+
+SMALL: dict[str, Any] = {
+    "clients": 3, "local_epochs": 1, "train_images": 90, "test_images": 100, "batch_size": 8, "max_evals": 4,
+    "ratio": 4.0, "rounds": 3, "workers": 2, "checkpoint": False,
+}  # fmt: skip
+ROUNDS: dict[str, dict[str, Any]] = {
+    # Two proxy rounds, the second with a compressed step of the server, and a secure round.
+    "compressed": {"schedule": "switch", "switch_round": 3, "downlink": "proxy", "downlink_ratio": 3.0},
+    "uncompressed": {"schedule": "fedavg", "rounds": 2},
+}
+
+
+def run(name: str, folder: Path, **settings: Any) -> dict[str, Any]:
+    """The summary of a run, with the failures of all rounds."""
+    result = tofu.run(**SMALL | settings, model=f"tests.zoo.networks:{name}", run_folder=str(folder), progress=False)
+    failures = [failure for one in result.history for failure in one.failures]
+    return {"weights_sha256": result.summary.weights_sha256, "failures": failures}
+
+
+@pytest.mark.parametrize("rounds", ROUNDS)
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_a_network_loses_no_reply_and_the_same_run_gives_the_same_weights(
+    name: str, rounds: str, tmp_path: Path
+) -> None:
+    first, second = (run(name, tmp_path / str(number), **ROUNDS[rounds]) for number in range(2))
+    assert first["weights_sha256"] == second["weights_sha256"]
+    assert not first["failures"]
+    assert not second["failures"]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_network_that_cannot_be_trained_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingError) as error:
+        run(name, tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert REFUSED[name][1] in str(error.value)
+
+
+def test_reentrant_checkpoints_are_refused_where_proxies_are_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=r"another compressor \(When use_reentrant=True"):
+        run("reentrant", tmp_path / "proxy")
+    assert not run("reentrant", tmp_path / "secure", schedule="secure")["failures"]
+
+
+def test_a_buffer_that_only_a_later_pass_changes_fails_its_client_by_name(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"training changed buffer middle\.state"):
+        run("late_buffer", tmp_path / "run")
+
+
+def test_frozen_weights_that_differ_between_clients_are_found(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="frozen weights and constant buffers count"):
+        run("frozen_by_thread", tmp_path / "run")

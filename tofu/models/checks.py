@@ -1,0 +1,93 @@
+"""What a training pass of a new model shows: whether it can be trained, and which of its buffers change."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from tofu.errors import RunError, SettingError
+
+
+def check_training(model: nn.Module, name: str, inputs: Tensor, classes: int) -> frozenset[str]:
+    """Run a forward pass of two examples in training mode -> the names of the buffers that it changes.
+
+    The model is left in training mode, with the values that it had.
+
+    Args:
+        inputs: [2, ...] zeros. Random numbers take the place of floating-point ones, so that statistics change.
+
+    Raises:
+        SettingError: the pass fails, or its result is not a tensor [2, classes].
+    """
+    takes, expected = list(inputs.shape), [2, classes]
+    found = ""
+
+    def forward() -> None:
+        nonlocal found
+        output = model(torch.randn(takes) if inputs.is_floating_point() else inputs)
+        found = f"{list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+
+    try:
+        changed = changed_buffers(model, forward)
+    except SettingError:
+        raise
+    except Exception as error:  # the user's own code may raise anything
+        found = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if found != str(expected):
+        accepted = f"a model that maps {takes} to {expected} in training mode, too (found {found})"
+        raise SettingError("model", name, accepted)
+    return changed
+
+
+@torch.no_grad()
+def changed_buffers(model: nn.Module, forward: Callable[[], object]) -> frozenset[str]:
+    """The names of the buffers that a pass in training mode changes; they get back the values that they had.
+
+    Raises:
+        SettingError: a buffer has another shape or type after the pass.
+        Exception: whatever `forward`, which calls the model, raises.
+    """
+    model.train()
+    before = {key: buffer.clone() for key, buffer in model.named_buffers()}
+    forward()
+    changed = set()
+    for key, buffer in model.named_buffers():
+        if buffer.shape != before[key].shape or buffer.dtype != before[key].dtype:
+            accepted = f"a model whose buffers keep their shapes and types ({key} does not)"
+            raise SettingError("model", type(model).__name__, accepted)
+        if not torch.equal(_bits(buffer), _bits(before[key])):  # values would not do: NaN differs from itself
+            changed.add(key)
+            buffer.copy_(before[key])
+    for prefix, module in model.named_modules():
+        if isinstance(module, _NormBase):  # a running mean of 0 may stay 0 in this pass
+            own = {f"{prefix}.{key}" if prefix else key for key in module._buffers}
+            changed |= own if changed & own else set()
+    return frozenset(changed)
+
+
+def drop_constant_buffers(model: nn.Module, changed: frozenset[str]) -> None:
+    """Make the buffers that training does not change non-persistent, so that they are not part of what is sent."""
+    for prefix, module in model.named_modules():
+        for key in module._buffers:
+            if (f"{prefix}.{key}" if prefix else key) not in changed:
+                module._non_persistent_buffers_set.add(key)
+
+
+def constant_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> copy of each non-persistent buffer."""
+    persistent = model.state_dict().keys()
+    return {name: buffer.clone() for name, buffer in model.named_buffers() if name not in persistent}
+
+
+def check_constant_buffers(model: nn.Module, before: dict[str, Tensor]) -> None:
+    """Raises RunError if training changed a buffer that its first pass did not change, since such are not sent."""
+    for name, buffer in model.named_buffers():
+        if name in before and not torch.equal(_bits(buffer), _bits(before[name])):
+            raise RunError(f"training changed buffer {name} but its first pass did not: expected a buffer "
+                           "that every pass in training mode changes, or none")  # fmt: skip
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor, flat."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
