@@ -71,7 +71,7 @@ class CrossbarPruning(Plugin):
 
     # fmt: off
     tile: int = option(32, "columns and rows of a tile, a power of two", ge=2, le=1024)
-    strength: float = option(0.1, "factor of the penalty: mean variance of column occupancy over all tiles", ge=0, le=1e6)  # noqa: E501
+    strength: float = option(0.3, "factor of the penalty: mean variance of column occupancy over all tiles", ge=0, le=1e6)  # noqa: E501
     after: int = option(0, "round after which the server prunes; 0: half of the run's rounds", ge=0, le=100_000)
     rule: str = option("percentile", "which weights count as zero: percentile (smallest in their layer) or tolerance", choices=("percentile", "tolerance"))  # noqa: E501
     percentile: float = option(0.8, "fraction of a layer's weights that count as zero, for rule=percentile", ge=0, lt=1)
