@@ -1,20 +1,34 @@
 """One round of a client: receive the global weights, train, and send the update through the chain of steps."""
 
+import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from flwr.app import Context
+from torch.utils.data import Subset
 
 from client.downlink import ResyncError, receive_weights
 from client.policy import check_fit, client_data
-from client.state import KeptWeights, SavedState, load_broadcast, load_plugins, load_state, save_state
+from client.state import (
+    KeptWeights,
+    SavedState,
+    load_broadcast,
+    load_local,
+    load_plugins,
+    load_state,
+    save_local,
+    save_state,
+)
 from tofu.compression.error_feedback import ErrorFeedback
 from tofu.data import LabeledImages, LabeledRows
 from tofu.device import open_device
 from tofu.errors import PayloadError
 from tofu.flower.policy import check_policy, client_name
 from tofu.flower.secure_session import load_session, new_advert, participant_of, save_session
+from tofu.local_layers import LocalLayers
 from tofu.models.checks import check_constant_buffers, constant_buffers
 from tofu.payload import Payload
 from tofu.plugins import MAX_STATE_BYTES, Export, Plugins, RoundContext, export_to_bytes
@@ -38,7 +52,7 @@ from tofu.settings import Settings
 from tofu.tasks import only_classes
 from tofu.training import LocalTrainingConfig
 from tofu.weights import Weights, cosine, difference, explained_variance, load_weights, weights_of
-from tofu.wire import SecurePart, TrainReply, TrainRequest, broadcast_id
+from tofu.wire import CLIENT_ACCURACY, SecurePart, TrainReply, TrainRequest, broadcast_id
 from tofu.workload import Workload
 
 
@@ -88,6 +102,7 @@ class TrainedUpdate:
         examples, loss: as reported to the server. Under DP they are not noised, so they are reported as 1 and 0.
         seconds: duration of the local steps.
         exported: what the plugins send.
+        accuracy: of the weights before training, on the client's own test data; None without such data.
     """
 
     update: Weights
@@ -95,6 +110,7 @@ class TrainedUpdate:
     loss: float
     seconds: float
     exported: Export
+    accuracy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +124,7 @@ class LocalRound:
         initial: the weights with which the run began.
         feedback: what the server has not received.
         broadcast: bytes of the plugins' broadcast.
+        local: the layers that are this client's own.
     """
 
     request: TrainRequest
@@ -123,6 +140,7 @@ class LocalRound:
     feedback: ErrorFeedback
     broadcast: bytes
     workload: Workload
+    local: LocalLayers
 
     @staticmethod
     def begin(
@@ -142,6 +160,7 @@ class LocalRound:
             raise ResyncError("this client does not have the plugins' broadcast of this round")
         plugins.load(state=load_plugins(context), broadcast=broadcast, max_bytes=MAX_STATE_BYTES)
         built = workload.build_model(request.shape)
+        local = LocalLayers(built, settings.training.local_layers)
         reference = ReferenceModel.of(built, request.shape, plugins, position, workload.call(built, request.shape))
         initial = weights_of(reference.model)
         state = load_state(context, reference)
@@ -149,7 +168,7 @@ class LocalRound:
         feedback = state.feedback if settings.residual_fraction else ErrorFeedback()
         return LocalRound(
             request, round_, settings, context, plugins, position, reference, weights_of(reference.model), initial,
-            state, feedback, broadcast, workload,
+            state, feedback, broadcast, workload, local,
         )  # fmt: skip
 
     def train(self) -> TrainedUpdate:
@@ -175,24 +194,46 @@ class LocalRound:
         training = settings.training
         config = LocalTrainingConfig(
             training.local_epochs, training.batch_size, training.lr_of(self.round), training.momentum,
-            training.weight_decay,
+            training.weight_decay, training.proximal,
         )  # fmt: skip
+        self.local.begin(model, load_local(self.context, self.local))
+        data, own_test = self._hold_out(data)
         generator = derive_generator(settings.run.seed, self.round, self.position.client, "train")
         heads = only_classes(model, stream.classes_of(task)) if settings.plugin.task_heads == "multi" else nullcontext()
-        constants = constant_buffers(model)
+        constants = self.local.without(constant_buffers(model))
+        device = open_device(settings.run.device)
+        accuracy = None
         with heads:
+            if len(own_test):
+                predict = self.plugins.predict
+                accuracy = self.workload.evaluate(model, own_test, predict=predict, device=device).accuracy
             result = self.workload.train(
                 model, data, config, position=self.position, generator=generator, plugins=self.plugins,
-                device=open_device(settings.run.device),
+                device=device,
             )  # fmt: skip
         check_constant_buffers(model, constants)
         exported = self.plugins.export(model)
+        if self.local:
+            save_local(self.context, self.local.end(model))
         update = difference(weights_of(model), start)
         load_weights(model, self.base)  # the codec differentiates at the global weights
         model.eval()
         noised = bool(settings.privacy.noise_multiplier)
         examples, loss = (1, 0.0) if noised else (len(data), result.loss)
-        return TrainedUpdate(update, examples, loss, result.seconds, exported)
+        return TrainedUpdate(update, examples, loss, result.seconds, exported, accuracy)
+
+    def _hold_out(self, data: Any) -> tuple[Any, Any]:
+        """The data to train on, and those that the client tests on, the same in every round."""
+        fraction = self.settings.training.client_test_fraction
+        count = min(len(data) - 1, math.ceil(fraction * len(data)))
+        if not fraction or not count:
+            return data, ()
+        generator = derive_generator(self.settings.run.seed, self.position.client, "client test")
+        rows = torch.randperm(len(data), generator=generator)
+        kept, held = rows[count:].sort().values, rows[:count].sort().values
+        if isinstance(data, LabeledImages | LabeledRows):
+            return data.subset(kept), data.subset(held)
+        return Subset(data, kept.tolist()), Subset(data, held.tolist())
 
     def send_payload(self, trained: TrainedUpdate, outgoing: Outgoing) -> tuple[bytes, Outgoing]:
         """The reply of an open round: the compressed update and its metrics."""
@@ -214,9 +255,16 @@ class LocalRound:
             encode_seconds=time.perf_counter() - began,
             payload=Payload(compressor.code, self.round, request.identity, outgoing.body).to_bytes(),
             advert=new_advert(self.context, participant) if request.advert else b"",
-            exported=export_to_bytes(trained.exported) if self.plugins else b"",
+            exported=self._exported_bytes(trained),
         )
         return reply.to_bytes(), outgoing
+
+    def _exported_bytes(self, trained: TrainedUpdate) -> bytes:
+        """What the plugins send, and the accuracy on the client's own test data, if it has any."""
+        export = trained.exported
+        if trained.accuracy is not None and math.isfinite(trained.accuracy):
+            export = Export(export.sums, dict(export.metrics) | {CLIENT_ACCURACY: trained.accuracy})
+        return export_to_bytes(export) if self.plugins or export.metrics else b""
 
     def send_masked(self, trained: TrainedUpdate, outgoing: Outgoing) -> tuple[bytes, Outgoing]:
         """The reply of a secure round: the masked vector.

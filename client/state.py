@@ -13,11 +13,13 @@ from flwr.app import ConfigRecord, Context
 
 from tofu.compression.error_feedback import ErrorFeedback
 from tofu.errors import PayloadError
+from tofu.local_layers import LocalLayers
 from tofu.payload import float32_bytes, float32_from
 from tofu.reference_model import ReferenceModel
 from tofu.weights import Weights
 
 _RECORD = "tofu"
+_LOCAL = "tofu-local"
 _VERSION = 4
 
 
@@ -54,6 +56,17 @@ def _bytes(context: Context, name: str) -> bytes:
     record = context.state.config_records.get(_RECORD)
     value = record.get(name) if record is not None and record.get("version") == _VERSION else None
     return value if isinstance(value, bytes) else b""
+
+
+def load_local(context: Context, local: LocalLayers) -> Weights:
+    """The values of this client's own layers; empty before its first round."""
+    record = context.state.config_records.get(_LOCAL)
+    return local.read(record.get("values")) if record is not None else {}
+
+
+def save_local(context: Context, values: Weights) -> None:
+    """Keep the values of this client's own layers."""
+    context.state[_LOCAL] = ConfigRecord({"values": LocalLayers.write(values)})
 
 
 def load_state(context: Context, reference: ReferenceModel) -> SavedState:

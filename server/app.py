@@ -1,5 +1,6 @@
 """The Flower ServerApp: reads the settings, runs the rounds, writes the run folder."""
 
+import dataclasses
 import errno
 import sys
 import time
@@ -22,6 +23,7 @@ from tofu.errors import RunError, TofuError
 from tofu.flower.in_process import InProcessGrid, run_in_process
 from tofu.flower.transport import GridTransport
 from tofu.formatting import printable
+from tofu.local_layers import keep_local
 from tofu.log import start_logging
 from tofu.model_call import NEEDS_CALL
 from tofu.observers.base import Observer, Observers
@@ -32,6 +34,7 @@ from tofu.recording import Recorder
 from tofu.reference_model import ReferenceModel
 from tofu.reporting.folder import RunFolder
 from tofu.reporting.report import write_report
+from tofu.rounds.links import LinkSimulator
 from tofu.rounds.record import RoundRecord, RunSummary, from_dict, to_dict
 from tofu.row_workload import workload_of
 from tofu.settings import Settings
@@ -122,7 +125,7 @@ class _Run:
         torch.set_num_threads(settings.threads)
         self._grid, self._settings, self._observer = grid, settings, observer
         shape = workload.shape
-        network = ReferenceModel(workload.build_model(shape).eval(), shape)
+        network = ReferenceModel(keep_local(workload.build_model(shape).eval(), settings.local_layers), shape)
         test = workload.test()
         if settings.has_secure_rounds:
             check_secure_settings(settings)
@@ -182,8 +185,9 @@ class _Run:
         self._observer.on_phase(round_, result.kind, "evaluate", 0, 1)
         score = runner.evaluate()
         self._samples.add(result)
-        record = round_record(runner, ledger, result, score, before, time.perf_counter() - began)
         messages = ledger.take()
+        record = round_record(runner, ledger, result, score, before, time.perf_counter() - began)
+        record = dataclasses.replace(record, link_seconds=LinkSimulator.of(self._settings).seconds(messages))
         if self._settings.checkpoint:
             self._checkpoint(folder, record, messages)
         folder.add_round(record, messages)

@@ -1,5 +1,6 @@
 """Collects the clients' updates of a round: the interface, the training exchange, and the collector of open rounds."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,7 @@ from tofu.recording import Recorder
 from tofu.rounds.aggregation import RunningMean
 from tofu.secagg.encoding import SecureMean
 from tofu.weights import Weights, weights_of
-from tofu.wire import RESYNC, TrainReply, TrainRequest, broadcast_id
+from tofu.wire import CLIENT_ACCURACY, RESYNC, TrainReply, TrainRequest, broadcast_id
 
 _WINDOW = 256
 """Number of messages sent at a time, so that a round with many clients does not hold a model for each of them."""
@@ -39,6 +40,7 @@ class RoundState:
         request_keys: a secure round may follow, for which the clients send keys ahead.
         shown: name of the client whose proxies are kept for the report.
         failures: client name -> reason, in one line, why it could not be used; filled by the collectors.
+        over_sampling: clients asked over the number of replies after which an open round ends.
     """
 
     round: int
@@ -48,6 +50,11 @@ class RoundState:
     request_keys: bool = False
     shown: str = ""
     failures: dict[str, str] = field(default_factory=dict)
+    over_sampling: float = 1.0
+
+    def wanted(self, asked: int) -> int:
+        """Number of valid replies after which an open round ends, of those that were asked."""
+        return max(1, math.ceil(asked / self.over_sampling - 1e-9))
 
 
 @dataclass
@@ -64,6 +71,7 @@ class Collected:
         proxies: images [n, c, h, w] of the shown client, in a proxy round.
         secure: all that a secure round revealed.
         abandoned: why a secure round was abandoned, or "".
+        late: number of clients whose replies an open round did not wait for.
     """
 
     update: Weights | None = None
@@ -75,6 +83,7 @@ class Collected:
     proxies: Tensor | None = None
     secure: SecureMean | None = None
     abandoned: str = ""
+    late: int = 0
 
 
 class Collector(Protocol):
@@ -241,11 +250,15 @@ class OpenCollector:
         """See `Collector.collect`."""
         collected, mean = Collected(), RunningMean()
         exports: dict[str, Export] = {}
+        names = {client.name for client in clients}
         for client, message in self._exchange.replies(model, clients, state):
             try:
                 exports[client.name] = self._add(client, message, model, state, collected, mean)
             except PayloadError as error:
                 state.failures[client.name] = str(error)
+            if len(collected.replies) >= state.wanted(len(clients)):
+                collected.late = len(clients) - len(collected.replies) - len(state.failures.keys() & names)
+                break
         if not collected.replies:
             reasons = "; ".join(sorted(set(state.failures.values())))
             raise RunError(f"round {state.round}: no valid reply from {len(clients)} clients ({reasons})")
@@ -304,6 +317,9 @@ class OpenCollector:
             self._plugins.check_sums(export.sums, model.reference.model)
         except RunError as error:
             raise PayloadError(str(error)) from error
+        accuracy = export.metrics.get(CLIENT_ACCURACY, 0.0)
+        if not 0 <= accuracy <= 1:
+            raise PayloadError(f"reply has the accuracy {accuracy:g}, expected 0 to 1")
         return export
 
 

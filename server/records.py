@@ -10,9 +10,10 @@ from server.ledger import Ledger
 from server.runner import RoundResult, RoundRunner
 from tofu.data import LabeledImages
 from tofu.evaluation import Evaluation
-from tofu.rounds.record import ClientRecord, Failure, RoundRecord, RunSummary
+from tofu.rounds.record import QUANTILES, ClientRecord, Failure, RoundRecord, RunSummary
 from tofu.tasks import backward_transfer, mean_accuracy
 from tofu.weights import weights_sha256
+from tofu.wire import CLIENT_ACCURACY
 from tofu.workload import NamedWorkload, Workload
 
 Arrays = Mapping[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]
@@ -66,12 +67,22 @@ def round_record(
         clipped=secure.clipped if secure else None,
         furthest=secure.furthest if secure else None,
         abandoned=result.abandoned,
+        late=result.late if runner.settings.over_sampling > 1 and not masked else None,
+        accuracy_quantiles=_quantiles(result),
     )
 
 
 def _finite(value: float) -> float | None:
     """The value, or None if it could not be measured."""
     return value if math.isfinite(value) else None
+
+
+def _quantiles(result: RoundResult) -> dict[str, float | None]:
+    """Quantiles of the clients' accuracies on their own test data, by percent; empty without any."""
+    found = [metrics[CLIENT_ACCURACY] for metrics in result.metrics.values() if CLIENT_ACCURACY in metrics]
+    if not found:
+        return {}
+    return {str(percent): float(np.quantile(found, percent / 100)) for percent in QUANTILES}
 
 
 def _by_client(result: RoundResult, *, compressed: bool, private: bool) -> tuple[ClientRecord, ...]:
@@ -83,6 +94,7 @@ def _by_client(result: RoundResult, *, compressed: bool, private: bool) -> tuple
             examples=None if private else reply.examples,
             train_seconds=reply.train_seconds,
             encode_seconds=reply.encode_seconds,
+            test_accuracy=result.metrics.get(client.name, {}).get(CLIENT_ACCURACY),
         )
         for client, reply in result.replies
     )

@@ -5,6 +5,7 @@ before it aggregates any, and hides which node failed.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ from tofu.row_workload import workload_of
 from tofu.secagg.encoding import SecureMean
 from tofu.settings import MIN_SECURE, Settings
 from tofu.weights import Weights, weights_of
-from tofu.wire import TrainReply
+from tofu.wire import CLIENT_ACCURACY, TrainReply
 from tofu.workload import Workload, labeled_images
 
 
@@ -53,6 +54,7 @@ class RoundResult:
         secure: what a secure round revealed; None in others, and if it was abandoned.
         survivors: names of the clients in the secure sum.
         abandoned: why a secure round was abandoned, or "".
+        late: number of clients whose replies the round did not wait for.
     """
 
     round: int
@@ -67,6 +69,7 @@ class RoundResult:
     secure: SecureMean | None = None
     survivors: tuple[str, ...] = ()
     abandoned: str = ""
+    late: int = 0
 
     def add(self, collected: Collected) -> None:
         """Add the result of one client group."""
@@ -75,6 +78,7 @@ class RoundResult:
         self.proxies = self.proxies if collected.proxies is None else collected.proxies
         self.survivors += collected.survivors
         self.abandoned = self.abandoned or collected.abandoned
+        self.late += collected.late
         if self.secure is None or collected.secure is None:
             self.secure = self.secure or collected.secure
         else:
@@ -85,6 +89,8 @@ class RoundResult:
         values: dict[str, list[tuple[float, int]]] = {}
         for client, reply in self.replies:
             for name, value in self.metrics.get(client.name, {}).items():
+                if name == CLIENT_ACCURACY:
+                    continue
                 values.setdefault(name, []).append((value, reply.examples))
         return {
             name: sum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs)
@@ -179,7 +185,7 @@ class RoundRunner:
             min_clients=settings.min_clients, timeout=settings.round_timeout, round_=round_
         )
         kind = self._schedule.kind(round_, self.accuracies)
-        sampled = self._sample(connected, round_, min_clients=MIN_SECURE if kind == "secure" else 1)
+        sampled = self._sample(connected, round_, secure=kind == "secure")
         asked = [client for clients in sampled for client in clients]
         state = self._state(round_, kind, shown=asked[0].name)
         result = RoundResult(round_, kind, state.shown, {client.name: client.node for client in asked}, state.failures)
@@ -214,6 +220,7 @@ class RoundRunner:
             self.plugins.broadcast_bytes(max_bytes=MAX_STATE_BYTES) if self.plugins else b"",
             self._schedule.secure_may_follow(round_, self.accuracies),
             shown,
+            over_sampling=self.settings.over_sampling,
         )
 
     def _collect(self, model: GlobalModel, clients: list[Client], state: RoundState, result: RoundResult) -> Collected:
@@ -234,14 +241,16 @@ class RoundRunner:
         if sums:
             self.plugins.reduce(sums, sum(collected.examples for collected in rounds))
 
-    def _sample(self, clients: list[Client], round_: int, *, min_clients: int) -> list[list[Client]]:
+    def _sample(self, clients: list[Client], round_: int, *, secure: bool) -> list[list[Client]]:
         """The clients of each group that are asked in this round: a function of seed, round and connected clients."""
         settings, groups = self.settings, len(self.models)
-        least = max(settings.min_clients // groups, min_clients)
+        least = max(settings.min_clients // groups, MIN_SECURE if secure else 1)
+        factor = 1.0 if secure else settings.over_sampling
         sampled = []
         for group in range(groups):
             own = [client for client in clients if groups == 1 or self.plugins.group_of(client.name) == group]
             count = max(least, round(settings.client_fraction * len(own)))
+            count = math.ceil(count * factor - 1e-9)
             if count < len(own):
                 place = (group,) if groups > 1 else ()
                 generator = derive_generator(settings.seed, round_, "sample", *place)

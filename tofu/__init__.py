@@ -10,6 +10,8 @@
     tofu.Compressor             base class of compressors of updates
     tofu.compress               a mod that compresses the updates of any Flower app's clients
     tofu.Compressed             the wrapper of that app's strategy
+    tofu.keep_local             a mod that keeps some layers on the client
+    tofu.FirstReplies           a wrapper of a strategy that ends rounds with the first replies
     tofu.secure                 a mod that masks the updates of any Flower app's clients
     tofu.SecureAggregation      the wrapper of that app's strategy, which learns the sum only
     tofu.record                 a wrapper that saves what the app's server receives, for `tofu attack`
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from tofu.flower.compress import compress as compress
     from tofu.flower.hybrid import Hybrid as Hybrid
     from tofu.flower.hybrid import hybrid as hybrid
+    from tofu.flower.options import FirstReplies as FirstReplies
+    from tofu.flower.options import keep_local as keep_local
     from tofu.flower.record import record as record
     from tofu.flower.secure import SecureAggregation as SecureAggregation
     from tofu.flower.secure import secure as secure
@@ -47,6 +51,8 @@ _EXPORTS = {
     "Compressor": "tofu.compression.base",
     "compress": "tofu.flower.compress",
     "Compressed": "tofu.flower.compress",
+    "FirstReplies": "tofu.flower.options",
+    "keep_local": "tofu.flower.options",
     "secure": "tofu.flower.secure",
     "SecureAggregation": "tofu.flower.secure",
     "hybrid": "tofu.flower.hybrid",

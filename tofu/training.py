@@ -21,13 +21,14 @@ from tofu.rng import GlobalGenerators
 
 @dataclass(frozen=True)
 class LocalTrainingConfig:
-    """Epochs, batch size, and SGD's learning rate, momentum and weight decay."""
+    """Epochs, batch size, SGD's learning rate, momentum and weight decay, and the coefficient of the proximal term."""
 
     epochs: int
     batch_size: int
     lr: float
     momentum: float = 0.0
     weight_decay: float = 0.0
+    proximal: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,7 @@ class SGD:
     def __init__(self, parameters: Mapping[str, nn.Parameter], config: LocalTrainingConfig) -> None:
         self._parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         self._config = config
+        self._proximal = ProximalTerm(config.proximal)
         self._momenta: dict[str, Tensor | None] = {}
 
     @property
@@ -142,6 +144,7 @@ class SGD:
     @torch.no_grad()
     def step(self) -> None:
         """Update every parameter that has a gradient."""
+        self._proximal.add_gradient(self._parameters)
         names = [name for name, p in self._parameters.items() if p.grad is not None]
         moving: list[Tensor] = [self._parameters[name] for name in names]
         gradients = [p.grad for p in moving if p.grad is not None]
@@ -151,6 +154,26 @@ class SGD:
             weight_decay=self._config.weight_decay, dampening=0.0, nesterov=False, maximize=False, foreach=False,
         )  # fmt: skip
         self._momenta |= zip(names, momenta, strict=True)
+
+
+class ProximalTerm:
+    """The term coefficient/2 * |w - w0|^2 of FedProx (Li et al., "Federated Optimization in Heterogeneous Networks",
+    MLSys 2020, equation 2), with w0 the weights before the first step."""
+
+    def __init__(self, coefficient: float) -> None:
+        self._coefficient = coefficient
+        self._start: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def add_gradient(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Add the term's gradient to those of the parameters that have one."""
+        if not self._coefficient:
+            return
+        if not self._start:
+            self._start = {name: p.detach().clone() for name, p in parameters.items()}
+        for name, p in parameters.items():
+            if p.grad is not None:
+                p.grad.add_(p - self._start[name], alpha=self._coefficient)
 
 
 def shuffled_batches(count: int, size: int, generator: torch.Generator) -> list[Tensor]:

@@ -22,7 +22,7 @@ from tofu.models import build_seeded
 from tofu.models.checks import changed_buffers, drop_constant_buffers
 from tofu.plugins import Plugins, RoundContext
 from tofu.rng import GlobalGenerators
-from tofu.training import SGD, LocalTrainingConfig, SeededDropout, TrainingResult, shuffled_batches
+from tofu.training import SGD, LocalTrainingConfig, ProximalTerm, SeededDropout, TrainingResult, shuffled_batches
 
 Loss = Callable[[Any, Any], Tensor]
 """(outputs, targets) of a batch -> scalar loss, the mean over the batch."""
@@ -42,7 +42,7 @@ class TrainingContext:
         client: name of the client: "0", "1", ...
         round: of the run, counted from 1.
         lr: learning rate of this round.
-        epochs, batch_size, momentum, weight_decay: the settings of the run.
+        epochs, batch_size, momentum, weight_decay, proximal: the settings of the run.
         generator: source of this client's randomness in this round, a function of the run's seed.
         device: where the model is.
     """
@@ -54,6 +54,7 @@ class TrainingContext:
     batch_size: int
     momentum: float
     weight_decay: float
+    proximal: float
     generator: torch.Generator
     device: torch.device
 
@@ -97,7 +98,7 @@ class DatasetLoop:
         if self.train_function is not None:
             context = TrainingContext(
                 position.client, position.round, config.lr, config.epochs, config.batch_size, config.momentum,
-                config.weight_decay, generator, device,
+                config.weight_decay, config.proximal, generator, device,
             )  # fmt: skip
             with on_device(model, device), GlobalGenerators(generator.initial_seed(), device):
                 loss = self.train_function(model, data, context)
@@ -119,10 +120,12 @@ class DatasetLoop:
         """Mean loss and number of steps."""
         total, steps = torch.zeros((), device=device), 0
         with on_device(model, device), GlobalGenerators(generator.initial_seed(), device) as shared:
+            parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            proximal = ProximalTerm(config.proximal if self.optimizer else 0.0)
             if self.optimizer is None:
-                optimizer: Any = SGD(dict(model.named_parameters()), config)
+                optimizer: Any = SGD(parameters, config)  # adds the proximal term itself
             else:
-                optimizer = self.optimizer([p for p in model.parameters() if p.requires_grad], lr=config.lr)
+                optimizer = self.optimizer(list(parameters.values()), lr=config.lr)
             for _ in range(config.epochs):
                 batches = [rows.tolist() for rows in shuffled_batches(len(data), config.batch_size, generator)]
                 for inputs, targets in self._batches(data, batches, device):
@@ -131,6 +134,7 @@ class DatasetLoop:
                     loss = self._loss_of(outputs, targets)
                     model.zero_grad()
                     loss.backward()  # type: ignore[no-untyped-call]
+                    proximal.add_gradient(parameters)
                     optimizer.step()
                     total += loss.detach()
                     steps += 1

@@ -27,6 +27,9 @@ STAGES = ("advert", "share", "confirm", "reveal")
 SECURE = "secure"
 """The action of these queries."""
 
+CLIENT_ACCURACY = "client/accuracy"
+"""Metric of a train reply: accuracy (0 to 1) of the weights that the client received, on its own test data."""
+
 RESYNC = 1001
 """Code of the error reply of a client that cannot build the round's weights from the steps that it received."""
 

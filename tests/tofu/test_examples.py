@@ -13,6 +13,7 @@ MODULES = (
     "tofu.compression.base",
     "tofu.data.subpopulations",
     "tofu.flower.compress",
+    "tofu.flower.options",
     "tofu.flower.hybrid",
     "tofu.flower.record",
     "tofu.flower.secure",

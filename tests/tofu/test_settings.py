@@ -61,6 +61,7 @@ OTHERS |= {
     "plugins": "",
     "plugin-options": "",
     "feature-columns": "",
+    "client-test-fraction": 0.0,
     "text-column": "",
     "task-count": 2,
     "over-relaxation": 1.5,
@@ -96,6 +97,7 @@ SECTIONS = (
     "Secure rounds",
     "Privacy",
     "Server",
+    "Links",
     "Run",
 )
 
@@ -111,7 +113,9 @@ def test_every_setting_has_a_help_and_a_section() -> None:
 
 def test_others_differ_from_every_default() -> None:
     same = OTHERS.items() & Settings().to_config().items()
-    assert same == {(name, "") for name in ("plugins", "plugin-options", "feature-columns", "text-column")}
+    assert same == {(name, "") for name in ("plugins", "plugin-options", "feature-columns", "text-column")} | {
+        ("client-test-fraction", 0.0)
+    }
 
 
 @pytest.mark.parametrize("dashed", [True, False])
@@ -384,7 +388,7 @@ def values_of(name: str) -> st.SearchStrategy[object]:
 
 CONFLICTING = {
     "plugins", "plugin_options", "task_count", "switch_round", "max_epsilon", "min_clients", "clients", "partition",
-    "feature_columns", "text_column",
+    "feature_columns", "text_column", "client_test_fraction",
 }  # fmt: skip
 
 

@@ -75,6 +75,7 @@ class ClientRecord:
         explained_variance: of the decoded update, 1 - |decoded - update|^2 / |update|^2.
         examples: number of images that the client trained on; None under differential privacy.
         train_seconds, encode_seconds: time the client spent on local training and on compression.
+        test_accuracy: of the weights that the client received, with its own local layers, on its own test data.
     """
 
     client: Annotated[str, Field(strict=True)]
@@ -83,6 +84,7 @@ class ClientRecord:
     examples: Count | None = None
     train_seconds: Number = None
     encode_seconds: Number = None
+    test_accuracy: Number = None
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
@@ -111,6 +113,9 @@ class RoundRecord:
         clipped: values of all clients that a secure round clipped.
         furthest: upper bound of the largest clipped magnitude, in units of the clipping range.
         abandoned: why a secure round was abandoned, or "".
+        late: number of clients whose replies the round did not wait for; None without over-sampling.
+        accuracy_quantiles: percent -> quantile of the clients' own `ClientRecord.test_accuracy` in an open round.
+        link_seconds: client -> seconds that its messages would take over its simulated link.
     """
 
     round: Count
@@ -139,6 +144,9 @@ class RoundRecord:
     clipped: Count | None = None
     furthest: Number = None
     abandoned: Text = ""
+    late: Count | None = None
+    accuracy_quantiles: Mapping[str, Number] = dataclasses.field(default_factory=dict)
+    link_seconds: Mapping[str, Number] = dataclasses.field(default_factory=dict)
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
@@ -193,9 +201,13 @@ class RunSummary:
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
 
+QUANTILES = (0, 10, 25, 50, 75, 90, 100)
+"""Percentages of `RoundRecord.accuracy_quantiles`; 0 and 100 are the extremes."""
+
 _SPARSE = frozenset((
     "epsilon", "delta", "by_client", "metrics", "plugins", "task", "task_accuracies", "group_accuracies", "clipped",
-    "furthest", "abandoned", "mean_accuracy", "backward_transfer", "stopped", "baseline", "node", "examples",
+    "furthest", "abandoned", "late", "accuracy_quantiles", "link_seconds", "test_accuracy", "mean_accuracy",
+    "backward_transfer", "stopped", "baseline", "node", "examples",
 ))  # fmt: skip
 """Fields that JSON omits at their default, since most runs do not have them."""
 

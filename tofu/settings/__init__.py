@@ -19,6 +19,7 @@ from tofu.settings.groups import (
     CodecSettings,
     DataSettings,
     DownlinkSettings,
+    LinkSettings,
     ModelSettings,
     PluginSettings,
     PrivacySettings,
@@ -40,10 +41,11 @@ if TYPE_CHECKING:
     from tofu.tasks import TaskStream
 
 __all__ = [
-    "FIELDS", "MIN_SECURE", "CodecSettings", "DataSettings", "DownlinkSettings", "Group", "ModelSettings",
-    "PluginSettings", "PrivacySettings", "RoundSettings", "RunSettings", "SecureSettings", "ServerSettings", "Settings",
-    "TrainingSettings", "Value", "accepted_values", "choices_of", "dashed", "expected", "json_schema", "kind_of",
-    "parse_setting", "read_toml", "section_of", "separator_of", "settings_of_section",
+    "FIELDS", "MIN_SECURE", "CodecSettings", "DataSettings", "DownlinkSettings", "Group", "LinkSettings",
+    "ModelSettings", "PluginSettings", "PrivacySettings", "RoundSettings", "RunSettings", "SecureSettings",
+    "ServerSettings", "Settings", "TrainingSettings", "Value", "accepted_values", "choices_of", "dashed",
+    "expected", "json_schema", "kind_of", "parse_setting", "read_toml", "section_of", "separator_of",
+    "settings_of_section",
 ]  # fmt: skip
 
 _ROWS_ONLY = {
@@ -81,6 +83,7 @@ class Settings(BaseModel):
     secure: SecureSettings = SecureSettings()
     privacy: PrivacySettings = PrivacySettings()
     server: ServerSettings = ServerSettings()
+    link: LinkSettings = LinkSettings()
     run: RunSettings = RunSettings()
 
     @staticmethod
@@ -144,6 +147,12 @@ class Settings(BaseModel):
             raise SettingError("task-count", plugin.task_count, f"a divisor of rounds, {total}")
         if plugin.plugins or plugin.plugin_options:
             self._check_plugins()
+        for name in ("local_layers", "client_test_fraction"):
+            value = getattr(self.training, name)
+            if value and self.privacy.noise_multiplier and name == "client_test_fraction":
+                raise SettingError(name, value, "0 with noise-multiplier: accuracies of single clients are not noised")
+            if value and plugin.plugins and name == "local_layers":
+                raise SettingError(name, value, "none with plugins, which may change the model")
         if self.privacy.noise_multiplier and plugin.plugins:
             raise SettingError("plugins", plugin.plugins, "none with noise-multiplier: sums of plugins are not noised")
         if self.privacy.max_epsilon and not self.privacy.noise_multiplier:

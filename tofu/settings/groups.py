@@ -113,11 +113,34 @@ class TrainingSettings(Group):
     lr_final_factor: float = setting(
         1.0, "learning rate of the last round as a fraction of the first (half a cosine)", gt=0, le=1
     )
+    lr_schedule: Literal["cosine", "constant", "step"] = setting(
+        "cosine",
+        "learning rate over the rounds: cosine (half a period, to lr-final-factor), constant, or step (times lr-step-factor every lr-step-rounds)",
+    )
+    lr_step_rounds: int = setting(10, "rounds between two steps of lr-schedule=step", ge=1)
+    lr_step_factor: float = setting(0.5, "factor of each step of lr-schedule=step", gt=0, le=1)
+    proximal: float = setting(
+        0.0, "coefficient of the proximal term proximal/2 * |w - global w|^2 of local training (FedProx)", ge=0, le=1e6
+    )
+    local_layers: str = setting(
+        "",
+        "state-dict names that stay on the client, patterns separated by commas: '*.bn*' (FedBN), 'fc3.*' (a personal head)",
+    )
+    client_test_fraction: float = setting(
+        0.0,
+        "fraction of its data on which each client tests the weights it receives, and does not train on; 0 is none",
+        ge=0,
+        le=0.9,
+    )
     momentum: float = setting(0.0, "momentum of the clients' SGD", ge=0, le=0.9999)
     weight_decay: float = setting(0.0, "weight decay of the clients' SGD", ge=0)
 
     def lr_of(self, round_: int) -> float:
         """The learning rate of a round, counted from 1."""
+        if self.lr_schedule == "constant":
+            return self.lr
+        if self.lr_schedule == "step":
+            return self.lr * self.lr_step_factor ** ((round_ - 1) // self.lr_step_rounds)
         progress = (round_ - 1) / max(1, self.rounds - 1)
         factor = self.lr_final_factor + (1 - self.lr_final_factor) * (1 + math.cos(math.pi * progress)) / 2
         return self.lr * factor
@@ -272,6 +295,12 @@ class ServerSettings(Group):
     section: ClassVar[str] = "Server"
 
     client_fraction: float = setting(1.0, "fraction of the available clients sampled in each round", gt=0, le=1)
+    over_sampling: float = setting(
+        1.0,
+        "clients asked in an open round over the number of replies after which it ends; late ones are left out",
+        ge=1,
+        le=100,
+    )
     min_clients: int = setting(1, "minimum number of clients to wait for and to sample", ge=1)
     round_timeout: float = setting(
         3600.0, "seconds until a round continues without the clients that have not replied", gt=0
@@ -285,6 +314,23 @@ class ServerSettings(Group):
         ge=0,
         le=0.999,
     )
+
+
+class LinkSettings(Group):
+    """Simulated links of the clients: bytes become seconds in the records and the report; nothing waits."""
+
+    section: ClassVar[str] = "Links"
+
+    uplink_mbps: float = setting(
+        0.0, "median rate of the clients' simulated uplinks in Mbit/s; 0 is not simulated", ge=0
+    )
+    downlink_mbps: float = setting(
+        0.0, "median rate of the clients' simulated downlinks in Mbit/s; 0 is not simulated", ge=0
+    )
+    link_spread: float = setting(
+        0.0, "standard deviation of the logarithm of a client's rates; 0 gives all clients the median", ge=0, le=5
+    )
+    link_latency: float = setting(0.0, "seconds that a message takes in addition", ge=0, le=3600)
 
 
 class RunSettings(Group):

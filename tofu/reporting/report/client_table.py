@@ -24,7 +24,33 @@ def client_table(run: RunData) -> list[dict[str, Any]]:
     if not replies:
         return []
     names = sorted(replies.keys() | failures.keys(), key=lambda name: (len(name), name))
-    return [{"name": name[:300], "cells": _cells(replies[name], failures[name])} for name in names[:_MAX]]
+    more = [cells for cells in _optional(run).values() if cells]
+    return [
+        {
+            "name": name[:300],
+            "cells": [*_cells(replies[name], failures[name]), *(cells.get(name, _NONE) for cells in more)],
+        }
+        for name in names[:_MAX]
+    ]
+
+
+def client_columns(run: RunData) -> list[str]:
+    """Names of the columns that only some runs have."""
+    return [name for name, value in _optional(run).items() if value]
+
+
+def _optional(run: RunData) -> dict[str, dict[str, str]]:
+    """Column -> client -> cell, of the columns that only some runs have."""
+    tested: dict[str, str] = {}
+    seconds: defaultdict[str, list[float]] = defaultdict(list)
+    for row in run.rounds:
+        for entry in row.by_client:
+            if entry.test_accuracy is not None:
+                tested[entry.client] = format_fraction(entry.test_accuracy)
+        for client, value in row.link_seconds.items():
+            seconds[client].append(value or 0.0)
+    transfers = {name: f"{format_seconds(sum(own) / len(own))} per round" for name, own in seconds.items()}
+    return {"own test accuracy": tested, "transfers": transfers}
 
 
 def _cells(replies: list[ClientRecord], failures: int) -> list[str]:

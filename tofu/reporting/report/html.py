@@ -14,7 +14,7 @@ from tofu.files import replace_file
 from tofu.formatting import format_bytes, format_factor, format_fraction, format_seconds
 from tofu.reporting.report import figures, images, plugin_metrics
 from tofu.reporting.report.chart import KINDS
-from tofu.reporting.report.client_table import client_table
+from tofu.reporting.report.client_table import client_columns, client_table
 from tofu.reporting.report.panel_figures import panel_context
 from tofu.reporting.report.rounds_table import Column, columns_of
 from tofu.reporting.report.run_data import ReportImages, RunData, read_run
@@ -77,6 +77,7 @@ def render(run: RunData, name: str) -> str:
         plugins_text=_plugins_text(run),
         panels=[panel_context(panel) for panel in run.panels.values()],
         clients=client_table(run),
+        client_columns=client_columns(run),
         failures=[
             {"round": row.round, "client": _short(failure.client), "reason": _short(failure.reason)}
             for row in run.rounds
@@ -181,6 +182,15 @@ def _facts(run: RunData) -> list[tuple[str, str]]:
     if kinds:
         facts.append(("rounds", ", ".join(f"{count:,} {_short(kind)}" for kind, count in kinds.items())))
     facts.append(("failed replies", f"{run.failures:,}"))
+    if late := sum(row.late or 0 for row in run.rounds):
+        facts.append(("replies not waited for", f"{late:,}"))
+    if tested := [row.accuracy_quantiles for row in run.rounds if row.accuracy_quantiles]:
+        low, middle = (tested[-1].get(percent) or 0.0 for percent in ("10", "50"))
+        facts.append(
+            ("clients' own accuracy", f"median {format_fraction(middle)}, lowest tenth {format_fraction(low)}")
+        )
+    if linked := [max(value or 0.0 for value in row.link_seconds.values()) for row in run.rounds if row.link_seconds]:
+        facts.append(("transfers on simulated links", f"{format_seconds(sum(linked))} (slowest client of each round)"))
     if abandoned := sum(bool(row.abandoned) for row in run.rounds):
         facts.append(("abandoned rounds", f"{abandoned:,}"))
     if run.seconds is not None:

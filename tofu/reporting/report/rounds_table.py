@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from tofu.formatting import format_bytes, format_factor, format_fraction, format_seconds
 from tofu.reporting.report.figures import epsilon_text
@@ -29,7 +30,13 @@ class Column:
 
 def columns_of(run: RunData) -> list[Column]:
     """The columns that this run's table has."""
-    return [column for column in _COLUMNS if column.shown(run)]
+    names = sorted({name for row in run.rounds for name in row.metrics})
+    own = [Column(name[:60], partial(_metric, name)) for name in names]
+    return [*(column for column in _COLUMNS if column.shown(run)), *own]
+
+
+def _metric(name: str, row: RoundRecord) -> str:
+    return _number(row.metrics.get(name), "{:.4g}".format)
 
 
 def _number(value: float | None, write: Callable[[float], str]) -> str:
@@ -56,6 +63,11 @@ def _clipped(row: RoundRecord) -> str:
     return f"{row.clipped:,}{far}"
 
 
+def _tested(row: RoundRecord) -> str:
+    found = [row.accuracy_quantiles.get(percent) for percent in ("10", "50", "90")]
+    return " / ".join(_number(value, format_fraction) for value in found) if row.accuracy_quantiles else _NONE
+
+
 _COLUMNS = (
     Column(
         "task",
@@ -63,6 +75,11 @@ _COLUMNS = (
         shown=lambda run: any(row.task is not None for row in run.rounds),
     ),
     Column("accuracy", lambda row: _number(row.accuracy, _percent), lambda run: _number(run.final_accuracy, _percent)),
+    Column(
+        "clients' own accuracy (10% / 50% / 90%)",
+        _tested,
+        shown=lambda run: any(row.accuracy_quantiles for row in run.rounds),
+    ),
     Column("loss", lambda row: _number(row.loss, "{:.4f}".format)),
     Column("training loss", lambda row: _number(row.train_loss, "{:.4f}".format)),
     Column(

@@ -224,8 +224,8 @@ measured (tofu attack).</p>
 <summary>Clients ({{ clients | length }})</summary>
 <div class="scroll"><table id="clients">
 <thead><tr><th scope="col" class="left">client</th><th scope="col">valid replies</th><th scope="col">failed</th>
-<th scope="col">images</th><th scope="col">explained variance</th><th scope="col">training</th>
-<th scope="col">encoding</th></tr></thead>
+<th scope="col">examples</th><th scope="col">explained variance</th><th scope="col">training</th>
+<th scope="col">encoding</th>{% for name in client_columns %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for client in clients %}<tr><th scope="row" class="left wrap">{{ client.name }}</th>
 {%- for cell in client.cells %}<td>{{ cell }}</td>{% endfor %}</tr>
