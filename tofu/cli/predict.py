@@ -13,12 +13,15 @@ from tofu.formatting import printable
 def predict(
     run: Annotated[Path, typer.Argument(help="a run's folder")],
     images: Annotated[Path, typer.Argument(help="an image, or a folder of images")],
+    frequencies: Annotated[
+        int, typer.Option(help="spatial frequencies that a DCT-SNN keeps, 1 to 16; 0 keeps those of the run")
+    ] = 0,
     json_: Json = False,
 ) -> None:
     """Classify images with a run's model; with the ood plugin, mark those unlike its training data."""
     from tofu.reporting.predict import predict_images
 
-    rows = predict_images(run, images)
+    rows = predict_images(run, images, frequencies=frequencies)
     if json_:
         print(json.dumps(rows))
         return

@@ -15,7 +15,7 @@ from tofu.errors import SettingError
 from tofu.imports import import_object
 from tofu.models.checks import check_training, drop_constant_buffers
 from tofu.models.small import BagOfWords, cnn, lenet5, mlp
-from tofu.models.spiking import spiking_model
+from tofu.models.spiking import dct_model, spiking_model
 from tofu.models.torchvision_models import resnet18, vgg, vit
 from tofu.rng import GlobalGenerators
 
@@ -34,6 +34,9 @@ _BUILDERS: Mapping[str, Callable[[ImageShape, str], nn.Module]] = {
     "snn-small": partial(spiking_model, "small"),
     "vgg5-snn": partial(spiking_model, "vgg5"),
     "vgg9-snn": partial(spiking_model, "vgg9"),
+    "dct-snn-small": partial(dct_model, "small", 4),
+    "dct-snn-vgg5": partial(dct_model, "vgg5", 2),
+    "dct-snn-vgg9": partial(dct_model, "vgg9", 2),
 }
 
 _FACTORY = "package.module:factory, a callable that takes the sizes of input and output by name"

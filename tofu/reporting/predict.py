@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from tofu.data import ImageShape, to_float
 from tofu.data.images import IMAGE_SUFFIXES, fit_image, read_image
-from tofu.errors import DataError
+from tofu.errors import DataError, SettingError
 from tofu.models import build_model
+from tofu.models.spiking import FREQUENCIES, DctEncoder
 from tofu.plugins import MAX_STATE_BYTES
 from tofu.reference_model import ReferenceModel
 from tofu.reporting.folder import read_config, read_model
@@ -17,15 +19,19 @@ _AT_A_TIME = 500
 
 
 @torch.no_grad()
-def predict_images(run: Path, images: Path) -> list[dict[str, object]]:
+def predict_images(run: Path, images: Path, *, frequencies: int = 0) -> list[dict[str, object]]:
     """Classify an image, or all images of a folder in the order of their names.
+
+    Args:
+        frequencies: number of spatial frequencies that a spiking network's DCT encoder keeps, 1 to 16; 0 leaves it as
+            it is.
 
     Returns:
         For each: image (its path), class, probability of that class, score and unknown, which are None where the run
         has no plugin that tells what is unlike its data.
 
     Raises:
-        SettingError: no such run, or none with a model.
+        SettingError: no such run, or none with a model; frequencies for a model that has no DCT encoder.
         DataError: an image cannot be read, is of another size than the model takes, or there is none.
     """
     settings = read_config(run)
@@ -38,6 +44,8 @@ def predict_images(run: Path, images: Path) -> list[dict[str, object]]:
         built = build_model(settings.model, shape, norm=settings.norm, seed=settings.seed)
         model = ReferenceModel.of(built, shape, plugins, context).model
         load_weights(model, read_model(run, group=group)[0] if group else weights)
+        if frequencies:
+            _keep_frequencies(model, frequencies)
         models.append(model.eval())
     files = _files(images)
     pixels = torch.stack([_read(file, shape) for file in files])
@@ -56,6 +64,15 @@ def predict_images(run: Path, images: Path) -> list[dict[str, object]]:
                 }
             )
     return rows
+
+
+def _keep_frequencies(model: nn.Module, frequencies: int) -> None:
+    encoders = [module for module in model.modules() if isinstance(module, DctEncoder)]
+    if not encoders:
+        raise SettingError("frequencies", frequencies, "a run whose model has a DCT encoder, such as dct-snn-small")
+    if not 1 <= frequencies <= FREQUENCIES:
+        raise SettingError("frequencies", frequencies, f"1 to {FREQUENCIES}")
+    encoders[0].frequencies = frequencies
 
 
 def _files(images: Path) -> list[Path]:

@@ -71,7 +71,7 @@ class ModelSettings(Group):
 
     model: str = setting(
         "mlp",
-        "lenet5, mlp, cnn, resnet18, vgg11, vgg13, vgg16, vit_b_16, vit_tiny, snn-small, vgg5-snn, vgg9-snn, or package.module:factory",
+        "lenet5, mlp, cnn, resnet18, vgg11, vgg13, vgg16, vit_b_16, vit_tiny, snn-small, vgg5-snn, vgg9-snn, dct-snn-small, dct-snn-vgg5, dct-snn-vgg9, or package.module:factory",
     )
     norm: Literal["group", "batch", "none"] = setting("group", "normalization layers, if the model has a choice")
 
@@ -83,7 +83,7 @@ class PluginSettings(Group):
 
     plugins: str = setting(
         "",
-        "plugins of local training, separated by commas: curvature, gpm, hierarchy, ood, rank, trend, or package.module:Class",
+        "plugins of local training, separated by commas: curvature, dct-snn, gpm, hierarchy, ood, rank, trend, or package.module:Class",
         repeated=",",
     )
     plugin_options: str = setting(

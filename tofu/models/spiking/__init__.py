@@ -2,14 +2,26 @@
 
 - `neuron`: leaky integrate-and-fire arithmetic with the linear surrogate gradient
 - `layers`: layers that depend on the number of steps, and what the codec differentiates in their place
+- `dct`: the encoder of DCT-SNN, which turns images into spikes in the order of spatial frequencies
 - `network`: networks of any widths, changed to fewer steps at run time, and a record of their activity
+- `conversion`: thresholds for a network that was trained without spikes
 """
 
+from tofu.models.spiking.conversion import (
+    BALANCE,
+    Balance,
+    QuantileSketch,
+    balance_thresholds,
+    set_output_scale,
+    thresholds_of,
+)  # fmt: skip
+from tofu.models.spiking.dct import FREQUENCIES, DctEncoder
 from tofu.models.spiking.layers import LeakyIntegrateFire, MeanOverTime, OverTime, RepeatOverTime
 from tofu.models.spiking.network import (
     POOL,
     LayerActivity,
     SpikingNetwork,
+    dct_model,
     record_activity,
     spiking_model,
     spiking_vgg,
@@ -17,6 +29,26 @@ from tofu.models.spiking.network import (
 from tofu.models.spiking.neuron import LEAK, potentials, spike
 
 __all__ = [
-    "LEAK", "POOL", "LayerActivity", "LeakyIntegrateFire", "MeanOverTime", "OverTime", "RepeatOverTime",
-    "SpikingNetwork", "potentials", "record_activity", "spike", "spiking_model", "spiking_vgg",
+    "BALANCE",
+    "FREQUENCIES",
+    "LEAK",
+    "POOL",
+    "Balance",
+    "DctEncoder",
+    "LayerActivity",
+    "LeakyIntegrateFire",
+    "MeanOverTime",
+    "OverTime",
+    "QuantileSketch",
+    "RepeatOverTime",
+    "SpikingNetwork",
+    "balance_thresholds",
+    "dct_model",
+    "potentials",
+    "record_activity",
+    "set_output_scale",
+    "spike",
+    "spiking_model",
+    "spiking_vgg",
+    "thresholds_of",
 ]  # fmt: skip

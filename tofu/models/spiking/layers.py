@@ -47,16 +47,27 @@ class RepeatOverTime(OverTime):
 
 
 class MeanOverTime(OverTime):
-    """[steps * n, ...] -> [n, ...]. A linear layer after it integrates over time without leak or reset."""
+    """[steps * n, ...] -> [n, ...]. A linear layer after it integrates over time without leak or reset.
+
+    Attributes:
+        scale: constant factor of the mean, which conversion sets so that outputs keep their size.
+    """
+
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(1.0), persistent=False)
 
     def forward(self, spikes: Tensor) -> Tensor:
-        return split_time(spikes, self.steps).mean(0) if self.spiking else spikes
+        return split_time(spikes, self.steps).mean(0) * self.scale if self.spiking else spikes
 
 
 class LeakyIntegrateFire(OverTime):
     """Leaky integrate-and-fire neurons with soft reset: currents [steps * n, ...] -> spikes 0 or 1 of that shape.
 
-    Potentials start at 0 for every input. The threshold is a buffer: balancing sets it, training does not.
+    Potentials start at 0 for every input. The threshold is a constant of the architecture, set by balancing and by no
+    training: it is the same on all clients, is not sent with updates, and is not in a state dict.
 
     Args:
         threshold: positive.
@@ -75,7 +86,7 @@ class LeakyIntegrateFire(OverTime):
     def __init__(self, threshold: float = 1.0, leak: float = LEAK) -> None:
         super().__init__()
         self.leak = leak
-        self.register_buffer("threshold", torch.tensor(threshold))
+        self.register_buffer("threshold", torch.tensor(threshold), persistent=False)
 
     def forward(self, current: Tensor) -> Tensor:
         if not self.spiking:

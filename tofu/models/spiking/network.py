@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tofu.data import ImageShape
 from tofu.models.layers import enlarge_to
+from tofu.models.spiking.dct import DctEncoder
 from tofu.models.spiking.layers import LeakyIntegrateFire, MeanOverTime, OverTime, RepeatOverTime, split_time
 
 POOL = "A"
@@ -98,7 +99,8 @@ def record_activity(network: nn.Module) -> Iterator[dict[str, LayerActivity]]:
     activity: dict[str, LayerActivity] = {}
 
     def record(name: str, layer: LeakyIntegrateFire, current: Tensor, spikes: Tensor) -> None:
-        new = LayerActivity(split_time(spikes.detach(), layer.steps), split_time(current.detach(), layer.steps).mean(0))
+        steps = layer.steps if layer.spiking else 1
+        new = LayerActivity(split_time(spikes.detach(), steps), split_time(current.detach(), steps).mean(0))
         if (old := activity.get(name)) is not None:
             new = LayerActivity(torch.cat([old.spikes, new.spikes], 1), torch.cat([old.potential, new.potential]))
         activity[name] = new
@@ -116,21 +118,24 @@ def record_activity(network: nn.Module) -> Iterator[dict[str, LayerActivity]]:
 
 
 def spiking_vgg(
-    widths: Sequence[int | str], shape: ImageShape, *, steps: int, encoder: nn.Module | None = None
+    widths: Sequence[int | str], shape: ImageShape, *, steps: int, encoder: DctEncoder | None = None
 ) -> SpikingNetwork:
     """Convolutions of 3x3 and average-pooling, one linear output layer; no biases and no normalization.
 
     Args:
         widths: output channels of the convolutions in order, and "A" for average-pooling by 2.
-        shape: of what the first convolution receives.
+        shape: of the images.
         steps: number of time steps.
-        encoder: maps images to spikes [steps * n, channels, height, width]; without one, pixels are constant currents.
+        encoder: makes spikes of the images; without one, pixels are constant currents.
 
     Raises:
         ValueError: there are no widths, or pooling leaves nothing of the images.
     """
-    layers: dict[str, nn.Module] = {"encoder": encoder} if encoder is not None else {}
+    layers: dict[str, nn.Module] = {}
     channels, height, width, number, pools = shape.channels, shape.height, shape.width, 0, 0
+    if encoder is not None:
+        layers["encoder"] = encoder
+        height, width = encoder.encoded_side(height), encoder.encoded_side(width)
     for out in widths:
         if isinstance(out, str):
             pools += 1
@@ -161,10 +166,7 @@ def _scale_weights(network: SpikingNetwork, shape: ImageShape) -> None:
     init", ICLR 2016).
     """
     outputs = torch.rand(_NOISE_IMAGES, shape.channels, shape.height, shape.width) * 2 - 1
-    for name, module in network.named_children():
-        if name == "encoder":  # `shape` is what it emits; noise stands for it
-            outputs = outputs.repeat(network.steps, 1, 1, 1)
-            continue
+    for module in network:
         scaled = module(outputs)
         if isinstance(module, nn.Conv2d):
             scale = _CURRENT_STD / scaled.std()
@@ -181,6 +183,18 @@ _WIDTHS: Mapping[str, Sequence[int | str]] = {
 """VGG5 and VGG9 have 4 and 8 convolutions and one linear layer; VGG9 has the widths of arXiv 2104.12528."""
 
 _STEPS = 8
+
+
+def dct_model(size: str, stride: int, shape: ImageShape, norm: str) -> nn.Module:
+    """A `spiking_vgg` of a known size behind a `DctEncoder`, for 48 steps."""
+    encoder = DctEncoder(stride)
+    widths = _WIDTHS[size]
+    least = 2 ** list(widths).count(POOL)
+    side = next(side for side in range(1, least + 1) if encoder.encoded_side(side) >= least)
+    resize, height, width = enlarge_to(shape, side)
+    shape = replace(shape, height=height, width=width)
+    network = spiking_vgg(widths, shape, steps=encoder.steps, encoder=encoder)
+    return SpikingNetwork(OrderedDict(resize | network._modules)) if resize else network
 
 
 def spiking_model(size: str, shape: ImageShape, norm: str) -> nn.Module:

@@ -20,7 +20,7 @@ from tofu.models.spiking import POOL, LeakyIntegrateFire, SpikingNetwork, record
 from tofu.reference_model import ReferenceModel
 from tofu.settings import Settings
 from tofu.training import LocalTrainingConfig, train_locally
-from tofu.weights import add_update, difference, explained_variance, weights_of
+from tofu.weights import architecture_of, difference, explained_variance, weights_of
 
 SHAPE = ImageShape(1, 8, 8, 10)
 
@@ -63,8 +63,7 @@ def test_a_fused_network_is_a_loop_over_time(steps: int) -> None:
     model.steps = steps  # at run time, without new weights
     assert torch.allclose(model(images()), by_time_loop(model, images()), atol=1e-5)
     assert list(model.state_dict()) == names
-    assert names == ["conv1.weight", "lif1.threshold", "conv2.weight", "lif2.threshold", "conv3.weight",
-                     "lif3.threshold", "fc.weight"]  # fmt: skip
+    assert names == ["conv1.weight", "conv2.weight", "conv3.weight", "fc.weight"]
 
 
 def test_many_images_are_computed_in_parts() -> None:
@@ -162,16 +161,17 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("schedule", ["proxy", "secure", "full"])
+@pytest.mark.parametrize("schedule", ["proxy", "secure", "fedavg"])
 def test_a_federation_trains_a_spiking_network(tmp_path: Path, schedule: str) -> None:
     settings = Settings.of(TINY | {"schedule": schedule, "run_folder": str(tmp_path / "run")})
     end = serve_in_process(app, settings)
     assert float(end["final_accuracy"]) > 0.4  # by chance: 0.1
 
 
-def test_a_threshold_that_differs_is_averaged_as_any_buffer() -> None:
-    model = network()
-    update = {name: torch.zeros_like(value) for name, value in weights_of(model).items()}
-    update["lif2.threshold"] = torch.tensor(0.25)
-    add_update(model, update)
-    assert float(model.lif2.threshold) == 1.25  # type: ignore[arg-type]
+def test_thresholds_are_constants_of_the_architecture() -> None:
+    model, other = network(), network()
+    assert list(weights_of(model)) == ["conv1.weight", "conv2.weight", "conv3.weight", "fc.weight"]
+    assert architecture_of(model) == architecture_of(other)
+    other.lif2.threshold.fill_(1.25)  # type: ignore[operator,union-attr]
+    assert architecture_of(model) != architecture_of(other)
+    assert float(copy.deepcopy(other).lif2.threshold) == 1.25  # type: ignore[arg-type]

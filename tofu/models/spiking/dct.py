@@ -1,0 +1,133 @@
+"""The encoder of DCT-SNN: an image as spikes in the order of spatial frequencies.
+
+Garg, Chowdhury, Roy, "DCT-SNN: Using DCT to Distribute Spatial Information over Time for Low-Latency Spiking Neural
+Networks", ICCV 2021. Blocks of 4x4 pixels are decomposed by the orthonormal DCT-II, C = Q X Q^T. The component of
+frequency k, g_k = C_mn outer(Q_m, Q_n), is again a block of pixels, and the 16 components sum to the block. One time
+step adds the next component, in zig-zag order and over and over again, to an accumulator, which fires +1 or -1 where
+it passes the upper or the lower threshold, and is then reduced by that threshold.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tofu.codec.surrogate import register_surrogate
+from tofu.models.spiking.layers import OverTime
+
+BLOCK = 4
+FREQUENCIES = BLOCK * BLOCK
+"""Number of components, and of time steps in one cycle."""
+
+CYCLES = 3
+
+_YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
+"""Of JPEG (ITU-T T.871), without its shifts."""
+
+DEFAULT_THRESHOLDS = (-0.05, 0.05)
+"""Near the percentiles 3 and 97 of CIFAR-10's components; the plugin dct-snn measures those of a federation."""
+
+
+def dct_components() -> Tensor:
+    """The images outer(Q_m, Q_n) of the 16 frequencies in zig-zag order: float32 [16, 4, 4], orthonormal."""
+    n = torch.arange(BLOCK, dtype=torch.float64)
+    q = math.sqrt(2 / BLOCK) * torch.cos(math.pi * (2 * n + 1) * n[:, None] / (2 * BLOCK))
+    q[0] = math.sqrt(1 / BLOCK)
+    pairs = [(row, column) for row in range(BLOCK) for column in range(BLOCK)]
+    # Along each diagonal of equal m + n; odd ones downward, even ones upward.
+    pairs.sort(key=lambda pair: (sum(pair), pair[0] if sum(pair) % 2 else pair[1]))
+    return torch.stack([torch.outer(q[row], q[column]) for row, column in pairs]).float()
+
+
+def to_ycbcr(images: Tensor) -> Tensor:
+    """Images [n, channels, height, width] in [-1, 1] -> in [-1/2, 1/2], three channels as Y, Cb and Cr.
+
+    Ours: luminance is centered like chrominance. Then positive and negative thresholds are nearly alike, and the sum of
+    the signed spikes follows the pixels at fewer spikes.
+    """
+    half = images / 2
+    if half.shape[1] != 3:
+        return half
+    return torch.einsum("ij,njhw->nihw", torch.tensor(_YCBCR, device=half.device, dtype=half.dtype), half)
+
+
+class DctEncoder(OverTime):
+    """Images [n, channels, height, width] in [-1, 1] -> spikes -1, 0 or 1, [steps * n, channels, height', width'].
+
+    In non-spiking mode and for the codec it gives the expanded pixels, the sum of the components, in [-1/2, 1/2].
+
+    Args:
+        stride: distance of neighboring blocks: 2 (overlapping; 32x32 pixels become 60x60) or 4.
+
+    Attributes:
+        frequencies: number of components that are kept, 1 to 16. It may be changed at any time: the time steps of
+            dropped ones pass without input.
+
+    Example:
+        >>> import torch
+        >>> encoder = DctEncoder(stride=4)
+        >>> encoder.steps = 32
+        >>> images = torch.rand(2, 1, 8, 8) * 2 - 1
+        >>> encoder(images).shape
+        torch.Size([64, 1, 8, 8])
+        >>> torch.allclose(encoder.components(images).sum(0), images / 2, atol=1e-6)
+        True
+    """
+
+    thresholds: Tensor
+    basis: Tensor
+
+    def __init__(self, stride: int = 2) -> None:
+        super().__init__()
+        if stride not in (2, 4):
+            raise ValueError(f"stride={stride} is not usable: expected 2 or 4")
+        self.stride, self.frequencies, self.steps = stride, FREQUENCIES, CYCLES * FREQUENCIES
+        self.register_buffer("thresholds", torch.tensor(DEFAULT_THRESHOLDS), persistent=False)
+        self.register_buffer("basis", dct_components(), persistent=False)
+
+    def encoded_side(self, side: int) -> int:
+        """Pixels along a side of the spikes, for an image's side in pixels."""
+        return self._blocks(side) * BLOCK
+
+    def expanded(self, images: Tensor) -> Tensor:
+        """The pixels of all blocks beside each other: [n, channels, height', width']."""
+        blocks = self._split(to_ycbcr(images))
+        return blocks.permute(0, 1, 2, 4, 3, 5).flatten(4, 5).flatten(2, 3)
+
+    def components(self, images: Tensor) -> Tensor:
+        """The components g_k in zig-zag order: [16, n, channels, height', width']; their sum is `expanded`."""
+        blocks = self._split(to_ycbcr(images))
+        coefficients = torch.einsum("ncyxij,kij->kncyx", blocks, self.basis)
+        parts = torch.einsum("kncyx,kij->kncyixj", coefficients, self.basis)
+        return parts.flatten(5, 6).flatten(3, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not self.spiking:
+            return self.expanded(images)
+        with torch.no_grad():
+            parts = self.components(images)
+            low, high = self.thresholds.unbind()
+            potential = torch.zeros_like(parts[0])
+            spikes = parts.new_empty(self.steps, *potential.shape)
+            for step, out in enumerate(spikes):
+                if step % FREQUENCIES < self.frequencies:
+                    potential += parts[step % FREQUENCIES]
+                above, below = (potential > high).to(out.dtype), (potential < low).to(out.dtype)
+                torch.sub(above, below, out=out)
+                potential -= above.mul_(high).add_(below.mul_(low))
+        return spikes.flatten(0, 1)
+
+    def _blocks(self, side: int) -> int:
+        """Number of blocks along a side; the last ones may reach beyond the image, whose border is then repeated."""
+        return 1 + max(0, math.ceil((side - BLOCK) / self.stride))
+
+    def _split(self, images: Tensor) -> Tensor:
+        """[n, channels, blocks down, blocks across, 4, 4]."""
+        missing = [(self._blocks(side) - 1) * self.stride + BLOCK - side for side in images.shape[2:]]
+        if any(missing):
+            images = F.pad(images, (0, missing[1], 0, missing[0]), mode="replicate")
+        return images.unfold(2, BLOCK, self.stride).unfold(3, BLOCK, self.stride)
+
+
+register_surrogate(DctEncoder, lambda beta: DctEncoder.expanded)
