@@ -227,7 +227,7 @@ def test_a_run_that_a_plugin_cannot_serve_is_refused() -> None:
 
 def test_every_built_in_has_a_plain_name() -> None:
     assert "gpm" in plugin_names()
-    assert all(re.fullmatch("[a-z]+", name) for name in plugin_names())
+    assert all(re.fullmatch("[a-z]+(-[a-z]+)*", name) for name in plugin_names())
 
 
 def test_sums_reach_the_plugin_that_exported_them_and_come_back_as_broadcast() -> None:
