@@ -2,7 +2,8 @@
 
 - `noise`: labels of 1, 5 and 10 % of the digits and of 4,000 MNIST images are replaced by wrong ones; AUROC of finding
   them by the means over training (curvature, loss, gradient), by the last epoch's curvature, and by the confidence of
-  the trained network in the given label. The rival cleanlab, if it is installed, has cross-validated probabilities.
+  the trained network in the given label.
+- `cleanlab`: AUROC on the same labels by cleanlab, from probabilities of 5-fold cross-validation; needs cleanlab.
 - `duplicates`: copies of CIFAR-10 images with another label are planted; how high both images of a pair rank.
 - `federated`: ten clients with digits, two of which have 20 % wrong labels; accuracy with and without dropping.
 
@@ -10,7 +11,6 @@ Seeds that the JSON already holds with the same settings are not run again.
 """
 
 import argparse
-import importlib.util
 import itertools
 import json
 import statistics
@@ -39,6 +39,7 @@ NOISE: dict[str, Row] = {
     "digits": {"model": "mlp", "epochs": 40, "every": 1, "lr": 0.05},
     "digits-slow": {"model": "mlp", "epochs": 40, "every": 1, "lr": 0.02},
     "mnist": {"model": "lenet5", "epochs": 16, "every": 2, "lr": 0.02},
+    "mnist-long": {"model": "lenet5", "epochs": 40, "every": 4, "lr": 0.02},
 }
 FRACTIONS = (0.01, 0.05, 0.1)
 DUPLICATES: Row = {"images": 2000, "pairs": 40, "model": "lenet5", "epochs": 30, "every": 5, "lr": 0.02}
@@ -95,10 +96,20 @@ def probabilities(model: torch.nn.Module, data: LabeledImages) -> Tensor:
         return torch.cat([model(to_float(images)).softmax(1) for images in torch.split(data.images, 500)])
 
 
-def cleanlab_quality(data: LabeledImages, how: Row, seed: int) -> Tensor:
-    """cleanlab's label quality from the probabilities of 5-fold cross-validation, negated: float64 [n]."""
+def noisy_data(name: str, fraction: float, seed: int) -> tuple[LabeledImages, Tensor]:
+    """Images with wrong labels, and which of them: bool [n]."""
+    source = "digits" if name.startswith("digits") else find_data("mnist", "ylecun/mnist")
+    most = 4000 if name.startswith("mnist") else 0
+    clean = open_data(source, clients=1, partition="iid", train_images=most, seed=seed)
+    return with_wrong_labels(clean.client(0), fraction, seed)
+
+
+def cleanlab(name: str, fraction: float, seed: int) -> Row:
+    """By cleanlab's label quality, from the probabilities of 5-fold cross-validation."""
     from cleanlab.rank import get_label_quality_scores
 
+    how, began = NOISE[name], time.perf_counter()
+    data, wrong = noisy_data(name, fraction, seed)
     folds = torch.randperm(len(data), generator=derive_generator(seed, "folds")) % 5
     outside = torch.zeros(len(data), data.classes)
     config = LocalTrainingConfig(how["epochs"], 64, how["lr"], 0.9)
@@ -108,24 +119,19 @@ def cleanlab_quality(data: LabeledImages, how: Row, seed: int) -> Tensor:
         train_locally(model, kept, config, generator=derive_generator(seed, fold, "train"))
         held = (folds == fold).nonzero().flatten()
         outside[held] = probabilities(model.eval(), data.subset(held))
-    return -torch.from_numpy(get_label_quality_scores(data.labels.numpy(), outside.numpy()))
+    quality = torch.from_numpy(get_label_quality_scores(data.labels.numpy(), outside.numpy()))
+    return {"auroc": {"cleanlab": auroc(-quality, wrong)}, "seconds": time.perf_counter() - began}
 
 
-def noise(name: str, fraction: float, seed: int, rival: bool) -> Row:
-    how = NOISE[name]
-    source = "digits" if name.startswith("digits") else find_data("mnist", "ylecun/mnist")
-    clean = open_data(source, clients=1, partition="iid", train_images=4000 if name == "mnist" else 0, seed=seed)
-    data, wrong = with_wrong_labels(clean.client(0), fraction, seed)
+def noise(name: str, fraction: float, seed: int) -> Row:
+    data, wrong = noisy_data(name, fraction, seed)
     began = time.perf_counter()
-    model, plugin, last = trained(data, how, seed)
+    model, plugin, last = trained(data, NOISE[name], seed)
     found = {f"mean {score}": auroc(plugin.mean_scores(score), wrong) for score in SCORES}
     found["last epoch's curvature"] = auroc(last, wrong)
     confidence = probabilities(model, data).gather(1, data.labels[:, None]).flatten()
     found["last epoch's confidence"] = auroc(-confidence, wrong)
-    seconds = time.perf_counter() - began
-    if rival:
-        found["cleanlab"] = auroc(cleanlab_quality(data, how, seed), wrong)
-    return {"auroc": found, "seconds": seconds}
+    return {"auroc": found, "seconds": time.perf_counter() - began}
 
 
 def duplicates(seed: int) -> Row:
@@ -204,12 +210,14 @@ def federated(action: str, seed: int) -> Row:
 def tasks(args: argparse.Namespace) -> list[tuple[str, Row, Callable[[], Row]]]:
     """(name, settings, function) of every measurement of the chosen parts."""
     found: list[tuple[str, Row, Callable[[], Row]]] = []
-    rival = importlib.util.find_spec("cleanlab") is not None
     for seed in range(args.seeds):
-        if "noise" in args.parts:
-            for name, fraction in itertools.product(args.data, args.fractions):
+        for name, fraction in itertools.product(args.data, args.fractions):
+            if "noise" in args.parts:
                 settings = NOISE[name] | {"options": OPTIONS}
-                found.append((f"noise/{name}/{fraction}/{seed}", settings, partial(noise, name, fraction, seed, rival)))
+                found.append((f"noise/{name}/{fraction}/{seed}", settings, partial(noise, name, fraction, seed)))
+            if "cleanlab" in args.parts:
+                rival = partial(cleanlab, name, fraction, seed)
+                found.append((f"cleanlab/{name}/{fraction}/{seed}", NOISE[name], rival))
         if "federated" in args.parts:
             for action, options in ACTIONS.items():
                 settings = FEDERATED | {"options": options}
@@ -224,7 +232,7 @@ def report(rows: Row) -> None:
     groups: dict[str, list[Row]] = {}
     for name, row in rows.items():
         groups.setdefault(name.rpartition("/")[0], []).append(row)
-    noisy = {name: group for name, group in groups.items() if name.startswith(("noise", "duplicates"))}
+    noisy = {name: group for name, group in groups.items() if name.startswith(("noise", "cleanlab", "duplicates"))}
     if noisy:
         columns = list(dict.fromkeys(column for group in noisy.values() for row in group for column in row["auroc"]))
         table = []
@@ -251,7 +259,8 @@ def report(rows: Row) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plugins curvature")
-    parser.add_argument("--parts", nargs="+", default=["noise", "duplicates", "federated"])
+    parts = ["noise", "duplicates", "federated"]
+    parser.add_argument("--parts", nargs="+", default=parts, choices=[*parts, "cleanlab"])
     parser.add_argument("--data", nargs="+", default=list(NOISE), choices=list(NOISE))
     parser.add_argument("--fractions", nargs="+", type=float, default=list(FRACTIONS))
     parser.add_argument("--seeds", type=int, default=3)

@@ -1,11 +1,13 @@
 """Transfer of attacks between models with quantized inputs, and robustness of ensembles of them: the plugin `trend`.
 
-Every member is trained by federated averaging of its own group of clients, from an initialization of its own; fp-b is a
-second full-precision member. Every member is attacked by PGD in the maximum norm through its straight-through
-quantizer, and the examples are shown to all. The metric, fitted to the counts on one half of the test images, chooses
-the ensemble; it is attacked on the other half, by the paper's three attacks, and compared with its most robust member
-under the attack on that member alone. Strengths are for images in [0, 1]. Seeds that the JSON already holds, with the
-same settings, are not run again.
+Every member is trained by federated averaging of its own group of clients, from an initialization of its own. fp-b is a
+second full-precision member; the members cnn, lenet5 and mlp have full precision and another architecture, and w-BITS
+and a-BITS have quantized weights and activations (`benchmarks.plugins.dorefa`). Every member is attacked by PGD in the
+maximum norm through its straight-through quantizer, and the examples are shown to all. The metric, fitted to the counts
+on one half of the test images, chooses the ensemble among all members, or among those of --candidates; it is attacked
+on the other half, by the paper's three attacks, and compared with its most robust member under the attack on that
+member alone. Strengths are for images in [0, 1]. Seeds that the JSON already holds, with the same settings, are not run
+again.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import RESULTS, find_data, print_table, spread, versions
+from benchmarks.plugins.dorefa import quantize_activations, quantize_weights
 from client.plugins.transferability import (
     ATTACKS,
     attack,
@@ -28,15 +31,20 @@ from client.plugins.transferability import (
     transferability,
     vote,
 )  # fmt: skip
-from tofu.data import LabeledImages, open_data, to_float
+from tofu.data import ImageShape, LabeledImages, open_data, to_float
 from tofu.models import build_model
 from tofu.plugins import RoundContext, make_plugins
 from tofu.rng import derive_generator
 from tofu.training import LocalTrainingConfig, train_locally
 from tofu.weights import load_weights, weights_of
 
-MEMBERS = {"fp": "fp", "fp-b": "fp", "1": "1", "2": "2", "4": "4", "halftone": "halftone"}
-"""Name of a member -> its quantizer."""
+MEMBERS = {
+    "fp": "fp", "fp-b": "fp", "1": "1", "2": "2", "4": "4", "halftone": "halftone",
+    **dict.fromkeys(("cnn", "lenet5", "mlp", "w-1", "w-2", "w-4", "a-1", "a-2", "a-4"), "fp"),
+}  # fmt: skip
+"""Name of a member -> its input quantizer."""
+
+ARCHITECTURES = ("cnn", "lenet5", "mlp")
 
 
 def train(clients: Sequence[LabeledImages], member: int, options: argparse.Namespace, seed: int) -> nn.Module:
@@ -47,7 +55,8 @@ def train(clients: Sequence[LabeledImages], member: int, options: argparse.Names
     def build(round_: int, client: str = "") -> tuple[nn.Module, Any]:
         plugins = make_plugins("trend", f"trend.members={kinds}")
         context = RoundContext(clients[0].shape, round=round_, rounds=1, client=client, seed=seed, group=member)
-        return plugins.setup(build_model(options.model, context.shape, seed=100 * seed + member), context), plugins
+        model = build_member(options.members[member], options.model, context.shape, 100 * seed + member)
+        return plugins.setup(model, context), plugins
 
     model, _ = build(1)
     config = LocalTrainingConfig(epochs=1, batch_size=32, lr=options.lr, momentum=0.9)
@@ -62,6 +71,17 @@ def train(clients: Sequence[LabeledImages], member: int, options: argparse.Names
                 mean[name] += value * (len(data) / examples)
         load_weights(model, mean)
     return model.eval()
+
+
+def build_member(name: str, architecture: str, shape: ImageShape, seed: int) -> nn.Module:
+    """A member without its input quantizer."""
+    model = build_model(name if name in ARCHITECTURES else architecture, shape, seed=seed)
+    what, _, bits = name.partition("-")
+    if what == "w":
+        quantize_weights(model, int(bits))
+    if what == "a":
+        quantize_activations(model, int(bits))
+    return model
 
 
 @torch.no_grad()
@@ -91,16 +111,18 @@ def one_seed(seed: int, options: argparse.Namespace) -> dict[str, Any]:
     print(f"seed {seed}: trained after {time.perf_counter() - began:.0f} s", flush=True)
     test = data.test()
     halves = [(to_float(test.images[half::2]), test.labels[half::2]) for half in range(2)]
-    epsilons = [options.epsilon / 3, options.epsilon * 2 / 3, options.epsilon]
+    epsilons = options.epsilons or [options.epsilon / 3, options.epsilon * 2 / 3, options.epsilon]
     counts = count_transfers(models, *halves[0], epsilons=epsilons, steps=options.steps,
                              generator=derive_generator(seed, "transfer"))  # fmt: skip
     metric = transferability(counts, epsilons, options.at)
     print(f"seed {seed}: transfers counted after {time.perf_counter() - began:.0f} s", flush=True)
     images, labels = halves[1]
     alone = [robustness([model], images, labels, "average", options, seed) for model in models]
-    chosen = choose_ensemble(metric, options.voters)
+    candidates = [names.index(name) for name in options.candidates or names]
+    best = choose_ensemble(metric[candidates][:, candidates], options.voters)
+    chosen = tuple(candidates[member] for member in best)
     ensembles = []
-    compared = list(itertools.combinations(range(len(names)), options.voters)) if options.all else [chosen]
+    compared = list(itertools.combinations(candidates, options.voters)) if options.all else [chosen]
     for members in dict.fromkeys(compared):
         voters = [models[member] for member in members]
         ensembles.append({
@@ -113,20 +135,25 @@ def one_seed(seed: int, options: argparse.Namespace) -> dict[str, Any]:
         "seed": seed, "members": names, "epsilons": epsilons,
         "accuracy": [accuracy([model], images, labels) for model in models], "robust": alone,
         "right": counts.right.tolist(), "fooled": counts.fooled.tolist(), "transferred": counts.transferred.tolist(),
-        "rates": counts.rates[:, :, -1].tolist(), "metric": metric.tolist(), "ensembles": ensembles,
-        "seconds": time.perf_counter() - began,
+        "rates": counts.rates[:, :, epsilons.index(options.epsilon)].tolist(), "metric": metric.tolist(),
+        "ensembles": ensembles, "seconds": time.perf_counter() - began,
     }  # fmt: skip
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> None:
-    """Transfer rates at the largest strength, and the ensembles; means and deviations over seeds, in percent."""
+    """Transfer rates at each strength, and the ensembles; means and deviations over seeds, in percent."""
     names = rows[0]["members"]
-    lines = []
-    for i, name in enumerate(names):
-        line = [name] + [spread([100 * row["rates"][i][j] for row in rows], 1) for j in range(len(names))]
-        line += [spread([100 * row[key][i] for row in rows], 1) for key in ("accuracy", "robust")]
-        lines.append(line)
-    print_table(["target", *(f"from {name}" for name in names), "accuracy", "robust"], lines)
+    for k, epsilon in enumerate(rows[0]["epsilons"]):
+        lines = []
+        for i, name in enumerate(names):
+            line = [name]
+            for j in range(len(names)):
+                counts = [(row["transferred"][i][j][k], row["fooled"][i][j][k]) for row in rows]
+                line.append(spread([100 * transferred / max(1, fooled) for transferred, fooled in counts], 1))
+            line += [spread([100 * row[key][i] for row in rows], 1) for key in ("accuracy", "robust")]
+            lines.append(line)
+        print(f"\nTransfer at {epsilon:g}; robust at the strength of the attack on ensembles\n")
+        print_table(["target", *(f"from {name}" for name in names), "accuracy", "robust"], lines)
     print()
     lines = []
     for members in dict.fromkeys(tuple(e["members"]) for row in rows for e in row["ensembles"]):
@@ -140,8 +167,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", default="mnist", help="the results are plugins-trend-NAME.json")
-    parser.add_argument("--data", default="", help="a dataset: a folder or a hub id; by default that of NAME")
+    parser.add_argument("--name", default="mnist", help="DATASET or DATASET-WORD, of plugins-trend-NAME.json")
+    parser.add_argument("--data", default="", help="a dataset: a folder or a hub id; by default the first word of NAME")
     parser.add_argument("--model", default="lenet5")
     parser.add_argument("--members", nargs="+", choices=list(MEMBERS), default=["fp", "fp-b", "1", "2"])
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0 on")
@@ -151,15 +178,23 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--attacked", type=int, default=150, help="images that are attacked, and as many for the fit")
     parser.add_argument("--epsilon", type=float, default=0.15, help="strength of the attack, for images in [0, 1]")
+    parser.add_argument("--epsilons", type=float, nargs="+", help="strengths of the fit; by default thirds of EPSILON")
     parser.add_argument("--at", type=float, default=8 / 255, help="strength at which the metric is evaluated")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--voters", type=int, default=3, help="members of an ensemble")
+    parser.add_argument("--candidates", nargs="+", choices=list(MEMBERS), help="members that an ensemble may have")
     parser.add_argument("--all", action="store_true", help="attack all ensembles of that size, not only the chosen one")
     options = parser.parse_args()
     hub = {"mnist": "ylecun/mnist", "cifar10": "uoft-cs/cifar10"}
     command = " ".join(["python -m benchmarks.plugins trend", *sys.argv[1:]])
-    settings = {name: value for name, value in vars(options).items() if name not in ("data", "seeds")}
-    options.data = options.data or find_data(options.name, hub.get(options.name, options.name))
+    if options.epsilons and options.epsilon not in options.epsilons:
+        parser.error(f"--epsilons must contain --epsilon, {options.epsilon:g}")
+    if not set(options.candidates or ()) <= set(options.members):
+        parser.error("--candidates must be among --members")
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    settings = {name: value for name, value in given.items() if name not in ("data", "seeds")}
+    dataset = options.name.partition("-")[0]
+    options.data = options.data or find_data(dataset, hub.get(dataset, dataset))
     torch.set_num_threads(1)
     path = RESULTS / f"plugins-trend-{options.name}.json"
     saved = json.loads(path.read_text()) if path.is_file() else {}

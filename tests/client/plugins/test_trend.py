@@ -1,5 +1,6 @@
 """TREND: quantizers and attacks against second implementations, the metric against values computed by hand."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
+from benchmarks.plugins.dorefa import quantize_activations, quantize_weights
 from client import app as honest
 from client.plugins.transferability import (
     InputQuantizer,
@@ -29,7 +31,7 @@ from client.plugins.transferability import (
 from client.plugins.trend import Trend
 from server.app import serve_in_process
 from tests.client.plugins.apps import forgetful_app
-from tofu.data import LabeledImages, to_float
+from tofu.data import ImageShape, LabeledImages, to_float
 from tofu.errors import SettingError
 from tofu.models import build_model
 from tofu.observers.base import Observer
@@ -95,6 +97,30 @@ def test_halftone_by_hand() -> None:
     assert images.grad[0, 0, 1, 1].item() == pytest.approx(16 * slope, rel=1e-4)
     assert images.grad[0, 1].abs().max() == 0
     assert InputQuantizer("fp")(images) is images
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_the_benchmarks_quantized_networks(bits: int) -> None:
+    """Every quantized layer has at most 2^bits values, which are close to its own if there are many."""
+    plain = build_model("lenet5", ImageShape(1, 28, 28, 10), seed=0)
+    model = copy.deepcopy(plain)
+    quantize_weights(model, bits)
+    for name in ("conv2", "fc1", "fc2"):
+        weight, own = getattr(model, name).weight, getattr(plain, name).weight
+        assert len(weight.unique()) <= 2**bits
+        error = float((weight - own).abs().max()) / float(own.abs().max())
+        assert error <= (1.0 if bits == 1 else 1.1 / (2**bits - 1))
+    assert torch.equal(model.conv1.weight, plain.conv1.weight)  # type: ignore[union-attr,arg-type]
+    assert torch.equal(model.fc3.weight, plain.fc3.weight)  # type: ignore[union-attr,arg-type]
+    model(torch.zeros(1, 1, 28, 28)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    quantize_activations(plain, bits)
+    values = torch.linspace(-1, 2, 200, requires_grad=True)
+    output = plain.relu1(values)  # type: ignore[operator]
+    assert torch.allclose(output.unique(), torch.linspace(0, 1, 2**bits))
+    output.sum().backward()
+    assert values.grad is not None
+    assert values.grad.tolist() == ((values >= 0) & (values <= 1)).float().tolist()
 
 
 def reference_attack(
