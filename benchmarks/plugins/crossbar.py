@@ -9,7 +9,7 @@ equally, with their masks; the whole network is the control. Energies are those 
 Part `federated`: runs of `tofu.run` with the server's masks, with each client's own and without the plugin: accuracy,
 zeros and energy of the global model, and bytes of a round before and after pruning, in open and in secure rounds.
 
-Seeds that the JSON already holds, with the same settings, are not run again.
+What the JSON already holds, with the same settings, is not run again.
 """
 
 import argparse
@@ -159,7 +159,7 @@ def occupancy(model: nn.Module, name: str, tile: int, masks: Masks | None = None
     return found.transpose(0, 1).flatten(1)[:, : site.stop - site.start] / tile
 
 
-def one_seed(name: str, seed: int, options: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
+def one_seed(name: str, seed: int) -> tuple[list[dict[str, Any]], str]:
     """Rows of the whole network and of all pruned ones, and the picture at the first percentile."""
     case = CASES[name]
     source = open_data(find_data(case.data, HUB[case.data]), clients=CLIENTS, partition="iid", seed=seed,
@@ -215,10 +215,10 @@ def one_seed(name: str, seed: int, options: argparse.Namespace) -> tuple[list[di
 # Federated runs
 
 RUN: dict[str, Any] = {
-    "dataset": "digits", "model": "cnn", "clients": 6, "rounds": 20, "local_epochs": 2, "batch_size": 16, "lr": 0.05,
+    "dataset": "digits", "model": "cnn", "clients": 6, "rounds": 12, "local_epochs": 2, "batch_size": 16, "lr": 0.05,
     "lr_final_factor": 0.2, "ratio": 50.0, "max_evals": 10, "ema_decay": 0.0,
 }  # fmt: skip
-PRUNED_AFTER = 12
+PRUNED_AFTER = 7
 PLUGIN = f"crossbar.percentile=0.9 crossbar.after={PRUNED_AFTER}"
 
 
@@ -235,25 +235,24 @@ def variants() -> Iterator[tuple[str, dict[str, Any]]]:
                 yield f"{partition}, {schedule}: own masks", base | own
 
 
-def federated(seed: int) -> Iterator[dict[str, Any]]:
-    """A row for every variant: accuracy, the global model's zeros and energy, and bytes by round."""
-    for what, more in variants():
-        with tempfile.TemporaryDirectory() as folder:
-            run = Path(folder) / "run"
-            tofu.run(**RUN | more | {"seed": seed, "run_folder": str(run)})
-            records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][1:]
-            panels = json.loads((run / "panels.json").read_text()) if (run / "panels.json").exists() else {}
-        layers = panels["crossbar"]["figures"][0]["rows"] if panels else []
-        sizes = {name: entries for name, entries in _entries().items() if name in {row[0] for row in layers}}
-        yield {
-            "what": what, "seed": seed, "accuracy": records[-1]["accuracy"],
-            "accuracy_by_round": [record["accuracy"] for record in records],
-            "uplink_bytes": [record["uplink_bytes"] for record in records],
-            "downlink_bytes": [record["downlink_bytes"] for record in records],
-            "explained_variance": [record["explained_variance"] for record in records],
-            "zeros": sum(row[1] * sizes[row[0]] for row in layers) / sum(sizes.values()) if layers else 0.0,
-            "saving": sum(row[3] for row in layers) / sum(row[2] for row in layers) if layers else 1.0,
-        }  # fmt: skip
+def federated(seed: int, what: str, more: dict[str, Any]) -> dict[str, Any]:
+    """One run: accuracy, the global model's zeros and energy, and bytes by round."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        tofu.run(**RUN | more | {"seed": seed, "run_folder": str(run)})
+        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][1:]
+        panels = json.loads((run / "panels.json").read_text()) if (run / "panels.json").exists() else {}
+    layers = panels["crossbar"]["figures"][0]["rows"] if panels else []
+    sizes = {name: entries for name, entries in _entries().items() if name in {row[0] for row in layers}}
+    return {
+        "what": what, "seed": seed, "accuracy": records[-1]["accuracy"],
+        "accuracy_by_round": [record["accuracy"] for record in records],
+        "uplink_bytes": [record["uplink_bytes"] for record in records],
+        "downlink_bytes": [record["downlink_bytes"] for record in records],
+        "explained_variance": [record["explained_variance"] for record in records],
+        "zeros": sum(row[1] * sizes[row[0]] for row in layers) / sum(sizes.values()) if layers else 0.0,
+        "saving": sum(row[3] for row in layers) / sum(row[2] for row in layers) if layers else 1.0,
+    }  # fmt: skip
 
 
 def _entries() -> dict[str, int]:
@@ -319,15 +318,23 @@ def main() -> None:
     kept = json.loads(path.read_text()) if path.is_file() else {}
     rows: list[dict[str, Any]] = kept["rows"] if kept.get("settings") == settings else []
     command = " ".join(["python -m benchmarks.plugins crossbar", *sys.argv[1:]])
-    for seed in range(options.seeds):
-        if any(row["seed"] == seed for row in rows):
-            continue
-        new, picture = one_seed(part, seed, options) if part in CASES else (list(federated(seed)), "")
-        rows += new
+
+    def add(*new: dict[str, Any]) -> None:
+        rows.extend(new)
         path.write_text(json.dumps(versions(command) | {"settings": settings, "rows": rows}, indent=1) + "\n")
-        if picture and seed == 0:
-            path.with_suffix(".svg").write_text(picture)
-        print(f"{name}, seed {seed}: done", flush=True)
+        print(f"{name}, seed {new[-1]['seed']}: {new[-1]['what']} done", flush=True)
+
+    for seed in range(options.seeds):
+        done = {row["what"] for row in rows if row["seed"] == seed}
+        if part not in CASES:
+            for what, more in variants():
+                if what not in done:
+                    add(federated(seed, what, more))
+        elif not done:
+            new, picture = one_seed(part, seed)
+            if seed == 0:
+                path.with_suffix(".svg").write_text(picture)
+            add(*new)
     summary(rows)
 
 
