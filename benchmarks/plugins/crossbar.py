@@ -215,10 +215,10 @@ def one_seed(name: str, seed: int) -> tuple[list[dict[str, Any]], str]:
 # Federated runs
 
 RUN: dict[str, Any] = {
-    "dataset": "digits", "model": "cnn", "clients": 6, "rounds": 12, "local_epochs": 2, "batch_size": 16, "lr": 0.05,
+    "dataset": "digits", "model": "cnn", "clients": 6, "rounds": 8, "local_epochs": 2, "batch_size": 16, "lr": 0.05,
     "lr_final_factor": 0.2, "ratio": 50.0, "max_evals": 10, "ema_decay": 0.0,
 }  # fmt: skip
-PRUNED_AFTER = 7
+PRUNED_AFTER = 5
 PLUGIN = f"crossbar.percentile=0.9 crossbar.after={PRUNED_AFTER}"
 
 
