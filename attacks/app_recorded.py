@@ -60,12 +60,11 @@ class AppMessage:
         if seen.codec is None:
             update = reference.update(seen.base, _arrays(seen.payload))
         else:
-            update = codec.decode(reference.reference, seen.payload, seen.round)
             compressor = codec.compressor(reference.reference)
             body = read_payload(
                 seen.payload, codec=compressor.code, round_=seen.round, fingerprint=None, max_bytes=len(seen.payload)
             ).body  # fmt: skip
-            described = compressor.describe(body)
+            update, described = compressor.decompress(reference.reference, body), compressor.describe(body)
         return Observation(
             message=self._kind, network=self._with_normalization(reference).reference, update=update,
             images=seen.examples, batch_size=seen.batch_size, epochs=seen.epochs, lr=seen.lr,

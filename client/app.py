@@ -20,13 +20,13 @@ import torch
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.downlink import ResyncError
 from client.local_round import train_round
 from client.policy import client_data
 from tofu.errors import TofuError
 from tofu.flower.policy import client_name
 from tofu.flower.secure_session import answer_query, participant_of
 from tofu.log import about, start_logging
+from tofu.rounds.downlink import ResyncError
 from tofu.settings import Settings
 from tofu.wire import FIELD, RECORD, RESYNC, SECURE, SecureQuery, TrainRequest
 from tofu.workload import Workload

@@ -10,10 +10,9 @@ import torch
 from flwr.app import Context
 from torch.utils.data import Subset
 
-from client.downlink import ResyncError, receive_weights
+from client.downlink import receive_weights
 from client.policy import check_fit, client_data
 from client.state import (
-    KeptWeights,
     SavedState,
     load_broadcast,
     load_local,
@@ -34,6 +33,7 @@ from tofu.payload import Payload
 from tofu.plugins import MAX_STATE_BYTES, Export, Plugins, RoundContext, export_to_bytes
 from tofu.reference_model import ReferenceModel
 from tofu.rng import derive_bytes, derive_generator
+from tofu.rounds.downlink import KeptWeights, ResyncError
 from tofu.rounds.steps import (
     AddNoise,
     AddResidual,

@@ -16,19 +16,12 @@ from tofu.errors import PayloadError
 from tofu.local_layers import LocalLayers
 from tofu.payload import float32_bytes, float32_from
 from tofu.reference_model import ReferenceModel
+from tofu.rounds.downlink import KeptWeights
 from tofu.weights import Weights
 
 _RECORD = "tofu"
 _LOCAL = "tofu-local"
 _VERSION = 4
-
-
-@dataclass(frozen=True)
-class KeptWeights:
-    """The global weights of the client's last round, and their identity (`tofu.fingerprint`)."""
-
-    weights: Weights
-    identity: bytes
 
 
 @dataclass(frozen=True)

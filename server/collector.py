@@ -11,7 +11,6 @@ from torch import Tensor
 
 from server.checkpoint import Snapshot
 from server.client_registry import Client
-from server.downlink import Parts
 from server.global_model import GlobalModel
 from server.ledger import Ledger
 from tofu.errors import PayloadError, RunError
@@ -21,6 +20,7 @@ from tofu.payload import HEADER_BYTES, read_payload
 from tofu.plugins import Export, Plugins, export_from_bytes
 from tofu.recording import Recorder
 from tofu.rounds.aggregation import RunningMean
+from tofu.rounds.downlink import Parts
 from tofu.secagg.encoding import SecureMean
 from tofu.weights import Weights, weights_of
 from tofu.wire import CLIENT_ACCURACY, RESYNC, TrainReply, TrainRequest, broadcast_id

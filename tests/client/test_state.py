@@ -2,10 +2,11 @@ import torch
 from flwr.app import Context, RecordDict
 from torch import nn
 
-from client.state import KeptWeights, SavedState, load_state, save_state
+from client.state import SavedState, load_state, save_state
 from tofu.compression.error_feedback import ErrorFeedback
 from tofu.data import ImageShape
 from tofu.reference_model import ReferenceModel
+from tofu.rounds.downlink import KeptWeights
 
 
 class Tiny(nn.Module):

@@ -5,14 +5,14 @@ import dataclasses
 import pytest
 import torch
 
-from client.downlink import ResyncError, receive_weights
-from client.state import KeptWeights
-from server.downlink import Downlink, Parts
+from client.downlink import receive_weights
+from server.downlink import Downlink
 from tofu.data import ImageShape
 from tofu.errors import DataError, PayloadError
 from tofu.models import build_model
 from tofu.payload import HEADER_BYTES
 from tofu.reference_model import ReferenceModel
+from tofu.rounds.downlink import KeptWeights, Parts, ResyncError
 from tofu.settings import Settings
 from tofu.weights import Weights, add_update, load_weights, weights_of
 from tofu.wire import TrainRequest

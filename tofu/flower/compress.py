@@ -15,19 +15,22 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
 from tofu.compression.error_feedback import NEVER
 from tofu.errors import PayloadError, RunError
 from tofu.flower.feedback import load_feedback, save_feedback
 from tofu.flower.internals import error_reply
+from tofu.flower.kept_arrays import load_arrays, save_arrays
 from tofu.flower.policy import check_policy
 from tofu.flower.update_codec import RECORD, VERSION, ArrayModel, UpdateCodec, record_of, tensors_of
-from tofu.flower.wrapper import StrategyWrapper, TrainMod, only_arrays, reasons_of, with_record
+from tofu.flower.wrapper import StrategyWrapper, TrainMod, only_arrays, reasons_of, with_record, with_records
 from tofu.rng import derive_generator
+from tofu.rounds.downlink import KeptWeights, ResyncError, WeightSteps, follow_steps
 from tofu.rounds.steps import AddResidual, Compress, KeepResidual, Outgoing, apply_steps
-from tofu.weights import explained_variance
+from tofu.weights import FINGERPRINT_BYTES, explained_variance, load_weights, weights_of
+from tofu.wire import RESYNC
 
 LOG = logging.getLogger("tofu.flower")
 
@@ -62,8 +65,10 @@ class CompressMod(TrainMod):
         """
         check_policy("proxy", 0.0, context)
         codec, request = self._codec, _Request.of(message, self._codec)
-        base = tensors_of(request.arrays)
-        model = codec.reference(base)
+        base, model = request.received(codec, context)
+        arrays = request.arrays
+        if arrays is None:
+            message.content[request.key] = arrays = record_of(base)
         spec = model.reference.param_spec
         feedback, memory = load_feedback(context, spec)
         start = base
@@ -73,7 +78,7 @@ class CompressMod(TrainMod):
                 own, request.acknowledged, codec.step_ahead, spec.parameters, fraction=codec.error_feedback
             )  # fmt: skip
             start = base | {model.names[name]: ahead[name] for name in spec.parameters}
-            message.content[request.key] = record_of(start, request.arrays)
+            message.content[request.key] = record_of(start, arrays)
         reply = call_next(message, context)
         if reply.has_error():
             return reply
@@ -88,21 +93,37 @@ class CompressMod(TrainMod):
         )
         outgoing = apply_steps(steps, Outgoing(model.update(start, tensors_of(record)), feedback, memory))
         save_feedback(context, spec, outgoing.feedback, outgoing.memory)
-        payload = codec.payload(compressor, model.reference, outgoing.body, request.round)
+        payload = codec.payload(compressor, model.reference, outgoing.body, request.round, request.identity)
+        if codec.downlink:
+            save_arrays(context, base, request.identity)
         reply.content[RECORD] = ConfigRecord({"payload": payload})
         target = {name: outgoing.update[name] for name in spec.parameters}
         for metrics in reply.content.metric_records.values():
             metrics["tofu-payload-bytes"] = len(payload)
             metrics["tofu-ratio"] = spec.float32_bytes / len(payload)
             metrics["tofu-explained-variance"] = explained_variance(target, outgoing.decoded)
+            if codec.downlink:
+                metrics["tofu-downlink-bytes"] = sum(map(len, request.steps)) or spec.float32_bytes
         return reply
 
 
+@dataclass(frozen=True)
 class _Request:
-    """The strategy's record in a train message, and the arrays that the reply is relative to."""
+    """The strategy's record in a train message, which is removed from it, and the arrays that came with it.
 
-    def __init__(self, round_: int, acknowledged: int, key: str, arrays: ArrayRecord) -> None:
-        self.round, self.acknowledged, self.key, self.arrays = round_, acknowledged, key, arrays
+    Attributes:
+        key: of the array record.
+        arrays: None if the client must build them from steps.
+        identity, sketch: of the arrays, with a compressed downlink (`tofu.fingerprint`).
+    """
+
+    round: int
+    acknowledged: int
+    key: str
+    arrays: ArrayRecord | None
+    steps: tuple[bytes, ...] = ()
+    identity: bytes = b""
+    sketch: bytes = b""
 
     @staticmethod
     def of(message: Message, codec: UpdateCodec) -> "_Request":
@@ -115,18 +136,62 @@ class _Request:
         round_, acknowledged = record.get("round"), record.get("acknowledged")
         if not isinstance(round_, int) or not isinstance(acknowledged, int):
             raise PayloadError("the server's record lacks round or acknowledged")
-        key, arrays = only_arrays(message.content, "the server's train message")
-        return _Request(round_, acknowledged, key, arrays)
+        del message.content[RECORD]
+        steps, identity, sketch = record.get("steps", []), record.get("identity", b""), record.get("sketch", b"")
+        if not codec.downlink:
+            return _Request(round_, acknowledged, *only_arrays(message.content, "the server's train message"))
+        if not (isinstance(identity, bytes) and len(identity) == FINGERPRINT_BYTES and isinstance(sketch, bytes)):
+            raise PayloadError("the server's record lacks the identity or the sketch of its arrays")
+        if not isinstance(steps, list) or not all(isinstance(step, bytes) for step in steps):
+            raise PayloadError("the server's record has steps that are not bytes")
+        if message.content.array_records:
+            key, arrays = only_arrays(message.content, "the server's train message")
+            return _Request(round_, acknowledged, key, arrays, (), identity, sketch)
+        return _Request(round_, acknowledged, str(record.get("key")), None, tuple(steps), identity, sketch)  # type: ignore[arg-type]
+
+    def received(self, codec: UpdateCodec, context: Context) -> tuple[dict[str, Tensor], ArrayModel]:
+        """The round's arrays, and the model with them as its weights.
+
+        Raises:
+            ResyncError: this client cannot build the arrays from the steps.
+            PayloadError: the message fails validation.
+        """
+        if self.arrays is not None:
+            base = tensors_of(self.arrays)
+            return base, codec.reference(base)
+        kept = load_arrays(context)
+        if kept is None:
+            raise ResyncError("this client does not have the arrays that the server's steps start from")
+        base, before = kept
+        model = codec.reference(base)
+        reference = model.reference
+        start = KeptWeights(weights_of(reference.model), before)
+        follow_steps(
+            reference, start, self.steps, self.round, codec.step_compressor(reference),
+            identity=self.identity, sketch=self.sketch,
+        )  # fmt: skip
+        return model.replaced(base, weights_of(reference.model)), model
 
 
 @dataclass(frozen=True)
 class SentArrays:
-    """The arrays of a train message: their key, the record, its tensors by name, and the model that they belong to."""
+    """The arrays of a train message.
+
+    Attributes:
+        key: of the array record.
+        record: as the inner strategy made it.
+        base: its tensors by name; the inner strategy gets updates added to these.
+        held: the arrays that the clients have: the same, or, with a compressed downlink, what its steps lead to.
+        model: with the held arrays as its weights.
+        identity: of the held arrays, with a compressed downlink.
+    """
 
     key: str
     record: ArrayRecord
     base: dict[str, Tensor]
+    held: dict[str, Tensor]
     model: ArrayModel
+    identity: bytes = b""
 
 
 class Compressed(StrategyWrapper):
@@ -155,6 +220,10 @@ class Compressed(StrategyWrapper):
         self._codec = codec or UpdateCodec(*arguments, **options)
         self.acknowledged: dict[int, int] = {}
         self._sent: dict[int, SentArrays] = {}
+        self._plain: dict[int, Message] = {}
+        self._grid: Grid | None = None
+        self._timeout = 3600.0
+        self._steps: WeightSteps | None = None
 
     @property
     def codec(self) -> UpdateCodec:
@@ -174,20 +243,74 @@ class Compressed(StrategyWrapper):
             SettingError: the arrays are not those of the model, or the compressor does not reach the ratio for them.
         """
         self._codec.compressor(self._codec.reference(tensors_of(arrays)).reference)
-        self._sent, models, messages = {}, {}, []
-        for message in self._configure_train(server_round, arrays, config, grid):
-            node = message.metadata.dst_node_id
+        self._grid, self._sent, models = grid, {}, dict[int, SentArrays]()
+        self._plain = {
+            message.metadata.dst_node_id: message
+            for message in self._configure_train(server_round, arrays, config, grid)
+        }
+        for node, message in self._plain.items():
             key, record = only_arrays(message.content, "the strategy's train message")
             if id(record) not in models:  # FedAvg sends the same record to all nodes
-                base = tensors_of(record)
-                models[id(record)] = SentArrays(key, record, base, self._codec.reference(base))
+                models[id(record)] = self._prepared(key, record, server_round, first=not models)
             self._sent[node] = models[id(record)]
-            acknowledged = self.acknowledged.get(node, NEVER)
-            request = ConfigRecord(
-                {"version": VERSION, "round": server_round, "acknowledged": acknowledged, "digest": self._codec.digest}
-            )
-            messages.append(with_record(message, RECORD, request))
-        return messages
+        return [self._request(node, server_round) for node in self._plain]
+
+    def _prepared(self, key: str, record: ArrayRecord, round_: int, *, first: bool) -> SentArrays:
+        """What clients hold when they train from these arrays.
+
+        Raises:
+            RunError: the strategy sends clients different arrays although the downlink is compressed.
+        """
+        base = tensors_of(record)
+        if not self._codec.downlink:
+            return SentArrays(key, record, base, base, self._codec.reference(base))
+        if not first:
+            raise RunError(f"{type(self.inner).__name__} sends clients different arrays: expected downlink=0")
+        if self._steps is None:
+            self._master = self._codec.reference(base)
+            compressor = self._codec.step_compressor(self._master.reference)
+            self._steps = WeightSteps(self._master.reference, compressor, self._codec.seed)
+        master, steps = self._master, self._steps
+        load_weights(master.reference.model, master.own(base))
+        steps.begin(round_, whole=not steps.identity)
+        held = master.replaced(base, weights_of(steps.reference.model))
+        model = ArrayModel(master.param_spec, master.names, steps.reference)
+        return SentArrays(key, record, base, held, model, steps.identity)
+
+    def _request(self, node: int, round_: int, *, whole: bool = False) -> Message:
+        """The message to a node, with full arrays or, if it holds arrays of an earlier round, the steps from there."""
+        sent, message = self._sent[node], self._plain[node]
+        record = ConfigRecord({
+            "version": VERSION, "round": round_, "acknowledged": self.acknowledged.get(node, NEVER),
+            "digest": self._codec.digest,
+        })  # fmt: skip
+        if self._steps is None:
+            return with_record(message, RECORD, record)
+        parts = self._steps.parts(str(node), whole=whole)
+        record["identity"], record["sketch"], record["key"] = self._steps.identity, self._steps.sketch, sent.key
+        records = {**message.content, RECORD: record}
+        if parts.steps:
+            record["steps"] = list(parts.steps)
+            del records[sent.key]
+        else:
+            records[sent.key] = record_of(sent.held, sent.record)
+        return with_records(message, records)
+
+    def _resent(self, replies: list[Message], round_: int) -> list[Message]:
+        """The replies; clients that could not build their arrays from the steps get them in full, and reply again."""
+        lost = {reply.metadata.src_node_id for reply in replies if reply.has_error() and reply.error.code == RESYNC}
+        lost &= self._sent.keys()
+        if not lost or self._steps is None or self._grid is None:
+            return replies
+        LOG.warning("round %d: full arrays are sent to %d clients that cannot use the steps", round_, len(lost))
+        again = [self._request(node, round_, whole=True) for node in sorted(lost)]
+        answers = list(self._grid.send_and_receive(again, timeout=self._timeout))
+        return [reply for reply in replies if reply.metadata.src_node_id not in lost] + answers
+
+    def start(self, *arguments: Any, **options: Any) -> Result:
+        """Run the inner strategy's own `start`, which calls this wrapper's configure and aggregate steps."""
+        self._timeout = float(options.get("timeout", self._timeout))
+        return super().start(*arguments, **options)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -197,7 +320,7 @@ class Compressed(StrategyWrapper):
         Raises:
             RunError: no reply can be used. Flower's strategies would go on and end without having learned anything.
         """
-        decoded = [self._decoded(reply, server_round) for reply in replies]
+        decoded = [self._decoded(reply, server_round) for reply in self._resent(list(replies), server_round)]
         failed = [reply.error.reason for reply in decoded if reply.has_error()]
         if decoded and len(failed) == len(decoded):
             raise RunError(
@@ -217,11 +340,13 @@ class Compressed(StrategyWrapper):
             if node not in self._sent:
                 raise PayloadError(f"node {node} was not asked in this round")
             sent = self._sent[node]
-            update = self._codec.decode(sent.model.reference, record.get("payload"), round_)
+            update = self._codec.decode(sent.model.reference, record.get("payload"), round_, sent.identity)
         except PayloadError as error:
             LOG.warning("round %d: the reply of node %s is not usable: %s", round_, node, error)
             return error_reply(reply, str(error))
         del reply.content[RECORD]
         reply.content[sent.key] = record_of(sent.model.add(sent.base, update), sent.record)
         self.acknowledged[node] = round_
+        if self._steps is not None:
+            self._steps.delivered(str(node))
         return reply

@@ -136,7 +136,7 @@ class Recorded(StrategyWrapper):
             sent, payload = self.inner.sent_to(node), request.get("payload")
             if sent is None or not isinstance(payload, bytes):
                 raise PayloadError(f"node {node} sent no payload")
-            return sent.base, self.inner.codec.arguments, payload
+            return sent.held, self.inner.codec.arguments, payload
         _, record = only_arrays(reply.content, "the reply")
         _, arrays = only_arrays(self._sent[node].content, "the train message")
         new = {name: value.contiguous() for name, value in tensors_of(record).items()}

@@ -46,6 +46,8 @@ class UpdateCodec:
         ratio: float32 bytes of an update over the bytes of its payload.
         correction: smallest fraction of a proxy payload that is left to the sparse correction.
         over_relaxation: gain of what is decoded (docs/error-feedback.md); of the correction alone with proxies.
+        downlink: float32 bytes of the weights over the bytes of a step that the server sends in their place, to clients
+            that hold the weights before it; 0 sends all clients full weights.
         step_ahead: fraction of the residual that local training starts ahead by (docs/error-feedback.md).
         error_feedback: fraction of what compression lost that the client adds to its next update.
         seed: seed of the search for proxies.
@@ -66,6 +68,7 @@ class UpdateCodec:
         ratio: float = 100.0,
         correction: float = 0.4,
         over_relaxation: float = 1.0,
+        downlink: float = 0.0,
         step_ahead: float = 0.0,
         error_feedback: float = 1.0,
         seed: int = 0,
@@ -77,12 +80,14 @@ class UpdateCodec:
         for field, value, low, high in (
             ("error_feedback", error_feedback, 0, 1), ("step_ahead", step_ahead, 0, 1),
             ("correction", correction, 0, 1), ("over_relaxation", over_relaxation, 1, 2), ("ratio", ratio, 1, 1e6),
+            ("downlink", downlink or 1, 1, 1e6),
         ):  # fmt: skip
             if not low <= value <= high:
                 raise SettingError(field, value, f"a number from {low} to {high:g}")
         self._model, self._shape, self._ratio = model, input_shape, ratio
         self._compressor, self._correction, self._over_relaxation = compressor, correction, over_relaxation
         self._call = {"forward": forward, "loss": loss, "target_shape": target_shape}
+        self.downlink = downlink
         self.error_feedback, self.step_ahead, self.seed = error_feedback, step_ahead, seed
 
     @cached_property
@@ -105,7 +110,7 @@ class UpdateCodec:
         options = dataclasses.asdict(self._options)
         name, call = self._resolved
         functions = [getattr(f, "__qualname__", type(f).__qualname__) for f in (call.forward, call.loss) if f]
-        shared = [VERSION, name, self._ratio, call.inputs, call.target, functions, options]
+        shared = [VERSION, name, self._ratio, self.downlink, call.inputs, call.target, functions, options]
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).digest()[:FINGERPRINT_BYTES]
 
     @property
@@ -136,12 +141,27 @@ class UpdateCodec:
         """The compressor for this model. Raises SettingError if it does not reach the ratio."""
         return make_compressor(self._resolved[0], reference, ratio=self._ratio, options=self._options)
 
-    def payload(self, compressor: Compressor, reference: ReferenceModel, body: bytes, round_: int) -> bytes:
-        """A body with a header that names compressor, round and the weights that the update is relative to."""
-        return Payload(compressor.code, round_, base_fingerprint(reference.model), body).to_bytes()
+    def step_compressor(self, reference: ReferenceModel) -> Compressor:
+        """The compressor of the server's steps: proxies if updates are coded by them, otherwise sparse."""
+        name = "proxy" if self._resolved[0] == "proxy" else "sparse"
+        options = CompressorOptions(correction=self._correction, encoder=ProxySettings(bits=4, warm_start=False))
+        return make_compressor(name, reference, ratio=self.downlink, options=options)
 
-    def decode(self, reference: ReferenceModel, data: object, round_: int) -> Weights:
+    def payload(
+        self, compressor: Compressor, reference: ReferenceModel, body: bytes, round_: int, identity: bytes = b""
+    ) -> bytes:
+        """A body with a header that names compressor, round and the weights that the update is relative to.
+
+        Args:
+            identity: of these weights; by default their fingerprint.
+        """
+        return Payload(compressor.code, round_, identity or base_fingerprint(reference.model), body).to_bytes()
+
+    def decode(self, reference: ReferenceModel, data: object, round_: int, identity: bytes = b"") -> Weights:
         """The update that a payload stands for, by the model's names.
+
+        Args:
+            identity: of the weights that it should be relative to; by default their fingerprint.
 
         Raises:
             PayloadError: the payload is damaged, of another round or compressor, or relative to other weights.
@@ -150,7 +170,7 @@ class UpdateCodec:
             raise PayloadError(f"payload is {type(data).__name__}, expected bytes")
         compressor = self.compressor(reference)
         limit = HEADER_BYTES + compressor.body_bytes(reference.param_spec)
-        base = base_fingerprint(reference.model)
+        base = identity or base_fingerprint(reference.model)
         payload = read_payload(data, codec=compressor.code, round_=round_, fingerprint=base, max_bytes=limit)
         return compressor.decompress(reference, payload.body)
 
@@ -198,6 +218,10 @@ class ArrayNames:
                 raise PayloadError(f"the app changed array {name!r}, which the model declares as not trainable")
         return difference(self.own(new), self.own(base))
 
+    def replaced(self, arrays: Mapping[str, Tensor], weights: Weights) -> dict[str, Tensor]:
+        """The arrays with the trained ones replaced by `weights`, in the arrays' types."""
+        return {**arrays, **{self.names[own]: w.to(arrays[self.names[own]].dtype) for own, w in weights.items()}}
+
     def add(self, base: Mapping[str, Tensor], update: Weights) -> dict[str, Tensor]:
         """base + update, by the arrays' names; integers are rounded."""
         new = dict(base)
@@ -227,8 +251,10 @@ def tensors_of(record: ArrayRecord) -> dict[str, Tensor]:
         raise PayloadError(f"arrays cannot be read ({type(error).__name__})") from error
 
 
-def record_of(tensors: Mapping[str, Tensor], like: ArrayRecord) -> ArrayRecord:
-    """Tensors as an `ArrayRecord` with the names, order and types of `like`."""
+def record_of(tensors: Mapping[str, Tensor], like: ArrayRecord | None = None) -> ArrayRecord:
+    """Tensors as an `ArrayRecord`, with the names, order and types of `like` if it is given."""
+    if like is None:
+        return ArrayRecord({name: Array(value.numpy()) for name, value in tensors.items()})
     return ArrayRecord(
         {name: Array(tensors[name].numpy().astype(array.dtype, copy=False)) for name, array in like.items()}
     )

@@ -1,6 +1,6 @@
 """What all mods and all strategy wrappers for Flower apps have in common."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
@@ -9,6 +9,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from tofu.errors import PayloadError, TofuError
+from tofu.rounds.downlink import ResyncError
+from tofu.wire import RESYNC
 
 
 class TrainMod:
@@ -20,7 +22,8 @@ class TrainMod:
         try:
             return self.train(message, context, call_next)
         except TofuError as error:
-            return Message(Error(code=0, reason=str(error)), reply_to=message)
+            code = RESYNC if isinstance(error, ResyncError) else 0
+            return Message(Error(code=code, reason=str(error)), reply_to=message)
 
     def train(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         """The reply to a train message. A `TofuError` becomes an error reply."""
@@ -80,8 +83,12 @@ def unwrapped(strategy: Strategy) -> Strategy:
 
 def with_record(message: Message, key: str, record: ConfigRecord) -> Message:
     """The message with one more record, in a content of its own: Flower's strategies share one among all messages."""
-    content = RecordDict(dict(message.content.items()))
-    content[key] = record
+    return with_records(message, {**message.content, key: record})
+
+
+def with_records(message: Message, records: Mapping[str, ArrayRecord | ConfigRecord | MetricRecord]) -> Message:
+    """The message with other content."""
+    content = RecordDict(dict(records))
     to = message.metadata
     return Message(content, to.dst_node_id, to.message_type, ttl=to.ttl, group_id=to.group_id)
 
