@@ -26,29 +26,11 @@ from tofu.models.spiking.network import (
     spiking_model,
     spiking_vgg,
 )  # fmt: skip
-from tofu.models.spiking.neuron import LEAK, potentials, spike
+from tofu.models.spiking.neuron import LEAK, integrate_and_fire, potentials, spike
 
 __all__ = [
-    "BALANCE",
-    "FREQUENCIES",
-    "LEAK",
-    "POOL",
-    "Balance",
-    "DctEncoder",
-    "LayerActivity",
-    "LeakyIntegrateFire",
-    "MeanOverTime",
-    "OverTime",
-    "QuantileSketch",
-    "RepeatOverTime",
-    "SpikingNetwork",
-    "balance_thresholds",
-    "dct_model",
-    "potentials",
-    "record_activity",
-    "set_output_scale",
-    "spike",
-    "spiking_model",
-    "spiking_vgg",
+    "BALANCE", "FREQUENCIES", "LEAK", "POOL", "Balance", "DctEncoder", "LayerActivity", "LeakyIntegrateFire",
+    "MeanOverTime", "OverTime", "QuantileSketch", "RepeatOverTime", "SpikingNetwork", "balance_thresholds", "dct_model",
+    "integrate_and_fire", "potentials", "record_activity", "set_output_scale", "spike", "spiking_model", "spiking_vgg",
     "thresholds_of",
 ]  # fmt: skip

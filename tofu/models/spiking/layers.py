@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tofu.codec.surrogate import register_surrogate, smooth_relu
-from tofu.models.spiking.neuron import LEAK, potentials, spike
+from tofu.models.spiking.neuron import LEAK, integrate_and_fire
 
 
 def split_time(x: Tensor, steps: int) -> Tensor:
@@ -91,8 +91,7 @@ class LeakyIntegrateFire(OverTime):
     def forward(self, current: Tensor) -> Tensor:
         if not self.spiking:
             return F.relu(current)
-        u = potentials(split_time(current, self.steps), self.threshold, self.leak)
-        return spike(u / self.threshold - 1).flatten(0, 1)  # type: ignore[no-any-return]
+        return integrate_and_fire(split_time(current, self.steps), self.threshold, self.leak).flatten(0, 1)
 
 
 def _firing_rate(beta: float) -> Callable[[LeakyIntegrateFire, Tensor], Tensor]:

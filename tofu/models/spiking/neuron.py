@@ -87,3 +87,51 @@ def potentials(current: Tensor, threshold: Tensor, leak: float = LEAK) -> Tensor
         [0.75, 1.5, 1.25]
     """
     return _Potential.apply(current, threshold.detach(), leak)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _Fire(torch.autograd.Function):
+    """Currents [T, ...] -> spikes [T, ...], in one pass over time in each direction."""
+
+    @staticmethod
+    def forward(ctx: Any, current: Tensor, threshold: Tensor, leak: float) -> Tensor:
+        u, spikes = torch.empty_like(current), torch.empty_like(current)
+        theta = float(threshold)
+        for step, (potential, out) in enumerate(zip(u, spikes, strict=True)):
+            potential.copy_(current[step])
+            if step:
+                potential.add_(u[step - 1], alpha=leak).sub_(spikes[step - 1], alpha=theta)
+            torch.gt(potential, theta, out=out)
+        ctx.save_for_backward(current, threshold, u)
+        ctx.leak = leak
+        return spikes
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        current, threshold, u = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the result is differentiated again
+            fired = spike(potentials(current, threshold, ctx.leak) / threshold - 1)
+            return torch.autograd.grad(fired, current, grads[0], create_graph=True)[0], None, None
+        theta, result = float(threshold), torch.empty_like(current)
+        for step in range(len(u) - 1, -1, -1):
+            slope = result[step]
+            torch.div(u[step], theta, out=slope)
+            slope.sub_(1).abs_().neg_().add_(1).clamp_(min=0).mul_(SURROGATE_SLOPE / theta).mul_(grads[0][step])
+            if step + 1 < len(u):
+                slope.add_(result[step + 1], alpha=ctx.leak)
+        return result, None, None
+
+
+def integrate_and_fire(current: Tensor, threshold: Tensor, leak: float = LEAK) -> Tensor:
+    """Spikes of currents over time; equal to `spike(potentials(...) / threshold - 1)`, also in its derivatives.
+
+    The steps of one layer fit in a processor's cache where all of them together do not, so neither direction makes
+    intermediate tensors for all steps.
+
+    Args:
+        current: [T, ...].
+        threshold: [], positive; no gradient flows to it.
+
+    Returns:
+        [T, ...] of 0 and 1.
+    """
+    return _Fire.apply(current, threshold.detach(), leak)  # type: ignore[no-any-return,no-untyped-call]

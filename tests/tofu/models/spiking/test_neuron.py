@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from snntorch.surrogate import custom_surrogate
 from torch import Tensor
 
-from tofu.models.spiking import LeakyIntegrateFire, potentials, spike
+from tofu.models.spiking import LeakyIntegrateFire, integrate_and_fire, potentials, spike
 from tofu.models.spiking.neuron import _filter
 
 
@@ -109,3 +109,15 @@ def test_no_gradient_reaches_the_threshold() -> None:
     layer = LeakyIntegrateFire()
     assert not list(layer.parameters())
     assert [name for name, _ in layer.named_buffers()] == ["threshold"]
+
+
+@pytest.mark.parametrize("leak", [0.4, 0.9901])
+def test_one_pass_is_the_composition_of_potential_and_spike(leak: float) -> None:
+    gradients = []
+    for function in (integrate_and_fire, lambda *a: spike(potentials(*a) / a[1] - 1)):
+        current = currents(9, 5, 4).requires_grad_()
+        spikes = function(current, torch.tensor(0.7), leak)
+        spikes.backward(currents(9, 5, 4, seed=2))
+        gradients.append((spikes.detach(), current.grad))
+    assert torch.equal(gradients[0][0], gradients[1][0])
+    assert torch.allclose(gradients[0][1], gradients[1][1], atol=1e-6)  # type: ignore[arg-type]
