@@ -100,7 +100,7 @@ class TrainedUpdate:
     Attributes:
         update: new weights minus the weights that training started from.
         examples, loss: as reported to the server. Under DP they are not noised, so they are reported as 1 and 0.
-        seconds: duration of the local steps.
+        seconds: duration of the local steps; 0 under DP, because it reveals the number of examples.
         exported: what the plugins send.
         accuracy: of the weights before training, on the client's own test data; None without such data.
     """
@@ -220,7 +220,7 @@ class LocalRound:
         model.eval()
         noised = bool(settings.privacy.noise_multiplier)
         examples, loss = (1, 0.0) if noised else (len(data), result.loss)
-        return TrainedUpdate(update, examples, loss, result.seconds, exported, accuracy)
+        return TrainedUpdate(update, examples, loss, 0.0 if noised else result.seconds, exported, accuracy)
 
     def _hold_out(self, data: Any) -> tuple[Any, Any]:
         """The data to train on, and those that the client tests on, the same in every round."""

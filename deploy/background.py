@@ -63,7 +63,7 @@ def up(
     if before is not None and before.alive:
         raise SettingError("folder", str(folder), "one without a running federation (`tofu deploy down` ends it)")
     try:
-        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        (folder / "logs").mkdir(mode=0o700, parents=True, exist_ok=True)
         # Written before the supervisor starts, so that an old state is not taken for its own.
         State("starting", Process(0, "")).write(folder)
         log = (folder / "logs" / "supervisor.log").open("ab")
@@ -80,7 +80,7 @@ def up(
     with log:
         supervisor = subprocess.Popen(
             command, cwd=folder, env=os.environ | {FILE: str(folder / "logs" / "supervisor.jsonl")},
-            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, umask=0o077,
         )  # fmt: skip
     try:
         _await(folder, supervisor)

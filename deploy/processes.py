@@ -27,6 +27,8 @@ from tofu.secagg.identities import read_known
 _NAMES = "nodes.json"
 _HOST = "127.0.0.1"
 _BIN = Path(sys.executable).parent
+_PRIVATE = 0o077
+"""Files of the processes (logs, databases) are for their user alone."""
 _START_SECONDS = 90.0
 _STOP_SECONDS = 10.0
 
@@ -97,7 +99,7 @@ class LocalCluster:
         if not (self._keys / "ca.crt").exists():
             make_certificates(self._keys, [_HOST, "localhost"])
             make_superexec_secret(self._keys / "superexec")
-        self.logs.mkdir(parents=True, exist_ok=True)
+        self.logs.mkdir(mode=0o700, parents=True, exist_ok=True)
         database = self.folder / "state.db"
         self._spawn("superlink", topology.superlink(self._trust, host=_HOST, port=self._port, database=database))
         self._spawn("superlink-exec", topology.superexec(self._trust, address=self.address))
@@ -209,6 +211,7 @@ class LocalCluster:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                umask=_PRIVATE,
             )
         self.processes[name], self._members[name] = process, member
         return process

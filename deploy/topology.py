@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePath, PurePosixPath
 
+from tofu.errors import SettingError
+
 RUNTIME_PORT = 9094
 HEALTH_PORT = 9100
 
@@ -63,9 +65,7 @@ def supernode(
         key: the node's private key.
         config: its node config, as client/app.py reads it.
     """
-    pairs = " ".join(
-        f'{name}="{value}"' if isinstance(value, str) else f"{name}={value}" for name, value in config.items()
-    )
+    pairs = " ".join(f"{name}={_quoted(name, value)}" for name, value in config.items())
     arguments = (
         "--superlink",
         superlink,
@@ -75,6 +75,21 @@ def supernode(
         str(key),
     )
     return Member("flower-supernode", (*arguments, "--node-config", pairs, *_listen(trust, host, port)))
+
+
+def _quoted(name: str, value: int | str) -> str:
+    """A value of a node config as Flower reads it: TOML, in which only single quotes keep a quotation mark.
+
+    Raises:
+        SettingError: a text has both kinds of quotes, or characters that cannot be printed.
+    """
+    if isinstance(value, int):
+        return str(value)
+    if not value.isprintable() or ("'" in value and ('"' in value or "\\" in value)):
+        raise SettingError(
+            name, value, "printable characters without a mix of apostrophes and quotation marks or backslashes"
+        )
+    return f"'{value}'" if '"' in value or "\\" in value else f'"{value}"'
 
 
 def identity_config(identity: PurePath, identities: PurePath) -> dict[str, str]:

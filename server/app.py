@@ -30,6 +30,7 @@ from tofu.observers.base import Observer, Observers
 from tofu.observers.json_lines import JsonLinesLog
 from tofu.observers.prometheus import PrometheusMetrics
 from tofu.observers.terminal import make_progress
+from tofu.privacy import Accountant
 from tofu.recording import Recorder
 from tofu.reference_model import ReferenceModel
 from tofu.reporting.folder import RunFolder
@@ -147,6 +148,7 @@ class _Run:
             if settings.compressor in NEEDS_CALL and not self._runner.models[0].reference.call.inputs:
                 why = "the model has no floating-point input that proxies could take the place of"
                 observer.on_note(f"updates are sent as the sparse correction alone (compressor=sparse): {why}")
+            self._runner.on_spend = lambda account: folder.write_account(account.to_dict())
             try:
                 return self._run(folder)
             except OSError as error:
@@ -211,12 +213,14 @@ class _Run:
         snapshot = read_checkpoint(folder.path, self._observer.on_note)
         if snapshot is None:
             folder.rewind(None)
+            self._restore_account(folder)
             return None
         contexts = {name.removeprefix(_CLIENT): b for name, b in snapshot.blobs.items() if name.startswith(_CLIENT)}
         kept = isinstance(self._grid, InProcessGrid) and bool(contexts)
         if isinstance(self._grid, InProcessGrid) and kept:
             self._grid.restore_contexts(contexts)
         self._runner.restore(snapshot, clients_kept=kept)
+        self._restore_account(folder)
         record = from_dict(RoundRecord, snapshot.plain["row"], "checkpoint")
         folder.rewind(record, snapshot.plain["messages"])
         self._runner.write_model(folder)
@@ -224,3 +228,8 @@ class _Run:
         lost = "" if kept else "; clients start without error feedback"
         self._observer.on_note(f"resumes after round {record.round}{lost}")
         return record.round
+
+    def _restore_account(self, folder: RunFolder) -> None:
+        """Count the rounds that were asked for and not finished: their updates were released, too."""
+        if self._runner.account is not None and (written := folder.read_account()) is not None:
+            self._runner.account = Accountant.from_dict(written)

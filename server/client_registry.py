@@ -15,6 +15,9 @@ from tofu.wire import RECORD
 _GRACE_SECONDS = 30.0
 """Time to wait for other clients if all that are connected have declined."""
 
+MAX_EXAMPLES = 10**9
+"""Limit for the number of images that a client may claim."""
+
 
 @dataclass(frozen=True)
 class Client:
@@ -88,6 +91,9 @@ class Clients:
             name, examples = (record.get("client"), record.get("examples")) if record is not None else (None, None)
             if not isinstance(name, str) or not 0 < len(name) <= 100 or not isinstance(examples, int) or examples < 1:
                 self._decline(node, "its introduction is not valid", reply, round_)
+                continue
+            if examples > MAX_EXAMPLES:
+                self._decline(node, f"it claims {examples} examples, expected at most {MAX_EXAMPLES}", reply, round_)
                 continue
             self._known[node] = Client(node, name, examples)
             self._ledger.add(reply, round_=round_, kind="hello", direction="uplink", client=name)

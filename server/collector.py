@@ -1,8 +1,9 @@
 """Collects the clients' updates of a round: the interface, the training exchange, and the collector of open rounds."""
 
 import math
+import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -19,11 +20,16 @@ from tofu.observers.base import Observer
 from tofu.payload import HEADER_BYTES, read_payload
 from tofu.plugins import Export, Plugins, export_from_bytes
 from tofu.recording import Recorder
-from tofu.rounds.aggregation import RunningMean
+from tofu.rounds import aggregators
 from tofu.rounds.downlink import Parts
+from tofu.rounds.robust import Aggregator
 from tofu.secagg.encoding import SecureMean
-from tofu.weights import Weights, weights_of
+from tofu.settings.groups import ServerSettings
+from tofu.weights import Weights, norm, weights_of
 from tofu.wire import CLIENT_ACCURACY, RESYNC, TrainReply, TrainRequest, broadcast_id
+
+LARGE = 10.0
+"""An update so many times longer than the median of the round is reported."""
 
 _WINDOW = 256
 """Number of messages sent at a time, so that a round with many clients does not hold a model for each of them."""
@@ -242,13 +248,17 @@ class OpenCollector:
         recorder: saves the messages of some clients; None saves none.
     """
 
-    def __init__(self, exchange: TrainExchange, plugins: Plugins) -> None:
-        self._exchange, self._plugins = exchange, plugins
+    def __init__(self, exchange: TrainExchange, plugins: Plugins, settings: ServerSettings, observer: Observer) -> None:
+        self._exchange, self._plugins, self._settings, self._observer = exchange, plugins, settings, observer
         self.recorder: Recorder | None = None
 
     def collect(self, model: GlobalModel, clients: list[Client], state: RoundState) -> Collected:
         """See `Collector.collect`."""
-        collected, mean = Collected(), RunningMean()
+        rule = aggregators.get(self._settings.aggregator)
+        collected = Collected()
+        mean = rule(model.reference.param_spec, self._settings.malicious_fraction)
+        self._cap = example_cap([client.examples for client in clients], self._settings.max_example_ratio)
+        self._norms: dict[str, float] = {}
         exports: dict[str, Export] = {}
         names = {client.name for client in clients}
         for client, message in self._exchange.replies(model, clients, state):
@@ -264,6 +274,7 @@ class OpenCollector:
             raise RunError(f"round {state.round}: no valid reply from {len(clients)} clients ({reasons})")
         collected.replies.sort(key=lambda pair: clients.index(pair[0]))
         collected.update, collected.examples = mean.mean(), mean.examples
+        self._warn_of_large(state.round)
         ordered = [exports[client.name] for client, _ in collected.replies]
         for name in self._plugins.declare_sums(model.reference.model):
             collected.sums[name] = sum((export.sums[name] for export in ordered[1:]), start=ordered[0].sums[name])
@@ -277,7 +288,7 @@ class OpenCollector:
         model: GlobalModel,
         state: RoundState,
         collected: Collected,
-        mean: RunningMean,
+        mean: Aggregator,
     ) -> Export:
         """Validate, decode and add one reply. Raises PayloadError for an error or an invalid reply."""
         _, reply = self._exchange.body(client, message, model, state)
@@ -296,7 +307,8 @@ class OpenCollector:
             )  # fmt: skip
         update = compressor.decompress(base, payload.body)
         export = self._read_export(reply.exported, model)
-        mean.add(update, reply.examples)
+        mean.add(update, min(reply.examples, self._cap))
+        self._norms[client.name] = norm(update, base.param_spec)
         if client.name == state.shown and (content := compressor.describe(payload.body)) is not None:
             collected.proxies = content.proxies.inputs[0] if content.proxies is not None else None
         collected.replies.append((client, replace(reply, payload=b"", exported=b"")))
@@ -307,6 +319,17 @@ class OpenCollector:
             if reply.advert:
                 self._exchange.adverts[client.name] = reply.advert
         return export
+
+    def _warn_of_large(self, round_: int) -> None:
+        """Report clients whose update is far longer than the others'."""
+        typical = statistics.median(self._norms.values())
+        for name, length in self._norms.items():
+            if len(self._norms) > 2 and length > LARGE * typical:
+                self._observer.on_note(
+                    f"round {round_}: the update of client {name} is {length / max(typical, 1e-30):.3g} times as long "
+                    f"as the median of the round; aggregator={self._settings.aggregator}",
+                    round=round_,
+                )  # fmt: skip
 
     def _read_export(self, data: bytes, model: GlobalModel) -> Export:
         """Parse a client's export. Raises PayloadError if it is not as declared."""
@@ -321,6 +344,11 @@ class OpenCollector:
         if not 0 <= accuracy <= 1:
             raise PayloadError(f"reply has the accuracy {accuracy:g}, expected 0 to 1")
         return export
+
+
+def example_cap(examples: Sequence[int], ratio: float) -> int:
+    """The largest weight of a client: `ratio` times the median number of examples, at least 1; 0 means no limit."""
+    return max(1, int(ratio * statistics.median(examples))) if ratio else max(examples)
 
 
 def _full_bytes(model: GlobalModel) -> int:

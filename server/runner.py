@@ -7,7 +7,7 @@ before it aggregates any, and hides which node failed.
 import dataclasses
 import math
 import time
-from collections.abc import Sequence, Sized
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, field
 
 import torch
@@ -116,6 +116,7 @@ class RoundRunner:
     Attributes:
         models: the global model of each client group; one unless a plugin has more groups.
         accuracies: after each round, starting with the one before the first.
+        on_spend: called with the privacy account, which includes the round, before its clients are asked.
         task_accuracies, group_accuracies: the same by task and by group (empty with one group).
     """
 
@@ -137,7 +138,7 @@ class RoundRunner:
         workload = workload or workload_of(settings)
         self._evaluator = Evaluator(test, self.stream, settings, self.plugins, workload)
         self._exchange = TrainExchange(transport, ledger, observer, settings.round_timeout)
-        self._open = OpenCollector(self._exchange, self.plugins)
+        self._open = OpenCollector(self._exchange, self.plugins, settings.server, observer)
         self._secure: Collector = self._open
         if "secure" in self._schedule.kinds:
             self._secure = SecureCollector(transport, self._exchange, ledger, observer, settings, self.plugins)
@@ -147,6 +148,7 @@ class RoundRunner:
             built = build_model(settings.model, reference.shape, norm=settings.norm, seed=settings.seed)
             self.models.append(GlobalModel(built.eval(), reference.shape, settings, self.plugins, group))
         self.account = Accountant(settings.privacy_delta) if settings.noise_multiplier else None
+        self.on_spend: Callable[[Accountant], None] = lambda account: None
         self.accuracies: list[float] = []
         self.task_accuracies: list[list[float]] = []
         self.group_accuracies: list[list[float]] = []
@@ -192,6 +194,9 @@ class RoundRunner:
         for model in self.models:  # also of groups without a client in this round: steps are counted by rounds
             model.downlink.begin(round_, whole=kind == "fedavg")
         result.step_explained_variance = self.models[0].downlink.explained_variance
+        if self.account is not None:  # before clients are asked: what they send is spent, even if this process dies
+            self.account.spend(settings.noise_multiplier, kind)
+            self.on_spend(self.account)
         groups = [(model, clients) for model, clients in zip(self.models, sampled, strict=True) if clients]
         try:
             rounds = [self._collect(model, clients, state, result) for model, clients in groups]
@@ -203,8 +208,6 @@ class RoundRunner:
             context = settings.round_context(self._shape, round_, group=model.group)
             self.plugins.on_aggregate(model.reference.model, context)
             model.average(round_)
-        if self.account is not None and any(collected.update is not None for collected in rounds):
-            self.account.spend(settings.noise_multiplier, kind)
         for model in self.models:
             before = model.reference.param_spec.parameter_count
             if model.prepare(round_ + 1):

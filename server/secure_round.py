@@ -3,7 +3,7 @@
 A secure round takes three exchanges, or four with identities.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from flwr.app import Message
@@ -13,7 +13,7 @@ from server.collector import Collected, RoundState, TrainExchange
 from server.global_model import GlobalModel
 from server.ledger import Ledger
 from server.secure_ranges import known_identities
-from tofu.errors import PayloadError
+from tofu.errors import PayloadError, RunError
 from tofu.flower.secure_stages import AbandonedError, SecureExchange, abandoning
 from tofu.flower.transport import Transport
 from tofu.observers.base import Observer
@@ -67,6 +67,8 @@ class SecureCollector:
             self._train(model, opened, state)
             self._observer.on_phase(state.round, "secure", "reveal", 0, len(opened.parts))
             mean, survivors = self._close(opened, state)
+            with abandoning():
+                self._plugins.check_sums(mean.sums, model.reference.model, clients=len(survivors))
         except AbandonedError as error:
             self._observer.on_note(f"round {state.round} is abandoned: {error}", round=state.round)
             return Collected(abandoned=str(error))
@@ -79,7 +81,6 @@ class SecureCollector:
             )
         for name in survivors:
             self._exchange.acknowledged[name] = state.round
-        self._plugins.check_sums(mean.sums, model.reference.model, clients=len(survivors))
         return Collected(mean.update, mean.examples, mean.sums, survivors=survivors, secure=mean)
 
     def _open(self, model: GlobalModel, clients: list[Client], state: RoundState) -> _Opened:
@@ -122,7 +123,14 @@ class SecureCollector:
             identified=self._known is not None, request_keys=state.request_keys,
         )  # fmt: skip
         with abandoning():
-            return opened.encoder.decode(total.vector, len(total.survivors)), total.survivors
+            mean = opened.encoder.decode(total.vector, len(total.survivors))
+            self._check_examples(mean, [opened.clients[name].examples for name in total.survivors])
+        return mean, total.survivors
+
+    def _check_examples(self, mean: SecureMean, claimed: Sequence[int]) -> None:
+        """Raises RunError if the sum holds more examples than its clients have; noise may change the number."""
+        if not self._settings.noise_multiplier and mean.examples > 1.01 * sum(claimed) + len(claimed):
+            raise RunError(f"the sum holds {mean.examples} examples, its clients have {sum(claimed)}")
 
     def _stages(self, clients: list[Client], state: RoundState) -> SecureExchange:
         """The exchanges of a round with these clients, whose messages the ledger counts."""

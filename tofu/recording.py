@@ -189,7 +189,8 @@ def save_message(
     about = {"version": VERSION, "round": round_, "client": client, **fields}
     try:
         shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+        final.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        part.mkdir(mode=0o700)
         weights = {name: value.detach().contiguous() for name, value in base.items()}
         _write(part / "base.safetensors", safetensors.torch.save(weights))
         _write(part / "payload.bin", payload)

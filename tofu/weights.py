@@ -6,6 +6,7 @@ first, in the model's order, then its buffers (BatchNorm statistics). Frozen par
 
 import copy
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -184,6 +185,12 @@ def cosine(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     """Cosine of two updates over the tensors of `a`; 0 if either is zero."""
     norm = (dot(a, a) * dot({name: b[name] for name in a}, b)) ** 0.5
     return dot(a, b) / norm if norm > 0 else 0.0
+
+
+def norm(update: Mapping[str, Tensor], param_spec: ParamSpec) -> float:
+    """The Euclidean norm of an update over the trainable parameters."""
+    parameters = {name: update[name] for name in param_spec.parameters}
+    return math.sqrt(dot(parameters, parameters))
 
 
 def explained_variance(true: Mapping[str, Tensor], decoded: Mapping[str, Tensor]) -> float:

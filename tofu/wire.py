@@ -5,7 +5,6 @@ is one bytes value: a fixed header, then parts of variable length, then the payl
 """
 
 import hashlib
-import math
 import struct
 from dataclasses import dataclass
 
@@ -118,6 +117,10 @@ class TrainRequest:
         )  # fmt: skip
 
 
+_MAX_METRIC = 1e30
+"""Limit for what a client reports, so that sums over many clients stay finite."""
+
+
 @dataclass(frozen=True)
 class TrainReply:
     """A client's reply to a `TrainRequest`.
@@ -156,8 +159,8 @@ class TrainReply:
         examples, *floats, advert_bytes, exported_bytes = reader.unpack(_REPLY)
         if examples < 1:
             raise PayloadError("reply claims training on 0 images, expected at least 1")
-        if not all(math.isfinite(value) for value in floats):
-            raise PayloadError("reply holds a metric that is not finite")
+        if not all(abs(value) <= _MAX_METRIC for value in floats):
+            raise PayloadError(f"reply holds the metrics {floats}, expected finite ones of at most {_MAX_METRIC:g}")
         advert, exported = reader.take(advert_bytes, "of the advert"), reader.take(exported_bytes, "of plugin exports")
         loss, explained, cosine, train_seconds, encode_seconds = floats
         return TrainReply(

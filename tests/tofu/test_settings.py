@@ -56,12 +56,16 @@ def another(name: str) -> Value:
 
 
 OTHERS = {dashed(name): another(name) for name in FIELDS}
-OTHERS |= dict.fromkeys(("momentum", "server-momentum", "ema-decay", "error-feedback", "step-ahead", "tolerance"), 0.25)
+OTHERS |= dict.fromkeys(
+    ("momentum", "server-momentum", "malicious-fraction", "ema-decay", "error-feedback", "step-ahead", "tolerance"),
+    0.25,
+)
 OTHERS |= {
     "plugins": "",
     "plugin-options": "",
     "feature-columns": "",
     "client-test-fraction": 0.0,
+    "aggregator": "mean",
     "text-column": "",
     "task-count": 2,
     "over-relaxation": 1.5,
@@ -114,7 +118,8 @@ def test_every_setting_has_a_help_and_a_section() -> None:
 def test_others_differ_from_every_default() -> None:
     same = OTHERS.items() & Settings().to_config().items()
     assert same == {(name, "") for name in ("plugins", "plugin-options", "feature-columns", "text-column")} | {
-        ("client-test-fraction", 0.0)
+        ("client-test-fraction", 0.0),
+        ("aggregator", "mean"),
     }
 
 
@@ -388,7 +393,7 @@ def values_of(name: str) -> st.SearchStrategy[object]:
 
 CONFLICTING = {
     "plugins", "plugin_options", "task_count", "switch_round", "max_epsilon", "min_clients", "clients", "partition",
-    "feature_columns", "text_column", "client_test_fraction",
+    "feature_columns", "text_column", "client_test_fraction", "aggregator",
 }  # fmt: skip
 
 

@@ -14,6 +14,9 @@ MAX_STATE_BYTES = 2**30
 
 _MAX_METRICS_BYTES = 2**16
 
+MAX_METRIC = 1e30
+"""Limit for what a client reports, so that sums over many clients stay finite."""
+
 
 def export_to_bytes(export: Export) -> bytes:
     """Serialize a client's export for an open round, in which the server may see its sums."""
@@ -38,6 +41,8 @@ def export_from_bytes(data: bytes, declared: Mapping[str, SumSpec]) -> Export:
         if kind == "sum" and isinstance(value, Tensor):
             sums[name] = value
         elif kind == "metric" and isinstance(value, float):
+            if abs(value) > MAX_METRIC:
+                raise PayloadError(f"metric {name} is {value:g}, expected at most {MAX_METRIC:g}")
             metrics[name] = value
         else:
             raise PayloadError(f"export holds {key[:40]!r}, expected sums and metrics")

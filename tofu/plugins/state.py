@@ -154,6 +154,8 @@ def _read_tensor(name: str, reader: _Reader) -> Tensor:
     if code >= len(_TYPES) or dimensions > _MAX_DIMENSIONS:
         raise PayloadError(f"plugin state's {name} is a tensor of type {code} with {dimensions} dimensions")
     shape = [reader.take(_U32)[0] for _ in range(dimensions)]
+    if math.prod(max(size, 1) for size in shape) >= 1 << 40:  # with a size of 0 it may have any others
+        raise PayloadError(f"plugin state's {name} has the shape {shape}, expected fewer than 2^40 values")
     _, layout = _TYPES[code]
     content = reader.bytes(math.prod(shape) * np.dtype(layout).itemsize)
     array = np.frombuffer(content, dtype=layout)

@@ -25,7 +25,7 @@ import safetensors
 import safetensors.torch
 
 from tofu.data import ImageShape
-from tofu.errors import SettingError
+from tofu.errors import RunError, SettingError
 from tofu.files import FileLock, lock_file, replace_file
 from tofu.reporting.panels import write_panels
 from tofu.rounds.panel import Panel
@@ -42,6 +42,7 @@ MAY_CHANGE = (
 
 _SHAPE = "shape"
 _JSON_LINES = ("metrics.jsonl", "ledger.jsonl")
+ACCOUNT = "privacy.json"
 
 
 class RunFolder:
@@ -60,10 +61,13 @@ class RunFolder:
             self._lock = _lock(self.path)
             self._check_settings(settings)
             return
-        self.path = Path(settings.run_folder) if settings.run_folder else fresh_folder(settings)
-        check_new(self.path)
+        self.path = Path(settings.run_folder) if settings.run_folder else Path()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            if settings.run_folder:
+                check_new(self.path)
+                self.path.mkdir(parents=True, exist_ok=True)
+            else:
+                self.path = fresh_folder(settings)
         except OSError as error:
             accepted = f"a folder that can be created ({error.strerror})"
             raise SettingError("run-folder", str(self.path), accepted) from error
@@ -98,6 +102,19 @@ class RunFolder:
         for name, final in zip(_JSON_LINES, finals, strict=True):
             earlier = [old for old in _complete_lines(self.path / name) if 0 <= old["round"] < last]
             self._replace(name, b"".join(_json(line) + b"\n" for line in (*earlier, *final)))
+
+    def write_account(self, account: Mapping[str, object]) -> None:
+        """Replace privacy.json, durably: the privacy account with the round that clients are about to be asked for."""
+        self._replace(ACCOUNT, _json(account, indent=1))
+
+    def read_account(self) -> object:
+        """What `write_account` wrote last, or None. Raises RunError if the file is damaged."""
+        try:
+            return json.loads((self.path / ACCOUNT).read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self.path / ACCOUNT} cannot be read: {error}") from error
 
     def records(self) -> tuple[RoundRecord, ...]:
         """The rounds so far."""
@@ -228,13 +245,16 @@ def _plain(value: Any) -> object:
 
 
 def fresh_folder(settings: Settings) -> Path:
-    """A folder under runs/ that does not exist yet, named by time, model and schedule."""
+    """Create a folder under runs/ that no other run has, named by time, model and schedule."""
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     name = Path("runs") / f"{stamp}-{settings.model.rpartition(':')[2]}-{settings.schedule}"
     path, n = name, 2
-    while path.exists():
-        path, n = Path(f"{name}-{n}"), n + 1
-    return path
+    while True:
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:  # also if another process made it just now
+            path, n = Path(f"{name}-{n}"), n + 1
 
 
 def add_baseline(run: Path, baseline: Path) -> None:

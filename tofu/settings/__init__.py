@@ -157,8 +157,18 @@ class Settings(BaseModel):
             raise SettingError("plugins", plugin.plugins, "none with noise-multiplier: sums of plugins are not noised")
         if self.privacy.max_epsilon and not self.privacy.noise_multiplier:
             raise SettingError("max-epsilon", self.privacy.max_epsilon, "0 without noise-multiplier")
+        self._check_aggregator()
         if rounds.has_secure_rounds and data.clients < MIN_SECURE:
             raise SettingError("clients", data.clients, f"at least {MIN_SECURE} for secure rounds")
+
+    def _check_aggregator(self) -> None:
+        name, names = self.server.aggregator, accepted_values("aggregator")
+        if name not in names and ":" not in name:
+            raise SettingError("aggregator", name, f"one of {', '.join(names)}, or package.module:Class")
+        if name != "mean" and self.round_plan.has_secure_rounds:
+            raise SettingError("aggregator", name, "mean with secure rounds, which show only the sum of the updates")
+        if name != "mean" and self.privacy.noise_multiplier:
+            raise SettingError("aggregator", name, "mean with noise-multiplier, whose guarantee is for the mean")
 
     def _check_data(self) -> None:
         data, plugin = self.data, self.plugin
@@ -403,6 +413,10 @@ def accepted_values(name: str) -> tuple[str, ...]:
 
     if name == "compressor":
         return compressors.names()
+    if name == "aggregator":
+        from tofu.rounds import aggregators
+
+        return aggregators.names()
     if name == "downlink":
         return (*(_WEIGHTS if known == "none" else known for known in compressors.names()),)
     return tuple(map(str, choices_of(FIELDS[name])))

@@ -305,6 +305,19 @@ class ServerSettings(Group):
     round_timeout: float = setting(
         3600.0, "seconds until a round continues without the clients that have not replied", gt=0
     )
+    aggregator: str = setting(
+        "mean",
+        "how open rounds combine updates: mean, norm-clip, median, trimmed-mean, multi-krum, centered-clip, "
+        "or package.module:Class",
+    )
+    malicious_fraction: float = setting(
+        0.2, "fraction of malicious clients that trimmed-mean and multi-krum tolerate", ge=0, lt=0.5
+    )
+    max_example_ratio: float = setting(
+        10.0,
+        "a client's weight in open rounds is at most so many times the median number of examples; 0 disables it",
+        ge=0,
+    )
     server_optimizer: Literal["sgd", "momentum", "adam"] = setting("sgd", "optimizer that applies the average update")
     server_lr: float = setting(1.0, "learning rate of the server's optimizer", gt=0)
     server_momentum: float = setting(0.9, "momentum with server-optimizer=momentum", ge=0, le=0.9999)

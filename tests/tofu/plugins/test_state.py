@@ -79,7 +79,12 @@ def entry(name: bytes, kind: int, value: bytes) -> bytes:
         (b"TPST\x01" + struct.pack("<I", 1) + entry(b"\xff", 1, bytes(8)), "not UTF-8"),
         (b"TPST\x01" + struct.pack("<I", 1) + entry(b"a", 2, struct.pack("<d", float("nan"))), "expected a finite"),
         (b"TPST\x01" + struct.pack("<I", 1) + entry(b"a", 5, b"\x09\x00"), "a tensor of type 9 with 0 dimensions"),
-        (b"TPST\x01" + struct.pack("<I", 1) + entry(b"a", 5, b"\x00\x08" + 8 * b"\xff\xff\xff\xff"), "too early"),
+        (b"TPST\x01" + struct.pack("<I", 1) + entry(b"a", 5, b"\x00\x08" + 8 * b"\xff\xff\xff\xff"), "fewer than"),
+        (
+            b"TPST\x01" + struct.pack("<I", 1) + entry(b"a", 5, struct.pack("<BB4I", 0, 4, 0, 1 << 31, 1 << 31, 2)),
+            "2.40",
+        ),
+        (b"TPST\x01" + struct.pack("<I", 1) + entry(b"a", 5, struct.pack("<BB2I", 0, 2, 1000, 1000)), "too early"),
         (b"TPST\x01" + struct.pack("<I", 1) + entry(b"a", 5, b"\x00\x00" + struct.pack("<f", float("inf"))), "finite"),
         (b"TPST\x01" + struct.pack("<I", 1) + entry(b"a", 5, b"\x05\x00\x02"), "neither 0 nor 1"),
         (b"TPST\x01" + struct.pack("<I", 1 << 31), "too early"),

@@ -1,0 +1,158 @@
+"""One registered client that lies: it may fail by itself, but it may not end the run or take over the model."""
+
+import dataclasses
+import struct
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from client import app as honest
+from server.app import serve_in_process
+from server.collector import example_cap
+from tofu.observers.base import Observer
+from tofu.payload import HEADER_BYTES, Payload
+from tofu.privacy import Accountant
+from tofu.reporting.folder import fresh_folder
+from tofu.rounds.record import read_rounds
+from tofu.settings import Settings
+from tofu.wire import FIELD, RECORD, SECURE, TrainReply
+
+TINY: dict[str, Any] = {
+    "clients": 4, "rounds": 2, "local_epochs": 2, "train_images": 400, "schedule": "fedavg", "lr": 0.2,
+    "checkpoint": False, "ema_decay": 0.0,
+}  # fmt: skip
+
+Lie = Callable[[TrainReply], TrainReply]
+
+
+def app_with(lie: Lie | None = None, examples: int | None = None) -> ClientApp:
+    """The real client app, whose client 3 changes its replies or claims another number of examples."""
+    app = ClientApp()
+    app.query(SECURE)(honest.secure)
+
+    @app.query()
+    def hello(message: Message, context: Context) -> Message:
+        reply = honest.hello(message, context)
+        if examples is not None and honest.client_name(context) == "3":
+            reply.content.config_records[RECORD]["examples"] = examples
+        return reply
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        reply = honest.train(message, context)
+        if lie is None or honest.client_name(context) != "3" or reply.has_error():
+            return reply
+        body = reply.content.config_records[RECORD][FIELD]
+        changed = lie(TrainReply.from_bytes(body)).to_bytes()
+        return Message(RecordDict({RECORD: ConfigRecord({FIELD: changed})}), reply_to=message)
+
+    return app
+
+
+def scaled(factor: float) -> Lie:
+    """The update times a factor, in an uncompressed reply."""
+
+    def lie(reply: TrainReply) -> TrainReply:
+        body = reply.payload[HEADER_BYTES:]
+        values = [factor * value for value in struct.unpack(f"<{len(body) // 4}f", body)]
+        head = struct.unpack_from("<4sBBI8sI", reply.payload)
+        payload = Payload(head[2], head[3], head[4], struct.pack(f"<{len(values)}f", *values)).to_bytes()
+        return dataclasses.replace(reply, payload=payload)
+
+    return lie
+
+
+class Killed(BaseException):
+    """A process that dies in the middle of a round."""
+
+
+class DieInRound(Observer):
+    """Dies when the first reply of a round has arrived: the server has seen a noised update."""
+
+    def __init__(self, round_: int) -> None:
+        self._round = round_
+
+    def on_phase(self, round_: int, kind: str, phase: str, done: int, total: int) -> None:
+        if (round_, phase, done) == (self._round, "train", 1):
+            raise Killed
+
+
+def run(folder: Path, app: ClientApp, **settings: Any) -> dict[str, Any]:
+    return serve_in_process(app, Settings.of(TINY | settings | {"run_folder": str(folder)}), Observer())
+
+
+@pytest.mark.parametrize("field", ["train_loss", "cosine", "train_seconds", "explained_variance"])
+def test_a_huge_metric_fails_its_client_only(field: str, tmp_path: Path) -> None:
+    run(tmp_path / "run", app_with(lambda reply: dataclasses.replace(reply, **{field: 1.7e308})))
+    for record in read_rounds(tmp_path / "run" / "metrics.jsonl")[1:]:
+        assert [failure.client for failure in record.failures] == ["3"]
+
+
+@pytest.mark.parametrize("schedule", ["fedavg", "secure"])
+def test_a_client_that_claims_2_to_the_62_examples_is_not_registered(schedule: str, tmp_path: Path) -> None:
+    summary = run(tmp_path / "run", app_with(examples=2**62), schedule=schedule)
+    assert summary["final_accuracy"] > 0.3
+    assert all(record.clients == 3 for record in read_rounds(tmp_path / "run" / "metrics.jsonl")[1:])
+
+
+def test_a_client_that_claims_many_examples_counts_at_most_ten_times_the_median(tmp_path: Path) -> None:
+    lie: Lie = lambda reply: dataclasses.replace(scaled(-1.0)(reply), examples=10**8)  # noqa: E731
+    capped = run(tmp_path / "capped", app_with(lie, examples=10**8))
+    free = run(tmp_path / "free", app_with(lie, examples=10**8), max_example_ratio=0.0)
+    assert capped["weights_sha256"] != free["weights_sha256"]
+    assert example_cap([100, 120, 80, 10**8], 10.0) == 1100
+    assert example_cap([100, 120, 80, 10**8], 0.0) == 10**8
+
+
+def test_a_sign_flip_ruins_the_mean_and_not_the_robust_rules(tmp_path: Path) -> None:
+    attack = app_with(scaled(-30.0))
+    accuracy = {
+        rule: run(tmp_path / rule, attack, aggregator=rule, malicious_fraction=0.25, partition="iid")["final_accuracy"]
+        for rule in ("mean", "median", "trimmed-mean", "multi-krum", "norm-clip", "centered-clip")
+    }
+    assert accuracy["mean"] < 0.3
+    for rule, value in accuracy.items():
+        assert rule == "mean" or value > accuracy["mean"] + 0.2, accuracy
+
+
+def test_a_round_that_a_crash_interrupted_counts_in_the_privacy_account(tmp_path: Path) -> None:
+    private = TINY | {"noise_multiplier": 4.0, "rounds": 3, "norm": "none", "checkpoint": True, "ema_decay": 0.5}
+    folder, whole = tmp_path / "killed", tmp_path / "whole"
+    serve_in_process(honest.app, Settings.of(private | {"run_folder": str(whole)}), Observer())
+    for observer, own in ((DieInRound(2), {"run_folder": str(folder)}), (DieInRound(2), {"resume": str(folder)})):
+        with pytest.raises(Killed):
+            serve_in_process(honest.app, Settings.of(private | own), observer)
+    serve_in_process(honest.app, Settings.of(private | {"resume": str(folder)}), Observer())
+    account = Accountant(Settings.of(private).privacy.privacy_delta)
+    for _ in range(5):  # rounds 1 to 3, and round 2 twice more
+        account.spend(4.0, "fedavg")
+    assert read_rounds(folder / "metrics.jsonl")[-1].epsilon == pytest.approx(account.epsilon)
+    three = read_rounds(whole / "metrics.jsonl")[-1].epsilon
+    assert three is not None
+    assert three < account.epsilon
+
+
+@pytest.mark.parametrize("kind", ["fedavg", "proxy"])
+def test_the_training_time_is_not_reported_under_differential_privacy(kind: str, tmp_path: Path) -> None:
+    seen: list[float] = []
+
+    def look(reply: TrainReply) -> TrainReply:
+        seen.append(reply.train_seconds)
+        return reply
+
+    run(tmp_path / "run", app_with(look), noise_multiplier=1.0, norm="none", schedule=kind, ratio=10.0, max_evals=5)
+    assert seen == [0.0, 0.0]
+
+
+def test_each_of_two_runs_of_the_same_second_has_its_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(fresh_folder, [Settings()] * 40))
+    assert len(set(folders)) == 40
