@@ -1,7 +1,7 @@
 """Narrow, fast and coarse spiking networks: the plugin `spatio-temporal`, on one node.
 
-A network that is wider than MNIST needs is trained without spikes, converted (every threshold is the 99.9th percentile
-of its layer's pre-activations, in order), and fine-tuned as a spiking network of T steps: "wide". The plugin measures
+A network that is wider than MNIST needs is trained without spikes, converted (every threshold is a percentile of its
+layer's pre-activations, in order), and fine-tuned as a spiking network of T steps: "wide". The plugin measures
 the channels and narrows it; fine-tuning gives "narrow". "direct" evaluates that at fewer steps, "reduced" after
 fine-tuning at T - 1, T - 2, ..., 1 steps. "post" rounds the weights of the last one to b bits, "aware" fine-tunes with
 rounded weights. The non-spiking networks of the same widths, "dense" and "dense narrow", are trained for as many
@@ -35,7 +35,6 @@ NETWORKS: dict[str, tuple[int | str, ...]] = {
     "mnist": ("A", 32, "A", 64, "A", 128),
     "cifar10": (64, "A", 128, 128, "A", 128, "A"),
 }
-PERCENTILE = 0.999
 
 
 def mnist_network(channels: int, height: int, width: int, classes: int) -> nn.Module:
@@ -44,7 +43,7 @@ def mnist_network(channels: int, height: int, width: int, classes: int) -> nn.Mo
 
 
 @torch.no_grad()
-def balance_thresholds(network: SpikingNetwork, images: Tensor) -> None:
+def balance_thresholds(network: SpikingNetwork, images: Tensor, percentile: float) -> None:
     """Set the thresholds of a network that was trained without spikes, layer after layer, at its number of steps.
 
     Args:
@@ -58,7 +57,7 @@ def balance_thresholds(network: SpikingNetwork, images: Tensor) -> None:
         handle.remove()
         currents = torch.cat(seen)
         # torch.quantile takes at most 2^24 numbers.
-        layer.threshold.fill_(float(currents[:: len(currents) // 2**23 + 1].quantile(PERCENTILE)))
+        layer.threshold.fill_(float(currents[:: len(currents) // 2**23 + 1].quantile(percentile)))
 
 
 @torch.no_grad()
@@ -121,7 +120,7 @@ def one_seed(seed: int, options: argparse.Namespace) -> dict[str, Any]:
     bench.fit(network, options.dense_epochs, options.lr)
     note("dense", network)
     network.spiking = True
-    balance_thresholds(network, bench.train_data.images[:500])
+    balance_thresholds(network, bench.train_data.images[:300], options.percentile)
     note("converted", network)
     bench.fit(network, options.epochs, options.snn_lr)
     note("wide", network)
@@ -136,19 +135,22 @@ def one_seed(seed: int, options: argparse.Namespace) -> dict[str, Any]:
     row["reduced"] = {}
     for steps in range(options.steps - 1, 0, -1):
         narrow.steps = steps
-        bench.fit(narrow, options.step_epochs, options.snn_lr)
+        epochs, lr = options.step_epochs, options.snn_lr
+        if steps <= 2:  # where few spikes are left, larger steps silence neurons for good
+            epochs, lr = options.last_epochs, options.last_lr
+        bench.fit(narrow, epochs, lr)
         row["reduced"][steps] = accuracy(narrow, bench.test)
     note("fast", narrow)
     for bits in options.bits:
         coarse = quantized(narrow, bits)
         note(f"post {bits}", coarse)
-        bench.fit(coarse, options.step_epochs, options.snn_lr / 5)
+        bench.fit(coarse, 2 * options.step_epochs, options.last_lr / 5)
         note(f"aware {bits}", coarse)
     torch.manual_seed(seed)
     rival = spiking_vgg([width if isinstance(width, str) else kept for width, kept in _with(options, row)],
                         bench.shape, steps=1)  # fmt: skip
     rival.spiking = False
-    bench.fit(rival, options.dense_epochs, options.lr)
+    bench.fit(rival, options.dense_epochs, options.lr / 4)
     note("dense narrow", rival)
     return row | {"seconds": time.perf_counter() - began}
 
@@ -209,23 +211,26 @@ def main() -> None:
     parser.add_argument("--name", default="mnist", choices=list(NETWORKS), help="dataset; names the result, too")
     parser.add_argument("--data", default="", help="a folder or a hub id; by default that of NAME")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0 on")
-    parser.add_argument("--images", type=int, default=6000, help="training images; 0: all")
-    parser.add_argument("--test-images", type=int, default=2000, help="test images; 0: all")
+    parser.add_argument("--images", type=int, default=2000, help="training images; 0: all")
+    parser.add_argument("--test-images", type=int, default=1000, help="test images; 0: all")
     parser.add_argument("--measured", type=int, default=1000, help="images whose potentials are measured")
-    parser.add_argument("--variance", type=float, default=0.99)
+    parser.add_argument("--variance", type=float, default=0.97)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--dense-epochs", type=int, default=8)
-    parser.add_argument("--epochs", type=int, default=2, help="of the wide spiking network")
-    parser.add_argument("--narrow-epochs", type=int, default=6)
+    parser.add_argument("--dense-epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=1, help="of the wide spiking network")
+    parser.add_argument("--narrow-epochs", type=int, default=8)
     parser.add_argument("--step-epochs", type=int, default=1, help="at each number of steps")
-    parser.add_argument("--lr", type=float, default=0.05)
+    parser.add_argument("--last-epochs", type=int, default=15, help="at 2 steps and at 1")
+    parser.add_argument("--last-lr", type=float, default=0.01, help="at 2 steps and at 1")
+    parser.add_argument("--percentile", type=float, default=0.95, help="of pre-activations: the thresholds")
+    parser.add_argument("--lr", type=float, default=0.02)
     parser.add_argument("--snn-lr", type=float, default=0.02)
-    parser.add_argument("--bits", type=int, nargs="*", default=[8, 5, 4, 3])
-    parser.add_argument("--noise", type=float, nargs="*", default=[0.1, 0.2, 0.3])
+    parser.add_argument("--bits", type=int, nargs="*", default=[8, 5, 3])
+    parser.add_argument("--noise", type=float, nargs="*", default=[0.3])
     parser.add_argument("--shown-steps", type=int, nargs="*", default=[12, 8, 6, 4, 3, 2, 1])
     options = parser.parse_args()
     hub = {"mnist": "ylecun/mnist", "cifar10": "uoft-cs/cifar10"}
-    command = " ".join(["python -m benchmarks.plugins spatio_temporal", *sys.argv[1:]])
+    command = " ".join(["python -m benchmarks.plugins spatio-temporal", *sys.argv[1:]])
     settings = {name: value for name, value in vars(options).items() if name not in ("data", "seeds")}
     options.data = options.data or find_data(options.name, hub[options.name])
     torch.set_num_threads(1)
