@@ -288,7 +288,7 @@ def failures(folder: Path) -> list[dict[str, str]]:
     return [json.loads(line)["failures"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("schedule", ["full", "proxy", "secure"])
+@pytest.mark.parametrize("schedule", ["fedavg", "proxy", "secure"])
 @pytest.mark.parametrize("more", [{}, PARITY])
 def test_it_works_in_every_kind_of_round_and_draws_a_panel(
     tmp_path: Path, schedule: str, more: dict[str, object]
@@ -314,7 +314,7 @@ def test_it_works_in_every_kind_of_round_and_draws_a_panel(
         assert held_out[name] == pytest.approx(float(metric.compute()))
 
 
-@pytest.mark.parametrize("schedule", ["full", "proxy"])
+@pytest.mark.parametrize("schedule", ["fedavg", "proxy"])
 def test_coarse_heads_learn_in_uncompressed_and_in_proxy_rounds(tmp_path: Path, schedule: str) -> None:
     """Also from proxies alone, which tell how their weights changed; chance is 1/3 and 1/6."""
     federate(tmp_path / "run", schedule=schedule, correction=0.0, max_evals=60)
@@ -362,7 +362,7 @@ def test_a_client_that_loses_its_state_goes_on(tmp_path: Path) -> None:
 def test_it_combines_with_other_plugins(tmp_path: Path, other: str) -> None:
     options = {"rank": "rank.energy=0.95", "trend": "trend.members=fp,1 trend.images=10 trend.steps=2"}.get(other, "")
     run = tmp_path / "run"
-    federate(run, schedule="full", clients=4, local_epochs=1, plugins=f"hierarchy,{other}",
+    federate(run, schedule="fedavg", clients=4, local_epochs=1, plugins=f"hierarchy,{other}",
              plugin_options=f"hierarchy.tree=digits {options}".strip())  # fmt: skip
     assert failures(run)[1:] == [[]] * 3
     assert set(read_panels(run)) >= {"hierarchy"}
