@@ -19,13 +19,13 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
 from tofu.compression.error_feedback import NEVER
-from tofu.errors import PayloadError, RunError
+from tofu.errors import PayloadError, RunError, SettingError
 from tofu.flower.feedback import load_feedback, save_feedback
 from tofu.flower.internals import error_reply
 from tofu.flower.kept_arrays import load_arrays, save_arrays
 from tofu.flower.policy import check_policy
 from tofu.flower.update_codec import RECORD, VERSION, ArrayModel, UpdateCodec, record_of, tensors_of
-from tofu.flower.wrapper import StrategyWrapper, TrainMod, only_arrays, reasons_of, with_record, with_records
+from tofu.flower.wrapper import StrategyWrapper, TrainMod, only_arrays, reasons_of, with_record, with_records, wrappers
 from tofu.rng import derive_generator
 from tofu.rounds.downlink import KeptWeights, ResyncError, WeightSteps, follow_steps
 from tofu.rounds.steps import AddResidual, Compress, KeepResidual, Outgoing, apply_steps
@@ -216,6 +216,9 @@ class Compressed(StrategyWrapper):
 
     def __init__(self, inner: Strategy, *arguments: Any, codec: UpdateCodec | None = None, **options: Any) -> None:
         super().__init__(inner)
+        if any("mod" in vars(wrapper) for wrapper in wrappers(inner)):
+            accepted = "a strategy that gets plain replies, or tofu.Hybrid in the place of two wrappers"
+            raise SettingError("strategy", type(inner).__name__, accepted)
         self.mod = "tofu.compress"
         self._codec = codec or UpdateCodec(*arguments, **options)
         self.acknowledged: dict[int, int] = {}

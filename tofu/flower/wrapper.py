@@ -74,11 +74,14 @@ class StrategyWrapper(Strategy):
         self.inner.summary()
 
 
+def wrappers(strategy: Strategy) -> list[StrategyWrapper]:
+    """The wrappers around a strategy, the outermost first."""
+    return [strategy, *wrappers(strategy.inner)] if isinstance(strategy, StrategyWrapper) else []
+
+
 def unwrapped(strategy: Strategy) -> Strategy:
     """The strategy inside all wrappers."""
-    while isinstance(strategy, StrategyWrapper):
-        strategy = strategy.inner
-    return strategy
+    return unwrapped(strategy.inner) if isinstance(strategy, StrategyWrapper) else strategy
 
 
 def with_record(message: Message, key: str, record: ConfigRecord) -> Message:

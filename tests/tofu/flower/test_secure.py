@@ -212,6 +212,12 @@ def test_strategies_that_need_individual_updates_are_refused_by_name(strategy: S
         tofu.SecureAggregation(strategy)
 
 
+def test_two_wrappers_that_change_replies_are_refused() -> None:
+    for inner in (tofu.SecureAggregation(FedAvg()), tofu.Compressed(FedAvg(), ratio=20)):
+        with pytest.raises(SettingError, match=r"strategy='.*' is not usable: .*tofu\.Hybrid"):
+            tofu.Compressed(inner, ratio=20)
+
+
 class Personal(FedAvg):
     """A strategy that gives each client a learning rate of its own."""
 
