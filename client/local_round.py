@@ -284,8 +284,8 @@ class LocalRound:
         if encoder.digest != config.digest:
             raise ResyncError("this client's weights select other coordinates than the server's")
         session = load_session(self.context, participant_of(self.context, self.position.client))
-        if session.purpose != purpose_of(config, self.base, self.broadcast):
-            raise ResyncError("the weights or the encoding are not those that all clients of this sum agreed on")
+        if session.purpose != purpose_of(config, self.base, self.broadcast, *settings.meaning(self.round)):
+            raise ResyncError("the weights, settings or encoding are not those that all clients of this sum agreed on")
         noise = settings.noise_in_sum(
             session.topology, session.members, levels=encoder.levels, values=encoder.values
         )  # fmt: skip

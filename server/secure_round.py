@@ -96,7 +96,7 @@ class SecureCollector:
             config, encoder = model.secure.encoding(able, declared, flat(weights) - model.initial)
         session = ServerSession(
             run_name(self._transport.run_id), state.round, values=encoder.length, bits=config.bits, known=self._known,
-            purpose=purpose_of(config, weights, state.broadcast),
+            purpose=purpose_of(config, weights, state.broadcast, *self._settings.meaning(state.round)),
         )  # fmt: skip
         deliveries = stages.share_keys(session, adverts, self._settings.topology, min_clients=MIN_SECURE)
         parts = {name: SecurePart(config.to_bytes(), shares).to_bytes() for name, shares in deliveries.items()}

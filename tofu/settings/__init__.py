@@ -1,6 +1,8 @@
 """All settings of a run: groups of typed fields, the flat names that users write, TOML files and the JSON schema."""
 
 import difflib
+import hashlib
+import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -121,6 +123,11 @@ class Settings(BaseModel):
         if present in FIELDS:
             return getattr(getattr(self, _GROUP_OF[present]), present)
         raise AttributeError(f"settings have no {name!r}")
+
+    def meaning(self, round_: int) -> tuple[bytes, bytes]:
+        """What clients of one secure sum must have alike besides its encoding: a digest of all settings, the round."""
+        text = json.dumps(self.to_config(), sort_keys=True)
+        return hashlib.sha256(text.encode()).digest(), round_.to_bytes(4, "little")
 
     def _check(self) -> None:
         """Check settings against each other."""

@@ -64,15 +64,19 @@ class EncodingConfig:
         return EncodingConfig(clients, bits, unit_weight, ranges, fraction, turn, digest, bool(nearest))
 
 
-def purpose_of(config: EncodingConfig, weights: Weights, broadcast: bytes) -> bytes:
+def purpose_of(config: EncodingConfig, weights: Weights, broadcast: bytes, *more: bytes) -> bytes:
     """Digest of what gives the clients' vectors their meaning, 32 bytes: config, global weights, plugin state.
 
     It enters all keys and masks, so only clients with the same meaning are summed. Otherwise a server could give all
-    clients but one huge ranges, or weights that yield zero updates, and see the update of that one almost alone
+    clients but one huge ranges, a learning rate of almost 0, or weights that yield zero updates, and see the update of
+    that one almost alone
     (Pasquini, Francati, Ateniese, "Eluding Secure Aggregation in Federated Learning via Model Inconsistency",
     CCS 2022).
+
+    Args:
+        more: whatever else determines a client's vector, such as the settings and the round (`Settings.meaning`).
     """
     meaning = hashlib.sha256(b"tofu secure round 1")
-    for part in (config.to_bytes(), weights_sha256(weights).encode(), hashlib.sha256(broadcast).digest()):
+    for part in (config.to_bytes(), weights_sha256(weights).encode(), hashlib.sha256(broadcast).digest(), *more):
         meaning.update(len(part).to_bytes(4, "little") + part)
     return meaning.digest()
