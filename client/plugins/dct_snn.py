@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from client.plugins.round_start import subsample
-from tofu.data import LabeledImages, to_float
+from client.plugins.spiking_energy import dense_microjoules, microjoules, operations
+from tofu.data import ImageShape, LabeledImages, to_float
 from tofu.errors import SettingError
 from tofu.models.spiking import (
     FREQUENCIES,
@@ -178,16 +179,26 @@ def _measured(network: SpikingNetwork, encoder: DctEncoder, images: Tensor, labe
     """Spikes over time and layer, and accuracy and spikes by the number of kept frequencies."""
     kept = encoder.frequencies
     activity: dict[str, LayerActivity] = {}
-    rows: list[tuple[int, float, float, float]] = []
+    rows: list[tuple[float, ...]] = []
+    channels, height, width = images.shape[1:]
+    shape = ImageShape(channels, height, width, classes=int(labels.max()) + 1)
+    try:
+        arithmetic = operations(network, shape)
+    except SettingError:  # another plugin has changed a layer into what is not counted
+        arithmetic = {}
     for frequencies in (*(k for k in _KEPT if k < kept), kept):
         encoder.frequencies = frequencies
         with record_activity(network) as recorded:
             right = network(images).argmax(1) == labels
         activity = recorded
-        emitted = float(encoder(images).abs().sum()) / len(images)
-        inner = sum(float(layer.spikes.sum()) for layer in activity.values()) / len(images)
-        rows.append((frequencies, float(right.float().mean()), emitted, inner))
-    table = TableFigure("Kept frequencies", ("kept", "accuracy", "input spikes", "spikes of neurons"), tuple(rows))
+        spikes = {name: float(layer.spikes.sum()) / len(images) for name, layer in activity.items()}
+        spikes["encoder"] = float(encoder(images).abs().sum()) / len(images)
+        neurons = sum(spikes.values()) - spikes["encoder"]
+        energy = (microjoules(arithmetic, spikes),) if arithmetic else ()
+        rows.append((frequencies, float(right.float().mean()), spikes["encoder"], neurons, *energy))
+    header = ("kept", "accuracy", "input spikes", "spikes of neurons", "uJ")
+    table = TableFigure("Kept frequencies", header[: len(rows[0])], tuple(rows))
+    dense = f"; the same network without spikes takes {dense_microjoules(arithmetic):.3g} uJ" if arithmetic else ""
     lines = tuple(
         Series(name, tuple(layer.spikes.flatten(1).mean(1).tolist()), x=tuple(range(1, network.steps + 1)))
         for name, layer in activity.items()
@@ -196,7 +207,7 @@ def _measured(network: SpikingNetwork, encoder: DctEncoder, images: Tensor, labe
     return Panel(
         "Spikes in the order of frequencies",
         f"Of the final network, on {len(images)} of the server's held-out images; spikes are per image. Dropped "
-        "frequencies leave their time steps without input.",
+        f"frequencies leave their time steps without input. Energies count operations{dense}.",
         (
             Chart("Spikes per neuron and time step", lines, x_label="time step", y_label="fraction of neurons"),
             Chart("Accuracy by kept frequencies", (accuracy,), x_label="frequencies", y_label="accuracy"),

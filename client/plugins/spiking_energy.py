@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tofu.data import ImageShape
-from tofu.models.spiking import LeakyIntegrateFire
+from tofu.models.spiking import DctEncoder, LeakyIntegrateFire
 from tofu.plugins.channels import chain_of
 
 PJ_AC = 0.9
@@ -29,7 +29,8 @@ class LayerOperations:
         macs: multiplications of one pass over real numbers.
         passes: passes for one image: the number of steps, or 1 for constant currents.
         fan_out: mean number of weights that one input meets.
-        source: name of the layer of neurons whose spikes it receives; "" if it receives real numbers.
+        source: name of the layer of neurons, or of the encoder, whose spikes it receives; "" if it receives real
+            numbers.
     """
 
     macs: int
@@ -55,7 +56,7 @@ def operations(model: nn.Module, shape: ImageShape) -> dict[str, LayerOperations
     layers = chain_of(model)
     names: dict[nn.Module, str] = {layer: name for name, layer in layers.items()}
     neurons: dict[nn.Module, str] = {
-        module: name for name, module in model.named_modules() if isinstance(module, LeakyIntegrateFire)
+        module: name for name, module in model.named_modules() if isinstance(module, LeakyIntegrateFire | DctEncoder)
     }
     found: dict[str, LayerOperations] = {}
     source = ""

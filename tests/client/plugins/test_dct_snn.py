@@ -11,6 +11,7 @@ from PIL import Image
 
 from client import app as honest
 from client.plugins.dct_snn import DctSnn
+from client.plugins.spiking_energy import microjoules, operations
 from server.app import serve_in_process
 from tests.client.plugins.apps import forgetful_app
 from tofu.data import LabeledImages, to_float
@@ -122,6 +123,18 @@ def test_a_federation_trains_converts_and_fine_tunes(tmp_path: Path, schedule: s
     assert [series.name for series in panel.figures[0].series] == ["lif1", "lif2"]  # type: ignore[union-attr]
     assert panel.figures[2].rows[-1][0] == 16  # type: ignore[union-attr]
     assert panel.figures[2].rows[-1][3] > 0  # type: ignore[union-attr,operator]
+    energies = [float(row[4]) for row in panel.figures[2].rows]  # type: ignore[union-attr]
+    assert 0 < energies[0] < energies[-1]
+
+
+def test_the_report_counts_operations_of_the_encoder_too(digits: LabeledImages) -> None:
+    """Input spikes cost additions in the first convolution, spikes of the last neurons in the linear layer."""
+    model = build_model("dct-snn-small", digits.shape)
+    assert isinstance(model, SpikingNetwork)
+    found = operations(model, digits.shape)
+    assert [layer.source for layer in found.values()] == ["encoder", "lif1", "lif2"]
+    spikes = {"encoder": 100.0, "lif1": 0.0, "lif2": 0.0}
+    assert microjoules(found, spikes) == pytest.approx(100 * 16 * 9 * 0.9 / 1e6)  # 16 channels of 3x3
 
 
 def test_payloads_of_5_bits_carry_a_spiking_update(tmp_path: Path) -> None:
