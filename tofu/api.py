@@ -29,7 +29,7 @@ from tofu.bytes_io import ByteReader
 from tofu.codec.options import DEFAULTS, CompressorOptions, ProxySettings
 from tofu.compression import compressors, make_compressor
 from tofu.errors import PayloadError, SettingError
-from tofu.model_call import MAX_AXES, Forward, InputShape, Loss, ModelCall, Shape, resolve_compressor, shapes_of
+from tofu.model_call import MAX_AXES, Forward, InputShape, Loss, ModelCall, Shape, inputs_of, resolve_compressor
 from tofu.payload import HEADER_BYTES, Payload, read_payload
 from tofu.reference_model import ReferenceModel
 from tofu.settings.deprecated import present_value
@@ -167,8 +167,9 @@ def decode(
     name = present_value("compressor", reader.take(name_bytes).decode(errors="replace"), warn=False)
     compressor = compressor and present_value("compressor", compressor)
     options = _options_from_bytes(reader.take(options_bytes))
-    if input_shape is not None and shapes not in ((), shapes_of(input_shape)):
-        raise PayloadError(f"message has input shape {shapes}, expected {shapes_of(input_shape)}")
+    expected, _ = inputs_of(model, input_shape or shapes or (1,), forward)
+    if shapes not in ((), expected):
+        raise PayloadError(f"message has input shape {shapes}, expected {expected}")
     if name != (compressor or name) or (compressor is None and name not in compressors.names()):
         raise PayloadError(f"message was written by compressor {name!r}, expected {compressor or 'a registered one'}")
     try:

@@ -118,8 +118,6 @@ def call_of(
 ) -> ModelCall:
     """The call of a model with these inputs, tried with zeros.
 
-    A transformer of the `transformers` library gets an input [tokens, dim] in the place of its token embeddings.
-
     Args:
         input_shape, forward: see `ModelCall`.
         loss, target_shape: a loss and the shape of its target, both or neither.
@@ -127,11 +125,9 @@ def call_of(
     Raises:
         SettingError: the model cannot be called so, or its outputs are not floating-point values for each example.
     """
-    inputs = shapes_of(input_shape)
+    inputs, forward = inputs_of(model, input_shape, forward)
     if (loss is None) != (target_shape is None):
         raise SettingError("target_shape", target_shape, "the shape of the targets of `loss`: give both or neither")
-    if forward is None and _takes_embeddings(model, inputs):
-        forward = call_with_embeddings
     call = ModelCall(inputs, tuple(target_shape or ()), forward, loss)
     try:
         with evaluating(model), torch.no_grad():
@@ -186,6 +182,24 @@ def shapes_of(input_shape: InputShape) -> tuple[Shape, ...]:
         accepted = "the shape of one example, such as (3, 32, 32), or a tuple of such shapes"
         raise SettingError("input_shape", input_shape, accepted)
     return tuple(tuple(shape) for shape in shapes)  # type: ignore[arg-type]
+
+
+def inputs_of(
+    model: nn.Module, input_shape: InputShape, forward: Forward | None
+) -> tuple[tuple[Shape, ...], Forward | None]:
+    """The shapes of all inputs, and the `forward`.
+
+    A transformer of the `transformers` library gets an input of (tokens,) or (tokens, dim) in the place of its token
+    embeddings.
+    """
+    shapes = shapes_of(input_shape)
+    embeddings = getattr(model, "get_input_embeddings", None)
+    layer = embeddings() if callable(embeddings) else None
+    if forward is None and len(shapes) == 1 and isinstance(layer, nn.Embedding):
+        embedded = (shapes[0][0], layer.embedding_dim)
+        if shapes[0] in (embedded, embedded[:1]):
+            return (embedded,), call_with_embeddings
+    return shapes, forward
 
 
 def takes_integers(model: nn.Module, input_shape: InputShape) -> bool:
@@ -260,12 +274,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-def _takes_embeddings(model: nn.Module, inputs: tuple[Shape, ...]) -> bool:
-    """Whether the one input is [tokens, dim] with the dim of a `transformers` model's token embeddings."""
-    get = getattr(model, "get_input_embeddings", None)
-    if not callable(get) or len(inputs) != 1 or len(inputs[0]) != 2:
-        return False
-    layer = get()
-    return isinstance(layer, nn.Embedding) and layer.embedding_dim == inputs[0][1]

@@ -8,7 +8,7 @@ import copy
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -131,8 +131,9 @@ class UpdateCodec:
         Raises:
             SettingError: the arrays are not those of the model, or the model does not accept the input shape.
         """
-        model = _bare(arrays) if self._built_once is None else copy.deepcopy(self._built_once)
+        model = self._built_once or _bare(arrays)
         names = _matched(arrays, model)
+        model = _copy(model, names)
         load_weights(model, {own: arrays[name] for own, name in names.items()})
         reference = ReferenceModel(model.eval(), self._resolved[1])
         return ArrayModel(reference.param_spec, names, reference)
@@ -188,7 +189,7 @@ class ArrayNames:
 
     Attributes:
         param_spec: of what is trained.
-        names: own name -> name of the array.
+        names: own name -> name of the array. Frozen parameters and buffers may be missing.
     """
 
     param_spec: ParamSpec
@@ -202,8 +203,9 @@ class ArrayNames:
         return ArrayNames(ParamSpec(floats, others, frozenset(others)), {name: name for name in arrays})
 
     def own(self, arrays: Mapping[str, Tensor]) -> Weights:
-        """The trained arrays by their own names, float32."""
-        return {own: arrays[self.names[own]].float() for own in self.param_spec.shapes}
+        """The trained arrays by their own names, float32; zeros for buffers that the app does not send."""
+        shapes = self.param_spec.shapes.items()
+        return {own: arrays[self.names[own]].float() if own in self.names else torch.zeros(s) for own, s in shapes}
 
     def update(self, base: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> Weights:
         """new - base of all that is trained, by its own names.
@@ -220,15 +222,16 @@ class ArrayNames:
 
     def replaced(self, arrays: Mapping[str, Tensor], weights: Weights) -> dict[str, Tensor]:
         """The arrays with the trained ones replaced by `weights`, in the arrays' types."""
-        return {**arrays, **{self.names[own]: w.to(arrays[self.names[own]].dtype) for own, w in weights.items()}}
+        sent = {self.names[own]: value for own, value in weights.items() if own in self.names}
+        return {**arrays, **{name: value.to(arrays[name].dtype) for name, value in sent.items()}}
 
     def add(self, base: Mapping[str, Tensor], update: Weights) -> dict[str, Tensor]:
-        """base + update, by the arrays' names; integers are rounded."""
+        """base + update, by the arrays' names; integers are rounded, buffers that the app does not send left out."""
         new = dict(base)
-        for own, value in update.items():
-            name = self.names[own]
-            total = base[name].float() + value
-            new[name] = total if base[name].is_floating_point() else total.round()
+        for own, name in self.names.items():
+            if own in update:
+                total = base[name].float() + update[own]
+                new[name] = total if base[name].is_floating_point() else total.round()
         return new
 
 
@@ -261,22 +264,49 @@ def record_of(tensors: Mapping[str, Tensor], like: ArrayRecord | None = None) ->
 
 
 def _matched(arrays: Mapping[str, Tensor], model: nn.Module) -> dict[str, str]:
-    """State-dict name -> name of the array: equal names, or as many arrays in the same order.
+    """State-dict name -> name of the array.
+
+    Apps send the whole state dict, or less: what is trainable, or the adapters of a PEFT model, whose names lack the
+    adapter's own. Arrays without such names are taken to be all of these in order.
 
     Raises:
         SettingError: names, number or shapes differ.
     """
-    own = model.state_dict()
-    same_names = arrays.keys() == own.keys()
-    if not same_names and len(arrays) != len(own):
+    own, trainable = model.state_dict(), [name for name, p in model.named_parameters() if p.requires_grad]
+    short = {_without_adapter(name, model): name for name in own}
+    if arrays.keys() <= own.keys():
+        names = {name: name for name in own if name in arrays}
+    elif len(arrays) == len(own):
+        names = dict(zip(own, arrays, strict=True))
+    elif arrays.keys() <= short.keys():
+        names = {name: array for array, name in short.items() if array in arrays}
+    elif len(arrays) == len(trainable):
+        names = dict(zip(trainable, arrays, strict=True))
+    else:
         odd = min(arrays.keys() ^ own.keys())
-        raise SettingError("model", f"{len(own)} arrays", f"the {len(arrays)} of the message ({odd!r} is on one side)")
-    names = {name: name for name in own} if same_names else dict(zip(own, arrays, strict=True))
+        expected = f"the {len(arrays)} of the message ({odd!r} is on one side)"
+        raise SettingError("model", f"{len(own)} arrays, {len(trainable)} trainable", expected)
+    missing = set(trainable) - names.keys()
+    if missing:
+        raise SettingError("model", f"trainable {min(missing)}", "every trainable parameter to be in the message")
     for name, array in names.items():
         if own[name].shape != arrays[array].shape:
-            found, expected = list(own[name].shape), list(arrays[array].shape)
-            raise SettingError("model", f"{name} of shape {found}", f"{expected}, as array {array!r} of the message")
+            found, other = list(own[name].shape), list(arrays[array].shape)
+            raise SettingError("model", f"{name} of shape {found}", f"{other}, as array {array!r} of the message")
     return names
+
+
+def _without_adapter(name: str, model: nn.Module) -> str:
+    """A PEFT model's state-dict name as `get_peft_model_state_dict` gives it; other names are unchanged."""
+    for adapter in getattr(model, "peft_config", ()):
+        name = f"{name}.".replace(f".modules_to_save.{adapter}.", ".").replace(f".{adapter}.", ".")[:-1]
+    return name
+
+
+def _copy(model: nn.Module, names: Collection[str]) -> nn.Module:
+    """A copy of the model that shares the frozen parameters which are not among the names: nobody changes these."""
+    frozen = [p for name, p in model.named_parameters() if not p.requires_grad and name not in names]
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in frozen})
 
 
 def _bare(arrays: Mapping[str, Tensor]) -> nn.Module:
