@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from attacks.observation import Observation
-from tofu.compression import compressors
+from tofu.compression import compressors, uplink_compressor
 from tofu.data import LabeledImages
 from tofu.errors import SettingError
 from tofu.payload import HEADER_BYTES
@@ -130,7 +130,7 @@ def observe(
         update = _mean([one.update for one in rounds[: message.clients]])
     elif message.kind != "exact":
         wanted = {"compressor": message.kind, "ratio": message.number, "codec_mode": message.mode}
-        compressor = Settings.of(wanted).make_compressor("proxy", network)
+        compressor = uplink_compressor(Settings.of(wanted), "proxy", network)
         compressed = compressor.compress(network, update, generator=generator)
         update, nbytes = compressed.decoded, HEADER_BYTES + len(compressed.body)
         if (content := compressor.describe(compressed.body)) is not None:

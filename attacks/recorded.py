@@ -23,6 +23,7 @@ from attacks.networks import attacked_model
 from attacks.observation import Observation
 from attacks.registry import make_attack
 from attacks.trials import OTHERS, AttackResult
+from tofu.compression import uplink_compressor
 from tofu.data import FederatedData, LabeledImages, to_float
 from tofu.errors import SettingError
 from tofu.payload import HEADER_BYTES, read_payload
@@ -45,7 +46,7 @@ def observation_of(recording: Recording) -> Observation:
         SettingError: the model cannot be built.
     """
     settings, network = recording.settings, _network(recording)
-    compressor = settings.make_compressor(recording.kind, network)
+    compressor = uplink_compressor(settings, recording.kind, network)
     payload = read_payload(
         recording.payload,
         codec=compressor.code,
@@ -54,14 +55,14 @@ def observation_of(recording: Recording) -> Observation:
         max_bytes=len(recording.payload),
     )
     content = compressor.describe(payload.body)
-    mode = f":{settings.codec_mode}" if content else ""
+    mode = f":{settings.codec.codec_mode}" if content else ""
     return Observation(
         message=f"recorded {compressor.name}{mode}",
         network=network,
         update=compressor.decompress(network, payload.body),
         images=recording.examples,
-        batch_size=settings.batch_size,
-        epochs=settings.local_epochs,
+        batch_size=settings.training.batch_size,
+        epochs=settings.training.local_epochs,
         lr=recording.lr,
         proxies=content.proxies if content else None,
         proxy_settings=content.settings if content else None,
@@ -72,10 +73,8 @@ def observation_of(recording: Recording) -> Observation:
 def control_of(recording: Recording, data: LabeledImages, observation: Observation) -> Observation:
     """The same round's exact update, from the client's training made again: what the attacks have to break first."""
     settings = recording.settings
-    config = LocalTrainingConfig(
-        settings.local_epochs, settings.batch_size, recording.lr, settings.momentum, settings.weight_decay
-    )
-    generator = derive_generator(settings.seed, recording.round, recording.client, "train")
+    config = LocalTrainingConfig.of(settings.training, recording.round)
+    generator = derive_generator(settings.run.seed, recording.round, recording.client, "train")
     exact = local_round(observation.network, data, config, generator).update
     return replace(observation, message=CONTROL, update=exact, proxies=None, proxy_settings=None,
                    payload_bytes=HEADER_BYTES + observation.network.param_spec.float32_bytes)  # fmt: skip
@@ -165,7 +164,7 @@ class RunMessage:
 
     @property
     def seed(self) -> int:
-        return int(self.recording.settings.seed)
+        return int(self.recording.settings.run.seed)
 
     def scenario(self, observation: Observation) -> dict[str, object]:
         """The fields of a row of results."""
@@ -198,14 +197,14 @@ def _attacked(attack: Attack, observation: Observation, generator: torch.Generat
 def _situation(recording: Recording, observation: Observation) -> dict[str, object]:
     settings = recording.settings
     return {
-        "dataset": settings.dataset,
-        "model": settings.model,
-        "norm": settings.norm,
+        "dataset": settings.data.dataset,
+        "model": settings.model.model,
+        "norm": settings.model.norm,
         "lr": recording.lr,
-        "seed": settings.seed,
+        "seed": settings.run.seed,
         "client": recording.client,
         "moment": recording.round - 1,
-        "batch_size": settings.batch_size,
+        "batch_size": settings.training.batch_size,
         "steps": observation.steps,
         "rounds": len(observation.earlier) + 1,
         "know_labels": False,
@@ -214,17 +213,18 @@ def _situation(recording: Recording, observation: Observation) -> dict[str, obje
 
 def _network(recording: Recording) -> ReferenceModel:
     settings = recording.settings
-    model = attacked_model(settings.model, recording.shape, norm=settings.norm, seed=settings.seed)
+    model = attacked_model(settings.model.model, recording.shape, norm=settings.model.norm, seed=settings.run.seed)
     network = ReferenceModel(model.eval(), recording.shape).as_built()
     if {name: value.shape for name, value in recording.base.items()} != network.param_spec.shapes:
-        raise AttackError(f"the recorded weights of round {recording.round} are not those of model={settings.model!r}")
+        name = settings.model.model
+        raise AttackError(f"the recorded weights of round {recording.round} are not those of model={name!r}")
     load_weights(model, recording.base)
     return network
 
 
 def _data(recording: Recording) -> tuple[FederatedData, LabeledImages]:
     """The run's images, and those of the recorded client."""
-    data = recording.settings.open_data()
+    data = FederatedData.of(recording.settings.data, recording.settings.run.seed)
     if data.shape != recording.shape:
         raise AttackError(f"the run's images are {data.shape}, the recorded network takes {recording.shape}")
     if not recording.client.isdigit():

@@ -21,6 +21,7 @@ from client.state import (
     save_local,
     save_state,
 )
+from tofu.compression import downlink_compressor, uplink_compressor
 from tofu.compression.error_feedback import ErrorFeedback
 from tofu.data import LabeledImages, LabeledRows
 from tofu.device import open_device
@@ -30,7 +31,8 @@ from tofu.flower.secure_session import load_session, new_advert, participant_of,
 from tofu.local_layers import LocalLayers
 from tofu.models.checks import check_constant_buffers, constant_buffers
 from tofu.payload import Payload
-from tofu.plugins import MAX_STATE_BYTES, Export, Plugins, RoundContext, export_to_bytes
+from tofu.plugins import MAX_STATE_BYTES, Export, Plugins, RoundContext, export_to_bytes, make_plugins
+from tofu.privacy import Noise
 from tofu.reference_model import ReferenceModel
 from tofu.rng import derive_bytes, derive_generator
 from tofu.rounds.downlink import KeptWeights, ResyncError
@@ -48,8 +50,8 @@ from tofu.rounds.steps import (
 )  # fmt: skip
 from tofu.row_workload import workload_of
 from tofu.secagg.encoding import EncodingConfig, RingEncoder, flat, purpose_of
-from tofu.settings import Settings
-from tofu.tasks import only_classes
+from tofu.settings import FULL_WEIGHTS, Settings
+from tofu.tasks import TaskStream, only_classes
 from tofu.training import LocalTrainingConfig
 from tofu.weights import Weights, cosine, difference, explained_variance, load_weights, weights_of
 from tofu.wire import CLIENT_ACCURACY, SecurePart, TrainReply, TrainRequest, broadcast_id
@@ -86,7 +88,7 @@ def train_round(
         local.reference,
         feedback=outgoing.feedback if fraction else None,
         memory=outgoing.memory,
-        kept=KeptWeights(local.base, request.identity) if settings.downstream.downlink != "full-weights" else None,
+        kept=KeptWeights(local.base, request.identity) if settings.downlink.downlink != FULL_WEIGHTS else None,
         plugins=local.plugins.state_bytes(max_bytes=MAX_STATE_BYTES),
         broadcast=local.broadcast,
     )
@@ -152,9 +154,9 @@ class LocalRound:
             ResyncError: the client lacks the weights or the broadcast that the request refers to.
             TofuError: the request is not usable.
         """
-        plugins = settings.make_plugins()
+        plugins = make_plugins(settings.plugins.plugins, settings.plugins.plugin_options)
         client = client_name(context)
-        position = settings.round_context(request.shape, round_, client, group=plugins.group_of(client))
+        position = RoundContext.of(settings, request.shape, round_, client, group=plugins.group_of(client))
         broadcast = load_broadcast(context) if request.kept else request.broadcast
         if request.kept and broadcast_id(broadcast) != request.kept:
             raise ResyncError("this client does not have the plugins' broadcast of this round")
@@ -164,7 +166,7 @@ class LocalRound:
         reference = ReferenceModel.of(built, request.shape, plugins, position, workload.call(built, request.shape))
         initial = weights_of(reference.model)
         state = load_state(context, reference)
-        receive_weights(request, round_, reference, state.kept, settings.make_downlink(reference))
+        receive_weights(request, round_, reference, state.kept, downlink_compressor(settings, reference))
         feedback = state.feedback if settings.residual_fraction else ErrorFeedback()
         return LocalRound(
             request, round_, settings, context, plugins, position, reference, weights_of(reference.model), initial,
@@ -184,22 +186,19 @@ class LocalRound:
             fraction=settings.residual_fraction,
         )  # fmt: skip
         load_weights(model, start)
-        stream = settings.task_stream(self.request.shape.classes)
+        stream = TaskStream.of(settings.plugins, self.request.shape.classes, settings.run.seed)
         task = stream.number(self.position.task, self.position.client)
         data = client_data(settings, self.context, self.workload)
         if isinstance(data, LabeledImages | LabeledRows):
             check_fit(data, self.request.shape)
         if isinstance(data, LabeledImages):
             data = stream.images_of(data, task)
-        training = settings.training
-        config = LocalTrainingConfig(
-            training.local_epochs, training.batch_size, training.lr_of(self.round), training.momentum,
-            training.weight_decay, training.proximal,
-        )  # fmt: skip
+        config = LocalTrainingConfig.of(settings.training, self.round)
         self.local.begin(model, load_local(self.context, self.local))
         data, own_test = self._hold_out(data)
         generator = derive_generator(settings.run.seed, self.round, self.position.client, "train")
-        heads = only_classes(model, stream.classes_of(task)) if settings.plugin.task_heads == "multi" else nullcontext()
+        multi_head = settings.plugins.task_heads == "multi"
+        heads = only_classes(model, stream.classes_of(task)) if multi_head else nullcontext()
         constants = self.local.without(constant_buffers(model))
         device = open_device(settings.run.device)
         accuracy = None
@@ -238,10 +237,10 @@ class LocalRound:
     def send_payload(self, trained: TrainedUpdate, outgoing: Outgoing) -> tuple[bytes, Outgoing]:
         """The reply of an open round: the compressed update and its metrics."""
         request, settings, reference = self.request, self.settings, self.reference
-        if noise := settings.noise():
-            outgoing = AddNoise(noise).apply(outgoing)
+        if multiplier := settings.privacy.noise_multiplier:
+            outgoing = AddNoise(Noise(settings.privacy.clip_norm, multiplier)).apply(outgoing)
         generator = derive_generator(settings.run.seed, self.round, self.position.client, "encode")
-        compressor = settings.make_compressor(request.kind, reference)
+        compressor = uplink_compressor(settings, request.kind, reference)
         began = time.perf_counter()
         outgoing = Compress(compressor, reference, generator, uses_memory=request.kind != "fedavg").apply(outgoing)
         parameters = {name: outgoing.update[name] for name in reference.param_spec.parameters}
@@ -286,8 +285,9 @@ class LocalRound:
         session = load_session(self.context, participant_of(self.context, self.position.client))
         if session.purpose != purpose_of(config, self.base, self.broadcast, *settings.meaning(self.round)):
             raise ResyncError("the weights, settings or encoding are not those that all clients of this sum agreed on")
-        noise = settings.noise_in_sum(
-            session.topology, session.members, levels=encoder.levels, values=encoder.values
+        noise = Noise.in_sum(
+            settings.privacy, settings.secure, session.topology, session.members, levels=encoder.levels,
+            values=encoder.values,
         )  # fmt: skip
         check_noise_grid(noise, encoder.levels, config.unit_weight, config.ranges)
         seed = derive_bytes(settings.run.seed, self.round, self.position.client, "round")

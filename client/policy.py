@@ -4,7 +4,7 @@ from collections.abc import Sized
 
 from flwr.app import Context
 
-from tofu.data import ImageShape, LabeledImages, LabeledRows, local_folder, local_rows
+from tofu.data import ImageShape, LabeledImages, LabeledRows, RowFormat, local_folder, local_rows
 from tofu.errors import DataError
 from tofu.row_workload import workload_of
 from tofu.settings import Settings
@@ -20,7 +20,7 @@ def client_data(settings: Settings, context: Context, workload: Workload | None 
     """
     folder = context.node_config.get("data")
     if folder is not None and settings.data.kind != "images":
-        return local_rows(str(folder), settings.row_format())
+        return local_rows(str(folder), RowFormat.of(settings.data))
     if folder is not None:
         names = tuple(filter(None, settings.data.class_names.split(",")))
         return local_folder(str(folder), class_names=names, subpopulations=settings.data.subpopulations)

@@ -173,14 +173,14 @@ def run(folder: Path, overrides: Mapping[str, object], *, follow: Callable[[str]
         own = dict(read_config(Path(str(resumed))).to_config())
     settings = Settings.of(own | present_names(overrides))
     count = sum(1 for _ in (folder / "runs").glob("run-*"))
-    results = Path(settings.resume or settings.run_folder or folder / "runs" / f"run-{count + 1}").resolve()
-    dataset, known = Path(settings.dataset), settings.secure_identities
+    results = Path(settings.run.resume or settings.run.run_folder or folder / "runs" / f"run-{count + 1}").resolve()
+    dataset, known = Path(settings.data.dataset), settings.secure.secure_identities
     # The apps run in another folder than this command.
     settings = settings.replace(
         run_folder=str(results),
-        resume=str(results) if settings.resume else "",
+        resume=str(results) if settings.run.resume else "",
         secure_identities=str(Path(known).resolve()) if known else "",
-        dataset=str(dataset.resolve()) if dataset.is_dir() else settings.dataset,
+        dataset=str(dataset.resolve()) if dataset.is_dir() else settings.data.dataset,
     )
     done = _control(folder, state).run(Path(state.app), settings.to_config(), follow=follow)
     if not done.completed:

@@ -37,6 +37,7 @@ from tofu.reporting.folder import RunFolder
 from tofu.reporting.report import write_report
 from tofu.rounds.links import LinkSimulator
 from tofu.rounds.record import RoundRecord, RunSummary, from_dict, to_dict
+from tofu.rounds.schedule import make_schedule
 from tofu.row_workload import workload_of
 from tofu.settings import Settings
 from tofu.workload import Workload
@@ -56,7 +57,7 @@ def main(grid: Grid, context: Context) -> None:
     """Entry point of `flwr run`; an error that a user can act on ends the run as failed, with one line on stderr."""
     try:
         settings = Settings.of(context.run_config)
-        serve(grid, settings, make_progress(sys.stderr, quiet=settings.log == "json"))
+        serve(grid, settings, make_progress(sys.stderr, quiet=settings.run.log == "json"))
     except TofuError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         raise  # Flower takes every other end, also SystemExit, for success
@@ -73,12 +74,12 @@ def serve(grid: Grid, settings: Settings, observer: Observer, workload: Workload
         TofuError: a setting or the data cannot be used, or a round got no valid reply. The run folder keeps the
             rounds before it.
     """
-    start_logging(settings.log)
+    start_logging(settings.run.log)
     metrics = PrometheusMetrics(grid.run.run_id, settings)
     observers = Observers((JsonLinesLog(grid.run.run_id), metrics, observer))
     try:
         run = _Run(grid, settings, observers, workload or workload_of(settings))
-        metrics.serve(settings.metrics_port)
+        metrics.serve(settings.run.metrics_port)
         return run.run()
     except BaseException as error:
         observers.on_run_error(error)
@@ -112,8 +113,8 @@ def serve_in_process(
         server_app,
         client_app,
         run_config=settings.to_config(),
-        num_supernodes=settings.clients,
-        workers=settings.workers,
+        num_supernodes=settings.data.clients,
+        workers=settings.run.workers,
     )
     return to_dict(summaries[0])
 
@@ -123,29 +124,30 @@ class _Run:
 
     def __init__(self, grid: Grid, settings: Settings, observer: Observer, workload: Workload) -> None:
         self._began = time.perf_counter()
-        torch.set_num_threads(settings.threads)
+        torch.set_num_threads(settings.run.threads)
         self._grid, self._settings, self._observer = grid, settings, observer
         shape = workload.shape
-        network = ReferenceModel(keep_local(workload.build_model(shape).eval(), settings.local_layers), shape)
+        network = ReferenceModel(keep_local(workload.build_model(shape).eval(), settings.training.local_layers), shape)
         test = workload.test()
-        if settings.has_secure_rounds:
+        if "secure" in make_schedule(settings.rounds, settings.training.rounds).kinds:
             check_secure_settings(settings)
         self._ledger = Ledger()
         self._runner = RoundRunner(GridTransport(grid), network, test, settings, self._ledger, observer, workload)
-        self._recorder = Recorder(Path(), settings.recorded, settings=settings, shape=shape)
+        self._recorder = Recorder(Path(), settings.run.recorded, settings=settings, shape=shape)
         self._samples = SampleImages(workload, test)
 
     def run(self) -> RunSummary:
         settings, observer = self._settings, self._observer
         with closing(RunFolder(settings)) as folder:
-            if settings.recorded:
+            if settings.run.recorded:
                 self._runner.recorder = self._recorder.in_folder(folder.path)
-                names = ", ".join(settings.recorded)
+                names = ", ".join(settings.run.recorded)
                 observer.on_note(
                     f"records the messages of client {names} in {folder.path}/record; protect them like its data"
                 )
-            observer.on_run_start(settings.rounds, settings.clients, f"{settings.model} on {settings.dataset}")
-            if settings.compressor in NEEDS_CALL and not self._runner.models[0].reference.call.inputs:
+            name = f"{settings.model.model} on {settings.data.dataset}"
+            observer.on_run_start(settings.training.rounds, settings.data.clients, name)
+            if settings.codec.compressor in NEEDS_CALL and not self._runner.models[0].reference.call.inputs:
                 why = "the model has no floating-point input that proxies could take the place of"
                 observer.on_note(f"updates are sent as the sparse correction alone (compressor=sparse): {why}")
             self._runner.on_spend = lambda account: folder.write_account(account.to_dict())
@@ -158,12 +160,12 @@ class _Run:
                 raise RunError(f"round {self._runner.round}: {reason}") from error
 
     def _run(self, folder: RunFolder) -> RunSummary:
-        done = self._resume(folder) if self._settings.resume else None
+        done = self._resume(folder) if self._settings.run.resume else None
         if done is None:
             folder.add_round(start_record(self._runner.evaluate(), time.perf_counter() - self._began))
         self._observer.on_history(folder.path, folder.records())
         stopped = ""
-        for round_ in range((done or 0) + 1, self._settings.rounds + 1):
+        for round_ in range((done or 0) + 1, self._settings.training.rounds + 1):
             if stopped := is_budget_spent(self._runner, round_):
                 self._observer.on_note(stopped)
                 break
@@ -190,7 +192,7 @@ class _Run:
         messages = ledger.take()
         record = round_record(runner, ledger, result, score, before, time.perf_counter() - began)
         record = dataclasses.replace(record, link_seconds=LinkSimulator.of(self._settings).seconds(messages))
-        if self._settings.checkpoint:
+        if self._settings.run.checkpoint:
             self._checkpoint(folder, record, messages)
         folder.add_round(record, messages)
         runner.write_model(folder)

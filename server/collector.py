@@ -40,7 +40,7 @@ class RoundState:
     """What all requests of a round have in common.
 
     Attributes:
-        kind: of the round, one of `tofu.wire.KINDS`.
+        kind: of the round, one of `tofu.rounds.KINDS`.
         deadline: time at which the round goes on without further replies (`time.monotonic`).
         broadcast: the plugins' state for all clients.
         request_keys: a secure round may follow, for which the clients send keys ahead.

@@ -211,7 +211,7 @@ def _finished(run: Run, unknown: str = "") -> bool:
         return False
     found = _config(folder)
     ignored = {*_NOT_COMPARED, unknown}
-    if "proxy" not in (run.settings.compressor, run.settings.downlink):
+    if "proxy" not in (run.settings.codec.compressor, run.settings.downlink.downlink):
         ignored |= {name.replace("_", "-") for name in settings_of_section("Proxies")}
     for name, value in run.settings.to_config().items():
         if name not in ignored and found[name] != value:

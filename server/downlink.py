@@ -5,6 +5,7 @@ weights.
 """
 
 from server.checkpoint import Snapshot
+from tofu.compression import downlink_compressor
 from tofu.reference_model import ReferenceModel
 from tofu.rounds.downlink import WeightSteps
 from tofu.settings import Settings
@@ -19,7 +20,7 @@ class Downlink(WeightSteps):
     """
 
     def __init__(self, master: ReferenceModel, settings: Settings) -> None:
-        super().__init__(master, settings.make_downlink(master), settings.seed)
+        super().__init__(master, downlink_compressor(settings, master), settings.run.seed)
 
     def save(self, snapshot: Snapshot) -> None:
         """Add the state to a checkpoint."""

@@ -9,20 +9,24 @@ from tofu.data import LabeledImages
 from tofu.device import open_device
 from tofu.evaluation import Evaluation, evaluate
 from tofu.plugins import Plugins
-from tofu.settings import Settings
 from tofu.tasks import TaskStream, only_classes
 from tofu.workload import Workload, labeled_images
 
 
 class Evaluator:
-    """Evaluates the models that a run would end with."""
+    """Evaluates the models that a run would end with.
+
+    Args:
+        test: held-out data.
+        multi_head: restrict predictions to the classes of the image's task.
+        device: as for `tofu.device.open_device`.
+    """
 
     def __init__(
-        self, test: Sized, stream: TaskStream, settings: Settings, plugins: Plugins, workload: Workload
+        self, test: Sized, stream: TaskStream, plugins: Plugins, workload: Workload, *, multi_head: bool, device: str
     ) -> None:
         self._test, self._stream, self._plugins, self._workload = test, stream, plugins, workload
-        self._multi_head = settings.task_heads == "multi"
-        self._device = open_device(settings.device)
+        self._multi_head, self._device = multi_head, open_device(device)
 
     def evaluate(self, models: Sequence[nn.Module], classes: int) -> tuple[Evaluation, list[float], list[float]]:
         """Accuracy and loss averaged over tasks, and the accuracies of each task and of each group's model.

@@ -8,15 +8,16 @@ from server.checkpoint import Snapshot
 from server.downlink import Downlink
 from server.optimizer import ServerOptimizer
 from server.secure_ranges import SecureRanges
+from tofu.compression import uplink_compressor
 from tofu.compression.base import Compressor
 from tofu.data import ImageShape
 from tofu.errors import RunError
 from tofu.model_call import ModelCall
-from tofu.models import build_model
-from tofu.plugins import Plugins
+from tofu.models import initial_model
+from tofu.plugins import Plugins, RoundContext
 from tofu.privacy import check_param_spec
 from tofu.reference_model import ReferenceModel
-from tofu.rounds.schedule import Schedule
+from tofu.rounds.schedule import make_schedule
 from tofu.secagg.encoding import flat
 from tofu.settings import Settings
 from tofu.weights import Weights, copy_model, load_weights, weights_of
@@ -52,21 +53,21 @@ class GlobalModel:
     ) -> None:
         self.group, self.shape = group, shape
         self._settings, self._plugins = settings, plugins
-        self._kinds = Schedule.of(settings).kinds
-        reference = ReferenceModel.of(model, shape, plugins, settings.round_context(shape, 1, group=group), call)
+        self._kinds = make_schedule(settings.rounds, settings.training.rounds).kinds
+        reference = ReferenceModel.of(model, shape, plugins, RoundContext.of(settings, shape, 1, group=group), call)
         self._begin(reference, flat(weights_of(reference.model)))
 
     def _begin(self, reference: ReferenceModel, initial: Tensor, averaged: nn.Module | None = None) -> None:
         settings = self._settings
-        if settings.noise_multiplier:
+        if settings.privacy.noise_multiplier:
             check_param_spec(reference.param_spec)
         self.reference, self.initial = reference, initial
-        self.optimizer = ServerOptimizer(reference.model, settings)
+        self.optimizer = ServerOptimizer(reference.model, settings.server)
         self.compressors: dict[str, Compressor] = {
-            kind: settings.make_compressor(kind, reference) for kind in self._kinds if kind != "secure"
+            kind: uplink_compressor(settings, kind, reference) for kind in self._kinds if kind != "secure"
         }
         self.downlink = Downlink(reference, settings)
-        self.averaged = averaged or (copy_model(reference.model) if settings.ema_decay else reference.model)
+        self.averaged = averaged or (copy_model(reference.model) if settings.server.ema_decay else reference.model)
         self.secure = SecureRanges(reference.param_spec, settings) if "secure" in self._kinds else None
 
     @property
@@ -88,8 +89,8 @@ class GlobalModel:
             return False
         settings, shape, plugins = self._settings, self.shape, self._plugins
         # The model after the last round is that of the last round.
-        context = settings.round_context(shape, min(round_, settings.rounds), group=self.group)
-        built = build_model(settings.model, shape, norm=settings.norm, seed=settings.seed)
+        context = RoundContext.of(settings, shape, min(round_, settings.training.rounds), group=self.group)
+        built = initial_model(settings.model, shape, settings.run.seed)
         fresh = ReferenceModel.of(built, shape, plugins, context)
         if fresh.architecture == self.reference.architecture:
             for model in (self.reference.model, self.downlink.reference.model, self.averaged):
@@ -111,8 +112,8 @@ class GlobalModel:
 
     def average(self, round_: int) -> None:
         """Update the moving average; in early rounds it is the plain mean of the rounds so far."""
-        if self._settings.ema_decay:
-            decay = min(self._settings.ema_decay, 1 - 1 / round_)
+        if self._settings.server.ema_decay:
+            decay = min(self._settings.server.ema_decay, 1 - 1 / round_)
             old, new = weights_of(self.averaged), weights_of(self.reference.model)
             load_weights(self.averaged, {name: decay * old[name] + (1 - decay) * new[name] for name in new})
 

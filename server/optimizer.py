@@ -1,49 +1,21 @@
-"""The server's optimizer: the negated mean update is the gradient of a torch optimizer (Reddi et al., ICLR 2021).
-
-Flower's FedAvgM and FedAdam compute the same, but only inside strategies that also aggregate.
-"""
-
-from collections.abc import Callable, Iterable
+"""The server's step on the global model: a torch optimizer whose gradient is the negated mean update."""
 
 import torch
 from torch import Tensor, nn
 
 from server.checkpoint import Snapshot
-from tofu.registry import Registry
-from tofu.settings import Settings
+from tofu.rounds import server_optimizers
+from tofu.settings import ServerSettings
 from tofu.weights import Weights
-
-Factory = Callable[[Iterable[nn.Parameter], Settings], torch.optim.Optimizer]
-
-server_optimizers: Registry[Factory] = Registry("server-optimizer", None, "server.optimizer")
-"""Functions of (parameters, settings) that make the torch optimizer. `package.module:function` selects another one."""
-
-
-@server_optimizers.register("sgd")
-def sgd(parameters: Iterable[nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
-    """Adds the mean update, times server-lr."""
-    return torch.optim.SGD(parameters, lr=settings.server_lr)
-
-
-@server_optimizers.register("momentum")
-def momentum(parameters: Iterable[nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
-    """FedAvgM."""
-    return torch.optim.SGD(parameters, lr=settings.server_lr, momentum=settings.server_momentum)
-
-
-@server_optimizers.register("adam")
-def adam(parameters: Iterable[nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
-    """FedAdam with the constants of Reddi et al.; epsilon is large because updates are far smaller than 1."""
-    return torch.optim.Adam(parameters, lr=settings.server_lr, betas=(0.9, 0.99), eps=1e-3)
 
 
 class ServerOptimizer:
     """Steps a model's trainable parameters; the mean update is added to its buffers unchanged."""
 
-    def __init__(self, model: nn.Module, settings: Settings) -> None:
+    def __init__(self, model: nn.Module, server: ServerSettings) -> None:
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._buffers = dict(model.named_buffers())
-        self._optimizer = server_optimizers.get(settings.server_optimizer)(self._parameters.values(), settings)
+        self._optimizer = server_optimizers.get(server.server_optimizer)(self._parameters.values(), server)
 
     @torch.no_grad()
     def step(self, update: Weights) -> None:

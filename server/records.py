@@ -10,6 +10,7 @@ from server.ledger import Ledger
 from server.runner import RoundResult, RoundRunner
 from tofu.data import LabeledImages
 from tofu.evaluation import Evaluation
+from tofu.plugins import RoundContext
 from tofu.rounds.record import QUANTILES, ClientRecord, Failure, RoundRecord, RunSummary
 from tofu.tasks import backward_transfer, mean_accuracy
 from tofu.weights import weights_sha256
@@ -38,7 +39,7 @@ def round_record(
     """
     private, secure = runner.account, result.secure
     compressed, masked = result.kind == "proxy", result.kind == "secure"
-    tasks = runner.settings.task_count > 1
+    tasks = runner.settings.plugins.task_count > 1
     return RoundRecord(
         round=result.round,
         kind=result.kind,
@@ -61,13 +62,13 @@ def round_record(
         epsilon=private.epsilon if private else None,
         by_client=_by_client(result, compressed=compressed, private=private is not None),
         plugins=result.plugin_metrics(),
-        task=runner.settings.round_context(runner.models[0].shape, result.round).task if tasks else None,
+        task=RoundContext.of(runner.settings, runner.models[0].shape, result.round).task if tasks else None,
         task_accuracies=tuple(runner.task_accuracies[-1]) if tasks else (),
         group_accuracies=tuple(runner.group_accuracies[-1]) if runner.group_accuracies else (),
         clipped=secure.clipped if secure else None,
         furthest=secure.furthest if secure else None,
         abandoned=result.abandoned,
-        late=result.late if runner.settings.over_sampling > 1 and not masked else None,
+        late=result.late if runner.settings.server.over_sampling > 1 and not masked else None,
         accuracy_quantiles=_quantiles(result),
     )
 
@@ -117,7 +118,7 @@ def run_summary(runner: RoundRunner, ledger: Ledger, *, stopped: str, folder: st
         mean_accuracy=transfer[0] if transfer else None,
         backward_transfer=transfer[1] if transfer else None,
         epsilon=runner.account.epsilon if runner.account else None,
-        delta=runner.settings.privacy_delta if runner.account else None,
+        delta=runner.settings.privacy.privacy_delta if runner.account else None,
         stopped=stopped,
         run=folder,
         seconds=seconds,
@@ -127,11 +128,11 @@ def run_summary(runner: RoundRunner, ledger: Ledger, *, stopped: str, folder: st
 def _transfer(runner: RoundRunner) -> tuple[float, float] | None:
     """ACC and BWT (`tofu.tasks`), averaged over the orders in which the clients learned the tasks."""
     settings, stream = runner.settings, runner.stream
-    if stream.tasks < 2 or runner.round < settings.rounds:
+    if stream.tasks < 2 or runner.round < settings.training.rounds:
         return None
-    each = settings.rounds // stream.tasks
+    each = settings.training.rounds // stream.tasks
     after = torch.tensor(runner.task_accuracies[each::each])  # [tasks, tasks]: after each task, on each task
-    orders = [[stream.number(at, str(client)) for at in range(stream.tasks)] for client in range(settings.clients)]
+    orders = [[stream.number(at, str(client)) for at in range(stream.tasks)] for client in range(settings.data.clients)]
     matrices = [after[:, order] for order in orders]
     found = [sum(map(measure, matrices)) / len(matrices) for measure in (mean_accuracy, backward_transfer)]
     return found[0], found[1]
@@ -139,11 +140,11 @@ def _transfer(runner: RoundRunner) -> tuple[float, float] | None:
 
 def is_budget_spent(runner: RoundRunner, round_: int) -> str:
     """Why differential privacy does not allow another round, or ""."""
-    settings, account = runner.settings, runner.account
-    if account is None or not settings.max_epsilon or account.allows(settings.noise_multiplier, settings.max_epsilon):
+    privacy, account = runner.settings.privacy, runner.account
+    if account is None or not privacy.max_epsilon or account.allows(privacy.noise_multiplier, privacy.max_epsilon):
         return ""
     spent = f"{account.epsilon:.4g}" if math.isfinite(account.epsilon) else "unbounded"
-    return f"the privacy budget does not allow round {round_}: epsilon is {spent}, max-epsilon {settings.max_epsilon:g}"
+    return f"the privacy budget does not allow round {round_}: epsilon is {spent}, max-epsilon {privacy.max_epsilon:g}"
 
 
 class SampleImages:

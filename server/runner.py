@@ -22,18 +22,19 @@ from server.ledger import Ledger
 from server.secure_round import SecureCollector
 from tofu.evaluation import Evaluation
 from tofu.flower.transport import Transport
-from tofu.models import build_model
+from tofu.models import initial_model
 from tofu.observers.base import Observer
-from tofu.plugins import MAX_STATE_BYTES
+from tofu.plugins import MAX_STATE_BYTES, RoundContext, make_plugins
 from tofu.privacy import Accountant
 from tofu.recording import Recorder
 from tofu.reference_model import ReferenceModel
 from tofu.reporting.folder import RunFolder
 from tofu.rng import derive_generator
-from tofu.rounds.schedule import Schedule
+from tofu.rounds.schedule import make_schedule
 from tofu.row_workload import workload_of
 from tofu.secagg.encoding import SecureMean
 from tofu.settings import MIN_SECURE, Settings
+from tofu.tasks import TaskStream
 from tofu.weights import Weights, weights_of
 from tofu.wire import CLIENT_ACCURACY, TrainReply
 from tofu.workload import Workload, labeled_images
@@ -130,14 +131,17 @@ class RoundRunner:
         observer: Observer,
         workload: Workload | None = None,
     ) -> None:
-        self.settings, self.plugins = settings, settings.make_plugins()
+        self.settings, self.plugins = settings, make_plugins(settings.plugins.plugins, settings.plugins.plugin_options)
         self._shape, self._test, self._ledger, self._observer = reference.shape, test, ledger, observer
         self._clients = Clients(transport, ledger, observer)
-        self._schedule = Schedule.of(settings)
-        self.stream = settings.task_stream(reference.shape.classes)
+        self._schedule = make_schedule(settings.rounds, settings.training.rounds)
+        self.stream = TaskStream.of(settings.plugins, reference.shape.classes, settings.run.seed)
         workload = workload or workload_of(settings)
-        self._evaluator = Evaluator(test, self.stream, settings, self.plugins, workload)
-        self._exchange = TrainExchange(transport, ledger, observer, settings.round_timeout)
+        self._evaluator = Evaluator(
+            test, self.stream, self.plugins, workload,
+            multi_head=settings.plugins.task_heads == "multi", device=settings.run.device,
+        )  # fmt: skip
+        self._exchange = TrainExchange(transport, ledger, observer, settings.server.round_timeout)
         self._open = OpenCollector(self._exchange, self.plugins, settings.server, observer)
         self._secure: Collector = self._open
         if "secure" in self._schedule.kinds:
@@ -145,9 +149,9 @@ class RoundRunner:
         call = workload.call(reference.model, reference.shape)
         self.models = [GlobalModel(reference.model, reference.shape, settings, self.plugins, call=call)]
         for group in range(1, self.plugins.groups):
-            built = build_model(settings.model, reference.shape, norm=settings.norm, seed=settings.seed)
+            built = initial_model(settings.model, reference.shape, settings.run.seed)
             self.models.append(GlobalModel(built.eval(), reference.shape, settings, self.plugins, group))
-        self.account = Accountant(settings.privacy_delta) if settings.noise_multiplier else None
+        self.account = Accountant(settings.privacy.privacy_delta) if settings.privacy.noise_multiplier else None
         self.on_spend: Callable[[Accountant], None] = lambda account: None
         self.accuracies: list[float] = []
         self.task_accuracies: list[list[float]] = []
@@ -184,7 +188,7 @@ class RoundRunner:
         """
         settings, self.round = self.settings, round_
         connected = self._clients.connected(
-            min_clients=settings.min_clients, timeout=settings.round_timeout, round_=round_
+            min_clients=settings.server.min_clients, timeout=settings.server.round_timeout, round_=round_
         )
         kind = self._schedule.kind(round_, self.accuracies)
         sampled = self._sample(connected, round_, secure=kind == "secure")
@@ -195,7 +199,7 @@ class RoundRunner:
             model.downlink.begin(round_, whole=kind == "fedavg")
         result.step_explained_variance = self.models[0].downlink.explained_variance
         if self.account is not None:  # before clients are asked: what they send is spent, even if this process dies
-            self.account.spend(settings.noise_multiplier, kind)
+            self.account.spend(settings.privacy.noise_multiplier, kind)
             self.on_spend(self.account)
         groups = [(model, clients) for model, clients in zip(self.models, sampled, strict=True) if clients]
         try:
@@ -205,7 +209,7 @@ class RoundRunner:
                 self._observer.on_client_failure(round_, name, result.nodes[name], reason)
         self._reduce(rounds)
         for model in self.models:
-            context = settings.round_context(self._shape, round_, group=model.group)
+            context = RoundContext.of(settings, self._shape, round_, group=model.group)
             self.plugins.on_aggregate(model.reference.model, context)
             model.average(round_)
         for model in self.models:
@@ -219,11 +223,11 @@ class RoundRunner:
         return RoundState(
             round_,
             kind,
-            time.monotonic() + self.settings.round_timeout,
+            time.monotonic() + self.settings.server.round_timeout,
             self.plugins.broadcast_bytes(max_bytes=MAX_STATE_BYTES) if self.plugins else b"",
             self._schedule.secure_may_follow(round_, self.accuracies),
             shown,
-            over_sampling=self.settings.over_sampling,
+            over_sampling=self.settings.server.over_sampling,
         )
 
     def _collect(self, model: GlobalModel, clients: list[Client], state: RoundState, result: RoundResult) -> Collected:
@@ -247,16 +251,16 @@ class RoundRunner:
     def _sample(self, clients: list[Client], round_: int, *, secure: bool) -> list[list[Client]]:
         """The clients of each group that are asked in this round: a function of seed, round and connected clients."""
         settings, groups = self.settings, len(self.models)
-        least = max(settings.min_clients // groups, MIN_SECURE if secure else 1)
-        factor = 1.0 if secure else settings.over_sampling
+        least = max(settings.server.min_clients // groups, MIN_SECURE if secure else 1)
+        factor = 1.0 if secure else settings.server.over_sampling
         sampled = []
         for group in range(groups):
             own = [client for client in clients if groups == 1 or self.plugins.group_of(client.name) == group]
-            count = max(least, round(settings.client_fraction * len(own)))
+            count = max(least, round(settings.server.client_fraction * len(own)))
             count = math.ceil(count * factor - 1e-9)
             if count < len(own):
                 place = (group,) if groups > 1 else ()
-                generator = derive_generator(settings.seed, round_, "sample", *place)
+                generator = derive_generator(settings.run.seed, round_, "sample", *place)
                 rows = torch.randperm(len(own), generator=generator)[:count].sort().values
                 own = [own[int(row)] for row in rows]
             sampled.append(own)

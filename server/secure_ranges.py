@@ -10,11 +10,13 @@ from torch import Tensor
 from server.checkpoint import Snapshot
 from server.client_registry import Client
 from tofu.plugins import SumSpec
+from tofu.privacy import Noise
 from tofu.secagg import coordinates
-from tofu.secagg.encoding import EncodingConfig, RingEncoder, first_ranges, nearest_range
+from tofu.secagg.encoding import FEW_LEVELS, EncodingConfig, RingEncoder, first_ranges, nearest_range
 from tofu.secagg.fixed_point import HEADROOM, FixedPoint
+from tofu.secagg.graph import Topology
 from tofu.secagg.identities import read_known
-from tofu.settings import MIN_SECURE, Settings
+from tofu.settings import MIN_SECURE, SecureSettings, Settings
 from tofu.weights import ParamSpec, Weights
 
 MIN_EXPLAINED = 0.05
@@ -68,10 +70,11 @@ class SecureRanges:
         self._turn = 0
         self.scales = UpdateScaleTracker()
         clients = _max_clients(settings)
-        fraction, bits = coordinates.settings_for(settings.secure_ratio, clients)
+        fraction, bits = coordinates.settings_for(settings.secure.secure_ratio, clients)
         levels = FixedPoint(clients, bits, 1.0).levels
         values = math.ceil(fraction * param_spec.float32_bytes / 4)
-        settings.noise_in_sum(settings.topology(clients), clients, levels=levels, values=values)
+        topology = Topology.of(settings.secure, clients)
+        Noise.in_sum(settings.privacy, settings.secure, topology, clients, levels=levels, values=values)
 
     def encoding(
         self, clients: Sequence[Client], declared: Mapping[str, SumSpec], displacement: Tensor
@@ -84,10 +87,10 @@ class SecureRanges:
         """
         settings, count = self._settings, max(len(clients), MIN_SECURE)
         unit = sum(client.examples for client in clients) / len(clients) if clients else 1.0
-        fraction, bits = coordinates.settings_for(settings.secure_ratio, count)
+        fraction, bits = coordinates.settings_for(settings.secure.secure_ratio, count)
         levels = FixedPoint(count, bits, 1.0).levels
         # Rounding to the nearest step with unknown ranges could round everything to zero.
-        nearest = settings.coarse(levels) and bool(self._ranges or self.scales.powers)
+        nearest = levels < FEW_LEVELS and settings.residual_fraction == 1 and bool(self._ranges or self.scales.powers)
         sizes = self.scales.deviations() if nearest else self.scales.peaks
         factor = (nearest_range(levels) if nearest else HEADROOM) / unit
         ranges = self._ranges or first_ranges(self._param_spec, {name: factor * size for name, size in sizes.items()})
@@ -98,8 +101,11 @@ class SecureRanges:
             return EncodingConfig.from_bytes(config.to_bytes())  # rounded to float32, as the clients read them
 
         draft = RingEncoder(self._param_spec, agreed(ranges, b""), declared, sent)
-        topology = settings.topology(count)
-        if noise := settings.noise_in_sum(topology, count, levels=draft.levels, values=draft.values):
+        topology = Topology.of(settings.secure, count)
+        noise = Noise.in_sum(
+            settings.privacy, settings.secure, topology, count, levels=draft.levels, values=draft.values
+        )
+        if noise is not None:
             ranges = (noise.grid * draft.levels,) * len(self._param_spec.shapes)  # independent of the clients' data
         config = agreed(ranges, draft.digest)
         return config, RingEncoder(self._param_spec, config, declared, sent)
@@ -121,15 +127,15 @@ class SecureRanges:
 
 def check_secure_settings(settings: Settings) -> None:
     """Raises SettingError if the identities cannot be read, or no communication graph tolerates the dropouts."""
-    settings.topology(_max_clients(settings))
-    known_identities(settings)
+    Topology.of(settings.secure, _max_clients(settings))
+    known_identities(settings.secure)
 
 
-def known_identities(settings: Settings) -> dict[str, bytes] | None:
+def known_identities(secure: SecureSettings) -> dict[str, bytes] | None:
     """Client name -> public key; None in a run without identities."""
-    return read_known(Path(settings.secure_identities)) if settings.secure_identities else None
+    return read_known(Path(secure.secure_identities)) if secure.secure_identities else None
 
 
 def _max_clients(settings: Settings) -> int:
-    clients: int = max(round(settings.client_fraction * settings.clients), settings.min_clients, MIN_SECURE)
-    return clients
+    server = settings.server
+    return max(round(server.client_fraction * settings.data.clients), server.min_clients, MIN_SECURE)

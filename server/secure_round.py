@@ -19,6 +19,7 @@ from tofu.flower.transport import Transport
 from tofu.observers.base import Observer
 from tofu.plugins import Plugins
 from tofu.secagg.encoding import RingEncoder, SecureMean, flat, purpose_of
+from tofu.secagg.graph import Topology
 from tofu.secagg.server import ServerSession
 from tofu.settings import MIN_SECURE, Settings
 from tofu.weights import weights_of
@@ -56,7 +57,7 @@ class SecureCollector:
     ) -> None:
         self._transport, self._exchange, self._ledger = transport, exchange, ledger
         self._observer, self._settings, self._plugins = observer, settings, plugins
-        self._known = known_identities(settings)
+        self._known = known_identities(settings.secure)
 
     def collect(self, model: GlobalModel, clients: list[Client], state: RoundState) -> Collected:
         """See `Collector.collect`; an abandoned round is reported in the result."""
@@ -98,7 +99,9 @@ class SecureCollector:
             run_name(self._transport.run_id), state.round, values=encoder.length, bits=config.bits, known=self._known,
             purpose=purpose_of(config, weights, state.broadcast, *self._settings.meaning(state.round)),
         )  # fmt: skip
-        deliveries = stages.share_keys(session, adverts, self._settings.topology, min_clients=MIN_SECURE)
+        deliveries = stages.share_keys(
+            session, adverts, lambda count: Topology.of(self._settings.secure, count), min_clients=MIN_SECURE
+        )
         parts = {name: SecurePart(config.to_bytes(), shares).to_bytes() for name, shares in deliveries.items()}
         return _Opened(session, encoder, {client.name: client for client in able}, parts, stages)
 
@@ -129,13 +132,13 @@ class SecureCollector:
 
     def _check_examples(self, mean: SecureMean, claimed: Sequence[int]) -> None:
         """Raises RunError if the sum holds more examples than its clients have; noise may change the number."""
-        if not self._settings.noise_multiplier and mean.examples > 1.01 * sum(claimed) + len(claimed):
+        if not self._settings.privacy.noise_multiplier and mean.examples > 1.01 * sum(claimed) + len(claimed):
             raise RunError(f"the sum holds {mean.examples} examples, its clients have {sum(claimed)}")
 
     def _stages(self, clients: list[Client], state: RoundState) -> SecureExchange:
         """The exchanges of a round with these clients, whose messages the ledger counts."""
         by_name = {client.name: client.node for client in clients}
-        seconds = self._settings.secure_timeout
+        seconds = self._settings.secure.secure_timeout
 
         def count(message: Message, name: str, direction: str) -> None:
             self._ledger.add(message, round_=state.round, kind="secure", direction=direction, client=name, fedavg=False)

@@ -4,11 +4,13 @@ from dataclasses import dataclass
 
 import torch
 
+from tofu.compression import downlink_compressor, uplink_compressor
 from tofu.payload import HEADER_BYTES
 from tofu.reference_model import ReferenceModel
 from tofu.secagg import coordinates
-from tofu.secagg.encoding import EncodingConfig, RingEncoder, first_ranges
+from tofu.secagg.encoding import FEW_LEVELS, EncodingConfig, RingEncoder, first_ranges
 from tofu.secagg.fixed_point import FixedPoint
+from tofu.secagg.graph import Topology
 from tofu.secagg.identities import SIGNATURE_BYTES
 from tofu.secagg.masks import KEY_BYTES
 from tofu.secagg.messages import SEALED_BYTES, Advert, Confirmation, Masked, Reveal, Roster, Shares, Survivors
@@ -81,13 +83,13 @@ def make_plan(
         SettingError: the ratio is out of reach for this model.
     """
     param_spec = network.param_spec
-    compressor = settings.make_compressor("proxy", network)
+    compressor = uplink_compressor(settings, "proxy", network)
     content = compressor.describe()
     proxies, *proxy = content.proxy_shape if content else (0,)
     payload = HEADER_BYTES + compressor.body_bytes(param_spec)
     full = HEADER_BYTES + param_spec.float32_bytes
-    clients = max(settings.min_clients, round(settings.client_fraction * settings.clients), 1)
-    compressed_rounds = settings.rounds - fedavg_rounds - secure_rounds
+    clients = max(settings.server.min_clients, round(settings.server.client_fraction * settings.data.clients), 1)
+    compressed_rounds = settings.training.rounds - fedavg_rounds - secure_rounds
     uplink = clients * (compressed_rounds * (payload + message_overhead) + fedavg_rounds * (full + message_overhead))
     step, downlink = _downlink(settings, network, fedavg_rounds=fedavg_rounds, message_overhead=message_overhead)
     if secure_rounds:
@@ -105,7 +107,7 @@ def make_plan(
             f"Flower's {message_overhead} bytes a message outweigh the payload of {payload}: "
             "a higher ratio saves little more"
         )
-    passes = 2 * settings.max_evals * proxies
+    passes = 2 * settings.codec.max_evals * proxies
     if compressed_rounds and payload < full and passes > SLOW_ENCODE:
         warnings.append(
             f"one encode costs about as much as training on {passes:,} images: "
@@ -123,7 +125,7 @@ def make_plan(
         secure_rounds=secure_rounds,
         uplink_bytes=uplink,
         downlink_bytes=clients * downlink,
-        fedavg_uplink_bytes=clients * settings.rounds * (full + message_overhead),
+        fedavg_uplink_bytes=clients * settings.training.rounds * (full + message_overhead),
         step_bytes=step,
         warnings=tuple(warnings),
     )
@@ -137,12 +139,13 @@ def _secure_extra(
     Its messages are written once with zeros for keys, shares and the masked vector.
     """
     members = max(clients, MIN_SECURE)
-    topology, (share, bits) = settings.topology(members), coordinates.settings_for(settings.secure_ratio, members)
-    coarse = settings.coarse(FixedPoint(members, bits, 1.0).levels)
-    terms = EncodingConfig(members, bits, 1.0, first_ranges(network.param_spec, {}), share, nearest_rounding=coarse)
+    topology = Topology.of(settings.secure, members)
+    share, bits = coordinates.settings_for(settings.secure.secure_ratio, members)
+    nearest = FixedPoint(members, bits, 1.0).levels < FEW_LEVELS and settings.residual_fraction == 1
+    terms = EncodingConfig(members, bits, 1.0, first_ranges(network.param_spec, {}), share, nearest_rounding=nearest)
     moved = torch.zeros(network.param_spec.float32_bytes // 4) if share < 1 else None
     length = RingEncoder(network.param_spec, terms, None, moved).length
-    signature = bytes(SIGNATURE_BYTES if settings.secure_identities else 0)
+    signature = bytes(SIGNATURE_BYTES if settings.secure.secure_identities else 0)
     session, peers = Session(1, bytes(SESSION_BYTES)), range(topology.neighbors)
     advert = Advert("0" * len(str(members - 1)), bytes(KEY_BYTES), bytes(KEY_BYTES), signature)
     shape = (topology.threshold, bits, length, topology.neighbors)
@@ -153,7 +156,7 @@ def _secure_extra(
     reveal = Reveal(session, 0, dict.fromkeys(peers, (True, bytes(SHARE_BYTES))))
     up = [shares.to_bytes(), masked.to_bytes(), reveal.to_bytes()]
     down = [roster.to_bytes(), survivors.to_bytes()]
-    if settings.secure_identities:
+    if settings.secure.secure_identities:
         up.append(Confirmation(session, 0, signature).to_bytes())
         down.append(Survivors(session, (True,) * members, dict.fromkeys(peers, signature), 0).to_bytes())
     train = SecurePart(terms.to_bytes(), shares.to_bytes()).to_bytes()
@@ -169,12 +172,12 @@ def _downlink(
     A client that is asked in a share of the rounds lacks, on average, one over the share of steps when it is asked.
     """
     whole = HEADER_BYTES + network.param_spec.float32_bytes
-    compressor = settings.make_downlink(network)
+    compressor = downlink_compressor(settings, network)
     if compressor is None:
-        return 0, settings.rounds * (whole + message_overhead)
+        return 0, settings.training.rounds * (whole + message_overhead)
     step = HEADER_BYTES + compressor.body_bytes(network.param_spec)
     payloads = fedavg_rounds * whole
-    for round_ in range(1, settings.rounds - fedavg_rounds + 1):
-        lacked = min(round_ - 1, round(1 / settings.client_fraction))
+    for round_ in range(1, settings.training.rounds - fedavg_rounds + 1):
+        lacked = min(round_ - 1, round(1 / settings.server.client_fraction))
         payloads += min(whole, lacked * step)
-    return step, payloads + settings.rounds * message_overhead
+    return step, payloads + settings.training.rounds * message_overhead

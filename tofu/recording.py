@@ -28,10 +28,10 @@ from torch import Tensor
 from tofu.data import ImageShape
 from tofu.errors import RunError, SettingError
 from tofu.payload import HEADER_BYTES
+from tofu.rounds import KINDS
 from tofu.settings import Settings
 from tofu.settings.deprecated import present_kind
 from tofu.weights import Weights
-from tofu.wire import KINDS
 
 FOLDER = "record"
 VERSION = 1
@@ -47,7 +47,7 @@ class Recording:
     Attributes:
         round: counted from 1.
         client: its name in the ledger; the partition number of a simulated client.
-        kind: of the round, one of `tofu.wire.KINDS`.
+        kind: of the round, one of `tofu.rounds.KINDS`.
         examples: number of training images that the reply states.
         shape: of the model's input and output.
         settings: of the run: model, codec, learning rate, epochs, batch size, seed and dataset.
@@ -67,7 +67,7 @@ class Recording:
     @property
     def lr(self) -> float:
         """The client's learning rate in this round."""
-        return self.settings.lr_of(self.round)
+        return self.settings.training.lr_of(self.round)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class RowWorkload:
     @property
     def data(self) -> FederatedRows:
         """The run's dataset. Raises DataError or SettingError if it cannot be opened."""
-        return self._settings.open_rows()
+        return FederatedRows.of(self._settings.data, self._settings.run.seed)
 
     @property
     def shape(self) -> ImageShape:
@@ -36,7 +36,7 @@ class RowWorkload:
         settings = self._settings
         vocabulary = settings.data.vocabulary if settings.data.kind == "text" else 0
         return build_row_model(
-            settings.network.model, shape.width, shape.classes, vocabulary=vocabulary, seed=settings.run.seed
+            settings.model.model, shape.width, shape.classes, vocabulary=vocabulary, seed=settings.run.seed
         )  # fmt: skip
 
     def call(self, model: nn.Module, shape: ImageShape) -> ModelCall:

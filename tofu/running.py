@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import TensorDataset, default_collate
 
 import tofu
-from tofu.data import LabeledImages, to_float
+from tofu.data import FederatedData, LabeledImages, to_float
 from tofu.errors import RunError, SettingError
 from tofu.model_call import Forward, InputShape
 from tofu.observers.base import Observer, Observers
@@ -182,7 +182,7 @@ def _named_datasets(settings: Settings) -> tuple[list[TensorDataset], TensorData
     def tensors(data: LabeledImages) -> TensorDataset:
         return TensorDataset(to_float(data.images), data.labels)
 
-    data = settings.open_data()
+    data = FederatedData.of(settings.data, settings.run.seed)
     return [tensors(data.client(number)) for number in range(data.clients)], tensors(data.test())
 
 

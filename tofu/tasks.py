@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tofu.data import LabeledImages
 from tofu.errors import DataError, SettingError
 from tofu.rng import derive_generator
+from tofu.settings import PluginSettings
 
 STREAMS = ("none", "classes", "pixels")
 ORDERS = ("same", "own")
@@ -50,6 +51,11 @@ class TaskStream:
         if not 1 <= self.tasks <= (self.classes if self.kind == "classes" else 10_000):
             text = f"1 to {self.classes}, the number of classes" if self.kind == "classes" else "1 to 10000"
             raise SettingError("task_count", self.tasks, text)
+
+    @staticmethod
+    def of(plugins: PluginSettings, classes: int, seed: int) -> "TaskStream":
+        """The tasks of a run. Raises SettingError for more tasks than classes."""
+        return TaskStream(plugins.tasks, plugins.task_count, classes, seed, plugins.task_order)
 
     def number(self, position: int, client: str = "") -> int:
         """The task at a position (0 to tasks-1) of this client's stream."""

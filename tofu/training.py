@@ -17,6 +17,7 @@ from tofu.errors import RunError
 from tofu.plugins import NO_PLUGINS, Batch, Plugins
 from tofu.plugins.base import Criterion
 from tofu.rng import GlobalGenerators
+from tofu.settings import TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,12 @@ class LocalTrainingConfig:
     momentum: float = 0.0
     weight_decay: float = 0.0
     proximal: float = 0.0
+
+    @staticmethod
+    def of(training: TrainingSettings, round_: int) -> "LocalTrainingConfig":
+        """The training of a run's round, counted from 1."""
+        lr, momentum, decay = training.lr_of(round_), training.momentum, training.weight_decay
+        return LocalTrainingConfig(training.local_epochs, training.batch_size, lr, momentum, decay, training.proximal)
 
 
 @dataclass(frozen=True)

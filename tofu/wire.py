@@ -12,13 +12,11 @@ from tofu.bytes_io import ByteReader
 from tofu.data import ImageShape
 from tofu.errors import PayloadError
 from tofu.fingerprint import SKETCH_BYTES
+from tofu.rounds import KINDS
 from tofu.weights import FINGERPRINT_BYTES
 
 RECORD = "t"
 FIELD = "b"
-
-KINDS = ("proxy", "fedavg", "secure")
-"""Kinds of round. The position is the number on the wire."""
 
 STAGES = ("advert", "share", "confirm", "reveal")
 """Stages of a secure round besides the masked vector. The position is the number on the wire."""

@@ -67,7 +67,7 @@ class NamedWorkload:
     @property
     def data(self) -> FederatedData:
         """The run's dataset. Raises DataError or SettingError if it cannot be opened."""
-        return self._settings.open_data()
+        return FederatedData.of(self._settings.data, self._settings.run.seed)
 
     @property
     def shape(self) -> ImageShape:
@@ -75,7 +75,7 @@ class NamedWorkload:
 
     def build_model(self, shape: ImageShape) -> nn.Module:
         """See `Workload.build_model`. Raises SettingError if the model cannot be built."""
-        network = self._settings.network
+        network = self._settings.model
         return build_model(network.model, shape, norm=network.norm, seed=self._settings.run.seed)
 
     def call(self, model: nn.Module, shape: ImageShape) -> ImageShape:

@@ -15,10 +15,11 @@ import torch
 from benchmarks.common import find_data, print_table, spread, write_results
 from tofu.codec.correction import slots_length
 from tofu.codec.strata import strata_of
+from tofu.compression import uplink_compressor
 from tofu.compression.error_feedback import ErrorFeedback
 from tofu.compression.rice import positions_length
 from tofu.data import FederatedData
-from tofu.models import build_model
+from tofu.models import initial_model
 from tofu.payload import HEADER_BYTES
 from tofu.reference_model import ReferenceModel
 from tofu.rng import derive_generator
@@ -42,32 +43,32 @@ LOOKED_AT = (0, 1, 2)
 
 def targets(settings: Settings, data: FederatedData) -> Iterator[tuple[int, int, ReferenceModel, Weights]]:
     """(round, client, network at the round's weights, what the client would compress), while the federation goes on."""
-    model = build_model(settings.model, data.shape, seed=settings.seed)
+    model = initial_model(settings.model, data.shape, settings.run.seed)
     network = ReferenceModel(model.eval(), data.shape).as_built()
-    config = LocalTrainingConfig(settings.local_epochs, settings.batch_size, settings.lr)
-    compressor = settings.make_compressor("proxy", network)
-    memories = [ErrorFeedback() for _ in range(settings.clients)]
+    config = LocalTrainingConfig.of(settings.training, 1)
+    compressor = uplink_compressor(settings, "proxy", network)
+    memories = [ErrorFeedback() for _ in range(settings.data.clients)]
     for round_ in range(1, MOMENTS[-1] + 1):
         base, mean = weights_of(model), RunningMean()
-        for client in range(settings.clients):
+        for client in range(settings.data.clients):
             images = data.client(client)
-            train_locally(
-                model, images, config, generator=derive_generator(settings.seed, round_, str(client), "train")
-            )
+            generator = derive_generator(settings.run.seed, round_, str(client), "train")
+            train_locally(model, images, config, generator=generator)
             target = memories[client].target(difference(weights_of(model), base), round_ - 1)
             load_weights(model, base)
             model.eval()
             if round_ in MOMENTS and client in LOOKED_AT:
                 yield round_, client, network, target
-            decoded = compressor.compress(network, target, generator=derive_generator(settings.seed, "none")).decoded
+            generator = derive_generator(settings.run.seed, "none")
+            decoded = compressor.compress(network, target, generator=generator).decoded
             memories[client] = ErrorFeedback.after(target, decoded, round_)
             mean.add(decoded, len(images))
         add_update(model, mean.mean())
 
 
 def measure(network: ReferenceModel, target: Weights, settings: Settings) -> dict[str, Any]:
-    compressor = settings.make_compressor("proxy", network)
-    made = compressor.compress(network, target, generator=torch.Generator().manual_seed(settings.seed))
+    compressor = uplink_compressor(settings, "proxy", network)
+    made = compressor.compress(network, target, generator=torch.Generator().manual_seed(settings.run.seed))
     vector = torch.cat([made.decoded[name].flatten() for name in network.param_spec.parameters])
     row = {
         "bytes": HEADER_BYTES + len(made.body),
@@ -78,7 +79,7 @@ def measure(network: ReferenceModel, target: Weights, settings: Settings) -> dic
     if not made.evals:  # proxies decode to entries everywhere
         classes = strata_of(network)
         bits = positions_length(positions)
-        if settings.compressor == "proxy":
+        if settings.codec.compressor == "proxy":
             bits = slots_length(np.sort(classes.slots[positions]), classes)
         row |= {"entries": positions.size, "bits": bits / positions.size}
     return row
@@ -93,7 +94,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for seed in range(options.seeds):
         settings = Settings.of(FEDERATION | {"dataset": options.data, "seed": seed})
-        for round_, client, network, target in targets(settings, settings.open_data()):
+        for round_, client, network, target in targets(settings, FederatedData.of(settings.data, settings.run.seed)):
             for method, changes in METHODS.items():
                 made = measure(network, target, Settings.of(FEDERATION | {"seed": seed} | changes))
                 rows.append({"seed": seed, "round": round_, "client": client, "method": method} | made)

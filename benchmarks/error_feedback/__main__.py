@@ -20,10 +20,11 @@ from benchmarks.common import RESULTS, find_data, print_table, spread, versions
 from benchmarks.rivals.__main__ import COMPARISONS, FEDERATION
 from client.app import app as client_app
 from server.app import serve_in_process
+from tofu.data import FederatedData
 from tofu.errors import RunError, SettingError
 from tofu.evaluation import evaluate
 from tofu.files import replace_file
-from tofu.models import build_model
+from tofu.models import initial_model
 from tofu.observers.base import Observer
 from tofu.reporting.folder import read_model
 from tofu.rounds.record import read_rounds
@@ -120,9 +121,9 @@ def make(run: Run, folder: Path) -> Row:
 def _accuracy(settings: Settings, folder: Path) -> float:
     """Accuracy of a finished run's weights on all test images."""
     weights, shape, _ = read_model(folder)
-    model = build_model(settings.model, shape, norm=settings.norm, seed=settings.seed)
+    model = initial_model(settings.model, shape, settings.run.seed)
     load_weights(model, weights)
-    return evaluate(model, settings.replace(test_images=0).open_data().test()).accuracy
+    return evaluate(model, FederatedData.of(settings.data.replace(test_images=0), settings.run.seed).test()).accuracy
 
 
 def table(rows: Iterable[Row]) -> list[tuple[str, list[str], list[list[str]]]]:

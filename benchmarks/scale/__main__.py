@@ -21,6 +21,7 @@ from flwr.serverapp import Grid
 from benchmarks.common import print_table, write_results
 from server.ledger import Ledger
 from server.runner import RoundRunner
+from tofu.compression import uplink_compressor
 from tofu.data import ImageShape, LabeledImages
 from tofu.flower.internals import task_identity
 from tofu.flower.transport import GridTransport
@@ -100,7 +101,7 @@ def measure(clients: int, ratio: float) -> dict[str, Any]:
     train_locally(network.model, data, LocalTrainingConfig(1, 32, 0.05), generator=generator)
     update = difference(weights_of(network.model), base)
     load_weights(network.model, base)
-    compressor = settings.make_compressor("proxy", network)
+    compressor = uplink_compressor(settings, "proxy", network)
     body = compressor.compress(network, update, generator=generator).body
     decode = time.perf_counter()
     for _ in range(20):

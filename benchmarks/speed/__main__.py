@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import find_data, print_table, spread, write_results
+from tofu.compression import uplink_compressor
 from tofu.data import open_data
 from tofu.models import build_model
 from tofu.reference_model import ReferenceModel
@@ -48,7 +49,7 @@ def measure(case: str, seed: int) -> list[dict[str, Any]]:
     rows = []
     for max_evals in EVALUATIONS:
         settings = Settings.of({"model": values["model"], "ratio": RATIO, "max_evals": max_evals, "tolerance": 0.0})
-        compressor = settings.make_compressor("proxy", network)
+        compressor = uplink_compressor(settings, "proxy", network)
         began = time.perf_counter()
         made = compressor.compress(network, update, generator=torch.Generator().manual_seed(seed))
         encode = time.perf_counter() - began
@@ -62,7 +63,7 @@ def measure(case: str, seed: int) -> list[dict[str, Any]]:
             "seed": seed,
             "max_evals": max_evals,
             "made": made.evals,
-            "default": max_evals == Settings.of({}).max_evals,
+            "default": max_evals == Settings.of({}).codec.max_evals,
             "cosine": cosine(parameters, made.decoded),
             "explained_variance": explained_variance(parameters, made.decoded),
             "encode_over_epoch": encode / epoch,

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from client.plugins.curvature import SCORES, data_digest
-from tofu.data import LabeledImages, local_folder
+from tofu.data import FederatedData, LabeledImages, local_folder
 from tofu.errors import DataError, TofuError
 from tofu.plugins import MAX_STATE_BYTES, state_from_bytes
 
@@ -91,7 +91,7 @@ def client_images(file: Path, data: Path, class_names: Sequence[str] = ()) -> La
     client = file.stem.removeprefix("curvature-")
     if not client.isdigit():
         raise DataError(f"{file} is not named curvature-CLIENT.scores after a simulated client")
-    return read_config(data).open_data().client(int(client))
+    return FederatedData.of(read_config(data).data, read_config(data).run.seed).client(int(client))
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from attacks.base import AttackError
 from attacks.messages import local_round
 from attacks.recorded import attack_run, observation_of
 from tests.attacks.conftest import attack_command
+from tofu.compression import uplink_compressor
 from tofu.data import open_data
 from tofu.errors import PayloadError, RunError
 from tofu.models import build_model
@@ -31,9 +32,9 @@ def run(tmp_path: Path) -> Path:
     recorder = Recorder(tmp_path, ["4"], settings=SETTINGS, shape=data.shape)
     for round_ in (1, 2):
         base = weights_of(model.eval())
-        how = LocalTrainingConfig(1, 16, SETTINGS.lr_of(round_))
+        how = LocalTrainingConfig(1, 16, SETTINGS.training.lr_of(round_))
         sent = local_round(network, data.client(4), how, derive_generator(0, round_, "4", "train"))
-        compressor = SETTINGS.make_compressor("proxy", network)
+        compressor = uplink_compressor(SETTINGS, "proxy", network)
         compressed = compressor.compress(network, sent.update, generator=derive_generator(0, round_, "4", "encode"))
         payload = Payload(compressor.code, round_, fingerprint(base), compressed.body).to_bytes()
         recorder.save(round_, "4", kind="proxy", examples=len(data.client(4)), base=base, payload=payload)

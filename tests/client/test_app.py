@@ -13,6 +13,7 @@ from client import local_round
 from client.app import app
 from client.policy import client_data
 from tofu.codec.compressor import ProxyCompressor
+from tofu.compression import uplink_compressor
 from tofu.data import ImageShape, LabeledImages
 from tofu.errors import DataError, PayloadError
 from tofu.models import build_model
@@ -63,7 +64,7 @@ def train_round(request: TrainRequest, round_: int, settings: Settings, context:
 def decoded(reply: TrainReply, kind: str, round_: int) -> dict[str, torch.Tensor]:
     """What the server makes of a reply to `request()`."""
     network = ReferenceModel(build_model("mlp", SHAPE, seed=0).eval(), SHAPE)
-    compressor = SETTINGS.make_compressor(kind, network)
+    compressor = uplink_compressor(SETTINGS, kind, network)
     base = fingerprint(weights_of(network.model))
     payload = read_payload(reply.payload, codec=compressor.code, round_=round_, fingerprint=base, max_bytes=10**7)
     return compressor.decompress(network, payload.body)
@@ -203,7 +204,7 @@ def test_warm_start_uses_the_last_proxies() -> None:
     ctx = context(**{"partition-id": 0})
     train_round(request(), 1, SETTINGS, ctx)
     network = ReferenceModel(build_model("mlp", SHAPE, seed=0).eval(), SHAPE)
-    compressor = SETTINGS.make_compressor("proxy", network)
+    compressor = uplink_compressor(SETTINGS, "proxy", network)
     assert isinstance(compressor, ProxyCompressor)
     memory = ctx.state.config_records["tofu"]["memory"]
     assert isinstance(memory, bytes)

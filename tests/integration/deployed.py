@@ -134,7 +134,7 @@ class Background:
 
     def __init__(self, federation: LocalCluster, app: Path, settings: Settings, timeout: float) -> None:
         self.run: Any = None
-        self.folder = Path(settings.run_folder)
+        self.folder = Path(settings.run.run_folder)
         self._error: BaseException | None = None
 
         def work() -> None:

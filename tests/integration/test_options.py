@@ -198,7 +198,7 @@ def test_options_that_do_not_go_together_are_refused(tmp_path: Path, settings: d
 def test_learning_rates_follow_their_schedule() -> None:
     def rates(**given: Any) -> list[float]:
         settings = Settings.of({"rounds": 5, "lr": 1.0} | given)
-        return [round(settings.lr_of(number), 6) for number in range(1, 6)]
+        return [round(settings.training.lr_of(number), 6) for number in range(1, 6)]
 
     assert rates() == [1.0] * 5
     assert rates(lr_final_factor=0.5)[0] == 1.0

@@ -11,10 +11,11 @@ from flwr.clientapp import ClientApp
 from client import app as honest
 from server.app import serve_in_process
 from tests.client.plugins.apps import forgetful_app
-from tofu.data import to_float
+from tofu.data import FederatedData, to_float
 from tofu.errors import SettingError
 from tofu.models import build_model
 from tofu.observers.base import Observer
+from tofu.plugins import RoundContext, make_plugins
 from tofu.reference_model import ReferenceModel
 from tofu.reporting.folder import read_config, read_model
 from tofu.rounds.record import RoundRecord
@@ -64,11 +65,11 @@ def test_what_is_saved_flags_as_many_images_as_were_asked_for(tmp_path: Path) ->
              plugin_options="ood.false-alarms=0.1")  # fmt: skip
     weights, shape, state = read_model(tmp_path / "run")
     settings = read_config(tmp_path / "run")
-    plugins = settings.make_plugins()
+    plugins = make_plugins(settings.plugins.plugins, settings.plugins.plugin_options)
     plugins.load(broadcast=state, max_bytes=10**6)
-    network = ReferenceModel.of(build_model("mlp", shape), shape, plugins, settings.round_context(shape, 2))
+    network = ReferenceModel.of(build_model("mlp", shape), shape, plugins, RoundContext.of(settings, shape, 2))
     load_weights(network.model, weights)
-    test = settings.open_data().test()
+    test = FederatedData.of(settings.data, settings.run.seed).test()
     with torch.no_grad():
         unknown = plugins.predict(network.model.eval(), to_float(test.images)).unknown
     assert unknown is not None
@@ -183,7 +184,7 @@ def pictures(folder: Path) -> Path:
     from PIL import Image
 
     folder.mkdir()
-    digits = Settings.of(TINY).open_data().test().images[:20, 0].numpy()
+    digits = FederatedData.of(Settings.of(TINY).data, 0).test().images[:20, 0].numpy()
     noise = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
     for kind, images in (("digit", digits), ("noise", noise)):
         for number, image in enumerate(images):

@@ -23,7 +23,9 @@ from client import app as honest
 from server.app import app as server_app
 from server.app import serve_in_process
 from tofu.cli import main
+from tofu.codec.options import ProxySettings
 from tofu.codec.proxies import ProxyCode, ProxyData
+from tofu.data import FederatedData
 from tofu.errors import RunError
 from tofu.evaluation import evaluate
 from tofu.flower.in_process import run_in_process
@@ -69,7 +71,12 @@ def saved_weights(folder: Path, model: torch.nn.Module) -> Weights:
 
 
 def fresh_model(settings: Settings) -> torch.nn.Module:
-    return build_model(settings.model, settings.open_data().shape, norm=settings.norm, seed=settings.seed)
+    return build_model(
+        settings.model.model,
+        FederatedData.of(settings.data, settings.run.seed).shape,
+        norm=settings.model.norm,
+        seed=settings.run.seed,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +160,7 @@ def test_the_saved_weights_are_those_of_the_summary(command_run: CommandRun) -> 
     assert weights_sha256(saved) == command_run.summary["weights_sha256"]
     assert weights_sha256(weights_of(model)) != command_run.summary["weights_sha256"]
     load_weights(model, saved)
-    accuracy = evaluate(model, settings.open_data().test()).accuracy
+    accuracy = evaluate(model, FederatedData.of(settings.data, settings.run.seed).test()).accuracy
     assert accuracy == command_run.summary["final_accuracy"] == rows(command_run.folder)[-1]["accuracy"]
 
 
@@ -185,7 +192,7 @@ def test_fedavg_rounds_learn(tmp_path: Path) -> None:
 
 
 def test_proxy_rounds_learn(tmp_path: Path) -> None:
-    summary = federate(tmp_path / "run", **QUICK, rounds=5, max_evals=Settings().max_evals)
+    summary = federate(tmp_path / "run", **QUICK, rounds=5, max_evals=Settings().codec.max_evals)
     assert summary["final_accuracy"] > 0.5
     assert summary["uplink_bytes"] * 20 < summary["fedavg_uplink_bytes"]
     assert all(row["explained_variance"] > 0 for row in rows(tmp_path / "run")[1:])
@@ -196,17 +203,17 @@ def plain_loop(settings: Settings, lost: tuple[int, int] | None) -> Weights:
 
     The reply of a (round, client) that is lost is not averaged; the client adds what it held to its next update.
     """
-    data, model = settings.open_data(), fresh_model(settings)
+    data, model = FederatedData.of(settings.data, settings.run.seed), fresh_model(settings)
     weights = weights_of(model)
     owed: dict[int, Weights] = {}
-    for round_ in range(1, settings.rounds + 1):
+    for round_ in range(1, settings.training.rounds + 1):
         total: Weights = {name: torch.zeros(()) for name in weights}
         images = 0
-        for client in range(settings.clients):
+        for client in range(settings.data.clients):
             load_weights(model, weights)
             own = data.client(client)
-            generator = derive_generator(settings.seed, round_, str(client), "train")
-            train_locally(model, own, LocalTrainingConfig(1, 32, settings.lr), generator=generator)
+            generator = derive_generator(settings.run.seed, round_, str(client), "train")
+            train_locally(model, own, LocalTrainingConfig(1, 32, settings.training.lr), generator=generator)
             before = owed.pop(client, {})
             update = {name: new - weights[name] + before.get(name, 0) for name, new in weights_of(model).items()}
             if (round_, client) == lost:
@@ -511,9 +518,9 @@ def test_proxies_that_decode_to_nan_are_refused(tmp_path: Path) -> None:
     """Every number sent is finite, but two labels add up to infinity, which a scale of 0 turns into NaN."""
     given: Row = {"schedule": "proxy", "bits": 32, "proxies": 2, "correction": 0.0, "rounds": 2}
     settings = settings_of(tmp_path / "run", **given)
-    shape = settings.open_data().shape
+    shape = FederatedData.of(settings.data, settings.run.seed).shape
     network = ReferenceModel(fresh_model(settings).eval(), shape)
-    code = ProxyCode.of(network, settings.proxy_settings(), 2)
+    code = ProxyCode.of(network, ProxySettings.of(settings.codec, settings.run.device), 2)
     labels = torch.zeros(2, shape.classes)
     labels[:, 0] = 3e38
     images, scales = torch.zeros(2, *code.shape), torch.zeros(code.tensors)

@@ -20,6 +20,7 @@ from deploy.identities import make_identities
 from server.app import app as server_app
 from server.app import serve_in_process
 from tofu.bit_packing import unpack
+from tofu.data import FederatedData
 from tofu.errors import SettingError
 from tofu.flower.in_process import run_in_process
 from tofu.models import build_model
@@ -142,8 +143,8 @@ def test_twelve_bits_a_parameter_are_enough_for_ten_clients(tmp_path: Path) -> N
     payloads = [row["payload_bytes"] for row in rows(tmp_path / "secure", "ledger")
                 if row["direction"] == "uplink" and row["kind"] == "secure" and "payload_bytes" in row]  # fmt: skip
     settings_ = Settings.of(TINY | settings)
-    shape = settings_.open_data().shape
-    parameters = layout_of(build_model(settings_.model, shape)).parameter_count
+    shape = FederatedData.of(settings_.data, settings_.run.seed).shape
+    parameters = layout_of(build_model(settings_.model.model, shape)).parameter_count
     assert len(payloads) == 10
     assert max(payloads) <= 1.5 * parameters + 150
 
@@ -174,7 +175,7 @@ def test_secure_rounds_take_a_compressed_downlink(tmp_path: Path) -> None:
     federate(tmp_path / "secure", **settings)
     federate(tmp_path / "full", **settings, recovery="fedavg")
     asked = [row for row in rows(tmp_path / "secure", "ledger") if row["direction"] == "downlink" and row["round"] == 3]
-    whole = 4 * layout_of(build_model("mlp", Settings.of(TINY).open_data().shape)).parameter_count
+    whole = 4 * layout_of(build_model("mlp", FederatedData.of(Settings.of(TINY).data, 0).shape)).parameter_count
     assert len(asked) == 15
     assert max(row["bytes"] for row in asked) < whole / 5
     assert [row["accuracy"] > 0.1 for row in rows(tmp_path / "secure")[2:]] == [True, True]
@@ -287,7 +288,11 @@ def test_a_transcript_of_the_server_gives_no_update_away(tmp_path: Path) -> None
     # The true updates of round 2: the same run with full rounds, of which the server sees everything.
     true = updates_of_round_two(tmp_path)
     settings = Settings.of(TINY | {"secure_ratio": 2.6})
-    layout = layout_of(build_model(settings.model, settings.open_data().shape, seed=settings.seed))
+    layout = layout_of(
+        build_model(
+            settings.model.model, FederatedData.of(settings.data, settings.run.seed).shape, seed=settings.run.seed
+        )
+    )
     vectors: dict[str, np.ndarray[Any, np.dtype[np.int64]]] = {}
     for client, round_, stage, request, reply in seen:
         if (round_, stage) == (2, "mask"):
@@ -317,7 +322,7 @@ def test_a_transcript_of_the_server_gives_no_update_away(tmp_path: Path) -> None
     everything = np.sum(list(vectors.values()), axis=0, dtype=np.uint64) & np.uint64(2**bits - 1)
     assert deviations(everything, np.sum(list(true.values()), axis=0)) < 5
     moved = step_of_round_two(tmp_path, layout)
-    data = settings.open_data()
+    data = FederatedData.of(settings.data, settings.run.seed)
     pooled = np.sum([len(data.client(int(name))) * update for name, update in true.items()], axis=0)
     assert moved @ pooled / np.linalg.norm(moved) / np.linalg.norm(pooled) > 0.9
     # Not one bare value of an update, its loss or its number of images in anything else that was received.
@@ -412,7 +417,7 @@ def test_a_client_insists_on_its_own_terms(tmp_path: Path) -> None:
 def test_weights_are_loaded(tmp_path: Path) -> None:
     """The saved weights of a run with secure rounds fit the model."""
     federate(tmp_path / "run", rounds=2)
-    model = build_model("mlp", Settings.of(TINY).open_data().shape)
+    model = build_model("mlp", FederatedData.of(Settings.of(TINY).data, 0).shape)
     weights: Weights = end_weights(tmp_path / "run")
     load_weights(model, weights)
     assert all(torch.isfinite(value).all() for value in weights_of(model).values())
@@ -429,7 +434,7 @@ def wider(request: TrainRequest) -> TrainRequest:
 def other_weights(request: TrainRequest) -> TrainRequest:
     """Weights at which there is nothing to learn."""
     settings = Settings.of(TINY)
-    model = build_model("mlp", settings.open_data().shape, seed=settings.seed)
+    model = build_model("mlp", FederatedData.of(settings.data, settings.run.seed).shape, seed=settings.run.seed)
     dead = {name: torch.zeros_like(value) for name, value in weights_of(model).items()}
     payload = Payload(WEIGHTS, 2, fingerprint(dead), float32_bytes(dead, layout_of(model)))
     return dataclasses.replace(request, payload=payload.to_bytes(), identity=payload.fingerprint)
@@ -473,7 +478,7 @@ def uplinks(folder: Path, round_: int) -> list[int]:
 @pytest.mark.parametrize("ratio", [4.0, 16.0])
 def test_a_secure_round_costs_as_much_less_as_it_is_asked_to(ratio: float, tmp_path: Path) -> None:
     federate(tmp_path / "run", clients=10, secure_ratio=ratio, rounds=3)
-    whole = 4 * layout_of(build_model("mlp", Settings.of(TINY).open_data().shape)).parameter_count
+    whole = 4 * layout_of(build_model("mlp", FederatedData.of(Settings.of(TINY).data, 0).shape)).parameter_count
     assert max(uplinks(tmp_path / "run", 3)) <= whole / ratio + 150  # counts, losses and mean squares
     assert [row["failures"] for row in rows(tmp_path / "run")] == [[]] * 4
 

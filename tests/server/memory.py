@@ -29,7 +29,7 @@ class MemoryTransport:
             FIRST_NODE + number: Context(
                 FIRST_NODE, FIRST_NODE + number, {"partition-id": number}, RecordDict(), dict(settings.to_config())
             )
-            for number in range(settings.clients)
+            for number in range(settings.data.clients)
         }
 
     @property

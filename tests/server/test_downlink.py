@@ -7,6 +7,7 @@ import torch
 
 from client.downlink import receive_weights
 from server.downlink import Downlink
+from tofu.compression import downlink_compressor
 from tofu.data import ImageShape
 from tofu.errors import DataError, PayloadError
 from tofu.models import build_model
@@ -62,7 +63,7 @@ class Receiver:
 
     def take(self, request: TrainRequest, round_: int) -> Weights:
         own = network()
-        receive_weights(request, round_, own, self.kept, self.settings.make_downlink(own))
+        receive_weights(request, round_, own, self.kept, downlink_compressor(self.settings, own))
         self.kept = KeptWeights(weights_of(own.model), request.identity)
         return self.kept.weights
 

@@ -1,11 +1,12 @@
 import copy
+from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from server.checkpoint import Snapshot
 from server.optimizer import ServerOptimizer
-from tofu.settings import Settings
+from tofu.settings import ServerSettings, Settings
 from tofu.weights import weights_of
 
 
@@ -18,10 +19,22 @@ def update(value: float) -> dict[str, torch.Tensor]:
     return {name: torch.full(w.shape, value) for name, w in weights_of(network()).items()}
 
 
+def halved(parameters: Iterable[Tensor], server: ServerSettings) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=server.server_lr / 2)
+
+
+def test_an_optimizer_of_one_s_own() -> None:
+    model = network()
+    before = weights_of(model)["0.weight"]
+    server = Settings.of({"server-optimizer": f"{__name__}:halved", "server-lr": 3.0}).server
+    ServerOptimizer(model, server).step(update(1.0))
+    assert torch.allclose(weights_of(model)["0.weight"], before + 1.5)
+
+
 def test_plain_adds_the_update() -> None:
     model = network()
     before = weights_of(model)
-    ServerOptimizer(model, Settings()).step(update(0.25))
+    ServerOptimizer(model, Settings().server).step(update(0.25))
     for name, value in weights_of(model).items():
         if name == "1.num_batches_tracked":  # an integer: 0 + 0.25 rounds to 0
             assert value == before[name]
@@ -32,7 +45,7 @@ def test_plain_adds_the_update() -> None:
 def test_momentum_carries_the_last_step_on() -> None:
     model = network()
     before = weights_of(model)["0.weight"]
-    optimizer = ServerOptimizer(model, Settings.of({"server_optimizer": "momentum", "server_momentum": 0.5}))
+    optimizer = ServerOptimizer(model, Settings.of({"server_optimizer": "momentum", "server_momentum": 0.5}).server)
     optimizer.step(update(1.0))
     optimizer.step(update(0.0))
     assert torch.allclose(weights_of(model)["0.weight"], before + 1.5)
@@ -42,11 +55,11 @@ def test_adam_normalizes_and_resumes_from_its_state() -> None:
     model = network()
     before = weights_of(model)["0.weight"]
     settings = Settings.of({"server_optimizer": "adam", "server_lr": 0.1})
-    optimizer = ServerOptimizer(model, settings)
+    optimizer = ServerOptimizer(model, settings.server)
     optimizer.step(update(5.0))
     assert torch.allclose(weights_of(model)["0.weight"], before + 0.1, atol=1e-3)
     twin = copy.deepcopy(model)
-    resumed = ServerOptimizer(twin, settings)
+    resumed = ServerOptimizer(twin, settings.server)
     snapshot = Snapshot()
     optimizer.save(snapshot)
     resumed.restore(Snapshot.from_bytes(snapshot.to_bytes()))
@@ -57,6 +70,6 @@ def test_adam_normalizes_and_resumes_from_its_state() -> None:
 
 def test_a_variance_never_falls_below_zero() -> None:
     model = network()
-    ServerOptimizer(model, Settings()).step(update(-3.0))
+    ServerOptimizer(model, Settings().server).step(update(-3.0))
     assert float(model.get_buffer("1.running_var").min()) == 0
     assert torch.equal(model.get_buffer("1.running_mean"), torch.full((2,), -3.0))

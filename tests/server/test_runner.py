@@ -17,9 +17,10 @@ from server.ledger import Ledger
 from server.runner import RoundRunner
 from tests.server.memory import MemoryTransport
 from tofu.compression.error_feedback import ErrorFeedback
+from tofu.data import FederatedData
 from tofu.errors import RunError
 from tofu.flower.internals import task_identity
-from tofu.models import build_model
+from tofu.models import initial_model
 from tofu.observers.base import Observer
 from tofu.plugins import Plugin, PluginState, RoundContext, keep_channels, keep_entries
 from tofu.reference_model import ReferenceModel
@@ -41,8 +42,8 @@ def identity() -> Iterator[None]:
 
 def make(transport: MemoryTransport | None = None, **changes: object) -> tuple[RoundRunner, MemoryTransport]:
     settings = Settings.of(TINY | changes)
-    data = settings.open_data()
-    model = build_model(settings.model, data.shape, norm=settings.norm, seed=settings.seed)
+    data = FederatedData.of(settings.data, settings.run.seed)
+    model = initial_model(settings.model, data.shape, settings.run.seed)
     transport = transport or MemoryTransport(settings)
     reference = ReferenceModel(model.eval(), data.shape)
     return RoundRunner(transport, reference, data.test(), settings, Ledger(), Observer()), transport

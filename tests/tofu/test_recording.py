@@ -28,7 +28,7 @@ def test_what_was_kept_is_read(recorded: Path, mlp_update: Case) -> None:
     assert (found.round, found.client, found.kind, found.examples) == (2, "3", "proxy", 17)
     assert found.shape == ImageShape(1, 8, 8, 10)
     assert found.settings == Settings.of({"lr": 0.2, "rounds": 4})
-    assert found.lr == found.settings.lr_of(2)
+    assert found.lr == found.settings.training.lr_of(2)
     assert found.payload == bytes(50)
     for name, value in weights_of(mlp_update[0].model).items():
         assert torch.equal(found.base[name], value)
@@ -50,7 +50,7 @@ def test_a_recording_with_an_old_kind_of_round(recorded: Path) -> None:
     about["settings"] |= {"schedule": "full", "downlink": "full"}
     (path / "record.json").write_text(json.dumps(about | {"kind": "full"}))
     read = read_recording(path)
-    assert (read.kind, read.settings.round_plan.schedule) == ("fedavg", "fedavg")
+    assert (read.kind, read.settings.rounds.schedule) == ("fedavg", "fedavg")
 
 
 def test_only_wanted_clients_and_safe_names(tmp_path: Path, mlp_update: Case) -> None:

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tofu.codec.compressor import ProxyCompressor
+from tofu.codec.options import ProxySettings
+from tofu.compression import uplink_compressor
 from tofu.compression.uncompressed import Uncompressed
 from tofu.data import ImageShape
 from tofu.errors import SettingError
@@ -22,6 +24,7 @@ from tofu.models import build_model
 from tofu.reference_model import ReferenceModel
 from tofu.settings import (
     FIELDS,
+    CodecSettings,
     Settings,
     Value,
     accepted_values,
@@ -135,7 +138,7 @@ def test_of_nothing_is_the_defaults() -> None:
 
 
 def test_a_whole_number_may_stand_for_a_float() -> None:
-    lr = Settings.of({"lr": 1}).lr
+    lr = Settings.of({"lr": 1}).training.lr
     assert (lr, type(lr)) == (1.0, float)
 
 
@@ -233,7 +236,7 @@ def test_an_unknown_name_gets_a_suggestion(name: str, suggestion: str) -> None:
 def test_settings_that_contradict_are_refused() -> None:
     with pytest.raises(SettingError, match="switch-round=11 is not usable: expected at most rounds, 10"):
         Settings.of({"rounds": 10, "schedule": "switch", "switch-round": 11})
-    assert Settings.of({"schedule": "proxy", "switch-round": 11}).switch_round == 11  # it is not used
+    assert Settings.of({"schedule": "proxy", "switch-round": 11}).rounds.switch_round == 11  # it is not used
     with pytest.raises(SettingError, match="min-clients=11 is not usable: expected at most clients, 10"):
         Settings.of({"min-clients": 11})
 
@@ -287,7 +290,7 @@ def test_a_pyproject_without_our_table_holds_no_settings(tmp_path: Path) -> None
 
 def test_lr_falls_along_half_a_cosine() -> None:
     settings = Settings.of({"lr": 0.4, "lr-final-factor": 0.1, "rounds": 5})
-    rates = [settings.lr_of(round_) for round_ in range(1, 6)]
+    rates = [settings.training.lr_of(round_) for round_ in range(1, 6)]
     assert rates[0] == pytest.approx(0.4)
     assert rates[2] == pytest.approx((0.4 + 0.04) / 2)
     assert rates[4] == pytest.approx(0.04)
@@ -299,15 +302,14 @@ def test_lr_falls_along_half_a_cosine() -> None:
 
 
 def test_lr_stays_by_default_and_in_a_single_round() -> None:
-    assert {Settings.of({"rounds": 7}).lr_of(round_) for round_ in range(1, 8)} == {0.1}
-    assert Settings.of({"rounds": 1, "lr-final-factor": 0.1}).lr_of(1) == 0.1
+    assert {Settings.of({"rounds": 7}).training.lr_of(round_) for round_ in range(1, 8)} == {0.1}
+    assert Settings.of({"rounds": 1, "lr-final-factor": 0.1}).training.lr_of(1) == 0.1
 
 
 def test_paper_mode_is_the_published_method_whatever_refines_smooth() -> None:
-    plain = Settings.of({"codec-mode": "paper", "bits": 4, "proxy-size": 6}).proxy_settings()
-    refined = Settings.of(
-        {"codec-mode": "paper", "bits": 4, "proxy-size": 6, "free-labels": True, "surrogate-beta": 9.0}
-    ).proxy_settings()
+    paper = CodecSettings(codec_mode="paper", bits=4, proxy_size=6)
+    plain = ProxySettings.of(paper, "cpu")
+    refined = ProxySettings.of(paper.replace(free_labels=True, surrogate_beta=9.0), "cpu")
     assert plain == refined
     assert (plain.smooth, plain.labels, plain.scale, plain.warm_start) == (False, "simplex", "one", False)
     assert (plain.bits, plain.size) == (4, 6)
@@ -315,21 +317,21 @@ def test_paper_mode_is_the_published_method_whatever_refines_smooth() -> None:
 
 def test_smooth_mode_follows_its_settings() -> None:
     settings = Settings.of({"free-labels": False, "tensor-scales": False, "max-evals": 7, "tolerance": 0})
-    codec = settings.proxy_settings()
+    codec = ProxySettings.of(settings.codec, settings.run.device)
     assert (codec.labels, codec.scale, codec.max_evals, codec.tolerance) == ("simplex", "one", 7, 0.0)
-    assert Settings().proxy_settings().batch_statistics
-    assert not Settings.of({"surrogate": False}).proxy_settings().batch_statistics  # it is the twin's
+    assert ProxySettings.of(CodecSettings(), "cpu").batch_statistics
+    assert not ProxySettings.of(CodecSettings(surrogate=False), "cpu").batch_statistics  # they are the surrogate's
 
 
 def test_the_compressor_follows_from_the_kind_of_the_round() -> None:
     shape = ImageShape(1, 8, 8, 10)
     network = ReferenceModel(build_model("mlp", shape).eval(), shape)
     settings = Settings.of({"proxies": 5, "model": "mlp"})
-    proxy = settings.make_compressor("proxy", network)
+    proxy = uplink_compressor(settings, "proxy", network)
     assert isinstance(proxy, ProxyCompressor)
     assert proxy.count == 5
-    assert isinstance(settings.make_compressor("fedavg", network), Uncompressed)
-    assert isinstance(Settings.of({"compressor": "none"}).make_compressor("proxy", network), Uncompressed)
+    assert isinstance(uplink_compressor(settings, "fedavg", network), Uncompressed)
+    assert isinstance(uplink_compressor(Settings.of({"compressor": "none"}), "proxy", network), Uncompressed)
 
 
 # Old names and values
@@ -414,7 +416,15 @@ def test_the_json_schema_accepts_the_defaults_and_refuses_the_rest() -> None:
     config = Settings().to_config()
     validator.validate(config)
     assert set(json_schema()["properties"]) == set(config)
-    for bad in ({"rounds": 0}, {"bits": 7}, {"schedule": "never"}, {"nosuch": 1}, {"lr": "0.1"}):
+    validator.validate(config | {"schedule": "fedavg", "compressor": "my.module:Mine", "downlink": "full-weights"})
+    for bad in (
+        {"rounds": 0},
+        {"bits": 7},
+        {"schedule": "never"},
+        {"server-optimizer": "plane"},
+        {"nosuch": 1},
+        {"lr": "0.1"},
+    ):
         assert not validator.is_valid(config | bad), bad
 
 
@@ -425,18 +435,18 @@ def test_settings_do_not_import_torch() -> None:
 
 def test_step_ahead_is_refused_with_a_plugin_that_restricts_local_steps() -> None:
     stream = {"plugins": "gpm", "tasks": "pixels", "task-count": 2, "rounds": 4, "schedule": "fedavg", "clients": 3}
-    assert Settings.of(stream).step_ahead == 0
+    assert Settings.of(stream).codec.step_ahead == 0
     with pytest.raises(SettingError) as caught:
         Settings.of(stream | {"step-ahead": 0.5})
     assert caught.value.field == "step-ahead"
-    assert Settings.of({"plugins": "rank", "step-ahead": 0.5}).step_ahead == 0.5
+    assert Settings.of({"plugins": "rank", "step-ahead": 0.5}).codec.step_ahead == 0.5
 
 
 def test_over_relaxation_applies_to_the_correction_or_to_the_whole_and_needs_error_feedback() -> None:
     network = ReferenceModel(build_model("mlp", ImageShape(1, 8, 8, 10)), ImageShape(1, 8, 8, 10))
 
     def gain(**changes: object) -> tuple[str, float]:
-        made = Settings.of({"over-relaxation": 1.8, "compressor": "stc"} | changes).make_compressor("proxy", network)
+        made = uplink_compressor(Settings.of({"over-relaxation": 1.8, "compressor": "stc"} | changes), "proxy", network)
         return made.name, getattr(made, "_gain", 1.0)
 
     assert gain() == ("stc", 1.8)

@@ -77,7 +77,7 @@ network = ReferenceModel(model.eval(), data.shape)
 update = {name: torch.randn(w.shape, generator=g) for name, w in weights_of(model).items()}
 for mode in ("smooth", "paper"):
     settings = Settings.of({"max_evals": 3, "codec_mode": mode})
-    settings.make_compressor("proxy", network).compress(network, update, generator=g, memory=b"")
+    uplink_compressor(settings, "proxy", network).compress(network, update, generator=g, memory=b"")
 assert "torch._dynamo" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -19,12 +19,12 @@ def demo(*, config: ConfigFile = None, quiet: Quiet = False, overrides: dict[str
     from tofu.reporting.report import write_report
 
     tofu = settings_from(config, overrides)
-    folder = tofu.run_folder or str(fresh_folder(tofu))
+    folder = tofu.run.run_folder or str(fresh_folder(tofu))
     tofu = tofu.replace(run_folder=folder)
     fedavg = tofu.replace(schedule="fedavg", run_folder=f"{folder}-fedavg")
     for settings in (tofu, fedavg):
-        check_new(Path(settings.run_folder))
-    print(f"1 of 2: FedAvg, {fedavg.clients} clients, float32 updates", file=sys.stderr)
+        check_new(Path(settings.run.run_folder))
+    print(f"1 of 2: FedAvg, {fedavg.data.clients} clients, float32 updates", file=sys.stderr)
     baseline = run_settings(fedavg, quiet=quiet)
     print("2 of 2: TOFU, proxies in place of updates", file=sys.stderr)
     summary = run_settings(tofu, quiet=quiet)

@@ -12,17 +12,18 @@ from tofu.settings import Value
 def plan(*, config: ConfigFile = None, json_: Json = False, overrides: dict[str, Value]) -> None:
     """Print what a run will cost in bytes, without running it."""
     from server.ledger import reply_overhead
+    from tofu.data import FederatedData
     from tofu.formatting import format_bytes
-    from tofu.models import build_model
+    from tofu.models import initial_model
     from tofu.plan import make_plan
     from tofu.reference_model import ReferenceModel
-    from tofu.rounds.schedule import Schedule
+    from tofu.rounds.schedule import make_schedule
 
     settings = settings_from(config, overrides)
-    shape = settings.open_data().shape
-    network = ReferenceModel(build_model(settings.model, shape, norm=settings.norm, seed=settings.seed).eval(), shape)
-    schedule = Schedule.of(settings)
-    kinds = [schedule.kind(r, ()) for r in range(1, settings.rounds + 1)]
+    shape = FederatedData.of(settings.data, settings.run.seed).shape
+    network = ReferenceModel(initial_model(settings.model, shape, settings.run.seed).eval(), shape)
+    schedule = make_schedule(settings.rounds, settings.training.rounds)
+    kinds = [schedule.kind(r, ()) for r in range(1, settings.training.rounds + 1)]
     made = make_plan(
         settings,
         network,
@@ -36,7 +37,7 @@ def plan(*, config: ConfigFile = None, json_: Json = False, overrides: dict[str,
         return
     proxies = f" ({made.proxies} proxies of {made.proxy_side}x{made.proxy_side})" if made.proxies else ""
     rows = [
-        ("model", f"{settings.model}, {made.parameters:,} parameters"),
+        ("model", f"{settings.model.model}, {made.parameters:,} parameters"),
         ("one update as float32", format_bytes(made.update_bytes)),
         ("one compressed payload", f"{format_bytes(made.payload_bytes)}, {made.payload_ratio:.1f}x less{proxies}"),
         ("message around a payload", format_bytes(made.message_overhead)),

@@ -26,7 +26,7 @@ def run_settings(settings: Settings, *, quiet: bool) -> dict[str, object]:
     from server.app import serve_in_process
     from tofu.observers.terminal import make_progress
 
-    return serve_in_process(client_app, settings, make_progress(sys.stderr, quiet=quiet or settings.log == "json"))
+    return serve_in_process(client_app, settings, make_progress(sys.stderr, quiet=quiet or settings.run.log == "json"))
 
 
 def _resumed(overrides: dict[str, Value]) -> Settings:

@@ -2,9 +2,12 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tofu.errors import SettingError
+
+if TYPE_CHECKING:
+    from tofu.settings import CodecSettings
 
 BITS = (2, 3, 4, 5, 6, 8, 16, 32)
 """Bits per value that `tofu.compression.quantize.RowCode` supports; 32 is float32."""
@@ -77,6 +80,24 @@ class ProxySettings:
             | ((self.scale == "tensor") << 3)
         )
 
+    @staticmethod
+    def of(codec: "CodecSettings", device: str) -> "ProxySettings":
+        """The settings of a run's proxy codec, which searches on this device."""
+        common: dict[str, Any] = {"size": codec.proxy_size, "bits": codec.bits, "device": device}
+        if codec.codec_mode == "paper":
+            return paper_settings(**common)
+        return ProxySettings(
+            smooth=codec.surrogate,
+            surrogate_beta=codec.surrogate_beta,
+            batch_statistics=codec.surrogate and codec.batch_statistics,
+            labels="free" if codec.free_labels else "simplex",
+            scale="tensor" if codec.tensor_scales else "one",
+            max_evals=codec.max_evals,
+            tolerance=codec.tolerance,
+            warm_start=codec.warm_start,
+            **common,
+        )
+
 
 def paper_settings(**changes: Any) -> ProxySettings:
     """The published method: the network itself, cross-entropy, simplex labels, image weights, one scale, no warm start.
@@ -127,6 +148,13 @@ class CompressorOptions:
             raise SettingError("correction", self.correction, "0 to 1")
         if not 0 <= self.proxies <= 0xFFFF:
             raise SettingError("proxies", self.proxies, "0 to 65535")
+
+    @staticmethod
+    def of(codec: "CodecSettings", device: str, *, proxies: int = 0, gain: float = 1.0) -> "CompressorOptions":
+        """The options of a run's compressors; proxies are searched on this device."""
+        correction = 0.0 if codec.codec_mode == "paper" else codec.correction
+        encoder = ProxySettings.of(codec, device)
+        return CompressorOptions(gain, proxies, correction, correction_gain=gain, encoder=encoder)
 
 
 DEFAULTS = CompressorOptions()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from tofu.codec.options import DEFAULTS, CompressorOptions
 from tofu.registry import Registry
+from tofu.settings import FULL_WEIGHTS, Settings
 from tofu.settings.deprecated import present_value
 
 if TYPE_CHECKING:
@@ -36,3 +37,37 @@ def make_compressor(
 
     compressor = compressors.get(present_value("compressor", name))(reference, ratio=ratio, options=options)
     return compressor if options.gain == 1 or compressor.has_own_gain else OverRelaxed(compressor, options.gain)
+
+
+def uplink_compressor(settings: Settings, kind: str, reference: "ReferenceModel") -> "Compressor":
+    """The compressor of the clients' updates in rounds of this kind ("proxy" or "fedavg"; a secure round has none).
+
+    Raises:
+        SettingError: the compressor does not reach the ratio for this model.
+    """
+    codec, compressed = settings.codec, kind != "fedavg"
+    gain = codec.over_relaxation if compressed and settings.residual_fraction else 1.0
+    options = CompressorOptions.of(codec, settings.run.device, proxies=codec.proxies, gain=gain)
+    name = _usable(codec.compressor, reference) if compressed else "none"
+    return make_compressor(name, reference, ratio=codec.ratio, options=options)
+
+
+def downlink_compressor(settings: Settings, reference: "ReferenceModel") -> "Compressor | None":
+    """The compressor of the server's steps, or None if the server sends its weights.
+
+    Raises:
+        SettingError: the compressor does not reach the ratio for this model.
+    """
+    downlink = settings.downlink
+    if downlink.downlink == FULL_WEIGHTS:
+        return None
+    options = CompressorOptions.of(settings.codec, settings.run.device)
+    name = _usable(downlink.downlink, reference)
+    return make_compressor(name, reference, ratio=downlink.downlink_ratio, options=options)
+
+
+def _usable(name: str, reference: "ReferenceModel") -> str:
+    """The compressor's name; "sparse" if it differentiates the model but nothing says how the model is called."""
+    from tofu.model_call import NEEDS_CALL
+
+    return "sparse" if name in NEEDS_CALL and not reference.call.inputs else name

@@ -21,6 +21,7 @@ from tofu.data.partition import PARTITIONS, IntArray, partition_by_id, partition
 from tofu.data.splits import Split, hold_out, subset_rows
 from tofu.data.subpopulations import PARTS, Part, Subpopulations
 from tofu.errors import DataError, SettingError, first_line
+from tofu.settings import DataSettings
 
 ACCEPTED_DATASETS = (
     "'digits', a Hugging Face hub id such as 'ylecun/mnist', or an existing folder of parquet files or images"
@@ -31,8 +32,19 @@ _OPEN_LOCK = threading.Lock()
 _HELD_OUT = 0.15
 
 
+_ROWS_ONLY = {
+    "class_names", "feature_columns", "text_column", "label_column", "feature_scaling", "vocabulary", "tokens",
+}  # fmt: skip
+"""Settings of the data that concern tables and texts only."""
+
+
 class FederatedData:
     """A dataset that is partitioned over clients. `open_data` builds it."""
+
+    @staticmethod
+    def of(data: DataSettings, seed: int) -> "FederatedData":
+        """The dataset of a run. Raises DataError or SettingError if it cannot be opened."""
+        return open_data(**data.model_dump(exclude=_ROWS_ONLY), seed=seed)
 
     def __init__(
         self, train: Split, test: Split, test_rows: IntArray, client_rows: tuple[IntArray, ...], shape: ImageShape

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from tofu.data.partition import IntArray, partition_by_id, partition_rows
 from tofu.data.splits import files_by_role, hold_out, subset_rows
 from tofu.errors import DataError, SettingError, first_line
-from tofu.settings.groups import EMBEDDED_TABLES
+from tofu.settings.groups import EMBEDDED_TABLES, DataSettings
 
 if TYPE_CHECKING:
     import pyarrow
@@ -59,6 +59,15 @@ class RowFormat:
     vocabulary: int = 4096
     tokens: int = 64
     class_names: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(data: DataSettings) -> "RowFormat":
+        """How a run's table or texts become tensors."""
+        return RowFormat(
+            features=_names(data.feature_columns), text=data.text_column, label=data.label_column,
+            client=data.client_column, scaling=data.feature_scaling, vocabulary=data.vocabulary, tokens=data.tokens,
+            class_names=_names(data.class_names),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -116,6 +125,15 @@ class FederatedRows:
     test: LabeledRows
     names: tuple[str, ...]
 
+    @staticmethod
+    def of(data: DataSettings, seed: int) -> "FederatedRows":
+        """The table or texts of a run. Raises DataError or SettingError if they cannot be opened."""
+        return open_rows(
+            data.dataset, RowFormat.of(data), clients=data.clients, partition=data.partition, alpha=data.alpha,
+            shards_per_client=data.shards_per_client, train_images=data.train_images, test_images=data.test_images,
+            seed=seed,
+        )  # fmt: skip
+
     @property
     def width(self) -> int:
         return self.test.width
@@ -168,6 +186,10 @@ def open_rows(
     # The threads of a simulation open the data at the same time; only one of them should read it.
     with _OPEN_LOCK:
         return _open(dataset, form, clients, partition, alpha, shards_per_client, train_images, test_images, seed)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, (name.strip() for name in text.split(","))))
 
 
 def local_rows(path: str, form: RowFormat) -> LabeledRows:

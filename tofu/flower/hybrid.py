@@ -23,7 +23,8 @@ from tofu.flower.secure import SecureAggregation, SecureMod
 from tofu.flower.secure_options import SecureOptions
 from tofu.flower.update_codec import RECORD, UpdateCodec
 from tofu.flower.wrapper import StrategyWrapper, TrainMod
-from tofu.rounds.schedule import Schedule
+from tofu.rounds.schedule import make_schedule
+from tofu.settings import RoundSettings
 from tofu.wire import RECORD as STAGE
 
 
@@ -101,8 +102,11 @@ class Hybrid(StrategyWrapper):
         self._compressed = Compressed(inner, codec=codec)
         self._secure.mod = self._compressed.mod = "tofu.hybrid"
         self._secure.acknowledged = self._compressed.acknowledged
-        name = "plateau" if plateau else "switch"
-        self._schedule = Schedule(name, "secure", switch_round, patience, gain, rounds=2**31)
+        rounds = RoundSettings().replace(
+            schedule="plateau" if plateau else "switch", recovery="secure", switch_round=switch_round,
+            plateau_patience=patience, plateau_gain=gain,
+        )  # fmt: skip
+        self._schedule = make_schedule(rounds, 2**31)
         self._plateau = plateau
         self._scores: list[float] = []
         self._known: dict[str, object] = {}

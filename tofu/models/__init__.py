@@ -18,6 +18,7 @@ from tofu.models.small import BagOfWords, cnn, lenet5, mlp
 from tofu.models.spiking import dct_model, spiking_model
 from tofu.models.torchvision_models import resnet18, vgg, vit
 from tofu.rng import GlobalGenerators
+from tofu.settings import ModelSettings
 
 NORMS = ("group", "batch", "none")
 
@@ -84,6 +85,11 @@ def build_model(name: str, shape: ImageShape, *, norm: str = "group", seed: int 
         raise SettingError("model", name, f"one of {', '.join(model_names())}, or package.module:factory")
     zeros = torch.zeros(2, shape.channels, shape.height, shape.width)
     return build_seeded(lambda: _checked(build(), name, zeros, shape.classes), seed)
+
+
+def initial_model(settings: ModelSettings, shape: ImageShape, seed: int) -> nn.Module:
+    """The model of a run at its initial weights, as `build_model` returns it."""
+    return build_model(settings.model, shape, norm=settings.norm, seed=seed)
 
 
 def build_row_model(name: str, width: int, classes: int, *, vocabulary: int = 0, seed: int = 0) -> nn.Module:

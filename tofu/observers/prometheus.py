@@ -32,8 +32,8 @@ class PrometheusMetrics(Collector, Observer):
     """
 
     def __init__(self, flower_run: int, settings: Settings) -> None:
-        self._name, self._planned, self._state = "", settings.rounds, STATES[0]
-        self._info = {"flower_run": str(flower_run), "model": settings.model, "dataset": settings.dataset}
+        self._name, self._planned, self._state = "", settings.training.rounds, STATES[0]
+        self._info = {"flower_run": str(flower_run), "model": settings.model.model, "dataset": settings.data.dataset}
         self._folder = Path()
         self._totals: Counter[str] = Counter()
         self._rounds: Counter[str] = Counter()

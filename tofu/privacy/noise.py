@@ -15,7 +15,9 @@ import torch
 from tofu.bit_packing import CHUNK
 from tofu.errors import RunError, SettingError
 from tofu.privacy.checks import check_positive
+from tofu.secagg.graph import Topology
 from tofu.secagg.masks import Stream, new_seed
+from tofu.settings import PrivacySettings, SecureSettings
 from tofu.weights import Weights
 
 Reals = npt.NDArray[np.float64]
@@ -92,6 +94,31 @@ class Noise:
                 return noise
             grid *= 2
         raise SettingError("levels", levels, f"more for {values} values: use more bits or fewer values")
+
+    @staticmethod
+    def in_sum(
+        privacy: PrivacySettings, secure: SecureSettings, topology: Topology, clients: int, *, levels: int, values: int
+    ) -> "Noise | None":
+        """A client's part of the noise of a secure sum over at least `topology.threshold` of `clients` clients.
+
+        Args:
+            levels: `FixedPoint.levels`.
+            values: length of the vector that is sent.
+
+        Returns:
+            None without differential privacy.
+
+        Raises:
+            SettingError: too few levels for this noise.
+        """
+        if not privacy.noise_multiplier:
+            return None
+        honest = topology.honest(clients, secure.secagg_collusion_fraction)
+        try:
+            return Noise.on_ring(privacy.clip_norm, privacy.noise_multiplier, honest, levels=levels, values=values)
+        except SettingError as error:
+            wanted = f"less with noise-multiplier {privacy.noise_multiplier:g}, whose noise needs more bits per entry"
+            raise SettingError("secure-ratio", secure.secure_ratio, wanted) from error
 
     def deviation(self, values: int) -> float:
         """Standard deviation of one client's noise, for an update of `values` values."""

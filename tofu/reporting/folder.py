@@ -56,14 +56,14 @@ class RunFolder:
     """
 
     def __init__(self, settings: Settings) -> None:
-        if settings.resume:
-            self.path = Path(settings.resume)
+        if settings.run.resume:
+            self.path = Path(settings.run.resume)
             self._lock = _lock(self.path)
             self._check_settings(settings)
             return
-        self.path = Path(settings.run_folder) if settings.run_folder else Path()
+        self.path = Path(settings.run.run_folder) if settings.run.run_folder else Path()
         try:
-            if settings.run_folder:
+            if settings.run.run_folder:
                 check_new(self.path)
                 self.path.mkdir(parents=True, exist_ok=True)
             else:
@@ -247,7 +247,7 @@ def _plain(value: Any) -> object:
 def fresh_folder(settings: Settings) -> Path:
     """Create a folder under runs/ that no other run has, named by time, model and schedule."""
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    name = Path("runs") / f"{stamp}-{settings.model.rpartition(':')[2]}-{settings.schedule}"
+    name = Path("runs") / f"{stamp}-{settings.model.model.rpartition(':')[2]}-{settings.rounds.schedule}"
     path, n = name, 2
     while True:
         try:

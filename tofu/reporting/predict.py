@@ -8,9 +8,9 @@ from torch import nn
 from tofu.data import ImageShape, to_float
 from tofu.data.images import IMAGE_SUFFIXES, fit_image, read_image
 from tofu.errors import DataError, SettingError
-from tofu.models import build_model
+from tofu.models import initial_model
 from tofu.models.spiking import FREQUENCIES, DctEncoder
-from tofu.plugins import MAX_STATE_BYTES
+from tofu.plugins import MAX_STATE_BYTES, RoundContext, make_plugins
 from tofu.reference_model import ReferenceModel
 from tofu.reporting.folder import read_config, read_model
 from tofu.weights import load_weights
@@ -36,12 +36,12 @@ def predict_images(run: Path, images: Path, *, frequencies: int = 0) -> list[dic
     """
     settings = read_config(run)
     weights, shape, broadcast = read_model(run)
-    plugins = settings.make_plugins()
+    plugins = make_plugins(settings.plugins.plugins, settings.plugins.plugin_options)
     plugins.load(broadcast=broadcast, max_bytes=MAX_STATE_BYTES)
     models = []
     for group in range(plugins.groups):
-        context = settings.round_context(shape, settings.rounds, group=group)
-        built = build_model(settings.model, shape, norm=settings.norm, seed=settings.seed)
+        context = RoundContext.of(settings, shape, settings.training.rounds, group=group)
+        built = initial_model(settings.model, shape, settings.run.seed)
         model = ReferenceModel.of(built, shape, plugins, context).model
         load_weights(model, read_model(run, group=group)[0] if group else weights)
         if frequencies:

@@ -1,13 +1,28 @@
-"""The rounds of a run: schedules, the client's steps, aggregation, and the record of what happened."""
+"""What a round is: its schedule, its steps on the client, the aggregation, the server's optimizer and the records.
 
-from typing import TYPE_CHECKING
+A new schedule, aggregator or server optimizer is a class or function decorated with `@schedules.register("name")`,
+`@aggregators.register("name")` or `@server_optimizers.register("name")`, or one anywhere that a user selects as
+`package.module:Name`. This module does not import torch.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from tofu.registry import Registry
 
 if TYPE_CHECKING:
     from tofu.rounds.robust import Aggregator
+    from tofu.rounds.schedule import Schedule
+
+KINDS = ("proxy", "fedavg", "secure")
+"""Kinds of round. The position is the number on the wire."""
+
+schedules: "Registry[type[Schedule]]" = Registry("schedule", "tofu.rounds.schedule:Schedule", "tofu.rounds.schedule")
+
+server_optimizers: Registry[Callable[..., Any]] = Registry("server-optimizer", None, "tofu.rounds.optimizers")
+"""Functions of (parameters, `ServerSettings`) that make a `torch.optim.Optimizer`."""
 
 aggregators: "Registry[type[Aggregator]]" = Registry(
     "aggregator", "tofu.rounds.robust:Aggregator", "tofu.rounds.robust"
 )
-"""Rules that combine the updates of an open round. They are here because settings list them without importing torch."""
+"""Rules that combine the updates of an open round."""

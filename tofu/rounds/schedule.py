@@ -1,61 +1,42 @@
 """Which kind a round is: compressed ("proxy"), float32 ("fedavg") or an encrypted sum ("secure")."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from tofu.settings import Settings
+from tofu.errors import SettingError
+from tofu.rounds import KINDS, schedules
+from tofu.settings import RoundSettings
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """The kind of each round, from its number and the accuracies so far.
+class Schedule(ABC):
+    """The kind of each round, a function of its number and the accuracies so far.
 
-    The paper's hybrid training is "switch": proxies for most rounds, then a few full updates recover what was lost.
+    Args:
+        settings: of the rounds.
+        rounds: number of rounds of the run.
 
     Attributes:
-        name: "proxy", "fedavg", "secure", "switch" (recovery from `switch_round` on) or "plateau" (recovery once
-            accuracy stalls).
-        recovery: the kind of the rounds that recover: "secure" or "fedavg".
-        switch_round: first such round of "switch".
-        patience: rounds that may pass without gain before "plateau" switches.
-        gain: the accuracy gain that counts.
-        rounds: of the run.
+        kinds: the kinds of round that can occur, of `tofu.rounds.KINDS`. "proxy" and "fedavg" rounds average updates
+            that the server decodes one by one, "secure" rounds reveal the sum only.
+
+    Example:
+        >>> schedule = make_schedule(RoundSettings(schedule="switch", switch_round=3, recovery="fedavg"), 4)
+        >>> [schedule.kind(round_, ()) for round_ in (1, 2, 3, 4)]
+        ['proxy', 'proxy', 'fedavg', 'fedavg']
     """
 
-    name: str
-    recovery: str
-    switch_round: int
-    patience: int
-    gain: float
-    rounds: int
+    kinds: tuple[str, ...]
 
-    @staticmethod
-    def of(settings: Settings) -> "Schedule":
-        """The schedule of a run; by default "switch" recovers in the last tenth of the rounds, at least one."""
-        switch = settings.switch_round or settings.rounds - max(1, settings.rounds // 10) + 1
-        patience, gain = settings.plateau_patience, settings.plateau_gain
-        return Schedule(settings.schedule, settings.recovery, switch, patience, gain, settings.rounds)
+    def __init__(self, settings: RoundSettings, rounds: int) -> None:
+        self.settings, self.rounds = settings, rounds
 
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """The kinds of round that can occur."""
-        if self.name in ("proxy", "fedavg", "secure"):
-            return (self.name,)
-        if self.name == "switch" and self.switch_round == 1:
-            return (self.recovery,)
-        return ("proxy", self.recovery)
-
+    @abstractmethod
     def kind(self, round_: int, accuracies: Sequence[float]) -> str:
         """The kind of a round, counted from 1.
 
         Args:
             accuracies: after each earlier round, `accuracies[0]` being that before the first.
         """
-        if self.name == "switch":
-            return self.recovery if round_ >= self.switch_round else "proxy"
-        if self.name == "plateau":
-            return self.recovery if self._stalled(accuracies[:round_]) else "proxy"
-        return self.name
 
     def secure_may_follow(self, round_: int, accuracies: Sequence[float]) -> bool:
         """Whether the round after this one may be a secure one, for which the clients then send keys ahead.
@@ -66,14 +47,76 @@ class Schedule:
         worst = [*accuracies[:round_], float("-inf")]
         return round_ < self.rounds and self.kind(round_ + 1, worst) == "secure"
 
-    def _stalled(self, accuracies: Sequence[float]) -> bool:
-        """Whether accuracy ever stalled for `patience` rounds: a switch is not taken back."""
+
+def make_schedule(settings: RoundSettings, rounds: int) -> Schedule:
+    """The schedule of a run of so many rounds.
+
+    Raises:
+        SettingError: the schedule is unknown, or a setting does not fit the number of rounds.
+    """
+    schedule = schedules.get(settings.schedule)(settings, rounds)
+    if not set(schedule.kinds) <= set(KINDS):
+        raise SettingError("schedule", settings.schedule, f"a schedule with kinds of {', '.join(KINDS)}")
+    return schedule
+
+
+@schedules.register("proxy")
+class ProxyRounds(Schedule):
+    """All rounds are compressed."""
+
+    kinds = ("proxy",)
+
+    def kind(self, round_: int, accuracies: Sequence[float]) -> str:
+        return self.kinds[0]
+
+
+@schedules.register("fedavg")
+class FedAvgRounds(ProxyRounds):
+    """All rounds send float32 updates."""
+
+    kinds = ("fedavg",)
+
+
+@schedules.register("secure")
+class SecureRounds(ProxyRounds):
+    """All rounds are secure."""
+
+    kinds = ("secure",)
+
+
+@schedules.register("switch")
+class Switch(Schedule):
+    """Recovery rounds from `switch_round` on; by default in the last tenth of the rounds, at least one.
+
+    This is the paper's hybrid training: a few rounds without compression recover what was lost.
+    """
+
+    def __init__(self, settings: RoundSettings, rounds: int) -> None:
+        super().__init__(settings, rounds)
+        if settings.switch_round > rounds:
+            raise SettingError("switch-round", settings.switch_round, f"at most rounds, {rounds}")
+        self._first = settings.switch_round or rounds - max(1, rounds // 10) + 1
+        self.kinds = (settings.recovery,) if self._first == 1 else ("proxy", settings.recovery)
+
+    def kind(self, round_: int, accuracies: Sequence[float]) -> str:
+        return self.settings.recovery if round_ >= self._first else "proxy"
+
+
+@schedules.register("plateau")
+class Plateau(Schedule):
+    """Recovery rounds once the accuracy did not gain for `plateau_patience` rounds; a switch is not taken back."""
+
+    def __init__(self, settings: RoundSettings, rounds: int) -> None:
+        super().__init__(settings, rounds)
+        self.kinds = ("proxy", settings.recovery)
+
+    def kind(self, round_: int, accuracies: Sequence[float]) -> str:
         best, waited = float("-inf"), 0
-        for accuracy in accuracies:
-            if accuracy >= best + self.gain:
+        for accuracy in accuracies[:round_]:
+            if accuracy >= best + self.settings.plateau_gain:
                 best, waited = accuracy, 0
             else:
                 waited += 1
-                if waited >= self.patience:
-                    return True
-        return False
+                if waited >= self.settings.plateau_patience:
+                    return self.settings.recovery
+        return "proxy"

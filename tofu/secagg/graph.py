@@ -30,9 +30,13 @@ from dataclasses import dataclass
 
 from tofu.errors import SettingError
 from tofu.secagg.shamir import MAX_SHARES
+from tofu.settings import SecureSettings
 
 COMPLETE_UP_TO = 32
 """Number of clients up to which the graph is complete: a sparse graph would save almost nothing."""
+
+_COMPLETE_WITH_IDENTITIES = 256
+"""The same if the server may be malicious: a sparse graph then guarantees less."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,13 @@ class Topology:
 
     neighbors: int
     threshold: int
+
+    @staticmethod
+    def of(secure: SecureSettings, clients: int) -> "Topology":
+        """The topology of a secure round with this number of clients. Raises SettingError if none is secure."""
+        complete = _COMPLETE_WITH_IDENTITIES if secure.secure_identities else COMPLETE_UP_TO
+        dropout, corrupted = secure.secagg_dropout_fraction, secure.secagg_collusion_fraction
+        return choose_topology(clients, dropout=dropout, corrupted=corrupted, complete_up_to=complete)
 
     def honest(self, clients: int, corrupted: float) -> int:
         """Minimum number of honest clients in any sum, if a fraction of the clients colludes with the server."""

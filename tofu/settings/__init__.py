@@ -6,12 +6,13 @@ import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
 
 from tofu.errors import SettingError
+from tofu.imports import import_object
 from tofu.settings import deprecated
 from tofu.settings.deprecated import dashed
 from tofu.settings.fields import Group, Value, build, choices_of, expected, kind_of, parse_text
@@ -32,36 +33,28 @@ from tofu.settings.groups import (
     TrainingSettings,
 )
 
-if TYPE_CHECKING:
-    from tofu.codec.options import ProxySettings
-    from tofu.compression.base import Compressor
-    from tofu.data import FederatedData, FederatedRows, ImageShape, RowFormat
-    from tofu.plugins import Plugins, RoundContext
-    from tofu.privacy import Noise
-    from tofu.reference_model import ReferenceModel
-    from tofu.secagg.graph import Topology
-    from tofu.tasks import TaskStream
-
 __all__ = [
-    "FIELDS", "MIN_SECURE", "CodecSettings", "DataSettings", "DownlinkSettings", "Group", "LinkSettings",
-    "ModelSettings", "PluginSettings", "PrivacySettings", "RoundSettings", "RunSettings", "SecureSettings",
-    "ServerSettings", "Settings", "TrainingSettings", "Value", "accepted_values", "choices_of", "dashed",
-    "expected", "json_schema", "kind_of", "parse_setting", "read_toml", "section_of", "separator_of",
+    "FIELDS", "FULL_WEIGHTS", "MIN_SECURE", "CodecSettings", "DataSettings", "DownlinkSettings", "Group",
+    "LinkSettings", "ModelSettings", "PluginSettings", "PrivacySettings", "RoundSettings", "RunSettings",
+    "SecureSettings", "ServerSettings", "Settings", "TrainingSettings", "Value", "accepted_values", "choices_of",
+    "dashed", "expected", "json_schema", "kind_of", "parse_setting", "read_toml", "section_of", "separator_of",
     "settings_of_section",
 ]  # fmt: skip
 
-_ROWS_ONLY = {
-    "class_names", "feature_columns", "text_column", "label_column", "feature_scaling", "vocabulary", "tokens",
-}  # fmt: skip
-"""Settings of the data that a dataset of images is opened without."""
+_REGISTRIES = {
+    "schedule": "tofu.rounds:schedules",
+    "compressor": "tofu.compression:compressors",
+    "downlink": "tofu.compression:compressors",
+    "aggregator": "tofu.rounds:aggregators",
+    "server_optimizer": "tofu.rounds:server_optimizers",
+}
+"""Settings whose values users can extend -> their registry, which is imported when it is needed."""
 
 MIN_SECURE = 3
 """Minimum number of clients in a secure round. With two, each could compute the other's update from the sum."""
 
-_WEIGHTS = "full-weights"
-
-_COMPLETE_WITH_IDENTITIES = 256
-"""Clients up to which the graph is complete if the server may lie: a sparse graph then guarantees less."""
+FULL_WEIGHTS = "full-weights"
+"""The value of `downlink` with which the server sends its weights."""
 
 
 class Settings(BaseModel):
@@ -69,19 +62,17 @@ class Settings(BaseModel):
 
     >>> Settings.of({"rounds": 5, "local-epochs": 2}).training.rounds
     5
-
-    The attributes of the groups can also be read directly (`settings.rounds`) until all components take their group.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     data: DataSettings = DataSettings()
-    network: ModelSettings = ModelSettings()
-    plugin: PluginSettings = PluginSettings()
+    model: ModelSettings = ModelSettings()
+    plugins: PluginSettings = PluginSettings()
     training: TrainingSettings = TrainingSettings()
-    round_plan: RoundSettings = RoundSettings()
+    rounds: RoundSettings = RoundSettings()
     codec: CodecSettings = CodecSettings()
-    downstream: DownlinkSettings = DownlinkSettings()
+    downlink: DownlinkSettings = DownlinkSettings()
     secure: SecureSettings = SecureSettings()
     privacy: PrivacySettings = PrivacySettings()
     server: ServerSettings = ServerSettings()
@@ -118,12 +109,6 @@ class Settings(BaseModel):
         """Flat name with dashes -> value, as in TOML and in Flower's run config."""
         return {dashed(name): getattr(getattr(self, _GROUP_OF[name]), name) for name in FIELDS}
 
-    def __getattr__(self, name: str) -> Any:
-        present = deprecated.NAMES.get(dashed(name), name).replace("-", "_")
-        if present in FIELDS:
-            return getattr(getattr(self, _GROUP_OF[present]), present)
-        raise AttributeError(f"settings have no {name!r}")
-
     def meaning(self, round_: int) -> tuple[bytes, bytes]:
         """What clients of one secure sum must have alike besides its encoding: a digest of all settings, the round."""
         text = json.dumps(self.to_config(), sort_keys=True)
@@ -131,13 +116,13 @@ class Settings(BaseModel):
 
     def _check(self) -> None:
         """Check settings against each other."""
-        data, rounds, plugin, codec = self.data, self.round_plan, self.plugin, self.codec
-        total = self.training.rounds
-        _check_compressor("compressor", codec.compressor)
-        _check_compressor("downlink", self.downstream.downlink)
+        from tofu.rounds.schedule import make_schedule
+
+        data, plugin, codec, total = self.data, self.plugins, self.codec, self.training.rounds
+        for name in _REGISTRIES:
+            _check_registered(name, getattr(getattr(self, _GROUP_OF[name]), name))
+        kinds = make_schedule(self.rounds, total).kinds
         self._check_data()
-        if rounds.schedule == "switch" and rounds.switch_round > total:
-            raise SettingError("switch-round", rounds.switch_round, f"at most rounds, {total}")
         if self.server.min_clients > data.clients:
             raise SettingError("min-clients", self.server.min_clients, f"at most clients, {data.clients}")
         if data.subpopulations:
@@ -153,7 +138,7 @@ class Settings(BaseModel):
         if total % plugin.task_count:
             raise SettingError("task-count", plugin.task_count, f"a divisor of rounds, {total}")
         if plugin.plugins or plugin.plugin_options:
-            self._check_plugins()
+            self._check_plugins(kinds)
         for name in ("local_layers", "client_test_fraction"):
             value = getattr(self.training, name)
             if value and self.privacy.noise_multiplier and name == "client_test_fraction":
@@ -164,21 +149,19 @@ class Settings(BaseModel):
             raise SettingError("plugins", plugin.plugins, "none with noise-multiplier: sums of plugins are not noised")
         if self.privacy.max_epsilon and not self.privacy.noise_multiplier:
             raise SettingError("max-epsilon", self.privacy.max_epsilon, "0 without noise-multiplier")
-        self._check_aggregator()
-        if rounds.has_secure_rounds and data.clients < MIN_SECURE:
+        self._check_aggregator(kinds)
+        if "secure" in kinds and data.clients < MIN_SECURE:
             raise SettingError("clients", data.clients, f"at least {MIN_SECURE} for secure rounds")
 
-    def _check_aggregator(self) -> None:
-        name, names = self.server.aggregator, accepted_values("aggregator")
-        if name not in names and ":" not in name:
-            raise SettingError("aggregator", name, f"one of {', '.join(names)}, or package.module:Class")
-        if name != "mean" and self.round_plan.has_secure_rounds:
+    def _check_aggregator(self, kinds: tuple[str, ...]) -> None:
+        name = self.server.aggregator
+        if name != "mean" and "secure" in kinds:
             raise SettingError("aggregator", name, "mean with secure rounds, which show only the sum of the updates")
         if name != "mean" and self.privacy.noise_multiplier:
             raise SettingError("aggregator", name, "mean with noise-multiplier, whose guarantee is for the mean")
 
     def _check_data(self) -> None:
-        data, plugin = self.data, self.plugin
+        data, plugin = self.data, self.plugins
         if data.text_column and data.feature_columns:
             raise SettingError("feature-columns", data.feature_columns, "none with a text-column")
         if data.partition == "natural" and not data.client_column:
@@ -193,187 +176,27 @@ class Settings(BaseModel):
                 if value != none:
                     raise SettingError(name, value, f"{none!r} for a {data.kind} dataset: it needs images")
 
-    def _check_plugins(self) -> None:
-        from tofu.plugins import Plugin, RunRequirements
+    def _check_plugins(self, kinds: tuple[str, ...]) -> None:
+        from tofu.plugins import Plugin, RunRequirements, make_plugins
 
-        plugins = self.make_plugins()
+        plugins = make_plugins(self.plugins.plugins, self.plugins.plugin_options)
         if self.codec.step_ahead and any(type(plugin).on_step is not Plugin.on_step for plugin in plugins):
-            wanted = f"0 with plugins={self.plugin.plugins}, which restricts the steps from the global weights"
+            wanted = f"0 with plugins={self.plugins.plugins}, which restricts the steps from the global weights"
             raise SettingError("step-ahead", self.codec.step_ahead, wanted)
         plugins.check(
             RunRequirements(
                 clients=self.data.clients,
-                tasks=self.plugin.task_count,
-                exact_updates=self.round_plan.schedule == "fedavg",
-                secure=self.has_secure_rounds,
-                model=self.network.model,
+                tasks=self.plugins.task_count,
+                exact_updates=kinds == ("fedavg",),
+                secure="secure" in kinds,
+                model=self.model.model,
             )
         )
-
-    # The rest builds components from settings. It imports them only when it is called: settings do not need torch.
-
-    @property
-    def has_secure_rounds(self) -> bool:
-        """Whether a round may be a secure one."""
-        return self.round_plan.has_secure_rounds
-
-    @property
-    def recorded(self) -> tuple[str, ...]:
-        """Names of the clients whose messages are stored."""
-        return self.run.recorded
 
     @property
     def residual_fraction(self) -> float:
         """Fraction of the compression error that clients keep. None under differential privacy: it is not noised."""
         return 0.0 if self.privacy.noise_multiplier else self.codec.error_feedback
-
-    def lr_of(self, round_: int) -> float:
-        """The clients' learning rate in a round, counted from 1."""
-        return self.training.lr_of(round_)
-
-    def proxy_settings(self) -> "ProxySettings":
-        """The settings of the proxy codec."""
-        from tofu.codec.options import ProxySettings, paper_settings
-
-        codec = self.codec
-        common: dict[str, Any] = {"size": codec.proxy_size, "bits": codec.bits, "device": self.run.device}
-        if codec.codec_mode == "paper":
-            return paper_settings(**common)
-        return ProxySettings(
-            smooth=codec.surrogate,
-            surrogate_beta=codec.surrogate_beta,
-            batch_statistics=codec.surrogate and codec.batch_statistics,
-            labels="free" if codec.free_labels else "simplex",
-            scale="tensor" if codec.tensor_scales else "one",
-            max_evals=codec.max_evals,
-            tolerance=codec.tolerance,
-            warm_start=codec.warm_start,
-            **common,
-        )
-
-    def open_data(self) -> "FederatedData":
-        """The run's dataset, distributed to the clients. Raises DataError or SettingError if it cannot be opened."""
-        from tofu.data import open_data
-
-        return open_data(**self.data.model_dump(exclude=_ROWS_ONLY), seed=self.run.seed)
-
-    def row_format(self) -> "RowFormat":
-        """How the columns of the run's table or texts become tensors."""
-        from tofu.data import RowFormat
-
-        data = self.data
-        return RowFormat(
-            features=_names(data.feature_columns), text=data.text_column, label=data.label_column,
-            client=data.client_column, scaling=data.feature_scaling, vocabulary=data.vocabulary, tokens=data.tokens,
-            class_names=_names(data.class_names),
-        )  # fmt: skip
-
-    def open_rows(self) -> "FederatedRows":
-        """The run's table or texts, distributed to the clients. Raises DataError or SettingError as `open_data`."""
-        from tofu.data import open_rows
-
-        data = self.data
-        return open_rows(
-            data.dataset, self.row_format(), clients=data.clients, partition=data.partition, alpha=data.alpha,
-            shards_per_client=data.shards_per_client, train_images=data.train_images, test_images=data.test_images,
-            seed=self.run.seed,
-        )  # fmt: skip
-
-    def make_plugins(self) -> "Plugins":
-        """The plugins, new and without state."""
-        from tofu.plugins import make_plugins
-
-        return make_plugins(self.plugin.plugins, self.plugin.plugin_options)
-
-    def round_context(self, shape: "ImageShape", round_: int, client: str = "", *, group: int = 0) -> "RoundContext":
-        """The position of a round in the run, as plugins receive it."""
-        from tofu.plugins import RoundContext
-
-        each = self.training.rounds // self.plugin.task_count
-        return RoundContext(
-            shape,
-            round=round_,
-            rounds=self.training.rounds,
-            task=(round_ - 1) // each,
-            tasks=self.plugin.task_count,
-            final=round_ % each == 0,
-            client=client,
-            seed=self.run.seed,
-            group=group,
-        )
-
-    def task_stream(self, classes: int) -> "TaskStream":
-        """The run's tasks over a dataset with this number of classes. Raises SettingError for too many tasks."""
-        from tofu.tasks import TaskStream
-
-        plugin = self.plugin
-        return TaskStream(plugin.tasks, plugin.task_count, classes, self.run.seed, plugin.task_order)
-
-    def make_compressor(self, kind: str, network: "ReferenceModel") -> "Compressor":
-        """The compressor of a round of this kind ("proxy" or "fedavg"; a secure round has none) for this network."""
-        name = "none" if kind == "fedavg" else self.codec.compressor
-        gain = self.codec.over_relaxation if kind != "fedavg" and self.residual_fraction else 1.0
-        return self._make(name, network, ratio=self.codec.ratio, count=self.codec.proxies, gain=gain)
-
-    def make_downlink(self, network: "ReferenceModel") -> "Compressor | None":
-        """The compressor of the server's steps, or None if the server sends its weights."""
-        if self.downstream.downlink == _WEIGHTS:
-            return None
-        return self._make(self.downstream.downlink, network, ratio=self.downstream.downlink_ratio, count=0)
-
-    def _make(
-        self, name: str, network: "ReferenceModel", *, ratio: float, count: int, gain: float = 1.0
-    ) -> "Compressor":
-        from tofu.codec.options import CompressorOptions
-        from tofu.compression import make_compressor
-        from tofu.model_call import NEEDS_CALL
-
-        if name in NEEDS_CALL and not network.call.inputs:
-            name = "sparse"
-        correction = 0.0 if self.codec.codec_mode == "paper" else self.codec.correction
-        options = CompressorOptions(
-            gain=gain, proxies=count, correction=correction, correction_gain=gain, encoder=self.proxy_settings()
-        )
-        return make_compressor(name, network, ratio=ratio, options=options)
-
-    def noise(self, sharers: int = 1) -> "Noise | None":
-        """The noise that a client adds to its clipped update in open rounds; None without differential privacy."""
-        from tofu.privacy import Noise
-
-        privacy = self.privacy
-        return Noise(privacy.clip_norm, privacy.noise_multiplier, sharers) if privacy.noise_multiplier else None
-
-    def noise_in_sum(self, topology: "Topology", clients: int, *, levels: int, values: int) -> "Noise | None":
-        """A client's part of the noise in the sum of a secure round with at least threshold many clients.
-
-        Raises:
-            SettingError: too few levels for this noise.
-        """
-        from tofu.privacy import Noise
-
-        privacy, secure = self.privacy, self.secure
-        if not privacy.noise_multiplier:
-            return None
-        honest = topology.honest(clients, secure.secagg_collusion_fraction)
-        try:
-            return Noise.on_ring(privacy.clip_norm, privacy.noise_multiplier, honest, levels=levels, values=values)
-        except SettingError as error:
-            wanted = f"less with noise-multiplier {privacy.noise_multiplier:g}, whose noise needs more bits per entry"
-            raise SettingError("secure-ratio", secure.secure_ratio, wanted) from error
-
-    def coarse(self, levels: int) -> bool:
-        """Whether secure rounds with this number of levels round to the nearest (`tofu.secagg.encoding`)."""
-        from tofu.secagg.encoding import FEW_LEVELS
-
-        return levels < FEW_LEVELS and self.codec.error_feedback == 1 and not self.privacy.noise_multiplier
-
-    def topology(self, clients: int) -> "Topology":
-        """The graph of neighbors in a secure round. Raises SettingError if no graph is safe."""
-        from tofu.secagg.graph import COMPLETE_UP_TO, choose_topology
-
-        complete = _COMPLETE_WITH_IDENTITIES if self.secure.secure_identities else COMPLETE_UP_TO
-        dropout, corrupted = self.secure.secagg_dropout_fraction, self.secure.secagg_collusion_fraction
-        return choose_topology(clients, dropout=dropout, corrupted=corrupted, complete_up_to=complete)
 
 
 _GROUPS: dict[str, type[Group]] = {
@@ -384,10 +207,6 @@ _GROUPS: dict[str, type[Group]] = {
 _GROUP_OF = {name: group for group, kind in _GROUPS.items() for name in kind.model_fields}
 FIELDS: dict[str, FieldInfo] = {name: field for kind in _GROUPS.values() for name, field in kind.model_fields.items()}
 """Every setting by its name with underscores, in the order of the groups."""
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(filter(None, (name.strip() for name in text.split(","))))
 
 
 def section_of(name: str) -> str:
@@ -416,16 +235,9 @@ def parse_setting(name: str, text: str) -> Value:
 
 def accepted_values(name: str) -> tuple[str, ...]:
     """The values of a setting with a choice, for help and completion; empty for other settings."""
-    from tofu.compression import compressors
-
-    if name == "compressor":
-        return compressors.names()
-    if name == "aggregator":
-        from tofu.rounds import aggregators
-
-        return aggregators.names()
-    if name == "downlink":
-        return (*(_WEIGHTS if known == "none" else known for known in compressors.names()),)
+    if name in _REGISTRIES:
+        registered: tuple[str, ...] = import_object(_REGISTRIES[name]).names()
+        return tuple(FULL_WEIGHTS if name == "downlink" and known == "none" else known for known in registered)
     return tuple(map(str, choices_of(FIELDS[name])))
 
 
@@ -435,6 +247,8 @@ def json_schema() -> dict[str, Any]:
     for kind in _GROUPS.values():
         for name, schema in kind.model_json_schema()["properties"].items():
             cleaned = {key: value for key, value in schema.items() if key not in ("title", "section", "repeated")}
+            if name in _REGISTRIES:
+                cleaned["anyOf"] = [{"enum": list(accepted_values(name))}, {"pattern": ":"}]
             properties[dashed(name)] = cleaned
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -465,8 +279,8 @@ def read_toml(path: Path) -> dict[str, object]:
     return table
 
 
-def _check_compressor(setting: str, name: str) -> None:
-    """A registered name or `package.module:Class`, which is imported only when the compressor is made."""
-    names = accepted_values(setting)
-    if name not in names and ":" not in name:
-        raise SettingError(setting, name, f"one of {', '.join(names)}, or package.module:Class")
+def _check_registered(name: str, value: str) -> None:
+    """A registered name or `package.module:Class`, which is imported only when it is needed."""
+    names = accepted_values(name)
+    if value not in names and ":" not in value:
+        raise SettingError(name, value, f"one of {', '.join(names)}, or package.module:Class")

@@ -151,7 +151,7 @@ class RoundSettings(Group):
 
     section: ClassVar[str] = "Rounds"
 
-    schedule: Literal["proxy", "fedavg", "secure", "switch", "plateau"] = setting(
+    schedule: str = setting(
         "proxy",
         "proxy: compressed rounds; fedavg: float32 rounds; secure: rounds with secure aggregation; switch: recovery rounds from switch-round on; plateau: recovery rounds once the accuracy stalls",
     )
@@ -162,11 +162,6 @@ class RoundSettings(Group):
     switch_round: int = setting(0, "first recovery round with schedule=switch; 0 is the last tenth of the rounds", ge=0)
     plateau_patience: int = setting(3, "rounds without gain before schedule=plateau switches", ge=1)
     plateau_gain: float = setting(0.002, "accuracy gain that counts for schedule=plateau", ge=0)
-
-    @property
-    def has_secure_rounds(self) -> bool:
-        """Whether a round may be a secure one."""
-        return self.schedule == "secure" or (self.schedule in ("switch", "plateau") and self.recovery == "secure")
 
 
 class CodecSettings(Group):
@@ -318,7 +313,7 @@ class ServerSettings(Group):
         "a client's weight in open rounds is at most so many times the median number of examples; 0 disables it",
         ge=0,
     )
-    server_optimizer: Literal["sgd", "momentum", "adam"] = setting("sgd", "optimizer that applies the average update")
+    server_optimizer: str = setting("sgd", "optimizer that applies the average update")
     server_lr: float = setting(1.0, "learning rate of the server's optimizer", gt=0)
     server_momentum: float = setting(0.9, "momentum with server-optimizer=momentum", ge=0, le=0.9999)
     ema_decay: float = setting(

@@ -33,7 +33,7 @@ from client.plugins.crossbar_tiles import (
 )  # fmt: skip
 from server.app import serve_in_process
 from tests.client.plugins.apps import forgetful_app
-from tofu.data import LabeledImages, to_float
+from tofu.data import FederatedData, LabeledImages, to_float
 from tofu.errors import PayloadError, RunError, SettingError
 from tofu.models import build_model
 from tofu.observers.base import Observer
@@ -486,7 +486,7 @@ def test_pruned_weights_are_neither_sent_nor_encoded(tmp_path: Path, schedule: s
     weights, _, broadcast = read_model(run)
     only(TINY["plugin_options"])[0].load(broadcast=broadcast, max_bytes=MB)
     total = sum(value.numel() for value in weights.values())
-    whole = layout_of(build_model("mlp", Settings.of(TINY).open_data().shape)).parameter_count
+    whole = layout_of(build_model("mlp", FederatedData.of(Settings.of(TINY).data, 0).shape)).parameter_count
     assert total < 0.45 * whole
     uplink = [record["uplink_bytes"] for record in records[1:]]
     assert uplink[3] < (total / whole + 0.1) * uplink[1]  # headers, and what else a secure round exchanges
@@ -513,7 +513,7 @@ def test_predict_rebuilds_the_pruned_network(tmp_path: Path) -> None:
     run, folder = tmp_path / "run", tmp_path / "images"
     federate(run, schedule="fedavg", rounds=2)
     folder.mkdir()
-    test = Settings.of(TINY).open_data().test()
+    test = FederatedData.of(Settings.of(TINY).data, 0).test()
     for number in range(20):
         Image.fromarray(test.images[number, 0].numpy()).save(folder / f"{number:02}.png")
     predictions = predict_images(run, folder)

@@ -26,7 +26,7 @@ from client.plugins.curvature import (
 )
 from server.app import serve_in_process
 from tests.client.plugins.apps import forgetful_app
-from tofu.data import LabeledImages, to_float
+from tofu.data import FederatedData, LabeledImages, to_float
 from tofu.errors import DataError, RunError, SettingError
 from tofu.models import build_model
 from tofu.observers.base import Observer
@@ -326,7 +326,7 @@ def test_the_contact_sheet_of_a_client(tmp_path: Path, monkeypatch: pytest.Monke
     subprocess.run([*command, "--output", tmp_path / "sheet.png", "--count", "12"], check=True, timeout=120)
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == (8 * 64, 2 * 76)
-    own = Settings.of(TINY).open_data().client(1)
+    own = FederatedData.of(Settings.of(TINY).data, 0).client(1)
     found = most_memorized(tmp_path / "scores" / files[1], own, 5)
     assert found.scores.tolist() == sorted(found.scores.tolist(), reverse=True)
     picture = contact_sheet(own, found, columns=5, pixels=8)

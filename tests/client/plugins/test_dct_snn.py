@@ -14,7 +14,7 @@ from client.plugins.dct_snn import DctSnn
 from client.plugins.spiking_energy import microjoules, operations
 from server.app import serve_in_process
 from tests.client.plugins.apps import forgetful_app
-from tofu.data import LabeledImages, to_float
+from tofu.data import FederatedData, LabeledImages, to_float
 from tofu.errors import SettingError
 from tofu.models import build_model
 from tofu.models.spiking import DctEncoder, SpikingNetwork, balance_thresholds
@@ -147,7 +147,7 @@ def test_predict_can_drop_frequencies_without_retraining(tmp_path: Path) -> None
     run, folder = tmp_path / "run", tmp_path / "images"
     federate(run, schedule="fedavg", rounds=2)
     folder.mkdir()
-    test = Settings.of(TINY).open_data().test()
+    test = FederatedData.of(Settings.of(TINY).data, Settings.of(TINY).run.seed).test()
     for number in range(20):
         Image.fromarray(test.images[number, 0].numpy()).save(folder / f"{number:02}.png")
     weights, _, broadcast = read_model(run)

@@ -19,7 +19,7 @@ from client.plugins.label_tree import TREES, LabelTree
 from client.plugins.tree_metrics import GraphDistance, HierarchicalF, HierarchicalPrecision, HierarchicalRecall
 from server.app import serve_in_process
 from tests.client.plugins.apps import forgetful_app
-from tofu.data import ImageShape, to_float
+from tofu.data import FederatedData, ImageShape, to_float
 from tofu.errors import SettingError
 from tofu.models import build_model
 from tofu.observers.base import Observer
@@ -296,10 +296,10 @@ def test_it_works_in_every_kind_of_round_and_draws_a_panel(
     run = tmp_path / "run"
     federate(run, schedule=schedule, **more)
     assert failures(run)[1:] == [[]] * 3
-    plugins = Settings.of(TINY | more).make_plugins()
+    plugins = make_plugins(Settings.of(TINY | more).plugins.plugins, Settings.of(TINY | more).plugins.plugin_options)
     weights, shape, state = read_model(run)
     plugins.load(broadcast=state, max_bytes=10**6)
-    data = Settings.of(TINY | more).open_data()
+    data = FederatedData.of(Settings.of(TINY | more).data, Settings.of(TINY | more).run.seed)
     counted = plugins[0].broadcast["count"]
     assert counted.tolist() == pytest.approx([sum(len(data.client(k)) for k in range(3))])  # type: ignore[union-attr]
     (table,) = read_panels(run)["hierarchy"].figures
@@ -326,7 +326,7 @@ def test_coarse_heads_learn_in_uncompressed_and_in_proxy_rounds(tmp_path: Path, 
         if name in ("heads.0.weight", "heads.1.weight"):
             assert float((weights[name] - head).norm()) > 0.5 * float(head.norm())
     model.load_state_dict(weights)
-    test = Settings.of(TINY).open_data().test()
+    test = FederatedData.of(Settings.of(TINY).data, Settings.of(TINY).run.seed).test()
     with torch.no_grad():
         model.train()(to_float(test.images))
     levels = plugin.label_tree.levels

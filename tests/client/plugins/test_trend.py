@@ -31,7 +31,7 @@ from client.plugins.transferability import (
 from client.plugins.trend import Trend
 from server.app import serve_in_process
 from tests.client.plugins.apps import forgetful_app
-from tofu.data import ImageShape, LabeledImages, to_float
+from tofu.data import FederatedData, ImageShape, LabeledImages, to_float
 from tofu.errors import SettingError
 from tofu.models import build_model
 from tofu.observers.base import Observer
@@ -347,7 +347,7 @@ def test_predict_uses_the_models_of_all_groups(tmp_path: Path) -> None:
     run, folder = tmp_path / "run", tmp_path / "images"
     federate(run, schedule="fedavg", rounds=2)
     folder.mkdir()
-    test = Settings.of(TINY).open_data().test()
+    test = FederatedData.of(Settings.of(TINY).data, 0).test()
     for number in range(30):
         Image.fromarray(test.images[number, 0].numpy()).save(folder / f"{number:02}.png")
     predictions = predict_images(run, folder)

@@ -226,7 +226,7 @@ def test_options_go_over_the_file_over_the_folders_pyproject_over_the_defaults(t
         return int(made["compressed_rounds"])
 
     (tmp_path / "settings.toml").write_text("rounds = 7\n")
-    assert rounds() == Settings().rounds == 20
+    assert rounds() == Settings().training.rounds == 20
     ours = '[tool.flwr.app.components]\nserverapp = "server.app:app"\n[tool.flwr.app.config]\nrounds = 4\n'
     (tmp_path / "pyproject.toml").write_text(ours)
     assert rounds() == 4

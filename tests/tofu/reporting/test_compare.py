@@ -47,10 +47,10 @@ def test_every_run_differs_only_in_what_is_compared(tmp_path: Path) -> None:
             allowed |= {"error-feedback"} if cell.compressor == "topk" else set()
             allowed |= {"schedule"} if cell.compressor == FEDAVG else set()
             assert changed <= allowed
-            assert settings.seed == seed
-            assert settings.compressor == cell.compressor
-            assert settings.schedule == ("fedavg" if cell.compressor == FEDAVG else "proxy")
-            assert settings.error_feedback == (0.5 if cell.compressor == "topk" else 1.0)
+            assert settings.run.seed == seed
+            assert settings.codec.compressor == cell.compressor
+            assert settings.rounds.schedule == ("fedavg" if cell.compressor == FEDAVG else "proxy")
+            assert settings.codec.error_feedback == (0.5 if cell.compressor == "topk" else 1.0)
     assert not (tmp_path / "new").exists()  # planning writes nothing
     folders = [made.run(cell, seed).folder.name for cell in made.cells for seed in made.seeds]
     assert folders[0] == "none-1x-seed5"
@@ -60,9 +60,9 @@ def test_every_run_differs_only_in_what_is_compared(tmp_path: Path) -> None:
 
 def test_fedavg_compresses_neither_way_unless_asked(tmp_path: Path) -> None:
     made = planned(tmp_path, settings={"downlink": "topk"})
-    assert [made.run(cell, 0).settings.downlink for cell in made.cells[:2]] == ["full-weights", "topk"]
+    assert [made.run(cell, 0).settings.downlink.downlink for cell in made.cells[:2]] == ["full-weights", "topk"]
     asked = planned(tmp_path, settings={"downlink": "topk"}, overrides=["none:downlink=topk"])
-    assert asked.run(asked.reference, 0).settings.downlink == "topk"
+    assert asked.run(asked.reference, 0).settings.downlink.downlink == "topk"
 
 
 def test_fedavg_by_its_old_name(tmp_path: Path) -> None:
@@ -99,11 +99,11 @@ def test_tuning_tries_every_value_with_a_seed_of_its_own(tmp_path: Path) -> None
     made = planned(tmp_path, settings={"seed": 3}, tune="lr=0.1,0.05")
     for cell in made.cells:
         trials = made.tuning_runs(cell)
-        assert [(run.value, run.settings.lr, run.seed, run.settings.seed) for run in trials] == [
+        assert [(run.value, run.settings.training.lr, run.seed, run.settings.run.seed) for run in trials] == [
             (0.1, 0.1, 1003, 1003), (0.05, 0.05, 1003, 1003),
         ]  # fmt: skip
         assert trials[1].folder.name == f"{cell.name}-seed1003-tune-lr=0.05"
-        assert made.run(cell, 3, 0.05).settings.lr == 0.05
+        assert made.run(cell, 3, 0.05).settings.training.lr == 0.05
     assert planned(tmp_path).tuning_runs(made.reference) == ()
 
 

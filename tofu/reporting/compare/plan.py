@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tofu.compression import compressors as registry
+from tofu.compression import downlink_compressor, uplink_compressor
+from tofu.data import FederatedData
 from tofu.errors import SettingError
-from tofu.models import build_model
+from tofu.models import initial_model
 from tofu.payload import HEADER_BYTES
 from tofu.reference_model import ReferenceModel
-from tofu.settings import FIELDS, Settings, Value, parse_setting, section_of
+from tofu.settings import FIELDS, Settings, Value, dashed, parse_setting, section_of
 from tofu.settings.deprecated import present_value
 
 FEDAVG = "none"
@@ -87,7 +89,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        return Path(self.settings.run_folder)
+        return Path(self.settings.run.run_folder)
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class Comparison:
             SettingError: anything that would stop a run later, except a ratio out of reach.
             DataError: the data cannot be used.
         """
-        if shared.schedule == "fedavg":
+        if shared.rounds.schedule == "fedavg":
             raise SettingError("schedule", "fedavg", "proxy, switch or plateau (FedAvg is always run as well)")
         if not 1 <= seeds <= MAX_SEEDS:
             raise SettingError("seeds", seeds, f"a whole number from 1 to {MAX_SEEDS}")
@@ -145,10 +147,10 @@ class Comparison:
             shared=shared,
             compressors=names,
             ratios=_ratios(ratios),
-            seeds=tuple(range(shared.seed, shared.seed + seeds)),
+            seeds=tuple(range(shared.run.seed, shared.run.seed + seeds)),
             folder=folder,
             overrides=_overrides(overrides, names),
-            tune=_tune(tune, shared.seed),
+            tune=_tune(tune, shared.run.seed),
         )
         for name, changes in made.overrides.items():
             if made.tune and made.tune.name in changes:
@@ -201,8 +203,8 @@ class Comparison:
         for seed in (*self.seeds, *((self.tune.seed,) if self.tune else ())):
             self._settings(FEDAVG, 1.0, seed, None)  # the last seeds may be past what a seed can be
         shared = self.shared
-        shape = shared.open_data().shape
-        network = ReferenceModel(build_model(shared.model, shape, norm=shared.norm, seed=shared.seed).eval(), shape)
+        shape = FederatedData.of(shared.data, shared.run.seed).shape
+        network = ReferenceModel(initial_model(shared.model, shape, shared.run.seed).eval(), shape)
         cells = [self._cell(FEDAVG, 1.0, network)]
         for ratio in sorted(self.ratios):
             for name in self.compressors:
@@ -220,10 +222,10 @@ class Comparison:
         payloads: dict[Value | None, int] = {}
         unreachable = ""
         for value in values:
-            settings = self._settings(name, ratio, self.shared.seed, value)
-            settings.make_downlink(network)  # no cell is worth running if this cannot be made
+            settings = self._settings(name, ratio, self.shared.run.seed, value)
+            downlink_compressor(settings, network)  # no cell is worth running if this cannot be made
             try:
-                compressor = settings.make_compressor("fedavg" if name == FEDAVG else "proxy", network)
+                compressor = uplink_compressor(settings, "fedavg" if name == FEDAVG else "proxy", network)
             except SettingError as error:
                 if error.field != "ratio":
                     raise
@@ -305,7 +307,7 @@ def _own_setting(field_: str, text: str, setting: str) -> str:
 def _value(field_: str, text: str, name: str, raw: str) -> Value:
     """A setting's value from text, checked as the command line would."""
     try:
-        checked: Value = getattr(Settings.of({name: parse_setting(name, raw)}), name)
+        checked = Settings.of({name: parse_setting(name, raw)}).to_config()[dashed(name)]
     except SettingError as error:
         raise SettingError(field_, text, f"{name.replace('_', '-')} to be {error.accepted}") from None
     return checked

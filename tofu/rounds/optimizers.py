@@ -1,0 +1,30 @@
+"""The server's optimizers (Reddi et al., ICLR 2021): the negated mean update is the gradient of a torch optimizer.
+
+Flower's FedAvgM and FedAdam compute the same, but only inside strategies that also aggregate.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from tofu.rounds import server_optimizers
+from tofu.settings import ServerSettings
+
+
+@server_optimizers.register("sgd")
+def sgd(parameters: Iterable[nn.Parameter], server: ServerSettings) -> torch.optim.Optimizer:
+    """Adds the mean update, times server-lr."""
+    return torch.optim.SGD(parameters, lr=server.server_lr)
+
+
+@server_optimizers.register("momentum")
+def momentum(parameters: Iterable[nn.Parameter], server: ServerSettings) -> torch.optim.Optimizer:
+    """FedAvgM."""
+    return torch.optim.SGD(parameters, lr=server.server_lr, momentum=server.server_momentum)
+
+
+@server_optimizers.register("adam")
+def adam(parameters: Iterable[nn.Parameter], server: ServerSettings) -> torch.optim.Optimizer:
+    """FedAdam with the constants of Reddi et al.; epsilon is large because updates are far smaller than 1."""
+    return torch.optim.Adam(parameters, lr=server.server_lr, betas=(0.9, 0.99), eps=1e-3)
