@@ -60,7 +60,7 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
     dashed = name.replace("_", "-")
     text = str(field.description)
     choices = accepted_values(name)
-    if choices and not any(choice in text for choice in choices):
+    if choices and not all(choice in text for choice in choices):
         text += f" ({', '.join(choices)})"
     shown = str(field.default).lower() if isinstance(field.default, bool) else field.default
     text += f" \\[default: {shown}]" if shown != "" else ""  # escaped: brackets are markup in a help text

@@ -380,7 +380,7 @@ def test_help_tells_defaults_and_choices(tofu: Tofu) -> None:
     text = " ".join(tofu("run", "--help").out.replace("│", " ").split())
     for default in ("mlp", "100.0", "true"):
         assert f"[default: {default}]" in text
-    for choices in ("(sgd, momentum, adam)", "(iid, dirichlet, shards)"):
+    for choices in ("(sgd, momentum, adam)", "(iid, dirichlet, shards, natural)"):
         assert choices in text
     assert "[default: ]" not in text
 
