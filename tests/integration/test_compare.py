@@ -27,7 +27,7 @@ from tofu.settings import Settings
 TINY = ("--model=mlp", "--clients=2", "--rounds=2", "--train-images=200", "--local-epochs=1", "--max-evals=2",
         "--ratios=20,60")  # fmt: skip
 ASKED = ("--compressors=topk,signsgd", "--seeds=2", *TINY)
-RUNS = {f"{name}-seed{seed}" for name in ("full-1x", "topk-20x", "topk-60x", "signsgd-20x") for seed in (0, 1)}
+RUNS = {f"{name}-seed{seed}" for name in ("none-1x", "topk-20x", "topk-60x", "signsgd-20x") for seed in (0, 1)}
 RUN_FILES = ("config.json", "metrics.jsonl", "ledger.jsonl", "summary.json")
 
 
@@ -162,8 +162,8 @@ def test_the_table_shows_the_numbers_of_the_files(done: tuple[Path, dict[str, An
         summaries = [json.loads((folder / f"{cell}-seed{seed}" / "summary.json").read_text()) for seed in (0, 1)]
         return [s["final_accuracy"] for s in summaries], [s["uplink_bytes"] for s in summaries]
 
-    fedavg, _ = ends("full-1x")
-    places = {("\N{EN DASH}", "FedAvg"): "full-1x"}
+    fedavg, _ = ends("none-1x")
+    places = {("\N{EN DASH}", "FedAvg"): "none-1x"}
     places |= {
         (ratio, name): f"{name}-{ratio}" for ratio, name in (("20x", "topk"), ("60x", "topk"), ("20x", "signsgd"))
     }
@@ -171,7 +171,7 @@ def test_the_table_shows_the_numbers_of_the_files(done: tuple[Path, dict[str, An
         accuracy, uplink = ends(cell)
         assert shown[key][0] == f"{100 * statistics.mean(accuracy):.2f} ± {100 * statistics.stdev(accuracy):.2f}"
         lost = [100 * (theirs - ours) for theirs, ours in zip(fedavg, accuracy, strict=True)]
-        if cell != "full-1x":
+        if cell != "none-1x":
             assert shown[key][1] == f"{statistics.mean(lost):.2f} ± {statistics.stdev(lost):.2f}"
         assert shown[key][2] == format_bytes(round(statistics.mean(uplink)))
     assert lines[-1] == f"report: {folder / 'compare.html'}"
@@ -302,7 +302,7 @@ def test_tuning_gives_each_cell_its_own_best(tmp_path: Path, compare: Compare) -
 
 def test_a_finished_run_with_other_settings_is_kept(copied: Path, compare: Compare) -> None:
     before = times(copied)
-    fails(compare(*ASKED, "--rounds=3", f"--folder={copied}"), "rounds=3", "expected 2", f"{copied / 'full-1x-seed0'}")
+    fails(compare(*ASKED, "--rounds=3", f"--folder={copied}"), "rounds=3", "expected 2", f"{copied / 'none-1x-seed0'}")
     fails(compare(*ASKED, "--for=topk:lr=0.3", f"--folder={copied}"), "lr=0.3", "expected 0.1", "topk-20x-seed0")
     assert times(copied) == before
 

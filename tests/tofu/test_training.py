@@ -64,6 +64,7 @@ def test_training_and_encoding_leave_torchs_compiler_alone() -> None:
     code = """
 import sys, torch
 from tofu.training import LocalTrainingConfig, train_locally
+from tofu.compression import uplink_compressor
 from tofu.data import LabeledImages, ImageShape
 from tofu.models import build_model
 from tofu.reference_model import ReferenceModel
