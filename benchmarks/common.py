@@ -16,11 +16,9 @@ _PACKAGES = ("tofu-fl", "flwr", "torch", "torchvision", "numpy")
 
 
 def find_data(name: str, hub: str) -> str:
-    """A local copy of a dataset where there is one ($TOFU_SHARED_DATA/NAME, ../shared/data/NAME), else its hub id."""
-    for base in (os.environ.get("TOFU_SHARED_DATA"), "../shared/data"):
-        if base and (Path(base) / name).is_dir():
-            return str(Path(base) / name)
-    return hub
+    """A local copy of a dataset if there is one ($TOFU_SHARED_DATA/NAME), else its hub id."""
+    base = os.environ.get("TOFU_SHARED_DATA")
+    return str(Path(base) / name) if base and (Path(base) / name).is_dir() else hub
 
 
 def versions(command: str) -> dict[str, object]:

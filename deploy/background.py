@@ -80,7 +80,7 @@ def up(
     with log:
         supervisor = subprocess.Popen(
             command, cwd=folder, env=os.environ | {FILE: str(folder / "logs" / "supervisor.jsonl")},
-            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, umask=0o077,
+            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     try:
         _await(folder, supervisor)

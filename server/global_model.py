@@ -66,6 +66,8 @@ class GlobalModel:
         self.compressors: dict[str, Compressor] = {
             kind: uplink_compressor(settings, kind, reference) for kind in self._kinds if kind != "secure"
         }
+        for compressor in self.compressors.values():
+            compressor.check(reference)
         self.downlink = Downlink(reference, settings)
         self.averaged = averaged or (copy_model(reference.model) if settings.server.ema_decay else reference.model)
         self.secure = SecureRanges(reference.param_spec, settings) if "secure" in self._kinds else None

@@ -48,7 +48,8 @@ class ReferenceModel:
         """
         if not plugins or about is None:
             return ReferenceModel(model, call or shape).as_built()
-        model = plugins.setup(model, about)
+        with GlobalGenerators(about.seed):  # new layers draw weights, which would disturb the build of another thread
+            model = plugins.setup(model, about)
         (classes,) = call_of(model, (shape.channels, shape.height, shape.width)).target  # a plugin may have changed it
         return ReferenceModel(model, dataclasses.replace(shape, classes=classes)).as_built()
 

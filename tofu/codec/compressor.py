@@ -104,8 +104,6 @@ class ProxyCompressor(Compressor):
         if not self.count and budget < smallest:
             reach = param_spec.float32_bytes / (HEADER_BYTES + self._overhead + smallest)
             raise SettingError("ratio", ratio, f"at most {reach:.1f} for this model (a correction of one entry)")
-        if self.count:
-            reference.check_differentiable()
         self._code, self.side = ProxyCode.of(reference, self.settings, self.count), proxy_side(reference, self.settings)
         self._budgets: dict[int, int] = {}
         """Number of proxies in a body -> bytes of its correction."""
@@ -114,6 +112,10 @@ class ProxyCompressor(Compressor):
         if self.count:
             left = budget - self._code.nbytes
             self._budgets[self.count] = left if left >= smallest else 0
+
+    def check(self, reference: ReferenceModel) -> None:
+        if self.count:
+            reference.check_differentiable()
 
     @property
     def correction(self) -> int:

@@ -122,6 +122,9 @@ class Compressor(ABC):
     def body_bytes(self, param_spec: ParamSpec) -> int:
         """Maximum length in bytes of a body for a model with this param_spec."""
 
+    def check(self, reference: ReferenceModel) -> None:  # noqa: B027 (most compressors accept every model)
+        """Check before a run that the model allows what compressing needs. Raises SettingError if it does not."""
+
     def describe(self, body: bytes | None = None) -> PayloadContent | None:
         """What a body consists of, or the largest body without one; None if the compressor cannot tell.
 
@@ -152,6 +155,9 @@ class OverRelaxed(Compressor):
 
     def body_bytes(self, param_spec: ParamSpec) -> int:
         return self._compressor.body_bytes(param_spec)
+
+    def check(self, reference: ReferenceModel) -> None:
+        """Check before a run that the model allows what compressing needs. Raises SettingError if it does not."""
 
     def describe(self, body: bytes | None = None) -> PayloadContent | None:
         return self._compressor.describe(body)

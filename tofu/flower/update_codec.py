@@ -65,11 +65,11 @@ class UpdateCodec:
         loss: Loss | None = None,
         target_shape: Shape | None = None,
         compressor: str | None = None,
-        ratio: float = 100.0,
+        ratio: float = 50.0,
         correction: float = 0.4,
         over_relaxation: float = 1.0,
         downlink: float = 0.0,
-        step_ahead: float = 0.0,
+        step_ahead: float = 1.0,
         error_feedback: float = 1.0,
         seed: int = 0,
     ) -> None:

@@ -219,8 +219,8 @@ def test_missing_values_are_shown_as_missing(screen: io.StringIO, live: LiveProg
     for progress in (PlainProgress(plain), live):
         progress.on_round_end(RoundRecord(1, "fedavg"))
         progress.on_run_end(RunSummary())
-    assert plain.getvalue() == "round 1/0  full    accuracy      -\ndone\n"
-    assert re.search(r"1 +full +- +- +- +- +-", shown(screen))
+    assert plain.getvalue() == "round 1/0  fedavg  accuracy      -\ndone\n"
+    assert re.search(r"1 +fedavg +- +- +- +- +-", shown(screen))
 
 
 def test_choice_follows_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
