@@ -157,7 +157,7 @@ class OverRelaxed(Compressor):
         return self._compressor.body_bytes(param_spec)
 
     def check(self, reference: ReferenceModel) -> None:
-        """Check before a run that the model allows what compressing needs. Raises SettingError if it does not."""
+        self._compressor.check(reference)
 
     def describe(self, body: bytes | None = None) -> PayloadContent | None:
         return self._compressor.describe(body)
