@@ -19,7 +19,8 @@ from tofu.errors import RunError
 from tofu.flower.update_codec import RECORD
 from tofu.wire import RESYNC
 
-OPTIONS: dict[str, Any] = {"compressor": "sparse", "ratio": 20, "downlink": 10}
+OPTIONS: dict[str, Any] = {"compressor": "sparse", "ratio": 20, "downlink": 10, "step_ahead": 0.0}
+"""Without step-ahead, so that all clients train from the arrays that these tests compare."""
 
 
 class Watched:
