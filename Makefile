@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-all lint bench certs clean
+.PHONY: help setup demo test test-all lint docs bench certs clean
 help:
 	@echo "make demo      train a federation on the embedded digits: FedAvg against proxies, with a picture report"
 	@echo "make test      the quick tests"
 	@echo "make test-all  all tests, the slow ones too"
 	@echo "make lint      ruff, mypy and the import contracts of pyproject.toml"
+	@echo "make docs      the documentation site, in site/index.html"
 	@echo "make certs     keys and certificates for deploy/compose.yaml; HOSTS='fl.example.org' for names of this machine"
 	@echo "make bench-NAME  a benchmark of benchmarks/NAME (codec, federated, rivals, speed, scale); writes benchmarks/results/NAME.json"
 
@@ -21,7 +22,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("error: python=%d.%d is not usable: expected 3.11 or newer" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,bench,examples]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,docs,bench,examples]'
 	@touch $@
 
 demo: setup
@@ -39,6 +40,10 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
 bench-%: setup
 	$(BIN)/python -m benchmarks.$*
 
@@ -50,4 +55,4 @@ certs: setup
 	mkdir -p deploy/state deploy/results deploy/data/server $(NODES:%=deploy/data/%)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -72,8 +72,9 @@ def run(
         train: a training function of your own, `train(model, dataset, context)`, with a
             `tofu.user_workload.TrainingContext`; it trains the model in place and may return the mean loss.
         collate: list of samples -> batch, as for `torch.utils.data.DataLoader`.
-        input_shape, forward: how proxies are passed to the model, as for `tofu.encode`. By default inputs of
-            floating-point numbers are proxied as they are, and the sparse correction alone is sent for all others.
+        input_shape: the shape of one example, as for `tofu.encode`. By default inputs of floating-point numbers are
+            proxied as they are, and the sparse correction alone is sent for all others.
+        forward: how proxies are passed to the model, as for `tofu.encode`.
         callbacks: observers of the run (`tofu.observers.base.Observer`).
         progress: print the rounds to standard error.
         settings: all settings of `tofu run --help`, with underscores for dashes.

@@ -39,7 +39,8 @@ def compress(*arguments: Any, **options: Any) -> "CompressMod":
     """A mod that compresses what a client sends; the strategy must be wrapped in `Compressed` with the same arguments.
 
     Args:
-        arguments, options: of `UpdateCodec`.
+        *arguments: of `UpdateCodec`.
+        **options: of `UpdateCodec`.
 
     Example:
         >>> import torch
@@ -199,8 +200,9 @@ class Compressed(StrategyWrapper):
 
     Args:
         inner: any strategy of Flower's Message API; it receives plain replies and is not changed.
-        arguments, options: of `UpdateCodec`, the same as given to `compress`.
+        *arguments: of `UpdateCodec`, the same as given to `compress`.
         codec: an `UpdateCodec`, instead of its arguments.
+        **options: of `UpdateCodec`, the same as given to `compress`.
 
     Attributes:
         mod: name of the client's half, for messages.

@@ -32,8 +32,9 @@ def hybrid(*arguments: Any, secure: Mapping[str, Any] | None = None, **options: 
     """A mod for compressed and secure rounds; the strategy must be wrapped in `Hybrid` with the same arguments.
 
     Args:
-        arguments, options: of `UpdateCodec`.
+        *arguments: of `UpdateCodec`.
         secure: options of `SecureOptions`. Its error feedback is by default that of the compressed rounds.
+        **options: of `UpdateCodec`.
 
     Example:
         >>> from flwr.clientapp import ClientApp
@@ -67,14 +68,17 @@ class Hybrid(StrategyWrapper):
 
     Args:
         inner: a strategy that averages.
-        arguments, options: of `UpdateCodec`, the same as given to `hybrid`.
+        *arguments: of `UpdateCodec`, the same as given to `hybrid`.
         secure: as given to `hybrid`.
         switch_round: first secure round; 0 switches when `plateau` stalls.
         plateau: name of a metric that should rise, or, after a minus sign, fall: of the clients' mean train or evaluate
             metrics, or of what `evaluate_fn` returns.
         patience: rounds that may pass without gain before the switch.
         gain: change of the metric that counts.
-        identities, stage_timeout, delta: of `SecureAggregation`.
+        identities: of `SecureAggregation`.
+        stage_timeout: of `SecureAggregation`.
+        delta: of `SecureAggregation`.
+        **options: of `UpdateCodec`, the same as given to `hybrid`.
 
     Raises:
         SettingError: neither or both of `switch_round` and `plateau` are given, or the inner strategy needs the
