@@ -50,9 +50,11 @@ bench-%: setup
 # Names under which SuperNodes on other machines reach this one.
 HOSTS ?=
 NODES := node-0 node-1 node-2
-certs: setup
-	$(BIN)/python -m deploy.certificates deploy/secrets --compose $(NODES:%=--node %) $(HOSTS:%=--host %)
-	mkdir -p deploy/state deploy/results deploy/data/server $(NODES:%=deploy/data/%)
+# Keys need the package cryptography only: from .venv if there is one, and from a small environment otherwise.
+KEYS := $(if $(wildcard $(BIN)/python),$(BIN),deploy/.venv/bin)/python
+certs:
+	@test -x $(KEYS) || { $(PYTHON) -m venv deploy/.venv && $(KEYS) -m pip install --quiet -c constraints.txt cryptography; }
+	$(KEYS) -m deploy.certificates deploy/secrets --compose $(NODES:%=--node %) $(HOSTS:%=--host %)
 
 clean:
 	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache .hypothesis

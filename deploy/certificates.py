@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from deploy.files import refuse_to_overwrite, write_new
+from deploy.files import make_deployment, refuse_to_overwrite, write_new
 from deploy.identities import LIST, make_identities
 from tofu.errors import SettingError, TofuError
 
@@ -218,6 +218,7 @@ def make_files(folder: Path, hosts: Sequence[str], nodes: Sequence[str], *, comp
         raise SettingError("host", list(hosts), "at least one --host or --node")
     if compose:
         make_compose_secrets(folder, hosts, nodes)
+        make_deployment(folder, nodes)
         return sorted(file for file in folder.rglob("*") if file.is_file())
     made: list[Path] = [*vars(make_certificates(folder, hosts)).values()] if hosts else []
     for name in nodes:

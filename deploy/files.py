@@ -1,9 +1,21 @@
-"""Files with keys: new ones only, and private from the moment they are there."""
+"""Files of a deployment. Keys are new files only, and private from the moment they are there."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from tofu.errors import SettingError
+
+_DEFAULT_USER = "1000"
+_ENV = """\
+# Who the containers run as: the owner of deploy/secrets, deploy/state and deploy/results.
+TOFU_UID={user}
+TOFU_GID={group}
+# The address at which port 8443 listens for clients on other machines (127.0.0.1: for nobody but this machine).
+#TOFU_LISTEN=0.0.0.0
+# The folder with the folders server, node-0, node-1, ... of data.
+#TOFU_DATA=./data
+"""
 
 
 def refuse_to_overwrite(*files: Path) -> None:
@@ -23,3 +35,34 @@ def write_new(file: Path, data: bytes, mode: int) -> None:
     except OSError as error:
         wanted = f"a folder to write {file.name} in ({error.strerror})"
         raise SettingError("folder", str(file.parent), wanted) from error
+
+
+def make_deployment(secrets: Path, nodes: Sequence[str]) -> None:
+    """Make the folders that deploy/compose.yaml mounts, and the file .env that says who its containers run as.
+
+    As root, all files are given to the user who called sudo, or else to the user 1000: no container runs as root.
+
+    Args:
+        secrets: folder of the secrets, in the folder of the compose file.
+        nodes: names of the nodes, each of which has a folder for its data.
+
+    Raises:
+        SettingError: a folder or file cannot be made.
+    """
+    folder = secrets.parent
+    user, group = (os.environ.get(name, "") for name in ("SUDO_UID", "SUDO_GID"))
+    if os.getuid():
+        user, group = str(os.getuid()), str(os.getgid())
+    elif not user or user == "0":
+        user, group = _DEFAULT_USER, _DEFAULT_USER
+    try:
+        for name in ("state", "results", "data/server", *(f"data/{node}" for node in nodes)):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        if not (folder / ".env").exists():
+            write_new(folder / ".env", _ENV.format(user=user, group=group).encode(), 0o644)
+        if not os.getuid():
+            for top in (secrets.name, "state", "results", "data"):
+                for path in ((folder / top), *(folder / top).rglob("*")):
+                    os.chown(path, int(user), int(group), follow_symlinks=False)
+    except OSError as error:
+        raise SettingError("folder", str(folder), f"a folder that can be written ({error.strerror})") from error

@@ -20,6 +20,8 @@ from tofu.secagg.identities import read_identity, read_known
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 NODES = 3
+BRIEF = ("operator", "keys")
+"""Services that the operator runs for one command."""
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def test_its_command_lines_are_those_of_the_processes(compose: dict[str, Any]) -
         # The images' own entry points are the commands.
         assert service.get("entrypoint", [member.command])[-1] == member.command, name
         assert ENVIRONMENT.items() <= service["environment"].items(), name
-    others = {"proxy", "register", "operator"}
+    others = {"proxy", "register", *BRIEF}
     assert compose["services"].keys() == containers(NODES).keys() | others
     assert "flwr[simulation]==1.41.0" in (DEPLOY.parent / "pyproject.toml").read_text()
 
@@ -60,7 +62,7 @@ def test_every_service_is_locked_down(compose: dict[str, Any]) -> None:
         assert not service.keys() & {"privileged", "cap_add", "network_mode", "pid", "ipc", "devices"}, name
         assert ":" in service["image"], name
         assert not service["image"].endswith(":latest"), name
-    long_lived = compose["services"].keys() - {"register", "operator"}
+    long_lived = compose["services"].keys() - {"register", *BRIEF}
     for name in long_lived:
         assert compose["services"][name]["restart"] == "unless-stopped", name
         assert compose["services"][name]["healthcheck"]["test"][0] == "CMD", name
@@ -70,10 +72,13 @@ def test_only_the_proxy_can_be_reached_from_outside(compose: dict[str, Any]) -> 
     services, networks = compose["services"], compose["networks"]
     assert [name for name, service in services.items() if "ports" in service] == ["proxy"]
     open_networks = {name for name, network in networks.items() if not network.get("internal")}
+    # Without it every user of the host reaches the Control API, and the containers reach the host.
+    option = "com.docker.network.bridge.inhibit_ipv4"
+    assert all(networks[name]["driver_opts"] == {option: "true"} for name in networks.keys() - open_networks)
     assert [name for name, service in services.items() if open_networks & set(service["networks"])] == ["proxy"]
     # Whoever shares a network with the SuperLink reaches its Control API.
     beside = {name for name, service in services.items() if "server" in service["networks"]}
-    assert beside == {"superlink", "superlink-exec", "proxy", "register", "operator"}
+    assert beside == {"superlink", "superlink-exec", "proxy", "register", *BRIEF}
     for node in range(NODES):
         own = {name for name, service in services.items() if f"node-{node}" in service["networks"]}
         assert own == {f"node-{node}", f"node-{node}-exec"}
@@ -107,8 +112,30 @@ def test_what_the_node_config_names_is_mounted_where_the_client_app_runs(compose
     assert "secure-identities=/run/secrets/identities.json" in (DEPLOY / "compose.yaml").read_text()
 
 
+def test_a_client_on_another_machine_is_a_node_of_the_federation(compose: dict[str, Any]) -> None:
+    validator = Draft202012Validator(json.loads((Path(__file__).parent / "compose-spec.json").read_text()))
+    alone = yaml.safe_load((DEPLOY / "compose.client.yaml").read_text())
+    assert [error.message for error in validator.iter_errors(alone)] == []
+    own = {"proxy:8443": "${TOFU_SUPERLINK}", "partition-id=0": "partition-id=${TOFU_PARTITION}", "node-0:": "node:"}
+    for part in ("", "-exec"):
+        service, node = alone["services"][f"node{part}"], compose["services"][f"node-0{part}"]
+        text = "\n".join(node["command"])
+        for here, there in own.items():
+            text = text.replace(here, there)
+        assert "\n".join(service["command"]) == text
+        different = {"command", "secrets", "networks", "volumes", "depends_on", "build"}
+        assert {name: value for name, value in service.items() if name not in different} == {
+            name: value for name, value in node.items() if name not in different
+        }
+        assert "ports" not in service
+        assert [s["target"] for s in service["secrets"]] == [s["target"] for s in node["secrets"]]
+    assert alone["services"]["node-exec"]["networks"] == ["inner"]
+    assert alone["networks"]["inner"] == compose["networks"]["node-0"]
+
+
 def test_every_secret_is_made_and_only_its_owner_mounts_it(compose: dict[str, Any], tmp_path: Path) -> None:
     names = [f"node-{node}" for node in range(NODES)]
+    tmp_path = tmp_path / "secrets"
     arguments = [str(tmp_path), "--compose", *(f"--node={name}" for name in names)]
     assert make_certificates(arguments) == 0
     users: dict[str, set[str]] = {name: set() for name in compose["secrets"]}

@@ -98,6 +98,7 @@ def test_each_container_sees_its_own_files_and_make_certs_makes_them(
 
     files = dict(re.findall(r"--from-file=(\S+)=(\S+)", FILE.read_text()))
     assert files.keys() == seen["node"] | seen["exec"]
+    tmp_path = tmp_path / "secrets"
     assert make_certificates([str(tmp_path), "--compose", "--node=node-0"]) == 0
     for path in files.values():
         assert Path(path.replace("$N", f"{tmp_path}/node-0").replace("$S", str(tmp_path))).is_file()

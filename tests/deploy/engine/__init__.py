@@ -1,0 +1,1 @@
+"""deploy/compose.yaml on a real Docker engine (start.sh), for test_containers.py."""

@@ -1,0 +1,247 @@
+"""A copy of the working tree whose deploy/compose.yaml runs on the Docker engine that `docker` reaches."""
+
+import functools
+import http.server
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from PIL import Image
+from sklearn.datasets import load_digits
+
+ROOT = Path(__file__).parents[3]
+PROJECT = "tofu-test"
+OWNER = 1000
+_TORCH = "2.13.0"
+_INDEX_PORT = 8099
+"""Always the same, as the layers of the image that are kept depend on the index's address."""
+_HEALTHY_SECONDS = 400.0
+
+
+def reason_to_skip() -> str:
+    """Why no deployment can be run here, or ""."""
+    if shutil.which("docker") is None:
+        return "docker is not installed"
+    for command in (["docker", "info"], ["docker", "compose", "version"]):
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        if result.returncode:
+            return f"{' '.join(command)}: {(result.stderr.strip() or 'failed').splitlines()[-1]}"
+    return ""
+
+
+class ComposeDeployment:
+    """Starts all services on entering and ends them on leaving a `with` block. Images are kept.
+
+    Args:
+        folder: for the copy of the working tree, its keys, its data and its results.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "clone"
+        self.environment = os.environ | {"TOFU_UID": str(OWNER), "TOFU_GID": str(OWNER)}
+        self._options = ["--progress", "quiet", "-p", PROJECT, "-f", "deploy/compose.yaml", "-f", "override.yaml"]
+
+    def __enter__(self) -> Self:
+        self._copy()
+        index = self._serve_torch()
+        try:
+            self._override()
+            self.down()
+            self.compose("up", "--build", "--detach", timeout=1500)
+        finally:
+            index.shutdown()
+        self.wait_for_health()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            print(self.compose("ps", "--all"), self.compose("logs", "--tail", "15"), sep="\n")
+        self.down()
+
+    @property
+    def deploy(self) -> Path:
+        """The copy's deploy/."""
+        return self.folder / "deploy"
+
+    def compose(self, *arguments: str, timeout: float = 300, check: bool = True) -> str:
+        """Standard output of `docker compose`.
+
+        Raises:
+            AssertionError: it failed.
+        """
+        command = ["docker", "compose", *self._options, *arguments]
+        result = subprocess.run(
+            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False,
+            timeout=timeout,
+        )  # fmt: skip
+        assert not check or result.returncode == 0, (
+            f"{' '.join(arguments)}: {result.stdout[-800:]}{result.stderr[-1500:]}"
+        )
+        return result.stdout
+
+    def down(self) -> None:
+        """End and remove all containers and networks of the project."""
+        self.compose("--profile", "operator", "down", "--timeout", "20", "--remove-orphans")
+
+    def services(self) -> dict[str, dict[str, Any]]:
+        """Service -> what `docker compose ps` tells about it, of the containers that run."""
+        lines = self.compose("ps", "--format", "json").splitlines()
+        return {service["Service"]: service for service in map(json.loads, lines)}
+
+    def wait_for_health(self) -> dict[str, str]:
+        """Service -> health, as soon as all that have a health check are healthy, or after some minutes."""
+        end = time.monotonic() + _HEALTHY_SECONDS
+        expected = set(self.compose("config", "--services").split()) - {"register"}
+        while True:
+            health = {name: service["Health"] for name, service in self.services().items() if name in expected}
+            if (health.keys() == expected and set(health.values()) == {"healthy"}) or time.monotonic() > end:
+                return health
+            time.sleep(1)
+
+    def inspect(self, service: str, template: str) -> str:
+        """A field of a service's container, by a Go template."""
+        container = f"{PROJECT}-{service}-1"
+        return subprocess.check_output(["docker", "inspect", "-f", template, container], text=True).strip()
+
+    def address(self, service: str) -> str:
+        """An IP address of a service's container."""
+        return self._networks(service)[0]["IPAddress"]
+
+    def gateways(self, service: str) -> list[str]:
+        """The addresses that the host has, or would have, on the networks of a service."""
+        found = [self._network(network)["IPAM"]["Config"][0] for network in self._networks(service)]
+        return [config.get("Gateway") or config["Subnet"].replace(".0/16", ".1") for config in found]
+
+    def reached_from_host(self, service: str, port: int) -> bool:
+        """Whether a program on the host connects to a service's container.
+
+        Without a route over a bridge of Docker's the address may belong to anyone, so nothing is sent to it.
+        """
+        for network in self._networks(service):
+            route = subprocess.run(
+                ["ip", "-o", "route", "get", network["IPAddress"]], capture_output=True, text=True, check=False
+            )
+            if f" dev br-{network['NetworkID'][:12]} " in route.stdout:
+                try:
+                    socket.create_connection((network["IPAddress"], port), 3).close()
+                except OSError:
+                    continue
+                return True
+        return False
+
+    def _networks(self, service: str) -> list[dict[str, Any]]:
+        return list(json.loads(self.inspect(service, "{{json .NetworkSettings.Networks}}")).values())
+
+    def _network(self, network: dict[str, Any]) -> dict[str, Any]:
+        command = ["docker", "network", "inspect", network["NetworkID"]]
+        return dict(json.loads(subprocess.check_output(command))[0])
+
+    def reaches(self, service: str, host: str, port: int) -> bool:
+        """Whether a service's container can connect to an address."""
+        code = f"import socket; socket.create_connection(({host!r}, {port}), 3); print('yes')"
+        return self.compose("exec", "-T", service, "python", "-c", code, check=False).strip() == "yes"
+
+    def kill(self, service: str) -> None:
+        """End the process of a service as a crash does."""
+        os.kill(int(self.inspect(service, "{{.State.Pid}}")), 9)
+
+    def start_run(self, *settings: str) -> "OperatorRun":
+        """Start `run` of the operator with these settings."""
+        command = ["docker", "compose", *self._options, "run", "--rm", "-T", "operator", "run", *settings]
+        return OperatorRun(command, self.folder, self.environment)
+
+    def results(self) -> Path:
+        """The folder of the latest run."""
+        return max((self.deploy / "results" / "runs").iterdir(), key=lambda folder: folder.stat().st_mtime)
+
+    def _copy(self) -> None:
+        command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        for name in subprocess.check_output(command, cwd=ROOT, text=True).rstrip("\0").split("\0"):
+            if (ROOT / name).is_file():
+                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, self.folder / name)
+        environment = Path(sys.executable).parents[1]
+        subprocess.run(
+            ["make", "--silent", "certs", f"VENV={environment}", "-o", f"{environment}/.ready"],
+            cwd=self.folder, check=True, capture_output=True,
+        )  # fmt: skip
+        digits = load_digits()
+        for number, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+            whose = "server" if number % 5 == 0 else f"node-{number % 3}"
+            file = self.deploy / "data" / whose / str(label) / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((image * (255 / 16)).astype("uint8")).save(file)
+        if os.getuid() == 0:
+            for part in ("secrets", "state", "results", "data"):
+                subprocess.run(["chown", "-R", f"{OWNER}:{OWNER}", self.deploy / part], check=True)
+
+    def _serve_torch(self) -> http.server.ThreadingHTTPServer:
+        """Serve the build of torch that this machine's pip finds as the index that deploy/Dockerfile asks."""
+        wheels = Path.home() / ".cache" / "tofu-fl" / "index" / "torch"
+        if not list(wheels.glob("*.whl")):
+            pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
+            subprocess.run([*pip, "-d", wheels, f"torch=={_TORCH}"], check=True, capture_output=True)
+
+        class Quiet(http.server.SimpleHTTPRequestHandler):
+            def log_message(self, *_: object) -> None:
+                pass
+
+        handler = functools.partial(Quiet, directory=str(wheels.parent))
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", _INDEX_PORT), handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return server
+
+    def _override(self) -> None:
+        names = ["superlink-exec", "register", "operator", *(f"node-{node}-exec" for node in range(3))]
+        build = {"network": "host", "args": {"TORCH_INDEX": f"http://127.0.0.1:{_INDEX_PORT}/"}}
+        override = {"services": {name: {"build": build} for name in names}}
+        (self.folder / "override.yaml").write_text(json.dumps(override))
+
+
+class OperatorRun:
+    """A run that the operator follows; `output` is what it has printed so far."""
+
+    def __init__(self, command: list[str], folder: Path, environment: Mapping[str, str]) -> None:
+        self._log = (folder / "operator.log").open("wb")
+        self._process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log
+        )
+        self._path = folder / "operator.log"
+
+    @property
+    def output(self) -> str:
+        """Everything that it printed so far."""
+        return self._path.read_text(errors="replace")
+
+    def wait_for(self, text: str, timeout: float = 240) -> None:
+        """Wait until it has printed a text.
+
+        Raises:
+            AssertionError: it ended before, or did not print it in time.
+        """
+        end = time.monotonic() + timeout
+        while text not in self.output:
+            assert self._process.poll() is None, f"ended without {text!r}: {self.output[-2000:]}"
+            assert time.monotonic() < end, f"no {text!r} after {timeout} s: {self.output[-2000:]}"
+            time.sleep(0.5)
+
+    def wait(self, timeout: float = 300) -> int:
+        """Its exit status."""
+        try:
+            return self._process.wait(timeout)
+        finally:
+            if self._process.poll() is None:
+                self._process.kill()
+                self._process.wait()
+            self._log.close()

@@ -1,0 +1,114 @@
+"""deploy/compose.yaml on a real Docker engine: what is open, what is not, and runs in which services crash.
+
+One deployment serves all tests, in this order. It needs an engine; tests/deploy/engine/start.sh starts one.
+"""
+
+import json
+import socket
+import ssl
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.deploy.engine.deployment import OWNER, ComposeDeployment, reason_to_skip
+
+_REASON = reason_to_skip()
+pytestmark = [pytest.mark.skipif(bool(_REASON), reason=_REASON), pytest.mark.timeout(1800)]
+
+SERVICES = {"superlink", "superlink-exec", "proxy"} | {f"node-{n}{part}" for n in range(3) for part in ("", "-exec")}
+RUN = ("clients=3", "min-clients=3", "dataset=/data", "local-epochs=1", "evaluations=10")
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComposeDeployment]:
+    with ComposeDeployment(tmp_path_factory.mktemp("compose")) as running:
+        yield running
+
+
+def summary(deployment: ComposeDeployment) -> dict[str, Any]:
+    return dict(json.loads((deployment.results() / "summary.json").read_text()))
+
+
+def records(deployment: ComposeDeployment) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (deployment.results() / "metrics.jsonl").read_text().splitlines()]
+
+
+def status(deployment: ComposeDeployment, path: str) -> int:
+    """HTTP status of a POST to the published port, the path sent as it is."""
+    trust = ssl.create_default_context(cafile=str(deployment.deploy / "secrets" / "ca.crt"))
+    try:
+        request = urllib.request.Request(f"https://localhost:8443{path}", method="POST")
+        return int(urllib.request.urlopen(request, context=trust, timeout=10).status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_all_services_become_healthy(deployment: ComposeDeployment) -> None:
+    assert deployment.wait_for_health() == dict.fromkeys(SERVICES, "healthy")
+
+
+def test_only_the_proxys_port_is_published_and_on_the_loopback(deployment: ComposeDeployment) -> None:
+    published = {
+        (name, port["URL"], port["PublishedPort"])
+        for name, service in deployment.services().items()
+        for port in service["Publishers"] or ()
+        if port["PublishedPort"]
+    }
+    assert published == {("proxy", "127.0.0.1", 8443)}
+
+
+def test_the_proxy_passes_fleet_paths_alone(deployment: ComposeDeployment) -> None:
+    assert status(deployment, "/v1/fleet/pull-messages") == 415  # the SuperLink's answer to a body that is none
+    assert status(deployment, "/v1/control/list-runs") == 404
+    assert status(deployment, "/v1/fleet/../control/list-runs") == 404
+
+
+def test_nothing_is_writable_but_tmp_and_nobody_is_root(deployment: ComposeDeployment) -> None:
+    script = "touch /tmp/x && ! touch /app/x && ! touch /data/x && id -u"
+    assert deployment.compose("exec", "-T", "node-0-exec", "sh", "-c", script).strip() == str(OWNER)
+
+
+def test_a_client_reaches_the_proxy_and_its_own_node_alone(deployment: ComposeDeployment) -> None:
+    superlink = deployment.address("superlink")
+    assert deployment.reaches("node-0", "proxy", 8443)
+    assert not deployment.reaches("node-0", superlink, 8000)
+    assert deployment.reaches("node-0-exec", "node-0", 9094)
+    assert not deployment.reaches("node-0-exec", superlink, 8000)
+    assert not deployment.reaches("node-0-exec", deployment.address("proxy"), 8443)
+
+
+def test_local_users_of_the_host_reach_no_service_and_no_service_reaches_the_host(
+    deployment: ComposeDeployment,
+) -> None:
+    # The port of the operator and of the nodes' apps have no login, or one for apps.
+    services = [("superlink", 8000), *((f"node-{node}", 9094) for node in range(3))]
+    assert [name for name, port in services if deployment.reached_from_host(name, port)] == []
+    with socket.create_server(("", 0)) as listener:
+        port = listener.getsockname()[1]
+        gateways = {name: deployment.gateways(name) for name in ("node-0", "node-0-exec", "superlink-exec")}
+        assert all(gateways.values())
+        assert [
+            (name, gateway) for name, found in gateways.items() for gateway in found
+            if deployment.reaches(name, gateway, port)
+        ] == []  # fmt: skip
+
+
+def test_a_run_learns_and_leaves_its_results(deployment: ComposeDeployment) -> None:
+    run = deployment.start_run(*RUN, "rounds=4")
+    assert run.wait() == 0, run.output
+    assert summary(deployment)["rounds"] == 4
+    assert summary(deployment)["final_accuracy"] > 0.5
+    assert 'state="done"} 1.0' in (deployment.results() / "metrics.prom").read_text()
+
+
+def test_a_secure_run_with_identities_outlives_a_crash_of_the_superlink(deployment: ComposeDeployment) -> None:
+    secure = ("schedule=switch", "switch-round=2", "secure-identities=/run/secrets/identities.json")
+    run = deployment.start_run(*RUN, *secure, "rounds=4")
+    run.wait_for("round 2/4")
+    deployment.kill("superlink")
+    assert run.wait() == 0, run.output
+    assert [record["kind"] for record in records(deployment)][1:] == ["proxy", "secure", "secure", "secure"]
+    assert not any(record["failures"] for record in records(deployment))
