@@ -35,12 +35,18 @@ LOG = logging.getLogger("tofu.client")
 
 
 def hello(message: Message, context: Context, workload: Workload | None = None) -> Message:
-    """Reply with this client's name and its number of images (1 under DP, where the number would not be noised)."""
+    """Reply with this client's name, its number of images and how many more cannot be read.
+
+    Under DP, these numbers would not be noised: the first is 1 and the second is not sent.
+    """
     with _answering("hello", message, context) as answer:
         settings = Settings.of(context.run_config)
         data = client_data(settings, context, workload)
-        examples = 1 if settings.privacy.noise_multiplier else len(data)
-        answer.record = ConfigRecord({"client": client_name(context), "examples": examples})
+        private = bool(settings.privacy.noise_multiplier)
+        answer.record = ConfigRecord({"client": client_name(context), "examples": 1 if private else len(data)})
+        unreadable = len(getattr(data, "unreadable", ()))
+        if unreadable and not private:
+            answer.record["unreadable"] = unreadable
     return answer.message
 
 

@@ -16,7 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from server.checkpoint import Snapshot, read_checkpoint, remove_checkpoints, write_checkpoint
 from server.ledger import Ledger
-from server.records import SampleImages, is_budget_spent, round_record, run_summary, start_record
+from server.records import SampleImages, failed_rounds, is_budget_spent, round_record, run_summary, start_record
 from server.runner import RoundRunner
 from server.secure_ranges import check_secure_settings
 from tofu.errors import RunError, TofuError
@@ -71,8 +71,8 @@ def serve(grid: Grid, settings: Settings, observer: Observer, workload: Workload
         workload: data and model; by default those that the settings name.
 
     Raises:
-        TofuError: a setting or the data cannot be used, or a round got no valid reply. The run folder keeps the
-            rounds before it.
+        TofuError: a setting or the data cannot be used, a round got no valid reply, no round succeeded, or all secure
+            rounds were abandoned. The run folder keeps the rounds before it.
     """
     start_logging(settings.run.log)
     metrics = PrometheusMetrics(grid.run.run_id, settings)
@@ -171,10 +171,15 @@ class _Run:
                 break
             self._round(folder, round_)
         seconds = time.perf_counter() - self._began
-        summary = run_summary(self._runner, self._ledger, stopped=stopped, folder=str(folder.path), seconds=seconds)
+        failed = failed_rounds(folder.records())
+        summary = run_summary(
+            self._runner, self._ledger, stopped=stopped or failed, folder=str(folder.path), seconds=seconds
+        )
         folder.write_summary(summary)
         remove_checkpoints(folder.path)
         write_report(folder.path)
+        if failed:
+            raise RunError(f"{failed}{f' ({stopped})' if stopped else ''}; the run is in {folder.path}")
         self._observer.on_run_end(summary)
         return summary
 

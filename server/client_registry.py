@@ -4,10 +4,10 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from flwr.app import Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 
 from server.ledger import Ledger, client_order
-from tofu.errors import RunError
+from tofu.errors import PayloadError, RunError
 from tofu.flower.transport import Transport
 from tofu.observers.base import Observer
 from tofu.wire import RECORD
@@ -21,11 +21,18 @@ MAX_EXAMPLES = 10**9
 
 @dataclass(frozen=True)
 class Client:
-    """A client: its node, its name (its partition), and the number of images that it reports."""
+    """A client.
+
+    Attributes:
+        name: its partition, or its node.
+        examples: number of images that it reports.
+        unreadable: number of further images that it reports as unreadable.
+    """
 
     node: int
     name: str
     examples: int
+    unreadable: int = 0
 
 
 class Clients:
@@ -35,6 +42,7 @@ class Clients:
         self._transport, self._ledger, self._observer = transport, ledger, observer
         self._known: dict[int, Client | None] = {}
         self._declined: dict[int, str] = {}
+        self._unreported: dict[int, str] = {}
 
     def connected(self, *, min_clients: int, timeout: float, round_: int) -> list[Client]:
         """The clients connected now, in the order of their names; waits until there are `min_clients`.
@@ -69,14 +77,24 @@ class Clients:
                                f"min-clients is {min_clients}{reasons}")  # fmt: skip
             time.sleep(min(1.0, max(0.0, end - time.monotonic())))
 
+    @property
+    def unreadable(self) -> int:
+        """Number of images that clients have left out because they cannot be read."""
+        return sum(client.unreadable for client in self._known.values() if client is not None)
+
+    def take_declined(self) -> dict[int, str]:
+        """Node -> why it takes no part, of the nodes for which this has not been returned before."""
+        taken, self._unreported = self._unreported, {}
+        return taken
+
     def state(self) -> list[list[object]]:
         """The known clients, for a checkpoint."""
         known = filter(None, self._known.values())
-        return [[client.node, client.name, client.examples] for client in known]
+        return [[client.node, client.name, client.examples, client.unreadable] for client in known]
 
     def restore(self, state: list[list[Any]]) -> None:
         """Restore what `state` returned; only if the nodes are still the same."""
-        self._known = {node: Client(node, name, examples) for node, name, examples in state}
+        self._known = {fields[0]: Client(*fields) for fields in state}
 
     def _introduce(self, nodes: list[int], end: float, round_: int) -> None:
         if not nodes:
@@ -87,24 +105,38 @@ class Clients:
             if reply.has_error():
                 self._decline(node, reply.error.reason or "error without a reason", reply, round_)
                 continue
-            record = reply.content.config_records.get(RECORD)
-            name, examples = (record.get("client"), record.get("examples")) if record is not None else (None, None)
-            if not isinstance(name, str) or not 0 < len(name) <= 100 or not isinstance(examples, int) or examples < 1:
-                self._decline(node, "its introduction is not valid", reply, round_)
+            try:
+                client = _introduced(node, reply)
+            except PayloadError as error:
+                self._decline(node, str(error), reply, round_)
                 continue
-            if examples > MAX_EXAMPLES:
-                self._decline(node, f"it claims {examples} examples, expected at most {MAX_EXAMPLES}", reply, round_)
-                continue
-            self._known[node] = Client(node, name, examples)
-            self._ledger.add(reply, round_=round_, kind="hello", direction="uplink", client=name)
+            self._known[node] = client
+            self._ledger.add(reply, round_=round_, kind="hello", direction="uplink", client=client.name)
+            if client.unreadable:
+                total = client.examples + client.unreadable
+                text = f"client {client.name} cannot read {client.unreadable} of its {total} images and leaves them out"
+                self._observer.on_note(text, round=round_, node=node)
         for message in messages:
-            client = self._known.get(message.metadata.dst_node_id)
-            if client is not None:
-                self._ledger.add(message, round_=round_, kind="hello", direction="downlink", client=client.name)
+            known = self._known.get(message.metadata.dst_node_id)
+            if known is not None:
+                self._ledger.add(message, round_=round_, kind="hello", direction="downlink", client=known.name)
 
     def _decline(self, node: int, reason: str, reply: Message, round_: int) -> None:
         """Note why a node takes no part. It is not asked again, unless Flower itself made the error."""
         self._observer.on_note(f"node {node} cannot take part: {reason}", round=round_, node=node)
-        self._declined[node] = reason
+        self._declined[node] = self._unreported[node] = reason
         if reply.metadata.src_node_id == node:
             self._known[node] = None
+
+
+def _introduced(node: int, reply: Message) -> Client:
+    """The client that a reply to hello describes. Raises PayloadError if it is not valid."""
+    record = reply.content.config_records.get(RECORD) or ConfigRecord()
+    name, examples, unreadable = record.get("client"), record.get("examples"), record.get("unreadable", 0)
+    if not isinstance(name, str) or not 0 < len(name) <= 100 or not isinstance(examples, int) or examples < 1:
+        raise PayloadError("its introduction is not valid")
+    if examples > MAX_EXAMPLES:
+        raise PayloadError(f"it claims {examples} examples, expected at most {MAX_EXAMPLES}")
+    if not isinstance(unreadable, int) or not 0 <= unreadable <= MAX_EXAMPLES:
+        raise PayloadError(f"it claims {str(unreadable)[:20]} unreadable images, expected 0 to {MAX_EXAMPLES}")
+    return Client(node, name, examples, unreadable)

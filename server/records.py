@@ -1,7 +1,7 @@
 """Builds the records of a run from the runner's results."""
 
 import math
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping, Sequence, Sized
 
 import numpy as np
 import torch
@@ -120,9 +120,24 @@ def run_summary(runner: RoundRunner, ledger: Ledger, *, stopped: str, folder: st
         epsilon=runner.account.epsilon if runner.account else None,
         delta=runner.settings.privacy.privacy_delta if runner.account else None,
         stopped=stopped,
+        unreadable=runner.unreadable,
         run=folder,
         seconds=seconds,
     )
+
+
+def failed_rounds(records: Sequence[RoundRecord]) -> str:
+    """Why a run of these rounds has failed: none succeeded, or no secure one did; "" if it has not."""
+    rounds = [record for record in records if record.kind != "start"]
+    secure = [record for record in rounds if record.kind == "secure"]
+    if not any(record.clients for record in rounds):
+        text, failed = "no round succeeded, so the model is untrained", rounds
+    elif secure and not any(record.clients for record in secure):
+        text, failed = "no secure round succeeded", secure
+    else:
+        return ""
+    reason = next((record.abandoned for record in reversed(failed) if record.abandoned), "")
+    return f"{text}: {reason}" if reason else text
 
 
 def _transfer(runner: RoundRunner) -> tuple[float, float] | None:

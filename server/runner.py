@@ -159,6 +159,11 @@ class RoundRunner:
         self.round = 0
 
     @property
+    def unreadable(self) -> int:
+        """Number of images that clients and server left out because they cannot be read."""
+        return self._clients.unreadable + len(getattr(self._test, "unreadable", ()))
+
+    @property
     def recorder(self) -> Recorder | None:
         """Saves the messages of some clients in open rounds."""
         return self._open.recorder
@@ -207,6 +212,8 @@ class RoundRunner:
         finally:
             for name, reason in state.failures.items():
                 self._observer.on_client_failure(round_, name, result.nodes[name], reason)
+        for node, reason in self._clients.take_declined().items():
+            result.nodes[str(node)], result.failures[str(node)] = node, reason
         self._reduce(rounds)
         for model in self.models:
             context = RoundContext.of(settings, self._shape, round_, group=model.group)

@@ -21,7 +21,7 @@ from server.app import app as server_app
 from server.app import serve_in_process
 from tofu.bit_packing import unpack
 from tofu.data import FederatedData
-from tofu.errors import SettingError
+from tofu.errors import RunError, SettingError
 from tofu.flower.in_process import run_in_process
 from tofu.models import build_model
 from tofu.payload import WEIGHTS, Payload, float32_bytes
@@ -406,7 +406,8 @@ def test_keys_of_a_stranger_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_a_client_insists_on_its_own_terms(tmp_path: Path) -> None:
     """Five clients have four neighbors each; all of these want ten, so no secure round comes about."""
-    signed(tmp_path, **{"min-neighbors": 10})
+    with pytest.raises(RunError, match=r"no secure round succeeded: .*too few for the threshold"):
+        signed(tmp_path, **{"min-neighbors": 10})
     for row in rows(tmp_path / "run")[2:]:
         assert "too few for the threshold" in row["abandoned"]
         assert {failure["reason"] for failure in row["failures"]} == {
@@ -456,7 +457,8 @@ def test_a_server_cannot_silence_all_clients_but_one(
             message.content.config_records[RECORD][FIELD] = request.to_bytes()
         return honest.train(message, context)
 
-    federate(tmp_path / "run", app, rounds=2)
+    with pytest.raises(RunError, match="no secure round succeeded"):
+        federate(tmp_path / "run", app, rounds=2)
     second = rows(tmp_path / "run")[2]
     assert second["abandoned"]
     reasons = {failure["client"]: failure["reason"] for failure in second["failures"]}

@@ -47,11 +47,18 @@ class FederatedData:
         return open_data(**data.model_dump(exclude=_ROWS_ONLY), seed=seed)
 
     def __init__(
-        self, train: Split, test: Split, test_rows: IntArray, client_rows: tuple[IntArray, ...], shape: ImageShape
+        self,
+        train: Split,
+        test: Split,
+        test_rows: IntArray,
+        client_rows: tuple[IntArray, ...],
+        shape: ImageShape,
+        *,
+        strict: bool = False,
     ) -> None:
         self._train, self._test = train, test
         self._test_rows, self._client_rows = test_rows, client_rows
-        self._shape = shape
+        self._shape, self._strict = shape, strict
         self._decoded: dict[int, LabeledImages] = {}
 
     @property
@@ -72,7 +79,7 @@ class FederatedData:
 
         Raises:
             SettingError: there is no such client.
-            DataError: an image cannot be read, or differs in size or color from the dataset's first.
+            DataError: no image can be read, or one differs in size or color from the dataset's first.
         """
         if not 0 <= partition_id < self.clients:
             accepted = f"0 to {self.clients - 1}, as there are {self.clients} clients"
@@ -83,7 +90,7 @@ class FederatedData:
         """The server's test images: the dataset's test split, or the images held out of its training split.
 
         Raises:
-            DataError: an image cannot be read, or differs in size or color from the dataset's first.
+            DataError: no image can be read, or one differs in size or color from the dataset's first.
         """
         return self._load(-1, self._test, self._test_rows)
 
@@ -94,7 +101,7 @@ class FederatedData:
 
     def _load(self, key: int, split: Split, rows: IntArray) -> LabeledImages:
         if key not in self._decoded:
-            self._decoded[key] = split.decode(rows, self.shape)
+            self._decoded[key] = split.decode(rows, self.shape, strict=self._strict)
         return self._decoded[key]
 
 
@@ -110,6 +117,7 @@ def open_data(
     subpopulations: str = "",
     test_subpopulations: Part = "unseen",
     client_column: str = "",
+    strict: bool = False,
     seed: int,
 ) -> FederatedData:
     """Open a dataset and partition its training images over clients. The same arguments give the same partition.
@@ -132,6 +140,7 @@ def open_data(
             `tofu.data.subpopulations` describes; empty keeps the dataset's classes.
         test_subpopulations: whether the test images are of "unseen" labels, of "seen" ones or of "all".
         client_column: of parquet files or a hub dataset, with the name of each image's client.
+        strict: refuse data with an image that cannot be read, instead of leaving it out with a warning.
         seed: of the training subset and the partition; the test images do not depend on it.
 
     Raises:
@@ -166,11 +175,13 @@ def open_data(
         source = _resolve(dataset)
         return _open(
             source, clients, partition, float(alpha), shards_per_client, train_images, test_images, shift,
-            client_column, seed,
+            client_column, strict, seed,
         )  # fmt: skip
 
 
-def local_folder(path: str, *, class_names: Sequence[str] = (), subpopulations: str = "") -> LabeledImages:
+def local_folder(
+    path: str, *, class_names: Sequence[str] = (), subpopulations: str = "", strict: bool = False
+) -> LabeledImages:
     """Read a real client's own images: all of a folder of parquet files or <class>/*.png, or its training split.
 
     Args:
@@ -178,11 +189,12 @@ def local_folder(path: str, *, class_names: Sequence[str] = (), subpopulations: 
         class_names: the classes of the run in the order of their labels. Without it the labels are those of this folder
             alone, which agree with the other clients' only if every folder has all the classes (empty ones count).
         subpopulations: as in `open_data`; only images of seen labels are read.
+        strict: refuse a folder with an image that cannot be read, instead of leaving it out with a warning.
 
     Raises:
         SettingError: `subpopulations` cannot be used with this folder's labels.
-        DataError: there is no such folder, it has no images or labels, an image cannot be read or differs from the
-            first in size or color, or a class is not among `class_names`.
+        DataError: there is no such folder, it has no readable images or no labels, an image differs from the first in
+            size or color, or a class is not among `class_names`.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -196,7 +208,7 @@ def local_folder(path: str, *, class_names: Sequence[str] = (), subpopulations: 
         classes = Subpopulations.parse(subpopulations)
         classes.check(split)
         rows, split = classes.rows(split.labels, "seen"), classes.regroup(split)
-    return split.decode(rows, split.image_shape())
+    return split.decode(rows, split.image_shape(), strict=strict)
 
 
 @lru_cache(maxsize=4)
@@ -210,6 +222,7 @@ def _open(
     test_images: int,
     shift: tuple[Subpopulations, Part] | None,
     client_column: str,
+    strict: bool,
     seed: int,
 ) -> FederatedData:
     train, test, train_rows, test_rows = _load(dataset, client_column if partition == "natural" else "")
@@ -226,7 +239,7 @@ def _open(
         if train.ids is None:
             raise SettingError("client_column", client_column, f"a column of {dataset} that names each image's client")
         parts, _ = partition_by_id(train.ids[train_rows], clients=clients, seed=seed)
-        return FederatedData(train, test, test_rows, tuple(train_rows[part] for part in parts), shape)
+        return FederatedData(train, test, test_rows, tuple(train_rows[part] for part in parts), shape, strict=strict)
     parts = partition_rows(
         train.labels[train_rows],
         clients=clients,
@@ -235,7 +248,7 @@ def _open(
         shards_per_client=shards_per_client,
         seed=seed,
     )
-    return FederatedData(train, test, test_rows, tuple(train_rows[part] for part in parts), shape)
+    return FederatedData(train, test, test_rows, tuple(train_rows[part] for part in parts), shape, strict=strict)
 
 
 @lru_cache(maxsize=4)

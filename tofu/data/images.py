@@ -49,6 +49,7 @@ class LabeledImages:
         images: uint8 [n, channels, height, width].
         labels: int64 [n], each in 0..classes-1.
         classes: number of classes of the dataset, including those without an image here.
+        unreadable: for each image that could not be read and is left out, where it is and why.
 
     Raises:
         ValueError: a tensor has another type or shape.
@@ -57,6 +58,7 @@ class LabeledImages:
     images: Tensor
     labels: Tensor
     classes: int
+    unreadable: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.dim() != 4:
@@ -103,13 +105,14 @@ def read_image(source: bytes | Path) -> Pixels:
     Raises:
         DataError: the image cannot be decoded, or has 32 bits per pixel and channel.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as opened:
             return _to_pixels(_upright(opened))
     except (OSError, SyntaxError, ValueError, EOFError, TypeError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot be read as an image: {first_line(error)}") from error
+        unknown = isinstance(error, UnidentifiedImageError)  # whose message repeats the path
+        raise DataError(f"cannot be read as an image: {'unknown format' if unknown else first_line(error)}") from error
 
 
 def fit_image(pixels: Pixels, shape: ImageShape) -> Pixels:

@@ -1,5 +1,6 @@
 """One split of a dataset: rows whose labels are in memory and whose images are decoded when they are needed."""
 
+import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ _SYNONYMS = {
     "test": ("testing", "test"),
     "validation": ("validation", "valid", "val", "dev"),
 }
+_LOG = logging.getLogger("tofu.data")
 _FIXED_SEED = 20240229  # seeds the splits that are the same in every run
 _SHARD_NUMBER = re.compile(r"[-_.]?\d+(-of-\d+)?$")
 
@@ -41,26 +43,48 @@ class Split:
     ids: NDArray[np.str_] | None = None
 
     def image_shape(self) -> ImageShape:
-        """The shape of the first image, which all others must have. Raises DataError if it cannot be read."""
-        try:
-            pixels = self.read(0)
-        except DataError as error:
-            raise DataError(f"{self.origin(0)} {error}") from error
-        return ImageShape(1 if pixels.ndim == 2 else 3, pixels.shape[0], pixels.shape[1], len(self.class_names))
+        """The shape of the first readable image, which all others must have. Raises DataError if there is none."""
+        first = ""
+        for row in range(len(self.labels)):
+            try:
+                pixels = self.read(row)
+            except DataError as error:
+                first = first or f"{self.origin(row)} {error}"
+            else:
+                return ImageShape(1 if pixels.ndim == 2 else 3, pixels.shape[0], pixels.shape[1], len(self.class_names))
+        raise DataError(f"none of {len(self.labels)} images can be read: {first}")
 
-    def decode(self, rows: IntArray, shape: ImageShape) -> LabeledImages:
-        """Decode the images of some rows (int64 [k]).
+    def decode(self, rows: IntArray, shape: ImageShape, *, strict: bool = False) -> LabeledImages:
+        """Decode the images of some rows (int64 [k]). Those that cannot be read are left out, with a warning for each.
+
+        Args:
+            strict: raise an error for an image that cannot be read.
 
         Raises:
-            DataError: an image cannot be read, or differs from `shape` in size or color.
+            DataError: no image can be read, or one differs from `shape` in size or color.
         """
         images = np.empty((len(rows), shape.channels, shape.height, shape.width), dtype=np.uint8)
-        for i, row in enumerate(rows.tolist()):
+        kept: list[int] = []
+        unreadable: list[str] = []
+        for row in rows.tolist():
             try:
-                images[i] = fit_image(self.read(row), shape)
+                pixels = self.read(row)
+            except DataError as error:
+                unreadable.append(f"{self.origin(row)} {error}")
+                if strict:
+                    raise DataError(f"{unreadable[-1]} (strict=true)") from error
+                continue
+            try:
+                images[len(kept)] = fit_image(pixels, shape)
             except DataError as error:
                 raise DataError(f"{self.origin(row)} {error}") from error
-        return LabeledImages(torch.from_numpy(images), torch.from_numpy(self.labels[rows]), shape.classes)
+            kept.append(row)
+        if unreadable and not kept:
+            raise DataError(f"none of {len(unreadable)} images can be read: {unreadable[0]}")
+        for text in unreadable:
+            _LOG.warning("%s: it is left out", text)
+        labels = torch.from_numpy(self.labels[np.array(kept, dtype=np.int64)])
+        return LabeledImages(torch.from_numpy(images[: len(kept)]), labels, shape.classes, tuple(unreadable))
 
     def check_labels(self) -> None:
         """Raises DataError if a label is not the index of a class name."""

@@ -175,6 +175,7 @@ class RunSummary:
         mean_accuracy, backward_transfer: ACC in percent and BWT in points; None without tasks.
         epsilon, delta: of client-level differential privacy; None without it.
         stopped: why the run ended before its last round, or "".
+        unreadable: number of images that clients and server left out because they cannot be read.
         run: folder of the run.
         baseline: a FedAvg run to compare with, or None.
     """
@@ -194,6 +195,7 @@ class RunSummary:
     epsilon: Epsilon = None
     delta: Number = None
     stopped: Text = ""
+    unreadable: Count = 0
     run: Text = ""
     seconds: Number = None
     baseline: Baseline | None = None

@@ -42,6 +42,7 @@ class DataSettings(Group):
     class_names: str = setting(
         "", "names of all classes in order, separated by commas, if the folders of real clients lack some"
     )
+    strict: bool = setting(False, "refuse data with an image that cannot be read, instead of leaving it out")
     clients: int = setting(10, "number of simulated clients", ge=1, le=100_000)
     feature_columns: str = setting(
         "", "columns of a table that are features, separated by commas; * is all columns of numbers"

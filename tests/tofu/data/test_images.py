@@ -1,14 +1,19 @@
 """The image reader: every mode and bit depth, upright, and the same in training and prediction."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from client.app import app as client_app
+from server.app import serve_in_process
 from tofu.data import ImageShape, LabeledImages, local_folder
 from tofu.data.images import fit_image, read_image
-from tofu.errors import DataError
+from tofu.errors import DataError, RunError
+from tofu.rounds.record import RoundRecord, read_rounds
+from tofu.settings import Settings
 
 
 def folder_of(root: Path, *images: np.ndarray) -> LabeledImages:
@@ -85,3 +90,73 @@ def test_a_gray_image_fills_the_channels_of_a_color_shape() -> None:
     assert np.array_equal(fit_image(pixels, ImageShape(3, 3, 4, 2)), np.stack([pixels] * 3))
     with pytest.raises(DataError, match="expected 3x4"):
         fit_image(pixels, ImageShape(1, 4, 3, 2))
+
+
+def noise_folder(root: Path, classes: int = 2, images: int = 10) -> Path:
+    draw = np.random.default_rng(0)
+    for name in map(str, range(classes)):
+        (root / name).mkdir(parents=True)
+        for number in range(images):
+            pixels = draw.integers(0, 256, (8, 8), np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{name}{number}.png")
+    return root
+
+
+def small_run(data: Path, run: Path, **settings: Any) -> tuple[dict[str, Any], list[RoundRecord]]:
+    """The summary and the rounds of a run of two clients on a folder."""
+    chosen = {"dataset": str(data), "run_folder": str(run), "clients": 2, "partition": "iid", "rounds": 1}
+    summary = serve_in_process(client_app, Settings.of(chosen | {"schedule": "fedavg"} | settings))
+    return summary, list(read_rounds(run / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize("damage", [b"", b"no image", None])
+def test_a_corrupt_image_is_left_out_counted_and_named_and_its_client_stays(
+    damage: bytes | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = noise_folder(tmp_path / "data")
+    file = data / "1" / "13.png"
+    file.write_bytes(file.read_bytes()[:60] if damage is None else damage)
+    with caplog.at_level("WARNING", logger="tofu.data"):
+        summary, rounds = small_run(data, tmp_path / "run")
+    assert f"{file} cannot be read as an image" in caplog.text
+    assert summary["unreadable"] == 1
+    assert [client.examples for client in rounds[1].by_client] in ([7, 8], [8, 7])  # 4 of 20 are held out
+    assert not rounds[1].failures
+    with pytest.raises(DataError, match=r"13\.png cannot be read .*strict=true"):
+        local_folder(str(data), strict=True)
+    with pytest.raises(RunError, match=r"13\.png cannot be read .*strict=true"):
+        small_run(data, tmp_path / "strict", strict=True, clients=1)
+
+
+def test_a_corrupt_first_image_does_not_decide_the_shape_and_only_corrupt_images_are_refused(tmp_path: Path) -> None:
+    data = noise_folder(tmp_path / "data")
+    (data / "0" / "00.png").write_bytes(b"")
+    assert len(local_folder(str(data))) == 19
+    for file in data.glob("*/*.png"):
+        file.write_bytes(b"")
+    with pytest.raises(DataError, match="none of 20 images can be read"):
+        local_folder(str(data))
+
+
+def test_a_client_that_cannot_take_part_is_a_failure_of_the_round(tmp_path: Path) -> None:
+    data = noise_folder(tmp_path / "data")
+    Image.fromarray(np.zeros((9, 8), np.uint8)).save(data / "1" / "13.png")
+    _, rounds = small_run(data, tmp_path / "run")
+    assert len(rounds[1].by_client) == 1
+    assert [failure.reason for failure in rounds[1].failures] == [
+        f"{data / '1' / '13.png'} has 8x9 pixels, expected 8x8 (width x height)"
+    ]
+
+
+def test_a_run_of_which_no_round_succeeded_fails_and_says_why(tmp_path: Path) -> None:
+    private = {
+        "schedule": "secure",
+        "noise_multiplier": 1.0,
+        "max_epsilon": 0.01,
+        "clip_norm": 1.0,
+        "secure_ratio": 1.0,
+        "clients": 3,
+    }
+    with pytest.raises(RunError, match=r"no round succeeded, so the model is untrained .the privacy budget"):
+        small_run(noise_folder(tmp_path / "data"), tmp_path / "run", **private)
+    assert (tmp_path / "run" / "report.html").exists()
