@@ -181,8 +181,9 @@ class LocalRound:
             RunError: training diverged, or changed a buffer that is not sent.
         """
         settings, model = self.settings, self.reference.model
+        step_ahead = settings.codec.step_ahead_of(self.round, settings.training.rounds)
         start = self.feedback.ahead(
-            self.base, self.request.acknowledged, settings.codec.step_ahead, self.reference.param_spec.parameters,
+            self.base, self.request.acknowledged, step_ahead, self.reference.param_spec.parameters,
             fraction=settings.residual_fraction,
         )  # fmt: skip
         load_weights(model, start)

@@ -47,10 +47,17 @@ METHODS: dict[str, dict[str, Any]] = {
     "powersgd": {"compressor": "powersgd"},
 }
 """The last three are rivals. Proxies without a correction have no w: it applies to the correction only."""
-FEEDBACK = ((1.8, 0.5), (1.0, 0.5), (1.8, 0.0), (1.0, 0.0))
-"""(w, a): both, each switched off, neither."""
+FEEDBACK = (
+    (1.8, 1.0, 0.0), (1.0, 1.0, 0.0), (1.8, 0.0, 1.0), (1.0, 0.0, 1.0), (1.8, 0.5, 1.0), (1.0, 0.5, 1.0),
+)  # fmt: skip
+"""(w, a, step-ahead-final-factor): both, each switched off, neither; then the same with a that does not fall."""
 RATIOS = (1000, 200, 500, 2000, 50)
 SEEDS = (0, 1, 2)
+TUNING_SEED = 7
+"""Of the runs that w and a were chosen by; the tables have none of them."""
+TUNING = tuple((w, a, fall) for w in (1.0, 1.4, 1.8) for a, fall in ((0.0, 1.0), (0.5, 1.0), (1.0, 1.0), (1.0, 0.0)))
+TUNED = (("cifar10", 200), ("cifar10", 1000), ("mnist-100", 200))
+"""(task, ratio) that w and a are chosen at, on this grid, for proxies with a correction, the correction and STC."""
 CURVE_IMAGES = 1000
 
 
@@ -63,11 +70,12 @@ class Run:
     ratio: int
     w: float
     a: float
+    final_factor: float
     seed: int
 
     @property
     def name(self) -> str:
-        tail = "" if self.method == "fedavg" else f"-{self.ratio}x-w{self.w:g}-a{self.a:g}"
+        tail = "" if self.method == "fedavg" else f"-{self.ratio}x-w{self.w:g}-a{falling(self.a, self.final_factor)}"
         return f"{self.task}/{self.method}{tail}-seed{self.seed}"
 
     def settings(self, folder: Path) -> Settings:
@@ -77,6 +85,7 @@ class Run:
         if self.method != "fedavg":
             own = METHODS[self.method] | {
                 "ratio": float(self.ratio), "over_relaxation": self.w, "step_ahead": self.a,
+                "step_ahead_final_factor": self.final_factor,
             }  # fmt: skip
         common = {
             "dataset": find_data(hub.split("/")[1], hub), "seed": self.seed, "workers": 1, "threads": 1,
@@ -85,17 +94,25 @@ class Run:
         return Settings.of(FEDERATION | task | own | common)
 
 
+def falling(a: float, final_factor: float) -> str:
+    """Step-ahead in the first and in the last round, such as 0.5 or 1to0."""
+    return f"{a:g}" if not a or final_factor == 1 else f"{a:g}to{a * final_factor:g}"
+
+
 def all_runs() -> list[Run]:
     """The whole ablation, in the order in which it is run: by seed, so that every cell has early results."""
-    runs = []
+    runs = [
+        Run(task, method, ratio, *feedback, TUNING_SEED)
+        for task, ratio in TUNED for method in ("correction", "stc", "proxies+correction") for feedback in TUNING
+    ]  # fmt: skip
     for task in TASKS:
         for ratio in RATIOS:
             for seed in SEEDS:
-                runs.append(Run(task, "fedavg", 0, 1.0, 0.0, seed))
-                for w, a in FEEDBACK:
+                runs.append(Run(task, "fedavg", 0, 1.0, 0.0, 1.0, seed))
+                for w, *a in FEEDBACK:
                     for method in METHODS:
                         if method != "proxies" or w == 1:
-                            runs.append(Run(task, method, ratio, w, a, seed))
+                            runs.append(Run(task, method, ratio, w, *a, seed))
     return list(dict.fromkeys(runs))
 
 
@@ -126,32 +143,32 @@ def _accuracy(settings: Settings, folder: Path) -> float:
     return evaluate(model, FederatedData.of(settings.data.replace(test_images=0), settings.run.seed).test()).accuracy
 
 
-def table(rows: Iterable[Row]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Per task: its name, the header, and one line per method and (w, a), with mean and deviation over the seeds."""
-    found = [row for row in rows if "failed" not in row]
+def table(rows: Iterable[Row], seeds: tuple[int, ...] = SEEDS) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Per task: its name, the header, and one line per method, w and a, with mean and deviation over the seeds."""
+    found = [row for row in rows if "failed" not in row and row["seed"] in seeds]
     tables = []
     for task in TASKS:
-        ratios = sorted({row["ratio"] for row in found if row["task"] == task and row["ratio"]})
+        here = [row for row in found if row["task"] == task]
+        ratios = sorted({row["ratio"] for row in here if row["ratio"]})
         lines = []
         for method in ("fedavg", *METHODS):
-            for w, a in FEEDBACK:
-                mine = [row for row in found if (row["task"], row["method"]) == (task, method)]
-                mine = [row for row in mine if (row["w"], row["a"]) == (w, a)]
-                if not mine:
-                    continue
-                cells = [_cell([row for row in mine if row["ratio"] in (ratio, 0)]) for ratio in ratios]
-                lines.append([method, *(("", "") if method == "fedavg" else (f"{w:g}", f"{a:g}")), *cells])
+            mine = [row for row in here if row["method"] == method]
+            for w, a, final in sorted({(row["w"], row["a"], row["final_factor"]) for row in mine}, reverse=True):
+                same = [row for row in mine if (row["w"], row["a"], row["final_factor"]) == (w, a, final)]
+                cells = [_cell([row for row in same if row["ratio"] in (ratio, 0)], seeds) for ratio in ratios]
+                named = ("", "") if method == "fedavg" else (f"{w:g}", falling(a, final).replace("to", " to "))
+                lines.append([method, *named, *cells])
         if lines:
             tables.append((task, ["method", "w", "a", *(f"{ratio}x" for ratio in ratios)], lines))
     return tables
 
 
-def _cell(rows: list[Row]) -> str:
-    """Final accuracy in %; the number of seeds if there are fewer than three."""
+def _cell(rows: list[Row], seeds: tuple[int, ...]) -> str:
+    """Final accuracy in %; the number of seeds if some are missing."""
     if not rows:
         return "not run"
     text = spread([100 * row["final_accuracy"] for row in rows], 1)
-    return text if len(rows) == len(SEEDS) else f"{text} ({len(rows)} of {len(SEEDS)} seeds)"
+    return text if len(rows) == len(seeds) else f"{text} ({len(rows)} of {len(seeds)} seeds)"
 
 
 def main() -> None:
@@ -188,9 +205,10 @@ def main() -> None:
     missing = sum(run.name not in done for run in runs)
     if missing:
         print(f"Partial results: {missing} of {len(runs)} runs were not made.")
-    for task, header, lines in table(rows):
-        print(f"\n## {task}\n")
-        print_table(header, lines)
+    for title, seeds in (("", SEEDS), (f", tuning on seed {TUNING_SEED}", (TUNING_SEED,))):
+        for task, header, lines in table(rows, seeds):
+            print(f"\n## {task}{title}\n")
+            print_table(header, lines)
 
 
 if __name__ == "__main__":

@@ -124,6 +124,9 @@ def test_step_ahead_trains_from_where_the_residual_leads() -> None:
     plain, ahead = second_round(), second_round(**{"step-ahead": 0.5})
     assert plain[0] == ahead[0]
     assert plain[1] != ahead[1]
+    last = {"rounds": 2, "step-ahead": 0.5}  # the second of two rounds
+    assert second_round(**last) == plain
+    assert second_round(**last, **{"step-ahead-final-factor": 1.0}) != plain
     off = {"error-feedback": 0.0}
     assert second_round(**off) == second_round(**off, **{"step-ahead": 0.5, "over-relaxation": 1.8})
 

@@ -60,7 +60,16 @@ def another(name: str) -> Value:
 
 OTHERS = {dashed(name): another(name) for name in FIELDS}
 OTHERS |= dict.fromkeys(
-    ("momentum", "server-momentum", "malicious-fraction", "ema-decay", "error-feedback", "step-ahead", "tolerance"),
+    (
+        "momentum",
+        "server-momentum",
+        "malicious-fraction",
+        "ema-decay",
+        "error-feedback",
+        "step-ahead",
+        "step-ahead-final-factor",
+        "tolerance",
+    ),
     0.25,
 )
 OTHERS |= {
@@ -194,6 +203,7 @@ def test_wrong_types_are_refused(name: str, value: object, expected: str) -> Non
         ("error-feedback", [-0.1, 1.1], [0.0, 1.0]),
         ("over-relaxation", [0.99, 2.0], [1.0, 1.99]),
         ("step-ahead", [-0.1, 1.1], [0.0, 1.0]),
+        ("step-ahead-final-factor", [-0.1, 1.1], [0.0, 1.0]),
         ("client-fraction", [0.0, 1.01], [0.01, 1.0]),
         ("min-clients", [0], [1, 10]),
         ("round-timeout", [0.0, math.inf], [0.1]),
@@ -304,6 +314,17 @@ def test_lr_falls_along_half_a_cosine() -> None:
 def test_lr_stays_by_default_and_in_a_single_round() -> None:
     assert {Settings.of({"rounds": 7}).training.lr_of(round_) for round_ in range(1, 8)} == {0.1}
     assert Settings.of({"rounds": 1, "lr-final-factor": 0.1}).training.lr_of(1) == 0.1
+
+
+def test_step_ahead_falls_linearly_to_its_final_factor() -> None:
+    def of(rounds: int, **changes: float) -> list[float]:
+        codec = CodecSettings(step_ahead=0.8, **changes)
+        return [codec.step_ahead_of(round_, rounds) for round_ in range(1, rounds + 1)]
+
+    assert of(5) == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0])
+    assert of(3, step_ahead_final_factor=0.5) == pytest.approx([0.8, 0.6, 0.4])
+    assert of(4, step_ahead_final_factor=1.0) == [0.8] * 4
+    assert of(1) == [0.8]
 
 
 def test_paper_mode_is_the_published_method_whatever_refines_smooth() -> None:

@@ -190,6 +190,9 @@ class CodecSettings(Group):
         ge=0,
         le=1,
     )
+    step_ahead_final_factor: float = setting(
+        0.0, "step-ahead of the last round as a fraction of the first; linear in between", ge=0, le=1
+    )
     codec_mode: Literal["smooth", "paper"] = setting(
         "smooth", "smooth: our codec; paper: as published, for which the settings below are fixed", section="Proxies"
     )
@@ -232,6 +235,11 @@ class CodecSettings(Group):
         ge=0,
         section="Proxies",
     )
+
+    def step_ahead_of(self, round_: int, rounds: int) -> float:
+        """Step-ahead of a round, counted from 1, of a run with this many rounds."""
+        progress = (round_ - 1) / max(1, rounds - 1)
+        return self.step_ahead * (1 - (1 - self.step_ahead_final_factor) * progress)
 
 
 class DownlinkSettings(Group):
