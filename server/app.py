@@ -19,8 +19,9 @@ from server.ledger import Ledger
 from server.records import SampleImages, failed_rounds, is_budget_spent, round_record, run_summary, start_record
 from server.runner import RoundRunner
 from server.secure_ranges import check_secure_settings
-from tofu.errors import RunError, TofuError
+from tofu.errors import RunError, SettingError, TofuError
 from tofu.flower.in_process import InProcessGrid, run_in_process
+from tofu.flower.internals import is_simulation
 from tofu.flower.transport import GridTransport
 from tofu.formatting import printable
 from tofu.local_layers import keep_local
@@ -36,7 +37,7 @@ from tofu.reference_model import ReferenceModel
 from tofu.reporting.folder import RunFolder
 from tofu.reporting.report import write_report
 from tofu.rounds.links import LinkSimulator
-from tofu.rounds.record import RoundRecord, RunSummary, from_dict, to_dict
+from tofu.rounds.record import RoundRecord, RunSummary, from_dict, round_label, to_dict
 from tofu.rounds.schedule import make_schedule
 from tofu.row_workload import workload_of
 from tofu.settings import Settings
@@ -75,6 +76,7 @@ def serve(grid: Grid, settings: Settings, observer: Observer, workload: Workload
             rounds were abandoned. The run folder keeps the rounds before it.
     """
     start_logging(settings.run.log)
+    _check_clients(grid, settings)
     metrics = PrometheusMetrics(grid.run.run_id, settings)
     observers = Observers((JsonLinesLog(grid.run.run_id), metrics, observer))
     try:
@@ -86,6 +88,18 @@ def serve(grid: Grid, settings: Settings, observer: Observer, workload: Workload
         raise
     finally:
         observers.close()
+
+
+def _check_clients(grid: Grid, settings: Settings) -> None:
+    """Raises SettingError if a simulation has another number of nodes than clients: some data would not be used."""
+    simulated, nodes = is_simulation(grid), len(list(grid.get_node_ids()))
+    if simulated and nodes != settings.data.clients:
+        accepted = f"{nodes}, the number of supernodes of this simulation (options.num-supernodes)"
+        raise SettingError("clients", settings.data.clients, accepted)
+    if simulated or isinstance(grid, InProcessGrid):
+        names = set(map(str, range(settings.data.clients)))
+        if unknown := [name for name in settings.run.recorded if name not in names]:
+            raise SettingError("record-clients", unknown[0], f"clients of this run, 0 to {len(names) - 1}")
 
 
 def serve_in_process(
@@ -133,6 +147,11 @@ class _Run:
             check_secure_settings(settings)
         self._ledger = Ledger()
         self._runner = RoundRunner(GridTransport(grid), network, test, settings, self._ledger, observer, workload)
+        if not settings.run.resume and is_budget_spent(self._runner, 1):
+            first = Accountant(settings.privacy.privacy_delta)
+            first.spend(settings.privacy.noise_multiplier, self._runner.kind(1))
+            accepted = f"at least {first.epsilon:.4g}, the epsilon of one round"
+            raise SettingError("max-epsilon", settings.privacy.max_epsilon, accepted)
         self._recorder = Recorder(Path(), settings.run.recorded, settings=settings, shape=shape)
         self._samples = SampleImages(workload, test)
 
@@ -191,7 +210,8 @@ class _Run:
         except BaseException:
             folder.add_messages(ledger.take())
             raise
-        self._observer.on_phase(round_, result.kind, "evaluate", 0, 1)
+        label = round_label(result.kind, self._settings.codec.compressor)
+        self._observer.on_phase(round_, label, "evaluate", 0, 1)
         score = runner.evaluate()
         self._samples.add(result)
         messages = ledger.take()

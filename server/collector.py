@@ -47,6 +47,7 @@ class RoundState:
         shown: name of the client whose proxies are kept for the report.
         failures: client name -> reason, in one line, why it could not be used; filled by the collectors.
         over_sampling: clients asked over the number of replies after which an open round ends.
+        label: of the round, for the user.
     """
 
     round: int
@@ -57,6 +58,7 @@ class RoundState:
     shown: str = ""
     failures: dict[str, str] = field(default_factory=dict)
     over_sampling: float = 1.0
+    label: str = ""
 
     def wanted(self, asked: int) -> int:
         """Number of valid replies after which an open round ends, of those that were asked."""
@@ -131,7 +133,7 @@ class TrainExchange:
         """
         lost: list[Client] = []
         silent = {client.name: client for client in clients}
-        self._observer.on_phase(state.round, state.kind, "train", 0, len(clients))
+        self._observer.on_phase(state.round, state.label, "train", 0, len(clients))
         for resend, some in ((False, clients), (True, lost)):
             for client, reply in self._send(model, some, state, secure_parts or {}, resend=resend):
                 if not resend and reply.has_error() and reply.error.code == RESYNC:
@@ -143,7 +145,7 @@ class TrainExchange:
                 silent.pop(client.name, None)
                 yield client, reply
                 done = len(clients) - len(silent)
-                self._observer.on_phase(state.round, state.kind, "train", done, len(clients))
+                self._observer.on_phase(state.round, state.label, "train", done, len(clients))
         for name in silent:
             state.failures[name] = f"no reply within {self._timeout:g} s"
 

@@ -43,6 +43,7 @@ def round_record(
     return RoundRecord(
         round=result.round,
         kind=result.kind,
+        compressor=runner.settings.codec.compressor if compressed else "",
         accuracy=_finite(score.accuracy),
         loss=_finite(score.loss),
         metrics=dict(score.metrics),

@@ -30,6 +30,7 @@ from tofu.recording import Recorder
 from tofu.reference_model import ReferenceModel
 from tofu.reporting.folder import RunFolder
 from tofu.rng import derive_generator
+from tofu.rounds.record import round_label
 from tofu.rounds.schedule import make_schedule
 from tofu.row_workload import workload_of
 from tofu.secagg.encoding import SecureMean
@@ -185,6 +186,10 @@ class RoundRunner:
         self.group_accuracies.append(by_group)
         return score
 
+    def kind(self, round_: int) -> str:
+        """The kind of a round by the schedule."""
+        return self._schedule.kind(round_, self.accuracies)
+
     def run_round(self, round_: int) -> RoundResult:
         """Run one round, counted from 1.
 
@@ -195,7 +200,7 @@ class RoundRunner:
         connected = self._clients.connected(
             min_clients=settings.server.min_clients, timeout=settings.server.round_timeout, round_=round_
         )
-        kind = self._schedule.kind(round_, self.accuracies)
+        kind = self.kind(round_)
         sampled = self._sample(connected, round_, secure=kind == "secure")
         asked = [client for clients in sampled for client in clients]
         state = self._state(round_, kind, shown=asked[0].name)
@@ -235,6 +240,7 @@ class RoundRunner:
             self._schedule.secure_may_follow(round_, self.accuracies),
             shown,
             over_sampling=self.settings.server.over_sampling,
+            label=round_label(kind, self.settings.codec.compressor),
         )
 
     def _collect(self, model: GlobalModel, clients: list[Client], state: RoundState, result: RoundResult) -> Collected:

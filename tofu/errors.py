@@ -31,6 +31,10 @@ class RunError(TofuError):
     """A run cannot continue, for example because no client sent a valid reply."""
 
 
+class Interrupted(Exception):  # noqa: N818 (the user's wish, not an error)
+    """Ctrl-C during a run; the message says where its results are and how to go on."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, without closing punctuation; the name of its type if it has none."""
     return (str(error).strip().splitlines() or [""])[0].rstrip(".:") or type(error).__name__

@@ -17,7 +17,7 @@ from tofu.cli.predict import predict
 from tofu.cli.report import report
 from tofu.cli.run import run
 from tofu.cli.settings import settings
-from tofu.errors import TofuError
+from tofu.errors import Interrupted, TofuError
 from tofu.formatting import printable
 
 app = typer.Typer(
@@ -50,10 +50,13 @@ def main() -> None:
     for name, value in {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}.items():
         os.environ.setdefault(name, value)
     try:
-        app(with_present_flags(sys.argv[1:]))
+        app(with_present_flags(sys.argv[1:]), prog_name="tofu")
     except TofuError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         raise SystemExit(2) from error
+    except Interrupted as end:
+        print(printable(str(end)), file=sys.stderr)
+        raise SystemExit(130) from None
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         raise SystemExit(130) from None

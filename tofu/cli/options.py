@@ -5,11 +5,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
 from pydantic.fields import FieldInfo
 
-from tofu.settings import FIELDS, Settings, Value, accepted_values, kind_of, read_toml, section_of, separator_of
-from tofu.settings.deprecated import NAMES, present_names, warn_once
+from tofu.errors import SettingError
+from tofu.settings import (
+    FIELDS,
+    Settings,
+    Value,
+    accepted_values,
+    dashed,
+    is_extensible,
+    kind_of,
+    parse_setting,
+    read_toml,
+    section_of,
+    separator_of,
+)
+from tofu.settings.deprecated import NAMES, present_names, present_value, warn_once
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with settings", rich_help_panel="Run")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object at the end, and no progress")]
@@ -17,6 +31,26 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress view")]
 
 _REPEATED = {name: separator for name in FIELDS if (separator := separator_of(name))}
 """Settings that may be given several times, and the separator of their values."""
+
+
+class SettingChoice(click.Choice[str]):
+    """The values of one setting: help and completion list them, and an error is that of the setting, in one line.
+
+    Settings that users can extend also accept `package.module:Class`, and values that are deprecated are accepted.
+    """
+
+    def __init__(self, setting: str, choices: Sequence[str]) -> None:
+        super().__init__(choices)
+        self._setting = setting
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        text = present_value(dashed(self._setting), str(value))
+        extensible = is_extensible(self._setting)
+        parsed = parse_setting(self._setting, text)
+        if text in self.choices or (extensible and ":" in text):
+            return parsed
+        also = ", or package.module:Class" if extensible else ""
+        raise SettingError(self._setting, parsed, f"one of {', '.join(self.choices)}{also}")
 
 
 def with_present_flags(arguments: Sequence[str]) -> list[str]:
@@ -57,19 +91,20 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _option(name: str, field: FieldInfo) -> inspect.Parameter:
-    dashed = name.replace("_", "-")
+    flag = dashed(name)
     text = str(field.description)
     choices = accepted_values(name)
     if choices and not all(choice in text for choice in choices):
         text += f" ({', '.join(choices)})"
     shown = str(field.default).lower() if isinstance(field.default, bool) else field.default
     text += f" \\[default: {shown}]" if shown != "" else ""  # escaped: brackets are markup in a help text
-    flags = [f"--{dashed}/--no-{dashed}" if kind_of(field) is bool else f"--{dashed}"]
+    flags = [f"--{flag}/--no-{flag}" if kind_of(field) is bool else f"--{flag}"]
     kind: Any = kind_of(field)
     if name in _REPEATED:
-        flags.append(f"--{dashed.removesuffix('s')}")
+        flags.append(f"--{flag.removesuffix('s')}")
         kind = list[str]
-    option = typer.Option(*flags, help=text, rich_help_panel=section_of(name), show_default=False)
+    more: dict[str, Any] = {"click_type": SettingChoice(name, choices), "metavar": "CHOICE"} if choices else {}
+    option = typer.Option(*flags, help=text, rich_help_panel=section_of(name), show_default=False, **more)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )

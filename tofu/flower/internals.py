@@ -12,6 +12,7 @@ from flwr.common.serde import context_from_proto, context_to_proto
 from flwr.proto.message_pb2 import Context as ContextProto
 from flwr.server.superlink.linkstate.utils import create_message_error_unavailable_ins_message as unavailable_reply
 from flwr.server.utils.validator import validate_message
+from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
@@ -20,6 +21,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid.inmemory_grid import InMemoryGrid
 from google.protobuf.message import DecodeError
 
 from tofu.errors import RunError
@@ -34,6 +36,7 @@ __all__ = [
     "copy_context",
     "error_reply",
     "inflate",
+    "is_simulation",
     "message_bytes",
     "message_errors",
     "restore_state",
@@ -54,6 +57,11 @@ def message_bytes(message: Message) -> int:
     with no_object_id_recompute():
         objects = get_all_nested_objects(message)
         return sum(len(item.deflate()) for item in objects.values()) + int(get_object_tree(message).ByteSize())
+
+
+def is_simulation(grid: Grid) -> bool:
+    """Whether the grid is that of Flower's simulation engine, all of whose nodes are registered before a run starts."""
+    return isinstance(grid, InMemoryGrid)
 
 
 def error_reply(reply: Message, reason: str) -> Message:

@@ -8,7 +8,8 @@ control characters in them are replaced before they are printed.
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console, Group, RenderableType
@@ -36,6 +37,12 @@ class _View(Observer):
     """Reports the first failures of a round as notes, and counts the others."""
 
     _failed = 0
+
+    def on_history(self, folder: Path, records: Sequence[RoundRecord]) -> None:
+        self.on_text(f"results: {folder}")
+
+    def on_text(self, text: str) -> None:
+        """Show a line that is no warning."""
 
     def on_client_failure(self, round_: int, client: str, node: int, reason: str) -> None:
         self._failed += 1
@@ -75,6 +82,9 @@ class PlainProgress(_View):
         if cells["time"] != _NONE:
             words.append(cells["time"])
         self._write("  ".join(words))
+
+    def on_text(self, text: str) -> None:
+        self._write(text)
 
     def on_note(self, text: str, **where: Any) -> None:
         self._write(f"note: {text}")
@@ -130,6 +140,9 @@ class LiveProgress(_View):
         super().on_round_end(record)
         if self._live is not None:
             self._live.refresh()
+
+    def on_text(self, text: str) -> None:
+        self._console.print(Text(printable(text)))
 
     def on_note(self, text: str, **where: Any) -> None:
         # Text, not markup: the name of a client may be "[red]".
@@ -211,7 +224,7 @@ def _cells(record: RoundRecord) -> dict[str, str]:
     accuracy, explained, seconds = record.accuracy, record.explained_variance, record.seconds
     return {
         "round": f"{record.round}",
-        "kind": printable(record.kind + (", abandoned" if record.abandoned else "")),
+        "kind": printable(record.label + (", abandoned" if record.abandoned else "")),
         "task": _NONE if record.task is None else f"{record.task}",
         "accuracy": _NONE if accuracy is None else format_fraction(accuracy, 2),
         "explained": _NONE if explained is None else format_fraction(explained),

@@ -245,9 +245,11 @@ def _plain(value: Any) -> object:
 
 
 def fresh_folder(settings: Settings) -> Path:
-    """Create a folder under runs/ that no other run has, named by time, model and schedule."""
+    """Create a folder under runs/ that no other run has, named by time, model, compressor and schedule."""
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    name = Path("runs") / f"{stamp}-{settings.model.model.rpartition(':')[2]}-{settings.rounds.schedule}"
+    compressor, schedule = settings.codec.compressor.rpartition(":")[2], settings.rounds.schedule.rpartition(":")[2]
+    method = {"proxy": compressor, "fedavg": schedule, "secure": schedule}.get(schedule, f"{compressor}-{schedule}")
+    name = Path("runs") / f"{stamp}-{settings.model.model.rpartition(':')[2]}-{method}"
     path, n = name, 2
     while True:
         try:

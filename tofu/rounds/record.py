@@ -95,6 +95,7 @@ class RoundRecord:
 
     Attributes:
         kind: "start", "proxy" (a compressed round), "fedavg" or "secure".
+        compressor: name of the clients' compressor in a compressed round, or "".
         accuracy, loss: of the global model on the test data after the round; None where they cannot be measured.
         metrics: the user's own metrics of the global model, by name.
         clients: number of clients whose updates were aggregated.
@@ -120,6 +121,7 @@ class RoundRecord:
 
     round: Count
     kind: RoundKind
+    compressor: Text = ""
     accuracy: Number = None
     loss: Number = None
     metrics: Mapping[str, Number] = dataclasses.field(default_factory=dict)
@@ -149,6 +151,11 @@ class RoundRecord:
     link_seconds: Mapping[str, Number] = dataclasses.field(default_factory=dict)
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    @property
+    def label(self) -> str:
+        """What a round is called in front of a user: its compressor or its kind."""
+        return round_label(self.kind, self.compressor)
 
 
 @dataclass(frozen=True)
@@ -209,9 +216,19 @@ QUANTILES = (0, 10, 25, 50, 75, 90, 100)
 _SPARSE = frozenset((
     "epsilon", "delta", "by_client", "metrics", "plugins", "task", "task_accuracies", "group_accuracies", "clipped",
     "furthest", "abandoned", "late", "accuracy_quantiles", "link_seconds", "test_accuracy", "mean_accuracy",
-    "backward_transfer", "stopped", "baseline", "node", "examples",
+    "backward_transfer", "stopped", "baseline", "node", "examples", "compressor",
 ))  # fmt: skip
 """Fields that JSON omits at their default, since most runs do not have them."""
+
+
+def round_label(kind: str, compressor: str) -> str:
+    """What a round is called in front of a user.
+
+    >>> round_label("proxy", "topk"), round_label("proxy", "my.module:Mine"), round_label("secure", "topk")
+    ('topk', 'Mine', 'secure')
+    """
+    return compressor.rpartition(":")[2] if kind == "proxy" and compressor else kind
+
 
 _OF_SECURE = frozenset(("clipped", "furthest", "abandoned"))
 

@@ -37,8 +37,8 @@ __all__ = [
     "FIELDS", "FULL_WEIGHTS", "MIN_SECURE", "CodecSettings", "DataSettings", "DownlinkSettings", "Group",
     "LinkSettings", "ModelSettings", "PluginSettings", "PrivacySettings", "RoundSettings", "RunSettings",
     "SecureSettings", "ServerSettings", "Settings", "TrainingSettings", "Value", "accepted_values", "choices_of",
-    "dashed", "expected", "json_schema", "kind_of", "parse_setting", "read_toml", "section_of", "separator_of",
-    "settings_of_section",
+    "dashed", "expected", "is_extensible", "json_schema", "kind_of", "parse_setting", "read_toml", "section_of",
+    "separator_of", "settings_of_section",
 ]  # fmt: skip
 
 _REGISTRIES = {
@@ -131,6 +131,11 @@ class Settings(BaseModel):
             Subpopulations.parse(data.subpopulations)
         if not DEVICE_NAME.fullmatch(self.run.device):
             raise SettingError("device", self.run.device, DEVICE_FORMS)
+        used = (codec.compressor, self.downlink.downlink)
+        if codec.codec_mode == "paper" and "proxy" not in used and ":" not in "".join(used):
+            raise SettingError(
+                "codec-mode", "paper", f"smooth with compressor={codec.compressor}, which has no proxies"
+            )
         if codec.proxy_size == 1:
             raise SettingError("proxy-size", 1, "0 (chooses it) or 2 to 1024 pixels")
         if plugin.tasks == "none" and plugin.task_count > 1:
@@ -239,6 +244,11 @@ def accepted_values(name: str) -> tuple[str, ...]:
         registered: tuple[str, ...] = import_object(_REGISTRIES[name]).names()
         return tuple(FULL_WEIGHTS if name == "downlink" and known == "none" else known for known in registered)
     return tuple(map(str, choices_of(FIELDS[name])))
+
+
+def is_extensible(name: str) -> bool:
+    """Whether a setting also accepts `package.module:Class`."""
+    return name in _REGISTRIES
 
 
 def json_schema() -> dict[str, Any]:

@@ -310,11 +310,11 @@ def test_quiet_prints_where_the_report_is(tofu: Tofu, tmp_path: Path) -> None:
 
 def test_progress_goes_to_stderr_a_line_a_round(tofu: Tofu) -> None:
     outcome = tofu("run", *TINY, "--run-folder=run")
-    assert (outcome.status, outcome.out) == (0, "")
+    assert (outcome.status, outcome.out) == (0, "report: run/report.html\n")
     lines = outcome.err.splitlines()
-    assert lines[0] == "mlp on digits: 2 rounds, 2 clients"
-    assert [line.split()[1] for line in lines[1:3]] == ["1/2", "2/2"]
-    assert lines[3].startswith("done: final accuracy")
+    assert lines[:2] == ["mlp on digits: 2 rounds, 2 clients", "results: run"]
+    assert [line.split()[1] for line in lines[2:4]] == ["1/2", "2/2"]
+    assert lines[4].startswith("done: final accuracy")
 
 
 def test_a_run_without_a_folder_makes_one_of_its_own(tofu: Tofu, tmp_path: Path) -> None:
@@ -425,3 +425,70 @@ def test_help_does_not_import_torch(tmp_path: Path) -> None:
         code += "try: main()\nfinally: assert 'torch' not in sys.modules"
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env=environment)
+
+
+# Runs: where the results are, how to go on, and what is refused
+
+
+def test_a_run_says_where_its_results_are_and_names_its_compressor(tofu: Tofu, tmp_path: Path) -> None:
+    outcome = tofu("run", *TINY, "--compressor=topk")
+    folder = next((tmp_path / "runs").iterdir())
+    assert folder.name.endswith("-mlp-topk")
+    assert outcome.out == f"report: runs/{folder.name}/report.html\n"
+    assert f"results: runs/{folder.name}\n" in outcome.err
+    assert "round 2/2  topk " in outcome.err
+    assert "proxy" not in outcome.err
+    assert ">topk</span>" in (folder / "report.html").read_text()
+
+
+def test_an_interrupted_run_says_how_to_go_on(tofu: Tofu, monkeypatch: pytest.MonkeyPatch) -> None:
+    from server.runner import RoundRunner
+
+    run_round = RoundRunner.run_round
+
+    def interrupt(self: RoundRunner, round_: int) -> object:
+        if round_ == 2:
+            raise KeyboardInterrupt
+        return run_round(self, round_)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RoundRunner, "run_round", interrupt)
+        outcome = tofu("run", *TINY, "--run-folder=run")
+    assert outcome.status == 130
+    assert outcome.err.splitlines()[-1] == (
+        "interrupted after round 1; results are in run; `tofu run --resume run` goes on from there"
+    )
+    assert tofu("run", "--resume=run", "--json").json["rounds"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--compressor=topk", "--codec-mode=paper"), ("codec-mode='paper'", "compressor=topk")),
+        (("--record=9",), ("record-clients='9'", "0 to 1")),
+        (("--noise-multiplier=0.5", "--max-epsilon=0.1"), ("max-epsilon=0.1", "epsilon of one round")),
+        (("--resume=run", "--config=a.toml"), ("config='a.toml'", "--resume")),
+        (("--server-optimizer=lion",), ("server-optimizer='lion'", "sgd, momentum, adam", "package.module:Class")),
+    ],
+)
+def test_contradictory_options_are_refused(
+    tofu: Tofu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr("tofu.settings.deprecated._warned", {"setting record is deprecated: use record-clients"})
+    fails(tofu("run", *TINY, *options), *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("tofu pl", {"plan"}),
+        ("tofu run --compressor t", {"topk"}),
+        ("tofu run --partition ", {"iid", "dirichlet", "shards", "natural"}),
+    ],
+)
+def test_shell_completion(tofu: Tofu, monkeypatch: pytest.MonkeyPatch, words: str, expected: set[str]) -> None:
+    monkeypatch.setenv("_TOFU_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split(" ")) - 1))
+    assert set(tofu().out.split()) == expected

@@ -106,7 +106,7 @@ def test_says_what_the_server_learned_and_what_is_not_covered(folder: Path) -> N
     assert "Nor does it cover the one FedAvg round" in text
     text = page_of(written(folder, rows, **given | {"secure-identities": "keys.json", "compressor": "topk"})).text
     assert "does not lie" not in text
-    assert "does not cover the one proxy round: the server decoded each client's update" in text
+    assert "does not cover the one topk round: the server decoded each client's update" in text
 
 
 def test_run_of_abandoned_rounds_claims_no_sum(folder: Path) -> None:

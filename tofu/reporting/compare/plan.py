@@ -192,6 +192,8 @@ class Comparison:
         values: dict[str, object] = dict(self.shared.to_config())
         if compressor == FEDAVG:
             values["downlink"] = "full-weights"  # FedAvg compresses neither way, unless it is asked to
+        if compressor != "proxy":
+            values["codec-mode"] = "smooth"  # of the proxies in the same comparison
         values |= {name.replace("_", "-"): given for name, given in self.overrides.get(compressor, {}).items()}
         if self.tune and value is not None:
             values[self.tune.setting] = value

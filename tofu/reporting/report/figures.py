@@ -206,7 +206,7 @@ def _keys(rows: Sequence[RoundRecord], fedavg: str) -> list[tuple[str, str]]:
 
 
 def _round_text(row: RoundRecord) -> str:
-    return f"round {row.round}, {row.kind}" + (", abandoned" if row.abandoned else "")
+    return f"round {row.round}, {row.label}" + (", abandoned" if row.abandoned else "")
 
 
 def _whole(value: float) -> str:

@@ -1,6 +1,7 @@
 """Writes the report of a run: one self-contained page, at any time, also while the run is going on."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,9 +177,7 @@ def _facts(run: RunData) -> list[tuple[str, str]]:
     explained = [row.explained_variance for row in run.rounds if row.explained_variance is not None]
     if explained:
         facts.append(("mean explained variance", format_fraction(sum(explained) / len(explained))))
-    kinds = {row.kind: 0 for row in run.trained}
-    for row in run.trained:
-        kinds[row.kind] += 1
+    kinds = Counter(row.label for row in run.trained)
     if kinds:
         facts.append(("rounds", ", ".join(f"{count:,} {_short(kind)}" for kind, count in kinds.items())))
     facts.append(("failed replies", f"{run.failures:,}"))
@@ -277,7 +276,7 @@ def _row(row: RoundRecord, columns: Sequence[Column]) -> dict[str, Any]:
     css = row.kind if row.kind in KINDS else "other"
     return {
         "round": row.round,
-        "kind": _short(row.kind) + (", abandoned" if row.abandoned else ""),
+        "kind": _short(row.label) + (", abandoned" if row.abandoned else ""),
         "css": f"{css} hollow" if row.abandoned else css,
         "cells": [column.cell(row) for column in columns],
     }

@@ -2,6 +2,7 @@
 
 from tofu.formatting import format_fraction
 from tofu.reporting.report.run_data import RunData
+from tofu.rounds.record import round_label
 
 
 def secure_text(run: RunData) -> list[str]:
@@ -70,9 +71,10 @@ def _others(run: RunData) -> list[str]:
     kinds = {kind: sum(row.kind == kind for row in run.trained) for kind in ("proxy", "fedavg")}
     told = []
     why = "proxies of different clients do not add up, so " if run.config.get("compressor", "proxy") == "proxy" else ""
+    label = round_label("proxy", str(run.config.get("compressor", "")))
     if kinds["proxy"]:
         told.append(
-            f"Secure aggregation does not cover the {_rounds(kinds['proxy'], 'proxy')}: {why}the server decoded each "
+            f"Secure aggregation does not cover the {_rounds(kinds['proxy'], label)}: {why}the server decoded each "
             "client's update."
         )
     if kinds["fedavg"]:

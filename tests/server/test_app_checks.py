@@ -1,0 +1,30 @@
+"""What the server refuses before the first round."""
+
+import pytest
+
+from server import app
+from tofu.errors import SettingError
+from tofu.flower import internals
+from tofu.settings import Settings
+
+
+class Nodes(internals.InMemoryGrid):  # type: ignore[misc]
+    """The grid of a simulation, of which only the nodes are asked."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def get_node_ids(self) -> list[int]:
+        return list(range(self._count))
+
+
+def test_a_simulation_with_another_number_of_nodes_than_clients() -> None:
+    app._check_clients(Nodes(3), Settings.of({"clients": 3}))
+    with pytest.raises(SettingError, match=r"clients=4 .* expected 3, the number of supernodes"):
+        app._check_clients(Nodes(3), Settings.of({"clients": 4}))
+
+
+def test_recorded_clients_of_a_simulation_must_exist() -> None:
+    app._check_clients(Nodes(3), Settings.of({"clients": 3, "record-clients": "0,2"}))
+    with pytest.raises(SettingError, match=r"record-clients='3' .* 0 to 2"):
+        app._check_clients(Nodes(3), Settings.of({"clients": 3, "record-clients": "0,3"}))
