@@ -23,9 +23,11 @@ def client_data(settings: Settings, context: Context, workload: Workload | None 
         return local_rows(str(folder), RowFormat.of(settings.data))
     if folder is not None:
         names = tuple(filter(None, settings.data.class_names.split(",")))
+        data = settings.data
         return local_folder(
-            str(folder), class_names=names, subpopulations=settings.data.subpopulations, strict=settings.data.strict
-        )
+            str(folder), class_names=names, subpopulations=data.subpopulations, label_column=data.label_column,
+            image_column=data.image_column, strict=data.strict,
+        )  # fmt: skip
     partition = context.node_config.get("partition-id")
     if partition is None:
         raise DataError("node config has neither data (a folder of images) nor partition-id (a part of the dataset)")

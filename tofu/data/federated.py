@@ -5,7 +5,6 @@ import math
 import re
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from tofu.data.images import ImageShape, LabeledImages
 from tofu.data.partition import PARTITIONS, IntArray, partition_by_id, partition_rows
 from tofu.data.splits import Split, hold_out, subset_rows
 from tofu.data.subpopulations import PARTS, Part, Subpopulations
+from tofu.data.tables import Columns
 from tofu.errors import DataError, SettingError, first_line
 from tofu.settings import DataSettings
 
@@ -33,7 +33,7 @@ _HELD_OUT = 0.15
 
 
 _ROWS_ONLY = {
-    "class_names", "feature_columns", "text_column", "label_column", "feature_scaling", "vocabulary", "tokens",
+    "class_names", "feature_columns", "text_column", "feature_scaling", "vocabulary", "tokens",
 }  # fmt: skip
 """Settings of the data that concern tables and texts only."""
 
@@ -44,7 +44,8 @@ class FederatedData:
     @staticmethod
     def of(data: DataSettings, seed: int) -> "FederatedData":
         """The dataset of a run. Raises DataError or SettingError if it cannot be opened."""
-        return open_data(**data.model_dump(exclude=_ROWS_ONLY), seed=seed)
+        names = tuple(filter(None, (name.strip() for name in data.class_names.split(","))))
+        return open_data(**data.model_dump(exclude=_ROWS_ONLY), class_names=names, seed=seed)
 
     def __init__(
         self,
@@ -117,6 +118,9 @@ def open_data(
     subpopulations: str = "",
     test_subpopulations: Part = "unseen",
     client_column: str = "",
+    label_column: str = "",
+    image_column: str = "",
+    class_names: tuple[str, ...] = (),
     strict: bool = False,
     seed: int,
 ) -> FederatedData:
@@ -140,6 +144,8 @@ def open_data(
             `tofu.data.subpopulations` describes; empty keeps the dataset's classes.
         test_subpopulations: whether the test images are of "unseen" labels, of "seen" ones or of "all".
         client_column: of parquet files or a hub dataset, with the name of each image's client.
+        label_column, image_column: of parquet files or a hub dataset; "" takes the only candidate.
+        class_names: the classes in the order of their labels; () takes those of the dataset.
         strict: refuse data with an image that cannot be read, instead of leaving it out with a warning.
         seed: of the training subset and the partition; the test images do not depend on it.
 
@@ -175,20 +181,28 @@ def open_data(
         source = _resolve(dataset)
         return _open(
             source, clients, partition, float(alpha), shards_per_client, train_images, test_images, shift,
-            client_column, strict, seed,
+            Columns(image_column, label_column, client_column if partition == "natural" else ""), class_names, strict,
+            seed,
         )  # fmt: skip
 
 
 def local_folder(
-    path: str, *, class_names: Sequence[str] = (), subpopulations: str = "", strict: bool = False
+    path: str,
+    *,
+    class_names: Sequence[str] = (),
+    subpopulations: str = "",
+    label_column: str = "",
+    image_column: str = "",
+    strict: bool = False,
 ) -> LabeledImages:
     """Read a real client's own images: all of a folder of parquet files or <class>/*.png, or its training split.
 
     Args:
         path: the folder.
         class_names: the classes of the run in the order of their labels. Without it the labels are those of this folder
-            alone, which agree with the other clients' only if every folder has all the classes (empty ones count).
+            alone, which agree with the other clients' only if every folder has all the classes.
         subpopulations: as in `open_data`; only images of seen labels are read.
+        label_column, image_column: of parquet files; "" takes the only candidate.
         strict: refuse a folder with an image that cannot be read, instead of leaving it out with a warning.
 
     Raises:
@@ -199,7 +213,7 @@ def local_folder(
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise DataError(f"{path} is not a folder")
-    split = folder_splits(folder.resolve(), tuple(class_names)).get("train")
+    split = folder_splits(folder.resolve(), tuple(class_names), Columns(image_column, label_column)).get("train")
     if split is None:
         raise DataError(f"{path} has a test split but no images to train on")
     split.check_labels()
@@ -221,11 +235,12 @@ def _open(
     train_images: int,
     test_images: int,
     shift: tuple[Subpopulations, Part] | None,
-    client_column: str,
+    columns: Columns,
+    class_names: tuple[str, ...],
     strict: bool,
     seed: int,
 ) -> FederatedData:
-    train, test, train_rows, test_rows = _load(dataset, client_column if partition == "natural" else "")
+    train, test, train_rows, test_rows = _load(dataset, columns, class_names)
     if shift is not None:
         classes, part = shift
         classes.check(train)
@@ -237,7 +252,7 @@ def _open(
     train_rows, test_rows = train_rows[kept], test_rows[tested]
     if partition == "natural":
         if train.ids is None:
-            raise SettingError("client_column", client_column, f"a column of {dataset} that names each image's client")
+            raise SettingError("client_column", columns.client, f"a column of {dataset} that names each image's client")
         parts, _ = partition_by_id(train.ids[train_rows], clients=clients, seed=seed)
         return FederatedData(train, test, test_rows, tuple(train_rows[part] for part in parts), shape, strict=strict)
     parts = partition_rows(
@@ -252,19 +267,20 @@ def _open(
 
 
 @lru_cache(maxsize=4)
-def _load(dataset: str, client_column: str) -> tuple[Split, Split, IntArray, IntArray]:
+def _load(dataset: str, columns: Columns, class_names: tuple[str, ...]) -> tuple[Split, Split, IntArray, IntArray]:
     """The training and test splits of a resolved dataset, and the rows to use of each."""
     if dataset == "digits":
-        digits = read_digits()
+        digits = read_digits(class_names)
         return digits, digits, *hold_out(digits.labels, 0.2)
     splits = (
-        folder_splits(Path(dataset), (), client_column)
+        folder_splits(Path(dataset), class_names, columns)
         if Path(dataset).is_absolute()
-        else hub_splits(dataset, client_column)
+        else hub_splits(dataset, columns, class_names)
     )
     if "train" not in splits:
         raise DataError(f"{dataset} has no split named train")
     train = splits["train"]
+    train.check_labels()
     # Benchmarks that withhold the labels of their test split set all of them to -1.
     test = next(
         (splits[role] for role in ("test", "validation") if role in splits and splits[role].labels.max() >= 0), None
@@ -275,13 +291,7 @@ def _load(dataset: str, client_column: str) -> tuple[Split, Split, IntArray, Int
             raise DataError(f"{dataset} has no test split and too few images to hold one out: a class needs two")
         held_out, total = len(test_rows), len(train.labels)
         _LOG.warning("%s has no test split: %d of its %d images are held out", dataset, held_out, total)
-        train.check_labels()
         return train, train, train_rows, test_rows
-    names = max(train.class_names, test.class_names, key=len)
-    if train.class_names != names[: len(train.class_names)] or test.class_names != names[: len(test.class_names)]:
-        raise DataError(f"{dataset} has other class names in its test split than in its training split")
-    train, test = replace(train, class_names=names), replace(test, class_names=names)
-    train.check_labels()
     test.check_labels()
     return train, test, np.arange(len(train.labels)), np.arange(len(test.labels))
 

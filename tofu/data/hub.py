@@ -5,20 +5,19 @@ from pathlib import Path
 from typing import Any
 
 from tofu.data.splits import Split, split_role
-from tofu.data.tables import table_split
+from tofu.data.tables import Columns, ImageTable, table_splits
 from tofu.errors import DataError, first_line
 
 _TIMEOUT = 10.0  # seconds
 
 
-def hub_splits(dataset: str, client_column: str = "") -> dict[str, Split]:
+def hub_splits(dataset: str, columns: Columns, class_names: tuple[str, ...]) -> dict[str, Split]:
     """The splits of a hub dataset of images. Raises DataError as `hub_tables`, or if it has no images."""
-    return {
-        role: table_split(
-            rows.features.arrow_schema, rows.data.table.select, f"{dataset} ({role})", Path(), (), client_column
-        )
+    tables = {
+        role: ImageTable(rows.features.arrow_schema, rows.data.table.select, f"{dataset} ({role})", Path())
         for role, rows in hub_tables(dataset).items()
     }
+    return table_splits(tables, columns, class_names) if tables else {}
 
 
 def hub_tables(dataset: str) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from tofu.data.classes import check_column, check_unique, features_of, label_column, label_values, number_classes
+from tofu.data.folder import data_files
 from tofu.data.partition import IntArray, partition_by_id, partition_rows
 from tofu.data.splits import files_by_role, hold_out, subset_rows
 from tofu.errors import DataError, SettingError, first_line
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
 ALL_NUMBERS = "*"
 """As the only feature column: all columns of numbers except label and client."""
 
-_LABELS = ("label", "labels", "target", "class", "y")
 _SUFFIXES = (".csv", ".parquet")
 _WORD = re.compile(r"\w+|[^\w\s]")
 _HELD_OUT = 0.15
@@ -43,7 +44,7 @@ class RowFormat:
     Attributes:
         features: names of the feature columns, or () or ("*",) for all columns of numbers.
         text: name of the text column, or "" for tables of features.
-        label: name of the label column; "" takes the first of label, labels, target, class and y.
+        label: name of the label column; "" takes the only candidate (`tofu.data.classes`).
         client: name of the column whose values name the clients; "" if there is none.
         scaling: "none", or "client" for features with mean 0 and variance 1 over the rows of each client.
         vocabulary: number of token ids, the padding 0 included.
@@ -79,12 +80,15 @@ class LabeledRows(Dataset[tuple[Tensor, Tensor]]):
         labels: int64 [n], each in 0..classes-1.
         class_names: in the order of the labels.
         ids: name of each row's client [n], if there is a client column.
+        read_as, left_out: as of `tofu.data.splits.Split`.
     """
 
     inputs: Tensor
     labels: Tensor
     class_names: tuple[str, ...]
     ids: NDArray[np.str_] | None = None
+    read_as: str = ""
+    left_out: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -272,7 +276,7 @@ def _tables(dataset: str) -> dict[str, "tuple[pyarrow.Table, str]"]:
         if path.is_file() and path.suffix in _SUFFIXES:
             return {"train": (_file(path), str(path))}
         if path.is_dir():
-            files = sorted(file for suffix in _SUFFIXES for file in path.glob(f"*{suffix}"))
+            files = data_files(path, _SUFFIXES)
             if not files:
                 raise DataError(f"{path} has no CSV or parquet files")
             roles = files_by_role(path, files)
@@ -296,17 +300,19 @@ def _file(path: Path) -> "pyarrow.Table":
 def _read(tables: "Mapping[str, tuple[pyarrow.Table, str]]", form: RowFormat) -> dict[str, LabeledRows]:
     """The rows of each split, with one numbering of the classes."""
     train, origin = tables["train"] if "train" in tables else next(iter(tables.values()))
-    label = form.label or next((name for name in _LABELS if name in train.column_names), "")
-    if not label:
-        raise DataError(f"{origin} has no label column among {', '.join(train.column_names)}: name it (label-column)")
+    label = label_column(train.schema, form.label, origin)
     columns = _feature_columns(train, label, form)
-    labels = {role: _column(table, label, where) for role, (table, where) in tables.items()}
-    numbers = all(values.dtype.kind in "iu" for values in labels.values())
-    found: Any = {value for values in labels.values() for value in values.tolist()}
-    if numbers and min(found) < 0:
-        raise DataError(f"{origin} has label {min(found)} in column {label}: expected class numbers from 0 on")
-    own = tuple(map(str, range(max(found) + 1))) if numbers else tuple(sorted(map(str, found)))
-    names = form.class_names or own
+    labels, declared = {}, {}
+    for role, (table, where) in tables.items():
+        check_column(table.column_names, label, where)
+        labels[role] = label_values(table[label], label, where)
+        names = features_of(table.schema).get(label, {}).get("names")
+        declared[role] = tuple(map(str, names)) if isinstance(names, list) else ()
+        if labels[role].dtype != object and labels[role].min() < 0:
+            raise DataError(
+                f"{where} has label {labels[role].min()} in column {label}: expected class numbers from 0 on"
+            )
+    class_names, numbered = number_classes(labels, declared, form.class_names, origin)
     rows = {}
     for role, (table, where) in tables.items():
         if form.text:
@@ -316,19 +322,14 @@ def _read(tables: "Mapping[str, tuple[pyarrow.Table, str]]", form: RowFormat) ->
         else:
             inputs = _numbers(table, columns, where)
         clients = _column(table, form.client, where).astype(str) if form.client else None
-        numbered = _class_numbers(labels[role], names, numbers, where)
-        rows[role] = LabeledRows(inputs, torch.from_numpy(numbered), names, clients)
+        used = (form.text,) if form.text else columns
+        others = [name for name in table.column_names if name not in (*used, label, form.client)]
+        read_as = f"{'text of column' if form.text else 'features of columns'} {', '.join(used)}, labels of {label!r}"
+        rows[role] = LabeledRows(
+            inputs, torch.from_numpy(numbered[role]), class_names, clients, read_as,
+            (f"columns {', '.join(others)}",) if others else (),
+        )  # fmt: skip
     return rows
-
-
-def _class_numbers(values: NDArray[Any], names: tuple[str, ...], numbers: bool, where: str) -> IntArray:
-    if numbers and int(values.max(initial=0)) < len(names):
-        return values.astype(np.int64)
-    position = {name: number for number, name in enumerate(names)}
-    unknown = sorted({str(value) for value in values.tolist()} - position.keys())
-    if unknown:
-        raise DataError(f"{where} has the label {unknown[0]!r}: expected one of {', '.join(names)}")
-    return np.array([position[str(value)] for value in values.tolist()], dtype=np.int64)
 
 
 def _feature_columns(table: "pyarrow.Table", label: str, form: RowFormat) -> tuple[str, ...]:
@@ -336,6 +337,7 @@ def _feature_columns(table: "pyarrow.Table", label: str, form: RowFormat) -> tup
 
     if form.features not in ((), (ALL_NUMBERS,)):
         return form.features
+    check_unique(table.column_names, "the table")
     is_number: Callable[[Any], bool] = lambda kind: types.is_integer(kind) or types.is_floating(kind)  # noqa: E731
     return tuple(
         field.name for field in table.schema if is_number(field.type) and field.name not in (label, form.client)
@@ -343,8 +345,7 @@ def _feature_columns(table: "pyarrow.Table", label: str, form: RowFormat) -> tup
 
 
 def _column(table: "pyarrow.Table", name: str, where: str) -> NDArray[Any]:
-    if name not in table.column_names:
-        raise DataError(f"{where} has no column {name!r}: expected one of {', '.join(table.column_names)}")
+    check_column(table.column_names, name, where)
     column = table[name]
     if column.null_count or not len(column):
         raise DataError(f"{where} has {'empty cells' if len(column) else 'no rows'} in column {name!r}")

@@ -21,7 +21,7 @@ _SYNONYMS = {
 }
 _LOG = logging.getLogger("tofu.data")
 _FIXED_SEED = 20240229  # seeds the splits that are the same in every run
-_SHARD_NUMBER = re.compile(r"[-_.]?\d+(-of-\d+)?$")
+_SHARD_NUMBER = re.compile(r"[-_.]?\d+(-of-\d+(-[0-9a-f]{16})?)?$")
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Split:
         read: row -> its image. Raises DataError, with a text that goes on from the row's origin.
         origin: row -> its file or its row in a table, for error messages.
         ids: name of each row's client [n], if the data have such a column.
+        read_as: what was read as images and labels, in words.
+        left_out: what was not read, in words.
     """
 
     labels: IntArray
@@ -41,6 +43,8 @@ class Split:
     read: Callable[[int], Pixels]
     origin: Callable[[int], str]
     ids: NDArray[np.str_] | None = None
+    read_as: str = ""
+    left_out: tuple[str, ...] = ()
 
     def image_shape(self) -> ImageShape:
         """The shape of the first readable image, which all others must have. Raises DataError if there is none."""
@@ -97,15 +101,21 @@ class Split:
 def split_role(name: str) -> str | None:
     """The split that a file (without its suffix), folder or hub split holds: "train", "test", "validation" or None.
 
-    After the number of a shard has been removed, the name must begin or end with the name of the split, as a word of
-    its own: "train-00000-of-00002" and "mnist_test" do, "my-test-scanner" does not.
+    After the number of a shard has been removed, the name must begin or end with the name of one split, as a word of
+    its own: "train-00000-of-00002" and "mnist_test" do, "my-test-scanner" and "train-test" do not.
     """
-    words = re.split(r"[^a-z]+", _SHARD_NUMBER.sub("", name.lower()))
-    for word in (words[0], words[-1]):
-        for role, synonyms in _SYNONYMS.items():
-            if word in synonyms:
-                return role
-    return None
+    words = re.split(r"[^a-z]+", shard_stem(name.lower()))
+    roles = {role for word in (words[0], words[-1]) for role, synonyms in _SYNONYMS.items() if word in synonyms}
+    return roles.pop() if len(roles) == 1 else None
+
+
+def shard_stem(name: str) -> str:
+    """A name without the number of its shard.
+
+    >>> shard_stem("train-00000-of-00002"), shard_stem("part.3"), shard_stem("train-00000-of-00001-0f1e2d3c4b5a6978")
+    ('train', 'part', 'train')
+    """
+    return _SHARD_NUMBER.sub("", name)
 
 
 def hold_out(labels: IntArray, fraction: float) -> tuple[IntArray, IntArray]:
@@ -139,21 +149,33 @@ def subset_rows(
 
 
 def files_by_role(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
-    """Group files by their split. Raises DataError if that is ambiguous."""
+    """Group the files of a dataset by their split, which the file's name or else its folder's name tells.
+
+    All files must be of one configuration: in one folder, or in the folders of the splits inside it. The files of a
+    split must have one name but for the number of a shard.
+
+    Raises:
+        DataError: they are not, or some files name a split and others do not.
+    """
     by_role: dict[str, list[Path]] = {}
-    unnamed = []
+    unnamed, configurations = [], set()
     for file in files:
-        role = split_role(file.stem) or (split_role(file.parent.name) if file.parent != folder else None)
+        in_folder = split_role(file.parent.name) if file.parent != folder else None
+        role = split_role(file.stem) or in_folder
         if role is None:
             unnamed.append(file)
+        configurations.add(file.parent.parent if in_folder else file.parent)
         by_role.setdefault(role or "train", []).append(file)
     if unnamed and len(unnamed) < len(files):
         raise DataError(
             f"{unnamed[0]} has no split in its name, unlike other files: expected train, test or validation"
         )
+    if len(configurations) > 1:
+        first, second, *_ = sorted(configurations)
+        raise DataError(f"{folder} has files in {first} and in {second}: name the folder of one configuration")
     for role, paths in by_role.items():
-        parents = sorted({path.parent for path in paths})
-        if len(parents) > 1:
-            found = f"in {parents[0]} and in {parents[1]}"
-            raise DataError(f"{folder} has {role} files {found}: name the folder of one configuration")
+        kinds = sorted({(path.parent, shard_stem(path.stem), path.suffix): path for path in paths}.values())
+        if len(kinds) > 1:
+            found = f"{kinds[0]} and {kinds[1]}"
+            raise DataError(f"{folder} has for {role} both {found}: name one of them, or the folder of one")
     return by_role

@@ -1,13 +1,18 @@
-"""Splits from parquet files, and from tables in the layout of Hugging Face datasets."""
+"""Splits from parquet files, and from tables in the layout of Hugging Face datasets.
 
-import json
+The image column is the one that `image-column` names, or else the only one of encoded images, or else the only one of
+them with a usual name. `tofu.data.classes` has the rules for labels.
+"""
+
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tofu.data.classes import check_column, check_unique, features_of, label_column, label_values, number_classes
 from tofu.data.images import Pixels, read_image
 from tofu.data.splits import Split
 from tofu.errors import DataError, first_line
@@ -16,108 +21,122 @@ if TYPE_CHECKING:
     import pyarrow
 
 _IMAGE_NAMES = ("image", "img", "images", "pixels", "picture")
-_LABEL_NAMES = ("label", "labels", "fine_label", "target", "class", "y")
-_MAX_CLASSES = 1 << 16
 
 
-def parquet_split(files: Sequence[Path], class_names: tuple[str, ...], client_column: str = "") -> Split:
-    """Read one split from parquet files of one schema. The image column is read on first use.
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns that hold the images, their labels and their clients' names; "" where none is named."""
 
-    Args:
-        files: of the split, in order.
-        class_names, client_column: as in `table_split`.
-
-    Raises:
-        DataError: a file is not parquet, or the files have different columns; as `table_split`.
-    """
-    import pyarrow
-    from pyarrow import parquet
-
-    def read(columns: list[str]) -> "pyarrow.Table":
-        tables = []
-        for file in files:
-            try:
-                tables.append(parquet.ParquetFile(file).read(columns=columns))
-            except (OSError, pyarrow.ArrowException) as error:
-                raise DataError(f"{file} cannot be read as parquet: {first_line(error)}") from error
-        try:
-            return pyarrow.concat_tables(tables)
-        except pyarrow.ArrowException as error:
-            raise DataError(f"{files[0].parent} has parquet files of differing columns: {first_line(error)}") from error
-
-    try:
-        schema = parquet.read_schema(files[0])
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{files[0]} cannot be read as parquet: {first_line(error)}") from error
-    origin = str(files[0] if len(files) == 1 else files[0].parent)
-    return table_split(schema, read, origin, files[0].parent, class_names, client_column)
+    image: str = ""
+    label: str = ""
+    client: str = ""
 
 
-def table_split(
-    schema: "pyarrow.Schema",
-    read: Callable[[list[str]], "pyarrow.Table"],
-    origin: str,
-    folder: Path,
-    class_names: tuple[str, ...] = (),
-    client_column: str = "",
-) -> Split:
-    """Read one split from a table, column by column.
+@dataclass(frozen=True)
+class ImageTable:
+    """A table that is read column by column.
 
-    Args:
+    Attributes:
         schema: of the table; Hugging Face features in its metadata are used if there are any.
         read: names of columns -> the table of these columns.
-        origin: of the table, for error messages.
+        origin: where it is from, for error messages.
         folder: that the paths in the image column are relative to.
-        class_names: of the run, or () to use the table's own.
-        client_column: with the name of each image's client; "" if there is none.
+    """
+
+    schema: "pyarrow.Schema"
+    read: Callable[[list[str]], "pyarrow.Table"]
+    origin: str
+    folder: Path
+
+    @staticmethod
+    def of_files(files: Sequence[Path]) -> "ImageTable":
+        """A table of parquet files of one schema. Raises DataError if a file is not parquet."""
+        import pyarrow
+        from pyarrow import parquet
+
+        def read(columns: list[str]) -> "pyarrow.Table":
+            tables = []
+            for file in files:
+                try:
+                    tables.append(parquet.ParquetFile(file).read(columns=columns))
+                except (OSError, pyarrow.ArrowException) as error:
+                    raise DataError(f"{file} cannot be read as parquet: {first_line(error)}") from error
+            try:
+                return pyarrow.concat_tables(tables)
+            except pyarrow.ArrowException as error:
+                reason = f"has parquet files of differing columns: {first_line(error)}"
+                raise DataError(f"{files[0].parent} {reason}") from error
+
+        try:
+            schema = parquet.read_schema(files[0])
+        except (OSError, pyarrow.ArrowException) as error:
+            raise DataError(f"{files[0]} cannot be read as parquet: {first_line(error)}") from error
+        return ImageTable(schema, read, str(files[0] if len(files) == 1 else files[0].parent), files[0].parent)
+
+
+def table_splits(
+    tables: Mapping[str, ImageTable], columns: Columns, class_names: tuple[str, ...] = ()
+) -> dict[str, Split]:
+    """Read the splits of a dataset from one table each, with one numbering of the classes. Images are read on use.
+
+    Args:
+        tables: by role; must not be empty.
+        class_names: of the run, or () to use the tables' own.
 
     Raises:
-        DataError: there is no unambiguous image or label column, a label is missing or not a class number, or the
-            table's class names are not `class_names`.
+        DataError: there is no unambiguous image or label column, or a label is missing or not one of the classes.
     """
-    features = _features(schema)
-    image_name, label_name = _image_column(schema, features, origin), _label_column(schema, features, origin)
-    column = read([label_name])[label_name]
-    if column.null_count or not len(column):
-        raise DataError(f"{origin} has {'rows without a label' if len(column) else 'no rows'}")
-    labels = np.asarray(column.to_numpy(), dtype=np.int64)
-    declared = features.get(label_name, {}).get("names")
-    own_names = declared if isinstance(declared, list) else []
-    if not own_names and labels.max() >= _MAX_CLASSES:
-        raise DataError(f"{origin} has label {labels.max()} in column {label_name}: expected class numbers from 0 on")
-    names = tuple(map(str, own_names or range(max(int(labels.max()) + 1, 1))))
-    if class_names and own_names and names != class_names:
-        raise DataError(f"{origin} has the classes {', '.join(names)}: expected {', '.join(class_names)}")
-    images = cache(lambda: read([image_name])[image_name])
+    labels, declared, chosen = {}, {}, {}
+    for role, table in tables.items():
+        chosen[role] = (
+            _image_column(table.schema, columns.image, table.origin),
+            label_column(table.schema, columns.label, table.origin),
+        )
+        name = chosen[role][1]
+        labels[role] = label_values(table.read([name])[name], name, table.origin)
+        names = features_of(table.schema).get(name, {}).get("names")
+        declared[role] = tuple(map(str, names)) if isinstance(names, list) else ()
+    origin = tables.get("train", next(iter(tables.values()))).origin
+    class_names, numbered = number_classes(labels, declared, class_names, origin)
+    splits = {}
+    for role, table in tables.items():
+        image, label = chosen[role]
+        read_as = f"images of column {image!r}, labels of column {label!r}"
+        splits[role] = Split(
+            numbered[role], class_names, _reader(table, image), f"{table.origin}, row {{}}".format,
+            _ids(table, columns.client), read_as, _others(table.schema.names, image, label, columns.client),
+        )  # fmt: skip
+    return splits
+
+
+def _others(names: list[str], *used: str) -> tuple[str, ...]:
+    others = [name for name in names if name not in used]
+    return (f"columns {', '.join(others)}",) if others else ()
+
+
+def _reader(table: ImageTable, image: str) -> Callable[[int], Pixels]:
+    images = cache(lambda: table.read([image])[image])
 
     def pixels(row: int) -> Pixels:
         value = images()[row].as_py()
         if isinstance(value, dict):
-            value = value["bytes"] or (value["path"] and folder / value["path"])
+            value = value["bytes"] or (value["path"] and table.folder / value["path"])
         if not value:
             raise DataError("cannot be read as an image: the cell is empty")
         return read_image(value)
 
-    ids = None
-    if client_column:
-        if client_column not in schema.names:
-            raise DataError(f"{origin} has no column {client_column!r}: expected one of {', '.join(schema.names)}")
-        ids = np.asarray(read([client_column])[client_column].to_numpy()).astype(str)
-    return Split(labels, class_names or names, pixels, f"{origin}, row {{}}".format, ids)
+    return pixels
 
 
-def _features(schema: "pyarrow.Schema") -> dict[str, dict[str, object]]:
-    """The Hugging Face features by column, as far as the schema's metadata holds any that can be read."""
-    try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-    except (KeyError, TypeError, ValueError):
-        return {}
-    items = features.items() if isinstance(features, dict) else ()
-    return {name: feature for name, feature in items if isinstance(feature, dict)}
+def _ids(table: ImageTable, client_column: str) -> "np.ndarray[tuple[int, ...], np.dtype[np.str_]] | None":
+    if not client_column:
+        return None
+    check_column(table.schema.names, client_column, table.origin)
+    return np.asarray(table.read([client_column])[client_column].to_numpy()).astype(str)
 
 
-def _image_column(schema: "pyarrow.Schema", features: Mapping[str, Mapping[str, object]], origin: str) -> str:
-    """The only column of encoded images, or the only one of them with a usual name."""
+def _image_column(schema: "pyarrow.Schema", chosen: str, origin: str) -> str:
+    """The column of the images: `chosen`, or if that is "" the only candidate. Raises DataError if there is none."""
     from pyarrow import types
 
     def encoded(type_: "pyarrow.DataType") -> bool:
@@ -125,26 +144,17 @@ def _image_column(schema: "pyarrow.Schema", features: Mapping[str, Mapping[str, 
             return {"bytes", "path"} <= {field.name for field in type_}
         return bool(types.is_binary(type_) or types.is_large_binary(type_))
 
+    features = features_of(schema)
     images: list[str] = [f.name for f in schema if features.get(f.name, {}).get("_type") == "Image" or encoded(f.type)]
-    named = [name for name in images if name in _IMAGE_NAMES]
-    found = images if len(images) == 1 else named
+    if chosen:
+        check_column(schema.names, chosen, origin)
+        if chosen not in images:
+            raise DataError(f"{origin} has no encoded images in column {chosen!r}: expected one of {', '.join(images)}")
+        return chosen
+    check_unique(schema.names, origin)
+    found = images if len(images) == 1 else [name for name in images if name.lower() in _IMAGE_NAMES]
     if len(found) == 1:
         return found[0]
-    problem = f"several image columns ({', '.join(images)})" if images else "no column of encoded images"
-    expected = f"one, or exactly one of them named {', '.join(_IMAGE_NAMES)}"
-    raise DataError(f"{origin} has {problem} among {', '.join(schema.names)}: expected {expected}")
-
-
-def _label_column(schema: "pyarrow.Schema", features: Mapping[str, Mapping[str, object]], origin: str) -> str:
-    """The only column with the feature ClassLabel, or the first of the usual names among the whole numbers."""
-    from pyarrow import types
-
-    numbers: list[str] = [field.name for field in schema if types.is_integer(field.type)]
-    declared = [name for name in numbers if features.get(name, {}).get("_type") == "ClassLabel"]
-    if len(declared) == 1:
-        return declared[0]
-    for name in _LABEL_NAMES:
-        if name in (declared or numbers):
-            return name
-    expected = f"whole numbers in a column named {' or '.join(_LABEL_NAMES)}"
-    raise DataError(f"{origin} has no label column among {', '.join(schema.names)}: expected {expected}")
+    if images:
+        raise DataError(f"{origin} has several image columns ({', '.join(images)}): name one (image-column)")
+    raise DataError(f"{origin} has no column of encoded images among {', '.join(schema.names)}")

@@ -48,7 +48,10 @@ class DataSettings(Group):
         "", "columns of a table that are features, separated by commas; * is all columns of numbers"
     )
     text_column: str = setting("", "column of texts to classify, if the dataset holds texts")
-    label_column: str = setting("", "column of the classes; empty takes label, labels, target, class or y")
+    label_column: str = setting(
+        "", "column of the classes; empty takes the only one named label, labels, fine_label, target, class or y"
+    )
+    image_column: str = setting("", "column of the images in parquet files; empty takes the only one")
     client_column: str = setting("", "column that names the client of a row, for partition=natural")
     feature_scaling: Literal["none", "client"] = setting(
         "none", "client: each client scales its features to mean 0 and variance 1"

@@ -351,7 +351,9 @@ def test_a_label_column_has_a_usual_name(tmp_path: Path, by_name: dict[str, list
     write = partial(pq.write_table, where=tmp_path / "train.parquet")
     write(pa.table({"id": [70, 80], "label": [1, 0], "image": images}))
     assert local_folder(str(tmp_path)).labels.tolist() == [1, 0]
-    for columns in ({"id": [1, 2], "age": [70, 80]}, {"age": [70, 80]}, {"label": ["cat", "dog"], "age": [70, 80]}):
+    write(pa.table({"label": ["cat", "ant"], "age": [70, 80], "image": images}))
+    assert local_folder(str(tmp_path)).labels.tolist() == [1, 0]
+    for columns in ({"id": [1, 2], "age": [70, 80]}, {"age": [70, 80]}):
         write(pa.table(columns | {"image": images}))
         with pytest.raises(DataError, match=f"no label column among {', '.join(columns)}, image"):
             local_folder(str(tmp_path))
@@ -499,7 +501,6 @@ def test_mixed_sizes_name_the_first_odd_image(tmp_path: Path, by_name: dict[str,
 
 def test_images_directly_in_a_split_are_refused(tmp_path: Path, by_name: dict[str, list[np.ndarray]]) -> None:
     write_images(tmp_path, {"train": by_name["one"]})
-    (tmp_path / "train" / "metadata.csv").write_text("file_name,label\n")
     with pytest.raises(DataError, match="images directly in train"):
         open_(tmp_path)
     write_images(tmp_path, {"test": by_name["two"]})
@@ -513,16 +514,17 @@ def test_classes_that_lie_deeper_than_others_are_refused(tmp_path: Path, by_name
         open_(tmp_path)
 
 
-def test_folders_without_images_are_no_classes_but_empty_ones_are(
+def test_folders_without_images_are_no_classes_and_are_reported(
     tmp_path: Path, by_name: dict[str, list[np.ndarray]], caplog: pytest.LogCaptureFixture
 ) -> None:
     write_images(tmp_path, {"cat": by_name["one"], "dog": [], "__MACOSX": by_name["two"], "annotations": []})
     (tmp_path / "annotations" / "boxes.xml").write_text("<none/>")
     (tmp_path / "preview.png").write_bytes(png(by_name["one"][0]))
     data = local_folder(str(tmp_path))
-    assert (len(data), data.classes) == (12, 2)
-    assert "annotations has files but no images" in caplog.text
-    assert "1 images outside the class folders" in caplog.text
+    assert (len(data), data.classes) == (12, 1)
+    for name in ("annotations", "dog"):
+        assert f"folder {tmp_path / name}, which has no images: not read" in caplog.text
+    assert f"1 images in {tmp_path} outside the class folders: not read" in caplog.text
 
 
 # --- a client's own folder
@@ -541,14 +543,16 @@ def test_class_names_fix_the_labels_of_a_client_that_lacks_some(
     assert set(local_folder(str(tmp_path)).labels.tolist()) == {0}
     named = local_folder(str(tmp_path), class_names=NAMES)
     assert (set(named.labels.tolist()), named.classes) == ({3}, 10)
-    with pytest.raises(DataError, match=f"{tmp_path}/three is no class of this run: expected cat, dog"):
+    with pytest.raises(DataError, match=f"{tmp_path} has the label 'three': expected one of cat, dog"):
         local_folder(str(tmp_path), class_names=("cat", "dog"))
 
 
 def test_class_names_are_checked_against_parquets_own(as_parquet: Path) -> None:
     assert local_folder(str(as_parquet), class_names=NAMES).classes == 10
-    with pytest.raises(DataError, match="expected nine, eight"):
-        local_folder(str(as_parquet), class_names=NAMES[::-1])
+    own, reverse = (local_folder(str(as_parquet), class_names=names).labels for names in (NAMES, NAMES[::-1]))
+    assert torch.equal(own, 9 - reverse)
+    with pytest.raises(DataError, match=r"has the label 'eight': expected one of zero, one, two"):
+        local_folder(str(as_parquet), class_names=NAMES[:8])
 
 
 # --- datasets that are not there

@@ -1,0 +1,149 @@
+"""Which column holds the labels of a table, and how its values become class numbers: one set of rules for all data.
+
+The label column is the one that `label-column` names, or else the only one with a usual name, or else the only one
+with the Hugging Face feature ClassLabel. Its values are whole numbers or texts.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tofu.data.partition import IntArray
+from tofu.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+_LABEL_NAMES = ("label", "labels", "fine_label", "target", "class", "y")
+_MAX_CLASSES = 1 << 16
+_NO_LABEL = -1
+"""Label of rows whose label a benchmark withholds."""
+
+Features = Mapping[str, Mapping[str, object]]
+
+
+def features_of(schema: "pyarrow.Schema") -> Features:
+    """The Hugging Face features by column, as far as the schema's metadata holds any that can be read."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return {}
+    items = features.items() if isinstance(features, dict) else ()
+    return {name: feature for name, feature in items if isinstance(feature, dict)}
+
+
+def label_column(schema: "pyarrow.Schema", chosen: str, origin: str) -> str:
+    """The column of the labels: `chosen`, or if that is "" the only candidate.
+
+    Raises:
+        DataError: there is no such column, none or more than one.
+    """
+    if chosen:
+        check_column(schema.names, chosen, origin)
+        return chosen
+    check_unique(schema.names, origin)
+    found: list[str] = [name for name in schema.names if name.lower() in _LABEL_NAMES]
+    features = features_of(schema)
+    found = found or [name for name in schema.names if features.get(name, {}).get("_type") == "ClassLabel"]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise DataError(f"{origin} may have its labels in {' or '.join(found)}: name one (label-column)")
+    raise DataError(f"{origin} has no label column among {', '.join(schema.names)}: name it (label-column)")
+
+
+def check_column(names: list[str], name: str, origin: str) -> None:
+    """Raises DataError unless exactly one column has this name."""
+    if names.count(name) != 1:
+        problem = f"{names.count(name)} columns" if name in names else "no column"
+        raise DataError(f"{origin} has {problem} {name!r}: expected one of {', '.join(names)}")
+
+
+def check_unique(names: list[str], origin: str) -> None:
+    """Raises DataError if two columns have the same name."""
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(f"{origin} has {names.count(twice[0])} columns {twice[0]!r}: expected different names")
+
+
+def label_values(column: "pyarrow.ChunkedArray", name: str, origin: str) -> NDArray[Any]:
+    """The labels as int64 or as texts (objects) [n]. Numbers that were read as floats become int64 if all are whole.
+
+    Raises:
+        DataError: the column is empty, has empty cells, fractions or another type.
+    """
+    from pyarrow import types
+
+    if column.null_count or not len(column):
+        raise DataError(f"{origin} has {'rows without a label' if len(column) else 'no rows'} (column {name!r})")
+    kind = column.type.value_type if types.is_dictionary(column.type) else column.type
+    if types.is_string(kind) or types.is_large_string(kind) or types.is_boolean(kind):
+        return np.array([str(value) for value in column.to_pylist()], dtype=object)
+    if types.is_floating(kind):
+        values = column.to_numpy()
+        if not np.all(np.isfinite(values) & (values == np.floor(values)) & (np.abs(values) < _MAX_CLASSES)):
+            raise DataError(f"{origin} has fractions in label column {name!r}: expected whole numbers or texts")
+        return np.asarray(values, dtype=np.int64)
+    if types.is_binary(kind) or types.is_large_binary(kind):
+        raise DataError(f"{origin} has texts that are not UTF-8 in label column {name!r}: expected UTF-8")
+    if not types.is_integer(kind):
+        raise DataError(f"{origin} has values of type {kind} in label column {name!r}: expected numbers or texts")
+    return np.array(column.to_pylist(), dtype=object if types.is_uint64(kind) else np.int64).astype(np.int64)
+
+
+def sorted_names(names: Iterable[str]) -> tuple[str, ...]:
+    """Class names in the order of their numbers: whole numbers by value, everything else as texts.
+
+    >>> sorted_names(["10", "9", "cat"])
+    ('9', '10', 'cat')
+    """
+    return tuple(sorted(set(names), key=lambda name: name.zfill(20) if name.isdecimal() else name))
+
+
+def number_classes(
+    values: Mapping[str, NDArray[Any]], declared: Mapping[str, tuple[str, ...]], wanted: tuple[str, ...], origin: str
+) -> tuple[tuple[str, ...], dict[str, IntArray]]:
+    """The names of the classes, and each split's labels as class numbers, int64 [n].
+
+    Args:
+        values: of each split, as `label_values` returns them; -1 stands for a label that is withheld.
+        declared: of each split, the names that the data declare for the numbers 0, 1, ...; () if they declare none.
+        wanted: the classes of the run in order; () takes those of the data: the declared ones, or all numbers up to
+            the largest, or the texts in the order of `sorted_names`. Labels that are whole numbers without declared
+            names stand for the wanted names that are written alike, if all are, and else for positions.
+
+    Raises:
+        DataError: a label is not one of the classes.
+    """
+    for role, labels in values.items():
+        if labels.dtype != object and labels.max() >= _MAX_CLASSES and not declared.get(role):
+            raise DataError(f"{origin} has label {labels.max()}: expected class numbers from 0 on")
+    first = next((declared[role] for role in ("train", *values) if declared.get(role)), ())
+    texts = {role: _texts(labels, declared.get(role) or first) for role, labels in values.items()}
+    names = wanted or first or _own_names(values, texts)
+    position = {name: number for number, name in enumerate(names)}
+    found = {text for some in texts.values() for text in some if text != str(_NO_LABEL)}
+    if unknown := found - position.keys():
+        bare = not first and all(labels.dtype != object for labels in values.values())
+        if bare and max(map(int, found)) < len(names) and min(map(int, found)) >= 0:
+            return names, dict(values)
+        label = sorted_names(unknown)[0]
+        raise DataError(f"{origin} has the label {label!r}: expected one of {', '.join(names)}")
+    numbered = {
+        role: np.array([position.get(text, _NO_LABEL) for text in some], dtype=np.int64) for role, some in texts.items()
+    }
+    return names, numbered
+
+
+def _texts(labels: NDArray[Any], declared: tuple[str, ...]) -> list[str]:
+    if labels.dtype == object:
+        return [str(label) for label in labels]
+    return [declared[label] if 0 <= label < len(declared) else str(label) for label in labels.tolist()]
+
+
+def _own_names(values: Mapping[str, NDArray[Any]], texts: Mapping[str, list[str]]) -> tuple[str, ...]:
+    if all(labels.dtype != object for labels in values.values()):
+        return tuple(map(str, range(max(max(int(labels.max()) for labels in values.values()) + 1, 1))))
+    return sorted_names(text for some in texts.values() for text in some)
