@@ -17,15 +17,31 @@ help:
 
 setup: $(VENV)/.ready
 
-# torch comes first and alone: where pip is configured with a CPU build of it, that one is taken.
-$(VENV)/.ready: pyproject.toml constraints.txt
+# uv installs in parallel, shows its progress, and takes files from its cache without a copy. Where it cannot (its index
+# is not that of pip's configuration, say), pip does the same. Packages that pip is configured to find in a folder, such
+# as a CPU build of torch, are found by both.
+LINKS = $$($(BIN)/python -m pip config get :env:.find-links 2>/dev/null || $(BIN)/python -m pip config get global.find-links 2>/dev/null)
+INSTALL = install() { \
+	UV_FIND_LINKS="$(LINKS)" $(BIN)/uv pip install --python $(BIN)/python -c constraints.txt "$$@" || \
+	{ echo "uv could not install this; pip does it now, which takes minutes"; \
+	  $(BIN)/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt "$$@"; }; }; install
+
+# What `make demo` needs comes first, and alone.
+$(VENV)/.core: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("error: python=%d.%d is not usable: expected 3.11 or newer" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,docs,bench,examples]'
+	@echo "[1/3] an environment in $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt uv
+	@echo "[2/3] tofu-fl and what it needs, torch above all (about 1.5 GB on disk with a CPU build of torch)"
+	@$(INSTALL) -e .
 	@touch $@
 
-demo: setup
+$(VENV)/.ready: $(VENV)/.core
+	@echo "[3/3] optional packages, and the tools of tests, documentation and benchmarks (about 1 GB)"
+	@$(INSTALL) -e '.[dev,docs,bench,examples]'
+	@touch $@
+
+demo: $(VENV)/.core
 	$(BIN)/tofu demo
 
 test: setup

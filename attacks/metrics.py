@@ -18,9 +18,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 import tofu.models.torchvision_compat  # noqa: F401  # before torchmetrics, which imports torchvision
+from tofu.imports import from_extra
 
-# isort: split
-from torchmetrics.functional.image import structural_similarity_index_measure
+with from_extra("attacks"):
+    from torchmetrics.functional.image import structural_similarity_index_measure
 
 BEST_PSNR = 100.0
 """What a perfect reconstruction counts as, in dB: beyond it there is only float32 rounding."""

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from deploy.app_folder import write_app
 from deploy.control import CompletedRun, Control, last_lines
 from deploy.processes import read_names
 from deploy.state import Process, State, end_group
@@ -22,7 +23,6 @@ from tofu.reporting.folder import read_config
 from tofu.settings import Settings
 from tofu.settings.deprecated import present_names
 
-APP = Path(__file__).parents[1]
 _ONLINE_SECONDS = 120.0
 _STOP_SECONDS = 40.0
 
@@ -31,7 +31,7 @@ def up(
     folder: Path,
     *,
     nodes: int,
-    app: Path = APP,
+    app: Path | None = None,
     data: Path | None = None,
     warm: bool = True,
     identities: bool = False,
@@ -41,7 +41,7 @@ def up(
     Args:
         folder: where its keys, logs, database and results go. One that was used before is used on, with its keys.
         nodes: number of SuperNodes.
-        app: folder of the Flower app.
+        app: folder of the Flower app; by default our own.
         data, warm, identities: as `LocalCluster` takes them.
 
     Returns:
@@ -49,11 +49,13 @@ def up(
 
     Raises:
         SettingError: the folder, the app or the data cannot be used.
-        RunError: it did not come up; nothing of it is left running.
+        RunError: it did not come up; nothing of it is left running. Or this is no POSIX system.
     """
+    if os.name != "posix":
+        raise RunError("`tofu deploy up` needs Linux or macOS: it starts and ends groups of POSIX processes")
     if nodes < 1:
         raise SettingError("nodes", nodes, "at least 1")
-    if not (app / "pyproject.toml").is_file():
+    if app is not None and not (app / "pyproject.toml").is_file():
         raise SettingError("app", str(app), "a folder with the pyproject.toml of a Flower app")
     missing = [f"node-{node}" for node in range(nodes) if data is not None and not (data / f"node-{node}").is_dir()]
     if missing:
@@ -66,6 +68,7 @@ def up(
         (folder / "logs").mkdir(mode=0o700, parents=True, exist_ok=True)
         # Written before the supervisor starts, so that an old state is not taken for its own.
         State("starting", Process(0, "")).write(folder)
+        app = app or write_app(folder / "app")
         log = (folder / "logs" / "supervisor.log").open("ab")
     except OSError as error:
         raise SettingError("folder", str(folder), f"a folder that can be written ({error.strerror})") from error

@@ -35,6 +35,13 @@ class Interrupted(Exception):  # noqa: N818 (the user's wish, not an error)
     """Ctrl-C during a run; the message says where its results are and how to go on."""
 
 
+class MissingExtraError(TofuError):
+    """A package of an optional extra is not installed. The message says how to install it."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package.partition('.')[0]} is not installed: pip install 'tofu-fl[{extra}]'")
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, without closing punctuation; the name of its type if it has none."""
     return (str(error).strip().splitlines() or [""])[0].rstrip(".:") or type(error).__name__

@@ -1,9 +1,13 @@
-"""Import of the user's own code: `package.module:attribute`."""
+"""Imports that may fail: the user's own code as `package.module:attribute`, and packages of optional extras."""
 
 import importlib
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from tofu.errors import MissingExtraError
 
 
 def import_object(name: str) -> Any:
@@ -24,3 +28,22 @@ def import_object(name: str) -> Any:
         sys.path.append(folder)
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+@contextmanager
+def from_extra(extra: str) -> Iterator[None]:
+    """Around imports of packages that `pip install 'tofu-fl[extra]'` brings.
+
+    Raises:
+        MissingExtraError: such a package is not installed.
+
+    Example:
+        >>> with from_extra("privacy"):
+        ...     import no_such_package
+        Traceback (most recent call last):
+        tofu.errors.MissingExtraError: no_such_package is not installed: pip install 'tofu-fl[privacy]'
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(str(error.name), extra) from None

@@ -15,8 +15,10 @@ from torch import Tensor
 import tofu.models.torchvision_compat  # noqa: F401  # before torchmetrics, which imports torchvision
 from client.plugins.label_tree import LabelTree
 from tofu.errors import SettingError
+from tofu.imports import from_extra
 
-from torchmetrics import Metric  # isort: skip
+with from_extra("attacks"):
+    from torchmetrics import Metric
 
 
 class GraphDistance(Metric):

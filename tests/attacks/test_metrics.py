@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from attacks.metrics import BEST_PSNR, lpips_network, score
 from tofu.data import LabeledImages, to_float
+
+from torchmetrics.functional.image import peak_signal_noise_ratio  # isort: skip  # after tofu's import of torchvision
 
 
 def test_order_does_not_matter(digits: LabeledImages) -> None:

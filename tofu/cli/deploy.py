@@ -43,7 +43,7 @@ def up(
     from deploy import background
 
     _show(
-        background.up(folder, nodes=nodes, app=app_ or background.APP, data=data, warm=warm, identities=identities),
+        background.up(folder, nodes=nodes, app=app_, data=data, warm=warm, identities=identities),
         as_json=json_,
     )
 

@@ -3,6 +3,7 @@
 import math
 
 from tofu.errors import RunError, SettingError
+from tofu.imports import from_extra
 from tofu.privacy.checks import check_positive
 
 
@@ -90,7 +91,8 @@ def epsilon_of(noise_multiplier: float, delta: float) -> float:
     _check_delta(delta)
     if noise_multiplier <= 0:
         return math.inf
-    from dp_accounting import get_epsilon_gaussian  # the import takes most of a second
+    with from_extra("privacy"):
+        from dp_accounting import get_epsilon_gaussian  # the import takes most of a second
 
     return float(get_epsilon_gaussian(noise_multiplier, delta))
 
@@ -105,7 +107,8 @@ def noise_multiplier_for(epsilon: float, delta: float, rounds: int) -> float:
     _check_delta(delta)
     if rounds < 1:
         raise SettingError("rounds", rounds, "at least 1")
-    from dp_accounting import get_sigma_gaussian
+    with from_extra("privacy"):
+        from dp_accounting import get_sigma_gaussian
 
     # Rounded up, because the root may have been approached from below.
     return float(get_sigma_gaussian(epsilon, delta)) * (1 + 1e-9) * math.sqrt(rounds)

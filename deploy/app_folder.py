@@ -1,0 +1,24 @@
+"""The folder that `flwr run` reads for our own app: a pyproject.toml that names the two apps of the installed package.
+
+Flower packs the folder and sends it to the nodes. On one machine all processes have this package installed, so the
+folder needs no code, and a federation works from a wheel as from a checkout.
+"""
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+from tofu.settings import FIELDS, dashed
+
+
+def write_app(folder: Path) -> Path:
+    """Write the app's pyproject.toml into `folder`, which is made if it is not there, and return the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [
+        "[project]", 'name = "tofu-fl"', f'version = "{version("tofu-fl")}"', 'license = "Apache-2.0"',
+        "dependencies = []", "", "[tool.flwr.app]", 'publisher = "tofu-fl"', "", "[tool.flwr.app.components]",
+        'serverapp = "server.app:app"', 'clientapp = "client.app:app"', "", "[tool.flwr.app.config]",
+        *(f"{dashed(name)} = {json.dumps(field.default)}" for name, field in FIELDS.items()),
+    ]  # fmt: skip
+    (folder / "pyproject.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
