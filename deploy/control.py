@@ -10,15 +10,19 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from deploy.topology import ENVIRONMENT
 from tofu.errors import RunError, TofuError
+from tofu.reporting.folder import read_config
 from tofu.settings import Settings, Value, read_toml
+from tofu.settings.deprecated import present_names
 
 _CONNECTION = "tofu"
 _BIN = Path(sys.executable).parent
@@ -114,63 +118,59 @@ class Control:
         config.write_text("\n".join(lines), encoding="utf-8")
         end = time.monotonic() + timeout
         overrides = ["--run-config", str(config)] if run_config else []
-        path = self._folder / "run.log"
-        command = [str(_BIN / "flwr"), "run", str(app.resolve()), _CONNECTION, "--stream", *overrides]
+        log = _LogStream(follow)
         identity = None
-        with path.open("wb") as log, path.open(encoding="utf-8", errors="replace") as seen:
-            stream = subprocess.Popen(
-                command, cwd=self._folder, env=self._environment, stdin=subprocess.DEVNULL, stdout=log,
-                stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
-            text = line = ""
-            try:
-                while True:
-                    ended = stream.poll() is not None
-                    piece = seen.read()
-                    text += piece
-                    *lines, line = (line + piece).split("\n")
-                    for complete in lines:
-                        follow(complete)
-                    started = re.search(r"started run (\d+)", text)
-                    identity = int(started[1]) if started else None
-                    if ended or time.monotonic() >= end:
-                        break
-                    time.sleep(0.1)
-                if line:
-                    follow(line)
-                if identity is not None and stream.returncode:
-                    follow(f"the log of run {identity} broke off; waiting for the run's end")
-                if identity is None:
-                    raise RunError(f"the run did not start: {last_lines(text)}")
-                return self._await_end(identity, end, text)
-            except BaseException:
-                if identity is not None:
-                    self._ask("stop", str(identity), _CONNECTION, accepted="")
-                raise
-            finally:
-                if stream.poll() is None:
-                    stream.kill()
-                    stream.wait()
+        try:
+            log.start("run", str(app.resolve()), _CONNECTION, "--stream", *overrides, **self._place)
+            while True:
+                ended = log.read()
+                started = re.search(r"started run (\d+)", log.text)
+                identity = int(started[1]) if started else None
+                if ended or time.monotonic() >= end:
+                    break
+                time.sleep(0.1)
+            if identity is None:
+                raise RunError(f"the run did not start: {last_lines(log.text)}")
+            return self._await_end(identity, end, log)
+        except BaseException:
+            if identity is not None:
+                self._ask("stop", str(identity), _CONNECTION, accepted="")
+            raise
+        finally:
+            log.stop()
 
-    def _await_end(self, identity: int, end: float, log: str) -> CompletedRun:
+    def _await_end(self, identity: int, end: float, log: "_LogStream") -> CompletedRun:
+        """Follow a run to its end. A SuperLink that is started again goes on with its runs, and so do we."""
         lost = float("inf")
         while True:
+            log.read()
             try:
                 run = self._ask("ls", _CONNECTION, "--run-id", str(identity))["runs"][0]
             except RunError as error:
-                # A SuperLink that is started again goes on with its runs.
+                if lost == float("inf"):
+                    log.say(f"the SuperLink does not answer; waiting {_RESTART_SECONDS:g} s for it")
                 lost = min(lost, time.monotonic())
                 if _UNREACHABLE not in str(error) or time.monotonic() >= min(end, lost + _RESTART_SECONDS):
                     raise
                 time.sleep(1)
                 continue
-            lost = float("inf")
             if run["status"].startswith("finished"):
+                if log.failed:  # what it missed
+                    log.start("log", str(identity), _CONNECTION, "--show", **self._place)
+                    log.finish()
                 traffic = int(run["network-traffic"]["total-bytes"])
-                return CompletedRun(identity, run["status"], run["status-details"], log, traffic)
+                return CompletedRun(identity, run["status"], run["status-details"], log.text, traffic)
             if time.monotonic() >= end:
-                raise RunError(f"run {identity} had not ended in time: {last_lines(log)}")
+                raise RunError(f"run {identity} had not ended in time: {last_lines(log.text)}")
+            if lost < float("inf") or log.failed:
+                lost = float("inf")
+                log.say(f"run {identity} goes on")
+                log.start("log", str(identity), _CONNECTION, "--stream", **self._place)
             time.sleep(0.5)
+
+    @property
+    def _place(self) -> dict[str, Any]:
+        return {"cwd": self._folder, "env": self._environment}
 
     def _ask(self, *arguments: str, accepted: str | None = None) -> Any:
         """The answer of a `flwr` command; a refusal that contains `accepted` is one too."""
@@ -193,6 +193,69 @@ class Control:
         raise RunError(f"{what} failed: {last_lines(message)}")
 
 
+class _LogStream:
+    """The log of one run, from a `flwr` command that may have to be started again when the SuperLink was away.
+
+    Attributes:
+        text: everything that was printed, each line of the log once.
+        failed: the last command did not reach the end of the log.
+    """
+
+    def __init__(self, follow: Callable[[str], None]) -> None:
+        self._follow, self.text, self.failed = follow, "", False
+        self._process: subprocess.Popen[bytes] | None = None
+        self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `stop`
+        self._read_bytes, self._line = 0, b""
+        self._known: Counter[str] = Counter()
+
+    def start(self, *arguments: str, **place: Any) -> None:
+        """Start a command, which prints the log from its beginning: lines that are known are left out."""
+        self.stop()
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115
+        self._read_bytes, self._line = 0, b""
+        self._known = Counter(self.text.split("\n"))
+        command = [str(_BIN / "flwr"), *arguments]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=self._file, stderr=subprocess.STDOUT, start_new_session=True,
+            **place,
+        )  # fmt: skip
+
+    def read(self) -> bool:
+        """Follow what was printed since the last call -> whether the command ended."""
+        assert self._process is not None
+        ended = self._process.poll() is not None
+        piece = os.pread(self._file.fileno(), 1 << 24, self._read_bytes)
+        self._read_bytes += len(piece)
+        *lines, self._line = (self._line + piece).split(b"\n")
+        if ended and self._line:
+            lines, self._line = [*lines, self._line], b""
+        for line in lines:
+            self.say(line.decode("utf-8", "replace"), known=self._known)
+        self.failed = ended and self._process.returncode != 0
+        return ended
+
+    def finish(self) -> None:
+        """Read to the end of a command that ends by itself."""
+        assert self._process is not None
+        self._process.wait(_COMMAND_SECONDS)
+        self.read()
+
+    def say(self, line: str, known: "Counter[str] | None" = None) -> None:
+        """Pass a line on unless it is one of the `known`, each of which counts once."""
+        if known and known[line] > 0:
+            known[line] -= 1
+            return
+        self.text += line + "\n"
+        self._follow(line)
+
+    def stop(self) -> None:
+        """End the command."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        self._file.close()
+
+
 def last_lines(text: str) -> str:
     """The end of a log, on one line."""
     lines = [line.strip("│╭╮╰╯─ ") for line in text.split("\n")]
@@ -212,6 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("runs", help="list runs, as JSON")
     run = commands.add_parser("run", help="run the app and follow it")
     run.add_argument("--app", type=Path, default=Path("."), help="folder of the Flower app")
+    run.add_argument("--results", type=Path, default=Path("/results"), help="where the server app writes its runs")
     run.add_argument("--config", type=Path, help="TOML file with settings")
     run.add_argument("settings", nargs="*", help="name=value, over the file's")
     given = parser.parse_args(arguments)
@@ -223,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif given.command == "run":
             values = read_toml(given.config) if given.config else {}
             values |= dict(map(_pair, given.settings))
-            settings = Settings.of({name.replace("-", "_"): value for name, value in values.items()})
+            settings = Settings.of(with_stored_settings(values, given.results))
             done = control.run(given.app, settings.to_config(), follow=lambda line: print(line, flush=True))
             if not done.completed:
                 raise RunError(f"run {done.identity} {done.status}: {' '.join(done.details.split())}")
@@ -233,6 +297,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def with_stored_settings(overrides: Mapping[str, object], results: Path) -> dict[str, object]:
+    """The settings of a run: with `resume`, those that it began with, and over them those that are given.
+
+    Args:
+        results: folder to which the paths of runs are relative.
+
+    Raises:
+        SettingError: the folder of `resume` has no settings.
+    """
+    given = present_names({name.replace("-", "_"): value for name, value in overrides.items()})
+    if not given.get("resume"):
+        return dict(given)
+    return read_config(results / str(given["resume"])).to_config() | given
 
 
 def _pair(text: str) -> tuple[str, object]:

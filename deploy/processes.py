@@ -200,6 +200,8 @@ class LocalCluster:
         home = str(self.folder / "homes" / name)
         warm = self._warm and member.command == "flower-superexec" and not name.startswith("superlink")
         before = [sys.executable, "-m", "deploy.prefork"] if warm else []
+        if member.command == "flower-supernode":
+            before = [sys.executable, "-m", "deploy.supernode"]
         # The apps log there as JSON (`tofu.log`), apart from Flower's lines and prints.
         logs = {FILE: str(self.logs / f"{name}.jsonl")} if member.command == "flower-superexec" else {}
         with (self.logs / f"{name}.log").open("ab") as log:

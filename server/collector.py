@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from server.client_registry import Client
 from server.global_model import GlobalModel
 from server.ledger import Ledger
 from tofu.errors import PayloadError, RunError
-from tofu.flower.transport import Transport, body_of, error_reason, make_message
+from tofu.flower.transport import Transport, body_of, error_reason, make_message, never
 from tofu.observers.base import Observer
 from tofu.payload import HEADER_BYTES, read_payload
 from tofu.plugins import Export, Plugins, export_from_bytes
@@ -35,7 +35,7 @@ _WINDOW = 256
 """Number of messages sent at a time, so that a round with many clients does not hold a model for each of them."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class RoundState:
     """What all requests of a round have in common.
 
@@ -48,6 +48,10 @@ class RoundState:
         failures: client name -> reason, in one line, why it could not be used; filled by the collectors.
         over_sampling: clients asked over the number of replies after which an open round ends.
         label: of the round, for the user.
+        began: time at which the round began.
+        soft_deadline: time from which the round ends as soon as half of the clients have replied.
+        silent: names of clients that did not reply; filled by the collectors.
+        last_reply: time at which the last reply arrived; written by the collectors.
     """
 
     round: int
@@ -59,6 +63,14 @@ class RoundState:
     failures: dict[str, str] = field(default_factory=dict)
     over_sampling: float = 1.0
     label: str = ""
+    began: float = 0.0
+    soft_deadline: float = math.inf
+    silent: set[str] = field(default_factory=set)
+    last_reply: float = 0.0
+
+    def may_end(self, asked: int, valid: int) -> bool:
+        """Whether the round may go on now without the silent ones of the clients that were asked."""
+        return time.monotonic() >= self.soft_deadline and 2 * valid >= asked
 
     def wanted(self, asked: int) -> int:
         """Number of valid replies after which an open round ends, of those that were asked."""
@@ -125,17 +137,21 @@ class TrainExchange:
         clients: list[Client],
         state: RoundState,
         secure_parts: Mapping[str, bytes] | None = None,
+        *,
+        enough: Callable[[], bool] = never,
     ) -> Iterator[tuple[Client, Message]]:
         """Have clients train and yield their replies, errors included, in the order of arrival.
 
         Args:
             secure_parts: client name -> what its request carries in a secure round.
+            enough: whether to stop waiting for the others.
         """
+        began = time.monotonic()
         lost: list[Client] = []
         silent = {client.name: client for client in clients}
         self._observer.on_phase(state.round, state.label, "train", 0, len(clients))
         for resend, some in ((False, clients), (True, lost)):
-            for client, reply in self._send(model, some, state, secure_parts or {}, resend=resend):
+            for client, reply in self._send(model, some, state, secure_parts or {}, enough, resend=resend):
                 if not resend and reply.has_error() and reply.error.code == RESYNC:
                     self._count_error(client, reply, state, fedavg=False)
                     text = f"round {state.round}: client {client.name} is sent full weights: {error_reason(reply)}"
@@ -143,11 +159,14 @@ class TrainExchange:
                     lost.append(client)
                     continue
                 silent.pop(client.name, None)
+                state.last_reply = time.monotonic()
                 yield client, reply
                 done = len(clients) - len(silent)
                 self._observer.on_phase(state.round, state.label, "train", done, len(clients))
+        waited = self._timeout if time.monotonic() >= state.deadline else round(time.monotonic() - began)
         for name in silent:
-            state.failures[name] = f"no reply within {self._timeout:g} s"
+            state.failures[name] = f"no reply within {waited:g} s"
+        state.silent.update(silent)
 
     def body(
         self, client: Client, message: Message, model: GlobalModel, state: RoundState
@@ -197,6 +216,7 @@ class TrainExchange:
         clients: list[Client],
         state: RoundState,
         secure_parts: Mapping[str, bytes],
+        enough: Callable[[], bool],
         *,
         resend: bool,
     ) -> Iterator[tuple[Client, Message]]:
@@ -214,7 +234,7 @@ class TrainExchange:
                     payload_bytes=parts.nbytes, full_payload_bytes=_full_bytes(model), fedavg=not resend,
                 )  # fmt: skip
             by_node = {client.node: client for client in window}
-            for node, reply in self._transport.exchange(messages, state.deadline):
+            for node, reply in self._transport.exchange(messages, state.deadline, enough):
                 yield by_node[node], reply
 
     def _request(
@@ -263,7 +283,11 @@ class OpenCollector:
         self._norms: dict[str, float] = {}
         exports: dict[str, Export] = {}
         names = {client.name for client in clients}
-        for client, message in self._exchange.replies(model, clients, state):
+
+        def enough() -> bool:
+            return state.may_end(len(clients), len(collected.replies))
+
+        for client, message in self._exchange.replies(model, clients, state, enough=enough):
             try:
                 exports[client.name] = self._add(client, message, model, state, collected, mean)
             except PayloadError as error:

@@ -20,6 +20,7 @@ from server.evaluator import Evaluator
 from server.global_model import GlobalModel
 from server.ledger import Ledger
 from server.secure_round import SecureCollector
+from server.stragglers import Stragglers
 from tofu.evaluation import Evaluation
 from tofu.flower.transport import Transport
 from tofu.models import initial_model
@@ -135,6 +136,7 @@ class RoundRunner:
         self.settings, self.plugins = settings, make_plugins(settings.plugins.plugins, settings.plugins.plugin_options)
         self._shape, self._test, self._ledger, self._observer = reference.shape, test, ledger, observer
         self._clients = Clients(transport, ledger, observer)
+        self._stragglers = Stragglers(settings.server)
         self._schedule = make_schedule(settings.rounds, settings.training.rounds)
         self.stream = TaskStream.of(settings.plugins, reference.shape.classes, settings.run.seed)
         workload = workload or workload_of(settings)
@@ -201,6 +203,8 @@ class RoundRunner:
             min_clients=settings.server.min_clients, timeout=settings.server.round_timeout, round_=round_
         )
         kind = self.kind(round_)
+        needed = max(settings.server.min_clients, MIN_SECURE if kind == "secure" else 1)
+        connected = self._stragglers.active(connected, round_, min_clients=needed)
         sampled = self._sample(connected, round_, secure=kind == "secure")
         asked = [client for clients in sampled for client in clients]
         state = self._state(round_, kind, shown=asked[0].name)
@@ -217,6 +221,7 @@ class RoundRunner:
         finally:
             for name, reason in state.failures.items():
                 self._observer.on_client_failure(round_, name, result.nodes[name], reason)
+        self._note_stragglers(state, set(result.nodes))
         for node, reason in self._clients.take_declined().items():
             result.nodes[str(node)], result.failures[str(node)] = node, reason
         self._reduce(rounds)
@@ -232,16 +237,27 @@ class RoundRunner:
         return result
 
     def _state(self, round_: int, kind: str, shown: str) -> RoundState:
+        now = time.monotonic()
         return RoundState(
             round_,
             kind,
-            time.monotonic() + self.settings.server.round_timeout,
+            now + self.settings.server.round_timeout,
             self.plugins.broadcast_bytes(max_bytes=MAX_STATE_BYTES) if self.plugins else b"",
             self._schedule.secure_may_follow(round_, self.accuracies),
             shown,
             over_sampling=self.settings.server.over_sampling,
             label=round_label(kind, self.settings.codec.compressor),
+            began=now,
+            soft_deadline=now + self._stragglers.patience(kind),
         )
+
+    def _note_stragglers(self, state: RoundState, asked: set[str]) -> None:
+        """Take note of who was silent in a round."""
+        seconds = state.last_reply - state.began
+        for note in self._stragglers.finished(
+            state.kind, state.round, asked=asked, silent=state.silent, seconds=seconds
+        ):
+            self._observer.on_note(f"round {state.round}: {note}", round=state.round)
 
     def _collect(self, model: GlobalModel, clients: list[Client], state: RoundState, result: RoundResult) -> Collected:
         """Collect the updates of one group's clients and step its model."""

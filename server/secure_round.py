@@ -108,12 +108,18 @@ class SecureCollector:
     def _train(self, model: GlobalModel, opened: _Opened, state: RoundState) -> None:
         """Have the clients train and add their masked vectors."""
         trainers = [client for client in opened.clients.values() if client.name in opened.parts]
-        for client, message in self._exchange.replies(model, trainers, state, opened.parts):
+        arrived = 0
+
+        def enough() -> bool:
+            return state.may_end(len(trainers), arrived) and opened.session.has_enough
+
+        for client, message in self._exchange.replies(model, trainers, state, opened.parts, enough=enough):
             with opened.stages.blaming(client.name):
                 masked, _ = self._exchange.body(client, message, model, state)
                 if not isinstance(masked, bytes):
                     raise PayloadError("masked vector has 0 bytes, expected one of `tofu.secagg`")
                 opened.session.add_masked(client.name, masked)
+                arrived += 1
                 self._exchange.delivered(client, model, state)
 
     def _close(self, opened: _Opened, state: RoundState) -> tuple[SecureMean, tuple[str, ...]]:
@@ -143,4 +149,6 @@ class SecureCollector:
         def count(message: Message, name: str, direction: str) -> None:
             self._ledger.add(message, round_=state.round, kind="secure", direction=direction, client=name, fedavg=False)
 
-        return SecureExchange(self._transport, by_name, state.round, seconds, state.failures, count=count)
+        return SecureExchange(
+            self._transport, by_name, state.round, seconds, state.failures, count=count, silent=state.silent
+        )

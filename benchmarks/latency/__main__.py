@@ -51,10 +51,13 @@ class Measured:
     cpu: float
 
 
+_SLOW_NODE = {"TOFU_NODE_POLL_SECONDS": "3"}
+
 _TOPOLOGIES = (
-    Topology("Flower's defaults", environment={"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "1.0"}),
-    Topology("polls every 0.2 s"),
-    Topology("and warm client apps", warm=True),
+    Topology("Flower's defaults", environment={"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "1.0", **_SLOW_NODE}),
+    Topology("SuperExecs poll every 0.2 s", environment=_SLOW_NODE),
+    Topology("and warm client apps", warm=True, environment=_SLOW_NODE),
+    Topology("and SuperNodes poll every 0.5 s", warm=True),
 )
 
 

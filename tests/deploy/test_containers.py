@@ -96,19 +96,53 @@ def test_local_users_of_the_host_reach_no_service_and_no_service_reaches_the_hos
         ] == []  # fmt: skip
 
 
-def test_a_run_learns_and_leaves_its_results(deployment: ComposeDeployment) -> None:
-    run = deployment.start_run(*RUN, "rounds=4")
-    assert run.wait() == 0, run.output
-    assert summary(deployment)["rounds"] == 4
-    assert summary(deployment)["final_accuracy"] > 0.5
-    assert 'state="done"} 1.0' in (deployment.results() / "metrics.prom").read_text()
+def test_a_client_from_another_network_joins(deployment: ComposeDeployment) -> None:
+    # The address that the host has on the engine's default network stands for its address in the outer world.
+    address = deployment.bridge_address()
+    told = deployment.compose("run", "--rm", "-T", "keys", "add-client", "hospital-d", "--superlink", f"{address}:8443")
+    assert "client 3 (hospital-d) is admitted" in told
+    deployment.environment["TOFU_LISTEN"] = address
+    deployment.compose("up", "--detach", "--no-build")
+    deployment.compose("restart", "proxy")  # its certificate has a further name
+    deployment.start_client("hospital-d", data="node-0")
+    deployment.wait_for_online(4)
 
 
-def test_a_secure_run_with_identities_outlives_a_crash_of_the_superlink(deployment: ComposeDeployment) -> None:
-    secure = ("schedule=switch", "switch-round=2", "secure-identities=/run/secrets/identities.json")
-    run = deployment.start_run(*RUN, *secure, "rounds=4")
-    run.wait_for("round 2/4")
+def test_rounds_go_on_while_services_crash(deployment: ComposeDeployment) -> None:
+    """Open rounds, then secure ones with identities: a client's app, a node and the SuperLink end in them."""
+    secure = ("schedule=switch", "switch-round=3", "secure-identities=/run/secrets/identities.json")
+    run = deployment.start_run(*RUN, *secure, "clients=4", "rounds=5")
+    run.wait_for("round 1/5")
+    deployment.kill("node-2-exec")
+    run.wait_for("round 2/5")
     deployment.kill("superlink")
     assert run.wait() == 0, run.output
-    assert [record["kind"] for record in records(deployment)][1:] == ["proxy", "secure", "secure", "secure"]
-    assert not any(record["failures"] for record in records(deployment))
+    assert [record["kind"] for record in records(deployment)][1:] == ["proxy"] * 2 + ["secure"] * 3
+    assert summary(deployment)["final_accuracy"] > 0.5
+    assert all(record["clients"] >= 3 for record in records(deployment)[1:])
+    assert 'state="done"} 1.0' in (deployment.results() / "metrics.prom").read_text()
+    # The operator sees each round once, those after the crash too.
+    assert [run.output.count(f"round {number}/5") for number in range(1, 6)] == [1] * 5
+
+
+def test_all_is_stopped_in_mid_run_and_started_again(deployment: ComposeDeployment) -> None:
+    run = deployment.start_run(*RUN, "rounds=4")
+    run.wait_for("round 1/4")
+    deployment.compose("stop", "--timeout", "20")
+    assert len(records(deployment)) < 5
+    deployment.compose("up", "--detach", "--no-build")
+    deployment.wait_for_health()
+    deployment.wait_for_online(3)
+    assert run.wait() == 2
+    resumed = deployment.start_run(f"resume=runs/{deployment.results().name}")
+    assert resumed.wait() == 0, resumed.output
+    assert summary(deployment)["rounds"] == 4
+    assert [record["round"] for record in records(deployment)] == list(range(5))
+
+
+def test_services_end_on_their_own_accord_and_leave_nothing(deployment: ComposeDeployment) -> None:
+    deployment.compose("stop", "proxy", "superlink", timeout=40)
+    assert deployment.inspect("proxy", "{{.State.ExitCode}}") == "0"
+    assert deployment.inspect("superlink", "{{.State.ExitCode}}") in ("0", "143")
+    deployment.down()
+    assert deployment.compose("ps", "--all", "--quiet") == ""

@@ -53,7 +53,7 @@ def test_its_command_lines_are_those_of_the_topology(containers: dict[str, dict[
         environment = {entry["name"]: entry["value"] for entry in containers[name]["env"]}
         assert environment == service["environment"]
         assert ENVIRONMENT.items() <= environment.items()
-    assert containers["exec"]["command"] == services["node-0-exec"]["entrypoint"]
+        assert containers[name]["command"] == service["entrypoint"]
     assert containers["node"]["livenessProbe"]["exec"]["command"] == services["node-0"]["healthcheck"]["test"][1:]
 
 

@@ -563,6 +563,18 @@ def test_a_silent_client_does_not_hold_up_the_end(tmp_path: Path) -> None:
     assert [row["clients"] for row in rows(tmp_path / "run")] == [0, 3]
 
 
+def test_a_silent_client_does_not_hold_up_a_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third round ends long before its timeout, which is longer than the limit of this test."""
+
+    def never(request: Message, reply: Message) -> Message:
+        while True:
+            time.sleep(0.02)
+
+    monkeypatch.setattr("server.stragglers.MIN_SECONDS", 0.5)
+    federate(tmp_path / "run", faulty(never, rounds=(3,)), schedule="fedavg", rounds=3, straggler_factor=3.0)
+    assert [row["clients"] for row in rows(tmp_path / "run")] == [0, 4, 4, 3]
+
+
 def test_the_client_whose_proxies_are_shown_may_fail(tmp_path: Path) -> None:
     federate(tmp_path / "run", faulty(garbage(b"?"), names=("0",), rounds=(1,)), rounds=2)
     assert [row["clients"] for row in rows(tmp_path / "run")] == [0, 3, 4]

@@ -262,6 +262,21 @@ def test_a_silent_client_holds_up_a_stage_only_so_long(tmp_path: Path) -> None:
     assert (second["clients"], third["clients"]) == (4, 5)
 
 
+def test_a_client_that_never_trains_does_not_hold_up_a_secure_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last round ends long before its timeout, which is longer than the limit of this test."""
+
+    def never(request: Message, reply: Message, context: Context) -> Message:
+        while True:
+            time.sleep(0.02)
+
+    monkeypatch.setattr("server.stragglers.MIN_SECONDS", 0.5)
+    federate(tmp_path / "run", faulty(never, "mask", rounds=(4,)), rounds=4, straggler_factor=3.0)
+    assert [row["clients"] for row in rows(tmp_path / "run")][1:] == [5, 5, 5, 4]
+    assert [row["kind"] for row in rows(tmp_path / "run")][-1] == "secure"
+
+
 # What the server sees
 
 

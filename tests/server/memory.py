@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from flwr.app import Context, Message, RecordDict
 
 from client.app import app as client_app
+from tofu.flower.transport import never
 from tofu.settings import Settings
 
 Behavior = Callable[[Message, Callable[[], Message]], Message | None]
@@ -39,7 +40,9 @@ class MemoryTransport:
     def nodes(self) -> Sequence[int]:
         return [node for node in self.contexts if str(node - FIRST_NODE) not in self.absent]
 
-    def exchange(self, messages: Sequence[Message], deadline: float) -> Iterator[tuple[int, Message]]:
+    def exchange(
+        self, messages: Sequence[Message], deadline: float, enough: Callable[[], bool] = never
+    ) -> Iterator[tuple[int, Message]]:
         for message in messages:
             node = message.metadata.dst_node_id
             message.metadata.__dict__["_message_id"] = f"{len(self.sent):064}"

@@ -39,6 +39,7 @@ class SecureExchange:
         failures: client name -> reason, in one line, why it could not be used; filled here.
         action: type of the messages.
         count: called with every message, the client's name and its direction.
+        silent: names of clients that did not answer a stage; filled here.
     """
 
     transport: Transport
@@ -48,6 +49,7 @@ class SecureExchange:
     failures: dict[str, str] = field(default_factory=dict)
     action: str = f"query.{SECURE}"
     count: Callable[[Message, str, str], None] = lambda message, name, direction: None
+    silent: set[str] = field(default_factory=set)
 
     def ask(
         self, stage: str, messages: Mapping[str, bytes], *, advert: bool = False
@@ -73,6 +75,7 @@ class SecureExchange:
                 yield name, answer
         for name in silent.values():
             self.failures[name] = f"no answer at stage {stage} within {self.seconds:g} s"
+            self.silent.add(name)
 
     @contextmanager
     def blaming(self, name: str) -> Iterator[None]:

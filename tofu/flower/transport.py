@@ -1,7 +1,7 @@
 """The server's connection to the clients, as an interface that tests implement without a Flower grid."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -9,7 +9,12 @@ from flwr.serverapp import Grid
 
 from tofu.wire import FIELD, RECORD
 
-_MIN_POLL_SECONDS, _MAX_POLL_SECONDS = 0.005, 1.0
+_MIN_POLL_SECONDS, _MAX_POLL_SECONDS = 0.005, 0.25
+
+
+def never() -> bool:
+    """An exchange that waits for all replies or its deadline."""
+    return False
 
 
 class Transport(Protocol):
@@ -21,10 +26,12 @@ class Transport(Protocol):
     def nodes(self) -> Sequence[int]:
         """Ids of the nodes that are connected now."""
 
-    def exchange(self, messages: Sequence[Message], deadline: float) -> Iterator[tuple[int, Message]]:
+    def exchange(
+        self, messages: Sequence[Message], deadline: float, enough: Callable[[], bool] = never
+    ) -> Iterator[tuple[int, Message]]:
         """Send messages, at most one per node, and yield (node, reply) in the order of arrival.
 
-        Ends when all have replied, or at the deadline (`time.monotonic`).
+        Ends when all have replied, at the deadline (`time.monotonic`), or as soon as `enough` says so.
         """
 
 
@@ -41,7 +48,9 @@ class GridTransport:
     def nodes(self) -> Sequence[int]:
         return sorted(self._grid.get_node_ids())
 
-    def exchange(self, messages: Sequence[Message], deadline: float) -> Iterator[tuple[int, Message]]:
+    def exchange(
+        self, messages: Sequence[Message], deadline: float, enough: Callable[[], bool] = never
+    ) -> Iterator[tuple[int, Message]]:
         """See `Transport.exchange`. Flower's error replies do not name the node, so it is found by the message id."""
         waiting: dict[str, int] = {}
         for message, identity in zip(messages, self._grid.push_messages(messages), strict=True):
@@ -54,7 +63,7 @@ class GridTransport:
                 node = waiting.pop(reply.metadata.reply_to_message_id, None)
                 if node is not None:
                     yield node, reply
-            if not waiting or time.monotonic() >= deadline:
+            if not waiting or time.monotonic() >= deadline or enough():
                 return
             pause = _MIN_POLL_SECONDS if replies else min(2 * pause, _MAX_POLL_SECONDS)
             time.sleep(min(pause, max(0.0, deadline - time.monotonic())))

@@ -178,6 +178,11 @@ class ServerSession:
         self._sum += vector
         self._masked.add(number)
 
+    @property
+    def has_enough(self) -> bool:
+        """Whether the masked vectors that arrived suffice to go on without the others."""
+        return self._missing(self._masked) <= 0
+
     def survivors(self) -> dict[str, bytes]:
         """Close MaskedInputCollection -> `Survivors` for each survivor, to sign or, without identities, to unmask.
 
@@ -279,11 +284,14 @@ class ServerSession:
 
     def _check_enough(self, active: Iterable[int], did: str) -> None:
         """Every client that sent shares must have at least a threshold of neighbors that are still active."""
-        still, threshold = set(active), self._terms.threshold
-        missing = max((threshold - len(still & set(self._neighbors[one])) for one in self._shared), default=threshold)
-        if missing > 0:
+        still = set(active)
+        if (missing := self._missing(still)) > 0:
             self._stage = Stage.DONE
             raise RunError(f"{len(still)} of {len(self._order)} clients {did}: {missing} too few for the threshold")
+
+    def _missing(self, still: set[int]) -> int:
+        threshold = self._terms.threshold
+        return max((threshold - len(still & set(self._neighbors[one])) for one in self._shared), default=threshold)
 
     def _reconstructed(self, number: int) -> bytes:
         """Reconstruct the secret of a client of which its neighbors revealed shares."""

@@ -312,6 +312,16 @@ class ServerSettings(Group):
     round_timeout: float = setting(
         3600.0, "seconds until a round continues without the clients that have not replied", gt=0
     )
+    straggler_factor: float = setting(
+        5.0,
+        "a round ends without silent clients after so many times the median round, at least 30 s; 0: round-timeout alone",
+        ge=0,
+    )
+    suspend_after: int = setting(
+        2,
+        "rounds in a row without a reply after which a client is not asked for some rounds; 0: it is always asked",
+        ge=0,
+    )
     aggregator: str = setting(
         "mean",
         "how open rounds combine updates: mean, norm-clip, median, trimmed-mean, multi-krum, centered-clip, "

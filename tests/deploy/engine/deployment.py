@@ -20,7 +20,7 @@ from sklearn.datasets import load_digits
 
 ROOT = Path(__file__).parents[3]
 PROJECT = "tofu-test"
-OWNER = 1000
+OWNER = os.getuid() or 1000
 _TORCH = "2.13.0"
 _INDEX_PORT = 8099
 """Always the same, as the layers of the image that are kept depend on the index's address."""
@@ -47,7 +47,8 @@ class ComposeDeployment:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "clone"
-        self.environment = os.environ | {"TOFU_UID": str(OWNER), "TOFU_GID": str(OWNER)}
+        self._clients: list[Path] = []
+        self.environment = os.environ | {"TORCH_INDEX": f"http://127.0.0.1:{_INDEX_PORT}/"}
         self._options = ["--progress", "quiet", "-p", PROJECT, "-f", "deploy/compose.yaml", "-f", "override.yaml"]
 
     def __enter__(self) -> Self:
@@ -92,7 +93,10 @@ class ComposeDeployment:
 
     def down(self) -> None:
         """End and remove all containers and networks of the project."""
-        self.compose("--profile", "operator", "down", "--timeout", "20", "--remove-orphans")
+        for place in self._clients:
+            self._client_compose(place, "down", "--timeout", "5")
+        self._clients.clear()
+        self.compose("down", "--timeout", "20", "--remove-orphans")
 
     def services(self) -> dict[str, dict[str, Any]]:
         """Service -> what `docker compose ps` tells about it, of the containers that run."""
@@ -102,7 +106,7 @@ class ComposeDeployment:
     def wait_for_health(self) -> dict[str, str]:
         """Service -> health, as soon as all that have a health check are healthy, or after some minutes."""
         end = time.monotonic() + _HEALTHY_SECONDS
-        expected = set(self.compose("config", "--services").split()) - {"register"}
+        expected = set(self.compose("config", "--services").split()) - {"register", "operator", "keys"}
         while True:
             health = {name: service["Health"] for name, service in self.services().items() if name in expected}
             if (health.keys() == expected and set(health.values()) == {"healthy"}) or time.monotonic() > end:
@@ -152,6 +156,42 @@ class ComposeDeployment:
         code = f"import socket; socket.create_connection(({host!r}, {port}), 3); print('yes')"
         return self.compose("exec", "-T", service, "python", "-c", code, check=False).strip() == "yes"
 
+    def bridge_address(self) -> str:
+        """The host's address on the engine's default network."""
+        return str(self._network({"NetworkID": "bridge"})["IPAM"]["Config"][0]["Gateway"])
+
+    def start_client(self, name: str, data: str) -> None:
+        """Start deploy/compose.client.yaml as on a machine of its own, with the files that the operator sent there."""
+        place = self.folder.parent / name / "deploy"
+        shutil.copytree(self.deploy / "secrets" / name, place / "client")
+        shutil.copytree(self.deploy / "data" / data, place / "client" / "data")
+        shutil.copy(self.deploy / "compose.client.yaml", place)
+        with (place / "client" / "client.env").open("a") as file:
+            file.write(f"TOFU_UID={OWNER}\nTOFU_GID={OWNER}\n")
+        if not os.getuid():
+            subprocess.run(["chown", "-R", f"{OWNER}:{OWNER}", place], check=True)
+        self._client_compose(place, "up", "--detach", "--no-build")
+        self._clients.append(place)
+
+    def _client_compose(self, place: Path, *arguments: str) -> None:
+        options = ["-p", f"{PROJECT}-client", "-f", "compose.client.yaml", "--env-file", "client/client.env"]
+        subprocess.run(["docker", "compose", "--progress", "quiet", *options, *arguments], cwd=place, check=True)
+
+    def wait_for_online(self, count: int, timeout: float = 600) -> None:
+        """Wait until so many nodes are online.
+
+        Raises:
+            AssertionError: they are not, in time.
+        """
+        end = time.monotonic() + timeout
+        while True:
+            command = ["exec", "-T", "-w", "/app", "superlink-exec", "python", "-m", "deploy.control", "nodes"]
+            nodes = json.loads(self.compose(*command))
+            if sum(node["status"] == "online" for node in nodes) >= count:
+                return
+            assert time.monotonic() < end, nodes
+            time.sleep(1)
+
     def kill(self, service: str) -> None:
         """End the process of a service as a crash does."""
         os.kill(int(self.inspect(service, "{{.State.Pid}}")), 9)
@@ -182,9 +222,6 @@ class ComposeDeployment:
             file = self.deploy / "data" / whose / str(label) / f"{number}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray((image * (255 / 16)).astype("uint8")).save(file)
-        if os.getuid() == 0:
-            for part in ("secrets", "state", "results", "data"):
-                subprocess.run(["chown", "-R", f"{OWNER}:{OWNER}", self.deploy / part], check=True)
 
     def _serve_torch(self) -> http.server.ThreadingHTTPServer:
         """Serve the build of torch that this machine's pip finds as the index that deploy/Dockerfile asks."""
@@ -203,9 +240,7 @@ class ComposeDeployment:
         return server
 
     def _override(self) -> None:
-        names = ["superlink-exec", "register", "operator", *(f"node-{node}-exec" for node in range(3))]
-        build = {"network": "host", "args": {"TORCH_INDEX": f"http://127.0.0.1:{_INDEX_PORT}/"}}
-        override = {"services": {name: {"build": build} for name in names}}
+        override = {"services": {"superlink-exec": {"build": {"network": "host"}}}}
         (self.folder / "override.yaml").write_text(json.dumps(override))
 
 
@@ -224,7 +259,7 @@ class OperatorRun:
         """Everything that it printed so far."""
         return self._path.read_text(errors="replace")
 
-    def wait_for(self, text: str, timeout: float = 240) -> None:
+    def wait_for(self, text: str, timeout: float = 900) -> None:
         """Wait until it has printed a text.
 
         Raises:
@@ -236,7 +271,7 @@ class OperatorRun:
             assert time.monotonic() < end, f"no {text!r} after {timeout} s: {self.output[-2000:]}"
             time.sleep(0.5)
 
-    def wait(self, timeout: float = 300) -> int:
+    def wait(self, timeout: float = 900) -> int:
         """Its exit status."""
         try:
             return self._process.wait(timeout)

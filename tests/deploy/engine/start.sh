@@ -55,7 +55,7 @@ make_debian() {  # the root of all stand-ins
 install_engine || skip "installing docker.io needs root, apt-get and a Debian mirror"
 start_engine || skip "it does not start: $(tail -1 "$folder/dockerd.log")"
 install_compose || skip "Compose v2 cannot be had"
-images=$(docker compose -f "$repository/deploy/compose.yaml" --profile operator config --images | sort -u)
+images=$(docker compose -f "$repository/deploy/compose.yaml" config --images | sort -u)
 for image in $images; do
     has "$image" && continue
     case $image in
