@@ -1,0 +1,98 @@
+"""Flower's example apps, plain, compressed and with secure sums.
+
+    git clone --depth 1 https://github.com/adap/flower
+    python -m benchmarks.flower_apps flower/examples --data DATA
+
+Nothing is fetched: DATA has mnist, cifar10 and imdb, each with train.parquet and test.parquet. Every run is a process
+of its own and its row is written at once, so an interrupted benchmark continues with the same command.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS, print_table, spread, versions
+from benchmarks.flower_apps.apps import APPS
+from tofu.files import replace_file
+
+VARIANTS = ("plain", "compress", "secure")
+Row = dict[str, Any]
+
+
+def key(row: Row) -> tuple[Any, ...]:
+    """Identifies a run."""
+    return tuple(row[name] for name in ("app", "variant", "options", "seed"))
+
+
+def run_apart(arguments: dict[str, Any]) -> Row:
+    """The row of a run in a process of its own. Raises RuntimeError with its last lines if it fails."""
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    quiet = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    cache = {"HF_HOME": str(Path(arguments["cache"]) / "huggingface"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "benchmarks.flower_apps.one_run", json.dumps(arguments)]
+    environment = {**os.environ, **quiet, **cache, "PYTHONPATH": path}
+    made = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if made.returncode:
+        raise RuntimeError("\n".join((made.stdout + made.stderr).strip().splitlines()[-12:]))
+    row: Row = json.loads(made.stdout.strip().splitlines()[-1])
+    return row
+
+
+def table(rows: list[Row]) -> list[list[str]]:
+    """One line for each app and variant."""
+    lines = []
+    for name in dict.fromkeys(row["app"] for row in rows):
+        for kind in dict.fromkeys((row["variant"], row["options"]) for row in rows if row["app"] == name):
+            own = [row for row in rows if (row["app"], row["variant"], row["options"]) == (name, *kind)]
+            plain = [row for row in rows if (row["app"], row["variant"]) == (name, "plain")]
+            sent = [sum(row["uplink_bytes"] for row in part) / max(1, len(part)) for part in (plain, own)]
+            ratio = own[0]["payload_ratio"]
+            lines.append([
+                name, " ".join(filter(None, kind)), own[0]["metric"], spread([row["final"] for row in own], 4),
+                str(len(own)), f"{ratio:.0f}x" if ratio else "", f"{sent[0] / sent[1]:.1f}x",
+                str(own[0]["changed_lines"]),
+            ])  # fmt: skip
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("examples", type=Path, help="the folder examples of a checkout of Flower")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--apps", nargs="+", choices=APPS, default=list(APPS))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--options", default="", help="more arguments of tofu.compress, such as 'ratio=100'")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "tofu-flower-apps")
+    parser.add_argument("--out", type=Path, default=RESULTS / "flower-apps.json")
+    options = parser.parse_args()
+    rows: list[Row] = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
+    about = versions("python -m benchmarks.flower_apps flower/examples --data DATA")
+    for seed in options.seeds:
+        for name in options.apps:
+            for variant in options.variants:
+                extra = options.options if variant == "compress" else ""
+                arguments = {"name": name, "variant": variant, "seed": seed, "options": extra}
+                if (name, variant, extra, seed) in map(key, rows) or variant in APPS[name].without:
+                    continue
+                paths = {part: str(getattr(options, part).resolve()) for part in ("examples", "data", "cache")}
+                try:
+                    rows.append(run_apart(arguments | paths))
+                except RuntimeError as error:
+                    print(f"{name} {variant} {extra} seed {seed} failed:\n{error}", file=sys.stderr)
+                    continue
+                print(json.dumps(rows[-1]), flush=True)
+                rows.sort(key=lambda row: (list(APPS).index(row["app"]), VARIANTS.index(row["variant"]), key(row)[2:]))
+                replace_file(options.out, (json.dumps(about | {"rows": rows}, indent=1) + "\n").encode())
+    print_table(
+        ["app", "updates", "metric", "final", "seeds", "payload", "all messages", "lines"], table(rows)
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
