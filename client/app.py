@@ -21,14 +21,25 @@ from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.local_round import train_round
-from client.policy import client_data
+from client.policy import client_data, without_paths
+from client.state import save_class_names
 from tofu.errors import TofuError
 from tofu.flower.policy import client_name
 from tofu.flower.secure_session import answer_query, participant_of
 from tofu.log import about, start_logging
 from tofu.rounds.downlink import ResyncError
 from tofu.settings import Settings
-from tofu.wire import FIELD, RECORD, RESYNC, SECURE, SecureQuery, TrainRequest
+from tofu.wire import (
+    CLASSES,
+    FIELD,
+    RECORD,
+    RESYNC,
+    SECURE,
+    SecureQuery,
+    TrainRequest,
+    class_names_from,
+    class_names_to_text,
+)
 from tofu.workload import Workload
 
 LOG = logging.getLogger("tofu.client")
@@ -37,7 +48,8 @@ LOG = logging.getLogger("tofu.client")
 def hello(message: Message, context: Context, workload: Workload | None = None) -> Message:
     """Reply with this client's name, its number of images and how many more cannot be read.
 
-    Under DP, these numbers would not be noised: the first is 1 and the second is not sent.
+    A client with data of its own adds the names of its classes, so that the server can say how the run numbers them.
+    Under DP, all this would not be noised: the number is 1, and the rest is not sent.
     """
     with _answering("hello", message, context) as answer:
         settings = Settings.of(context.run_config)
@@ -47,6 +59,17 @@ def hello(message: Message, context: Context, workload: Workload | None = None) 
         unreadable = len(getattr(data, "unreadable", ()))
         if unreadable and not private:
             answer.record["unreadable"] = unreadable
+        if "data" in context.node_config and not settings.data.class_names:
+            names = () if private else getattr(data, "class_names", ())
+            answer.record[CLASSES] = class_names_to_text(names)
+    return answer.message
+
+
+def classes(message: Message, context: Context) -> Message:
+    """Number the classes of this client's own data as the server says, in all rounds that follow."""
+    with _answering("classes", message, context) as answer:
+        save_class_names(context, class_names_from(_content(message)))
+        client_data(Settings.of(context.run_config), context)
     return answer.message
 
 
@@ -78,6 +101,7 @@ def make_app(workload: Workload | None = None) -> ClientApp:
     made.query()(partial(hello, workload=workload))
     made.train()(partial(train, workload=workload))
     made.query(SECURE)(secure)
+    made.query(CLASSES)(classes)
     return made
 
 
@@ -119,7 +143,9 @@ def _answering(what: str, message: Message, context: Context) -> Iterator[_Answe
         sent = answer.record.get(FIELD)
         log(logging.INFO, "answered", bytes=len(sent) if isinstance(sent, bytes) else 0)
     except TofuError as error:
-        answer.error = Error(code=RESYNC if isinstance(error, ResyncError) else 0, reason=str(error))
+        answer.error = Error(
+            code=RESYNC if isinstance(error, ResyncError) else 0, reason=without_paths(str(error), context)
+        )
         log(logging.WARNING, "failed", reason=str(error))
     except Exception as error:
         log(logging.ERROR, "failed", reason=f"{type(error).__name__}: {error}")

@@ -1,9 +1,13 @@
 """A client's data, and whether they fit the run's model."""
 
+import re
 from collections.abc import Sized
+from dataclasses import replace
+from pathlib import Path
 
 from flwr.app import Context
 
+from client.state import load_class_names
 from tofu.data import ImageShape, LabeledImages, LabeledRows, RowFormat, local_folder, local_rows
 from tofu.errors import DataError
 from tofu.row_workload import workload_of
@@ -12,18 +16,22 @@ from tofu.workload import Workload
 
 
 def client_data(settings: Settings, context: Context, workload: Workload | None = None) -> Sized:
-    """The client's data: the folder that its node config names as `data`, or its partition of the workload's
-    data, by default the dataset that the settings name.
+    """The client's data: the folder that its node config names as `data`, with the classes that the settings or the
+    server number; or its partition of the workload's data, by default the dataset that the settings name.
 
     Raises:
         DataError: the node config has neither.
     """
-    folder = context.node_config.get("data")
-    if folder is not None and settings.data.kind != "images":
-        return local_rows(str(folder), RowFormat.of(settings.data))
+    folder, data = context.node_config.get("data"), settings.data
+    if folder is None:
+        names: tuple[str, ...] = ()
+    elif data.class_names:
+        names = tuple(filter(None, (name.strip() for name in data.class_names.split(","))))
+    else:
+        names = load_class_names(context)
+    if folder is not None and data.kind != "images":
+        return local_rows(str(folder), replace(RowFormat.of(data), class_names=names))
     if folder is not None:
-        names = tuple(filter(None, settings.data.class_names.split(",")))
-        data = settings.data
         return local_folder(
             str(folder), class_names=names, subpopulations=data.subpopulations, label_column=data.label_column,
             image_column=data.image_column, strict=data.strict,
@@ -32,6 +40,17 @@ def client_data(settings: Settings, context: Context, workload: Workload | None 
     if partition is None:
         raise DataError("node config has neither data (a folder of images) nor partition-id (a part of the dataset)")
     return (workload or workload_of(settings)).client(int(partition))
+
+
+def without_paths(reason: str, context: Context) -> str:
+    """A reason for the server, which is not told names of files in the client's own folder."""
+    folder = context.node_config.get("data")
+    if folder is None:
+        return reason
+    for path in {str(folder), str(Path(str(folder)).expanduser()), str(Path(str(folder)).expanduser().resolve())}:
+        reason = re.sub(re.escape(path) + r"[/\\].*?(?= (?:has|cannot|is|may|and)\b|:|$)", "a file of its data", reason)
+        reason = reason.replace(path, "its data")
+    return reason
 
 
 def check_fit(data: LabeledImages | LabeledRows, shape: ImageShape) -> None:

@@ -18,9 +18,11 @@ from tofu.payload import float32_bytes, float32_from
 from tofu.reference_model import ReferenceModel
 from tofu.rounds.downlink import KeptWeights
 from tofu.weights import Weights
+from tofu.wire import FIELD, class_names_from, class_names_to_text
 
 _RECORD = "tofu"
 _LOCAL = "tofu-local"
+_CLASSES = "tofu-classes"
 _VERSION = 4
 
 
@@ -49,6 +51,17 @@ def _bytes(context: Context, name: str) -> bytes:
     record = context.state.config_records.get(_RECORD)
     value = record.get(name) if record is not None and record.get("version") == _VERSION else None
     return value if isinstance(value, bytes) else b""
+
+
+def load_class_names(context: Context) -> tuple[str, ...]:
+    """The classes of the run in order, as the server numbers them; () if it has not said so."""
+    record = context.state.config_records.get(_CLASSES)
+    return class_names_from(record.get(FIELD)) if record is not None else ()
+
+
+def save_class_names(context: Context, names: tuple[str, ...]) -> None:
+    """Keep the classes of the run for all its rounds."""
+    context.state[_CLASSES] = ConfigRecord({FIELD: class_names_to_text(names)})
 
 
 def load_local(context: Context, local: LocalLayers) -> Weights:

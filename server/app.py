@@ -15,15 +15,24 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from server.checkpoint import Snapshot, read_checkpoint, remove_checkpoints, write_checkpoint
+from server.client_registry import Client
 from server.ledger import Ledger
-from server.records import SampleImages, failed_rounds, is_budget_spent, round_record, run_summary, start_record
+from server.records import (
+    SampleImages,
+    data_record,
+    failed_rounds,
+    is_budget_spent,
+    round_record,
+    run_summary,
+    start_record,
+)
 from server.runner import RoundRunner
 from server.secure_ranges import check_secure_settings
 from tofu.errors import RunError, SettingError, TofuError
 from tofu.flower.in_process import InProcessGrid, run_in_process
 from tofu.flower.internals import is_simulation
 from tofu.flower.transport import GridTransport
-from tofu.formatting import printable
+from tofu.formatting import printable, shortened
 from tofu.local_layers import keep_local
 from tofu.log import start_logging
 from tofu.model_call import NEEDS_CALL
@@ -39,7 +48,7 @@ from tofu.reporting.report import write_report
 from tofu.rounds.links import LinkSimulator
 from tofu.rounds.record import RoundRecord, RunSummary, from_dict, round_label, to_dict
 from tofu.rounds.schedule import make_schedule
-from tofu.row_workload import workload_of
+from tofu.row_workload import data_description, workload_of
 from tofu.settings import Settings
 from tofu.workload import Workload
 
@@ -139,7 +148,8 @@ class _Run:
     def __init__(self, grid: Grid, settings: Settings, observer: Observer, workload: Workload) -> None:
         self._began = time.perf_counter()
         torch.set_num_threads(settings.run.threads)
-        self._grid, self._settings, self._observer = grid, settings, observer
+        self._grid, self._settings, self._observer, self._workload = grid, settings, observer, workload
+        self._introduced: tuple[Client, ...] = ()
         shape = workload.shape
         network = ReferenceModel(keep_local(workload.build_model(shape).eval(), settings.training.local_layers), shape)
         test = workload.test()
@@ -169,6 +179,7 @@ class _Run:
             if settings.codec.compressor in NEEDS_CALL and not self._runner.models[0].reference.call.inputs:
                 why = "the model has no floating-point input that proxies could take the place of"
                 observer.on_note(f"updates are sent as the sparse correction alone (compressor=sparse): {why}")
+            self._note_data()
             self._runner.on_spend = lambda account: folder.write_account(account.to_dict())
             try:
                 return self._run(folder)
@@ -202,6 +213,17 @@ class _Run:
         self._observer.on_run_end(summary)
         return summary
 
+    def _note_data(self) -> None:
+        """Say what was read of a folder, a file or a hub dataset, and what was not."""
+        data = data_description(self._workload)
+        if data.get("read_as"):
+            self._observer.on_note(
+                f"reads {data['read_as']}: {data['train']} to train and {data['test']} to test, of the classes "
+                f"{shortened(data['classes'])}"
+            )
+        if data.get("left_out"):
+            self._observer.on_note(f"leaves out {shortened(data['left_out'])}")
+
     def _round(self, folder: RunFolder, round_: int) -> None:
         began, ledger, runner = time.perf_counter(), self._ledger, self._runner
         before = (ledger.uplink, ledger.downlink, ledger.fedavg_uplink)
@@ -221,6 +243,10 @@ class _Run:
             self._checkpoint(folder, record, messages)
         folder.add_round(record, messages)
         runner.write_model(folder)
+        if runner.introduced != self._introduced:
+            self._introduced = runner.introduced
+            local = isinstance(self._grid, InProcessGrid)
+            folder.write_data(data_record(runner, self._workload, local=local))
         folder.write_samples(self._samples.arrays)
         folder.write_panels(runner.plugins.panels())
         self._observer.on_round_end(record)

@@ -1,6 +1,7 @@
 """The connected clients: node ids from the transport, names and numbers of images from the clients themselves."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,9 +9,9 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from server.ledger import Ledger, client_order
 from tofu.errors import PayloadError, RunError
-from tofu.flower.transport import Transport
+from tofu.flower.transport import Transport, error_reason, make_message
 from tofu.observers.base import Observer
-from tofu.wire import RECORD
+from tofu.wire import CLASSES, RECORD, class_names_from, class_names_to_text
 
 _GRACE_SECONDS = 30.0
 """Time to wait for other clients if all that are connected have declined."""
@@ -27,19 +28,29 @@ class Client:
         name: its partition, or its node.
         examples: number of images that it reports.
         unreadable: number of further images that it reports as unreadable.
+        classes: names of the classes of a client with data of its own; () if it does not tell; None of other clients.
     """
 
     node: int
     name: str
     examples: int
     unreadable: int = 0
+    classes: tuple[str, ...] | None = None
 
 
 class Clients:
-    """Keeps track of the connected clients. A new node is asked once for its name and number of images."""
+    """Keeps track of the connected clients. A new node is asked once for its name and number of images.
 
-    def __init__(self, transport: Transport, ledger: Ledger, observer: Observer) -> None:
+    Args:
+        class_names: the classes of the run in order. A client whose own data have others, or the same in another order,
+            is told them, and takes no part if it has one that is not among them; () leaves classes to the clients.
+    """
+
+    def __init__(
+        self, transport: Transport, ledger: Ledger, observer: Observer, class_names: tuple[str, ...] = ()
+    ) -> None:
         self._transport, self._ledger, self._observer = transport, ledger, observer
+        self._class_names = class_names
         self._known: dict[int, Client | None] = {}
         self._declined: dict[int, str] = {}
         self._unreported: dict[int, str] = {}
@@ -76,6 +87,12 @@ class Clients:
                 raise RunError(f"round {round_}: {len(found)} clients connected after {waited:.0f} s, "
                                f"min-clients is {min_clients}{reasons}")  # fmt: skip
             time.sleep(min(1.0, max(0.0, end - time.monotonic())))
+
+    @property
+    def introduced(self) -> tuple[Client, ...]:
+        """The clients that have introduced themselves, in the order of their names."""
+        found = [client for client in self._known.values() if client is not None]
+        return tuple(sorted(found, key=lambda client: client_order(client.name)))
 
     @property
     def unreadable(self) -> int:
@@ -121,6 +138,31 @@ class Clients:
             if known is not None:
                 self._ledger.add(message, round_=round_, kind="hello", direction="downlink", client=known.name)
 
+        self._tell_classes([self._known[node] for node in nodes if self._known.get(node)], end, round_)
+
+    def _tell_classes(self, clients: Sequence[Client | None], end: float, round_: int) -> None:
+        """Tell clients with data of their own how the classes are numbered, if they number them otherwise."""
+        others = {
+            client.node: client for client in clients
+            if client is not None and client.classes is not None and client.classes != self._class_names
+        }  # fmt: skip
+        if not others or not self._class_names:
+            return
+        body = class_names_to_text(self._class_names)
+        ttl, answered = max(1.0, end - time.monotonic()), set()
+        messages = [make_message(body, node, f"query.{CLASSES}", round_=round_, ttl=ttl) for node in others]
+        for message in messages:
+            client = others[message.metadata.dst_node_id]
+            self._ledger.add(message, round_=round_, kind="hello", direction="downlink", client=client.name)
+        for node, reply in self._transport.exchange(messages, end):
+            answered.add(node)
+            if reply.has_error():
+                self._decline(node, f"{error_reason(reply)} (class-names can name all classes)", reply, round_)
+            else:
+                self._ledger.add(reply, round_=round_, kind="hello", direction="uplink", client=others[node].name)
+        for node in others.keys() - answered:
+            del self._known[node]  # it is asked again in the next round
+
     def _decline(self, node: int, reason: str, reply: Message, round_: int) -> None:
         """Note why a node takes no part. It is not asked again, unless Flower itself made the error."""
         self._observer.on_note(f"node {node} cannot take part: {reason}", round=round_, node=node)
@@ -137,6 +179,7 @@ def _introduced(node: int, reply: Message) -> Client:
         raise PayloadError("its introduction is not valid")
     if examples > MAX_EXAMPLES:
         raise PayloadError(f"it claims {examples} examples, expected at most {MAX_EXAMPLES}")
+    classes = class_names_from(record[CLASSES]) if CLASSES in record else None
     if not isinstance(unreadable, int) or not 0 <= unreadable <= MAX_EXAMPLES:
         raise PayloadError(f"it claims {str(unreadable)[:20]} unreadable images, expected 0 to {MAX_EXAMPLES}")
-    return Client(node, name, examples, unreadable)
+    return Client(node, name, examples, unreadable, classes)

@@ -12,6 +12,7 @@ from tofu.data import LabeledImages
 from tofu.evaluation import Evaluation
 from tofu.plugins import RoundContext
 from tofu.rounds.record import QUANTILES, ClientRecord, Failure, RoundRecord, RunSummary
+from tofu.row_workload import data_description
 from tofu.tasks import backward_transfer, mean_accuracy
 from tofu.weights import weights_sha256
 from tofu.wire import CLIENT_ACCURACY
@@ -72,6 +73,29 @@ def round_record(
         late=result.late if runner.settings.server.over_sampling > 1 and not masked else None,
         accuracy_quantiles=_quantiles(result),
     )
+
+
+def data_record(runner: RoundRunner, workload: Workload, *, local: bool) -> dict[str, object]:
+    """The content of data.json.
+
+    Args:
+        local: the clients are of this process; otherwise it holds of a client what it has told, which is no file name.
+    """
+    private = runner.account is not None
+    clients: dict[str, object] = {}
+    for client in runner.introduced:
+        entry: dict[str, object] = {} if private else {"examples": client.examples, "unreadable": client.unreadable}
+        if client.classes:
+            entry["classes"] = list(client.classes)
+        elif local and not private and isinstance(workload, NamedWorkload) and client.name.isdecimal():
+            data = workload.data.client(int(client.name))
+            entry["images"] = torch.bincount(data.labels, minlength=data.classes).tolist()
+            entry["left_out"] = list(data.unreadable)
+        clients[client.name] = entry
+    test = workload.test()
+    return dict(data_description(workload)) | {
+        "test_left_out": list(getattr(test, "unreadable", ())), "clients": clients,
+    }  # fmt: skip
 
 
 def _finite(value: float) -> float | None:

@@ -33,7 +33,7 @@ from tofu.reporting.folder import RunFolder
 from tofu.rng import derive_generator
 from tofu.rounds.record import round_label
 from tofu.rounds.schedule import make_schedule
-from tofu.row_workload import workload_of
+from tofu.row_workload import label_names, workload_of
 from tofu.secagg.encoding import SecureMean
 from tofu.settings import MIN_SECURE, Settings
 from tofu.tasks import TaskStream
@@ -135,11 +135,11 @@ class RoundRunner:
     ) -> None:
         self.settings, self.plugins = settings, make_plugins(settings.plugins.plugins, settings.plugins.plugin_options)
         self._shape, self._test, self._ledger, self._observer = reference.shape, test, ledger, observer
-        self._clients = Clients(transport, ledger, observer)
         self._stragglers = Stragglers(settings.server)
         self._schedule = make_schedule(settings.rounds, settings.training.rounds)
         self.stream = TaskStream.of(settings.plugins, reference.shape.classes, settings.run.seed)
         workload = workload or workload_of(settings)
+        self._clients = Clients(transport, ledger, observer, label_names(workload))
         self._evaluator = Evaluator(
             test, self.stream, self.plugins, workload,
             multi_head=settings.plugins.task_heads == "multi", device=settings.run.device,
@@ -160,6 +160,11 @@ class RoundRunner:
         self.task_accuracies: list[list[float]] = []
         self.group_accuracies: list[list[float]] = []
         self.round = 0
+
+    @property
+    def introduced(self) -> tuple[Client, ...]:
+        """The clients that have taken part so far, as they introduced themselves."""
+        return self._clients.introduced
 
     @property
     def unreadable(self) -> int:

@@ -56,3 +56,14 @@ def printable(text: str) -> str:
     Names and error texts come from other machines, and an escape sequence in one of them must not reach a terminal.
     """
     return "".join(sign if sign.isprintable() else " " if sign.isspace() else "?" for sign in text)
+
+
+def shortened(items: object, at_most: int = 20) -> str:
+    """The items of a list, separated by commas, and the number of those beyond the first `at_most`.
+
+    >>> shortened([1, 2, 3], at_most=2)
+    '1, 2 and 1 more'
+    """
+    texts = [str(item) for item in items] if isinstance(items, list) else [str(items)]
+    more = f" and {len(texts) - at_most} more" if len(texts) > at_most else ""
+    return ", ".join(texts[:at_most]) + more

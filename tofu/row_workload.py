@@ -1,6 +1,6 @@
 """The workload of a run whose dataset holds rows: tables of features, or texts."""
 
-from collections.abc import Sized
+from collections.abc import Mapping, Sized
 
 import torch
 from torch import nn
@@ -73,3 +73,15 @@ class RowWorkload:
 def workload_of(settings: Settings) -> Workload:
     """The workload of a run of settings alone."""
     return NamedWorkload(settings) if settings.data.kind == "images" else RowWorkload(settings)
+
+
+def label_names(workload: Workload) -> tuple[str, ...]:
+    """The names of the labels of a run whose settings name its dataset, in their order; () of other runs."""
+    return workload.data.label_names if isinstance(workload, NamedWorkload | RowWorkload) else ()
+
+
+def data_description(workload: Workload) -> Mapping[str, object]:
+    """What was read of the dataset that the settings name, and the classes in order; empty for other runs."""
+    if not isinstance(workload, NamedWorkload | RowWorkload):
+        return {}
+    return {"classes": list(workload.data.label_names)} | dict(workload.data.description())

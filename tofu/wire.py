@@ -5,7 +5,9 @@ is one bytes value: a fixed header, then parts of variable length, then the payl
 """
 
 import hashlib
+import json
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tofu.bytes_io import ByteReader
@@ -23,6 +25,9 @@ STAGES = ("advert", "share", "confirm", "reveal")
 
 SECURE = "secure"
 """The action of these queries."""
+
+CLASSES = "classes"
+"""The action of a query that tells a client with data of its own how the run's classes are numbered."""
 
 CLIENT_ACCURACY = "client/accuracy"
 """Metric of a train reply: accuracy (0 to 1) of the weights that the client received, on its own test data."""
@@ -231,3 +236,26 @@ class SecureAnswer:
         reader = ByteReader(data, "answer")
         advert = reader.prefixed(_ADVERT, "of the advert")
         return SecureAnswer(reader.rest(), advert)
+
+
+_MAX_CLASS_BYTES = 1 << 20
+
+
+def class_names_to_text(names: Sequence[str]) -> str:
+    """Names of classes in order, as a message carries them."""
+    return json.dumps(list(names))
+
+
+def class_names_from(value: object) -> tuple[str, ...]:
+    """Parse names of classes. Raises PayloadError if they are not different texts, or longer than 1 MiB together."""
+    if not isinstance(value, str) or len(value) > _MAX_CLASS_BYTES:
+        raise PayloadError(f"names of classes are not a text of at most {_MAX_CLASS_BYTES} characters")
+    try:
+        names = json.loads(value)
+    except (ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise PayloadError("names of classes are not a list of texts")
+    if len(set(names)) < len(names):
+        raise PayloadError("names of classes are not all different")
+    return tuple(names)

@@ -4,7 +4,8 @@ import logging
 import math
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -56,11 +57,14 @@ class FederatedData:
         shape: ImageShape,
         *,
         strict: bool = False,
+        label_names: tuple[str, ...] = (),
     ) -> None:
         self._train, self._test = train, test
         self._test_rows, self._client_rows = test_rows, client_rows
         self._shape, self._strict = shape, strict
         self._decoded: dict[int, LabeledImages] = {}
+        self.label_names = label_names or train.class_names
+        """The names of the dataset's labels, which subpopulations regroup."""
 
     @property
     def shape(self) -> ImageShape:
@@ -99,6 +103,12 @@ class FederatedData:
         """The number of images by client and class: int64 [clients, classes]."""
         labels, classes = self._train.labels, self.shape.classes
         return torch.from_numpy(np.stack([np.bincount(labels[rows], minlength=classes) for rows in self._client_rows]))
+
+    def description(self) -> Mapping[str, object]:
+        """What was read as images and labels, what was left out, and the number of images by split."""
+        rows = sum(map(len, self._client_rows))
+        return {"read_as": self._train.read_as, "left_out": list(self._train.left_out), "train": rows,
+                "test": len(self._test_rows)}  # fmt: skip
 
     def _load(self, key: int, split: Split, rows: IntArray) -> LabeledImages:
         if key not in self._decoded:
@@ -217,12 +227,13 @@ def local_folder(
     if split is None:
         raise DataError(f"{path} has a test split but no images to train on")
     split.check_labels()
-    rows = np.arange(len(split.labels))
+    names, rows = split.class_names, np.arange(len(split.labels))
+    _LOG.info("%s: %s, %d images of the classes %s", path, split.read_as, len(rows), ", ".join(names))
     if subpopulations:
         classes = Subpopulations.parse(subpopulations)
         classes.check(split)
         rows, split = classes.rows(split.labels, "seen"), classes.regroup(split)
-    return split.decode(rows, split.image_shape(), strict=strict)
+    return replace(split.decode(rows, split.image_shape(), strict=strict), class_names=names)
 
 
 @lru_cache(maxsize=4)
@@ -241,6 +252,7 @@ def _open(
     seed: int,
 ) -> FederatedData:
     train, test, train_rows, test_rows = _load(dataset, columns, class_names)
+    names = train.class_names
     if shift is not None:
         classes, part = shift
         classes.check(train)
@@ -254,16 +266,13 @@ def _open(
         if train.ids is None:
             raise SettingError("client_column", columns.client, f"a column of {dataset} that names each image's client")
         parts, _ = partition_by_id(train.ids[train_rows], clients=clients, seed=seed)
-        return FederatedData(train, test, test_rows, tuple(train_rows[part] for part in parts), shape, strict=strict)
-    parts = partition_rows(
-        train.labels[train_rows],
-        clients=clients,
-        partition=partition,
-        alpha=alpha,
-        shards_per_client=shards_per_client,
-        seed=seed,
-    )
-    return FederatedData(train, test, test_rows, tuple(train_rows[part] for part in parts), shape, strict=strict)
+    else:
+        parts = partition_rows(
+            train.labels[train_rows], clients=clients, partition=partition, alpha=alpha,
+            shards_per_client=shards_per_client, seed=seed,
+        )  # fmt: skip
+    own = tuple(train_rows[part] for part in parts)
+    return FederatedData(train, test, test_rows, own, shape, strict=strict, label_names=names)
 
 
 @lru_cache(maxsize=4)

@@ -50,6 +50,7 @@ class LabeledImages:
         labels: int64 [n], each in 0..classes-1.
         classes: number of classes of the dataset, including those without an image here.
         unreadable: for each image that could not be read and is left out, where it is and why.
+        class_names: names of the dataset's labels in their order, if it has any.
 
     Raises:
         ValueError: a tensor has another type or shape.
@@ -59,6 +60,7 @@ class LabeledImages:
     labels: Tensor
     classes: int
     unreadable: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.dim() != 4:

@@ -138,6 +138,17 @@ class FederatedRows:
             seed=seed,
         )  # fmt: skip
 
+    def description(self) -> Mapping[str, object]:
+        """What was read as inputs and labels, what was left out, and the number of rows by split."""
+        rows = sum(map(len, self.clients))
+        return {"read_as": self.test.read_as, "left_out": list(self.test.left_out), "train": rows,
+                "test": len(self.test)}  # fmt: skip
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The names of the labels, in their order."""
+        return self.class_names
+
     @property
     def width(self) -> int:
         return self.test.width

@@ -69,7 +69,7 @@ class GridTransport:
             time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
 
 
-def make_message(body: bytes, node: int, action: str, *, round_: int, ttl: float) -> Message:
+def make_message(body: bytes | str, node: int, action: str, *, round_: int, ttl: float) -> Message:
     """A message whose only content is `body`."""
     content = RecordDict({RECORD: ConfigRecord({FIELD: body})})
     return Message(content, node, action, group_id=str(round_), ttl=ttl)

@@ -5,6 +5,7 @@ metrics.jsonl                        one `RoundRecord` per line
 ledger.jsonl                         one message per line, appended after each round
 weights.safetensors, plugins.state   the model and the plugins' broadcast state, replaced after each round
 samples.npz, panels.json             images and plugin panels for the report, replaced after each round
+data.json                            what was read as data, what was left out, and each client's number of images
 metrics.prom                         Prometheus metrics (`tofu.observers.prometheus`), replaced after each round
 checkpoints/                         state for a resume (`server.checkpoint`)
 summary.json, report.html            `RunSummary` and the report, written at the end
@@ -135,6 +136,10 @@ class RunFolder:
     def write_summary(self, summary: RunSummary) -> None:
         """Replace summary.json."""
         self._replace("summary.json", _json(to_dict(summary), indent=1))
+
+    def write_data(self, data: Mapping[str, object]) -> None:
+        """Replace data.json."""
+        self._replace("data.json", _json(data, indent=1))
 
     def write_panels(self, panels: Mapping[str, Panel]) -> None:
         """Replace panels.json (plugin name -> panel), if there are any."""

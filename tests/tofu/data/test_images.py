@@ -146,17 +146,3 @@ def test_a_client_that_cannot_take_part_is_a_failure_of_the_round(tmp_path: Path
     assert [failure.reason for failure in rounds[1].failures] == [
         f"{data / '1' / '13.png'} has 8x9 pixels, expected 8x8 (width x height)"
     ]
-
-
-def test_a_run_of_which_no_round_succeeded_fails_and_says_why(tmp_path: Path) -> None:
-    private = {
-        "schedule": "secure",
-        "noise_multiplier": 1.0,
-        "max_epsilon": 0.01,
-        "clip_norm": 1.0,
-        "secure_ratio": 1.0,
-        "clients": 3,
-    }
-    with pytest.raises(RunError, match=r"no round succeeded, so the model is untrained .the privacy budget"):
-        small_run(noise_folder(tmp_path / "data"), tmp_path / "run", **private)
-    assert (tmp_path / "run" / "report.html").exists()

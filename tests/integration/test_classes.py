@@ -1,0 +1,103 @@
+"""Clients whose own folders hold different classes train on the same class numbers; file names stay with them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from client.app import app as client_app
+from server.app import app as server_app
+from tofu.errors import RunError
+from tofu.flower.in_process import run_in_process
+from tofu.rounds.record import RoundRecord, read_rounds, read_summary
+from tofu.settings import Settings
+
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def write(folder: Path, names: tuple[str, ...], rows: slice, *, as_names: dict[str, str] | None = None) -> Path:
+    bunch = load_digits()
+    for row in range(len(bunch.target))[rows]:
+        name = NAMES[bunch.target[row]]
+        if name in names:
+            file = folder / (as_names or {}).get(name, name) / f"{row}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.rint(bunch.images[row] * 15).astype(np.uint8)).save(file)
+    return folder
+
+
+def federate(tmp_path: Path, run: str, own: list[Path], **settings: Any) -> tuple[list[RoundRecord], dict[str, Any]]:
+    """The rounds of a run whose clients have these folders, and its data.json."""
+    chosen = {
+        "dataset": str(tmp_path / "server"), "clients": len(own), "rounds": 3, "schedule": "fedavg", "local_epochs": 3,
+        "run_folder": str(tmp_path / run), "lr": 0.2, "checkpoint": False,
+    } | settings  # fmt: skip
+    run_in_process(
+        server_app, client_app, run_config=Settings.of(chosen).to_config(), num_supernodes=len(own),
+        node_config=lambda partition: {"data": str(own[partition])},
+    )  # fmt: skip
+    return list(read_rounds(tmp_path / run / "metrics.jsonl")), json.loads((tmp_path / run / "data.json").read_text())
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[Path]:
+    """The server's folder with all digits, and those of three clients with some."""
+    write(tmp_path / "server" / "train", NAMES, slice(0, 100))
+    write(tmp_path / "server" / "test", NAMES, slice(100, 400))
+    parts = (NAMES[:4], NAMES[3:8], (NAMES[9], NAMES[8], NAMES[0]))
+    return [write(tmp_path / f"own{n}", part, slice(400, 1200)) for n, part in enumerate(parts)]
+
+
+def test_classes_are_numbered_alike_whatever_each_client_has(tmp_path: Path, folders: list[Path]) -> None:
+    rounds, data = federate(tmp_path, "exchanged", folders)
+    assert rounds[-1].accuracy is not None
+    assert rounds[-1].accuracy > 0.6
+    names = tuple(sorted(NAMES))
+    federate(tmp_path, "named", folders, class_names=",".join(names))
+    exchanged, named = (read_summary(tmp_path / name / "summary.json") for name in ("exchanged", "named"))
+    assert exchanged is not None
+    assert named is not None
+    assert exchanged.weights_sha256 == named.weights_sha256
+    assert data["classes"] == list(names)
+    assert data["read_as"] == "images of one folder per class"
+    assert [set(data["clients"][name]["classes"]) for name in "012"] == [
+        set(NAMES[:4]), set(NAMES[3:8]), {NAMES[9], NAMES[8], NAMES[0]}
+    ]  # fmt: skip
+
+
+def test_what_a_client_cannot_read_is_counted_at_the_server_without_its_name(
+    tmp_path: Path, folders: list[Path]
+) -> None:
+    (folders[0] / "one" / "Mrs Smith 1962.png").write_bytes(b"")
+    rounds, data = federate(tmp_path, "run", folders, rounds=1)
+    assert data["clients"]["0"]["unreadable"] == 1
+    summary = read_summary(tmp_path / "run" / "summary.json")
+    assert summary is not None
+    assert summary.unreadable == 1
+    assert not rounds[1].failures
+    stored = "".join(path.read_text() for path in (tmp_path / "run").glob("*.json*"))
+    assert "Smith" not in stored
+    assert str(folders[0]) not in stored
+
+
+def test_a_class_that_the_run_does_not_have_is_refused_in_one_line(tmp_path: Path, folders: list[Path]) -> None:
+    folders[1] = write(tmp_path / "odd", NAMES[:3], slice(400, 600), as_names={"two": "owl"})
+    rounds, _ = federate(tmp_path, "run", folders, rounds=1)
+    (failure,) = rounds[1].failures
+    assert failure.reason == (
+        "its data has the label 'owl': expected one of eight, five, four, nine, one, seven, six, three, two, zero "
+        "(class-names can name all classes)"
+    )
+    with pytest.raises(RunError, match=r"0 clients connected .*has the label 'owl'"):
+        federate(tmp_path, "none", [folders[1]], rounds=1, round_timeout=5.0)
+
+
+def test_with_privacy_no_class_names_leave_a_client(tmp_path: Path, folders: list[Path]) -> None:
+    private = {"schedule": "fedavg", "noise_multiplier": 0.01, "clip_norm": 1.0}
+    rounds, data = federate(tmp_path, "run", folders, rounds=1, **private)
+    assert len(rounds[1].by_client) == 3
+    assert data["clients"] == {"0": {}, "1": {}, "2": {}}
