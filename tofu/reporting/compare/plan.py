@@ -74,7 +74,7 @@ class Cell:
     @property
     def name(self) -> str:
         """As run folders begin."""
-        return f"{self.compressor}-{self.ratios[0]:.12g}x"
+        return f"{self.compressor.replace(':', '.')}-{self.ratios[0]:.12g}x"
 
 
 @dataclass(frozen=True)
@@ -140,9 +140,10 @@ class Comparison:
             raise SettingError("seeds", seeds, f"a whole number from 1 to {MAX_SEEDS}")
         names = _entries("compressors", compressors)
         for name in names:
-            if name not in registry.names() or name == FEDAVG:
+            if name == FEDAVG or (name not in registry.names() and ":" not in name):
                 known = ", ".join(other for other in registry.names() if other != FEDAVG)
-                raise SettingError("compressors", name, f"some of {known} ({FEDAVG} is always run, as FedAvg)")
+                accepted = f"some of {known}, or package.module:Class ({FEDAVG} is always run, as FedAvg)"
+                raise SettingError("compressors", name, accepted)
         made = Comparison(
             shared=shared,
             compressors=names,
@@ -265,9 +266,9 @@ def _ratios(text: str) -> tuple[float, ...]:
 def _overrides(texts: Sequence[str], compressors: Sequence[str]) -> dict[str, dict[str, Value]]:
     overrides: dict[str, dict[str, Value]] = {}
     for text in texts:
-        compressor, colon, assignment = text.partition(":")
+        target, equals, raw = text.partition("=")
+        compressor, colon, setting = target.rpartition(":")  # a compressor may be package.module:Class
         compressor = present_value("compressor", compressor)
-        setting, equals, raw = assignment.partition("=")
         if not (compressor and colon and setting and equals):
             raise SettingError("for", text, "NAME:setting=value")
         if compressor not in (FEDAVG, *compressors):

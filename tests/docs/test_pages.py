@@ -1,13 +1,12 @@
-"""The Markdown pages: relative links resolve, commands exist, and the README's Python example runs."""
+"""The Markdown pages: relative links resolve, and commands exist."""
 
 import re
 from pathlib import Path
 
 import pytest
-import torch
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks" / "README.md"]
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 
 
@@ -38,17 +37,3 @@ def test_commands_exist(page: Path) -> None:
     for module in re.findall(r"python -m ((?:attacks|benchmarks|deploy|tofu)(?:\.[a-z]\w*)*)", text):
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").exists() or path.is_dir(), module
-
-
-def test_the_python_example_runs() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    torch.manual_seed(0)
-    names: dict[str, object] = {}
-    exec(compile(code, "README.md", "exec"), names)
-    message, update, decoded = names["message"], names["update"], names["decoded"]
-    assert isinstance(message, bytes)
-    assert isinstance(update, dict)
-    assert isinstance(decoded, dict)
-    assert 20 * len(message) < 4 * sum(value.numel() for value in update.values())
-    sent, received = (torch.cat([values[n].flatten() for n in update]) for values in (update, decoded))
-    assert torch.nn.functional.cosine_similarity(sent, received, dim=0) > 0.5
