@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from tofu.data import FederatedRows, ImageShape, LabeledRows
+from tofu.errors import DataError
 from tofu.evaluation import Evaluation, Predict
 from tofu.model_call import NO_CALL, ModelCall
 from tofu.models import build_row_model
@@ -44,6 +45,8 @@ class RowWorkload:
         return NO_CALL if self._settings.data.kind == "text" else ModelCall(((shape.width,),), (shape.classes,))
 
     def client(self, partition: int) -> LabeledRows:
+        if not any(map(len, self.data.clients)):
+            raise DataError("the dataset has a test split only: a client needs data of its own (node config: data)")
         return self.data.clients[partition]
 
     def test(self) -> LabeledRows:

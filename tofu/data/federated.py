@@ -89,6 +89,8 @@ class FederatedData:
         if not 0 <= partition_id < self.clients:
             accepted = f"0 to {self.clients - 1}, as there are {self.clients} clients"
             raise SettingError("partition-id", partition_id, accepted)
+        if not any(map(len, self._client_rows)):
+            raise DataError("the dataset has a test split only: a client needs data of its own (node config: data)")
         return self._load(partition_id, self._train, self._client_rows[partition_id])
 
     def test(self) -> LabeledImages:
@@ -138,7 +140,8 @@ def open_data(
 
     A local folder holds parquet files as on the hub (train.parquet, data/test-00000-of-00001.parquet, ...), or images
     as train/<class>/*.png and test/<class>/*.png. A folder is read once per process: later changes are not seen.
-    Without a test split, a stratified 15% of the training images is held out, the same in every run.
+    Without a test split, a stratified 15% of the training images is held out, the same in every run. A folder with
+    a test split alone is for a server whose clients have their own data: all of it is evaluated on.
 
     Args:
         dataset: "digits" (8x8, embedded in scikit-learn), a local folder, or a Hugging Face hub id.
@@ -266,6 +269,8 @@ def _open(
         if train.ids is None:
             raise SettingError("client_column", columns.client, f"a column of {dataset} that names each image's client")
         parts, _ = partition_by_id(train.ids[train_rows], clients=clients, seed=seed)
+    elif not len(train_rows):  # the data of a server; a client that asks for its part is refused
+        parts = (train_rows,) * clients
     else:
         parts = partition_rows(
             train.labels[train_rows], clients=clients, partition=partition, alpha=alpha,
@@ -287,7 +292,12 @@ def _load(dataset: str, columns: Columns, class_names: tuple[str, ...]) -> tuple
         else hub_splits(dataset, columns, class_names)
     )
     if "train" not in splits:
-        raise DataError(f"{dataset} has no split named train")
+        if "test" not in splits:
+            raise DataError(f"{dataset} has no split named train or test")
+        # The data of a server whose clients have their own: all of it is evaluated on.
+        alone = splits["test"]
+        alone.check_labels()
+        return alone, alone, np.arange(0), np.arange(len(alone.labels))
     train = splits["train"]
     train.check_labels()
     # Benchmarks that withhold the labels of their test split set all of them to -1.

@@ -107,7 +107,7 @@ def _image_splits(folder: Path, class_names: tuple[str, ...], columns: Columns) 
                 raise DataError(f"{root} has images directly in {inside}, which names a split: expected {_LAYOUTS}")
         if not paths[role]:
             raise DataError(f"{root} has no labeled images: expected {_LAYOUTS}")
-    names, numbered = number_classes(labels, {}, class_names, str(roots["train"]))
+    names, numbered = number_classes(labels, {}, class_names, str(next(iter(roots.values()))))
     for text in left_out:
         _LOG.warning("%s: not read", text)
     splits = {}
@@ -129,6 +129,8 @@ def _split_folders(folder: Path) -> tuple[dict[str, Path], list[str]]:
             raise DataError(f"{folder} has both {roots[role].name} and {path.name} for {role}: expected one of them")
         else:
             roots[role] = path
+    if list(roots) == ["test"] and not others:  # the data of a server whose clients have their own
+        return roots, []
     if "train" not in roots:
         return {"train": folder}, []
     return roots, [f"folder {path}, which is no split" for path in others]

@@ -184,7 +184,8 @@ def open_rows(
 
     Args:
         dataset: a CSV or parquet file, a folder with train.csv and test.csv (or parquet), a Hugging Face hub id, or one
-            of `EMBEDDED_TABLES`. Without test rows, a stratified 15% is held out, the same in every run.
+            of `EMBEDDED_TABLES`. Without test rows, a stratified 15% is held out, the same in every run. Test rows
+            alone are for a server whose clients have their own data: all of them are evaluated on.
         clients: number of clients. With partition="natural", those with the most rows are taken.
         partition: "iid", "dirichlet" or "shards" as for `tofu.data.open_data`, or "natural": by the client column.
         train_images, test_images: number of rows to use; 0 uses all.
@@ -239,6 +240,8 @@ def _open(
         if train.ids is None:
             raise SettingError("client_column", "", "the column that names the client of a row, for partition=natural")
         parts, names = partition_by_id(train.ids[train_rows], clients=clients, seed=seed)
+    elif not len(train_rows):  # the data of a server whose clients have their own
+        parts = (train_rows,) * clients
     else:
         parts = partition_rows(
             labels[train_rows], clients=clients, partition=partition, alpha=alpha,
@@ -257,7 +260,9 @@ def _splits(dataset: str, form: RowFormat) -> tuple[LabeledRows, LabeledRows]:
         return rows.subset(train), rows.subset(test)
     found = _read(_tables(dataset), form)
     if "train" not in found:
-        raise DataError(f"{dataset} has no rows to train on")
+        if "test" not in found:
+            raise DataError(f"{dataset} has no rows to train or test on")
+        return found["test"].subset(np.arange(0)), found["test"]
     rows = found["train"]
     test_rows = found.get("test") or found.get("validation")
     if test_rows is not None:

@@ -468,6 +468,15 @@ def test_a_folder_of_images_is_read_as_written(tmp_path: Path, by_name: dict[str
     assert data.class_counts().sum(0).tolist() == [10, 10, 10]
 
 
+def test_a_test_split_alone_is_a_servers_and_used_in_full(tmp_path: Path, by_name: dict[str, list[np.ndarray]]) -> None:
+    write_images(tmp_path / "test", {name: by_name[name][:10] for name in NAMES[:3]})
+    data = open_(tmp_path, clients=2)
+    assert (data.class_names, len(data.test())) == (("one", "two", "zero"), 30)
+    assert data.clients == 2
+    with pytest.raises(DataError, match="a test split only: a client needs data of its own"):
+        data.client(0)
+
+
 def test_without_a_test_split_some_of_every_class_is_held_out(
     tmp_path: Path, by_name: dict[str, list[np.ndarray]], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -56,6 +56,12 @@ def test_files_and_folders_of_both_formats_give_the_same_rows(tmp_path: Path, su
     assert len(alone.test) == 8
 
 
+def test_test_rows_alone_are_a_servers_and_used_in_full(tmp_path: Path) -> None:
+    write_table(tmp_path / "data" / "test.csv", 20)
+    data = open_rows(str(tmp_path / "data"), TABLE, clients=2, partition="dirichlet", seed=0)
+    assert (len(data.test), [len(rows) for rows in data.clients]) == (20, [0, 0])
+
+
 def test_the_natural_partition_takes_the_clients_with_the_most_rows(tmp_path: Path) -> None:
     sites = ["x"] * 30 + ["y"] * 20 + ["z"] * 10
     form = RowFormat(features=("a", "b"), label="kind", client="site")
