@@ -1,0 +1,181 @@
+"""Write the tables of the documentation again from benchmarks/results: python -m benchmarks.tables [--check].
+
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->` in README.md or a page of docs/; NAME is a key
+of TABLES. With --check nothing is written, and the exit status is 1 if a table is not current.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from benchmarks.common import RESULTS, markdown_table, spread
+from tofu.formatting import format_bytes
+
+ROOT = RESULTS.parents[1]
+MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n\n)(?P<table>.*?)(\n\n<!-- end of table -->)", re.DOTALL)
+NAMES = {
+    "full": "FedAvg", "proxy": "proxy (default)", "stc": "STC", "topk": "top-k", "powersgd": "PowerSGD", "eden": "EDEN",
+    "qsgd": "QSGD",
+}  # fmt: skip
+"""Compressors as `benchmarks.rivals` stores them -> as the tables name them."""
+
+Rows = list[dict[str, Any]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a table is not current")
+    check = parser.parse_args().check
+    stale = []
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        old = page.read_text(encoding="utf-8")
+        new = MARKED.sub(lambda found: found[1] + TABLES[found["name"]]() + found[4], old)
+        if new != old:
+            stale.append(page.relative_to(ROOT).as_posix())
+            if not check:
+                page.write_text(new, encoding="utf-8")
+    print("\n".join(stale) or "all tables are current")
+    sys.exit(1 if check and stale else 0)
+
+
+def accuracies(name: str, compressor: str, ratio: float | None) -> list[float]:
+    """Final test accuracy in % by seed, of the runs of results/rivals-NAME.json; FedAvg has no ratio."""
+    runs = read(f"rivals-{name}")["runs"]
+    chosen = [run for run in runs if run["compressor"] == compressor and (ratio is None or run["ratio"] == ratio)]
+    return [100 * run["final_accuracy"] for run in sorted(chosen, key=lambda run: run["seed"])]
+
+
+def read(name: str) -> dict[str, Any]:
+    """A file of benchmarks/results."""
+    document: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return document
+
+
+def rivals_row(name: str, ratio: float, compressors: Sequence[str], earlier: str = "") -> list[str]:
+    """Accuracy by compressor, the largest mean in bold; those that `name` lacks are of the file `earlier`."""
+    values = [accuracies(name, c, ratio) or accuracies(earlier, c, ratio) for c in compressors]
+    best = max(values, key=statistics.fmean)
+    return [f"**{spread(one, 2)}**" if one is best else spread(one, 2) for one in values]
+
+
+def lead(name: str, ratio: float, compressors: Sequence[str]) -> str:
+    """By how many points proxies are ahead of the rival with the best mean, by seed."""
+    best = max((accuracies(name, c, ratio) for c in compressors if c != "proxy"), key=statistics.fmean)
+    return spread([a - b for a, b in zip(accuracies(name, "proxy", ratio), best, strict=True)], 2)
+
+
+def readme() -> str:
+    rows = []
+    for data, name, ratio in (
+        ("MNIST", "mnist", 50), ("MNIST", "mnist", 500), ("CIFAR-10", "cifar10-group", 200),
+        ("CIFAR-10", "cifar10-group", 500),
+    ):  # fmt: skip
+        methods = [spread(accuracies(name, c, ratio), 2) for c in ("proxy", "stc", "topk")]
+        rows.append([f"{data}, {ratio}x", spread(accuracies(name, "full", None), 2), *methods])
+    return markdown_table(("data, payload ratio", "FedAvg", "proxies", "STC", "top-k"), rows)
+
+
+def federated() -> str:
+    """FedAvg and hybrid training, of results/federated-*.json."""
+    rows = []
+    for data, name in (("MNIST", "mnist"), ("CIFAR-10", "cifar10")):
+        runs: Rows = read(f"federated-{name}")["rows"]
+        fedavg = [run["final_accuracy"] for run in runs if run["method"] == "FedAvg"]
+        for method, title in (("FedAvg", "FedAvg"), ("hybrid", "hybrid (last round secure)")):
+            mine = [run for run in runs if run["method"] == method]
+            lost = [100 * (f - run["final_accuracy"]) for f, run in zip(fedavg, mine, strict=True)]
+            uplink = format_bytes(round(statistics.fmean(run["uplink_bytes"] for run in mine)))
+            rows.append(
+                [
+                    data, title, spread([100 * run["final_accuracy"] for run in mine], 2),
+                    "" if method == "FedAvg" else spread(lost, 2), uplink,
+                    f"{statistics.fmean(run['uplink_ratio'] for run in mine):.1f}x",
+                ]
+            )  # fmt: skip
+    return markdown_table(("data", "method", "test accuracy, %", "points lost", "uplink", "less than FedAvg"), rows)
+
+
+def rivals_mnist() -> str:
+    compressors = ("proxy", "stc", "topk", "powersgd", "eden", "qsgd")
+    rows = [[f"{ratio}x", *rivals_row("mnist", ratio, compressors, "mnist-earlier")] for ratio in (50, 200, 500)]
+    return markdown_table(("payload ratio", *(NAMES[c] for c in compressors)), rows)
+
+
+def rivals_skew() -> str:
+    rows = []
+    for title, name, ratio in (
+        ("Dirichlet 0.1", "mnist-alpha-0.1", 500), ("Dirichlet 0.3", "mnist-alpha-0.3", 500),
+        ("Dirichlet 1", "mnist-alpha-1.0", 500), ("Dirichlet 10", "mnist-alpha-10.0", 500),
+        ("10 of 100", "mnist-100", 200),
+    ):  # fmt: skip
+        methods = ("proxy", "stc", "topk")
+        fedavg = spread(accuracies(name, "full", None), 2)
+        rows.append([title, fedavg, *rivals_row(name, ratio, methods), lead(name, ratio, methods)])
+    return markdown_table(("setting", "FedAvg", "proxy", "STC", "top-k", "ahead of the best rival, by seed"), rows)
+
+
+def rivals_cifar10(name: str, compressors: Sequence[str]) -> str:
+    rows = [
+        [f"{ratio}x", *rivals_row(name, ratio, compressors), lead(name, ratio, compressors)] for ratio in (50, 200, 500)
+    ]
+    header = ("payload ratio", *(NAMES[c] for c in compressors), "ahead of the best rival, by seed")
+    return markdown_table(header, rows)
+
+
+def classes() -> str:
+    """What coding positions by class adds, of results/classes.json."""
+    measured: Rows = read("classes")["rows"]
+    rows = []
+    for round_ in (2, 12):
+        for method in ("STC", "correction alone", "proxies and correction"):
+            seeds = [
+                [row for row in measured if (row["round"], row["method"], row["seed"]) == (round_, method, seed)]
+                for seed in sorted({row["seed"] for row in measured})
+            ]
+            cells = [
+                spread([statistics.fmean(row[field] for row in seed) for seed in seeds], digits)
+                if all(field in row for seed in seeds for row in seed)
+                else ""
+                for field, digits in (("entries", 0), ("bits", 2), ("explained_variance", 2))
+            ]
+            rows.append([str(round_), method, *cells])
+    return markdown_table(("round", "payload", "entries", "bits a position", "explained variance"), rows)
+
+
+def codec() -> str:
+    """What each part of the codec adds, of results/codec.json."""
+    measured: Rows = read("codec")["rows"]
+    rows = []
+    for variant, title in (
+        ("smooth (default)", "smooth mode (default)"), ("4 bits", "smooth mode, 4 bits"),
+        ("without the twin, Adam", "without the smooth surrogate (Adam)"),
+        ("labels on the simplex", "labels on the simplex"), ("one scale", "one scale"),
+        ("Adam in place of L-BFGS", "Adam instead of L-BFGS"), ("paper mode", "paper mode"),
+        ("paper mode, 1000 evaluations, no early stop", "paper mode, 1,000 evaluations"),
+    ):  # fmt: skip
+        found = {(row["case"], row["wanted_ratio"]): row for row in measured if row["variant"] == variant}
+        cases = [(case, ratio) for case in ("early", "late") for ratio in (64.0, 250.0)]
+        times = found["early", 64.0]["seconds_over_epoch"]
+        rows.append([title, *(spread(found[case]["cosine"]) for case in cases), f"{statistics.fmean(times):.2f}"])
+    return markdown_table(("", "early, 64x", "early, 250x", "late, 64x", "late, 250x", "time / epoch"), rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "readme": readme,
+    "federated": federated,
+    "codec": codec,
+    "rivals-mnist": rivals_mnist,
+    "rivals-skew": rivals_skew,
+    "rivals-cifar10-group": lambda: rivals_cifar10("cifar10-group", ("proxy", "stc", "topk", "powersgd", "eden")),
+    "rivals-cifar10-batch": lambda: rivals_cifar10("cifar10-batch", ("proxy", "stc", "topk", "powersgd")),
+    "classes": classes,
+}
+"""Name of a marked table -> what makes it."""
+
+
+if __name__ == "__main__":
+    main()
