@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from tofu.cli.options import ConfigFile, Json, Quiet, with_settings
+from tofu.errors import RunError, SettingError
 from tofu.formatting import format_bytes, printable
 from tofu.settings import Value, read_toml
 from tofu.settings.deprecated import present_names
@@ -21,6 +23,7 @@ app = typer.Typer(
 
 Folder = Annotated[Path, typer.Option("--folder", help="the federation's folder: keys, logs, database, results")]
 _FOLDER = Path("runs/federation")
+_COMPOSE = Path("deploy/compose.yaml")
 _COLOR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -106,6 +109,24 @@ def certificates(
 
     for file in make_files(folder, host or (), node or (), compose=compose):
         print(file)
+
+
+@app.command("add-client")
+def add_client(
+    name: Annotated[str, typer.Argument(help="of the client, such as hospital-d")],
+    superlink: Annotated[str, typer.Option("--superlink", help="host:port at which the client reaches this machine")],
+    compose: Annotated[Path, typer.Option("--compose", help="the compose file of the federation")] = _COMPOSE,
+) -> None:
+    """Admit a client on another machine to the federation in containers, make its keys, and say what to copy."""
+    if not compose.is_file():
+        raise SettingError("compose", str(compose), "the compose file of a checkout in which `make certs` was run")
+    command = ["docker", "compose", "-f", str(compose), "run", "--rm", "-T", "keys", "add-client", name]
+    try:
+        done = subprocess.run([*command, "--superlink", superlink], check=False)
+    except FileNotFoundError as error:
+        raise RunError("docker is not installed") from error
+    if done.returncode:
+        raise typer.Exit(2)
 
 
 @app.command()

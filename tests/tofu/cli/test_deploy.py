@@ -21,6 +21,7 @@ from tofu.cli import main
         (("up", "--app=data", "--folder=new"), "pyproject.toml"),
         (("up", "--folder=file/x"), "can be written"),
         (("up", "--data=data", "--folder=new"), "node-0"),
+        (("add-client", "x", "--superlink=a:1"), "make certs"),
     ],
 )
 def test_errors_are_one_line(
