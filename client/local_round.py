@@ -23,6 +23,7 @@ from client.state import (
 )
 from tofu.compression import downlink_compressor, uplink_compressor
 from tofu.compression.error_feedback import ErrorFeedback
+from tofu.compression.flat import check_finite
 from tofu.data import LabeledImages, LabeledRows
 from tofu.device import open_device
 from tofu.errors import PayloadError
@@ -216,6 +217,7 @@ class LocalRound:
         if self.local:
             save_local(self.context, self.local.end(model))
         update = difference(weights_of(model), start)
+        check_finite(update)
         load_weights(model, self.base)  # the codec differentiates at the global weights
         model.eval()
         noised = bool(settings.privacy.noise_multiplier)

@@ -6,9 +6,13 @@ With `--compose` it makes a folder for each service of deploy/compose.yaml, with
 
 import argparse
 import ipaddress
+import re
 import secrets
+import socket
+import ssl
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -27,9 +31,12 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from deploy.files import make_deployment, refuse_to_overwrite, write_new
 from deploy.identities import LIST, make_identities
-from tofu.errors import SettingError, TofuError
+from tofu.errors import RunError, SettingError, TofuError
 
 _CA_DAYS = 3650
+_CHECK_SECONDS = 5.0
+_LABEL = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_DNS_NAME = re.compile(rf"(\*\.)?({_LABEL}\.)*(?!\d+$){_LABEL}\.?")
 _SERVER_DAYS = 825  # more is refused by some TLS clients
 
 
@@ -65,6 +72,8 @@ def make_certificates(folder: Path, hosts: Sequence[str]) -> Certificates:
     """
     if not hosts:
         raise SettingError("host", list(hosts), "at least one IP address or DNS name")
+    for host in hosts:
+        _name(host)
     files = Certificates(folder / "ca.crt", folder / "ca.key", folder / "server.pem", folder / "server.key")
     refuse_to_overwrite(files.ca, files.ca_key, files.server, files.server_key)
     key, name = _private_key(), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "tofu-fl CA")])
@@ -85,9 +94,11 @@ def make_server_certificate(folder: Path, hosts: Sequence[str], *, ca: Path, ca_
     """A new key and a certificate for `hosts`, signed by the CA: `folder`/server.key and `folder`/server.pem.
 
     Raises:
-        SettingError: as `make_certificates`, or a CA that cannot be read.
+        SettingError: as `make_certificates`, a host that is neither an IP address nor a DNS name, or a CA that cannot
+            be read.
     """
     files = folder / "server.pem", folder / "server.key"
+    names = [_name(host) for host in hosts]
     refuse_to_overwrite(*files)
     try:
         authority = x509.load_pem_x509_certificate(ca.read_bytes())
@@ -103,7 +114,7 @@ def make_server_certificate(folder: Path, hosts: Sequence[str], *, ca: Path, ca_
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(signs_certificates=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(x509.SubjectAlternativeName([_name(host) for host in hosts]), critical=False)
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(issuer, critical=False)
         .sign(authority_key, hashes.SHA384())
     )
@@ -131,6 +142,8 @@ def make_compose_secrets(folder: Path, hosts: Sequence[str], nodes: Sequence[str
     Raises:
         SettingError: as `make_certificates`, `make_node_key` and `make_identities`.
     """
+    for host in hosts:
+        _name(host)
     local = ["localhost", "127.0.0.1"]
     ca, ca_key = folder / "ca.crt", folder / "ca.key"
     refuse_to_overwrite(ca, ca_key, folder / LIST)
@@ -206,10 +219,44 @@ def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
 
 
 def _name(host: str) -> x509.GeneralName:
+    """A host as a certificate names it. Raises SettingError if it is neither an IP address nor a DNS name."""
+    with suppress(ValueError):
+        return x509.IPAddress(ipaddress.ip_address("%" if "%" in host else host))  # no zones, such as fe80::1%eth0
+    if len(host) > 253 or not _DNS_NAME.fullmatch(host):
+        accepted = "an IP address or a DNS name alone, without scheme, port, brackets or spaces"
+        raise SettingError("host", host, accepted)
+    return x509.DNSName(host)
+
+
+def check_server(address: str, ca: Path) -> None:
+    """Check the certificate that a server shows, so that one that is not valid is named at once.
+
+    A server that cannot be reached is not reported: it may be about to start.
+
+    Args:
+        address: host:port of the server.
+        ca: certificate of the CA that must have signed it.
+
+    Raises:
+        RunError: the certificate has expired, is for other hosts, or is not signed by the CA.
+    """
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
     try:
-        return x509.IPAddress(ipaddress.ip_address(host))
-    except ValueError:
-        return x509.DNSName(host)
+        context = ssl.create_default_context(cafile=ca)
+        context.set_alpn_protocols(["h2"])
+        with (
+            socket.create_connection((host, int(port)), timeout=_CHECK_SECONDS) as connection,
+            context.wrap_socket(connection, server_hostname=host),
+        ):
+            pass
+    except ssl.SSLCertVerificationError as error:
+        raise RunError(
+            f"the certificate of {address} is not valid: {error.verify_message}; "
+            "`tofu deploy certificates` makes a new one"
+        ) from error
+    except (OSError, ValueError):
+        return
 
 
 def make_files(folder: Path, hosts: Sequence[str], nodes: Sequence[str], *, compose: bool) -> list[Path]:

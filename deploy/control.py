@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from deploy.certificates import check_server
 from deploy.topology import ENVIRONMENT
 from tofu.errors import RunError, TofuError
 from tofu.reporting.folder import read_config
@@ -65,7 +66,7 @@ class Control:
     """
 
     def __init__(self, folder: Path, address: str, ca: Path) -> None:
-        self._folder = folder.resolve()
+        self._folder, self._address, self._ca = folder.resolve(), address, ca
         home = self._folder / "flwr"
         home.mkdir(parents=True, exist_ok=True)
         (home / "config.toml").write_text(
@@ -113,6 +114,7 @@ class Control:
         Raises:
             RunError: the run could not be started, or had not ended in time.
         """
+        check_server(self._address, self._ca)
         config = self._folder / "run.toml"
         lines = [f"{json.dumps(key)} = {json.dumps(value, ensure_ascii=False)}" for key, value in run_config.items()]
         config.write_text("\n".join(lines), encoding="utf-8")
@@ -176,6 +178,7 @@ class Control:
         """The answer of a `flwr` command; a refusal that contains `accepted` is one too."""
         command = [str(_BIN / "flwr"), *arguments, "--format", "json"]
         what = f"flwr {' '.join(arguments[:2])}"
+        check_server(self._address, self._ca)
         try:
             result = subprocess.run(
                 command, cwd=self._folder, env=self._environment, stdin=subprocess.DEVNULL, capture_output=True,

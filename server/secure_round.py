@@ -16,6 +16,7 @@ from server.secure_ranges import known_identities
 from tofu.errors import PayloadError, RunError
 from tofu.flower.secure_stages import AbandonedError, SecureExchange, abandoning
 from tofu.flower.transport import Transport
+from tofu.formatting import shortened
 from tofu.observers.base import Observer
 from tofu.plugins import Plugins
 from tofu.secagg.encoding import RingEncoder, SecureMean, flat, purpose_of
@@ -71,8 +72,10 @@ class SecureCollector:
             with abandoning():
                 self._plugins.check_sums(mean.sums, model.reference.model, clients=len(survivors))
         except AbandonedError as error:
-            self._observer.on_note(f"round {state.round} is abandoned: {error}", round=state.round)
-            return Collected(abandoned=str(error))
+            reasons = sorted(set(state.failures.values()))
+            reason = f"{error}{f' ({shortened(reasons, 3)})' if reasons else ''}"
+            self._observer.on_note(f"round {state.round} is abandoned: {reason}", round=state.round)
+            return Collected(abandoned=reason)
         model.secure.advance(mean.ranges)
         if mean.clipped:
             self._observer.on_note(

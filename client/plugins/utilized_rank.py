@@ -14,6 +14,7 @@ The server learns the second moments of every measured layer's inputs. Those of 
 themselves, so it is left out unless `rank.first-layer=gram`.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -162,10 +163,16 @@ class UtilizedRank(Plugin):
         return self._context is not None and self._context.round == self.after and not self.ranks
 
     def _sites(self, model: nn.Module) -> tuple[Site, ...]:
-        """The matrices to measure; a grouped convolution, whose parameter is many of them, is left as it is."""
+        """The matrices to measure; the others are left as they are.
+
+        These are grouped convolutions, whose parameter is many matrices, and weights that several layers share.
+        """
         every = sites(model)
         own = every if self.first_layer == "gram" else every[1:]
-        return tuple(site for site in own if site.name == site.weight)
+        owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+        return tuple(
+            site for site in own if site.name == site.weight and owners[id(model.get_parameter(site.weight))] == 1
+        )
 
 
 def grams(model: nn.Module, images: Tensor, wanted: tuple[Site, ...], longest: float) -> dict[str, Tensor]:

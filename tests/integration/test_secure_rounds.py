@@ -214,6 +214,11 @@ def test_below_the_threshold_a_round_is_abandoned_and_the_run_goes_on(stage: str
     assert third["accuracy"] != first["accuracy"]
 
 
+def test_divergence_is_named_where_it_leaves_no_secure_round(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"too few for the threshold .local training diverged"):
+        federate(tmp_path / "run", schedule="secure", lr=1e25, rounds=1)
+
+
 def test_what_an_abandoned_round_should_have_delivered_is_delivered_later(tmp_path: Path) -> None:
     """Error feedback: the masked vectors that came to nothing return into what is sent next."""
     federate(tmp_path / "run", faulty(gone, "reveal", names="0123", rounds=(2,)))

@@ -31,8 +31,9 @@ from tofu.files import FileLock, lock_file, replace_file
 from tofu.reporting.panels import write_panels
 from tofu.rounds.panel import Panel
 from tofu.rounds.record import Baseline, RoundRecord, RunSummary, read_rounds, read_summary, to_dict
-from tofu.settings import Settings
+from tofu.settings import Settings, Value
 from tofu.settings.deprecated import present_names
+from tofu.settings.groups import EMBEDDED_TABLES
 from tofu.weights import Weights
 
 MAY_CHANGE = (
@@ -72,7 +73,7 @@ class RunFolder:
         except OSError as error:
             accepted = f"a folder that can be created ({error.strerror})"
             raise SettingError("run-folder", str(self.path), accepted) from error
-        self._replace("config.json", _json(settings.to_config(), indent=1))
+        self._replace("config.json", _json(_stored(settings), indent=1))
         self._lock = _lock(self.path)
 
     def close(self) -> None:
@@ -82,7 +83,7 @@ class RunFolder:
     def _check_settings(self, settings: Settings) -> None:
         if (self.path / "summary.json").exists():
             raise SettingError("resume", str(self.path), "a run that has not finished")
-        began, now = read_config(self.path).to_config(), settings.to_config()
+        began, now = _stored(read_config(self.path)), _stored(settings)
         for name, value in began.items():
             if now[name] != value and name not in MAY_CHANGE:
                 raise SettingError(name, now[name], f"{value}, as the run in {self.path} started with")
@@ -164,6 +165,25 @@ class RunFolder:
 
     def _replace(self, name: str, data: bytes) -> None:
         replace_file(self.path / name, data)
+
+
+def _stored(settings: Settings) -> dict[str, Value]:
+    """The settings with absolute paths, so that a run can be resumed in another folder."""
+    config = settings.to_config()
+    if settings.data.dataset not in ("digits", *EMBEDDED_TABLES):
+        config["dataset"] = _absolute(settings.data.dataset)
+    if settings.secure.secure_identities:
+        config["secure-identities"] = _absolute(settings.secure.secure_identities)
+    return config
+
+
+def _absolute(path: str) -> str:
+    """An absolute path, if it is the path of a file or folder; it may also be a hub id."""
+    with suppress(OSError, RuntimeError, ValueError):
+        expanded = Path(path).expanduser()
+        if path and expanded.exists():
+            return str(expanded.absolute())
+    return path
 
 
 def _weights_name(group: int) -> str:

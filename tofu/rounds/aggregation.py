@@ -38,7 +38,9 @@ class RunningMean:
         largest = max(sizes, default=0.0)
         # Python's max may pass over a NaN, so look at each.
         if not all(map(math.isfinite, sizes)) or not self._largest + largest < _LIMIT:
-            raise PayloadError(f"update times its {examples} examples reaches {largest:.3g}, more than can be added")
+            raise PayloadError(
+                f"update times its {examples} examples reaches {largest:.3g}, more than can be added: training diverged"
+            )
         self._largest += largest
         self.examples += examples
         for name, value in update.items():

@@ -113,7 +113,7 @@ class TrainingSettings(Group):
     rounds: int = setting(20, "number of rounds", ge=1, le=100_000)
     local_epochs: int = setting(5, "epochs over a client's images per round", ge=1)
     batch_size: int = setting(16, "batch size of local training", ge=1)
-    lr: float = setting(0.1, "learning rate of the clients' SGD", gt=0)
+    lr: float = setting(0.1, "learning rate of the clients' SGD", gt=0, le=1e30)
     lr_final_factor: float = setting(
         1.0, "learning rate of the last round as a fraction of the first (half a cosine)", gt=0, le=1
     )

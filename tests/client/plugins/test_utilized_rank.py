@@ -319,3 +319,24 @@ def test_it_goes_with_the_wider_head_of_ood(digits: LabeledImages) -> None:
         found = later.predict(small.eval(), to_float(data.images))
     assert found.logits.shape == (200, 10)
     assert found.score is not None
+
+
+class TiedLayers(nn.Module):
+    """Two layers with one weight, and a layer that is applied twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.one, self.other = nn.Linear(64, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+        self.other.weight = self.one.weight
+        self.twice, self.last = nn.Linear(32, 32), nn.Linear(32, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = F.relu(self.one(F.relu(self.first(images.flatten(1)))))
+        return self.last(self.twice(F.relu(self.twice(F.relu(self.other(hidden))))))  # type: ignore[no-any-return]
+
+
+def test_a_weight_that_layers_share_is_left_as_it_is(digits: LabeledImages) -> None:
+    model = TiedLayers()
+    plugin = UtilizedRank(energy=0.9)
+    plugin.setup(model, RoundContext(digits.shape, round=1))
+    assert {name.rpartition("/")[0] for name in plugin.declare_sums(model)} == {"twice.weight", "last.weight"}
