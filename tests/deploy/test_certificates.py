@@ -17,8 +17,8 @@ from tofu.errors import RunError, SettingError
 
 @pytest.mark.parametrize(
     "host",
-    ["fl.example.org:8443", "https://fl.example.org", "[::1]", "[::1]:80", "a b", " a", "a\n", "", "300.1.2.3", "caf\u00e9",
-     "fe80::1%eth0", "a..b", "-a", "x" * 64, "a/b", "*"],
+    ["fl.example.org:8443", "https://fl.example.org", "[::1]", "[::1]:80", "a b", " a", "a\n", "", "300.1.2.3",
+     "caf\u00e9", "fe80::1%eth0", "a..b", "-a", "x" * 64, "a/b", "*"],
 )  # fmt: skip
 def test_what_is_no_host_is_refused_and_nothing_is_written(host: str, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="expected an IP address or a DNS name alone"):
