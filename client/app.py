@@ -4,8 +4,8 @@ Entries of the node config:
 
 - `partition-id`: the client's partition of the run's dataset, and its name; or `data`, a folder with its own images.
 - `device`: where it trains and encodes, whatever the run's setting.
-- `allowed-rounds` ("secure" or "proxy,secure") and `min-noise-multiplier`: the client refuses other rounds
-  (`tofu.flower.policy`). `tofu.flower.secure_session` has those for secure rounds.
+- `policy`: the file of what the client accepts of a server (`tofu.flower.policy`).
+- `identity` and `identities`: keys of secure rounds (`tofu.flower.secure_session`).
 """
 
 import logging
@@ -17,29 +17,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.local_round import train_round
-from client.policy import client_data, without_paths
+from client.policy import client_data
 from client.state import save_class_names
 from tofu.errors import TofuError
-from tofu.flower.policy import client_name
+from tofu.flower.policy import Policy, client_name, error_replies
 from tofu.flower.secure_session import answer_query, participant_of
 from tofu.log import about, start_logging
-from tofu.rounds.downlink import ResyncError
 from tofu.settings import Settings
-from tofu.wire import (
-    CLASSES,
-    FIELD,
-    RECORD,
-    RESYNC,
-    SECURE,
-    SecureQuery,
-    TrainRequest,
-    class_names_from,
-    class_names_to_text,
-)
+from tofu.wire import CLASSES, FIELD, RECORD, SECURE, SecureQuery, TrainRequest, class_names_from, class_names_to_text
 from tofu.workload import Workload
 
 LOG = logging.getLogger("tofu.client")
@@ -52,7 +41,9 @@ def hello(message: Message, context: Context, workload: Workload | None = None) 
     Under DP, all this would not be noised: the number is 1, and the rest is not sent.
     """
     with _answering("hello", message, context) as answer:
-        settings = Settings.of(context.run_config)
+        settings = _settings(context)
+        policy = Policy.of(context)
+        policy.check_noise(settings.privacy.noise_multiplier)
         data = client_data(settings, context, workload)
         private = bool(settings.privacy.noise_multiplier)
         answer.record = ConfigRecord({"client": client_name(context), "examples": 1 if private else len(data)})
@@ -60,7 +51,7 @@ def hello(message: Message, context: Context, workload: Workload | None = None) 
         if unreadable and not private:
             answer.record["unreadable"] = unreadable
         if "data" in context.node_config and not settings.data.class_names:
-            names = () if private else getattr(data, "class_names", ())
+            names = getattr(data, "class_names", ()) if policy.class_names and not private else ()
             answer.record[CLASSES] = class_names_to_text(names)
     return answer.message
 
@@ -69,14 +60,14 @@ def classes(message: Message, context: Context) -> Message:
     """Number the classes of this client's own data as the server says, in all rounds that follow."""
     with _answering("classes", message, context) as answer:
         save_class_names(context, class_names_from(_content(message)))
-        client_data(Settings.of(context.run_config), context)
+        client_data(_settings(context), context)
     return answer.message
 
 
 def train(message: Message, context: Context, workload: Workload | None = None) -> Message:
     """One round: train locally, compress the update, reply with one payload."""
     with _answering("train", message, context) as answer:
-        settings = Settings.of({**context.run_config, **_device_of(context)})
+        settings = _settings(context)
         torch.set_num_threads(settings.run.threads)
         request = TrainRequest.from_bytes(_content(message))
         answer.fields["kind"] = request.kind
@@ -88,6 +79,7 @@ def train(message: Message, context: Context, workload: Workload | None = None) 
 def secure(message: Message, context: Context) -> Message:
     """Answer one stage of a secure round other than the masked input."""
     with _answering("secure", message, context) as answer:
+        _settings(context)
         query = SecureQuery.from_bytes(_content(message))
         answer.fields["stage"] = query.stage
         made = answer_query(query, context, participant_of(context, client_name(context)))
@@ -110,23 +102,16 @@ app = make_app()
 
 @dataclass
 class _Answer:
-    """The reply to a message: `record`, or `error` if there is one; `fields` are added to the log line."""
+    """The reply to a message: `record`, or an error reply in its place; `fields` are added to the log line."""
 
-    to: Message
+    message: Message
     record: ConfigRecord = field(default_factory=ConfigRecord)
-    error: Error | None = None
     fields: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def message(self) -> Message:
-        if self.error is not None:
-            return Message(self.error, reply_to=self.to)
-        return Message(RecordDict({RECORD: self.record}), reply_to=self.to)
 
 
 @contextmanager
 def _answering(what: str, message: Message, context: Context) -> Iterator[_Answer]:
-    """Build a reply and log the outcome. A `TofuError` becomes an error reply; other exceptions are raised."""
+    """Build a reply and log the outcome. Exceptions become error replies (`tofu.flower.policy.error_replies`)."""
     began, answer, group = time.perf_counter(), _Answer(message), message.metadata.group_id
     round_ = int(group) if group.isdecimal() else None
 
@@ -137,25 +122,32 @@ def _answering(what: str, message: Message, context: Context) -> Iterator[_Answe
         )  # fmt: skip
         LOG.log(level, event, extra=extra, exc_info=level >= logging.ERROR)
 
-    try:
-        start_logging(str(context.run_config.get("log", "text")))
-        yield answer
-        sent = answer.record.get(FIELD)
-        log(logging.INFO, "answered", bytes=len(sent) if isinstance(sent, bytes) else 0)
-    except TofuError as error:
-        answer.error = Error(
-            code=RESYNC if isinstance(error, ResyncError) else 0, reason=without_paths(str(error), context)
-        )
-        log(logging.WARNING, "failed", reason=str(error))
-    except Exception as error:
-        log(logging.ERROR, "failed", reason=f"{type(error).__name__}: {error}")
-        raise
+    with error_replies(message, context) as replies:
+        try:
+            start_logging(str(context.run_config.get("log", "text")))
+            yield answer
+            sent = answer.record.get(FIELD)
+            log(logging.INFO, "answered", bytes=len(sent) if isinstance(sent, bytes) else 0)
+        except TofuError as error:
+            log(logging.WARNING, "failed", reason=str(error))
+            raise
+        except Exception as error:
+            log(logging.ERROR, "failed", reason=f"{type(error).__name__}: {error}")
+            raise
+        replies.append(Message(RecordDict({RECORD: answer.record}), reply_to=message))
+    answer.message = replies[0]
 
 
-def _device_of(context: Context) -> dict[str, str]:
-    """The device of the node config, which overrides the run's setting."""
+def _settings(context: Context) -> Settings:
+    """The run's settings, with the device of the node config, after the client's policy has accepted them.
+
+    Raises:
+        PolicyError: the policy refuses one.
+        SettingError: one is not usable, or the policy is not.
+    """
+    Policy.of(context).check_run(context.run_config, context.node_config)
     device = context.node_config.get("device")
-    return {} if device is None else {"device": str(device)}
+    return Settings.of(context.run_config if device is None else context.run_config | {"device": str(device)})
 
 
 def _content(message: Message) -> object:

@@ -1,7 +1,7 @@
 """How a client obtains the round's global weights: in full, or from weights that it kept and the steps it missed."""
 
 from tofu.compression.base import Compressor
-from tofu.errors import DataError
+from tofu.errors import PayloadError
 from tofu.payload import HEADER_BYTES, WEIGHTS, float32_from, read_payload
 from tofu.reference_model import ReferenceModel
 from tofu.rounds.downlink import KeptWeights, follow_steps
@@ -28,7 +28,7 @@ def receive_weights(
         _load_full(request.payload, round_, network)
     else:
         if compressor is None:
-            raise DataError("the server sent steps, but this client's settings have downlink=full-weights")
+            raise PayloadError("the server sent steps, but this client's settings have downlink=full-weights")
         follow_steps(
             network, kept, request.steps, round_, compressor, identity=request.identity, sketch=request.sketch
         )  # fmt: skip
@@ -40,5 +40,5 @@ def _load_full(data: bytes, round_: int, network: ReferenceModel) -> None:
     load_weights(network.model, float32_from(payload.body, network.param_spec))
     network.model.eval()
     if base_fingerprint(network.model) != payload.fingerprint:
-        raise DataError("the global weights do not match their fingerprint: server and client built other models "
+        raise PayloadError("the global weights do not match their fingerprint: server and client built other models "
                         "(frozen weights and constant buffers count, too)")  # fmt: skip

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sized
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ from tofu.compression.flat import check_finite
 from tofu.data import LabeledImages, LabeledRows
 from tofu.device import open_device
 from tofu.errors import PayloadError
-from tofu.flower.policy import check_policy, client_name
+from tofu.flower.policy import Policy, client_name
 from tofu.flower.secure_session import load_session, new_advert, participant_of, save_session
 from tofu.local_layers import LocalLayers
 from tofu.models.checks import check_constant_buffers, constant_buffers
@@ -74,7 +75,9 @@ def train_round(
         ResyncError: the server must send this client the full weights.
         TofuError: the client does not take part, the weights or the data are not usable, or training diverged.
     """
-    check_policy(request.kind, settings.privacy.noise_multiplier, context)
+    policy = Policy.of(context)
+    policy.check_round(request.kind, settings.privacy.noise_multiplier)
+    policy.check_shape(request.shape)
     local = LocalRound.begin(request, round_, settings, context, workload or workload_of(settings))
     trained = local.train()
     fraction = settings.residual_fraction
@@ -128,6 +131,7 @@ class LocalRound:
         feedback: what the server has not received.
         broadcast: bytes of the plugins' broadcast.
         local: the layers that are this client's own.
+        data: the client's data.
     """
 
     request: TrainRequest
@@ -144,17 +148,22 @@ class LocalRound:
     broadcast: bytes
     workload: Workload
     local: LocalLayers
+    data: Sized
 
     @staticmethod
     def begin(
         request: TrainRequest, round_: int, settings: Settings, context: Context, workload: Workload
     ) -> "LocalRound":
-        """Build the model, set up the plugins, load the client's state and receive the weights.
+        """Open the data, build the model, set up the plugins, load the client's state and receive the weights.
 
         Raises:
+            DataError: the client's images do not fit the model.
             ResyncError: the client lacks the weights or the broadcast that the request refers to.
             TofuError: the request is not usable.
         """
+        data = client_data(settings, context, workload)
+        if isinstance(data, LabeledImages | LabeledRows):
+            check_fit(data, request.shape)  # before anything of the requested size is allocated
         plugins = make_plugins(settings.plugins.plugins, settings.plugins.plugin_options)
         client = client_name(context)
         position = RoundContext.of(settings, request.shape, round_, client, group=plugins.group_of(client))
@@ -171,14 +180,13 @@ class LocalRound:
         feedback = state.feedback if settings.residual_fraction else ErrorFeedback()
         return LocalRound(
             request, round_, settings, context, plugins, position, reference, weights_of(reference.model), initial,
-            state, feedback, broadcast, workload, local,
+            state, feedback, broadcast, workload, local, data,
         )  # fmt: skip
 
     def train(self) -> TrainedUpdate:
         """Train from the global weights, or with step-ahead from where error feedback points.
 
         Raises:
-            DataError: the client's images do not fit the model.
             RunError: training diverged, or changed a buffer that is not sent.
         """
         settings, model = self.settings, self.reference.model
@@ -190,9 +198,7 @@ class LocalRound:
         load_weights(model, start)
         stream = TaskStream.of(settings.plugins, self.request.shape.classes, settings.run.seed)
         task = stream.number(self.position.task, self.position.client)
-        data = client_data(settings, self.context, self.workload)
-        if isinstance(data, LabeledImages | LabeledRows):
-            check_fit(data, self.request.shape)
+        data = self.data
         if isinstance(data, LabeledImages):
             data = stream.images_of(data, task)
         config = LocalTrainingConfig.of(settings.training, self.round)

@@ -1,9 +1,7 @@
 """A client's data, and whether they fit the run's model."""
 
-import re
 from collections.abc import Sized
 from dataclasses import replace
-from pathlib import Path
 
 from flwr.app import Context
 
@@ -40,17 +38,6 @@ def client_data(settings: Settings, context: Context, workload: Workload | None 
     if partition is None:
         raise DataError("node config has neither data (a folder of images) nor partition-id (a part of the dataset)")
     return (workload or workload_of(settings)).client(int(partition))
-
-
-def without_paths(reason: str, context: Context) -> str:
-    """A reason for the server, which is not told names of files in the client's own folder."""
-    folder = context.node_config.get("data")
-    if folder is None:
-        return reason
-    for path in {str(folder), str(Path(str(folder)).expanduser()), str(Path(str(folder)).expanduser().resolve())}:
-        reason = re.sub(re.escape(path) + r"[/\\].*?(?= (?:has|cannot|is|may|and)\b|:|$)", "a file of its data", reason)
-        reason = reason.replace(path, "its data")
-    return reason
 
 
 def check_fit(data: LabeledImages | LabeledRows, shape: ImageShape) -> None:

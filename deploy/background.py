@@ -15,9 +15,11 @@ from typing import Any
 
 from deploy.app_folder import write_app
 from deploy.control import CompletedRun, Control, last_lines
+from deploy.pinned import INSTALLED
 from deploy.processes import read_names
 from deploy.state import Process, State, end_group
 from tofu.errors import RunError, SettingError
+from tofu.flower.policy import read_policy
 from tofu.log import FILE
 from tofu.reporting.folder import read_config
 from tofu.settings import Settings
@@ -35,14 +37,15 @@ def up(
     data: Path | None = None,
     warm: bool = True,
     identities: bool = False,
+    policy: Path | None = None,
 ) -> dict[str, Any]:
     """Start a federation that outlives this process, and wait until all its nodes are online.
 
     Args:
         folder: where its keys, logs, database and results go. One that was used before is used on, with its keys.
         nodes: number of SuperNodes.
-        app: folder of the Flower app; by default our own.
-        data, warm, identities: as `LocalCluster` takes them.
+        app: folder of the Flower app; by default our own, and then the nodes run no other (deploy/pinned.py).
+        data, warm, identities, policy: as `LocalCluster` takes them.
 
     Returns:
         What `status` returns.
@@ -60,6 +63,8 @@ def up(
     missing = [f"node-{node}" for node in range(nodes) if data is not None and not (data / f"node-{node}").is_dir()]
     if missing:
         raise SettingError("data", str(data), f"a folder that has the folder {missing[0]}")
+    if policy is not None:
+        read_policy(policy)
     folder = folder.resolve()
     before = State.read(folder)
     if before is not None and before.alive:
@@ -68,7 +73,7 @@ def up(
         (folder / "logs").mkdir(mode=0o700, parents=True, exist_ok=True)
         # Written before the supervisor starts, so that an old state is not taken for its own.
         State("starting", Process(0, "")).write(folder)
-        app = app or write_app(folder / "app")
+        app_is_ours, app = app is None, app or write_app(folder / "app")
         log = (folder / "logs" / "supervisor.log").open("ab")
     except OSError as error:
         raise SettingError("folder", str(folder), f"a folder that can be written ({error.strerror})") from error
@@ -76,6 +81,10 @@ def up(
     command += ["--nodes", str(nodes), "--app", str(app.resolve())]
     if data is not None:
         command += ["--data", str(data.resolve())]
+    if app_is_ours:
+        command += ["--pinned", INSTALLED]
+    if policy is not None:
+        command += ["--policy", str(policy.resolve())]
     if warm:
         command.append("--warm")
     if identities:

@@ -4,7 +4,9 @@ A SuperExec starts `flwr-clientapp` anew for every message, and each spends seco
 Here one process imports them once and forks for each message: every app still has a process of its own, with nothing of
 another's. The SuperExec finds our `flwr-clientapp` first on its PATH, which hands its arguments and streams over.
 
-Only packages are imported ahead, none of the app's own modules: those come with the app.
+Only packages are imported ahead, none of the app's own modules: those come with the app. `--cold` before the command
+imports none at all. With TOFU_PINNED_APP in the environment, other apps than the pinned one are refused
+(deploy/pinned.py).
 """
 
 import importlib
@@ -88,6 +90,12 @@ def _app(arguments: list[str], streams: list[int]) -> None:
             os.close(stream)
         from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 
+        if pinned := os.environ.get("TOFU_PINNED_APP"):
+            from flwr.supernode.runtime import run_clientapp
+
+            from deploy.pinned import guard
+
+            guard(run_clientapp, pinned)
         sys.argv = arguments
         sys.path[0] = os.path.dirname(sys.executable)  # as for the command itself; `python -m` had put its folder there
         flwr_clientapp()
@@ -115,4 +123,5 @@ def _reap(superexec: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    cold = sys.argv[1:2] == ["--cold"]
+    sys.exit(main(sys.argv[1 + cold :], () if cold else PACKAGES))

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from deploy import pinned as pinned_app
 from deploy import topology
 from deploy.certificates import make_certificates, make_node_key, make_superexec_secret
 from deploy.control import CompletedRun, Control, last_lines
@@ -44,6 +45,8 @@ class LocalCluster:
         data: a folder whose sub-folders node-0 and so on hold the nodes' own data; None where the run's dataset is
             dealt to them.
         warm: client apps start from a process that has imported what they need (deploy/prefork.py).
+        pinned: what the nodes run of the apps that they are sent (deploy/pinned.py); "" for every app.
+        policy: the file of what every client accepts (`tofu.flower.policy`); None for the default policy.
         identities: every client has a key of its own for secure rounds, and the list of all.
         environment: more environment variables of every member.
 
@@ -62,10 +65,14 @@ class LocalCluster:
         data: Path | None = None,
         warm: bool = False,
         identities: bool = False,
+        policy: Path | None = None,
+        pinned: str = "",
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self.folder, self.nodes, self.app = folder.resolve(), nodes, app.resolve()
         self._data = data.resolve() if data is not None else None
+        self._pinned = {pinned_app.VARIABLE: pinned} if pinned else {}
+        self._policy = policy.resolve() if policy is not None else None
         self._warm, self._environment = warm, {**ENVIRONMENT, **(environment or {})}
         self.identities = self.folder / "keys" / LIST if identities else None
         self.logs = self.folder / "logs"
@@ -130,6 +137,8 @@ class LocalCluster:
         config: dict[str, int | str] = {"partition-id": partition, "num-partitions": self.nodes}
         if self._data is not None:
             config["data"] = str(self._data / name)
+        if self._policy is not None:
+            config["policy"] = str(self._policy)
         if self.identities is not None:
             config |= topology.identity_config(self._keys / f"{partition}.identity", self.identities)
         node = topology.supernode(
@@ -198,8 +207,10 @@ class LocalCluster:
     def _spawn(self, name: str, member: Member) -> subprocess.Popen[bytes]:
         path = f"{_BIN}{os.pathsep}{os.environ.get('PATH', '')}"
         home = str(self.folder / "homes" / name)
-        warm = self._warm and member.command == "flower-superexec" and not name.startswith("superlink")
-        before = [sys.executable, "-m", "deploy.prefork"] if warm else []
+        client = member.command == "flower-superexec" and not name.startswith("superlink")
+        before = [sys.executable, "-m", "deploy.prefork"] if client and (self._warm or self._pinned) else []
+        if before and not self._warm:
+            before.append("--cold")
         if member.command == "flower-supernode":
             before = [sys.executable, "-m", "deploy.supernode"]
         # The apps log there as JSON (`tofu.log`), apart from Flower's lines and prints.
@@ -208,7 +219,7 @@ class LocalCluster:
             process = subprocess.Popen(
                 [*before, str(_BIN / member.command), *member.arguments],
                 cwd=self.folder,
-                env=os.environ | self._environment | logs | {"FLWR_HOME": home, "PATH": path},
+                env=os.environ | self._environment | self._pinned | logs | {"FLWR_HOME": home, "PATH": path},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

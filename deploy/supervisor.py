@@ -121,6 +121,8 @@ def main() -> int:
     parser.add_argument("--nodes", type=int, required=True)
     parser.add_argument("--app", type=Path, required=True)
     parser.add_argument("--data", type=Path)
+    parser.add_argument("--policy", type=Path)
+    parser.add_argument("--pinned", default="")
     parser.add_argument("--warm", action="store_true")
     parser.add_argument("--identities", action="store_true")
     given = parser.parse_args()
@@ -131,7 +133,7 @@ def main() -> int:
         start_logging("text")  # and where the environment says
         federation = LocalCluster(
             given.folder, nodes=given.nodes, app=given.app, data=given.data, warm=given.warm,
-            identities=given.identities,
+            identities=given.identities, policy=given.policy, pinned=given.pinned,
         )  # fmt: skip
         supervise(federation, stopping)
     except TofuError as error:

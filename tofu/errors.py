@@ -23,6 +23,20 @@ class DataError(TofuError):
     """Data cannot be loaded, or does not have the required form (no labels, mixed sizes, unknown dataset)."""
 
 
+class PolicyError(TofuError):
+    """A client's policy refuses what a server asks for. The message names the rule, and nothing of the client's data.
+
+    Args:
+        rule: name of the rule in the policy's file.
+        found: what the server asked for.
+        accepted: what the rule accepts.
+    """
+
+    def __init__(self, rule: str, found: str, accepted: str) -> None:
+        super().__init__(f"{found} is refused by this client's policy: rule {rule} accepts {accepted}")
+        self.rule = rule
+
+
 class PayloadError(TofuError):
     """Bytes from the network failed validation: wrong magic, size, range or base weights."""
 

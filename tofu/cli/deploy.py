@@ -34,6 +34,9 @@ def up(
     folder: Folder = _FOLDER,
     app_: Annotated[Path | None, typer.Option("--app", help="folder of the Flower app; by default ours")] = None,
     data: Annotated[Path | None, typer.Option("--data", help="folder of folders node-0, node-1, …: own data")] = None,
+    policy: Annotated[
+        Path | None, typer.Option("--policy", help="what every client accepts of a server (TOML)")
+    ] = None,
     warm: Annotated[
         bool, typer.Option(help="keep imports in memory between rounds: faster, about 500 MB a node")
     ] = True,
@@ -46,7 +49,7 @@ def up(
     from deploy import background
 
     _show(
-        background.up(folder, nodes=nodes, app=app_, data=data, warm=warm, identities=identities),
+        background.up(folder, nodes=nodes, app=app_, data=data, warm=warm, identities=identities, policy=policy),
         as_json=json_,
     )
 

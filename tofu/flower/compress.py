@@ -23,7 +23,7 @@ from tofu.errors import PayloadError, RunError, SettingError
 from tofu.flower.feedback import load_feedback, save_feedback
 from tofu.flower.internals import error_reply
 from tofu.flower.kept_arrays import load_arrays, save_arrays
-from tofu.flower.policy import check_policy
+from tofu.flower.policy import Policy
 from tofu.flower.update_codec import RECORD, VERSION, ArrayModel, UpdateCodec, record_of, tensors_of
 from tofu.flower.wrapper import StrategyWrapper, TrainMod, only_arrays, reasons_of, with_record, with_records, wrappers
 from tofu.rng import derive_generator
@@ -62,9 +62,9 @@ class CompressMod(TrainMod):
 
         Raises:
             PayloadError: the server's strategy is another one, or the app's reply cannot be compressed.
-            DataError: the node config refuses such rounds.
+            PolicyError: the client's policy refuses such rounds.
         """
-        check_policy("proxy", 0.0, context)
+        Policy.of(context).check_round("proxy", 0.0)
         codec, request = self._codec, _Request.of(message, self._codec)
         base, model = request.received(codec, context)
         arrays = request.arrays

@@ -35,6 +35,7 @@ from tofu.flower.internals import (
     task_identity,
     unavailable_reply,
 )
+from tofu.flower.policy import NO_POLICY
 
 _LOG = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ def run_in_process(
         run_config: what both apps find in `context.run_config`.
         workers: how many nodes answer at the same time.
         node_config: from a partition id to entries added to that node's `partition-id` and `num-partitions`.
+            Nodes without `data` accept everything (`tofu.flower.policy`).
 
     Returns:
         The server app's context as the app left it.
@@ -79,6 +81,8 @@ def run_in_process(
     for partition in range(num_supernodes):
         config: dict[str, ConfigValue] = {"partition-id": partition, "num-partitions": num_supernodes}
         config |= node_config(partition) if node_config else {}
+        if "data" not in config:  # the client is the server's own process, and has nothing that the server has not
+            config.setdefault("policy", NO_POLICY)
         contexts.append(Context(_RUN_ID, _FIRST_NODE_ID + partition, config, RecordDict(), dict(run_config)))
     context = Context(_RUN_ID, SERVER_NODE, {}, RecordDict(), dict(run_config))
     with task_identity(_RUN_ID, _TASK_ID):

@@ -1,9 +1,201 @@
-"""What a client insists on, whatever a run asks for: rules of its node config."""
+"""A client's policy: what it accepts of a server's requests, as one TOML file on the client's machine.
 
-from flwr.app import Context
+The node config names the file as `policy`; docs/client-policy.md lists the rules. Without one, `Policy()` applies,
+which admits what comes with Tofu and no code or data that a server names. Clients of a simulation are the server's own
+process, so nothing limits them: their node config has policy="none", or they run in Ray.
+"""
 
-from tofu.errors import DataError
-from tofu.settings.deprecated import present_node_config
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, Error, Message
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tofu.data import ImageShape
+from tofu.errors import PayloadError, PolicyError, RunError, SettingError, TofuError
+from tofu.models import model_names
+from tofu.plugins import plugin_names
+from tofu.plugins.options import split_options
+from tofu.rounds import KINDS
+from tofu.rounds.downlink import ResyncError
+from tofu.settings import EXTENSIBLE, FIELDS, Value, accepted_values, dashed
+from tofu.settings.deprecated import present_names, present_node_config
+from tofu.settings.groups import EMBEDDED_TABLES
+from tofu.wire import RESYNC
+
+BUILT_IN = "built-in"
+"""In an allow-list: every name that comes with Tofu."""
+ANY = "any"
+"""In an allow-list: everything, also code of the client's machine that the server names."""
+NO_POLICY = "none"
+"""The node config's `policy` of a client that accepts everything."""
+
+_NODE_RULES = ("allowed-rounds", "min-noise-multiplier", "min-neighbors", "max-colluding")
+_RULES = ConfigDict(frozen=True, extra="forbid", strict=True, alias_generator=dashed, validate_by_name=True)
+
+
+class Bounds(BaseModel):
+    """Accepted values of a number: `{min = 0.001, max = 1}`; a missing bound does not limit."""
+
+    model_config = _RULES
+
+    min: float = -float("inf")
+    max: float = float("inf")
+
+
+class Policy(BaseModel):
+    """The rules of one client, by the names that its file has, with dashes.
+
+    Attributes:
+        models, plugins: accepted names or `package.module:Class`; "built-in" stands for Tofu's own, "any" for all.
+        components: the same for compressor, downlink, schedule, aggregator and server-optimizer.
+        datasets: accepted values of `dataset`, for a client without data of its own.
+        own_data: whether the client trains on the folder of its node config only.
+        allowed_rounds: accepted kinds of round.
+        min_noise_multiplier: lower limit of the run's noise; for secure rounds see docs/privacy.md.
+        min_neighbors, max_colluding: of secure rounds (`tofu.secagg.Participant`).
+        max_classes: upper limit of a network's outputs, which a request chooses.
+        class_names: whether the server may be told the names of the classes in the client's own folder.
+        error_details: whether error replies say why the client's own data or files cannot be used.
+        settings: setting -> accepted values, or bounds of a number.
+
+    Example:
+        >>> Policy(models=["mlp"]).check_run({"model": "evil.module:make"}, {})
+        Traceback (most recent call last):
+        ...
+        tofu.errors.PolicyError: model=evil.module:make is refused by this client's policy: rule models accepts mlp
+    """
+
+    model_config = _RULES
+
+    models: list[str] = [BUILT_IN]
+    plugins: list[str] = [BUILT_IN]
+    components: list[str] = [BUILT_IN]
+    datasets: list[str] = ["digits", *EMBEDDED_TABLES]
+    own_data: bool = False
+    allowed_rounds: list[str] = list(KINDS)
+    min_noise_multiplier: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    min_neighbors: int = Field(default=2, ge=0)
+    max_colluding: int = Field(default=0, ge=0)
+    max_classes: int = Field(default=1000, ge=1)
+    class_names: bool = True
+    error_details: bool = False
+    settings: dict[str, list[Value] | Bounds] = {}
+
+    @staticmethod
+    def none() -> "Policy":
+        """The policy of a client that runs in the server's own process: it accepts everything."""
+        return Policy(
+            models=[ANY], plugins=[ANY], components=[ANY], datasets=[ANY], max_classes=65_535, error_details=True
+        )  # fmt: skip
+
+    @staticmethod
+    def of(context: Context) -> "Policy":
+        """The policy of a client's node config.
+
+        Raises:
+            SettingError: the file cannot be read, a rule is unknown or has another type, or a rule is given twice.
+        """
+        config = present_node_config(context.node_config)
+        own: dict[str, Any] = {name: config[name] for name in _NODE_RULES if name in config}
+        if "allowed-rounds" in own:
+            own["allowed-rounds"] = [kind.strip() for kind in str(own["allowed-rounds"]).split(",")]
+        name = str(config.get("policy", NO_POLICY if _simulated() else ""))
+        if name == NO_POLICY:
+            return _checked(Policy.none().model_dump(by_alias=True) | own)
+        rules = _rules(Path(name)) if name else {}
+        if twice := sorted(own.keys() & {dashed(rule) for rule in rules}):
+            raise SettingError(twice[0], own[twice[0]], "this rule once, in the policy or in the node config")
+        return _checked(rules | own)
+
+    def check_run(self, run_config: Mapping[str, object], node_config: Mapping[str, object]) -> None:
+        """Check the run's settings, before anything is imported or opened for them.
+
+        Args:
+            run_config: settings by their flat names, as the server sent them.
+
+        Raises:
+            PolicyError: a rule refuses one; the message names the rule.
+        """
+        given = {dashed(name): field.default for name, field in FIELDS.items()}
+        given |= present_names(run_config, warn=False)
+        self._check_list("models", "model", given["model"], (*model_names(), "bag_of_words"))
+        for plugin in filter(None, (part.strip() for part in str(given["plugins"]).split(","))):
+            self._check_list("plugins", "plugins", plugin, plugin_names())
+        for option in split_options(str(given["plugin-options"])):
+            if "=@" in option and ANY not in self.plugins:
+                raise PolicyError("plugins", f"plugin-options={option}", "the content of a file in its place")
+        for name in EXTENSIBLE:
+            self._check_list("components", dashed(name), given[dashed(name)], accepted_values(name))
+        if "data" not in node_config:
+            if self.own_data:
+                raise PolicyError("own-data", "a run without this client's own folder", "data in its node config")
+            self._check_list("datasets", "dataset", given["dataset"], ())
+        for name, accepted in self.settings.items():
+            _check_value(name, given[name], accepted)
+
+    def check_round(self, kind: str, noise_multiplier: float) -> None:
+        """Check one round's kind and noise. Raises PolicyError if a rule refuses it."""
+        if kind not in self.allowed_rounds:
+            raise PolicyError("allowed-rounds", f"a {kind} round", ", ".join(self.allowed_rounds))
+        self.check_noise(noise_multiplier)
+
+    def check_noise(self, noise_multiplier: float) -> None:
+        """Check the run's noise. Raises PolicyError if there is less than the policy wants."""
+        minimum = self.min_noise_multiplier
+        if not noise_multiplier >= minimum:
+            raise PolicyError("min-noise-multiplier", f"noise-multiplier={noise_multiplier:g}", f"{minimum:g} or more")
+
+    def check_shape(self, shape: ImageShape) -> None:
+        """Check the number of outputs that a request names. Raises PolicyError if the policy wants fewer."""
+        if shape.classes > self.max_classes:
+            raise PolicyError("max-classes", f"a network of {shape.classes} classes", f"at most {self.max_classes}")
+
+    def public_reason(self, error: Exception, run_config: Mapping[str, object]) -> str:
+        """What an error reply tells the server: nothing about the client's files or data, unless `error_details`."""
+        if self.error_details or isinstance(error, PayloadError | PolicyError | ResyncError | RunError):
+            return str(error)
+        if isinstance(error, SettingError):
+            sent = run_config.get(error.field) == error.value
+            return f"{error.field}{f'={error.value!r}' if sent else ''} is not usable on this client: see its log"
+        if isinstance(error, TofuError):
+            return "this client's data or files cannot be used in this run: see its log"
+        return f"the client app failed with {type(error).__name__}: see its log"
+
+    def _check_list(self, rule: str, setting: str, value: object, built_in: tuple[str, ...]) -> None:
+        accepted: list[str] = getattr(self, rule)
+        if ANY in accepted or value in accepted or (BUILT_IN in accepted and value in built_in):
+            return
+        raise PolicyError(rule, f"{setting}={value}", ", ".join(accepted))
+
+
+@contextmanager
+def error_replies(message: Message, context: Context) -> Iterator[list[Message]]:
+    """Turn an error into one error reply, which is then the list's only entry, and print on standard error what the
+    reply conceals. An exception that is not a `TofuError` is raised if the policy has `error_details`."""
+    replies: list[Message] = []
+    try:
+        yield replies
+    except Exception as error:
+        policy = _policy_for_errors(context)
+        if policy.error_details and not isinstance(error, TofuError):
+            raise
+        reason = policy.public_reason(error, context.run_config)
+        if reason != str(error):
+            print(f"client {client_name(context)}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        code = RESYNC if isinstance(error, ResyncError) else 0
+        replies[:] = [Message(Error(code=code, reason=reason), reply_to=message)]
+
+
+def _policy_for_errors(context: Context) -> Policy:
+    try:
+        return Policy.of(context)
+    except SettingError:  # which is the error, or the next message says so
+        return Policy()
 
 
 def client_name(context: Context) -> str:
@@ -11,16 +203,46 @@ def client_name(context: Context) -> str:
     return str(context.node_config.get("partition-id", context.node_id))
 
 
-def check_policy(kind: str, noise_multiplier: float, context: Context) -> None:
-    """Check a round against the node config's `allowed-rounds` and `min-noise-multiplier`.
+def _simulated() -> bool:
+    """Whether this process is a worker of Flower's simulation."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
 
-    Raises:
-        DataError: the client does not take part in such a round.
-    """
-    config = present_node_config(context.node_config)
-    allowed = config.get("allowed-rounds")
-    if allowed is not None and kind not in [name.strip() for name in str(allowed).split(",")]:
-        raise DataError(f"this client takes part in rounds of kind {allowed}, not {kind}")
-    minimum = config.get("min-noise-multiplier", 0.0)
-    if isinstance(minimum, str) or noise_multiplier < minimum:
-        raise DataError(f"this client takes part with noise-multiplier {minimum} or more, not {noise_multiplier:g}")
+
+def read_policy(path: Path) -> Policy:
+    """The policy in a file. Raises SettingError if it cannot be read, or a rule is unknown or has another type."""
+    return _checked(_rules(path))
+
+
+def _rules(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingError("policy", str(path), f"a readable TOML file ({error.strerror})") from error
+    except ValueError as error:
+        raise SettingError("policy", str(path), f"a TOML file ({error})") from error
+
+
+def _checked(rules: dict[str, Any]) -> Policy:
+    try:
+        policy = Policy(**rules)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        rule = str(first["loc"][0])
+        raise SettingError(f"policy.{rule}", rules.get(rule), f"a rule of a client's policy ({first['msg']})") from None
+    for kind in policy.allowed_rounds:
+        if kind not in KINDS:
+            raise SettingError("policy.allowed-rounds", kind, f"some of {', '.join(KINDS)}")
+    for name in policy.settings:
+        if name != dashed(name) or name.replace("-", "_") not in FIELDS:
+            raise SettingError("policy.settings", name, "the name of a setting, with dashes")
+    return policy
+
+
+def _check_value(name: str, value: object, accepted: list[Value] | Bounds) -> None:
+    rule = f"settings.{name}"
+    if isinstance(accepted, list):
+        if value not in accepted:
+            raise PolicyError(rule, f"{name}={value}", ", ".join(map(str, accepted)))
+    elif isinstance(value, bool | str) or not accepted.min <= value <= accepted.max:  # type: ignore[operator]
+        raise PolicyError(rule, f"{name}={value}", f"{accepted.min:g} to {accepted.max:g}")

@@ -42,7 +42,7 @@ from tofu.errors import PayloadError, RunError, SettingError
 from tofu.flower.compress import Compressed
 from tofu.flower.feedback import load_feedback, save_feedback
 from tofu.flower.internals import content_reply
-from tofu.flower.policy import check_policy
+from tofu.flower.policy import Policy
 from tofu.flower.secure_options import MIN_CLIENTS, VERSION, RangeTracker, SecureOptions
 from tofu.flower.secure_session import answer_query, load_session, participant_of, save_session, session_name
 from tofu.flower.secure_stages import AbandonedError, SecureExchange, abandoning
@@ -107,7 +107,7 @@ class SecureMod(TrainMod):
 
         Raises:
             PayloadError: the server's message is not one of `SecureAggregation`, or asks for something unsafe.
-            DataError: the node config refuses such rounds.
+            PolicyError: the client's policy refuses such rounds.
         """
         options = self._options
         participant = participant_of(context, session_name(context))
@@ -115,7 +115,7 @@ class SecureMod(TrainMod):
         if stage is not None:
             answer = answer_query(SecureQuery.from_bytes(stage.get(FIELD)), context, participant)
             return Message(RecordDict({STAGE: ConfigRecord({FIELD: answer.to_bytes()})}), reply_to=message)
-        check_policy("secure", options.noise_multiplier, context)
+        Policy.of(context).check_round("secure", options.noise_multiplier)
         request = _SecureRequest.of(message, options, self._codec)
         encoder = request.encoder
         session = load_session(context, participant)

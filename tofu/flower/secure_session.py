@@ -2,7 +2,8 @@
 
 Entries of the node config against a dishonest server: `identity`, the file of this client's Ed25519 key, and
 `identities`, the file of all clients' public keys, which must not come through the server (`tofu deploy identities`
-creates both). `min-neighbors` and `max-colluding` are limits that this client enforces, whatever the server proposes.
+creates both). The rules `min-neighbors` and `max-colluding` of the client's policy are limits that it enforces,
+whatever the server proposes.
 """
 
 from pathlib import Path
@@ -10,11 +11,10 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context
 
 from tofu.errors import PayloadError
-from tofu.flower.policy import client_name
+from tofu.flower.policy import Policy, client_name
 from tofu.secagg.client import ClientSession
 from tofu.secagg.identities import read_identity, read_known
 from tofu.secagg.participant import Participant
-from tofu.settings.deprecated import present_node_config
 from tofu.wire import SecureAnswer, SecureQuery, run_name
 
 _RECORD = "tofu-secure"
@@ -32,15 +32,15 @@ def participant_of(context: Context, name: str) -> Participant:
     Raises:
         SettingError: an entry of the node config is not usable.
     """
-    config = present_node_config(context.node_config)
+    config, policy = context.node_config, Policy.of(context)
     key, known = config.get("identity"), config.get("identities")
     return Participant(
         run=run_name(context.run_id),
         name=name,
         identity=read_identity(Path(str(key)), name) if key is not None else None,
         known=read_known(Path(str(known))) if known is not None else None,
-        min_neighbors=int(config.get("min-neighbors", 2)),
-        max_colluding=int(config.get("max-colluding", 0)),
+        min_neighbors=policy.min_neighbors,
+        max_colluding=policy.max_colluding,
     )
 
 

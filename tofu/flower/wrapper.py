@@ -3,14 +3,13 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from tofu.errors import PayloadError, TofuError
-from tofu.rounds.downlink import ResyncError
-from tofu.wire import RESYNC
+from tofu.errors import PayloadError
+from tofu.flower.policy import error_replies
 
 
 class TrainMod:
@@ -19,14 +18,12 @@ class TrainMod:
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         if message.metadata.message_type.split(".")[0] != "train":
             return call_next(message, context)
-        try:
-            return self.train(message, context, call_next)
-        except TofuError as error:
-            code = RESYNC if isinstance(error, ResyncError) else 0
-            return Message(Error(code=code, reason=str(error)), reply_to=message)
+        with error_replies(message, context) as replies:
+            replies.append(self.train(message, context, call_next))
+        return replies[0]
 
     def train(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-        """The reply to a train message. A `TofuError` becomes an error reply."""
+        """The reply to a train message. An exception becomes an error reply (`tofu.flower.policy`)."""
         raise NotImplementedError
 
 

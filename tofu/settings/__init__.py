@@ -34,7 +34,7 @@ from tofu.settings.groups import (
 )
 
 __all__ = [
-    "FIELDS", "FULL_WEIGHTS", "MIN_SECURE", "CodecSettings", "DataSettings", "DownlinkSettings", "Group",
+    "EXTENSIBLE", "FIELDS", "FULL_WEIGHTS", "MIN_SECURE", "CodecSettings", "DataSettings", "DownlinkSettings", "Group",
     "LinkSettings", "ModelSettings", "PluginSettings", "PrivacySettings", "RoundSettings", "RunSettings",
     "SecureSettings", "ServerSettings", "Settings", "TrainingSettings", "Value", "accepted_values", "choices_of",
     "dashed", "expected", "is_extensible", "json_schema", "kind_of", "parse_setting", "read_toml", "section_of",
@@ -49,6 +49,9 @@ _REGISTRIES = {
     "server_optimizer": "tofu.rounds:server_optimizers",
 }
 """Settings whose values users can extend -> their registry, which is imported when it is needed."""
+
+EXTENSIBLE = tuple(_REGISTRIES)
+"""Names of the settings that a registry extends, with underscores."""
 
 MIN_SECURE = 3
 """Minimum number of clients in a secure round. With two, each could compute the other's update from the sum."""
