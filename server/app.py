@@ -14,7 +14,7 @@ from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from server.checkpoint import Snapshot, read_checkpoint, remove_checkpoints, write_checkpoint
+from server.checkpoint import Snapshot, keep_last_checkpoint, read_checkpoint, write_checkpoint
 from server.client_registry import Client
 from server.ledger import Ledger
 from server.records import (
@@ -36,6 +36,7 @@ from tofu.formatting import printable, shortened
 from tofu.local_layers import keep_local
 from tofu.log import start_logging
 from tofu.model_call import NEEDS_CALL
+from tofu.models.initial_weights import fill
 from tofu.observers.base import Observer, Observers
 from tofu.observers.json_lines import JsonLinesLog
 from tofu.observers.prometheus import PrometheusMetrics
@@ -48,9 +49,9 @@ from tofu.reporting.report import write_report
 from tofu.rounds.links import LinkSimulator
 from tofu.rounds.record import RoundRecord, RunSummary, from_dict, round_label, to_dict
 from tofu.rounds.schedule import make_schedule
-from tofu.row_workload import data_description, workload_of
+from tofu.row_workload import RowWorkload, data_description, workload_of
 from tofu.settings import Settings
-from tofu.workload import Workload
+from tofu.workload import NamedWorkload, Workload
 
 app = ServerApp()
 
@@ -154,6 +155,8 @@ class _Run:
         self._introduced: tuple[Client, ...] = ()
         shape = workload.shape
         network = ReferenceModel(keep_local(workload.build_model(shape).eval(), settings.training.local_layers), shape)
+        own = settings.model.initial_weights
+        self._random = fill(workload.build_model(shape), own) if own else ()
         test = workload.test()
         if "secure" in make_schedule(settings.rounds, settings.training.rounds).kinds:
             check_secure_settings(settings)
@@ -177,7 +180,12 @@ class _Run:
                     f"records the messages of client {names} in {folder.path}/record; protect them like its data"
                 )
             name = f"{settings.model.model} on {settings.data.dataset}"
+            if isinstance(self._workload, NamedWorkload | RowWorkload):
+                folder.write_class_names(self._workload.data.label_names)
             observer.on_run_start(settings.training.rounds, settings.data.clients, name)
+            if self._random:
+                missing = ", ".join(self._random)
+                observer.on_note(f"not in {settings.model.initial_weights}, so at random values: {missing}")
             if settings.codec.compressor in NEEDS_CALL and not self._runner.models[0].reference.call.inputs:
                 why = "the model has no floating-point input that proxies could take the place of"
                 observer.on_note(f"updates are sent as the sparse correction alone (compressor=sparse): {why}")
@@ -208,7 +216,7 @@ class _Run:
             self._runner, self._ledger, stopped=stopped or failed, folder=str(folder.path), seconds=seconds
         )
         folder.write_summary(summary)
-        remove_checkpoints(folder.path)
+        keep_last_checkpoint(folder.path)
         write_report(folder.path)
         if failed:
             raise RunError(f"{failed}{f' ({stopped})' if stopped else ''}; the run is in {folder.path}")

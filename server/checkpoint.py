@@ -145,12 +145,10 @@ def read_checkpoint(run: Path, note: Callable[[str], None]) -> Snapshot | None:
     return None
 
 
-def remove_checkpoints(run: Path) -> None:
-    """Remove the checkpoints of a run that has ended."""
-    for file in (run / FOLDER).glob("round-*"):
+def keep_last_checkpoint(run: Path) -> None:
+    """Remove all checkpoints of a run that has ended but the last, from which more rounds can go on."""
+    for file in sorted((run / FOLDER).glob("round-*"))[:-1]:
         file.unlink()
-    if (run / FOLDER).is_dir():
-        (run / FOLDER).rmdir()
 
 
 def _path(folder: Path, round_: int) -> Path:

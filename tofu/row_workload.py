@@ -10,6 +10,7 @@ from tofu.errors import DataError
 from tofu.evaluation import Evaluation, Predict
 from tofu.model_call import NO_CALL, ModelCall
 from tofu.models import build_row_model
+from tofu.models.initial_weights import fill
 from tofu.plugins import Plugins, RoundContext
 from tofu.settings import Settings
 from tofu.training import LocalTrainingConfig, TrainingResult
@@ -36,9 +37,12 @@ class RowWorkload:
         """See `Workload.build_model`. Raises SettingError if the model cannot be built."""
         settings = self._settings
         vocabulary = settings.data.vocabulary if settings.data.kind == "text" else 0
-        return build_row_model(
+        model = build_row_model(
             settings.model.model, shape.width, shape.classes, vocabulary=vocabulary, seed=settings.run.seed
-        )  # fmt: skip
+        )
+        if settings.model.initial_weights:
+            fill(model, settings.model.initial_weights)
+        return model
 
     def call(self, model: nn.Module, shape: ImageShape) -> ModelCall:
         """Of a table a vector of features. Token ids have no gradient, so texts have no proxies."""

@@ -34,6 +34,7 @@ DATASET = "python"
 
 _NAMED_ONLY: Mapping[str, Value] = {
     "plugins": "", "plugin_options": "", "tasks": "none", "record_clients": "", "class_names": "",
+    "initial_weights": "",
 }  # fmt: skip
 """Settings that need a dataset and a model that the settings name, with their defaults."""
 

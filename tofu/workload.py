@@ -14,7 +14,7 @@ from tofu.data import FederatedData, ImageShape, LabeledImages
 from tofu.errors import DataError
 from tofu.evaluation import Evaluation, Predict, evaluate
 from tofu.model_call import ModelCall
-from tofu.models import build_model
+from tofu.models import initial_model
 from tofu.plugins import Plugins, RoundContext
 from tofu.settings import Settings
 from tofu.training import LocalTrainingConfig, TrainingResult, train_locally
@@ -75,8 +75,7 @@ class NamedWorkload:
 
     def build_model(self, shape: ImageShape) -> nn.Module:
         """See `Workload.build_model`. Raises SettingError if the model cannot be built."""
-        network = self._settings.model
-        return build_model(network.model, shape, norm=network.norm, seed=self._settings.run.seed)
+        return initial_model(self._settings.model, shape, self._settings.run.seed)
 
     def call(self, model: nn.Module, shape: ImageShape) -> ImageShape:
         return shape

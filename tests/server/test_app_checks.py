@@ -1,14 +1,14 @@
 """What the server refuses before the first round."""
 
 import pytest
+from flwr.superlink.grid.inmemory_grid import InMemoryGrid
 
 from server import app
 from tofu.errors import SettingError
-from tofu.flower import internals
 from tofu.settings import Settings
 
 
-class Nodes(internals.InMemoryGrid):  # type: ignore[misc]
+class Nodes(InMemoryGrid):  # type: ignore[misc]
     """The grid of a simulation, of which only the nodes are asked."""
 
     def __init__(self, count: int) -> None:

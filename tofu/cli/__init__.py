@@ -11,6 +11,7 @@ from tofu.cli.attack import attack
 from tofu.cli.compare import compare
 from tofu.cli.demo import demo
 from tofu.cli.deploy import app as deploy
+from tofu.cli.doctor import doctor
 from tofu.cli.options import with_present_flags
 from tofu.cli.plan import plan
 from tofu.cli.predict import predict
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Communication-efficient federated learning: proxy images, secure aggregation, training plugins.",
 )
-for command in (run, plan, demo, compare, predict, attack, settings, report):
+for command in (run, plan, demo, compare, predict, attack, settings, report, doctor):
     app.command()(command)
 app.add_typer(deploy, name="deploy")
 
@@ -46,7 +47,7 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line; errors that a user can act on take one line and exit status 2."""
+    """Run the command line; errors that a user can act on take one line. docs/command-line.md has the exit codes."""
     for name, value in {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}.items():
         os.environ.setdefault(name, value)
     try:

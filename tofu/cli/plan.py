@@ -1,4 +1,4 @@
-"""`tofu plan`: the bytes that a run will send."""
+"""`tofu plan`: the bytes that a run will send, and the time that it will take."""
 
 import dataclasses
 import json
@@ -10,17 +10,19 @@ from tofu.settings import Value
 
 @with_settings
 def plan(*, config: ConfigFile = None, json_: Json = False, overrides: dict[str, Value]) -> None:
-    """Print what a run will cost in bytes, without running it."""
+    """Print what a run will cost in bytes and about how long it will take here, without running it."""
     from server.ledger import reply_overhead
     from tofu.data import FederatedData
-    from tofu.formatting import format_bytes
+    from tofu.formatting import format_bytes, format_seconds
     from tofu.models import initial_model
     from tofu.plan import make_plan
+    from tofu.plan_time import estimate_seconds
     from tofu.reference_model import ReferenceModel
     from tofu.rounds.schedule import make_schedule
 
     settings = settings_from(config, overrides)
-    shape = FederatedData.of(settings.data, settings.run.seed).shape
+    data = FederatedData.of(settings.data, settings.run.seed)
+    shape = data.shape
     network = ReferenceModel(initial_model(settings.model, shape, settings.run.seed).eval(), shape)
     schedule = make_schedule(settings.rounds, settings.training.rounds)
     kinds = [schedule.kind(r, ()) for r in range(1, settings.training.rounds + 1)]
@@ -31,8 +33,15 @@ def plan(*, config: ConfigFile = None, json_: Json = False, overrides: dict[str,
         secure_rounds=kinds.count("secure"),
         message_overhead=reply_overhead(),
     )
+    seconds = estimate_seconds(
+        settings, network, images=int(data.class_counts().sum()), proxies=made.proxies,
+        compressed_rounds=made.compressed_rounds,
+    )  # fmt: skip
     if json_:
-        extra = {name: getattr(made, name) for name in ("payload_ratio", "uplink_ratio", "both_ratio")}
+        extra: dict[str, object] = {
+            name: getattr(made, name) for name in ("payload_ratio", "uplink_ratio", "both_ratio")
+        }
+        extra |= {"training_seconds": seconds.training, "encoding_seconds": seconds.encoding}
         print(json.dumps(dataclasses.asdict(made) | extra))
         return
     proxies = f" ({made.proxies} proxies of {made.proxy_side}x{made.proxy_side})" if made.proxies else ""
@@ -56,6 +65,8 @@ def plan(*, config: ConfigFile = None, json_: Json = False, overrides: dict[str,
         ]
     else:
         rows.append(("downlink of either", format_bytes(made.downlink_bytes)))
+    parts = f"training {format_seconds(seconds.training)}, encoding at most {format_seconds(seconds.encoding)}"
+    rows.append(("time here, estimated", f"{format_seconds(seconds.total)} ({parts})"))
     for name, value in rows:
         print(f"{name:<26}{value}")
     for warning in made.warnings:

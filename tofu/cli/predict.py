@@ -1,12 +1,16 @@
 """`tofu predict`: classify images with a run's model."""
 
+import csv
 import json
+import sys
+from io import StringIO
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tofu.cli.options import Json
+from tofu.errors import SettingError
 from tofu.formatting import printable
 
 
@@ -16,17 +20,44 @@ def predict(
     frequencies: Annotated[
         int, typer.Option(help="spatial frequencies that a DCT-SNN keeps, 1 to 16; 0 keeps those of the run")
     ] = 0,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="file for the predictions: .csv, or .json otherwise")
+    ] = None,
     json_: Json = False,
 ) -> None:
-    """Classify images with a run's model; with the ood plugin, mark those unlike its training data."""
-    from tofu.reporting.predict import predict_images
+    """Classify images with a run's model; with the ood plugin, mark those unlike its training data.
+
+    The accuracy is printed if the images are in folders with the names of the classes.
+    """
+    from tofu.reporting.predict import accuracy, predict_images
 
     rows = predict_images(run, images, frequencies=frequencies)
+    if output is not None:
+        _write(rows, output)
     if json_:
         print(json.dumps(rows))
         return
     width = max(len(str(row["image"])) for row in rows)
+    names = max(10, *(len(str(row["name"])) for row in rows))
     for row in rows:
-        verdict = "unknown" if row["unknown"] else f"class {row['class']}"
+        verdict = "unknown" if row["unknown"] else printable(str(row["name"]))
         score = "" if row["score"] is None else f"   score {row['score']:.4f}"
-        print(f"{printable(str(row['image'])):<{width}}   {verdict:<10} {row['probability']:7.1%}{score}")
+        print(f"{printable(str(row['image'])):<{width}}   {verdict:<{names}} {row['probability']:7.1%}{score}")
+    right, known = accuracy(rows)
+    if known:
+        print(f"accuracy {right / known:.2%} ({right} of {known} images with a known label)", file=sys.stderr)
+
+
+def _write(rows: list[dict[str, object]], output: Path) -> None:
+    """Write the predictions. Raises SettingError if the file cannot be written."""
+    text = StringIO(newline="")
+    if output.suffix == ".csv":
+        table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+    else:
+        json.dump(rows, text, indent=1)
+    try:
+        output.write_text(text.getvalue(), encoding="utf-8")
+    except OSError as error:
+        raise SettingError("output", str(output), f"a file that can be written ({error.strerror})") from error

@@ -5,19 +5,41 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from tofu.cli.options import ConfigFile, Json, Quiet, settings_from, with_settings
-from tofu.errors import Interrupted, SettingError
-from tofu.settings import Settings, Value
+from tofu.errors import Interrupted, SettingError, TofuError
+from tofu.settings import MIN_SECURE, Settings, Value
 
 if TYPE_CHECKING:
     from tofu.rounds.record import RoundRecord
 
 
+FastDevRun = Annotated[
+    bool,
+    typer.Option(
+        "--fast-dev-run",
+        help="try every step quickly: a round of each kind, two clients (three if secure), few images; keeps nothing",
+        rich_help_panel="Run",
+    ),
+]
+
+
 @with_settings
-def run(*, config: ConfigFile = None, json_: Json = False, quiet: Quiet = False, overrides: dict[str, Value]) -> None:
+def run(
+    *,
+    config: ConfigFile = None,
+    fast_dev_run: FastDevRun = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+    overrides: dict[str, Value],
+) -> None:
     """Run a federation in this process: the same server and client apps as `flwr run`, no ray, no open port."""
+    if fast_dev_run:
+        _try_out(settings_from(config, overrides), quiet=quiet or json_)
+        return
     if overrides.get("resume") and config is not None:
         raise SettingError("config", str(config), "no file with --resume, which takes the settings of that run")
     settings = _resumed(overrides) if overrides.get("resume") else settings_from(config, overrides)
@@ -26,6 +48,45 @@ def run(*, config: ConfigFile = None, json_: Json = False, quiet: Quiet = False,
         print(json.dumps(summary))
     else:
         print(f"{'' if quiet else 'report: '}{summary['run']}/report.html")
+
+
+def _try_out(settings: Settings, *, quiet: bool) -> None:
+    """Run as little as possible of everything that a run does, in a folder that is removed: rounds of each kind,
+    evaluation, checkpoint, resume and report."""
+    from tempfile import TemporaryDirectory
+
+    from tofu.reporting.folder import resumed_settings
+    from tofu.rounds.schedule import make_schedule
+
+    if settings.run.resume:
+        raise SettingError("resume", settings.run.resume, "no run to resume with --fast-dev-run")
+    kinds = make_schedule(settings.rounds, settings.training.rounds).kinds
+    rounds = max(len(kinds), settings.plugins.task_count)
+    small: dict[str, Value] = {
+        "clients": MIN_SECURE if "secure" in kinds else 2, "rounds": rounds, "local_epochs": 1, "switch_round": 0,
+        "plateau_patience": 1, "plateau_gain": 1.0, "max_evals": min(5, settings.codec.max_evals), "min_clients": 1,
+        "client_fraction": 1.0, "record_clients": "", "checkpoint": True, "metrics_port": 0, "max_epsilon": 0.0,
+    }  # fmt: skip
+    with TemporaryDirectory() as folder:
+        chosen = _fewer_images(settings.replace(**small, run_folder=f"{folder}/run"))
+        run_settings(chosen, quiet=quiet)
+        more = max(2, settings.plugins.task_count)
+        run_settings(resumed_settings({"resume": f"{folder}/run", "rounds": rounds * more}), quiet=quiet)
+    print("fast dev run: every step works; nothing was kept")
+
+
+def _fewer_images(settings: Settings) -> Settings:
+    """The settings with at most 64 images for each client, if the dataset has more and can be cut."""
+    from tofu.row_workload import workload_of
+
+    images = 64 * settings.data.clients
+    wanted = {"train_images": images, "test_images": images}
+    smaller = settings.replace(**{name: value for name, value in wanted.items() if not getattr(settings.data, name)})
+    try:
+        workload_of(smaller).client(0)
+    except TofuError:
+        return settings
+    return smaller
 
 
 def run_settings(settings: Settings, *, quiet: bool) -> dict[str, object]:

@@ -10,7 +10,6 @@ from flwr.common.constant import SUPERLINK_NODE_ID as SERVER_NODE
 from flwr.common.constant import ErrorCode
 from flwr.common.serde import context_from_proto, context_to_proto
 from flwr.proto.message_pb2 import Context as ContextProto
-from flwr.server.superlink.linkstate.utils import create_message_error_unavailable_ins_message as unavailable_reply
 from flwr.server.utils.validator import validate_message
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import (
@@ -21,7 +20,6 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.superlink.grid.inmemory_grid import InMemoryGrid
 from google.protobuf.message import DecodeError
 
 from tofu.errors import RunError
@@ -61,7 +59,17 @@ def message_bytes(message: Message) -> int:
 
 def is_simulation(grid: Grid) -> bool:
     """Whether the grid is that of Flower's simulation engine, all of whose nodes are registered before a run starts."""
+    from flwr.superlink.grid.inmemory_grid import InMemoryGrid  # imports a database, which plans do not need
+
     return isinstance(grid, InMemoryGrid)
+
+
+def unavailable_reply(message_id: str, run_id: int) -> Message:
+    """The error with which a SuperLink answers for a message that has expired or that it does not know."""
+    from flwr.server.superlink.linkstate.utils import create_message_error_unavailable_ins_message
+
+    reply: Message = create_message_error_unavailable_ins_message(message_id, run_id)
+    return reply
 
 
 def error_reply(reply: Message, reason: str) -> Message:

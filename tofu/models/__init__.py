@@ -14,6 +14,7 @@ from tofu.data import ImageShape
 from tofu.errors import SettingError
 from tofu.imports import import_object
 from tofu.models.checks import check_training, drop_constant_buffers
+from tofu.models.initial_weights import fill
 from tofu.models.small import BagOfWords, cnn, lenet5, mlp
 from tofu.models.spiking import dct_model, spiking_model
 from tofu.models.torchvision_models import resnet18, vgg, vit
@@ -88,8 +89,15 @@ def build_model(name: str, shape: ImageShape, *, norm: str = "group", seed: int 
 
 
 def initial_model(settings: ModelSettings, shape: ImageShape, seed: int) -> nn.Module:
-    """The model of a run at its initial weights, as `build_model` returns it."""
-    return build_model(settings.model, shape, norm=settings.norm, seed=seed)
+    """The model of a run at its initial weights, as `build_model` returns it.
+
+    Raises:
+        SettingError: the model or `initial_weights` cannot be used.
+    """
+    model = build_model(settings.model, shape, norm=settings.norm, seed=seed)
+    if settings.initial_weights:
+        fill(model, settings.initial_weights)
+    return model
 
 
 def build_row_model(name: str, width: int, classes: int, *, vocabulary: int = 0, seed: int = 0) -> nn.Module:

@@ -8,13 +8,14 @@ samples.npz, panels.json             images and plugin panels for the report, re
 data.json                            what was read as data, what was left out, and each client's number of images
 metrics.prom                         Prometheus metrics (`tofu.observers.prometheus`), replaced after each round
 checkpoints/                         state for a resume (`server.checkpoint`)
+model.json                           class names, written once
 summary.json, report.html            `RunSummary` and the report, written at the end
 """
 
 import dataclasses
 import json
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,9 +39,9 @@ from tofu.weights import Weights
 
 MAY_CHANGE = (
     "workers", "round-timeout", "secure-timeout", "min-clients", "resume", "run-folder", "checkpoint", "log",
-    "metrics-port", "device",
+    "metrics-port", "device", "rounds",
 )  # fmt: skip
-"""Settings that may differ when a run is resumed."""
+"""Settings that may differ when a run is resumed. Rounds may only become more."""
 
 _SHAPE = "shape"
 _JSON_LINES = ("metrics.jsonl", "ledger.jsonl")
@@ -61,7 +62,13 @@ class RunFolder:
         if settings.run.resume:
             self.path = Path(settings.run.resume)
             self._lock = _lock(self.path)
-            self._check_settings(settings)
+            try:
+                self._check_settings(settings)
+                if settings.training.rounds != read_config(self.path).training.rounds:
+                    self._extend(settings)
+            except BaseException:
+                self._lock.release()
+                raise
             return
         self.path = Path(settings.run.run_folder) if settings.run.run_folder else Path()
         try:
@@ -81,12 +88,28 @@ class RunFolder:
         self._lock.release()
 
     def _check_settings(self, settings: Settings) -> None:
+        began_with = read_config(self.path).training.rounds
+        if settings.training.rounds < began_with:
+            accepted = f"at least {began_with}, as the run in {self.path} started with"
+            raise SettingError("rounds", settings.training.rounds, accepted)
         if (self.path / "summary.json").exists():
-            raise SettingError("resume", str(self.path), "a run that has not finished")
+            if settings.training.rounds == began_with:
+                accepted = f"a run that has not finished, or more rounds than {began_with} (--rounds)"
+                raise SettingError("resume", str(self.path), accepted)
+            if not any((self.path / "checkpoints").glob("round-*.checkpoint")):
+                accepted = "a finished run with its last checkpoint, or --initial-weights in its place"
+                raise SettingError("resume", str(self.path), accepted)
         began, now = _stored(read_config(self.path)), _stored(settings)
         for name, value in began.items():
             if now[name] != value and name not in MAY_CHANGE:
                 raise SettingError(name, now[name], f"{value}, as the run in {self.path} started with")
+
+    def _extend(self, settings: Settings) -> None:
+        """More rounds than the run was started with. It counts as unfinished until these are done."""
+        config = read_config(self.path).to_config() | {"rounds": settings.training.rounds}
+        self._replace("config.json", _json(config, indent=1))
+        for name in ("summary.json", "report.html"):
+            (self.path / name).unlink(missing_ok=True)
 
     def add_round(self, record: RoundRecord, messages: Iterable[Mapping[str, object]] = ()) -> None:
         """Append a round to metrics.jsonl, and its messages to ledger.jsonl."""
@@ -133,6 +156,10 @@ class RunFolder:
         if broadcast:
             self._replace("plugins.state", broadcast)
         self._replace(_weights_name(group), data)
+
+    def write_class_names(self, names: Sequence[str]) -> None:
+        """Write model.json: what the model's outputs mean, in their order."""
+        self._replace("model.json", _json({"class_names": list(names)}))
 
     def write_summary(self, summary: RunSummary) -> None:
         """Replace summary.json."""
@@ -206,6 +233,22 @@ def read_model(run: Path, *, group: int = 0) -> tuple[Weights, ImageShape, bytes
         return weights, shape, state.read_bytes() if state.exists() else b""
     except (OSError, ValueError, TypeError, KeyError, safetensors.SafetensorError) as error:
         raise SettingError("run", str(run), wanted) from error
+
+
+def read_class_names(run: Path, classes: int) -> tuple[str, ...]:
+    """The names of the classes; their numbers in runs of earlier versions.
+
+    Raises:
+        RunError: model.json is damaged.
+    """
+    try:
+        names = json.loads((run / "model.json").read_text())["class_names"]
+    except FileNotFoundError:
+        names = []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{run / 'model.json'} cannot be read: {error}") from error
+    whole = isinstance(names, list) and len(names) == classes and all(isinstance(name, str) for name in names)
+    return tuple(names) if whole else tuple(map(str, range(classes)))
 
 
 def read_config(run: Path) -> Settings:

@@ -1,5 +1,6 @@
 """Classify images with the model that a run ended with, or with the ensemble of its client groups' models."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from tofu.models import initial_model
 from tofu.models.spiking import FREQUENCIES, DctEncoder
 from tofu.plugins import MAX_STATE_BYTES, RoundContext, make_plugins
 from tofu.reference_model import ReferenceModel
-from tofu.reporting.folder import read_config, read_model
+from tofu.reporting.folder import read_class_names, read_config, read_model
 from tofu.weights import load_weights
 
 _AT_A_TIME = 500
@@ -27,8 +28,9 @@ def predict_images(run: Path, images: Path, *, frequencies: int = 0) -> list[dic
             it is.
 
     Returns:
-        For each: image (its path), class, probability of that class, score and unknown, which are None where the run
-        has no plugin that tells what is unlike its data.
+        For each: image (its path), class, its name, probability of that class, label (the name of the image's folder,
+        where that is a class; otherwise None), score and unknown, which are None where the run has no plugin that
+        tells what is unlike its data.
 
     Raises:
         SettingError: no such run, or none with a model; frequencies for a model that has no DCT encoder.
@@ -47,7 +49,7 @@ def predict_images(run: Path, images: Path, *, frequencies: int = 0) -> list[dic
         if frequencies:
             _keep_frequencies(model, frequencies)
         models.append(model.eval())
-    files = _files(images)
+    names, files = read_class_names(run, shape.classes), _files(images)
     pixels = torch.stack([_read(file, shape) for file in files])
     rows: list[dict[str, object]] = []
     for start in range(0, len(files), _AT_A_TIME):
@@ -58,12 +60,20 @@ def predict_images(run: Path, images: Path, *, frequencies: int = 0) -> list[dic
                 {
                     "image": str(file),
                     "class": int(best.indices[at]),
+                    "name": names[int(best.indices[at])],
                     "probability": float(best.values[at]),
+                    "label": file.parent.name if file.parent.name in names else None,
                     "score": None if prediction.score is None else float(prediction.score[at]),
                     "unknown": None if prediction.unknown is None else bool(prediction.unknown[at]),
                 }
             )
     return rows
+
+
+def accuracy(rows: Sequence[Mapping[str, object]]) -> tuple[int, int]:
+    """Number of right predictions, and of images whose label is known."""
+    known = [row for row in rows if row["label"] is not None]
+    return sum(row["name"] == row["label"] and not row["unknown"] for row in known), len(known)
 
 
 def _keep_frequencies(model: nn.Module, frequencies: int) -> None:

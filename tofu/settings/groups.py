@@ -77,6 +77,10 @@ class ModelSettings(Group):
         "mlp",
         "lenet5, mlp, cnn, resnet18, vgg11, vgg13, vgg16, vit_b_16, vit_tiny, snn-small, vgg5-snn, vgg9-snn, dct-snn-small, dct-snn-vgg5, dct-snn-vgg9, or package.module:factory",
     )
+    initial_weights: str = setting(
+        "",
+        "file of initial weights (.safetensors, or a state dict of torch.save), or the folder of a run; all nodes need it",
+    )
     norm: Literal["group", "batch", "none"] = setting("group", "normalization layers, if the model has a choice")
 
 
@@ -379,8 +383,12 @@ class RunSettings(Group):
         "",
         "clients, separated by commas, whose messages are stored for `tofu attack`; the files are as sensitive as their data",
     )
-    checkpoint: bool = setting(True, "write a checkpoint after every round, which the end of the run deletes")
-    resume: str = setting("", "folder of an interrupted run to resume")
+    checkpoint: bool = setting(
+        True, "write a checkpoint after every round; the last one of a finished run serves --resume with more --rounds"
+    )
+    resume: str = setting(
+        "", "folder of an interrupted run to resume, or of a finished one to continue with more rounds"
+    )
     run_folder: str = setting("", "folder for the results; empty creates one under runs/")
     log: Literal["text", "json"] = setting(
         "text", "format of standard error: text (progress) or json (one JSON object per line)"

@@ -492,3 +492,67 @@ def test_shell_completion(tofu: Tofu, monkeypatch: pytest.MonkeyPatch, words: st
     monkeypatch.setenv("COMP_WORDS", words)
     monkeypatch.setenv("COMP_CWORD", str(len(words.split(" ")) - 1))
     assert set(tofu().out.split()) == expected
+
+
+def test_a_finished_run_is_extended_as_if_it_had_had_more_rounds(tofu: Tofu) -> None:
+    whole = tofu("run", *TINY, "--rounds=3", "--run-folder=whole", "--json").json
+    tofu("run", *TINY, "--rounds=2", "--run-folder=run")
+    fails(tofu("run", "--resume=run"), "resume='run'", "more rounds than 2")
+    fails(tofu("run", "--resume=run", "--rounds=1"), "rounds=1", "at least 2")
+    extended = tofu("run", "--resume=run", "--rounds=3", "--json").json
+    assert extended["weights_sha256"] == whole["weights_sha256"]
+    assert extended["uplink_bytes"] == whole["uplink_bytes"]
+    tofu("run", *TINY, "--no-checkpoint", "--run-folder=without")
+    fails(tofu("run", "--resume=without", "--rounds=3"), "last checkpoint")
+
+
+def test_predictions_have_names_labels_and_a_file(tofu: Tofu, tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        pictures(tmp_path / "data" / name)
+    start = ("run", *TINY, "--dataset=data", "--partition=iid")
+    tofu(*start, "--run-folder=first")
+    tofu(*start, "--run-folder=run", "--initial-weights=first", "--rounds=1", "--lr=1e-9", "--schedule=fedavg")
+    outcome = tofu("predict", "run", "data", "--output=found.csv")
+    lines = (tmp_path / "found.csv").read_text().splitlines()
+    assert len(lines) == 13
+    assert lines[0].startswith("image,class,name,probability,label")
+    right = sum(line.split(",")[2] == line.split(",")[4] for line in lines[1:])
+    assert f"({right} of 12 images" in outcome.err
+    assert all(word.split()[1] in ("cat", "dog") for word in outcome.out.splitlines())
+    first, again = (tofu("predict", name, "data", "--json").out for name in ("first", "run"))
+    assert [row["name"] for row in json.loads(first)] == [row["name"] for row in json.loads(again)]
+
+
+def test_a_fast_dev_run_goes_through_every_kind_of_round_and_keeps_nothing(tofu: Tofu, tmp_path: Path) -> None:
+    outcome = tofu("run", "--fast-dev-run", "--schedule=switch", "--rounds=500", "--local-epochs=50")
+    assert (outcome.status, outcome.out.splitlines()[-1]) == (0, "fast dev run: every step works; nothing was kept")
+    for words in ("2 rounds, 3 clients", "round 1/2  proxy", "round 2/2  secure", "resumes after round 2", "round 4/4"):
+        assert words in outcome.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor(tofu: Tofu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = tofu("doctor")
+    assert outcome.status == 0
+    assert re.search(r"ok +encode +an update of [\d,]+ bytes as ", outcome.out)
+    monkeypatch.setattr(sys.modules["tofu.cli.doctor"], "_MIN_DISK", 10**18)
+    outcome = tofu("doctor")
+    assert outcome.status == 1
+    assert re.search(r"problem +disk +.* free, expected at least", outcome.out)
+
+
+def test_plan_estimates_time_without_what_only_a_run_needs(tmp_path: Path) -> None:
+    code = (
+        "import sys, json, io; sys.argv = ['tofu', 'plan', '--json']\n"
+        "from tofu.cli import main\n"
+        "sys.stdout = io.StringIO()\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "found = json.loads(sys.stdout.getvalue())\n"
+        "assert found['training_seconds'] > 0 and found['encoding_seconds'] > 0, found\n"
+        "heavy = {'ray', 'sklearn', 'torchvision', 'sqlalchemy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
+                             env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert process.returncode == 0, process.stderr
