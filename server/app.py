@@ -181,7 +181,7 @@ class _Run:
                 )
             name = f"{settings.model.model} on {settings.data.dataset}"
             if isinstance(self._workload, NamedWorkload | RowWorkload):
-                folder.write_class_names(self._workload.data.label_names)
+                folder.write_class_names(self._workload.data.class_names)
             observer.on_run_start(settings.training.rounds, settings.data.clients, name)
             if self._random:
                 missing = ", ".join(self._random)

@@ -192,7 +192,7 @@ def test_a_server_app_that_was_killed_goes_on_in_another_run(federation: LocalCl
     assert metrics[: len(reported)] == reported
     assert [(row["clients"], row["failures"]) for row in metrics[1:]] == [(3, [])] * 8
     assert (tmp_path / "run" / "summary.json").exists()
-    assert not (tmp_path / "run" / FOLDER).exists()
+    assert [path.name for path in (tmp_path / "run" / FOLDER).iterdir()] == ["round-000008.checkpoint"]
 
 
 @pytest.mark.slow

@@ -73,6 +73,7 @@ OTHERS |= dict.fromkeys(
     0.25,
 )
 OTHERS |= {
+    "compressor": "package.module:Class",  # the one choice that goes with every codec-mode
     "plugins": "",
     "plugin-options": "",
     "feature-columns": "",
@@ -416,7 +417,7 @@ def values_of(name: str) -> st.SearchStrategy[object]:
 
 CONFLICTING = {
     "plugins", "plugin_options", "task_count", "switch_round", "max_epsilon", "min_clients", "clients", "partition",
-    "feature_columns", "text_column", "client_test_fraction", "aggregator",
+    "feature_columns", "text_column", "client_test_fraction", "aggregator", "codec_mode",
 }  # fmt: skip
 
 

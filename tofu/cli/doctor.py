@@ -72,8 +72,6 @@ def _python() -> str:
 
 def _installed(package: str) -> str:
     modules = {"tofu-fl": "tofu", "torchvision": "tofu.models.torchvision_compat", "flwr-datasets": "flwr_datasets"}
-        package, package
-    )
     try:
         found = version(package)
         with redirect_stderr(StringIO()):

@@ -199,6 +199,8 @@ def _stored(settings: Settings) -> dict[str, Value]:
     config = settings.to_config()
     if settings.data.dataset not in ("digits", *EMBEDDED_TABLES):
         config["dataset"] = _absolute(settings.data.dataset)
+    if settings.model.initial_weights:
+        config["initial-weights"] = _absolute(settings.model.initial_weights)
     if settings.secure.secure_identities:
         config["secure-identities"] = _absolute(settings.secure.secure_identities)
     return config
