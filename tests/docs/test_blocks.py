@@ -80,13 +80,16 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     torch.set_num_threads(threads)
 
 
-SLOW = {"crossbar.md", "deployment.md", "hierarchy.md", "trend.md"}
+SLOW = {"attacks.md", "crossbar.md", "deployment.md", "hierarchy.md", "trend.md"}
 """Pages that start processes, or take more than five seconds."""
 
 
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(page, marks=[pytest.mark.slow] * (page.name in SLOW)) for page in PAGES],
+    [
+        pytest.param(page, marks=(pytest.mark.slow, pytest.mark.timeout(900)) if page.name in SLOW else ())
+        for page in PAGES
+    ],
     ids=[page.relative_to(ROOT).as_posix() for page in PAGES],
 )
 def test_blocks_run(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
