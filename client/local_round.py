@@ -44,8 +44,10 @@ from tofu.rounds.steps import (
     Clip,
     Compress,
     EncodeInRing,
+    KeepDirection,
     KeepResidual,
     Outgoing,
+    SubtractDirection,
     UpdateStep,
     apply_steps,
     check_noise_grid,
@@ -81,12 +83,17 @@ def train_round(
     local = LocalRound.begin(request, round_, settings, context, workload or workload_of(settings))
     trained = local.train()
     fraction = settings.residual_fraction
+    parameters, server = local.reference.param_spec.parameters, settings.server
     steps: list[UpdateStep] = [AddResidual(request.acknowledged, fraction)]
+    keep: UpdateStep = KeepResidual(round_, fraction)
+    if server.server_optimizer == "ef21":
+        steps = [SubtractDirection(request.acknowledged, server.ef21_momentum, parameters)]
+        keep = KeepDirection(round_, parameters)
     if settings.privacy.noise_multiplier:
         steps.append(Clip(settings.privacy.clip_norm, local.reference.param_spec))
     send = local.send_masked if request.kind == "secure" else local.send_payload
     reply, outgoing = send(trained, apply_steps(steps, Outgoing(trained.update, local.feedback, local.state.memory)))
-    outgoing = KeepResidual(round_, fraction).apply(outgoing)
+    outgoing = keep.apply(outgoing)
     save_state(
         context,
         local.reference,
@@ -177,7 +184,9 @@ class LocalRound:
         initial = weights_of(reference.model)
         state = load_state(context, reference)
         receive_weights(request, round_, reference, state.kept, downlink_compressor(settings, reference))
-        feedback = state.feedback if settings.residual_fraction else ErrorFeedback()
+        feedback = ErrorFeedback()
+        if settings.residual_fraction:
+            feedback = state.feedback.aged(round_, settings.codec.residual_half_life)
         return LocalRound(
             request, round_, settings, context, plugins, position, reference, weights_of(reference.model), initial,
             state, feedback, broadcast, workload, local, data,

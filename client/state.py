@@ -92,7 +92,7 @@ def load_state(context: Context, reference: ReferenceModel) -> SavedState:
     residual, sent, kept = weights("residual"), weights("sent"), weights("kept")
     feedback = ErrorFeedback()
     if residual is not None and sent is not None and isinstance(sent_round, int):
-        feedback = ErrorFeedback(residual, sent, sent_round)
+        feedback = ErrorFeedback(residual, sent, sent_round, weights("velocity") or {})
     return SavedState(
         feedback,
         memory if isinstance(memory, bytes) else b"",
@@ -123,6 +123,8 @@ def save_state(
         record["residual"] = float32_bytes(feedback.residual, param_spec)
         record["sent"] = float32_bytes(feedback.sent, param_spec)
         record["sent-round"] = feedback.sent_round
+        if feedback.velocity:
+            record["velocity"] = float32_bytes(feedback.velocity, param_spec)
     if kept is not None:
         record["kept"] = float32_bytes(kept.weights, param_spec)
         record["identity"] = kept.identity

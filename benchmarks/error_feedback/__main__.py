@@ -47,8 +47,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "powersgd": {"compressor": "powersgd"},
 }
 """The last three are rivals. Proxies without a correction have no w: it applies to the correction only."""
-FEEDBACK = ((1.8, 0.5, 0.0), (1.0, 0.5, 0.0), (1.8, 0.0, 1.0), (1.0, 0.0, 1.0), (1.8, 0.5, 1.0))
-"""(w, a, step-ahead-final-factor): both, each switched off, neither, and both with a that does not fall."""
+FEEDBACK = ((1.8, 0.5, 1.0), (1.0, 0.5, 1.0), (1.8, 0.0, 1.0), (1.0, 0.0, 1.0), (1.8, 0.5, 0.0))
+"""(w, a, step-ahead-final-factor): both, each switched off, neither, and both with an a that falls to 0."""
 RATIOS = (1000, 200, 500, 2000, 50)
 SEEDS = (0, 1, 2)
 TUNING_SEED = 7

@@ -125,10 +125,20 @@ def test_step_ahead_trains_from_where_the_residual_leads() -> None:
     assert plain[0] == ahead[0]
     assert plain[1] != ahead[1]
     last = {"rounds": 2, "step-ahead": 0.5}  # the second of two rounds
-    assert second_round(**last) == plain
-    assert second_round(**last, **{"step-ahead-final-factor": 1.0}) != plain
+    assert second_round(**last) != plain
+    assert second_round(**last, **{"step-ahead-final-factor": 0.0}) == plain
     off = {"error-feedback": 0.0}
     assert second_round(**off) == second_round(**off, **{"step-ahead": 0.5, "over-relaxation": 1.8})
+
+
+def test_ef21_sends_the_change_of_what_the_client_sent_before() -> None:
+    settings = Settings.of(SETTINGS.to_config() | {"server-optimizer": "ef21", "step-ahead": 0.0})
+    ctx = context(**{"partition-id": 0})
+    first = decoded(train_round(request("fedavg"), 1, settings, ctx), "fedavg", 1)
+    second = decoded(train_round(request("fedavg", 2, acknowledged=1), 2, settings, ctx), "fedavg", 2)
+    fresh = decoded(train_round(request("fedavg", 2), 2, SETTINGS, context(**{"partition-id": 0})), "fedavg", 2)
+    for name in fresh:  # without compression the server's sum is the update of this round
+        assert torch.allclose(first[name] + second[name], fresh[name], atol=1e-5)
 
 
 @pytest.mark.parametrize("setting", [{"error_feedback": 0.9}, {"noise_multiplier": 1.0, "clip_norm": 1.0}])

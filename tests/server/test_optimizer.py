@@ -42,6 +42,18 @@ def test_plain_adds_the_update() -> None:
             assert torch.equal(value, before[name] + 0.25), name
 
 
+def test_ef21_adds_the_sum_of_all_changes_in_every_round() -> None:
+    model = network()
+    before = weights_of(model)
+    server = Settings.of({"server-optimizer": "ef21", "client-fraction": 0.5, "step-ahead": 0.0}).server
+    optimizer = ServerOptimizer(model, server)
+    for value in (1.0, 0.5, -1.5):  # half of the clients changed: the mean directions are 0.5, 0.75, 0
+        optimizer.step(update(value))
+    after = weights_of(model)
+    assert torch.allclose(after["0.weight"], before["0.weight"] + 1.25)
+    assert torch.allclose(after["1.running_mean"], before["1.running_mean"])  # buffers: the sum of the updates
+
+
 def test_momentum_carries_the_last_step_on() -> None:
     model = network()
     before = weights_of(model)["0.weight"]

@@ -205,6 +205,8 @@ def test_wrong_types_are_refused(name: str, value: object, expected: str) -> Non
         ("over-relaxation", [0.99, 2.0], [1.0, 1.99]),
         ("step-ahead", [-0.1, 1.1], [0.0, 1.0]),
         ("step-ahead-final-factor", [-0.1, 1.1], [0.0, 1.0]),
+        ("residual-half-life", [-0.1, math.inf], [0.0, 0.5, 100.0]),
+        ("ef21-momentum", [0.0, 1.1], [0.1, 1.0]),
         ("client-fraction", [0.0, 1.01], [0.01, 1.0]),
         ("min-clients", [0], [1, 10]),
         ("round-timeout", [0.0, math.inf], [0.1]),
@@ -319,7 +321,7 @@ def test_lr_stays_by_default_and_in_a_single_round() -> None:
 
 def test_step_ahead_falls_linearly_to_its_final_factor() -> None:
     def of(rounds: int, **changes: float) -> list[float]:
-        codec = CodecSettings(step_ahead=0.8, **changes)
+        codec = CodecSettings(step_ahead=0.8, **({"step_ahead_final_factor": 0.0} | changes))
         return [codec.step_ahead_of(round_, rounds) for round_ in range(1, rounds + 1)]
 
     assert of(5) == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0])
@@ -418,6 +420,7 @@ def values_of(name: str) -> st.SearchStrategy[object]:
 CONFLICTING = {
     "plugins", "plugin_options", "task_count", "switch_round", "max_epsilon", "min_clients", "clients", "partition",
     "feature_columns", "text_column", "client_test_fraction", "aggregator", "codec_mode",
+    "server_optimizer",
 }  # fmt: skip
 
 
@@ -462,6 +465,16 @@ def test_step_ahead_is_refused_with_a_plugin_that_restricts_local_steps() -> Non
         Settings.of(stream | {"step-ahead": 0.5})
     assert caught.value.field == "step-ahead"
     assert Settings.of({"plugins": "rank", "step-ahead": 0.5}).codec.step_ahead == 0.5
+
+
+@pytest.mark.parametrize(
+    "other", [{"noise-multiplier": 1.0}, {"error-feedback": 0.5}, {"step-ahead": 0.5}, {"residual-half-life": 3.0}]
+)
+def test_ef21_is_refused_with_what_its_clients_sums_do_not_allow(other: dict[str, float]) -> None:
+    assert Settings.of({"server-optimizer": "ef21", "step-ahead": 0.0}).server.ef21_momentum == 1
+    with pytest.raises(SettingError, match="server-optimizer=ef21") as caught:
+        Settings.of({"server-optimizer": "ef21", "step-ahead": 0.0} | other)
+    assert caught.value.field == next(iter(other))
 
 
 def test_over_relaxation_applies_to_the_correction_or_to_the_whole_and_needs_error_feedback() -> None:

@@ -7,7 +7,7 @@ content of the last reply returns to the residual. docs/error-feedback.md explai
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -24,11 +24,24 @@ class ErrorFeedback:
         residual: compression error, by name; empty before the first round.
         sent: decoded content of the last reply, by name; empty before the first round.
         sent_round: the round of that reply, or -1.
+        velocity: moving average of the client's local progress (`steps.SubtractDirection`); otherwise empty.
     """
 
     residual: Weights = field(default_factory=dict)
     sent: Weights = field(default_factory=dict)
     sent_round: int = NEVER
+    velocity: Weights = field(default_factory=dict)
+
+    def aged(self, round_: int, half_life: float) -> "ErrorFeedback":
+        """The state with a residual that halves with every `half_life` rounds that the client missed; 0 keeps all.
+
+        A client that took part in the last round has missed none. The content of the last reply does not age.
+        """
+        missed = round_ - 1 - self.sent_round
+        if not half_life or missed <= 0:
+            return self
+        factor = 0.5 ** (missed / half_life)
+        return replace(self, residual={name: factor * value for name, value in self.residual.items()})
 
     def target(self, update: Weights, acknowledged: int, *, fraction: float = 1.0) -> Weights:
         """The update to compress: this round's update plus what the server has not received.

@@ -28,3 +28,10 @@ def momentum(parameters: Iterable[nn.Parameter], server: ServerSettings) -> torc
 def adam(parameters: Iterable[nn.Parameter], server: ServerSettings) -> torch.optim.Optimizer:
     """FedAdam with the constants of Reddi et al.; epsilon is large because updates are far smaller than 1."""
     return torch.optim.Adam(parameters, lr=server.server_lr, betas=(0.9, 0.99), eps=1e-3)
+
+
+@server_optimizers.register("ef21")
+def ef21(parameters: Iterable[nn.Parameter], server: ServerSettings) -> torch.optim.Optimizer:
+    """Adds the sum of all mean updates in every round (EF21): clients send the change of their direction
+    (`tofu.rounds.steps.SubtractDirection`). Of n clients only client-fraction changed theirs."""
+    return torch.optim.SGD(parameters, lr=server.server_lr * server.client_fraction, momentum=1.0)

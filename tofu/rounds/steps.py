@@ -2,13 +2,14 @@
 
     AddResidual -> Clip -> AddNoise -> Compress | Mask -> KeepResidual
 
+With server-optimizer=ef21, SubtractDirection and KeepDirection replace the first and the last.
 Every step takes an `Outgoing` and returns a new one. State that outlives the round (error feedback, the compressor's
 memory) enters and leaves with it; a step itself holds only settings.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -82,6 +83,54 @@ class AddResidual:
         return outgoing.replace(
             update=outgoing.feedback.target(outgoing.update, self.acknowledged, fraction=self.fraction)
         )
+
+
+@dataclass(frozen=True)
+class SubtractDirection:
+    """Send the change of the client's direction (EF21-SGDM, Fatkhullin et al., NeurIPS 2023, algorithm 1).
+
+    The server has a sum g of all that this client delivered, and adds the mean of these sums in every round. The client
+    keeps a moving average v of its local progress and sends C(v - g), so g approaches v although C is lossy. Buffers
+    are statistics, so they have an ordinary residual.
+
+    Attributes:
+        acknowledged: as in `AddResidual`.
+        momentum: weight of this round's progress in v; 1 is EF21 (Richtarik et al., NeurIPS 2021).
+    """
+
+    acknowledged: int
+    momentum: float
+    parameters: Collection[str]
+
+    def apply(self, outgoing: Outgoing) -> Outgoing:
+        update, old = outgoing.update, outgoing.feedback.velocity
+        nothing = {name: torch.zeros_like(value) for name, value in update.items()}
+        missing = outgoing.feedback.target(nothing, self.acknowledged)  # of parameters: minus g
+        velocity = nothing | {
+            name: torch.lerp(old[name], update[name], self.momentum) if old else update[name]
+            for name in self.parameters
+        }
+        target = {
+            name: value + missing[name] for name, value in (update | {n: velocity[n] for n in self.parameters}).items()
+        }
+        return outgoing.replace(update=target, feedback=ErrorFeedback(missing, velocity=velocity))
+
+
+@dataclass(frozen=True)
+class KeepDirection:
+    """Remember the sum of all that the server received, after `SubtractDirection`.
+
+    Attributes:
+        round: this round.
+    """
+
+    round: int
+    parameters: Collection[str]
+
+    def apply(self, outgoing: Outgoing) -> Outgoing:
+        before = outgoing.update | {name: outgoing.feedback.residual[name] for name in self.parameters}
+        kept = ErrorFeedback.after(before, outgoing.decoded, self.round)
+        return outgoing.replace(feedback=dataclasses.replace(kept, velocity=outgoing.feedback.velocity))
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,7 @@ class Settings(BaseModel):
         if self.privacy.max_epsilon and not self.privacy.noise_multiplier:
             raise SettingError("max-epsilon", self.privacy.max_epsilon, "0 without noise-multiplier")
         self._check_aggregator(kinds)
+        self._check_ef21()
         if "secure" in kinds and data.clients < MIN_SECURE:
             raise SettingError("clients", data.clients, f"at least {MIN_SECURE} for secure rounds")
 
@@ -167,6 +168,19 @@ class Settings(BaseModel):
             raise SettingError("aggregator", name, "mean with secure rounds, which show only the sum of the updates")
         if name != "mean" and self.privacy.noise_multiplier:
             raise SettingError("aggregator", name, "mean with noise-multiplier, whose guarantee is for the mean")
+
+    def _check_ef21(self) -> None:
+        if self.server.server_optimizer != "ef21":
+            return
+        wanted = "with server-optimizer=ef21, whose clients keep the sum of all that they sent"
+        for name, value, accepted in (
+            ("noise-multiplier", self.privacy.noise_multiplier, 0.0),
+            ("error-feedback", self.codec.error_feedback, 1.0),
+            ("step-ahead", self.codec.step_ahead, 0.0),
+            ("residual-half-life", self.codec.residual_half_life, 0.0),
+        ):
+            if value != accepted:
+                raise SettingError(name, value, f"{accepted:g} {wanted}")
 
     def _check_data(self) -> None:
         data, plugin = self.data, self.plugins

@@ -185,6 +185,9 @@ class CodecSettings(Group):
         ge=0,
         le=1,
     )
+    residual_half_life: float = setting(
+        0.0, "missed rounds after which a client's compression error counts half; 0: it does not age", ge=0
+    )
     over_relaxation: float = setting(
         1.0,
         "factor of decoded updates that error feedback accounts for; with compressor=proxy it applies to the correction",
@@ -198,7 +201,7 @@ class CodecSettings(Group):
         le=1,
     )
     step_ahead_final_factor: float = setting(
-        0.0, "step-ahead of the last round as a fraction of the first; linear in between", ge=0, le=1
+        1.0, "step-ahead of the last round as a fraction of the first; linear in between", ge=0, le=1
     )
     codec_mode: Literal["smooth", "paper"] = setting(
         "smooth", "smooth: our codec; paper: as published, for which the settings below are fixed", section="Proxies"
@@ -341,6 +344,9 @@ class ServerSettings(Group):
     )
     server_optimizer: str = setting("sgd", "optimizer that applies the average update")
     server_lr: float = setting(1.0, "learning rate of the server's optimizer", gt=0)
+    ef21_momentum: float = setting(
+        1.0, "weight of a round's progress in a client's direction, with server-optimizer=ef21", gt=0, le=1
+    )
     server_momentum: float = setting(0.9, "momentum with server-optimizer=momentum", ge=0, le=0.9999)
     ema_decay: float = setting(
         0.5,

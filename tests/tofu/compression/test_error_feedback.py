@@ -47,6 +47,16 @@ def test_a_share_of_the_residual_fades_but_a_lost_reply_returns_whole() -> None:
     assert feedback.target(zero, -1, fraction=0.0)["w"].tolist() == [4.0, 0.0]
 
 
+def test_a_residual_halves_with_the_rounds_that_its_client_missed() -> None:
+    feedback = ErrorFeedback({"w": torch.tensor([4.0])}, {"w": torch.tensor([8.0])}, 3)
+    assert feedback.aged(4, 2.0) is feedback
+    assert feedback.aged(9, 0.0) is feedback
+    aged = feedback.aged(8, 2.0)
+    assert aged.residual["w"].tolist() == [1.0]
+    assert aged.target({"w": torch.zeros(1)}, 2)["w"].tolist() == [9.0]  # a lost reply does not age
+    assert ErrorFeedback().aged(5, 2.0).residual == {}
+
+
 def test_the_first_round_has_nothing_to_add() -> None:
     update = {"w": torch.ones(2)}
     assert torch.equal(ErrorFeedback().target(update, -1)["w"], update["w"])

@@ -20,8 +20,10 @@ from tofu.rounds.steps import (
     Clip,
     Compress,
     EncodeInRing,
+    KeepDirection,
     KeepResidual,
     Outgoing,
+    SubtractDirection,
     apply_steps,
     check_noise_grid,
 )  # fmt: skip
@@ -63,6 +65,49 @@ def test_the_residual_is_added_by_its_fraction_and_a_lost_reply_in_full() -> Non
     none = AddResidual(acknowledged=3, fraction=0).apply(Outgoing(new, feedback))
     assert none.update is new
     assert none.feedback == ErrorFeedback()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    arrives=st.lists(st.booleans(), min_size=1, max_size=8),
+    name=st.sampled_from(["topk", "stc", "eden", "none"]),
+    momentum=st.sampled_from([1.0, 0.3]),
+    gain=st.sampled_from([1.0, 1.7]),
+)
+def test_a_client_s_direction_is_what_the_server_summed_up(
+    arrives: list[bool], name: str, momentum: float, gain: float
+) -> None:
+    """Replies get lost; the next target is the direction minus all that arrived, for every compressor."""
+    network = reference()
+    compressor = make_compressor(name, network, ratio=1 if name == "none" else 10, options=CompressorOptions(gain=gain))
+    outgoing, acknowledged, velocity = Outgoing({}), -1, update(0)
+    received = {key: torch.zeros_like(value) for key, value in velocity.items()}
+    for round_, arrived in enumerate(arrives):
+        new = update(round_)
+        velocity = {key: (1 - momentum) * velocity[key] + momentum * new[key] for key in new} if round_ else new
+        outgoing = SubtractDirection(acknowledged, momentum, list(new)).apply(Outgoing(new, outgoing.feedback))
+        for key, value in outgoing.update.items():
+            assert torch.allclose(value, velocity[key] - received[key], atol=1e-4)
+        outgoing = Compress(compressor, network, torch.Generator().manual_seed(round_)).apply(outgoing)
+        outgoing = KeepDirection(round_, list(new)).apply(outgoing)
+        if arrived:
+            received = {key: received[key] + outgoing.decoded[key] for key in new}
+            acknowledged = round_
+    if name == "none" and arrives[-1]:
+        assert all(torch.allclose(received[key], velocity[key], atol=1e-5) for key in velocity)
+
+
+def test_the_direction_of_buffers_is_their_own_residual() -> None:
+    """The server adds the mean of buffers once, not in every round."""
+    new, residual = {"w": torch.ones(2), "buffer": torch.ones(2)}, {"w": -torch.ones(2), "buffer": 0.5 * torch.ones(2)}
+    feedback = ErrorFeedback(residual, {"w": torch.zeros(2), "buffer": torch.zeros(2)}, 3, {"w": 3 * torch.ones(2)})
+    outgoing = SubtractDirection(3, 0.5, ["w"]).apply(Outgoing(new, feedback))
+    assert outgoing.update["w"].tolist() == [1.0, 1.0]  # 0.5 (3 + 1) - 1
+    assert outgoing.update["buffer"].tolist() == [1.5, 1.5]
+    kept = KeepDirection(4, ["w"]).apply(outgoing.replace(decoded={"w": torch.ones(2), "buffer": torch.ones(2)}))
+    assert kept.feedback.residual["w"].tolist() == [-2.0, -2.0]
+    assert kept.feedback.residual["buffer"].tolist() == [0.5, 0.5]
+    assert kept.feedback.velocity["w"].tolist() == [2.0, 2.0]
 
 
 def test_clip_bounds_the_norm_and_refuses_batch_counters() -> None:
