@@ -33,7 +33,7 @@ def test_hadolint_finds_nothing(tmp_path: Path) -> None:
 
 
 def test_the_base_is_pinned_and_the_user_is_not_root(instructions: list[tuple[str, str]]) -> None:
-    assert [text for name, text in instructions if name == "FROM"] == ["flwr/superexec:1.41.0"]
+    assert {text.split()[0] for name, text in instructions if name == "FROM"} == {"flwr/superexec:1.41.0"}
     assert [text for name, text in instructions if name == "USER"][-1] == "49999"
     assert instructions[-1] == ("ENTRYPOINT", '["flower-superexec"]')
 
@@ -52,7 +52,7 @@ def test_what_is_copied_exists_and_no_secret_is(instructions: list[tuple[str, st
     allowed = (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines()
     assert allowed[0] == "*"
     for name, text in instructions:
-        if name == "COPY":
+        if name == "COPY" and not text.startswith("--from=requirements"):
             for source in text.split()[:-1]:
                 assert list(DEPLOY.parent.glob(source))
                 assert f"!{source}" in allowed
