@@ -19,7 +19,7 @@ from tofu.errors import RunError, SettingError
 from tofu.evaluation import Evaluation, Predict
 from tofu.model_call import NO_CALL, Forward, InputShape, ModelCall, call_of
 from tofu.models import build_seeded
-from tofu.models.checks import changed_buffers, drop_constant_buffers
+from tofu.models.checks import changed_buffers, check_stateless, drop_constant_buffers
 from tofu.plugins import Plugins, RoundContext
 from tofu.rng import GlobalGenerators
 from tofu.training import SGD, LocalTrainingConfig, ProximalTerm, SeededDropout, TrainingResult, shuffled_batches
@@ -252,6 +252,7 @@ class UserWorkload(DatasetLoop):
         try:
             with GlobalGenerators(self.seed):
                 drop_constant_buffers(model, changed_buffers(model, lambda: _forward(model, inputs)))
+                check_stateless(model, lambda: _forward(model, inputs))
         except SettingError:
             raise
         except Exception as error:  # the user's own code may raise anything

@@ -323,6 +323,65 @@ ACCEPTED: dict[str, Callable[..., nn.Module]] = (
     | {"data_parallel": lambda **shape: nn.DataParallel(Flat(**shape)), "embedded_pixels": Pixels}
 )
 
+
+class Recurrent(nn.Module):
+    """Adds the output of its last call, which is a Python attribute and no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.last is not None and self.last.shape == x.shape:
+            x = x + 0.1 * self.last
+        self.last = x.detach()
+        return x
+
+
+class Counting(nn.Module):
+    """Counts its calls."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * (1 + 0.01 * self.calls)
+
+
+def _hooked(**shape: int) -> nn.Module:
+    model = Flat(**shape)
+    next(model.parameters()).register_hook(lambda gradient: 0.5 * gradient)
+    model.register_forward_hook(lambda module, inputs, output: 1.5 * output)
+    return model
+
+
+class Phased(nn.Module):
+    """A table of complex numbers that is constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("phases", torch.polar(torch.ones(HIDDEN), torch.arange(float(HIDDEN))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.phases).real
+
+
+class Twice(nn.Module):
+    """One layer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = self.other = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(torch.tanh(self.one(x)))  # type: ignore[no-any-return]
+
+
+ACCEPTED |= {
+    "hooked": _hooked, "complex_table": _flat(Phased), "one_layer_twice": _flat(Twice),
+    "old_weight_norm": _flat(lambda: nn.utils.weight_norm(nn.Linear(HIDDEN, HIDDEN))),
+}  # fmt: skip
+
 REFUSED: dict[str, tuple[Callable[..., nn.Module], str]] = {
     "auxiliary_output": (Pair, "in training mode"),
     "dictionary": (Wrapped, "found dict"),
@@ -336,6 +395,8 @@ REFUSED: dict[str, tuple[Callable[..., nn.Module], str]] = {
     ),
     "large_counter": (_flat(lambda: Changing(torch.tensor(2**30), lambda n: n + 1)), "value 1073741824"),
     "double": (lambda **shape: Flat(**shape, middle=nn.Linear(HIDDEN, HIDDEN)).double(), "must have the same dtype"),
+    "recurrent": (_flat(Recurrent), "two equal passes have different outputs"),
+    "counting": (_flat(Counting), "two equal passes have different outputs"),
     "nothing_to_train": (lambda **shape: Flat(**shape).requires_grad_(False), "at least one trainable parameter"),
     "too_few_outputs": (lambda classes, **shape: Flat(**shape, classes=classes - 1), "[2, 10]"),
     "no_module": (lambda **_: 5, "torch.nn.Module"),  # type: ignore[dict-item, return-value]

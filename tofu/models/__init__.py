@@ -13,7 +13,7 @@ from torch import nn
 from tofu.data import ImageShape
 from tofu.errors import SettingError
 from tofu.imports import import_object
-from tofu.models.checks import check_training, drop_constant_buffers
+from tofu.models.checks import check_stateless, check_training, drop_constant_buffers
 from tofu.models.initial_weights import fill
 from tofu.models.small import BagOfWords, cnn, lenet5, mlp
 from tofu.models.spiking import dct_model, spiking_model
@@ -178,4 +178,6 @@ def _checked(model: nn.Module, name: str, inputs: torch.Tensor, classes: int) ->
     if found != str(expected):
         raise SettingError("model", name, f"a model that maps {takes} to {expected} (found {found})")
     drop_constant_buffers(model, check_training(model, name, inputs, classes))
+    if ":" in name:  # our own models have no such state
+        check_stateless(model, lambda: model(inputs))
     return model

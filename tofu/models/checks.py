@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from tofu.errors import RunError, SettingError
+from tofu.rng import GlobalGenerators
 
 
 def check_training(model: nn.Module, name: str, inputs: Tensor, classes: int) -> frozenset[str]:
@@ -64,6 +65,35 @@ def changed_buffers(model: nn.Module, forward: Callable[[], object]) -> frozense
             own = {f"{prefix}.{key}" if prefix else key for key in module._buffers}
             changed |= own if changed & own else set()
     return frozenset(changed)
+
+
+@torch.no_grad()
+def check_stateless(model: nn.Module, forward: Callable[[], object]) -> None:
+    """Check that equal passes in evaluation mode have equal outputs, which a state in Python attributes prevents.
+
+    Such a state is neither seeded nor sent, so the same run would not give the same weights. The model is left in
+    training mode, with the values that it had.
+
+    Args:
+        forward: calls the model on two equal examples in every pass, and returns its output.
+
+    Raises:
+        SettingError: the outputs differ.
+    """
+    model.eval()
+    before = {key: buffer.clone() for key, buffer in model.named_buffers()}
+    outputs = []
+    for _ in range(2):
+        with GlobalGenerators(0):
+            output = forward()
+        outputs.append(output.clone() if isinstance(output, Tensor) else output)
+        for key, buffer in model.named_buffers():
+            buffer.copy_(before[key])
+    model.train()
+    first, second = outputs
+    if isinstance(first, Tensor) and isinstance(second, Tensor) and not torch.equal(_bits(first), _bits(second)):
+        accepted = "a model without state outside its parameters and buffers (two equal passes have different outputs)"
+        raise SettingError("model", type(model).__name__, accepted)
 
 
 def drop_constant_buffers(model: nn.Module, changed: frozenset[str]) -> None:
