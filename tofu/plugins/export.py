@@ -42,7 +42,7 @@ def export_from_bytes(data: bytes, declared: Mapping[str, SumSpec]) -> Export:
             sums[name] = value
         elif kind == "metric" and isinstance(value, float):
             if abs(value) > MAX_METRIC:
-                raise PayloadError(f"metric {name} is {value:g}, expected at most {MAX_METRIC:g}")
+                raise PayloadError(f"metric {name!r} is {value:g}, expected at most {MAX_METRIC:g}")
             metrics[name] = value
         else:
             raise PayloadError(f"export holds {key[:40]!r}, expected sums and metrics")

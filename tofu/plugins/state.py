@@ -72,7 +72,7 @@ def state_from_bytes(data: object, *, max_bytes: int) -> PluginState:
         name = reader.text(reader.take(_U16)[0])
         if not name or name in state:
             raise PayloadError(f"plugin state's name {name[:40]!r} is empty or occurs twice")
-        state[name] = _read_value(name, reader)
+        state[name] = _read_value(name if name.isprintable() else repr(name), reader)
     if reader.left:
         raise PayloadError(f"plugin state has {reader.left} bytes after its last entry, expected none")
     return state
