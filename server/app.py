@@ -168,7 +168,7 @@ class _Run:
             accepted = f"at least {first.epsilon:.4g}, the epsilon of one round"
             raise SettingError("max-epsilon", settings.privacy.max_epsilon, accepted)
         self._recorder = Recorder(Path(), settings.run.recorded, settings=settings, shape=shape)
-        self._samples = SampleImages(workload, test)
+        self._samples = SampleImages(workload, test, real=settings.run.report_images)
 
     def run(self) -> RunSummary:
         settings, observer = self._settings, self._observer

@@ -188,13 +188,18 @@ def is_budget_spent(runner: RoundRunner, round_: int) -> str:
 
 
 class SampleImages:
-    """Images for the report: some real images, and the proxies of one client in the first and the last round."""
+    """Images for the report: the proxies of one client in the first and the last round.
 
-    def __init__(self, workload: Workload, test: Sized) -> None:
+    Args:
+        real: also some real images, which show single examples of somebody's data.
+    """
+
+    def __init__(self, workload: Workload, test: Sized, *, real: bool = False) -> None:
         self.arrays: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]] = {}
-        if isinstance(test, LabeledImages):
+        if real and isinstance(test, LabeledImages):
             self.arrays = {"real": test.images[:_MAX_REAL].numpy(), "real_caption": np.array("test images")}
-        self._data = workload.data if isinstance(workload, NamedWorkload) else None
+        self._data = workload.data if real and isinstance(workload, NamedWorkload) else None
+        self._real = real
         self._rounds: list[str] = []
 
     def restore(self, arrays: Arrays, round_: int) -> None:
@@ -202,7 +207,7 @@ class SampleImages:
         rounds = {int(name.removeprefix("proxies_")): name for name in arrays if name.startswith("proxies_")}
         self._rounds = [name for number, name in sorted(rounds.items()) if number <= round_]
         if self._rounds:
-            kept = ("real", "real_caption", *self._rounds)
+            kept = (*(("real", "real_caption") if self._real else ()), *self._rounds)
             self.arrays |= {name: value for name, value in arrays.items() if name in kept}
 
     def add(self, result: RoundResult) -> None:

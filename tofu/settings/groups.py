@@ -396,6 +396,9 @@ class RunSettings(Group):
         "", "folder of an interrupted run to resume, or of a finished one to continue with more rounds"
     )
     run_folder: str = setting("", "folder for the results; empty creates one under runs/")
+    report_images: bool = setting(
+        False, "show real images next to the proxies in the report: test images, in a simulation also a client's own"
+    )
     log: Literal["text", "json"] = setting(
         "text", "format of standard error: text (progress) or json (one JSON object per line)"
     )

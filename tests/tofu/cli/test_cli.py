@@ -556,3 +556,16 @@ def test_plan_estimates_time_without_what_only_a_run_needs(tmp_path: Path) -> No
     process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
                              env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
     assert process.returncode == 0, process.stderr
+
+
+def test_a_report_has_both_directions_and_times_and_real_images_only_if_asked(tofu: Tofu, tmp_path: Path) -> None:
+    tofu("run", *TINY, "--run-folder=run", "--train-images=100", "--correction=0")
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Real images" not in page
+    assert "<h2>Decoded proxies</h2>" in page
+    assert re.search(r"Uplink and downlink together: [\d.]+ kB, [\d.]+x less than FedAvg\.", page)
+    assert re.search(r"training [\d.]+ s, encoding [\d.]+ s, waiting and server [\d.]+ s", page)
+    with np.load(tmp_path / "run" / "samples.npz") as samples:
+        assert "real" not in samples.files
+    tofu("run", *TINY, "--run-folder=asked", "--train-images=100", "--correction=0", "--report-images")
+    assert "<h2>Real images and decoded proxies</h2>" in (tmp_path / "asked" / "report.html").read_text()

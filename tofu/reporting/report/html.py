@@ -61,12 +61,13 @@ def render(run: RunData, name: str) -> str:
         title=_title(run, name),
         state=_state(run),
         lead=_lead(run),
-        aside=_aside(run),
+        aside=" ".join(filter(None, (_both(run), _aside(run)))),
         stopped=_short(stopped_text(run)),
         facts=_facts(run),
         figures=_figures(run),
         sheets=_sheets(run.samples) if run.samples else [],
         received=bool(run.samples and run.samples.proxies),
+        sheets_title=_sheets_title(run.samples) if run.samples else "",
         sheets_text=_sheets_text(run.samples) if run.samples else "",
         columns=[column.name for column in columns],
         rows=[_row(row, columns) for row in rows],
@@ -162,6 +163,31 @@ def _aside(run: RunData) -> str:
     return ""
 
 
+def _both(run: RunData) -> str:
+    """The bytes of both directions, for the headline."""
+    ratio = run.summary.both_ratio
+    if ratio is None or not run.trained:
+        return ""
+    text = f"Uplink and downlink together: {format_bytes(run.uplink_bytes + run.downlink_bytes)}, "
+    return text + (
+        f"{format_factor(ratio)} less than FedAvg." if ratio >= 1 else f"{format_factor(1 / ratio)} FedAvg's."
+    )
+
+
+def _time_split(run: RunData) -> str:
+    """Where the rounds' time went: in each, training and encoding of the client that took longest, and the rest."""
+    training = encoding = rest = 0.0
+    for row in run.trained:
+        clients = [(client.train_seconds or 0.0, client.encode_seconds or 0.0) for client in row.by_client]
+        train, encode = max(clients, key=sum, default=(row.train_seconds or 0.0, row.encode_seconds or 0.0))
+        training, encoding = training + train, encoding + encode
+        rest += max((row.seconds or 0.0) - train - encode, 0.0)
+    if not training + encoding:
+        return ""
+    parts = {"training": training, "encoding": encoding, "waiting and server": rest}
+    return ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in parts.items())
+
+
 def _facts(run: RunData) -> list[tuple[str, str]]:
     facts = [("uplink", format_bytes(run.uplink_bytes)), ("downlink", format_bytes(run.downlink_bytes))]
     if run.summary.both_ratio is not None and run.summary.both_ratio > 2:  # below, the downlink is that of FedAvg
@@ -194,6 +220,8 @@ def _facts(run: RunData) -> list[tuple[str, str]]:
         facts.append(("abandoned rounds", f"{abandoned:,}"))
     if run.seconds is not None:
         facts.append(("time", format_seconds(run.seconds)))
+    if split := _time_split(run):
+        facts.append(("time of rounds (slowest client)", split))
     return facts
 
 
@@ -259,11 +287,16 @@ def _sheets(samples: ReportImages) -> list[_Sheet]:
 
 def _sheets_text(samples: ReportImages) -> str:
     text = "Every image is stretched to its own full range, which makes structure visible."
-    if samples.real is not None:
-        text = (
-            f"Real images, and the proxies that the server decoded from one client. {text}" if samples.proxies else text
-        )
+    if samples.proxies:
+        begin = "The" if samples.real is None else "Real images, and the"
+        text = f"{begin} proxies that the server decoded from one client. {text}"
     return text
+
+
+def _sheets_title(samples: ReportImages) -> str:
+    if samples.real is None:
+        return "Decoded proxies"
+    return "Real images and decoded proxies" if samples.proxies else "Real images"
 
 
 def _shown(count: int) -> str:

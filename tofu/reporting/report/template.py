@@ -182,7 +182,7 @@ PAGE = (
 </figure>
 {% endfor %}</div>
 {% if sheets %}<section class="card">
-<h2>Real images{% if received %} and decoded proxies{% endif %}</h2>
+<h2>{{ sheets_title }}</h2>
 <p class="soft">{{ sheets_text }}</p>
 <div class="sheets">
 {% for sheet in sheets %}<figure><img src="{{ sheet.address }}" alt="{{ sheet.alt }}">
