@@ -57,7 +57,7 @@ lint: setup
 	$(BIN)/lint-imports --no-cache
 
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "open site/index.html"
 
 bench-%: setup
