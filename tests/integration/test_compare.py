@@ -16,6 +16,7 @@ import pytest
 from client.app import app as client_app
 from server.app import serve_in_process
 from server.comparison import run_comparison
+from tests import processes
 from tofu.cli import main
 from tofu.files import lock_file
 from tofu.formatting import format_bytes
@@ -63,7 +64,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     """The folder and the printed document of a comparison that ran as a process of its own."""
     here = tmp_path_factory.mktemp("compare")
     command = [sys.executable, "-m", "tofu.cli", "compare", *ASKED, "--json", f"--folder={here / 'c'}"]
-    process = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=240, check=False)
+    process = processes.run(command, cwd=here)
     assert (process.returncode, process.stderr) == (0, "")
     assert process.stdout.count("\n") == 1
     return here / "c", json.loads(process.stdout)

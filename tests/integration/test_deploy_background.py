@@ -5,8 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,10 @@ import pytest
 from deploy import control
 from deploy.processes import read_names
 from deploy.state import Process, State
+from tests.processes import NO_TOTAL_LIMIT, files, run, wait_for
 from tofu.secagg.identities import read_known
+
+pytestmark = NO_TOTAL_LIMIT
 
 _ROOT = Path(__file__).parents[2]
 _QUICK = ("--model=mlp", "--local-epochs=1", "--max-evals=4", "--ratio=40", "--lr=0.1")
@@ -25,7 +27,8 @@ _QUICK = ("--model=mlp", "--local-epochs=1", "--max-evals=4", "--ratio=40", "--l
 def deploy(*arguments: str) -> "subprocess.CompletedProcess[str]":
     """The command, as a user types it."""
     command = [str(Path(sys.executable).parent / "tofu"), "deploy", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    folders = [Path(given.partition("=")[2]) for given in arguments if given.startswith("--folder=")]
+    return run(command, cpu=False, watch=[folder / name for folder in folders for name in ("nodes.json", "runs")])
 
 
 def asked(*arguments: str) -> Any:
@@ -34,14 +37,6 @@ def asked(*arguments: str) -> Any:
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("\n") == 1
     return json.loads(result.stdout)
-
-
-def wait_for(what: Callable[[], bool], seconds: float) -> None:
-    """Look until it is so."""
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "it never came to that"
-        time.sleep(0.5)
 
 
 def node_status(folder: Path) -> dict[str, str]:
@@ -149,9 +144,9 @@ def test_a_member_that_dies_is_started_again_and_leaves_nothing(folder: Path) ->
 
     before = now()
     os.kill(before.pid, signal.SIGKILL)
-    wait_for(lambda: now().restarts == 1, 30)
+    wait_for(lambda: now().restarts == 1)
     assert now().alive
-    wait_for(lambda: _living(before.pid) == [], 10)
+    wait_for(lambda: _living(before.pid) == [])
     assert _living(now().pid) != []
 
 
@@ -159,7 +154,7 @@ def test_down_ends_also_what_a_dead_supervisor_left(folder: Path) -> None:
     state = State.read(folder)
     assert state is not None
     os.kill(state.supervisor.pid, signal.SIGKILL)
-    wait_for(lambda: not state.supervisor.alive, 10)
+    wait_for(lambda: not state.supervisor.alive)
     members = [name for name in state.alive if name != "supervisor"]
     assert members == list(state.members)
     assert asked("down", f"--folder={folder}")["ended"] == members
@@ -168,7 +163,6 @@ def test_down_ends_also_what_a_dead_supervisor_left(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_a_run_survives_a_killed_node_and_a_killed_superlink(tmp_path: Path) -> None:
     """Round 1: all three. A node dies in a later round, which ends without it; the SuperLink dies after that."""
     folder = tmp_path / "federation"
@@ -179,21 +173,24 @@ def test_a_run_survives_a_killed_node_and_a_killed_superlink(tmp_path: Path) -> 
             "--min-clients=2", "--round-timeout=180", *_QUICK,
         ]  # fmt: skip
         with (tmp_path / "log").open("wb") as log:
-            run = subprocess.Popen(command, stdout=log, stderr=log)
+            running = subprocess.Popen(command, stdout=log, stderr=log)
 
         def rows() -> list[dict[str, Any]]:
             file = folder / "runs" / "run-1" / "metrics.jsonl"
             return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
-        wait_for(lambda: len(rows()) >= 2, 200)
+        def progress() -> Hashable:
+            return files(folder / "logs" / "node-1.log", folder / "runs", tmp_path / "log")
+
+        wait_for(lambda: len(rows()) >= 2, progress)
         state = State.read(folder)
         assert state is not None
         os.kill(state.members["node-1"].pid, signal.SIGKILL)
-        wait_for(lambda: any(row["failures"] for row in rows()), 200)
+        wait_for(lambda: any(row["failures"] for row in rows()), progress)
         [failed] = next(row["failures"] for row in rows() if row["failures"])
         assert failed["client"] == "1"
         # Its key counts as online for a while, so that it is refused and started again until it is admitted.
-        wait_for(lambda: node_status(folder)["node-1"] == "online", 200)
+        wait_for(lambda: node_status(folder)["node-1"] == "online", progress)
         state = State.read(folder)
         assert state is not None
         assert state.members["node-1"].restarts >= 2
@@ -202,7 +199,8 @@ def test_a_run_survives_a_killed_node_and_a_killed_superlink(tmp_path: Path) -> 
         os.kill(state.members["superlink"].pid, signal.SIGKILL)
         before = rows()[-1]["round"]
         assert before < 24
-        assert run.wait(400) == 0, (tmp_path / "log").read_text()
+        wait_for(lambda: running.poll() is not None, progress)
+        assert running.returncode == 0, (tmp_path / "log").read_text()
         done = rows()
         assert [row["round"] for row in done] == list(range(26))
         assert done[-1]["clients"] == 3

@@ -19,12 +19,13 @@ from tests.integration.deployed import (
     megabytes,
     misbehaving_app,
     rows,
+    run_on,
     server_app,
     set_faults,
     supervised,
-    wait_for,
     wait_online,
 )
+from tests.processes import NO_TOTAL_LIMIT, wait_for
 from tofu.settings import Settings
 
 SOAK_ROUNDS = int(os.environ.get("TOFU_SOAK_ROUNDS", "200"))
@@ -35,7 +36,7 @@ TINY: dict[str, Any] = {
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(5400),
+    NO_TOTAL_LIMIT,
     pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads the kernel's list of processes"),
 ]
 
@@ -63,7 +64,7 @@ def test_a_node_that_dies_in_a_secure_round_is_in_the_sum_or_not_and_comes_back(
     set_faults(federation.folder, {"2": {f"2:{stage}": "dies"}})
     # A SuperNode that dies takes its client's state with it: none is kept, so that all runs begin alike.
     settings = settings_of(federation, tmp_path / "run", rounds=3, switch_round=2, error_feedback=0.0)
-    run = federation.run(settings.to_config(), timeout=900)
+    run = run_on(federation, settings.to_config())
     assert run.completed, run.log
     first, second, third = rows(tmp_path / "run")[1:]
     assert (first["clients"], first["failures"]) == (5, [])
@@ -85,7 +86,7 @@ def test_a_node_that_dies_in_a_secure_round_is_in_the_sum_or_not_and_comes_back(
 def test_all_are_back_in_a_secure_round(federation: LocalCluster, tmp_path: Path) -> None:
     wait_online(federation)
     set_faults(federation.folder, {})
-    run = federation.run(settings_of(federation, tmp_path / "run", rounds=2).to_config(), timeout=600)
+    run = run_on(federation, settings_of(federation, tmp_path / "run", rounds=2).to_config())
     assert run.completed, run.log
     assert [(row["kind"], row["clients"]) for row in rows(tmp_path / "run")] == [
         ("start", 0), ("proxy", 5), ("secure", 5)
@@ -117,12 +118,12 @@ def test_memory_stays_flat_over_many_rounds_with_deaths(federation: LocalCluster
     settings = settings_of(
         federation, tmp_path / "run", rounds=SOAK_ROUNDS, compressor="topk", round_timeout=30.0, secure_timeout=20.0
     )
-    background = Background(federation, federation.app, settings, timeout=5000)
+    background = Background(federation, settings.to_config())
     background.wait_for_round(0)
     memory: dict[tuple[str, int], dict[int, float]] = {}
     pid = server_app(federation)
     for number in range(1, SOAK_ROUNDS + 1):
-        wait_for(partial(_came_to, background, number), 300)
+        wait_for(partial(_came_to, background, number), background.progress)
         for name, process in (_long_lived(federation) | {"server app": pid}).items():
             if now := megabytes(process):
                 memory.setdefault((name, process), {})[number] = now

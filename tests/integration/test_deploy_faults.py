@@ -2,7 +2,6 @@
 
 import json
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -26,13 +25,14 @@ from tests.integration.deployed import (
     megabytes,
     misbehaving_app,
     rows,
+    run_on,
     samples,
     server_app,
     set_faults,
-    wait_for,
     wait_online,
 )
 from tests.integration.misbehaving import HUGE_BYTES
+from tests.processes import NO_TOTAL_LIMIT, run, wait_for
 from tofu.settings import Settings
 
 TINY: dict[str, Any] = {
@@ -41,7 +41,7 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 
 pytestmark = [
-    pytest.mark.timeout(900),
+    NO_TOTAL_LIMIT,
     pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads the kernel's list of processes"),
 ]
 
@@ -62,7 +62,7 @@ def settings_of(federation: LocalCluster, folder: Path, **more: object) -> Setti
 
 def test_secure_rounds_with_identities_equal_one_process(federation: LocalCluster, tmp_path: Path) -> None:
     settings = settings_of(federation, tmp_path / "remote", rounds=4, switch_round=3)
-    run = federation.control.run(REPOSITORY, settings.to_config(), timeout=600)
+    run = run_on(federation, settings.to_config(), REPOSITORY)
     assert run.completed, run.log
     remote = rows(tmp_path / "remote")
     assert [(row["kind"], row["clients"], row["failures"]) for row in remote] == [
@@ -104,13 +104,13 @@ def test_nodes_that_misbehave_are_left_out_and_named(
     set_faults(federation.folder, faults())
     link = federation.processes["superlink"].pid
     before = megabytes(link)
-    background = Background(federation, federation.app, settings, timeout=800)
+    background = Background(federation, settings.to_config())
     background.wait_for_round(1)
     honest = megabytes(pid := server_app(federation), "VmHWM")
     highest = honest
-    while (now := megabytes(pid, "VmHWM")) > 0:
+    while (now := megabytes(pid, "VmHWM")) > 0 and background.alive:
         highest = max(highest, now)
-        time.sleep(0.1)
+        time.sleep(0.2)
     run = background.end()
     assert run.completed, run.log
     metrics = rows(tmp_path / "run")
@@ -160,7 +160,7 @@ def test_rubbish_in_a_secure_round_costs_the_round_and_names_its_sender(
     """Three clients bear no dropout, so that the round is abandoned; the next one goes on."""
     set_faults(federation.folder, {"2": {"2:share": "rubbish", "4:mask": "rubbish", "6:reveal": "rubbish"}})
     settings = settings_of(federation, tmp_path / "run", rounds=7, switch_round=2, ema_decay=0.0)
-    run = federation.run(settings.to_config(), timeout=800)
+    run = run_on(federation, settings.to_config())
     assert run.completed, run.log
     metrics = rows(tmp_path / "run")
     assert [row["clients"] for row in metrics] == [0, 3, 0, 3, 0, 3, 0, 3]
@@ -174,7 +174,7 @@ def test_rubbish_in_a_secure_round_costs_the_round_and_names_its_sender(
 def test_a_server_app_that_was_killed_goes_on_in_another_run(federation: LocalCluster, tmp_path: Path) -> None:
     set_faults(federation.folder, {})
     settings = settings_of(federation, tmp_path / "run", rounds=8, switch_round=3)
-    background = Background(federation, federation.app, settings, timeout=800)
+    background = Background(federation, settings.to_config())
     background.wait_for_round(4)
     kill_server_app(federation)
     run = background.end()
@@ -184,7 +184,7 @@ def test_a_server_app_that_was_killed_goes_on_in_another_run(federation: LocalCl
     assert not (tmp_path / "run" / "summary.json").exists()
 
     again = Settings.of(settings.to_config() | {"resume": str(tmp_path / "run")})
-    run = federation.run(again.to_config(), timeout=800)
+    run = run_on(federation, again.to_config())
     assert run.completed, run.log
     assert "resumes after round" in run.log
     metrics = rows(tmp_path / "run")
@@ -201,7 +201,7 @@ def test_below_min_clients_a_run_waits_and_then_stops_in_one_line(federation: Lo
     set_faults(federation.folder, {})
     members = {name: federation.processes[name] for name in gone}
     settings = settings_of(federation, tmp_path / "run", rounds=100, switch_round=0, round_timeout=20.0)
-    background = Background(federation, federation.app, settings, timeout=800)
+    background = Background(federation, settings.to_config())
     background.wait_for_round(2)
     federation.end(*gone)
     run = background.end()
@@ -218,7 +218,7 @@ def test_below_min_clients_a_run_waits_and_then_stops_in_one_line(federation: Lo
     wait_online(federation)
     # They are back, so that the run can go on; this time it waits for those that go.
     own = {"resume": str(tmp_path / "run"), "round-timeout": 300.0}
-    background = Background(federation, federation.app, Settings.of(settings.to_config() | own), timeout=800)
+    background = Background(federation, settings.to_config() | own)
     background.wait_for_round(len(reported) + 1)
     federation.end(*gone)
     settled = len(rows(tmp_path / "run"))
@@ -230,7 +230,7 @@ def test_below_min_clients_a_run_waits_and_then_stops_in_one_line(federation: Lo
     background.wait_for_round(settled + 3)
     kill_server_app(federation)  # it has rounds enough
     background.end()
-    wait_for(lambda: not server_app(federation), 30)
+    wait_for(lambda: not server_app(federation))
 
 
 @pytest.mark.slow
@@ -240,7 +240,7 @@ def test_a_slow_node_is_left_behind_and_welcome_again(federation: LocalCluster, 
     settings = settings_of(
         federation, tmp_path / "run", rounds=14, switch_round=14, recovery="fedavg", round_timeout=15.0, min_clients=2
     )
-    run = federation.run(settings.to_config(), timeout=800)
+    run = run_on(federation, settings.to_config())
     assert run.completed, run.log
     metrics = rows(tmp_path / "run")
     assert [failure["client"] for failure in metrics[2]["failures"]] == ["1"]
@@ -255,9 +255,7 @@ def test_a_full_disk_ends_a_run_without_checkpoints_in_one_line_too(tmp_path: Pa
     options = [f"--{name}={value}" for name, value in TINY.items() if name not in ("schedule", "round-timeout")]
     code = "import resource, tofu.cli; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); tofu.cli.main()"
     command = [sys.executable, "-c", code, "run", "--quiet", "--no-checkpoint", *options, "--rounds=2"]
-    result = subprocess.run(
-        [*command, f"--run-folder={tmp_path / 'run'}"], capture_output=True, text=True, timeout=200, check=False
-    )
+    result = run([*command, f"--run-folder={tmp_path / 'run'}"])
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert f"round 1: the run folder {tmp_path / 'run'} cannot be written (File too large)" in result.stderr
@@ -269,7 +267,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_it_goes_on_later(federation: L
     """As on a full disk, a checkpoint of this run can be begun and not be written whole."""
     set_faults(federation.folder, {})
     settings = settings_of(federation, tmp_path / "run", rounds=40, switch_round=0, recovery="fedavg")
-    background = Background(federation, federation.app, settings, timeout=800)
+    background = Background(federation, settings.to_config())
     background.wait_for_round(3)
     [size, *_] = sorted(file.stat().st_size for file in (tmp_path / "run" / FOLDER).glob("round-*.checkpoint"))
     resource.prlimit(server_app(federation), resource.RLIMIT_FSIZE, (size - 1000, size - 1000))
@@ -284,7 +282,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_it_goes_on_later(federation: L
     assert f"round {len(reported)}: " in said
 
     again = Settings.of(settings.to_config() | {"resume": str(tmp_path / "run")})
-    background = Background(federation, federation.app, again, timeout=800)
+    background = Background(federation, again.to_config())
     background.wait_for_round(len(reported) + 1)
     assert rows(tmp_path / "run")[: len(reported)] == reported
     kill_server_app(federation)

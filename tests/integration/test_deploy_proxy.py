@@ -6,19 +6,22 @@ import shutil
 import socket
 import ssl
 import subprocess
-import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from deploy.processes import LocalCluster, free_port
+from deploy.processes import LocalCluster
+from tests.integration.deployed import wait_online
+from tests.processes import NO_TOTAL_LIMIT, STALL_SECONDS, free_port, wait_for
 
 _NGINX = os.environ.get("TOFU_NGINX") or shutil.which("nginx")
 _CONF = Path(__file__).parents[2] / "deploy" / "nginx.conf"
 
-pytestmark = pytest.mark.skipif(_NGINX is None, reason="nginx is not installed (nor named by $TOFU_NGINX)")
+pytestmark = [
+    NO_TOTAL_LIMIT,
+    pytest.mark.skipif(_NGINX is None, reason="nginx is not installed (nor named by $TOFU_NGINX)"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -48,22 +51,25 @@ def proxy(federation: LocalCluster, tmp_path_factory: pytest.TempPathFactory) ->
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
-        end = time.monotonic() + 20
-        while time.monotonic() < end and process.poll() is None:
-            with suppress(OSError):
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            time.sleep(0.05)
+        wait_for(lambda: process.poll() is not None or _listens(port))
         assert process.poll() is None, (folder / "log").read_text()
         yield port
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait()
+
+
+def _listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=60).close()
+    except OSError:
+        return False
+    return True
 
 
 def _ask(federation: LocalCluster, port: int, path: str, method: str = "POST") -> int:
     context = ssl.create_default_context(cafile=federation.folder / "keys" / "ca.crt")
-    connection = http.client.HTTPSConnection("127.0.0.1", port, context=context, timeout=10)
+    connection = http.client.HTTPSConnection("127.0.0.1", port, context=context, timeout=STALL_SECONDS)
     try:
         connection.request(method, path, headers={"Content-Type": "application/protobuf"})
         return connection.getresponse().status
@@ -108,7 +114,7 @@ def test_the_paths_that_are_kept_inside_exist_inside(federation: LocalCluster) -
 
 def test_only_post_passes_and_plain_text_does_not(federation: LocalCluster, proxy: int) -> None:
     assert _ask(federation, proxy, "/v1/fleet/pull-messages", "GET") == 404
-    connection = http.client.HTTPConnection("127.0.0.1", proxy, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", proxy, timeout=STALL_SECONDS)
     connection.request("POST", "/v1/fleet/pull-messages", body=b"")
     assert connection.getresponse().status == 400
     connection.close()
@@ -116,8 +122,4 @@ def test_only_post_passes_and_plain_text_does_not(federation: LocalCluster, prox
 
 def test_a_node_comes_online_through_the_proxy(federation: LocalCluster, proxy: int) -> None:
     federation.start_node("node-0", partition=0, superlink=f"127.0.0.1:{proxy}")
-    end = time.monotonic() + 60
-    while not (online := [node["status"] for node in federation.control.nodes()] == ["online"]):
-        assert time.monotonic() < end
-        time.sleep(0.5)
-    assert online
+    wait_online(federation, nodes=1)

@@ -3,17 +3,20 @@
 An unregistered key is refused in test_tls.py.
 """
 
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from deploy.certificates import make_certificates, make_node_key, make_superexec_secret
-from deploy.processes import LocalCluster, free_port
+from deploy.processes import LocalCluster
 from deploy.topology import ENVIRONMENT
+from tests.integration.deployed import wait_online
+from tests.processes import NO_TOTAL_LIMIT, free_port, run
+
+pytestmark = NO_TOTAL_LIMIT
 
 _BIN = Path(sys.executable).parent
 
@@ -21,19 +24,17 @@ _BIN = Path(sys.executable).parent
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
     with LocalCluster(tmp_path_factory.mktemp("federation"), nodes=1) as federation:
-        end = time.monotonic() + 60
-        while [node["status"] for node in federation.control.nodes()] != ["online"]:
-            assert time.monotonic() < end
-            time.sleep(0.5)
+        wait_online(federation)
         yield federation
 
 
-def _started(folder: Path, command: str, *arguments: str) -> "subprocess.Popen[str]":
+def _refused(folder: Path, command: str, *arguments: str) -> str:
+    """What a process prints that has no right to take part, and therefore ends by itself with an error."""
     folder.mkdir()
-    return subprocess.Popen(
-        [_BIN / command, *arguments], cwd=folder, env={**ENVIRONMENT, "FLWR_HOME": str(folder), "PATH": str(_BIN)},
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    environment = {**ENVIRONMENT, "FLWR_HOME": str(folder), "PATH": str(_BIN)}
+    done = run([_BIN / command, *arguments], cwd=folder, env=environment, cpu=False)
+    assert done.returncode != 0, done.stdout
+    return done.stdout + done.stderr
 
 
 def test_strangers_are_refused(federation: LocalCluster, tmp_path: Path) -> None:
@@ -52,13 +53,12 @@ def test_strangers_are_refused(federation: LocalCluster, tmp_path: Path) -> None
         "plain text": node,
         "plain text with a key": (*node, *registered),
     }
-    running = {
-        name: _started(tmp_path / name, "flower-supernode", *arguments, "--port", str(free_port()))
-        for name, arguments in strangers.items()
-    }
-    said = {name: process.communicate(timeout=120)[0] for name, process in running.items()}
-    for name, process in running.items():
-        assert process.returncode != 0, f"{name}: {said[name]}"
+    with ThreadPoolExecutor(len(strangers)) as pool:
+        running = {
+            name: pool.submit(_refused, tmp_path / name, "flower-supernode", *arguments, "--port", str(free_port()))
+            for name, arguments in strangers.items()
+        }
+        said = {name: process.result() for name, process in running.items()}
     assert "Exit Code: 305" in said["a key that is online"]
     assert "Exit Code: 305" in said["no key"]
     assert "certificate" in said["another CA"].lower()
@@ -69,12 +69,11 @@ def test_strangers_are_refused(federation: LocalCluster, tmp_path: Path) -> None
 
 def test_a_superexec_with_another_secret_gets_no_work(federation: LocalCluster, tmp_path: Path) -> None:
     make_superexec_secret(tmp_path / "secret")
-    rogue = _started(
+    # One with the right secret runs until it is told to end; one that is refused ends by itself.
+    said = _refused(
         tmp_path / "rogue", "flower-superexec", "--runtime-api-address", federation.address,
         "--root-certificates", str(federation.folder / "keys" / "ca.crt"),
         "--superexec-auth-secret-file", str(tmp_path / "secret"),
     )  # fmt: skip
-    # One with the right secret runs until it is told to end; one that is refused ends by itself.
-    said, _ = rogue.communicate(timeout=120)
     assert "terminated" in said
     assert federation.processes["superlink-exec"].poll() is None

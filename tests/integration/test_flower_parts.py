@@ -2,15 +2,14 @@
 downlink, then a secure round."""
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.integration.test_flwr_run import BIN, QUIET, ROOT, namespace, stop
+from tests.integration.test_flwr_run import ROOT, in_namespace
+from tests.processes import NO_TOTAL_LIMIT
 
-pytestmark = pytest.mark.timeout(900)  # a safeguard against a hang only
+pytestmark = NO_TOTAL_LIMIT
 
 PROJECT = """
 [project]
@@ -88,35 +87,25 @@ def main(grid, context):
 """
 
 SCRIPT = """
-ip link set lo up
 flwr run app local --stream --federation-config "num-supernodes=4 client-resources-num-cpus=1 init-args-num-cpus=2" \
     --run-config "result='$RESULT'"
 """
 
 
 def test_compressed_and_secure_rounds_on_ray(tmp_path: Path) -> None:
-    home, app = tmp_path / "home", tmp_path / "app"
+    app = tmp_path / "app"
     (app / "digitsapp").mkdir(parents=True)
-    home.mkdir()
-    (home / "config.toml").write_text('[superlink]\ndefault = "local"\n\n[superlink.local]\naddress = ":local:"\n')
     (app / "pyproject.toml").write_text(PROJECT)
     for name, text in (("__init__", ""), ("client_app", CLIENT), ("server_app", SERVER)):
         (app / "digitsapp" / f"{name}.py").write_text(text)
-    variables = QUIET | {
-        "FLWR_HOME": str(home),
-        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "RESULT": str(tmp_path / "result.json"),
-    }
-    with (tmp_path / "log").open("wb") as log:
-        try:
-            subprocess.run(
-                [*namespace(), "sh", "-c", SCRIPT], cwd=tmp_path, env=os.environ | variables, stdout=log, stderr=log,
-                timeout=840, check=False,
-            )  # fmt: skip
-        finally:
-            stop(home)
-    assert (tmp_path / "result.json").is_file(), (tmp_path / "log").read_text(errors="replace")[-3000:]
+    log = in_namespace(
+        tmp_path,
+        SCRIPT,
+        tmp_path / "home" / "local-superlink",
+        PYTHONPATH=str(ROOT),
+        RESULT=str(tmp_path / "result.json"),
+    )
+    assert (tmp_path / "result.json").is_file(), log[-3000:]
     found = json.loads((tmp_path / "result.json").read_text())
     rounds = found["rounds"]
     assert ["tofu-ratio" in rounds[str(number)] for number in range(1, 6)] == [True] * 3 + [False] * 2

@@ -1,6 +1,7 @@
 """`flwr run` on ray, in a network namespace with nothing but loopback: no other interface, and no network to need.
 
-`flwr` starts a local SuperLink and leaves it running; each test stops its own.
+Each test starts and stops a SuperLink of its own, on free ports: the one that `flwr` would start has fixed ports,
+and 15 s to start.
 """
 
 import json
@@ -9,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +18,10 @@ import pytest
 
 from client.app import app as client_app
 from server.app import serve_in_process
+from tests.processes import NO_TOTAL_LIMIT, free_port, run, wait_for
 from tofu.settings import Settings, Value
 
-pytestmark = pytest.mark.timeout(900)  # a safeguard against a hang only: a busy machine takes many times longer
+pytestmark = NO_TOTAL_LIMIT
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -41,8 +43,20 @@ SETTINGS: dict[str, Value] = {
 }
 """A proxy round and a secure round."""
 
-SCRIPT = """
+START = """
 ip link set lo up
+mkdir -p "$FLWR_HOME/local-superlink"
+flower-superlink --insecure --simulation --isolation subprocess --host 127.0.0.1 \\
+    --control-api-address "127.0.0.1:$FLWR_LOCAL_CONTROL_API_PORT" --port "$FLWR_LOCAL_SUPERLINK_HTTP_API_PORT" \\
+    --database "$FLWR_HOME/local-superlink/state.db" >superlink.log 2>&1 &
+until python -c "import socket; socket.create_connection(('127.0.0.1', $FLWR_LOCAL_SUPERLINK_HTTP_API_PORT))" \\
+    2>/dev/null
+do kill -0 $! || { cat superlink.log; exit 1; }
+done
+"""
+"""What `flwr run` does itself unless a SuperLink is there."""
+
+SCRIPT = """
 flwr run "$APP" local --stream --federation-config "$FEDERATION" --run-config "$SETTINGS" || exit
 flwr ls local --format json >ls.json
 """
@@ -79,16 +93,15 @@ def processes_of(home: Path) -> list[int]:
 
 
 def stop(home: Path) -> None:
-    """End what `flwr` left running: the SuperLink and its children."""
-    for number, seconds in ((signal.SIGTERM, 10), (signal.SIGKILL, 5)):
+    """End the SuperLink and what it started."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
         for process in processes_of(home):
             try:
                 os.kill(process, number)
             except ProcessLookupError:
                 continue
-        end = time.monotonic() + seconds
-        while processes_of(home) and time.monotonic() < end:
-            time.sleep(0.1)
+        with suppress(AssertionError):
+            wait_for(lambda: processes_of(home) == [], lambda: len(processes_of(home)), seconds=20)
 
 
 @dataclass(frozen=True)
@@ -100,42 +113,52 @@ class FlowerRun:
     status: str
 
 
-def flower(here: Path, **settings: Value) -> FlowerRun:
-    """`flwr run --stream` of this repository's app, with a SuperLink of its own in a network of its own."""
+def in_namespace(here: Path, script: str, watch: Path, **variables: str) -> str:
+    """What a script prints that calls `flwr` in a network of its own, with a SuperLink of its own.
+
+    Args:
+        watch: a file or folder that grows while the script makes progress.
+        variables: environment variables of the script.
+    """
     home = here / "home"
     home.mkdir()
     (home / "config.toml").write_text('[superlink]\ndefault = "local"\n\n[superlink.local]\naddress = ":local:"\n')
-    variables = QUIET | {
-        "FLWR_HOME": str(home),
-        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        "APP": str(ROOT),
-        "FEDERATION": f"num-supernodes={NODES} client-resources-num-cpus=1 init-args-num-cpus=2",
-        "SETTINGS": in_one_line(SETTINGS | settings | {"run-folder": str(here / "run")}),
-    }
-    command = [*namespace(), "sh", "-c", SCRIPT]
-    with (here / "log").open("wb") as log:
-        try:
-            ended = subprocess.run(
-                command, cwd=here, env=os.environ | variables, stdout=log, stderr=log, timeout=840, check=False
-            )
-        finally:
-            stop(home)
+    ports = ("FLWR_LOCAL_CONTROL_API_PORT", "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT")
+    environment = QUIET | {"FLWR_HOME": str(home), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    environment |= {name: str(free_port()) for name in ports} | variables
+    try:
+        # Ray's processes use CPU time when idle, too.
+        ended = run(
+            [*namespace(), "sh", "-c", START + script], cwd=here, env=os.environ | environment, cpu=False,
+            watch=[watch, here / "superlink.log"],
+        )  # fmt: skip
+    finally:
+        stop(home)
     assert processes_of(home) == []
-    text = (here / "log").read_text()
-    assert ended.returncode == 0, text
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout + ended.stderr
+
+
+def flower(here: Path, **settings: Value) -> FlowerRun:
+    """`flwr run --stream` of this repository's app, with a SuperLink of its own in a network of its own."""
+    text = in_namespace(
+        here, SCRIPT, here / "run", APP=str(ROOT),
+        FEDERATION=f"num-supernodes={NODES} client-resources-num-cpus=1 init-args-num-cpus=2",
+        SETTINGS=in_one_line(SETTINGS | settings | {"run-folder": str(here / "run")}),
+    )  # fmt: skip
     (status,) = (run["status"] for run in json.loads((here / "ls.json").read_text())["runs"])
     return FlowerRun(text, here / "run", status)
 
 
 def test_flwr_run_gives_the_weights_of_tofu_run(tmp_path: Path) -> None:
-    run = flower(tmp_path)
-    assert run.status == "finished:completed"
-    assert "done: final accuracy" in run.log
-    on_ray = json.loads((run.folder / "summary.json").read_text())
+    ran = flower(tmp_path)
+    assert ran.status == "finished:completed"
+    assert "done: final accuracy" in ran.log
+    on_ray = json.loads((ran.folder / "summary.json").read_text())
     here = serve_in_process(client_app, Settings.of(SETTINGS | {"run-folder": str(tmp_path / "here")}))
     assert on_ray["weights_sha256"] == here["weights_sha256"]
     assert on_ray["final_accuracy"] == here["final_accuracy"]
-    rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (ran.folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["clients"] for row in rows] == [0, NODES, NODES]
     assert not any(row["failures"] for row in rows)
     assert [row["kind"] for row in rows] == ["start", "proxy", "secure"]
@@ -154,19 +177,19 @@ def test_flwr_run_gives_the_weights_of_tofu_run(tmp_path: Path) -> None:
 )
 def test_plugins_give_the_weights_of_tofu_run(tmp_path: Path, plugins: dict[str, Value]) -> None:
     """What plugins keep, broadcast and hand over travels on ray as it does in one process, in both kinds of round."""
-    run = flower(tmp_path, **plugins)
-    assert run.status == "finished:completed", run.log
-    on_ray = json.loads((run.folder / "summary.json").read_text())
+    ran = flower(tmp_path, **plugins)
+    assert ran.status == "finished:completed", ran.log
+    on_ray = json.loads((ran.folder / "summary.json").read_text())
     here = serve_in_process(client_app, Settings.of(SETTINGS | plugins | {"run-folder": str(tmp_path / "here")}))
     assert on_ray["weights_sha256"] == here["weights_sha256"]
-    rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (ran.folder / "metrics.jsonl").read_text().splitlines()]
     assert not any(row["failures"] for row in rows)
-    assert (run.folder / "plugins.state").stat().st_size > 100
+    assert (ran.folder / "plugins.state").stat().st_size > 100
 
 
 @pytest.mark.slow
 def test_a_failed_run_is_not_called_completed(tmp_path: Path) -> None:
-    run = flower(tmp_path, ratio=1e6)
-    assert "error: ratio=1000000.0 is not usable: expected at most " in run.log
-    assert not run.folder.exists()
-    assert run.status == "finished:failed"
+    ran = flower(tmp_path, ratio=1e6)
+    assert "error: ratio=1000000.0 is not usable: expected at most " in ran.log
+    assert not ran.folder.exists()
+    assert ran.status == "finished:failed"

@@ -5,7 +5,6 @@ The logs and metrics of real nodes: test_deploy_faults.py.
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -15,8 +14,10 @@ from typing import Any
 import pytest
 
 from server.app import serve_in_process
+from tests import processes
 from tests.integration import misbehaving
 from tests.integration.deployed import assert_of_the_run, log_lines, rows, samples, set_faults
+from tests.processes import free_port
 from tofu.observers.base import Observer
 from tofu.rounds.record import RoundRecord
 from tofu.settings import Settings
@@ -25,12 +26,6 @@ Row = dict[str, Any]
 TINY: Row = {
     "model": "mlp", "rounds": 3, "max_evals": 5, "ratio": 40.0, "local_epochs": 1, "batch_size": 32, "lr": 0.1,
 }  # fmt: skip
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Scraped(Observer):
@@ -92,10 +87,8 @@ def test_epsilon_is_watched_and_a_resumed_run_counts_on(tmp_path: Path) -> None:
 
 def command(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     options = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
-    return subprocess.run(
-        [sys.executable, "-m", "tofu.cli", "run", *options, "--clients=3", *arguments],
-        capture_output=True, text=True, timeout=200, check=False, env=os.environ | environment,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "tofu.cli", "run", *options, "--clients=3", *arguments]
+    return processes.run(command, env=os.environ | environment)
 
 
 def test_a_command_logs_json_lines_of_server_and_clients(tmp_path: Path) -> None:

@@ -3,17 +3,17 @@
 import json
 from pathlib import Path
 
-import pytest
-
 from client.app import app as client_app
 from deploy.processes import LocalCluster
 from server.app import serve_in_process
+from tests.integration.deployed import run_on
+from tests.processes import NO_TOTAL_LIMIT
 from tofu.settings import Settings
 
 REPOSITORY = Path(__file__).parents[2]
 
 
-@pytest.mark.timeout(1200)  # a safeguard against a hang only: a busy machine takes many times longer than an idle one
+@NO_TOTAL_LIMIT
 def test_two_authenticated_nodes_train_what_one_process_trains(tmp_path: Path) -> None:
     settings = Settings.of(
         {"clients": 2, "min-clients": 2, "rounds": 3, "schedule": "switch", "recovery": "fedavg", "model": "mlp",
@@ -21,7 +21,7 @@ def test_two_authenticated_nodes_train_what_one_process_trains(tmp_path: Path) -
          "downlink-ratio": 20.0}
     )  # fmt: skip
     with LocalCluster(tmp_path / "federation", nodes=2, app=REPOSITORY, warm=True) as federation:
-        run = federation.run(settings.to_config() | {"run-folder": str(tmp_path / "remote")}, timeout=1100)
+        run = run_on(federation, settings.to_config() | {"run-folder": str(tmp_path / "remote")})
     assert run.completed, run.log
     remote = json.loads((tmp_path / "remote" / "summary.json").read_text())
     local = serve_in_process(client_app, Settings.of(settings.to_config() | {"run-folder": str(tmp_path / "local")}))

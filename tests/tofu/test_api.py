@@ -1,5 +1,4 @@
 import json
-import subprocess
 import sys
 from pathlib import Path
 from random import Random
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 
 import tofu
 from tests.conftest import Case
+from tests.processes import run
 from tofu.codec.options import CompressorOptions, ProxySettings
 from tofu.errors import PayloadError, RunError, SettingError
 from tofu.models import build_model
@@ -21,7 +21,7 @@ QUICK = CompressorOptions(correction=0.4, encoder=ProxySettings(max_evals=4, bit
 
 
 def python(code: str, cwd: Path | None = None) -> str:
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, check=True)
+    result = run([sys.executable, "-c", code], cwd=cwd, check=True)
     return result.stdout.strip()
 
 

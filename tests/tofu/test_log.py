@@ -2,7 +2,6 @@
 
 import json
 import logging
-import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import run
 from tofu.errors import TofuError
 from tofu.log import FILE, about, start_logging
 
@@ -61,8 +61,8 @@ from tofu.log import about, start_logging
 start_logging("text")
 logging.getLogger("tofu.client").warning("client failed", extra=about(run=1))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=60)
-    assert (done.stdout, done.stderr) == (b"", b"")
+    done = run([sys.executable, "-c", code], check=True)
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_the_environment_names_a_file_whatever_the_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
-import subprocess
 import sys
 
 import pytest
 
+from tests.processes import run
 from tofu.errors import SettingError
 from tofu.registry import Registry
 
@@ -116,4 +116,4 @@ def test_a_source_that_is_not_installed_has_no_entries():
 
 def test_importing_the_registry_does_not_load_torch():
     code = "import sys, tofu.registry; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    run([sys.executable, "-c", code], check=True)

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -14,6 +13,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from tests.processes import run
 from tofu.codec.compressor import ProxyCompressor
 from tofu.codec.options import ProxySettings
 from tofu.compression import uplink_compressor
@@ -455,7 +455,7 @@ def test_the_json_schema_accepts_the_defaults_and_refuses_the_rest() -> None:
 
 def test_settings_do_not_import_torch() -> None:
     code = "import sys, tofu.settings; tofu.settings.Settings.of({'rounds': 3}); assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_step_ahead_is_refused_with_a_plugin_that_restricts_local_steps() -> None:

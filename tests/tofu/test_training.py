@@ -1,4 +1,3 @@
-import subprocess
 import sys
 from dataclasses import dataclass, field
 
@@ -7,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.processes import run
 from tofu.data import LabeledImages, to_float
 from tofu.errors import RunError
 from tofu.models import build_model
@@ -81,7 +81,7 @@ for mode in ("smooth", "paper"):
     uplink_compressor(settings, "proxy", network).compress(network, update, generator=g, memory=b"")
 assert "torch._dynamo" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    run([sys.executable, "-c", code], check=True)
 
 
 def test_training_learns_and_the_seed_decides(digits: LabeledImages) -> None:

@@ -1,7 +1,6 @@
 """Loss curvature: the mathematics against autograd, suspects, the federation, and the contact sheet."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from client.plugins.curvature import (
     sample_scores,
 )
 from server.app import serve_in_process
+from tests import processes
 from tests.client.plugins.apps import forgetful_app
 from tofu.data import FederatedData, LabeledImages, to_float
 from tofu.errors import DataError, RunError, SettingError
@@ -323,7 +323,7 @@ def test_the_contact_sheet_of_a_client(tmp_path: Path, monkeypatch: pytest.Monke
     files = sorted(path.name for path in (tmp_path / "scores").iterdir())
     assert files == [f"curvature-{client}.scores" for client in range(3)]
     command = [sys.executable, "-m", "client.plugins.contact_sheet", tmp_path / "scores" / files[1], tmp_path / "run"]
-    subprocess.run([*command, "--output", tmp_path / "sheet.png", "--count", "12"], check=True, timeout=120)
+    processes.run([*command, "--output", tmp_path / "sheet.png", "--count", "12"], check=True)
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == (8 * 64, 2 * 76)
     own = FederatedData.of(Settings.of(TINY).data, 0).client(1)

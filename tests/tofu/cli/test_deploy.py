@@ -1,12 +1,12 @@
 """`tofu deploy`: what cannot be used takes one line on standard error, exit status 2, and leaves nothing behind."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.processes import run
 from tofu.cli import main
 
 
@@ -76,5 +76,5 @@ def test_certificates_need_neither_torch_nor_flower(tmp_path: Path) -> None:
         "from deploy.certificates import main\n"
         f"sys.exit(main([{str(tmp_path / 'keys')!r}, '--node=a']))"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    run([sys.executable, "-c", code], check=True)
     assert (tmp_path / "keys" / "a.pub").is_file()

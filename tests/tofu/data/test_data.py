@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.processes import run
 from tofu.data import (
     PARTITIONS,
     FederatedData,
@@ -254,9 +255,7 @@ print(open_data("digits", clients=1, partition="shards", seed=0).test().images.s
 """
     offline = ["unshare", "-rn"] if _can_unshare() else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "12345"}
-    done = subprocess.run(
-        [*offline, sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
-    )
+    done = run([*offline, sys.executable, "-c", code], env=environment)
     assert done.returncode == 0, done.stderr
     *deals, digits_held_out = done.stdout.splitlines()
     assert digits_held_out == str(open_("digits").test().images.sum(dim=(1, 2, 3)).tolist())
@@ -597,7 +596,7 @@ def test_a_hub_dataset_comes_from_the_cache_and_an_absent_hub_is_one_line_within
     tmp_path: Path, as_parquet: Path
 ) -> None:
     code = f"""
-import pathlib, time
+import pathlib
 from datasets.packaged_modules.parquet.parquet import Parquet
 from tofu.data import open_data
 from tofu.errors import DataError
@@ -607,18 +606,17 @@ cached = pathlib.Path({str(tmp_path)!r}, "datasets", "me___mini")
 next(cached.iterdir()).rename(cached / "default")
 data = open_data("me/mini", clients=2, partition="shards", seed=0)
 print(int(data.class_counts().sum()), int(data.test().images.sum()), *data.class_names)
-start = time.monotonic()
 try:
     open_data("some/dataset", clients=2, partition="iid", seed=0)
 except DataError as error:
-    print(time.monotonic() - start < 10, error)
+    print(error)
 """
     environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    done = run([sys.executable, "-c", code], env=environment)
     assert done.returncode == 0, done.stderr
     cached, absent = done.stdout.splitlines()
     assert cached == f"300 {open_(as_parquet).test().images.sum()} {' '.join(NAMES)}"
-    assert absent.startswith("True dataset 'some/dataset' cannot be loaded from the hub")
+    assert absent.startswith("dataset 'some/dataset' cannot be loaded from the hub")
     assert all(word in absent for word in ("digits", "hub id", "folder"))
 
 

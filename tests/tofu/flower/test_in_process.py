@@ -20,12 +20,16 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.task_identity import TaskIdentity
 
+from tests.processes import wait_for
 from tofu.errors import SettingError
 from tofu.flower import in_process
 from tofu.flower.in_process import run_in_process
 
 Array = npt.NDArray[np.float32]
 Main = Callable[[Grid, Context], None]
+
+ENDLESS = 1_000_000
+"""Steps of a message "sleep", nearly three hours."""
 
 READING = threading.Lock()
 """Flower's arrays are parsed by `ast`, which in CPython 3.11 now and then fails where two threads do it at once."""
@@ -37,8 +41,12 @@ def serve(main: Main, client: ClientApp, *, nodes: int = 3, workers: int = 2) ->
     return run_in_process(app, client, run_config={"scale": 0.5}, num_supernodes=nodes, workers=workers)
 
 
-def client_app() -> ClientApp:
-    """Counts its messages in its state and answers with an array that depends on who and when it is."""
+def client_app(ended: list[int] | None = None) -> ClientApp:
+    """Counts its messages in its state and answers with an array that depends on who and when it is.
+
+    Args:
+        ended: receives the number of steps of each message "sleep" that was not interrupted.
+    """
     app = ClientApp()
 
     @app.train()
@@ -65,6 +73,8 @@ def client_app() -> ClientApp:
         assert isinstance(steps, int)
         for _ in range(steps):
             time.sleep(0.01)
+        if ended is not None:
+            ended.append(steps)
         return Message(RecordDict(), reply_to=message)
 
     return app
@@ -233,16 +243,16 @@ def test_the_app_cannot_reach_into_what_was_sent() -> None:
     serve(main, app)
 
 
-def test_send_and_receive_gives_up_after_its_timeout_and_the_run_still_ends_quickly() -> None:
-    start = time.monotonic()
+def test_send_and_receive_gives_up_after_its_timeout_and_the_run_ends_without_the_slow_client() -> None:
+    ended: list[int] = []
 
     def main(grid: Grid, context: Context) -> None:
         slow, quick, *_ = grid.get_node_ids()
-        replies = list(grid.send_and_receive([sleep_message(slow, 3000), sleep_message(quick, 1)], timeout=0.5))
+        replies = list(grid.send_and_receive([sleep_message(slow, ENDLESS), sleep_message(quick, 1)], timeout=0.5))
         assert [reply.metadata.src_node_id for reply in replies] == [quick]
 
-    serve(main, client_app())
-    assert time.monotonic() - start < 5
+    serve(main, client_app(ended))
+    assert ended == [1]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("client-app")]
 
 
@@ -278,13 +288,11 @@ def test_a_message_that_cannot_be_unpacked_is_an_error_and_its_node_answers_the_
 
     def main(grid: Grid, context: Context) -> None:
         for _ in range(2):
-            replies = grid.send_and_receive(train_messages(grid, np.ones(2, np.float32)), timeout=60)
+            replies = grid.send_and_receive(train_messages(grid, np.ones(2, np.float32)))
             outcomes.append(sorted(reply.has_error() for reply in replies))
 
-    began = time.monotonic()
     serve(main, client_app(), nodes=2, workers=1)
     assert outcomes == [[False, True], [False, False]]
-    assert time.monotonic() - began < 50  # nobody waited for what would not come
 
 
 def test_messages_are_dropped_once_pulled() -> None:
@@ -329,14 +337,14 @@ def test_an_exception_of_the_server_app_reaches_the_caller_and_leaves_nothing_be
     before = TaskIdentity._run_id
 
     def main(grid: Grid, context: Context) -> None:
-        grid.push_messages([sleep_message(node, 3000) for node in grid.get_node_ids()])
+        grid.push_messages([sleep_message(node, ENDLESS) for node in grid.get_node_ids()])
         time.sleep(0.1)
         raise LookupError("the server app's own")
 
-    start = time.monotonic()
+    ended: list[int] = []
     with pytest.raises(LookupError, match="the server app's own"):
-        serve(main, client_app(), workers=3)
-    assert time.monotonic() - start < 3
+        serve(main, client_app(ended), workers=3)
+    assert ended == []  # the clients were interrupted
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("client-app")]
     assert TaskIdentity._run_id == before
 
@@ -404,7 +412,7 @@ run_in_process(server, client, run_config={}, num_supernodes=3)
 """
 
 
-def test_ctrl_c_ends_the_process_quickly() -> None:
+def test_ctrl_c_ends_the_process_while_clients_train_for_ever() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", _ENDLESS],
         stdout=subprocess.PIPE,
@@ -416,13 +424,12 @@ def test_ctrl_c_ends_the_process_quickly() -> None:
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "started\n"
-            time.sleep(0.5)
-            start = time.monotonic()
             process.send_signal(signal.SIGINT)
-            _, errors = process.communicate(timeout=20)
+            wait_for(lambda: process.poll() is not None)  # the clients' loops have no end of their own
+            assert process.stderr is not None
+            errors = process.stderr.read()
         finally:
             process.kill()
-    assert time.monotonic() - start < 5
     assert process.returncode == -signal.SIGINT, errors
     assert "KeyboardInterrupt" in errors
     assert "failed in" not in errors

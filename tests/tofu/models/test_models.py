@@ -1,7 +1,6 @@
 """Models fit any image shape, start alike from alike seeds, and say what is wrong with a name."""
 
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.processes import run
 from tofu.data import ImageShape
 from tofu.errors import SettingError
 from tofu.models import build_model, model_names
@@ -219,7 +219,7 @@ print(client.app.__file__)
 """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
     arguments = [sys.executable, "-c", code]
-    done = subprocess.run(arguments, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = run(arguments, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     _, same, client_file = done.stdout.splitlines()
     assert same == "True"
@@ -235,7 +235,7 @@ build_model("cnn", ImageShape(1, 8, 8, 10))
 print([name for name in ("torchvision", "datasets", "flwr_datasets", "sklearn", "pyarrow") if name in sys.modules])
 """
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    done = run([sys.executable, "-c", code], env=environment)
     assert done.stdout.strip() == "[]", done.stderr
 
 

@@ -1,8 +1,9 @@
 """torchvision beside any torch. Each case is a process of its own: operators cannot be undeclared."""
 
 import os
-import subprocess
 import sys
+
+from tests.processes import run
 
 WITHOUT_EXTENSION = """
 import torch
@@ -27,7 +28,7 @@ print(torch.ops.torchvision.nms(torch.rand(3, 4), torch.rand(3), 0.5).tolist(), 
 
 def _run(code: str) -> str:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    done = run([sys.executable, "-c", code], env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

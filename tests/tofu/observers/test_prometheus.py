@@ -1,6 +1,5 @@
 """Metrics for Prometheus, read back by its library's own parser."""
 
-import socket
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.processes import free_port
 from tofu.errors import SettingError
 from tofu.observers.prometheus import PrometheusMetrics
 from tofu.rounds.record import ClientRecord, Failure, RoundRecord, RunSummary
@@ -95,12 +95,6 @@ def test_the_state_is_one_of_three(failed: bool, state: str, metrics: Prometheus
     states = {key[1][0][1]: value for key, value in seen(metrics).items() if key[0] == "tofu_run_state"}
     assert {name for name, value in states.items() if value} == {state}
     assert len(states) == 3
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_they_are_served_while_the_run_goes_on_and_no_longer(metrics: PrometheusMetrics, folder: Path) -> None:
