@@ -1,6 +1,6 @@
 """What an attacker at the server recovers of a client's images from each kind of message, measured.
 
-`messages` says what the server sees and knows, one file per attack what it makes of that, `metrics` how near it came to
-the client's own images, and `evaluate` runs them all against each other. The floor above `tofu` and beside `client`,
-whose own training loop makes the updates under attack. It never imports `server`.
+`messages` defines what the server sees and knows; each attack is one file; `metrics` compares reconstructions with the
+client's images; `evaluate` runs all attacks on all messages. The package imports `tofu` and
+`client`, whose training loop makes the updates under attack, and never `server`.
 """

@@ -43,7 +43,7 @@ class Accumulation(Attack):
         clients = [SimulatedClient(message) for message in messages]
         plan = Simulation()
         labels = guessed_labels(observation, generator)
-        labels = labels[torch.randperm(len(labels), generator=generator)[: plan.most_images]]
+        labels = labels[torch.randperm(len(labels), generator=generator)[: plan.max_images]]
         plans = [plan.batches(message, len(labels), generator) for message in messages]
         shape = (len(labels), *clients[0].image_shape)
 

@@ -22,7 +22,7 @@ from attacks.observation import Observation
 from attacks.registry import registry
 
 TINY = 1e-4
-"""Units whose bias moved less than this share of the most moved one are rounding."""
+"""Units whose bias moved less than this fraction of the largest displacement are treated as rounding errors."""
 
 SAME = 0.02
 """Mean absolute difference of pixels, on a span of 2, up to which two candidates are the same image."""

@@ -97,7 +97,7 @@ class AppMessage:
         seen = self.recording
         return {
             "dataset": self.dataset, "model": self.model, "norm": "", "lr": seen.lr, "seed": 0, "client": seen.client,
-            "moment": seen.round - 1, "batch_size": seen.batch_size, "steps": observation.steps,
+            "pretrain_rounds": seen.round - 1, "batch_size": seen.batch_size, "steps": observation.steps,
             "rounds": len(observation.earlier) + 1, "know_labels": False,
         }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""An attacker made for our codec: it knows how updates are encoded, and what a payload says and does not say.
+"""An attack on the proxy codec by an attacker who knows how updates are encoded and what a payload contains.
 
 Two attacks.
 
@@ -67,7 +67,7 @@ class CodecAware(Attack):
         client = SimulatedClient(observation)
         plan = Simulation()
         labels = guessed_labels(observation, generator)
-        labels = labels[torch.randperm(len(labels), generator=generator)[: plan.most_images]]
+        labels = labels[torch.randperm(len(labels), generator=generator)[: plan.max_images]]
         batches, lr = plan.batches(observation, len(labels), generator)
         distance = codec_distance(observation, client.target(), self.entries)
         shape = (len(labels), *client.image_shape)

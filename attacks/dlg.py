@@ -4,7 +4,7 @@ Zhu, Liu, Han, "Deep Leakage from Gradients", NeurIPS 2019, arXiv 1906.08935, al
 
     x, y = argmin | grad_W loss(f(x; W), softmax(y)) - G |^2.
 
-Batches start the labels apart from each other, without which images trade places (their section 4.2 breaks the tie by
+Batches start the labels apart from each other, otherwise images swap places (their section 4.2 breaks the tie by
 updating one image at a time).
 """
 

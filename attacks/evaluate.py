@@ -1,13 +1,12 @@
-"""All attacks on all messages in all situations: which cells there are, which are done, and what they add up to.
+"""Run all attacks on all messages in all scenarios, and summarize the trials.
 
-A folder keeps one small JSON file for each finished cell and its images, so a run that was interrupted goes on where it
-stopped; `attacks.json` holds all of them with the summary.
+A folder keeps a JSON file and the images of each finished trial, so an interrupted evaluation resumes where it stopped;
+`attacks.json` holds all trials and the summary.
 """
 
 import hashlib
 import json
 import math
-import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,24 +22,25 @@ from attacks.messages import parse_message
 from attacks.registry import registry
 from attacks.trials import AttackResult, Scenario, TrialRunner
 from tofu.errors import SettingError
+from tofu.files import replace_file
 
 CONTROL = "exact"
 BROKEN = 30.0
 """dB of mean PSNR from which a control counts as broken: images that look like the originals."""
 
 Row = dict[str, Any]
-"""A cell: the scenario's fields, message, attack, the scores, loss, max_evals, payload_bytes, refused."""
+"""Record of a trial: the scenario's fields, message, attack, scores, loss, max_evals, payload_bytes, refused."""
 
-SITUATION = ("dataset", "model", "norm", "lr", "moment", "batch_size", "steps", "rounds", "know_labels")
+SCENARIO_FIELDS = ("dataset", "model", "norm", "lr", "pretrain_rounds", "batch_size", "steps", "rounds", "know_labels")
 
 
 @dataclass(frozen=True)
 class AttackEvaluation:
-    """What to run; every combination is a cell.
+    """What to run; every combination of the tuples' elements is a trial.
 
     Attributes:
         seconds: time limit of one attack.
-        seeds: 0, 1, ... of so many.
+        seeds: number of seeds, 0, 1, ...
     """
 
     dataset: str = "digits"
@@ -50,7 +50,7 @@ class AttackEvaluation:
     messages: tuple[str, ...] = (CONTROL, "proxy:smooth:100", "proxy:paper:100")
     attacks: tuple[str, ...] = ("idlg", "codec-aware", "label-counts")
     batch_sizes: tuple[int, ...] = (1, 4)
-    moments: tuple[int, ...] = (0,)
+    pretrain_rounds: tuple[int, ...] = (0,)
     steps: tuple[int, ...] = (1,)
     seeds: int = 3
     rounds: int = 1
@@ -62,10 +62,10 @@ class AttackEvaluation:
             parse_message(message)
         for attack in self.attacks:
             registry.get(attack)
-        for name, least in (("batch_sizes", 1), ("moments", 0), ("steps", 1)):
+        for name, minimum in (("batch_sizes", 1), ("pretrain_rounds", 0), ("steps", 1)):
             values: Sequence[int] = getattr(self, name)
-            if not values or min(values) < least:
-                raise SettingError(name, list(values), f"whole numbers of at least {least}")
+            if not values or min(values) < minimum:
+                raise SettingError(name, list(values), f"whole numbers of at least {minimum}")
         for name, value in (("seeds", self.seeds), ("rounds", self.rounds)):
             if value < 1:
                 raise SettingError(name, value, "at least 1")
@@ -75,36 +75,47 @@ class AttackEvaluation:
         if CONTROL not in self.messages:
             raise SettingError("messages", ",".join(self.messages), f"{CONTROL} among them: it is the control")
 
-    def cells(self) -> Iterator[tuple[Scenario, str, str]]:
-        """Scenario, message and attack of every cell. A scenario's seeds are together, so that who stops early has
-        some situations whole; and each seed's messages, so that what they share is prepared once."""
-        for moment, size, steps, seed in product(self.moments, self.batch_sizes, self.steps, range(self.seeds)):
+    def trials(self) -> Iterator[tuple[Scenario, str, str]]:
+        """Scenario, message and attack of every trial. A scenario's seeds are together, so that who stops early has
+        some scenarios whole; and each seed's messages, so that what they share is prepared once."""
+        for pretrain_rounds, size, steps, seed in product(
+            self.pretrain_rounds, self.batch_sizes, self.steps, range(self.seeds)
+        ):
             scenario = Scenario(
-                self.dataset, self.model, self.norm, self.lr, seed, moment, size, steps, self.rounds, self.know_labels
+                self.dataset,
+                self.model,
+                self.norm,
+                self.lr,
+                seed,
+                pretrain_rounds,
+                size,
+                steps,
+                self.rounds,
+                self.know_labels,
             )
             for message, attack in product(self.messages, self.attacks):
                 yield scenario, message, attack
 
 
 def evaluate(
-    evaluation: AttackEvaluation, folder: Path, *, say: Callable[[str], None], seconds: float = math.inf
+    evaluation: AttackEvaluation, folder: Path, *, log: Callable[[str], None], seconds: float = math.inf
 ) -> list[Row]:
-    """Run the cells that `folder` does not have yet, and hand back all rows that are there at the end.
+    """Run the trials that `folder` does not have yet, and return the rows of all finished trials.
 
     Args:
-        say: takes one line of progress.
-        seconds: after which no further cell begins.
+        log: receives one line of progress.
+        seconds: time after which no further trial starts.
 
     Raises:
         SettingError: the folder cannot be made, or a message cannot be made for this model.
         DataError: the dataset cannot be read.
     """
-    cells = made_folder(folder / "cells")
+    trials = made_folder(folder / "trials")
     runner, limit = TrialRunner(), Watch(seconds)
-    planned = list(evaluation.cells())
+    planned = list(evaluation.trials())
     rows: list[Row] = []
     for number, (scenario, message, attack) in enumerate(planned, start=1):
-        path = cells / f"{_key(scenario, message, attack, evaluation.seconds)}.json"
+        path = trials / f"{_key(scenario, message, attack, evaluation.seconds)}.json"
         row = load_row(path)
         if row is None:
             if not limit.go_on():
@@ -112,17 +123,17 @@ def evaluate(
             result = runner.run(scenario, parse_message(message), attack, Watch(evaluation.seconds))
             row = row_of(asdict(scenario), message, attack, result)
             save_row(path, row, result)
-            say(f"{number}/{len(planned)} {format_row(row)}")
+            log(f"{number}/{len(planned)} {format_row(row)}")
         rows.append({**row, "images": str(path.with_suffix(".npz").relative_to(folder))})
     write_document(folder, asdict(evaluation), rows, planned=len(planned))
     return rows
 
 
 def made_folder(path: Path) -> Path:
-    """The folder, made where it is missing.
+    """Create the folder if it does not exist, and return it.
 
     Raises:
-        SettingError: it cannot be made.
+        SettingError: the folder cannot be created.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -132,36 +143,36 @@ def made_folder(path: Path) -> Path:
 
 
 def save_row(path: Path, row: Row, result: AttackResult) -> None:
-    """Write one finished cell: its images beside its row, the row last."""
+    """Write the images of a finished trial, then its row."""
     if result.originals is not None and result.reconstructions is not None:
         images = {"originals": result.originals.numpy(), "reconstructions": result.reconstructions.numpy()}
-        _replace(path.with_suffix(".npz"), _npz(images))
-    _replace(path, _json(row))
+        replace_file(path.with_suffix(".npz"), _npz(images))
+    replace_file(path, _json(row))
 
 
 def write_document(folder: Path, settings: Mapping[str, object], rows: Sequence[Row], *, planned: int) -> None:
-    """Replace attacks.json: everything in one file."""
+    """Replace attacks.json, which holds all rows, the summary and the verdicts."""
     document = {"settings": dict(settings), "planned": planned, "finished": len(rows),
                 "summary": summarize(rows), "verdicts": verdicts(rows), "rows": list(rows)}  # fmt: skip
-    _replace(folder / "attacks.json", _json(document))
+    replace_file(folder / "attacks.json", _json(document))
 
 
 def summarize(rows: Sequence[Row]) -> list[Row]:
     """For each scenario and message, the attack of the highest mean PSNR, its measures' means and deviations by seed.
 
-    The best attack is chosen with the truth in hand, which an attacker has not: an upper bound on these attacks.
+    The best attack is chosen by the true images, which an attacker lacks: the figures bound these attacks from above.
     """
     summary: list[Row] = []
-    for scenario in _distinct(rows, SITUATION):
-        mine = [row for row in rows if all(row[k] == scenario[k] for k in SITUATION)]
+    for scenario in _distinct(rows, SCENARIO_FIELDS):
+        mine = [row for row in rows if all(row[k] == scenario[k] for k in SCENARIO_FIELDS)]
         for message in dict.fromkeys(row["message"] for row in mine):
             sent = [row for row in mine if row["message"] == message]
             by_attack = {
                 attack: [row for row in sent if row["attack"] == attack and row["psnr"] is not None]
                 for attack in dict.fromkeys(row["attack"] for row in sent)
             }
-            most = max(map(len, by_attack.values()))  # an attack with fewer seeds is not done yet
-            by_attack = {attack: found for attack, found in by_attack.items() if found and len(found) == most}
+            seeds = max(map(len, by_attack.values()))  # an attack with fewer seeds is not done yet
+            by_attack = {attack: found for attack, found in by_attack.items() if found and len(found) == seeds}
             best = max(by_attack, key=lambda a: statistics.fmean(r["psnr"] for r in by_attack[a]), default=None)
             entry: Row = scenario | {"message": message, "attack": best or "", "seeds": 0}
             entry["payload_bytes"] = max(row["payload_bytes"] for row in sent)
@@ -175,7 +186,9 @@ def summarize(rows: Sequence[Row]) -> list[Row]:
 
 
 def verdicts(rows: Sequence[Row]) -> list[Row]:
-    """For each scenario, whether the control broke: mean PSNR above `BROKEN`, or the rest of it proves nothing."""
+    """For each scenario, whether the control broke, that is, its mean PSNR exceeds `BROKEN`. If it did not, the other
+    messages' figures prove nothing.
+    """
     found = []
     for entry in summarize(rows):
         if entry["message"] == CONTROL:
@@ -188,12 +201,12 @@ def verdicts(rows: Sequence[Row]) -> list[Row]:
                 else "the control did not break: the other messages' figures prove nothing here"
                 + (f" ({psnr:.1f} dB, {BROKEN:g} needed)" if psnr is not None else "")
             )
-            found.append({k: entry[k] for k in SITUATION} | {"broke": broke, "psnr": psnr, "text": text})
+            found.append({k: entry[k] for k in SCENARIO_FIELDS} | {"broke": broke, "psnr": psnr, "text": text})
     return found
 
 
 def _best_labels(sent: Sequence[Row]) -> tuple[float, float] | None:
-    """Mean and deviation of the attack that gets most labels right."""
+    """Mean and standard deviation of label accuracy, of the attack with the highest mean."""
     best: tuple[float, float] | None = None
     for attack in dict.fromkeys(row["attack"] for row in sent):
         found = _mean_and_spread([row["labels"] for row in sent if row["attack"] == attack])
@@ -214,7 +227,7 @@ def _mean_and_spread(values: Sequence[float | None]) -> tuple[float, float] | No
 
 
 def row_of(scenario: Mapping[str, object], message: str, attack: str, result: AttackResult) -> Row:
-    """A cell's row, from the fields of `Scenario`."""
+    """Row of a trial; `scenario` has the fields of `Scenario`."""
     scores = result.scores
     names = ("psnr", "ssim", "mse", "lpips", "recovered", "threshold", "labels")
     measures = {name: getattr(scores, name) if scores else None for name in names}
@@ -226,7 +239,7 @@ def row_of(scenario: Mapping[str, object], message: str, attack: str, result: At
 
 def format_row(row: Row) -> str:
     """Format a row as one line."""
-    where = f"seed {row['seed']} moment {row['moment']} batch {row['batch_size']} steps {row['steps']}"
+    where = f"seed {row['seed']} after {row['pretrain_rounds']} rounds batch {row['batch_size']} steps {row['steps']}"
     if row["refused"]:
         return f"{where} {row['refused']}"
     measures = [f"{n} {row[n]:.3g}" for n in ("psnr", "ssim", "recovered", "labels") if row[n] is not None]
@@ -238,24 +251,17 @@ def _key(*parts: object) -> str:
 
 
 def load_row(path: Path) -> Row | None:
-    """The row of a cell that is done; None where it has to be run."""
+    """Row of a finished trial; None if the trial has not finished."""
     try:
         row = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
-    return row if isinstance(row, dict) and {"psnr", "message", "attack", *SITUATION} <= row.keys() else None
+    return row if isinstance(row, dict) and {"psnr", "message", "attack", *SCENARIO_FIELDS} <= row.keys() else None
 
 
-def _json(value: object) -> Callable[[BinaryIO], object]:
-    return lambda file: file.write(json.dumps(value, indent=1, allow_nan=False).encode())
+def _json(value: object) -> bytes:
+    return json.dumps(value, indent=1, allow_nan=False).encode()
 
 
 def _npz(images: dict[str, npt.NDArray[np.float32]]) -> Callable[[BinaryIO], object]:
     return lambda file: np.savez_compressed(file, allow_pickle=False, **images)
-
-
-def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("wb") as file:
-        write(file)
-    os.replace(temporary, path)

@@ -34,7 +34,7 @@ class GradInversion(Attack):
     Attributes:
         seeds: in the group; the best is handed back.
         max_evals: of all seeds together.
-        variation, power, statistics, group: the weights of the terms beside the gradient's.
+        variation, power, statistics, group: weights of the regularization terms.
         step: of Adam.
     """
 

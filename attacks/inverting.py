@@ -27,7 +27,7 @@ class Inverting(Attack):
     """Signed Adam on the cosine.
 
     Attributes:
-        restarts: the one with the least loss is kept.
+        restarts: the one with the smallest loss is kept.
         max_evals: of each; the paper takes 4,800 or more.
         variation: alpha, the weight of the total variation.
         step: of Adam; images span 2, where the paper's, normalized, span some 4.

@@ -13,8 +13,8 @@ Three statistics, higher for members:
 - payload: the cosine of the image's own gradient, downhill, and a decoded update. It needs no shadow models and one
   message, whatever its codec, and works on exact updates alike.
 
-What counts is not the average: an attack that is sure of a few members is a breach of these. So beside the area under
-the curve, true positives are told at 1% and 0.1% false ones.
+What counts is not the average: an attack that is sure of a few members is a breach of these. Therefore the
+true-positive rates at false-positive rates of 1% and 0.1% are reported besides the area under the curve.
 """
 
 import itertools
@@ -39,12 +39,12 @@ RATES = (0.01, 0.001)
 
 @dataclass(frozen=True)
 class Membership:
-    """How well a statistic tells members from others.
+    """How well a statistic distinguishes members from others.
 
     Attributes:
-        area: under the ROC curve; a half is chance.
-        found: false-positive rate -> share of the members found at most at that rate. With fewer others than 1 / rate,
-            none of them may be taken for a member.
+        area: area under the ROC curve; 0.5 is chance.
+        found: false-positive rate -> largest fraction of members found at that rate or a lower one. If there are fewer
+            others than 1 / rate, none of them may be taken for a member.
         members, others: how many of each there were.
         curve: (false, true) positive rates, from (0, 0) to (1, 1).
     """

@@ -113,7 +113,7 @@ def observe(
 
     Args:
         generator: of the codec. (Privacy's noise comes from the operating system, as in a run.)
-        know_labels: whether the attacker is told the labels.
+        know_labels: whether the attacker knows the labels.
 
     Raises:
         SettingError: the message cannot be made for this model (a ratio out of reach).

@@ -1,6 +1,6 @@
 """How near a reconstruction came to the client's images.
 
-Reconstructions come in no order, so they are assigned to the images one to one, at the least total squared error
+Reconstructions come in no order, so they are assigned to the images one to one, with the smallest total squared error
 (Kuhn 1955, by scipy). All measures are of pixels in [0, 1]: PSNR, SSIM (Wang et al. 2004) and LPIPS (Zhang et al. 2018)
 by torchmetrics.
 
@@ -39,9 +39,9 @@ class Scores:
         psnr: dB, mean of the images' own.
         ssim, mse: means.
         lpips: mean, or None where its weights are not on this machine.
-        recovered: share of the images that are recovered, by the calibrated threshold.
+        recovered: fraction of the images recovered, by the calibrated threshold.
         threshold: PSNR that an image had to pass for that.
-        labels: share of the labels that are right, in any order; None where the attack gives none.
+        labels: fraction of the labels that are right, in any order; None if the attack infers no labels.
         pairs: for each image, the number of its reconstruction, or -1.
     """
 

@@ -1,8 +1,8 @@
-"""What an attacker at the server has in hand: one message, and what it knows of how the message came about.
+"""What an attacker at the server knows: one message, and the circumstances in which it was made.
 
-The server of a run chose the model, the step size, the batch size and the epochs, and a reply says how many images it
-stands for. So an honest-but-curious server knows all of these; an attack that needs something else says so, and is
-refused where the message does not give it.
+The server of a run chooses the model, the learning rate, the batch size and the number of epochs, and a reply contains
+the number of images. An honest-but-curious server knows all of these. An attack declares what else it needs, and is
+refused if the message does not provide it.
 """
 
 import math
@@ -118,4 +118,4 @@ CAPABILITIES: dict[str, Capability] = {
     "linear-last": ("the network does not end with a linear layer", lambda o: o.last_linear is not None),
     "earlier": ("there are no earlier messages about the same images", lambda o: bool(o.earlier)),
 }
-"""What an attack may need, beside the decoded update and the number of images, which every message here gives."""
+"""What an attack may need besides the decoded update and the number of images, which every message here gives."""

@@ -13,7 +13,7 @@ Images = npt.NDArray[np.float32]
 TILE = 56
 GAP = 4
 LABEL = 210
-MOST = 8
+MAX_IMAGES = 8
 """Images of a row."""
 
 
@@ -23,7 +23,7 @@ def contact_sheet(originals: Images, rows: Sequence[tuple[str, Images]]) -> byte
     Args:
         rows: the row's text (its second line after a line end) and its images, in the originals' order.
     """
-    count = min(MOST, len(originals))
+    count = min(MAX_IMAGES, len(originals))
     everything = [("original", originals), *rows]
     width = LABEL + count * (TILE + GAP) + GAP
     sheet = Image.new("RGB", (width, len(everything) * (TILE + GAP) + GAP), "white")

@@ -34,7 +34,7 @@ from tofu.training import LocalTrainingConfig
 from tofu.weights import load_weights
 
 ATTACKS = ("analytic", "simulation", "codec-aware", "proxy-images", "label-counts")
-"""What is tried where the user does not say."""
+"""Attacks that are run by default."""
 
 
 def observation_of(recording: Recording) -> Observation:
@@ -88,13 +88,13 @@ def attack_run(
     seconds: float = math.inf,
     model: str | None = None,
     dataset: str | None = None,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> list[Row]:
     """Attack all recorded messages of a run, and for each the exact update that it stood for, as a control.
 
     A Flower app's messages (`tofu.record`) have no control: its training cannot be made again.
 
-    Earlier messages of a client are given along with its later ones. Finished cells are not run again.
+    Earlier messages of a client are given along with its later ones. Finished trials are not repeated.
 
     Args:
         folder: for the results.
@@ -108,7 +108,7 @@ def attack_run(
     """
     paths = recordings(run)
     chosen = [make_attack(name) for name in attacks]
-    cells = made_folder(folder / "cells")
+    trials = made_folder(folder / "trials")
     perceptual = lpips_network()
     rows: list[Row] = []
     earlier: dict[str, tuple[Observation, ...]] = {}
@@ -124,15 +124,15 @@ def attack_run(
         earlier[recording.client] = (*seen, replace(sent, earlier=()))
         for observation, attack in product((*message.controls(sent), sent), chosen):
             name = f"{path.name}-{observation.message.replace(' ', '-').replace(':', '-')}-{attack.name}"
-            cell = cells / f"{name}.json"
-            row = load_row(cell)
+            path = trials / f"{name}.json"
+            row = load_row(path)
             if row is None:
                 generator = derive_generator(message.seed, name)
                 result = _attacked(attack, observation, generator, Watch(seconds), message, perceptual)
                 row = row_of(message.scenario(observation), observation.message, attack.name, result)
-                save_row(cell, row, result)
-                say(f"round {recording.round} client {recording.client} {format_row(row)}")
-            rows.append({**row, "images": str(cell.with_suffix(".npz").relative_to(folder))})
+                save_row(path, row, result)
+                log(f"round {recording.round} client {recording.client} {format_row(row)}")
+            rows.append({**row, "images": str(path.with_suffix(".npz").relative_to(folder))})
     write_document(folder, {"run": str(run), "attacks": list(attacks)}, rows, planned=len(rows))
     return rows
 
@@ -168,7 +168,7 @@ class RunMessage:
 
     def scenario(self, observation: Observation) -> dict[str, object]:
         """The fields of a row of results."""
-        return _situation(self.recording, observation)
+        return _scenario(self.recording, observation)
 
     @cached_property
     def _data(self) -> tuple[FederatedData, LabeledImages]:
@@ -194,7 +194,7 @@ def _attacked(attack: Attack, observation: Observation, generator: torch.Generat
     return AttackResult.of(found, scores, observation, originals)
 
 
-def _situation(recording: Recording, observation: Observation) -> dict[str, object]:
+def _scenario(recording: Recording, observation: Observation) -> dict[str, object]:
     settings = recording.settings
     return {
         "dataset": settings.data.dataset,
@@ -203,7 +203,7 @@ def _situation(recording: Recording, observation: Observation) -> dict[str, obje
         "lr": recording.lr,
         "seed": settings.run.seed,
         "client": recording.client,
-        "moment": recording.round - 1,
+        "pretrain_rounds": recording.round - 1,
         "batch_size": settings.training.batch_size,
         "steps": observation.steps,
         "rounds": len(observation.earlier) + 1,

@@ -7,14 +7,14 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from attacks.evaluate import SITUATION, Row, summarize, verdicts
+from attacks.evaluate import SCENARIO_FIELDS, Row, summarize, verdicts
 from attacks.picture import Images, contact_sheet
 
 HEADER = ("message", "bytes", "best attack", "PSNR dB", "SSIM", "recovered", "labels", "seeds")
 
 READING = (
     "PSNR and SSIM are of the best of the attacks that were run, chosen with the originals in hand; recovered is the "
-    "share of images nearer to their reconstruction than any reconstruction is to an image outside the batch. What "
+    "fraction of images nearer to their reconstruction than any reconstruction is to an image outside the batch. What "
     "these attacks did not recover, others may: a low figure says that this attacker failed, not that the message is "
     "safe. A better encoded update is nearer to the exact one and leaks more."
 )
@@ -60,9 +60,9 @@ def table_rows(entries: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 def remarks(entries: Sequence[Row]) -> list[str]:
-    """How the codec's two modes compare at the same ratio in one situation, one sentence each."""
+    """How the codec's two modes compare at the same ratio in one scenario, one sentence each."""
     psnr = {entry["message"]: entry["psnr"][0] for entry in entries if entry.get("psnr")}
-    told = []
+    sentences = []
     for message, smooth in psnr.items():
         paper = psnr.get(message.replace("proxy:smooth:", "proxy:paper:"), smooth)
         if message.startswith("proxy:smooth:") and smooth != paper:
@@ -72,27 +72,27 @@ def remarks(entries: Sequence[Row]) -> list[str]:
                 if smooth > paper
                 else "no more than paper mode"
             )
-            told.append(f"At ratio {ratio} smooth mode leaks {more} ({smooth:.1f} against {paper:.1f} dB).")
-    return told
+            sentences.append(f"At ratio {ratio} smooth mode leaks {more} ({smooth:.1f} against {paper:.1f} dB).")
+    return sentences
 
 
-def situation_title(entry: Mapping[str, object]) -> str:
-    """A situation in one line."""
+def scenario_title(entry: Mapping[str, object]) -> str:
+    """A scenario in one line."""
     plural = "" if entry["steps"] == 1 else "s"
-    told = "labels known" if entry["know_labels"] else "labels not known"
+    knowledge = "labels known" if entry["know_labels"] else "labels not known"
     name = Path(str(entry["dataset"])).name
     return (
-        f"{name}, {entry['model']}, {entry['moment']} rounds of training before, batch {entry['batch_size']}, "
-        f"{entry['steps']} local step{plural}, {told}"
+        f"{name}, {entry['model']}, {entry['pretrain_rounds']} rounds before the attack, batch {entry['batch_size']}, "
+        f"{entry['steps']} local step{plural}, {knowledge}"
     )
 
 
 def print_tables(rows: Sequence[Row]) -> None:
-    """Each situation's verdict and table, in Markdown."""
+    """Each scenario's verdict and table, in Markdown."""
     summary = summarize(rows)
     for verdict in verdicts(rows):
-        entries = [e for e in summary if all(e[k] == verdict[k] for k in SITUATION)]
-        print(f"\n{situation_title(verdict)}\n{verdict['text']}\n")
+        entries = [e for e in summary if all(e[k] == verdict[k] for k in SCENARIO_FIELDS)]
+        print(f"\n{scenario_title(verdict)}\n{verdict['text']}\n")
         lines = [HEADER, *table_rows(entries)]
         widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
         for line in [lines[0], tuple("-" * width for width in widths), *lines[1:]]:
@@ -103,16 +103,16 @@ def print_tables(rows: Sequence[Row]) -> None:
 
 
 def write_report(rows: Sequence[Row], folder: Path) -> Path:
-    """Write report.html and one PNG for each situation into the folder."""
+    """Write report.html and one PNG for each scenario into the folder."""
     summary, parts = summarize(rows), []
     for number, verdict in enumerate(verdicts(rows), start=1):
-        entries = [e for e in summary if all(e[k] == verdict[k] for k in SITUATION)]
+        entries = [e for e in summary if all(e[k] == verdict[k] for k in SCENARIO_FIELDS)]
         picture = _picture(rows, entries, folder)
         if picture:
-            (folder / f"situation-{number}.png").write_bytes(picture)
+            (folder / f"scenario-{number}.png").write_bytes(picture)
         parts.append(
             {
-                "title": situation_title(verdict),
+                "title": scenario_title(verdict),
                 "broke": verdict["broke"],
                 "verdict": verdict["text"],
                 "rows": table_rows(entries),
@@ -132,7 +132,7 @@ def _picture(rows: Sequence[Row], entries: Sequence[Row], folder: Path) -> bytes
     originals: Images | None = None
     lines: list[tuple[str, Images]] = []
     for entry in entries:
-        wanted = {k: entry[k] for k in (*SITUATION, "message", "attack")}
+        wanted = {k: entry[k] for k in (*SCENARIO_FIELDS, "message", "attack")}
         cell = next((row for row in rows if all(row[k] == v for k, v in wanted.items())), None)
         if cell is None or not (folder / cell["images"]).is_file():
             continue

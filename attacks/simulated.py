@@ -22,7 +22,7 @@ from tofu.codec.lbfgs import lbfgs
 Tensors = tuple[Tensor, ...]
 
 SOLVED = 1e-13
-"""Loss at which a search may stop: a share of the update's power that float32 rounding hides."""
+"""Loss at which a search may stop: the fraction of the update's power that float32 rounding hides."""
 
 NEAR = 1e-5
 """Loss below which a descent is on its way to a solution, and more max_evals serve it better than another start."""

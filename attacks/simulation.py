@@ -9,7 +9,7 @@ differentiated through every step. The paper has a copy of each image for each e
 does not depend on their order; here the epochs share their images, whose order is drawn once. Where a client's step is
 over all of its images there is no order, and nothing is approximated.
 
-A client with many images in many steps is simulated by fewer: `most_images` stand for all, in at most `most_steps`
+A client with many images in many steps is simulated by fewer: `max_images` stand for all, in at most `max_steps`
 steps of a size that makes up for the steps that are left out.
 """
 
@@ -35,21 +35,21 @@ class Simulation(Attack):
     Attributes:
         restarts: from new noise, until one solves it.
         max_evals: of each.
-        most_images: in the simulation.
-        most_steps: of the simulation.
+        max_images: in the simulation.
+        max_steps: of the simulation.
     """
 
     restarts: int = 2
     max_evals: int = 400
-    most_images: int = 16
-    most_steps: int = 10
+    max_images: int = 16
+    max_steps: int = 10
     needs: ClassVar[tuple[str, ...]] = ("lr",)
 
     def _run(self, observation: Observation, generator: torch.Generator, watch: Watch) -> Reconstruction:
         client = SimulatedClient(observation)
         labels = guessed_labels(observation, generator)
-        if len(labels) > self.most_images:
-            labels = labels[torch.randperm(len(labels), generator=generator)[: self.most_images]]
+        if len(labels) > self.max_images:
+            labels = labels[torch.randperm(len(labels), generator=generator)[: self.max_images]]
         batches, lr = self.batches(observation, len(labels), generator)
         target, shape = client.target(), (len(labels), *client.image_shape)
 
@@ -70,5 +70,5 @@ class Simulation(Attack):
         batches = [
             rows for _ in range(epochs) for rows in torch.split(torch.randperm(count, generator=generator), size)
         ]
-        batches = batches[: min(self.most_steps, observation.steps)]
+        batches = batches[: min(self.max_steps, observation.steps)]
         return batches, observation.lr * observation.steps / len(batches)

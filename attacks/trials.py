@@ -45,7 +45,7 @@ class Scenario:
         dataset, model, norm: as in a run.
         lr: of all local training.
         seed: seed of the partition, the weights, the batch and all draws of codec and attack.
-        moment: rounds of federated training before the attack.
+        pretrain_rounds: rounds of federated training before the attack.
         batch_size: images of the client, all of them in each step.
         steps: local steps.
         rounds: number of messages about these images that the attacker has, including this one.
@@ -57,7 +57,7 @@ class Scenario:
     norm: str
     lr: float
     seed: int
-    moment: int
+    pretrain_rounds: int
     batch_size: int
     steps: int
     rounds: int = 1
@@ -65,8 +65,8 @@ class Scenario:
 
     @property
     def stream_name(self) -> str:
-        """Names the random streams. It keeps the class's former name, so that committed results can be reproduced."""
-        return repr(self).replace("Scenario(", "Situation(", 1)
+        """Names the random streams. It keeps former names, so that committed results can be reproduced."""
+        return repr(self).replace("Scenario(", "Situation(", 1).replace("pretrain_rounds=", "moment=", 1)
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class TrialRunner:
         return self._messages[key]
 
     def _network(self, scenario: Scenario) -> ReferenceModel:
-        key = (scenario.dataset, scenario.model, scenario.norm, scenario.lr, scenario.seed, scenario.moment)
+        key = (scenario.dataset, scenario.model, scenario.norm, scenario.lr, scenario.seed, scenario.pretrain_rounds)
         if key not in self._networks:
             self._networks[key] = trained_network(scenario)
         return self._networks[key]
@@ -162,12 +162,12 @@ def open_clients(scenario: Scenario) -> FederatedData:
 
 
 def trained_network(scenario: Scenario) -> ReferenceModel:
-    """The model after `moment` rounds of federated averaging over all clients but the first."""
+    """The model after `pretrain_rounds` rounds of federated averaging over all clients but the first."""
     data = open_clients(scenario)
     model = attacked_model(scenario.model, data.shape, norm=scenario.norm, seed=scenario.seed)
     network = ReferenceModel(model.eval(), data.shape).as_built()
     config = LocalTrainingConfig(epochs=1, batch_size=16, lr=scenario.lr)
-    for round_ in range(1, scenario.moment + 1):
+    for round_ in range(1, scenario.pretrain_rounds + 1):
         results = []
         for client in range(1, CLIENTS):
             local = copy.deepcopy(model)

@@ -37,7 +37,7 @@ LOG = logging.getLogger("tofu.client")
 def hello(message: Message, context: Context, workload: Workload | None = None) -> Message:
     """Reply with this client's name, its number of images and how many more cannot be read.
 
-    A client with data of its own adds the names of its classes, so that the server can say how the run numbers them.
+    A client with data of its own adds the names of its classes, so that the server can number them for the run.
     Under DP, all this would not be noised: the number is 1, and the rest is not sent.
     """
     with _answering("hello", message, context) as answer:
@@ -57,7 +57,7 @@ def hello(message: Message, context: Context, workload: Workload | None = None) 
 
 
 def classes(message: Message, context: Context) -> Message:
-    """Number the classes of this client's own data as the server says, in all rounds that follow."""
+    """Number the classes of this client's own data as the server does, in all following rounds."""
     with _answering("classes", message, context) as answer:
         save_class_names(context, class_names_from(_content(message)))
         client_data(_settings(context), context)

@@ -54,7 +54,7 @@ def _bytes(context: Context, name: str) -> bytes:
 
 
 def load_class_names(context: Context) -> tuple[str, ...]:
-    """The classes of the run in order, as the server numbers them; () if it has not said so."""
+    """The classes of the run, in the order in which the server numbers them; () if the server has not sent them."""
     record = context.state.config_records.get(_CLASSES)
     return class_names_from(record.get(FIELD)) if record is not None else ()
 

@@ -42,8 +42,8 @@ class Clients:
     """Keeps track of the connected clients. A new node is asked once for its name and number of images.
 
     Args:
-        class_names: the classes of the run in order. A client whose own data have others, or the same in another order,
-            is told them, and takes no part if it has one that is not among them; () leaves classes to the clients.
+        class_names: the classes of the run in order. A client whose data have other classes, or another order, receives
+            them, and does not take part if it has a class that is not among them; with (), clients number their own.
     """
 
     def __init__(

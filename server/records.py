@@ -79,7 +79,8 @@ def data_record(runner: RoundRunner, workload: Workload, *, local: bool) -> dict
     """The content of data.json.
 
     Args:
-        local: the clients are of this process; otherwise it holds of a client what it has told, which is no file name.
+        local: the clients run in this process. Otherwise the record holds only what clients sent, which has no file
+            names.
     """
     private = runner.account is not None
     clients: dict[str, object] = {}

@@ -1,8 +1,8 @@
-"""What an attacker at the server recovers from each kind of message, by situation, over seeds.
+"""What an attacker at the server recovers from each kind of message, by scenario, over seeds.
 
-The exact update is the control: where it does not break, the rest of a situation proves nothing, and the table says so.
-Finished cells are kept in --runs and not run again. Attacks end by their max_evals, not by the clock, so that a busy
-machine finds the same (a limit of an hour a cell aside).
+The exact update is the control: where it does not break, the rest of a scenario proves nothing, and the table says so.
+Finished trials are kept in --runs and not repeated. Attacks end by their max_evals, not by the clock, so that a busy
+machine finds the same (apart from a limit of an hour per trial).
 """
 
 import argparse
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from attacks.evaluate import SITUATION, AttackEvaluation, evaluate, summarize, verdicts
+from attacks.evaluate import SCENARIO_FIELDS, AttackEvaluation, evaluate, summarize, verdicts
 from attacks.report import print_tables, write_report
 from benchmarks.attacks.membership import membership_rows, print_membership
 from benchmarks.common import RESULTS, find_data, write_results
@@ -32,7 +32,12 @@ ALL = ("dlg", "idlg", "inverting", "simulation", "codec-aware", "proxy-images", 
 
 QUICK: dict[str, dict[str, Any]] = {
     "digits": {"messages": FULL_MESSAGES, "attacks": IMAGES, "batch_sizes": (1, 4)},
-    "digits-trained": {"messages": SHORT_MESSAGES, "attacks": IMAGES, "batch_sizes": (1, 4), "moments": (1, 2, 10)},
+    "digits-trained": {
+        "messages": SHORT_MESSAGES,
+        "attacks": IMAGES,
+        "batch_sizes": (1, 4),
+        "pretrain_rounds": (1, 2, 10),
+    },
     "digits-steps": {"messages": SHORT_MESSAGES, "attacks": STEPS, "batch_sizes": (1,), "steps": (5, 10)},
     "digits-steps-of-four": {
         "messages": SHORT_MESSAGES[:3],
@@ -45,26 +50,33 @@ QUICK: dict[str, dict[str, Any]] = {
     "cifar10": {"messages": CIFAR_MESSAGES, "attacks": ("idlg", "label-counts"), "batch_sizes": (1, 4)},
     "cifar10-proxies": {"messages": PROXIES, "attacks": ("codec-aware", "proxy-images"), "batch_sizes": (1, 4)},
 }
-"""Each but the last, which adds to the one before, differs from the others in some field of a situation, by which the
-rows are told apart afterwards. Of several steps on four images the labels are told: counting them goes wrong there, and
-no control would break."""
+"""Name -> arguments of `AttackEvaluation`. Each but the last, which extends the one before, differs from the others in
+a field of the scenario, which identifies its rows. With several steps on four images the attacker knows the labels:
+counting them fails there, and no control would break."""
 
 FULL: dict[str, dict[str, Any]] = {
-    "digits": {"messages": FULL_MESSAGES, "attacks": ALL, "batch_sizes": (1, 4, 8, 16), "moments": (0, 1, 2, 10)},
+    "digits": {
+        "messages": FULL_MESSAGES,
+        "attacks": ALL,
+        "batch_sizes": (1, 4, 8, 16),
+        "pretrain_rounds": (0, 1, 2, 10),
+    },
     "digits-steps": {"messages": FULL_MESSAGES, "attacks": STEPS, "batch_sizes": (1, 4, 8, 16), "steps": (5, 10)},
-    "cifar10": {"messages": FULL_MESSAGES, "attacks": ALL, "batch_sizes": (1, 4), "moments": (0, 2)},
+    "cifar10": {"messages": FULL_MESSAGES, "attacks": ALL, "batch_sizes": (1, 4), "pretrain_rounds": (0, 2)},
 }
 
-CELL = (*SITUATION, "seed", "message", "attack")
-"""What tells a row from all others."""
+TRIAL_FIELDS = (*SCENARIO_FIELDS, "seed", "message", "attack")
+"""Fields that identify a row."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(QUICK)}; all unless given")
-    parser.add_argument("--full", action="store_true", help="every attack, batch size and moment: many hours")
+    parser.add_argument(
+        "--full", action="store_true", help="every attack, batch size and number of rounds before: many hours"
+    )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--runs", type=Path, default=Path("runs/benchmark-attacks"), help="folder for the cells")
+    parser.add_argument("--runs", type=Path, default=Path("runs/benchmark-attacks"), help="folder of the trials")
     parser.add_argument("--time-limit", type=float, default=float("inf"), help="seconds for each name")
     parser.add_argument("--messages", help="only these, separated by commas")
     parser.add_argument("--no-membership", action="store_true", help="without membership inference")
@@ -82,12 +94,12 @@ def main() -> None:
         data = "digits" if name.startswith("digits") else find_data("cifar10", "uoft-cs/cifar10")
         folder = options.runs / name
         done = evaluate(AttackEvaluation(dataset=data, **values), folder, seconds=options.time_limit,
-                        say=lambda line: print(line, file=sys.stderr, flush=True))  # fmt: skip
+                        log=lambda line: print(line, file=sys.stderr, flush=True))  # fmt: skip
         write_report(done, folder)
         rows += [row | {"dataset": name.partition("-")[0]} for row in done]
     last = json.loads((RESULTS / "attacks.json").read_text()) if options.keep else {"rows": [], "settings": {}}
-    measured = {tuple(row[key] for key in CELL) for row in rows}
-    rows = [row for row in last["rows"] if tuple(row[key] for key in CELL) not in measured] + rows
+    measured = {tuple(row[key] for key in TRIAL_FIELDS) for row in rows}
+    rows = [row for row in last["rows"] if tuple(row[key] for key in TRIAL_FIELDS) not in measured] + rows
     print_tables(rows)
     if options.no_membership:
         membership = last["settings"].get("membership", [])

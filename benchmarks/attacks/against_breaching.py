@@ -56,8 +56,8 @@ def theirs(
 
 def one_case(name: str, data: str, size: int, seed: int, max_evals: int, python: Path) -> list[dict[str, Any]]:
     """A row for each implementation."""
-    situation = Scenario(data, MODEL, "group", 0.1, seed, 0, size, 1, 1, True)
-    network, images = trained_network(situation), drawn_clients(situation, 1)[0]
+    scenario = Scenario(data, MODEL, "group", 0.1, seed, 0, size, 1, 1, True)
+    network, images = trained_network(scenario), drawn_clients(scenario, 1)[0]
     generator = derive_generator(seed, "against breaching", size)
     sent = local_round(network, images, LocalTrainingConfig(1, size, 0.1), generator)
     seen = observe(parse_message("exact"), [sent], generator=generator, know_labels=True)
@@ -69,7 +69,7 @@ def one_case(name: str, data: str, size: int, seed: int, max_evals: int, python:
     rows = []
     for who, found, took in (("ours", own, seconds), ("breaching", *theirs(python, seen, attack, images.labels, seed))):
         scores = score(found, None, truth=to_float(images.images), true_labels=images.labels,
-                       others=to_float(open_clients(situation).test().images[:OTHERS]))  # fmt: skip
+                       others=to_float(open_clients(scenario).test().images[:OTHERS]))  # fmt: skip
         rows.append({"data": name, "batch_size": size, "seed": seed, "who": who, "psnr": scores.psnr,
                      "recovered": scores.recovered, "seconds": took})  # fmt: skip
     return rows
@@ -87,8 +87,8 @@ def main() -> None:
         for size in (1, 4):
             for seed in range(options.seeds):
                 rows += one_case(name, data, size, seed, options.max_evals, options.python)
-                told = ", ".join(f"{row['who']} {row['psnr']:.1f} dB in {row['seconds']:.0f} s" for row in rows[-2:])
-                print(f"{name}, batch {size}, seed {seed}: {told}", flush=True)
+                scores = ", ".join(f"{row['who']} {row['psnr']:.1f} dB in {row['seconds']:.0f} s" for row in rows[-2:])
+                print(f"{name}, batch {size}, seed {seed}: {scores}", flush=True)
     table = []
     for name, size in dict.fromkeys((row["data"], row["batch_size"]) for row in rows):
         mine, other = (

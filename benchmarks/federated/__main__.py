@@ -48,7 +48,7 @@ METHODS = ("FedAvg", "proxy rounds only", "hybrid", "both directions")
 
 
 def changes(case: str, method: str) -> dict[str, Any]:
-    """What a method's settings have beside those of all methods."""
+    """Settings of a method in addition to those of all methods."""
     if method == "FedAvg":
         return {"schedule": "fedavg"}
     if method == "proxy rounds only":

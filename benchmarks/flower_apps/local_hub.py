@@ -102,7 +102,7 @@ def switch_off_services() -> None:
 def keep_old_names() -> None:
     """Names that the published examples import and that the installed Flower has elsewhere.
 
-    A torchaudio that does not load (built for CUDA, beside a torch without it) is hidden from `transformers`.
+    A torchaudio that does not load (built for CUDA, with a torch that is not) is hidden from `transformers`.
     """
     import sys
 

@@ -124,8 +124,8 @@ def unstructured(model: nn.Module, like: Masks, *, whole: bool) -> Masks:
     magnitudes = {name: model.get_parameter(name).detach().abs() for name in like}
     if whole:
         kept = sum(int(mask.sum()) for mask in like.values())
-        least = torch.cat([m.flatten() for m in magnitudes.values()]).sort(descending=True).values[kept - 1]
-        return {name: m >= least for name, m in magnitudes.items()}
+        threshold = torch.cat([m.flatten() for m in magnitudes.values()]).sort(descending=True).values[kept - 1]
+        return {name: m >= threshold for name, m in magnitudes.items()}
     masks = {}
     for name, m in magnitudes.items():
         masks[name] = m >= m.flatten().sort(descending=True).values[int(like[name].sum()) - 1]

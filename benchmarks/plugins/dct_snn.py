@@ -2,14 +2,14 @@
 
     python -m benchmarks.plugins dct-snn [--parts encoder,speed,codec,cifar,federated] [--seeds 0,1,2]
 
-- encoder: squared correlation of the summed spikes and the expanded pixels of CIFAR-10, beside a Poisson code.
+- encoder: squared correlation of the summed spikes and the expanded pixels of CIFAR-10, compared with a Poisson code.
 - speed: seconds to train on one batch: without spikes, spiking and fused over time, and spiking with one call of
   snnTorch's neuron and of every layer per time step (the same network before fusing).
 - codec: explained variance of an update of a spiking network in the same bytes: by proxies and correction through the
   surrogate of firing rates, through the neurons themselves, and by the sparse correction alone.
 - cifar: a small VGG trained without spikes on expanded pixels (Adam), converted at T = 48 and fine-tuned for one pass
   (Adam, the surrogate gradient); accuracy by kept frequencies; the same with a signed Poisson code.
-- federated: digits, 10 clients, Dirichlet 0.5, T = 16, beside the same training by one client with all images.
+- federated: digits, 10 clients, Dirichlet 0.5, T = 16, compared with the same training by one client with all images.
 
 Seeds that benchmarks/results/plugins-dct-snn-PART.json has already are kept, so an interrupted run continues.
 """

@@ -12,8 +12,8 @@ def ood_metrics(inside: Tensor, outside: Tensor) -> dict[str, float]:
         outside: scores [m] of others; higher scores count as further outside, and ties as half right.
 
     Returns:
-        auroc; aupr_out and aupr_in (what is outside, or inside, being the positive class); fpr95, the share of images
-        inside that are flagged where 95% of those outside are.
+        auroc; aupr_out and aupr_in (what is outside, or inside, being the positive class); fpr95, the fraction of
+        images inside that are flagged where 95% of those outside are.
     """
     import tofu.models.torchvision_compat  # noqa: F401  before pytorch_ood, which imports torchvision
 

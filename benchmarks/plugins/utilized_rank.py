@@ -116,7 +116,7 @@ def by_svd(model: nn.Module, rank: UtilizedRank) -> nn.Module:
 
 
 def codec(
-    model: nn.Module, shape: ImageShape, data: LabeledImages, how: LocalTrainingConfig, room: float
+    model: nn.Module, shape: ImageShape, data: LabeledImages, how: LocalTrainingConfig, budget: float
 ) -> dict[str, Any]:
     """Explained variance of one client's next update in a payload of so many bytes, and the payload's real size."""
     base = weights_of(model)
@@ -124,7 +124,7 @@ def codec(
     train_locally(local, data, how, generator=torch.Generator().manual_seed(1))
     update = difference(weights_of(local), base)
     network = ReferenceModel(copy.deepcopy(model).eval(), shape)
-    ratio = network.param_spec.float32_bytes / room
+    ratio = network.param_spec.float32_bytes / budget
     if ratio <= 1:  # the cores fit as they are
         return {
             "explained_variance": 1.0,
@@ -162,7 +162,7 @@ def one_seed(case_name: str, seed: int, options: argparse.Namespace) -> tuple[li
     base, whole = accuracy(model, test), layout_of(model)
     tune = case.how(rounds)
     common: dict[str, Any] = {"case": case_name, "seed": seed, "accuracy_before": base}
-    room = whole.float32_bytes / RATIO
+    budget = whole.float32_bytes / RATIO
 
     control = copy.deepcopy(model)
     for i in range(FINE_TUNING):
@@ -170,7 +170,7 @@ def one_seed(case_name: str, seed: int, options: argparse.Namespace) -> tuple[li
     rows = [common | {
         "what": "whole network", "parameters": whole.parameter_count, "parameters_share": 1.0,
         "float32_bytes": whole.float32_bytes, "accuracy_tuned": accuracy(control, test),
-        "codec": codec(model, shape, clients[0], tune, room),
+        "codec": codec(model, shape, clients[0], tune, budget),
     }]  # fmt: skip
     picture = ""
     for energy in ENERGIES:
@@ -201,7 +201,7 @@ def one_seed(case_name: str, seed: int, options: argparse.Namespace) -> tuple[li
             "svd_parameters_share": (rest + svd_parameters) / whole.parameter_count,
         }
         if energy in TUNED:
-            row["codec"] = codec(small, shape, clients[0], tune, room)
+            row["codec"] = codec(small, shape, clients[0], tune, budget)
             for i in range(FINE_TUNING):
                 about = RoundContext(shape, round=rounds + 1 + i, seed=seed)
                 one_round(small, clients, tune, about, server, text)

@@ -77,8 +77,8 @@ COMPARISONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     )
     for alpha in (0.1, 0.3, 1.0, 10.0)
 }  # fmt: skip
-"""Name -> (settings beside FEDERATION, arguments of the comparison). On MNIST the step size, where none is tuned, is
-that which tuning took for all methods at 200x and 500x."""
+"""Name -> (settings in addition to FEDERATION, arguments of the comparison). On MNIST the learning rate, unless tuned,
+is that which tuning took for all methods at 200x and 500x."""
 WANTS_A_GPU = ("cifar10-vgg13",)
 
 

@@ -1,4 +1,4 @@
-"""What a round costs the server with 10 to 10,000 clients: time a client, and memory beside that of the model.
+"""Cost of a round for the server with 10 to 10,000 clients: time per client, and memory in excess of the model's.
 
 The server is the real one (`server.runner.RoundRunner`), with LeNet-5. The clients are replayed: each answers with
 the payload that one real client made from its update, so the server checks, decodes, adds and counts as it would. Every
@@ -143,14 +143,14 @@ def main() -> None:
         rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
         print(f"{size} clients: {rows[-1]['seconds']:.2f} s", file=sys.stderr, flush=True)
     print(write_results("scale", settings={"model": "lenet5", "ratio": options.ratio}, rows=rows))
-    least = rows[0]
+    smallest = rows[0]
     print_table(
         (
             "clients",
-            "time a client, of the least",
-            "share of it that is decoding",
+            "time per client, relative to the first",
+            "fraction spent decoding",
             "peak memory",
-            "more than the least",
+            "more than the first",
         ),
         [
             (
@@ -158,7 +158,7 @@ def main() -> None:
                 f"{row['seconds_per_client'] / min(r['seconds_per_client'] for r in rows):.2f}",
                 f"{row['decode_seconds'] / row['seconds_per_client']:.0%}",
                 format_bytes(cast("int", row["peak_bytes"])),
-                format_bytes(max(0, row["peak_bytes"] - least["peak_bytes"])),
+                format_bytes(max(0, row["peak_bytes"] - smallest["peak_bytes"])),
             )
             for row in rows
         ],

@@ -2,7 +2,7 @@
 
 The mod's four stages are called as they are. The workflow refuses the Context of today's Flower, so its loops are timed
 by the functions that they call, each on a sample and scaled to the number of calls. Left out, in its favor: what its
-stages do beside these calls.
+stages do besides these calls.
 """
 
 import os

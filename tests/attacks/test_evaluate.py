@@ -21,15 +21,15 @@ SMALL = AttackEvaluation(
 
 def test_an_evaluation_is_resumed_and_reported(tmp_path: Path) -> None:
     told: list[str] = []
-    rows = evaluate(SMALL, tmp_path, say=told.append)
+    rows = evaluate(SMALL, tmp_path, log=told.append)
     assert len(rows) == len(told) == 12
     again: list[str] = []
-    assert evaluate(SMALL, tmp_path, say=again.append) == rows
+    assert evaluate(SMALL, tmp_path, log=again.append) == rows
     assert not again
-    (damaged,) = list((tmp_path / "cells").glob("*.json"))[:1]
+    (damaged,) = list((tmp_path / "trials").glob("*.json"))[:1]
     damaged.write_text("{")
-    evaluate(replace(SMALL, seeds=1), tmp_path, say=again.append)
-    evaluate(SMALL, tmp_path, say=again.append)
+    evaluate(replace(SMALL, seeds=1), tmp_path, log=again.append)
+    evaluate(SMALL, tmp_path, log=again.append)
     assert len(again) == 1
 
     (verdict,) = verdicts(rows)
@@ -48,14 +48,14 @@ def test_an_evaluation_is_resumed_and_reported(tmp_path: Path) -> None:
     page = write_report(rows, tmp_path).read_text()
     assert READING in page
     assert "analytic needs linear-first" in page
-    assert (tmp_path / "situation-1.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "scenario-1.png").read_bytes().startswith(b"\x89PNG")
     assert "data:image/png;base64," in page
     with np.load(tmp_path / rows[0]["images"]) as arrays:
         assert arrays["originals"].shape == arrays["reconstructions"].shape == (2, 1, 8, 8)
 
 
 def test_a_control_that_does_not_break_says_that_the_rest_proves_nothing(tmp_path: Path) -> None:
-    rows = evaluate(replace(SMALL, attacks=("label-counts", "proxy-images"), seeds=1), tmp_path, say=lambda _: None)
+    rows = evaluate(replace(SMALL, attacks=("label-counts", "proxy-images"), seeds=1), tmp_path, log=lambda _: None)
     (verdict,) = verdicts(rows)
     assert not verdict["broke"]
     assert "prove nothing" in verdict["text"]
@@ -73,32 +73,32 @@ def test_smooth_mode_leaking_more_is_said() -> None:
 
 
 def test_the_page_escapes_everything(tmp_path: Path) -> None:
-    rows = evaluate(replace(SMALL, seeds=1, attacks=("label-counts",)), tmp_path, say=lambda _: None)
+    rows = evaluate(replace(SMALL, seeds=1, attacks=("label-counts",)), tmp_path, log=lambda _: None)
     page = write_report([row | {"model": "<script>alert(1)</script>"} for row in rows], tmp_path).read_text()
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
 
 
 def test_a_time_limit_leaves_cells_for_later(tmp_path: Path) -> None:
-    assert evaluate(SMALL, tmp_path, say=lambda _: None, seconds=0) == []
+    assert evaluate(SMALL, tmp_path, log=lambda _: None, seconds=0) == []
     assert json.loads((tmp_path / "attacks.json").read_text())["finished"] == 0
 
 
 def test_situations_are_reproducible_and_spread_labels() -> None:
-    situation = Scenario("digits", "mlp", "group", 0.1, 1, 1, 10, 1)
-    (client,) = drawn_clients(situation, 1)
+    scenario = Scenario("digits", "mlp", "group", 0.1, 1, 1, 10, 1)
+    (client,) = drawn_clients(scenario, 1)
     assert len(set(client.labels.tolist())) == 10
-    one, two = (weights_sha256(trained_network(situation).base) for _ in range(2))
+    one, two = (weights_sha256(trained_network(scenario).base) for _ in range(2))
     assert one == two
-    assert one != weights_sha256(trained_network(replace(situation, moment=0)).base)
+    assert one != weights_sha256(trained_network(replace(scenario, pretrain_rounds=0)).base)
     with pytest.raises(DataError, match="a batch takes 1000"):
-        drawn_clients(replace(situation, batch_size=1000), 1)
+        drawn_clients(replace(scenario, batch_size=1000), 1)
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"messages": ("topk:10",)}, {"attacks": ("x",)}, {"batch_sizes": (0,)}, {"batch_sizes": ()}, {"moments": (-1,)},
-     {"seeds": 0}, {"lr": float("nan")}, {"seconds": 0.0}],
+    [{"messages": ("topk:10",)}, {"attacks": ("x",)}, {"batch_sizes": (0,)}, {"batch_sizes": ()},
+     {"pretrain_rounds": (-1,)}, {"seeds": 0}, {"lr": float("nan")}, {"seconds": 0.0}],
 )  # fmt: skip
 def test_what_cannot_be_run_is_one_line(change: dict[str, object]) -> None:
     with pytest.raises(SettingError):

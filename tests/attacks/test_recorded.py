@@ -46,12 +46,12 @@ def test_a_recorded_run_is_attacked_with_its_control(run: Path, capsys: pytest.C
     arguments = [str(run), "--attacks", "analytic,proxy-images,label-counts", "--quiet"]
     assert attack_command(arguments) == 0
     assert "recorded proxy:smooth" in capsys.readouterr().out
-    rows = attack_run(run, run / "attacks", attacks=("analytic", "proxy-images", "label-counts"), say=print)
+    rows = attack_run(run, run / "attacks", attacks=("analytic", "proxy-images", "label-counts"), log=print)
     assert not capsys.readouterr().out
-    assert {(row["moment"], row["message"]) for row in rows} == {
-        (moment, message) for moment in (0, 1) for message in ("exact", "recorded proxy:smooth")
+    assert {(row["pretrain_rounds"], row["message"]) for row in rows} == {
+        (rounds, message) for rounds in (0, 1) for message in ("exact", "recorded proxy:smooth")
     }
-    found = {(row["message"], row["attack"]): row for row in rows if row["moment"] == 0}
+    found = {(row["message"], row["attack"]): row for row in rows if row["pretrain_rounds"] == 0}
     assert found["exact", "analytic"]["psnr"] > found["recorded proxy:smooth", "analytic"]["psnr"]
     assert found["exact", "proxy-images"]["refused"]
     assert found["exact", "label-counts"]["labels"] > 0.7
@@ -59,7 +59,7 @@ def test_a_recorded_run_is_attacked_with_its_control(run: Path, capsys: pytest.C
 
 
 def test_later_rounds_come_with_the_earlier(run: Path) -> None:
-    rows = attack_run(run, run / "out", attacks=("accumulation",), seconds=1, say=lambda _: None)
+    rows = attack_run(run, run / "out", attacks=("accumulation",), seconds=1, log=lambda _: None)
     assert [bool(row["refused"]) for row in rows] == [True, True, False, False]
 
 
@@ -74,4 +74,4 @@ def test_a_model_that_the_message_was_not_made_for(run: Path) -> None:
         observation_of(read_recording(first))
     (first / "record.json").write_text(text.replace('"height": 8', '"height": 9'))
     with pytest.raises((AttackError, RunError)):
-        attack_run(run, run / "out", say=print)
+        attack_run(run, run / "out", log=print)

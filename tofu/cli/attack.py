@@ -38,7 +38,9 @@ def attack(
     ] = None,
     attacks: Annotated[str | None, _several("--attacks", "registered names or package.module:Class")] = None,
     batch_sizes: Annotated[str | None, _several("--batch-sizes", "numbers of images in a local step")] = None,
-    moments: Annotated[str | None, _several("--moments", "rounds of training before the message")] = None,
+    pretrain_rounds: Annotated[
+        str | None, _several("--pretrain-rounds", "numbers of federated rounds before the message")
+    ] = None,
     steps: Annotated[str | None, _several("--steps", "numbers of local steps")] = None,
     seeds: Annotated[int | None, typer.Option(help="number of seeds")] = None,
     rounds: Annotated[int | None, typer.Option(help="number of rounds that the attacker accumulates")] = None,
@@ -66,19 +68,19 @@ def attack(
 
     given = {
         "dataset": dataset, "model": model, "norm": norm, "lr": lr, "messages": messages, "attacks": attacks,
-        "batch_sizes": batch_sizes, "moments": moments, "steps": steps, "seeds": seeds, "rounds": rounds,
-        "know_labels": know_labels, "seconds": seconds,
+        "batch_sizes": batch_sizes, "pretrain_rounds": pretrain_rounds, "steps": steps, "seeds": seeds,
+        "rounds": rounds, "know_labels": know_labels, "seconds": seconds,
     }  # fmt: skip
     evaluation = _evaluation({name: value for name, value in given.items() if value is not None})
     if run is not None:
         folder = folder or run / "attacks"
         chosen = ATTACKS if attacks is None else tuple(attacks.split(","))
         rows = attack_run(
-            run, folder, attacks=chosen, seconds=evaluation.seconds, model=model, dataset=dataset, say=log
+            run, folder, attacks=chosen, seconds=evaluation.seconds, model=model, dataset=dataset, log=log
         )
     else:
         folder = folder or Path("runs/attacks")
-        rows = evaluate(evaluation, folder, say=log, seconds=time_limit)
+        rows = evaluate(evaluation, folder, log=log, seconds=time_limit)
     page = write_report(rows, folder)
     if json_:
         print(json.dumps(rows))

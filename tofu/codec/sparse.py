@@ -1,6 +1,6 @@
-"""The sparse correction as a compressor of its own: the largest entries of an update, with several magnitudes.
+"""The sparse correction as a separate compressor: it sends the largest entries of an update, with several magnitudes.
 
-It is what the proxy codec sends beside its proxies (`tofu.codec.correction`), for the whole update. It needs only the
+The proxy codec sends the same correction in addition to its proxies (`tofu.codec.correction`). It needs only the
 names and shapes of the parameters, not a forward pass, so it works for every model and every kind of input. All entries
 are in one stratum: positions are coded as if they were equally likely.
 """

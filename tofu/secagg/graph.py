@@ -134,7 +134,7 @@ def choose_topology(
     everybody = clients - 1
     threshold = everybody // 2 + bad + 1
     if threshold > everybody - lost or everybody > MAX_SHARES:
-        accepted = f"less: no threshold bears it beside corrupted={corrupted:g} among {clients} clients"
+        accepted = f"a smaller fraction: no threshold allows it with corrupted={corrupted:g} and {clients} clients"
         raise SettingError("dropout", dropout, accepted)
     return Topology(everybody, threshold)
 

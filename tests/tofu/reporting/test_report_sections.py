@@ -90,7 +90,7 @@ def test_clipped_values_are_counted_with_their_distance(folder: Path) -> None:
     page = page_of(written(folder, secure_rows()))
     none = "\N{EN DASH}"
     cells = [none, none, "1,234 (2.5x)", none, "6 (1.75x)", "1,240"]
-    assert column(page, "values clipped (furthest)") == cells
+    assert column(page, "values clipped (largest / range)") == cells
     assert "1,240 values of all clients were clipped in 2 rounds, the furthest at most 2.5 times" in page.text
     assert "its range (round 2)." in page.text
 
@@ -101,11 +101,11 @@ def test_says_what_the_server_learned_and_what_is_not_covered(folder: Path) -> N
     text = page_of(written(folder, rows, **given)).text
     assert "In 2 secure rounds the server learned the weighted sum of the clients' updates and which clients" in text
     assert "not a single client's update" in text
-    assert "at most 10% of the clients being in league with the server and on a server that does not lie" in text
+    assert "at most 10% of the clients colluding with the server and a server that follows the protocol" in text
     assert "does not cover the one proxy round: proxies of different clients do not add up" in text
     assert "Nor does it cover the one FedAvg round" in text
     text = page_of(written(folder, rows, **given | {"secure-identities": "keys.json", "compressor": "topk"})).text
-    assert "does not lie" not in text
+    assert "follows the protocol" not in text
     assert "does not cover the one topk round: the server decoded each client's update" in text
 
 
@@ -135,8 +135,8 @@ def test_epsilon_is_a_column_a_fact_and_a_figure(folder: Path) -> None:
     assert f"Stopped early: the privacy budget allows no round 4 {HOSTILE}." in page.text
     assert page.named("script") == []
     # Clients say nothing of what they clipped: zeros would be no measurement.
-    assert "values clipped (furthest)" not in page.tables["rounds"][0]
-    assert "clients do not say what they clipped" in page.text
+    assert "values clipped (largest / range)" not in page.tables["rounds"][0]
+    assert "clients do not report what they clipped" in page.text
     assert not re.search(r"\bprivate\b", page.text)
 
 
@@ -308,13 +308,13 @@ def test_older_runs_have_none_of_it(folder: Path) -> None:
     rows = [row for row in ROWS if row["kind"] != "secure"]
     page = page_of(written(folder, rows))
     assert {"abandoned", "plugins"}.isdisjoint(page.tables)
-    assert {"task", "epsilon", "values clipped (furthest)"}.isdisjoint(page.tables["rounds"][0])
+    assert {"task", "epsilon", "values clipped (largest / range)"}.isdisjoint(page.tables["rounds"][0])
     assert len(page.named("svg")) == 4
     assert not re.search(r"secure|epsilon|ACC|plugin|Stopped", page.text.split("Settings")[0])
     # A secure round of a run from before rounds said what they clipped.
     page = page_of(written(folder, ROWS))
     assert "In one secure round the server learned the weighted sum" in page.text
-    assert "values clipped (furthest)" not in page.tables["rounds"][0]
+    assert "values clipped (largest / range)" not in page.tables["rounds"][0]
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def _cell(
 
 
 def _targets(cells: Sequence[Row]) -> list[Row]:
-    """For each target accuracy the cell of each compressor that ends at or above it with the least mean uplink.
+    """For each target accuracy and compressor, the cell with the smallest mean uplink that reaches it.
 
     Only cells that finished with every seed count: means over different seeds say nothing about each other.
     """

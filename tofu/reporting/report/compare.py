@@ -142,7 +142,7 @@ def _wide(document: Mapping[str, Any]) -> list[dict[str, object]]:
         (
             "Accuracy against uplink bytes",
             "Where each compressor ends at each budget; bars and band are one standard deviation over seeds. Marks of "
-            "different compressors stand a little apart so that equal ones can be told.",
+            "different compressors are drawn with a small offset so that equal ones can be distinguished.",
             figures.accuracy_by_uplink(document),
         ),
         (
@@ -185,7 +185,7 @@ def _tables(document: Mapping[str, Any]) -> list[dict[str, object]]:
             {
                 "id": "targets",
                 "title": "Bytes to reach an accuracy",
-                "caption": "The least mean uplink with which each ended at or above it, of the budgets that were run.",
+                "caption": "The smallest mean uplink of the budgets that were run with which each reached it.",
                 "table": targets,
                 "notes": [],
             }

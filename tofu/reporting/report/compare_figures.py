@@ -128,7 +128,7 @@ def accuracy_by_round(document: Mapping[str, Any], ratio: float) -> Drawing | No
     _resize(drawing, bottom + 44)
     lines = [(series[cell["compressor"]], cell["accuracy_by_round"]) for cell in done]
     last = len(done[0]["accuracy_by_round"]) - 1
-    # The first quarter of the rounds would take most of the height, and is where nobody looks for a difference.
+    # The first quarter of the rounds would take most of the height, although differences matter at the end.
     late = max(1, last // 4)
     values = [value for points in (*(p for _, p in lines), fedavg) for value in points[late:]]
     x = round_axis(last)

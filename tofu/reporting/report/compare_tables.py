@@ -69,7 +69,7 @@ def _compressed_downlink(document: Mapping[str, Any]) -> bool:
 
 
 def target_table(document: Mapping[str, Any]) -> Table | None:
-    """For each compressor the least uplink that ends at each target accuracy; None before FedAvg has ended."""
+    """For each compressor the smallest uplink that reaches each target accuracy; None before FedAvg has ended."""
     targets = document["targets"]
     if not targets:
         return None
@@ -84,7 +84,10 @@ def markdown(document: Mapping[str, Any]) -> str:
     targets = target_table(document)
     parts = [cell_table(document).markdown()]
     if targets:
-        parts += ["The least uplink with which each ends so many points below FedAvg or above:", targets.markdown()]
+        parts += [
+            "Smallest uplink that ends at most so many points below FedAvg:",
+            targets.markdown(),
+        ]
     if lines := notes(document):
         parts.append("\n".join(f"- {printable(line)}" for line in lines))
     return "\n\n".join(parts)

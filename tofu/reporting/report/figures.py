@@ -28,7 +28,7 @@ _KIND_TEXT = {"start": "before training", "proxy": "proxy round", "fedavg": "Fed
 
 
 def accuracy_by_round(run: RunData) -> str | None:
-    """Test accuracy against rounds, each round marked with its kind, FedAvg beside it if it was run."""
+    """Test accuracy against rounds, each round marked with its kind, and that of FedAvg if it was run."""
     ours = _measured(run.rounds)
     theirs = _measured(run.baseline.metrics) if run.baseline else []
     if not ours:
@@ -67,7 +67,7 @@ def accuracy_by_bytes(run: RunData) -> str | None:
     alt += f" FedAvg sends {format_bytes(fedavg)} for the same rounds." if fedavg else ""
     drawing = Drawing(alt)
     sizes = [size for size, _, _ in ours + theirs] + ([fedavg] if fedavg else [])
-    # Room on both sides, so that no mark sits on the edge and one lone point still has an axis.
+    # Padding on both sides, so that no mark lies on the edge and a single point still has an axis.
     x = Axis(min(sizes) / 1.35, max(sizes) * 1.35, LEFT, RIGHT, log=True)
     y = share_axis([accuracy for _, _, accuracy in ours + theirs])
     drawing.frame(x, y, ("uplink bytes so far (log scale)", "test accuracy"), x_text=_tick_bytes)

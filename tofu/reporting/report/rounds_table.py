@@ -48,7 +48,7 @@ def _percent(share: float) -> str:
 
 
 def _trained(write: Callable[[RoundRecord], str]) -> Callable[[RoundRecord], str]:
-    """Nothing for round 0, in which nobody trained."""
+    """Empty for round 0, in which no client trained."""
     return lambda row: write(row) if row.round > 0 else _NONE
 
 
@@ -105,7 +105,7 @@ _COLUMNS = (
     ),
     Column("failed", _trained(lambda row: f"{len(row.failures)}"), lambda run: f"{run.failures}"),
     Column(
-        "values clipped (furthest)",
+        "values clipped (largest / range)",
         _clipped,
         lambda run: f"{sum(row.clipped or 0 for row in run.rounds):,}",
         # With noise, clients do not say what they clipped: the zeros of such a run would be no measurement.

@@ -6,12 +6,12 @@ from tofu.rounds.record import round_label
 
 
 def secure_text(run: RunData) -> list[str]:
-    """What the server learned in secure rounds and in the others, a paragraph each; [] for a run without any."""
+    """Paragraphs that state what the server learned in secure and other rounds; [] for a run without secure rounds."""
     if not run.secure:
         return []
     abandoned = sum(bool(row.abandoned) for row in run.secure)
     summed = len(run.secure) - abandoned
-    told = []
+    paragraphs = []
     if summed:
         learned = (
             f"In {_rounds(summed, 'secure')} the server learned the weighted sum of the clients' updates"
@@ -24,30 +24,30 @@ def secure_text(run: RunData) -> list[str]:
             learned += f" As sums, too, it learned {', '.join(sums[:-1])} and {sums[-1]}."
         learned += _rests_on(run)
         if summed > 1:
-            learned += " Sums of several rounds with changing clients say more than each of them."
-        told.append(learned)
-    told += _others(run)
+            learned += " Sums of several rounds with changing clients reveal more than each of them."
+        paragraphs.append(learned)
+    paragraphs += _others(run)
     if abandoned:
-        told.append(
+        paragraphs.append(
             f"{_rounds(abandoned, 'secure').capitalize()} {'was' if abandoned == 1 else 'were'} abandoned: the server "
             "learned no sum, and the global weights stayed as they were."
         )
     if run.delta is not None and summed:
-        told.append("With noise, clients do not say what they clipped.")
+        paragraphs.append("Under differential privacy, clients do not report what they clipped.")
     else:
-        told += _clipped(run)
-    return told
+        paragraphs += _clipped(run)
+    return paragraphs
 
 
 def privacy_caption(run: RunData) -> str:
-    """What the epsilon of the figure bounds, and what it does not."""
+    """Caption of the privacy figure: what epsilon bounds, and what it does not."""
     text = (
         "(epsilon, delta)-differential privacy at the level of clients: epsilon spent by the end of each round, for a "
-        f"client that took part in all of them; delta is {run.delta or 0:g}. It covers the updates, not what clients "
-        "show beside them: an error, or how long they took."
+        f"client that took part in all of them; delta is {run.delta or 0:g}. It covers the updates, not what else "
+        "clients reveal: an error, or how long they took."
     )
     if run.setting("max-epsilon"):
-        text += " The dashed line is the budget: no round that would pass it is begun."
+        text += " The dashed line is the budget: no round that would exceed it starts."
     return text
 
 
@@ -57,7 +57,7 @@ def stopped_text(run: RunData) -> str:
 
 
 def failures_note(run: RunData) -> str:
-    """What became of the rounds that had failures."""
+    """How rounds with failures ended."""
     text = "The round went on with the others"
     if any(row.failures and row.abandoned for row in run.secure):
         text += ", unless it was abandoned"
@@ -67,30 +67,30 @@ def failures_note(run: RunData) -> str:
 
 
 def _others(run: RunData) -> list[str]:
-    """The rounds that are not secure."""
+    """Paragraphs about the rounds that are not secure."""
     kinds = {kind: sum(row.kind == kind for row in run.trained) for kind in ("proxy", "fedavg")}
-    told = []
+    paragraphs = []
     why = "proxies of different clients do not add up, so " if run.config.get("compressor", "proxy") == "proxy" else ""
     label = round_label("proxy", str(run.config.get("compressor", "")))
     if kinds["proxy"]:
-        told.append(
+        paragraphs.append(
             f"Secure aggregation does not cover the {_rounds(kinds['proxy'], label)}: {why}the server decoded each "
             "client's update."
         )
     if kinds["fedavg"]:
-        told.append(f"Nor does it cover the {_rounds(kinds['fedavg'], 'FedAvg')}: the server saw each client's update.")
-    return told
+        paragraphs.append(
+            f"Nor does it cover the {_rounds(kinds['fedavg'], 'FedAvg')}: the server saw each client's update."
+        )
+    return paragraphs
 
 
 def _rests_on(run: RunData) -> str:
     rests = []
     if colluding := run.setting("secagg-collusion-fraction"):
-        rests.append(
-            f"at most {format_fraction(min(colluding, 1.0), 0)} of the clients being in league with the server"
-        )
+        rests.append(f"at most {format_fraction(min(colluding, 1.0), 0)} of the clients colluding with the server")
     if run.config.get("secure-identities") == "":
-        rests.append("a server that does not lie (there are no secure-identities)")
-    return f" That rests on {' and on '.join(rests)}." if rests else ""
+        rests.append("a server that follows the protocol (secure-identities is not set)")
+    return f" This assumes {' and '.join(rests)}." if rests else ""
 
 
 def _clipped(run: RunData) -> list[str]:
@@ -100,8 +100,8 @@ def _clipped(run: RunData) -> list[str]:
     text = f"{sum(row.clipped or 0 for row in cut):,} values of all clients were clipped in {_rounds(len(cut))}"
     distances = [(row.furthest, row.round) for row in cut if row.furthest is not None]
     if distances:
-        furthest, round_ = max(distances)
-        text += f", the furthest at most {furthest:.3g} times its range (round {round_})"
+        largest, round_ = max(distances)
+        text += f", the largest at most {largest:.3g} times its range (round {round_})"
     return [f"{text}."]
 
 
