@@ -91,7 +91,7 @@ def test_clipped_values_are_counted_with_their_distance(folder: Path) -> None:
     none = "\N{EN DASH}"
     cells = [none, none, "1,234 (2.5x)", none, "6 (1.75x)", "1,240"]
     assert column(page, "values clipped (largest / range)") == cells
-    assert "1,240 values of all clients were clipped in 2 rounds, the furthest at most 2.5 times" in page.text
+    assert "1,240 values of all clients were clipped in 2 rounds, the largest at most 2.5 times" in page.text
     assert "its range (round 2)." in page.text
 
 
