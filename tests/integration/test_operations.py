@@ -93,7 +93,7 @@ def command(*arguments: str, **environment: str) -> "subprocess.CompletedProcess
 
 def test_a_command_logs_json_lines_of_server_and_clients(tmp_path: Path) -> None:
     done = command("--log=json", f"--run-folder={tmp_path / 'run'}", TOFU_LOG=str(tmp_path / "log"))
-    assert (done.returncode, done.stdout) == (0, "")
+    assert (done.returncode, done.stdout) == (0, f"report: {tmp_path / 'run'}/report.html\n")
     said, kept = log_lines(done.stderr), log_lines((tmp_path / "log").read_text())
     assert sorted(map(str, said)) == sorted(map(str, kept))  # two clients' lines may come in another order
     assert len({line["run"] for line in said}) == 1
