@@ -1,12 +1,13 @@
 """The wheel: what it holds, and that commands run from it outside of a checkout, without the extras."""
 
 import os
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests.processes import run
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = """
@@ -46,7 +47,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel of this checkout."""
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "uv", "build", "--wheel", "--quiet", "--offline", "--no-build-isolation"]
-    subprocess.run([*command, "-o", str(folder), str(ROOT)], check=True, timeout=120)
+    run([*command, "-o", str(folder), str(ROOT)], check=True)
     (file,) = folder.glob("*.whl")
     return file
 
@@ -72,11 +73,7 @@ def test_commands_run_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as opened:
         opened.extractall(library)
     environment = os.environ | {"PYTHONPATH": str(library), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMMANDS, str(library)], cwd=folder, env=environment, capture_output=True, text=True,
-        timeout=280,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run([sys.executable, "-c", COMMANDS, str(library)], cwd=folder, env=environment, check=True)
     for extra in ("attacks", "privacy"):
         assert f"pip install 'tofu-fl[{extra}]'" in done.stderr
     assert (folder / "demo" / "report.html").exists()

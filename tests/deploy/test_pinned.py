@@ -3,7 +3,6 @@
 import hashlib
 import io
 import os
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -16,6 +15,7 @@ from flwr.supernode.runtime import run_clientapp
 
 from deploy.app_folder import write_app
 from deploy.pinned import INSTALLED, guard, refusal
+from tests.processes import run
 
 IDENTITY = ("tofu-fl/tofu-fl", "0.1.0")
 
@@ -115,8 +115,5 @@ def test_a_forked_client_app_has_the_guard() -> None:
         "prefork._app(['flwr-clientapp'], [os.dup(n) for n in range(3)])"
     )
     for pinned, module in (("", "flwr.cli.install"), (INSTALLED, "deploy.pinned")):
-        result = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True,
-            env=os.environ | {"TOFU_PINNED_APP": pinned},
-        )  # fmt: skip
+        result = run([sys.executable, "-c", code], check=True, env=os.environ | {"TOFU_PINNED_APP": pinned})
         assert result.stdout.strip() == module

@@ -549,9 +549,7 @@ def test_plan_estimates_time_without_what_only_a_run_needs(tmp_path: Path) -> No
         "heavy = {'ray', 'sklearn', 'torchvision', 'sqlalchemy'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
-                             env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
-    assert process.returncode == 0, process.stderr
+    run([sys.executable, "-c", code], cwd=tmp_path, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
 def test_a_report_has_both_directions_and_times_and_real_images_only_if_asked(tofu: Tofu, tmp_path: Path) -> None:
