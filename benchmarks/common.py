@@ -21,6 +21,14 @@ def find_data(name: str, hub: str) -> str:
     return str(Path(base) / name) if base and (Path(base) / name).is_dir() else hub
 
 
+def hide_broken_torchaudio() -> None:
+    """Hide a torchaudio that does not load (built for CUDA, with a torch that is not) from `transformers`."""
+    try:
+        import torchaudio  # noqa: F401
+    except (ImportError, OSError):
+        sys.modules["torchaudio"] = None  # type: ignore[assignment]
+
+
 def versions(command: str) -> dict[str, object]:
     """Where results come from: the command, the versions of what it used, the machine."""
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}

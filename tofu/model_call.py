@@ -73,9 +73,10 @@ class ModelCall:
         """The outputs [n, ...] of the model with these parameters for proxies [n, *shape] of each input."""
         full = [self._full_size(values, shape) for values, shape in zip(inputs, self.inputs, strict=True)]
         if self.forward is None:
-            return as_tensor(functional_call(model, dict(parameters), tuple(full)))
+            return as_tensor(functional_call(model, _every_name(model, parameters), tuple(full), tie_weights=False))
         called = _Called(model, self.forward)
-        return as_tensor(functional_call(called, {f"model.{name}": p for name, p in parameters.items()}, tuple(full)))
+        own = {f"model.{name}": p for name, p in _every_name(model, parameters).items()}
+        return as_tensor(functional_call(called, own, tuple(full), tie_weights=False))
 
     def _shortens(self, shape: Shape) -> bool:
         return self.forward is None and len(shape) in _MODES
@@ -88,6 +89,19 @@ class ModelCall:
         if values.shape[1:] == shape:
             return values
         return F.interpolate(values, size=shape[1:], mode=_MODES[len(shape)], align_corners=False)
+
+
+def _every_name(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters under all names that they have in different modules.
+
+    `functional_call` can do that itself (`tie_weights`), but a module that occurs twice keeps the new tensors then.
+    """
+    given = {id(p): parameters[name] for name, p in model.named_parameters() if name in parameters}
+    own = (
+        (f"{prefix}.{key}" if prefix else key, p)
+        for prefix, module in model.named_modules() for key, p in module._parameters.items()
+    )  # fmt: skip
+    return dict(parameters) | {name: given[id(p)] for name, p in own if id(p) in given}
 
 
 class _Called(nn.Module):

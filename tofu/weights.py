@@ -100,6 +100,15 @@ def _check_buffer(name: str, buffer: Tensor) -> None:
         raise SettingError("model", f"buffer {name} with the value {int(buffer.long().abs().max())}", _BUFFERS)
 
 
+def has_differences(buffer: Tensor) -> bool:
+    """Whether float32 holds the differences of a buffer's values, so that it can be part of an update."""
+    try:
+        _check_buffer("", buffer)
+    except SettingError:
+        return False
+    return True
+
+
 def _persistent_buffers(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
     persistent = model.state_dict().keys()
     return [(name, b) for name, b in model.named_buffers() if name in persistent]
@@ -138,7 +147,8 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     targets: dict[str, Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, value in weights.items():
         target = targets[name]
-        target.copy_(value if target.is_floating_point() else value.round())
+        rounded = value.is_floating_point() and not target.is_floating_point()
+        target.copy_(value.round() if rounded else value)
 
 
 def add_update(model: nn.Module, update: Mapping[str, Tensor]) -> None:

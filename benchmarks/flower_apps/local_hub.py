@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.common import hide_broken_torchaudio
+
 HUB_IMAGES = {
     "uoft-cs/cifar10": ("cifar10", "img"),
     "zalando-datasets/fashion_mnist": ("mnist", "image"),
@@ -100,16 +102,10 @@ def switch_off_services() -> None:
 
 
 def keep_old_names() -> None:
-    """Names that the published examples import and that the installed Flower has elsewhere.
-
-    A torchaudio that does not load (built for CUDA, with a torch that is not) is hidden from `transformers`.
-    """
+    """Names that the published examples import and that the installed Flower has elsewhere."""
     import sys
 
-    try:
-        import torchaudio  # noqa: F401
-    except (ImportError, OSError):
-        sys.modules["torchaudio"] = None  # type: ignore[assignment]
+    hide_broken_torchaudio()
     import flwr.app.user_config
     import flwr.clientapp.typing
     import flwr.common.typing

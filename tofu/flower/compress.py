@@ -15,7 +15,7 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result, Strategy
+from flwr.serverapp.strategy import FedXgbBagging, FedXgbCyclic, Result, Strategy
 from torch import Tensor
 
 from tofu.compression.error_feedback import NEVER
@@ -25,7 +25,16 @@ from tofu.flower.internals import error_reply
 from tofu.flower.kept_arrays import load_arrays, save_arrays
 from tofu.flower.policy import Policy
 from tofu.flower.update_codec import RECORD, VERSION, ArrayModel, UpdateCodec, record_of, tensors_of
-from tofu.flower.wrapper import StrategyWrapper, TrainMod, only_arrays, reasons_of, with_record, with_records, wrappers
+from tofu.flower.wrapper import (
+    StrategyWrapper,
+    TrainMod,
+    only_arrays,
+    reasons_of,
+    unwrapped,
+    with_record,
+    with_records,
+    wrappers,
+)
 from tofu.rng import derive_generator
 from tofu.rounds.downlink import KeptWeights, ResyncError, WeightSteps, follow_steps
 from tofu.rounds.steps import AddResidual, Compress, KeepResidual, Outgoing, apply_steps
@@ -54,17 +63,23 @@ def compress(*arguments: Any, **options: Any) -> "CompressMod":
 class CompressMod(TrainMod):
     """The client's half; Flower calls it around the app's train function."""
 
+    name = "tofu.compress"
+
     def __init__(self, codec: UpdateCodec) -> None:
         self._codec = codec
 
     def train(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         """Call the app and replace the arrays of its reply by one payload.
 
+        A message of the app's own, without any arrays, is passed on. So are other array records than the model's.
+
         Raises:
             PayloadError: the server's strategy is another one, or the app's reply cannot be compressed.
             PolicyError: the client's policy refuses such rounds.
         """
         Policy.of(context).check_round("proxy", 0.0)
+        if RECORD not in message.content and not message.content.array_records:
+            return call_next(message, context)
         codec, request = self._codec, _Request.of(message, self._codec)
         base, model = request.received(codec, context)
         arrays = request.arrays
@@ -83,7 +98,7 @@ class CompressMod(TrainMod):
         reply = call_next(message, context)
         if reply.has_error():
             return reply
-        key, record = only_arrays(reply.content, "the app's train reply")
+        key, record = only_arrays(reply.content, "the app's train reply", request.key)
         del reply.content[key]
         compressor = codec.compressor(model.reference)
         generator = derive_generator(codec.seed, request.round, context.node_id, "encode")
@@ -133,22 +148,26 @@ class _Request:
         if record is None:
             raise PayloadError("this client compresses its updates, but the server's strategy is not tofu.Compressed")
         if record.get("version") != VERSION or record.get("digest") != codec.digest:
-            raise PayloadError("tofu.compress and tofu.Compressed have different arguments: pass the same to both")
+            raise PayloadError(
+                "tofu.compress and tofu.Compressed (or tofu.hybrid and tofu.Hybrid) have different arguments: "
+                "pass the same to both"
+            )
         round_, acknowledged = record.get("round"), record.get("acknowledged")
         if not isinstance(round_, int) or not isinstance(acknowledged, int):
             raise PayloadError("the server's record lacks round or acknowledged")
         del message.content[RECORD]
+        key = record.get("key")
         steps, identity, sketch = record.get("steps", []), record.get("identity", b""), record.get("sketch", b"")
         if not codec.downlink:
-            return _Request(round_, acknowledged, *only_arrays(message.content, "the server's train message"))
+            return _Request(round_, acknowledged, *only_arrays(message.content, "the server's train message", key))
         if not (isinstance(identity, bytes) and len(identity) == FINGERPRINT_BYTES and isinstance(sketch, bytes)):
             raise PayloadError("the server's record lacks the identity or the sketch of its arrays")
         if not isinstance(steps, list) or not all(isinstance(step, bytes) for step in steps):
             raise PayloadError("the server's record has steps that are not bytes")
-        if message.content.array_records:
-            key, arrays = only_arrays(message.content, "the server's train message")
+        if message.content.array_records and not steps:
+            key, arrays = only_arrays(message.content, "the server's train message", key)
             return _Request(round_, acknowledged, key, arrays, (), identity, sketch)
-        return _Request(round_, acknowledged, str(record.get("key")), None, tuple(steps), identity, sketch)  # type: ignore[arg-type]
+        return _Request(round_, acknowledged, str(key), None, tuple(steps), identity, sketch)  # type: ignore[arg-type]
 
     def received(self, codec: UpdateCodec, context: Context) -> tuple[dict[str, Tensor], ArrayModel]:
         """The round's arrays, and the model with them as its weights.
@@ -218,6 +237,9 @@ class Compressed(StrategyWrapper):
 
     def __init__(self, inner: Strategy, *arguments: Any, codec: UpdateCodec | None = None, **options: Any) -> None:
         super().__init__(inner)
+        if isinstance(unwrapped(inner), FedXgbBagging | FedXgbCyclic):
+            accepted = "a strategy that aggregates arrays of numbers: trees have no difference that could be compressed"
+            raise SettingError("strategy", type(unwrapped(inner)).__name__, accepted)
         if any("mod" in vars(wrapper) for wrapper in wrappers(inner)):
             accepted = "a strategy that gets plain replies, or tofu.Hybrid in the place of two wrappers"
             raise SettingError("strategy", type(inner).__name__, accepted)
@@ -246,15 +268,21 @@ class Compressed(StrategyWrapper):
 
         Raises:
             SettingError: the arrays are not those of the model, or the compressor does not reach the ratio for them.
+            RunError: the strategy sends a client two messages.
         """
         self._codec.compressor(self._codec.reference(tensors_of(arrays)).reference)
         self._grid, self._sent, models = grid, {}, dict[int, SentArrays]()
-        self._plain = {
-            message.metadata.dst_node_id: message
-            for message in self._configure_train(server_round, arrays, config, grid)
-        }
+        self._plain = {}
+        for message in self._configure_train(server_round, arrays, config, grid):
+            node = message.metadata.dst_node_id
+            if node in self._plain:
+                raise RunError(
+                    f"{type(self.inner).__name__} sends node {node} two train messages: expected one a round"
+                )
+            self._plain[node] = message
+        name = getattr(self.inner, "arrayrecord_key", None)
         for node, message in self._plain.items():
-            key, record = only_arrays(message.content, "the strategy's train message")
+            key, record = only_arrays(message.content, "the strategy's train message", name)
             if id(record) not in models:  # FedAvg sends the same record to all nodes
                 models[id(record)] = self._prepared(key, record, server_round, first=not models)
             self._sent[node] = models[id(record)]
@@ -279,7 +307,7 @@ class Compressed(StrategyWrapper):
         load_weights(master.reference.model, master.own(base))
         steps.begin(round_, whole=not steps.identity)
         held = master.replaced(base, weights_of(steps.reference.model))
-        model = ArrayModel(master.param_spec, master.names, steps.reference)
+        model = ArrayModel(master.param_spec, master.names, steps.reference, tied=master.tied)
         return SentArrays(key, record, base, held, model, steps.identity)
 
     def _request(self, node: int, round_: int, *, whole: bool = False) -> Message:
@@ -287,12 +315,12 @@ class Compressed(StrategyWrapper):
         sent, message = self._sent[node], self._plain[node]
         record = ConfigRecord({
             "version": VERSION, "round": round_, "acknowledged": self.acknowledged.get(node, NEVER),
-            "digest": self._codec.digest,
+            "digest": self._codec.digest, "key": sent.key,
         })  # fmt: skip
         if self._steps is None:
             return with_record(message, RECORD, record)
         parts = self._steps.parts(str(node), whole=whole)
-        record["identity"], record["sketch"], record["key"] = self._steps.identity, self._steps.sketch, sent.key
+        record["identity"], record["sketch"] = self._steps.identity, self._steps.sketch
         records = {**message.content, RECORD: record}
         if parts.steps:
             record["steps"] = list(parts.steps)

@@ -41,11 +41,15 @@ def hybrid(*arguments: Any, secure: Mapping[str, Any] | None = None, **options: 
         >>> app = ClientApp(mods=[hybrid(ratio=50, secure={"bits": 16})])
     """
     codec = UpdateCodec(*arguments, **options)
-    return HybridMod(codec, _secure_options(codec, secure))
+    secure_options = _secure_options(codec, secure)
+    codec.joint = secure_options.digest.hex()
+    return HybridMod(codec, secure_options)
 
 
 class HybridMod(TrainMod):
     """The client's half: it answers a round as the strategy's record in the message says."""
+
+    name = "tofu.hybrid"
 
     def __init__(self, codec: UpdateCodec, options: SecureOptions) -> None:
         self._compress, self._secure = CompressMod(codec), SecureMod(options, codec)
@@ -99,6 +103,7 @@ class Hybrid(StrategyWrapper):
             raise SettingError("switch_round", switch_round, "a round, or 0 and a metric's name as plateau")
         codec = UpdateCodec(*arguments, **options)
         secure_options = _secure_options(codec, secure)
+        codec.joint = secure_options.digest.hex()
         self._secure = SecureAggregation(
             inner, identities=identities, stage_timeout=stage_timeout, delta=delta, codec=codec,
             **vars(secure_options),

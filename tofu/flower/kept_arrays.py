@@ -32,7 +32,7 @@ def load_arrays(context: Context) -> tuple[dict[str, Tensor], bytes] | None:
 
 def save_arrays(context: Context, arrays: dict[str, Tensor], identity: bytes) -> None:
     """Keep the arrays for this client's next round."""
-    data = safetensors.torch.save({name: value.contiguous() for name, value in arrays.items()})
+    data = safetensors.torch.save({name: value.clone().contiguous() for name, value in arrays.items()})
     context.state[_STATE] = ConfigRecord(
         {"version": _VERSION, "arrays": data, "names": json.dumps(list(arrays)), "identity": identity}
     )

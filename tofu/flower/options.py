@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from tofu.errors import PayloadError, SettingError, TofuError
-from tofu.flower.wrapper import StrategyWrapper, only_arrays
+from tofu.flower.wrapper import StrategyWrapper, inside, only_arrays
 
 _STATE = "tofu.keep_local"
 _MIN_POLL_SECONDS, _MAX_POLL_SECONDS = 0.005, 1.0
@@ -47,7 +47,8 @@ class KeepLocal:
         if kind not in ("train", "evaluate"):
             return call_next(message, context)
         try:
-            return self._answer(kind, message, context, call_next)
+            with inside("tofu.keep_local"):
+                return self._answer(kind, message, context, call_next)
         except TofuError as error:
             return Message(Error(code=0, reason=str(error)), reply_to=message)
 

@@ -48,7 +48,7 @@ from tofu.flower.secure_session import answer_query, load_session, participant_o
 from tofu.flower.secure_stages import AbandonedError, SecureExchange, abandoning
 from tofu.flower.transport import GridTransport
 from tofu.flower.update_codec import ArrayNames, UpdateCodec, tensors_of
-from tofu.flower.wrapper import StrategyWrapper, TrainMod, only_arrays, reasons_of, unwrapped, with_record
+from tofu.flower.wrapper import StrategyWrapper, TrainMod, only_arrays, reasons_of, unwrapped, with_record, wrappers
 from tofu.privacy import Accountant
 from tofu.rng import derive_bytes
 from tofu.rounds.steps import (
@@ -98,6 +98,8 @@ def secure(**options: Any) -> "SecureMod":
 
 class SecureMod(TrainMod):
     """The client's half. The node config may have the entries that `tofu.flower.secure_session` lists."""
+
+    name = "tofu.secure"
 
     def __init__(self, options: SecureOptions, codec: UpdateCodec | None = None) -> None:
         self._options, self._codec = options, codec
@@ -277,6 +279,8 @@ class SecureAggregation(StrategyWrapper):
         delta: float = 1e-5, codec: UpdateCodec | None = None, **options: Any,
     ) -> None:  # fmt: skip
         core = unwrapped(inner)
+        if any(isinstance(wrapper, SecureAggregation) for wrapper in wrappers(inner)):
+            raise SettingError("strategy", "SecureAggregation", "a strategy that is not wrapped in it already")
         if isinstance(core, INDIVIDUAL) or isinstance(inner, INDIVIDUAL):
             accepted = "one that averages updates: a secure sum contains no individual ones"
             raise SettingError("strategy", type(inner if isinstance(inner, INDIVIDUAL) else core).__name__, accepted)

@@ -9,8 +9,9 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from types import CodeType
 
 import torch
 from flwr.app import Array, ArrayRecord
@@ -21,10 +22,19 @@ from tofu.compression import compressors, make_compressor
 from tofu.compression.base import Compressor
 from tofu.errors import PayloadError, SettingError
 from tofu.model_call import NEEDS_CALL, Forward, InputShape, Loss, ModelCall, Shape, resolve_compressor
+from tofu.models.checks import drop_constant_buffers
 from tofu.payload import HEADER_BYTES, Payload, read_payload
 from tofu.recording import AppCodec
 from tofu.reference_model import ReferenceModel
-from tofu.weights import FINGERPRINT_BYTES, ParamSpec, Weights, base_fingerprint, difference, load_weights
+from tofu.weights import (
+    FINGERPRINT_BYTES,
+    ParamSpec,
+    Weights,
+    base_fingerprint,
+    difference,
+    has_differences,
+    load_weights,
+)
 
 RECORD = "tofu"
 """Key of the `ConfigRecord` that the strategy adds to a train message, and the mod to its reply."""
@@ -77,17 +87,19 @@ class UpdateCodec:
             compressors.get(compressor)
         if compressor in NEEDS_CALL and (model is None or input_shape is None):
             raise SettingError("compressor", compressor, "model and input_shape to be given, or compressor=sparse")
-        for field, value, low, high in (
+        for name, value, low, high in (
             ("error_feedback", error_feedback, 0, 1), ("step_ahead", step_ahead, 0, 1),
             ("correction", correction, 0, 1), ("over_relaxation", over_relaxation, 1, 2), ("ratio", ratio, 1, 1e6),
             ("downlink", downlink or 1, 1, 1e6),
         ):  # fmt: skip
             if not low <= value <= high:
-                raise SettingError(field, value, f"a number from {low} to {high:g}")
+                raise SettingError(name, value, f"a number from {low} to {high:g}")
         self._model, self._shape, self._ratio = model, input_shape, ratio
         self._compressor, self._correction, self._over_relaxation = compressor, correction, over_relaxation
         self._call = {"forward": forward, "loss": loss, "target_shape": target_shape}
         self.downlink = downlink
+        self.joint = ""
+        """What else both ends must have in common: of `tofu.hybrid`, the options of its secure rounds."""
         self.error_feedback, self.step_ahead, self.seed = error_feedback, step_ahead, seed
 
     @cached_property
@@ -106,11 +118,15 @@ class UpdateCodec:
 
     @property
     def digest(self) -> bytes:
-        """Identifies the arguments that both ends must share, in 8 bytes."""
+        """Identifies the arguments that both ends must share, in 8 bytes.
+
+        `forward` and `loss` count by their names and by the names, texts and floating-point numbers in their code,
+        which do not depend on the version of Python.
+        """
         options = dataclasses.asdict(self._options)
         name, call = self._resolved
-        functions = [getattr(f, "__qualname__", type(f).__qualname__) for f in (call.forward, call.loss) if f]
-        shared = [VERSION, name, self._ratio, self.downlink, call.inputs, call.target, functions, options]
+        functions = [_function_identity(f) for f in (call.forward, call.loss) if f]
+        shared = [VERSION, name, self._ratio, self.downlink, call.inputs, call.target, functions, options, self.joint]
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).digest()[:FINGERPRINT_BYTES]
 
     @property
@@ -132,11 +148,16 @@ class UpdateCodec:
             SettingError: the arrays are not those of the model, or the model does not accept the input shape.
         """
         model = self._built_once or _bare(arrays)
-        names = _matched(arrays, model)
+        names, tied = _matched(arrays, model), _tied_names(model)
+        for own, first in tied.items():
+            if own in names and first not in names:
+                names[first] = names.pop(own)
         model = _copy(model, names)
-        load_weights(model, {own: arrays[name] for own, name in names.items()})
+        load_weights(model, {own: arrays[name] for own, name in names.items() if own not in tied})
+        drop_constant_buffers(model, frozenset(name for name, value in model.named_buffers() if has_differences(value)))
         reference = ReferenceModel(model.eval(), self._resolved[1])
-        return ArrayModel(reference.param_spec, names, reference)
+        tied = {own: first for own, first in tied.items() if own in names}
+        return ArrayModel(reference.param_spec, names, reference, tied=tied)
 
     def compressor(self, reference: ReferenceModel) -> Compressor:
         """The compressor for this model. Raises SettingError if it does not reach the ratio."""
@@ -190,10 +211,12 @@ class ArrayNames:
     Attributes:
         param_spec: of what is trained.
         names: own name -> name of the array. Frozen parameters and buffers may be missing.
+        tied: own name -> the own name of the parameter that it shares its values with.
     """
 
     param_spec: ParamSpec
     names: dict[str, str]
+    tied: dict[str, str] = field(default_factory=dict, kw_only=True)
 
     @staticmethod
     def of(arrays: Mapping[str, Tensor]) -> "ArrayNames":
@@ -216,23 +239,32 @@ class ArrayNames:
         if base.keys() != new.keys() or any(base[name].shape != new[name].shape for name in base):
             raise PayloadError("the app returned arrays of other names or shapes than it received")
         for own, name in self.names.items():
-            if own not in self.param_spec.shapes and not new[name].equal(base[name]):
+            expected = new[self.names[self.tied[own]]] if own in self.tied else base[name]
+            if own not in self.param_spec.shapes and not new[name].equal(expected):
                 raise PayloadError(f"the app changed array {name!r}, which the model declares as not trainable")
-        return difference(self.own(new), self.own(base))
+        update = difference(self.own(new), self.own(base))
+        for own, name in self.names.items():
+            if own in update and base[name].dtype != torch.float32:  # float32 holds neither int64 nor float64
+                update[own] = _exact(new[name]).sub(_exact(base[name])).float()
+        return update
 
     def replaced(self, arrays: Mapping[str, Tensor], weights: Weights) -> dict[str, Tensor]:
         """The arrays with the trained ones replaced by `weights`, in the arrays' types."""
         sent = {self.names[own]: value for own, value in weights.items() if own in self.names}
-        return {**arrays, **{name: value.to(arrays[name].dtype) for name, value in sent.items()}}
+        return self._tied({**arrays, **{name: value.to(arrays[name].dtype) for name, value in sent.items()}})
+
+    def _tied(self, arrays: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The arrays with the values of shared parameters under all of their names."""
+        return arrays | {self.names[own]: arrays[self.names[first]] for own, first in self.tied.items()}
 
     def add(self, base: Mapping[str, Tensor], update: Weights) -> dict[str, Tensor]:
         """base + update, by the arrays' names; integers are rounded, buffers that the app does not send left out."""
         new = dict(base)
         for own, name in self.names.items():
             if own in update:
-                total = base[name].float() + update[own]
-                new[name] = total if base[name].is_floating_point() else total.round()
-        return new
+                change = update[own] if base[name].is_floating_point() else update[own].round()
+                new[name] = _exact(base[name]) + change.to(_exact(base[name]).dtype)
+        return self._tied(new)
 
 
 @dataclass(frozen=True)
@@ -286,7 +318,7 @@ def _matched(arrays: Mapping[str, Tensor], model: nn.Module) -> dict[str, str]:
         odd = min(arrays.keys() ^ own.keys())
         expected = f"the {len(arrays)} of the message ({odd!r} is on one side)"
         raise SettingError("model", f"{len(own)} arrays, {len(trainable)} trainable", expected)
-    missing = set(trainable) - names.keys()
+    missing = set(trainable) - names.keys() - {_tied_names(model).get(name) for name in names}
     if missing:
         raise SettingError("model", f"trainable {min(missing)}", "every trainable parameter to be in the message")
     for name, array in names.items():
@@ -294,6 +326,35 @@ def _matched(arrays: Mapping[str, Tensor], model: nn.Module) -> dict[str, str]:
             found, other = list(own[name].shape), list(arrays[array].shape)
             raise SettingError("model", f"{name} of shape {found}", f"{other}, as array {array!r} of the message")
     return names
+
+
+def _tied_names(model: nn.Module) -> dict[str, str]:
+    """Name of a parameter that occurs under several -> the first of these."""
+    first: dict[int, str] = {}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: first[id(p)] for name, p in every if first.setdefault(id(p), name) != name}
+
+
+def _exact(values: Tensor) -> Tensor:
+    """Values in a type that holds differences of them: int64, float64, or float32 of shorter ones."""
+    if not values.is_floating_point():
+        return values.to(torch.int64)
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _function_identity(function: Callable[..., object]) -> list[object]:
+    """A function's name and what its code refers to; a callable object's class alone."""
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return [type(function).__qualname__]
+    return [function.__qualname__, *_references(code, function.__doc__)]
+
+
+def _references(code: CodeType, doc: str | None = None) -> list[object]:
+    """Names, texts and floating-point numbers in a function's code and those within it, but not its docstring."""
+    inner = [_references(value) for value in code.co_consts if isinstance(value, CodeType)]
+    values = sorted(repr(value) for value in code.co_consts if isinstance(value, str | float) and value != doc)
+    return [code.co_argcount, sorted(code.co_names), values, inner]
 
 
 def _without_adapter(name: str, model: nn.Module) -> str:

@@ -1,6 +1,8 @@
 """What all mods and all strategy wrappers for Flower apps have in common."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -11,14 +13,43 @@ from flwr.serverapp.strategy import Result, Strategy
 from tofu.errors import PayloadError
 from tofu.flower.policy import error_replies
 
+_ENTERED: ContextVar[tuple[str, ...]] = ContextVar("entered", default=())
+
+
+@contextmanager
+def inside(name: str) -> Iterator[None]:
+    """Marks what runs within the mod `name`, so that mods in an order that cannot work are found.
+
+    Raises:
+        PayloadError: the mod is in the list twice, after `tofu.keep_local`, or with another one that sends updates.
+    """
+    outer = _ENTERED.get()
+    if name in outer:
+        raise PayloadError(f"{name} is in the list of mods twice: give it once")
+    if "tofu.keep_local" in outer:
+        raise PayloadError(f"{name} comes after tofu.keep_local in the list of mods: put tofu.keep_local last")
+    if outer and name != "tofu.keep_local":
+        raise PayloadError(f"{outer[-1]} and {name} cannot both send the updates: use tofu.hybrid instead")
+    token = _ENTERED.set((*outer, name))
+    try:
+        yield
+    finally:
+        _ENTERED.reset(token)
+
 
 class TrainMod:
-    """A mod that handles train messages; Flower calls it around the app's train function."""
+    """A mod that handles train messages; Flower calls it around the app's train function.
+
+    Attributes:
+        name: of the function that makes it, for messages.
+    """
+
+    name: str
 
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         if message.metadata.message_type.split(".")[0] != "train":
             return call_next(message, context)
-        with error_replies(message, context) as replies:
+        with error_replies(message, context) as replies, inside(self.name):
             replies.append(self.train(message, context, call_next))
         return replies[0]
 
@@ -93,9 +124,11 @@ def with_records(message: Message, records: Mapping[str, ArrayRecord | ConfigRec
     return Message(content, to.dst_node_id, to.message_type, ttl=to.ttl, group_id=to.group_id)
 
 
-def only_arrays(content: RecordDict, what: str) -> tuple[str, ArrayRecord]:
-    """The one array record of a message. Raises PayloadError if it has another number of them."""
+def only_arrays(content: RecordDict, what: str, key: object = None) -> tuple[str, ArrayRecord]:
+    """The array record `key` of a message, or its only one. Raises PayloadError if there is neither."""
     records = list(content.array_records.items())
+    if isinstance(key, str) and key in content.array_records:
+        return key, content.array_records[key]
     if len(records) != 1:
         raise PayloadError(f"{what} has {len(records)} array records, expected 1")
     return records[0]

@@ -1,0 +1,1 @@
+"""What encoding one update costs and explains, for each kind of model."""

@@ -1,0 +1,214 @@
+"""Mods in an app that does much differently: a dataclass as its model, two optimizers, a loop of its own instead of
+`Strategy.start`, several array records in a message, shared parameters, a random forward pass, and whole numbers."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg, FedXgbBagging, FedXgbCyclic
+from torch import Tensor, nn
+
+import tofu
+from tests.tofu.flower.quickstart import CLIENTS, DATA, SHAPE, Net, federate, strategy_of
+from tofu.data import to_float
+from tofu.errors import RunError, SettingError
+from tofu.flower.in_process import run_in_process
+from tofu.flower.update_codec import ArrayNames, UpdateCodec
+
+FIRST = 2**20 + 1
+
+
+@dataclass(eq=False)
+class Coder(nn.Module):
+    """One layer under two names, noise, and buffers that count and that never change."""
+
+    width: int = 16
+    tied: bool = field(default=True)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.encode = nn.Linear(64, self.width)
+        self.again = self.encode if self.tied else nn.Linear(64, self.width)
+        self.head = nn.Linear(self.width, 10)
+        self.register_buffer("seen", torch.tensor([FIRST]))
+        self.register_buffer("mask", torch.tensor([True, False]))
+        self.register_buffer("key", torch.tensor([2**40 + 1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.encode(x.flatten(1)) + self.again(x.flatten(1)))
+        scores: Tensor = self.head(hidden + 0.05 * torch.randn_like(hidden))
+        return scores
+
+
+class TwoRecords(FedAvg):
+    """Sends and expects, beside the weights, an array record that the clients count in."""
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        for message in super().configure_train(server_round, arrays, config, grid):
+            own = RecordDict({**message.content, "counts": ArrayRecord({"n": torch.zeros(3)})})
+            yield Message(own, message.metadata.dst_node_id, "train.weights")
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
+        plain = list(replies)
+        self.counts = [float(r.content.array_records["counts"]["n"].numpy()[0]) for r in plain if not r.has_error()]
+        for reply in plain:
+            if not reply.has_error():
+                del reply.content["counts"]
+        return super().aggregate_train(server_round, plain)
+
+
+def trained(message: Message, context: Context) -> Message:
+    """Two optimizers, and a call of its own state."""
+    model, partition = Coder(), int(context.node_config["partition-id"])
+    model.load_state_dict(message.content.array_records["model"].to_torch_state_dict())
+    data = DATA.client(partition)
+    body, head = torch.optim.Adam(model.encode.parameters(), lr=3e-3), torch.optim.SGD(model.head.parameters(), lr=0.3)
+    for rows in torch.randperm(len(data), generator=torch.Generator().manual_seed(partition)).split(32):
+        for optimizer in (body, head):
+            optimizer.zero_grad()
+        F.cross_entropy(model(to_float(data.images[rows])), data.labels[rows]).backward()
+        for optimizer in (body, head):
+            optimizer.step()
+    model.seen += 2
+    calls = int(context.state.config_records.get("own", ConfigRecord({"calls": 0}))["calls"])  # type: ignore[arg-type]
+    context.state["own"] = ConfigRecord({"calls": calls + 1})
+    content = {
+        "counts": ArrayRecord({"n": torch.full((3,), calls + 1.0)}),
+        "model": ArrayRecord(model.state_dict()),
+        "numbers": MetricRecord({"rows": len(data)}),
+    }
+    return Message(RecordDict(content), reply_to=message)
+
+
+def run_own_loop(wrap: Callable[[FedAvg], Any], mods: list[Any], rounds: int = 6) -> tuple[Any, ArrayRecord]:
+    """Start with a message without arrays, then call the strategy's methods directly."""
+    client, server, out = ClientApp(mods=mods), ServerApp(), []
+    client.train("weights")(trained)
+
+    @client.train("setup")
+    def setup(message: Message, context: Context) -> Message:
+        return Message(RecordDict({"ready": MetricRecord({"n": 1})}), reply_to=message)
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        torch.manual_seed(0)
+        arrays = ArrayRecord(Coder().state_dict())
+        strategy = wrap(
+            TwoRecords(fraction_evaluate=0.0, arrayrecord_key="model", configrecord_key="job", weighted_by_key="rows")
+        )
+        asked = [Message(RecordDict(), node, "train.setup") for node in grid.get_node_ids()]
+        assert all(not reply.has_error() for reply in grid.send_and_receive(asked))
+        for round_ in range(1, rounds + 1):
+            replies = grid.send_and_receive(strategy.configure_train(round_, arrays, ConfigRecord(), grid))
+            new, _ = strategy.aggregate_train(round_, replies)
+            arrays = new if new is not None else arrays
+        out.append((strategy, arrays))
+
+    run_in_process(server, client, run_config={}, num_supernodes=CLIENTS)
+    strategy, arrays = out[0]
+    return strategy, arrays
+
+
+def score(arrays: ArrayRecord) -> float:
+    model = Coder()
+    model.load_state_dict(arrays.to_torch_state_dict())
+    test = DATA.test()
+    with torch.no_grad():
+        return float((model(to_float(test.images)).argmax(1) == test.labels).float().mean())
+
+
+@pytest.mark.parametrize("options", [{}, {"downlink": 4.0}], ids=["uplink", "both"])
+def test_an_app_in_another_style_learns_as_without_the_mod(options: dict[str, Any]) -> None:
+    plain, arrays = run_own_loop(lambda inner: inner, [])
+    arguments: dict[str, Any] = {"ratio": 10, **options}
+    strategy, small = run_own_loop(
+        lambda inner: tofu.Compressed(inner, Coder, SHAPE, **arguments), [tofu.compress(Coder, SHAPE, **arguments)]
+    )
+    assert strategy.counts == plain.counts == [6.0] * CLIENTS
+    state = small.to_torch_state_dict()
+    assert torch.equal(state["encode.weight"], state["again.weight"])
+    assert int(state["seen"]) == int(arrays.to_torch_state_dict()["seen"]) == FIRST + 12
+    assert bool(state["mask"][0])
+    assert int(state["key"]) == 2**40 + 1
+    assert score(arrays) > 0.8
+    assert score(small) > score(arrays) - 0.06
+
+
+def test_both_ends_compute_the_same_of_a_random_model() -> None:
+    torch.manual_seed(0)
+    model = Coder()
+    del model.mask, model.key  # `encode` takes what training changes
+    update = {name: 0.01 * torch.randn_like(p) for name, p in model.named_parameters()}
+    message = tofu.encode(model, update, input_shape=SHAPE, ratio=4)
+    torch.manual_seed(1)
+    once = tofu.decode(model, message)
+    again = tofu.decode(model, message)
+    assert all(torch.equal(once[name], again[name]) for name in once)
+    assert any(bool(value.any()) for value in once.values())
+
+
+def test_whole_numbers_and_doubles_that_float32_cannot_hold_arrive() -> None:
+    base = {"count": torch.tensor([2**40 + 1]), "mean": torch.tensor([1e9], dtype=torch.float64)}
+    names = ArrayNames.of(base)
+    update = names.update(base, {"count": base["count"] + 3, "mean": base["mean"] + 0.25})
+    assert float(update["count"]) == 3
+    assert float(update["mean"]) == 0.25
+    assert names.add(base, update) == {"count": torch.tensor([2**40 + 4]), "mean": base["mean"] + 0.25}
+
+
+def head(model: nn.Module, x: Tensor) -> Any:
+    return model(x * 0.5)
+
+
+def test_functions_of_one_name_that_differ_are_found() -> None:
+    def digest(forward: Any) -> bytes:
+        return UpdateCodec(Net, SHAPE, forward=forward).digest
+
+    assert digest(lambda m, x: m(x)) == digest(lambda m, x: m(x))
+    assert digest(lambda m, x: m(x)) != digest(lambda m, x: m.fc2(m.fc1(x.flatten(1))))
+    assert digest(lambda m, x: m(0.5 * x)) != digest(lambda m, x: m(0.25 * x))
+    assert digest(head) == digest(head)
+
+
+@pytest.mark.parametrize(
+    ("mods", "named"),
+    [
+        (lambda: [tofu.compress(ratio=20), tofu.compress(ratio=20)], "tofu.compress is in the list of mods twice"),
+        (lambda: [tofu.keep_local("fc2*"), tofu.compress(ratio=20)], "put tofu.keep_local last"),
+        (lambda: [tofu.compress(ratio=20), tofu.secure()], "use tofu.hybrid instead"),
+        (lambda: [tofu.secure()], "the server's strategy is not tofu.SecureAggregation"),
+        (lambda: [tofu.hybrid(ratio=20)], "have different arguments"),
+    ],
+)
+def test_mods_that_cannot_work_together_are_named(mods: Callable[[], list[Any]], named: str) -> None:
+    with pytest.raises(RunError, match=named) as caught:
+        federate(tofu.Compressed(strategy_of(), ratio=20), *mods(), rounds=1)
+    assert "\n" not in str(caught.value)
+
+
+def test_compression_alone_is_refused_before_the_secure_rounds_of_a_hybrid() -> None:
+    with pytest.raises(RunError, match=r"round 1: .*tofu\.hybrid and tofu\.Hybrid"):
+        federate(tofu.Hybrid(strategy_of(), ratio=20, switch_round=3), tofu.compress(ratio=20), rounds=1)
+
+
+@pytest.mark.parametrize("kind", [FedXgbBagging, FedXgbCyclic])
+def test_strategies_of_trees_are_refused(kind: Any) -> None:
+    with pytest.raises(SettingError, match=f"strategy='{kind.__name__}' is not usable"):
+        tofu.Compressed(kind(), ratio=20)
+    with pytest.raises(SettingError, match=f"strategy='{kind.__name__}' is not usable"):
+        tofu.SecureAggregation(kind())
+
+
+def test_wrapped_twice_is_refused() -> None:
+    with pytest.raises(SettingError, match="plain replies"):
+        tofu.Compressed(tofu.Compressed(strategy_of(), ratio=20), ratio=20)
+    with pytest.raises(SettingError, match="not wrapped in it already"):
+        tofu.SecureAggregation(tofu.SecureAggregation(strategy_of()))
