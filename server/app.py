@@ -28,6 +28,7 @@ from server.records import (
 )
 from server.runner import RoundRunner
 from server.secure_ranges import check_secure_settings
+from tofu.data import FederatedData
 from tofu.errors import RunError, SettingError, TofuError
 from tofu.flower.in_process import InProcessGrid, run_in_process
 from tofu.flower.internals import is_simulation
@@ -128,6 +129,8 @@ def serve_in_process(
     Raises:
         TofuError: as `serve` does.
     """
+    if workload is None and settings.data.strict and settings.data.kind == "images":
+        FederatedData.of(settings.data, settings.run.seed).check_images()
     summaries: list[RunSummary] = []
     server_app = ServerApp()
 

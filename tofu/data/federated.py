@@ -101,6 +101,11 @@ class FederatedData:
         """
         return self._load(-1, self._test, self._test_rows)
 
+    def check_images(self) -> None:
+        """Read every image of every client. Raises DataError for one that cannot be read or has another size."""
+        for rows in self._client_rows:
+            self._train.decode(rows, self.shape, strict=True)
+
     def class_counts(self) -> Tensor:
         """The number of images by client and class: int64 [clients, classes]."""
         labels, classes = self._train.labels, self.shape.classes

@@ -139,7 +139,7 @@ def test_data_with_a_damaged_image(tofu: Tofu, tmp_path: Path) -> None:
     for name in ("a", "b"):
         pictures(tmp_path / "data" / name)
     (tmp_path / "data" / "a" / "0.png").write_bytes(b"no picture")
-    fails(tofu("run", *TINY, "--dataset=data", "--run-folder=run"), "0.png cannot be read as an image")
+    fails(tofu("run", *TINY, "--strict", "--dataset=data", "--run-folder=run"), "0.png cannot be read as an image")
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
@@ -147,7 +147,7 @@ def test_data_with_a_damaged_test_image(tofu: Tofu, tmp_path: Path) -> None:
     for name in ("train/a", "train/b", "test/a", "test/b"):
         pictures(tmp_path / "data" / name)
     (tmp_path / "data" / "test" / "b" / "3.png").write_bytes(b"no picture")
-    fails(tofu("run", *TINY, "--dataset=data", "--run-folder=run"), "3.png cannot be read as an image")
+    fails(tofu("run", *TINY, "--strict", "--dataset=data", "--run-folder=run"), "3.png cannot be read as an image")
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
@@ -379,7 +379,7 @@ def test_help_tells_defaults_and_choices(tofu: Tofu) -> None:
     text = " ".join(tofu("run", "--help").out.replace("│", " ").split())
     for default in ("mlp", "100.0", "true"):
         assert f"[default: {default}]" in text
-    for choices in ("(sgd, momentum, adam)", "(iid, dirichlet, shards, natural)"):
+    for choices in ("(sgd, momentum, adam, ef21)", "(iid, dirichlet, shards, natural)"):
         assert choices in text
     assert "[default: ]" not in text
 
