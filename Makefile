@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-all lint docs bench certs clean
+.PHONY: help setup demo test test-containers test-all lint docs bench certs clean
 help:
 	@echo "make demo      train a federation on the embedded digits: FedAvg against proxies, with a picture report"
 	@echo "make test      the quick tests"
 	@echo "make test-all  all tests, the slow ones too"
+	@echo "make test-containers  deploy/compose.yaml on a Docker engine"
 	@echo "make lint      ruff, mypy and the import contracts of pyproject.toml"
 	@echo "make docs      the documentation site, in site/index.html"
 	@echo "make certs     keys and certificates for deploy/compose.yaml; HOSTS='fl.example.org' for names of this machine"
@@ -46,6 +47,10 @@ demo: $(VENV)/.core
 
 test: setup
 	$(BIN)/python -m pytest -q -n auto --maxprocesses=8 --dist loadfile $(PYTEST_FLAGS)
+
+# An engine must run: DOCKER_HOST, or the one that `tests/deploy/engine/start.sh FOLDER` starts.
+test-containers: setup
+	TOFU_CONTAINERS=1 $(BIN)/python -m pytest -q -rs tests/deploy/test_containers.py
 
 test-all: setup
 	$(BIN)/python -m pytest -q -n auto --maxprocesses=8 --dist loadfile $(PYTEST_FLAGS) -m 'slow or not slow'

@@ -34,7 +34,7 @@ def plan(*, config: ConfigFile = None, json_: Json = False, overrides: dict[str,
         message_overhead=reply_overhead(),
     )
     seconds = estimate_seconds(
-        settings, network, images=int(data.class_counts().sum()), proxies=made.proxies,
+        settings, network, data.client(0), images=int(data.class_counts().sum()),
         compressed_rounds=made.compressed_rounds,
     )  # fmt: skip
     if json_:
@@ -65,7 +65,7 @@ def plan(*, config: ConfigFile = None, json_: Json = False, overrides: dict[str,
         ]
     else:
         rows.append(("downlink of either", format_bytes(made.downlink_bytes)))
-    parts = f"training {format_seconds(seconds.training)}, encoding at most {format_seconds(seconds.encoding)}"
+    parts = f"training {format_seconds(seconds.training)}, encoding {format_seconds(seconds.encoding)}"
     rows.append(("time here, estimated", f"{format_seconds(seconds.total)} ({parts})"))
     for name, value in rows:
         print(f"{name:<26}{value}")
