@@ -26,6 +26,8 @@ from tofu.settings import Settings, settings_of_section
 _WRITTEN = frozenset(
     (
         "config.json",
+        "data.json",
+        "model.json",
         "metrics.jsonl",
         "metrics.prom",
         "ledger.jsonl",

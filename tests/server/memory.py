@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from flwr.app import Context, Message, RecordDict
 
 from client.app import app as client_app
+from tofu.flower.policy import NO_POLICY
 from tofu.flower.transport import never
 from tofu.settings import Settings
 
@@ -28,7 +29,11 @@ class MemoryTransport:
         self.sent: list[Message] = []
         self.contexts = {
             FIRST_NODE + number: Context(
-                FIRST_NODE, FIRST_NODE + number, {"partition-id": number}, RecordDict(), dict(settings.to_config())
+                FIRST_NODE,
+                FIRST_NODE + number,
+                {"partition-id": number, "policy": NO_POLICY},
+                RecordDict(),
+                dict(settings.to_config()),
             )
             for number in range(settings.data.clients)
         }

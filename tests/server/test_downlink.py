@@ -9,7 +9,7 @@ from client.downlink import receive_weights
 from server.downlink import Downlink
 from tofu.compression import downlink_compressor
 from tofu.data import ImageShape
-from tofu.errors import DataError, PayloadError
+from tofu.errors import PayloadError
 from tofu.models import build_model
 from tofu.payload import HEADER_BYTES
 from tofu.reference_model import ReferenceModel
@@ -210,7 +210,7 @@ def test_a_client_whose_settings_have_no_steps_says_so() -> None:
     server = Server()
     server.next_round()
     server.next_round()
-    with pytest.raises(DataError, match="downlink=full-weights"):
+    with pytest.raises(PayloadError, match="downlink=full-weights"):
         Receiver(Settings.of({"model": "mlp"})).take(server.request("a"), 2)
 
 

@@ -11,7 +11,7 @@ from client.app import app as client_app
 from server.app import serve_in_process
 from tofu.data import ImageShape, LabeledImages, local_folder
 from tofu.data.images import fit_image, read_image
-from tofu.errors import DataError, RunError
+from tofu.errors import DataError
 from tofu.rounds.record import RoundRecord, read_rounds
 from tofu.settings import Settings
 
@@ -124,8 +124,9 @@ def test_a_corrupt_image_is_left_out_counted_and_named_and_its_client_stays(
     assert not rounds[1].failures
     with pytest.raises(DataError, match=r"13\.png cannot be read .*strict=true"):
         local_folder(str(data), strict=True)
-    with pytest.raises(RunError, match=r"13\.png cannot be read .*strict=true"):
-        small_run(data, tmp_path / "strict", strict=True, clients=1)
+    with pytest.raises(DataError, match=r"13\.png cannot be read .*strict=true"):
+        small_run(data, tmp_path / "strict", strict=True)
+    assert not (tmp_path / "strict").exists()
 
 
 def test_a_corrupt_first_image_does_not_decide_the_shape_and_only_corrupt_images_are_refused(tmp_path: Path) -> None:

@@ -326,8 +326,8 @@ def test_node_config_is_added_to_the_partition() -> None:
     def main(grid: Grid, context: Context) -> None:
         replies = grid.send_and_receive([Message(RecordDict(), n, "query") for n in grid.get_node_ids()])
         assert [dict(reply.content.config_records["c"]) for reply in replies] == [
-            {"partition-id": 0, "num-partitions": 2, "delay": 0},
-            {"partition-id": 1, "num-partitions": 2, "delay": 3},
+            {"partition-id": 0, "num-partitions": 2, "delay": 0, "policy": "none"},
+            {"partition-id": 1, "num-partitions": 2, "delay": 3, "policy": "none"},
         ]
 
     run_in_process(server, app, run_config={}, num_supernodes=2, node_config=lambda partition: {"delay": 3 * partition})

@@ -54,7 +54,7 @@ def test_plain_arrays_are_recorded_and_attacked(tmp_path: Path, capsys: pytest.C
     assert found[0].examples == len(DATA.client(int(found[0].client)))
     arguments = ["--attacks", "label-counts,analytic", "--model", WHERE["model"], "--dataset", WHERE["dataset"]]
     assert attack_command([str(tmp_path), *arguments, "--quiet"]) == 0
-    rows = attack_run(tmp_path, tmp_path / "attacks", attacks=("label-counts",), say=print, **WHERE)
+    rows = attack_run(tmp_path, tmp_path / "attacks", attacks=("label-counts",), log=print, **WHERE)
     assert [row["message"] for row in rows] == ["exact", "exact"]
     assert rows[0]["labels"] > 0.7  # of an exact update the counts of the labels can be read
     assert rows[0]["steps"] == -(-found[0].examples // 32)
@@ -77,7 +77,7 @@ def test_payloads_are_recorded_as_received_and_decode_to_what_the_strategy_got(t
             mean[name] = mean.get(name, 0) + value * one.examples / total
     for name, value in result.arrays.to_torch_state_dict().items():
         torch.testing.assert_close(value, found[0].base[name] + mean[name], atol=1e-6, rtol=0)
-    rows = attack_run(tmp_path, tmp_path / "attacks", attacks=("proxy-images",), say=lambda _: None, **WHERE)
+    rows = attack_run(tmp_path, tmp_path / "attacks", attacks=("proxy-images",), log=lambda _: None, **WHERE)
     assert {row["message"] for row in rows} == {"recorded proxy"}
     assert all(row["psnr"] is not None for row in rows)
 
@@ -87,7 +87,7 @@ def test_of_secure_rounds_the_sum_is_recorded(tmp_path: Path) -> None:
     federate(strategy, tofu.secure(), rounds=2, handler=named)
     found = read(tmp_path)
     assert [(one.round, one.client, one.clients) for one in found] == [(1, "sum", CLIENTS), (2, "sum", CLIENTS)]
-    rows = attack_run(tmp_path, tmp_path / "attacks", attacks=("label-counts",), say=lambda _: None, **WHERE)
+    rows = attack_run(tmp_path, tmp_path / "attacks", attacks=("label-counts",), log=lambda _: None, **WHERE)
     assert {row["message"] for row in rows} == {f"recorded sum of {CLIENTS}"}
 
 
@@ -107,7 +107,7 @@ def test_a_recorded_strategy_that_needs_individual_updates_is_refused_in_secure_
 def test_an_app_with_its_own_normalization_is_attacked_in_pixels(tmp_path: Path) -> None:
     strategy = tofu.record(strategy_of(), tmp_path, clients=1, mean=0.1, std=0.3, **KNOWN)
     federate(strategy, rounds=1, handler=named)
-    rows = attack_run(tmp_path, tmp_path / "a", attacks=("analytic", "label-counts"), say=lambda _: None, **WHERE)
+    rows = attack_run(tmp_path, tmp_path / "a", attacks=("analytic", "label-counts"), log=lambda _: None, **WHERE)
     assert [bool(row["refused"]) for row in rows] == [True, False]
 
 
@@ -124,7 +124,7 @@ def test_an_app_with_its_own_normalization_is_attacked_in_pixels(tmp_path: Path)
 def test_a_wrong_model_or_dataset_is_one_line(tmp_path: Path, change: dict[str, Any], expected: str) -> None:
     federate(tofu.record(strategy_of(), tmp_path, clients=1, **KNOWN), rounds=1, handler=named)
     with pytest.raises(TofuError) as caught:
-        attack_run(tmp_path, tmp_path / "a", attacks=("label-counts",), say=print, **(WHERE | change))
+        attack_run(tmp_path, tmp_path / "a", attacks=("label-counts",), log=print, **(WHERE | change))
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
 
