@@ -28,13 +28,19 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluste
         yield federation
 
 
-def _refused(folder: Path, command: str, *arguments: str) -> str:
-    """What a process prints that has no right to take part, and therefore ends by itself with an error."""
+def _ended(folder: Path, command: str, *arguments: str) -> tuple[int, str]:
+    """The exit status and the output of a process that has no right to take part, and therefore ends by itself."""
     folder.mkdir()
     environment = {**ENVIRONMENT, "FLWR_HOME": str(folder), "PATH": str(_BIN)}
     done = run([_BIN / command, *arguments], cwd=folder, env=environment, cpu=False)
-    assert done.returncode != 0, done.stdout
-    return done.stdout + done.stderr
+    return done.returncode, done.stdout + done.stderr
+
+
+def _refused(folder: Path, command: str, *arguments: str) -> str:
+    """The output of such a process, which ends with an error."""
+    status, said = _ended(folder, command, *arguments)
+    assert status != 0, said
+    return said
 
 
 def test_strangers_are_refused(federation: LocalCluster, tmp_path: Path) -> None:
@@ -70,7 +76,7 @@ def test_strangers_are_refused(federation: LocalCluster, tmp_path: Path) -> None
 def test_a_superexec_with_another_secret_gets_no_work(federation: LocalCluster, tmp_path: Path) -> None:
     make_superexec_secret(tmp_path / "secret")
     # One with the right secret runs until it is told to end; one that is refused ends by itself.
-    said = _refused(
+    _, said = _ended(
         tmp_path / "rogue", "flower-superexec", "--runtime-api-address", federation.address,
         "--root-certificates", str(federation.folder / "keys" / "ca.crt"),
         "--superexec-auth-secret-file", str(tmp_path / "secret"),
