@@ -11,6 +11,7 @@ import typer
 from tofu.cli.options import Json, Quiet
 from tofu.errors import SettingError
 from tofu.formatting import printable
+from tofu.settings.deprecated import warn_once
 
 if TYPE_CHECKING:
     from attacks.evaluate import AttackEvaluation
@@ -41,6 +42,7 @@ def attack(
     pretrain_rounds: Annotated[
         str | None, _several("--pretrain-rounds", "numbers of federated rounds before the message")
     ] = None,
+    moments: Annotated[str | None, typer.Option(hidden=True)] = None,
     steps: Annotated[str | None, _several("--steps", "numbers of local steps")] = None,
     seeds: Annotated[int | None, typer.Option(help="number of seeds")] = None,
     rounds: Annotated[int | None, typer.Option(help="number of rounds that the attacker accumulates")] = None,
@@ -61,6 +63,9 @@ def attack(
     from attacks.report import print_tables, write_report
 
     torch.set_num_threads(threads)
+    if moments is not None:
+        warn_once("option moments is deprecated: use pretrain-rounds")
+        pretrain_rounds = pretrain_rounds or moments
 
     def log(line: str) -> None:
         if not quiet:

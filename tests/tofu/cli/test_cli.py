@@ -563,3 +563,11 @@ def test_a_report_has_both_directions_and_times_and_real_images_only_if_asked(to
         assert "real" not in samples.files
     tofu("run", *TINY, "--run-folder=asked", "--train-images=100", "--correction=0", "--report-images")
     assert "<h2>Real images and decoded proxies</h2>" in (tmp_path / "asked" / "report.html").read_text()
+
+
+def test_the_former_name_of_pretrain_rounds_is_accepted_with_a_warning(tofu: Tofu) -> None:
+    outcome = tofu("attack", "--moments=x")
+    assert outcome.status == 2
+    assert outcome.err.startswith(
+        "warning: option moments is deprecated: use pretrain-rounds\nerror: pretrain-rounds='x'"
+    )
