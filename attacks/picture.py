@@ -33,8 +33,20 @@ def contact_sheet(originals: Images, rows: Sequence[tuple[str, Images]]) -> byte
         draw.multiline_text((GAP, top + 10), text, fill="black", font=font, spacing=3)
         for column in range(min(count, len(images))):
             sheet.paste(_tile(images[column]), (LABEL + column * (TILE + GAP), top))
+    return _png(sheet)
+
+
+def contact_strip(images: Images) -> bytes:
+    """The first `MAX_IMAGES` images in one row without text, with transparent gaps."""
+    strip = Image.new("RGBA", (min(MAX_IMAGES, len(images)) * (TILE + GAP) - GAP, TILE))
+    for column, image in enumerate(images[:MAX_IMAGES]):
+        strip.paste(_tile(image), (column * (TILE + GAP), 0))
+    return _png(strip)
+
+
+def _png(image: Image.Image) -> bytes:
     buffer = BytesIO()
-    sheet.save(buffer, "PNG", optimize=True)
+    image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import jinja2
 import numpy as np
+from markupsafe import Markup
 
 from attacks.evaluate import SCENARIO_FIELDS, Row, summarize, verdicts
-from attacks.picture import Images, contact_sheet
+from attacks.picture import Images, contact_sheet, contact_strip
+from tofu.reporting.report.template import PAGE_HEAD, STYLE
 
 HEADER = ("message", "bytes", "best attack", "PSNR dB", "SSIM", "recovered", "labels", "seeds")
 
@@ -19,27 +21,39 @@ READING = (
     "safe. A better encoded update is nearer to the exact one and leaks more."
 )
 
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>What the messages leak</title>
-<style>
-body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a;background:#fff}
-table{border-collapse:collapse;width:100%;margin:.5rem 0 1rem}th,td{padding:.25rem .6rem;text-align:right;
-border-bottom:1px solid #ddd;font-variant-numeric:tabular-nums}th:first-child,td:first-child,th:nth-child(3),
-td:nth-child(3){text-align:left}img{max-width:100%}.no{color:#a00;font-weight:600}ul{margin:0}
-</style>
-<h1>What the messages leak</h1>
-<p>{{ reading }}</p>
-{% for part in parts %}
+_PAGE = (
+    PAGE_HEAD
+    + """</header>
+{% for part in parts %}<section class="card">
 <h2>{{ part.title }}</h2>
-<p{% if not part.broke %} class="no"{% endif %}>{{ part.verdict }}</p>
-<table><tr>{% for name in header %}<th>{{ name }}</th>{% endfor %}</tr>
-{% for row in part.rows %}<tr>{% for value in row %}<td>{{ value }}</td>{% endfor %}</tr>{% endfor %}</table>
-{% for remark in part.remarks %}<p>{{ remark }}</p>{% endfor %}
-{% if part.picture %}<p><img alt="originals and reconstructions" src="data:image/png;base64,{{ part.picture }}"></p>{% endif %}
+<p class="{{ 'soft' if part.broke else 'note' }}">{{ part.verdict }}</p>
+<div class="scroll" tabindex="0"><table>
+<thead><tr>{% for name in header %}<th scope="col"{% if name in words %} class="left"{% endif %}>{{ name }}</th>
+{%- endfor %}</tr></thead>
+<tbody>
+{% for row in part.rows %}<tr>{% for name, value in row -%}
+<td{% if name in words %} class="left"{% endif %}>{{ value }}</td>
+{%- endfor %}</tr>
+{% endfor %}</tbody></table></div>
+{% for remark in part.remarks %}<p class="soft">{{ remark }}</p>
 {% endfor %}
-{% if refused %}<h2>Refused</h2><ul>{% for reason in refused %}<li>{{ reason }}</li>{% endfor %}</ul>{% endif %}
+{% if part.strips %}<div class="sheets">
+{% for strip in part.strips %}<figure><img src="{{ strip.address }}" alt="images: {{ strip.title }}">
+<figcaption><b>{{ strip.title }}</b>{{ strip.caption }}</figcaption></figure>
+{% endfor %}</div>{% endif %}
+</section>
+{% endfor %}
+{% if refused %}<section class="card">
+<h2>Refused</h2>
+<ul class="soft">{% for reason in refused %}<li>{{ reason }}</li>{% endfor %}</ul>
+</section>{% endif %}
+<footer>Every trial and number: attacks.json.</footer>
+</main>
+</body>
 </html>
-"""  # noqa: E501
+"""
+)
+_WORDS = ("message", "best attack")
 
 
 def table_rows(entries: Sequence[Row]) -> list[tuple[str, ...]]:
@@ -107,30 +121,63 @@ def write_report(rows: Sequence[Row], folder: Path) -> Path:
     summary, parts = summarize(rows), []
     for number, verdict in enumerate(verdicts(rows), start=1):
         entries = [e for e in summary if all(e[k] == verdict[k] for k in SCENARIO_FIELDS)]
-        picture = _picture(rows, entries, folder)
-        if picture:
-            (folder / f"scenario-{number}.png").write_bytes(picture)
+        originals, lines = _images(rows, entries, folder)
+        strips = []
+        if originals is not None:
+            pictured = [(f"{message}\n{caption}", images) for message, caption, images in lines]
+            (folder / f"scenario-{number}.png").write_bytes(contact_sheet(originals, pictured))
+            strips = [_strip(*line) for line in (("originals", "", originals), *lines)]
         parts.append(
             {
                 "title": scenario_title(verdict),
                 "broke": verdict["broke"],
                 "verdict": verdict["text"],
-                "rows": table_rows(entries),
+                "rows": [list(zip(HEADER, row, strict=True)) for row in table_rows(entries)],
                 "remarks": remarks(entries),
-                "picture": base64.b64encode(picture).decode() if picture else "",
+                "strips": strips,
             }
         )
     refused = list(dict.fromkeys(row["refused"] for row in rows if row["refused"]))
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_PAGE)
     page = folder / "report.html"
-    page.write_text(template.render(parts=parts, header=HEADER, refused=refused, reading=READING))
+    page.write_text(
+        template.render(
+            parts=parts,
+            header=HEADER,
+            words=_WORDS,
+            refused=refused,
+            style=Markup(STYLE),
+            title="What the messages leak",
+            state="",
+            lead=_lead(summary),
+            aside=READING,
+        )
+    )
     return page
 
 
-def _picture(rows: Sequence[Row], entries: Sequence[Row], folder: Path) -> bytes:
-    """Of the first seed, every message by its best attack; b"" where no attack gave images."""
+def _lead(summary: Sequence[Row]) -> str:
+    """How far the best attacks came, on the exact update and on the other message that leaked most."""
+    measured = [entry for entry in summary if entry.get("psnr")]
+    sentences = []
+    for begin, exact in (("On the exact update", True), ("On the other messages", False)):
+        entries = [entry for entry in measured if (entry["message"] == "exact") == exact]
+        if entries:
+            worst = max(entries, key=lambda entry: float(entry["psnr"][0]))
+            where = worst["attack"] if exact else f"{worst['message']}, {worst['attack']}"
+            sentences.append(f"{begin} the best attack reached {worst['psnr'][0]:.1f} dB ({where}).")
+    return " ".join(sentences) or "No attack could be made on these messages."
+
+
+def _images(
+    rows: Sequence[Row], entries: Sequence[Row], folder: Path
+) -> tuple[Images | None, list[tuple[str, str, Images]]]:
+    """Of the first seed: the originals and, for every message, its name, its best attack and the reconstructions.
+
+    None and an empty list if no attack gave images.
+    """
     originals: Images | None = None
-    lines: list[tuple[str, Images]] = []
+    lines: list[tuple[str, str, Images]] = []
     for entry in entries:
         wanted = {k: entry[k] for k in (*SCENARIO_FIELDS, "message", "attack")}
         cell = next((row for row in rows if all(row[k] == v for k, v in wanted.items())), None)
@@ -140,8 +187,13 @@ def _picture(rows: Sequence[Row], entries: Sequence[Row], folder: Path) -> bytes
             seen, found = arrays["originals"], arrays["reconstructions"]
         # A secure sum shows more images than one client has; its first ones are those of the client under attack.
         originals = seen if originals is None or len(seen) < len(originals) else originals
-        lines.append((f"{entry['message']}\n{entry['attack']}, {cell['psnr']:.1f} dB", found))
-    return contact_sheet(originals, lines) if originals is not None else b""
+        lines.append((entry["message"], f"{entry['attack']}, {cell['psnr']:.1f} dB", found))
+    return originals, lines
+
+
+def _strip(title: str, caption: str, images: Images) -> dict[str, str]:
+    address = f"data:image/png;base64,{base64.b64encode(contact_strip(images)).decode()}"
+    return {"title": title, "caption": caption, "address": address}
 
 
 def _shown(pair: Sequence[float] | None, digits: int) -> str:

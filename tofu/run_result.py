@@ -12,7 +12,7 @@ from tofu.data import ImageShape
 from tofu.errors import RunError
 from tofu.reporting.folder import read_model
 from tofu.reporting.report import write_report
-from tofu.reporting.report.chart import Drawing, standalone
+from tofu.reporting.report.chart import standalone
 from tofu.reporting.report.figures import accuracy_by_bytes, accuracy_by_round
 from tofu.reporting.report.run_data import read_run
 from tofu.reporting.report.template import COLORS, FIGURE_STYLE
@@ -65,9 +65,7 @@ class RunResult:
         markup = accuracy_by_round(run) if against == "rounds" else accuracy_by_bytes(run)
         if markup is None:
             raise RunError(f"{self.folder} has no accuracy to plot: is there test data, and are targets class numbers?")
-        drawing = Drawing("")
-        drawing.svg = ET.fromstring(markup)
-        return Plot(standalone([drawing], COLORS + FIGURE_STYLE))
+        return Plot(standalone([ET.fromstring(markup)], COLORS + FIGURE_STYLE))
 
     def report(self) -> Path:
         """Write report.html, a page that needs no other file, and return its path."""

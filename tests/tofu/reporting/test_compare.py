@@ -15,7 +15,9 @@ from tofu.compression import compressors
 from tofu.errors import SettingError
 from tofu.reporting.compare.plan import FEDAVG, Cell, Comparison
 from tofu.reporting.compare.results import best_value, document, failed_run
+from tofu.reporting.report.chart import BOTTOM, LEFT, RIGHT, TOP
 from tofu.reporting.report.compare import render_figure, render_page
+from tofu.reporting.report.compare_figures import accuracy_by_round, accuracy_by_seed
 from tofu.reporting.report.compare_tables import Table, cell_table, markdown, target_table
 from tofu.settings import Settings
 
@@ -375,9 +377,47 @@ def test_the_figure_marks_every_cell_with_its_spread() -> None:
 def test_an_outlier_gets_a_second_panel_for_the_others() -> None:
     far = ENDS | {("rival", 20.0): (0.5, 0.5, 0.5)}
     tree = svg(results(comparison("proxy", "rival"), far))
-    assert len([node for node in tree if node.tag.endswith("svg")]) == 2
-    identifiers = [node.get("id") for node in tree.iter() if node.get("id")]
-    assert len(identifiers) == len(set(identifiers)) == 2
+    everything, near = (node for node in tree if node.tag.endswith("svg"))
+    tips = [
+        [f"{title.text}" for title in panel.iter("{http://www.w3.org/2000/svg}title")] for panel in (everything, near)
+    ]
+    assert [any("rival at 20x" in tip for tip in panel) for panel in tips] == [True, False]
+    assert [sum("proxy at" in tip for tip in panel) for panel in tips] == [2, 2]
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize(
+    ("rival", "seeds", "lead"),
+    [
+        (
+            (0.957, 0.92, 0.97),
+            3,
+            "At 20x, no winner: rival (94.9%) is ahead of proxy by less than the spread over seeds.",
+        ),
+        ((0.99, 0.98, 0.985), 3, "At 20x, rival is the most accurate: 98.5%."),
+        ((0.99,), 1, "At 20x, rival has the highest accuracy, 99.0%, in one run: no winner."),
+    ],
+)
+def test_no_winner_within_the_spread(rival: tuple[float, ...], seeds: int, lead: str) -> None:
+    ends = {key: values[:seeds] for key, values in ENDS.items()} | {("rival", 20.0): rival}
+    page = render_page(results(comparison("proxy", "rival", seeds=seeds), ends), "mine")
+    shown = re.sub("<[^>]*>", "", page.split('<p class="lead">')[1].split("</p>")[0])
+    assert shown.startswith(lead)
+    assert "At 60x: proxy 93.8%." in shown or seeds == 1
+
+
+@pytest.mark.usefixtures("fake")
+def test_every_seed_is_a_dot_and_every_curve_is_whole() -> None:
+    made = results(comparison("proxy", "rival"))
+    figure = accuracy_by_seed(made, 20.0)
+    assert figure is not None
+    tips = sorted(title.text or "" for node in drawn(figure.svg, "seed") for title in node)
+    assert tips == sorted(f"{100 * value:.2f}%" for key in ENDS if key != ("proxy", 60.0) for value in ENDS[key])
+    rounds = accuracy_by_round(made, 20.0)
+    assert rounds is not None
+    points = [point.split(",") for node in drawn(rounds.svg, "curve") for point in node.get("points", "").split()]
+    assert len(points) == 3 * 3  # FedAvg, proxy and rival, from round 0
+    assert all(LEFT <= float(x) <= RIGHT and TOP <= float(y) <= BOTTOM for x, y in points)
 
 
 @pytest.mark.usefixtures("fake")
@@ -406,8 +446,9 @@ def test_the_page_holds_both_tables_and_a_figure_a_ratio() -> None:
         assert table is not None
         for line in table.rows:
             assert all(f">{cell}</td>" in text for cell in line)
-    assert Marks(page).seen.count("svg") == 3
+    assert Marks(page).seen.count("svg") == 5
     assert "By round at 20x" in page
+    assert "Every seed at 60x" in page
     assert "not finished" not in page
 
 

@@ -1,18 +1,28 @@
 """Axes and marks: the few SVG parts that the figures are made of.
 
 Colors and fonts are CSS classes of the page, so a figure follows light mode, dark mode and print. Text passes through
-an XML tree and is escaped there, never pasted into markup.
+an XML tree and is escaped there, never pasted into markup. A figure is `WIDTH` units wide at every size of the page; on
+a phone, where a unit is less than a pixel, its text has more units (`template.FIGURE_STYLE`). The layout leaves space
+for that larger text.
 """
 
 import math
+import textwrap
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-WIDTH, HEIGHT = 540, 330
-LEFT, RIGHT, TOP, BOTTOM = 52, 534, 58, 286
+WIDTH, HEIGHT = 400, 286
+LEFT, RIGHT, TOP, BOTTOM = 54, 394, 34, 236
 _MARGIN = 12
+_SCALE = 1.4
+"""Pixels per unit in a file of its own."""
+_CHARACTER = 8.4
+"""Units that a character of the larger text takes at most, on average: SVG has no layout."""
+_LINE = 46
+"""Characters of a line of text."""
 KINDS = ("start", "proxy", "fedavg", "secure")
+_Key = str | Callable[[float, float], None]
 
 
 @dataclass(frozen=True)
@@ -35,15 +45,19 @@ class Axis:
         return round(self.start + (self.end - self.start) * (value - low) / (high - low), 2)
 
     def ticks(self) -> list[float]:
-        """Round values inside the axis: on a log axis the decades, with 2s and 5s if they are few."""
+        """Round values inside the axis: on a log axis the decades, and values between them if they are few."""
         if not self.log:
             step = nice_step(self.high - self.low, self.pieces)
             first = math.ceil(self.low / step - 1e-9)
             return [round(n * step, 10) for n in range(first, math.floor(self.high / step + 1e-9) + 1)]
         decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         few = math.log10(self.high / self.low) < 2.5
-        values = [10.0**decade * factor for decade in decades for factor in ((1, 2, 5) if few else (1,))]
-        return [value for value in values if self.low * 0.999 <= value <= self.high * 1.001]
+        for factors in ((1, 2, 5) if few else (1,), (1, 1.5, 2, 3, 4, 5, 7)):
+            values = [10.0**decade * factor for decade in decades for factor in factors]
+            inside = [value for value in values if self.low * 0.999 <= value <= self.high * 1.001]
+            if len(inside) > 2:
+                break
+        return inside
 
 
 def nice_step(span: float, about: int = 5) -> float:
@@ -101,12 +115,29 @@ class Drawing:
         for value in y.ticks():
             self.add("line", "grid", x1=LEFT, x2=right, y1=y.at(value), y2=y.at(value))
             self.add("text", "tick end", y_text(value), x=LEFT - 8, y=y.at(value) + 4)
+        self._x_axis(x, bottom, (LEFT, right), labels[0], x_text)
+        self.add("text", "label", labels[1], x=0, y=12)
+
+    def bottom_axis(self, x: Axis, y: float, label: str) -> None:
+        """A horizontal axis in percent below a figure without a vertical axis, at its end."""
+        decimals = 0 if nice_step(x.high - x.low) >= 0.01 else 1
+        self._x_axis(x, y, (0, self.width), label, lambda value: f"{100 * value:.{decimals}f}%")
+        self.height = math.ceil(y) + 50
+        self.svg.set("viewBox", f"0 0 {self.width} {self.height}")
+
+    def _x_axis(
+        self, x: Axis, bottom: float, ends: tuple[float, float], label: str, text: Callable[[float], str]
+    ) -> None:
+        free = 0.0
         for value in x.ticks():
             self.add("line", "axis", x1=x.at(value), x2=x.at(value), y1=bottom, y2=bottom + 4)
-            self.add("text", "tick middle", x_text(value), x=x.at(value), y=bottom + 18)
-        self.add("line", "axis", x1=LEFT, x2=right, y1=bottom, y2=bottom)
-        self.add("text", "label middle", labels[0], x=(LEFT + right) / 2, y=bottom + 38)
-        self.add("text", "label", labels[1], x=0, y=12)
+            half = _CHARACTER * len(text(value)) / 2
+            middle = round(min(x.at(value), self.width - half), 2)
+            if middle - half >= free:
+                self.add("text", "tick middle", text(value), x=middle, y=bottom + 20)
+                free = middle + half + 6
+        self.add("line", "axis", x1=ends[0], x2=ends[1], y1=bottom, y2=bottom)
+        self.add("text", "label middle", label, x=sum(ends) / 2, y=bottom + 42)
 
     def curve(self, points: Sequence[tuple[float, float]], css: str) -> None:
         """A line through pixel positions."""
@@ -124,39 +155,101 @@ class Drawing:
         else:
             self.add("circle", css, tip=tip, cx=x, cy=y, r=4.2)
 
-    def legend(self, entries: Sequence[tuple[str, str]]) -> None:
-        """A row of keys above the plot, from the right: pairs of a kind (or the CSS class of a curve) and its text."""
-        x = float(RIGHT)
-        for kind, text in reversed(entries):
-            # About 6.2 pixels a character at 12 px: SVG has no layout, and a key may be a little wide.
-            x -= 6.2 * len(text)
-            self.add("text", "tick", text, x=x, y=28)
-            if kind.startswith("c-"):
-                self.add("line", f"curve {kind}", x1=x - 26, x2=x - 6, y1=24, y2=24)
-                x -= 42
-            else:
-                self.mark(x - 11, 24, kind)
-                x -= 34
+    def legend(self, entries: Sequence[tuple[_Key, str]]) -> None:
+        """Rows of keys above the figure: pairs of a key and its text.
+
+        A key is a kind of round, the CSS class of a curve, or a function that draws it around a position.
+        """
+        rows: list[list[tuple[float, _Key, str]]] = [[]]
+        x = 0.0
+        for key, text in entries:
+            wide = _key_width(key) + _CHARACTER * len(text)
+            if x and x + wide > self.width:
+                rows.append([])
+                x = 0.0
+            rows[-1].append((x, key, text))
+            x += wide + 12
+        for above, row in enumerate(reversed(rows)):
+            y = -14.0 - 22 * above
+            for left, key, text in row:
+                if callable(key):
+                    key(left + 13, y - 4)
+                elif key.startswith("c-"):
+                    self.add("line", f"curve {key}", x1=left, x2=left + 26, y1=y - 4, y2=y - 4)
+                else:
+                    self.mark(left + 6, y - 4, key)
+                self.add("text", "tick", text, x=left + _key_width(key), y=y)
+        self._grow(22 * len(rows) + 10)
+
+    def _grow(self, above: int) -> None:
+        """Add space above the figure, at negative positions."""
+        self.height += above
+        self.svg.set("viewBox", f"0 {-above} {self.width} {self.height}")
 
     def markup(self) -> str:
         """The figure as markup that can be placed in a page."""
         return ET.tostring(self.svg, encoding="unicode")
 
 
-def standalone(drawings: Sequence[Drawing], style: str) -> str:
+def _key_width(key: _Key) -> int:
+    return 18 if key in KINDS else 34
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bar, its name on the left above it and its note on the right, or below the name where both are long.
+
+    `solid` is the part of `size` that is not drawn pale.
+    """
+
+    name: str
+    note: str
+    size: float
+    css: str
+    solid: float | None = None
+
+
+def bar_chart(alt: str, bars: Sequence[Bar]) -> Drawing:
+    """Bars below each other on one linear scale from zero, by magnitude."""
+    drawing = Drawing(alt, 0)
+    widest = max((abs(bar.size) for bar in bars), default=0.0) or 1.0
+    y = 0
+    for bar in bars:
+        names = textwrap.wrap(bar.name, _LINE)[:3]
+        together = len(names) == 1 and len(bar.name) + len(bar.note) <= _LINE - 4
+        for text in names:
+            y += 18
+            drawing.add("text", "bar-name", text, x=0, y=y - 4)
+        y += 0 if together else 18
+        drawing.add("text", "tick end" if together else "tick", bar.note, x=WIDTH if together else 0, y=y - 4)
+        drawing.add("rect", "rail", x=0, y=y + 2, width=WIDTH, height=10, rx=2)
+        width = round(max(WIDTH * abs(bar.size) / widest, 2.0), 2)
+        tip = f"{bar.name}: {bar.note}"
+        drawing.add("rect", f"bar {bar.css}", tip=tip, x=0, y=y + 2, width=width, height=10, rx=2)
+        if bar.solid is not None and bar.solid < abs(bar.size) and width > 8:
+            inner = round(width * bar.solid / abs(bar.size), 2)
+            drawing.add("rect", "overhead", x=inner, y=y + 2, width=round(width - inner, 2), height=10, rx=2)
+        y += 26
+    drawing.height = max(y - 8, 1)
+    drawing.svg.set("viewBox", f"0 0 {WIDTH} {drawing.height}")
+    return drawing
+
+
+def standalone(figures: Sequence[ET.Element], style: str) -> str:
     """Figures below each other as a file of its own, with the CSS that a page would give them and a background."""
-    width = max(drawing.width for drawing in drawings) + 2 * _MARGIN
-    height = sum(drawing.height + 2 * _MARGIN for drawing in drawings)
-    size = {"width": f"{width}", "height": f"{height}"}
-    root = ET.Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "viewBox": f"0 0 {width} {height}", **size})
+    boxes = [[float(number) for number in figure.get("viewBox", "").split()] for figure in figures]
+    width = max(box[2] for box in boxes) + 2 * _MARGIN
+    height = sum(box[3] + 2 * _MARGIN for box in boxes)
+    pixels = {"width": f"{_SCALE * width:g}", "height": f"{_SCALE * height:g}"}
+    root = ET.Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "viewBox": f"0 0 {width:g} {height:g}", **pixels})
     ET.SubElement(root, "style").text = style
-    ET.SubElement(root, "rect", {"class": "page", **size})
-    top = _MARGIN
-    for drawing in drawings:
-        place = {"x": _MARGIN, "y": top, "width": drawing.width, "height": drawing.height}
-        node = ET.SubElement(root, "svg", drawing.svg.attrib | {name: f"{value}" for name, value in place.items()})
-        node.extend(drawing.svg)
-        top += drawing.height + 2 * _MARGIN
+    ET.SubElement(root, "rect", {"class": "page", "width": f"{width:g}", "height": f"{height:g}"})
+    top = float(_MARGIN)
+    for figure, box in zip(figures, boxes, strict=True):
+        place = {"x": _MARGIN, "y": top, "width": box[2], "height": box[3]}
+        node = ET.SubElement(root, "svg", figure.attrib | {name: f"{value:g}" for name, value in place.items()})
+        node.extend(figure)
+        top += box[3] + 2 * _MARGIN
     return ET.tostring(root, encoding="unicode")
 
 

@@ -1,6 +1,6 @@
 """The page and the figure of a comparison, made from the document that compare.json holds and from nothing else."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
@@ -9,7 +9,7 @@ from markupsafe import Markup
 from tofu.formatting import format_fraction
 from tofu.reporting.report import compare_figures as figures
 from tofu.reporting.report.chart import Drawing, standalone
-from tofu.reporting.report.compare_tables import Table, cell_table, notes, ratio_text, target_table
+from tofu.reporting.report.compare_tables import Table, cell_name, cell_table, notes, ratio_text, target_table
 from tofu.reporting.report.template import COLORS, FIGURE_STYLE, PAGE_HEAD, STYLE
 
 _NOTHING = "No compressor has finished a run yet."
@@ -21,10 +21,7 @@ _STYLE = (
     + figures.SERIES_COLORS
     + figures.SERIES_STYLE
     + """
-.wide { overflow-x: auto; }
-.wide svg { display: block; width: 100%; min-width: 640px; max-width: 1000px; height: auto; margin-top: 14px; }
-.wide + .wide, section.card, figure.card { margin-top: 20px; } .grid2 figure.card { margin-top: 0; }
-.grid2 figcaption { min-height: 0; }
+.lead { font-size: 22px; max-width: 48em; }
 ul { margin: 12px 0 0; padding-left: 20px; font-size: 14px; }
 """
 )
@@ -32,16 +29,17 @@ ul { margin: 12px 0 0; padding-left: 20px; font-size: 14px; }
 _PAGE = (
     PAGE_HEAD
     + """</header>
-{% for figure in wide %}<figure class="card wide">
+<div class="grid2">
+{% for figure in figures %}<figure class="card">
 <h2>{{ figure.title }}</h2>
 <figcaption>{{ figure.caption }}</figcaption>
 {{ figure.svg }}
 </figure>
-{% endfor %}
+{% endfor %}</div>
 {% for table in tables %}<section class="card">
 <h2>{{ table.title }}</h2>
 <p class="soft">{{ table.caption }}</p>
-<div class="scroll"><table id="{{ table.id }}">
+<div class="scroll" tabindex="0"><table id="{{ table.id }}">
 <thead><tr>{% for name in table.table.header -%}
 <th scope="col"{% if loop.index0 < table.table.left %} class="left"{% endif %}>{{ name }}</th>
 {%- endfor %}</tr></thead>
@@ -53,15 +51,9 @@ _PAGE = (
 {% if table.notes %}<ul>{% for note in table.notes %}<li>{{ note }}</li>{% endfor %}</ul>{% endif %}
 </section>
 {% endfor %}
-<div class="grid2">
-{% for figure in small %}<figure class="card">
-<h2>{{ figure.title }}</h2>
-{{ figure.svg }}
-</figure>
-{% endfor %}</div>
 <section class="card"><details>
 <summary>Settings of every run ({{ config | length }})</summary>
-<div class="scroll"><table id="config"><tbody>
+<div class="scroll" tabindex="0"><table id="config"><tbody>
 {% for name, value in config %}<tr><th scope="row" class="left">{{ name }}</th>
 <td class="left wrap"><code>{{ value }}</code></td></tr>
 {% endfor %}</tbody></table></div>
@@ -81,9 +73,9 @@ def render_figure(document: Mapping[str, Any]) -> str:
     drawn = [figures.accuracy_by_uplink(document), figures.accuracy_by_uplink(document, zoom=True)]
     drawings = [drawing for drawing in drawn if drawing]
     if not drawings:
-        drawings = [Drawing(_NOTHING, 40, figures.WIDE)]
+        drawings = [Drawing(_NOTHING, 40)]
         drawings[0].add("text", "label", _NOTHING, x=0, y=24)
-    return standalone(drawings, style)
+    return standalone([drawing.svg for drawing in drawings], style)
 
 
 def render_page(document: Mapping[str, Any], name: str) -> str:
@@ -97,30 +89,51 @@ def render_page(document: Mapping[str, Any], name: str) -> str:
         state=f"not finished: {left} run{'' if left == 1 else 's'} left" if left else "",
         lead=_lead(document),
         aside=_aside(document),
-        wide=_wide(document),
-        small=_small(document),
+        figures=_figures(document),
         tables=_tables(document),
         config=[(key, f"{value}".lower() if isinstance(value, bool) else value) for key, value in settings.items()],
     )
 
 
 def _lead(document: Mapping[str, Any]) -> Markup:
-    """Who has the highest mean at each ratio."""
+    """Which compressor is ahead at each ratio, where the spread over seeds shows that one is."""
     parts = []
     for ratio in sorted(document["ratios"]):
         cells = [c for c in document["cells"][1:] if ratio in c["ratios"] and c["final_accuracy"]]
         if cells:
-            best = max(cells, key=lambda cell: float(cell["final_accuracy"]["mean"]))
-            parts.append(
-                Markup("at {}: <b>{}</b> {}").format(
-                    ratio_text(ratio), best["compressor"], format_fraction(best["final_accuracy"]["mean"])
-                )
-            )
+            cells.sort(key=lambda cell: -float(cell["final_accuracy"]["mean"]))
+            parts.append(_leader(cells, ratio))
     if not parts:
         return Markup(_NOTHING)
     fedavg = document["cells"][0]["final_accuracy"]
-    text = Markup("Most accurate ") + Markup(", ").join(parts) + "."
-    return text + (Markup(" FedAvg: {}.").format(format_fraction(fedavg["mean"])) if fedavg else "")
+    if fedavg:
+        parts.append(Markup("FedAvg: {}.").format(format_fraction(fedavg["mean"])))
+    return Markup(" ").join(parts)
+
+
+def _leader(cells: Sequence[Mapping[str, Any]], ratio: float) -> Markup:
+    """The best of the cells at a ratio, which are sorted, if it is ahead by more than one standard deviation."""
+    best, *others = cells
+    values = {"ratio": ratio_text(ratio), "name": best["compressor"]}
+    values["share"] = format_fraction(best["final_accuracy"]["mean"])
+    if not others:
+        return Markup("At {ratio}: <b>{name}</b> {share}.").format(**values)
+    if any(cell["final_accuracy"]["sd"] is None for cell in cells):
+        return Markup("At {ratio}, {name} has the highest accuracy, {share}, in one run: no winner.").format(**values)
+    level = [other["compressor"] for other in others if not ahead(best, other)]
+    if not level:
+        return Markup("At {ratio}, <b>{name}</b> is the most accurate: {share}.").format(**values)
+    values["others"] = f"{', '.join(level[:-1])} and {level[-1]}" if level[1:] else level[0]
+    text = "At {ratio}, no winner: {name} ({share}) is ahead of {others} by less than the spread over seeds."
+    return Markup(text).format(**values)
+
+
+def ahead(best: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether the difference of two means is more than the larger of the standard deviations over seeds."""
+    ours, theirs = best["final_accuracy"], other["final_accuracy"]
+    if ours["sd"] is None or theirs["sd"] is None:
+        return False
+    return bool(ours["mean"] - theirs["mean"] > max(ours["sd"], theirs["sd"]))
 
 
 def _aside(document: Mapping[str, Any]) -> str:
@@ -137,33 +150,40 @@ def _aside(document: Mapping[str, Any]) -> str:
     )
 
 
-def _wide(document: Mapping[str, Any]) -> list[dict[str, object]]:
+def _figures(document: Mapping[str, Any]) -> list[dict[str, object]]:
+    seeds = "one standard deviation over seeds" if len(document["seeds"]) > 1 else "not known from one seed"
+    left_out = [
+        cell_name(cell)
+        for cell in document["cells"][1:]
+        if cell["final_accuracy"] and cell not in figures.near_fedavg(document)
+    ]
     drawn = [
         (
             "Accuracy against uplink bytes",
-            "Where each compressor ends at each budget; bars and band are one standard deviation over seeds. Marks of "
-            "different compressors are drawn with a small offset so that equal ones can be distinguished.",
+            f"Where each compressor ends at each budget; the spread is {seeds}. Marks have a small offset, so that "
+            "equal ones can be distinguished.",
             figures.accuracy_by_uplink(document),
         ),
         (
-            "The same, enlarged near FedAvg",
-            f"What ends more than {figures.ZOOM_POINTS} points below it may be cut off here.",
+            "The same, near FedAvg",
+            f"Without what ends more than {figures.ZOOM_POINTS} points below FedAvg: {', '.join(left_out)}.",
             figures.accuracy_by_uplink(document, zoom=True),
         ),
     ]
+    for ratio in sorted(document["ratios"]):
+        text = ratio_text(ratio)
+        drawn += [
+            (
+                f"Every seed at {text}",
+                f"A dot is a run; the spread is {seeds}.",
+                figures.accuracy_by_seed(document, ratio),
+            ),
+            (f"By round at {text}", "Mean over seeds after each round.", figures.accuracy_by_round(document, ratio)),
+        ]
     # Safe as markup: built as an XML tree, which escapes what it holds.
     return [
         {"title": title, "caption": caption, "svg": Markup(drawing.markup())}
         for title, caption, drawing in drawn
-        if drawing
-    ]
-
-
-def _small(document: Mapping[str, Any]) -> list[dict[str, object]]:
-    drawn = [(ratio, figures.accuracy_by_round(document, ratio)) for ratio in sorted(document["ratios"])]
-    return [
-        {"title": f"By round at {ratio_text(ratio)}", "svg": Markup(drawing.markup())}
-        for ratio, drawing in drawn
         if drawing
     ]
 

@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-import xml.etree.ElementTree as ET
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from tofu.formatting import format_bytes, format_fraction
@@ -11,6 +11,7 @@ from tofu.reporting.report.chart import (
     BOTTOM,
     LEFT,
     RIGHT,
+    TOP,
     WIDTH,
     Axis,
     Drawing,
@@ -23,12 +24,12 @@ from tofu.reporting.report.compare_tables import cell_name, method_name, ratio_t
 
 Cell = Mapping[str, Any]
 
-WIDE = 880
 COLORS = 8
 ZOOM_POINTS = 5
 """How far below FedAvg the enlarged figure reaches, in points."""
 _CURVE_POINTS = 240
-_DODGE = 7.0
+_DODGE = 5.0
+_ROW = 44
 _SHAPES = ("circle", "square", "diamond", "up", "down")
 
 SERIES_COLORS = """
@@ -53,7 +54,9 @@ SERIES_STYLE = "\n".join(
     [
         *(f"svg .curve.s{n}, svg .error.s{n} {{ stroke: var(--s{n}); }}" for n in range(COLORS)),
         *(f"svg .mark.s{n} {{ fill: var(--s{n}); }}" for n in range(COLORS)),
+        *(f"svg .seed.s{n} {{ stroke: var(--s{n}); }}" for n in range(COLORS)),
         "svg .error { stroke-width: 1.5; fill: none; } svg .again { stroke-dasharray: 5 3; }",
+        "svg .seed { fill: var(--card); stroke-width: 1.4; } svg .fedavg { stroke: var(--baseline); }",
         "svg .band { fill: var(--baseline); fill-opacity: .16; } svg .page { fill: var(--card); }",
     ]
 )
@@ -63,48 +66,52 @@ def accuracy_by_uplink(document: Mapping[str, Any], *, zoom: bool = False) -> Dr
     """Final accuracy against a run's uplink bytes, a line for each compressor; None where nothing has been measured.
 
     Args:
-        zoom: draw only the last `ZOOM_POINTS` points below FedAvg; None where that would leave out nothing or all.
+        zoom: draw only what ends less than `ZOOM_POINTS` points below FedAvg; None where that is nothing or all.
     """
     reference, *others = document["cells"]
     done = [cell for cell in others if cell["final_accuracy"]]
     fedavg = reference["final_accuracy"]
+    if zoom:
+        everything, done = done, near_fedavg(document)
+        if len(done) == len(everything):
+            return None
     if not done:
         return None
-    values = [end for cell in [*done, *([reference] if fedavg else [])] for end in _interval(cell["final_accuracy"])]
-    if zoom:
-        floor = fedavg["mean"] - ZOOM_POINTS / 100 if fedavg else 0.0
-        inside = [cell for cell in done if cell["final_accuracy"]["mean"] >= floor]
-        if not fedavg or not inside or min(values) > floor - 0.02:
-            return None
-        values = [max(value, floor) for value in values]
     series = _series(document)
-    drawing = Drawing(_alt(document, done, zoom), 0, WIDE)
+    drawing = Drawing(_alt(document, done, zoom))
     entries = [(series[name], name) for name in document["compressors"] if any(c["compressor"] == name for c in done)]
-    top = _legend(drawing, entries, _fedavg_key(reference))
-    bottom = top + 270
-    _resize(drawing, bottom + 46)
     sizes = [cell["uplink_bytes"]["mean"] for cell in done]
-    right = WIDE - (WIDTH - RIGHT)
-    x = Axis(min(sizes) / 1.35, max(sizes) * 1.35, LEFT, right, log=True)
-    y = dataclasses.replace(_tight(values), start=bottom, end=top)
+    x = Axis(min(sizes) / 1.35, max(sizes) * 1.35, LEFT, RIGHT, log=True)
+    y = _tight([end for cell in done for end in _interval(cell)] + list(_interval(reference)))
     drawing.frame(x, y, ("uplink bytes of the whole run (log scale)", "final test accuracy"), x_text=_tick_bytes)
-    clip = _clip(drawing, "zoom" if zoom else "all", top, bottom, right)
+    _legend(drawing, entries, _fedavg_key(reference))
     if fedavg:
-        _level(drawing, y, fedavg, right)
+        _level(drawing, y, reference)
     offsets = {name: _DODGE * (n - (len(entries) - 1) / 2) for n, (_, name) in enumerate(entries)}
     for style, name in entries:
         cells = sorted((c for c in done if c["compressor"] == name), key=lambda c: float(c["uplink_bytes"]["mean"]))
         places = [
             (x.at(c["uplink_bytes"]["mean"]) + offsets[name], y.at(c["final_accuracy"]["mean"]), c) for c in cells
         ]
-        if len(places) > 1:
-            points = " ".join(f"{px:g},{py:g}" for px, py, _ in places)
-            drawing.add("polyline", f"curve {style.css}", points=points, clip_path=clip)
+        drawing.curve([(px, py) for px, py, _ in places], style.css)
         for px, py, cell in places:
-            if py <= bottom:
-                _error_bar(drawing, px, [y.at(end) for end in _interval(cell["final_accuracy"])], style, clip)
-                style.mark(drawing, px, py, _tip(cell))
+            low, high = (y.at(end) for end in _interval(cell))
+            if low != high:
+                path = f"M{px - 3.5:g} {low:g}h7M{px:g} {low:g}V{high:g}M{px - 3.5:g} {high:g}h7"
+                drawing.add("path", f"error s{style.index % COLORS}", d=path)
+            style.mark(drawing, px, py, _tip(cell))
     return drawing
+
+
+def near_fedavg(document: Mapping[str, Any]) -> list[Cell]:
+    """The cells that end less than `ZOOM_POINTS` points below FedAvg; all of them if the others are hardly lower."""
+    reference, *others = document["cells"]
+    done = [cell for cell in others if cell["final_accuracy"]]
+    if not reference["final_accuracy"]:
+        return done
+    floor = reference["final_accuracy"]["mean"] - ZOOM_POINTS / 100
+    near = [cell for cell in done if cell["final_accuracy"]["mean"] >= floor]
+    return near if any(cell["final_accuracy"]["mean"] < floor - 0.02 for cell in done) else done
 
 
 def accuracy_by_round(document: Mapping[str, Any], ratio: float) -> Drawing | None:
@@ -118,30 +125,72 @@ def accuracy_by_round(document: Mapping[str, Any], ratio: float) -> Drawing | No
         f"Test accuracy by round at {ratio_text(ratio)}: "
         + "; ".join(
             f"{method_name(c['compressor'])} ends at {format_fraction(c['accuracy_by_round'][-1])}" for c in done
-        ),
-        0,
+        )
     )
     fedavg = reference["accuracy_by_round"]
-    entries = [(series[cell["compressor"]], cell["compressor"]) for cell in done]
-    top = _legend(drawing, entries, "FedAvg" if fedavg else "")
-    bottom = top + BOTTOM - 58
-    _resize(drawing, bottom + 44)
     lines = [(series[cell["compressor"]], cell["accuracy_by_round"]) for cell in done]
     last = len(done[0]["accuracy_by_round"]) - 1
-    # The first quarter of the rounds would take most of the height, although differences matter at the end.
-    late = max(1, last // 4)
-    values = [value for points in (*(p for _, p in lines), fedavg) for value in points[late:]]
     x = round_axis(last)
-    y = dataclasses.replace(_tight(values), start=bottom, end=top)
+    y = _tight([value for points in (*(p for _, p in lines), fedavg) for value in points])
     drawing.frame(x, y, ("round", "test accuracy, mean over seeds"), x_text=lambda value: f"{value:.0f}")
-    clip = _clip(drawing, f"round-{ratio:.12g}", top, bottom, RIGHT)
-    if fedavg:
-        _curve(drawing, x, y, fedavg, "c-baseline", clip)
+    _legend(drawing, [(series[cell["compressor"]], cell["compressor"]) for cell in done], "FedAvg" if fedavg else "")
+    for css, points in [("c-baseline", fedavg), *((style.css, points) for style, points in lines)]:
+        kept = thinned([css] * len(points), _CURVE_POINTS)
+        drawing.curve([(x.at(index), y.at(points[index])) for index in kept], css)
     for style, points in lines:
-        _curve(drawing, x, y, points, style.css, clip)
-    for style, points in lines:
-        style.mark(drawing, x.at(last), min(y.at(points[-1]), bottom), format_fraction(points[-1], 2))
+        style.mark(drawing, x.at(last), y.at(points[-1]), format_fraction(points[-1], 2))
     return drawing
+
+
+def accuracy_by_seed(document: Mapping[str, Any], ratio: float) -> Drawing | None:
+    """Final test accuracy of every run at one ratio: a row per compressor with a dot per seed, mean and deviation."""
+    reference, *others = document["cells"]
+    done = [cell for cell in others if ratio in cell["ratios"] and cell["final_accuracy"]]
+    if not done:
+        return None
+    done.sort(key=lambda cell: -float(cell["final_accuracy"]["mean"]))
+    rows = [*([reference] if reference["final_accuracy"] else []), *done]
+    ends = {cell_name(cell): seed_accuracies(document, cell) for cell in rows}
+    drawing = Drawing(
+        f"Final test accuracy of every seed at {ratio_text(ratio)}: "
+        + "; ".join(f"{name} {', '.join(format_fraction(value, 2) for value in ends[name])}" for name in ends)
+    )
+    bottom = 22 + _ROW * len(rows)
+    scale = _tight([value for cell in rows for value in (*_interval(cell), *ends[cell_name(cell)])])
+    x = dataclasses.replace(scale, start=14, end=WIDTH - 14)
+    series = _series(document)
+    for row, cell in enumerate(rows):
+        y = 28 + _ROW * row
+        name = method_name(cell["compressor"])
+        drawing.add("text", "bar-name", name[:30], x=0, y=y - 10)
+        drawing.add("text", "tick end", _share(cell["final_accuracy"]), x=WIDTH, y=y - 10)
+        drawing.add("rect", "rail", x=0, y=y + 5, width=WIDTH, height=2)
+        low, high = (x.at(end) for end in _interval(cell))
+        style = series.get(cell["compressor"])
+        css = style.css.split()[0] if style else "fedavg"
+        if low != high:
+            drawing.add(
+                "path", f"error {css}", d=f"M{low:g} {y + 1:g}v10M{low:g} {y + 6:g}H{high:g}M{high:g} {y + 1:g}v10"
+            )
+        for value in ends[cell_name(cell)]:
+            drawing.add("circle", f"seed {css}", tip=format_fraction(value, 2), cx=x.at(value), cy=y + 6, r=3.2)
+        mean = x.at(cell["final_accuracy"]["mean"])
+        if style:
+            style.mark(drawing, mean, y + 6)
+        else:
+            drawing.add("circle", "mark k-baseline", cx=mean, cy=y + 6, r=4.6)
+    drawing.bottom_axis(x, bottom, "final test accuracy")
+    return drawing
+
+
+def seed_accuracies(document: Mapping[str, Any], cell: Cell) -> list[float]:
+    """The final accuracies of a cell's runs, in the order of the seeds."""
+    ratio = cell["ratios"][0] if cell["ratios"] else None
+    return [
+        row["final_accuracy"]
+        for row in document["runs"]
+        if row["compressor"] == cell["compressor"] and row["ratio"] == ratio and "failed" not in row
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,20 +219,16 @@ def _series(document: Mapping[str, Any]) -> dict[str, _Style]:
     return {name: _Style(index) for index, name in enumerate(document["compressors"])}
 
 
-def _legend(drawing: Drawing, entries: Sequence[tuple[_Style, str]], fedavg: str) -> float:
-    """Rows of keys from the left, wrapped; where the plot below may begin."""
-    x, y = float(LEFT), 34.0
-    for style, text in [*entries, *([(None, fedavg)] if fedavg else [])]:
-        wide = 33 + 6.6 * len(text) + 16  # about so many pixels a character: SVG has no layout
-        if x > LEFT and x + wide - 16 > drawing.width:
-            x, y = float(LEFT), y + 18
-        css = style.css if style else "c-baseline"
-        drawing.add("line", f"curve {css}", x1=x, x2=x + 26, y1=y - 4, y2=y - 4)
-        if style:
-            style.mark(drawing, x + 13, y - 4)
-        drawing.add("text", "tick", text, x=x + 33, y=y)
-        x += wide
-    return y + 20
+def _legend(drawing: Drawing, entries: Sequence[tuple[_Style, str]], fedavg: str) -> None:
+    keys: list[tuple[str | Callable[[float, float], None], str]] = [
+        (partial(_key, drawing, style), text[:40]) for style, text in entries
+    ]
+    drawing.legend([*keys, *([("c-baseline", fedavg)] if fedavg else [])])
+
+
+def _key(drawing: Drawing, style: _Style, x: float, y: float) -> None:
+    drawing.add("line", f"curve {style.css}", x1=x - 13, x2=x + 13, y1=y, y2=y)
+    style.mark(drawing, x, y)
 
 
 def _fedavg_key(reference: Cell) -> str:
@@ -192,39 +237,14 @@ def _fedavg_key(reference: Cell) -> str:
     return f"FedAvg ({format_bytes(round(reference['uplink_bytes']['mean']))})"
 
 
-def _level(drawing: Drawing, y: Axis, fedavg: Mapping[str, Any], right: float) -> None:
+def _level(drawing: Drawing, y: Axis, reference: Cell) -> None:
     """FedAvg's mean as a dashed level across the plot, in the band of its deviation."""
-    low, high = (y.at(end) for end in _interval(fedavg))
+    low, high = (y.at(end) for end in _interval(reference))
     if high < low:  # pixels count down
-        drawing.add("rect", "band", x=LEFT, y=high, width=right - LEFT, height=round(low - high, 2))
+        drawing.add("rect", "band", x=LEFT, y=high, width=RIGHT - LEFT, height=round(low - high, 2))
+    fedavg = reference["final_accuracy"]
     level = y.at(fedavg["mean"])
-    drawing.add("line", "curve c-baseline", tip=f"FedAvg: {_share(fedavg)}", x1=LEFT, x2=right, y1=level, y2=level)
-
-
-def _error_bar(drawing: Drawing, x: float, ends: Sequence[float], style: _Style, clip: str) -> None:
-    low, high = ends
-    if low != high:
-        path = f"M{x - 3.5:g} {low:g}h7M{x:g} {low:g}V{high:g}M{x - 3.5:g} {high:g}h7"
-        drawing.add("path", f"error s{style.index % COLORS}", d=path, clip_path=clip)
-
-
-def _curve(drawing: Drawing, x: Axis, y: Axis, values: Sequence[float], css: str, clip: str) -> None:
-    kept = thinned([css] * len(values), _CURVE_POINTS)
-    points = " ".join(f"{x.at(index):g},{y.at(values[index]):g}" for index in kept)
-    drawing.add("polyline", f"curve {css}", points=points, clip_path=clip)
-
-
-def _clip(drawing: Drawing, name: str, top: float, bottom: float, right: float) -> str:
-    """Nothing drawn with this is seen below the plot, where values beyond its axis would lie."""
-    node = ET.SubElement(drawing.svg, "clipPath", id=f"clip-{name}")
-    area = {"x": 0, "y": top - 12, "width": right + 12, "height": bottom - top + 12}
-    ET.SubElement(node, "rect", {key: f"{value:g}" for key, value in area.items()})
-    return f"url(#clip-{name})"
-
-
-def _resize(drawing: Drawing, height: float) -> None:
-    drawing.height = math.ceil(height)
-    drawing.svg.set("viewBox", f"0 0 {drawing.width} {drawing.height}")
+    drawing.add("line", "curve c-baseline", tip=f"FedAvg: {_share(fedavg)}", x1=LEFT, x2=RIGHT, y1=level, y2=level)
 
 
 def _tight(values: Sequence[float]) -> Axis:
@@ -235,10 +255,14 @@ def _tight(values: Sequence[float]) -> Axis:
         return share_axis(values)
     low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
     high = min(max(high, low + step), 1.0)
-    return Axis(min(low, high - step), high, BOTTOM, 0)
+    return Axis(min(low, high - step), high, BOTTOM, TOP)
 
 
-def _interval(spread: Mapping[str, Any]) -> tuple[float, float]:
+def _interval(cell: Cell) -> tuple[float, ...]:
+    """The mean accuracy less and plus one standard deviation; () for a cell without results."""
+    spread = cell["final_accuracy"]
+    if not spread:
+        return ()
     deviation = spread["sd"] or 0.0
     return max(spread["mean"] - deviation, 0.0), min(spread["mean"] + deviation, 1.0)
 

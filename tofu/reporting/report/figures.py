@@ -11,9 +11,10 @@ from tofu.reporting.report.chart import (
     LEFT,
     RIGHT,
     TOP,
-    WIDTH,
     Axis,
+    Bar,
     Drawing,
+    bar_chart,
     nice_step,
     round_axis,
     share_axis,
@@ -159,33 +160,13 @@ def bytes_by_kind(run: RunData) -> str | None:
             plural = "" if entry.messages == 1 else "s"
             share = format_fraction(min(entry.payload_bytes / entry.bytes, 1))
             note += f" in {entry.messages:,} message{plural}, {share} payload"
-        bars.append(
-            (f"{entry.direction.capitalize()}, {entry.kind} rounds", note, entry.bytes, entry.payload_bytes, entry.kind)
-        )
-    if run.fedavg_uplink_bytes:
-        size = run.fedavg_uplink_bytes
+        css = f"k-{entry.kind}" if entry.kind in KINDS else "k-other"
+        name = f"{entry.direction.capitalize()}, {entry.kind[:60]} rounds"
+        bars.append(Bar(name, note, entry.bytes, css, entry.payload_bytes))
+    if size := run.fedavg_uplink_bytes:
         uplinks = sum(entry.direction == "uplink" for entry in run.traffic)
-        bars.insert(uplinks, ("Uplink, had it been FedAvg", format_bytes(size), size, None, "baseline"))
-    drawing = Drawing(
-        "Bytes sent: " + "; ".join(f"{name}: {note}" for name, note, *_ in bars) + ".", 44 * len(bars) + 4
-    )
-    widest = max(size for _, _, size, _, _ in bars)
-    for index, (name, note, size, payload, kind) in enumerate(bars):
-        top = 44 * index
-        css = f"k-{kind}" if kind in (*KINDS, "baseline") else "k-other"
-        drawing.add("text", "bar-name", name, x=0, y=top + 14)
-        drawing.add("text", "tick end", note, x=WIDTH, y=top + 14)
-        drawing.add("rect", "rail", x=0, y=top + 21, width=WIDTH, height=12, rx=2)
-        width = max(WIDTH * size / widest, 2.0)
-        drawing.add(
-            "rect", f"bar {css}", tip=f"{name}: {note}", x=0, y=top + 21, width=round(width, 2), height=12, rx=2
-        )
-        if payload is not None and payload < size and width > 8:
-            inner = width * payload / size
-            drawing.add(
-                "rect", "overhead", x=round(inner, 2), y=top + 21, width=round(width - inner, 2), height=12, rx=2
-            )
-    return drawing.markup()
+        bars.insert(uplinks, Bar("Uplink, had it been FedAvg", format_bytes(size), size, "k-baseline"))
+    return bar_chart("Bytes sent: " + "; ".join(f"{bar.name}: {bar.note}" for bar in bars) + ".", bars).markup()
 
 
 def _measured(rounds: Sequence[RoundRecord]) -> list[tuple[RoundRecord, float]]:
@@ -234,6 +215,6 @@ def _span(drawing: Drawing, start: float, end: float, heights: tuple[float, floa
         drawing.add("line", "drop", x1=x, x2=x, y1=height, y2=y + 6)
     drawing.add("line", "span", x1=start, x2=end, y1=y, y2=y)
     text = f"{format_factor(saving)} fewer bytes" if saving >= 1 else f"{format_factor(1 / saving)} more bytes"
-    wide = 6.6 * len(text)
+    wide = 9 * len(text)
     middle = min(max((start + end) / 2, LEFT + wide / 2), RIGHT - wide / 2)
     drawing.add("text", "value middle strong", text, x=middle, y=y - 7)

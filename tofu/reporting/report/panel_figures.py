@@ -8,7 +8,7 @@ import numpy as np
 from markupsafe import Markup
 
 from tofu.reporting.report import images
-from tofu.reporting.report.chart import BOTTOM, LEFT, RIGHT, TOP, WIDTH, Axis, Drawing, nice_step, thinned
+from tofu.reporting.report.chart import BOTTOM, LEFT, RIGHT, TOP, Axis, Bar, Drawing, bar_chart, nice_step, thinned
 from tofu.rounds.panel import Chart, Figure, ImageFigure, Panel, Series, TableFigure
 
 SERIES = 8
@@ -100,19 +100,12 @@ def _bars(chart: Chart) -> str:
         for at, value in enumerate(series.values)
         if math.isfinite(value)
     ][:_BARS]
-    drawing = Drawing(
-        f"{chart.title}: " + "; ".join(f"{name} {value:.4g}" for name, _, _, value in bars), 34 * len(bars) + 4
-    )
-    widest = max((abs(value) for *_, value in bars), default=1.0) or 1.0
-    for row, (label, name, index, value) in enumerate(bars):
-        top = 34 * row
-        text = f"{label} ({name})" if len(chart.series) > 1 else label
-        drawing.add("text", "bar-name", text[:60], x=0, y=top + 13)
-        drawing.add("text", "tick end", f"{value:.4g}", x=WIDTH, y=top + 13)
-        drawing.add("rect", "rail", x=0, y=top + 18, width=WIDTH, height=9, rx=2)
-        width = round(max(WIDTH * abs(value) / widest, 1.0), 2)
-        drawing.add("rect", f"bar k-s{index % SERIES}", x=0, y=top + 18, width=width, height=9, rx=2)
-    return drawing.markup()
+    alt = f"{chart.title}: " + "; ".join(f"{name} {value:.4g}" for name, _, _, value in bars)
+    drawn = [
+        Bar(f"{label} ({name})" if len(chart.series) > 1 else label, f"{value:.4g}", value, f"k-s{index % SERIES}")
+        for label, name, index, value in bars
+    ]
+    return bar_chart(alt, drawn).markup()
 
 
 def _axis(values: Sequence[float], start: float, end: float) -> Axis:

@@ -12,6 +12,8 @@ _LEFT, _TOP = 44, 46
 _PALEST, _DARKEST = 0.06, 0.5
 """Opacity of the one hue over the card, so that the ink of either mode stays legible on the darkest cell."""
 _KEYS = 8
+_NUMBER = 28
+"""Units that a number takes; narrower cells show theirs as a tip only."""
 
 
 def task_matrix(run: RunData) -> str | None:
@@ -41,7 +43,8 @@ def task_matrix(run: RunData) -> str | None:
     drawing.add("text", "label", "after task", x=0, y=12)
     drawing.add("text", "label middle", "test accuracy (%) on task", x=_LEFT + (WIDTH - _LEFT) / 2, y=12)
     for place, column in enumerate(columns):
-        drawing.add("text", "tick middle", f"{column}", x=round(_LEFT + (place + 0.5) * wide, 2), y=_TOP - 10)
+        if wide >= _NUMBER or place % 5 == 0:
+            drawing.add("text", "tick middle", f"{column}", x=round(_LEFT + (place + 0.5) * wide, 2), y=_TOP - 10)
     for line, (task, row) in enumerate(drawn):
         top = round(_TOP + line * tall, 2)
         drawing.add("text", "tick end", f"{task}", x=_LEFT - 12, y=round(top + tall / 2 + 4, 2))
@@ -59,7 +62,9 @@ def task_matrix(run: RunData) -> str | None:
                 drawing.add("rect", "cell", tip=tip, fill_opacity=_opacity(darkness), rx=2, **box)
                 if task == column and one_order(run):
                     drawing.add("rect", "learnt", rx=2, **box)
-                text = f"{100 * share:.{1 if wide >= 36 else 0}f}"
+                if wide < _NUMBER:
+                    continue
+                text = f"{100 * share:.{1 if wide >= 44 else 0}f}"
                 drawing.add("text", "middle number", text, x=round(left + wide / 2, 2), y=round(top + tall / 2 + 4, 2))
     _key(drawing, bottom + 14, (format_fraction(scale.low, 0), format_fraction(scale.high, 0)))
     return drawing.markup()
@@ -95,7 +100,7 @@ def matrix_caption(run: RunData) -> str:
 
 def _key(drawing: Drawing, top: float, ends: tuple[str, str]) -> None:
     """A strip from the palest to the darkest cell, with what they stand for."""
-    left, step = WIDTH - 180, 16
+    left, step = WIDTH - 176, 16
     drawing.add("text", "tick end", ends[0], x=left - 8, y=round(top + 14, 2))
     for index in range(_KEYS):
         x = left + index * step

@@ -34,6 +34,7 @@ body {
   font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif;
   overflow-wrap: anywhere;
 }
+.panel h3 + svg { margin-top: 10px; }
 main { max-width: 1160px; margin: 0 auto; padding: 44px 28px 56px; }
 h1 { font-size: 14px; font-weight: 600; margin: 0; color: var(--soft); }
 h3 { font-size: 14px; font-weight: 600; margin: 0; }
@@ -58,8 +59,7 @@ dl.facts dd { margin: 0; font-size: 18px; font-weight: 600; font-variant-numeric
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 18px 20px; margin: 0; }
 section.card { margin-top: 20px; }
 figure { margin: 0; }
-.grid2 figcaption { min-height: 3.1em; }
-.grid2 svg { display: block; overflow: visible; width: 100%; height: auto; margin-top: 14px; }
+figure svg { display: block; overflow: visible; width: 100%; max-width: 540px; height: auto; margin: 14px auto 0; }
 .sheets { display: grid; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); gap: 24px; margin-top: 18px; }
 .sheets img { display: block; max-width: 100%; height: auto; image-rendering: pixelated; margin-bottom: 10px; }
 .sheets b { display: block; color: var(--ink); font-weight: 600; }
@@ -75,7 +75,7 @@ thead th { white-space: normal; overflow-wrap: normal; line-height: 1.3; }
 tbody th { color: inherit; vertical-align: inherit; font-weight: 600; border-bottom-color: var(--grid); }
 tfoot td, tfoot th { border-top: 1px solid var(--line); border-bottom: 0; color: inherit; font-weight: 600; }
 .left { text-align: left; }
-.wrap { white-space: normal; }
+.wrap, .panel td:first-child { white-space: normal; min-width: 9em; }
 .kind::before {
   content: ""; display: inline-block; width: 8px; height: 8px; margin-right: 7px;
   border-radius: 50%; background: var(--other);
@@ -94,14 +94,14 @@ footer { margin-top: 26px; color: var(--soft); font-size: 13px; }
 """
 
 FIGURE_STYLE = """
-svg text { font-size: 12px; fill: var(--ink); font-family: inherit; font-variant-numeric: tabular-nums; }
+svg text { font-size: 11px; fill: var(--ink); font-family: inherit; font-variant-numeric: tabular-nums; }
 svg .tick, svg .label { fill: var(--soft); }
 svg .end { text-anchor: end; } svg .middle { text-anchor: middle; }
 svg .value {
-  font-size: 13px; font-weight: 600;
+  font-size: 12px; font-weight: 600;
   paint-order: stroke; stroke: var(--card); stroke-width: 4px; stroke-linejoin: round;
 }
-svg .muted { fill: var(--soft); } svg .strong { fill: var(--run); } svg .bar-name { font-size: 13px; }
+svg .muted { fill: var(--soft); } svg .strong { fill: var(--run); } svg .bar-name { font-size: 12px; }
 svg .grid { stroke: var(--grid); } svg .axis { stroke: var(--line); }
 svg .curve { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
 svg .c-run { stroke: var(--run); } svg .c-cosine { stroke: var(--cosine); stroke-dasharray: 2 4; }
@@ -120,11 +120,16 @@ svg .drop { stroke: var(--soft); stroke-dasharray: 1 3; } svg .span { stroke: va
 """
 
 _MEDIA_STYLE = """
-@media screen and (max-width: 820px) {
+@media screen and (max-width: 1000px) {
   .grid2 { grid-template-columns: minmax(0, 1fr); }
+}
+@media screen and (max-width: 820px) {
   main { padding: 24px 14px; }
   .lead { font-size: 23px; }
-  .grid2 figcaption { min-height: 0; }
+}
+@media screen and (max-width: 520px) {
+  .card { padding: 16px 14px; }
+  svg text, svg .value, svg .bar-name { font-size: 14px; }
 }
 @media print {
   body { -webkit-print-color-adjust: exact; print-color-adjust: exact; }
@@ -199,7 +204,7 @@ measured (tofu attack).</p>
 {% if hidden_rounds %}
 <p class="soft">The last {{ rows | length }} rounds; {{ hidden_rounds }} earlier ones are in metrics.jsonl.</p>
 {% endif %}
-{% if rows %}<div class="scroll"><table id="rounds">
+{% if rows %}<div class="scroll" tabindex="0"><table id="rounds">
 <thead><tr><th scope="col">round</th><th scope="col" class="left">kind</th>
 {% for name in columns %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
 <tbody>
@@ -214,7 +219,7 @@ measured (tofu attack).</p>
 <h2>Secure rounds</h2>
 {% for text in secure_text %}<p class="soft">{{ text }}</p>
 {% endfor %}
-{% if abandoned %}<div class="scroll"><table id="abandoned">
+{% if abandoned %}<div class="scroll" tabindex="0"><table id="abandoned">
 <thead><tr><th scope="col">abandoned round</th><th scope="col" class="left">reason</th></tr></thead>
 <tbody>
 {% for row in abandoned %}<tr><th scope="row">{{ row.round }}</th><td class="left wrap">{{ row.reason }}</td></tr>
@@ -222,7 +227,7 @@ measured (tofu attack).</p>
 </section>{% endif %}
 {% if clients %}<section class="card"><details>
 <summary>Clients ({{ clients | length }})</summary>
-<div class="scroll"><table id="clients">
+<div class="scroll" tabindex="0"><table id="clients">
 <thead><tr><th scope="col" class="left">client</th><th scope="col">valid replies</th><th scope="col">failed</th>
 <th scope="col">examples</th><th scope="col">explained variance</th><th scope="col">training</th>
 <th scope="col">encoding</th>{% for name in client_columns %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
@@ -239,7 +244,7 @@ measured (tofu attack).</p>
 <h3>{{ figure.title }}</h3>
 {% if figure.svg %}{{ figure.svg }}{% endif %}
 {% if figure.image %}<img class="pixels" src="{{ figure.image }}" alt="{{ figure.title }}">{% endif %}
-{% if figure.table %}<div class="scroll"><table>
+{% if figure.table %}<div class="scroll" tabindex="0"><table>
 <thead><tr>{% for name in figure.table.header %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
 <tbody>{% for row in figure.table.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>{% endif %}
@@ -249,7 +254,7 @@ measured (tofu attack).</p>
 {% if plugins %}<section class="card">
 <h2>Plugin metrics</h2>
 <p class="soft">{{ plugins_text }}</p>
-<div class="scroll"><table id="plugins">
+<div class="scroll" tabindex="0"><table id="plugins">
 <thead><tr><th scope="col" class="left">metric</th><th scope="col">rounds</th><th scope="col">first</th>
 <th scope="col">last</th><th scope="col">lowest</th><th scope="col">highest</th>
 <th scope="col" class="left">by round</th></tr></thead>
@@ -261,7 +266,7 @@ measured (tofu attack).</p>
 {% if failures %}<section class="card">
 <h2>Failed replies</h2>
 <p class="soft">{{ failures_text }}</p>
-<div class="scroll"><table id="failures">
+<div class="scroll" tabindex="0"><table id="failures">
 <thead><tr><th scope="col">round</th><th scope="col" class="left">client</th>
 <th scope="col" class="left">reason</th></tr></thead>
 <tbody>
@@ -271,7 +276,7 @@ measured (tofu attack).</p>
 </section>{% endif %}
 <section class="card"><details>
 <summary>Settings ({{ config | length }})</summary>
-<div class="scroll"><table id="config"><tbody>
+<div class="scroll" tabindex="0"><table id="config"><tbody>
 {% for name, value in config %}<tr><th scope="row" class="left">{{ name }}</th>
 <td class="left wrap"><code>{{ value }}</code></td></tr>
 {% endfor %}</tbody></table></div>
