@@ -5,7 +5,7 @@ Entries of the node config:
 - `partition-id`: the client's partition of the run's dataset, and its name; or `data`, a folder with its own images.
 - `device`: where it trains and encodes, whatever the run's setting.
 - `policy`: the file of what the client accepts of a server (`tofu.flower.policy`).
-- `identity` and `identities`: keys of secure rounds (`tofu.flower.secure_session`).
+- `identity`, `identities` and `journal`: of secure rounds (`tofu.flower.secure_session`).
 """
 
 import logging
@@ -79,10 +79,10 @@ def train(message: Message, context: Context, workload: Workload | None = None) 
 def secure(message: Message, context: Context) -> Message:
     """Answer one stage of a secure round other than the masked input."""
     with _answering("secure", message, context) as answer:
-        _settings(context)
+        colluding = _settings(context).secure.secagg_collusion_fraction
         query = SecureQuery.from_bytes(_content(message))
         answer.fields["stage"] = query.stage
-        made = answer_query(query, context, participant_of(context, client_name(context)))
+        made = answer_query(query, context, participant_of(context, client_name(context), colluding))
         answer.record = ConfigRecord({FIELD: made.to_bytes()})
     return answer.message
 

@@ -29,7 +29,7 @@ from tofu.data import LabeledImages, LabeledRows
 from tofu.device import open_device
 from tofu.errors import PayloadError
 from tofu.flower.policy import Policy, client_name
-from tofu.flower.secure_session import load_session, new_advert, participant_of, save_session
+from tofu.flower.secure_session import load_session, mask_once, new_advert, participant_of
 from tofu.local_layers import LocalLayers
 from tofu.models.checks import check_constant_buffers, constant_buffers
 from tofu.payload import Payload
@@ -54,6 +54,7 @@ from tofu.rounds.steps import (
 )  # fmt: skip
 from tofu.row_workload import workload_of
 from tofu.secagg.encoding import EncodingConfig, RingEncoder, flat, purpose_of
+from tofu.secagg.participant import Participant
 from tofu.settings import FULL_WEIGHTS, Settings
 from tofu.tasks import TaskStream, only_classes
 from tofu.training import LocalTrainingConfig
@@ -84,10 +85,10 @@ def train_round(
     trained = local.train()
     fraction = settings.residual_fraction
     parameters, server = local.reference.param_spec.parameters, settings.server
-    steps: list[UpdateStep] = [AddResidual(request.acknowledged, fraction)]
+    steps: list[UpdateStep] = [AddResidual(local.acknowledged, fraction)]
     keep: UpdateStep = KeepResidual(round_, fraction)
     if server.server_optimizer == "ef21":
-        steps = [SubtractDirection(request.acknowledged, server.ef21_momentum, parameters)]
+        steps = [SubtractDirection(local.acknowledged, server.ef21_momentum, parameters)]
         keep = KeepDirection(round_, parameters)
     if settings.privacy.noise_multiplier:
         steps.append(Clip(settings.privacy.clip_norm, local.reference.param_spec))
@@ -157,6 +158,20 @@ class LocalRound:
     local: LocalLayers
     data: Sized
 
+    @property
+    def participant(self) -> Participant:
+        """This client in secure rounds."""
+        fraction = self.settings.secure.secagg_collusion_fraction
+        return participant_of(self.context, self.position.client, fraction)
+
+    @property
+    def acknowledged(self) -> int:
+        """The last round whose reply the server added. A server that lies may not have a masked vector sent again, next
+        to others that it makes almost zero: in a secure round with identities, all that was sent counts as received."""
+        if self.request.kind == "secure" and self.participant.identity is not None:
+            return self.feedback.sent_round
+        return self.request.acknowledged
+
     @staticmethod
     def begin(
         request: TrainRequest, round_: int, settings: Settings, context: Context, workload: Workload
@@ -201,7 +216,7 @@ class LocalRound:
         settings, model = self.settings, self.reference.model
         step_ahead = settings.codec.step_ahead_of(self.round, settings.training.rounds)
         start = self.feedback.ahead(
-            self.base, self.request.acknowledged, step_ahead, self.reference.param_spec.parameters,
+            self.base, self.acknowledged, step_ahead, self.reference.param_spec.parameters,
             fraction=settings.residual_fraction,
         )  # fmt: skip
         load_weights(model, start)
@@ -262,7 +277,6 @@ class LocalRound:
         began = time.perf_counter()
         outgoing = Compress(compressor, reference, generator, uses_memory=request.kind != "fedavg").apply(outgoing)
         parameters = {name: outgoing.update[name] for name in reference.param_spec.parameters}
-        participant = participant_of(self.context, self.position.client)
         reply = TrainReply(
             examples=trained.examples,
             train_loss=trained.loss,
@@ -271,7 +285,7 @@ class LocalRound:
             train_seconds=trained.seconds,
             encode_seconds=time.perf_counter() - began,
             payload=Payload(compressor.code, self.round, request.identity, outgoing.body).to_bytes(),
-            advert=new_advert(self.context, participant) if request.advert else b"",
+            advert=new_advert(self.context, self.participant) if request.advert else b"",
             exported=self._exported_bytes(trained),
         )
         return reply.to_bytes(), outgoing
@@ -300,9 +314,12 @@ class LocalRound:
         encoder = RingEncoder(self.reference.param_spec, config, sums, displacement)
         if encoder.digest != config.digest:
             raise ResyncError("this client's weights select other coordinates than the server's")
-        session = load_session(self.context, participant_of(self.context, self.position.client))
+        participant = self.participant
+        session = load_session(self.context, participant)
         if session.purpose != purpose_of(config, self.base, self.broadcast, *settings.meaning(self.round)):
-            raise ResyncError("the weights, settings or encoding are not those that all clients of this sum agreed on")
+            raise ResyncError(
+                "the weights, settings, app or encoding are not those that all clients of this sum agreed on"
+            )
         noise = Noise.in_sum(
             settings.privacy, settings.secure, session.topology, session.members, levels=encoder.levels,
             values=encoder.values,
@@ -312,6 +329,4 @@ class LocalRound:
         step = EncodeInRing(encoder, trained.examples, trained.loss, seed, trained.exported.sums, noise)
         outgoing = step.apply(outgoing)
         assert outgoing.vector is not None
-        masked = session.mask_input(outgoing.vector, part.shares)
-        save_session(self.context, session)
-        return masked, outgoing
+        return mask_once(self.context, session, participant, self.round, outgoing.vector, part.shares), outgoing

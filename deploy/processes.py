@@ -136,7 +136,11 @@ class LocalCluster:
             names = read_names(self.folder) | {identity: name}
             (self.folder / _NAMES).write_text(json.dumps(names, indent=1))
         port = free_port()
-        config: dict[str, int | str] = {"partition-id": partition, "num-partitions": self.nodes}
+        journals = self.folder / "journals"
+        journals.mkdir(mode=0o700, exist_ok=True)
+        config: dict[str, int | str] = {
+            "partition-id": partition, "num-partitions": self.nodes, "journal": str(journals / f"{name}.db")
+        }  # fmt: skip
         if self._data is not None:
             config["data"] = str(self._data / name)
         if self._policy is not None:

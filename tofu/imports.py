@@ -1,10 +1,14 @@
 """Imports that may fail: the user's own code as `package.module:attribute`, and packages of optional extras."""
 
+import hashlib
 import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from tofu.errors import MissingExtraError
@@ -28,6 +32,24 @@ def import_object(name: str) -> Any:
         sys.path.append(folder)
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+@cache
+def code_digest(*packages: str) -> bytes:
+    """SHA-256 of the names and contents of all Python files of packages, as they would be imported.
+
+    Example:
+        >>> code_digest("tofu") == code_digest("tofu", "no_such_package") != code_digest("tofu", "client")
+        True
+    """
+    digest = hashlib.sha256()
+    for package in packages:
+        spec = importlib.util.find_spec(package)
+        root = Path(spec.origin).parent if spec is not None and spec.origin is not None else Path(os.devnull)
+        for name in sorted(file.relative_to(root).as_posix() for file in root.rglob("*.py")):
+            content = hashlib.sha256((root / name).read_bytes()).digest()
+            digest.update(f"{package}/{name}\0".encode() + content)
+    return digest.digest()
 
 
 @contextmanager

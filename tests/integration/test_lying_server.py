@@ -1,18 +1,27 @@
 """A server that isolates one client's update in a secure sum by giving the others something else."""
 
+import dataclasses
+import json
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import Context, Message
+from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 
+import tofu.settings
 from client import app as honest
+from deploy.identities import make_identities
+from server.app import app as server_app
 from server.app import serve_in_process
 from tofu.errors import RunError
+from tofu.flower.in_process import run_in_process
+from tofu.imports import code_digest
 from tofu.observers.base import Observer
 from tofu.rounds.record import read_rounds
 from tofu.settings import Settings
+from tofu.wire import FIELD, RECORD, TrainRequest
 
 SECURE: dict[str, Any] = {
     "clients": 4, "rounds": 1, "local_epochs": 1, "train_images": 200, "schedule": "secure", "checkpoint": False,
@@ -67,3 +76,66 @@ def test_clients_with_the_same_settings_are_summed(tmp_path: Path) -> None:
     app = app_with_settings_for_others("lr", Settings().training.lr)
     serve_in_process(app, Settings.of(SECURE | {"run_folder": str(tmp_path / "run")}), Observer())
     assert not read_rounds(tmp_path / "run" / "metrics.jsonl")[-1].abandoned
+
+
+def test_clients_with_another_version_of_the_app_are_not_summed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = threading.local()
+    monkeypatch.setattr(tofu.settings, "code_digest", lambda *names: getattr(here, "other", code_digest(*names)))
+    app = ClientApp()
+    app.query()(honest.hello)
+    app.query("secure")(honest.secure)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        if honest.client_name(context) == "0":
+            return honest.train(message, context)
+        here.other = bytes(32)
+        try:
+            return honest.train(message, context)
+        finally:
+            del here.other
+
+    with pytest.raises(RunError, match="no round succeeded, so the model is untrained"):
+        serve_in_process(app, Settings.of(SECURE | {"run_folder": str(tmp_path / "run")}), Observer())
+    failures = read_rounds(tmp_path / "run" / "metrics.jsonl")[-1].failures
+    assert {failure.client for failure in failures} == {"1", "2", "3"}
+    assert all("app or encoding are not those" in failure.reason for failure in failures)
+
+
+def app_told_that_nothing_arrived() -> ClientApp:
+    """The real client app; client 0 is always told that the server did not add its last reply."""
+    app = ClientApp()
+    app.query()(honest.hello)
+    app.query("secure")(honest.secure)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        if honest.client_name(context) == "0":
+            request = TrainRequest.from_bytes(message.content.config_records[RECORD][FIELD])
+            changed = dataclasses.replace(request, acknowledged=-1).to_bytes()
+            message.content[RECORD] = ConfigRecord({FIELD: changed})
+        return honest.train(message, context)
+
+    return app
+
+
+@pytest.mark.parametrize("identities", [True, False])
+def test_a_masked_vector_is_not_sent_again_beside_others_that_are_zero(identities: bool, tmp_path: Path) -> None:
+    """Without an identity the server is trusted, and a client believes what it says about lost replies."""
+    make_identities(tmp_path / "keys", ["0", "1", "2", "3"])
+    known = str(tmp_path / "keys" / "identities.json")
+
+    def node(partition: int) -> dict[str, Any]:
+        own = {"identity": str(tmp_path / "keys" / f"{partition}.identity"), "identities": known}
+        return own if identities else {}
+
+    weights = []
+    for name, app in (("honest", honest.app), ("lied", app_told_that_nothing_arrived())):
+        settings = Settings.of(
+            SECURE | {"rounds": 2, "run_folder": str(tmp_path / name), "secure_identities": known if identities else ""}
+        )
+        run_in_process(server_app, app, run_config=settings.to_config(), num_supernodes=4, node_config=node)
+        weights.append(json.loads((tmp_path / name / "summary.json").read_text())["weights_sha256"])
+    assert (weights[0] == weights[1]) is identities

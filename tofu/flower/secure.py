@@ -44,11 +44,12 @@ from tofu.flower.feedback import load_feedback, save_feedback
 from tofu.flower.internals import content_reply
 from tofu.flower.policy import Policy
 from tofu.flower.secure_options import MIN_CLIENTS, VERSION, RangeTracker, SecureOptions
-from tofu.flower.secure_session import answer_query, load_session, participant_of, save_session, session_name
+from tofu.flower.secure_session import answer_query, load_session, mask_once, participant_of, session_name
 from tofu.flower.secure_stages import AbandonedError, SecureExchange, abandoning
 from tofu.flower.transport import GridTransport
 from tofu.flower.update_codec import ArrayNames, UpdateCodec, tensors_of
 from tofu.flower.wrapper import StrategyWrapper, TrainMod, only_arrays, reasons_of, unwrapped, with_record, wrappers
+from tofu.imports import code_digest
 from tofu.privacy import Accountant
 from tofu.rng import derive_bytes
 from tofu.rounds.steps import (
@@ -112,7 +113,7 @@ class SecureMod(TrainMod):
             PolicyError: the client's policy refuses such rounds.
         """
         options = self._options
-        participant = participant_of(context, session_name(context))
+        participant = participant_of(context, session_name(context), options.collusion)
         stage = message.content.config_records.get(STAGE)
         if stage is not None:
             answer = answer_query(SecureQuery.from_bytes(stage.get(FIELD)), context, participant)
@@ -133,7 +134,9 @@ class SecureMod(TrainMod):
         trained = _Trained.of(reply, request, options)
         spec, kept = request.names.param_spec, bool(options.error_feedback)
         feedback, memory = load_feedback(context, spec) if kept else (ErrorFeedback(), b"")
-        steps: list[UpdateStep] = [AddResidual(request.acknowledged, options.error_feedback)]
+        # A server that lies may not have the last vector sent again, next to others that it makes almost zero.
+        acknowledged = request.acknowledged if participant.identity is None else feedback.sent_round
+        steps: list[UpdateStep] = [AddResidual(acknowledged, options.error_feedback)]
         if noise:
             steps.append(Clip(options.clip_norm, spec))
         seed = derive_bytes(0, request.round, participant.name, "round")
@@ -142,10 +145,9 @@ class SecureMod(TrainMod):
         outgoing = apply_steps(steps, Outgoing(trained.update, feedback, memory))
         assert outgoing.vector is not None
         try:
-            masked = session.mask_input(outgoing.vector, request.shares)
+            masked = mask_once(context, session, participant, request.round, outgoing.vector, request.shares)
         except ValueError as error:
             raise PayloadError(f"this client's model differs from the server's: {error}") from error
-        save_session(context, session)
         if kept:
             save_feedback(context, spec, outgoing.feedback, outgoing.memory)
         record = ConfigRecord({"masked": masked, "metrics": trained.names})
@@ -187,7 +189,7 @@ class _SecureRequest:
             raise PayloadError("encoding config omits or rounds values that this client would not send later")
         names = codec.reference(base) if codec else ArrayNames.of(base)
         encoder = RingEncoder(names.param_spec, config, options.declared)
-        purpose = purpose_of(config, base, content_digest(message.content, key))
+        purpose = purpose_of(config, base, content_digest(message.content, key), *meaning(round_, options, codec))
         return _SecureRequest(round_, acknowledged, key, base, names, config, part.shares, encoder, purpose)
 
 
@@ -404,7 +406,10 @@ class SecureAggregation(StrategyWrapper):
         config, encoder = self._ranges.encoding(arrays.own(base), arrays.param_spec, max(len(names), MIN_CLIENTS))
         session = ServerSession(
             run_name(transport.run_id), round_, values=encoder.length, bits=config.bits, known=self._known,
-            purpose=purpose_of(config, base, content_digest(message.content, self._weight_key)),
+            purpose=purpose_of(
+                config, base, content_digest(message.content, self._weight_key),
+                *meaning(round_, options, self._codec),
+            ),
         )  # fmt: skip
         shares = exchange.share_keys(session, adverts, options.topology, min_clients=MIN_CLIENTS)
         self._open = _OpenSum(session, exchange, encoder, config, names, key, base, arrays)
@@ -490,6 +495,11 @@ class SecureAggregation(StrategyWrapper):
 def joint_digest(options: SecureOptions, codec: UpdateCodec | None) -> bytes:
     """Identifies what both ends must have in common."""
     return options.digest + (codec.digest if codec else b"")
+
+
+def meaning(round_: int, options: SecureOptions, codec: UpdateCodec | None) -> tuple[bytes, ...]:
+    """What clients of one sum must have alike besides its encoding and the message: round, options and Tofu's code."""
+    return round_.to_bytes(8, "little", signed=True), joint_digest(options, codec), code_digest("tofu")
 
 
 def content_digest(content: RecordDict, weight_key: str) -> bytes:

@@ -61,6 +61,11 @@ class ClientSession:
         return self._roster.terms.purpose
 
     @property
+    def round(self) -> int:
+        """The round of the run that the session is for, after ShareKeys."""
+        return self._roster.terms.session.round
+
+    @property
     def members(self) -> int:
         """Number of clients in the session, after ShareKeys."""
         return len(self._roster.terms.members)

@@ -124,19 +124,33 @@ def choose_topology(
     for name, fraction in (("dropout", dropout), ("corrupted", corrupted)):
         if not 0 <= fraction < 1:
             raise SettingError(name, fraction, "a fraction from 0 to below 1")
-    bad, lost = math.floor(corrupted * clients), math.floor(dropout * clients)
+    lost = math.floor(dropout * clients)
     for neighbors in range(2, min(clients - 1, MAX_SHARES + 1), 2) if clients > complete_up_to else ():
-        worst = _exceeded(clients - 1, bad, neighbors, clients, security_bits)
         gone = _exceeded(clients - 1, lost, neighbors, clients, correctness_bits)
-        threshold = neighbors // 2 + worst + 1
+        threshold = min_threshold(clients, neighbors, corrupted, security_bits)
         if threshold <= neighbors - gone:
             return Topology(neighbors, threshold)
     everybody = clients - 1
-    threshold = everybody // 2 + bad + 1
+    threshold = min_threshold(clients, everybody, corrupted, security_bits)
     if threshold > everybody - lost or everybody > MAX_SHARES:
         accepted = f"a smaller fraction: no threshold allows it with corrupted={corrupted:g} and {clients} clients"
         raise SettingError("dropout", dropout, accepted)
     return Topology(everybody, threshold)
+
+
+def min_threshold(clients: int, neighbors: int, corrupted: float, security_bits: int = 40) -> int:
+    """Smallest secure threshold of a graph, t = floor(d/2) + c + 1, if a fraction of the clients colludes.
+
+    c is the number of colluding neighbors that no client exceeds, except with probability 2^-security_bits; in the
+    complete graph all colluding clients are neighbors.
+
+    Example:
+        >>> min_threshold(32, 31, corrupted=0.1)
+        19
+    """
+    bad = math.floor(corrupted * clients)
+    worst = bad if neighbors == clients - 1 else _exceeded(clients - 1, bad, neighbors, clients, security_bits)
+    return neighbors // 2 + worst + 1
 
 
 def _exceeded(population: int, marked: int, draws: int, tries: int, bits: int) -> int:

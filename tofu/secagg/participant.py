@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tofu.errors import PayloadError, SettingError
+from tofu.secagg.graph import min_threshold
 from tofu.secagg.identities import ADVERT, Identity, check_known, verify
 from tofu.secagg.messages import Advert, Roster, check_name
 from tofu.secagg.shamir import MAX_SHARES
@@ -24,6 +25,8 @@ class Participant:
         known: name -> Ed25519 public key of every client, not received from the server; None without identities.
         min_neighbors: sessions with fewer neighbors are refused.
         max_colluding: c, the number of neighbors that may collude with the server; lower thresholds are refused.
+        colluding: the fraction of a session's clients that may collude, by the run's settings; c is at least what
+            follows from it (`tofu.secagg.graph.min_threshold`).
 
     Raises:
         SettingError: identity and known keys are not given together, or contradict each other.
@@ -35,6 +38,7 @@ class Participant:
     known: Mapping[str, bytes] | None = None
     min_neighbors: int = 2
     max_colluding: int = 0
+    colluding: float = 0.0
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -73,9 +77,10 @@ class Participant:
         if not self.min_neighbors <= count <= MAX_SHARES or count != terms.neighbors:
             wanted = f"{terms.neighbors}, from {self.min_neighbors} to {MAX_SHARES}"
             raise PayloadError(f"roster has {count} neighbors, expected {wanted}")
-        min_threshold = count // 2 + self.max_colluding + 1  # see `tofu.secagg.graph`
-        if not min_threshold <= terms.threshold <= count:
-            raise PayloadError(f"roster has threshold {terms.threshold}, expected {min_threshold} to {count}")
+        own_limit = count // 2 + self.max_colluding + 1  # see `tofu.secagg.graph`
+        least = max(own_limit, min_threshold(len(terms.members), count, self.colluding))
+        if not least <= terms.threshold <= count:
+            raise PayloadError(f"roster has threshold {terms.threshold}, expected {least} to {count}")
         _check_distinct(own, roster.adverts)
         try:
             expected = terms.neighbors_of(number)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
 
 from tofu.errors import SettingError
-from tofu.imports import import_object
+from tofu.imports import code_digest, import_object
 from tofu.settings import deprecated
 from tofu.settings.deprecated import dashed
 from tofu.settings.fields import Group, Value, build, choices_of, expected, kind_of, parse_text
@@ -112,10 +112,13 @@ class Settings(BaseModel):
         """Flat name with dashes -> value, as in TOML and in Flower's run config."""
         return {dashed(name): getattr(getattr(self, _GROUP_OF[name]), name) for name in FIELDS}
 
-    def meaning(self, round_: int) -> tuple[bytes, bytes]:
-        """What clients of one secure sum must have alike besides its encoding: a digest of all settings, the round."""
-        text = json.dumps(self.to_config(), sort_keys=True)
-        return hashlib.sha256(text.encode()).digest(), round_.to_bytes(4, "little")
+    def meaning(self, round_: int) -> tuple[bytes, ...]:
+        """What clients of one secure sum must have alike besides its encoding: settings, round and the app's code.
+
+        The settings are all but the device, which a client may choose.
+        """
+        text = json.dumps(self.to_config() | {"device": ""}, sort_keys=True)
+        return hashlib.sha256(text.encode()).digest(), round_.to_bytes(4, "little"), code_digest("tofu", "client")
 
     def _check(self) -> None:
         """Check settings against each other."""
