@@ -42,6 +42,7 @@ from tofu.observers.base import Observer, Observers
 from tofu.observers.json_lines import JsonLinesLog
 from tofu.observers.prometheus import PrometheusMetrics
 from tofu.observers.terminal import make_progress
+from tofu.observers.trackers import make_trackers
 from tofu.privacy import Accountant
 from tofu.recording import Recorder
 from tofu.reference_model import ReferenceModel
@@ -81,7 +82,7 @@ def serve(grid: Grid, settings: Settings, observer: Observer, workload: Workload
     """Run the whole federation.
 
     Args:
-        observer: receives the events of the run, after the log and the Prometheus metrics.
+        observer: receives the events of the run, after the log, the Prometheus metrics and the trackers.
         workload: data and model; by default those that the settings name.
 
     Raises:
@@ -91,7 +92,8 @@ def serve(grid: Grid, settings: Settings, observer: Observer, workload: Workload
     start_logging(settings.run.log)
     _check_clients(grid, settings)
     metrics = PrometheusMetrics(grid.run.run_id, settings)
-    observers = Observers((JsonLinesLog(grid.run.run_id), metrics, observer))
+    tracked = make_trackers(settings.run.tracker, lambda text: observers.on_note(text))
+    observers = Observers((JsonLinesLog(grid.run.run_id), metrics, *tracked, observer))
     try:
         run = _Run(grid, settings, observers, workload or workload_of(settings))
         metrics.serve(settings.run.metrics_port)

@@ -6,6 +6,7 @@ comparison can be interrupted at any time and continued with the same command.
 
 import contextlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from server.app import serve_in_process
 from tofu.errors import RunError, SettingError
 from tofu.files import lock_file, replace_file
 from tofu.formatting import format_seconds
+from tofu.observers import trackers
 from tofu.observers.base import Observer
 from tofu.reporting.compare.plan import FEDAVG, Cell, Comparison, Run
 from tofu.reporting.compare.results import Row, best_value, document, failed_run, read_run
@@ -39,8 +41,8 @@ _WRITTEN = frozenset(
         "plugins.state",
     )
 )
-_TEMPORARY = frozenset((".config.json.lock", *(f".{name}.part" for name in _WRITTEN)))
-_NOT_COMPARED = ("run-folder", "workers", "checkpoint", "resume", "log", "metrics-port")
+_OURS = frozenset((*_WRITTEN, ".config.json.lock", *(f".{name}.part" for name in _WRITTEN)))
+_NOT_COMPARED = ("run-folder", "workers", "checkpoint", "resume", "log", "metrics-port", "tracker")
 """Settings that change nothing about a run's results."""
 
 
@@ -240,8 +242,8 @@ def _written(folder: Path) -> list[Path]:
     """
     found = sorted(folder.iterdir()) if folder.is_dir() else []
     for path in found:
-        ours = path.name in _WRITTEN or path.name in _TEMPORARY
-        if not ours or path.is_symlink() or not path.is_file():
+        ours = path.is_dir() if path.name == trackers.FOLDER else path.name in _OURS and path.is_file()
+        if not ours or path.is_symlink():
             raise SettingError("folder", str(folder), f"nothing but the files of a run to begin again ({path.name})")
     return found
 
@@ -249,4 +251,7 @@ def _written(folder: Path) -> list[Path]:
 def _clear(folder: Path) -> None:
     """Delete what an unfinished run left."""
     for path in _written(folder):
-        path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -214,11 +214,13 @@ def test_an_unfinished_run_is_begun_again(copied: Path, compare: Compare) -> Non
     summary = json.loads((run / "summary.json").read_text())
     (run / "summary.json").unlink()
     (run / ".summary.json.part").write_text("{")
+    (run / "trackers").mkdir()
+    (run / "trackers" / "mlflow.json").write_text("{}")
     assert compare(*ASKED, "--quiet", f"--folder={copied}").status == 0
     again = json.loads((run / "summary.json").read_text())
     assert again["weights_sha256"] == summary["weights_sha256"]
     assert len(rows(run / "ledger.jsonl")) == messages  # not appended to
-    assert not (run / ".summary.json.part").exists()
+    assert not {"trackers", ".summary.json.part"} & {path.name for path in run.iterdir()}
     others = {name: time for name, time in before.items() if not name.startswith(run.name)}
     assert {name: time for name, time in times(copied).items() if name in others} == others
 

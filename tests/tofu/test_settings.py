@@ -21,6 +21,7 @@ from tofu.compression.uncompressed import Uncompressed
 from tofu.data import ImageShape
 from tofu.errors import SettingError
 from tofu.models import build_model
+from tofu.observers.trackers import trackers
 from tofu.reference_model import ReferenceModel
 from tofu.settings import (
     FIELDS,
@@ -83,6 +84,7 @@ OTHERS |= {
     "task-count": 2,
     "over-relaxation": 1.5,
     "device": "auto",
+    "tracker": "wandb,tensorboard",
 }  # plugins do not go with noise-multiplier, and many settings not with tables and texts
 """A value for every setting that is not its default."""
 
@@ -414,6 +416,8 @@ def values_of(name: str) -> st.SearchStrategy[object]:
         return st.floats(low, top, exclude_min="gt" in bounds, exclude_max="lt" in bounds)
     if name == "subpopulations":
         return st.permutations(range(6)).map(lambda k: f"{k[0]},{k[1]}/{k[2]} {k[3]}/{k[4]}")
+    if name == "tracker":
+        return st.lists(st.sampled_from(trackers.names()), unique=True).map(",".join)
     return st.from_regex(DEVICE_NAME, fullmatch=True) if name == "device" else st.text(max_size=20)
 
 

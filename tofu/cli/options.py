@@ -101,7 +101,7 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
     flags = [f"--{flag}/--no-{flag}" if kind_of(field) is bool else f"--{flag}"]
     kind: Any = kind_of(field)
     if name in _REPEATED:
-        flags.append(f"--{flag.removesuffix('s')}")
+        flags = list(dict.fromkeys((*flags, f"--{flag.removesuffix('s')}")))
         kind = list[str]
     more: dict[str, Any] = {"click_type": SettingChoice(name, choices), "metavar": "CHOICE"} if choices else {}
     option = typer.Option(*flags, help=text, rich_help_panel=section_of(name), show_default=False, **more)

@@ -66,6 +66,7 @@ def _try_out(settings: Settings, *, quiet: bool) -> None:
         "clients": MIN_SECURE if "secure" in kinds else 2, "rounds": rounds, "local_epochs": 1, "switch_round": 0,
         "plateau_patience": 1, "plateau_gain": 1.0, "max_evals": min(5, settings.codec.max_evals), "min_clients": 1,
         "client_fraction": 1.0, "record_clients": "", "checkpoint": True, "metrics_port": 0, "max_epsilon": 0.0,
+        "tracker": "",
     }  # fmt: skip
     with TemporaryDirectory() as folder:
         chosen = _fewer_images(settings.replace(**small, run_folder=f"{folder}/run"))

@@ -8,6 +8,7 @@ samples.npz, panels.json             images and plugin panels for the report, re
 data.json                            what was read as data, what was left out, and each client's number of images
 metrics.prom                         Prometheus metrics (`tofu.observers.prometheus`), replaced after each round
 checkpoints/                         state for a resume (`server.checkpoint`)
+trackers/                            written by experiment trackers (`tofu.observers.trackers`)
 model.json                           class names, written once
 summary.json, report.html            `RunSummary` and the report, written at the end
 """
@@ -39,7 +40,7 @@ from tofu.weights import Weights
 
 MAY_CHANGE = (
     "workers", "round-timeout", "secure-timeout", "min-clients", "resume", "run-folder", "checkpoint", "log",
-    "metrics-port", "device", "rounds",
+    "metrics-port", "device", "rounds", "tracker",
 )  # fmt: skip
 """Settings that may differ when a run is resumed. Rounds may only become more."""
 

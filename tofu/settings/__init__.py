@@ -142,6 +142,10 @@ class Settings(BaseModel):
             raise SettingError(
                 "codec-mode", "paper", f"smooth with compressor={codec.compressor}, which has no proxies"
             )
+        if self.run.tracker:
+            from tofu.observers.trackers import split_trackers
+
+            split_trackers(self.run.tracker)
         if codec.proxy_size == 1:
             raise SettingError("proxy-size", 1, "0 (chooses it) or 2 to 1024 pixels")
         if plugin.tasks == "none" and plugin.task_count > 1:

@@ -405,6 +405,11 @@ class RunSettings(Group):
     metrics_port: int = setting(
         0, "port on 127.0.0.1 that serves the metrics to Prometheus during the run; 0 is none", ge=0, le=65535
     )
+    tracker: str = setting(
+        "",
+        "experiment trackers, separated by commas: tensorboard, mlflow, wandb, trackio, or package.module:Class",
+        repeated=",",
+    )
 
     @property
     def recorded(self) -> tuple[str, ...]:
