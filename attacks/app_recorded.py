@@ -17,8 +17,8 @@ from tofu.data import LabeledImages
 from tofu.errors import SettingError
 from tofu.flower.update_codec import ArrayModel, UpdateCodec
 from tofu.imports import import_object
-from tofu.payload import read_payload
 from tofu.recording import AppCodec, AppRecording
+from tofu.wire import read_payload
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,12 @@ from attacks.observation import Observation
 from tofu.compression import compressors, uplink_compressor
 from tofu.data import LabeledImages
 from tofu.errors import SettingError
-from tofu.payload import HEADER_BYTES
 from tofu.privacy import Noise, check_param_spec, clip, noise_multiplier_for
 from tofu.reference_model import ReferenceModel
 from tofu.settings import Settings
 from tofu.training import LocalTrainingConfig, train_locally
 from tofu.weights import Weights, difference, dot, weights_of
+from tofu.wire import HEADER_BYTES
 
 DELTA = 1e-5
 

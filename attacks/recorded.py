@@ -26,12 +26,12 @@ from attacks.trials import OTHERS, AttackResult
 from tofu.compression import uplink_compressor
 from tofu.data import FederatedData, LabeledImages, to_float
 from tofu.errors import SettingError
-from tofu.payload import HEADER_BYTES, read_payload
 from tofu.recording import AppRecording, Recording, read_recording, recordings
 from tofu.reference_model import ReferenceModel
 from tofu.rng import derive_generator
 from tofu.training import LocalTrainingConfig
 from tofu.weights import load_weights
+from tofu.wire import HEADER_BYTES, read_payload
 
 ATTACKS = ("analytic", "simulation", "codec-aware", "proxy-images", "label-counts")
 """Attacks that are run by default."""

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attacks.base import Watch
 from attacks.observation import Observation
-from tofu.codec.lbfgs import lbfgs
+from tofu.codec.search import lbfgs
 
 Tensors = tuple[Tensor, ...]
 

@@ -20,8 +20,7 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.local_round import train_round
-from client.policy import client_data
+from client.local_round import client_data, train_round
 from client.state import save_class_names
 from tofu.errors import TofuError
 from tofu.flower.policy import Policy, client_name, error_replies

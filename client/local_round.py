@@ -4,18 +4,17 @@ import math
 import time
 from collections.abc import Sized
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from flwr.app import Context
 from torch.utils.data import Subset
 
-from client.downlink import receive_weights
-from client.policy import check_fit, client_data
 from client.state import (
     SavedState,
     load_broadcast,
+    load_class_names,
     load_local,
     load_plugins,
     load_state,
@@ -23,21 +22,19 @@ from client.state import (
     save_state,
 )
 from tofu.compression import downlink_compressor, uplink_compressor
+from tofu.compression.base import Compressor, check_finite
 from tofu.compression.error_feedback import ErrorFeedback
-from tofu.compression.flat import check_finite
-from tofu.data import LabeledImages, LabeledRows
+from tofu.data import ImageShape, LabeledImages, LabeledRows, RowFormat, local_folder, local_rows
 from tofu.device import open_device
-from tofu.errors import PayloadError
+from tofu.errors import DataError, PayloadError
 from tofu.flower.policy import Policy, client_name
 from tofu.flower.secure_session import load_session, mask_once, new_advert, participant_of
 from tofu.local_layers import LocalLayers
-from tofu.models.checks import check_constant_buffers, constant_buffers
-from tofu.payload import Payload
 from tofu.plugins import MAX_STATE_BYTES, Export, Plugins, RoundContext, export_to_bytes, make_plugins
 from tofu.privacy import Noise
 from tofu.reference_model import ReferenceModel
 from tofu.rng import derive_bytes, derive_generator
-from tofu.rounds.downlink import KeptWeights, ResyncError
+from tofu.rounds.downlink import KeptWeights, ResyncError, receive_weights
 from tofu.rounds.steps import (
     AddNoise,
     AddResidual,
@@ -51,16 +48,85 @@ from tofu.rounds.steps import (
     UpdateStep,
     apply_steps,
     check_noise_grid,
-)  # fmt: skip
-from tofu.row_workload import workload_of
+)
 from tofu.secagg.encoding import EncodingConfig, RingEncoder, flat, purpose_of
 from tofu.secagg.participant import Participant
 from tofu.settings import FULL_WEIGHTS, Settings
 from tofu.tasks import TaskStream, only_classes
 from tofu.training import LocalTrainingConfig
-from tofu.weights import Weights, cosine, difference, explained_variance, load_weights, weights_of
-from tofu.wire import CLIENT_ACCURACY, SecurePart, TrainReply, TrainRequest, broadcast_id
-from tofu.workload import Workload
+from tofu.weights import (
+    Weights,
+    check_constant_buffers,
+    constant_buffers,
+    cosine,
+    difference,
+    explained_variance,
+    load_weights,
+    weights_of,
+)
+from tofu.wire import CLIENT_ACCURACY, Payload, SecurePart, TrainReply, TrainRequest, broadcast_id
+from tofu.workload import Workload, workload_of
+
+
+def client_data(settings: Settings, context: Context, workload: Workload | None = None) -> Sized:
+    """The client's data: the folder that its node config names as `data`, with the classes that the settings or the
+    server number; or its partition of the workload's data, by default the dataset that the settings name.
+
+    Raises:
+        DataError: the node config has neither.
+    """
+    folder, data = context.node_config.get("data"), settings.data
+    if folder is None:
+        names: tuple[str, ...] = ()
+    elif data.class_names:
+        names = tuple(filter(None, (name.strip() for name in data.class_names.split(","))))
+    else:
+        names = load_class_names(context)
+    if folder is not None and data.kind != "images":
+        return local_rows(str(folder), replace(RowFormat.of(data), class_names=names))
+    if folder is not None:
+        return local_folder(
+            str(folder), class_names=names, subpopulations=data.subpopulations, label_column=data.label_column,
+            image_column=data.image_column, strict=data.strict,
+        )  # fmt: skip
+    partition = context.node_config.get("partition-id")
+    if partition is None:
+        raise DataError("node config has neither data (a folder of images) nor partition-id (a part of the dataset)")
+    return (workload or workload_of(settings)).client(int(partition))
+
+
+def check_fit(data: LabeledImages | LabeledRows, shape: ImageShape) -> None:
+    """Check that inputs and labels fit the input and output of the run's model.
+
+    Raises:
+        DataError: they do not.
+    """
+    if isinstance(data, LabeledRows):
+        if data.width != shape.width:
+            raise DataError(f"rows of {data.width} features or tokens, the run's network takes {shape.width}")
+    else:
+        own = data.shape
+        if (own.channels, own.height, own.width) != (shape.channels, shape.height, shape.width):
+            raise DataError(
+                f"images of {own.channels}x{own.height}x{own.width}, the run's network takes "
+                f"{shape.channels}x{shape.height}x{shape.width}"
+            )
+    if len(data) and int(data.labels.max()) >= shape.classes:
+        raise DataError(f"label {int(data.labels.max())}, the run's network has classes 0 to {shape.classes - 1}")
+
+
+def hold_out(data: Any, settings: Settings, client: str) -> tuple[Any, Any]:
+    """The data to train on, and those that the client tests on, the same in every round."""
+    fraction = settings.training.client_test_fraction
+    count = min(len(data) - 1, math.ceil(fraction * len(data)))
+    if not fraction or not count:
+        return data, ()
+    generator = derive_generator(settings.run.seed, client, "client test")
+    rows = torch.randperm(len(data), generator=generator)
+    kept, held = rows[count:].sort().values, rows[:count].sort().values
+    if isinstance(data, LabeledImages | LabeledRows):
+        return data.subset(kept), data.subset(held)
+    return Subset(data, kept.tolist()), Subset(data, held.tolist())
 
 
 def train_round(
@@ -139,7 +205,10 @@ class LocalRound:
         feedback: what the server has not received.
         broadcast: bytes of the plugins' broadcast.
         local: the layers that are this client's own.
-        data: the client's data.
+        data: the client's training data, of this round's task in a run of tasks.
+        own_test: its own test data.
+        classes: the classes of the task in a multi-head run; None in others.
+        compressor: of the update; None in a secure round.
     """
 
     request: TrainRequest
@@ -157,6 +226,9 @@ class LocalRound:
     workload: Workload
     local: LocalLayers
     data: Sized
+    own_test: Sized
+    classes: tuple[int, ...] | None
+    compressor: Compressor | None
 
     @property
     def participant(self) -> Participant:
@@ -202,9 +274,16 @@ class LocalRound:
         feedback = ErrorFeedback()
         if settings.residual_fraction:
             feedback = state.feedback.aged(round_, settings.codec.residual_half_life)
+        secure = request.kind == "secure"
+        stream = TaskStream.of(settings.plugins, request.shape.classes, settings.run.seed)
+        task = stream.number(position.task, client)
+        data = stream.images_of(data, task) if isinstance(data, LabeledImages) else data
+        data, own_test = hold_out(data, settings, client)
         return LocalRound(
             request, round_, settings, context, plugins, position, reference, weights_of(reference.model), initial,
-            state, feedback, broadcast, workload, local, data,
+            state, feedback, broadcast, workload, local, data, own_test,
+            classes=stream.classes_of(task) if settings.plugins.task_heads == "multi" else None,
+            compressor=None if secure else uplink_compressor(settings, request.kind, reference),
         )  # fmt: skip
 
     def train(self) -> TrainedUpdate:
@@ -220,26 +299,19 @@ class LocalRound:
             fraction=settings.residual_fraction,
         )  # fmt: skip
         load_weights(model, start)
-        stream = TaskStream.of(settings.plugins, self.request.shape.classes, settings.run.seed)
-        task = stream.number(self.position.task, self.position.client)
-        data = self.data
-        if isinstance(data, LabeledImages):
-            data = stream.images_of(data, task)
         config = LocalTrainingConfig.of(settings.training, self.round)
         self.local.begin(model, load_local(self.context, self.local))
-        data, own_test = self._hold_out(data)
         generator = derive_generator(settings.run.seed, self.round, self.position.client, "train")
-        multi_head = settings.plugins.task_heads == "multi"
-        heads = only_classes(model, stream.classes_of(task)) if multi_head else nullcontext()
+        heads = nullcontext() if self.classes is None else only_classes(model, self.classes)
         constants = self.local.without(constant_buffers(model))
         device = open_device(settings.run.device)
         accuracy = None
         with heads:
-            if len(own_test):
+            if len(self.own_test):
                 predict = self.plugins.predict
-                accuracy = self.workload.evaluate(model, own_test, predict=predict, device=device).accuracy
+                accuracy = self.workload.evaluate(model, self.own_test, predict=predict, device=device).accuracy
             result = self.workload.train(
-                model, data, config, position=self.position, generator=generator, plugins=self.plugins,
+                model, self.data, config, position=self.position, generator=generator, plugins=self.plugins,
                 device=device,
             )  # fmt: skip
         check_constant_buffers(model, constants)
@@ -251,21 +323,8 @@ class LocalRound:
         load_weights(model, self.base)  # the codec differentiates at the global weights
         model.eval()
         noised = bool(settings.privacy.noise_multiplier)
-        examples, loss = (1, 0.0) if noised else (len(data), result.loss)
+        examples, loss = (1, 0.0) if noised else (len(self.data), result.loss)
         return TrainedUpdate(update, examples, loss, 0.0 if noised else result.seconds, exported, accuracy)
-
-    def _hold_out(self, data: Any) -> tuple[Any, Any]:
-        """The data to train on, and those that the client tests on, the same in every round."""
-        fraction = self.settings.training.client_test_fraction
-        count = min(len(data) - 1, math.ceil(fraction * len(data)))
-        if not fraction or not count:
-            return data, ()
-        generator = derive_generator(self.settings.run.seed, self.position.client, "client test")
-        rows = torch.randperm(len(data), generator=generator)
-        kept, held = rows[count:].sort().values, rows[:count].sort().values
-        if isinstance(data, LabeledImages | LabeledRows):
-            return data.subset(kept), data.subset(held)
-        return Subset(data, kept.tolist()), Subset(data, held.tolist())
 
     def send_payload(self, trained: TrainedUpdate, outgoing: Outgoing) -> tuple[bytes, Outgoing]:
         """The reply of an open round: the compressed update and its metrics."""
@@ -273,7 +332,8 @@ class LocalRound:
         if multiplier := settings.privacy.noise_multiplier:
             outgoing = AddNoise(Noise(settings.privacy.clip_norm, multiplier)).apply(outgoing)
         generator = derive_generator(settings.run.seed, self.round, self.position.client, "encode")
-        compressor = uplink_compressor(settings, request.kind, reference)
+        compressor = self.compressor
+        assert compressor is not None
         began = time.perf_counter()
         outgoing = Compress(compressor, reference, generator, uses_memory=request.kind != "fedavg").apply(outgoing)
         parameters = {name: outgoing.update[name] for name in reference.param_spec.parameters}

@@ -14,11 +14,10 @@ from flwr.app import ConfigRecord, Context
 from tofu.compression.error_feedback import ErrorFeedback
 from tofu.errors import PayloadError
 from tofu.local_layers import LocalLayers
-from tofu.payload import float32_bytes, float32_from
 from tofu.reference_model import ReferenceModel
 from tofu.rounds.downlink import KeptWeights
 from tofu.weights import Weights
-from tofu.wire import FIELD, class_names_from, class_names_to_text
+from tofu.wire import FIELD, class_names_from, class_names_to_text, float32_bytes, float32_from
 
 _RECORD = "tofu"
 _LOCAL = "tofu-local"

@@ -36,7 +36,6 @@ from tofu.flower.transport import GridTransport
 from tofu.formatting import printable, shortened
 from tofu.local_layers import keep_local
 from tofu.log import start_logging
-from tofu.model_call import NEEDS_CALL
 from tofu.models.initial_weights import fill
 from tofu.observers.base import Observer, Observers
 from tofu.observers.json_lines import JsonLinesLog
@@ -45,15 +44,14 @@ from tofu.observers.terminal import make_progress
 from tofu.observers.trackers import make_trackers
 from tofu.privacy import Accountant
 from tofu.recording import Recorder
-from tofu.reference_model import ReferenceModel
+from tofu.reference_model import NEEDS_CALL, ReferenceModel
 from tofu.reporting.folder import RunFolder
 from tofu.reporting.report import write_report
 from tofu.rounds.links import LinkSimulator
 from tofu.rounds.record import RoundRecord, RunSummary, from_dict, round_label, to_dict
 from tofu.rounds.schedule import make_schedule
-from tofu.row_workload import RowWorkload, data_description, workload_of
 from tofu.settings import Settings
-from tofu.workload import NamedWorkload, Workload
+from tofu.workload import NamedWorkload, RowWorkload, Workload, data_description, workload_of
 
 app = ServerApp()
 

@@ -17,16 +17,15 @@ from server.ledger import Ledger
 from tofu.errors import PayloadError, RunError
 from tofu.flower.transport import Transport, body_of, error_reason, make_message, never
 from tofu.observers.base import Observer
-from tofu.payload import HEADER_BYTES, read_payload
 from tofu.plugins import Export, Plugins, export_from_bytes
 from tofu.recording import Recorder
 from tofu.rounds import aggregators
+from tofu.rounds.aggregation import Aggregator
 from tofu.rounds.downlink import Parts
-from tofu.rounds.robust import Aggregator
 from tofu.secagg.encoding import SecureMean
 from tofu.settings.groups import ServerSettings
 from tofu.weights import Weights, norm, weights_of
-from tofu.wire import CLIENT_ACCURACY, RESYNC, TrainReply, TrainRequest, broadcast_id
+from tofu.wire import CLIENT_ACCURACY, HEADER_BYTES, RESYNC, TrainReply, TrainRequest, broadcast_id, read_payload
 
 LARGE = 10.0
 """An update so many times longer than the median of the round is reported."""

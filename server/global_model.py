@@ -2,25 +2,107 @@
 
 import dataclasses
 
+import torch
 from torch import Tensor, nn
 
 from server.checkpoint import Snapshot
-from server.downlink import Downlink
-from server.optimizer import ServerOptimizer
 from server.secure_ranges import SecureRanges
-from tofu.compression import uplink_compressor
+from tofu.compression import downlink_compressor, uplink_compressor
 from tofu.compression.base import Compressor
 from tofu.data import ImageShape
 from tofu.errors import RunError
-from tofu.model_call import ModelCall
 from tofu.models import initial_model
 from tofu.plugins import Plugins, RoundContext
 from tofu.privacy import check_param_spec
-from tofu.reference_model import ReferenceModel
+from tofu.reference_model import ModelCall, ReferenceModel
+from tofu.rounds import server_optimizers
+from tofu.rounds.downlink import WeightSteps
 from tofu.rounds.schedule import make_schedule
 from tofu.secagg.encoding import flat
-from tofu.settings import Settings
+from tofu.settings import ServerSettings, Settings
 from tofu.weights import Weights, copy_model, load_weights, weights_of
+
+
+class ServerOptimizer:
+    """Steps a model's trainable parameters by a torch optimizer, whose gradient is the negated mean update.
+
+    The mean update is added to the buffers unchanged.
+    """
+
+    def __init__(self, model: nn.Module, server: ServerSettings) -> None:
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._buffers = dict(model.named_buffers())
+        self._optimizer = server_optimizers.get(server.server_optimizer)(self._parameters.values(), server)
+
+    @torch.no_grad()
+    def step(self, update: Weights) -> None:
+        """Apply the mean update, by name, in place."""
+        for name, parameter in self._parameters.items():
+            parameter.grad = -update[name]
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        for name, buffer in self._buffers.items():
+            if name not in update:
+                continue
+            new = buffer + update[name]
+            if name.endswith("running_var"):
+                new = new.clamp_min(0)  # a lossy update may undershoot, but a variance is not negative
+            buffer.copy_(new if buffer.is_floating_point() else new.round())
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Add momenta and moments to a checkpoint."""
+        for number, state in self._optimizer.state_dict()["state"].items():
+            tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+            snapshot.put_tensors(f"optimizer/{number}", tensors)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Restore what `save` wrote."""
+        state: dict[int, dict[str, Tensor]] = {}
+        for path, value in snapshot.tensors_of("optimizer").items():
+            number, _, name = path.partition("/")
+            state.setdefault(int(number), {})[name] = value
+        self._optimizer.load_state_dict(self._optimizer.state_dict() | {"state": state})
+
+
+class Downlink(WeightSteps):
+    """The weights that the clients of a run hold: the server's own, or approached by its compressed steps.
+
+    Every client builds the initial model from the run's settings, so the first round sends none. FedAvg rounds send
+    full weights.
+
+    Args:
+        master: the server's own model.
+    """
+
+    def __init__(self, master: ReferenceModel, settings: Settings) -> None:
+        super().__init__(master, downlink_compressor(settings, master), settings.run.seed)
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Add the state to a checkpoint."""
+        if self._compressor is None:
+            return
+        snapshot.put_tensors("downlink", weights_of(self.reference.model))
+        snapshot.blobs["downlink/memory"] = self._memory
+        for number, step in enumerate(self._steps):
+            snapshot.blobs[f"downlink/step {number}"] = step
+        snapshot.plain["downlink"] = {
+            "identity": self.identity.hex(), "steps": len(self._steps), "held": self._held, "shared": self._shared
+        }  # fmt: skip
+
+    def restore(self, snapshot: Snapshot, *, clients_kept: bool) -> None:
+        """Restore what `save` wrote.
+
+        Args:
+            clients_kept: the clients still have their weights; otherwise they receive full weights.
+        """
+        if self._compressor is None:
+            return
+        plain = snapshot.plain["downlink"]
+        load_weights(self.reference.model, snapshot.tensors_of("downlink"))
+        self.identity, self._memory = bytes.fromhex(plain["identity"]), snapshot.blobs["downlink/memory"]
+        if clients_kept:
+            self._steps = [snapshot.blobs[f"downlink/step {number}"] for number in range(plain["steps"])]
+            self._held, self._shared = dict(plain["held"]), plain["shared"]
 
 
 class GlobalModel:

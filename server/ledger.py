@@ -6,9 +6,8 @@ from flwr.app import ConfigRecord, Message, Metadata, RecordDict
 
 from tofu.data import ImageShape
 from tofu.flower.internals import message_bytes
-from tofu.payload import HEADER_BYTES
 from tofu.weights import FINGERPRINT_BYTES
-from tofu.wire import FIELD, RECORD, TrainReply, TrainRequest
+from tofu.wire import FIELD, HEADER_BYTES, RECORD, TrainReply, TrainRequest
 
 _TOTALS = ("uplink", "downlink", "fedavg_uplink", "fedavg_downlink", "payload", "float32")
 

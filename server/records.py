@@ -12,11 +12,10 @@ from tofu.data import LabeledImages
 from tofu.evaluation import Evaluation
 from tofu.plugins import RoundContext
 from tofu.rounds.record import QUANTILES, ClientRecord, Failure, RoundRecord, RunSummary
-from tofu.row_workload import data_description
 from tofu.tasks import backward_transfer, mean_accuracy
 from tofu.weights import weights_sha256
 from tofu.wire import CLIENT_ACCURACY
-from tofu.workload import NamedWorkload, Workload
+from tofu.workload import NamedWorkload, Workload, data_description
 
 Arrays = Mapping[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]
 _MAX_REAL = 16

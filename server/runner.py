@@ -33,13 +33,12 @@ from tofu.reporting.folder import RunFolder
 from tofu.rng import derive_generator
 from tofu.rounds.record import round_label
 from tofu.rounds.schedule import make_schedule
-from tofu.row_workload import label_names, workload_of
 from tofu.secagg.encoding import SecureMean
 from tofu.settings import MIN_SECURE, Settings
 from tofu.tasks import TaskStream
 from tofu.weights import Weights, weights_of
 from tofu.wire import CLIENT_ACCURACY, TrainReply
-from tofu.workload import Workload, labeled_images
+from tofu.workload import Workload, label_names, labeled_images, workload_of
 
 
 @dataclass

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from tofu.flower.record import record as record
     from tofu.flower.secure import SecureAggregation as SecureAggregation
     from tofu.flower.secure import secure as secure
-    from tofu.model_call import at_embedding as at_embedding
     from tofu.plugins import Plugin as Plugin
+    from tofu.reference_model import at_embedding as at_embedding
     from tofu.running import run as run
     from tofu.settings import Settings as Settings
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "encode": "tofu.api",
     "decode": "tofu.api",
-    "at_embedding": "tofu.model_call",
+    "at_embedding": "tofu.reference_model",
     "run": "tofu.running",
     "Settings": "tofu.settings",
     "Plugin": "tofu.plugins",

@@ -13,7 +13,7 @@ A message of `encode` describes itself, so `decode` needs the model alone. Littl
     2      length of the options
     -      the compressor's name
     -      the options that differ from their defaults, as JSON; nothing if there are none
-    -      the payload (`tofu.payload`), with the fingerprint of the weights that it is relative to
+    -      the payload (`tofu.wire`), with the fingerprint of the weights that it is relative to
 """
 
 import dataclasses
@@ -29,11 +29,20 @@ from tofu.bytes_io import ByteReader
 from tofu.codec.options import DEFAULTS, CompressorOptions, ProxySettings
 from tofu.compression import compressors, make_compressor
 from tofu.errors import PayloadError, SettingError
-from tofu.model_call import MAX_AXES, Forward, InputShape, Loss, ModelCall, Shape, inputs_of, resolve_compressor
-from tofu.payload import HEADER_BYTES, Payload, read_payload
-from tofu.reference_model import ReferenceModel
+from tofu.reference_model import (
+    MAX_AXES,
+    Forward,
+    InputShape,
+    Loss,
+    ModelCall,
+    ReferenceModel,
+    Shape,
+    inputs_of,
+    resolve_compressor,
+)
 from tofu.settings.deprecated import present_value
 from tofu.weights import Weights, base_fingerprint, copy_model
+from tofu.wire import HEADER_BYTES, Payload, read_payload
 
 _MAGIC, _VERSION = b"TOFE", 2
 _HEADER = struct.Struct("<4sBdBB")

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 
 from tofu.compression import downlink_compressor, uplink_compressor
-from tofu.payload import HEADER_BYTES
 from tofu.reference_model import ReferenceModel
 from tofu.secagg import coordinates
 from tofu.secagg.encoding import FEW_LEVELS, EncodingConfig, RingEncoder, first_ranges
@@ -17,7 +16,7 @@ from tofu.secagg.messages import SEALED_BYTES, Advert, Confirmation, Masked, Rev
 from tofu.secagg.shamir import SHARE_BYTES
 from tofu.secagg.terms import DIGEST_BYTES, SESSION_BYTES, Session, Terms
 from tofu.settings import MIN_SECURE, Settings
-from tofu.wire import SecurePart
+from tofu.wire import HEADER_BYTES, SecurePart
 
 SLOW_ENCODE = 50_000
 """Forward and backward passes over one image, from which an encode is slow enough to be warned of."""

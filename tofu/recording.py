@@ -27,11 +27,11 @@ from torch import Tensor
 
 from tofu.data import ImageShape
 from tofu.errors import RunError, SettingError
-from tofu.payload import HEADER_BYTES
 from tofu.rounds import KINDS
 from tofu.settings import Settings
 from tofu.settings.deprecated import present_kind
 from tofu.weights import Weights
+from tofu.wire import HEADER_BYTES
 
 FOLDER = "record"
 VERSION = 1

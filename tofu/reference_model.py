@@ -1,20 +1,299 @@
-"""A model at its base weights, and how it is called: what both ends of a compressor agree on."""
+"""A model at its base weights, and how it is called with proxies: what both ends of a compressor agree on.
+
+Both ends need the shapes of the inputs and of the target, and nothing else of the user's training loop.
+"""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from tofu.data import ImageShape
 from tofu.errors import SettingError
-from tofu.model_call import ModelCall, call_of, evaluating
 from tofu.plugins import NO_PLUGINS, Plugins, RoundContext
 from tofu.rng import GlobalGenerators
 from tofu.weights import ParamSpec, Weights, architecture_of, layout_of
+
+LOG = logging.getLogger("tofu")
+
+Shape = tuple[int, ...]
+InputShape = Shape | tuple[Shape, ...]
+"""The shape of one example, without the batch, or a tuple of shapes if the model takes several inputs."""
+
+Forward = Callable[..., Any]
+"""forward(model, *inputs) -> outputs."""
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""loss(outputs, targets) -> scalar."""
+
+MAX_AXES = 8
+"""Most axes that a shape may have, and most inputs that a model may take."""
+
+MAX_LENGTH = 1 << 24
+"""Longest axis that a shape may have."""
+
+_MODES = {2: "linear", 3: "bilinear", 4: "trilinear"}
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """The inputs and the target of a model.
+
+    Without `forward`, proxies of inputs with 2 to 4 axes (channels, then the axes of a signal, an image or a volume)
+    may be smaller than the input; they are interpolated to its size. Vectors, and whatever `forward` receives, have
+    exactly the given shape.
+
+    Attributes:
+        inputs: shape of one example of each input, without the batch.
+        target: shape of one example's target. Without `loss` it is the shape of the output.
+        forward: calls the model with the inputs; None for `model(*inputs)`.
+        loss: the loss of a batch of outputs and targets; None for the sum of their product, whose gradients contain
+            those of every loss, because its targets are free.
+    """
+
+    inputs: tuple[Shape, ...]
+    target: Shape
+    forward: Forward | None = None
+    loss: Loss | None = None
+
+    @property
+    def side(self) -> int:
+        """The shortest of the axes that proxies may shorten, in the largest input that has any; 0 if none has."""
+        inputs = [shape for shape in self.inputs if self._shortens(shape)]
+        return min(max(inputs, key=math.prod)[1:]) if inputs else 0
+
+    def proxy_shapes(self, side: int) -> tuple[Shape, ...]:
+        """The shape of one proxy of each input, if the shortest axis of the largest one is `side` long."""
+        return tuple(self._shortened(shape, side) if self._shortens(shape) else shape for shape in self.inputs)
+
+    def outputs(self, model: nn.Module, parameters: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Tensor:
+        """The outputs [n, ...] of the model with these parameters for proxies [n, *shape] of each input."""
+        full = [self._full_size(values, shape) for values, shape in zip(inputs, self.inputs, strict=True)]
+        if self.forward is None:
+            return as_tensor(functional_call(model, _every_name(model, parameters), tuple(full), tie_weights=False))
+        called = _Called(model, self.forward)
+        own = {f"model.{name}": p for name, p in _every_name(model, parameters).items()}
+        return as_tensor(functional_call(called, own, tuple(full), tie_weights=False))
+
+    def _shortens(self, shape: Shape) -> bool:
+        return self.forward is None and len(shape) in _MODES
+
+    def _shortened(self, shape: Shape, side: int) -> Shape:
+        largest = self.side
+        return (shape[0], *(max(1, (2 * axis * side + largest) // (2 * largest)) for axis in shape[1:]))  # rounded
+
+    def _full_size(self, values: Tensor, shape: Shape) -> Tensor:
+        if values.shape[1:] == shape:
+            return values
+        return F.interpolate(values, size=shape[1:], mode=_MODES[len(shape)], align_corners=False)
+
+
+def _every_name(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters under all names that they have in different modules.
+
+    `functional_call` can do that itself (`tie_weights`), but a module that occurs twice keeps the new tensors then.
+    """
+    given = {id(p): parameters[name] for name, p in model.named_parameters() if name in parameters}
+    own = (
+        (f"{prefix}.{key}" if prefix else key, p)
+        for prefix, module in model.named_modules() for key, p in module._parameters.items()
+    )  # fmt: skip
+    return dict(parameters) | {name: given[id(p)] for name, p in own if id(p) in given}
+
+
+class _Called(nn.Module):
+    """A model behind the user's `forward`, so that `functional_call` reaches its parameters."""
+
+    def __init__(self, model: nn.Module, forward: Forward) -> None:
+        super().__init__()
+        self.model, self._forward = model, forward
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self._forward(self.model, *inputs)
+
+
+NO_CALL = ModelCall((), ())
+"""Of a model of which only the names and shapes of its parameters are known."""
+
+NEEDS_CALL = frozenset({"proxy", "3sfc"})
+"""Compressors that differentiate through the model."""
+
+
+def call_of(
+    model: nn.Module,
+    input_shape: InputShape,
+    *,
+    forward: Forward | None = None,
+    loss: Loss | None = None,
+    target_shape: Shape | None = None,
+) -> ModelCall:
+    """The call of a model with these inputs, tried with zeros.
+
+    Args:
+        input_shape, forward: see `ModelCall`.
+        loss, target_shape: a loss and the shape of its target, both or neither.
+
+    Raises:
+        SettingError: the model cannot be called so, or its outputs are not floating-point values for each example.
+    """
+    inputs, forward = inputs_of(model, input_shape, forward)
+    if (loss is None) != (target_shape is None):
+        raise SettingError("target_shape", target_shape, "the shape of the targets of `loss`: give both or neither")
+    call = ModelCall(inputs, tuple(target_shape or ()), forward, loss)
+    try:
+        with evaluating(model), torch.no_grad():
+            outputs = call.outputs(model, dict(model.named_parameters()), [torch.zeros(1, *shape) for shape in inputs])
+    except SettingError:
+        raise
+    except Exception as error:  # the user's own code may raise anything
+        reason = " ".join(str(error).split())
+        raise SettingError("input_shape", input_shape, f"the shape of this model's input ({reason})") from error
+    if outputs.dim() < 1 or outputs.shape[0] != 1 or not outputs.is_floating_point():
+        found = f"{outputs.dtype} {list(outputs.shape)} for a batch of one"
+        raise SettingError("model", found, "outputs that are floating-point values, the batch first")
+    return call if loss is not None else replace(call, target=tuple(outputs.shape[1:]))
+
+
+def resolve_compressor(
+    compressor: str | None, model: nn.Module | None, input_shape: InputShape | None, **call: Any
+) -> tuple[str, ModelCall]:
+    """The name of the compressor, and how it calls the model.
+
+    Without a name it is `proxy`, or `sparse` (the sparse correction alone) where proxies are impossible: no model or
+    input shape is given, or the model takes integers. A line in the log says so.
+
+    Args:
+        call: as for `call_of`.
+
+    Raises:
+        SettingError: the model cannot be called so, or this compressor needs what is not given.
+    """
+    if model is None or input_shape is None:
+        if compressor in NEEDS_CALL:
+            raise SettingError("compressor", compressor, "model and input_shape to be given, or compressor=sparse")
+        why = "no model and input shape are given"
+    else:
+        try:
+            return compressor or "proxy", call_of(model, input_shape, **call)
+        except SettingError:
+            if compressor in NEEDS_CALL or call.get("forward") or not takes_integers(model, input_shape):
+                raise
+        why = "the model takes integers, and no `forward` (tofu.at_embedding) passes proxies behind its embedding"
+    if compressor is None:
+        LOG.warning("updates are compressed by the sparse correction alone, without proxies: %s", why)
+    return compressor or "sparse", NO_CALL
+
+
+def shapes_of(input_shape: InputShape) -> tuple[Shape, ...]:
+    """The shapes of all inputs. Raises SettingError if they are not tuples of positive integers."""
+    nested = [x if isinstance(x, tuple | list) else (x,) for x in input_shape]
+    shapes = [tuple(input_shape)] if all(isinstance(x, int) for x in input_shape) else nested
+    usable = 1 <= len(shapes) <= MAX_AXES and all(1 <= len(shape) <= MAX_AXES for shape in shapes)
+    if not usable or not all(isinstance(x, int) and 1 <= x <= MAX_LENGTH for shape in shapes for x in shape):
+        accepted = "the shape of one example, such as (3, 32, 32), or a tuple of such shapes"
+        raise SettingError("input_shape", input_shape, accepted)
+    return tuple(tuple(shape) for shape in shapes)  # type: ignore[arg-type]
+
+
+def inputs_of(
+    model: nn.Module, input_shape: InputShape, forward: Forward | None
+) -> tuple[tuple[Shape, ...], Forward | None]:
+    """The shapes of all inputs, and the `forward`.
+
+    A transformer of the `transformers` library gets an input of (tokens,) or (tokens, dim) in the place of its token
+    embeddings.
+    """
+    shapes = shapes_of(input_shape)
+    embeddings = getattr(model, "get_input_embeddings", None)
+    layer = embeddings() if callable(embeddings) else None
+    if forward is None and len(shapes) == 1 and isinstance(layer, nn.Embedding):
+        embedded = (shapes[0][0], layer.embedding_dim)
+        if shapes[0] in (embedded, embedded[:1]):
+            return (embedded,), call_with_embeddings
+    return shapes, forward
+
+
+def takes_integers(model: nn.Module, input_shape: InputShape) -> bool:
+    """Whether a model that refuses floating-point inputs of these shapes accepts integers, as embeddings do."""
+    try:
+        with evaluating(model), torch.no_grad():
+            model(*(torch.zeros(1, *shape, dtype=torch.int64) for shape in shapes_of(input_shape)))
+    except Exception:  # the user's own code may raise anything
+        return False
+    return True
+
+
+def call_with_embeddings(model: nn.Module, embeddings: Tensor) -> Any:
+    """A `transformers` model on [n, tokens, dim] values in the place of its token embeddings."""
+    return model(inputs_embeds=embeddings)
+
+
+def at_embedding(name: str) -> Forward:
+    """A `forward` for models of token ids: proxies take the place of what the embedding layer `name` returns.
+
+    The model itself is called with ids of zeros [n, tokens]. With it, `input_shape` is (tokens, dim).
+
+    Example:
+        >>> import torch
+        >>> from tofu.reference_model import at_embedding
+        >>> class Words(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.embedding, self.head = torch.nn.Embedding(100, 8), torch.nn.Linear(8, 2)
+        ...
+        ...     def forward(self, ids):
+        ...         return self.head(self.embedding(ids).mean(1))
+        >>> model, embedded = Words(), torch.ones(3, 5, 8)
+        >>> torch.equal(at_embedding("embedding")(model, embedded), model.head(embedded.mean(1)))
+        True
+    """
+
+    def forward(model: nn.Module, embedded: Tensor) -> Any:
+        handle = model.get_submodule(name).register_forward_hook(lambda layer, ids, out: embedded)
+        try:
+            return model(torch.zeros(embedded.shape[:2], dtype=torch.int64, device=embedded.device))
+        finally:
+            handle.remove()
+
+    forward.__qualname__ = f"at_embedding({name!r})"
+    return forward
+
+
+def as_tensor(outputs: Any) -> Tensor:
+    """One tensor of a model's outputs: themselves, their `logits`, or several flattened and joined.
+
+    Raises:
+        SettingError: they are none of these.
+    """
+    outputs = getattr(outputs, "logits", outputs)
+    if isinstance(outputs, Tensor):
+        return outputs
+    values = list(outputs.values()) if isinstance(outputs, Mapping) else outputs
+    if isinstance(values, tuple | list) and values and all(isinstance(v, Tensor) and v.dim() > 0 for v in values):
+        return torch.cat([value.flatten(1) if value.dim() > 1 else value[:, None] for value in values], dim=1)
+    accepted = "tensors as outputs: give a `forward` that returns one"
+    raise SettingError("model", type(outputs).__name__, accepted)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode within the block; afterwards every module has the mode that it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 @dataclass(frozen=True)

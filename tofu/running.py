@@ -17,16 +17,15 @@ from torch.utils.data import TensorDataset, default_collate
 import tofu
 from tofu.data import FederatedData, LabeledImages, to_float
 from tofu.errors import RunError, SettingError
-from tofu.model_call import Forward, InputShape
 from tofu.observers.base import Observer, Observers
 from tofu.observers.terminal import make_progress
+from tofu.reference_model import Forward, InputShape
 from tofu.reporting.folder import resumed_settings
 from tofu.rounds.record import RunSummary, from_dict
-from tofu.row_workload import workload_of
 from tofu.run_result import RunResult
 from tofu.settings import Settings, Value
 from tofu.user_workload import Loss, Metric, OptimizerFactory, TrainFunction, UserWorkload, factory_of
-from tofu.workload import Workload
+from tofu.workload import Workload, workload_of
 
 DATASET = "python"
 """The setting `dataset` of a run whose data are Python objects; the setting `model` starts with it, too."""

@@ -17,10 +17,10 @@ from tofu.data import ImageShape
 from tofu.device import CPU, on_device
 from tofu.errors import RunError, SettingError
 from tofu.evaluation import Evaluation, Predict
-from tofu.model_call import NO_CALL, Forward, InputShape, ModelCall, call_of
 from tofu.models import build_seeded
 from tofu.models.checks import changed_buffers, check_stateless, drop_constant_buffers
 from tofu.plugins import Plugins, RoundContext
+from tofu.reference_model import NO_CALL, Forward, InputShape, ModelCall, call_of
 from tofu.rng import GlobalGenerators
 from tofu.training import SGD, LocalTrainingConfig, ProximalTerm, SeededDropout, TrainingResult, shuffled_batches
 

@@ -1,4 +1,4 @@
-"""The weights of a model as named tensors, and their fingerprint.
+"""The weights of a model as named tensors: their names and shapes, fingerprints, sketches, norms and displacement.
 
 Everything that is sent or averaged is a `Weights`: a dict from state-dict name to tensor. Trainable parameters come
 first, in the model's order, then its buffers (BatchNorm statistics). Frozen parameters never change and are never sent.
@@ -7,18 +7,34 @@ first, in the model's order, then its buffers (BatchNorm statistics). Frozen par
 import copy
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from tofu.errors import SettingError
+from tofu.errors import PayloadError, RunError, SettingError
 
 Weights = dict[str, Tensor]
 """Name -> tensor, detached. In an update (new minus old weights) every tensor is float32, including integer buffers."""
 
 FINGERPRINT_BYTES = 8
+
+PROJECTIONS = 8
+SKETCH_BYTES = 4 * PROJECTIONS
+MAX_DRIFT = 1e-3
+"""Maximum difference between the weights of both ends that counts as rounding, relative to the norm of the weights."""
+
+Integers = npt.NDArray[np.int64]
+
+_UNMOVED_TENSOR = 1_000_000
+_UNMOVED_ROW = 10_000
+"""Distance below all other levels of tensors, and of rows and columns, that have not moved."""
+
+_DISPLACEMENT_BITS = 16
+"""Bits of the largest displacement of a tensor after rounding; sums of 2^31 squares still fit into 64 bits."""
 
 _MAX_INTEGER = 2**24
 """Integers up to this are exact in float32."""
@@ -114,6 +130,25 @@ def _persistent_buffers(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
     return [(name, b) for name, b in model.named_buffers() if name in persistent]
 
 
+def constant_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> copy of each non-persistent buffer."""
+    persistent = model.state_dict().keys()
+    return {name: buffer.clone() for name, buffer in model.named_buffers() if name not in persistent}
+
+
+def check_constant_buffers(model: nn.Module, before: dict[str, Tensor]) -> None:
+    """Raises RunError if training changed a buffer that its first pass did not change, since such are not sent."""
+    for name, buffer in model.named_buffers():
+        if name in before and not torch.equal(tensor_bits(buffer), tensor_bits(before[name])):
+            raise RunError(f"training changed buffer {name} but its first pass did not: expected a buffer "
+                           "that every pass in training mode changes, or none")  # fmt: skip
+
+
+def tensor_bits(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor, uint8 [n]; unlike values, which may be NaN, they can be compared."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+
+
 def weights_of(model: nn.Module) -> Weights:
     """A detached copy of a model's trainable parameters and buffers."""
     parameters = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -182,7 +217,7 @@ def _digest(weights: Mapping[str, Tensor]) -> "hashlib._Hash":
     digest = hashlib.sha256()
     for name, value in weights.items():
         digest.update(f"{name}:{tuple(value.shape)}:{value.dtype};".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor_bits(value).numpy().tobytes())
     return digest
 
 
@@ -210,3 +245,80 @@ def explained_variance(true: Mapping[str, Tensor], decoded: Mapping[str, Tensor]
         return 0.0
     residual = {name: true[name] - decoded[name] for name in true}
     return 1 - dot(residual, residual) / power
+
+
+def after_step(identity: bytes, payload: bytes) -> bytes:
+    """The identity of the weights after a step of a compressed downlink, from the identity of the weights before it.
+
+    Full weights are identified by their fingerprint, a step on top of them by SHA-256(identity before, payload). So a
+    client that missed, repeated or swapped a step has another identity than the server, whatever its values are.
+    """
+    return hashlib.sha256(identity + payload).digest()[:FINGERPRINT_BYTES]
+
+
+def sketch(weights: Mapping[str, Tensor]) -> bytes:
+    """Sums of the weights under `PROJECTIONS` fixed sign patterns, as little-endian float32.
+
+    The values of server and client may differ in their last bits on different hardware. Sums under pseudo-random signs
+    differ by about the norm of that difference (`drift`).
+    """
+    return np.array(list(_projections(weights)), "<f4").tobytes()
+
+
+def drift(weights: Mapping[str, Tensor], other: bytes) -> float:
+    """The estimated distance between these weights and those of the sketch `other`, relative to the norm of these.
+
+    Raises:
+        PayloadError: `other` is not a sketch.
+    """
+    if len(other) != SKETCH_BYTES:
+        raise PayloadError(f"sketch has {len(other)} bytes, expected {SKETCH_BYTES}")
+    theirs = np.frombuffer(other, "<f4").astype(np.float64)
+    if not bool(np.isfinite(theirs).all()):
+        raise PayloadError("sketch holds a value that is not finite")
+    length = sum(float((value.double() ** 2).sum()) for value in weights.values()) ** 0.5
+    apart = float(np.abs(np.array(list(_projections(weights))) - theirs).max())
+    return apart / length if length else apart
+
+
+def _projections(weights: Mapping[str, Tensor]) -> Iterator[float]:
+    for number in range(PROJECTIONS):
+        bits = np.random.PCG64(number)  # its raw stream is the same on every platform and version
+        total = 0.0
+        for value in weights.values():
+            flat = value.detach().cpu().double().flatten().numpy()
+            words = bits.random_raw((flat.size + 63) // 64).astype("<u8")
+            signs = np.unpackbits(words.view(np.uint8))[: flat.size]
+            total += float(2 * flat @ signs - flat.sum())
+        yield total
+
+
+def displacement_levels(displacement: Tensor) -> Integers:
+    """A predictor of which entries of the next update are large, from the displacement W - W_0 of a tensor: int64 [d].
+
+    Weights tend to keep moving where they have moved. The rows and columns of a weight matrix [outputs, the rest] with
+    the largest displacement contain most of the largest entries of the next update; a single entry's own displacement
+    predicts less. With M = (W - W_0)^2,
+
+        level(i, j) = 2 log2(mean_j M) + 2 log2(mean_i M) - 2 log2(mean M), each rounded to an integer.
+
+    A tensor without any displacement has a level below all others, lower for more entries. Sums are over integers, so
+    processors that add in different orders compute the same levels. This is ours; we know of no paper.
+    """
+    distance = displacement.detach().abs().double().numpy()
+    if not distance.any():
+        return np.full(distance.size, -_UNMOVED_TENSOR - int(_log(np.array(float(distance.size)))))
+    exponent = math.frexp(float(distance.max()))[1] - _DISPLACEMENT_BITS
+    energy = np.rint(np.ldexp(distance, -exponent)).astype(np.int64) ** 2
+    energy = energy.reshape(energy.shape[0] if energy.ndim else 1, -1)
+    rows, columns = energy.shape
+    by_row, by_column = energy.sum(1, keepdims=True) / columns, energy.sum(0, keepdims=True) / rows
+    found = _log(by_row) + _log(by_column) - _log(energy.sum() / energy.size)
+    return found.ravel() + 4 * exponent
+
+
+def _log(values: npt.NDArray[np.float64]) -> Integers:
+    """2 log2, rounded."""
+    with np.errstate(divide="ignore"):
+        logs = np.round(2 * np.log2(values))
+    return np.where(np.isfinite(logs), logs, -_UNMOVED_ROW).astype(np.int64)

@@ -13,20 +13,19 @@ import numpy as np
 import torch
 
 from benchmarks.common import find_data, print_table, spread, write_results
-from tofu.codec.correction import slots_length
-from tofu.codec.strata import strata_of
+from tofu.codec.correction import slots_length, strata_of
 from tofu.compression import uplink_compressor
+from tofu.compression.coding import positions_length
 from tofu.compression.error_feedback import ErrorFeedback
-from tofu.compression.rice import positions_length
 from tofu.data import FederatedData
 from tofu.models import initial_model
-from tofu.payload import HEADER_BYTES
 from tofu.reference_model import ReferenceModel
 from tofu.rng import derive_generator
 from tofu.rounds.aggregation import RunningMean
 from tofu.settings import Settings
 from tofu.training import LocalTrainingConfig, train_locally
 from tofu.weights import Weights, add_update, difference, explained_variance, load_weights, weights_of
+from tofu.wire import HEADER_BYTES
 
 FEDERATION: dict[str, Any] = {
     "dataset": "ylecun/mnist", "model": "lenet5", "train_images": 12_000, "clients": 10, "partition": "dirichlet",

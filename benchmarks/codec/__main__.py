@@ -23,10 +23,10 @@ from tofu.codec.options import CompressorOptions, ProxySettings, paper_settings
 from tofu.compression.error_feedback import ErrorFeedback
 from tofu.data import LabeledImages, open_data
 from tofu.models import build_model
-from tofu.payload import HEADER_BYTES
 from tofu.reference_model import ReferenceModel
 from tofu.training import LocalTrainingConfig, train_locally
 from tofu.weights import Weights, cosine, difference, load_weights, weights_of
+from tofu.wire import HEADER_BYTES
 
 EPOCH = LocalTrainingConfig(epochs=1, batch_size=64, lr=0.02)
 LATE_EPOCH = LocalTrainingConfig(epochs=1, batch_size=32, lr=0.05)

@@ -29,12 +29,12 @@ from tofu.codec.compressor import ProxyCompressor
 from tofu.codec.options import CompressorOptions, ProxySettings
 from tofu.data import ImageShape, LabeledImages, open_data, to_float
 from tofu.models import build_model
-from tofu.payload import HEADER_BYTES
 from tofu.plugins import NO_PLUGINS, Plugins, RoundContext, make_plugins
 from tofu.reference_model import ReferenceModel
 from tofu.rng import derive_generator
 from tofu.training import LocalTrainingConfig, train_locally
 from tofu.weights import difference, explained_variance, layout_of, load_weights, weights_of
+from tofu.wire import HEADER_BYTES
 
 CLIENTS = 2
 FINE_TUNING = 2

@@ -28,12 +28,11 @@ from tofu.flower.transport import GridTransport
 from tofu.formatting import format_bytes
 from tofu.models import build_model
 from tofu.observers.base import Observer
-from tofu.payload import Payload
 from tofu.reference_model import ReferenceModel
 from tofu.settings import Settings
 from tofu.training import LocalTrainingConfig, train_locally
 from tofu.weights import difference, load_weights, weights_of
-from tofu.wire import FIELD, RECORD, TrainReply, TrainRequest
+from tofu.wire import FIELD, RECORD, Payload, TrainReply, TrainRequest
 
 SHAPE = ImageShape(1, 28, 28, 10)
 IMAGES = 600

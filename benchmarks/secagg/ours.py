@@ -5,7 +5,7 @@ import statistics
 import numpy as np
 
 from benchmarks.secagg.cost import Case, Clock, Cost, sampled, update_of, wire_bytes
-from tofu.bit_packing import pack, unpack
+from tofu.bytes_io import pack, unpack
 from tofu.secagg.client import ClientSession
 from tofu.secagg.fixed_point import FixedPoint
 from tofu.secagg.masks import add_mask, new_seed

@@ -12,13 +12,13 @@ from tofu.compression import uplink_compressor
 from tofu.data import open_data
 from tofu.errors import PayloadError, RunError
 from tofu.models import build_model
-from tofu.payload import Payload
 from tofu.recording import Recorder, read_recording, recordings
 from tofu.reference_model import ReferenceModel
 from tofu.rng import derive_generator
 from tofu.settings import Settings
 from tofu.training import LocalTrainingConfig
 from tofu.weights import add_update, fingerprint, weights_of
+from tofu.wire import Payload
 
 SETTINGS = Settings.of({"clients": 100, "local_epochs": 1, "batch_size": 16, "rounds": 2, "ratio": 50.0})
 

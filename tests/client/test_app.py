@@ -11,18 +11,28 @@ from PIL import Image
 
 from client import local_round
 from client.app import app
-from client.policy import client_data
+from client.local_round import client_data
 from tofu.codec.compressor import ProxyCompressor
 from tofu.compression import uplink_compressor
 from tofu.data import ImageShape, LabeledImages
 from tofu.errors import DataError, PayloadError, PolicyError
 from tofu.models import build_model
-from tofu.payload import HEADER_BYTES, WEIGHTS, Payload, float32_bytes, read_payload
 from tofu.reference_model import ReferenceModel
 from tofu.secagg.encoding import EncodingConfig
 from tofu.settings import Settings
 from tofu.weights import cosine, fingerprint, layout_of, weights_of
-from tofu.wire import FIELD, RECORD, SecurePart, TrainReply, TrainRequest
+from tofu.wire import (
+    FIELD,
+    HEADER_BYTES,
+    RECORD,
+    WEIGHTS,
+    Payload,
+    SecurePart,
+    TrainReply,
+    TrainRequest,
+    float32_bytes,
+    read_payload,
+)
 
 SHAPE = ImageShape(1, 8, 8, 10)
 SETTINGS = Settings.of(

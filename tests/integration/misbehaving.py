@@ -20,9 +20,8 @@ from flwr.clientapp import ClientApp
 
 from client import app as honest
 from deploy.state import State
-from tofu.payload import HEADER_BYTES
 from tofu.weights import FINGERPRINT_BYTES
-from tofu.wire import FIELD, RECORD, SECURE, SecureQuery, TrainReply
+from tofu.wire import FIELD, HEADER_BYTES, RECORD, SECURE, SecureQuery, TrainReply
 
 FAULTS_FILE = "faults.json"
 HUGE_BYTES = 2**24

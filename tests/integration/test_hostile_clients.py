@@ -15,12 +15,11 @@ from client import app as honest
 from server.app import serve_in_process
 from server.collector import example_cap
 from tofu.observers.base import Observer
-from tofu.payload import HEADER_BYTES, Payload
 from tofu.privacy import Accountant
 from tofu.reporting.folder import fresh_folder
 from tofu.rounds.record import read_rounds
 from tofu.settings import Settings
-from tofu.wire import FIELD, RECORD, SECURE, TrainReply
+from tofu.wire import FIELD, HEADER_BYTES, RECORD, SECURE, Payload, TrainReply
 
 TINY: dict[str, Any] = {
     "clients": 4, "rounds": 2, "local_epochs": 2, "train_images": 400, "schedule": "fedavg", "lr": 0.2,

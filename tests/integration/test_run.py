@@ -31,13 +31,12 @@ from tofu.errors import RunError
 from tofu.evaluation import evaluate
 from tofu.flower.in_process import run_in_process
 from tofu.models import build_model
-from tofu.payload import HEADER_BYTES, Payload, read_payload
 from tofu.reference_model import ReferenceModel
 from tofu.rng import derive_generator
 from tofu.settings import Settings
 from tofu.training import LocalTrainingConfig, train_locally
 from tofu.weights import Weights, layout_of, load_weights, weights_of, weights_sha256
-from tofu.wire import FIELD, RECORD, TrainReply
+from tofu.wire import FIELD, HEADER_BYTES, RECORD, Payload, TrainReply, read_payload
 
 Row = dict[str, Any]
 Fault = Callable[[Message, Message], Message]

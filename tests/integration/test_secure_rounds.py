@@ -19,18 +19,29 @@ from client import app as honest
 from deploy.identities import make_identities
 from server.app import app as server_app
 from server.app import serve_in_process
-from tofu.bit_packing import unpack
+from tofu.bytes_io import unpack
 from tofu.data import FederatedData
 from tofu.errors import RunError, SettingError
 from tofu.flower.in_process import run_in_process
 from tofu.models import build_model
-from tofu.payload import WEIGHTS, Payload, float32_bytes
 from tofu.secagg.encoding import EncodingConfig, RingEncoder
 from tofu.secagg.messages import Masked
 from tofu.secagg.ring import centered
 from tofu.settings import Settings
 from tofu.weights import ParamSpec, Weights, fingerprint, layout_of, load_weights, weights_of
-from tofu.wire import FIELD, RECORD, SECURE, STAGES, SecureAnswer, SecurePart, SecureQuery, TrainRequest
+from tofu.wire import (
+    FIELD,
+    RECORD,
+    SECURE,
+    STAGES,
+    WEIGHTS,
+    Payload,
+    SecureAnswer,
+    SecurePart,
+    SecureQuery,
+    TrainRequest,
+    float32_bytes,
+)
 
 Row = dict[str, Any]
 Fault = Callable[[Message, Message, Context], Message]
@@ -358,8 +369,7 @@ def updates_of_round_two(folder: Path) -> dict[str, np.ndarray[Any, np.dtype[np.
     found: dict[str, np.ndarray[Any, np.dtype[np.float64]]] = {}
 
     def look(request: Message, reply: Message, context: Context) -> Message:
-        from tofu.payload import HEADER_BYTES
-        from tofu.wire import TrainReply
+        from tofu.wire import HEADER_BYTES, TrainReply
 
         body = TrainReply.from_bytes(content(reply)).payload[HEADER_BYTES:]
         found[honest.client_name(context)] = np.frombuffer(body, "<f4").astype(np.float64)

@@ -5,18 +5,16 @@ import dataclasses
 import pytest
 import torch
 
-from client.downlink import receive_weights
-from server.downlink import Downlink
+from server.global_model import Downlink
 from tofu.compression import downlink_compressor
 from tofu.data import ImageShape
 from tofu.errors import PayloadError
 from tofu.models import build_model
-from tofu.payload import HEADER_BYTES
 from tofu.reference_model import ReferenceModel
-from tofu.rounds.downlink import KeptWeights, Parts, ResyncError
+from tofu.rounds.downlink import KeptWeights, Parts, ResyncError, receive_weights
 from tofu.settings import Settings
 from tofu.weights import Weights, add_update, load_weights, weights_of
-from tofu.wire import TrainRequest
+from tofu.wire import HEADER_BYTES, TrainRequest
 
 SHAPE = ImageShape(1, 8, 8, 10)
 SETTINGS = Settings.of({"model": "mlp", "downlink": "proxy", "downlink-ratio": 12.0, "max_evals": 10, "bits": 8})

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from server.checkpoint import Snapshot
-from server.optimizer import ServerOptimizer
+from server.global_model import ServerOptimizer
 from tofu.settings import ServerSettings, Settings
 from tofu.weights import weights_of
 

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tofu.bit_packing import CHUNK, pack, packed_bytes, unpack
+from tofu.bytes_io import CHUNK, pack, packed_bytes, unpack
 from tofu.errors import PayloadError
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tofu.displacement import levels
+from tofu.weights import displacement_levels
 
 
 @st.composite
@@ -26,7 +26,7 @@ def test_levels_are_the_logarithms_of_rows_and_columns(moved: Tensor) -> None:
     logs = 2 * np.log2(energy.mean(1, keepdims=True)), 2 * np.log2(energy.mean(0, keepdims=True))
     exact = logs[0] + logs[1] - 2 * np.log2(energy.mean())
     strong = np.minimum(*(log + 0 * energy for log in logs)) > 2 * np.log2(energy.max()) - 2 * 16
-    assert np.all(np.abs(levels(moved).reshape(energy.shape) - exact)[strong] < 1.6)
+    assert np.all(np.abs(displacement_levels(moved).reshape(energy.shape) - exact)[strong] < 1.6)
 
 
 @settings(max_examples=100, deadline=None)
@@ -35,24 +35,25 @@ def test_levels_go_with_their_entries(moved: Tensor, seed: int) -> None:
     """To the bit: sums of whole numbers do not know in which order they were made."""
     generator = torch.Generator().manual_seed(seed)
     rows, columns = (torch.randperm(n, generator=generator) for n in moved.shape)
-    mixed = levels(moved[rows][:, columns]).reshape(moved.shape)
-    assert np.array_equal(mixed, levels(moved).reshape(moved.shape)[rows.numpy()][:, columns.numpy()])
+    mixed = displacement_levels(moved[rows][:, columns]).reshape(moved.shape)
+    assert np.array_equal(mixed, displacement_levels(moved).reshape(moved.shape)[rows.numpy()][:, columns.numpy()])
 
 
 @settings(max_examples=100, deadline=None)
 @given(movements(), st.integers(-20, 20))
 def test_twice_as_far_is_four_levels_more(moved: Tensor, doublings: int) -> None:
-    finite = levels(moved) > -5000  # a row or column that rounds to nothing stays far below
+    finite = displacement_levels(moved) > -5000  # a row or column that rounds to nothing stays far below
     assert np.array_equal(
-        (levels(moved * 2.0**doublings) - levels(moved))[finite], np.full(finite.sum(), 4 * doublings)
+        (displacement_levels(moved * 2.0**doublings) - displacement_levels(moved))[finite],
+        np.full(finite.sum(), 4 * doublings),
     )
 
 
 def test_what_has_not_moved_is_below_all_that_has() -> None:
     moved = torch.zeros(4, 3)
     moved[1, 2] = 1e-30
-    assert levels(torch.zeros(2, 2)).max() < levels(moved).min()
-    assert levels(torch.zeros(50, 2)).max() < levels(torch.zeros(2, 2)).min()
-    assert levels(moved).reshape(4, 3)[1, 2] == levels(moved).max()
-    assert levels(torch.tensor(0.5)).shape == (1,)
-    assert levels(torch.zeros(0)).shape == (0,)
+    assert displacement_levels(torch.zeros(2, 2)).max() < displacement_levels(moved).min()
+    assert displacement_levels(torch.zeros(50, 2)).max() < displacement_levels(torch.zeros(2, 2)).min()
+    assert displacement_levels(moved).reshape(4, 3)[1, 2] == displacement_levels(moved).max()
+    assert displacement_levels(torch.tensor(0.5)).shape == (1,)
+    assert displacement_levels(torch.zeros(0)).shape == (0,)

@@ -5,8 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tofu.errors import PayloadError
-from tofu.fingerprint import MAX_DRIFT, SKETCH_BYTES, after_step, drift, sketch
-from tofu.weights import Weights
+from tofu.weights import MAX_DRIFT, SKETCH_BYTES, Weights, after_step, drift, sketch
 
 
 def weights(seed: int = 0) -> Weights:

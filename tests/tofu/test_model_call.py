@@ -17,8 +17,16 @@ from tofu.codec.options import CompressorOptions, ProxySettings
 from tofu.codec.proxies import ProxyCode, gradients
 from tofu.codec.search import encode
 from tofu.errors import PayloadError, SettingError
-from tofu.model_call import InputShape, ModelCall, as_tensor, at_embedding, call_of, resolve_compressor, shapes_of
-from tofu.reference_model import ReferenceModel
+from tofu.reference_model import (
+    InputShape,
+    ModelCall,
+    ReferenceModel,
+    as_tensor,
+    at_embedding,
+    call_of,
+    resolve_compressor,
+    shapes_of,
+)
 from tofu.weights import Weights, cosine
 
 

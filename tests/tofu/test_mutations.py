@@ -9,12 +9,11 @@ from tests.mutations import mutations
 from tests.tofu.secagg.test_messages import KINDS, MESSAGES
 from tofu.data import ImageShape
 from tofu.errors import PayloadError
-from tofu.payload import Payload, read_payload
 from tofu.plugins import SumSpec
 from tofu.plugins.export import Export, export_from_bytes, export_to_bytes
 from tofu.plugins.state import state_from_bytes, state_to_bytes
 from tofu.secagg.encoding import EncodingConfig
-from tofu.wire import SecureAnswer, SecurePart, SecureQuery, TrainReply, TrainRequest
+from tofu.wire import Payload, SecureAnswer, SecurePart, SecureQuery, TrainReply, TrainRequest, read_payload
 
 SHAPE = ImageShape(1, 8, 8, 10)
 PAYLOAD = Payload(2, 3, bytes(range(8)), b"a body of some bytes")

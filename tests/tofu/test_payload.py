@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tofu.errors import PayloadError
-from tofu.payload import HEADER_BYTES, Payload, float32_bytes, float32_from, read_payload
 from tofu.weights import layout_of, weights_of
+from tofu.wire import HEADER_BYTES, Payload, float32_bytes, float32_from, read_payload
 
 BASE = bytes(range(8))
 

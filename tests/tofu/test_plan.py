@@ -13,10 +13,10 @@ from tofu.compression import uplink_compressor
 from tofu.data import ImageShape
 from tofu.errors import SettingError
 from tofu.models import build_model
-from tofu.payload import HEADER_BYTES
 from tofu.plan import Plan, make_plan
 from tofu.reference_model import ReferenceModel
 from tofu.settings import Settings
+from tofu.wire import HEADER_BYTES
 
 SHAPE = ImageShape(1, 8, 8, 10)
 OVERHEAD = 600

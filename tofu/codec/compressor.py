@@ -13,7 +13,7 @@ Body, little-endian:
     2      number of proxies; 0 if the correction has all the bytes
     2      shortest side of a proxy; 0 if proxies cannot be smaller than the input
     -      the proxies (`proxies.ProxyCode`), if there are any
-    -      the buffers (`tofu.compression.buffers`)
+    -      the buffers (`tofu.compression.base`)
     -      the correction (`correction.write_correction`), if the budget allows one
 """
 
@@ -24,19 +24,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tofu.codec.correction import min_bytes, read_correction, write_correction
+from tofu.codec.correction import Strata, min_bytes, read_correction, strata_of, write_correction
 from tofu.codec.options import DEFAULTS, CompressorOptions, ProxySettings
 from tofu.codec.proxies import ProxyCode, ProxyData, automatic_sides, decode, proxy_side
 from tofu.codec.search import encode
-from tofu.codec.strata import Strata, strata_of
 from tofu.compression import compressors
-from tofu.compression.base import CompressedUpdate, Compressor, PayloadContent
-from tofu.compression.buffers import BufferCode
-from tofu.compression.flat import MAX_MAGNITUDE, check_finite
+from tofu.compression.base import MAX_MAGNITUDE, BufferCode, CompressedUpdate, Compressor, PayloadContent, check_finite
 from tofu.errors import PayloadError, SettingError
-from tofu.payload import HEADER_BYTES
 from tofu.reference_model import ReferenceModel
 from tofu.weights import ParamSpec, Weights, explained_variance
+from tofu.wire import HEADER_BYTES
 
 _PREFIX = struct.Struct("<BBHH")
 

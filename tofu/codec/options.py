@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from tofu.settings import CodecSettings
 
 BITS = (2, 3, 4, 5, 6, 8, 16, 32)
-"""Bits per value that `tofu.compression.quantize.RowCode` supports; 32 is float32."""
+"""Bits per value that `tofu.compression.coding.RowCode` supports; 32 is float32."""
 
 MAX_SURROGATE_BETA = 1000.0
 

@@ -22,10 +22,9 @@ from torch import Tensor
 
 from tofu.codec.options import MAX_SURROGATE_BETA, ProxySettings
 from tofu.codec.surrogate import Surrogate
-from tofu.compression.quantize import RowCode, bfloat16_bytes, bfloat16_from
+from tofu.compression.coding import RowCode, bfloat16_bytes, bfloat16_from
 from tofu.errors import PayloadError, SettingError
-from tofu.model_call import Shape
-from tofu.reference_model import ReferenceModel
+from tofu.reference_model import ReferenceModel, Shape
 from tofu.weights import Weights
 
 MAX_SIDE = 1024

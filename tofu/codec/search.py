@@ -11,6 +11,7 @@ differentiating twice, and works with layers that have no second derivative (fus
 
 import dataclasses
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -18,12 +19,72 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from tofu.codec.lbfgs import lbfgs
 from tofu.codec.options import ProxySettings
 from tofu.codec.proxies import ProxyCode, ProxyData, gradients, proxy_loss, scale_gradients
 from tofu.device import on_device, open_device
 from tofu.reference_model import ReferenceModel
 from tofu.weights import Weights
+
+HISTORY = 40
+_SUFFICIENT = 1e-4
+MAX_BACKTRACKS = 12
+"""The shortest steps are between 2^-12 and 10^-12 of the first."""
+
+
+def lbfgs(objective: Callable[[Tensor], tuple[float, Tensor]], start: Tensor) -> Iterator[None]:
+    """Minimize from `start` by limited-memory BFGS with backtracking, yielding after each step, until no step helps.
+
+    Nocedal and Wright, Numerical Optimization, algorithms 7.4 and 7.5. This is our own because a search must be able to
+    continue after a trial, which scipy's cannot, and because it starts no threads next to other clients.
+
+    Args:
+        objective: flat float64 vector -> (value, gradient). The caller records the best point.
+        start: float64 vector; it is not changed.
+    """
+    point = start.clone()
+    value, gradient = objective(point)
+    memory: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=HISTORY)
+    while True:
+        direction = _direction(gradient, memory)
+        slope = float(gradient @ direction)
+        if slope >= 0:
+            memory.clear()
+            direction = -gradient
+            slope = float(gradient @ direction)
+        if slope == 0:
+            return
+        step = 1.0 if memory else 1 / float(gradient.norm())
+        for _ in range(MAX_BACKTRACKS):
+            new_value, new_gradient = objective(point + step * direction)
+            if new_value <= value + _SUFFICIENT * step * slope:
+                break
+            parabola = -slope * step / (2 * (new_value - value - slope * step))
+            step *= min(0.5, max(0.1, parabola))
+        else:
+            return
+        step_taken, gradient_change = step * direction, new_gradient - gradient
+        curvature = float(step_taken @ gradient_change)
+        if curvature > 1e-10 * float(gradient_change @ gradient_change):
+            memory.append((step_taken, gradient_change, 1 / curvature))
+        point, value, gradient = point + step_taken, new_value, new_gradient
+        yield
+
+
+def _direction(gradient: Tensor, memory: "deque[tuple[Tensor, Tensor, float]]") -> Tensor:
+    """The two-loop recursion: minus the estimated inverse Hessian times the gradient."""
+    q = gradient.clone()
+    weights = []
+    for step_taken, gradient_change, rho in reversed(memory):
+        weight = rho * float(step_taken @ q)
+        weights.append(weight)
+        q -= weight * gradient_change
+    if memory:
+        step_taken, gradient_change, rho = memory[-1]
+        q /= rho * float(gradient_change @ gradient_change)
+    for (step_taken, gradient_change, rho), weight in zip(memory, reversed(weights), strict=True):
+        q += step_taken * (weight - rho * float(gradient_change @ q))
+    return -q
+
 
 STEP = 1e-3
 """|e R| / |W|: float32 rounding and the curvature of L each cost about this fraction of the derivative."""

@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tofu.codec.correction import min_bytes, read_correction, write_correction
-from tofu.codec.strata import Strata
+from tofu.codec.correction import Strata, min_bytes, read_correction, write_correction
 from tofu.compression import compressors
-from tofu.compression.flat import FlatCompressor
+from tofu.compression.base import FlatCompressor
 from tofu.weights import ParamSpec
 
 

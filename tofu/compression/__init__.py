@@ -68,6 +68,6 @@ def downlink_compressor(settings: Settings, reference: "ReferenceModel") -> "Com
 
 def _usable(name: str, reference: "ReferenceModel") -> str:
     """The compressor's name; "sparse" if it differentiates the model but nothing says how the model is called."""
-    from tofu.model_call import NEEDS_CALL
+    from tofu.reference_model import NEEDS_CALL
 
     return "sparse" if name in NEEDS_CALL and not reference.call.inputs else name

@@ -1,16 +1,23 @@
-"""The base class of compressors."""
+"""The base classes of compressors, and what they share: the bytes of buffers, sizes, and checks at both ends."""
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from tofu.codec.options import DEFAULTS, CompressorOptions, ProxySettings
+from tofu.compression.coding import RowCode
+from tofu.errors import PayloadError, RunError, SettingError
 from tofu.reference_model import ReferenceModel
 from tofu.weights import ParamSpec, Weights
+from tofu.wire import HEADER_BYTES
 
 if TYPE_CHECKING:
     from tofu.codec.proxies import ProxyData
@@ -66,7 +73,7 @@ class Compressor(ABC):
 
     Example:
         >>> from tofu.compression.base import CompressedUpdate, Compressor
-        >>> from tofu.payload import float32_bytes, float32_from
+        >>> from tofu.wire import float32_bytes, float32_from
         >>> class Rounded(Compressor):
         ...     '''Three decimals as float32: a compressor that does not compress.'''
         ...
@@ -165,3 +172,176 @@ class OverRelaxed(Compressor):
     def _scaled(self, reference: ReferenceModel, decoded: Weights) -> Weights:
         parameters = reference.param_spec.parameters
         return {name: self._gain * value if name in parameters else value for name, value in decoded.items()}
+
+
+BUFFER_BITS = 8
+
+
+class BufferCode:
+    """The byte format of the differences of buffers, the same for every compressor so that the cost is the same.
+
+    In the order of the param spec: one row of 8-bit integers with its bfloat16 scale for each float buffer (differences
+    of means and variances), little-endian float32 for each integer buffer (the difference of a batch counter).
+    """
+
+    def __init__(self, param_spec: ParamSpec) -> None:
+        self._shapes = {name: shape for name, shape in param_spec.buffers.items() if name not in param_spec.integers}
+        self._integers = [
+            (name, param_spec.buffers[name]) for name in param_spec.buffers if name in param_spec.integers
+        ]
+
+    @cached_property
+    def _rows(self) -> dict[str, RowCode]:
+        """The format of each float buffer; one without values takes no bytes."""
+        return {name: RowCode(1, n, BUFFER_BITS) for name, shape in self._shapes.items() if (n := shape.numel())}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(row.nbytes for row in self._rows.values()) + 4 * sum(shape.numel() for _, shape in self._integers)
+
+    def write(self, update: Weights) -> bytes:
+        """The buffers of an update -> bytes of length `nbytes`."""
+        rows = [row.write(update[name]) for name, row in self._rows.items()]
+        rows += [update[name].float().numpy().astype("<f4").tobytes() for name, _ in self._integers]
+        return b"".join(rows)
+
+    def read(self, data: bytes) -> Weights:
+        """The inverse of `write`, every buffer as float32.
+
+        Raises:
+            PayloadError: wrong length, or a value that is not finite.
+        """
+        if len(data) != self.nbytes:
+            raise PayloadError(f"buffers take {len(data)} bytes, expected {self.nbytes}")
+        buffers: Weights = {}
+        start = 0
+        for name, shape in self._shapes.items():
+            if name not in self._rows:
+                buffers[name] = torch.zeros(shape)
+                continue
+            row = self._rows[name]
+            values = row.read(data[start : start + row.nbytes], f"buffer {name}")  # a finite scale times 127 may be inf
+            buffers[name] = _finite(values, name).view(shape)
+            start += row.nbytes
+        for name, shape in self._integers:
+            end = start + 4 * shape.numel()
+            values = torch.from_numpy(np.frombuffer(data[start:end], dtype="<f4").astype(np.float32))
+            buffers[name] = _finite(values, name).view(shape)
+            start = end
+        return buffers
+
+
+def _finite(values: torch.Tensor, name: str) -> torch.Tensor:
+    """The values of a buffer. Raises PayloadError if one is not finite."""
+    if not bool(torch.isfinite(values).all()):
+        raise PayloadError(f"buffer {name} holds a value that is not finite")
+    return values
+
+
+MAX_MAGNITUDE = 1e30
+"""Entries are clipped to this magnitude before encoding. No update comes near it, and below it no scale, sum or
+rotation of a compressor can overflow float32 or bfloat16."""
+
+
+class FlatCompressor(Compressor):
+    """A compressor of one vector: all trainable parameters, flattened, in the order of the param spec.
+
+    A body is the compressor's own data followed by the buffers (`BufferCode`). The data may take
+
+        float32 bytes of the update / ratio - the payload's header - the buffers.
+
+    Args:
+        reference: a model like those of the run.
+        ratio: float32 bytes of the update over bytes of the payload, header included.
+        options: unused.
+
+    Raises:
+        SettingError: the compressor cannot reach that ratio for this model.
+    """
+
+    def __init__(self, reference: ReferenceModel, *, ratio: float, options: CompressorOptions = DEFAULTS) -> None:
+        self._ratio = ratio
+        param_spec = reference.param_spec
+        if self._budget(param_spec) < self._min_bytes(param_spec):
+            size = HEADER_BYTES + self._min_bytes(param_spec) + BufferCode(param_spec).nbytes
+            reach = math.floor(100 * param_spec.float32_bytes / size) / 100  # rounded down, so that it is usable
+            raise SettingError("ratio", ratio, f"at most {reach:.2f} for this model with {self.name}")
+
+    def compress(
+        self, reference: ReferenceModel, update: Weights, *, generator: torch.Generator, memory: bytes = b""
+    ) -> CompressedUpdate:
+        param_spec = reference.param_spec
+        check_finite({name: update[name] for name in param_spec.parameters})
+        vector = torch.cat([update[name].detach().float().flatten() for name in param_spec.parameters])
+        data = self._encode(vector.clamp(-MAX_MAGNITUDE, MAX_MAGNITUDE), param_spec, generator, memory)
+        body = data + BufferCode(param_spec).write(update)
+        return CompressedUpdate(body, self.decompress(reference, body), self._memory(data))
+
+    def decompress(self, reference: ReferenceModel, body: bytes) -> Weights:
+        param_spec = reference.param_spec
+        buffers = BufferCode(param_spec)
+        if not buffers.nbytes <= len(body) <= self.body_bytes(param_spec):
+            expected = f"{buffers.nbytes} to {self.body_bytes(param_spec)}"
+            raise PayloadError(f"{self.name} body has {len(body)} bytes, expected {expected}")
+        split = len(body) - buffers.nbytes
+        vector = self._decode(body[:split], param_spec)
+        if not bool(torch.isfinite(vector).all()):
+            raise PayloadError(f"{self.name} body decodes to a value that is not finite")
+        pieces: tuple[Tensor, ...] = torch.split(vector, [shape.numel() for shape in param_spec.parameters.values()])
+        parameters = {n: piece.view(s) for (n, s), piece in zip(param_spec.parameters.items(), pieces, strict=True)}
+        return parameters | buffers.read(body[split:])
+
+    def body_bytes(self, param_spec: ParamSpec) -> int:
+        return self._max_bytes(param_spec) + BufferCode(param_spec).nbytes
+
+    def _budget(self, param_spec: ParamSpec) -> int:
+        """Bytes that the ratio allows for the compressor's own data."""
+        return int(param_spec.float32_bytes / self._ratio) - HEADER_BYTES - BufferCode(param_spec).nbytes
+
+    def _max_bytes(self, param_spec: ParamSpec) -> int:
+        """Maximum length of the compressor's own data."""
+        return self._budget(param_spec)
+
+    def _memory(self, data: bytes) -> bytes:
+        """What to remember of a body's data for the sender's next call."""
+        return b""
+
+    @abstractmethod
+    def _min_bytes(self, param_spec: ParamSpec) -> int:
+        """Length of the data that the compressor needs to send anything at all."""
+
+    @abstractmethod
+    def _encode(self, vector: Tensor, param_spec: ParamSpec, generator: torch.Generator, memory: bytes) -> bytes:
+        """A finite float32 vector [d] as bytes, at most `_max_bytes` of them."""
+
+    @abstractmethod
+    def _decode(self, data: bytes, param_spec: ParamSpec) -> Tensor:
+        """The inverse of `_encode`, float32 [d].
+
+        Raises:
+            PayloadError: the bytes cannot have been written for this param_spec and ratio.
+        """
+
+
+def check_finite(update: Weights) -> None:
+    """Raises RunError if a value of an update is not finite."""
+    if not all(bool(torch.isfinite(value).all()) for value in update.values()):
+        raise RunError("the update holds a value that is not finite: local training diverged")
+
+
+def checked_scales(scales: Tensor, what: str) -> Tensor:
+    """The scales, if all are finite and none is negative.
+
+    Raises:
+        PayloadError: one is not.
+    """
+    if not bool((torch.isfinite(scales) & (scales >= 0)).all()):
+        raise PayloadError(f"{what} hold a scale that is negative or not finite")
+    return scales
+
+
+def checked_length(data: bytes, expected: int, what: str, *, exactly: bool = True) -> None:
+    """Raises PayloadError if the data is not exactly (or, with exactly=False, at least) `expected` bytes long."""
+    if len(data) < expected or (exactly and len(data) > expected):
+        raise PayloadError(f"{what} take {len(data)} bytes, expected {'' if exactly else 'at least '}{expected}")

@@ -30,10 +30,9 @@ import torch
 from torch import Tensor
 
 from tofu.compression import compressors
-from tofu.compression.bitstream import BitReader, fixed, packed
-from tofu.compression.flat import FlatCompressor, checked_length, checked_scales
+from tofu.compression.base import FlatCompressor, checked_length, checked_scales
+from tofu.compression.coding import BitReader, bfloat16_bytes, bfloat16_from, fixed, packed
 from tofu.compression.hadamard import pieces, random_signs, rotate, rotate_back
-from tofu.compression.quantize import bfloat16_bytes, bfloat16_from
 from tofu.weights import ParamSpec
 
 _SEED = struct.Struct("<Q")

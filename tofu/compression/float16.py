@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tofu.compression import compressors
-from tofu.compression.flat import FlatCompressor, checked_length
+from tofu.compression.base import FlatCompressor, checked_length
 from tofu.weights import ParamSpec
 
 

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from tofu.codec.options import DEFAULTS, CompressorOptions
 from tofu.compression import compressors
-from tofu.compression.flat import FlatCompressor, checked_length
-from tofu.compression.quantize import RowCode
+from tofu.compression.base import FlatCompressor, checked_length
+from tofu.compression.coding import RowCode
 from tofu.errors import PayloadError
 from tofu.reference_model import ReferenceModel
 from tofu.weights import ParamSpec

@@ -28,9 +28,18 @@ import torch
 from torch import Tensor
 
 from tofu.compression import compressors
-from tofu.compression.bitstream import BitReader, Integers, fixed, gamma, gamma_length, packed
-from tofu.compression.flat import FlatCompressor, checked_length, checked_scales
-from tofu.compression.rice import positions_length, read_positions, write_positions
+from tofu.compression.base import FlatCompressor, checked_length, checked_scales
+from tofu.compression.coding import (
+    BitReader,
+    Integers,
+    fixed,
+    gamma,
+    gamma_length,
+    packed,
+    positions_length,
+    read_positions,
+    write_positions,
+)
 from tofu.weights import ParamSpec
 
 _HEAD = struct.Struct("<If")

@@ -25,9 +25,17 @@ import torch
 from torch import Tensor
 
 from tofu.compression import compressors
-from tofu.compression.bitstream import BitReader, fixed, packed
-from tofu.compression.flat import FlatCompressor, checked_length, checked_scales
-from tofu.compression.rice import by_magnitude, max_fitting, positions_length, read_positions, write_positions
+from tofu.compression.base import FlatCompressor, checked_length, checked_scales
+from tofu.compression.coding import (
+    BitReader,
+    by_magnitude,
+    fixed,
+    max_fitting,
+    packed,
+    positions_length,
+    read_positions,
+    write_positions,
+)
 from tofu.weights import ParamSpec
 
 _HEAD = struct.Struct("<If")

@@ -25,12 +25,16 @@ import torch
 from torch import Tensor
 
 from tofu.compression import compressors
-from tofu.compression.bitstream import BitReader, Integers, fixed, packed
-from tofu.compression.flat import FlatCompressor, checked_length, checked_scales
-from tofu.compression.quantize import bfloat16_bytes, bfloat16_from
-from tofu.compression.rice import (
+from tofu.compression.base import FlatCompressor, checked_length, checked_scales
+from tofu.compression.coding import (
+    BitReader,
+    Integers,
+    bfloat16_bytes,
+    bfloat16_from,
     by_magnitude,
+    fixed,
     max_fitting,
+    packed,
     positions_length,
     read_positions,
     write_positions,

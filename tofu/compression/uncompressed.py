@@ -4,9 +4,9 @@ import torch
 
 from tofu.compression import compressors
 from tofu.compression.base import CompressedUpdate, Compressor
-from tofu.payload import float32_bytes, float32_from
 from tofu.reference_model import ReferenceModel
 from tofu.weights import ParamSpec, Weights
+from tofu.wire import float32_bytes, float32_from
 
 
 @compressors.register("none")

@@ -130,7 +130,7 @@ class _Request:
     Attributes:
         key: of the array record.
         arrays: None if the client must build them from steps.
-        identity, sketch: of the arrays, with a compressed downlink (`tofu.fingerprint`).
+        identity, sketch: of the arrays, with a compressed downlink (`tofu.weights`).
     """
 
     round: int

@@ -6,8 +6,8 @@ from flwr.app import ConfigRecord, Context
 
 from tofu.compression.error_feedback import ErrorFeedback
 from tofu.errors import PayloadError
-from tofu.payload import float32_bytes, float32_from
 from tofu.weights import ParamSpec, Weights
+from tofu.wire import float32_bytes, float32_from
 
 _STATE = "tofu.compress"
 _VERSION = 2

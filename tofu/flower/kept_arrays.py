@@ -16,7 +16,7 @@ _VERSION = 1
 
 
 def load_arrays(context: Context) -> tuple[dict[str, Tensor], bytes] | None:
-    """The arrays in their order, and their identity (`tofu.fingerprint`); None if there are none."""
+    """The arrays in their order, and their identity (`tofu.weights`); None if there are none."""
     record = context.state.config_records.get(_STATE)
     if record is None or record.get("version") != _VERSION:
         return None

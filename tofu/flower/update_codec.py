@@ -21,11 +21,18 @@ from tofu.codec.options import DEFAULTS, CompressorOptions, ProxySettings
 from tofu.compression import compressors, make_compressor
 from tofu.compression.base import Compressor
 from tofu.errors import PayloadError, SettingError
-from tofu.model_call import NEEDS_CALL, Forward, InputShape, Loss, ModelCall, Shape, resolve_compressor
 from tofu.models.checks import drop_constant_buffers
-from tofu.payload import HEADER_BYTES, Payload, read_payload
 from tofu.recording import AppCodec
-from tofu.reference_model import ReferenceModel
+from tofu.reference_model import (
+    NEEDS_CALL,
+    Forward,
+    InputShape,
+    Loss,
+    ModelCall,
+    ReferenceModel,
+    Shape,
+    resolve_compressor,
+)
 from tofu.weights import (
     FINGERPRINT_BYTES,
     ParamSpec,
@@ -35,6 +42,7 @@ from tofu.weights import (
     has_differences,
     load_weights,
 )
+from tofu.wire import HEADER_BYTES, Payload, read_payload
 
 RECORD = "tofu"
 """Key of the `ConfigRecord` that the strategy adds to a train message, and the mod to its reply."""

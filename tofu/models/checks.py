@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from tofu.errors import RunError, SettingError
+from tofu.errors import SettingError
 from tofu.rng import GlobalGenerators
+from tofu.weights import tensor_bits
 
 
 def check_training(model: nn.Module, name: str, inputs: Tensor, classes: int) -> frozenset[str]:
@@ -57,7 +58,9 @@ def changed_buffers(model: nn.Module, forward: Callable[[], object]) -> frozense
         if buffer.shape != before[key].shape or buffer.dtype != before[key].dtype:
             accepted = f"a model whose buffers keep their shapes and types ({key} does not)"
             raise SettingError("model", type(model).__name__, accepted)
-        if not torch.equal(_bits(buffer), _bits(before[key])):  # values would not do: NaN differs from itself
+        if not torch.equal(
+            tensor_bits(buffer), tensor_bits(before[key])
+        ):  # values would not do: NaN differs from itself
             changed.add(key)
             buffer.copy_(before[key])
     for prefix, module in model.named_modules():
@@ -91,7 +94,11 @@ def check_stateless(model: nn.Module, forward: Callable[[], object]) -> None:
             buffer.copy_(before[key])
     model.train()
     first, second = outputs
-    if isinstance(first, Tensor) and isinstance(second, Tensor) and not torch.equal(_bits(first), _bits(second)):
+    if (
+        isinstance(first, Tensor)
+        and isinstance(second, Tensor)
+        and not torch.equal(tensor_bits(first), tensor_bits(second))
+    ):
         accepted = "a model without state outside its parameters and buffers (two equal passes have different outputs)"
         raise SettingError("model", type(model).__name__, accepted)
 
@@ -102,22 +109,3 @@ def drop_constant_buffers(model: nn.Module, changed: frozenset[str]) -> None:
         for key in module._buffers:
             if (f"{prefix}.{key}" if prefix else key) not in changed:
                 module._non_persistent_buffers_set.add(key)
-
-
-def constant_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> copy of each non-persistent buffer."""
-    persistent = model.state_dict().keys()
-    return {name: buffer.clone() for name, buffer in model.named_buffers() if name not in persistent}
-
-
-def check_constant_buffers(model: nn.Module, before: dict[str, Tensor]) -> None:
-    """Raises RunError if training changed a buffer that its first pass did not change, since such are not sent."""
-    for name, buffer in model.named_buffers():
-        if name in before and not torch.equal(_bits(buffer), _bits(before[name])):
-            raise RunError(f"training changed buffer {name} but its first pass did not: expected a buffer "
-                           "that every pass in training mode changes, or none")  # fmt: skip
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor, flat."""
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)

@@ -203,12 +203,13 @@ class Plugins(tuple[Plugin, ...]):
         return {plugin.name: panel for plugin in self if (panel := plugin.panel()) is not None}
 
     def state_bytes(self, *, max_bytes: int) -> bytes:
-        """All plugins' private states, for the client to keep.
+        """All plugins' private states, for the client to keep; b"" without plugins.
 
         Raises:
             PayloadError: too large, or a value that cannot be kept.
         """
-        return state_to_bytes(_joined({p.name: p.state for p in self}), max_bytes=max_bytes)
+        states = {p.name: p.state for p in self}
+        return state_to_bytes(_joined(states), max_bytes=max_bytes) if self else b""
 
     def broadcast_bytes(self, *, max_bytes: int) -> bytes:
         """All plugins' broadcasts, for the server to send. Raises PayloadError as `state_bytes` does."""

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tofu.bit_packing import CHUNK
+from tofu.bytes_io import CHUNK
 from tofu.errors import RunError, SettingError
 from tofu.privacy.checks import check_positive
 from tofu.secagg.graph import Topology

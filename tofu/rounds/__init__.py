@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tofu.registry import Registry
 
 if TYPE_CHECKING:
-    from tofu.rounds.robust import Aggregator
+    from tofu.rounds.aggregation import Aggregator
     from tofu.rounds.schedule import Schedule
 
 KINDS = ("proxy", "fedavg", "secure")
@@ -23,6 +23,6 @@ server_optimizers: Registry[Callable[..., Any]] = Registry("server-optimizer", N
 """Functions of (parameters, `ServerSettings`) that make a `torch.optim.Optimizer`."""
 
 aggregators: "Registry[type[Aggregator]]" = Registry(
-    "aggregator", "tofu.rounds.robust:Aggregator", "tofu.rounds.robust"
+    "aggregator", "tofu.rounds.aggregation:Aggregator", "tofu.rounds.aggregation"
 )
 """Rules that combine the updates of an open round."""

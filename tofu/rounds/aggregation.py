@@ -1,23 +1,29 @@
-"""The weighted mean of updates, added up as they arrive.
+"""Aggregation of the updates of an open round: the weighted mean, or a rule that bounds what malicious clients can do.
 
-Sums of floats depend on their order, and replies arrive in any order. So each update, times its number of examples, is
-rounded to a multiple of 2^-34 and added as a 64-bit integer: such sums are exact, hence the same in every order, and
-the memory is that of one model however many clients there are. The rounding is far below float32's own.
+The mean adds up updates as they arrive, in the memory of one model. The robust rules keep all updates of a round.
+Norms and distances are over the trainable parameters; buffers (BatchNorm's statistics) are aggregated by their median
+over clients. A secure sum shows no single update, so these rules apply to rounds whose updates the server decodes.
 """
 
 import math
+from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 
 from tofu.errors import PayloadError
-from tofu.weights import Weights
+from tofu.rounds import aggregators
+from tofu.weights import ParamSpec, Weights
 
 _FRACTION_BITS = 34
 _LIMIT = 2.0 ** (62 - _FRACTION_BITS)
 
 
 class RunningMean:
-    """The weighted mean of the updates added so far.
+    """The weighted mean of the updates added so far, independent of the order in which they arrived.
+
+    Sums of floats depend on their order. So each update, times its number of examples, is rounded to a multiple of
+    2^-34 and added as a 64-bit integer: such sums are exact. The rounding is far below float32's own.
 
     Attributes:
         examples: the sum of the weights.
@@ -54,3 +60,157 @@ class RunningMean:
         """The mean as float32, by name; call it only after an `add`."""
         scale = self.examples * 2.0**_FRACTION_BITS
         return {name: (total.double() / scale).float() for name, total in self._sums.items()}
+
+
+class Aggregator(ABC):
+    """Combines the updates of one round.
+
+    Args:
+        param_spec: names and shapes of the tensors of an update.
+        malicious: the fraction of the clients that the rule must tolerate, below 0.5.
+
+    Attributes:
+        examples: the sum of the examples of the updates added so far.
+    """
+
+    name: str
+
+    def __init__(self, param_spec: ParamSpec, malicious: float) -> None:
+        self.examples = 0
+        self._parameters, self._malicious = tuple(param_spec.parameters), malicious
+
+    @abstractmethod
+    def add(self, update: Weights, examples: int) -> None:
+        """Add a client's update, name -> float32 tensor. Raises PayloadError if it cannot be added; it then is not."""
+
+    @abstractmethod
+    def mean(self) -> Weights:
+        """The aggregate as float32, by name; call it only after an `add`. It does not depend on the order of `add`."""
+
+
+@aggregators.register("mean")
+class Mean(Aggregator):
+    """The mean weighted by examples: no protection, and the memory of one model."""
+
+    def __init__(self, param_spec: ParamSpec, malicious: float) -> None:
+        super().__init__(param_spec, malicious)
+        self._mean = RunningMean()
+
+    def add(self, update: Weights, examples: int) -> None:
+        self._mean.add(update, examples)
+        self.examples = self._mean.examples
+
+    def mean(self) -> Weights:
+        return self._mean.mean()
+
+
+class StoredUpdates(Aggregator):
+    """Keeps the updates; a subclass combines the parameters, as rows of a matrix."""
+
+    def __init__(self, param_spec: ParamSpec, malicious: float) -> None:
+        super().__init__(param_spec, malicious)
+        self._updates: list[tuple[Weights, int]] = []
+
+    def add(self, update: Weights, examples: int) -> None:
+        if not all(math.isfinite(float(value.double().square().sum())) for value in update.values()):
+            raise PayloadError("update holds a value that is not finite")
+        self.examples += examples
+        self._updates.append((update, examples))
+
+    def mean(self) -> Weights:
+        rows = torch.stack([_flat(update, self._parameters) for update, _ in self._updates])
+        order = sorted(range(len(rows)), key=lambda row: (self._updates[row][1], rows[row].numpy().tobytes()))
+        weights = torch.tensor([self._updates[row][1] for row in order], dtype=torch.float64)
+        combined = self.combine(rows[order], weights).float()
+        first = self._updates[0][0]
+        parts = torch.split(combined, [first[name].numel() for name in self._parameters])
+        result = {name: part.view(first[name].shape) for name, part in zip(self._parameters, parts, strict=True)}
+        for name in first.keys() - result.keys():
+            result[name] = _median(torch.stack([update[name].double() for update, _ in self._updates])).float()
+        return {name: result[name] for name in first}
+
+    @abstractmethod
+    def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """The aggregate [values] of updates [clients, values] with their examples [clients], all float64."""
+
+    def tolerated(self, clients: int) -> int:
+        """The number of malicious clients among so many: at most the largest minority."""
+        return min(math.ceil(self._malicious * clients), (clients - 1) // 2)
+
+
+@aggregators.register("norm-clip")
+class NormClip(StoredUpdates):
+    """The weighted mean of updates whose norms are clipped to the median norm (Sun et al. 2019, arXiv 1911.07963)."""
+
+    def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
+        return _weighted_mean(_clipped(rows), weights)
+
+
+@aggregators.register("median")
+class Median(StoredUpdates):
+    """The median of each coordinate (Yin et al. 2018, arXiv 1803.01498, definition 1); every client counts alike."""
+
+    def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
+        return _median(rows)
+
+
+@aggregators.register("trimmed-mean")
+class TrimmedMean(StoredUpdates):
+    """The mean of each coordinate without its extremes (Yin et al. 2018, definition 2); every client counts alike."""
+
+    def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
+        cut = self.tolerated(len(rows))
+        return rows.sort(dim=0).values[cut : len(rows) - cut].mean(0)
+
+
+@aggregators.register("multi-krum")
+class MultiKrum(StoredUpdates):
+    """The weighted mean of the n - f updates that are closest to their neighbors.
+
+    Blanchard et al. 2017 (NeurIPS), section 4: a score is the sum of the squared distances to the n - f - 2 closest
+    others.
+    """
+
+    def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
+        clients, malicious = len(rows), self.tolerated(len(rows))
+        distances = torch.cdist(rows, rows).square()
+        neighbors = max(1, clients - malicious - 2)
+        scores = distances.sort(dim=1).values[:, 1 : neighbors + 1].sum(1)
+        chosen = scores.argsort(stable=True)[: clients - malicious].sort().values
+        return _weighted_mean(rows[chosen], weights[chosen])
+
+
+@aggregators.register("centered-clip")
+class CenteredClip(StoredUpdates):
+    """Iterated clipping of the distances from a center (Karimireddy et al. 2021, arXiv 2012.10333, algorithm 2).
+
+    The center starts at the coordinatewise median, and the radius is the median distance from it.
+    """
+
+    ITERATIONS = 3
+
+    def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
+        center = _median(rows)
+        for _ in range(self.ITERATIONS):
+            center = center + _weighted_mean(_clipped(rows - center), weights)
+        return center
+
+
+def _flat(update: Weights, parameters: tuple[str, ...]) -> Tensor:
+    return torch.cat([update[name].double().flatten() for name in parameters])
+
+
+def _clipped(rows: Tensor) -> Tensor:
+    """Rows whose norms are at most the median norm."""
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return rows * (_median(lengths) / lengths.clamp_min(1e-30)).clamp_max(1.0)
+
+
+def _weighted_mean(rows: Tensor, weights: Tensor) -> Tensor:
+    return torch.einsum("nv,n->v", rows, weights / weights.sum())
+
+
+def _median(rows: Tensor) -> Tensor:
+    """The median of each column; the mean of the middle two for an even number of rows."""
+    ordered, count = rows.sort(dim=0).values, len(rows)
+    return (ordered[(count - 1) // 2] + ordered[count // 2]) / 2

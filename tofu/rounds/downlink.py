@@ -11,20 +11,24 @@ from dataclasses import dataclass, replace
 
 from tofu.compression.base import Compressor
 from tofu.errors import PayloadError, TofuError
-from tofu.fingerprint import MAX_DRIFT, SKETCH_BYTES, after_step, drift, sketch
-from tofu.payload import HEADER_BYTES, WEIGHTS, Payload, float32_bytes, read_payload
 from tofu.reference_model import ReferenceModel
 from tofu.rng import derive_generator
 from tofu.weights import (
+    MAX_DRIFT,
+    SKETCH_BYTES,
     Weights,
     add_update,
+    after_step,
     base_fingerprint,
     copy_model,
     difference,
+    drift,
     explained_variance,
     load_weights,
+    sketch,
     weights_of,
 )
+from tofu.wire import HEADER_BYTES, WEIGHTS, Payload, TrainRequest, float32_bytes, float32_from, read_payload
 
 
 class ResyncError(TofuError):
@@ -33,7 +37,7 @@ class ResyncError(TofuError):
 
 @dataclass(frozen=True)
 class KeptWeights:
-    """The global weights of the client's last round, and their identity (`tofu.fingerprint`)."""
+    """The global weights of the client's last round, and their identity (`tofu.weights`)."""
 
     weights: Weights
     identity: bytes
@@ -185,3 +189,38 @@ def follow_steps(
     away = drift(weights_of(network.model), sketch)
     if not away <= MAX_DRIFT:
         raise ResyncError(f"weights built from steps differ from the server's by {away:.1g} of their norm")
+
+
+def receive_weights(
+    request: TrainRequest, round_: int, network: ReferenceModel, kept: KeptWeights | None, compressor: Compressor | None
+) -> None:
+    """Load the round's weights, `request.identity`, into the network's model.
+
+    Args:
+        network: the run's initial model, which every client builds from the settings.
+        kept: the weights that this client kept from an earlier round.
+        compressor: compressor of the server's steps; None if the run sends full weights.
+
+    Raises:
+        ResyncError: this client lacks the weights that the steps start from, or arrives at other weights than the
+            server.
+        TofuError: the payload fails validation.
+    """
+    if request.payload:
+        _load_full(request.payload, round_, network)
+    else:
+        if compressor is None:
+            raise PayloadError("the server sent steps, but this client's settings have downlink=full-weights")
+        follow_steps(
+            network, kept, request.steps, round_, compressor, identity=request.identity, sketch=request.sketch
+        )  # fmt: skip
+
+
+def _load_full(data: bytes, round_: int, network: ReferenceModel) -> None:
+    limit = HEADER_BYTES + network.param_spec.float32_bytes
+    payload = read_payload(data, codec=WEIGHTS, round_=round_, fingerprint=None, max_bytes=limit)
+    load_weights(network.model, float32_from(payload.body, network.param_spec))
+    network.model.eval()
+    if base_fingerprint(network.model) != payload.fingerprint:
+        raise PayloadError("the global weights do not match their fingerprint: server and client built other models "
+                        "(frozen weights and constant buffers count, too)")  # fmt: skip

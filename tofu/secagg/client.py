@@ -18,7 +18,7 @@ import numpy as np
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from tofu.bit_packing import pack
+from tofu.bytes_io import pack
 from tofu.errors import PayloadError
 from tofu.secagg import shamir
 from tofu.secagg.domain import fields

@@ -2,7 +2,7 @@
 
 A client cannot choose its own largest entries, as top-k compressors do, because a sum needs the same coordinates from
 every client. All know how far each global weight has moved since the run began, and weights that moved far keep moving,
-by the row and column of an entry (`tofu.displacement`). Most of a round's m coordinates (`LEADING_FRACTION`) are
+by the row and column of an entry (`tofu.weights`). Most of a round's m coordinates (`LEADING_FRACTION`) are
 therefore those that moved furthest. All other entries take turns, in the order p s mod n for p = 0, 1, ... with s
 coprime to n and close to the golden section of n: every window of this order is spread evenly over the entries, and
 both ends compute it without tables or random generators. The choice is not secret and reveals nothing about a client.
@@ -23,8 +23,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tofu.displacement import Integers
 from tofu.errors import SettingError
+from tofu.weights import Integers
 
 LEADING_FRACTION = 0.9
 """Fraction of the coordinates that goes to the entries that moved furthest."""

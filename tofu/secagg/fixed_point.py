@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tofu.bit_packing import CHUNK
+from tofu.bytes_io import CHUNK
 from tofu.errors import PayloadError, RunError, SettingError
 from tofu.secagg.masks import Stream, new_seed
 from tofu.secagg.ring import RingVector, SignedVector, centered, check_bits, from_signed, largest

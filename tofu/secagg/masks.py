@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from tofu.bit_packing import CHUNK
+from tofu.bytes_io import CHUNK
 from tofu.errors import PayloadError
 from tofu.secagg.domain import fields
 from tofu.secagg.ring import RingVector, largest

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from tofu.bit_packing import MAX_BITS
+from tofu.bytes_io import MAX_BITS
 from tofu.errors import PayloadError
 from tofu.secagg.identities import SIGNATURE_BYTES
 from tofu.secagg.masks import KEY_BYTES, check_public_key
@@ -175,7 +175,7 @@ class Shares:
 
 @dataclass(frozen=True)
 class Masked:
-    """MaskedInputCollection, client to server: after the head the packed masked vector (`tofu.bit_packing.pack`)."""
+    """MaskedInputCollection, client to server: after the head the packed masked vector (`tofu.bytes_io.pack`)."""
 
     session: Session
     client: int

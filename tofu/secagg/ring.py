@@ -1,4 +1,4 @@
-"""Integers mod 2^b, 1 <= b <= 64, as vectors of uint64 below 2^b. `tofu.bit_packing` converts them to bytes.
+"""Integers mod 2^b, 1 <= b <= 64, as vectors of uint64 below 2^b. `tofu.bytes_io` converts them to bytes.
 
 uint64 arithmetic is mod 2^64, which 2^b divides, so a sum of any length needs only one reduction at its end.
 """
@@ -6,7 +6,7 @@ uint64 arithmetic is mod 2^64, which 2^b divides, so a sum of any length needs o
 import numpy as np
 import numpy.typing as npt
 
-from tofu.bit_packing import MAX_BITS
+from tofu.bytes_io import MAX_BITS
 from tofu.errors import SettingError
 
 RingVector = npt.NDArray[np.uint64]

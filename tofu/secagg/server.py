@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tofu.bit_packing import unpack
+from tofu.bytes_io import unpack
 from tofu.errors import PayloadError, RunError
 from tofu.secagg import ring, shamir
 from tofu.secagg.graph import Topology

@@ -11,9 +11,9 @@ from tofu.compression import make_compressor
 from tofu.data import ImageShape
 from tofu.errors import PayloadError, SettingError
 from tofu.models import build_model
-from tofu.payload import HEADER_BYTES
 from tofu.reference_model import ReferenceModel
 from tofu.weights import explained_variance
+from tofu.wire import HEADER_BYTES
 
 QUICK = ProxySettings(max_evals=4, solve_labels=2)
 

@@ -4,8 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tofu.codec.correction import MAX_LEVELS, min_bytes, read_correction, slots_length, write_correction
-from tofu.codec.strata import STRATA, Strata
+from tofu.codec.correction import MAX_LEVELS, STRATA, Strata, min_bytes, read_correction, slots_length, write_correction
 from tofu.errors import PayloadError
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from tests.tofu.compression.common import bare, generator
-from tofu.codec.strata import BOUNDARIES, STRATA, strata_of
+from tofu.codec.correction import BOUNDARIES, STRATA, strata_of
 from tofu.reference_model import ReferenceModel
 
 

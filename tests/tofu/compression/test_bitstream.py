@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tofu.compression.bitstream import BitReader, Integers, fixed, gamma, gamma_length, packed, unary
+from tofu.compression.coding import BitReader, Integers, fixed, gamma, gamma_length, packed, unary
 from tofu.errors import PayloadError
 
 whole = st.lists(st.integers(0, 300), max_size=40)

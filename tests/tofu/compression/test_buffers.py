@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tofu.compression.buffers import BufferCode
+from tofu.compression.base import BufferCode
 from tofu.errors import PayloadError
 from tofu.weights import ParamSpec
 

@@ -6,7 +6,7 @@ import torch
 from tests.tofu.compression.common import bare, generator, missed, update_of
 from tofu.compression.eden import Eden, centroids
 from tofu.compression.hadamard import MIN_PIECE, hadamard, pieces, random_signs, rotate, rotate_back
-from tofu.payload import HEADER_BYTES
+from tofu.wire import HEADER_BYTES
 
 
 def plain_hadamard(values: list[float]) -> list[float]:

@@ -17,9 +17,9 @@ from tofu.compression.base import CompressedUpdate, Compressor
 from tofu.compression.error_feedback import ErrorFeedback
 from tofu.data import ImageShape
 from tofu.errors import PayloadError, RunError, SettingError
-from tofu.payload import HEADER_BYTES
 from tofu.reference_model import ReferenceModel
 from tofu.weights import ParamSpec, Weights
+from tofu.wire import HEADER_BYTES
 
 NAMES = compressors.names()
 FIXED = {"none": 1.0, "signsgd": 16.0, "float16": 1.8}

@@ -5,8 +5,8 @@ from tests.conftest import Case
 from tests.tofu.compression.common import bare, generator, missed, update_of
 from tofu.compression.powersgd import PowerSgd
 from tofu.errors import SettingError
-from tofu.payload import HEADER_BYTES
 from tofu.reference_model import ReferenceModel
+from tofu.wire import HEADER_BYTES
 
 
 def low_rank(rank: int, *, rows: int = 60, columns: int = 80) -> torch.Tensor:

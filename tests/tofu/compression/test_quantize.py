@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tofu.codec.options import BITS
-from tofu.compression.quantize import RowCode, bfloat16_bytes, bfloat16_from
+from tofu.compression.coding import RowCode, bfloat16_bytes, bfloat16_from
 from tofu.errors import PayloadError
 
 

@@ -4,8 +4,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tofu.compression.bitstream import BitReader, fixed, packed, unary
-from tofu.compression.rice import by_magnitude, max_fitting, positions_length, read_positions, write_positions
+from tofu.compression.coding import (
+    BitReader,
+    by_magnitude,
+    fixed,
+    max_fitting,
+    packed,
+    positions_length,
+    read_positions,
+    unary,
+    write_positions,
+)
 from tofu.errors import PayloadError
 
 sets = st.sets(st.integers(0, 5000), max_size=60).map(sorted)

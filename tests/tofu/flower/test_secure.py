@@ -31,7 +31,7 @@ from torch import nn
 
 import tofu
 from tests.tofu.flower.quickstart import CLIENTS, DATA, Net, accuracy, federate, strategy_of, train
-from tofu.bit_packing import unpack
+from tofu.bytes_io import unpack
 from tofu.data import to_float
 from tofu.errors import RunError, SettingError
 from tofu.flower.secure import RECORD

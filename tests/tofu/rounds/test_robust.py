@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tofu.errors import PayloadError
 from tofu.rounds import aggregators
-from tofu.rounds.robust import Aggregator
+from tofu.rounds.aggregation import Aggregator
 from tofu.weights import ParamSpec, Weights
 
 VALUES = 40

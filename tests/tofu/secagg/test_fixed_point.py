@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tofu.secagg.harness import ring_bits
-from tofu.bit_packing import CHUNK
+from tofu.bytes_io import CHUNK
 from tofu.errors import PayloadError, RunError, SettingError
 from tofu.secagg.fixed_point import Clipped, FixedPoint
 from tofu.secagg.ring import RingVector, largest

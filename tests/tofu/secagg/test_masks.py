@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from tofu.bit_packing import CHUNK, pack
+from tofu.bytes_io import CHUNK, pack
 from tofu.errors import PayloadError
 from tofu.secagg.masks import (
     PAIR_MASK,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.tofu.secagg.harness import Session, names, plain_sum, random_vectors
-from tofu.bit_packing import unpack
+from tofu.bytes_io import unpack
 from tofu.secagg.client import ClientSession
 from tofu.secagg.fixed_point import FixedPoint
 from tofu.secagg.graph import Topology

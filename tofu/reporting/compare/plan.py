@@ -16,10 +16,10 @@ from tofu.compression import downlink_compressor, uplink_compressor
 from tofu.data import FederatedData
 from tofu.errors import SettingError
 from tofu.models import initial_model
-from tofu.payload import HEADER_BYTES
 from tofu.reference_model import ReferenceModel
 from tofu.settings import FIELDS, Settings, Value, dashed, parse_setting, section_of
 from tofu.settings.deprecated import present_value
+from tofu.wire import HEADER_BYTES
 
 FEDAVG = "none"
 """Name of the reference's compressor: no compression."""

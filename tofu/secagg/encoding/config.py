@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tofu.bit_packing import MAX_BITS
+from tofu.bytes_io import MAX_BITS
 from tofu.errors import PayloadError
 from tofu.secagg import coordinates
 from tofu.secagg.encoding.ranges import MAX_RANGE, MIN_RANGE

@@ -8,7 +8,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tofu.displacement import levels as displacement_levels
 from tofu.errors import PayloadError, SettingError
 from tofu.plugins import SumSpec
 from tofu.secagg import coordinates
@@ -17,7 +16,7 @@ from tofu.secagg.encoding.ranges import MAX_RANGE, MIN_RANGE, nearest_range, nex
 from tofu.secagg.encoding.sums import DigitSums
 from tofu.secagg.fixed_point import Clipped, FixedPoint
 from tofu.secagg.ring import RingVector, centered
-from tofu.weights import ParamSpec, Weights
+from tofu.weights import ParamSpec, Weights, displacement_levels
 
 MAX_REPORTED = 32.0
 """Maximum loss, and maximum excess over a range in units of it, that the sums can represent."""
