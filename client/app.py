@@ -8,12 +8,13 @@ Entries of the node config:
 - `identity`, `identities` and `journal`: of secure rounds (`tofu.flower.secure_session`).
 """
 
+import json
 import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -146,7 +147,13 @@ def _settings(context: Context) -> Settings:
     """
     Policy.of(context).check_run(context.run_config, context.node_config)
     device = context.node_config.get("device")
-    return Settings.of(context.run_config if device is None else context.run_config | {"device": str(device)})
+    return _parsed(json.dumps(context.run_config if device is None else context.run_config | {"device": str(device)}))
+
+
+@lru_cache(maxsize=4)
+def _parsed(run_config: str) -> Settings:
+    """Settings from a run config as JSON; those of a run are parsed once in a process."""
+    return Settings.of(json.loads(run_config))
 
 
 def _content(message: Message) -> object:

@@ -12,6 +12,8 @@ import numpy.typing as npt
 
 from tofu.errors import PayloadError
 
+_LENGTH = struct.Struct("<I")
+
 
 class ByteReader:
     """Takes bytes apart from their start; every method raises PayloadError if the bytes do not fit.
@@ -123,3 +125,31 @@ def _overlaps(bits: int) -> list[tuple[int, int, int]]:
         for lane in range(8)
         for octet in range(lane * bits // 8, (lane * bits + bits - 1) // 8 + 1)
     ]
+
+
+def fields(*parts: bytes) -> bytes:
+    """Concatenate the parts, each preceded by its length in 4 bytes: different parts give different bytes.
+
+    For hashes, signatures, key derivation and saved states. The first part always names the purpose, so that a
+    signature or key of one purpose is not valid for another.
+    """
+    return b"".join(_LENGTH.pack(len(part)) + part for part in parts)
+
+
+def split_fields(data: bytes, what: str) -> list[bytes]:
+    """The inverse of `fields`; `what` names the data in errors.
+
+    Raises:
+        PayloadError: a field exceeds the end of the data.
+    """
+    parts = []
+    at = 0
+    while at < len(data):
+        head = data[at : at + _LENGTH.size]
+        size = _LENGTH.unpack(head)[0] if len(head) == _LENGTH.size else len(data)
+        at += _LENGTH.size
+        if size > len(data) - at:
+            raise PayloadError(f"{what} ends within a field")
+        parts.append(data[at : at + size])
+        at += size
+    return parts

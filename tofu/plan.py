@@ -9,12 +9,11 @@ from tofu.reference_model import ReferenceModel
 from tofu.secagg import coordinates
 from tofu.secagg.encoding import FEW_LEVELS, EncodingConfig, RingEncoder, first_ranges
 from tofu.secagg.fixed_point import FixedPoint
-from tofu.secagg.graph import Topology
+from tofu.secagg.graph import DIGEST_BYTES, SESSION_BYTES, Session, Terms, Topology
 from tofu.secagg.identities import SIGNATURE_BYTES
 from tofu.secagg.masks import KEY_BYTES
 from tofu.secagg.messages import SEALED_BYTES, Advert, Confirmation, Masked, Reveal, Roster, Shares, Survivors
 from tofu.secagg.shamir import SHARE_BYTES
-from tofu.secagg.terms import DIGEST_BYTES, SESSION_BYTES, Session, Terms
 from tofu.settings import MIN_SECURE, Settings
 from tofu.wire import HEADER_BYTES, SecurePart
 

@@ -32,7 +32,7 @@ from tofu.rng import derive_generator
 from tofu.secagg.coordinates import LEADING_FRACTION, decode, encode, select
 from tofu.secagg.encoding import EncodingConfig, RingEncoder, first_ranges, flat, nearest_range
 from tofu.secagg.fixed_point import FixedPoint
-from tofu.secagg.ring import add, centered
+from tofu.secagg.masks import add, centered
 from tofu.training import LocalTrainingConfig, train_locally
 from tofu.weights import Weights, layout_of
 

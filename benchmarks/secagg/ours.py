@@ -8,9 +8,8 @@ from benchmarks.secagg.cost import Case, Clock, Cost, sampled, update_of, wire_b
 from tofu.bytes_io import pack, unpack
 from tofu.secagg.client import ClientSession
 from tofu.secagg.fixed_point import FixedPoint
-from tofu.secagg.masks import add_mask, new_seed
+from tofu.secagg.masks import RingVector, add_mask, new_seed
 from tofu.secagg.participant import Participant
-from tofu.secagg.ring import RingVector
 from tofu.secagg.server import ServerSession
 
 RUN = b"benchmark"

@@ -25,8 +25,8 @@ from tofu.errors import RunError, SettingError
 from tofu.flower.in_process import run_in_process
 from tofu.models import build_model
 from tofu.secagg.encoding import EncodingConfig, RingEncoder
+from tofu.secagg.masks import centered
 from tofu.secagg.messages import Masked
-from tofu.secagg.ring import centered
 from tofu.settings import Settings
 from tofu.weights import ParamSpec, Weights, fingerprint, layout_of, load_weights, weights_of
 from tofu.wire import (

@@ -13,8 +13,7 @@ from tofu.errors import SettingError
 from tofu.plugins import SumSpec
 from tofu.privacy import Noise
 from tofu.secagg.coordinates import MIN_LEVELS
-from tofu.secagg.encoding import FEW_LEVELS, EncodingConfig, RingEncoder, SecureMean, nearest_range
-from tofu.secagg.encoding.ranges import MAX_RANGE
+from tofu.secagg.encoding import FEW_LEVELS, MAX_RANGE, EncodingConfig, RingEncoder, SecureMean, nearest_range
 from tofu.secagg.fixed_point import HEADROOM, FixedPoint
 from tofu.secagg.graph import Topology, choose_topology
 from tofu.weights import FINGERPRINT_BYTES, ParamSpec

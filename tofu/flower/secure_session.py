@@ -21,8 +21,8 @@ from tofu.errors import PayloadError, SettingError
 from tofu.flower.policy import Policy, client_name
 from tofu.secagg.client import ClientSession
 from tofu.secagg.identities import read_identity, read_known
+from tofu.secagg.masks import RingVector
 from tofu.secagg.participant import Participant
-from tofu.secagg.ring import RingVector
 from tofu.wire import SecureAnswer, SecureQuery, run_name
 
 _RECORD = "tofu-secure"

@@ -22,7 +22,7 @@ from tofu.errors import PayloadError
 from tofu.privacy import Noise, check_param_spec, clip
 from tofu.reference_model import ReferenceModel
 from tofu.secagg.encoding import RingEncoder
-from tofu.secagg.ring import RingVector
+from tofu.secagg.masks import RingVector
 from tofu.weights import ParamSpec, Weights
 
 

@@ -38,11 +38,10 @@ Example:
 
 from tofu.secagg.client import ClientSession
 from tofu.secagg.fixed_point import FixedPoint
-from tofu.secagg.graph import Topology, choose_topology
+from tofu.secagg.graph import Stage, Topology, choose_topology
 from tofu.secagg.identities import Identity
 from tofu.secagg.participant import Participant
 from tofu.secagg.server import ServerSession, Total
-from tofu.secagg.terms import Stage
 
 __all__ = [
     "ClientSession",

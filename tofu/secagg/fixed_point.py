@@ -32,8 +32,7 @@ import numpy.typing as npt
 
 from tofu.bytes_io import CHUNK
 from tofu.errors import PayloadError, RunError, SettingError
-from tofu.secagg.masks import Stream, new_seed
-from tofu.secagg.ring import RingVector, SignedVector, centered, check_bits, from_signed, largest
+from tofu.secagg.masks import RingVector, SignedVector, Stream, centered, check_bits, from_signed, largest, new_seed
 
 RealVector = npt.NDArray[np.floating]
 

@@ -13,8 +13,8 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+from tofu.bytes_io import fields
 from tofu.errors import PayloadError, SettingError
-from tofu.secagg.domain import fields
 
 SIGNATURE_BYTES = 64
 PUBLIC_BYTES = 32

@@ -6,6 +6,9 @@ at zero. Each seed generates only one stream, so no nonce is needed.
 
 An element of b bits is the lowest b bits of the stream's next little-endian word of 1, 2, 4 or 8 bytes, the smallest
 size that holds b bits. This is uniform, needs no rejection sampling, and is as fast as the cipher.
+
+Vectors are integers mod 2^b, 1 <= b <= 64, as uint64 below 2^b. uint64 arithmetic is mod 2^64, which 2^b divides, so a
+sum of any length needs only one reduction at its end.
 """
 
 import os
@@ -17,10 +20,42 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from tofu.bytes_io import CHUNK
-from tofu.errors import PayloadError
-from tofu.secagg.domain import fields
-from tofu.secagg.ring import RingVector, largest
+from tofu.bytes_io import CHUNK, MAX_BITS, fields
+from tofu.errors import PayloadError, SettingError
+
+RingVector = npt.NDArray[np.uint64]
+"""Elements of the ring, each below 2^b."""
+
+SignedVector = npt.NDArray[np.int64]
+
+
+def check_bits(bits: int) -> None:
+    """Raises SettingError unless the ring has 1 to 64 bits."""
+    if not 1 <= bits <= MAX_BITS:
+        raise SettingError("ring_bits", bits, f"1 to {MAX_BITS}")
+
+
+def largest(bits: int) -> np.uint64:
+    """2^b - 1: the largest element, and the bit mask that reduces mod 2^b."""
+    return np.uint64((1 << bits) - 1)
+
+
+def add(a: RingVector, b: RingVector, bits: int) -> RingVector:
+    """a + b mod 2^b."""
+    return (a + b) & largest(bits)
+
+
+def from_signed(values: SignedVector, bits: int) -> RingVector:
+    """Map signed integers to elements mod 2^b."""
+    return values.view(np.uint64) & largest(bits)
+
+
+def centered(values: RingVector, bits: int) -> SignedVector:
+    """Map elements to the integers of [-2^(b-1), 2^(b-1)) that they represent."""
+    shift = MAX_BITS - bits
+    # The highest bit of the element becomes the sign bit, which the shift back extends.
+    return (values << np.uint64(shift)).view(np.int64) >> np.int64(shift)
+
 
 SEED_BYTES = 32
 KEY_BYTES = 32
@@ -58,7 +93,7 @@ def agree(secret: bytes, public: bytes, purpose: bytes, terms: bytes, parties: t
         secret: our secret key.
         public: the other's public key.
         purpose: of the bytes.
-        terms: digest of the session's terms, which include run and round (`tofu.secagg.terms`).
+        terms: digest of the session's terms, which include run and round (`tofu.secagg.graph`).
         parties: digests of the two adverts: sorted if both directions use the same bytes, otherwise sender first.
 
     Raises:

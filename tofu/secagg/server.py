@@ -21,14 +21,11 @@ import numpy as np
 
 from tofu.bytes_io import unpack
 from tofu.errors import PayloadError, RunError
-from tofu.secagg import ring, shamir
-from tofu.secagg.graph import Topology
+from tofu.secagg import masks, shamir
+from tofu.secagg.graph import PURPOSE_BYTES, SESSION_BYTES, Session, Stage, Terms, Topology
 from tofu.secagg.identities import ADVERT, SURVIVORS, check_known, verify
-from tofu.secagg.masks import add_mask, pair_seed, public_key
-from tofu.secagg.messages import Advert, Confirmation, Masked, Reveal, Roster, Shares, Survivors
-from tofu.secagg.ring import RingVector
-from tofu.secagg.terms import PURPOSE_BYTES, SESSION_BYTES, Session, Stage, Terms
-from tofu.secagg.wire import MAX_CLIENTS
+from tofu.secagg.masks import RingVector, add_mask, pair_seed, public_key
+from tofu.secagg.messages import MAX_CLIENTS, Advert, Confirmation, Masked, Reveal, Roster, Shares, Survivors
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ class ServerSession:
         known: Mapping[str, bytes] | None = None,
         purpose: bytes = bytes(PURPOSE_BYTES),
     ) -> None:
-        ring.check_bits(bits)
+        masks.check_bits(bits)
         check_known(known or {})
         self._run = run
         self._session = Session(round_, os.urandom(SESSION_BYTES))

@@ -30,8 +30,7 @@ from tofu.privacy import (
     rounded_norm,
 )
 from tofu.secagg.fixed_point import FixedPoint
-from tofu.secagg.masks import Stream, new_seed
-from tofu.secagg.ring import add
+from tofu.secagg.masks import Stream, add, new_seed
 from tofu.weights import Weights, layout_of
 
 

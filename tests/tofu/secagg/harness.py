@@ -8,8 +8,8 @@ import numpy as np
 from tofu.secagg.client import ClientSession
 from tofu.secagg.graph import Topology
 from tofu.secagg.identities import Identity
+from tofu.secagg.masks import RingVector, largest
 from tofu.secagg.participant import Participant
-from tofu.secagg.ring import RingVector, largest
 from tofu.secagg.server import ServerSession, Total
 
 RUN = b"a run for tests"

@@ -10,6 +10,7 @@ from tests.tofu.secagg.harness import ring_bits
 from tofu.errors import PayloadError, RunError
 from tofu.secagg.encoding import (
     FIRST_RANGE,
+    MAX_REPORTED,
     EncodingConfig,
     RingEncoder,
     SecureMean,
@@ -17,8 +18,7 @@ from tofu.secagg.encoding import (
     nearest_range,
     next_range,
 )
-from tofu.secagg.encoding.encoder import MAX_REPORTED
-from tofu.secagg.ring import RingVector, largest
+from tofu.secagg.masks import RingVector, largest
 from tofu.weights import ParamSpec, Weights
 
 LAYOUT = ParamSpec(

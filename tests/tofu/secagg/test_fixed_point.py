@@ -7,7 +7,7 @@ from tests.tofu.secagg.harness import ring_bits
 from tofu.bytes_io import CHUNK
 from tofu.errors import PayloadError, RunError, SettingError
 from tofu.secagg.fixed_point import Clipped, FixedPoint
-from tofu.secagg.ring import RingVector, largest
+from tofu.secagg.masks import RingVector, largest
 
 
 def summed(code: FixedPoint, values: list[np.ndarray], examples: list[int]) -> RingVector:

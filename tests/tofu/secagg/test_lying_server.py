@@ -9,11 +9,10 @@ import pytest
 from tests.tofu.secagg.harness import RUN, Session, members, names, plain_sum, random_vectors
 from tofu.errors import PayloadError
 from tofu.secagg.client import ClientSession
-from tofu.secagg.graph import Topology
+from tofu.secagg.graph import Terms, Topology
 from tofu.secagg.identities import ADVERT, Identity
 from tofu.secagg.masks import new_seed, public_key
 from tofu.secagg.messages import Advert, Confirmation, Reveal, Roster, Shares, Survivors
-from tofu.secagg.terms import Terms
 
 COUNT, THRESHOLD = 5, 3
 VECTORS = random_vectors(COUNT, 20, 12)

@@ -9,15 +9,16 @@ from tofu.errors import PayloadError
 from tofu.secagg.masks import (
     PAIR_MASK,
     SHARE_KEY,
+    RingVector,
     add_mask,
     agree,
     check_public_key,
+    largest,
     new_seed,
     pair_seed,
     public_key,
     word_bytes,
 )
-from tofu.secagg.ring import RingVector, largest
 
 
 def mask(seed: bytes, count: int, bits: int) -> RingVector:

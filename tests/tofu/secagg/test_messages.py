@@ -8,11 +8,10 @@ from hypothesis import strategies as st
 from tests.tofu.secagg.harness import Session, members, random_vectors
 from tofu.errors import PayloadError
 from tofu.secagg.client import ClientSession
-from tofu.secagg.graph import Topology
+from tofu.secagg.graph import Session as SessionId
+from tofu.secagg.graph import Terms, Topology
 from tofu.secagg.masks import new_seed, public_key
 from tofu.secagg.messages import Advert, Confirmation, Masked, Reveal, Roster, Shares, Survivors
-from tofu.secagg.terms import Session as SessionId
-from tofu.secagg.terms import Terms
 
 SESSION = SessionId(7, bytes(range(16)))
 KEYS = [public_key(new_seed()) for _ in range(4)]

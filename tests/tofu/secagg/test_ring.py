@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tofu.errors import SettingError
-from tofu.secagg.ring import (
+from tofu.secagg.masks import (
     add,
     centered,
     check_bits,

@@ -7,10 +7,9 @@ from tests.tofu.secagg.harness import Session, names, plain_sum, random_vectors
 from tofu.bytes_io import unpack
 from tofu.secagg.client import ClientSession
 from tofu.secagg.fixed_point import FixedPoint
-from tofu.secagg.graph import Topology
+from tofu.secagg.graph import Stage, Topology
+from tofu.secagg.masks import RingVector, centered, largest
 from tofu.secagg.messages import Masked, Reveal, Shares
-from tofu.secagg.ring import RingVector, centered, largest
-from tofu.secagg.terms import Stage
 
 BITS, VALUES = 12, 20_000
 

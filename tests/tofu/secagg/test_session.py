@@ -15,11 +15,10 @@ from tests.tofu.secagg.harness import RUN, STAGES, Session, members, names, plai
 from tofu.errors import PayloadError, RunError, SettingError
 from tofu.secagg.client import ClientSession
 from tofu.secagg.fixed_point import FixedPoint
-from tofu.secagg.graph import Topology
+from tofu.secagg.graph import Stage, Topology
 from tofu.secagg.messages import Advert, Masked, Reveal, Roster, Shares
 from tofu.secagg.participant import Participant
 from tofu.secagg.server import ServerSession
-from tofu.secagg.terms import Stage
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,5 +1,19 @@
-"""The encoder of one secure round: update -> ring vector, and sum of ring vectors -> mean update."""
+"""A client's update as the vector of ring elements that a secure round sums, and the mean update from that sum.
 
+Each tensor has its own range, agreed for the round: its values are divided by it, so that one fixed-point code of range
+1 (`tofu.secagg.fixed_point`) serves weights, biases and BatchNorm statistics. A few more elements follow the update, so
+that everything else the server needs from the clients is a sum, too: the loss, and for each tensor how far the client's
+values exceeded the range. The sums of plugins come last, in digits that add up exactly, to 2^-39 of each bound.
+
+With many levels the range is wide enough that almost nothing is clipped, and rounding is stochastic and unbiased. With
+few levels that would round almost all values to zero. If error feedback keeps what a client could not send, values are
+then rounded to the nearest step instead (`EncodingConfig.nearest_rounding`), and the range is `nearest_range` times
+their root mean square, of which the clients sum the square. The largest values are clipped, counted, and sent later.
+"""
+
+import hashlib
+import math
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -8,15 +22,176 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tofu.bytes_io import MAX_BITS
 from tofu.errors import PayloadError, SettingError
 from tofu.plugins import SumSpec
 from tofu.secagg import coordinates
-from tofu.secagg.encoding.config import EncodingConfig
-from tofu.secagg.encoding.ranges import MAX_RANGE, MIN_RANGE, nearest_range, next_range
-from tofu.secagg.encoding.sums import DigitSums
-from tofu.secagg.fixed_point import Clipped, FixedPoint
-from tofu.secagg.ring import RingVector, centered
-from tofu.weights import ParamSpec, Weights, displacement_levels
+from tofu.secagg.fixed_point import HEADROOM, Clipped, FixedPoint
+from tofu.secagg.masks import RingVector, centered
+from tofu.weights import ParamSpec, Weights, displacement_levels, weights_sha256
+
+FIRST_RANGE = 0.25
+"""Range of every tensor while nothing is known about the updates: wide for any usual update."""
+
+FEW_LEVELS = 64
+"""Number of levels below which values are rounded to the nearest step, if error feedback allows it."""
+
+MAX_GROWTH = 8.0
+"""Maximum factor by which one round widens a range, whatever clients report."""
+
+MIN_RANGE, MAX_RANGE = 1e-12, 1e12
+
+_TAILS = 1.5
+"""Correction of `nearest_range`: an update's values have heavier tails than a Laplace distribution (benchmarks)."""
+
+
+def first_ranges(param_spec: ParamSpec, known: Mapping[str, float]) -> tuple[float, ...]:
+    """Ranges of the first secure round: those known from earlier rounds' updates, or else `FIRST_RANGE`."""
+    usable = {name: range_ for name, range_ in known.items() if range_ > 0 and math.isfinite(range_)}
+    return tuple(min(max(usable.get(name, FIRST_RANGE), MIN_RANGE), MAX_RANGE) for name in param_spec.shapes)
+
+
+def next_range(range_: float, excess: float, peak: float) -> float:
+    """A tensor's range for the next round.
+
+    If a value exceeded the range, it is widened by the excess, by a factor of 2 to 8. Otherwise it stays above
+    `HEADROOM` times the peak and shrinks towards it by at most half per round.
+
+    Args:
+        range_: of this round.
+        excess: sum over the clients of how far their largest value exceeded the range, in units of it; 0.0 for none.
+        peak: largest |sum of weighted values| / clients in the sum, in units of the values.
+    """
+    if excess > 0:
+        return min(range_ * min(max(1.0 + excess, 2.0), MAX_GROWTH), MAX_RANGE)
+    return max(min(range_, max(range_ / 2, HEADROOM * peak)), MIN_RANGE)
+
+
+def nearest_range(levels: int) -> float:
+    """The range for nearest rounding, in units of the values' root mean square, with M `levels` on each side of zero.
+
+    For Laplace-distributed values of variance 1, a range R has a mean squared error of R^2 / (12 M^2) from rounding
+    and exp(-sqrt(2) R) from clipping. The sum is minimal at R = W(12 M^2) / sqrt(2), where W is Lambert's function.
+    """
+    from scipy.special import lambertw  # only the server needs it; a client should start quickly
+
+    return _TAILS * float(lambertw(12 * levels**2).real) / math.sqrt(2)
+
+
+_HEAD = struct.Struct(f"<HBfHfI{coordinates.DIGEST_BYTES}sB")
+
+
+@dataclass(frozen=True)
+class EncodingConfig:
+    """The parameters of a round's encoding.
+
+    Attributes:
+        clients: maximum number of clients in the sum.
+        bits: of the ring.
+        unit_weight: number of examples that counts as weight 1.
+        ranges: of each tensor, in the order of the ParamSpec: |value * weight| up to which nothing is clipped.
+        fraction: of the entries that are sent (`tofu.secagg.coordinates`).
+        turn: number of secure rounds before this one.
+        digest: of the coordinates that are sent, if that is not all of them.
+        nearest_rounding: values are rounded to the nearest step, within ranges that clip the largest ones.
+    """
+
+    clients: int
+    bits: int
+    unit_weight: float
+    ranges: tuple[float, ...]
+    fraction: float = 1.0
+    turn: int = 0
+    digest: bytes = bytes(coordinates.DIGEST_BYTES)
+    nearest_rounding: bool = False
+
+    def to_bytes(self) -> bytes:
+        numbers = (self.clients, self.bits, self.unit_weight, len(self.ranges), self.fraction, self.turn)
+        head = _HEAD.pack(*numbers, self.digest, self.nearest_rounding)
+        return head + np.array(self.ranges, "<f4").tobytes()
+
+    @staticmethod
+    def from_bytes(data: bytes) -> "EncodingConfig":
+        """Raises PayloadError if the bytes are malformed or a value is not usable."""
+        if len(data) < _HEAD.size:
+            raise PayloadError(f"encoding config has {len(data)} bytes, expected at least {_HEAD.size}")
+        clients, bits, unit_weight, count, fraction, turn, digest, nearest = _HEAD.unpack_from(data)
+        if len(data) != _HEAD.size + 4 * count:
+            raise PayloadError(f"encoding config has {len(data)} bytes, expected {_HEAD.size + 4 * count}")
+        ranges = tuple(float(value) for value in np.frombuffer(data, "<f4", offset=_HEAD.size))
+        if not all(MIN_RANGE / 2 < value < 2 * MAX_RANGE for value in (*ranges, unit_weight)):
+            raise PayloadError(f"encoding config has a range or weight outside {MIN_RANGE:g} to {MAX_RANGE:g}")
+        if not 1 <= bits <= MAX_BITS:
+            raise PayloadError(f"encoding config has {bits} bits, expected 1 to {MAX_BITS}")
+        if not 0 < fraction <= 1:
+            raise PayloadError(f"encoding config has fraction {fraction:g}, expected above 0 and up to 1")
+        if nearest > 1:
+            raise PayloadError(f"encoding config has nearest_rounding {nearest}, expected 0 or 1")
+        return EncodingConfig(clients, bits, unit_weight, ranges, fraction, turn, digest, bool(nearest))
+
+
+def purpose_of(config: EncodingConfig, weights: Weights, broadcast: bytes, *more: bytes) -> bytes:
+    """Digest of what gives the clients' vectors their meaning, 32 bytes: config, global weights, plugin state.
+
+    It enters all keys and masks, so only clients with the same meaning are summed. Otherwise a server could give all
+    clients but one huge ranges, a learning rate of almost 0, or weights that yield zero updates, and see the update of
+    that one almost alone
+    (Pasquini, Francati, Ateniese, "Eluding Secure Aggregation in Federated Learning via Model Inconsistency",
+    CCS 2022).
+
+    Args:
+        more: whatever else determines a client's vector, such as the settings and the round (`Settings.meaning`).
+    """
+    meaning = hashlib.sha256(b"tofu secure round 1")
+    for part in (config.to_bytes(), weights_sha256(weights).encode(), hashlib.sha256(broadcast).digest(), *more):
+        meaning.update(len(part).to_bytes(4, "little") + part)
+    return meaning.digest()
+
+
+_BITS = 40
+_TOP = 2 ** (_BITS - 1) - 1
+
+
+class DigitSums:
+    """Encodes tensors so that their sum over the clients is exact, to 2^-39 of each tensor's bound.
+
+    Args:
+        declared: name -> shape and finite bound of each tensor, in the order of the vector.
+        digit_bits: bits per digit, so that the clients' digits cannot overflow the ring.
+    """
+
+    def __init__(self, declared: Mapping[str, SumSpec], digit_bits: int) -> None:
+        self._declared = dict(declared)
+        self._digit_bits = digit_bits
+        self._digits = -(-_BITS // digit_bits)
+
+    @property
+    def length(self) -> int:
+        """Ring elements of all tensors."""
+        return self._digits * sum(math.prod(spec.shape) for spec in self._declared.values())
+
+    def encode(self, values: Mapping[str, Tensor]) -> RingVector:
+        """Tensors within their bounds -> ring vector [length]: for each tensor one row per digit, lowest first."""
+        rows = [np.zeros(0, dtype=np.uint64)]
+        shifts = np.arange(self._digits, dtype=np.uint64)[:, None] * np.uint64(self._digit_bits)
+        for name, spec in self._declared.items():
+            whole = np.rint(values[name].numpy().ravel() / spec.bound * _TOP).astype(np.int64) + _TOP
+            digits: RingVector = whole.astype(np.uint64) >> shifts & np.uint64(2**self._digit_bits - 1)
+            rows.append(digits.ravel())
+        return np.concatenate(rows)
+
+    def decode(self, total: RingVector, clients: int) -> dict[str, Tensor]:
+        """The sum of the vectors [length] of `clients` clients -> float64 tensors by name."""
+        at, sums = 0, {}
+        powers = 2.0 ** (np.arange(self._digits) * self._digit_bits)
+        for name, spec in self._declared.items():
+            count = math.prod(spec.shape)
+            digits = total[at : at + self._digits * count].reshape(self._digits, count).astype(np.float64)
+            whole = (digits * powers[:, None]).sum(0) - clients * _TOP  # exact up to 8,192 clients
+            sums[name] = torch.from_numpy(whole / _TOP * spec.bound).reshape(spec.shape)
+            at += self._digits * count
+        return sums
+
 
 MAX_REPORTED = 32.0
 """Maximum loss, and maximum excess over a range in units of it, that the sums can represent."""
@@ -53,7 +228,7 @@ class SecureMean:
         loss: mean training loss, weighted by examples.
         clipped: number of clipped values, of all clients together.
         furthest: upper bound of any client's values, in units of their tensor's range; 1.0 if nothing was clipped.
-        ranges: for the next round (`tofu.secagg.encoding.ranges`).
+        ranges: for the next round (`tofu.secagg.encoding`).
         sums: of the plugins, float64 by name.
     """
 
