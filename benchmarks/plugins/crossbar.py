@@ -9,7 +9,8 @@ equally, with their masks; the whole network is the control. Energies are those 
 Part `federated`: runs of `tofu.run` with the server's masks, with each client's own and without the plugin: accuracy,
 zeros and energy of the global model, and bytes of a round before and after pruning, in open and in secure rounds.
 
-What the JSON already holds, with the same settings, is not run again.
+What the JSON already holds, with the same settings, is not run again. With --checkpoints, training that was interrupted
+goes on after its last round.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,9 @@ from tofu.weights import load_weights, weights_of
 
 CLIENTS = 2
 HUB = {"mnist": "ylecun/mnist", "cifar10": "uoft-cs/cifar10"}
+RIVALS = ("unstructured, per layer", "unstructured, global", "crossbar without penalty")
 Masks = dict[str, Tensor]
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -71,27 +74,34 @@ class Case:
     layers: str = "all"
     weight_decay: float = 0.0
     picture: str = "conv2.weight"
+    batch_size: int = 64
+    bfloat16: bool = False  # arithmetic of convolutions and matrix products; weights and averages stay float32
+    rivals: tuple[str, ...] = RIVALS
 
     def local(self, round_: int) -> LocalTrainingConfig:
         """One epoch; the step size falls along half a cosine to a fifth, at which fine-tuning goes on."""
         progress = min(1.0, (round_ - 1) / max(1, self.rounds - 1))
         lr = self.lr * (0.2 + 0.8 * (1 + math.cos(math.pi * progress)) / 2)
-        return LocalTrainingConfig(1, 64, lr, 0.9, self.weight_decay)
+        return LocalTrainingConfig(1, self.batch_size, lr, 0.9, self.weight_decay)
 
 
 CASES = {
     "mnist": Case("mnist", "cnn", "none", 4000, 6, 3, 0.05, 32, 0.3, (0.95,), layers="inner"),
     "mnist-all": Case("mnist", "cnn", "none", 4000, 6, 3, 0.05, 32, 0.3, (0.9, 0.95)),
-    "cifar10": Case("cifar10", "vgg11", "batch", 10000, 10, 5, 0.05, 64, 0.3, (0.95,), layers="conv",
-                    weight_decay=5e-4, picture="features.4.weight"),
+    "cifar10": Case("cifar10", "vgg11", "batch", 10000, 6, 3, 0.05, 64, 0.3, (0.95,), layers="conv",
+                    weight_decay=5e-4, picture="features.4.weight", batch_size=128, bfloat16=True, rivals=RIVALS[:1]),
 }  # fmt: skip
 
 
 def averaged(model: nn.Module, clients: Sequence[LabeledImages], case: Case, seed: int, first: int, count: int,
-             make: Callable[[], Plugins]) -> nn.Module:  # fmt: skip
+             make: Callable[[], Plugins], checkpoint: Path | None = None) -> nn.Module:  # fmt: skip
     """Rounds of federated averaging of a model, in place; the plugins' half of the clients sees every step."""
-    examples = sum(map(len, clients))
-    for round_ in range(first, first + count):
+    examples, last = sum(map(len, clients)), first + count
+    if checkpoint and checkpoint.is_file():
+        saved = torch.load(checkpoint, weights_only=True)
+        load_weights(model, saved["weights"])
+        first = saved["round"] + 1
+    for round_ in range(first, last):
         start = weights_of(model)
         mean = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in start.items()}
         for number, data in enumerate(clients):
@@ -99,18 +109,23 @@ def averaged(model: nn.Module, clients: Sequence[LabeledImages], case: Case, see
             plugins, local = make(), copy.deepcopy(model)
             local = plugins.setup(local, context)
             generator = derive_generator(seed, round_, str(number), "train")
-            train_locally(local, data, case.local(round_), generator=generator, plugins=plugins)
+            with torch.autocast("cpu", enabled=case.bfloat16):
+                train_locally(local, data, case.local(round_), generator=generator, plugins=plugins)
             for name, value in weights_of(local).items():
                 mean[name] += value * (len(data) / examples)
         load_weights(model, mean)
+        if checkpoint:
+            torch.save({"round": round_, "weights": mean}, checkpoint)
+            print(f"{checkpoint.stem}: round {round_} done", flush=True)
     return model
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, test: LabeledImages) -> float:
+def accuracy(model: nn.Module, test: LabeledImages, case: Case) -> float:
     model.eval()
     rows = torch.split(torch.arange(len(test)), 500)
-    return sum(int((model(to_float(test.images[r])).argmax(1) == test.labels[r]).sum()) for r in rows) / len(test)
+    with torch.autocast("cpu", enabled=case.bfloat16):
+        return sum(int((model(to_float(test.images[r])).argmax(1) == test.labels[r]).sum()) for r in rows) / len(test)
 
 
 def balanced(model: nn.Module, case: Case, percentile: float) -> Masks:
@@ -159,57 +174,54 @@ def occupancy(model: nn.Module, name: str, tile: int, masks: Masks | None = None
     return found.transpose(0, 1).flatten(1)[:, : site.stop - site.start] / tile
 
 
-def one_seed(name: str, seed: int) -> tuple[list[dict[str, Any]], str]:
-    """Rows of the whole network and of all pruned ones, and the picture at the first percentile."""
+def one_seed(name: str, seed: int, done: Collection[str], checkpoints: Path | None, path: Path) -> Iterator[Row]:
+    """Rows of the whole network and of all pruned ones, but for those `done`; draws the picture of seed 0."""
     case = CASES[name]
     source = open_data(find_data(case.data, HUB[case.data]), clients=CLIENTS, partition="iid", seed=seed,
                        train_images=case.images)  # fmt: skip
     clients, test, shape = [source.client(i) for i in range(CLIENTS)], source.test(), source.shape
     began = time.perf_counter()
 
-    def trained(make: Callable[[], Plugins]) -> nn.Module:
+    def trained(what: str, make: Callable[[], Plugins]) -> nn.Module:
         model = build_model(case.model, shape, norm=case.norm, seed=seed)
-        return averaged(model, clients, case, seed, 1, case.rounds, make)
+        saved = checkpoints / f"{path.stem}-{seed}-{what}.pt" if checkpoints else None
+        return averaged(model, clients, case, seed, 1, case.rounds, make, saved)
 
-    def tuned(model: nn.Module, masks: Mapping[str, Tensor]) -> float:
-        copied = copy.deepcopy(model)
-        keep_entries(copied, masks)
-        averaged(copied, clients, case, seed, case.rounds + 1, case.tuning, lambda: NO_PLUGINS)
-        return accuracy(copied, test)
+    def row(what: str, model: nn.Module, masks: Masks, **more: Any) -> Row:
+        tuned = copy.deepcopy(model)
+        keep_entries(tuned, masks)
+        averaged(tuned, clients, case, seed, case.rounds + 1, case.tuning, lambda: NO_PLUGINS)
+        kept, entries = (sum(int(count(mask)) for mask in masks.values()) for count in (torch.sum, torch.numel))
+        return {"case": name, "seed": seed, "what": what, "accuracy_before": accuracy(model, test, case),
+                "accuracy": accuracy(tuned, test, case), "seconds": time.perf_counter() - began,
+                "zeros": 1 - kept / entries if entries else 0.0} | more  # fmt: skip
 
-    plain = trained(lambda: NO_PLUGINS)
+    plain = trained("plain", lambda: NO_PLUGINS)
     penalty = f"crossbar.tile={case.tile} crossbar.strength={case.strength} crossbar.layers={case.layers}"
-    even = trained(lambda: make_plugins("crossbar", f"{penalty} crossbar.after=999"))
-    common = {"case": name, "seed": seed}
-    rows: list[dict[str, Any]] = [common | {"what": "whole network", "accuracy_before": accuracy(plain, test),
-                                            "accuracy": tuned(plain, {}), "zeros": 0.0}]  # fmt: skip
-    picture = ""
+    even = trained("penalty", lambda: make_plugins("crossbar", f"{penalty} crossbar.after=999"))
+    if "whole network" not in done:
+        yield row("whole network", plain, {})
     for percentile in case.percentiles:
         own = balanced(even, case, percentile)
-        without = balanced(plain, case, percentile)
-        per_layer, globally = (unstructured(plain, own, whole=whole) for whole in (False, True))
-        for what, model, masks in (
-            ("crossbar", even, own),
-            ("unstructured, per layer", plain, per_layer),
-            ("unstructured, global", plain, globally),
-            ("crossbar without penalty", plain, without),
-        ):
-            kept, entries = (sum(int(f(m)) for m in masks.values()) for f in (torch.sum, torch.numel))
-            rows.append(common | {
-                "what": f"{what}, percentile {percentile}", "percentile": percentile, "zeros": 1 - kept / entries,
-                "accuracy_before": accuracy(model, test), "saving": energies(model, masks, case, shape),
-                "accuracy": tuned(model, masks),
-            })  # fmt: skip
-            print(f"{rows[-1]} {time.perf_counter() - began:.0f} s", flush=True)
-        if not picture:
-            layer = case.picture
-            picture = occupancy_picture({
-                "trained plainly": occupancy(plain, layer, case.tile),
-                "trained with the penalty": occupancy(even, layer, case.tile),
-                "unstructured pruning": occupancy(plain, layer, case.tile, per_layer),
-                "crossbar pruning": occupancy(even, layer, case.tile, own),
-            }, case.tile)  # fmt: skip
-    return rows, picture
+        masks = {
+            "crossbar": own,
+            "unstructured, per layer": unstructured(plain, own, whole=False),
+            "unstructured, global": unstructured(plain, own, whole=True),
+            "crossbar without penalty": balanced(plain, case, percentile),
+        }
+        for what in ("crossbar", *case.rivals):
+            if (title := f"{what}, percentile {percentile}") not in done:
+                saving = energies(plain, masks[what], case, shape)
+                yield row(
+                    title, even if what == "crossbar" else plain, masks[what], percentile=percentile, saving=saving
+                )
+        if seed == 0 and percentile == case.percentiles[0]:
+            path.with_suffix(".svg").write_text(occupancy_picture({
+                "trained plainly": occupancy(plain, case.picture, case.tile),
+                "trained with the penalty": occupancy(even, case.picture, case.tile),
+                "unstructured pruning": occupancy(plain, case.picture, case.tile, masks["unstructured, per layer"]),
+                "crossbar pruning": occupancy(even, case.picture, case.tile, own),
+            }, case.tile))  # fmt: skip
 
 
 # Federated runs
@@ -263,7 +275,7 @@ def _entries() -> dict[str, int]:
 # Tables
 
 
-def summary(rows: list[dict[str, Any]]) -> None:
+def summary(rows: list[Row]) -> None:
     """Means and deviations over seeds; accuracies and zeros in percent."""
     groups = [[row for row in rows if row["what"] == what] for what in dict.fromkeys(row["what"] for row in rows)]
     if "uplink_bytes" in rows[0]:
@@ -304,6 +316,7 @@ def main() -> None:
     for field in ("images", "rounds", "tuning", "strength", "lr"):
         kind = float if field in ("strength", "lr") else int
         parser.add_argument(f"--{field}", type=kind, help="replaces that of the case")
+    parser.add_argument("--checkpoints", type=Path, help="a folder for the weights after each round of training")
     parser.add_argument("--name", default="", help="of the results: plugins-crossbar-NAME.json; by default the part")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -316,13 +329,13 @@ def main() -> None:
     )
     path = RESULTS / f"plugins-crossbar-{name}.json"
     kept = json.loads(path.read_text()) if path.is_file() else {}
-    rows: list[dict[str, Any]] = kept["rows"] if kept.get("settings") == settings else []
+    rows: list[Row] = kept["rows"] if kept.get("settings") == settings else []
     command = " ".join(["python -m benchmarks.plugins crossbar", *sys.argv[1:]])
 
-    def add(*new: dict[str, Any]) -> None:
-        rows.extend(new)
+    def add(row: Row) -> None:
+        rows.append(row)
         path.write_text(json.dumps(versions(command) | {"settings": settings, "rows": rows}, indent=1) + "\n")
-        print(f"{name}, seed {new[-1]['seed']}: {new[-1]['what']} done", flush=True)
+        print(f"{name}, seed {row['seed']}: {row['what']} done, accuracy {row['accuracy']:.4f}", flush=True)
 
     for seed in range(options.seeds):
         done = {row["what"] for row in rows if row["seed"] == seed}
@@ -330,11 +343,9 @@ def main() -> None:
             for what, more in variants():
                 if what not in done:
                     add(federated(seed, what, more))
-        elif not done:
-            new, picture = one_seed(part, seed)
-            if seed == 0:
-                path.with_suffix(".svg").write_text(picture)
-            add(*new)
+        elif len(done) < 1 + len(CASES[part].percentiles) * (1 + len(CASES[part].rivals)):
+            for row in one_seed(part, seed, done, options.checkpoints, path):
+                add(row)
     summary(rows)
 
 

@@ -39,7 +39,7 @@ NOISE: dict[str, Row] = {
     "digits": {"model": "mlp", "epochs": 40, "every": 1, "lr": 0.05},
     "digits-slow": {"model": "mlp", "epochs": 40, "every": 1, "lr": 0.02},
     "mnist": {"model": "lenet5", "epochs": 16, "every": 2, "lr": 0.02},
-    "mnist-long": {"model": "lenet5", "epochs": 40, "every": 4, "lr": 0.02},
+    "mnist-long": {"model": "lenet5", "epochs": 24, "every": 2, "lr": 0.05},
 }
 FRACTIONS = (0.01, 0.05, 0.1)
 DUPLICATES: Row = {"images": 2000, "pairs": 40, "model": "lenet5", "epochs": 30, "every": 5, "lr": 0.02}
@@ -272,8 +272,8 @@ def main() -> None:
         if name in rows and rows[name]["settings"] == json.loads(json.dumps(settings)):
             continue
         began = time.perf_counter()
-        rows[name] = {"settings": settings} | measure()
-        print(f"{name}: {time.perf_counter() - began:.1f} s {json.dumps(rows[name])}", flush=True)
         command = f"python -m benchmarks.plugins curvature {' '.join(sys.argv[1:])}".strip()
+        rows[name] = {"command": command, "settings": settings} | measure()
+        print(f"{name}: {time.perf_counter() - began:.1f} s {json.dumps(rows[name])}", flush=True)
         path.write_text(json.dumps(versions(command) | {"rows": rows}, indent=1) + "\n")
     report(rows)

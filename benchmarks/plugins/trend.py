@@ -35,6 +35,7 @@ from tofu.data import ImageShape, LabeledImages, open_data, to_float
 from tofu.models import build_model
 from tofu.plugins import RoundContext, make_plugins
 from tofu.rng import derive_generator
+from tofu.settings.groups import TrainingSettings
 from tofu.training import LocalTrainingConfig, train_locally
 from tofu.weights import load_weights, weights_of
 
@@ -59,8 +60,9 @@ def train(clients: Sequence[LabeledImages], member: int, options: argparse.Names
         return plugins.setup(model, context), plugins
 
     model, _ = build(1)
-    config = LocalTrainingConfig(epochs=1, batch_size=32, lr=options.lr, momentum=0.9)
+    schedule = TrainingSettings(rounds=options.rounds, lr=options.lr, lr_final_factor=options.lr_final_factor or 1)
     for round_ in range(1, options.rounds + 1):
+        config = LocalTrainingConfig(epochs=1, batch_size=32, lr=schedule.lr_of(round_), momentum=0.9)
         mean = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in weights_of(model).items()}
         for number, data in enumerate(clients):
             local, plugins = build(round_, str(number))
@@ -176,6 +178,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int, default=2400, help="training images of all clients of a group")
     parser.add_argument("--lr", type=float, default=0.05)
+    parser.add_argument("--lr-final-factor", type=float, help="step size of the last round, along half a cosine from 1")
     parser.add_argument("--attacked", type=int, default=150, help="images that are attacked, and as many for the fit")
     parser.add_argument("--epsilon", type=float, default=0.15, help="strength of the attack, for images in [0, 1]")
     parser.add_argument("--epsilons", type=float, nargs="+", help="strengths of the fit; by default thirds of EPSILON")

@@ -67,6 +67,7 @@ class LossCurvature(Plugin):
     the fraction of images that were suspects in each round.
     """
 
+    excludes: ClassVar[Mapping[str, str]] = {"dct-snn": "its spikes have no gradient with respect to the image"}
     local_only: ClassVar[frozenset[str]] = frozenset({*SCORES, "scores", "suspects"})
 
     # fmt: off

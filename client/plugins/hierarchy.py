@@ -12,7 +12,7 @@ were added to the logits of all classes under it. The losses above do not use it
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -174,7 +174,12 @@ class HierarchicalLabels(Plugin):
     have the right node at each depth; "nodes" [3], the totals of `LabelTree.overlap`; and "count" [1].
     """
 
+    changes_head = True
     class_targets = True
+    excludes: ClassVar[Mapping[str, str]] = {
+        "dct-snn": "thresholds belong to the layers of a network with one head",
+        "spatio-temporal": "widths belong to the layers of a network with one head",
+    }
 
     tree: str = option("", "built-in label tree: digits, cifar10 or cifar10-pairs; empty: the option labels")
     labels: list = option([], "label tree as nested lists of class numbers")  # type: ignore[type-arg]

@@ -61,6 +61,7 @@ class SpatioTemporalPruning(Plugin):
         "rank": _REPLACED,
         "crossbar": _REPLACED,
         "gpm": "its bases belong to the widths before",
+        "dct-snn": "its neurons' thresholds belong to the widths before",
         "trend": "every client group would need widths of its own",
     }
 

@@ -17,6 +17,7 @@ themselves, so it is left out unless `rank.first-layer=gram`.
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +84,8 @@ class UtilizedRank(Plugin):
 
     `ranks` tells what each layer uses; `merged` makes a plain network again.
     """
+
+    excludes: ClassVar[Mapping[str, str]] = {"trend": "its bases are those of one model, not of one for each group"}
 
     energy: float = option(0.998, "share of the inputs' and outputs' energy that the subspaces hold", gt=0, le=1)
     after: int = option(1, "the round in which clients measure", ge=1, le=100_000)

@@ -172,6 +172,11 @@ def test_flwr_run_gives_the_weights_of_tofu_run(tmp_path: Path) -> None:
     [
         {"plugins": "ood,rank", "plugin-options": "rank.after=1 rank.longest=50"},
         {"plugins": "gpm", "tasks": "pixels", "task-count": 2, "schedule": "secure"},
+        {
+            "plugins": "crossbar,curvature,hierarchy",
+            "plugin-options": "crossbar.percentile=0.5 hierarchy.tree=digits curvature.probes=1",
+        },
+        {"plugins": "trend", "plugin-options": "trend.members=fp,1 trend.images=20 trend.steps=2", "schedule": "proxy"},
     ],
     ids=lambda plugins: plugins["plugins"],
 )

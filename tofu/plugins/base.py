@@ -186,7 +186,8 @@ class Plugin:
 
     Attributes:
         name: prefix of the options, `name.option=value`. Defaults to the class name in lower case.
-        changes_head: `setup` changes the number of outputs. At most one plugin may do so.
+        changes_head: `setup` changes the number of outputs or attaches heads; it is called before that of the others,
+            which measure, mask or factorize its result. At most one plugin may do so.
         mixes_labels: `on_batch` gives probabilities as targets, of several classes for one image.
         class_targets: the plugin needs one class per image, so it cannot be combined with one that mixes labels.
         encodes_input: the model receives something other than images in [-1, 1]. At most one plugin may do so.

@@ -49,6 +49,9 @@ def make_plugins(names: str, options: str = "") -> Plugins:
 
 
 def _check_together(plugins: Plugins, names: str) -> None:
+    need, mix = [p.name for p in plugins if p.class_targets], [p.name for p in plugins if p.mixes_labels]
+    if need and mix:
+        raise SettingError("plugins", names, f"no {', '.join(mix)} with {need[0]}, which needs one class per image")
     for what, those in (
         ("changes the model's head", [p for p in plugins if p.changes_head]),
         ("encodes the input", [p for p in plugins if p.encodes_input]),
@@ -63,6 +66,3 @@ def _check_together(plugins: Plugins, names: str) -> None:
         for other, reason in plugin.excludes.items():
             if other in listed:
                 raise SettingError("plugins", names, f"{plugin.name} without {other}: {reason}")
-    need, mix = [p.name for p in plugins if p.class_targets], [p.name for p in plugins if p.mixes_labels]
-    if need and mix:
-        raise SettingError("plugins", names, f"no {', '.join(mix)} with {need[0]}, which needs one class per image")

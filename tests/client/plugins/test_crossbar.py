@@ -410,13 +410,6 @@ def test_wrong_options_are_refused_in_one_line(options: str, wanted: str) -> Non
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("other", ["rank", "gpm", "trend"])
-def test_plugins_that_do_not_go_together_are_refused(other: str) -> None:
-    for names in (f"crossbar,{other}", f"{other},crossbar"):
-        with pytest.raises(SettingError, match=f"crossbar without {other}"):
-            make_plugins(names)
-
-
 def test_runs_that_cannot_work_are_refused(digits: LabeledImages) -> None:
     model = build_model("mlp", digits.shape)
     with pytest.raises(SettingError, match=r"crossbar\.after=4 .*less than the run's rounds, 4"):
@@ -575,9 +568,3 @@ def test_a_client_that_loses_its_state_goes_on(tmp_path: Path, masks: str) -> No
     options = f"{TINY['plugin_options']} crossbar.masks={masks}"
     federate(tmp_path / "run", forgetful_app("1", 4), plugin_options=options, downlink="proxy")
     assert [row["failures"] for row in rows(tmp_path / "run")[1:]] == [[]] * 4
-
-
-def test_it_goes_with_other_plugins(tmp_path: Path) -> None:
-    federate(tmp_path / "run", plugins="ood,curvature,crossbar", schedule="fedavg")
-    assert all(record["failures"] == [] for record in rows(tmp_path / "run"))
-    assert {"curvature", "crossbar"} <= read_panels(tmp_path / "run").keys()

@@ -356,13 +356,3 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path: Path) -> None:
 def test_a_client_that_loses_its_state_goes_on(tmp_path: Path) -> None:
     federate(tmp_path / "run", forgetful_app("1", 3))
     assert failures(tmp_path / "run")[1:] == [[]] * 3
-
-
-@pytest.mark.parametrize("other", ["curvature", "rank", "trend"])
-def test_it_combines_with_other_plugins(tmp_path: Path, other: str) -> None:
-    options = {"rank": "rank.energy=0.95", "trend": "trend.members=fp,1 trend.images=10 trend.steps=2"}.get(other, "")
-    run = tmp_path / "run"
-    federate(run, schedule="fedavg", clients=4, local_epochs=1, plugins=f"hierarchy,{other}",
-             plugin_options=f"hierarchy.tree=digits {options}".strip())  # fmt: skip
-    assert failures(run)[1:] == [[]] * 3
-    assert set(read_panels(run)) >= {"hierarchy"}

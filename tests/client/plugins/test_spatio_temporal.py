@@ -250,12 +250,6 @@ def test_wrong_options_are_refused_in_one_line(options: str, words: str) -> None
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("other", ["rank", "crossbar", "gpm", "trend"])
-def test_other_plugins_that_change_weights_are_refused(other: str) -> None:
-    with pytest.raises(SettingError, match="spatio-temporal"):
-        make_plugins(f"spatio-temporal,{other}", "")
-
-
 # Federations
 
 FEDERATION: Row = {
