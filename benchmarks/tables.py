@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.common import RESULTS, markdown_table, spread
+from benchmarks.plugins.tables import PLUGIN_TABLES
 from tofu.formatting import format_bytes
 
 ROOT = RESULTS.parents[1]
@@ -173,6 +174,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rivals-cifar10-group": lambda: rivals_cifar10("cifar10-group", ("proxy", "stc", "topk", "powersgd", "eden")),
     "rivals-cifar10-batch": lambda: rivals_cifar10("cifar10-batch", ("proxy", "stc", "topk", "powersgd")),
     "classes": classes,
+    **PLUGIN_TABLES,
 }
 """Name of a marked table -> what makes it."""
 

@@ -9,7 +9,7 @@ from benchmarks.tables import MARKED, TABLES
 ROOT = Path(__file__).parents[2]
 MARKED_TABLES = [
     (page.relative_to(ROOT).as_posix(), found["name"], found["table"])
-    for page in (ROOT / "README.md", ROOT / "docs" / "results.md")
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
     for found in MARKED.finditer(page.read_text(encoding="utf-8"))
 ]
 
