@@ -557,8 +557,8 @@ def test_a_report_has_both_directions_and_times_and_real_images_only_if_asked(to
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Real images" not in page
     assert "<h2>Decoded proxies</h2>" in page
-    assert re.search(r"Uplink and downlink together: [\d.]+ kB, [\d.]+x less than FedAvg\.", page)
-    assert re.search(r"training [\d.]+ s, encoding [\d.]+ s, waiting and server [\d.]+ s", page)
+    assert re.search(r"Both directions: <b>[\d.]+ kB</b>, [\d.]+x less than FedAvg\.", page)
+    assert re.search(r"Training [\d.]+ s, Encoding [\d.]+ s, Waiting and server [\d.]+ s", page)
     with np.load(tmp_path / "run" / "samples.npz") as samples:
         assert "real" not in samples.files
     tofu("run", *TINY, "--run-folder=asked", "--train-images=100", "--correction=0", "--report-images")

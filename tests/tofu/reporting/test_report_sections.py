@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -107,6 +108,75 @@ def test_says_what_the_server_learned_and_what_is_not_covered(folder: Path) -> N
     text = page_of(written(folder, rows, **given | {"secure-identities": "keys.json", "compressor": "topk"})).text
     assert "follows the protocol" not in text
     assert "does not cover the one topk round: the server decoded each client's update" in text
+
+
+OPEN_ROUNDS = [ROWS[0], line(1, "proxy", 0.81), line(2, "proxy", 0.85)]
+SUMS = [ROWS[0], *(line(number, "secure", 0.9, **SECURE) for number in (1, 2))]
+
+
+@pytest.mark.parametrize(
+    ("rows", "config", "saw", "bound", "model"),
+    [
+        (
+            OPEN_ROUNDS,
+            {},
+            "The update of each client in 2 open rounds",
+            "Nothing in the 2 open rounds",
+            "Nothing. A model",
+        ),
+        (
+            SUMS,
+            {},
+            "Only the sum of the updates in 2 secure rounds",
+            "Nothing bounds what the sums",
+            "Nothing. A model",
+        ),
+        (
+            SUMS,
+            PRIVATE,
+            "Only the sum of the updates",
+            "no single update. Differential privacy",
+            "epsilon 4.5 at delta",
+        ),
+        (OPEN_ROUNDS, PRIVATE, "The update of each client", "epsilon 4.5 at delta 1e-05", "epsilon 4.5 at delta 1e-05"),
+        (
+            [*SUMS, line(3, "fedavg", 0.9), line(4, "secure", 0.9, **SECURE | {"abandoned": "too few"})],
+            {},
+            "The update of each client in one open round and only the sum of the updates in 2 secure rounds",
+            "Secure aggregation: no single update. Nothing in the one open round",
+            "Nothing. A model",
+        ),
+    ],
+)
+def test_the_privacy_box_says_what_bounds_what_was_seen(
+    folder: Path, rows: list[dict[str, Any]], config: dict[str, Any], saw: str, bound: str, model: str
+) -> None:
+    if config:
+        rows = [row | {"epsilon": 2.25 * row["round"]} for row in rows]
+    _, server, clients, receiver, reader = page_of(written(folder, rows, **config)).tables["privacy"]
+    assert server[1].startswith(saw)
+    assert bound in server[2]
+    assert model in clients[2]
+    assert clients[2] == receiver[2]
+    assert reader[1] == "Accuracies, losses and bytes"
+
+
+def test_the_privacy_box_counts_the_images_on_the_page(folder: Path) -> None:
+    np.savez(folder / "samples.npz", real=np.zeros((3, 1, 4, 4), np.uint8), proxies_1=np.ones((1, 1, 4, 4), np.float32))
+    (*_, reader) = page_of(written(folder, ROWS)).tables["privacy"]
+    assert reader[1].endswith("3 images of one client (report-images); decoded proxies of one client")
+
+
+def test_the_table_of_clients_has_the_bytes_of_secure_rounds(folder: Path) -> None:
+    sizes = [("0", "uplink", 1000), ("0", "downlink", 5000), ("1", "uplink", 2000), ("0", "uplink", 500)]
+    write_lines(
+        written(folder, SUMS) / "ledger.jsonl",
+        [{"round": 1, "kind": "secure", "direction": way, "client": name, "bytes": size} for name, way, size in sizes],
+    )
+    head, first, second = page_of(folder).tables["clients"]
+    assert head[-2:] == ["uplink", "downlink"]
+    assert (first[0], *first[-2:]) == ("0", "1.5 kB", "5.0 kB")
+    assert (second[0], *second[-2:]) == ("1", "2.0 kB", "0 B")
 
 
 def test_run_of_abandoned_rounds_claims_no_sum(folder: Path) -> None:

@@ -1,10 +1,10 @@
-"""The table of clients: replies, images, quality and time of each, from the open rounds."""
+"""The table of clients: replies, images, quality and time of each from the open rounds, and bytes from all rounds."""
 
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-from tofu.formatting import format_fraction, format_seconds
+from tofu.formatting import format_bytes, format_fraction, format_seconds
 from tofu.reporting.report.run_data import RunData
 from tofu.rounds.record import ClientRecord
 
@@ -13,7 +13,7 @@ _MAX = 500
 
 
 def client_table(run: RunData) -> list[dict[str, Any]]:
-    """One row per client (the first 500): name and cells. Secure rounds show only sums, so they count nothing here."""
+    """One row per client (the first 500): name and cells. Of secure rounds, which show only sums, it has the bytes."""
     replies: defaultdict[str, list[ClientRecord]] = defaultdict(list)
     failures: defaultdict[str, int] = defaultdict(int)
     for row in run.rounds:
@@ -21,9 +21,10 @@ def client_table(run: RunData) -> list[dict[str, Any]]:
             replies[entry.client].append(entry)
         for failure in row.failures:
             failures[failure.client] += 1
-    if not replies:
+    known = replies.keys() | run.client_bytes.keys()
+    if not known:
         return []
-    names = sorted(replies.keys() | failures.keys(), key=lambda name: (len(name), name))
+    names = sorted(known | failures.keys(), key=lambda name: (len(name), name))
     more = [cells for cells in _optional(run).values() if cells]
     return [
         {
@@ -50,7 +51,10 @@ def _optional(run: RunData) -> dict[str, dict[str, str]]:
         for client, value in row.link_seconds.items():
             seconds[client].append(value or 0.0)
     transfers = {name: f"{format_seconds(sum(own) / len(own))} per round" for name, own in seconds.items()}
-    return {"own test accuracy": tested, "transfers": transfers}
+    up, down = (
+        {client: format_bytes(sizes[direction]) for client, sizes in run.client_bytes.items()} for direction in (0, 1)
+    )
+    return {"own test accuracy": tested, "transfers": transfers, "uplink": up, "downlink": down}
 
 
 def _cells(replies: list[ClientRecord], failures: int) -> list[str]:
@@ -58,7 +62,7 @@ def _cells(replies: list[ClientRecord], failures: int) -> list[str]:
     train, encode = (_mean(getattr(entry, name) for entry in replies) for name in ("train_seconds", "encode_seconds"))
     examples = max((entry.examples for entry in replies if entry.examples is not None), default=None)
     return [
-        f"{len(replies):,}",
+        f"{len(replies):,}" if replies else _NONE,
         f"{failures:,}",
         _NONE if examples is None else f"{examples:,}",
         _NONE if explained is None else format_fraction(explained),

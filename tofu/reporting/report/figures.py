@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from tofu.formatting import format_bytes, format_factor, format_fraction
+from tofu.formatting import format_bytes, format_factor, format_fraction, format_seconds
 from tofu.reporting.report.chart import (
     BOTTOM,
     KINDS,
@@ -161,12 +161,31 @@ def bytes_by_kind(run: RunData) -> str | None:
             share = format_fraction(min(entry.payload_bytes / entry.bytes, 1))
             note += f" in {entry.messages:,} message{plural}, {share} payload"
         css = f"k-{entry.kind}" if entry.kind in KINDS else "k-other"
-        name = f"{entry.direction.capitalize()}, {entry.kind[:60]} rounds"
+        name = f"{entry.direction.capitalize()}, {entry.kind[:60]} {'messages' if entry.kind == 'hello' else 'rounds'}"
         bars.append(Bar(name, note, entry.bytes, css, entry.payload_bytes))
     if size := run.fedavg_uplink_bytes:
         uplinks = sum(entry.direction == "uplink" for entry in run.traffic)
         bars.insert(uplinks, Bar("Uplink, had it been FedAvg", format_bytes(size), size, "k-baseline"))
     return bar_chart("Bytes sent: " + "; ".join(f"{bar.name}: {bar.note}" for bar in bars) + ".", bars).markup()
+
+
+def time_split(run: RunData) -> str | None:
+    """Bars of where the rounds' time went: in each, training and encoding of the slowest client, and the rest."""
+    training = encoding = rest = 0.0
+    for row in run.trained:
+        clients = [(client.train_seconds or 0.0, client.encode_seconds or 0.0) for client in row.by_client]
+        train, encode = max(clients, key=sum, default=(row.train_seconds or 0.0, row.encode_seconds or 0.0))
+        training, encoding = training + train, encoding + encode
+        rest += max((row.seconds or 0.0) - train - encode, 0.0)
+    if not training + encoding:
+        return None
+    parts = (
+        ("Training", training, "k-proxy"),
+        ("Encoding", encoding, "k-fedavg"),
+        ("Waiting and server", rest, "k-other"),
+    )
+    bars = [Bar(name, format_seconds(seconds), seconds, css) for name, seconds, css in parts]
+    return bar_chart("Time: " + ", ".join(f"{bar.name} {bar.note}" for bar in bars) + ".", bars).markup()
 
 
 def _measured(rounds: Sequence[RoundRecord]) -> list[tuple[RoundRecord, float]]:

@@ -19,7 +19,7 @@ from tofu.reporting.report.client_table import client_columns, client_table
 from tofu.reporting.report.panel_figures import panel_context
 from tofu.reporting.report.rounds_table import Column, columns_of
 from tofu.reporting.report.run_data import ReportImages, RunData, read_run
-from tofu.reporting.report.sections import failures_note, privacy_caption, secure_text, stopped_text
+from tofu.reporting.report.sections import failures_note, privacy_caption, privacy_rows, secure_text, stopped_text
 from tofu.reporting.report.task_matrix import matrix_caption, task_matrix
 from tofu.reporting.report.template import PAGE, STYLE
 from tofu.rounds.record import RoundRecord
@@ -61,7 +61,7 @@ def render(run: RunData, name: str) -> str:
         title=_title(run, name),
         state=_state(run),
         lead=_lead(run),
-        aside=" ".join(filter(None, (_both(run), _aside(run)))),
+        aside=_aside(run),
         stopped=_short(stopped_text(run)),
         facts=_facts(run),
         figures=_figures(run),
@@ -73,6 +73,7 @@ def render(run: RunData, name: str) -> str:
         rows=[_row(row, columns) for row in rows],
         hidden_rounds=len(run.rounds) - len(rows),
         totals=[column.total(run) for column in columns],
+        privacy=privacy_rows(run),
         secure_text=secure_text(run),
         abandoned=[{"round": row.round, "reason": _short(row.abandoned)} for row in abandoned],
         plugins=_plugins(run),
@@ -143,8 +144,10 @@ def _lead(run: RunData) -> Markup:
         return text + "."
     fedavg = format_bytes(run.fedavg_uplink_bytes)
     if run.saving >= 1:
-        return text + Markup(": <b>{} less</b> than the {} FedAvg sends.").format(format_factor(run.saving), fedavg)
-    return text + Markup(": {} more than the {} FedAvg sends.").format(format_factor(1 / run.saving), fedavg)
+        text += Markup(": <b>{} less</b> than the {} FedAvg sends.").format(format_factor(run.saving), fedavg)
+    else:
+        text += Markup(": {} more than the {} FedAvg sends.").format(format_factor(1 / run.saving), fedavg)
+    return text + " " + _both(run)
 
 
 def _aside(run: RunData) -> str:
@@ -163,35 +166,18 @@ def _aside(run: RunData) -> str:
     return ""
 
 
-def _both(run: RunData) -> str:
+def _both(run: RunData) -> Markup:
     """The bytes of both directions, for the headline."""
+    text = Markup("Both directions: <b>{}</b>").format(format_bytes(run.uplink_bytes + run.downlink_bytes))
     ratio = run.summary.both_ratio
-    if ratio is None or not run.trained:
-        return ""
-    text = f"Uplink and downlink together: {format_bytes(run.uplink_bytes + run.downlink_bytes)}, "
-    return text + (
-        f"{format_factor(ratio)} less than FedAvg." if ratio >= 1 else f"{format_factor(1 / ratio)} FedAvg's."
-    )
-
-
-def _time_split(run: RunData) -> str:
-    """Where the rounds' time went: in each, training and encoding of the client that took longest, and the rest."""
-    training = encoding = rest = 0.0
-    for row in run.trained:
-        clients = [(client.train_seconds or 0.0, client.encode_seconds or 0.0) for client in row.by_client]
-        train, encode = max(clients, key=sum, default=(row.train_seconds or 0.0, row.encode_seconds or 0.0))
-        training, encoding = training + train, encoding + encode
-        rest += max((row.seconds or 0.0) - train - encode, 0.0)
-    if not training + encoding:
-        return ""
-    parts = {"training": training, "encoding": encoding, "waiting and server": rest}
-    return ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in parts.items())
+    if ratio is None or ratio <= 0:
+        return text + "."
+    relation = "less" if ratio >= 1 else "more"
+    return text + Markup(", {} {} than FedAvg.").format(format_factor(max(ratio, 1 / ratio)), relation)
 
 
 def _facts(run: RunData) -> list[tuple[str, str]]:
     facts = [("uplink", format_bytes(run.uplink_bytes)), ("downlink", format_bytes(run.downlink_bytes))]
-    if run.summary.both_ratio is not None and run.summary.both_ratio > 2:  # below, the downlink is that of FedAvg
-        facts.append(("both directions", f"{format_factor(max(run.summary.both_ratio, 0.0))} less than FedAvg"))
     if run.summary.payload_ratio is not None:
         facts.append(("payload ratio", format_factor(max(run.summary.payload_ratio, 0.0))))
     if run.epsilon is not None and run.delta is not None:
@@ -220,8 +206,6 @@ def _facts(run: RunData) -> list[tuple[str, str]]:
         facts.append(("abandoned rounds", f"{abandoned:,}"))
     if run.seconds is not None:
         facts.append(("time", format_seconds(run.seconds)))
-    if split := _time_split(run):
-        facts.append(("time of rounds (slowest client)", split))
     return facts
 
 
@@ -251,6 +235,11 @@ def _figures(run: RunData) -> list[_Figure]:
             "Quality of the decoded updates",
             "The decoded update against the true one, mean over clients. Uncompressed rounds have no mark.",
             figures.explained_variance(run),
+        ),
+        (
+            "Where the time went",
+            "In each round, training and encoding of the client that took longest; the rest is waiting and the server.",
+            figures.time_split(run),
         ),
         ("Privacy loss", privacy_caption(run), figures.epsilon_by_round(run)),
         ("Accuracy by task", matrix_caption(run), task_matrix(run)),

@@ -16,7 +16,7 @@ read raises a `RunError` that names the file and the line.
 import math
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -88,11 +88,13 @@ class RunData:
         finished: whether there is a summary; without one, the totals are those of the rounds so far.
         epsilon, delta: of differential privacy; None without it, epsilon is infinite if no bound holds.
         panels: plugin name -> panel.
+        client_bytes: client -> bytes of its messages, uplink and downlink; empty without a ledger.
     """
 
     config: dict[str, Any]
     rounds: tuple[RoundRecord, ...]
     traffic: tuple[Traffic, ...]
+    client_bytes: Mapping[str, tuple[int, int]]
     samples: ReportImages | None
     panels: Mapping[str, Panel]
     summary: RunSummary
@@ -155,10 +157,12 @@ def read_run(run: Path) -> RunData:
     summary = found or RunSummary()
     durations = [row.seconds for row in rounds if row.seconds is not None]
     epsilon, delta = _privacy(found, config, rounds)
+    messages = _messages(run / "ledger.jsonl")
     return RunData(
         config=config,
         rounds=rounds,
-        traffic=_traffic(run / "ledger.jsonl", rounds),
+        traffic=_traffic(messages, rounds),
+        client_bytes=_client_bytes(messages or ()),
         samples=_samples(run / "samples.npz"),
         panels=read_panels(run),
         summary=summary,
@@ -173,25 +177,37 @@ def read_run(run: Path) -> RunData:
     )
 
 
-def _traffic(ledger: Path, rounds: tuple[RoundRecord, ...]) -> tuple[Traffic, ...]:
+def _messages(ledger: Path) -> list[_Message] | None:
+    if not ledger.exists():
+        return None
+    return [from_dict(_Message, values, where) for values, where in json_lines(ledger)]
+
+
+def _traffic(messages: list[_Message] | None, rounds: tuple[RoundRecord, ...]) -> tuple[Traffic, ...]:
     found: dict[tuple[str, str], Traffic] = {}
-    if ledger.exists():
-        for values, where in json_lines(ledger):
-            message = from_dict(_Message, values, where)
-            key = message.direction, message.kind
-            entry = found.setdefault(key, Traffic(*key, 0, 0, 0))
-            entry.messages = (entry.messages or 0) + 1
-            entry.bytes += message.bytes
-            entry.payload_bytes = (entry.payload_bytes or 0) + message.payload_bytes
-    else:
-        for row in rounds:
-            for direction, size in (("uplink", row.uplink_bytes), ("downlink", row.downlink_bytes)):
-                entry = found.setdefault((direction, row.kind), Traffic(direction, row.kind, None, 0, None))
-                entry.bytes += size
+    for message in messages or ():
+        key = message.direction, message.kind
+        entry = found.setdefault(key, Traffic(*key, 0, 0, 0))
+        entry.messages = (entry.messages or 0) + 1
+        entry.bytes += message.bytes
+        entry.payload_bytes = (entry.payload_bytes or 0) + message.payload_bytes
+    for row in rounds if messages is None else ():
+        for direction, size in (("uplink", row.uplink_bytes), ("downlink", row.downlink_bytes)):
+            entry = found.setdefault((direction, row.kind), Traffic(direction, row.kind, None, 0, None))
+            entry.bytes += size
     # Uplink first; within a direction, kinds in the order of their first round.
     return tuple(
         sorted((entry for entry in found.values() if entry.bytes), key=lambda entry: entry.direction != "uplink")
     )
+
+
+def _client_bytes(messages: Iterable[_Message]) -> dict[str, tuple[int, int]]:
+    found: dict[str, tuple[int, int]] = {}
+    for message in messages:
+        up, down = found.get(message.client, (0, 0))
+        more = message.bytes
+        found[message.client] = (up + more, down) if message.direction == "uplink" else (up, down + more)
+    return found
 
 
 def _first(*values: float | None) -> float | None:

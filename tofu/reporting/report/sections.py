@@ -1,8 +1,55 @@
 """What the page says of secure rounds and of differential privacy: claims, and where they end."""
 
 from tofu.formatting import format_fraction
+from tofu.reporting.report.figures import epsilon_text
 from tofu.reporting.report.run_data import RunData
 from tofu.rounds.record import round_label
+
+
+def privacy_rows(run: RunData) -> list[dict[str, str]]:
+    """What was guaranteed against whom: rows of who, what they saw, and what bounds it; [] before the first round."""
+    if not run.trained:
+        return []
+    summed = sum(not row.abandoned for row in run.secure)
+    single = len(run.trained) - len(run.secure)
+    saw = [f"the update of each client in {_rounds(single, 'open')}"] if single else []
+    saw += [f"only the sum of the updates in {_rounds(summed, 'secure')}"] if summed else []
+    sums = f"Secure aggregation: no single update.{_rests_on(run)}" if summed else ""
+    bound = _bound(run)
+    server = [sums, bound or ("Nothing bounds what the sums reveal." if not single else "")]
+    if single and not bound:
+        server.append(f"Nothing in the {_rounds(single, 'open')}: tofu attack measures what an update reveals.")
+    model = bound or "Nothing. A model can reveal some of what it was trained on."
+    return [
+        {
+            "who": "The server",
+            "saw": f"{' and '.join(saw) or 'no update'}".capitalize(),
+            "bound": " ".join(filter(None, server)),
+        },
+        {"who": "The clients", "saw": "The global weights of the rounds that they took part in", "bound": model},
+        {"who": "Who receives the model", "saw": "The final weights", "bound": model},
+        {"who": "Who reads this page", "saw": _on_page(run), "bound": "Nothing: it is what the server knows."},
+    ]
+
+
+def _bound(run: RunData) -> str:
+    if run.epsilon is None or run.delta is None:
+        return ""
+    return (
+        f"Differential privacy of whole clients: epsilon {epsilon_text(run.epsilon)} at delta {run.delta:g}, for a "
+        "client that took part in all rounds."
+    )
+
+
+def _on_page(run: RunData) -> str:
+    shown = ["accuracies, losses and bytes"]
+    if any(row.by_client for row in run.rounds):
+        shown.append("times and quality of each client" + ("" if run.delta else ", and its number of images"))
+    if run.samples and run.samples.real is not None:
+        shown.append(f"{len(run.samples.real)} images of one client (report-images)")
+    if run.samples and run.samples.proxies:
+        shown.append("decoded proxies of one client")
+    return "; ".join(shown).capitalize()
 
 
 def secure_text(run: RunData) -> list[str]:

@@ -75,7 +75,7 @@ thead th { white-space: normal; overflow-wrap: normal; line-height: 1.3; }
 tbody th { color: inherit; vertical-align: inherit; font-weight: 600; border-bottom-color: var(--grid); }
 tfoot td, tfoot th { border-top: 1px solid var(--line); border-bottom: 0; color: inherit; font-weight: 600; }
 .left { text-align: left; }
-.wrap, .panel td:first-child { white-space: normal; min-width: 9em; }
+.wrap, .panel td:first-child { white-space: normal; min-width: 9em; vertical-align: top; }
 .kind::before {
   content: ""; display: inline-block; width: 8px; height: 8px; margin-right: 7px;
   border-radius: 50%; background: var(--other);
@@ -130,6 +130,9 @@ _MEDIA_STYLE = """
 @media screen and (max-width: 520px) {
   .card { padding: 16px 14px; }
   svg text, svg .value, svg .bar-name { font-size: 14px; }
+  #privacy thead { display: none; }
+  #privacy tr, #privacy th, #privacy td { display: block; border: 0; padding: 2px 0; }
+  #privacy tr { border-bottom: 1px solid var(--line); padding: 8px 0; }
 }
 @media print {
   body { -webkit-print-color-adjust: exact; print-color-adjust: exact; }
@@ -186,6 +189,23 @@ PAGE = (
 {{ figure.svg }}
 </figure>
 {% endfor %}</div>
+{% if privacy %}<section class="card several">
+<h2>Privacy of this run</h2>
+<div class="scroll" tabindex="0"><table id="privacy">
+<thead><tr><th scope="col" class="left">who</th><th scope="col" class="left">saw</th>
+<th scope="col" class="left">what bounds it</th></tr></thead>
+<tbody>
+{% for row in privacy %}<tr><th scope="row" class="left wrap">{{ row.who }}</th>
+<td class="left wrap">{{ row.saw }}</td><td class="left wrap">{{ row.bound }}</td></tr>
+{% endfor %}</tbody></table></div>
+{% for text in secure_text %}<p class="soft">{{ text }}</p>
+{% endfor %}
+{% if abandoned %}<div class="scroll" tabindex="0"><table id="abandoned">
+<thead><tr><th scope="col">abandoned round</th><th scope="col" class="left">reason</th></tr></thead>
+<tbody>
+{% for row in abandoned %}<tr><th scope="row">{{ row.round }}</th><td class="left wrap">{{ row.reason }}</td></tr>
+{% endfor %}</tbody></table></div>{% endif %}
+</section>{% endif %}
 {% if sheets %}<section class="card">
 <h2>{{ sheets_title }}</h2>
 <p class="soft">{{ sheets_text }}</p>
@@ -215,17 +235,7 @@ measured (tofu attack).</p>
 <tfoot><tr><th scope="row">all</th><td></td>{% for cell in totals %}<td>{{ cell }}</td>{% endfor %}</tr></tfoot>
 </table></div>{% else %}<p class="soft">No round has ended yet.</p>{% endif %}
 </section>
-{% if secure_text %}<section class="card several">
-<h2>Secure rounds</h2>
-{% for text in secure_text %}<p class="soft">{{ text }}</p>
-{% endfor %}
-{% if abandoned %}<div class="scroll" tabindex="0"><table id="abandoned">
-<thead><tr><th scope="col">abandoned round</th><th scope="col" class="left">reason</th></tr></thead>
-<tbody>
-{% for row in abandoned %}<tr><th scope="row">{{ row.round }}</th><td class="left wrap">{{ row.reason }}</td></tr>
-{% endfor %}</tbody></table></div>{% endif %}
-</section>{% endif %}
-{% if clients %}<section class="card"><details>
+{% if clients %}<section class="card"><details{% if clients | length <= 20 %} open{% endif %}>
 <summary>Clients ({{ clients | length }})</summary>
 <div class="scroll" tabindex="0"><table id="clients">
 <thead><tr><th scope="col" class="left">client</th><th scope="col">valid replies</th><th scope="col">failed</th>
