@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from tofu.data import ImageShape
 from tofu.errors import SettingError
@@ -77,12 +76,17 @@ class ModelCall:
 
     def outputs(self, model: nn.Module, parameters: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Tensor:
         """The outputs [n, ...] of the model with these parameters for proxies [n, *shape] of each input."""
-        full = [self._full_size(values, shape) for values, shape in zip(inputs, self.inputs, strict=True)]
-        if self.forward is None:
-            return as_tensor(functional_call(model, _every_name(model, parameters), tuple(full), tie_weights=False))
-        called = _Called(model, self.forward)
-        own = {f"model.{name}": p for name, p in _every_name(model, parameters).items()}
-        return as_tensor(functional_call(called, own, tuple(full), tie_weights=False))
+        full = self.full_size(inputs)
+        with at_weights(model, parameters):
+            return as_tensor(model(*full) if self.forward is None else self.forward(model, *full))
+
+    def full_size(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Proxies [n, *shape] of each input, interpolated to the input's size where they are smaller."""
+        return [
+            values if values.shape[1:] == shape
+            else F.interpolate(values, size=shape[1:], mode=_MODES[len(shape)], align_corners=False)
+            for values, shape in zip(inputs, self.inputs, strict=True)
+        ]  # fmt: skip
 
     def _shortens(self, shape: Shape) -> bool:
         return self.forward is None and len(shape) in _MODES
@@ -91,34 +95,26 @@ class ModelCall:
         largest = self.side
         return (shape[0], *(max(1, (2 * axis * side + largest) // (2 * largest)) for axis in shape[1:]))  # rounded
 
-    def _full_size(self, values: Tensor, shape: Shape) -> Tensor:
-        if values.shape[1:] == shape:
-            return values
-        return F.interpolate(values, size=shape[1:], mode=_MODES[len(shape)], align_corners=False)
 
+@contextmanager
+def at_weights(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within the block, the model has these parameters, under all names that they have in different modules.
 
-def _every_name(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters under all names that they have in different modules.
-
-    `functional_call` can do that itself (`tie_weights`), but a module that occurs twice keeps the new tensors then.
+    This is `torch.func.functional_call` without what it checks in each of the thousands of calls of a search, and for
+    modules that occur twice.
     """
     given = {id(p): parameters[name] for name, p in model.named_parameters() if name in parameters}
-    own = (
-        (f"{prefix}.{key}" if prefix else key, p)
-        for prefix, module in model.named_modules() for key, p in module._parameters.items()
-    )  # fmt: skip
-    return dict(parameters) | {name: given[id(p)] for name, p in own if id(p) in given}
-
-
-class _Called(nn.Module):
-    """A model behind the user's `forward`, so that `functional_call` reaches its parameters."""
-
-    def __init__(self, model: nn.Module, forward: Forward) -> None:
-        super().__init__()
-        self.model, self._forward = model, forward
-
-    def forward(self, *inputs: Tensor) -> Any:
-        return self._forward(self.model, *inputs)
+    own = [
+        (module._parameters, key, p)
+        for module in model.modules() for key, p in module._parameters.items() if id(p) in given
+    ]  # fmt: skip
+    try:
+        for slots, key, p in own:
+            slots[key] = given[id(p)]  # type: ignore[assignment]
+        yield
+    finally:
+        for slots, key, p in own:
+            slots[key] = p
 
 
 NO_CALL = ModelCall((), ())
@@ -390,12 +386,12 @@ class ReferenceModel:
 
     def outputs(self, parameters: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Tensor:
         """Outputs [n, ...] for proxies [n, ...] of each input; smaller ones are interpolated to the input's size."""
-        with GlobalGenerators(0, inputs[0].device) if self._draws else nullcontext():
+        with GlobalGenerators(0, inputs[0].device) if self.draws else nullcontext():
             return self.call.outputs(self.model, parameters, inputs)
 
     @cached_property
     @torch.no_grad()
-    def _draws(self) -> bool:
+    def draws(self) -> bool:
         """Whether the model draws random numbers in evaluation mode; then both ends must draw the same ones."""
         device = next(self.model.parameters()).device
         inputs = [torch.zeros(1, *shape, device=device) for shape in self.call.inputs]

@@ -14,6 +14,7 @@ with smaller targets. A scale per tensor (ours) or one for all (the paper) multi
 
 import dataclasses
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -191,16 +192,25 @@ class ProxyCode:
 def proxy_loss(reference: ReferenceModel, weights: Weights, proxies: ProxyData, settings: ProxySettings) -> Tensor:
     """L(x, y; W), computed on the device of the weights."""
     proxies = proxies.on(next(iter(weights.values())).device)
-    if settings.smooth:
-        with Surrogate(surrogate_beta=proxies.surrogate_beta, batch_statistics=settings.batch_statistics):
-            outputs = reference.outputs(weights, proxies.inputs)
-    else:
+    with surrogate_context(settings, proxies.surrogate_beta):
         outputs = reference.outputs(weights, proxies.inputs)
+    return loss_of_outputs(reference, outputs, proxies.labels, proxies.weights)
+
+
+def surrogate_context(settings: ProxySettings, surrogate_beta: float) -> AbstractContextManager[object]:
+    """Within it, networks run as the settings' codec differentiates them."""
+    if not settings.smooth:
+        return nullcontext()
+    return Surrogate(surrogate_beta=surrogate_beta, batch_statistics=settings.batch_statistics)
+
+
+def loss_of_outputs(reference: ReferenceModel, outputs: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+    """L as a function of the network's outputs [n, ...], the labels, and the proxies' weights in simplex mode."""
     if reference.call.loss is not None:
-        return reference.call.loss(outputs, proxies.labels)
-    if proxies.weights is None:
-        return torch.sum(outputs * proxies.labels)
-    return torch.sum(proxies.weights * F.cross_entropy(outputs, proxies.labels, reduction="none"))
+        return reference.call.loss(outputs, labels)
+    if weights is None:
+        return torch.sum(outputs * labels)
+    return torch.sum(weights * F.cross_entropy(outputs, labels, reduction="none"))
 
 
 def gradients(reference: ReferenceModel, proxies: ProxyData, settings: ProxySettings) -> Weights:

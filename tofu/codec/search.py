@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
+from tofu.codec.chain import Chain, ProxyGradients
 from tofu.codec.options import ProxySettings
-from tofu.codec.proxies import ProxyCode, ProxyData, gradients, proxy_loss, scale_gradients
+from tofu.codec.proxies import ProxyCode, ProxyData, gradients, scale_gradients
 from tofu.device import on_device, open_device
 from tofu.reference_model import ReferenceModel
 from tofu.weights import Weights
@@ -92,6 +93,9 @@ STEP = 1e-3
 LABEL_UNIT = 0.05
 """One unit of a free label in the optimizer's variables, so that pixels and labels move alike (measured)."""
 
+LABEL_START = 0.3
+"""Standard deviation of the free labels that a search starts from."""
+
 STALL = 10
 """Evaluations over which the explained variance must gain `tolerance`, or the search stops."""
 
@@ -156,14 +160,12 @@ def encode(
     update = {name: update[name] for name in reference.base}
     if _power(update) == 0:
         return _finish(reference, update, code, _noise(code, generator), settings)
-    if start is not None and settings.warm_start and code.fits(start):
-        begin = _rescaled(start)
-    else:
-        begin = _noise(code, generator)
+    warm = start is not None and settings.warm_start and code.fits(start)
+    begin = _rescaled(start) if start is not None and warm else _noise(code, generator)
     device = open_device(settings.device)
     with on_device(reference.model, device):
         objective = _Objective(reference, {name: u.to(device) for name, u in update.items()}, settings)
-        proxies = _search(objective, begin, settings)
+        proxies = _search(objective, begin, settings, warm=warm)
         proxies = dataclasses.replace(proxies, inputs=code.quantize_inputs(proxies.inputs))
         if settings.labels == "free" and settings.solve_labels:
             proxies = _solve_labels(objective, proxies, settings)
@@ -171,11 +173,14 @@ def encode(
     return dataclasses.replace(encoding, evals=objective.evals)
 
 
-def _search(objective: "_Objective", begin: ProxyData, settings: ProxySettings) -> ProxyData:
+def _search(objective: "_Objective", begin: ProxyData, settings: ProxySettings, *, warm: bool) -> ProxyData:
     """Descend from `begin`. If beta is open, a trial of each value decides which descent continues."""
 
     def start(surrogate_beta: float) -> _Descent:
-        variables = _Variables(dataclasses.replace(begin, surrogate_beta=surrogate_beta), free=begin.weights is None)
+        proxies = dataclasses.replace(begin, surrogate_beta=surrogate_beta)
+        if not warm:
+            proxies = objective.align_labels(proxies)
+        variables = _Variables(proxies, free=begin.weights is None)
         return _Descent(objective, variables, settings.optimizer, settings.tolerance)
 
     descent = start(settings.surrogate_beta or SURROGATE_BETAS[0])
@@ -219,7 +224,7 @@ def _noise(code: ProxyCode, generator: torch.Generator) -> ProxyData:
     inputs = tuple(torch.randn(code.count, *shape, generator=generator) for shape in code.shapes)
     labels = torch.randn(code.count, *code.target, generator=generator)
     if not code.weighted:
-        return ProxyData(inputs, 0.3 * labels, None, torch.zeros(code.tensors))
+        return ProxyData(inputs, LABEL_START * labels, None, torch.zeros(code.tensors))
     return ProxyData(inputs, labels.softmax(1), torch.ones(code.count), torch.zeros(code.tensors))
 
 
@@ -231,7 +236,7 @@ def _rescaled(proxies: ProxyData) -> ProxyData:
     labels = proxies.labels
     inputs = tuple(x / x.std() if float(x.abs().max()) > MAX_START else x for x in proxies.inputs)
     if proxies.weights is None and float(labels.abs().max()) > MAX_START:
-        labels = 0.3 * labels / labels.std()
+        labels = LABEL_START * labels / labels.std()
     return dataclasses.replace(proxies, inputs=inputs, labels=labels)
 
 
@@ -252,41 +257,93 @@ class _Objective:
     """
 
     def __init__(self, reference: ReferenceModel, update: Weights, settings: ProxySettings) -> None:
-        self.reference, self.update, self.settings = reference, update, settings
-        self.base, self.power = reference.base, _power(update)
-        self.step_length = STEP * sum(float(torch.sum(w * w)) for w in self.base.values()) ** 0.5
+        self._base = {name: w.contiguous() for name, w in reference.base.items()}
+        self._update = {name: update[name] for name in self._base}
+        self._call, self._chain, self._one = reference.call, Chain(reference, settings), settings.scale == "one"
+        self._power = _power(update)
+        self._step_length = STEP * sum(float(torch.sum(w * w)) for w in self._base.values()) ** 0.5
+        self._device = next(iter(self._base.values())).device
         self.evals = 0
 
-    def __call__(self, leaves: list[Tensor], proxies: ProxyData) -> tuple[float, list[Tensor]]:
-        """The objective, and its gradient in each of `leaves` (the tensors that `proxies` was made from)."""
+    def __call__(self, proxies: ProxyData, *, by_inputs: bool = True) -> tuple[float, list[Tensor]]:
+        """The objective, and its gradient in the proxies' inputs (unless not asked for), labels and weights if any."""
         self.evals += 1
-        weights = {name: w.detach().requires_grad_() for name, w in self.base.items()}
-        loss = proxy_loss(self.reference, weights, proxies, self.settings)
-        variables = [*weights.values(), *leaves]
-        grads = torch.autograd.grad(loss, variables, retain_graph=True, materialize_grads=True)
-        at_base = grads[len(weights) :]
-        decoded = dict(zip(weights, grads[: len(weights)], strict=True))
-        scales = _least_squares_scales(self.update, decoded, one=self.settings.scale == "one").unbind()
-        rests = [self.update[name] - scale * g for (name, g), scale in zip(decoded.items(), scales, strict=True)]
-        residual = {name: scale * rest for name, rest, scale in zip(decoded, rests, scales, strict=True)}
-        squares = torch.stack([torch.sum(r * r) for r in (*rests, *residual.values())]).tolist()  # one wait for a GPU
-        missed, length = sum(squares[: len(rests)]), sum(squares[len(rests) :]) ** 0.5
-        step = self.step_length / length if length > 0 else 0.0
-        if step == 0 or not math.isfinite(missed) or not math.isfinite(step):
-            return missed / self.power, [torch.zeros_like(leaf) for leaf in leaves]
-        shifted = {name: (w + step * residual[name]).detach() for name, w in self.base.items()}
-        at_shifted = torch.autograd.grad(
-            proxy_loss(self.reference, shifted, proxies, self.settings), leaves, materialize_grads=True
+        proxies = proxies.on(self._device)
+        leaves = [x.detach().requires_grad_(by_inputs) for x in proxies.inputs]
+        inputs = self._call.full_size(leaves)
+
+        def gradients(weights: Weights, *, by_weights: bool) -> ProxyGradients:
+            detached = [x.detach() for x in inputs]
+            return self._chain.gradients(weights, detached, proxies, by_weights=by_weights, by_inputs=by_inputs)
+
+        at_base = gradients(self._base, by_weights=True)
+        if self.evals == 1:  # from now on in the memory formats of the gradients
+            formats = dict(zip(self._base, at_base.weights, strict=True))
+            self._base = {name: torch.empty_like(formats[name]).copy_(w) for name, w in self._base.items()}
+            self._update = {name: torch.empty_like(formats[name]).copy_(u) for name, u in self._update.items()}
+        missed, scales, rests = self._fit(at_base.weights)
+        length = sum(scale * scale * square for scale, square in zip(scales, missed, strict=True)) ** 0.5
+        step = self._step_length / length if length > 0 else 0.0
+        value = sum(missed) / self._power
+        if step == 0 or not math.isfinite(value) or not math.isfinite(step):
+            return value, [torch.zeros_like(x) for x in (*(leaves if by_inputs else ()), *at_base.targets)]
+        shifted = {
+            name: torch.add(w, rest.as_strided(w.shape, w.stride()), alpha=step * scale)
+            for (name, w), rest, scale in zip(self._base.items(), rests, scales, strict=True)
+        }
+        at_shifted = gradients(shifted, by_weights=False)
+        factor = -2 / (step * self._power)
+        found = [factor * (b - a) for a, b in zip(at_base.inputs, at_shifted.inputs, strict=True)]
+        by_input = torch.autograd.grad(inputs, leaves, found) if by_inputs else ()
+        return value, [*by_input, *(factor * (b - a) for a, b in zip(at_base.targets, at_shifted.targets, strict=True))]
+
+    def align_labels(self, proxies: ProxyData) -> ProxyData:
+        """The same inputs with the free labels whose gradient has the largest inner product with the update.
+
+        The inner product is the labels' with the derivative of the outputs as the weights move along the update, so
+        labels proportional to this derivative are the best of their length. It takes two forward passes.
+        """
+        if proxies.weights is not None or self._call.loss is not None:
+            return proxies
+        on = proxies.on(self._device)
+        inputs = self._call.full_size(on.inputs)
+        step = self._step_length / self._power**0.5
+        moved = {name: w + step * self._update[name] for name, w in self._base.items()}
+        before, after = (
+            self._chain.gradients(weights, inputs, on, by_weights=False, by_inputs=False).targets[0]
+            for weights in (self._base, moved)
         )
-        factor = -2 / (step * self.power)
-        return missed / self.power, [factor * (b - a) for a, b in zip(at_base, at_shifted, strict=True)]
+        change = (after - before).cpu()
+        if not bool(torch.isfinite(change).all()) or not float(change.std()) > 0:
+            return proxies
+        return dataclasses.replace(proxies, labels=LABEL_START * change / change.std())
+
+    def _fit(self, grads: list[Tensor]) -> tuple[list[float], list[float], list[Tensor]]:
+        """Of gradients: the squares of what they miss, the least-squares scales, and the rests, flat."""
+        decoded = [_flat(g, w) for g, w in zip(grads, self._base.values(), strict=True)]
+        update = [_flat(u, w) for u, w in zip(self._update.values(), self._base.values(), strict=True)]
+        products = [torch.dot(u, g) for u, g in zip(update, decoded, strict=True)]
+        found = torch.stack([*products, *(torch.dot(g, g) for g in decoded)]).tolist()  # one wait for a GPU
+        top, bottom = found[: len(decoded)], found[len(decoded) :]
+        if self._one:
+            top, bottom = [sum(top)] * len(decoded), [sum(bottom)] * len(decoded)
+        scales = [t / b if b > 0 else 0.0 for t, b in zip(top, bottom, strict=True)]
+        rests = [torch.sub(u, g, alpha=scale) for u, g, scale in zip(update, decoded, scales, strict=True)]
+        return torch.stack([torch.dot(rest, rest) for rest in rests]).tolist(), scales, rests
+
+
+def _flat(values: Tensor, like: Tensor) -> Tensor:
+    """The values in the memory order of `like`, a dense tensor of the same shape."""
+    if values.stride() != like.stride():
+        values = torch.empty_like(like).copy_(values)
+    return values.as_strided((values.numel(),), (1,))
 
 
 class _Variables:
     """The proxies as one flat float64 vector for the optimizer, and back."""
 
     def __init__(self, begin: ProxyData, *, free: bool, only_labels: bool = False) -> None:
-        self._begin, self._free, self._only_labels = begin, free, only_labels
+        self._begin, self._free, self.only_labels = begin, free, only_labels
         labels = begin.labels / LABEL_UNIT if free else begin.labels.clamp_min(1e-6).log()
         parts = [] if only_labels else [*begin.inputs]
         parts.append(labels)
@@ -295,21 +352,24 @@ class _Variables:
         self._shapes = [p.shape for p in parts]
         self.vector = torch.cat([p.flatten() for p in parts]).double()
 
-    def leaves(self, vector: Tensor) -> list[Tensor]:
-        """The vector's tensors in float32, as leaves of a new graph."""
+    def proxies(self, vector: Tensor) -> ProxyData:
+        """The proxies of a vector."""
         pieces: tuple[Tensor, ...] = torch.split(vector.float(), [shape.numel() for shape in self._shapes])
-        return [p.view(shape).requires_grad_() for p, shape in zip(pieces, self._shapes, strict=True)]
-
-    def proxies(self, leaves: list[Tensor]) -> ProxyData:
-        """The proxies that the leaves parametrize."""
-        split = 0 if self._only_labels else len(self._begin.inputs)
-        inputs, rest = tuple(leaves[:split]) or self._begin.inputs, leaves[split:]
+        parts = [piece.view(shape) for piece, shape in zip(pieces, self._shapes, strict=True)]
+        split = 0 if self.only_labels else len(self._begin.inputs)
+        inputs, rest = tuple(parts[:split]) or self._begin.inputs, parts[split:]
         labels = rest[0] * LABEL_UNIT if self._free else rest[0].softmax(1)
         return dataclasses.replace(self._begin, inputs=inputs, labels=labels, weights=None if self._free else rest[1])
 
-    def unpack(self, vector: Tensor) -> ProxyData:
-        """The proxies of a vector, detached."""
-        return self.proxies([leaf.detach() for leaf in self.leaves(vector)])
+    def gradient(self, proxies: ProxyData, by_proxies: list[Tensor]) -> Tensor:
+        """A gradient in the vector of these proxies, from the one in their inputs, labels and weights."""
+        parts = [g.cpu() for g in by_proxies]
+        at = len(parts) - (1 if self._free else 2)
+        if self._free:
+            parts[at] = parts[at] * LABEL_UNIT
+        else:
+            parts[at] = proxies.labels * (parts[at] - (proxies.labels * parts[at]).sum(1, keepdim=True))
+        return torch.cat([g.flatten() for g in parts]).double()
 
 
 class _Descent:
@@ -337,17 +397,17 @@ class _Descent:
     @property
     def proxies(self) -> ProxyData:
         """The best proxies so far."""
-        return self._variables.unpack(self._best)
+        return self._variables.proxies(self._best)
 
     def _evaluate(self, vector: Tensor) -> tuple[float, Tensor]:
-        leaves = self._variables.leaves(vector)
-        value, grads = self._objective(leaves, self._variables.proxies(leaves))
+        proxies = self._variables.proxies(vector)
+        value, by_proxies = self._objective(proxies, by_inputs=not self._variables.only_labels)
         if not math.isfinite(value):
             value = DIVERGED
         if value < self.min_value:
             self.min_value, self._best = value, vector.clone()
         self._history.append(self.min_value)
-        return value, torch.cat([g.flatten() for g in grads]).double()
+        return value, self._variables.gradient(proxies, by_proxies)
 
 
 def _adam(objective: Callable[[Tensor], tuple[float, Tensor]], start: Tensor) -> Iterator[None]:

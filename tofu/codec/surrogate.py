@@ -102,6 +102,7 @@ def smooth_relu(x: Tensor, surrogate_beta: float) -> Tensor:
     return F.silu(x * surrogate_beta) / surrogate_beta
 
 
+@functools.lru_cache(maxsize=16)
 def _swaps(surrogate_beta: float, batch_statistics: bool) -> dict[Callable[..., Any], Callable[..., Any]]:
     def relu(input: Tensor, inplace: bool = False) -> Tensor:
         return smooth_relu(input, surrogate_beta)

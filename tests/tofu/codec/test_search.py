@@ -86,21 +86,37 @@ def test_gradient_by_difference_is_the_gradient_by_differentiating_twice(mlp_upd
         torch.ones(4) if simplex else None,
         torch.zeros(code.tensors),
     )
-    variables = _Variables(begin, free=not simplex)
-    leaves = variables.leaves(variables.vector)
-    value, ours = objective(leaves, variables.proxies(leaves))
+    proxies = _Variables(begin, free=not simplex).proxies(_Variables(begin, free=not simplex).vector)
+    value, ours = objective(proxies)
 
     weights = {name: w.clone().requires_grad_() for name, w in network.base.items()}
-    loss = proxy_loss(network, weights, variables.proxies(leaves), mode)
-    grads = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+    given = [x.detach().requires_grad_() for x in (*proxies.inputs, proxies.labels, proxies.weights) if x is not None]
+    leaves = dataclasses.replace(proxies, inputs=(given[0],), labels=given[1], weights=given[2] if simplex else None)
+    grads = torch.autograd.grad(proxy_loss(network, weights, leaves, mode), list(weights.values()), create_graph=True)
     top = torch.stack([(update[name] * g).sum() for name, g in zip(weights, grads, strict=True)])
     bottom = torch.stack([(g * g).sum() for g in grads])
     power = sum(float((update[name] ** 2).sum()) for name in weights)
     explained = (top**2 / bottom).sum() if mode.scale == "tensor" else top.sum() ** 2 / bottom.sum()
-    exact = torch.autograd.grad(1 - explained / power, leaves)
+    exact = torch.autograd.grad(1 - explained / power, given)
     assert value == pytest.approx(1 - float(explained) / power, rel=1e-3)
     for mine, true in zip(ours, exact, strict=True):
         assert float(torch.cosine_similarity(mine.flatten(), true.flatten(), dim=0)) > 0.999
+
+
+def test_aligned_labels_have_the_largest_inner_product_with_the_update(mlp_update: Case) -> None:
+    network, update = mlp_update
+    objective, code = _Objective(network, update, ProxySettings()), ProxyCode.of(network, ProxySettings(), 4)
+    begin = ProxyData(
+        (torch.randn(4, *code.shape, generator=generator()),), torch.ones(4, 10), None, torch.ones(code.tensors)
+    )
+    labels = objective.align_labels(begin).labels
+    inner = torch.zeros(4, 10)
+    for i in range(4):
+        for j in range(10):
+            one = dataclasses.replace(begin, labels=torch.eye(40)[10 * i + j].view(4, 10))
+            decoded = decode(network, one, ProxySettings())
+            inner[i, j] = sum((update[name] * d).sum() for name, d in decoded.items())
+    assert float(torch.cosine_similarity(labels.flatten(), inner.flatten(), dim=0)) > 0.999
 
 
 def test_warm_start_begins_ahead(mlp_update: Case) -> None:

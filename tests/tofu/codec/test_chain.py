@@ -1,0 +1,107 @@
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tofu.codec.chain import Chain
+from tofu.codec.options import ProxySettings, paper_settings
+from tofu.codec.proxies import ProxyData, proxy_loss
+from tofu.codec.surrogate import register_surrogate
+from tofu.data import ImageShape
+from tofu.models.layers import ChannelsLast
+from tofu.reference_model import ReferenceModel
+
+
+class Step(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x > 0).float()
+
+
+register_surrogate(Step, lambda beta: lambda module, x: torch.sigmoid(beta * x))
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.relu(self.inner(x))
+
+
+def convolutions(channels: int) -> nn.Module:
+    return nn.Sequential(
+        ChannelsLast(),
+        nn.Conv2d(channels, 6, 3, padding=1, stride=(2, 1), dilation=(1, 2)),
+        nn.BatchNorm2d(6),
+        nn.Sequential(nn.ReLU(), nn.MaxPool2d(3, 2, padding=1, ceil_mode=True)),
+        nn.Conv2d(6, 4, 3, padding="same", groups=2, bias=False),
+        nn.GroupNorm(2, 4),
+        nn.MaxPool2d(2, dilation=1, stride=1),
+        nn.Conv2d(4, 6, 1, padding_mode="circular"),
+        nn.LeakyReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        Twice(),
+        nn.Linear(6, 5, bias=False),
+        Step(),
+        nn.Linear(5, 10),
+    )
+
+
+def tied() -> nn.Module:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 10))
+    model[4].weight = model[3].weight
+    model[5].bias.requires_grad_(False)
+    return model
+
+
+def hooked() -> nn.Module:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))
+    model[1].register_forward_hook(lambda layer, inputs, output: 3 * output)
+    return model
+
+
+class Whole(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = hooked()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x) ** 2
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "color": (lambda: convolutions(3), 3),
+    "gray": (lambda: convolutions(1), 1),
+    "tied and frozen": (tied, 1),
+    "hooked": (hooked, 1),
+    "no sequence": (Whole, 1),
+}
+
+
+@pytest.mark.parametrize("mode", [ProxySettings(), paper_settings()], ids=["smooth", "paper"])
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_those_of_the_loss_that_the_receiver_differentiates(case: str, mode: ProxySettings) -> None:
+    torch.manual_seed(0)
+    build, channels = CASES[case]
+    reference = ReferenceModel(build().eval(), ImageShape(channels, 8, 8, 10))
+    simplex = mode.labels == "simplex"
+    labels = torch.randn(3, 10).softmax(1) if simplex else torch.randn(3, 10)
+    proxies = ProxyData(
+        (torch.randn(3, channels, 8, 8),), labels, torch.rand(3) if simplex else None, torch.ones(1), 0.7
+    )
+    weights = {name: (w + 0.1 * torch.randn_like(w)).requires_grad_() for name, w in reference.base.items()}
+    found = Chain(reference, mode).gradients(weights, proxies.inputs, proxies, by_weights=True, by_inputs=True)
+    given = [x.clone().requires_grad_() for x in (*proxies.inputs, proxies.labels, proxies.weights) if x is not None]
+    leaves = dataclasses.replace(proxies, inputs=(given[0],), labels=given[1], weights=given[2] if simplex else None)
+    loss = proxy_loss(reference, weights, leaves, mode)
+    exact = torch.autograd.grad(loss, [*weights.values(), *given], materialize_grads=True)
+    for ours, theirs in zip([*found.weights, *found.inputs, *found.targets], exact, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5 * float(exact[0].abs().max()))
+    only = Chain(reference, mode).gradients(weights, proxies.inputs, proxies, by_weights=False, by_inputs=False)
+    assert not only.weights
+    assert not only.inputs
+    assert all(map(torch.equal, only.targets, found.targets))

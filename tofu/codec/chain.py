@@ -1,0 +1,235 @@
+"""Gradients of the proxies' loss for a search: layer by layer where the network allows it.
+
+A search differentiates a network hundreds of times with a few proxies. For a small network, autograd, the swap of its
+parameters and the surrogate's context then cost more than the arithmetic. So an `nn.Sequential` is differentiated one
+layer after the other. `_RULES` has linear layers, convolutions, and the surrogates of ReLU and max-pooling; any other
+layer is differentiated by autograd on its own. A network of another kind is differentiated by autograd as a whole.
+
+Results equal those of `proxies.gradients` up to rounding. What is sent is always decoded as the receiver does it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tofu.codec.options import ProxySettings
+from tofu.codec.proxies import ProxyData, loss_of_outputs, surrogate_context
+from tofu.models.layers import ChannelsLast
+from tofu.reference_model import ReferenceModel, at_weights
+from tofu.weights import Weights
+
+Backward = Callable[[Tensor, bool], tuple[Tensor, Sequence[Tensor]]]
+"""backward(gradient of the output, whether parameters are wanted) -> gradients of the input and of the parameters."""
+
+Rule = Callable[[Any, list[Tensor], Tensor, float], tuple[Tensor, Backward]]
+"""rule(layer, its parameters, its input, surrogate_beta) -> its output, and its backward pass."""
+
+
+@dataclass(frozen=True)
+class ProxyGradients:
+    """Gradients of the proxies' loss; empty where they were not asked for.
+
+    Attributes:
+        weights: by each trainable parameter.
+        inputs: by each input of the network, in full size.
+        targets: by the labels and, in simplex mode, by the proxies' weights.
+    """
+
+    weights: list[Tensor]
+    inputs: list[Tensor]
+    targets: list[Tensor]
+
+
+class Chain:
+    """A reference's network as a chain of layers.
+
+    Args:
+        reference: its network must not change its structure while the chain is in use.
+        settings: whether the surrogate is differentiated instead of the network itself.
+    """
+
+    def __init__(self, reference: ReferenceModel, settings: ProxySettings) -> None:
+        self._reference, self._settings = reference, settings
+        parameters = {id(p): name for name, p in reference.model.named_parameters()}
+        single = reference.call.forward is None and len(reference.call.inputs) == 1 and not reference.draws
+        layers = list(_flattened(reference.model)) if single and type(reference.model) is nn.Sequential else []
+        self._layers = [
+            (layer, _rule_of(layer, settings), {parameters[id(p)]: p for p in layer.parameters()}) for layer in layers
+        ]
+
+    def gradients(
+        self, weights: Weights, inputs: Sequence[Tensor], proxies: ProxyData, *, by_weights: bool, by_inputs: bool
+    ) -> ProxyGradients:
+        """The gradients at `weights` of the loss of proxies whose inputs are given in full size."""
+        if not self._layers:
+            return self._by_autograd(weights, inputs, proxies, by_weights=by_weights, by_inputs=by_inputs)
+        x, passes = inputs[0], []
+        with torch.no_grad():
+            for layer, rule, own in self._layers:
+                values = [weights.get(name, p) for name, p in own.items()]  # frozen parameters keep their values
+                x, backward = rule(layer, values, x, proxies.surrogate_beta)
+                passes.append((backward, own))
+        gradient, targets = _at_outputs(self._reference, x, proxies)
+        found: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for backward, names in reversed(passes if by_weights or by_inputs else []):
+                gradient, by_parameter = backward(gradient, by_weights)
+                for name, g in zip(names, by_parameter, strict=False):
+                    found[name] = found[name] + g if name in found else g
+        by_weight = [found[n] if n in found else torch.zeros_like(w) for n, w in weights.items() if by_weights]
+        return ProxyGradients(by_weight, [gradient] if by_inputs else [], targets)
+
+    def _by_autograd(
+        self, weights: Weights, inputs: Sequence[Tensor], proxies: ProxyData, *, by_weights: bool, by_inputs: bool
+    ) -> ProxyGradients:
+        own = {name: w.detach().requires_grad_(by_weights) for name, w in weights.items()}
+        leaves = [x.detach().requires_grad_(by_inputs) for x in inputs]
+        with surrogate_context(self._settings, proxies.surrogate_beta):
+            outputs = self._reference.outputs(own, leaves)
+        gradient, targets = _at_outputs(self._reference, outputs, proxies)
+        wanted = [*(own.values() if by_weights else ()), *(leaves if by_inputs else ())]
+        found = torch.autograd.grad(outputs, wanted, gradient, materialize_grads=True) if wanted else ()
+        split = len(own) if by_weights else 0
+        return ProxyGradients(list(found[:split]), list(found[split:]), targets)
+
+
+def _flattened(module: nn.Module) -> Iterator[nn.Module]:
+    """The layers of nested `nn.Sequential` in order."""
+    for child in module.children():
+        if type(child) is nn.Sequential and _plain(child):
+            yield from _flattened(child)
+        else:
+            yield child
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether calling the module is calling the `forward` of its class, as torch defines it."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not hooks and "forward" not in vars(module) and not hasattr(type(module).forward, "__wrapped__")
+
+
+def _rule_of(layer: nn.Module, settings: ProxySettings) -> Rule:
+    rule = _RULES.get(type(layer)) if _plain(layer) else None
+    swapped = isinstance(layer, nn.ReLU | nn.MaxPool2d)
+    if isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
+        rule = None
+    if isinstance(layer, nn.GroupNorm) and not layer.affine:
+        rule = None
+    if isinstance(layer, nn.MaxPool2d) and (layer.return_indices or layer.dilation not in (1, (1, 1))):
+        rule = None
+    return rule if rule is not None and (settings.smooth or not swapped) else _autograd_rule(settings)
+
+
+def _at_outputs(reference: ReferenceModel, outputs: Tensor, proxies: ProxyData) -> tuple[Tensor, list[Tensor]]:
+    """The gradient of the loss by the outputs, and those by the labels and the proxies' weights."""
+    if reference.call.loss is None and proxies.weights is None:
+        return proxies.labels, [outputs.detach()]
+    own = outputs.detach().requires_grad_()
+    labels = proxies.labels.detach().requires_grad_()
+    weights = None if proxies.weights is None else proxies.weights.detach().requires_grad_()
+    leaves = [own, labels] if weights is None else [own, labels, weights]
+    gradient, *targets = torch.autograd.grad(
+        loss_of_outputs(reference, own, labels, weights), leaves, materialize_grads=True
+    )
+    return gradient, targets
+
+
+def _autograd_rule(settings: ProxySettings) -> Rule:
+    def rule(layer: nn.Module, weights: list[Tensor], x: Tensor, beta: float) -> tuple[Tensor, Backward]:
+        leaf, own = x.detach().requires_grad_(), [w.detach().requires_grad_() for w in weights]
+        given = {name: w for (name, _), w in zip(layer.named_parameters(), own, strict=True)}
+        with torch.enable_grad(), surrogate_context(settings, beta), at_weights(layer, given):
+            out = layer(leaf)
+
+        def backward(gradient: Tensor, wanted: bool) -> tuple[Tensor, Sequence[Tensor]]:
+            leaves = [leaf, *own] if wanted else [leaf]
+            if not out.requires_grad:
+                return torch.zeros_like(leaf), [torch.zeros_like(w) for w in leaves[1:]]
+            by_input, *by_weight = torch.autograd.grad(out, leaves, gradient, materialize_grads=True)
+            return by_input, by_weight
+
+        return out.detach(), backward
+
+    return rule
+
+
+def _linear(layer: nn.Linear, weights: list[Tensor], x: Tensor, beta: float) -> tuple[Tensor, Backward]:
+    def backward(gradient: Tensor, wanted: bool) -> tuple[Tensor, Sequence[Tensor]]:
+        rows = gradient.flatten(0, -2)
+        by_weight = [rows.t() @ x.flatten(0, -2), rows.sum(0)] if wanted else []
+        return gradient @ weights[0], by_weight
+
+    return F.linear(x, *weights), backward
+
+
+def _convolution(layer: nn.Conv2d, weights: list[Tensor], x: Tensor, beta: float) -> tuple[Tensor, Backward]:
+    weight, bias = weights[0], weights[1] if len(weights) > 1 else None
+    assert not isinstance(layer.padding, str)  # `_rule_of` leaves the others to autograd
+    how = (layer.stride, layer.padding, layer.dilation)
+    folds = layer.in_channels == 1  # then oneDNN's gradient by the input takes thrice as long as this one
+
+    def backward(gradient: Tensor, wanted: bool) -> tuple[Tensor, Sequence[Tensor]]:
+        mask = [not folds, wanted, wanted and bias is not None]
+        by_input, by_weight, by_bias = torch.ops.aten.convolution_backward(
+            gradient, x, weight, [layer.out_channels], *how, False, [0, 0], layer.groups, mask
+        )
+        if folds:
+            columns = weight.flatten(1).t() @ gradient.flatten(2)
+            by_input = F.fold(columns, x.shape[2:], layer.kernel_size, layer.dilation, how[1], layer.stride)
+        return by_input, [by_weight, by_bias][: sum(mask[1:])]
+
+    return F.conv2d(x, weight, bias, *how, layer.groups), backward
+
+
+def _relu(layer: nn.ReLU, weights: list[Tensor], x: Tensor, beta: float) -> tuple[Tensor, Backward]:
+    steep = x * beta
+    return F.silu(steep).mul_(1 / beta), lambda gradient, _: (torch.ops.aten.silu_backward(gradient, steep), [])
+
+
+def _pooling(layer: nn.MaxPool2d, weights: list[Tensor], x: Tensor, beta: float) -> tuple[Tensor, Backward]:
+    how = (layer.kernel_size, layer.stride, layer.padding, layer.ceil_mode, False)
+
+    def backward(gradient: Tensor, _: bool) -> tuple[Tensor, Sequence[Tensor]]:
+        gradient = torch.empty_like(out).copy_(gradient)  # in the memory format of x; two formats are slow
+        return torch.ops.aten.avg_pool2d_backward(gradient, x, *how, None), []
+
+    out = F.avg_pool2d(x, *how)
+    return out, backward
+
+
+def _group_norm(layer: nn.GroupNorm, weights: list[Tensor], x: Tensor, beta: float) -> tuple[Tensor, Backward]:
+    weight, bias = weights
+    sizes = (x.shape[0], x.shape[1], x[0, 0].numel(), layer.num_groups)
+    out, mean, rstd = torch.native_group_norm(x, weight, bias, *sizes, layer.eps)
+
+    def backward(gradient: Tensor, wanted: bool) -> tuple[Tensor, Sequence[Tensor]]:
+        gradient = torch.empty_like(x).copy_(gradient)  # in the memory format of x
+        by_input, *by_weight = torch.ops.aten.native_group_norm_backward(
+            gradient, x, mean, rstd, weight, *sizes, [True, wanted, wanted]
+        )
+        return by_input, by_weight if wanted else []
+
+    return out, backward
+
+
+def _channels_last(layer: ChannelsLast, weights: list[Tensor], x: Tensor, beta: float) -> tuple[Tensor, Backward]:
+    return layer(x), lambda gradient, _: (gradient, [])
+
+
+def _flatten(layer: nn.Flatten, weights: list[Tensor], x: Tensor, beta: float) -> tuple[Tensor, Backward]:
+    return x.flatten(layer.start_dim, layer.end_dim), lambda gradient, _: (gradient.reshape(x.shape), [])
+
+
+_RULES: Mapping[type[nn.Module], Rule] = {
+    nn.Linear: _linear,
+    nn.Conv2d: _convolution,
+    nn.ReLU: _relu,
+    nn.MaxPool2d: _pooling,
+    nn.GroupNorm: _group_norm,
+    nn.Flatten: _flatten,
+    ChannelsLast: _channels_last,
+}
