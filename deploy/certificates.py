@@ -4,7 +4,6 @@
 With `--compose` it makes a folder for each service of deploy/compose.yaml, with a certificate and secrets of its own.
 """
 
-import argparse
 import ipaddress
 import re
 import secrets
@@ -16,7 +15,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -29,9 +30,9 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from deploy.files import make_deployment, refuse_to_overwrite, write_new
+from deploy.files import make_deployment, refuse_to_overwrite, run_command, write_new
 from deploy.identities import LIST, make_identities
-from tofu.errors import RunError, SettingError, TofuError
+from tofu.errors import RunError, SettingError
 
 _CA_DAYS = 3650
 _CHECK_SECONDS = 5.0
@@ -273,22 +274,22 @@ def make_files(folder: Path, hosts: Sequence[str], nodes: Sequence[str], *, comp
     return made
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: 0 when all was made, 2 with one line on standard error when something was refused."""
-    parser = argparse.ArgumentParser(prog="python -m deploy.certificates", description="Make certificates and keys.")
-    parser.add_argument("folder", type=Path, help="where the files go")
-    parser.add_argument("--host", action="append", default=[], help="IP or DNS name of the server; makes CA and server")
-    parser.add_argument("--node", action="append", default=[], help="name of a node; makes its key pair")
-    parser.add_argument("--compose", action="store_true", help="a folder for each service of deploy/compose.yaml")
-    given = parser.parse_args(arguments)
-    try:
-        made = make_files(given.folder, given.host, given.node, compose=given.compose)
-    except TofuError as error:
-        print(error, file=sys.stderr)
-        return 2
-    for file in made:
+def command(
+    folder: Annotated[Path, typer.Argument(help="where the files go")],
+    host: Annotated[list[str] | None, typer.Option(help="address of the server; makes CA and server")] = None,
+    node: Annotated[list[str] | None, typer.Option(help="name of a node; makes its key pair")] = None,
+    compose: Annotated[bool, typer.Option("--compose", help="a folder per service of deploy/compose.yaml")] = False,
+) -> None:
+    """Make a CA, the server's certificate and a key pair for every node."""
+    for file in make_files(folder, host or (), node or (), compose=compose):
         print(file)
-    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`tofu deploy certificates` for a Python that has the packages cryptography and typer only."""
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(command)
+    return run_command(app, arguments, "python -m deploy.certificates")
 
 
 if __name__ == "__main__":

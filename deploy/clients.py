@@ -6,19 +6,20 @@ makes deploy/secrets/hospital-d, which holds all that deploy/compose.client.yaml
 admits the client's key. `tofu deploy add-client` is the same command.
 """
 
-import argparse
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from cryptography import x509
 
 from deploy.certificates import make_node_key, make_server_certificate, make_superexec_secret
-from deploy.files import write_new
+from deploy.files import run_command, write_new
 from deploy.identities import LIST, add_to_list, make_identity, read_list
-from tofu.errors import SettingError, TofuError
+from tofu.errors import SettingError
 
 NODE = "node"
 """Service of deploy/compose.client.yaml to which the client app connects, and name of the client's key file."""
@@ -129,24 +130,31 @@ def main(arguments: Sequence[str] | None = None, register: Callable[[Path, str],
     Args:
         register: admits a public key under a name; by default over the SuperLink's Control API.
     """
-    parser = argparse.ArgumentParser(prog="keys", description="Keys of the federation of deploy/compose.yaml.")
-    parser.add_argument("--folder", type=Path, default=Path("/secrets"), help="the folder that `make certs` made")
-    commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("add-client", help="make a client's keys and admit it")
-    add.add_argument("name", help="of the client, such as hospital-d")
-    add.add_argument("--superlink", required=True, help="host:port at which the client reaches this machine")
-    given = parser.parse_args(arguments)
-    try:
-        if register is None:
-            from deploy.control import Control
+    app = typer.Typer(help="Keys of the federation of deploy/compose.yaml.", pretty_exceptions_enable=False)
+    secrets = Path("/secrets")
 
-            register = Control(Path("/tmp/control"), "superlink:8000", given.folder / "ca.crt").register
-        added = add_client(given.folder, given.name, given.superlink, register)
-    except TofuError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(instructions(added, "deploy/secrets"))
-    return 0
+    @app.callback()
+    def options(
+        folder: Annotated[Path, typer.Option(help="the folder that `make certs` made")] = secrets,
+    ) -> None:
+        nonlocal secrets
+        secrets = folder
+
+    @app.command("add-client")
+    def add(
+        name: Annotated[str, typer.Argument(help="of the client, such as hospital-d")],
+        superlink: Annotated[str, typer.Option(help="host:port at which the client reaches this machine")],
+    ) -> None:
+        """Make a client's keys and admit it."""
+        print(instructions(add_client(secrets, name, superlink, register or _control(secrets)), "deploy/secrets"))
+
+    return run_command(app, arguments, "keys")
+
+
+def _control(secrets: Path) -> Callable[[Path, str], object]:
+    from deploy.control import Control
+
+    return Control(Path("/tmp/control"), "superlink:8000", secrets / "ca.crt").register
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ That API has no login: who reaches its port can run code on every node. deploy/p
 deploy/compose.yaml the command `python -m deploy.control`.
 """
 
-import argparse
 import json
 import os
 import re
@@ -15,12 +14,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any
+
+import typer
 
 from deploy.certificates import check_server
+from deploy.files import run_command
 from deploy.topology import ENVIRONMENT
-from tofu.errors import RunError, TofuError
+from tofu.errors import RunError
 from tofu.reporting.folder import read_config
 from tofu.settings import Settings, Value, read_toml
 from tofu.settings.deprecated import present_names
@@ -265,41 +268,59 @@ def last_lines(text: str) -> str:
     return " | ".join([line for line in lines if line][-6:])
 
 
+app = typer.Typer(help="Command a SuperLink.", no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    address: Annotated[str, typer.Option(help="host:port of the SuperLink")] = "superlink:8000",
+    ca: Annotated[Path, typer.Option(help="certificate of its CA")] = Path("/run/secrets/ca.crt"),
+    folder: Annotated[Path, typer.Option(help="where this command keeps its files")] = Path("/tmp/control"),
+) -> None:
+    context.obj = partial(Control, folder, address, ca)
+
+
+@app.command()
+def register(context: typer.Context, keys: Annotated[list[Path], typer.Argument(help="public keys, NAME.pub")]) -> None:
+    """Admit nodes."""
+    control = context.obj()
+    for key in keys:
+        control.register(key, key.stem)
+
+
+@app.command()
+def nodes(context: typer.Context) -> None:
+    """List nodes, as JSON."""
+    print(json.dumps(context.obj().nodes(), indent=1))
+
+
+@app.command()
+def runs(context: typer.Context) -> None:
+    """List runs, as JSON."""
+    print(json.dumps(context.obj().runs(), indent=1))
+
+
+@app.command()
+def run(
+    context: typer.Context,
+    settings: Annotated[list[str] | None, typer.Argument(help="name=value, over the file's")] = None,
+    app: Annotated[Path, typer.Option(help="folder of the Flower app")] = Path("."),
+    results: Annotated[Path, typer.Option(help="where the server app writes its runs")] = Path("/results"),
+    config: Annotated[Path | None, typer.Option(help="TOML file with settings")] = None,
+) -> None:
+    """Run the app and follow it."""
+    values = read_toml(config) if config else {}
+    values |= dict(map(_pair, settings or ()))
+    run_config = Settings.of(with_stored_settings(values, results)).to_config()
+    done = context.obj().run(app, run_config, follow=lambda line: print(line, flush=True))
+    if not done.completed:
+        raise RunError(f"run {done.identity} {done.status}: {' '.join(done.details.split())}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: 0, or 2 with one line on standard error when something failed or was refused."""
-    parser = argparse.ArgumentParser(prog="python -m deploy.control", description="Command a SuperLink.")
-    parser.add_argument("--address", default="superlink:8000", help="host:port of the SuperLink")
-    parser.add_argument("--ca", type=Path, default=Path("/run/secrets/ca.crt"), help="certificate of its CA")
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/control"), help="where this command keeps its files")
-    commands = parser.add_subparsers(dest="command", required=True)
-    register = commands.add_parser("register", help="admit nodes")
-    register.add_argument("keys", type=Path, nargs="+", help="public keys, NAME.pub")
-    commands.add_parser("nodes", help="list nodes, as JSON")
-    commands.add_parser("runs", help="list runs, as JSON")
-    run = commands.add_parser("run", help="run the app and follow it")
-    run.add_argument("--app", type=Path, default=Path("."), help="folder of the Flower app")
-    run.add_argument("--results", type=Path, default=Path("/results"), help="where the server app writes its runs")
-    run.add_argument("--config", type=Path, help="TOML file with settings")
-    run.add_argument("settings", nargs="*", help="name=value, over the file's")
-    given = parser.parse_args(arguments)
-    try:
-        control = Control(given.folder, given.address, given.ca)
-        if given.command == "register":
-            for key in given.keys:
-                control.register(key, key.stem)
-        elif given.command == "run":
-            values = read_toml(given.config) if given.config else {}
-            values |= dict(map(_pair, given.settings))
-            settings = Settings.of(with_stored_settings(values, given.results))
-            done = control.run(given.app, settings.to_config(), follow=lambda line: print(line, flush=True))
-            if not done.completed:
-                raise RunError(f"run {done.identity} {done.status}: {' '.join(done.details.split())}")
-        else:
-            print(json.dumps(control.nodes() if given.command == "nodes" else control.runs(), indent=1))
-    except TofuError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(app, arguments, "python -m deploy.control")
 
 
 def with_stored_settings(overrides: Mapping[str, object], results: Path) -> dict[str, object]:

@@ -1,10 +1,13 @@
-"""Files of a deployment. Keys are new files only, and private from the moment they are there."""
+"""Files of a deployment, and its commands. Keys are new files only, and private from the moment they are there."""
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tofu.errors import SettingError
+import typer
+
+from tofu.errors import SettingError, TofuError
 
 _DEFAULT_USER = "1000"
 _ENV = """\
@@ -16,6 +19,18 @@ TOFU_GID={group}
 # The folder with the folders server, node-0, node-1, ... of data.
 #TOFU_DATA=./data
 """
+
+
+def run_command(app: typer.Typer, arguments: Sequence[str] | None, name: str, *, refused: int = 2) -> int:
+    """Run a command line -> its exit status: 0, or `refused` with one line on standard error for a `TofuError`."""
+    try:
+        app(arguments, prog_name=name)
+    except TofuError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return refused
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
 
 
 def refuse_to_overwrite(*files: Path) -> None:

@@ -3,7 +3,6 @@
 `tofu deploy up` runs this in the background: python -m deploy.supervisor FOLDER --nodes N --app FOLDER
 """
 
-import argparse
 import dataclasses
 import logging
 import os
@@ -13,7 +12,11 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from deploy.files import run_command
 from deploy.processes import LocalCluster, exit_status
 from deploy.state import Process, State
 from tofu.errors import TofuError
@@ -114,33 +117,28 @@ def _members(federation: LocalCluster, state: State, restarts: Restarts) -> dict
     }
 
 
-def main() -> int:
-    """The command: 0 after a stop, 1 with one line on standard error when the federation could not be started."""
-    parser = argparse.ArgumentParser(prog="python -m deploy.supervisor", description="Keep a federation running.")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--nodes", type=int, required=True)
-    parser.add_argument("--app", type=Path, required=True)
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--policy", type=Path)
-    parser.add_argument("--pinned", default="")
-    parser.add_argument("--warm", action="store_true")
-    parser.add_argument("--identities", action="store_true")
-    given = parser.parse_args()
+def command(
+    folder: Path,
+    nodes: Annotated[int, typer.Option()],
+    app: Annotated[Path, typer.Option()],
+    data: Path | None = None,
+    policy: Path | None = None,
+    pinned: str = "",
+    warm: Annotated[bool, typer.Option("--warm")] = False,
+    identities: Annotated[bool, typer.Option("--identities")] = False,
+) -> None:
+    """Keep a federation running until SIGTERM or SIGINT."""
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
-    try:
-        start_logging("text")  # and where the environment says
-        federation = LocalCluster(
-            given.folder, nodes=given.nodes, app=given.app, data=given.data, warm=given.warm,
-            identities=given.identities, policy=given.policy, pinned=given.pinned,
-        )  # fmt: skip
-        supervise(federation, stopping)
-    except TofuError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    start_logging("text")  # and where the environment says
+    federation = LocalCluster(
+        folder, nodes=nodes, app=app, data=data, warm=warm, identities=identities, policy=policy, pinned=pinned
+    )
+    supervise(federation, stopping)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(command)
+    sys.exit(run_command(app, None, "python -m deploy.supervisor", refused=1))

@@ -108,10 +108,9 @@ def certificates(
     compose: Annotated[bool, typer.Option("--compose", help="a folder per service of deploy/compose.yaml")] = False,
 ) -> None:
     """Make a CA, the server's certificate and a key pair for every node."""
-    from deploy.certificates import make_files
+    from deploy.certificates import command
 
-    for file in make_files(folder, host or (), node or (), compose=compose):
-        print(file)
+    command(folder, host, node, compose)
 
 
 @app.command("add-client")
