@@ -5,11 +5,13 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
+import typer
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("tofu-fl", "flwr", "torch", "torchvision", "numpy")
@@ -73,3 +75,20 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         for row in [header, ["-" * width for width in widths], *rows]
     ]
     return "\n".join(lines)
+
+
+def several(kind: Callable[[str], Any] = str, accepted: Collection[str] = (), help: str = "") -> Any:
+    """An option with several values, separated by commas."""
+
+    def values(text: str) -> list[Any]:
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        if wrong := [part for part in parts if accepted and part not in accepted]:
+            raise typer.BadParameter(f"{wrong[0]} is not one of {', '.join(accepted)}")
+        return [kind(part) for part in parts]
+
+    return typer.Option(parser=values, metavar="A,B,...", help=help or None)
+
+
+def joined(values: Iterable[object]) -> str:
+    """The default of an option with several values."""
+    return ",".join(map(str, values))

@@ -4,13 +4,14 @@ A table stands between `<!-- table: NAME -->` and `<!-- end of table -->` in REA
 of TABLES. With --check nothing is written, and the exit status is 1 if a table is not current.
 """
 
-import argparse
 import json
 import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from benchmarks.common import RESULTS, markdown_table, spread
 from benchmarks.plugins.tables import PLUGIN_TABLES
@@ -27,10 +28,12 @@ NAMES = {
 Rows = list[dict[str, Any]]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a table is not current")
-    check = parser.parse_args().check
+def main(
+    check: Annotated[
+        bool, typer.Option("--check", help="write nothing; exit with 1 if a table is not current")
+    ] = False,
+) -> None:
+    """Write the tables of the documentation again from benchmarks/results: python -m benchmarks.tables [--check]."""
     stale = []
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         old = page.read_text(encoding="utf-8")
@@ -180,4 +183,4 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

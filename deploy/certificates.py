@@ -287,7 +287,7 @@ def command(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`tofu deploy certificates` for a Python that has the packages cryptography and typer only."""
-    app = typer.Typer(pretty_exceptions_enable=False)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)
     return run_command(app, arguments, "python -m deploy.certificates")
 

@@ -130,7 +130,9 @@ def main(arguments: Sequence[str] | None = None, register: Callable[[Path, str],
     Args:
         register: admits a public key under a name; by default over the SuperLink's Control API.
     """
-    app = typer.Typer(help="Keys of the federation of deploy/compose.yaml.", pretty_exceptions_enable=False)
+    app = typer.Typer(
+        add_completion=False, help="Keys of the federation of deploy/compose.yaml.", pretty_exceptions_enable=False
+    )
     secrets = Path("/secrets")
 
     @app.callback()

@@ -268,7 +268,9 @@ def last_lines(text: str) -> str:
     return " | ".join([line for line in lines if line][-6:])
 
 
-app = typer.Typer(help="Command a SuperLink.", no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(
+    add_completion=False, help="Command a SuperLink.", no_args_is_help=True, pretty_exceptions_enable=False
+)
 
 
 @app.callback()

@@ -139,6 +139,6 @@ def command(
 
 
 if __name__ == "__main__":
-    app = typer.Typer(pretty_exceptions_enable=False)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)
     sys.exit(run_command(app, None, "python -m deploy.supervisor", refused=1))

@@ -5,13 +5,13 @@ Finished trials are kept in --runs and not repeated. Attacks end by their max_ev
 machine finds the same (apart from a limit of an hour per trial).
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 
 from attacks.evaluate import SCENARIO_FIELDS, AttackEvaluation, evaluate, summarize, verdicts
 from attacks.report import print_tables, write_report
@@ -69,48 +69,50 @@ TRIAL_FIELDS = (*SCENARIO_FIELDS, "seed", "message", "attack")
 """Fields that identify a row."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(QUICK)}; all unless given")
-    parser.add_argument(
-        "--full", action="store_true", help="every attack, batch size and number of rounds before: many hours"
-    )
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--runs", type=Path, default=Path("runs/benchmark-attacks"), help="folder of the trials")
-    parser.add_argument("--time-limit", type=float, default=float("inf"), help="seconds for each name")
-    parser.add_argument("--messages", help="only these, separated by commas")
-    parser.add_argument("--no-membership", action="store_true", help="without membership inference")
-    parser.add_argument("--keep", action="store_true", help="keep what the last results have and this does not measure")
-    options = parser.parse_args()
+def main(
+    names: Annotated[list[str] | None, typer.Argument(help=f"some of {', '.join(QUICK)}; all unless given")] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="every attack, batch size and number of rounds before: many hours")
+    ] = False,
+    seeds: int = 3,
+    runs: Annotated[Path, typer.Option(help="folder of the trials")] = Path("runs/benchmark-attacks"),
+    time_limit: Annotated[float, typer.Option(help="seconds for each name")] = float("inf"),
+    messages: Annotated[str | None, typer.Option(help="only these, separated by commas")] = None,
+    no_membership: Annotated[bool, typer.Option("--no-membership", help="without membership inference")] = False,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="keep what the last results have and this does not measure")
+    ] = False,
+) -> None:
+    """What an attacker at the server recovers from each kind of message, by scenario, over seeds."""
     torch.set_num_threads(1)
     rows = []
-    suite = FULL if options.full else QUICK
-    if unknown := set(options.names) - set(suite):
-        parser.error(f"NAME={', '.join(sorted(unknown))} is not usable: expected some of {', '.join(suite)}")
-    for name in options.names or suite:
-        values = suite[name] | {"seeds": options.seeds, "seconds": HOUR}
-        if options.messages:
-            values["messages"] = tuple(options.messages.split(","))
+    suite = FULL if full else QUICK
+    if unknown := set(names or ()) - set(suite):
+        raise typer.BadParameter(f"{', '.join(sorted(unknown))}: expected some of {', '.join(suite)}")
+    for name in names or suite:
+        values = suite[name] | {"seeds": seeds, "seconds": HOUR}
+        if messages:
+            values["messages"] = tuple(messages.split(","))
         data = "digits" if name.startswith("digits") else find_data("cifar10", "uoft-cs/cifar10")
-        folder = options.runs / name
-        done = evaluate(AttackEvaluation(dataset=data, **values), folder, seconds=options.time_limit,
+        folder = runs / name
+        done = evaluate(AttackEvaluation(dataset=data, **values), folder, seconds=time_limit,
                         log=lambda line: print(line, file=sys.stderr, flush=True))  # fmt: skip
         write_report(done, folder)
         rows += [row | {"dataset": name.partition("-")[0]} for row in done]
-    last = json.loads((RESULTS / "attacks.json").read_text()) if options.keep else {"rows": [], "settings": {}}
+    last = json.loads((RESULTS / "attacks.json").read_text()) if keep else {"rows": [], "settings": {}}
     measured = {tuple(row[key] for key in TRIAL_FIELDS) for row in rows}
     rows = [row for row in last["rows"] if tuple(row[key] for key in TRIAL_FIELDS) not in measured] + rows
     print_tables(rows)
-    if options.no_membership:
+    if no_membership:
         membership = last["settings"].get("membership", [])
     else:
-        membership = membership_rows(FULL_MESSAGES, seeds=options.seeds)
+        membership = membership_rows(FULL_MESSAGES, seeds=seeds)
     print_membership(membership)
     shown = [{key: value for key, value in row.items() if key != "images"} for row in rows]
     settings = {
-        "seeds": options.seeds,
-        "full": options.full,
-        "kept_from": [last["command"], *last["settings"]["kept_from"]] if options.keep else [],
+        "seeds": seeds,
+        "full": full,
+        "kept_from": [last["command"], *last["settings"]["kept_from"]] if keep else [],
         "verdicts": verdicts(rows),
         "summary": summarize(rows),
         "membership": membership,
@@ -119,4 +121,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -10,16 +10,16 @@ the same schedule, one start each of its own noise, as many max_evals. What diff
 theirs 1, and their total variation is a mean over differences otherwise than ours.
 """
 
-import argparse
 import os
 import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import typer
 from torch import Tensor
 
 from attacks.inverting import Inverting
@@ -75,18 +75,18 @@ def one_case(name: str, data: str, size: int, seed: int, max_evals: int, python:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--python", type=Path, required=True, help="a Python that has breaching")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--max-evals", type=int, default=1000)
-    options = parser.parse_args()
+def main(
+    python: Annotated[Path, typer.Option(help="a Python that has breaching")],
+    seeds: int = 3,
+    max_evals: int = 1000,
+) -> None:
+    """Our Inverting Gradients against that of the package `breaching`: same gradient, same attack, one thread each."""
     torch.set_num_threads(1)
     rows = []
     for name, data in (("digits", "digits"), ("cifar10", find_data("cifar10", "uoft-cs/cifar10"))):
         for size in (1, 4):
-            for seed in range(options.seeds):
-                rows += one_case(name, data, size, seed, options.max_evals, options.python)
+            for seed in range(seeds):
+                rows += one_case(name, data, size, seed, max_evals, python)
                 scores = ", ".join(f"{row['who']} {row['psnr']:.1f} dB in {row['seconds']:.0f} s" for row in rows[-2:])
                 print(f"{name}, batch {size}, seed {seed}: {scores}", flush=True)
     table = []
@@ -99,9 +99,9 @@ def main() -> None:
         table.append((name, str(size), spread([r["psnr"] for r in mine], 1), spread([r["psnr"] for r in other], 1),
                       spread(ratio, 2)))  # fmt: skip
     print_table(("data", "batch", "ours, dB", "breaching, dB", "our time over theirs"), table)
-    settings = {"seeds": options.seeds, "max_evals": options.max_evals, "model": MODEL}
+    settings = {"seeds": seeds, "max_evals": max_evals, "model": MODEL}
     write_results("attacks-breaching", script="attacks.against_breaching", settings=settings, rows=rows)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -5,12 +5,12 @@ error feedback. What three clients would send in rounds 2, 6 and 12, residuals i
 proxy codec's correction alone, and by the whole codec. `bits` is what a position takes on average, signs not counted.
 """
 
-import argparse
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
+import typer
 
 from benchmarks.common import find_data, print_table, spread, write_results
 from tofu.codec.correction import slots_length, strata_of
@@ -84,15 +84,15 @@ def measure(network: ReferenceModel, target: Weights, settings: Settings) -> dic
     return row
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default=find_data("mnist", "ylecun/mnist"))
-    parser.add_argument("--seeds", type=int, default=3)
-    options = parser.parse_args()
+def main(
+    data: str = find_data("mnist", "ylecun/mnist"),
+    seeds: int = 3,
+) -> None:
+    """What it is worth to code positions by class, and what proxies add to that, in the same bytes."""
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
-    for seed in range(options.seeds):
-        settings = Settings.of(FEDERATION | {"dataset": options.data, "seed": seed})
+    for seed in range(seeds):
+        settings = Settings.of(FEDERATION | {"dataset": data, "seed": seed})
         for round_, client, network, target in targets(settings, FederatedData.of(settings.data, settings.run.seed)):
             for method, changes in METHODS.items():
                 made = measure(network, target, Settings.of(FEDERATION | {"seed": seed} | changes))
@@ -117,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

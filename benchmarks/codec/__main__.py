@@ -8,16 +8,16 @@ Cosine is of the decoded to the true update; time is that of the encode over tha
 thread.
 """
 
-import argparse
 import dataclasses
 import statistics
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 
-from benchmarks.common import find_data, print_table, spread, write_results
+from benchmarks.common import find_data, joined, print_table, several, spread, write_results
 from tofu.codec.compressor import ProxyCompressor
 from tofu.codec.options import CompressorOptions, ProxySettings, paper_settings
 from tofu.compression.error_feedback import ErrorFeedback
@@ -186,22 +186,22 @@ def row(stage: str, name: str, ratio: float, results: list[dict[str, float]]) ->
     return {"case": stage, "variant": name, "wanted_ratio": ratio, **fields}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default=find_data("mnist", "ylecun/mnist"))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--ratios", type=float, nargs="+", default=[64.0, 250.0])
-    parser.add_argument("--only", default="", help="variants whose name contains this; results are then not written")
-    options = parser.parse_args()
+def main(
+    data: str = find_data("mnist", "ylecun/mnist"),
+    seeds: int = 3,
+    ratios: Annotated[Any, several(float)] = joined([64.0, 250.0]),
+    only: Annotated[str, typer.Option(help="variants whose name contains this; results are then not written")] = "",
+) -> None:
+    """How well and how fast one update is encoded, and what each part of the codec is worth."""
     torch.set_num_threads(1)
-    data = open_data(options.data, clients=1, partition="iid", seed=0).client(0)
-    cases = [make_case(data, seed) for seed in range(options.seeds)]
-    result = list(rows(cases, options.data, options.ratios, options.only))
-    if not options.only:
-        settings = {"data": "mnist", "model": "lenet5", "seeds": list(range(options.seeds)), "ratios": options.ratios}
+    images = open_data(data, clients=1, partition="iid", seed=0).client(0)
+    cases = [make_case(images, seed) for seed in range(seeds)]
+    result = list(rows(cases, data, ratios, only))
+    if not only:
+        settings = {"data": "mnist", "model": "lenet5", "seeds": list(range(seeds)), "ratios": ratios}
         print(write_results("codec", settings=settings, rows=result))
     for stage in ("early", "late"):
-        for ratio in options.ratios:
+        for ratio in ratios:
             print(f"\n{stage}, {ratio:g}x\n")
             print_table(
                 ("variant", "proxies", "ratio", "cosine", "time / epoch", "max_evals"),
@@ -221,4 +221,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -6,7 +6,6 @@ Accuracies during a run are measured on 1,000 test images, the final accuracy on
 otherwise take more than half of a run. The step sizes are those of `benchmarks.rivals`.
 """
 
-import argparse
 import json
 import shutil
 import sys
@@ -14,7 +13,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from benchmarks.common import RESULTS, find_data, print_table, spread, versions
 from benchmarks.rivals.__main__ import COMPARISONS, FEDERATION
@@ -174,28 +175,27 @@ def _cell(rows: list[Row], seeds: tuple[int, ...]) -> str:
     return text if len(rows) == len(seeds) else f"{text} ({len(rows)} of {len(seeds)} seeds)"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--only", action="append", metavar="PATTERN",
-        help="make only runs whose name matches, such as 'cifar10/stc-1000x-w1.8-a0.5-*'; may be repeated, in order",
-    )  # fmt: skip
-    parser.add_argument("--list", action="store_true", help="print the names of the runs that are left, and stop")
-    parser.add_argument("--table", action="store_true", help="print the table of the results so far, and stop")
-    parser.add_argument("--runs", default="runs/benchmark-error-feedback", help="folder for the runs")
-    parser.add_argument("--output", default=str(RESULTS / "error-feedback.json"), help="results")
-    options = parser.parse_args()
-    output = Path(options.output)
+def main(
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="only runs with such names, as 'cifar10/stc-1000x-w1.8-a0.5-*'; may be repeated, in order"),
+    ] = None,
+    names: Annotated[bool, typer.Option("--list", help="print the names of the runs that are left, and stop")] = False,
+    table_only: Annotated[bool, typer.Option("--table", help="print the results so far, and stop")] = False,
+    folder: Annotated[Path, typer.Option("--runs", help="folder for the runs")] = Path("runs/benchmark-error-feedback"),
+    output: Annotated[Path, typer.Option(help="results")] = RESULTS / "error-feedback.json",
+) -> None:
+    """Error feedback with over-relaxation and step-ahead: accuracy over seeds, by compressor and ratio."""
     rows: list[Row] = json.loads(output.read_text())["rows"] if output.is_file() else []
     done = {row["run"] for row in rows}
     runs = all_runs()
-    asked = [run for pattern in options.only or ["*"] for run in runs if fnmatch(run.name, pattern)]
+    asked = [run for pattern in only or ["*"] for run in runs if fnmatch(run.name, pattern)]
     left = [run for run in dict.fromkeys(asked) if run.name not in done]
-    if options.list:
+    if names:
         print("\n".join(run.name for run in left))
         return
-    for number, run in enumerate([] if options.table else left, start=1):
-        rows.append(make(run, Path(options.runs) / run.name))
+    for number, run in enumerate([] if table_only else left, start=1):
+        rows.append(make(run, folder / run.name))
         done.add(run.name)
         result = rows[-1].get("final_accuracy", rows[-1].get("failed"))
         print(f"{number} of {len(left)}: {run.name}: {result}", file=sys.stderr, flush=True)
@@ -215,4 +215,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

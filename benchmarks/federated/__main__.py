@@ -6,11 +6,13 @@ average of weights; they differ in what travels, and each has its own best step 
 reported. Finished runs are kept in --runs and not run again, so that an interrupted benchmark goes on where it was.
 """
 
-import argparse
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Annotated, Any
+
+import typer
 
 from benchmarks.common import RESULTS, find_data, print_table, spread, write_results
 from benchmarks.federated.figure import draw
@@ -58,14 +60,14 @@ def changes(case: str, method: str) -> dict[str, Any]:
     return {"downlink": "proxy"} | BOTH[case]
 
 
-def tuned(case: str, method: str, options: argparse.Namespace) -> tuple[float, list[dict[str, Any]]]:
+def tuned(case: str, method: str, options: SimpleNamespace) -> tuple[float, list[dict[str, Any]]]:
     """The step size with which the method ends most accurate on `TUNING_SEED`, and the runs that say so."""
     choices = STEP_SIZES[case].get(method, STEP_SIZES[case]["others"])
     trials = [one_run(case, method, TUNING_SEED, lr, options) for lr in choices]
     return max(trials, key=lambda row: row["final_accuracy"])["lr"], trials
 
 
-def one_run(case: str, method: str, seed: int, lr: float, options: argparse.Namespace) -> dict[str, Any]:
+def one_run(case: str, method: str, seed: int, lr: float, options: SimpleNamespace) -> dict[str, Any]:
     """Run, or read what an earlier invocation left."""
     folder = Path(options.runs) / case / f"{method.split(' ')[0].lower()}-{seed}-lr{lr:g}"
     hub = CASES[case]["dataset"]
@@ -100,27 +102,26 @@ def one_run(case: str, method: str, seed: int, lr: float, options: argparse.Name
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=list(CASES), help=f"some of {', '.join(CASES)}")
-    parser.add_argument("--methods", default=",".join(METHODS), help="only these, separated by commas")
-    parser.add_argument("--name", default="federated", help="of the results, before the case's")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--runs", default="runs/benchmark-federated", help="folder for the runs")
-    options = parser.parse_args()
-    methods = [method for method in METHODS if method in options.methods.split(",")]
-    for case in options.names:
-        chosen = {method: tuned(case, method, options) for method in methods}
+def main(
+    names: Annotated[list[str] | None, typer.Argument(help=f"some of {', '.join(CASES)}")] = None,
+    methods: Annotated[str, typer.Option(help="only these, separated by commas")] = ",".join(METHODS),
+    name: Annotated[str, typer.Option(help="of the results, before the case's")] = "federated",
+    seeds: int = 3,
+    workers: int = 2,
+    runs: Annotated[str, typer.Option(help="folder for the runs")] = "runs/benchmark-federated",
+) -> None:
+    """FedAvg against proxy rounds, hybrid rounds, and both directions compressed, at equal rounds."""
+    options = SimpleNamespace(**locals())
+    asked = [method for method in METHODS if method in methods.split(",")]
+    for case in names or CASES:
+        chosen = {method: tuned(case, method, options) for method in asked}
         rows = [
-            one_run(case, method, seed, chosen[method][0], options)
-            for seed in range(options.seeds)
-            for method in methods
+            one_run(case, method, seed, chosen[method][0], options) for seed in range(options.seeds) for method in asked
         ]
         settings = COMMON | CASES[case] | {"proxy": PROXY[case], "secure": SECURE[case], "both": BOTH[case]}
         settings["tuning"] = [row for _, trials in chosen.values() for row in trials]
         print(write_results(f"{options.name}-{case}", script="federated", settings=settings, rows=rows))
-        if "both directions" not in methods:  # the picture shows the uplink alone
+        if "both directions" not in asked:  # the picture shows the uplink alone
             draw(rows, RESULTS / f"{options.name}-{case}.svg")
         print_case(rows)
 
@@ -148,4 +149,4 @@ def print_case(rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -7,15 +7,16 @@ Nothing is fetched: DATA has mnist, cifar10 and imdb, each with train.parquet an
 of its own and its row is written at once, so an interrupted benchmark continues with the same command.
 """
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from benchmarks.common import RESULTS, print_table, spread, versions
+import typer
+
+from benchmarks.common import RESULTS, joined, print_table, several, spread, versions
 from benchmarks.flower_apps.apps import APPS
 from tofu.files import replace_file
 
@@ -60,39 +61,42 @@ def table(rows: list[Row]) -> list[list[str]]:
     return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("examples", type=Path, help="the folder examples of a checkout of Flower")
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--apps", nargs="+", choices=APPS, default=list(APPS))
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--options", default="", help="more arguments of tofu.compress, such as 'ratio=100'")
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "tofu-flower-apps")
-    parser.add_argument("--out", type=Path, default=RESULTS / "flower-apps.json")
-    options = parser.parse_args()
-    rows: list[Row] = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
+_CACHE = Path.home() / ".cache" / "tofu-flower-apps"
+
+
+def main(
+    examples: Annotated[Path, typer.Argument(help="the folder examples of a checkout of Flower")],
+    data: Annotated[Path, typer.Option()],
+    apps: Annotated[Any, several(str, APPS)] = joined(list(APPS)),
+    variants: Annotated[Any, several(str, VARIANTS)] = joined(list(VARIANTS)),
+    seeds: Annotated[Any, several(int)] = joined([0, 1, 2]),
+    more: Annotated[str, typer.Option("--options", help="more arguments of tofu.compress, such as 'ratio=100'")] = "",
+    cache: Path = _CACHE,
+    out: Path = RESULTS / "flower-apps.json",
+) -> None:
+    """Flower's example apps, plain, compressed and with secure sums."""
+    rows: list[Row] = json.loads(out.read_text())["rows"] if out.exists() else []
     about = versions("python -m benchmarks.flower_apps flower/examples --data DATA")
-    for seed in options.seeds:
-        for name in options.apps:
-            for variant in options.variants:
-                extra = options.options if variant == "compress" else ""
+    for seed in seeds:
+        for name in apps:
+            for variant in variants:
+                extra = more if variant == "compress" else ""
                 arguments = {"name": name, "variant": variant, "seed": seed, "options": extra}
                 if (name, variant, extra, seed) in map(key, rows) or variant in APPS[name].without:
                     continue
-                paths = {part: str(getattr(options, part).resolve()) for part in ("examples", "data", "cache")}
+                paths = {"examples": examples, "data": data, "cache": cache}
                 try:
-                    rows.append(run_apart(arguments | paths))
+                    rows.append(run_apart(arguments | {part: str(path.resolve()) for part, path in paths.items()}))
                 except RuntimeError as error:
                     print(f"{name} {variant} {extra} seed {seed} failed:\n{error}", file=sys.stderr)
                     continue
                 print(json.dumps(rows[-1]), flush=True)
                 rows.sort(key=lambda row: (list(APPS).index(row["app"]), VARIANTS.index(row["variant"]), key(row)[2:]))
-                replace_file(options.out, (json.dumps(about | {"rows": rows}, indent=1) + "\n").encode())
+                replace_file(out, (json.dumps(about | {"rows": rows}, indent=1) + "\n").encode())
     print_table(
         ["app", "updates", "metric", "final", "seeds", "payload", "all messages", "lines"], table(rows)
     )  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -5,7 +5,6 @@ process starts, imports. Each setting is run `--repeats` times, in turns, on a m
 seconds are the steadier measure.
 """
 
-import argparse
 import dataclasses
 import json
 import statistics
@@ -15,6 +14,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import typer
 
 from benchmarks.common import print_table, spread, write_results
 from deploy.processes import LocalCluster
@@ -102,11 +103,10 @@ def _settle(leader: int) -> None:
         last, seen = seen, group_cpu_seconds(leader)
 
 
-def main() -> None:
+def main(
+    repeats: int = 3,
+) -> None:
     """Measure every topology, print the table, write the results."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.latency", description=__doc__)
-    parser.add_argument("--repeats", type=int, default=3)
-    repeats = parser.parse_args().repeats
     rows = []
     for seed in range(repeats):
         for topology in _TOPOLOGIES:
@@ -124,4 +124,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

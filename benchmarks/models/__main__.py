@@ -7,18 +7,18 @@ and compared with what its encoder predicts. The sparse correction alone has the
 so an interrupted benchmark continues with the same command.
 """
 
-import argparse
 import copy
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import nn
 
 import tofu
-from benchmarks.common import RESULTS, hide_broken_torchaudio, print_table, spread, versions
+from benchmarks.common import RESULTS, hide_broken_torchaudio, joined, print_table, several, spread, versions
 from benchmarks.models.kinds import KINDS, train
 from tofu.files import replace_file
 from tofu.weights import Weights, difference, explained_variance, layout_of, weights_of
@@ -88,27 +88,27 @@ def table(rows: list[Row]) -> list[list[str]]:
     return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--models", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--ratio", type=float, default=50.0)
-    parser.add_argument("--out", type=Path, default=RESULTS / "models.json")
-    options = parser.parse_args()
+def main(
+    data: Annotated[Path, typer.Option()],
+    models: Annotated[Any, several(str, KINDS)] = joined(list(KINDS)),
+    seeds: Annotated[Any, several(int)] = joined([0, 1, 2]),
+    ratio: float = 50.0,
+    out: Path = RESULTS / "models.json",
+) -> None:
+    """One update of each kind of model: bytes, explained variance early and late in training, time to encode."""
     hide_broken_torchaudio()
     torch.set_num_threads(1)
-    rows: list[Row] = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
-    about = versions("python -m benchmarks.models --data DATA") | {"settings": {"ratio": options.ratio}}
-    for seed in options.seeds:
-        for name in options.models:
+    rows: list[Row] = json.loads(out.read_text())["rows"] if out.exists() else []
+    about = versions("python -m benchmarks.models --data DATA") | {"settings": {"ratio": ratio}}
+    for seed in seeds:
+        for name in models:
             for stage in STAGES:
                 if any((row["model"], row["stage"], row["seed"]) == (name, stage, seed) for row in rows):
                     continue
-                rows.append(measure(name, stage, seed, options.ratio, options.data))
+                rows.append(measure(name, stage, seed, ratio, data))
                 print(json.dumps(rows[-1]), flush=True)
                 rows.sort(key=lambda row: (list(KINDS).index(row["model"]), row["stage"], row["seed"]))
-                replace_file(options.out, (json.dumps(about | {"rows": rows}, indent=1) + "\n").encode())
+                replace_file(out, (json.dumps(about | {"rows": rows}, indent=1) + "\n").encode())
     print_table(
         ["model", "training", "values", "bytes", "explained", "sparse alone", "encode / epoch", "sparse / epoch",
          "decoded twice", "seeds"],
@@ -117,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

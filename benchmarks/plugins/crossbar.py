@@ -13,7 +13,6 @@ What the JSON already holds, with the same settings, is not run again. With --ch
 goes on after its last round.
 """
 
-import argparse
 import copy
 import json
 import math
@@ -24,9 +23,12 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Annotated, Any
 
+import click
 import torch
+import typer
 from torch import Tensor, nn
 
 import tofu
@@ -309,16 +311,24 @@ def summary(rows: list[Row]) -> None:
                 lines)  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=(*CASES, "federated"), default="mnist")
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0 on")
-    for field in ("images", "rounds", "tuning", "strength", "lr"):
-        kind = float if field in ("strength", "lr") else int
-        parser.add_argument(f"--{field}", type=kind, help="replaces that of the case")
-    parser.add_argument("--checkpoints", type=Path, help="a folder for the weights after each round of training")
-    parser.add_argument("--name", default="", help="of the results: plugins-crossbar-NAME.json; by default the part")
-    options = parser.parse_args()
+_REPLACES = "replaces that of the case"
+
+
+def main(
+    part: Annotated[str, typer.Option(click_type=click.Choice((*CASES, "federated")))] = "mnist",
+    seeds: Annotated[int, typer.Option(help="how many seeds, from 0 on")] = 3,
+    images: Annotated[int | None, typer.Option(help=_REPLACES)] = None,
+    rounds: Annotated[int | None, typer.Option(help=_REPLACES)] = None,
+    tuning: Annotated[int | None, typer.Option(help=_REPLACES)] = None,
+    strength: Annotated[float | None, typer.Option(help=_REPLACES)] = None,
+    lr: Annotated[float | None, typer.Option(help=_REPLACES)] = None,
+    checkpoints: Annotated[
+        Path | None, typer.Option(help="folder for the weights after each round of training")
+    ] = None,
+    name: Annotated[str, typer.Option(help="of the results: plugins-crossbar-NAME.json; by default the part")] = "",
+) -> None:
+    """Crossbar-aware pruning: the energy of analog-to-digital converters at equal sparsity; masks in a run."""
+    options = SimpleNamespace(**locals())
     torch.set_num_threads(1)
     part, name = options.part, options.name or options.part
     if part in CASES:
@@ -350,4 +360,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -10,7 +10,6 @@
 Seeds that the JSON already holds with the same settings are not run again.
 """
 
-import argparse
 import itertools
 import json
 import statistics
@@ -18,12 +17,13 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from types import SimpleNamespace
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import RESULTS, find_data, print_table, spread, versions
+from benchmarks.common import RESULTS, find_data, joined, print_table, several, spread, versions
 from client.plugins.curvature import SCORES, LossCurvature
 from tofu.data import LabeledImages, open_data, to_float
 from tofu.models import build_model
@@ -207,7 +207,7 @@ def federated(action: str, seed: int) -> Row:
             "mislabeled": int(sum(int(each.sum()) for each in wrong))}  # fmt: skip
 
 
-def tasks(args: argparse.Namespace) -> list[tuple[str, Row, Callable[[], Row]]]:
+def tasks(args: SimpleNamespace) -> list[tuple[str, Row, Callable[[], Row]]]:
     """(name, settings, function) of every measurement of the chosen parts."""
     found: list[tuple[str, Row, Callable[[], Row]]] = []
     for seed in range(args.seeds):
@@ -257,14 +257,17 @@ def report(rows: Row) -> None:
         )  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.plugins curvature")
-    parts = ["noise", "duplicates", "federated"]
-    parser.add_argument("--parts", nargs="+", default=parts, choices=[*parts, "cleanlab"])
-    parser.add_argument("--data", nargs="+", default=list(NOISE), choices=list(NOISE))
-    parser.add_argument("--fractions", nargs="+", type=float, default=list(FRACTIONS))
-    parser.add_argument("--seeds", type=int, default=3)
-    args = parser.parse_args()
+_PARTS = ("noise", "duplicates", "federated")
+
+
+def main(
+    parts: Annotated[Any, several(str, [*_PARTS, "cleanlab"])] = joined(_PARTS),
+    data: Annotated[Any, several(str, list(NOISE))] = joined(list(NOISE)),
+    fractions: Annotated[Any, several(float)] = joined(list(FRACTIONS)),
+    seeds: int = 3,
+) -> None:
+    """Memorization by loss curvature: does the plugin find wrong labels, and does dropping suspects help?"""
+    args = SimpleNamespace(**locals())
     torch.set_num_threads(1)
     path = RESULTS / "plugins-curvature.json"
     rows: dict[str, Row] = json.loads(path.read_text())["rows"] if path.is_file() else {}

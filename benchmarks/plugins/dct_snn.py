@@ -14,7 +14,6 @@
 Seeds that benchmarks/results/plugins-dct-snn-PART.json has already are kept, so an interrupted run continues.
 """
 
-import argparse
 import copy
 import json
 import tempfile
@@ -336,15 +335,15 @@ def summary(part: str, rows: Sequence[Row]) -> None:
     print_table([part, "figure", f"mean of {len({row['seed'] for row in rows})} seeds"], table)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.plugins dct-snn", description=__doc__)
-    parser.add_argument("--parts", default=",".join(PARTS))
-    parser.add_argument("--seeds", default="0,1,2")
-    options = parser.parse_args()
-    for part in options.parts.split(","):
+def main(
+    parts: str = ",".join(PARTS),
+    seeds: str = "0,1,2",
+) -> None:
+    """DCT-SNN: encoder, conversion, speed, proxies and federations."""
+    for part in parts.split(","):
         path = RESULTS / f"plugins-dct-snn-{part}.json"
         rows: list[Row] = json.loads(path.read_text())["rows"] if path.exists() else []
-        for seed in map(int, options.seeds.split(",")):
+        for seed in map(int, seeds.split(",")):
             if any(row["seed"] == seed for row in rows):
                 continue
             began = time.monotonic()

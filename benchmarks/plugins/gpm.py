@@ -11,15 +11,17 @@ images as they are, then three permutations that no other client has. With --fed
 each with the images as they are and three permutations of its own, so that sixteen different tasks fill one memory.
 """
 
-import argparse
 import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Annotated, Any
 
+import click
 import torch
+import typer
 from torch import Tensor, nn
 
 from benchmarks.common import RESULTS, find_data, print_table, spread, versions
@@ -135,7 +137,7 @@ def learn(
     return matrix, metrics
 
 
-def one_run(method: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+def one_run(method: str, seed: int, options: SimpleNamespace) -> dict[str, Any]:
     """The accuracy matrix of one method, and what follows from it."""
     data = open_data(
         options.data,
@@ -210,45 +212,48 @@ def draw(row: dict[str, Any], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default=find_data("mnist", "ylecun/mnist"))
-    parser.add_argument("--images", type=int, default=54_000, help="training images of a task; 60000 is all")
-    parser.add_argument("--tasks", type=int, default=10)
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--batch-size", type=int, default=10)
-    parser.add_argument("--lr", type=float, default=0.01)
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--name", default="", help="of the results' JSON and picture")
-    parser.add_argument("--federated", choices=tuple(FEDERATIONS), help="clients with tasks of their own, on this data")
+def main(
+    data: str = find_data("mnist", "ylecun/mnist"),
+    images: Annotated[int, typer.Option(help="training images of a task; 60000 is all")] = 54_000,
+    tasks: int = 10,
+    epochs: int = 5,
+    batch_size: int = 10,
+    lr: float = 0.01,
+    seeds: int = 1,
+    methods: str = ",".join(METHODS),
+    name: Annotated[str, typer.Option(help="of the results' JSON and picture")] = "",
+    federated: Annotated[
+        str | None,
+        typer.Option(help="clients with tasks of their own, on this data", click_type=click.Choice(tuple(FEDERATIONS))),
+    ] = None,
+) -> None:
+    """Gradient projection memory on permuted MNIST, in the setting of Saha et al. (ICLR 2021), table 1."""
+    options = SimpleNamespace(**locals())
     command = " ".join(["python -m benchmarks.plugins gpm", *sys.argv[1:]])
-    options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.federated:
-        name = options.name or f"plugins-gpm-federated-{options.federated}"
-        settings = FEDERATIONS[options.federated] | {"seeds": options.seeds}
-        methods = list(settings["methods"])
+    if federated:
+        name = name or f"plugins-gpm-federated-{federated}"
+        settings = FEDERATIONS[federated] | {"seeds": seeds}
+        chosen_methods = list(settings["methods"])
     else:
-        name, methods = options.name or "plugins-gpm", options.methods.split(",")
+        name, chosen_methods = name or "plugins-gpm", methods.split(",")
         chosen = ("images", "tasks", "epochs", "batch_size", "lr", "seeds")
         settings = {"dataset": "mnist"} | {key: getattr(options, key) for key in chosen}
     rows: list[dict[str, Any]] = []
-    for seed in range(options.seeds):
-        for method in methods:
-            federated = options.federated
+    for seed in range(seeds):
+        for method in chosen_methods:
             rows.append(one_federation(federated, method, seed) if federated else one_run(method, seed, options))
             document = versions(command) | {"settings": settings, "rows": rows}
             RESULTS.mkdir(exist_ok=True)
             (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
-    if not options.federated:
+    if not federated:
         draw(rows[-1], RESULTS / f"{name}.svg")
     table = []
-    for method in methods:
+    for method in chosen_methods:
         mine = [row for row in rows if row["method"] == method]
         table.append((method, spread([r["acc"] for r in mine], 2), spread([r["bwt"] for r in mine], 2)))
     print_table(("method", "ACC, %", "BWT, points"), table)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -12,15 +12,16 @@ same images, the same initial trunk and the same order of batches, so their diff
 Seeds that the JSON already holds with the same settings are not run again.
 """
 
-import argparse
 import json
 import math
 import statistics
 import sys
 import time
-from typing import Any
+from types import SimpleNamespace
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import Tensor, nn
 
 from benchmarks.common import RESULTS, find_data, print_table, spread, versions
@@ -44,7 +45,7 @@ PARTS = ("seen", "unseen")
 MEASURES = ("accuracy", "distance", "f")
 
 
-def train(network: str, data: LabeledImages, options: argparse.Namespace, seed: int) -> nn.Module:
+def train(network: str, data: LabeledImages, options: SimpleNamespace, seed: int) -> nn.Module:
     """One network; the learning rate falls to a tenth after half of the epochs, and again after three quarters."""
     chosen = NETWORKS[network]
     model = build_model(options.model, data.shape, seed=seed)
@@ -69,7 +70,7 @@ def grade(model: nn.Module, data: LabeledImages, tree: LabelTree) -> dict[str, f
     return {"accuracy": float(right.float().mean())} | {n: float(metric.compute()) for n, metric in metrics.items()}
 
 
-def one_seed(seed: int, options: argparse.Namespace) -> dict[str, Any]:
+def one_seed(seed: int, options: SimpleNamespace) -> dict[str, Any]:
     began = time.perf_counter()
     opened = {
         part: open_data(options.data, clients=1, partition="iid", seed=seed, train_images=options.images,
@@ -115,18 +116,19 @@ def summary(rows: list[dict[str, Any]]) -> None:
         print_table(["network", "accuracy", "minus flat", "graph distance", "minus flat", "F", "minus flat"], lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", default="lenet5", help="the results are plugins-hierarchy-NAME.json")
-    parser.add_argument("--data", default="", help="CIFAR-10 as a folder or a hub id")
-    parser.add_argument("--model", default="lenet5")
-    parser.add_argument("--seeds", type=int, default=5, help="how many seeds, from 0 on")
-    parser.add_argument("--images", type=int, default=5000, help="training images; 0: all 25,000")
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=0.02)
-    parser.add_argument("--weight-decay", type=float, default=5e-4)
-    options = parser.parse_args()
+def main(
+    name: Annotated[str, typer.Option(help="the results are plugins-hierarchy-NAME.json")] = "lenet5",
+    data: Annotated[str, typer.Option(help="CIFAR-10 as a folder or a hub id")] = "",
+    model: str = "lenet5",
+    seeds: Annotated[int, typer.Option(help="how many seeds, from 0 on")] = 5,
+    images: Annotated[int, typer.Option(help="training images; 0: all 25,000")] = 5000,
+    epochs: int = 10,
+    batch_size: int = 64,
+    lr: float = 0.02,
+    weight_decay: float = 5e-4,
+) -> None:
+    """Hierarchical labels under a subpopulation shift: flat, branched and conditional networks on CIFAR-10's tree."""
+    options = SimpleNamespace(**locals())
     command = " ".join(["python -m benchmarks.plugins hierarchy", *sys.argv[1:]])
     settings = {name: value for name, value in vars(options).items() if name not in ("data", "seeds")}
     options.data = options.data or find_data("cifar10", "uoft-cs/cifar10")
@@ -143,4 +145,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

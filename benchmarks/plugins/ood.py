@@ -11,17 +11,18 @@ that the detector itself keeps. Times are over that of a plain prediction, same 
 already holds, with the same settings, are not run again.
 """
 
-import argparse
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+import typer
 from torch import Tensor, nn
 
 from benchmarks.common import RESULTS, find_data, print_table, spread, versions
@@ -186,7 +187,7 @@ def only(data: LabeledImages, wanted: range, classes: int) -> LabeledImages:
     return LabeledImages(data.images[rows], data.labels[rows], classes)
 
 
-def one_seed(seed: int, options: argparse.Namespace, *, near: bool) -> list[dict[str, Any]]:
+def one_seed(seed: int, options: SimpleNamespace, *, near: bool) -> list[dict[str, Any]]:
     """All detectors on one seed's networks."""
     source = open_data(options.mnist, clients=CLIENTS, partition="dirichlet", alpha=0.5, train_images=options.images,
                        seed=seed)  # fmt: skip
@@ -267,15 +268,16 @@ def summary(rows: list[dict[str, Any]]) -> None:
         print()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mnist", default=find_data("mnist", "ylecun/mnist"), help="MNIST: a folder or a hub id")
-    parser.add_argument("--cifar10", default=find_data("cifar10", "uoft-cs/cifar10"), help="CIFAR-10: likewise")
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0 on")
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--images", type=int, default=6000, help="training images in all")
-    parser.add_argument("--test-images", type=int, default=2000)
-    options = parser.parse_args()
+def main(
+    mnist: Annotated[str, typer.Option(help="MNIST: a folder or a hub id")] = find_data("mnist", "ylecun/mnist"),
+    cifar10: Annotated[str, typer.Option(help="CIFAR-10: likewise")] = find_data("cifar10", "uoft-cs/cifar10"),
+    seeds: Annotated[int, typer.Option(help="how many seeds, from 0 on")] = 3,
+    rounds: int = 6,
+    images: Annotated[int, typer.Option(help="training images in all")] = 6000,
+    test_images: int = 2000,
+) -> None:
+    """Out-of-distribution detection: the plugin `ood` against detectors of pytorch-ood on a plain network."""
+    options = SimpleNamespace(**locals())
     torch.set_num_threads(1)
     command = " ".join(["python -m benchmarks.plugins.ood", *sys.argv[1:]])
     settings = {"rounds": options.rounds, "images": options.images, "test_images": options.test_images,
@@ -295,4 +297,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -10,18 +10,20 @@ epochs. Noise is Gaussian, on images in [0, 1]. Energies count operations (`clie
 Seeds that the JSON already holds, with the same settings, are not run again.
 """
 
-import argparse
 import copy
 import json
 import sys
 import time
-from typing import Any
+from types import SimpleNamespace
+from typing import Annotated, Any
 
+import click
 import torch
+import typer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from benchmarks.common import RESULTS, find_data, print_table, spread, versions
+from benchmarks.common import RESULTS, find_data, joined, print_table, several, spread, versions
 from client.plugins.spatio_temporal import Quantized, SpatioTemporalPruning, spikes_per_layer
 from client.plugins.spiking_energy import dense_microjoules, microjoules, operations
 from tofu.data import ImageShape, LabeledImages, open_data, to_float
@@ -75,7 +77,7 @@ def accuracy(network: nn.Module, data: LabeledImages, *, noise: float = 0.0, see
 class Bench:
     """One seed: the data, and training by SGD at a learning rate that falls linearly."""
 
-    def __init__(self, options: argparse.Namespace, seed: int) -> None:
+    def __init__(self, options: SimpleNamespace, seed: int) -> None:
         data = open_data(options.data, clients=1, partition="iid", seed=seed, train_images=options.images,
                          test_images=options.test_images)  # fmt: skip
         self.options, self.seed, self.train_data, self.test = options, seed, data.client(0), data.test()
@@ -105,7 +107,7 @@ class Bench:
         }  # fmt: skip
 
 
-def one_seed(seed: int, options: argparse.Namespace) -> dict[str, Any]:
+def one_seed(seed: int, options: SimpleNamespace) -> dict[str, Any]:
     """All measurements of a seed."""
     began, bench = time.perf_counter(), Bench(options, seed)
     row: dict[str, Any] = {"seed": seed}
@@ -155,13 +157,13 @@ def one_seed(seed: int, options: argparse.Namespace) -> dict[str, Any]:
     return row | {"seconds": time.perf_counter() - began}
 
 
-def _with(options: argparse.Namespace, row: dict[str, Any]) -> list[tuple[int | str, int]]:
+def _with(options: SimpleNamespace, row: dict[str, Any]) -> list[tuple[int | str, int]]:
     kept = iter(row["widths"].values())
     return [(width, 0 if isinstance(width, str) else next(kept)[0]) for width in NETWORKS[options.name]]
 
 
 def narrowed(
-    network: SpikingNetwork, bench: Bench, options: argparse.Namespace
+    network: SpikingNetwork, bench: Bench, options: SimpleNamespace
 ) -> tuple[SpikingNetwork, dict[str, tuple[int, int]]]:
     """A narrower copy, made by the plugin's own steps, and the widths."""
     text = f"spatio-temporal.prune-after=1 spatio-temporal.variance={options.variance} "
@@ -186,7 +188,7 @@ def quantized(network: SpikingNetwork, bits: int) -> SpikingNetwork:
     return coarse
 
 
-def summary(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+def summary(rows: list[dict[str, Any]], options: SimpleNamespace) -> None:
     """Means and deviations over seeds, accuracies in percent."""
     names = [name for name, value in rows[0].items() if isinstance(value, dict) and "accuracy" in value]
     lines = []
@@ -206,29 +208,32 @@ def summary(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
         ])  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", default="mnist", choices=list(NETWORKS), help="dataset; names the result, too")
-    parser.add_argument("--data", default="", help="a folder or a hub id; by default that of NAME")
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0 on")
-    parser.add_argument("--images", type=int, default=2000, help="training images; 0: all")
-    parser.add_argument("--test-images", type=int, default=1000, help="test images; 0: all")
-    parser.add_argument("--measured", type=int, default=1000, help="images whose potentials are measured")
-    parser.add_argument("--variance", type=float, default=0.97)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--dense-epochs", type=int, default=15)
-    parser.add_argument("--epochs", type=int, default=1, help="of the wide spiking network")
-    parser.add_argument("--narrow-epochs", type=int, default=8)
-    parser.add_argument("--step-epochs", type=int, default=1, help="at each number of steps")
-    parser.add_argument("--last-epochs", type=int, default=15, help="at 2 steps and at 1")
-    parser.add_argument("--last-lr", type=float, default=0.01, help="at 2 steps and at 1")
-    parser.add_argument("--percentile", type=float, default=0.95, help="of pre-activations: the thresholds")
-    parser.add_argument("--lr", type=float, default=0.02)
-    parser.add_argument("--snn-lr", type=float, default=0.02)
-    parser.add_argument("--bits", type=int, nargs="*", default=[8, 5, 3])
-    parser.add_argument("--noise", type=float, nargs="*", default=[0.3])
-    parser.add_argument("--shown-steps", type=int, nargs="*", default=[12, 8, 6, 4, 3, 2, 1])
-    options = parser.parse_args()
+def main(
+    name: Annotated[
+        str, typer.Option(help="dataset; names the result, too", click_type=click.Choice(list(NETWORKS)))
+    ] = "mnist",
+    data: Annotated[str, typer.Option(help="a folder or a hub id; by default that of NAME")] = "",
+    seeds: Annotated[int, typer.Option(help="how many seeds, from 0 on")] = 3,
+    images: Annotated[int, typer.Option(help="training images; 0: all")] = 2000,
+    test_images: Annotated[int, typer.Option(help="test images; 0: all")] = 1000,
+    measured: Annotated[int, typer.Option(help="images whose potentials are measured")] = 1000,
+    variance: float = 0.97,
+    steps: int = 12,
+    dense_epochs: int = 15,
+    epochs: Annotated[int, typer.Option(help="of the wide spiking network")] = 1,
+    narrow_epochs: int = 8,
+    step_epochs: Annotated[int, typer.Option(help="at each number of steps")] = 1,
+    last_epochs: Annotated[int, typer.Option(help="at 2 steps and at 1")] = 15,
+    last_lr: Annotated[float, typer.Option(help="at 2 steps and at 1")] = 0.01,
+    percentile: Annotated[float, typer.Option(help="of pre-activations: the thresholds")] = 0.95,
+    lr: float = 0.02,
+    snn_lr: float = 0.02,
+    bits: Annotated[Any, several(int)] = joined([8, 5, 3]),
+    noise: Annotated[Any, several(float)] = joined([0.3]),
+    shown_steps: Annotated[Any, several(int)] = joined([12, 8, 6, 4, 3, 2, 1]),
+) -> None:
+    """Narrow, fast and coarse spiking networks: the plugin `spatio-temporal`, on one node."""
+    options = SimpleNamespace(**locals())
     hub = {"mnist": "ylecun/mnist", "cifar10": "uoft-cs/cifar10"}
     command = " ".join(["python -m benchmarks.plugins spatio-temporal", *sys.argv[1:]])
     settings = {name: value for name, value in vars(options).items() if name not in ("data", "seeds")}
@@ -247,4 +252,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -10,18 +10,19 @@ member alone. Strengths are for images in [0, 1]. Seeds that the JSON already ho
 again.
 """
 
-import argparse
 import itertools
 import json
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from types import SimpleNamespace
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import Tensor, nn
 
-from benchmarks.common import RESULTS, find_data, print_table, spread, versions
+from benchmarks.common import RESULTS, find_data, joined, print_table, several, spread, versions
 from benchmarks.plugins.dorefa import quantize_activations, quantize_weights
 from client.plugins.transferability import (
     ATTACKS,
@@ -48,7 +49,7 @@ MEMBERS = {
 ARCHITECTURES = ("cnn", "lenet5", "mlp")
 
 
-def train(clients: Sequence[LabeledImages], member: int, options: argparse.Namespace, seed: int) -> nn.Module:
+def train(clients: Sequence[LabeledImages], member: int, options: SimpleNamespace, seed: int) -> nn.Module:
     """Federated averaging of one group, with the member's quantizer and an initialization of its own."""
     kinds = ",".join(MEMBERS[name] for name in options.members)
     examples = sum(map(len, clients))
@@ -87,7 +88,7 @@ def build_member(name: str, architecture: str, shape: ImageShape, seed: int) -> 
 
 
 @torch.no_grad()
-def robustness(models: Sequence[nn.Module], images: Tensor, labels: Tensor, combine: str, options: argparse.Namespace,
+def robustness(models: Sequence[nn.Module], images: Tensor, labels: Tensor, combine: str, options: SimpleNamespace,
                seed: int) -> float:  # fmt: skip
     """Accuracy of the vote on images made against these models."""
     adversarial = attack(models, images, labels, epsilon=options.epsilon, steps=options.steps,
@@ -102,7 +103,7 @@ def accuracy(models: Sequence[nn.Module], images: Tensor, labels: Tensor) -> flo
     return float((logits.argmax(1) == labels).float().mean())
 
 
-def one_seed(seed: int, options: argparse.Namespace) -> dict[str, Any]:
+def one_seed(seed: int, options: SimpleNamespace) -> dict[str, Any]:
     """The transfer matrix, the metric, and the robustness of every member and of every ensemble."""
     began = time.perf_counter()
     data = open_data(options.data, clients=options.clients, partition="iid", seed=seed,
@@ -167,33 +168,38 @@ def summary(rows: Sequence[dict[str, Any]]) -> None:
     print_table(["ensemble", "chosen", "seeds", "accuracy", "best member", *ATTACKS], lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", default="mnist", help="DATASET or DATASET-WORD, of plugins-trend-NAME.json")
-    parser.add_argument("--data", default="", help="a dataset: a folder or a hub id; by default the first word of NAME")
-    parser.add_argument("--model", default="lenet5")
-    parser.add_argument("--members", nargs="+", choices=list(MEMBERS), default=["fp", "fp-b", "1", "2"])
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0 on")
-    parser.add_argument("--clients", type=int, default=2, help="clients of each member's group")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--images", type=int, default=2400, help="training images of all clients of a group")
-    parser.add_argument("--lr", type=float, default=0.05)
-    parser.add_argument("--lr-final-factor", type=float, help="step size of the last round, along half a cosine from 1")
-    parser.add_argument("--attacked", type=int, default=150, help="images that are attacked, and as many for the fit")
-    parser.add_argument("--epsilon", type=float, default=0.15, help="strength of the attack, for images in [0, 1]")
-    parser.add_argument("--epsilons", type=float, nargs="+", help="strengths of the fit; by default thirds of EPSILON")
-    parser.add_argument("--at", type=float, default=8 / 255, help="strength at which the metric is evaluated")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--voters", type=int, default=3, help="members of an ensemble")
-    parser.add_argument("--candidates", nargs="+", choices=list(MEMBERS), help="members that an ensemble may have")
-    parser.add_argument("--all", action="store_true", help="attack all ensembles of that size, not only the chosen one")
-    options = parser.parse_args()
+def main(
+    name: Annotated[str, typer.Option(help="DATASET or DATASET-WORD, of plugins-trend-NAME.json")] = "mnist",
+    data: Annotated[str, typer.Option(help="a dataset: a folder or a hub id; by default the first word of NAME")] = "",
+    model: str = "lenet5",
+    members: Annotated[Any, several(str, list(MEMBERS))] = joined(["fp", "fp-b", "1", "2"]),
+    seeds: Annotated[int, typer.Option(help="how many seeds, from 0 on")] = 3,
+    clients: Annotated[int, typer.Option(help="clients of each member's group")] = 2,
+    rounds: int = 5,
+    images: Annotated[int, typer.Option(help="training images of all clients of a group")] = 2400,
+    lr: float = 0.05,
+    lr_final_factor: Annotated[
+        float | None, typer.Option(help="step size of the last round, along half a cosine from 1")
+    ] = None,
+    attacked: Annotated[int, typer.Option(help="images that are attacked, and as many for the fit")] = 150,
+    epsilon: Annotated[float, typer.Option(help="strength of the attack, for images in [0, 1]")] = 0.15,
+    epsilons: Annotated[Any, several(float, help="strengths of the fit; by default thirds of EPSILON")] = None,
+    at: Annotated[float, typer.Option(help="strength at which the metric is evaluated")] = 8 / 255,
+    steps: int = 10,
+    voters: Annotated[int, typer.Option(help="members of an ensemble")] = 3,
+    candidates: Annotated[Any, several(str, list(MEMBERS), help="members that an ensemble may have")] = None,
+    all: Annotated[
+        bool, typer.Option("--all", help="attack all ensembles of that size, not only the chosen one")
+    ] = False,
+) -> None:
+    """Transfer of attacks between models with quantized inputs, and robustness of their ensembles."""
+    options = SimpleNamespace(**locals())
     hub = {"mnist": "ylecun/mnist", "cifar10": "uoft-cs/cifar10"}
     command = " ".join(["python -m benchmarks.plugins trend", *sys.argv[1:]])
     if options.epsilons and options.epsilon not in options.epsilons:
-        parser.error(f"--epsilons must contain --epsilon, {options.epsilon:g}")
+        raise typer.BadParameter(f"--epsilons must contain --epsilon, {options.epsilon:g}")
     if not set(options.candidates or ()) <= set(options.members):
-        parser.error("--candidates must be among --members")
+        raise typer.BadParameter("--candidates must be among --members")
     given = {name: value for name, value in vars(options).items() if value is not None}
     settings = {name: value for name, value in given.items() if name not in ("data", "seeds")}
     dataset = options.name.partition("-")[0]
@@ -212,4 +218,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -10,19 +10,20 @@ network's update takes at ratio 100, as the update of the whole network and as t
 already holds, with the same settings, are not run again.
 """
 
-import argparse
 import copy
 import json
 import math
 import statistics
 import sys
 from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import Tensor, nn
 
-from benchmarks.common import RESULTS, find_data, print_table, spread, versions
+from benchmarks.common import RESULTS, find_data, joined, print_table, several, spread, versions
 from benchmarks.plugins.rank_picture import rank_picture
 from client.plugins.utilized_rank import UtilizedRank
 from tofu.codec.compressor import ProxyCompressor
@@ -144,7 +145,7 @@ def codec(
     }
 
 
-def one_seed(case_name: str, seed: int, options: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
+def one_seed(case_name: str, seed: int, options: SimpleNamespace) -> tuple[list[dict[str, Any]], str]:
     """Rows for the control and all energies, and the picture at 0.99."""
     case = CASES[case_name]
     place = "digits" if case.data == "digits" else find_data(case.data, HUB[case.data])
@@ -236,13 +237,14 @@ def summary(rows: list[dict[str, Any]]) -> None:
         print()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=list(USUAL))
-    parser.add_argument("--name", default="plugins-utilized-rank", help="of the results' JSON and pictures")
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0 on")
-    parser.add_argument("--test-images", type=int, default=2000, help="at most so many")
-    options = parser.parse_args()
+def main(
+    cases: Annotated[Any, several(str, tuple(CASES))] = joined(list(USUAL)),
+    name: Annotated[str, typer.Option(help="of the results' JSON and pictures")] = "plugins-utilized-rank",
+    seeds: Annotated[int, typer.Option(help="how many seeds, from 0 on")] = 3,
+    test_images: Annotated[int, typer.Option(help="at most so many")] = 2000,
+) -> None:
+    """Compression to the utilized rank: what is left to send, and what it costs in accuracy."""
+    options = SimpleNamespace(**locals())
     torch.set_num_threads(1)
     command = " ".join(["python -m benchmarks.plugins.utilized_rank", *sys.argv[1:]])
     settings = {
@@ -271,4 +273,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -4,13 +4,14 @@ Every method gets error feedback, the same local training, rounds, seeds and run
 step size of two, chosen on a seed that is not reported. Finished runs are kept in --runs and not run again.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from benchmarks.common import RESULTS, find_data, versions
 from benchmarks.rivals.processes import run_at_a_time
@@ -82,43 +83,36 @@ is that which tuning took for all methods at 200x and 500x."""
 WANTS_A_GPU = ("cifar10-vgg13",)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "names",
-        nargs="*",
-        default=[name for name in COMPARISONS if name not in WANTS_A_GPU],
-        metavar="NAME",
-        help=f"some of {', '.join(COMPARISONS)}",
-    )
-    for name in ("compressors", "ratios"):
-        parser.add_argument(f"--{name}", help="only these")
-    parser.add_argument("--seeds", type=int, help="fewer seeds")
-    parser.add_argument("--runs", default="runs/benchmark-rivals", help="folder for the runs")
-    parser.add_argument("--workers", type=int, default=2, help="clients of one run that train at a time")
-    parser.add_argument("--processes", type=int, default=1, help="runs at a time")
-    parser.add_argument("--device", default="cpu", help="cuda: run on a GPU")
-    parser.add_argument("--keep", action="store_true", help="keep the last results of compressors that this leaves out")
-    options = parser.parse_args()
-    for name in options.names:
+def main(
+    names: Annotated[list[str] | None, typer.Argument(help=f"some of {', '.join(COMPARISONS)}")] = None,
+    compressors: Annotated[str | None, typer.Option(help="only these")] = None,
+    ratios: Annotated[str | None, typer.Option(help="only these")] = None,
+    seeds: Annotated[int | None, typer.Option(help="fewer seeds")] = None,
+    runs: Annotated[Path, typer.Option(help="folder for the runs")] = Path("runs/benchmark-rivals"),
+    workers: Annotated[int, typer.Option(help="clients of one run that train at a time")] = 2,
+    processes: Annotated[int, typer.Option(help="runs at a time")] = 1,
+    device: Annotated[str, typer.Option(help="cuda: run on a GPU")] = "cpu",
+    keep: Annotated[
+        bool, typer.Option("--keep", help="keep the last results of compressors that this leaves out")
+    ] = False,
+) -> None:
+    """Compare the proxy codec with other compressors at equal bytes."""
+    fewer = {"compressors": compressors, "ratios": ratios, "seeds": seeds}
+    for name in names or [name for name in COMPARISONS if name not in WANTS_A_GPU]:
         settings, arguments = COMPARISONS[name]
-        arguments = arguments | {
-            key: value for key in ("compressors", "ratios", "seeds") if (value := getattr(options, key)) is not None
-        }
+        arguments = arguments | {key: value for key, value in fewer.items() if value is not None}
         hub = settings["dataset"]
         local = find_data(hub.split("/")[1], hub)
-        folder = Path(options.runs) / name
+        folder = runs / name
         shared = Settings.of(
-            FEDERATION
-            | settings
-            | {"dataset": local, "workers": options.workers, "device": options.device, "checkpoint": False}
+            FEDERATION | settings | {"dataset": local, "workers": workers, "device": device, "checkpoint": False}
         )
         comparison = Comparison.of(shared, folder=folder, **arguments)
-        if options.processes > 1:
-            run_at_a_time(comparison, options.processes)
+        if processes > 1:
+            run_at_a_time(comparison, processes)
         made = run_comparison(comparison, client_app, say=lambda line: print(line, file=sys.stderr, flush=True))
         result = RESULTS / f"rivals-{name}.json"
-        if options.keep:
+        if keep:
             compare = partial(Comparison.of, shared, folder=folder, **arguments)
             made = with_kept(compare, made, json.loads(result.read_text()))
         made["settings"]["dataset"] = hub
@@ -165,4 +159,4 @@ def with_kept(compare: Callable[..., Comparison], made: Row, last: Row) -> Row:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -5,20 +5,20 @@ the payload that one real client made from its update, so the server checks, dec
 size runs in a process of its own, whose peak memory is read at the end.
 """
 
-import argparse
 import json
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
+import typer
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from benchmarks.common import print_table, write_results
+from benchmarks.common import joined, print_table, several, write_results
 from server.ledger import Ledger
 from server.runner import RoundRunner
 from tofu.compression import uplink_compressor
@@ -127,21 +127,21 @@ def measure(clients: int, ratio: float) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="*", default=SIZES)
-    parser.add_argument("--ratio", type=float, default=200.0)
-    parser.add_argument("--one", type=int, help="measure one size in this process and print its row as JSON")
-    options = parser.parse_args()
-    if options.one:
-        print(json.dumps(measure(options.one, options.ratio)))
+def main(
+    sizes: Annotated[Any, several(int)] = joined(SIZES),
+    ratio: float = 200.0,
+    one: Annotated[int | None, typer.Option(help="measure one size in this process and print its row as JSON")] = None,
+) -> None:
+    """Cost of a round for the server with 10 to 10,000 clients: time per client, and memory beyond the model."""
+    if one:
+        print(json.dumps(measure(one, ratio)))
         return
     rows = []
-    for size in options.sizes:
-        command = [sys.executable, "-m", "benchmarks.scale", "--one", str(size), "--ratio", str(options.ratio)]
+    for size in sizes:
+        command = [sys.executable, "-m", "benchmarks.scale", "--one", str(size), "--ratio", str(ratio)]
         rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
         print(f"{size} clients: {rows[-1]['seconds']:.2f} s", file=sys.stderr, flush=True)
-    print(write_results("scale", settings={"model": "lenet5", "ratio": options.ratio}, rows=rows))
+    print(write_results("scale", settings={"model": "lenet5", "ratio": ratio}, rows=rows))
     smallest = rows[0]
     print_table(
         (
@@ -165,4 +165,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -8,14 +8,15 @@ that is quick, else as `ours.sampled_session` says; Flower's as `flower` says. R
 "client / float32 add" is a client's time over the server's to add one float32 update: how it grows with the graph.
 """
 
-import argparse
 import statistics
-from typing import Any
+from types import SimpleNamespace
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import typer
 
-from benchmarks.common import print_table, spread, write_results
+from benchmarks.common import joined, print_table, several, spread, write_results
 from benchmarks.secagg import flower, ours
 from benchmarks.secagg.cost import Case, Cost, sampled, update_of, wire_bytes
 from tofu.secagg.graph import choose_topology
@@ -83,12 +84,13 @@ def measure(case: Case, repeat: int, short: dict[tuple[int, int, int], Cost]) ->
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3, help="at 10 and 100 clients; once at 1,000")
-    parser.add_argument("--clients", type=int, nargs="+", default=list(CLIENTS))
-    parser.add_argument("--parameters", type=int, nargs="+", default=list(PARAMETERS))
-    options = parser.parse_args()
+def main(
+    repeats: Annotated[int, typer.Option(help="at 10 and 100 clients; once at 1,000")] = 3,
+    clients: Annotated[Any, several(int)] = joined(list(CLIENTS)),
+    parameters: Annotated[Any, several(int)] = joined(list(PARAMETERS)),
+) -> None:
+    """What secure aggregation costs: ours, Flower's SecAgg+, and float32 without any secrecy."""
+    options = SimpleNamespace(**locals())
     torch.set_num_threads(1)
     settings = {"dropout": DROPOUT, "corrupted": CORRUPTED, "short": SHORT, "whole_up_to": WHOLE_UP_TO}
     rows: list[dict[str, Any]] = []
@@ -118,4 +120,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -8,7 +8,6 @@ The range is that which clips a given fraction of the entries, as a server can s
 rounding is stochastic; but for kind "coarse", which secure rounds use: `tofu.secagg.encoding` with nearest rounding.
 """
 
-import argparse
 import copy
 import json
 import math
@@ -16,14 +15,15 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as functional
+import typer
 from torch import Tensor, nn
 
-from benchmarks.common import RESULTS, find_data, print_table, spread, versions
+from benchmarks.common import RESULTS, find_data, joined, print_table, several, spread, versions
 from server.secure_ranges import UpdateScaleTracker
 from tofu.compression.hadamard import pieces, random_signs, rotate, rotate_back
 from tofu.data import LabeledImages, open_data, to_float
@@ -281,13 +281,13 @@ def _goes_on(start: Federation, row: dict[str, Any], step: Callable[[Federation,
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
-    options = parser.parse_args()
+def main(
+    seeds: int = 3,
+    cases: Annotated[Any, several(str, list(CASES))] = joined(list(CASES)),
+) -> None:
+    """Which spends a secure round's bytes best: fewer bits for every entry, or fewer entries with more bits each?"""
     torch.set_num_threads(1)
-    rows = [row for case in options.cases for seed in range(options.seeds) for row in measure(case, seed, WAYS)]
+    rows = [row for case in cases for seed in range(seeds) for row in measure(case, seed, WAYS)]
     settings = {"cases": CASES, "clients": CLIENTS, "lr": LR, "first_rounds": FIRST_ROUNDS, "partition": "dirichlet"}
     path = RESULTS / "secagg_compact.json"
     document = versions("python -m benchmarks.secagg.compact_study") | {"settings": settings, "rows": rows}
@@ -304,4 +304,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -5,12 +5,12 @@ of the next, and the default codec at 200x with more and more max_evals. Times a
 the same process with one thread.
 """
 
-import argparse
 import statistics
 import time
 from typing import Any
 
 import torch
+import typer
 
 from benchmarks.common import find_data, print_table, spread, write_results
 from tofu.compression import uplink_compressor
@@ -74,12 +74,12 @@ def measure(case: str, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    options = parser.parse_args()
+def main(
+    seeds: int = 3,
+) -> None:
+    """How well an update is encoded after how much time, and what the server's decoding costs."""
     torch.set_num_threads(1)
-    rows = [row for case in CASES for seed in range(options.seeds) for row in measure(case, seed)]
+    rows = [row for case in CASES for seed in range(seeds) for row in measure(case, seed)]
     print(write_results("speed", settings={"cases": CASES, "ratio": RATIO, "lr": 0.05, "batch_size": 32}, rows=rows))
     table = []
     for case in CASES:
@@ -100,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -7,16 +7,17 @@ run this once with each, on the same recording. Times are CPU seconds of one thr
 epoch in the same process, alternating with the encodes.
 """
 
-import argparse
 import json
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Annotated, Any
 
 import torch
+import typer
 
-from benchmarks.common import find_data, spread, write_results
+from benchmarks.common import find_data, joined, several, spread, write_results
 from tofu.compression import uplink_compressor
 from tofu.compression.error_feedback import ErrorFeedback
 from tofu.data import LabeledImages, open_data
@@ -152,14 +153,15 @@ def summarize(rows: list[dict[str, Any]]) -> None:
             )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--recordings", type=Path, default=Path("recordings"), help="folder; made if it lacks one")
-    parser.add_argument("--name", default="", help="write benchmarks/results/speed-replay-NAME.json")
-    parser.add_argument("--set", nargs="*", default=[], help="FIELD=VALUE, changes of the codec's settings")
-    options = parser.parse_args()
+def main(
+    cases: Annotated[Any, several(str, CASES)] = joined(list(CASES)),
+    seeds: Annotated[Any, several(int)] = joined([0, 1, 2]),
+    recordings: Annotated[Path, typer.Option(help="folder; made if it lacks one")] = Path("recordings"),
+    name: Annotated[str, typer.Option(help="write benchmarks/results/speed-replay-NAME.json")] = "",
+    set: Annotated[Any, several(help="FIELD=VALUE, changes of the codec's settings")] = joined([]),
+) -> None:
+    """What encoding costs and explains over the rounds of a run: the updates of a recorded run, encoded again."""
+    options = SimpleNamespace(**locals())
     torch.set_num_threads(1)
     changes = [change.split("=", 1) for change in options.set]
     rows = []
@@ -176,4 +178,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

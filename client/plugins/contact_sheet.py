@@ -7,12 +7,14 @@ The second argument is what the client trained on: a folder of images, or a run 
 one in the name of the scores' file.
 """
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import click
 import torch
+import typer
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -94,28 +96,25 @@ def client_images(file: Path, data: Path, class_names: Sequence[str] = ()) -> La
     return FederatedData.of(read_config(data).data, read_config(data).run.seed).client(int(client))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m client.plugins.contact_sheet", description=__doc__.split("\n")[0])
-    parser.add_argument("scores", type=Path, help="a file in the folder that TOFU_CURVATURE_FOLDER named")
-    parser.add_argument("data", type=Path, help="the client's folder of images, or a run folder")
-    parser.add_argument("--class-names", default="", help="the run's class-names, for a folder of images")
-    parser.add_argument("--score", choices=SCORES, default="curvature")
-    parser.add_argument("--count", type=int, default=40, help="number of images")
-    parser.add_argument("--columns", type=int, default=8)
-    parser.add_argument("--output", type=Path, default=Path("memorized.png"))
-    args = parser.parse_args()
-    if args.count < 1 or args.columns < 1:
-        parser.error("--count and --columns must be at least 1")
+def main(
+    scores: Annotated[Path, typer.Argument(help="a file in the folder that TOFU_CURVATURE_FOLDER named")],
+    data: Annotated[Path, typer.Argument(help="the client's folder of images, or a run folder")],
+    class_names: Annotated[str, typer.Option(help="the run's class-names, for a folder of images")] = "",
+    score: Annotated[str, typer.Option(click_type=click.Choice(SCORES))] = "curvature",
+    count: Annotated[int, typer.Option(min=1, help="number of images")] = 40,
+    columns: Annotated[int, typer.Option(min=1)] = 8,
+    output: Path = Path("memorized.png"),
+) -> None:
+    """Draw the images with the highest scores."""
     try:
-        names = tuple(filter(None, args.class_names.split(",")))
-        data = client_images(args.scores, args.data, names)
-        found = most_memorized(args.scores, data, args.count, args.score)
-        contact_sheet(data, found, columns=args.columns).save(args.output)
+        images = client_images(scores, data, tuple(filter(None, class_names.split(","))))
+        found = most_memorized(scores, images, count, score)
+        contact_sheet(images, found, columns=columns).save(output)
     except (TofuError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
-    print(f"{len(found.rows)} images: {args.output}")
+    print(f"{len(found.rows)} images: {output}")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main()
+    typer.run(main)
