@@ -15,7 +15,7 @@ from tofu.cli.doctor import doctor
 from tofu.cli.options import with_present_flags
 from tofu.cli.plan import plan
 from tofu.cli.predict import predict
-from tofu.cli.report import report
+from tofu.cli.report import report, serve
 from tofu.cli.run import run
 from tofu.cli.settings import settings
 from tofu.errors import Interrupted, TofuError
@@ -26,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Communication-efficient federated learning: proxy images, secure aggregation, training plugins.",
 )
-for command in (run, plan, demo, compare, predict, attack, settings, report, doctor):
+for command in (run, plan, demo, compare, predict, attack, settings, report, serve, doctor):
     app.command()(command)
 app.add_typer(deploy, name="deploy")
 

@@ -36,6 +36,9 @@ body {
 }
 .panel h3 + svg { margin-top: 10px; }
 main { max-width: 1160px; margin: 0 auto; padding: 44px 28px 56px; }
+a { color: var(--run); }
+nav { max-width: 1160px; margin: 0 auto; padding: 14px 28px 0; font-size: 14px; }
+nav + main { padding-top: 20px; }
 h1 { font-size: 14px; font-weight: 600; margin: 0; color: var(--soft); }
 h3 { font-size: 14px; font-weight: 600; margin: 0; }
 .panel td:first-child, .panel th:first-child { text-align: left; }
@@ -125,6 +128,7 @@ _MEDIA_STYLE = """
 }
 @media screen and (max-width: 820px) {
   main { padding: 24px 14px; }
+  nav { padding: 12px 14px 0; }
   .lead { font-size: 23px; }
 }
 @media screen and (max-width: 520px) {
@@ -157,12 +161,14 @@ _SERIES_STYLE = "\n".join(
 
 STYLE = COLORS + _PAGE_STYLE + FIGURE_STYLE + _SERIES_STYLE + _MEDIA_STYLE
 
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
 PAGE_HEAD = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<meta http-equiv="Content-Security-Policy" content="%POLICY%">
 <title>{{ title }}</title>
 <style>{{ style }}</style>
 </head>
@@ -172,7 +178,7 @@ PAGE_HEAD = """<!doctype html>
 <h1>{{ title }}{% if state %}<span class="state">{{ state }}</span>{% endif %}</h1>
 <p class="lead">{{ lead }}</p>
 {% if aside %}<p class="soft">{{ aside }}</p>{% endif %}
-"""
+""".replace("%POLICY%", POLICY)
 """The beginning of every page, up to what follows the lead in its header."""
 
 PAGE = (

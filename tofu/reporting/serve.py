@@ -1,0 +1,282 @@
+"""Lists the runs, comparisons and attack reports of a folder and follows them in a browser, for this machine only.
+
+The server listens on 127.0.0.1 and refuses a request whose Host is another name: a web site could otherwise read it by
+pointing a name of its own at this address (DNS rebinding). It takes no path from a request: a request names an entry of
+the list, and an entry with a file that lies outside the folder is not in the list. A page asks every second, by its
+entity tag, whether its entry has changed, and then replaces its content.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, quote, urlsplit
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from tofu.errors import RunError, SettingError, TofuError
+from tofu.formatting import format_bytes, format_fraction
+from tofu.reporting.report.compare import render_page
+from tofu.reporting.report.html import render
+from tofu.reporting.report.run_data import read_run
+from tofu.reporting.report.template import PAGE_HEAD, POLICY, STYLE
+from tofu.rounds.record import read_json, read_rounds, read_summary
+
+HOST = "127.0.0.1"
+_DEPTH = 5
+_MAX = 500
+_NONE = "\N{EN DASH}"
+_POLICY = f"{POLICY}; script-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'"
+
+_RUN = ("config.json", "metrics.jsonl", "ledger.jsonl", "summary.json", "samples.npz", "panels.json")
+_FILES = {"run": _RUN, "comparison": ("compare.json",), "attacks": ("attacks.json", "report.html")}
+_NEEDED = {"run": _RUN[:2], "comparison": ("compare.json",), "attacks": ("attacks.json", "report.html")}
+
+_FOLLOW = """
+const script = document.currentScript;
+let tag = script.dataset.tag;
+async function follow() {
+  let text = "";
+  try {
+    const answer = await fetch(location.href, {cache: "no-store", headers: {"If-None-Match": tag}});
+    if (answer.status === 200) {
+      const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+      const details = page.querySelectorAll("main details");
+      document.querySelectorAll("main details").forEach((one, at) => {
+        if (details[at]) details[at].open = one.open;
+      });
+      document.querySelector("main").replaceWith(document.adoptNode(page.querySelector("main")));
+      document.title = page.title;
+      tag = answer.headers.get("ETag");
+    } else if (answer.status !== 304) text = "This entry cannot be read any more.";
+  } catch (error) {
+    text = "The server does not answer: this page is no longer updated.";
+  }
+  document.getElementById("connection").textContent = text;
+  setTimeout(follow, 1000);
+}
+setTimeout(follow, 1000);
+"""
+
+_LIST = (
+    PAGE_HEAD
+    + """</header>
+<section class="card">
+<h2>Runs, comparisons and attacks</h2>
+{% if rows %}<div class="scroll" tabindex="0"><table id="entries">
+<thead><tr><th scope="col" class="left">name</th><th scope="col" class="left">what</th>
+<th scope="col" class="left">state</th><th scope="col">accuracy</th><th scope="col">uplink</th>
+<th scope="col">last change</th></tr></thead>
+<tbody>
+{% for row in rows %}<tr><th scope="row" class="left wrap"><a href="{{ row.address }}">{{ row.name }}</a></th>
+<td class="left wrap">{{ row.what }}</td><td class="left">{{ row.state }}</td><td>{{ row.accuracy }}</td>
+<td>{{ row.uplink }}</td><td>{{ row.changed }}</td></tr>
+{% endfor %}</tbody></table></div>{% else %}
+<p class="soft">A run appears here after its first evaluation.</p>{% endif %}
+</section>
+</main>
+</body>
+</html>
+"""
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A folder that can be shown.
+
+    Attributes:
+        name: path relative to the served folder.
+        kind: "run", "comparison" or "attacks".
+        tag: differs whenever one of its files has changed.
+        changed: when that was, in seconds since the epoch.
+    """
+
+    name: str
+    kind: str
+    folder: Path
+    tag: str
+    changed: float
+
+
+def find_entries(root: Path) -> list[Entry]:
+    """What a resolved folder holds to show, at most `_MAX` entries, by name; links to folders are not followed."""
+    found: list[Entry] = []
+    for folder, below, files in os.walk(root):
+        path = Path(folder)
+        depth = len(path.relative_to(root).parts)
+        below[:] = sorted(
+            name for name in below if depth < _DEPTH and not name.startswith(".") and name != "checkpoints"
+        )
+        for kind, needed in _NEEDED.items():
+            entry = _entry(root, path, kind) if set(needed) <= set(files) else None
+            if entry:
+                found.append(entry)
+        if len(found) >= _MAX:
+            break
+    return found[:_MAX]
+
+
+def _entry(root: Path, folder: Path, kind: str) -> Entry | None:
+    states = []
+    for name in _FILES[kind]:
+        path = folder / name
+        try:
+            status = path.stat()
+        except OSError:
+            continue
+        if not path.resolve().is_relative_to(root):
+            return None
+        states.append((name, status.st_mtime_ns, status.st_size))
+    tag = f'"{hashlib.sha256(repr(states).encode()).hexdigest()[:32]}"'
+    changed = max((state[1] for state in states), default=0) / 1e9
+    return Entry(folder.relative_to(root).as_posix(), kind, folder, tag, changed)
+
+
+class RunServer(ThreadingHTTPServer):
+    """Serves the list and the pages of a folder at `url` until `shutdown`.
+
+    Args:
+        port: 0 takes a free one.
+
+    Raises:
+        SettingError: the folder does not exist, or the port is taken.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path, port: int = 0) -> None:
+        if not folder.is_dir():
+            raise SettingError("runs", str(folder), "a folder")
+        self.root = folder.resolve()
+        self.name = self.root.name
+        self._rows: dict[tuple[str, str], dict[str, str]] = {}
+        try:
+            super().__init__((HOST, port), _Handler)
+        except (OSError, OverflowError) as error:
+            raise SettingError("port", port, f"a port that is free: {error}") from error
+        self.url = f"http://{HOST}:{self.server_port}/"
+        self.hosts = {f"{host}:{self.server_port}" for host in (HOST, "localhost")}
+
+    def answer(self, address: str) -> tuple[str, Callable[[], str]] | None:
+        """The entity tag of an address and a function that makes its page; None if there is no such page."""
+        parts = urlsplit(address)
+        entries = find_entries(self.root)
+        if parts.path == "/" and not parts.query:
+            tag = hashlib.sha256(repr([(entry.name, entry.tag) for entry in entries]).encode()).hexdigest()[:32]
+            return f'"{tag}"', partial(self._list, entries)
+        asked = parse_qs(parts.query)
+        for entry in entries:
+            if parts.path == f"/{entry.kind}" and asked == {"name": [entry.name]}:
+                return entry.tag, partial(self._page, entry)
+        return None
+
+    def _page(self, entry: Entry) -> str:
+        name = self.name if entry.name == "." else entry.name
+        try:
+            if entry.kind == "run":
+                return render(read_run(entry.folder), name)
+            if entry.kind == "comparison":
+                return render_page(json.loads((entry.folder / "compare.json").read_text()), name)
+            return (entry.folder / "report.html").read_text()
+        except (TofuError, OSError, ValueError, LookupError, TypeError) as error:
+            return (
+                _head(f"{entry.kind} {name}", f"This page cannot be made: {error}") + "</header></main></body></html>"
+            )
+
+    def _list(self, entries: list[Entry]) -> str:
+        kept = {(entry.name, entry.tag): self._rows.get((entry.name, entry.tag)) or _row(entry) for entry in entries}
+        self._rows = kept
+        environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+        running = sum(row["state"].startswith("round ") for row in kept.values())
+        lead = f"{len(kept):,} {'entry' if len(kept) == 1 else 'entries'}, {running:,} not finished."
+        return environment.from_string(_LIST).render(
+            _head_values(f"Runs in {self.name}", lead), rows=list(kept.values())
+        )
+
+
+def _row(entry: Entry) -> dict[str, str]:
+    row = {"name": entry.name, "what": entry.kind, "state": "", "accuracy": _NONE, "uplink": _NONE}
+    row["address"] = f"/{entry.kind}?name={quote(entry.name, safe='')}"
+    row["changed"] = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.changed))
+    if entry.kind != "run":
+        return row
+    try:
+        config = read_json(entry.folder / "config.json")
+        rounds, summary = read_rounds(entry.folder / "metrics.jsonl"), read_summary(entry.folder / "summary.json")
+        words = [f"{config[key]}" for key in ("model", "dataset", "compressor") if config.get(key)]
+    except (RunError, AttributeError) as error:
+        return row | {"state": "cannot be read", "what": f"{error}"[:200]}
+    measured = [record.accuracy for record in rounds if record.accuracy is not None]
+    done = rounds[-1].round if rounds else 0
+    state = f"round {done} of {config.get('rounds', '?')}"
+    if summary is not None:
+        state = f"stopped after {state}" if summary.stopped else "finished"
+    return row | {
+        "what": ", ".join(words)[:200],
+        "state": state,
+        "accuracy": format_fraction(measured[-1]) if measured else _NONE,
+        "uplink": format_bytes(sum(record.uplink_bytes for record in rounds)),
+    }
+
+
+def _head_values(title: str, lead: str) -> dict[str, object]:
+    return {"style": Markup(STYLE), "title": title, "lead": lead, "state": "", "aside": ""}
+
+
+def _head(title: str, lead: str) -> str:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return environment.from_string(PAGE_HEAD).render(_head_values(title, lead))
+
+
+def _followed(page: str, tag: str) -> str:
+    """A page that follows its entry: with the script, which its content security policy then has to allow."""
+    script = '<nav><a href="/">All runs</a> <span id="connection" role="status"></span></nav>\n<main>'
+    page = page.replace(POLICY, _POLICY, 1).replace("<main>", script, 1)
+    return page.replace("</body>", f"<script src=\"/follow.js\" data-tag='{tag}'></script>\n</body>", 1)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: RunServer
+    timeout = 30
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        if self.headers.get("Host") not in self.server.hosts:
+            self._send(HTTPStatus.FORBIDDEN, "text/plain", "this server answers to its own address only\n")
+            return
+        if self.path == "/follow.js":
+            self._send(HTTPStatus.OK, "text/javascript", _FOLLOW)
+            return
+        found = self.server.answer(self.path)
+        if found is None:
+            self._send(HTTPStatus.NOT_FOUND, "text/plain", "there is no such page\n")
+            return
+        tag, page = found
+        if self.headers.get("If-None-Match") == tag:
+            self._send(HTTPStatus.NOT_MODIFIED, "text/html", "", tag)
+        else:
+            self._send(HTTPStatus.OK, "text/html", _followed(page(), tag), tag)
+
+    def _send(self, status: HTTPStatus, kind: str, text: str, tag: str = "") -> None:
+        body = text.encode(errors="replace")
+        self.send_response(status)
+        headers = {
+            "Content-Type": f"{kind}; charset=utf-8", "Content-Length": f"{len(body)}", "Cache-Control": "no-store",
+            "Content-Security-Policy": f"{_POLICY}; frame-ancestors 'none'", "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer", "Cross-Origin-Resource-Policy": "same-origin",
+        }  # fmt: skip
+        for name, value in (headers | ({"ETag": tag} if tag else {})).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """A request every second needs no line each."""
