@@ -24,7 +24,7 @@ from client.state import (
 from tofu.compression import downlink_compressor, uplink_compressor
 from tofu.compression.base import Compressor, check_finite
 from tofu.compression.error_feedback import ErrorFeedback
-from tofu.data import ImageShape, LabeledImages, LabeledRows, RowFormat, local_folder, local_rows
+from tofu.data import ImageShape, LabeledImages, LabeledRows, RowFormat, local_folder, local_rows, preprocessing_of
 from tofu.device import open_device
 from tofu.errors import DataError, PayloadError
 from tofu.flower.policy import Policy, client_name
@@ -85,9 +85,12 @@ def client_data(settings: Settings, context: Context, workload: Workload | None 
     if folder is not None and data.kind != "images":
         return local_rows(str(folder), replace(RowFormat.of(data), class_names=names))
     if folder is not None:
+        if data.normalization == "dataset":
+            why = "a client with its own folder does not send its statistics"
+            raise DataError(f"normalization=dataset is not usable: {why}; expected numbers, as MEAN/STD")
         return local_folder(
             str(folder), class_names=names, subpopulations=data.subpopulations, label_column=data.label_column,
-            image_column=data.image_column, strict=data.strict,
+            image_column=data.image_column, preprocessing=preprocessing_of(data), strict=data.strict,
         )  # fmt: skip
     partition = context.node_config.get("partition-id")
     if partition is None:

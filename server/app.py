@@ -184,7 +184,8 @@ class _Run:
                 )
             name = f"{settings.model.model} on {settings.data.dataset}"
             if isinstance(self._workload, NamedWorkload | RowWorkload):
-                folder.write_class_names(self._workload.data.class_names)
+                how = self._workload.preprocessing if isinstance(self._workload, NamedWorkload) else {}
+                folder.write_model_json(self._workload.data.class_names, how)
             observer.on_run_start(settings.training.rounds, settings.data.clients, name)
             if self._random:
                 missing = ", ".join(self._random)

@@ -11,7 +11,7 @@ from tofu.compression import downlink_compressor, uplink_compressor
 from tofu.compression.base import Compressor
 from tofu.data import ImageShape
 from tofu.errors import RunError
-from tofu.models import initial_model
+from tofu.models import run_model
 from tofu.plugins import Plugins, RoundContext
 from tofu.privacy import check_param_spec
 from tofu.reference_model import ModelCall, ReferenceModel
@@ -174,7 +174,7 @@ class GlobalModel:
         settings, shape, plugins = self._settings, self.shape, self._plugins
         # The model after the last round is that of the last round.
         context = RoundContext.of(settings, shape, min(round_, settings.training.rounds), group=self.group)
-        built = initial_model(settings.model, shape, settings.run.seed)
+        built = run_model(settings, shape)
         fresh = ReferenceModel.of(built, shape, plugins, context)
         if fresh.architecture == self.reference.architecture:
             for model in (self.reference.model, self.downlink.reference.model, self.averaged):

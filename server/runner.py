@@ -23,7 +23,7 @@ from server.secure_round import SecureCollector
 from server.stragglers import Stragglers
 from tofu.evaluation import Evaluation
 from tofu.flower.transport import Transport
-from tofu.models import initial_model
+from tofu.models import run_model
 from tofu.observers.base import Observer
 from tofu.plugins import MAX_STATE_BYTES, RoundContext, make_plugins
 from tofu.privacy import Accountant
@@ -151,7 +151,7 @@ class RoundRunner:
         call = workload.call(reference.model, reference.shape)
         self.models = [GlobalModel(reference.model, reference.shape, settings, self.plugins, call=call)]
         for group in range(1, self.plugins.groups):
-            built = initial_model(settings.model, reference.shape, settings.run.seed)
+            built = run_model(settings, reference.shape)
             self.models.append(GlobalModel(built.eval(), reference.shape, settings, self.plugins, group))
         self.account = Accountant(settings.privacy.privacy_delta) if settings.privacy.noise_multiplier else None
         self.on_spend: Callable[[Accountant], None] = lambda account: None

@@ -33,7 +33,7 @@ DATASET = "python"
 
 _NAMED_ONLY: Mapping[str, Value] = {
     "plugins": "", "plugin_options": "", "tasks": "none", "record_clients": "", "class_names": "",
-    "initial_weights": "",
+    "initial_weights": "", "resize": "", "center_crop": "", "normalization": "-1to1", "augmentation": "",
 }  # fmt: skip
 """Settings that need a dataset and a model that the settings name, with their defaults."""
 

@@ -1,7 +1,7 @@
 """Local training: epochs of SGD over a client's own images."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.optim.sgd import sgd
 from torch.overrides import TorchFunctionMode
 
 from tofu.data import LabeledImages, to_float
+from tofu.data.preprocessing import augment
 from tofu.device import CPU, on_device
 from tofu.errors import RunError
 from tofu.plugins import NO_PLUGINS, Batch, Plugins
@@ -56,6 +57,7 @@ def train_locally(
     plugins: Plugins = NO_PLUGINS,
     final: bool = False,
     device: torch.device = CPU,
+    augmentations: Sequence[str] = (),
 ) -> TrainingResult:
     """Train `model` in place.
 
@@ -66,6 +68,7 @@ def train_locally(
         plugins: set up with this model (`Plugins.setup`).
         final: whether this is the last round of a task; passed to `on_task_end`.
         device: device of the training steps.
+        augmentations: names of `tofu.data.preprocessing.AUGMENTATIONS`, applied to each batch.
 
     Raises:
         RunError: the loss is no longer finite.
@@ -79,7 +82,8 @@ def train_locally(
         for _ in range(config.epochs):
             with on_device(model, device):
                 for rows in shuffled_batches(len(data), config.batch_size, generator):
-                    batch = plugins.on_batch(Batch(to_float(data.images[rows]), data.labels[rows], rows), generator)
+                    images = augment(data.images[rows], augmentations, generator)
+                    batch = plugins.on_batch(Batch(to_float(images), data.labels[rows], rows), generator)
                     if not len(batch):
                         continue
                     batch = batch.to(device)

@@ -10,10 +10,11 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from tofu.data import FederatedData, FederatedRows, ImageShape, LabeledImages, LabeledRows
+from tofu.data import FederatedData, FederatedRows, ImageShape, LabeledImages, LabeledRows, normalization_of
+from tofu.data.preprocessing import split_augmentations
 from tofu.errors import DataError
 from tofu.evaluation import Evaluation, Predict, evaluate
-from tofu.models import build_row_model, initial_model
+from tofu.models import build_row_model, run_model
 from tofu.models.initial_weights import fill
 from tofu.plugins import Plugins, RoundContext
 from tofu.reference_model import NO_CALL, ModelCall
@@ -75,9 +76,16 @@ class NamedWorkload:
     def shape(self) -> ImageShape:
         return self.data.shape
 
+    @property
+    def preprocessing(self) -> dict[str, object]:
+        """What model.json stores of it: sizes, and mean and standard deviation of pixels from 0 to 1 by channel."""
+        data = self._settings.data
+        mean, std = normalization_of(data, self.shape.channels, self._settings.run.seed)
+        return {"resize": data.resize, "center_crop": data.center_crop, "mean": list(mean), "std": list(std)}
+
     def build_model(self, shape: ImageShape) -> nn.Module:
         """See `Workload.build_model`. Raises SettingError if the model cannot be built."""
-        return initial_model(self._settings.model, shape, self._settings.run.seed)
+        return run_model(self._settings, shape)
 
     def call(self, model: nn.Module, shape: ImageShape) -> ImageShape:
         return shape
@@ -107,6 +115,7 @@ class NamedWorkload:
             plugins=plugins,
             final=position.final,
             device=device,
+            augmentations=split_augmentations(self._settings.data.augmentation),
         )
 
     def evaluate(

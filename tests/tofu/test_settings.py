@@ -19,6 +19,7 @@ from tofu.codec.options import ProxySettings
 from tofu.compression import uplink_compressor
 from tofu.compression.uncompressed import Uncompressed
 from tofu.data import ImageShape
+from tofu.data.preprocessing import AUGMENTATIONS
 from tofu.errors import SettingError
 from tofu.models import build_model
 from tofu.observers.trackers import trackers
@@ -85,6 +86,10 @@ OTHERS |= {
     "over-relaxation": 1.5,
     "device": "auto",
     "tracker": "wandb,tensorboard",
+    "resize": "32x24",
+    "center-crop": "16",
+    "normalization": "-1to1",
+    "augmentation": "",
 }  # plugins do not go with noise-multiplier, and many settings not with tables and texts
 """A value for every setting that is not its default."""
 
@@ -135,6 +140,8 @@ def test_others_differ_from_every_default() -> None:
     assert same == {(name, "") for name in ("plugins", "plugin-options", "feature-columns", "text-column")} | {
         ("client-test-fraction", 0.0),
         ("aggregator", "mean"),
+        ("normalization", "-1to1"),
+        ("augmentation", ""),
     }
 
 
@@ -416,15 +423,20 @@ def values_of(name: str) -> st.SearchStrategy[object]:
         return st.floats(low, top, exclude_min="gt" in bounds, exclude_max="lt" in bounds)
     if name == "subpopulations":
         return st.permutations(range(6)).map(lambda k: f"{k[0]},{k[1]}/{k[2]} {k[3]}/{k[4]}")
-    if name == "tracker":
-        return st.lists(st.sampled_from(trackers.names()), unique=True).map(",".join)
+    if name in ("tracker", "augmentation"):
+        known = trackers.names() if name == "tracker" else tuple(AUGMENTATIONS)
+        return st.lists(st.sampled_from(known), unique=True).map(",".join)
+    if name == "normalization":
+        return st.sampled_from(["-1to1", "imagenet", "dataset", "0.5/0.25"])
+    if name in ("resize", "center_crop"):
+        return st.from_regex(r"([1-9]\d{0,3}(x[1-9]\d{0,3})?)?", fullmatch=True)
     return st.from_regex(DEVICE_NAME, fullmatch=True) if name == "device" else st.text(max_size=20)
 
 
 CONFLICTING = {
     "plugins", "plugin_options", "task_count", "switch_round", "max_epsilon", "min_clients", "clients", "partition",
     "feature_columns", "text_column", "client_test_fraction", "aggregator", "codec_mode",
-    "server_optimizer",
+    "server_optimizer", "record_clients", "tasks",
 }  # fmt: skip
 
 

@@ -5,7 +5,14 @@ real client's own images. Parquet is read by pyarrow and images are decoded in m
 and only a hub id uses the network. Labels are read at once, images when they are needed.
 """
 
-from tofu.data.federated import ACCEPTED_DATASETS, FederatedData, local_folder, open_data
+from tofu.data.federated import (
+    ACCEPTED_DATASETS,
+    FederatedData,
+    local_folder,
+    normalization_of,
+    open_data,
+    preprocessing_of,
+)
 from tofu.data.images import ImageShape, LabeledImages, to_float
 from tofu.data.partition import PARTITIONS, partition_by_id, partition_rows
 from tofu.data.rows import FederatedRows, LabeledRows, RowFormat, local_rows, open_rows
@@ -21,9 +28,11 @@ __all__ = [
     "RowFormat",
     "local_folder",
     "local_rows",
+    "normalization_of",
     "open_data",
     "open_rows",
     "partition_by_id",
     "partition_rows",
+    "preprocessing_of",
     "to_float",
 ]

@@ -6,7 +6,7 @@ import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from tofu.data.folder import folder_splits
 from tofu.data.hub import hub_splits
 from tofu.data.images import ImageShape, LabeledImages
 from tofu.data.partition import PARTITIONS, IntArray, partition_by_id, partition_rows
+from tofu.data.preprocessing import Preprocessing, Statistics, parse_normalization
 from tofu.data.splits import Split, hold_out, subset_rows
 from tofu.data.subpopulations import PARTS, Part, Subpopulations
 from tofu.data.tables import Columns
@@ -31,12 +32,35 @@ ACCEPTED_DATASETS = (
 _LOG = logging.getLogger("tofu.data")
 _OPEN_LOCK = threading.Lock()
 _HELD_OUT = 0.15
+_STATISTICS_IMAGES = 2000
 
 
-_ROWS_ONLY = {
-    "class_names", "feature_columns", "text_column", "feature_scaling", "vocabulary", "tokens",
+_NO_ARGUMENTS = {
+    "class_names", "feature_columns", "text_column", "feature_scaling", "vocabulary", "tokens", "resize", "center_crop",
+    "normalization", "augmentation",
 }  # fmt: skip
-"""Settings of the data that concern tables and texts only."""
+"""Settings of the data that are not arguments of `open_data` by their own name."""
+
+
+AS_THEY_ARE = Preprocessing()
+
+
+def preprocessing_of(data: DataSettings) -> Preprocessing:
+    """The sizes that the settings name. Raises SettingError if one is not a size."""
+    return Preprocessing(data.resize, data.center_crop)
+
+
+def normalization_of(data: DataSettings, channels: int, seed: int) -> Statistics:
+    """The statistics by which a run normalizes its images, for each channel.
+
+    Raises:
+        SettingError: they are of another number of channels.
+        DataError: the dataset, whose statistics are asked for, cannot be read.
+    """
+    mean, std = parse_normalization(data.normalization) or FederatedData.of(data, seed).statistics
+    if len(mean) not in (1, channels):
+        raise SettingError("normalization", data.normalization, f"the statistics of {channels} channels")
+    return mean * (channels // len(mean)), std * (channels // len(std))
 
 
 class FederatedData:
@@ -46,7 +70,8 @@ class FederatedData:
     def of(data: DataSettings, seed: int) -> "FederatedData":
         """The dataset of a run. Raises DataError or SettingError if it cannot be opened."""
         names = tuple(filter(None, (name.strip() for name in data.class_names.split(","))))
-        return open_data(**data.model_dump(exclude=_ROWS_ONLY), class_names=names, seed=seed)
+        given = data.model_dump(exclude=_NO_ARGUMENTS)
+        return open_data(**given, class_names=names, preprocessing=preprocessing_of(data), seed=seed)
 
     def __init__(
         self,
@@ -106,6 +131,18 @@ class FederatedData:
         for rows in self._client_rows:
             self._train.decode(rows, self.shape, strict=True)
 
+    @cached_property
+    def statistics(self) -> Statistics:
+        """Mean and standard deviation of each channel over up to 2,000 of all clients' training images."""
+        if not any(map(len, self._client_rows)):
+            raise SettingError(
+                "normalization", "dataset", "numbers, as MEAN/STD, with a dataset without training images"
+            )
+        rows = np.sort(np.random.default_rng(0).permutation(np.concatenate(self._client_rows))[:_STATISTICS_IMAGES])
+        pixels = self._train.decode(rows, self.shape).images.double() / 255
+        mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3)).clamp(min=0.001)
+        return tuple(mean.tolist()), tuple(std.tolist())
+
     def class_counts(self) -> Tensor:
         """The number of images by client and class: int64 [clients, classes]."""
         labels, classes = self._train.labels, self.shape.classes
@@ -138,6 +175,7 @@ def open_data(
     label_column: str = "",
     image_column: str = "",
     class_names: tuple[str, ...] = (),
+    preprocessing: Preprocessing = AS_THEY_ARE,
     strict: bool = False,
     seed: int,
 ) -> FederatedData:
@@ -164,6 +202,7 @@ def open_data(
         client_column: of parquet files or a hub dataset, with the name of each image's client.
         label_column, image_column: of parquet files or a hub dataset; "" takes the only candidate.
         class_names: the classes in the order of their labels; () takes those of the dataset.
+        preprocessing: resizes and crops the images.
         strict: refuse data with an image that cannot be read, instead of leaving it out with a warning.
         seed: of the training subset and the partition; the test images do not depend on it.
 
@@ -199,8 +238,8 @@ def open_data(
         source = _resolve(dataset)
         return _open(
             source, clients, partition, float(alpha), shards_per_client, train_images, test_images, shift,
-            Columns(image_column, label_column, client_column if partition == "natural" else ""), class_names, strict,
-            seed,
+            Columns(image_column, label_column, client_column if partition == "natural" else ""), class_names,
+            preprocessing, strict, seed,
         )  # fmt: skip
 
 
@@ -211,6 +250,7 @@ def local_folder(
     subpopulations: str = "",
     label_column: str = "",
     image_column: str = "",
+    preprocessing: Preprocessing = AS_THEY_ARE,
     strict: bool = False,
 ) -> LabeledImages:
     """Read a real client's own images: all of a folder of parquet files or <class>/*.png, or its training split.
@@ -221,6 +261,7 @@ def local_folder(
             alone, which agree with the other clients' only if every folder has all the classes.
         subpopulations: as in `open_data`; only images of seen labels are read.
         label_column, image_column: of parquet files; "" takes the only candidate.
+        preprocessing: resizes and crops the images.
         strict: refuse a folder with an image that cannot be read, instead of leaving it out with a warning.
 
     Raises:
@@ -235,6 +276,7 @@ def local_folder(
     if split is None:
         raise DataError(f"{path} has a test split but no images to train on")
     split.check_labels()
+    split = split.prepared(preprocessing)
     names, rows = split.class_names, np.arange(len(split.labels))
     _LOG.info("%s: %s, %d images of the classes %s", path, split.read_as, len(rows), ", ".join(names))
     if subpopulations:
@@ -256,10 +298,12 @@ def _open(
     shift: tuple[Subpopulations, Part] | None,
     columns: Columns,
     class_names: tuple[str, ...],
+    preprocessing: Preprocessing,
     strict: bool,
     seed: int,
 ) -> FederatedData:
     train, test, train_rows, test_rows = _load(dataset, columns, class_names)
+    train, test = train.prepared(preprocessing), test.prepared(preprocessing)
     names = train.class_names
     if shift is not None:
         classes, part = shift

@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from tofu.data.images import ImageShape, LabeledImages, Pixels, fit_image
 from tofu.data.partition import IntArray
+from tofu.data.preprocessing import Preprocessing
 from tofu.errors import DataError, SettingError
 
 _SYNONYMS = {
@@ -45,6 +46,10 @@ class Split:
     ids: NDArray[np.str_] | None = None
     read_as: str = ""
     left_out: tuple[str, ...] = ()
+
+    def prepared(self, preprocessing: Preprocessing) -> "Split":
+        """The split with its images resized and cropped."""
+        return replace(self, read=lambda row: preprocessing(self.read(row)))
 
     def image_shape(self) -> ImageShape:
         """The shape of the first readable image, which all others must have. Raises DataError if there is none."""
@@ -81,7 +86,9 @@ class Split:
             try:
                 images[len(kept)] = fit_image(pixels, shape)
             except DataError as error:
-                raise DataError(f"{self.origin(row)} {error}") from error
+                sized = pixels.shape[:2] == (shape.height, shape.width)
+                hint = "" if sized else f"; resize={shape.height}x{shape.width} gives all images this size"
+                raise DataError(f"{self.origin(row)} {error}{hint}") from error
             kept.append(row)
         if unreadable and not kept:
             raise DataError(f"none of {len(unreadable)} images can be read: {unreadable[0]}")

@@ -10,7 +10,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from tofu.data import ImageShape
+from tofu.data import ImageShape, normalization_of
+from tofu.data.preprocessing import normalize_inputs
 from tofu.errors import SettingError
 from tofu.imports import import_object
 from tofu.models.checks import check_stateless, check_training, drop_constant_buffers
@@ -19,7 +20,7 @@ from tofu.models.small import BagOfWords, cnn, lenet5, mlp
 from tofu.models.spiking import dct_model, spiking_model
 from tofu.models.torchvision_models import resnet18, vgg, vit
 from tofu.rng import GlobalGenerators
-from tofu.settings import ModelSettings
+from tofu.settings import ModelSettings, Settings
 
 NORMS = ("group", "batch", "none")
 
@@ -97,6 +98,18 @@ def initial_model(settings: ModelSettings, shape: ImageShape, seed: int) -> nn.M
     model = build_model(settings.model, shape, norm=settings.norm, seed=seed)
     if settings.initial_weights:
         fill(model, settings.initial_weights)
+    return model
+
+
+def run_model(settings: Settings, shape: ImageShape) -> nn.Module:
+    """The model of a run at its initial weights, which normalizes images in [-1, 1] as the run's settings say.
+
+    Raises:
+        SettingError: the model, its initial weights or the normalization cannot be used.
+        DataError: the dataset, whose statistics are asked for, cannot be read.
+    """
+    model = initial_model(settings.model, shape, settings.run.seed)
+    normalize_inputs(model, normalization_of(settings.data, shape.channels, settings.run.seed))
     return model
 
 

@@ -9,7 +9,7 @@ data.json                            what was read as data, what was left out, a
 metrics.prom                         Prometheus metrics (`tofu.observers.prometheus`), replaced after each round
 checkpoints/                         state for a resume (`server.checkpoint`)
 trackers/                            written by experiment trackers (`tofu.observers.trackers`)
-model.json                           class names, written once
+model.json                           class names and preprocessing of the images, written once
 summary.json, report.html            `RunSummary` and the report, written at the end
 """
 
@@ -28,6 +28,7 @@ import safetensors
 import safetensors.torch
 
 from tofu.data import ImageShape
+from tofu.data.preprocessing import PLAIN, Preprocessing, Statistics
 from tofu.errors import RunError, SettingError
 from tofu.files import FileLock, lock_file, replace_file
 from tofu.reporting.panels import write_panels
@@ -158,9 +159,9 @@ class RunFolder:
             self._replace("plugins.state", broadcast)
         self._replace(_weights_name(group), data)
 
-    def write_class_names(self, names: Sequence[str]) -> None:
-        """Write model.json: what the model's outputs mean, in their order."""
-        self._replace("model.json", _json({"class_names": list(names)}))
+    def write_model_json(self, names: Sequence[str], preprocessing: Mapping[str, object]) -> None:
+        """Write model.json: what the model's outputs mean, in their order, and how its images are prepared."""
+        self._replace("model.json", _json({"class_names": list(names), "preprocessing": preprocessing}))
 
     def write_summary(self, summary: RunSummary) -> None:
         """Replace summary.json."""
@@ -236,6 +237,22 @@ def read_model(run: Path, *, group: int = 0) -> tuple[Weights, ImageShape, bytes
         return weights, shape, state.read_bytes() if state.exists() else b""
     except (OSError, ValueError, TypeError, KeyError, safetensors.SafetensorError) as error:
         raise SettingError("run", str(run), wanted) from error
+
+
+def read_preprocessing(run: Path) -> tuple[Preprocessing, Statistics]:
+    """How a run's images are resized, cropped and normalized; not at all in runs of earlier versions.
+
+    Raises:
+        RunError: model.json is damaged.
+    """
+    try:
+        values = json.loads((run / "model.json").read_text()).get("preprocessing") or {}
+        statistics = tuple(map(float, values.get("mean", PLAIN[0]))), tuple(map(float, values.get("std", PLAIN[1])))
+        return Preprocessing(values.get("resize", ""), values.get("center_crop", "")), statistics
+    except FileNotFoundError:
+        return Preprocessing(), PLAIN
+    except (OSError, ValueError, TypeError, AttributeError, SettingError) as error:
+        raise RunError(f"{run / 'model.json'} cannot be read: {error}") from error
 
 
 def read_class_names(run: Path, classes: int) -> tuple[str, ...]:

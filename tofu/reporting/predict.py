@@ -8,12 +8,13 @@ from torch import nn
 
 from tofu.data import ImageShape, to_float
 from tofu.data.images import IMAGE_SUFFIXES, fit_image, read_image
+from tofu.data.preprocessing import Preprocessing, normalize_inputs
 from tofu.errors import DataError, SettingError
 from tofu.models import initial_model
 from tofu.models.spiking import FREQUENCIES, DctEncoder
 from tofu.plugins import MAX_STATE_BYTES, RoundContext, make_plugins
 from tofu.reference_model import ReferenceModel
-from tofu.reporting.folder import read_class_names, read_config, read_model
+from tofu.reporting.folder import read_class_names, read_config, read_model, read_preprocessing
 from tofu.weights import load_weights
 
 _AT_A_TIME = 500
@@ -40,17 +41,19 @@ def predict_images(run: Path, images: Path, *, frequencies: int = 0) -> list[dic
     weights, shape, broadcast = read_model(run)
     plugins = make_plugins(settings.plugins.plugins, settings.plugins.plugin_options)
     plugins.load(broadcast=broadcast, max_bytes=MAX_STATE_BYTES)
+    preprocessing, statistics = read_preprocessing(run)
     models = []
     for group in range(plugins.groups):
         context = RoundContext.of(settings, shape, settings.training.rounds, group=group)
         built = initial_model(settings.model, shape, settings.run.seed)
+        normalize_inputs(built, statistics)
         model = ReferenceModel.of(built, shape, plugins, context).model
         load_weights(model, read_model(run, group=group)[0] if group else weights)
         if frequencies:
             _keep_frequencies(model, frequencies)
         models.append(model.eval())
     names, files = read_class_names(run, shape.classes), _files(images)
-    pixels = torch.stack([_read(file, shape) for file in files])
+    pixels = torch.stack([_read(file, shape, preprocessing) for file in files])
     rows: list[dict[str, object]] = []
     for start in range(0, len(files), _AT_A_TIME):
         prediction = plugins.predict_groups(models, to_float(pixels[start : start + _AT_A_TIME]))
@@ -94,9 +97,9 @@ def _files(images: Path) -> list[Path]:
     return found
 
 
-def _read(file: Path, shape: ImageShape) -> torch.Tensor:
+def _read(file: Path, shape: ImageShape, preprocessing: Preprocessing) -> torch.Tensor:
     """Read one image exactly as in training: uint8 [channels, height, width]."""
     try:
-        return torch.from_numpy(fit_image(read_image(file), shape).copy())
+        return torch.from_numpy(fit_image(preprocessing(read_image(file)), shape).copy())
     except DataError as error:
         raise DataError(f"{file} {error}") from error

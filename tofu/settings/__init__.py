@@ -56,6 +56,8 @@ EXTENSIBLE = tuple(_REGISTRIES)
 MIN_SECURE = 3
 """Minimum number of clients in a secure round. With two, each could compute the other's update from the sum."""
 
+_OF_IMAGES = ("resize", "center_crop", "normalization", "augmentation")
+
 FULL_WEIGHTS = "full-weights"
 """The value of `downlink` with which the server sends its weights."""
 
@@ -195,15 +197,30 @@ class Settings(BaseModel):
             raise SettingError("feature-columns", data.feature_columns, "none with a text-column")
         if data.partition == "natural" and not data.client_column:
             raise SettingError("partition", "natural", "a client-column, which names the client of each row")
+        if any(getattr(data, name) != FIELDS[name].default for name in _OF_IMAGES):
+            self._check_images()
         if data.kind != "images":
             for name, value, none in (
                 ("plugins", plugin.plugins, ""),
                 ("tasks", plugin.tasks, "none"),
                 ("subpopulations", data.subpopulations, ""),
                 ("record-clients", self.run.record_clients, ""),
+                *((name, getattr(data, name), FIELDS[name].default) for name in _OF_IMAGES),
             ):
                 if value != none:
                     raise SettingError(name, value, f"{none!r} for a {data.kind} dataset: it needs images")
+
+    def _check_images(self) -> None:
+        from tofu.data.preprocessing import Preprocessing, parse_normalization, split_augmentations
+
+        data = self.data
+        Preprocessing(data.resize, data.center_crop)
+        parse_normalization(data.normalization)
+        if split_augmentations(data.augmentation) and self.plugins.tasks == "pixels":
+            raise SettingError("augmentation", data.augmentation, "none with tasks=pixels, which permutes the pixels")
+        if self.run.record_clients and (data.augmentation or data.normalization != "-1to1"):
+            accepted = "none with augmentation or normalization, which attacks do not make again"
+            raise SettingError("record-clients", self.run.record_clients, accepted)
 
     def _check_plugins(self, kinds: tuple[str, ...]) -> None:
         from tofu.plugins import Plugin, RunRequirements, make_plugins

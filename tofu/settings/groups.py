@@ -44,6 +44,17 @@ class DataSettings(Group):
     )
     strict: bool = setting(False, "refuse data with an image that cannot be read, instead of leaving it out")
     clients: int = setting(10, "number of simulated clients", ge=1, le=100_000)
+    resize: str = setting(
+        "", "size to which images are resized: HEIGHTxWIDTH, or one number for the shorter side; empty keeps them"
+    )
+    center_crop: str = setting(
+        "", "size that is cut out of the middle after the resize: HEIGHTxWIDTH or one number; empty does not crop"
+    )
+    normalization: str = setting(
+        "-1to1",
+        "range of the pixels: -1to1, imagenet, dataset (statistics of the training images), or MEAN/STD of pixels from 0 to 1",
+    )
+    augmentation: str = setting("", "random changes of training images, separated by commas: flip, crop", repeated=",")
     feature_columns: str = setting(
         "", "columns of a table that are features, separated by commas; * is all columns of numbers"
     )

@@ -145,5 +145,5 @@ def test_a_client_that_cannot_take_part_is_a_failure_of_the_round(tmp_path: Path
     _, rounds = small_run(data, tmp_path / "run")
     assert len(rounds[1].by_client) == 1
     assert [failure.reason for failure in rounds[1].failures] == [
-        f"{data / '1' / '13.png'} has 8x9 pixels, expected 8x8 (width x height)"
+        f"{data / '1' / '13.png'} has 8x9 pixels, expected 8x8 (width x height); resize=8x8 gives all images this size"
     ]
