@@ -27,8 +27,20 @@ from tofu.errors import TofuError
 from tofu.flower.policy import Policy, client_name, error_replies
 from tofu.flower.secure_session import answer_query, participant_of
 from tofu.log import about, start_logging
+from tofu.secagg.identities import HELLO
 from tofu.settings import Settings
-from tofu.wire import CLASSES, FIELD, RECORD, SECURE, SecureQuery, TrainRequest, class_names_from, class_names_to_text
+from tofu.wire import (
+    CLASSES,
+    FIELD,
+    RECORD,
+    SECURE,
+    SIGNATURE,
+    SecureQuery,
+    TrainRequest,
+    class_names_from,
+    class_names_to_text,
+    hello_parts,
+)
 from tofu.workload import Workload
 
 LOG = logging.getLogger("tofu.client")
@@ -37,6 +49,7 @@ LOG = logging.getLogger("tofu.client")
 def hello(message: Message, context: Context, workload: Workload | None = None) -> Message:
     """Reply with this client's name, its number of images and how many more cannot be read.
 
+    A client with an identity signs its name for this node, so that no other node can take it.
     A client with data of its own adds the names of its classes, so that the server can number them for the run.
     Under DP, all this would not be noised: the number is 1, and the rest is not sent.
     """
@@ -46,7 +59,11 @@ def hello(message: Message, context: Context, workload: Workload | None = None) 
         policy.check_noise(settings.privacy.noise_multiplier)
         data = client_data(settings, context, workload)
         private = bool(settings.privacy.noise_multiplier)
-        answer.record = ConfigRecord({"client": client_name(context), "examples": 1 if private else len(data)})
+        name = client_name(context)
+        answer.record = ConfigRecord({"client": name, "examples": 1 if private else len(data)})
+        member = participant_of(context, name, settings.secure.secagg_collusion_fraction)
+        if member.identity is not None:
+            answer.record[SIGNATURE] = member.signature(HELLO, *hello_parts(context.node_id, name))
         unreadable = len(getattr(data, "unreadable", ()))
         if unreadable and not private:
             answer.record["unreadable"] = unreadable

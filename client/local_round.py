@@ -149,6 +149,8 @@ def train_round(
     """
     policy = Policy.of(context)
     policy.check_round(request.kind, settings.privacy.noise_multiplier)
+    if request.kind == "secure":
+        policy.check_identity(identified="identity" in context.node_config)
     policy.check_shape(request.shape)
     local = LocalRound.begin(request, round_, settings, context, workload or workload_of(settings))
     trained = local.train()
@@ -388,6 +390,7 @@ class LocalRound:
             values=encoder.values,
         )  # fmt: skip
         check_noise_grid(noise, encoder.levels, config.unit_weight, config.ranges)
+        Policy.of(self.context).check_sum_noise(noise, session, participant)
         seed = derive_bytes(settings.run.seed, self.round, self.position.client, "round")
         step = EncodeInRing(encoder, trained.examples, trained.loss, seed, trained.exported.sums, noise)
         outgoing = step.apply(outgoing)

@@ -1,7 +1,8 @@
 """The connected clients: node ids from the transport, names and numbers of images from the clients themselves."""
 
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,8 @@ from server.ledger import Ledger, client_order
 from tofu.errors import PayloadError, RunError
 from tofu.flower.transport import Transport, error_reason, make_message
 from tofu.observers.base import Observer
-from tofu.wire import CLASSES, RECORD, class_names_from, class_names_to_text
+from tofu.secagg.identities import HELLO, verify
+from tofu.wire import CLASSES, RECORD, SIGNATURE, class_names_from, class_names_to_text, hello_parts, run_name
 
 _GRACE_SECONDS = 30.0
 """Time to wait for other clients if all that are connected have declined."""
@@ -41,17 +43,22 @@ class Client:
 class Clients:
     """Keeps track of the connected clients. A new node is asked once for its name and number of images.
 
+    A name belongs to the node that introduced itself with it first; another node never takes its place.
+
     Args:
         class_names: the classes of the run in order. A client whose data have other classes, or another order, receives
             them, and does not take part if it has a class that is not among them; with (), clients number their own.
+        identities: client name -> public key; a node must then sign the name under which it takes part.
     """
 
     def __init__(
-        self, transport: Transport, ledger: Ledger, observer: Observer, class_names: tuple[str, ...] = ()
-    ) -> None:
+        self, transport: Transport, ledger: Ledger, observer: Observer, class_names: tuple[str, ...] = (),
+        identities: Mapping[str, bytes] | None = None,
+    ) -> None:  # fmt: skip
         self._transport, self._ledger, self._observer = transport, ledger, observer
-        self._class_names = class_names
+        self._class_names, self._identities = class_names, identities
         self._known: dict[int, Client | None] = {}
+        self._owners: dict[str, int] = {}
         self._declined: dict[int, str] = {}
         self._unreported: dict[int, str] = {}
 
@@ -68,15 +75,14 @@ class Clients:
             self._introduce([node for node in nodes if node not in self._known], end, round_)
             found: dict[str, Client] = {}
             for client in filter(None, (self._known.get(node) for node in nodes)):
-                if client.name in found:
-                    other = found[client.name].node
+                if (owner := self._owners[client.name]) == client.node:
+                    found[client.name] = client
+                else:
                     self._observer.on_note(
-                        f"node {client.node} has the name of client {client.name}, as node {other} does: ignored",
+                        f"node {client.node} has the name of client {client.name}, as node {owner} does: ignored",
                         round=round_,
                         node=client.node,
                     )
-                else:
-                    found[client.name] = client
             if len(found) >= min_clients:
                 return sorted(found.values(), key=lambda client: client_order(client.name))
             declined = [self._declined[node] for node in nodes if node in self._declined]
@@ -111,7 +117,9 @@ class Clients:
 
     def restore(self, state: list[list[Any]]) -> None:
         """Restore what `state` returned; only if the nodes are still the same."""
-        self._known = {fields[0]: Client(*fields) for fields in state}
+        for client in (Client(*fields) for fields in state):
+            self._known[client.node] = client
+            self._owners.setdefault(client.name, client.node)
 
     def _introduce(self, nodes: list[int], end: float, round_: int) -> None:
         if not nodes:
@@ -124,10 +132,16 @@ class Clients:
                 continue
             try:
                 client = _introduced(node, reply)
+                if self._identities is not None:
+                    signature = reply.content.config_records[RECORD].get(SIGNATURE)
+                    parts = run_name(self._transport.run_id), *hello_parts(node, client.name)
+                    given = signature if isinstance(signature, bytes) else b""
+                    verify(self._identities, client.name, given, HELLO, *parts)
             except PayloadError as error:
                 self._decline(node, str(error), reply, round_)
                 continue
             self._known[node] = client
+            self._owners.setdefault(client.name, node)
             self._ledger.add(reply, round_=round_, kind="hello", direction="uplink", client=client.name)
             if client.unreadable:
                 total = client.examples + client.unreadable
@@ -183,3 +197,8 @@ def _introduced(node: int, reply: Message) -> Client:
     if not isinstance(unreadable, int) or not 0 <= unreadable <= MAX_EXAMPLES:
         raise PayloadError(f"it claims {str(unreadable)[:20]} unreadable images, expected 0 to {MAX_EXAMPLES}")
     return Client(node, name, examples, unreadable, classes)
+
+
+def example_cap(examples: Sequence[int], ratio: float) -> int:
+    """The largest weight of a client: `ratio` times the median number of examples, at least 1; 0 means no limit."""
+    return max(1, int(ratio * statistics.median(examples))) if ratio else max(examples)

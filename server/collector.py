@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -11,10 +11,11 @@ from flwr.app import Message
 from torch import Tensor
 
 from server.checkpoint import Snapshot
-from server.client_registry import Client
+from server.client_registry import Client, example_cap
 from server.global_model import GlobalModel
 from server.ledger import Ledger
 from tofu.errors import PayloadError, RunError
+from tofu.flower.internals import LOST
 from tofu.flower.transport import Transport, body_of, error_reason, make_message, never
 from tofu.observers.base import Observer
 from tofu.plugins import Export, Plugins, export_from_bytes
@@ -29,6 +30,9 @@ from tofu.wire import CLIENT_ACCURACY, HEADER_BYTES, RESYNC, TrainReply, TrainRe
 
 LARGE = 10.0
 """An update so many times longer than the median of the round is reported."""
+
+_MIN_SECONDS = 1.0
+"""No request is sent again if less is left of the round."""
 
 _WINDOW = 256
 """Number of messages sent at a time, so that a round with many clients does not hold a model for each of them."""
@@ -119,13 +123,20 @@ class Collector(Protocol):
 class TrainExchange:
     """Sends train requests, and again with full weights to clients that cannot use what they were sent.
 
+    Args:
+        ask_again: also if a request or its reply got lost, as all do if the SuperLink's clock is set forward: Flower's
+            messages expire by the time of day. Not under DP, because every answer spends some of it.
+
     Attributes:
         acknowledged: client name -> last round whose reply was added; its error feedback continues from there.
         adverts: client name -> keys that it sent ahead of a secure round.
     """
 
-    def __init__(self, transport: Transport, ledger: Ledger, observer: Observer, timeout: float) -> None:
+    def __init__(
+        self, transport: Transport, ledger: Ledger, observer: Observer, timeout: float, *, ask_again: bool = True
+    ) -> None:
         self._transport, self._ledger, self._observer, self._timeout = transport, ledger, observer, timeout
+        self._resent = (RESYNC, *LOST) if ask_again else (RESYNC,)
         self.acknowledged: dict[str, int] = {}
         self.adverts: dict[str, bytes] = {}
         self._broadcasts: dict[str, bytes] = {}
@@ -151,7 +162,8 @@ class TrainExchange:
         self._observer.on_phase(state.round, state.label, "train", 0, len(clients))
         for resend, some in ((False, clients), (True, lost)):
             for client, reply in self._send(model, some, state, secure_parts or {}, enough, resend=resend):
-                if not resend and reply.has_error() and reply.error.code == RESYNC:
+                time_left = state.deadline - time.monotonic() > _MIN_SECONDS
+                if not resend and time_left and reply.has_error() and reply.error.code in self._resent:
                     self._count_error(client, reply, state, fedavg=False)
                     text = f"round {state.round}: client {client.name} is sent full weights: {error_reason(reply)}"
                     self._observer.on_note(text, round=state.round, node=client.node)
@@ -369,11 +381,6 @@ class OpenCollector:
         if not 0 <= accuracy <= 1:
             raise PayloadError(f"reply has the accuracy {accuracy:g}, expected 0 to 1")
         return export
-
-
-def example_cap(examples: Sequence[int], ratio: float) -> int:
-    """The largest weight of a client: `ratio` times the median number of examples, at least 1; 0 means no limit."""
-    return max(1, int(ratio * statistics.median(examples))) if ratio else max(examples)
 
 
 def _full_bytes(model: GlobalModel) -> int:

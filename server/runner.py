@@ -19,6 +19,7 @@ from server.collector import Collected, Collector, OpenCollector, RoundState, Tr
 from server.evaluator import Evaluator
 from server.global_model import GlobalModel
 from server.ledger import Ledger
+from server.secure_ranges import known_identities
 from server.secure_round import SecureCollector
 from server.stragglers import Stragglers
 from tofu.evaluation import Evaluation
@@ -138,12 +139,17 @@ class RoundRunner:
         self._schedule = make_schedule(settings.rounds, settings.training.rounds)
         self.stream = TaskStream.of(settings.plugins, reference.shape.classes, settings.run.seed)
         workload = workload or workload_of(settings)
-        self._clients = Clients(transport, ledger, observer, label_names(workload))
+        self._clients = Clients(
+            transport, ledger, observer, label_names(workload), known_identities(settings.secure)
+        )  # fmt: skip
         self._evaluator = Evaluator(
             test, self.stream, self.plugins, workload,
             multi_head=settings.plugins.task_heads == "multi", device=settings.run.device,
         )  # fmt: skip
-        self._exchange = TrainExchange(transport, ledger, observer, settings.server.round_timeout)
+        self._exchange = TrainExchange(
+            transport, ledger, observer, settings.server.round_timeout,
+            ask_again=not settings.privacy.noise_multiplier,
+        )  # fmt: skip
         self._open = OpenCollector(self._exchange, self.plugins, settings.server, observer)
         self._secure: Collector = self._open
         if "secure" in self._schedule.kinds:

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from server.checkpoint import Snapshot
-from server.client_registry import Client
+from server.client_registry import Client, example_cap
 from tofu.plugins import SumSpec
 from tofu.privacy import Noise
 from tofu.secagg import coordinates
@@ -86,7 +86,9 @@ class SecureRanges:
             displacement: the round's weights minus the initial ones, as one vector [values].
         """
         settings, count = self._settings, max(len(clients), MIN_SECURE)
-        unit = sum(client.examples for client in clients) / len(clients) if clients else 1.0
+        claimed = [client.examples for client in clients] or [1]
+        cap = example_cap(claimed, settings.server.max_example_ratio)  # or one claim could round all others to nothing
+        unit = sum(min(examples, cap) for examples in claimed) / len(claimed)
         fraction, bits = coordinates.settings_for(settings.secure.secure_ratio, count)
         levels = FixedPoint(count, bits, 1.0).levels
         # Rounding to the nearest step with unknown ranges could round everything to zero.

@@ -41,6 +41,9 @@ STAGES = ("advert", "share", "confirm", "reveal")
 SECURE = "secure"
 """The action of these queries."""
 
+SIGNATURE = "signature"
+"""In the reply of a client with an identity to hello: it signs `hello_parts`."""
+
 CLASSES = "classes"
 """The action of a query that tells a client with data of its own how the run's classes are numbered."""
 
@@ -66,6 +69,11 @@ def broadcast_id(broadcast: bytes) -> bytes:
 def run_name(run_id: int) -> bytes:
     """The bytes that bind the keys and signatures of secure rounds to one Flower run, the same on both ends."""
     return run_id.to_bytes(8, "little")
+
+
+def hello_parts(node: int, name: str) -> tuple[bytes, bytes]:
+    """What a client with an identity signs for a run: the node at which the server finds it, and its name."""
+    return node.to_bytes(8, "little"), name.encode()
 
 
 MAGIC = b"TOFU"

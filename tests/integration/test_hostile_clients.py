@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp
 
 from client import app as honest
 from server.app import serve_in_process
-from server.collector import example_cap
+from server.client_registry import example_cap
 from tofu.observers.base import Observer
 from tofu.privacy import Accountant
 from tofu.reporting.folder import fresh_folder

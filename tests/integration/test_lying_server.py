@@ -1,5 +1,6 @@
 """A server that isolates one client's update in a secure sum by giving the others something else."""
 
+import contextlib
 import dataclasses
 import json
 import threading
@@ -139,3 +140,53 @@ def test_a_masked_vector_is_not_sent_again_beside_others_that_are_zero(identitie
         run_in_process(server_app, app, run_config=settings.to_config(), num_supernodes=4, node_config=node)
         weights.append(json.loads((tmp_path / name / "summary.json").read_text())["weights_sha256"])
     assert (weights[0] == weights[1]) is identities
+
+
+@pytest.mark.parametrize(
+    ("node", "reason"),
+    [
+        ({"min-noise-multiplier": 1.0}, "a secure sum of which 0.707 of noise-multiplier=1 is sure is refused"),
+        ({"allowed-rounds": "secure", "policy": ""}, "a secure round without identities is refused"),
+    ],
+)
+def test_a_client_without_identity_refuses_what_impersonated_clients_would_not_protect(
+    node: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    """The server could be all the other members of the sum."""
+    settings = Settings.of(
+        SECURE | {"noise_multiplier": 1.0, "norm": "none", "secure_ratio": 1.5, "run_folder": str(tmp_path / "run")}
+    )
+    with pytest.raises(RunError, match=r"no round succeeded|no secure round succeeded"):
+        run_in_process(
+            server_app, honest.app, run_config=settings.to_config(), num_supernodes=4, node_config=lambda _: node
+        )
+    failures = read_rounds(tmp_path / "run" / "metrics.jsonl")[-1].failures
+    assert len(failures) == 4
+    assert all(reason in failure.reason for failure in failures)
+
+
+def test_a_client_with_a_minimum_of_noise_does_not_say_how_many_images_it_has(tmp_path: Path) -> None:
+    counts = []
+    app = ClientApp()
+
+    @app.query()
+    def hello(message: Message, context: Context) -> Message:
+        reply = honest.hello(message, context)
+        counts.append(None if reply.has_error() else dict(reply.content.config_records[RECORD]))
+        return reply
+
+    app.train()(honest.train)
+    for noise in (0.0, 1.0):
+        settings = Settings.of(
+            SECURE | {"schedule": "fedavg", "noise_multiplier": noise, "norm": "none", "round_timeout": 1.0,
+                      "run_folder": str(tmp_path / str(noise))}
+        )  # fmt: skip
+        with contextlib.suppress(RunError):
+            run_in_process(
+                server_app, app, run_config=settings.to_config(), num_supernodes=4,
+                node_config=lambda _: {"min-noise-multiplier": 1.0},
+            )  # fmt: skip
+    refused, private = counts[:4], counts[-4:]
+    assert refused == [None] * 4
+    assert [set(record) for record in private] == [{"client", "examples"}] * 4
+    assert [record["examples"] for record in private] == [1] * 4

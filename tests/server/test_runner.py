@@ -4,6 +4,7 @@ import itertools
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,14 +13,15 @@ from flwr.app import Error, Message, RecordDict
 from torch import Tensor, nn
 
 from client.state import load_state
+from deploy.identities import make_identities
 from server.checkpoint import Snapshot
 from server.ledger import Ledger
 from server.runner import RoundRunner
-from tests.server.memory import MemoryTransport
+from tests.server.memory import FIRST_NODE, MemoryTransport
 from tofu.compression.error_feedback import ErrorFeedback
 from tofu.data import FederatedData
 from tofu.errors import RunError
-from tofu.flower.internals import task_identity
+from tofu.flower.internals import task_identity, unavailable_reply
 from tofu.models import initial_model
 from tofu.observers.base import Observer
 from tofu.plugins import Plugin, PluginState, RoundContext, keep_channels, keep_entries
@@ -300,3 +302,74 @@ def test_a_checkpoint_of_another_architecture_is_refused() -> None:
     snapshot.blobs["plugins"] = b""
     with pytest.raises(RunError, match=r"the checkpoint of round 1 has architecture .*, the plugins made"):
         other.restore(snapshot, clients_kept=True)
+
+
+def lost_once() -> Any:
+    """A behavior whose first train request expires on the way, as all do if the SuperLink's clock is set forward."""
+    lost: list[str] = []
+
+    def behave(message: Message, answer: Callable[[], Message]) -> Message:
+        if not lost:
+            lost.append(message.metadata.message_id)
+            return unavailable_reply(message.metadata.message_id, FIRST_NODE)
+        return answer()
+
+    return on_train(behave)
+
+
+def test_a_round_all_of_whose_messages_expired_is_asked_for_again() -> None:
+    runner, transport = make(schedule="fedavg")
+    transport.behaviors = {name: lost_once() for name in ("0", "1", "2")}
+    [result] = rounds(runner, 1)
+    assert [client.name for client, _ in result.replies] == ["0", "1", "2"]
+    assert transport.trained() == ["0", "1", "2"] * 2
+
+
+def test_with_noise_a_lost_answer_is_not_asked_for_again() -> None:
+    runner, transport = make(schedule="fedavg", noise_multiplier=1.0, norm="none")
+    transport.behaviors = {name: lost_once() for name in ("0", "1")}
+    [result] = rounds(runner, 1)
+    assert [client.name for client, _ in result.replies] == ["2"]
+    assert transport.trained() == ["0", "1", "2"]
+
+
+def named(name: str) -> Any:
+    """A behavior that introduces itself as another client."""
+
+    def behave(message: Message, answer: Callable[[], Message]) -> Message:
+        reply = answer()
+        if message.metadata.message_type == "query" and not reply.has_error():
+            reply.content.config_records["t"]["client"] = name
+        return reply
+
+    return behave
+
+
+def test_a_node_that_takes_anothers_name_does_not_displace_it() -> None:
+    """Also if Flower lists it first, and while the owner of the name is away."""
+    runner, transport = make(schedule="fedavg")
+    transport.absent = {"0"}
+    transport.behaviors = {"0": named("1")}
+    [first] = rounds(runner, 1)
+    transport.absent = set()
+    [second] = rounds(runner, 2)
+    assert first.nodes == second.nodes == {"1": FIRST_NODE + 1, "2": FIRST_NODE + 2}
+    transport.absent = {"1"}
+    [third] = rounds(runner, 3)
+    assert third.nodes == {"2": FIRST_NODE + 2}
+
+
+def test_with_identities_a_name_takes_its_owners_signature(tmp_path: Path) -> None:
+    """The impostor, node 0, comes first; it has the key of client 0 and says that it is client 1."""
+    make_identities(tmp_path, ["0", "1", "2"])
+    known = str(tmp_path / "identities.json")
+    settings = Settings.of(TINY | {"schedule": "fedavg", "secure_identities": known})
+    transport = MemoryTransport(settings, {"0": named("1")})
+    for number, context in enumerate(transport.contexts.values()):
+        context.node_config |= {"identity": str(tmp_path / f"{number}.identity"), "identities": known}
+    runner, _ = make(transport, schedule="fedavg", secure_identities=known)
+    [result] = rounds(runner, 1)
+    assert {name: node for name, node in result.nodes.items() if name not in result.failures} == {
+        "1": FIRST_NODE + 1, "2": FIRST_NODE + 2
+    }  # fmt: skip
+    assert list(result.failures.values()) == ["1 did not sign this name: the signature does not fit"]

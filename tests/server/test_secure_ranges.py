@@ -5,8 +5,10 @@ import random
 import pytest
 import torch
 
-from server.secure_ranges import UpdateScaleTracker
-from tofu.weights import Weights
+from server.client_registry import Client
+from server.secure_ranges import SecureRanges, UpdateScaleTracker
+from tofu.settings import Settings
+from tofu.weights import ParamSpec, Weights
 
 
 def updates(count: int) -> list[tuple[Weights, int]]:
@@ -44,3 +46,12 @@ def test_the_order_of_answers_changes_nothing() -> None:
             seen.observe(update, examples, 1, 1.0)
         found.append((seen.powers, seen.peaks))
     assert all(one == found[0] for one in found)
+
+
+def test_a_claim_of_many_examples_does_not_round_the_others_to_nothing() -> None:
+    """The unit of weight is a typical client's: with 10^9 claimed by one of ten, the others' had 1e-6 of it."""
+    settings = Settings.of({"clients": 10, "schedule": "secure"})
+    spec = ParamSpec({"weight": torch.Size((3, 2))}, {})
+    claims = [Client(number, str(number), 100 if number else 10**9) for number in range(10)]
+    config, _ = SecureRanges(spec, settings).encoding(claims, {}, torch.zeros(6))
+    assert config.unit_weight == pytest.approx(190)

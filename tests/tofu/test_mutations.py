@@ -4,14 +4,19 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
 
 from tests.mutations import mutations
 from tests.tofu.secagg.test_messages import KINDS, MESSAGES
+from tofu.codec.options import CompressorOptions, ProxySettings
+from tofu.compression import compressors, make_compressor
+from tofu.compression.base import Compressor
 from tofu.data import ImageShape
 from tofu.errors import PayloadError
 from tofu.plugins import SumSpec
 from tofu.plugins.export import Export, export_from_bytes, export_to_bytes
 from tofu.plugins.state import state_from_bytes, state_to_bytes
+from tofu.reference_model import ReferenceModel
 from tofu.secagg.encoding import EncodingConfig
 from tofu.wire import Payload, SecureAnswer, SecurePart, SecureQuery, TrainReply, TrainRequest, read_payload
 
@@ -61,4 +66,35 @@ def test_a_mutated_message_is_refused_in_one_line_or_read(name: str) -> None:
         except PayloadError as error:
             refusals.append(str(error))
     assert len(refusals) > 100
+    assert not [line for line in refusals if "\n" in line or len(line) > 1000]
+
+
+def refusal(compressor: Compressor, network: ReferenceModel, body: bytes) -> str:
+    """Why a body is refused; "" if it is decoded, which must give tensors of the model's names and shapes."""
+    try:
+        decoded = compressor.decompress(network, body)
+    except PayloadError as error:
+        return str(error)
+    assert {name: value.shape for name, value in decoded.items()} == network.param_spec.shapes
+    assert all(value.dtype == torch.float32 for value in decoded.values())
+    return ""
+
+
+@pytest.mark.parametrize("name", compressors.names())
+def test_a_mutated_body_of_a_codec_is_refused_or_read(name: str) -> None:
+    """What is read may hold any values, also infinite ones: the aggregation refuses what it cannot add."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    network = ReferenceModel(model, ImageShape(1, 4, 4, 4))
+    ratio = {"none": 1.0, "signsgd": 13.0, "float16": 1.6, "proxy": 2.0, "3sfc": 3.0}.get(name, 4.0)
+    options = CompressorOptions(encoder=ProxySettings(max_evals=3))
+    compressor = make_compressor(name, network, ratio=ratio, options=options)
+    bodies = []
+    for seed in range(2):
+        drawn = torch.Generator().manual_seed(seed)
+        update = {n: 0.1 * torch.randn(shape, generator=drawn) for n, shape in network.param_spec.shapes.items()}
+        bodies.append(compressor.compress(network, update, generator=drawn).body)
+        assert not refusal(compressor, network, bodies[-1])
+    refusals = [refusal(compressor, network, data) for data in mutations(bodies)]
+    assert any(refusals)
     assert not [line for line in refusals if "\n" in line or len(line) > 1000]

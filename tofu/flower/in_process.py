@@ -178,7 +178,7 @@ class InProcessGrid(Grid):
         end = None if timeout is None else time.monotonic() + timeout
         with self._changed:
             while waiting := [sent for sent in map(self._sent.get, order) if sent is not None and not sent.settled]:
-                left = min(sent.expires_at for sent in waiting) - time.time()
+                left = min(sent.expires_at for sent in waiting) - time.monotonic()
                 if end is not None:
                     left = min(left, end - time.monotonic())
                     if left <= 0:
@@ -227,7 +227,7 @@ class InProcessGrid(Grid):
                 raise RuntimeError("the run is over")
             for identity in [identity for identity, sent in self._sent.items() if sent.expired]:
                 del self._sent[identity]
-            self._sent[parcel.identity] = _Sent(message.metadata.created_at + message.metadata.ttl, parcel)
+            self._sent[parcel.identity] = _Sent(time.monotonic() + message.metadata.ttl, parcel)
             node.inbox.append(parcel.identity)
             if not node.busy:
                 node.busy = True
@@ -253,7 +253,7 @@ class InProcessGrid(Grid):
         try:
             with self._unpacking:
                 message = request.unpack()
-            reply = self._answer(node, message)
+            reply = self._answer(node, message, sent.expires_at)
         except Exception as error:
             # Whatever it is, this thread must go on: a node whose message were neither answered nor given up would
             # look busy for ever.
@@ -265,7 +265,7 @@ class InProcessGrid(Grid):
             sent.reply, sent.lost = reply, reply is None
             self._changed.notify_all()
 
-    def _answer(self, node: "_Node", message: Message) -> "_Parcel":
+    def _answer(self, node: "_Node", message: Message, expires_at: float) -> "_Parcel":
         context = node.context
         try:
             try:
@@ -276,6 +276,8 @@ class InProcessGrid(Grid):
                     node.context = copy_context(context)
             if not isinstance(reply, Message):
                 raise TypeError(f"the client app returned {type(reply).__name__}, not a Message")
+            if reply.metadata.ttl <= 0:  # Flower has computed it by the time of day
+                reply.metadata.ttl = expires_at - time.monotonic()
             parcel = _Parcel.pack(reply, {})
             errors = message_errors(reply, reply=True)
             if reply.metadata.reply_to_message_id != message.metadata.message_id:
@@ -313,7 +315,7 @@ class _Parcel:
 class _Sent:
     """A message that was sent and not pulled yet; `request` goes when a worker takes it, `reply` comes when it ends.
 
-    `lost` where none will come.
+    `lost` where none will come. `expires_at` is by `time.monotonic`: a clock that is set ends no message.
     """
 
     expires_at: float
@@ -324,7 +326,7 @@ class _Sent:
     @property
     def expired(self) -> bool:
         """Whether the time to live is over, after which a SuperLink gives out no reply, even one that came in time."""
-        return time.time() >= self.expires_at
+        return time.monotonic() >= self.expires_at
 
     @property
     def settled(self) -> bool:

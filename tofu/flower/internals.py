@@ -26,6 +26,7 @@ from tofu.errors import RunError
 
 __all__ = [
     "CLIENT_ERROR",
+    "LOST",
     "SERVER_NODE",
     "ConfigValue",
     "Run",
@@ -44,6 +45,8 @@ __all__ = [
 ]
 
 CLIENT_ERROR = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+LOST = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
+"""Codes of Flower's own error replies for a message that expired or got lost on the way."""
 
 
 def message_bytes(message: Message) -> int:

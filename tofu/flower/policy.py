@@ -5,6 +5,7 @@ which admits what comes with Tofu and no code or data that a server names. Clien
 process, so nothing limits them: their node config has policy="none", or they run in Ray.
 """
 
+import math
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -20,8 +21,11 @@ from tofu.errors import PayloadError, PolicyError, RunError, SettingError, TofuE
 from tofu.models import model_names
 from tofu.plugins import plugin_names
 from tofu.plugins.options import split_options
+from tofu.privacy import Noise
 from tofu.rounds import KINDS
 from tofu.rounds.downlink import ResyncError
+from tofu.secagg.client import ClientSession
+from tofu.secagg.participant import Participant
 from tofu.settings import EXTENSIBLE, FIELDS, Value, accepted_values, dashed
 from tofu.settings.deprecated import present_names, present_node_config
 from tofu.settings.groups import EMBEDDED_TABLES
@@ -56,10 +60,13 @@ class Policy(BaseModel):
         datasets: accepted values of `dataset`, for a client without data of its own.
         own_data: whether the client trains on the folder of its node config only.
         allowed_rounds: accepted kinds of round.
-        min_noise_multiplier: lower limit of the run's noise; for secure rounds see docs/privacy.md.
+        min_noise_multiplier: lower limit of the run's noise, and of the noise that a secure sum has even if its other
+            members add none (`check_sum_noise`).
         min_neighbors, max_colluding: of secure rounds (`tofu.secagg.Participant`).
         max_classes: upper limit of a network's outputs, which a request chooses.
         class_names: whether the server may be told the names of the classes in the client's own folder.
+        trust_server: whether a client that takes part in secure rounds only does so without an identity, by which a
+            server that impersonates all others could read its update.
         error_details: whether error replies say why the client's own data or files cannot be used.
         settings: setting -> accepted values, or bounds of a number.
 
@@ -83,6 +90,7 @@ class Policy(BaseModel):
     max_colluding: int = Field(default=0, ge=0)
     max_classes: int = Field(default=1000, ge=1)
     class_names: bool = True
+    trust_server: bool = False
     error_details: bool = False
     settings: dict[str, list[Value] | Bounds] = {}
 
@@ -90,7 +98,8 @@ class Policy(BaseModel):
     def none() -> "Policy":
         """The policy of a client that runs in the server's own process: it accepts everything."""
         return Policy(
-            models=[ANY], plugins=[ANY], components=[ANY], datasets=[ANY], max_classes=65_535, error_details=True
+            models=[ANY], plugins=[ANY], components=[ANY], datasets=[ANY], max_classes=65_535, error_details=True,
+            trust_server=True,
         )  # fmt: skip
 
     @staticmethod
@@ -143,6 +152,32 @@ class Policy(BaseModel):
         if kind not in self.allowed_rounds:
             raise PolicyError("allowed-rounds", f"a {kind} round", ", ".join(self.allowed_rounds))
         self.check_noise(noise_multiplier)
+
+    def check_identity(self, *, identified: bool) -> None:
+        """Check the terms of a secure round. Raises PolicyError if only secure rounds are allowed, without identity."""
+        if self.allowed_rounds == ["secure"] and not identified and not self.trust_server:
+            accepted = "identity and identities in the node config, or the rule trust-server = true"
+            raise PolicyError("allowed-rounds", "a secure round without identities", accepted)
+
+    def check_sum_noise(self, noise: Noise | None, session: ClientSession, member: Participant) -> None:
+        """Check the noise that a secure sum is sure to have.
+
+        Without identities this is the client's own part, 1 / sqrt(n) of the whole for n that share it, because the
+        server could be all other members. With identities and the complete graph, all members but those that may
+        collude have agreed to the run's settings by their keys, and add their parts.
+
+        Raises:
+            PolicyError: it is less than the policy wants.
+        """
+        if noise is None or not self.min_noise_multiplier:
+            return
+        topology, members, honest = session.topology, session.members, 1
+        if member.identity is not None and topology.neighbors == members - 1:
+            honest = max(1, topology.threshold - max(self.max_colluding, math.floor(member.colluding * members)))
+        sure = noise.multiplier * math.sqrt(min(1.0, honest / noise.sharers))
+        if sure < self.min_noise_multiplier * (1 - 1e-9):
+            found = f"a secure sum of which {sure:.3g} of noise-multiplier={noise.multiplier:g} is sure"
+            raise PolicyError("min-noise-multiplier", found, f"{self.min_noise_multiplier:g} or more")
 
     def check_noise(self, noise_multiplier: float) -> None:
         """Check the run's noise. Raises PolicyError if there is less than the policy wants."""

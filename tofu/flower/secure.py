@@ -65,7 +65,7 @@ from tofu.rounds.steps import (
 from tofu.secagg.encoding import EncodingConfig, RingEncoder, SecureMean, purpose_of
 from tofu.secagg.identities import read_known
 from tofu.secagg.messages import Advert
-from tofu.secagg.server import ServerSession
+from tofu.secagg.server import ServerSession, check_signature
 from tofu.wire import FIELD, SecurePart, SecureQuery, run_name
 from tofu.wire import RECORD as STAGE
 
@@ -118,7 +118,9 @@ class SecureMod(TrainMod):
         if stage is not None:
             answer = answer_query(SecureQuery.from_bytes(stage.get(FIELD)), context, participant)
             return Message(RecordDict({STAGE: ConfigRecord({FIELD: answer.to_bytes()})}), reply_to=message)
-        Policy.of(context).check_round("secure", options.noise_multiplier)
+        policy = Policy.of(context)
+        policy.check_round("secure", options.noise_multiplier)
+        policy.check_identity(identified=participant.identity is not None)
         request = _SecureRequest.of(message, options, self._codec)
         encoder = request.encoder
         session = load_session(context, participant)
@@ -128,6 +130,7 @@ class SecureMod(TrainMod):
             )
         noise = options.noise_in_sum(session.topology, session.members, encoder)
         check_noise_grid(noise, encoder.levels, request.config.unit_weight, request.config.ranges)
+        policy.check_sum_noise(noise, session, participant)
         reply = call_next(message, context)
         if reply.has_error():
             return reply
@@ -294,6 +297,7 @@ class SecureAggregation(StrategyWrapper):
         self._ranges = RangeTracker(self._options)
         self._accountant = Accountant(delta)
         self._adverts: dict[int, bytes] = {}
+        self._owners: dict[str, int] = {}
         self.acknowledged: dict[int, int] = {}
         self._open: _OpenSum | None = None
         self._summed, self._abandoned = 0, ""
@@ -304,7 +308,7 @@ class SecureAggregation(StrategyWrapper):
         Raises:
             RunError: every round was abandoned because too few clients remained.
         """
-        self._summed, self._abandoned = 0, ""
+        self._summed, self._abandoned, self._owners = 0, "", {}
         result = super().start(*arguments, **options)
         if self._abandoned and not self._summed:
             raise RunError(f"no round could be summed: {self._abandoned}")
@@ -433,7 +437,10 @@ class SecureAggregation(StrategyWrapper):
                 name = Advert.from_bytes(keys[str(node)]).name
                 if self._known is None and name != str(node):
                     raise PayloadError(f"it has an identity ({name}): pass identities= to SecureAggregation")
-                if name in adverts:
+                if self._known is not None:
+                    check_signature(self._known, run_name(transport.run_id), Advert.from_bytes(keys[str(node)]))
+                # Keys of an earlier round that another node sends again are signed, too.
+                if self._owners.setdefault(name, node) != node:
                     raise PayloadError(f"another node has sent keys of {name}")
                 names[node], adverts[name] = name, keys[str(node)]
         if not names:

@@ -153,7 +153,9 @@ class SecureExchange:
                 if answer.advert:
                     adverts[name] = answer.advert
         with abandoning():
-            return session.finish()
+            total = session.finish()
+        self.failures.update(total.wrong)
+        return total
 
 
 @contextmanager

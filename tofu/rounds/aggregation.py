@@ -17,13 +17,16 @@ from tofu.weights import ParamSpec, Weights
 
 _FRACTION_BITS = 34
 _LIMIT = 2.0 ** (62 - _FRACTION_BITS)
+_CARRY_BITS = 32
 
 
 class RunningMean:
     """The weighted mean of the updates added so far, independent of the order in which they arrived.
 
     Sums of floats depend on their order. So each update, times its number of examples, is rounded to a multiple of
-    2^-34 and added as a 64-bit integer: such sums are exact. The rounding is far below float32's own.
+    2^-34 and added as a 64-bit integer: such sums are exact. The rounding is far below float32's own. Before a sum
+    could overflow, its upper 32 bits move to a second integer, so that each client has the whole range to itself, and
+    one that sends huge values leaves no less of it to the others.
 
     Attributes:
         examples: the sum of the weights.
@@ -32,21 +35,24 @@ class RunningMean:
     def __init__(self) -> None:
         self.examples = 0
         self._sums: dict[str, Tensor] = {}
+        self._carries: dict[str, Tensor] = {}
         self._largest = 0.0
 
     def add(self, update: Weights, examples: int) -> None:
         """Add an update with its number of examples.
 
         Raises:
-            PayloadError: the numbers are not finite or so large that they could overflow the sum. Nothing is added.
+            PayloadError: the numbers are not finite or too large for the integers. Nothing is added.
         """
         sizes = [float(value.abs().max()) * examples for value in update.values() if value.numel()]
         largest = max(sizes, default=0.0)
         # Python's max may pass over a NaN, so look at each.
-        if not all(map(math.isfinite, sizes)) or not self._largest + largest < _LIMIT:
+        if not all(map(math.isfinite, sizes)) or not largest < _LIMIT:
             raise PayloadError(
                 f"update times its {examples} examples reaches {largest:.3g}, more than can be added: training diverged"
             )
+        if not self._largest + largest < _LIMIT:
+            self._carry()
         self._largest += largest
         self.examples += examples
         for name, value in update.items():
@@ -59,7 +65,21 @@ class RunningMean:
     def mean(self) -> Weights:
         """The mean as float32, by name; call it only after an `add`."""
         scale = self.examples * 2.0**_FRACTION_BITS
-        return {name: (total.double() / scale).float() for name, total in self._sums.items()}
+        if self._carries:
+            self._carry()
+        # A carry is exact in float64, so that a sum with one is rounded once, as a sum without.
+        totals = {
+            name: self._carries[name].double() * 2.0**_CARRY_BITS + low.double() if self._carries else low.double()
+            for name, low in self._sums.items()
+        }
+        return {name: (total / scale).float() for name, total in totals.items()}
+
+    def _carry(self) -> None:
+        """Move the upper bits of the sums to the carries."""
+        for name, low in self._sums.items():
+            self._carries[name] = self._carries.get(name, torch.zeros_like(low)) + (low >> _CARRY_BITS)
+            low &= 2**_CARRY_BITS - 1
+        self._largest = 2.0 ** (_CARRY_BITS - _FRACTION_BITS)
 
 
 class Aggregator(ABC):

@@ -16,7 +16,6 @@ in the clear. The caller must protect them, and must replace the old bytes befor
 from an old state could answer a stage twice, and two vectors under the same masks reveal their difference.
 """
 
-import os
 import struct
 from dataclasses import dataclass, field
 
@@ -30,11 +29,13 @@ from tofu.secagg import shamir
 from tofu.secagg.graph import Session, Stage, Topology
 from tofu.secagg.identities import ADVERT, SURVIVORS
 from tofu.secagg.masks import (
+    NONCE_BYTES,
     SEED_BYTES,
     SHARE_KEY,
     RingVector,
     add_mask,
     agree,
+    commitment,
     largest,
     new_seed,
     pair_seed,
@@ -129,9 +130,6 @@ class ClientState:
 def _wipe(secret: bytearray) -> None:
     secret[:] = bytes(len(secret))
     secret.clear()
-
-
-_NONCE_BYTES = 12
 
 
 class ClientSession:
@@ -323,14 +321,15 @@ class ClientSession:
 
     def _seal(self, peer: int, shares: bytes) -> bytes:
         cipher, bound = self._cipher(peer, self._roster.client, peer)
-        # Random and not zero: a client restored from an earlier state must not use one nonce twice.
-        nonce = os.urandom(_NONCE_BYTES)
+        # A client restored from an earlier state draws another self-mask seed, so that it uses no nonce twice.
+        parties = self._participant.name, self._advert(peer).name
+        nonce = commitment(bytes(self._state.self_seed), self._digest, *parties)
         return nonce + cipher.encrypt(nonce, shares, bound)
 
     def _open(self, peer: int, sealed: bytes) -> bytes:
         cipher, bound = self._cipher(peer, peer, self._roster.client)
         try:
-            return cipher.decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], bound)
+            return cipher.decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], bound)
         except InvalidTag as error:
             name = self._advert(peer).name
             raise PayloadError(f"shares of {name} cannot be decrypted: wrong client or session") from error

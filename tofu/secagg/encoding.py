@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from tofu.bytes_io import MAX_BITS
-from tofu.errors import PayloadError, SettingError
+from tofu.errors import PayloadError, RunError, SettingError
 from tofu.plugins import SumSpec
 from tofu.secagg import coordinates
 from tofu.secagg.fixed_point import HEADROOM, Clipped, FixedPoint
@@ -349,12 +349,17 @@ class RingEncoder:
 
         Raises:
             PayloadError: the sum has another length.
-            RunError: the sum has 0 examples.
+            RunError: the sum has 0 examples, or is none that so many clients can have.
         """
         if total.size != self.length:
             raise PayloadError(f"sum has {total.size} elements, expected {self.length}")
         end = total.size - self._sums.length
+        self._check_possible(total[:end], clients)
         decoded = self._fixed.decode(total[:end])
+        if decoded.examples < clients:
+            raise RunError(
+                f"the sum holds {decoded.examples} examples of {clients} clients, expected 1 of each or more"
+            )
         weights = decoded.examples / self._config.unit_weight
         sent, losses, reported = np.split(decoded.mean, [self._count, self._count + _LOSS_ELEMENTS])
         values = self._expand(sent)
@@ -376,6 +381,16 @@ class RingEncoder:
             ranges=tuple(min(range_, MAX_RANGE) for range_ in ranges),
             sums=sums,
         )
+
+    def _check_possible(self, total: RingVector, clients: int) -> None:
+        """Raises RunError if no vectors of so many clients have this sum; the ring could hold that of more."""
+        values = centered(total[: total.size - 2 * self._fixed.digits], self._config.bits)
+        limit = clients * self._fixed.levels
+        if (values > limit).any() or (values < -limit).any():
+            raise RunError(f"the sum exceeds what {clients} clients can send: one of them sent an impossible vector")
+        counts = total[total.size - 2 * self._fixed.digits :]
+        if (counts > clients * (2**self._fixed.digit_bits - 1)).any():
+            raise RunError(f"the counts exceed what {clients} clients can send: one of them sent an impossible vector")
 
     def _select(self, displacement: Tensor) -> Tensor:
         """The coordinates that are sent (`tofu.secagg.coordinates`)."""

@@ -21,6 +21,8 @@ PUBLIC_BYTES = 32
 
 ADVERT = b"tofu secagg 1 advert"
 SURVIVORS = b"tofu secagg 1 survivors"
+HELLO = b"tofu secagg 1 name"
+"""Of a node that introduces itself under a client's name."""
 
 
 @dataclass(frozen=True)

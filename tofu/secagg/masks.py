@@ -11,6 +11,7 @@ Vectors are integers mod 2^b, 1 <= b <= 64, as uint64 below 2^b. uint64 arithmet
 sum of any length needs only one reduction at its end.
 """
 
+import hashlib
 import os
 
 import numpy as np
@@ -58,6 +59,7 @@ def centered(values: RingVector, bits: int) -> SignedVector:
 
 
 SEED_BYTES = 32
+NONCE_BYTES = 12
 KEY_BYTES = 32
 
 PAIR_MASK = b"tofu secagg 1 pair mask"
@@ -140,3 +142,18 @@ def add_mask(vector: RingVector, seed: bytes, bits: int, *, negative: bool = Fal
 def word_bytes(bits: int) -> int:
     """Bytes of the smallest word that holds an element of b bits."""
     return next(width for width in (1, 2, 4, 8) if bits <= 8 * width)
+
+
+def commitment(seed: bytes, digest: bytes, sender: str, receiver: str) -> bytes:
+    """Commit to a self-mask seed in a session -> 12 bytes, others for each receiver.
+
+    A client encrypts one message for each neighbor, under a key that serves only for it, so the nonce may be any value:
+    it is this hash of the sender's seed. A seed that the server reconstructs must give the nonces of all its neighbors.
+    So a wrong share does not corrupt a sum unnoticed, and no byte is added. (A mask key needs no commitment: its public
+    key is one.) The seed has 256 random bits, so that its hashes say nothing about it that could be computed.
+
+    Args:
+        digest: of the session's terms.
+    """
+    parts = fields(b"tofu secagg 1 commitment", digest, sender.encode(), receiver.encode(), seed)
+    return hashlib.sha256(parts).digest()[:NONCE_BYTES]

@@ -15,17 +15,18 @@ knows it.
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from tofu.bytes_io import unpack
 from tofu.errors import PayloadError, RunError
-from tofu.secagg import masks, shamir
+from tofu.secagg import masks
 from tofu.secagg.graph import PURPOSE_BYTES, SESSION_BYTES, Session, Stage, Terms, Topology
 from tofu.secagg.identities import ADVERT, SURVIVORS, check_known, verify
-from tofu.secagg.masks import RingVector, add_mask, pair_seed, public_key
+from tofu.secagg.masks import NONCE_BYTES, RingVector, add_mask, commitment, pair_seed, public_key
 from tofu.secagg.messages import MAX_CLIENTS, Advert, Confirmation, Masked, Reveal, Roster, Shares, Survivors
+from tofu.secagg.shamir import reconstruct
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,17 @@ class Total:
     Attributes:
         vector: sum of the survivors' vectors, ring elements [values].
         survivors: their names.
+        wrong: name of a client -> the reason, in one line, why a share that it revealed is wrong.
     """
 
     vector: RingVector
     survivors: tuple[str, ...]
+    wrong: Mapping[str, str] = field(default_factory=dict)
+
+
+def check_signature(known: Mapping[str, bytes], run: bytes, advert: Advert) -> None:
+    """Raises PayloadError if an advert is not signed for the run by the client that it names."""
+    verify(known, advert.name, advert.signature, ADVERT, run, advert.name.encode(), advert.signed)
 
 
 class ServerSession:
@@ -83,6 +91,8 @@ class ServerSession:
         self._neighbors: list[tuple[int, ...]] = []
         self._digest = b""
         self._sealed: dict[int, Mapping[int, bytes]] = {}
+        self._commitments: dict[int, dict[int, bytes]] = {}
+        self._wrong: dict[str, str] = {}
         self._shared: set[int] = set()
         self._sum = np.zeros(values, dtype=np.uint64)
         self._masked: set[int] = set()
@@ -107,7 +117,7 @@ class ServerSession:
         if advert.mask_key in keys or advert.share_key in keys or advert.mask_key == advert.share_key:
             raise PayloadError(f"{name} sent a key that another client has")
         if self._known is not None:
-            verify(self._known, name, advert.signature, ADVERT, self._run, name.encode(), advert.signed)
+            check_signature(self._known, self._run, advert)
         if len(self._adverts) == MAX_CLIENTS:
             raise PayloadError(f"{name} sent its advert to a session that is full with {MAX_CLIENTS} clients")
         self._adverts[name] = advert
@@ -150,6 +160,7 @@ class ServerSession:
                 f"{name} sent shares for clients that are not its {len(self._neighbors[number])} neighbors"
             )
         self._sealed[number] = shares.sealed
+        self._commitments[number] = {peer: sealed[:NONCE_BYTES] for peer, sealed in shares.sealed.items()}
 
     def deliveries(self) -> dict[str, bytes]:
         """Close ShareKeys -> each client's `Shares` from its neighbors. Raises RunError below the threshold."""
@@ -240,7 +251,7 @@ class ServerSession:
         """Close Unmasking and remove the masks from the sum.
 
         Raises:
-            RunError: there are fewer reveals than the threshold, or shares do not reconstruct a client's key.
+            RunError: there are fewer reveals than the threshold, or too many shares of one client are wrong.
         """
         self._advance(Stage.UNMASKING, Stage.DONE)
         self._check_enough(self._reveals, "revealed shares")
@@ -251,7 +262,7 @@ class ServerSession:
             else:
                 self._remove_pair_masks(number, secret)
         self._reveals.clear()
-        return Total(self._sum, tuple(self._order[number].name for number in sorted(self._masked)))
+        return Total(self._sum, tuple(self._order[number].name for number in sorted(self._masked)), self._wrong)
 
     @property
     def _present(self) -> tuple[bool, ...]:
@@ -291,17 +302,35 @@ class ServerSession:
         return max((threshold - len(still & set(self._neighbors[one])) for one in self._shared), default=threshold)
 
     def _reconstructed(self, number: int) -> bytes:
-        """Reconstruct the secret of a client of which its neighbors revealed shares."""
+        """Reconstruct the secret of a client of which its neighbors revealed shares. Raises RunError if that fails."""
         # The index of a share is its holder's position among the neighbors.
-        peers = enumerate(self._neighbors[number], start=1)
-        shares = {index: self._reveals[peer][number][1] for index, peer in peers if peer in self._reveals}
-        return shamir.combine(shares, self._terms.threshold)
+        peers = dict(enumerate(self._neighbors[number], start=1))
+        shares = {index: self._reveals[peer][number][1] for index, peer in peers.items() if peer in self._reveals}
+        owner = self._order[number].name
+        found = reconstruct(shares, self._terms.threshold, lambda secret: self._is_committed(number, secret))
+        if found is None:
+            raise RunError(
+                f"shares of {owner}'s secret do not reconstruct it: it gave out wrong ones, or several of its "
+                f"{len(shares)} neighbors revealed wrong ones"
+            )
+        for index in found[1]:
+            holder = self._order[peers[index]].name
+            self._wrong[holder] = f"its share of {owner}'s secret is wrong: {holder} changed it, or {owner} gave it so"
+        return found[0]
+
+    def _is_committed(self, number: int, secret: bytes) -> bool:
+        """Whether this is the secret of a client that it sent shares of."""
+        if number not in self._masked:
+            return public_key(secret) == self._order[number].mask_key
+        name = self._order[number].name
+        return all(
+            commitment(secret, self._digest, name, self._order[peer].name) == nonce
+            for peer, nonce in self._commitments[number].items()
+        )
 
     def _remove_pair_masks(self, gone: int, secret: bytes) -> None:
         """Remove the pair masks that a dropped-out client left in its neighbors' vectors."""
-        advert, members = self._order[gone], self._terms.members
-        if public_key(secret) != advert.mask_key:
-            raise RunError(f"shares of {advert.name}'s key do not reconstruct it: a neighbor revealed a wrong share")
+        members = self._terms.members
         for peer in self._neighbors[gone]:
             if peer in self._masked:
                 seed = pair_seed(secret, self._order[peer].mask_key, self._digest, members[gone], members[peer])

@@ -14,7 +14,8 @@ lines can read its memory more easily.
 """
 
 import os
-from collections.abc import Mapping
+import random
+from collections.abc import Callable, Mapping
 from functools import cache
 
 import numpy as np
@@ -28,6 +29,9 @@ MAX_SHARES = 255
 """All elements of the field except 0, at which the polynomial is the secret."""
 
 Bytes = npt.NDArray[np.uint8]
+
+_TRIES = 300
+"""With 31 neighbors, a threshold of 19 and 3 wrong shares, one subset in 20 has none: all fail once in five million."""
 
 _ORDER = 255
 _POLYNOMIAL = 0x11B  # x^8 + x^4 + x^3 + x + 1, of FIPS 197, section 4.2
@@ -69,6 +73,37 @@ def combine(shares: Mapping[int, bytes], threshold: int) -> bytes:
     values = np.frombuffer(b"".join(shares[index] for index in used), dtype=np.uint8).reshape(-1, SHARE_BYTES)
     weighted = _tables()[2][_weights(np.array(used))[:, None], values]
     return bytes(np.bitwise_xor.reduce(weighted, axis=0))
+
+
+def reconstruct(
+    shares: Mapping[int, bytes], threshold: int, is_valid: Callable[[bytes], bool]
+) -> tuple[bytes, list[int]] | None:
+    """Reconstruct a secret of which some shares may be wrong.
+
+    Args:
+        shares: index -> share, at least `threshold`.
+        is_valid: whether these 32 bytes are the secret.
+
+    Returns:
+        The secret and the indices of wrong shares, of which none are looked for if the first shares yield the secret;
+        None if no subset that was tried does.
+    """
+    secret = combine(shares, threshold)
+    if is_valid(secret):
+        return secret, []
+    generator = random.SystemRandom()
+    for _ in range(_TRIES if len(shares) > threshold else 0):
+        chosen = {index: shares[index] for index in generator.sample(sorted(shares), threshold)}
+        secret = combine(chosen, threshold)
+        if is_valid(secret):
+            others = dict(sorted(chosen.items())[1:])
+            wrong = [
+                index
+                for index in sorted(shares.keys() - chosen.keys())
+                if combine(others | {index: shares[index]}, threshold) != secret
+            ]
+            return secret, wrong
+    return None
 
 
 def _weights(indices: npt.NDArray[np.int64]) -> Bytes:

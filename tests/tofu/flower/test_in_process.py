@@ -1,5 +1,6 @@
 """The in-process grid: what a deployment promises (state, order, errors, expiry) holds here too."""
 
+import datetime
 import logging
 import os
 import signal
@@ -24,6 +25,7 @@ from tests.processes import wait_for
 from tofu.errors import SettingError
 from tofu.flower import in_process
 from tofu.flower.in_process import run_in_process
+from tofu.flower.transport import GridTransport
 
 Array = npt.NDArray[np.float32]
 Main = Callable[[Grid, Context], None]
@@ -391,6 +393,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from tofu.flower import in_process
 from tofu.flower.in_process import run_in_process
+from tofu.flower.transport import GridTransport
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 
@@ -433,3 +436,24 @@ def test_ctrl_c_ends_the_process_while_clients_train_for_ever() -> None:
     assert process.returncode == -signal.SIGINT, errors
     assert "KeyboardInterrupt" in errors
     assert "failed in" not in errors
+
+
+def test_a_clock_that_is_set_forward_expires_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten days ahead while clients work, for this process and for Flower, which computes a reply's time to live."""
+    days, clock = [0.0], time.time
+    monkeypatch.setattr(time, "time", lambda: clock() + 86400 * days[0])
+    for module in ("flwr.app.message.message", "flwr.server.utils.validator"):
+        monkeypatch.setattr(f"{module}.now", lambda: datetime.datetime.fromtimestamp(time.time(), datetime.UTC))
+
+    def main(grid: Grid, context: Context) -> None:
+        messages = [sleep_message(node, 30, ttl=3600) for node in grid.get_node_ids()]
+
+        def while_they_work() -> bool:
+            days[0] = 10.0
+            return False
+
+        found = dict(GridTransport(grid).exchange(messages, time.monotonic() + 3600, while_they_work))
+        assert [reply.error.reason for reply in found.values() if reply.has_error()] == []
+        assert len(found) == 3
+
+    serve(main, client_app())

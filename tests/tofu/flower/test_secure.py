@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,12 +31,12 @@ from flwr.serverapp.strategy import (
 from torch import nn
 
 import tofu
+from deploy.identities import make_identities
 from tests.tofu.flower.quickstart import CLIENTS, DATA, Net, accuracy, federate, strategy_of, train
 from tofu.bytes_io import unpack
 from tofu.data import to_float
 from tofu.errors import RunError, SettingError
 from tofu.flower.secure import RECORD
-from tofu.secagg import Identity
 from tofu.secagg.messages import Masked
 from tofu.wire import FIELD, SecureAnswer, SecureQuery
 from tofu.wire import RECORD as STAGE
@@ -363,19 +364,59 @@ def test_a_node_config_refuses_rounds_without_noise() -> None:
         )  # fmt: skip
 
 
-def test_identities_sign_keys_and_survivors(tmp_path: Any) -> None:
-    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+@pytest.mark.parametrize(
+    ("minimum", "identified", "refused"), [(1.0, False, True), (0.7, False, False), (1.0, True, False)]
+)
+def test_a_minimum_of_noise_is_that_of_a_sum_whose_other_members_may_add_none(
+    minimum: float, identified: bool, refused: bool, tmp_path: Path
+) -> None:
+    """Two of four clients share the noise, so that each adds 1 / sqrt(2) of it."""
+    listed, entries = with_identities(tmp_path)
+    strategy = tofu.SecureAggregation(strategy_of(), identities=listed if identified else None, noise_multiplier=1.0)
 
-    people = [Identity.generate(str(number)) for number in range(CLIENTS)]
-    for one in people:
-        pem = one.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        (tmp_path / f"{one.name}.pem").write_bytes(pem)
-    listed = tmp_path / "known.json"
-    listed.write_text(json.dumps({one.name: one.public.hex() for one in people}))
+    def run() -> Any:
+        return federate(
+            strategy, tofu.secure(noise_multiplier=1.0), rounds=1,
+            node_config=lambda n: {"min-noise-multiplier": minimum} | (entries(n) if identified else {}),
+        )  # fmt: skip
 
-    def entries(partition: int) -> dict[str, Any]:
-        return {"identity": str(tmp_path / f"{partition}.pem"), "identities": str(listed)}
+    if refused:
+        with pytest.raises(RunError, match=r"a secure sum of which 0\.707 of noise-multiplier=1 is sure is refused"):
+            run()
+    else:
+        assert run().train_metrics_clientapp[1]["tofu-clients"] == CLIENTS
 
+
+@pytest.mark.parametrize(("node", "refused"), [({}, True), ({"identity": True}, False), ({"trust": True}, False)])
+def test_a_client_of_secure_rounds_only_wants_an_identity_or_a_server_that_it_trusts(
+    node: dict[str, bool], refused: bool, tmp_path: Path
+) -> None:
+    listed, entries = with_identities(tmp_path)
+    (tmp_path / "policy.toml").write_text(
+        f'allowed-rounds = ["secure"]\ntrust-server = {str(node.get("trust", False)).lower()}\n'
+    )
+
+    def node_config(number: int) -> dict[str, Any]:
+        return {"policy": str(tmp_path / "policy.toml")} | (entries(number) if node.get("identity") else {})
+
+    strategy = tofu.SecureAggregation(strategy_of(), identities=listed if node.get("identity") else None)
+    if refused:
+        with pytest.raises(RunError, match="a secure round without identities is refused by this client's policy"):
+            federate(strategy, tofu.secure(), rounds=1, node_config=node_config)
+    else:
+        federate(strategy, tofu.secure(), rounds=1, node_config=node_config)
+        assert set(strategy.acknowledged.values()) == {1}
+
+
+def with_identities(folder: Path) -> tuple[Path, Callable[[int], dict[str, Any]]]:
+    """The list of the clients' public keys, and the entries of each one's node config."""
+    make_identities(folder, [str(number) for number in range(CLIENTS)])
+    listed = folder / "identities.json"
+    return listed, lambda number: {"identity": str(folder / f"{number}.identity"), "identities": str(listed)}
+
+
+def test_identities_sign_keys_and_survivors(tmp_path: Path) -> None:
+    listed, entries = with_identities(tmp_path)
     summed = federate(
         tofu.SecureAggregation(strategy_of(), identities=listed), tofu.secure(), rounds=2, handler=uneven,
         node_config=entries,
@@ -383,6 +424,28 @@ def test_identities_sign_keys_and_survivors(tmp_path: Any) -> None:
     assert_equal(summed.arrays, federate(strategy_of(), rounds=2, handler=uneven).arrays)
     with pytest.raises(RunError, match=r"it has an identity .*: pass identities= to SecureAggregation"):
         federate(tofu.SecureAggregation(strategy_of()), tofu.secure(), rounds=1, node_config=entries)
+
+
+def test_another_clients_old_keys_do_not_take_its_place(tmp_path: Path) -> None:
+    """Client 0, which is asked first, sends keys that client 1 signed for the round before."""
+    listed, entries = with_identities(tmp_path)
+    mod, signed = tofu.secure(), list[bytes]()
+
+    def replaying(message: Message, context: Context, call_next: Any) -> Message:
+        reply: Message = mod(message, context, call_next)
+        if STAGE not in reply.content:
+            return reply
+        answer = SecureAnswer.from_bytes(reply.content.config_records[STAGE][FIELD])
+        if answer.advert and context.node_config["partition-id"] == 1:
+            signed.append(answer.advert)
+        if answer.advert and context.node_config["partition-id"] == 0 and answer.message:
+            stolen = SecureAnswer(answer.message, signed[0]).to_bytes()
+            reply.content[STAGE] = ConfigRecord({FIELD: stolen})
+        return reply
+
+    strategy = tofu.SecureAggregation(strategy_of(), identities=listed)
+    federate(strategy, replaying, rounds=2, node_config=entries)
+    assert sorted(strategy.acknowledged.values()) == [1, 2, 2, 2]
 
 
 @pytest.mark.parametrize("masked", [b"", b"\xff" * 300, 7])

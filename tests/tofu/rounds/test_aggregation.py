@@ -11,7 +11,7 @@ from tofu.rounds.aggregation import RunningMean
 @given(
     weights=st.lists(st.integers(1, 100_000), min_size=1, max_size=20),
     seed=st.integers(0, 2**31),
-    spread=st.floats(1e-6, 10),
+    spread=st.floats(1e-6, 10) | st.floats(1e2, 5e2),  # with 100,000 examples, most of what a sum can hold
     order=st.randoms(),
 )
 def test_the_mean_is_right_and_the_same_to_the_bit_in_every_order(weights, seed, spread, order) -> None:  # type: ignore[no-untyped-def]
@@ -39,8 +39,27 @@ def test_numbers_that_would_spoil_the_sum_are_refused_and_leave_it_as_it_was(val
     assert torch.equal(mean.mean()["a"], torch.ones(2))
 
 
-def test_many_large_updates_cannot_overflow() -> None:
+def test_a_client_just_below_the_limit_leaves_the_sum_to_the_others() -> None:
+    """2^28 is the limit of a value times its examples, whoever sent what before."""
+    large, honest = {"a": torch.tensor([2.0**27, -(2.0**27)])}, {"a": torch.tensor([1e5, -1e5])}
     mean = RunningMean()
-    mean.add({"a": torch.tensor([1e5])}, 2000)
-    with pytest.raises(PayloadError):
-        mean.add({"a": torch.tensor([1e5])}, 2000)
+    for _ in range(5):
+        mean.add(large, 1)
+        mean.add(honest, 2000)
+    assert torch.allclose(mean.mean()["a"], torch.tensor([1.0, -1.0]) * (2**27 + 2e8) / 2001)
+    with pytest.raises(PayloadError, match="more than can be added"):
+        mean.add(large, 2)
+
+
+def test_a_sum_with_carries_equals_one_without() -> None:
+    """Large values that cancel each other leave what the small ones come to."""
+    small = [{"a": torch.randn(50, generator=torch.Generator().manual_seed(seed))} for seed in range(3)]
+    large = {"a": torch.full((50,), 2.0**27)}
+    plain, carried = RunningMean(), RunningMean()
+    for update in small:
+        plain.add(update, 7)
+        carried.add(large, 1)
+        carried.add(update, 7)
+        carried.add({"a": -large["a"]}, 1)
+    carried.examples = plain.examples
+    assert torch.equal(carried.mean()["a"], plain.mean()["a"])

@@ -253,6 +253,17 @@ def test_cut_terms_and_terms_of_another_model_are_refused() -> None:
         code_for(3).decode(np.zeros(7, np.uint64), 3)
 
 
+@pytest.mark.parametrize(("place", "what"), [(0, "sum exceeds"), (35, "sum exceeds"), (-3, "counts exceed")])
+def test_a_sum_that_its_clients_cannot_have_is_refused(place: int, what: str) -> None:
+    """The ring holds the sum of 12 clients; 3 of them have sent, one of which put 9 clients' worth in one element."""
+    code, bits = code_for(12), ring_bits(12, 12)
+    vectors = [code.encode(update, 50, 0.1).vector for update in updates(3)]
+    assert code.decode(summed(vectors, bits), 3).examples == 150
+    vectors[0][place] += 9 * code.levels
+    with pytest.raises(RunError, match=f"the {what} what 3 clients can send: one of them sent an impossible vector"):
+        code.decode(summed(vectors, bits), 3)
+
+
 def test_an_update_that_is_not_finite_stops_the_client() -> None:
     update = updates(1)[0]
     update["bias"][3] = float("nan")

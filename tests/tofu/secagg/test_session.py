@@ -214,7 +214,42 @@ def test_a_false_share_of_a_key_is_noticed() -> None:
             peer: (survived, share if survived else bytes(32)) for peer, (survived, share) in reveal.shares.items()
         }
         session.server.add_reveal(name, Reveal(reveal.session, reveal.client, false).to_bytes())
-    with pytest.raises(RunError, match="shares of client-4's key do not reconstruct it"):
+    with pytest.raises(RunError, match="shares of client-4's secret do not reconstruct it"):
+        session.server.finish()
+
+
+def reveal_falsely(session: Session, liars: tuple[str, ...], target: str) -> None:
+    """Close with reveals in which the liars' shares of the target's secret are wrong."""
+    order = {Roster.from_bytes(data).client: name for name, data in session.rosters.items()}
+    for name, data in session.down.items():
+        reveal = Reveal.from_bytes(session.client(name).unmask(data))
+        false = {
+            peer: (survived, bytes(32) if name in liars and order[peer] == target else share)
+            for peer, (survived, share) in reveal.shares.items()
+        }
+        session.server.add_reveal(name, Reveal(reveal.session, reveal.client, false).to_bytes())
+
+
+@pytest.mark.parametrize("gone", [{}, {"client-6": "mask"}], ids=["self-mask seed", "mask key"])
+@pytest.mark.parametrize("liars", [("client-1",), ("client-1", "client-4")])
+def test_wrong_shares_are_laid_to_their_holder_and_the_sum_is_right(
+    gone: dict[str, str], liars: tuple[str, ...]
+) -> None:
+    vectors = random_vectors(8, 20, 12)
+    session = Session(vectors, 12, Topology(7, 4), gone=gone).until("reveal")
+    reveal_falsely(session, liars, "client-6")
+    total = session.server.finish()
+    assert (total.vector == plain_sum(vectors, total.survivors, 12)).all()
+    # Where the first shares happen to be right, nobody looks for wrong ones.
+    assert set(total.wrong) in (set(liars), set())
+    for name, reason in total.wrong.items():
+        assert reason == f"its share of client-6's secret is wrong: {name} changed it, or client-6 gave it so"
+
+
+def test_a_corrupt_sum_is_noticed_even_if_nobody_can_say_whose_share_was_wrong() -> None:
+    session = Session(random_vectors(4, 20, 12), 12, Topology(3, 3)).until("reveal")
+    reveal_falsely(session, ("client-1",), "client-2")
+    with pytest.raises(RunError, match="shares of client-2's secret do not reconstruct it"):
         session.server.finish()
 
 
