@@ -5,7 +5,8 @@ folder needs no code, and a federation works from a wheel as from a checkout.
 """
 
 import json
-from importlib.metadata import version
+import tomllib
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from tofu.settings import FIELDS, dashed
@@ -15,10 +16,19 @@ def write_app(folder: Path) -> Path:
     """Write the app's pyproject.toml into `folder`, which is made if it is not there, and return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [
-        "[project]", 'name = "tofu-fl"', f'version = "{version("tofu-fl")}"', 'license = "Apache-2.0"',
+        "[project]", 'name = "tofu-fl"', f'version = "{_version()}"', 'license = "Apache-2.0"',
         "dependencies = []", "", "[tool.flwr.app]", 'publisher = "tofu-fl"', "", "[tool.flwr.app.components]",
         'serverapp = "server.app:app"', 'clientapp = "client.app:app"', "", "[tool.flwr.app.config]",
         *(f"{dashed(name)} = {json.dumps(field.default)}" for name, field in FIELDS.items()),
     ]  # fmt: skip
     (folder / "pyproject.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
+
+
+def _version() -> str:
+    """The installed version, or that of a checkout which is not installed, as in the containers."""
+    try:
+        return version("tofu-fl")
+    except PackageNotFoundError:
+        project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+        return str(project["project"]["version"])

@@ -3,6 +3,7 @@
 Everything listens on 127.0.0.1 only.
 """
 
+import hashlib
 import json
 import os
 import subprocess
@@ -16,7 +17,7 @@ from typing import Any
 from deploy.app_folder import write_app
 from deploy.control import CompletedRun, Control, last_lines
 from deploy.pinned import INSTALLED
-from deploy.processes import read_names
+from deploy.processes import CONTROL_TOKEN, read_names
 from deploy.state import Process, State, end_group
 from tofu.errors import RunError, SettingError
 from tofu.flower.policy import read_policy
@@ -44,7 +45,8 @@ def up(
     Args:
         folder: where its keys, logs, database and results go. One that was used before is used on, with its keys.
         nodes: number of SuperNodes.
-        app: folder of the Flower app; by default our own, and then the nodes run no other (deploy/pinned.py).
+        app: folder of the Flower app; by default our own. The nodes run it as it is now, and no other
+            (deploy/pinned.py).
         data, warm, identities, policy: as `LocalCluster` takes them.
 
     Returns:
@@ -81,8 +83,7 @@ def up(
     command += ["--nodes", str(nodes), "--app", str(app.resolve())]
     if data is not None:
         command += ["--data", str(data.resolve())]
-    if app_is_ours:
-        command += ["--pinned", INSTALLED]
+    command += ["--pinned", INSTALLED if app_is_ours else pin_of(app)]
     if policy is not None:
         command += ["--policy", str(policy.resolve())]
     if warm:
@@ -101,6 +102,22 @@ def up(
         supervisor.wait()
         raise
     return status(folder)
+
+
+def pin_of(app: Path) -> str:
+    """The SHA-256 sum of the bundle that `flwr run` makes of an app's folder as it is now.
+
+    Raises:
+        SettingError: Flower makes no bundle of it.
+    """
+    import typer
+    from flwr.cli.build import build_fab_from_disk
+
+    try:
+        built: Any = build_fab_from_disk(app)
+    except (OSError, ValueError, typer.Exit) as error:
+        raise SettingError("app", str(app), f"a folder that flwr build accepts ({error or 'see above'})") from error
+    return hashlib.sha256(built if isinstance(built, bytes) else built[0]).hexdigest()
 
 
 def _await(folder: Path, supervisor: "subprocess.Popen[bytes]") -> None:
@@ -240,4 +257,5 @@ def _state(folder: Path) -> State:
 
 
 def _control(folder: Path, state: State) -> Control:
-    return Control(folder / "homes", state.address, folder / "keys" / "ca.crt")
+    token = folder / "keys" / CONTROL_TOKEN
+    return Control(folder / "homes", state.address, folder / "keys" / "ca.crt", token if token.exists() else None)

@@ -76,6 +76,7 @@ def add_client(secrets: Path, name: str, superlink: str, register: Callable[[Pat
     add_to_list(listed, str(partition), make_identity(folder / "identity"))
     write_new(folder / "ca.crt", ca.read_bytes(), 0o644)
     write_new(folder / LIST, listed.read_bytes(), 0o644)
+    (folder / "journal").mkdir(mode=0o700)
     write_new(folder / "client.env", f"TOFU_SUPERLINK={superlink}\nTOFU_PARTITION={partition}\n".encode(), 0o644)
     return AddedClient(name, partition, folder, _renew(secrets / "proxy", host, ca=ca, ca_key=ca_key))
 

@@ -1,7 +1,8 @@
 """The operator's side: register nodes, start runs, follow them, over a SuperLink's Control API.
 
-That API has no login: who reaches its port can run code on every node. deploy/processes.py uses the class, and
-deploy/compose.yaml the command `python -m deploy.control`.
+Flower's has no login: who reaches its port can run code as the operator. `tofu deploy` adds one (deploy/superlink.py),
+and containers keep it on a network of its own. deploy/processes.py uses the class, and deploy/compose.yaml the command
+`python -m deploy.control`.
 """
 
 import json
@@ -20,8 +21,10 @@ from typing import IO, Annotated, Any
 
 import typer
 
+from deploy.app_folder import write_app
 from deploy.certificates import check_server
 from deploy.files import run_command
+from deploy.superlink import write_credentials
 from deploy.topology import ENVIRONMENT
 from tofu.errors import RunError
 from tofu.reporting.folder import read_config
@@ -66,9 +69,10 @@ class Control:
         folder: for this side's own files, which is made if it is not there; also the commands' working directory.
         address: host:port of the SuperLink.
         ca: certificate of the CA that signed its certificate.
+        token: the file that `deploy.superlink` wants; None for a SuperLink without a login.
     """
 
-    def __init__(self, folder: Path, address: str, ca: Path) -> None:
+    def __init__(self, folder: Path, address: str, ca: Path, token: Path | None = None) -> None:
         self._folder, self._address, self._ca = folder.resolve(), address, ca
         home = self._folder / "flwr"
         home.mkdir(parents=True, exist_ok=True)
@@ -76,6 +80,8 @@ class Control:
             f"[superlink.{_CONNECTION}]\naddress = {json.dumps(address)}\n"
             f"root-certificates = {json.dumps(str(ca.resolve()))}\n"
         )
+        if token is not None:
+            write_credentials(home, address, token)
         self._environment = os.environ | ENVIRONMENT | {"FLWR_HOME": str(home)}
 
     def register(self, key: Path, name: str) -> str:
@@ -100,7 +106,7 @@ class Control:
 
     def run(
         self,
-        app: Path,
+        app: Path | None,
         run_config: Mapping[str, Value],
         *,
         timeout: float = float("inf"),
@@ -109,7 +115,7 @@ class Control:
         """Run the app and wait for its end, whether it completes or fails. A run that is interrupted is stopped.
 
         Args:
-            app: folder of the Flower app.
+            app: folder of the Flower app; None for ours without its code, which the nodes have (deploy/pinned.py).
             run_config: overrides of keys in the app's `[tool.flwr.app.config]`.
             timeout: seconds, after which the run is stopped.
             follow: is given each line that the server app prints.
@@ -118,6 +124,7 @@ class Control:
             RunError: the run could not be started, or had not ended in time.
         """
         check_server(self._address, self._ca)
+        app = app or write_app(self._folder / "app")
         config = self._folder / "run.toml"
         lines = [f"{json.dumps(key)} = {json.dumps(value, ensure_ascii=False)}" for key, value in run_config.items()]
         config.write_text("\n".join(lines), encoding="utf-8")
@@ -307,7 +314,7 @@ def runs(context: typer.Context) -> None:
 def run(
     context: typer.Context,
     settings: Annotated[list[str] | None, typer.Argument(help="name=value, over the file's")] = None,
-    app: Annotated[Path, typer.Option(help="folder of the Flower app")] = Path("."),
+    app: Annotated[Path | None, typer.Option(help="folder of the Flower app; by default ours, without code")] = None,
     results: Annotated[Path, typer.Option(help="where the server app writes its runs")] = Path("/results"),
     config: Annotated[Path | None, typer.Option(help="TOML file with settings")] = None,
 ) -> None:

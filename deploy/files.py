@@ -11,13 +11,15 @@ from tofu.errors import SettingError, TofuError
 
 _DEFAULT_USER = "1000"
 _ENV = """\
-# Who the containers run as: the owner of deploy/secrets, deploy/state and deploy/results.
+# Who the containers run as: the owner of deploy/secrets, deploy/state, deploy/journal and deploy/results.
 TOFU_UID={user}
 TOFU_GID={group}
 # The address at which port 8443 listens for clients on other machines (127.0.0.1: for nobody but this machine).
 #TOFU_LISTEN=0.0.0.0
 # The folder with the folders server, node-0, node-1, ... of data.
 #TOFU_DATA=./data
+# What nodes run: "installed" is the app in their image; or the SHA-256 sums of app bundles that flwr build prints.
+#TOFU_PINNED_APP=installed
 """
 
 
@@ -71,12 +73,13 @@ def make_deployment(secrets: Path, nodes: Sequence[str]) -> None:
     elif not user or user == "0":
         user, group = _DEFAULT_USER, _DEFAULT_USER
     try:
-        for name in ("state", "results", "data/server", *(f"data/{node}" for node in nodes)):
+        own = [f"{top}/{node}" for top in ("data", "journal") for node in nodes]
+        for name in ("state", "results", "data/server", *own):
             (folder / name).mkdir(parents=True, exist_ok=True)
         if not (folder / ".env").exists():
             write_new(folder / ".env", _ENV.format(user=user, group=group).encode(), 0o644)
         if not os.getuid():
-            for top in (secrets.name, "state", "results", "data"):
+            for top in (secrets.name, "state", "results", "data", "journal"):
                 for path in ((folder / top), *(folder / top).rglob("*")):
                     os.chown(path, int(user), int(group), follow_symlinks=False)
     except OSError as error:

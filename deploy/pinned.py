@@ -43,7 +43,9 @@ def refusal(content: bytes, pinned: str, *, app: str, version: str, digest: str)
         sums = [part.strip().lower() for part in pinned.split(",")]
         if not all(re.fullmatch("[0-9a-f]{64}", part) for part in sums):
             raise ValueError(f"{VARIABLE}={pinned!r} is not usable: expected {INSTALLED!r} or SHA-256 sums")
-        return "" if own in sums else f"its checksum {own} is not pinned"
+        return (
+            "" if own in sums else f"its checksum {own} is not pinned (the app may have changed since the node began)"
+        )
     try:
         return _not_installed(content, app, version)
     except (zipfile.BadZipFile, KeyError, TypeError, ValueError, NotImplementedError, RuntimeError) as error:

@@ -22,10 +22,14 @@ from deploy import topology
 from deploy.certificates import make_certificates, make_node_key, make_superexec_secret
 from deploy.control import CompletedRun, Control, last_lines
 from deploy.identities import LIST, make_identities
+from deploy.superlink import make_token
 from deploy.topology import ENVIRONMENT, Member, Trust
 from tofu.errors import RunError, SettingError
 from tofu.log import FILE
 from tofu.secagg.identities import read_known
+
+CONTROL_TOKEN = "control-token"
+"""File beside the keys that gives access to the Control API (deploy/superlink.py)."""
 
 _NAMES = "nodes.json"
 _HOST = "127.0.0.1"
@@ -108,6 +112,8 @@ class LocalCluster:
         if not (self._keys / "ca.crt").exists():
             make_certificates(self._keys, [_HOST, "localhost"])
             make_superexec_secret(self._keys / "superexec")
+        if not self._token.exists():
+            make_token(self._token)
         self.logs.mkdir(mode=0o700, parents=True, exist_ok=True)
         database = self.folder / "state.db"
         self._spawn("superlink", topology.superlink(self._trust, host=_HOST, port=self._port, database=database))
@@ -192,11 +198,15 @@ class LocalCluster:
     @property
     def control(self) -> Control:
         """The operator's side of this federation."""
-        return Control(self.folder / "homes", self.address, self._keys / "ca.crt")
+        return Control(self.folder / "homes", self.address, self._keys / "ca.crt", self._token)
 
     @property
     def _keys(self) -> Path:
         return self.folder / "keys"
+
+    @property
+    def _token(self) -> Path:
+        return self._keys / CONTROL_TOKEN
 
     @property
     def _trust(self) -> Trust:
@@ -219,6 +229,8 @@ class LocalCluster:
             before.append("--cold")
         if member.command == "flower-supernode":
             before = [sys.executable, "-m", "deploy.supernode"]
+        elif member.command == "flower-superlink":
+            before = [sys.executable, "-m", "deploy.superlink", str(self._token)]
         # The apps log there as JSON (`tofu.log`), apart from Flower's lines and prints.
         logs = {FILE: str(self.logs / f"{name}.jsonl")} if member.command == "flower-superexec" else {}
         with (self.logs / f"{name}.log").open("ab") as log:

@@ -12,6 +12,8 @@ from tofu.errors import SettingError
 
 RUNTIME_PORT = 9094
 HEALTH_PORT = 9100
+JOURNAL = "/journal/rounds.db"
+"""Where a client in a container notes the secure rounds that it has answered (`tofu.flower.secure_session`)."""
 
 ENVIRONMENT: Mapping[str, str] = {
     # Without it every run calls `uv sync`, which needs the internet and may replace torch.
@@ -117,7 +119,8 @@ def containers(nodes: int) -> dict[str, Member]:
     for node in range(nodes):
         members[f"node-{node}"] = supernode(
             trust, superlink="proxy:8443", key=mounted / "node",
-            config={"data": "/data", "partition-id": node, **known}, host="0.0.0.0", port=RUNTIME_PORT,
+            config={"data": "/data", "partition-id": node, **known, "journal": JOURNAL},
+            host="0.0.0.0", port=RUNTIME_PORT,
         )  # fmt: skip
         members[f"node-{node}-exec"] = superexec(trust, address=f"node-{node}:{RUNTIME_PORT}", health=health)
     return members

@@ -45,7 +45,7 @@ def test_a_client_gets_all_that_its_machine_needs(secrets: Path) -> None:
     assert read_known(mounted) == known
     assert (added.folder / "client.env").read_text() == "TOFU_SUPERLINK=fl.example.org:8443\nTOFU_PARTITION=2\n"
     private = {file.name for file in added.folder.iterdir() if file.stat().st_mode & 0o077 == 0}
-    assert private == {"node", "identity", "server.key", "superexec"}
+    assert private == {"node", "identity", "server.key", "superexec", "journal"}
 
 
 def test_the_proxys_certificate_is_renewed_for_a_further_host_only(secrets: Path) -> None:

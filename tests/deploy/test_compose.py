@@ -107,6 +107,11 @@ def test_what_the_node_config_names_is_mounted_where_the_client_app_runs(compose
         targets = {f"/run/secrets/{secret['target']}" for secret in own["secrets"]}
         assert {config["identity"], config["identities"]} <= targets
         assert config["data"] in {volume["target"] for volume in own["volumes"]}
+        journal = next(volume for volume in own["volumes"] if volume["target"] == str(Path(config["journal"]).parent))
+        assert journal["source"] == f"./journal/node-{node}"
+        assert not journal.get("read_only")
+        assert own["environment"]["TOFU_PINNED_APP"] == "${TOFU_PINNED_APP:-installed}"
+        assert own["entrypoint"][:3] == ["python", "-m", "deploy.prefork"]  # which refuses other apps
     # The server's setting secure-identities names the same list.
     assert "identities.json" in {secret["target"] for secret in compose["services"]["superlink-exec"]["secrets"]}
     assert "secure-identities=/run/secrets/identities.json" in (DEPLOY / "compose.yaml").read_text()

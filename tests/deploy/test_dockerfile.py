@@ -41,7 +41,7 @@ def test_the_base_is_pinned_and_the_user_is_not_root(instructions: list[tuple[st
 
 
 def test_nothing_comes_in_but_by_pip_and_copy(instructions: list[tuple[str, str]]) -> None:
-    assert {name for name, _ in instructions} <= {"FROM", "USER", "WORKDIR", "COPY", "ARG", "RUN", "ENTRYPOINT"}
+    assert {name for name, _ in instructions} <= {"FROM", "USER", "WORKDIR", "COPY", "ARG", "RUN", "ENV", "ENTRYPOINT"}
     for name, text in instructions:
         if name == "RUN":
             assert not re.search(r"\b(curl|wget|sudo|apt-get)\b", text)

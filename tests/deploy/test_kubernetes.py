@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from deploy.certificates import main as make_certificates
-from deploy.topology import ENVIRONMENT, RUNTIME_PORT, Trust, identity_config, superexec, supernode
+from deploy.pinned import INSTALLED
+from deploy.topology import ENVIRONMENT, JOURNAL, RUNTIME_PORT, Trust, identity_config, superexec, supernode
 
 FILE = Path(__file__).parents[2] / "deploy" / "kubernetes.yaml"
 COMPOSE = FILE.parent / "compose.yaml"
@@ -43,7 +44,7 @@ def test_its_command_lines_are_those_of_the_topology(containers: dict[str, dict[
     config: dict[str, int | str] = {"data": "/data", "partition-id": 0}
     node = supernode(
         trust, superlink="fl.example.org:8443", key=SECRETS / "node", host="127.0.0.1", port=RUNTIME_PORT,
-        config=config | identity_config(SECRETS / "identity", SECRETS / "identities.json"),
+        config=config | identity_config(SECRETS / "identity", SECRETS / "identities.json") | {"journal": JOURNAL},
     )  # fmt: skip
     assert containers["node"]["args"] == list(node.arguments)
     assert containers["exec"]["args"] == list(superexec(trust, address=f"127.0.0.1:{RUNTIME_PORT}").arguments)
@@ -51,7 +52,7 @@ def test_its_command_lines_are_those_of_the_topology(containers: dict[str, dict[
     for name, service in (("node", services["node-0"]), ("exec", services["node-0-exec"])):
         assert containers[name]["image"] == service["image"]
         environment = {entry["name"]: entry["value"] for entry in containers[name]["env"]}
-        assert environment == service["environment"]
+        assert environment == service["environment"] | ({"TOFU_PINNED_APP": INSTALLED} if name == "exec" else {})
         assert ENVIRONMENT.items() <= environment.items()
         assert containers[name]["command"] == service["entrypoint"]
     assert containers["node"]["livenessProbe"]["exec"]["command"] == services["node-0"]["healthcheck"]["test"][1:]

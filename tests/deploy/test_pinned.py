@@ -5,6 +5,7 @@ import io
 import os
 import sys
 import zipfile
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +15,10 @@ from flwr.cli.build import build_fab_from_disk
 from flwr.supernode.runtime import run_clientapp
 
 from deploy.app_folder import write_app
+from deploy.background import pin_of
 from deploy.pinned import INSTALLED, guard, refusal
 from tests.processes import run
+from tofu.errors import SettingError
 
 IDENTITY = ("tofu-fl/tofu-fl", "0.1.0")
 
@@ -51,6 +54,31 @@ def test_the_bundle_that_flower_builds_of_our_app_is_accepted_by_kind_and_by_che
     assert sent(content) == ""
     assert sent(content, f"{'0' * 64}, {hashlib.sha256(content).hexdigest()}") == ""
     assert "is not pinned" in sent(content, "0" * 64)
+
+
+def test_the_app_has_its_version_where_it_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the containers, which have a copy of the code."""
+    installed = (write_app(tmp_path / "app") / "pyproject.toml").read_text()
+
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("deploy.app_folder.version", missing)
+    assert (write_app(tmp_path / "copy") / "pyproject.toml").read_text() == installed
+
+
+def test_a_users_app_is_pinned_as_it_is_when_the_nodes_start(tmp_path: Path) -> None:
+    app = write_app(tmp_path / "app")
+    (app / "own.py").write_text("answer = 42\n")
+    pin = pin_of(app)
+    built: Any = build_fab_from_disk(app)
+    assert sent(built, pin) == ""
+    (app / "own.py").write_text("answer = 43\n")
+    changed: Any = build_fab_from_disk(app)
+    assert "is not pinned (the app may have changed" in sent(changed, pin)
+    (app / "pyproject.toml").write_text("[project]")
+    with pytest.raises(SettingError, match="expected a folder that flwr build accepts"):
+        pin_of(app)
 
 
 @pytest.mark.parametrize(

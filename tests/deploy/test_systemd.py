@@ -9,12 +9,15 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
+from deploy.pinned import INSTALLED
 from deploy.topology import ENVIRONMENT, Trust, identity_config, superexec, supernode
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 OWN = {"identity", "identities.json"}
 """What the client app reads of its own accord, where the node config says so."""
 UNITS = ("tofu-node.service", "tofu-node-exec.service")
+PREFORK = "/opt/tofu-fl/.venv/bin/python -m deploy.prefork --cold "
+"""Refuses other apps than the pinned one."""
 _SYSTEMD = shutil.which("systemd-analyze")
 
 
@@ -35,7 +38,7 @@ def installed(tmp_path: Path) -> Path:
     binaries = Path(sys.executable).parent
     for unit in UNITS:
         text = (DEPLOY / unit).read_text()
-        assert "ExecStart=/opt/tofu-fl/.venv/bin/flower-" in text
+        assert re.search(r"ExecStart=/opt/tofu-fl/\.venv/bin/(flower-supernode|python -m deploy\.prefork) ", text)
         (tmp_path / unit).write_text(text.replace("/opt/tofu-fl/.venv/bin", str(binaries)))
     return tmp_path
 
@@ -64,13 +67,14 @@ def test_their_command_lines_are_those_of_the_topology() -> None:
         "tofu-node-exec.service": (superexec(trust, address="127.0.0.1:9094"), {"--root-certificates": "local-ca.crt"}),
     }
     for unit, (member, own) in expected.items():
-        command, *arguments = shlex.split(_settings(unit)["ExecStart"][0])
+        command, *arguments = shlex.split(_settings(unit)["ExecStart"][0].removeprefix(PREFORK))
         assert command == f"/opt/tofu-fl/.venv/bin/{member.command}"
         wanted = _options(member.arguments) | {name: str(credentials / file) for name, file in own.items()}
         if "--node-config" in wanted:
             wanted["--node-config"] = "${NODE_CONFIG}"
         assert _options(arguments) == wanted
     environment = " ".join(_settings("tofu-node-exec.service")["Environment"]).split()
+    assert f"TOFU_PINNED_APP={INSTALLED}" in environment
     missing = {f"{name}={value}" for name, value in ENVIRONMENT.items()} - set(environment)
     assert missing == {"RAY_USAGE_STATS_ENABLED=0"}  # there is no ray on a client
 

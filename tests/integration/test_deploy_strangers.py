@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 
 from deploy.certificates import make_certificates, make_node_key, make_superexec_secret
-from deploy.processes import LocalCluster
+from deploy.control import Control
+from deploy.processes import CONTROL_TOKEN, LocalCluster
+from deploy.superlink import make_token
 from deploy.topology import ENVIRONMENT
 from tests.integration.deployed import wait_online
 from tests.processes import NO_TOTAL_LIMIT, free_port, run
+from tofu.errors import RunError
 
 pytestmark = NO_TOTAL_LIMIT
 
@@ -83,3 +86,16 @@ def test_a_superexec_with_another_secret_gets_no_work(federation: LocalCluster, 
     )  # fmt: skip
     assert "terminated" in said
     assert federation.processes["superlink-exec"].poll() is None
+
+
+def test_the_control_api_wants_the_operators_token(federation: LocalCluster, tmp_path: Path) -> None:
+    """A local user reaches the port, and the CA's certificate is public; the token is a file of the operator's."""
+    ca = federation.folder / "keys" / "ca.crt"
+    make_token(tmp_path / "token")
+    for name, token in (("nobody", None), ("other", tmp_path / "token")):
+        stranger = Control(tmp_path / name, federation.address, ca, token)
+        with pytest.raises(RunError, match=r"flwr supernode list failed: .*[Aa]uthenticat"):
+            stranger.nodes()
+    assert federation.control.nodes()
+    own = [federation.folder / "keys" / CONTROL_TOKEN, federation.folder / "homes" / "flwr" / "credentials.yaml"]
+    assert [file.stat().st_mode & 0o777 for file in own] == [0o600, 0o600]
