@@ -54,10 +54,8 @@ def up(
 
     Raises:
         SettingError: the folder, the app or the data cannot be used.
-        RunError: it did not come up; nothing of it is left running. Or this is no POSIX system.
+        RunError: it did not come up; nothing of it is left running.
     """
-    if os.name != "posix":
-        raise RunError("`tofu deploy up` needs Linux or macOS: it starts and ends groups of POSIX processes")
     if nodes < 1:
         raise SettingError("nodes", nodes, "at least 1")
     if app is not None and not (app / "pyproject.toml").is_file():

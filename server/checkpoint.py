@@ -15,7 +15,6 @@ Reading never unpickles anything.
 
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from tofu.errors import RunError, SettingError
+from tofu.files import replace_file
 
 FOLDER = "checkpoints"
 _MAGIC = b"TOFUCKPT"
@@ -108,20 +108,12 @@ def write_checkpoint(run: Path, round_: int, snapshot: Snapshot) -> None:
         RunError: it cannot be written, for example because the disk is full; the earlier ones remain.
     """
     folder = run / FOLDER
-    path = _path(folder, round_)
-    part = path.with_suffix(".part")
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
-        with part.open("wb") as file:
-            file.write(snapshot.to_bytes())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        _sync(folder)
+        replace_file(_path(folder, round_), snapshot.to_bytes())
         for old in sorted(folder.glob("round-*.checkpoint"))[:-_KEPT]:
             old.unlink()
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise RunError(f"round {round_}: its checkpoint cannot be written to {folder} ({error.strerror})") from error
 
 
@@ -147,7 +139,7 @@ def read_checkpoint(run: Path, note: Callable[[str], None]) -> Snapshot | None:
 
 def keep_last_checkpoint(run: Path) -> None:
     """Remove all checkpoints of a run that has ended but the last, from which more rounds can go on."""
-    for file in sorted((run / FOLDER).glob("round-*"))[:-1]:
+    for file in sorted((run / FOLDER).glob("*round-*"))[:-1]:
         file.unlink()
 
 
@@ -161,12 +153,3 @@ def _section(body: memoryview, at: int) -> tuple[memoryview, int]:
     if end > len(body):
         raise ValueError("a section is longer than the file")
     return body[start:end], end
-
-
-def _sync(folder: Path) -> None:
-    """Flush a folder: a rename is on disk only once its folder is."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,6 +1,7 @@
 """`tofu deploy`: a federation of real processes on this machine, over TLS."""
 
 import json
+import platform
 import re
 import subprocess
 import sys
@@ -25,6 +26,13 @@ Folder = Annotated[Path, typer.Option("--folder", help="the federation's folder:
 _FOLDER = Path("runs/federation")
 _COMPOSE = Path("deploy/compose.yaml")
 _COLOR = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@app.callback()
+def check_platform() -> None:
+    """Raises RunError on Windows."""
+    if platform.system() == "Windows":
+        raise RunError("`tofu deploy` needs Linux or macOS, or WSL on Windows: it uses POSIX processes and file modes")
 
 
 @app.command()

@@ -44,6 +44,22 @@ def test_errors_are_one_line(
     assert {path.name for path in tmp_path.iterdir()} == {"file", "data"}
 
 
+@pytest.mark.parametrize("command", ["up", "down", "status", "run", "certificates", "add-client", "identities"])
+def test_windows_is_refused(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("platform.system", lambda: "Windows")
+    monkeypatch.setattr(sys, "argv", ["tofu", "deploy", command])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: `tofu deploy` needs Linux or macOS, or WSL on Windows")
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_certificates_and_identities_are_written_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
