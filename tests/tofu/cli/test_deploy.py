@@ -88,7 +88,7 @@ def test_certificates_and_identities_are_written_once(
 def test_certificates_need_neither_torch_nor_flower(tmp_path: Path) -> None:
     code = (
         "import sys\n"
-        "for name in ('torch', 'flwr', 'typer'): sys.modules[name] = None\n"
+        "for name in ('torch', 'flwr'): sys.modules[name] = None\n"
         "from deploy.certificates import main\n"
         f"sys.exit(main([{str(tmp_path / 'keys')!r}, '--node=a']))"
     )
