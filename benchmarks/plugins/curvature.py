@@ -270,7 +270,8 @@ def main(
     args = SimpleNamespace(**locals())
     torch.set_num_threads(1)
     path = RESULTS / "plugins-curvature.json"
-    rows: dict[str, Row] = json.loads(path.read_text())["rows"] if path.is_file() else {}
+    saved = json.loads(path.read_text()) if path.is_file() else {"rows": {}}
+    rows: dict[str, Row] = saved["rows"]
     for name, settings, measure in tasks(args):
         if name in rows and rows[name]["settings"] == json.loads(json.dumps(settings)):
             continue
@@ -278,5 +279,6 @@ def main(
         command = f"python -m benchmarks.plugins curvature {' '.join(sys.argv[1:])}".strip()
         rows[name] = {"command": command, "settings": settings} | measure()
         print(f"{name}: {time.perf_counter() - began:.1f} s {json.dumps(rows[name])}", flush=True)
-        path.write_text(json.dumps(versions(command) | {"rows": rows}, indent=1) + "\n")
+        note = {"note": saved["note"]} if "note" in saved else {}
+        path.write_text(json.dumps(versions(command) | note | {"rows": rows}, indent=1) + "\n")
     report(rows)

@@ -51,9 +51,10 @@ class BranchedModel(nn.Module):
         widths = tree.widths[:-1]
         points = _attachment_points(trunk, shape, len(widths))
         self.trunk = trunk
-        self.points = tuple(name for name, _ in points)
+        self.points = tuple(name for name, _, _ in points)
+        self.steps = {name: steps for name, steps, _ in points}
         self.heads = nn.ModuleList(
-            nn.Linear(features, width) for (_, features), width in zip(points, widths, strict=True)
+            nn.Linear(features, width) for (_, _, features), width in zip(points, widths, strict=True)
         )
         for parameter, head in ((p, h) for h in self.heads for p in h.parameters()):
             bound = 1 / math.sqrt(head.in_features)  # type: ignore[arg-type]
@@ -63,22 +64,22 @@ class BranchedModel(nn.Module):
         self.logits: list[Tensor] = []
 
     def forward(self, images: Tensor) -> Tensor:
-        features: dict[str, Tensor] = {}
+        features: dict[str, list[Tensor]] = {name: [] for name in self.points}
         modules = dict(self.trunk.named_modules())
 
-        def keep(name: str, output: Tensor) -> None:
-            features[name] = output
+        def keep(name: str, output: Tensor) -> None:  # a spiking network splits large batches
+            features[name].append(_pool(output, self.steps[name]))
 
         handles = [
             modules[name].register_forward_hook(lambda _m, _i, output, name=name: keep(name, output))
-            for name in set(self.points)
+            for name in features
         ]
         try:
             outputs: Tensor = self.trunk(images)
         finally:
             for handle in handles:
                 handle.remove()
-        pooled = [_pool(features[name]) for name in self.points]
+        pooled = [torch.cat(features[name]) for name in self.points]
         logits = [*(head(each) for head, each in zip(self.heads, pooled, strict=True)), outputs]
         self.logits = logits if self.training else []
         if not torch.is_grad_enabled():
@@ -103,17 +104,21 @@ class _WeightGradient(torch.autograd.Function):
         return None, gradient.T @ features, gradient.sum(0)
 
 
-def _pool(features: Tensor) -> Tensor:
-    """[n, channels, h, w] or [n, tokens, dim] or [n, dim] -> [n, features], averaged over space or tokens."""
-    if features.dim() == 4:
-        return features.mean((2, 3))
-    return features.mean(1) if features.dim() == 3 else features
+def _pool(features: Tensor, steps: int) -> Tensor:
+    """[n, channels, h, w] or [n, tokens, dim] or [n, dim] -> [n, features], averaged over space or tokens.
+
+    Those of a spiking network, [steps * n, ...] with the steps one after the other, are averaged over time as well.
+    """
+    if features.dim() > 2:
+        features = features.mean((2, 3) if features.dim() == 4 else 1)
+    return features if steps == 1 else features.reshape(steps, -1, features.shape[1]).mean(0)
 
 
-def _attachment_points(trunk: nn.Module, shape: ImageShape, heads: int) -> list[tuple[str, int]]:
-    """Names and feature counts of the modules after 1/2 + k / (2 heads + 2) of the layers before the model's own head.
+def _attachment_points(trunk: nn.Module, shape: ImageShape, heads: int) -> list[tuple[str, int, int]]:
+    """Names, time steps and feature counts of the modules where heads are attached.
 
-    A probe forward pass finds the order of the modules. Those that run several times are left out.
+    They come after 1/2 + k / (2 heads + 2) of the layers before the model's own head. A probe forward pass finds
+    the order of the modules. Those that run several times are left out.
     """
     events: list[tuple[str, int, Tensor]] = []
     calls: dict[str, int] = {}
@@ -146,7 +151,7 @@ def _attachment_points(trunk: nn.Module, shape: ImageShape, heads: int) -> list[
         target = math.ceil(before_head * (0.5 + k / (2 * heads + 2)))
         reached = [event for event in usable if event[1] <= target] or usable[:1]
         name, _, output = reached[-1]
-        points.append((name, _pool(output).shape[1]))
+        points.append((name, len(output), _pool(output, len(output)).shape[1]))
     return points
 
 

@@ -136,7 +136,7 @@ def test_an_error_of_any_coarser_head_masks_the_last_one() -> None:
     assert unmasked[2].tolist() == pytest.approx([math.log(4)] * 3)
 
 
-@pytest.mark.parametrize("name", ["mlp", "lenet5", "cnn", "resnet18"])
+@pytest.mark.parametrize("name", ["mlp", "lenet5", "cnn", "resnet18", "vgg11", "vit_tiny", "snn-small", "vgg5-snn"])
 def test_heads_on_models(name: str) -> None:
     shape = ImageShape(1, 16, 16, 5)
     context = RoundContext(shape)
@@ -151,6 +151,25 @@ def test_heads_on_models(name: str) -> None:
     outputs.sum().backward()
     assert all(p.grad is not None for p in model.parameters())
     assert model.eval()(images).equal(model.trunk(images))
+
+
+def test_features_of_a_spiking_network_are_averaged_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, images = ImageShape(1, 16, 16, 5), torch.rand(3, 1, 16, 16)
+    trunk = build_model("vgg5-snn", shape)
+    model = HierarchicalLabels(labels=TREE).setup(trunk, RoundContext(shape))
+    assert isinstance(model, BranchedModel)
+    assert model.points[0] == "pool2"
+    seen: list[torch.Tensor] = []
+    trunk.get_submodule("pool2").register_forward_hook(lambda _m, _i, output: seen.append(output))
+    model.train()(images)
+    by_hand = seen[0].view(8, 3, 128, -1).mean((0, 3))
+    whole = model.logits[0]
+    assert torch.allclose(whole, model.heads[0](by_hand), atol=1e-6)
+    monkeypatch.setattr("tofu.models.spiking.network._MAX_ROWS", 16)  # without gradients, two images at a time
+    with torch.no_grad():
+        model(images)
+    assert len(seen) == 3
+    assert torch.allclose(model.logits[0], whole, atol=1e-6)
 
 
 def test_outputs_have_a_gradient_for_the_coarse_heads_and_images_none() -> None:
@@ -327,8 +346,7 @@ def test_coarse_heads_learn_in_uncompressed_and_in_proxy_rounds(tmp_path: Path, 
             assert float((weights[name] - head).norm()) > 0.5 * float(head.norm())
     model.load_state_dict(weights)
     test = FederatedData.of(Settings.of(TINY).data, Settings.of(TINY).run.seed).test()
-    with torch.no_grad():
-        model.train()(to_float(test.images))
+    model.train()(to_float(test.images))
     levels = plugin.label_tree.levels
     right = [
         float((logits.argmax(1) == nodes[test.labels]).float().mean())
