@@ -49,7 +49,7 @@ class ProxySettings:
     size: int = 0
     bits: int = 8
     optimizer: str = "lbfgs"
-    max_evals: int = 100
+    max_evals: int = 70
     tolerance: float = 0.002
     warm_start: bool = True
     solve_labels: int = 8
