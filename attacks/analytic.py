@@ -17,9 +17,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attacks.base import Attack, Reconstruction, Watch
+from attacks.base import Attack, Reconstruction, Watch, registry
 from attacks.observation import Observation
-from attacks.registry import registry
 
 TINY = 1e-4
 """Units whose bias moved less than this fraction of the largest displacement are treated as rounding errors."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attacks.observation import CAPABILITIES, Observation
 from tofu.errors import TofuError
+from tofu.registry import Registry
 
 
 class AttackError(TofuError):
@@ -102,3 +103,18 @@ class Attack(ABC):
     @abstractmethod
     def _run(self, observation: Observation, generator: torch.Generator, watch: Watch) -> Reconstruction:
         """Run the attack; its requirements are met."""
+
+
+registry: Registry[type[Attack]] = Registry("attacks", Attack, "attacks")
+
+ATTACKS = registry.names()
+"""Names of the attacks in this package."""
+
+
+def make_attack(name: str) -> Attack:
+    """Create the attack with this name, with its default settings.
+
+    Raises:
+        SettingError: the name is unknown, or it names an object that is not an attack.
+    """
+    return registry.get(name)()

@@ -24,10 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attacks.base import Attack, Reconstruction, Watch
+from attacks.base import Attack, Reconstruction, Watch, registry
 from attacks.labels import guessed_labels
 from attacks.observation import Observation
-from attacks.registry import registry
 from attacks.simulated import SimulatedClient, Tensors, relative_distance, search_lbfgs, total_variation
 from attacks.simulation import Simulation
 from tofu.codec.proxies import decode

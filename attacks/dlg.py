@@ -14,9 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attacks.base import Attack, Reconstruction, Watch
+from attacks.base import Attack, Reconstruction, Watch, registry
 from attacks.observation import Observation
-from attacks.registry import registry
 from attacks.simulated import SimulatedClient, relative_distance, search_lbfgs
 
 

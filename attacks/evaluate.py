@@ -17,9 +17,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from attacks.base import Watch
+from attacks.base import Watch, registry
 from attacks.messages import parse_message
-from attacks.registry import registry
 from attacks.trials import AttackResult, Scenario, TrialRunner
 from tofu.errors import SettingError
 from tofu.files import replace_file

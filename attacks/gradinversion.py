@@ -19,10 +19,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from attacks.base import Attack, Reconstruction, Watch
+from attacks.base import Attack, Reconstruction, Watch, registry
 from attacks.labels import guessed_labels
 from attacks.observation import Observation
-from attacks.registry import registry
 from attacks.simulated import SimulatedClient, relative_distance, search_adam, total_variation
 
 

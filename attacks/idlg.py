@@ -11,10 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attacks.base import Attack, Reconstruction, Watch
+from attacks.base import Attack, Reconstruction, Watch, registry
 from attacks.labels import LabelSigns, guessed_labels
 from attacks.observation import Observation
-from attacks.registry import registry
 from attacks.simulated import SimulatedClient, relative_distance, search_lbfgs
 
 

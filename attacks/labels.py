@@ -21,9 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from attacks.base import Attack, Reconstruction, Watch
+from attacks.base import Attack, Reconstruction, Watch, registry
 from attacks.observation import Observation
-from attacks.registry import registry
 
 PROBES = 64
 """Noise images that stand for the data."""

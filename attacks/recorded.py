@@ -15,13 +15,12 @@ from pathlib import Path
 import torch
 
 from attacks.app_recorded import AppMessage
-from attacks.base import Attack, AttackError, Watch
+from attacks.base import Attack, AttackError, Watch, make_attack
 from attacks.evaluate import CONTROL, Row, format_row, load_row, made_folder, row_of, save_row, write_document
 from attacks.messages import local_round
 from attacks.metrics import lpips_network, score
 from attacks.networks import attacked_model
 from attacks.observation import Observation
-from attacks.registry import make_attack
 from attacks.trials import OTHERS, AttackResult
 from tofu.compression import uplink_compressor
 from tofu.data import FederatedData, LabeledImages, to_float

@@ -14,12 +14,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from attacks.base import AttackError, Reconstruction, Watch
+from attacks.base import AttackError, Reconstruction, Watch, make_attack
 from attacks.messages import ClientRound, Message, local_round, observe
 from attacks.metrics import Scores, lpips_network, score
 from attacks.networks import attacked_model
 from attacks.observation import Observation
-from attacks.registry import make_attack
 from tofu.data import FederatedData, LabeledImages, open_data, to_float
 from tofu.errors import DataError, SettingError
 from tofu.reference_model import ReferenceModel

@@ -1,30 +1,36 @@
-"""`tofu.run`: a federation in this process, from a script or a notebook."""
+"""`tofu.run`: a federation in this process, from a script or a notebook, and what it returns."""
 
 import importlib
 import importlib.util
 import logging
 import re
 import sys
+import xml.etree.ElementTree as ET
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset, default_collate
 
 import tofu
-from tofu.data import FederatedData, LabeledImages, to_float
+from tofu.data import FederatedData, ImageShape, LabeledImages, to_float
 from tofu.errors import RunError, SettingError
 from tofu.observers.base import Observer, Observers
 from tofu.observers.terminal import make_progress
 from tofu.reference_model import Forward, InputShape
-from tofu.reporting.folder import resumed_settings
-from tofu.rounds.record import RunSummary, from_dict
-from tofu.run_result import RunResult
+from tofu.reporting.folder import read_model, resumed_settings
+from tofu.reporting.report import write_report
+from tofu.reporting.report.chart import standalone
+from tofu.reporting.report.figures import accuracy_by_bytes, accuracy_by_round
+from tofu.reporting.report.run_data import read_run
+from tofu.reporting.report.template import COLORS, FIGURE_STYLE
+from tofu.rounds.record import RoundRecord, RunSummary, from_dict, json_lines, read_rounds
 from tofu.settings import Settings, Value
 from tofu.user_workload import Loss, Metric, OptimizerFactory, TrainFunction, UserWorkload, factory_of
+from tofu.weights import Weights, load_weights
 from tofu.workload import Workload, workload_of
 
 DATASET = "python"
@@ -36,6 +42,72 @@ _NAMED_ONLY: Mapping[str, Value] = {
     "initial_weights": "", "resize": "", "center_crop": "", "normalization": "-1to1", "augmentation": "",
 }  # fmt: skip
 """Settings that need a dataset and a model that the settings name, with their defaults."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run.
+
+    Attributes:
+        folder: its run folder.
+        summary: accuracy, bytes and ratios of the whole run.
+    """
+
+    folder: Path
+    summary: RunSummary
+    _build_model: Callable[[ImageShape], nn.Module] = field(repr=False)
+
+    @property
+    def history(self) -> tuple[RoundRecord, ...]:
+        """The record of each round; round 0 is the evaluation before training."""
+        return read_rounds(self.folder / "metrics.jsonl")
+
+    @property
+    def ledger(self) -> list[dict[str, Any]]:
+        """One row per message: round, kind, direction, client, bytes; the rows make a `pandas.DataFrame`."""
+        return [row for row, _ in json_lines(self.folder / "ledger.jsonl")]
+
+    @property
+    def weights(self) -> Weights:
+        """The final weights by name: trainable parameters and buffers."""
+        return read_model(self.folder)[0]
+
+    def model(self) -> nn.Module:
+        """A new copy of the model with the final weights, in eval mode on the CPU. Plugins are not applied."""
+        weights, shape, _ = read_model(self.folder)
+        model = self._build_model(shape).eval()
+        load_weights(model, weights)
+        return model
+
+    def plot(self, against: Literal["rounds", "bytes"] = "rounds") -> "Plot":
+        """Test accuracy against rounds or uplink bytes; a notebook shows the figure.
+
+        Raises:
+            RunError: the run has no accuracy, for example because there is no test data.
+        """
+        run = read_run(self.folder)
+        markup = accuracy_by_round(run) if against == "rounds" else accuracy_by_bytes(run)
+        if markup is None:
+            raise RunError(f"{self.folder} has no accuracy to plot: is there test data, and are targets class numbers?")
+        return Plot(standalone([ET.fromstring(markup)], COLORS + FIGURE_STYLE))
+
+    def report(self) -> Path:
+        """Write report.html, a page that needs no other file, and return its path."""
+        return write_report(self.folder)
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure as SVG."""
+
+    svg: str
+
+    def save(self, path: str | Path) -> None:
+        """Write the figure to an .svg file."""
+        Path(path).write_text(self.svg, encoding="utf-8")
+
+    def _repr_svg_(self) -> str:
+        return self.svg
 
 
 def run(

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 import tofu
 from benchmarks.common import RESULTS, find_data, print_table, spread, versions
-from benchmarks.plugins.occupancy_picture import occupancy_picture
+from benchmarks.plugins.gpm import occupancy_picture
 from client.plugins.crossbar import CrossbarPruning
 from client.plugins.crossbar_tiles import (
     AdcEnergy,

@@ -26,7 +26,6 @@ import typer
 from torch import Tensor, nn
 
 from benchmarks.common import RESULTS, find_data, print_table, spread, versions
-from benchmarks.plugins.ood_metrics import ood_metrics
 from client.plugins.ood import OutOfDistribution, WiderHead
 from tofu.data import LabeledImages, open_data, to_float
 from tofu.models import build_model
@@ -37,6 +36,33 @@ from tofu.training import LocalTrainingConfig, train_locally
 from tofu.weights import load_weights, weights_of
 
 from pytorch_ood.detector import ODIN, EnergyBased, Mahalanobis, MaxSoftmax  # isort: skip
+
+
+def ood_metrics(inside: Tensor, outside: Tensor) -> dict[str, float]:
+    """pytorch-ood's metrics, each in 0..1.
+
+    Args:
+        inside: scores [n] of images like the training data.
+        outside: scores [m] of others; higher scores count as further outside, and ties as half right.
+
+    Returns:
+        auroc; aupr_out and aupr_in (what is outside, or inside, being the positive class); fpr95, the fraction of
+        images inside that are flagged where 95% of those outside are.
+    """
+    import tofu.models.torchvision_compat  # noqa: F401  before pytorch_ood, which imports torchvision
+
+    from pytorch_ood.metrics import OODMetrics  # isort: skip
+
+    metrics = OODMetrics()
+    labels = torch.cat([torch.zeros(len(inside), dtype=torch.int64), -torch.ones(len(outside), dtype=torch.int64)])
+    values = metrics.update(torch.cat([inside, outside]).detach(), labels).compute()
+    return {
+        "auroc": float(values["AUROC"]),
+        "aupr_out": float(values["AUPR-OUT"]),
+        "aupr_in": float(values["AUPR-IN"]),
+        "fpr95": float(values["FPR95TPR"]),
+    }
+
 
 CLIENTS = 4
 HOW = LocalTrainingConfig(epochs=1, batch_size=64, lr=0.03, momentum=0.9)

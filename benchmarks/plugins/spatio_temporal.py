@@ -29,7 +29,7 @@ from client.plugins.spiking_energy import dense_microjoules, microjoules, operat
 from tofu.data import ImageShape, LabeledImages, open_data, to_float
 from tofu.models.spiking import LeakyIntegrateFire, SpikingNetwork, spiking_vgg
 from tofu.plugins import RoundContext, make_plugins
-from tofu.plugins.channels import chain_of
+from tofu.plugins.masking import chain_of
 from tofu.rng import derive_generator
 from tofu.training import LocalTrainingConfig, train_locally
 

@@ -38,7 +38,7 @@ from tofu.plugins import (
     option,
     plugin_registry,
 )  # fmt: skip
-from tofu.plugins.channels import Carrier, chain_of
+from tofu.plugins.masking import Carrier, chain_of
 from tofu.rounds.panel import Chart, Figure, Series, TableFigure
 
 _BATCH = 50

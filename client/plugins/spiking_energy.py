@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tofu.data import ImageShape
 from tofu.models.spiking import DctEncoder, LeakyIntegrateFire
-from tofu.plugins.channels import chain_of
+from tofu.plugins.masking import chain_of
 
 PJ_AC = 0.9
 PJ_MAC = 4.6

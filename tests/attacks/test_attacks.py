@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from attacks.accumulation import Accumulation
-from attacks.base import Attack, AttackError, Reconstruction, Watch
+from attacks.base import ATTACKS, Attack, AttackError, Reconstruction, Watch, make_attack
 from attacks.codec_aware import CodecAware, sent_entries, stretched
 from attacks.dlg import Dlg
 from attacks.gradinversion import GradInversion
@@ -15,7 +15,6 @@ from attacks.idlg import Idlg
 from attacks.inverting import Inverting
 from attacks.metrics import Scores, score
 from attacks.observation import CAPABILITIES, Observation
-from attacks.registry import ATTACKS, make_attack
 from attacks.simulation import Simulation
 from tests.attacks.conftest import Look
 from tofu.data import LabeledImages, to_float

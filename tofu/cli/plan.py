@@ -15,8 +15,7 @@ def plan(*, config: ConfigFile = None, json_: Json = False, overrides: dict[str,
     from tofu.data import FederatedData
     from tofu.formatting import format_bytes, format_seconds
     from tofu.models import initial_model
-    from tofu.plan import make_plan
-    from tofu.plan_time import estimate_seconds
+    from tofu.plan import estimate_seconds, make_plan
     from tofu.reference_model import ReferenceModel
     from tofu.rounds.schedule import make_schedule
 

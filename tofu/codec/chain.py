@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tofu.codec.options import ProxySettings
 from tofu.codec.proxies import ProxyData, loss_of_outputs, surrogate_context
-from tofu.models.layers import ChannelsLast
+from tofu.models.small import ChannelsLast
 from tofu.reference_model import ReferenceModel, at_weights
 from tofu.weights import Weights
 

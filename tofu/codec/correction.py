@@ -40,7 +40,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tofu.compression.base import checked_length, checked_scales
+from tofu.compression import compressors
+from tofu.compression.base import FlatCompressor, checked_length, checked_scales
 from tofu.compression.coding import (
     BitReader,
     Bits,
@@ -54,7 +55,7 @@ from tofu.compression.coding import (
 )
 from tofu.errors import PayloadError
 from tofu.reference_model import ReferenceModel
-from tofu.weights import displacement_levels
+from tofu.weights import ParamSpec, displacement_levels
 
 BOUNDARIES = (0.0005, 0.002, 0.006, 0.02, 0.06, 0.2, 0.5)
 """Fractions of all entries at which one stratum ends and the next begins, the likeliest first."""
@@ -344,3 +345,27 @@ def _width(count: int, size: int) -> int:
 def _head(levels: int) -> int:
     """Bytes before the bits."""
     return _HEAD.size + 2 * levels
+
+
+@compressors.register("sparse")
+class SparseCorrection(FlatCompressor):
+    """The correction as a compressor of its own.
+
+    It needs only the names and shapes of the parameters and not a forward pass, so it works for every model and every
+    kind of input. All entries are in one stratum: positions are coded as if they were equally likely.
+    """
+
+    code = 11
+
+    def _min_bytes(self, param_spec: ParamSpec) -> int:
+        return min_bytes(param_spec.parameter_count)
+
+    def _encode(self, vector: Tensor, param_spec: ParamSpec, generator: torch.Generator, memory: bytes) -> bytes:
+        return write_correction(vector, self._budget(param_spec), _one_stratum(param_spec))
+
+    def _decode(self, data: bytes, param_spec: ParamSpec) -> Tensor:
+        return read_correction(data, _one_stratum(param_spec))
+
+
+def _one_stratum(param_spec: ParamSpec) -> Strata:
+    return Strata(np.zeros(param_spec.parameter_count, np.int8))

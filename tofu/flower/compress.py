@@ -20,9 +20,8 @@ from torch import Tensor
 
 from tofu.compression.error_feedback import NEVER
 from tofu.errors import PayloadError, RunError, SettingError
-from tofu.flower.feedback import load_feedback, save_feedback
+from tofu.flower.client_state import load_arrays, load_feedback, save_arrays, save_feedback
 from tofu.flower.internals import error_reply
-from tofu.flower.kept_arrays import load_arrays, save_arrays
 from tofu.flower.policy import Policy
 from tofu.flower.update_codec import RECORD, VERSION, ArrayModel, UpdateCodec, record_of, tensors_of
 from tofu.flower.wrapper import (

@@ -39,8 +39,8 @@ from torch import Tensor
 
 from tofu.compression.error_feedback import NEVER, ErrorFeedback
 from tofu.errors import PayloadError, RunError, SettingError
+from tofu.flower.client_state import load_feedback, save_feedback
 from tofu.flower.compress import Compressed
-from tofu.flower.feedback import load_feedback, save_feedback
 from tofu.flower.internals import content_reply
 from tofu.flower.policy import Policy
 from tofu.flower.secure_options import MIN_CLIENTS, VERSION, RangeTracker, SecureOptions

@@ -5,7 +5,7 @@ from functools import partial
 from torch import nn
 
 from tofu.data import ImageShape
-from tofu.models.layers import ChannelsLast, enlarge_to, norm_layer, resize, sequential
+from tofu.models.small import ChannelsLast, enlarge_to, norm_layer, resize, sequential
 
 
 def resnet18(shape: ImageShape, norm: str) -> nn.Module:

@@ -15,10 +15,9 @@ from tofu.plugins.base import (
     Weights,
 )  # fmt: skip
 from tofu.plugins.chain import NO_PLUGINS, Plugins
-from tofu.plugins.channels import keep_channels
 from tofu.plugins.export import MAX_STATE_BYTES, export_from_bytes, export_to_bytes
 from tofu.plugins.loading import make_plugins, plugin_names, plugin_registry
-from tofu.plugins.masking import keep_entries
+from tofu.plugins.masking import keep_channels, keep_entries
 from tofu.plugins.options import option
 from tofu.plugins.state import PluginState, state_from_bytes, state_to_bytes
 from tofu.rounds.panel import Panel

@@ -4,7 +4,7 @@ import math
 
 from tofu.errors import RunError, SettingError
 from tofu.imports import from_extra
-from tofu.privacy.checks import check_positive
+from tofu.privacy.clipping import check_positive
 
 
 class Accountant:

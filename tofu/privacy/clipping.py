@@ -3,7 +3,6 @@
 import math
 
 from tofu.errors import RunError, SettingError
-from tofu.privacy.checks import check_positive
 from tofu.weights import ParamSpec, Weights, dot
 
 _ROUND_DOWN = 1 - 2.0**-22  # float32 products may be rounded up
@@ -30,3 +29,9 @@ def clip(update: Weights, norm: float) -> tuple[Weights, float]:
         return dict(update), original
     factor = norm / original * _ROUND_DOWN
     return {name: value * factor for name, value in update.items()}, original
+
+
+def check_positive(field: str, value: float) -> None:
+    """Raises SettingError unless the value is a finite number above 0."""
+    if not (math.isfinite(value) and value > 0):
+        raise SettingError(field, value, "a finite number above 0")

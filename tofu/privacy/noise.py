@@ -14,7 +14,7 @@ import torch
 
 from tofu.bytes_io import CHUNK
 from tofu.errors import RunError, SettingError
-from tofu.privacy.checks import check_positive
+from tofu.privacy.clipping import check_positive
 from tofu.secagg.graph import Topology
 from tofu.secagg.masks import Stream, new_seed
 from tofu.settings import PrivacySettings, SecureSettings

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from benchmarks.plugins.ood_metrics import ood_metrics
+from benchmarks.plugins.ood import ood_metrics
 from client.plugins.ood import BINS, OutOfDistribution, histogram, mix_within_classes, threshold
 from tofu.data import LabeledImages, open_data, to_float
 from tofu.errors import SettingError

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from benchmarks.plugins.rank_picture import rank_picture
+from benchmarks.plugins.utilized_rank import rank_picture
 from client.plugins.layers import sites
 from client.plugins.utilized_rank import Core, LayerRank, UtilizedRank, grams, leading, merged
 from tofu.codec.compressor import ProxyCompressor

@@ -10,7 +10,7 @@ from tofu.codec.options import ProxySettings, paper_settings
 from tofu.codec.proxies import ProxyData, proxy_loss
 from tofu.codec.surrogate import register_surrogate
 from tofu.data import ImageShape
-from tofu.models.layers import ChannelsLast
+from tofu.models.small import ChannelsLast
 from tofu.reference_model import ReferenceModel
 
 

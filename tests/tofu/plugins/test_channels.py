@@ -12,7 +12,7 @@ from tofu.data import ImageShape
 from tofu.errors import SettingError
 from tofu.models import build_model
 from tofu.plugins import keep_channels, keep_entries
-from tofu.plugins.channels import chain_of
+from tofu.plugins.masking import chain_of
 from tofu.weights import architecture_of, layout_of
 
 SHAPE = ImageShape(1, 12, 12, 10)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tofu.data import ImageShape
-from tofu.models.layers import enlarge_to
+from tofu.models.small import enlarge_to
 from tofu.models.spiking.dct import DctEncoder
 from tofu.models.spiking.layers import LeakyIntegrateFire, MeanOverTime, OverTime, RepeatOverTime, split_time
 
