@@ -294,11 +294,13 @@ class LocalRound:
     def train(self) -> TrainedUpdate:
         """Train from the global weights, or with step-ahead from where error feedback points.
 
+        A plugin that restricts steps does so from the global weights, so with one there is no step-ahead.
+
         Raises:
             RunError: training diverged, or changed a buffer that is not sent.
         """
         settings, model = self.settings, self.reference.model
-        step_ahead = settings.codec.step_ahead_of(self.round, settings.training.rounds)
+        step_ahead = 0.0 if self.plugins.restricts_steps else settings.step_ahead_of(self.round)
         start = self.feedback.ahead(
             self.base, self.acknowledged, step_ahead, self.reference.param_spec.parameters,
             fraction=settings.residual_fraction,

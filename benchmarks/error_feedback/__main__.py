@@ -48,8 +48,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "powersgd": {"compressor": "powersgd"},
 }
 """The last three are rivals. Proxies without a correction have no w: it applies to the correction only."""
-FEEDBACK = ((1.8, 0.5, 1.0), (1.0, 0.5, 1.0), (1.8, 0.0, 1.0), (1.0, 0.0, 1.0), (1.8, 0.5, 0.0))
-"""(w, a, step-ahead-final-factor): both, each switched off, neither, and both with an a that falls to 0."""
+FEEDBACK = ((0.0, 0.5, 1.0), (1.8, 0.5, 1.0), (1.0, 0.5, 1.0), (1.8, 0.0, 1.0), (1.0, 0.0, 1.0), (1.8, 0.5, 0.0))
+"""(w, a, step-ahead-final-factor). w = 0 is the default, where each message chooses w. Then a constant w: with
+step-ahead, each of the two switched off, neither, and both with an a that falls to 0."""
 RATIOS = (1000, 200, 500, 2000, 50)
 SEEDS = (0, 1, 2)
 TUNING_SEED = 7
@@ -78,7 +79,9 @@ class Run:
 
     @property
     def name(self) -> str:
-        tail = "" if self.method == "fedavg" else f"-{self.ratio}x-w{self.w:g}-a{falling(self.a, self.final_factor)}"
+        tail = (
+            "" if self.method == "fedavg" else f"-{self.ratio}x-w{factor(self.w)}-a{falling(self.a, self.final_factor)}"
+        )
         return f"{self.task}/{self.method}{tail}-seed{self.seed}"
 
     def settings(self, folder: Path) -> Settings:
@@ -95,6 +98,11 @@ class Run:
             "checkpoint": False, "test_images": CURVE_IMAGES, "run_folder": str(folder),
         }  # fmt: skip
         return Settings.of(FEDERATION | task | own | common)
+
+
+def factor(w: float) -> str:
+    """Over-relaxation: 0 lets each message choose it."""
+    return f"{w:g}" if w else "auto"
 
 
 def falling(a: float, final_factor: float) -> str:
@@ -160,7 +168,7 @@ def table(rows: Iterable[Row], seeds: tuple[int, ...] = SEEDS) -> list[tuple[str
             for w, a, final in sorted({(row["w"], row["a"], row["final_factor"]) for row in mine}, reverse=True):
                 same = [row for row in mine if (row["w"], row["a"], row["final_factor"]) == (w, a, final)]
                 cells = [_cell([row for row in same if row["ratio"] in (ratio, 0)], seeds) for ratio in ratios]
-                named = ("", "") if method == "fedavg" else (f"{w:g}", falling(a, final).replace("to", " to "))
+                named = ("", "") if method == "fedavg" else (factor(w), falling(a, final).replace("to", " to "))
                 lines.append([method, *named, *cells])
         if lines:
             tables.append((task, ["method", "w", "a", *(f"{ratio}x" for ratio in ratios)], lines))

@@ -329,14 +329,15 @@ def test_lr_stays_by_default_and_in_a_single_round() -> None:
 
 
 def test_step_ahead_falls_linearly_to_its_final_factor() -> None:
-    def of(rounds: int, **changes: float) -> list[float]:
-        codec = CodecSettings(step_ahead=0.8, **({"step_ahead_final_factor": 0.0} | changes))
-        return [codec.step_ahead_of(round_, rounds) for round_ in range(1, rounds + 1)]
+    def of(rounds: int, **changes: float | str) -> list[float]:
+        given = {"step-ahead": 0.8, "step-ahead-final-factor": 0.0, "rounds": rounds} | changes
+        return [Settings.of(given).step_ahead_of(round_) for round_ in range(1, rounds + 1)]
 
     assert of(5) == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0])
     assert of(3, step_ahead_final_factor=0.5) == pytest.approx([0.8, 0.6, 0.4])
     assert of(4, step_ahead_final_factor=1.0) == [0.8] * 4
     assert of(1) == [0.8]
+    assert of(2, codec_mode="paper") == of(2, server_optimizer="ef21") == [0.0, 0.0]
 
 
 def test_paper_mode_is_the_published_method_whatever_refines_smooth() -> None:
@@ -474,32 +475,22 @@ def test_settings_do_not_import_torch() -> None:
     run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-def test_step_ahead_is_refused_with_a_plugin_that_restricts_local_steps() -> None:
-    stream = {"plugins": "gpm", "tasks": "pixels", "task-count": 2, "rounds": 4, "schedule": "fedavg", "clients": 3}
-    assert Settings.of(stream).codec.step_ahead == 0
-    with pytest.raises(SettingError) as caught:
-        Settings.of(stream | {"step-ahead": 0.5})
-    assert caught.value.field == "step-ahead"
-    assert Settings.of({"plugins": "rank", "step-ahead": 0.5}).codec.step_ahead == 0.5
-
-
-@pytest.mark.parametrize(
-    "other", [{"noise-multiplier": 1.0}, {"error-feedback": 0.5}, {"step-ahead": 0.5}, {"residual-half-life": 3.0}]
-)
+@pytest.mark.parametrize("other", [{"noise-multiplier": 1.0}, {"error-feedback": 0.5}, {"residual-half-life": 3.0}])
 def test_ef21_is_refused_with_what_its_clients_sums_do_not_allow(other: dict[str, float]) -> None:
-    assert Settings.of({"server-optimizer": "ef21", "step-ahead": 0.0}).server.ef21_momentum == 1
+    assert Settings.of({"server-optimizer": "ef21"}).server.ef21_momentum == 1
     with pytest.raises(SettingError, match="server-optimizer=ef21") as caught:
-        Settings.of({"server-optimizer": "ef21", "step-ahead": 0.0} | other)
+        Settings.of({"server-optimizer": "ef21"} | other)
     assert caught.value.field == next(iter(other))
 
 
 def test_over_relaxation_applies_to_the_correction_or_to_the_whole_and_needs_error_feedback() -> None:
     network = ReferenceModel(build_model("mlp", ImageShape(1, 8, 8, 10)), ImageShape(1, 8, 8, 10))
 
-    def gain(**changes: object) -> tuple[str, float]:
+    def gain(**changes: object) -> tuple[str, float]:  # 0: automatic
         made = uplink_compressor(Settings.of({"over-relaxation": 1.8, "compressor": "stc"} | changes), "proxy", network)
         return made.name, getattr(made, "_gain", 1.0)
 
     assert gain() == ("stc", 1.8)
+    assert gain(**{"over-relaxation": 0.0}) == gain(**{"over-relaxation": 0.0, "ratio": 10.0}) == ("stc", 0.0)
     assert gain(**{"error-feedback": 0.0}) == ("stc", 1.0)
     assert gain(**{"noise-multiplier": 1.0}) == ("stc", 1.0)

@@ -24,8 +24,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tofu.codec.correction import Strata, min_bytes, read_correction, strata_of, write_correction
-from tofu.codec.options import DEFAULTS, CompressorOptions, ProxySettings
+from tofu.codec.correction import Strata, min_bytes, read_correction, scale_correction, strata_of, write_correction
+from tofu.codec.options import AUTOMATIC, DEFAULTS, CompressorOptions, ProxySettings, automatic_gain
 from tofu.codec.proxies import ProxyCode, ProxyData, automatic_sides, decode, proxy_side
 from tofu.codec.search import encode
 from tofu.compression import compressors
@@ -194,20 +194,25 @@ class ProxyCompressor(Compressor):
     ) -> Candidate:
         """The body with these proxies, which explain `explained`, and a correction of what they miss."""
         buffers, count = BufferCode(reference.param_spec), self.count if proxies else 0
-        tail, data, correction = buffers.write(update), b"", None
+        tail, data, correction, correction_gain = buffers.write(update), b"", None, 1.0
         if strata is not None and self._budgets[count]:
             missed = torch.cat([(update[name] - value).flatten() for name, value in explained.items()])
             data = write_correction(missed.clamp(-MAX_MAGNITUDE, MAX_MAGNITUDE), self._budgets[count], strata)
             correction = _correction(explained, data, strata)
+            if self._options.correction_gain == AUTOMATIC:  # the magnitudes have it, so the receiver multiplies by 1
+                rest = {name: update[name] - value for name, value in explained.items()}
+                correction_gain = automatic_gain(explained_variance(rest, correction))
+                data = scale_correction(data, correction_gain)
+                correction = _correction(explained, data, strata)
         body = _PREFIX.pack(*self._fields(count)) + proxies + tail + data
         decoded = self._combine(explained, correction) | buffers.read(tail)
         if correction is not None:
-            explained = {name: value + correction[name] for name, value in explained.items()}
+            explained = {name: value + correction[name] / correction_gain for name, value in explained.items()}
         return Candidate(body, explained, decoded, proxies)
 
     def _combine(self, proxies: Weights, correction: Weights | None) -> Weights:
-        """proxy_gain times the proxies' part plus correction_gain times the correction."""
-        gain, correction_gain = self._options.proxy_gain, self._options.correction_gain
+        """proxy_gain times the proxies' part plus correction_gain times the correction; an automatic gain is in it."""
+        gain, correction_gain = self._options.proxy_gain, self._options.correction_gain or 1.0
         update = proxies if gain == 1 else {name: gain * value for name, value in proxies.items()}
         if correction is None:
             return dict(update)

@@ -150,6 +150,13 @@ def write_correction(vector: Tensor, budget: int, strata: Strata) -> bytes:
     return max((one for one in choices if one.nbytes <= budget), key=lambda one: one.explained).to_bytes()
 
 
+def scale_correction(data: bytes, factor: float) -> bytes:
+    """A correction from `write_correction` with all magnitudes multiplied by a factor."""
+    split = _head(data[_HEAD.size - 1])
+    magnitudes = bfloat16_from(data[_HEAD.size : split], "magnitudes")
+    return data[: _HEAD.size] + bfloat16_bytes(factor * magnitudes) + data[split:]
+
+
 def read_correction(data: bytes, strata: Strata) -> Tensor:
     """The inverse of `write_correction`: a float32 vector [d], zero elsewhere.
 

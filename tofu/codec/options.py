@@ -1,6 +1,7 @@
 """The options of compressors, in particular of the proxy codec. This module does not import torch."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -117,19 +118,34 @@ def paper_settings(**changes: Any) -> ProxySettings:
     return dataclasses.replace(paper, **changes)
 
 
+AUTOMATIC = 0.0
+"""A gain that the sender chooses for each message."""
+
+
+def automatic_gain(explained_variance: float) -> float:
+    """The gain w of a message that explains this fraction c² of the variance of what was to be sent.
+
+    w = 1 + 0.8 (1 - c²): 1.8 for a message that explains little, and 1 for one that explains everything, which any gain
+    would overshoot. It is rounded down to a multiple of 1/256 (docs/error-feedback.md).
+    """
+    missed = 1 - min(1.0, max(0.0, explained_variance))
+    return 1 + math.floor(256 * 0.8 * missed) / 256
+
+
 @dataclass(frozen=True)
 class CompressorOptions:
     """Options that every compressor is constructed with; a compressor reads those that it has a use for.
 
     Over-relaxation: a compressor that explains only a part of an update makes faster progress with error feedback if
-    both ends multiply what it decodes to by w, 1 < w < 2. The residual of error feedback accounts for it.
+    what it decodes to is multiplied by w, 1 < w < 2. The residual of error feedback accounts for it. `AUTOMATIC` lets
+    the sender choose w for each message (`automatic_gain`).
 
     Attributes:
-        gain: w of a compressor without gains of its own, that is of all but the proxy codec.
+        gain: w of a compressor without gains of its own, that is of all but the proxy codec, or AUTOMATIC.
         proxies: number of proxies; 0 sends as many as the ratio allows.
         correction: minimum fraction of a proxy payload that the sparse correction has; 0 sends proxies alone, 1 none.
         proxy_gain: w of the proxies' part of an update.
-        correction_gain: w of the correction.
+        correction_gain: w of the correction, or AUTOMATIC.
         encoder: how proxies are encoded.
     """
 
@@ -142,7 +158,8 @@ class CompressorOptions:
 
     def __post_init__(self) -> None:
         for field in ("gain", "proxy_gain", "correction_gain"):
-            if not 0 < getattr(self, field) < 2:
+            lowest = AUTOMATIC if field != "proxy_gain" else 1e-9
+            if not lowest <= getattr(self, field) < 2:
                 raise SettingError(field, getattr(self, field), "above 0 and below 2")
         if not 0 <= self.correction <= 1:
             raise SettingError("correction", self.correction, "0 to 1")

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tofu.codec.options import DEFAULTS, CompressorOptions, ProxySettings
+from tofu.codec.options import AUTOMATIC, DEFAULTS, CompressorOptions, ProxySettings, automatic_gain
 from tofu.compression.coding import RowCode
 from tofu.errors import PayloadError, RunError, SettingError
 from tofu.reference_model import ReferenceModel
-from tofu.weights import ParamSpec, Weights
+from tofu.weights import ParamSpec, Weights, explained_variance
 from tofu.wire import HEADER_BYTES
 
 if TYPE_CHECKING:
@@ -142,9 +142,13 @@ class Compressor(ABC):
 
 
 class OverRelaxed(Compressor):
-    """Another compressor, with the parameters of what it decodes to multiplied by `gain` at both ends.
+    """Another compressor, with the parameters of what it decodes to multiplied by a gain w at both ends.
 
-    Buffers are statistics that no residual corrects, so they are not multiplied.
+    Buffers are statistics that no residual corrects, so they are not multiplied. An automatic gain is the last byte of
+    the body, b: w = 1 + b / 256.
+
+    Args:
+        gain: w, or AUTOMATIC.
     """
 
     def __init__(self, compressor: Compressor, gain: float) -> None:
@@ -155,23 +159,33 @@ class OverRelaxed(Compressor):
         self, reference: ReferenceModel, update: Weights, *, generator: torch.Generator, memory: bytes = b""
     ) -> CompressedUpdate:
         compressed = self._compressor.compress(reference, update, generator=generator, memory=memory)
-        return dataclasses.replace(compressed, decoded=self._scaled(reference, compressed.decoded))
+        gain, body, decoded = self._gain, compressed.body, compressed.decoded
+        if gain == AUTOMATIC:
+            parameters = {name: update[name] for name in reference.param_spec.parameters}
+            gain = automatic_gain(explained_variance(parameters, decoded))
+            body += bytes([round(256 * (gain - 1))])
+        return dataclasses.replace(compressed, body=body, decoded=self._scaled(reference, decoded, gain))
 
     def decompress(self, reference: ReferenceModel, body: bytes) -> Weights:
-        return self._scaled(reference, self._compressor.decompress(reference, body))
+        gain = self._gain
+        if gain == AUTOMATIC:
+            if not body:
+                raise PayloadError(f"{self.name} body has 0 bytes, expected at least 1")
+            gain, body = 1 + body[-1] / 256, body[:-1]
+        return self._scaled(reference, self._compressor.decompress(reference, body), gain)
 
     def body_bytes(self, param_spec: ParamSpec) -> int:
-        return self._compressor.body_bytes(param_spec)
+        return self._compressor.body_bytes(param_spec) + (self._gain == AUTOMATIC)
 
     def check(self, reference: ReferenceModel) -> None:
         self._compressor.check(reference)
 
     def describe(self, body: bytes | None = None) -> PayloadContent | None:
-        return self._compressor.describe(body)
+        return self._compressor.describe(body[:-1] if body and self._gain == AUTOMATIC else body)
 
-    def _scaled(self, reference: ReferenceModel, decoded: Weights) -> Weights:
+    def _scaled(self, reference: ReferenceModel, decoded: Weights, gain: float) -> Weights:
         parameters = reference.param_spec.parameters
-        return {name: self._gain * value if name in parameters else value for name, value in decoded.items()}
+        return {name: gain * value if name in parameters else value for name, value in decoded.items()}
 
 
 BUFFER_BITS = 8
@@ -249,22 +263,24 @@ class FlatCompressor(Compressor):
 
     A body is the compressor's own data followed by the buffers (`BufferCode`). The data may take
 
-        float32 bytes of the update / ratio - the payload's header - the buffers.
+        float32 bytes of the update / ratio - the payload's header - the buffers,
+
+    and one byte less if over-relaxation is automatic.
 
     Args:
         reference: a model like those of the run.
         ratio: float32 bytes of the update over bytes of the payload, header included.
-        options: unused.
+        options: only `gain` is used.
 
     Raises:
         SettingError: the compressor cannot reach that ratio for this model.
     """
 
     def __init__(self, reference: ReferenceModel, *, ratio: float, options: CompressorOptions = DEFAULTS) -> None:
-        self._ratio = ratio
+        self._ratio, self._gain_bytes = ratio, int(options.gain == AUTOMATIC)
         param_spec = reference.param_spec
         if self._budget(param_spec) < self._min_bytes(param_spec):
-            size = HEADER_BYTES + self._min_bytes(param_spec) + BufferCode(param_spec).nbytes
+            size = HEADER_BYTES + self._min_bytes(param_spec) + BufferCode(param_spec).nbytes + self._gain_bytes
             reach = math.floor(100 * param_spec.float32_bytes / size) / 100  # rounded down, so that it is usable
             raise SettingError("ratio", ratio, f"at most {reach:.2f} for this model with {self.name}")
 
@@ -297,7 +313,8 @@ class FlatCompressor(Compressor):
 
     def _budget(self, param_spec: ParamSpec) -> int:
         """Bytes that the ratio allows for the compressor's own data."""
-        return int(param_spec.float32_bytes / self._ratio) - HEADER_BYTES - BufferCode(param_spec).nbytes
+        used = HEADER_BYTES + BufferCode(param_spec).nbytes + self._gain_bytes
+        return int(param_spec.float32_bytes / self._ratio) - used
 
     def _max_bytes(self, param_spec: ParamSpec) -> int:
         """Maximum length of the compressor's own data."""

@@ -63,7 +63,8 @@ class UpdateCodec:
             impossible: there is no model or input shape, or the model takes integers and there is no `forward`.
         ratio: float32 bytes of an update over the bytes of its payload.
         correction: smallest fraction of a proxy payload that is left to the sparse correction.
-        over_relaxation: gain of what is decoded (docs/error-feedback.md); of the correction alone with proxies.
+        over_relaxation: gain of what is decoded (docs/error-feedback.md); of the correction alone with proxies; 0 lets
+            each message choose it.
         downlink: float32 bytes of the weights over the bytes of a step that the server sends in their place, to clients
             that hold the weights before it; 0 sends all clients full weights.
         step_ahead: fraction of the residual that local training starts ahead by (docs/error-feedback.md).
@@ -97,7 +98,7 @@ class UpdateCodec:
             raise SettingError("compressor", compressor, "model and input_shape to be given, or compressor=sparse")
         for name, value, low, high in (
             ("error_feedback", error_feedback, 0, 1), ("step_ahead", step_ahead, 0, 1),
-            ("correction", correction, 0, 1), ("over_relaxation", over_relaxation, 1, 2), ("ratio", ratio, 1, 1e6),
+            ("correction", correction, 0, 1), ("over_relaxation", over_relaxation or 1, 1, 2), ("ratio", ratio, 1, 1e6),
             ("downlink", downlink or 1, 1, 1e6),
         ):  # fmt: skip
             if not low <= value <= high:

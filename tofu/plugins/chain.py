@@ -78,10 +78,15 @@ class Plugins(tuple[Plugin, ...]):
             loss = plugin.on_loss(outputs, batch, loss, model)
         return loss
 
+    @property
+    def restricts_steps(self) -> bool:
+        """Whether a plugin changes local steps (`on_step`)."""
+        return any(overrides(plugin, "on_step") for plugin in self)
+
     @torch.no_grad()
     def before_step(self, model: nn.Module) -> dict[str, Tensor] | None:
         """Copies of the trainable parameters for `on_step`, or None where no plugin has that hook."""
-        if not any(overrides(plugin, "on_step") for plugin in self):
+        if not self.restricts_steps:
             return None
         return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 

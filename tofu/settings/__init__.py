@@ -148,6 +148,8 @@ class Settings(BaseModel):
             from tofu.observers.trackers import split_trackers
 
             split_trackers(self.run.tracker)
+        if 0 < codec.over_relaxation < 1:
+            raise SettingError("over-relaxation", codec.over_relaxation, "0 (automatic), or from 1 up to 2")
         if codec.proxy_size == 1:
             raise SettingError("proxy-size", 1, "0 (chooses it) or 2 to 1024 pixels")
         if plugin.tasks == "none" and plugin.task_count > 1:
@@ -185,7 +187,6 @@ class Settings(BaseModel):
         for name, value, accepted in (
             ("noise-multiplier", self.privacy.noise_multiplier, 0.0),
             ("error-feedback", self.codec.error_feedback, 1.0),
-            ("step-ahead", self.codec.step_ahead, 0.0),
             ("residual-half-life", self.codec.residual_half_life, 0.0),
         ):
             if value != accepted:
@@ -223,13 +224,9 @@ class Settings(BaseModel):
             raise SettingError("record-clients", self.run.record_clients, accepted)
 
     def _check_plugins(self, kinds: tuple[str, ...]) -> None:
-        from tofu.plugins import Plugin, RunRequirements, make_plugins
+        from tofu.plugins import RunRequirements, make_plugins
 
-        plugins = make_plugins(self.plugins.plugins, self.plugins.plugin_options)
-        if self.codec.step_ahead and any(type(plugin).on_step is not Plugin.on_step for plugin in plugins):
-            wanted = f"0 with plugins={self.plugins.plugins}, which restricts the steps from the global weights"
-            raise SettingError("step-ahead", self.codec.step_ahead, wanted)
-        plugins.check(
+        make_plugins(self.plugins.plugins, self.plugins.plugin_options).check(
             RunRequirements(
                 clients=self.data.clients,
                 tasks=self.plugins.task_count,
@@ -238,6 +235,16 @@ class Settings(BaseModel):
                 model=self.model.model,
             )
         )
+
+    def step_ahead_of(self, round_: int) -> float:
+        """Step-ahead of a round, counted from 1: linear between the first and the last round.
+
+        It is 0 in paper mode, which has none, and with server-optimizer=ef21, whose clients have no residual.
+        """
+        if self.codec.codec_mode == "paper" or self.server.server_optimizer == "ef21":
+            return 0.0
+        progress = (round_ - 1) / max(1, self.training.rounds - 1)
+        return self.codec.step_ahead * (1 - (1 - self.codec.step_ahead_final_factor) * progress)
 
     @property
     def residual_fraction(self) -> float:

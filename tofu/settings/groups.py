@@ -200,14 +200,14 @@ class CodecSettings(Group):
         0.0, "missed rounds after which a client's compression error counts half; 0: it does not age", ge=0
     )
     over_relaxation: float = setting(
-        1.0,
-        "factor of decoded updates that error feedback accounts for; with compressor=proxy it applies to the correction",
-        ge=1,
+        0.0,
+        "factor of decoded updates that error feedback accounts for, 1 to 2; with compressor=proxy it applies to the correction; 0: 1 + 0.8 times the fraction of variance that a message misses",
+        ge=0,
         lt=2,
     )
     step_ahead: float = setting(
-        0.0,
-        "fraction of a client's compression error that is added to the weights local training starts from",
+        0.5,
+        "fraction of a client's compression error that is added to the weights local training starts from; none with differential privacy, codec-mode=paper, server-optimizer=ef21 or a plugin that restricts steps",
         ge=0,
         le=1,
     )
@@ -256,11 +256,6 @@ class CodecSettings(Group):
         ge=0,
         section="Proxies",
     )
-
-    def step_ahead_of(self, round_: int, rounds: int) -> float:
-        """Step-ahead of a round, counted from 1, of a run with this many rounds."""
-        progress = (round_ - 1) / max(1, rounds - 1)
-        return self.step_ahead * (1 - (1 - self.step_ahead_final_factor) * progress)
 
 
 class DownlinkSettings(Group):

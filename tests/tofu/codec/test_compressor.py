@@ -6,8 +6,9 @@ import torch
 
 from tests.conftest import Case
 from tofu.codec.compressor import ProxyCompressor
-from tofu.codec.options import CompressorOptions, ProxySettings
+from tofu.codec.options import AUTOMATIC, CompressorOptions, ProxySettings, automatic_gain
 from tofu.compression import make_compressor
+from tofu.compression.base import CompressedUpdate
 from tofu.data import ImageShape
 from tofu.errors import PayloadError, SettingError
 from tofu.models import build_model
@@ -220,6 +221,27 @@ def test_unknown_names_list_the_known() -> None:
         SettingError, match=r"compressor='zip' is not usable: expected one of .*proxy.*package.module:Class"
     ):
         make_compressor("zip", ReferenceModel(torch.nn.Linear(2, 2), ImageShape(1, 1, 2, 2)), ratio=1)
+
+
+def test_an_automatic_gain_is_in_the_magnitudes_of_the_correction(mlp_update: Case) -> None:
+    network, update = mlp_update
+
+    def compress(correction_gain: float) -> tuple[ProxyCompressor, CompressedUpdate]:
+        compressor = ProxyCompressor(
+            network, ratio=20, options=CompressorOptions(correction=1.0, correction_gain=correction_gain)
+        )
+        return compressor, compressor.compress(network, update, generator=generator())
+
+    (plain, one), (relaxed, other) = compress(1.0), compress(AUTOMATIC)
+    assert len(one.body) == len(other.body)
+    received = relaxed.decompress(network, other.body)
+    assert all(torch.equal(received[name], other.decoded[name]) for name in update)
+    gain = automatic_gain(explained_variance(update, one.decoded))
+    assert 1 < gain < 1.8
+    for name in network.param_spec.parameters:
+        assert torch.allclose(received[name], gain * one.decoded[name], rtol=2**-7)  # bfloat16 magnitudes
+    # A receiver with a gain of 1 decodes the same: the bytes have all that it needs.
+    assert all(torch.equal(value, received[name]) for name, value in plain.decompress(network, other.body).items())
 
 
 def test_gains_apply_to_each_part_at_both_ends(mlp_update: Case) -> None:

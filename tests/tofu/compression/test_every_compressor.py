@@ -11,14 +11,14 @@ from torch import nn
 
 from tests.conftest import Case
 from tests.tofu.compression.common import bare, flat, generator, missed, update_of
-from tofu.codec.options import CompressorOptions, ProxySettings
+from tofu.codec.options import AUTOMATIC, CompressorOptions, ProxySettings, automatic_gain
 from tofu.compression import compressors, make_compressor
 from tofu.compression.base import CompressedUpdate, Compressor
 from tofu.compression.error_feedback import ErrorFeedback
 from tofu.data import ImageShape
 from tofu.errors import PayloadError, RunError, SettingError
 from tofu.reference_model import ReferenceModel
-from tofu.weights import ParamSpec, Weights
+from tofu.weights import ParamSpec, Weights, explained_variance
 from tofu.wire import HEADER_BYTES
 
 NAMES = compressors.names()
@@ -235,6 +235,36 @@ def test_over_relaxation_scales_what_both_ends_decode_and_not_the_bytes(name: st
         assert torch.equal(received[key], other.decoded[key])
         factor = 1.5 if key in network.param_spec.parameters else 1.0
         assert torch.equal(received[key], factor * one.decoded[key])
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("none", "proxy", "3sfc")])
+def test_an_automatic_gain_follows_the_explained_variance_within_the_ratio(name: str, every_layer_update: Case) -> None:
+    network, update = every_layer_update
+    ratio = {"float16": 1.8}.get(name, 5)
+    size = network.param_spec.float32_bytes
+    plain = make_compressor(name, network, ratio=size / (size / ratio - 1))
+    relaxed = make_compressor(name, network, ratio=ratio, options=CompressorOptions(gain=AUTOMATIC))
+    compressed = relaxed.compress(network, update, generator=generator())
+    body = compressed.body
+    assert len(body) <= relaxed.body_bytes(network.param_spec) <= size / ratio
+    inner = plain.decompress(network, body[:-1])
+    parameters = {key: update[key] for key in network.param_spec.parameters}
+    gain = 1 + body[-1] / 256
+    assert gain == automatic_gain(explained_variance(parameters, inner))
+    received = relaxed.decompress(network, body)
+    for key in update:
+        assert torch.equal(received[key], compressed.decoded[key])
+        assert torch.equal(received[key], (gain if key in parameters else 1) * inner[key])
+    with pytest.raises(PayloadError, match=f"{name} body has 0 bytes"):
+        relaxed.decompress(network, b"")
+
+
+@given(st.floats(-10, 2))
+def test_an_automatic_gain_is_1_for_a_message_that_explains_all_and_nearly_1_8_for_nothing(explained: float) -> None:
+    gain = automatic_gain(explained)
+    assert 1 <= gain <= 1.8
+    assert gain == pytest.approx(1 + 0.8 * (1 - min(1, max(0, explained))), abs=1 / 256)
+    assert (gain - 1) * 256 == int((gain - 1) * 256)
 
 
 class Halves(Compressor):
