@@ -51,7 +51,7 @@ METHODS: dict[str, dict[str, Any]] = {
 FEEDBACK = ((0.0, 0.5, 1.0), (1.8, 0.5, 1.0), (1.0, 0.5, 1.0), (1.8, 0.0, 1.0), (1.0, 0.0, 1.0), (1.8, 0.5, 0.0))
 """(w, a, step-ahead-final-factor). w = 0 is the default, where each message chooses w. Then a constant w: with
 step-ahead, each of the two switched off, neither, and both with an a that falls to 0."""
-RATIOS = (1000, 200, 500, 2000, 50)
+RATIOS = (1000, 200, 500, 2000, 50, 10)
 SEEDS = (0, 1, 2)
 TUNING_SEED = 7
 """Of the runs that w and a were chosen by; the tables have none of them."""
