@@ -286,8 +286,9 @@ def options(
     address: Annotated[str, typer.Option(help="host:port of the SuperLink")] = "superlink:8000",
     ca: Annotated[Path, typer.Option(help="certificate of its CA")] = Path("/run/secrets/ca.crt"),
     folder: Annotated[Path, typer.Option(help="where this command keeps its files")] = Path("/tmp/control"),
+    token: Annotated[Path | None, typer.Option(help="the file that a SuperLink with a login wants")] = None,
 ) -> None:
-    context.obj = partial(Control, folder, address, ca)
+    context.obj = partial(Control, folder, address, ca, token)
 
 
 @app.command()

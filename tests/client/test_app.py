@@ -42,6 +42,8 @@ SETTINGS = Settings.of(
         "ratio": 40.0,
         "max_evals": 15,
         "lr": 0.1,
+        "over_relaxation": 1.0,
+        "step_ahead": 0.0,
         "bits": 8,
         "local-epochs": 1,
         "batch-size": 32,

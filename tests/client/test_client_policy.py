@@ -166,6 +166,6 @@ def test_no_model_of_a_shape_that_does_not_fit_the_data_is_built(
     def built(*_: object, **__: object) -> torch.nn.Module:
         raise AssertionError("the client allocated the requested model")
 
-    monkeypatch.setattr("tofu.workload.initial_model", built)
+    monkeypatch.setattr("tofu.workload.run_model", built)
     found = reason({"partition-id": 0}, {}, TrainRequest("proxy", -1, shape, b"x", bytes(8)))
     assert "data" in found or "rule max-classes" in found

@@ -69,7 +69,7 @@ def test_up_says_what_runs(folder: Path) -> None:
     assert status["address"].startswith("127.0.0.1:")
     keys = {file.name: file.stat().st_mode & 0o777 for file in (folder / "keys").iterdir()}
     assert {name for name, mode in keys.items() if mode == 0o600} == {
-        "ca.key", "server.key", "superexec", "node-0", "node-1", "0.identity", "1.identity"
+        "ca.key", "server.key", "superexec", "node-0", "node-1", "0.identity", "1.identity", "control-token"
     }  # fmt: skip
 
 
@@ -107,7 +107,8 @@ def test_the_containers_command_speaks_to_it_too(
 ) -> None:
     state = State.read(folder)
     assert state is not None
-    common = [f"--address={state.address}", f"--ca={folder}/keys/ca.crt", f"--folder={tmp_path}"]
+    token = f"--token={folder}/keys/control-token"
+    common = [f"--address={state.address}", token, f"--ca={folder}/keys/ca.crt", f"--folder={tmp_path}"]
     for _ in range(2):  # a key that is admitted stays so
         assert control.main([*common, "register", str(folder / "keys" / "node-0.pub")]) == 0
     assert control.main([*common, "nodes"]) == 0

@@ -227,7 +227,7 @@ def plain_loop(settings: Settings, lost: tuple[int, int] | None) -> Weights:
 
 @pytest.mark.parametrize("lost", [None, (2, 1)])
 def test_fedavg_rounds_are_federated_averaging(tmp_path: Path, lost: tuple[int, int] | None) -> None:
-    settings = settings_of(tmp_path / "run", schedule="fedavg", clients=3)
+    settings = settings_of(tmp_path / "run", schedule="fedavg", clients=3, step_ahead=0.0)  # a lost reply is a residual
     app = faulty(error, names=str(lost[1]), rounds=(lost[0],)) if lost else honest.app
     serve_in_process(app, settings)
     expected = plain_loop(settings, lost)
@@ -731,12 +731,14 @@ def test_a_client_that_lost_its_state_is_sent_the_weights(tmp_path: Path) -> Non
 def test_clients_that_sat_out_are_sent_the_steps_they_lack(tmp_path: Path) -> None:
     federate(tmp_path / "run", **DOWN | {"rounds": 8, "client_fraction": 0.5, "downlink_ratio": 30.0})
     sent = downlinks(tmp_path / "run")
-    step = min(size for sizes in sent.values() for size in sizes if size)
     last: dict[str, int] = {}
-    for (round_, client), sizes in sorted(sent.items()):
-        assert sizes == [pytest.approx(step * (round_ - last.get(client, 1)), rel=0.05)]
+    missed: dict[tuple[int, str], tuple[int, int]] = {}  # -> number of steps, and their bytes
+    for (round_, client), (size,) in sorted(sent.items()):
+        missed[round_, client] = round_ - last.get(client, 1), size
         last[client] = round_
-    assert len({round_ - last.get(client, 1) for (round_, client) in sent}) > 1
+    steps = [size for count, size in missed.values() if count == 1]  # one step may hold proxies, another none
+    assert all(count * min(steps) * 0.95 <= size <= count * max(steps) * 1.05 for count, size in missed.values())
+    assert len({count for count, _ in missed.values()}) > 1
 
 
 def test_fedavg_rounds_send_whole_weights_and_the_next_steps_start_there(tmp_path: Path) -> None:

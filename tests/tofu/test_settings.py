@@ -330,7 +330,7 @@ def test_lr_stays_by_default_and_in_a_single_round() -> None:
 
 def test_step_ahead_falls_linearly_to_its_final_factor() -> None:
     def of(rounds: int, **changes: float | str) -> list[float]:
-        given = {"step-ahead": 0.8, "step-ahead-final-factor": 0.0, "rounds": rounds} | changes
+        given = {"step_ahead": 0.8, "step_ahead_final_factor": 0.0, "rounds": rounds} | changes
         return [Settings.of(given).step_ahead_of(round_) for round_ in range(1, rounds + 1)]
 
     assert of(5) == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0])
@@ -446,6 +446,8 @@ CONFLICTING = {
 def test_any_valid_configuration_survives_a_round_trip(values: dict[str, object]) -> None:
     if values.get("proxy_size") == 1:
         values["proxy_size"] = 0
+    if 0 < float(str(values.get("over_relaxation", 0))) < 1:
+        values["over_relaxation"] = 0.0
     settings = Settings.of(values)
     config = settings.to_config()
     assert {name: config[dashed(name)] for name in values} == values

@@ -92,7 +92,9 @@ class Chain:
             outputs = self._reference.outputs(own, leaves)
         gradient, targets = _at_outputs(self._reference, outputs, proxies)
         wanted = [*(own.values() if by_weights else ()), *(leaves if by_inputs else ())]
-        found = torch.autograd.grad(outputs, wanted, gradient, materialize_grads=True) if wanted else ()
+        found: Sequence[Tensor] = [torch.zeros_like(one) for one in wanted]
+        if wanted and outputs.requires_grad:  # not if an embedding makes the inputs whole numbers
+            found = torch.autograd.grad(outputs, wanted, gradient, materialize_grads=True)
         split = len(own) if by_weights else 0
         return ProxyGradients(list(found[:split]), list(found[split:]), targets)
 

@@ -128,7 +128,7 @@ def test_a_mod_without_its_strategy_answers_with_an_error(caplog: pytest.LogCapt
         ({"compressor": "none such"}, "compressor='none such'"),
         ({"ratio": 0.5}, "ratio=0.5"),
         ({"step_ahead": 2}, "step-ahead=2"),
-        ({"over_relaxation": 0}, "over-relaxation=0"),
+        ({"over_relaxation": 0.5}, "over-relaxation=0.5"),
     ],
 )
 def test_an_argument_out_of_range_is_named(options: dict[str, Any], named: str) -> None:
