@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -128,7 +129,7 @@ def test_a_reply_that_the_server_never_got_is_sent_again() -> None:
 def test_step_ahead_trains_from_where_the_residual_leads() -> None:
     """The first round has no residual. Without error feedback nothing changes."""
 
-    def second_round(**changes: float) -> tuple[bytes, bytes]:
+    def second_round(**changes: Any) -> tuple[bytes, bytes]:
         settings, ctx = Settings.of(SETTINGS.to_config() | changes), context(**{"partition-id": 0})
         first = train_round(request(), 1, settings, ctx).payload
         return first, train_round(request("proxy", 2, acknowledged=1), 2, settings, ctx).payload
@@ -141,6 +142,8 @@ def test_step_ahead_trains_from_where_the_residual_leads() -> None:
     assert second_round(**last, **{"step-ahead-final-factor": 0.0}) == plain
     off = {"error-feedback": 0.0}
     assert second_round(**off) == second_round(**off, **{"step-ahead": 0.5, "over-relaxation": 1.8})
+    steps: dict[str, Any] = {"plugins": "crossbar"}  # it changes local steps
+    assert second_round(**steps) == second_round(**steps, **{"step-ahead": 0.5})
 
 
 def test_ef21_sends_the_change_of_what_the_client_sent_before() -> None:
