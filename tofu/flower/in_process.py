@@ -5,16 +5,18 @@ what could not travel in a deployment cannot travel here. Each node answers one 
 `workers` threads share the nodes.
 """
 
+import ast
 import ctypes
 import logging
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import Self
+from typing import Any, Self
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -85,13 +87,36 @@ def run_in_process(
             config.setdefault("policy", NO_POLICY)
         contexts.append(Context(_RUN_ID, _FIRST_NODE_ID + partition, config, RecordDict(), dict(run_config)))
     context = Context(_RUN_ID, SERVER_NODE, {}, RecordDict(), dict(run_config))
-    with task_identity(_RUN_ID, _TASK_ID):
+    with task_identity(_RUN_ID, _TASK_ID), _one_thread_parses():
         grid = InProcessGrid(client_app, contexts, workers=workers)
         try:
             server_app(grid, context)
         finally:
             grid.close()
     return context
+
+
+@contextmanager
+def _one_thread_parses() -> Iterator[None]:
+    """While the block runs, only one thread at a time is in `ast.parse`.
+
+    In CPython 3.11 two threads in it may fail with "AST constructor recursion depth mismatch", and numpy parses the
+    header of each array that it loads, in Flower as in an app's own code. From 3.12 on threads do not switch there.
+    """
+    if sys.version_info >= (3, 12):
+        yield
+        return
+    parse, lock = ast.parse, threading.RLock()
+
+    def parse_alone(*args: Any, **kwargs: Any) -> Any:
+        with lock:
+            return parse(*args, **kwargs)
+
+    ast.parse = parse_alone
+    try:
+        yield
+    finally:
+        ast.parse = parse
 
 
 class InProcessGrid(Grid):
@@ -112,8 +137,6 @@ class InProcessGrid(Grid):
         self._nodes = {context.node_id: _Node(context) for context in contexts}
         self._sent: dict[str, _Sent] = {}
         self._changed = threading.Condition()
-        # One thread at a time: Flower parses its arrays with `ast.literal_eval`, which in CPython 3.11 may fail in two.
-        self._unpacking = threading.Lock()
         self._closed = False
         self._ready: SimpleQueue[_Node | None] = SimpleQueue()
         self._threads = [
@@ -168,8 +191,7 @@ class InProcessGrid(Grid):
             if sent is None or sent.reply is None or sent.expired:
                 replies.append(unavailable_reply(identity, self._run.run_id))
             else:
-                with self._unpacking:
-                    replies.append(sent.reply.unpack())
+                replies.append(sent.reply.unpack())
         return replies
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
@@ -251,8 +273,7 @@ class InProcessGrid(Grid):
                 return
             request, sent.request = sent.request, None
         try:
-            with self._unpacking:
-                message = request.unpack()
+            message = request.unpack()
             reply = self._answer(node, message, sent.expires_at)
         except Exception as error:
             # Whatever it is, this thread must go on: a node whose message were neither answered nor given up would
@@ -272,8 +293,7 @@ class InProcessGrid(Grid):
                 reply = self._client_app(message=message, context=context)
             finally:
                 # A SuperNode keeps the state of a failed handler too, as far as the handler had got.
-                with self._unpacking:
-                    node.context = copy_context(context)
+                node.context = copy_context(context)
             if not isinstance(reply, Message):
                 raise TypeError(f"the client app returned {type(reply).__name__}, not a Message")
             if reply.metadata.ttl <= 0:  # Flower has computed it by the time of day

@@ -1,5 +1,6 @@
 """The in-process grid: what a deployment promises (state, order, errors, expiry) holds here too."""
 
+import ast
 import datetime
 import logging
 import os
@@ -33,9 +34,6 @@ Main = Callable[[Grid, Context], None]
 ENDLESS = 1_000_000
 """Steps of a message "sleep", nearly three hours."""
 
-READING = threading.Lock()
-"""Flower's arrays are parsed by `ast`, which in CPython 3.11 now and then fails where two threads do it at once."""
-
 
 def serve(main: Main, client: ClientApp, *, nodes: int = 3, workers: int = 2) -> Context:
     app = ServerApp()
@@ -57,8 +55,7 @@ def client_app(ended: list[int] | None = None) -> ClientApp:
         assert isinstance(before, int)
         count, partition = before + 1, int(context.node_config["partition-id"])
         context.state["count"] = MetricRecord({"n": count})
-        with READING:
-            given = message.content.array_records["w"].to_numpy_ndarrays()[0]
+        given = message.content.array_records["w"].to_numpy_ndarrays()[0]
         array = given * float(context.run_config["scale"]) + np.float32(partition + 0.1 * count)
         metrics = MetricRecord({"n": count, "partition": partition})
         return Message(RecordDict({"w": ArrayRecord([array]), "m": metrics}), reply_to=message)
@@ -295,6 +292,36 @@ def test_a_message_that_cannot_be_unpacked_is_an_error_and_its_node_answers_the_
 
     serve(main, client_app(), nodes=2, workers=1)
     assert outcomes == [[False, True], [False, False]]
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="threads do not switch in the parser from Python 3.12 on")
+def test_clients_that_load_arrays_never_parse_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    parse, inside, most = ast.parse, [0], [0]
+
+    def slow_parse(*arguments: Any, **options: Any) -> Any:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.01)
+        inside[0] -= 1
+        return parse(*arguments, **options)
+
+    monkeypatch.setattr(ast, "parse", slow_parse)
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        for _ in range(3):
+            message.content.array_records["a"].to_numpy_ndarrays()
+        return Message(message.content, reply_to=message)
+
+    def main(grid: Grid, context: Context) -> None:
+        arrays = RecordDict({"a": ArrayRecord([np.zeros(2)])})
+        messages = [Message(arrays, node, "train") for node in grid.get_node_ids()]
+        assert all(reply.has_content() for reply in grid.send_and_receive(messages))
+
+    serve(main, app, nodes=4, workers=4)
+    assert most == [1]
+    assert ast.parse is slow_parse
 
 
 def test_messages_are_dropped_once_pulled() -> None:
