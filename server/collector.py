@@ -49,7 +49,7 @@ class RoundState:
         request_keys: a secure round may follow, for which the clients send keys ahead.
         shown: name of the client whose proxies are kept for the report.
         failures: client name -> reason, in one line, why it could not be used; filled by the collectors.
-        over_sampling: clients asked over the number of replies after which an open round ends.
+        over_sampling: clients asked over the number of replies after which a round ends.
         label: of the round, for the user.
         began: time at which the round began.
         soft_deadline: time from which the round ends as soon as half of the clients have replied.
@@ -76,7 +76,7 @@ class RoundState:
         return time.monotonic() >= self.soft_deadline and 2 * valid >= asked
 
     def wanted(self, asked: int) -> int:
-        """Number of valid replies after which an open round ends, of those that were asked."""
+        """Number of valid replies after which a round ends, of those that were asked."""
         return max(1, math.ceil(asked / self.over_sampling - 1e-9))
 
 
@@ -94,7 +94,7 @@ class Collected:
         proxies: images [n, c, h, w] of the shown client, in a proxy round.
         secure: all that a secure round revealed.
         abandoned: why a secure round was abandoned, or "".
-        late: number of clients whose replies an open round did not wait for.
+        late: number of clients whose replies the round did not wait for.
     """
 
     update: Weights | None = None
@@ -130,6 +130,7 @@ class TrainExchange:
     Attributes:
         acknowledged: client name -> last round whose reply was added; its error feedback continues from there.
         adverts: client name -> keys that it sent ahead of a secure round.
+        late: names of clients whose last reply a round did not wait for: they may still work for it.
     """
 
     def __init__(
@@ -139,6 +140,7 @@ class TrainExchange:
         self._resent = (RESYNC, *LOST) if ask_again else (RESYNC,)
         self.acknowledged: dict[str, int] = {}
         self.adverts: dict[str, bytes] = {}
+        self.late: set[str] = set()
         self._broadcasts: dict[str, bytes] = {}
 
     def replies(
@@ -170,6 +172,7 @@ class TrainExchange:
                     lost.append(client)
                     continue
                 silent.pop(client.name, None)
+                self.late.discard(client.name)
                 state.last_reply = time.monotonic()
                 yield client, reply
                 done = len(clients) - len(silent)
@@ -304,7 +307,9 @@ class OpenCollector:
             except PayloadError as error:
                 state.failures[client.name] = str(error)
             if len(collected.replies) >= state.wanted(len(clients)):
-                collected.late = len(clients) - len(collected.replies) - len(state.failures.keys() & names)
+                late = names - {client.name for client, _ in collected.replies} - state.failures.keys()
+                collected.late = len(late)
+                self._exchange.late |= late
                 break
         if not collected.replies:
             reasons = "; ".join(sorted(set(state.failures.values())))

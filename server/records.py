@@ -69,7 +69,7 @@ def round_record(
         clipped=secure.clipped if secure else None,
         furthest=secure.furthest if secure else None,
         abandoned=result.abandoned,
-        late=result.late if runner.settings.server.over_sampling > 1 and not masked else None,
+        late=result.late if runner.settings.server.over_sampling > 1 else None,
         accuracy_quantiles=_quantiles(result),
     )
 

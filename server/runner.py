@@ -291,12 +291,11 @@ class RoundRunner:
         """The clients of each group that are asked in this round: a function of seed, round and connected clients."""
         settings, groups = self.settings, len(self.models)
         least = max(settings.server.min_clients // groups, MIN_SECURE if secure else 1)
-        factor = 1.0 if secure else settings.server.over_sampling
         sampled = []
         for group in range(groups):
             own = [client for client in clients if groups == 1 or self.plugins.group_of(client.name) == group]
             count = max(least, round(settings.server.client_fraction * len(own)))
-            count = math.ceil(count * factor - 1e-9)
+            count = math.ceil(count * settings.server.over_sampling - 1e-9)
             if count < len(own):
                 place = (group,) if groups > 1 else ()
                 generator = derive_generator(settings.run.seed, round_, "sample", *place)

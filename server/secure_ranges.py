@@ -9,6 +9,7 @@ from torch import Tensor
 
 from server.checkpoint import Snapshot
 from server.client_registry import Client, example_cap
+from tofu.errors import SettingError
 from tofu.plugins import SumSpec
 from tofu.privacy import Noise
 from tofu.secagg import coordinates
@@ -128,7 +129,14 @@ class SecureRanges:
 
 
 def check_secure_settings(settings: Settings) -> None:
-    """Raises SettingError if the identities cannot be read, or no communication graph tolerates the dropouts."""
+    """Raises SettingError if the identities cannot be read, or no communication graph tolerates the dropouts.
+
+    A round that ends before all replies are in makes the late clients dropouts.
+    """
+    tolerated = 1 / (1 - settings.secure.secagg_dropout_fraction)
+    if settings.server.over_sampling > tolerated * (1 + 1e-9):
+        wanted = f"at most {tolerated:.3g} with secagg-dropout-fraction {settings.secure.secagg_dropout_fraction:g}"
+        raise SettingError("over-sampling", settings.server.over_sampling, f"{wanted}, as late clients drop out")
     Topology.of(settings.secure, _max_clients(settings))
     known_identities(settings.secure)
 
@@ -140,4 +148,5 @@ def known_identities(secure: SecureSettings) -> dict[str, bytes] | None:
 
 def _max_clients(settings: Settings) -> int:
     server = settings.server
-    return max(round(server.client_fraction * settings.data.clients), server.min_clients, MIN_SECURE)
+    wanted = max(round(server.client_fraction * settings.data.clients), server.min_clients, MIN_SECURE)
+    return min(math.ceil(wanted * server.over_sampling - 1e-9), max(settings.data.clients, wanted))

@@ -33,6 +33,8 @@ class _Opened:
 
     Attributes:
         encoder: of the clients' vectors.
+        clients: those that sent keys, by name.
+        asked: names of all clients that were asked for keys.
         parts: client name -> what its train request carries.
         stages: the exchanges with these clients.
     """
@@ -40,6 +42,7 @@ class _Opened:
     session: ServerSession
     encoder: RingEncoder
     clients: Mapping[str, Client]
+    asked: set[str]
     parts: Mapping[str, bytes]
     stages: SecureExchange
 
@@ -66,7 +69,7 @@ class SecureCollector:
         self._observer.on_phase(state.round, "secure", "share", 0, len(clients))
         try:
             opened = self._open(model, clients, state)
-            self._train(model, opened, state)
+            late = self._train(model, opened, state)
             self._observer.on_phase(state.round, "secure", "reveal", 0, len(opened.parts))
             mean, survivors = self._close(opened, state)
             with abandoning():
@@ -85,13 +88,15 @@ class SecureCollector:
             )
         for name in survivors:
             self._exchange.acknowledged[name] = state.round
-        return Collected(mean.update, mean.examples, mean.sums, survivors=survivors, secure=mean)
+        return Collected(mean.update, mean.examples, mean.sums, survivors=survivors, secure=mean, late=len(late))
 
     def _open(self, model: GlobalModel, clients: list[Client], state: RoundState) -> _Opened:
         """Collect keys and shares. Raises AbandonedError if too few clients take part."""
         assert model.secure is not None
         adverts = self._exchange.adverts
-        self._stages(clients, state).collect_keys(adverts)
+        busy = self._exchange.late & {client.name for client in clients}
+        wanted = max(MIN_SECURE, state.wanted(len(clients)))
+        self._stages(clients, state).collect_keys(adverts, busy=busy, wanted=wanted)
         able = [client for client in clients if client.name in adverts]
         stages = self._stages(able, state)
         weights = weights_of(model.downlink.reference.model)
@@ -106,15 +111,16 @@ class SecureCollector:
             session, adverts, lambda count: Topology.of(self._settings.secure, count), min_clients=MIN_SECURE
         )
         parts = {name: SecurePart(config.to_bytes(), shares).to_bytes() for name, shares in deliveries.items()}
-        return _Opened(session, encoder, {client.name: client for client in able}, parts, stages)
+        asked = {client.name for client in clients}
+        return _Opened(session, encoder, {client.name: client for client in able}, asked, parts, stages)
 
-    def _train(self, model: GlobalModel, opened: _Opened, state: RoundState) -> None:
-        """Have the clients train and add their masked vectors."""
+    def _train(self, model: GlobalModel, opened: _Opened, state: RoundState) -> set[str]:
+        """Have the clients train and add their masked vectors -> names of those that were not waited for."""
         trainers = [client for client in opened.clients.values() if client.name in opened.parts]
-        arrived = 0
+        arrived: set[str] = set()
 
         def enough() -> bool:
-            return state.may_end(len(trainers), arrived) and opened.session.has_enough
+            return state.may_end(len(trainers), len(arrived)) and opened.session.has_enough
 
         for client, message in self._exchange.replies(model, trainers, state, opened.parts, enough=enough):
             with opened.stages.blaming(client.name):
@@ -122,8 +128,13 @@ class SecureCollector:
                 if not isinstance(masked, bytes):
                     raise PayloadError("masked vector has 0 bytes, expected one of `tofu.secagg`")
                 opened.session.add_masked(client.name, masked)
-                arrived += 1
+                arrived.add(client.name)
                 self._exchange.delivered(client, model, state)
+            if len(arrived) >= state.wanted(len(opened.asked)) and opened.session.has_enough:
+                break
+        late = opened.asked - arrived - state.failures.keys()
+        self._exchange.late |= late
+        return late
 
     def _close(self, opened: _Opened, state: RoundState) -> tuple[SecureMean, tuple[str, ...]]:
         """Collect the shares that remove the masks, and decode the sum.

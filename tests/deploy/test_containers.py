@@ -99,7 +99,7 @@ def test_local_users_of_the_host_reach_no_service_and_no_service_reaches_the_hos
 def test_a_client_from_another_network_joins(deployment: ComposeDeployment) -> None:
     # The address that the host has on the engine's default network stands for its address in the outer world.
     address = deployment.bridge_address()
-    told = deployment.compose("run", "--rm", "-T", "keys", "add-client", "hospital-d", "--superlink", f"{address}:8443")
+    told = deployment.add_client("hospital-d", f"{address}:8443")
     assert "client 3 (hospital-d) is admitted" in told
     deployment.environment["TOFU_LISTEN"] = address
     deployment.compose("up", "--detach", "--no-build")

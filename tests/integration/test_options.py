@@ -23,7 +23,7 @@ from tofu.plugins import Export, export_to_bytes
 from tofu.rounds.links import LinkSimulator
 from tofu.rounds.record import RoundRecord
 from tofu.settings import Settings
-from tofu.wire import CLIENT_ACCURACY, FIELD, RECORD, TrainReply
+from tofu.wire import CLIENT_ACCURACY, FIELD, RECORD, SECURE, TrainReply
 
 QUICK: dict[str, Any] = {
     "rounds": 2, "local_epochs": 1, "batch_size": 32, "lr": 0.05, "compressor": "stc", "ratio": 10.0,
@@ -32,23 +32,28 @@ QUICK: dict[str, Any] = {
 
 
 class Release(Observer):
-    """Lets a waiting client go on once a round has ended."""
+    """Lets a waiting client go on once the second round has ended."""
 
     def __init__(self) -> None:
         self.event = threading.Event()
 
     def on_round_end(self, record: RoundRecord) -> None:
-        self.event.set()
+        if record.round == 2:
+            self.event.set()
 
 
 def rounds(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_round_ends_with_the_first_replies_and_the_late_client_is_no_failure(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["proxy", "secure"])
+def test_rounds_end_with_the_first_replies_and_the_late_client_is_no_failure(kind: str, tmp_path: Path) -> None:
+    """Client 2 trains until two rounds are over: the key exchange of the second secure round is without it, too."""
     release = Release()
     app = ClientApp()
     app.query()(honest.hello)
+
+    app.query(SECURE)(honest.secure)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
@@ -57,21 +62,23 @@ def test_a_round_ends_with_the_first_replies_and_the_late_client_is_no_failure(t
         return honest.train(message, context)
 
     folder = tmp_path / "run"
-    settings = Settings.of(
-        QUICK | {"clients": 4, "over_sampling": 4 / 3, "workers": 4, "rounds": 1, "run_folder": str(folder)}
-    )
-    serve_in_process(app, settings, release)
-    (record,) = rounds(folder)[1:]
-    assert (record["clients"], record["late"], record["failures"]) == (3, 1, [])
-    assert {entry["client"] for entry in record["by_client"]} == {"0", "1", "3"}
+    given = {"clients": 5, "over_sampling": 1.25, "workers": 5, "run_folder": str(folder), "secure_timeout": 50.0}
+    if kind == "secure":
+        given |= {"schedule": "switch", "switch_round": 1}
+    serve_in_process(app, Settings.of(QUICK | given), release)
+    for record in rounds(folder)[1:]:
+        assert (record["kind"], record["clients"], record["late"], record["failures"]) == (kind, 4, 1, [])
 
 
-def test_over_sampling_asks_more_of_the_clients(tmp_path: Path) -> None:
-    given = QUICK | {"clients": 8, "client_fraction": 0.25, "over_sampling": 1.5}
+@pytest.mark.parametrize("kind", ["proxy", "secure"])
+def test_over_sampling_asks_more_of_the_clients(kind: str, tmp_path: Path) -> None:
+    given = QUICK | {"clients": 10, "client_fraction": 0.4, "over_sampling": 1.25}
+    if kind == "secure":
+        given |= {"schedule": "switch", "switch_round": 1}
     result = tofu.run(**given, run_folder=str(tmp_path / "run"), progress=False)
-    asked = [row["client"] for row in result.ledger if row["direction"] == "downlink" and row["kind"] == "proxy"]
-    assert len(asked) == 2 * 3
-    assert [record.clients for record in result.history[1:]] == [2, 2]
+    asked = [row for row in result.ledger if row["direction"] == "downlink" and row["kind"] == kind]
+    assert {len({row["client"] for row in asked if row["round"] == number}) for number in (1, 2)} == {5}
+    assert [(record.clients, record.late) for record in result.history[1:]] == [(4, 1)] * 2
 
 
 def two_minds() -> list[TensorDataset]:
@@ -188,11 +195,13 @@ def test_links_turn_the_bytes_of_the_ledger_into_seconds(tmp_path: Path) -> None
         ({"local_layers": "fc1.*", "plugins": "rank"}, "local-layers='fc1.*' .* none with plugins"),
         ({"client_test_fraction": 0.1, "noise_multiplier": 1.0}, "client-test-fraction=0.1 .* noise-multiplier"),
         ({"over_sampling": 0.5}, "over-sampling=0.5"),
+        ({"clients": 5, "over_sampling": 1.3, "schedule": "switch"}, "over-sampling=1.3 .* at most 1.25"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(tmp_path: Path, settings: dict[str, Any], reason: str) -> None:
+    given = {"model": "mlp", "clients": 2, "run_folder": str(tmp_path / "r"), "progress": False}
     with pytest.raises(SettingError, match=reason):
-        tofu.run(**QUICK, model="mlp", clients=2, run_folder=str(tmp_path / "r"), progress=False, **settings)
+        tofu.run(**QUICK | given | settings)
 
 
 def test_learning_rates_follow_their_schedule() -> None:

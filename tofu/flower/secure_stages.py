@@ -12,14 +12,14 @@ threshold, the round is abandoned, and the shares that were revealed until then 
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from flwr.app import Message
 
 from tofu.errors import PayloadError, RunError, SettingError
-from tofu.flower.transport import Transport, body_of, error_reason, make_message
+from tofu.flower.transport import Transport, body_of, error_reason, make_message, never
 from tofu.secagg.graph import Topology
 from tofu.secagg.server import ServerSession, Total
 from tofu.wire import SECURE, SecureAnswer, SecureQuery
@@ -52,9 +52,20 @@ class SecureExchange:
     silent: set[str] = field(default_factory=set)
 
     def ask(
-        self, stage: str, messages: Mapping[str, bytes], *, advert: bool = False
+        self,
+        stage: str,
+        messages: Mapping[str, bytes],
+        *,
+        advert: bool = False,
+        enough: Callable[[], bool] = never,
+        busy: Collection[str] = (),
     ) -> Iterator[tuple[str, SecureAnswer]]:
-        """Run one stage with the clients that have a message in `messages`; yields the valid answers by name."""
+        """Run one stage with the clients that have a message in `messages`; yields the valid answers by name.
+
+        Args:
+            enough: whether to stop waiting for the others.
+            busy: clients that do not fail if they do not answer.
+        """
         silent = {node: name for name, node in self.clients.items() if name in messages}
         requests = []
         for node, name in silent.items():
@@ -62,7 +73,8 @@ class SecureExchange:
             request = make_message(query, node, self.action, round_=self.round, ttl=math.ceil(self.seconds))
             self.count(request, name, "downlink")
             requests.append(request)
-        for node, reply in self.transport.exchange(requests, time.monotonic() + self.seconds) if requests else ():
+        deadline = time.monotonic() + self.seconds
+        for node, reply in self.transport.exchange(requests, deadline, enough) if requests else ():
             name = silent.pop(node)
             if reply.metadata.src_node_id == node:  # otherwise Flower made the error, and nothing was sent
                 self.count(reply, name, "uplink")
@@ -73,7 +85,7 @@ class SecureExchange:
                 answer = SecureAnswer.from_bytes(body_of(reply))
             if answer is not None:
                 yield name, answer
-        for name in silent.values():
+        for name in set(silent.values()) - set(busy):
             self.failures[name] = f"no answer at stage {stage} within {self.seconds:g} s"
             self.silent.add(name)
 
@@ -85,10 +97,20 @@ class SecureExchange:
         except PayloadError as error:
             self.failures[name] = str(error)
 
-    def collect_keys(self, adverts: dict[str, bytes]) -> None:
-        """Ask clients that sent no keys ahead for them, and add them to `adverts`."""
+    def collect_keys(self, adverts: dict[str, bytes], *, busy: Collection[str] = (), wanted: int = 0) -> None:
+        """Ask clients that sent no keys ahead for them, and add them to `adverts`.
+
+        Args:
+            busy: clients that still work for an earlier round: they are not waited for once `wanted` others sent keys.
+        """
         missing = {name: b"" for name in self.clients if name not in adverts}
-        for name, answer in self.ask("advert", missing):
+        waiting = set(missing) - set(busy)
+
+        def enough() -> bool:
+            return not waiting and sum(name in adverts for name in self.clients) >= wanted
+
+        for name, answer in self.ask("advert", missing, enough=enough if busy else never, busy=busy):
+            waiting.discard(name)
             if answer.advert:
                 adverts[name] = answer.advert
 

@@ -317,7 +317,7 @@ class ServerSettings(Group):
     client_fraction: float = setting(1.0, "fraction of the available clients sampled in each round", gt=0, le=1)
     over_sampling: float = setting(
         1.0,
-        "clients asked in an open round over the number of replies after which it ends; late ones are left out",
+        "clients asked in a round over the number of replies after which it ends; late ones are left out",
         ge=1,
         le=100,
     )

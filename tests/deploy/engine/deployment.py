@@ -19,7 +19,6 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 ROOT = Path(__file__).parents[3]
-PROJECT = "tofu-test"
 OWNER = os.getuid() or 1000
 _TORCH = "2.13.0"
 _INDEX_PORT = 8099
@@ -44,17 +43,20 @@ class ComposeDeployment:
     """Starts all services on entering and ends them on leaving a `with` block. Images are kept.
 
     Args:
-        folder: for the copy of the working tree, its keys, its data and its results.
+        folder: for the copy of the working tree, its keys, its data and its results. One that has them is used on.
+        project: Compose's name of it; several may run at once.
+        listen: the address of its port.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder / "clone"
+    def __init__(self, folder: Path, project: str = "tofu-test", listen: str = "127.0.0.1") -> None:
+        self.folder, self._project = folder / "clone", project
         self._clients: list[Path] = []
-        self.environment = os.environ | {"TORCH_INDEX": f"http://127.0.0.1:{_INDEX_PORT}/"}
-        self._options = ["--progress", "quiet", "-p", PROJECT, "-f", "deploy/compose.yaml", "-f", "override.yaml"]
+        self.environment = os.environ | {"TORCH_INDEX": f"http://127.0.0.1:{_INDEX_PORT}/", "TOFU_LISTEN": listen}
+        self._options = ["--progress", "quiet", "-p", project, "-f", "deploy/compose.yaml", "-f", "override.yaml"]
 
     def __enter__(self) -> Self:
-        self._copy()
+        if not self.folder.exists():
+            self._copy()
         index = self._serve_torch()
         try:
             self._override()
@@ -117,7 +119,7 @@ class ComposeDeployment:
 
     def inspect(self, service: str, template: str) -> str:
         """A field of a service's container, by a Go template."""
-        container = f"{PROJECT}-{service}-1"
+        container = f"{self._project}-{service}-1"
         return subprocess.check_output(["docker", "inspect", "-f", template, container], text=True).strip()
 
     def address(self, service: str) -> str:
@@ -162,21 +164,35 @@ class ComposeDeployment:
         """The host's address on the engine's default network."""
         return str(self._network({"NetworkID": "bridge"})["IPAM"]["Config"][0]["Gateway"])
 
-    def start_client(self, name: str, data: str) -> None:
-        """Start deploy/compose.client.yaml as on a machine of its own, with the files that the operator sent there."""
+    def add_client(self, name: str, superlink: str) -> str:
+        """Make a client's files and admit it, unless that has been done; returns what the command prints."""
+        if (self.deploy / "secrets" / name).exists():
+            return ""
+        return self.compose("run", "--rm", "-T", "keys", "add-client", name, "--superlink", superlink)
+
+    def start_client(self, name: str, data: str, network: str = "") -> None:
+        """Start deploy/compose.client.yaml as on a machine of its own, with the files that the operator sent there.
+
+        Args:
+            network: of compose.yaml that it is on; by default, one of its own.
+        """
         place = self.folder.parent / name / "deploy"
-        shutil.copytree(self.deploy / "secrets" / name, place / "client")
-        shutil.copytree(self.deploy / "data" / data, place / "client" / "data")
-        shutil.copy(self.deploy / "compose.client.yaml", place)
-        with (place / "client" / "client.env").open("a") as file:
-            file.write(f"TOFU_UID={OWNER}\nTOFU_GID={OWNER}\n")
-        if not os.getuid():
-            subprocess.run(["chown", "-R", f"{OWNER}:{OWNER}", place], check=True)
+        if not place.exists():
+            shutil.copytree(self.deploy / "secrets" / name, place / "client")
+            shutil.copytree(self.deploy / "data" / data, place / "client" / "data")
+            shutil.copy(self.deploy / "compose.client.yaml", place)
+            outward = {"external": True, "name": f"{self._project}_{network}"} if network else {}
+            (place / "network.yaml").write_text(json.dumps({"networks": {"outward": outward}}))
+            with (place / "client" / "client.env").open("a") as file:
+                file.write(f"TOFU_UID={OWNER}\nTOFU_GID={OWNER}\n")
+            if not os.getuid():
+                subprocess.run(["chown", "-R", f"{OWNER}:{OWNER}", place], check=True)
         self._client_compose(place, "up", "--detach", "--no-build")
         self._clients.append(place)
 
     def _client_compose(self, place: Path, *arguments: str) -> None:
-        options = ["-p", f"{PROJECT}-client", "-f", "compose.client.yaml", "--env-file", "client/client.env"]
+        files = ["-f", "compose.client.yaml", "-f", "network.yaml", "--env-file", "client/client.env"]
+        options = ["-p", f"{self._project}-client", *files]
         subprocess.run(["docker", "compose", "--progress", "quiet", *options, *arguments], cwd=place, check=True)
 
     def wait_for_online(self, count: int, timeout: float = 600) -> None:
@@ -204,9 +220,23 @@ class ComposeDeployment:
         command = ["docker", "compose", *self._options, "run", "--rm", "-T", "operator", "run", *settings]
         return OperatorRun(command, self.folder, self.environment)
 
+    def memory(self) -> dict[str, float]:
+        """Service -> MiB that its processes use, of the containers that run."""
+        command = ["docker", "stats", "--no-stream", "--format", "{{.Name}} {{.MemUsage}}"]
+        found = {}
+        for name, used, *_ in map(str.split, subprocess.check_output(command, text=True).splitlines()):
+            if name.startswith(f"{self._project}-") and name.endswith("-1"):
+                number, unit = float(used.rstrip("KMGiB")), used[-3:]
+                found[name[len(self._project) + 1 : -2]] = number * {"GiB": 1024, "KiB": 1 / 1024}.get(unit, 1)
+        return found
+
+    def runs(self) -> list[Path]:
+        """The folders of all runs, the latest last."""
+        return sorted((self.deploy / "results").glob("runs/*"), key=lambda folder: folder.stat().st_mtime)
+
     def results(self) -> Path:
         """The folder of the latest run."""
-        return max((self.deploy / "results" / "runs").iterdir(), key=lambda folder: folder.stat().st_mtime)
+        return self.runs()[-1]
 
     def _copy(self) -> None:
         command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
