@@ -9,11 +9,13 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 import typer
 
 from benchmarks.common import RESULTS, markdown_table, spread
+from benchmarks.error_feedback.__main__ import SEEDS, TASKS, TUNING_SEED, table
 from benchmarks.plugins.tables import PLUGIN_TABLES
 from tofu.formatting import format_bytes
 
@@ -24,6 +26,9 @@ NAMES = {
     "qsgd": "QSGD",
 }  # fmt: skip
 """Compressors as `benchmarks.rivals` stores them -> as the tables name them."""
+
+FIELDS = ("task", "method", "ratio", "w", "a", "final_factor")
+"""What identifies a row of results/error-feedback.json, beside the seed."""
 
 Rows = list[dict[str, Any]]
 
@@ -73,14 +78,22 @@ def lead(name: str, ratio: float, compressors: Sequence[str]) -> str:
 
 
 def readme() -> str:
+    """The default beside its correction alone and STC, of results/error-feedback.json."""
+    found: Rows = read("error-feedback")["rows"]
+    methods = (("fedavg", 1.0), ("proxies+correction", 0.0), ("correction", 1.8), ("stc", 1.8))
     rows = []
-    for data, name, ratio in (
-        ("MNIST", "mnist", 50), ("MNIST", "mnist", 500), ("CIFAR-10", "cifar10-group", 200),
-        ("CIFAR-10", "cifar10-group", 500),
-    ):  # fmt: skip
-        methods = [spread(accuracies(name, c, ratio), 2) for c in ("proxy", "stc", "topk")]
-        rows.append([f"{data}, {ratio}x", spread(accuracies(name, "full", None), 2), *methods])
-    return markdown_table(("data, payload ratio", "FedAvg", "proxies", "STC", "top-k"), rows)
+    for data, task, ratio in (
+        *(("MNIST", "mnist", ratio) for ratio in (50, 200, 1000)),
+        *(("CIFAR-10", "cifar10", ratio) for ratio in (50, 200, 500, 1000, 2000)),
+    ):
+        cells = []
+        for method, w in methods:
+            asked = (task, method, 0, w, 0.0, 1.0) if method == "fedavg" else (task, method, ratio, w, 0.5, 1.0)
+            mine = [row for row in found if row["seed"] in SEEDS and asked == tuple(row[name] for name in FIELDS)]
+            assert len(mine) == len(SEEDS), asked
+            cells.append(spread([100 * row["final_accuracy"] for row in mine], 1))
+        rows.append([f"{data}, {ratio:,}x", *cells])
+    return markdown_table(("data, payload ratio", "FedAvg", "proxies (default)", "correction alone", "STC"), rows)
 
 
 def federated() -> str:
@@ -168,6 +181,12 @@ def codec() -> str:
     return markdown_table(("", "early, 64x", "early, 250x", "late, 64x", "late, 250x", "time / epoch"), rows)
 
 
+def error_feedback(task: str, seeds: tuple[int, ...] = SEEDS) -> str:
+    """Final accuracy of one task of `benchmarks.error_feedback`, by method, w and a."""
+    found = {name: (header, lines) for name, header, lines in table(read("error-feedback")["rows"], seeds)}
+    return markdown_table(*found[task])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "readme": readme,
     "federated": federated,
@@ -177,6 +196,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "rivals-cifar10-group": lambda: rivals_cifar10("cifar10-group", ("proxy", "stc", "topk", "powersgd", "eden")),
     "rivals-cifar10-batch": lambda: rivals_cifar10("cifar10-batch", ("proxy", "stc", "topk", "powersgd")),
     "classes": classes,
+    **{f"error-feedback-{task}": partial(error_feedback, task) for task in TASKS},
+    "error-feedback-cifar10-tuning": partial(error_feedback, "cifar10", (TUNING_SEED,)),
+    "error-feedback-mnist-100-tuning": partial(error_feedback, "mnist-100", (TUNING_SEED,)),
     **PLUGIN_TABLES,
 }
 """Name of a marked table -> what makes it."""

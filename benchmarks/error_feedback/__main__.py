@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.common import RESULTS, find_data, print_table, spread, versions
+from benchmarks.error_feedback.figure import draw
 from benchmarks.rivals.__main__ import COMPARISONS, FEDERATION
 from client.app import app as client_app
 from server.app import serve_in_process
@@ -189,7 +190,7 @@ def main(
         typer.Option(help="only runs with such names, as 'cifar10/stc-1000x-w1.8-a0.5-*'; may be repeated, in order"),
     ] = None,
     names: Annotated[bool, typer.Option("--list", help="print the names of the runs that are left, and stop")] = False,
-    table_only: Annotated[bool, typer.Option("--table", help="print the results so far, and stop")] = False,
+    table_only: Annotated[bool, typer.Option("--table", help="print and draw the results so far, and stop")] = False,
     folder: Annotated[Path, typer.Option("--runs", help="folder for the runs")] = Path("runs/benchmark-error-feedback"),
     output: Annotated[Path, typer.Option(help="results")] = RESULTS / "error-feedback.json",
 ) -> None:
@@ -213,6 +214,7 @@ def main(
             "settings": {task: FEDERATION | own for task, own in TASKS.items()}, "rows": rows,
         }  # fmt: skip
         replace_file(output, (json.dumps(document, indent=1) + "\n").encode())
+    draw(rows, list(TASKS), SEEDS, output.with_suffix(".svg"))
     missing = sum(run.name not in done for run in runs)
     if missing:
         print(f"Partial results: {missing} of {len(runs)} runs were not made.")
