@@ -42,7 +42,7 @@ NOISE: dict[str, Row] = {
     "mnist-long": {"model": "lenet5", "epochs": 24, "every": 2, "lr": 0.05},
 }
 FRACTIONS = (0.01, 0.05, 0.1)
-DUPLICATES: Row = {"images": 2000, "pairs": 40, "model": "lenet5", "epochs": 30, "every": 5, "lr": 0.02}
+DUPLICATES: Row = {"images": 2000, "pairs": 40, "model": "lenet5", "epochs": 150, "every": 10, "lr": 0.02}
 FEDERATED: Row = {"clients": 10, "noisy": 2, "fraction": 0.2, "rounds": 20, "epochs": 3, "lr": 0.05}
 ACTIONS = {
     "no action": "",

@@ -65,8 +65,9 @@ SETTINGS: dict[str, Any] = {
     "cifar": {"model": "dct-snn-small", "images": 8000, "test": 300, "epochs": 6, "fine-tuning images": 600,
               "ann lr": 2e-3, "snn lr": 5e-4, "batch size": 32, "steps": 48},
     "codec": {"dataset": "digits", "model": "snn-small", "ratios": [50, 100], "local epochs": 5, "lr": 0.1},
-    "federated": {"dataset": "digits", "model": "dct-snn-small", "cycles": 1, "rounds": 12, "local epochs": 2,
-                  "lr": 0.3, "clients": 10, "alpha": 0.5, "ratio": 20, "secure ratio": 4},
+    "federated": {"dataset": "digits", "model": "dct-snn-small", "cycles": 1, "rounds": 24, "local epochs": 3,
+                  "lr": 0.1, "last lr factor": 0.2, "momentum": 0.9, "ema decay": 0.5, "clients": 10, "alpha": 0.5,
+                  "ratio": 20, "secure ratio": 4, "max evals": 20},
 }  # fmt: skip
 
 Row = dict[str, Any]
@@ -302,7 +303,8 @@ def federated_rows(seed: int) -> list[Row]:
         "dataset": given["dataset"], "model": given["model"], "plugins": "dct-snn", "lr": given["lr"],
         "plugin_options": f"dct-snn.cycles={given['cycles']}", "rounds": given["rounds"], "alpha": given["alpha"],
         "local_epochs": given["local epochs"], "ratio": given["ratio"], "secure_ratio": given["secure ratio"],
-        "max_evals": 30, "seed": seed, "checkpoint": False,
+        "momentum": given["momentum"], "lr_final_factor": given["last lr factor"], "ema_decay": given["ema decay"],
+        "max_evals": given["max evals"], "seed": seed, "checkpoint": False,
     }  # fmt: skip
     rows = []
     for schedule, clients in (("fedavg", 1), ("fedavg", 10), ("secure", 10), ("proxy", 10)):
