@@ -7,12 +7,14 @@ succeed; that is the point. Try it with your own app, model and training setting
     tofu attack recordings --model digits_app.task:Net --dataset my_app.task:images_of
 """
 
-import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
@@ -54,36 +56,30 @@ def train(message: Message, context: Context) -> Message:
     return Message(RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics}), reply_to=message)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--folder", default="recordings")
-    parser.add_argument("attack_options", nargs="*", help="options of `tofu attack`, after --")
-    arguments = parser.parse_args()
+def main(
+    folder: str = "recordings",
+    attack_options: Annotated[list[str] | None, typer.Argument(help="options of `tofu attack`, after --")] = None,
+) -> None:
     server = ServerApp()
 
     @server.main()
     def serve(grid: Grid, context: Context) -> None:
         torch.manual_seed(0)
         strategy = tofu.record(
-            FedAvg(fraction_evaluate=0.0), arguments.folder, input_shape=(1, 8, 8), batch_size=IMAGES, lr=LR, mean=0.0,
+            FedAvg(fraction_evaluate=0.0), folder, input_shape=(1, 8, 8), batch_size=IMAGES, lr=LR, mean=0.0,
             std=1.0, clients=1,
         )  # fmt: skip
         strategy.start(grid, ArrayRecord(Net().state_dict()), num_rounds=1, train_config=ConfigRecord({"lr": LR}))
 
     run_in_process(server, app, run_config={}, num_supernodes=2)
     command = [
-        sys.executable, "-m", "tofu.cli", "attack", arguments.folder, "--model", "digits_app.task:Net", "--dataset",
-        "attack_own_app:images_of", *arguments.attack_options,
+        sys.executable, "-m", "tofu.cli", "attack", folder, "--model", "digits_app.task:Net", "--dataset",
+        "attack_own_app:images_of", *(attack_options or ()),
     ]  # fmt: skip
-    subprocess.run(command, check=True, env=_environment())
-
-
-def _environment() -> dict[str, str]:
-    import os
-
     paths = [str(APP), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    subprocess.run(command, check=True, env=environment)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

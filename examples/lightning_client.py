@@ -3,21 +3,17 @@
 `tofu.run` calls a training function of yours; here it is a Lightning `Trainer` on a `LightningModule`.
 """
 
-import argparse
 import logging
 
 import lightning
 import torch
+import typer
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import tofu
 
-parser = argparse.ArgumentParser()
-parser.add_argument("--rounds", type=int, default=6)
-parser.add_argument("--folder", default="")
-arguments = parser.parse_args()
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
@@ -48,17 +44,22 @@ def train(model, dataset, context):
     return float(trainer.callback_metrics.get("loss", 0.0))
 
 
-images, labels = (torch.tensor(values) for values in load_digits(return_X_y=True))
-images = images.float().view(-1, 1, 8, 8) / 8 - 1
-result = tofu.run(
-    clients=[TensorDataset(images[start:1500:3], labels[start:1500:3]) for start in range(3)],
-    test=TensorDataset(images[1500:], labels[1500:]),
-    model=Digits,
-    train=train,
-    rounds=arguments.rounds,
-    local_epochs=2,
-    workers=1,  # a Trainer is not made for several threads of one process
-    ratio=40,
-    run_folder=arguments.folder,
-)
-print(f"accuracy {result.summary.final_accuracy:.3f}, payloads {result.summary.payload_ratio:.0f} times smaller")
+def main(rounds: int = 6, folder: str = "") -> None:
+    images, labels = (torch.tensor(values) for values in load_digits(return_X_y=True))
+    images = images.float().view(-1, 1, 8, 8) / 8 - 1
+    result = tofu.run(
+        clients=[TensorDataset(images[start:1500:3], labels[start:1500:3]) for start in range(3)],
+        test=TensorDataset(images[1500:], labels[1500:]),
+        model=Digits,
+        train=train,
+        rounds=rounds,
+        local_epochs=2,
+        workers=1,  # a Trainer is not made for several threads of one process
+        ratio=40,
+        run_folder=folder,
+    )
+    print(f"accuracy {result.summary.final_accuracy:.3f}, payloads {result.summary.payload_ratio:.0f} times smaller")
+
+
+if __name__ == "__main__":
+    typer.run(main)
