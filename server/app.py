@@ -40,13 +40,13 @@ from tofu.models.initial_weights import fill
 from tofu.observers.base import Observer, Observers
 from tofu.observers.json_lines import JsonLinesLog
 from tofu.observers.prometheus import PrometheusMetrics
+from tofu.observers.report import ReportWriter
 from tofu.observers.terminal import make_progress
 from tofu.observers.trackers import make_trackers
 from tofu.privacy import Accountant
 from tofu.recording import Recorder
 from tofu.reference_model import NEEDS_CALL, ReferenceModel
 from tofu.reporting.folder import RunFolder
-from tofu.reporting.report import write_report
 from tofu.rounds.links import LinkSimulator
 from tofu.rounds.record import RoundRecord, RunSummary, from_dict, round_label, to_dict
 from tofu.rounds.schedule import make_schedule
@@ -80,7 +80,7 @@ def serve(grid: Grid, settings: Settings, observer: Observer, workload: Workload
     """Run the whole federation.
 
     Args:
-        observer: receives the events of the run, after the log, the Prometheus metrics and the trackers.
+        observer: receives the events of the run, after the report, the log, the Prometheus metrics and the trackers.
         workload: data and model; by default those that the settings name.
 
     Raises:
@@ -91,7 +91,7 @@ def serve(grid: Grid, settings: Settings, observer: Observer, workload: Workload
     _check_clients(grid, settings)
     metrics = PrometheusMetrics(grid.run.run_id, settings)
     tracked = make_trackers(settings.run.tracker, lambda text: observers.on_note(text))
-    observers = Observers((JsonLinesLog(grid.run.run_id), metrics, *tracked, observer))
+    observers = Observers((ReportWriter(), JsonLinesLog(grid.run.run_id), metrics, *tracked, observer))
     try:
         run = _Run(grid, settings, observers, workload or workload_of(settings))
         metrics.serve(settings.run.metrics_port)
@@ -221,7 +221,6 @@ class _Run:
         )
         folder.write_summary(summary)
         keep_last_checkpoint(folder.path)
-        write_report(folder.path)
         if failed:
             raise RunError(f"{failed}{f' ({stopped})' if stopped else ''}; the run is in {folder.path}")
         self._observer.on_run_end(summary)
