@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from tofu.flower.options import keep_local as keep_local
     from tofu.flower.record import record as record
     from tofu.flower.secure import SecureAggregation as SecureAggregation
-    from tofu.flower.secure import secure as secure
+    from tofu.flower.secure_mod import secure as secure
     from tofu.plugins import Plugin as Plugin
     from tofu.reference_model import at_embedding as at_embedding
     from tofu.running import run as run
@@ -53,7 +53,7 @@ _EXPORTS = {
     "Compressed": "tofu.flower.compress",
     "FirstReplies": "tofu.flower.options",
     "keep_local": "tofu.flower.options",
-    "secure": "tofu.flower.secure",
+    "secure": "tofu.flower.secure_mod",
     "SecureAggregation": "tofu.flower.secure",
     "hybrid": "tofu.flower.hybrid",
     "record": "tofu.flower.record",

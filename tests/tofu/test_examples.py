@@ -17,6 +17,7 @@ MODULES = (
     "tofu.flower.hybrid",
     "tofu.flower.record",
     "tofu.flower.secure",
+    "tofu.flower.secure_mod",
     "client.plugins.label_tree",
     "client.plugins.tree_metrics",
 )

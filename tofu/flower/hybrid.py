@@ -18,8 +18,9 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from tofu.errors import PayloadError, RunError, SettingError
 from tofu.flower.compress import Compressed, CompressMod
-from tofu.flower.secure import RECORD as SECURE_RECORD
-from tofu.flower.secure import SecureAggregation, SecureMod
+from tofu.flower.secure import SecureAggregation
+from tofu.flower.secure_mod import RECORD as SECURE_RECORD
+from tofu.flower.secure_mod import SecureMod
 from tofu.flower.secure_options import SecureOptions
 from tofu.flower.update_codec import RECORD, UpdateCodec
 from tofu.flower.wrapper import StrategyWrapper, TrainMod

@@ -5,11 +5,9 @@
 
 The server receives masked arrays, of which only the sum can be read, weighted by the clients' numbers of examples. The
 inner strategy gets one reply, with the mean of the arrays and of the metrics. docs/secure-aggregation.md says what is
-guaranteed, and what is not. All stages of the protocol travel as train messages, because Flower calls mods only around
-functions that the app has registered.
+guaranteed, and what is not. This module has the server's half, `tofu.flower.secure_mod` the client's.
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterable
@@ -17,220 +15,38 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
-from flwr.clientapp.typing import ClientAppCallable
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import (
-    Bulyan,
-    DifferentialPrivacyClientSideAdaptiveClipping,
-    DifferentialPrivacyClientSideFixedClipping,
-    DifferentialPrivacyServerSideAdaptiveClipping,
-    DifferentialPrivacyServerSideFixedClipping,
-    FedMedian,
-    FedTrimmedAvg,
-    FedXgbBagging,
-    FedXgbCyclic,
-    MultiKrum,
-    QFedAvg,
-    Result,
-    Strategy,
-)
+from flwr.serverapp import strategy as strategies
+from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
-from tofu.compression.error_feedback import NEVER, ErrorFeedback
+from tofu.compression.error_feedback import NEVER
 from tofu.errors import PayloadError, RunError, SettingError
-from tofu.flower.client_state import load_feedback, save_feedback
 from tofu.flower.compress import Compressed
 from tofu.flower.internals import content_reply
-from tofu.flower.policy import Policy
+from tofu.flower.secure_mod import RECORD, content_digest, joint_digest, meaning
 from tofu.flower.secure_options import MIN_CLIENTS, VERSION, RangeTracker, SecureOptions
-from tofu.flower.secure_session import answer_query, load_session, mask_once, participant_of, session_name
 from tofu.flower.secure_stages import AbandonedError, SecureExchange, abandoning
 from tofu.flower.transport import GridTransport
 from tofu.flower.update_codec import ArrayNames, UpdateCodec, tensors_of
-from tofu.flower.wrapper import StrategyWrapper, TrainMod, only_arrays, reasons_of, unwrapped, with_record, wrappers
-from tofu.imports import code_digest
+from tofu.flower.wrapper import StrategyWrapper, only_arrays, reasons_of, unwrapped, with_record, wrappers
 from tofu.privacy import Accountant
-from tofu.rng import derive_bytes
-from tofu.rounds.steps import (
-    AddResidual,
-    Clip,
-    EncodeInRing,
-    KeepResidual,
-    Outgoing,
-    UpdateStep,
-    apply_steps,
-    check_noise_grid,
-)
 from tofu.secagg.encoding import EncodingConfig, RingEncoder, SecureMean, purpose_of
 from tofu.secagg.identities import read_known
 from tofu.secagg.messages import Advert
 from tofu.secagg.server import ServerSession, check_signature
-from tofu.wire import FIELD, SecurePart, SecureQuery, run_name
-from tofu.wire import RECORD as STAGE
+from tofu.wire import SecurePart, run_name
 
 LOG = logging.getLogger("tofu.flower")
 
-RECORD = "tofu-secure"
-"""Key of the `ConfigRecord` that the strategy adds to a train message, and the mod to its reply."""
-
 INDIVIDUAL: tuple[type[Strategy], ...] = (
-    Bulyan, Compressed, DifferentialPrivacyClientSideAdaptiveClipping, DifferentialPrivacyClientSideFixedClipping,
-    DifferentialPrivacyServerSideAdaptiveClipping, DifferentialPrivacyServerSideFixedClipping, FedMedian,
-    FedTrimmedAvg, FedXgbBagging, FedXgbCyclic, MultiKrum, QFedAvg,
+    Compressed, strategies.Bulyan, strategies.DifferentialPrivacyClientSideAdaptiveClipping,
+    strategies.DifferentialPrivacyClientSideFixedClipping, strategies.DifferentialPrivacyServerSideAdaptiveClipping,
+    strategies.DifferentialPrivacyServerSideFixedClipping, strategies.FedMedian, strategies.FedTrimmedAvg,
+    strategies.FedXgbBagging, strategies.FedXgbCyclic, strategies.MultiKrum, strategies.QFedAvg,
 )  # fmt: skip
 """Strategies that look at every client's reply."""
-
-
-def secure(**options: Any) -> "SecureMod":
-    """A mod that masks what a client sends; the strategy must be wrapped in `SecureAggregation` with equal options.
-
-    It should be the first of the app's mods, so that others see plain messages.
-
-    Args:
-        options: of `SecureOptions`.
-
-    Example:
-        >>> from flwr.clientapp import ClientApp
-        >>> app = ClientApp(mods=[secure()])
-    """
-    return SecureMod(SecureOptions(**options))
-
-
-class SecureMod(TrainMod):
-    """The client's half. The node config may have the entries that `tofu.flower.secure_session` lists."""
-
-    name = "tofu.secure"
-
-    def __init__(self, options: SecureOptions, codec: UpdateCodec | None = None) -> None:
-        self._options, self._codec = options, codec
-
-    def train(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-        """Answer a stage of the protocol, or call the app and mask what it returns.
-
-        Raises:
-            PayloadError: the server's message is not one of `SecureAggregation`, or asks for something unsafe.
-            PolicyError: the client's policy refuses such rounds.
-        """
-        options = self._options
-        participant = participant_of(context, session_name(context), options.collusion)
-        stage = message.content.config_records.get(STAGE)
-        if stage is not None:
-            answer = answer_query(SecureQuery.from_bytes(stage.get(FIELD)), context, participant)
-            return Message(RecordDict({STAGE: ConfigRecord({FIELD: answer.to_bytes()})}), reply_to=message)
-        policy = Policy.of(context)
-        policy.check_round("secure", options.noise_multiplier)
-        policy.check_identity(identified=participant.identity is not None)
-        request = _SecureRequest.of(message, options, self._codec)
-        encoder = request.encoder
-        session = load_session(context, participant)
-        if session.purpose != request.purpose:
-            raise PayloadError(
-                "this client was sent other arrays, records or ranges than all clients of this sum agreed on"
-            )
-        noise = options.noise_in_sum(session.topology, session.members, encoder)
-        check_noise_grid(noise, encoder.levels, request.config.unit_weight, request.config.ranges)
-        policy.check_sum_noise(noise, session, participant)
-        reply = call_next(message, context)
-        if reply.has_error():
-            return reply
-        trained = _Trained.of(reply, request, options)
-        spec, kept = request.names.param_spec, bool(options.error_feedback)
-        feedback, memory = load_feedback(context, spec) if kept else (ErrorFeedback(), b"")
-        # A server that lies may not have the last vector sent again, next to others that it makes almost zero.
-        acknowledged = request.acknowledged if participant.identity is None else feedback.sent_round
-        steps: list[UpdateStep] = [AddResidual(acknowledged, options.error_feedback)]
-        if noise:
-            steps.append(Clip(options.clip_norm, spec))
-        seed = derive_bytes(0, request.round, participant.name, "round")
-        steps.append(EncodeInRing(encoder, trained.examples, 0.0, seed, options.metric_sums(trained.values), noise))
-        steps.append(KeepResidual(request.round, options.error_feedback))
-        outgoing = apply_steps(steps, Outgoing(trained.update, feedback, memory))
-        assert outgoing.vector is not None
-        try:
-            masked = mask_once(context, session, participant, request.round, outgoing.vector, request.shares)
-        except ValueError as error:
-            raise PayloadError(f"this client's model differs from the server's: {error}") from error
-        if kept:
-            save_feedback(context, spec, outgoing.feedback, outgoing.memory)
-        record = ConfigRecord({"masked": masked, "metrics": trained.names})
-        return Message(RecordDict({RECORD: record}), reply_to=message)
-
-
-@dataclass(frozen=True)
-class _SecureRequest:
-    """The strategy's record in a train message, which is removed from it, and what the reply is relative to."""
-
-    round: int
-    acknowledged: int
-    weight_key: str
-    base: dict[str, Tensor]
-    names: ArrayNames
-    config: EncodingConfig
-    shares: bytes
-    encoder: RingEncoder
-    purpose: bytes
-
-    @staticmethod
-    def of(message: Message, options: SecureOptions, codec: UpdateCodec | None) -> "_SecureRequest":
-        """Raises PayloadError if the server does not use `SecureAggregation`, or uses it with other options."""
-        record = message.content.config_records.get(RECORD)
-        if record is None:
-            raise PayloadError(
-                "this client sends masked updates only, but the server's strategy is not tofu.SecureAggregation"
-            )
-        if record.get("version") != VERSION or record.get("digest") != joint_digest(options, codec):
-            raise PayloadError("tofu.secure and tofu.SecureAggregation have different options: pass the same to both")
-        round_, acknowledged, key = record.get("round"), record.get("acknowledged"), record.get("weight-key")
-        if not isinstance(round_, int) or not isinstance(acknowledged, int) or not isinstance(key, str):
-            raise PayloadError("the server's record lacks round, acknowledged or weight-key")
-        part = SecurePart.from_bytes(record.get("part"))
-        del message.content[RECORD]
-        _, arrays = only_arrays(message.content, "the server's train message")
-        base, config = tensors_of(arrays), EncodingConfig.from_bytes(part.terms)
-        if config.fraction < 1 or (config.nearest_rounding and options.error_feedback != 1):
-            raise PayloadError("encoding config omits or rounds values that this client would not send later")
-        names = codec.reference(base) if codec else ArrayNames.of(base)
-        encoder = RingEncoder(names.param_spec, config, options.declared)
-        purpose = purpose_of(config, base, content_digest(message.content, key), *meaning(round_, options, codec))
-        return _SecureRequest(round_, acknowledged, key, base, names, config, part.shares, encoder, purpose)
-
-
-@dataclass(frozen=True)
-class _Trained:
-    """What an app's train reply contributes to the sums.
-
-    Attributes:
-        update: returned minus received arrays, float32.
-        examples: its weight, 1 with noise.
-        values: metrics times examples, in the order of `names`.
-        names: the metrics as JSON, [[name, length of the list or -1], ...]; "" if they cannot be summed.
-    """
-
-    update: dict[str, Tensor]
-    examples: int
-    values: list[float]
-    names: str
-
-    @staticmethod
-    def of(reply: Message, request: _SecureRequest, options: SecureOptions) -> "_Trained":
-        """Raises PayloadError if the reply cannot be averaged."""
-        _, record = only_arrays(reply.content, "the app's train reply")
-        update = request.names.update(request.base, tensors_of(record))
-        metrics = {name: value for part in reply.content.metric_records.values() for name, value in part.items()}
-        weight = metrics.pop(request.weight_key, None)
-        if isinstance(weight, list) or weight is None or weight != int(weight) or weight < 1:
-            raise PayloadError(f"metric {request.weight_key}={weight} is not usable: expected a whole number above 0")
-        if options.noise_multiplier:
-            return _Trained(update, 1, [], "[]")
-        named, values = [], list[float]()
-        for name in sorted(metrics):
-            value = metrics[name]
-            named.append([name, len(value) if isinstance(value, list) else -1])
-            values += [float(part) * int(weight) for part in (value if isinstance(value, list) else [value])]
-        if len(values) > options.metrics or not all(options.fits(value) for value in values):
-            return _Trained(update, int(weight), [], "")
-        return _Trained(update, int(weight), values, json.dumps(named))
 
 
 @dataclass
@@ -497,25 +313,6 @@ class SecureAggregation(StrategyWrapper):
     def _abandon(self, round_: int, error: AbandonedError) -> None:
         self._abandoned = str(error)
         LOG.warning("round %d is abandoned: %s", round_, error)
-
-
-def joint_digest(options: SecureOptions, codec: UpdateCodec | None) -> bytes:
-    """Identifies what both ends must have in common."""
-    return options.digest + (codec.digest if codec else b"")
-
-
-def meaning(round_: int, options: SecureOptions, codec: UpdateCodec | None) -> tuple[bytes, ...]:
-    """What clients of one sum must have alike besides its encoding and the message: round, options and Tofu's code."""
-    return round_.to_bytes(8, "little", signed=True), joint_digest(options, codec), code_digest("tofu")
-
-
-def content_digest(content: RecordDict, weight_key: str) -> bytes:
-    """Digest of the key of a message's arrays and of all its other records, 32 bytes."""
-    digest = hashlib.sha256(repr(weight_key).encode())
-    for key, record in sorted(content.items()):
-        values = [] if isinstance(record, ArrayRecord) else sorted(record.items())
-        digest.update(repr((key, type(record).__name__, values)).encode())
-    return digest.digest()
 
 
 def _check_equal(messages: list[Message], inner: Strategy) -> None:

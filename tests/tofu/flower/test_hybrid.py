@@ -11,7 +11,7 @@ from torch import nn
 import tofu
 from tests.tofu.flower.quickstart import CLIENTS, SHAPE, accuracy, federate, strategy_of, train
 from tofu.errors import RunError, SettingError
-from tofu.flower.secure import RECORD as SECURE_RECORD
+from tofu.flower.secure_mod import RECORD as SECURE_RECORD
 from tofu.flower.update_codec import RECORD
 
 OPTIONS: dict[str, Any] = {"compressor": "sparse", "ratio": 100}

@@ -36,7 +36,7 @@ from tests.tofu.flower.quickstart import CLIENTS, DATA, Net, accuracy, federate,
 from tofu.bytes_io import unpack
 from tofu.data import to_float
 from tofu.errors import RunError, SettingError
-from tofu.flower.secure import RECORD
+from tofu.flower.secure_mod import RECORD
 from tofu.secagg.messages import Masked
 from tofu.wire import FIELD, SecureAnswer, SecureQuery
 from tofu.wire import RECORD as STAGE
