@@ -1,16 +1,25 @@
-"""What a person looks at after an evaluation: a table in the terminal, a page and a picture."""
+"""The results of an evaluation as Markdown tables in the terminal and as a self-contained page with the images."""
 
 import base64
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jinja2
 import numpy as np
+import numpy.typing as npt
 from markupsafe import Markup
+from PIL import Image
 
 from attacks.evaluate import SCENARIO_FIELDS, Row, summarize, verdicts
-from attacks.picture import Images, contact_sheet, contact_strip
 from tofu.reporting.report.template import PAGE_HEAD, STYLE
+
+Images = npt.NDArray[np.float32]
+"""[n, channels, height, width] in [-1, 1]."""
+
+TILE, GAP = 56, 4
+MAX_IMAGES = 8
+"""Maximum number of images in a row."""
 
 HEADER = ("message", "bytes", "best attack", "PSNR dB", "SSIM", "recovered", "labels", "seeds")
 
@@ -117,15 +126,13 @@ def print_tables(rows: Sequence[Row]) -> None:
 
 
 def write_report(rows: Sequence[Row], folder: Path) -> Path:
-    """Write report.html and one PNG for each scenario into the folder."""
+    """Write report.html into the folder."""
     summary, parts = summarize(rows), []
-    for number, verdict in enumerate(verdicts(rows), start=1):
+    for verdict in verdicts(rows):
         entries = [e for e in summary if all(e[k] == verdict[k] for k in SCENARIO_FIELDS)]
         originals, lines = _images(rows, entries, folder)
         strips = []
         if originals is not None:
-            pictured = [(f"{message}\n{caption}", images) for message, caption, images in lines]
-            (folder / f"scenario-{number}.png").write_bytes(contact_sheet(originals, pictured))
             strips = [_strip(*line) for line in (("originals", "", originals), *lines)]
         parts.append(
             {
@@ -192,7 +199,15 @@ def _images(
 
 
 def _strip(title: str, caption: str, images: Images) -> dict[str, str]:
-    address = f"data:image/png;base64,{base64.b64encode(contact_strip(images)).decode()}"
+    """The first `MAX_IMAGES` images in one row, with transparent gaps, as a PNG in a `data:` address."""
+    strip = Image.new("RGBA", (min(MAX_IMAGES, len(images)) * (TILE + GAP) - GAP, TILE))
+    for column, image in enumerate(images[:MAX_IMAGES]):
+        values = (np.nan_to_num(image).clip(-1, 1) * 127.5 + 127.5).round().astype(np.uint8)
+        tile = Image.fromarray(values[0] if len(values) == 1 else values.transpose(1, 2, 0)).convert("RGB")
+        strip.paste(tile.resize((TILE, TILE), Image.Resampling.NEAREST), (column * (TILE + GAP), 0))
+    encoded = io.BytesIO()
+    strip.save(encoded, "PNG", optimize=True)
+    address = f"data:image/png;base64,{base64.b64encode(encoded.getvalue()).decode()}"
     return {"title": title, "caption": caption, "address": address}
 
 

@@ -160,7 +160,7 @@ class Control:
                 run = self._ask("ls", _CONNECTION, "--run-id", str(identity))["runs"][0]
             except RunError as error:
                 if lost == float("inf"):
-                    log.say(f"the SuperLink does not answer; waiting {_RESTART_SECONDS:g} s for it")
+                    log.add(f"the SuperLink does not answer; waiting {_RESTART_SECONDS:g} s for it")
                 lost = min(lost, time.monotonic())
                 if _UNREACHABLE not in str(error) or time.monotonic() >= min(end, lost + _RESTART_SECONDS):
                     raise
@@ -176,7 +176,7 @@ class Control:
                 raise RunError(f"run {identity} had not ended in time: {last_lines(log.text)}")
             if lost < float("inf") or log.failed:
                 lost = float("inf")
-                log.say(f"run {identity} goes on")
+                log.add(f"run {identity} goes on")
                 log.start("log", str(identity), _CONNECTION, "--stream", **self._place)
             time.sleep(0.5)
 
@@ -243,7 +243,7 @@ class _LogStream:
         if ended and self._line:
             lines, self._line = [*lines, self._line], b""
         for line in lines:
-            self.say(line.decode("utf-8", "replace"), known=self._known)
+            self.add(line.decode("utf-8", "replace"), known=self._known)
         self.failed = ended and self._process.returncode != 0
         return ended
 
@@ -253,7 +253,7 @@ class _LogStream:
         self._process.wait(_COMMAND_SECONDS)
         self.read()
 
-    def say(self, line: str, known: "Counter[str] | None" = None) -> None:
+    def add(self, line: str, known: "Counter[str] | None" = None) -> None:
         """Pass a line on unless it is one of the `known`, each of which counts once."""
         if known and known[line] > 0:
             known[line] -= 1

@@ -25,7 +25,7 @@ from tofu.log import about, start_logging
 LOG = logging.getLogger("tofu.deploy")
 
 _WAIT_SECONDS = (2.0, 60.0)
-"""Before the first restart, and the most before a later one.
+"""Delay before the first restart, and the longest delay before a later one.
 
 A SuperNode that was killed counts as online for about 40 s, and until then the SuperLink refuses its key.
 """
@@ -50,9 +50,9 @@ class Restarts:
     def is_due(self, name: str, now: float) -> bool:
         """Whether a member that is found ended may be started now."""
         if name not in self._due:
-            first, most = _WAIT_SECONDS
+            first, longest = _WAIT_SECONDS
             steady = now - self._began.get(name, now) >= _STEADY_SECONDS
-            self._waits[name] = first if steady else min(2 * self._waits.get(name, first / 2), most)
+            self._waits[name] = first if steady else min(2 * self._waits.get(name, first / 2), longest)
             self._due[name] = now + self._waits[name]
         if now < self._due[name]:
             return False

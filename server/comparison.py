@@ -50,13 +50,13 @@ def run_comparison(
     comparison: Comparison,
     client_app: ClientApp,
     *,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
     view: Callable[[], Observer] = Observer,
 ) -> Row:
     """Run what is not finished yet; compare.json, compare.html and compare.svg are rewritten after each run.
 
     Args:
-        say: called with each line of progress.
+        log: called with each line of progress.
         view: makes the view of one run.
 
     Returns:
@@ -67,16 +67,16 @@ def run_comparison(
         TofuError: as `serve` does, except that a RunError of one run is recorded and the others go on.
     """
     with claimed(comparison.folder):
-        return _Work(comparison, client_app, say, view).run()
+        return _Work(comparison, client_app, log, view).run()
 
 
 class _Work:
     """The state of one invocation."""
 
     def __init__(
-        self, comparison: Comparison, client_app: ClientApp, say: Callable[[str], None], view: Callable[[], Observer]
+        self, comparison: Comparison, client_app: ClientApp, log: Callable[[str], None], view: Callable[[], Observer]
     ) -> None:
-        self._comparison, self._client_app, self._say, self._view = comparison, client_app, say, view
+        self._comparison, self._client_app, self._log, self._view = comparison, client_app, log, view
         self._rows: dict[Cell, list[Row]] = {}
         self._tuning: dict[Cell, list[Row]] = {}
         self._began = time.perf_counter()
@@ -93,7 +93,7 @@ class _Work:
         self._check()
         for cell in comparison.cells:
             if cell.unreachable:
-                self._say(f"{cell.compressor} at {cell.ratios[0]:g}x is not reachable: ratio {cell.unreachable}")
+                self._log(f"{cell.compressor} at {cell.ratios[0]:g}x is not reachable: ratio {cell.unreachable}")
         self._write()  # an unwritable folder is refused before any training
         for cell, runs in self._trials.items():
             for run in runs:
@@ -127,14 +127,14 @@ class _Work:
         """The row of a run that was finished before, or is run now."""
         self._next(run.cell)
         if _finished(run):
-            self._say(f"{self._place(run)}: finished before")
+            self._log(f"{self._place(run)}: finished before")
         else:
-            self._say(f"{self._place(run)}{self._times(run)}")
+            self._log(f"{self._place(run)}{self._times(run)}")
             _clear(run.folder)
             try:
                 serve_in_process(self._client_app, run.settings, self._view())
             except RunError as error:  # training that diverges is a result; the other cells go on
-                self._say(f"{self._place(run)}: failed: {error}")
+                self._log(f"{self._place(run)}: failed: {error}")
                 return failed_run(run, str(error))
         row = read_run(run)
         self._seconds.setdefault(run.cell.compressor, []).append(row["seconds"])

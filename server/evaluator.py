@@ -1,7 +1,7 @@
 """Evaluation of the global models on the server's held-out images."""
 
 from collections.abc import Sequence, Sized
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 
 from torch import nn
 
@@ -10,6 +10,7 @@ from tofu.device import open_device
 from tofu.evaluation import Evaluation, evaluate
 from tofu.plugins import Plugins
 from tofu.tasks import TaskStream, only_classes
+from tofu.weights import eval_mode
 from tofu.workload import Workload, labeled_images
 
 
@@ -56,10 +57,7 @@ class Evaluator:
 
 def evaluate_ensemble(models: Sequence[nn.Module], images: LabeledImages, plugins: Plugins) -> Evaluation:
     """Evaluate the ensemble of all groups' models, on the CPU."""
-    modes = [model.training for model in models]
-    for model in models:
-        model.eval()
-    result = evaluate(models[0], images, predict=lambda _, batch: plugins.predict_groups(models, batch))
-    for model, training in zip(models, modes, strict=True):
-        model.train(training)
-    return result
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(eval_mode(model))
+        return evaluate(models[0], images, predict=lambda _, batch: plugins.predict_groups(models, batch))

@@ -67,7 +67,7 @@ def round_record(
         task_accuracies=tuple(runner.task_accuracies[-1]) if tasks else (),
         group_accuracies=tuple(runner.group_accuracies[-1]) if runner.group_accuracies else (),
         clipped=secure.clipped if secure else None,
-        furthest=secure.furthest if secure else None,
+        largest_clipped=secure.largest_clipped if secure else None,
         abandoned=result.abandoned,
         late=result.late if runner.settings.server.over_sampling > 1 else None,
         accuracy_quantiles=_quantiles(result),

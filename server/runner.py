@@ -290,11 +290,11 @@ class RoundRunner:
     def _sample(self, clients: list[Client], round_: int, *, secure: bool) -> list[list[Client]]:
         """The clients of each group that are asked in this round: a function of seed, round and connected clients."""
         settings, groups = self.settings, len(self.models)
-        least = max(settings.server.min_clients // groups, MIN_SECURE if secure else 1)
+        minimum = max(settings.server.min_clients // groups, MIN_SECURE if secure else 1)
         sampled = []
         for group in range(groups):
             own = [client for client in clients if groups == 1 or self.plugins.group_of(client.name) == group]
-            count = max(least, round(settings.server.client_fraction * len(own)))
+            count = max(minimum, round(settings.server.client_fraction * len(own)))
             count = math.ceil(count * settings.server.over_sampling - 1e-9)
             if count < len(own):
                 place = (group,) if groups > 1 else ()
@@ -365,5 +365,5 @@ def _merged(first: SecureMean, second: SecureMean) -> SecureMean:
         examples=examples,
         loss=(first.loss * first.examples + second.loss * second.examples) / examples,
         clipped=first.clipped + second.clipped,
-        furthest=max(first.furthest, second.furthest),
+        largest_clipped=max(first.largest_clipped, second.largest_clipped),
     )

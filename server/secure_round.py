@@ -83,7 +83,7 @@ class SecureCollector:
         if mean.clipped:
             self._observer.on_note(
                 f"round {state.round}: {mean.clipped} values of all clients were clipped, the largest at most "
-                f"{mean.furthest:.3g} times its range; error feedback sends the remainder later",
+                f"{mean.largest_clipped:.3g} times its range; error feedback sends the remainder later",
                 round=state.round,
             )
         for name in survivors:

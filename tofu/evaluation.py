@@ -11,6 +11,7 @@ from tofu.data import LabeledImages, to_float
 from tofu.device import CPU, on_device
 from tofu.plugins import Prediction
 from tofu.rng import GlobalGenerators
+from tofu.weights import eval_mode
 
 Predict = Callable[[nn.Module, Tensor], Prediction]
 
@@ -39,10 +40,8 @@ def evaluate(
         predict: computes the logits; by default the model's forward pass.
         device: device of the forward passes; the model is on the CPU before and after.
     """
-    was_training = model.training
-    model.eval()
     correct, loss = 0, 0.0
-    with on_device(model, device), GlobalGenerators(0, device) as shared:
+    with eval_mode(model), on_device(model, device), GlobalGenerators(0, device) as shared:
         for start in range(0, len(data), batch_size):
             images = to_float(data.images[start : start + batch_size].to(device))
             logits = predict(model, images).logits if predict else model(images)
@@ -50,5 +49,4 @@ def evaluate(
             correct += int((logits.argmax(1) == labels).sum())
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             shared.release_if_unused()
-    model.train(was_training)
     return Evaluation(correct / len(data), loss / len(data))

@@ -20,7 +20,7 @@ from tofu.data import ImageShape
 from tofu.errors import SettingError
 from tofu.plugins import NO_PLUGINS, Plugins, RoundContext
 from tofu.rng import GlobalGenerators
-from tofu.weights import ParamSpec, Weights, architecture_of, layout_of
+from tofu.weights import ParamSpec, Weights, architecture_of, eval_mode, layout_of
 
 LOG = logging.getLogger("tofu")
 
@@ -146,7 +146,7 @@ def call_of(
         raise SettingError("target_shape", target_shape, "the shape of the targets of `loss`: give both or neither")
     call = ModelCall(inputs, tuple(target_shape or ()), forward, loss)
     try:
-        with evaluating(model), torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             outputs = call.outputs(model, dict(model.named_parameters()), [torch.zeros(1, *shape) for shape in inputs])
     except SettingError:
         raise
@@ -221,7 +221,7 @@ def inputs_of(
 def takes_integers(model: nn.Module, input_shape: InputShape) -> bool:
     """Whether a model that refuses floating-point inputs of these shapes accepts integers, as embeddings do."""
     try:
-        with evaluating(model), torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             model(*(torch.zeros(1, *shape, dtype=torch.int64) for shape in shapes_of(input_shape)))
     except Exception:  # the user's own code may raise anything
         return False
@@ -254,11 +254,8 @@ def at_embedding(name: str) -> Forward:
     """
 
     def forward(model: nn.Module, embedded: Tensor) -> Any:
-        handle = model.get_submodule(name).register_forward_hook(lambda layer, ids, out: embedded)
-        try:
+        with model.get_submodule(name).register_forward_hook(lambda layer, ids, out: embedded):
             return model(torch.zeros(embedded.shape[:2], dtype=torch.int64, device=embedded.device))
-        finally:
-            handle.remove()
 
     forward.__qualname__ = f"at_embedding({name!r})"
     return forward
@@ -278,18 +275,6 @@ def as_tensor(outputs: Any) -> Tensor:
         return torch.cat([value.flatten(1) if value.dim() > 1 else value[:, None] for value in values], dim=1)
     accepted = "tensors as outputs: give a `forward` that returns one"
     raise SettingError("model", type(outputs).__name__, accepted)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within the block; afterwards every module has the mode that it had."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @dataclass(frozen=True)
@@ -376,7 +361,7 @@ class ReferenceModel:
         device = next(iter(weights.values())).device
         inputs = [torch.zeros(1, *shape, device=device) for shape in self.call.inputs]
         try:
-            with evaluating(self.model):
+            with eval_mode(self.model):
                 loss = self.outputs(weights, inputs).sum()
                 torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
         except Exception as error:  # the user's own code may raise anything
@@ -395,6 +380,6 @@ class ReferenceModel:
         """Whether the model draws random numbers in evaluation mode; then both ends must draw the same ones."""
         device = next(self.model.parameters()).device
         inputs = [torch.zeros(1, *shape, device=device) for shape in self.call.inputs]
-        with evaluating(self.model), GlobalGenerators(0, device) as generators:
+        with eval_mode(self.model), GlobalGenerators(0, device) as generators:
             self.call.outputs(self.model, self.base, inputs)
             return not generators.unused

@@ -115,11 +115,8 @@ def only_classes(model: nn.Module, classes: Sequence[int]) -> Iterator[None]:
         out[allowed] = False
         return outputs.masked_fill(out, _EXCLUDED)
 
-    handle = model.register_forward_hook(mask)
-    try:
+    with model.register_forward_hook(mask):
         yield
-    finally:
-        handle.remove()
 
 
 def mean_accuracy(matrix: Tensor) -> float:

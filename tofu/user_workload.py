@@ -23,6 +23,7 @@ from tofu.plugins import Plugins, RoundContext
 from tofu.reference_model import NO_CALL, Forward, InputShape, ModelCall, call_of
 from tofu.rng import GlobalGenerators
 from tofu.training import SGD, LocalTrainingConfig, ProximalTerm, SeededDropout, TrainingResult, shuffled_batches
+from tofu.weights import eval_mode
 
 Loss = Callable[[Any, Any], Tensor]
 """(outputs, targets) of a batch -> scalar loss, the mean over the batch."""
@@ -148,18 +149,15 @@ class DatasetLoop:
         """Mean loss, accuracy of classifiers with class numbers as targets, and the user's metrics."""
         if not len(data):
             return Evaluation(math.nan, math.nan)
-        was_training = model.training
-        model.eval()
         rows = [rows.tolist() for rows in torch.split(torch.arange(len(data)), _EVALUATION_BATCH)]
         loss, correct, kept = 0.0, 0.0, []
-        with on_device(model, device), GlobalGenerators(0, device):
+        with eval_mode(model), on_device(model, device), GlobalGenerators(0, device):
             for numbers, (inputs, targets) in zip(rows, self._batches(data, rows, device), strict=True):
                 outputs = _forward(model, inputs)
                 loss += float(self._loss_of(outputs, targets)) * len(numbers)
                 correct += float((outputs.argmax(1) == targets).sum()) if _classifies(outputs, targets) else math.nan
                 if self.metrics:
                     kept.append(_to((outputs, targets), CPU))
-        model.train(was_training)
         metrics = {}
         if self.metrics:
             outputs, targets = (_joined(list(parts)) for parts in zip(*kept, strict=True))

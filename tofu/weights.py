@@ -8,6 +8,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -166,6 +167,18 @@ def copy_model(model: nn.Module) -> nn.Module:
                 if name not in ("_parameters", "_buffers", "_modules") and not _can_be_copied(value):
                     shared[id(value)] = value
         return copy.deepcopy(model, shared)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode within the block; afterwards every module has the mode that it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def _can_be_copied(value: object) -> bool:

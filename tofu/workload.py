@@ -135,7 +135,8 @@ class RowWorkload:
     """Classification of rows. On the wire, a row is an image of one channel and one line."""
 
     def __init__(self, settings: Settings) -> None:
-        self._settings, self._loop = settings, DatasetLoop()
+        self._settings, loop = settings, DatasetLoop()
+        self.train, self.evaluate = loop.train, loop.evaluate
 
     @property
     def data(self) -> FederatedRows:
@@ -168,26 +169,6 @@ class RowWorkload:
 
     def test(self) -> LabeledRows:
         return self.data.test
-
-    def train(
-        self,
-        model: nn.Module,
-        data: Sized,
-        config: LocalTrainingConfig,
-        *,
-        position: RoundContext,
-        generator: torch.Generator,
-        plugins: Plugins,
-        device: torch.device,
-    ) -> TrainingResult:
-        return self._loop.train(
-            model, data, config, position=position, generator=generator, plugins=plugins, device=device
-        )
-
-    def evaluate(
-        self, model: nn.Module, data: Sized, *, predict: Predict | None = None, device: torch.device
-    ) -> Evaluation:
-        return self._loop.evaluate(model, data, device=device)
 
 
 def workload_of(settings: Settings) -> Workload:

@@ -115,7 +115,7 @@ def learn(
     *,
     rounds: int = 1,
     seed: int = 0,
-    say: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
 ) -> tuple[Tensor, dict[str, float]]:
     """Federated averaging over a stream of tasks, the plugin's two halves included; one client is plain training.
 
@@ -167,7 +167,7 @@ def learn(
             broadcast = server.broadcast_bytes(max_bytes=_MAX_BYTES)
         scores = [[evaluate(model, test).accuracy for test in own[: task + 1]] for own in tests]
         matrix[task, : task + 1] = torch.tensor(scores).mean(0)
-        say(f"task {task + 1}: " + " ".join(f"{100 * a:.1f}" for a in matrix[task, : task + 1].tolist()))
+        log(f"task {task + 1}: " + " ".join(f"{100 * a:.1f}" for a in matrix[task, : task + 1].tolist()))
     return matrix, metrics
 
 
@@ -187,7 +187,7 @@ def one_run(method: str, seed: int, options: SimpleNamespace) -> dict[str, Any]:
     config = LocalTrainingConfig(options.epochs, options.batch_size, options.lr)
     matrix, metrics = learn(
         lambda: build(data.shape, first), [train], [test], config, METHODS[method], seed=seed,
-        say=lambda line: print(f"{method}, seed {seed}, {line}", flush=True),
+        log=lambda line: print(f"{method}, seed {seed}, {line}", flush=True),
     )  # fmt: skip
     return _row(method, METHODS[method][1], seed, matrix, metrics)
 
@@ -204,7 +204,7 @@ def one_federation(name: str, method: str, seed: int) -> dict[str, Any]:
     matrix, metrics = learn(
         lambda: build_model(f["model"], data.shape, seed=seed), train, test, config, plugin,
         rounds=f["rounds"], seed=seed,
-        say=lambda line: print(f"{method}, seed {seed}, {line}", flush=True),
+        log=lambda line: print(f"{method}, seed {seed}, {line}", flush=True),
     )  # fmt: skip
     return _row(method, plugin[1], seed, matrix, metrics)
 

@@ -111,7 +111,7 @@ def main(
         comparison = Comparison.of(shared, folder=folder, **arguments)
         if processes > 1:
             run_at_a_time(comparison, processes)
-        made = run_comparison(comparison, client_app, say=lambda line: print(line, file=sys.stderr, flush=True))
+        made = run_comparison(comparison, client_app, log=lambda line: print(line, file=sys.stderr, flush=True))
         result = RESULTS / f"rivals-{name}.json"
         if keep:
             compare = partial(Comparison.of, shared, folder=folder, **arguments)

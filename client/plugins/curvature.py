@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from client.plugins.round_start import eval_mode
 from tofu.data import LabeledImages, to_float
 from tofu.errors import SettingError
 from tofu.files import replace_file
@@ -43,6 +42,7 @@ from tofu.plugins import (
 )
 from tofu.rng import derive_generator
 from tofu.rounds.panel import Chart, Series, TableFigure
+from tofu.weights import eval_mode
 
 SCORES = ("curvature", "loss", "gradient")
 FOLDER = "TOFU_CURVATURE_FOLDER"

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from client.plugins.layers import Site, grams, rows_per_image, sites
+from client.plugins.layers import Site, grams, packed, rows_per_image, sites, unpacked
 from tofu.data import LabeledImages
 from tofu.errors import PayloadError
 from tofu.plugins import (
@@ -172,11 +172,11 @@ class GradientProjectionMemory(Plugin):
         shape = context.shape
         per_image = rows_per_image(model, shape.channels, shape.height, shape.width)
         for site in self._remembered(model):
-            packed = _packed(remembered[site.name])
+            triangle = packed(remembered[site.name])
             if self._noisy(site):
                 deviation = self.noise * per_image[site.name] * self._reach(site) ** 2
-                packed += deviation * torch.from_numpy(normals(len(packed), Stream(new_seed())))
-            self._sums[site.name] = packed
+                triangle += deviation * torch.from_numpy(normals(len(triangle), Stream(new_seed())))
+            self._sums[site.name] = triangle
 
     def export(self) -> Export:
         """The Gram matrices' upper triangles, row by row; and the share of every layer's inputs that is frozen."""
@@ -188,7 +188,7 @@ class GradientProjectionMemory(Plugin):
         return Export(self._sums, frozen)
 
     def reduce(self, sums: Weights, examples: int, broadcast: PluginState) -> PluginState:
-        return self._remember({name: _unpacked(packed) for name, packed in sums.items()}, broadcast)
+        return self._remember({name: unpacked(packed) for name, packed in sums.items()}, broadcast)
 
     def _remember(self, gram: Mapping[str, Tensor], memory: PluginState) -> PluginState:
         """The memory of one more task, from every site's Gram matrix of that task's inputs (equations 5 to 9)."""
@@ -202,7 +202,7 @@ class GradientProjectionMemory(Plugin):
             old = memory.get(f"basis/{name}")
             basis = old.double() if isinstance(old, Tensor) else total.new_zeros(len(total), 0)
             less = int(self.rule == "code" and task == 0)
-            wider = extend_basis(basis, total, threshold, most=int(self.most * len(total)), less=less)
+            wider = extend_basis(basis, total, threshold, max_columns=int(self.most * len(total)), less=less)
             new[f"basis/{name}"] = wider.float()
             if self.scaling:
                 known = memory.get(f"importance/{name}")
@@ -238,15 +238,15 @@ class GradientProjectionMemory(Plugin):
         return min(self.longest, math.sqrt(self._size(site))) if self._noisy(site) else self.longest
 
 
-def extend_basis(basis: Tensor, gram: Tensor, threshold: float, *, most: int, less: int = 0) -> Tensor:
+def extend_basis(basis: Tensor, gram: Tensor, threshold: float, *, max_columns: int, less: int = 0) -> Tensor:
     """An orthonormal basis that also holds a new task's inputs.
 
     Args:
         basis: float64 [d, k], orthonormal, of the tasks so far.
         gram: float64 [d, d], the sum of x x^T over the task's inputs.
         threshold: the share of the inputs' power (the trace) to hold; vectors are added, strongest first, until then.
-        most: at most so many columns.
-        less: leave so many of the new vectors out.
+        max_columns: maximum number of columns of the result.
+        less: number of the new vectors to omit.
 
     Returns:
         float64 [d, k + added].
@@ -263,7 +263,7 @@ def extend_basis(basis: Tensor, gram: Tensor, threshold: float, *, most: int, le
         return basis
     shares = (held + values.cumsum(0)) / power
     added = 0 if held / power >= threshold else int((shares < threshold - 1e-12).sum()) + 1
-    added = max(0, min(added - less, most - basis.shape[1], int((values > 1e-12 * values[0]).sum())))
+    added = max(0, min(added - less, max_columns - basis.shape[1], int((values > 1e-12 * values[0]).sum())))
     wider = torch.cat([basis, vectors[:, :added]], dim=1)
     return _orthonormal(wider) if added else basis
 
@@ -320,20 +320,6 @@ def _orthonormal(basis: Tensor) -> Tensor:
     q, r = torch.linalg.qr(basis)
     signed: Tensor = q * r.diagonal().sign()
     return signed
-
-
-def _packed(gram: Tensor) -> Tensor:
-    rows, columns = torch.triu_indices(*gram.shape)
-    return gram[rows, columns]
-
-
-def _unpacked(packed: Tensor) -> Tensor:
-    size = (math.isqrt(8 * len(packed) + 1) - 1) // 2
-    rows, columns = torch.triu_indices(size, size)
-    gram = packed.new_zeros(size, size)
-    gram[rows, columns] = packed
-    gram[columns, rows] = packed
-    return gram
 
 
 def _tasks(memory: PluginState) -> int:

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from client.plugins.label_tree import TREES, LabelTree
-from client.plugins.round_start import eval_mode, subsample_rows
+from client.plugins.layers import removing
+from client.plugins.round_start import subsample_rows
 from tofu.data import ImageShape, LabeledImages, to_float
 from tofu.errors import SettingError
 from tofu.plugins import (
@@ -37,6 +38,7 @@ from tofu.plugins import (
 from tofu.plugins.base import Criterion, LocalStep
 from tofu.rng import derive_generator
 from tofu.rounds.panel import TableFigure
+from tofu.weights import eval_mode
 
 
 class BranchedModel(nn.Module):
@@ -74,11 +76,8 @@ class BranchedModel(nn.Module):
             modules[name].register_forward_hook(lambda _m, _i, output, name=name: keep(name, output))
             for name in features
         ]
-        try:
+        with removing(handles):
             outputs: Tensor = self.trunk(images)
-        finally:
-            for handle in handles:
-                handle.remove()
         pooled = [torch.cat(features[name]) for name in self.points]
         logits = [*(head(each) for head, each in zip(self.heads, pooled, strict=True)), outputs]
         self.logits = logits if self.training else []
@@ -135,13 +134,8 @@ def _attachment_points(trunk: nn.Module, shape: ImageShape, heads: int) -> list[
         module.register_forward_hook(lambda m, _i, output, name=name: record(name, m, output))
         for name, module in trunk.named_modules()
     ]
-    training = trunk.training
-    try:
-        trunk.eval()(torch.zeros(1, shape.channels, shape.height, shape.width))
-    finally:
-        trunk.train(training)
-        for handle in handles:
-            handle.remove()
+    with eval_mode(trunk), removing(handles):
+        trunk(torch.zeros(1, shape.channels, shape.height, shape.width))
     before_head = layers - 1
     usable = [event for event in events if 0 < event[1] <= before_head and calls[event[0]] == 1]
     if not usable:

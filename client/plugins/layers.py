@@ -10,8 +10,9 @@ Weights that are reached in another way, by `F.linear` in a module of one's own 
 not found; frozen ones are left out.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.hooks import RemovableHandle
 
 from tofu.data import to_float
+from tofu.weights import eval_mode
 
 _BATCH = 50  # images whose patches are in memory at a time
 
@@ -61,26 +64,27 @@ def matrix(site: Site, model: nn.Module) -> Tensor:
 @contextmanager
 def capture_inputs(model: nn.Module, see: See) -> Iterator[None]:
     """Calls `see` with what every layer is fed in forward passes within the block."""
-    handles = [module.register_forward_pre_hook(_hook(own, see), with_kwargs=True) for module, own in _layers(model)]
-    try:
+    with removing(
+        module.register_forward_pre_hook(_hook(own, see), with_kwargs=True) for module, own in _layers(model)
+    ):
         yield
-    finally:
+
+
+@contextmanager
+def removing(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove hooks at the end of the block."""
+    with ExitStack() as stack:
         for handle in handles:
-            handle.remove()
+            stack.callback(handle.remove)
+        yield
 
 
 @torch.no_grad()
 def show(model: nn.Module, images: Tensor, see: See) -> None:
     """Call `see` with what every layer is fed for uint8 images [n, channels, height, width], in eval mode."""
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with capture_inputs(model, see):
-            for batch in torch.split(images, _BATCH):
-                model(to_float(batch))
-    finally:
-        for module in was_training:
-            module.training = True
+    with eval_mode(model), capture_inputs(model, see):
+        for batch in torch.split(images, _BATCH):
+            model(to_float(batch))
 
 
 def grams(model: nn.Module, images: Tensor, *, bias: bool = False, longest: float = float("inf")) -> dict[str, Tensor]:
@@ -105,6 +109,20 @@ def grams(model: nn.Module, images: Tensor, *, bias: bool = False, longest: floa
 
     show(model, images, add)
     return total
+
+
+def packed(gram: Tensor) -> Tensor:
+    """The upper triangle of a symmetric matrix [d, d], row by row: [d (d + 1) / 2]."""
+    return gram[tuple(torch.triu_indices(*gram.shape))]
+
+
+def unpacked(triangle: Tensor) -> Tensor:
+    """The inverse of `packed`."""
+    size = (math.isqrt(8 * len(triangle) + 1) - 1) // 2
+    rows, columns = torch.triu_indices(size, size)
+    gram = triangle.new_zeros(size, size)
+    gram[rows, columns] = gram[columns, rows] = triangle
+    return gram
 
 
 def rows_per_image(model: nn.Module, channels: int, height: int, width: int) -> dict[str, int]:

@@ -151,11 +151,8 @@ class OutOfDistribution(Plugin):
         """Logits [n, K] and scores [n], in one forward pass."""
         head = next(module for module in model.modules() if isinstance(module, WiderHead))
         features: list[Tensor] = []
-        hook = head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
-        try:
+        with head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0])):
             outputs: Tensor = model(images)
-        finally:
-            hook.remove()
         logits = outputs[:, :-1]
         if self.score == "energy":
             return logits, -logits.logsumexp(1)

@@ -11,19 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tofu.data import LabeledImages
-from tofu.weights import Weights, load_weights, weights_of
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in eval mode; afterwards each module is in the mode that it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+from tofu.weights import Weights, eval_mode, load_weights, weights_of
 
 
 @contextmanager
@@ -38,12 +26,12 @@ def at_weights(model: nn.Module, weights: Weights) -> Iterator[None]:
         load_weights(model, now)
 
 
-def subsample(data: LabeledImages, most: int) -> Tensor:
-    """At most so many of the images, evenly spread: uint8 [n, channels, height, width]."""
-    return data.images[subsample_rows(len(data), most)]
+def subsample(data: LabeledImages, limit: int) -> Tensor:
+    """At most `limit` images, evenly spread: uint8 [n, channels, height, width]."""
+    return data.images[subsample_rows(len(data), limit)]
 
 
-def subsample_rows(count: int, most: int) -> Tensor:
-    """At most so many of the rows 0 to count - 1, evenly spread: int64 [n]."""
-    n = min(most, count)
+def subsample_rows(count: int, limit: int) -> Tensor:
+    """At most `limit` of the rows 0 to count - 1, evenly spread: int64 [n]."""
+    n = min(limit, count)
     return torch.arange(n) * count // max(1, n)

@@ -10,7 +10,7 @@ arXiv 2104.12528. Three steps, each at boundaries of rounds:
 3. Quantization: weights of few bits, which rounds fine-tune through a straight-through estimator.
 
 The paper trains the narrow network from scratch. Here it starts from the channels that explain most of the variance,
-because a federation's rounds are dear. docs/plugins/spatio-temporal.md has the options and measurements.
+because a federation's rounds are expensive. docs/plugins/spatio-temporal.md has the options and measurements.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from client.plugins.round_start import eval_mode, subsample
+from client.plugins.layers import packed, removing, unpacked
+from client.plugins.round_start import subsample
 from client.plugins.spiking_energy import dense_microjoules, microjoules, operations
 from tofu.data import LabeledImages, to_float
 from tofu.errors import PayloadError, SettingError
@@ -40,6 +41,7 @@ from tofu.plugins import (
 )  # fmt: skip
 from tofu.plugins.masking import Carrier, chain_of
 from tofu.rounds.panel import Chart, Figure, Series, TableFigure
+from tofu.weights import eval_mode
 
 _BATCH = 50
 _MAX_ROWS = 1000  # images times steps; a spiking network computes more of them in parts
@@ -170,8 +172,8 @@ class SpatioTemporalPruning(Plugin):
             bound = self.images * len(rows) * max(1.0, self.longest) ** 2
             declared[f"moments/{name}"] = SumSpec((size * (size + 1) // 2,), bound)
         if neurons := spikes_per_layer(model, zeros):
-            most = max(size for _, size in neurons.values())
-            declared["spikes"] = SumSpec((len(neurons) + 1,), float(self._watched * max(most, 1)))
+            largest = max(size for _, size in neurons.values())
+            declared["spikes"] = SumSpec((len(neurons) + 1,), float(self._watched * max(largest, 1)))
         return declared
 
     @property
@@ -311,16 +313,13 @@ def channel_potentials(model: nn.Module, images: Tensor) -> Iterator[tuple[str, 
         layer.register_forward_hook(lambda _, __, output, name=name: seen.__setitem__(name, output.detach()))
         for name, layer in layers
     ]
-    try:
+    with removing(handles):
         for batch in torch.split(images, max(1, min(_BATCH, _MAX_ROWS // getattr(model, "steps", 1)))):
             with torch.no_grad():
                 model(to_float(batch))
             for name, output in seen.items():
                 mean = output.view(-1, len(batch), *output.shape[1:]).mean(0)
                 yield name, mean.movedim(1, -1).flatten(0, -2)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def second_moments(model: nn.Module, images: Tensor, longest: float) -> dict[str, Tensor]:
@@ -331,18 +330,14 @@ def second_moments(model: nn.Module, images: Tensor, longest: float) -> dict[str
     sums: dict[str, Tensor] = {}
     for name, rows in channel_potentials(model, images):
         ones = torch.cat([rows.double().clamp(-longest, longest), rows.new_ones(len(rows), 1).double()], 1)
-        gram = ones.T @ ones
-        triangle = gram[tuple(torch.triu_indices(*gram.shape))]
+        triangle = packed(ones.T @ ones)
         sums[f"moments/{name}"] = sums[f"moments/{name}"] + triangle if f"moments/{name}" in sums else triangle
     return sums
 
 
 def covariance_of(triangle: Tensor) -> Tensor:
     """The covariance of the channels, float64 [c, c], from sums of `second_moments` over any number of clients."""
-    size = round(((8 * len(triangle) + 1) ** 0.5 - 1) / 2)
-    gram = triangle.new_zeros(size, size)
-    rows, columns = torch.triu_indices(size, size)
-    gram[rows, columns] = gram[columns, rows] = triangle
+    gram = unpacked(triangle)
     count = gram[-1, -1].clamp(min=1)
     mean = gram[-1, :-1] / count
     return gram[:-1, :-1] / count - torch.outer(mean, mean)
@@ -374,7 +369,7 @@ def leading_channels(covariance: Tensor, count: int) -> Tensor:
 
 
 def spikes_per_layer(model: nn.Module, images: Tensor) -> dict[str, tuple[float, int]]:
-    """Layer of neurons -> (its spikes for uint8 images [n, channels, height, width], most spikes of one image)."""
+    """Layer of neurons -> (its spikes for uint8 images [n, channels, height, width], maximum for one image)."""
     counts: dict[str, tuple[float, int]] = {}
 
     def count(name: str, layer: LeakyIntegrateFire, output: Tensor) -> None:
@@ -386,11 +381,7 @@ def spikes_per_layer(model: nn.Module, images: Tensor) -> dict[str, tuple[float,
         layer.register_forward_hook(lambda module, _, output, name=name: count(name, module, output))
         for name, layer in layers
     ]
-    try:
-        with torch.no_grad():
-            for batch in torch.split(images, _BATCH) if layers else ():
-                model(to_float(batch))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with removing(handles), torch.no_grad():
+        for batch in torch.split(images, _BATCH) if layers else ():
+            model(to_float(batch))
     return counts

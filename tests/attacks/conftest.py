@@ -1,4 +1,4 @@
-"""Situations that leak, made by real local steps on the embedded digits."""
+"""Scenarios that leak, made by real local steps on the embedded digits."""
 
 import sys
 from collections.abc import Callable
@@ -14,10 +14,10 @@ from tofu.data import LabeledImages
 from tofu.reference_model import ReferenceModel
 from tofu.training import LocalTrainingConfig
 
-UpdateScaleTracker = tuple[Observation, LabeledImages, LabeledImages]
+Observed = tuple[Observation, LabeledImages, LabeledImages]
 """What the attacker sees, the images in it, and other images."""
 
-Look = Callable[..., UpdateScaleTracker]
+Look = Callable[..., Observed]
 
 
 def distinct_rows(labels: torch.Tensor, count: int) -> torch.Tensor:
@@ -30,7 +30,7 @@ def look(digits: LabeledImages) -> Look:
     """Makes an observation: look(message, model=, norm=, batch=, steps=, know_labels=)."""
 
     def make(message: str, *, model: str = "lenet-smooth", norm: str = "group", batch: int = 1, steps: int = 1,
-             know_labels: bool = False) -> UpdateScaleTracker:  # fmt: skip
+             know_labels: bool = False) -> Observed:  # fmt: skip
         network = ReferenceModel(attacked_model(model, digits.shape, norm=norm, seed=0).eval(), digits.shape)
         parsed = parse_message(message)
         own = digits.subset(distinct_rows(digits.labels, batch * parsed.clients))

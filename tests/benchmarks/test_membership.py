@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attacks.base import AttackError
-from attacks.membership import calibrated_statistic, loss_statistic, payload_statistic, roc, shadow_models
 from attacks.messages import local_round, observe, parse_message
+from benchmarks.attacks.membership import calibrated_statistic, loss_statistic, payload_statistic, roc, shadow_models
 from tofu.data import LabeledImages
 from tofu.models import build_model
 from tofu.reference_model import ReferenceModel

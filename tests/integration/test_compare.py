@@ -245,7 +245,7 @@ def test_an_interrupted_comparison_ends_as_if_it_had_not_been(
     assert (len(watched["runs"]), watched["runs_left"]) == (1, 2)
     assert "not finished: 2 runs left" in (tmp_path / "c" / "compare.html").read_text()
     said: list[str] = []
-    document = run_comparison(comparison, client_app, say=said.append)
+    document = run_comparison(comparison, client_app, log=said.append)
     assert said[0] == "run 1 of 3: FedAvg, seed 0: finished before"
     assert said[1].startswith("run 2 of 3: topk at 20x, seed 0; ")
     assert said[1].endswith(" left")

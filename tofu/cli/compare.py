@@ -77,7 +77,7 @@ def compare(
         # A line for each round of each run would bury the lines that say how far the comparison is.
         return make_progress(sys.stderr, quiet=quiet) if sys.stderr.isatty() else Observer()
 
-    document = run_comparison(comparison, client_app, say=log, view=view)
+    document = run_comparison(comparison, client_app, log=log, view=view)
     if json_:
         print(json.dumps(document))
         return

@@ -137,8 +137,8 @@ def _flip(images: Tensor, generator: torch.Generator) -> Tensor:
 def _crop(images: Tensor, generator: torch.Generator) -> Tensor:
     """Shift by up to 1/8 of a side in each direction; what comes into view is black."""
     height, width = images.shape[2:]
-    most = [max(1, side // _CROP_MARGIN) for side in (height, width)]
-    shifts = [torch.randint(-limit, limit + 1, (len(images),), generator=generator).tolist() for limit in most]
+    limits = [max(1, side // _CROP_MARGIN) for side in (height, width)]
+    shifts = [torch.randint(-limit, limit + 1, (len(images),), generator=generator).tolist() for limit in limits]
     functional = _transforms()
     moved = [functional.crop(image, *at, height, width) for image, *at in zip(images, *shifts, strict=True)]
     return torch.stack(moved)

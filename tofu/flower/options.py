@@ -12,10 +12,10 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from tofu.errors import PayloadError, SettingError, TofuError
+from tofu.flower.transport import GridTransport
 from tofu.flower.wrapper import StrategyWrapper, inside, only_arrays
 
 _STATE = "tofu.keep_local"
-_MIN_POLL_SECONDS, _MAX_POLL_SECONDS = 0.005, 1.0
 
 
 def keep_local(*patterns: str) -> "KeepLocal":
@@ -141,18 +141,12 @@ class _ImpatientGrid(Grid):
         messages = list(messages)
         if not messages or messages[0].metadata.message_type.split(".")[0] != "train":
             return self._grid.send_and_receive(messages, timeout=timeout)
-        waiting = {identity for identity in self._grid.push_messages(messages) if identity}
         wanted = max(1, math.ceil(self._fraction * len(messages) - 1e-9))
         end = time.monotonic() + (math.inf if timeout is None else timeout)
         found: list[Message] = []
-        pause = _MIN_POLL_SECONDS
-        while waiting and sum(not reply.has_error() for reply in found) < wanted and time.monotonic() < end:
-            new = list(self._grid.pull_messages(waiting))
-            waiting -= {reply.metadata.reply_to_message_id for reply in new}
-            found += new
-            if not new:
-                time.sleep(min(pause, max(0.0, end - time.monotonic())))
-                pause = min(2 * pause, _MAX_POLL_SECONDS)
-            else:
-                pause = _MIN_POLL_SECONDS
+
+        def enough() -> bool:
+            return sum(not reply.has_error() for reply in found) >= wanted
+
+        found.extend(reply for _, reply in GridTransport(self._grid).exchange(messages, end, enough))
         return found

@@ -153,11 +153,11 @@ class RangeTracker:
             sizes = [2 * nearest_range(levels) * float(v.double().square().mean() ** 0.5) for v in mean.update.values()]
         else:
             sizes = [headroom * float(v.abs().max()) if v.numel() else 0.0 for v in mean.update.values()]
-        least = _SMALLEST * max(max(sizes), 1e-9)
+        minimum = _SMALLEST * max(max(sizes), 1e-9)
         scale = config.unit_weight / unit
         known = zip(sizes, mean.ranges, config.ranges, strict=True)
         # A range that the encoder widened had clipped a value.
-        ranges = [max(size, least, out * scale if out > before else 0.0) for size, out, before in known]
+        ranges = [max(size, minimum, out * scale if out > before else 0.0) for size, out, before in known]
         if config.nearest_rounding:
             ranges = [out * scale for out in mean.ranges]
         self._ranges = tuple(min(range_, MAX_RANGE) for range_ in ranges)

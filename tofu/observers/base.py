@@ -8,7 +8,7 @@ class Csv(Observer):
 serve_in_process(client_app, settings, Csv())
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -66,38 +66,14 @@ class Observers(Observer):
     def __init__(self, observers: Sequence[Observer]) -> None:
         self._all = tuple(observers)
 
-    def on_run_start(self, rounds: int, clients: int, title: str) -> None:
-        for observer in self._all:
-            observer.on_run_start(rounds, clients, title)
 
-    def on_history(self, folder: Path, records: Sequence[RoundRecord]) -> None:
+def _forwarding(hook: str) -> Callable[..., None]:
+    def forward(self: Observers, *arguments: Any, **options: Any) -> None:
         for observer in self._all:
-            observer.on_history(folder, records)
+            getattr(observer, hook)(*arguments, **options)
 
-    def on_phase(self, round_: int, kind: str, phase: str, done: int, total: int) -> None:
-        for observer in self._all:
-            observer.on_phase(round_, kind, phase, done, total)
+    return forward
 
-    def on_client_failure(self, round_: int, client: str, node: int, reason: str) -> None:
-        for observer in self._all:
-            observer.on_client_failure(round_, client, node, reason)
 
-    def on_round_end(self, record: RoundRecord) -> None:
-        for observer in self._all:
-            observer.on_round_end(record)
-
-    def on_note(self, text: str, **where: Any) -> None:
-        for observer in self._all:
-            observer.on_note(text, **where)
-
-    def on_run_end(self, summary: RunSummary) -> None:
-        for observer in self._all:
-            observer.on_run_end(summary)
-
-    def on_run_error(self, error: BaseException) -> None:
-        for observer in self._all:
-            observer.on_run_error(error)
-
-    def close(self) -> None:
-        for observer in self._all:
-            observer.close()
+for _hook in ("close", *(name for name in vars(Observer) if name.startswith("on_"))):
+    setattr(Observers, _hook, _forwarding(_hook))

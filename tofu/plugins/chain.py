@@ -20,6 +20,7 @@ from tofu.plugins.base import (
 )  # fmt: skip
 from tofu.plugins.state import PluginState, state_from_bytes, state_to_bytes
 from tofu.rounds.panel import Panel
+from tofu.weights import eval_mode
 
 _MAX_SUM = 1e300
 """Limit for a client's plugin sums without a bound of their own, so that totals over many clients stay finite."""
@@ -223,10 +224,8 @@ class Plugins(tuple[Plugin, ...]):
     @torch.no_grad()
     def calibrated_bytes(self, model: nn.Module, data: LabeledImages, *, max_bytes: int) -> bytes:
         """All plugins' broadcasts, for `predict` with this model; its mode is restored. Raises as `state_bytes`."""
-        was_training = model.training
-        model.eval()
-        states = {plugin.name: plugin.calibrate(model, data) for plugin in self}
-        model.train(was_training)
+        with eval_mode(model):
+            states = {plugin.name: plugin.calibrate(model, data) for plugin in self}
         return state_to_bytes(_joined(states), max_bytes=max_bytes)
 
     def load(self, *, state: bytes = b"", broadcast: bytes = b"", max_bytes: int) -> None:

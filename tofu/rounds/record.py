@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AliasChoices, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from tofu.errors import RunError
 from tofu.settings.deprecated import present_kind
@@ -112,7 +112,8 @@ class RoundRecord:
         task_accuracies: accuracy on each task after this round.
         group_accuracies: accuracy of each client group's model; empty with one group.
         clipped: values of all clients that a secure round clipped.
-        furthest: upper bound of the largest clipped magnitude, in units of the clipping range.
+        largest_clipped: upper bound of the largest clipped magnitude, in units of the clipping range; files of earlier
+            versions call it furthest.
         abandoned: why a secure round was abandoned, or "".
         late: number of clients whose replies the round did not wait for; None without over-sampling.
         accuracy_quantiles: percent -> quantile of the clients' own `ClientRecord.test_accuracy` in an open round.
@@ -144,7 +145,7 @@ class RoundRecord:
     task_accuracies: tuple[Number, ...] = ()
     group_accuracies: tuple[Number, ...] = ()
     clipped: Count | None = None
-    furthest: Number = None
+    largest_clipped: Annotated[Number, Field(validation_alias=AliasChoices("largest_clipped", "furthest"))] = None
     abandoned: Text = ""
     late: Count | None = None
     accuracy_quantiles: Mapping[str, Number] = dataclasses.field(default_factory=dict)
@@ -215,7 +216,7 @@ QUANTILES = (0, 10, 25, 50, 75, 90, 100)
 
 _SPARSE = frozenset((
     "epsilon", "delta", "by_client", "metrics", "plugins", "task", "task_accuracies", "group_accuracies", "clipped",
-    "furthest", "abandoned", "late", "accuracy_quantiles", "link_seconds", "test_accuracy", "mean_accuracy",
+    "largest_clipped", "abandoned", "late", "accuracy_quantiles", "link_seconds", "test_accuracy", "mean_accuracy",
     "backward_transfer", "stopped", "baseline", "node", "examples", "compressor",
 ))  # fmt: skip
 """Fields that JSON omits at their default, since most runs do not have them."""
@@ -230,7 +231,7 @@ def round_label(kind: str, compressor: str) -> str:
     return compressor.rpartition(":")[2] if kind == "proxy" and compressor else kind
 
 
-_OF_SECURE = frozenset(("clipped", "furthest", "abandoned"))
+_OF_SECURE = frozenset(("clipped", "largest_clipped", "abandoned"))
 
 T = TypeVar("T")
 

@@ -2,8 +2,8 @@
 
 A client cannot choose its own largest entries, as top-k compressors do, because a sum needs the same coordinates from
 every client. All know how far each global weight has moved since the run began, and weights that moved far keep moving,
-by the row and column of an entry (`tofu.weights`). Most of a round's m coordinates (`LEADING_FRACTION`) are
-therefore those that moved furthest. All other entries take turns, in the order p s mod n for p = 0, 1, ... with s
+by the row and column of an entry (`tofu.weights`). Most of a round's m coordinates (`LEADING_FRACTION`) are therefore
+those with the largest displacement. All other entries take turns, in the order p s mod n for p = 0, 1, ... with s
 coprime to n and close to the golden section of n: every window of this order is spread evenly over the entries, and
 both ends compute it without tables or random generators. The choice is not secret and reveals nothing about a client.
 
@@ -27,7 +27,7 @@ from tofu.errors import SettingError
 from tofu.weights import Integers
 
 LEADING_FRACTION = 0.9
-"""Fraction of the coordinates that goes to the entries that moved furthest."""
+"""Fraction of the coordinates for the entries with the largest displacement."""
 
 MIN_LEVELS = 6
 """Minimum steps on each side of zero: with fewer, more entries did not help. This gives 7 bits for 10 clients, which is
@@ -71,8 +71,8 @@ def select(
         displacement: the round's global weights minus the initial ones, float [d].
         fraction: above 0 and up to 1.
         turn: number of secure rounds before this one.
-        levels: of the entries [d]; entries of a higher level precede those that moved further. None: all are equal.
-        leading_fraction: fraction of the coordinates for the entries that moved furthest.
+        levels: of the entries [d]; entries of a higher level precede more displaced ones. None: all are equal.
+        leading_fraction: fraction of the coordinates for the entries with the largest displacement.
 
     Raises:
         SettingError: the fraction is outside (0, 1].
@@ -105,17 +105,17 @@ def decode(vector: Tensor, selected: Tensor, values: int) -> Tensor:
 
 
 def _leading(distance: npt.NDArray[np.float32], levels: Integers | None, count: int) -> npt.NDArray[np.bool_]:
-    """A mask of `count` entries: those of the highest levels, and of the last of these levels the furthest."""
+    """A mask of `count` entries: those of the highest levels, and of the last of these levels the most displaced."""
     if levels is None or not count:
-        return _furthest(distance, count)
+        return _largest_mask(distance, count)
     border = np.partition(levels, levels.size - count)[levels.size - count]
     chosen: npt.NDArray[np.bool_] = levels > border
     last = np.flatnonzero(levels == border)
-    chosen[last[_furthest(distance[last], count - int(chosen.sum()))]] = True
+    chosen[last[_largest_mask(distance[last], count - int(chosen.sum()))]] = True
     return chosen
 
 
-def _furthest(distance: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.bool_]:
+def _largest_mask(distance: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.bool_]:
     """A mask of the `count` largest; among equal ones the first, so that every machine selects the same."""
     if not count:
         return np.zeros(distance.size, dtype=bool)

@@ -227,7 +227,7 @@ class SecureMean:
         examples: of all clients in the sum.
         loss: mean training loss, weighted by examples.
         clipped: number of clipped values, of all clients together.
-        furthest: upper bound of any client's values, in units of their tensor's range; 1.0 if nothing was clipped.
+        largest_clipped: upper bound of any client's values, in units of their tensor's range; 1.0 if none was clipped.
         ranges: for the next round (`tofu.secagg.encoding`).
         sums: of the plugins, float64 by name.
     """
@@ -236,7 +236,7 @@ class SecureMean:
     examples: int
     loss: float
     clipped: int
-    furthest: float
+    largest_clipped: float
     ranges: tuple[float, ...]
     sums: dict[str, Tensor]
 
@@ -331,11 +331,11 @@ class RingEncoder:
             values = coordinates.encode(torch.from_numpy(values), self._coordinates).numpy()
         if silent:
             values, loss = np.clip(values, -1 / weight, 1 / weight), 0.0
-        furthest = [float(np.abs(part).max(initial=0.0)) * weight for part in self._split(self._expand(values))]
+        largest = [float(np.abs(part).max(initial=0.0)) * weight for part in self._split(self._expand(values))]
         # `FixedPoint` multiplies by the weight, hence the divisions. An excess is at least one whole level, because a
         # smaller one could be rounded to zero.
         min_excess = MAX_REPORTED / self._fixed.levels
-        excess = [min(max(far - 1.0, min_excess), MAX_REPORTED) if far > 1 else 0.0 for far in furthest]
+        excess = [min(max(far - 1.0, min_excess), MAX_REPORTED) if far > 1 else 0.0 for far in largest]
         reports = [min(max(loss, 0.0) / MAX_REPORTED, 1.0 / weight)] * _LOSS_ELEMENTS
         elements = np.concatenate([values, reports, np.array(excess) / MAX_REPORTED / weight])
         nearest = self._count if self._config.nearest_rounding else 0
@@ -377,7 +377,7 @@ class RingEncoder:
             examples=decoded.examples,
             loss=float(losses.mean()) * MAX_REPORTED,
             clipped=decoded.clipped,
-            furthest=1.0 + float(excess.max(initial=0.0)),
+            largest_clipped=1.0 + float(excess.max(initial=0.0)),
             ranges=tuple(min(range_, MAX_RANGE) for range_ in ranges),
             sums=sums,
         )

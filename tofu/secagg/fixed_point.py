@@ -154,7 +154,7 @@ class FixedPoint:
         result = np.empty(self.length(values.size), dtype=np.uint64)
         weight = examples / self.unit_weight
         draws = Stream(seed or new_seed())
-        count, furthest = 0, 1.0
+        count, largest = 0, 1.0
         for start in range(0, values.size, CHUNK):
             # In units of the range, so that float64 rounding does not move a value at the end of the range out of it.
             relative = values[start : start + CHUNK].astype(np.float64) / self.clip * weight
@@ -162,13 +162,13 @@ class FixedPoint:
                 raise RunError("a client's update contains a value that is not finite")
             magnitude = np.abs(relative)
             count += int((magnitude > 1).sum())
-            furthest = max(furthest, float(magnitude.max()))
+            largest = max(largest, float(magnitude.max()))
             rounded = self._rounded(relative, draws)
             whole = max(0, min(nearest - start, relative.size))
             rounded[:whole] = np.rint(np.clip(relative[:whole], -1, 1) * self.levels)
             result[start : start + relative.size] = from_signed(rounded, self.bits)
         result[values.size :] = [*self._digits_of(examples), *self._digits_of(min(count, 2**COUNT_BITS - 1))]
-        return result, Clipped(count, furthest)
+        return result, Clipped(count, largest)
 
     def decode(self, total: RingVector) -> Decoded:
         """Decode the mean from the sum of encoded vectors [length(n)].

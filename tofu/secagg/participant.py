@@ -78,9 +78,9 @@ class Participant:
             wanted = f"{terms.neighbors}, from {self.min_neighbors} to {MAX_SHARES}"
             raise PayloadError(f"roster has {count} neighbors, expected {wanted}")
         own_limit = count // 2 + self.max_colluding + 1  # see `tofu.secagg.graph`
-        least = max(own_limit, min_threshold(len(terms.members), count, self.colluding))
-        if not least <= terms.threshold <= count:
-            raise PayloadError(f"roster has threshold {terms.threshold}, expected {least} to {count}")
+        minimum = max(own_limit, min_threshold(len(terms.members), count, self.colluding))
+        if not minimum <= terms.threshold <= count:
+            raise PayloadError(f"roster has threshold {terms.threshold}, expected {minimum} to {count}")
         _check_distinct(own, roster.adverts)
         try:
             expected = terms.neighbors_of(number)

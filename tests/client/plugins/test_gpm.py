@@ -83,7 +83,7 @@ grams_of = st.builds(
 def test_a_memory_holds_its_share_of_both_tasks_and_not_a_vector_more(first: Tensor, second: Tensor, share: float) -> None:  # noqa: E501  # fmt: skip
     basis = torch.zeros(8, 0, dtype=torch.float64)
     for gram in (first, second):
-        before, basis = basis, extend_basis(basis, gram, share, most=8)
+        before, basis = basis, extend_basis(basis, gram, share, max_columns=8)
         k = basis.shape[1]
         assert torch.allclose(basis.T @ basis, torch.eye(k, dtype=torch.float64), atol=1e-9)
         assert torch.allclose(basis[:, : before.shape[1]], before, atol=1e-9)
@@ -108,8 +108,8 @@ def test_the_memory_is_the_papers_by_singular_values(seed: int, share: float) ->
     while held < share and added < 6 - k:
         held, added = held + s2[added] ** 2 / (r2**2).sum(), added + 1
     m2 = torch.cat([m, u2[:, :added]], dim=1)
-    ours = extend_basis(torch.zeros(6, 0, dtype=torch.float64), r1 @ r1.T, share, most=6)
-    ours2 = extend_basis(ours, r2 @ r2.T, share, most=6)
+    ours = extend_basis(torch.zeros(6, 0, dtype=torch.float64), r1 @ r1.T, share, max_columns=6)
+    ours2 = extend_basis(ours, r2 @ r2.T, share, max_columns=6)
     assert torch.allclose(ours @ ours.T, m @ m.T, atol=1e-8)
     assert torch.allclose(ours2 @ ours2.T, m2 @ m2.T, atol=1e-8)
 
@@ -117,11 +117,11 @@ def test_the_memory_is_the_papers_by_singular_values(seed: int, share: float) ->
 def test_the_codes_rule_leaves_a_vector_out_and_a_limit_is_kept() -> None:
     gram = torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64))
     empty = gram.new_zeros(4, 0)
-    assert extend_basis(empty, gram, 0.7, most=4).shape[1] == 2
-    assert extend_basis(empty, gram, 0.71, most=4).shape[1] == 3
-    assert extend_basis(empty, gram, 0.71, most=4, less=1).shape[1] == 2
-    assert extend_basis(empty, gram, 1.0, most=1).shape[1] == 1
-    assert extend_basis(empty, gram * 0, 0.9, most=4).shape[1] == 0
+    assert extend_basis(empty, gram, 0.7, max_columns=4).shape[1] == 2
+    assert extend_basis(empty, gram, 0.71, max_columns=4).shape[1] == 3
+    assert extend_basis(empty, gram, 0.71, max_columns=4, less=1).shape[1] == 2
+    assert extend_basis(empty, gram, 1.0, max_columns=1).shape[1] == 1
+    assert extend_basis(empty, gram * 0, 0.9, max_columns=4).shape[1] == 0
 
 
 def test_importances_are_those_of_scaled_gradient_projection() -> None:

@@ -42,7 +42,7 @@ def run_report(folder: Path) -> Path:
     """Of a run that has everything that a page can show."""
     settings = {"model": "mlp", "compressor": "proxy", "rounds": 6, "clients": 4, "noise_multiplier": 1.0}
     (folder / "config.json").write_text(json.dumps(Settings.of({**settings, "max_epsilon": 30.0}).to_config()))
-    secure = {"clipped": 0, "furthest": 1.0, "abandoned": ""}
+    secure = {"clipped": 0, "largest_clipped": 1.0, "abandoned": ""}
     clients = [
         {"client": name, "explained_variance": 0.7, "train_seconds": 1.5, "encode_seconds": 2.0} for name in ("0", LONG)
     ]

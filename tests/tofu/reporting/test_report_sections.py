@@ -28,7 +28,7 @@ from tofu.settings import Settings
 
 CONFIG = {"dataset": "digits", "rounds": 4, "compressor": "proxy"}
 PRIVATE = {"noise-multiplier": 1.0, "privacy-delta": 1e-5, "max-epsilon": 13.0}
-SECURE = {"clipped": 0, "furthest": 1.0, "abandoned": ""}
+SECURE = {"clipped": 0, "largest_clipped": 1.0, "abandoned": ""}
 
 
 @pytest.fixture
@@ -68,9 +68,9 @@ def secure_rows() -> list[dict[str, Any]]:
     return [
         ROWS[0],
         line(1, "proxy", 0.81),
-        line(2, "secure", 0.90, **SECURE | {"clipped": 1234, "furthest": 2.5}),
-        line(3, "secure", 0.90, clients=0, failures=late, clipped=None, furthest=None, abandoned=f"too few {HOSTILE}"),
-        line(4, "secure", 0.92, **SECURE | {"clipped": 6, "furthest": 1.75}),
+        line(2, "secure", 0.90, **SECURE | {"clipped": 1234, "largest_clipped": 2.5}),
+        line(3, "secure", 0.90, clients=0, failures=late, clipped=None, abandoned=f"too few {HOSTILE}"),
+        line(4, "secure", 0.92, **SECURE | {"clipped": 6, "largest_clipped": 1.75}),
     ]
 
 

@@ -24,7 +24,7 @@ from tofu.rounds.record import (
 FULL = RoundRecord(
     3, "proxy", accuracy=0.5, loss=1.5, clients=2, failures=(Failure("1", "late", "7"),), explained_variance=0.7,
     cosine=0.8, uplink_bytes=5, epsilon=2.0, by_client=(ClientRecord("0", "6", 0.7, 30, 0.1, 0.2),),
-    plugins={"gpm/rank": 4.0}, task=1, task_accuracies=(0.5, None), clipped=3, furthest=1.5, abandoned="too few",
+    plugins={"gpm/rank": 4.0}, task=1, task_accuracies=(0.5, None), clipped=3, largest_clipped=1.5, abandoned="too few",
 )  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def test_the_keys_of_an_older_run_are_read(tmp_path: Path) -> None:
         "round": 1, "kind": "secure", "accuracy": 0.2, "loss": None, "clients": 3, "failures": [
             {"client": "2", "reason": "late"}], "explained_variance": None, "cosine": None, "train_loss": 2.0,
         "uplink_bytes": 9, "downlink_bytes": 9, "fedavg_uplink_bytes": 9, "seconds": 1.0, "clipped": 0,
-        "furthest": None, "abandoned": "",
+        "largest_clipped": None, "abandoned": "",
     }  # fmt: skip
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps(old) + "\n" + json.dumps(old | {"round": 0}) + '\n{"round": 2, "ki')

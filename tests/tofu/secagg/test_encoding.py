@@ -74,7 +74,7 @@ def test_the_sum_decodes_to_the_weighted_mean(
         # What each client knows that it delivered is what arrived: error feedback leans on it.
         assert torch.all((mean.update[name] - delivered).abs() <= 1e-5)
     assert mean.examples == sum(examples)
-    assert (mean.clipped, mean.furthest) == (0, 1.0)
+    assert (mean.clipped, mean.largest_clipped) == (0, 1.0)
     assert abs(mean.loss - 1.5) <= MAX_REPORTED / levels
 
 
@@ -88,7 +88,7 @@ def test_what_does_not_fit_is_counted_named_by_distance_and_not_delivered() -> N
     assert float(encoded[1].decoded["weight"][2, 3]) == pytest.approx(0.1)
     mean = code.decode(summed([one.vector for one in encoded], ring_bits(3, 12)), 3)
     assert mean.clipped == 1
-    assert mean.furthest == pytest.approx(4.5, abs=MAX_REPORTED / 2047)
+    assert mean.largest_clipped == pytest.approx(4.5, abs=MAX_REPORTED / 2047)
     # Only the range of the tensor that was too narrow grows, by as much.
     assert mean.ranges[0] == pytest.approx(0.45, rel=0.05)
     assert all(range_ <= 1.0 for range_ in mean.ranges[1:])
@@ -103,7 +103,7 @@ def test_a_value_just_out_of_range_is_not_rounded_away() -> None:
         other = code.encode(updates(1, 0.1)[0], 50, 0.0)
         mean = code.decode(summed([one.vector, other.vector], ring_bits(2, 4)), 2)
         assert mean.clipped == 1
-        assert mean.furthest > 1.001
+        assert mean.largest_clipped > 1.001
         assert mean.ranges[1] >= 2.0
 
 
@@ -189,7 +189,7 @@ def test_coarse_ranges_follow_the_mean_square_of_all_clients() -> None:
     assert mean.ranges[0] == pytest.approx(nearest_range(code.levels) * deviation, rel=1e-4)
     assert mean.ranges[1] == pytest.approx(nearest_range(code.levels) * 0.002, rel=1e-4)
     assert mean.clipped > 100
-    assert mean.furthest > 2
+    assert mean.largest_clipped > 2
     still = [{name: torch.zeros(shape) for name, shape in BROAD.shapes.items()}] * 4
     assert coarse_mean_ranges(code, still, bits) == (pytest.approx(0.5 / 8), pytest.approx(0.002 / 8))
 

@@ -189,8 +189,8 @@ def dct_model(size: str, stride: int, shape: ImageShape, norm: str) -> nn.Module
     """A `spiking_vgg` of a known size behind a `DctEncoder`, for 48 steps."""
     encoder = DctEncoder(stride)
     widths = _WIDTHS[size]
-    least = 2 ** list(widths).count(POOL)
-    side = next(side for side in range(1, least + 1) if encoder.encoded_side(side) >= least)
+    smallest = 2 ** list(widths).count(POOL)
+    side = next(side for side in range(1, smallest + 1) if encoder.encoded_side(side) >= smallest)
     resize, height, width = enlarge_to(shape, side)
     shape = replace(shape, height=height, width=width)
     network = spiking_vgg(widths, shape, steps=encoder.steps, encoder=encoder)

@@ -151,17 +151,17 @@ def _targets(cells: Sequence[Row]) -> list[Row]:
     targets = []
     for points in POINTS_BELOW:
         accuracy = reference["final_accuracy"]["mean"] - points / 100
-        least: dict[str, Row | None] = {cell["compressor"]: None for cell in cells}
+        smallest: dict[str, Row | None] = {cell["compressor"]: None for cell in cells}
         for cell in cells:
             if not cell["complete"] or cell["final_accuracy"]["mean"] < accuracy - 1e-12:  # the tolerance is rounding's
                 continue
-            best, uplink = least[cell["compressor"]], cell["uplink_bytes"]["mean"]
+            best, uplink = smallest[cell["compressor"]], cell["uplink_bytes"]["mean"]
             if best is None or uplink < best["uplink_bytes"]:
                 ratio = cell["ratios"][0] if cell["ratios"] else None
-                least[cell["compressor"]] = {
+                smallest[cell["compressor"]] = {
                     "ratio": ratio, "uplink_bytes": uplink, "final_accuracy": cell["final_accuracy"]["mean"],
                 }  # fmt: skip
-        targets.append({"points_below_fedavg": points, "accuracy": accuracy, "least": least})
+        targets.append({"points_below_fedavg": points, "accuracy": accuracy, "least": smallest})
     return targets
 
 

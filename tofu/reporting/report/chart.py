@@ -12,6 +12,8 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from tofu.formatting import format_bytes
+
 WIDTH, HEIGHT = 400, 286
 LEFT, RIGHT, TOP, BOTTOM = 54, 394, 34, 236
 _MARGIN = 12
@@ -82,6 +84,11 @@ def share_axis(values: Sequence[float]) -> Axis:
 def round_axis(last: int) -> Axis:
     """A horizontal axis over the rounds 0 to `last`."""
     return Axis(0, max(last, 1), LEFT, RIGHT - 6, pieces=min(8, max(last, 1)))
+
+
+def tick_bytes(value: float) -> str:
+    """A number of bytes at a tick, without a decimal of zero."""
+    return format_bytes(round(value)).replace(".0 ", " ")
 
 
 class Drawing:
@@ -253,15 +260,15 @@ def standalone(figures: Sequence[ET.Element], style: str) -> str:
     return ET.tostring(root, encoding="unicode")
 
 
-def thinned(kinds: Sequence[str], most: int) -> list[int]:
-    """At most about `most` of the indices of `kinds`, evenly spread and with both ends: long runs keep a small page.
+def thinned(kinds: Sequence[str], limit: int) -> list[int]:
+    """At most about `limit` of the indices of `kinds`, evenly spread and with both ends: long runs keep a small page.
 
     Where the kind changes is kept as well (if it does not change all the time): a few secure rounds among thousands of
     others are what a reader looks for.
     """
     count = len(kinds)
-    if count <= most:
+    if count <= limit:
         return list(range(count))
     changes = [index for index in range(1, count) if kinds[index] != kinds[index - 1]]
-    spread = {round(index * (count - 1) / (most - 1)) for index in range(most)}
-    return sorted(spread.union(changes if len(changes) <= most else []))
+    spread = {round(index * (count - 1) / (limit - 1)) for index in range(limit)}
+    return sorted(spread.union(changes if len(changes) <= limit else []))

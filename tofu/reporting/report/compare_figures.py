@@ -19,6 +19,7 @@ from tofu.reporting.report.chart import (
     round_axis,
     share_axis,
     thinned,
+    tick_bytes,
 )
 from tofu.reporting.report.compare_tables import cell_name, method_name, ratio_text
 
@@ -83,7 +84,7 @@ def accuracy_by_uplink(document: Mapping[str, Any], *, zoom: bool = False) -> Dr
     sizes = [cell["uplink_bytes"]["mean"] for cell in done]
     x = Axis(min(sizes) / 1.35, max(sizes) * 1.35, LEFT, RIGHT, log=True)
     y = _tight([end for cell in done for end in _interval(cell)] + list(_interval(reference)))
-    drawing.frame(x, y, ("uplink bytes of the whole run (log scale)", "final test accuracy"), x_text=_tick_bytes)
+    drawing.frame(x, y, ("uplink bytes of the whole run (log scale)", "final test accuracy"), x_text=tick_bytes)
     _legend(drawing, entries, _fedavg_key(reference))
     if fedavg:
         _level(drawing, y, reference)
@@ -283,7 +284,3 @@ def _alt(document: Mapping[str, Any], done: Sequence[Cell], zoom: bool) -> str:
     parts = [_tip(cell) for cell in done]
     fedavg = document["cells"][0]
     return what + "; ".join(parts + ([_tip(fedavg)] if fedavg["final_accuracy"] else [])) + "."
-
-
-def _tick_bytes(value: float) -> str:
-    return format_bytes(round(value)).replace(".0 ", " ")

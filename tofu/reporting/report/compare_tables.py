@@ -75,7 +75,7 @@ def target_table(document: Mapping[str, Any]) -> Table | None:
         return None
     header = ("to end at or above", *(_target(target) for target in targets))
     names = targets[0]["least"]
-    rows = tuple((method_name(name), *(_least(target["least"][name]) for target in targets)) for name in names)
+    rows = tuple((method_name(name), *(_smallest(target["least"][name]) for target in targets)) for name in names)
     return Table(header, rows)
 
 
@@ -124,7 +124,7 @@ def _target(target: Mapping[str, Any]) -> str:
     return f"{format_fraction(target['accuracy'], 2)} (FedAvg - {target['points_below_fedavg']:g})"
 
 
-def _least(best: Mapping[str, Any] | None) -> str:
+def _smallest(best: Mapping[str, Any] | None) -> str:
     if best is None:
         return _NONE
     at = f" at {ratio_text(best['ratio'])}" if best["ratio"] is not None else ""

@@ -19,6 +19,7 @@ from tofu.reporting.report.chart import (
     round_axis,
     share_axis,
     thinned,
+    tick_bytes,
 )
 from tofu.reporting.report.run_data import RunData
 from tofu.rounds.record import RoundRecord
@@ -71,7 +72,7 @@ def accuracy_by_bytes(run: RunData) -> str | None:
     # Padding on both sides, so that no mark lies on the edge and a single point still has an axis.
     x = Axis(min(sizes) / 1.35, max(sizes) * 1.35, LEFT, RIGHT, log=True)
     y = share_axis([accuracy for _, _, accuracy in ours + theirs])
-    drawing.frame(x, y, ("uplink bytes so far (log scale)", "test accuracy"), x_text=_tick_bytes)
+    drawing.frame(x, y, ("uplink bytes so far (log scale)", "test accuracy"), x_text=tick_bytes)
     drawing.legend(_keys([row for _, row, _ in ours], "FedAvg" if fedavg else ""))
     if theirs:
         drawing.curve([(x.at(size), y.at(share)) for size, _, share in theirs], "c-baseline")
@@ -211,10 +212,6 @@ def _round_text(row: RoundRecord) -> str:
 
 def _whole(value: float) -> str:
     return f"{value:.0f}"
-
-
-def _tick_bytes(value: float) -> str:
-    return format_bytes(round(value)).replace(".0 ", " ")
 
 
 def _end_labels(drawing: Drawing, ends: list[tuple[float, float, str, str]]) -> None:

@@ -59,7 +59,7 @@ def _less(fedavg: int, sent: int) -> str:
 def _clipped(row: RoundRecord) -> str:
     if row.clipped is None:
         return _NONE
-    far = f" ({row.furthest:.3g}x)" if row.clipped and row.furthest is not None else ""
+    far = f" ({row.largest_clipped:.3g}x)" if row.clipped and row.largest_clipped is not None else ""
     return f"{row.clipped:,}{far}"
 
 

@@ -145,7 +145,7 @@ def _clipped(run: RunData) -> list[str]:
     if not cut:
         return []
     text = f"{sum(row.clipped or 0 for row in cut):,} values of all clients were clipped in {_rounds(len(cut))}"
-    distances = [(row.furthest, row.round) for row in cut if row.furthest is not None]
+    distances = [(row.largest_clipped, row.round) for row in cut if row.largest_clipped is not None]
     if distances:
         largest, round_ = max(distances)
         text += f", the largest at most {largest:.3g} times its range (round {round_})"

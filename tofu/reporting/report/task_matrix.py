@@ -94,8 +94,8 @@ def matrix_caption(run: RunData) -> str:
     planned, count = run.setting("rounds"), run.setting("task-count")
     if rows and planned and count and rows[-1][1].round * count < (rows[-1][0] + 1) * planned:
         text += f" Task {rows[-1][0]} has not been trained to its end."
-    most = max((len(row.task_accuracies) for _, row in rows), default=0)
-    return text + (f" Of {most:,} tasks, {_MAX} are drawn." if most > _MAX else "")
+    count = max((len(row.task_accuracies) for _, row in rows), default=0)
+    return text + (f" Of {count:,} tasks, {_MAX} are drawn." if count > _MAX else "")
 
 
 def _key(drawing: Drawing, top: float, ends: tuple[str, str]) -> None:
