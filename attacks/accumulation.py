@@ -1,11 +1,11 @@
-"""Several messages of one client about the same images, inverted together.
+"""Joint inversion of several messages of one client about the same images.
 
-A client trains on the same images round after round, and what compression loses of one update differs from what it
-loses of the next. Images that fit all of the messages,
+A client trains on the same images in every round, and compression loses different parts of each update. Images that fit
+all messages,
 
     x = argmin sum_r | SGD(W_r; x, y) - W_r - U_r |^2 / |U_r|^2 + alpha TV(x),
 
-are better determined than those that fit one. Each message is matched at its own base weights, which the server has.
+are better determined than those that fit one. Each message is matched at its own base weights, which the server knows.
 """
 
 from dataclasses import dataclass
@@ -24,12 +24,12 @@ from attacks.simulation import Simulation
 @registry.register("accumulation")
 @dataclass(frozen=True)
 class Accumulation(Attack):
-    """L-BFGS over all messages' distances at once.
+    """L-BFGS on the mean distance over all messages.
 
     Attributes:
-        restarts: from new noise.
-        max_evals: of each.
-        variation: alpha.
+        restarts: number of starts from new noise.
+        max_evals: maximum number of evaluations of each restart.
+        variation: alpha, the weight of the total variation.
     """
 
     restarts: int = 2

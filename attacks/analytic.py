@@ -1,14 +1,14 @@
-"""Images in closed form, where a network begins with a linear layer on the pixels.
+"""Images in closed form, if the network begins with a linear layer on the pixels.
 
 Phong, Aono, Hayashi, Wang, Moriai, "Privacy-Preserving Deep Learning via Additively Homomorphic Encryption", IEEE TIFS
 2018, section 3: of a single image x, unit j of the first layer has the gradients dW_j = d_j x and db_j = d_j, so
 
     x = dW_j / db_j.
 
-Over a batch every unit gives a mixture, sum_i d_ij x_i / sum_i d_ij. A unit that only one image switched on still gives
-that image (Boenisch et al., "When the Curious Abandon Honesty", EuroS&P 2023). Different units that give the same image
-tell these from mixtures, so candidates that others agree with come first. Step sizes cancel, and over several local
-steps the ratio is still a mixture of the images.
+Over a batch every unit gives a mixture, sum_i d_ij x_i / sum_i d_ij. A unit that is active for one image only gives it
+(Boenisch et al., "When the Curious Abandon Honesty", EuroS&P 2023). An image is distinguished from a mixture by
+other units that give the same image, so candidates with the most agreement come first. The learning rate cancels, and
+after several local steps the ratio is still a mixture of the images.
 """
 
 from dataclasses import dataclass
@@ -21,19 +21,19 @@ from attacks.base import Attack, Reconstruction, Watch, registry
 from attacks.observation import Observation
 
 TINY = 1e-4
-"""Units whose bias moved less than this fraction of the largest displacement are treated as rounding errors."""
+"""Units whose bias changed by less than this fraction of the largest change are treated as rounding errors."""
 
 SAME = 0.02
-"""Mean absolute difference of pixels, on a span of 2, up to which two candidates are the same image."""
+"""Maximum mean absolute difference of pixels in [-1, 1] between two candidates of the same image."""
 
 BEYOND = 1.1
-"""Pixels further out are no image's."""
+"""Maximum magnitude of a pixel of an image in [-1, 1]."""
 
 
 @registry.register("analytic")
 @dataclass(frozen=True)
 class Analytic(Attack):
-    """Rows of the first layer's weight over its bias."""
+    """The rows of the first layer's weight update divided by its bias update."""
 
     needs: ClassVar[tuple[str, ...]] = ("linear-first",)
 
@@ -43,7 +43,7 @@ class Analytic(Attack):
         bias = observation.update[f"{layer}.bias"].double()
         used = bias.abs() > TINY * bias.abs().max()
         candidates = rows[used] / bias[used].unsqueeze(1)
-        # The surest units first, since the division multiplies rounding.
+        # The largest bias updates first, because the division amplifies rounding errors.
         candidates = candidates[bias[used].abs().argsort(descending=True)]
         chosen = _chosen(candidates, observation.images, candidates.new_zeros(rows.shape[1]))
         images = chosen.clamp(-1, 1).view(-1, shape.channels, shape.height, shape.width)
@@ -51,7 +51,7 @@ class Analytic(Attack):
 
 
 def _chosen(candidates: Tensor, count: int, blank: Tensor) -> Tensor:
-    """`count` candidates [k, pixels] unlike each other, those that most others agree with first."""
+    """`count` different candidates of [k, pixels], those with the most agreement first."""
     inside = candidates[candidates.abs().amax(1) < BEYOND] if len(candidates) else candidates
     if not len(inside):
         inside = candidates if len(candidates) else blank.unsqueeze(0)

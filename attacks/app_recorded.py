@@ -23,7 +23,7 @@ from tofu.wire import read_payload
 
 @dataclass(frozen=True)
 class AppMessage:
-    """What the app's server saw, and what it stands for.
+    """A recorded message, and what is known about the app that sent it.
 
     Attributes:
         model: `package.module:function` that builds the app's network, without arguments.
@@ -74,18 +74,18 @@ class AppMessage:
 
     @property
     def truth(self) -> LabeledImages:
-        """The images behind the message: the client's, or of a sum those of the clients together (name "sum")."""
+        """The images of the client, or of all clients of a sum (name "sum")."""
         images, labels = self._images(self.recording.client)
         return LabeledImages(_to_uint8(images), labels, int(labels.max()) + 1)
 
     @property
     def others(self) -> LabeledImages:
-        """Images that the update was not made of."""
+        """Images that the update was not computed from."""
         images, labels = self._images("test")
         return LabeledImages(_to_uint8(images), labels, int(labels.max()) + 1)
 
     def controls(self, _: Observation) -> tuple[Observation, ...]:
-        """None: an app's training cannot be made again."""
+        """None, because an app's training cannot be repeated."""
         return ()
 
     @property
@@ -93,7 +93,7 @@ class AppMessage:
         return 0
 
     def scenario(self, observation: Observation) -> dict[str, object]:
-        """The fields of a row of results."""
+        """The fields of a row of results that describe the scenario."""
         seen = self.recording
         return {
             "dataset": self.dataset, "model": self.model, "norm": "", "lr": seen.lr, "seed": 0, "client": seen.client,
@@ -116,7 +116,7 @@ class AppMessage:
         return network
 
     def _with_normalization(self, reference: ArrayModel) -> ArrayModel:
-        """Attacks see pixels in [-1, 1]; a hook turns them into what the app feeds to its model."""
+        """Attacks use pixels in [-1, 1]; a hook converts them to the input of the app's model."""
         mean, std = self.recording.mean, self.recording.std
         if (mean, std) != (0.5, 0.5):
             reference.reference.model.register_forward_pre_hook(lambda _, args: (((args[0] + 1) / 2 - mean) / std,))

@@ -1,17 +1,15 @@
-"""An attack on the proxy codec by an attacker who knows how updates are encoded and what a payload contains.
+"""Two attacks that use how the proxy codec encodes updates and what a payload contains.
 
-Two attacks.
+`proxy-images` takes the proxies of the payload, at the size of the input, as the reconstruction. It would succeed if
+proxies resembled a client's images.
 
-`proxy-images` looks at the payload itself: the proxies, at the size of the input, are the guess. If proxies resembled a
-client's images, this is where it would show.
+`codec-aware` searches for images whose update would be decoded as the one that was received:
 
-`codec-aware` searches for images whose update, *encoded*, would be the one that was decoded. What it knows:
-
-- A scale is fitted for each tensor, so each tensor's direction is what proxies convey, and its length is that of the
-  update's projection on it. The distance is thus by tensor, 1 - cosine, weighted by the tensor's share of the power.
-- The entries of a top-k message are the update's own, nearly exact, those of a correction to within a step. They are
-  where the decoded update differs from the proxies' alone, and are matched one by one as well.
-- Proxies lie where gradients like the update's come from. They are one of the starts; the others are noise.
+- The codec fits a scale for each tensor, so proxies convey each tensor's direction. The distance is therefore the mean
+  over tensors of 1 - cosine, weighted by their fractions of the power.
+- Entries of a top-k message are nearly exact, and those of a correction are exact to within a quantization step. These
+  entries, in which the decoded update differs from that of the proxies alone, are also matched one by one.
+- The first start are the proxies, whose gradients resemble the update; the other starts are noise.
 
 Several local steps are simulated as in `attacks.simulation`.
 """
@@ -35,7 +33,7 @@ from tofu.codec.proxies import decode
 @registry.register("proxy-images")
 @dataclass(frozen=True)
 class ProxyImages(Attack):
-    """The proxies as they are, each stretched to the range of pixels."""
+    """The proxies, each stretched to the range of pixels."""
 
     needs: ClassVar[tuple[str, ...]] = ("proxies",)
 
@@ -47,13 +45,13 @@ class ProxyImages(Attack):
 @registry.register("codec-aware")
 @dataclass(frozen=True)
 class CodecAware(Attack):
-    """L-BFGS on the codec's own distance.
+    """L-BFGS on the distance of `codec_distance`.
 
     Attributes:
-        restarts: starts, the first from the proxies where there are some, the others from noise.
-        max_evals: of each.
+        restarts: number of starts, the first from the proxies if there are any, the others from noise.
+        max_evals: maximum number of evaluations of each restart.
         variation: weight of the total variation.
-        entries: weight of the entries that the codec sent themselves.
+        entries: weight of the entries that the payload contains.
     """
 
     restarts: int = 2
@@ -98,18 +96,18 @@ def stretched(observation: Observation) -> Tensor:
 
 
 def sent_entries(observation: Observation) -> list[Tensor]:
-    """For each parameter tensor, which entries the codec sent themselves, as bool."""
+    """For each parameter tensor, bool: which entries the payload contains."""
     names = list(observation.network.param_spec.parameters)
     if observation.proxies is None or observation.proxy_settings is None:
         sparse = [observation.update[name] != 0 for name in names]
-        # Messages without zeros send everything about as well: no entry is special.
+        # A message without zeros has about the same precision in all entries.
         return sparse if not all(bool(s.all()) for s in sparse) else [torch.zeros_like(s) for s in sparse]
     alone = decode(observation.network, observation.proxies, observation.proxy_settings)
     return [observation.update[name] != alone[name] for name in names]
 
 
 def codec_distance(observation: Observation, target: Tensors, weight: float) -> Callable[[Tensors], Tensor]:
-    """How far an update is from one that the codec would have turned into the decoded update."""
+    """A distance between an update and those that the codec decodes to `target`."""
     power = torch.stack([t.square().sum() for t in target])
     shares = power / power.sum().clamp_min(1e-30)
     sent = sent_entries(observation)

@@ -1,11 +1,11 @@
-"""DLG, deep leakage from gradients: images and labels whose gradient is the one that was seen.
+"""DLG, deep leakage from gradients: search for images and labels with the observed gradient.
 
 Zhu, Liu, Han, "Deep Leakage from Gradients", NeurIPS 2019, arXiv 1906.08935, algorithm 1. From noise, by L-BFGS,
 
     x, y = argmin | grad_W loss(f(x; W), softmax(y)) - G |^2.
 
-Batches start the labels apart from each other, otherwise images swap places (their section 4.2 breaks the tie by
-updating one image at a time).
+In a batch the labels start from different random values, or else images would swap places (their section 4.2 breaks
+the symmetry by updating one image at a time).
 """
 
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ class Dlg(Attack):
     """L-BFGS over images and label logits.
 
     Attributes:
-        restarts: from new noise, until one solves it.
-        max_evals: of each.
+        restarts: maximum number of starts from new noise; the search stops once it is solved.
+        max_evals: maximum number of evaluations of each restart.
     """
 
     restarts: int = 2

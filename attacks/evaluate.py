@@ -35,7 +35,7 @@ SCENARIO_FIELDS = ("dataset", "model", "norm", "lr", "pretrain_rounds", "batch_s
 
 @dataclass(frozen=True)
 class AttackEvaluation:
-    """What to run; every combination of the tuples' elements is a trial.
+    """The trials to run: all combinations of the elements of the tuples.
 
     Attributes:
         seconds: time limit of one attack.
@@ -75,8 +75,11 @@ class AttackEvaluation:
             raise SettingError("messages", ",".join(self.messages), f"{CONTROL} among them: it is the control")
 
     def trials(self) -> Iterator[tuple[Scenario, str, str]]:
-        """Scenario, message and attack of every trial. A scenario's seeds are together, so that who stops early has
-        some scenarios whole; and each seed's messages, so that what they share is prepared once."""
+        """Scenario, message and attack of every trial.
+
+        The seeds of a scenario follow each other, so that an interrupted evaluation has complete scenarios, and so do
+        the messages of a seed, so that what they share is prepared once.
+        """
         for pretrain_rounds, size, steps, seed in product(
             self.pretrain_rounds, self.batch_sizes, self.steps, range(self.seeds)
         ):
@@ -99,14 +102,14 @@ class AttackEvaluation:
 def evaluate(
     evaluation: AttackEvaluation, folder: Path, *, log: Callable[[str], None], seconds: float = math.inf
 ) -> list[Row]:
-    """Run the trials that `folder` does not have yet, and return the rows of all finished trials.
+    """Run the trials that are not in `folder` yet, and return the rows of all finished trials.
 
     Args:
         log: receives one line of progress.
         seconds: time after which no further trial starts.
 
     Raises:
-        SettingError: the folder cannot be made, or a message cannot be made for this model.
+        SettingError: the folder cannot be created, or a message cannot be made for this model.
         DataError: the dataset cannot be read.
     """
     trials = made_folder(folder / "trials")
@@ -137,7 +140,7 @@ def made_folder(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SettingError("folder", str(path), f"a folder that can be made ({error.strerror})") from error
+        raise SettingError("folder", str(path), f"a folder that can be created ({error.strerror})") from error
     return path
 
 
@@ -157,9 +160,9 @@ def write_document(folder: Path, settings: Mapping[str, object], rows: Sequence[
 
 
 def summarize(rows: Sequence[Row]) -> list[Row]:
-    """For each scenario and message, the attack of the highest mean PSNR, its measures' means and deviations by seed.
+    """For each scenario and message, the attack with the highest mean PSNR, and its measures' means and deviations.
 
-    The best attack is chosen by the true images, which an attacker lacks: the figures bound these attacks from above.
+    The best attack is chosen with the true images, which an attacker does not have, so the figures are upper bounds.
     """
     summary: list[Row] = []
     for scenario in _distinct(rows, SCENARIO_FIELDS):
@@ -194,8 +197,7 @@ def verdicts(rows: Sequence[Row]) -> list[Row]:
             psnr = entry["psnr"][0] if entry.get("psnr") else None
             broke = psnr is not None and psnr > BROKEN
             text = (
-                f"the control broke ({psnr:.1f} dB by {entry['attack']}): the other messages were attacked by means "
-                "that work"
+                f"the control broke ({psnr:.1f} dB by {entry['attack']}): these attacks work"
                 if broke
                 else "the control did not break: the other messages' figures prove nothing here"
                 + (f" ({psnr:.1f} dB, {BROKEN:g} needed)" if psnr is not None else "")

@@ -6,9 +6,9 @@ Yin, Mallya, Vahdat, Alvarez, Kautz, Molchanov, "See through Gradients: Image Ba
     |grad_W loss(x_s) - G|^2 + a_tv TV(x_s) + a_l2 |x_s|^2 + a_bn sum_l (|mu_l(x_s) - mu_l| + |var_l(x_s) - var_l|)
     + a_group |x_s - mean_s x_s|^2.
 
-Where the update is of one step, mu_l and var_l are those of the batch itself, which the running ones' move gives away;
-the paper only has the running ones. The paper registers the seeds' images onto their mean before they are compared; at
-our sizes they are compared as they are.
+For an update of one step, mu_l and var_l are those of the batch itself, which follow from the change of the running
+statistics; the paper uses the running statistics. The paper registers the seeds' images onto their mean before it
+compares them; ours are too small to need this.
 """
 
 from collections.abc import Iterator
@@ -28,13 +28,13 @@ from attacks.simulated import SimulatedClient, relative_distance, search_adam, t
 @registry.register("gradinversion")
 @dataclass(frozen=True)
 class GradInversion(Attack):
-    """Adam on a group of seeds.
+    """Adam on a group of seeds at once.
 
     Attributes:
-        seeds: in the group; the best is handed back.
-        max_evals: of all seeds together.
+        seeds: number of images searched for at once; the best is returned.
+        max_evals: number of steps of all seeds together.
         variation, power, statistics, group: weights of the regularization terms.
-        step: of Adam.
+        step: step size of Adam.
     """
 
     seeds: int = 2
@@ -74,7 +74,7 @@ class GradInversion(Attack):
 
 @contextmanager
 def _statistics(model: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Inside, each BatchNorm's mean and variance of the batch that passes through it, by its name."""
+    """Within the block: BatchNorm layer -> mean and variance of the last batch that it received."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def keep(name: str, batch: Tensor) -> None:

@@ -1,8 +1,8 @@
-"""iDLG: labels first, then only the images are searched for.
+"""iDLG: infer the labels, then search for the images only.
 
-Zhao, Mopuri, Bilen, "iDLG: Improved Deep Leakage from Gradients", arXiv 2001.02610. Theirs is for one image, whose
-label is the one negative entry of the last bias's gradient. For a batch the labels come by counts (`attacks.labels`),
-which is our extension; their order does not matter, since neither does that of the images.
+Zhao, Mopuri, Bilen, "iDLG: Improved Deep Leakage from Gradients", arXiv 2001.02610. The paper's method is for one
+image, whose label is the only negative entry of the last bias's gradient. Our extension to batches counts the labels
+(`attacks.labels`); their order is arbitrary, as is that of the images.
 """
 
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ class Idlg(Attack):
     """L-BFGS over the images.
 
     Attributes:
-        restarts: from new noise, until one solves it.
-        max_evals: of each.
+        restarts: maximum number of starts from new noise; the search stops once it is solved.
+        max_evals: maximum number of evaluations of each restart.
     """
 
     restarts: int = 2

@@ -1,11 +1,11 @@
-"""Inverting Gradients: the direction of the gradient, a prior for smooth images, and steps by sign.
+"""Inverting Gradients: cosine distance to the gradient, total variation as a prior, and signed steps.
 
 Geiping, Bauermeister, Droege, Moeller, "Inverting Gradients: How easy is it to break privacy in federated learning?",
 NeurIPS 2020, arXiv 2003.14053, equation 4:
 
     x = argmin over x in [-1, 1] of 1 - <grad_W loss(x), G> / (|grad_W loss(x)| |G|) + alpha TV(x)
 
-by Adam on the sign of the derivative. Labels are recovered first, as their experiments assume.
+by Adam on the sign of the derivative. Labels are inferred first; the paper's experiments assume that they are known.
 """
 
 from dataclasses import dataclass
@@ -23,13 +23,13 @@ from attacks.simulated import SimulatedClient, angular_distance, search_adam, to
 @registry.register("inverting")
 @dataclass(frozen=True)
 class Inverting(Attack):
-    """Signed Adam on the cosine.
+    """Adam with signed gradients on the cosine distance.
 
     Attributes:
-        restarts: the one with the smallest loss is kept.
-        max_evals: of each; the paper takes 4,800 or more.
+        restarts: number of starts; the result with the smallest loss is kept.
+        max_evals: number of steps of each restart; 4,800 or more in the paper.
         variation: alpha, the weight of the total variation.
-        step: of Adam; images span 2, where the paper's, normalized, span some 4.
+        step: step size of Adam; the paper's normalized images have about twice the range of ours.
     """
 
     restarts: int = 2

@@ -1,4 +1,4 @@
-"""Labels from the last layer's part of an update.
+"""Labels from the update of the last layer.
 
 Zhao, Mopuri, Bilen, "iDLG: Improved Deep Leakage from Gradients", arXiv 2001.02610, read the label of a single image
 from a sign: with p the softmax and y the one-hot label, the gradient of the last bias is p - y, negative at the label
@@ -7,11 +7,11 @@ a batch: over n images
 
     db_c = mean_i (p_ic - y_ic),    so    n_c = n (p_c - db_c)
 
-where p_c, the mean softmax, is estimated by showing the network noise. Without a bias, the row sums of the weight's
-gradient take its place, divided by the mean sum of the features. Of S local steps the update gives the mean of db over
-the steps, and p_c is that of the network a share (S - 1) / 2S of the way from before to after.
+where p_c, the mean softmax, is estimated from the outputs for noise. Without a bias, the row sums of the weight's
+gradient are used, divided by the mean sum of the features. The update of S local steps gives the mean of db over
+the steps, and p_c is taken at the weights a fraction (S - 1) / 2S of the way from the old to the new ones.
 
-Counts are whole numbers that add up to n: the largest remainders are rounded up.
+Counts are rounded to integers that sum to n; the largest remainders are rounded up.
 """
 
 from dataclasses import dataclass
@@ -25,27 +25,27 @@ from attacks.base import Attack, Reconstruction, Watch, registry
 from attacks.observation import Observation
 
 PROBES = 64
-"""Noise images that stand for the data."""
+"""Number of noise images that the softmax is estimated from."""
 
 
 @registry.register("label-signs")
 @dataclass(frozen=True)
 class LabelSigns(Attack):
-    """The classes whose entry of the last layer's gradient is negative; of a batch, each once, most negative first."""
+    """The classes with the most negative entries of the last layer's gradient; in a batch, each class once."""
 
     needs: ClassVar[tuple[str, ...]] = ("linear-last",)
 
     def _run(self, observation: Observation, generator: torch.Generator, watch: Watch) -> Reconstruction:
         order = _last_gradient(observation, 1.0).argsort()
         labels = order[: observation.images]
-        # More images than classes: what is left goes to the most negative again.
+        # With more images than classes, the labels repeat.
         return Reconstruction(None, labels.repeat(-(-observation.images // len(labels)))[: observation.images])
 
 
 @registry.register("label-counts")
 @dataclass(frozen=True)
 class LabelCounts(Attack):
-    """How many images of each class the update was made of."""
+    """The number of images of each class that the update was computed from."""
 
     needs: ClassVar[tuple[str, ...]] = ("linear-last", "lr")
 
@@ -60,7 +60,7 @@ class LabelCounts(Attack):
 
 
 def guessed_labels(observation: Observation, generator: torch.Generator) -> Tensor:
-    """The labels where the attacker knows them, else by counts; random where the last layer gives none. int64 [n]."""
+    """Labels, int64 [n]: the known ones, or else by `LabelCounts`, or else random."""
     if observation.labels is not None:
         return observation.labels
     attack = LabelCounts()
@@ -76,7 +76,7 @@ def _has_bias(observation: Observation) -> bool:
 
 
 def _last_gradient(observation: Observation, lr: float) -> Tensor:
-    """The update of the last bias over -lr, or the weight's row sums where there is no bias: float32 [classes]."""
+    """The gradient of the last bias, or without a bias the row sums of the weight's gradient: float32 [classes]."""
     name = observation.last_linear
     if _has_bias(observation):
         return -observation.update[f"{name}.bias"] / lr
@@ -92,13 +92,10 @@ def _probed(observation: Observation, generator: torch.Generator) -> tuple[Tenso
     layer = dict(network.model.named_modules())[observation.last_linear or ""]
     assert isinstance(layer, nn.Linear)
     hook = layer.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].sum(-1).mean()))
-    try:
-        with torch.no_grad():
-            way = (observation.steps - 1) / (2 * observation.steps)
-            weights = {n: w + way * observation.update[n] for n, w in network.base.items()}
-            probability = functional_call(network.model, weights, (noise,)).softmax(1).mean(0)
-    finally:
-        hook.remove()
+    with hook, torch.no_grad():
+        way = (observation.steps - 1) / (2 * observation.steps)
+        weights = {n: w + way * observation.update[n] for n, w in network.base.items()}
+        probability = functional_call(network.model, weights, (noise,)).softmax(1).mean(0)
     return torch.nan_to_num(probability, nan=1 / shape.classes), features[0]
 
 

@@ -36,7 +36,7 @@ ACCEPTED = "exact, proxy:smooth:RATIO, proxy:paper:RATIO, COMPRESSOR[:RATIO], dp
 
 @dataclass(frozen=True)
 class ClientRound:
-    """One client's local training: what no server sees.
+    """One client's local training, which no server observes.
 
     Attributes:
         network: at the base weights.
@@ -79,7 +79,7 @@ class Message:
 
     @property
     def clients(self) -> int:
-        """Whose updates the message is made of."""
+        """Number of clients whose updates the message contains."""
         return int(self.number) if self.kind == "secure" else 1
 
 
@@ -87,7 +87,7 @@ def parse_message(text: str) -> Message:
     """Read a kind of message.
 
     Raises:
-        SettingError: it is none of those above.
+        SettingError: it is none of `ACCEPTED`.
     """
     kind, *rest = text.strip().split(":")
     mode = "smooth"
@@ -109,10 +109,10 @@ def parse_message(text: str) -> Message:
 def observe(
     message: Message, rounds: Sequence[ClientRound], *, generator: torch.Generator, know_labels: bool = False
 ) -> Observation:
-    """What the server sees when the first of `rounds` (the first few, in a secure sum) is sent as this message.
+    """What the server observes if the first of `rounds` (in a secure sum, the first few) is sent as this message.
 
     Args:
-        generator: of the codec. (Privacy's noise comes from the operating system, as in a run.)
+        generator: of the codec. Noise of differential privacy comes from the operating system, as in a run.
         know_labels: whether the attacker knows the labels.
 
     Raises:
@@ -153,7 +153,7 @@ def observe(
 
 
 def _noised(network: ReferenceModel, update: Weights, epsilon: float) -> Weights:
-    """Clipped to its own norm, which loses nothing of it, and given the whole noise, as in a private proxy round."""
+    """The update, clipped to its own norm and with the whole noise, as in a proxy round with differential privacy."""
     check_param_spec(network.param_spec)
     norm = math.sqrt(dot(update, update))
     if norm == 0:

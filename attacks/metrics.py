@@ -1,12 +1,12 @@
-"""How near a reconstruction came to the client's images.
+"""How similar reconstructions are to the client's images.
 
-Reconstructions come in no order, so they are assigned to the images one to one, with the smallest total squared error
-(Kuhn 1955, by scipy). All measures are of pixels in [0, 1]: PSNR, SSIM (Wang et al. 2004) and LPIPS (Zhang et al. 2018)
-by torchmetrics.
+Reconstructions have no order, so they are assigned to the images one to one with the smallest total squared error
+(Kuhn 1955, by scipy). All measures are of pixels in [0, 1]: PSNR, SSIM (Wang et al. 2004) and LPIPS (Zhang et al.
+2018), computed by torchmetrics.
 
-Any blurry digit is near to some digit. So an image only counts as recovered where its reconstruction is nearer to it
-than any of the reconstructions is to any image that was *not* in the batch: an attacker who knew nothing of the batch
-would pass with a chance of about one in the number of those others.
+A blurry digit is similar to some digit. An image therefore counts as recovered only if its reconstruction is more
+similar to it than any reconstruction is to any image outside the batch. An attacker who knows nothing about the batch
+passes this test with a probability of about one over the number of other images.
 """
 
 import statistics
@@ -24,7 +24,7 @@ with from_extra("attacks"):
     from torchmetrics.functional.image import structural_similarity_index_measure
 
 BEST_PSNR = 100.0
-"""What a perfect reconstruction counts as, in dB: beyond it there is only float32 rounding."""
+"""Upper limit of the PSNR, in dB: larger values only reflect float32 rounding."""
 
 LPIPS_WEIGHTS = "alexnet-owt-7be5be79.pth"
 LPIPS_SIDE = 64
@@ -33,15 +33,15 @@ LPIPS_SIDE = 64
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one reconstruction; means are over the images that have one assigned.
+    """The measures of one attack's reconstructions; means are over the images with an assigned reconstruction.
 
     Attributes:
-        psnr: dB, mean of the images' own.
+        psnr: mean over images, in dB.
         ssim, mse: means.
-        lpips: mean, or None where its weights are not on this machine.
+        lpips: mean, or None if its weights are not on this machine.
         recovered: fraction of the images recovered, by the calibrated threshold.
-        threshold: PSNR that an image had to pass for that.
-        labels: fraction of the labels that are right, in any order; None if the attack infers no labels.
+        threshold: PSNR above which an image counts as recovered.
+        labels: fraction of correct labels, in any order; None if the attack infers no labels.
         pairs: for each image, the number of its reconstruction, or -1.
     """
 
@@ -71,7 +71,7 @@ def score(
         labels: int64 [k], or None.
         truth: float [n, channels, height, width] in [-1, 1].
         true_labels: int64 [n].
-        others: images that the update was not made of, as `truth`.
+        others: images that the update was not computed from, as `truth`.
         perceptual: of `lpips_network`.
     """
     right = None if labels is None else _overlap(labels, true_labels)
@@ -99,7 +99,7 @@ def score(
 
 
 def lpips_network() -> nn.Module | None:
-    """LPIPS on AlexNet, where torch's cache holds AlexNet's weights already; never downloads them."""
+    """LPIPS on AlexNet, or None if torch's cache does not contain AlexNet's weights: nothing is downloaded."""
     if not (Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_WEIGHTS).is_file():
         return None
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
@@ -108,7 +108,7 @@ def lpips_network() -> nn.Module | None:
 
 
 def _unit(images: Tensor) -> Tensor:
-    """[-1, 1] to [0, 1], clamped; what is not finite is grey."""
+    """Pixels from [-1, 1] to [0, 1], clamped; values that are not finite become gray."""
     return (torch.nan_to_num(images.detach().float(), nan=0.0) / 2 + 0.5).clamp(0, 1)
 
 
@@ -119,7 +119,7 @@ def _squared_errors(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _psnr(errors: Tensor) -> Tensor:
-    """Of mean squared errors, the peak being 1 (torchmetrics' definition, for many pairs at once)."""
+    """The PSNR for mean squared errors of pixels in [0, 1], as torchmetrics defines it, for many pairs at once."""
     return (-10 * torch.log10(errors.clamp_min(1e-30))).clamp_max(BEST_PSNR)
 
 

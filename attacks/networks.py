@@ -1,8 +1,8 @@
-"""Networks that are known to leak: an attack that fails on these is a bad attack, and proves nothing elsewhere.
+"""Networks that are known to leak: an attack that fails on these proves nothing when it fails on others.
 
-Zhu et al. 2019 invert a LeNet whose ReLUs are sigmoids and whose pooling is strides, because their search needs second
-derivatives. Ours has softplus, which also trains, and twice their channels: on 32x32 color images theirs has fewer
-weights than a batch of four has pixels, so no gradient of it could fix them.
+Zhu et al. 2019 invert a LeNet with sigmoids in place of ReLUs and strides in place of pooling, because their search
+needs second derivatives. Ours has softplus, which is also trainable, and twice as many channels: their network has
+fewer weights than a batch of four 32x32 color images has pixels, so its gradient could not determine them.
 """
 
 from collections import OrderedDict

@@ -1,4 +1,4 @@
-"""What an attacker at the server knows: one message, and the circumstances in which it was made.
+"""What an attacker at the server knows: one message, and the training settings of the client.
 
 The server of a run chooses the model, the learning rate, the batch size and the number of epochs, and a reply contains
 the number of images. An honest-but-curious server knows all of these. An attack declares what else it needs, and is
@@ -25,18 +25,18 @@ class Observation:
     """One client's message, or the sum of several, as the server reads it.
 
     Attributes:
-        message: what kind, as a user writes it ("exact", "proxy:smooth:100", ...).
+        message: kind of message, as a user writes it ("exact", "proxy:smooth:100", ...).
         network: the model at the base weights that the message is relative to.
         update: what the message decodes to, parameters and buffers (the mean of the updates in a secure sum).
-        images: how many images the update stands for, over all clients in the sum.
-        batch_size: images in one local step.
-        epochs: passes over the images.
-        lr: step size of the local SGD; None where the attacker does not know it.
-        labels: int64 [images] where the attacker knows them, in any order; else None.
-        proxies: the proxies in the payload, where it has some.
+        images: number of images that the update was computed from, over all clients in the sum.
+        batch_size: number of images in one local step.
+        epochs: number of passes over the images.
+        lr: step size of the local SGD; None if the attacker does not know it.
+        labels: int64 [images], in any order, if the attacker knows them; else None.
+        proxies: the proxies in the payload, if it has any.
         proxy_settings: how they were encoded.
         payload_bytes: size of the message's payload.
-        clients: updates in the sum.
+        clients: number of updates in the sum.
         earlier: earlier messages of the same client about the same images.
     """
 
@@ -56,29 +56,29 @@ class Observation:
 
     @property
     def steps(self) -> int:
-        """Local steps that the update is the sum of."""
+        """Number of local steps that the update is the sum of."""
         return self.epochs * math.ceil(self.images / min(self.batch_size, self.images))
 
     @cached_property
     def gradient(self) -> Weights:
-        """The gradient that a single step followed, of the parameters: -update / lr (call only where `steps` is 1)."""
+        """The gradient of the parameters in a single step, -update / lr. Call it only if `steps` is 1."""
         assert self.lr is not None
         return {name: -self.update[name] / self.lr for name in self.network.param_spec.parameters}
 
     @cached_property
     def batch_statistics(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """BatchNorm layer -> mean and variance of the batch of a single step, from how its running ones moved."""
+        """BatchNorm layer -> mean and variance of the batch of a single step, from the update of its running ones."""
         found = {}
         for name, layer in self.network.model.named_modules():
             if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None and layer.running_var is not None:
-                share = layer.momentum or 0.1
-                moved = (self.update[f"{name}.running_mean"], self.update[f"{name}.running_var"])
-                found[name] = (layer.running_mean + moved[0] / share, layer.running_var + moved[1] / share)
+                momentum = layer.momentum or 0.1
+                change = (self.update[f"{name}.running_mean"], self.update[f"{name}.running_var"])
+                found[name] = (layer.running_mean + change[0] / momentum, layer.running_var + change[1] / momentum)
         return found
 
     @cached_property
     def first_linear(self) -> str | None:
-        """The name of the linear layer that sees the pixels themselves, if the network begins with one."""
+        """The name of the linear layer on the pixels, if the network begins with one."""
         if self.network.model._forward_pre_hooks:  # an app's normalization: the layer does not see the pixels
             return None
         shape = self.network.shape
@@ -92,7 +92,7 @@ class Observation:
 
     @cached_property
     def last_linear(self) -> str | None:
-        """The name of the linear layer that makes the logits, if the network ends with one."""
+        """The name of the linear layer that computes the logits, if the network ends with one."""
         layers = [(n, m) for n, m in self.network.model.named_modules() if not list(m.children())]
         name, layer = layers[-1]
         linear = isinstance(layer, nn.Linear) and layer.out_features == self.network.shape.classes
@@ -100,7 +100,7 @@ class Observation:
 
 
 Capability = tuple[str, Callable[[Observation], bool]]
-"""Why a message lacks it, and the test."""
+"""The reason why a message lacks it, and the test."""
 
 CAPABILITIES: dict[str, Capability] = {
     "lr": ("the step size is not known", lambda o: o.lr is not None),
@@ -118,4 +118,4 @@ CAPABILITIES: dict[str, Capability] = {
     "linear-last": ("the network does not end with a linear layer", lambda o: o.last_linear is not None),
     "earlier": ("there are no earlier messages about the same images", lambda o: bool(o.earlier)),
 }
-"""What an attack may need besides the decoded update and the number of images, which every message here gives."""
+"""What an attack may need in addition to the decoded update and the number of images, which all messages provide."""

@@ -1,8 +1,8 @@
-"""A real run under attack: recorded messages, scored against the client's own images.
+"""Attacks on recorded messages of a run, scored against the client's own images.
 
-What was recorded is what came: its error feedback, its many local steps, its many images. So attacks simulate the
-client by fewer images and steps (`attacks.simulation`), and images are matched with all of the client's. Momentum,
-weight decay and the plugins of a run are not simulated.
+A recorded update includes error feedback and results from many local steps on many images. Attacks simulate the client
+with fewer images and steps (`attacks.simulation`), and reconstructions are compared with all of the client's images.
+Momentum, weight decay and the run's plugins are not simulated.
 """
 
 import math
@@ -70,7 +70,7 @@ def observation_of(recording: Recording) -> Observation:
 
 
 def control_of(recording: Recording, data: LabeledImages, observation: Observation) -> Observation:
-    """The same round's exact update, from the client's training made again: what the attacks have to break first."""
+    """The exact update of the same round, from a repetition of the client's training: the control of the attacks."""
     settings = recording.settings
     config = LocalTrainingConfig.of(settings.training, recording.round)
     generator = derive_generator(settings.run.seed, recording.round, recording.client, "train")
@@ -89,11 +89,10 @@ def attack_run(
     dataset: str | None = None,
     log: Callable[[str], None],
 ) -> list[Row]:
-    """Attack all recorded messages of a run, and for each the exact update that it stood for, as a control.
+    """Attack all recorded messages of a run, and as a control the exact update of each.
 
-    A Flower app's messages (`tofu.record`) have no control: its training cannot be made again.
-
-    Earlier messages of a client are given along with its later ones. Finished trials are not repeated.
+    Messages of a Flower app (`tofu.record`) have no control, because its training cannot be repeated. Attacks on a
+    later message of a client also receive the earlier ones. Finished trials are not repeated.
 
     Args:
         folder: for the results.
@@ -148,7 +147,7 @@ class RunMessage:
         return observation_of(self.recording)
 
     def controls(self, sent: Observation) -> tuple[Observation, ...]:
-        """The exact update that the message stands for."""
+        """The exact update that the message encodes."""
         return (control_of(self.recording, self.truth, sent),)
 
     @property
@@ -158,7 +157,7 @@ class RunMessage:
 
     @property
     def others(self) -> LabeledImages:
-        """Images that the update was not made of."""
+        """Images that the update was not computed from."""
         return self._data[0].test()
 
     @property
@@ -227,5 +226,5 @@ def _data(recording: Recording) -> tuple[FederatedData, LabeledImages]:
     if data.shape != recording.shape:
         raise AttackError(f"the run's images are {data.shape}, the recorded network takes {recording.shape}")
     if not recording.client.isdigit():
-        raise SettingError("client", recording.client, "the number of a simulated client, whose images are at hand")
+        raise SettingError("client", recording.client, "the number of a simulated client, whose images are known")
     return data, data.client(int(recording.client))

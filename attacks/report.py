@@ -66,7 +66,7 @@ _WORDS = ("message", "best attack")
 
 
 def table_rows(entries: Sequence[Row]) -> list[tuple[str, ...]]:
-    """The summary's entries as `HEADER` names them."""
+    """The entries of the summary as rows with the columns of `HEADER`."""
     return [
         (
             entry["message"],
@@ -83,7 +83,7 @@ def table_rows(entries: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 def remarks(entries: Sequence[Row]) -> list[str]:
-    """How the codec's two modes compare at the same ratio in one scenario, one sentence each."""
+    """One sentence per ratio that compares the two modes of the proxy codec in one scenario."""
     psnr = {entry["message"]: entry["psnr"][0] for entry in entries if entry.get("psnr")}
     sentences = []
     for message, smooth in psnr.items():
@@ -164,7 +164,7 @@ def write_report(rows: Sequence[Row], folder: Path) -> Path:
 
 
 def _lead(summary: Sequence[Row]) -> str:
-    """How far the best attacks came, on the exact update and on the other message that leaked most."""
+    """The highest mean PSNR on the exact update and on the other messages."""
     measured = [entry for entry in summary if entry.get("psnr")]
     sentences = []
     for begin, exact in (("On the exact update", True), ("On the other messages", False)):
@@ -179,9 +179,9 @@ def _lead(summary: Sequence[Row]) -> str:
 def _images(
     rows: Sequence[Row], entries: Sequence[Row], folder: Path
 ) -> tuple[Images | None, list[tuple[str, str, Images]]]:
-    """Of the first seed: the originals and, for every message, its name, its best attack and the reconstructions.
+    """The originals of the first seed and, for each message, its name, its best attack and the reconstructions.
 
-    None and an empty list if no attack gave images.
+    None and an empty list if no attack returned images.
     """
     originals: Images | None = None
     lines: list[tuple[str, str, Images]] = []
@@ -192,7 +192,7 @@ def _images(
             continue
         with np.load(folder / cell["images"], allow_pickle=False) as arrays:
             seen, found = arrays["originals"], arrays["reconstructions"]
-        # A secure sum shows more images than one client has; its first ones are those of the client under attack.
+        # A secure sum has the images of several clients; the first are those of the attacked client.
         originals = seen if originals is None or len(seen) < len(originals) else originals
         lines.append((entry["message"], f"{entry['attack']}, {cell['psnr']:.1f} dB", found))
     return originals, lines

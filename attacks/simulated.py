@@ -1,7 +1,7 @@
-"""The client as an attacker simulates it, and the two searches for images that would have made its update.
+"""A simulated client, and two searches for images that give its update.
 
-A search minimizes a distance between the update of a guess and the one that was seen. It needs second derivatives of
-the network: float64 for L-BFGS, whose line search would otherwise end in rounding.
+A search minimizes a distance between the update of candidate images and the observed one. It needs second derivatives
+of the network, in float64 for L-BFGS, whose line search would otherwise fail because of rounding.
 """
 
 import copy
@@ -22,20 +22,20 @@ from tofu.codec.search import lbfgs
 Tensors = tuple[Tensor, ...]
 
 SOLVED = 1e-13
-"""Loss at which a search may stop: the fraction of the update's power that float32 rounding hides."""
+"""Loss at which a search stops: the fraction of the update's power that is lost in float32 rounding."""
 
 NEAR = 1e-5
-"""Loss below which a descent is on its way to a solution, and more max_evals serve it better than another start."""
+"""Loss below which further evaluations are better spent on this descent than on another start."""
 
 NOISE = 0.3
-"""Deviation of the noise that a search starts from, on pixels in [-1, 1]."""
+"""Standard deviation of the noise that a search starts from, for pixels in [-1, 1]."""
 
 
 class SimulatedClient:
-    """Gradients and local steps that can be differentiated in the images.
+    """Gradients and local steps that are differentiable with respect to the images.
 
     Args:
-        observation: its network is copied, and trains as a client's does (BatchNorm by the batch).
+        observation: its network is copied and put into training mode, so BatchNorm uses statistics of the batch.
     """
 
     def __init__(self, observation: Observation, dtype: torch.dtype = torch.float64) -> None:
@@ -52,7 +52,7 @@ class SimulatedClient:
         return shape.channels, shape.height, shape.width
 
     def target(self, *, as_gradient: bool = False) -> Tensors:
-        """The update that was seen, or the gradient of its single step, by parameter."""
+        """The observed update, or the gradient of its single step, by parameter."""
         seen = self._observation.gradient if as_gradient else self._observation.update
         return tuple(seen[name].to(self.dtype) for name in self._names)
 
@@ -65,7 +65,7 @@ class SimulatedClient:
         return F.cross_entropy(logits, labels)
 
     def gradient(self, images: Tensor, labels: Tensor, weights: Tensors | None = None) -> Tensors:
-        """The gradient in the weights, itself differentiable."""
+        """The gradient with respect to the weights, which can be differentiated again."""
         at = tuple(w.detach().requires_grad_() for w in self.base) if weights is None else weights
         return torch.autograd.grad(self.loss(images, labels, at), at, create_graph=True, materialize_grads=True)
 
@@ -107,7 +107,7 @@ def _total(parts: Iterable[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Found:
-    """The best point of a search, its loss, and how many max_evals were made in all."""
+    """The best point of a search, its loss, and the number of evaluations of the whole search."""
 
     point: Tensor
     loss: float
@@ -116,9 +116,10 @@ class Found:
 
 def search_lbfgs(loss: Callable[[Tensor], Tensor], starts: Callable[[], Tensor], *, restarts: int, max_evals: int,
                  watch: Watch) -> Found:  # fmt: skip
-    """Minimize by L-BFGS from starts (float64 vectors), by up to restarts * max_evals max_evals; stops once solved.
+    """Minimize by L-BFGS from several starts (float64 vectors), with at most restarts * max_evals evaluations.
 
-    A descent that is not near a solution after `max_evals` gives way to the next; one that is goes on to the end.
+    The search stops once it is solved. A descent that is not close to a solution after `max_evals` evaluations is
+    replaced by the next start; one that is continues with the remaining evaluations.
     """
     best = Found(starts(), math.inf, 0)
     made = 0
@@ -153,14 +154,14 @@ def search_lbfgs(loss: Callable[[Tensor], Tensor], starts: Callable[[], Tensor],
 
 def search_adam(loss: Callable[[Tensor], Tensor], start: Tensor, *, max_evals: int, step: float, watch: Watch,
                 signed: bool = False, bound: float = 1.0) -> Found:  # fmt: skip
-    """Minimize by Adam, by the sign of the gradient where `signed`; the point stays within +-bound.
+    """Minimize by Adam, on the sign of the gradient if `signed`; the point is clamped to [-bound, bound].
 
-    The step falls to a tenth after 3/8, 5/8 and 7/8 of the max_evals (Geiping et al. 2020).
+    The step size is divided by 10 after 3/8, 5/8 and 7/8 of the steps (Geiping et al. 2020).
     """
     point = start.detach().clone().requires_grad_()
     adam = torch.optim.Adam([point], lr=step)
-    falls = [int(max_evals * share) for share in (3 / 8, 5 / 8, 7 / 8)]
-    schedule = torch.optim.lr_scheduler.MultiStepLR(adam, milestones=falls, gamma=0.1)
+    milestones = [int(max_evals * fraction) for fraction in (3 / 8, 5 / 8, 7 / 8)]
+    schedule = torch.optim.lr_scheduler.MultiStepLR(adam, milestones=milestones, gamma=0.1)
     best = Found(start, math.inf, 0)
     for made in range(1, max_evals + 1):
         value = loss(point)

@@ -1,16 +1,16 @@
-"""Images from an update of several local steps, by simulating the steps.
+"""Reconstruct images from an update of several local steps by simulating the steps.
 
 Dimitrov, Balunovic, Konstantinov, Vechev, "Data Leakage in Federated Averaging", TMLR 2022, arXiv 2206.12395: the
 client's whole local training is part of the function that is inverted,
 
     x = argmin | SGD(W; x, y) - W - U |^2 / |U|^2,
 
-differentiated through every step. The paper has a copy of each image for each epoch, held together by a penalty that
-does not depend on their order; here the epochs share their images, whose order is drawn once. Where a client's step is
-over all of its images there is no order, and nothing is approximated.
+differentiated through every step. The paper has a copy of each image for each epoch, coupled by a penalty that does not
+depend on their order; here the epochs share the images, and their order is drawn once. If a step uses all of a client's
+images, there is no order and no approximation.
 
-A client with many images in many steps is simulated by fewer: `max_images` stand for all, in at most `max_steps`
-steps of a size that makes up for the steps that are left out.
+A client with many images and steps is simulated with at most `max_images` images and `max_steps` steps, whose step size
+is increased accordingly.
 """
 
 import math
@@ -32,10 +32,10 @@ class Simulation(Attack):
     """L-BFGS through the simulated steps.
 
     Attributes:
-        restarts: from new noise, until one solves it.
-        max_evals: of each.
-        max_images: in the simulation.
-        max_steps: of the simulation.
+        restarts: maximum number of starts from new noise; the search stops once it is solved.
+        max_evals: maximum number of evaluations of each restart.
+        max_images: maximum number of simulated images.
+        max_steps: maximum number of simulated steps.
     """
 
     restarts: int = 2

@@ -2,8 +2,8 @@
 
 A scenario is the dataset, the model, the rounds of training before the attack, and the client's number of images and of
 local steps. The attacked client takes part in none of the earlier rounds, so its images are new to the model. Its batch
-repeats as few labels as its size allows: images of one class are hard to tell apart by their gradients (Yin et al. 2021
-assume that no label repeats), so this favors the attacker.
+repeats as few labels as possible, which favors the attacker: gradients of images of one class are hard to distinguish
+(Yin et al. 2021 assume that no label repeats).
 """
 
 import copy
@@ -27,13 +27,13 @@ from tofu.training import LocalTrainingConfig, train_locally
 from tofu.weights import load_weights, weights_of
 
 CLIENTS = 10
-"""Simulated clients; the first is under attack, the others train the model before."""
+"""Number of simulated clients: the first is attacked, the others train the model before."""
 
 TRAIN_IMAGES = 2000
-"""Images of all of them together, where the dataset has more."""
+"""Maximum number of training images of all clients together."""
 
 OTHERS = 200
-"""Images outside the batch that calibrate what counts as recovered."""
+"""Number of images outside the batch by which the threshold of recovered images is calibrated."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class TrialRunner:
     def _message(self, scenario: Scenario, message: Message) -> tuple[Observation, LabeledImages]:
         key = (scenario, message)
         if key not in self._messages:
-            self._messages.clear()  # trials come sorted by message: one is enough
+            self._messages.clear()  # trials are sorted by message, so one entry is enough
             self._messages[key] = _make_message(scenario, message, self._network(scenario))
         return self._messages[key]
 
@@ -153,7 +153,7 @@ class TrialRunner:
 
 
 def open_clients(scenario: Scenario) -> FederatedData:
-    """The dataset dealt evenly to `CLIENTS` (opened once per process)."""
+    """The dataset, partitioned evenly over `CLIENTS` clients."""
     whole = open_data(scenario.dataset, clients=CLIENTS, partition="iid", seed=0)
     if int(whole.class_counts().sum()) <= TRAIN_IMAGES:
         return open_data(scenario.dataset, clients=CLIENTS, partition="iid", seed=scenario.seed)
@@ -195,7 +195,7 @@ def _make_message(scenario: Scenario, message: Message, network: ReferenceModel)
 
 
 def drawn_clients(scenario: Scenario, count: int) -> list[LabeledImages]:
-    """The images of `count` clients, the first being under attack, each with as few repeated labels as can be."""
+    """The images of `count` clients, of which the first is attacked, each with as few repeated labels as possible."""
     data = open_clients(scenario)
     if count > data.clients:
         raise SettingError("messages", f"secure:{count}", f"at most {data.clients} clients")
@@ -221,7 +221,7 @@ def _spread(labels: Tensor) -> Tensor:
 
 
 def _stepped(network: ReferenceModel, rounds: Sequence[ClientRound]) -> ReferenceModel:
-    """The network a round later, the update of these clients being one of many: a tenth of it."""
+    """The network after a round in which the mean update of these clients has a weight of 1 / `CLIENTS`."""
     model = copy.deepcopy(network.model)
     weights: Mapping[str, Tensor] = weights_of(model)
     moved = {n: torch.stack([one.update[n] for one in rounds]).mean(0) / CLIENTS for n in weights}
