@@ -53,13 +53,28 @@ def main(command: Sequence[str], packages: Sequence[str] = PACKAGES) -> int:
             listener.listen(64)
             environment = os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"}
             superexec = subprocess.Popen(command, env=environment)
-            # The SuperExec ends on a signal in its own way, and so do we when it has.
+            asked: set[int] = set()
+            imported = False
+
+            # The SuperExec ends on a signal in its own way, and so do we when it has, imports in progress or not.
+            def end(received: int, _: object) -> None:
+                asked.add(received)
+                superexec.send_signal(received)
+                if not imported:
+                    raise SystemExit(_status(superexec.wait(), asked))
+
             for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, lambda received, _: superexec.send_signal(received))
+                signal.signal(number, end)
             for name in packages:
                 with suppress(ImportError):  # one that is missing is missing in the app, which says so
                     importlib.import_module(name)
-            return _serve(listener, superexec)
+            imported = True
+            return _status(_serve(listener, superexec), asked)
+
+
+def _status(returncode: int, asked: set[int]) -> int:
+    """The exit status for that of the SuperExec, which a signal ends before it has a handler of its own."""
+    return 0 if -returncode in asked else returncode
 
 
 def _serve(listener: socket.socket, superexec: "subprocess.Popen[bytes]") -> int:

@@ -28,11 +28,13 @@ KILLED = (
     *(f"node-{node}{part}" for node in range(3) for part in ("", "-exec")),
     "superlink", "superlink-exec", "proxy",
 )  # fmt: skip
+IDLE = ("superlink", "superlink-exec", "node-1", "node-1-exec")
 SETTINGS = (
     "clients=4", "min-clients=3", "dataset=/data", "local-epochs=1", "max-evals=20", "schedule=switch",
     "secure-identities=/run/secrets/identities.json", "over-sampling=1.34", "secagg-dropout-fraction=0.26",
 )  # fmt: skip
 _PAUSE_SECONDS = (60.0, 180.0)
+_IDLE_SECONDS = 60.0
 _MAX_RESUMED = 100
 
 
@@ -91,6 +93,16 @@ def start(deployment: ComposeDeployment, journal: Journal, rounds: int) -> Opera
     return deployment.start_run(*SETTINGS, f"switch-round={rounds // 2 + 1}", f"rounds={rounds}")
 
 
+def measure_idle(deployment: ComposeDeployment, journal: Journal) -> None:
+    """Note what each service costs while there is no run: percent of a core, and MiB."""
+    before, began = {name: deployment.cpu_seconds(name) for name in IDLE}, time.monotonic()
+    time.sleep(_IDLE_SECONDS)
+    seconds, memory = time.monotonic() - began, deployment.memory()
+    used = {name: deployment.cpu_seconds(name) - before[name] for name in IDLE}
+    values = {name: {"cpu_percent": round(100 * used[name] / seconds, 2), "mib": memory[name]} for name in IDLE}
+    journal.note("idle", seconds=round(seconds), services=values)
+
+
 def soak(deployment: ComposeDeployment, journal: Journal, rounds: int, seed: int) -> None:
     """Run to the last round.
 
@@ -129,23 +141,24 @@ def memory_over_time(samples: list[dict[str, float]]) -> dict[str, dict[str, flo
 
 
 def result(deployment: ComposeDeployment, journal: Journal, rounds: int, seed: int) -> dict[str, object]:
-    """All figures, as they are written."""
+    """All figures, as they are written; missing rounds are those before the last one that was done."""
     found = records(deployment)
     numbers = [record["round"] for record in found]
     samples = [entry["mib"] for entry in journal.of("memory")]
     return versions("python -m tests.deploy.soak FOLDER") | {
         "settings": {"rounds": rounds, "seed": seed, "pause_seconds": _PAUSE_SECONDS, "run": SETTINGS},
         "rounds_done": len(set(numbers)),
-        "rounds_missing": sorted(set(range(1, rounds + 1)) - set(numbers)),
+        "rounds_missing": sorted(set(range(1, max(numbers, default=0) + 1)) - set(numbers)),
         "rounds_abandoned": {record["round"]: record["abandoned"] for record in found if record.get("abandoned")},
         "replies_lost": sum(len(record["failures"]) for record in found),
         "clients_in_a_round": dict(sorted(Counter(record["clients"] for record in found).items())),
         "median_seconds": statistics.median(record["seconds"] for record in found),
         "largest_seconds": max(record["seconds"] for record in found),
+        "idle": journal.of("idle"),
         "kills": dict(sorted(Counter(entry["service"] for entry in journal.of("kill")).items())),
         "final_accuracy": [record["accuracy"] for record in found if record["accuracy"] is not None][-1],
         "memory_mib": memory_over_time(samples),
-        "events": [entry for entry in journal.entries if entry["event"] != "memory"],
+        "events": [entry for entry in journal.entries if entry["event"] not in ("memory", "idle")],
         "memory": [{"at": entry["at"]} | entry["mib"] for entry in journal.of("memory")],
         "rows": [
             {key: record.get(key) for key in ("round", "kind", "clients", "seconds", "accuracy", "abandoned")}
@@ -167,9 +180,13 @@ def main(folder: Path, rounds: int = 200, seed: int = 0, output: Path = RESULTS 
         deployment.add_client(FOURTH, "proxy:8443")
         deployment.start_client(FOURTH, data="node-0", network="fleet")
         deployment.wait_for_online(4)
-        soak(deployment, journal, rounds, seed)
-        figures = result(deployment, journal, rounds, seed)
-    output.write_text(json.dumps(figures, indent=1) + "\n")
+        if not journal.of("idle"):
+            measure_idle(deployment, journal)
+        try:
+            soak(deployment, journal, rounds, seed)
+        finally:  # an interrupted soak has figures, too
+            figures = result(deployment, journal, rounds, seed)
+            output.write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps({key: figures[key] for key in ("rounds_done", "rounds_missing", "kills", "memory_mib")}, indent=1))
 
 

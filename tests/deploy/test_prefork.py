@@ -1,7 +1,11 @@
 """Warm client apps: each in a process of its own, on the streams of who asked for it, and none left at the end."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from tests.processes import run
 
@@ -34,3 +38,18 @@ def test_none_of_the_apps_own_modules_are_imported_ahead() -> None:
     )
     result = run([sys.executable, "-c", code], check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("handles", ["signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))", "None"])
+def test_a_signal_during_the_imports_ends_it_at_once(handles: str, tmp_path: Path) -> None:
+    """As where a container is stopped just after its start; the SuperExec may not have a handler of its own yet."""
+    (tmp_path / "endless.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(600)\n")
+    code = "import sys; from deploy.prefork import main; sys.exit(main(sys.argv[1:], ['endless']))"
+    superexec = f"import signal, sys, time; {handles}; print('started', flush=True); time.sleep(600)"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    command = [sys.executable, "-c", code, sys.executable, "-c", superexec]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert {process.stdout.readline().strip() for _ in range(2)} == {"importing", "started"}
+        process.terminate()
+        assert process.wait(60) == 0

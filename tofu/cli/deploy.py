@@ -161,6 +161,6 @@ def _show(status: dict[str, Any], *, as_json: bool) -> None:
     if "error" in status:
         print(f"  {printable(status['error'])}")
     for node in status["nodes"]:
-        print(f"  {printable(node['name']):<16}{node['status']:<12}node {node['node']}")
+        print(f"  {printable(node['name']):<15} {node['status']:<12}node {node['node']}")
     for entry in status["runs"]:
         print(f"  run {entry['run']:<24}{entry['status']}")

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -37,6 +37,15 @@ def reason_to_skip() -> str:
         if result.returncode:
             return f"{' '.join(command)}: {(result.stderr.strip() or 'failed').splitlines()[-1]}"
     return ""
+
+
+def write_digits(folder: Path, names: Sequence[str]) -> None:
+    """Deal the digits to folders of these names, as an image each in a folder of its class."""
+    digits = load_digits()
+    for number, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        file = folder / names[number % len(names)] / str(label) / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((image * (255 / 16)).astype("uint8")).save(file)
 
 
 class ComposeDeployment:
@@ -122,9 +131,9 @@ class ComposeDeployment:
         container = f"{self._project}-{service}-1"
         return subprocess.check_output(["docker", "inspect", "-f", template, container], text=True).strip()
 
-    def address(self, service: str) -> str:
-        """An IP address of a service's container."""
-        return self._networks(service)[0]["IPAddress"]
+    def addresses(self, service: str) -> list[str]:
+        """The IP addresses of a service's container, one for each of its networks."""
+        return [network["IPAddress"] for network in self._networks(service)]
 
     def gateways(self, service: str) -> list[str]:
         """The addresses that the host has, or would have, on the networks of a service."""
@@ -220,6 +229,15 @@ class ComposeDeployment:
         command = ["docker", "compose", *self._options, "run", "--rm", "-T", "operator", "run", *settings]
         return OperatorRun(command, self.folder, self.environment)
 
+    def cpu_seconds(self, service: str) -> float:
+        """CPU time that a service's container has used, health checks included."""
+        script = """
+            nanoseconds=$(cat /sys/fs/cgroup/cpuacct/cpuacct.usage 2>/dev/null) ||
+                nanoseconds=$(sed -n 's/^usage_usec //p' /sys/fs/cgroup/cpu.stat)000
+            echo $nanoseconds
+        """
+        return float(self.compose("exec", "-T", service, "sh", "-c", script)) / 1e9
+
     def memory(self) -> dict[str, float]:
         """Service -> MiB that its processes use, of the containers that run."""
         command = ["docker", "stats", "--no-stream", "--format", "{{.Name}} {{.MemUsage}}"]
@@ -249,12 +267,7 @@ class ComposeDeployment:
             ["make", "--silent", "certs", f"VENV={environment}", "-o", f"{environment}/.ready"],
             cwd=self.folder, check=True, capture_output=True,
         )  # fmt: skip
-        digits = load_digits()
-        for number, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-            whose = "server" if number % 5 == 0 else f"node-{number % 3}"
-            file = self.deploy / "data" / whose / str(label) / f"{number}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray((image * (255 / 16)).astype("uint8")).save(file)
+        write_digits(self.deploy / "data", ["server", "node-0", "node-1", "node-2"])
 
     def _serve_torch(self) -> http.server.ThreadingHTTPServer:
         """Serve the build of torch that this machine's pip finds as the index that deploy/Dockerfile asks."""
