@@ -4,14 +4,18 @@ A process or a condition fails a test when nothing has moved for `STALL_SECONDS`
 than `CPU_STEP` seconds of CPU time. No test fails because it takes long in all.
 """
 
+import multiprocessing
 import os
 import re
+import runpy
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
+from multiprocessing import forkserver
 from pathlib import Path
 
 import psutil
@@ -19,7 +23,7 @@ import pytest
 
 from deploy.processes import free_port
 
-__all__ = ["NO_TOTAL_LIMIT", "Stall", "files", "free_port", "port_conflicts", "run", "wait_for"]
+__all__ = ["NO_TOTAL_LIMIT", "Stall", "WarmProcess", "files", "free_port", "port_conflicts", "run", "wait_for"]
 
 NO_TOTAL_LIMIT = pytest.mark.timeout(0)
 """Mark of tests that wait with the functions of this module only."""
@@ -28,6 +32,88 @@ CPU_STEP = 3.0
 """CPU seconds that count as progress. A process that only polls uses fewer in `STALL_SECONDS`."""
 MAX_CPU_SECONDS = 1200.0
 """CPU seconds after which a command is taken for one that computes for ever."""
+
+
+_FORK_SERVER = multiprocessing.get_context("forkserver")
+_FORK_SERVER.set_forkserver_preload(
+    [
+        "torch", "sklearn.datasets", "datasets", "flwr_datasets.partitioner", "safetensors.torch", "client.app",
+        "server.app", "flwr.superlink.grid", "tofu.cli",
+        "tofu.reporting.report", "tofu.observers.terminal", "tests.processes",
+    ]
+)  # fmt: skip
+
+
+class WarmProcess:
+    """A Python command as a process of its own, which is forked from one that has imported what a run needs.
+
+    For tests that need a process, and for which its start is not the subject: the imports take seconds each time.
+    The interface is the part of `subprocess.Popen` that tests use.
+
+    Args:
+        command: the interpreter, then `-m` and a module, `-c` and code, or a script, then arguments.
+        stdout, stderr: files that are written.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str | os.PathLike[str]],
+        *,
+        stdout: Path,
+        stderr: Path,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        _, *arguments = map(os.fspath, command)
+        given = (arguments, cwd or Path.cwd(), dict(os.environ if env is None else env), stdout, stderr)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # or it would import the package that is installed
+            patch.setenv("HF_HUB_OFFLINE", "1")  # read at import
+            forkserver.ensure_running()
+        self._process = _FORK_SERVER.Process(target=_become, args=given)
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid: int = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """As in `subprocess.Popen`."""
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        """As in `subprocess.Popen`."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """As in `subprocess.Popen`."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("a warm process", timeout or 0.0)
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        """As in `subprocess.Popen`."""
+        self._process.kill()
+
+
+def _become(arguments: list[str], cwd: Path, env: dict[str, str], stdout: Path, stderr: Path) -> None:
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    for number, file in ((1, stdout), (2, stderr)):
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    option = arguments[0] if arguments[0] in ("-c", "-m") else ""
+    sys.argv = arguments[1:] if option else arguments
+    sys.path.insert(0, str(cwd if option else Path(arguments[0]).parent))
+    if option == "-c":
+        exec(sys.argv[0], {"__name__": "__main__"})
+    elif option == "-m":
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 class Stall:
@@ -86,6 +172,7 @@ def run(
     watch: Sequence[Path] = (),
     cpu: bool = True,
     seconds: float = STALL_SECONDS,
+    warm: bool = False,
 ) -> "subprocess.CompletedProcess[str]":
     """`subprocess.run` with captured text; the process and its children are killed when nothing moves any more.
 
@@ -94,14 +181,19 @@ def run(
         watch: files and folders whose change is progress too, besides output.
         cpu: whether CPU time of the process and its children is progress; not for processes that poll.
         seconds: how long nothing may move.
+        warm: fork the process (`WarmProcess`); for Python commands.
     """
+    process: subprocess.Popen[bytes] | WarmProcess
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "stdout"), Path(folder, "stderr")
         with out.open("wb") as stdout, err.open("wb") as stderr:
-            process = subprocess.Popen(
-                command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
-                start_new_session=True,
-            )  # fmt: skip
+            if warm:
+                process = WarmProcess(command, cwd=cwd, env=env, stdout=out, stderr=err)
+            else:
+                process = subprocess.Popen(
+                    command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
+                    start_new_session=True,
+                )  # fmt: skip
 
         def fingerprint() -> Hashable:
             used = _cpu_seconds(process.pid) if cpu else 0.0
@@ -123,7 +215,7 @@ def run(
                 raise AssertionError(f"{command}: {error}\n{_end(out)}\n{_end(err)}") from None
             raise
         done = subprocess.CompletedProcess(
-            list(command), process.returncode, *(file.read_text(errors="replace") for file in (out, err))
+            list(command), process.wait(), *(file.read_text(errors="replace") for file in (out, err))
         )
     if check:
         assert done.returncode == 0, f"{command} ended with {done.returncode}: {done.stderr[-3000:]}"

@@ -1,5 +1,6 @@
 """The limits of tests of real processes: they follow progress, and not the time that passes."""
 
+import os
 import socket
 import sys
 from itertools import count
@@ -36,12 +37,24 @@ def test_a_command_that_hangs_is_killed_and_its_output_shown() -> None:
         run([sys.executable, "-c", code], seconds=3)
 
 
-def test_output_and_status_are_returned(tmp_path: Path) -> None:
-    code = "import os, sys; print(os.getcwd()); print('e', file=sys.stderr); sys.exit(3)"
-    done = run([sys.executable, "-c", code], cwd=tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (3, f"{tmp_path}\n", "e\n")
-    with pytest.raises(AssertionError, match="ended with 3: e"):
-        run([sys.executable, "-c", code], check=True)
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("how", ["-c", "-m", "script"])
+def test_output_and_status_are_returned(tmp_path: Path, how: str, warm: bool) -> None:
+    code = "import os, sys; print(os.getcwd(), *sys.argv[1:], os.environ['A']); sys.exit('e')"
+    (tmp_path / "said.py").write_text(code)
+    named = {"-c": ["-c", code], "-m": ["-m", "said"], "script": [str(tmp_path / "said.py")]}[how]
+    command = [sys.executable, *named, "x"]
+    environment = os.environ | {"A": "b"}
+    done = run(command, cwd=tmp_path, env=environment, warm=warm)
+    assert (done.returncode, done.stdout, done.stderr) == (1, f"{tmp_path} x b\n", "e\n")
+    with pytest.raises(AssertionError, match="ended with 1: e"):
+        run(command, cwd=tmp_path, env=environment, check=True, warm=warm)
+
+
+def test_a_warm_process_has_nothing_of_another_and_none_of_the_tests() -> None:
+    code = "import sys, torch; print(torch.initial_seed() == 5, 'pytest_timeout' in sys.modules); torch.manual_seed(5)"
+    for _ in range(2):
+        assert run([sys.executable, "-c", code], check=True, warm=True).stdout == "False False\n"
 
 
 def test_a_condition_that_never_holds_fails() -> None:

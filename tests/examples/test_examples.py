@@ -20,7 +20,7 @@ def run(script: str, *options: str, cwd: Path) -> str:
     """What an example writes: its standard output, then Flower's log."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(LAUNCH), str(EXAMPLES / script), *options]
-    done = processes.run(command, env=environment, cwd=cwd, check=True)
+    done = processes.run(command, env=environment, cwd=cwd, check=True, warm=True)
     return done.stdout + done.stderr
 
 

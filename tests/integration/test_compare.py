@@ -64,7 +64,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     """The folder and the printed document of a comparison that ran as a process of its own."""
     here = tmp_path_factory.mktemp("compare")
     command = [sys.executable, "-m", "tofu.cli", "compare", *ASKED, "--json", f"--folder={here / 'c'}"]
-    process = processes.run(command, cwd=here)
+    process = processes.run(command, cwd=here, warm=True)
     assert (process.returncode, process.stderr) == (0, "")
     assert process.stdout.count("\n") == 1
     return here / "c", json.loads(process.stdout)

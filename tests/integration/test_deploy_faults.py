@@ -255,7 +255,7 @@ def test_a_full_disk_ends_a_run_without_checkpoints_in_one_line_too(tmp_path: Pa
     options = [f"--{name}={value}" for name, value in TINY.items() if name not in ("schedule", "round-timeout")]
     code = "import resource, tofu.cli; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); tofu.cli.main()"
     command = [sys.executable, "-c", code, "run", "--quiet", "--no-checkpoint", *options, "--rounds=2"]
-    result = run([*command, f"--run-folder={tmp_path / 'run'}"])
+    result = run([*command, f"--run-folder={tmp_path / 'run'}"], warm=True)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert f"round 1: the run folder {tmp_path / 'run'} cannot be written (File too large)" in result.stderr

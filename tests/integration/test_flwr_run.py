@@ -51,7 +51,7 @@ flower-superlink --insecure --simulation --isolation subprocess --host 127.0.0.1
     --database "$FLWR_HOME/local-superlink/state.db" >superlink.log 2>&1 &
 until python -c "import socket; socket.create_connection(('127.0.0.1', $FLWR_LOCAL_SUPERLINK_HTTP_API_PORT))" \\
     2>/dev/null
-do kill -0 $! || { cat superlink.log; exit 1; }
+do kill -0 $! || { cat superlink.log; exit 1; }; sleep 0.2
 done
 """
 """What `flwr run` does itself unless a SuperLink is there."""

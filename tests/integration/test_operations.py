@@ -88,7 +88,7 @@ def test_epsilon_is_watched_and_a_resumed_run_counts_on(tmp_path: Path) -> None:
 def command(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     options = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
     command = [sys.executable, "-m", "tofu.cli", "run", *options, "--clients=3", *arguments]
-    return processes.run(command, env=os.environ | environment)
+    return processes.run(command, env=os.environ | environment, warm=True)
 
 
 def test_a_command_logs_json_lines_of_server_and_clients(tmp_path: Path) -> None:

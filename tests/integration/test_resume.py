@@ -4,8 +4,6 @@ import json
 import os
 import random
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -178,27 +176,27 @@ def options() -> list[str]:
 
 def killed(folder: Path, *, after: float, rounds: int) -> None:
     """Start a run, and kill it some seconds after it has come to a number of rounds."""
-    process = subprocess.Popen(command(*options(), f"--run-folder={folder}"), stderr=subprocess.PIPE)
-    metrics = folder / "metrics.jsonl"
+    errors, metrics = folder.parent / f"{folder.name}.err", folder / "metrics.jsonl"
+    process = processes.WarmProcess(
+        command(*options(), f"--run-folder={folder}"), stdout=Path(os.devnull), stderr=errors
+    )
     stall = processes.Stall(lambda: processes.files(folder))
     try:
         while not (metrics.exists() and len(metrics.read_bytes().splitlines()) > rounds):
-            assert process.poll() is None, process.stderr.read() if process.stderr else ""
+            assert process.poll() is None, errors.read_text()
             stall.check()
             time.sleep(0.05)
         time.sleep(after)
     finally:
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
-        if process.stderr:
-            process.stderr.close()
 
 
 def test_a_command_that_was_killed_goes_on(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     killed(folder, after=0.1, rounds=3)
     assert not (folder / "summary.json").exists()
-    done = processes.run(command("--resume", str(folder)))
+    done = processes.run(command("--resume", str(folder)), warm=True)
     assert (done.returncode, done.stdout) == (0, f"{folder}/report.html\n"), done.stderr
     assert_same(whole, folder)
 
@@ -219,5 +217,5 @@ def test_twenty_kills_at_random_moments(whole: Path, tmp_path: Path) -> None:
         folder = tmp_path / f"run-{number}"
         killed(folder, after=generator.uniform(0, 1.5), rounds=generator.randrange(3))
         if not (folder / "summary.json").exists():
-            processes.run(command("--resume", str(folder)), check=True)
+            processes.run(command("--resume", str(folder)), check=True, warm=True)
         assert_same(whole, folder)

@@ -42,6 +42,18 @@ def test_plain_adds_the_update() -> None:
             assert torch.equal(value, before[name] + 0.25), name
 
 
+def test_the_plain_step_is_torchs_to_the_bit() -> None:
+    server = Settings.of({"server-lr": 0.3}).server
+    model, other = network(), network()
+    ServerOptimizer(model, server).step(update(0.1))
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.3)
+    for parameter in other.parameters():
+        parameter.grad = torch.full_like(parameter, -0.1)
+    optimizer.step()
+    for parameter, expected in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(parameter, expected)
+
+
 def test_ef21_adds_the_sum_of_all_changes_in_every_round() -> None:
     model = network()
     before = weights_of(model)

@@ -59,8 +59,8 @@ def test_a_step_is_torchs_to_the_bit(momentum: float, weight_decay: float, digit
     assert torch.equal(next(ours.parameters()), still)
 
 
-def test_training_and_encoding_leave_torchs_compiler_alone() -> None:
-    """Its import takes longer than a small client's epoch, and a client app may start anew for every message."""
+def test_a_client_and_a_servers_step_leave_alone_what_takes_long_to_import() -> None:
+    """It takes longer than a small client's epoch, and a client app may start anew for every message."""
     code = """
 import sys, torch
 from tofu.training import LocalTrainingConfig, train_locally
@@ -71,6 +71,7 @@ from tofu.reference_model import ReferenceModel
 from tofu.settings import Settings
 from tofu.weights import weights_of
 data = LabeledImages(torch.zeros(20, 1, 8, 8, dtype=torch.uint8), torch.arange(20) % 10, 10)
+build_model("cnn", data.shape)
 model = build_model("mlp", data.shape, seed=0)
 g = torch.Generator()
 train_locally(model, data, LocalTrainingConfig(1, 8, 0.1, 0.9), generator=g)
@@ -79,6 +80,10 @@ update = {name: torch.randn(w.shape, generator=g) for name, w in weights_of(mode
 for mode in ("smooth", "paper"):
     settings = Settings.of({"max_evals": 3, "codec_mode": mode})
     uplink_compressor(settings, "proxy", network).compress(network, update, generator=g, memory=b"")
+heavy = {"torchvision", "datasets", "flwr_datasets", "sklearn", "pyarrow"} & set(sys.modules)
+assert not heavy, heavy
+from server.global_model import ServerOptimizer
+ServerOptimizer(model, settings.server).step(update)
 assert "torch._dynamo" not in sys.modules
 """
     run([sys.executable, "-c", code], check=True)

@@ -323,7 +323,7 @@ def test_the_contact_sheet_of_a_client(tmp_path: Path, monkeypatch: pytest.Monke
     files = sorted(path.name for path in (tmp_path / "scores").iterdir())
     assert files == [f"curvature-{client}.scores" for client in range(3)]
     command = [sys.executable, "-m", "client.plugins.contact_sheet", tmp_path / "scores" / files[1], tmp_path / "run"]
-    processes.run([*command, "--output", tmp_path / "sheet.png", "--count", "12"], check=True)
+    processes.run([*command, "--output", tmp_path / "sheet.png", "--count", "12"], check=True, warm=True)
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == (8 * 64, 2 * 76)
     own = FederatedData.of(Settings.of(TINY).data, 0).client(1)

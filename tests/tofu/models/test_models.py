@@ -47,8 +47,17 @@ def test_parameter_counts_are_those_of_the_literature(name: str, shape: ImageSha
     assert count(build_model(name, shape, norm=norm)) == parameters
 
 
-@pytest.mark.parametrize("name", [name for name in model_names() if name != "vit_b_16"])
-@pytest.mark.parametrize("shape", [DIGITS, MNIST, CIFAR, ImageShape(2, 5, 30, 3)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        (name, shape)
+        for shape in (DIGITS, MNIST, CIFAR, ImageShape(2, 5, 30, 3))
+        for name in model_names()
+        # What takes seconds is built for gray images and for large ones, but not for both at once.
+        if name != "vit_b_16" and not (shape == MNIST and name in ("dct-snn-vgg5", "dct-snn-vgg9"))
+    ],
+    ids=str,
+)
 def test_every_model_takes_every_shape(name: str, shape: ImageShape) -> None:
     model = build_model(name, shape)
     assert model.training
@@ -224,19 +233,6 @@ print(client.app.__file__)
     _, same, client_file = done.stdout.splitlines()
     assert same == "True"
     assert not client_file.startswith(str(tmp_path))
-
-
-def test_small_models_need_no_heavy_import() -> None:
-    code = """
-import sys
-from tofu.data import ImageShape
-from tofu.models import build_model
-build_model("cnn", ImageShape(1, 8, 8, 10))
-print([name for name in ("torchvision", "datasets", "flwr_datasets", "sklearn", "pyarrow") if name in sys.modules])
-"""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = run([sys.executable, "-c", code], env=environment)
-    assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_threads_that_build_at_the_same_time_build_the_same_model() -> None:
