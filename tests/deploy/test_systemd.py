@@ -1,16 +1,19 @@
-"""The systemd units: systemd's own check where it is installed, and the topology's command lines in any case."""
+"""The systemd units: what systemd says of them, the command lines of the topology, and a client under systemd."""
 
+import json
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import pytest
 
 from deploy.pinned import INSTALLED
 from deploy.topology import ENVIRONMENT, Trust, identity_config, superexec, supernode
+from tests.deploy.engine.deployment import reason_to_skip, write_digits
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 OWN = {"identity", "identities.json"}
@@ -98,6 +101,49 @@ def test_the_node_config_that_is_documented_names_the_credentials_of_the_unit_th
     text = " ".join(line.lstrip("# ") for line in (DEPLOY / "tofu-node.service").read_text().splitlines())
     for name, value in identity_config(*(folder / name for name in ("identity", "identities.json"))).items():
         assert f'{name}="{value}"' in text
+
+
+@pytest.fixture
+def machine() -> Iterator[str]:
+    """Name of a container in which systemd runs, with the units."""
+    name, engine = "tofu-test-systemd", DEPLOY.parent / "tests" / "deploy" / "engine"
+    if not subprocess.check_output(["docker", "images", "-q", "tofu-fl/app:0.1.0"]):
+        pytest.skip("there is no image of the app: test_containers.py makes it")
+    docker("build", "-q", "--network", "host", "-t", name, "-f", str(engine / "systemd.Dockerfile"), str(engine))
+    # Not --privileged: an engine that is in a sandbox itself lacks some capabilities.
+    allowed = [f"--cap-add={capability}" for capability in ("SYS_ADMIN", "NET_ADMIN", "SYS_PTRACE")]
+    allowed += ["--security-opt=seccomp=unconfined", "--security-opt=apparmor=unconfined", "--cgroupns=private"]
+    mounts = [
+        "-v",
+        "/sys/fs/cgroup/systemd:/sys/fs/cgroup/systemd",
+        *(f"--tmpfs={path}" for path in ("/run", "/tmp:exec")),
+    ]
+    docker("run", "--detach", "--name", name, *allowed, *mounts, name)
+    try:
+        for file in (*(DEPLOY / unit for unit in UNITS), engine / "systemd.sh"):
+            docker("cp", str(file), f"{name}:/etc/systemd/system/")
+        yield name
+    finally:
+        docker("rm", "--force", name)
+
+
+def docker(*arguments: str) -> str:
+    result = subprocess.run(["docker", *arguments], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(reason_to_skip()), reason=reason_to_skip())
+@pytest.mark.timeout(1800)
+def test_a_client_under_systemd_takes_part_and_ends_when_it_is_told(machine: str, tmp_path: Path) -> None:
+    write_digits(tmp_path, ["tofu-data"])
+    docker("cp", str(tmp_path / "tofu-data"), f"{machine}:/srv/")
+    lines = docker("exec", machine, "bash", "/etc/systemd/system/systemd.sh").splitlines()
+    assert lines.count("active") == 2
+    assert lines.count("Result=success") == lines.count("ExecMainStatus=0") == 2
+    rounds = [json.loads(line) for line in lines if line.startswith('{"round"')]
+    assert [record["clients"] for record in rounds] == [0, 3, 3]
 
 
 def _options(arguments: tuple[str, ...] | list[str]) -> dict[str, str]:
