@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.coding.__main__ import where_bytes_go
 from benchmarks.common import RESULTS, markdown_table, spread
 from benchmarks.error_feedback.__main__ import SEEDS, TASKS, TUNING_SEED, table
 from benchmarks.plugins.tables import PLUGIN_TABLES
@@ -196,6 +197,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rivals-cifar10-group": lambda: rivals_cifar10("cifar10-group", ("proxy", "stc", "topk", "powersgd", "eden")),
     "rivals-cifar10-batch": lambda: rivals_cifar10("cifar10-batch", ("proxy", "stc", "topk", "powersgd")),
     "classes": classes,
+    "coding-bytes": lambda: markdown_table(*where_bytes_go(read("coding")["rows"])),
     **{f"error-feedback-{task}": partial(error_feedback, task) for task in TASKS},
     "error-feedback-cifar10-tuning": partial(error_feedback, "cifar10", (TUNING_SEED,)),
     "error-feedback-mnist-100-tuning": partial(error_feedback, "mnist-100", (TUNING_SEED,)),
