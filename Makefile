@@ -45,15 +45,19 @@ $(VENV)/.ready: $(VENV)/.core
 demo: $(VENV)/.core
 	$(BIN)/tofu demo
 
+# Files go to the workers in the order of the tree, the hundreds of small ones at its end: otherwise those with the fewest
+# tests come last, which are the longest, and the other workers wait for them.
+PYTEST = $(BIN)/python -m pytest -q -n auto --maxprocesses=8 --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
+
 test: setup
-	$(BIN)/python -m pytest -q -n auto --maxprocesses=8 --dist loadfile $(PYTEST_FLAGS)
+	$(PYTEST)
 
 # An engine must run: DOCKER_HOST, or the one that `tests/deploy/engine/start.sh FOLDER` starts.
 test-containers: setup
 	TOFU_CONTAINERS=1 $(BIN)/python -m pytest -q -rs tests/deploy/test_containers.py
 
 test-all: setup
-	$(BIN)/python -m pytest -q -n auto --maxprocesses=8 --dist loadfile $(PYTEST_FLAGS) -m 'slow or not slow'
+	$(PYTEST) -m 'slow or not slow'
 
 lint: setup
 	$(BIN)/ruff check .

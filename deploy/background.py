@@ -1,6 +1,6 @@
 """`tofu deploy`: a federation in the background, for machines without containers.
 
-Everything listens on 127.0.0.1 only.
+Everything listens on 127.0.0.1 only. This module and the supervisor do not import torch, which takes seconds.
 """
 
 import hashlib
@@ -20,9 +20,7 @@ from deploy.pinned import INSTALLED
 from deploy.processes import CONTROL_TOKEN, read_names
 from deploy.state import Process, State, end_group
 from tofu.errors import RunError, SettingError
-from tofu.flower.policy import read_policy
 from tofu.log import FILE
-from tofu.reporting.folder import read_config
 from tofu.settings import Settings
 from tofu.settings.deprecated import present_names
 
@@ -64,6 +62,8 @@ def up(
     if missing:
         raise SettingError("data", str(data), f"a folder that has the folder {missing[0]}")
     if policy is not None:
+        from tofu.flower.policy import read_policy
+
         read_policy(policy)
     folder = folder.resolve()
     before = State.read(folder)
@@ -197,6 +197,8 @@ def run(folder: Path, overrides: Mapping[str, object], *, follow: Callable[[str]
         raise SettingError("folder", str(folder), "one in which a federation runs (`tofu deploy up` starts one)")
     own: dict[str, object] = {"clients": state.nodes, "secure-identities": state.identities}
     if resumed := overrides.get("resume"):
+        from tofu.reporting.folder import read_config
+
         own = dict(read_config(Path(str(resumed))).to_config())
     settings = Settings.of(own | present_names(overrides))
     count = sum(1 for _ in (folder / "runs").glob("run-*"))

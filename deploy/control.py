@@ -27,7 +27,6 @@ from deploy.files import run_command
 from deploy.superlink import write_credentials
 from deploy.topology import ENVIRONMENT
 from tofu.errors import RunError
-from tofu.reporting.folder import read_config
 from tofu.settings import Settings, Value, read_toml
 from tofu.settings.deprecated import present_names
 
@@ -345,6 +344,8 @@ def with_stored_settings(overrides: Mapping[str, object], results: Path) -> dict
     given = present_names({name.replace("-", "_"): value for name, value in overrides.items()})
     if not given.get("resume"):
         return dict(given)
+    from tofu.reporting.folder import read_config  # imports torch, which no other command of this module needs
+
     return read_config(results / str(given["resume"])).to_config() | given
 
 

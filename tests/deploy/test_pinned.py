@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import os
 import sys
 import zipfile
 from importlib.metadata import PackageNotFoundError
@@ -134,14 +133,15 @@ def test_flower_unpacks_a_bundle_only_after_the_check(content: bytes) -> None:
 
 
 def test_a_forked_client_app_has_the_guard() -> None:
-    """In the child that `deploy.prefork` forks, with a stand-in for the rest of the command."""
+    """In the children that `deploy.prefork` forks, with a stand-in for the rest of the command."""
     code = (
         "import importlib, os; from deploy import prefork\n"
         "from flwr.supernode.runtime import run_clientapp as r\n"
         "cli = importlib.import_module('flwr.supernode.cli.flwr_clientapp')\n"
         "cli.flwr_clientapp = lambda: print(r.install_from_fab.__module__, flush=True)\n"
-        "prefork._app(['flwr-clientapp'], [os.dup(n) for n in range(3)])"
+        f"for os.environ['TOFU_PINNED_APP'] in ('', {INSTALLED!r}):\n"
+        "    if os.fork() == 0: prefork._app(['flwr-clientapp'], [os.dup(n) for n in range(3)])\n"
+        "    assert os.wait()[1] == 0"
     )
-    for pinned, module in (("", "flwr.cli.install"), (INSTALLED, "deploy.pinned")):
-        result = run([sys.executable, "-c", code], check=True, env=os.environ | {"TOFU_PINNED_APP": pinned})
-        assert result.stdout.strip() == module
+    result = run([sys.executable, "-c", code], check=True)
+    assert result.stdout.split() == ["flwr.cli.install", "deploy.pinned"]

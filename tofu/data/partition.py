@@ -49,8 +49,10 @@ def partition_rows(
         shards = np.array_split(np.argsort(labels, kind="stable"), clients * shards_per_client)
         hands = rng.permutation(len(shards)).reshape(clients, shards_per_client)
         parts = [np.concatenate([shards[shard] for shard in hand]) for hand in hands]
+    elif partition == "iid":
+        parts = np.array_split(rng.permutation(n), clients)
     else:
-        parts = _flower_partition(labels, clients, partition, alpha, rng)
+        parts = _dirichlet(labels, clients, alpha, rng)
         _fill_up(parts, math.ceil(min(_MIN_IMAGES, n / clients / 2)))
     return tuple(rng.permutation(part) for part in parts)
 
@@ -75,19 +77,12 @@ def partition_by_id(ids: NDArray[np.str_], *, clients: int, seed: int) -> tuple[
     return parts, tuple(str(names[number]) for number in chosen)
 
 
-def _flower_partition(
-    labels: IntArray, clients: int, partition: str, alpha: float, rng: np.random.Generator
-) -> list[IntArray]:
+def _dirichlet(labels: IntArray, clients: int, alpha: float, rng: np.random.Generator) -> list[IntArray]:
     from datasets import Dataset
-    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, Partitioner
+    from flwr_datasets.partitioner import DirichletPartitioner
 
-    rows = rng.permutation(len(labels))
-    partitioner: Partitioner
-    if partition == "iid":
-        partitioner = IidPartitioner(clients)
-    else:
-        draw = int(rng.integers(2**31))
-        partitioner = DirichletPartitioner(clients, "label", alpha, min_partition_size=0, shuffle=False, seed=draw)
+    rows, draw = rng.permutation(len(labels)), int(rng.integers(2**31))
+    partitioner = DirichletPartitioner(clients, "label", alpha, min_partition_size=0, shuffle=False, seed=draw)
     partitioner.dataset = Dataset.from_dict({"row": rows, "label": labels[rows]})
     return [np.asarray(partitioner.load_partition(i)[:]["row"], dtype=np.int64) for i in range(clients)]
 
