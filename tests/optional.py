@@ -15,7 +15,7 @@ def transformers_and_peft() -> tuple[Any, Any]:
     """
     for name in ("transformers", "peft"):
         if find_spec(name) is None:
-            pytest.skip(f"{name} is not installed: pip install 'tofu-fl[examples]'", allow_module_level=True)
+            pytest.skip(f"{name} is not installed: pip install 'tofu-fl[examples]'")
     from tofu.models.torchvision_compat import torchvision  # noqa: F401
 
     try:

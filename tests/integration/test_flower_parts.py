@@ -1,5 +1,9 @@
 """The mods and strategy wrappers in an app of their own under `flwr run` on ray: compressed rounds with a compressed
-downlink, then a secure round."""
+downlink, then a secure round.
+
+In the quick tests test_flwr_run.py shows that what an app's clients keep survives on ray, and
+tests/tofu/flower/test_hybrid.py that the same mods and wrappers learn.
+"""
 
 import json
 from pathlib import Path
@@ -9,7 +13,7 @@ import pytest
 from tests.integration.test_flwr_run import ROOT, in_namespace
 from tests.processes import NO_TOTAL_LIMIT
 
-pytestmark = NO_TOTAL_LIMIT
+pytestmark = [NO_TOTAL_LIMIT, pytest.mark.slow]
 
 PROJECT = """
 [project]

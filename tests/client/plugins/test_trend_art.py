@@ -1,6 +1,7 @@
 """The attack of the plugin `trend` against the Adversarial Robustness Toolbox, through a straight-through quantizer."""
 
 import copy
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -12,7 +13,10 @@ from tofu.data import LabeledImages, to_float
 from tofu.models import build_model
 from tofu.training import LocalTrainingConfig, train_locally
 
-pytest.importorskip("art", reason="the optional adversarial-robustness-toolbox is not installed (pip install .[dev])")
+pytestmark = pytest.mark.skipif(
+    find_spec("art") is None,
+    reason="the optional adversarial-robustness-toolbox is not installed (pip install .[dev])",
+)
 
 EPSILON, STEPS = 0.15, 20
 

@@ -19,13 +19,12 @@ from tofu.flower.in_process import run_in_process
 from tofu.flower.update_codec import UpdateCodec
 from tofu.weights import cosine
 
-transformers, peft = transformers_and_peft()
-
 CLIENTS, TOKENS, WORDS = 3, 12, 60
 
 
 def build(seed: int = 0) -> nn.Module:
     """A DistilBERT of random weights with LoRA on its queries and values; its classifier is trained, too."""
+    transformers, peft = transformers_and_peft()  # not on import: it takes seconds
     torch.manual_seed(seed)
     shape = {
         "vocab_size": WORDS,
@@ -66,12 +65,12 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
 
 
 def adapters(model: nn.Module) -> dict[str, Tensor]:
-    return dict(peft.get_peft_model_state_dict(model))
+    return dict(transformers_and_peft()[1].get_peft_model_state_dict(model))
 
 
 def load(model: nn.Module, arrays: dict[str, Tensor], send: Callable[[nn.Module], dict[str, Tensor]]) -> None:
     if send is adapters:
-        peft.set_peft_model_state_dict(model, arrays)
+        transformers_and_peft()[1].set_peft_model_state_dict(model, arrays)
     else:
         assert not model.load_state_dict(arrays, strict=False).unexpected_keys
 
