@@ -108,3 +108,9 @@ def test_a_tracker_is_one_observer(tmp_path: Path) -> None:
     observers.on_history(tmp_path, [RoundRecord(0, "start", accuracy=0.1)])
     observers.on_round_end(RoundRecord(1, "proxy", accuracy=0.5))
     assert (tmp_path / "accuracy.csv").read_text() == "0,0.1\n1,0.5\n"
+
+
+def test_a_field_is_read_by_the_name_that_it_had_in_earlier_runs() -> None:
+    written = to_dict(FULL)
+    written["furthest"] = written.pop("largest_clipped")
+    assert from_dict(RoundRecord, written, "rounds.jsonl") == FULL
