@@ -229,22 +229,27 @@ def _name(host: str) -> x509.GeneralName:
     return x509.DNSName(host)
 
 
-def check_server(address: str, ca: Path) -> None:
+def check_server(address: str, ca: Path | None) -> None:
     """Check the certificate that a server shows, so that one that is not valid is named at once.
 
     A server that cannot be reached is not reported: it may be about to start.
 
     Args:
         address: host:port of the server.
-        ca: certificate of the CA that must have signed it.
+        ca: certificate of the CA that must have signed it; None for the CAs of the system.
 
     Raises:
-        RunError: the certificate has expired, is for other hosts, or is not signed by the CA.
+        RunError: the certificate has expired or is not valid yet, is for other hosts, or is not signed by the CA; or
+            the server does not speak TLS.
+        SettingError: the CA's certificate cannot be read.
     """
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
     try:
         context = ssl.create_default_context(cafile=ca)
+    except OSError as error:
+        raise SettingError("root-certificates", str(ca), f"the certificate of a CA ({error.strerror})") from error
+    try:
         context.set_alpn_protocols(["h2"])
         with (
             socket.create_connection((host, int(port)), timeout=_CHECK_SECONDS) as connection,
@@ -256,6 +261,9 @@ def check_server(address: str, ca: Path) -> None:
             f"the certificate of {address} is not valid: {error.verify_message}; "
             "`tofu deploy certificates` makes a new one"
         ) from error
+    except ssl.SSLError as error:
+        if error.reason == "WRONG_VERSION_NUMBER":
+            raise RunError(f"{address} does not speak TLS: it is another server or one without certificates") from error
     except (OSError, ValueError):
         return
 

@@ -20,6 +20,7 @@ from server.ledger import Ledger
 from server.records import (
     SampleImages,
     data_record,
+    divergence,
     failed_rounds,
     is_budget_spent,
     round_record,
@@ -59,8 +60,6 @@ MAX_CLIENT_BYTES = 2**30
 """Limit of the clients' state in a checkpoint of an in-process run; above it, resumed clients start without state."""
 
 _CLIENT = "client "
-_DIVERGED = 100.0
-"""A test loss so many times that of the start, or 1, is reported."""
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """Errors of a disk that is full or broken."""
 
@@ -263,11 +262,8 @@ class _Run:
         folder.write_samples(self._samples.arrays)
         folder.write_panels(runner.plugins.panels())
         self._observer.on_round_end(record)
-        start = folder.records()[0].loss
-        if start is not None and (record.loss is None or record.loss > _DIVERGED * max(start, 1.0)):
-            loss = "not finite" if record.loss is None else f"{record.loss:.3g}"
-            text = f"round {round_}: training diverges: the test loss is {loss}, at the start it was {start:.3g}"
-            self._observer.on_note(f"{text}; a smaller lr may help", round=round_)
+        if diverged := divergence(folder.records(), self._workload.shape.classes):
+            self._observer.on_note(f"round {round_}: {diverged}; a smaller lr may help", round=round_)
 
     def _checkpoint(self, folder: RunFolder, record: RoundRecord, messages: Sequence[Mapping[str, object]]) -> None:
         """Store the state after a round, before any other file says that the round is done."""

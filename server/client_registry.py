@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,16 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from server.ledger import Ledger, client_order
 from tofu.errors import PayloadError, RunError
 from tofu.flower.transport import Transport, error_reason, make_message
+from tofu.formatting import printable, shortened
 from tofu.observers.base import Observer
 from tofu.secagg.identities import HELLO, verify
 from tofu.wire import CLASSES, RECORD, SIGNATURE, class_names_from, class_names_to_text, hello_parts, run_name
 
 _GRACE_SECONDS = 30.0
 """Time to wait for other clients if all that are connected have declined."""
+
+_MAX_NAMES = 1000
+"""Limit for the letters of class names in an error message."""
 
 MAX_EXAMPLES = 10**9
 """Limit for the number of images that a client may claim."""
@@ -145,7 +149,9 @@ class Clients:
             self._ledger.add(reply, round_=round_, kind="hello", direction="uplink", client=client.name)
             if client.unreadable:
                 total = client.examples + client.unreadable
-                text = f"client {client.name} cannot read {client.unreadable} of its {total} images and leaves them out"
+                text = (
+                    f"client {client.name} cannot read {client.unreadable} of its {total} examples and leaves them out"
+                )
                 self._observer.on_note(text, round=round_, node=node)
         for message in messages:
             known = self._known.get(message.metadata.dst_node_id)
@@ -171,11 +177,19 @@ class Clients:
         for node, reply in self._transport.exchange(messages, end):
             answered.add(node)
             if reply.has_error():
-                self._decline(node, f"{error_reason(reply)} (class-names can name all classes)", reply, round_)
+                self._decline(node, f"{error_reason(reply)} ({self._all_classes(others.values())})", reply, round_)
             else:
                 self._ledger.add(reply, round_=round_, kind="hello", direction="uplink", client=others[node].name)
         for node in others.keys() - answered:
             del self._known[node]  # it is asked again in the next round
+
+    def _all_classes(self, clients: Iterable[Client]) -> str:
+        """What to set so that the run has the classes of these clients, too, as far as they name theirs."""
+        unknown = sorted({name for client in clients for name in client.classes or ()} - set(self._class_names))
+        names = printable(",".join((*self._class_names, *unknown)))
+        if not unknown or len(names) > _MAX_NAMES:
+            return "class-names can name all classes"
+        return f"the run lacks {printable(shortened(unknown))}: class-names={names} has all classes"
 
     def _decline(self, node: int, reason: str, reply: Message, round_: int) -> None:
         """Note why a node takes no part. It is not asked again, unless Flower itself made the error."""

@@ -19,6 +19,9 @@ from tofu.workload import NamedWorkload, Workload, data_description
 
 Arrays = Mapping[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]
 _MAX_REAL = 16
+_DIVERGED, _EXPLODED = 100.0, 5.0
+_LEARNED, _GUESSING = 0.25, 0.05
+"""Fractions of the accuracies above guessing."""
 
 
 def start_record(score: Evaluation, seconds: float) -> RoundRecord:
@@ -163,6 +166,33 @@ def failed_rounds(records: Sequence[RoundRecord]) -> str:
         return ""
     reason = next((record.abandoned for record in reversed(failed) if record.abandoned), "")
     return f"{text}: {reason}" if reason else text
+
+
+def divergence(records: Sequence[RoundRecord], classes: int) -> str:
+    """How training has diverged in these rounds, whatever their kinds; "" if it has not.
+
+    It has if the test loss of the last round is not finite, or 100 times that of the start (at least 1); or if it is
+    above that of the start, the accuracy is that of guessing, and either a quarter of the rest had been learned, or the
+    training loss, which secure rounds bound, is 5 times the test loss of the start (at least 1).
+
+    Args:
+        classes: number of classes; 1 if the model does not classify.
+    """
+    start, last = records[0], records[-1]
+    if start.loss is None:  # there are no test data, or nothing that could be measured
+        return ""
+    found = "not finite" if last.loss is None else f"{last.loss:.3g}"
+    text = f"training diverges: the test loss is {found}, at the start it was {start.loss:.3g}"
+    if last.loss is None or last.loss > _DIVERGED * max(start.loss, 1.0):
+        return text
+    guessing = 1 / classes
+    best = max((record.accuracy or 0.0 for record in records), default=0.0)
+    lost = last.accuracy is not None and last.accuracy <= guessing + _GUESSING * (1 - guessing)
+    learned = best >= guessing + _LEARNED * (1 - guessing)
+    exploded = (last.train_loss or 0.0) > _EXPLODED * max(start.loss, 1.0)
+    if lost and not last.task_accuracies and last.loss > start.loss and (learned or exploded):
+        return f"{text}; the accuracy was {best:.3g} and is {last.accuracy:.3g}, that of guessing"
+    return ""
 
 
 def _transfer(runner: RoundRunner) -> tuple[float, float] | None:

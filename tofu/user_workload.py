@@ -18,7 +18,7 @@ from tofu.device import CPU, on_device
 from tofu.errors import RunError, SettingError
 from tofu.evaluation import Evaluation, Predict
 from tofu.models import build_seeded
-from tofu.models.checks import changed_buffers, check_stateless, drop_constant_buffers
+from tofu.models.checks import changed_buffers, check_stateless, drop_constant_buffers, without_wrappers
 from tofu.plugins import Plugins, RoundContext
 from tofu.reference_model import NO_CALL, Forward, InputShape, ModelCall, call_of
 from tofu.rng import GlobalGenerators
@@ -306,7 +306,10 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
 
 def factory_of(model: nn.Module | Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     """A function that builds the model; of a module, one that copies it."""
-    return (lambda: copy.deepcopy(model)) if isinstance(model, nn.Module) else model
+    if isinstance(model, nn.Module):
+        bare = without_wrappers(model)
+        return lambda: copy.deepcopy(bare)
+    return lambda: without_wrappers(model())
 
 
 def _forward(model: nn.Module, inputs: Any) -> Any:

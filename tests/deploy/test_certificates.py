@@ -5,6 +5,7 @@ import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from deploy import certificates
 from deploy.certificates import check_server, make_certificates
 from deploy.control import Control
+from deploy.supernode import main
 from tofu.errors import RunError, SettingError
 
 
@@ -70,6 +72,42 @@ def test_an_expired_certificate_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     made = make_certificates(tmp_path, ["127.0.0.1"])
     with serving(tmp_path) as address, pytest.raises(RunError, match="is not valid: certificate has expired"):
         check_server(address, made.ca)
+
+
+def test_a_certificate_of_tomorrow_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        certificates, "timedelta", lambda **given: timedelta(**given) if "days" in given else -timedelta(1)
+    )
+    made = make_certificates(tmp_path, ["127.0.0.1"])
+    with serving(tmp_path) as address, pytest.raises(RunError, match="is not valid: certificate is not yet valid"):
+        check_server(address, made.ca)
+
+
+def test_a_server_without_tls_and_a_file_that_is_no_certificate_are_named(tmp_path: Path) -> None:
+    made = make_certificates(tmp_path, ["127.0.0.1"])
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                connection.recv(1 << 16)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(RunError, match="does not speak TLS"):
+            check_server(address, made.ca)
+        thread.join()
+    for file in (tmp_path / "absent.crt", made.ca_key):
+        with pytest.raises(SettingError, match=r"root-certificates=.*expected the certificate of a CA"):
+            check_server(address, file)
+
+
+def test_a_supernode_refuses_a_certificate_at_once(tmp_path: Path) -> None:
+    made = make_certificates(tmp_path, ["fl.example.org"])
+    with serving(tmp_path) as address, pytest.raises(SystemExit, match=r"^error: .*IP address mismatch[^\n]*$"):
+        main(["flower-supernode", "--superlink", address, "--root-certificates", str(made.ca), "--port", "9"])
 
 
 def test_a_certificate_of_another_authority_is_named(tmp_path: Path) -> None:

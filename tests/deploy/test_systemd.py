@@ -19,8 +19,8 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 OWN = {"identity", "identities.json"}
 """What the client app reads of its own accord, where the node config says so."""
 UNITS = ("tofu-node.service", "tofu-node-exec.service")
-PREFORK = "/opt/tofu-fl/.venv/bin/python -m deploy.prefork --cold "
-"""Refuses other apps than the pinned one."""
+OURS = r"/opt/tofu-fl/\.venv/bin/python -m deploy\.(supernode|prefork --cold) "
+"""Before Flower's own command: refuse a certificate that is not valid, and other apps than the pinned one."""
 _SYSTEMD = shutil.which("systemd-analyze")
 
 
@@ -41,7 +41,7 @@ def installed(tmp_path: Path) -> Path:
     binaries = Path(sys.executable).parent
     for unit in UNITS:
         text = (DEPLOY / unit).read_text()
-        assert re.search(r"ExecStart=/opt/tofu-fl/\.venv/bin/(flower-supernode|python -m deploy\.prefork) ", text)
+        assert re.search(f"ExecStart={OURS}", text)
         (tmp_path / unit).write_text(text.replace("/opt/tofu-fl/.venv/bin", str(binaries)))
     return tmp_path
 
@@ -70,7 +70,7 @@ def test_their_command_lines_are_those_of_the_topology() -> None:
         "tofu-node-exec.service": (superexec(trust, address="127.0.0.1:9094"), {"--root-certificates": "local-ca.crt"}),
     }
     for unit, (member, own) in expected.items():
-        command, *arguments = shlex.split(_settings(unit)["ExecStart"][0].removeprefix(PREFORK))
+        command, *arguments = shlex.split(re.sub(OURS, "", _settings(unit)["ExecStart"][0]))
         assert command == f"/opt/tofu-fl/.venv/bin/{member.command}"
         wanted = _options(member.arguments) | {name: str(credentials / file) for name, file in own.items()}
         if "--node-config" in wanted:

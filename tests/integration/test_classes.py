@@ -91,7 +91,10 @@ def test_a_class_that_the_run_does_not_have_is_refused_in_one_line(
     rounds, _ = federate(tmp_path, "run", folders, rounds=1)
     (failure,) = rounds[1].failures
     concealed = "this client's data or files cannot be used in this run: see its log"
-    assert failure.reason == f"{concealed} (class-names can name all classes)"
+    names = ",".join((*sorted(NAMES), "owl"))
+    assert failure.reason == f"{concealed} (the run lacks owl: class-names={names} has all classes)"
+    named = federate(tmp_path, "named", folders, rounds=1, class_names=names)[0]
+    assert len(named[1].by_client) == 3
     assert "has the label 'owl': expected one of eight, five, four, nine" in capsys.readouterr().err
     with pytest.raises(RunError, match=f"0 clients connected .*{concealed}"):
         federate(tmp_path, "none", [folders[1]], rounds=1, round_timeout=5.0)

@@ -139,6 +139,13 @@ IMAGES: dict[str, Case] = {
     "splits": Case(lambda r: splits(r, "cat", "dog"), Read()),
     "splits_with_long_names": Case(lambda r: splits(r, "cat", "dog", train="training_set", test="test_set"), Read()),
     "validation_serves_as_test": Case(lambda r: splits(r, "cat", "dog", test="val"), Read()),
+    "an_eval_split": Case(lambda r: splits(r, "cat", "dog", test="eval"), Read()),
+    "more_suffixes": Case(lambda r: (images(r, "cat", suffix=".avif"), images(r, "dog", suffix=".JFIF")), HELD),
+    "one_class": Case(lambda r: images(r, "cat"), r"has one class only \(cat\): expected at least two"),
+    "images_beside_a_list": Case(
+        lambda r: sequence(lambda p: images(p, "train"), lambda p: put(p, "labels.csv"))(r),
+        "images directly in train, which names a split",
+    ),
     "other_suffixes": Case(lambda r: (images(r, "cat", suffix=".BMP"), images(r, "dog", suffix=".tif")), HELD),
     "numbers_are_sorted_by_value": Case(lambda r: images(r, "10", "2", "1"), Read(("1", "2", "10"), 9, 3)),
     "unicode": Case(lambda r: images(r, "cat", "caf\u00e9"), Read(("caf\u00e9", "cat"), 6, 2)),
@@ -261,6 +268,10 @@ IMAGES: dict[str, Case] = {
             r, "metadata.jsonl", [json.dumps({"file_name": n, "label": n[:3], "age": 3}) for n in NAMED]
         ),
         HELD,
+    ),
+    "metadata_without_a_label": Case(
+        lambda r: metadata(r, "metadata.csv", ["file_name,label", *ROWS, "cat0.png,"]),
+        Read(train=6, test=2, unreadable=1),
     ),
     "metadata_column_is_named": Case(
         lambda r: metadata(r, "metadata.csv", ["file_name,species", *ROWS]), HELD, {"label_column": "species"}
@@ -424,7 +435,37 @@ IMAGES: dict[str, Case] = {
     "fractions": Case(
         lambda r: numbers(r, [0.5, 1.0]), "fractions in label column 'label': expected whole numbers or texts"
     ),
-    "empty_labels": Case(lambda r: numbers(r, [0, None]), "rows without a label"),
+    "numbers_and_texts": Case(
+        lambda r: [
+            parquet(r / "train.parquet", ("cat", "dog") * 4, {"label": ["cat", "dog"] * 4}),
+            parquet(r / "test.parquet", ("cat", "dog") * 2, {"label": [0, 1] * 2}),
+        ],
+        "labels that are numbers in split test and texts in train",
+    ),
+    "empty_labels": Case(lambda r: numbers(r, [0, 1, None]), Read(("0", "1"), 6, 2, 4)),
+    "labels_that_are_not_finite": Case(lambda r: numbers(r, [0.0, 1.0, float("nan")]), Read(("0", "1"), 6, 2, 4)),
+    "blank_labels": Case(lambda r: numbers(r, ["0", "1 ", " "]), Read(("0", "1"), 6, 2, 4)),
+    "no_labels": Case(lambda r: numbers(r, [None]), "has no labels in column 'label': all cells are empty"),
+    "labels_too_large": Case(
+        lambda r: parquet(r / "a.parquet", ("0",), {"label": np.array([2**63 + 1], np.uint64)}),
+        "has label 9223372036854",
+    ),
+    "strict_about_labels": Case(
+        lambda r: numbers(r, [0, 1, None]),
+        r"train\.parquet, row 8 has no label in column 'label' \(strict=true\)",
+        {"strict": True},
+    ),
+    "corrupt_cells": Case(
+        lambda r: parquet(
+            r / "train.parquet",
+            (),
+            {
+                "image": [picture(n) for n in ("cat", "dog") * 4] + [b"junk", None],
+                "label": ["cat", "dog"] * 5,
+            },
+        ),
+        Read(train=7, test=1, unreadable=2),
+    ),
     "no_parquet": Case(lambda r: put(r, "train.parquet"), r"train\.parquet cannot be read as parquet"),
     # Names of the classes of a run
     "named_classes": Case(
@@ -493,12 +534,40 @@ TABLES: dict[str, Case] = {
     "the_label_twice": Case(
         lambda r: csv(r / "t.csv", "a,label,label", animals()), "has 2 columns 'label'", {"label": "label"}
     ),
-    "missing_values": Case(
-        lambda r: csv(r / "t.csv", "a,b,label", [*animals(), "1,,dog"]), "empty cells in column 'b'"
+    **{
+        f"unusable_row_{number}": Case(
+            lambda r, row=row: csv(r / "t.csv", "a,b,label", [*animals(), row]), Read(train=10, test=2, unreadable=1)
+        )
+        for number, row in enumerate(("1,,dog", "1,2,", "1,?,dog", "?,2,dog", "1,inf,dog", "1,1e300,dog", "1,nan,dog"))
+    },
+    "strict": Case(
+        lambda r: csv(r / "t.csv", "a,b,label", [*animals(), "1,?,dog"]),
+        r"t\.csv, row 12 has no finite number in column 'b' \(\?\) \(strict=true\)",
+        {"strict": True},
     ),
-    "missing_labels": Case(
-        lambda r: csv(r / "t.csv", "a,b,label", [f"{a},1,{a}" for a in (0, 1)] * 3 + ["1,2,"]), "rows without a label"
+    "unusable_row_of_the_second_file": Case(
+        lambda r: [csv(r / f"part-{n}.csv", "a,b,label", animals(3) + ["1,,dog"] * n) for n in (0, 1)],
+        r"part-1\.csv, row 6 has no finite number in column 'b'",
+        {"strict": True},
     ),
+    "unusable_row_of_a_client": Case(
+        lambda r: csv(r / "t.csv", "a,who,label", [*animals(start="{a},Ann,"), ",Bob,dog"]),
+        r"row 12 \(client Bob\) has no finite number in column 'a'",
+        {"strict": True, "client": "who"},
+    ),
+    "no_usable_rows": Case(
+        lambda r: csv(r / "t.csv", "a,b,label", ["1,,cat"] * 4),
+        "none of 4 rows can be read",
+        {"features": ("a", "b")},
+    ),
+    "columns_of_texts": Case(
+        lambda r: csv(r / "t.csv", "a,b,label", animals()),
+        "has text in column 'label': expected numbers",
+        {"features": ("a", "label")},
+    ),
+    "spaces_around_labels": Case(lambda r: csv(r / "t.csv", "a,b,label", animals(end=" {name} ")), TABLE_HELD),
+    "suffix_in_capitals": Case(lambda r: csv(r / "T.CSV", "a,b,label", animals()), TABLE_HELD),
+    "quoted_line_ends": Case(lambda r: csv(r / "t.csv", "a,b,label", animals(start='{a},"x\ny",')), TABLE_HELD),
     "a_regression": Case(
         lambda r: csv(r / "t.csv", "a,b,target", ["0,1,0.25", "1,2,0.5"] * 4), "fractions in label column 'target'"
     ),
@@ -530,6 +599,14 @@ TABLES: dict[str, Case] = {
             pq.write_table(pa.table({"a": [0], "label": ["cat"]}), r / "train.parquet"),
         ],
         r"has for train both .*train\.csv and .*train\.parquet",
+    ),
+    "files_that_show_other_types": Case(
+        lambda r: [csv(r / f"part-{n}.csv", "a,b,label", animals(3) + ["?,1,dog"] * n) for n in (0, 1)],
+        Read(train=10, test=2, unreadable=1),
+    ),
+    "files_of_other_columns": Case(
+        lambda r: [csv(r / f"part-{n}.csv", f"a,{'bc'[n]},label", animals(3)) for n in (0, 1)],
+        "has column 'b' in some files only: expected the same columns in all",
     ),
     "numbered_shards": Case(lambda r: [csv(r / f"part-{n}.csv", "a,b,label", animals(3)) for n in (0, 1)], TABLE_HELD),
     "names_that_are_numbers_but_not_all": Case(

@@ -210,9 +210,9 @@ class Residual(nn.Module):
 class Pixels(nn.Module):
     """Pixels as indices of an embedding: no gradient reaches the images."""
 
-    def __init__(self, channels: int, height: int, width: int, classes: int) -> None:
+    def __init__(self, channels: int, height: int, width: int, classes: int, sparse: bool = False) -> None:
         super().__init__()
-        self.table, self.out = nn.Embedding(16, 8), nn.Linear(8, classes)
+        self.table, self.out = nn.Embedding(16, 8, sparse=sparse), nn.Linear(8, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         indices = ((images.flatten(1) + 1) * 7.5).round().long().clamp(0, 15)
@@ -382,8 +382,44 @@ ACCEPTED |= {
     "old_weight_norm": _flat(lambda: nn.utils.weight_norm(nn.Linear(HIDDEN, HIDDEN))),
 }  # fmt: skip
 
+
+class InPlace(Flat):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images.mul_(2.0))
+
+
+class CompiledFunction(nn.Module):
+    @torch.compile
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x)
+
+
+def _compiled(**shape: int) -> nn.Module:
+    """Compiled as a whole, in place, in part and in a function."""
+    part: Any = torch.compile(nn.Linear(HIDDEN, HIDDEN))
+    model = Flat(**shape, middle=nn.Sequential(part, CompiledFunction()))
+    model.compile()
+    whole: Any = torch.compile(model)
+    return whole  # type: ignore[no-any-return]
+
+
+class Expanded(nn.Module):
+    """A parameter and a buffer whose elements share their memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1).expand(HIDDEN))
+        self.register_buffer("shift", torch.zeros(1).expand(HIDDEN))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.shift
+
+
+ACCEPTED |= {"compiled": _compiled, "expanded": _flat(Expanded), "sparse_embedding": partial(Pixels, sparse=True)}
+
 REFUSED: dict[str, tuple[Callable[..., nn.Module], str]] = {
     "auxiliary_output": (Pair, "in training mode"),
+    "inputs_in_place": (InPlace, "does not change its inputs in place"),
     "dictionary": (Wrapped, "found dict"),
     "scripted": (lambda **shape: torch.jit.script(Flat(**shape)), "torch.jit"),  # type: ignore[no-untyped-call]
     "changing_bool": (_flat(lambda: Changing(torch.tensor(True), torch.logical_not)), "middle.state of type bool"),

@@ -29,7 +29,7 @@ def read_rows(case: Case, folder: Path) -> Read:
     data = open_rows(str(folder / case.file), RowFormat(**form), clients=1, partition="iid", seed=0)
     for part in (data.clients[0], data.test):
         check_labels(part.inputs[:, 0], part.labels, data.class_names)
-    return Read(data.class_names, len(data.clients[0]), len(data.test))
+    return Read(data.class_names, len(data.clients[0]), len(data.test), len(data.test.unreadable))
 
 
 CASES = [(read_images, name, case) for name, case in IMAGES.items()]

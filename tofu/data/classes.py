@@ -5,7 +5,9 @@ with the Hugging Face feature ClassLabel. Its values are whole numbers or texts.
 """
 
 import json
+import unicodedata
 from collections.abc import Iterable, Mapping
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 _LABEL_NAMES = ("label", "labels", "fine_label", "target", "class", "y")
 _MAX_CLASSES = 1 << 16
+_TEXTS = ("string", "large_string", "string_view")
 _NO_LABEL = -1
 """Label of rows whose label a benchmark withholds."""
 
@@ -68,29 +71,53 @@ def check_unique(names: list[str], origin: str) -> None:
         raise DataError(f"{origin} has {names.count(twice[0])} columns {twice[0]!r}: expected different names")
 
 
-def label_values(column: "pyarrow.ChunkedArray", name: str, origin: str) -> NDArray[Any]:
-    """The labels as int64 or as texts (objects) [n]. Numbers that were read as floats become int64 if all are whole.
+def label_values(column: "pyarrow.ChunkedArray", name: str, origin: str) -> tuple[NDArray[Any], IntArray]:
+    """The labels as int64 or as texts (objects) [k], and the rows that have one, int64 [k].
+
+    A row has no label if the cell is empty or not a finite number. Texts lose spaces around them and are in Unicode's
+    form NFC, as names of folders are. Numbers that were read as floats become int64 if all are whole.
 
     Raises:
-        DataError: the column is empty, has empty cells, fractions or another type.
+        DataError: the column has no labels, or fractions or another type.
     """
     from pyarrow import types
 
-    if column.null_count or not len(column):
-        raise DataError(f"{origin} has {'rows without a label' if len(column) else 'no rows'} (column {name!r})")
+    if not len(column):
+        raise DataError(f"{origin} has no rows (column {name!r})")
     kind = column.type.value_type if types.is_dictionary(column.type) else column.type
-    if types.is_string(kind) or types.is_large_string(kind) or types.is_boolean(kind):
-        return np.array([str(value) for value in column.to_pylist()], dtype=object)
-    if types.is_floating(kind):
+    column = column.cast(kind)
+    rows, labels = np.arange(0), np.arange(0)
+    if str(kind) in _TEXTS or types.is_boolean(kind):
+        texts = [
+            "" if value is None else unicodedata.normalize("NFC", str(value)).strip() for value in column.to_pylist()
+        ]
+        rows = np.flatnonzero([bool(text) for text in texts])
+        labels = np.array([texts[row] for row in rows], dtype=object)
+    elif types.is_floating(kind):
         values = column.to_numpy()
-        if not np.all(np.isfinite(values) & (values == np.floor(values)) & (np.abs(values) < _MAX_CLASSES)):
+        rows = np.flatnonzero(np.isfinite(values))
+        values = values[rows]
+        if not np.all((values == np.floor(values)) & (np.abs(values) < _MAX_CLASSES)):
             raise DataError(f"{origin} has fractions in label column {name!r}: expected whole numbers or texts")
-        return np.asarray(values, dtype=np.int64)
-    if types.is_binary(kind) or types.is_large_binary(kind):
+        labels = values.astype(np.int64)
+    elif types.is_integer(kind):
+        numbers = column.drop_null().to_pylist()
+        if largest := [number for number in numbers if number > np.iinfo(np.int64).max]:
+            raise DataError(f"{origin} has label {largest[0]}: expected class numbers from 0 on")
+        rows, labels = np.flatnonzero(column.is_valid().to_numpy()), np.array(numbers, dtype=np.int64)
+    elif "binary" in str(kind):
         raise DataError(f"{origin} has texts that are not UTF-8 in label column {name!r}: expected UTF-8")
-    if not types.is_integer(kind):
+    elif not types.is_null(kind):
         raise DataError(f"{origin} has values of type {kind} in label column {name!r}: expected numbers or texts")
-    return np.array(column.to_pylist(), dtype=object if types.is_uint64(kind) else np.int64).astype(np.int64)
+    if not len(rows):
+        raise DataError(f"{origin} has no labels in column {name!r}: all cells are empty")
+    return labels, rows
+
+
+def check_several(names: tuple[str, ...], origin: str) -> None:
+    """Raises DataError if the data of a run have one class only: everything would be classified correctly."""
+    if len(names) == 1:
+        raise DataError(f"{origin} has one class only ({names[0]}): expected at least two (class-names can name all)")
 
 
 def sorted_names(names: Iterable[str]) -> tuple[str, ...]:
@@ -115,7 +142,7 @@ def number_classes(
             names stand for the wanted names that are written alike, if all are, and else for positions.
 
     Raises:
-        DataError: a label is not one of the classes.
+        DataError: a label is not one of the classes, or one split has numbers where another has texts.
     """
     for role, labels in values.items():
         if labels.dtype != object and labels.max() >= _MAX_CLASSES and not declared.get(role):
@@ -125,9 +152,15 @@ def number_classes(
     names = wanted or first or _own_names(values, texts)
     position = {name: number for number, name in enumerate(names)}
     found = {text for some in texts.values() for text in some if text != str(_NO_LABEL)}
+    bare = [role for role, labels in values.items() if labels.dtype != object and not (declared.get(role) or first)]
+    worded = [role for role in values if values[role].dtype == object]
+    for role, other in product(bare, worded):
+        if set(texts[role]).isdisjoint(texts[other]):
+            raise DataError(
+                f"{origin} has labels that are numbers in split {role} and texts in {other}: expected one kind"
+            )
     if unknown := found - position.keys():
-        bare = not first and all(labels.dtype != object for labels in values.values())
-        if bare and max(map(int, found)) < len(names) and min(map(int, found)) >= 0:
+        if len(bare) == len(values) and max(map(int, found)) < len(names) and min(map(int, found)) >= 0:
             return names, dict(values)
         label = sorted_names(unknown)[0]
         raise DataError(f"{origin} has the label {label!r}: expected one of {', '.join(names)}")

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tofu.data.classes import check_several
 from tofu.data.digits import read_digits
 from tofu.data.folder import folder_splits
 from tofu.data.hub import hub_splits
 from tofu.data.images import ImageShape, LabeledImages
 from tofu.data.partition import PARTITIONS, IntArray, partition_by_id, partition_rows
 from tofu.data.preprocessing import Preprocessing, Statistics, parse_normalization
-from tofu.data.splits import Split, hold_out, subset_rows
+from tofu.data.splits import Split, hold_out, report_unusable, subset_rows
 from tofu.data.subpopulations import PARTS, Part, Subpopulations
 from tofu.data.tables import Columns
 from tofu.errors import DataError, SettingError, first_line
@@ -88,6 +89,8 @@ class FederatedData:
         self._test_rows, self._client_rows = test_rows, client_rows
         self._shape, self._strict = shape, strict
         self._decoded: dict[int, LabeledImages] = {}
+        self._unusable = train.unusable if test.unusable is train.unusable else train.unusable + test.unusable
+        report_unusable(self._unusable, strict=strict)
         self.label_names = label_names or train.class_names
         """The names of the dataset's labels, which subpopulations regroup."""
 
@@ -121,10 +124,13 @@ class FederatedData:
     def test(self) -> LabeledImages:
         """The server's test images: the dataset's test split, or the images held out of its training split.
 
+        Rows of the dataset without a label or a client count as unreadable here: they belong to no client.
+
         Raises:
             DataError: no image can be read, or one differs in size or color from the dataset's first.
         """
-        return self._load(-1, self._test, self._test_rows)
+        images = self._load(-1, self._test, self._test_rows)
+        return replace(images, unreadable=images.unreadable + self._unusable)
 
     def check_images(self) -> None:
         """Read every image of every client. Raises DataError for one that cannot be read or has another size."""
@@ -283,7 +289,9 @@ def local_folder(
         classes = Subpopulations.parse(subpopulations)
         classes.check(split)
         rows, split = classes.rows(split.labels, "seen"), classes.regroup(split)
-    return replace(split.decode(rows, split.image_shape(), strict=strict), class_names=names)
+    report_unusable(split.unusable, strict=strict)
+    images = split.decode(rows, split.image_shape(), strict=strict)
+    return replace(images, class_names=names, unreadable=images.unreadable + split.unusable)
 
 
 @lru_cache(maxsize=4)
@@ -340,9 +348,10 @@ def _load(dataset: str, columns: Columns, class_names: tuple[str, ...]) -> tuple
         if Path(dataset).is_absolute()
         else hub_splits(dataset, columns, class_names)
     )
+    if "train" not in splits and "test" not in splits:
+        raise DataError(f"{dataset} has no split named train or test")
+    check_several(next(iter(splits.values())).class_names, dataset)
     if "train" not in splits:
-        if "test" not in splits:
-            raise DataError(f"{dataset} has no split named train or test")
         # The data of a server whose clients have their own: all of it is evaluated on.
         alone = splits["test"]
         alone.check_labels()

@@ -70,7 +70,10 @@ def data_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
         path
         for parent in below
         for path in parent.iterdir()
-        if path.suffix in suffixes and path.name not in _METADATA and not path.name.startswith(".") and path.is_file()
+        if path.suffix.lower() in suffixes
+        and path.name not in _METADATA
+        and not path.name.startswith(".")
+        and path.is_file()
     )
 
 
@@ -86,15 +89,20 @@ def _images(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
 
 
+def _visible_files(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
+
+
 def _image_splits(folder: Path, class_names: tuple[str, ...], columns: Columns) -> dict[str, Split]:
     """Read splits of images, with one numbering of the classes for all of them."""
     roots, left_out = _split_folders(folder)
     paths: dict[str, list[Path]] = {}
     labels: dict[str, NDArray[Any]] = {}
     read_as: dict[str, str] = {}
+    unusable: dict[str, tuple[str, ...]] = {}
     for role, root in roots.items():
         if metadata := _metadata(root):
-            paths[role], labels[role], read_as[role] = _read_metadata(metadata, columns)
+            paths[role], labels[role], unusable[role], read_as[role] = _read_metadata(metadata, columns)
             unlisted = len(set(_images(root)) - set(paths[role]))
             left_out += [f"{unlisted} images in {root} that {metadata.name} does not name"] if unlisted else []
         else:
@@ -113,7 +121,9 @@ def _image_splits(folder: Path, class_names: tuple[str, ...], columns: Columns) 
     splits = {}
     for role in roots:
         read, origin = partial(_read_row, paths[role]), partial(_row_origin, paths[role])
-        splits[role] = Split(numbered[role], names, read, origin, None, read_as[role], tuple(left_out))
+        splits[role] = Split(
+            numbered[role], names, read, origin, None, read_as[role], tuple(left_out), unusable.get(role, ())
+        )
     return splits
 
 
@@ -154,6 +164,8 @@ def _class_folders(root: Path, left_out: list[str]) -> dict[str, list[Path]]:
             raise DataError(f"{root} has two folders for class {name}, in different Unicode forms: expected one")
         if images := _images(folder):
             classes[name] = images
+            if others := sorted({path.suffix for path in _visible_files(folder)} - {path.suffix for path in images}):
+                left_out.append(f"files in {folder} that are no images ({', '.join(others)})")
         else:
             left_out.append(f"folder {folder}, which has no images")
     return classes
@@ -176,14 +188,17 @@ def _metadata(root: Path) -> Path | None:
     return found[0] if found else None
 
 
-def _read_metadata(file: Path, columns: Columns) -> tuple[list[Path], NDArray[Any], str]:
-    """The images that a metadata file names, their labels, and how they were read."""
+def _read_metadata(file: Path, columns: Columns) -> tuple[list[Path], NDArray[Any], tuple[str, ...], str]:
+    """The images that a metadata file names, their labels, the rows without a label, and how they were read."""
     table = _table(file)
     check_column(table.column_names, _FILE_NAME, str(file))
     label = label_column(table.schema, columns.label, str(file))
-    labels = label_values(table[label], label, str(file))
-    paths = [file.parent / str(name) for name in table[_FILE_NAME].to_pylist()]
-    return paths, labels, f"images and labels of columns {_FILE_NAME!r} and {label!r} of {file.name}"
+    labels, rows = label_values(table[label], label, str(file))
+    names = table[_FILE_NAME].to_pylist()
+    unlabeled = sorted(set(range(len(names))) - set(rows.tolist()))
+    unusable = tuple(f"{file}, row {row} has no label in column {label!r}" for row in unlabeled)
+    paths = [file.parent / str(names[row] or "") for row in rows]
+    return paths, labels, unusable, f"images and labels of columns {_FILE_NAME!r} and {label!r} of {file.name}"
 
 
 def _table(file: Path) -> "pyarrow.Table":

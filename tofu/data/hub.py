@@ -14,7 +14,13 @@ _TIMEOUT = 10.0  # seconds
 def hub_splits(dataset: str, columns: Columns, class_names: tuple[str, ...]) -> dict[str, Split]:
     """The splits of a hub dataset of images. Raises DataError as `hub_tables`, or if it has no images."""
     tables = {
-        role: ImageTable(rows.features.arrow_schema, rows.data.table.select, f"{dataset} ({role})", Path())
+        role: ImageTable(
+            rows.features.arrow_schema,
+            rows.data.table.select,
+            f"{dataset} ({role})",
+            f"{dataset} ({role}), row {{}}".format,
+            Path(),
+        )
         for role, rows in hub_tables(dataset).items()
     }
     return table_splits(tables, columns, class_names) if tables else {}

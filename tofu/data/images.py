@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 Pixels = NDArray[np.uint8]
 """One image: uint8 [height, width] if it is gray, [height, width, 3] if it is in color."""
 
-IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"))
+IMAGE_SUFFIXES = frozenset((
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif", ".ppm", ".pgm",
+))  # fmt: skip
 
 _MAX_12_BIT = (1 << 12) - 1
 
@@ -98,8 +100,9 @@ def to_float(images: Tensor) -> Tensor:
 def read_image(source: bytes | Path) -> Pixels:
     """Decode one image file to 8 bits per channel, upright.
 
-    The EXIF orientation is applied. 16-bit gray values are scaled from 16 bits to 8, or from 12 bits to 8 if all of
-    the image's values fit in 12 bits: many cameras and scanners store 12-bit values in 16-bit files.
+    Of a file with several images the first is read. The EXIF orientation is applied. 16-bit gray values are scaled from
+    16 bits to 8, or from 12 bits to 8 if all of the image's values fit in 12 bits: many cameras and scanners store
+    12-bit values in 16-bit files.
 
     Args:
         source: the encoded bytes, or the path of the file.

@@ -3,6 +3,7 @@
 A text becomes token ids by hashing its words, so all clients number them alike without a shared vocabulary.
 """
 
+import math
 import re
 import threading
 import zlib
@@ -10,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,10 +19,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tofu.data.classes import check_column, check_unique, features_of, label_column, label_values, number_classes
+from tofu.data.classes import (
+    check_column,
+    check_several,
+    check_unique,
+    features_of,
+    label_column,
+    label_values,
+    number_classes,
+)
 from tofu.data.folder import data_files
 from tofu.data.partition import IntArray, partition_by_id, partition_rows
-from tofu.data.splits import files_by_role, hold_out, subset_rows
+from tofu.data.splits import files_by_role, hold_out, report_unusable, row_origin, subset_rows
 from tofu.errors import DataError, SettingError, first_line
 from tofu.settings.groups import EMBEDDED_TABLES, DataSettings
 
@@ -50,6 +59,7 @@ class RowFormat:
         vocabulary: number of token ids, the padding 0 included.
         tokens: length to which a text is cut or padded.
         class_names: the classes of the run in order, or () for those of the dataset.
+        strict: refuse tables with a row that cannot be used, instead of leaving it out.
     """
 
     features: tuple[str, ...] = ()
@@ -60,6 +70,7 @@ class RowFormat:
     vocabulary: int = 4096
     tokens: int = 64
     class_names: tuple[str, ...] = ()
+    strict: bool = False
 
     @staticmethod
     def of(data: DataSettings) -> "RowFormat":
@@ -67,7 +78,7 @@ class RowFormat:
         return RowFormat(
             features=_names(data.feature_columns), text=data.text_column, label=data.label_column,
             client=data.client_column, scaling=data.feature_scaling, vocabulary=data.vocabulary, tokens=data.tokens,
-            class_names=_names(data.class_names),
+            class_names=_names(data.class_names), strict=data.strict,
         )  # fmt: skip
 
 
@@ -81,6 +92,8 @@ class LabeledRows(Dataset[tuple[Tensor, Tensor]]):
         class_names: in the order of the labels.
         ids: name of each row's client [n], if there is a client column.
         read_as, left_out: as of `tofu.data.splits.Split`.
+        unreadable: for each row that cannot be used and is left out, where it is and why. Those of a dataset that is
+            partitioned are all with its test rows.
     """
 
     inputs: Tensor
@@ -89,6 +102,7 @@ class LabeledRows(Dataset[tuple[Tensor, Tensor]]):
     ids: NDArray[np.str_] | None = None
     read_as: str = ""
     left_out: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -102,10 +116,10 @@ class LabeledRows(Dataset[tuple[Tensor, Tensor]]):
         return self.inputs.shape[1]
 
     def subset(self, rows: Sequence[int] | Tensor | IntArray) -> "LabeledRows":
-        """The rows with these numbers, in that order."""
+        """The rows with these numbers, in that order, without what is said of unreadable ones."""
         chosen = torch.as_tensor(rows, dtype=torch.int64)
         ids = self.ids[chosen.numpy()] if self.ids is not None else None
-        return replace(self, inputs=self.inputs[chosen], labels=self.labels[chosen], ids=ids)
+        return replace(self, inputs=self.inputs[chosen], labels=self.labels[chosen], ids=ids, unreadable=())
 
     def scaled(self, scaling: str) -> "LabeledRows":
         """The rows with each feature at mean 0 and variance 1 if `scaling` is "client"; constant features become 0."""
@@ -232,7 +246,7 @@ def _open(
     test_images: int,
     seed: int,
 ) -> FederatedRows:
-    train, test = _splits(dataset, form)
+    train, test, unreadable = _splits(dataset, form)
     labels = train.labels.numpy()
     train_rows, test_rows = subset_rows(dataset, len(train), len(test), train_images, test_images, seed)
     names = tuple(str(number) for number in range(clients))
@@ -248,29 +262,31 @@ def _open(
             shards_per_client=shards_per_client, seed=seed,
         )  # fmt: skip
     own = tuple(train.subset(train_rows[part]).scaled(form.scaling) for part in parts)
-    return FederatedRows(own, test.subset(test_rows).scaled(form.scaling), names)
+    tested = replace(test.subset(test_rows).scaled(form.scaling), unreadable=unreadable)
+    return FederatedRows(own, tested, names)
 
 
 @lru_cache(maxsize=4)
-def _splits(dataset: str, form: RowFormat) -> tuple[LabeledRows, LabeledRows]:
-    """Training and test rows."""
+def _splits(dataset: str, form: RowFormat) -> tuple[LabeledRows, LabeledRows, tuple[str, ...]]:
+    """Training and test rows, and those that cannot be used."""
     if dataset in EMBEDDED_TABLES:
         rows = _embedded(dataset)
         train, test = hold_out(rows.labels.numpy(), 0.2)
-        return rows.subset(train), rows.subset(test)
+        return rows.subset(train), rows.subset(test), ()
     found = _read(_tables(dataset), form)
+    check_several(next(iter(found.values())).class_names, dataset)
     if "train" not in found:
         if "test" not in found:
             raise DataError(f"{dataset} has no rows to train or test on")
-        return found["test"].subset(np.arange(0)), found["test"]
+        return found["test"].subset(np.arange(0)), found["test"], found["test"].unreadable
     rows = found["train"]
     test_rows = found.get("test") or found.get("validation")
     if test_rows is not None:
-        return rows, test_rows
+        return rows, test_rows, rows.unreadable + test_rows.unreadable
     train, test = hold_out(rows.labels.numpy(), _HELD_OUT)
     if not len(test):
         raise DataError(f"{dataset} has no test rows and too few to hold some out: a class needs two")
-    return rows.subset(train), rows.subset(test)
+    return rows.subset(train), rows.subset(test), rows.unreadable
 
 
 def _embedded(name: str) -> LabeledRows:
@@ -283,20 +299,19 @@ def _embedded(name: str) -> LabeledRows:
     return LabeledRows(inputs, torch.from_numpy(bunch.target.astype(np.int64)), names).scaled("client")
 
 
-def _tables(dataset: str) -> dict[str, "tuple[pyarrow.Table, str]"]:
-    """Split -> (table, where it is from)."""
+def _tables(dataset: str) -> dict[str, "_Table"]:
+    """The table of each split."""
     import pyarrow
 
     path = Path(dataset)
     try:
-        if path.is_file() and path.suffix in _SUFFIXES:
-            return {"train": (_file(path), str(path))}
+        if path.is_file() and path.suffix.lower() in _SUFFIXES:
+            return {"train": _joined([path], str(path))}
         if path.is_dir():
             files = data_files(path, _SUFFIXES)
             if not files:
                 raise DataError(f"{path} has no CSV or parquet files")
-            roles = files_by_role(path, files)
-            return {role: (pyarrow.concat_tables(map(_file, own)), str(path)) for role, own in roles.items()}
+            return {role: _joined(own, str(path)) for role, own in files_by_role(path, files).items()}
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path} cannot be read as a table: {first_line(error)}") from error
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", dataset):
@@ -304,81 +319,188 @@ def _tables(dataset: str) -> dict[str, "tuple[pyarrow.Table, str]"]:
         raise SettingError("dataset", dataset, expected)
     from tofu.data.hub import hub_tables
 
-    return {role: (rows.data.table, f"{dataset} ({role})") for role, rows in hub_tables(dataset).items()}
+    found = {}
+    for role, rows in hub_tables(dataset).items():
+        where = f"{dataset} ({role})"
+        found[role] = _Table(rows.data.table, where, f"{where}, row {{}}".format, typed=True)
+    return found
 
 
-def _file(path: Path) -> "pyarrow.Table":
+class _Table(NamedTuple):
+    """A table, where it and each of its rows are from, and whether its file gives the types of its columns."""
+
+    data: "pyarrow.Table"
+    where: str
+    origin: Callable[[int], str]
+    typed: bool
+
+
+def _joined(paths: Sequence[Path], where: str) -> _Table:
+    import pyarrow
     from pyarrow import csv, parquet
 
-    return csv.read_csv(path) if path.suffix == ".csv" else parquet.read_table(path)
+    options = csv.ParseOptions(newlines_in_values=True)
+    are_csv = [path.suffix.lower() == ".csv" for path in paths]
+    tables = [
+        csv.read_csv(path, parse_options=options) if is_csv else parquet.read_table(path)
+        for path, is_csv in zip(paths, are_csv, strict=True)
+    ]
+    if len(tables) > 1 and all(are_csv):  # each file of its own shows other types
+        texts = _columns_of_texts(tables, where)
+        tables = [table.cast(_with_texts(table.schema, texts)) for table in tables]
+    parts = [(str(path), len(table)) for path, table in zip(paths, tables, strict=True)]
+    promoted = "permissive" if all(are_csv) else "default"
+    joined = pyarrow.concat_tables(tables, promote_options=promoted) if len(tables) > 1 else tables[0]
+    return _Table(joined, where, row_origin(parts), not any(are_csv))
 
 
-def _read(tables: "Mapping[str, tuple[pyarrow.Table, str]]", form: RowFormat) -> dict[str, LabeledRows]:
+def _columns_of_texts(tables: "Sequence[pyarrow.Table]", where: str) -> set[str]:
+    """The columns that are texts in one of the files of a split. Raises DataError if the files differ in columns."""
+    names = set(tables[0].column_names)
+    if others := {name for table in tables for name in names ^ set(table.column_names)}:
+        raise DataError(
+            f"{where} has column {sorted(others)[0]!r} in some files only: expected the same columns in all"
+        )
+    return {field.name for table in tables for field in table.schema if str(field.type) == "string"}
+
+
+def _with_texts(schema: "pyarrow.Schema", texts: set[str]) -> "pyarrow.Schema":
+    import pyarrow
+
+    fields = [field.with_type(pyarrow.string()) if field.name in texts else field for field in schema]
+    return pyarrow.schema(fields, metadata=schema.metadata)
+
+
+def _read(tables: Mapping[str, _Table], form: RowFormat) -> dict[str, LabeledRows]:
     """The rows of each split, with one numbering of the classes."""
-    train, origin = tables["train"] if "train" in tables else next(iter(tables.values()))
-    label = label_column(train.schema, form.label, origin)
-    columns = _feature_columns(train, label, form)
-    labels, declared = {}, {}
-    for role, (table, where) in tables.items():
-        check_column(table.column_names, label, where)
-        labels[role] = label_values(table[label], label, where)
-        names = features_of(table.schema).get(label, {}).get("names")
+    train = tables["train"] if "train" in tables else next(iter(tables.values()))
+    label = label_column(train.data.schema, form.label, train.where)
+    columns = (form.text,) if form.text else _feature_columns(train, label, form)
+    usable, labels, declared = {}, {}, {}
+    for role, table in tables.items():
+        check_column(table.data.column_names, label, table.where)
+        usable[role] = _usable(table, label, columns, form)
+        labels[role] = usable[role].labels
+        names = features_of(table.data.schema).get(label, {}).get("names")
         declared[role] = tuple(map(str, names)) if isinstance(names, list) else ()
         if labels[role].dtype != object and labels[role].min() < 0:
             raise DataError(
-                f"{where} has label {labels[role].min()} in column {label}: expected class numbers from 0 on"
+                f"{table.where} has label {labels[role].min()} in column {label}: expected class numbers from 0 on"
             )
-    class_names, numbered = number_classes(labels, declared, form.class_names, origin)
+    class_names, numbered = number_classes(labels, declared, form.class_names, train.where)
+    read_as = f"{'text of column' if form.text else 'features of columns'} {', '.join(columns)}, labels of {label!r}"
     rows = {}
-    for role, (table, where) in tables.items():
-        if form.text:
-            texts = _column(table, form.text, where)
-            ids = [token_ids(str(text), vocabulary=form.vocabulary, tokens=form.tokens) for text in texts]
-            inputs = torch.tensor(ids, dtype=torch.int64).reshape(len(ids), form.tokens)
-        else:
-            inputs = _numbers(table, columns, where)
-        clients = _column(table, form.client, where).astype(str) if form.client else None
-        used = (form.text,) if form.text else columns
-        others = [name for name in table.column_names if name not in (*used, label, form.client)]
-        read_as = f"{'text of column' if form.text else 'features of columns'} {', '.join(used)}, labels of {label!r}"
+    for role, found in usable.items():
+        others = [name for name in tables[role].data.column_names if name not in (*columns, label, form.client)]
         rows[role] = LabeledRows(
-            inputs, torch.from_numpy(numbered[role]), class_names, clients, read_as,
-            (f"columns {', '.join(others)}",) if others else (),
+            found.inputs, torch.from_numpy(numbered[role]), class_names, found.clients, read_as,
+            (f"columns {', '.join(others)}",) if others else (), found.unreadable,
         )  # fmt: skip
     return rows
 
 
-def _feature_columns(table: "pyarrow.Table", label: str, form: RowFormat) -> tuple[str, ...]:
-    from pyarrow import types
+class _Usable(NamedTuple):
+    """The rows of a table that can be used, and for each other row where it is and why not."""
 
+    inputs: Tensor
+    labels: NDArray[Any]
+    clients: NDArray[np.str_] | None
+    unreadable: tuple[str, ...]
+
+
+def _usable(table: _Table, label: str, columns: Sequence[str], form: RowFormat) -> _Usable:
+    """Read inputs, labels and clients of the rows that have all of them. Raises DataError if no row has."""
+    values, labeled = label_values(table.data[label], label, table.where)
+    count = len(table.data)
+    reasons = dict.fromkeys(set(range(count)) - set(labeled.tolist()), f"has no label in column {label!r}")
+    clients = None
+    if form.client:
+        clients = np.array(_column(table, form.client).to_pylist(), dtype=object)
+        for row in np.flatnonzero(clients == None).tolist():  # noqa: E711
+            reasons.setdefault(row, f"names no client in column {form.client!r}")
+    inputs = _token_ids(table, form, reasons) if form.text else _numbers(table, columns, reasons)
+    kept = np.array([row not in reasons for row in range(count)], dtype=bool)
+    unreadable = tuple(
+        f"{table.origin(row)}{'' if clients is None or clients[row] is None else f' (client {clients[row]})'} {reason}"
+        for row, reason in sorted(reasons.items())
+    )
+    if not kept.any():
+        raise DataError(f"none of {count} rows can be read: {unreadable[0]}")
+    report_unusable(unreadable, strict=form.strict)
+    names = None if clients is None else np.array([str(name) for name in clients[kept]])
+    return _Usable(inputs[torch.from_numpy(kept)], values[kept[labeled]], names, unreadable)
+
+
+def _feature_columns(table: _Table, label: str, form: RowFormat) -> tuple[str, ...]:
     if form.features not in ((), (ALL_NUMBERS,)):
         return form.features
-    check_unique(table.column_names, "the table")
-    is_number: Callable[[Any], bool] = lambda kind: types.is_integer(kind) or types.is_floating(kind)  # noqa: E731
+    check_unique(table.data.column_names, "the table")
     return tuple(
-        field.name for field in table.schema if is_number(field.type) and field.name not in (label, form.client)
+        field.name
+        for field in table.data.schema
+        if field.name not in (label, form.client) and _holds_numbers(table, field.name)
     )
 
 
-def _column(table: "pyarrow.Table", name: str, where: str) -> NDArray[Any]:
-    check_column(table.column_names, name, where)
-    column = table[name]
-    if column.null_count or not len(column):
-        raise DataError(f"{where} has {'empty cells' if len(column) else 'no rows'} in column {name!r}")
-    return np.asarray(column.to_numpy(zero_copy_only=False))
+def _holds_numbers(table: _Table, name: str) -> bool:
+    """Whether a column is one of numbers. Of a CSV file it also is if most of its texts are numbers."""
+    from pyarrow import types
+
+    kind = table.data[name].type
+    if types.is_string(kind) and not table.typed:
+        return bool(np.isfinite(_parsed(table.data[name].to_pylist())).mean() > 0.5)
+    return bool(types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind))
 
 
-def _numbers(table: "pyarrow.Table", columns: Sequence[str], where: str) -> Tensor:
+def _parsed(values: Sequence[str | None]) -> NDArray[np.float64]:
+    """The texts as numbers; NaN for those that are none."""
+
+    def number(text: str | None) -> float:
+        try:
+            return float(text or "nan")
+        except ValueError:
+            return math.nan
+
+    return np.array([number(value) for value in values])
+
+
+def _column(table: _Table, name: str) -> "pyarrow.ChunkedArray":
+    check_column(table.data.column_names, name, table.where)
+    return table.data[name]
+
+
+def _token_ids(table: _Table, form: RowFormat, reasons: dict[int, str]) -> Tensor:
+    """The token ids of the text column, int64 [n, tokens]. The reason why a row has none is added to `reasons`."""
+    texts = _column(table, form.text).to_pylist()
+    for row, text in enumerate(texts):
+        if text is None:
+            reasons.setdefault(row, f"has an empty cell in column {form.text!r}")
+    ids = [token_ids(str(text), vocabulary=form.vocabulary, tokens=form.tokens) for text in texts]
+    return torch.tensor(ids, dtype=torch.int64).reshape(len(ids), form.tokens)
+
+
+def _numbers(table: _Table, columns: Sequence[str], reasons: dict[int, str]) -> Tensor:
+    """The features, float32 [n, columns]. The reason why a row lacks one is added to `reasons`."""
+    from pyarrow import types
+
     if not columns:
-        raise DataError(f"{where} has no columns of numbers to use as features")
+        raise DataError(f"{table.where} has no columns of numbers to use as features")
     values = []
     for name in columns:
-        column = _column(table, name, where)
-        if column.dtype.kind not in "iufb":
+        column = _column(table, name)
+        kind = column.type.value_type if types.is_dictionary(column.type) else column.type
+        if types.is_string(kind) or types.is_large_string(kind):
+            numbers = _parsed(column.to_pylist())
+            usual = np.isfinite(numbers).mean() > 0.5
+        else:
+            usual = not (types.is_nested(kind) or types.is_temporal(kind) or "binary" in str(kind))
+            numbers = np.array(column.cast(kind).cast("float64", safe=False).to_numpy()) if usual else np.zeros(0)
+        if not usual:
             raise DataError(
-                f"{where} has text in column {name!r}: expected numbers (one column of 0 and 1 per category)"
+                f"{table.where} has text in column {name!r}: expected numbers (one column of 0 and 1 per category)"
             )
-        if not np.isfinite(column.astype(np.float64)).all():
-            raise DataError(f"{where} has values that are not finite in column {name!r}")
-        values.append(column.astype(np.float32))
+        with np.errstate(over="ignore"):
+            values.append(numbers.astype(np.float32))
+        for row in np.flatnonzero(~np.isfinite(values[-1])).tolist():
+            reasons.setdefault(row, f"has no finite number in column {name!r} ({column[row].as_py()})")
     return torch.from_numpy(np.stack(values, axis=1))

@@ -17,10 +17,12 @@ from tofu.errors import DataError, SettingError
 
 _SYNONYMS = {
     "train": ("training", "train"),
-    "test": ("testing", "test"),
+    "test": ("testing", "test", "evaluation", "eval"),
     "validation": ("validation", "valid", "val", "dev"),
 }
 _LOG = logging.getLogger("tofu.data")
+_MAX_NAMED = 20
+"""Rows that are left out and named in the log."""
 _FIXED_SEED = 20240229  # seeds the splits that are the same in every run
 _SHARD_NUMBER = re.compile(r"[-_.]?\d+(-of-\d+(-[0-9a-f]{16})?)?$")
 
@@ -37,6 +39,7 @@ class Split:
         ids: name of each row's client [n], if the data have such a column.
         read_as: what was read as images and labels, in words.
         left_out: what was not read, in words.
+        unusable: for each row that has no label or client and is left out, where it is and why.
     """
 
     labels: IntArray
@@ -46,6 +49,7 @@ class Split:
     ids: NDArray[np.str_] | None = None
     read_as: str = ""
     left_out: tuple[str, ...] = ()
+    unusable: tuple[str, ...] = ()
 
     def prepared(self, preprocessing: Preprocessing) -> "Split":
         """The split with its images resized and cropped."""
@@ -103,6 +107,34 @@ class Split:
         if len(wrong):
             label, last = self.labels[wrong[0]], len(self.class_names) - 1
             raise DataError(f"{self.origin(int(wrong[0]))} has label {label}: labels are expected to be 0 to {last}")
+
+
+def row_origin(parts: Sequence[tuple[str, int]]) -> Callable[[int], str]:
+    """A function that names the file of a row of joined tables, and its row in that file, counted from 0.
+
+    Args:
+        parts: the name of each file and its number of rows.
+
+    >>> row_origin([("a.csv", 10), ("b.csv", 5)])(12)
+    'b.csv, row 2'
+    """
+    ends = np.cumsum([count for _, count in parts])
+
+    def origin(row: int) -> str:
+        part = int(np.searchsorted(ends, row, side="right"))
+        return f"{parts[part][0]}, row {row - int(ends[part]) + parts[part][1]}"
+
+    return origin
+
+
+def report_unusable(unusable: Sequence[str], *, strict: bool) -> None:
+    """Name the rows that are left out in the log. Raises DataError for the first one if `strict`."""
+    if unusable and strict:
+        raise DataError(f"{unusable[0]} (strict=true)")
+    for text in unusable[:_MAX_NAMED]:
+        _LOG.warning("%s: it is left out", text)
+    if len(unusable) > _MAX_NAMED:
+        _LOG.warning("%d more rows are left out", len(unusable) - _MAX_NAMED)
 
 
 def split_role(name: str) -> str | None:

@@ -6,15 +6,17 @@ them with a usual name. `tofu.data.classes` has the rules for labels.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tofu.data.classes import check_column, check_unique, features_of, label_column, label_values, number_classes
 from tofu.data.images import Pixels, read_image
-from tofu.data.splits import Split
+from tofu.data.partition import IntArray
+from tofu.data.splits import Split, row_origin
 from tofu.errors import DataError, first_line
 
 if TYPE_CHECKING:
@@ -40,12 +42,14 @@ class ImageTable:
         schema: of the table; Hugging Face features in its metadata are used if there are any.
         read: names of columns -> the table of these columns.
         origin: where it is from, for error messages.
+        row_origin: row -> where it is from, for error messages.
         folder: that the paths in the image column are relative to.
     """
 
     schema: "pyarrow.Schema"
     read: Callable[[list[str]], "pyarrow.Table"]
     origin: str
+    row_origin: Callable[[int], str]
     folder: Path
 
     @staticmethod
@@ -71,7 +75,12 @@ class ImageTable:
             schema = parquet.read_schema(files[0])
         except (OSError, pyarrow.ArrowException) as error:
             raise DataError(f"{files[0]} cannot be read as parquet: {first_line(error)}") from error
-        return ImageTable(schema, read, str(files[0] if len(files) == 1 else files[0].parent), files[0].parent)
+        origin = str(files[0] if len(files) == 1 else files[0].parent)
+
+        def origin_of(row: int) -> str:
+            return row_origin([(str(file), parquet.read_metadata(file).num_rows) for file in files])(row)
+
+        return ImageTable(schema, read, origin, origin_of, files[0].parent)
 
 
 def table_splits(
@@ -86,14 +95,14 @@ def table_splits(
     Raises:
         DataError: there is no unambiguous image or label column, or a label is missing or not one of the classes.
     """
-    labels, declared, chosen = {}, {}, {}
+    labels, declared, chosen, rows, unusable = {}, {}, {}, {}, {}
     for role, table in tables.items():
         chosen[role] = (
             _image_column(table.schema, columns.image, table.origin),
             label_column(table.schema, columns.label, table.origin),
         )
         name = chosen[role][1]
-        labels[role] = label_values(table.read([name])[name], name, table.origin)
+        labels[role], rows[role], unusable[role] = _usable(table, name, columns.client)
         names = features_of(table.schema).get(name, {}).get("names")
         declared[role] = tuple(map(str, names)) if isinstance(names, list) else ()
     origin = tables.get("train", next(iter(tables.values()))).origin
@@ -102,11 +111,29 @@ def table_splits(
     for role, table in tables.items():
         image, label = chosen[role]
         read_as = f"images of column {image!r}, labels of column {label!r}"
+        ids = _ids(table, columns.client)
         splits[role] = Split(
-            numbered[role], class_names, _reader(table, image), f"{table.origin}, row {{}}".format,
-            _ids(table, columns.client), read_as, _others(table.schema.names, image, label, columns.client),
+            numbered[role], class_names, _reader(table, image, rows[role]), partial(_origin, table, rows[role]),
+            np.array(ids)[rows[role]].astype(str) if ids else None, read_as,
+            _others(table.schema.names, image, label, columns.client), unusable[role],
         )  # fmt: skip
     return splits
+
+
+def _origin(table: ImageTable, rows: IntArray, row: int) -> str:
+    return table.row_origin(int(rows[row]))
+
+
+def _usable(table: ImageTable, label: str, client: str) -> tuple[NDArray[Any], IntArray, tuple[str, ...]]:
+    """The labels of the rows that have label and client, these rows, and why the others are left out."""
+    column = table.read([label])[label]
+    labels, rows = label_values(column, label, table.origin)
+    reasons = dict.fromkeys(set(range(len(column))) - set(rows.tolist()), f"has no label in column {label!r}")
+    for row, name in enumerate(_ids(table, client)):
+        if name is None:
+            reasons.setdefault(row, f"names no client in column {client!r}")
+    kept = np.array([row not in reasons for row in rows.tolist()], dtype=bool)
+    return labels[kept], rows[kept], tuple(f"{table.row_origin(row)} {reasons[row]}" for row in sorted(reasons))
 
 
 def _others(names: list[str], *used: str) -> tuple[str, ...]:
@@ -114,38 +141,41 @@ def _others(names: list[str], *used: str) -> tuple[str, ...]:
     return (f"columns {', '.join(others)}",) if others else ()
 
 
-def _reader(table: ImageTable, image: str) -> Callable[[int], Pixels]:
+def _reader(table: ImageTable, image: str, rows: IntArray) -> Callable[[int], Pixels]:
     images = cache(lambda: table.read([image])[image])
 
     def pixels(row: int) -> Pixels:
-        value = images()[row].as_py()
+        value = images()[int(rows[row])].as_py()
         if isinstance(value, dict):
-            value = value["bytes"] or (value["path"] and table.folder / value["path"])
+            value = value["bytes"] or value["path"]
         if not value:
             raise DataError("cannot be read as an image: the cell is empty")
-        return read_image(value)
+        return read_image(table.folder / value if isinstance(value, str) else value)
 
     return pixels
 
 
-def _ids(table: ImageTable, client_column: str) -> "np.ndarray[tuple[int, ...], np.dtype[np.str_]] | None":
+def _ids(table: ImageTable, client_column: str) -> list[str | None]:
+    """The name of each row's client; [] without a column of them."""
     if not client_column:
-        return None
+        return []
     check_column(table.schema.names, client_column, table.origin)
-    return np.asarray(table.read([client_column])[client_column].to_numpy()).astype(str)
+    values = table.read([client_column])[client_column].to_pylist()
+    return [None if value is None else str(value) for value in values]
 
 
 def _image_column(schema: "pyarrow.Schema", chosen: str, origin: str) -> str:
     """The column of the images: `chosen`, or if that is "" the only candidate. Raises DataError if there is none."""
     from pyarrow import types
 
-    def encoded(type_: "pyarrow.DataType") -> bool:
+    def encoded(name: str, type_: "pyarrow.DataType") -> bool:
         if types.is_struct(type_):
             return {"bytes", "path"} <= {field.name for field in type_}
-        return bool(types.is_binary(type_) or types.is_large_binary(type_))
+        paths = features.get(name, {}).get("_type") == "Image" and str(type_) in ("string", "large_string")
+        return str(type_) in ("binary", "large_binary", "binary_view") or paths
 
     features = features_of(schema)
-    images: list[str] = [f.name for f in schema if features.get(f.name, {}).get("_type") == "Image" or encoded(f.type)]
+    images: list[str] = [field.name for field in schema if encoded(field.name, field.type)]
     if chosen:
         check_column(schema.names, chosen, origin)
         if chosen not in images:

@@ -14,7 +14,7 @@ from tofu.data import ImageShape, normalization_of
 from tofu.data.preprocessing import normalize_inputs
 from tofu.errors import SettingError
 from tofu.imports import import_object
-from tofu.models.checks import check_stateless, check_training, drop_constant_buffers
+from tofu.models.checks import check_stateless, check_training, drop_constant_buffers, without_wrappers
 from tofu.models.initial_weights import fill
 from tofu.models.small import BagOfWords, cnn, lenet5, mlp
 from tofu.models.spiking import dct_model, spiking_model
@@ -169,7 +169,7 @@ def _factory(name: str, sizes: Mapping[str, int]) -> Callable[[], nn.Module]:
         if not isinstance(model, nn.Module):
             accepted = f"{_FACTORY} and returns a torch.nn.Module, not {type(model).__name__}"
             raise SettingError("model", name, accepted)
-        bare: nn.Module = model.module if isinstance(model, nn.DataParallel) else model
+        bare = without_wrappers(model)
         if any(isinstance(module, torch.jit.ScriptModule) for module in bare.modules()):
             raise SettingError("model", name, f"{_FACTORY}, of Python modules: not compiled by torch.jit")
         return bare

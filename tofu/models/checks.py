@@ -1,14 +1,19 @@
 """What a training pass of a new model shows: whether it can be trained, and which of its buffers change."""
 
+import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 
 from tofu.errors import SettingError
 from tofu.rng import GlobalGenerators
 from tofu.weights import tensor_bits
+
+_COMPILED = "_orig_mod"
+"""Where the module that `torch.compile` returns has the one that it was given."""
 
 
 def check_training(model: nn.Module, name: str, inputs: Tensor, classes: int) -> frozenset[str]:
@@ -20,14 +25,18 @@ def check_training(model: nn.Module, name: str, inputs: Tensor, classes: int) ->
         inputs: [2, ...] zeros. Random numbers take the place of floating-point ones, so that statistics change.
 
     Raises:
-        SettingError: the pass fails, or its result is not a tensor [2, classes].
+        SettingError: the pass fails, changes its inputs, or its result is not a tensor [2, classes].
     """
     takes, expected = list(inputs.shape), [2, classes]
     found = ""
 
     def forward() -> None:
         nonlocal found
-        output = model(torch.randn(takes) if inputs.is_floating_point() else inputs)
+        given = torch.randn(takes) if inputs.is_floating_point() else inputs.clone()
+        before = given.clone()
+        output = model(given)
+        if not torch.equal(given, before):
+            raise SettingError("model", name, "a model that does not change its inputs in place")
         found = f"{list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
 
     try:
@@ -51,6 +60,9 @@ def changed_buffers(model: nn.Module, forward: Callable[[], object]) -> frozense
         Exception: whatever `forward`, which calls the model, raises.
     """
     model.train()
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not is_lazy(tensor) and 0 in tensor.stride():  # an expanded tensor cannot be written to
+            tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
     before = {key: buffer.clone() for key, buffer in model.named_buffers()}
     forward()
     changed = set()
@@ -101,6 +113,32 @@ def check_stateless(model: nn.Module, forward: Callable[[], object]) -> None:
     ):
         accepted = "a model without state outside its parameters and buffers (two equal passes have different outputs)"
         raise SettingError("model", type(model).__name__, accepted)
+
+
+def without_wrappers(model: nn.Module) -> nn.Module:
+    """The model itself, without `torch.nn.DataParallel` around it, `torch.compile` around parts, or sparse gradients.
+
+    Compiled code would be compiled anew for every copy of a model and for every client, and has no second derivatives.
+    So functions that a user has compiled run as they were written, too, from now on in this process.
+
+    Raises:
+        SettingError: it is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise SettingError("model", type(model).__name__, "a torch.nn.Module, or a function that returns one")
+    while isinstance(model, nn.DataParallel) or _COMPILED in model._modules:
+        model = model.module if isinstance(model, nn.DataParallel) else getattr(model, _COMPILED)
+    for module in list(model.modules()):
+        module._compiled_call_impl = None  # by Module.compile
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            module.sparse = False  # the same gradients, as dense tensors
+        for name, part in module._modules.items():
+            while part is not None and _COMPILED in part._modules:
+                part = part._modules[_COMPILED]
+            module._modules[name] = part
+    if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled
+        torch.compiler.set_stance("force_eager")
+    return model
 
 
 def drop_constant_buffers(model: nn.Module, changed: frozenset[str]) -> None:

@@ -42,7 +42,7 @@ class DataSettings(Group):
     class_names: str = setting(
         "", "names of all classes in order, separated by commas, if the folders of real clients lack some"
     )
-    strict: bool = setting(False, "refuse data with an image that cannot be read, instead of leaving it out")
+    strict: bool = setting(False, "refuse data with an image or row that cannot be read, instead of leaving it out")
     clients: int = setting(10, "number of simulated clients", ge=1, le=100_000)
     resize: str = setting(
         "", "size to which images are resized: HEIGHTxWIDTH, or one number for the shorter side; empty keeps them"

@@ -327,7 +327,7 @@ def test_only_the_images_asked_for_are_decoded(tmp_path: Path, by_name: dict[str
     broken = 7
     images[broken] = b"no image"
     write_parquet(tmp_path / "train.parquet", images, [0] * 12)
-    write_parquet(tmp_path / "test.parquet", images[:2], [0] * 2)
+    write_parquet(tmp_path / "test.parquet", images[:2], [1] * 2)
     parts = partition_rows(np.zeros(12, np.int64), clients=4, partition="iid", alpha=1.0, shards_per_client=1, seed=0)
     holder = next(i for i, part in enumerate(parts) if broken in part)
     data = open_(tmp_path, clients=4)
@@ -420,7 +420,7 @@ def test_images_may_be_files_beside_the_parquet(tmp_path: Path, by_name: dict[st
 @pytest.mark.parametrize(
     ("labels", "why"),
     [
-        ([0, None], "without a label"),
+        ([None, None], "has no labels in column 'label'"),
         ([0, -1], "row 1 has label -1"),
         ([0, 10**5], "label 100000"),
         ([], "no rows"),

@@ -1,0 +1,46 @@
+"""What a run's records say of it at the end: whether training has diverged."""
+
+import dataclasses
+
+import pytest
+
+from server.records import divergence
+from tofu.rounds.record import RoundRecord
+
+
+def records(kind: str, *scores: tuple[float | None, float | None]) -> list[RoundRecord]:
+    """A start and rounds with these accuracies and losses."""
+    return [RoundRecord(n, kind if n else "start", accuracy=a, loss=loss) for n, (a, loss) in enumerate(scores)]
+
+
+@pytest.mark.parametrize("kind", ["proxy", "secure", "fedavg"])
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ([(0.1, 2.3), (0.8, 0.7), (0.1, None)], "the test loss is not finite, at the start it was 2.3"),
+        ([(0.1, 2.3), (0.12, 900.0)], "the test loss is 900"),
+        ([(0.1, 2.3), (0.8, 0.7), (0.11, 2.5)], "the accuracy was 0.8 and is 0.11, that of guessing"),
+        ([(0.1, 2.3), (0.8, 0.7), (0.11, 2.2)], ""),  # the loss is below that of the start
+        ([(0.1, 2.3), (0.2, 2.4), (0.11, 2.5)], ""),  # it had not learned
+        ([(0.1, 2.3), (0.8, 0.7), (0.4, 90.0)], ""),  # it still knows something
+        ([(0.1, 2.3), (0.8, None), (0.7, 1.0)], ""),  # it has recovered
+        ([(None, None), (None, None)], ""),  # there are no test data
+    ],
+)
+def test_divergence_is_told_from_learning_in_every_kind_of_round(
+    kind: str, scores: list[tuple[float | None, float | None]], expected: str
+) -> None:
+    found = divergence(records(kind, *scores), 10)
+    assert expected in found
+    assert bool(found) == bool(expected)
+
+
+def test_an_exploding_training_loss_is_divergence_where_nothing_was_learned() -> None:
+    start, last = records("secure", (0.1, 2.3), (0.1, 2.5))
+    assert divergence([start, last], 10) == ""
+    assert "that of guessing" in divergence([start, dataclasses.replace(last, train_loss=32.0)], 10)
+
+
+def test_a_model_that_does_not_classify_has_no_accuracy_of_guessing() -> None:
+    assert divergence(records("secure", (None, 1.0), (None, 2.0)), 1) == ""
+    assert divergence(records("secure", (None, 1.0), (None, 200.0)), 1)
