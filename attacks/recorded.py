@@ -110,8 +110,8 @@ def attack_run(
     perceptual = lpips_network()
     rows: list[Row] = []
     earlier: dict[str, tuple[Observation, ...]] = {}
-    for path in paths:
-        recording = read_recording(path)
+    for recorded in paths:
+        recording = read_recording(recorded)
         message: RunMessage | AppMessage
         if isinstance(recording, AppRecording):
             message = AppMessage(recording, model, dataset)
@@ -121,7 +121,7 @@ def attack_run(
         sent = replace(message.observation, earlier=seen)
         earlier[recording.client] = (*seen, replace(sent, earlier=()))
         for observation, attack in product((*message.controls(sent), sent), chosen):
-            name = f"{path.name}-{observation.message.replace(' ', '-').replace(':', '-')}-{attack.name}"
+            name = f"{recorded.name}-{observation.message.replace(' ', '-').replace(':', '-')}-{attack.name}"
             path = trials / f"{name}.json"
             row = load_row(path)
             if row is None:

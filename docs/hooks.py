@@ -14,7 +14,7 @@ from typing import Any
 from mkdocs.structure.files import File
 
 import tofu
-from tofu.settings import FIELDS, accepted_values, dashed, expected, section_of
+from tofu.settings import FIELDS, accepted_values, dashed, expected, section_of, shown_default
 
 ROOT = Path(__file__).parents[1]
 READMES = {
@@ -88,8 +88,8 @@ def settings_page() -> str:
             lines += ["", f"## {section}", "", "| setting | default | accepted | meaning |", "|---|---|---|---|"]
         choices = accepted_values(name)
         accepted = ", ".join(map(str, choices)) if choices else expected(field)
-        default = str(field.default).lower() if isinstance(field.default, bool) else field.default
-        cells = (f"`{dashed(name)}`", f"`{default}`" if default != "" else "", accepted, str(field.description))
+        default = shown_default(field)
+        cells = (f"`{dashed(name)}`", f"`{default}`" if default else "", accepted, str(field.description))
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 

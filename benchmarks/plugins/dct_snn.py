@@ -134,7 +134,8 @@ def loop_over_time(network: SpikingNetwork, images: Tensor) -> Tensor:
     neurons: dict[str, Any] = {}
     states: dict[str, Tensor] = {}
     total = torch.zeros(())
-    for x in encoded:
+    for currents in encoded:
+        x = currents
         for name, module in network.named_children():
             if isinstance(module, LeakyIntegrateFire):
                 neuron = neurons.setdefault(

@@ -105,8 +105,8 @@ def _server(case: Case, masked: list[bytes], dropped: Any, neighbor: Any, holder
     def finish() -> None:
         _, vector = factor_extract(parameters_mod(total, MOD_RANGE))
         for array in dequantize(vector, CLIPPING_RANGE, TARGET_RANGE):
-            array += -(case.survivors - 1) * CLIPPING_RANGE
-            array *= 0.5
+            array += -(case.survivors - 1) * CLIPPING_RANGE  # noqa: PLW2901 (in place)
+            array *= 0.5  # noqa: PLW2901
 
     seeds = create_shares(os.urandom(32), threshold, holders)
     keys = create_shares(dropped.sk1, threshold, holders)

@@ -195,9 +195,9 @@ def grams(model: nn.Module, images: Tensor, wanted: tuple[Site, ...], longest: f
         if site.name in weights:
             inputs = rows.double()
             for side, values in (("inputs", inputs), ("outputs", inputs @ weights[site.name].T)):
-                if longest:
-                    values = values * (longest / values.norm(dim=1, keepdim=True).clamp(min=longest))
-                sums[f"{site.name}/{side}"].addmm_(values.T, values)
+                clip = longest / values.norm(dim=1, keepdim=True).clamp(min=longest) if longest else None
+                clipped = values if clip is None else values * clip
+                sums[f"{site.name}/{side}"].addmm_(clipped.T, clipped)
 
     show(model, images, see)
     return sums

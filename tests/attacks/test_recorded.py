@@ -56,6 +56,9 @@ def test_a_recorded_run_is_attacked_with_its_control(run: Path, capsys: pytest.C
     assert found["exact", "proxy-images"]["refused"]
     assert found["exact", "label-counts"]["labels"] > 0.7
     assert (run / "attacks" / "report.html").is_file()
+    trials = [path.name for path in (run / "attacks" / "trials").glob("*.json")]
+    assert len(trials) == 12
+    assert all(name.count("-exact-") + name.count("-recorded-") == 1 for name in trials)  # names do not grow
 
 
 def test_later_rounds_come_with_the_earlier(run: Path) -> None:

@@ -33,10 +33,13 @@ from tofu.settings import (
     choices_of,
     dashed,
     deprecated,
+    has_auto,
     json_schema,
     kind_of,
+    parse_setting,
     read_toml,
     section_of,
+    shown_default,
 )
 from tofu.settings.fields import bounds_of
 from tofu.settings.groups import DEVICE_NAME
@@ -242,6 +245,23 @@ def test_ranges(name: str, refused: list[object], accepted: list[object]) -> Non
         assert caught.value.field == name
         assert str(caught.value).startswith(f"{name}={value!r} is not usable: expected ")
         assert "\n" not in str(caught.value)
+
+
+AUTOMATIC = ("switch-round", "over-relaxation", "proxies", "proxy-size", "surrogate-beta")
+
+
+def test_auto_is_the_zero_with_which_the_program_chooses() -> None:
+    assert Settings.of(dict.fromkeys(AUTOMATIC, "auto")) == Settings()
+    assert {name for name, field in FIELDS.items() if has_auto(field)} == {name.replace("-", "_") for name in AUTOMATIC}
+    for name in AUTOMATIC:
+        field = FIELDS[name.replace("-", "_")]
+        assert shown_default(field) == "auto"
+        value = parse_setting(name.replace("-", "_"), "auto")
+        assert (value, type(value)) == (0, kind_of(field))
+        jsonschema.validate({name: "auto"}, json_schema())
+    for name in ("clients", "ratio", "train-images"):
+        with pytest.raises(SettingError, match=f"^{name}='auto' is not usable"):
+            Settings.of({name: "auto"})
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,14 @@ from tofu.settings import (
     Value,
     accepted_values,
     dashed,
+    has_auto,
     is_extensible,
     kind_of,
     parse_setting,
     read_toml,
     section_of,
     separator_of,
+    shown_default,
 )
 from tofu.settings.deprecated import NAMES, present_names, present_value, warn_once
 
@@ -53,6 +55,18 @@ class SettingChoice(click.Choice[str]):
         raise SettingError(self._setting, parsed, f"one of {', '.join(self.choices)}{also}")
 
 
+class NumberOrAuto(click.ParamType):
+    """A number, or "auto", with which the program chooses. An error is that of the setting, in one line."""
+
+    name = "number"
+
+    def __init__(self, setting: str) -> None:
+        self._setting = setting
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return parse_setting(self._setting, str(value))
+
+
 def with_present_flags(arguments: Sequence[str]) -> list[str]:
     """Arguments with deprecated names of settings replaced, such as `--fraction=0.5`, and a warning for each."""
     result = []
@@ -62,8 +76,9 @@ def with_present_flags(arguments: Sequence[str]) -> list[str]:
         old = flag.removeprefix(prefix)
         if flag.startswith("--") and old in NAMES:
             warn_once(f"setting {old} is deprecated: use {NAMES[old]}")
-            argument = f"{prefix}{NAMES[old]}{equals}{value}"
-        result.append(argument)
+            result.append(f"{prefix}{NAMES[old]}{equals}{value}")
+        else:
+            result.append(argument)
     return result
 
 
@@ -96,14 +111,16 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
     choices = accepted_values(name)
     if choices and not all(choice in text for choice in choices):
         text += f" ({', '.join(choices)})"
-    shown = str(field.default).lower() if isinstance(field.default, bool) else field.default
-    text += f" \\[default: {shown}]" if shown != "" else ""  # escaped: brackets are markup in a help text
+    shown = shown_default(field)
+    text += f" \\[default: {shown}]" if shown else ""  # escaped: brackets are markup in a help text
     flags = [f"--{flag}/--no-{flag}" if kind_of(field) is bool else f"--{flag}"]
     kind: Any = kind_of(field)
     if name in _REPEATED:
         flags = list(dict.fromkeys((*flags, f"--{flag.removesuffix('s')}")))
         kind = list[str]
     more: dict[str, Any] = {"click_type": SettingChoice(name, choices), "metavar": "CHOICE"} if choices else {}
+    if has_auto(field):
+        more = {"click_type": NumberOrAuto(name), "metavar": "NUMBER|auto"}
     option = typer.Option(*flags, help=text, rich_help_panel=section_of(name), show_default=False, **more)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]

@@ -1,5 +1,6 @@
 """Classify images with the model that a run ended with, or with the ensemble of its client groups' models."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from tofu.data import ImageShape, to_float
 from tofu.data.images import IMAGE_SUFFIXES, fit_image, read_image
 from tofu.data.preprocessing import Preprocessing, normalize_inputs
 from tofu.errors import DataError, SettingError
+from tofu.formatting import printable
 from tofu.models import initial_model
 from tofu.models.spiking import FREQUENCIES, DctEncoder
 from tofu.plugins import MAX_STATE_BYTES, RoundContext, make_plugins
@@ -18,6 +20,7 @@ from tofu.reporting.folder import read_class_names, read_config, read_model, rea
 from tofu.weights import load_weights
 
 _AT_A_TIME = 500
+_NOTES = 5
 
 
 @torch.no_grad()
@@ -35,7 +38,7 @@ def predict_images(run: Path, images: Path, *, frequencies: int = 0) -> list[dic
 
     Raises:
         SettingError: no such run, or none with a model; frequencies for a model that has no DCT encoder.
-        DataError: an image cannot be read, is of another size than the model takes, or there is none.
+        DataError: there is no image that the model can take. Others are left out, with a note on standard error.
     """
     settings = read_config(run)
     weights, shape, broadcast = read_model(run)
@@ -52,8 +55,8 @@ def predict_images(run: Path, images: Path, *, frequencies: int = 0) -> list[dic
         if frequencies:
             _keep_frequencies(model, frequencies)
         models.append(model.eval())
-    names, files = read_class_names(run, shape.classes), _files(images)
-    pixels = torch.stack([_read(file, shape, preprocessing) for file in files])
+    names = read_class_names(run, shape.classes)
+    files, pixels = _read_all(images, shape, preprocessing)
     rows: list[dict[str, object]] = []
     for start in range(0, len(files), _AT_A_TIME):
         prediction = plugins.predict_groups(models, to_float(pixels[start : start + _AT_A_TIME]))
@@ -97,9 +100,19 @@ def _files(images: Path) -> list[Path]:
     return found
 
 
-def _read(file: Path, shape: ImageShape, preprocessing: Preprocessing) -> torch.Tensor:
-    """Read one image exactly as in training: uint8 [channels, height, width]."""
-    try:
-        return torch.from_numpy(fit_image(preprocessing(read_image(file)), shape).copy())
-    except DataError as error:
-        raise DataError(f"{file} {error}") from error
+def _read_all(images: Path, shape: ImageShape, preprocessing: Preprocessing) -> tuple[list[Path], torch.Tensor]:
+    """The files that the model can take, read exactly as in training, and their pixels: uint8 [n, channels, h, w]."""
+    files, pixels, left_out = [], [], []
+    for file in _files(images):
+        try:
+            pixels.append(torch.from_numpy(fit_image(preprocessing(read_image(file)), shape).copy()))
+            files.append(file)
+        except DataError as error:
+            left_out.append(f"{printable(str(file))} {error}")
+    if not files:
+        raise DataError(left_out[0])
+    for reason in left_out[:_NOTES]:
+        print(f"note: {reason}; it is left out", file=sys.stderr)
+    if (more := len(left_out) - _NOTES) > 0:
+        print(f"note: {more} more images are left out", file=sys.stderr)
+    return files, torch.stack(pixels)

@@ -78,7 +78,7 @@ class RunningMean:
         """Move the upper bits of the sums to the carries."""
         for name, low in self._sums.items():
             self._carries[name] = self._carries.get(name, torch.zeros_like(low)) + (low >> _CARRY_BITS)
-            low &= 2**_CARRY_BITS - 1
+            low.bitwise_and_(2**_CARRY_BITS - 1)
         self._largest = 2.0 ** (_CARRY_BITS - _FRACTION_BITS)
 
 

@@ -15,7 +15,18 @@ from tofu.errors import SettingError
 from tofu.imports import code_digest, import_object
 from tofu.settings import deprecated
 from tofu.settings.deprecated import dashed
-from tofu.settings.fields import Group, Value, build, choices_of, expected, kind_of, parse_text
+from tofu.settings.fields import (
+    AUTO,
+    Group,
+    Value,
+    build,
+    choices_of,
+    expected,
+    has_auto,
+    kind_of,
+    parse_text,
+    shown_default,
+)
 from tofu.settings.groups import (
     DEVICE_FORMS,
     DEVICE_NAME,
@@ -37,8 +48,8 @@ __all__ = [
     "EXTENSIBLE", "FIELDS", "FULL_WEIGHTS", "MIN_SECURE", "CodecSettings", "DataSettings", "DownlinkSettings", "Group",
     "LinkSettings", "ModelSettings", "PluginSettings", "PrivacySettings", "RoundSettings", "RunSettings",
     "SecureSettings", "ServerSettings", "Settings", "TrainingSettings", "Value", "accepted_values", "choices_of",
-    "dashed", "expected", "is_extensible", "json_schema", "kind_of", "parse_setting", "read_toml", "section_of",
-    "separator_of", "settings_of_section",
+    "dashed", "expected", "has_auto", "is_extensible", "json_schema", "kind_of", "parse_setting", "read_toml",
+    "section_of", "separator_of", "settings_of_section", "shown_default",
 ]  # fmt: skip
 
 _REGISTRIES = {
@@ -149,9 +160,9 @@ class Settings(BaseModel):
 
             split_trackers(self.run.tracker)
         if 0 < codec.over_relaxation < 1:
-            raise SettingError("over-relaxation", codec.over_relaxation, "0 (automatic), or from 1 up to 2")
+            raise SettingError("over-relaxation", codec.over_relaxation, "auto, or from 1 up to 2")
         if codec.proxy_size == 1:
-            raise SettingError("proxy-size", 1, "0 (chooses it) or 2 to 1024 pixels")
+            raise SettingError("proxy-size", 1, "auto, or 2 to 1024 pixels")
         if plugin.tasks == "none" and plugin.task_count > 1:
             raise SettingError("task-count", plugin.task_count, "1 with tasks=none")
         if total % plugin.task_count:
@@ -304,7 +315,12 @@ def json_schema() -> dict[str, Any]:
     properties: dict[str, Any] = {}
     for kind in _GROUPS.values():
         for name, schema in kind.model_json_schema()["properties"].items():
-            cleaned = {key: value for key, value in schema.items() if key not in ("title", "section", "repeated")}
+            cleaned = {
+                key: value for key, value in schema.items() if key not in ("title", "section", "repeated", "auto")
+            }
+            if has_auto(FIELDS[name]):
+                bounds = {key: cleaned.pop(key) for key in list(cleaned) if key not in ("description", "default")}
+                cleaned["anyOf"] = [bounds, {"const": AUTO}]
             if name in _REGISTRIES:
                 cleaned["anyOf"] = [{"enum": list(accepted_values(name))}, {"pattern": ":"}]
             properties[dashed(name)] = cleaned

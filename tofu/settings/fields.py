@@ -12,6 +12,8 @@ Value = bool | int | float | str
 
 M = TypeVar("M", bound=BaseModel)
 
+AUTO = "auto"
+"""What users may write for a 0 that lets the program choose."""
 _TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -25,6 +27,7 @@ def setting(
     lt: float | None = None,
     section: str = "",
     repeated: str = "",
+    auto: bool = False,
 ) -> Any:
     """Declare one setting as a pydantic field.
 
@@ -33,8 +36,9 @@ def setting(
         ge, gt, le, lt: bounds of a number.
         section: heading of `--help`, if it is not that of the group.
         repeated: separator of several values; such an option may be given several times.
+        auto: whether 0 lets the program choose; users may then write "auto", too.
     """
-    extra: dict[str, Any] = {"section": section, "repeated": repeated}
+    extra: dict[str, Any] = {"section": section, "repeated": repeated, "auto": auto}
     finite = False if isinstance(default, float) else None
     return Field(default, description=help_, ge=ge, gt=gt, le=le, lt=lt, allow_inf_nan=finite, json_schema_extra=extra)
 
@@ -55,8 +59,11 @@ def build(group: type[M], values: Mapping[str, Any]) -> M:
     Raises:
         SettingError: a value has the wrong type or is out of range.
     """
+    fields = group.model_fields
+    automatic = {name for name, value in values.items() if value == AUTO and has_auto(fields[name])}
+    given = {name: kind_of(fields[name])(0) if name in automatic else value for name, value in values.items()}
     try:
-        return group(**values)
+        return group(**given)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         name = str(first["loc"][0])
@@ -66,6 +73,18 @@ def build(group: type[M], values: Mapping[str, Any]) -> M:
 def kind_of(field: FieldInfo) -> type:
     """The Python type of a setting: bool, int, float or str."""
     return type(field.default)
+
+
+def has_auto(field: FieldInfo) -> bool:
+    """Whether 0 lets the program choose the value, which "auto" means, too."""
+    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("auto"))
+
+
+def shown_default(field: FieldInfo) -> str:
+    """The default for help and reference: "auto" where the program chooses; empty for a text that is empty."""
+    if has_auto(field) and not field.default:
+        return AUTO
+    return str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
 
 
 def choices_of(field: FieldInfo) -> tuple[Value, ...]:
@@ -89,7 +108,7 @@ def expected(field: FieldInfo) -> str:
         return f"one of {', '.join(map(str, choices))}"
     words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
     bounds = ", ".join(f"{words[name]} {bound:g}" for name, bound in bounds_of(field).items())
-    return f"{_TYPES[kind_of(field)]} {bounds}".strip()
+    return f"{_TYPES[kind_of(field)]} {bounds}".strip() + (", or auto" if has_auto(field) else "")
 
 
 def parse_text(name: str, field: FieldInfo, text: str) -> Value:
@@ -100,6 +119,8 @@ def parse_text(name: str, field: FieldInfo, text: str) -> Value:
     """
     kind = kind_of(field)
     try:
+        if text == AUTO and has_auto(field):
+            text = "0"
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
         result: Value = kind(text)
@@ -108,4 +129,7 @@ def parse_text(name: str, field: FieldInfo, text: str) -> Value:
         raise SettingError(name, text, expected(field)) from None
 
 
-__all__ = ["Group", "Value", "bounds_of", "build", "choices_of", "expected", "kind_of", "parse_text", "setting"]
+__all__ = [
+    "AUTO", "Group", "Value", "bounds_of", "build", "choices_of", "expected", "has_auto", "kind_of", "parse_text",
+    "setting", "shown_default",
+]  # fmt: skip

@@ -178,7 +178,9 @@ class RoundSettings(Group):
         "secure",
         "kind of the rounds that recover what compression lost: secure (the server learns only the sum) or fedavg (float32)",
     )
-    switch_round: int = setting(0, "first recovery round with schedule=switch; 0 is the last tenth of the rounds", ge=0)
+    switch_round: int = setting(
+        0, "first recovery round with schedule=switch; auto: the last tenth of the rounds", ge=0, auto=True
+    )
     plateau_patience: int = setting(3, "rounds without gain before schedule=plateau switches", ge=1)
     plateau_gain: float = setting(0.002, "accuracy gain that counts for schedule=plateau", ge=0)
 
@@ -201,9 +203,10 @@ class CodecSettings(Group):
     )
     over_relaxation: float = setting(
         0.0,
-        "factor of decoded updates that error feedback accounts for, 1 to 2; with compressor=proxy it applies to the correction; 0: 1 + 0.8 times the fraction of variance that a message misses",
+        "factor of decoded updates that error feedback accounts for, 1 to 2; with compressor=proxy it applies to the correction; auto: 1 + 0.8 times the fraction of variance that a message misses",
         ge=0,
         lt=2,
+        auto=True,
     )
     step_ahead: float = setting(
         0.5,
@@ -217,8 +220,10 @@ class CodecSettings(Group):
     codec_mode: Literal["smooth", "paper"] = setting(
         "smooth", "smooth: our codec; paper: as published, for which the settings below are fixed", section="Proxies"
     )
-    proxies: int = setting(0, "number of proxies; 0 derives it from the ratio", ge=0, le=65535, section="Proxies")
-    proxy_size: int = setting(0, "side of a proxy in pixels; 0 chooses it", ge=0, le=1024, section="Proxies")
+    proxies: int = setting(
+        0, "number of proxies; auto derives it from the ratio", ge=0, le=65535, section="Proxies", auto=True
+    )
+    proxy_size: int = setting(0, "side of a proxy in pixels", ge=0, le=1024, section="Proxies", auto=True)
     correction: float = setting(
         0.4,
         "minimum fraction of the payload for a sparse correction of the largest errors; 0 sends proxies only, 1 no proxies",
@@ -230,10 +235,11 @@ class CodecSettings(Group):
     surrogate: bool = setting(True, "differentiate a smooth surrogate of the network", section="Proxies")
     surrogate_beta: float = setting(
         0.0,
-        "sharpness of the surrogate's activations; 0 tries several in every fourth round",
+        "sharpness of the surrogate's activations; auto tries several in every fourth round",
         ge=0,
         le=1000,
         section="Proxies",
+        auto=True,
     )
     batch_statistics: bool = setting(
         True, "BatchNorm of the surrogate uses the statistics of the proxies", section="Proxies"
@@ -245,7 +251,7 @@ class CodecSettings(Group):
     warm_start: bool = setting(False, "start the search from the client's last proxies", section="Proxies")
     max_evals: int = setting(
         70,
-        "maximum number of gradient evaluations per encode, without the trials for surrogate-beta=0",
+        "maximum number of gradient evaluations per encode, without the trials for surrogate-beta=auto",
         ge=1,
         le=100_000,
         section="Proxies",

@@ -512,6 +512,11 @@ def test_predictions_have_names_labels_and_a_file(tofu: Tofu, tmp_path: Path) ->
     right = sum(line.split(",")[2] == line.split(",")[4] for line in lines[1:])
     assert f"({right} of 12 images" in outcome.err
     assert all(word.split()[1] in ("cat", "dog") for word in outcome.out.splitlines())
+    (tmp_path / "data" / "cat" / "broken.png").write_bytes(b"no image")
+    outcome = tofu("predict", "run", "data")
+    assert "broken.png cannot be read as an image: unknown format; it is left out" in outcome.err
+    assert f"({right} of 12 images" in outcome.err
+    fails(tofu("predict", "run", "data/cat/broken.png"), "unknown format")
     first, again = (tofu("predict", name, "data", "--json").out for name in ("first", "run"))
     assert [row["name"] for row in json.loads(first)] == [row["name"] for row in json.loads(again)]
 

@@ -109,8 +109,8 @@ def explained_variance(run: RunData) -> str | None:
     y = share_axis([value for _, _, points in series for _, value in points] + [1.0])
     drawing.frame(x, y, ("round", "decoded against true update"), x_text=_whole)
     drawing.legend([(css, name) for name, css, _ in series])
-    for name, css, points in reversed(series):
-        points = [points[index] for index in thinned([css] * len(points), _POINTS)]
+    for name, css, every in reversed(series):
+        points = [every[index] for index in thinned([css] * len(every), _POINTS)]
         drawing.curve([(x.at(row.round), y.at(value)) for row, value in points], css)
         for row, value in (points[index] for index in thinned([css] * len(points), _MARKS)):
             tip = f"round {row.round}: {name} {format_fraction(value)}"
