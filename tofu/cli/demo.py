@@ -19,10 +19,10 @@ def demo(*, config: ConfigFile = None, quiet: Quiet = False, overrides: dict[str
     from tofu.reporting.report import write_report
 
     tofu = settings_from(config, overrides)
-    folder = tofu.run.run_folder or str(fresh_folder(tofu))
+    fedavg, given = tofu.replace(schedule="fedavg"), tofu.run.run_folder
+    folder = given or str(fresh_folder(tofu))
     tofu = tofu.replace(run_folder=folder)
-    fedavg = tofu.replace(schedule="fedavg")
-    fedavg = fedavg.replace(run_folder=f"{folder}-fedavg" if overrides.get("run_folder") else str(fresh_folder(fedavg)))
+    fedavg = fedavg.replace(run_folder=f"{given}-fedavg" if given else str(fresh_folder(fedavg)))
     for settings in (tofu, fedavg):
         check_new(Path(settings.run.run_folder))
     print(f"1 of 2: FedAvg, {fedavg.data.clients} clients, float32 updates", file=sys.stderr)
