@@ -55,7 +55,7 @@ class SettingChoice(click.Choice[str]):
         raise SettingError(self._setting, parsed, f"one of {', '.join(self.choices)}{also}")
 
 
-class NumberOrAuto(click.ParamType):
+class NumberOrAuto(click.ParamType):  # type: ignore[type-arg]  # generic in new releases of click only
     """A number, or "auto", with which the program chooses. An error is that of the setting, in one line."""
 
     name = "number"
