@@ -134,7 +134,7 @@ def without_wrappers(model: nn.Module) -> nn.Module:
             module.sparse = False  # the same gradients, as dense tensors
         for name, part in module._modules.items():
             while part is not None and _COMPILED in part._modules:
-                part = part._modules[_COMPILED]
+                part = part._modules[_COMPILED]  # noqa: PLW2901
             module._modules[name] = part
     if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled
         torch.compiler.set_stance("force_eager")
