@@ -222,8 +222,9 @@ def test_predict_with_a_factorized_network_and_without_plugins(tmp_path: Path) -
         assert {row["unknown"] for row in found} == {None}
     assert len(predict_images(tmp_path / "plain", folder / "digit-00.png")) == 1
     (folder / "digit-00.png").write_bytes(b"no image")
+    assert len(predict_images(tmp_path / "plain", folder)) == 39
     with pytest.raises(DataError, match=r"digit-00.png cannot be read as an image"):
-        predict_images(tmp_path / "plain", folder)
+        predict_images(tmp_path / "plain", folder / "digit-00.png")
     with pytest.raises(SettingError, match="the folder of a run"):
         predict_images(tmp_path / "nowhere", folder)
 

@@ -106,7 +106,8 @@ def federate(send: Callable[[nn.Module], dict[str, Tensor]], *, compressed: bool
         arrays = ArrayRecord(send(build()))
         results.append(strategy.start(grid, arrays, num_rounds=3, train_config=ConfigRecord({"lr": 0.1})))
 
-    run_in_process(server, client, run_config={}, num_supernodes=CLIENTS)
+    # One thread: weights and dropout come from torch's global generator, which `build` seeds.
+    run_in_process(server, client, run_config={}, num_supernodes=CLIENTS, workers=1)
     return results[0]
 
 
@@ -118,7 +119,7 @@ def test_only_adapters_travel_and_the_app_learns(send: Callable[[nn.Module], dic
     assert metrics["tofu-payload-bytes"] <= size / 20
     model = build()
     load(model, result.arrays.to_torch_state_dict(), send)
-    assert held_out_loss(model) < held_out_loss(build()) - 0.003
+    assert held_out_loss(model) < held_out_loss(build()) - 0.01
     frozen = {name: p for name, p in build().named_parameters() if not p.requires_grad}
     pairs = [(p, frozen[name]) for name, p in model.named_parameters() if name in frozen]
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)  # FedAvg rounds the mean of equal arrays

@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Any]:
-    """A browser of Playwright. Skips the test where Playwright or Chromium is not installed."""
+    """A browser of Playwright. Skips the test where Playwright or Chromium is not installed.
+
+    While it is open its event loop counts as running in this thread, so it is closed before tests elsewhere begin.
+    """
     playwright = pytest.importorskip(
         "playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'"
     )

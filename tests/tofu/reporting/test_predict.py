@@ -10,7 +10,7 @@ from PIL import Image
 from tofu.data import ImageShape, local_folder
 from tofu.data.preprocessing import Preprocessing
 from tofu.errors import DataError
-from tofu.reporting.predict import _read
+from tofu.reporting.predict import _read_all
 
 
 @pytest.mark.parametrize("bits", [8, 12, 16])
@@ -24,10 +24,12 @@ def test_a_gray_image_of_any_depth_is_read_as_in_training(tmp_path: Path, bits: 
     trained_on = local_folder(str(tmp_path)).images[0]
     assert trained_on.shape == (1, 6, 4)
     assert len(trained_on.unique()) > 10
-    assert torch.equal(_read(tmp_path / "a" / "0.png", ImageShape(1, 6, 4, 1), Preprocessing()), trained_on)
+    files, pixels = _read_all(tmp_path / "a", ImageShape(1, 6, 4, 1), Preprocessing())
+    assert [file.name for file in files] == ["0.png"]
+    assert torch.equal(pixels[0], trained_on)
 
 
 def test_an_image_of_another_size_is_named(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((4, 6), np.uint8)).save(tmp_path / "0.png")
     with pytest.raises(DataError, match=r"0\.png has 6x4 pixels, expected 8x8"):
-        _read(tmp_path / "0.png", ImageShape(1, 8, 8, 10), Preprocessing())
+        _read_all(tmp_path, ImageShape(1, 8, 8, 10), Preprocessing())
