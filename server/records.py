@@ -64,6 +64,7 @@ def round_record(
         fedavg_uplink_bytes=ledger.fedavg_uplink - before[2],
         seconds=seconds,
         epsilon=private.epsilon if private else None,
+        model_epsilon=private.model_epsilon if private and runner.settings.privacy.secret_sampling else None,
         by_client=_by_client(result, compressed=compressed, private=private is not None),
         plugins=result.plugin_metrics(),
         task=RoundContext.of(runner.settings, runner.models[0].shape, result.round).task if tasks else None,
@@ -146,6 +147,9 @@ def run_summary(runner: RoundRunner, ledger: Ledger, *, stopped: str, folder: st
         mean_accuracy=transfer[0] if transfer else None,
         backward_transfer=transfer[1] if transfer else None,
         epsilon=runner.account.epsilon if runner.account else None,
+        model_epsilon=runner.account.model_epsilon
+        if runner.account and runner.settings.privacy.secret_sampling
+        else None,
         delta=runner.settings.privacy.privacy_delta if runner.account else None,
         stopped=stopped,
         unreadable=runner.unreadable,

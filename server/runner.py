@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, field
+from random import SystemRandom
 
 import torch
 from torch import Tensor
@@ -223,7 +224,8 @@ class RoundRunner:
             model.downlink.begin(round_, whole=kind == "fedavg")
         result.step_explained_variance = self.models[0].downlink.explained_variance
         if self.account is not None:  # before clients are asked: what they send is spent, even if this process dies
-            self.account.spend(settings.privacy.noise_multiplier, kind)
+            drawn = (len(asked), len(connected)) if settings.privacy.secret_sampling else ()
+            self.account.spend(settings.privacy.noise_multiplier, kind, *drawn)
             self.on_spend(self.account)
         groups = [(model, clients) for model, clients in zip(self.models, sampled, strict=True) if clients]
         try:
@@ -288,7 +290,10 @@ class RoundRunner:
             self.plugins.reduce(sums, sum(collected.examples for collected in rounds))
 
     def _sample(self, clients: list[Client], round_: int, *, secure: bool) -> list[list[Client]]:
-        """The clients of each group that are asked in this round: a function of seed, round and connected clients."""
+        """The clients of each group that are asked in this round: a function of seed, round and connected clients.
+
+        With secret-sampling they are not, because all participants know the seed.
+        """
         settings, groups = self.settings, len(self.models)
         minimum = max(settings.server.min_clients // groups, MIN_SECURE if secure else 1)
         sampled = []
@@ -296,7 +301,9 @@ class RoundRunner:
             own = [client for client in clients if groups == 1 or self.plugins.group_of(client.name) == group]
             count = max(minimum, round(settings.server.client_fraction * len(own)))
             count = math.ceil(count * settings.server.over_sampling - 1e-9)
-            if count < len(own):
+            if count < len(own) and settings.privacy.secret_sampling:
+                own = [own[row] for row in sorted(SystemRandom().sample(range(len(own)), count))]
+            elif count < len(own):
                 place = (group,) if groups > 1 else ()
                 generator = derive_generator(settings.run.seed, round_, "sample", *place)
                 rows = torch.randperm(len(own), generator=generator)[:count].sort().values

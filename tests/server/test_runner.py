@@ -51,6 +51,20 @@ def make(transport: MemoryTransport | None = None, **changes: object) -> tuple[R
     return RoundRunner(transport, reference, data.test(), settings, Ledger(), Observer()), transport
 
 
+def test_secret_samples_do_not_follow_from_the_seed_and_are_accounted() -> None:
+    shape = {"clients": 24, "client_fraction": 0.25, "noise_multiplier": 4.0}
+    runner, _ = make(**shape, secret_sampling=True)
+    names = list(range(24))
+    drawn = {tuple(runner._sample(names, 1, secure=False)[0]) for _ in range(5)}  # type: ignore[arg-type]
+    assert len(drawn) > 1  # one of 134,596 samples five times: never
+    assert all(len(set(sample)) == 6 and set(sample) <= set(names) for sample in drawn)
+    open_, _ = make(**shape)
+    assert len({tuple(open_._sample(names, 1, secure=False)[0]) for _ in range(5)}) == 1  # type: ignore[arg-type]
+    rounds(runner, 1)
+    assert runner.account is not None
+    assert runner.account.to_dict()["spent"] == [["proxy", 4.0, 1, 6, 24]]
+
+
 def rounds(runner: RoundRunner, *numbers: int) -> list[Any]:
     results = []
     for number in numbers:

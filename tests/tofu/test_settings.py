@@ -457,7 +457,7 @@ def values_of(name: str) -> st.SearchStrategy[object]:
 CONFLICTING = {
     "plugins", "plugin_options", "task_count", "switch_round", "max_epsilon", "min_clients", "clients", "partition",
     "feature_columns", "text_column", "client_test_fraction", "aggregator", "codec_mode",
-    "server_optimizer", "record_clients", "tasks",
+    "server_optimizer", "record_clients", "tasks", "secret_sampling",
 }  # fmt: skip
 
 

@@ -248,6 +248,8 @@ def _summary_line(summary: RunSummary) -> str:
         words.append(f"ACC {format_fraction(summary.mean_accuracy / 100)}, {transfer}")
     if summary.epsilon is not None and summary.delta is not None:
         words.append(f"epsilon {_epsilon_text(summary.epsilon)} at delta {summary.delta:g}")
+        if summary.model_epsilon is not None:
+            words[-1] += f" against the server, {_epsilon_text(summary.model_epsilon)} against readers of the models"
     sent, fedavg = summary.uplink_bytes, summary.fedavg_uplink_bytes
     if sent:
         words.append(f"uplink {format_bytes(sent)}")

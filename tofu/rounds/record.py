@@ -106,6 +106,7 @@ class RoundRecord:
         fedavg_uplink_bytes: uplink of the same replies with float32 updates.
         seconds: wall-clock time of the round.
         epsilon: spent by the end of this round; None without differential privacy, infinite if no bound holds.
+        model_epsilon: as epsilon, against those who see the models only; None without secret-sampling.
         by_client: one entry per reply of an open round.
         plugins: "plugin/metric" -> mean over clients, weighted by examples.
         task: task that this round trained, counted from 0; None without tasks.
@@ -139,6 +140,7 @@ class RoundRecord:
     fedavg_uplink_bytes: Count = 0
     seconds: Number = None
     epsilon: Epsilon = None
+    model_epsilon: Epsilon = None
     by_client: tuple[ClientRecord, ...] = ()
     plugins: Mapping[str, Number] = dataclasses.field(default_factory=dict)
     task: Count | None = None
@@ -182,6 +184,7 @@ class RunSummary:
         weights_sha256: SHA-256 of the final weights.
         mean_accuracy, backward_transfer: ACC in percent and BWT in points; None without tasks.
         epsilon, delta: of client-level differential privacy; None without it.
+        model_epsilon: as of a round.
         stopped: why the run ended before its last round, or "".
         unreadable: number of images that clients and server left out because they cannot be read.
         run: folder of the run.
@@ -201,6 +204,7 @@ class RunSummary:
     mean_accuracy: Number = None
     backward_transfer: Number = None
     epsilon: Epsilon = None
+    model_epsilon: Epsilon = None
     delta: Number = None
     stopped: Text = ""
     unreadable: Count = 0
@@ -215,9 +219,10 @@ QUANTILES = (0, 10, 25, 50, 75, 90, 100)
 """Percentages of `RoundRecord.accuracy_quantiles`; 0 and 100 are the extremes."""
 
 _SPARSE = frozenset((
-    "epsilon", "delta", "by_client", "metrics", "plugins", "task", "task_accuracies", "group_accuracies", "clipped",
-    "largest_clipped", "abandoned", "late", "accuracy_quantiles", "link_seconds", "test_accuracy", "mean_accuracy",
-    "backward_transfer", "stopped", "baseline", "node", "examples", "compressor",
+    "epsilon", "model_epsilon", "delta", "by_client", "metrics", "plugins", "task", "task_accuracies",
+    "group_accuracies", "clipped", "largest_clipped", "abandoned", "late", "accuracy_quantiles", "link_seconds",
+    "test_accuracy", "mean_accuracy", "backward_transfer", "stopped", "baseline", "node", "examples",
+    "compressor",
 ))  # fmt: skip
 """Fields that JSON omits at their default, since most runs do not have them."""
 

@@ -179,6 +179,8 @@ class Settings(BaseModel):
             raise SettingError("plugins", plugin.plugins, "none with noise-multiplier: sums of plugins are not noised")
         if self.privacy.max_epsilon and not self.privacy.noise_multiplier:
             raise SettingError("max-epsilon", self.privacy.max_epsilon, "0 without noise-multiplier")
+        if self.privacy.secret_sampling and not self.privacy.noise_multiplier:
+            raise SettingError("secret-sampling", True, "false without noise-multiplier")
         self._check_aggregator(kinds)
         self._check_ef21()
         if "secure" in kinds and data.clients < MIN_SECURE:

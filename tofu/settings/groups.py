@@ -313,6 +313,10 @@ class PrivacySettings(Group):
         1e-5, "delta of the (epsilon, delta) guarantee; well below one over the number of clients", gt=0, le=0.1
     )
     max_epsilon: float = setting(0.0, "epsilon at which the run stops; 0 is no limit", ge=0)
+    secret_sampling: bool = setting(
+        False,
+        "draw each round's clients from the operating system's generator and record model-epsilon, which holds against those who see the models only",
+    )
 
 
 class ServerSettings(Group):

@@ -7,7 +7,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from dp_accounting import GaussianDpEvent, SelfComposedDpEvent
+from dp_accounting import GaussianDpEvent, NeighboringRelation, SampledWithoutReplacementDpEvent, SelfComposedDpEvent
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 from hypothesis import given, settings
@@ -286,3 +286,51 @@ def test_settings_of_the_account_are_checked() -> None:
         noise_multiplier_for(0.0, 1e-5, 1)
     with pytest.raises(SettingError, match="rounds"):
         noise_multiplier_for(1.0, 1e-5, 0)
+
+
+# Amplification by secret sampling
+
+
+@pytest.mark.parametrize(("sampled", "multiplier", "rounds"), [(100, 1.0, 10), (100, 2.0, 100), (10, 1.0, 1000)])
+def test_secret_sampling_agrees_with_dp_accounting(sampled: int, multiplier: float, rounds: int) -> None:
+    accountant = Accountant(1e-5)
+    for _ in range(rounds):
+        accountant.spend(multiplier, "secure", sampled, 1000)
+    # Neighbors of a fixed sample differ by the update of one client, up to 2 C: multiplier z / 2.
+    event = SampledWithoutReplacementDpEvent(1000, sampled, GaussianDpEvent(multiplier / 2))
+    orders = [float(order) for order in (*range(2, 30), 40, 60)]
+    oracle = RdpAccountant(orders, NeighboringRelation.REPLACE_ONE).compose(event, rounds).get_epsilon(1e-5)
+    assert accountant.model_epsilon == pytest.approx(oracle, rel=0.02)
+    assert accountant.model_epsilon < accountant.epsilon
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 99), st.floats(0.3, 20), st.integers(1, 30))
+def test_secret_sampling_never_costs_and_never_gains_more_than_one_round_shows(sampled, multiplier, rounds) -> None:  # type: ignore[no-untyped-def]
+    accountant, fewer = Accountant(1e-5), Accountant(1e-5)
+    for _ in range(rounds):
+        accountant.spend(multiplier, "secure", sampled, 100)
+        fewer.spend(multiplier, "secure", max(1, sampled - 1), 100)
+    assert 0 <= fewer.model_epsilon <= accountant.model_epsilon <= accountant.epsilon
+    # A client that sends C or zero, with a probability of q: the exact delta of one round, at this epsilon.
+    q, shift, epsilon = sampled / 100, 1 / multiplier, accountant.model_epsilon
+    where = np.linspace(-12, 12 + shift, 40_001)
+    still = stats.norm.pdf(where)
+    moved = (1 - q) * still + q * stats.norm.pdf(where - shift)
+    for one, other in ((moved, still), (still, moved)):
+        assert np.trapezoid(np.maximum(one - math.exp(min(epsilon, 700)) * other, 0), where) <= 1e-5 + 1e-9
+
+
+def test_an_account_with_secret_samples_survives_a_checkpoint() -> None:
+    accountant = Accountant(1e-5)
+    accountant.spend(2.0, "secure", 5, 100)
+    accountant.spend(2.0, "secure")
+    again = Accountant.from_dict(json.loads(json.dumps(accountant.to_dict())))
+    assert again.to_dict() == accountant.to_dict()
+    assert 0 < again.model_epsilon == accountant.model_epsilon <= again.epsilon
+    assert accountant.spend(0.0, "secure", 5, 100) == accountant.model_epsilon == math.inf
+    for sample in ([5], [0, 10], [11, 10], ["x", 10]):
+        with pytest.raises(RunError, match="privacy account"):
+            Accountant.from_dict({"delta": 1e-5, "spent": [["secure", 1.0, 1, *sample]]})
+    with pytest.raises(SettingError, match="sampled=11"):
+        accountant.spend(1.0, "secure", 11, 10)
