@@ -443,6 +443,10 @@ IMAGES: dict[str, Case] = {
         "labels that are numbers in split test and texts in train",
     ),
     "empty_labels": Case(lambda r: numbers(r, [0, 1, None]), Read(("0", "1"), 6, 2, 4)),
+    "empty_labels_first": Case(
+        lambda r: parquet(r / "a.parquet", ("owl", *("cat", "dog") * 4), {"label": [None, *("cat", "dog") * 4]}),
+        Read(train=6, test=2, unreadable=1),
+    ),
     "labels_that_are_not_finite": Case(lambda r: numbers(r, [0.0, 1.0, float("nan")]), Read(("0", "1"), 6, 2, 4)),
     "blank_labels": Case(lambda r: numbers(r, ["0", "1 ", " "]), Read(("0", "1"), 6, 2, 4)),
     "no_labels": Case(lambda r: numbers(r, [None]), "has no labels in column 'label': all cells are empty"),
@@ -536,7 +540,7 @@ TABLES: dict[str, Case] = {
     ),
     **{
         f"unusable_row_{number}": Case(
-            lambda r, row=row: csv(r / "t.csv", "a,b,label", [*animals(), row]), Read(train=10, test=2, unreadable=1)
+            lambda r, row=row: csv(r / "t.csv", "a,b,label", [row, *animals()]), Read(train=10, test=2, unreadable=1)
         )
         for number, row in enumerate(("1,,dog", "1,2,", "1,?,dog", "?,2,dog", "1,inf,dog", "1,1e300,dog", "1,nan,dog"))
     },
