@@ -1,14 +1,16 @@
 """`tofu deploy`: a federation that outlives the command that starts it, a round on it, and an end of all of it."""
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Hashable, Iterator
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -16,6 +18,7 @@ from deploy import control
 from deploy.processes import read_names
 from deploy.state import Process, State
 from tests.processes import NO_TOTAL_LIMIT, files, run, wait_for
+from tofu.cli import main
 from tofu.secagg.identities import read_known
 
 pytestmark = NO_TOTAL_LIMIT
@@ -25,10 +28,18 @@ _QUICK = ("--model=mlp", "--local-epochs=1", "--max-evals=4", "--ratio=40", "--l
 
 
 def deploy(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    """The command, as a user types it."""
-    command = [str(Path(sys.executable).parent / "tofu"), "deploy", *arguments]
-    folders = [Path(given.partition("=")[2]) for given in arguments if given.startswith("--folder=")]
-    return run(command, cpu=False, watch=[folder / name for folder in folders for name in ("nodes.json", "runs")])
+    """The command, as a user types it; all but `up`, which a federation must outlive, in this process."""
+    if arguments[0] == "up":
+        folders = [Path(given.partition("=")[2]) for given in arguments if given.startswith("--folder=")]
+        command = [str(Path(sys.executable).parent / "tofu"), "deploy", *arguments]
+        return run(command, cpu=False, watch=[folder / name for folder in folders for name in ("nodes.json", "runs")])
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["tofu", "deploy", *arguments]),
+        redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended,
+    ):  # fmt: skip
+        main()
+    return subprocess.CompletedProcess(sys.argv, int(ended.value.code or 0), out.getvalue(), err.getvalue())
 
 
 def asked(*arguments: str) -> Any:
@@ -95,8 +106,12 @@ def test_a_proxy_round_goes_round(folder: Path) -> None:
     assert sorted(read_known(folder / "keys" / "identities.json")) == ["0", "1"]
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_is_not_gone_on_with(folder: Path) -> None:
-    """The server app refuses, not this command: all settings are those of that run, its folder's path included."""
+    """The server app refuses, not this command: all settings are those of that run, its folder's path included.
+
+    In the quick tests test_resume.py shows the refusal, and test_tls.py that a server app's error is told.
+    """
     again = deploy("run", f"--folder={folder}", f"--resume={os.path.relpath(folder / 'runs' / 'run-1')}")
     assert again.returncode == 2
     assert "expected a run that has not finished" in again.stderr.splitlines()[-1]

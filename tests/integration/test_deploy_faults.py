@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from client.app import app as client_app
+from deploy.app_folder import write_app
 from deploy.control import CompletedRun
 from deploy.processes import LocalCluster, read_names
 from server.app import serve_in_process
 from server.checkpoint import FOLDER
 from tests.integration.deployed import (
-    REPOSITORY,
     Background,
     assert_of_the_run,
     in_process,
@@ -60,9 +60,12 @@ def settings_of(federation: LocalCluster, folder: Path, **more: object) -> Setti
     return Settings.of(TINY | own | {name.replace("_", "-"): value for name, value in more.items()})
 
 
-def test_secure_rounds_with_identities_equal_one_process(federation: LocalCluster, tmp_path: Path) -> None:
-    settings = settings_of(federation, tmp_path / "remote", rounds=4, switch_round=3)
-    run = run_on(federation, settings.to_config(), REPOSITORY)
+def test_rounds_with_identities_equal_one_process(federation: LocalCluster, tmp_path: Path) -> None:
+    """The same training, to the bit: open rounds with compressed uplink and downlink, then secure rounds."""
+    settings = settings_of(
+        federation, tmp_path / "remote", rounds=4, switch_round=3, downlink="proxy", downlink_ratio=20.0
+    )
+    run = run_on(federation, settings.to_config(), write_app(tmp_path / "app"))
     assert run.completed, run.log
     remote = rows(tmp_path / "remote")
     assert [(row["kind"], row["clients"], row["failures"]) for row in remote] == [
@@ -76,9 +79,30 @@ def test_secure_rounds_with_identities_equal_one_process(federation: LocalCluste
     assert local[-1]["accuracy"] > 0.3
     ends = [(tmp_path / name / "weights.safetensors").read_bytes() for name in ("remote", "local")]
     assert ends[0] == ends[1]
+    ledgers = [rows(tmp_path / name, "ledger") for name in ("remote", "local")]
     # The signatures were asked for: train, share, confirm and reveal.
-    sent = [row for row in rows(tmp_path / "remote", "ledger") if (row["round"], row["direction"]) == (4, "uplink")]
-    assert len(sent) == 4 * 3
+    assert len([row for row in ledgers[0] if (row["round"], row["direction"]) == (4, "uplink")]) == 4 * 3
+    sent = {
+        round_: max(
+            row.get("payload_bytes", 0)
+            for row in ledgers[0]
+            if (row["round"], row["direction"]) == (round_, "downlink") and row["kind"] != "hello"
+        )
+        for round_ in (1, 2, 3)
+    }
+    assert sent[1] == 0  # every node builds the initial model itself
+    assert all(0 < sent[round_] <= len(ends[0]) / 20 for round_ in (2, 3))
+    # In open rounds messages differ by ids and identities, the updates in them do not.
+    payloads = [
+        sorted(
+            (row["round"], row["client"], row.get("payload_bytes", 0))
+            for row in ledger
+            if row["direction"] == "uplink" and row["round"] in (1, 2)
+        )
+        for ledger in ledgers
+    ]
+    assert payloads[0] == payloads[1]
+    assert run.traffic_bytes >= sum(row["bytes"] for row in ledgers[0] if row["direction"] == "uplink")
 
 
 def test_nodes_that_misbehave_are_left_out_and_named(
