@@ -224,7 +224,9 @@ class RoundRunner:
             model.downlink.begin(round_, whole=kind == "fedavg")
         result.step_explained_variance = self.models[0].downlink.explained_variance
         if self.account is not None:  # before clients are asked: what they send is spent, even if this process dies
-            drawn = (len(asked), len(connected)) if settings.privacy.secret_sampling else ()
+            available = [len(self._members(connected, group)) for group in range(len(self.models))]
+            secret = settings.privacy.secret_sampling
+            drawn = largest_fraction([len(clients) for clients in sampled], available) if secret else ()
             self.account.spend(settings.privacy.noise_multiplier, kind, *drawn)
             self.on_spend(self.account)
         groups = [(model, clients) for model, clients in zip(self.models, sampled, strict=True) if clients]
@@ -289,6 +291,9 @@ class RoundRunner:
         if sums:
             self.plugins.reduce(sums, sum(collected.examples for collected in rounds))
 
+    def _members(self, clients: list[Client], group: int) -> list[Client]:
+        return [client for client in clients if len(self.models) == 1 or self.plugins.group_of(client.name) == group]
+
     def _sample(self, clients: list[Client], round_: int, *, secure: bool) -> list[list[Client]]:
         """The clients of each group that are asked in this round: a function of seed, round and connected clients.
 
@@ -298,7 +303,7 @@ class RoundRunner:
         minimum = max(settings.server.min_clients // groups, MIN_SECURE if secure else 1)
         sampled = []
         for group in range(groups):
-            own = [client for client in clients if groups == 1 or self.plugins.group_of(client.name) == group]
+            own = self._members(clients, group)
             count = max(minimum, round(settings.server.client_fraction * len(own)))
             count = math.ceil(count * settings.server.over_sampling - 1e-9)
             if count < len(own) and settings.privacy.secret_sampling:
@@ -374,3 +379,14 @@ def _merged(first: SecureMean, second: SecureMean) -> SecureMean:
         clipped=first.clipped + second.clipped,
         largest_clipped=max(first.largest_clipped, second.largest_clipped),
     )
+
+
+def largest_fraction(sampled: Sequence[int], available: Sequence[int]) -> tuple[int, int]:
+    """(sampled, available) of the group that the largest fraction was drawn from: its clients have the least privacy.
+
+    Args:
+        sampled: number of clients that were drawn in each group, with one or more in all.
+        available: number of clients that they were drawn from, in each group.
+    """
+    drawn = [(count, of) for count, of in zip(sampled, available, strict=True) if count]
+    return max(drawn, key=lambda pair: pair[0] / pair[1])

@@ -16,7 +16,7 @@ from client.state import load_state
 from deploy.identities import make_identities
 from server.checkpoint import Snapshot
 from server.ledger import Ledger
-from server.runner import RoundRunner
+from server.runner import RoundRunner, largest_fraction
 from tests.server.memory import FIRST_NODE, MemoryTransport
 from tofu.compression.error_feedback import ErrorFeedback
 from tofu.data import FederatedData
@@ -63,6 +63,11 @@ def test_secret_samples_do_not_follow_from_the_seed_and_are_accounted() -> None:
     rounds(runner, 1)
     assert runner.account is not None
     assert runner.account.to_dict()["spent"] == [["proxy", 4.0, 1, 6, 24]]
+
+
+def test_the_account_is_that_of_the_group_with_the_largest_fraction() -> None:
+    """Of two clients one is drawn, however many there are in other groups: the fraction of all would promise more."""
+    assert largest_fraction([1, 10, 0], [2, 100, 5]) == (1, 2)
 
 
 def rounds(runner: RoundRunner, *numbers: int) -> list[Any]:

@@ -444,7 +444,7 @@ run_in_process(server, client, run_config={}, num_supernodes=3)
 
 def test_ctrl_c_ends_the_process_while_clients_train_for_ever() -> None:
     with subprocess.Popen(
-        [sys.executable, "-c", _ENDLESS],
+        [sys.executable, "-X", "faulthandler", "-c", _ENDLESS],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -455,7 +455,11 @@ def test_ctrl_c_ends_the_process_while_clients_train_for_ever() -> None:
             assert process.stdout is not None
             assert process.stdout.readline() == "started\n"
             process.send_signal(signal.SIGINT)
-            wait_for(lambda: process.poll() is not None)  # the clients' loops have no end of their own
+            try:
+                wait_for(lambda: process.poll() is not None)  # the clients' loops have no end of their own
+            except AssertionError:
+                process.send_signal(signal.SIGABRT)  # faulthandler then writes what each thread was doing
+                raise AssertionError(process.communicate()[1]) from None
             assert process.stderr is not None
             errors = process.stderr.read()
         finally:
