@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import typer
 
+from tofu.files import replace_file
+
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("tofu-fl", "flwr", "torch", "torchvision", "numpy")
 
@@ -31,6 +33,19 @@ def hide_broken_torchaudio() -> None:
         sys.modules["torchaudio"] = None  # type: ignore[assignment]
 
 
+def run_command(main: Callable[..., None]) -> None:
+    """Run a benchmark's function as a command, its parameters as options; an error prints Python's plain traceback."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    app()
+
+
+def command_line(benchmark: str) -> str:
+    """The command of this process; of an absolute path, which only this machine has, the last part remains."""
+    arguments = (f"FOLDER/{Path(part).name}" if Path(part).is_absolute() else part for part in sys.argv[1:])
+    return " ".join(["python -m", f"benchmarks.{benchmark}", *arguments])
+
+
 def versions(command: str) -> dict[str, object]:
     """Where results come from: the command, the versions of what it used, the machine."""
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
@@ -47,12 +62,12 @@ def write_results(
 ) -> Path:
     """Write benchmarks/results/NAME.json: the command, versions, settings (with seeds) and rows."""
     path = RESULTS / f"{name}.json"
-    document = versions(f"python -m benchmarks.{script or name} {' '.join(sys.argv[1:])}".strip()) | {
+    document = versions(command_line(script or name)) | {
         "settings": dict(settings),
         "rows": [dict(row) for row in rows],
     }
     RESULTS.mkdir(exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    replace_file(path, (json.dumps(document, indent=1) + "\n").encode())
     return path
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.coding.__main__ import where_bytes_go
-from benchmarks.common import RESULTS, markdown_table, spread
+from benchmarks.common import RESULTS, markdown_table, run_command, spread
 from benchmarks.error_feedback.__main__ import SEEDS, TASKS, TUNING_SEED, table
 from benchmarks.plugins.tables import PLUGIN_TABLES
 from tofu.formatting import format_bytes
@@ -227,4 +227,4 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

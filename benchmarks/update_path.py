@@ -20,6 +20,8 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.common import run_command
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("tofu", "client", "server", "attacks", "deploy")
 ROUND = 2
@@ -80,4 +82,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -16,7 +16,7 @@ import typer
 from attacks.evaluate import SCENARIO_FIELDS, AttackEvaluation, evaluate, summarize, verdicts
 from attacks.report import print_tables, write_report
 from benchmarks.attacks.membership import membership_rows, print_membership
-from benchmarks.common import RESULTS, find_data, write_results
+from benchmarks.common import RESULTS, find_data, run_command, write_results
 
 HOUR = 3600.0
 FULL_MESSAGES = (
@@ -121,4 +121,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

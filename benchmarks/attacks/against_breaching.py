@@ -27,7 +27,7 @@ from attacks.messages import local_round, observe, parse_message
 from attacks.metrics import score
 from attacks.observation import Observation
 from attacks.trials import OTHERS, Scenario, drawn_clients, open_clients, trained_network
-from benchmarks.common import find_data, print_table, spread, write_results
+from benchmarks.common import find_data, print_table, run_command, spread, write_results
 from tofu.data import to_float
 from tofu.rng import derive_generator
 from tofu.training import LocalTrainingConfig
@@ -104,4 +104,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

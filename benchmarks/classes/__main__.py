@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import typer
 
-from benchmarks.common import find_data, print_table, spread, write_results
+from benchmarks.common import find_data, print_table, run_command, spread, write_results
 from tofu.codec.correction import slots_length, strata_of
 from tofu.compression import uplink_compressor
 from tofu.compression.coding import positions_length
@@ -117,4 +116,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.common import find_data, joined, print_table, several, spread, write_results
+from benchmarks.common import find_data, joined, print_table, run_command, several, spread, write_results
 from tofu.codec.compressor import ProxyCompressor
 from tofu.codec.options import CompressorOptions, ProxySettings, paper_settings
 from tofu.compression.error_feedback import ErrorFeedback
@@ -221,4 +221,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -18,7 +18,7 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.common import RESULTS, find_data, joined, print_table, several, versions
+from benchmarks.common import RESULTS, find_data, joined, print_table, run_command, several, versions
 from benchmarks.rivals.__main__ import COMPARISONS, FEDERATION
 from tofu.codec import correction
 from tofu.codec.correction import Strata, read_correction, slots_length, strata_of, write_correction
@@ -194,4 +194,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.common import RESULTS, find_data, print_table, spread, versions
+from benchmarks.common import RESULTS, find_data, print_table, run_command, spread, versions
 from benchmarks.error_feedback.figure import draw
 from benchmarks.rivals.__main__ import COMPARISONS, FEDERATION
 from client.app import app as client_app
@@ -225,4 +225,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.common import RESULTS, find_data, print_table, spread, write_results
+from benchmarks.common import RESULTS, find_data, print_table, run_command, spread, write_results
 from benchmarks.federated.figure import draw
 from client.app import app as client_app
 from server.app import serve_in_process
@@ -150,4 +150,4 @@ def print_case(rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.common import RESULTS, joined, print_table, several, spread, versions
+from benchmarks.common import RESULTS, joined, print_table, run_command, several, spread, versions
 from benchmarks.flower_apps.apps import APPS
 from tofu.files import replace_file
 
@@ -99,4 +99,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

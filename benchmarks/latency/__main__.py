@@ -15,9 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import typer
-
-from benchmarks.common import print_table, spread, write_results
+from benchmarks.common import print_table, run_command, spread, write_results
 from deploy.processes import LocalCluster
 
 _NODES = 2
@@ -124,4 +122,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -18,7 +18,16 @@ import typer
 from torch import nn
 
 import tofu
-from benchmarks.common import RESULTS, hide_broken_torchaudio, joined, print_table, several, spread, versions
+from benchmarks.common import (
+    RESULTS,
+    hide_broken_torchaudio,
+    joined,
+    print_table,
+    run_command,
+    several,
+    spread,
+    versions,
+)
 from benchmarks.models.kinds import KINDS, train
 from tofu.files import replace_file
 from tofu.weights import Weights, difference, explained_variance, layout_of, weights_of
@@ -117,4 +126,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -4,7 +4,7 @@ import importlib
 import sys
 from pathlib import Path
 
-import typer
+from benchmarks.common import run_command
 
 
 def main() -> None:
@@ -13,7 +13,7 @@ def main() -> None:
     sys.argv[1:2] = [name.replace("-", "_") for name in sys.argv[1:2]]
     if len(sys.argv) < 2 or sys.argv[1] not in names:
         raise SystemExit(f"error: expected one of {', '.join(names)}")
-    typer.run(importlib.import_module(f"benchmarks.plugins.{sys.argv.pop(1)}").main)
+    run_command(importlib.import_module(f"benchmarks.plugins.{sys.argv.pop(1)}").main)
 
 
 if __name__ == "__main__":

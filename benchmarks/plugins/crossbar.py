@@ -17,7 +17,6 @@ import copy
 import json
 import math
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -32,7 +31,7 @@ import typer
 from torch import Tensor, nn
 
 import tofu
-from benchmarks.common import RESULTS, find_data, print_table, spread, versions
+from benchmarks.common import RESULTS, find_data, print_table, run_command, spread, write_results
 from benchmarks.plugins.gpm import occupancy_picture
 from client.plugins.crossbar import CrossbarPruning
 from client.plugins.crossbar_tiles import (
@@ -330,6 +329,8 @@ def main(
     """Crossbar-aware pruning: the energy of analog-to-digital converters at equal sparsity; masks in a run."""
     options = SimpleNamespace(**locals())
     torch.set_num_threads(1)
+    if options.checkpoints:
+        options.checkpoints.mkdir(parents=True, exist_ok=True)
     part, name = options.part, options.name or options.part
     if part in CASES:
         changes = {f: getattr(options, f) for f in ("images", "rounds", "tuning", "strength", "lr")}
@@ -340,11 +341,10 @@ def main(
     path = RESULTS / f"plugins-crossbar-{name}.json"
     kept = json.loads(path.read_text()) if path.is_file() else {}
     rows: list[Row] = kept["rows"] if kept.get("settings") == settings else []
-    command = " ".join(["python -m benchmarks.plugins crossbar", *sys.argv[1:]])
 
     def add(row: Row) -> None:
         rows.append(row)
-        path.write_text(json.dumps(versions(command) | {"settings": settings, "rows": rows}, indent=1) + "\n")
+        write_results(path.stem, settings=settings, rows=rows, script="plugins crossbar")
         print(f"{name}, seed {row['seed']}: {row['what']} done, accuracy {row['accuracy']:.4f}", flush=True)
 
     for seed in range(options.seeds):
@@ -360,4 +360,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

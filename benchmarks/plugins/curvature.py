@@ -13,7 +13,6 @@ Seeds that the JSON already holds with the same settings are not run again.
 import itertools
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -23,9 +22,10 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import RESULTS, find_data, joined, print_table, several, spread, versions
+from benchmarks.common import RESULTS, command_line, find_data, joined, print_table, several, spread, versions
 from client.plugins.curvature import SCORES, LossCurvature
 from tofu.data import LabeledImages, open_data, to_float
+from tofu.files import replace_file
 from tofu.models import build_model
 from tofu.plugins import NO_PLUGINS, RoundContext, make_plugins
 from tofu.rng import derive_generator
@@ -272,13 +272,13 @@ def main(
     path = RESULTS / "plugins-curvature.json"
     saved = json.loads(path.read_text()) if path.is_file() else {"rows": {}}
     rows: dict[str, Row] = saved["rows"]
+    command = command_line("plugins curvature")
     for name, settings, measure in tasks(args):
         if name in rows and rows[name]["settings"] == json.loads(json.dumps(settings)):
             continue
         began = time.perf_counter()
-        command = f"python -m benchmarks.plugins curvature {' '.join(sys.argv[1:])}".strip()
         rows[name] = {"command": command, "settings": settings} | measure()
         print(f"{name}: {time.perf_counter() - began:.1f} s {json.dumps(rows[name])}", flush=True)
         note = {"note": saved["note"]} if "note" in saved else {}
-        path.write_text(json.dumps(versions(command) | note | {"rows": rows}, indent=1) + "\n")
+        replace_file(path, (json.dumps(versions(command) | note | {"rows": rows}, indent=1) + "\n").encode())
     report(rows)

@@ -12,8 +12,6 @@ each with the images as they are and three permutations of its own, so that sixt
 """
 
 import itertools
-import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -25,7 +23,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from benchmarks.common import RESULTS, find_data, print_table, spread, versions
+from benchmarks.common import RESULTS, find_data, print_table, run_command, spread, write_results
 from tofu.data import ImageShape, LabeledImages, open_data
 from tofu.evaluation import evaluate
 from tofu.models import build_model
@@ -263,7 +261,6 @@ def main(
 ) -> None:
     """Gradient projection memory on permuted MNIST, in the setting of Saha et al. (ICLR 2021), table 1."""
     options = SimpleNamespace(**locals())
-    command = " ".join(["python -m benchmarks.plugins gpm", *sys.argv[1:]])
     torch.set_num_threads(1)
     if federated:
         name = name or f"plugins-gpm-federated-{federated}"
@@ -277,9 +274,7 @@ def main(
     for seed in range(seeds):
         for method in chosen_methods:
             rows.append(one_federation(federated, method, seed) if federated else one_run(method, seed, options))
-            document = versions(command) | {"settings": settings, "rows": rows}
-            RESULTS.mkdir(exist_ok=True)
-            (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
+            write_results(name, settings=settings, rows=rows, script="plugins gpm")
     if not federated:
         draw(rows[-1], RESULTS / f"{name}.svg")
     table = []
@@ -290,4 +285,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

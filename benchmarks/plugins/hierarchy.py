@@ -15,7 +15,6 @@ Seeds that the JSON already holds with the same settings are not run again.
 import json
 import math
 import statistics
-import sys
 import time
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -24,7 +23,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from benchmarks.common import RESULTS, find_data, print_table, spread, versions
+from benchmarks.common import RESULTS, find_data, print_table, run_command, spread, write_results
 from client.plugins.label_tree import TREES, LabelTree
 from client.plugins.tree_metrics import GraphDistance, HierarchicalF
 from tofu.data import LabeledImages, open_data, to_float
@@ -129,7 +128,6 @@ def main(
 ) -> None:
     """Hierarchical labels under a subpopulation shift: flat, branched and conditional networks on CIFAR-10's tree."""
     options = SimpleNamespace(**locals())
-    command = " ".join(["python -m benchmarks.plugins hierarchy", *sys.argv[1:]])
     settings = {name: value for name, value in vars(options).items() if name not in ("data", "seeds")}
     options.data = options.data or find_data("cifar10", "uoft-cs/cifar10")
     torch.set_num_threads(1)
@@ -140,9 +138,9 @@ def main(
         if any(row["seed"] == seed for row in rows):
             continue
         rows.append(one_seed(seed, options))
-        path.write_text(json.dumps(versions(command) | {"settings": settings, "rows": rows}, indent=1) + "\n")
+        write_results(path.stem, settings=settings, rows=rows, script="plugins hierarchy")
     summary(rows)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

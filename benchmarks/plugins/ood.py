@@ -13,7 +13,6 @@ already holds, with the same settings, are not run again.
 
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
-from benchmarks.common import RESULTS, find_data, print_table, spread, versions
+from benchmarks.common import RESULTS, find_data, print_table, run_command, spread, write_results
 from client.plugins.ood import OutOfDistribution, WiderHead
 from tofu.data import LabeledImages, open_data, to_float
 from tofu.models import build_model
@@ -305,7 +304,6 @@ def main(
     """Out-of-distribution detection: the plugin `ood` against detectors of pytorch-ood on a plain network."""
     options = SimpleNamespace(**locals())
     torch.set_num_threads(1)
-    command = " ".join(["python -m benchmarks.plugins.ood", *sys.argv[1:]])
     settings = {"rounds": options.rounds, "images": options.images, "test_images": options.test_images,
                 "clients": CLIENTS, "seeds": list(range(options.seeds))}  # fmt: skip
     path = RESULTS / "plugins-ood.json"
@@ -316,11 +314,10 @@ def main(
             if any(row["seed"] == seed and row["case"] == ("near" if near else "far") for row in rows):
                 continue
             rows += one_seed(seed, options, near=near)
-            document = versions(command) | {"settings": settings, "rows": rows}
-            path.write_text(json.dumps(document, indent=1) + "\n")
+            write_results(path.stem, settings=settings, rows=rows, script="plugins ood")
             print(f"seed {seed}, {'near' if near else 'far'}: done", flush=True)
     summary(rows)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -12,7 +12,6 @@ Seeds that the JSON already holds, with the same settings, are not run again.
 
 import copy
 import json
-import sys
 import time
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -23,7 +22,17 @@ import typer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from benchmarks.common import RESULTS, find_data, joined, print_table, several, spread, versions
+from benchmarks.common import (
+    RESULTS,
+    command_line,
+    find_data,
+    joined,
+    print_table,
+    run_command,
+    several,
+    spread,
+    versions,
+)
 from client.plugins.spatio_temporal import Quantized, SpatioTemporalPruning, spikes_per_layer
 from client.plugins.spiking_energy import dense_microjoules, microjoules, operations
 from tofu.data import ImageShape, LabeledImages, open_data, to_float
@@ -235,7 +244,6 @@ def main(
     """Narrow, fast and coarse spiking networks: the plugin `spatio-temporal`, on one node."""
     options = SimpleNamespace(**locals())
     hub = {"mnist": "ylecun/mnist", "cifar10": "uoft-cs/cifar10"}
-    command = " ".join(["python -m benchmarks.plugins spatio-temporal", *sys.argv[1:]])
     settings = {name: value for name, value in vars(options).items() if name not in ("data", "seeds")}
     options.data = options.data or find_data(options.name, hub[options.name])
     torch.set_num_threads(1)
@@ -246,10 +254,15 @@ def main(
         if any(row["seed"] == seed for row in rows):
             continue
         rows.append(one_seed(seed, options))
-        path.write_text(json.dumps(versions(command) | {"settings": settings, "rows": rows}, indent=1) + "\n")
+        path.write_text(
+            json.dumps(
+                versions(command_line("plugins spatio-temporal")) | {"settings": settings, "rows": rows}, indent=1
+            )
+            + "\n"
+        )
         print(f"seed {seed}: done after {rows[-1]['seconds']:.0f} s", flush=True)
     summary(rows, options)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -10,9 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
-from benchmarks.common import joined, print_table, several, spread, write_results
+from benchmarks.common import joined, print_table, run_command, several, spread, write_results
 from client.app import app as client_app
 from server.app import serve_in_process
 from tofu.settings import Settings
@@ -74,4 +72,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

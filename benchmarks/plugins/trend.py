@@ -12,7 +12,6 @@ again.
 
 import itertools
 import json
-import sys
 import time
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -22,7 +21,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from benchmarks.common import RESULTS, find_data, joined, print_table, several, spread, versions
+from benchmarks.common import RESULTS, find_data, joined, print_table, run_command, several, spread, write_results
 from benchmarks.plugins.dorefa import quantize_activations, quantize_weights
 from client.plugins.transferability import (
     ATTACKS,
@@ -195,7 +194,6 @@ def main(
     """Transfer of attacks between models with quantized inputs, and robustness of their ensembles."""
     options = SimpleNamespace(**locals())
     hub = {"mnist": "ylecun/mnist", "cifar10": "uoft-cs/cifar10"}
-    command = " ".join(["python -m benchmarks.plugins trend", *sys.argv[1:]])
     if options.epsilons and options.epsilon not in options.epsilons:
         raise typer.BadParameter(f"--epsilons must contain --epsilon, {options.epsilon:g}")
     if not set(options.candidates or ()) <= set(options.members):
@@ -212,10 +210,10 @@ def main(
         if any(row["seed"] == seed for row in rows):
             continue
         rows.append(one_seed(seed, options))
-        path.write_text(json.dumps(versions(command) | {"settings": settings, "rows": rows}, indent=1) + "\n")
+        write_results(path.stem, settings=settings, rows=rows, script="plugins trend")
         print(f"seed {seed}: done after {rows[-1]['seconds']:.0f} s", flush=True)
     summary(rows)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -14,7 +14,6 @@ import copy
 import json
 import math
 import statistics
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
@@ -25,7 +24,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from benchmarks.common import RESULTS, find_data, joined, print_table, several, spread, versions
+from benchmarks.common import RESULTS, find_data, joined, print_table, run_command, several, spread, write_results
 from client.plugins.utilized_rank import LayerRank, UtilizedRank
 from tofu.codec.compressor import ProxyCompressor
 from tofu.codec.options import CompressorOptions, ProxySettings
@@ -277,7 +276,6 @@ def main(
     """Compression to the utilized rank: what is left to send, and what it costs in accuracy."""
     options = SimpleNamespace(**locals())
     torch.set_num_threads(1)
-    command = " ".join(["python -m benchmarks.plugins.utilized_rank", *sys.argv[1:]])
     settings = {
         "clients": CLIENTS,
         "fine_tuning_rounds": FINE_TUNING,
@@ -295,8 +293,7 @@ def main(
                 continue
             new, picture = one_seed(case, seed, options)
             rows += new
-            document = versions(command) | {"settings": settings, "rows": rows}
-            path.write_text(json.dumps(document, indent=1) + "\n")
+            write_results(path.stem, settings=settings, rows=rows, script="plugins utilized-rank")
             if seed == 0:
                 (RESULTS / f"{options.name}-{case}.svg").write_text(picture)
             print(f"{case}, seed {seed}: done", flush=True)
@@ -304,4 +301,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.common import RESULTS, find_data, versions
+from benchmarks.common import RESULTS, command_line, find_data, run_command, versions
 from benchmarks.rivals.processes import run_at_a_time
 from client.app import app as client_app
 from server.comparison import run_comparison
@@ -117,7 +117,7 @@ def main(
             compare = partial(Comparison.of, shared, folder=folder, **arguments)
             made = with_kept(compare, made, json.loads(result.read_text()))
         made["settings"]["dataset"] = hub
-        made |= versions(" ".join(["python -m benchmarks.rivals", *sys.argv[1:]]))
+        made |= versions(command_line("rivals"))
         result.write_text(json.dumps(made, indent=1) + "\n")
         result.with_suffix(".svg").write_text(render_figure(made))
         print(f"\n## {name}\n\n{markdown(made)}")
@@ -160,4 +160,4 @@ def with_kept(compare: Callable[..., Comparison], made: Row, last: Row) -> Row:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -18,7 +18,7 @@ import typer
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from benchmarks.common import joined, print_table, several, write_results
+from benchmarks.common import joined, print_table, run_command, several, write_results
 from server.ledger import Ledger
 from server.runner import RoundRunner
 from tofu.compression import uplink_compressor
@@ -165,4 +165,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

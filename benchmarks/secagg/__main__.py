@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import typer
 
-from benchmarks.common import joined, print_table, several, spread, write_results
+from benchmarks.common import joined, print_table, run_command, several, spread, write_results
 from benchmarks.secagg import flower, ours
 from benchmarks.secagg.cost import Case, Cost, sampled, update_of, wire_bytes
 from tofu.secagg.graph import choose_topology
@@ -120,4 +120,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

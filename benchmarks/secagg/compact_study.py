@@ -20,10 +20,9 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import torch.nn.functional as functional
-import typer
 from torch import Tensor, nn
 
-from benchmarks.common import RESULTS, find_data, joined, print_table, several, spread, versions
+from benchmarks.common import RESULTS, find_data, joined, print_table, run_command, several, spread, versions
 from server.secure_ranges import UpdateScaleTracker
 from tofu.compression.hadamard import pieces, random_signs, rotate, rotate_back
 from tofu.data import LabeledImages, open_data, to_float
@@ -304,4 +303,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

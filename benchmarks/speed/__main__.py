@@ -10,9 +10,8 @@ import time
 from typing import Any
 
 import torch
-import typer
 
-from benchmarks.common import find_data, print_table, spread, write_results
+from benchmarks.common import find_data, print_table, run_command, spread, write_results
 from tofu.compression import uplink_compressor
 from tofu.data import open_data
 from tofu.models import build_model
@@ -100,4 +99,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

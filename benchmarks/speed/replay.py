@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.common import find_data, joined, several, spread, write_results
+from benchmarks.common import find_data, joined, run_command, several, spread, write_results
 from tofu.compression import uplink_compressor
 from tofu.compression.error_feedback import ErrorFeedback
 from tofu.data import LabeledImages, open_data
@@ -178,4 +178,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)
