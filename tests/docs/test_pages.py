@@ -37,3 +37,10 @@ def test_commands_exist(page: Path) -> None:
     for module in re.findall(r"python -m ((?:attacks|benchmarks|deploy|tofu)(?:\.[a-z]\w*)*)", text):
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").exists() or path.is_dir(), module
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_lines_are_at_most_120_characters_long(page: Path) -> None:
+    """All but those of tables."""
+    lines = enumerate(page.read_text(encoding="utf-8").splitlines(), start=1)
+    assert [number for number, line in lines if len(line) > 120 and not line.lstrip().startswith("|")] == []
