@@ -1,4 +1,4 @@
-"""Rules for the whole source tree: unique class names, and short functions where the method is implemented."""
+"""Rules for the whole source tree: unique class names and short functions."""
 
 import ast
 from collections import defaultdict
@@ -7,8 +7,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("tofu", "client", "server", "attacks", "deploy")
-SHORT_FUNCTIONS = ("client", "server", "tofu/codec")
 MAX_LINES = 60
+LONG_FOR_NOW = {"tofu/cli/attack.py:attack": 71, "tofu/cli/plan.py:plan": 61, "deploy/background.py:up": 72}
+"""Functions that are still longer, with their length, which must not grow."""
 
 
 def definitions(*folders: str) -> Iterator[tuple[str, ast.AST]]:
@@ -31,8 +32,9 @@ def test_no_two_classes_share_a_name() -> None:
 def test_functions_are_short() -> None:
     too_long = {
         f"{path}:{node.name}": lines
-        for path, node in definitions(*SHORT_FUNCTIONS)
+        for path, node in definitions(*PACKAGES)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        and (lines := (node.end_lineno or node.lineno) - node.lineno + 1) > MAX_LINES
+        and (lines := (node.end_lineno or node.lineno) - node.lineno + 1)
+        > LONG_FOR_NOW.get(f"{path}:{node.name}", MAX_LINES)
     }
     assert not too_long

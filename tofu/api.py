@@ -21,6 +21,7 @@ import json
 import math
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -45,10 +46,11 @@ from tofu.weights import Weights, base_fingerprint, copy_model
 from tofu.wire import HEADER_BYTES, Payload, read_payload
 
 _MAGIC, _VERSION = b"TOFE", 2
-_HEADER = struct.Struct("<4sBdBB")
+_FIXED = struct.Struct("<4sBdBB")
 _LENGTHS = struct.Struct("<BH")
 _MIN_RATIO, _MAX_VALUES = 0.1, 1 << 26
 _FORWARD, _LOSS = 1, 2
+_PROXY_OPTIONS = CompressorOptions(correction=0.4, encoder=ProxySettings(bits=4, warm_start=False))
 
 
 def encode(
@@ -65,71 +67,47 @@ def encode(
     initial: Mapping[str, Tensor] | None = None,
     seed: int = 0,
 ) -> bytes:
-    """Compress one update of a model; `decode` reverses it for whoever has the model at the same weights.
+    """Compress one update of a model to a message, which `decode` reverses for the same model at the same weights.
 
     Args:
-        model: the model at the weights that the update is relative to. It is not changed. Only its trainable
-            parameters and its buffers are encoded.
-        update: new minus old weights: name -> float tensor for every trainable parameter, and optionally for buffers
-            (buffers that are missing count as unchanged).
-        input_shape: shape of one example, without the batch: (features,), (channels, length), (channels, height,
-            width), (channels, depth, height, width), or a tuple of such shapes for several inputs.
+        model: the model at the weights that the update is relative to. It is not changed.
+        update: new minus old weights: name -> float tensor for every trainable parameter. Buffers are optional.
+        input_shape: shape of one example, without the batch, such as (features,) or (channels, height, width); or a
+            tuple of such shapes for several inputs.
         forward: forward(model, *inputs) -> outputs, if the model cannot simply be called with floating-point inputs.
             `tofu.at_embedding` makes one for models of token ids.
-        loss: loss(outputs, targets) -> scalar, for outputs of so many values that a free target of their shape costs
-            too many bytes; by default no loss of your own is needed, whatever the model was trained with.
+        loss: loss(outputs, targets) -> scalar, if the outputs have so many values that a free target costs too much.
         target_shape: shape of one example's target in `loss`.
-        ratio: float32 bytes of the update over bytes of the payload. The message's own header adds about 30 bytes.
+        ratio: float32 bytes of the update over bytes of the payload; the message has about 30 bytes more.
         compressor: a registered name (proxy, sparse, stc, topk, ...) or `package.module:Class`. By default `proxy`, or
-            `sparse` where no input shape is given, or the model takes integers and there is no `forward`.
+            `sparse` if there is no input shape, or the model takes integers and there is no `forward`.
         options: options of the compressor; by default the proxy codec with a correction of 0.4.
-        initial: trainable parameters that both ends know from earlier, such as the model's initial weights. The
-            correction's positions take fewer bits with them. `decode` needs the same.
+        initial: trainable parameters that both ends know, such as the initial weights; they make the message shorter.
         seed: seed of the compressor's random numbers.
 
-    Returns:
-        The message.
-
     Raises:
-        SettingError: an argument cannot be used, for example a ratio out of reach for this model.
+        SettingError: an argument cannot be used, for example a ratio that this model cannot reach.
         RunError: the update holds a value that is not finite.
 
     Example:
         >>> import torch, tofu
-        >>> _ = torch.manual_seed(0)
-        >>> layers = torch.nn.Flatten(), torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10)
-        >>> model = torch.nn.Sequential(*layers)
-        >>> images, labels = torch.randn(32, 1, 8, 8), torch.randint(0, 10, (32,))
-        >>> loss = torch.nn.functional.cross_entropy(model(images), labels)
-        >>> names = [name for name, _ in model.named_parameters()]
-        >>> gradients = torch.autograd.grad(loss, list(model.parameters()))
-        >>> update = {name: -0.1 * gradient for name, gradient in zip(names, gradients)}
-        >>> message = tofu.encode(model, update, input_shape=(1, 8, 8), ratio=30)
-        >>> 4 * sum(p.numel() for p in model.parameters()) // len(message)
-        28
-        >>> decoded = tofu.decode(model, message)
-        >>> from tofu.weights import cosine
-        >>> cosine(update, decoded) > 0.7
-        True
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+        >>> update = {name: 0.01 * torch.randn(p.shape) for name, p in model.named_parameters()}
+        >>> message = tofu.encode(model, update, input_shape=(1, 8, 8), ratio=10)
+        >>> tofu.decode(model, message)["1.weight"].shape
+        torch.Size([10, 64])
     """
     compressor = compressor and present_value("compressor", compressor)
     name, call = resolve_compressor(
         compressor, model, input_shape, forward=forward, loss=loss, target_shape=target_shape
-    )  # fmt: skip
-    if options is None:
-        encoder = ProxySettings(bits=4, warm_start=False)
-        options = CompressorOptions(correction=0.4, encoder=encoder) if name == "proxy" else DEFAULTS
+    )
+    options = options or (_PROXY_OPTIONS if name == "proxy" else DEFAULTS)
     reference = _reference(model, call, initial)
     made = make_compressor(name, reference, ratio=ratio, options=options)
-    compressed = made.compress(
-        reference, _complete(reference, update), generator=torch.Generator().manual_seed(seed)
-    )  # fmt: skip
-    text = _options_to_bytes(options)
-    given = _FORWARD * (forward is not None) | _LOSS * (loss is not None)
-    header = _HEADER.pack(_MAGIC, _VERSION, ratio, given, len(call.inputs))
-    header += b"".join(struct.pack(f"<B{len(shape)}I", len(shape), *shape) for shape in (*call.inputs, call.target))
-    header += _LENGTHS.pack(len(name.encode()), len(text)) + name.encode() + text
-    return header + Payload(made.code, 0, base_fingerprint(reference.model), compressed.body).to_bytes()
+    generator = torch.Generator().manual_seed(seed)
+    body = made.compress(reference, _complete(reference, update), generator=generator).body
+    header = _Header(ratio, forward is not None, loss is not None, call.inputs, call.target, name, options)
+    return header.to_bytes() + Payload(made.code, 0, base_fingerprint(reference.model), body).to_bytes()
 
 
 def decode(
@@ -142,63 +120,90 @@ def decode(
     compressor: str | None = None,
     initial: Mapping[str, Tensor] | None = None,
 ) -> Weights:
-    """Decode a message of `encode` to the update that it stands for.
+    """Decode a message of `encode`.
 
     Args:
         model: the model at the weights that it was encoded for. It is not changed.
         message: bytes of `encode`. They are checked. Give `input_shape` as well if they come from an untrusted sender,
             because the memory that decoding takes grows with it.
         input_shape: the input shape that the message must have been encoded with; by default any.
-        forward: as for `encode`.
-        loss: as for `encode`.
+        forward, loss, initial: as for `encode`.
         compressor: the compressor that the message must have been written by. It is required for one that is not
             registered, because a message must not choose which code is imported.
-        initial: as for `encode`.
 
     Returns:
-        name -> float32 tensor for all trainable parameters and buffers.
+        The decoded update: name -> float32 tensor for all trainable parameters and buffers.
 
     Raises:
         PayloadError: the bytes are not such a message, or were encoded for other weights.
-
-    Example:
-        See `tofu.encode`.
     """
-    reader = ByteReader(message, "message", min_bytes=_HEADER.size)
-    magic, version, ratio, given, inputs = reader.unpack(_HEADER)
-    if (magic, version) != (_MAGIC, _VERSION):
-        raise PayloadError(f"message starts with {magic!r} and version {version}, expected {_MAGIC!r} and {_VERSION}")
-    if not _MIN_RATIO <= ratio < math.inf or inputs > MAX_AXES:
-        raise PayloadError(f"message has ratio {ratio:g} and {inputs} inputs, out of range")
-    if given != _FORWARD * (forward is not None) | _LOSS * (loss is not None):
+    reader = ByteReader(message, "message", min_bytes=_FIXED.size)
+    header = _Header.read(reader)
+    if (header.has_forward, header.has_loss) != (forward is not None, loss is not None):
         raise PayloadError("message was encoded with a `forward` or `loss` where this decode has none, or the reverse")
-    shapes, target = tuple(_read_shape(reader) for _ in range(inputs)), _read_shape(reader)
-    name_bytes, options_bytes = reader.unpack(_LENGTHS)
-    name = present_value("compressor", reader.take(name_bytes).decode(errors="replace"), warn=False)
+    name, shapes = header.compressor, header.inputs
     compressor = compressor and present_value("compressor", compressor)
-    options = _options_from_bytes(reader.take(options_bytes))
+    if name != (compressor or name) or (compressor is None and name not in compressors.names()):
+        raise PayloadError(f"message was written by compressor {name!r}, expected {compressor or 'a registered one'}")
     expected, _ = inputs_of(model, input_shape or shapes or (1,), forward)
     if shapes not in ((), expected):
         raise PayloadError(f"message has input shape {shapes}, expected {expected}")
-    if name != (compressor or name) or (compressor is None and name not in compressors.names()):
-        raise PayloadError(f"message was written by compressor {name!r}, expected {compressor or 'a registered one'}")
     try:
         _, call = resolve_compressor(
-            name, model, shapes or None, forward=forward, loss=loss, target_shape=target if loss else None
+            name, model, shapes or None, forward=forward, loss=loss, target_shape=header.target if loss else None
         )
         reference = _reference(model, call, initial)
+        made = make_compressor(name, reference, ratio=header.ratio, options=header.options)
     except SettingError as error:
         raise PayloadError(f"message does not fit this model: {error}") from error
-    if target != call.target:
-        raise PayloadError(f"message is for outputs of shape {target}, this model has {call.target}")
-    try:
-        made = make_compressor(name, reference, ratio=ratio, options=options)
-    except SettingError as error:
-        raise PayloadError(f"message has options that do not fit this model: {error}") from error
+    if header.target != call.target:
+        raise PayloadError(f"message is for outputs of shape {header.target}, this model has {call.target}")
     limit = HEADER_BYTES + made.body_bytes(reference.param_spec)
     base = base_fingerprint(reference.model)
     payload = read_payload(reader.rest(), codec=made.code, round_=0, fingerprint=base, max_bytes=limit)
     return made.decompress(reference, payload.body)
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What a message says before the payload, so that `decode` can build the compressor.
+
+    Attributes:
+        ratio: as given to `encode`, like `compressor` and `options`.
+        has_forward, has_loss: whether `forward` and `loss` were given.
+        inputs, target: shapes of one example's inputs and of its target.
+    """
+
+    ratio: float
+    has_forward: bool
+    has_loss: bool
+    inputs: tuple[Shape, ...]
+    target: Shape
+    compressor: str
+    options: CompressorOptions
+
+    def to_bytes(self) -> bytes:
+        flags = _FORWARD * self.has_forward | _LOSS * self.has_loss
+        name, options = self.compressor.encode(), _options_to_bytes(self.options)
+        shapes = (struct.pack(f"<B{len(shape)}I", len(shape), *shape) for shape in (*self.inputs, self.target))
+        fixed = _FIXED.pack(_MAGIC, _VERSION, self.ratio, flags, len(self.inputs))
+        return b"".join((fixed, *shapes, _LENGTHS.pack(len(name), len(options)), name, options))
+
+    @staticmethod
+    def read(reader: ByteReader) -> "_Header":
+        """Read and check a header. Raises PayloadError if it is not one."""
+        magic, version, ratio, flags, inputs = reader.unpack(_FIXED)
+        if (magic, version) != (_MAGIC, _VERSION):
+            raise PayloadError(
+                f"message starts with {magic!r} and version {version}, expected {_MAGIC!r} and {_VERSION}"
+            )
+        if not _MIN_RATIO <= ratio < math.inf or inputs > MAX_AXES or flags > _FORWARD | _LOSS:
+            raise PayloadError(f"message has ratio {ratio:g}, flags {flags} and {inputs} inputs, out of range")
+        shapes, target = tuple(_read_shape(reader) for _ in range(inputs)), _read_shape(reader)
+        name_bytes, options_bytes = reader.unpack(_LENGTHS)
+        name = present_value("compressor", reader.take(name_bytes).decode(errors="replace"), warn=False)
+        options = _options_from_bytes(reader.take(options_bytes))
+        return _Header(ratio, bool(flags & _FORWARD), bool(flags & _LOSS), shapes, target, name, options)
 
 
 def _read_shape(reader: ByteReader) -> Shape:

@@ -99,23 +99,7 @@ def make_plan(
         up, down = _secure_extra(settings, network, clients, message_overhead=message_overhead)
         uplink += clients * secure_rounds * up
         downlink += secure_rounds * down
-    warnings = []
-    if compressed_rounds and payload >= full:
-        warnings.append(
-            f"a payload of {payload} bytes is no smaller than the update of {full}: "
-            "use fewer or smaller proxies, or schedule=fedavg"
-        )
-    elif compressed_rounds and message_overhead > payload:
-        warnings.append(
-            f"Flower's {message_overhead} bytes a message outweigh the payload of {payload}: "
-            "a higher ratio saves little more"
-        )
     passes = 2 * settings.codec.max_evals * proxies
-    if compressed_rounds and payload < full and passes > SLOW_ENCODE:
-        warnings.append(
-            f"one encode costs about as much as training on {passes:,} images: "
-            "a higher ratio, larger proxies or fewer max_evals cost less"
-        )
     return Plan(
         parameters=param_spec.parameter_count,
         proxies=proxies,
@@ -130,8 +114,29 @@ def make_plan(
         downlink_bytes=clients * downlink,
         fedavg_uplink_bytes=clients * settings.training.rounds * (full + message_overhead),
         step_bytes=step,
-        warnings=tuple(warnings),
+        warnings=_warnings(passes, payload, full, message_overhead) if compressed_rounds else (),
     )
+
+
+def _warnings(passes: int, payload: int, full: int, message_overhead: int) -> tuple[str, ...]:
+    """Warnings about compressed rounds, of the sizes in bytes and the forward and backward passes of an encode."""
+    if payload >= full:
+        return (
+            f"a payload of {payload} bytes is no smaller than the update of {full}: "
+            "use fewer or smaller proxies, or schedule=fedavg",
+        )
+    warnings = []
+    if message_overhead > payload:
+        warnings.append(
+            f"Flower's {message_overhead} bytes a message outweigh the payload of {payload}: "
+            "a higher ratio saves little more"
+        )
+    if passes > SLOW_ENCODE:
+        warnings.append(
+            f"one encode costs about as much as training on {passes:,} images: "
+            "a higher ratio, larger proxies or fewer max_evals cost less"
+        )
+    return tuple(warnings)
 
 
 def _secure_extra(

@@ -6,7 +6,8 @@ import logging
 import re
 import sys
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +32,7 @@ from tofu.rounds.record import RoundRecord, RunSummary, from_dict, json_lines, r
 from tofu.settings import Settings, Value
 from tofu.user_workload import Loss, Metric, OptimizerFactory, TrainFunction, UserWorkload, factory_of
 from tofu.weights import Weights, load_weights
-from tofu.workload import Workload, workload_of
+from tofu.workload import workload_of
 
 DATASET = "python"
 """The setting `dataset` of a run whose data are Python objects; the setting `model` starts with it, too."""
@@ -131,22 +132,16 @@ def run(
     Ctrl-C interrupts a run. `tofu.run(resume=folder, ...)` with the same data and model continues after its last round.
 
     Args:
-        clients: one torch `Dataset` per client, with samples (input, target) or mappings with a key "labels"; or a
-            number of clients, to which the setting `dataset` is distributed.
+        clients: one torch `Dataset` of (input, target) per client, or the number of clients of the setting `dataset`.
         test: the server's test data, a `Dataset` of the same samples. Without it, accuracy and loss are unknown.
-        model: a function without arguments that builds the model, or the model. A name, as in the settings, only if
-            nothing but settings is given.
+        model: a function without arguments that builds the model, or the model; a name if there are only settings.
         loss: (outputs, targets) -> scalar, the mean over a batch; by default cross-entropy with class numbers.
-        optimizer: (parameters, lr=) -> optimizer, such as `torch.optim.Adam`; by default SGD with the settings `lr`,
-            `momentum` and `weight_decay`.
-        metrics: name -> function of (outputs, targets) of all test samples. One named "accuracy" replaces the share of
-            right classes.
-        train: a training function of your own, `train(model, dataset, context)`, with a
+        optimizer: (parameters, lr=) -> optimizer; by default SGD with the settings `lr`, `momentum`, `weight_decay`.
+        metrics: name -> function of (outputs, targets) of all test samples. One named "accuracy" replaces the accuracy.
+        train: your own training function, `train(model, dataset, context)`, of a
             `tofu.user_workload.TrainingContext`; it trains the model in place and may return the mean loss.
         collate: list of samples -> batch, as for `torch.utils.data.DataLoader`.
-        input_shape: the shape of one example, as for `tofu.encode`. By default inputs of floating-point numbers are
-            proxied as they are, and the sparse correction alone is sent for all others.
-        forward: how proxies are passed to the model, as for `tofu.encode`.
+        input_shape, forward: how proxies are passed to the model, as for `tofu.encode`.
         callbacks: observers of the run (`tofu.observers.base.Observer`).
         progress: print the rounds to standard error.
         settings: all settings of `tofu run --help`, with underscores for dashes.
@@ -157,40 +152,33 @@ def run(
         RunError: no client gave a valid reply, or this folder has a `client` or `server` module of its own.
 
     Example:
-        >>> import tempfile, torch, tofu
-        >>> from sklearn.datasets import load_digits
-        >>> from torch.utils.data import TensorDataset
-        >>> images, labels = (torch.tensor(values) for values in load_digits(return_X_y=True))
-        >>> images = images.float().view(-1, 1, 8, 8) / 8 - 1
-        >>> parts = [TensorDataset(images[n:1500:3], labels[n:1500:3]) for n in range(3)]
-        >>> net = lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 32), torch.nn.ReLU(),
-        ...                                   torch.nn.Linear(32, 10))
-        >>> result = tofu.run(clients=parts, test=TensorDataset(images[1500:], labels[1500:]), model=net, rounds=2,
-        ...                   ratio=20, max_evals=20, run_folder=tempfile.mkdtemp() + "/run", progress=False)
-        >>> [record.kind for record in result.history], result.summary.final_accuracy > 0.5
+        >>> import tempfile, tofu
+        >>> result = tofu.run(dataset="digits", clients=3, rounds=2, ratio=20, max_evals=20, progress=False,
+        ...                   run_folder=tempfile.mkdtemp() + "/run")
+        >>> [record.kind for record in result.history], result.summary.final_accuracy > 0.3
         (['start', 'proxy', 'proxy'], True)
     """
     own = _OwnParts(model, loss, optimizer, metrics or {}, train, collate, input_shape, forward)
-    workload: Workload | None = None
-    if own.any or not (clients is None or isinstance(clients, int)):
-        workload, settings = own.workload(clients, test, settings)
-    else:
-        if test is not None:
-            raise SettingError("test", type(test).__name__, "None for a dataset that the settings name")
-        settings |= {} if clients is None else {"clients": clients}
-        settings |= {"model": model} if isinstance(model, str) else {}
-    checked = _checked(settings)
+    workload, checked = own.workload_and_settings(clients, test, settings)
     client, server = _apps()
     observers = Observers((make_progress(sys.stderr, quiet=not progress), *callbacks))
-    threads, level = torch.get_num_threads(), logging.getLogger("flwr").level
-    logging.getLogger("flwr").setLevel(logging.ERROR)
-    try:
+    with _process_settings_kept():
         summary = server.serve_in_process(client.make_app(workload), checked, observers, workload)
-    finally:
-        torch.set_num_threads(threads)
-        logging.getLogger("flwr").setLevel(level)
     typed = from_dict(RunSummary, summary, "summary")
     return RunResult(Path(typed.run), typed, (workload or workload_of(checked)).build_model)
+
+
+@contextmanager
+def _process_settings_kept() -> Iterator[None]:
+    """Silence Flower's log during a run, and restore its level and torch's number of threads."""
+    threads, log = torch.get_num_threads(), logging.getLogger("flwr")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        log.setLevel(level)
 
 
 @dataclass(frozen=True)
@@ -206,42 +194,42 @@ class _OwnParts:
     input_shape: InputShape | None
     forward: Forward | None
 
-    @property
-    def any(self) -> bool:
-        """Whether there is one, so that the run is not of settings alone."""
-        named = self.model is None or isinstance(self.model, str)
-        return not named or any((self.loss, self.optimizer, self.metrics, self.train))
+    def workload_and_settings(
+        self, clients: Any, test: Any, settings: dict[str, Value]
+    ) -> tuple[UserWorkload | None, Settings]:
+        """The workload, or None for a run of settings alone; and the settings.
 
-    def workload(self, clients: Any, test: Any, settings: dict[str, Value]) -> tuple[UserWorkload, dict[str, Value]]:
-        """The workload, and the settings of the run.
+        Args:
+            clients, test, settings: as given to `run`.
 
         Raises:
             SettingError: an argument cannot be used.
         """
-        if not callable(self.model):
+        named_data = clients is None or isinstance(clients, int)
+        named_model = self.model is None or isinstance(self.model, str)
+        if named_data and test is not None:
+            raise SettingError("test", type(test).__name__, "None for a dataset that the settings name")
+        settings = settings | ({"clients": clients if named_data else len(clients)} if clients is not None else {})
+        if named_data and named_model and not any((self.loss, self.optimizer, self.metrics, self.train)):
+            return None, _checked(settings | ({"model": self.model} if self.model is not None else {}))
+        if named_model or not callable(self.model):
             raise SettingError("model", self.model, "a torch.nn.Module or a function that builds one, as other Python "
                                "objects are given")  # fmt: skip
         for name, default in _NAMED_ONLY.items():
             if settings.get(name, default) != default:
                 accepted = f"{default!r} for datasets and models that are Python objects"
                 raise SettingError(name, settings[name], accepted)
-        named = clients is None or isinstance(clients, int)
-        if named and test is not None:
-            raise SettingError("test", type(test).__name__, "None for a dataset that the settings name")
-        settings = settings | ({"dataset": DATASET} if not named else {})
-        if clients is not None:
-            settings["clients"] = clients if isinstance(clients, int) else len(clients)
         kind = re.sub(r"\W", "", getattr(self.model, "__qualname__", type(self.model).__name__).rpartition(".")[2])
-        settings["model"] = f"{DATASET}:{kind}"
+        settings |= {"model": f"{DATASET}:{kind}"} | ({} if named_data else {"dataset": DATASET})
         checked = _checked(settings)
-        if named:
+        if named_data:
             clients, test = _named_datasets(checked)
         made = UserWorkload(
             model=factory_of(self.model), clients=clients, test_data=() if test is None else test, loss=self.loss,
             optimizer=self.optimizer, metrics=self.metrics, train_function=self.train, collate=self.collate,
             input_shape=self.input_shape, forward=self.forward, seed=checked.run.seed,
         )  # fmt: skip
-        return made, settings
+        return made, checked
 
 
 def _checked(settings: Mapping[str, Value]) -> Settings:

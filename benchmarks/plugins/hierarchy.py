@@ -73,7 +73,7 @@ def one_seed(seed: int, options: SimpleNamespace) -> dict[str, Any]:
     began = time.perf_counter()
     opened = {
         part: open_data(options.data, clients=1, partition="iid", seed=seed, train_images=options.images,
-                        subpopulations=SHIFT, test_subpopulations=part)  # type: ignore[arg-type]
+                        subpopulations=SHIFT, test_subpopulations=part)
         for part in PARTS
     }  # fmt: skip
     data, tree = opened["seen"].client(0), LabelTree(TREES[TREE])

@@ -17,7 +17,8 @@ def check_labels(marks: Tensor, labels: Tensor, class_names: tuple[str, ...]) ->
 
 
 def read_images(case: Case, folder: Path) -> Read:
-    data = open_data(str(folder), clients=1, partition="iid", seed=0, **case.settings)
+    given = {name: ",".join(value) if isinstance(value, tuple) else value for name, value in case.settings.items()}
+    data = open_data(str(folder), clients=1, partition="iid", seed=0, **given)
     parts = (data.client(0), data.test())
     for part in parts:
         check_labels(part.images[:, 0, 0, 0].float() / 20 - 1, part.labels, data.class_names)

@@ -1,7 +1,6 @@
 """The images of a run: what each client trains on, and what the server tests on."""
 
 import logging
-import math
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -18,13 +17,14 @@ from tofu.data.digits import read_digits
 from tofu.data.folder import folder_splits
 from tofu.data.hub import hub_splits
 from tofu.data.images import ImageShape, LabeledImages
-from tofu.data.partition import PARTITIONS, IntArray, partition_by_id, partition_rows
+from tofu.data.partition import IntArray, partition_by_id, partition_rows
 from tofu.data.preprocessing import Preprocessing, Statistics, parse_normalization
 from tofu.data.splits import Split, hold_out, report_unusable, subset_rows
-from tofu.data.subpopulations import PARTS, Part, Subpopulations
+from tofu.data.subpopulations import Subpopulations
 from tofu.data.tables import Columns
 from tofu.errors import DataError, SettingError, first_line
-from tofu.settings import DataSettings
+from tofu.settings.fields import Value, build
+from tofu.settings.groups import DataSettings
 
 ACCEPTED_DATASETS = (
     "'digits', a Hugging Face hub id such as 'ylecun/mnist', or an existing folder of parquet files or images"
@@ -34,13 +34,6 @@ _LOG = logging.getLogger("tofu.data")
 _OPEN_LOCK = threading.Lock()
 _HELD_OUT = 0.15
 _STATISTICS_IMAGES = 2000
-
-
-_NO_ARGUMENTS = {
-    "class_names", "feature_columns", "text_column", "feature_scaling", "vocabulary", "tokens", "resize", "center_crop",
-    "normalization", "augmentation",
-}  # fmt: skip
-"""Settings of the data that are not arguments of `open_data` by their own name."""
 
 
 AS_THEY_ARE = Preprocessing()
@@ -69,10 +62,15 @@ class FederatedData:
 
     @staticmethod
     def of(data: DataSettings, seed: int) -> "FederatedData":
-        """The dataset of a run. Raises DataError or SettingError if it cannot be opened."""
-        names = tuple(filter(None, (name.strip() for name in data.class_names.split(","))))
-        given = data.model_dump(exclude=_NO_ARGUMENTS)
-        return open_data(**given, class_names=names, preprocessing=preprocessing_of(data), seed=seed)
+        """The dataset of a run, as `open_data` opens it. The same settings give the same partition.
+
+        Raises:
+            SettingError: a setting cannot be used with this dataset.
+            DataError: the dataset cannot be found, reached or read.
+        """
+        # The threads of a simulation open the data at the same time; only one of them should read it.
+        with _OPEN_LOCK:
+            return _open(data.model_copy(update={"dataset": _resolve(data.dataset)}), seed)
 
     def __init__(
         self,
@@ -166,25 +164,7 @@ class FederatedData:
         return self._decoded[key]
 
 
-def open_data(
-    dataset: str,
-    *,
-    clients: int,
-    partition: str,
-    alpha: float = 0.5,
-    shards_per_client: int = 2,
-    train_images: int = 0,
-    test_images: int = 0,
-    subpopulations: str = "",
-    test_subpopulations: Part = "unseen",
-    client_column: str = "",
-    label_column: str = "",
-    image_column: str = "",
-    class_names: tuple[str, ...] = (),
-    preprocessing: Preprocessing = AS_THEY_ARE,
-    strict: bool = False,
-    seed: int,
-) -> FederatedData:
+def open_data(dataset: str, *, seed: int, **settings: Value) -> FederatedData:
     """Open a dataset and partition its training images over clients. The same arguments give the same partition.
 
     A local folder holds parquet files as on the hub (train.parquet, data/test-00000-of-00001.parquet, ...), or images
@@ -194,23 +174,11 @@ def open_data(
 
     Args:
         dataset: "digits" (8x8, embedded in scikit-learn), a local folder, or a Hugging Face hub id.
-        clients: number of clients.
-        partition: "iid"; "dirichlet" (each class is distributed in proportions drawn from a Dirichlet distribution);
-            "shards" (the images sorted by class, cut into even shards, `shards_per_client` random shards for each); or
-            "natural" (by `client_column`; the clients with the most images).
-        alpha: concentration of the Dirichlet distribution; smaller is more skewed.
-        shards_per_client: for "shards".
-        train_images: size of the random subset of training images to use; 0 uses all.
-        test_images: size of the random subset of test images to use; 0 uses all.
-        subpopulations: broader classes made of the dataset's labels, some of which are not trained on, as
-            `tofu.data.subpopulations` describes; empty keeps the dataset's classes.
-        test_subpopulations: whether the test images are of "unseen" labels, of "seen" ones or of "all".
-        client_column: of parquet files or a hub dataset, with the name of each image's client.
-        label_column, image_column: of parquet files or a hub dataset; "" takes the only candidate.
-        class_names: the classes in the order of their labels; () takes those of the dataset.
-        preprocessing: resizes and crops the images.
-        strict: refuse data with an image that cannot be read, instead of leaving it out with a warning.
         seed: of the training subset and the partition; the test images do not depend on it.
+        settings: the other fields of `DataSettings`, such as `clients` and `partition`: "iid"; "dirichlet" (each class
+            is distributed in proportions drawn from a Dirichlet distribution); "shards" (the images sorted by class,
+            cut into even shards, `shards_per_client` random shards for each); or "natural" (by `client_column`; the
+            clients with the most images).
 
     Raises:
         SettingError: an argument cannot be used, or not with this dataset.
@@ -223,30 +191,7 @@ def open_data(
         >>> len(data.client(0)), len(data.test())
         (360, 359)
     """
-    for field, value, minimum in (
-        ("clients", clients, 1),
-        ("shards_per_client", shards_per_client, 1),
-        ("train_images", train_images, 0),
-        ("test_images", test_images, 0),
-        ("seed", seed, 0),
-    ):
-        if value < minimum:
-            raise SettingError(field, value, f"a whole number of at least {minimum}")
-    if partition not in (*PARTITIONS, "natural"):
-        raise SettingError("partition", partition, f"one of {', '.join((*PARTITIONS, 'natural'))}")
-    if not 0 < alpha < math.inf:
-        raise SettingError("alpha", alpha, "a number above 0")
-    if test_subpopulations not in PARTS:
-        raise SettingError("test_subpopulations", test_subpopulations, f"one of {', '.join(PARTS)}")
-    shift = (Subpopulations.parse(subpopulations), test_subpopulations) if subpopulations else None
-    # The threads of a simulation open the data at the same time; only one of them should read it.
-    with _OPEN_LOCK:
-        source = _resolve(dataset)
-        return _open(
-            source, clients, partition, float(alpha), shards_per_client, train_images, test_images, shift,
-            Columns(image_column, label_column, client_column if partition == "natural" else ""), class_names,
-            preprocessing, strict, seed,
-        )  # fmt: skip
+    return FederatedData.of(build(DataSettings, {"dataset": dataset} | settings), seed)
 
 
 def local_folder(
@@ -295,46 +240,38 @@ def local_folder(
 
 
 @lru_cache(maxsize=4)
-def _open(
-    dataset: str,
-    clients: int,
-    partition: str,
-    alpha: float,
-    shards_per_client: int,
-    train_images: int,
-    test_images: int,
-    shift: tuple[Subpopulations, Part] | None,
-    columns: Columns,
-    class_names: tuple[str, ...],
-    preprocessing: Preprocessing,
-    strict: bool,
-    seed: int,
-) -> FederatedData:
-    train, test, train_rows, test_rows = _load(dataset, columns, class_names)
+def _open(data: DataSettings, seed: int) -> FederatedData:
+    names = tuple(filter(None, (name.strip() for name in data.class_names.split(","))))
+    columns = Columns(data.image_column, data.label_column, data.client_column if data.partition == "natural" else "")
+    train, test, train_rows, test_rows = _load(data.dataset, columns, names)
+    preprocessing = preprocessing_of(data)
     train, test = train.prepared(preprocessing), test.prepared(preprocessing)
-    names = train.class_names
-    if shift is not None:
-        classes, part = shift
+    label_names = train.class_names
+    if data.subpopulations:
+        classes = Subpopulations.parse(data.subpopulations)
         classes.check(train)
         train_rows = np.intersect1d(train_rows, classes.rows(train.labels, "seen"))
-        test_rows = np.intersect1d(test_rows, classes.rows(test.labels, part))
+        test_rows = np.intersect1d(test_rows, classes.rows(test.labels, data.test_subpopulations))
         train, test = classes.regroup(train), classes.regroup(test)
     shape = train.image_shape()
-    kept, tested = subset_rows(dataset, len(train_rows), len(test_rows), train_images, test_images, seed)
+    kept, tested = subset_rows(
+        data.dataset, len(train_rows), len(test_rows), data.train_images, data.test_images, seed
+    )  # fmt: skip
     train_rows, test_rows = train_rows[kept], test_rows[tested]
-    if partition == "natural":
+    if data.partition == "natural":
         if train.ids is None:
-            raise SettingError("client_column", columns.client, f"a column of {dataset} that names each image's client")
-        parts, _ = partition_by_id(train.ids[train_rows], clients=clients, seed=seed)
+            accepted = f"a column of {data.dataset} that names each image's client"
+            raise SettingError("client_column", columns.client, accepted)
+        parts, _ = partition_by_id(train.ids[train_rows], clients=data.clients, seed=seed)
     elif not len(train_rows):  # the data of a server; a client that asks for its part is refused
-        parts = (train_rows,) * clients
+        parts = (train_rows,) * data.clients
     else:
         parts = partition_rows(
-            train.labels[train_rows], clients=clients, partition=partition, alpha=alpha,
-            shards_per_client=shards_per_client, seed=seed,
+            train.labels[train_rows], clients=data.clients, partition=data.partition, alpha=data.alpha,
+            shards_per_client=data.shards_per_client, seed=seed,
         )  # fmt: skip
     own = tuple(train_rows[part] for part in parts)
-    return FederatedData(train, test, test_rows, own, shape, strict=strict, label_names=names)
+    return FederatedData(train, test, test_rows, own, shape, strict=data.strict, label_names=label_names)
 
 
 @lru_cache(maxsize=4)

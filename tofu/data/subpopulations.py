@@ -16,9 +16,6 @@ from tofu.data.partition import IntArray
 from tofu.data.splits import Split
 from tofu.errors import SettingError
 
-Part = Literal["seen", "unseen", "all"]
-PARTS: tuple[Part, ...] = ("seen", "unseen", "all")
-
 _FIELD = "subpopulations"
 
 
@@ -57,7 +54,7 @@ class Subpopulations:
         if largest >= len(split.class_names):
             raise SettingError(_FIELD, largest, f"labels 0 to {len(split.class_names) - 1}, as the dataset has")
 
-    def rows(self, labels: IntArray, part: Part) -> IntArray:
+    def rows(self, labels: IntArray, part: Literal["seen", "unseen", "all"]) -> IntArray:
         """The rows, int64 [k], whose label (int64 [n]) is in this part of a class."""
         groups = {"seen": self.seen, "unseen": self.unseen, "all": self.seen + self.unseen}[part]
         return np.flatnonzero(np.isin(labels, list(itertools.chain(*groups))))

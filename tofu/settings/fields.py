@@ -57,9 +57,11 @@ def build(group: type[M], values: Mapping[str, Any]) -> M:
     """Build a model of `tofu.settings`, with pydantic's first complaint as a SettingError.
 
     Raises:
-        SettingError: a value has the wrong type or is out of range.
+        SettingError: a name is unknown, or a value has the wrong type or is out of range.
     """
     fields = group.model_fields
+    if unknown := sorted(values.keys() - fields.keys()):
+        raise SettingError(unknown[0], values[unknown[0]], f"a field of {group.__name__}")
     automatic = {name for name, value in values.items() if value == AUTO and has_auto(fields[name])}
     given = {name: kind_of(fields[name])(0) if name in automatic else value for name, value in values.items()}
     try:

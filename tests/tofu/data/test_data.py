@@ -289,7 +289,7 @@ def test_a_second_call_shares_what_was_opened_and_decoded(as_parquet: Path) -> N
         ("train_images", 1439),
         ("test_images", -1),
         ("test_images", 360),
-        ("seed", -1),
+        ("strictness", True),
     ],
 )
 def test_a_setting_out_of_range_is_named(field: str, value: object) -> None:

@@ -160,8 +160,8 @@ def test_images_of_several_sizes_need_a_resize(photos: Path, tmp_path: Path) -> 
         cells.append({"bytes": buffer.getvalue(), "path": None})
     labels = [0] * 12 + [1] * 12
     parquet.write_table(pyarrow.table({"image": cells, "label": labels}), tmp_path / "train.parquet")
-    table = open_data(str(tmp_path), clients=1, partition="iid", preprocessing=sized, seed=0)
-    folder = open_data(str(photos), clients=1, partition="iid", preprocessing=sized, seed=0)
+    table = open_data(str(tmp_path), clients=1, partition="iid", resize="16x12", seed=0)
+    folder = open_data(str(photos), clients=1, partition="iid", resize="16x12", seed=0)
     held, all_ = table.test().images, folder.client(0).images
     assert held.shape[1:] == (3, 16, 12)
     assert all(any(torch.equal(image, other) for other in all_) for image in held)

@@ -80,8 +80,8 @@ def test_wrong_texts_are_refused_in_one_line_when_a_run_is_configured(text: str)
 def test_a_label_that_the_data_lacks_is_refused() -> None:
     with pytest.raises(SettingError, match=r"subpopulations=10 .*labels 0 to 9"):
         open_data("digits", clients=1, partition="iid", seed=0, subpopulations="0/1 2/10")
-    with pytest.raises(SettingError, match=r"test-subpopulations='some' .*seen, unseen, all"):
-        open_data("digits", clients=1, partition="iid", seed=0, test_subpopulations="some")  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match=r"test-subpopulations='some' .*unseen, seen, all"):
+        open_data("digits", clients=1, partition="iid", seed=0, test_subpopulations="some")
 
 
 @given(st.permutations(range(10)), st.integers(1, 3), st.integers(1, 3), st.integers(2, 3))
