@@ -30,8 +30,9 @@ from tofu.errors import DataError, PayloadError
 from tofu.flower.policy import Policy, client_name
 from tofu.flower.secure_session import load_session, mask_once, new_advert, participant_of
 from tofu.local_layers import LocalLayers
-from tofu.plugins import MAX_STATE_BYTES, Export, Plugins, RoundContext, export_to_bytes, make_plugins
+from tofu.plugins import MAX_STATE_BYTES, Export, Plugins, RoundContext, export_to_bytes
 from tofu.privacy import Noise
+from tofu.privacy.adaptive import clip_norm, clip_of, plugins_of
 from tofu.reference_model import ReferenceModel
 from tofu.rng import derive_bytes, derive_generator
 from tofu.rounds.downlink import KeptWeights, ResyncError, receive_weights
@@ -162,7 +163,7 @@ def train_round(
         steps = [SubtractDirection(local.acknowledged, server.ef21_momentum, parameters)]
         keep = KeepDirection(round_, parameters)
     if settings.privacy.noise_multiplier:
-        steps.append(Clip(settings.privacy.clip_norm, local.reference.param_spec))
+        steps.append(Clip(clip_norm(settings, local.plugins), local.reference.param_spec))
     send = local.send_masked if request.kind == "secure" else local.send_payload
     reply, outgoing = send(trained, apply_steps(steps, Outgoing(trained.update, local.feedback, local.state.memory)))
     outgoing = keep.apply(outgoing)
@@ -263,7 +264,7 @@ class LocalRound:
         data = client_data(settings, context, workload)
         if isinstance(data, LabeledImages | LabeledRows):
             check_fit(data, request.shape)  # before anything of the requested size is allocated
-        plugins = make_plugins(settings.plugins.plugins, settings.plugins.plugin_options)
+        plugins = plugins_of(settings)
         client = client_name(context)
         position = RoundContext.of(settings, request.shape, round_, client, group=plugins.group_of(client))
         broadcast = load_broadcast(context) if request.kept else request.broadcast
@@ -336,8 +337,11 @@ class LocalRound:
     def send_payload(self, trained: TrainedUpdate, outgoing: Outgoing) -> tuple[bytes, Outgoing]:
         """The reply of an open round: the compressed update and its metrics."""
         request, settings, reference = self.request, self.settings, self.reference
-        if multiplier := settings.privacy.noise_multiplier:
-            outgoing = AddNoise(Noise(settings.privacy.clip_norm, multiplier)).apply(outgoing)
+        exported = trained.exported
+        if settings.privacy.noise_multiplier:
+            noise = Noise.alone(settings.privacy, clip_norm(settings, self.plugins))
+            exported = self._with_count(exported, noise, outgoing)
+            outgoing = AddNoise(noise).apply(outgoing)
         generator = derive_generator(settings.run.seed, self.round, self.position.client, "encode")
         compressor = self.compressor
         assert compressor is not None
@@ -353,15 +357,19 @@ class LocalRound:
             encode_seconds=time.perf_counter() - began,
             payload=Payload(compressor.code, self.round, request.identity, outgoing.body).to_bytes(),
             advert=new_advert(self.context, self.participant) if request.advert else b"",
-            exported=self._exported_bytes(trained),
+            exported=self._exported_bytes(exported, trained.accuracy),
         )
         return reply.to_bytes(), outgoing
 
-    def _exported_bytes(self, trained: TrainedUpdate) -> bytes:
+    def _with_count(self, exported: Export, noise: Noise | None, outgoing: Outgoing) -> Export:
+        """What the plugins send, and with an adaptive clip norm the noised report whether the update was clipped."""
+        clip = clip_of(self.plugins)
+        return clip.report(exported, noise, clipped=outgoing.clipped) if clip and noise else exported
+
+    def _exported_bytes(self, export: Export, accuracy: float | None) -> bytes:
         """What the plugins send, and the accuracy on the client's own test data, if it has any."""
-        export = trained.exported
-        if trained.accuracy is not None and math.isfinite(trained.accuracy):
-            export = Export(export.sums, dict(export.metrics) | {CLIENT_ACCURACY: trained.accuracy})
+        if accuracy is not None and math.isfinite(accuracy):
+            export = Export(export.sums, dict(export.metrics) | {CLIENT_ACCURACY: accuracy})
         return export_to_bytes(export) if self.plugins or export.metrics else b""
 
     def send_masked(self, trained: TrainedUpdate, outgoing: Outgoing) -> tuple[bytes, Outgoing]:
@@ -388,13 +396,14 @@ class LocalRound:
                 "the weights, settings, app or encoding are not those that all clients of this sum agreed on"
             )
         noise = Noise.in_sum(
-            settings.privacy, settings.secure, session.topology, session.members, levels=encoder.levels,
-            values=encoder.values,
+            settings.privacy, clip_norm(settings, self.plugins), settings.secure, session.topology, session.members,
+            levels=encoder.levels, values=encoder.values,
         )  # fmt: skip
         check_noise_grid(noise, encoder.levels, config.unit_weight, config.ranges)
         Policy.of(self.context).check_sum_noise(noise, session, participant)
         seed = derive_bytes(settings.run.seed, self.round, self.position.client, "round")
-        step = EncodeInRing(encoder, trained.examples, trained.loss, seed, trained.exported.sums, noise)
+        exported = self._with_count(trained.exported, noise, outgoing)
+        step = EncodeInRing(encoder, trained.examples, trained.loss, seed, exported.sums, noise)
         outgoing = step.apply(outgoing)
         assert outgoing.vector is not None
         return mask_once(self.context, session, participant, self.round, outgoing.vector, part.shares), outgoing

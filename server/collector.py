@@ -51,6 +51,7 @@ class RoundState:
         failures: client name -> reason, in one line, why it could not be used; filled by the collectors.
         over_sampling: clients asked over the number of replies after which a round ends.
         label: of the round, for the user.
+        clip_norm: to which clients clip their updates, with differential privacy.
         began: time at which the round began.
         soft_deadline: time from which the round ends as soon as half of the clients have replied.
         silent: names of clients that did not reply; filled by the collectors.
@@ -66,6 +67,7 @@ class RoundState:
     failures: dict[str, str] = field(default_factory=dict)
     over_sampling: float = 1.0
     label: str = ""
+    clip_norm: float = 0.0
     began: float = 0.0
     soft_deadline: float = math.inf
     silent: set[str] = field(default_factory=set)

@@ -65,6 +65,7 @@ def round_record(
         seconds=seconds,
         epsilon=private.epsilon if private else None,
         model_epsilon=private.model_epsilon if private and runner.settings.privacy.secret_sampling else None,
+        clip_norm=result.clip_norm if private and runner.settings.privacy.clip_quantile else None,
         by_client=_by_client(result, compressed=compressed, private=private is not None),
         plugins=result.plugin_metrics(),
         task=RoundContext.of(runner.settings, runner.models[0].shape, result.round).task if tasks else None,

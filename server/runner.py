@@ -27,8 +27,9 @@ from tofu.evaluation import Evaluation
 from tofu.flower.transport import Transport
 from tofu.models import run_model
 from tofu.observers.base import Observer
-from tofu.plugins import MAX_STATE_BYTES, RoundContext, make_plugins
+from tofu.plugins import MAX_STATE_BYTES, RoundContext
 from tofu.privacy import Accountant
+from tofu.privacy.adaptive import clip_norm, plugins_of
 from tofu.recording import Recorder
 from tofu.reference_model import ReferenceModel
 from tofu.reporting.folder import RunFolder
@@ -59,6 +60,7 @@ class RoundResult:
         survivors: names of the clients in the secure sum.
         abandoned: why a secure round was abandoned, or "".
         late: number of clients whose replies the round did not wait for.
+        clip_norm: to which clients clipped their updates, with differential privacy.
     """
 
     round: int
@@ -74,6 +76,7 @@ class RoundResult:
     survivors: tuple[str, ...] = ()
     abandoned: str = ""
     late: int = 0
+    clip_norm: float = 0.0
 
     def add(self, collected: Collected) -> None:
         """Add the result of one client group."""
@@ -134,7 +137,7 @@ class RoundRunner:
         observer: Observer,
         workload: Workload | None = None,
     ) -> None:
-        self.settings, self.plugins = settings, make_plugins(settings.plugins.plugins, settings.plugins.plugin_options)
+        self.settings, self.plugins = settings, plugins_of(settings)
         self._shape, self._test, self._ledger, self._observer = reference.shape, test, ledger, observer
         self._stragglers = Stragglers(settings.server)
         self._schedule = make_schedule(settings.rounds, settings.training.rounds)
@@ -220,6 +223,7 @@ class RoundRunner:
         asked = [client for clients in sampled for client in clients]
         state = self._state(round_, kind, shown=asked[0].name)
         result = RoundResult(round_, kind, state.shown, {client.name: client.node for client in asked}, state.failures)
+        result.clip_norm = state.clip_norm
         for model in self.models:  # also of groups without a client in this round: steps are counted by rounds
             model.downlink.begin(round_, whole=kind == "fedavg")
         result.step_explained_variance = self.models[0].downlink.explained_variance
@@ -261,6 +265,7 @@ class RoundRunner:
             shown,
             over_sampling=self.settings.server.over_sampling,
             label=round_label(kind, self.settings.codec.compressor),
+            clip_norm=clip_norm(self.settings, self.plugins),
             began=now,
             soft_deadline=now + self._stragglers.patience(kind),
         )

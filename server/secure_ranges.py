@@ -75,16 +75,20 @@ class SecureRanges:
         levels = FixedPoint(clients, bits, 1.0).levels
         values = math.ceil(fraction * param_spec.float32_bytes / 4)
         topology = Topology.of(settings.secure, clients)
-        Noise.in_sum(settings.privacy, settings.secure, topology, clients, levels=levels, values=values)
+        privacy = settings.privacy
+        for octave in range(16 if privacy.clip_quantile else 1):  # whether a norm fits repeats with its double
+            norm = privacy.clip_norm * 2 ** (octave / 16)
+            Noise.in_sum(privacy, norm, settings.secure, topology, clients, levels=levels, values=values)
 
     def encoding(
-        self, clients: Sequence[Client], declared: Mapping[str, SumSpec], displacement: Tensor
+        self, clients: Sequence[Client], declared: Mapping[str, SumSpec], displacement: Tensor, clip_norm: float
     ) -> tuple[EncodingConfig, RingEncoder]:
         """The encoding that these clients have to agree on.
 
         Args:
             declared: the plugins' sums.
             displacement: the round's weights minus the initial ones, as one vector [values].
+            clip_norm: of the round, with differential privacy.
         """
         settings, count = self._settings, max(len(clients), MIN_SECURE)
         claimed = [client.examples for client in clients] or [1]
@@ -106,7 +110,7 @@ class SecureRanges:
         draft = RingEncoder(self._param_spec, agreed(ranges, b""), declared, sent)
         topology = Topology.of(settings.secure, count)
         noise = Noise.in_sum(
-            settings.privacy, settings.secure, topology, count, levels=draft.levels, values=draft.values
+            settings.privacy, clip_norm, settings.secure, topology, count, levels=draft.levels, values=draft.values
         )
         if noise is not None:
             ranges = (noise.grid * draft.levels,) * len(self._param_spec.shapes)  # independent of the clients' data

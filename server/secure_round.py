@@ -102,7 +102,7 @@ class SecureCollector:
         weights = weights_of(model.downlink.reference.model)
         declared = self._plugins.declare_sums(model.reference.model)
         with abandoning():
-            config, encoder = model.secure.encoding(able, declared, flat(weights) - model.initial)
+            config, encoder = model.secure.encoding(able, declared, flat(weights) - model.initial, state.clip_norm)
         session = ServerSession(
             run_name(self._transport.run_id), state.round, values=encoder.length, bits=config.bits, known=self._known,
             purpose=purpose_of(config, weights, state.broadcast, *self._settings.meaning(state.round)),

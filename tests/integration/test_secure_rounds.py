@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -563,6 +564,16 @@ def test_epsilon_is_accounted_round_by_round_and_the_budget_stops_the_run(tmp_pa
     assert len(said) == end["rounds"] < 3
     assert said[-1] == end["epsilon"] <= 2.9
     assert str(end["stopped"]).startswith("the privacy budget does not allow round")
+
+
+@pytest.mark.parametrize("schedule", ["proxy", "secure"])
+def test_the_clip_norm_grows_while_all_updates_are_clipped(schedule: str, tmp_path: Path) -> None:
+    """All ten updates are longer than 0.01, and the count has little noise: a factor of exp(0.2 0.5) per round."""
+    own = {"clip_norm": 0.01, "clip_quantile": 0.5, "noise_multiplier": 0.05, "schedule": schedule}
+    federate(tmp_path / "run", **PRIVATE | own)
+    norms = [row["clip_norm"] for row in rows(tmp_path / "run")[1:]]
+    assert norms == pytest.approx([0.01 * math.exp(0.1 * number) for number in range(3)], rel=0.15)
+    assert norms == sorted(set(norms))
 
 
 @pytest.mark.parametrize("schedule", ["proxy", "secure"])

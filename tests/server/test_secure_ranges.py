@@ -53,5 +53,5 @@ def test_a_claim_of_many_examples_does_not_round_the_others_to_nothing() -> None
     settings = Settings.of({"clients": 10, "schedule": "secure"})
     spec = ParamSpec({"weight": torch.Size((3, 2))}, {})
     claims = [Client(number, str(number), 100 if number else 10**9) for number in range(10)]
-    config, _ = SecureRanges(spec, settings).encoding(claims, {}, torch.zeros(6))
+    config, _ = SecureRanges(spec, settings).encoding(claims, {}, torch.zeros(6), 1.0)
     assert config.unit_weight == pytest.approx(190)

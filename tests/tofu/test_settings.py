@@ -67,6 +67,7 @@ OTHERS = {dashed(name): another(name) for name in FIELDS}
 OTHERS |= dict.fromkeys(
     (
         "momentum",
+        "clip-quantile",
         "server-momentum",
         "malicious-fraction",
         "ema-decay",
@@ -457,7 +458,7 @@ def values_of(name: str) -> st.SearchStrategy[object]:
 CONFLICTING = {
     "plugins", "plugin_options", "task_count", "switch_round", "max_epsilon", "min_clients", "clients", "partition",
     "feature_columns", "text_column", "client_test_fraction", "aggregator", "codec_mode",
-    "server_optimizer", "record_clients", "tasks", "secret_sampling",
+    "server_optimizer", "record_clients", "tasks", "secret_sampling", "clip_quantile",
 }  # fmt: skip
 
 

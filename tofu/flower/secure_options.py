@@ -90,9 +90,8 @@ class SecureOptions:
         if not self.noise_multiplier:
             return None
         honest = topology.honest(clients, self.collusion)
-        return Noise.on_ring(
-            self.clip_norm, self.noise_multiplier, honest, levels=encoder.levels, values=encoder.values
-        )
+        whole = Noise(self.clip_norm, self.noise_multiplier, honest)
+        return whole.on_ring(levels=encoder.levels, values=encoder.values)
 
     def metric_sums(self, values: list[float]) -> dict[str, Tensor]:
         """At most `metrics` values within the bound -> what `declared` says."""

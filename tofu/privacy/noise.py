@@ -6,7 +6,7 @@ addends by its lowest bits (Mironov, CCS 2012). docs/privacy.md has the argument
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +42,8 @@ class Noise:
         sharers: number of clients that share the noise of one sum: the minimum number of honest clients in any sum,
             which is the session's threshold minus the colluding clients. 1 if each client adds the full noise.
         grid: power of 2 of which value and noise are integer multiples; 0 selects a grid too fine to matter.
+        count_fraction: fraction of the budget, of 1 / z^2, that is spent on the number of clipped clients. The update
+            then gets the rest, a noise of z / sqrt(1 - count_fraction), so that both together are as private as z.
 
     Raises:
         SettingError: a field is not usable, or the grid is too coarse for the noise.
@@ -58,38 +60,47 @@ class Noise:
     multiplier: float
     sharers: int = 1
     grid: float = 0.0
+    count_fraction: float = 0.0
 
     def __post_init__(self) -> None:
         check_positive("clip_norm", self.norm)
         check_positive("noise_multiplier", self.multiplier)
         if self.sharers < 1:
             raise SettingError("sharers", self.sharers, "at least 1")
-        part = self.multiplier * self.norm / math.sqrt(self.sharers)
+        if not 0 <= self.count_fraction < 1:
+            raise SettingError("clip_budget", self.count_fraction, "a number of at least 0 and below 1")
+        part = self._update_multiplier * self.norm / math.sqrt(self.sharers)
         if not self.grid:
             object.__setattr__(self, "grid", 2.0 ** math.floor(math.log2(part * _FINE)))
         if self.grid < 0 or math.frexp(self.grid)[0] != 0.5 or part < _MIN_STEPS * self.grid:
             raise SettingError("grid", self.grid, f"a power of 2 up to {part / _MIN_STEPS:g}")
 
+    @property
+    def _update_multiplier(self) -> float:
+        """The noise multiplier of the update alone."""
+        return self.multiplier / math.sqrt(1 - self.count_fraction)
+
     @staticmethod
-    def on_ring(norm: float, multiplier: float, sharers: int, *, levels: int, values: int) -> "Noise":
-        """Noise on the grid of a secure round, so that its fixed-point encoding does not round again.
+    def alone(privacy: PrivacySettings, norm: float) -> "Noise":
+        """All of the noise, for a client whose update the server sees, clipped to `norm`."""
+        return Noise(norm, privacy.noise_multiplier, count_fraction=privacy.count_fraction)
+
+    def on_ring(self, *, levels: int, values: int) -> "Noise":
+        """The same noise on the grid of a secure round, so that its fixed-point encoding does not round again.
 
         The round's `FixedPoint` must have clip = `grid` * levels and unit_weight 1, and every client 1 example.
 
         Args:
-            norm: as the attribute.
-            multiplier: as the attribute.
-            sharers: as the attribute.
             levels: `FixedPoint.levels`.
             values: length of the vector that is sent.
 
         Raises:
             SettingError: there are too few levels: the range of so coarse a grid cannot hold the noise it requires.
         """
-        part = multiplier * norm / math.sqrt(sharers)
-        grid = 2.0 ** math.ceil(math.log2((norm + RANGE_DEVIATIONS * part) / levels))
+        part = self._update_multiplier * self.norm / math.sqrt(self.sharers)
+        grid = 2.0 ** math.ceil(math.log2((self.norm + RANGE_DEVIATIONS * part) / levels))
         while _MIN_STEPS * grid <= part:
-            noise = Noise(norm, multiplier, sharers, grid)
+            noise = replace(self, grid=grid)
             if noise.value_bound(values) <= grid * levels:
                 return noise
             grid *= 2
@@ -97,11 +108,19 @@ class Noise:
 
     @staticmethod
     def in_sum(
-        privacy: PrivacySettings, secure: SecureSettings, topology: Topology, clients: int, *, levels: int, values: int
+        privacy: PrivacySettings,
+        norm: float,
+        secure: SecureSettings,
+        topology: Topology,
+        clients: int,
+        *,
+        levels: int,
+        values: int,
     ) -> "Noise | None":
         """A client's part of the noise of a secure sum over at least `topology.threshold` of `clients` clients.
 
         Args:
+            norm: the clipping norm of the round.
             levels: `FixedPoint.levels`.
             values: length of the vector that is sent.
 
@@ -115,14 +134,15 @@ class Noise:
             return None
         honest = topology.honest(clients, secure.secagg_collusion_fraction)
         try:
-            return Noise.on_ring(privacy.clip_norm, privacy.noise_multiplier, honest, levels=levels, values=values)
+            whole = Noise(norm, privacy.noise_multiplier, honest, count_fraction=privacy.count_fraction)
+            return whole.on_ring(levels=levels, values=values)
         except SettingError as error:
             wanted = f"less with noise-multiplier {privacy.noise_multiplier:g}, whose noise needs more bits per entry"
             raise SettingError("secure-ratio", secure.secure_ratio, wanted) from error
 
     def deviation(self, values: int) -> float:
         """Standard deviation of one client's noise, for an update of `values` values."""
-        return self.multiplier * rounded_norm(self.norm, self.grid, values) / math.sqrt(self.sharers)
+        return self._update_multiplier * rounded_norm(self.norm, self.grid, values) / math.sqrt(self.sharers)
 
     def value_bound(self, values: int) -> float:
         """Magnitude that practically no noisy value exceeds, whatever the update was."""
@@ -145,6 +165,16 @@ class Noise:
         noisy = torch.from_numpy(steps * self.grid).float()
         pieces = torch.split(noisy, [value.numel() for value in update.values()])
         return {n: p.view(v.shape) for (n, v), p in zip(update.items(), pieces, strict=True)}
+
+    def add_to_count(self, value: float, unit: float) -> float:
+        """Add this client's noise to a number of -1/2 to 1/2, so of sensitivity 1/2 -> a multiple of `unit`.
+
+        With the count's deviation of z / (2 sqrt(count_fraction)), count and update together are one Gaussian mechanism
+        of multiplier z: (1/2 / deviation)^2 + (1 - count_fraction) / z^2 = 1 / z^2.
+        """
+        deviation = self.multiplier / (2 * math.sqrt(self.count_fraction * self.sharers))
+        drawn = float(normals(1, Stream(new_seed()))[0])
+        return (round(value / unit) + round(drawn * deviation / unit)) * unit
 
     def _rounded(self, relative: Reals, stream: Stream) -> Reals:
         """Stochastic rounding to integers, repeated while the norm exceeds `rounded_norm`."""

@@ -14,7 +14,8 @@ from tofu.errors import DataError, SettingError
 from tofu.formatting import printable
 from tofu.models import initial_model
 from tofu.models.spiking import FREQUENCIES, DctEncoder
-from tofu.plugins import MAX_STATE_BYTES, RoundContext, make_plugins
+from tofu.plugins import MAX_STATE_BYTES, RoundContext
+from tofu.privacy.adaptive import plugins_of
 from tofu.reference_model import ReferenceModel
 from tofu.reporting.folder import read_class_names, read_config, read_model, read_preprocessing
 from tofu.weights import load_weights
@@ -42,7 +43,7 @@ def predict_images(run: Path, images: Path, *, frequencies: int = 0) -> list[dic
     """
     settings = read_config(run)
     weights, shape, broadcast = read_model(run)
-    plugins = make_plugins(settings.plugins.plugins, settings.plugins.plugin_options)
+    plugins = plugins_of(settings)
     plugins.load(broadcast=broadcast, max_bytes=MAX_STATE_BYTES)
     preprocessing, statistics = read_preprocessing(run)
     models = []

@@ -107,6 +107,7 @@ class RoundRecord:
         seconds: wall-clock time of the round.
         epsilon: spent by the end of this round; None without differential privacy, infinite if no bound holds.
         model_epsilon: as epsilon, against those who see the models only; None without secret-sampling.
+        clip_norm: L2 norm to which clients clipped their updates; None without clip-quantile.
         by_client: one entry per reply of an open round.
         plugins: "plugin/metric" -> mean over clients, weighted by examples.
         task: task that this round trained, counted from 0; None without tasks.
@@ -141,6 +142,7 @@ class RoundRecord:
     seconds: Number = None
     epsilon: Epsilon = None
     model_epsilon: Epsilon = None
+    clip_norm: Number = None
     by_client: tuple[ClientRecord, ...] = ()
     plugins: Mapping[str, Number] = dataclasses.field(default_factory=dict)
     task: Count | None = None
@@ -219,7 +221,7 @@ QUANTILES = (0, 10, 25, 50, 75, 90, 100)
 """Percentages of `RoundRecord.accuracy_quantiles`; 0 and 100 are the extremes."""
 
 _SPARSE = frozenset((
-    "epsilon", "model_epsilon", "delta", "by_client", "metrics", "plugins", "task", "task_accuracies",
+    "epsilon", "model_epsilon", "delta", "clip_norm", "by_client", "metrics", "plugins", "task", "task_accuracies",
     "group_accuracies", "clipped", "largest_clipped", "abandoned", "late", "accuracy_quantiles", "link_seconds",
     "test_accuracy", "mean_accuracy", "backward_transfer", "stopped", "baseline", "node", "examples",
     "compressor",

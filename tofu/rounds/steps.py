@@ -37,6 +37,7 @@ class Outgoing:
         decoded: what the server decodes from the client's message; empty until `Compress` or `Mask`.
         body: the compressed bytes of an open round.
         vector: the ring elements of a secure round, not masked yet.
+        clipped: whether `Clip` made the update shorter.
     """
 
     update: Weights
@@ -45,6 +46,7 @@ class Outgoing:
     decoded: Weights = field(default_factory=dict)
     body: bytes = b""
     vector: RingVector | None = None
+    clipped: bool = False
 
     def replace(self, **changes: object) -> "Outgoing":
         """A copy with other values for the named fields."""
@@ -146,7 +148,8 @@ class Clip:
 
     def apply(self, outgoing: Outgoing) -> Outgoing:
         check_param_spec(self.param_spec)
-        return outgoing.replace(update=clip(outgoing.update, self.norm)[0])
+        update, norm = clip(outgoing.update, self.norm)
+        return outgoing.replace(update=update, clipped=norm > self.norm)
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,8 @@ def purpose_of(config: EncodingConfig, weights: Weights, broadcast: bytes, *more
 
 
 _BITS = 40
-_TOP = 2 ** (_BITS - 1) - 1
+SUM_STEPS = 2 ** (_BITS - 1) - 1
+"""Steps on each side of zero in which `DigitSums` counts, up to a sum's bound."""
 
 
 class DigitSums:
@@ -175,7 +176,7 @@ class DigitSums:
         rows = [np.zeros(0, dtype=np.uint64)]
         shifts = np.arange(self._digits, dtype=np.uint64)[:, None] * np.uint64(self._digit_bits)
         for name, spec in self._declared.items():
-            whole = np.rint(values[name].numpy().ravel() / spec.bound * _TOP).astype(np.int64) + _TOP
+            whole = np.rint(values[name].numpy().ravel() / spec.bound * SUM_STEPS).astype(np.int64) + SUM_STEPS
             digits: RingVector = whole.astype(np.uint64) >> shifts & np.uint64(2**self._digit_bits - 1)
             rows.append(digits.ravel())
         return np.concatenate(rows)
@@ -187,8 +188,8 @@ class DigitSums:
         for name, spec in self._declared.items():
             count = math.prod(spec.shape)
             digits = total[at : at + self._digits * count].reshape(self._digits, count).astype(np.float64)
-            whole = (digits * powers[:, None]).sum(0) - clients * _TOP  # exact up to 8,192 clients
-            sums[name] = torch.from_numpy(whole / _TOP * spec.bound).reshape(spec.shape)
+            whole = (digits * powers[:, None]).sum(0) - clients * SUM_STEPS  # exact up to 8,192 clients
+            sums[name] = torch.from_numpy(whole / SUM_STEPS * spec.bound).reshape(spec.shape)
             at += self._digits * count
         return sums
 

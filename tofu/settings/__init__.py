@@ -181,6 +181,8 @@ class Settings(BaseModel):
             raise SettingError("max-epsilon", self.privacy.max_epsilon, "0 without noise-multiplier")
         if self.privacy.secret_sampling and not self.privacy.noise_multiplier:
             raise SettingError("secret-sampling", True, "false without noise-multiplier")
+        if self.privacy.clip_quantile and not self.privacy.noise_multiplier:
+            raise SettingError("clip-quantile", self.privacy.clip_quantile, "0 without noise-multiplier")
         self._check_aggregator(kinds)
         self._check_ef21()
         if "secure" in kinds and data.clients < MIN_SECURE:

@@ -309,6 +309,16 @@ class PrivacySettings(Group):
         0.0, "standard deviation of the noise over clip-norm; 0 disables differential privacy", ge=0, le=1e6
     )
     clip_norm: float = setting(1.0, "L2 norm to which a client's update is clipped", gt=0, le=1e9)
+    clip_quantile: float = setting(
+        0.0,
+        "with noise-multiplier, clip-norm is that of the first round and then follows this quantile of the updates' norms; 0: it is fixed",
+        ge=0,
+        lt=1,
+    )
+    clip_lr: float = setting(0.2, "step of the clip norm's logarithm towards clip-quantile", gt=0, le=10)
+    clip_budget: float = setting(
+        0.01, "fraction of the privacy budget for the noised count of clipped clients, with clip-quantile", gt=0, le=0.5
+    )
     privacy_delta: float = setting(
         1e-5, "delta of the (epsilon, delta) guarantee; well below one over the number of clients", gt=0, le=0.1
     )
@@ -317,6 +327,11 @@ class PrivacySettings(Group):
         False,
         "draw each round's clients from the operating system's generator and record model-epsilon, which holds against those who see the models only",
     )
+
+    @property
+    def count_fraction(self) -> float:
+        """Fraction of the budget for the count of clipped clients; 0 with a fixed clip norm."""
+        return self.clip_budget if self.clip_quantile else 0.0
 
 
 class ServerSettings(Group):

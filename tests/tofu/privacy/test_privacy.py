@@ -143,7 +143,7 @@ def test_parts_add_up_to_the_whole_through_a_secure_sum(mlp_update: Case) -> Non
     clients, norm, multiplier, bits = 8, 1.0, 1.0, 18
     values = flat(mlp_update[1]).size
     levels = FixedPoint(clients, bits, 1.0).levels
-    noise = Noise.on_ring(norm, multiplier, clients, levels=levels, values=values)
+    noise = Noise(norm, multiplier, clients).on_ring(levels=levels, values=values)
     code = FixedPoint(clients, bits, noise.grid * levels)
     update, _ = clip(mlp_update[1], norm)
     noisy = [noise.add(update) for _ in range(clients)]
@@ -192,7 +192,7 @@ def test_noise_that_cannot_be_is_refused() -> None:
         with pytest.raises(SettingError, match="power of 2"):
             Noise(1.0, 1.0, grid=grid)
     with pytest.raises(SettingError, match="more for 1000000 values"):
-        Noise.on_ring(1.0, 1.0, 6, levels=200, values=1_000_000)
+        Noise(1.0, 1.0, 6).on_ring(levels=200, values=1_000_000)
     with pytest.raises(RunError, match="clip it first"):
         Noise(1.0, 1.0).add({"a": torch.ones(2)})
 

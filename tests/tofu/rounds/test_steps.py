@@ -171,7 +171,7 @@ def test_with_fraction_0_nothing_is_kept() -> None:
 
 
 def test_ranges_that_do_not_match_the_noise_are_refused() -> None:
-    noise = Noise.on_ring(1.0, 1.0, 3, levels=2**20, values=100)
+    noise = Noise(1.0, 1.0, 3).on_ring(levels=2**20, values=100)
     range_ = noise.grid * 2**20
     check_noise_grid(noise, 2**20, 1, (range_, range_))
     check_noise_grid(None, 2**20, 7, (1.0,))
