@@ -53,7 +53,7 @@ from tofu.rounds.steps import (
 from tofu.secagg.encoding import EncodingConfig, RingEncoder, flat, purpose_of
 from tofu.secagg.participant import Participant
 from tofu.settings import FULL_WEIGHTS, Settings
-from tofu.tasks import TaskStream, only_classes
+from tofu.tasks import TaskStream, only_classes, round_context
 from tofu.training import LocalTrainingConfig
 from tofu.weights import (
     Weights,
@@ -266,7 +266,7 @@ class LocalRound:
             check_fit(data, request.shape)  # before anything of the requested size is allocated
         plugins = plugins_of(settings)
         client = client_name(context)
-        position = RoundContext.of(settings, request.shape, round_, client, group=plugins.group_of(client))
+        position = round_context(settings, request.shape, round_, client, group=plugins.group_of(client))
         broadcast = load_broadcast(context) if request.kept else request.broadcast
         if request.kept and broadcast_id(broadcast) != request.kept:
             raise ResyncError("this client does not have the plugins' broadcast of this round")

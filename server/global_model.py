@@ -12,14 +12,16 @@ from tofu.compression.base import Compressor
 from tofu.data import ImageShape
 from tofu.errors import RunError
 from tofu.models import run_model
-from tofu.plugins import Plugins, RoundContext
+from tofu.plugins import Plugins
 from tofu.privacy import check_param_spec
 from tofu.reference_model import ModelCall, ReferenceModel
 from tofu.rounds import server_optimizers
 from tofu.rounds.downlink import WeightSteps
 from tofu.rounds.schedule import make_schedule
 from tofu.secagg.encoding import flat
-from tofu.settings import ServerSettings, Settings
+from tofu.settings import Settings
+from tofu.settings.groups import ServerSettings
+from tofu.tasks import round_context
 from tofu.weights import Weights, copy_model, load_weights, weights_of
 
 
@@ -136,7 +138,7 @@ class GlobalModel:
         self.group, self.shape = group, shape
         self._settings, self._plugins = settings, plugins
         self._kinds = make_schedule(settings.rounds, settings.training.rounds).kinds
-        reference = ReferenceModel.of(model, shape, plugins, RoundContext.of(settings, shape, 1, group=group), call)
+        reference = ReferenceModel.of(model, shape, plugins, round_context(settings, shape, 1, group=group), call)
         self._begin(reference, flat(weights_of(reference.model)))
 
     def _begin(self, reference: ReferenceModel, initial: Tensor, averaged: nn.Module | None = None) -> None:
@@ -173,7 +175,7 @@ class GlobalModel:
             return False
         settings, shape, plugins = self._settings, self.shape, self._plugins
         # The model after the last round is that of the last round.
-        context = RoundContext.of(settings, shape, min(round_, settings.training.rounds), group=self.group)
+        context = round_context(settings, shape, min(round_, settings.training.rounds), group=self.group)
         built = run_model(settings, shape)
         fresh = ReferenceModel.of(built, shape, plugins, context)
         if fresh.architecture == self.reference.architecture:

@@ -10,9 +10,8 @@ from server.ledger import Ledger
 from server.runner import RoundResult, RoundRunner
 from tofu.data import LabeledImages
 from tofu.evaluation import Evaluation
-from tofu.plugins import RoundContext
 from tofu.rounds.record import QUANTILES, ClientRecord, Failure, RoundRecord, RunSummary
-from tofu.tasks import backward_transfer, mean_accuracy
+from tofu.tasks import backward_transfer, mean_accuracy, round_context
 from tofu.weights import weights_sha256
 from tofu.wire import CLIENT_ACCURACY
 from tofu.workload import NamedWorkload, Workload, data_description
@@ -68,7 +67,7 @@ def round_record(
         clip_norm=result.clip_norm if private and runner.settings.privacy.clip_quantile else None,
         by_client=_by_client(result, compressed=compressed, private=private is not None),
         plugins=result.plugin_metrics(),
-        task=RoundContext.of(runner.settings, runner.models[0].shape, result.round).task if tasks else None,
+        task=round_context(runner.settings, runner.models[0].shape, result.round).task if tasks else None,
         task_accuracies=tuple(runner.task_accuracies[-1]) if tasks else (),
         group_accuracies=tuple(runner.group_accuracies[-1]) if runner.group_accuracies else (),
         clipped=secure.clipped if secure else None,

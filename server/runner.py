@@ -27,7 +27,7 @@ from tofu.evaluation import Evaluation
 from tofu.flower.transport import Transport
 from tofu.models import run_model
 from tofu.observers.base import Observer
-from tofu.plugins import MAX_STATE_BYTES, RoundContext
+from tofu.plugins import MAX_STATE_BYTES
 from tofu.privacy import Accountant
 from tofu.privacy.adaptive import clip_norm, plugins_of
 from tofu.recording import Recorder
@@ -38,7 +38,7 @@ from tofu.rounds.record import round_label
 from tofu.rounds.schedule import make_schedule
 from tofu.secagg.encoding import SecureMean
 from tofu.settings import MIN_SECURE, Settings
-from tofu.tasks import TaskStream
+from tofu.tasks import TaskStream, round_context
 from tofu.weights import Weights, weights_of
 from tofu.wire import CLIENT_ACCURACY, TrainReply
 from tofu.workload import Workload, label_names, labeled_images, workload_of
@@ -244,7 +244,7 @@ class RoundRunner:
             result.nodes[str(node)], result.failures[str(node)] = node, reason
         self._reduce(rounds)
         for model in self.models:
-            context = RoundContext.of(settings, self._shape, round_, group=model.group)
+            context = round_context(settings, self._shape, round_, group=model.group)
             self.plugins.on_aggregate(model.reference.model, context)
             model.average(round_)
         for model in self.models:

@@ -17,7 +17,8 @@ from tofu.secagg.encoding import FEW_LEVELS, EncodingConfig, RingEncoder, first_
 from tofu.secagg.fixed_point import HEADROOM, FixedPoint
 from tofu.secagg.graph import Topology
 from tofu.secagg.identities import read_known
-from tofu.settings import MIN_SECURE, SecureSettings, Settings
+from tofu.settings import MIN_SECURE, Settings
+from tofu.settings.groups import SecureSettings
 from tofu.weights import ParamSpec, Weights
 
 MIN_EXPLAINED = 0.05

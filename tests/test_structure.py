@@ -1,9 +1,12 @@
-"""Rules for the whole source tree: unique class names and short functions."""
+"""Rules for the whole source tree: unique class names, short functions and no import cycles."""
 
 import ast
 from collections import defaultdict
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
+
+import grimp
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("tofu", "client", "server", "attacks", "deploy")
@@ -38,3 +41,10 @@ def test_functions_are_short() -> None:
         > LONG_FOR_NOW.get(f"{path}:{node.name}", MAX_LINES)
     }
     assert not too_long
+
+
+def test_imports_have_no_cycle() -> None:
+    graph = grimp.build_graph(*PACKAGES, exclude_type_checking_imports=True, cache_dir=None)
+    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    assert "tofu.plugins" in imports["tofu.settings"]  # an import within a function counts, too
+    TopologicalSorter(imports).prepare()  # raises CycleError with the modules of a cycle

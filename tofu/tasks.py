@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tofu.data import LabeledImages
+from tofu.data import ImageShape, LabeledImages
 from tofu.errors import DataError, SettingError
+from tofu.plugins import RoundContext
 from tofu.rng import derive_generator
-from tofu.settings import PluginSettings
+from tofu.settings import Settings
+from tofu.settings.groups import PluginSettings
 
 STREAMS = ("none", "classes", "pixels")
 ORDERS = ("same", "own")
@@ -100,6 +102,25 @@ class TaskStream:
     def _check(self, task: int) -> None:
         if not 0 <= task < self.tasks:
             raise SettingError("task", task, f"0 to {self.tasks - 1}")
+
+
+def round_context(
+    settings: Settings, shape: ImageShape, round_: int, client: str = "", *, group: int = 0
+) -> RoundContext:
+    """The position of a round, counted from 1, in its run and in its task; all tasks have equally many rounds."""
+    rounds, tasks = settings.training.rounds, settings.plugins.task_count
+    each = rounds // tasks
+    return RoundContext(
+        shape,
+        round=round_,
+        rounds=rounds,
+        task=(round_ - 1) // each,
+        tasks=tasks,
+        final=round_ % each == 0,
+        client=client,
+        seed=settings.run.seed,
+        group=group,
+    )
 
 
 @contextmanager

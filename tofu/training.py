@@ -18,7 +18,7 @@ from tofu.errors import RunError
 from tofu.plugins import NO_PLUGINS, Batch, Plugins
 from tofu.plugins.base import Criterion
 from tofu.rng import GlobalGenerators
-from tofu.settings import TrainingSettings
+from tofu.settings.groups import TrainingSettings
 
 
 @dataclass(frozen=True)

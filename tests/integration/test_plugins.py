@@ -15,11 +15,12 @@ from tofu.data import FederatedData, to_float
 from tofu.errors import SettingError
 from tofu.models import build_model
 from tofu.observers.base import Observer
-from tofu.plugins import RoundContext, make_plugins
+from tofu.plugins import make_plugins
 from tofu.reference_model import ReferenceModel
 from tofu.reporting.folder import read_config, read_model
 from tofu.rounds.record import RoundRecord
 from tofu.settings import Settings
+from tofu.tasks import round_context
 from tofu.weights import load_weights
 
 Row = dict[str, Any]
@@ -67,7 +68,7 @@ def test_what_is_saved_flags_as_many_images_as_were_asked_for(tmp_path: Path) ->
     settings = read_config(tmp_path / "run")
     plugins = make_plugins(settings.plugins.plugins, settings.plugins.plugin_options)
     plugins.load(broadcast=state, max_bytes=10**6)
-    network = ReferenceModel.of(build_model("mlp", shape), shape, plugins, RoundContext.of(settings, shape, 2))
+    network = ReferenceModel.of(build_model("mlp", shape), shape, plugins, round_context(settings, shape, 2))
     load_weights(network.model, weights)
     test = FederatedData.of(settings.data, settings.run.seed).test()
     with torch.no_grad():

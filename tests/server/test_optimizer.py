@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from server.checkpoint import Snapshot
 from server.global_model import ServerOptimizer
-from tofu.settings import ServerSettings, Settings
+from tofu.settings import Settings
+from tofu.settings.groups import ServerSettings
 from tofu.weights import weights_of
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tofu.errors import SettingError
 
 if TYPE_CHECKING:
-    from tofu.settings import CodecSettings
+    from tofu.settings.groups import CodecSettings
 
 BITS = (2, 3, 4, 5, 6, 8, 16, 32)
 """Bits per value that `tofu.compression.coding.RowCode` supports; 32 is float32."""

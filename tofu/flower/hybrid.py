@@ -25,7 +25,7 @@ from tofu.flower.secure_options import SecureOptions
 from tofu.flower.update_codec import RECORD, UpdateCodec
 from tofu.flower.wrapper import StrategyWrapper, TrainMod
 from tofu.rounds.schedule import make_schedule
-from tofu.settings import RoundSettings
+from tofu.settings.groups import RoundSettings
 from tofu.wire import RECORD as STAGE
 
 

@@ -20,7 +20,8 @@ from tofu.models.small import BagOfWords, cnn, lenet5, mlp
 from tofu.models.spiking import dct_model, spiking_model
 from tofu.models.torchvision_models import resnet18, vgg, vit
 from tofu.rng import GlobalGenerators
-from tofu.settings import ModelSettings, Settings
+from tofu.settings import Settings
+from tofu.settings.groups import ModelSettings
 
 NORMS = ("group", "batch", "none")
 

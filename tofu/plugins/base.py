@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from tofu.data import ImageShape, LabeledImages
 from tofu.plugins.state import PluginState
 from tofu.rounds.panel import Panel
-from tofu.settings import Settings
 
 Weights = Mapping[str, Tensor]
 
@@ -51,23 +50,6 @@ class RoundContext:
     client: str = ""
     seed: int = 0
     group: int = 0
-
-    @staticmethod
-    def of(settings: Settings, shape: ImageShape, round_: int, client: str = "", *, group: int = 0) -> "RoundContext":
-        """The position of a round in a run: a function of its training, its tasks and its seed."""
-        rounds, tasks = settings.training.rounds, settings.plugins.task_count
-        each = rounds // tasks
-        return RoundContext(
-            shape,
-            round=round_,
-            rounds=rounds,
-            task=(round_ - 1) // each,
-            tasks=tasks,
-            final=round_ % each == 0,
-            client=client,
-            seed=settings.run.seed,
-            group=group,
-        )
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from tofu.errors import RunError, SettingError
 from tofu.privacy.clipping import check_positive
 from tofu.secagg.graph import Topology
 from tofu.secagg.masks import Stream, new_seed
-from tofu.settings import PrivacySettings, SecureSettings
+from tofu.settings.groups import PrivacySettings, SecureSettings
 from tofu.weights import Weights
 
 Reals = npt.NDArray[np.float64]

@@ -14,10 +14,11 @@ from tofu.errors import DataError, SettingError
 from tofu.formatting import printable
 from tofu.models import initial_model
 from tofu.models.spiking import FREQUENCIES, DctEncoder
-from tofu.plugins import MAX_STATE_BYTES, RoundContext
+from tofu.plugins import MAX_STATE_BYTES
 from tofu.privacy.adaptive import plugins_of
 from tofu.reference_model import ReferenceModel
 from tofu.reporting.folder import read_class_names, read_config, read_model, read_preprocessing
+from tofu.tasks import round_context
 from tofu.weights import load_weights
 
 _AT_A_TIME = 500
@@ -48,7 +49,7 @@ def predict_images(run: Path, images: Path, *, frequencies: int = 0) -> list[dic
     preprocessing, statistics = read_preprocessing(run)
     models = []
     for group in range(plugins.groups):
-        context = RoundContext.of(settings, shape, settings.training.rounds, group=group)
+        context = round_context(settings, shape, settings.training.rounds, group=group)
         built = initial_model(settings.model, shape, settings.run.seed)
         normalize_inputs(built, statistics)
         model = ReferenceModel.of(built, shape, plugins, context).model

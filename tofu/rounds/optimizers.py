@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tofu.rounds import server_optimizers
-from tofu.settings import ServerSettings
+from tofu.settings.groups import ServerSettings
 
 
 @server_optimizers.register("sgd")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from tofu.errors import SettingError
 from tofu.rounds import KINDS, schedules
-from tofu.settings import RoundSettings
+from tofu.settings.groups import RoundSettings
 
 
 class Schedule(ABC):

@@ -37,7 +37,7 @@ from functools import cached_property
 from tofu.bytes_io import fields
 from tofu.errors import SettingError
 from tofu.secagg.shamir import MAX_SHARES
-from tofu.settings import SecureSettings
+from tofu.settings.groups import SecureSettings
 
 COMPLETE_UP_TO = 32
 """Number of clients up to which the graph is complete: a sparse graph would save almost nothing."""
