@@ -54,17 +54,7 @@ def up(
         SettingError: the folder, the app or the data cannot be used.
         RunError: it did not come up; nothing of it is left running.
     """
-    if nodes < 1:
-        raise SettingError("nodes", nodes, "at least 1")
-    if app is not None and not (app / "pyproject.toml").is_file():
-        raise SettingError("app", str(app), "a folder with the pyproject.toml of a Flower app")
-    missing = [f"node-{node}" for node in range(nodes) if data is not None and not (data / f"node-{node}").is_dir()]
-    if missing:
-        raise SettingError("data", str(data), f"a folder that has the folder {missing[0]}")
-    if policy is not None:
-        from tofu.flower.policy import read_policy
-
-        read_policy(policy)
+    _check_arguments(nodes, app, data, policy)
     folder = folder.resolve()
     before = State.read(folder)
     if before is not None and before.alive:
@@ -77,17 +67,13 @@ def up(
         log = (folder / "logs" / "supervisor.log").open("ab")
     except OSError as error:
         raise SettingError("folder", str(folder), f"a folder that can be written ({error.strerror})") from error
-    command = [sys.executable, "-m", "deploy.supervisor", str(folder)]
-    command += ["--nodes", str(nodes), "--app", str(app.resolve())]
-    if data is not None:
-        command += ["--data", str(data.resolve())]
-    command += ["--pinned", INSTALLED if app_is_ours else pin_of(app)]
-    if policy is not None:
-        command += ["--policy", str(policy.resolve())]
-    if warm:
-        command.append("--warm")
-    if identities:
-        command.append("--identities")
+    paths = {"--app": app, "--data": data, "--policy": policy}
+    given = [str(part) for flag, path in paths.items() if path is not None for part in (flag, path.resolve())]
+    flags = [flag for flag, wanted in {"--warm": warm, "--identities": identities}.items() if wanted]
+    command = [
+        sys.executable, "-m", "deploy.supervisor", str(folder), "--nodes", str(nodes), *given, *flags,
+        "--pinned", INSTALLED if app_is_ours else pin_of(app),
+    ]  # fmt: skip
     with log:
         supervisor = subprocess.Popen(
             command, cwd=folder, env=os.environ | {FILE: str(folder / "logs" / "supervisor.jsonl")},
@@ -100,6 +86,21 @@ def up(
         supervisor.wait()
         raise
     return status(folder)
+
+
+def _check_arguments(nodes: int, app: Path | None, data: Path | None, policy: Path | None) -> None:
+    """Raises SettingError if `up` cannot use one of its arguments."""
+    if nodes < 1:
+        raise SettingError("nodes", nodes, "at least 1")
+    if app is not None and not (app / "pyproject.toml").is_file():
+        raise SettingError("app", str(app), "a folder with the pyproject.toml of a Flower app")
+    for name in (f"node-{node}" for node in range(nodes)):
+        if data is not None and not (data / name).is_dir():
+            raise SettingError("data", str(data), f"a folder that has the folder {name}")
+    if policy is not None:
+        from tofu.flower.policy import read_policy
+
+        read_policy(policy)
 
 
 def pin_of(app: Path) -> str:

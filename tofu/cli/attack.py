@@ -1,17 +1,14 @@
 """`tofu attack`: what each kind of message leaks."""
 
 import json
-import math
-import sys
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tofu.cli.options import Json, Quiet
+from tofu.cli.options import Json, Quiet, line_printer
 from tofu.errors import SettingError
-from tofu.formatting import printable
-from tofu.settings.deprecated import warn_once
 
 if TYPE_CHECKING:
     from attacks.evaluate import AttackEvaluation
@@ -22,6 +19,7 @@ def _several(flag: str, help_: str) -> Any:
 
 
 def attack(
+    context: typer.Context,
     run: Annotated[
         Path | None,
         typer.Argument(help="folder of a run with --record-clients or of tofu.record; without it, messages are made"),
@@ -42,15 +40,12 @@ def attack(
     pretrain_rounds: Annotated[
         str | None, _several("--pretrain-rounds", "numbers of federated rounds before the message")
     ] = None,
-    moments: Annotated[str | None, typer.Option(hidden=True)] = None,
     steps: Annotated[str | None, _several("--steps", "numbers of local steps")] = None,
     seeds: Annotated[int | None, typer.Option(help="number of seeds")] = None,
     rounds: Annotated[int | None, typer.Option(help="number of rounds that the attacker accumulates")] = None,
     know_labels: Annotated[bool, typer.Option("--know-labels", help="give the attacker the labels")] = False,
     seconds: Annotated[float | None, typer.Option(help="time limit of one attack")] = None,
-    time_limit: Annotated[
-        float, typer.Option(help="seconds after which no trial starts", show_default=False)
-    ] = math.inf,
+    time_limit: Annotated[float, typer.Option(help="seconds after which no trial starts", show_default=False)] = inf,
     threads: Annotated[int, typer.Option(help="threads of torch")] = 1,
     json_: Json = False,
     quiet: Quiet = False,
@@ -63,29 +58,16 @@ def attack(
     from attacks.report import print_tables, write_report
 
     torch.set_num_threads(threads)
-    if moments is not None:
-        warn_once("option moments is deprecated: use pretrain-rounds")
-        pretrain_rounds = pretrain_rounds or moments
-
-    def log(line: str) -> None:
-        if not quiet:
-            print(printable(line), file=sys.stderr, flush=True)
-
-    given = {
-        "dataset": dataset, "model": model, "norm": norm, "lr": lr, "messages": messages, "attacks": attacks,
-        "batch_sizes": batch_sizes, "pretrain_rounds": pretrain_rounds, "steps": steps, "seeds": seeds,
-        "rounds": rounds, "know_labels": know_labels, "seconds": seconds,
-    }  # fmt: skip
-    evaluation = _evaluation({name: value for name, value in given.items() if value is not None})
-    if run is not None:
-        folder = folder or run / "attacks"
-        chosen = ATTACKS if attacks is None else tuple(attacks.split(","))
+    log = line_printer(quiet=quiet)
+    evaluation = _evaluation({name: value for name, value in context.params.items() if value is not None})
+    folder = folder or (Path("runs/attacks") if run is None else run / "attacks")
+    if run is None:
+        rows = evaluate(evaluation, folder, log=log, seconds=time_limit)
+    else:
+        chosen = evaluation.attacks if attacks else ATTACKS
         rows = attack_run(
             run, folder, attacks=chosen, seconds=evaluation.seconds, model=model, dataset=dataset, log=log
         )
-    else:
-        folder = folder or Path("runs/attacks")
-        rows = evaluate(evaluation, folder, log=log, seconds=time_limit)
     page = write_report(rows, folder)
     if json_:
         print(json.dumps(rows))
@@ -94,18 +76,20 @@ def attack(
     print(f"\nreport: {page}")
 
 
-def _evaluation(given: dict[str, Any]) -> "AttackEvaluation":
-    """An `AttackEvaluation` from options; tuples are given as text. Raises SettingError for a value out of range."""
+def _evaluation(options: dict[str, Any]) -> "AttackEvaluation":
+    """The trials that options ask for; a tuple is given as text. Raises SettingError for a value that is not usable."""
     import dataclasses
 
     from attacks.evaluate import AttackEvaluation
 
-    for field in dataclasses.fields(AttackEvaluation):
-        if field.name in given and isinstance(field.default, tuple):
-            kind = type(field.default[0])
+    fields = {field.name: field for field in dataclasses.fields(AttackEvaluation)}
+    values = {name: value for name, value in options.items() if name in fields}
+    for name, text in values.items():
+        default: Any = fields[name].default
+        if isinstance(default, tuple):
+            kind = type(default[0])
             try:
-                parts = tuple(kind(part.strip()) for part in given[field.name].split(",") if part.strip())
+                values[name] = tuple(kind(part.strip()) for part in text.split(",") if part.strip())
             except ValueError as error:
-                raise SettingError(field.name, given[field.name], "whole numbers separated by commas") from error
-            given[field.name] = parts
-    return AttackEvaluation(**given)
+                raise SettingError(name, text, "whole numbers separated by commas") from error
+    return AttackEvaluation(**values)

@@ -8,9 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from tofu.cli.options import ConfigFile, Json, Quiet, settings_from, with_settings
+from tofu.cli.options import ConfigFile, Json, Quiet, line_printer, settings_from, with_settings
 from tofu.errors import SettingError
-from tofu.formatting import printable
 from tofu.settings import Value
 
 
@@ -69,15 +68,11 @@ def compare(
     )  # fmt: skip
     quiet = quiet or json_
 
-    def log(line: str) -> None:
-        if not quiet:
-            print(printable(line), file=sys.stderr, flush=True)
-
     def view() -> Observer:
         # A line for each round of each run would bury the lines that say how far the comparison is.
         return make_progress(sys.stderr, quiet=quiet) if sys.stderr.isatty() else Observer()
 
-    document = run_comparison(comparison, client_app, log=log, view=view)
+    document = run_comparison(comparison, client_app, log=line_printer(quiet=quiet), view=view)
     if json_:
         print(json.dumps(document))
         return

@@ -4,13 +4,12 @@ import json
 import platform
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from tofu.cli.options import ConfigFile, Json, Quiet, with_settings
+from tofu.cli.options import ConfigFile, Json, Quiet, line_printer, with_settings
 from tofu.errors import RunError, SettingError
 from tofu.formatting import format_bytes, printable
 from tofu.settings import Value, read_toml
@@ -78,11 +77,8 @@ def run(
     file = read_toml(config) if config is not None else {}
     given = present_names(file) | present_names(overrides)
 
-    def follow(line: str) -> None:
-        if not quiet and not json_:
-            print(printable(_COLOR.sub("", line)), file=sys.stderr, flush=True)
-
-    done, results = background.run(folder, given, follow=follow)
+    log = line_printer(quiet=quiet or json_)
+    done, results = background.run(folder, given, follow=lambda line: log(_COLOR.sub("", line)))
     result = background.summary(done, results)
     if json_:
         print(json.dumps(result))

@@ -1,6 +1,7 @@
 """What the commands share: one option for every setting, and how settings are read from options and files."""
 
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +11,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from tofu.errors import SettingError
+from tofu.formatting import printable
 from tofu.settings import (
     FIELDS,
     Settings,
@@ -67,16 +69,26 @@ class NumberOrAuto(click.ParamType):  # type: ignore[type-arg]  # generic in new
         return parse_setting(self._setting, str(value))
 
 
+def line_printer(*, quiet: bool) -> Callable[[str], None]:
+    """A function that prints one line of progress on standard error, or does nothing if `quiet`."""
+
+    def log(line: str) -> None:
+        if not quiet:
+            print(printable(line), file=sys.stderr, flush=True)
+
+    return log
+
+
 def with_present_flags(arguments: Sequence[str]) -> list[str]:
-    """Arguments with deprecated names of settings replaced, such as `--fraction=0.5`, and a warning for each."""
-    result = []
+    """Arguments with deprecated names of options replaced, such as `--fraction=0.5`, and a warning for each."""
+    names, result = {**NAMES, "moments": "pretrain-rounds"}, []
     for argument in arguments:
         flag, equals, value = argument.partition("=")
         prefix = "--no-" if flag.startswith("--no-") else "--"
         old = flag.removeprefix(prefix)
-        if flag.startswith("--") and old in NAMES:
-            warn_once(f"setting {old} is deprecated: use {NAMES[old]}")
-            result.append(f"{prefix}{NAMES[old]}{equals}{value}")
+        if flag.startswith("--") and old in names:
+            warn_once(f"setting {old} is deprecated: use {names[old]}")
+            result.append(f"{prefix}{names[old]}{equals}{value}")
         else:
             result.append(argument)
     return result

@@ -1,14 +1,14 @@
 """The one interface through which a run is observed: progress views, logs, metrics, trackers and the report.
 
-class Csv(Observer):
-    def on_round_end(self, record: RoundRecord) -> None:
-        with open("accuracy.csv", "a") as file:
-            file.write(f"{record.round},{record.accuracy}\\n")
+An observer that writes the accuracy of each round to a file, passed to `server.app.serve_in_process`:
 
-serve_in_process(client_app, settings, Csv())
+    class Csv(Observer):
+        def on_round_end(self, record: RoundRecord) -> None:
+            with open("accuracy.csv", "a") as file:
+                file.write(f"{record.round},{record.accuracy}\\n")
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -61,19 +61,43 @@ class Observer:
 
 
 class Observers(Observer):
-    """Several observers as one; each event goes to all of them in their order."""
+    """Several observers as one: each event goes to all of them, in the order given."""
 
     def __init__(self, observers: Sequence[Observer]) -> None:
         self._all = tuple(observers)
 
-
-def _forwarding(hook: str) -> Callable[..., None]:
-    def forward(self: Observers, *arguments: Any, **options: Any) -> None:
+    def on_run_start(self, rounds: int, clients: int, title: str) -> None:
         for observer in self._all:
-            getattr(observer, hook)(*arguments, **options)
+            observer.on_run_start(rounds, clients, title)
 
-    return forward
+    def on_history(self, folder: Path, records: Sequence[RoundRecord]) -> None:
+        for observer in self._all:
+            observer.on_history(folder, records)
 
+    def on_phase(self, round_: int, kind: str, phase: str, done: int, total: int) -> None:
+        for observer in self._all:
+            observer.on_phase(round_, kind, phase, done, total)
 
-for _hook in ("close", *(name for name in vars(Observer) if name.startswith("on_"))):
-    setattr(Observers, _hook, _forwarding(_hook))
+    def on_client_failure(self, round_: int, client: str, node: int, reason: str) -> None:
+        for observer in self._all:
+            observer.on_client_failure(round_, client, node, reason)
+
+    def on_round_end(self, record: RoundRecord) -> None:
+        for observer in self._all:
+            observer.on_round_end(record)
+
+    def on_note(self, text: str, **where: Any) -> None:
+        for observer in self._all:
+            observer.on_note(text, **where)
+
+    def on_run_end(self, summary: RunSummary) -> None:
+        for observer in self._all:
+            observer.on_run_end(summary)
+
+    def on_run_error(self, error: BaseException) -> None:
+        for observer in self._all:
+            observer.on_run_error(error)
+
+    def close(self) -> None:
+        for observer in self._all:
+            observer.close()

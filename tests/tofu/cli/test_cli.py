@@ -571,5 +571,5 @@ def test_the_former_name_of_pretrain_rounds_is_accepted_with_a_warning(tofu: Tof
     outcome = tofu("attack", "--moments=x")
     assert outcome.status == 2
     assert outcome.err.startswith(
-        "warning: option moments is deprecated: use pretrain-rounds\nerror: pretrain-rounds='x'"
+        "warning: setting moments is deprecated: use pretrain-rounds\nerror: pretrain-rounds='x'"
     )

@@ -1,9 +1,11 @@
 """Records of rounds and runs: what is written is read back, and what does not fit is refused in one line."""
 
+import inspect
 import json
 import math
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -108,6 +110,17 @@ def test_a_tracker_is_one_observer(tmp_path: Path) -> None:
     observers.on_history(tmp_path, [RoundRecord(0, "start", accuracy=0.1)])
     observers.on_round_end(RoundRecord(1, "proxy", accuracy=0.5))
     assert (tmp_path / "accuracy.csv").read_text() == "0,0.1\n1,0.5\n"
+
+
+def test_every_event_reaches_every_observer() -> None:
+    hooks = ["close", *(name for name in vars(Observer) if name.startswith("on_"))]
+    seen = Mock(spec=Observer), Mock(spec=Observer)
+    for hook in hooks:
+        _, *parameters = inspect.signature(getattr(Observer, hook)).parameters.values()
+        arguments = [object() for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+        getattr(Observers(seen), hook)(*arguments)
+        for observer in seen:
+            getattr(observer, hook).assert_called_once_with(*arguments)
 
 
 def test_a_field_is_read_by_the_name_that_it_had_in_earlier_runs() -> None:
