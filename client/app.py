@@ -3,9 +3,9 @@
 Entries of the node config:
 
 - `partition-id`: the client's partition of the run's dataset, and its name; or `data`, a folder with its own images.
-- `device`: where it trains and encodes, whatever the run's setting.
-- `policy`: the file of what the client accepts of a server (`tofu.flower.policy`).
-- `identity`, `identities` and `journal`: of secure rounds (`tofu.flower.secure_session`).
+- `device`: device for training and encoding; it overrides the run's setting.
+- `policy`: file of the client's policy (`tofu.flower.policy`).
+- `identity`, `identities` and `journal`: files for secure rounds (`tofu.flower.secure_session`).
 """
 
 import json
@@ -47,11 +47,11 @@ LOG = logging.getLogger("tofu.client")
 
 
 def hello(message: Message, context: Context, workload: Workload | None = None) -> Message:
-    """Reply with this client's name, its number of images and how many more cannot be read.
+    """Reply with this client's name and its numbers of images and of unreadable images.
 
-    A client with an identity signs its name for this node, so that no other node can take it.
-    A client with data of its own adds the names of its classes, so that the server can number them for the run.
-    Under DP, all this would not be noised: the number is 1, and the rest is not sent.
+    A client with an identity signs its name and node id, so that no other node can use the name. A client with its own
+    data sends the names of its classes, so that the server can number the classes of the run. Under DP these values
+    would carry no noise, so the number of images is sent as 1 and the others are not sent.
     """
     with _answering("hello", message, context) as answer:
         settings = _settings(context)
@@ -74,7 +74,7 @@ def hello(message: Message, context: Context, workload: Workload | None = None) 
 
 
 def classes(message: Message, context: Context) -> Message:
-    """Number the classes of this client's own data as the server does, in all following rounds."""
+    """Use the server's order of the classes for this client's own data, in all following rounds."""
     with _answering("classes", message, context) as answer:
         save_class_names(context, class_names_from(_content(message)))
         client_data(_settings(context), context)
@@ -94,7 +94,7 @@ def train(message: Message, context: Context, workload: Workload | None = None) 
 
 
 def secure(message: Message, context: Context) -> Message:
-    """Answer one stage of a secure round other than the masked input."""
+    """Answer a stage of a secure round; the masked input is the reply to a train message."""
     with _answering("secure", message, context) as answer:
         colluding = _settings(context).secure.secagg_collusion_fraction
         query = SecureQuery.from_bytes(_content(message))
@@ -105,7 +105,7 @@ def secure(message: Message, context: Context) -> Message:
 
 
 def make_app(workload: Workload | None = None) -> ClientApp:
-    """The client app; with `workload`, for clients that train its data and model in this process."""
+    """Make the client app. With `workload`, the clients run in this process and use its data and model."""
     made = ClientApp()
     made.query()(partial(hello, workload=workload))
     made.train()(partial(train, workload=workload))
@@ -119,7 +119,7 @@ app = make_app()
 
 @dataclass
 class _Answer:
-    """The reply to a message: `record`, or an error reply in its place; `fields` are added to the log line."""
+    """A reply under construction: its content `record`, and `fields` for the log line."""
 
     message: Message
     record: ConfigRecord = field(default_factory=ConfigRecord)
@@ -156,11 +156,11 @@ def _answering(what: str, message: Message, context: Context) -> Iterator[_Answe
 
 
 def _settings(context: Context) -> Settings:
-    """The run's settings, with the device of the node config, after the client's policy has accepted them.
+    """The run's settings, checked by the client's policy, with the device of the node config.
 
     Raises:
-        PolicyError: the policy refuses one.
-        SettingError: one is not usable, or the policy is not.
+        PolicyError: the policy refuses a setting.
+        SettingError: a setting or the policy is not usable.
     """
     Policy.of(context).check_run(context.run_config, context.node_config)
     device = context.node_config.get("device")

@@ -70,11 +70,13 @@ from tofu.workload import Workload, workload_of
 
 
 def client_data(settings: Settings, context: Context, workload: Workload | None = None) -> Sized:
-    """The client's data: the folder that its node config names as `data`, with the classes that the settings or the
-    server number; or its partition of the workload's data, by default the dataset that the settings name.
+    """The client's data: the folder `data` of its node config, or its partition of the workload's data.
+
+    The classes of a folder are in the order of the settings or, without one, of the server. The workload is by default
+    that of the settings.
 
     Raises:
-        DataError: the node config has neither.
+        DataError: the node config has neither `data` nor `partition-id`, or the data cannot be used.
     """
     folder, data = context.node_config.get("data"), settings.data
     if folder is None:
@@ -100,11 +102,7 @@ def client_data(settings: Settings, context: Context, workload: Workload | None 
 
 
 def check_fit(data: LabeledImages | LabeledRows, shape: ImageShape) -> None:
-    """Check that inputs and labels fit the input and output of the run's model.
-
-    Raises:
-        DataError: they do not.
-    """
+    """Raises DataError if inputs or labels do not fit the input and output of the run's model."""
     if isinstance(data, LabeledRows):
         if data.width != shape.width:
             raise DataError(f"rows of {data.width} features or tokens, the run's network takes {shape.width}")
@@ -120,7 +118,7 @@ def check_fit(data: LabeledImages | LabeledRows, shape: ImageShape) -> None:
 
 
 def hold_out(data: Any, settings: Settings, client: str) -> tuple[Any, Any]:
-    """The data to train on, and those that the client tests on, the same in every round."""
+    """Split the client's data into training and test data, in the same way in every round."""
     fraction = settings.training.client_test_fraction
     count = min(len(data) - 1, math.ceil(fraction * len(data)))
     if not fraction or not count:
@@ -204,13 +202,13 @@ class LocalRound:
     """A client's round after it has received the global weights.
 
     Attributes:
-        position: the position in the run, as plugins see it.
+        position: the round, task and client, as plugins receive them.
         reference: the model; its weights are `base` whenever the codec uses it.
         base: the global weights of the round.
         initial: the weights with which the run began.
-        feedback: what the server has not received.
+        feedback: state of error feedback.
         broadcast: bytes of the plugins' broadcast.
-        local: the layers that are this client's own.
+        local: the layers that stay on this client.
         data: the client's training data, of this round's task in a run of tasks.
         own_test: its own test data.
         classes: the classes of the task in a multi-head run; None in others.
@@ -244,8 +242,11 @@ class LocalRound:
 
     @property
     def acknowledged(self) -> int:
-        """The last round whose reply the server added. A server that lies may not have a masked vector sent again, next
-        to others that it makes almost zero: in a secure round with identities, all that was sent counts as received."""
+        """The last round whose update the server received, as it says.
+
+        In a secure round with identities, all updates that were sent count as received. Otherwise a dishonest server
+        could have a vector sent again in a sum whose other members have almost nothing to send.
+        """
         if self.request.kind == "secure" and self.participant.identity is not None:
             return self.feedback.sent_round
         return self.request.acknowledged

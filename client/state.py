@@ -1,8 +1,8 @@
 """A client's state between rounds, in its Flower context: error feedback, the codec's memory, the plugins' states, and
 the global weights if the downlink is compressed.
 
-State that is missing or belongs to another architecture (a plugin changed the model) is ignored: the client starts
-without it. Only the plugins' states and their broadcast, which say what the architecture is, are kept across a change.
+State that is missing or belongs to another architecture (a plugin changed the model) is ignored. Only the plugins'
+states and their broadcast, which determine the architecture, survive such a change.
 Weights are stored as plain bytes, because Flower parses its arrays with `ast.literal_eval`, which sometimes fails in
 CPython 3.11 when two threads call it at the same time, as the clients of one process do.
 """
@@ -27,8 +27,13 @@ _VERSION = 4
 
 @dataclass(frozen=True)
 class SavedState:
-    """Error feedback, what the compressor wanted back (its last proxies), the global weights if they were kept, and the
-    plugins' private states (`tofu.plugins.Plugins.state_bytes`)."""
+    """A client's state.
+
+    Attributes:
+        memory: the compressor's memory, such as its last proxies.
+        kept: the global weights; None if they are not kept.
+        plugins: the plugins' private states (`tofu.plugins.Plugins.state_bytes`).
+    """
 
     feedback: ErrorFeedback
     memory: bytes
@@ -110,7 +115,7 @@ def save_state(
     plugins: bytes = b"",
     broadcast: bytes = b"",
 ) -> None:
-    """Keep the state in `context` for this client's next round; what is None is not kept."""
+    """Store the state in `context` for this client's next round; values that are None are not stored."""
     param_spec = reference.param_spec
     record = ConfigRecord(
         {

@@ -13,7 +13,7 @@ from tofu.settings import FIELDS, dashed
 
 
 def write_app(folder: Path) -> Path:
-    """Write the app's pyproject.toml into `folder`, which is made if it is not there, and return the folder."""
+    """Write the app's pyproject.toml into `folder`, which is created if missing, and return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [
         "[project]", 'name = "tofu-fl"', f'version = "{_version()}"', 'license = "Apache-2.0"',

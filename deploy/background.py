@@ -41,18 +41,18 @@ def up(
     """Start a federation that outlives this process, and wait until all its nodes are online.
 
     Args:
-        folder: where its keys, logs, database and results go. One that was used before is used on, with its keys.
+        folder: for keys, logs, database and results; the keys and results of an earlier federation in it are kept.
         nodes: number of SuperNodes.
-        app: folder of the Flower app; by default our own. The nodes run it as it is now, and no other
-            (deploy/pinned.py).
-        data, warm, identities, policy: as `LocalCluster` takes them.
+        app: folder of the Flower app; by default Tofu's own. The nodes accept no bundle but that of the folder's
+            present content (deploy/pinned.py).
+        data, warm, identities, policy: see `LocalCluster`.
 
     Returns:
         What `status` returns.
 
     Raises:
         SettingError: the folder, the app or the data cannot be used.
-        RunError: it did not come up; nothing of it is left running.
+        RunError: the federation did not start; none of its processes is left running.
     """
     _check_arguments(nodes, app, data, policy)
     folder = folder.resolve()
@@ -104,10 +104,10 @@ def _check_arguments(nodes: int, app: Path | None, data: Path | None, policy: Pa
 
 
 def pin_of(app: Path) -> str:
-    """The SHA-256 sum of the bundle that `flwr run` makes of an app's folder as it is now.
+    """The SHA-256 sum of the bundle that `flwr run` builds from an app's folder, in hexadecimal.
 
     Raises:
-        SettingError: Flower makes no bundle of it.
+        SettingError: Flower cannot build a bundle.
     """
     import typer
     from flwr.cli.build import build_fab_from_disk
@@ -134,9 +134,9 @@ def _await(folder: Path, supervisor: "subprocess.Popen[bytes]") -> None:
 
 
 def status(folder: Path) -> dict[str, Any]:
-    """Which processes live, which nodes are online, and the runs, as one JSON-like object.
+    """The state of processes, nodes and runs, as JSON values.
 
-    It has an `error` where the SuperLink runs and does not answer.
+    The key `error` is present if the SuperLink runs but does not answer.
 
     Raises:
         SettingError: no federation was ever started in this folder.
@@ -167,7 +167,7 @@ def status(folder: Path) -> dict[str, Any]:
                 for node in control.nodes()
             ]
             result["runs"] = [{"run": run["run-id"], "status": run["status"]} for run in control.runs()]
-        except RunError as error:  # it starts, or hangs: what is known of the processes is worth saying all the same
+        except RunError as error:  # the SuperLink starts or hangs: the processes are still reported
             result["error"] = str(error)
     return result
 
@@ -178,19 +178,19 @@ def online(folder: Path, state: State) -> int:
 
 
 def run(folder: Path, overrides: Mapping[str, object], *, follow: Callable[[str], None]) -> tuple[CompletedRun, Path]:
-    """Run the app on a federation, follow it to its end.
+    """Run the app on a federation and follow it to its end.
 
     Args:
-        overrides: settings, by the names of `Settings`. Unless they are given, `clients` is the number of nodes and
-            `secure_identities` the list of their keys, and with `resume` all are those that the run began with.
-        follow: is given each line that the server app prints.
+        overrides: settings by name. By default `clients` is the number of nodes and `secure-identities` the list of
+            their keys; with `resume`, all other settings are those that the run was started with.
+        follow: called with each line that the server app prints.
 
     Returns:
-        The run and its results' folder.
+        The run and the folder of its results.
 
     Raises:
-        SettingError: a setting, or no federation runs here.
-        RunError: the run failed; the results of its finished rounds stay.
+        SettingError: a setting is not usable, or no federation runs in the folder.
+        RunError: the run failed; the results of its finished rounds are kept.
     """
     folder = folder.resolve()
     state = _state(folder)
@@ -220,7 +220,7 @@ def run(folder: Path, overrides: Mapping[str, object], *, follow: Callable[[str]
 
 
 def down(folder: Path) -> list[str]:
-    """End the federation's processes, those of a supervisor that died too, and no other.
+    """End the federation's processes, including those that a killed supervisor left behind.
 
     Returns:
         Names of the processes that were ended.
@@ -234,7 +234,7 @@ def down(folder: Path) -> list[str]:
     ended = state.alive
     end_group(state.supervisor, seconds=_STOP_SECONDS)
     state = _state(folder)
-    # Only what a supervisor left behind that was killed: nodes first, as `LocalCluster.stop` does.
+    # What a killed supervisor left behind. Nodes are ended first, as in `LocalCluster.stop`.
     for name in sorted(state.alive, key=lambda name: name.startswith("superlink")):
         end_group(state.members[name], seconds=10)
     if state.alive:
@@ -244,7 +244,7 @@ def down(folder: Path) -> list[str]:
 
 
 def summary(done: CompletedRun, results: Path) -> dict[str, Any]:
-    """A completed run as one JSON-like object: the run's own summary, and what Flower counted."""
+    """The summary of a completed run, with Flower's run id and number of bytes."""
     file = results / "summary.json"
     own = json.loads(file.read_text()) if file.is_file() else {}
     return {**own, "flower_run": done.identity, "traffic_bytes": done.traffic_bytes, "run": str(results)}

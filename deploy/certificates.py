@@ -1,7 +1,8 @@
-"""What a federation needs to trust itself: a CA, the server's certificate, and a key pair for every node.
+"""Creates a CA, the server's certificate, and a key pair for every node.
 
-`python -m deploy.certificates FOLDER --host fl.example.org --node hospital-a --node hospital-b` makes them.
-With `--compose` it makes a folder for each service of deploy/compose.yaml, with a certificate and secrets of its own.
+    python -m deploy.certificates FOLDER --host fl.example.org --node hospital-a --node hospital-b
+
+With `--compose`, every service of deploy/compose.yaml gets a folder with its own certificate and secrets.
 """
 
 import ipaddress
@@ -63,13 +64,13 @@ class NodeKey:
 
 
 def make_certificates(folder: Path, hosts: Sequence[str]) -> Certificates:
-    """A new CA and, signed by it, a server certificate for `hosts`, in `folder`, which is made if it is not there.
+    """Create a CA and, signed by it, a server certificate for `hosts` in `folder`.
 
     Args:
-        hosts: every IP address and DNS name under which nodes and their helpers reach the server.
+        hosts: every IP address and DNS name by which nodes and SuperExecs reach the server.
 
     Raises:
-        SettingError: no hosts, a file that would be overwritten, or a folder that cannot be written.
+        SettingError: there are no hosts, a file exists already, or the folder cannot be written.
     """
     if not hosts:
         raise SettingError("host", list(hosts), "at least one IP address or DNS name")
@@ -92,7 +93,7 @@ def make_certificates(folder: Path, hosts: Sequence[str]) -> Certificates:
 
 
 def make_server_certificate(folder: Path, hosts: Sequence[str], *, ca: Path, ca_key: Path) -> None:
-    """A new key and a certificate for `hosts`, signed by the CA: `folder`/server.key and `folder`/server.pem.
+    """Create a key and a certificate for `hosts`, signed by the CA: `folder`/server.key and `folder`/server.pem.
 
     Raises:
         SettingError: as `make_certificates`, a host that is neither an IP address nor a DNS name, or a CA that cannot
@@ -124,21 +125,21 @@ def make_server_certificate(folder: Path, hosts: Sequence[str], *, ca: Path, ca_
 
 
 def make_superexec_secret(file: Path) -> None:
-    """A new secret that a SuperLink or SuperNode and the SuperExec beside it share.
+    """Create a secret that a SuperLink or SuperNode shares with its SuperExec.
 
     Raises:
-        SettingError: the file is there or cannot be written.
+        SettingError: the file exists or cannot be written.
     """
     refuse_to_overwrite(file)
     write_new(file, secrets.token_bytes(32), 0o600)
 
 
 def make_compose_secrets(folder: Path, hosts: Sequence[str], nodes: Sequence[str]) -> None:
-    """What deploy/compose.yaml mounts: a CA in `folder`, and in a folder for each service what only that one holds.
+    """Create what deploy/compose.yaml mounts: a CA in `folder`, and in a subfolder for each service its own secrets.
 
     Args:
-        hosts: names and addresses under which SuperNodes on other machines reach the proxy.
-        nodes: the first has the partition id 0, by which secure rounds know its identity, and so on.
+        hosts: names and addresses by which SuperNodes on other machines reach the proxy.
+        nodes: names of the nodes with the partition ids 0, 1, ..., which are their names in secure rounds.
 
     Raises:
         SettingError: as `make_certificates`, `make_node_key` and `make_identities`.
@@ -164,11 +165,10 @@ def make_compose_secrets(folder: Path, hosts: Sequence[str], nodes: Sequence[str
 
 
 def make_node_key(folder: Path, name: str) -> NodeKey:
-    """A new P-384 key pair in OpenSSH form, `folder`/`name` and `folder`/`name`.pub, as SuperNodes want it.
+    """Create a P-384 key pair in OpenSSH form, `folder`/`name` and `folder`/`name`.pub, as SuperNodes read it.
 
     Raises:
-        SettingError: a name that is no plain file name, a file that would be overwritten, or a folder that cannot be
-            written.
+        SettingError: the name is no plain file name, a file exists already, or the folder cannot be written.
     """
     if not name or name != Path(name).name or name.startswith("."):
         raise SettingError("node", name, "a plain file name")
@@ -220,7 +220,7 @@ def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
 
 
 def _name(host: str) -> x509.GeneralName:
-    """A host as a certificate names it. Raises SettingError if it is neither an IP address nor a DNS name."""
+    """A host in the form of a certificate. Raises SettingError if it is neither an IP address nor a DNS name."""
     with suppress(ValueError):
         return x509.IPAddress(ipaddress.ip_address("%" if "%" in host else host))  # no zones, such as fe80::1%eth0
     if len(host) > 253 or not _DNS_NAME.fullmatch(host):
@@ -230,9 +230,9 @@ def _name(host: str) -> x509.GeneralName:
 
 
 def check_server(address: str, ca: Path | None) -> None:
-    """Check the certificate that a server shows, so that one that is not valid is named at once.
+    """Check the TLS certificate of a server.
 
-    A server that cannot be reached is not reported: it may be about to start.
+    A server that cannot be reached is no error: it may be about to start.
 
     Args:
         address: host:port of the server.
@@ -269,7 +269,7 @@ def check_server(address: str, ca: Path | None) -> None:
 
 
 def make_files(folder: Path, hosts: Sequence[str], nodes: Sequence[str], *, compose: bool) -> list[Path]:
-    """Make what the command asks for -> the files that were written. Raises SettingError as the functions above."""
+    """Create the files that the command asks for, and return their paths. Raises SettingError as these do."""
     if not hosts and not nodes:
         raise SettingError("host", list(hosts), "at least one --host or --node")
     if compose:
@@ -284,11 +284,11 @@ def make_files(folder: Path, hosts: Sequence[str], nodes: Sequence[str], *, comp
 
 def command(
     folder: Annotated[Path, typer.Argument(help="where the files go")],
-    host: Annotated[list[str] | None, typer.Option(help="address of the server; makes CA and server")] = None,
-    node: Annotated[list[str] | None, typer.Option(help="name of a node; makes its key pair")] = None,
+    host: Annotated[list[str] | None, typer.Option(help="address of the server; creates CA and certificate")] = None,
+    node: Annotated[list[str] | None, typer.Option(help="name of a node; creates its key pair")] = None,
     compose: Annotated[bool, typer.Option("--compose", help="a folder per service of deploy/compose.yaml")] = False,
 ) -> None:
-    """Make a CA, the server's certificate and a key pair for every node."""
+    """Create a CA, the server's certificate and a key pair for every node."""
     for file in make_files(folder, host or (), node or (), compose=compose):
         print(file)
 

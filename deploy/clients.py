@@ -2,8 +2,8 @@
 
     docker compose -f deploy/compose.yaml run --rm keys add-client hospital-d --superlink fl.example.org:8443
 
-makes deploy/secrets/hospital-d, which holds all that deploy/compose.client.yaml needs on the client's machine, and
-admits the client's key. `tofu deploy add-client` is the same command.
+creates deploy/secrets/hospital-d with all files that deploy/compose.client.yaml needs on the client's machine, and
+registers the client's key with the SuperLink. `tofu deploy add-client` runs this command.
 """
 
 import shutil
@@ -22,18 +22,18 @@ from deploy.identities import LIST, add_to_list, make_identity, read_list
 from tofu.errors import SettingError
 
 NODE = "node"
-"""Service of deploy/compose.client.yaml to which the client app connects, and name of the client's key file."""
+"""The SuperNode service of deploy/compose.client.yaml, and the name of the client's key file."""
 
 
 @dataclass(frozen=True)
 class AddedClient:
-    """A client whose files were made.
+    """A client that was added.
 
     Attributes:
         name: of its folder and in the list of nodes.
         partition: its name in the run: the next free partition id.
-        folder: what goes to the client's machine.
-        renewed: the proxy has a new certificate, and must be started again.
+        folder: to copy to the client's machine.
+        renewed: whether the proxy has a new certificate and must be restarted.
     """
 
     name: str
@@ -43,16 +43,16 @@ class AddedClient:
 
 
 def add_client(secrets: Path, name: str, superlink: str, register: Callable[[Path, str], object]) -> AddedClient:
-    """Admit a client, and make its keys, certificate and identity under the CA of a federation in containers.
+    """Register a client with a federation in containers, and create its keys, certificate and identity.
 
     Args:
-        secrets: folder that `make certs` made.
+        secrets: the folder that `make certs` created.
         superlink: host:port at which the client reaches the proxy; a host that the proxy's certificate lacks is added.
-        register: admits a public key under a name.
+        register: registers a public key under a name.
 
     Raises:
         SettingError: a name or address is not usable, the client exists, or the folder has no CA.
-        RunError: the SuperLink cannot be reached, or refuses. Nothing is left behind.
+        RunError: the SuperLink cannot be reached or refuses the key; no files are left behind.
     """
     host, _, port = superlink.rpartition(":")
     if not host or not port.isdigit() or any(character.isspace() for character in host):
@@ -82,7 +82,7 @@ def add_client(secrets: Path, name: str, superlink: str, register: Callable[[Pat
 
 
 def _renew(proxy: Path, host: str, *, ca: Path, ca_key: Path) -> bool:
-    """Give the proxy a certificate that names the host too, unless its own does -> whether it has a new one."""
+    """Replace the proxy's certificate if it does not name the host; return whether it was replaced."""
     files = proxy / "server.pem", proxy / "server.key"
     try:
         certificate = x509.load_pem_x509_certificate(files[0].read_bytes())
@@ -102,7 +102,7 @@ def _renew(proxy: Path, host: str, *, ca: Path, ca_key: Path) -> bool:
 
 
 def instructions(added: AddedClient, shown: str) -> str:
-    """What to do next, for people. `shown`: path of the secrets' folder as the user knows it."""
+    """The user's next steps as text. `shown`: path of the secrets' folder on the user's machine."""
     lines = [
         f"client {added.partition} ({added.name}) is admitted.",
         "",
@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None, register: Callable[[Path, str],
     """The command: 0, or 2 with one line on standard error when something was refused.
 
     Args:
-        register: admits a public key under a name; by default over the SuperLink's Control API.
+        register: registers a public key under a name; by default over the SuperLink's Control API.
     """
     app = typer.Typer(
         add_completion=False, help="Keys of the federation of deploy/compose.yaml.", pretty_exceptions_enable=False
@@ -145,10 +145,10 @@ def main(arguments: Sequence[str] | None = None, register: Callable[[Path, str],
 
     @app.command("add-client")
     def add(
-        name: Annotated[str, typer.Argument(help="of the client, such as hospital-d")],
+        name: Annotated[str, typer.Argument(help="name of the client, such as hospital-d")],
         superlink: Annotated[str, typer.Option(help="host:port at which the client reaches this machine")],
     ) -> None:
-        """Make a client's keys and admit it."""
+        """Create a client's keys and register it."""
         print(instructions(add_client(secrets, name, superlink, register or _control(secrets)), "deploy/secrets"))
 
     return run_command(app, arguments, "keys")

@@ -1,8 +1,8 @@
-"""The operator's side: register nodes, start runs, follow them, over a SuperLink's Control API.
+"""A client of a SuperLink's Control API: it registers nodes, starts runs and follows them.
 
-Flower's has no login: who reaches its port can run code as the operator. `tofu deploy` adds one (deploy/superlink.py),
-and containers keep it on a network of its own. deploy/processes.py uses the class, and deploy/compose.yaml the command
-`python -m deploy.control`.
+Flower's Control API has no login: whoever reaches its port can run code as the operator. `tofu deploy` adds a login
+(deploy/superlink.py); containers keep the port on a separate network. deploy/processes.py uses the class `Control`,
+and deploy/compose.yaml the command `python -m deploy.control`.
 """
 
 import json
@@ -43,7 +43,7 @@ class CompletedRun:
     """A run that ended.
 
     Attributes:
-        status: as Flower says it: finished:completed, finished:failed or finished:stopped.
+        status: Flower's status: finished:completed, finished:failed or finished:stopped.
         details: the reason of a failure.
         log: what the server app printed.
         traffic_bytes: between SuperLink and SuperNodes, both directions, as Flower counts it.
@@ -65,10 +65,10 @@ class Control:
     """Commands to one SuperLink.
 
     Args:
-        folder: for this side's own files, which is made if it is not there; also the commands' working directory.
+        folder: for Flower's configuration of this client, and the commands' working directory; created if missing.
         address: host:port of the SuperLink.
         ca: certificate of the CA that signed its certificate.
-        token: the file that `deploy.superlink` wants; None for a SuperLink without a login.
+        token: file with the login token (deploy/superlink.py); None for a SuperLink without a login.
     """
 
     def __init__(self, folder: Path, address: str, ca: Path, token: Path | None = None) -> None:
@@ -84,10 +84,10 @@ class Control:
         self._environment = os.environ | ENVIRONMENT | {"FLWR_HOME": str(home)}
 
     def register(self, key: Path, name: str) -> str:
-        """Admit the node that has the private half of this public key. A key that is admitted already stays so.
+        """Register a node's public key. It is no error if the key is registered already.
 
         Returns:
-            The node's id; empty where the key was admitted before.
+            The node's id; "" if the key was registered before.
 
         Raises:
             RunError: the SuperLink cannot be reached, or refuses.
@@ -114,13 +114,13 @@ class Control:
         """Run the app and wait for its end, whether it completes or fails. A run that is interrupted is stopped.
 
         Args:
-            app: folder of the Flower app; None for ours without its code, which the nodes have (deploy/pinned.py).
+            app: folder of the Flower app; None for Tofu's own app without code, which the nodes have installed.
             run_config: overrides of keys in the app's `[tool.flwr.app.config]`.
             timeout: seconds, after which the run is stopped.
-            follow: is given each line that the server app prints.
+            follow: called with each line that the server app prints.
 
         Raises:
-            RunError: the run could not be started, or had not ended in time.
+            RunError: the run could not be started, or did not end in time.
         """
         check_server(self._address, self._ca)
         app = app or write_app(self._folder / "app")
@@ -151,7 +151,7 @@ class Control:
             log.stop()
 
     def _await_end(self, identity: int, end: float, log: "_LogStream") -> CompletedRun:
-        """Follow a run to its end. A SuperLink that is started again goes on with its runs, and so do we."""
+        """Follow a run to its end, also through a restart of the SuperLink, which continues its runs."""
         lost = float("inf")
         while True:
             log.read()
@@ -184,7 +184,7 @@ class Control:
         return {"cwd": self._folder, "env": self._environment}
 
     def _ask(self, *arguments: str, accepted: str | None = None) -> Any:
-        """The answer of a `flwr` command; a refusal that contains `accepted` is one too."""
+        """The JSON answer of a `flwr` command. An error whose message contains `accepted` is returned, too."""
         command = [str(_BIN / "flwr"), *arguments, "--format", "json"]
         what = f"flwr {' '.join(arguments[:2])}"
         check_server(self._address, self._ca)
@@ -206,7 +206,7 @@ class Control:
 
 
 class _LogStream:
-    """The log of one run, from a `flwr` command that may have to be started again when the SuperLink was away.
+    """Follows the log of one run with a `flwr` command, which is started again if it loses the SuperLink.
 
     Attributes:
         text: everything that was printed, each line of the log once.
@@ -221,7 +221,7 @@ class _LogStream:
         self._known: Counter[str] = Counter()
 
     def start(self, *arguments: str, **place: Any) -> None:
-        """Start a command, which prints the log from its beginning: lines that are known are left out."""
+        """Start a command that prints the log from its beginning; lines that were read before are skipped."""
         self.stop()
         self._file = tempfile.TemporaryFile()  # noqa: SIM115
         self._read_bytes, self._line = 0, b""
@@ -253,7 +253,7 @@ class _LogStream:
         self.read()
 
     def add(self, line: str, known: "Counter[str] | None" = None) -> None:
-        """Pass a line on unless it is one of the `known`, each of which counts once."""
+        """Append a line and pass it to `follow`; a line that is in `known` is removed from there instead."""
         if known and known[line] > 0:
             known[line] -= 1
             return
@@ -285,7 +285,7 @@ def options(
     address: Annotated[str, typer.Option(help="host:port of the SuperLink")] = "superlink:8000",
     ca: Annotated[Path, typer.Option(help="certificate of its CA")] = Path("/run/secrets/ca.crt"),
     folder: Annotated[Path, typer.Option(help="where this command keeps its files")] = Path("/tmp/control"),
-    token: Annotated[Path | None, typer.Option(help="the file that a SuperLink with a login wants")] = None,
+    token: Annotated[Path | None, typer.Option(help="file with the token of a SuperLink that has a login")] = None,
 ) -> None:
     context.obj = partial(Control, folder, address, ca, token)
 
@@ -313,8 +313,8 @@ def runs(context: typer.Context) -> None:
 @app.command()
 def run(
     context: typer.Context,
-    settings: Annotated[list[str] | None, typer.Argument(help="name=value, over the file's")] = None,
-    app: Annotated[Path | None, typer.Option(help="folder of the Flower app; by default ours, without code")] = None,
+    settings: Annotated[list[str] | None, typer.Argument(help="name=value; overrides the file")] = None,
+    app: Annotated[Path | None, typer.Option(help="folder of the Flower app; by default Tofu's, without code")] = None,
     results: Annotated[Path, typer.Option(help="where the server app writes its runs")] = Path("/results"),
     config: Annotated[Path | None, typer.Option(help="TOML file with settings")] = None,
 ) -> None:
@@ -333,10 +333,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def with_stored_settings(overrides: Mapping[str, object], results: Path) -> dict[str, object]:
-    """The settings of a run: with `resume`, those that it began with, and over them those that are given.
+    """The given settings; with `resume`, they override those that the run was started with.
 
     Args:
-        results: folder to which the paths of runs are relative.
+        results: folder that the path in `resume` is relative to.
 
     Raises:
         SettingError: the folder of `resume` has no settings.
@@ -350,7 +350,7 @@ def with_stored_settings(overrides: Mapping[str, object], results: Path) -> dict
 
 
 def _pair(text: str) -> tuple[str, object]:
-    """`name=value` with the value as TOML has it, or as text where it is not TOML."""
+    """Split `name=value`; a value that is not TOML is text."""
     import tomllib
 
     name, _, value = text.partition("=")

@@ -1,4 +1,7 @@
-"""Files of a deployment, and its commands. Keys are new files only, and private from the moment they are there."""
+"""Writes the files of a deployment, and runs its command lines.
+
+Keys never replace a file, and are created readable by their owner only.
+"""
 
 import os
 import sys
@@ -36,17 +39,17 @@ def run_command(app: typer.Typer, arguments: Sequence[str] | None, name: str, *,
 
 
 def refuse_to_overwrite(*files: Path) -> None:
-    """Raises SettingError where one of them exists."""
+    """Raises SettingError if one of the files exists."""
     for file in files:
         if file.exists():
             raise SettingError("folder", str(file.parent), f"a folder without {file.name}, which is not overwritten")
 
 
 def write_new(file: Path, data: bytes, mode: int) -> None:
-    """Write a file that does not exist yet. Raises SettingError where it cannot be made."""
+    """Write a new file. Raises SettingError if it exists or cannot be created."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        # Created with its mode, so that a private key is at no moment readable by others.
+        # Created with its mode, so that a private key is never readable by others.
         with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as opened:
             opened.write(data)
     except OSError as error:

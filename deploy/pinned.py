@@ -1,10 +1,11 @@
-"""What a node runs: the app that its operator pinned, checked after the node received it and before it is unpacked.
+"""Restricts a node to the app that its operator pinned.
 
-A SuperNode runs the app bundle (FAB, a zip file) that comes with a run, and so from whoever controls the SuperLink.
-With the environment variable TOFU_PINNED_APP, `deploy.prefork` refuses every other bundle than
+A SuperNode runs the app bundle (FAB, a zip file) that the SuperLink sends with a run, so whoever controls the SuperLink
+chooses the code. With the environment variable TOFU_PINNED_APP, `deploy.prefork` checks a bundle before it is unpacked.
+The variable is one of
 
-- `installed`: one without code, which names the client app of the installed package (as `tofu deploy` makes it);
-- SHA-256 sums in hexadecimal, separated by commas: the bundles with these sums (`flwr build` prints its bundle's).
+- `installed`: accept a bundle without code that names the client app of the installed package (as `tofu deploy` does);
+- SHA-256 sums in hexadecimal, separated by commas: accept the bundles with these sums (`flwr build` prints them).
 """
 
 import hashlib
@@ -25,7 +26,7 @@ _MAX_BYTES = 1 << 20
 
 
 def refusal(content: bytes, pinned: str, *, app: str, version: str, digest: str) -> str:
-    """Why a bundle is not run; "" if it is the pinned one.
+    """Why a bundle is refused; "" if it is accepted.
 
     Args:
         content: the bundle.

@@ -1,11 +1,11 @@
-"""A SuperExec whose client apps start at once: `python -m deploy.prefork flower-superexec …`
+"""A SuperExec whose client apps start without delay: `python -m deploy.prefork flower-superexec …`
 
-A SuperExec starts `flwr-clientapp` anew for every message, and each spends seconds on importing torch and the rest.
-Here one process imports them once and forks for each message: every app still has a process of its own, with nothing of
-another's. The SuperExec finds our `flwr-clientapp` first on its PATH, which hands its arguments and streams over.
+A SuperExec starts a `flwr-clientapp` process for every message, and each spends seconds on importing torch. Here one
+process imports the packages once and forks for each message, so every app still has a process of its own. The SuperExec
+finds a script called `flwr-clientapp` first on its PATH, which passes its arguments and streams to the forking process.
 
-Only packages are imported ahead, none of the app's own modules: those come with the app. `--cold` before the command
-imports none at all. With TOFU_PINNED_APP in the environment, other apps than the pinned one are refused
+Only packages are imported ahead, none of the app's own modules, which come with the app. `--cold` before the command
+imports nothing ahead. With TOFU_PINNED_APP in the environment, all apps but the pinned one are refused
 (deploy/pinned.py).
 """
 
@@ -56,7 +56,7 @@ def main(command: Sequence[str], packages: Sequence[str] = PACKAGES) -> int:
             asked: set[int] = set()
             imported = False
 
-            # The SuperExec ends on a signal in its own way, and so do we when it has, imports in progress or not.
+            # The SuperExec handles the signal itself; this process ends after it, even while imports are in progress.
             def end(received: int, _: object) -> None:
                 asked.add(received)
                 superexec.send_signal(received)
@@ -66,14 +66,14 @@ def main(command: Sequence[str], packages: Sequence[str] = PACKAGES) -> int:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, end)
             for name in packages:
-                with suppress(ImportError):  # one that is missing is missing in the app, which says so
+                with suppress(ImportError):  # the app itself reports a missing package
                     importlib.import_module(name)
             imported = True
             return _status(_serve(listener, superexec), asked)
 
 
 def _status(returncode: int, asked: set[int]) -> int:
-    """The exit status for that of the SuperExec, which a signal ends before it has a handler of its own."""
+    """The exit status: 0 if the SuperExec ended by a signal that was passed on to it before it had a handler."""
     return 0 if -returncode in asked else returncode
 
 
@@ -125,11 +125,11 @@ def _app(arguments: list[str], streams: list[int]) -> None:
         with suppress(OSError, ValueError):
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(status)  # nothing of the parent's is cleaned up here
+        os._exit(status)  # skips the clean-up of the parent process
 
 
 def _reap(superexec: int) -> None:
-    """Collect the apps that ended; the SuperExec is its Popen's to collect."""
+    """Reap the apps that ended, but not the SuperExec, which its Popen reaps."""
     with suppress(ChildProcessError):
         while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
             if ended.si_pid == superexec:

@@ -1,6 +1,6 @@
 """A federation as plain processes on 127.0.0.1: SuperLink, SuperNodes and their SuperExecs, over TLS with node keys.
 
-The same topology as on separate machines. Every member has a folder of its own for Flower's files; all logs are in one.
+The topology is that of separate machines. Every process has its own folder for Flower's files; the logs are together.
 """
 
 import json
@@ -29,13 +29,13 @@ from tofu.log import FILE
 from tofu.secagg.identities import read_known
 
 CONTROL_TOKEN = "control-token"
-"""File beside the keys that gives access to the Control API (deploy/superlink.py)."""
+"""File in the folder of the keys that gives access to the Control API (deploy/superlink.py)."""
 
 _NAMES = "nodes.json"
 _HOST = "127.0.0.1"
 _BIN = Path(sys.executable).parent
 _PRIVATE = 0o077
-"""Files of the processes (logs, databases) are for their user alone."""
+"""umask of the processes: only their user can read their files."""
 _START_SECONDS = 90.0
 _STOP_SECONDS = 10.0
 
@@ -44,17 +44,17 @@ class LocalCluster:
     """Starts on entering and stops on leaving a `with` block.
 
     Args:
-        folder: where keys, logs, the database and what the apps write go; it is also the apps' working directory. One
-            that a federation left behind is used on, with its keys, nodes and runs.
+        folder: for keys, logs, the database and the apps' output; the apps' working directory. Keys, nodes and runs of
+            an earlier federation in it are kept.
         nodes: number of SuperNodes, named node-0 and so on, with partition ids in that order.
         app: folder of the Flower app that `run` runs.
-        data: a folder whose sub-folders node-0 and so on hold the nodes' own data; None where the run's dataset is
-            dealt to them.
-        warm: client apps start from a process that has imported what they need (deploy/prefork.py).
-        pinned: what the nodes run of the apps that they are sent (deploy/pinned.py); "" for every app.
-        policy: the file of what every client accepts (`tofu.flower.policy`); None for the default policy.
-        identities: every client has a key of its own for secure rounds, and the list of all.
-        environment: more environment variables of every member.
+        data: a folder whose subfolders node-0, node-1, ... hold the nodes' own data; None if the run's dataset is
+            partitioned among them.
+        warm: client apps are forked from a process that has imported the packages they need (deploy/prefork.py).
+        pinned: the apps that the nodes accept, as in TOFU_PINNED_APP (deploy/pinned.py); "" accepts all.
+        policy: every client's policy file (`tofu.flower.policy`); None for the default policy.
+        identities: whether every client has an identity key for secure rounds, and the list of all public keys.
+        environment: further environment variables of every process.
 
     Attributes:
         processes: name -> process, in the order they were started; each leads a process group of its own.
@@ -101,11 +101,11 @@ class LocalCluster:
         self.stop()
 
     def start(self) -> None:
-        """Make what keys are missing, and start every member.
+        """Create missing keys and start all processes.
 
         Raises:
             RunError: the SuperLink did not start, or refused a node's key.
-            SettingError: the folder has identities, and not for all nodes.
+            SettingError: the folder has identities, but not for all nodes.
         """
         if self.identities is not None:
             self._make_identities(self.identities)
@@ -125,10 +125,10 @@ class LocalCluster:
     def start_node(
         self, name: str, *, partition: int, register: bool = True, superlink: str = ""
     ) -> subprocess.Popen[bytes]:
-        """Start a SuperNode and the SuperExec beside it; the node's key is made unless it is there.
+        """Start a SuperNode and its SuperExec; a missing node key is created.
 
         Args:
-            superlink: host:port at which the node finds the SuperLink, where that is not the SuperLink's own.
+            superlink: host:port at which the node reaches the SuperLink; "" is the SuperLink's own address.
 
         Returns:
             The SuperNode's process, which may not be online yet.
@@ -170,14 +170,14 @@ class LocalCluster:
         return self.control.run(self.app, run_config, timeout=timeout)
 
     def restart(self, name: str) -> subprocess.Popen[bytes]:
-        """Start a member again that ended, with the same command line."""
+        """End a process, if it still runs, and start it again with the same command line."""
         self.end(name)
         return self._spawn(name, self._members[name])
 
     def end(self, *names: str) -> None:
-        """End these processes and the processes they started: politely, and after 10 s by force."""
+        """End these processes and their children with SIGTERM, and after 10 s with SIGKILL."""
         ending = [self.processes.pop(name) for name in names if name in self.processes]
-        # One that was waited for already is left alone: its number may belong to another process by now.
+        # One that was waited for already is skipped: its pid may belong to another process by now.
         ending = [process for process in ending if process.returncode is None]
         for process in ending:
             os.killpg(process.pid, signal.SIGTERM)
@@ -185,7 +185,7 @@ class LocalCluster:
         for process in ending:
             while exit_status(process) is None and time.monotonic() < deadline:
                 time.sleep(0.05)
-            # What the leader started may have outlived it.
+            # Children may have outlived the leader of their group.
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
@@ -197,7 +197,7 @@ class LocalCluster:
 
     @property
     def control(self) -> Control:
-        """The operator's side of this federation."""
+        """A client of this federation's Control API."""
         return Control(self.folder / "homes", self.address, self._keys / "ca.crt", self._token)
 
     @property
@@ -217,7 +217,7 @@ class LocalCluster:
         if not listed.exists():
             make_identities(self._keys, names)
         elif missing := [name for name in names if name not in read_known(listed)]:
-            # Who is added must be made known to everyone, and not by a way that the server has a hand in.
+            # All clients need the new list, over a channel that the server does not control.
             raise SettingError("nodes", self.nodes, f"as many as {listed} lists, where client {missing[0]} is not")
 
     def _spawn(self, name: str, member: Member) -> subprocess.Popen[bytes]:
@@ -268,7 +268,7 @@ def read_names(folder: Path) -> dict[str, str]:
 def exit_status(process: subprocess.Popen[bytes]) -> int | None:
     """Its exit status, or the signal that ended it; None while it runs.
 
-    The process is not waited for, so that its group keeps its number and `end` can end what is left of the group.
+    The process is not reaped, so that the id of its group stays valid and `end` can end the rest of the group.
     """
     ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
     return ended.si_status if ended is not None else None

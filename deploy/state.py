@@ -1,4 +1,4 @@
-"""What a federation in the background says of itself in its folder, and whether a process is still the one it names."""
+"""The state file of a federation in the background, and the identity of its processes."""
 
 import dataclasses
 import json
@@ -16,11 +16,11 @@ _FILE = "state.json"
 
 @dataclass(frozen=True)
 class Process:
-    """A process that was started here; its number alone could belong to another one by now.
+    """A process by its pid and start time, because a pid can be used again after a process has ended.
 
     Attributes:
-        started: what `start_mark` said of it.
-        restarts: how often it was started again.
+        started: its `start_mark`.
+        restarts: how often it was restarted.
     """
 
     pid: int
@@ -29,7 +29,7 @@ class Process:
 
     @staticmethod
     def of(pid: int, restarts: int = 0) -> "Process":
-        """The process that runs under this number now."""
+        """The process that has this pid now."""
         return Process(pid, start_mark(pid), restarts)
 
     @property
@@ -66,7 +66,7 @@ class State:
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
-        """The state in this folder; None where no federation was ever started in it."""
+        """The state in this folder; None if no federation was ever started in it."""
         try:
             values = json.loads((folder / _FILE).read_text())
         except (FileNotFoundError, NotADirectoryError):
@@ -82,10 +82,10 @@ class State:
 
 
 def start_mark(pid: int) -> str:
-    """When the process started, in words that no other process with its number shares; empty where none runs."""
+    """The start time of a process, as text that differs between processes of the same pid; "" if none runs."""
     if Path("/proc/self/stat").exists():
         try:
-            # The name, in brackets, may hold anything; after it come the state and, 19 fields on, the start in ticks.
+            # The name, in parentheses, may contain anything. After it come the state and, 19 fields later, the start.
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         except (FileNotFoundError, ProcessLookupError):
             return ""
@@ -96,7 +96,7 @@ def start_mark(pid: int) -> str:
 
 
 def end_group(process: Process, *, seconds: float) -> None:
-    """End a process that leads a group, and its group: politely, and after so many seconds by force."""
+    """End a process and the group that it leads with SIGTERM, and after `seconds` with SIGKILL."""
     if not process.alive:
         return
     with suppress(ProcessLookupError):

@@ -1,9 +1,9 @@
-"""A SuperLink whose Control API wants a token: `python -m deploy.superlink TOKEN_FILE flower-superlink …`
+"""A SuperLink whose Control API requires a token: `python -m deploy.superlink TOKEN_FILE flower-superlink …`
 
-Flower's own Control API has no login: every local user who reaches its port can start runs as the operator. It has an
-interface for one, `ControlAuthnPlugin`, of which the open edition brings only a plugin that accepts everybody. Ours
-accepts who can read the token's file, which only its owner can. Flower's command line sends the token of a file of its
-own, `$FLWR_HOME/credentials.yaml`, as it does after `flwr login`; `write_credentials` makes it.
+Flower's Control API has no login: every local user who reaches its port can start runs as the operator. Flower has an
+interface for logins, `ControlAuthnPlugin`, but only a plugin that accepts everybody comes with its open edition. The
+plugin of this module accepts requests with a token, whose file only its owner can read. Flower's command line sends the
+token that it finds in `$FLWR_HOME/credentials.yaml`, where `flwr login` stores one; `write_credentials` writes it.
 """
 
 import base64
@@ -20,11 +20,11 @@ from deploy.files import write_new
 
 _TOKEN_BYTES = 32
 _ENTRIES = ("authn-type", "oidc-access-token", "oidc-refresh-token")
-"""Of Flower's credentials. It knows two types, `noop` and `oidc`; the second sends the access token."""
+"""Entries of Flower's credentials. Of its two types, `noop` and `oidc`, only the second sends the access token."""
 
 
 def make_token(path: Path) -> None:
-    """Write a new token, which its owner alone can read. Raises SettingError if the file cannot be written."""
+    """Write a new token that only its owner can read. Raises SettingError if the file cannot be written."""
     write_new(path, secrets.token_hex(_TOKEN_BYTES).encode(), 0o600)
 
 
@@ -43,7 +43,7 @@ def write_credentials(home: Path, address: str, token: Path) -> None:
     entries[f"flower.account-auth.{address}.authn-type"] = "oidc"
     encoded = {name: base64.b64encode(value.encode()).decode() for name, value in entries.items()}
     with os.fdopen(os.open(home / "credentials.yaml", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        json.dump(encoded, file)  # which is YAML, too
+        json.dump(encoded, file)  # JSON is valid YAML
 
 
 def guard(module: Any, token: str) -> None:
@@ -73,7 +73,7 @@ def guard(module: Any, token: str) -> None:
 
 
 def main(command: Sequence[str]) -> None:
-    """Become the SuperLink: the token's file, then the command line of `flower-superlink`."""
+    """Run the SuperLink in this process. `command`: the token's file, then the command line of `flower-superlink`."""
     from flwr.superlink.cli import flower_superlink
 
     module = sys.modules[flower_superlink.__module__]

@@ -1,11 +1,11 @@
-"""A SuperNode that looks for messages often: `python -m deploy.supernode flower-supernode …`
+"""A SuperNode that polls for messages often: `python -m deploy.supernode flower-supernode …`
 
-Flower's own waits 3 s between two looks, and 0.5 s between two looks for the client app's reply: most of a round with
-little training, and no option changes it. Here both are at most TOFU_NODE_POLL_SECONDS, 0.5 by default. A look is one
-small request over a connection that stays open. A federation of thousands of nodes may want more.
+Flower's SuperNode polls for messages every 3 s and for the client app's reply every 0.5 s. That is most of a round with
+little training, and no option changes it. Here both intervals are at most TOFU_NODE_POLL_SECONDS, 0.5 by default. A
+poll is one small request over an open connection; a federation of thousands of nodes may need a longer interval.
 
-Flower's own also takes a certificate that is not valid for a network that is down, and tries again for ever. Here one
-line ends the command at once.
+Flower's SuperNode also treats an invalid certificate as a network failure and retries forever. Here the command ends
+with a one-line error.
 """
 
 import argparse
@@ -24,7 +24,7 @@ VARIABLE = "TOFU_NODE_POLL_SECONDS"
 
 
 def quicken(module: ModuleType, seconds: float) -> None:
-    """Make a module that waits with `time.sleep` wait so many seconds at most; for no other module anything changes."""
+    """Limit each `time.sleep` of one module to `seconds`; other modules are not affected."""
     brief = SimpleNamespace(**vars(time))
     brief.sleep = lambda wanted: time.sleep(min(wanted, seconds))
     module.time = brief  # type: ignore[attr-defined]
@@ -34,7 +34,7 @@ def check_superlink(arguments: Sequence[str]) -> None:
     """Check the certificate of the SuperLink that a command line of `flower-supernode` names.
 
     Raises:
-        RunError: it is not valid.
+        RunError: the certificate is not valid.
         SettingError: the CA's certificate cannot be read.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -47,7 +47,7 @@ def check_superlink(arguments: Sequence[str]) -> None:
 
 
 def main(command: Sequence[str]) -> None:
-    """Become the SuperNode; its command line is that of `flower-supernode`."""
+    """Run the SuperNode in this process; the command line is that of `flower-supernode`."""
     try:
         check_superlink(command[1:])
     except TofuError as error:

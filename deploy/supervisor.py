@@ -1,4 +1,4 @@
-"""Keeps a federation of processes running: starts it, starts members again that end, and stops it on SIGTERM.
+"""Keeps a federation of processes running: starts it, restarts processes that end, and stops it on SIGTERM.
 
 `tofu deploy up` runs this in the background: python -m deploy.supervisor FOLDER --nodes N --app FOLDER
 """
@@ -30,7 +30,7 @@ _WAIT_SECONDS = (2.0, 60.0)
 A SuperNode that was killed counts as online for about 40 s, and until then the SuperLink refuses its key.
 """
 _STEADY_SECONDS = 120.0
-"""A member that ran so long starts again with the first wait."""
+"""After a member has run this long, its next restart has the first delay again."""
 
 
 class Restarts:
@@ -48,7 +48,7 @@ class Restarts:
         self._began[name] = now
 
     def is_due(self, name: str, now: float) -> bool:
-        """Whether a member that is found ended may be started now."""
+        """Whether a member that has ended may be started now."""
         if name not in self._due:
             first, longest = _WAIT_SECONDS
             steady = now - self._began.get(name, now) >= _STEADY_SECONDS
@@ -61,10 +61,10 @@ class Restarts:
 
 
 def supervise(federation: LocalCluster, stopping: threading.Event) -> None:
-    """Run a federation until `stopping` is set; the folder's state says at any time who runs.
+    """Run a federation until `stopping` is set. The state file in its folder always names the running processes.
 
     Raises:
-        TofuError: it could not be started.
+        TofuError: the federation could not be started.
     """
     state = State(
         "starting", Process.of(os.getpid()), federation.address, federation.nodes, str(federation.app),
@@ -107,7 +107,7 @@ def supervise(federation: LocalCluster, stopping: threading.Event) -> None:
 
 
 def _members(federation: LocalCluster, state: State, restarts: Restarts) -> dict[str, Process]:
-    """The members now. One that was not started again keeps its entry, as its number is not its own once it ended."""
+    """The present members. One that was not restarted keeps its entry, because its pid may be used again."""
     old = state.members
     return {
         name: old[name]

@@ -1,7 +1,7 @@
-"""Who takes part in a federation, and with which command lines: processes on one machine and containers both use these.
+"""The processes of a federation and their command lines, on one machine and in containers.
 
-SuperLink: the server's post office. SuperNode: the same on a client's machine. Beside each of them stands a SuperExec,
-which starts the apps: the server app beside the SuperLink, the client app beside a SuperNode.
+The SuperLink passes messages between the server app and the clients; a SuperNode connects a client to it. Each of them
+has a SuperExec, which starts the apps: the server app next to the SuperLink, the client app next to a SuperNode.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from tofu.errors import SettingError
 RUNTIME_PORT = 9094
 HEALTH_PORT = 9100
 JOURNAL = "/journal/rounds.db"
-"""Where a client in a container notes the secure rounds that it has answered (`tofu.flower.secure_session`)."""
+"""The file in which a client in a container records its secure rounds (`tofu.flower.secure_session`)."""
 
 ENVIRONMENT: Mapping[str, str] = {
     # Without it every run calls `uv sync`, which needs the internet and may replace torch.
@@ -21,10 +21,10 @@ ENVIRONMENT: Mapping[str, str] = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Seconds between a SuperExec's looks for work; 1 by default, which every message of a round waits for.
+    # Interval in seconds at which a SuperExec polls for work: a delay of every message. Flower's default is 1.
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
 }
-"""What every member runs with."""
+"""Environment variables of every process."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Member:
 
 @dataclass(frozen=True)
 class Trust:
-    """Where a member finds what it trusts and proves itself with.
+    """Paths of the certificates and secrets of one process.
 
     Attributes:
         ca: certificate of the CA that signed every server's certificate.
-        certificate, key: its own, where it listens.
-        superexec: the secret that a SuperExec and what it serves share.
+        certificate, key: those with which it listens.
+        superexec: the secret that a SuperExec shares with its SuperLink or SuperNode.
     """
 
     ca: PurePath
@@ -52,7 +52,7 @@ class Trust:
 
 
 def superlink(trust: Trust, *, host: str, port: int, database: PurePath) -> Member:
-    """A SuperLink that admits registered keys only and keeps its runs in a database."""
+    """A SuperLink that accepts only registered node keys and keeps its runs in a database."""
     arguments = ("--enable-supernode-auth", "--database", str(database), "--disable-runtime-dependency-installation")
     return Member("flower-superlink", (*arguments, *_listen(trust, host, port)))
 
@@ -95,7 +95,7 @@ def _quoted(name: str, value: int | str) -> str:
 
 
 def identity_config(identity: PurePath, identities: PurePath) -> dict[str, str]:
-    """Node config for secure rounds in which the server may lie: where a client's own key and the list are."""
+    """Node config for secure rounds with identities: the paths of the client's key and of the list of public keys."""
     return {"identity": str(identity), "identities": str(identities)}
 
 

@@ -72,7 +72,7 @@ def main(grid: Grid, context: Context) -> None:
         serve(grid, settings, make_progress(sys.stderr, quiet=settings.run.log == "json"))
     except TofuError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
-        raise  # Flower takes every other end, also SystemExit, for success
+        raise  # Flower counts every other end, even SystemExit, as success
 
 
 def serve(grid: Grid, settings: Settings, observer: Observer, workload: Workload | None = None) -> RunSummary:
@@ -148,7 +148,7 @@ def serve_in_process(
 
 
 class _Run:
-    """A run: the runner, and all that is stored of it. Settings that cannot be used are refused on construction."""
+    """One run: its runner and the files that it writes. The constructor refuses settings that are not usable."""
 
     def __init__(self, grid: Grid, settings: Settings, observer: Observer, workload: Workload) -> None:
         self._began = time.perf_counter()
@@ -226,7 +226,7 @@ class _Run:
         return summary
 
     def _note_data(self) -> None:
-        """Say what was read of a folder, a file or a hub dataset, and what was not."""
+        """Report which data were read, and which were left out."""
         data = data_description(self._workload)
         if data.get("read_as"):
             self._observer.on_note(
@@ -266,7 +266,7 @@ class _Run:
             self._observer.on_note(f"round {round_}: {diverged}; a smaller lr may help", round=round_)
 
     def _checkpoint(self, folder: RunFolder, record: RoundRecord, messages: Sequence[Mapping[str, object]]) -> None:
-        """Store the state after a round, before any other file says that the round is done."""
+        """Store the state after a round, before any other file is written for the round."""
         snapshot = Snapshot({"row": to_dict(record), "messages": messages})
         self._runner.save(snapshot)
         if isinstance(self._grid, InProcessGrid):
@@ -276,7 +276,7 @@ class _Run:
         write_checkpoint(folder.path, self._runner.round, snapshot)
 
     def _resume(self, folder: RunFolder) -> int | None:
-        """Restore the last checkpoint; its round, or None if the run had not reached one."""
+        """Restore the last checkpoint and return its round, or None if there is no checkpoint."""
         snapshot = read_checkpoint(folder.path, self._observer.on_note)
         if snapshot is None:
             folder.rewind(None)
@@ -297,6 +297,6 @@ class _Run:
         return record.round
 
     def _restore_account(self, folder: RunFolder) -> None:
-        """Count the rounds that were asked for and not finished: their updates were released, too."""
+        """Restore the privacy account, which includes rounds that did not finish but may have released updates."""
         if self._runner.account is not None and (written := folder.read_account()) is not None:
             self._runner.account = Accountant.from_dict(written)

@@ -138,7 +138,7 @@ def read_checkpoint(run: Path, note: Callable[[str], None]) -> Snapshot | None:
 
 
 def keep_last_checkpoint(run: Path) -> None:
-    """Remove all checkpoints of a run that has ended but the last, from which more rounds can go on."""
+    """Remove all checkpoints of a finished run but the last, from which it can be extended."""
     for file in sorted((run / FOLDER).glob("*round-*"))[:-1]:
         file.unlink()
 

@@ -34,7 +34,7 @@ class Client:
         name: its partition, or its node.
         examples: number of images that it reports.
         unreadable: number of further images that it reports as unreadable.
-        classes: names of the classes of a client with data of its own; () if it does not tell; None of other clients.
+        classes: class names of a client with its own data, () if it does not send them; None for other clients.
     """
 
     node: int
@@ -50,8 +50,8 @@ class Clients:
     A name belongs to the node that introduced itself with it first; another node never takes its place.
 
     Args:
-        class_names: the classes of the run in order. A client whose data have other classes, or another order, receives
-            them, and does not take part if it has a class that is not among them; with (), clients number their own.
+        class_names: the classes of the run in order. They are sent to a client whose data have other classes or another
+            order; it does not take part if it has a class that is not among them. With (), nothing is sent.
         identities: client name -> public key; a node must then sign the name under which it takes part.
     """
 
@@ -161,7 +161,7 @@ class Clients:
         self._tell_classes([self._known[node] for node in nodes if self._known.get(node)], end, round_)
 
     def _tell_classes(self, clients: Sequence[Client | None], end: float, round_: int) -> None:
-        """Tell clients with data of their own how the classes are numbered, if they number them otherwise."""
+        """Send the run's class names to clients whose own data have other classes or another order."""
         others = {
             client.node: client for client in clients
             if client is not None and client.classes is not None and client.classes != self._class_names
@@ -181,10 +181,10 @@ class Clients:
             else:
                 self._ledger.add(reply, round_=round_, kind="hello", direction="uplink", client=others[node].name)
         for node in others.keys() - answered:
-            del self._known[node]  # it is asked again in the next round
+            del self._known[node]  # it introduces itself again in the next round
 
     def _all_classes(self, clients: Iterable[Client]) -> str:
-        """What to set so that the run has the classes of these clients, too, as far as they name theirs."""
+        """The part of an error message that says with which class-names these clients could take part."""
         unknown = sorted({name for client in clients for name in client.classes or ()} - set(self._class_names))
         names = printable(",".join((*self._class_names, *unknown)))
         if not unknown or len(names) > _MAX_NAMES:

@@ -74,11 +74,11 @@ class RoundState:
     last_reply: float = 0.0
 
     def may_end(self, asked: int, valid: int) -> bool:
-        """Whether the round may go on now without the silent ones of the clients that were asked."""
+        """Whether the round may end now without the missing replies of the clients that were asked."""
         return time.monotonic() >= self.soft_deadline and 2 * valid >= asked
 
     def wanted(self, asked: int) -> int:
-        """Number of valid replies after which a round ends, of those that were asked."""
+        """Number of valid replies after which a round with so many requests ends."""
         return max(1, math.ceil(asked / self.over_sampling - 1e-9))
 
 
@@ -115,7 +115,7 @@ class Collector(Protocol):
     """One way to collect the updates of a round."""
 
     def collect(self, model: GlobalModel, clients: list[Client], state: RoundState) -> Collected:
-        """Have clients train and aggregate their updates.
+        """Send train requests to the clients, collect their replies and aggregate the updates.
 
         Raises:
             RunError: no reply is valid.
@@ -123,11 +123,11 @@ class Collector(Protocol):
 
 
 class TrainExchange:
-    """Sends train requests, and again with full weights to clients that cannot use what they were sent.
+    """Sends train requests, and repeats them with full weights for clients that cannot use the compressed steps.
 
     Args:
-        ask_again: also if a request or its reply got lost, as all do if the SuperLink's clock is set forward: Flower's
-            messages expire by the time of day. Not under DP, because every answer spends some of it.
+        ask_again: whether a request is repeated if it or its reply was lost, as all are if the SuperLink's clock is set
+            forward: Flower's messages expire by the time of day. False under DP, where every reply counts.
 
     Attributes:
         acknowledged: client name -> last round whose reply was added; its error feedback continues from there.
@@ -154,7 +154,7 @@ class TrainExchange:
         *,
         enough: Callable[[], bool] = never,
     ) -> Iterator[tuple[Client, Message]]:
-        """Have clients train and yield their replies, errors included, in the order of arrival.
+        """Send train requests to the clients and yield their replies, errors included, in the order of arrival.
 
         Args:
             secure_parts: client name -> what its request carries in a secure round.
@@ -207,12 +207,12 @@ class TrainExchange:
         return body, reply
 
     def delivered(self, client: Client, model: GlobalModel, state: RoundState) -> None:
-        """A client replied from this round's weights and broadcast, so it holds them."""
+        """Note that a client holds this round's weights and broadcast, because it replied to them."""
         self._broadcasts[client.name] = broadcast_id(state.broadcast)
         model.downlink.delivered(client.name)
 
     def save(self, snapshot: Snapshot) -> None:
-        """Add the state to a checkpoint. The keys are public ones."""
+        """Add the state to a checkpoint. It contains public keys only."""
         snapshot.plain["exchange"] = {
             "acknowledged": self.acknowledged,
             "adverts": {name: advert.hex() for name, advert in self.adverts.items()},
@@ -273,7 +273,7 @@ class TrainExchange:
         )  # fmt: skip
 
     def _count_error(self, client: Client, message: Message, state: RoundState, *, fedavg: bool = True) -> None:
-        if message.metadata.src_node_id == client.node:  # otherwise Flower made the error, and nothing was sent
+        if message.metadata.src_node_id == client.node:  # an error made by Flower itself was not sent
             self._ledger.add(
                 message, round_=state.round, kind=state.kind, direction="uplink", client=client.name, fedavg=fedavg
             )

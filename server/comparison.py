@@ -1,4 +1,4 @@
-"""Runs what a comparison still lacks, and updates its document, table and page after every run.
+"""Runs the unfinished runs of a comparison, and updates its document, figure and page after each.
 
 A run whose folder holds summary.json is finished and not repeated. An unfinished run starts again from round 0, so a
 comparison can be interrupted at any time and continued with the same command.
@@ -71,7 +71,7 @@ def run_comparison(
 
 
 class _Work:
-    """The state of one invocation."""
+    """The state of one call of `run_comparison`."""
 
     def __init__(
         self, comparison: Comparison, client_app: ClientApp, log: Callable[[str], None], view: Callable[[], Observer]
@@ -82,7 +82,7 @@ class _Work:
         self._began = time.perf_counter()
         trials = {cell: comparison.tuning_runs(cell) for cell in comparison.reachable}
         self._trials = trials
-        # Which value tuning will choose is not known yet, so this list only counts and estimates.
+        # The tuned values are not known yet, so this list serves only to count runs and to estimate their time.
         self._waiting = [cell.compressor for cell in trials for _ in trials[cell]]
         self._waiting += [cell.compressor for _ in comparison.seeds for cell in trials]
         self._total, self._done = len(self._waiting), 0
@@ -114,7 +114,7 @@ class _Work:
         return self._document()
 
     def _check(self) -> None:
-        """Look at every folder before anything runs or is deleted."""
+        """Check every folder before anything runs or is deleted."""
         for runs in self._trials.values():
             for run in runs:
                 _finished(run)
@@ -153,7 +153,7 @@ class _Work:
         return text
 
     def _times(self, run: Run) -> str:
-        """Time so far, and what the runs to come will take if they take what those of their compressor took."""
+        """The elapsed time, and an estimate of the remaining time from earlier runs of the same compressors."""
         text = f"; {format_seconds(time.perf_counter() - self._began)} elapsed"
         known = {name: sum(values) / len(values) for name, values in self._seconds.items()}
         if not known:
@@ -199,13 +199,13 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def _finished(run: Run, unknown: str = "") -> bool:
-    """Whether a run's folder holds it finished.
+    """Whether a run's folder holds the finished run.
 
     Args:
         unknown: a setting whose value is not known yet and may be anything.
 
     Raises:
-        SettingError: it is finished with other settings, or unfinished and holds what no run writes.
+        SettingError: it was finished with other settings, or it is unfinished and has files that no run writes.
     """
     folder = run.folder
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
@@ -226,7 +226,7 @@ def _finished(run: Run, unknown: str = "") -> bool:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """The settings of a finished run. What its file lacks is newer than the run and stands at its default."""
+    """The settings of a finished run; settings that did not exist then have their default."""
     try:
         return dict(Settings.of(json.loads((folder / "config.json").read_text()), warn=False).to_config())
     except (OSError, ValueError, AttributeError, SettingError) as error:
@@ -235,10 +235,10 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _written(folder: Path) -> list[Path]:
-    """What a run has written to its folder, if that is all there is.
+    """The files in a run's folder.
 
     Raises:
-        SettingError: there is something else, which is not ours to delete.
+        SettingError: a file was not written by a run, so it must not be deleted.
     """
     found = sorted(folder.iterdir()) if folder.is_dir() else []
     for path in found:
@@ -249,7 +249,7 @@ def _written(folder: Path) -> list[Path]:
 
 
 def _clear(folder: Path) -> None:
-    """Delete what an unfinished run left."""
+    """Delete the files of an unfinished run."""
     for path in _written(folder):
         if path.is_dir():
             shutil.rmtree(path)

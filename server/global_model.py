@@ -67,7 +67,7 @@ class ServerOptimizer:
 
 
 class Downlink(WeightSteps):
-    """The weights that the clients of a run hold: the server's own, or approached by its compressed steps.
+    """The weights that the clients hold: the server's, or an approximation that follows them in compressed steps.
 
     Every client builds the initial model from the run's settings, so the first round sends none. FedAvg rounds send
     full weights.
@@ -114,7 +114,7 @@ class GlobalModel:
         model: the model as built, at its initial weights; the rounds change it in place.
         shape: of the images, and the number of classes of the data.
         group: the client group that trains it, counted from 0.
-        call: how the codec calls the model; by default with images of `shape`.
+        call: how the codec calls the model; by default with inputs of `shape`.
 
     Attributes:
         reference: the model that the server steps, in eval mode.
@@ -163,7 +163,7 @@ class GlobalModel:
         return found.classes if isinstance(found, ImageShape) else self.shape.classes
 
     def prepare(self, round_: int) -> bool:
-        """Let the plugins set up the model of a round; start anew if that changes its architecture.
+        """Let the plugins set up the model of a round, and reset the state if that changes its architecture.
 
         After a change the weights continue as the plugins' `setup` converts them, the optimizer's state starts anew,
         and all clients receive full weights and drop the residuals of the old architecture.
@@ -174,7 +174,7 @@ class GlobalModel:
         if not self._plugins:
             return False
         settings, shape, plugins = self._settings, self.shape, self._plugins
-        # The model after the last round is that of the last round.
+        # After the last round, the model keeps the setup of that round.
         context = round_context(settings, shape, min(round_, settings.training.rounds), group=self.group)
         built = run_model(settings, shape)
         fresh = ReferenceModel.of(built, shape, plugins, context)

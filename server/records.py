@@ -159,7 +159,7 @@ def run_summary(runner: RoundRunner, ledger: Ledger, *, stopped: str, folder: st
 
 
 def failed_rounds(records: Sequence[RoundRecord]) -> str:
-    """Why a run of these rounds has failed: none succeeded, or no secure one did; "" if it has not."""
+    """Why a run with these rounds has failed (no round or no secure round succeeded), or ""."""
     rounds = [record for record in records if record.kind != "start"]
     secure = [record for record in rounds if record.kind == "secure"]
     if not any(record.clients for record in rounds):
@@ -173,11 +173,12 @@ def failed_rounds(records: Sequence[RoundRecord]) -> str:
 
 
 def divergence(records: Sequence[RoundRecord], classes: int) -> str:
-    """How training has diverged in these rounds, whatever their kinds; "" if it has not.
+    """How training has diverged in these rounds, or "" if it has not.
 
-    It has if the test loss of the last round is not finite, or 100 times that of the start (at least 1); or if it is
-    above that of the start, the accuracy is that of guessing, and either a quarter of the rest had been learned, or the
-    training loss, which secure rounds bound, is 5 times the test loss of the start (at least 1).
+    Training has diverged if the last test loss is not finite or above 100 times the initial one (taken as at least 1).
+    It has also diverged if the last test loss is above the initial one, the accuracy is that of guessing, and one of
+    two conditions holds: an earlier round was at least a quarter of the way from guessing to perfect accuracy, or the
+    training loss is above 5 times the initial test loss (taken as at least 1).
 
     Args:
         classes: number of classes; 1 if the model does not classify.
@@ -225,7 +226,7 @@ class SampleImages:
     """Images for the report: the proxies of one client in the first and the last round.
 
     Args:
-        real: also some real images, which show single examples of somebody's data.
+        real: whether to add some real images, which reveal examples of the data.
     """
 
     def __init__(self, workload: Workload, test: Sized, *, real: bool = False) -> None:
@@ -245,7 +246,7 @@ class SampleImages:
             self.arrays |= {name: value for name, value in arrays.items() if name in kept}
 
     def add(self, result: RoundResult) -> None:
-        """Keep the proxies of this round, next to those of the first round that had any."""
+        """Keep the proxies of this round and of the first round that had any."""
         if result.proxies is None or result.proxies.dim() != 4:  # proxies of vectors or signals are no images
             return
         if self._data and not self._rounds and result.shown.isdecimal() and int(result.shown) < self._data.clients:

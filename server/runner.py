@@ -271,7 +271,7 @@ class RoundRunner:
         )
 
     def _note_stragglers(self, state: RoundState, asked: set[str]) -> None:
-        """Take note of who was silent in a round."""
+        """Record which clients did not reply, and report those that are now suspended."""
         seconds = state.last_reply - state.began
         for note in self._stragglers.finished(
             state.kind, state.round, asked=asked, silent=state.silent, seconds=seconds
@@ -288,7 +288,7 @@ class RoundRunner:
         return collected
 
     def _reduce(self, rounds: Sequence[Collected]) -> None:
-        """Give the plugins the totals of the clients' sums over all groups, in the groups' order."""
+        """Pass the plugins the totals of the clients' sums, added over groups in their order."""
         sums: dict[str, Tensor] = {}
         for collected in rounds:
             for name, value in collected.sums.items():
@@ -375,7 +375,7 @@ class RoundRunner:
 
 
 def _merged(first: SecureMean, second: SecureMean) -> SecureMean:
-    """What the secure sums of two groups revealed in common; the update is that of the first."""
+    """The totals of two groups' secure sums; update and ranges are those of the first."""
     examples = first.examples + second.examples
     return dataclasses.replace(
         first,
@@ -387,11 +387,11 @@ def _merged(first: SecureMean, second: SecureMean) -> SecureMean:
 
 
 def largest_fraction(sampled: Sequence[int], available: Sequence[int]) -> tuple[int, int]:
-    """(sampled, available) of the group that the largest fraction was drawn from: its clients have the least privacy.
+    """(sampled, available) of the group with the largest sampling fraction, whose clients have the least privacy.
 
     Args:
-        sampled: number of clients that were drawn in each group, with one or more in all.
-        available: number of clients that they were drawn from, in each group.
+        sampled: number of clients drawn from each group, at least one in all groups together.
+        available: number of clients of each group.
     """
     drawn = [(count, of) for count, of in zip(sampled, available, strict=True) if count]
     return max(drawn, key=lambda pair: pair[0] / pair[1])

@@ -1,4 +1,4 @@
-"""The ranges of the values in a model's secure sums, learned from the rounds before."""
+"""Chooses the range of values of each tensor in secure sums from the rounds before."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ MIN_EXPLAINED = 0.05
 
 @dataclass
 class UpdateScaleTracker:
-    """The magnitude of the clients' weighted updates in rounds in which the server sees them, per tensor.
+    """The magnitude of the clients' weighted updates per tensor, in rounds in which the server decodes them.
 
     Attributes:
         peaks: maximum magnitude in all rounds.
@@ -97,7 +97,7 @@ class SecureRanges:
         unit = sum(min(examples, cap) for examples in claimed) / len(claimed)
         fraction, bits = coordinates.settings_for(settings.secure.secure_ratio, count)
         levels = FixedPoint(count, bits, 1.0).levels
-        # Rounding to the nearest step with unknown ranges could round everything to zero.
+        # With unknown ranges, rounding to the nearest step could set all values to zero.
         nearest = levels < FEW_LEVELS and settings.residual_fraction == 1 and bool(self._ranges or self.scales.powers)
         sizes = self.scales.deviations() if nearest else self.scales.peaks
         factor = (nearest_range(levels) if nearest else HEADROOM) / unit
@@ -119,7 +119,7 @@ class SecureRanges:
         return config, RingEncoder(self._param_spec, config, declared, sent)
 
     def advance(self, ranges: tuple[float, ...]) -> None:
-        """Go on with the ranges that the last secure sum suggests."""
+        """Use these ranges, derived from the last secure sum, in the next round."""
         self._ranges, self._turn = ranges, self._turn + 1
 
     def save(self, snapshot: Snapshot) -> None:

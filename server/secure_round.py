@@ -1,6 +1,6 @@
-"""Secure rounds on the server: a session of `tofu.secagg` (`tofu.flower.secure_stages`) around the training of a round.
+"""Secure rounds on the server: the stages of secure aggregation before and after the training of a round.
 
-A secure round takes three exchanges, or four with identities.
+A secure round takes three exchanges with the clients, or four with identities (`tofu.flower.secure_stages`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ from tofu.wire import SecurePart, run_name
 
 @dataclass(frozen=True)
 class _Opened:
-    """A secure round between the stages share and reveal.
+    """State of a secure round between the stages share and reveal.
 
     Attributes:
         encoder: of the clients' vectors.
@@ -48,7 +48,7 @@ class _Opened:
 
 
 class SecureCollector:
-    """Rounds of which the server learns the sum of the updates only."""
+    """Collects secure rounds, of which the server learns only the sum of the updates."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class SecureCollector:
         return _Opened(session, encoder, {client.name: client for client in able}, asked, parts, stages)
 
     def _train(self, model: GlobalModel, opened: _Opened, state: RoundState) -> set[str]:
-        """Have the clients train and add their masked vectors -> names of those that were not waited for."""
+        """Collect the masked vectors, and return the names of the clients that were not waited for."""
         trainers = [client for client in opened.clients.values() if client.name in opened.parts]
         arrived: set[str] = set()
 
@@ -139,7 +139,7 @@ class SecureCollector:
     def _close(self, opened: _Opened, state: RoundState) -> tuple[SecureMean, tuple[str, ...]]:
         """Collect the shares that remove the masks, and decode the sum.
 
-        A client that fails here is in the sum all the same. Raises AbandonedError if too few clients remain.
+        A client that fails here stays in the sum. Raises AbandonedError if too few clients remain.
         """
         total = opened.stages.unmask(
             opened.session, self._exchange.adverts,

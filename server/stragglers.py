@@ -1,8 +1,9 @@
-"""Clients that stay silent: how long a round waits for them, and for how many rounds they are not asked.
+"""Clients that do not reply: how long a round waits for them, and for how many rounds they are suspended.
 
-A round ends without the silent clients once it has lasted `straggler-factor` times the median of the last rounds of its
-kind and half of the clients have replied. A client that was silent in `suspend-after` rounds in a row is left out for a
-few rounds, then asked again, and left out for twice as long where it is still silent.
+A round ends without the missing replies once it has lasted `straggler-factor` times the median duration of the last
+rounds of its kind and half of the clients have replied. A client that did not reply in `suspend-after` rounds in a row
+is suspended for 4 rounds and then asked again. If it still does not reply, the next suspension is twice as long, up to
+32 rounds.
 """
 
 import statistics
@@ -12,20 +13,20 @@ from server.client_registry import Client
 from tofu.settings.groups import ServerSettings
 
 MIN_SECONDS = 30.0
-"""No round ends early before that: a restarted SuperLink or node needs it to come back."""
+"""A round lasts at least so long before it ends early, so that a restarted SuperLink or node can reconnect."""
 
 _KNOWN_ROUNDS = 2
-"""Rounds of a kind from which the timeout of the next one is derived, at least."""
+"""Minimum number of past rounds of a kind from which a timeout is derived."""
 
 _RECENT_ROUNDS = 9
 _FIRST_PAUSE, _MAX_PAUSE = 4, 32
 
 
 class Stragglers:
-    """Learns from each round who was silent and how long the others took.
+    """Tracks which clients did not reply and how long rounds took.
 
     Args:
-        settings: their fields straggler_factor, suspend_after, round_timeout and min_clients.
+        settings: of which straggler_factor, suspend_after and round_timeout are used.
     """
 
     def __init__(self, settings: ServerSettings) -> None:
@@ -36,19 +37,19 @@ class Stragglers:
         self._due: dict[str, int] = {}
 
     def patience(self, kind: str) -> float:
-        """Seconds after which a round of this kind may end without its silent clients."""
+        """Seconds after which a round of this kind may end without the missing replies."""
         known, limit = self._seconds[kind], self._settings.round_timeout
         if not self._settings.straggler_factor or len(known) < _KNOWN_ROUNDS:
             return limit
         return min(limit, max(MIN_SECONDS, self._settings.straggler_factor * statistics.median(known)))
 
     def active(self, clients: list[Client], round_: int, *, min_clients: int) -> list[Client]:
-        """The clients that are asked in this round; all of them where too few would be left."""
+        """The clients that are not suspended in this round; all of them if fewer than `min_clients` would remain."""
         found = [client for client in clients if self._due.get(client.name, 0) <= round_]
         return found if len(found) >= min_clients else clients
 
     def finished(self, kind: str, round_: int, *, asked: set[str], silent: set[str], seconds: float) -> list[str]:
-        """Take note of a round.
+        """Record a round.
 
         Args:
             asked: names of the clients that were asked.

@@ -39,16 +39,16 @@ def up(
     *,
     nodes: Annotated[int, typer.Option("--nodes", help="number of clients")] = 3,
     folder: Folder = _FOLDER,
-    app_: Annotated[Path | None, typer.Option("--app", help="folder of the Flower app; by default ours")] = None,
-    data: Annotated[Path | None, typer.Option("--data", help="folder of folders node-0, node-1, …: own data")] = None,
-    policy: Annotated[
-        Path | None, typer.Option("--policy", help="what every client accepts of a server (TOML)")
+    app_: Annotated[Path | None, typer.Option("--app", help="folder of the Flower app; by default Tofu's own")] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="folder with the clients' own data: node-0, node-1, …")
     ] = None,
+    policy: Annotated[Path | None, typer.Option("--policy", help="policy file of every client (TOML)")] = None,
     warm: Annotated[
         bool, typer.Option(help="keep imports in memory between rounds: faster, about 500 MB a node")
     ] = True,
     identities: Annotated[
-        bool, typer.Option("--identities", help="a key for each client, so that no server can lie in secure rounds")
+        bool, typer.Option("--identities", help="an identity key for each client, against a dishonest server")
     ] = False,
     json_: Json = False,
 ) -> None:
@@ -89,7 +89,7 @@ def run(
 
 @app.command()
 def status(*, folder: Folder = _FOLDER, json_: Json = False) -> None:
-    """Say which processes live, which nodes are online, and how the runs ended."""
+    """Show the processes, the nodes and the runs."""
     from deploy import background
 
     _show(background.status(folder), as_json=json_)
@@ -107,11 +107,11 @@ def down(*, folder: Folder = _FOLDER, json_: Json = False) -> None:
 @app.command()
 def certificates(
     folder: Annotated[Path, typer.Argument(help="where the files go")],
-    host: Annotated[list[str] | None, typer.Option(help="address of the server; makes CA and server")] = None,
-    node: Annotated[list[str] | None, typer.Option(help="name of a node; makes its key pair")] = None,
+    host: Annotated[list[str] | None, typer.Option(help="address of the server; creates CA and certificate")] = None,
+    node: Annotated[list[str] | None, typer.Option(help="name of a node; creates its key pair")] = None,
     compose: Annotated[bool, typer.Option("--compose", help="a folder per service of deploy/compose.yaml")] = False,
 ) -> None:
-    """Make a CA, the server's certificate and a key pair for every node."""
+    """Create a CA, the server's certificate and a key pair for every node."""
     from deploy.certificates import command
 
     command(folder, host, node, compose)
@@ -119,11 +119,11 @@ def certificates(
 
 @app.command("add-client")
 def add_client(
-    name: Annotated[str, typer.Argument(help="of the client, such as hospital-d")],
+    name: Annotated[str, typer.Argument(help="name of the client, such as hospital-d")],
     superlink: Annotated[str, typer.Option("--superlink", help="host:port at which the client reaches this machine")],
     compose: Annotated[Path, typer.Option("--compose", help="the compose file of the federation")] = _COMPOSE,
 ) -> None:
-    """Admit a client on another machine to the federation in containers, make its keys, and say what to copy."""
+    """Add a client on another machine to the federation in containers: create its keys and list what to copy."""
     if not compose.is_file():
         raise SettingError("compose", str(compose), "the compose file of a checkout in which `make certs` was run")
     command = ["docker", "compose", "-f", str(compose), "run", "--rm", "-T", "keys", "add-client", name]
@@ -140,7 +140,7 @@ def identities(
     names: Annotated[list[str], typer.Argument(help="the clients: their partition-id, or their names")],
     folder: Annotated[Path, typer.Option("--folder", help="where the keys go")],
 ) -> None:
-    """Make an identity key for every client, and the list of public keys that secure rounds check."""
+    """Create an identity key for every client, and the list of public keys that secure rounds check."""
     from deploy.identities import make_identities
 
     print(make_identities(folder, names))

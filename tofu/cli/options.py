@@ -1,4 +1,4 @@
-"""What the commands share: one option for every setting, and how settings are read from options and files."""
+"""Options that several commands share: one for every setting, and the reading of settings from options and files."""
 
 import inspect
 import sys

@@ -25,7 +25,7 @@ def predict(
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Classify images with a run's model; with the ood plugin, mark those unlike its training data.
+    """Classify images with a run's model; with the ood plugin, mark out-of-distribution images.
 
     The accuracy is printed if the images are in folders with the names of the classes.
     """

@@ -51,8 +51,8 @@ def run(
 
 
 def _try_out(settings: Settings, *, quiet: bool) -> None:
-    """Run as little as possible of everything that a run does, in a folder that is removed: rounds of each kind,
-    evaluation, checkpoint, resume and report."""
+    """Run a small version of every step in a temporary folder: rounds of each kind, evaluation, checkpoint, resume and
+    report."""
     from tempfile import TemporaryDirectory
 
     from tofu.reporting.folder import resumed_settings

@@ -1,4 +1,4 @@
-"""What a client of the mods keeps in its Flower context between rounds: error feedback, and the global arrays.
+"""State that the mods keep in a client's Flower context between rounds: error feedback, and the global arrays.
 
 Arrays are stored as plain bytes, because Flower parses its own arrays with `ast.literal_eval`, which sometimes fails in
 CPython 3.11 when two threads call it at the same time, as the clients of one process do.

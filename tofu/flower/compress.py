@@ -3,8 +3,8 @@
     app = ClientApp(mods=[tofu.compress(Net, (3, 32, 32), ratio=200)])                # client
     strategy = tofu.Compressed(FedAvg(), Net, (3, 32, 32), ratio=200)                 # server
 
-The mod replaces the arrays of a train reply by one payload, and keeps error feedback in the client's context. The
-wrapper decodes it and gives plain replies to the inner strategy, which needs no change.
+The mod replaces the arrays of a train reply with one payload, and keeps error feedback in the client's context. The
+wrapper decodes the payload and passes plain replies to the inner strategy, which needs no change.
 """
 
 import logging
@@ -60,7 +60,7 @@ def compress(*arguments: Any, **options: Any) -> "CompressMod":
 
 
 class CompressMod(TrainMod):
-    """The client's half; Flower calls it around the app's train function."""
+    """The client's part; Flower calls it around the app's train function."""
 
     name = "tofu.compress"
 
@@ -68,9 +68,9 @@ class CompressMod(TrainMod):
         self._codec = codec
 
     def train(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-        """Call the app and replace the arrays of its reply by one payload.
+        """Call the app and replace the arrays of its reply with one payload.
 
-        A message of the app's own, without any arrays, is passed on. So are other array records than the model's.
+        A message without arrays and without the strategy's record is passed on unchanged.
 
         Raises:
             PayloadError: the server's strategy is another one, or the app's reply cannot be compressed.
@@ -128,7 +128,7 @@ class _Request:
 
     Attributes:
         key: of the array record.
-        arrays: None if the client must build them from steps.
+        arrays: None if the client has to apply `steps` to the arrays that it keeps.
         identity, sketch: of the arrays, with a compressed downlink (`tofu.weights`).
     """
 
@@ -199,9 +199,9 @@ class SentArrays:
     Attributes:
         key: of the array record.
         record: as the inner strategy made it.
-        base: its tensors by name; the inner strategy gets updates added to these.
-        held: the arrays that the clients have: the same, or, with a compressed downlink, what its steps lead to.
-        model: with the held arrays as its weights.
+        base: its tensors by name, to which decoded updates are added.
+        held: the arrays that the clients have: `base`, or with a compressed downlink the result of its steps.
+        model: the model with the held arrays as its weights.
         identity: of the held arrays, with a compressed downlink.
     """
 
@@ -223,7 +223,7 @@ class Compressed(StrategyWrapper):
         **options: of `UpdateCodec`, the same as given to `compress`.
 
     Attributes:
-        mod: name of the client's half, for messages.
+        mod: name of the client's mod, for error messages.
 
     Example:
         >>> import torch
@@ -253,7 +253,7 @@ class Compressed(StrategyWrapper):
 
     @property
     def codec(self) -> UpdateCodec:
-        """How updates are coded."""
+        """The codec of the updates."""
         return self._codec
 
     def sent_to(self, node: int) -> "SentArrays | None":
@@ -310,7 +310,7 @@ class Compressed(StrategyWrapper):
         return SentArrays(key, record, base, held, model, steps.identity)
 
     def _request(self, node: int, round_: int, *, whole: bool = False) -> Message:
-        """The message to a node, with full arrays or, if it holds arrays of an earlier round, the steps from there."""
+        """The message to a node: with full arrays, or with the steps from the arrays that it holds."""
         sent, message = self._sent[node], self._plain[node]
         record = ConfigRecord({
             "version": VERSION, "round": round_, "acknowledged": self.acknowledged.get(node, NEVER),
@@ -329,7 +329,7 @@ class Compressed(StrategyWrapper):
         return with_records(message, records)
 
     def _resent(self, replies: list[Message], round_: int) -> list[Message]:
-        """The replies; clients that could not build their arrays from the steps get them in full, and reply again."""
+        """Send full arrays to clients that could not apply the steps; return the replies with their new ones."""
         lost = {reply.metadata.src_node_id for reply in replies if reply.has_error() and reply.error.code == RESYNC}
         lost &= self._sent.keys()
         if not lost or self._steps is None or self._grid is None:
@@ -347,10 +347,10 @@ class Compressed(StrategyWrapper):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Decode every reply and hand plain ones to the inner strategy.
+        """Decode every reply and pass plain ones to the inner strategy.
 
         Raises:
-            RunError: no reply can be used. Flower's strategies would go on and end without having learned anything.
+            RunError: no reply can be used. (Flower's strategies would continue without an update.)
         """
         decoded = [self._decoded(reply, server_round) for reply in self._resent(list(replies), server_round)]
         failed = [reply.error.reason for reply in decoded if reply.has_error()]
@@ -361,7 +361,7 @@ class Compressed(StrategyWrapper):
         return self._aggregate_train(server_round, decoded)
 
     def _decoded(self, reply: Message, round_: int) -> Message:
-        """The reply with arrays in the place of its payload, or an error reply if the payload cannot be trusted."""
+        """The reply with arrays in place of its payload, or an error reply if the payload is not valid."""
         if reply.has_error():
             return reply
         node = reply.metadata.src_node_id

@@ -3,8 +3,8 @@
     app = ClientApp(mods=[tofu.hybrid(Net, (3, 32, 32), ratio=200)])                              # client
     strategy = tofu.Hybrid(FedAvg(), Net, (3, 32, 32), ratio=200, switch_round=40)                # server
 
-The switch is at a round, or when a metric stalls (`tofu.rounds.schedule`). What compression lost in a client is in its
-error feedback, which the secure rounds send.
+The switch comes at a given round, or when a metric stalls (`tofu.rounds.schedule`). What compression has lost until
+then is in the clients' error feedback, and is sent in the secure rounds.
 """
 
 import math
@@ -48,7 +48,7 @@ def hybrid(*arguments: Any, secure: Mapping[str, Any] | None = None, **options: 
 
 
 class HybridMod(TrainMod):
-    """The client's half: it answers a round as the strategy's record in the message says."""
+    """The client's part. The strategy's record in a message tells which kind of round it is."""
 
     name = "tofu.hybrid"
 
@@ -76,10 +76,10 @@ class Hybrid(StrategyWrapper):
         *arguments: of `UpdateCodec`, the same as given to `hybrid`.
         secure: as given to `hybrid`.
         switch_round: first secure round; 0 switches when `plateau` stalls.
-        plateau: name of a metric that should rise, or, after a minus sign, fall: of the clients' mean train or evaluate
-            metrics, or of what `evaluate_fn` returns.
+        plateau: name of a metric that should rise, or, after a minus sign, fall: one of the clients' mean train or
+            evaluate metrics, or of those that `evaluate_fn` returns.
         patience: rounds that may pass without gain before the switch.
-        gain: change of the metric that counts.
+        gain: smallest improvement of the metric that counts.
         identities: of `SecureAggregation`.
         stage_timeout: of `SecureAggregation`.
         delta: of `SecureAggregation`.
@@ -143,7 +143,7 @@ class Hybrid(StrategyWrapper):
 
         Raises:
             RunError: `plateau` names no metric of the round before.
-            SettingError: as the two.
+            SettingError: see `Compressed` and `SecureAggregation`.
         """
         if self._plateau and server_round > 1:
             name = self._plateau.removeprefix("-")
@@ -158,13 +158,13 @@ class Hybrid(StrategyWrapper):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Of `Compressed` or `SecureAggregation`. Raises RunError if no reply can be used."""
+        """Aggregate as `Compressed` or `SecureAggregation`. Raises RunError if no reply can be used."""
         arrays, metrics = self._current.aggregate_train(server_round, replies)
         self._see(metrics)
         return arrays, metrics
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """The inner strategy's."""
+        """Call the inner strategy."""
         metrics = self._aggregate_evaluate(server_round, replies)
         self._see(metrics)
         return metrics

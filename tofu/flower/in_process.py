@@ -1,7 +1,7 @@
 """A ServerApp and a ClientApp in one process: no ray, no port, nothing to start or to clean up.
 
-Messages go through Flower's own serialization in both directions and a node's context does after every message, so
-what could not travel in a deployment cannot travel here. Each node answers one message at a time, in the order sent;
+Messages and contexts pass through Flower's own serialization, so an object that a deployment could not send fails here,
+too. Each node answers one message at a time, in the order sent;
 `workers` threads share the nodes.
 """
 
@@ -41,8 +41,8 @@ from tofu.flower.policy import NO_POLICY
 
 _LOG = logging.getLogger(__name__)
 
-# Flower draws run, task and node ids from 64 random bits. Ids of that length make a message as long here as in a
-# deployment, and show a number that does not fit a signed 64-bit field here rather than there.
+# Flower draws run, task and node ids from 64 random bits. Ids of that length make messages as long as in a deployment,
+# and reveal fields that hold only signed 64-bit numbers.
 _RUN_ID = _TASK_ID = _FIRST_NODE_ID = 1 << 63
 
 _GRACE_SECONDS = 0.2
@@ -66,8 +66,8 @@ def run_in_process(
     Args:
         run_config: what both apps find in `context.run_config`.
         workers: how many nodes answer at the same time.
-        node_config: from a partition id to entries added to that node's `partition-id` and `num-partitions`.
-            Nodes without `data` accept everything (`tofu.flower.policy`).
+        node_config: returns, for a partition id, node config entries besides `partition-id` and `num-partitions`. Nodes
+            without `data` accept all requests (`tofu.flower.policy`).
 
     Returns:
         The server app's context as the app left it.
@@ -83,7 +83,7 @@ def run_in_process(
     for partition in range(num_supernodes):
         config: dict[str, ConfigValue] = {"partition-id": partition, "num-partitions": num_supernodes}
         config |= node_config(partition) if node_config else {}
-        if "data" not in config:  # the client is the server's own process, and has nothing that the server has not
+        if "data" not in config:  # the client runs in the server's process and has no data of its own
             config.setdefault("policy", NO_POLICY)
         contexts.append(Context(_RUN_ID, _FIRST_NODE_ID + partition, config, RecordDict(), dict(run_config)))
     context = Context(_RUN_ID, SERVER_NODE, {}, RecordDict(), dict(run_config))
@@ -120,7 +120,7 @@ def _one_thread_parses() -> Iterator[None]:
 
 
 class InProcessGrid(Grid):
-    """Hands messages to threads that call the client app.
+    """Passes messages to threads that call the client app.
 
     As in a deployment: a message to an unknown node gets the id "", a reply that is asked for after the message's
     time to live (or for a message that is not known) is an error from the SuperLink's own node id, and an exception
@@ -161,7 +161,7 @@ class InProcessGrid(Grid):
         return list(self._nodes)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Send messages, setting each one's `metadata.message_id`, and return their ids in the same order.
+        """Send messages, set their `metadata.message_id`, and return their ids in the same order.
 
         Raises:
             ValueError: a message that a SuperLink would refuse: expired, a reply, or from another run.
@@ -180,7 +180,7 @@ class InProcessGrid(Grid):
         return identities
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies there are now to the messages with these ids, in the order of the ids. Each is given out once."""
+        """The replies that have arrived to the messages with these ids, in their order. Each is returned once."""
         replies = []
         for identity in message_ids:
             with self._changed:
@@ -213,12 +213,12 @@ class InProcessGrid(Grid):
         return {node.name: context_bytes(node.context) for node in self._nodes.values()}
 
     def restore_contexts(self, contexts: Mapping[str, bytes]) -> None:
-        """Give nodes the state (`Context.state`) that `contexts` wrote. Raises RunError for bytes that it did not."""
+        """Restore the nodes' `Context.state` from what `contexts` returned. Raises RunError for other bytes."""
         for node in self._nodes.values():
             restore_state(node.context, contexts.get(node.name, b""), node.name)
 
     def close(self) -> None:
-        """Drop what is queued, interrupt the handlers that still run, and end the threads; takes about a second."""
+        """Drop queued messages, interrupt running handlers, and end the threads; takes about a second."""
         with self._changed:
             self._closed = True
             self._sent.clear()
@@ -276,8 +276,7 @@ class InProcessGrid(Grid):
             message = request.unpack()
             reply = self._answer(node, message, sent.expires_at)
         except Exception as error:
-            # Whatever it is, this thread must go on: a node whose message were neither answered nor given up would
-            # look busy for ever.
+            # This thread must go on: a node whose message is neither answered nor dropped would stay busy forever.
             if self._closed:
                 raise SystemExit from None
             _LOG.error("a message to client %s got lost", node.name, exc_info=error)
@@ -292,7 +291,7 @@ class InProcessGrid(Grid):
             try:
                 reply = self._client_app(message=message, context=context)
             finally:
-                # A SuperNode keeps the state of a failed handler too, as far as the handler had got.
+                # As in a SuperNode, the state that a failed handler has written is kept.
                 node.context = copy_context(context)
             if not isinstance(reply, Message):
                 raise TypeError(f"the client app returned {type(reply).__name__}, not a Message")
@@ -323,19 +322,23 @@ class _Parcel:
 
     @classmethod
     def pack(cls, message: Message, shared: dict[str, bytes]) -> Self:
-        """Serialize, taking from `shared` (and adding to it) objects that other messages carry too."""
+        """Serialize a message; objects that other messages carry, too, are taken from `shared` or added to it."""
         return cls(*serialize(message, shared))
 
     def unpack(self) -> Message:
-        """The message again. Only once: the contents are dropped on the way."""
+        """Deserialize the message. This works once, because it empties `contents`."""
         return inflate(self.identity, self.contents)
 
 
 @dataclass
 class _Sent:
-    """A message that was sent and not pulled yet; `request` goes when a worker takes it, `reply` comes when it ends.
+    """A message whose reply was not pulled yet.
 
-    `lost` where none will come. `expires_at` is by `time.monotonic`: a clock that is set ends no message.
+    Attributes:
+        expires_at: end of its time to live (`time.monotonic`, so that setting the clock does not matter).
+        request: None once a worker has taken it.
+        reply: None until the worker has finished.
+        lost: whether there will be no reply.
     """
 
     expires_at: float
@@ -345,7 +348,7 @@ class _Sent:
 
     @property
     def expired(self) -> bool:
-        """Whether the time to live is over, after which a SuperLink gives out no reply, even one that came in time."""
+        """Whether the time to live is over. A SuperLink then returns no reply, even if one had arrived in time."""
         return time.monotonic() >= self.expires_at
 
     @property
@@ -355,7 +358,7 @@ class _Sent:
 
 @dataclass
 class _Node:
-    """A node: its context, and the ids of messages it has yet to answer. `busy` while it is queued or at work."""
+    """A node: its context, and the ids of the messages that it has not answered; `busy` while it is queued or works."""
 
     context: Context
     inbox: deque[str] = field(default_factory=deque)

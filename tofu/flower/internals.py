@@ -68,7 +68,7 @@ def is_simulation(grid: Grid) -> bool:
 
 
 def unavailable_reply(message_id: str, run_id: int) -> Message:
-    """The error with which a SuperLink answers for a message that has expired or that it does not know."""
+    """The SuperLink's error reply for a message that has expired or is not known."""
     from flwr.server.superlink.linkstate.utils import create_message_error_unavailable_ins_message
 
     reply: Message = create_message_error_unavailable_ins_message(message_id, run_id)
@@ -76,13 +76,13 @@ def unavailable_reply(message_id: str, run_id: int) -> Message:
 
 
 def error_reply(reply: Message, reason: str) -> Message:
-    """An error in the place of a reply that cannot be used, with the reply's metadata."""
+    """An error reply with the metadata of a reply that cannot be used."""
     error: Message = make_message(reply.metadata, error=Error(code=0, reason=reason))
     return error
 
 
 def content_reply(reply: Message, content: RecordDict) -> Message:
-    """A reply with other content, with the metadata of `reply`."""
+    """A reply with the metadata of `reply` and other content."""
     made: Message = make_message(reply.metadata, content=content)
     return made
 

@@ -1,4 +1,4 @@
-"""Parts for Flower apps that ask for more of a round: layers that stay on the client, and rounds that end early."""
+"""Further parts for Flower apps: layers that stay on the client, and rounds that end early."""
 
 import math
 import time
@@ -76,14 +76,14 @@ class KeepLocal:
 
 
 class FirstReplies(StrategyWrapper):
-    """A strategy whose train rounds end once a fraction of the replies is in; the others are left out.
+    """A strategy whose train rounds end once a fraction of the clients has replied; later replies are left out.
 
     Ask more clients than a round needs (`FedAvg(fraction_train=...)`), and a few slow ones no longer hold it up. An
     error reply does not count. Which replies are first depends on the network, so such a run does not repeat.
 
     Args:
         inner: any strategy of Flower's Message API; it is not changed.
-        fraction: of the clients asked, whose replies a round waits for; above 0, at most 1.
+        fraction: fraction of the requests whose replies a round waits for, above 0 and at most 1.
 
     Example:
         >>> from flwr.serverapp.strategy import FedAvg
@@ -99,11 +99,11 @@ class FirstReplies(StrategyWrapper):
         self._fraction = fraction
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: Any, grid: Grid) -> Iterable[Message]:
-        """The inner strategy's."""
+        """Call the inner strategy."""
         return self._configure_train(server_round, arrays, config, grid)
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
-        """The inner strategy's."""
+        """Call the inner strategy."""
         return self._aggregate_train(server_round, replies)
 
     def start(self, grid: Grid, *arguments: Any, **options: Any) -> Result:
@@ -112,7 +112,7 @@ class FirstReplies(StrategyWrapper):
 
 
 class _ImpatientGrid(Grid):
-    """A grid whose `send_and_receive` returns once enough train replies are in."""
+    """A grid whose `send_and_receive` returns once enough train replies have arrived."""
 
     def __init__(self, grid: Grid, fraction: float) -> None:
         self._grid, self._fraction = grid, fraction
@@ -137,7 +137,7 @@ class _ImpatientGrid(Grid):
         return self._grid.pull_messages(message_ids)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Send and wait, at most `timeout` seconds. Train messages: only for the first replies."""
+        """Send messages and wait at most `timeout` seconds for replies; for train messages, only for the first ones."""
         messages = list(messages)
         if not messages or messages[0].metadata.message_type.split(".")[0] != "train":
             return self._grid.send_and_receive(messages, timeout=timeout)

@@ -1,8 +1,8 @@
-"""A client's policy: what it accepts of a server's requests, as one TOML file on the client's machine.
+"""A client's policy: which requests it accepts from a server, as a TOML file on the client's machine.
 
-The node config names the file as `policy`; docs/client-policy.md lists the rules. Without one, `Policy()` applies,
-which admits what comes with Tofu and no code or data that a server names. Clients of a simulation are the server's own
-process, so nothing limits them: their node config has policy="none", or they run in Ray.
+The node config names the file as `policy`; docs/client-policy.md lists the rules. Without a file, `Policy()` applies,
+which accepts Tofu's own components, and no other code or data that a server names. Clients of a simulation run in the
+server's process and accept everything: their node config has policy="none", or they run in Ray.
 """
 
 import math
@@ -32,9 +32,9 @@ from tofu.settings.groups import EMBEDDED_TABLES
 from tofu.wire import RESYNC
 
 BUILT_IN = "built-in"
-"""In an allow-list: every name that comes with Tofu."""
+"""In an allow-list: all names that Tofu provides."""
 ANY = "any"
-"""In an allow-list: everything, also code of the client's machine that the server names."""
+"""In an allow-list: everything, including code on the client's machine that the server names."""
 NO_POLICY = "none"
 """The node config's `policy` of a client that accepts everything."""
 
@@ -60,13 +60,13 @@ class Policy(BaseModel):
         datasets: accepted values of `dataset`, for a client without data of its own.
         own_data: whether the client trains on the folder of its node config only.
         allowed_rounds: accepted kinds of round.
-        min_noise_multiplier: lower limit of the run's noise, and of the noise that a secure sum has even if its other
-            members add none (`check_sum_noise`).
-        min_neighbors, max_colluding: of secure rounds (`tofu.secagg.Participant`).
+        min_noise_multiplier: lower limit of the run's noise multiplier, and of the noise that a secure sum certainly
+            has (`check_sum_noise`).
+        min_neighbors, max_colluding: limits for secure rounds (`tofu.secagg.Participant`).
         max_classes: upper limit of a network's outputs, which a request chooses.
-        class_names: whether the server may be told the names of the classes in the client's own folder.
-        trust_server: whether a client that takes part in secure rounds only does so without an identity, by which a
-            server that impersonates all others could read its update.
+        class_names: whether the client sends the names of the classes in its own folder.
+        trust_server: whether a client that allows only secure rounds takes part in them without an identity. A server
+            that impersonates all other clients could then read its update.
         error_details: whether error replies say why the client's own data or files cannot be used.
         settings: setting -> accepted values, or bounds of a number.
 
@@ -96,7 +96,7 @@ class Policy(BaseModel):
 
     @staticmethod
     def none() -> "Policy":
-        """The policy of a client that runs in the server's own process: it accepts everything."""
+        """The policy of a client that runs in the server's process: it accepts everything."""
         return Policy(
             models=[ANY], plugins=[ANY], components=[ANY], datasets=[ANY], max_classes=65_535, error_details=True,
             trust_server=True,
@@ -148,26 +148,26 @@ class Policy(BaseModel):
             _check_value(name, given[name], accepted)
 
     def check_round(self, kind: str, noise_multiplier: float) -> None:
-        """Check one round's kind and noise. Raises PolicyError if a rule refuses it."""
+        """Check the kind and the noise of a round. Raises PolicyError if a rule refuses them."""
         if kind not in self.allowed_rounds:
             raise PolicyError("allowed-rounds", f"a {kind} round", ", ".join(self.allowed_rounds))
         self.check_noise(noise_multiplier)
 
     def check_identity(self, *, identified: bool) -> None:
-        """Check the terms of a secure round. Raises PolicyError if only secure rounds are allowed, without identity."""
+        """Raises PolicyError if only secure rounds are allowed, and this client has no identity for them."""
         if self.allowed_rounds == ["secure"] and not identified and not self.trust_server:
             accepted = "identity and identities in the node config, or the rule trust-server = true"
             raise PolicyError("allowed-rounds", "a secure round without identities", accepted)
 
     def check_sum_noise(self, noise: Noise | None, session: ClientSession, member: Participant) -> None:
-        """Check the noise that a secure sum is sure to have.
+        """Check the noise that a secure sum certainly has.
 
-        Without identities this is the client's own part, 1 / sqrt(n) of the whole for n that share it, because the
-        server could be all other members. With identities and the complete graph, all members but those that may
-        collude have agreed to the run's settings by their keys, and add their parts.
+        Without identities this is only the client's own share, 1 / sqrt(n) of the noise if n clients share it, because
+        the server could impersonate all other members. With identities and a complete graph, it includes the shares of
+        all members but those that may collude, because these have agreed to the run's settings by their keys.
 
         Raises:
-            PolicyError: it is less than the policy wants.
+            PolicyError: the noise is below `min_noise_multiplier`.
         """
         if noise is None or not self.min_noise_multiplier:
             return
@@ -180,18 +180,18 @@ class Policy(BaseModel):
             raise PolicyError("min-noise-multiplier", found, f"{self.min_noise_multiplier:g} or more")
 
     def check_noise(self, noise_multiplier: float) -> None:
-        """Check the run's noise. Raises PolicyError if there is less than the policy wants."""
+        """Raises PolicyError if the run's noise multiplier is below `min_noise_multiplier`."""
         minimum = self.min_noise_multiplier
         if not noise_multiplier >= minimum:
             raise PolicyError("min-noise-multiplier", f"noise-multiplier={noise_multiplier:g}", f"{minimum:g} or more")
 
     def check_shape(self, shape: ImageShape) -> None:
-        """Check the number of outputs that a request names. Raises PolicyError if the policy wants fewer."""
+        """Raises PolicyError if a request names more outputs than `max_classes`."""
         if shape.classes > self.max_classes:
             raise PolicyError("max-classes", f"a network of {shape.classes} classes", f"at most {self.max_classes}")
 
     def public_reason(self, error: Exception, run_config: Mapping[str, object]) -> str:
-        """What an error reply tells the server: nothing about the client's files or data, unless `error_details`."""
+        """The reason in an error reply. It says nothing about the client's files or data, unless `error_details`."""
         if self.error_details or isinstance(error, PayloadError | PolicyError | ResyncError | RunError):
             return str(error)
         if isinstance(error, SettingError):
@@ -210,8 +210,11 @@ class Policy(BaseModel):
 
 @contextmanager
 def error_replies(message: Message, context: Context) -> Iterator[list[Message]]:
-    """Turn an error into one error reply, which is then the list's only entry, and print on standard error what the
-    reply conceals. An exception that is not a `TofuError` is raised if the policy has `error_details`."""
+    """Turn an exception into an error reply, which becomes the only entry of the list.
+
+    Details that the reply does not contain are printed on standard error. With `error_details`, an exception that is
+    not a `TofuError` is raised instead.
+    """
     replies: list[Message] = []
     try:
         yield replies
@@ -229,7 +232,7 @@ def error_replies(message: Message, context: Context) -> Iterator[list[Message]]
 def _policy_for_errors(context: Context) -> Policy:
     try:
         return Policy.of(context)
-    except SettingError:  # which is the error, or the next message says so
+    except SettingError:  # then this is the error, or the next message reports it
         return Policy()
 
 

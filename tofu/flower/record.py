@@ -32,14 +32,15 @@ def record(
     """A strategy that saves the train replies which `inner` receives, and otherwise is `inner`.
 
     Around `Compressed` it saves payloads, around a plain strategy the arrays, and inside of `SecureAggregation`, as in
-    `SecureAggregation(record(FedAvg(), ...))`, the sums. A recording identifies the client's data: protect it alike.
+    `SecureAggregation(record(FedAvg(), ...))`, the sums. A recording may reveal the clients' data:
+    protect it like them.
 
     Args:
         inner: any strategy of Flower's Message API, or `Compressed`.
         folder: recordings are saved in its subfolder `record`.
         input_shape: channels, height and width of the model's input.
-        batch_size: of the clients' local training.
-        epochs: of the clients' local training.
+        batch_size: batch size of the clients' local training.
+        epochs: epochs of the clients' local training.
         lr: step size of the clients; by default what the train message's config has as `lr` or `learning-rate`.
         mean: pixels in [0, 1] minus this, divided by `std`, are the model's input.
         std: see `mean`.

@@ -5,7 +5,7 @@
 
 The server receives masked arrays, of which only the sum can be read, weighted by the clients' numbers of examples. The
 inner strategy gets one reply, with the mean of the arrays and of the metrics. docs/secure-aggregation.md says what is
-guaranteed, and what is not. This module has the server's half, `tofu.flower.secure_mod` the client's.
+guaranteed, and what is not. This module has the server's part, `tofu.flower.secure_mod` the client's.
 """
 
 import json
@@ -46,17 +46,17 @@ INDIVIDUAL: tuple[type[Strategy], ...] = (
     strategies.DifferentialPrivacyServerSideFixedClipping, strategies.FedMedian, strategies.FedTrimmedAvg,
     strategies.FedXgbBagging, strategies.FedXgbCyclic, strategies.MultiKrum, strategies.QFedAvg,
 )  # fmt: skip
-"""Strategies that look at every client's reply."""
+"""Strategies that need the reply of every client, so that they cannot work with a sum."""
 
 
 @dataclass
 class _OpenSum:
-    """A secure round between its keys and its sum.
+    """State of a secure round between the exchange of keys and the sum.
 
     Attributes:
         names: node -> name in the session.
         key: of the array record.
-        metrics: name -> the names of its metrics, as it sent them.
+        metrics: client name -> names of its metrics, as JSON that it sent.
     """
 
     session: ServerSession
@@ -79,11 +79,11 @@ class SecureAggregation(StrategyWrapper):
         identities: file with the clients' public keys (`tofu deploy identities`), against a server that lies.
         stage_timeout: seconds that clients have for each stage of the protocol other than training.
         delta: of the differential privacy that `tofu-epsilon` in the metrics accounts for.
-        codec: names what the model trains; without it all arrays are summed.
+        codec: selects the arrays that the model trains; without it all arrays are summed.
         options: of `SecureOptions`, the same as given to `secure`.
 
     Attributes:
-        mod: name of the client's half, for messages.
+        mod: name of the client's mod, for error messages.
         acknowledged: node -> last round whose sum its update is in.
 
     Raises:
@@ -166,7 +166,7 @@ class SecureAggregation(StrategyWrapper):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Sum the masked replies, remove the masks from the sum, and hand its mean to the inner strategy.
+        """Sum the masked replies, remove the masks from the sum, and pass its mean to the inner strategy.
 
         Raises:
             RunError: no reply can be used.
@@ -208,7 +208,7 @@ class SecureAggregation(StrategyWrapper):
     def _exchange_keys(
         self, message: Message, nodes: list[int], round_: int, transport: GridTransport
     ) -> dict[str, bytes]:
-        """Run the stages before training -> session name -> what its train message carries.
+        """Run the stages before training; return session name -> content of the client's train message.
 
         Raises:
             AbandonedError: too few clients take part.
@@ -255,7 +255,7 @@ class SecureAggregation(StrategyWrapper):
                     raise PayloadError(f"it has an identity ({name}): pass identities= to SecureAggregation")
                 if self._known is not None:
                     check_signature(self._known, run_name(transport.run_id), Advert.from_bytes(keys[str(node)]))
-                # Keys of an earlier round that another node sends again are signed, too.
+                # Another node could replay the signed keys of an earlier round.
                 if self._owners.setdefault(name, node) != node:
                     raise PayloadError(f"another node has sent keys of {name}")
                 names[node], adverts[name] = name, keys[str(node)]
@@ -269,7 +269,7 @@ class SecureAggregation(StrategyWrapper):
         return names, adverts
 
     def _add_masked(self, opened: _OpenSum, replies: list[Message], round_: int) -> Message:
-        """Add the masked vectors to the sum -> one of the replies. Raises RunError if none can be used."""
+        """Add the masked vectors to the sum, and return one of the replies. Raises RunError if none can be used."""
         failed, sample = list[str](), None
         for reply in replies:
             if reply.has_error():

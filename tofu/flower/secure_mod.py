@@ -1,6 +1,6 @@
-"""The client's half of secure sums for Flower apps: a mod that masks what the app's train function returns.
+"""The client's part of secure sums for Flower apps: a mod that masks what the app's train function returns.
 
-`tofu.flower.secure` has the server's half. All stages of the protocol travel as train messages, because Flower calls
+`tofu.flower.secure` has the server's part. All stages of the protocol travel as train messages, because Flower calls
 mods only around functions that the app has registered.
 """
 
@@ -57,7 +57,7 @@ def secure(**options: Any) -> "SecureMod":
 
 
 class SecureMod(TrainMod):
-    """The client's half. The node config may have the entries that `tofu.flower.secure_session` lists."""
+    """The client's part. `tofu.flower.secure_session` lists the entries of its node config."""
 
     name = "tofu.secure"
 
@@ -96,7 +96,7 @@ class SecureMod(TrainMod):
         trained = _Trained.of(reply, request, options)
         spec, kept = request.names.param_spec, bool(options.error_feedback)
         feedback, memory = load_feedback(context, spec) if kept else (ErrorFeedback(), b"")
-        # A server that lies may not have the last vector sent again, next to others that it makes almost zero.
+        # Otherwise a dishonest server could have a vector sent again in a sum whose other members send almost nothing.
         acknowledged = request.acknowledged if participant.identity is None else feedback.sent_round
         steps: list[UpdateStep] = [AddResidual(acknowledged, options.error_feedback)]
         if noise:
@@ -157,7 +157,7 @@ class _SecureRequest:
 
 @dataclass(frozen=True)
 class _Trained:
-    """What an app's train reply contributes to the sums.
+    """An app's train reply, as it enters the sums.
 
     Attributes:
         update: returned minus received arrays, float32.
@@ -198,7 +198,7 @@ def joint_digest(options: SecureOptions, codec: UpdateCodec | None) -> bytes:
 
 
 def meaning(round_: int, options: SecureOptions, codec: UpdateCodec | None) -> tuple[bytes, ...]:
-    """What clients of one sum must have alike besides its encoding and the message: round, options and Tofu's code."""
+    """What all clients of a sum must agree on besides encoding and message: round, options and Tofu's code."""
     return round_.to_bytes(8, "little", signed=True), joint_digest(options, codec), code_digest("tofu")
 
 

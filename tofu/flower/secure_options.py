@@ -22,12 +22,12 @@ VERSION = 1
 MIN_CLIENTS = 3
 
 FIRST_BITS = 48
-"""Minimum bits of the ring in the first round, in which ranges are so wide that nothing is clipped."""
+"""Minimum bits of the ring in the first round, whose ranges are so wide that no value is clipped."""
 
 _FIRST_FLOATS, _FIRST_INTEGERS, _FIRST_EXAMPLES = 16.0, 2.0**16, 2.0**20
 _WIDE_BITS, _WIDE_HEADROOM = 24, 64.0
 _SMALLEST = 2.0**-8
-"""Smallest range of a tensor relative to the largest range, so that one that rested may move again."""
+"""Minimum range of a tensor relative to the largest range, so that a tensor without changes can change again."""
 
 _METRIC_BOUND = 2.0**50
 _FINE_BOUND = _METRIC_BOUND / 2**39
@@ -38,10 +38,10 @@ class SecureOptions:
     """Options of secure rounds; `secure` and `SecureAggregation` must have the same.
 
     Attributes:
-        bits: of the ring from the second round on: bytes of an update are bits / 8 an entry. With n clients rounding is
-            to 1 in 2^bits / 2n of each tensor's range. 32 is about as exact as float32.
+        bits: bits per value of an update, from the second round on. With n clients, the range of each tensor has
+            2^bits / 2n steps. 32 is about as precise as float32.
         error_feedback: fraction of what clipping and rounding lost that a client adds to its next update.
-        metrics: number of metric values of a reply that can be summed; a list counts by its length.
+        metrics: maximum number of metric values of a reply; a list counts by its length.
         noise_multiplier: standard deviation of the noise in the sum, in units of `clip_norm`; 0 adds none.
         clip_norm: with noise, each update is clipped to this L2 norm, and every client counts as one example.
         dropout: fraction of the clients that may drop out of a round.
@@ -94,7 +94,7 @@ class SecureOptions:
         return whole.on_ring(levels=encoder.levels, values=encoder.values)
 
     def metric_sums(self, values: list[float]) -> dict[str, Tensor]:
-        """At most `metrics` values within the bound -> what `declared` says."""
+        """At most `metrics` values within the bound, as the two sums that `declared` describes."""
         padded = torch.zeros(self.metrics, dtype=torch.float64)
         padded[: len(values)] = torch.tensor(values, dtype=torch.float64)
         step = _METRIC_BOUND / (2**39 - 1)
@@ -144,7 +144,7 @@ class RangeTracker:
         return config, RingEncoder(spec, config, options.declared)
 
     def advance(self, mean: SecureMean, config: EncodingConfig, clients: int) -> None:
-        """Learn from a sum of `clients` clients."""
+        """Derive the next round's ranges from the sum of `clients` clients."""
         unit = mean.examples / clients
         headroom = _WIDE_HEADROOM if self._options.bits >= _WIDE_BITS else HEADROOM
         if self._nearest(config.clients):
@@ -155,7 +155,7 @@ class RangeTracker:
         minimum = _SMALLEST * max(max(sizes), 1e-9)
         scale = config.unit_weight / unit
         known = zip(sizes, mean.ranges, config.ranges, strict=True)
-        # A range that the encoder widened had clipped a value.
+        # The encoder widens a range in which it has clipped a value.
         ranges = [max(size, minimum, out * scale if out > before else 0.0) for size, out, before in known]
         if config.nearest_rounding:
             ranges = [out * scale for out in mean.ranges]

@@ -5,9 +5,9 @@ Entries of the node config against a dishonest server: `identity`, the file of t
 creates both). The rules `min-neighbors` and `max-colluding` of the client's policy are limits that it enforces,
 whatever the server proposes.
 
-The entry `journal` is a file in which the client notes the round of a run before it masks a vector in it, so that it
-never answers a round with two vectors, even if Flower loses its state in a crash: with two sums whose members differ by
-one, the difference is that client's vector. Without the entry the note is in Flower's state only.
+The entry `journal` is a file in which the client records a round before it masks a vector for it. It then never sends
+two masked vectors in one round, even if Flower loses its state in a crash. With two, a server could form two sums that
+differ in one client, whose vector is their difference. Without the entry, the record is only in Flower's state.
 """
 
 import os
@@ -62,7 +62,7 @@ def participant_of(context: Context, name: str, colluding: float) -> Participant
 
 
 def new_advert(context: Context, member: Participant) -> bytes:
-    """Create keys for the next secure round; they replace those of an earlier one."""
+    """Create keys for the next secure round, which replace earlier ones; return the message with the public keys."""
     session = ClientSession(member)
     advert = session.advertise_keys()
     save_session(context, session)
@@ -70,7 +70,7 @@ def new_advert(context: Context, member: Participant) -> bytes:
 
 
 def answer_query(query: SecureQuery, context: Context, member: Participant) -> SecureAnswer:
-    """Answer one stage. The session's new state is in `context` before the answer is sent.
+    """Answer one stage. The session's new state is stored in `context` before the answer is sent.
 
     Raises:
         PayloadError: the message fails validation; nothing is revealed.
@@ -104,7 +104,7 @@ def mask_once(
 
 
 def _note_answer(context: Context, member: Participant, round_: int) -> None:
-    """Note, durably where there is a journal, that a round is answered. Raises PayloadError if it was already."""
+    """Record that a round is answered, in the journal if there is one. Raises PayloadError if it was before."""
     record = context.state.config_records.get(_ANSWERED)
     last = record.get(_ROUND) if record is not None else None
     journal = context.node_config.get("journal")
@@ -117,11 +117,11 @@ def _note_answer(context: Context, member: Participant, round_: int) -> None:
 
 
 def _note_in_file(journal: Path, member: Participant, round_: int) -> bool:
-    """Note a round on disk -> whether it comes after all that the client answered in this run."""
+    """Record a round on disk; return whether it is later than all that the client has answered in this run."""
     try:
         os.close(os.open(journal, os.O_CREAT | os.O_RDWR, 0o600))
         with closing(sqlite3.connect(journal, timeout=60, isolation_level=None)) as database:
-            database.execute("PRAGMA synchronous=EXTRA")  # also the folder is flushed before a statement returns
+            database.execute("PRAGMA synchronous=EXTRA")  # flushes the folder, too, before a statement returns
             database.execute(
                 "CREATE TABLE IF NOT EXISTS answered "
                 "(run BLOB, client TEXT, round INTEGER NOT NULL, PRIMARY KEY (run, client))"

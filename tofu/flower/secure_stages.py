@@ -1,4 +1,4 @@
-"""The server's exchanges of a secure round, around the training of a round: the stages of `tofu.secagg`.
+"""The stages of `tofu.secagg` before and after the training of a secure round, on the server.
 
     advert   public keys, sent with an answer of the round before; clients that sent none are asked separately
     share    the roster down, encrypted shares up
@@ -76,7 +76,7 @@ class SecureExchange:
         deadline = time.monotonic() + self.seconds
         for node, reply in self.transport.exchange(requests, deadline, enough) if requests else ():
             name = silent.pop(node)
-            if reply.metadata.src_node_id == node:  # otherwise Flower made the error, and nothing was sent
+            if reply.metadata.src_node_id == node:  # an error made by Flower itself was not sent
                 self.count(reply, name, "uplink")
             answer = None
             with self.blaming(name):
@@ -122,11 +122,11 @@ class SecureExchange:
         *,
         min_clients: int,
     ) -> dict[str, bytes]:
-        """Exchange shares -> name of each client that may train -> its neighbors' shares.
+        """Exchange shares; return client name -> its neighbors' shares, for all clients that may train.
 
         Args:
-            adverts: by name; those of this round's clients are removed, because keys serve once.
-            topology: from the number of clients.
+            adverts: public keys by name; those of this round's clients are removed, because keys are used once.
+            topology: makes the graph for a number of clients.
 
         Raises:
             AbandonedError: too few clients take part.
@@ -152,7 +152,7 @@ class SecureExchange:
     ) -> Total:
         """Collect the shares that remove the masks from the sum.
 
-        A client that fails here is in the sum all the same.
+        A client that fails here stays in the sum.
 
         Args:
             adverts: receives the keys for the next secure round if `request_keys`.
@@ -182,7 +182,7 @@ class SecureExchange:
 
 @contextmanager
 def abandoning() -> Iterator[None]:
-    """Abandon the round if the session ends."""
+    """Turn errors of the session into an `AbandonedError`."""
     try:
         yield
     except (RunError, SettingError) as error:

@@ -1,7 +1,7 @@
-"""How an update is coded between the two ends of a compressed Flower app.
+"""Codes updates between client and server of a compressed Flower app.
 
-A Flower app keeps its weights in an `ArrayRecord`. The codec sees them as a `ReferenceModel`: the user's model if one
-is given, or the bare arrays, which are enough for every compressor that does not differentiate through the model.
+A Flower app keeps its weights in an `ArrayRecord`. The codec handles them as a `ReferenceModel`: the user's model, or a
+module with the arrays as its parameters, which is enough for compressors that do not differentiate through the model.
 """
 
 import copy
@@ -51,7 +51,7 @@ VERSION = 2
 
 
 class UpdateCodec:
-    """Codes the difference between two sets of arrays. Both ends of an app must build it from equal arguments.
+    """Codes the difference between two sets of arrays. Client and server must build it from equal arguments.
 
     Args:
         model: the app's network, or a function without arguments that builds it. Without it the codec sees only arrays,
@@ -63,11 +63,12 @@ class UpdateCodec:
             impossible: there is no model or input shape, or the model takes integers and there is no `forward`.
         ratio: float32 bytes of an update over the bytes of its payload.
         correction: smallest fraction of a proxy payload that is left to the sparse correction.
-        over_relaxation: gain of what is decoded (docs/error-feedback.md); of the correction alone with proxies; 0 lets
-            each message choose it.
-        downlink: float32 bytes of the weights over the bytes of a step that the server sends in their place, to clients
-            that hold the weights before it; 0 sends all clients full weights.
-        step_ahead: fraction of the residual that local training starts ahead by (docs/error-feedback.md).
+        over_relaxation: factor on the decoded update, with proxies on the correction alone (docs/error-feedback.md); 0
+            lets each message choose it.
+        downlink: float32 bytes of the weights over those of a compressed step, which the server sends to clients that
+            hold the weights of an earlier round; 0 sends full weights to all clients.
+        step_ahead: fraction of the residual that is added to the weights before local training; see
+            docs/error-feedback.md.
         error_feedback: fraction of what compression lost that the client adds to its next update.
         seed: seed of the search for proxies.
 
@@ -108,12 +109,12 @@ class UpdateCodec:
         self._call = {"forward": forward, "loss": loss, "target_shape": target_shape}
         self.downlink = downlink
         self.joint = ""
-        """What else both ends must have in common: of `tofu.hybrid`, the options of its secure rounds."""
+        """Further options that client and server must share: those of the secure rounds of `tofu.hybrid`."""
         self.error_feedback, self.step_ahead, self.seed = error_feedback, step_ahead, seed
 
     @cached_property
     def _resolved(self) -> tuple[str, ModelCall]:
-        """The compressor's name, and how it calls the model. The model is built for it, at the first message."""
+        """The compressor's name, and how it calls the model, which is built for this at the first message."""
         return resolve_compressor(self._compressor, self._built_once, self._shape, **self._call)
 
     @cached_property
@@ -127,7 +128,7 @@ class UpdateCodec:
 
     @property
     def digest(self) -> bytes:
-        """Identifies the arguments that both ends must share, in 8 bytes.
+        """Identifies the arguments that client and server must share, in 8 bytes.
 
         `forward` and `loss` count by their names and by the names, texts and floating-point numbers in their code,
         which do not depend on the version of Python.
@@ -189,7 +190,7 @@ class UpdateCodec:
         return Payload(compressor.code, round_, identity or base_fingerprint(reference.model), body).to_bytes()
 
     def decode(self, reference: ReferenceModel, data: object, round_: int, identity: bytes = b"") -> Weights:
-        """The update that a payload stands for, by the model's names.
+        """Decode a payload into an update, by the model's names.
 
         Args:
             identity: of the weights that it should be relative to; by default their fingerprint.
@@ -345,7 +346,7 @@ def _tied_names(model: nn.Module) -> dict[str, str]:
 
 
 def _exact(values: Tensor) -> Tensor:
-    """Values in a type that holds differences of them: int64, float64, or float32 of shorter ones."""
+    """Values in a type that holds their differences: int64, float64, or float32 for smaller floating-point types."""
     if not values.is_floating_point():
         return values.to(torch.int64)
     return values if values.dtype == torch.float64 else values.float()
@@ -374,7 +375,7 @@ def _without_adapter(name: str, model: nn.Module) -> str:
 
 
 def _copy(model: nn.Module, names: Collection[str]) -> nn.Module:
-    """A copy of the model that shares the frozen parameters which are not among the names: nobody changes these."""
+    """A copy of the model that shares the frozen parameters which are not in `names`, because nothing changes them."""
     frozen = [p for name, p in model.named_parameters() if not p.requires_grad and name not in names]
     return copy.deepcopy(model, {id(parameter): parameter for parameter in frozen})
 

@@ -1,4 +1,4 @@
-"""What all mods and all strategy wrappers for Flower apps have in common."""
+"""Base classes of the mods and strategy wrappers for Flower apps, and helpers for their messages."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ _ENTERED: ContextVar[tuple[str, ...]] = ContextVar("entered", default=())
 
 @contextmanager
 def inside(name: str) -> Iterator[None]:
-    """Marks what runs within the mod `name`, so that mods in an order that cannot work are found.
+    """Mark a block as running inside the mod `name`, to detect mods in an order that cannot work.
 
     Raises:
         PayloadError: the mod is in the list twice, after `tofu.keep_local`, or with another one that sends updates.
@@ -41,7 +41,7 @@ class TrainMod:
     """A mod that handles train messages; Flower calls it around the app's train function.
 
     Attributes:
-        name: of the function that makes it, for messages.
+        name: of the function that makes it, for error messages.
     """
 
     name: str
@@ -90,15 +90,15 @@ class StrategyWrapper(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """The inner strategy's."""
+        """Call the inner strategy."""
         return self.inner.configure_evaluate(server_round, arrays, config, grid)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """The inner strategy's."""
+        """Call the inner strategy."""
         return self._aggregate_evaluate(server_round, replies)
 
     def summary(self) -> None:
-        """The inner strategy's."""
+        """Call the inner strategy."""
         self.inner.summary()
 
 
@@ -113,12 +113,12 @@ def unwrapped(strategy: Strategy) -> Strategy:
 
 
 def with_record(message: Message, key: str, record: ConfigRecord) -> Message:
-    """The message with one more record, in a content of its own: Flower's strategies share one among all messages."""
+    """A copy of the message with one more record. (Flower's strategies share one content between messages.)"""
     return with_records(message, {**message.content, key: record})
 
 
 def with_records(message: Message, records: Mapping[str, ArrayRecord | ConfigRecord | MetricRecord]) -> Message:
-    """The message with other content."""
+    """A copy of the message with other content."""
     content = RecordDict(dict(records))
     to = message.metadata
     return Message(content, to.dst_node_id, to.message_type, ttl=to.ttl, group_id=to.group_id)

@@ -1,7 +1,8 @@
 """Experiment trackers: TensorBoard, MLflow, Weights & Biases and Trackio, one tracker run per federation.
 
-A metric is called as in metrics.jsonl: `accuracy`, or with what it is of as `by_client/explained_variance/3`. Settings
-are logged as parameters. A resumed run continues its tracker run: `trackers/NAME.json` in the run folder names it.
+Metrics have their names in metrics.jsonl, such as `accuracy`, or paths such as `by_client/explained_variance/3`.
+Settings are logged as parameters. A resumed run continues its tracker run, which `trackers/NAME.json` in the run folder
+identifies.
 docs/trackers.md lists all metrics, and the environment variables by which each library is configured.
 """
 
@@ -29,7 +30,7 @@ from tofu.registry import Registry
 from tofu.rounds.record import RoundRecord, RunSummary, read_json
 
 FOLDER = "trackers"
-"""In the run folder: what trackers write, and a file for each that names its run."""
+"""Folder in the run folder for the trackers' files, among them NAME.json, which identifies a tracker's run."""
 PROJECT = "tofu"
 """The project or experiment, if the environment names no other."""
 
@@ -216,7 +217,7 @@ class TensorBoard(Tracker):
         self._hparams: Any = hparams
 
     def start(self, folder: Path, settings: Mapping[str, object], run: str) -> str:
-        # What a killed process wrote of a round that is done again is hidden.
+        # Values of a round that a killed process began, and that is now repeated, are hidden.
         log_dir = str(folder / FOLDER / self.name)
         self._writer = self._library.SummaryWriter(log_dir, purge_step=self.round + 1 if run else None)
         if not run:
@@ -331,5 +332,5 @@ class Trackio(Tracker):
             self._library.finish()  # of the run of this thread; the run's own finish would be called again at exit
 
     def _quiet(self) -> AbstractContextManager[Any]:
-        """Trackio prints to stdout, where results are."""
+        """Keep Trackio from printing to stdout, which is for results."""
         return redirect_stdout(io.StringIO())

@@ -34,9 +34,9 @@ def predict_images(run: Path, images: Path, *, frequencies: int = 0) -> list[dic
             it is.
 
     Returns:
-        For each: image (its path), class, its name, probability of that class, label (the name of the image's folder,
-        where that is a class; otherwise None), score and unknown, which are None where the run has no plugin that
-        tells what is unlike its data.
+        For each image: image (its path), class (its number), name (of the class), probability (of the class), label
+        (name of the image's folder, or None if that is no class), score and unknown. The last two are None if the run
+        has no plugin that detects out-of-distribution images.
 
     Raises:
         SettingError: no such run, or none with a model; frequencies for a model that has no DCT encoder.
@@ -79,7 +79,7 @@ def predict_images(run: Path, images: Path, *, frequencies: int = 0) -> list[dic
 
 
 def accuracy(rows: Sequence[Mapping[str, object]]) -> tuple[int, int]:
-    """Number of right predictions, and of images whose label is known."""
+    """Number of correct predictions, and of images whose label is known."""
     known = [row for row in rows if row["label"] is not None]
     return sum(row["name"] == row["label"] and not row["unknown"] for row in known), len(known)
 

@@ -107,7 +107,7 @@ class Entry:
 
 
 def find_entries(root: Path) -> list[Entry]:
-    """What a resolved folder holds to show, at most `_MAX` entries, by name; links to folders are not followed."""
+    """The entries of a resolved folder by name, at most `_MAX`; links to folders are not followed."""
     found: list[Entry] = []
     for folder, below, files in os.walk(root):
         path = Path(folder)
@@ -237,7 +237,7 @@ def _head(title: str, lead: str) -> str:
 
 
 def _followed(page: str, tag: str) -> str:
-    """A page that follows its entry: with the script, which its content security policy then has to allow."""
+    """A page with the script that follows its entry, which its content security policy then allows."""
     script = '<nav><a href="/">All runs</a> <span id="connection" role="status"></span></nav>\n<main>'
     page = page.replace(POLICY, _POLICY, 1).replace("<main>", script, 1)
     return page.replace("</body>", f"<script src=\"/follow.js\" data-tag='{tag}'></script>\n</body>", 1)
@@ -279,4 +279,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """A request every second needs no line each."""
+        """Log nothing: pages send a request every second."""

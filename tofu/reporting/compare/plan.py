@@ -27,14 +27,14 @@ TUNING_SEED = 1000
 """The seed of tuning runs is the first seed plus this, so no run that is reported was itself chosen."""
 MAX_SEEDS = 1000
 
-# What makes two runs comparable: the data, the model, the rounds, who is asked, and what the cell itself sets.
+# Settings that all runs of a comparison share, or that the cell itself sets.
 _SHARED_SECTIONS = ("Data", "Model", "Rounds", "Run")
 _SHARED = ("compressor", "ratio", "rounds", "client_fraction", "min_clients", "round_timeout")
 
 
 @dataclass(frozen=True)
 class Tune:
-    """A setting of which every cell uses its own best value.
+    """A setting that is tuned separately for every cell.
 
     Attributes:
         name: of the field of `Settings`.
@@ -175,7 +175,7 @@ class Comparison:
         return tuple(self._run(cell, self.tune.seed, value, tuning=True) for value in cell.payloads)
 
     def run(self, cell: Cell, seed: int, value: Value | None = None) -> Run:
-        """A run that counts, with the value that tuning chose."""
+        """A run whose result is reported, with the value that tuning chose."""
         return self._run(cell, seed, value, tuning=False)
 
     def _run(self, cell: Cell, seed: int, value: Value | None, *, tuning: bool) -> Run:

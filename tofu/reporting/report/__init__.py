@@ -1,4 +1,4 @@
-"""What a person looks at after a run: one self-contained page made from the files of the run folder."""
+"""The report of a run: one self-contained page, made from the files of the run folder."""
 
 from tofu.reporting.report.html import write_report
 

@@ -13,7 +13,7 @@ _MAX = 500
 
 
 def client_table(run: RunData) -> list[dict[str, Any]]:
-    """One row per client (the first 500): name and cells. Of secure rounds, which show only sums, it has the bytes."""
+    """One row per client (the first 500): name and cells. Secure rounds, which show only sums, add only bytes."""
     replies: defaultdict[str, list[ClientRecord]] = defaultdict(list)
     failures: defaultdict[str, int] = defaultdict(int)
     for row in run.rounds:

@@ -33,12 +33,12 @@ class Table:
 
 
 def method_name(compressor: str) -> str:
-    """What a reader calls a compressor."""
+    """The name of a compressor in tables and figures."""
     return "FedAvg" if compressor == FEDAVG else compressor
 
 
 def cell_table(document: Mapping[str, Any]) -> Table:
-    """One row a cell: FedAvg, then by ratio asked and accuracy, with those out of reach last at their ratio."""
+    """One row per cell: FedAvg, then by ratio and accuracy, with cells that cannot reach their ratio last."""
     tune, both = document["tune"], _compressed_downlink(document)
     reference, *others = document["cells"]
     others = sorted(others, key=lambda cell: (cell["ratios"][0], -_mean(cell["final_accuracy"], -1.0)))
@@ -80,7 +80,7 @@ def target_table(document: Mapping[str, Any]) -> Table | None:
 
 
 def markdown(document: Mapping[str, Any]) -> str:
-    """Both tables and what needs saying about them, as `tofu compare` prints."""
+    """Both tables and their notes, as `tofu compare` prints them."""
     targets = target_table(document)
     parts = [cell_table(document).markdown()]
     if targets:
@@ -94,7 +94,7 @@ def markdown(document: Mapping[str, Any]) -> str:
 
 
 def notes(document: Mapping[str, Any]) -> list[str]:
-    """What a reader of the tables has to know, one line each: what changed for one compressor, tuning, failures."""
+    """Notes below the tables, one line each: settings of single compressors, tuning, and failures."""
     lines = [
         f"{method_name(name)} was run with {', '.join(f'{key}={_value(value)}' for key, value in changes.items())}."
         for name, changes in document["overrides"].items()

@@ -119,7 +119,7 @@ def explained_variance(run: RunData) -> str | None:
 
 
 def epsilon_by_round(run: RunData) -> str | None:
-    """What differential privacy has spent by each round, and the budget as a line where there is one."""
+    """Epsilon spent by each round, and max-epsilon as a line if it is set."""
     rows = [(row, row.epsilon) for row in run.rounds if row.epsilon is not None and math.isfinite(row.epsilon)]
     if not rows:
         return None
@@ -146,7 +146,7 @@ def epsilon_by_round(run: RunData) -> str | None:
 
 
 def epsilon_text(epsilon: float) -> str:
-    """Four figures of it."""
+    """Epsilon with four significant digits."""
     return f"{epsilon:.4g}" if math.isfinite(epsilon) else "beyond any bound"
 
 
@@ -171,7 +171,7 @@ def bytes_by_kind(run: RunData) -> str | None:
 
 
 def time_split(run: RunData) -> str | None:
-    """Bars of where the rounds' time went: in each, training and encoding of the slowest client, and the rest."""
+    """Bars of the rounds' time: training and encoding of the slowest client of each round, and the rest."""
     training = encoding = rest = 0.0
     for row in run.trained:
         clients = [(client.train_seconds or 0.0, client.encode_seconds or 0.0) for client in row.by_client]
@@ -195,7 +195,7 @@ def _measured(rounds: Sequence[RoundRecord]) -> list[tuple[RoundRecord, float]]:
 
 
 def _spent(rounds: Sequence[RoundRecord]) -> list[tuple[int, RoundRecord, float]]:
-    """Rounds with an accuracy and the uplink bytes up to their end; those before the first byte have no log."""
+    """(uplink bytes so far, round, accuracy) of all rounds with an accuracy and a positive number of bytes."""
     totals = itertools.accumulate(row.uplink_bytes for row in rounds)
     rows = [(t, row, row.accuracy) for t, row in zip(totals, rounds, strict=True) if t and row.accuracy is not None]
     return [rows[index] for index in thinned([row.kind for _, row, _ in rows], _POINTS)]

@@ -151,7 +151,7 @@ def _lead(run: RunData) -> Markup:
 
 
 def _aside(run: RunData) -> str:
-    """What FedAvg's numbers are based on."""
+    """How FedAvg's numbers were obtained."""
     theirs = run.baseline_accuracy
     if theirs is not None and run.final_accuracy is not None:
         points = 100 * (run.final_accuracy - theirs)

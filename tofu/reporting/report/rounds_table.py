@@ -1,4 +1,4 @@
-"""The table of rounds. A column that says nothing in any round of a run is left out."""
+"""The table of rounds. Most columns are left out if no round of a run has a value for them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Column:
     Attributes:
         cell: of a round.
         total: of the run, under all rounds.
-        shown: whether a run has anything to say in it.
+        shown: whether a run has values for it.
     """
 
     name: str

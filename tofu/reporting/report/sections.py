@@ -1,4 +1,4 @@
-"""What the page says of secure rounds and of differential privacy: claims, and where they end."""
+"""The report's texts on secure rounds and differential privacy: the guarantees and their limits."""
 
 from tofu.formatting import format_fraction
 from tofu.reporting.report.figures import epsilon_text
@@ -7,7 +7,7 @@ from tofu.rounds.record import round_label
 
 
 def privacy_rows(run: RunData) -> list[dict[str, str]]:
-    """What was guaranteed against whom: rows of who, what they saw, and what bounds it; [] before the first round."""
+    """Rows of the privacy table: who saw what, and what bounds the privacy loss; [] before the first round."""
     if not run.trained:
         return []
     summed = sum(not row.abandoned for row in run.secure)

@@ -1,4 +1,4 @@
-"""The accuracy matrix of a run of tasks: what the model could do on each task after it had learnt each task."""
+"""The accuracy matrix of a run of tasks: the accuracy on each task after each task."""
 
 from typing import Any
 
@@ -19,8 +19,8 @@ _NUMBER = 28
 def task_matrix(run: RunData) -> str | None:
     """A heat map: row i, column j is the accuracy on task j after task i; None for a run without tasks.
 
-    More than `_MAX` tasks are thinned evenly. Where all clients learn the tasks in one order, the cell of the task
-    that was just learnt is outlined.
+    Of more than `_MAX` tasks, an even selection is drawn. If all clients learn the tasks in one order, the cell of the
+    task that was just learned is outlined.
     """
     rows = after_tasks(run)
     count = max((len(row.task_accuracies) for _, row in rows), default=0)
@@ -82,12 +82,12 @@ def one_order(run: RunData) -> bool:
 
 
 def matrix_caption(run: RunData) -> str:
-    """What the rows and columns of `task_matrix` are, and what of it was not measured or not drawn."""
+    """Caption of `task_matrix`, with what was not measured or not drawn."""
     rows = after_tasks(run)
     text = "Accuracy of the global model on the test images of each task, after the last round of each task."
     if one_order(run):
         text += (
-            " Outlined: the task just learnt. ACC is the mean of the last row, BWT its mean change from the outlined."
+            " Outlined: the task just learned. ACC is the mean of the last row, BWT its mean change from the outlined."
         )
     else:
         text += " Each client learns the tasks in its own order: row 0 comes after each client's first task."
