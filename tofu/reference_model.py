@@ -77,7 +77,7 @@ class ModelCall:
     def outputs(self, model: nn.Module, parameters: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Tensor:
         """The outputs [n, ...] of the model with these parameters for proxies [n, *shape] of each input."""
         full = self.full_size(inputs)
-        with at_weights(model, parameters):
+        with using_parameters(model, parameters):
             return as_tensor(model(*full) if self.forward is None else self.forward(model, *full))
 
     def full_size(self, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -97,7 +97,7 @@ class ModelCall:
 
 
 @contextmanager
-def at_weights(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+def using_parameters(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
     """Within the block, the model has these parameters, under all names that they have in different modules.
 
     This is `torch.func.functional_call` without what it checks in each of the thousands of calls of a search, and for

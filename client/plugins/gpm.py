@@ -67,19 +67,19 @@ class GradientProjectionMemory(Plugin):
     why_inexact: ClassVar[str] = "an average of updates that each spare their own client's inputs spares nobody's"
 
     # fmt: off
-    threshold: float = option(0.97, "share of the power of a layer's inputs that its memory must hold", gt=0, le=1)
+    threshold: float = option(0.97, "fraction of the power of a layer's inputs that its memory must hold", gt=0, le=1)
     first_threshold: float = option(0.0, "the same of the first layer; 0: as threshold", ge=0, le=1)
     threshold_step: float = option(0.0, "added to the thresholds with every task", ge=0, le=0.1)
     rule: str = option("paper", "paper: reach the threshold; code: as published, one vector less after the first task", choices=("paper", "code"))  # noqa: E501
     samples: int = option(300, "images of a client that count for its memory of a task", ge=1, le=100_000)
-    most: float = option(1.0, "largest share of a layer's input dimensions that may be kept", gt=0, le=1)
+    max_fraction: float = option(1.0, "largest fraction of a layer's input dimensions that may be kept", gt=0, le=1)
     memory: str = option("union", "union: of all clients' inputs; local: of the client's own", choices=("union", "local"))  # noqa: E501
     scaling: float = option(0.0, "a of scaled gradient projection (10 in the paper); 0 projects wholly", ge=0, le=1000)
     bias: str = option("append", "append: project them with their layer; freeze: after the first task", choices=("append", "freeze"))  # noqa: E501
     head: str = option("project", "project: as any layer; free: not at all, for tasks with rows of their own in it", choices=("project", "free"))  # noqa: E501
     first_layer: str = option("gram", "what is exported of it: gram, noise (with noise) or skip (nothing; frozen after the first task)", choices=("gram", "noise", "skip"))  # noqa: E501
     noise: float = option(0.5, "deviation of first-layer=noise, in the most that one image contributes", gt=0, le=1000)
-    longest: float = option(100.0, "norm of an input row; longer ones are scaled to it, which bounds what is summed", gt=0, le=1e6)  # noqa: E501
+    max_norm: float = option(100.0, "norm of an input row; longer ones are scaled to it, which bounds what is summed", gt=0, le=1e6)  # noqa: E501
     # fmt: on
 
     _context: RoundContext | None = field(default=None, init=False, repr=False)
@@ -163,7 +163,7 @@ class GradientProjectionMemory(Plugin):
             return
         generator = derive_generator(context.seed, context.round, context.client, self.name)
         chosen = torch.randperm(len(data), generator=generator)[: self.samples]
-        full = grams(model, data.images[chosen], bias=self.bias == "append", longest=self.longest)
+        full = grams(model, data.images[chosen], bias=self.bias == "append", max_norm=self.max_norm)
         remembered = {site.name: full[site.name] for site in self._remembered(model)}
         if self.memory == "local":
             self.state = self._remember(remembered, self.state)
@@ -179,7 +179,7 @@ class GradientProjectionMemory(Plugin):
             self._sums[site.name] = triangle
 
     def export(self) -> Export:
-        """The Gram matrices' upper triangles, row by row; and the share of every layer's inputs that is frozen."""
+        """The Gram matrices' upper triangles, row by row; and the fraction of every layer's inputs that is frozen."""
         frozen = {
             f"frozen/{name.removeprefix('basis/')}": basis.shape[1] / basis.shape[0]
             for name, basis in self._memory.items()
@@ -202,7 +202,7 @@ class GradientProjectionMemory(Plugin):
             old = memory.get(f"basis/{name}")
             basis = old.double() if isinstance(old, Tensor) else total.new_zeros(len(total), 0)
             less = int(self.rule == "code" and task == 0)
-            wider = extend_basis(basis, total, threshold, max_columns=int(self.most * len(total)), less=less)
+            wider = extend_basis(basis, total, threshold, max_columns=int(self.max_fraction * len(total)), less=less)
             new[f"basis/{name}"] = wider.float()
             if self.scaling:
                 known = memory.get(f"importance/{name}")
@@ -235,7 +235,7 @@ class GradientProjectionMemory(Plugin):
 
     def _reach(self, site: Site) -> float:
         """Largest norm of an input row; images are in [-1, 1], as is the 1 for the bias."""
-        return min(self.longest, math.sqrt(self._size(site))) if self._noisy(site) else self.longest
+        return min(self.max_norm, math.sqrt(self._size(site))) if self._noisy(site) else self.max_norm
 
 
 def extend_basis(basis: Tensor, gram: Tensor, threshold: float, *, max_columns: int, less: int = 0) -> Tensor:
@@ -244,7 +244,7 @@ def extend_basis(basis: Tensor, gram: Tensor, threshold: float, *, max_columns: 
     Args:
         basis: float64 [d, k], orthonormal, of the tasks so far.
         gram: float64 [d, d], the sum of x x^T over the task's inputs.
-        threshold: the share of the inputs' power (the trace) to hold; vectors are added, strongest first, until then.
+        threshold: fraction of the inputs' power (the trace) to hold; vectors are added, strongest first, until then.
         max_columns: maximum number of columns of the result.
         less: number of the new vectors to omit.
 

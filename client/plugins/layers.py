@@ -87,13 +87,13 @@ def show(model: nn.Module, images: Tensor, see: See) -> None:
             model(to_float(batch))
 
 
-def grams(model: nn.Module, images: Tensor, *, bias: bool = False, longest: float = float("inf")) -> dict[str, Tensor]:
+def grams(model: nn.Module, images: Tensor, *, bias: bool = False, max_norm: float = float("inf")) -> dict[str, Tensor]:
     """The sum over input rows x of x x^T for every site, float64 [columns, columns], in eval mode.
 
     Args:
         images: uint8 [n, channels, height, width].
         bias: append a 1 to the rows of layers with a bias, whose matrix is then [weight | bias].
-        longest: rows of a larger norm are scaled to it.
+        max_norm: rows of a larger norm are scaled to it.
     """
     every = sites(model)
     size = {site.name: site.columns + (bias and site.bias is not None) for site in every}
@@ -103,8 +103,8 @@ def grams(model: nn.Module, images: Tensor, *, bias: bool = False, longest: floa
         rows = rows.double()
         if size[site.name] > site.columns:
             rows = F.pad(rows, (0, 1), value=1.0)
-        if longest < float("inf"):
-            rows = rows * (longest / rows.norm(dim=1, keepdim=True).clamp(min=longest))
+        if max_norm < float("inf"):
+            rows = rows * (max_norm / rows.norm(dim=1, keepdim=True).clamp(min=max_norm))
         total[site.name].addmm_(rows.T, rows)
 
     show(model, images, add)

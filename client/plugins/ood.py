@@ -10,8 +10,8 @@ Out-of-Distribution Detection", IEEE Access 2023, which scores by the angle betw
 weights. How l and n are drawn is left open; here l is uniform and n Gaussian.
 
 Ours: the clients calibrate the threshold together. Each counts the scores of its own images, at the weights with which
-the round began, in a histogram; the server sees the sum and finds the score that only a chosen share of them reach. For
-the weights that the run ends with, which no client has scored at, it is found anew on the server's own held-out images.
+the round began, in a histogram; the server sees the sum and finds the score that only a chosen fraction of them reach.
+For the final weights, at which no client has scored, it is found on the server's own held-out images.
 """
 
 from collections.abc import Mapping
@@ -70,11 +70,11 @@ class OutOfDistribution(Plugin):
     changes_head = True
     mixes_labels = True
 
-    share: float = option(0.5, "noise-mixed images added to a batch, as a share of it", gt=0, le=1)
+    fraction: float = option(0.5, "noise-mixed images added to a batch, as a fraction of it", gt=0, le=1)
     noise: float = option(0.5, "standard deviation of the noise, images being in [-1, 1]", gt=0, le=10)
     intra_class: bool = option(False, "mix every image with another of its class in the batch")
     score: str = option("auxiliary", _SCORE_HELP, choices=tuple(_AXES))
-    false_alarms: float = option(0.05, "share of images like the clients' own that may be flagged", gt=0, le=0.5)
+    false_alarms: float = option(0.05, "fraction of images like the clients' own that may be flagged", gt=0, le=0.5)
     images: int = option(1000, "most images of a client, or of the server, that calibrate it", ge=1, le=1_000_000)
 
     _classes: int = field(default=0, init=False, repr=False)
@@ -111,7 +111,7 @@ class OutOfDistribution(Plugin):
         if targets.dim() == 1:
             targets = F.one_hot(targets, self._classes).float()
         targets = F.pad(targets, (0, self._classes + 1 - targets.shape[1]))
-        rows = torch.randperm(len(images), generator=generator)[: max(1, round(self.share * len(images)))]
+        rows = torch.randperm(len(images), generator=generator)[: max(1, round(self.fraction * len(images)))]
         unknown, unknown_targets = mix_with_noise(images[rows], targets[rows], self.noise, generator)
         if self.intra_class:
             images = mix_within_classes(images, targets.argmax(1), generator)
@@ -170,11 +170,11 @@ def mix_with_noise(images: Tensor, targets: Tensor, noise: float, generator: tor
         targets: float32 [n, K + 1].
         noise: standard deviation of n.
     """
-    share = torch.rand(len(images), generator=generator)
+    weights = torch.rand(len(images), generator=generator)
     n = noise * torch.randn(images.shape, generator=generator)
-    mixed = torch.lerp(n, images, share.view(-1, 1, 1, 1)).clamp(-1, 1)
+    mixed = torch.lerp(n, images, weights.view(-1, 1, 1, 1)).clamp(-1, 1)
     last = F.one_hot(torch.tensor(targets.shape[1] - 1), targets.shape[1]).float()
-    return mixed, torch.lerp(last.expand_as(targets), targets, share[:, None])
+    return mixed, torch.lerp(last.expand_as(targets), targets, weights[:, None])
 
 
 def mix_within_classes(images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
@@ -183,8 +183,8 @@ def mix_within_classes(images: Tensor, labels: Tensor, generator: torch.Generato
     for label in torch.unique(labels):
         rows = (labels == label).nonzero().flatten()
         partner[rows] = rows[torch.randperm(len(rows), generator=generator)]
-    share = torch.rand(len(images), generator=generator).view(-1, 1, 1, 1)
-    return torch.lerp(images[partner], images, share)
+    weights = torch.rand(len(images), generator=generator).view(-1, 1, 1, 1)
+    return torch.lerp(images[partner], images, weights)
 
 
 def histogram(scores: Tensor, kind: str) -> Tensor:
@@ -196,7 +196,7 @@ def histogram(scores: Tensor, kind: str) -> Tensor:
 
 
 def threshold(counts: Tensor, kind: str, false_alarms: float) -> float:
-    """The least score, among the edges of the bins, that at most this share of the counted scores [BINS] reach."""
+    """The lowest score, among the edges of the bins, that at most this fraction of the counted scores [BINS] reach."""
     low, high = _AXES[kind]
     reach = counts.flip(0).cumsum(0).flip(0)  # how many reach a bin's lower edge
     bin_ = int((reach > false_alarms * reach[0]).sum())  # reach falls, so these are the first

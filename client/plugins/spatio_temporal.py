@@ -72,7 +72,7 @@ class SpatioTemporalPruning(Plugin):
     prune_after: int = option(0, "round in which clients measure, after which channels go; 0: a quarter of the rounds", ge=0, le=100_000)  # noqa: E501
     spatial: bool = option(True, "remove channels")
     images: int = option(500, "maximum number of a client's images that are measured", ge=1, le=1_000_000)
-    longest: float = option(100.0, "potentials are clipped to this magnitude, which bounds the sums", gt=0, le=1e6)
+    max_potential: float = option(100.0, "magnitude to which potentials are clipped, which bounds sums", gt=0, le=1e6)
     steps: int = option(12, "time steps at first", ge=1, le=1000)
     last_steps: int = option(1, "time steps in the end", ge=1, le=1000)
     reduce_after: int = option(0, "last round with all time steps; 0: half of the rounds", ge=0, le=100_000)
@@ -169,7 +169,7 @@ class SpatioTemporalPruning(Plugin):
         zeros = torch.zeros(1, shape.channels, shape.height, shape.width, dtype=torch.uint8)
         for name, rows in channel_potentials(model, zeros) if self._measures else ():
             size = rows.shape[1] + 1
-            bound = self.images * len(rows) * max(1.0, self.longest) ** 2
+            bound = self.images * len(rows) * max(1.0, self.max_potential) ** 2
             declared[f"moments/{name}"] = SumSpec((size * (size + 1) // 2,), bound)
         if neurons := spikes_per_layer(model, zeros):
             largest = max(size for _, size in neurons.values())
@@ -196,7 +196,7 @@ class SpatioTemporalPruning(Plugin):
     def on_train_begin(self, model: nn.Module, data: LabeledImages) -> None:
         with eval_mode(model), torch.no_grad():
             if self._measures:
-                self._sums = second_moments(model, subsample(data, self.images), self.longest)
+                self._sums = second_moments(model, subsample(data, self.images), self.max_potential)
             if neurons := spikes_per_layer(model, watched := subsample(data, self._watched)):
                 counts = [float(count) for count, _ in neurons.values()]
                 self._sums["spikes"] = torch.tensor([*counts, float(len(watched))], dtype=torch.float64)
@@ -322,14 +322,14 @@ def channel_potentials(model: nn.Module, images: Tensor) -> Iterator[tuple[str, 
                 yield name, mean.movedim(1, -1).flatten(0, -2)
 
 
-def second_moments(model: nn.Module, images: Tensor, longest: float) -> dict[str, Tensor]:
+def second_moments(model: nn.Module, images: Tensor, limit: float) -> dict[str, Tensor]:
     """"moments/LAYER" -> sum over rows x of [x, 1] [x, 1]^T, its upper triangle: float64 [(c + 1) (c + 2) / 2].
 
     The last column holds the sums of the channels and the number of rows.
     """  # fmt: skip
     sums: dict[str, Tensor] = {}
     for name, rows in channel_potentials(model, images):
-        ones = torch.cat([rows.double().clamp(-longest, longest), rows.new_ones(len(rows), 1).double()], 1)
+        ones = torch.cat([rows.double().clamp(-limit, limit), rows.new_ones(len(rows), 1).double()], 1)
         triangle = packed(ones.T @ ones)
         sums[f"moments/{name}"] = sums[f"moments/{name}"] + triangle if f"moments/{name}" in sums else triangle
     return sums

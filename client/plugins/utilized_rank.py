@@ -87,20 +87,20 @@ class UtilizedRank(Plugin):
 
     excludes: ClassVar[Mapping[str, str]] = {"trend": "its bases are those of one model, not of one for each group"}
 
-    energy: float = option(0.998, "share of the inputs' and outputs' energy that the subspaces hold", gt=0, le=1)
+    energy: float = option(0.998, "fraction of the inputs' and outputs' energy that the subspaces hold", gt=0, le=1)
     after: int = option(1, "the round in which clients measure", ge=1, le=100_000)
     first_layer: str = option("skip", "skip it, or gram: measure raw images too", choices=("skip", "gram"))
     factorize: bool = option(True, "train the cores from then on; false only measures")
-    images: int = option(500, "most images of a client that are measured", ge=1, le=1_000_000)
-    longest: float = option(0.0, "scale rows of a larger norm to it, which bounds the sums; 0 leaves them", ge=0)
+    images: int = option(500, "maximum number of a client's images that are measured", ge=1, le=1_000_000)
+    max_norm: float = option(0.0, "scale rows of a larger norm to it, which bounds the sums; 0 leaves them", ge=0)
 
     _context: RoundContext | None = field(default=None, init=False, repr=False)
     _start: Weights = field(default_factory=dict, init=False, repr=False)
     _sums: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def incompatibility(self, run: RunRequirements) -> str:
-        if run.secure and not self.longest:
-            return "rank.longest above 0: secure aggregation needs bounded sums"
+        if run.secure and not self.max_norm:
+            return "rank.max-norm above 0: secure aggregation needs bounded sums"
         return super().incompatibility(run)
 
     def setup(self, model: nn.Module, context: RoundContext) -> nn.Module:
@@ -116,7 +116,7 @@ class UtilizedRank(Plugin):
         if not self._measures:
             return {}
         assert self._context is not None
-        shape, largest = self._context.shape, self.longest**2 if self.longest else float("inf")
+        shape, largest = self._context.shape, self.max_norm**2 if self.max_norm else float("inf")
         rows = rows_per_image(model, shape.channels, shape.height, shape.width)
         declared = {}
         for site in self._sites(model):
@@ -132,7 +132,7 @@ class UtilizedRank(Plugin):
     def on_task_end(self, model: nn.Module, data: LabeledImages, final: bool) -> None:
         if self._measures:
             with at_weights(model, self._start):
-                self._sums = grams(model, subsample(data, self.images), self._sites(model), self.longest)
+                self._sums = grams(model, subsample(data, self.images), self._sites(model), self.max_norm)
 
     def export(self) -> Export:
         used = self.broadcast.get("utilization")
@@ -178,12 +178,12 @@ class UtilizedRank(Plugin):
         )
 
 
-def grams(model: nn.Module, images: Tensor, wanted: tuple[Site, ...], longest: float) -> dict[str, Tensor]:
+def grams(model: nn.Module, images: Tensor, wanted: tuple[Site, ...], max_norm: float) -> dict[str, Tensor]:
     """`name/inputs` -> sum of x x^T over a layer's input rows, `name/outputs` -> sum of (W x)(W x)^T. float64.
 
     Args:
         images: uint8 [n, channels, height, width].
-        longest: rows, of inputs and outputs each, of a larger norm are scaled to it; 0 leaves them.
+        max_norm: rows, of inputs and outputs each, of a larger norm are scaled to it; 0 leaves them.
     """
     weights = {site.name: matrix(site, model).detach().double() for site in wanted}
     sums = {}
@@ -195,7 +195,7 @@ def grams(model: nn.Module, images: Tensor, wanted: tuple[Site, ...], longest: f
         if site.name in weights:
             inputs = rows.double()
             for side, values in (("inputs", inputs), ("outputs", inputs @ weights[site.name].T)):
-                clip = longest / values.norm(dim=1, keepdim=True).clamp(min=longest) if longest else None
+                clip = max_norm / values.norm(dim=1, keepdim=True).clamp(min=max_norm) if max_norm else None
                 clipped = values if clip is None else values * clip
                 sums[f"{site.name}/{side}"].addmm_(clipped.T, clipped)
 
@@ -204,10 +204,10 @@ def grams(model: nn.Module, images: Tensor, wanted: tuple[Site, ...], longest: f
 
 
 def leading(gram: Tensor, energy: float) -> Tensor:
-    """The fewest leading eigenvectors of sum x x^T [d, d] that hold this share of its trace: float64 [d, k], k >= 1."""
+    """The fewest leading eigenvectors of sum x x^T [d, d] with this fraction of its trace: float64 [d, k], k >= 1."""
     values, vectors = torch.linalg.eigh(gram)
     falling = values.flip(0).clamp(min=0)
-    # Rounding may leave the last of the running sums below a share of 1.
+    # Rounding may leave the last of the running sums below a fraction of 1.
     count = min(int((falling.cumsum(0) < energy * falling.sum()).sum()) + 1, len(gram))
     kept: Tensor = vectors.flip(1)[:, :count]
     return kept

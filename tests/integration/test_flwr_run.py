@@ -170,7 +170,7 @@ def test_flwr_run_gives_the_weights_of_tofu_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "plugins",
     [
-        {"plugins": "ood,rank", "plugin-options": "rank.after=1 rank.longest=50"},
+        {"plugins": "ood,rank", "plugin-options": "rank.after=1 rank.max-norm=50"},
         {"plugins": "gpm", "tasks": "pixels", "task-count": 2, "schedule": "secure"},
         {
             "plugins": "crossbar,curvature,hierarchy",

@@ -29,7 +29,7 @@ TINY: Row = {
     "model": "mlp", "clients": 3, "rounds": 4, "max_evals": 5, "ratio": 50.0, "local_epochs": 1, "batch_size": 32,
     "lr": 0.05, "ema_decay": 0.0, "partition": "iid",
 }  # fmt: skip
-RANK: Row = {"plugins": "rank", "plugin_options": "rank.after=2 rank.energy=0.99 rank.longest=30"}
+RANK: Row = {"plugins": "rank", "plugin_options": "rank.after=2 rank.energy=0.99 rank.max-norm=30"}
 
 
 def federate(folder: Path, app: ClientApp = honest.app, observer: Observer | None = None, **more: object) -> Row:
@@ -162,9 +162,9 @@ def test_tasks_of_classes_with_heads_of_their_own(tmp_path: Path) -> None:
     [
         ({"plugins": "nosuch"}, "nosuch"),
         ({"plugins": "ood,ood"}, "each plugin once"),
-        ({"plugins": "ood", "plugin_options": "ood.share=2"}, "ood.share='2'"),
+        ({"plugins": "ood", "plugin_options": "ood.fraction=2"}, "ood.fraction='2'"),
         ({"plugins": "gpm"}, "at least 2 tasks"),
-        ({"plugins": "rank", "schedule": "secure"}, "rank.longest above 0"),
+        ({"plugins": "rank", "schedule": "secure"}, "rank.max-norm above 0"),
         ({"tasks": "pixels", "task_count": 3}, "a divisor of rounds, 4"),
         ({"task_count": 2}, "1 with tasks=none"),
     ],

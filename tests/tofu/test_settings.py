@@ -23,6 +23,7 @@ from tofu.data.preprocessing import AUGMENTATIONS
 from tofu.errors import SettingError
 from tofu.models import build_model
 from tofu.observers.trackers import trackers
+from tofu.plugins import make_plugins
 from tofu.reference_model import ReferenceModel
 from tofu.settings import (
     FIELDS,
@@ -418,6 +419,18 @@ def test_an_old_value_is_accepted_with_one_warning(
     assert Settings.of({name: old}).to_config()[name] == present
     assert capsys.readouterr().err == f"warning: {name}={old} is deprecated: use {name}={present}\n"
     assert old not in accepted_values(name.replace("-", "_"))
+
+
+@pytest.mark.parametrize(("old", "name"), deprecated.PLUGIN_OPTIONS.items())
+def test_an_old_option_of_a_plugin_is_accepted_with_one_warning(
+    old: str, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deprecated, "_warned", set())
+    plugin, option = name.split(".")
+    assert getattr(make_plugins(plugin, f"{old}=0.25")[0], option.replace("-", "_")) == 0.25
+    assert capsys.readouterr().err == f"warning: plugin option {old} is deprecated: use {name}\n"
+    with pytest.raises(SettingError, match="each option once"):
+        make_plugins(plugin, f"{old}=0.25 {name}=0.5")
 
 
 def test_old_names_are_no_settings() -> None:

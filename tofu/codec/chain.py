@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tofu.codec.options import ProxySettings
 from tofu.codec.proxies import ProxyData, loss_of_outputs, surrogate_context
 from tofu.models.small import ChannelsLast
-from tofu.reference_model import ReferenceModel, at_weights
+from tofu.reference_model import ReferenceModel, using_parameters
 from tofu.weights import Weights
 
 Backward = Callable[[Tensor, bool], tuple[Tensor, Sequence[Tensor]]]
@@ -144,7 +144,7 @@ def _autograd_rule(settings: ProxySettings) -> Rule:
     def rule(layer: nn.Module, weights: list[Tensor], x: Tensor, beta: float) -> tuple[Tensor, Backward]:
         leaf, own = x.detach().requires_grad_(), [w.detach().requires_grad_() for w in weights]
         given = {name: w for (name, _), w in zip(layer.named_parameters(), own, strict=True)}
-        with torch.enable_grad(), surrogate_context(settings, beta), at_weights(layer, given):
+        with torch.enable_grad(), surrogate_context(settings, beta), using_parameters(layer, given):
             out = layer(leaf)
 
         def backward(gradient: Tensor, wanted: bool) -> tuple[Tensor, Sequence[Tensor]]:

@@ -5,6 +5,7 @@ from tofu.plugins.base import Plugin
 from tofu.plugins.chain import Plugins, overrides
 from tofu.plugins.options import options_of, read_options, split_options
 from tofu.registry import Registry
+from tofu.settings.deprecated import present_option
 
 plugin_registry: Registry[type[Plugin]] = Registry("plugins", Plugin, "client.plugins")
 
@@ -35,6 +36,7 @@ def make_plugins(names: str, options: str = "") -> Plugins:
     texts: dict[str, dict[str, str]] = {name: {} for name in classes}
     for part in split_options(options):
         key, equals, text = part.partition("=")
+        key = present_option(key)
         name, dot, own = key.partition(".")
         if not equals or not dot:
             raise SettingError("plugin-options", part, "plugin.option=value, separated by spaces")

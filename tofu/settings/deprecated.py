@@ -30,6 +30,15 @@ NODE_NAMES: Mapping[str, str] = {
 }
 """The same for a client's node config."""
 
+PLUGIN_OPTIONS: Mapping[str, str] = {
+    "gpm.longest": "gpm.max-norm",
+    "gpm.most": "gpm.max-fraction",
+    "ood.share": "ood.fraction",
+    "rank.longest": "rank.max-norm",
+    "spatio-temporal.longest": "spatio-temporal.max-potential",
+}
+"""The same for options of plugins."""
+
 VALUES: Mapping[str, Mapping[object, str]] = {
     "compressor": {"full": "none"},
     "downlink": {"full": "full-weights"},
@@ -75,6 +84,14 @@ def present_value(name: str, value: str, *, warn: bool = True) -> str:
     if present != value and warn:
         warn_once(f"{name}={value} is deprecated: use {name}={present}")
     return present
+
+
+def present_option(key: str) -> str:
+    """The present name of a plugin's option, `plugin.option`."""
+    name = PLUGIN_OPTIONS.get(key, key)
+    if name != key:
+        warn_once(f"plugin option {key} is deprecated: use {name}")
+    return name
 
 
 def present_kind(kind: str) -> str:

@@ -242,7 +242,7 @@ def test_full_importance_projects_and_none_does_not(digits: LabeledImages) -> No
     assert torch.allclose(moved @ basis, wanted, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", ["", "gpm.first-layer=noise gpm.noise=3", "gpm.longest=0.5", "gpm.samples=5"])
+@pytest.mark.parametrize("options", ["", "gpm.first-layer=noise gpm.noise=3", "gpm.max-norm=0.5", "gpm.samples=5"])
 @pytest.mark.parametrize("make", [wide, lambda: build_model("vit_tiny", SHAPE)])
 def test_what_is_exported_stays_within_what_was_declared(
     digits: LabeledImages, make: Callable[[], nn.Module], options: str
@@ -253,7 +253,7 @@ def test_what_is_exported_stays_within_what_was_declared(
     sums = plugins.export(model).sums  # which checks shapes and bounds
     declared = plugins.declare_sums(model)
     assert all(spec.bound < float("inf") for spec in declared.values())
-    if options == "gpm.longest=0.5":
+    if options == "gpm.max-norm=0.5":
         name = "gpm/head.weight" if isinstance(model, Wide) else "gpm/heads.head.weight"
         assert sums[name].abs().max() <= 30 * 0.25
         assert declared[name].bound == pytest.approx(300 * 0.25)
@@ -336,7 +336,7 @@ SHAPE = open_data("digits", clients=1, partition="iid", seed=0).shape
 
 def test_a_convolutions_bound_counts_its_positions() -> None:
     model = wide()
-    plugin = GradientProjectionMemory(samples=7, longest=2.0)
+    plugin = GradientProjectionMemory(samples=7, max_norm=2.0)
     plugin.setup(model, RoundContext(SHAPE, tasks=2))
     rows = rows_per_image(model, 1, 8, 8)
     assert rows["conv.weight"] == 64

@@ -131,7 +131,7 @@ def test_a_one_for_the_bias_and_a_limit_on_rows(digits: LabeledImages) -> None:
     assert torch.allclose(grams(model, images, bias=True)["1.weight"], rows.T @ rows)
     assert grams(model, images, bias=True)["2.weight"].shape == (5, 5)
     short = rows * (2 / rows.norm(dim=1, keepdim=True)).clamp(max=1)
-    assert torch.allclose(grams(model, images, bias=True, longest=2)["1.weight"], short.T @ short)
+    assert torch.allclose(grams(model, images, bias=True, max_norm=2)["1.weight"], short.T @ short)
 
 
 def test_a_layer_that_is_never_called_has_no_rows(digits: LabeledImages) -> None:

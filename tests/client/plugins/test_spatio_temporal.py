@@ -212,7 +212,7 @@ def test_a_non_spiking_network_is_narrowed_too(digits: LabeledImages) -> None:
 
 
 def test_sums_stay_within_their_bounds(digits: LabeledImages) -> None:
-    model, client = set_up("spatio-temporal.longest=0.5 spatio-temporal.images=30", round_=2)
+    model, client = set_up("spatio-temporal.max-potential=0.5 spatio-temporal.images=30", round_=2)
     with torch.no_grad():
         model.get_parameter("conv1.weight").mul_(50)
     client.on_train_begin(model, digits)

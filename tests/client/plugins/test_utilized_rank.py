@@ -276,8 +276,8 @@ def test_measuring_only_leaves_the_network_alone(trained: nn.Module, halves: lis
 def test_rows_are_shortened_to_bound_the_sums(trained: nn.Module, digits: LabeledImages) -> None:
     data = digits.subset(torch.arange(40))
     _, rank = only()
-    assert "rank.longest above 0" in rank.incompatibility(RunRequirements(secure=True))
-    plugins, rank = only("rank.longest=0.5 rank.images=10")
+    assert "rank.max-norm above 0" in rank.incompatibility(RunRequirements(secure=True))
+    plugins, rank = only("rank.max-norm=0.5 rank.images=10")
     assert rank.incompatibility(RunRequirements(secure=True)) == ""
     model = plugins.setup(copy.deepcopy(trained), RoundContext(digits.shape))
     train_locally(model, data, LocalTrainingConfig(1, 20, 0.01), generator=generator(), plugins=plugins)
