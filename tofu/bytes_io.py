@@ -1,4 +1,4 @@
-"""Bytes from the network, with every read checked, so hostile bytes raise and never index; arrays of b-bit integers.
+"""Reading of untrusted bytes, with a check of every length, and packed arrays of b-bit integers.
 
 Integers of 1 <= b <= 64 bits are packed lowest bit first and without padding between elements. Eight elements take b
 whole bytes, so packing works on columns of eight elements and loops over bytes, not elements.
@@ -16,7 +16,7 @@ _LENGTH = struct.Struct("<I")
 
 
 class ByteReader:
-    """Takes bytes apart from their start; every method raises PayloadError if the bytes do not fit.
+    """Reads bytes from their start; every method raises PayloadError if the bytes are malformed.
 
     Args:
         data: what arrived, expected to be bytes.
@@ -62,7 +62,7 @@ class ByteReader:
     def finish(self) -> None:
         """Check that all bytes have been read."""
         if self.left:
-            raise PayloadError(f"{self._what} is followed by {self.left} bytes that belong to nothing")
+            raise PayloadError(f"{self._what} is followed by {self.left} unexpected bytes")
 
 
 Elements = npt.NDArray[np.uint64]
@@ -128,7 +128,7 @@ def _overlaps(bits: int) -> list[tuple[int, int, int]]:
 
 
 def fields(*parts: bytes) -> bytes:
-    """Concatenate the parts, each preceded by its length in 4 bytes: different parts give different bytes.
+    """Concatenate the parts, each preceded by its length (4 bytes), so that different parts give different bytes.
 
     For hashes, signatures, key derivation and saved states. The first part always names the purpose, so that a
     signature or key of one purpose is not valid for another.

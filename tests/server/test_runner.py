@@ -391,4 +391,4 @@ def test_with_identities_a_name_takes_its_owners_signature(tmp_path: Path) -> No
     assert {name: node for name, node in result.nodes.items() if name not in result.failures} == {
         "1": FIRST_NODE + 1, "2": FIRST_NODE + 2
     }  # fmt: skip
-    assert list(result.failures.values()) == ["1 did not sign this name: the signature does not fit"]
+    assert list(result.failures.values()) == ["1 did not sign this name: the signature is invalid"]

@@ -1,12 +1,13 @@
-"""TOFU: a weight update as the gradients of a few proxy images, with a sparse correction of what these miss.
+"""The TOFU codec: encodes an update as proxies, whose gradients approximate it, and a sparse correction of the error.
 
 Garg, Nagaraj, Roy, "TOFU: Towards Obfuscated Federated Updates by Encoding Weight Updates into Gradients from Proxy
 Data", arXiv 2201.08494. Read the modules in this order:
 
-- `proxies`: what proxies are, their bytes, and how they decode (the paper's section 3: one backward pass)
-- `search`: how a client finds them (the paper's algorithm 1: gradient descent on pixels and labels)
-- `surrogate`: the smooth activations that both ends differentiate through; ours
-- `correction` and `strata`: the largest entries of what the proxies miss; ours
-- `compressor`: all of this as one `tofu.compression.base.Compressor`
-- `options`: everything that can be set
+- `proxies`: definition, byte format and decoding of proxies by one backward pass (the paper's section 3)
+- `search`: the optimization of pixels and labels on the client (the paper's algorithm 1)
+- `chain`: faster gradients for networks that are chains of layers; ours
+- `surrogate`: smooth activations that replace ReLU and max-pooling in the codec; ours
+- `correction`: the largest entries of the update minus the decoded proxies; ours
+- `compressor`: the parts above as one `tofu.compression.base.Compressor`
+- `options`: the options of all of them
 """

@@ -1,11 +1,11 @@
-"""Gradients of the proxies' loss for a search: layer by layer where the network allows it.
+"""Gradients of the proxies' loss for the search, computed layer by layer for sequential networks.
 
-A search differentiates a network hundreds of times with a few proxies. For a small network, autograd, the swap of its
-parameters and the surrogate's context then cost more than the arithmetic. So an `nn.Sequential` is differentiated one
-layer after the other. `_RULES` has linear layers, convolutions, and the surrogates of ReLU and max-pooling; any other
-layer is differentiated by autograd on its own. A network of another kind is differentiated by autograd as a whole.
+A search differentiates a network hundreds of times with a few proxies. For a small network, the overhead of autograd,
+of replacing the parameters and of the surrogate's context exceeds the arithmetic. Therefore an `nn.Sequential` is
+differentiated layer by layer: by an explicit rule (`_RULES`) if there is one for the layer, else by autograd. Other
+networks are differentiated by autograd as a whole.
 
-Results equal those of `proxies.gradients` up to rounding. What is sent is always decoded as the receiver does it.
+Results equal those of `proxies.gradients` up to rounding. Only the search uses them; decoding uses `proxies.gradients`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ from tofu.reference_model import ReferenceModel, using_parameters
 from tofu.weights import Weights
 
 Backward = Callable[[Tensor, bool], tuple[Tensor, Sequence[Tensor]]]
-"""backward(gradient of the output, whether parameters are wanted) -> gradients of the input and of the parameters."""
+"""backward(gradient of the output, with_parameters) -> gradients of the input and, if asked for, of the parameters."""
 
 Rule = Callable[[Any, list[Tensor], Tensor, float], tuple[Tensor, Backward]]
 """rule(layer, its parameters, its input, surrogate_beta) -> its output, and its backward pass."""
@@ -31,12 +31,12 @@ Rule = Callable[[Any, list[Tensor], Tensor, float], tuple[Tensor, Backward]]
 
 @dataclass(frozen=True)
 class ProxyGradients:
-    """Gradients of the proxies' loss; empty where they were not asked for.
+    """Gradients of the proxies' loss; a list is empty if it was not asked for.
 
     Attributes:
-        weights: by each trainable parameter.
-        inputs: by each input of the network, in full size.
-        targets: by the labels and, in simplex mode, by the proxies' weights.
+        weights: with respect to each trainable parameter.
+        inputs: with respect to each input of the network, at the network's input size.
+        targets: with respect to the labels and, in simplex mode, the proxies' weights.
     """
 
     weights: list[Tensor]
@@ -48,8 +48,8 @@ class Chain:
     """A reference's network as a chain of layers.
 
     Args:
-        reference: its network must not change its structure while the chain is in use.
-        settings: whether the surrogate is differentiated instead of the network itself.
+        reference: the network and its inputs. The structure of the network must not change while the chain is in use.
+        settings: `smooth` selects the surrogate instead of the network itself.
     """
 
     def __init__(self, reference: ReferenceModel, settings: ProxySettings) -> None:
@@ -64,7 +64,7 @@ class Chain:
     def gradients(
         self, weights: Weights, inputs: Sequence[Tensor], proxies: ProxyData, *, by_weights: bool, by_inputs: bool
     ) -> ProxyGradients:
-        """The gradients at `weights` of the loss of proxies whose inputs are given in full size."""
+        """The gradients of the proxies' loss at `weights`; `inputs` are those of the proxies, at the network's size."""
         if not self._layers:
             return self._by_autograd(weights, inputs, proxies, by_weights=by_weights, by_inputs=by_inputs)
         x, passes = inputs[0], []
@@ -93,7 +93,7 @@ class Chain:
         gradient, targets = _at_outputs(self._reference, outputs, proxies)
         wanted = [*(own.values() if by_weights else ()), *(leaves if by_inputs else ())]
         found: Sequence[Tensor] = [torch.zeros_like(one) for one in wanted]
-        if wanted and outputs.requires_grad:  # not if an embedding makes the inputs whole numbers
+        if wanted and outputs.requires_grad:  # false if the inputs become token ids
             found = torch.autograd.grad(outputs, wanted, gradient, materialize_grads=True)
         split = len(own) if by_weights else 0
         return ProxyGradients(list(found[:split]), list(found[split:]), targets)
@@ -109,7 +109,7 @@ def _flattened(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _plain(module: nn.Module) -> bool:
-    """Whether calling the module is calling the `forward` of its class, as torch defines it."""
+    """Whether a call of the module only calls the unmodified `forward` of its class: no hooks, no wrapper."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return not hooks and "forward" not in vars(module) and not hasattr(type(module).forward, "__wrapped__")
 
@@ -127,7 +127,7 @@ def _rule_of(layer: nn.Module, settings: ProxySettings) -> Rule:
 
 
 def _at_outputs(reference: ReferenceModel, outputs: Tensor, proxies: ProxyData) -> tuple[Tensor, list[Tensor]]:
-    """The gradient of the loss by the outputs, and those by the labels and the proxies' weights."""
+    """The gradient of the loss with respect to the outputs, and those for the labels and the proxies' weights."""
     if reference.call.loss is None and proxies.weights is None:
         return proxies.labels, [outputs.detach()]
     own = outputs.detach().requires_grad_()
@@ -170,9 +170,9 @@ def _linear(layer: nn.Linear, weights: list[Tensor], x: Tensor, beta: float) -> 
 
 def _convolution(layer: nn.Conv2d, weights: list[Tensor], x: Tensor, beta: float) -> tuple[Tensor, Backward]:
     weight, bias = weights[0], weights[1] if len(weights) > 1 else None
-    assert not isinstance(layer.padding, str)  # `_rule_of` leaves the others to autograd
+    assert not isinstance(layer.padding, str)  # `_rule_of` has no rule for other paddings
     how = (layer.stride, layer.padding, layer.dilation)
-    folds = layer.in_channels == 1  # then oneDNN's gradient by the input takes thrice as long as this one
+    folds = layer.in_channels == 1  # then F.fold is three times as fast as oneDNN's gradient of the input
 
     def backward(gradient: Tensor, wanted: bool) -> tuple[Tensor, Sequence[Tensor]]:
         mask = [not folds, wanted, wanted and bias is not None]

@@ -1,16 +1,16 @@
-"""The proxy compressor: proxies for the trainable parameters, then the largest entries of what the proxies missed.
+"""The proxy compressor: proxies, and a sparse correction with the largest entries of the update that they miss.
 
-Proxies explain what resembles the gradient of a few images, and little else. The sparse correction explains large
-entries whatever their origin. Early in training both together explain more than either alone in the same bytes; late in
-training the correction alone often explains more. So every few encodes both bodies are tried, and until the next trial
-the client keeps the kind that won. The published method has no correction.
+Proxies explain the part of an update that resembles the gradient of a few images. The sparse correction explains large
+entries of any origin. Early in training both together explain more than either alone in the same bytes; late in
+training the correction alone often explains more. Therefore every `TRIAL_INTERVAL` encodes a client tries both bodies,
+and keeps the better kind until the next trial. The published method has no correction.
 
 Body, little-endian:
 
     bytes  field
-    1      flags: what both ends must agree on (ProxySettings.flags)
+    1      flags: the settings that both ends must agree on (ProxySettings.flags)
     1      bits of a pixel and of a label
-    2      number of proxies; 0 if the correction has all the bytes
+    2      number of proxies; 0 if there is a correction only
     2      shortest side of a proxy; 0 if proxies cannot be smaller than the input
     -      the proxies (`proxies.ProxyCode`), if there are any
     -      the buffers (`tofu.compression.base`)
@@ -38,24 +38,24 @@ from tofu.wire import HEADER_BYTES
 _PREFIX = struct.Struct("<BBHH")
 
 TRIAL_INTERVAL = 4
-"""Number of encodes for which a client keeps what a trial chose: a surrogate_beta, or no proxies at all."""
+"""Number of encodes after which a client tries again which surrogate_beta, and whether proxies at all, are best."""
 
 MAX_PROXIES = 8
-"""Together with a correction, more proxies take long to encode and explain no more than the correction does."""
+"""Maximum number of proxies with a correction; more take longer to encode, and a larger correction explains as much."""
 
 ENOUGH_PROXIES = 16
-"""Number of proxies beyond which larger ones are as good as more of them."""
+"""Number of proxies from which larger proxies explain as much as more proxies."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One body that could be sent.
+    """A body that may be sent.
 
     Attributes:
         body: its bytes.
-        explained: what it explains of the update, without gains and without buffers.
-        decoded: what the receiver will decode: with gains and buffers.
-        proxies: the bytes of its proxies, b"" without any.
+        explained: its approximation of the update, without gains and without buffers.
+        decoded: the update that the receiver will decode, with gains and buffers.
+        proxies: the bytes of its proxies; b"" if it has none.
     """
 
     body: bytes
@@ -65,7 +65,7 @@ class Candidate:
 
 
 def criterion(update: Weights, candidate: Candidate) -> float:
-    """The score by which a client chooses between bodies: explained variance without gains; the highest score wins."""
+    """The explained variance without gains, by which a client chooses between bodies."""
     return explained_variance({name: update[name] for name in candidate.explained}, candidate.explained)
 
 
@@ -74,7 +74,7 @@ class ProxyCompressor(Compressor):
     """Proxy images and a sparse correction instead of the update.
 
     Args:
-        reference: a model like those of the run (its param_spec and input shape fix the sizes).
+        reference: the run's model, whose parameter and input shapes determine the sizes.
         ratio: float32 bytes of the update over bytes of the payload, header included.
         options: `proxies`, `correction`, `proxy_gain`, `correction_gain` and `encoder` apply. Together with a
             correction, the number of proxies that the ratio allows is limited to `MAX_PROXIES`.
@@ -85,7 +85,7 @@ class ProxyCompressor(Compressor):
         side: shortest side of a proxy; 0 if proxies cannot be smaller than the input.
 
     Raises:
-        SettingError: the ratio is out of reach for this model, or the proxies do not fit the network.
+        SettingError: this model cannot reach the ratio, or the proxies do not fit the network.
     """
 
     code = 2
@@ -192,14 +192,14 @@ class ProxyCompressor(Compressor):
     def _candidate(
         self, reference: ReferenceModel, update: Weights, proxies: bytes, explained: Weights, strata: Strata | None
     ) -> Candidate:
-        """The body with these proxies, which explain `explained`, and a correction of what they miss."""
+        """The body with these proxies, whose approximation is `explained`, and a correction of the rest."""
         buffers, count = BufferCode(reference.param_spec), self.count if proxies else 0
         tail, data, correction, correction_gain = buffers.write(update), b"", None, 1.0
         if strata is not None and self._budgets[count]:
             missed = torch.cat([(update[name] - value).flatten() for name, value in explained.items()])
             data = write_correction(missed.clamp(-MAX_MAGNITUDE, MAX_MAGNITUDE), self._budgets[count], strata)
             correction = _correction(explained, data, strata)
-            if self._options.correction_gain == AUTOMATIC:  # the magnitudes have it, so the receiver multiplies by 1
+            if self._options.correction_gain == AUTOMATIC:  # it is part of the magnitudes: the receiver multiplies by 1
                 rest = {name: update[name] - value for name, value in explained.items()}
                 correction_gain = automatic_gain(explained_variance(rest, correction))
                 data = scale_correction(data, correction_gain)
@@ -211,7 +211,7 @@ class ProxyCompressor(Compressor):
         return Candidate(body, explained, decoded, proxies)
 
     def _combine(self, proxies: Weights, correction: Weights | None) -> Weights:
-        """proxy_gain times the proxies' part plus correction_gain times the correction; an automatic gain is in it."""
+        """proxy_gain * proxies + correction_gain * correction; the magnitudes already contain an automatic gain."""
         gain, correction_gain = self._options.proxy_gain, self._options.correction_gain or 1.0
         update = proxies if gain == 1 else {name: gain * value for name, value in proxies.items()}
         if correction is None:
@@ -226,24 +226,21 @@ class ProxyCompressor(Compressor):
             if len(memory) > 1 and self.count:
                 return memory[0], self._code.read(memory[1:])
             return (memory[0], None) if len(memory) == 1 and 0 in self._budgets else (-1, None)
-        except PayloadError:  # other settings, or a damaged state: start again
+        except PayloadError:  # written with other settings, or damaged
             return -1, None
 
 
 def _correction(like: Weights, data: bytes, strata: Strata) -> Weights:
-    """A correction's bytes as tensors of the shapes of `like`."""
+    """Decode a correction to tensors of the shapes of `like`."""
     pieces: tuple[Tensor, ...] = torch.split(read_correction(data, strata), [value.numel() for value in like.values()])
     return {name: piece.view_as(value) for (name, value), piece in zip(like.items(), pieces, strict=True)}
 
 
 def _choose_proxies(reference: ReferenceModel, ratio: float, options: CompressorOptions) -> tuple[ProxySettings, int]:
-    """The settings with a side, and the number of proxies that the ratio and the correction leave bytes for.
-
-    With a correction that number may be 0.
-    """
+    """The settings with the side chosen, and the number of proxies that fit; with a correction it may be 0."""
     if not options.correction:
         return _sized(reference, ratio, options)
-    # One proxy may take more than its fraction, but perhaps not more than the whole budget.
+    # If no proxy fits in the fraction that the correction leaves, one may still fit in the whole budget.
     for allowed in (ratio / (1 - options.correction), ratio) if options.correction < 1 else ():
         try:
             return _sized(reference, allowed, options)
@@ -254,7 +251,7 @@ def _choose_proxies(reference: ReferenceModel, ratio: float, options: Compressor
 
 
 def _sized(reference: ReferenceModel, ratio: float, options: CompressorOptions) -> tuple[ProxySettings, int]:
-    """The settings with a side, and how many proxies to send: as many as the options say, or as the ratio allows."""
+    """The settings with the side chosen, and the number of proxies: that of the options, or as many as fit."""
     settings, count = options.encoder, options.proxies
     if not settings.size and options.correction and not count:
         settings = replace(settings, size=automatic_sides(reference)[-1])
@@ -285,7 +282,7 @@ def _affordable(reference: ReferenceModel, ratio: float, settings: ProxySettings
     """The largest number of proxies that the ratio allows.
 
     Raises:
-        SettingError: it allows none.
+        SettingError: not even one proxy fits.
     """
     budget = reference.param_spec.float32_bytes / ratio
 
@@ -295,7 +292,7 @@ def _affordable(reference: ReferenceModel, ratio: float, settings: ProxySettings
     if size(1) > budget:
         reach = reference.param_spec.float32_bytes / size(1)
         raise SettingError("ratio", ratio, f"at most {reach:.1f} for this model (one proxy of these settings)")
-    # The size is affine in the count up to the rounding of packed bits to whole bytes, so start there and step.
+    # The size is affine in the count except for the rounding of bits to bytes: start from the estimate, then adjust.
     count = max(1, int((budget - size(1)) / ((size(65) - size(1)) / 64)))
     while count < 0xFFFF and size(count + 1) <= budget:
         count += 1

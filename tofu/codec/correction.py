@@ -1,23 +1,22 @@
-"""The sparse correction: the largest entries of what the proxies missed, at positions coded by stratum.
+"""The sparse correction: the largest entries of the update minus the decoded proxies.
 
-The correction holds as many of the largest entries as the budget allows. Magnitudes are quantized in steps of three
-times the smallest of them, s: level 1 starts at s, level 2 at 4 s, level 3 at 7 s, and each level is sent as the mean
-of its entries. Few entries reach a level and fewer the next, so levels are coded as positions as well: which of the
-entries reach level 2, which of these level 3, and so on.
+The correction holds as many of the largest entries as the budget allows. With s the smallest selected magnitude, level
+1 starts at s, level 2 at 4 s, level 3 at 7 s, and so on. The message has the mean magnitude of each level. The levels
+are coded as subsets: which entries reach level 2, which of these reach level 3, and so on.
 
-Each of these is a subset of n items: the entries of one stratum, or the entries of one level. A subset of k is written
-as k, in as many bits as n has digits, and the gaps between its members in Golomb-Rice code: all quotients in unary,
-then all remainders of b bits. Both ends derive b from k and n; it is Rice's optimal parameter for
-gaps of that mean (Kiely, IPN Progress Report 42-159, 2004):
+A subset of k out of n items (the entries of one stratum, or those that reached the previous level) is written as k, in
+as many bits as n has, and the gaps between its members in a Golomb-Rice code: all quotients in unary, then all
+remainders of b bits. Both ends derive b from k and n; it is the optimal parameter for gaps of that mean (Kiely, IPN
+Progress Report 42-159, 2004):
 
     b = floor(log2(2 ln(phi) n / k)), at least 0, with phi the golden ratio.
 
-Strata group the entries by how likely they are to be among the largest, from what both ends know before the update is
-sent: the displacement of the weights since the run began gives each entry a level (`weights.displacement_levels`), and
-levels are cut at fixed fractions of all entries. Inside a stratum positions are coded as if all were equally likely.
-The benchmark `classes` measures what that saves. This is ours; we know of no paper. Both ends must compute the same
-strata, so a checksum of these is sent. Where the weights differ by rounding (another processor, a compressed downlink),
-the levels hardly ever differ.
+Strata are groups of entries that are about equally likely to be among the largest. Both ends compute them from the
+displacement of the weights since the run began: entries are sorted by level (`weights.displacement_levels`) and cut at
+fixed fractions. Positions within a stratum are coded as if they were equally likely. The benchmark `classes` measures
+the saving. This method is ours; we know of no paper. The message has a checksum of the strata, because both ends must
+compute the same ones. Rounding differences of the weights (another processor, a compressed downlink) rarely change
+them.
 
 Layout, little-endian:
 
@@ -58,7 +57,7 @@ from tofu.reference_model import ReferenceModel
 from tofu.weights import ParamSpec, displacement_levels
 
 BOUNDARIES = (0.0005, 0.002, 0.006, 0.02, 0.06, 0.2, 0.5)
-"""Fractions of all entries at which one stratum ends and the next begins, the likeliest first."""
+"""Boundaries between strata, as fractions of all entries; the likeliest entries come first."""
 
 STRATA = len(BOUNDARIES) + 1
 
@@ -67,10 +66,10 @@ STRATA = len(BOUNDARIES) + 1
 class Strata:
     """The stratum of each entry of the vector of all trainable parameters, in the order of the param spec.
 
-    A *slot* is an index into the entries sorted by stratum, and inside a stratum by position.
+    A *slot* is an index into the entries, sorted by stratum and then by position.
 
     Attributes:
-        numbers: int8 [d], the stratum of each entry, 0 the likeliest.
+        numbers: int8 [d], the stratum of each entry; 0 is the likeliest.
     """
 
     numbers: npt.NDArray[np.int8]
@@ -99,7 +98,7 @@ class Strata:
 
     @cached_property
     def checksum(self) -> int:
-        """16 bits by which two ends check that they have the same strata."""
+        """A checksum of 16 bits."""
         return zlib.crc32(self.numbers.tobytes()) & 0xFFFF
 
 
@@ -115,7 +114,7 @@ def strata_of(reference: ReferenceModel) -> Strata:
 
 
 MAX_LEVELS = 31
-"""The highest level is unbounded: larger magnitudes belong to it."""
+"""Maximum number of levels; the highest one has no upper bound."""
 
 _HEAD = struct.Struct("<HB")
 _TWO_LN_PHI = 63073
@@ -125,27 +124,27 @@ Floats = npt.NDArray[np.float32]
 
 
 def min_bytes(length: int) -> int:
-    """Bytes in which one entry of a vector of this length always fits."""
+    """Number of bytes in which a correction of one entry always fits, for a vector of this length."""
     counts, gap, sign = STRATA * length.bit_length(), 2 + length.bit_length(), 1
     return _head(1) + (counts + gap + sign + 7) // 8
 
 
 def write_correction(vector: Tensor, budget: int, strata: Strata) -> bytes:
-    """Encode the largest entries of a float vector [d]: as many as fit, or fewer if these explain more.
+    """Encode the largest entries of a float vector [d]: as many as fit, or fewer if that explains more.
 
     Args:
         budget: maximum number of bytes, at least `min_bytes(d)`.
     """
     ranking = _Ranking.of(vector, strata, count=4 * budget)  # an entry takes at least two bits
     fits, too_many = 0, ranking.descending.size + 1
-    # Occasionally one more entry takes fewer bits; then this finds a few entries fewer than would fit.
+    # The size is not strictly monotonic in the count, so the bisection may find slightly fewer entries than would fit.
     while too_many - fits > 1:
         count = (fits + too_many) // 2
         if ranking.largest(count).nbytes <= budget:
             fits = count
         else:
             too_many = count
-    # If nearly all fit, the smallest may be so small that most belong to the highest level; then fewer explain more.
+    # If nearly all entries fit, s may be so small that most belong to the highest level; then fewer explain more.
     choices = (ranking.largest(fits >> halvings) for halvings in range(max(1, fits.bit_length())))
     return max((one for one in choices if one.nbytes <= budget), key=lambda one: one.explained).to_bytes()
 
@@ -161,7 +160,7 @@ def read_correction(data: bytes, strata: Strata) -> Tensor:
     """The inverse of `write_correction`: a float32 vector [d], zero elsewhere.
 
     Raises:
-        PayloadError: the bytes cannot have been written for these strata.
+        PayloadError: the bytes are malformed, or were written for other strata.
     """
     what = "correction"
     checked_length(data, _HEAD.size, what, exactly=False)
@@ -177,7 +176,7 @@ def read_correction(data: bytes, strata: Strata) -> Tensor:
     bits = BitReader(data[split:], what)
     slots = _read_slots(bits, strata)
     if slots.size and not top:
-        raise PayloadError(f"{what} has {slots.size} entries and no level")
+        raise PayloadError(f"{what} has {slots.size} entries and no levels")
     signs = torch.from_numpy(1 - 2 * bits.fixed(slots.size, 1))
     levels = _read_levels(bits, slots.size, top)
     bits.finish()
@@ -187,7 +186,7 @@ def read_correction(data: bytes, strata: Strata) -> Tensor:
 
 
 def slots_length(slots: Integers, strata: Strata) -> int:
-    """Number of bits that increasing slots take."""
+    """Number of bits of the code of increasing slots."""
     return sum(subset.length for subset in _by_stratum(slots, strata))
 
 
@@ -228,7 +227,7 @@ class _Ranking:
 
 @dataclass(frozen=True)
 class _Correction:
-    """Selected entries: their increasing slots, their values, and their levels from 1."""
+    """Selected entries: their slots in increasing order, their values, and their levels, counted from 1."""
 
     strata: Strata
     slots: Integers
@@ -255,7 +254,7 @@ class _Correction:
 
     @property
     def explained(self) -> float:
-        """|x|^2 - |x - C(x)|^2."""
+        """The explained power, |x|^2 - |x - C(x)|^2."""
         sums, counts = self._sums_and_counts()
         return float((sums**2 / counts).sum())
 
@@ -322,7 +321,7 @@ class _Subset:
 
 
 def _by_stratum(slots: Integers, strata: Strata) -> Iterator[_Subset]:
-    """Increasing slots as a subset of each stratum."""
+    """The subset of each stratum that is among increasing slots."""
     parts = np.split(slots, np.searchsorted(slots, strata.starts[1:]))
     for start, size, part in zip(strata.starts, strata.sizes, parts, strict=True):
         yield _Subset(int(size), part - start)
@@ -344,7 +343,7 @@ def _read_levels(bits: BitReader, count: int, top: int) -> Integers:
 
 
 def _width(count: int, size: int) -> int:
-    """b for a subset of `count` of `size` integers."""
+    """The Rice parameter b for a subset of `count` of `size` integers."""
     mean = (size * _TWO_LN_PHI) // (max(count, 1) << 16)
     return max(mean.bit_length() - 1, 0)
 
@@ -356,10 +355,10 @@ def _head(levels: int) -> int:
 
 @compressors.register("sparse")
 class SparseCorrection(FlatCompressor):
-    """The correction as a compressor of its own.
+    """The sparse correction as a compressor without proxies.
 
-    It needs only the names and shapes of the parameters and not a forward pass, so it works for every model and every
-    kind of input. All entries are in one stratum: positions are coded as if they were equally likely.
+    It needs only the names and shapes of the parameters, and no forward pass, so it works for every model and input.
+    All entries are in one stratum.
     """
 
     code = 11

@@ -18,25 +18,25 @@ MAX_SURROGATE_BETA = 1000.0
 
 @dataclass(frozen=True)
 class ProxySettings:
-    """How proxies are encoded; both ends must agree on all but the last six.
+    """How proxies are encoded. The defaults are ours; `paper_settings` is the published method.
 
-    Two modes, and every difference between them is a field of its own: the default (ours) and `paper_settings`.
+    Both ends must agree on the fields up to `bits`; the others are the sender's choice.
 
     Attributes:
         smooth: differentiate through the surrogate (`tofu.codec.surrogate`) instead of the network itself.
         surrogate_beta: beta of the surrogate's activations; 0 chooses one of `search.SURROGATE_BETAS` by a trial.
         batch_statistics: the surrogate's BatchNorm uses the statistics of the proxies.
-        labels: "free" (unconstrained, solved for) or "simplex" (probabilities, with cross-entropy and image weights).
+        labels: "free" (unconstrained) or "simplex" (probabilities, with cross-entropy and a weight per proxy).
         scale: "tensor" (one least-squares scale per parameter tensor) or "one".
         size: side of the square proxies in pixels, upsampled to the network's input; 0 chooses one.
         bits: bits of a pixel and of a label, one of `BITS`.
         optimizer: "lbfgs" or "adam".
-        max_evals: maximum number of evaluations of the objective and its gradient, without those of a trial; the last
-            line search may exceed it by a few.
-        tolerance: stop early if 10 evaluations together gained less explained variance; 0 never stops.
+        max_evals: maximum number of evaluations of the objective and its gradient, not counting a trial of betas; the
+            last line search may exceed it by a few.
+        tolerance: stop early if the last 10 evaluations gained less explained variance than this; 0 never stops early.
         warm_start: start from the proxies of the client's last round instead of noise.
-        solve_labels: evaluations spent on solving for the free labels again after the pixels were quantized.
-        device: where the search runs (`tofu.device`); decoding always runs on the CPU.
+        solve_labels: number of evaluations that optimize the free labels again after the pixels are quantized.
+        device: device of the search (`tofu.device`); decoding always runs on the CPU.
 
     Raises:
         SettingError: a field is out of range.
@@ -83,7 +83,7 @@ class ProxySettings:
 
     @staticmethod
     def of(codec: "CodecSettings", device: str) -> "ProxySettings":
-        """The settings of a run's proxy codec, which searches on this device."""
+        """The settings of a run's proxy codec, with a search on this device."""
         common: dict[str, Any] = {"size": codec.proxy_size, "bits": codec.bits, "device": device}
         if codec.codec_mode == "paper":
             return paper_settings(**common)
@@ -101,16 +101,16 @@ class ProxySettings:
 
 
 def paper_settings(**changes: Any) -> ProxySettings:
-    """The published method: the network itself, cross-entropy, simplex labels, image weights, one scale, no warm start.
+    """The published method: no surrogate, cross-entropy, simplex labels, a weight per proxy, one scale, no warm start.
 
-    What the paper leaves open (optimizer, starting point, sizes) is our choice.
+    The optimizer, the starting point and the sizes, which the paper does not specify, are our choice.
     """
     paper = ProxySettings(
         smooth=False,
         batch_statistics=False,
         labels="simplex",
         scale="one",
-        optimizer="adam",  # through ReLU's kinks L-BFGS's line search fails (benchmark `codec`)
+        optimizer="adam",  # the line search of L-BFGS fails at the kinks of ReLU (benchmark `codec`)
         max_evals=200,
         warm_start=False,
         solve_labels=0,
@@ -123,10 +123,10 @@ AUTOMATIC = 0.0
 
 
 def automatic_gain(explained_variance: float) -> float:
-    """The gain w of a message that explains this fraction c² of the variance of what was to be sent.
+    """The gain w = 1 + 0.8 (1 - c²) of a message that explains the fraction c² of its target's variance.
 
-    w = 1 + 0.8 (1 - c²): 1.8 for a message that explains little, and 1 for one that explains everything, which any gain
-    would overshoot. It is rounded down to a multiple of 1/256 (docs/error-feedback.md).
+    It is 1.8 for a message that explains little and 1 for an exact one, which a larger gain would overshoot. It is
+    rounded down to a multiple of 1/256 (docs/error-feedback.md).
     """
     missed = 1 - min(1.0, max(0.0, explained_variance))
     return 1 + math.floor(256 * 0.8 * missed) / 256
@@ -134,17 +134,17 @@ def automatic_gain(explained_variance: float) -> float:
 
 @dataclass(frozen=True)
 class CompressorOptions:
-    """Options that every compressor is constructed with; a compressor reads those that it has a use for.
+    """Options of all compressors; each compressor reads those that it needs.
 
-    Over-relaxation: a compressor that explains only a part of an update makes faster progress with error feedback if
-    what it decodes to is multiplied by w, 1 < w < 2. The residual of error feedback accounts for it. `AUTOMATIC` lets
-    the sender choose w for each message (`automatic_gain`).
+    Over-relaxation: with error feedback, a compressor that explains only a part of an update converges faster if the
+    decoded update is multiplied by a gain w, 1 < w < 2; the residual accounts for it. With `AUTOMATIC` the sender
+    chooses w for each message (`automatic_gain`).
 
     Attributes:
-        gain: w of a compressor without gains of its own, that is of all but the proxy codec, or AUTOMATIC.
+        gain: w, or AUTOMATIC, for all compressors but the proxy codec, which has two gains of its own.
         proxies: number of proxies; 0 sends as many as the ratio allows.
-        correction: minimum fraction of a proxy payload that the sparse correction has; 0 sends proxies alone, 1 none.
-        proxy_gain: w of the proxies' part of an update.
+        correction: minimum fraction of the payload for the sparse correction; 0: proxies only, 1: correction only.
+        proxy_gain: w of the proxies.
         correction_gain: w of the correction, or AUTOMATIC.
         encoder: how proxies are encoded.
     """
@@ -168,7 +168,7 @@ class CompressorOptions:
 
     @staticmethod
     def of(codec: "CodecSettings", device: str, *, proxies: int = 0, gain: float = 1.0) -> "CompressorOptions":
-        """The options of a run's compressors; proxies are searched on this device."""
+        """The options of a run's compressors, with a search for proxies on this device."""
         correction = 0.0 if codec.codec_mode == "paper" else codec.correction
         encoder = ProxySettings.of(codec, device)
         return CompressorOptions(gain, proxies, correction, correction_gain=gain, encoder=encoder)

@@ -1,15 +1,15 @@
-"""Proxies: what they are, their bytes, and the update that they decode to.
+"""Proxies: their definition, their byte format, and their decoding.
 
 Proxies are n inputs x_i (images, in the paper) with labels y_i whose gradients at the shared weights W,
 
     G(x, y) = grad_W L(x, y; W),    L = sum_i loss(f(x_i; W), y_i),
 
-point along an update (arXiv 2201.08494, section 3). Whoever knows W decodes them with one backward pass.
+approximate an update (arXiv 2201.08494, section 3). A receiver that has W decodes them with one backward pass.
 
 With labels on the simplex, as in the paper, the loss is cross-entropy and each proxy has a weight. With free labels
-(ours) the loss is sum(f(x) * Y) with Y unconstrained, so G is linear in Y, and the gradient of any loss of f(x), be it
-of classification or of regression, is one of them. Where outputs have too many values for that, the user gives a loss
-with smaller targets. A scale per tensor (ours) or one for all (the paper) multiplies G.
+(ours) the loss is sum(f(x) * Y) with Y unconstrained. G is then linear in Y, and for any loss of f(x) there is a Y with
+the same gradient. For models with very many outputs, users can give a loss with smaller targets. G is multiplied by one
+scale per tensor (ours) or by one scale for all (the paper).
 """
 
 import dataclasses
@@ -29,18 +29,18 @@ from tofu.reference_model import ReferenceModel, Shape
 from tofu.weights import Weights
 
 MAX_SIDE = 1024
-"""Larger proxies would be few or none."""
+"""Maximum side of a proxy in pixels."""
 
 MIN_SIDE = 7
-"""Smaller proxies would spend more bytes on labels and scales than on pixels, and an encode would need many of them."""
+"""Minimum side that is chosen automatically. With smaller proxies most bytes would be labels and scales, not pixels."""
 
 
 @dataclass(frozen=True)
 class ProxyData:
-    """The proxies that are sent instead of an update.
+    """Proxies, as they are sent instead of an update.
 
     Attributes:
-        inputs: float32 [n, ...] of each input of the model; one of [n, channels, h, w] for images.
+        inputs: one float32 tensor [n, ...] for each input of the model; [n, channels, h, w] for images.
         labels: float32 [n, ...]; free, or probabilities in simplex mode.
         weights: float32 [n], weight of each proxy in simplex mode, else None.
         scales: float32 [number of parameter tensors], or [1].
@@ -54,14 +54,14 @@ class ProxyData:
     surrogate_beta: float = 4.0
 
     def on(self, device: torch.device) -> "ProxyData":
-        """The same with inputs, labels and weights on a device."""
+        """A copy with inputs, labels and weights on a device."""
         weights = self.weights.to(device) if self.weights is not None else None
         inputs = tuple(values.to(device) for values in self.inputs)
         return dataclasses.replace(self, inputs=inputs, labels=self.labels.to(device), weights=weights)
 
 
 def proxy_side(reference: ReferenceModel, settings: ProxySettings) -> int:
-    """The shortest side of a proxy; if the settings leave it open, the smallest of `automatic_sides`.
+    """The shortest side of a proxy: that of the settings, or by default the smallest of `automatic_sides`.
 
     Raises:
         SettingError: the side in the settings is larger than the input.
@@ -76,8 +76,8 @@ def proxy_side(reference: ReferenceModel, settings: ProxySettings) -> int:
 def automatic_sides(reference: ReferenceModel) -> list[int]:
     """Sides to choose from, largest first: from 1/2 to 1/4 of the input's side (14 to 7 for 28), but at least 7.
 
-    At equal bytes the benchmark `codec` finds them equally good, given about 16 proxies or more; fewer and larger
-    ones take less time. The only side is 0 if proxies cannot be smaller than the input.
+    The benchmark `codec` finds no difference between them at equal bytes, from about 16 proxies on; fewer, larger
+    proxies take less time. The list is [0] if proxies cannot be smaller than the input.
     """
     side = reference.call.side
     smallest = min(side, max(MIN_SIDE, round(side / 4)), MAX_SIDE)
@@ -109,7 +109,7 @@ class ProxyCode:
         """The format of `count` proxies for a model.
 
         Raises:
-            SettingError: simplex mode, for a model whose output is not one score per class.
+            SettingError: simplex mode with a model whose output is not one score per class.
         """
         tensors = len(reference.param_spec.parameters) if settings.scale == "tensor" else 1
         call, weighted = reference.call, settings.labels == "simplex"
@@ -120,7 +120,7 @@ class ProxyCode:
 
     @property
     def shape(self) -> Shape:
-        """The shape of one proxy; of all inputs in a row if there are several."""
+        """The shape of one proxy; if the model has several inputs, their total number of values."""
         return self.shapes[0] if len(self.shapes) == 1 else (sum(self._sizes),)
 
     @property
@@ -160,7 +160,7 @@ class ProxyCode:
         c = b + (2 * self.count if self.weighted else 0)
         inputs = self._read_inputs(data[:a])
         labels = self._labels.read(data[a:b], "proxy labels").view(self.count, *self.target)
-        if self.weighted:  # quantization may leave the simplex
+        if self.weighted:  # quantized probabilities may not sum to 1
             labels = labels.clamp_min(0) / labels.clamp_min(0).sum(1, keepdim=True).clamp_min(1e-6)
         weights = bfloat16_from(data[b:c], "proxy weights") if self.weighted else None
         surrogate_beta, *scales = bfloat16_from(data[c:], "scales").tolist()
@@ -171,7 +171,7 @@ class ProxyCode:
         return ProxyData(inputs, labels, weights, torch.tensor(scales), surrogate_beta)
 
     def quantize_inputs(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The inputs as the receiver will read them."""
+        """The inputs after quantization, as the receiver will read them."""
         return self._read_inputs(self._write_inputs(inputs))
 
     def fits(self, proxies: ProxyData) -> bool:
@@ -198,7 +198,7 @@ def proxy_loss(reference: ReferenceModel, weights: Weights, proxies: ProxyData, 
 
 
 def surrogate_context(settings: ProxySettings, surrogate_beta: float) -> AbstractContextManager[object]:
-    """Within it, networks run as the settings' codec differentiates them."""
+    """A context in which networks run as the codec differentiates them: with surrogates if `settings.smooth`."""
     if not settings.smooth:
         return nullcontext()
     return Surrogate(surrogate_beta=surrogate_beta, batch_statistics=settings.batch_statistics)
@@ -214,7 +214,7 @@ def loss_of_outputs(reference: ReferenceModel, outputs: Tensor, labels: Tensor, 
 
 
 def gradients(reference: ReferenceModel, proxies: ProxyData, settings: ProxySettings) -> Weights:
-    """G: the gradient of the proxies' loss at the base weights, before any scale; 0 where a parameter is not used."""
+    """G: the gradient of the proxies' loss at the base weights, without scales; 0 for unused parameters."""
     weights = {name: w.detach().requires_grad_() for name, w in reference.base.items()}
     loss = proxy_loss(reference, weights, proxies, settings)
     grads = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
@@ -222,7 +222,7 @@ def gradients(reference: ReferenceModel, proxies: ProxyData, settings: ProxySett
 
 
 def decode(reference: ReferenceModel, proxies: ProxyData, settings: ProxySettings) -> Weights:
-    """The update that the proxies stand for at the reference's weights: one backward pass, then the scales."""
+    """Decode proxies at the reference's weights: one backward pass, times the scales."""
     return scale_gradients(gradients(reference, proxies, settings), proxies.scales)
 
 

@@ -1,12 +1,13 @@
 """The search for proxies whose gradients reproduce an update (arXiv 2201.08494, algorithm 1): `encode`.
 
-The objective is 1 - explained variance, with the least-squares scales. Its derivative in a proxy variable p is a
-derivative of the proxies' loss L(p; W) along a direction R in weight space, the scaled residual. Derivatives commute:
+The objective is 1 - explained variance, with least-squares scales. Its gradient with respect to the proxies p needs the
+mixed second derivative of their loss L(p; W) along a direction R in weight space, the scaled residual. The order of
+differentiation can be exchanged:
 
     d/dp <grad_W L(p; W), R>  =  d/de grad_p L(p; W + e R)  at e = 0.
 
-So one evaluation is two ordinary backward passes, at W and at W + e R, and a difference. It costs less than
-differentiating twice, and works with layers that have no second derivative (fused attention).
+So one evaluation takes two ordinary backward passes, at W and at W + e R, and a finite difference. It is cheaper than
+double backward, and works with layers that do not support it (fused attention).
 """
 
 import dataclasses
@@ -29,17 +30,17 @@ from tofu.weights import Weights
 HISTORY = 40
 _SUFFICIENT = 1e-4
 MAX_BACKTRACKS = 12
-"""The shortest steps are between 2^-12 and 10^-12 of the first."""
+"""Maximum number of reductions of one step, each by a factor of 2 to 10."""
 
 
 def lbfgs(objective: Callable[[Tensor], tuple[float, Tensor]], start: Tensor) -> Iterator[None]:
-    """Minimize from `start` by limited-memory BFGS with backtracking, yielding after each step, until no step helps.
+    """Minimize by L-BFGS with a backtracking line search. Yields after each step; ends when no step improves.
 
-    Nocedal and Wright, Numerical Optimization, algorithms 7.4 and 7.5. This is our own because a search must be able to
-    continue after a trial, which scipy's cannot, and because it starts no threads next to other clients.
+    Nocedal and Wright, Numerical Optimization, algorithms 7.4 and 7.5. Unlike scipy's, it can be continued after a
+    trial, and it starts no threads that would compete with those of other clients.
 
     Args:
-        objective: flat float64 vector -> (value, gradient). The caller records the best point.
+        objective: float64 vector -> (value, gradient). The caller records the best point.
         start: float64 vector; it is not changed.
     """
     point = start.clone()
@@ -72,7 +73,7 @@ def lbfgs(objective: Callable[[Tensor], tuple[float, Tensor]], start: Tensor) ->
 
 
 def _direction(gradient: Tensor, memory: "deque[tuple[Tensor, Tensor, float]]") -> Tensor:
-    """The two-loop recursion: minus the estimated inverse Hessian times the gradient."""
+    """Minus the estimated inverse Hessian times the gradient, by the two-loop recursion."""
     q = gradient.clone()
     weights = []
     for step_taken, gradient_change, rho in reversed(memory):
@@ -88,33 +89,33 @@ def _direction(gradient: Tensor, memory: "deque[tuple[Tensor, Tensor, float]]") 
 
 
 STEP = 1e-3
-"""|e R| / |W|: float32 rounding and the curvature of L each cost about this fraction of the derivative."""
+"""Step of the finite difference, |e R| / |W|, at which errors of float32 rounding and of curvature are about equal."""
 
 LABEL_UNIT = 0.05
-"""One unit of a free label in the optimizer's variables, so that pixels and labels move alike (measured)."""
+"""Size of a free label that is one unit for the optimizer, so that pixels and labels change at similar rates."""
 
 LABEL_START = 0.3
-"""Standard deviation of the free labels that a search starts from."""
+"""Standard deviation of the initial free labels."""
 
 STALL = 10
-"""Evaluations over which the explained variance must gain `tolerance`, or the search stops."""
+"""Number of evaluations in which the explained variance must gain `tolerance`, or else the search stops."""
 
 SURROGATE_BETAS = (4.0, 1.0, 0.1)
-"""The values of beta that an encode tries. A large beta is close to the network, and right for updates that are nearly
-gradients and for networks with normalization layers. A small one makes the surrogate nearly linear, and explains more
-of the updates of a small trained network with their residuals (benchmark `codec`)."""
+"""The values of beta that an encode tries. A large beta is close to the network: best for updates that are nearly
+gradients, and for networks with normalization layers. A small beta makes the surrogate nearly linear, and explains more
+of the updates plus residuals of a small trained network (benchmark `codec`)."""
 
 TRIAL_EVALS = 30
-"""Evaluations of each beta before the best is chosen; 12 often chose wrongly. With fewer than twice as many evaluations
-in all there is no trial, and the first beta is taken."""
+"""Number of evaluations of each beta before the best is chosen; 12 were often too few. There is no trial, and the first
+beta is used, if `max_evals` is less than twice this."""
 
 MAX_START = 1000.0
-"""Pixels and labels of a warm start beyond this are rescaled; noise starts at about 1."""
+"""Maximum magnitude of pixels and labels in a warm start; larger ones are rescaled to about 1."""
 
 ADAM_STEP = 0.1
 
 DIVERGED = 10.0
-"""Value of the objective where it overflows; useful points have at most 1."""
+"""Value that replaces an objective that is not finite; useful points have at most 1."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class Encoding:
 
     Attributes:
         body: the proxies' bytes.
-        proxies: the proxies as the receiver will read them.
+        proxies: the quantized proxies, as the receiver will read them.
         decoded: the update that they decode to, over the trainable parameters.
         explained_variance: of `decoded`, relative to the update.
         evals: number of evaluations of the objective.
@@ -149,12 +150,11 @@ def encode(
 
     Args:
         update: name -> float32 tensor for every trainable parameter (other tensors are ignored).
-        generator: draws the noise that the proxies start from.
+        generator: source of the initial noise.
         start: proxies of an earlier round to start from, if settings.warm_start is set and their shapes fit.
 
     Returns:
-        The encoding. Its proxies are read back from its bytes, so `decoded` is bit-identical to what the receiver
-        decodes.
+        The encoding. Its proxies are read back from its bytes, so the receiver's decoded update is bit-identical.
     """
     code = ProxyCode.of(reference, settings, count)
     update = {name: update[name] for name in reference.base}
@@ -174,7 +174,7 @@ def encode(
 
 
 def _search(objective: "_Objective", begin: ProxyData, settings: ProxySettings, *, warm: bool) -> ProxyData:
-    """Descend from `begin`. If beta is open, a trial of each value decides which descent continues."""
+    """Minimize from `begin`. If beta is not set, each value is tried, and the best descent is continued."""
 
     def start(surrogate_beta: float) -> _Descent:
         proxies = dataclasses.replace(begin, surrogate_beta=surrogate_beta)
@@ -194,7 +194,7 @@ def _search(objective: "_Objective", begin: ProxyData, settings: ProxySettings, 
 
 
 def _solve_labels(objective: "_Objective", proxies: ProxyData, settings: ProxySettings) -> ProxyData:
-    """Variable projection: with the quantized pixels fixed, G is linear in the labels; solve for them once more."""
+    """Optimize the labels again with the quantized pixels fixed; G is linear in the labels."""
     labels = _Variables(proxies, free=True, only_labels=True)
     descent = _Descent(objective, labels, "lbfgs", tolerance=0.0)
     descent.run(settings.solve_labels)
@@ -204,7 +204,7 @@ def _solve_labels(objective: "_Objective", proxies: ProxyData, settings: ProxySe
 def _finish(
     reference: ReferenceModel, update: Weights, code: ProxyCode, proxies: ProxyData, settings: ProxySettings
 ) -> Encoding:
-    """Quantize everything, then fit the scales to what the quantized proxies decode to."""
+    """Quantize the proxies, then fit the scales to the gradients of the quantized proxies."""
     unscaled = dataclasses.replace(proxies, scales=torch.zeros(code.tensors))
     grads = gradients(reference, code.read(code.write(unscaled)), settings)
     scales = _least_squares_scales(update, grads, one=settings.scale == "one")
@@ -229,9 +229,9 @@ def _noise(code: ProxyCode, generator: torch.Generator) -> ProxyData:
 
 
 def _rescaled(proxies: ProxyData) -> ProxyData:
-    """The proxies in the range of the noise that a search starts from, if they have left it far behind.
+    """Rescale inputs and labels beyond `MAX_START` to the range of the initial noise.
 
-    A nearly linear surrogate is insensitive to large inputs, so they can grow without end over warm starts.
+    A nearly linear surrogate is insensitive to large inputs, so they can grow without bound over warm starts.
     """
     labels = proxies.labels
     inputs = tuple(x / x.std() if float(x.abs().max()) > MAX_START else x for x in proxies.inputs)
@@ -250,7 +250,7 @@ def _least_squares_scales(update: Weights, grads: Weights, *, one: bool) -> Tens
 
 
 class _Objective:
-    """1 - explained variance of the proxies, with the least-squares scales, and its gradient in the proxies.
+    """1 - explained variance of the proxies, with least-squares scales, and its gradient.
 
     Attributes:
         evals: number of evaluations so far.
@@ -266,7 +266,7 @@ class _Objective:
         self.evals = 0
 
     def __call__(self, proxies: ProxyData, *, by_inputs: bool = True) -> tuple[float, list[Tensor]]:
-        """The objective, and its gradient in the proxies' inputs (unless not asked for), labels and weights if any."""
+        """The objective, and its gradients with respect to the inputs (if `by_inputs`), labels and weights (if any)."""
         self.evals += 1
         proxies = proxies.on(self._device)
         leaves = [x.detach().requires_grad_(by_inputs) for x in proxies.inputs]
@@ -277,7 +277,7 @@ class _Objective:
             return self._chain.gradients(weights, detached, proxies, by_weights=by_weights, by_inputs=by_inputs)
 
         at_base = gradients(self._base, by_weights=True)
-        if self.evals == 1:  # from now on in the memory formats of the gradients
+        if self.evals == 1:  # use the memory formats of the gradients from now on
             formats = dict(zip(self._base, at_base.weights, strict=True))
             self._base = {name: torch.empty_like(formats[name]).copy_(w) for name, w in self._base.items()}
             self._update = {name: torch.empty_like(formats[name]).copy_(u) for name, u in self._update.items()}
@@ -298,10 +298,10 @@ class _Objective:
         return value, [*by_input, *(factor * (b - a) for a, b in zip(at_base.targets, at_shifted.targets, strict=True))]
 
     def align_labels(self, proxies: ProxyData) -> ProxyData:
-        """The same inputs with the free labels whose gradient has the largest inner product with the update.
+        """The same inputs, with the free labels whose gradient has the largest inner product with the update.
 
-        The inner product is the labels' with the derivative of the outputs as the weights move along the update, so
-        labels proportional to this derivative are the best of their length. It takes two forward passes.
+        <G, update> equals the inner product of the labels with the derivative of the outputs along the update, so the
+        best labels of a given norm are proportional to this derivative. It takes two forward passes.
         """
         if proxies.weights is not None or self._call.loss is not None:
             return proxies
@@ -319,11 +319,11 @@ class _Objective:
         return dataclasses.replace(proxies, labels=LABEL_START * change / change.std())
 
     def _fit(self, grads: list[Tensor]) -> tuple[list[float], list[float], list[Tensor]]:
-        """Of gradients: the squares of what they miss, the least-squares scales, and the rests, flat."""
+        """For each tensor: the squared norm of the residual, the least-squares scale, and the residual as a vector."""
         decoded = [_flat(g, w) for g, w in zip(grads, self._base.values(), strict=True)]
         update = [_flat(u, w) for u, w in zip(self._update.values(), self._base.values(), strict=True)]
         products = [torch.dot(u, g) for u, g in zip(update, decoded, strict=True)]
-        found = torch.stack([*products, *(torch.dot(g, g) for g in decoded)]).tolist()  # one wait for a GPU
+        found = torch.stack([*products, *(torch.dot(g, g) for g in decoded)]).tolist()  # one synchronization with a GPU
         top, bottom = found[: len(decoded)], found[len(decoded) :]
         if self._one:
             top, bottom = [sum(top)] * len(decoded), [sum(bottom)] * len(decoded)
@@ -333,14 +333,14 @@ class _Objective:
 
 
 def _flat(values: Tensor, like: Tensor) -> Tensor:
-    """The values in the memory order of `like`, a dense tensor of the same shape."""
+    """The values as a vector, in the memory order of `like`, a dense tensor of the same shape."""
     if values.stride() != like.stride():
         values = torch.empty_like(like).copy_(values)
     return values.as_strided((values.numel(),), (1,))
 
 
 class _Variables:
-    """The proxies as one flat float64 vector for the optimizer, and back."""
+    """Converts between proxies and the optimizer's float64 vector."""
 
     def __init__(self, begin: ProxyData, *, free: bool, only_labels: bool = False) -> None:
         self._begin, self._free, self.only_labels = begin, free, only_labels
@@ -362,7 +362,7 @@ class _Variables:
         return dataclasses.replace(self._begin, inputs=inputs, labels=labels, weights=None if self._free else rest[1])
 
     def gradient(self, proxies: ProxyData, by_proxies: list[Tensor]) -> Tensor:
-        """A gradient in the vector of these proxies, from the one in their inputs, labels and weights."""
+        """The gradient with respect to the vector, from those for the inputs, labels and weights of its proxies."""
         parts = [g.cpu() for g in by_proxies]
         at = len(parts) - (1 if self._free else 2)
         if self._free:
@@ -373,7 +373,7 @@ class _Variables:
 
 
 class _Descent:
-    """One descent over the proxies' variables, which can be continued from where it stopped.
+    """A minimization over the proxies' variables that can be continued after `run` returns.
 
     Attributes:
         min_value: minimum of the objective so far.
@@ -387,7 +387,7 @@ class _Descent:
         self.min_value = math.inf
 
     def run(self, max_evals: int) -> None:
-        """Continue until this descent has made `max_evals` evaluations, it stalls, or no step improves."""
+        """Continue until `max_evals` evaluations in all, a stall (`STALL`), or a step that does not improve."""
         past = self._history
         for _ in self._steps:
             stalled = len(past) > STALL and past[-1 - STALL] - past[-1] < self._tolerance
@@ -411,7 +411,7 @@ class _Descent:
 
 
 def _adam(objective: Callable[[Tensor], tuple[float, Tensor]], start: Tensor) -> Iterator[None]:
-    # The same steps as torch.optim.Adam, which imports torch's compiler first: a second of a client app's start.
+    # torch.optim.Adam takes the same steps, but imports torch's compiler first, which takes a second.
     vector, steps = start.clone(), torch.zeros(())
     mean, square = torch.zeros_like(vector), torch.zeros_like(vector)
     while True:

@@ -1,15 +1,15 @@
-"""The surrogate of a network: smooth functions that both ends of the codec differentiate through.
+"""Surrogate activations: smooth functions that replace activations with kinks when the codec differentiates a network.
 
-The second derivative of ReLU is zero, so proxies cannot learn which units fire. Both ends of the codec know the
-weights, and nothing forces them to differentiate the activation that the model trains with. In the surrogate,
+The second derivative of ReLU is zero, so the search cannot learn which units should be active. Both ends of the codec
+have the weights, so they may differentiate another function than the trained network. In the surrogate,
 
 - ReLU(x) becomes x * sigmoid(beta x), with beta 4 by default, and LeakyReLU and ReLU6 likewise,
 - max-pooling becomes average-pooling,
 - BatchNorm normalizes by the statistics of the proxies and leaves its running statistics unchanged.
 
-This is our addition to the paper, as are its constants. No copy of the network is made: `Surrogate` is a context in
-which torch's own functions are swapped, so it reaches activations written as modules, as functions and as methods.
-`register_surrogate` adds one for a new activation.
+This is our addition to the paper, as are its constants. `Surrogate` is a context that replaces torch's functions, so it
+applies to activations that are modules, functions or methods, without a copy of the network. `register_surrogate` adds
+a surrogate of a new activation.
 """
 
 import functools
@@ -30,9 +30,9 @@ _beta: ContextVar[float | None] = ContextVar("surrogate_beta", default=None)
 
 
 def register_surrogate(module_type: type[nn.Module], factory: SurrogateFactory) -> None:
-    """Give the activation module `module_type` a surrogate, for networks whose activation has no useful derivative.
+    """Register the surrogate of an activation module, for activations without a useful derivative.
 
-    Register it where the module is defined, so that clients and server have it alike.
+    Call it where the module is defined, so that clients and server both have it.
 
     Args:
         module_type: the class of the activation; its subclasses have the surrogate too unless they override `forward`.
@@ -65,7 +65,7 @@ def register_surrogate(module_type: type[nn.Module], factory: SurrogateFactory) 
 
 
 class Surrogate(TorchFunctionMode):
-    """Inside `with Surrogate(...)`, functions with kinks run as their smooth surrogates (in this thread only).
+    """A context in which activations with kinks run as their smooth surrogates, in this thread only.
 
     Args:
         surrogate_beta: beta in x * sigmoid(beta x); larger is closer to ReLU and harder to encode through.
@@ -153,7 +153,7 @@ def _swaps(surrogate_beta: float, batch_statistics: bool) -> dict[Callable[..., 
 
 
 def _average_pooling(average: Callable[..., Tensor], maximum: Callable[..., Any]) -> Callable[..., Any]:
-    """Average- with the arguments of max-pooling; max-pooling itself if it is dilated or its indices are asked for."""
+    """Average-pooling with the arguments of max-pooling; max-pooling itself if it is dilated or returns indices."""
 
     def pool(
         input: Tensor,
@@ -172,7 +172,7 @@ def _average_pooling(average: Callable[..., Tensor], maximum: Callable[..., Any]
 
 
 def _adaptive_average_pooling(average: Callable[..., Tensor], maximum: Callable[..., Any]) -> Callable[..., Any]:
-    """Adaptive average- with the arguments of adaptive max-pooling; the latter itself if its indices are asked for."""
+    """Adaptive average-pooling with the arguments of adaptive max-pooling; the latter itself if it returns indices."""
 
     def pool(input: Tensor, output_size: Any, return_indices: bool = False) -> Any:
         return maximum(input, output_size, return_indices) if return_indices else average(input, output_size)

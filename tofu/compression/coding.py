@@ -101,7 +101,7 @@ class BitReader:
         """Raises PayloadError if more is left than the zeros that fill the last byte."""
         rest = self._bits[self._at :]
         if rest.size >= 8 or rest.any():
-            raise PayloadError(f"{self._what} are followed by {rest.size} bits that belong to nothing")
+            raise PayloadError(f"{self._what} are followed by {rest.size} unexpected bits")
 
     def _take(self, count: int) -> Bits:
         left = self._bits.size - self._at

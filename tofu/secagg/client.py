@@ -5,11 +5,11 @@ vector x_u, self-mask seed b_u, mask key s_u and neighbors v that sent it shares
 
     y_u = x_u + PRG(b_u) + sum_(u < v) PRG(s_uv) - sum_(u > v) PRG(s_uv)    mod 2^b.
 
-Each stage is answered once and in order. A message that is refused changes nothing and reveals nothing. Two sessions of
-one advert are impossible, because its keys are used for one roster and then erased.
+Each stage is answered once and in order. A message that is refused changes nothing and reveals nothing. An advert
+serves one session only, because its keys are used for one roster and then erased.
 
-A server that replays an old advert of a neighbor gains nothing: pair masks are made only with neighbors whose
-ciphertexts can be decrypted, and encrypting them takes the secret key, which its owner has erased.
+A server that replays an old advert of a neighbor gains nothing: a client makes pair masks only with neighbors whose
+ciphertexts it can decrypt, and encrypting these takes the secret key, which its owner has erased.
 
 In a deployment each message is handled by a new process, so the state is stored in between. Its bytes contain secrets
 in the clear. The caller must protect them, and must replace the old bytes before it sends the answer: a client restored
@@ -155,7 +155,7 @@ class ClientSession:
 
     @property
     def purpose(self) -> bytes:
-        """Digest of what gives the vectors their meaning (`Terms.purpose`), after ShareKeys."""
+        """Digest of the inputs that determine the vectors (`Terms.purpose`), after ShareKeys."""
         return self._roster.terms.purpose
 
     @property
@@ -192,7 +192,7 @@ class ClientSession:
         state, roster = self._state, Roster.from_bytes(data)
         assert state.advert is not None  # set by AdvertiseKeys
         self._participant.check_roster(roster, state.advert)
-        # Nothing is refused after this line.
+        # The roster is accepted: nothing below raises.
         state.roster = roster
         state.self_seed = bytearray(new_seed())
         peers, threshold = self._neighbors, roster.terms.threshold

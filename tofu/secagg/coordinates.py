@@ -1,18 +1,19 @@
-"""Which entries of an update a secure round sends if it does not send all: the same for every client, so they sum.
+"""Selection of the entries of an update that a secure round sends; the same for all clients, so that they add up.
 
 A client cannot choose its own largest entries, as top-k compressors do, because a sum needs the same coordinates from
-every client. All know how far each global weight has moved since the run began, and weights that moved far keep moving,
-by the row and column of an entry (`tofu.weights`). Most of a round's m coordinates (`LEADING_FRACTION`) are therefore
-those with the largest displacement. All other entries take turns, in the order p s mod n for p = 0, 1, ... with s
-coprime to n and close to the golden section of n: every window of this order is spread evenly over the entries, and
-both ends compute it without tables or random generators. The choice is not secret and reveals nothing about a client.
+every client. All clients know the displacement of each global weight since the run began, and weights with a large
+displacement tend to keep changing. Most of a round's m coordinates (`LEADING_FRACTION`) are therefore those with the
+largest displacement, compared by row and column (`tofu.weights.displacement_levels`). All other entries take turns, in
+the order p s mod n for p = 0, 1, ... with s coprime to n and close to the golden section of n: every window of this
+order is spread evenly over the entries, and both ends compute it without tables or random generators. The selection is
+not secret and reveals nothing about a client.
 
-Entries that are not sent stay in the residual of error feedback until their next turn. Such a value is stale, because
-it was computed at weights that others' updates have changed since: by up to (d - LEADING_FRACTION m) / ((1 -
-LEADING_FRACTION) m) rounds or so (21 at a third). Values that wait after the last round are never sent.
+Entries that are not sent stay in the residual of error feedback until their next turn, so they are up to about (d -
+LEADING_FRACTION m) / ((1 - LEADING_FRACTION) m) rounds old when they are sent (21 rounds at a third of the entries).
+Residuals that remain after the last round are never sent.
 
-Both ends must hold bit-identical weights, or else they select different coordinates. The server therefore states the
-digest of its selection (`digest`), and a client that selected others must not send its vector.
+Both ends must hold bit-identical weights, or else they select different coordinates. The server therefore sends the
+digest of its selection, and a client with another selection must not send its vector.
 """
 
 import hashlib
@@ -30,8 +31,8 @@ LEADING_FRACTION = 0.9
 """Fraction of the coordinates for the entries with the largest displacement."""
 
 MIN_LEVELS = 6
-"""Minimum steps on each side of zero: with fewer, more entries did not help. This gives 7 bits for 10 clients, which is
-enough because most values are far below the range and error feedback keeps what rounding loses."""
+"""Minimum number of steps on each side of zero, 7 bits for 10 clients. With fewer steps, sending more entries did not
+help. Rounding this coarse is acceptable because error feedback keeps the rounding error."""
 
 DIGEST_BYTES = 8
 
@@ -71,7 +72,7 @@ def select(
         displacement: the round's global weights minus the initial ones, float [d].
         fraction: above 0 and up to 1.
         turn: number of secure rounds before this one.
-        levels: of the entries [d]; entries of a higher level precede more displaced ones. None: all are equal.
+        levels: level of each entry [d]. A higher level takes precedence over a larger displacement. None: all equal.
         leading_fraction: fraction of the coordinates for the entries with the largest displacement.
 
     Raises:
@@ -105,7 +106,7 @@ def decode(vector: Tensor, selected: Tensor, values: int) -> Tensor:
 
 
 def _leading(distance: npt.NDArray[np.float32], levels: Integers | None, count: int) -> npt.NDArray[np.bool_]:
-    """A mask of `count` entries: those of the highest levels, and of the last of these levels the most displaced."""
+    """A mask of `count` entries, of the highest levels first and of the largest displacement within a level."""
     if levels is None or not count:
         return _largest_mask(distance, count)
     border = np.partition(levels, levels.size - count)[levels.size - count]
@@ -116,7 +117,7 @@ def _leading(distance: npt.NDArray[np.float32], levels: Integers | None, count: 
 
 
 def _largest_mask(distance: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.bool_]:
-    """A mask of the `count` largest; among equal ones the first, so that every machine selects the same."""
+    """A mask of the `count` largest values. The first of equal values is taken, so that all machines agree."""
     if not count:
         return np.zeros(distance.size, dtype=bool)
     border = np.partition(distance, distance.size - count)[distance.size - count]

@@ -1,14 +1,15 @@
 """A client's update as the vector of ring elements that a secure round sums, and the mean update from that sum.
 
 Each tensor has its own range, agreed for the round: its values are divided by it, so that one fixed-point code of range
-1 (`tofu.secagg.fixed_point`) serves weights, biases and BatchNorm statistics. A few more elements follow the update, so
-that everything else the server needs from the clients is a sum, too: the loss, and for each tensor how far the client's
-values exceeded the range. The sums of plugins come last, in digits that add up exactly, to 2^-39 of each bound.
+1 (`tofu.secagg.fixed_point`) serves weights, biases and BatchNorm statistics. The update is followed by a few elements
+for the other numbers that the server needs, which it also receives as sums only: the loss, and for each tensor how far
+the client's values exceeded the range. The sums of plugins come last, as digits whose sum is exact, to 2^-39 of a
+bound.
 
 With many levels the range is wide enough that almost nothing is clipped, and rounding is stochastic and unbiased. With
-few levels that would round almost all values to zero. If error feedback keeps what a client could not send, values are
-then rounded to the nearest step instead (`EncodingConfig.nearest_rounding`), and the range is `nearest_range` times
-their root mean square, of which the clients sum the square. The largest values are clipped, counted, and sent later.
+few levels, stochastic rounding adds more noise than signal. If error feedback keeps the rounding error, values are then
+rounded to the nearest step (`EncodingConfig.nearest_rounding`), and the range is `nearest_range` times their root mean
+square, whose square the clients sum. The largest values are clipped and counted; error feedback sends the rest later.
 """
 
 import hashlib
@@ -31,13 +32,13 @@ from tofu.secagg.masks import RingVector, centered
 from tofu.weights import ParamSpec, Weights, displacement_levels, weights_sha256
 
 FIRST_RANGE = 0.25
-"""Range of every tensor while nothing is known about the updates: wide for any usual update."""
+"""Range of every tensor in a run's first secure round; larger than the values of usual updates."""
 
 FEW_LEVELS = 64
 """Number of levels below which values are rounded to the nearest step, if error feedback allows it."""
 
 MAX_GROWTH = 8.0
-"""Maximum factor by which one round widens a range, whatever clients report."""
+"""Maximum factor by which one round widens a range, regardless of what clients report."""
 
 MIN_RANGE, MAX_RANGE = 1e-12, 1e12
 
@@ -46,7 +47,7 @@ _TAILS = 1.5
 
 
 def first_ranges(param_spec: ParamSpec, known: Mapping[str, float]) -> tuple[float, ...]:
-    """Ranges of the first secure round: those known from earlier rounds' updates, or else `FIRST_RANGE`."""
+    """Ranges of the first secure round: those `known` from the updates of earlier rounds, else `FIRST_RANGE`."""
     usable = {name: range_ for name, range_ in known.items() if range_ > 0 and math.isfinite(range_)}
     return tuple(min(max(usable.get(name, FIRST_RANGE), MIN_RANGE), MAX_RANGE) for name in param_spec.shapes)
 
@@ -131,16 +132,15 @@ class EncodingConfig:
 
 
 def purpose_of(config: EncodingConfig, weights: Weights, broadcast: bytes, *more: bytes) -> bytes:
-    """Digest of what gives the clients' vectors their meaning, 32 bytes: config, global weights, plugin state.
+    """Digest (32 bytes) of the inputs that determine a client's vector: config, global weights, plugin state.
 
-    It enters all keys and masks, so only clients with the same meaning are summed. Otherwise a server could give all
-    clients but one huge ranges, a learning rate of almost 0, or weights that yield zero updates, and see the update of
-    that one almost alone
-    (Pasquini, Francati, Ateniese, "Eluding Secure Aggregation in Federated Learning via Model Inconsistency",
-    CCS 2022).
+    It enters all keys and masks, so the masks of clients with other inputs do not cancel. Otherwise a server could send
+    all clients but one huge ranges, a learning rate of almost 0, or weights that yield zero updates, so that the sum is
+    almost the update of that one client (Pasquini, Francati, Ateniese, "Eluding Secure Aggregation in Federated
+    Learning via Model Inconsistency", CCS 2022).
 
     Args:
-        more: whatever else determines a client's vector, such as the settings and the round (`Settings.meaning`).
+        more: other inputs, such as the settings and the round (`Settings.meaning`).
     """
     meaning = hashlib.sha256(b"tofu secure round 1")
     for part in (config.to_bytes(), weights_sha256(weights).encode(), hashlib.sha256(broadcast).digest(), *more):
@@ -150,11 +150,11 @@ def purpose_of(config: EncodingConfig, weights: Weights, broadcast: bytes, *more
 
 _BITS = 40
 SUM_STEPS = 2 ** (_BITS - 1) - 1
-"""Steps on each side of zero in which `DigitSums` counts, up to a sum's bound."""
+"""Number of steps from zero to a sum's bound in `DigitSums`."""
 
 
 class DigitSums:
-    """Encodes tensors so that their sum over the clients is exact, to 2^-39 of each tensor's bound.
+    """Encodes tensors so that their sum over the clients has no error but the rounding to 2^-39 of each tensor's bound.
 
     Args:
         declared: name -> shape and finite bound of each tensor, in the order of the vector.
@@ -198,10 +198,10 @@ MAX_REPORTED = 32.0
 """Maximum loss, and maximum excess over a range in units of it, that the sums can represent."""
 
 _LOSS_ELEMENTS = 16
-"""The loss is encoded this many times, because one rounding to few levels is imprecise."""
+"""Number of elements that encode the loss; the mean of several stochastic roundings is more precise."""
 
 _POWER = ""
-"""Name of the sum of mean squares, which no plugin's sum has."""
+"""Name of the sum of mean squares; sums of plugins have longer names."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class Encoded:
 
     Attributes:
         vector: ring elements [length].
-        decoded: the update that they represent: the client's update after clipping and rounding.
+        decoded: the update that the vector represents: the client's update after clipping and rounding.
         clipped: the number of clipped values, and the largest in units of its range.
     """
 
@@ -228,7 +228,7 @@ class SecureMean:
         examples: of all clients in the sum.
         loss: mean training loss, weighted by examples.
         clipped: number of clipped values, of all clients together.
-        largest_clipped: upper bound of any client's values, in units of their tensor's range; 1.0 if none was clipped.
+        largest_clipped: upper bound of all values in units of their tensor's range; 1.0 if none was clipped.
         ranges: for the next round (`tofu.secagg.encoding`).
         sums: of the plugins, float64 by name.
     """
@@ -316,7 +316,7 @@ class RingEncoder:
             loss: the client's training loss.
             seed: of the stochastic rounding (`FixedPoint.encode`).
             sums: the plugins' tensors, by the declared names, within their bounds.
-            silent: report neither the loss nor clipping. Not with nearest rounding.
+            silent: report neither the loss nor clipping, and clip without counting. Not with nearest rounding.
 
         Raises:
             RunError: the update is not finite.
@@ -333,8 +333,8 @@ class RingEncoder:
         if silent:
             values, loss = np.clip(values, -1 / weight, 1 / weight), 0.0
         largest = [float(np.abs(part).max(initial=0.0)) * weight for part in self._split(self._expand(values))]
-        # `FixedPoint` multiplies by the weight, hence the divisions. An excess is at least one whole level, because a
-        # smaller one could be rounded to zero.
+        # `FixedPoint` multiplies by the weight, hence the divisions. A smaller excess than one level could be rounded
+        # to zero.
         min_excess = MAX_REPORTED / self._fixed.levels
         excess = [min(max(far - 1.0, min_excess), MAX_REPORTED) if far > 1 else 0.0 for far in largest]
         reports = [min(max(loss, 0.0) / MAX_REPORTED, 1.0 / weight)] * _LOSS_ELEMENTS
@@ -350,7 +350,7 @@ class RingEncoder:
 
         Raises:
             PayloadError: the sum has another length.
-            RunError: the sum has 0 examples, or is none that so many clients can have.
+            RunError: the sum has fewer examples than clients, or is out of range for this number of clients.
         """
         if total.size != self.length:
             raise PayloadError(f"sum has {total.size} elements, expected {self.length}")
@@ -359,7 +359,7 @@ class RingEncoder:
         decoded = self._fixed.decode(total[:end])
         if decoded.examples < clients:
             raise RunError(
-                f"the sum holds {decoded.examples} examples of {clients} clients, expected 1 of each or more"
+                f"the sum has {decoded.examples} examples of {clients} clients, expected at least 1 per client"
             )
         weights = decoded.examples / self._config.unit_weight
         sent, losses, reported = np.split(decoded.mean, [self._count, self._count + _LOSS_ELEMENTS])
@@ -384,7 +384,7 @@ class RingEncoder:
         )
 
     def _check_possible(self, total: RingVector, clients: int) -> None:
-        """Raises RunError if no vectors of so many clients have this sum; the ring could hold that of more."""
+        """Raises RunError if valid vectors of this number of clients cannot have this sum."""
         values = centered(total[: total.size - 2 * self._fixed.digits], self._config.bits)
         limit = clients * self._fixed.levels
         if (values > limit).any() or (values < -limit).any():

@@ -4,12 +4,12 @@ A client with n_i examples sends y_i = round(x_i n_i / u / step) and, in a few m
 
     mean = sum y_i step / sum (n_i / u)
 
-is weighted by examples while the server learns only the sums. u (`unit_weight`) is the number of examples that counts
-as weight 1 and is agreed by all: a typical client's number, such as the mean of the last round's sum.
+is weighted by examples while the server learns only the sums. u (`unit_weight`), the number of examples that counts as
+weight 1, is the same for all clients: a typical number of examples, such as the mean of the last round.
 
-The weight is multiplied before rounding. Rounding first and multiplying by an integer weight of 1..W in the ring would
-cost log2 W more bits per element, or a W times wider step at equal bits, whose rounding error the weight would then
-multiply. Here every client's error is below one step whatever its weight, and its weight is exact.
+Values are multiplied by the weight before rounding. Rounding first and multiplying by an integer weight of 1..W in the
+ring would cost log2 W more bits per element, or multiply the rounding error at equal bits. Here every client's error is
+below one step for any weight, and its weight is exact.
 
 With M levels on each side, |y_i| <= M and step = clip / M. N clients cannot overflow b bits while 2 N M < 2^b, and M is
 the largest that fits: at 12 bits and 10 clients 204 levels, where a whole number of value bits would give only 127.
@@ -19,9 +19,9 @@ within the range the mean is unbiased up to the draw's resolution of 2^-32 step.
 with variance at most step^2 / 4. With S = sum n_i / u, the mean's error is below N step / S and its standard deviation
 is at most sqrt(N) step / (2 S).
 
-With few levels this exceeds most values, which are small compared with the range. If error feedback keeps what rounding
-loses, values may be rounded to the nearest step instead: a round's sum is then biased, the sum over rounds is not, and
-the error never exceeds the values.
+With few levels this error exceeds most values, which are small compared with the range. If error feedback keeps the
+rounding error, values may be rounded to the nearest step instead: the sum of one round is then biased, the sum over
+rounds is not, and the error never exceeds the values.
 """
 
 import math
@@ -37,13 +37,13 @@ from tofu.secagg.masks import RingVector, SignedVector, Stream, centered, check_
 RealVector = npt.NDArray[np.floating]
 
 COUNT_BITS = 32
-"""Bits of a client's number of examples and of clipped values; their sums may be larger."""
+"""Bits of one client's number of examples, and of its number of clipped values; sums may be larger."""
 
 DRAW_BYTES = 4
 _DRAWS = 2.0 ** (8 * DRAW_BYTES)
 
 HEADROOM = 4.0
-"""Factor by which the range exceeds the largest mean value: single clients' values are larger than their mean."""
+"""Ratio of the range to the largest mean value, because the values of single clients exceed their mean."""
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,8 @@ class FixedPoint:
         Args:
             values: finite.
             examples: 1 to 2^32 - 1.
-            seed: 32 bytes that seed the rounding, so that a run can be repeated; b"" draws a seed. Rounding protects
-                nothing; the masks do, and they are never repeatable.
+            seed: 32 bytes that seed the rounding, so that a run can be repeated; b"" draws a seed. Privacy does not
+                depend on it: the masks use fresh randomness.
             nearest: number of leading values that are rounded to the nearest step; all others are rounded
                 stochastically.
 
@@ -187,7 +187,7 @@ class FixedPoint:
         return Decoded(summed / (examples / self.unit_weight), examples, self._count_from(total[-self.digits :]))
 
     def _rounded(self, relative: npt.NDArray[np.float64], draws: Stream) -> SignedVector:
-        """Values in units of the range -> steps, clipped and stochastically rounded."""
+        """Clip values in units of the range, and round them stochastically to whole steps."""
         inside = np.clip(relative, -1, 1) * self.levels
         down = np.floor(inside)
         up = draws.words(inside.size, DRAW_BYTES) < (inside - down) * _DRAWS

@@ -1,4 +1,4 @@
-"""The graph of neighbors, the threshold of those that must answer until the end, and the terms that all agree on.
+"""The graph of neighbors, the threshold of neighbors that must complete the session, and the terms of a session.
 
 Bell, Bonawitz, Gascon, Lepoint, Raykova, "Secure Single-Server Aggregation with (Poly)Logarithmic Overhead", CCS 2020,
 section 3: few clients form a complete graph; many are arranged in random order on a ring, each with its k/2 nearest on
@@ -40,15 +40,15 @@ from tofu.secagg.shamir import MAX_SHARES
 from tofu.settings.groups import SecureSettings
 
 COMPLETE_UP_TO = 32
-"""Number of clients up to which the graph is complete: a sparse graph would save almost nothing."""
+"""Maximum number of clients of a complete graph; below it a sparse graph would save almost nothing."""
 
 _COMPLETE_WITH_IDENTITIES = 256
-"""The same if the server may be malicious: a sparse graph then guarantees less."""
+"""The same with identities, that is, against a malicious server, where a sparse graph guarantees less."""
 
 
 @dataclass(frozen=True)
 class Topology:
-    """The number of neighbors of each client, and how many of them must answer until the end.
+    """The number of neighbors of each client, and how many of them must complete the session.
 
     Attributes:
         neighbors: d, of every client; even, or the number of all other clients.
@@ -110,16 +110,16 @@ def choose_topology(
     """Choose the smallest graph that is secure and that completes.
 
     Bell et al., section 3.3: around the random ring a client's neighbors are a draw without replacement, so the number
-    of colluding clients (or dropouts) among them is hypergeometric; the bounds hold for all clients at once, by the
-    union bound. With c and l exceeded only with those probabilities, t = floor(d/2) + c + 1 and the
-    smallest d with d - l >= t is taken. For a complete graph, c and l are all of them, without probabilities.
+    of colluding clients (or dropouts) among them is hypergeometric. c and l are the numbers of colluding clients and of
+    dropouts that no client's neighbors exceed, except with the given probabilities (by the union bound). The result has
+    t = floor(d/2) + c + 1 and the smallest d with d - l >= t. In a complete graph c and l count all clients.
 
     Args:
         clients: n.
         dropout: fraction of the clients that may drop out anywhere in the session.
         corrupted: fraction of the clients that may collude with the server.
-        security_bits: more colluding neighbors than the threshold allows with probability at most 2^-security_bits.
-        correctness_bits: too many dropouts around a client with probability at most 2^-correctness_bits.
+        security_bits: P[too many colluding neighbors for the threshold] <= 2^-security_bits.
+        correctness_bits: P[too many dropouts among a client's neighbors] <= 2^-correctness_bits.
         complete_up_to: clients up to which the graph is complete.
 
     Raises:
@@ -173,7 +173,7 @@ def _exceeded(population: int, marked: int, draws: int, tries: int, bits: int) -
 
 SESSION_BYTES = 16
 DIGEST_BYTES = 16
-"""Of an advert. Two adverts with one digest are useless to the client that found them, because both are its own."""
+"""Size of an advert's digest. A collision is of no use to the client that finds it: both adverts are its own."""
 
 PURPOSE_BYTES = 32
 
@@ -219,8 +219,8 @@ class Terms:
         values: elements of each client's vector.
         neighbors: d, of every client.
         members: digests of all adverts in rising order. A client's number in this session is its index here.
-        purpose: digest of what gives the vectors their meaning. It enters every key and mask, so that a server cannot
-            give all clients but one a purpose for which their vectors are almost zero.
+        purpose: digest of the inputs that determine the vectors, such as settings and global weights. It enters every
+            key and mask, so that a server cannot send one client other inputs and single out its vector.
     """
 
     session: Session

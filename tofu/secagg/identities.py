@@ -1,7 +1,7 @@
 """Long-term identities: Ed25519 keys (RFC 8032) that sign a client's messages, so that a server cannot forge them.
 
-Bonawitz et al., CCS 2017, section 6.2: signatures protect from a malicious server, and need a list of public keys by
-name that every client received by another way than through that server.
+Bonawitz et al., CCS 2017, section 6.2: signatures protect from a malicious server, if every client has a list of all
+public keys by name that did not come from that server.
 """
 
 import json
@@ -22,7 +22,7 @@ PUBLIC_BYTES = 32
 ADVERT = b"tofu secagg 1 advert"
 SURVIVORS = b"tofu secagg 1 survivors"
 HELLO = b"tofu secagg 1 name"
-"""Of a node that introduces itself under a client's name."""
+"""Purpose of the signature by which a node proves its client's name."""
 
 
 @dataclass(frozen=True)
@@ -97,4 +97,4 @@ def verify(known: Mapping[str, bytes], name: str, signature: bytes, purpose: byt
     try:
         Ed25519PublicKey.from_public_bytes(known[name]).verify(signature, fields(purpose, *parts))
     except InvalidSignature as error:
-        raise PayloadError(f"{name} did not sign this {what}: the signature does not fit") from error
+        raise PayloadError(f"{name} did not sign this {what}: the signature is invalid") from error

@@ -94,7 +94,7 @@ def agree(secret: bytes, public: bytes, purpose: bytes, terms: bytes, parties: t
     Args:
         secret: our secret key.
         public: the other's public key.
-        purpose: of the bytes.
+        purpose: what the bytes are used for.
         terms: digest of the session's terms, which include run and round (`tofu.secagg.graph`).
         parties: digests of the two adverts: sorted if both directions use the same bytes, otherwise sender first.
 
@@ -114,7 +114,7 @@ class Stream:
     """A stream of uniform words generated from a seed.
 
     Args:
-        seed: 32 bytes, which must not be used for anything else.
+        seed: 32 bytes, used for nothing else.
     """
 
     def __init__(self, seed: bytes) -> None:
@@ -145,15 +145,15 @@ def word_bytes(bits: int) -> int:
 
 
 def commitment(seed: bytes, digest: bytes, sender: str, receiver: str) -> bytes:
-    """Commit to a self-mask seed in a session -> 12 bytes, others for each receiver.
+    """Commit to a self-mask seed -> the nonce (12 bytes) of the sender's message to one receiver.
 
-    A client encrypts one message for each neighbor, under a key that serves only for it, so the nonce may be any value:
-    it is this hash of the sender's seed. A seed that the server reconstructs must give the nonces of all its neighbors.
-    So a wrong share does not corrupt a sum unnoticed, and no byte is added. (A mask key needs no commitment: its public
-    key is one.) The seed has 256 random bits, so that its hashes say nothing about it that could be computed.
+    Each message is encrypted under a key of its own, so its nonce may be any value; a hash of the sender's seed costs
+    no extra byte. The server compares a reconstructed seed with the nonces that its owner sent, and so detects wrong
+    shares. A mask key needs no commitment, because its public key is one. The hashes do not reveal the seed, which has
+    256 random bits.
 
     Args:
-        digest: of the session's terms.
+        digest: digest of the session's terms.
     """
     parts = fields(b"tofu secagg 1 commitment", digest, sender.encode(), receiver.encode(), seed)
     return hashlib.sha256(parts).digest()[:NONCE_BYTES]

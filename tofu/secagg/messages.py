@@ -1,4 +1,4 @@
-"""The messages between clients and server, as bytes. Little-endian; every field is checked when it is read.
+"""The byte formats of the messages between clients and server. Little-endian; every field is checked when it is read.
 
 Every message except the advert, which is made before its session, starts with a head and continues as documented in
 its class; "each" means a list, preceded by its length (2 bytes). The head:
@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from tofu.bytes_io import MAX_BITS
+from tofu.bytes_io import MAX_BITS, ByteReader
 from tofu.errors import PayloadError
 from tofu.secagg.graph import DIGEST_BYTES, PURPOSE_BYTES, SESSION_BYTES, Session, Terms, advert_digest
 from tofu.secagg.identities import SIGNATURE_BYTES
@@ -48,7 +48,7 @@ def entries(values: Mapping[int, bytes]) -> bytes:
     return COUNT.pack(len(values)) + b"".join(COUNT.pack(peer) + value for peer, value in sorted(values.items()))
 
 
-class Reader:
+class Reader(ByteReader):
     """Reads a message from its start; every method raises PayloadError if the bytes are malformed.
 
     Args:
@@ -57,33 +57,17 @@ class Reader:
     """
 
     def __init__(self, data: object, kind: int) -> None:
-        if not isinstance(data, bytes):
-            raise PayloadError(f"{NAMES[kind]} is {type(data).__name__}, expected bytes")
-        self._data = data
-        self._at = 0
+        super().__init__(data, NAMES[kind])
         self._kind = kind
-
-    @property
-    def left(self) -> int:
-        return len(self._data) - self._at
-
-    def take(self, size: int) -> bytes:
-        if size > self.left:
-            raise PayloadError(f"{NAMES[self._kind]} ends early: {self.left} bytes are left, expected {size}")
-        self._at += size
-        return self._data[self._at - size : self._at]
-
-    def unpack(self, layout: struct.Struct) -> tuple[int, ...]:
-        return layout.unpack(self.take(layout.size))
 
     def kind(self, version: int, kind: int) -> None:
         if version != VERSION:
-            raise PayloadError(f"{NAMES[self._kind]} has version {version}, expected version {VERSION}")
+            raise PayloadError(f"{self._what} has version {version}, expected version {VERSION}")
         if kind != self._kind:
-            raise PayloadError(f"message is of kind {kind}, expected {self._kind} ({NAMES[self._kind]})")
+            raise PayloadError(f"message is of kind {kind}, expected {self._kind} ({self._what})")
 
     def head(self) -> tuple[Session, int]:
-        version, kind, round_, id_, client = HEAD.unpack(self.take(HEAD.size))
+        version, kind, round_, id_, client = self.unpack(HEAD)
         self.kind(version, kind)
         return Session(round_, id_), client
 
@@ -95,14 +79,10 @@ class Reader:
         for _ in range(count):
             (peer,) = self.unpack(COUNT)
             if peer <= before:
-                raise PayloadError(f"{NAMES[self._kind]} has client {peer} after {before}, expected rising order")
+                raise PayloadError(f"{self._what} has client {peer} after {before}, expected rising order")
             before = peer
             result[peer] = self.take(size)
         return result
-
-    def finish(self) -> None:
-        if self.left:
-            raise PayloadError(f"{NAMES[self._kind]} is followed by {self.left} unexpected bytes")
 
 
 MAX_NAME_BYTES = 64
@@ -150,8 +130,7 @@ class Advert:
         """Raises PayloadError if the bytes are malformed, or a key has low order."""
         reader = Reader(data, ADVERT)
         reader.kind(*reader.unpack(KIND))
-        (length,) = reader.unpack(_BYTE)
-        name, mask_key, share_key = reader.take(length), reader.take(KEY_BYTES), reader.take(KEY_BYTES)
+        name, mask_key, share_key = reader.prefixed(_BYTE), reader.take(KEY_BYTES), reader.take(KEY_BYTES)
         signature = reader.take(SIGNATURE_BYTES) if reader.left else b""
         reader.finish()
         try:
@@ -208,7 +187,7 @@ class Roster:
         threshold, bits, values, neighbors, count, members = reader.unpack(_ROSTER)
         purpose = reader.take(PURPOSE_BYTES)
         digests = tuple(reader.take(DIGEST_BYTES) for _ in range(members))
-        adverts = tuple(Advert.from_bytes(reader.take(*reader.unpack(_BYTE))) for _ in range(count))
+        adverts = tuple(Advert.from_bytes(reader.prefixed(_BYTE)) for _ in range(count))
         reader.finish()
         if not 1 <= bits <= MAX_BITS:
             raise PayloadError(f"roster has a ring of {bits} bits, expected 1 to {MAX_BITS}")
@@ -262,7 +241,7 @@ class Masked:
         """Raises PayloadError if the bytes are malformed. The terms determine the length of `packed`."""
         reader = Reader(data, MASKED)
         session, client = reader.head()
-        return Masked(session, client, reader.take(reader.left))
+        return Masked(session, client, reader.rest())
 
 
 @dataclass(frozen=True)

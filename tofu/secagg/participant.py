@@ -1,4 +1,4 @@
-"""What a client knows before any session, and its validation of a roster.
+"""A client's name, keys and limits, which hold for all sessions of a run, and its validation of a roster.
 
 Bonawitz et al., CCS 2017, figure 4, ShareKeys: a client continues only if there are enough other clients, all keys are
 different and, against a malicious server, each key is signed by the client that owns it.
@@ -25,8 +25,8 @@ class Participant:
         known: name -> Ed25519 public key of every client, not received from the server; None without identities.
         min_neighbors: sessions with fewer neighbors are refused.
         max_colluding: c, the number of neighbors that may collude with the server; lower thresholds are refused.
-        colluding: the fraction of a session's clients that may collude, by the run's settings; c is at least what
-            follows from it (`tofu.secagg.graph.min_threshold`).
+        colluding: fraction of a session's clients that may collude, by the run's settings; the threshold must be at
+            least `tofu.secagg.graph.min_threshold` for it.
 
     Raises:
         SettingError: identity and known keys are not given together, or contradict each other.
@@ -57,12 +57,12 @@ class Participant:
         return self.identity.sign(purpose, self.run, *parts) if self.identity else b""
 
     def verify(self, name: str, signature: bytes, purpose: bytes, *parts: bytes) -> None:
-        """Raises PayloadError if the run has identities and that client did not sign the parts for this run."""
+        """Raises PayloadError if the run has identities and the named client did not sign the parts for this run."""
         if self.known is not None:
             verify(self.known, name, signature, purpose, self.run, *parts)
 
     def check_roster(self, roster: Roster, own: Advert) -> None:
-        """Raises PayloadError if a roster fails validation; the message names the client that is to blame, if any.
+        """Raises PayloadError if a roster fails validation; the error names the client at fault, if there is one.
 
         Args:
             roster: as received.

@@ -9,8 +9,8 @@ over pairs u, v of neighbors. Masked vectors are added as they arrive; only thei
 
 Each stage accepts one message from each remaining client and ends when the caller asks for the messages of the next
 stage; clients that have not answered by then have dropped out. A message that is late, repeated or from an unknown
-client raises PayloadError, which names the client, and changes nothing. The caller states the sender, as the transport
-knows it.
+client raises PayloadError, which names the client, and changes nothing. The caller gives the name of the sender, which
+the transport must authenticate.
 """
 
 import os
@@ -59,7 +59,7 @@ class ServerSession:
         bits: of the ring.
         known: name -> Ed25519 public key if clients have identities. Adds the stage ConsistencyCheck, and refuses
             messages without a valid signature before they reach the neighbors. The clients check independently.
-        purpose: digest of what gives the vectors their meaning (`Terms.purpose`).
+        purpose: digest of the inputs that determine the vectors (`Terms.purpose`).
 
     Raises:
         SettingError: the ring or a public key is not usable.
@@ -188,11 +188,11 @@ class ServerSession:
 
     @property
     def has_enough(self) -> bool:
-        """Whether the masked vectors that arrived suffice to go on without the others."""
+        """Whether enough masked vectors have arrived to continue without the others."""
         return self._missing(self._masked) <= 0
 
     def survivors(self) -> dict[str, bytes]:
-        """Close MaskedInputCollection -> `Survivors` for each survivor, to sign or, without identities, to unmask.
+        """Close MaskedInputCollection -> `Survivors` for each survivor, which signs it, or unmasks without identities.
 
         Raises:
             RunError: too few clients are left for the threshold. No client has revealed anything.
@@ -291,7 +291,7 @@ class ServerSession:
         return self._numbers[name]
 
     def _check_enough(self, active: Iterable[int], did: str) -> None:
-        """Every client that sent shares must have at least a threshold of neighbors that are still active."""
+        """Raises RunError unless each client that sent shares has at least `threshold` active neighbors."""
         still = set(active)
         if (missing := self._missing(still)) > 0:
             self._stage = Stage.DONE
@@ -302,7 +302,7 @@ class ServerSession:
         return max((threshold - len(still & set(self._neighbors[one])) for one in self._shared), default=threshold)
 
     def _reconstructed(self, number: int) -> bytes:
-        """Reconstruct the secret of a client of which its neighbors revealed shares. Raises RunError if that fails."""
+        """Reconstruct a client's secret from its neighbors' shares. Raises RunError if that fails."""
         # The index of a share is its holder's position among the neighbors.
         peers = dict(enumerate(self._neighbors[number], start=1))
         shares = {index: self._reveals[peer][number][1] for index, peer in peers.items() if peer in self._reveals}
@@ -310,16 +310,18 @@ class ServerSession:
         found = reconstruct(shares, self._terms.threshold, lambda secret: self._is_committed(number, secret))
         if found is None:
             raise RunError(
-                f"shares of {owner}'s secret do not reconstruct it: it gave out wrong ones, or several of its "
+                f"shares of {owner}'s secret do not reconstruct it: {owner} sent wrong shares, or several of its "
                 f"{len(shares)} neighbors revealed wrong ones"
             )
         for index in found[1]:
             holder = self._order[peers[index]].name
-            self._wrong[holder] = f"its share of {owner}'s secret is wrong: {holder} changed it, or {owner} gave it so"
+            self._wrong[holder] = (
+                f"its share of {owner}'s secret is wrong: {holder} changed it, or {owner} sent a wrong one"
+            )
         return found[0]
 
     def _is_committed(self, number: int, secret: bytes) -> bool:
-        """Whether this is the secret of a client that it sent shares of."""
+        """Whether a secret is the one that the client shared, by its public mask key or by its commitments."""
         if number not in self._masked:
             return public_key(secret) == self._order[number].mask_key
         name = self._order[number].name

@@ -7,10 +7,10 @@ i = 1 to 255. From shares of indices x_1, ..., x_t, with + and - both XOR,
 
 Any threshold - 1 shares are uniform, whatever the secret. A modified share yields another secret and no error.
 
-This is written here because of its speed (about 130 times): pycryptodome's sharing over GF(2^128) computes bit by bit
-with Python integers, and took most of a session's time with the 150 neighbors of a client among 1,000. Here the field
-is that of AES, with a table of all products. Neither runs in constant time; an attacker who can time a client's cache
-lines can read its memory more easily.
+This implementation is about 130 times faster than pycryptodome's, which computes over GF(2^128) bit by bit with Python
+integers and took most of the time of a session with 1,000 clients and 150 neighbors each. Here the field is that of
+AES, with a table of all products. Neither runs in constant time; an attacker who can measure the timing of a client's
+cache has easier ways to read its memory.
 """
 
 import os
@@ -31,7 +31,8 @@ MAX_SHARES = 255
 Bytes = npt.NDArray[np.uint8]
 
 _TRIES = 300
-"""With 31 neighbors, a threshold of 19 and 3 wrong shares, one subset in 20 has none: all fail once in five million."""
+"""Number of random subsets that are tried. With 31 shares, a threshold of 19 and 3 wrong shares, one subset in 20 has
+no wrong share, so all 300 fail with probability 2e-7."""
 
 _ORDER = 255
 _POLYNOMIAL = 0x11B  # x^8 + x^4 + x^3 + x + 1, of FIPS 197, section 4.2
@@ -85,8 +86,8 @@ def reconstruct(
         is_valid: whether these 32 bytes are the secret.
 
     Returns:
-        The secret and the indices of wrong shares, of which none are looked for if the first shares yield the secret;
-        None if no subset that was tried does.
+        The secret and the indices of wrong shares; no wrong shares are searched for if the lowest indices yield the
+        secret. None if no subset that was tried yields it.
     """
     secret = combine(shares, threshold)
     if is_valid(secret):

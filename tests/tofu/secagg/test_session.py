@@ -243,7 +243,7 @@ def test_wrong_shares_are_laid_to_their_holder_and_the_sum_is_right(
     # Where the first shares happen to be right, nobody looks for wrong ones.
     assert set(total.wrong) in (set(liars), set())
     for name, reason in total.wrong.items():
-        assert reason == f"its share of client-6's secret is wrong: {name} changed it, or client-6 gave it so"
+        assert reason == f"its share of client-6's secret is wrong: {name} changed it, or client-6 sent a wrong one"
 
 
 def test_a_corrupt_sum_is_noticed_even_if_nobody_can_say_whose_share_was_wrong() -> None:
