@@ -1,4 +1,4 @@
-"""Compressors: an update as bytes and back. One file each; `compressors` finds them by name.
+"""Compressors, which encode updates as bytes and decode them. One file each; `compressors` finds them by name.
 
 A new compressor is one file in this folder whose class subclasses `base.Compressor` and is decorated with
 `@compressors.register("name")`, or a class anywhere that a user selects as `package.module:Class`.
@@ -27,7 +27,7 @@ def make_compressor(
     """The compressor with a registered name, or of a class given as `package.module:Class`.
 
     Args:
-        reference: a model like those of the run; it fixes the sizes.
+        reference: the run's model, or one with equal shapes.
         ratio: float32 bytes of an update over bytes of its payload, header included.
 
     Raises:
@@ -67,7 +67,7 @@ def downlink_compressor(settings: Settings, reference: "ReferenceModel") -> "Com
 
 
 def _usable(name: str, reference: "ReferenceModel") -> str:
-    """The compressor's name; "sparse" if it differentiates the model but nothing says how the model is called."""
+    """The name; "sparse" if the compressor differentiates the model but no `ModelCall` is known."""
     from tofu.reference_model import NEEDS_CALL
 
     return "sparse" if name in NEEDS_CALL and not reference.call.inputs else name

@@ -1,4 +1,4 @@
-"""The base classes of compressors, and what they share: the bytes of buffers, sizes, and checks at both ends."""
+"""Base classes of compressors, the byte format of buffers, and checks that several compressors share."""
 
 import dataclasses
 import math
@@ -29,8 +29,8 @@ class CompressedUpdate:
 
     Attributes:
         body: the bytes to send.
-        decoded: what the receiver decodes from them, over all tensors of the param_spec.
-        memory: what the compressor needs back at its next call for the same sender (b"" for nothing).
+        decoded: the update that the receiver decodes, over all tensors of the param_spec.
+        memory: state that the compressor needs in its next call for the same sender (b"" for none).
         evals: number of evaluations of an iterative encoder's objective (0 for others).
     """
 
@@ -46,9 +46,9 @@ class PayloadContent:
 
     Attributes:
         parts: name of each part -> its bytes, in the order of the body.
-        proxy_shape: number of proxies, then the shape of one (of several inputs, all values in a row); (0,) without.
+        proxy_shape: number of proxies, then the shape of one (`ProxyCode.shape`); (0,) without proxies.
         proxies: the proxies, or None if there are none or no body was given.
-        settings: how the proxies decode.
+        settings: how to decode the proxies.
     """
 
     parts: Mapping[str, int]
@@ -58,16 +58,15 @@ class PayloadContent:
 
 
 class Compressor(ABC):
-    """Turns an update into bytes and back. State is passed in and returned; an instance holds settings only.
+    """Encodes updates as bytes and decodes them. An instance holds settings only; state is passed in and returned.
 
     Args:
-        reference: a model like those of the run; its param_spec and input shape fix the sizes.
+        reference: the run's model, or one with equal shapes.
         ratio: float32 bytes of an update over bytes of its payload, header included.
-        options: the run's options; a compressor ignores those that it has no use for.
+        options: the run's options; a compressor ignores those that it does not need.
 
     Attributes:
-        name: the name that selects it. The decorator `compressors.register` sets it; otherwise it is the class name in
-            lower case.
+        name: the name that selects it, set by `compressors.register`; by default the class name in lower case.
         code: number in a payload's header. Compressors outside this package share the default.
         has_own_gain: whether the compressor applies over-relaxation itself (`CompressorOptions`).
 
@@ -130,10 +129,10 @@ class Compressor(ABC):
         """Maximum length in bytes of a body for a model with this param_spec."""
 
     def check(self, reference: ReferenceModel) -> None:  # noqa: B027 (most compressors accept every model)
-        """Check before a run that the model allows what compressing needs. Raises SettingError if it does not."""
+        """Check before a run that the model supports this compressor. Raises SettingError if it does not."""
 
     def describe(self, body: bytes | None = None) -> PayloadContent | None:
-        """What a body consists of, or the largest body without one; None if the compressor cannot tell.
+        """The content of a body, or of the largest possible body without one; None if this is not implemented.
 
         Raises:
             PayloadError: the body cannot have been written with these settings.
@@ -142,10 +141,10 @@ class Compressor(ABC):
 
 
 class OverRelaxed(Compressor):
-    """Another compressor, with the parameters of what it decodes to multiplied by a gain w at both ends.
+    """Wraps a compressor; both ends multiply the parameters of its decoded updates by a gain w.
 
-    Buffers are statistics that no residual corrects, so they are not multiplied. An automatic gain is the last byte of
-    the body, b: w = 1 + b / 256.
+    Buffers are not multiplied, because they are statistics without a residual. An automatic gain is written as the last
+    byte b of the body, w = 1 + b / 256.
 
     Args:
         gain: w, or AUTOMATIC.
@@ -192,7 +191,7 @@ BUFFER_BITS = 8
 
 
 class BufferCode:
-    """The byte format of the differences of buffers, the same for every compressor so that the cost is the same.
+    """The byte format of the differences of buffers, which all compressors use.
 
     In the order of the param spec: one row of 8-bit integers with its bfloat16 scale for each float buffer (differences
     of means and variances), little-endian float32 for each integer buffer (the difference of a batch counter).
@@ -206,7 +205,7 @@ class BufferCode:
 
     @cached_property
     def _rows(self) -> dict[str, RowCode]:
-        """The format of each float buffer; one without values takes no bytes."""
+        """The format of each float buffer; empty ones are left out."""
         return {name: RowCode(1, n, BUFFER_BITS) for name, shape in self._shapes.items() if (n := shape.numel())}
 
     @property
@@ -254,8 +253,8 @@ def _finite(values: torch.Tensor, name: str) -> torch.Tensor:
 
 
 MAX_MAGNITUDE = 1e30
-"""Entries are clipped to this magnitude before encoding. No update comes near it, and below it no scale, sum or
-rotation of a compressor can overflow float32 or bfloat16."""
+"""Entries are clipped to this magnitude before encoding, so that no scale, sum or rotation of a compressor overflows
+float32 or bfloat16. Usable updates are far below it."""
 
 
 class FlatCompressor(Compressor):
@@ -268,7 +267,7 @@ class FlatCompressor(Compressor):
     and one byte less if over-relaxation is automatic.
 
     Args:
-        reference: a model like those of the run.
+        reference: the run's model, or one with equal shapes.
         ratio: float32 bytes of the update over bytes of the payload, header included.
         options: only `gain` is used.
 
@@ -321,16 +320,16 @@ class FlatCompressor(Compressor):
         return self._budget(param_spec)
 
     def _memory(self, data: bytes) -> bytes:
-        """What to remember of a body's data for the sender's next call."""
+        """The memory for the sender's next call, from the data of a body."""
         return b""
 
     @abstractmethod
     def _min_bytes(self, param_spec: ParamSpec) -> int:
-        """Length of the data that the compressor needs to send anything at all."""
+        """Minimum length of the compressor's own data."""
 
     @abstractmethod
     def _encode(self, vector: Tensor, param_spec: ParamSpec, generator: torch.Generator, memory: bytes) -> bytes:
-        """A finite float32 vector [d] as bytes, at most `_max_bytes` of them."""
+        """Encode a finite float32 vector [d] in at most `_max_bytes` bytes."""
 
     @abstractmethod
     def _decode(self, data: bytes, param_spec: ParamSpec) -> Tensor:
@@ -348,11 +347,7 @@ def check_finite(update: Weights) -> None:
 
 
 def checked_scales(scales: Tensor, what: str) -> Tensor:
-    """The scales, if all are finite and none is negative.
-
-    Raises:
-        PayloadError: one is not.
-    """
+    """Return the scales. Raises PayloadError if one is negative or not finite."""
     if not bool((torch.isfinite(scales) & (scales >= 0)).all()):
         raise PayloadError(f"{what} hold a scale that is negative or not finite")
     return scales

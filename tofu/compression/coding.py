@@ -1,14 +1,13 @@
-"""Integers as bits, positions as gaps in Golomb-Rice code, and tensors as few-bit integers: the codes of compressors.
+"""Codes of compressors: bit streams of integers, Golomb-Rice codes of positions, and quantized matrices.
 
 A stream of bits is a sequence of fields, each an array of integers in one of the codes below. A variable-length code
 stores its lengths (unary) separately from its digits, so the reader finds all lengths in one pass and all digits in
-another, without a loop over entries. The reader never allocates more than its own bits justify, whatever the bytes
-claim.
+another, without a loop over entries. The reader never allocates more memory than the length of the stream justifies.
 
 If each of d entries is sent with the same probability, the gaps between them are geometrically distributed, and
 Golomb's code (1966) is optimal for them; Rice's special case (1979) divides by a power of two, 2^b. The quotient of a
-gap is coded in unary and its remainder in b digits, about log2(d/k) + 1.5 bits per position. This is our own because it
-codes whole arrays at once; a range coder would save about 1 % (measured).
+gap is coded in unary and its remainder in b digits, about log2(d/k) + 1.5 bits per position. A range coder would save
+about 1 % (measured); this code handles whole arrays at once.
 """
 
 from dataclasses import dataclass
@@ -27,24 +26,24 @@ Bits = npt.NDArray[np.uint8]
 Integers = npt.NDArray[np.int64]
 
 MAX_DIGITS = 31
-"""Maximum digits of one integer: enough for any position and level, and sums cannot overflow 64 bits."""
+"""Maximum number of digits of one integer: enough for any position and level, without overflow of sums in 64 bits."""
 
 
 def unary(values: Integers) -> Bits:
-    """n >= 0 as n zeros and a one."""
+    """The unary code of integers n >= 0: n zeros and a one."""
     bits = np.zeros(int(values.sum()) + values.size, dtype=np.uint8)
     bits[np.cumsum(values + 1) - 1] = 1
     return bits
 
 
 def fixed(values: Integers, width: int) -> Bits:
-    """0 <= n < 2^width as `width` binary digits, lowest first."""
+    """The code of integers 0 <= n < 2^width as `width` binary digits, lowest first."""
     octets = values.astype("<i8").view(np.uint8).reshape(-1, 8)
     return np.unpackbits(octets, axis=1, count=width, bitorder="little").ravel()
 
 
 def gamma(values: Integers) -> Bits:
-    """n >= 1 in Elias' gamma code (1975): the number of digits after the leading one, in unary, then those digits."""
+    """The Elias gamma code (1975) of integers n >= 1: the number of digits after the first in unary, then these."""
     widths = _widths(values)
     entry, place = _places(widths)
     return np.concatenate([unary(widths), ((values[entry] >> place) & 1).astype(np.uint8)])
@@ -73,7 +72,7 @@ class BitReader:
         self._what = what
 
     def unary(self, count: int) -> Integers:
-        """Raises PayloadError if the stream ends before `count` integers."""
+        """Read what `unary` wrote. Raises PayloadError if the stream ends before `count` integers."""
         ones = np.flatnonzero(self._bits[self._at :])[:count]
         if ones.size < count:
             raise PayloadError(f"{self._what} end after {ones.size} of {count} entries")
@@ -81,14 +80,14 @@ class BitReader:
         return np.diff(ones, prepend=-1) - 1
 
     def fixed(self, count: int, width: int) -> Integers:
-        """Raises PayloadError if the stream ends before `count` integers."""
+        """Read what `fixed` wrote. Raises PayloadError if the stream ends before `count` integers."""
         digits = self._take(count * width).reshape(count, width)
         octets = np.zeros((count, 8), dtype=np.uint8)
         octets[:, : (width + 7) // 8] = np.packbits(digits, axis=1, bitorder="little")
         return octets.view("<i8").ravel().astype(np.int64)
 
     def gamma(self, count: int) -> Integers:
-        """Raises PayloadError if the stream ends early, or an integer has too many digits."""
+        """Read what `gamma` wrote. Raises PayloadError if the stream ends early, or an integer has too many digits."""
         widths = self.unary(count)
         if count and int(widths.max()) > MAX_DIGITS:
             raise PayloadError(f"{self._what} hold an integer of {int(widths.max()) + 1} digits")
@@ -98,7 +97,7 @@ class BitReader:
         return (np.int64(1) << widths) + low
 
     def finish(self) -> None:
-        """Raises PayloadError if more is left than the zeros that fill the last byte."""
+        """Raises PayloadError if anything but the padding of the last byte is left."""
         rest = self._bits[self._at :]
         if rest.size >= 8 or rest.any():
             raise PayloadError(f"{self._what} are followed by {rest.size} unexpected bits")
@@ -136,8 +135,8 @@ def write_positions(positions: Integers) -> list[Bits]:
 def positions_length(positions: Integers) -> int:
     """Number of bits of `write_positions`.
 
-    One more position never takes fewer bits: a gap g that is split into two gaps with a sum of g - 1 loses at most one
-    from its quotient and gains a terminating bit. So the size can be searched by bisection.
+    It never decreases when a position is added, so it can be searched by bisection: splitting a gap g into two gaps
+    with a sum of g - 1 removes at most one bit of the quotient and adds a terminating bit.
     """
     return PARAMETER_BITS + _best(_gaps(positions))[1]
 
@@ -146,7 +145,7 @@ def read_positions(reader: BitReader, count: int, length: int) -> Integers:
     """Decode `count` increasing positions below `length`.
 
     Raises:
-        PayloadError: there are more positions than entries, the stream ends early, or a position is out of range.
+        PayloadError: there are more positions than entries, a position is out of range, or the stream ends early.
     """
     if count > length:
         raise PayloadError(f"{count} positions, the update has {length} entries")
@@ -164,19 +163,19 @@ def read_positions(reader: BitReader, count: int, length: int) -> Integers:
 
 
 def by_magnitude(vector: Tensor, count: int) -> Integers:
-    """Positions of the `count` largest entries in magnitude, in descending order, ties by position; without zeros."""
+    """Positions of the `count` largest nonzero entries in magnitude, in descending order, ties by position."""
     magnitudes = vector.detach().abs()
     count = min(count, int(torch.count_nonzero(magnitudes)))
     if not count:
         return np.zeros(0, dtype=np.int64)
     threshold = magnitudes.kthvalue(magnitudes.numel() - count + 1).values
-    among = (magnitudes >= threshold).nonzero().flatten()  # only these are sorted: a few of millions
+    among = (magnitudes >= threshold).nonzero().flatten()  # sort only these few of millions
     order: Integers = among[torch.sort(magnitudes[among], descending=True, stable=True).indices].numpy()
     return order[:count]
 
 
 def max_fitting(order: Integers, *, value_bits: int, budget: int) -> int:
-    """The largest k such that the first k of `order` fit into `budget` bits, with `value_bits` for each value."""
+    """The largest k such that the first k positions of `order`, with `value_bits` each, fit into `budget` bits."""
     limit = min(order.size, max(0, budget // (value_bits + 1)))  # a gap takes at least one bit
     by_position = np.argsort(order[:limit])
     candidates = order[by_position]
@@ -205,7 +204,7 @@ def _gaps(positions: Integers) -> Integers:
 
 
 def _best(gaps: Integers) -> tuple[int, int]:
-    """The Rice parameter that takes the fewest bits, and their number, which is convex in the parameter."""
+    """The Rice parameter that takes the fewest bits, and the number of bits, which is convex in the parameter."""
     quotients = gaps
     best, min_size = 0, int(gaps.sum()) + gaps.size
     for parameter in range(1, MAX_DIGITS + 1):
@@ -238,8 +237,8 @@ def bfloat16_from(data: bytes, what: str) -> Tensor:
 class RowCode:
     """The byte format of a float matrix [rows, columns]: `bits` per value, one bfloat16 scale per row (none at 32).
 
-    Symmetric uniform quantization: q = round(v / s) with s = max|row| / (2^(bits-1) - 1). The scale as rounded to
-    bfloat16 is the one used, so its rounding only costs range. 32 bits means raw float32 and no scale.
+    Symmetric uniform quantization: q = round(v / s) with s = max|row| / (2^(bits-1) - 1). The
+    scale is rounded to bfloat16 before use, so its rounding only changes the range. 32 bits: raw float32 without scale.
     """
 
     rows: int

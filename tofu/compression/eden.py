@@ -2,8 +2,8 @@
 
 Vargaftik, Ben Basat, Portnoy, Mendelson, Ben-Itzhak, Mitzenmacher, "DRIVE: One-bit Distributed Mean Estimation",
 NeurIPS 2021, arXiv 2105.08339, and "EDEN: Communication-Efficient and Robust Distributed Mean Estimation for Federated
-Learning", ICML 2022, arXiv 2108.08842. Rotated by R, any x looks like a sample of a normal distribution, so with
-z = R x, n entries, and Q the nearest centroid of Lloyd's and Max's quantizer of the standard normal,
+Learning", ICML 2022, arXiv 2108.08842. After a random rotation R the entries of any x are nearly normally distributed.
+With z = R x of n entries and Q the nearest centroid of the Lloyd-Max quantizer of the standard normal distribution,
 
     q = Q(z sqrt(n) / |x|),    C(x) = s R^T q.
 
@@ -37,7 +37,7 @@ from tofu.weights import ParamSpec
 
 _SEED = struct.Struct("<Q")
 MAX_BITS = 8
-"""Per coordinate: at 8 bits only 0.00004 of |x|^2 is missed."""
+"""Maximum number of bits per coordinate; the error at 8 bits is 0.00004 |x|^2."""
 
 LLOYD_STEPS = 1000
 
@@ -102,7 +102,7 @@ def _head(param_spec: ParamSpec) -> int:
 
 
 def _draw(seed: int, length: int, more: int) -> tuple[Tensor, Tensor]:
-    """What both ends draw from the seed: the signs, and the subset of `more` coordinates as bool [length]."""
+    """Draw, at both ends, the signs and a subset of `more` coordinates, bool [length], from the seed."""
     generator = torch.Generator().manual_seed(seed)
     signs = random_signs(length, generator)
     subset = torch.zeros(length, dtype=torch.bool)
@@ -131,11 +131,10 @@ def _nearest(values: Tensor, bits: int) -> Tensor:
 
 @cache
 def centroids(bits: int) -> Tensor:
-    """The 2^bits increasing values that minimize the squared error for the standard normal (Max 1960; Lloyd 1982),
-    float32.
+    """The centroids of the Lloyd-Max quantizer of the standard normal: 2^bits increasing values, float32.
 
-    Lloyd's algorithm, started at the quantiles of a normal distribution with three times the variance, which are
-    optimal for many levels (Panter, Dite 1951).
+    They minimize the squared error (Max 1960; Lloyd 1982). Lloyd's algorithm starts at the quantiles of a normal
+    distribution with three times the variance, which are optimal for many levels (Panter, Dite 1951).
     """
     count = 1 << bits
     levels = math.sqrt(3) * torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)

@@ -1,5 +1,7 @@
-"""Error feedback: the compression error of a round is added to the next update (Seide et al. 2014; Karimireddy et al.,
-ICML 2019). It stays correct if a client misses rounds or if a reply does not reach the server.
+"""Error feedback: the compression error of a round is added to the next update.
+
+Seide et al. 2014; Karimireddy et al., ICML 2019. This implementation stays correct if a client misses rounds or if a
+reply does not reach the server.
 
 A reply can be lost after the client sent it. The client therefore keeps the residual and the decoded content of its
 last reply, and the server's next request names the last round whose reply it added. If that is another round, the
@@ -18,7 +20,7 @@ NEVER = -1
 
 @dataclass(frozen=True)
 class ErrorFeedback:
-    """What the server has not received from one client.
+    """The error-feedback state of one client.
 
     Attributes:
         residual: compression error, by name; empty before the first round.

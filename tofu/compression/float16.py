@@ -1,4 +1,4 @@
-"""Half precision: the update as float16, a ratio of nearly 2. Any compressor should do better.
+"""Half precision: the update as float16, a baseline with a ratio of nearly 2.
 
 Values beyond the range of float16, 65504, are clipped.
 """

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 MIN_PIECE = 256
-"""Entries of the shortest piece. For shorter pieces, a scale of 2 bytes each would cost more than the padding, and
-rotated entries are not close to normal."""
+"""Minimum number of entries of a piece. For shorter pieces, the 2 bytes of a scale would cost more than the padding,
+and rotated entries are not nearly normal."""
 
 
 @cache

@@ -77,7 +77,7 @@ class PowerSgd(FlatCompressor):
         return torch.cat([_product(matrices) for _, matrices in self._matrices(data, param_spec)])
 
     def _matrices(self, data: bytes, param_spec: ParamSpec) -> Iterator[tuple[str, list[Tensor]]]:
-        """For each tensor its name, and P^T and Q^T, or the tensor itself, or nothing if it is empty."""
+        """For each tensor its name, and P^T and Q^T, the tensor itself, or nothing if it is empty."""
         begin = 0
         for name, shape in param_spec.parameters.items():
             matrices = []
@@ -88,7 +88,7 @@ class PowerSgd(FlatCompressor):
 
     def _read_memory(self, memory: bytes, param_spec: ParamSpec) -> dict[str, Tensor]:
         """The last Q of each matrix, by name."""
-        if len(memory) != self._max_bytes(param_spec):  # none, or of another ratio or model: start from noise
+        if len(memory) != self._max_bytes(param_spec):  # none, or written for another ratio or model
             return {}
         try:
             return {name: m[1].T for name, m in self._matrices(memory, param_spec) if len(m) == 2}

@@ -1,4 +1,4 @@
-"""QSGD: stochastic rounding to whole multiples of a step, and a code for which zeros and ones are cheap.
+"""QSGD: stochastic rounding to multiples of a step, and a variable-length code of the levels.
 
 Alistarh, Grubic, Li, Tomioka, Vojnovic, "QSGD: Communication-Efficient SGD via Gradient Quantization and Encoding",
 NeurIPS 2017, arXiv 1610.02132. With u_i uniform on [0, 1) (the dither) and a step s,
@@ -8,16 +8,15 @@ NeurIPS 2017, arXiv 1610.02132. With u_i uniform on [0, 1) (the dither) and a st
 The paper's step is |x|_2 over an integer number of levels. Here it is as fine as the bytes allow: with fixed dither, a
 coarser step lowers every level, which takes no more bits, so bisection finds it.
 
-At high ratios the variance of s l is many times |x|^2, and error feedback around it would diverge. So the unit that is
-sent with the levels is not s but the one that minimizes the squared error, <x, l> / <l, l>, which makes C a
-contraction.
+At high ratios the variance of s l is many times |x|^2, and error feedback would diverge. Therefore the unit that is
+sent with the levels is not s but <x, l> / <l, l>, which minimizes the squared error and makes C a contraction.
 
 Data, little-endian:
 
     bytes  field
     4      k, number of nonzero levels
     4      the unit, float32
-    -      bits: their positions (`rice`), their magnitudes (Elias' gamma code), their signs (1 is negative)
+    -      bits: positions (`coding.write_positions`), magnitudes (Elias gamma code), signs (1 is negative)
 """
 
 import struct
@@ -44,7 +43,7 @@ from tofu.weights import ParamSpec
 
 _HEAD = struct.Struct("<If")
 MIN_STEP = 2.0**-24
-"""Smallest step, relative to the largest entry; float32 holds nothing finer."""
+"""Smallest step, relative to the largest entry: the resolution of float32."""
 
 BISECTIONS = 12
 
@@ -90,7 +89,7 @@ class Qsgd(FlatCompressor):
 
 
 def _levels(relative: npt.NDArray[np.float64], dither: npt.NDArray[np.float64], step: float) -> Integers:
-    """Magnitudes of the levels for |x| and a step in the same unit."""
+    """Magnitudes of the levels; |x| and the step are relative to the largest entry."""
     return (relative / step + dither).astype(np.int64)
 
 
@@ -100,7 +99,7 @@ def _length(positions: Integers, levels: Integers) -> int:
 
 
 def _finest_step(relative: npt.NDArray[np.float64], dither: npt.NDArray[np.float64], budget: int) -> float:
-    """The finest step whose levels fit into `budget` bits, to a part in 2^`BISECTIONS`.
+    """The finest step whose levels fit into `budget` bits, to a relative precision of 2^-`BISECTIONS`.
 
     Args:
         relative: |x| over the largest entry.

@@ -5,7 +5,7 @@ arXiv 1901.09847: for a tensor x of d entries
 
     C(x) = |x|_1 / d sign(x),    |x - C(x)|^2 = (1 - |x|_1^2 / (d |x|_2^2)) |x|_2^2.
 
-The error feedback is the one around every compressor. One bit per value: the ratio is near 32 for any lower setting.
+The error feedback is that of all compressors. With one bit per value the ratio is near 32, even if a lower one is set.
 
 Data: the magnitude of each tensor as bfloat16, then the signs (1 is negative).
 """

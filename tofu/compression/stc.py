@@ -8,14 +8,14 @@ entries of x in magnitude,
 
 mu also minimizes the squared error. Positions are Golomb-coded, as in the paper. The paper fixes k/d; here k minimizes
 the squared error among all k whose bytes fit, which maximizes k mu^2. At high ratios that is the largest k that fits;
-at low ones, more entries would only pull the one magnitude away from the others.
+at low ratios, more entries would lower the common magnitude and increase the error.
 
 Data, little-endian:
 
     bytes  field
     4      k
     4      mu, float32
-    -      bits: positions (`rice`), k signs (1 is negative)
+    -      bits: positions (`coding.write_positions`), k signs (1 is negative)
 """
 
 import struct

@@ -4,14 +4,14 @@ Zhou, Shi, Li, Yang, Sun, Li, "Communication-efficient Federated Learning with S
 for Faster Convergence", ICCV 2023, arXiv 2302.13562. With G the network's own gradient at samples of the input's size
 and soft labels, found from noise so that |cos(G, U)| is large, the update decodes to s G with s = |U| cos(G, U) / |G|.
 
-This is `tofu.codec` with the published method's settings, so only sizes are chosen here. Its objective, the fraction of
-|U|^2 that the best s G misses, is 1 - cos^2. Where the paper leaves something open, or we differ:
+This is `tofu.codec` with the settings of the published method; only sizes are chosen here. The objective of
+`tofu.codec` with one scale is 1 - cos^2. Choices that the paper does not specify, and differences:
 
 - Samples have 8 bits per pixel and label, as many as fit; if not even one fits, one sample of 4 bits. The paper sends
   float32. Samples have the input's size, up to a side of 1024.
 - Each sample has a weight of 2 bytes in the loss, which the paper does not have; for one sample it is part of s.
 - Up to 200 steps of Adam, and no penalty on the size of the samples.
-- The error feedback of the paper's method is the one around every compressor.
+- The error feedback is that of all compressors.
 """
 
 from dataclasses import replace
@@ -31,7 +31,7 @@ class ThreeSfc(ProxyCompressor):
     """Full-size samples through the network itself.
 
     Args:
-        reference: a model like those of the run.
+        reference: the run's model, or one with equal shapes.
         ratio: float32 bytes of the update over bytes of the payload, header included.
         options: `proxy_gain` applies; the method has its own encoder and no correction.
 

@@ -1,12 +1,12 @@
 """Top-k: the largest entries of an update, each with its position and a few bits of its value.
 
 Aji, Heafield, "Sparse Communication for Distributed Gradient SGD", EMNLP 2017, arXiv 1704.05021. Lin, Han, Mao, Wang,
-Dally, "Deep Gradient Compression", ICLR 2018, arXiv 1712.01887. Both accumulate what was not sent; here the error
-feedback around every compressor does. Both send values as floats, a poor use of bytes: at a ratio of 50, on an update
-of LeNet-5, 32 bits per value explain 0.54 of the variance, 8-bit integers 0.74, 4-bit ones 0.67, and a sign with one of
-four magnitudes 0.81 (of two 0.77, of eight 0.80). So a value is a sign and one of a few magnitudes, which minimize the
-squared error for these entries (Lloyd's algorithm). With more magnitudes fewer entries fit; their number is doubled
-from two until doubling explains no more of the update.
+Dally, "Deep Gradient Compression", ICLR 2018, arXiv 1712.01887. Both accumulate the entries that are not sent; here
+error feedback does that. Both send values as floats. At a ratio of 50, on an update of LeNet-5, float32 values explain
+0.54 of the variance, 8-bit integers 0.74, 4-bit integers 0.67, and a sign with one of four magnitudes 0.81 (of two
+0.77, of eight 0.80). So a value is sent as a sign and one of a few magnitudes, which minimize the squared error
+(Lloyd's algorithm). The number of magnitudes is doubled from two as long as that explains more of the update; with more
+magnitudes fewer entries fit.
 
 Data, little-endian:
 
@@ -14,7 +14,7 @@ Data, little-endian:
     4      k, the number of entries; as many of the largest as fit
     1      bits of a magnitude's index, b
     2 each 2^b magnitudes, bfloat16
-    -      bits: positions (`rice`), k signs (1 is negative), k indices of magnitudes
+    -      bits: positions (`coding.write_positions`), k signs (1 is negative), k indices of magnitudes
 """
 
 import struct
@@ -70,8 +70,7 @@ def min_bytes(length: int) -> int:
 
 
 def write_largest(vector: Tensor, budget: int) -> bytes:
-    """Encode the largest entries of a float vector [d] in at most `budget` bytes, with the best number of
-    magnitudes."""
+    """Encode the largest entries of a float vector [d] in at most `budget` bytes."""
     order = by_magnitude(vector, count=4 * budget)  # an entry takes at least two bits
     best = _entries(vector, order, 1, budget)
     for level_bits in range(2, MAX_LEVEL_BITS + 1):
@@ -138,8 +137,12 @@ def _entries(vector: Tensor, order: Integers, level_bits: int, budget: int) -> _
 
 
 def quantize_values(values: Tensor, level_bits: int) -> tuple[Integers, Integers, bytes, int, float]:
-    """Float values [k] as signs (1 is negative), indices of magnitudes, 2^level_bits magnitudes, level_bits, and the
-    part of |x|^2 that these explain."""
+    """Quantize float values [k].
+
+    Returns:
+        Signs (1 is negative), indices of magnitudes, 2^level_bits magnitudes, level_bits, and the explained part of
+        |x|^2.
+    """
     magnitudes = bfloat16_bytes(lloyd_magnitudes(values.abs(), 1 << level_bits))
     read = bfloat16_from(magnitudes, "magnitudes")
     codes = torch.bucketize(values.abs(), (read[1:] + read[:-1]) / 2)
@@ -152,7 +155,7 @@ def quantize_values(values: Tensor, level_bits: int) -> tuple[Integers, Integers
 def lloyd_magnitudes(values: Tensor, count: int) -> Tensor:
     """The `count` increasing magnitudes that nearly minimize the squared error for float values [k] >= 0 (Lloyd).
 
-    In one dimension the values of a magnitude are consecutive when sorted, and their mean is a difference of running
+    The values are sorted, so those that share a magnitude are consecutive and their mean is a difference of cumulative
     sums.
     """
     if not values.numel():

@@ -14,7 +14,7 @@ class Uncompressed(Compressor):
     """The update itself, four bytes per value."""
 
     code = 1
-    has_own_gain = True  # nothing is lost, so there is nothing to over-relax
+    has_own_gain = True  # there is no compression error to over-relax
 
     def compress(
         self, reference: ReferenceModel, update: Weights, *, generator: torch.Generator, memory: bytes = b""

@@ -1,4 +1,4 @@
-"""What a round is: its schedule, its steps on the client, the aggregation, the server's optimizer and the records.
+"""The parts of a round: schedule, client steps, aggregation, server optimizer and records.
 
 A new schedule, aggregator or server optimizer is a class or function decorated with `@schedules.register("name")`,
 `@aggregators.register("name")` or `@server_optimizers.register("name")`, or one anywhere that a user selects as

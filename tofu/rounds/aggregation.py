@@ -2,7 +2,7 @@
 
 The mean adds up updates as they arrive, in the memory of one model. The robust rules keep all updates of a round.
 Norms and distances are over the trainable parameters; buffers (BatchNorm's statistics) are aggregated by their median
-over clients. A secure sum shows no single update, so these rules apply to rounds whose updates the server decodes.
+over clients. Robust rules need single updates, so they cannot be used in secure rounds.
 """
 
 import math
@@ -23,10 +23,9 @@ _CARRY_BITS = 32
 class RunningMean:
     """The weighted mean of the updates added so far, independent of the order in which they arrived.
 
-    Sums of floats depend on their order. So each update, times its number of examples, is rounded to a multiple of
-    2^-34 and added as a 64-bit integer: such sums are exact. The rounding is far below float32's own. Before a sum
-    could overflow, its upper 32 bits move to a second integer, so that each client has the whole range to itself, and
-    one that sends huge values leaves no less of it to the others.
+    Sums of floats depend on their order. Therefore each update, times its number of examples, is rounded to a multiple
+    of 2^-34 (far below the precision of float32) and added as a 64-bit integer, which is exact. Before a sum could
+    overflow, its upper 32 bits move to a second integer, so the range of one client does not depend on the others.
 
     Attributes:
         examples: the sum of the weights.
@@ -42,11 +41,11 @@ class RunningMean:
         """Add an update with its number of examples.
 
         Raises:
-            PayloadError: the numbers are not finite or too large for the integers. Nothing is added.
+            PayloadError: a value is not finite or too large. Nothing is added.
         """
         sizes = [float(value.abs().max()) * examples for value in update.values() if value.numel()]
         largest = max(sizes, default=0.0)
-        # Python's max may pass over a NaN, so look at each.
+        # max() may skip a NaN, so check each value.
         if not all(map(math.isfinite, sizes)) or not largest < _LIMIT:
             raise PayloadError(
                 f"update times its {examples} examples reaches {largest:.3g}, more than can be added: training diverged"
@@ -67,7 +66,7 @@ class RunningMean:
         scale = self.examples * 2.0**_FRACTION_BITS
         if self._carries:
             self._carry()
-        # A carry is exact in float64, so that a sum with one is rounded once, as a sum without.
+        # Carries are exact in float64, so that all sums are rounded once.
         totals = {
             name: self._carries[name].double() * 2.0**_CARRY_BITS + low.double() if self._carries else low.double()
             for name, low in self._sums.items()
@@ -101,7 +100,7 @@ class Aggregator(ABC):
 
     @abstractmethod
     def add(self, update: Weights, examples: int) -> None:
-        """Add a client's update, name -> float32 tensor. Raises PayloadError if it cannot be added; it then is not."""
+        """Add a client's update, name -> float32 tensor. Raises PayloadError, and adds nothing, if it is unusable."""
 
     @abstractmethod
     def mean(self) -> Weights:
@@ -110,7 +109,7 @@ class Aggregator(ABC):
 
 @aggregators.register("mean")
 class Mean(Aggregator):
-    """The mean weighted by examples: no protection, and the memory of one model."""
+    """The mean weighted by examples. It is not robust, and takes the memory of one model."""
 
     def __init__(self, param_spec: ParamSpec, malicious: float) -> None:
         super().__init__(param_spec, malicious)
@@ -125,7 +124,7 @@ class Mean(Aggregator):
 
 
 class StoredUpdates(Aggregator):
-    """Keeps the updates; a subclass combines the parameters, as rows of a matrix."""
+    """Base of rules that keep all updates of a round and combine them as rows of a matrix."""
 
     def __init__(self, param_spec: ParamSpec, malicious: float) -> None:
         super().__init__(param_spec, malicious)
@@ -154,7 +153,7 @@ class StoredUpdates(Aggregator):
         """The aggregate [values] of updates [clients, values] with their examples [clients], all float64."""
 
     def tolerated(self, clients: int) -> int:
-        """The number of malicious clients among so many: at most the largest minority."""
+        """The number of malicious clients to tolerate: the configured fraction, but always a minority."""
         return min(math.ceil(self._malicious * clients), (clients - 1) // 2)
 
 
@@ -168,7 +167,7 @@ class NormClip(StoredUpdates):
 
 @aggregators.register("median")
 class Median(StoredUpdates):
-    """The median of each coordinate (Yin et al. 2018, arXiv 1803.01498, definition 1); every client counts alike."""
+    """The median of each coordinate (Yin et al. 2018, arXiv 1803.01498, definition 1); unweighted."""
 
     def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
         return _median(rows)
@@ -176,7 +175,7 @@ class Median(StoredUpdates):
 
 @aggregators.register("trimmed-mean")
 class TrimmedMean(StoredUpdates):
-    """The mean of each coordinate without its extremes (Yin et al. 2018, definition 2); every client counts alike."""
+    """The mean of each coordinate without its extremes (Yin et al. 2018, definition 2), unweighted."""
 
     def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
         cut = self.tolerated(len(rows))

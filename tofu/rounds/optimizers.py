@@ -15,8 +15,10 @@ from tofu.settings.groups import ServerSettings
 
 @server_optimizers.register("sgd")
 class ServerSGD:
-    """Adds the mean update, times server-lr: `torch.optim.SGD`, which imports torch's compiler when it is made, without
-    the seconds that this takes at the start of every server."""
+    """Adds the mean update, times server-lr.
+
+    Unlike `torch.optim.SGD` it does not import torch's compiler, which takes seconds at the start of a server.
+    """
 
     def __init__(self, parameters: Iterable[nn.Parameter], server: ServerSettings) -> None:
         self._parameters, self._lr = list(parameters), server.server_lr
@@ -29,16 +31,16 @@ class ServerSGD:
                 parameter.add_(parameter.grad, alpha=-self._lr)
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Remove the gradients."""
         for parameter in self._parameters:
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """There is no state."""
+        """Empty: the optimizer has no state."""
         return {"state": {}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to take over."""
+        """Does nothing: the optimizer has no state."""
 
 
 @server_optimizers.register("momentum")
@@ -55,6 +57,9 @@ def adam(parameters: Iterable[nn.Parameter], server: ServerSettings) -> torch.op
 
 @server_optimizers.register("ef21")
 def ef21(parameters: Iterable[nn.Parameter], server: ServerSettings) -> torch.optim.Optimizer:
-    """Adds the sum of all mean updates in every round (EF21): clients send the change of their direction
-    (`tofu.rounds.steps.SubtractDirection`). Of n clients only client-fraction changed theirs."""
+    """EF21: adds the sum of all mean updates in every round.
+
+    Clients send changes of their direction (`tofu.rounds.steps.SubtractDirection`), of which one round has the fraction
+    client-fraction.
+    """
     return torch.optim.SGD(parameters, lr=server.server_lr * server.client_fraction, momentum=1.0)

@@ -1,7 +1,7 @@
-"""Panels: what a plugin adds to the report of a run, as data. Reports draw it; a plugin needs no HTML.
+"""Panels: data that a plugin adds to the report of a run. The report draws it; a plugin writes no HTML.
 
 The server calls `Plugin.panel()` after each round and stores the panels of all plugins in panels.json. Everything a
-panel shows is visible to who reads the report: it must come from what the server already knows (broadcasts, sums).
+panel shows is visible to readers of the report, so it must be data that the server has (broadcasts, sums).
 
     def panel(self) -> Panel | None:
         return Panel(
@@ -71,7 +71,7 @@ class TableFigure:
 
 @dataclass(frozen=True)
 class ImageFigure:
-    """Gray images, each a tuple of rows of pixels; every image is stretched to its own range."""
+    """Gray images, each a tuple of rows of pixels; each image is scaled to its own range."""
 
     title: str
     images: tuple[tuple[tuple[float, ...], ...], ...]

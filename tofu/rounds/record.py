@@ -1,4 +1,4 @@
-"""The record of a run: what each round and the whole run did; the only schema of metrics.jsonl and summary.json.
+"""Records of rounds and of the whole run: the only schema of metrics.jsonl and summary.json.
 
 The server builds these dataclasses, observers receive them, and reports read them back. `to_dict` and the `read_*`
 functions are the only code that knows the JSON. Measurements that are missing, NaN or infinite are null in JSON and
@@ -69,7 +69,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class ClientRecord:
-    """What the server knows about one client's reply in an open round.
+    """Measurements of one client's reply in an open round.
 
     Attributes:
         explained_variance: of the decoded update, 1 - |decoded - update|^2 / |update|^2.
@@ -91,7 +91,7 @@ class ClientRecord:
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """What one round did: one line of metrics.jsonl. Round 0 is the evaluation before training.
+    """One round: one line of metrics.jsonl. Round 0 is the evaluation before training.
 
     Attributes:
         kind: "start", "proxy" (a compressed round), "fedavg" or "secure".
@@ -159,7 +159,7 @@ class RoundRecord:
 
     @property
     def label(self) -> str:
-        """What a round is called in front of a user: its compressor or its kind."""
+        """The name of the round in reports: its compressor or its kind."""
         return round_label(self.kind, self.compressor)
 
 
@@ -177,7 +177,7 @@ class Baseline:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a finished run did: summary.json.
+    """The summary of a finished run: summary.json.
 
     Attributes:
         rounds: number of rounds that were run.
@@ -230,7 +230,7 @@ _SPARSE = frozenset((
 
 
 def round_label(kind: str, compressor: str) -> str:
-    """What a round is called in front of a user.
+    """The name of a round in reports: its compressor or its kind.
 
     >>> round_label("proxy", "topk"), round_label("proxy", "my.module:Mine"), round_label("secure", "topk")
     ('topk', 'Mine', 'secure')

@@ -1,10 +1,10 @@
-"""A client's update on its way to the server, as a chain of small steps.
+"""The steps from a client's local update to its message: error feedback, clipping, noise, compression or masking.
 
-    AddResidual -> Clip -> AddNoise -> Compress | Mask -> KeepResidual
+    AddResidual -> Clip -> AddNoise -> Compress | EncodeInRing -> KeepResidual
 
 With server-optimizer=ef21, SubtractDirection and KeepDirection replace the first and the last.
-Every step takes an `Outgoing` and returns a new one. State that outlives the round (error feedback, the compressor's
-memory) enters and leaves with it; a step itself holds only settings.
+Every step takes an `Outgoing` and returns a new one, which also has the state that outlives the round (error feedback,
+the compressor's memory). A step itself holds only settings.
 """
 
 import dataclasses
@@ -28,15 +28,15 @@ from tofu.weights import ParamSpec, Weights
 
 @dataclass(frozen=True)
 class Outgoing:
-    """An update and what the chain has made of it.
+    """An update, and the results of the steps so far.
 
     Attributes:
-        update: what the server should receive, float32 by name.
-        feedback: what the server has not received yet; after the chain, of the next round.
-        memory: the compressor's memory of the client's last payload; after the chain, of this one.
-        decoded: what the server decodes from the client's message; empty until `Compress` or `Mask`.
+        update: the update to send, float32 by name.
+        feedback: the error-feedback state of this round; after the chain, of the next one.
+        memory: the compressor's memory after the client's last payload; after the chain, after this one.
+        decoded: the update that the server will decode; empty before `Compress` or `EncodeInRing`.
         body: the compressed bytes of an open round.
-        vector: the ring elements of a secure round, not masked yet.
+        vector: the ring elements of a secure round, before masking.
         clipped: whether `Clip` made the update shorter.
     """
 
@@ -69,11 +69,11 @@ def apply_steps(steps: Sequence[UpdateStep], outgoing: Outgoing) -> Outgoing:
 
 @dataclass(frozen=True)
 class AddResidual:
-    """Add what the server has not received (error feedback, Seide et al. 2014).
+    """Add the residual of earlier rounds (error feedback, Seide et al. 2014).
 
     Attributes:
         acknowledged: the last round whose reply of this client the server added, or -1.
-        fraction: fraction of the residual to keep; 0 drops all that was not delivered.
+        fraction: fraction of the residual to add; 0 drops it, and lost replies too.
     """
 
     acknowledged: int
@@ -120,7 +120,7 @@ class SubtractDirection:
 
 @dataclass(frozen=True)
 class KeepDirection:
-    """Remember the sum of all that the server received, after `SubtractDirection`.
+    """Keep the sum of the decoded updates, after `SubtractDirection`.
 
     Attributes:
         round: this round.
@@ -137,7 +137,7 @@ class KeepDirection:
 
 @dataclass(frozen=True)
 class Clip:
-    """Clip the update to an L2 norm, which bounds what one client can change (differential privacy).
+    """Clip the update to an L2 norm, which bounds the influence of one client (differential privacy).
 
     Raises:
         SettingError: the model has batch counters, which would dominate the norm.
@@ -168,7 +168,7 @@ class Compress:
 
     Attributes:
         generator: the only source of randomness.
-        uses_memory: whether the compressor is the one that the memory belongs to.
+        uses_memory: whether the memory was written by this compressor.
     """
 
     compressor: Compressor
@@ -211,7 +211,7 @@ class EncodeInRing:
 
 @dataclass(frozen=True)
 class KeepResidual:
-    """Remember what the server will not receive from this round's message.
+    """Keep the compression error as the residual of the next round.
 
     Attributes:
         round: this round.
