@@ -1,7 +1,7 @@
-"""Models by name, adapted to the images: channels, height, width and classes.
+"""Models by name, for images of a given shape and number of classes.
 
-Importing this package does not import torchvision, because every message of a deployment imports it. No built-in model
-has dropout.
+This package does not import torchvision, because client processes import it for every message. No built-in model has
+dropout.
 """
 
 from collections.abc import Callable, Mapping
@@ -54,8 +54,8 @@ def model_names() -> tuple[str, ...]:
 def build_model(name: str, shape: ImageShape, *, norm: str = "group", seed: int = 0) -> nn.Module:
     """Build a model that maps float32 [n, channels, height, width] to logits [n, classes], in training mode on the CPU.
 
-    A first layer scales up images that are too small for a model. The weights are a function of the arguments, also
-    if a factory draws them from the global generators of torch, numpy or Python, whose state is restored. Buffers that
+    A first layer scales up images that are too small for a model. The weights are a function of the arguments, even if
+    a factory draws them from the global generators of torch, numpy or Python, whose state is restored. Buffers that
     training does not change (masks, position tables) become non-persistent: they are neither sent nor averaged.
 
     Args:
@@ -149,7 +149,7 @@ def build_row_model(name: str, width: int, classes: int, *, vocabulary: int = 0,
 
 
 def build_seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """The model that `build` makes when the global generators have this seed; their state is restored."""
+    """Call `build` with the global generators at a seed, and restore their state."""
     with GlobalGenerators(seed):
         return build()
 
@@ -179,7 +179,7 @@ def _factory(name: str, sizes: Mapping[str, int]) -> Callable[[], nn.Module]:
 
 
 def _checked(model: nn.Module, name: str, inputs: torch.Tensor, classes: int) -> nn.Module:
-    """The model, in training mode. Its lazy layers draw their weights here, in the first forward pass."""
+    """Check a model by two forward passes, of which the first initializes lazy layers -> the model in training mode."""
     expected = [2, classes]
     takes = list(inputs.shape)
     model.eval()

@@ -1,4 +1,4 @@
-"""What a training pass of a new model shows: whether it can be trained, and which of its buffers change."""
+"""Checks of a user's model by forward passes: shapes, state outside of tensors, and buffers that training changes."""
 
 import sys
 from collections.abc import Callable
@@ -13,16 +13,16 @@ from tofu.rng import GlobalGenerators
 from tofu.weights import tensor_bits
 
 _COMPILED = "_orig_mod"
-"""Where the module that `torch.compile` returns has the one that it was given."""
+"""Attribute in which the result of `torch.compile` stores the original module."""
 
 
 def check_training(model: nn.Module, name: str, inputs: Tensor, classes: int) -> frozenset[str]:
     """Run a forward pass of two examples in training mode -> the names of the buffers that it changes.
 
-    The model is left in training mode, with the values that it had.
+    The model is left in training mode, with its values restored.
 
     Args:
-        inputs: [2, ...] zeros. Random numbers take the place of floating-point ones, so that statistics change.
+        inputs: [2, ...]; floating-point inputs are replaced by random numbers, so that statistics change.
 
     Raises:
         SettingError: the pass fails, changes its inputs, or its result is not a tensor [2, classes].
@@ -53,7 +53,7 @@ def check_training(model: nn.Module, name: str, inputs: Tensor, classes: int) ->
 
 @torch.no_grad()
 def changed_buffers(model: nn.Module, forward: Callable[[], object]) -> frozenset[str]:
-    """The names of the buffers that a pass in training mode changes; they get back the values that they had.
+    """The names of the buffers that a pass in training mode changes; their values are restored.
 
     Raises:
         SettingError: a buffer has another shape or type after the pass.
@@ -70,13 +70,11 @@ def changed_buffers(model: nn.Module, forward: Callable[[], object]) -> frozense
         if buffer.shape != before[key].shape or buffer.dtype != before[key].dtype:
             accepted = f"a model whose buffers keep their shapes and types ({key} does not)"
             raise SettingError("model", type(model).__name__, accepted)
-        if not torch.equal(
-            tensor_bits(buffer), tensor_bits(before[key])
-        ):  # values would not do: NaN differs from itself
+        if not torch.equal(tensor_bits(buffer), tensor_bits(before[key])):  # bits, because NaN != NaN
             changed.add(key)
             buffer.copy_(before[key])
     for prefix, module in model.named_modules():
-        if isinstance(module, _NormBase):  # a running mean of 0 may stay 0 in this pass
+        if isinstance(module, _NormBase):  # a running mean may stay 0 in this pass
             own = {f"{prefix}.{key}" if prefix else key for key in module._buffers}
             changed |= own if changed & own else set()
     return frozenset(changed)
@@ -84,10 +82,10 @@ def changed_buffers(model: nn.Module, forward: Callable[[], object]) -> frozense
 
 @torch.no_grad()
 def check_stateless(model: nn.Module, forward: Callable[[], object]) -> None:
-    """Check that equal passes in evaluation mode have equal outputs, which a state in Python attributes prevents.
+    """Check that the model has no state in Python attributes: two equal passes must have equal outputs.
 
-    Such a state is neither seeded nor sent, so the same run would not give the same weights. The model is left in
-    training mode, with the values that it had.
+    Such a state is neither seeded nor sent, so runs would not be reproducible. The model is left in training mode, with
+    its values restored.
 
     Args:
         forward: calls the model on two equal examples in every pass, and returns its output.
@@ -116,13 +114,13 @@ def check_stateless(model: nn.Module, forward: Callable[[], object]) -> None:
 
 
 def without_wrappers(model: nn.Module) -> nn.Module:
-    """The model itself, without `torch.nn.DataParallel` around it, `torch.compile` around parts, or sparse gradients.
+    """Remove `torch.nn.DataParallel`, `torch.compile` and sparse gradients from a model.
 
-    Compiled code would be compiled anew for every copy of a model and for every client, and has no second derivatives.
-    So functions that a user has compiled run as they were written, too, from now on in this process.
+    Compiled code would be compiled again for every copy of a model, and has no second derivatives. Therefore compiled
+    functions of the user also run eagerly from now on in this process.
 
     Raises:
-        SettingError: it is no module.
+        SettingError: it is not a module.
     """
     if not isinstance(model, nn.Module):
         raise SettingError("model", type(model).__name__, "a torch.nn.Module, or a function that returns one")
@@ -142,7 +140,7 @@ def without_wrappers(model: nn.Module) -> nn.Module:
 
 
 def drop_constant_buffers(model: nn.Module, changed: frozenset[str]) -> None:
-    """Make the buffers that training does not change non-persistent, so that they are not part of what is sent."""
+    """Make the buffers that training does not change non-persistent, so that they are not sent."""
     for prefix, module in model.named_modules():
         for key in module._buffers:
             if (f"{prefix}.{key}" if prefix else key) not in changed:

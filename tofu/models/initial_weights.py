@@ -1,4 +1,4 @@
-"""Initial weights of a run from a file: a checkpoint of one's own, pretrained weights, or the result of another run."""
+"""Initial weights of a run from a file: a checkpoint, pretrained weights, or the result of another run."""
 
 from collections.abc import Mapping
 from functools import lru_cache
@@ -13,10 +13,10 @@ _ACCEPTED = "a .safetensors file, a file of torch.save with a state dict, or the
 
 
 def fill(model: nn.Module, path: str) -> tuple[str, ...]:
-    """Copy the tensors of a file into a model, where name and shape are equal.
+    """Copy the tensors of a file into the tensors of a model with equal names and shapes.
 
-    A prefix "module." of `torch.nn.DataParallel` and a dictionary's key "state_dict" are understood. Pickled objects
-    other than tensors are refused.
+    The prefix "module." of `torch.nn.DataParallel` is removed, and a state dict may be under the key "state_dict".
+    Pickled objects other than tensors are refused.
 
     Returns:
         The names of the model's tensors that the file does not have in that shape, such as those of a new head.
@@ -60,7 +60,7 @@ def _tensors(path: str) -> Mapping[str, Tensor]:
 
 @lru_cache(maxsize=2)
 def _read(file: Path, changed: int, size: int) -> dict[str, Tensor]:
-    """The tensors of a file; it is read again only once it has changed, because clients build models in every round."""
+    """The tensors of a file, cached until it changes, because clients build models in every round."""
     del changed, size
     if file.suffix == ".safetensors":
         import safetensors.torch

@@ -1,4 +1,4 @@
-"""Small models that are built from torch alone."""
+"""Small models."""
 
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -12,10 +12,9 @@ _CHANNELS_PER_GROUP = 16  # Wu & He 2018, "Group Normalization", table 3
 
 
 class ChannelsLast(nn.Module):
-    """Convert images to channels_last memory format, in which the small cnn takes a third less time on CPUs.
+    """Converts images to the memory format channels_last, in which the small cnn takes a third less time on CPUs.
 
-    This is a layer of our own models only, because the layers that follow must not depend on the memory format, as
-    `Tensor.view` does.
+    Only our own models have this layer: later layers must not depend on the memory format, as `Tensor.view` does.
     """
 
     def forward(self, images: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Import torchvision with any build of torch: always `from tofu.models.torchvision_compat import torchvision`.
 
 The Linux wheel of torchvision is linked against CUDA. Its extension does not load with a CPU-only torch, and the import
-then fails with `operator torchvision::nms does not exist`. Models, transforms and datasets use none of the operators,
-so declaring their schemas is enough.
+then fails with `operator torchvision::nms does not exist`. Models, transforms and datasets do not use these
+operators, so declaring their schemas is enough.
 """
 
 from contextlib import suppress

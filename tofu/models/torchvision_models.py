@@ -1,4 +1,4 @@
-"""Models of torchvision, adapted to the images. torchvision is imported only when one of them is built."""
+"""Models of torchvision for images of a given shape. torchvision is imported when one of them is built."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Accounting: the epsilon that the rounds of a run have spent."""
+"""Privacy accounting: epsilon of the rounds of a run."""
 
 import math
 
@@ -23,7 +23,7 @@ class Accountant:
     for delta is tight (Balle & Wang, ICML 2018, theorem 8). Secure and proxy rounds are composed with each other.
 
     `epsilon` is against the server, which knows who takes part: it holds for any choice of clients. `model_epsilon` is
-    against those who see the models only, if each round's clients were drawn at random and in secret: sampling then
+    against observers of the models only, if each round's clients were drawn at random and in secret: sampling then
     amplifies privacy (Wang, Balle, Kasiviswanathan, "Subsampled Renyi Differential Privacy and Analytical Moments
     Accountant", AISTATS 2019, theorem 9).
 
@@ -73,7 +73,7 @@ class Accountant:
 
     @property
     def model_epsilon(self) -> float:
-        """Epsilon so far against those who see the models only; at most `epsilon`, and equal without secret samples."""
+        """Epsilon so far against observers of the models only: at most `epsilon`, and equal without secret sampling."""
         if all(len(key) == 2 for key in self._spent) or not math.isfinite(self.epsilon):
             return self.epsilon
         renyi = sum(rounds * _renyi_of(*key[1:]) for key, rounds in self._spent.items())

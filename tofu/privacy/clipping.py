@@ -1,4 +1,4 @@
-"""Clipping: bound the L2 norm of a client's update, which bounds the sensitivity of a sum of updates."""
+"""Clipping of the L2 norm of a client's update, which bounds the sensitivity of a sum of updates."""
 
 import math
 

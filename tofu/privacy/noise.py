@@ -1,8 +1,8 @@
 """Gaussian noise on a grid, from the operating system's cryptographic generator.
 
-The noise never comes from a run's seed, which all participants know: it is the only difference between two runs of one
-seed. Value and noise are integer multiples of one grid before they are added, because a sum of floats reveals its
-addends by its lowest bits (Mironov, CCS 2012). docs/privacy.md has the argument and what remains of float arithmetic.
+The noise does not depend on a run's seed, which all participants know, so two runs with one seed differ in it. Value
+and noise are rounded to integer multiples of one grid before they are added, because the lowest bits of a
+floating-point sum reveal its addends (Mironov, CCS 2012). docs/privacy.md has the argument.
 """
 
 import math
@@ -23,10 +23,10 @@ from tofu.weights import Weights
 Reals = npt.NDArray[np.float64]
 
 RANGE_DEVIATIONS = 6.0
-"""Standard deviations of the noise that a value's range must hold: one value in 5e8 exceeds it."""
+"""Minimum range of a value in standard deviations of its noise; one value in 5e8 exceeds it."""
 
 _FINE = 2.0**-20
-"""The grid, in units of a client's standard deviation, if no secure round prescribes one."""
+"""The default grid, in units of a client's standard deviation; secure rounds have a grid of their own."""
 
 _MIN_STEPS = 2.0  # minimum standard deviation in steps of the grid
 _ROUNDING_FAILS = 0.01  # beta of Kairouz et al.: probability that a rounding must be repeated
@@ -41,9 +41,9 @@ class Noise:
         multiplier: z; the noise of the sum has a standard deviation of z C, or slightly more (`deviation`).
         sharers: number of clients that share the noise of one sum: the minimum number of honest clients in any sum,
             which is the session's threshold minus the colluding clients. 1 if each client adds the full noise.
-        grid: power of 2 of which value and noise are integer multiples; 0 selects a grid too fine to matter.
-        count_fraction: fraction of the budget, of 1 / z^2, that is spent on the number of clipped clients. The update
-            then gets the rest, a noise of z / sqrt(1 - count_fraction), so that both together are as private as z.
+        grid: power of 2 of which value and noise are integer multiples; 0 selects a negligibly fine grid.
+        count_fraction: fraction of the budget 1 / z^2 for the number of clipped clients. The update then has the noise
+            multiplier z / sqrt(1 - count_fraction), so that both together are as private as z.
 
     Raises:
         SettingError: a field is not usable, or the grid is too coarse for the noise.
@@ -82,7 +82,7 @@ class Noise:
 
     @staticmethod
     def alone(privacy: PrivacySettings, norm: float) -> "Noise":
-        """All of the noise, for a client whose update the server sees, clipped to `norm`."""
+        """The full noise of a client whose update, clipped to `norm`, is not in a secure sum."""
         return Noise(norm, privacy.noise_multiplier, count_fraction=privacy.count_fraction)
 
     def on_ring(self, *, levels: int, values: int) -> "Noise":
@@ -95,7 +95,7 @@ class Noise:
             values: length of the vector that is sent.
 
         Raises:
-            SettingError: there are too few levels: the range of so coarse a grid cannot hold the noise it requires.
+            SettingError: there are too few levels for the range that the noise needs.
         """
         part = self._update_multiplier * self.norm / math.sqrt(self.sharers)
         grid = 2.0 ** math.ceil(math.log2((self.norm + RANGE_DEVIATIONS * part) / levels))
@@ -145,7 +145,7 @@ class Noise:
         return self._update_multiplier * rounded_norm(self.norm, self.grid, values) / math.sqrt(self.sharers)
 
     def value_bound(self, values: int) -> float:
-        """Magnitude that practically no noisy value exceeds, whatever the update was."""
+        """Magnitude that noisy values of any update exceed with negligible probability."""
         return self.norm + RANGE_DEVIATIONS * self.deviation(values)
 
     def add(self, update: Weights) -> Weights:

@@ -1,4 +1,4 @@
-"""The weights that clients hold and the steps that lead to them: both halves of a compressed downlink.
+"""The compressed downlink: the server sends steps, from which clients compute the weights of a round.
 
 With steps, the server's own weights differ from those that the clients hold. A round's step is their compressed
 difference, so what compression loses remains in the difference and is sent later. This is error feedback on the
@@ -37,7 +37,7 @@ class ResyncError(TofuError):
 
 @dataclass(frozen=True)
 class KeptWeights:
-    """The global weights of the client's last round, and their identity (`tofu.weights`)."""
+    """The global weights that a client stored in its last round, and their identity (`tofu.weights`)."""
 
     weights: Weights
     identity: bytes
@@ -45,7 +45,7 @@ class KeptWeights:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a request carries: full weights, or steps."""
+    """The content of a request: full weights, or steps."""
 
     payload: bytes
     steps: tuple[bytes, ...] = ()
@@ -56,12 +56,12 @@ class Parts:
 
 
 class WeightSteps:
-    """The server's half: the weights that the clients hold, and what each client must receive to hold them.
+    """The server's half: the weights that the clients hold, and the steps that each client must receive.
 
     Args:
         master: the server's own model. Without compression the clients hold its weights.
-        compressor: of the steps; None sends full weights.
-        seed: of the search for proxies.
+        compressor: compressor of the steps; None sends full weights.
+        seed: seed of the compressor's random numbers.
 
     Attributes:
         reference: the model at the weights that clients hold in this round.
@@ -119,7 +119,7 @@ class WeightSteps:
             del self._steps[0]
 
     def parts(self, client: str, *, whole: bool = False) -> Parts:
-        """What to send to a client: the steps that it lacks, or full weights.
+        """The content of the request to a client: the steps that it missed, or full weights.
 
         Args:
             whole: the client asked for full weights.
@@ -131,7 +131,7 @@ class WeightSteps:
         return Parts(b"", tuple(self._steps[len(self._steps) - lacks :]))
 
     def _weights(self) -> bytes:
-        """The payload of this round's full weights, made when the first client needs it."""
+        """The payload of this round's full weights, encoded on first use."""
         if not self._whole:
             weights = weights_of(self.reference.model)
             body = float32_bytes(weights, self.reference.param_spec)
@@ -139,7 +139,7 @@ class WeightSteps:
         return self._whole
 
     def delivered(self, client: str) -> None:
-        """A client replied from this round's weights, so it holds them."""
+        """Note that a client replied from this round's weights, so it holds them."""
         self._held[client] = self._round
 
 
@@ -156,7 +156,7 @@ def follow_steps(
     """The client's half: apply steps to the network's weights, in place.
 
     Args:
-        network: at the weights that the steps start from if there are no kept ones.
+        network: the network; without kept weights it must be at the weights that the steps start from.
         kept: the weights that this client kept from an earlier round.
         steps: payloads of the last rounds' steps, oldest first.
         compressor: of the steps.
@@ -175,7 +175,7 @@ def follow_steps(
     limit = HEADER_BYTES + compressor.body_bytes(network.param_spec)
     for number, data in enumerate(steps, start=round_ - len(steps) + 1):
         step = read_payload(data, codec=compressor.code, round_=number, fingerprint=None, max_bytes=limit)
-        if step.fingerprint == now:  # an earlier request may have brought the first ones
+        if step.fingerprint == now:  # the first steps may be known from an earlier request
             try:
                 add_update(network.model, compressor.decompress(network, step.body))
             except PayloadError as error:

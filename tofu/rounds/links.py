@@ -13,7 +13,7 @@ from tofu.settings import Settings
 
 @dataclass(frozen=True)
 class LinkSimulator:
-    """Turns bytes into seconds. Nothing is slowed down: the times are computed from the ledger.
+    """Computes the transfer times of a run from its ledger; the run itself is not slowed down.
 
     A client's rates are the settings' times exp(spread * z) with z standard normal, fixed for the client in a run: a
     log-normal distribution, whose median is the setting.

@@ -1,10 +1,10 @@
-"""Spiking networks as federated models: neurons, layers that know the time steps, and networks of them.
+"""Spiking neural networks.
 
-- `neuron`: leaky integrate-and-fire arithmetic with the linear surrogate gradient
-- `layers`: layers that depend on the number of steps, and what the codec differentiates in their place
-- `dct`: the encoder of DCT-SNN, which turns images into spikes in the order of spatial frequencies
-- `network`: networks of any widths, changed to fewer steps at run time, and a record of their activity
-- `conversion`: thresholds for a network that was trained without spikes
+- `neuron`: leaky integrate-and-fire neurons with the linear surrogate gradient
+- `layers`: layers that depend on the number of time steps, and their surrogates in the codec
+- `dct`: the encoder of DCT-SNN, which converts images to spikes in the order of spatial frequencies
+- `network`: networks whose number of time steps can be changed, and recording of their activity
+- `conversion`: firing thresholds for a network that was trained without spikes
 """
 
 from tofu.models.spiking.conversion import (

@@ -1,8 +1,8 @@
-"""Conversion of a network that was trained without spikes: thresholds from quantiles of the currents of each layer.
+"""Conversion of a network that was trained without spikes: thresholds from quantiles of each layer's currents.
 
-Layer after layer, the threshold is a high percentile of the layer's currents, measured with spikes in all layers before
-it (Garg, Chowdhury, Roy, "DCT-SNN", ICCV 2021; Chowdhury, Garg, Roy, arXiv 2104.12528; both 99.9). Quantiles come from
-sketches that add up, so that clients can find those of all their images together.
+Layer by layer, the threshold is set to a high percentile of the layer's currents, measured with spikes in all layers
+before it (Garg, Chowdhury, Roy, "DCT-SNN", ICCV 2021; Chowdhury, Garg, Roy, arXiv 2104.12528; both 99.9). Quantiles are
+estimated from sketches that can be summed over clients.
 """
 
 from collections.abc import Iterable
@@ -20,11 +20,11 @@ _SMALLEST, _DECADES, _SIDE_BINS = 1e-4, 7, 1024
 
 
 class QuantileSketch:
-    """A histogram whose bins grow with the magnitude: quantiles to within 0.8 % from 1e-4 to 1e3, of either sign.
+    """A histogram with logarithmic bins, which gives quantiles to within 0.8 % for magnitudes from 1e-4 to 1e3.
 
     Attributes:
-        counts: float64 [`QuantileSketch.BINS`]; sums of the counts of sketches are those of their values together. The
-            middle bin counts magnitudes below 1e-4.
+        counts: float64 [`QuantileSketch.BINS`]; the counts of several sketches can be added. The middle bin counts
+            magnitudes below 1e-4.
 
     Example:
         >>> import torch
@@ -50,7 +50,7 @@ class QuantileSketch:
         """The value below which a fraction q of the values lies; 0 if there are none.
 
         Args:
-            ignore_zeros: the fraction is one of the values whose magnitude is at least 1e-4.
+            ignore_zeros: ignore values with a magnitude below 1e-4.
         """
         counts = self.counts.clone()
         if ignore_zeros:
@@ -67,10 +67,10 @@ class QuantileSketch:
 
 @dataclass(frozen=True)
 class Balance:
-    """What balancing measured; the sums of two clients' are what one with all their images would measure.
+    """Measurements of `balance_thresholds`; those of several clients can be added.
 
     Attributes:
-        sketches: name of each layer of neurons -> sketch of its currents. Every image has a weight of 1 in all.
+        sketches: name of each layer of neurons -> sketch of its currents, in which every image has weight 1.
         outputs: float64 [2], mean squares of the logits without and with spikes, summed over the images.
     """
 
@@ -90,14 +90,14 @@ def balance_thresholds(
 ) -> Balance:
     """Set the threshold of every layer of neurons in turn, with spikes, at the network's number of steps.
 
-    Rates are smaller than the activations that they stand for, and so are the logits. Fine-tuning by gradient descent
-    would for long do nothing else than enlarge them; therefore the output's scale is set, too (ours).
+    Firing rates, and thus logits, are smaller than the activations that they replace, and fine-tuning would first have
+    to enlarge them. Therefore the scale of the output is set, too (ours).
 
     Args:
-        network: a network in sequence; it is in spiking mode afterwards.
+        network: a sequential network; it is in spiking mode afterwards.
         images: float32 [n, channels, height, width] in [-1, 1].
-        quantile: of all currents of a layer, over images, positions and steps. A layer without a positive one keeps
-            its threshold.
+        quantile: quantile of a layer's currents over images, positions and steps. A layer keeps its threshold if it
+            is not positive.
 
     Example:
         >>> import torch
@@ -132,7 +132,7 @@ def balance_thresholds(
 
 
 def set_output_scale(network: nn.Module, scale: float) -> None:
-    """Set the factor of the mean over time that the outputs are made of."""
+    """Set the factor of the outputs' mean over time."""
     for module in network.modules():
         if isinstance(module, MeanOverTime):
             module.scale.fill_(scale)
@@ -149,5 +149,5 @@ def _through(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
 
 
 def thresholds_of(network: nn.Module) -> dict[str, float]:
-    """Name of each layer of neurons -> its threshold. They are constants, not weights: a state dict lacks them."""
+    """Name of each layer of neurons -> its threshold. Thresholds are constants, so a state dict does not have them."""
     return {name: float(m.threshold) for name, m in network.named_modules() if isinstance(m, LeakyIntegrateFire)}

@@ -1,10 +1,10 @@
-"""The encoder of DCT-SNN: an image as spikes in the order of spatial frequencies.
+"""The encoder of DCT-SNN, which converts images to spikes in the order of spatial frequencies.
 
 Garg, Chowdhury, Roy, "DCT-SNN: Using DCT to Distribute Spatial Information over Time for Low-Latency Spiking Neural
 Networks", ICCV 2021. Blocks of 4x4 pixels are decomposed by the orthonormal DCT-II, C = Q X Q^T. The component of
 frequency k, g_k = C_mn outer(Q_m, Q_n), is again a block of pixels, and the 16 components sum to the block. One time
-step adds the next component, in zig-zag order and over and over again, to an accumulator, which fires +1 or -1 where
-it passes the upper or the lower threshold, and is then reduced by that threshold.
+step adds the next component, cyclically in zig-zag order, to an accumulator. The accumulator fires +1 or -1 where it
+exceeds the upper or the lower threshold, which is then subtracted from it.
 """
 
 import math
@@ -23,10 +23,10 @@ FREQUENCIES = BLOCK * BLOCK
 CYCLES = 3
 
 _YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
-"""Of JPEG (ITU-T T.871), without its shifts."""
+"""The color transform of JPEG (ITU-T T.871), without its offsets."""
 
 DEFAULT_THRESHOLDS = (-0.05, 0.05)
-"""Near the percentiles 3 and 97 of CIFAR-10's components; the plugin dct-snn measures those of a federation."""
+"""Approximately the percentiles 3 and 97 of the components of CIFAR-10; the plugin dct-snn measures them on clients."""
 
 
 def dct_components() -> Tensor:
@@ -41,10 +41,10 @@ def dct_components() -> Tensor:
 
 
 def to_ycbcr(images: Tensor) -> Tensor:
-    """Images [n, channels, height, width] in [-1, 1] -> in [-1/2, 1/2], three channels as Y, Cb and Cr.
+    """Convert images [n, channels, height, width] in [-1, 1] to [-1/2, 1/2]; three channels become Y, Cb and Cr.
 
-    Ours: luminance is centered like chrominance. Then positive and negative thresholds are nearly alike, and the sum of
-    the signed spikes follows the pixels at fewer spikes.
+    Unlike in the paper, luminance is centered like chrominance. Positive and negative thresholds are then nearly equal,
+    and fewer spikes approximate the pixels.
     """
     half = images / 2
     if half.shape[1] != 3:
@@ -55,14 +55,14 @@ def to_ycbcr(images: Tensor) -> Tensor:
 class DctEncoder(OverTime):
     """Images [n, channels, height, width] in [-1, 1] -> spikes -1, 0 or 1, [steps * n, channels, height', width'].
 
-    In non-spiking mode and for the codec it gives the expanded pixels, the sum of the components, in [-1/2, 1/2].
+    In non-spiking mode and in the codec it returns the pixels of all blocks (`expanded`), in [-1/2, 1/2].
 
     Args:
         stride: distance of neighboring blocks: 2 (overlapping; 32x32 pixels become 60x60) or 4.
 
     Attributes:
-        frequencies: number of components that are kept, 1 to 16. It may be changed at any time: the time steps of
-            dropped ones pass without input.
+        frequencies: number of components that are used, 1 to 16. It may be changed at any time; the time steps of the
+            other components have no input.
 
     Example:
         >>> import torch
@@ -91,7 +91,7 @@ class DctEncoder(OverTime):
         return self._blocks(side) * BLOCK
 
     def expanded(self, images: Tensor) -> Tensor:
-        """The pixels of all blocks beside each other: [n, channels, height', width']."""
+        """The pixels of all blocks, side by side: [n, channels, height', width']."""
         blocks = self._split(to_ycbcr(images))
         return blocks.permute(0, 1, 2, 4, 3, 5).flatten(4, 5).flatten(2, 3)
 
@@ -119,7 +119,7 @@ class DctEncoder(OverTime):
         return spikes.flatten(0, 1)
 
     def _blocks(self, side: int) -> int:
-        """Number of blocks along a side; the last ones may reach beyond the image, whose border is then repeated."""
+        """Number of blocks along a side; the border of the image is repeated where the last block exceeds it."""
         return 1 + max(0, math.ceil((side - BLOCK) / self.stride))
 
     def _split(self, images: Tensor) -> Tensor:

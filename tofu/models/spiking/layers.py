@@ -1,8 +1,8 @@
-"""Layers that know how many time steps there are. All activations are [steps * n, ...], the steps outermost.
+"""Layers that depend on the number of time steps. Activations are [steps * n, ...], with the steps outermost.
 
-In non-spiking mode these layers make up the network that a spiking one is converted from: one step, ReLU for neurons.
-The codec's surrogate of a spiking network is close to that: one step, in which a neuron is its firing rate, the smooth
-ReLU of current / threshold. Its gradients are near those that a client trains with, and take 1 step instead of T.
+In non-spiking mode there is one step, and neurons are ReLUs; a spiking network is converted from this one. The codec's
+surrogate of a spiking network also has one step, and replaces a neuron by its firing rate, a smooth ReLU of current /
+threshold. Its gradients approximate those of the spiking network, at the cost of 1 step instead of T.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ class OverTime(nn.Module):
 
     Attributes:
         steps: number of time steps; it may be changed at any time.
-        spiking: False for the non-spiking mode, which has no time.
+        spiking: False for the non-spiking mode, which has one step.
     """
 
     def __init__(self) -> None:
@@ -66,8 +66,8 @@ class MeanOverTime(OverTime):
 class LeakyIntegrateFire(OverTime):
     """Leaky integrate-and-fire neurons with soft reset: currents [steps * n, ...] -> spikes 0 or 1 of that shape.
 
-    Potentials start at 0 for every input. The threshold is a constant of the architecture, set by balancing and by no
-    training: it is the same on all clients, is not sent with updates, and is not in a state dict.
+    Potentials start at 0 for every input. The threshold is a constant of the architecture that is set by balancing and
+    not trained: it is the same on all clients, is not sent with updates, and is not in the state dict.
 
     Args:
         threshold: positive.
@@ -95,7 +95,7 @@ class LeakyIntegrateFire(OverTime):
 
 
 def _firing_rate(beta: float) -> Callable[[LeakyIntegrateFire, Tensor], Tensor]:
-    """Unlike a real rate this one is not bounded by 1: through the bounded one, proxies explain less of an update."""
+    """The surrogate of a neuron. Unlike a rate it is not bounded by 1: proxies then explain more of an update."""
 
     def forward(layer: LeakyIntegrateFire, current: Tensor) -> Tensor:
         return smooth_relu(current / layer.threshold if layer.spiking else current, beta)

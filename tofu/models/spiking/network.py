@@ -1,7 +1,7 @@
 """Spiking networks that compute all time steps of a layer in one call.
 
-Convolutions, pooling and linear layers see [steps * n, ...]; only the neurons loop over time. Neither a layer nor its
-weights depend on the number of steps, so `network.steps = 4` changes it at run time.
+Convolutions, pooling and linear layers receive [steps * n, ...]; only neurons loop over time. Weights do not depend on
+the number of steps, so `network.steps = 4` changes it at run time.
 """
 
 from collections import OrderedDict
@@ -21,14 +21,14 @@ POOL = "A"
 """Stands for average-pooling by 2 in a list of widths."""
 
 _MAX_ROWS = 1024
-"""Images times steps that are computed together where no gradient is needed, which bounds memory."""
+"""Maximum of images times steps that are computed together without gradients, which bounds memory."""
 
 _NOISE_IMAGES = 4
 _CURRENT_STD = 0.7  # in thresholds
 
 
 class SpikingNetwork(nn.Sequential):
-    """Layers in sequence, some of them `OverTime`: images [n, channels, height, width] -> logits [n, classes].
+    """A sequential network with `OverTime` layers: images [n, channels, height, width] -> logits [n, classes].
 
     Example:
         >>> import torch
@@ -81,7 +81,7 @@ class SpikingNetwork(nn.Sequential):
 
 @dataclass
 class LayerActivity:
-    """What a layer of neurons received and emitted in the forward passes since recording began.
+    """Potentials and spikes of a layer of neurons in the recorded forward passes.
 
     Attributes:
         spikes: [steps, n, ...], 0 or 1.
@@ -95,7 +95,7 @@ class LayerActivity:
 
 @contextmanager
 def record_activity(network: nn.Module) -> Iterator[dict[str, LayerActivity]]:
-    """Record every layer of spiking neurons -> layer's name -> its activity, detached; all of it is kept in memory."""
+    """Record the activity of all layers of neurons: name of the layer -> its activity, detached and kept in memory."""
     activity: dict[str, LayerActivity] = {}
 
     def record(name: str, layer: LeakyIntegrateFire, current: Tensor, spikes: Tensor) -> None:
@@ -129,7 +129,7 @@ def spiking_vgg(
         encoder: makes spikes of the images; without one, pixels are constant currents.
 
     Raises:
-        ValueError: there are no widths, or pooling leaves nothing of the images.
+        ValueError: there are no widths, or the images are too small for the pooling layers.
     """
     layers: dict[str, nn.Module] = {}
     channels, height, width, number, pools = shape.channels, shape.height, shape.width, 0, 0
@@ -160,10 +160,10 @@ def spiking_vgg(
 
 @torch.no_grad()
 def _scale_weights(network: SpikingNetwork, shape: ImageShape) -> None:
-    """Scale the initial weights, layer after layer, so that the currents for uniform noise have one standard deviation.
+    """Scale the initial weights, layer by layer, so that the currents for uniform noise have a given deviation.
 
-    Otherwise the last layers of a deep network receive hardly a spike (after Mishkin and Matas, "All you need is a good
-    init", ICLR 2016).
+    Otherwise the last layers of a deep network receive hardly any spikes (after Mishkin and Matas, "All you need is a
+    good init", ICLR 2016).
     """
     outputs = torch.rand(_NOISE_IMAGES, shape.channels, shape.height, shape.width) * 2 - 1
     for module in network:
@@ -200,7 +200,7 @@ def dct_model(size: str, stride: int, shape: ImageShape, norm: str) -> nn.Module
 def spiking_model(size: str, shape: ImageShape, norm: str) -> nn.Module:
     """A `spiking_vgg` of a known size, whose pixels are constant currents for 8 steps.
 
-    Images that pooling would leave nothing of are scaled up.
+    Images that are too small for the pooling layers are scaled up.
     """
     widths = _WIDTHS[size]
     resize, height, width = enlarge_to(shape, 2 ** list(widths).count(POOL))

@@ -1,13 +1,13 @@
-"""A leaky integrate-and-fire layer that is fused over time, with a linear surrogate gradient.
+"""Leaky integrate-and-fire neurons, fused over time, with a linear surrogate gradient.
 
-With current I_t = W s_t and threshold theta, all arithmetic of a layer is
+With current I_t = W s_t and threshold theta, a layer computes
 
     u_t = leak u_{t-1} + I_t - theta o_{t-1},    o_t = 1 if u_t > theta, else 0        (soft reset)
     do_t / du_t := 0.3 max(0, 1 - |u_t / theta - 1|) / theta                          (linear surrogate)
 
 (Garg, Chowdhury, Roy, "DCT-SNN", ICCV 2021; the surrogate is that of Bellec et al., NeurIPS 2018). As in snnTorch, no
-gradient flows through the reset. Then u is a linear function of the currents, and its backward pass is the same filter
-run backward in time: that is why it needs no graph of T steps, and why it can be differentiated twice.
+gradient flows through the reset. Then u is linear in the currents, and its backward pass is the same filter backward in
+time. So it needs no graph of T steps, and can be differentiated twice.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from snntorch.surrogate import custom_surrogate
 from torch import Tensor
 
 LEAK = 0.9901
-"""Of DCT-SNN and of the authors' other networks."""
+"""The leak of DCT-SNN and of its authors' other networks."""
 
 SURROGATE_SLOPE = 0.3
 
@@ -124,8 +124,7 @@ class _Fire(torch.autograd.Function):
 def integrate_and_fire(current: Tensor, threshold: Tensor, leak: float = LEAK) -> Tensor:
     """Spikes of currents over time; equal to `spike(potentials(...) / threshold - 1)`, also in its derivatives.
 
-    The steps of one layer fit in a processor's cache where all of them together do not, so neither direction makes
-    intermediate tensors for all steps.
+    Neither direction makes intermediate tensors for all steps: a single step fits in the processor's cache.
 
     Args:
         current: [T, ...].
