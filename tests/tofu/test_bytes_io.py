@@ -34,7 +34,7 @@ def test_errors_name_the_message_the_field_and_the_sizes() -> None:
         ByteReader(b"abc", "message", max_bytes=2)
     with pytest.raises(PayloadError, match=r"message.*3 bytes are left, expected 4 of the key"):
         ByteReader(b"abc", "message").take(4, "of the key")
-    with pytest.raises(PayloadError, match="message is followed by 3 bytes"):
+    with pytest.raises(PayloadError, match="message is followed by 3 unexpected bytes"):
         ByteReader(b"abc", "message").finish()
 
 

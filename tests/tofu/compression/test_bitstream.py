@@ -41,9 +41,9 @@ def test_a_short_stream_and_a_long_one_are_refused() -> None:
         BitReader(b"\x01", "numbers").fixed(3, 3)
     with pytest.raises(PayloadError, match="hold an integer of 41 digits"):
         BitReader(bytes(5) + b"\x01" + bytes(9), "numbers").gamma(1)
-    with pytest.raises(PayloadError, match="followed by 8 bits"):
+    with pytest.raises(PayloadError, match="followed by 8 unexpected bits"):
         BitReader(b"\0", "numbers").finish()
     reader = BitReader(b"\x05", "numbers")
     reader.fixed(1, 1)
-    with pytest.raises(PayloadError, match="followed by 7 bits"):
+    with pytest.raises(PayloadError, match="followed by 7 unexpected bits"):
         reader.finish()
