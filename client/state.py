@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from flwr.app import ConfigRecord, Context
 
 from tofu.compression.error_feedback import ErrorFeedback
-from tofu.errors import PayloadError
+from tofu.flower.client_state import read_feedback, read_weights, write_feedback
 from tofu.local_layers import LocalLayers
 from tofu.reference_model import ReferenceModel
 from tofu.rounds.downlink import KeptWeights
 from tofu.weights import Weights
-from tofu.wire import FIELD, class_names_from, class_names_to_text, float32_bytes, float32_from
+from tofu.wire import FIELD, class_names_from, class_names_to_text, float32_bytes
 
 _RECORD = "tofu"
 _LOCAL = "tofu-local"
@@ -85,20 +85,10 @@ def load_state(context: Context, reference: ReferenceModel) -> SavedState:
     if record is None or record.get("version") != _VERSION or record.get("architecture") != reference.architecture:
         return SavedState(ErrorFeedback(), b"", plugins=load_plugins(context))
 
-    def weights(name: str) -> Weights | None:
-        data = record.get(name)
-        try:
-            return float32_from(data, param_spec) if isinstance(data, bytes) else None
-        except PayloadError:
-            return None
-
-    memory, sent_round, identity = record.get("memory"), record.get("sent-round"), record.get("identity")
-    residual, sent, kept = weights("residual"), weights("sent"), weights("kept")
-    feedback = ErrorFeedback()
-    if residual is not None and sent is not None and isinstance(sent_round, int):
-        feedback = ErrorFeedback(residual, sent, sent_round, weights("velocity") or {})
+    memory, identity = record.get("memory"), record.get("identity")
+    kept = read_weights(record, "kept", param_spec)
     return SavedState(
-        feedback,
+        read_feedback(record, param_spec),
         memory if isinstance(memory, bytes) else b"",
         KeptWeights(kept, identity) if kept is not None and isinstance(identity, bytes) else None,
         load_plugins(context),
@@ -124,11 +114,7 @@ def save_state(
         }
     )  # fmt: skip
     if feedback is not None:
-        record["residual"] = float32_bytes(feedback.residual, param_spec)
-        record["sent"] = float32_bytes(feedback.sent, param_spec)
-        record["sent-round"] = feedback.sent_round
-        if feedback.velocity:
-            record["velocity"] = float32_bytes(feedback.velocity, param_spec)
+        write_feedback(record, feedback, param_spec)
     if kept is not None:
         record["kept"] = float32_bytes(kept.weights, param_spec)
         record["identity"] = kept.identity

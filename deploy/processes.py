@@ -122,9 +122,7 @@ class LocalCluster:
         for partition in range(self.nodes):
             self.start_node(f"node-{partition}", partition=partition)
 
-    def start_node(
-        self, name: str, *, partition: int, register: bool = True, superlink: str = ""
-    ) -> subprocess.Popen[bytes]:
+    def start_node(self, name: str, *, partition: int, superlink: str = "") -> subprocess.Popen[bytes]:
         """Start a SuperNode and its SuperExec; a missing node key is created.
 
         Args:
@@ -138,7 +136,7 @@ class LocalCluster:
         """
         if not (self._keys / name).exists():
             make_node_key(self._keys, name)
-        if register and (identity := self.control.register(self._keys / f"{name}.pub", name)):
+        if identity := self.control.register(self._keys / f"{name}.pub", name):
             names = read_names(self.folder) | {identity: name}
             (self.folder / _NAMES).write_text(json.dumps(names, indent=1))
         port = free_port()

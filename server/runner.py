@@ -8,11 +8,10 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from random import SystemRandom
 
 import torch
-from torch import Tensor
 
 from server.checkpoint import Snapshot
 from server.client_registry import Client, Clients
@@ -40,26 +39,19 @@ from tofu.secagg.encoding import SecureMean
 from tofu.settings import MIN_SECURE, Settings
 from tofu.tasks import TaskStream, round_context
 from tofu.weights import Weights, weights_of
-from tofu.wire import CLIENT_ACCURACY, TrainReply
+from tofu.wire import CLIENT_ACCURACY
 from tofu.workload import Workload, label_names, labeled_images, workload_of
 
 
-@dataclass
-class RoundResult:
-    """The result of one round, over all client groups.
+@dataclass(kw_only=True)
+class RoundResult(Collected):
+    """The result of one round: what was collected from all client groups; `update` is None, as each has its own.
 
     Attributes:
         shown: name of the client whose proxies are kept for the report.
         nodes: client name -> node, of all clients that were asked.
         failures: client name -> reason, in one line, why it could not be used.
-        replies: (client, its reply without the payload) of every client that was added; empty in a secure round.
-        metrics: client name -> metrics of its plugins; empty in a secure round.
-        proxies: images [n, c, h, w] of the shown client, in a proxy round.
         step_explained_variance: of the server's compressed step to this round's weights; None for full weights.
-        secure: what a secure round revealed; None in others, and if it was abandoned.
-        survivors: names of the clients in the secure sum.
-        abandoned: why a secure round was abandoned, or "".
-        late: number of clients whose replies the round did not wait for.
         clip_norm: to which clients clipped their updates, with differential privacy.
     """
 
@@ -67,21 +59,17 @@ class RoundResult:
     kind: str
     shown: str
     nodes: dict[str, int]
-    failures: dict[str, str] = field(default_factory=dict)
-    replies: list[tuple[Client, TrainReply]] = field(default_factory=list)
-    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
-    proxies: Tensor | None = None
+    failures: dict[str, str]
     step_explained_variance: float | None = None
-    secure: SecureMean | None = None
-    survivors: tuple[str, ...] = ()
-    abandoned: str = ""
-    late: int = 0
     clip_norm: float = 0.0
 
     def add(self, collected: Collected) -> None:
-        """Add the result of one client group."""
+        """Add what was collected from one client group."""
+        self.examples += collected.examples
+        for name, value in collected.sums.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.replies += collected.replies
-        self.metrics |= {name: dict(metrics) for name, metrics in collected.metrics.items()}
+        self.metrics |= collected.metrics
         self.proxies = self.proxies if collected.proxies is None else collected.proxies
         self.survivors += collected.survivors
         self.abandoned = self.abandoned or collected.abandoned
@@ -222,8 +210,10 @@ class RoundRunner:
         sampled = self._sample(connected, round_, secure=kind == "secure")
         asked = [client for clients in sampled for client in clients]
         state = self._state(round_, kind, shown=asked[0].name)
-        result = RoundResult(round_, kind, state.shown, {client.name: client.node for client in asked}, state.failures)
-        result.clip_norm = state.clip_norm
+        result = RoundResult(
+            round=round_, kind=kind, shown=state.shown, nodes={client.name: client.node for client in asked},
+            failures=state.failures, clip_norm=state.clip_norm,
+        )  # fmt: skip
         for model in self.models:  # also of groups without a client in this round: steps are counted by rounds
             model.downlink.begin(round_, whole=kind == "fedavg")
         result.step_explained_variance = self.models[0].downlink.explained_variance
@@ -233,16 +223,18 @@ class RoundRunner:
             drawn = largest_fraction([len(clients) for clients in sampled], available) if secret else ()
             self.account.spend(settings.privacy.noise_multiplier, kind, *drawn)
             self.on_spend(self.account)
-        groups = [(model, clients) for model, clients in zip(self.models, sampled, strict=True) if clients]
         try:
-            rounds = [self._collect(model, clients, state, result) for model, clients in groups]
+            for model, clients in zip(self.models, sampled, strict=True):
+                if clients:
+                    self._collect(model, clients, state, result)
         finally:
             for name, reason in state.failures.items():
                 self._observer.on_client_failure(round_, name, result.nodes[name], reason)
         self._note_stragglers(state, set(result.nodes))
         for node, reason in self._clients.take_declined().items():
             result.nodes[str(node)], result.failures[str(node)] = node, reason
-        self._reduce(rounds)
+        if result.sums:
+            self.plugins.reduce(result.sums, result.examples)
         for model in self.models:
             context = round_context(settings, self._shape, round_, group=model.group)
             self.plugins.on_aggregate(model.reference.model, context)
@@ -278,23 +270,13 @@ class RoundRunner:
         ):
             self._observer.on_note(f"round {state.round}: {note}", round=state.round)
 
-    def _collect(self, model: GlobalModel, clients: list[Client], state: RoundState, result: RoundResult) -> Collected:
+    def _collect(self, model: GlobalModel, clients: list[Client], state: RoundState, result: RoundResult) -> None:
         """Collect the updates of one group's clients and step its model."""
         collector = self._secure if state.kind == "secure" else self._open
         collected = collector.collect(model, clients, state)
         result.add(collected)
         if collected.update is not None:
             model.step(collected.update)
-        return collected
-
-    def _reduce(self, rounds: Sequence[Collected]) -> None:
-        """Pass the plugins the totals of the clients' sums, added over groups in their order."""
-        sums: dict[str, Tensor] = {}
-        for collected in rounds:
-            for name, value in collected.sums.items():
-                sums[name] = sums[name] + value if name in sums else value
-        if sums:
-            self.plugins.reduce(sums, sum(collected.examples for collected in rounds))
 
     def _members(self, clients: list[Client], group: int) -> list[Client]:
         return [client for client in clients if len(self.models) == 1 or self.plugins.group_of(client.name) == group]

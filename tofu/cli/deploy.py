@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from deploy.certificates import command as certificates
 from tofu.cli.options import ConfigFile, Json, Quiet, line_printer, with_settings
 from tofu.errors import RunError, SettingError
 from tofu.formatting import format_bytes, printable
@@ -104,17 +105,7 @@ def down(*, folder: Folder = _FOLDER, json_: Json = False) -> None:
     print(json.dumps({"ended": ended}) if json_ else f"ended: {', '.join(ended) or 'nothing was running'}")
 
 
-@app.command()
-def certificates(
-    folder: Annotated[Path, typer.Argument(help="where the files go")],
-    host: Annotated[list[str] | None, typer.Option(help="address of the server; creates CA and certificate")] = None,
-    node: Annotated[list[str] | None, typer.Option(help="name of a node; creates its key pair")] = None,
-    compose: Annotated[bool, typer.Option("--compose", help="a folder per service of deploy/compose.yaml")] = False,
-) -> None:
-    """Create a CA, the server's certificate and a key pair for every node."""
-    from deploy.certificates import command
-
-    command(folder, host, node, compose)
+app.command("certificates")(certificates)
 
 
 @app.command("add-client")

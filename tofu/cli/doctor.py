@@ -19,7 +19,6 @@ _PACKAGES = ("tofu-fl", "torch", "torchvision", "flwr", "flwr-datasets", "numpy"
 _OPTIONAL = ("ray", "tensorboard", "mlflow-skinny", "wandb", "trackio")
 _FLOWER_PORTS = (9091, 9092, 9093)
 _MIN_DISK = 2 * 10**9
-_MIN_PYTHON = (3, 11)
 
 
 class _CheckError(Exception):
@@ -65,8 +64,6 @@ def _checks(folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
 
 
 def _python() -> str:
-    if sys.version_info < _MIN_PYTHON:
-        raise _CheckError(f"{sys.version.split()[0]}, expected at least {'.'.join(map(str, _MIN_PYTHON))}")
     return f"{sys.version.split()[0]} ({sys.executable})"
 
 

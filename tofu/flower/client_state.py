@@ -17,8 +17,34 @@ from tofu.errors import PayloadError
 from tofu.weights import ParamSpec, Weights
 from tofu.wire import float32_bytes, float32_from
 
-_FEEDBACK, _FEEDBACK_VERSION = "tofu.compress", 2
+_FEEDBACK, _FEEDBACK_VERSION = "tofu.compress", 3
 _ARRAYS, _ARRAYS_VERSION = "tofu.downlink", 1
+
+
+def read_weights(record: ConfigRecord, name: str, spec: ParamSpec) -> Weights | None:
+    """Weights that a record stores as float32 bytes; None if they are missing or of another model."""
+    data = record.get(name)
+    try:
+        return float32_from(data, spec) if isinstance(data, bytes) else None
+    except PayloadError:
+        return None
+
+
+def read_feedback(record: ConfigRecord, spec: ParamSpec) -> ErrorFeedback:
+    """The state that `write_feedback` added to a record; an empty one if it is missing or of another model."""
+    residual, sent, velocity = (read_weights(record, name, spec) for name in ("residual", "sent", "velocity"))
+    sent_round = record.get("sent-round")
+    if residual is None or sent is None or not isinstance(sent_round, int):
+        return ErrorFeedback()
+    return ErrorFeedback(residual, sent, sent_round, velocity or {})
+
+
+def write_feedback(record: ConfigRecord, feedback: ErrorFeedback, spec: ParamSpec) -> None:
+    """Add the state of error feedback to a record."""
+    record["sent-round"] = feedback.sent_round
+    for name in ("residual", "sent", "velocity"):
+        if weights := getattr(feedback, name):
+            record[name] = float32_bytes(weights, spec)
 
 
 def load_feedback(context: Context, spec: ParamSpec) -> tuple[ErrorFeedback, bytes]:
@@ -26,28 +52,14 @@ def load_feedback(context: Context, spec: ParamSpec) -> tuple[ErrorFeedback, byt
     record = context.state.config_records.get(_FEEDBACK)
     if record is None or record.get("version") != _FEEDBACK_VERSION or record.get("model") != _identity(spec):
         return ErrorFeedback(), b""
-
-    def weights(name: str) -> Weights | None:
-        data = record.get(name)
-        try:
-            return float32_from(data, spec) if isinstance(data, bytes) else None
-        except PayloadError:
-            return None
-
-    residual, sent, round_, memory = weights("residual"), weights("sent"), record.get("round"), record.get("memory")
-    if residual is None or sent is None or not isinstance(round_, int):
-        return ErrorFeedback(), b""
-    return ErrorFeedback(residual, sent, round_), memory if isinstance(memory, bytes) else b""
+    memory = record.get("memory")
+    return read_feedback(record, spec), memory if isinstance(memory, bytes) else b""
 
 
 def save_feedback(context: Context, spec: ParamSpec, feedback: ErrorFeedback, memory: bytes) -> None:
     """Keep error feedback and the compressor's memory in the client's context for its next round."""
-    record = ConfigRecord(
-        {"version": _FEEDBACK_VERSION, "model": _identity(spec), "memory": memory, "round": feedback.sent_round}
-    )
-    if feedback.residual:
-        record["residual"] = float32_bytes(feedback.residual, spec)
-        record["sent"] = float32_bytes(feedback.sent, spec)
+    record = ConfigRecord({"version": _FEEDBACK_VERSION, "model": _identity(spec), "memory": memory})
+    write_feedback(record, feedback, spec)
     context.state[_FEEDBACK] = record
 
 

@@ -98,14 +98,6 @@ class FirstReplies(StrategyWrapper):
         super().__init__(inner)
         self._fraction = fraction
 
-    def configure_train(self, server_round: int, arrays: ArrayRecord, config: Any, grid: Grid) -> Iterable[Message]:
-        """Call the inner strategy."""
-        return self._configure_train(server_round, arrays, config, grid)
-
-    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
-        """Call the inner strategy."""
-        return self._aggregate_train(server_round, replies)
-
     def start(self, grid: Grid, *arguments: Any, **options: Any) -> Result:
         """Run the inner strategy's own `start` on a grid that does not wait for late replies."""
         return super().start(_ImpatientGrid(grid, self._fraction), *arguments, **options)
