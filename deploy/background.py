@@ -17,8 +17,9 @@ from typing import Any
 from deploy.app_folder import write_app
 from deploy.control import CompletedRun, Control, last_lines
 from deploy.pinned import INSTALLED
-from deploy.processes import CONTROL_TOKEN, read_names
+from deploy.processes import read_names
 from deploy.state import Process, State, end_group
+from deploy.superlink import CONTROL_TOKEN
 from tofu.errors import RunError, SettingError
 from tofu.log import FILE
 from tofu.settings import Settings

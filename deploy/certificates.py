@@ -33,6 +33,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from deploy.files import make_deployment, refuse_to_overwrite, run_command, write_new
 from deploy.identities import LIST, make_identities
+from deploy.superlink import CONTROL_TOKEN, make_token
 from tofu.errors import RunError, SettingError
 
 _CA_DAYS = 3650
@@ -148,11 +149,12 @@ def make_compose_secrets(folder: Path, hosts: Sequence[str], nodes: Sequence[str
         _name(host)
     local = ["localhost", "127.0.0.1"]
     ca, ca_key = folder / "ca.crt", folder / "ca.key"
-    refuse_to_overwrite(ca, ca_key, folder / LIST)
+    refuse_to_overwrite(ca, ca_key, folder / LIST, folder / CONTROL_TOKEN)
     made = make_certificates(folder / "superlink", ["superlink", *local])
     made.ca.rename(ca)
     made.ca_key.rename(ca_key)
     make_superexec_secret(folder / "superlink" / "superexec")
+    make_token(folder / CONTROL_TOKEN)
     make_server_certificate(folder / "proxy", ["proxy", *local, *hosts], ca=ca, ca_key=ca_key)
     for node in nodes:
         make_node_key(folder / node, node)

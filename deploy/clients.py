@@ -19,6 +19,7 @@ from cryptography import x509
 from deploy.certificates import make_node_key, make_server_certificate, make_superexec_secret
 from deploy.files import run_command, write_new
 from deploy.identities import LIST, add_to_list, make_identity, read_list
+from deploy.superlink import CONTROL_TOKEN
 from tofu.errors import SettingError
 
 NODE = "node"
@@ -157,7 +158,7 @@ def main(arguments: Sequence[str] | None = None, register: Callable[[Path, str],
 def _control(secrets: Path) -> Callable[[Path, str], object]:
     from deploy.control import Control
 
-    return Control(Path("/tmp/control"), "superlink:8000", secrets / "ca.crt").register
+    return Control(Path("/tmp/control"), "superlink:8000", secrets / "ca.crt", secrets / CONTROL_TOKEN).register
 
 
 if __name__ == "__main__":

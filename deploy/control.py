@@ -38,6 +38,10 @@ _KEY_IN_USE = "[code: 23]"
 _UNREACHABLE = "Connection to the SuperLink is unavailable"
 
 
+class NoAnswerError(RunError):
+    """The SuperLink cannot be reached, or does not answer in time: a run that it has goes on, as far as we know."""
+
+
 @dataclass(frozen=True)
 class CompletedRun:
     """A run that ended.
@@ -111,7 +115,9 @@ class Control:
         timeout: float = float("inf"),
         follow: Callable[[str], None] = lambda line: None,
     ) -> CompletedRun:
-        """Run the app and wait for its end, whether it completes or fails. A run that is interrupted is stopped.
+        """Run the app and wait for its end, whether it completes or fails.
+
+        A run is stopped where its end is not awaited, but not for want of the SuperLink's answer.
 
         Args:
             app: folder of the Flower app; None for Tofu's own app without code, which the nodes have installed.
@@ -143,8 +149,8 @@ class Control:
             if identity is None:
                 raise RunError(f"the run did not start: {last_lines(log.text)}")
             return self._await_end(identity, end, log)
-        except BaseException:
-            if identity is not None:
+        except BaseException as error:
+            if identity is not None and not isinstance(error, NoAnswerError):
                 self._ask("stop", str(identity), _CONNECTION, accepted="")
             raise
         finally:
@@ -157,12 +163,12 @@ class Control:
             log.read()
             try:
                 run = self._ask("ls", _CONNECTION, "--run-id", str(identity))["runs"][0]
-            except RunError as error:
+            except NoAnswerError as error:
                 if lost == float("inf"):
                     log.add(f"the SuperLink does not answer; waiting {_RESTART_SECONDS:g} s for it")
                 lost = min(lost, time.monotonic())
-                if _UNREACHABLE not in str(error) or time.monotonic() >= min(end, lost + _RESTART_SECONDS):
-                    raise
+                if time.monotonic() >= min(end, lost + _RESTART_SECONDS):
+                    raise NoAnswerError(f"{error}; the list of runs says whether run {identity} went on") from error
                 time.sleep(1)
                 continue
             if run["status"].startswith("finished"):
@@ -194,7 +200,7 @@ class Control:
                 text=True, timeout=_COMMAND_SECONDS, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            raise RunError(f"{what} had no answer after {_COMMAND_SECONDS:g} s") from None
+            raise NoAnswerError(f"{what} had no answer after {_COMMAND_SECONDS:g} s") from None
         try:
             answer = json.loads(result.stdout)
         except json.JSONDecodeError:
@@ -202,7 +208,8 @@ class Control:
         message = str(answer.get("error-message", ""))
         if answer.get("success") or (accepted is not None and accepted in message):
             return answer
-        raise RunError(f"{what} failed: {last_lines(message)}")
+        kind = NoAnswerError if _UNREACHABLE in message else RunError
+        raise kind(f"{what} failed: {last_lines(message)}")
 
 
 class _LogStream:

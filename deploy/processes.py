@@ -22,14 +22,11 @@ from deploy import topology
 from deploy.certificates import make_certificates, make_node_key, make_superexec_secret
 from deploy.control import CompletedRun, Control, last_lines
 from deploy.identities import LIST, make_identities
-from deploy.superlink import make_token
+from deploy.superlink import CONTROL_TOKEN, make_token
 from deploy.topology import ENVIRONMENT, Member, Trust
 from tofu.errors import RunError, SettingError
 from tofu.log import FILE
 from tofu.secagg.identities import read_known
-
-CONTROL_TOKEN = "control-token"
-"""File in the folder of the keys that gives access to the Control API (deploy/superlink.py)."""
 
 _NAMES = "nodes.json"
 _HOST = "127.0.0.1"

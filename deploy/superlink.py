@@ -11,12 +11,16 @@ import hmac
 import json
 import os
 import secrets
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from deploy.files import write_new
+
+CONTROL_TOKEN = "control-token"
+"""File beside the keys that has the token."""
 
 _TOKEN_BYTES = 32
 _ENTRIES = ("authn-type", "oidc-access-token", "oidc-refresh-token")
@@ -74,6 +78,8 @@ def guard(module: Any, token: str) -> None:
 
 def main(command: Sequence[str]) -> None:
     """Run the SuperLink in this process. `command`: the token's file, then the command line of `flower-superlink`."""
+    # Its web server ends in order on this signal, and then sends it again to whatever handled it before.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     from flwr.superlink.cli import flower_superlink
 
     module = sys.modules[flower_superlink.__module__]

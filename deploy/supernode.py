@@ -10,6 +10,7 @@ with a one-line error.
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -48,6 +49,7 @@ def check_superlink(arguments: Sequence[str]) -> None:
 
 def main(command: Sequence[str]) -> None:
     """Run the SuperNode in this process; the command line is that of `flower-supernode`."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until Flower's own handler is there
     try:
         check_superlink(command[1:])
     except TofuError as error:

@@ -40,11 +40,10 @@ def test_it_follows_the_compose_specification(compose: dict[str, Any]) -> None:
 
 
 def test_its_command_lines_are_those_of_the_processes(compose: dict[str, Any]) -> None:
-    images = {"flower-superlink": "flwr/superlink:1.41.0"}
     for name, member in containers(NODES).items():
         service = compose["services"][name]
         assert service["command"] == list(member.arguments), name
-        assert service["image"] == images.get(member.command, "tofu-fl/app:0.1.0"), name
+        assert service["image"] == "tofu-fl/app:0.1.0", name
         # The images' own entry points are the commands.
         assert service.get("entrypoint", [member.command])[-1] == member.command, name
         assert ENVIRONMENT.items() <= service["environment"].items(), name
@@ -153,13 +152,16 @@ def test_every_secret_is_made_and_only_its_owner_mounts_it(compose: dict[str, An
             seen = {secret["source"] for secret in options.get("secrets", [])}
             assert (f"{name}-identity" in seen) == (service == f"{name}-exec")
     assert users["identities"] == {"superlink", *names}
+    token = {"source": "control-token", "target": "control-token"}
+    trusted = {name for name, options in compose["services"].items() if token in options.get("secrets", [])}
+    assert trusted == {"superlink", "register", "operator"}
     for name, secret in compose["secrets"].items():
         file = tmp_path / Path(secret["file"]).relative_to("secrets")
         mode = stat.S_IMODE(file.stat().st_mode)
-        if mode == 0o600:
+        if mode == 0o600 and name != "control-token":
             assert users[name] == {file.parent.name}
         else:
-            assert mode == 0o644
+            assert mode == (0o600 if name == "control-token" else 0o644)
             assert users[name]
     mounted = {Path(secret["file"]).relative_to("secrets") for secret in compose["secrets"].values()}
     made = {file.relative_to(tmp_path) for file in tmp_path.rglob("*") if file.is_file()}

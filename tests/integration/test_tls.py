@@ -21,8 +21,8 @@ import pytest
 from deploy import certificates
 from deploy.certificates import make_certificates, make_node_key, make_superexec_secret
 from deploy.control import Control
-from deploy.processes import CONTROL_TOKEN, LocalCluster
-from deploy.superlink import make_token
+from deploy.processes import LocalCluster
+from deploy.superlink import CONTROL_TOKEN, make_token
 from deploy.topology import ENVIRONMENT
 from tests.integration.deployed import run_on, wait_online
 from tests.processes import NO_TOTAL_LIMIT, STALL_SECONDS, free_port, run, wait_for

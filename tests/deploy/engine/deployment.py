@@ -20,6 +20,7 @@ from sklearn.datasets import load_digits
 
 ROOT = Path(__file__).parents[3]
 OWNER = os.getuid() or 1000
+OPERATOR = ("python", "-m", "deploy.control", "--token", "/run/secrets/control-token")
 _TORCH = "2.13.0"
 _INDEX_PORT = 8099
 """Always the same, as the layers of the image that are kept depend on the index's address."""
@@ -211,7 +212,7 @@ class ComposeDeployment:
             AssertionError: they are not, in time.
         """
         end = time.monotonic() + timeout
-        command = ["exec", "-T", "-w", "/app", "superlink-exec", "python", "-m", "deploy.control", "nodes"]
+        command = ["exec", "-T", "superlink", *OPERATOR, "nodes"]
         while True:
             # It answers late, or not at all, on a machine that is busy.
             nodes = json.loads(self.compose(*command, check=False) or "[]")

@@ -55,8 +55,8 @@ make_debian() {  # the root of all stand-ins
 install_engine || skip "installing docker.io needs root, apt-get and a Debian mirror"
 start_engine || skip "it does not start: $(tail -1 "$folder/dockerd.log")"
 install_compose || skip "Compose v2 cannot be had"
-images=$(docker compose -f "$repository/deploy/compose.yaml" config --images | sort -u)
-for image in $images; do
+base=$(sed -n 's/^FROM \([^ ]*\).*/\1/p' "$repository/deploy/Dockerfile")
+for image in $base $(docker compose -f "$repository/deploy/compose.yaml" config --images); do
     has "$image" && continue
     case $image in
         flwr/*)
@@ -69,4 +69,3 @@ for image in $images; do
         nginx:*) make_debian && build -t "$image" -f "$here/nginx.Dockerfile" "$folder/root" ;;
     esac
 done
-has flwr/superexec:1.41.0 || build -t flwr/superexec:1.41.0 - < <(printf 'FROM standin/flwr:1.41.0\nENTRYPOINT ["flower-superexec"]\n')
