@@ -78,7 +78,7 @@ NODES := node-0 node-1 node-2
 # Keys need the packages cryptography and typer only: from .venv if there is one, and from a small environment otherwise.
 KEYS := $(if $(wildcard $(BIN)/python),$(BIN),deploy/.venv/bin)/python
 certs:
-	@test -x $(KEYS) || { $(PYTHON) -m venv deploy/.venv && $(KEYS) -m pip install --quiet -c constraints.txt cryptography typer; }
+	@test -x $(KEYS) || { echo "making deploy/.venv, with the packages cryptography and typer"; $(PYTHON) -m venv deploy/.venv && $(KEYS) -m pip install --quiet -c constraints.txt cryptography typer; }
 	$(KEYS) -m deploy.certificates deploy/secrets --compose $(NODES:%=--node %) $(HOSTS:%=--host %)
 
 clean:

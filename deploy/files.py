@@ -21,6 +21,8 @@ TOFU_GID={group}
 #TOFU_LISTEN=0.0.0.0
 # The folder with the folders server, node-0, node-1, ... of data.
 #TOFU_DATA=./data
+# The index from which the image takes its CPU build of torch; nothing: the default build, with CUDA.
+#TORCH_INDEX=https://download.pytorch.org/whl/cpu
 # What nodes run: "installed" is the app in their image; or the SHA-256 sums of app bundles that flwr build prints.
 #TOFU_PINNED_APP=installed
 """

@@ -42,7 +42,7 @@ def write_credentials(home: Path, address: str, token: Path) -> None:
     Raises:
         OSError: a file cannot be read or written.
     """
-    text = token.read_text()
+    text = token.read_text().strip()
     entries = {f"flower.account-auth.{address}.{name}": text for name in _ENTRIES}
     entries[f"flower.account-auth.{address}.authn-type"] = "oidc"
     encoded = {name: base64.b64encode(value.encode()).decode() for name, value in entries.items()}
@@ -83,7 +83,7 @@ def main(command: Sequence[str]) -> None:
     from flwr.superlink.cli import flower_superlink
 
     module = sys.modules[flower_superlink.__module__]
-    guard(module, Path(command[0]).read_text())
+    guard(module, Path(command[0]).read_text().strip())
     sys.argv = list(command[1:])
     flower_superlink()
 
