@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.base import AttackError
-from attacks.evaluate import CONTROL
+from attacks.evaluate import CONTROL, recorded_scenario
 from attacks.observation import Observation
 from tofu.data import LabeledImages
 from tofu.errors import SettingError
@@ -75,14 +75,12 @@ class AppMessage:
     @property
     def truth(self) -> LabeledImages:
         """The images of the client, or of all clients of a sum (name "sum")."""
-        images, labels = self._images(self.recording.client)
-        return LabeledImages(_to_uint8(images), labels, int(labels.max()) + 1)
+        return self._images(self.recording.client)
 
     @property
     def others(self) -> LabeledImages:
         """Images that the update was not computed from."""
-        images, labels = self._images("test")
-        return LabeledImages(_to_uint8(images), labels, int(labels.max()) + 1)
+        return self._images("test")
 
     def controls(self, _: Observation) -> tuple[Observation, ...]:
         """None, because an app's training cannot be repeated."""
@@ -95,11 +93,10 @@ class AppMessage:
     def scenario(self, observation: Observation) -> dict[str, object]:
         """The fields of a row of results that describe the scenario."""
         seen = self.recording
-        return {
-            "dataset": self.dataset, "model": self.model, "norm": "", "lr": seen.lr, "seed": 0, "client": seen.client,
-            "pretrain_rounds": seen.round - 1, "batch_size": seen.batch_size, "steps": observation.steps,
-            "rounds": len(observation.earlier) + 1, "know_labels": False,
-        }  # fmt: skip
+        return recorded_scenario(
+            observation, dataset=self.dataset, model=self.model, norm="", seed=0, client=seen.client,
+            round_=seen.round,
+        )  # fmt: skip
 
     @property
     def _kind(self) -> str:
@@ -122,7 +119,7 @@ class AppMessage:
             reference.reference.model.register_forward_pre_hook(lambda _, args: (((args[0] + 1) / 2 - mean) / std,))
         return reference
 
-    def _images(self, name: str) -> tuple[Tensor, Tensor]:
+    def _images(self, name: str) -> LabeledImages:
         load = _imported("dataset", self.dataset, "package.module:function that returns a client's images and labels")
         images, labels = load(name)
         shape = tuple(images.shape[1:])
@@ -131,7 +128,8 @@ class AppMessage:
                 "dataset", self.dataset,
                 f"images of {self.recording.input_shape} for {name!r} with as many labels, not {shape}",
             )  # fmt: skip
-        return images, torch.as_tensor(labels).long()
+        labels = torch.as_tensor(labels).long()
+        return LabeledImages(_to_uint8(images), labels, int(labels.max()) + 1)
 
 
 def _imported(field: str, name: str | None, accepted: str) -> Callable[..., Any]:

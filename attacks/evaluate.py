@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from attacks.base import Watch, registry
 from attacks.messages import parse_message
+from attacks.observation import Observation
 from attacks.trials import AttackResult, Scenario, TrialRunner
 from tofu.errors import SettingError
 from tofu.files import replace_file
@@ -84,17 +85,9 @@ class AttackEvaluation:
             self.pretrain_rounds, self.batch_sizes, self.steps, range(self.seeds)
         ):
             scenario = Scenario(
-                self.dataset,
-                self.model,
-                self.norm,
-                self.lr,
-                seed,
-                pretrain_rounds,
-                size,
-                steps,
-                self.rounds,
+                self.dataset, self.model, self.norm, self.lr, seed, pretrain_rounds, size, steps, self.rounds,
                 self.know_labels,
-            )
+            )  # fmt: skip
             for message, attack in product(self.messages, self.attacks):
                 yield scenario, message, attack
 
@@ -236,6 +229,17 @@ def row_of(scenario: Mapping[str, object], message: str, attack: str, result: At
     return dict(scenario) | {"message": message, "attack": attack, **measures, "loss": loss,
             "max_evals": result.max_evals, "payload_bytes": result.payload_bytes,
             "refused": result.refused}  # fmt: skip
+
+
+def recorded_scenario(
+    observation: Observation, *, dataset: str | None, model: str | None, norm: str, seed: int, client: str, round_: int
+) -> Row:
+    """The fields of `Scenario` for a recorded message of round `round_`, and the client's name."""
+    return {
+        "dataset": dataset, "model": model, "norm": norm, "lr": observation.lr, "seed": seed, "client": client,
+        "pretrain_rounds": round_ - 1, "batch_size": observation.batch_size, "steps": observation.steps,
+        "rounds": len(observation.earlier) + 1, "know_labels": False,
+    }  # fmt: skip
 
 
 def format_row(row: Row) -> str:

@@ -16,14 +16,24 @@ import torch
 
 from attacks.app_recorded import AppMessage
 from attacks.base import Attack, AttackError, Watch, make_attack
-from attacks.evaluate import CONTROL, Row, format_row, load_row, made_folder, row_of, save_row, write_document
+from attacks.evaluate import (
+    CONTROL,
+    Row,
+    format_row,
+    load_row,
+    made_folder,
+    recorded_scenario,
+    row_of,
+    save_row,
+    write_document,
+)
 from attacks.messages import local_round
-from attacks.metrics import lpips_network, score
+from attacks.metrics import lpips_network
 from attacks.networks import attacked_model
 from attacks.observation import Observation
-from attacks.trials import OTHERS, AttackResult
+from attacks.trials import AttackResult
 from tofu.compression import uplink_compressor
-from tofu.data import FederatedData, LabeledImages, to_float
+from tofu.data import FederatedData, LabeledImages
 from tofu.errors import SettingError
 from tofu.recording import AppRecording, Recording, read_recording, recordings
 from tofu.reference_model import ReferenceModel
@@ -166,7 +176,11 @@ class RunMessage:
 
     def scenario(self, observation: Observation) -> dict[str, object]:
         """The fields of a row of results."""
-        return _scenario(self.recording, observation)
+        seen, settings = self.recording, self.recording.settings
+        return recorded_scenario(
+            observation, dataset=settings.data.dataset, model=settings.model.model, norm=settings.model.norm,
+            seed=settings.run.seed, client=seen.client, round_=seen.round,
+        )  # fmt: skip
 
     @cached_property
     def _data(self) -> tuple[FederatedData, LabeledImages]:
@@ -179,34 +193,7 @@ def _attacked(attack: Attack, observation: Observation, generator: torch.Generat
     if refused:
         return AttackResult.incompatibility(refused, observation)
     found = attack.run(observation, generator=generator, watch=watch)
-    truth, others = message.truth, message.others
-    originals = to_float(truth.images)
-    scores = score(
-        found.images,
-        found.labels,
-        truth=originals,
-        true_labels=truth.labels,
-        others=to_float(others.images[:OTHERS]),
-        perceptual=perceptual,
-    )
-    return AttackResult.of(found, scores, observation, originals)
-
-
-def _scenario(recording: Recording, observation: Observation) -> dict[str, object]:
-    settings = recording.settings
-    return {
-        "dataset": settings.data.dataset,
-        "model": settings.model.model,
-        "norm": settings.model.norm,
-        "lr": recording.lr,
-        "seed": settings.run.seed,
-        "client": recording.client,
-        "pretrain_rounds": recording.round - 1,
-        "batch_size": settings.training.batch_size,
-        "steps": observation.steps,
-        "rounds": len(observation.earlier) + 1,
-        "know_labels": False,
-    }
+    return AttackResult.of(found, observation, message.truth, message.others, perceptual)
 
 
 def _network(recording: Recording) -> ReferenceModel:

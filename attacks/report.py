@@ -5,14 +5,13 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import jinja2
 import numpy as np
 import numpy.typing as npt
-from markupsafe import Markup
 from PIL import Image
 
 from attacks.evaluate import SCENARIO_FIELDS, Row, summarize, verdicts
-from tofu.reporting.report.template import PAGE_HEAD, STYLE
+from tofu.reporting.report.compare_tables import Table
+from tofu.reporting.report.template import PAGE_HEAD, render_template
 
 Images = npt.NDArray[np.float32]
 """[n, channels, height, width] in [-1, 1]."""
@@ -36,14 +35,7 @@ _PAGE = (
 {% for part in parts %}<section class="card">
 <h2>{{ part.title }}</h2>
 <p class="{{ 'soft' if part.broke else 'note' }}">{{ part.verdict }}</p>
-<div class="scroll" tabindex="0"><table>
-<thead><tr>{% for name in header %}<th scope="col"{% if name in words %} class="left"{% endif %}>{{ name }}</th>
-{%- endfor %}</tr></thead>
-<tbody>
-{% for row in part.rows %}<tr>{% for name, value in row -%}
-<td{% if name in words %} class="left"{% endif %}>{{ value }}</td>
-{%- endfor %}</tr>
-{% endfor %}</tbody></table></div>
+{{ table("", header, part.rows, ("left", "", "left")) }}
 {% for remark in part.remarks %}<p class="soft">{{ remark }}</p>
 {% endfor %}
 {% if part.strips %}<div class="sheets">
@@ -62,7 +54,6 @@ _PAGE = (
 </html>
 """
 )
-_WORDS = ("message", "best attack")
 
 
 def table_rows(entries: Sequence[Row]) -> list[tuple[str, ...]]:
@@ -116,10 +107,7 @@ def print_tables(rows: Sequence[Row]) -> None:
     for verdict in verdicts(rows):
         entries = [e for e in summary if all(e[k] == verdict[k] for k in SCENARIO_FIELDS)]
         print(f"\n{scenario_title(verdict)}\n{verdict['text']}\n")
-        lines = [HEADER, *table_rows(entries)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
-        for line in [lines[0], tuple("-" * width for width in widths), *lines[1:]]:
-            print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")
+        print(Table(HEADER, tuple(table_rows(entries))).markdown())
         for remark in remarks(entries):
             print(remark)
     print(f"\n{READING}")
@@ -139,27 +127,18 @@ def write_report(rows: Sequence[Row], folder: Path) -> Path:
                 "title": scenario_title(verdict),
                 "broke": verdict["broke"],
                 "verdict": verdict["text"],
-                "rows": [list(zip(HEADER, row, strict=True)) for row in table_rows(entries)],
+                "rows": table_rows(entries),
                 "remarks": remarks(entries),
                 "strips": strips,
             }
         )
     refused = list(dict.fromkeys(row["refused"] for row in rows if row["refused"]))
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_PAGE)
+    text = render_template(
+        _PAGE, parts=parts, header=HEADER, refused=refused, title="What the messages leak", state="",
+        lead=_lead(summary), aside=READING,
+    )  # fmt: skip
     page = folder / "report.html"
-    page.write_text(
-        template.render(
-            parts=parts,
-            header=HEADER,
-            words=_WORDS,
-            refused=refused,
-            style=Markup(STYLE),
-            title="What the messages leak",
-            state="",
-            lead=_lead(summary),
-            aside=READING,
-        )
-    )
+    page.write_text(text)
     return page
 
 

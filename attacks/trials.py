@@ -90,8 +90,22 @@ class AttackResult:
     reconstructions: Tensor | None
 
     @staticmethod
-    def of(found: Reconstruction, scores: Scores, observation: Observation, originals: Tensor) -> "AttackResult":
-        """The result of an attack that ran."""
+    def of(
+        found: Reconstruction, observation: Observation, truth: LabeledImages, others: LabeledImages,
+        perceptual: torch.nn.Module | None,
+    ) -> "AttackResult":  # fmt: skip
+        """The result of an attack that ran.
+
+        Args:
+            truth: the images that the attack is after.
+            others: images that the update was not computed from.
+            perceptual: network of LPIPS; None does not compute it.
+        """
+        originals = to_float(truth.images)
+        scores = score(
+            found.images, found.labels, truth=originals, true_labels=truth.labels,
+            others=to_float(others.images[:OTHERS]), perceptual=perceptual,
+        )  # fmt: skip
         shown = None
         if found.images is not None:
             pairs = torch.tensor(scores.pairs)
@@ -128,15 +142,7 @@ class TrialRunner:
             found = make_attack(attack).run(observation, generator=generator, watch=watch)
         except AttackError as error:
             return AttackResult.incompatibility(str(error), observation)
-        scores = score(
-            found.images,
-            found.labels,
-            truth=to_float(truth.images),
-            true_labels=truth.labels,
-            others=to_float(open_clients(scenario).test().images[:OTHERS]),
-            perceptual=self.perceptual,
-        )
-        return AttackResult.of(found, scores, observation, to_float(truth.images))
+        return AttackResult.of(found, observation, truth, open_clients(scenario).test(), self.perceptual)
 
     def _message(self, scenario: Scenario, message: Message) -> tuple[Observation, LabeledImages]:
         key = (scenario, message)

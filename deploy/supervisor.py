@@ -76,25 +76,22 @@ def supervise(federation: LocalCluster, stopping: threading.Event) -> None:
         federation.start()
         for name in federation.processes:
             restarts.started(name, time.monotonic())
-        state = dataclasses.replace(state, phase="running")
+        state = dataclasses.replace(state, phase="running", members=_members(federation, state, restarts))
+        state.write(federation.folder)
         LOG.info("federation runs", extra=about(address=federation.address, nodes=federation.nodes))
-        while True:
-            state = dataclasses.replace(state, members=_members(federation, state, restarts))
-            state.write(federation.folder)
-            while not stopping.wait(0.5):
-                found = {name: exit_status(process) for name, process in federation.processes.items()}
-                ended = {name: status for name, status in found.items() if status is not None}
-                due = [name for name in ended if restarts.is_due(name, time.monotonic())]
-                for name in due:
-                    print(f"{name} ended with {ended[name]}: restart {restarts.counts[name]}", flush=True)
-                    extra = about(member=name, status=ended[name], restarts=restarts.counts[name])
-                    LOG.warning("member ended", extra=extra)
-                    federation.restart(name)
-                    restarts.started(name, time.monotonic())
-                if due:
-                    break
-            if stopping.is_set():
-                break
+        while not stopping.wait(0.5):
+            found = {name: exit_status(process) for name, process in federation.processes.items()}
+            ended = {name: status for name, status in found.items() if status is not None}
+            due = [name for name in ended if restarts.is_due(name, time.monotonic())]
+            for name in due:
+                print(f"{name} ended with {ended[name]}: restart {restarts.counts[name]}", flush=True)
+                extra = about(member=name, status=ended[name], restarts=restarts.counts[name])
+                LOG.warning("member ended", extra=extra)
+                federation.restart(name)
+                restarts.started(name, time.monotonic())
+            if due:
+                state = dataclasses.replace(state, members=_members(federation, state, restarts))
+                state.write(federation.folder)
         federation.stop()
         LOG.info("federation stopped", extra=about())
         dataclasses.replace(state, phase="stopped", members={}).write(federation.folder)

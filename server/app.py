@@ -22,9 +22,9 @@ from server.records import (
     data_record,
     divergence,
     failed_rounds,
-    is_budget_spent,
     round_record,
     run_summary,
+    spent_budget,
     start_record,
 )
 from server.runner import RoundRunner
@@ -164,7 +164,7 @@ class _Run:
             check_secure_settings(settings)
         self._ledger = Ledger()
         self._runner = RoundRunner(GridTransport(grid), network, test, settings, self._ledger, observer, workload)
-        if not settings.run.resume and is_budget_spent(self._runner, 1):
+        if not settings.run.resume and spent_budget(self._runner, 1):
             first = Accountant(settings.privacy.privacy_delta)
             first.spend(settings.privacy.noise_multiplier, self._runner.kind(1))
             accepted = f"at least {first.epsilon:.4g}, the epsilon of one round"
@@ -209,7 +209,7 @@ class _Run:
         self._observer.on_history(folder.path, folder.records())
         stopped = ""
         for round_ in range((done or 0) + 1, self._settings.training.rounds + 1):
-            if stopped := is_budget_spent(self._runner, round_):
+            if stopped := spent_budget(self._runner, round_):
                 self._observer.on_note(stopped)
                 break
             self._round(folder, round_)

@@ -213,7 +213,7 @@ def _transfer(runner: RoundRunner) -> tuple[float, float] | None:
     return found[0], found[1]
 
 
-def is_budget_spent(runner: RoundRunner, round_: int) -> str:
+def spent_budget(runner: RoundRunner, round_: int) -> str:
     """Why differential privacy does not allow another round, or ""."""
     privacy, account = runner.settings.privacy, runner.account
     if account is None or not privacy.max_epsilon or account.allows(privacy.noise_multiplier, privacy.max_epsilon):

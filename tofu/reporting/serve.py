@@ -18,7 +18,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, quote, urlsplit
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from tofu.errors import RunError, SettingError, TofuError
@@ -26,13 +25,14 @@ from tofu.formatting import format_bytes, format_fraction
 from tofu.reporting.report.compare import render_page
 from tofu.reporting.report.html import render
 from tofu.reporting.report.run_data import read_run
-from tofu.reporting.report.template import PAGE_HEAD, POLICY, STYLE
+from tofu.reporting.report.template import PAGE_HEAD, POLICY, render_template
 from tofu.rounds.record import read_json, read_rounds, read_summary
 
 HOST = "127.0.0.1"
 _DEPTH = 5
 _MAX = 500
 _NONE = "\N{EN DASH}"
+_HEADER = ("name", "what", "state", "accuracy", "uplink", "last change")
 _POLICY = f"{POLICY}; script-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'"
 
 _RUN = ("config.json", "metrics.jsonl", "ledger.jsonl", "summary.json", "samples.npz", "panels.json")
@@ -70,15 +70,7 @@ _LIST = (
     + """</header>
 <section class="card">
 <h2>Runs, comparisons and attacks</h2>
-{% if rows %}<div class="scroll" tabindex="0"><table id="entries">
-<thead><tr><th scope="col" class="left">name</th><th scope="col" class="left">what</th>
-<th scope="col" class="left">state</th><th scope="col">accuracy</th><th scope="col">uplink</th>
-<th scope="col">last change</th></tr></thead>
-<tbody>
-{% for row in rows %}<tr><th scope="row" class="left wrap"><a href="{{ row.address }}">{{ row.name }}</a></th>
-<td class="left wrap">{{ row.what }}</td><td class="left">{{ row.state }}</td><td>{{ row.accuracy }}</td>
-<td>{{ row.uplink }}</td><td>{{ row.changed }}</td></tr>
-{% endfor %}</tbody></table></div>{% else %}
+{% if rows %}{{ table("entries", header, rows, ("left wrap", "left wrap", "left")) }}{% else %}
 <p class="soft">A run appears here after its first evaluation.</p>{% endif %}
 </section>
 </main>
@@ -157,7 +149,7 @@ class RunServer(ThreadingHTTPServer):
             raise SettingError("runs", str(folder), "a folder")
         self.root = folder.resolve()
         self.name = self.root.name
-        self._rows: dict[tuple[str, str], dict[str, str]] = {}
+        self._rows: dict[tuple[str, str], tuple[str, ...]] = {}
         try:
             super().__init__((HOST, port), _Handler)
         except (OSError, OverflowError) as error:
@@ -187,53 +179,40 @@ class RunServer(ThreadingHTTPServer):
                 return render_page(json.loads((entry.folder / "compare.json").read_text()), name)
             return (entry.folder / "report.html").read_text()
         except (TofuError, OSError, ValueError, LookupError, TypeError) as error:
-            return (
-                _head(f"{entry.kind} {name}", f"This page cannot be made: {error}") + "</header></main></body></html>"
-            )
+            head = _head(f"{entry.kind} {name}", f"This page cannot be made: {error}")
+            return render_template(PAGE_HEAD + "</header></main></body></html>", **head)
 
     def _list(self, entries: list[Entry]) -> str:
         kept = {(entry.name, entry.tag): self._rows.get((entry.name, entry.tag)) or _row(entry) for entry in entries}
         self._rows = kept
-        environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-        running = sum(row["state"].startswith("round ") for row in kept.values())
+        running = sum(row[2].startswith("round ") for row in kept.values())
         lead = f"{len(kept):,} {'entry' if len(kept) == 1 else 'entries'}, {running:,} not finished."
-        return environment.from_string(_LIST).render(
-            _head_values(f"Runs in {self.name}", lead), rows=list(kept.values())
-        )
+        values = _head(f"Runs in {self.name}", lead)
+        return render_template(_LIST, **values, header=_HEADER, rows=list(kept.values()))
 
 
-def _row(entry: Entry) -> dict[str, str]:
-    row = {"name": entry.name, "what": entry.kind, "state": "", "accuracy": _NONE, "uplink": _NONE}
-    row["address"] = f"/{entry.kind}?name={quote(entry.name, safe='')}"
-    row["changed"] = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.changed))
+def _row(entry: Entry) -> tuple[str, ...]:
+    link = Markup('<a href="/{}?name={}">{}</a>').format(entry.kind, quote(entry.name, safe=""), entry.name)
+    changed = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.changed))
     if entry.kind != "run":
-        return row
+        return link, entry.kind, "", _NONE, _NONE, changed
     try:
         config = read_json(entry.folder / "config.json")
         rounds, summary = read_rounds(entry.folder / "metrics.jsonl"), read_summary(entry.folder / "summary.json")
         words = [f"{config[key]}" for key in ("model", "dataset", "compressor") if config.get(key)]
     except (RunError, AttributeError) as error:
-        return row | {"state": "cannot be read", "what": f"{error}"[:200]}
+        return link, f"{error}"[:200], "cannot be read", _NONE, _NONE, changed
     measured = [record.accuracy for record in rounds if record.accuracy is not None]
-    done = rounds[-1].round if rounds else 0
-    state = f"round {done} of {config.get('rounds', '?')}"
+    state = f"round {rounds[-1].round if rounds else 0} of {config.get('rounds', '?')}"
     if summary is not None:
         state = f"stopped after {state}" if summary.stopped else "finished"
-    return row | {
-        "what": ", ".join(words)[:200],
-        "state": state,
-        "accuracy": format_fraction(measured[-1]) if measured else _NONE,
-        "uplink": format_bytes(sum(record.uplink_bytes for record in rounds)),
-    }
+    accuracy = format_fraction(measured[-1]) if measured else _NONE
+    uplink = format_bytes(sum(record.uplink_bytes for record in rounds))
+    return link, ", ".join(words)[:200], state, accuracy, uplink, changed
 
 
-def _head_values(title: str, lead: str) -> dict[str, object]:
-    return {"style": Markup(STYLE), "title": title, "lead": lead, "state": "", "aside": ""}
-
-
-def _head(title: str, lead: str) -> str:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    return environment.from_string(PAGE_HEAD).render(_head_values(title, lead))
+def _head(title: str, lead: str) -> dict[str, str]:
+    return {"title": title, "lead": lead, "state": "", "aside": ""}
 
 
 def _followed(page: str, tag: str) -> str:

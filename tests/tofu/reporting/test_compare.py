@@ -445,7 +445,8 @@ def test_the_page_holds_both_tables_and_a_figure_a_ratio() -> None:
     for table in tables:
         assert table is not None
         for line in table.rows:
-            assert all(f">{cell}</td>" in text for cell in line)
+            assert f">{line[0]}</th>" in text
+            assert all(f">{cell}</td>" in text for cell in line[1:])
     assert Marks(page).seen.count("svg") == 5
     assert "By round at 20x" in page
     assert "Every seed at 60x" in page

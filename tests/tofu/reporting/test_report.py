@@ -14,7 +14,7 @@ from matplotlib.image import imread
 
 from tofu.errors import RunError
 from tofu.reporting.report import write_report
-from tofu.reporting.report.chart import BOTTOM, TOP, Axis, share_axis, thinned
+from tofu.reporting.report.chart import BOTTOM, TOP, Axis, fraction_axis, thinned
 from tofu.reporting.report.images import sheet
 
 HOSTILE = "<script>alert('x')</script>"
@@ -438,7 +438,7 @@ def test_sheet_draws_colors_and_survives_what_is_not_finite(tmp_path: Path) -> N
 
 
 def test_axes_have_round_ticks_inside() -> None:
-    axis = share_axis([0.8125, 0.9473])
+    axis = fraction_axis([0.8125, 0.9473])
     assert (axis.low, axis.high) == pytest.approx((0.8, 0.95), abs=0.051)
     assert axis.at(axis.low) == BOTTOM
     assert axis.at(axis.high) == TOP

@@ -10,7 +10,7 @@ import math
 import textwrap
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tofu.formatting import format_bytes
 
@@ -69,16 +69,24 @@ def nice_step(span: float, about: int = 5) -> float:
     return next(factor * power for factor in (1, 2, 5, 10) if rough <= factor * power * 1.0001)
 
 
-def share_axis(values: Sequence[float]) -> Axis:
-    """A vertical axis for shares of one, as tight around the values as whole ticks allow and never past 0 or 1."""
+def value_axis(values: Sequence[float], start: float = BOTTOM, end: float = TOP, *, span: float = 0.0) -> Axis:
+    """An axis as tight around the values as whole ticks allow.
+
+    Args:
+        span: what the ticks are chosen for if the values span less.
+    """
     low, high = min(values), max(values)
-    step = nice_step(max(high - low, 0.1))
+    step = nice_step(max(high - low, span) or abs(low) or 1.0)
     low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
-    if min(values) >= 0:
-        low = max(low, 0.0)
-    if max(values) <= 1:
-        high = min(high, 1.0)
-    return Axis(low, high if high > low else low + step, BOTTOM, TOP)
+    return Axis(low, high if high > low else low + step, start, end)
+
+
+def fraction_axis(values: Sequence[float], *, span: float = 0.1) -> Axis:
+    """A vertical axis for fractions, as `value_axis`, that does not extend past 0 or 1 without need."""
+    axis = value_axis(values, span=span)
+    low = max(axis.low, 0.0) if min(values) >= 0 else axis.low
+    high = min(axis.high, 1.0) if max(values) <= 1 else axis.high
+    return replace(axis, low=low if high > low else low - nice_step(span), high=high)
 
 
 def round_axis(last: int) -> Axis:

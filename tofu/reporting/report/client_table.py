@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any
 
 from tofu.formatting import format_bytes, format_fraction, format_seconds
 from tofu.reporting.report.run_data import RunData
@@ -12,7 +11,7 @@ _NONE = "\N{EN DASH}"
 _MAX = 500
 
 
-def client_table(run: RunData) -> list[dict[str, Any]]:
+def client_table(run: RunData) -> list[tuple[str, ...]]:
     """One row per client (the first 500): name and cells. Secure rounds, which show only sums, add only bytes."""
     replies: defaultdict[str, list[ClientRecord]] = defaultdict(list)
     failures: defaultdict[str, int] = defaultdict(int)
@@ -27,17 +26,15 @@ def client_table(run: RunData) -> list[dict[str, Any]]:
     names = sorted(known | failures.keys(), key=lambda name: (len(name), name))
     more = [cells for cells in _optional(run).values() if cells]
     return [
-        {
-            "name": name[:300],
-            "cells": [*_cells(replies[name], failures[name]), *(cells.get(name, _NONE) for cells in more)],
-        }
+        (name[:300], *_cells(replies[name], failures[name]), *(cells.get(name, _NONE) for cells in more))
         for name in names[:_MAX]
     ]
 
 
 def client_columns(run: RunData) -> list[str]:
-    """Names of the columns that only some runs have."""
-    return [name for name, value in _optional(run).items() if value]
+    """Names of the columns."""
+    optional = [name for name, value in _optional(run).items() if value]
+    return ["client", "valid replies", "failed", "examples", "explained variance", "training", "encoding", *optional]
 
 
 def _optional(run: RunData) -> dict[str, dict[str, str]]:

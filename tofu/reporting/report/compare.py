@@ -3,14 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from tofu.formatting import format_fraction
 from tofu.reporting.report import compare_figures as figures
 from tofu.reporting.report.chart import Drawing, standalone
 from tofu.reporting.report.compare_tables import Table, cell_name, cell_table, notes, ratio_text, target_table
-from tofu.reporting.report.template import COLORS, FIGURE_STYLE, PAGE_HEAD, STYLE
+from tofu.reporting.report.template import COLORS, FIGURE_STYLE, FIGURES, PAGE_HEAD, STYLE, render_template
 
 _NOTHING = "No compressor has finished a run yet."
 _FONT = (
@@ -28,35 +27,17 @@ ul { margin: 12px 0 0; padding-left: 20px; font-size: 14px; }
 
 _PAGE = (
     PAGE_HEAD
-    + """</header>
-<div class="grid2">
-{% for figure in figures %}<figure class="card">
-<h2>{{ figure.title }}</h2>
-<figcaption>{{ figure.caption }}</figcaption>
-{{ figure.svg }}
-</figure>
-{% endfor %}</div>
-{% for table in tables %}<section class="card">
-<h2>{{ table.title }}</h2>
-<p class="soft">{{ table.caption }}</p>
-<div class="scroll" tabindex="0"><table id="{{ table.id }}">
-<thead><tr>{% for name in table.table.header -%}
-<th scope="col"{% if loop.index0 < table.table.left %} class="left"{% endif %}>{{ name }}</th>
-{%- endfor %}</tr></thead>
-<tbody>
-{% for row in table.table.rows %}<tr>{% for cell in row -%}
-<td{% if loop.index0 < table.table.left %} class="left"{% endif %}>{{ cell }}</td>
-{%- endfor %}</tr>
-{% endfor %}</tbody></table></div>
-{% if table.notes %}<ul>{% for note in table.notes %}<li>{{ note }}</li>{% endfor %}</ul>{% endif %}
+    + FIGURES
+    + """{% for part in tables %}<section class="card">
+<h2>{{ part.title }}</h2>
+<p class="soft">{{ part.caption }}</p>
+{{ table(part.id, part.table.header, part.table.rows, part.css) }}
+{% if part.notes %}<ul>{% for note in part.notes %}<li>{{ note }}</li>{% endfor %}</ul>{% endif %}
 </section>
 {% endfor %}
 <section class="card"><details>
 <summary>Settings of every run ({{ config | length }})</summary>
-<div class="scroll" tabindex="0"><table id="config"><tbody>
-{% for name, value in config %}<tr><th scope="row" class="left">{{ name }}</th>
-<td class="left wrap"><code>{{ value }}</code></td></tr>
-{% endfor %}</tbody></table></div>
+{{ table("config", (), config, ("left wrap", "left wrap code")) }}
 </details></section>
 <footer>Bytes count whole messages of all clients in the whole run, headers included; kB and MB are decimal. The payload
 ratio is of float32 updates over payloads alone. Every run and number: compare.json.</footer>
@@ -80,10 +61,10 @@ def render_figure(document: Mapping[str, Any]) -> str:
 
 def render_page(document: Mapping[str, Any], name: str) -> str:
     """compare.html of a comparison in a folder called `name`; every text from the document is escaped."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     settings = document["settings"]
     left = document["runs_left"]
-    return environment.from_string(_PAGE).render(
+    return render_template(
+        _PAGE,
         style=Markup(_STYLE),
         title=f"Comparison {name} · {settings['model']} on {settings['dataset']} · {settings['clients']} clients",
         state=f"not finished: {left} run{'' if left == 1 else 's'} left" if left else "",
@@ -115,16 +96,16 @@ def _leader(cells: Sequence[Mapping[str, Any]], ratio: float) -> Markup:
     """The best of the cells at a ratio, which are sorted, if it is ahead by more than one standard deviation."""
     best, *others = cells
     values = {"ratio": ratio_text(ratio), "name": best["compressor"]}
-    values["share"] = format_fraction(best["final_accuracy"]["mean"])
+    values["mean"] = format_fraction(best["final_accuracy"]["mean"])
     if not others:
-        return Markup("At {ratio}: <b>{name}</b> {share}.").format(**values)
+        return Markup("At {ratio}: <b>{name}</b> {mean}.").format(**values)
     if any(cell["final_accuracy"]["sd"] is None for cell in cells):
-        return Markup("At {ratio}, {name} has the highest accuracy, {share}, in one run: no winner.").format(**values)
+        return Markup("At {ratio}, {name} has the highest accuracy, {mean}, in one run: no winner.").format(**values)
     level = [other["compressor"] for other in others if not ahead(best, other)]
     if not level:
-        return Markup("At {ratio}, <b>{name}</b> is the most accurate: {share}.").format(**values)
+        return Markup("At {ratio}, <b>{name}</b> is the most accurate: {mean}.").format(**values)
     values["others"] = f"{', '.join(level[:-1])} and {level[-1]}" if level[1:] else level[0]
-    text = "At {ratio}, no winner: {name} ({share}) is ahead of {others} by less than the spread over seeds."
+    text = "At {ratio}, no winner: {name} ({mean}) is ahead of {others} by less than the spread over seeds."
     return Markup(text).format(**values)
 
 
@@ -189,25 +170,17 @@ def _figures(document: Mapping[str, Any]) -> list[dict[str, object]]:
 
 
 def _tables(document: Mapping[str, Any]) -> list[dict[str, object]]:
-    targets: Table | None = target_table(document)
-    tables: list[dict[str, object]] = [
-        {
-            "id": "cells",
-            "title": "Every compressor at every budget",
-            "caption": "Points lost are against FedAvg with the same seed. A method whose payload is the same for "
-            "several ratios asked is run once and listed once.",
-            "table": cell_table(document),
-            "notes": notes(document),
-        }
-    ]
-    if targets:
-        tables.append(
-            {
-                "id": "targets",
-                "title": "Bytes to reach an accuracy",
-                "caption": "The smallest mean uplink of the budgets that were run with which each reached it.",
-                "table": targets,
-                "notes": [],
-            }
-        )
+    caption = (
+        "Points lost are against FedAvg with the same seed. A method whose payload is the same for several ratios is "
+        "run once and listed once."
+    )
+    tables = [_table("cells", "Every compressor at every budget", caption, cell_table(document), notes(document))]
+    if targets := target_table(document):
+        caption = "The smallest mean uplink of the budgets that were run with which each reached it."
+        tables.append(_table("targets", "Bytes to reach an accuracy", caption, targets))
     return tables
+
+
+def _table(name: str, title: str, caption: str, table: Table, remarks: Sequence[str] = ()) -> dict[str, object]:
+    css = ["left"] * table.left
+    return {"id": name, "title": title, "caption": caption, "table": table, "css": css, "notes": remarks}

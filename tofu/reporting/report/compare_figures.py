@@ -1,23 +1,19 @@
 """The figures of a comparison, from compare.json's document: accuracy against bytes, and by round at each ratio."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from tofu.formatting import format_bytes, format_fraction
 from tofu.reporting.report.chart import (
-    BOTTOM,
     LEFT,
     RIGHT,
-    TOP,
     WIDTH,
     Axis,
     Drawing,
-    nice_step,
+    fraction_axis,
     round_axis,
-    share_axis,
     thinned,
     tick_bytes,
 )
@@ -31,6 +27,8 @@ ZOOM_POINTS = 5
 _CURVE_POINTS = 240
 _DODGE = 5.0
 _ROW = 44
+_SPAN = 0.005
+"""Smallest span of an axis of accuracies: the ticks show a tenth of a point."""
 _SHAPES = ("circle", "square", "diamond", "up", "down")
 
 SERIES_COLORS = """
@@ -83,7 +81,7 @@ def accuracy_by_uplink(document: Mapping[str, Any], *, zoom: bool = False) -> Dr
     entries = [(series[name], name) for name in document["compressors"] if any(c["compressor"] == name for c in done)]
     sizes = [cell["uplink_bytes"]["mean"] for cell in done]
     x = Axis(min(sizes) / 1.35, max(sizes) * 1.35, LEFT, RIGHT, log=True)
-    y = _tight([end for cell in done for end in _interval(cell)] + list(_interval(reference)))
+    y = fraction_axis([end for cell in done for end in _interval(cell)] + list(_interval(reference)), span=_SPAN)
     drawing.frame(x, y, ("uplink bytes of the whole run (log scale)", "final test accuracy"), x_text=tick_bytes)
     _legend(drawing, entries, _fedavg_key(reference))
     if fedavg:
@@ -132,7 +130,7 @@ def accuracy_by_round(document: Mapping[str, Any], ratio: float) -> Drawing | No
     lines = [(series[cell["compressor"]], cell["accuracy_by_round"]) for cell in done]
     last = len(done[0]["accuracy_by_round"]) - 1
     x = round_axis(last)
-    y = _tight([value for points in (*(p for _, p in lines), fedavg) for value in points])
+    y = fraction_axis([value for points in (*(p for _, p in lines), fedavg) for value in points], span=_SPAN)
     drawing.frame(x, y, ("round", "test accuracy, mean over seeds"), x_text=lambda value: f"{value:.0f}")
     _legend(drawing, [(series[cell["compressor"]], cell["compressor"]) for cell in done], "FedAvg" if fedavg else "")
     for css, points in [("c-baseline", fedavg), *((style.css, points) for style, points in lines)]:
@@ -157,14 +155,14 @@ def accuracy_by_seed(document: Mapping[str, Any], ratio: float) -> Drawing | Non
         + "; ".join(f"{name} {', '.join(format_fraction(value, 2) for value in ends[name])}" for name in ends)
     )
     bottom = 22 + _ROW * len(rows)
-    scale = _tight([value for cell in rows for value in (*_interval(cell), *ends[cell_name(cell)])])
+    scale = fraction_axis([value for cell in rows for value in (*_interval(cell), *ends[cell_name(cell)])], span=_SPAN)
     x = dataclasses.replace(scale, start=14, end=WIDTH - 14)
     series = _series(document)
     for row, cell in enumerate(rows):
         y = 28 + _ROW * row
         name = method_name(cell["compressor"])
         drawing.add("text", "bar-name", name[:30], x=0, y=y - 10)
-        drawing.add("text", "tick end", _share(cell["final_accuracy"]), x=WIDTH, y=y - 10)
+        drawing.add("text", "tick end", _percent(cell["final_accuracy"]), x=WIDTH, y=y - 10)
         drawing.add("rect", "rail", x=0, y=y + 5, width=WIDTH, height=2)
         low, high = (x.at(end) for end in _interval(cell))
         style = series.get(cell["compressor"])
@@ -245,18 +243,7 @@ def _level(drawing: Drawing, y: Axis, reference: Cell) -> None:
         drawing.add("rect", "band", x=LEFT, y=high, width=RIGHT - LEFT, height=round(low - high, 2))
     fedavg = reference["final_accuracy"]
     level = y.at(fedavg["mean"])
-    drawing.add("line", "curve c-baseline", tip=f"FedAvg: {_share(fedavg)}", x1=LEFT, x2=RIGHT, y1=level, y2=level)
-
-
-def _tight(values: Sequence[float]) -> Axis:
-    """A vertical axis as `share_axis` makes, for differences down to a tenth of a point."""
-    low, high = min(values), max(values)
-    step = nice_step(max(high - low, 0.005))
-    if step >= 0.02:
-        return share_axis(values)
-    low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
-    high = min(max(high, low + step), 1.0)
-    return Axis(min(low, high - step), high, BOTTOM, TOP)
+    drawing.add("line", "curve c-baseline", tip=f"FedAvg: {_percent(fedavg)}", x1=LEFT, x2=RIGHT, y1=level, y2=level)
 
 
 def _interval(cell: Cell) -> tuple[float, ...]:
@@ -268,15 +255,14 @@ def _interval(cell: Cell) -> tuple[float, ...]:
     return max(spread["mean"] - deviation, 0.0), min(spread["mean"] + deviation, 1.0)
 
 
-def _share(spread: Mapping[str, Any]) -> str:
+def _percent(spread: Mapping[str, Any]) -> str:
     text = format_fraction(spread["mean"], 2)
     return text if spread["sd"] is None else f"{text} ± {100 * spread['sd']:.2f}"
 
 
 def _tip(cell: Cell) -> str:
-    return (
-        f"{cell_name(cell)}: {_share(cell['final_accuracy'])} for {format_bytes(round(cell['uplink_bytes']['mean']))}"
-    )
+    uplink = format_bytes(round(cell["uplink_bytes"]["mean"]))
+    return f"{cell_name(cell)}: {_percent(cell['final_accuracy'])} for {uplink}"
 
 
 def _alt(document: Mapping[str, Any], done: Sequence[Cell], zoom: bool) -> str:

@@ -15,11 +15,11 @@ from tofu.reporting.report.chart import (
     Bar,
     Drawing,
     bar_chart,
-    nice_step,
+    fraction_axis,
     round_axis,
-    share_axis,
     thinned,
     tick_bytes,
+    value_axis,
 )
 from tofu.reporting.report.run_data import RunData
 from tofu.rounds.record import RoundRecord
@@ -42,7 +42,7 @@ def accuracy_by_round(run: RunData) -> str | None:
         alt += f" FedAvg: {format_fraction(theirs[-1][1])} at round {theirs[-1][0].round}."
     drawing = Drawing(alt)
     x = round_axis(max(row.round for row, _ in ours + theirs))
-    y = share_axis([accuracy for _, accuracy in ours + theirs])
+    y = fraction_axis([accuracy for _, accuracy in ours + theirs])
     drawing.frame(x, y, ("round", "test accuracy"), x_text=_whole)
     drawing.legend(_keys([row for row, _ in ours], "FedAvg" if theirs else ""))
     drawing.curve([(x.at(row.round), y.at(accuracy)) for row, accuracy in theirs], "c-baseline")
@@ -71,17 +71,17 @@ def accuracy_by_bytes(run: RunData) -> str | None:
     sizes = [size for size, _, _ in ours + theirs] + ([fedavg] if fedavg else [])
     # Padding on both sides, so that no mark lies on the edge and a single point still has an axis.
     x = Axis(min(sizes) / 1.35, max(sizes) * 1.35, LEFT, RIGHT, log=True)
-    y = share_axis([accuracy for _, _, accuracy in ours + theirs])
+    y = fraction_axis([accuracy for _, _, accuracy in ours + theirs])
     drawing.frame(x, y, ("uplink bytes so far (log scale)", "test accuracy"), x_text=tick_bytes)
     drawing.legend(_keys([row for _, row, _ in ours], "FedAvg" if fedavg else ""))
     if theirs:
-        drawing.curve([(x.at(size), y.at(share)) for size, _, share in theirs], "c-baseline")
+        drawing.curve([(x.at(size), y.at(value)) for size, _, value in theirs], "c-baseline")
     elif fedavg:
         drawing.add("line", "curve c-baseline", x1=x.at(fedavg), x2=x.at(fedavg), y1=TOP, y2=BOTTOM)
-    drawing.curve([(x.at(size), y.at(share)) for size, _, share in ours], "c-run")
-    for size, row, share in (ours[index] for index in thinned([row.kind for _, row, _ in ours], _MARKS)):
-        tip = f"{_round_text(row)}: {format_fraction(share, 2)} after {format_bytes(size)}"
-        drawing.mark(x.at(size), y.at(share), row.kind, tip, hollow=bool(row.abandoned))
+    drawing.curve([(x.at(size), y.at(value)) for size, _, value in ours], "c-run")
+    for size, row, value in (ours[index] for index in thinned([row.kind for _, row, _ in ours], _MARKS)):
+        tip = f"{_round_text(row)}: {format_fraction(value, 2)} after {format_bytes(size)}"
+        drawing.mark(x.at(size), y.at(value), row.kind, tip, hollow=bool(row.abandoned))
     if run.saving and fedavg:
         _span(drawing, x.at(sent), x.at(fedavg), (y.at(accuracy), y.at(theirs[-1][2]) if theirs else TOP), run.saving)
     return drawing.markup()
@@ -106,7 +106,7 @@ def explained_variance(run: RunData) -> str | None:
     )
     drawing = Drawing(alt + ".")
     x = round_axis(run.rounds[-1].round)
-    y = share_axis([value for _, _, points in series for _, value in points] + [1.0])
+    y = fraction_axis([value for _, _, points in series for _, value in points] + [1.0])
     drawing.frame(x, y, ("round", "decoded against true update"), x_text=_whole)
     drawing.legend([(css, name) for name, css, _ in series])
     for name, css, every in reversed(series):
@@ -128,9 +128,7 @@ def epsilon_by_round(run: RunData) -> str | None:
     alt = f"Epsilon spent by round: {epsilon_text(rows[0][1])} at round {rows[0][0].round}, "
     alt += f"{epsilon_text(spent)} at round {last.round}."
     drawing = Drawing(alt + (f" The budget is {budget:g}." if budget else ""))
-    highest = max(budget, *(value for _, value in rows)) or 1.0
-    step = nice_step(highest)
-    x, y = round_axis(run.rounds[-1].round), Axis(0, math.ceil(highest / step - 1e-9) * step, BOTTOM, TOP)
+    x, y = round_axis(run.rounds[-1].round), value_axis([0.0, budget, *(value for _, value in rows)])
     drawing.frame(x, y, ("round", "epsilon spent"), x_text=_whole, y_text="{:.4g}".format)
     drawing.legend(_keys([row for row, _ in rows], f"max-epsilon {budget:g}" if budget else ""))
     if budget:
@@ -159,8 +157,8 @@ def bytes_by_kind(run: RunData) -> str | None:
         note = f"{format_bytes(entry.bytes)}"
         if entry.messages is not None and entry.payload_bytes is not None:
             plural = "" if entry.messages == 1 else "s"
-            share = format_fraction(min(entry.payload_bytes / entry.bytes, 1))
-            note += f" in {entry.messages:,} message{plural}, {share} payload"
+            fraction = format_fraction(min(entry.payload_bytes / entry.bytes, 1))
+            note += f" in {entry.messages:,} message{plural}, {fraction} payload"
         css = f"k-{entry.kind}" if entry.kind in KINDS else "k-other"
         name = f"{entry.direction.capitalize()}, {entry.kind[:60]} {'messages' if entry.kind == 'hello' else 'rounds'}"
         bars.append(Bar(name, note, entry.bytes, css, entry.payload_bytes))

@@ -5,9 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from tofu.errors import RunError
@@ -21,7 +19,7 @@ from tofu.reporting.report.rounds_table import Column, columns_of
 from tofu.reporting.report.run_data import ReportImages, RunData, read_run
 from tofu.reporting.report.sections import failures_note, privacy_caption, privacy_rows, secure_text, stopped_text
 from tofu.reporting.report.task_matrix import matrix_caption, task_matrix
-from tofu.reporting.report.template import PAGE, STYLE
+from tofu.reporting.report.template import PAGE, render_template
 from tofu.rounds.record import RoundRecord
 
 _MAX_ROWS = 500
@@ -55,9 +53,8 @@ def render(run: RunData, name: str) -> str:
     """The page of a run called `name` as HTML; every text from the run's files is escaped."""
     rows, columns = run.rounds[-_MAX_ROWS:], columns_of(run)
     abandoned = [row for row in run.secure if row.abandoned][-_MAX_ROWS:]
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    return environment.from_string(PAGE).render(
-        style=Markup(STYLE),
+    return render_template(
+        PAGE,
         title=_title(run, name),
         state=_state(run),
         lead=_lead(run),
@@ -69,20 +66,20 @@ def render(run: RunData, name: str) -> str:
         received=bool(run.samples and run.samples.proxies),
         sheets_title=_sheets_title(run.samples) if run.samples else "",
         sheets_text=_sheets_text(run.samples) if run.samples else "",
-        columns=[column.name for column in columns],
+        columns=["round", "kind", *(column.name for column in columns)],
         rows=[_row(row, columns) for row in rows],
         hidden_rounds=len(run.rounds) - len(rows),
-        totals=[column.total(run) for column in columns],
+        totals=["all", "", *(column.total(run) for column in columns)],
         privacy=privacy_rows(run),
         secure_text=secure_text(run),
-        abandoned=[{"round": row.round, "reason": _short(row.abandoned)} for row in abandoned],
+        abandoned=[(row.round, _short(row.abandoned)) for row in abandoned],
         plugins=_plugins(run),
         plugins_text=_plugins_text(run),
         panels=[panel_context(panel) for panel in run.panels.values()],
         clients=client_table(run),
         client_columns=client_columns(run),
         failures=[
-            {"round": row.round, "client": _short(failure.client), "reason": _short(failure.reason)}
+            (row.round, _short(failure.client), _short(failure.reason))
             for row in run.rounds
             for failure in row.failures
         ][-_MAX_ROWS:],
@@ -294,25 +291,18 @@ def _shown(count: int) -> str:
     return "One image" if count == 1 else f"{count} images"
 
 
-def _row(row: RoundRecord, columns: Sequence[Column]) -> dict[str, Any]:
-    css = row.kind if row.kind in KINDS else "other"
-    return {
-        "round": row.round,
-        "kind": _short(row.label) + (", abandoned" if row.abandoned else ""),
-        "css": f"{css} hollow" if row.abandoned else css,
-        "cells": [column.cell(row) for column in columns],
-    }
+def _row(row: RoundRecord, columns: Sequence[Column]) -> tuple[object, ...]:
+    css = (row.kind if row.kind in KINDS else "other") + (" hollow" if row.abandoned else "")
+    kind = _short(row.label) + (", abandoned" if row.abandoned else "")
+    mark = Markup('<span class="kind t-{}">{}</span>').format(css, kind)
+    return row.round, mark, *(column.cell(row) for column in columns)
 
 
-def _plugins(run: RunData) -> list[dict[str, Any]]:
+def _plugins(run: RunData) -> list[tuple[str, ...]]:
     last = run.rounds[-1].round if run.rounds else 0
     return [
         # Safe as markup: built as an XML tree, as every figure is.
-        {
-            "name": _short(metric.name),
-            "cells": metric.cells(),
-            "svg": Markup(plugin_metrics.sparkline(metric, last)),
-        }
+        (_short(metric.name), *metric.cells(), Markup(plugin_metrics.sparkline(metric, last)))
         for metric in plugin_metrics.metrics_of(run)[: plugin_metrics.MAX]
     ]
 

@@ -8,7 +8,7 @@ import numpy as np
 from markupsafe import Markup
 
 from tofu.reporting.report import images
-from tofu.reporting.report.chart import BOTTOM, LEFT, RIGHT, TOP, Axis, Bar, Drawing, bar_chart, nice_step, thinned
+from tofu.reporting.report.chart import LEFT, RIGHT, TOP, Bar, Drawing, bar_chart, thinned, value_axis
 from tofu.rounds.panel import Chart, Figure, ImageFigure, Panel, Series, TableFigure
 
 SERIES = 8
@@ -55,7 +55,7 @@ def _chart(chart: Chart) -> str:
     if not xs:
         drawing.add("text", "label", "no values", x=0, y=TOP)
         return drawing.markup()
-    x, y = _axis(xs, LEFT, RIGHT - 6), _axis(ys, BOTTOM, TOP)
+    x, y = value_axis(xs, LEFT, RIGHT - 6), value_axis(ys)
     drawing.frame(x, y, (chart.x_label, chart.y_label), x_text="{:.4g}".format, y_text="{:.4g}".format)
     if len(series) > 1:
         drawing.legend([(f"c-s{index % SERIES}", name[:24]) for index, (name, _) in enumerate(series)])
@@ -106,11 +106,3 @@ def _bars(chart: Chart) -> str:
         for label, name, index, value in bars
     ]
     return bar_chart(alt, drawn).markup()
-
-
-def _axis(values: Sequence[float], start: float, end: float) -> Axis:
-    low, high = min(values), max(values)
-    if low == high:
-        low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
-    step = nice_step(high - low)
-    return Axis(math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step, start, end)

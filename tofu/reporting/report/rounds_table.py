@@ -43,8 +43,8 @@ def _number(value: float | None, write: Callable[[float], str]) -> str:
     return _NONE if value is None else write(value)
 
 
-def _percent(share: float) -> str:
-    return format_fraction(share, 2)
+def _percent(fraction: float) -> str:
+    return format_fraction(fraction, 2)
 
 
 def _trained(write: Callable[[RoundRecord], str]) -> Callable[[RoundRecord], str]:

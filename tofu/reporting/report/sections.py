@@ -6,7 +6,7 @@ from tofu.reporting.report.run_data import RunData
 from tofu.rounds.record import round_label
 
 
-def privacy_rows(run: RunData) -> list[dict[str, str]]:
+def privacy_rows(run: RunData) -> list[tuple[str, str, str]]:
     """Rows of the privacy table: who saw what, and what bounds the privacy loss; [] before the first round."""
     if not run.trained:
         return []
@@ -21,14 +21,10 @@ def privacy_rows(run: RunData) -> list[dict[str, str]]:
         server.append(f"Nothing in the {_rounds(single, 'open')}: tofu attack measures what an update reveals.")
     model = bound or "Nothing. A model can reveal some of what it was trained on."
     return [
-        {
-            "who": "The server",
-            "saw": f"{' and '.join(saw) or 'no update'}".capitalize(),
-            "bound": " ".join(filter(None, server)),
-        },
-        {"who": "The clients", "saw": "The global weights of the rounds that they took part in", "bound": model},
-        {"who": "Who receives the model", "saw": "The final weights", "bound": model},
-        {"who": "Who reads this page", "saw": _on_page(run), "bound": "Nothing: it is what the server knows."},
+        ("The server", (" and ".join(saw) or "no update").capitalize(), " ".join(filter(None, server))),
+        ("The clients", "The global weights of the rounds that they took part in", model),
+        ("Who receives the model", "The final weights", model),
+        ("Who reads this page", _on_page(run), "Nothing: it is what the server knows."),
     ]
 
 

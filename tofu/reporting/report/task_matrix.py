@@ -3,7 +3,7 @@
 from typing import Any
 
 from tofu.formatting import format_fraction
-from tofu.reporting.report.chart import WIDTH, Drawing, share_axis, thinned
+from tofu.reporting.report.chart import WIDTH, Drawing, fraction_axis, thinned
 from tofu.reporting.report.run_data import RunData
 from tofu.rounds.record import RoundRecord
 
@@ -31,13 +31,13 @@ def task_matrix(run: RunData) -> str | None:
     columns = thinned([""] * count, _MAX)
     wide = (WIDTH - _LEFT) / len(columns)
     tall = min(max(0.6 * wide, 24.0), 44.0)
-    scale = share_axis(values)
+    scale = fraction_axis(values)
     bottom = _TOP + tall * len(drawn)
     task, row = rows[-1]
     ends = ", ".join(
-        f"{format_fraction(share)} on task {number}"
-        for number, share in enumerate(row.task_accuracies[:_MAX])
-        if share is not None
+        f"{format_fraction(accuracy)} on task {number}"
+        for number, accuracy in enumerate(row.task_accuracies[:_MAX])
+        if accuracy is not None
     )
     drawing = Drawing(f"Test accuracy of each task after each task. After task {task}: {ends}.", round(bottom) + 36)
     drawing.add("text", "label", "after task", x=0, y=12)
@@ -49,7 +49,7 @@ def task_matrix(run: RunData) -> str | None:
         top = round(_TOP + line * tall, 2)
         drawing.add("text", "tick end", f"{task}", x=_LEFT - 12, y=round(top + tall / 2 + 4, 2))
         for place, column in enumerate(columns):
-            if column < len(row.task_accuracies) and (share := row.task_accuracies[column]) is not None:
+            if column < len(row.task_accuracies) and (accuracy := row.task_accuracies[column]) is not None:
                 left = round(_LEFT + place * wide, 2)
                 box: dict[str, Any] = {
                     "x": round(left + 1, 2),
@@ -57,14 +57,14 @@ def task_matrix(run: RunData) -> str | None:
                     "width": round(wide - 2, 2),
                     "height": round(tall - 2, 2),
                 }
-                tip = f"after task {task} (round {row.round}), on task {column}: {format_fraction(share, 2)}"
-                darkness = (share - scale.low) / (scale.high - scale.low)
+                tip = f"after task {task} (round {row.round}), on task {column}: {format_fraction(accuracy, 2)}"
+                darkness = (accuracy - scale.low) / (scale.high - scale.low)
                 drawing.add("rect", "cell", tip=tip, fill_opacity=_opacity(darkness), rx=2, **box)
                 if task == column and one_order(run):
                     drawing.add("rect", "learnt", rx=2, **box)
                 if wide < _NUMBER:
                     continue
-                text = f"{100 * share:.{1 if wide >= 44 else 0}f}"
+                text = f"{100 * accuracy:.{1 if wide >= 44 else 0}f}"
                 drawing.add("text", "middle number", text, x=round(left + wide / 2, 2), y=round(top + tall / 2 + 4, 2))
     _key(drawing, bottom + 14, (format_fraction(scale.low, 0), format_fraction(scale.high, 0)))
     return drawing.markup()

@@ -1,7 +1,10 @@
-"""The page as a Jinja template, kept in Python because a Flower app bundle carries no `.j2` or `.css` files.
+"""Jinja templates and the style sheet of all pages, kept in Python because a Flower app bundle has no `.j2` or `.css`.
 
-The page loads nothing: no scripts, no fonts, no addresses but `data:`. Its content security policy forbids it as well.
+A page loads nothing: no scripts, no fonts, no addresses but `data:`. Its content security policy forbids it as well.
 """
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
 COLORS = """
 :root {
@@ -78,7 +81,7 @@ thead th { white-space: normal; overflow-wrap: normal; line-height: 1.3; }
 tbody th { color: inherit; vertical-align: inherit; font-weight: 600; border-bottom-color: var(--grid); }
 tfoot td, tfoot th { border-top: 1px solid var(--line); border-bottom: 0; color: inherit; font-weight: 600; }
 .left { text-align: left; }
-.wrap, .panel td:first-child { white-space: normal; min-width: 9em; vertical-align: top; }
+.wrap, .panel tbody th { white-space: normal; min-width: 9em; vertical-align: top; }
 .kind::before {
   content: ""; display: inline-block; width: 8px; height: 8px; margin-right: 7px;
   border-radius: 50%; background: var(--other);
@@ -92,7 +95,7 @@ tfoot td, tfoot th { border-top: 1px solid var(--line); border-bottom: 0; color:
 .spark { width: 180px; } .spark svg { display: block; width: 180px; height: 28px; }
 .several p { margin-top: 6px; max-width: 66em; }
 summary { cursor: pointer; font-size: 16px; font-weight: 650; }
-code { font: 12.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+.code { font: 12.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 footer { margin-top: 26px; color: var(--soft); font-size: 13px; }
 """
 
@@ -163,6 +166,36 @@ STYLE = COLORS + _PAGE_STYLE + FIGURE_STYLE + _SERIES_STYLE + _MEDIA_STYLE
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
+_TABLE = """
+{%- macro table(id, header, rows, css=(), total=()) -%}
+<div class="scroll" tabindex="0"><table{% if id %} id="{{ id }}"{% endif %}>
+{% if header %}<thead><tr>{% for name in header -%}
+<th scope="col"{{ (css[loop.index0] | default("")) | css_class }}>{{ name }}</th>{%- endfor %}</tr></thead>{% endif %}
+<tbody>
+{% for row in rows %}<tr>{% for cell in row -%}
+{% if loop.first %}<th scope="row"{{ (css[0] | default("")) | css_class }}>{{ cell }}</th>
+{%- else %}<td{{ (css[loop.index0] | default("")) | css_class }}>{{ cell }}</td>{% endif -%}
+{%- endfor %}</tr>
+{% endfor %}</tbody>
+{% if total %}<tfoot><tr><th scope="row">{{ total[0] }}</th>{% for cell in total[1:] %}<td>{{ cell }}</td>{% endfor %}
+</tr></tfoot>{% endif %}
+</table></div>
+{%- endmacro -%}
+"""
+"""A table whose first cells are the headers of their rows; `css` are the classes of its columns."""
+
+
+def render_template(source: str, **values: object) -> str:
+    """Render a page; all texts are escaped. The template can call the macro `table` and has the style sheet as `style`.
+
+    Args:
+        source: the template, which begins with `PAGE_HEAD`.
+    """
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.filters["css_class"] = lambda name: Markup(' class="{}"').format(name) if name else ""
+    return environment.from_string(_TABLE + source).render({"style": Markup(STYLE), **values})
+
+
 PAGE_HEAD = """<!doctype html>
 <html lang="en">
 <head>
@@ -181,13 +214,7 @@ PAGE_HEAD = """<!doctype html>
 """.replace("%POLICY%", POLICY)
 """The beginning of every page, up to what follows the lead in its header."""
 
-PAGE = (
-    PAGE_HEAD
-    + """{% if stopped %}<p class="note">{{ stopped }}</p>{% endif %}
-<dl class="facts">
-{% for name, value in facts %}<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>
-{% endfor %}</dl>
-</header>
+FIGURES = """</header>
 <div class="grid2">
 {% for figure in figures %}<figure class="card">
 <h2>{{ figure.title }}</h2>
@@ -195,22 +222,23 @@ PAGE = (
 {{ figure.svg }}
 </figure>
 {% endfor %}</div>
-{% if privacy %}<section class="card several">
+"""
+"""The end of a page's header and its figures, each with title, caption and svg."""
+
+PAGE = (
+    PAGE_HEAD
+    + """{% if stopped %}<p class="note">{{ stopped }}</p>{% endif %}
+<dl class="facts">
+{% for name, value in facts %}<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>
+{% endfor %}</dl>
+"""
+    + FIGURES
+    + """{% if privacy %}<section class="card several">
 <h2>Privacy of this run</h2>
-<div class="scroll" tabindex="0"><table id="privacy">
-<thead><tr><th scope="col" class="left">who</th><th scope="col" class="left">saw</th>
-<th scope="col" class="left">what bounds it</th></tr></thead>
-<tbody>
-{% for row in privacy %}<tr><th scope="row" class="left wrap">{{ row.who }}</th>
-<td class="left wrap">{{ row.saw }}</td><td class="left wrap">{{ row.bound }}</td></tr>
-{% endfor %}</tbody></table></div>
+{{ table("privacy", ("who", "saw", "what bounds it"), privacy, ("left wrap", "left wrap", "left wrap")) }}
 {% for text in secure_text %}<p class="soft">{{ text }}</p>
 {% endfor %}
-{% if abandoned %}<div class="scroll" tabindex="0"><table id="abandoned">
-<thead><tr><th scope="col">abandoned round</th><th scope="col" class="left">reason</th></tr></thead>
-<tbody>
-{% for row in abandoned %}<tr><th scope="row">{{ row.round }}</th><td class="left wrap">{{ row.reason }}</td></tr>
-{% endfor %}</tbody></table></div>{% endif %}
+{% if abandoned %}{{ table("abandoned", ("abandoned round", "reason"), abandoned, ("", "left wrap")) }}{% endif %}
 </section>{% endif %}
 {% if sheets %}<section class="card">
 <h2>{{ sheets_title }}</h2>
@@ -230,27 +258,12 @@ measured (tofu attack).</p>
 {% if hidden_rounds %}
 <p class="soft">The last {{ rows | length }} rounds; {{ hidden_rounds }} earlier ones are in metrics.jsonl.</p>
 {% endif %}
-{% if rows %}<div class="scroll" tabindex="0"><table id="rounds">
-<thead><tr><th scope="col">round</th><th scope="col" class="left">kind</th>
-{% for name in columns %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
-<tbody>
-{% for row in rows %}<tr><th scope="row">{{ row.round }}</th>
-<td class="left"><span class="kind t-{{ row.css }}">{{ row.kind }}</span></td>
-{%- for cell in row.cells %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</tbody>
-<tfoot><tr><th scope="row">all</th><td></td>{% for cell in totals %}<td>{{ cell }}</td>{% endfor %}</tr></tfoot>
-</table></div>{% else %}<p class="soft">No round has ended yet.</p>{% endif %}
+{% if rows %}{{ table("rounds", columns, rows, ("", "left"), totals) }}{% else %}
+<p class="soft">No round has ended yet.</p>{% endif %}
 </section>
 {% if clients %}<section class="card"><details{% if clients | length <= 20 %} open{% endif %}>
 <summary>Clients ({{ clients | length }})</summary>
-<div class="scroll" tabindex="0"><table id="clients">
-<thead><tr><th scope="col" class="left">client</th><th scope="col">valid replies</th><th scope="col">failed</th>
-<th scope="col">examples</th><th scope="col">explained variance</th><th scope="col">training</th>
-<th scope="col">encoding</th>{% for name in client_columns %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
-<tbody>
-{% for client in clients %}<tr><th scope="row" class="left wrap">{{ client.name }}</th>
-{%- for cell in client.cells %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</tbody></table></div>
+{{ table("clients", client_columns, clients, ("left wrap",)) }}
 </details></section>{% endif %}
 {% for panel in panels %}<section class="card panel">
 <h2>{{ panel.title }}</h2>
@@ -260,42 +273,24 @@ measured (tofu attack).</p>
 <h3>{{ figure.title }}</h3>
 {% if figure.svg %}{{ figure.svg }}{% endif %}
 {% if figure.image %}<img class="pixels" src="{{ figure.image }}" alt="{{ figure.title }}">{% endif %}
-{% if figure.table %}<div class="scroll" tabindex="0"><table>
-<thead><tr>{% for name in figure.table.header %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
-<tbody>{% for row in figure.table.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</tbody></table></div>{% endif %}
+{% if figure.table %}{{ table("", figure.table.header, figure.table.rows) }}{% endif %}
 </figure>
 {% endfor %}</div>
 </section>{% endfor %}
 {% if plugins %}<section class="card">
 <h2>Plugin metrics</h2>
 <p class="soft">{{ plugins_text }}</p>
-<div class="scroll" tabindex="0"><table id="plugins">
-<thead><tr><th scope="col" class="left">metric</th><th scope="col">rounds</th><th scope="col">first</th>
-<th scope="col">last</th><th scope="col">lowest</th><th scope="col">highest</th>
-<th scope="col" class="left">by round</th></tr></thead>
-<tbody>
-{% for plugin in plugins %}<tr><th scope="row" class="left wrap">{{ plugin.name }}</th>
-{%- for cell in plugin.cells %}<td>{{ cell }}</td>{% endfor %}<td class="spark">{{ plugin.svg }}</td></tr>
-{% endfor %}</tbody></table></div>
+{{ table("plugins", ("metric", "rounds", "first", "last", "lowest", "highest", "by round"), plugins,
+         ("left wrap", "", "", "", "", "", "left spark")) }}
 </section>{% endif %}
 {% if failures %}<section class="card">
 <h2>Failed replies</h2>
 <p class="soft">{{ failures_text }}</p>
-<div class="scroll" tabindex="0"><table id="failures">
-<thead><tr><th scope="col">round</th><th scope="col" class="left">client</th>
-<th scope="col" class="left">reason</th></tr></thead>
-<tbody>
-{% for failure in failures %}<tr><th scope="row">{{ failure.round }}</th>
-<td class="left wrap">{{ failure.client }}</td><td class="left wrap">{{ failure.reason }}</td></tr>
-{% endfor %}</tbody></table></div>
+{{ table("failures", ("round", "client", "reason"), failures, ("", "left wrap", "left wrap")) }}
 </section>{% endif %}
 <section class="card"><details>
 <summary>Settings ({{ config | length }})</summary>
-<div class="scroll" tabindex="0"><table id="config"><tbody>
-{% for name, value in config %}<tr><th scope="row" class="left">{{ name }}</th>
-<td class="left wrap"><code>{{ value }}</code></td></tr>
-{% endfor %}</tbody></table></div>
+{{ table("config", (), config, ("left wrap", "left wrap code")) }}
 </details></section>
 <footer>{{ footer }}</footer>
 </main>
