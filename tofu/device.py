@@ -1,7 +1,7 @@
-"""The device of the expensive loops: a client's local steps, the search of an encode, and the server's evaluation.
+"""The device of local training, of the search for proxies, and of evaluation.
 
-Everything else stays on the CPU, in particular decoding: both ends decode, and only the same arithmetic on both gives
-the same update. Local steps and searches may round differently from machine to machine because their results are sent.
+Everything else runs on the CPU, in particular decoding, which must give the same bits at both ends. Local training and
+the search may round differently on different machines, because their results are sent.
 """
 
 from collections.abc import Iterator
@@ -19,8 +19,8 @@ CPU = torch.device("cpu")
 def open_device(name: str) -> torch.device:
     """Return the device of this name, if this machine has it.
 
-    With CUDA this disables TF32 and makes cuDNN deterministic for the whole process: the search differentiates by a
-    difference of two gradients, in which TF32 with its 10 bits would leave no significant digits.
+    With CUDA this disables TF32 and makes cuDNN deterministic for the whole process. The search takes differences of
+    two gradients, for which the 10 bits of TF32 are not precise enough.
 
     Raises:
         SettingError: the name is unknown, or this machine has no such device.

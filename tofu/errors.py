@@ -5,7 +5,7 @@ The command line prints the text of a `TofuError` and exits with status 2; it ne
 
 
 class TofuError(Exception):
-    """Base of the errors that the user's input or the network caused, and not a bug."""
+    """Base of errors that are caused by the user's input or the network, and not by a bug."""
 
 
 class SettingError(TofuError):
@@ -24,12 +24,12 @@ class DataError(TofuError):
 
 
 class PolicyError(TofuError):
-    """A client's policy refuses what a server asks for. The message names the rule, and nothing of the client's data.
+    """A client's policy refuses a request. The message names the rule and reveals nothing about the client's data.
 
     Args:
         rule: name of the rule in the policy's file.
-        found: what the server asked for.
-        accepted: what the rule accepts.
+        found: description of the request.
+        accepted: the values that the rule accepts.
     """
 
     def __init__(self, rule: str, found: str, accepted: str) -> None:
@@ -46,7 +46,7 @@ class RunError(TofuError):
 
 
 class Interrupted(Exception):  # noqa: N818 (the user's wish, not an error)
-    """Ctrl-C during a run; the message says where its results are and how to go on."""
+    """Ctrl-C during a run; the message says where the results are and how to resume."""
 
 
 class MissingExtraError(TofuError):

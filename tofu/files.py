@@ -1,4 +1,4 @@
-"""Replacing files atomically, and locking them against a second process."""
+"""Atomic replacement of files, and locks between processes."""
 
 import contextlib
 import os
@@ -51,7 +51,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def lock_file(path: Path) -> FileLock | None:
-    """An exclusive lock that goes with `path`, or None if another process holds it. `release` gives it back.
+    """Acquire the exclusive lock of `path`; None if another process has it. `release` releases it.
 
     The lock file is `.NAME.lock` in the same folder. The system releases the lock of a process that dies.
     """

@@ -1,4 +1,4 @@
-"""Numbers as text for people: byte sizes, durations, fractions and factors."""
+"""Text for users: byte sizes, durations, fractions, factors, and printable names."""
 
 _STEP = 1000
 _PREFIXES = ("kB", "MB", "GB", "TB", "PB")

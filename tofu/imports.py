@@ -54,7 +54,7 @@ def code_digest(*packages: str) -> bytes:
 
 @contextmanager
 def from_extra(extra: str) -> Iterator[None]:
-    """Around imports of packages that `pip install 'tofu-fl[extra]'` brings.
+    """A context for imports of packages that `pip install 'tofu-fl[extra]'` installs.
 
     Raises:
         MissingExtraError: such a package is not installed.

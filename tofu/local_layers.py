@@ -1,4 +1,4 @@
-"""Layers that stay local: every client has its own, and they are neither sent nor averaged.
+"""Local layers: each client has its own; they are neither sent nor averaged.
 
 With the normalization layers this is FedBN (Li et al., "FedBN: Federated Learning on Non-IID Features via Local Batch
 Normalization", ICLR 2021, algorithm 1); with the last layers, a personal head (Arivazhagan et al., "Federated Learning
@@ -20,8 +20,8 @@ from tofu.weights import Weights, load_weights
 class LocalLayers:
     """The local tensors of a model: those whose state-dict names match a pattern.
 
-    Creating it marks them: the parameters no longer require a gradient and the buffers are no longer part of the
-    state dict, so codec, server and secure sums see a model without them, at its initial values.
+    The constructor marks them: the parameters no longer require a gradient and the buffers are no longer in the state
+    dict, so codec, server and secure sums do not include them.
 
     Args:
         model: at its initial weights; changed in place.
@@ -61,12 +61,12 @@ class LocalLayers:
         return {name: value for name, value in tensors.items() if name not in self._names}
 
     def begin(self, model: nn.Module, own: Mapping[str, Tensor]) -> None:
-        """Give the model this client's own values, if it has any, and make the parameters trainable."""
+        """Load this client's own values, if there are any, and make the parameters trainable."""
         load_weights(model, {name: own[name] for name in self._names if name in own})
         self._require_grad(model, True)
 
     def end(self, model: nn.Module) -> Weights:
-        """Take this client's values out of the model, which gets its initial ones again."""
+        """Return this client's values, and restore the initial ones in the model."""
         own = self._values(model)
         load_weights(model, self._initial)
         self._require_grad(model, False)
@@ -102,6 +102,6 @@ class LocalLayers:
 
 @torch.no_grad()
 def keep_local(model: nn.Module, patterns: str) -> nn.Module:
-    """The model with its local layers marked, as the server has it."""
+    """Mark the local layers of the server's model."""
     LocalLayers(model, patterns)
     return model

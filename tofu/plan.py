@@ -1,4 +1,4 @@
-"""What a run will cost before it runs: bytes, and seconds from steps and an encode that are timed on this machine."""
+"""Estimates of the bytes and the time of a run. The time is extrapolated from measured training steps and an encode."""
 
 import dataclasses
 import time
@@ -23,7 +23,7 @@ from tofu.weights import Weights, copy_model, difference, weights_of
 from tofu.wire import HEADER_BYTES, SecurePart
 
 SLOW_ENCODE = 50_000
-"""Forward and backward passes over one image, from which an encode is slow enough to be warned of."""
+"""Number of forward and backward passes over one image from which an encode is reported as slow."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Plan:
         proxies, proxy_side: how many proxies a compressed round sends and their side in pixels (0 for other codecs).
         update_bytes: an update as float32, without any header.
         payload_bytes: the compressed payload, header included.
-        message_overhead: what Flower's message adds to a payload.
+        message_overhead: bytes that Flower's message adds to a payload.
         compressed_rounds, fedavg_rounds, secure_rounds: of the schedule ("plateau" is planned as compressed).
-        uplink_bytes, downlink_bytes: of the run, all messages.
-        fedavg_uplink_bytes: of the same rounds with float32 updates; its downlink has as many.
+        uplink_bytes, downlink_bytes: of all messages of the run.
+        fedavg_uplink_bytes: uplink of the same rounds with float32 updates, equal to the downlink.
         step_bytes: the payload of the server's step, header included; 0 where the downlink is not compressed.
         warnings: one line each.
     """
@@ -80,7 +80,7 @@ def make_plan(
         network: as the run will build it.
         fedavg_rounds: rounds that send float32 updates.
         message_overhead: bytes that a message adds to its payload.
-        secure_rounds: rounds in which the server learns the sum alone.
+        secure_rounds: number of secure rounds.
 
     Raises:
         SettingError: the ratio is out of reach for this model.
@@ -142,9 +142,9 @@ def _warnings(passes: int, payload: int, full: int, message_overhead: int) -> tu
 def _secure_extra(
     settings: Settings, network: ReferenceModel, clients: int, *, message_overhead: int
 ) -> tuple[int, int]:
-    """Bytes of one client in one secure round: all that it sends, and what it is sent besides the weights.
+    """Bytes that one client sends, and receives in addition to the weights, in one secure round.
 
-    Its messages are written once with zeros for keys, shares and the masked vector.
+    They are measured on messages with zeros for keys, shares and the masked vector.
     """
     members = max(clients, MIN_SECURE)
     topology = Topology.of(settings.secure, members)
@@ -177,7 +177,7 @@ def _downlink(
 ) -> tuple[int, int]:
     """Bytes of a step's payload (0 for none), and of the downlink messages to one client that is asked in every round.
 
-    A client that is asked in a share of the rounds lacks, on average, one over the share of steps when it is asked.
+    A client that is sampled in a fraction f of the rounds has missed 1 / f steps on average.
     """
     whole = HEADER_BYTES + network.param_spec.float32_bytes
     compressor = downlink_compressor(settings, network)

@@ -1,13 +1,13 @@
-"""Recordings: some clients' messages, saved so that attacks can be tried on exactly what was sent.
+"""Recordings of clients' messages, on which attacks can be tried.
 
     record/round-0003-client-7/
         base.safetensors   the weights that the payload is relative to: parameters and buffers
         payload.bin        the bytes as received, including the header
         record.json        everything else that the server knew
 
-A folder is written completely and then renamed. Reading executes nothing and checks every field. A recording is what an
-attacker at the server has, and with the run's settings it also identifies the client's images:
-protect it like the data.
+A folder is written completely and then renamed. Reading executes no code and checks every field. A recording has the
+information of an attacker at the server, and with the run's settings it identifies the client's images: protect it like
+the data.
 """
 
 import json
@@ -72,7 +72,7 @@ class Recording:
 
 @dataclass(frozen=True)
 class AppCodec:
-    """The arguments of the `UpdateCodec` that decodes an app's payloads, besides model and input shape."""
+    """The arguments, except model and input shape, of the `UpdateCodec` that decodes an app's payloads."""
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
@@ -90,14 +90,14 @@ class AppRecording:
         round: counted from 1.
         client: its partition id, if its metrics contain one, or its node id; "sum" for a sum.
         clients: number of clients in it.
-        examples: number of training examples that it stands for.
+        examples: number of training examples of these clients.
         input_shape: of one example.
         batch_size: of local training.
         epochs: of local training.
         lr: of local training; None if it is not known.
         mean: pixels in [0, 1] minus this, divided by `std`, are the model's input.
         std: see `mean`.
-        codec: how the payload is coded; None if it is the arrays themselves.
+        codec: the codec of the payload; None for uncompressed arrays.
         base: the arrays that the message is relative to.
         payload: the bytes as received; or the received arrays in the format of safetensors.
     """

@@ -1,6 +1,7 @@
-"""A model at its base weights, and how it is called with proxies: what both ends of a compressor agree on.
+"""The reference of compressors: a model at the weights that an update is relative to, and its call with proxies.
 
-Both ends need the shapes of the inputs and of the target, and nothing else of the user's training loop.
+Both ends of a compressor need the same reference. Of the user's training loop they need only the shapes of inputs and
+target.
 """
 
 import dataclasses
@@ -35,10 +36,10 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 """loss(outputs, targets) -> scalar."""
 
 MAX_AXES = 8
-"""Most axes that a shape may have, and most inputs that a model may take."""
+"""Maximum number of axes of a shape, and of inputs of a model."""
 
 MAX_LENGTH = 1 << 24
-"""Longest axis that a shape may have."""
+"""Maximum length of an axis."""
 
 _MODES = {2: "linear", 3: "bilinear", 4: "trilinear"}
 
@@ -55,8 +56,8 @@ class ModelCall:
         inputs: shape of one example of each input, without the batch.
         target: shape of one example's target. Without `loss` it is the shape of the output.
         forward: calls the model with the inputs; None for `model(*inputs)`.
-        loss: the loss of a batch of outputs and targets; None for the sum of their product, whose gradients contain
-            those of every loss, because its targets are free.
+        loss: the loss of a batch of outputs and targets; None for the sum of their products, which has the gradient of
+            any loss for suitable targets.
     """
 
     inputs: tuple[Shape, ...]
@@ -98,10 +99,10 @@ class ModelCall:
 
 @contextmanager
 def using_parameters(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within the block, the model has these parameters, under all names that they have in different modules.
+    """Replace parameters of a model within the block, wherever modules share them.
 
-    This is `torch.func.functional_call` without what it checks in each of the thousands of calls of a search, and for
-    modules that occur twice.
+    Unlike `torch.func.functional_call` it does no checks, which would be repeated in thousands of calls of a search,
+    and it works for modules that occur twice.
     """
     given = {id(p): parameters[name] for name, p in model.named_parameters() if name in parameters}
     own = [
@@ -118,7 +119,7 @@ def using_parameters(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iter
 
 
 NO_CALL = ModelCall((), ())
-"""Of a model of which only the names and shapes of its parameters are known."""
+"""The call of a model for compressors that do not call it."""
 
 NEEDS_CALL = frozenset({"proxy", "3sfc"})
 """Compressors that differentiate through the model."""
@@ -132,14 +133,14 @@ def call_of(
     loss: Loss | None = None,
     target_shape: Shape | None = None,
 ) -> ModelCall:
-    """The call of a model with these inputs, tried with zeros.
+    """The call of a model with inputs of these shapes, checked by a forward pass of zeros.
 
     Args:
         input_shape, forward: see `ModelCall`.
         loss, target_shape: a loss and the shape of its target, both or neither.
 
     Raises:
-        SettingError: the model cannot be called so, or its outputs are not floating-point values for each example.
+        SettingError: this call fails, or its outputs are not floating-point values for each example.
     """
     inputs, forward = inputs_of(model, input_shape, forward)
     if (loss is None) != (target_shape is None):
@@ -164,14 +165,14 @@ def resolve_compressor(
 ) -> tuple[str, ModelCall]:
     """The name of the compressor, and how it calls the model.
 
-    Without a name it is `proxy`, or `sparse` (the sparse correction alone) where proxies are impossible: no model or
-    input shape is given, or the model takes integers. A line in the log says so.
+    The default is `proxy`, or `sparse` (the sparse correction alone) if proxies are impossible: if no model or input
+    shape is given, or the model takes integers. The fallback is logged.
 
     Args:
         call: as for `call_of`.
 
     Raises:
-        SettingError: the model cannot be called so, or this compressor needs what is not given.
+        SettingError: the call fails, or the compressor needs a model and an input shape.
     """
     if model is None or input_shape is None:
         if compressor in NEEDS_CALL:
@@ -205,8 +206,7 @@ def inputs_of(
 ) -> tuple[tuple[Shape, ...], Forward | None]:
     """The shapes of all inputs, and the `forward`.
 
-    A transformer of the `transformers` library gets an input of (tokens,) or (tokens, dim) in the place of its token
-    embeddings.
+    For a model of the `transformers` library, inputs of shape (tokens,) or (tokens, dim) replace the token embeddings.
     """
     shapes = shapes_of(input_shape)
     embeddings = getattr(model, "get_input_embeddings", None)
@@ -229,14 +229,14 @@ def takes_integers(model: nn.Module, input_shape: InputShape) -> bool:
 
 
 def call_with_embeddings(model: nn.Module, embeddings: Tensor) -> Any:
-    """A `transformers` model on [n, tokens, dim] values in the place of its token embeddings."""
+    """Call a `transformers` model with token embeddings [n, tokens, dim]."""
     return model(inputs_embeds=embeddings)
 
 
 def at_embedding(name: str) -> Forward:
-    """A `forward` for models of token ids: proxies take the place of what the embedding layer `name` returns.
+    """A `forward` for models of token ids, in which proxies replace the output of the embedding layer `name`.
 
-    The model itself is called with ids of zeros [n, tokens]. With it, `input_shape` is (tokens, dim).
+    `input_shape` is then (tokens, dim). The model itself is called with token ids [n, tokens] of zeros.
 
     Example:
         >>> import torch
@@ -262,10 +262,10 @@ def at_embedding(name: str) -> Forward:
 
 
 def as_tensor(outputs: Any) -> Tensor:
-    """One tensor of a model's outputs: themselves, their `logits`, or several flattened and joined.
+    """Convert a model's outputs to one tensor: a tensor, `logits`, or several tensors, flattened and concatenated.
 
     Raises:
-        SettingError: they are none of these.
+        SettingError: the outputs have another type.
     """
     outputs = getattr(outputs, "logits", outputs)
     if isinstance(outputs, Tensor):
@@ -279,11 +279,11 @@ def as_tensor(outputs: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class ReferenceModel:
-    """A model at the base weights, which updates are relative to.
+    """A model at the base weights, that is, the weights that updates are relative to.
 
     Attributes:
         model: the network at the base weights, in eval mode. It is never changed here.
-        input: the shape of the images that it classifies, or how any other model is called.
+        input: the shape of the images, for a classifier of images; otherwise the call of the model.
         initial: the trainable parameters of the run's initial model, the same on both ends; empty if they are the base.
     """
 
@@ -303,8 +303,8 @@ class ReferenceModel:
 
         Args:
             model: a newly built model for images and classes of `shape`.
-            about: where in the run this is; required if there are plugins.
-            call: how the model is called, if there are no plugins; by default with images of `shape`.
+            about: the position in the run; required if there are plugins.
+            call: the call of the model, if there are no plugins; by default with images of `shape`.
         """
         if not plugins or about is None:
             return ReferenceModel(model, call or shape).as_built()
@@ -314,7 +314,7 @@ class ReferenceModel:
         return ReferenceModel(model, dataclasses.replace(shape, classes=classes)).as_built()
 
     def as_built(self) -> "ReferenceModel":
-        """This reference with a copy of its present weights as the initial ones."""
+        """A reference whose initial weights are a copy of its current ones."""
         return dataclasses.replace(self, initial={name: w.clone() for name, w in self.base.items()})
 
     @cached_property
@@ -328,7 +328,7 @@ class ReferenceModel:
         """The shape of the images that it classifies.
 
         Raises:
-            SettingError: it takes other inputs, or several.
+            SettingError: the model has other inputs, or several.
         """
         if isinstance(self.input, ImageShape):
             return self.input
@@ -377,7 +377,7 @@ class ReferenceModel:
     @cached_property
     @torch.no_grad()
     def draws(self) -> bool:
-        """Whether the model draws random numbers in evaluation mode; then both ends must draw the same ones."""
+        """Whether the model draws random numbers in evaluation mode, which must be the same at both ends."""
         device = next(self.model.parameters()).device
         inputs = [torch.zeros(1, *shape, device=device) for shape in self.call.inputs]
         with eval_mode(self.model), GlobalGenerators(0, device) as generators:

@@ -1,7 +1,7 @@
-"""Named entries that users extend: a decorator registers a class, and `package.module:Class` selects any other one.
+"""Registries of classes that users can extend, by a decorator or as `package.module:Class`.
 
-A registry knows its built-in names without importing the modules that define them: it reads their source files for
-`@NAME.register("...")`. So the names can be listed before torch is loaded, and adding an entry touches one file.
+A registry finds its built-in names without importing the modules: it searches their source files for
+`@NAME.register("...")`. So the names can be listed before torch is loaded, and a new entry changes one file.
 """
 
 import importlib

@@ -28,10 +28,10 @@ def derive_generator(*parts: int | str) -> torch.Generator:
 
 
 class GlobalGenerators:
-    """The global generators of torch, numpy and Python, seeded and used by one thread at a time; restored at the end.
+    """A context that seeds the global generators of torch, numpy and Python for one thread, and restores them.
 
-    Layers and user code draw from them without asking (`dropout2d`, `randn_like`, `numpy.random`), and the client
-    threads of a process share them. Inside `with GlobalGenerators(seed)`, what a thread draws depends on the seed only.
+    Layers and user code draw from these generators (`dropout2d`, `randn_like`, `numpy.random`), and the client threads
+    of a process share them. Within the context, the draws of a thread depend on the seed only; other threads wait.
 
     Args:
         seed: of all generators.
@@ -63,11 +63,11 @@ class GlobalGenerators:
 
     @property
     def unused(self) -> bool:
-        """Whether nothing was drawn since `with`; unknown, and False, after `release_if_unused` has released them."""
+        """Whether nothing was drawn within the context; False after `release_if_unused` has released the generators."""
         return self._held and self._states() == self._seeded
 
     def release_if_unused(self) -> None:
-        """Let other threads use the generators from now on if nothing was drawn from them so far."""
+        """Release the generators to other threads if nothing was drawn so far."""
         if self.unused:
             self._release()
 

@@ -1,4 +1,4 @@
-"""`tofu.run`: a federation in this process, from a script or a notebook, and what it returns."""
+"""`tofu.run`, which runs a federation in this process, and its result."""
 
 import importlib
 import importlib.util

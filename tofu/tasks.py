@@ -107,7 +107,7 @@ class TaskStream:
 def round_context(
     settings: Settings, shape: ImageShape, round_: int, client: str = "", *, group: int = 0
 ) -> RoundContext:
-    """The position of a round, counted from 1, in its run and in its task; all tasks have equally many rounds."""
+    """The position of a round, counted from 1, in the run and in its task. All tasks have equally many rounds."""
     rounds, tasks = settings.training.rounds, settings.plugins.task_count
     each = rounds // tasks
     return RoundContext(

@@ -89,7 +89,7 @@ def train_locally(
                     batch = batch.to(device)
                     total += plugins.train_step(batch, BatchStep(model, batch, optimizer, plugins, generator))
                     steps += 1
-                    shared.release_if_unused()  # most models draw nothing; then clients train at the same time
+                    shared.release_if_unused()  # then clients train in parallel, unless the model draws
             plugins.on_epoch_end(model, data)
     mean = float(total) / max(1, steps)
     if mean != mean or mean in (float("inf"), float("-inf")):
@@ -134,8 +134,8 @@ def cross_entropy(outputs: Tensor, batch: Batch) -> Tensor:
 class SGD:
     """torch's SGD on named parameters.
 
-    The class `torch.optim.SGD` takes the same steps, but importing it imports torch's compiler, which takes a second:
-    too long where a client app is a new process for every message.
+    `torch.optim.SGD` takes the same steps, but imports torch's compiler, which takes a second; a client app may be a
+    new process for every message.
 
     Args:
         parameters: name -> parameter; those that need no gradient are left out.
@@ -197,8 +197,8 @@ def shuffled_batches(count: int, size: int, generator: torch.Generator) -> list[
 class SeededDropout(TorchFunctionMode):
     """Draws dropout's masks from a given generator.
 
-    torch draws them from one generator of the whole process, so clients that train in threads of one process would
-    get masks that depend on who came first.
+    torch draws them from one generator of the process, so the masks of clients that train in threads would depend on
+    their order.
     """
 
     def __init__(self, generator: torch.Generator) -> None:

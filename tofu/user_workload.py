@@ -1,4 +1,4 @@
-"""A workload of a user's own Python objects: torch datasets, a model factory, a loss, an optimizer, metrics."""
+"""The workload of `tofu.run` with Python objects: torch datasets, a model factory, a loss, an optimizer, metrics."""
 
 import copy
 import math
@@ -37,7 +37,7 @@ _LABELS = ("labels", "label", "targets", "target")
 
 @dataclass(frozen=True)
 class TrainingContext:
-    """What a training function of your own receives in addition to the model and the client's dataset.
+    """The context of a user's training function, in addition to the model and the client's dataset.
 
     Attributes:
         client: name of the client: "0", "1", ...
@@ -45,7 +45,7 @@ class TrainingContext:
         lr: learning rate of this round.
         epochs, batch_size, momentum, weight_decay, proximal: the settings of the run.
         generator: source of this client's randomness in this round, a function of the run's seed.
-        device: where the model is.
+        device: device of the model.
     """
 
     client: str
@@ -139,7 +139,7 @@ class DatasetLoop:
                     optimizer.step()
                     total += loss.detach()
                     steps += 1
-                    shared.release_if_unused()  # if neither layers nor datasets draw, clients train at the same time
+                    shared.release_if_unused()  # then clients train in parallel, unless layers or datasets draw
         return float(total) / max(1, steps), steps
 
     @torch.no_grad()
@@ -169,11 +169,11 @@ class DatasetLoop:
         if self.loss is not None:
             return self.loss(outputs, targets)
         if not isinstance(targets, Tensor) or targets.is_floating_point():
-            raise SettingError("loss", None, "a function of (outputs, targets), as the targets are no class numbers")
+            raise SettingError("loss", None, "a function of (outputs, targets), as the targets are not class numbers")
         return F.cross_entropy(outputs, targets)
 
     def _batches(self, data: Any, rows: list[list[int]], device: torch.device) -> Iterator[tuple[Any, Any]]:
-        # The loader draws a number even if it starts no worker: not from the process's generator, which clients share.
+        # The loader always draws a number, which must not come from the generator that clients share.
         loader = DataLoader(data, batch_sampler=rows, collate_fn=self.collate, generator=torch.Generator())
         for batch in loader:
             yield _to(split_batch(batch), device)
@@ -305,7 +305,7 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
 
 
 def factory_of(model: nn.Module | Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    """A function that builds the model; of a module, one that copies it."""
+    """A function that builds the model, or copies it if it is a module."""
     if isinstance(model, nn.Module):
         bare = without_wrappers(model)
         return lambda: copy.deepcopy(bare)

@@ -1,4 +1,4 @@
-"""The weights of a model as named tensors: their names and shapes, fingerprints, sketches, norms and displacement.
+"""Model weights as named tensors: names and shapes, fingerprints, sketches, norms and displacement.
 
 Everything that is sent or averaged is a `Weights`: a dict from state-dict name to tensor. Trainable parameters come
 first, in the model's order, then its buffers (BatchNorm statistics). Frozen parameters never change and are never sent.
@@ -26,16 +26,16 @@ FINGERPRINT_BYTES = 8
 PROJECTIONS = 8
 SKETCH_BYTES = 4 * PROJECTIONS
 MAX_DRIFT = 1e-3
-"""Maximum difference between the weights of both ends that counts as rounding, relative to the norm of the weights."""
+"""Maximum difference between the weights of both ends due to rounding, relative to the norm of the weights."""
 
 Integers = npt.NDArray[np.int64]
 
 _UNMOVED_TENSOR = 1_000_000
 _UNMOVED_ROW = 10_000
-"""Distance below all other levels of tensors, and of rows and columns, that have not moved."""
+"""Offsets that put tensors, and rows and columns, without displacement below all other levels."""
 
 _DISPLACEMENT_BITS = 16
-"""Bits of the largest displacement of a tensor after rounding; sums of 2^31 squares still fit into 64 bits."""
+"""Bits of the rounded displacements, with which sums of 2^31 squares fit into 64 bits."""
 
 _MAX_INTEGER = 2**24
 """Integers up to this are exact in float32."""
@@ -92,11 +92,11 @@ def layout_of(model: nn.Module) -> ParamSpec:
 
 
 def architecture_of(model: nn.Module) -> bytes:
-    """Identity of what the weights of a model mean: updates and residuals of one architecture do not fit another.
+    """Identity of a model's architecture. Updates and residuals of one architecture cannot be used with another.
 
     The first 8 bytes of SHA-256 over the names and shapes of the trainable parameters and of the buffers that are sent,
-    and over the constants: names and values of the buffers that are not sent, such as a mask's positions
-    (`tofu.plugins.masking`). So two masks that keep equally many entries are two architectures.
+    and over the names and values of the buffers that are not sent, such as the positions of a mask
+    (`tofu.plugins.masking`). So two masks with equally many entries are two architectures.
     """
     spec, sent = layout_of(model), model.state_dict().keys()
     digest = hashlib.sha256()
@@ -118,7 +118,7 @@ def _check_buffer(name: str, buffer: Tensor) -> None:
 
 
 def has_differences(buffer: Tensor) -> bool:
-    """Whether float32 holds the differences of a buffer's values, so that it can be part of an update."""
+    """Whether float32 can represent the differences of a buffer's values, as an update requires."""
     try:
         _check_buffer("", buffer)
     except SettingError:
@@ -138,7 +138,7 @@ def constant_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_constant_buffers(model: nn.Module, before: dict[str, Tensor]) -> None:
-    """Raises RunError if training changed a buffer that its first pass did not change, since such are not sent."""
+    """Raises RunError if training changed a non-persistent buffer, because these are not sent."""
     for name, buffer in model.named_buffers():
         if name in before and not torch.equal(tensor_bits(buffer), tensor_bits(before[name])):
             raise RunError(f"training changed buffer {name} but its first pass did not: expected a buffer "
@@ -146,7 +146,7 @@ def check_constant_buffers(model: nn.Module, before: dict[str, Tensor]) -> None:
 
 
 def tensor_bits(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor, uint8 [n]; unlike values, which may be NaN, they can be compared."""
+    """The bytes of a tensor, uint8 [n], which can be compared even if values are NaN."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
 
 
@@ -171,7 +171,7 @@ def copy_model(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within the block; afterwards every module has the mode that it had."""
+    """Set evaluation mode within the block, then restore the mode of every module."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -263,8 +263,8 @@ def explained_variance(true: Mapping[str, Tensor], decoded: Mapping[str, Tensor]
 def after_step(identity: bytes, payload: bytes) -> bytes:
     """The identity of the weights after a step of a compressed downlink, from the identity of the weights before it.
 
-    Full weights are identified by their fingerprint, a step on top of them by SHA-256(identity before, payload). So a
-    client that missed, repeated or swapped a step has another identity than the server, whatever its values are.
+    Full weights are identified by their fingerprint, and weights after a step by SHA-256(identity before, payload). So
+    the identity of a client that missed, repeated or swapped a step differs from the server's.
     """
     return hashlib.sha256(identity + payload).digest()[:FINGERPRINT_BYTES]
 
@@ -272,8 +272,8 @@ def after_step(identity: bytes, payload: bytes) -> bytes:
 def sketch(weights: Mapping[str, Tensor]) -> bytes:
     """Sums of the weights under `PROJECTIONS` fixed sign patterns, as little-endian float32.
 
-    The values of server and client may differ in their last bits on different hardware. Sums under pseudo-random signs
-    differ by about the norm of that difference (`drift`).
+    On different hardware the weights of server and client may differ by rounding. Their sums under pseudo-random signs
+    then differ by about the norm of that difference (`drift`).
     """
     return np.array(list(_projections(weights)), "<f4").tobytes()
 
@@ -307,11 +307,10 @@ def _projections(weights: Mapping[str, Tensor]) -> Iterator[float]:
 
 
 def displacement_levels(displacement: Tensor) -> Integers:
-    """A predictor of which entries of the next update are large, from the displacement W - W_0 of a tensor: int64 [d].
+    """Predict which entries of the next update are large, from the displacement W - W_0 of a tensor -> int64 [d].
 
-    Weights tend to keep moving where they have moved. The rows and columns of a weight matrix [outputs, the rest] with
-    the largest displacement contain most of the largest entries of the next update; a single entry's own displacement
-    predicts less. With M = (W - W_0)^2,
+    The rows and columns of a weight matrix [outputs, the rest] with the largest displacement contain most of the
+    largest entries of the next update; the displacement of single entries is a worse predictor. With M = (W - W_0)^2,
 
         level(i, j) = 2 log2(mean_j M) + 2 log2(mean_i M) - 2 log2(mean M), each rounded to an integer.
 
@@ -331,7 +330,7 @@ def displacement_levels(displacement: Tensor) -> Integers:
 
 
 def _log(values: npt.NDArray[np.float64]) -> Integers:
-    """2 log2, rounded."""
+    """2 log2 of the values, rounded to integers."""
     with np.errstate(divide="ignore"):
         logs = np.round(2 * np.log2(values))
     return np.where(np.isfinite(logs), logs, -_UNMOVED_ROW).astype(np.int64)

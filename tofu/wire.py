@@ -36,16 +36,16 @@ RECORD = "t"
 FIELD = "b"
 
 STAGES = ("advert", "share", "confirm", "reveal")
-"""Stages of a secure round besides the masked vector. The position is the number on the wire."""
+"""Stages of a secure round that have queries of their own. The position is the number on the wire."""
 
 SECURE = "secure"
-"""The action of these queries."""
+"""The action of queries of secure rounds."""
 
 SIGNATURE = "signature"
-"""In the reply of a client with an identity to hello: it signs `hello_parts`."""
+"""Field of the reply to hello with the signature of `hello_parts`, from clients with an identity."""
 
 CLASSES = "classes"
-"""The action of a query that tells a client with data of its own how the run's classes are numbered."""
+"""The action of a query that sends the numbering of the run's classes to a client with its own data."""
 
 CLIENT_ACCURACY = "client/accuracy"
 """Metric of a train reply: accuracy (0 to 1) of the weights that the client received, on its own test data."""
@@ -72,7 +72,7 @@ def run_name(run_id: int) -> bytes:
 
 
 def hello_parts(node: int, name: str) -> tuple[bytes, bytes]:
-    """What a client with an identity signs for a run: the node at which the server finds it, and its name."""
+    """The parts that a client with an identity signs in a run: its node and its name."""
     return node.to_bytes(8, "little"), name.encode()
 
 
@@ -112,7 +112,7 @@ def read_payload(data: object, *, codec: int, round_: int, fingerprint: bytes | 
         codec: code of the compressor that must have written the body.
         round_: the round that the payload must belong to.
         fingerprint: of the weights that both ends must share; None if the payload carries the weights themselves.
-        max_bytes: longer data is refused unread.
+        max_bytes: maximum length; longer data is refused without parsing.
 
     Raises:
         PayloadError: a field is not as expected; the message names it, its value and the expected value.
@@ -167,8 +167,8 @@ class TrainRequest:
         acknowledged: the last round in which the server aggregated this client's reply, or -1.
         shape: shape of the network's input and number of its outputs, which the client's data must fit.
         payload: the full global weights, or b"" if the client can compute them.
-        steps: payloads of the steps of the missed rounds, oldest first. Applied in order, they lead from the client's
-            weights to this round's. Empty if it has these already: all clients start with the initial model.
+        steps: payloads of the steps of the missed rounds, oldest first, which convert the client's weights to this
+            round's. Empty if the client has these already: all clients start with the initial model.
         identity: identity of this round's weights (`tofu.weights`); the reply is relative to them.
         sketch: sketch of this round's weights (`tofu.weights`).
         advert: whether the reply must carry new public keys for a secure round.
@@ -226,7 +226,7 @@ class TrainRequest:
 
 
 _MAX_METRIC = 1e30
-"""Limit for what a client reports, so that sums over many clients stay finite."""
+"""Maximum magnitude of a reported metric, so that sums over many clients stay finite."""
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ class TrainReply:
         examples: number of training images, the weight of the update in the average.
         train_loss: mean loss over the local steps.
         explained_variance: of the decoded update, relative to the true update plus error feedback.
-        cosine: cosine of the same two.
+        cosine: cosine between the same two.
         train_seconds: seconds of local training.
         encode_seconds: seconds of compression.
         payload: the compressed update.
@@ -352,7 +352,7 @@ def class_names_to_text(names: Sequence[str]) -> str:
 
 
 def class_names_from(value: object) -> tuple[str, ...]:
-    """Parse names of classes. Raises PayloadError if they are not different texts, or longer than 1 MiB together."""
+    """Parse names of classes. Raises PayloadError unless they are different texts of at most 1 MiB together."""
     if not isinstance(value, str) or len(value) > _MAX_CLASS_BYTES:
         raise PayloadError(f"names of classes are not a text of at most {_MAX_CLASS_BYTES} characters")
     try:

@@ -1,4 +1,4 @@
-"""What a federation trains: data, model, local training and evaluation, as one object that server and clients share.
+"""Workloads: the data, model, local training and evaluation of a federation, which server and clients share.
 
 `NamedWorkload` is that of a run whose settings name a dataset of images, `RowWorkload` that of a dataset of tables or
 texts; `tofu.user_workload` has the one that is made of a user's own Python objects, for `tofu.run`.
@@ -24,7 +24,7 @@ from tofu.user_workload import DatasetLoop
 
 
 class Workload(Protocol):
-    """What server and clients need to know of the data and the model. Both build it from the same arguments."""
+    """The interface of workloads. Server and clients build the same workload from the same arguments."""
 
     @property
     def shape(self) -> ImageShape:
@@ -34,7 +34,7 @@ class Workload(Protocol):
         """The model at its initial weights, in training mode on the CPU; the same in every process."""
 
     def call(self, model: nn.Module, shape: ImageShape) -> ImageShape | ModelCall:
-        """How proxies are passed to the model; `tofu.reference_model.NO_CALL` if it has none."""
+        """The call of the model with proxies; `tofu.reference_model.NO_CALL` if proxies are impossible."""
 
     def client(self, partition: int) -> Sized:
         """The training data of one simulated client."""
@@ -58,7 +58,7 @@ class Workload(Protocol):
     def evaluate(
         self, model: nn.Module, data: Sized, *, predict: Predict | None = None, device: torch.device
     ) -> Evaluation:
-        """Accuracy, loss and metrics; NaN where there is nothing to measure."""
+        """Accuracy, loss and metrics; NaN if they cannot be measured."""
 
 
 class NamedWorkload:
@@ -78,7 +78,7 @@ class NamedWorkload:
 
     @property
     def preprocessing(self) -> dict[str, object]:
-        """What model.json stores of it: sizes, and mean and standard deviation of pixels from 0 to 1 by channel."""
+        """The content of model.json: sizes, and mean and standard deviation of pixels in [0, 1] by channel."""
         data = self._settings.data
         mean, std = normalization_of(data, self.shape.channels, self._settings.run.seed)
         return {"resize": data.resize, "center_crop": data.center_crop, "mean": list(mean), "std": list(std)}
@@ -132,7 +132,7 @@ def labeled_images(data: Sized) -> LabeledImages:
 
 
 class RowWorkload:
-    """Classification of rows. On the wire, a row is an image of one channel and one line."""
+    """Classification of rows. In messages, a row has the shape of an image of one channel and one line."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings, loop = settings, DatasetLoop()
@@ -159,7 +159,7 @@ class RowWorkload:
         return model
 
     def call(self, model: nn.Module, shape: ImageShape) -> ModelCall:
-        """Of a table a vector of features. Token ids have no gradient, so texts have no proxies."""
+        """Proxies of a table are vectors of features. Token ids have no gradient, so texts have no proxies."""
         return NO_CALL if self._settings.data.kind == "text" else ModelCall(((shape.width,),), (shape.classes,))
 
     def client(self, partition: int) -> LabeledRows:
@@ -182,7 +182,7 @@ def label_names(workload: Workload) -> tuple[str, ...]:
 
 
 def data_description(workload: Workload) -> Mapping[str, object]:
-    """What was read of the dataset that the settings name, and the classes in order; empty for other runs."""
+    """Description of the dataset that the settings name, and its classes in order; empty for other runs."""
     if not isinstance(workload, NamedWorkload | RowWorkload):
         return {}
     return {"classes": list(workload.data.label_names)} | dict(workload.data.description())

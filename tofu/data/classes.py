@@ -1,4 +1,4 @@
-"""Which column holds the labels of a table, and how its values become class numbers: one set of rules for all data.
+"""The label column of a table, and the numbering of its classes: one set of rules for all kinds of data.
 
 The label column is the one that `label-column` names, or else the only one with a usual name, or else the only one
 with the Hugging Face feature ClassLabel. Its values are whole numbers or texts.
@@ -23,13 +23,13 @@ _LABEL_NAMES = ("label", "labels", "fine_label", "target", "class", "y")
 _MAX_CLASSES = 1 << 16
 _TEXTS = ("string", "large_string", "string_view")
 _NO_LABEL = -1
-"""Label of rows whose label a benchmark withholds."""
+"""Label of rows with a secret label in a benchmark."""
 
 Features = Mapping[str, Mapping[str, object]]
 
 
 def features_of(schema: "pyarrow.Schema") -> Features:
-    """The Hugging Face features by column, as far as the schema's metadata holds any that can be read."""
+    """The Hugging Face features by column, from the schema's metadata; empty if there are none."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, TypeError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""The images of a run: what each client trains on, and what the server tests on."""
+"""A dataset of images, partitioned over clients, and the test images of the server."""
 
 import logging
 import re
@@ -49,7 +49,7 @@ def normalization_of(data: DataSettings, channels: int, seed: int) -> Statistics
 
     Raises:
         SettingError: they are of another number of channels.
-        DataError: the dataset, whose statistics are asked for, cannot be read.
+        DataError: the statistics of the dataset are needed, and it cannot be read.
     """
     mean, std = parse_normalization(data.normalization) or FederatedData.of(data, seed).statistics
     if len(mean) not in (1, channels):
@@ -153,7 +153,7 @@ class FederatedData:
         return torch.from_numpy(np.stack([np.bincount(labels[rows], minlength=classes) for rows in self._client_rows]))
 
     def description(self) -> Mapping[str, object]:
-        """What was read as images and labels, what was left out, and the number of images by split."""
+        """Which columns or folders were read, what was left out, and the number of images by split."""
         rows = sum(map(len, self._client_rows))
         return {"read_as": self._train.read_as, "left_out": list(self._train.left_out), "train": rows,
                 "test": len(self._test_rows)}  # fmt: skip
@@ -208,8 +208,8 @@ def local_folder(
 
     Args:
         path: the folder.
-        class_names: the classes of the run in the order of their labels. Without it the labels are those of this folder
-            alone, which agree with the other clients' only if every folder has all the classes.
+        class_names: the classes of the run in the order of their labels. Without it, labels are numbered by this
+            folder, which agrees with other clients only if every folder has all classes.
         subpopulations: as in `open_data`; only images of seen labels are read.
         label_column, image_column: of parquet files; "" takes the only candidate.
         preprocessing: resizes and crops the images.
@@ -263,7 +263,7 @@ def _open(data: DataSettings, seed: int) -> FederatedData:
             accepted = f"a column of {data.dataset} that names each image's client"
             raise SettingError("client_column", columns.client, accepted)
         parts, _ = partition_by_id(train.ids[train_rows], clients=data.clients, seed=seed)
-    elif not len(train_rows):  # the data of a server; a client that asks for its part is refused
+    elif not len(train_rows):  # a test split only, for a server; `client` raises
         parts = (train_rows,) * data.clients
     else:
         parts = partition_rows(
@@ -295,7 +295,7 @@ def _load(dataset: str, columns: Columns, class_names: tuple[str, ...]) -> tuple
         return alone, alone, np.arange(0), np.arange(len(alone.labels))
     train = splits["train"]
     train.check_labels()
-    # Benchmarks that withhold the labels of their test split set all of them to -1.
+    # In benchmarks with secret test labels, all labels of the test split are -1.
     test = next(
         (splits[role] for role in ("test", "validation") if role in splits and splits[role].labels.max() >= 0), None
     )

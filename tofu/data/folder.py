@@ -1,16 +1,16 @@
 """Splits from a local folder: parquet files, images in one folder per class, or images with a metadata file.
 
-The rules, each of which a user can check by looking at the folder:
+The rules:
 
-- Parquet files make the dataset, if there are any besides metadata files.
-- The folders named like a split (`tofu.data.splits.split_role`) are the splits, if one of them is for training;
-  otherwise the dataset's own folder is the training split.
+- If there are parquet files other than metadata files, they are the dataset.
+- Folders with the name of a split (`tofu.data.splits.split_role`) are the splits, if one of them is for training; else
+  the folder of the dataset is the training split.
 - A metadata file (metadata.csv, .jsonl or .parquet) in the folder of a split names its images in the column
   file_name, and their labels in another.
-- Otherwise a class is a folder in a split that has images. Images deeper than that are refused.
+- Otherwise each folder with images in a split is a class. Images in deeper folders are refused.
 - Hidden folders and those of operating systems, empty folders and images outside the classes are left out and reported.
 
-A layout that can be read in two ways is refused in one line; nothing is guessed.
+An ambiguous layout is refused.
 """
 
 import logging
@@ -63,7 +63,7 @@ def folder_splits(folder: Path, class_names: tuple[str, ...], columns: Columns) 
 
 
 def data_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
-    """The files of tables in a folder, its folders, or theirs (<configuration>/<split>/0000.parquet, as on the hub)."""
+    """The files of tables in a folder, to a depth of two (<configuration>/<split>/0000.parquet, as on the hub)."""
     below = [folder, *_subfolders(folder)]
     below += [deeper for path in below[1:] for deeper in _subfolders(path)]
     return sorted(
@@ -128,7 +128,7 @@ def _image_splits(folder: Path, class_names: tuple[str, ...], columns: Columns) 
 
 
 def _split_folders(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """The folder of each split, and what lies beside them. Raises DataError if two are of one split."""
+    """The folder of each split, and descriptions of other folders. Raises DataError if two folders are of one split."""
     roots: dict[str, Path] = {}
     others = []
     for path in _subfolders(folder):
@@ -147,7 +147,7 @@ def _split_folders(folder: Path) -> tuple[dict[str, Path], list[str]]:
 
 
 def _class_folders(root: Path, left_out: list[str]) -> dict[str, list[Path]]:
-    """The images of each class. What is not read is added to `left_out`.
+    """The images of each class. Adds descriptions of what is not read to `left_out`.
 
     Raises:
         DataError: there are images below a class folder.

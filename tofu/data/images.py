@@ -1,4 +1,4 @@
-"""Labeled images in memory, and the one reader of image files that training and prediction share."""
+"""Labeled images in memory, and the reader of image files for training and prediction."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ class LabeledImages:
         images: uint8 [n, channels, height, width].
         labels: int64 [n], each in 0..classes-1.
         classes: number of classes of the dataset, including those without an image here.
-        unreadable: for each image that could not be read and is left out, where it is and why.
+        unreadable: for each image that was left out because it cannot be read, its origin and the reason.
         class_names: names of the dataset's labels in their order, if it has any.
 
     Raises:
@@ -98,9 +98,9 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def read_image(source: bytes | Path) -> Pixels:
-    """Decode one image file to 8 bits per channel, upright.
+    """Decode one image file to 8 bits per channel, and apply its EXIF orientation.
 
-    Of a file with several images the first is read. The EXIF orientation is applied. 16-bit gray values are scaled from
+    The first image of a file with several is read. 16-bit gray values are scaled from
     16 bits to 8, or from 12 bits to 8 if all of the image's values fit in 12 bits: many cameras and scanners store
     12-bit values in 16-bit files.
 

@@ -19,10 +19,10 @@ def partition_rows(
 ) -> tuple[IntArray, ...]:
     """Partition the rows 0..n-1 over clients: each row goes to exactly one client, and each part is shuffled.
 
-    After a Dirichlet draw, a client with fewer than min(10, n / clients / 2) rows takes rows from the client that has
-    the most. The minimum of flwr-datasets redraws up to ten times and then fails, as it does for many clients or a
-    small alpha, and its balancing divides by zero once every client is full. Shards are cut here because its
-    ShardPartitioner drops the rows that do not fill a shard, and its PathologicalPartitioner drops whole classes.
+    After a Dirichlet draw, clients with fewer than min(10, n / clients / 2) rows receive rows of the largest client.
+    The minimum size of flwr-datasets is not used because it redraws up to ten times and then fails for many clients or
+    a small alpha, and its balancing divides by zero once every client is full. Shards are cut here because its
+    ShardPartitioner drops rows that do not fill a shard, and its PathologicalPartitioner drops whole classes.
 
     Args:
         labels: int64 [n].
@@ -58,12 +58,12 @@ def partition_rows(
 
 
 def partition_by_id(ids: NDArray[np.str_], *, clients: int, seed: int) -> tuple[tuple[IntArray, ...], tuple[str, ...]]:
-    """Partition rows by the client that each names, and the clients' names.
+    """Partition rows by the name of their client -> (rows of each client, names of the clients).
 
     Args:
         ids: name of each row's client [n].
         clients: number of clients: those with the most rows, in the order of their names.
-        seed: of the order of each client's rows.
+        seed: seeds the order of each client's rows.
 
     Raises:
         SettingError: there are fewer names than clients.

@@ -1,8 +1,8 @@
-"""What happens to images on the way to the model: size when they are read, augmentation in training, normalization.
+"""Preprocessing of images: resizing when they are read, augmentation in training, and normalization.
 
-Images are resized and cropped when they are read, so that they are stored and compared as the model gets them.
-Normalization is in front of the model (`normalize_inputs`), so that everything that calls it, proxies too, stays in
-[-1, 1]. A run stores both in model.json, from which `tofu predict` takes them.
+Images are resized and cropped when they are read. Normalization is a part of the model (`normalize_inputs`), so the
+images and proxies that it is called with are in [-1, 1]. A run stores the settings of both in model.json, from which
+`tofu predict` reads them.
 """
 
 import re
@@ -20,9 +20,9 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation of each channel, of pixels from 0 to 1."""
 
 PLAIN: Statistics = (0.5,), (0.5,)
-"""Of the range [-1, 1]."""
+"""The statistics that keep images in [-1, 1]."""
 IMAGENET: Statistics = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of ImageNet's training images, as torchvision's pretrained models expect them."""
+"""Statistics of ImageNet's training images, which torchvision's pretrained models expect."""
 
 _FORMS = "-1to1, imagenet, dataset, or MEAN/STD of pixels from 0 to 1, such as 0.13/0.31 or 0.5,0.5,0.4/0.2,0.2,0.2"
 _CROP_MARGIN = 8
@@ -31,14 +31,14 @@ _CROP_MARGIN = 8
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Size of the images that a model gets.
+    """Size of the images that a model receives.
 
     Attributes:
-        resize: "HEIGHTxWIDTH"; one number is the shorter side, and keeps the aspect ratio; "" does nothing.
+        resize: "HEIGHTxWIDTH", or one number for the shorter side, which keeps the aspect ratio; "" does not resize.
         center_crop: "HEIGHTxWIDTH" cut out of the middle after the resize; one number is a square.
 
     Raises:
-        SettingError: a size is not one.
+        SettingError: a size is malformed.
     """
 
     resize: str = ""
@@ -77,7 +77,7 @@ def parse_normalization(text: str) -> Statistics | None:
     ((0.13,), (0.31,))
 
     Raises:
-        SettingError: it is none of the accepted forms.
+        SettingError: the text is malformed.
     """
     known: dict[str, Statistics | None] = {"-1to1": PLAIN, "imagenet": IMAGENET, "dataset": None}
     if text in known:
@@ -129,13 +129,13 @@ def split_augmentations(text: str) -> tuple[str, ...]:
 
 
 def _flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror left and right, with probability 1/2."""
+    """Mirror images horizontally, with probability 1/2."""
     mirrored = torch.rand(len(images), generator=generator) < 0.5
     return torch.where(mirrored.view(-1, 1, 1, 1), _transforms().horizontal_flip(images), images)
 
 
 def _crop(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift by up to 1/8 of a side in each direction; what comes into view is black."""
+    """Shift by up to 1/8 of a side in each direction, and fill with black."""
     height, width = images.shape[2:]
     limits = [max(1, side // _CROP_MARGIN) for side in (height, width)]
     shifts = [torch.randint(-limit, limit + 1, (len(images),), generator=generator).tolist() for limit in limits]

@@ -1,6 +1,6 @@
 """Datasets of rows: tables of features, and texts, for classification. Read from CSV, parquet or the hub.
 
-A text becomes token ids by hashing its words, so all clients number them alike without a shared vocabulary.
+Token ids are hashes of words, so that all clients have the same ids without a shared vocabulary.
 """
 
 import math
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 ALL_NUMBERS = "*"
-"""As the only feature column: all columns of numbers except label and client."""
+"""Selects all columns of numbers except label and client as features."""
 
 _SUFFIXES = (".csv", ".parquet")
 _WORD = re.compile(r"\w+|[^\w\s]")
@@ -48,7 +48,7 @@ _OPEN_LOCK = threading.Lock()
 
 @dataclass(frozen=True)
 class RowFormat:
-    """Which columns of a table hold what, and how they become tensors.
+    """The columns of a table, and their conversion to tensors.
 
     Attributes:
         features: names of the feature columns, or () or ("*",) for all columns of numbers.
@@ -74,7 +74,7 @@ class RowFormat:
 
     @staticmethod
     def of(data: DataSettings) -> "RowFormat":
-        """How a run's table or texts become tensors."""
+        """The format of a run's table or texts."""
         return RowFormat(
             features=_names(data.feature_columns), text=data.text_column, label=data.label_column,
             client=data.client_column, scaling=data.feature_scaling, vocabulary=data.vocabulary, tokens=data.tokens,
@@ -92,8 +92,8 @@ class LabeledRows(Dataset[tuple[Tensor, Tensor]]):
         class_names: in the order of the labels.
         ids: name of each row's client [n], if there is a client column.
         read_as, left_out: as of `tofu.data.splits.Split`.
-        unreadable: for each row that cannot be used and is left out, where it is and why. Those of a dataset that is
-            partitioned are all with its test rows.
+        unreadable: for each row that was left out, its origin and the reason. In a partitioned dataset the test rows
+            have those of all rows.
     """
 
     inputs: Tensor
@@ -116,13 +116,13 @@ class LabeledRows(Dataset[tuple[Tensor, Tensor]]):
         return self.inputs.shape[1]
 
     def subset(self, rows: Sequence[int] | Tensor | IntArray) -> "LabeledRows":
-        """The rows with these numbers, in that order, without what is said of unreadable ones."""
+        """The rows with these numbers, in that order; `unreadable` is empty."""
         chosen = torch.as_tensor(rows, dtype=torch.int64)
         ids = self.ids[chosen.numpy()] if self.ids is not None else None
         return replace(self, inputs=self.inputs[chosen], labels=self.labels[chosen], ids=ids, unreadable=())
 
     def scaled(self, scaling: str) -> "LabeledRows":
-        """The rows with each feature at mean 0 and variance 1 if `scaling` is "client"; constant features become 0."""
+        """Scale each feature to mean 0 and variance 1 if `scaling` is "client"; constant features become 0."""
         if scaling != "client" or not self.inputs.is_floating_point():
             return self
         std, mean = torch.std_mean(self.inputs, dim=0, correction=0)
@@ -153,7 +153,7 @@ class FederatedRows:
         )  # fmt: skip
 
     def description(self) -> Mapping[str, object]:
-        """What was read as inputs and labels, what was left out, and the number of rows by split."""
+        """Which columns were read, which were left out, and the number of rows by split."""
         rows = sum(map(len, self.clients))
         return {"read_as": self.test.read_as, "left_out": list(self.test.left_out), "train": rows,
                 "test": len(self.test)}  # fmt: skip
@@ -400,7 +400,7 @@ def _read(tables: Mapping[str, _Table], form: RowFormat) -> dict[str, LabeledRow
 
 
 class _Usable(NamedTuple):
-    """The rows of a table that can be used, and for each other row where it is and why not."""
+    """The usable rows of a table, and the origin and reason for each other row."""
 
     inputs: Tensor
     labels: NDArray[Any]
@@ -443,7 +443,7 @@ def _feature_columns(table: _Table, label: str, form: RowFormat) -> tuple[str, .
 
 
 def _holds_numbers(table: _Table, name: str) -> bool:
-    """Whether a column is one of numbers. Of a CSV file it also is if most of its texts are numbers."""
+    """Whether a column has numbers; a CSV column also counts if most of its texts are numbers."""
     from pyarrow import types
 
     kind = table.data[name].type

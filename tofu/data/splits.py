@@ -1,4 +1,4 @@
-"""One split of a dataset: rows whose labels are in memory and whose images are decoded when they are needed."""
+"""One split of a dataset: labels in memory, and images that are decoded when they are needed."""
 
 import logging
 import re
@@ -22,7 +22,7 @@ _SYNONYMS = {
 }
 _LOG = logging.getLogger("tofu.data")
 _MAX_NAMED = 20
-"""Rows that are left out and named in the log."""
+"""Maximum number of rows that are left out for which the log has a line."""
 _FIXED_SEED = 20240229  # seeds the splits that are the same in every run
 _SHARD_NUMBER = re.compile(r"[-_.]?\d+(-of-\d+(-[0-9a-f]{16})?)?$")
 
@@ -34,12 +34,12 @@ class Split:
     Attributes:
         labels: int64 [n].
         class_names: in the order of the labels.
-        read: row -> its image. Raises DataError, with a text that goes on from the row's origin.
+        read: row -> its image. Raises DataError with a text that completes "ORIGIN ...".
         origin: row -> its file or its row in a table, for error messages.
         ids: name of each row's client [n], if the data have such a column.
-        read_as: what was read as images and labels, in words.
-        left_out: what was not read, in words.
-        unusable: for each row that has no label or client and is left out, where it is and why.
+        read_as: a sentence about the columns or folders that were read as images and labels.
+        left_out: descriptions of files and columns that were not read.
+        unusable: for each row that is left out because it has no label or client, its origin and the reason.
     """
 
     labels: IntArray
@@ -128,7 +128,7 @@ def row_origin(parts: Sequence[tuple[str, int]]) -> Callable[[int], str]:
 
 
 def report_unusable(unusable: Sequence[str], *, strict: bool) -> None:
-    """Name the rows that are left out in the log. Raises DataError for the first one if `strict`."""
+    """Log the rows that are left out. Raises DataError for the first one if `strict`."""
     if unusable and strict:
         raise DataError(f"{unusable[0]} (strict=true)")
     for text in unusable[:_MAX_NAMED]:
@@ -188,13 +188,13 @@ def subset_rows(
 
 
 def files_by_role(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
-    """Group the files of a dataset by their split, which the file's name or else its folder's name tells.
+    """Group the files of a dataset by split, from the name of the file or else of its folder.
 
-    All files must be of one configuration: in one folder, or in the folders of the splits inside it. The files of a
-    split must have one name but for the number of a shard.
+    All files must be of one configuration: in one folder, or in folders of the splits inside it. The names of a split's
+    files may differ only in the number of a shard.
 
     Raises:
-        DataError: they are not, or some files name a split and others do not.
+        DataError: the files are of several configurations, or some names have a split and others do not.
     """
     by_role: dict[str, list[Path]] = {}
     unnamed, configurations = [], set()

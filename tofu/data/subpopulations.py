@@ -1,9 +1,9 @@
-"""A subpopulation shift: the labels of a dataset become parts of broader classes, and some parts are never trained on.
+"""Subpopulation shift: labels of a dataset are grouped into broader classes, and some labels are not trained on.
 
 Santurkar, Tsipras, Madry, "BREEDS: Benchmarks for Subpopulation Shift", ICLR 2021, arXiv 2008.04859: a class such as
 "pet" is trained on cats and tested on dogs. The text of the setting has one word per class, SEEN/UNSEEN, with the
-dataset's own labels separated by commas: "0,8/9 3/5" makes two classes out of five labels. Images of labels that do not
-occur are not used.
+dataset's own labels separated by commas: "0,8/9 3/5" makes two classes of five labels. Images with other labels are not
+used.
 """
 
 import itertools
@@ -21,10 +21,10 @@ _FIELD = "subpopulations"
 
 @dataclass(frozen=True)
 class Subpopulations:
-    """Which labels of a dataset form each class: those that are trained on, and those that are only tested on.
+    """The grouping of labels into classes.
 
     Attributes:
-        seen, unseen: for each class its labels, at least one in each.
+        seen, unseen: for each class, its labels that are trained on, and those that are only tested on; not empty.
 
     Example:
         >>> shift = Subpopulations.parse("0,8/9 3/5")
@@ -37,7 +37,7 @@ class Subpopulations:
 
     @staticmethod
     def parse(text: str) -> "Subpopulations":
-        """Raises: SettingError: not such a text, a label occurs twice, or there are fewer than two classes."""
+        """Parse the setting. Raises SettingError if it is malformed, repeats a label, or has fewer than two classes."""
         accepted = "two or more classes as SEEN/UNSEEN labels, for example '0,8/9 3/5', each label once"
         try:
             pairs = [tuple(_labels(side) for side in word.split("/")) for word in text.split()]
@@ -49,13 +49,13 @@ class Subpopulations:
         return Subpopulations(tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs))
 
     def check(self, split: Split) -> None:
-        """Raises: SettingError: a label that the dataset does not have."""
+        """Raises SettingError if the dataset does not have one of the labels."""
         largest = max(itertools.chain(*self.seen, *self.unseen))
         if largest >= len(split.class_names):
             raise SettingError(_FIELD, largest, f"labels 0 to {len(split.class_names) - 1}, as the dataset has")
 
     def rows(self, labels: IntArray, part: Literal["seen", "unseen", "all"]) -> IntArray:
-        """The rows, int64 [k], whose label (int64 [n]) is in this part of a class."""
+        """The rows, int64 [k], whose label (labels: int64 [n]) is in this part of a class."""
         groups = {"seen": self.seen, "unseen": self.unseen, "all": self.seen + self.unseen}[part]
         return np.flatnonzero(np.isin(labels, list(itertools.chain(*groups))))
 
@@ -70,7 +70,7 @@ class Subpopulations:
 
 
 def _labels(text: str) -> tuple[int, ...]:
-    """Raises: ValueError: not whole numbers separated by commas."""
+    """Raises ValueError unless the text is whole numbers separated by commas."""
     if not all(part.isdecimal() for part in text.split(",")):
         raise ValueError(text)
     return tuple(int(part) for part in text.split(","))

@@ -1,7 +1,7 @@
 """Splits from parquet files, and from tables in the layout of Hugging Face datasets.
 
-The image column is the one that `image-column` names, or else the only one of encoded images, or else the only one of
-them with a usual name. `tofu.data.classes` has the rules for labels.
+The image column is that of the setting `image-column`, or the only column of encoded images, or the only one of these
+with a usual name. `tofu.data.classes` has the rules for labels.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +27,7 @@ _IMAGE_NAMES = ("image", "img", "images", "pixels", "picture")
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns that hold the images, their labels and their clients' names; "" where none is named."""
+    """Names of the columns of images, labels and client names; "" if a name is not given."""
 
     image: str = ""
     label: str = ""
@@ -41,9 +41,9 @@ class ImageTable:
     Attributes:
         schema: of the table; Hugging Face features in its metadata are used if there are any.
         read: names of columns -> the table of these columns.
-        origin: where it is from, for error messages.
-        row_origin: row -> where it is from, for error messages.
-        folder: that the paths in the image column are relative to.
+        origin: name of the file or dataset, for error messages.
+        row_origin: row -> its origin, for error messages.
+        folder: base of relative paths in the image column.
     """
 
     schema: "pyarrow.Schema"
@@ -156,7 +156,7 @@ def _reader(table: ImageTable, image: str, rows: IntArray) -> Callable[[int], Pi
 
 
 def _ids(table: ImageTable, client_column: str) -> list[str | None]:
-    """The name of each row's client; [] without a column of them."""
+    """The name of each row's client; [] without a client column."""
     if not client_column:
         return []
     check_column(table.schema.names, client_column, table.origin)

@@ -1,9 +1,9 @@
-"""Make the network narrower or sparser, so that what is trained and sent becomes smaller, in a plugin's `setup`.
+"""Remove channels or entries of a network in a plugin's `setup`, so that fewer parameters are trained and sent.
 
     keep_channels(model, {"conv1": torch.tensor([0, 3, 5])})   # indices from the plugin's broadcast
 
-For channels the layers must form a chain, because the next layer loses the inputs that the removed channels gave.
-Residual connections, normalization layers and attention are not supported.
+To remove channels, the layers must form a chain, because the inputs of the next layer are removed, too. Residual
+connections, normalization layers and attention are not supported.
 
     keep_entries(model, {"conv1.weight": mask})   # masks from the plugin's broadcast
 
@@ -44,7 +44,7 @@ def chain_of(model: nn.Module) -> dict[str, Carrier]:
 
 
 def keep_channels(model: nn.Module, kept: Mapping[str, Tensor]) -> None:
-    """Remove all but the named layers' kept output channels, in place; the weights of these stay as they are.
+    """Remove output channels of layers in place; the weights of the kept channels are unchanged.
 
     A layer remembers its kept channels in the buffer `kept`, which is not sent but is part of the model's architecture
     (`tofu.weights.architecture_of`). Layers that have those channels already are left unchanged.

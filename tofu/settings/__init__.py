@@ -126,9 +126,9 @@ class Settings(BaseModel):
         return {dashed(name): getattr(getattr(self, _GROUP_OF[name]), name) for name in FIELDS}
 
     def meaning(self, round_: int) -> tuple[bytes, ...]:
-        """What clients of one secure sum must have alike besides its encoding: settings, round and the app's code.
+        """The inputs, besides the encoding, that all clients of a secure sum must share: settings, round and code.
 
-        The settings are all but the device, which a client may choose.
+        The setting `device` is left out, because clients may choose it.
         """
         text = json.dumps(self.to_config() | {"device": ""}, sort_keys=True)
         return hashlib.sha256(text.encode()).digest(), round_.to_bytes(4, "little"), code_digest("tofu", "client")
@@ -278,7 +278,7 @@ FIELDS: dict[str, FieldInfo] = {name: field for kind in _GROUPS.values() for nam
 
 
 def section_of(name: str) -> str:
-    """The heading of `--help` under which a setting stands."""
+    """The heading of a setting in `--help`."""
     extra = FIELDS[name].json_schema_extra
     own = extra["section"] if isinstance(extra, dict) else ""
     group: Any = _GROUPS[_GROUP_OF[name]]
@@ -286,7 +286,7 @@ def section_of(name: str) -> str:
 
 
 def separator_of(name: str) -> str:
-    """What separates the values of a setting that has several; empty for other settings."""
+    """The separator of a setting with several values; empty for other settings."""
     extra = FIELDS[name].json_schema_extra
     return str(extra["repeated"]) if isinstance(extra, dict) else ""
 
@@ -358,7 +358,7 @@ def read_toml(path: Path) -> dict[str, object]:
 
 
 def _check_registered(name: str, value: str) -> None:
-    """A registered name or `package.module:Class`, which is imported only when it is needed."""
+    """Check that a value is a registered name or `package.module:Class`; no class is imported."""
     names = accepted_values(name)
     if value not in names and ":" not in value:
         raise SettingError(name, value, f"one of {', '.join(names)}, or package.module:Class")

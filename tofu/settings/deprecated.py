@@ -1,4 +1,4 @@
-"""Names and values of settings from before the renaming. They are accepted for one release, with a warning."""
+"""Deprecated names and values of settings, which are accepted for one release with a warning."""
 
 import sys
 from collections.abc import Mapping
@@ -100,7 +100,7 @@ def present_kind(kind: str) -> str:
 
 
 def present_node_config(config: Mapping[str, Scalar]) -> dict[str, Scalar]:
-    """A client's node config by the present names: ignoring an old name would lift a restriction.
+    """A client's node config with present names. Old names must not be ignored: they restrict the server.
 
     Raises:
         SettingError: an entry is given by its old and by its present name.

@@ -1,4 +1,4 @@
-"""How one setting is declared, checked and described; the groups of settings build on this."""
+"""The declaration, checks and description of one setting."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, Self, TypeVar, get_args, get_origin
@@ -13,7 +13,7 @@ Value = bool | int | float | str
 M = TypeVar("M", bound=BaseModel)
 
 AUTO = "auto"
-"""What users may write for a 0 that lets the program choose."""
+"""Alias of 0 in settings whose value the program can choose."""
 _TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -54,7 +54,7 @@ class Group(BaseModel):
 
 
 def build(group: type[M], values: Mapping[str, Any]) -> M:
-    """Build a model of `tofu.settings`, with pydantic's first complaint as a SettingError.
+    """Build a group, with pydantic's first error as a SettingError.
 
     Raises:
         SettingError: a name is unknown, or a value has the wrong type or is out of range.
@@ -78,12 +78,12 @@ def kind_of(field: FieldInfo) -> type:
 
 
 def has_auto(field: FieldInfo) -> bool:
-    """Whether 0 lets the program choose the value, which "auto" means, too."""
+    """Whether the program can choose the value, by 0 or "auto"."""
     return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("auto"))
 
 
 def shown_default(field: FieldInfo) -> str:
-    """The default for help and reference: "auto" where the program chooses; empty for a text that is empty."""
+    """The default as text for help and reference: "auto" if the program chooses."""
     if has_auto(field) and not field.default:
         return AUTO
     return str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
@@ -105,7 +105,7 @@ def bounds_of(field: FieldInfo) -> dict[str, float]:
 
 
 def expected(field: FieldInfo) -> str:
-    """What a setting accepts, in words that complete "expected ..."."""
+    """The accepted values of a setting, as text that completes "expected ..."."""
     if choices := choices_of(field):
         return f"one of {', '.join(map(str, choices))}"
     words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
