@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Sized
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from client.state import (
 from tofu.compression import downlink_compressor, uplink_compressor
 from tofu.compression.base import Compressor, check_finite
 from tofu.compression.error_feedback import ErrorFeedback
-from tofu.data import ImageShape, LabeledImages, LabeledRows, RowFormat, local_folder, local_rows, preprocessing_of
+from tofu.data import ImageShape, LabeledImages, LabeledRows, local_folder, local_rows
 from tofu.device import open_device
 from tofu.errors import DataError, PayloadError
 from tofu.flower.policy import Policy, client_name
@@ -53,6 +53,7 @@ from tofu.rounds.steps import (
 from tofu.secagg.encoding import EncodingConfig, RingEncoder, flat, purpose_of
 from tofu.secagg.participant import Participant
 from tofu.settings import FULL_WEIGHTS, Settings
+from tofu.settings.fields import comma_list
 from tofu.tasks import TaskStream, only_classes, round_context
 from tofu.training import LocalTrainingConfig
 from tofu.weights import (
@@ -82,19 +83,16 @@ def client_data(settings: Settings, context: Context, workload: Workload | None 
     if folder is None:
         names: tuple[str, ...] = ()
     elif data.class_names:
-        names = tuple(filter(None, (name.strip() for name in data.class_names.split(","))))
+        names = comma_list(data.class_names)
     else:
         names = load_class_names(context)
     if folder is not None and data.kind != "images":
-        return local_rows(str(folder), replace(RowFormat.of(data), class_names=names))
+        return local_rows(str(folder), data, names)
     if folder is not None:
         if data.normalization == "dataset":
             why = "a client with its own folder does not send its statistics"
             raise DataError(f"normalization=dataset is not usable: {why}; expected numbers, as MEAN/STD")
-        return local_folder(
-            str(folder), class_names=names, subpopulations=data.subpopulations, label_column=data.label_column,
-            image_column=data.image_column, preprocessing=preprocessing_of(data), strict=data.strict,
-        )  # fmt: skip
+        return local_folder(str(folder), data, class_names=names)
     partition = context.node_config.get("partition-id")
     if partition is None:
         raise DataError("node config has neither data (a folder of images) nor partition-id (a part of the dataset)")

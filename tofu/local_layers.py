@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tofu.errors import SettingError
+from tofu.settings.fields import comma_list
 from tofu.weights import Weights, load_weights
 
 
@@ -32,7 +33,7 @@ class LocalLayers:
     """
 
     def __init__(self, model: nn.Module, patterns: str) -> None:
-        wanted = [pattern for pattern in map(str.strip, patterns.split(",")) if pattern]
+        wanted = comma_list(patterns)
         names = list(model.state_dict())
         for pattern in wanted:
             if not any(fnmatchcase(name, pattern) for name in names):

@@ -473,18 +473,16 @@ IMAGES: dict[str, Case] = {
     "no_parquet": Case(lambda r: put(r, "train.parquet"), r"train\.parquet cannot be read as parquet"),
     # Names of the classes of a run
     "named_classes": Case(
-        lambda r: images(r, "cat", "owl"), Read(("cat", "dog", "owl"), 6, 2), {"class_names": ("cat", "dog", "owl")}
+        lambda r: images(r, "cat", "owl"), Read(("cat", "dog", "owl"), 6, 2), {"class_names": "cat,dog,owl"}
     ),
-    "another_order": Case(
-        lambda r: images(r, "cat", "dog"), Read(("dog", "cat"), 6, 2), {"class_names": ("dog", "cat")}
-    ),
+    "another_order": Case(lambda r: images(r, "cat", "dog"), Read(("dog", "cat"), 6, 2), {"class_names": "dog,cat"}),
     "unknown_class": Case(
         lambda r: images(r, "cat", "owl"),
         "has the label 'owl': expected one of cat, dog",
-        {"class_names": ("cat", "dog")},
+        {"class_names": "cat,dog"},
     ),
     "numbers_that_are_names": Case(
-        lambda r: numbers(r, [0, 1, 2]), Read(("2", "1", "0"), 9, 3), {"class_names": ("2", "1", "0")}
+        lambda r: numbers(r, [0, 1, 2]), Read(("2", "1", "0"), 9, 3), {"class_names": "2,1,0"}
     ),
 }
 
@@ -529,14 +527,16 @@ TABLES: dict[str, Case] = {
     "no_files": Case(lambda r: put(r, "readme.md"), "has no CSV or parquet files"),
     "two_label_columns": Case(lambda r: csv(r / "t.csv", "a,y,label", animals()), "labels in y or label: name one"),
     "the_label_is_named": Case(
-        lambda r: csv(r / "t.csv", "a,y,label", animals()), TABLE_HELD, {"label": "label", "features": ("a",)}
+        lambda r: csv(r / "t.csv", "a,y,label", animals()),
+        TABLE_HELD,
+        {"label_column": "label", "feature_columns": "a"},
     ),
     "no_label": Case(lambda r: csv(r / "t.csv", "a,b,kind", animals()), "no label column among a, b, kind: name it"),
     "a_column_twice": Case(
         lambda r: csv(r / "t.csv", "a,a,label", animals()), "has 2 columns 'a': expected different names"
     ),
     "the_label_twice": Case(
-        lambda r: csv(r / "t.csv", "a,label,label", animals()), "has 2 columns 'label'", {"label": "label"}
+        lambda r: csv(r / "t.csv", "a,label,label", animals()), "has 2 columns 'label'", {"label_column": "label"}
     ),
     **{
         f"unusable_row_{number}": Case(
@@ -557,17 +557,17 @@ TABLES: dict[str, Case] = {
     "unusable_row_of_a_client": Case(
         lambda r: csv(r / "t.csv", "a,who,label", [*animals(start="{a},Ann,"), ",Bob,dog"]),
         r"row 12 \(client Bob\) has no finite number in column 'a'",
-        {"strict": True, "client": "who"},
+        {"strict": True, "client_column": "who"},
     ),
     "no_usable_rows": Case(
         lambda r: csv(r / "t.csv", "a,b,label", ["1,,cat"] * 4),
         "none of 4 rows can be read",
-        {"features": ("a", "b")},
+        {"feature_columns": "a,b"},
     ),
     "columns_of_texts": Case(
         lambda r: csv(r / "t.csv", "a,b,label", animals()),
         "has text in column 'label': expected numbers",
-        {"features": ("a", "label")},
+        {"feature_columns": "a,label"},
     ),
     "spaces_around_labels": Case(lambda r: csv(r / "t.csv", "a,b,label", animals(end=" {name} ")), TABLE_HELD),
     "suffix_in_capitals": Case(lambda r: csv(r / "T.CSV", "a,b,label", animals()), TABLE_HELD),
@@ -579,7 +579,7 @@ TABLES: dict[str, Case] = {
     "ten_before_two": Case(
         lambda r: csv(r / "t.csv", "a,label", ["6,10x", "5,2x"] * 6),
         "has the label '10x': expected one of 0, 1",
-        {"class_names": ("0", "1")},
+        {"class_names": "0,1"},
     ),
     "bools_as_labels": Case(
         lambda r: csv(r / "t.csv", "a,label", ["7,false", "8,true"] * 6), Read(("False", "True"), 10, 2)
@@ -616,9 +616,9 @@ TABLES: dict[str, Case] = {
     "names_that_are_numbers_but_not_all": Case(
         lambda r: csv(r / "t.csv", "a,label", ["4,1", "5,2"] * 6),
         Read(("1", "2", "0"), 10, 2),
-        {"class_names": ("1", "2", "0")},
+        {"class_names": "1,2,0"},
     ),
     "positions_of_named_classes": Case(
-        lambda r: csv(r / "t.csv", "a,label", ["0,0", "1,1"] * 6), TABLE_HELD, {"class_names": ("cat", "dog")}
+        lambda r: csv(r / "t.csv", "a,label", ["0,0", "1,1"] * 6), TABLE_HELD, {"class_names": "cat,dog"}
     ),
 }

@@ -7,7 +7,7 @@ import pytest
 from torch import Tensor
 
 from tests.zoo.folders import CLASSES, IMAGES, TABLES, Case, Read
-from tofu.data import RowFormat, open_data, open_rows
+from tofu.data import open_data, open_rows
 from tofu.errors import TofuError
 
 
@@ -17,8 +17,7 @@ def check_labels(marks: Tensor, labels: Tensor, class_names: tuple[str, ...]) ->
 
 
 def read_images(case: Case, folder: Path) -> Read:
-    given = {name: ",".join(value) if isinstance(value, tuple) else value for name, value in case.settings.items()}
-    data = open_data(str(folder), clients=1, partition="iid", seed=0, **given)
+    data = open_data(str(folder), clients=1, partition="iid", seed=0, **case.settings)
     parts = (data.client(0), data.test())
     for part in parts:
         check_labels(part.images[:, 0, 0, 0].float() / 20 - 1, part.labels, data.class_names)
@@ -26,8 +25,8 @@ def read_images(case: Case, folder: Path) -> Read:
 
 
 def read_rows(case: Case, folder: Path) -> Read:
-    form: dict[str, Any] = {"features": ("*",), **case.settings}
-    data = open_rows(str(folder / case.file), RowFormat(**form), clients=1, partition="iid", seed=0)
+    form = {"feature_columns": "*", **case.settings}
+    data = open_rows(str(folder / case.file), clients=1, partition="iid", seed=0, **form)
     for part in (data.clients[0], data.test):
         check_labels(part.inputs[:, 0], part.labels, data.class_names)
     return Read(data.class_names, len(data.clients[0]), len(data.test), len(data.test.unreadable))

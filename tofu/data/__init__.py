@@ -11,11 +11,10 @@ from tofu.data.federated import (
     local_folder,
     normalization_of,
     open_data,
-    preprocessing_of,
 )
 from tofu.data.images import ImageShape, LabeledImages, to_float
 from tofu.data.partition import PARTITIONS, partition_by_id, partition_rows
-from tofu.data.rows import FederatedRows, LabeledRows, RowFormat, local_rows, open_rows
+from tofu.data.rows import FederatedRows, LabeledRows, local_rows, open_rows
 
 __all__ = [
     "ACCEPTED_DATASETS",
@@ -25,7 +24,6 @@ __all__ = [
     "ImageShape",
     "LabeledImages",
     "LabeledRows",
-    "RowFormat",
     "local_folder",
     "local_rows",
     "normalization_of",
@@ -33,6 +31,5 @@ __all__ = [
     "open_rows",
     "partition_by_id",
     "partition_rows",
-    "preprocessing_of",
     "to_float",
 ]

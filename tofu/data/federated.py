@@ -17,13 +17,13 @@ from tofu.data.digits import read_digits
 from tofu.data.folder import folder_splits
 from tofu.data.hub import hub_splits
 from tofu.data.images import ImageShape, LabeledImages
-from tofu.data.partition import IntArray, partition_by_id, partition_rows
+from tofu.data.partition import IntArray, partition_clients
 from tofu.data.preprocessing import Preprocessing, Statistics, parse_normalization
 from tofu.data.splits import Split, hold_out, report_unusable, subset_rows
 from tofu.data.subpopulations import Subpopulations
 from tofu.data.tables import Columns
 from tofu.errors import DataError, SettingError, first_line
-from tofu.settings.fields import Value, build
+from tofu.settings.fields import Value, build, comma_list
 from tofu.settings.groups import DataSettings
 
 ACCEPTED_DATASETS = (
@@ -34,14 +34,6 @@ _LOG = logging.getLogger("tofu.data")
 _OPEN_LOCK = threading.Lock()
 _HELD_OUT = 0.15
 _STATISTICS_IMAGES = 2000
-
-
-AS_THEY_ARE = Preprocessing()
-
-
-def preprocessing_of(data: DataSettings) -> Preprocessing:
-    """The sizes that the settings name. Raises SettingError if one is not a size."""
-    return Preprocessing(data.resize, data.center_crop)
 
 
 def normalization_of(data: DataSettings, channels: int, seed: int) -> Statistics:
@@ -194,57 +186,45 @@ def open_data(dataset: str, *, seed: int, **settings: Value) -> FederatedData:
     return FederatedData.of(build(DataSettings, {"dataset": dataset} | settings), seed)
 
 
-def local_folder(
-    path: str,
-    *,
-    class_names: Sequence[str] = (),
-    subpopulations: str = "",
-    label_column: str = "",
-    image_column: str = "",
-    preprocessing: Preprocessing = AS_THEY_ARE,
-    strict: bool = False,
-) -> LabeledImages:
+def local_folder(path: str, data: DataSettings | None = None, *, class_names: Sequence[str] = ()) -> LabeledImages:
     """Read a real client's own images: all of a folder of parquet files or <class>/*.png, or its training split.
 
     Args:
         path: the folder.
+        data: `subpopulations` (only images of seen labels are read), names of columns, sizes and `strict` apply.
         class_names: the classes of the run in the order of their labels. Without it, labels are numbered by this
             folder, which agrees with other clients only if every folder has all classes.
-        subpopulations: as in `open_data`; only images of seen labels are read.
-        label_column, image_column: of parquet files; "" takes the only candidate.
-        preprocessing: resizes and crops the images.
-        strict: refuse a folder with an image that cannot be read, instead of leaving it out with a warning.
 
     Raises:
         SettingError: `subpopulations` cannot be used with this folder's labels.
         DataError: there is no such folder, it has no readable images or no labels, an image differs from the first in
             size or color, or a class is not among `class_names`.
     """
-    folder = Path(path).expanduser()
+    data, folder = data or DataSettings(), Path(path).expanduser()
     if not folder.is_dir():
         raise DataError(f"{path} is not a folder")
-    split = folder_splits(folder.resolve(), tuple(class_names), Columns(image_column, label_column)).get("train")
+    columns = Columns(data.image_column, data.label_column)
+    split = folder_splits(folder.resolve(), tuple(class_names), columns).get("train")
     if split is None:
         raise DataError(f"{path} has a test split but no images to train on")
     split.check_labels()
-    split = split.prepared(preprocessing)
+    split = split.prepared(Preprocessing(data.resize, data.center_crop))
     names, rows = split.class_names, np.arange(len(split.labels))
     _LOG.info("%s: %s, %d images of the classes %s", path, split.read_as, len(rows), ", ".join(names))
-    if subpopulations:
-        classes = Subpopulations.parse(subpopulations)
+    if data.subpopulations:
+        classes = Subpopulations.parse(data.subpopulations)
         classes.check(split)
         rows, split = classes.rows(split.labels, "seen"), classes.regroup(split)
-    report_unusable(split.unusable, strict=strict)
-    images = split.decode(rows, split.image_shape(), strict=strict)
+    report_unusable(split.unusable, strict=data.strict)
+    images = split.decode(rows, split.image_shape(), strict=data.strict)
     return replace(images, class_names=names, unreadable=images.unreadable + split.unusable)
 
 
 @lru_cache(maxsize=4)
 def _open(data: DataSettings, seed: int) -> FederatedData:
-    names = tuple(filter(None, (name.strip() for name in data.class_names.split(","))))
     columns = Columns(data.image_column, data.label_column, data.client_column if data.partition == "natural" else "")
-    train, test, train_rows, test_rows = _load(data.dataset, columns, names)
-    preprocessing = preprocessing_of(data)
+    train, test, train_rows, test_rows = _load(data.dataset, columns, comma_list(data.class_names))
+    preprocessing = Preprocessing(data.resize, data.center_crop)
     train, test = train.prepared(preprocessing), test.prepared(preprocessing)
     label_names = train.class_names
     if data.subpopulations:
@@ -258,18 +238,8 @@ def _open(data: DataSettings, seed: int) -> FederatedData:
         data.dataset, len(train_rows), len(test_rows), data.train_images, data.test_images, seed
     )  # fmt: skip
     train_rows, test_rows = train_rows[kept], test_rows[tested]
-    if data.partition == "natural":
-        if train.ids is None:
-            accepted = f"a column of {data.dataset} that names each image's client"
-            raise SettingError("client_column", columns.client, accepted)
-        parts, _ = partition_by_id(train.ids[train_rows], clients=data.clients, seed=seed)
-    elif not len(train_rows):  # a test split only, for a server; `client` raises
-        parts = (train_rows,) * data.clients
-    else:
-        parts = partition_rows(
-            train.labels[train_rows], clients=data.clients, partition=data.partition, alpha=data.alpha,
-            shards_per_client=data.shards_per_client, seed=seed,
-        )  # fmt: skip
+    ids = None if train.ids is None else train.ids[train_rows]
+    parts, _ = partition_clients(data, train.labels[train_rows], ids, seed)
     own = tuple(train_rows[part] for part in parts)
     return FederatedData(train, test, test_rows, own, shape, strict=data.strict, label_names=label_names)
 

@@ -6,12 +6,39 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tofu.errors import SettingError
+from tofu.settings.groups import DataSettings
 
 IntArray = NDArray[np.int64]
 
 PARTITIONS = ("iid", "dirichlet", "shards")
 
 _MIN_IMAGES = 10
+
+
+def partition_clients(
+    data: DataSettings, labels: IntArray, ids: NDArray[np.str_] | None, seed: int
+) -> tuple[tuple[IntArray, ...], tuple[str, ...]]:
+    """Partition rows over the clients of a run -> (rows of each client, names of the clients).
+
+    Args:
+        labels: int64 [n]. Without rows, as on a server whose clients have their own data, all parts are empty.
+        ids: name of each row's client [n], or None if the dataset has no such column.
+
+    Raises:
+        SettingError: there are fewer rows or names than clients, or no column of names for partition=natural.
+    """
+    names = tuple(str(number) for number in range(data.clients))
+    if data.partition == "natural":
+        if ids is None:
+            raise SettingError("client_column", data.client_column, "a column that names each row's client")
+        return partition_by_id(ids, clients=data.clients, seed=seed)
+    if not len(labels):
+        return (np.arange(0),) * data.clients, names
+    parts = partition_rows(
+        labels, clients=data.clients, partition=data.partition, alpha=data.alpha,
+        shards_per_client=data.shards_per_client, seed=seed,
+    )  # fmt: skip
+    return parts, names
 
 
 def partition_rows(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tofu.data.images import Pixels
 from tofu.errors import SettingError
+from tofu.settings.fields import comma_list
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation of each channel, of pixels from 0 to 1."""
@@ -121,7 +122,7 @@ def augment(images: Tensor, names: Sequence[str], generator: torch.Generator) ->
 
 def split_augmentations(text: str) -> tuple[str, ...]:
     """The names in the setting `augmentation`. Raises SettingError if one is unknown."""
-    names = tuple(filter(None, (name.strip() for name in text.split(","))))
+    names = comma_list(text)
     for name in names:
         if name not in AUGMENTATIONS:
             raise SettingError("augmentation", name, f"of {', '.join(AUGMENTATIONS)}, separated by commas")

@@ -29,9 +29,10 @@ from tofu.data.classes import (
     number_classes,
 )
 from tofu.data.folder import data_files
-from tofu.data.partition import IntArray, partition_by_id, partition_rows
+from tofu.data.partition import IntArray, partition_clients
 from tofu.data.splits import files_by_role, hold_out, report_unusable, row_origin, subset_rows
 from tofu.errors import DataError, SettingError, first_line
+from tofu.settings.fields import Value, build, comma_list
 from tofu.settings.groups import EMBEDDED_TABLES, DataSettings
 
 if TYPE_CHECKING:
@@ -44,42 +45,6 @@ _SUFFIXES = (".csv", ".parquet")
 _WORD = re.compile(r"\w+|[^\w\s]")
 _HELD_OUT = 0.15
 _OPEN_LOCK = threading.Lock()
-
-
-@dataclass(frozen=True)
-class RowFormat:
-    """The columns of a table, and their conversion to tensors.
-
-    Attributes:
-        features: names of the feature columns, or () or ("*",) for all columns of numbers.
-        text: name of the text column, or "" for tables of features.
-        label: name of the label column; "" takes the only candidate (`tofu.data.classes`).
-        client: name of the column whose values name the clients; "" if there is none.
-        scaling: "none", or "client" for features with mean 0 and variance 1 over the rows of each client.
-        vocabulary: number of token ids, the padding 0 included.
-        tokens: length to which a text is cut or padded.
-        class_names: the classes of the run in order, or () for those of the dataset.
-        strict: refuse tables with a row that cannot be used, instead of leaving it out.
-    """
-
-    features: tuple[str, ...] = ()
-    text: str = ""
-    label: str = ""
-    client: str = ""
-    scaling: str = "none"
-    vocabulary: int = 4096
-    tokens: int = 64
-    class_names: tuple[str, ...] = ()
-    strict: bool = False
-
-    @staticmethod
-    def of(data: DataSettings) -> "RowFormat":
-        """The format of a run's table or texts."""
-        return RowFormat(
-            features=_names(data.feature_columns), text=data.text_column, label=data.label_column,
-            client=data.client_column, scaling=data.feature_scaling, vocabulary=data.vocabulary, tokens=data.tokens,
-            class_names=_names(data.class_names), strict=data.strict,
-        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -145,12 +110,15 @@ class FederatedRows:
 
     @staticmethod
     def of(data: DataSettings, seed: int) -> "FederatedRows":
-        """The table or texts of a run. Raises DataError or SettingError if they cannot be opened."""
-        return open_rows(
-            data.dataset, RowFormat.of(data), clients=data.clients, partition=data.partition, alpha=data.alpha,
-            shards_per_client=data.shards_per_client, train_images=data.train_images, test_images=data.test_images,
-            seed=seed,
-        )  # fmt: skip
+        """The table or texts of a run, as `open_rows` opens them. The same settings give the same partition.
+
+        Raises:
+            SettingError: a setting cannot be used with this dataset.
+            DataError: the dataset cannot be read, or lacks a column.
+        """
+        # The threads of a simulation open the data at the same time; only one of them should read it.
+        with _OPEN_LOCK:
+            return _open(data, seed)
 
     def description(self) -> Mapping[str, object]:
         """Which columns were read, which were left out, and the number of rows by split."""
@@ -182,98 +150,64 @@ def token_ids(text: str, *, vocabulary: int, tokens: int) -> list[int]:
     return ids + [0] * (tokens - len(ids))
 
 
-def open_rows(
-    dataset: str,
-    form: RowFormat,
-    *,
-    clients: int,
-    partition: str,
-    alpha: float = 0.5,
-    shards_per_client: int = 2,
-    train_images: int = 0,
-    test_images: int = 0,
-    seed: int,
-) -> FederatedRows:
+def open_rows(dataset: str, *, seed: int, **settings: Value) -> FederatedRows:
     """Open a dataset of rows and partition it over clients. The same arguments give the same partition.
 
     Args:
         dataset: a CSV or parquet file, a folder with train.csv and test.csv (or parquet), a Hugging Face hub id, or one
             of `EMBEDDED_TABLES`. Without test rows, a stratified 15% is held out, the same in every run. Test rows
             alone are for a server whose clients have their own data: all of them are evaluated on.
-        clients: number of clients. With partition="natural", those with the most rows are taken.
-        partition: "iid", "dirichlet" or "shards" as for `tofu.data.open_data`, or "natural": by the client column.
-        train_images, test_images: number of rows to use; 0 uses all.
+        settings: the other fields of `DataSettings`, as for `tofu.data.open_data`.
 
     Raises:
         SettingError: an argument cannot be used, or not with this dataset.
         DataError: the dataset cannot be read, or lacks a column.
 
     Example:
-        >>> data = open_rows("breast-cancer", RowFormat(features=("*",)), clients=4, partition="iid", seed=0)
+        >>> data = open_rows("breast-cancer", feature_columns="*", clients=4, partition="iid", seed=0)
         >>> data.clients[0].inputs.shape, data.class_names
         (torch.Size([121, 30]), ('malignant', 'benign'))
     """
-    # The threads of a simulation open the data at the same time; only one of them should read it.
-    with _OPEN_LOCK:
-        return _open(dataset, form, clients, partition, alpha, shards_per_client, train_images, test_images, seed)
+    return FederatedRows.of(build(DataSettings, {"dataset": dataset} | settings), seed)
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(filter(None, (name.strip() for name in text.split(","))))
-
-
-def local_rows(path: str, form: RowFormat) -> LabeledRows:
+def local_rows(path: str, data: DataSettings, class_names: tuple[str, ...] = ()) -> LabeledRows:
     """Read a real client's own rows: a CSV or parquet file, or the training rows of a folder.
 
+    Args:
+        data: names of the columns, and how they become tensors.
+        class_names: the classes of the run in order, or () for those of the file.
+
     Raises:
-        DataError: there is no such file, or it lacks a column; or a label is not among `form.class_names`.
+        DataError: there is no such file, it lacks a column, or a label is not among `class_names`.
     """
     tables = _tables(str(Path(path).expanduser()))
     if "train" not in tables:
         raise DataError(f"{path} has no rows to train on")
-    return _read({"train": tables["train"]}, form)["train"].scaled(form.scaling)
+    return _read({"train": tables["train"]}, data, class_names)["train"].scaled(data.feature_scaling)
 
 
 @lru_cache(maxsize=4)
-def _open(
-    dataset: str,
-    form: RowFormat,
-    clients: int,
-    partition: str,
-    alpha: float,
-    shards_per_client: int,
-    train_images: int,
-    test_images: int,
-    seed: int,
-) -> FederatedRows:
-    train, test, unreadable = _splits(dataset, form)
-    labels = train.labels.numpy()
-    train_rows, test_rows = subset_rows(dataset, len(train), len(test), train_images, test_images, seed)
-    names = tuple(str(number) for number in range(clients))
-    if partition == "natural":
-        if train.ids is None:
-            raise SettingError("client_column", "", "the column that names the client of a row, for partition=natural")
-        parts, names = partition_by_id(train.ids[train_rows], clients=clients, seed=seed)
-    elif not len(train_rows):  # the data of a server whose clients have their own
-        parts = (train_rows,) * clients
-    else:
-        parts = partition_rows(
-            labels[train_rows], clients=clients, partition=partition, alpha=alpha,
-            shards_per_client=shards_per_client, seed=seed,
-        )  # fmt: skip
-    own = tuple(train.subset(train_rows[part]).scaled(form.scaling) for part in parts)
-    tested = replace(test.subset(test_rows).scaled(form.scaling), unreadable=unreadable)
+def _open(data: DataSettings, seed: int) -> FederatedRows:
+    train, test, unreadable = _splits(data)
+    rows, test_rows = subset_rows(data.dataset, len(train), len(test), data.train_images, data.test_images, seed)
+    parts, names = partition_clients(
+        data, train.labels.numpy()[rows], None if train.ids is None else train.ids[rows], seed
+    )  # fmt: skip
+    own = tuple(train.subset(rows[part]).scaled(data.feature_scaling) for part in parts)
+    tested = replace(test.subset(test_rows).scaled(data.feature_scaling), unreadable=unreadable)
     return FederatedRows(own, tested, names)
 
 
 @lru_cache(maxsize=4)
-def _splits(dataset: str, form: RowFormat) -> tuple[LabeledRows, LabeledRows, tuple[str, ...]]:
+def _splits(data: DataSettings) -> tuple[LabeledRows, LabeledRows, tuple[str, ...]]:
     """Training and test rows, and those that cannot be used."""
+    dataset = data.dataset
     if dataset in EMBEDDED_TABLES:
         rows = _embedded(dataset)
         train, test = hold_out(rows.labels.numpy(), 0.2)
         return rows.subset(train), rows.subset(test), ()
-    found = _read(_tables(dataset), form)
+    found = _read(_tables(dataset), data, comma_list(data.class_names))
     check_several(next(iter(found.values())).class_names, dataset)
     if "train" not in found:
         if "test" not in found:
@@ -371,15 +305,15 @@ def _with_texts(schema: "pyarrow.Schema", texts: set[str]) -> "pyarrow.Schema":
     return pyarrow.schema(fields, metadata=schema.metadata)
 
 
-def _read(tables: Mapping[str, _Table], form: RowFormat) -> dict[str, LabeledRows]:
+def _read(tables: Mapping[str, _Table], data: DataSettings, class_names: tuple[str, ...]) -> dict[str, LabeledRows]:
     """The rows of each split, with one numbering of the classes."""
     train = tables["train"] if "train" in tables else next(iter(tables.values()))
-    label = label_column(train.data.schema, form.label, train.where)
-    columns = (form.text,) if form.text else _feature_columns(train, label, form)
+    label = label_column(train.data.schema, data.label_column, train.where)
+    columns = (data.text_column,) if data.text_column else _feature_columns(train, label, data)
     usable, labels, declared = {}, {}, {}
     for role, table in tables.items():
         check_column(table.data.column_names, label, table.where)
-        usable[role] = _usable(table, label, columns, form)
+        usable[role] = _usable(table, label, columns, data)
         labels[role] = usable[role].labels
         names = features_of(table.data.schema).get(label, {}).get("names")
         declared[role] = tuple(map(str, names)) if isinstance(names, list) else ()
@@ -387,11 +321,13 @@ def _read(tables: Mapping[str, _Table], form: RowFormat) -> dict[str, LabeledRow
             raise DataError(
                 f"{table.where} has label {labels[role].min()} in column {label}: expected class numbers from 0 on"
             )
-    class_names, numbered = number_classes(labels, declared, form.class_names, train.where)
-    read_as = f"{'text of column' if form.text else 'features of columns'} {', '.join(columns)}, labels of {label!r}"
+    class_names, numbered = number_classes(labels, declared, class_names, train.where)
+    read_as = (
+        f"{'text of column' if data.text_column else 'features of columns'} {', '.join(columns)}, labels of {label!r}"
+    )
     rows = {}
     for role, found in usable.items():
-        others = [name for name in tables[role].data.column_names if name not in (*columns, label, form.client)]
+        others = [name for name in tables[role].data.column_names if name not in (*columns, label, data.client_column)]
         rows[role] = LabeledRows(
             found.inputs, torch.from_numpy(numbered[role]), class_names, found.clients, read_as,
             (f"columns {', '.join(others)}",) if others else (), found.unreadable,
@@ -408,17 +344,17 @@ class _Usable(NamedTuple):
     unreadable: tuple[str, ...]
 
 
-def _usable(table: _Table, label: str, columns: Sequence[str], form: RowFormat) -> _Usable:
+def _usable(table: _Table, label: str, columns: Sequence[str], data: DataSettings) -> _Usable:
     """Read inputs, labels and clients of the rows that have all of them. Raises DataError if no row has."""
     values, labeled = label_values(table.data[label], label, table.where)
     count = len(table.data)
     reasons = dict.fromkeys(set(range(count)) - set(labeled.tolist()), f"has no label in column {label!r}")
     clients = None
-    if form.client:
-        clients = np.array(_column(table, form.client).to_pylist(), dtype=object)
+    if data.client_column:
+        clients = np.array(_column(table, data.client_column).to_pylist(), dtype=object)
         for row in np.flatnonzero(clients == None).tolist():  # noqa: E711
-            reasons.setdefault(row, f"names no client in column {form.client!r}")
-    inputs = _token_ids(table, form, reasons) if form.text else _numbers(table, columns, reasons)
+            reasons.setdefault(row, f"names no client in column {data.client_column!r}")
+    inputs = _token_ids(table, data, reasons) if data.text_column else _numbers(table, columns, reasons)
     kept = np.array([row not in reasons for row in range(count)], dtype=bool)
     unreadable = tuple(
         f"{table.origin(row)}{'' if clients is None or clients[row] is None else f' (client {clients[row]})'} {reason}"
@@ -426,19 +362,19 @@ def _usable(table: _Table, label: str, columns: Sequence[str], form: RowFormat) 
     )
     if not kept.any():
         raise DataError(f"none of {count} rows can be read: {unreadable[0]}")
-    report_unusable(unreadable, strict=form.strict)
+    report_unusable(unreadable, strict=data.strict)
     names = None if clients is None else np.array([str(name) for name in clients[kept]])
     return _Usable(inputs[torch.from_numpy(kept)], values[kept[labeled]], names, unreadable)
 
 
-def _feature_columns(table: _Table, label: str, form: RowFormat) -> tuple[str, ...]:
-    if form.features not in ((), (ALL_NUMBERS,)):
-        return form.features
+def _feature_columns(table: _Table, label: str, data: DataSettings) -> tuple[str, ...]:
+    if data.feature_columns not in ("", ALL_NUMBERS):
+        return comma_list(data.feature_columns)
     check_unique(table.data.column_names, "the table")
     return tuple(
         field.name
         for field in table.data.schema
-        if field.name not in (label, form.client) and _holds_numbers(table, field.name)
+        if field.name not in (label, data.client_column) and _holds_numbers(table, field.name)
     )
 
 
@@ -469,14 +405,14 @@ def _column(table: _Table, name: str) -> "pyarrow.ChunkedArray":
     return table.data[name]
 
 
-def _token_ids(table: _Table, form: RowFormat, reasons: dict[int, str]) -> Tensor:
+def _token_ids(table: _Table, data: DataSettings, reasons: dict[int, str]) -> Tensor:
     """The token ids of the text column, int64 [n, tokens]. The reason why a row has none is added to `reasons`."""
-    texts = _column(table, form.text).to_pylist()
+    texts = _column(table, data.text_column).to_pylist()
     for row, text in enumerate(texts):
         if text is None:
-            reasons.setdefault(row, f"has an empty cell in column {form.text!r}")
-    ids = [token_ids(str(text), vocabulary=form.vocabulary, tokens=form.tokens) for text in texts]
-    return torch.tensor(ids, dtype=torch.int64).reshape(len(ids), form.tokens)
+            reasons.setdefault(row, f"has an empty cell in column {data.text_column!r}")
+    ids = [token_ids(str(text), vocabulary=data.vocabulary, tokens=data.tokens) for text in texts]
+    return torch.tensor(ids, dtype=torch.int64).reshape(len(ids), data.tokens)
 
 
 def _numbers(table: _Table, columns: Sequence[str], reasons: dict[int, str]) -> Tensor:

@@ -6,6 +6,7 @@ from tofu.plugins.chain import Plugins, overrides
 from tofu.plugins.options import options_of, read_options, split_options
 from tofu.registry import Registry
 from tofu.settings.deprecated import present_option
+from tofu.settings.fields import comma_list
 
 plugin_registry: Registry[type[Plugin]] = Registry("plugins", Plugin, "client.plugins")
 
@@ -27,7 +28,7 @@ def make_plugins(names: str, options: str = "") -> Plugins:
             an option that is unknown, of the wrong type, out of range or of a plugin that is not listed.
     """
     classes: dict[str, type[Plugin]] = {}
-    for given in filter(None, (part.strip() for part in names.split(","))):
+    for given in comma_list(names):
         kind = plugin_registry.get(given)
         options_of(kind)
         if kind.name in classes:

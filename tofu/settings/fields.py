@@ -72,6 +72,15 @@ def build(group: type[M], values: Mapping[str, Any]) -> M:
         raise SettingError(name, values[name], expected(group.model_fields[name])) from None
 
 
+def comma_list(text: str) -> tuple[str, ...]:
+    """The names in a text, separated by commas, without white space around them.
+
+    >>> comma_list(" cat, dog,")
+    ('cat', 'dog')
+    """
+    return tuple(filter(None, (name.strip() for name in text.split(","))))
+
+
 def kind_of(field: FieldInfo) -> type:
     """The Python type of a setting: bool, int, float or str."""
     return type(field.default)
@@ -132,6 +141,6 @@ def parse_text(name: str, field: FieldInfo, text: str) -> Value:
 
 
 __all__ = [
-    "AUTO", "Group", "Value", "bounds_of", "build", "choices_of", "expected", "has_auto", "kind_of", "parse_text",
-    "setting", "shown_default",
+    "AUTO", "Group", "Value", "bounds_of", "build", "choices_of", "comma_list", "expected", "has_auto", "kind_of",
+    "parse_text", "setting", "shown_default",
 ]  # fmt: skip

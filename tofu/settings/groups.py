@@ -8,7 +8,7 @@ import math
 import re
 from typing import ClassVar, Literal
 
-from tofu.settings.fields import Group, setting
+from tofu.settings.fields import Group, comma_list, setting
 
 EMBEDDED_TABLES = ("breast-cancer", "wine")
 """Tables that come with scikit-learn."""
@@ -445,4 +445,4 @@ class RunSettings(Group):
     @property
     def recorded(self) -> tuple[str, ...]:
         """Names of the clients whose messages are stored."""
-        return tuple(filter(None, (name.strip() for name in self.record_clients.split(","))))
+        return comma_list(self.record_clients)

@@ -14,6 +14,7 @@ from tofu.data.images import fit_image, read_image
 from tofu.errors import DataError
 from tofu.rounds.record import RoundRecord, read_rounds
 from tofu.settings import Settings
+from tofu.settings.groups import DataSettings
 
 
 def folder_of(root: Path, *images: np.ndarray) -> LabeledImages:
@@ -123,7 +124,7 @@ def test_a_corrupt_image_is_left_out_counted_and_named_and_its_client_stays(
     assert [client.examples for client in rounds[1].by_client] in ([7, 8], [8, 7])  # 4 of 20 are held out
     assert not rounds[1].failures
     with pytest.raises(DataError, match=r"13\.png cannot be read .*strict=true"):
-        local_folder(str(data), strict=True)
+        local_folder(str(data), DataSettings(strict=True))
     with pytest.raises(DataError, match=r"13\.png cannot be read .*strict=true"):
         small_run(data, tmp_path / "strict", strict=True)
     assert not (tmp_path / "strict").exists()

@@ -35,6 +35,7 @@ from tofu.observers.base import Observer
 from tofu.reporting.predict import accuracy, predict_images
 from tofu.rounds.record import RoundRecord
 from tofu.settings import Settings
+from tofu.settings.groups import DataSettings
 
 Row = dict[str, Any]
 TINY: Row = {
@@ -151,8 +152,7 @@ def test_augmentations_draw_from_the_given_generator_alone() -> None:
 def test_images_of_several_sizes_need_a_resize(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has \d+x\d+ pixels, expected .*; resize=\d+x\d+ gives all images this size"):
         local_folder(str(photos))
-    sized = Preprocessing("16x12")
-    assert local_folder(str(photos), preprocessing=sized).images.shape == (24, 3, 16, 12)
+    assert local_folder(str(photos), DataSettings(resize="16x12")).images.shape == (24, 3, 16, 12)
     cells = []
     for path in sorted((photos / "train").rglob("*.png")):
         buffer = io.BytesIO()

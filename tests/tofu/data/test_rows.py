@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from pyarrow import csv, parquet
 
 import tofu
-from tofu.data import LabeledRows, RowFormat, local_rows, open_rows, partition_by_id
+from tofu.data import LabeledRows, local_rows, open_rows, partition_by_id
 from tofu.data.rows import token_ids
 from tofu.errors import DataError, SettingError
+from tofu.settings.fields import comma_list
+from tofu.settings.groups import DataSettings
 
-TABLE = RowFormat(features=("a", "b"), label="kind")
+TABLE = {"feature_columns": "a,b", "label_column": "kind"}
 WORDS = {"good": ("fine", "great", "happy"), "bad": ("poor", "awful", "sad")}
 
 
@@ -47,34 +49,34 @@ def write_texts(path: Path, rows: int) -> Path:
 def test_files_and_folders_of_both_formats_give_the_same_rows(tmp_path: Path, suffix: str) -> None:
     write_table(tmp_path / "data" / f"train{suffix}")
     write_table(tmp_path / "data" / f"test{suffix}", 20)
-    data = open_rows(str(tmp_path / "data"), TABLE, clients=2, partition="iid", seed=0)
+    data = open_rows(str(tmp_path / "data"), **TABLE, clients=2, partition="iid", seed=0)
     assert (data.class_names, data.width, len(data.test)) == (("down", "up"), 2, 20)
     for rows in (*data.clients, data.test):
         assert torch.equal(rows.labels, (rows.inputs[:, 0] > rows.inputs[:, 1]).long())
-    alone = open_rows(str(tmp_path / "data" / f"train{suffix}"), TABLE, clients=2, partition="iid", seed=0)
+    alone = open_rows(str(tmp_path / "data" / f"train{suffix}"), **TABLE, clients=2, partition="iid", seed=0)
     assert len(alone.test) + sum(map(len, alone.clients)) == 60  # without a test file, 15% of each class is held out
     assert len(alone.test) == 8
 
 
 def test_test_rows_alone_are_a_servers_and_used_in_full(tmp_path: Path) -> None:
     write_table(tmp_path / "data" / "test.csv", 20)
-    data = open_rows(str(tmp_path / "data"), TABLE, clients=2, partition="dirichlet", seed=0)
+    data = open_rows(str(tmp_path / "data"), **TABLE, clients=2, partition="dirichlet", seed=0)
     assert (len(data.test), [len(rows) for rows in data.clients]) == (20, [0, 0])
 
 
 def test_the_natural_partition_takes_the_clients_with_the_most_rows(tmp_path: Path) -> None:
     sites = ["x"] * 30 + ["y"] * 20 + ["z"] * 10
-    form = RowFormat(features=("a", "b"), label="kind", client="site")
+    form = TABLE | {"client_column": "site"}
     write_table(tmp_path / "train.csv", site=sites)
     write_table(tmp_path / "test.csv", 9)
-    data = open_rows(str(tmp_path), form, clients=2, partition="natural", seed=0)
+    data = open_rows(str(tmp_path), **form, clients=2, partition="natural", seed=0)
     assert data.names == ("x", "y")
     assert [len(rows) for rows in data.clients] == [30, 20]
     assert [set(rows.ids) for rows in data.clients if rows.ids is not None] == [{"x"}, {"y"}]
     with pytest.raises(SettingError, match=r"clients=4 .* at most 3"):
-        open_rows(str(tmp_path), form, clients=4, partition="natural", seed=0)
+        open_rows(str(tmp_path), **form, clients=4, partition="natural", seed=0)
     with pytest.raises(SettingError, match="client-column"):
-        open_rows(str(tmp_path), TABLE, clients=2, partition="natural", seed=0)
+        open_rows(str(tmp_path), **TABLE, clients=2, partition="natural", seed=0)
 
 
 @given(st.lists(st.sampled_from("abcde"), min_size=1, max_size=60), st.integers(0, 3))
@@ -85,8 +87,8 @@ def test_natural_parts_are_disjoint_and_each_has_all_rows_of_one_name(ids: list[
 
 
 def test_client_scaling_uses_each_clients_own_mean_and_deviation(tmp_path: Path) -> None:
-    form = RowFormat(features=("a", "c"), label="kind", scaling="client")
-    data = open_rows(str(write_table(tmp_path / "t.csv", c=[5.0] * 60)), form, clients=2, partition="iid", seed=0)
+    form = {"feature_columns": "a,c", "label_column": "kind", "feature_scaling": "client"}
+    data = open_rows(str(write_table(tmp_path / "t.csv", c=[5.0] * 60)), **form, clients=2, partition="iid", seed=0)
     for rows in data.clients:
         torch.testing.assert_close(rows.inputs[:, 0].mean(), torch.tensor(0.0), atol=1e-6, rtol=0)
         torch.testing.assert_close(rows.inputs[:, 0].std(correction=0), torch.tensor(1.0))
@@ -111,33 +113,33 @@ def test_equal_words_have_equal_ids_wherever_they_stand() -> None:
 @pytest.mark.parametrize(
     ("form", "changes", "reason"),
     [
-        (RowFormat(features=("a", "q"), label="kind"), {}, "no column 'q'.* a, b, kind, site"),
-        (RowFormat(features=("site",), label="kind"), {}, "text in column 'site'.*expected numbers"),
-        (RowFormat(features=("a",)), {}, "no label column .* name it"),
-        (RowFormat(features=("a",), label="a"), {"a": [-1] * 60}, "label -1"),
-        (RowFormat(features=("a",), label="kind", class_names=("up",)), {}, "label 'down'.*expected one of up"),
-        (RowFormat(features=("a",), label="kind"), {"a": [None] * 60}, "none of 60 rows can be read.*column 'a'"),
-        (RowFormat(features=("a",), label="kind"), {"a": [float("inf")] * 60}, "row 0 has no finite number"),
-        (RowFormat(text="words", label="kind"), {}, "no column 'words'"),
+        (TABLE | {"feature_columns": "a,q"}, {}, "no column 'q'.* a, b, kind, site"),
+        (TABLE | {"feature_columns": "site"}, {}, "text in column 'site'.*expected numbers"),
+        ({"feature_columns": "a"}, {}, "no label column .* name it"),
+        ({"feature_columns": "a", "label_column": "a"}, {"a": [-1] * 60}, "label -1"),
+        (TABLE | {"class_names": "up"}, {}, "label 'down'.*expected one of up"),
+        (TABLE, {"a": [None] * 60}, "none of 60 rows can be read.*column 'a'"),
+        (TABLE, {"a": [float("inf")] * 60}, "row 0 has no finite number"),
+        ({"text_column": "words", "label_column": "kind"}, {}, "no column 'words'"),
     ],
 )
 def test_a_table_that_cannot_be_used_says_why(
-    tmp_path: Path, form: RowFormat, changes: dict[str, object], reason: str
+    tmp_path: Path, form: dict[str, str], changes: dict[str, object], reason: str
 ) -> None:
     path = write_table(tmp_path / "t.parquet", **changes)
     with pytest.raises(DataError, match=reason):
-        open_rows(str(path), form, clients=2, partition="iid", seed=0)
+        open_rows(str(path), **form, clients=2, partition="iid", seed=0)
     with pytest.raises(DataError, match=reason):
-        local_rows(str(path), form)
+        local_rows(str(path), DataSettings(**form), comma_list(form.get("class_names", "")))
 
 
 def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "t.parquet").write_bytes(b"no table")
     with pytest.raises(DataError, match=r"t\.parquet cannot be read"):
-        open_rows(str(tmp_path / "t.parquet"), TABLE, clients=2, partition="iid", seed=0)
+        open_rows(str(tmp_path / "t.parquet"), **TABLE, clients=2, partition="iid", seed=0)
     with pytest.raises(SettingError, match=r"dataset=.*missing\.csv"):
-        open_rows(str(tmp_path / "missing.csv"), TABLE, clients=2, partition="iid", seed=0)
-    assert isinstance(local_rows(str(write_table(tmp_path / "own" / "t.csv")), TABLE), LabeledRows)
+        open_rows(str(tmp_path / "missing.csv"), **TABLE, clients=2, partition="iid", seed=0)
+    assert isinstance(local_rows(str(write_table(tmp_path / "own" / "t.csv")), DataSettings(**TABLE)), LabeledRows)
 
 
 def test_a_federation_on_a_table_sends_proxies_of_its_vectors_and_learns(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from tofu.data.digits import read_digits
 from tofu.data.subpopulations import Subpopulations
 from tofu.errors import SettingError
 from tofu.settings import Settings
+from tofu.settings.groups import DataSettings
 
 SHIFT = "0,8/9 3/5"
 
@@ -109,8 +110,8 @@ def test_a_real_clients_folder_has_the_same_classes(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         for k in range(number + 1):
             Image.fromarray(np.full((4, 4), 10 * number + k, dtype=np.uint8)).save(tmp_path / name / f"{k}.png")
-    data = local_folder(str(tmp_path), subpopulations="1/0 3/2")
+    data = local_folder(str(tmp_path), DataSettings(subpopulations="1/0 3/2"))
     assert (data.classes, data.labels.tolist()) == (2, [0] * 2 + [1] * 4)
     assert data.images[:, 0, 0, 0].tolist() == [10, 11, 30, 31, 32, 33]
     with pytest.raises(SettingError, match=r"subpopulations=4 .*labels 0 to 3"):
-        local_folder(str(tmp_path), subpopulations="1/0 3/4")
+        local_folder(str(tmp_path), DataSettings(subpopulations="1/0 3/4"))
