@@ -14,6 +14,7 @@ from tofu.rng import GlobalGenerators
 from tofu.weights import eval_mode
 
 Predict = Callable[[nn.Module, Tensor], Prediction]
+_BATCH = 500
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,6 @@ def evaluate(
     model: nn.Module,
     data: LabeledImages,
     *,
-    batch_size: int = 500,
     predict: Predict | None = None,
     device: torch.device = CPU,
 ) -> Evaluation:
@@ -42,10 +42,10 @@ def evaluate(
     """
     correct, loss = 0, 0.0
     with eval_mode(model), on_device(model, device), GlobalGenerators(0, device) as shared:
-        for start in range(0, len(data), batch_size):
-            images = to_float(data.images[start : start + batch_size].to(device))
+        for start in range(0, len(data), _BATCH):
+            images = to_float(data.images[start : start + _BATCH].to(device))
             logits = predict(model, images).logits if predict else model(images)
-            labels = data.labels[start : start + batch_size].to(device)
+            labels = data.labels[start : start + _BATCH].to(device)
             correct += int((logits.argmax(1) == labels).sum())
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             shared.release_if_unused()

@@ -21,7 +21,6 @@ from typing import Any
 from tofu.errors import TofuError
 
 FILE = "TOFU_LOG"
-STYLES = ("text", "json")
 _ROOT = logging.getLogger("tofu")
 _ROOT.addHandler(logging.NullHandler())  # otherwise Python prints warnings to standard error
 _ABOUT = "about"

@@ -1,4 +1,4 @@
-"""Bytes of what a client's plugins export in an open round. Secure rounds add the sums in the ring instead."""
+"""The byte format of plugin exports in open rounds; secure rounds sum them in the ring."""
 
 import math
 from collections.abc import Mapping
@@ -10,12 +10,12 @@ from tofu.plugins.base import Export, SumSpec
 from tofu.plugins.state import state_from_bytes, state_to_bytes
 
 MAX_STATE_BYTES = 2**30
-"""Limit for the private states of all plugins on a client, and for their broadcasts."""
+"""Maximum size of the private states of all plugins on a client, and of their broadcasts."""
 
 _MAX_METRICS_BYTES = 2**16
 
 MAX_METRIC = 1e30
-"""Limit for what a client reports, so that sums over many clients stay finite."""
+"""Maximum magnitude of a reported metric, so that sums over many clients stay finite."""
 
 
 def export_to_bytes(export: Export) -> bytes:

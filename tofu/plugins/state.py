@@ -1,4 +1,4 @@
-"""A plugin's state as bytes: named tensors, numbers, texts and bytes, every field checked on read, never pickled.
+"""The byte format of a plugin's state: named tensors, numbers, texts and bytes. Reading checks every field.
 
     offset  bytes  field
     0       4      magic "TPST"
@@ -13,16 +13,16 @@ size 4, then its elements).
 import math
 import struct
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tofu.bytes_io import ByteReader
 from tofu.errors import PayloadError
 
 PluginState = dict[str, Tensor | int | float | str | bytes]
-"""What a plugin remembers: name -> value. Tensors are detached, on the CPU, of a type in `_TYPES`, and finite."""
+"""State of a plugin: name -> value. Tensors are detached, on the CPU, of a type in `_TYPES`, and finite."""
 
 MAGIC = b"TPST"
 VERSION = 1
@@ -57,54 +57,30 @@ def state_from_bytes(data: object, *, max_bytes: int) -> PluginState:
     Raises:
         PayloadError: one line that names the field, its value and what was expected.
     """
-    if not isinstance(data, bytes):
-        raise PayloadError(f"plugin state is {type(data).__name__}, expected bytes")
-    if not _HEADER.size <= len(data) <= max_bytes:
-        raise PayloadError(f"plugin state has {len(data)} bytes, expected {_HEADER.size} to {max_bytes}")
-    reader = _Reader(data)
-    magic, version, count = reader.take(_HEADER)
+    reader = ByteReader(data, "plugin state", min_bytes=_HEADER.size, max_bytes=max_bytes)
+    magic, version, count = reader.unpack(_HEADER)
     if magic != MAGIC:
         raise PayloadError(f"plugin state starts with {magic!r}, expected {MAGIC!r}")
     if version != VERSION:
         raise PayloadError(f"plugin state has version {version}, this program reads version {VERSION}")
     state: PluginState = {}
     for _ in range(count):
-        name = reader.text(reader.take(_U16)[0])
+        name = _text(reader.prefixed(_U16))
         if not name or name in state:
             raise PayloadError(f"plugin state's name {name[:40]!r} is empty or occurs twice")
         state[name] = _read_value(name if name.isprintable() else repr(name), reader)
-    if reader.left:
-        raise PayloadError(f"plugin state has {reader.left} bytes after its last entry, expected none")
+    reader.finish()
     return state
 
 
 _U8, _U16, _U32, _I64, _F64 = (struct.Struct(f"<{code}") for code in "BHIqd")
 
 
-class _Reader:
-    """Bytes that are taken from the front."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data, self._at = data, 0
-
-    @property
-    def left(self) -> int:
-        return len(self._data) - self._at
-
-    def bytes(self, count: int) -> bytes:
-        if count > self.left:
-            raise PayloadError(f"plugin state ends {count - self.left} bytes too early")
-        self._at += count
-        return self._data[self._at - count : self._at]
-
-    def take(self, layout: struct.Struct) -> tuple[Any, ...]:
-        return layout.unpack(self.bytes(layout.size))
-
-    def text(self, count: int) -> str:
-        try:
-            return self.bytes(count).decode()
-        except UnicodeDecodeError:
-            raise PayloadError("plugin state holds a text that is not UTF-8") from None
+def _text(content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        raise PayloadError("plugin state holds a text that is not UTF-8") from None
 
 
 def _value_bytes(name: str, value: object) -> bytes:
@@ -131,33 +107,33 @@ def _tensor_bytes(name: str, value: Tensor) -> bytes:
     return struct.pack(f"<BBB{value.dim()}I", _TENSOR, codes[0], value.dim(), *value.shape) + elements
 
 
-def _read_value(name: str, reader: _Reader) -> Tensor | int | float | str | bytes:
-    kind = reader.take(_U8)[0]
+def _read_value(name: str, reader: ByteReader) -> Tensor | int | float | str | bytes:
+    kind = reader.unpack(_U8)[0]
     if kind == _INT:
-        return int(reader.take(_I64)[0])
+        return int(reader.unpack(_I64)[0])
     if kind == _FLOAT:
-        number = float(reader.take(_F64)[0])
+        number = float(reader.unpack(_F64)[0])
         if not math.isfinite(number):
             raise PayloadError(f"plugin state's {name} is {number}, expected a finite number")
         return number
     if kind == _TEXT:
-        return reader.text(reader.take(_U32)[0])
+        return _text(reader.prefixed(_U32))
     if kind == _BYTES:
-        return reader.bytes(reader.take(_U32)[0])
+        return reader.prefixed(_U32)
     if kind == _TENSOR:
         return _read_tensor(name, reader)
     raise PayloadError(f"plugin state's {name} is of kind {kind}, expected {_INT} to {_TENSOR}")
 
 
-def _read_tensor(name: str, reader: _Reader) -> Tensor:
-    code, dimensions = reader.take(_U8)[0], reader.take(_U8)[0]
+def _read_tensor(name: str, reader: ByteReader) -> Tensor:
+    code, dimensions = reader.unpack(_U8)[0], reader.unpack(_U8)[0]
     if code >= len(_TYPES) or dimensions > _MAX_DIMENSIONS:
         raise PayloadError(f"plugin state's {name} is a tensor of type {code} with {dimensions} dimensions")
-    shape = [reader.take(_U32)[0] for _ in range(dimensions)]
-    if math.prod(max(size, 1) for size in shape) >= 1 << 40:  # with a size of 0 it may have any others
+    shape = [reader.unpack(_U32)[0] for _ in range(dimensions)]
+    if math.prod(max(size, 1) for size in shape) >= 1 << 40:  # a size of 0 would allow any others
         raise PayloadError(f"plugin state's {name} has the shape {shape}, expected fewer than 2^40 values")
     _, layout = _TYPES[code]
-    content = reader.bytes(math.prod(shape) * np.dtype(layout).itemsize)
+    content = reader.take(math.prod(shape) * np.dtype(layout).itemsize)
     array = np.frombuffer(content, dtype=layout)
     if layout == "|b1" and bool((array.view(np.uint8) > 1).any()):
         raise PayloadError(f"plugin state's {name} holds a boolean that is neither 0 nor 1")

@@ -46,6 +46,13 @@ _COMPLETE_WITH_IDENTITIES = 256
 """The same with identities, that is, against a malicious server, where a sparse graph guarantees less."""
 
 
+SECURITY_BITS = 40
+"""P[a client has too many colluding neighbors for the threshold] <= 2^-40."""
+
+CORRECTNESS_BITS = 30
+"""P[too many of a client's neighbors drop out] <= 2^-30."""
+
+
 @dataclass(frozen=True)
 class Topology:
     """The number of neighbors of each client, and how many of them must complete the session.
@@ -103,23 +110,19 @@ def choose_topology(
     *,
     dropout: float,
     corrupted: float,
-    security_bits: int = 40,
-    correctness_bits: int = 30,
     complete_up_to: int = COMPLETE_UP_TO,
 ) -> Topology:
     """Choose the smallest graph that is secure and that completes.
 
     Bell et al., section 3.3: around the random ring a client's neighbors are a draw without replacement, so the number
     of colluding clients (or dropouts) among them is hypergeometric. c and l are the numbers of colluding clients and of
-    dropouts that no client's neighbors exceed, except with the given probabilities (by the union bound). The result has
-    t = floor(d/2) + c + 1 and the smallest d with d - l >= t. In a complete graph c and l count all clients.
+    dropouts that no client's neighbors exceed, except with probabilities of 2^-40 and 2^-30 (by the union bound). The
+    result has t = floor(d/2) + c + 1 and the smallest d with d - l >= t. In a complete graph c and l count all clients.
 
     Args:
         clients: n.
         dropout: fraction of the clients that may drop out anywhere in the session.
         corrupted: fraction of the clients that may collude with the server.
-        security_bits: P[too many colluding neighbors for the threshold] <= 2^-security_bits.
-        correctness_bits: P[too many dropouts among a client's neighbors] <= 2^-correctness_bits.
         complete_up_to: clients up to which the graph is complete.
 
     Raises:
@@ -133,22 +136,22 @@ def choose_topology(
             raise SettingError(name, fraction, "a fraction from 0 to below 1")
     lost = math.floor(dropout * clients)
     for neighbors in range(2, min(clients - 1, MAX_SHARES + 1), 2) if clients > complete_up_to else ():
-        gone = _exceeded(clients - 1, lost, neighbors, clients, correctness_bits)
-        threshold = min_threshold(clients, neighbors, corrupted, security_bits)
+        gone = _exceeded(clients - 1, lost, neighbors, clients, CORRECTNESS_BITS)
+        threshold = min_threshold(clients, neighbors, corrupted)
         if threshold <= neighbors - gone:
             return Topology(neighbors, threshold)
     everybody = clients - 1
-    threshold = min_threshold(clients, everybody, corrupted, security_bits)
+    threshold = min_threshold(clients, everybody, corrupted)
     if threshold > everybody - lost or everybody > MAX_SHARES:
         accepted = f"a smaller fraction: no threshold allows it with corrupted={corrupted:g} and {clients} clients"
         raise SettingError("dropout", dropout, accepted)
     return Topology(everybody, threshold)
 
 
-def min_threshold(clients: int, neighbors: int, corrupted: float, security_bits: int = 40) -> int:
+def min_threshold(clients: int, neighbors: int, corrupted: float) -> int:
     """Smallest secure threshold of a graph, t = floor(d/2) + c + 1, if a fraction of the clients colludes.
 
-    c is the number of colluding neighbors that no client exceeds, except with probability 2^-security_bits; in the
+    c is the number of colluding neighbors that no client exceeds, except with probability 2^-40; in the
     complete graph all colluding clients are neighbors.
 
     Example:
@@ -156,7 +159,7 @@ def min_threshold(clients: int, neighbors: int, corrupted: float, security_bits:
         19
     """
     bad = math.floor(corrupted * clients)
-    worst = bad if neighbors == clients - 1 else _exceeded(clients - 1, bad, neighbors, clients, security_bits)
+    worst = bad if neighbors == clients - 1 else _exceeded(clients - 1, bad, neighbors, clients, SECURITY_BITS)
     return neighbors // 2 + worst + 1
 
 

@@ -84,10 +84,10 @@ def entry(name: bytes, kind: int, value: bytes) -> bytes:
             b"TPST\x01" + struct.pack("<I", 1) + entry(b"a", 5, struct.pack("<BB4I", 0, 4, 0, 1 << 31, 1 << 31, 2)),
             "2.40",
         ),
-        (b"TPST\x01" + struct.pack("<I", 1) + entry(b"a", 5, struct.pack("<BB2I", 0, 2, 1000, 1000)), "too early"),
+        (b"TPST\x01" + struct.pack("<I", 1) + entry(b"a", 5, struct.pack("<BB2I", 0, 2, 1000, 1000)), "ends early"),
         (b"TPST\x01" + struct.pack("<I", 1) + entry(b"a", 5, b"\x00\x00" + struct.pack("<f", float("inf"))), "finite"),
         (b"TPST\x01" + struct.pack("<I", 1) + entry(b"a", 5, b"\x05\x00\x02"), "neither 0 nor 1"),
-        (b"TPST\x01" + struct.pack("<I", 1 << 31), "too early"),
+        (b"TPST\x01" + struct.pack("<I", 1 << 31), "ends early"),
     ],
 )
 def test_every_field_is_checked(content: bytes, message: str) -> None:
