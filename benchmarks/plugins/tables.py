@@ -163,9 +163,11 @@ PLUGIN_TABLES: dict[str, Callable[[], str]] = {
     "curvature-federated": curvature_federated,
     "hierarchy-seen": lambda: hierarchy("seen"),
     "hierarchy-unseen": lambda: hierarchy("unseen"),
+    "hierarchy-all-seen": lambda: hierarchy("seen", "lenet5-all"),
+    "hierarchy-all-unseen": lambda: hierarchy("unseen", "lenet5-all"),
     "trend-mnist-decay": lambda: trend_transfers("mnist-decay", 0.15),
     "trend-mnist-decay-ensembles": lambda: trend_ensembles("mnist-decay"),
-    "trend-mnist-mlp": lambda: trend_members("mnist-mlp", TITLES),
+    "trend-mnist-mlp": lambda: trend_members("mnist-mlp-decay", TITLES),
     "trend-cifar10": lambda: trend_transfers("cifar10", 0.03137),
     "trend-cifar10-ensembles": lambda: trend_ensembles("cifar10"),
 }
