@@ -23,12 +23,12 @@ from tofu.wire import read_payload
 
 @dataclass(frozen=True)
 class AppMessage:
-    """A recorded message, and what is known about the app that sent it.
+    """A recorded message, with the model and the images of the app that sent it.
 
     Attributes:
         model: `package.module:function` that builds the app's network, without arguments.
         dataset: `package.module:function` that returns the images [n, channels, height, width], uint8 or float in
-            [0, 1], and labels int64 [n] of the client with the given name; for "test", those of nobody.
+            [0, 1], and labels int64 [n] of the client with the given name; for "test", images of no client.
 
     Raises:
         SettingError: model or dataset is missing or cannot be used.

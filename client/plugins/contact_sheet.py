@@ -1,10 +1,10 @@
-"""Draw a client's most memorized images, on its own machine, from the scores that the plugin `curvature` saved there.
+"""Draw a client's most memorized images from the scores that the plugin `curvature` has saved on its machine.
 
     TOFU_CURVATURE_FOLDER=scores tofu run --plugins curvature --run-folder runs/a
     python -m client.plugins.contact_sheet scores/curvature-0.scores runs/a --output sheet.png
 
-The second argument is what the client trained on: a folder of images, or a run folder, whose simulated client is the
-one in the name of the scores' file.
+The second argument is the data that the client trained on: a folder of images, or a run folder, of which the simulated
+client in the name of the file is taken.
 """
 
 from collections.abc import Sequence

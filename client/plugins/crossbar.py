@@ -1,14 +1,16 @@
 """Crossbar-aware pruning: equally many weights in every column of a tile, so that its converter needs fewer bits.
 
 Ibrayev, Garg, Chakraborty, Roy, "Pruning for Improved ADC Efficiency in Crossbar-based Analog In-memory Accelerators",
-arXiv 2403.13082. An analog crossbar reads a column of t weights by a converter (ADC), whose resolution the fullest
-column of a tile sets. Unstructured pruning leaves some column of nearly every tile full, and saves little. Here clients
-first train with a penalty on the variance, within each tile, of a differentiable count of a column's weights. Then the
-server prunes the global model to a power of two of weights per column, and clients fine-tune what remains.
+arXiv 2403.13082. An analog crossbar reads a column of t weights with an analog-to-digital converter (ADC), whose
+resolution is set by the fullest column of a tile. Unstructured pruning leaves a full column in nearly every tile, so it
+saves little. Here clients first train with a penalty on the variance, within each tile, of a differentiable count of a
+column's weights. Then the server prunes the global model to a power of two of weights per column, and clients fine-tune
+what remains.
 
-The masks must be common: the average of differently pruned models has the weights of all of them. With the server's
-masks the pruned weights are no parameters any more, and neither trained, sent nor encoded (`tofu.plugins.masking`).
-`masks=local` shows what happens otherwise. docs/plugins/crossbar.md has the options and measurements.
+All clients must use the same masks, because the average of differently pruned models has the weights of all of them.
+Pruned weights are no longer parameters: they are neither trained, sent nor encoded (`tofu.plugins.masking`).
+`masks=local` gives each client its own masks, for comparison. docs/plugins/crossbar.md has the options and
+measurements.
 """
 
 from collections.abc import Mapping
@@ -196,7 +198,7 @@ class CrossbarPruning(Plugin):
     # Server
 
     def on_aggregate(self, model: nn.Module, context: RoundContext) -> None:
-        """Prune after the chosen round. With local masks, only measure what the average of the clients is like."""
+        """Prune after the chosen round. With local masks, only measure the averaged model."""
         if self.masks == "common" and context.round >= self._prunes_after(context) and not self._pruned:
             masks = self._make_masks(model)
             packed: PluginState = {f"mask/{name}": _pack(mask) for name, mask in masks.items()}
@@ -206,7 +208,7 @@ class CrossbarPruning(Plugin):
             self.broadcast = self._measured(model, nonzero)
 
     def _measured(self, model: nn.Module, masks: Mapping[str, Tensor]) -> PluginState:
-        """What the report shows of every weight: zeros and energy, and the occupancy before and after."""
+        """The arrays for the report: zeros and energy of every weight, and column occupancy before and after."""
         context = self._setup_done()
         positions = rows_per_image(model, context.shape.channels, context.shape.height, context.shape.width)
         measured: PluginState = {}

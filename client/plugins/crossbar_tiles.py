@@ -1,9 +1,9 @@
 """Weight matrices on crossbar tiles: column occupancy, its levels, and the energy of the converters that read it.
 
 A layer is a matrix [outputs, inputs] (`client.plugins.layers`). A tile holds t x t of its entries: `rows` are t
-consecutive inputs, and a `column` is the part of one output that these inputs reach. A column's currents add up in one
-wire, so an analog-to-digital converter (ADC) must tell apart as many sums as the column has non-zero entries. A tile's
-columns share the converter, whose resolution the fullest column sets.
+consecutive inputs, and a `column` is the part of one output that these inputs reach. The currents of a column add up in
+one wire, so its analog-to-digital converter (ADC) must distinguish as many sums as the column has non-zero entries. The
+columns of a tile share a converter, whose resolution is set by the fullest column.
 
     occupancy = column_counts(to_tiles(matrix != 0, 32))       # non-zero entries of every column
     adc_energy(ExponentialAdc(), matrix != 0, 32, positions=1)  # (of this matrix, of a dense one)

@@ -5,12 +5,12 @@ arXiv 2307.05831. The score of an image x is Tr(H^2) = E_v ||H v||^2, where H is
 x and v has entries +-1. Finite differences give H v = (grad L(x + h v) - grad L(x)) / h. The score is averaged over
 training, because the curvature at a memorized image falls again when the network has fitted it.
 
-Each scoring also gives the two cheap relatives: the loss of the image (cumulative sample loss) and the norm of the
-loss's gradient with respect to it (cumulative sample gradient), both averaged over training.
+Each scoring also gives two cheaper scores: the loss of the image (cumulative sample loss) and the norm of the loss's
+gradient with respect to the image (cumulative sample gradient), both averaged over training.
 
-A client scores at the received global weights, which know all clients' images, and after local epochs. Scores reveal
-whether an image was trained on, so they stay in the client's private state; the server receives a histogram and counts.
-docs/plugins/curvature.md has the options and measurements.
+A client scores at the received global weights, which were trained on all clients' images, and after local epochs.
+Scores reveal whether an image was trained on, so they stay in the client's private state; the server receives a
+histogram and counts. docs/plugins/curvature.md has the options and measurements.
 """
 
 import hashlib
@@ -49,7 +49,7 @@ FOLDER = "TOFU_CURVATURE_FOLDER"
 """Environment variable: a folder on the client's own machine in which its scores are saved after each round."""
 
 BINS_PER_DECADE = 10
-_LOWEST, _HIGHEST = -12, 8  # decades; scores beyond them count in the first or last bin
+_LOWEST, _HIGHEST = -12, 8  # decades; scores outside count in the first or last bin
 BINS = (_HIGHEST - _LOWEST) * BINS_PER_DECADE
 
 _CHUNK = 250  # images
@@ -163,7 +163,7 @@ class LossCurvature(Plugin):
         return torch.arange(count) * len(data) // max(1, count)
 
     def _above_quantile(self) -> Tensor:
-        """Bool [scored images]: the mean score is above the quantile. All False while there is nothing to go by."""
+        """Bool [scored images]: whether the mean score is above the quantile; all False before the first scoring."""
         scores, counts = self.mean_scores(), self.broadcast.get("histogram")
         if not self.state.get("count") or (self.over == "all" and not isinstance(counts, Tensor)):
             return torch.zeros(len(scores), dtype=torch.bool)

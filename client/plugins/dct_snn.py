@@ -2,10 +2,10 @@
 
 Garg, Chowdhury, Roy, "DCT-SNN: Using DCT to Distribute Spatial Information over Time for Low-Latency Spiking Neural
 Networks", ICCV 2021. The models `dct-snn-...` have the encoder and the neurons (`tofu.models.spiking`). The plugin adds
-what a federation has to agree on:
+the parts that all clients must share:
 
 1. In the first round clients sketch the components of their images. Percentiles of the summed sketches become the
-   encoder's thresholds, for all clients and for good (in the paper every batch has its own).
+   encoder's thresholds for all clients and all later rounds (in the paper every batch has its own).
 2. In the first rounds the network is trained without spikes, on the expanded pixels. In the last of them clients sketch
    the currents of every layer; the 99.9th percentiles of the sums become the neurons' thresholds. The logits are scaled
    to the size that they have without spikes (ours), without which plain gradient descent hardly moves the network.
@@ -104,7 +104,7 @@ class DctSnn(Plugin):
 
     @torch.no_grad()
     def on_train_begin(self, model: nn.Module, data: LabeledImages) -> None:
-        """Measure what this round's sums are: every image has a weight of 1 in each sketch."""
+        """Measure the sums of this round; every image has a weight of 1 in each sketch."""
         names = self.declare_sums(model)
         if not names:
             return
@@ -119,13 +119,13 @@ class DctSnn(Plugin):
             self._sums["input"] = sketch.counts
             encoder.thresholds.copy_(self._input_thresholds(sketch))
         if "outputs" in names:
-            # A layer's currents depend on the thresholds before it; a client has only its own for these as yet.
+            # A layer's currents depend on the thresholds of the layers before it, for which a client uses its own here.
             found = balance_thresholds(network, images, quantile=self.balance / 100, batch_size=_AT_A_TIME)
             self._sums |= {name: sketch.counts for name, sketch in found.sketches.items()}
             self._sums["outputs"] = found.outputs.clamp(max=len(images) * _MAX_POWER)
 
     def _input_thresholds(self, sketch: QuantileSketch) -> Tensor:
-        """[2], negative and positive. Of images without contrast they are those that the encoder is built with."""
+        """[2], negative and positive; those that the encoder is built with if the images have no contrast."""
         tail = self.percentile / 100
         low, high = (sketch.quantile(q, ignore_zeros=True) for q in (tail, 1 - tail))
         built = DctEncoder().thresholds

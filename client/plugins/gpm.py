@@ -1,29 +1,31 @@
-"""Gradient projection memory: learn task after task without moving what earlier tasks' inputs are mapped to.
+"""Gradient projection memory: learn tasks in sequence without changing the outputs for inputs of earlier tasks.
 
-Saha, Garg, Roy, "Gradient Projection Memory for Continual Learning", ICLR 2021. A layer y = W x changes nothing for an
-old input x if its update dW has dW x = 0. So after a task the span M of (most of) a layer's inputs is kept, and in
-later tasks every update is projected: dW (I - M M^T).
+Saha, Garg, Roy, "Gradient Projection Memory for Continual Learning", ICLR 2021. The output of a layer y = W x for an
+old input x does not change if the update dW has dW x = 0. After a task the server therefore keeps a basis M of most of
+a layer's input space, and in later tasks every update is projected: dW (I - M M^T).
 
-Federated: what must be spared is the span of all clients' inputs, since the average of updates is orthogonal to it only
-if each of them is. The sum over clients of G = sum x x^T has that span (equations 5 to 9 need nothing but G), adds
-under secure aggregation, and the server sends M, as large as what it protects, to all. `memory=local`, each client
-sparing its own inputs alone, is there to compare with. The inputs of layers beyond the first are those in each client's
-own network after the last round of a task, which is not quite the average that follows: with several clients those
-layers are spared in approximation. (Inputs in the round's common weights did no better in our measurements.)
+In a federation the basis must span the inputs of all clients, because the average of updates is orthogonal to them only
+if each update is. The sum over clients of G = sum x x^T has that span (equations 5 to 9 need only G) and can be added
+under secure aggregation. The server sends M to all clients. With `memory=local` each client projects by its own inputs
+alone, for comparison. The inputs of layers after the first are those in each client's own network after the last round
+of a task, not in the average that follows, so with several clients these layers are protected only approximately.
+(Inputs at the round's global weights gave no better results in our measurements.)
 
-Differences from the published code, which projects gradients and knows plain SGD without biases only:
+Differences from the published code, which projects gradients and supports only plain SGD without biases:
 
-- The update is projected, after the optimizer's step: the same for plain SGD, and right with momentum and weight decay.
-- Biases: a 1 is appended to the layer's inputs, and [W | b] projected (`bias=append`), or they are frozen after the
-  first task (`bias=freeze`). Every other parameter (norms' scales and shifts, embeddings, layers that
-  `client.plugins.layers` does not find) is frozen after the first task, when BatchNorm's statistics are, too.
+- The update is projected after the optimizer's step. That is the same for plain SGD, and correct with momentum and
+  weight decay.
+- Biases: a 1 is appended to the layer's inputs and [W | b] is projected (`bias=append`), or biases are frozen after the
+  first task (`bias=freeze`). All other parameters (of normalization layers, embeddings, and layers that
+  `client.plugins.layers` does not find) and the statistics of BatchNorm are frozen after the first task.
 - `scaling`: Saha & Roy, "Continual Learning with Scaled Gradient Projection", AAAI 2023: dW (I - M diag(l) M^T), with
   importances l = (a + 1) s / (a s + max s) of a task's singular values s along M, added up over tasks, at most 1.
 
-Privacy. G of the first layer holds the second moments of a client's raw images: with one client, or without secure
-aggregation, the server learns them (of a client with few images, nearly the images). `first-layer=noise` adds Gaussian
-noise to it, of the deviation `noise` times the most that one image can contribute; `first-layer=skip` exports nothing
-of it and freezes that layer after the first task. The other layers' G are statistics of the data as well.
+Privacy: G of the first layer contains the second moments of a client's raw images. With one client, or without secure
+aggregation, the server learns them; for a client with few images they nearly determine the images. `first-layer=noise`
+adds Gaussian noise whose standard deviation is `noise` times the largest contribution of one image.
+`first-layer=skip` does not send G of the first layer, and freezes that layer after the first task. The G of other
+layers are statistics of the data as well.
 """
 
 import math
@@ -92,7 +94,7 @@ class GradientProjectionMemory(Plugin):
         return self.memory == "union"
 
     def incompatibility(self, run: RunRequirements) -> str:
-        """Local memories are what they are asked to be, so they are not refused for being inexact."""
+        """Accept `memory=local`, although it protects only a client's own inputs."""
         return (
             super().incompatibility(run)
             if self.averages_exactly
@@ -132,7 +134,7 @@ class GradientProjectionMemory(Plugin):
             parameters[name].copy_(before[name])
 
     def _project(self, model: nn.Module, parameters: Mapping[str, Tensor], before: Weights) -> set[str]:
-        """Projects what the memory has a basis for; returns the names of those parameters."""
+        """Project the updates of all parameters with a basis in the memory; return the names of these parameters."""
         if not self._projections:
             self._projections = {
                 s.name: _Projection.of(self._memory, s.name, self._size(s)).on(parameters[s.weight].device)
@@ -191,7 +193,7 @@ class GradientProjectionMemory(Plugin):
         return self._remember({name: unpacked(packed) for name, packed in sums.items()}, broadcast)
 
     def _remember(self, gram: Mapping[str, Tensor], memory: PluginState) -> PluginState:
-        """The memory of one more task, from every site's Gram matrix of that task's inputs (equations 5 to 9)."""
+        """Add a task to the memory, from every site's Gram matrix of its inputs (equations 5 to 9)."""
         assert self._sites, "declare_sums or on_task_end comes first"
         task = _tasks(memory)
         new: PluginState = {"tasks": task + 1}
@@ -219,7 +221,7 @@ class GradientProjectionMemory(Plugin):
         return self._context
 
     def _all(self, model: nn.Module) -> tuple[Site, ...]:
-        # Not in `setup`: a later plugin's may still change the model.
+        # Not in `setup`, because a later plugin may still change the model there.
         self._sites = self._sites or sites(model)
         return self._sites
 
@@ -256,7 +258,7 @@ def extend_basis(basis: Tensor, gram: Tensor, threshold: float, *, max_columns: 
     residual = residual - (residual @ basis) @ basis.T
     values, vectors = torch.linalg.eigh((residual + residual.T) / 2)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-    # Of noisy Gram matrices the residual's power alone would count noise as negative power.
+    # With noisy Gram matrices, the power of the residual alone could be negative.
     held = (basis * (gram @ basis)).sum().clamp(min=0)
     power = held + values.sum()
     if power <= 0:
@@ -280,7 +282,7 @@ def importances(basis: Tensor, gram: Tensor, known: Tensor, alpha: float) -> Ten
 
 @dataclass(frozen=True)
 class _Projection:
-    """dW -> dW (I - M M^T), by M or, where that is less work, by a basis of its complement."""
+    """dW -> dW (I - M M^T), computed with M or, if that takes less work, with a basis of its complement."""
 
     basis: Tensor
     importance: Tensor | None
@@ -288,7 +290,7 @@ class _Projection:
 
     @staticmethod
     def of(memory: PluginState, name: str, size: int) -> "_Projection":
-        """Raises PayloadError where the memory has no such basis of vectors of this size."""
+        """Raises PayloadError if the memory has no basis of vectors of this size."""
         basis, importance = memory.get(f"basis/{name}"), memory.get(f"importance/{name}")
         if not (isinstance(basis, Tensor) and basis.dtype == torch.float32 and basis.dim() == 2 and len(basis) == size):
             raise PayloadError(f"memory of {name} is not a float32 basis of {size} dimensions")
@@ -316,7 +318,7 @@ class _Projection:
 
 
 def _orthonormal(basis: Tensor) -> Tensor:
-    """The same vectors, orthonormal to float64's precision, by their order; they nearly are already."""
+    """Nearly orthonormal vectors, made orthonormal to the precision of float64, in their order."""
     q, r = torch.linalg.qr(basis)
     signed: Tensor = q * r.diagonal().sign()
     return signed

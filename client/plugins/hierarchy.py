@@ -216,7 +216,7 @@ class HierarchicalLabels(Plugin):
 
     def train_step(self, batch: Batch, step: LocalStep) -> Tensor:
         """One step per head, with masks from the weights after the previous step; or one step on the sum."""
-        if batch.targets.dim() != 1:  # a plugin that does not say that it mixes labels
+        if batch.targets.dim() != 1:  # another plugin mixes labels without declaring it
             raise SettingError("plugins", self.name, "no plugin that mixes labels: the tree has no mixed ones")
         labels = list(self.label_tree.levels.to(batch.targets.device)[:, batch.targets])
         branched = next(module for module in step.model.modules() if isinstance(module, BranchedModel))

@@ -1,4 +1,4 @@
-"""What a network's layers are fed: every layer as a matrix that multiplies rows of inputs.
+"""The inputs of a network's layers, where every layer is a matrix that multiplies rows of inputs.
 
 A linear layer's rows are its inputs, one for each image (or token). A convolution's are the patches under its kernel
 (im2col), one for each image and position; each group of a grouped convolution is a matrix of its own. Attention's
@@ -6,7 +6,7 @@ projections are two: of queries, keys and values together, and of the heads' out
 
     grams(model, images)["conv1.weight"]   # sum over rows x of x x^T, float64: adds over images, batches and clients
 
-Weights that are reached in another way, by `F.linear` in a module of one's own or by a convolution that is not 2-d, are
+Weights that are used in another way, such as by `F.linear` in a custom module or by a convolution that is not 2-d, are
 not found; frozen ones are left out.
 """
 
@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from tofu.data import to_float
 from tofu.weights import eval_mode
 
-_BATCH = 50  # images whose patches are in memory at a time
+_BATCH = 50  # number of images whose patches are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def matrix(site: Site, model: nn.Module) -> Tensor:
 
 @contextmanager
 def capture_inputs(model: nn.Module, see: See) -> Iterator[None]:
-    """Calls `see` with what every layer is fed in forward passes within the block."""
+    """Call `see` with the inputs of every layer in forward passes within the block."""
     with removing(
         module.register_forward_pre_hook(_hook(own, see), with_kwargs=True) for module, own in _layers(model)
     ):
@@ -80,8 +80,8 @@ def removing(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def show(model: nn.Module, images: Tensor, see: See) -> None:
-    """Call `see` with what every layer is fed for uint8 images [n, channels, height, width], in eval mode."""
+def record_inputs(model: nn.Module, images: Tensor, see: See) -> None:
+    """Call `see` with the inputs of every layer for uint8 images [n, channels, height, width], in eval mode."""
     with eval_mode(model), capture_inputs(model, see):
         for batch in torch.split(images, _BATCH):
             model(to_float(batch))
@@ -107,7 +107,7 @@ def grams(model: nn.Module, images: Tensor, *, bias: bool = False, max_norm: flo
             rows = rows * (max_norm / rows.norm(dim=1, keepdim=True).clamp(min=max_norm))
         total[site.name].addmm_(rows.T, rows)
 
-    show(model, images, add)
+    record_inputs(model, images, add)
     return total
 
 
@@ -132,7 +132,7 @@ def rows_per_image(model: nn.Module, channels: int, height: int, width: int) -> 
     def add(site: Site, rows: Tensor) -> None:
         count[site.name] += len(rows)
 
-    show(model, torch.zeros(1, channels, height, width, dtype=torch.uint8), add)
+    record_inputs(model, torch.zeros(1, channels, height, width, dtype=torch.uint8), add)
     return count
 
 
@@ -170,7 +170,7 @@ def _attention_sites(module: nn.MultiheadAttention, names: dict[int, str]) -> tu
     if module.in_proj_weight is not None:
         own += _site(module.in_proj_weight, module.in_proj_bias, names)
     else:
-        # Their biases are thirds of one parameter: left to those that no site covers.
+        # Their biases are thirds of one parameter, which therefore belongs to no site.
         for weight in (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight):
             own += _site(weight, None, names)
     return (*own, *_site(module.out_proj.weight, module.out_proj.bias, names))
@@ -226,7 +226,7 @@ def _see_attention(module: nn.MultiheadAttention, own: tuple[Site, ...], args: t
     inputs = [given[name].detach() for name in ("query", "key", "value")]
     for site in own:
         if site.weight.endswith("out_proj.weight"):
-            # With the identity for its last layer, attention returns what that layer is fed.
+            # With the identity as its last layer, attention returns the input of that layer.
             weight = module.out_proj.weight
             identity = {"out_proj.weight": torch.eye(len(weight), dtype=weight.dtype)}
             if module.out_proj.bias is not None:

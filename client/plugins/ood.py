@@ -1,17 +1,17 @@
-"""Out-of-distribution detection with an auxiliary class, in one forward pass and with nothing stored but one number.
+"""Out-of-distribution detection with an auxiliary class: one forward pass, and a threshold as the only stored value.
 
 Ravikumar, Kodge, Garg, Roy, "Exploring Vicinal Risk Minimization for Lightweight Out-of-Distribution Detection", arXiv
-2012.08398: beside its K classes the network has one for what it does not know, and learns it from images mixed with
-noise, x = l x_i + (1 - l) n with target l e_y + (1 - l) e_{K+1}. It takes no images from outside, so that class is the
-same on all clients, however skewed their own classes are, and averages like any other.
+2012.08398: besides its K classes the network has an auxiliary class for unknown inputs, which it learns from
+images mixed with noise, x = l x_i + (1 - l) n with target l e_y + (1 - l) e_{K+1}. No outside images are needed, so the
+auxiliary class means the same on all clients, even if their own classes differ, and its weights can be averaged.
 
 Intra-class mixup (a partner of the same class, the label unchanged) is that paper's and that of "Intra-Class Mixup for
 Out-of-Distribution Detection", IEEE Access 2023, which scores by the angle between the features and the last layer's
-weights. How l and n are drawn is left open; here l is uniform and n Gaussian.
+weights. The papers do not say how l and n are drawn; here l is uniform and n Gaussian.
 
-Ours: the clients calibrate the threshold together. Each counts the scores of its own images, at the weights with which
-the round began, in a histogram; the server sees the sum and finds the score that only a chosen fraction of them reach.
-For the final weights, at which no client has scored, it is found on the server's own held-out images.
+Ours: the clients calibrate the threshold together. Each client counts the scores of its own images at the round's
+global weights in a histogram. From the sum the server derives the score that only a chosen fraction of the images
+reach. For the final weights, at which no client has scored, the threshold is derived from the server's held-out images.
 """
 
 from collections.abc import Mapping
@@ -28,10 +28,10 @@ from tofu.plugins import Batch, Export, Plugin, PluginState, Prediction, RoundCo
 from tofu.weights import Weights, weights_of
 
 BINS = 2000
-"""Of the histogram: 0.04 of the auxiliary class's log-odds each."""
+"""Number of bins of the histogram; each covers 0.04 of the auxiliary class's log-odds."""
 
 _AXES: Mapping[str, tuple[float, float]] = {"auxiliary": (-40.0, 40.0), "angle": (0.0, 2.0), "energy": (-50.0, 50.0)}
-"""The ends of each score's axis, fixed so that histograms add up; what lies beyond counts in the first or last bin."""
+"""The range of each score, fixed so that histograms add up; scores outside count in the first or last bin."""
 
 _AT_A_TIME = 250  # images
 
@@ -54,7 +54,7 @@ class WiderHead(nn.Linear):
 @plugin_registry.register("ood")
 @dataclass
 class OutOfDistribution(Plugin):
-    """A network that knows what it does not know.
+    """Adds the auxiliary class to a model, trains it, and marks out-of-distribution inputs.
 
         plugins = make_plugins("ood", "ood.false-alarms=0.01")
         model = plugins.setup(build_model("cnn", data.shape), RoundContext(data.shape))
@@ -63,8 +63,8 @@ class OutOfDistribution(Plugin):
         prediction = plugins.predict(model.eval(), images)
         unknown = plugins[0].unknown(prediction.score)
 
-    `broadcast["threshold"]` is that of the weights with which the last round began, by the clients' images. With a
-    run's weights that of these is saved, by the server's images.
+    `broadcast["threshold"]` is the threshold of the last round's global weights, from the clients' images. With a
+    run's final weights, their own threshold is saved, from the server's images.
     """
 
     changes_head = True
@@ -85,7 +85,7 @@ class OutOfDistribution(Plugin):
         """Widen the head: the last linear layer, which must give the logits.
 
         Raises:
-            SettingError: the model does not end in one.
+            SettingError: the model does not end in a linear layer.
         """
         self._classes = context.shape.classes
         if any(isinstance(module, WiderHead) for module in model.modules()):
@@ -143,7 +143,7 @@ class OutOfDistribution(Plugin):
         return Prediction(logits, score, self.unknown(score))
 
     def unknown(self, score: Tensor) -> Tensor:
-        """Which of these scores are those of images unlike the clients' own: bool [n]. None before a calibration."""
+        """Which of these scores mark out-of-distribution images: bool [n]; None before a calibration."""
         line = self.broadcast.get("threshold")
         return score >= line if isinstance(line, float) else torch.zeros_like(score, dtype=torch.bool)
 

@@ -1,7 +1,7 @@
-"""A model at the weights with which the round began, which all clients have in common.
+"""Measurements at the global weights with which a round began, which all clients share.
 
-What clients measure there adds up to what one client with all their images would measure; at their own trained weights
-it would be a sum over different networks.
+Sums that clients measure at these weights add up to those of one client with all images. At their own trained weights
+they would be sums over different networks.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from tofu.weights import Weights, eval_mode, load_weights, weights_of
 
 @contextmanager
 def at_weights(model: nn.Module, weights: Weights) -> Iterator[None]:
-    """Inside, the model is in eval mode with these weights and without gradients; afterwards it is as it was."""
+    """Within the block, the model has these weights, in eval mode and without gradients; then it is restored."""
     now = weights_of(model)
     load_weights(model, weights)
     try:

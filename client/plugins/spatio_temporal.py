@@ -5,7 +5,7 @@ arXiv 2104.12528. Three steps, each at boundaries of rounds:
 
 1. Spatial: clients sum, over images and positions, the second moments of the average accumulated membrane potential of
    every layer's channels. The server adds the sums; a layer keeps as many channels as principal components are needed
-   to explain a fraction of the variance. Sums are all that it needs, so secure rounds carry them.
+   to explain a fraction of the variance. The server needs only sums, so secure rounds can carry them.
 2. Temporal: rounds fine-tune the narrow network with fewer and fewer time steps.
 3. Quantization: weights of few bits, which rounds fine-tune through a straight-through estimator.
 
@@ -51,9 +51,9 @@ _REPLACED = "both replace the layers' weights"
 @plugin_registry.register("spatio-temporal")
 @dataclass
 class SpatioTemporalPruning(Plugin):
-    """Narrow a network in sequence, reduce its time steps, quantize its weights. The steps need a spiking network.
+    """Remove channels, reduce the time steps, and quantize the weights. Time steps require a spiking network.
 
-    `broadcast`, all of it the server's: "kept/LAYER", bool [channels], once there are widths; and for the report
+    `broadcast`, which the server writes: "kept/LAYER", bool [channels], once there are widths; and for the report
     "built/LAYER", the width before, and "history", float64 [rounds, 5]: round, time steps, parameters, energy per image
     and that of a non-spiking network of the same widths (microjoules).
     """
@@ -351,7 +351,7 @@ def significant_components(covariance: Tensor, variance: float) -> int:
 
 
 def leading_channels(covariance: Tensor, count: int) -> Tensor:
-    """So many channels that together explain most of the variance, chosen greedily: int64 [count], in that order.
+    """The `count` channels that together explain most of the variance, chosen greedily: int64 [count], in that order.
 
     The next channel is the one with the largest variance that linear regression on those chosen before leaves (a
     Cholesky decomposition with pivoting).

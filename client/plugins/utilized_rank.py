@@ -2,7 +2,8 @@
 
 Garg, Koguchi, Verma, Ulbricht, "Revealing the Utilized Rank of Subspaces of Learning in Neural Networks", arXiv
 2407.04797. With S the subspace in which a layer's inputs lie (the leading eigenvectors V_S of sum x x^T) and T that of
-its outputs before the bias, W' = P_T W P_S does what W does: its rank is at most r = min(k_S, k_T), the utilized rank.
+its outputs before the bias, W' = P_T W P_S has the same outputs as W. Its rank is at most r = min(k_S, k_T), the
+utilized rank.
 
 Convolutions are matrices of patches (im2col), attention's projections matrices like any other. In one round clients
 measure both sums at the weights with which it began, so the totals are those of the pooled images and the server finds
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from client.plugins.layers import Site, matrix, rows_per_image, show, sites
+from client.plugins.layers import Site, matrix, record_inputs, rows_per_image, sites
 from client.plugins.round_start import at_weights, subsample
 from tofu.data import LabeledImages
 from tofu.plugins import Export, Plugin, PluginState, RoundContext, RunRequirements, SumSpec, option, plugin_registry
@@ -58,7 +59,7 @@ class Core(nn.Module):
 
 @dataclass(frozen=True)
 class LayerRank:
-    """What a layer uses of its dimensions: k_S of `columns`, k_T of `outputs`."""
+    """The dimensions that a layer uses: k_S of `columns` and k_T of `outputs`."""
 
     inputs: int
     columns: int
@@ -74,7 +75,7 @@ class LayerRank:
 @plugin_registry.register("rank")
 @dataclass
 class UtilizedRank(Plugin):
-    """In round `after` clients measure; from the next one on the network is factorized, and rounds fine-tune its cores.
+    """In round `after` clients measure. From the next round on the network is factorized, and its cores are trained.
 
         plugins = make_plugins("rank", "rank.energy=0.99")
         plugins.setup(model, RoundContext(data.shape))
@@ -82,7 +83,7 @@ class UtilizedRank(Plugin):
         plugins.reduce(plugins.export(model).sums, len(data))
         plugins.setup(model, RoundContext(data.shape, round=2))  # projects the weights: their names and shapes change
 
-    `ranks` tells what each layer uses; `merged` makes a plain network again.
+    `ranks` has the dimensions that each layer uses; `merged` makes a plain network again.
     """
 
     excludes: ClassVar[Mapping[str, str]] = {"trend": "its bases are those of one model, not of one for each group"}
@@ -143,7 +144,7 @@ class UtilizedRank(Plugin):
         found: PluginState = {}
         utilization = []
         for name in dict.fromkeys(key.rpartition("/")[0] for key in sums):
-            inputs, outputs = (leading(sums[f"{name}/{side}"], self.energy) for side in ("inputs", "outputs"))
+            inputs, outputs = (top_eigenvectors(sums[f"{name}/{side}"], self.energy) for side in ("inputs", "outputs"))
             rank = LayerRank(inputs.shape[1], inputs.shape[0], outputs.shape[1], outputs.shape[0])
             utilization.append(rank.utilization)
             found[f"{name}/ranks"] = torch.tensor([rank.inputs, rank.columns, rank.outputs, rank.rows])
@@ -153,7 +154,7 @@ class UtilizedRank(Plugin):
 
     @property
     def ranks(self) -> dict[str, LayerRank]:
-        """Weight's name -> what it uses; empty until the clients have measured."""
+        """Weight's name -> the dimensions that it uses; empty until the clients have measured."""
         found = {}
         for key, value in self.broadcast.items():
             name, _, what = key.rpartition("/")
@@ -199,11 +200,11 @@ def grams(model: nn.Module, images: Tensor, wanted: tuple[Site, ...], max_norm: 
                 clipped = values if clip is None else values * clip
                 sums[f"{site.name}/{side}"].addmm_(clipped.T, clipped)
 
-    show(model, images, see)
+    record_inputs(model, images, see)
     return sums
 
 
-def leading(gram: Tensor, energy: float) -> Tensor:
+def top_eigenvectors(gram: Tensor, energy: float) -> Tensor:
     """The fewest leading eigenvectors of sum x x^T [d, d] with this fraction of its trace: float64 [d, k], k >= 1."""
     values, vectors = torch.linalg.eigh(gram)
     falling = values.flip(0).clamp(min=0)

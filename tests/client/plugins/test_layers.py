@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from client.plugins.layers import Site, capture_inputs, grams, matrix, rows_per_image, show, sites
+from client.plugins.layers import Site, capture_inputs, grams, matrix, record_inputs, rows_per_image, sites
 from tests.conftest import EveryLayer
 from tofu.data import LabeledImages, to_float
 
@@ -146,5 +146,5 @@ def test_a_layer_that_is_never_called_has_no_rows(digits: LabeledImages) -> None
 
     assert rows_per_image(Idle(), 1, 8, 8) == {"idle.weight": 0, "busy.weight": 1}
     seen: list[str] = []
-    show(Idle(), digits.images[:2], lambda site, rows: seen.append(site.name))
+    record_inputs(Idle(), digits.images[:2], lambda site, rows: seen.append(site.name))
     assert seen == ["busy.weight"]

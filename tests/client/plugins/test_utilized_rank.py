@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.plugins.utilized_rank import rank_picture
 from client.plugins.layers import sites
-from client.plugins.utilized_rank import Core, LayerRank, UtilizedRank, grams, leading, merged
+from client.plugins.utilized_rank import Core, LayerRank, UtilizedRank, grams, merged, top_eigenvectors
 from tofu.codec.compressor import ProxyCompressor
 from tofu.codec.options import CompressorOptions, ProxySettings
 from tofu.data import LabeledImages, open_data, to_float
@@ -99,10 +99,10 @@ def test_averaging_cores_averages_weights(k_s: int, k_t: int, shares: list[float
 def test_the_leading_subspace_is_that_of_the_rows(dimension: int, seed: int) -> None:
     rows = torch.randn(40, dimension, generator=generator(seed), dtype=torch.float64)
     rows = rows @ torch.randn(dimension, 8, generator=generator(seed + 1), dtype=torch.float64)
-    basis = leading(rows.T @ rows, 1 - 1e-12)
+    basis = top_eigenvectors(rows.T @ rows, 1 - 1e-12)
     assert basis.shape == (8, dimension)
     assert torch.allclose(rows @ basis @ basis.T, rows, atol=1e-5)
-    few = leading(rows.T @ rows, 0.7)
+    few = top_eigenvectors(rows.T @ rows, 0.7)
     held = float((rows @ few).square().sum() / rows.square().sum())
     assert held >= 0.7 - 1e-12
     if few.shape[1] > 1:
@@ -118,7 +118,10 @@ def test_clients_sums_are_those_of_the_pooled_images(trained: nn.Module, halves:
     assert [f"{site.name}" for site in own] == list(rank.ranks)
     for site in own:
         for side, count in (("inputs", rank.ranks[site.name].inputs), ("outputs", rank.ranks[site.name].outputs)):
-            basis, found = leading(pooled[f"{site.name}/{side}"], 0.99).float(), rank.broadcast[f"{site.name}/{side}"]
+            basis, found = (
+                top_eigenvectors(pooled[f"{site.name}/{side}"], 0.99).float(),
+                rank.broadcast[f"{site.name}/{side}"],
+            )
             assert isinstance(found, Tensor)
             assert found.shape == basis.shape == (len(basis), count)
             assert torch.allclose(found @ found.T, basis @ basis.T, atol=1e-4)

@@ -9,7 +9,15 @@ from tofu.formatting import format_fraction
 from tofu.reporting.report import compare_figures as figures
 from tofu.reporting.report.chart import Drawing, standalone
 from tofu.reporting.report.compare_tables import Table, cell_name, cell_table, notes, ratio_text, target_table
-from tofu.reporting.report.template import COLORS, FIGURE_STYLE, FIGURES, PAGE_HEAD, STYLE, render_template
+from tofu.reporting.report.template import (
+    COLORS,
+    FIGURE_STYLE,
+    FIGURES,
+    PAGE_HEAD,
+    STYLE,
+    page_figures,
+    render_template,
+)
 
 _NOTHING = "No compressor has finished a run yet."
 _FONT = (
@@ -131,7 +139,7 @@ def _aside(document: Mapping[str, Any]) -> str:
     )
 
 
-def _figures(document: Mapping[str, Any]) -> list[dict[str, object]]:
+def _figures(document: Mapping[str, Any]) -> list[dict[str, str]]:
     seeds = "one standard deviation over seeds" if len(document["seeds"]) > 1 else "not known from one seed"
     left_out = [
         cell_name(cell)
@@ -161,12 +169,7 @@ def _figures(document: Mapping[str, Any]) -> list[dict[str, object]]:
             ),
             (f"By round at {text}", "Mean over seeds after each round.", figures.accuracy_by_round(document, ratio)),
         ]
-    # Safe as markup: built as an XML tree, which escapes what it holds.
-    return [
-        {"title": title, "caption": caption, "svg": Markup(drawing.markup())}
-        for title, caption, drawing in drawn
-        if drawing
-    ]
+    return page_figures((title, caption, drawing.markup() if drawing else None) for title, caption, drawing in drawn)
 
 
 def _tables(document: Mapping[str, Any]) -> list[dict[str, object]]:

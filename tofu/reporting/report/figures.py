@@ -46,10 +46,7 @@ def accuracy_by_round(run: RunData) -> str | None:
     drawing.frame(x, y, ("round", "test accuracy"), x_text=_whole)
     drawing.legend(_keys([row for row, _ in ours], "FedAvg" if theirs else ""))
     drawing.curve([(x.at(row.round), y.at(accuracy)) for row, accuracy in theirs], "c-baseline")
-    drawing.curve([(x.at(row.round), y.at(accuracy)) for row, accuracy in ours], "c-run")
-    for row, accuracy in (ours[index] for index in thinned([row.kind for row, _ in ours], _MARKS)):
-        tip = f"{_round_text(row)}: {format_fraction(accuracy, 2)}"
-        drawing.mark(x.at(row.round), y.at(accuracy), row.kind, tip, hollow=bool(row.abandoned))
+    _marked_curve(drawing, [(x.at(row.round), y.at(value), row, format_fraction(value, 2)) for row, value in ours])
     ends = [(x.at(last.round), y.at(last_accuracy), format_fraction(last_accuracy), "strong")]
     if theirs:
         ends.append((x.at(theirs[-1][0].round), y.at(theirs[-1][1]), format_fraction(theirs[-1][1]), "muted"))
@@ -78,10 +75,11 @@ def accuracy_by_bytes(run: RunData) -> str | None:
         drawing.curve([(x.at(size), y.at(value)) for size, _, value in theirs], "c-baseline")
     elif fedavg:
         drawing.add("line", "curve c-baseline", x1=x.at(fedavg), x2=x.at(fedavg), y1=TOP, y2=BOTTOM)
-    drawing.curve([(x.at(size), y.at(value)) for size, _, value in ours], "c-run")
-    for size, row, value in (ours[index] for index in thinned([row.kind for _, row, _ in ours], _MARKS)):
-        tip = f"{_round_text(row)}: {format_fraction(value, 2)} after {format_bytes(size)}"
-        drawing.mark(x.at(size), y.at(value), row.kind, tip, hollow=bool(row.abandoned))
+    points = [
+        (x.at(size), y.at(value), row, f"{format_fraction(value, 2)} after {format_bytes(size)}")
+        for size, row, value in ours
+    ]
+    _marked_curve(drawing, points)
     if run.saving and fedavg:
         _span(drawing, x.at(sent), x.at(fedavg), (y.at(accuracy), y.at(theirs[-1][2]) if theirs else TOP), run.saving)
     return drawing.markup()
@@ -134,10 +132,9 @@ def epsilon_by_round(run: RunData) -> str | None:
     if budget:
         drawing.add("line", "curve c-baseline", x1=LEFT, x2=RIGHT, y1=y.at(budget), y2=y.at(budget))
     kept = [rows[index] for index in thinned([row.kind for row, _ in rows], _POINTS)]
-    drawing.curve([(x.at(row.round), y.at(value)) for row, value in kept], "c-run")
-    for row, value in (kept[index] for index in thinned([row.kind for row, _ in kept], _MARKS)):
-        tip = f"{_round_text(row)}: epsilon {epsilon_text(value)}"
-        drawing.mark(x.at(row.round), y.at(value), row.kind, tip, hollow=bool(row.abandoned))
+    _marked_curve(
+        drawing, [(x.at(row.round), y.at(value), row, f"epsilon {epsilon_text(value)}") for row, value in kept]
+    )
     below = y.at(spent) + 20 if budget or y.at(spent) < TOP + 12 else y.at(spent) - 11
     drawing.add("text", "value end strong", epsilon_text(spent), x=x.at(last.round) + 4, y=below)
     return drawing.markup()
@@ -204,8 +201,12 @@ def _keys(rows: Sequence[RoundRecord], fedavg: str) -> list[tuple[str, str]]:
     return [(kind, _KIND_TEXT.get(kind, kind[:20])) for kind in kinds] + ([("c-baseline", fedavg)] if fedavg else [])
 
 
-def _round_text(row: RoundRecord) -> str:
-    return f"round {row.round}, {row.label}" + (", abandoned" if row.abandoned else "")
+def _marked_curve(drawing: Drawing, points: Sequence[tuple[float, float, RoundRecord, str]]) -> None:
+    """A curve through (x, y, round, text of the value), with the mark of the round's kind at some of the points."""
+    drawing.curve([(x, y) for x, y, _, _ in points], "c-run")
+    for x, y, row, text in (points[index] for index in thinned([row.kind for _, _, row, _ in points], _MARKS)):
+        tip = f"round {row.round}, {row.label}{', abandoned' if row.abandoned else ''}: {text}"
+        drawing.mark(x, y, row.kind, tip, hollow=bool(row.abandoned))
 
 
 def _whole(value: float) -> str:

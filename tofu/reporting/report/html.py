@@ -3,9 +3,10 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy.typing as npt
 from markupsafe import Markup
 
 from tofu.errors import RunError
@@ -19,7 +20,7 @@ from tofu.reporting.report.rounds_table import Column, columns_of
 from tofu.reporting.report.run_data import ReportImages, RunData, read_run
 from tofu.reporting.report.sections import failures_note, privacy_caption, privacy_rows, secure_text, stopped_text
 from tofu.reporting.report.task_matrix import matrix_caption, task_matrix
-from tofu.reporting.report.template import PAGE, render_template
+from tofu.reporting.report.template import PAGE, page_figures, render_template
 from tofu.rounds.record import RoundRecord
 
 _MAX_ROWS = 500
@@ -90,21 +91,6 @@ def render(run: RunData, name: str) -> str:
         ],
         footer=_footer(run),
     )
-
-
-@dataclass(frozen=True)
-class _Figure:
-    title: str
-    caption: str
-    svg: Markup
-
-
-@dataclass(frozen=True)
-class _Sheet:
-    title: str
-    caption: str
-    alt: str
-    address: str
 
 
 def _short(text: str) -> str:
@@ -206,7 +192,7 @@ def _facts(run: RunData) -> list[tuple[str, str]]:
     return facts
 
 
-def _figures(run: RunData) -> list[_Figure]:
+def _figures(run: RunData) -> list[dict[str, str]]:
     fedavg = (
         "the dashed curve is FedAvg" if run.baseline else "the dashed line is what FedAvg sends for the same rounds"
     )
@@ -241,34 +227,31 @@ def _figures(run: RunData) -> list[_Figure]:
         ("Privacy loss", privacy_caption(run), figures.epsilon_by_round(run)),
         ("Accuracy by task", matrix_caption(run), task_matrix(run)),
     ]
-    # Safe as markup: built as an XML tree, which escapes what it holds.
-    return [_Figure(title, caption, Markup(svg)) for title, caption, svg in drawn if svg]
+    return page_figures(drawn)
 
 
-def _sheets(samples: ReportImages) -> list[_Sheet]:
+def _sheets(samples: ReportImages) -> list[dict[str, str]]:
     sheets = []
     if samples.real is not None:
-        caption = _short(samples.real_caption)
-        size = "x".join(str(side) for side in samples.real.shape[2:])
-        shown = _shown(len(samples.real))
-        sheets.append(
-            _Sheet(
-                "Real images",
-                f"{caption}. {shown} of {size}.",
-                f"Real images: {caption}",
-                images.sheet(samples.real),
-            )
-        )
+        name = _short(samples.real_caption)
+        caption = f"{name}. {_shown(len(samples.real))} of {_size(samples.real)}."
+        sheets.append(_sheet("Real images", caption, f"Real images: {name}", samples.real))
     recorded = sorted(samples.proxies)
     for number in sorted({recorded[0], recorded[-1]}) if recorded else []:
         proxies = samples.proxies[number]
-        size = "x".join(str(side) for side in proxies.shape[2:])
-        alt = f"{len(proxies)} proxies of {size} that one client sent in round {number}"
-        caption = (
-            f"As decoded. {_shown(len(proxies))} of {size}, values from {proxies.min():.2g} to {proxies.max():.2g}."
-        )
-        sheets.append(_Sheet(f"Proxies sent in round {number}", caption, alt, images.sheet(proxies)))
+        alt = f"{len(proxies)} proxies of {_size(proxies)} that one client sent in round {number}"
+        values = f"values from {proxies.min():.2g} to {proxies.max():.2g}"
+        caption = f"As decoded. {_shown(len(proxies))} of {_size(proxies)}, {values}."
+        sheets.append(_sheet(f"Proxies sent in round {number}", caption, alt, proxies))
     return sheets
+
+
+def _sheet(title: str, caption: str, alt: str, pixels: npt.NDArray[Any]) -> dict[str, str]:
+    return {"title": title, "caption": caption, "alt": alt, "address": images.sheet(pixels)}
+
+
+def _size(pixels: npt.NDArray[Any]) -> str:
+    return f"{pixels.shape[2]}x{pixels.shape[3]}"
 
 
 def _sheets_text(samples: ReportImages) -> str:

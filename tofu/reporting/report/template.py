@@ -3,6 +3,8 @@
 A page loads nothing: no scripts, no fonts, no addresses but `data:`. Its content security policy forbids it as well.
 """
 
+from collections.abc import Iterable
+
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
@@ -194,6 +196,12 @@ def render_template(source: str, **values: object) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["css_class"] = lambda name: Markup(' class="{}"').format(name) if name else ""
     return environment.from_string(_TABLE + source).render({"style": Markup(STYLE), **values})
+
+
+def page_figures(drawn: Iterable[tuple[str, str, str | None]]) -> list[dict[str, str]]:
+    """The figures of `FIGURES` from (title, caption, SVG); those without an SVG are left out."""
+    # Safe as markup: every SVG is built as an XML tree, which escapes its texts.
+    return [{"title": title, "caption": caption, "svg": Markup(svg)} for title, caption, svg in drawn if svg]
 
 
 PAGE_HEAD = """<!doctype html>
