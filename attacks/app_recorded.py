@@ -40,7 +40,7 @@ class AppMessage:
 
     @cached_property
     def observation(self) -> Observation:
-        """What the attacker sees.
+        """The attacker's observation.
 
         Raises:
             AttackError: the model is not the one of the recorded arrays.
@@ -83,7 +83,7 @@ class AppMessage:
         return self._images("test")
 
     def controls(self, _: Observation) -> tuple[Observation, ...]:
-        """None, because an app's training cannot be repeated."""
+        """No controls, because an app's training cannot be repeated."""
         return ()
 
     @property

@@ -49,7 +49,7 @@ class Watch:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What an attack recovered.
+    """Result of an attack.
 
     Attributes:
         images: float32 [n, channels, height, width] in [-1, 1], or None for an attack on labels alone.

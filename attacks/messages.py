@@ -109,7 +109,7 @@ def parse_message(text: str) -> Message:
 def observe(
     message: Message, rounds: Sequence[ClientRound], *, generator: torch.Generator, know_labels: bool = False
 ) -> Observation:
-    """What the server observes if the first of `rounds` (in a secure sum, the first few) is sent as this message.
+    """The server's observation if the first of `rounds` (in a secure sum, the first few) is sent as this message.
 
     Args:
         generator: of the codec. Noise of differential privacy comes from the operating system, as in a run.

@@ -1,4 +1,4 @@
-"""How similar reconstructions are to the client's images.
+"""Measures of the similarity of reconstructions to the client's images.
 
 Reconstructions have no order, so they are assigned to the images one to one with the smallest total squared error
 (Kuhn 1955, by scipy). All measures are of pixels in [0, 1]: PSNR, SSIM (Wang et al. 2004) and LPIPS (Zhang et al.

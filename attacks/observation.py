@@ -1,4 +1,4 @@
-"""What an attacker at the server knows: one message, and the training settings of the client.
+"""The knowledge of an attacker at the server: one message, and the client's training settings.
 
 The server of a run chooses the model, the learning rate, the batch size and the number of epochs, and a reply contains
 the number of images. An honest-but-curious server knows all of these. An attack declares what else it needs, and is
@@ -118,4 +118,4 @@ CAPABILITIES: dict[str, Capability] = {
     "linear-last": ("the network does not end with a linear layer", lambda o: o.last_linear is not None),
     "earlier": ("there are no earlier messages about the same images", lambda o: bool(o.earlier)),
 }
-"""What an attack may need in addition to the decoded update and the number of images, which all messages provide."""
+"""Requirements that an attack may have besides the decoded update and the number of images of each message."""

@@ -47,7 +47,7 @@ ATTACKS = ("analytic", "simulation", "codec-aware", "proxy-images", "label-count
 
 
 def observation_of(recording: Recording) -> Observation:
-    """What the attacker sees of a recorded message.
+    """The attacker's observation of a recorded message.
 
     Raises:
         AttackError: the base weights are not those of the run's model.
@@ -153,7 +153,7 @@ class RunMessage:
 
     @cached_property
     def observation(self) -> Observation:
-        """What the attacker sees."""
+        """The attacker's observation."""
         return observation_of(self.recording)
 
     def controls(self, sent: Observation) -> tuple[Observation, ...]:

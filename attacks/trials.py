@@ -38,7 +38,7 @@ OTHERS = 200
 
 @dataclass(frozen=True)
 class Scenario:
-    """What all trials of one seed have in common.
+    """The conditions that all trials of one seed share.
 
     Attributes:
         dataset, model, norm: as in a run.

@@ -183,7 +183,7 @@ class TrainedUpdate:
         update: new weights minus the weights that training started from.
         examples, loss: as reported to the server. Under DP they are not noised, so they are reported as 1 and 0.
         seconds: duration of the local steps; 0 under DP, because it reveals the number of examples.
-        exported: what the plugins send.
+        exported: the plugins' export.
         accuracy: of the weights before training, on the client's own test data; None without such data.
     """
 
@@ -361,12 +361,12 @@ class LocalRound:
         return reply.to_bytes(), outgoing
 
     def _with_count(self, exported: Export, noise: Noise | None, outgoing: Outgoing) -> Export:
-        """What the plugins send, and with an adaptive clip norm the noised report whether the update was clipped."""
+        """The plugins' export, and with an adaptive clip norm the noised report whether the update was clipped."""
         clip = clip_of(self.plugins)
         return clip.report(exported, noise, clipped=outgoing.clipped) if clip and noise else exported
 
     def _exported_bytes(self, export: Export, accuracy: float | None) -> bytes:
-        """What the plugins send, and the accuracy on the client's own test data, if it has any."""
+        """The plugins' export, and the accuracy on the client's own test data, if it has any."""
         if accuracy is not None and math.isfinite(accuracy):
             export = Export(export.sums, dict(export.metrics) | {CLIENT_ACCURACY: accuracy})
         return export_to_bytes(export) if self.plugins or export.metrics else b""

@@ -174,7 +174,7 @@ def status(folder: Path) -> dict[str, Any]:
 
 
 def online(folder: Path, state: State) -> int:
-    """How many nodes are online."""
+    """Number of nodes that are online."""
     return sum(node["status"] == "online" for node in _control(folder, state).nodes())
 
 

@@ -29,7 +29,7 @@ from tofu.weights import Weights, norm, weights_of
 from tofu.wire import CLIENT_ACCURACY, HEADER_BYTES, RESYNC, TrainReply, TrainRequest, broadcast_id, read_payload
 
 LARGE = 10.0
-"""An update so many times longer than the median of the round is reported."""
+"""An update is reported if its norm is more than this many times the median of the round."""
 
 _MIN_SECONDS = 1.0
 """No request is sent again if less is left of the round."""
@@ -40,7 +40,7 @@ _WINDOW = 256
 
 @dataclass
 class RoundState:
-    """What all requests of a round have in common.
+    """State of a round that all of its requests share.
 
     Attributes:
         kind: of the round, one of `tofu.rounds.KINDS`.
@@ -78,7 +78,7 @@ class RoundState:
         return time.monotonic() >= self.soft_deadline and 2 * valid >= asked
 
     def wanted(self, asked: int) -> int:
-        """Number of valid replies after which a round with so many requests ends."""
+        """Number of valid replies after which a round with `asked` requests ends."""
         return max(1, math.ceil(asked / self.over_sampling - 1e-9))
 
 

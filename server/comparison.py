@@ -199,7 +199,7 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def _finished(run: Run, unknown: str = "") -> bool:
-    """Whether a run's folder holds the finished run.
+    """Whether the run has finished, by the files in its folder.
 
     Args:
         unknown: a setting whose value is not known yet and may be anything.

@@ -110,7 +110,7 @@ def percentile_threshold(matrix: Tensor, percentile: float) -> float:
 
 
 def balanced_mask(matrix: Tensor, tile: int, threshold: float) -> Tensor:
-    """Which entries of a matrix remain, bool [outputs, inputs]: in each tile equally many of every column.
+    """Mask of the entries that remain, bool [outputs, inputs]: in each tile the same number in every column.
 
     A tile's level follows from the column with most magnitudes above the threshold (`round_to_level`). Every column
     keeps its largest magnitudes, up to the level, also those of at most the threshold: they cost no energy.

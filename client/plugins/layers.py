@@ -126,7 +126,7 @@ def unpacked(triangle: Tensor) -> Tensor:
 
 
 def rows_per_image(model: nn.Module, channels: int, height: int, width: int) -> dict[str, int]:
-    """How many input rows one image makes at every site; 0 for layers that are not reached."""
+    """Number of input rows per image at every site; 0 for layers that a forward pass does not reach."""
     count = {site.name: 0 for site in sites(model)}
 
     def add(site: Site, rows: Tensor) -> None:

@@ -188,7 +188,7 @@ def mix_within_classes(images: Tensor, labels: Tensor, generator: torch.Generato
 
 
 def histogram(scores: Tensor, kind: str) -> Tensor:
-    """How many of the scores [n] fall in each bin of their kind's axis: float64 [BINS], which may be added."""
+    """Histogram of scores [n] over the range of their kind: float64 [BINS]; histograms can be added."""
     low, high = _AXES[kind]
     position = torch.logit(scores.double()) if kind == "auxiliary" else scores.double()
     bins = ((position - low) / (high - low) * BINS).floor().clamp(0, BINS - 1).long()

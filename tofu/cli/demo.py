@@ -29,13 +29,10 @@ def demo(*, config: ConfigFile = None, quiet: Quiet = False, overrides: dict[str
     baseline = run_settings(fedavg, quiet=quiet)
     print("2 of 2: TOFU, proxies in place of updates", file=sys.stderr)
     summary = run_settings(tofu, quiet=quiet)
-    add_baseline(Path(folder), Path(str(baseline["run"])))
+    add_baseline(Path(folder), Path(baseline["run"]))
     page = write_report(Path(folder))
     print(f"\n{'':<22}{'test accuracy':>14}{'uplink':>12}{'against FedAvg':>16}")
     for name, result in (("FedAvg", baseline), ("TOFU (proxy images)", summary)):
         accuracy, uplink, ratio = result["final_accuracy"], result["uplink_bytes"], result["uplink_ratio"]
-        assert isinstance(accuracy, float)
-        assert isinstance(uplink, int)
-        assert isinstance(ratio, float)
         print(f"{name:<22}{accuracy:>13.1%} {format_bytes(uplink):>11}{f'{ratio:.0f}x less' if ratio > 1 else '':>16}")
     print(f"\nreport: {page}")

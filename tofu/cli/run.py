@@ -5,7 +5,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -90,7 +90,7 @@ def _fewer_images(settings: Settings) -> Settings:
     return smaller
 
 
-def run_settings(settings: Settings, *, quiet: bool) -> dict[str, object]:
+def run_settings(settings: Settings, *, quiet: bool) -> dict[str, Any]:
     """Run a federation with these settings and return its summary.
 
     Raises:

@@ -257,7 +257,7 @@ class Compressed(StrategyWrapper):
         return self._codec
 
     def sent_to(self, node: int) -> "SentArrays | None":
-        """What a node was sent in this round; None if it was not asked."""
+        """The arrays that a node received in this round; None if it was not asked."""
         return self._sent.get(node)
 
     def configure_train(
@@ -288,7 +288,7 @@ class Compressed(StrategyWrapper):
         return [self._request(node, server_round) for node in self._plain]
 
     def _prepared(self, key: str, record: ArrayRecord, round_: int, *, first: bool) -> SentArrays:
-        """What clients hold when they train from these arrays.
+        """The arrays that clients hold when they train from `record`.
 
         Raises:
             RunError: the strategy sends clients different arrays although the downlink is compressed.

@@ -198,7 +198,7 @@ def joint_digest(options: SecureOptions, codec: UpdateCodec | None) -> bytes:
 
 
 def meaning(round_: int, options: SecureOptions, codec: UpdateCodec | None) -> tuple[bytes, ...]:
-    """What all clients of a sum must agree on besides encoding and message: round, options and Tofu's code."""
+    """The round, the options and Tofu's code, on which all clients of a sum must agree besides encoding and message."""
     return round_.to_bytes(8, "little", signed=True), joint_digest(options, codec), code_digest("tofu")
 
 

@@ -163,7 +163,7 @@ class RangeTracker:
         self._unit, self._turn = unit, self._turn + 1
 
     def _nearest(self, clients: int) -> bool:
-        """Whether values are rounded to the nearest step, which takes error feedback."""
+        """Whether values are rounded to the nearest step, which requires error feedback."""
         options = self._options
         few = FixedPoint(clients, options.bits, 1.0).levels < FEW_LEVELS
         return few and options.error_feedback == 1 and not options.noise_multiplier

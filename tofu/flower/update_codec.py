@@ -216,7 +216,7 @@ class UpdateCodec:
 
 @dataclass(frozen=True)
 class ArrayNames:
-    """Which of a message's arrays are trained, and by which names.
+    """The arrays of a message that are trained, with their names in the model.
 
     Attributes:
         param_spec: of what is trained.

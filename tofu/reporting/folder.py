@@ -240,7 +240,7 @@ def read_model(run: Path, *, group: int = 0) -> tuple[Weights, ImageShape, bytes
 
 
 def read_preprocessing(run: Path) -> tuple[Preprocessing, Statistics]:
-    """How a run's images are resized, cropped and normalized; not at all in runs of earlier versions.
+    """The preprocessing of a run's images (resize, crop, normalization); none in runs of earlier versions.
 
     Raises:
         RunError: model.json is damaged.

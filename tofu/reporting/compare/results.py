@@ -16,7 +16,7 @@ from tofu.settings import Value
 Row = dict[str, Any]
 
 POINTS_BELOW = (0.5, 1.0, 2.0, 5.0)
-"""The target accuracies: so many points below FedAvg's mean."""
+"""The target accuracies, in percentage points below FedAvg's mean."""
 _MEASURED = (
     "final_accuracy", "points_lost", "uplink_bytes", "downlink_bytes", "uplink_ratio", "both_ratio", "payload_ratio",
     "explained_variance", "train_seconds", "encode_seconds",

@@ -18,7 +18,7 @@ WIDTH, HEIGHT = 400, 286
 LEFT, RIGHT, TOP, BOTTOM = 54, 394, 34, 236
 _MARGIN = 12
 _SCALE = 1.4
-"""Pixels per unit in a file of its own."""
+"""Pixels per unit in a separate SVG file."""
 _CHARACTER = 8.4
 """Units that a character of the larger text takes at most, on average: SVG has no layout."""
 _LINE = 46
@@ -251,7 +251,7 @@ def bar_chart(alt: str, bars: Sequence[Bar]) -> Drawing:
 
 
 def standalone(figures: Sequence[ET.Element], style: str) -> str:
-    """Figures below each other as a file of its own, with the CSS that a page would give them and a background."""
+    """Figures below each other as a separate SVG file, with the page's CSS and a background."""
     boxes = [[float(number) for number in figure.get("viewBox", "").split()] for figure in figures]
     width = max(box[2] for box in boxes) + 2 * _MARGIN
     height = sum(box[3] + 2 * _MARGIN for box in boxes)

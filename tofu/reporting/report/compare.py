@@ -57,7 +57,7 @@ ratio is of float32 updates over payloads alone. Every run and number: compare.j
 
 
 def render_figure(document: Mapping[str, Any]) -> str:
-    """compare.svg: accuracy against bytes as a file of its own, in light and dark, enlarged below where that helps."""
+    """compare.svg: accuracy against bytes as a separate file, with an enlarged part below if it helps."""
     style = "\n".join((COLORS, figures.SERIES_COLORS, FIGURE_STYLE, figures.SERIES_STYLE, _FONT))
     drawn = [figures.accuracy_by_uplink(document), figures.accuracy_by_uplink(document, zoom=True)]
     drawings = [drawing for drawing in drawn if drawing]
@@ -85,7 +85,7 @@ def render_page(document: Mapping[str, Any], name: str) -> str:
 
 
 def _lead(document: Mapping[str, Any]) -> Markup:
-    """Which compressor is ahead at each ratio, where the spread over seeds shows that one is."""
+    """The leading compressor at each ratio, if its lead exceeds the spread over seeds."""
     parts = []
     for ratio in sorted(document["ratios"]):
         cells = [c for c in document["cells"][1:] if ratio in c["ratios"] and c["final_accuracy"]]

@@ -23,7 +23,7 @@ Cell = Mapping[str, Any]
 
 COLORS = 8
 ZOOM_POINTS = 5
-"""How far below FedAvg the enlarged figure reaches, in points."""
+"""Range of the enlarged figure below FedAvg, in percentage points."""
 _CURVE_POINTS = 240
 _DODGE = 5.0
 _ROW = 44
@@ -194,7 +194,7 @@ def seed_accuracies(document: Mapping[str, Any], cell: Cell) -> list[float]:
 
 @dataclasses.dataclass(frozen=True)
 class _Style:
-    """How a compressor is drawn: color and shape both tell it apart; past the colors lines are broken as well."""
+    """Color and shape of a compressor; if there are more compressors than colors, further lines are dashed."""
 
     index: int
 

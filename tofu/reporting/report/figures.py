@@ -24,7 +24,7 @@ from tofu.reporting.report.chart import (
 from tofu.reporting.report.run_data import RunData
 from tofu.rounds.record import RoundRecord
 
-# A curve has at most about so many points, and so many of them get a mark: more would only cover each other.
+# Approximate maximum numbers of points and of marks of a curve; more would overlap.
 _POINTS, _MARKS = 240, 60
 _KIND_TEXT = {"start": "before training", "proxy": "proxy round", "fedavg": "FedAvg round", "secure": "secure round"}
 
