@@ -17,7 +17,7 @@ from typing import Any
 from deploy.app_folder import write_app
 from deploy.control import CompletedRun, Control, last_lines
 from deploy.pinned import INSTALLED
-from deploy.processes import read_names
+from deploy.processes import missing_commands, read_names
 from deploy.state import Process, State, end_group
 from deploy.superlink import CONTROL_TOKEN
 from tofu.errors import RunError, SettingError
@@ -25,7 +25,6 @@ from tofu.log import FILE
 from tofu.settings import Settings
 from tofu.settings.deprecated import present_names
 
-_ONLINE_SECONDS = 120.0
 _STOP_SECONDS = 40.0
 
 
@@ -38,15 +37,17 @@ def up(
     warm: bool = True,
     identities: bool = False,
     policy: Path | None = None,
+    timeout: float = 120.0,
+    follow: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Start a federation that outlives this process, and wait until all its nodes are online.
 
     Args:
-        folder: for keys, logs, database and results; the keys and results of an earlier federation in it are kept.
-        nodes: number of SuperNodes.
-        app: folder of the Flower app; by default Tofu's own. The nodes accept no bundle but that of the folder's
-            present content (deploy/pinned.py).
-        data, warm, identities, policy: see `LocalCluster`.
+        folder: for keys, logs, database and results. The keys and results of an earlier federation in it are kept.
+        app: folder of the Flower app; by default Tofu's own. The nodes accept the bundle of its present content only.
+        nodes, data, warm, identities, policy: see `LocalCluster`.
+        timeout: seconds within which all nodes must be online.
+        follow: called with a line whenever more nodes are online.
 
     Returns:
         What `status` returns.
@@ -81,7 +82,7 @@ def up(
             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     try:
-        _await(folder, supervisor)
+        _await(folder, supervisor, timeout, follow)
     except BaseException:
         supervisor.terminate()
         supervisor.wait()
@@ -90,7 +91,9 @@ def up(
 
 
 def _check_arguments(nodes: int, app: Path | None, data: Path | None, policy: Path | None) -> None:
-    """Raises SettingError if `up` cannot use one of its arguments."""
+    """Raises SettingError if `up` cannot use one of its arguments, and RunError if a command of Flower is missing."""
+    if missing := missing_commands():
+        raise RunError(f"{missing[0]} is missing: pip install --force-reinstall --no-deps flwr, in this environment")
     if nodes < 1:
         raise SettingError("nodes", nodes, "at least 1")
     if app is not None and not (app / "pyproject.toml").is_file():
@@ -120,18 +123,24 @@ def pin_of(app: Path) -> str:
     return hashlib.sha256(built if isinstance(built, bytes) else built[0]).hexdigest()
 
 
-def _await(folder: Path, supervisor: "subprocess.Popen[bytes]") -> None:
-    end = time.monotonic() + _ONLINE_SECONDS
+def _await(folder: Path, supervisor: "subprocess.Popen[bytes]", timeout: float, follow: Callable[[str], None]) -> None:
+    end, reported, count = time.monotonic() + timeout, -1, "no nodes"
     while time.monotonic() < end:
         state = State.read(folder)
         if supervisor.poll() is not None or state is None:
             said = (folder / "logs" / "supervisor.log").read_text(encoding="utf-8", errors="replace")
             reason = state.error if state is not None and state.error else last_lines(said)
             raise RunError(f"the federation did not start: {reason}")
-        if state.phase == "running" and online(folder, state) >= state.nodes:
-            return
+        if state.phase == "running":
+            found = online(folder, state)
+            count = f"{found} of {state.nodes} nodes"
+            if found > reported:
+                follow(f"{count} online")
+                reported = found
+            if found >= state.nodes:
+                return
         time.sleep(0.5)
-    raise RunError(f"not all nodes were online after {_ONLINE_SECONDS:g} s; see {folder / 'logs'}")
+    raise RunError(f"{count} were online after {timeout:g} s: a slow machine needs --timeout; see {folder / 'logs'}")
 
 
 def status(folder: Path) -> dict[str, Any]:

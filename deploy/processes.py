@@ -31,10 +31,16 @@ from tofu.secagg.identities import read_known
 _NAMES = "nodes.json"
 _HOST = "127.0.0.1"
 _BIN = Path(sys.executable).parent
+_COMMANDS = ("flower-superlink", "flower-supernode", "flower-superexec", "flwr")
 _PRIVATE = 0o077
 """umask of the processes: only their user can read their files."""
 _START_SECONDS = 90.0
 _STOP_SECONDS = 10.0
+
+
+def missing_commands() -> list[Path]:
+    """The commands of Flower that are not beside this Python, as where a package of the environment was removed."""
+    return [path for name in _COMMANDS if not (path := _BIN / name).is_file()]
 
 
 class LocalCluster:

@@ -8,7 +8,10 @@ from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
-__all__ = ["FileLock", "lock_file", "replace_file"]
+__all__ = ["FileLock", "is_locked", "lock_file", "replace_file"]
+
+_LOCK_SECONDS = 0.2
+"""How long `lock_file` waits, because `is_locked` of another process holds the lock for an instant."""
 
 
 def replace_file(path: Path, data: bytes | Callable[[BinaryIO], object]) -> None:
@@ -57,7 +60,19 @@ def lock_file(path: Path) -> FileLock | None:
     """
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=_LOCK_SECONDS)
     except Timeout:
         return None
     return lock
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process of this machine, also this one, holds the lock of `lock_file` on `path`."""
+    place = path.with_name(f".{path.name}.lock")
+    if not place.exists():
+        return False
+    try:
+        with FileLock(place, blocking=False):
+            return False
+    except (Timeout, OSError):
+        return True

@@ -21,7 +21,8 @@ def import_object(name: str) -> Any:
     `server.py` does not hide the packages of these names that Tofu imports later.
 
     Raises:
-        Exception: whatever the user's module raises; AttributeError if it has no such attribute.
+        Exception: whatever the user's module raises; AttributeError if it has no such attribute, and
+            ModuleNotFoundError if it is named as a file.
 
     Example:
         >>> import_object("math:sqrt")(9.0)
@@ -31,6 +32,8 @@ def import_object(name: str) -> Any:
     if folder not in sys.path and "" not in sys.path:
         sys.path.append(folder)
     module, _, attribute = name.partition(":")
+    if module.endswith(".py"):
+        raise ModuleNotFoundError(f"a module is named without .py: {module.removesuffix('.py')}:{attribute}")
     return getattr(importlib.import_module(module), attribute)
 
 

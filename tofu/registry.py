@@ -103,6 +103,8 @@ class Registry(Generic[T]):
                 raise SettingError(self._setting, name, "a class or another callable")
         elif not (inspect.isclass(entry) and issubclass(entry, base)):
             raise SettingError(self._setting, name, f"a subclass of {base.__module__}.{base.__name__}")
+        elif missing := sorted(getattr(entry, "__abstractmethods__", ())):
+            raise SettingError(self._setting, name, f"a class that also defines {', '.join(missing)}")
         result: T = entry
         return result
 

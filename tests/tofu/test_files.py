@@ -5,7 +5,7 @@ from typing import BinaryIO
 
 import pytest
 
-from tofu.files import lock_file, replace_file
+from tofu.files import is_locked, lock_file, replace_file
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -25,10 +25,14 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
 
 
 def test_a_lock_is_held_once_until_it_is_released(tmp_path: Path) -> None:
+    assert not is_locked(tmp_path / "file")
+    assert list(tmp_path.iterdir()) == []
     first = lock_file(tmp_path / "file")
     assert first is not None
+    assert is_locked(tmp_path / "file")
     assert lock_file(tmp_path / "file") is None
     first.release()
+    assert not is_locked(tmp_path / "file")
     again = lock_file(tmp_path / "file")
     assert again is not None
     again.release()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from tofu.errors import MissingExtraError
-from tofu.imports import from_extra
+from tofu.imports import from_extra, import_object
 from tofu.privacy.accounting import epsilon_of, noise_multiplier_for
 
 
@@ -20,3 +20,8 @@ def test_noise_without_its_extra_names_it(call: Callable[[], float], monkeypatch
 def test_an_error_inside_of_a_package_that_is_installed_is_not_hidden() -> None:
     with pytest.raises(ImportError, match="no_such_name"), from_extra("privacy"):
         from math import no_such_name  # type: ignore[attr-defined]  # noqa: F401
+
+
+def test_a_module_that_is_named_as_a_file_is_named_right() -> None:
+    with pytest.raises(ModuleNotFoundError, match=r"without \.py: nets:small$"):
+        import_object("nets.py:small")

@@ -117,3 +117,11 @@ def test_a_source_that_is_not_installed_has_no_entries():
 def test_importing_the_registry_does_not_load_torch():
     code = "import sys, tofu.registry; sys.exit('torch' in sys.modules)"
     run([sys.executable, "-c", code], check=True)
+
+
+def test_a_class_that_lacks_a_method_is_refused_by_the_methods_name(tmp_path, monkeypatch):
+    source = "import abc\nclass Base(abc.ABC):\n    @abc.abstractmethod\n    def area(self): ...\n"
+    (tmp_path / "abstract_figures.py").write_text(source + "class Half(Base):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SettingError, match=r"expected a class that also defines area$"):
+        Registry("shape", "abstract_figures:Base").get("abstract_figures:Half")

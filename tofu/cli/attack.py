@@ -13,9 +13,17 @@ from tofu.errors import SettingError
 if TYPE_CHECKING:
     from attacks.evaluate import AttackEvaluation
 
+_FOLDERS = "runs/attacks or RUN/attacks"
+_ATTACKS = "idlg,codec-aware,label-counts; of a run analytic,simulation,codec-aware,proxy-images,label-counts"
 
-def _several(flag: str, help_: str) -> Any:
-    return typer.Option(flag, help=f"{help_}; several are separated by commas", show_default=False)
+
+def _option(flag: str, help_: str, default: str) -> Any:
+    """An option whose default `AttackEvaluation` has, which would import torch for `--help`."""
+    return typer.Option(flag, help=f"{help_} (default: {default})", show_default=False)
+
+
+def _several(flag: str, help_: str, default: str) -> Any:
+    return _option(flag, f"{help_}; several are separated by commas", default)
 
 
 def attack(
@@ -25,27 +33,29 @@ def attack(
         typer.Argument(help="folder of a run with --record-clients or of tofu.record; without it, messages are made"),
     ] = None,
     *,
-    folder: Annotated[Path | None, typer.Option(help="folder of the results; finished trials are not repeated")] = None,
+    folder: Annotated[Path | None, _option("--folder", "results; their trials are not repeated", _FOLDERS)] = None,
     dataset: Annotated[
-        str | None, typer.Option(help="dataset of the messages that are made; of an app, package.module:function")
+        str | None, _option("--dataset", "dataset of made messages, or package.module:function of an app", "digits")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="model; of an app, package.module:function")] = None,
-    norm: Annotated[str | None, typer.Option(help="normalization layers")] = None,
-    lr: Annotated[float | None, typer.Option(help="learning rate of the client")] = None,
+    model: Annotated[
+        str | None, _option("--model", "model of made messages, or package.module:function of an app", "lenet-smooth")
+    ] = None,
+    norm: Annotated[str | None, _option("--norm", "normalization layers", "group")] = None,
+    lr: Annotated[float | None, _option("--lr", "learning rate of the client", "0.1")] = None,
     messages: Annotated[
-        str | None, _several("--messages", "kinds of message, such as exact or proxy:smooth:100")
+        str | None, _several("--messages", "kinds of message", "exact,proxy:smooth:100,proxy:paper:100")
     ] = None,
-    attacks: Annotated[str | None, _several("--attacks", "registered names or package.module:Class")] = None,
-    batch_sizes: Annotated[str | None, _several("--batch-sizes", "numbers of images in a local step")] = None,
+    attacks: Annotated[str | None, _several("--attacks", "registered names or package.module:Class", _ATTACKS)] = None,
+    batch_sizes: Annotated[str | None, _several("--batch-sizes", "numbers of images in a local step", "1,4")] = None,
     pretrain_rounds: Annotated[
-        str | None, _several("--pretrain-rounds", "numbers of federated rounds before the message")
+        str | None, _several("--pretrain-rounds", "numbers of federated rounds before the message", "0")
     ] = None,
-    steps: Annotated[str | None, _several("--steps", "numbers of local steps")] = None,
-    seeds: Annotated[int | None, typer.Option(help="number of seeds")] = None,
-    rounds: Annotated[int | None, typer.Option(help="number of rounds that the attacker accumulates")] = None,
+    steps: Annotated[str | None, _several("--steps", "numbers of local steps", "1")] = None,
+    seeds: Annotated[int | None, _option("--seeds", "number of seeds", "3")] = None,
+    rounds: Annotated[int | None, _option("--rounds", "number of rounds that the attacker accumulates", "1")] = None,
     know_labels: Annotated[bool, typer.Option("--know-labels", help="give the attacker the labels")] = False,
-    seconds: Annotated[float | None, typer.Option(help="time limit of one attack")] = None,
-    time_limit: Annotated[float, typer.Option(help="seconds after which no trial starts", show_default=False)] = inf,
+    seconds: Annotated[float | None, _option("--seconds", "time limit of one attack", "60")] = None,
+    time_limit: Annotated[float, _option("--time-limit", "seconds after which no trial starts", "none")] = inf,
     threads: Annotated[int, typer.Option(help="threads of torch")] = 1,
     json_: Json = False,
     quiet: Quiet = False,

@@ -51,15 +51,18 @@ def up(
     identities: Annotated[
         bool, typer.Option("--identities", help="an identity key for each client, against a dishonest server")
     ] = False,
+    timeout: Annotated[float, typer.Option("--timeout", help="seconds within which all nodes must be online")] = 120,
     json_: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Start a federation in the background and wait until its nodes are online. It runs until `tofu deploy down`."""
     from deploy import background
 
-    _show(
-        background.up(folder, nodes=nodes, app=app_, data=data, warm=warm, identities=identities, policy=policy),
-        as_json=json_,
-    )
+    result = background.up(
+        folder, nodes=nodes, app=app_, data=data, warm=warm, identities=identities, policy=policy, timeout=timeout,
+        follow=line_printer(quiet=quiet or json_),
+    )  # fmt: skip
+    _show(result, as_json=json_)
 
 
 @app.command()

@@ -55,6 +55,7 @@ def _checks(folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
         yield package, lambda package=package: _installed(package)  # type: ignore[misc]
     for package in _OPTIONAL:
         yield package, lambda package=package: _optional(package)  # type: ignore[misc]
+    yield "flower commands", _flower_commands
     yield "device", _device
     yield "folders", _shadowed
     yield "ports", _ports
@@ -85,6 +86,14 @@ def _optional(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         raise _Note("not installed; optional") from None
+
+
+def _flower_commands() -> str:
+    from deploy.processes import missing_commands
+
+    if missing := missing_commands():
+        raise _CheckError(f"{missing[0]} is missing: pip install --force-reinstall --no-deps flwr")
+    return "flwr, flower-superlink, flower-supernode and flower-superexec"
 
 
 def _device() -> str:

@@ -43,8 +43,6 @@ _BUILDERS: Mapping[str, Callable[[ImageShape, str], nn.Module]] = {
     "dct-snn-vgg9": partial(dct_model, "vgg9", 2),
 }
 
-_FACTORY = "package.module:factory, a callable that takes the sizes of input and output by name"
-
 
 def model_names() -> tuple[str, ...]:
     """The names that `build_model` accepts in addition to `package.module:factory`."""
@@ -156,23 +154,24 @@ def build_seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 def _factory(name: str, sizes: Mapping[str, int]) -> Callable[[], nn.Module]:
     """Import the user's factory -> a function that calls it. Both raise SettingError."""
+    expected = f"package.module:factory, a callable that takes {', '.join(sizes)} by name"
     try:
         factory = import_object(name)
     except Exception as error:
         # The user's code may raise any type of error.
-        raise SettingError("model", name, f"{_FACTORY} ({type(error).__name__}: {error})") from error
+        raise SettingError("model", name, f"{expected} ({type(error).__name__}: {error})") from error
 
     def build() -> nn.Module:
         try:
             model = factory(**sizes)
         except Exception as error:
-            raise SettingError("model", name, f"{_FACTORY} ({type(error).__name__}: {error})") from error
+            raise SettingError("model", name, f"{expected} ({type(error).__name__}: {error})") from error
         if not isinstance(model, nn.Module):
-            accepted = f"{_FACTORY} and returns a torch.nn.Module, not {type(model).__name__}"
+            accepted = f"{expected} and returns a torch.nn.Module, not {type(model).__name__}"
             raise SettingError("model", name, accepted)
         bare = without_wrappers(model)
         if any(isinstance(module, torch.jit.ScriptModule) for module in bare.modules()):
-            raise SettingError("model", name, f"{_FACTORY}, of Python modules: not compiled by torch.jit")
+            raise SettingError("model", name, f"{expected}, of Python modules: not compiled by torch.jit")
         return bare
 
     return build

@@ -21,6 +21,7 @@ from urllib.parse import parse_qs, quote, urlsplit
 from markupsafe import Markup
 
 from tofu.errors import RunError, SettingError, TofuError
+from tofu.files import is_locked
 from tofu.formatting import format_bytes, format_fraction
 from tofu.reporting.report.compare import render_page
 from tofu.reporting.report.html import render
@@ -35,7 +36,7 @@ _NONE = "\N{EN DASH}"
 _HEADER = ("name", "what", "state", "accuracy", "uplink", "last change")
 _POLICY = f"{POLICY}; script-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'"
 
-_RUN = ("config.json", "metrics.jsonl", "ledger.jsonl", "summary.json", "samples.npz", "panels.json")
+_RUN = ("config.json", "metrics.jsonl", "ledger.jsonl", "summary.json", "samples.npz", "panels.json", "data.json")
 _FILES = {"run": _RUN, "comparison": ("compare.json",), "attacks": ("attacks.json", "report.html")}
 _NEEDED = {"run": _RUN[:2], "comparison": ("compare.json",), "attacks": ("attacks.json", "report.html")}
 
@@ -89,6 +90,7 @@ class Entry:
         kind: "run", "comparison" or "attacks".
         tag: differs whenever one of its files has changed.
         changed: when that was, in seconds since the epoch.
+        live: whether a process of this machine writes it; only runs without a summary are asked.
     """
 
     name: str
@@ -96,6 +98,7 @@ class Entry:
     folder: Path
     tag: str
     changed: float
+    live: bool = False
 
 
 def find_entries(root: Path) -> list[Entry]:
@@ -117,7 +120,8 @@ def find_entries(root: Path) -> list[Entry]:
 
 
 def _entry(root: Path, folder: Path, kind: str) -> Entry | None:
-    states = []
+    states: list[object] = []
+    changed = 0.0
     for name in _FILES[kind]:
         path = folder / name
         try:
@@ -127,9 +131,11 @@ def _entry(root: Path, folder: Path, kind: str) -> Entry | None:
         if not path.resolve().is_relative_to(root):
             return None
         states.append((name, status.st_mtime_ns, status.st_size))
+        changed = max(changed, status.st_mtime)
+    live = kind == "run" and not (folder / "summary.json").exists() and is_locked(folder / "config.json")
+    states.append(live)
     tag = f'"{hashlib.sha256(repr(states).encode()).hexdigest()[:32]}"'
-    changed = max((state[1] for state in states), default=0) / 1e9
-    return Entry(folder.relative_to(root).as_posix(), kind, folder, tag, changed)
+    return Entry(folder.relative_to(root).as_posix(), kind, folder, tag, changed, live)
 
 
 class RunServer(ThreadingHTTPServer):
@@ -186,7 +192,7 @@ class RunServer(ThreadingHTTPServer):
         kept = {(entry.name, entry.tag): self._rows.get((entry.name, entry.tag)) or _row(entry) for entry in entries}
         self._rows = kept
         running = sum(row[2].startswith("round ") for row in kept.values())
-        lead = f"{len(kept):,} {'entry' if len(kept) == 1 else 'entries'}, {running:,} not finished."
+        lead = f"{len(kept):,} {'entry' if len(kept) == 1 else 'entries'}, {running:,} running."
         values = _head(f"Runs in {self.name}", lead)
         return render_template(_LIST, **values, header=_HEADER, rows=list(kept.values()))
 
@@ -206,6 +212,8 @@ def _row(entry: Entry) -> tuple[str, ...]:
     state = f"round {rounds[-1].round if rounds else 0} of {config.get('rounds', '?')}"
     if summary is not None:
         state = f"stopped after {state}" if summary.stopped else "finished"
+    elif not entry.live:
+        state = f"interrupted after {state}"
     accuracy = format_fraction(measured[-1]) if measured else _NONE
     uplink = format_bytes(sum(record.uplink_bytes for record in rounds))
     return link, ", ".join(words)[:200], state, accuracy, uplink, changed

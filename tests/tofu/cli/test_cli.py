@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from attacks.evaluate import AttackEvaluation
+from attacks.recorded import ATTACKS
 from tests.processes import run
 from tofu.cli import main
 from tofu.settings import FIELDS, Settings, read_toml, section_of
@@ -529,13 +531,32 @@ def test_a_fast_dev_run_goes_through_every_kind_of_round_and_keeps_nothing(tofu:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_attack_help_tells_the_defaults_of_an_evaluation(tofu: Tofu) -> None:
+    text = " ".join(tofu("attack", "--help").out.replace("│", " ").split())
+    for field in dataclasses.fields(AttackEvaluation):
+        default: Any = field.default
+        if field.name != "know_labels":
+            shown = (
+                ",".join(map(str, default))
+                if isinstance(default, tuple)
+                else f"{default:g}"
+                if field.name in ("lr", "seconds")
+                else str(default)
+            )
+            assert f"--{field.name.replace('_', '-')}" in text
+            assert f"(default: {shown}" in text.replace(", ", ",").replace("- ", "-"), field.name
+    assert ",".join(ATTACKS) in text
+
+
 def test_doctor(tofu: Tofu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outcome = tofu("doctor")
     assert outcome.status == 0
     assert re.search(r"ok +encode +an update of [\d,]+ bytes as ", outcome.out)
     monkeypatch.setattr(sys.modules["tofu.cli.doctor"], "_MIN_DISK", 10**18)
+    monkeypatch.setattr("deploy.processes._BIN", tmp_path)
     outcome = tofu("doctor")
     assert outcome.status == 1
+    assert re.search(r"problem +flower commands +.*flower-superlink is missing: pip install", outcome.out)
     assert re.search(r"problem +disk +.* free, expected at least", outcome.out)
 
 

@@ -1,13 +1,17 @@
 """`tofu deploy`: what cannot be used takes one line on standard error, exit status 2, and leaves nothing behind."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from deploy import background
+from deploy.state import Process, State
 from tests.processes import run
 from tofu.cli import main
+from tofu.errors import RunError
 
 
 @pytest.mark.parametrize(
@@ -42,6 +46,31 @@ def test_errors_are_one_line(
     assert error.count("\n") == 1
     assert said in error
     assert {path.name for path in tmp_path.iterdir()} == {"file", "data"}
+
+
+def test_waiting_for_nodes_says_how_many_are_online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = iter((0, 1, 1, 3))
+    monkeypatch.setattr(background, "online", lambda folder, state: next(found))
+    monkeypatch.setattr(background.time, "sleep", lambda seconds: None)
+    State("running", Process(0, ""), nodes=3).write(tmp_path)
+    lines: list[str] = []
+    with subprocess.Popen(["sleep", "60"]) as supervisor:
+        background._await(tmp_path, supervisor, 60, lines.append)
+        assert lines == ["0 of 3 nodes online", "1 of 3 nodes online", "3 of 3 nodes online"]
+        with pytest.raises(RunError, match=r"^no nodes were online after 0 s: a slow machine needs --timeout"):
+            background._await(tmp_path, supervisor, 0, lines.append)
+        supervisor.kill()
+
+
+def test_a_missing_command_of_flower_is_one_line_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deploy.processes._BIN", tmp_path)
+    for name in ("flower-superlink", "flower-supernode", "flwr"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(RunError, match="flower-superexec is missing: pip install --force-reinstall --no-deps flwr"):
+        background.up(tmp_path / "new", nodes=1)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(

@@ -371,13 +371,37 @@ def test_sparkline_stays_in_its_box(values: list[float]) -> None:
             assert 4 <= y <= 24
 
 
+def test_what_was_left_out_is_named_with_whose_data_it_was(folder: Path) -> None:
+    (folder / "data.json").write_text(
+        json.dumps(
+            {
+                "left_out": ["dogs/0.txt is no image"],
+                "test_left_out": ["b.png cannot be read"],
+                "clients": {"0": {"left_out": []}, "1": {"left_out": ["<b>c.png</b> cannot be read"]}, "2": {}},
+            }
+        )
+    )
+    page = page_of(written(folder, ROWS))
+    assert page.tables["left-out"][1:] == [
+        ["all", "dogs/0.txt is no image"],
+        ["server", "b.png cannot be read"],
+        ["client 1", "<b>c.png</b> cannot be read"],
+    ]
+    assert "3 images or rows were not used in this run." in page.text
+    (folder / "summary.json").write_text(json.dumps({"unreadable": 9}))
+    assert "9 images or rows were not used in this run. 6 of them are not listed" in page_of(folder).text
+    (folder / "data.json").write_text('{"clients": [1]}')
+    with pytest.raises(RunError, match=r"data\.json must hold an object"):
+        read_run(folder)
+
+
 # Older runs, and files that somebody else wrote
 
 
 def test_older_runs_have_none_of_it(folder: Path) -> None:
     rows = [row for row in ROWS if row["kind"] != "secure"]
     page = page_of(written(folder, rows))
-    assert {"abandoned", "plugins"}.isdisjoint(page.tables)
+    assert {"abandoned", "plugins", "left-out"}.isdisjoint(page.tables)
     assert {"task", "epsilon", "values clipped (largest / range)"}.isdisjoint(page.tables["rounds"][0])
     assert len(page.named("svg")) == 4
     assert not re.search(r"secure|epsilon|ACC|plugin|Stopped", page.text.split("Settings")[0])

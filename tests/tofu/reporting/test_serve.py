@@ -17,6 +17,7 @@ from server.app import serve_in_process
 from tests.tofu.reporting.pages import opened, problems
 from tests.tofu.reporting.test_report import HOSTILE, ROWS, line, write_lines
 from tofu.errors import SettingError
+from tofu.files import lock_file
 from tofu.observers.base import Observer
 from tofu.reporting.serve import RunServer, find_entries
 from tofu.rounds.record import RoundRecord
@@ -118,7 +119,8 @@ def test_the_list_names_what_the_folder_holds(server: RunServer, tmp_path: Path)
     (root / "attacked" / "attacks.json").write_text("{}")
     (root / "attacked" / "report.html").write_text("<main>what leaks</main></body>")
     _, page, tag = get(server, "/")
-    assert "round 3 of 5" in page
+    assert "interrupted after round 3 of 5" in page
+    assert "0 running" in page
     assert "<script>alert" not in page
     assert "cannot be read" in page
     assert get(server, "/", If_None_Match=tag)[:2] == (304, "")
@@ -128,7 +130,14 @@ def test_the_list_names_what_the_folder_holds(server: RunServer, tmp_path: Path)
     for part in ("94.7%", "This page cannot be made", "what leaks", 'script src="/follow.js"'):
         assert any(part in text for text in texts), part
     write_lines(root / "damaged" / "metrics.jsonl", [line(0, "start", 0.1)])
-    assert get(server, "/", If_None_Match=tag)[0] == 200
+    lock = lock_file(root / "damaged" / "config.json")
+    assert lock is not None
+    _, page, tag = get(server, "/", If_None_Match=tag)
+    assert ">round 0 of 5" in page
+    assert "1 running" in page
+    lock.release()
+    _, page, _ = get(server, "/", If_None_Match=tag)
+    assert "interrupted after round 0 of 5" in page
 
 
 def test_nothing_outside_the_folder_is_served(server: RunServer, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from tofu.reporting.report.template import PAGE, page_figures, render_template
 from tofu.rounds.record import RoundRecord
 
 _MAX_ROWS = 500
+_MAX_LEFT_OUT = 50
 _MAX_CHARACTERS = 300
 _TITLE = {
     "dataset": "{}",
@@ -85,6 +86,8 @@ def render(run: RunData, name: str) -> str:
             for failure in row.failures
         ][-_MAX_ROWS:],
         failures_text=_failures_text(run),
+        left_out=[(who, _short(text)) for who, text in run.left_out[:_MAX_LEFT_OUT]],
+        left_out_text=_left_out_text(run),
         config=[
             (key, _short(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
             for key, value in run.config.items()
@@ -303,6 +306,15 @@ def _failures_text(run: RunData) -> str:
     text = "One reply was" if count == 1 else f"{count:,} replies were"
     text += f" left out of a round. {failures_note(run)}"
     return text if count <= _MAX_ROWS else f"{text} The last {_MAX_ROWS} are listed; all are in metrics.jsonl."
+
+
+def _left_out_text(run: RunData) -> str:
+    count = max(run.summary.unreadable, len(run.left_out))
+    if not count:
+        return ""
+    text = f"{count:,} {'image or row was' if count == 1 else 'images or rows were'} not used in this run."
+    hidden = count - min(len(run.left_out), _MAX_LEFT_OUT)
+    return text + (f" {hidden:,} of them are not listed: see data.json and the clients' logs." if hidden > 0 else "")
 
 
 def _footer(run: RunData) -> str:

@@ -88,12 +88,14 @@ class RunData:
         finished: whether there is a summary; without one, the totals are those of the rounds so far.
         epsilon, delta: of differential privacy; None without it, epsilon is infinite if no bound holds.
         panels: plugin name -> panel.
+        left_out: who, and the file or row that was left out, with the reason; empty without data.json.
         client_bytes: client -> bytes of its messages, uplink and downlink; empty without a ledger.
     """
 
     config: dict[str, Any]
     rounds: tuple[RoundRecord, ...]
     traffic: tuple[Traffic, ...]
+    left_out: tuple[tuple[str, str], ...]
     client_bytes: Mapping[str, tuple[int, int]]
     samples: ReportImages | None
     panels: Mapping[str, Panel]
@@ -162,6 +164,7 @@ def read_run(run: Path) -> RunData:
         config=config,
         rounds=rounds,
         traffic=_traffic(messages, rounds),
+        left_out=_left_out(run / "data.json"),
         client_bytes=_client_bytes(messages or ()),
         samples=_samples(run / "samples.npz"),
         panels=read_panels(run),
@@ -175,6 +178,17 @@ def read_run(run: Path) -> RunData:
         epsilon=epsilon,
         delta=delta,
     )
+
+
+def _left_out(file: Path) -> tuple[tuple[str, str], ...]:
+    """What data.json lists as left out: by the server, and by the clients that told; the file may be missing."""
+    data = read_json(file) if file.exists() else {}
+    try:
+        found = {"all": data.get("left_out"), "server": data.get("test_left_out")}
+        found |= {f"client {name}": client.get("left_out") for name, client in data.get("clients", {}).items()}
+        return tuple((who, str(text)) for who, texts in found.items() for text in texts or ())
+    except (AttributeError, TypeError) as error:
+        raise RunError(f"{file} must hold an object, with lists of what was left out") from error
 
 
 def _messages(ledger: Path) -> list[_Message] | None:

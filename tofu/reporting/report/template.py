@@ -296,6 +296,13 @@ measured (tofu attack).</p>
 <p class="soft">{{ failures_text }}</p>
 {{ table("failures", ("round", "client", "reason"), failures, ("", "left wrap", "left wrap")) }}
 </section>{% endif %}
+{% if left_out_text %}<section class="card">
+<h2>Data left out</h2>
+<p class="soft">{{ left_out_text }}</p>
+{% if left_out -%}
+{{ table("left-out", ("data of", "what was left out, and why"), left_out, ("left", "left wrap")) }}
+{%- endif %}
+</section>{% endif %}
 <section class="card"><details>
 <summary>Settings ({{ config | length }})</summary>
 {{ table("config", (), config, ("left wrap", "left wrap code")) }}
