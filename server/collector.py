@@ -21,7 +21,7 @@ from tofu.observers.base import Observer
 from tofu.plugins import Export, Plugins, export_from_bytes
 from tofu.recording import Recorder
 from tofu.rounds import aggregators
-from tofu.rounds.aggregation import Aggregator
+from tofu.rounds.aggregation import Aggregator, limit_norm
 from tofu.rounds.downlink import Parts
 from tofu.secagg.encoding import SecureMean
 from tofu.settings.groups import ServerSettings
@@ -351,7 +351,7 @@ class OpenCollector:
             )  # fmt: skip
         update = compressor.decompress(base, payload.body)
         export = self._read_export(reply.exported, model)
-        mean.add(update, min(reply.examples, self._cap))
+        mean.add(limit_norm(update, base.param_spec, self._settings.max_update_norm), min(reply.examples, self._cap))
         self._norms[client.name] = norm(update, base.param_spec)
         if client.name == state.shown and (content := compressor.describe(payload.body)) is not None:
             collected.proxies = content.proxies.inputs[0] if content.proxies is not None else None

@@ -86,6 +86,7 @@ OTHERS |= {
     "feature-columns": "",
     "client-test-fraction": 0.0,
     "aggregator": "mean",
+    "max-update-norm": 0.0,
     "text-column": "",
     "task-count": 2,
     "over-relaxation": 1.5,
@@ -145,6 +146,7 @@ def test_others_differ_from_every_default() -> None:
     assert same == {(name, "") for name in ("plugins", "plugin-options", "feature-columns", "text-column")} | {
         ("client-test-fraction", 0.0),
         ("aggregator", "mean"),
+        ("max-update-norm", 0.0),
         ("normalization", "-1to1"),
         ("augmentation", ""),
     }
@@ -471,7 +473,7 @@ def values_of(name: str) -> st.SearchStrategy[object]:
 CONFLICTING = {
     "plugins", "plugin_options", "task_count", "switch_round", "max_epsilon", "min_clients", "clients", "partition",
     "feature_columns", "text_column", "client_test_fraction", "aggregator", "codec_mode",
-    "server_optimizer", "record_clients", "tasks", "secret_sampling", "clip_quantile",
+    "server_optimizer", "record_clients", "tasks", "secret_sampling", "clip_quantile", "max_update_norm",
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tofu.errors import PayloadError
 from tofu.rounds import aggregators
-from tofu.weights import ParamSpec, Weights
+from tofu.weights import ParamSpec, Weights, norm
 
 _FRACTION_BITS = 34
 _LIMIT = 2.0 ** (62 - _FRACTION_BITS)
@@ -213,6 +213,16 @@ class CenteredClip(StoredUpdates):
         for _ in range(self.ITERATIONS):
             center = center + _weighted_mean(_clipped(rows - center), weights)
         return center
+
+
+def limit_norm(update: Weights, param_spec: ParamSpec, largest: float) -> Weights:
+    """An update whose trainable parameters are scaled to an L2 norm of at most `largest`; 0 is no limit."""
+    length = norm(update, param_spec)
+    if not largest or not length > largest:
+        return update
+    return {
+        name: value * (largest / length) if name in param_spec.parameters else value for name, value in update.items()
+    }
 
 
 def _flat(update: Weights, parameters: tuple[str, ...]) -> Tensor:

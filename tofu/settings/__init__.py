@@ -194,6 +194,9 @@ class Settings(BaseModel):
             raise SettingError("aggregator", name, "mean with secure rounds, which show only the sum of the updates")
         if name != "mean" and self.privacy.noise_multiplier:
             raise SettingError("aggregator", name, "mean with noise-multiplier, whose guarantee is for the mean")
+        if self.server.max_update_norm and "secure" in kinds:
+            accepted = "0 with secure rounds, which show only the sum of the updates"
+            raise SettingError("max-update-norm", self.server.max_update_norm, accepted)
 
     def _check_ef21(self) -> None:
         if self.server.server_optimizer != "ef21":

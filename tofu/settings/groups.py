@@ -368,6 +368,9 @@ class ServerSettings(Group):
     malicious_fraction: float = setting(
         0.2, "fraction of malicious clients that trimmed-mean and multi-krum tolerate", ge=0, lt=0.5
     )
+    max_update_norm: float = setting(
+        0.0, "in open rounds the server scales longer updates down to this L2 norm; 0: no limit", ge=0, le=1e9
+    )
     max_example_ratio: float = setting(
         10.0,
         "a client's weight in open rounds is at most so many times the median number of examples; 0 disables it",

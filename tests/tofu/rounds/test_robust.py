@@ -1,14 +1,19 @@
 """Robust aggregation against published attacks, and against values computed by hand."""
 
+from importlib import import_module
+from importlib.util import find_spec
+
+import numpy as np
 import pytest
 import torch
+from flwr.server.strategy.aggregate import aggregate_krum, aggregate_median, aggregate_trimmed_avg
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from tofu.errors import PayloadError
 from tofu.rounds import aggregators
-from tofu.rounds.aggregation import Aggregator
+from tofu.rounds.aggregation import Aggregator, limit_norm
 from tofu.weights import ParamSpec, Weights
 
 VALUES = 40
@@ -98,3 +103,59 @@ def test_what_is_not_finite_is_not_added(name: str, value: float) -> None:
         rule.add(update(torch.full((VALUES,), value)), 1)
     rule.add(update(torch.ones(VALUES)), 1)
     assert rule.mean()["w"][0] == 1
+
+
+def attacked(attack: str, seed: int) -> list[Tensor]:
+    """Eight honest updates and two of one attack, float64."""
+    rows = honest(8, seed).double()
+    bad = ATTACKS[attack](rows).double()
+    return [*rows, bad, 1.1 * bad]
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_the_rules_agree_with_those_of_flower(attack: str) -> None:
+    rows = attacked(attack, 3)
+    results = [([row.float().numpy()], 10) for row in rows]
+    for name, theirs in (
+        ("median", aggregate_median(results)),
+        ("trimmed-mean", aggregate_trimmed_avg(results, 0.2)),
+        ("multi-krum", aggregate_krum(results, 2, 8)),
+    ):
+        assert aggregate(name, rows)["w"].numpy() == pytest.approx(theirs[0], abs=1e-5), name
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_the_rules_agree_with_those_of_byzfl(attack: str) -> None:
+    """ByzFL (Gonzalez et al. 2025), a public suite of robust aggregation: pip install byzfl."""
+    if find_spec("byzfl") is None:
+        pytest.skip("byzfl is not installed: pip install byzfl")
+    import_module("tofu.models.torchvision_compat")  # byzfl imports torchvision
+    byzfl = import_module("byzfl")
+    rows = attacked(attack, 4)
+    vectors = np.stack([row.float().numpy() for row in rows]).astype(np.float64)
+    typical = float(np.median(np.linalg.norm(vectors, axis=1)))
+    centered = byzfl.CenteredClipping()
+    centered.m = np.median(vectors, axis=0)
+    for _ in range(3):
+        centered.tau = float(np.median(np.linalg.norm(vectors - centered.m, axis=1)))
+        center = centered(vectors)
+    for name, theirs in (
+        ("mean", byzfl.Average()(vectors)),
+        ("median", byzfl.Median()(vectors)),
+        ("trimmed-mean", byzfl.TrMean(f=2)(vectors)),
+        ("multi-krum", byzfl.MultiKrum(f=2)(vectors)),
+        ("norm-clip", byzfl.Average()(byzfl.Clipping(c=typical)(vectors))),
+        ("centered-clip", center),
+    ):
+        assert aggregate(name, rows)["w"].numpy() == pytest.approx(theirs, rel=1e-4, abs=1e-4), name
+
+
+@given(scale=st.floats(0, 1e6), largest=st.floats(0.01, 100))
+def test_an_update_is_scaled_to_the_largest_norm_and_keeps_its_direction(scale: float, largest: float) -> None:
+    given_ = update(scale * honest(1)[0], buffer=7.0)
+    found = limit_norm(given_, SPEC, largest)
+    length, true = float(found["w"].norm()), float(given_["w"].norm())
+    assert length == pytest.approx(min(true, largest), rel=1e-4)
+    assert torch.allclose(found["w"] * true, given_["w"] * length, rtol=1e-3, atol=1e-6 * true * length)
+    assert torch.equal(found["mean"], given_["mean"])
+    assert limit_norm(given_, SPEC, 0.0) is given_
