@@ -99,7 +99,7 @@ def test_a_full_round_steps_to_the_mean_of_the_clients_weights() -> None:
     [result] = rounds(runner, 1)
     assert [client.name for client, _ in result.replies] == transport.trained() == ["0", "1", "2"]
     assert result.failures == {}
-    assert sum(reply.examples for _, reply in result.replies) == 120
+    assert sum(reply.examples for _, reply in result.replies) == result.examples == 120
     assert not same(before, runner.weights)
 
 
