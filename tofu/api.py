@@ -1,4 +1,4 @@
-"""Two functions of the public API: `tofu.encode` and `tofu.decode`.
+"""`tofu.encode` and `tofu.decode`: one update of any torch model as bytes, and back.
 
 A message of `encode` describes itself, so `decode` needs the model alone. Little-endian:
 
@@ -12,7 +12,7 @@ A message of `encode` describes itself, so `decode` needs the model alone. Littl
     1      length of the compressor's name
     2      length of the options
     -      the compressor's name
-    -      the options that differ from their defaults, as JSON; nothing if there are none
+    -      the options that differ from their defaults, as JSON; empty if there are none
     -      the payload (`tofu.wire`), with the fingerprint of the weights that it is relative to
 """
 
@@ -166,7 +166,7 @@ def decode(
 
 @dataclass(frozen=True)
 class _Header:
-    """What a message says before the payload, so that `decode` can build the compressor.
+    """The header of a message, from which `decode` builds the compressor.
 
     Attributes:
         ratio: as given to `encode`, like `compressor` and `options`.
@@ -207,7 +207,7 @@ class _Header:
 
 
 def _read_shape(reader: ByteReader) -> Shape:
-    """A shape, checked to have at most so many values that the memory for them is no danger."""
+    """Read a shape and check its number of values, which bounds the memory that decoding takes."""
     (axes,) = reader.unpack(struct.Struct("<B"))
     if axes > MAX_AXES:
         raise PayloadError(f"message has a shape of {axes} axes, expected at most {MAX_AXES}")
@@ -230,7 +230,7 @@ def _reference(model: nn.Module, call: ModelCall, initial: Mapping[str, Tensor] 
 
 
 def _complete(reference: ReferenceModel, update: Mapping[str, Tensor]) -> Weights:
-    """The update over all tensors of the param_spec, checked; buffers that are missing are zero."""
+    """Check an update and return it with all tensors of the param_spec; missing buffers are zero."""
     complete: Weights = {}
     for name, shape in reference.param_spec.shapes.items():
         value = update.get(name, torch.zeros(shape) if name in reference.param_spec.buffers else None)
@@ -242,7 +242,7 @@ def _complete(reference: ReferenceModel, update: Mapping[str, Tensor]) -> Weight
 
 
 def _options_to_bytes(options: CompressorOptions) -> bytes:
-    """The options that differ from their defaults, without those of the sender alone; b"" if there are none."""
+    """The options that `decode` needs and that differ from their defaults, as JSON; b"" if there are none."""
     values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
     values["encoder"] = {
         name: getattr(options.encoder, name)

@@ -3,7 +3,7 @@
 Every line has `time`, `level`, `app` (server, client or deploy), `event`, `run`, `round` and `node` (null if they
 do not apply), and the event's own fields. `run` and `node` are Flower's 64-bit numbers, written as text because many
 JSON readers round such numbers. With the setting `log=json`, lines go to standard error; if the environment variable
-TOFU_LOG names a file, they are appended to it whatever the setting. Otherwise nothing is logged.
+TOFU_LOG names a file, they are appended to it with any setting. Otherwise nothing is logged.
 
     LOG = logging.getLogger("tofu.server")
     LOG.warning("client failed", extra=about(run=run, round=3, node=node, reason="no reply"))

@@ -179,7 +179,7 @@ class Recorder:
 def save_message(
     folder: Path, round_: int, client: str, fields: Mapping[str, object], base: Mapping[str, Tensor], payload: bytes
 ) -> None:
-    """Save one message atomically in a folder of its own; an earlier one of this round and client is replaced.
+    """Save one message atomically in its own folder, and replace an earlier one of this round and client.
 
     Raises:
         RunError: the folder cannot be written.

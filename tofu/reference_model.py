@@ -49,7 +49,7 @@ class ModelCall:
     """The inputs and the target of a model.
 
     Without `forward`, proxies of inputs with 2 to 4 axes (channels, then the axes of a signal, an image or a volume)
-    may be smaller than the input; they are interpolated to its size. Vectors, and whatever `forward` receives, have
+    may be smaller than the input; they are interpolated to its size. Vectors, and inputs of `forward`, have
     exactly the given shape.
 
     Attributes:

@@ -112,7 +112,7 @@ class Registry(Generic[T]):
 def _files(source: str) -> list[tuple[str, Path]]:
     """Modules of a package in alphabetical order, or one module, each with its file; none if it is not installed.
 
-    No package is imported for this: in a folder with a `client.py` of its own that would run the user's code.
+    No package is imported for this, because that would run a user's own `client.py`.
     """
     top, *rest = source.split(".")
     spec = importlib.util.find_spec(top)

@@ -46,7 +46,7 @@ class ErrorFeedback:
         return replace(self, residual={name: factor * value for name, value in self.residual.items()})
 
     def target(self, update: Weights, acknowledged: int, *, fraction: float = 1.0) -> Weights:
-        """The update to compress: this round's update plus what the server has not received.
+        """The update to compress: this round's update plus the residual and lost replies.
 
         Args:
             acknowledged: the last round whose reply of this client the server added, or -1.
@@ -71,8 +71,8 @@ class ErrorFeedback:
     ) -> Weights:
         """The weights that local training starts from (SA-PEF, Redie et al., TMLR 2026).
 
-        These are the global weights plus `step_ahead` times what the server has not received. The update is then the
-        difference from these weights, because `target` adds what the server has not received in full.
+        These are the global weights plus `step_ahead` times the residual and lost replies. The update is then the
+        difference from these weights, because `target` adds the residual and lost replies in full.
 
         Args:
             weights: the global weights.

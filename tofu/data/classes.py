@@ -74,8 +74,8 @@ def check_unique(names: list[str], origin: str) -> None:
 def label_values(column: "pyarrow.ChunkedArray", name: str, origin: str) -> tuple[NDArray[Any], IntArray]:
     """The labels as int64 or as texts (objects) [k], and the rows that have one, int64 [k].
 
-    A row has no label if the cell is empty or not a finite number. Texts lose spaces around them and are in Unicode's
-    form NFC, as names of folders are. Numbers that were read as floats become int64 if all are whole.
+    A row has no label if the cell is empty or not a finite number. Texts are stripped and normalized to Unicode form
+    NFC, as names of folders are. Whole numbers that were read as floats become int64.
 
     Raises:
         DataError: the column has no labels, or fractions or another type.
@@ -115,7 +115,7 @@ def label_values(column: "pyarrow.ChunkedArray", name: str, origin: str) -> tupl
 
 
 def check_several(names: tuple[str, ...], origin: str) -> None:
-    """Raises DataError if the data of a run have one class only: everything would be classified correctly."""
+    """Raises DataError if the data of a run have only one class."""
     if len(names) == 1:
         raise DataError(f"{origin} has one class only ({names[0]}): expected at least two (class-names can name all)")
 
@@ -135,11 +135,11 @@ def number_classes(
     """The names of the classes, and each split's labels as class numbers, int64 [n].
 
     Args:
-        values: of each split, as `label_values` returns them; -1 stands for a label that is withheld.
-        declared: of each split, the names that the data declare for the numbers 0, 1, ...; () if they declare none.
+        values: labels of each split, as `label_values` returns them; -1 is a secret label.
+        declared: for each split, the names that the data declare for the numbers 0, 1, ...; () if there are none.
         wanted: the classes of the run in order; () takes those of the data: the declared ones, or all numbers up to
-            the largest, or the texts in the order of `sorted_names`. Labels that are whole numbers without declared
-            names stand for the wanted names that are written alike, if all are, and else for positions.
+            the largest, or the texts in the order of `sorted_names`. If all labels are numbers without declared names,
+            they are matched to the wanted names as texts, or if that fails, are positions in `wanted`.
 
     Raises:
         DataError: a label is not one of the classes, or one split has numbers where another has texts.

@@ -141,8 +141,8 @@ def _upright(image: "Image.Image") -> "Image.Image":
     try:
         return ImageOps.exif_transpose(image)
     except Exception:
-        # A damaged EXIF block raises many types of errors and says nothing about the orientation. Errors of the
-        # pixels themselves are raised again when these are read.
+        # A damaged EXIF block raises many types of errors; the orientation is then unknown. Errors of the pixels are
+        # raised again when these are read.
         return image
 
 

@@ -279,7 +279,7 @@ def _joined(paths: Sequence[Path], where: str) -> _Table:
         csv.read_csv(path, parse_options=options) if is_csv else parquet.read_table(path)
         for path, is_csv in zip(paths, are_csv, strict=True)
     ]
-    if len(tables) > 1 and all(are_csv):  # each file of its own shows other types
+    if len(tables) > 1 and all(are_csv):  # each file may show other types
         texts = _columns_of_texts(tables, where)
         tables = [table.cast(_with_texts(table.schema, texts)) for table in tables]
     parts = [(str(path), len(table)) for path, table in zip(paths, tables, strict=True)]
@@ -389,7 +389,7 @@ def _holds_numbers(table: _Table, name: str) -> bool:
 
 
 def _parsed(values: Sequence[str | None]) -> NDArray[np.float64]:
-    """The texts as numbers; NaN for those that are none."""
+    """The texts as numbers; NaN for texts that are not numbers."""
 
     def number(text: str | None) -> float:
         try:

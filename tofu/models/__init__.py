@@ -101,7 +101,7 @@ def initial_model(settings: ModelSettings, shape: ImageShape, seed: int) -> nn.M
 
 
 def run_model(settings: Settings, shape: ImageShape) -> nn.Module:
-    """The model of a run at its initial weights, which normalizes images in [-1, 1] as the run's settings say.
+    """The model of a run at its initial weights, which normalizes images in [-1, 1] by the run's settings.
 
     Raises:
         SettingError: the model, its initial weights or the normalization cannot be used.

@@ -57,7 +57,7 @@ def changed_buffers(model: nn.Module, forward: Callable[[], object]) -> frozense
 
     Raises:
         SettingError: a buffer has another shape or type after the pass.
-        Exception: whatever `forward`, which calls the model, raises.
+        Exception: any error of `forward`, which calls the model.
     """
     model.train()
     for tensor in (*model.parameters(), *model.buffers()):

@@ -54,7 +54,7 @@ def _tensors(path: str) -> Mapping[str, Tensor]:
         return _read(file, state.st_mtime_ns, state.st_size)
     except OSError as error:
         raise SettingError("initial_weights", path, f"{_ACCEPTED} ({error.strerror or first_line(error)})") from error
-    except Exception as error:  # torch.load raises anything for a file that is none of its own
+    except Exception as error:  # torch.load raises many types for other files
         raise SettingError("initial_weights", path, f"{_ACCEPTED} ({first_line(error)})") from error
 
 

@@ -1,7 +1,7 @@
 """The plugin interface: one class is both the client half and the server half of a technique.
 
-A client builds the plugins anew in every round, gives them their state and the server's broadcast, and the local loop
-calls their hooks. The server builds the same plugins and calls `setup`, `reduce` and `on_aggregate`:
+In every round a client builds the plugins, loads their state and the server's broadcast, and the local loop calls their
+hooks. The server builds the same plugins and calls `setup`, `reduce` and `on_aggregate`:
 
     client  load -> setup -> on_round_begin -> on_train_begin -> [on_batch, train_step (on_loss, on_step)] x batches,
             on_epoch_end x epochs, on_task_end -> export -> save
@@ -54,7 +54,7 @@ class RoundContext:
 
 @dataclass(frozen=True)
 class RunRequirements:
-    """What is known about a run when it is configured; `Plugin.incompatibility` decides by it.
+    """Properties of a run's configuration, by which `Plugin.incompatibility` decides.
 
     Attributes:
         clients: number of clients.
@@ -86,7 +86,7 @@ class SumSpec:
 
 @dataclass(frozen=True)
 class Export:
-    """What a client's plugin sends to the server in addition to the update.
+    """The data that a client's plugin sends to the server in addition to the update.
 
     Attributes:
         sums: name -> float64 tensor; exactly the names and shapes that `declare_sums` gives in this round. The server
@@ -207,12 +207,12 @@ class Plugin:
 
     @property
     def averages_exactly(self) -> bool:
-        """Whether averaging the clients' weights preserves what the plugin is for."""
+        """Whether the plugin's guarantee survives the averaging of weights over several clients."""
         return True
 
     @property
     def groups(self) -> int:
-        """Number of client groups, each with a global model of its own. At most one plugin may have more than 1."""
+        """Number of client groups, each with its own global model. At most one plugin may have more than 1."""
         return 1
 
     def group_of(self, client: str) -> int:
@@ -265,7 +265,7 @@ class Plugin:
     def on_train_begin(self, model: nn.Module, data: LabeledImages) -> None:
         """Called before local training, with the model at the round's global weights and in training mode.
 
-        What clients measure here adds up to what one client with all their images would measure.
+        All clients have the same weights here, so sums over their images can be added.
         """
 
     def on_batch(self, batch: Batch, generator: torch.Generator) -> Batch:
@@ -279,7 +279,7 @@ class Plugin:
     def train_step(self, batch: Batch, step: LocalStep) -> Tensor:
         """Train on one batch and return the detached scalar loss. At most one plugin may override it.
 
-        An override calls `step` as often as it needs, with a loss of its own, or updates `step.model` directly.
+        An override may call `step` several times, with its own loss, or update `step.model` directly.
         """
         return step()
 
@@ -316,13 +316,13 @@ class Plugin:
         return Prediction(torch.stack([each.softmax(1) for each in logits]).mean(0).log())
 
     def export(self) -> Export:
-        """What the server receives; called once, after `on_task_end`."""
+        """Return the data to send to the server; called once, after `on_task_end`."""
         return Export()
 
     # Server
 
     def reduce(self, sums: Weights, examples: int, broadcast: PluginState) -> PluginState:
-        """Return the state to send to all clients from the next round on. Not called where nothing was exported.
+        """Return the state to send to all clients from the next round on. Not called if nothing was exported.
 
         Args:
             sums: totals over clients of their exported sums, float64.
@@ -338,7 +338,7 @@ class Plugin:
         """
 
     def calibrate(self, model: nn.Module, data: LabeledImages) -> PluginState:
-        """Return the broadcast to save with a run's final weights, at which no client has measured anything.
+        """Return the broadcast to save with a run's final weights, at which no client has made measurements.
 
         Args:
             model: the final model, in eval mode.

@@ -1,4 +1,4 @@
-"""Several plugins as one: `Plugins` calls every hook of its members in a defined order and checks what they export."""
+"""`Plugins` calls the hooks of several plugins in a defined order, and checks their exports."""
 
 from collections.abc import Mapping, Sequence
 
@@ -23,7 +23,7 @@ from tofu.rounds.panel import Panel
 from tofu.weights import eval_mode
 
 _MAX_SUM = 1e300
-"""Limit for a client's plugin sums without a bound of their own, so that totals over many clients stay finite."""
+"""Bound of a client's plugin sums that declare none, so that totals over many clients stay finite."""
 
 
 class Plugins(tuple[Plugin, ...]):
@@ -42,19 +42,19 @@ class Plugins(tuple[Plugin, ...]):
                 raise SettingError("plugins", plugin.name, reason)
 
     def setup(self, model: nn.Module, context: RoundContext) -> nn.Module:
-        """Set up all plugins, first the one that changes the head: others measure or factorize its result."""
+        """Set up all plugins, the one that changes the head first, because others measure or factorize its result."""
         for plugin in sorted(self, key=lambda plugin: not plugin.changes_head):
             model = plugin.setup(model, context)
         self.on_round_begin(model, context)
         return model
 
     def on_round_begin(self, model: nn.Module, context: RoundContext) -> None:
-        """Call the hook of every plugin in list order; `setup` has done so for the model that it returned."""
+        """Call the hook of every plugin in list order; `setup` also does so for the model that it returns."""
         for plugin in self:
             plugin.on_round_begin(model, context)
 
     def declare_sums(self, model: nn.Module) -> dict[str, SumSpec]:
-        """`plugin/name` -> what is exported under it in this round."""
+        """`plugin/name` -> shape and bound of the sum that is exported in this round."""
         return {f"{p.name}/{name}": spec for p in self for name, spec in p.declare_sums(model).items()}
 
     def on_train_begin(self, model: nn.Module, data: LabeledImages) -> None:
@@ -118,7 +118,7 @@ class Plugins(tuple[Plugin, ...]):
             plugin.on_task_end(model, data, final)
 
     def predict(self, model: nn.Module, images: Tensor) -> Prediction:
-        """By the plugin that has its own way of predicting, or the model's outputs. Eval mode is the caller's."""
+        """Predict by the plugin that overrides `predict`, or by the model. The caller sets eval mode."""
         for plugin in self:
             if overrides(plugin, "predict"):
                 return plugin.predict(model, images)
@@ -145,7 +145,7 @@ class Plugins(tuple[Plugin, ...]):
         return 0
 
     def predict_groups(self, models: Sequence[nn.Module], images: Tensor) -> Prediction:
-        """By the plugin that has groups. Eval mode is the caller's."""
+        """Predict by the plugin that has groups. The caller sets eval mode."""
         for plugin in self:
             if plugin.groups > 1:
                 return plugin.predict_groups(models, images)
@@ -198,7 +198,7 @@ class Plugins(tuple[Plugin, ...]):
                 raise RunError(f"sum {name} reaches {largest:g}, expected finite values of at most {bound:g}")
 
     def reduce(self, sums: Weights, examples: int) -> None:
-        """Give every plugin its totals (under `plugin/name`); its `broadcast` is then the new one."""
+        """Pass the totals (`plugin/name`) to the plugins, and update their broadcasts."""
         for plugin in self:
             own = _of_plugin(plugin.name, sums)
             if own:
@@ -209,30 +209,30 @@ class Plugins(tuple[Plugin, ...]):
         return {plugin.name: panel for plugin in self if (panel := plugin.panel()) is not None}
 
     def state_bytes(self, *, max_bytes: int) -> bytes:
-        """All plugins' private states, for the client to keep; b"" without plugins.
+        """The private states of all plugins, which the client stores; b"" without plugins.
 
         Raises:
-            PayloadError: too large, or a value that cannot be kept.
+            PayloadError: the states are too large, or have a value of another type.
         """
         states = {p.name: p.state for p in self}
         return state_to_bytes(_joined(states), max_bytes=max_bytes) if self else b""
 
     def broadcast_bytes(self, *, max_bytes: int) -> bytes:
-        """All plugins' broadcasts, for the server to send. Raises PayloadError as `state_bytes` does."""
+        """The broadcasts of all plugins, which the server sends. Raises PayloadError as `state_bytes` does."""
         return state_to_bytes(_joined({p.name: p.broadcast for p in self}), max_bytes=max_bytes)
 
     @torch.no_grad()
     def calibrated_bytes(self, model: nn.Module, data: LabeledImages, *, max_bytes: int) -> bytes:
-        """All plugins' broadcasts, for `predict` with this model; its mode is restored. Raises as `state_bytes`."""
+        """The broadcasts of all plugins for `predict` with this model; restores its mode. Raises as `state_bytes`."""
         with eval_mode(model):
             states = {plugin.name: plugin.calibrate(model, data) for plugin in self}
         return state_to_bytes(_joined(states), max_bytes=max_bytes)
 
     def load(self, *, state: bytes = b"", broadcast: bytes = b"", max_bytes: int) -> None:
-        """Give the plugins what `state_bytes` and `broadcast_bytes` made; empty bytes are no state.
+        """Load the results of `state_bytes` and `broadcast_bytes`; empty bytes are an empty state.
 
         Raises:
-            PayloadError: bytes that are not such a state, or one of a plugin that is not here.
+            PayloadError: the bytes are malformed, or have the state of a plugin that is not here.
         """
         for attribute, data in (("state", state), ("broadcast", broadcast)):
             joined = state_from_bytes(data, max_bytes=max_bytes) if data else {}

@@ -46,7 +46,7 @@ def chain_of(model: nn.Module) -> dict[str, Carrier]:
 def keep_channels(model: nn.Module, kept: Mapping[str, Tensor]) -> None:
     """Remove output channels of layers in place; the weights of the kept channels are unchanged.
 
-    A layer remembers its kept channels in the buffer `kept`, which is not sent but is part of the model's architecture
+    A layer stores its kept channels in the buffer `kept`, which is not sent but is part of the model's architecture
     (`tofu.weights.architecture_of`). Layers that have those channels already are left unchanged.
 
     Args:
@@ -133,11 +133,11 @@ def keep_entries(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Replace the named parameters by their kept entries, in place.
 
     Args:
-        masks: parameter's name -> bool tensor of its shape, with at least one True. A parameter that is masked already
-            is left unchanged where its kept entries are the same, and otherwise is masked anew.
+        masks: parameter's name -> bool tensor of its shape, with at least one True. A mask of the
+            parameter is replaced if its kept entries differ.
 
     Raises:
-        ValueError: a mask has another shape than its parameter, or keeps nothing.
+        ValueError: a mask has another shape than its parameter, or no True.
     """
     for name, mask in masks.items():
         path, _, attribute = name.rpartition(".")

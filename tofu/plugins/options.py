@@ -1,4 +1,4 @@
-"""Options of a plugin as fields of its dataclass: default, help and bounds, checked when they are read from text.
+"""Options of a plugin, which are fields of its dataclass with default, help and bounds.
 
 @dataclass
 class Mix(Plugin):
@@ -31,7 +31,7 @@ _STRUCTURES: Mapping[type, str] = {list: "a JSON list", dict: "a JSON object"}
 
 @dataclass(frozen=True)
 class Accepted:
-    """The help of an option and the values that it takes: one of `choices`, or a number within the bounds."""
+    """The help of an option and its accepted values: one of `choices`, or a number within the bounds."""
 
     help: str
     choices: tuple[str, ...] = ()
@@ -64,7 +64,7 @@ def option(
     """A dataclass field that users may set; its annotation is bool, int, float, str, list or dict.
 
     Args:
-        default: an immutable value, or a list or dict, which every instance gets a copy of.
+        default: an immutable value, or a list or dict, of which every instance gets a copy.
         choices: the values of a str.
         ge, gt, le, lt: bounds of a number, or of each number in a list.
     """

@@ -22,10 +22,10 @@ class Accountant:
     1 / z^2 = sum 1 / z_i^2 (Dong, Roth, Su, "Gaussian Differential Privacy", JRSS B 2022, corollary 3.3). Its epsilon
     for delta is tight (Balle & Wang, ICML 2018, theorem 8). Secure and proxy rounds are composed with each other.
 
-    `epsilon` is against the server, which knows who takes part: it holds for any choice of clients. `model_epsilon` is
-    against observers of the models only, if each round's clients were drawn at random and in secret: sampling then
-    amplifies privacy (Wang, Balle, Kasiviswanathan, "Subsampled Renyi Differential Privacy and Analytical Moments
-    Accountant", AISTATS 2019, theorem 9).
+    `epsilon` is against the server, which knows the sampled clients, and holds for any choice of clients.
+    `model_epsilon` is against observers of the models only, if each round's clients were drawn at random and in secret:
+    sampling then amplifies privacy (Wang, Balle, Kasiviswanathan, "Subsampled Renyi Differential Privacy and Analytical
+    Moments Accountant", AISTATS 2019, theorem 9).
 
     Args:
         delta: probability, above 0 and below 1, that the bound fails; it should be well below 1 / clients.

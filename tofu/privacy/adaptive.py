@@ -1,8 +1,8 @@
 """A clipping norm that follows a quantile of the norms of the clients' updates.
 
-Andrew, Thakkar, McMahan, Ramaswamy, "Differentially Private Learning with Adaptive Clipping", NeurIPS 2021,
-algorithm 1. The norm is the same for all clients of a round, so it travels as a plugin's broadcast does, and what the
-clients report as a plugin's sum: in a secure round the server sees the noised count of all of them only.
+Andrew, Thakkar, McMahan, Ramaswamy, "Differentially Private Learning with Adaptive Clipping", NeurIPS 2021, algorithm
+1. The norm is the same for all clients of a round, so it is sent as a plugin's broadcast. The clients' reports are sent
+as a plugin's sum: in a secure round the server sees only their noised total.
 """
 
 import math

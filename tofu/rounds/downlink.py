@@ -125,10 +125,10 @@ class WeightSteps:
             whole: the client asked for full weights.
         """
         held = self._held.get(client, self._shared)
-        lacks = self._round - held
-        if whole or not held or lacks > len(self._steps):
+        missed = self._round - held
+        if whole or not held or missed > len(self._steps):
             return Parts(self._weights())
-        return Parts(b"", tuple(self._steps[len(self._steps) - lacks :]))
+        return Parts(b"", tuple(self._steps[len(self._steps) - missed :]))
 
     def _weights(self) -> bytes:
         """The payload of this round's full weights, encoded on first use."""
@@ -164,8 +164,8 @@ def follow_steps(
         sketch: of the round's weights.
 
     Raises:
-        ResyncError: this client lacks the weights that the steps start from, or arrives at other weights than the
-            server.
+        ResyncError: this client does not have the weights that the steps start from, or computes other weights than
+            the server.
         PayloadError: a payload fails validation.
     """
     if kept is not None:
@@ -202,8 +202,8 @@ def receive_weights(
         compressor: compressor of the server's steps; None if the run sends full weights.
 
     Raises:
-        ResyncError: this client lacks the weights that the steps start from, or arrives at other weights than the
-            server.
+        ResyncError: this client does not have the weights that the steps start from, or computes other weights than
+            the server.
         TofuError: the payload fails validation.
     """
     if request.payload:

@@ -9,7 +9,7 @@ the graph independently, and a server cannot place a client among colluding ones
 adverts of its colluding clients, each of which is another draw: 2^20 tries turn a bound of 2^-40 into 2^-20.
 
 The threshold is t > d/2 + c for d neighbors, of which at most c collude with the server. Then c colluding clients have
-fewer than t shares of either secret of a client, and the server cannot obtain both secrets, whatever it sends to whom:
+fewer than t shares of either secret of a client, and the server cannot obtain both secrets, regardless of its messages:
 t shares of each come from 2(t - c) > d honest neighbors, and an honest neighbor reveals only one.
 
 With a server that follows the protocol, the honest clients in the sum form a connected graph, so only their sum is
@@ -90,8 +90,8 @@ class Graph:
 
     def __init__(self, adverts: Sequence[bytes], neighbors: int) -> None:
         count = len(adverts)
-        self._everybody = neighbors == count - 1
-        if not self._everybody and (not 2 <= neighbors < count - 1 or neighbors % 2):
+        self._complete = neighbors == count - 1
+        if not self._complete and (not 2 <= neighbors < count - 1 or neighbors % 2):
             raise SettingError("neighbors", neighbors, f"{count - 1}, or an even number from 2 below it")
         seed = hashlib.sha256(b"tofu secagg 1 graph" + b"".join(adverts)).digest()
         self._ring = sorted(range(count), key=lambda one: hashlib.sha256(seed + adverts[one]).digest())
@@ -99,7 +99,7 @@ class Graph:
 
     def neighbors_of(self, one: int) -> tuple[int, ...]:
         """A client's neighbors in rising order, as indices into the adverts."""
-        if self._everybody:
+        if self._complete:
             return tuple(other for other in range(len(self._ring)) if other != one)
         place, steps = self._ring.index(one), range(-self._reach, self._reach + 1)
         return tuple(sorted(self._ring[(place + step) % len(self._ring)] for step in steps if step))
@@ -136,16 +136,16 @@ def choose_topology(
             raise SettingError(name, fraction, "a fraction from 0 to below 1")
     lost = math.floor(dropout * clients)
     for neighbors in range(2, min(clients - 1, MAX_SHARES + 1), 2) if clients > complete_up_to else ():
-        gone = _exceeded(clients - 1, lost, neighbors, clients, CORRECTNESS_BITS)
+        dropped = _exceeded(clients - 1, lost, neighbors, clients, CORRECTNESS_BITS)
         threshold = min_threshold(clients, neighbors, corrupted)
-        if threshold <= neighbors - gone:
+        if threshold <= neighbors - dropped:
             return Topology(neighbors, threshold)
-    everybody = clients - 1
-    threshold = min_threshold(clients, everybody, corrupted)
-    if threshold > everybody - lost or everybody > MAX_SHARES:
+    others = clients - 1
+    threshold = min_threshold(clients, others, corrupted)
+    if threshold > others - lost or others > MAX_SHARES:
         accepted = f"a smaller fraction: no threshold allows it with corrupted={corrupted:g} and {clients} clients"
         raise SettingError("dropout", dropout, accepted)
-    return Topology(everybody, threshold)
+    return Topology(others, threshold)
 
 
 def min_threshold(clients: int, neighbors: int, corrupted: float) -> int:

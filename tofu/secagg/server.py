@@ -133,15 +133,15 @@ class ServerSession:
             SettingError: the topology is for another number of clients.
         """
         self._advance(Stage.ADVERTISE_KEYS, Stage.SHARE_KEYS)
-        came, needed = len(self._adverts), topology.neighbors + 1
-        if came < needed:
-            raise RunError(f"{came} clients sent adverts, expected at least {needed}")
+        count, needed = len(self._adverts), topology.neighbors + 1
+        if count < needed:
+            raise RunError(f"{count} clients sent adverts, expected at least {needed}")
         self._order = sorted(self._adverts.values(), key=lambda advert: advert.digest)
         self._numbers = {advert.name: number for number, advert in enumerate(self._order)}
         members = tuple(advert.digest for advert in self._order)
         shape = (topology.threshold, self._bits, self._values, topology.neighbors)
         self._terms = Terms(self._session, *shape, members, self._purpose)
-        self._neighbors = [self._terms.neighbors_of(number) for number in range(came)]
+        self._neighbors = [self._terms.neighbors_of(number) for number in range(count)]
         self._digest = self._terms.digest(self._run)
         result = {}
         for number, advert in enumerate(self._order):
@@ -330,10 +330,10 @@ class ServerSession:
             for peer, nonce in self._commitments[number].items()
         )
 
-    def _remove_pair_masks(self, gone: int, secret: bytes) -> None:
+    def _remove_pair_masks(self, dropped: int, secret: bytes) -> None:
         """Remove the pair masks that a dropped-out client left in its neighbors' vectors."""
         members = self._terms.members
-        for peer in self._neighbors[gone]:
+        for peer in self._neighbors[dropped]:
             if peer in self._masked:
-                seed = pair_seed(secret, self._order[peer].mask_key, self._digest, members[gone], members[peer])
-                add_mask(self._sum, seed, self._bits, negative=peer < gone)
+                seed = pair_seed(secret, self._order[peer].mask_key, self._digest, members[dropped], members[peer])
+                add_mask(self._sum, seed, self._bits, negative=peer < dropped)

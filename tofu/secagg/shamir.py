@@ -5,7 +5,8 @@ i = 1 to 255. From shares of indices x_1, ..., x_t, with + and - both XOR,
 
     f(0) = sum_i f(x_i) prod_(j != i) x_j / (x_j - x_i).
 
-Any threshold - 1 shares are uniform, whatever the secret. A modified share yields another secret and no error.
+Any threshold - 1 shares are uniformly distributed for every secret. A modified share yields another secret and no
+error.
 
 This implementation is about 130 times faster than pycryptodome's, which computes over GF(2^128) bit by bit with Python
 integers and took most of the time of a session with 1,000 clients and 150 neighbors each. Here the field is that of
