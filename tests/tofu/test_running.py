@@ -241,7 +241,7 @@ def test_mappings_are_passed_by_name_and_logits_are_read(tmp_path: Path) -> None
         ({"clients": [[torch.zeros(4)] * 3], "model": mlp}, "pairs"),
         ({"clients": [Vectors(0)], "model": mlp}, r"model='Sequential' .*accepts the inputs"),
         ({"clients": [Vectors(0)], "model": mlp, "plugins": "ood"}, "plugins='ood' .* Python objects"),
-        ({"clients": [Vectors(0)], "model": lambda: nn.Linear(4, 1), "ratio": 1.1}, "loss=None .* no class numbers"),
+        ({"clients": [Vectors(0)], "model": lambda: nn.Linear(4, 1), "ratio": 1.1}, "loss=None .* not class numbers"),
         (
             {"clients": [Vectors(0)], "model": lambda: nn.Linear(4, 1), "loss": nn.functional.nll_loss},
             "loss='nll_loss'",
