@@ -17,7 +17,8 @@ def write_app(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     lines = [
         "[project]", 'name = "tofu-fl"', f'version = "{_version()}"', 'license = "Apache-2.0"',
-        "dependencies = []", "", "[tool.flwr.app]", 'publisher = "tofu-fl"', "", "[tool.flwr.app.components]",
+        'description = "Federated learning with proxy images"', "dependencies = []", "", "[tool.flwr.app]",
+        'publisher = "tofu-fl"', "", "[tool.flwr.app.components]",
         'serverapp = "server.app:app"', 'clientapp = "client.app:app"', "", "[tool.flwr.app.config]",
         *(f"{dashed(name)} = {json.dumps(field.default)}" for name, field in FIELDS.items()),
     ]  # fmt: skip

@@ -14,6 +14,7 @@ import secrets
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ CONTROL_TOKEN = "control-token"
 """File beside the keys that has the token."""
 
 _TOKEN_BYTES = 32
+_LAST_ANSWERS_SECONDS = 5
 _ENTRIES = ("authn-type", "oidc-access-token", "oidc-refresh-token")
 """Entries of Flower's credentials. Of its two types, `noop` and `oidc`, only the second sends the access token."""
 
@@ -80,8 +82,11 @@ def main(command: Sequence[str]) -> None:
     """Run the SuperLink in this process. `command`: the token's file, then the command line of `flower-superlink`."""
     # Its web server ends in order on this signal, and then sends it again to whatever handled it before.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    import uvicorn
     from flwr.superlink.cli import flower_superlink
 
+    # Without a limit it waits for who follows a run's log.
+    uvicorn.run = partial(uvicorn.run, timeout_graceful_shutdown=_LAST_ANSWERS_SECONDS)
     module = sys.modules[flower_superlink.__module__]
     guard(module, Path(command[0]).read_text().strip())
     sys.argv = list(command[1:])

@@ -19,7 +19,7 @@ _REASON = reason_to_skip()
 pytestmark = [pytest.mark.skipif(bool(_REASON), reason=_REASON), pytest.mark.timeout(1800)]
 
 SERVICES = {"superlink", "superlink-exec", "proxy"} | {f"node-{n}{part}" for n in range(3) for part in ("", "-exec")}
-RUN = ("clients=3", "min-clients=3", "dataset=/data", "local-epochs=1", "evaluations=10")
+RUN = ("clients=3", "min-clients=3", "dataset=/data", "local-epochs=1", "max-evals=10")
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,9 @@
 """The login of the Control API, on both sides."""
 
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +14,8 @@ from flwr.common.constant import ACCESS_TOKEN_KEY
 from flwr.supercore.credential_store.file_credential_store import FileCredentialStore
 
 from deploy.superlink import guard, make_token, write_credentials
+from deploy.topology import ENVIRONMENT
+from tests.processes import free_port, wait_for
 
 ADDRESS = "127.0.0.1:12345"
 
@@ -44,3 +50,24 @@ def test_another_token_or_none_is_refused(given: list[str]) -> None:
 def test_a_superlink_without_such_an_interface_does_not_start() -> None:
     with pytest.raises(RuntimeError, match="no login for its Control API"):
         guard(SimpleNamespace(), "secret")
+
+
+def test_a_stop_does_not_wait_for_a_request_that_never_ends(tmp_path: Path) -> None:
+    make_token(tmp_path / "token")
+    address, log = ("127.0.0.1", free_port()), tmp_path / "log"
+    options = ["--insecure", "--host", address[0], "--port", str(address[1]), "--isolation", "process"]
+    command = [sys.executable, "-m", "deploy.superlink", str(tmp_path / "token"), "flower-superlink", *options]
+    environment = os.environ | ENVIRONMENT | {"FLWR_HOME": str(tmp_path)}
+    with log.open("wb") as output:
+        superlink = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+    try:
+        wait_for(lambda: "Uvicorn running" in log.read_text())
+        with socket.create_connection(address) as connection:
+            head = "POST /v1/fleet/pull-messages HTTP/1.1\r\nHost: x\r\nContent-Type: application/protobuf\r\n"
+            connection.sendall(f"{head}Content-Length: 9\r\nExpect: 100-continue\r\n\r\n".encode())
+            assert connection.recv(64).startswith(b"HTTP/1.1 100")  # the server reads the body, which never comes
+            superlink.terminate()
+            assert superlink.wait(120) == 0
+    finally:
+        superlink.kill()
+        superlink.wait()
