@@ -27,6 +27,7 @@ from tofu.errors import TofuError
 from tofu.flower.policy import Policy, client_name, error_replies
 from tofu.flower.secure_session import answer_query, participant_of
 from tofu.log import about, start_logging
+from tofu.models.checks import eager_code
 from tofu.secagg.identities import HELLO
 from tofu.settings import Settings
 from tofu.wire import (
@@ -142,7 +143,8 @@ def _answering(what: str, message: Message, context: Context) -> Iterator[_Answe
     with error_replies(message, context) as replies:
         try:
             start_logging(str(context.run_config.get("log", "text")))
-            yield answer
+            with eager_code():
+                yield answer
             sent = answer.record.get(FIELD)
             log(logging.INFO, "answered", bytes=len(sent) if isinstance(sent, bytes) else 0)
         except TofuError as error:

@@ -59,10 +59,12 @@ from tofu.training import LocalTrainingConfig
 from tofu.weights import (
     Weights,
     check_constant_buffers,
+    check_frozen,
     constant_buffers,
     cosine,
     difference,
     explained_variance,
+    frozen_parameters,
     load_weights,
     weights_of,
 )
@@ -310,7 +312,7 @@ class LocalRound:
         self.local.begin(model, load_local(self.context, self.local))
         generator = derive_generator(settings.run.seed, self.round, self.position.client, "train")
         heads = nullcontext() if self.classes is None else only_classes(model, self.classes)
-        constants = self.local.without(constant_buffers(model))
+        constants, frozen = self.local.without(constant_buffers(model)), frozen_parameters(model)
         device = open_device(settings.run.device)
         accuracy = None
         with heads:
@@ -322,6 +324,7 @@ class LocalRound:
                 device=device,
             )  # fmt: skip
         check_constant_buffers(model, constants)
+        check_frozen(model, frozen)
         exported = self.plugins.export(model)
         if self.local:
             save_local(self.context, self.local.end(model))

@@ -15,7 +15,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from server.checkpoint import Snapshot, keep_last_checkpoint, read_checkpoint, write_checkpoint
-from server.client_registry import Client
+from server.client_registry import Client, Clients
 from server.ledger import Ledger
 from server.records import (
     SampleImages,
@@ -37,6 +37,7 @@ from tofu.flower.transport import GridTransport
 from tofu.formatting import printable, shortened
 from tofu.local_layers import keep_local
 from tofu.log import start_logging
+from tofu.models.checks import eager_code
 from tofu.models.initial_weights import fill
 from tofu.observers.base import Observer, Observers
 from tofu.observers.json_lines import JsonLinesLog
@@ -83,8 +84,8 @@ def serve(grid: Grid, settings: Settings, observer: Observer, workload: Workload
         workload: data and model; by default those that the settings name.
 
     Raises:
-        TofuError: a setting or the data cannot be used, a round got no valid reply, no round succeeded, or all secure
-            rounds were abandoned. The run folder keeps the rounds before it.
+        TofuError: a setting or the data cannot be used, a round got no valid reply, no round succeeded, all secure
+            rounds were abandoned, or training had diverged at the end. The run folder keeps the rounds.
     """
     start_logging(settings.run.log)
     _check_clients(grid, settings)
@@ -92,9 +93,10 @@ def serve(grid: Grid, settings: Settings, observer: Observer, workload: Workload
     tracked = make_trackers(settings.run.tracker, lambda text: observers.on_note(text))
     observers = Observers((ReportWriter(), JsonLinesLog(grid.run.run_id), metrics, *tracked, observer))
     try:
-        run = _Run(grid, settings, observers, workload or workload_of(settings))
-        metrics.serve(settings.run.metrics_port)
-        return run.run()
+        with eager_code():
+            run = _Run(grid, settings, observers, workload or workload_of(settings))
+            metrics.serve(settings.run.metrics_port)
+            return run.run()
     except BaseException as error:
         observers.on_run_error(error)
         raise
@@ -153,8 +155,15 @@ class _Run:
     def __init__(self, grid: Grid, settings: Settings, observer: Observer, workload: Workload) -> None:
         self._began = time.perf_counter()
         torch.set_num_threads(settings.run.threads)
-        self._grid, self._settings, self._observer, self._workload = grid, settings, observer, workload
+        self._grid, self._observer, self._ledger = grid, observer, Ledger()
         self._introduced: tuple[Client, ...] = ()
+        self._counted = (0, 0, 0)
+        self._transport = GridTransport(grid)
+        self._prepare(settings, workload)
+
+    def _prepare(self, settings: Settings, workload: Workload, clients: Clients | None = None) -> None:
+        """Build the model and what depends on it. Raises SettingError for settings that are not usable."""
+        self._settings, self._workload = settings, workload
         shape = workload.shape
         network = ReferenceModel(keep_local(workload.build_model(shape).eval(), settings.training.local_layers), shape)
         own = settings.model.initial_weights
@@ -162,8 +171,9 @@ class _Run:
         test = workload.test()
         if "secure" in make_schedule(settings.rounds, settings.training.rounds).kinds:
             check_secure_settings(settings)
-        self._ledger = Ledger()
-        self._runner = RoundRunner(GridTransport(grid), network, test, settings, self._ledger, observer, workload)
+        self._runner = RoundRunner(
+            self._transport, network, test, settings, self._ledger, self._observer, workload, clients
+        )  # fmt: skip
         if not settings.run.resume and spent_budget(self._runner, 1):
             first = Accountant(settings.privacy.privacy_delta)
             first.spend(settings.privacy.noise_multiplier, self._runner.kind(1))
@@ -173,40 +183,80 @@ class _Run:
         self._samples = SampleImages(workload, test, real=settings.run.report_images)
 
     def run(self) -> RunSummary:
-        settings, observer = self._settings, self._observer
-        with closing(RunFolder(settings)) as folder:
-            if settings.run.recorded:
-                self._runner.recorder = self._recorder.in_folder(folder.path)
-                names = ", ".join(settings.run.recorded)
-                observer.on_note(
-                    f"records the messages of client {names} in {folder.path}/record; protect them like its data"
-                )
-            name = f"{settings.model.model} on {settings.data.dataset}"
-            if isinstance(self._workload, NamedWorkload | RowWorkload):
-                how = self._workload.preprocessing if isinstance(self._workload, NamedWorkload) else {}
-                folder.write_model_json(self._workload.data.class_names, how)
-            observer.on_run_start(settings.training.rounds, settings.data.clients, name)
-            if self._random:
-                missing = ", ".join(self._random)
-                observer.on_note(f"not in {settings.model.initial_weights}, so at random values: {missing}")
-            if settings.codec.compressor in NEEDS_CALL and not self._runner.models[0].reference.call.inputs:
-                why = "the model has no floating-point input that proxies could take the place of"
-                observer.on_note(f"updates are sent as the sparse correction alone (compressor=sparse): {why}")
-            self._note_data()
+        with closing(RunFolder(self._settings)) as folder:
+            missing = self._register(folder)
+            self._announce(folder)
             self._runner.on_spend = lambda account: folder.write_account(account.to_dict())
             try:
-                return self._run(folder)
+                return self._run(folder, missing)
             except OSError as error:
                 if error.errno not in _DISK:
                     raise
                 reason = f"the run folder {folder.path} cannot be written ({error.strerror})"
                 raise RunError(f"round {self._runner.round}: {reason}") from error
 
-    def _run(self, folder: RunFolder) -> RunSummary:
+    def _register(self, folder: RunFolder) -> RunError | None:
+        """Wait for the clients of a new run whose classes may grow, and grow them to those of all clients.
+
+        Returns:
+            Why there are too few clients, if there are.
+
+        Raises:
+            RunError: the model cannot have these classes.
+        """
+        settings, clients = self._settings, self._runner.clients
+        data = settings.data
+        if settings.run.resume or data.class_names or data.subpopulations or not clients.class_names:
+            return None
+        server, before = settings.server, clients.class_names
+        try:
+            clients.register(min_clients=server.min_clients, timeout=server.round_timeout)
+        except RunError as error:
+            return error
+        if clients.class_names != before:
+            grown = settings.replace(class_names=",".join(clients.class_names))
+            try:
+                self._prepare(grown, workload_of(grown), clients)
+            except SettingError as error:
+                own = ",".join(before)
+                raise RunError(
+                    f"clients have classes that {data.dataset} lacks, and {error}; class-names={printable(own)} "
+                    "leaves these clients out"
+                ) from error
+            folder.write_config(grown)
+        return None
+
+    def _announce(self, folder: RunFolder) -> None:
+        """Say what the run does that its settings do not show."""
+        settings, observer = self._settings, self._observer
+        if settings.run.recorded:
+            self._runner.recorder = self._recorder.in_folder(folder.path)
+            names = ", ".join(settings.run.recorded)
+            observer.on_note(
+                f"records the messages of client {names} in {folder.path}/record; protect them like its data"
+            )
+        name = f"{settings.model.model} on {settings.data.dataset}"
+        if isinstance(self._workload, NamedWorkload | RowWorkload):
+            how = self._workload.preprocessing if isinstance(self._workload, NamedWorkload) else {}
+            folder.write_model_json(self._workload.data.class_names, how)
+        observer.on_run_start(settings.training.rounds, settings.data.clients, name)
+        if self._random:
+            missing = ", ".join(self._random)
+            observer.on_note(f"not in {settings.model.initial_weights}, so at random values: {missing}")
+        if settings.codec.compressor in NEEDS_CALL and not self._runner.models[0].reference.call.inputs:
+            why = "the model has no floating-point input that proxies could take the place of"
+            observer.on_note(f"updates are sent as the sparse correction alone (compressor=sparse): {why}")
+        self._note_data()
+
+    def _run(self, folder: RunFolder, missing: RunError | None) -> RunSummary:
         done = self._resume(folder) if self._settings.run.resume else None
         if done is None:
             folder.add_round(start_record(self._runner.evaluate(), time.perf_counter() - self._began))
+        if done is not None:
+            self._counted = self._totals()
         self._observer.on_history(folder.path, folder.records())
+        if missing is not None:
+            raise missing
         stopped = ""
         for round_ in range((done or 0) + 1, self._settings.training.rounds + 1):
             if stopped := spent_budget(self._runner, round_):
@@ -214,7 +264,7 @@ class _Run:
                 break
             self._round(folder, round_)
         seconds = time.perf_counter() - self._began
-        failed = failed_rounds(folder.records())
+        failed = failed_rounds(folder.records()) or self._divergence(folder)
         summary = run_summary(
             self._runner, self._ledger, stopped=stopped or failed, folder=str(folder.path), seconds=seconds
         )
@@ -238,7 +288,7 @@ class _Run:
 
     def _round(self, folder: RunFolder, round_: int) -> None:
         began, ledger, runner = time.perf_counter(), self._ledger, self._runner
-        before = (ledger.uplink, ledger.downlink, ledger.fedavg_uplink)
+        before = self._counted
         try:
             result = runner.run_round(round_)
         except BaseException:
@@ -249,6 +299,7 @@ class _Run:
         score = runner.evaluate()
         self._samples.add(result)
         messages = ledger.take()
+        self._counted = self._totals()
         record = round_record(runner, ledger, result, score, before, time.perf_counter() - began)
         record = dataclasses.replace(record, link_seconds=LinkSimulator.of(self._settings).seconds(messages))
         if self._settings.run.checkpoint:
@@ -262,8 +313,17 @@ class _Run:
         folder.write_samples(self._samples.arrays)
         folder.write_panels(runner.plugins.panels())
         self._observer.on_round_end(record)
-        if diverged := divergence(folder.records(), self._workload.shape.classes):
-            self._observer.on_note(f"round {round_}: {diverged}; a smaller lr may help", round=round_)
+        if diverged := self._divergence(folder):
+            self._observer.on_note(f"round {round_}: {diverged}", round=round_)
+
+    def _totals(self) -> tuple[int, int, int]:
+        """The bytes so far: uplink, downlink and FedAvg's uplink."""
+        return self._ledger.uplink, self._ledger.downlink, self._ledger.fedavg_uplink
+
+    def _divergence(self, folder: RunFolder) -> str:
+        """How training has diverged so far, and what may help; "" if it has not."""
+        diverged = divergence(folder.records(), self._workload.shape.classes, growth=self._runner.growth)
+        return f"{diverged}; a smaller lr may help" if diverged else ""
 
     def _checkpoint(self, folder: RunFolder, record: RoundRecord, messages: Sequence[Mapping[str, object]]) -> None:
         """Store the state after a round, before any other file is written for the round."""

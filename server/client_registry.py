@@ -19,6 +19,9 @@ from tofu.wire import CLASSES, RECORD, SIGNATURE, class_names_from, class_names_
 _GRACE_SECONDS = 30.0
 """Time to wait for other clients if all that are connected have declined."""
 
+_MAX_ADDED = 1000
+"""Limit for the number of classes that clients add to a run."""
+
 _MAX_NAMES = 1000
 """Limit for the letters of class names in an error message."""
 
@@ -60,7 +63,7 @@ class Clients:
         identities: Mapping[str, bytes] | None = None,
     ) -> None:  # fmt: skip
         self._transport, self._ledger, self._observer = transport, ledger, observer
-        self._class_names, self._identities = class_names, identities
+        self.class_names, self._identities, self._growing = class_names, identities, False
         self._known: dict[int, Client | None] = {}
         self._owners: dict[str, int] = {}
         self._declined: dict[int, str] = {}
@@ -97,6 +100,27 @@ class Clients:
                 raise RunError(f"round {round_}: {len(found)} clients connected after {waited:.0f} s, "
                                f"min-clients is {min_clients}{reasons}")  # fmt: skip
             time.sleep(min(1.0, max(0.0, end - time.monotonic())))
+
+    def register(self, *, min_clients: int, timeout: float) -> None:
+        """Before the first round: wait for clients, and add the classes that only clients have to those of the run.
+
+        Raises:
+            RunError: fewer than `min_clients` are connected after `timeout` seconds.
+        """
+        end, self._growing = time.monotonic() + timeout, True
+        try:
+            self.connected(min_clients=min_clients, timeout=timeout, round_=1)
+        finally:
+            self._growing = False
+        added: set[str] = set()
+        for client in self.introduced:  # in the order of names, so that the classes do not depend on who came first
+            own = set(client.classes or ()) - set(self.class_names)
+            usable = all("," not in name and name == name.strip() for name in own)  # class-names can hold them
+            if own and usable and self.class_names and len(added | own) <= _MAX_ADDED:
+                added |= own
+                self._observer.on_note(f"client {client.name} adds the classes {printable(shortened(sorted(own)))}")
+        self.class_names += tuple(sorted(added))
+        self._tell_classes(self.introduced, end, 1)
 
     @property
     def introduced(self) -> tuple[Client, ...]:
@@ -158,17 +182,18 @@ class Clients:
             if known is not None:
                 self._ledger.add(message, round_=round_, kind="hello", direction="downlink", client=known.name)
 
-        self._tell_classes([self._known[node] for node in nodes if self._known.get(node)], end, round_)
+        if not self._growing:
+            self._tell_classes([self._known[node] for node in nodes if self._known.get(node)], end, round_)
 
     def _tell_classes(self, clients: Sequence[Client | None], end: float, round_: int) -> None:
         """Send the run's class names to clients whose own data have other classes or another order."""
         others = {
             client.node: client for client in clients
-            if client is not None and client.classes is not None and client.classes != self._class_names
+            if client is not None and client.classes is not None and client.classes != self.class_names
         }  # fmt: skip
-        if not others or not self._class_names:
+        if not others or not self.class_names:
             return
-        body = class_names_to_text(self._class_names)
+        body = class_names_to_text(self.class_names)
         ttl, answered = max(1.0, end - time.monotonic()), set()
         messages = [make_message(body, node, f"query.{CLASSES}", round_=round_, ttl=ttl) for node in others]
         for message in messages:
@@ -185,8 +210,8 @@ class Clients:
 
     def _all_classes(self, clients: Iterable[Client]) -> str:
         """The part of an error message that says with which class-names these clients could take part."""
-        unknown = sorted({name for client in clients for name in client.classes or ()} - set(self._class_names))
-        names = printable(",".join((*self._class_names, *unknown)))
+        unknown = sorted({name for client in clients for name in client.classes or ()} - set(self.class_names))
+        names = printable(",".join((*self.class_names, *unknown)))
         if not unknown or len(names) > _MAX_NAMES:
             return "class-names can name all classes"
         return f"the run lacks {printable(shortened(unknown))}: class-names={names} has all classes"

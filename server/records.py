@@ -18,7 +18,7 @@ from tofu.workload import NamedWorkload, Workload, data_description
 
 Arrays = Mapping[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]
 _MAX_REAL = 16
-_DIVERGED, _EXPLODED = 100.0, 5.0
+_DIVERGED, _EXPLODED, _GROWN = 100.0, 5.0, 2.0
 _LEARNED, _GUESSING = 0.25, 0.05
 """Fractions of the accuracies above guessing."""
 
@@ -172,19 +172,28 @@ def failed_rounds(records: Sequence[RoundRecord]) -> str:
     return f"{text}: {reason}" if reason else text
 
 
-def divergence(records: Sequence[RoundRecord], classes: int) -> str:
+def divergence(records: Sequence[RoundRecord], classes: int, *, growth: float = 1.0) -> str:
     """How training has diverged in these rounds, or "" if it has not.
 
-    Training has diverged if the last test loss is not finite or above 100 times the initial one (taken as at least 1).
-    It has also diverged if the last test loss is above the initial one, the accuracy is that of guessing, and one of
-    two conditions holds: an earlier round was at least a quarter of the way from guessing to perfect accuracy, or the
-    training loss is above 5 times the initial test loss (taken as at least 1).
+    Training has diverged if the weights or the last test loss are not finite, or this loss is above 100 times the
+    initial one (taken as at least 1). It has also diverged if the last test loss is above the initial one, the accuracy
+    is that of guessing, and one of three conditions holds: an earlier round was at least a quarter of the way from
+    guessing to perfect accuracy, the norm of the weights has doubled, or the training loss is above 5 times the initial
+    test loss (taken as at least 1). Without test data, the training loss is compared with the loss of guessing, or with
+    that of the first round if the model does not classify.
 
     Args:
         classes: number of classes; 1 if the model does not classify.
+        growth: norm of the last round's weights, as a multiple of that at the start.
     """
     start, last = records[0], records[-1]
+    if not math.isfinite(growth):
+        return "training diverges: the weights are not finite"
     if start.loss is None:  # there are no test data, or nothing that could be measured
+        losses = [record.train_loss for record in records if record.train_loss is not None]
+        first = math.log(classes) if classes > 1 else (losses or [0.0])[0]
+        if losses and losses[-1] > _DIVERGED * max(first, 1.0):
+            return f"training diverges: the training loss is {losses[-1]:.3g}, at the start it was {first:.3g}"
         return ""
     found = "not finite" if last.loss is None else f"{last.loss:.3g}"
     text = f"training diverges: the test loss is {found}, at the start it was {start.loss:.3g}"
@@ -194,7 +203,7 @@ def divergence(records: Sequence[RoundRecord], classes: int) -> str:
     best = max((record.accuracy or 0.0 for record in records), default=0.0)
     lost = last.accuracy is not None and last.accuracy <= guessing + _GUESSING * (1 - guessing)
     learned = best >= guessing + _LEARNED * (1 - guessing)
-    exploded = (last.train_loss or 0.0) > _EXPLODED * max(start.loss, 1.0)
+    exploded = growth > _GROWN or (last.train_loss or 0.0) > _EXPLODED * max(start.loss, 1.0)
     if lost and not last.task_accuracies and last.loss > start.loss and (learned or exploded):
         return f"{text}; the accuracy was {best:.3g} and is {last.accuracy:.3g}, that of guessing"
     return ""

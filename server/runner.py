@@ -38,7 +38,7 @@ from tofu.rounds.schedule import make_schedule
 from tofu.secagg.encoding import SecureMean
 from tofu.settings import MIN_SECURE, Settings
 from tofu.tasks import TaskStream, round_context
-from tofu.weights import Weights, weights_of
+from tofu.weights import Weights, dot, weights_of
 from tofu.wire import CLIENT_ACCURACY
 from tofu.workload import Workload, label_names, labeled_images, workload_of
 
@@ -107,6 +107,7 @@ class RoundRunner:
         reference: the model at its initial weights; the rounds change it in place.
         test: held-out data.
         workload: data and model of the run; by default those that the settings name.
+        clients: those that have registered for the run, if it has waited for them.
 
     Attributes:
         models: the global model of each client group; one unless a plugin has more groups.
@@ -124,6 +125,7 @@ class RoundRunner:
         ledger: Ledger,
         observer: Observer,
         workload: Workload | None = None,
+        clients: Clients | None = None,
     ) -> None:
         self.settings, self.plugins = settings, plugins_of(settings)
         self._shape, self._test, self._ledger, self._observer = reference.shape, test, ledger, observer
@@ -131,7 +133,7 @@ class RoundRunner:
         self._schedule = make_schedule(settings.rounds, settings.training.rounds)
         self.stream = TaskStream.of(settings.plugins, reference.shape.classes, settings.run.seed)
         workload = workload or workload_of(settings)
-        self._clients = Clients(
+        self.clients = clients or Clients(
             transport, ledger, observer, label_names(workload), known_identities(settings.secure)
         )  # fmt: skip
         self._evaluator = Evaluator(
@@ -161,12 +163,24 @@ class RoundRunner:
     @property
     def introduced(self) -> tuple[Client, ...]:
         """The clients that have taken part so far, as they introduced themselves."""
-        return self._clients.introduced
+        return self.clients.introduced
 
     @property
     def unreadable(self) -> int:
         """Number of images that clients and server left out because they cannot be read."""
-        return self._clients.unreadable + len(getattr(self._test, "unreadable", ()))
+        return self.clients.unreadable + len(getattr(self._test, "unreadable", ()))
+
+    @property
+    def growth(self) -> float:
+        """The norm of the trainable parameters as a multiple of that at the start; NaN if a weight is not finite."""
+        now, start = 0.0, 0.0
+        for model in self.models:
+            weights, initial = weights_of(model.averaged), model.reference.initial
+            if not all(bool(torch.isfinite(value).all()) for value in weights.values()):
+                return math.nan
+            now += sum(float((weights[name].double() ** 2).sum()) for name in initial)
+            start += dot(initial, initial)
+        return math.sqrt(now / start) if start else 1.0
 
     @property
     def recorder(self) -> Recorder | None:
@@ -201,7 +215,7 @@ class RoundRunner:
             RunError: too few clients are connected, or no reply is valid.
         """
         settings, self.round = self.settings, round_
-        connected = self._clients.connected(
+        connected = self.clients.connected(
             min_clients=settings.server.min_clients, timeout=settings.server.round_timeout, round_=round_
         )
         kind = self.kind(round_)
@@ -231,7 +245,7 @@ class RoundRunner:
             for name, reason in state.failures.items():
                 self._observer.on_client_failure(round_, name, result.nodes[name], reason)
         self._note_stragglers(state, set(result.nodes))
-        for node, reason in self._clients.take_declined().items():
+        for node, reason in self.clients.take_declined().items():
             result.nodes[str(node)], result.failures[str(node)] = node, reason
         if result.sums:
             self.plugins.reduce(result.sums, result.examples)
@@ -313,7 +327,7 @@ class RoundRunner:
         self._exchange.save(snapshot)
         snapshot.plain |= {
             "round": self.round, "accuracies": self.accuracies, "task_accuracies": self.task_accuracies,
-            "group_accuracies": self.group_accuracies, "clients": self._clients.state(),
+            "group_accuracies": self.group_accuracies, "clients": self.clients.state(),
             "ledger": self._ledger.totals(), "privacy": self.account.to_dict() if self.account else None,
         }  # fmt: skip
 
@@ -335,7 +349,7 @@ class RoundRunner:
         self._ledger.restore(plain["ledger"])
         if clients_kept:
             self._exchange.restore(snapshot)
-            self._clients.restore(plain["clients"])
+            self.clients.restore(plain["clients"])
 
     def write_model(self, folder: RunFolder) -> None:
         """Write the models that the run would end with."""

@@ -27,6 +27,21 @@ def derive_generator(*parts: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(*parts))
 
 
+def reseed_own(model: torch.nn.Module, seed: int) -> None:
+    """Seed the generators of torch, numpy and Python that are attributes of modules, each with a seed of its own."""
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            own = derive_seed(seed, name, attribute)
+            if isinstance(value, torch.Generator):
+                value.manual_seed(own)
+            elif isinstance(value, np.random.Generator):
+                value.bit_generator.state = type(value.bit_generator)(own).state
+            elif isinstance(value, np.random.RandomState):
+                value.seed(own % 2**32)
+            elif isinstance(value, random.Random):
+                value.seed(own)
+
+
 class GlobalGenerators:
     """A context that seeds the global generators of torch, numpy and Python for one thread, and restores them.
 

@@ -19,6 +19,7 @@ from torch.utils.data import TensorDataset, default_collate
 import tofu
 from tofu.data import FederatedData, ImageShape, LabeledImages, to_float
 from tofu.errors import RunError, SettingError
+from tofu.models.checks import eager_code
 from tofu.observers.base import Observer, Observers
 from tofu.observers.terminal import make_progress
 from tofu.reference_model import Forward, InputShape
@@ -149,7 +150,8 @@ def run(
     Raises:
         SettingError: an argument cannot be used.
         DataError: the dataset cannot be used.
-        RunError: no client gave a valid reply, or this folder has a `client` or `server` module of its own.
+        RunError: no client gave a valid reply, no round succeeded, training had diverged at the end (the run folder has
+            all rounds), or this folder has a `client` or `server` module of its own.
 
     Example:
         >>> import tempfile, tofu
@@ -162,7 +164,7 @@ def run(
     workload, checked = own.workload_and_settings(clients, test, settings)
     client, server = _apps()
     observers = Observers((make_progress(sys.stderr, quiet=not progress), *callbacks))
-    with _process_settings_kept():
+    with _process_settings_kept(), eager_code():
         summary = server.serve_in_process(client.make_app(workload), checked, observers, workload)
     typed = from_dict(RunSummary, summary, "summary")
     return RunResult(Path(typed.run), typed, (workload or workload_of(checked)).build_model)

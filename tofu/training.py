@@ -17,7 +17,7 @@ from tofu.device import CPU, on_device
 from tofu.errors import RunError
 from tofu.plugins import NO_PLUGINS, Batch, Plugins
 from tofu.plugins.base import Criterion
-from tofu.rng import GlobalGenerators
+from tofu.rng import GlobalGenerators, reseed_own
 from tofu.settings.groups import TrainingSettings
 
 
@@ -75,6 +75,7 @@ def train_locally(
     """
     began = time.perf_counter()
     model.train()
+    reseed_own(model, generator.initial_seed())
     plugins.on_train_begin(model, data)
     optimizer = SGD(dict(model.named_parameters()), config)
     total, steps = torch.zeros((), device=device), 0

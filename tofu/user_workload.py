@@ -18,10 +18,10 @@ from tofu.device import CPU, on_device
 from tofu.errors import RunError, SettingError
 from tofu.evaluation import Evaluation, Predict
 from tofu.models import build_seeded
-from tofu.models.checks import changed_buffers, check_stateless, drop_constant_buffers, without_wrappers
+from tofu.models.checks import changed_buffers, check_memory, check_stateless, drop_constant_buffers, without_wrappers
 from tofu.plugins import Plugins, RoundContext
 from tofu.reference_model import NO_CALL, Forward, InputShape, ModelCall, call_of
-from tofu.rng import GlobalGenerators
+from tofu.rng import GlobalGenerators, reseed_own
 from tofu.training import SGD, LocalTrainingConfig, ProximalTerm, SeededDropout, TrainingResult, shuffled_batches
 from tofu.weights import eval_mode
 
@@ -96,6 +96,7 @@ class DatasetLoop:
         """
         began = time.perf_counter()
         model.train()
+        reseed_own(model, generator.initial_seed())
         if self.train_function is not None:
             context = TrainingContext(
                 position.client, position.round, config.lr, config.epochs, config.batch_size, config.momentum,
@@ -250,6 +251,7 @@ class UserWorkload(DatasetLoop):
         try:
             with GlobalGenerators(self.seed):
                 drop_constant_buffers(model, changed_buffers(model, lambda: _forward(model, inputs)))
+                check_memory(model)
                 check_stateless(model, lambda: _forward(model, inputs))
         except SettingError:
             raise

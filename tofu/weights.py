@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from tofu.errors import PayloadError, RunError, SettingError
 
@@ -137,7 +138,20 @@ def constant_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer.clone() for name, buffer in model.named_buffers() if name not in persistent}
 
 
-def check_constant_buffers(model: nn.Module, before: dict[str, Tensor]) -> None:
+def frozen_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> copy of each parameter that needs no gradient."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad and not is_lazy(p)}
+
+
+def check_frozen(model: nn.Module, before: Mapping[str, Tensor]) -> None:
+    """Raises SettingError if training changed a frozen parameter, such as a moving average, since such are not sent."""
+    for name, p in model.named_parameters():
+        if name in before and not torch.equal(tensor_bits(p), tensor_bits(before[name])):
+            accepted = f"a model whose frozen parameters do not change in training ({name} does): buffers may"
+            raise SettingError("model", type(model).__name__, accepted)
+
+
+def check_constant_buffers(model: nn.Module, before: Mapping[str, Tensor]) -> None:
     """Raises RunError if training changed a non-persistent buffer, because these are not sent."""
     for name, buffer in model.named_buffers():
         if name in before and not torch.equal(tensor_bits(buffer), tensor_bits(before[name])):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
+from torch import nn
 
 from client.app import app as client_app
 from server.app import app as server_app
@@ -30,15 +31,19 @@ def write(folder: Path, names: tuple[str, ...], rows: slice, *, as_names: dict[s
     return folder
 
 
-def federate(tmp_path: Path, run: str, own: list[Path], **settings: Any) -> tuple[list[RoundRecord], dict[str, Any]]:
-    """The rounds of a run whose clients have these folders, and its data.json."""
+def federate(
+    tmp_path: Path, run: str, own: list[Path], *, policy: str = "", **settings: Any
+) -> tuple[list[RoundRecord], dict[str, Any]]:
+    """The rounds of a run whose clients have these folders and this policy, and its data.json."""
+    node = {"policy": str(tmp_path / "policy.toml")} if policy else {}
+    (tmp_path / "policy.toml").write_text(policy)
     chosen = {
         "dataset": str(tmp_path / "server"), "clients": len(own), "rounds": 3, "schedule": "fedavg", "local_epochs": 3,
         "run_folder": str(tmp_path / run), "lr": 0.2, "checkpoint": False,
     } | settings  # fmt: skip
     run_in_process(
         server_app, client_app, run_config=Settings.of(chosen).to_config(), num_supernodes=len(own),
-        node_config=lambda partition: {"data": str(own[partition])},
+        node_config=lambda partition: {"data": str(own[partition]), **node},
     )  # fmt: skip
     return list(read_rounds(tmp_path / run / "metrics.jsonl")), json.loads((tmp_path / run / "data.json").read_text())
 
@@ -84,20 +89,54 @@ def test_what_a_client_cannot_read_is_counted_at_the_server_without_its_name(
     assert str(folders[0]) not in stored
 
 
-def test_a_class_that_the_run_does_not_have_is_refused_in_one_line(
+def test_the_classes_of_a_run_are_those_of_all_its_clients(
+    tmp_path: Path, folders: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As if the server's own folder had them, or class-names listed them; the lists do not depend on who came first."""
+    folders[1] = write(tmp_path / "odd", NAMES[3:8], slice(400, 1200), as_names={"five": "owl"})
+    folders[2] = write(tmp_path / "odder", NAMES[7:], slice(400, 1200), as_names={"nine": "ant"})
+    rounds, data = federate(tmp_path, "run", folders, rounds=2)
+    names = (*sorted(NAMES), "ant", "owl")
+    assert data["classes"] == list(names)
+    assert json.loads((tmp_path / "run" / "model.json").read_text())["class_names"] == list(names)
+    assert not any(round_.failures for round_ in rounds)
+    named = federate(tmp_path, "named", folders, rounds=2, class_names=",".join(names))[0]
+    assert [row.accuracy for row in named] == [row.accuracy for row in rounds]
+    summaries = [read_summary(tmp_path / name / "summary.json") for name in ("run", "named")]
+    assert len({summary.weights_sha256 for summary in summaries if summary}) == 1
+    assert "client 1 adds the classes owl" in capsys.readouterr().err
+    ledger = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
+    sent = sum(row["bytes"] for row in ledger if row["round"] == 1 and row["direction"] == "uplink")
+    assert rounds[1].uplink_bytes == sent  # clients registered before round 1, which counts this
+
+
+def fixed_head(channels: int, height: int, width: int, classes: int) -> nn.Module:
+    """A model of ten classes, whatever it is asked for."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * height * width, 10))
+
+
+def test_a_model_that_cannot_have_the_classes_of_all_clients_is_refused_in_one_line(
+    tmp_path: Path, folders: list[Path]
+) -> None:
+    folders[1] = write(tmp_path / "odd", NAMES[:3], slice(400, 600), as_names={"two": "owl"})
+    with pytest.raises(RunError, match=r"clients have classes that .* lacks, and model='.*fixed_head' .* to \[2, 11\] "
+                       r"\(found \[2, 10\]\); class-names=eight,.*,zero leaves these clients out"):  # fmt: skip
+        federate(tmp_path, "run", folders, rounds=1, policy='models = ["any"]', model=f"{__name__}:fixed_head")
+
+
+def test_a_class_that_class_names_lacks_is_refused_in_one_line(
     tmp_path: Path, folders: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folders[1] = write(tmp_path / "odd", NAMES[:3], slice(400, 600), as_names={"two": "owl"})
-    rounds, _ = federate(tmp_path, "run", folders, rounds=1)
+    rounds, _ = federate(tmp_path, "run", folders, rounds=1, class_names=",".join(sorted(NAMES)))
     (failure,) = rounds[1].failures
     concealed = "this client's data or files cannot be used in this run: see its log"
-    names = ",".join((*sorted(NAMES), "owl"))
-    assert failure.reason == f"{concealed} (the run lacks owl: class-names={names} has all classes)"
-    named = federate(tmp_path, "named", folders, rounds=1, class_names=names)[0]
-    assert len(named[1].by_client) == 3
+    assert failure.reason == concealed
     assert "has the label 'owl': expected one of eight, five, four, nine" in capsys.readouterr().err
     with pytest.raises(RunError, match=f"0 clients connected .*{concealed}"):
-        federate(tmp_path, "none", [folders[1]], rounds=1, round_timeout=5.0)
+        federate(
+            tmp_path, "none", [folders[1]], rounds=1, round_timeout=5.0, class_names=",".join(sorted(NAMES))
+        )  # fmt: skip
 
 
 def test_with_privacy_no_class_names_leave_a_client(tmp_path: Path, folders: list[Path]) -> None:

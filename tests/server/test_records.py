@@ -1,6 +1,7 @@
 """What a run's records say of it at the end: whether training has diverged."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -39,8 +40,17 @@ def test_an_exploding_training_loss_is_divergence_where_nothing_was_learned() ->
     start, last = records("secure", (0.1, 2.3), (0.1, 2.5))
     assert divergence([start, last], 10) == ""
     assert "that of guessing" in divergence([start, dataclasses.replace(last, train_loss=32.0)], 10)
+    assert "that of guessing" in divergence([start, last], 10, growth=2.6)
 
 
 def test_a_model_that_does_not_classify_has_no_accuracy_of_guessing() -> None:
     assert divergence(records("secure", (None, 1.0), (None, 2.0)), 1) == ""
     assert divergence(records("secure", (None, 1.0), (None, 200.0)), 1)
+
+
+def test_without_test_data_the_training_loss_tells() -> None:
+    start, last = records("fedavg", (None, None), (None, None))
+    assert divergence([start, dataclasses.replace(last, train_loss=200.0)], 10) == ""
+    assert "training loss is 1e+03" in divergence([start, dataclasses.replace(last, train_loss=1000.0)], 10)
+    assert divergence([start, dataclasses.replace(last, train_loss=1000.0)], 1) == ""
+    assert "not finite" in divergence([start, last], 10, growth=math.nan)

@@ -76,6 +76,13 @@ def test_datasets_give_the_weights_of_the_named_run(
     assert len(own.ledger) == len(named.ledger) > 0
 
 
+@pytest.mark.parametrize(("schedule", "lr"), [("proxy", 30.0), ("secure", 3.0), ("secure", 30.0), ("fedavg", 3.0)])
+def test_a_run_that_diverged_does_not_end_successfully(schedule: str, lr: float, tmp_path: Path) -> None:
+    chosen = QUICK | DATA | {"lr": lr, "batch_size": 16, "partition": "dirichlet", "rounds": 3, "schedule": schedule}
+    with pytest.raises(RunError, match="diverge"):
+        tofu.run(**chosen, model="mlp", run_folder=str(tmp_path / "run"))
+
+
 def test_the_result_has_the_run_as_objects(tmp_path: Path, parts: tuple[list[TensorDataset], TensorDataset]) -> None:
     clients, test = parts
     result = tofu.run(**QUICK, clients=clients, test=test, model=mlp, run_folder=str(tmp_path / "run"))

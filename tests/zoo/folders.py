@@ -46,6 +46,19 @@ def picture(name: str, *, size: tuple[int, int] = (8, 8)) -> bytes:
     return buffer.getvalue()
 
 
+def frames(name: str, *formats: str) -> Callable[[Path], object]:
+    """Two frames or pages in a file of each format, in the training folder of a class."""
+
+    def build(root: Path) -> None:
+        splits(root, "cat", "dog")
+        first, second = (Image.fromarray(np.full((8, 8), level, np.uint8)) for level in (20, 90))
+        for format_ in formats:
+            path = root / "train" / name / f"{format_}.jpg"
+            first.convert("RGB").save(path, format_, save_all=True, append_images=[second.convert("RGB")])
+
+    return build
+
+
 def put(root: Path, *files: str, content: bytes = b"junk") -> None:
     for name in files:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -228,6 +241,12 @@ IMAGES: dict[str, Case] = {
     "a_broken_link": Case(
         lambda r: sequence(lambda p: splits(p, "cat", "dog"), lambda p: (p / "train/cat/x.png").symlink_to("gone"))(r),
         Read(unreadable=1),
+    ),
+    "several_pages_or_frames": Case(frames("cat", "TIFF", "GIF", "PNG", "WEBP"), Read(unreadable=4)),
+    "several_frames_strict": Case(
+        frames("cat", "GIF"),
+        r"GIF\.jpg cannot be read as an image: it has several pages or frames",
+        {"strict": True},
     ),
     "strict": Case(lambda r: damage(r, "train/cat/x.png"), r"x\.png cannot be read as an image", {"strict": True}),
     "all_corrupt": Case(

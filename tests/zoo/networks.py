@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.ao.quantization import FakeQuantize, MovingAverageMinMaxObserver
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
@@ -339,12 +340,16 @@ class Recurrent(nn.Module):
 
 
 class Counting(nn.Module):
-    """Counts its calls."""
+    """Counts its calls, or those in training mode."""
 
     calls = 0
 
+    def __init__(self, only_in_training: bool = False) -> None:
+        super().__init__()
+        self.only_in_training = only_in_training
+
     def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
+        self.calls += self.training or not self.only_in_training
         return x * (1 + 0.01 * self.calls)
 
 
@@ -415,6 +420,74 @@ class Expanded(nn.Module):
         return x * self.scale + self.shift
 
 
+class Noisy(nn.Module):
+    """Adds noise in training from a generator of its own that nobody has seeded."""
+
+    def __init__(self, generator: Any, draw: Callable[[Any], float]) -> None:
+        super().__init__()
+        self.generator, self.draw = generator, draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.draw(self.generator) if self.training else x
+
+
+def _torch_generator() -> torch.Generator:
+    generator = torch.Generator()
+    generator.seed()
+    return generator
+
+
+ACCEPTED |= {
+    "own_numpy_generator": _flat(lambda: Noisy(np.random.default_rng(), lambda g: g.normal())),
+    "own_numpy_state": _flat(lambda: Noisy(np.random.RandomState(), lambda g: g.normal())),
+    "own_python_generator": _flat(lambda: Noisy(random.Random(), lambda g: g.random())),
+    "own_torch_generator": _flat(lambda: Noisy(_torch_generator(), lambda g: float(torch.rand((), generator=g)))),
+}  # fmt: skip
+_UNKNOWN_TO_MODULES = np.random.default_rng()
+
+
+class Teacher(nn.Module):
+    """A moving average of a layer's weights as frozen parameters, updated when `when` is told the layer and itself."""
+
+    def __init__(self, when: Callable[[nn.Linear, nn.Linear], object] | None = None) -> None:
+        super().__init__()
+        self.student, self.teacher = nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, HIDDEN).requires_grad_(False)
+        if when is not None:
+            when(self.student, self.teacher)
+        self.in_forward = when is None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.in_forward:
+            average(self.student, self.teacher)
+        result: Tensor = self.student(x) if self.training else self.teacher(x)
+        return result
+
+
+@torch.no_grad()
+def average(student: nn.Linear, teacher: nn.Linear) -> None:
+    teacher.weight.mul_(0.9).add_(student.weight, alpha=0.1)
+
+
+def _after_backward(student: nn.Linear, teacher: nn.Linear) -> None:
+    student.weight.register_post_accumulate_grad_hook(lambda _: average(student, teacher))
+
+
+class Shared(nn.Module):
+    """A parameter whose memory is also that of `other`."""
+
+    def __init__(self, other: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(HIDDEN))
+        shared = other(self.scale.data)
+        if isinstance(shared, nn.Parameter):
+            self.other = shared
+        else:
+            self.register_buffer("other", shared)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
 ACCEPTED |= {"compiled": _compiled, "expanded": _flat(Expanded), "sparse_embedding": partial(Pixels, sparse=True)}
 
 REFUSED: dict[str, tuple[Callable[..., nn.Module], str]] = {
@@ -431,8 +504,19 @@ REFUSED: dict[str, tuple[Callable[..., nn.Module], str]] = {
     ),
     "large_counter": (_flat(lambda: Changing(torch.tensor(2**30), lambda n: n + 1)), "value 1073741824"),
     "double": (lambda **shape: Flat(**shape, middle=nn.Linear(HIDDEN, HIDDEN)).double(), "must have the same dtype"),
-    "recurrent": (_flat(Recurrent), "two equal passes have different outputs"),
-    "counting": (_flat(Counting), "two equal passes have different outputs"),
+    "recurrent": (_flat(Recurrent), "two equal passes in evaluation mode have different outputs"),
+    "counting": (_flat(Counting), "two equal passes in evaluation mode have different outputs"),
+    "counting_in_training": (_flat(lambda: Counting(only_in_training=True)), "in training mode have different outputs"),
+    "hidden_generator": (
+        _flat(lambda: Noisy(None, lambda _: float(_UNKNOWN_TO_MODULES.normal()))), "two equal passes in training mode",
+    ),
+    "observed": (
+        _flat(lambda: FakeQuantize.with_args(observer=MovingAverageMinMaxObserver)()),  # type: ignore[no-untyped-call]
+        "buffers do not change in evaluation mode (middle.scale does)",
+    ),
+    "teacher": (_flat(Teacher), "frozen parameters do not change in training (middle.teacher.weight does)"),
+    "buffer_of_a_parameter": (_flat(lambda: Shared(lambda w: w)), "middle.other and middle.scale do"),
+    "tied_by_memory": (_flat(lambda: Shared(lambda w: nn.Parameter(w[3:]))), "middle.scale and middle.other do"),
     "nothing_to_train": (lambda **shape: Flat(**shape).requires_grad_(False), "at least one trainable parameter"),
     "too_few_outputs": (lambda classes, **shape: Flat(**shape, classes=classes - 1), "[2, 10]"),
     "no_module": (lambda **_: 5, "torch.nn.Module"),  # type: ignore[dict-item, return-value]
@@ -441,7 +525,7 @@ REFUSED: dict[str, tuple[Callable[..., nn.Module], str]] = {
 
 
 class Late(nn.Module):
-    """A buffer that training changes from its third pass on."""
+    """A buffer that training changes from its fifth pass on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -450,7 +534,7 @@ class Late(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.passes += self.training
-        return x + self.state.add_(1.0) if self.passes > 2 else x
+        return x + self.state.add_(1.0) if self.passes > 4 else x
 
 
 def _frozen_by_thread() -> nn.Module:
@@ -462,6 +546,7 @@ def _frozen_by_thread() -> nn.Module:
 SPECIAL: dict[str, Callable[..., nn.Module]] = {
     "reentrant": _flat(_do(lambda x, _: checkpoint(torch.tanh, x, use_reentrant=True))),
     "late_buffer": _flat(Late),
+    "late_teacher": _flat(lambda: Teacher(_after_backward)),
     "frozen_by_thread": _flat(_frozen_by_thread),
 }
 

@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import tofu
 from tests.zoo.networks import ACCEPTED, REFUSED
 from tofu.errors import RunError, SettingError
+from tofu.models.checks import eager_code
 
 SMALL: dict[str, Any] = {
     "clients": 3, "local_epochs": 1, "train_images": 90, "test_images": 100, "batch_size": 8, "max_evals": 4,
@@ -52,9 +54,33 @@ def test_reentrant_checkpoints_are_refused_where_proxies_are_asked_for(tmp_path:
     assert not run("reentrant", tmp_path / "secure", schedule="secure")["failures"]
 
 
-def test_a_buffer_that_only_a_later_pass_changes_fails_its_client_by_name(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"training changed buffer middle\.state"):
-        run("late_buffer", tmp_path / "run")
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("late_buffer", r"training changed buffer middle\.state"),
+        ("late_teacher", r"frozen parameters do not change in training \(middle\.teacher\.weight does\)"),
+    ],
+)
+def test_what_only_later_training_changes_fails_its_client_by_name(name: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=reason):
+        run(name, tmp_path / "run")
+
+
+def test_the_compiler_is_off_within_a_run_only(tmp_path: Path) -> None:
+    compiled: list[object] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph
+
+    function: Any = torch.compile(lambda x: torch.tanh(x) + 1, backend=backend)
+    run("compiled", tmp_path / "run", **ROUNDS["uncompressed"])
+    assert not compiled
+    function(torch.ones(3))
+    assert len(compiled) == 1
+    with eager_code(), eager_code():
+        function(torch.ones(4, 5))
+    assert len(compiled) == 1
 
 
 def test_frozen_weights_that_differ_between_clients_are_found(tmp_path: Path) -> None:

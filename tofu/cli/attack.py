@@ -66,6 +66,7 @@ def attack(
     from attacks.evaluate import evaluate
     from attacks.recorded import ATTACKS, attack_run
     from attacks.report import print_tables, write_report
+    from tofu.models.checks import eager_code
 
     torch.set_num_threads(threads)
     log = line_printer(quiet=quiet)
@@ -75,9 +76,10 @@ def attack(
         rows = evaluate(evaluation, folder, log=log, seconds=time_limit)
     else:
         chosen = evaluation.attacks if attacks else ATTACKS
-        rows = attack_run(
-            run, folder, attacks=chosen, seconds=evaluation.seconds, model=model, dataset=dataset, log=log
-        )
+        with eager_code():
+            rows = attack_run(
+                run, folder, attacks=chosen, seconds=evaluation.seconds, model=model, dataset=dataset, log=log
+            )
     page = write_report(rows, folder)
     if json_:
         print(json.dumps(rows))

@@ -24,6 +24,8 @@ IMAGE_SUFFIXES = frozenset((
 ))  # fmt: skip
 
 _MAX_12_BIT = (1 << 12) - 1
+_FIRST_IS_MAIN = ("MPO", "ICO", "ICNS")
+"""Formats whose further images are smaller ones, or depths: many phones write them as .jpg."""
 
 
 @dataclass(frozen=True)
@@ -100,20 +102,22 @@ def to_float(images: Tensor) -> Tensor:
 def read_image(source: bytes | Path) -> Pixels:
     """Decode one image file to 8 bits per channel, and apply its EXIF orientation.
 
-    The first image of a file with several is read. 16-bit gray values are scaled from
-    16 bits to 8, or from 12 bits to 8 if all of the image's values fit in 12 bits: many cameras and scanners store
-    12-bit values in 16-bit files.
+    The EXIF orientation is applied. 16-bit gray values are scaled from 16 bits to 8, or from 12 bits to 8 if all of the
+    image's values fit in 12 bits: many cameras and scanners store 12-bit values in 16-bit files.
 
     Args:
         source: the encoded bytes, or the path of the file.
 
     Raises:
-        DataError: the image cannot be decoded, or has 32 bits per pixel and channel.
+        DataError: the image cannot be decoded, has 32 bits per pixel and channel, or is one of several pages of a TIFF
+            or frames of a GIF, PNG or WebP.
     """
     from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as opened:
+            if getattr(opened, "is_animated", False) and opened.format not in _FIRST_IS_MAIN:
+                raise ValueError("it has several pages or frames, expected one")
             return _to_pixels(_upright(opened))
     except (OSError, SyntaxError, ValueError, EOFError, TypeError, Image.DecompressionBombError) as error:
         unknown = isinstance(error, UnidentifiedImageError)  # whose message repeats the path

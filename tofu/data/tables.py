@@ -132,6 +132,8 @@ def _usable(table: ImageTable, label: str, client: str) -> tuple[NDArray[Any], I
     for row, name in enumerate(_ids(table, client)):
         if name is None:
             reasons.setdefault(row, f"names no client in column {client!r}")
+        elif row in reasons:
+            reasons[row] = f"(client {name}) {reasons[row]}"
     kept = np.array([row not in reasons for row in rows.tolist()], dtype=bool)
     return labels[kept], rows[kept], tuple(f"{table.row_origin(row)} {reasons[row]}" for row in sorted(reasons))
 

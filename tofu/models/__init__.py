@@ -14,7 +14,14 @@ from tofu.data import ImageShape, normalization_of
 from tofu.data.preprocessing import normalize_inputs
 from tofu.errors import SettingError
 from tofu.imports import import_object
-from tofu.models.checks import check_stateless, check_training, drop_constant_buffers, without_wrappers
+from tofu.models.checks import (
+    check_memory,
+    check_stateless,
+    check_training,
+    drop_constant_buffers,
+    eager_code,
+    without_wrappers,
+)
 from tofu.models.initial_weights import fill
 from tofu.models.small import BagOfWords, cnn, lenet5, mlp
 from tofu.models.spiking import dct_model, spiking_model
@@ -148,7 +155,7 @@ def build_row_model(name: str, width: int, classes: int, *, vocabulary: int = 0,
 
 def build_seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
     """Call `build` with the global generators at a seed, and restore their state."""
-    with GlobalGenerators(seed):
+    with GlobalGenerators(seed), eager_code():
         return build()
 
 
@@ -192,5 +199,6 @@ def _checked(model: nn.Module, name: str, inputs: torch.Tensor, classes: int) ->
         raise SettingError("model", name, f"a model that maps {takes} to {expected} (found {found})")
     drop_constant_buffers(model, check_training(model, name, inputs, classes))
     if ":" in name:  # our own models have no such state
-        check_stateless(model, lambda: model(inputs))
+        check_memory(model)
+        check_stateless(model, lambda: model(torch.randn(takes) if inputs.is_floating_point() else inputs))
     return model

@@ -1,7 +1,11 @@
 """Checks of a user's model by forward passes: shapes, state outside of tensors, and buffers that training changes."""
 
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +13,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from tofu.errors import SettingError
-from tofu.rng import GlobalGenerators
-from tofu.weights import tensor_bits
+from tofu.rng import GlobalGenerators, reseed_own
+from tofu.weights import check_frozen, frozen_parameters, tensor_bits
 
 _COMPILED = "_orig_mod"
 """Attribute in which the result of `torch.compile` stores the original module."""
@@ -56,7 +60,7 @@ def changed_buffers(model: nn.Module, forward: Callable[[], object]) -> frozense
     """The names of the buffers that a pass in training mode changes; their values are restored.
 
     Raises:
-        SettingError: a buffer has another shape or type after the pass.
+        SettingError: the pass changes a frozen parameter, or the shape or type of a buffer.
         Exception: any error of `forward`, which calls the model.
     """
     model.train()
@@ -64,7 +68,9 @@ def changed_buffers(model: nn.Module, forward: Callable[[], object]) -> frozense
         if not is_lazy(tensor) and 0 in tensor.stride():  # an expanded tensor cannot be written to
             tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
     before = {key: buffer.clone() for key, buffer in model.named_buffers()}
+    frozen = frozen_parameters(model)
     forward()
+    check_frozen(model, frozen)
     changed = set()
     for key, buffer in model.named_buffers():
         if buffer.shape != before[key].shape or buffer.dtype != before[key].dtype:
@@ -82,42 +88,79 @@ def changed_buffers(model: nn.Module, forward: Callable[[], object]) -> frozense
 
 @torch.no_grad()
 def check_stateless(model: nn.Module, forward: Callable[[], object]) -> None:
-    """Check that the model has no state in Python attributes: two equal passes must have equal outputs.
+    """Check that equal passes have equal outputs, which state in Python attributes or unseeded generators prevent.
 
-    Such a state is neither seeded nor sent, so runs would not be reproducible. The model is left in training mode, with
-    its values restored.
+    Such a state is neither seeded nor sent, so runs would not be reproducible. Generators that are attributes of
+    modules are seeded in training mode, as training does. The model is left in training mode, with its values restored.
 
     Args:
         forward: calls the model on two equal examples in every pass, and returns its output.
 
     Raises:
-        SettingError: the outputs differ.
+        SettingError: the outputs differ, or a buffer changes in evaluation mode, as those of observers do.
     """
-    model.eval()
     before = {key: buffer.clone() for key, buffer in model.named_buffers()}
-    outputs = []
-    for _ in range(2):
-        with GlobalGenerators(0):
-            output = forward()
-        outputs.append(output.clone() if isinstance(output, Tensor) else output)
-        for key, buffer in model.named_buffers():
-            buffer.copy_(before[key])
-    model.train()
-    first, second = outputs
-    if (
-        isinstance(first, Tensor)
-        and isinstance(second, Tensor)
-        and not torch.equal(tensor_bits(first), tensor_bits(second))
-    ):
-        accepted = "a model without state outside its parameters and buffers (two equal passes have different outputs)"
-        raise SettingError("model", type(model).__name__, accepted)
+    for training in (False, True):
+        model.train(training)
+        outputs = []
+        for _ in range(2):
+            with GlobalGenerators(0):
+                if training:
+                    reseed_own(model, 0)
+                outputs.append([tensor_bits(part) for part in _tensors(forward())])
+            for key, buffer in model.named_buffers():
+                if not training and not torch.equal(tensor_bits(buffer), tensor_bits(before[key])):
+                    accepted = f"a model whose buffers do not change in evaluation mode ({key} does)"
+                    raise SettingError("model", type(model).__name__, accepted)
+                buffer.copy_(before[key])
+        if not all(map(torch.equal, *outputs)):
+            mode = "training" if training else "evaluation"
+            accepted = (
+                "a model without state outside its parameters and buffers that draws from the global generators of "
+                f"torch, numpy and Python only (two equal passes in {mode} mode have different outputs)"
+            )
+            raise SettingError("model", type(model).__name__, accepted)
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """The tensors of a model's output, which may be nested."""
+    if isinstance(output, Tensor):
+        return [output]
+    parts = output.values() if isinstance(output, dict) else output if isinstance(output, tuple | list) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
+
+
+def check_memory(model: nn.Module) -> None:
+    """Check that each trainable parameter has memory of its own: a copy of the model would lose what is shared.
+
+    One parameter under several names is no sharing of memory.
+
+    Raises:
+        SettingError: a buffer or another parameter shares a trainable parameter's memory.
+    """
+    named = (*model.named_parameters(), *model.named_buffers())
+    tensors = {name: tensor for name, tensor in named if tensor.numel() and tensor.layout == torch.strided}
+    spans = sorted((*_span(tensor), name) for name, tensor in tensors.items())
+    for (_, end, name), (start, _, other) in pairwise(spans):
+        if start < end and (tensors[name].requires_grad or tensors[other].requires_grad):
+            accepted = (
+                f"a model whose parameters share memory with nothing else ({name} and {other} do): one "
+                "nn.Parameter may be an attribute of several modules, and a buffer may be a clone"
+            )
+            raise SettingError("model", type(model).__name__, accepted)
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The first address of a strided tensor, and the one after its last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def without_wrappers(model: nn.Module) -> nn.Module:
     """Remove `torch.nn.DataParallel`, `torch.compile` and sparse gradients from a model.
 
     Compiled code would be compiled again for every copy of a model, and has no second derivatives. Therefore compiled
-    functions of the user also run eagerly from now on in this process.
+    functions of the user also run eagerly within `eager_code`.
 
     Raises:
         SettingError: it is not a module.
@@ -134,9 +177,46 @@ def without_wrappers(model: nn.Module) -> nn.Module:
             while part is not None and _COMPILED in part._modules:
                 part = part._modules[_COMPILED]  # noqa: PLW2901
             module._modules[name] = part
-    if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled
-        torch.compiler.set_stance("force_eager")
+    _EAGER.begin()
     return model
+
+
+class _EagerCode:
+    """Whether the compiler is off, and how many blocks of `eager_code` there are in all threads."""
+
+    def __init__(self) -> None:
+        self._lock, self._blocks, self._stance = threading.Lock(), 0, None
+
+    @contextmanager
+    def block(self) -> Iterator[None]:
+        with self._lock:
+            self._blocks += 1
+        try:
+            self.begin()
+            yield
+        finally:
+            with self._lock:
+                self._blocks -= 1
+                if not self._blocks and self._stance is not None:
+                    self._stance.__exit__(None, None, None)
+                    self._stance = None
+
+    def begin(self) -> None:
+        """Turn the compiler off until the last block ends, if there is one and something may have been compiled."""
+        with self._lock:
+            if self._blocks and self._stance is None and "torch._dynamo" in sys.modules:
+                self._stance = torch.compiler.set_stance("force_eager")
+
+
+_EAGER = _EagerCode()
+
+
+def eager_code() -> AbstractContextManager[None]:
+    """Within the block, functions of models that a user has compiled with `torch.compile` run as they were written.
+
+    torch has one such switch for a process, so other threads compile nothing meanwhile, either.
+    """
+    return _EAGER.block()
 
 
 def drop_constant_buffers(model: nn.Module, changed: frozenset[str]) -> None:

@@ -82,8 +82,12 @@ class RunFolder:
         except OSError as error:
             accepted = f"a folder that can be created ({error.strerror})"
             raise SettingError("run-folder", str(self.path), accepted) from error
-        self._replace("config.json", _json(_stored(settings), indent=1))
+        self.write_config(settings)
         self._lock = _lock(self.path)
+
+    def write_config(self, settings: Settings) -> None:
+        """Write the settings, with which `resume` continues."""
+        self._replace("config.json", _json(_stored(settings), indent=1))
 
     def close(self) -> None:
         """Release the lock."""
