@@ -82,6 +82,9 @@ def test_up_says_what_runs(folder: Path) -> None:
     assert {name for name, mode in keys.items() if mode == 0o600} == {
         "ca.key", "server.key", "superexec", "node-0", "node-1", "0.identity", "1.identity", "control-token"
     }  # fmt: skip
+    private = [*(folder / "logs").rglob("*.log"), *folder.rglob("state.db*")]  # by their own mode or their folder's
+    assert {path.suffix for path in private} >= {".log", ".db"}
+    assert [path for path in private if all(each.stat().st_mode & 0o077 for each in (path, path.parent))] == []
 
 
 def test_a_second_up_is_refused(folder: Path) -> None:
