@@ -19,6 +19,7 @@ from torch.utils.data import TensorDataset, default_collate
 import tofu
 from tofu.data import FederatedData, ImageShape, LabeledImages, to_float
 from tofu.errors import RunError, SettingError
+from tofu.formatting import format_bytes, format_fraction
 from tofu.models.checks import eager_code
 from tofu.observers.base import Observer, Observers
 from tofu.observers.terminal import make_progress
@@ -58,6 +59,13 @@ class RunResult:
     folder: Path
     summary: RunSummary
     _build_model: Callable[[ImageShape], nn.Module] = field(repr=False)
+
+    def __repr__(self) -> str:
+        """One line, because a notebook shows the last value of a cell: the summary has 20 fields."""
+        found, summary = self.summary.final_accuracy, self.summary
+        accuracy = "unknown accuracy" if found is None else f"accuracy {format_fraction(found)}"
+        uplink = format_bytes(summary.uplink_bytes)
+        return f"RunResult({str(self.folder)!r}: {summary.rounds} rounds, {accuracy}, uplink {uplink})"
 
     @property
     def history(self) -> tuple[RoundRecord, ...]:

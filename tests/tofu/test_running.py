@@ -15,7 +15,8 @@ from tofu.data import LabeledImages, open_data, to_float
 from tofu.errors import RunError, SettingError
 from tofu.models import build_model
 from tofu.observers.base import Observer
-from tofu.rounds.record import RoundRecord
+from tofu.rounds.record import RoundRecord, RunSummary
+from tofu.running import RunResult
 from tofu.user_workload import TrainingContext
 
 Row = dict[str, Any]
@@ -99,6 +100,12 @@ def test_the_result_has_the_run_as_objects(tmp_path: Path, parts: tuple[list[Ten
         assert text.startswith("<svg")
         assert "polyline" in text
     assert result.report().read_text().startswith("<!doctype html>")
+
+
+def test_a_result_is_one_line_in_a_notebook() -> None:
+    result = RunResult(Path("runs/a"), RunSummary(final_accuracy=0.9167, rounds=3, uplink_bytes=13767), named_mlp)
+    assert repr(result) == "RunResult('runs/a': 3 rounds, accuracy 91.7%, uplink 13.8 kB)"
+    assert "unknown accuracy" in repr(RunResult(Path("a"), RunSummary(), named_mlp))
 
 
 class Rounds(Observer):
