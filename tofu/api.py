@@ -127,7 +127,9 @@ def decode(
         message: bytes of `encode`. They are checked. Give `input_shape` as well if they come from an untrusted sender,
             because the memory that decoding takes grows with it.
         input_shape: the input shape that the message must have been encoded with; by default any.
-        forward, loss, initial: as for `encode`.
+        forward: as for `encode`.
+        loss: as for `encode`.
+        initial: as for `encode`.
         compressor: the compressor that the message must have been written by. It is required for one that is not
             registered, because a message must not choose which code is imported.
 

@@ -150,7 +150,8 @@ def run(
         train: your own training function, `train(model, dataset, context)`, of a
             `tofu.user_workload.TrainingContext`; it trains the model in place and may return the mean loss.
         collate: list of samples -> batch, as for `torch.utils.data.DataLoader`.
-        input_shape, forward: how proxies are passed to the model, as for `tofu.encode`.
+        input_shape: of one proxy, as for `tofu.encode`.
+        forward: how proxies are passed to the model, as for `tofu.encode`.
         callbacks: observers of the run (`tofu.observers.base.Observer`).
         progress: print the rounds to standard error.
         settings: all settings of `tofu run --help`, with underscores for dashes.
