@@ -18,7 +18,7 @@ from tofu.workload import NamedWorkload, Workload, data_description
 
 Arrays = Mapping[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]
 _MAX_REAL = 16
-_DIVERGED, _EXPLODED, _GROWN = 100.0, 5.0, 2.0
+_DIVERGED, _EXPLODED, _GROWN = 100.0, 5.0, 10.0
 _LEARNED, _GUESSING = 0.25, 0.05
 """Fractions of the accuracies above guessing."""
 
@@ -178,9 +178,9 @@ def divergence(records: Sequence[RoundRecord], classes: int, *, growth: float = 
     Training has diverged if the weights or the last test loss are not finite, or this loss is above 100 times the
     initial one (taken as at least 1). It has also diverged if the last test loss is above the initial one, the accuracy
     is that of guessing, and one of three conditions holds: an earlier round was at least a quarter of the way from
-    guessing to perfect accuracy, the norm of the weights has doubled, or the training loss is above 5 times the initial
-    test loss (taken as at least 1). Without test data, the training loss is compared with the loss of guessing, or with
-    that of the first round if the model does not classify.
+    guessing to perfect accuracy, the norm of the weights is above 10 times the initial one, or the training loss is
+    above 5 times the initial test loss (taken as at least 1). Without test data, the training loss is compared with the
+    loss of guessing, or with that of the first round if the model does not classify.
 
     Args:
         classes: number of classes; 1 if the model does not classify.
