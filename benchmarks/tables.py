@@ -18,6 +18,7 @@ from benchmarks.coding.__main__ import where_bytes_go
 from benchmarks.common import RESULTS, markdown_table, run_command, spread
 from benchmarks.error_feedback.__main__ import SEEDS, TASKS, TUNING_SEED, table
 from benchmarks.plugins.tables import PLUGIN_TABLES
+from benchmarks.robust.__main__ import ATTACKS, BACKDOORS
 from tofu.formatting import format_bytes
 
 ROOT = RESULTS.parents[1]
@@ -207,6 +208,20 @@ def error_feedback_leads() -> str:
     return markdown_table(("ahead of", *(f"{ratio}x" for ratio in ratios)), rows)
 
 
+def robust(measure: str, attacks: Sequence[str], partition: str = "iid") -> str:
+    """Accuracy or success of the backdoor in %, by rule and attack; "diverged" where the weights were not finite."""
+    rows = [row for row in read("robust")["rows"] if row["partition"] == partition]
+    lines = []
+    for rule in dict.fromkeys(row["rule"] for row in rows):
+        line = [f"`{rule}`"]
+        for attack in attacks:
+            found = [row.get(measure) for row in rows if (row["rule"], row["attack"]) == (rule, attack)]
+            finite = [100 * value for value in found if value is not None]
+            line.append(spread(finite, 1) if finite and len(finite) == len(found) else "diverged")
+        lines.append(line)
+    return markdown_table(("rule", *attacks), lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "readme": readme,
     "federated": federated,
@@ -221,6 +236,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "error-feedback-leads": error_feedback_leads,
     "error-feedback-cifar10-tuning": partial(error_feedback, "cifar10", (TUNING_SEED,)),
     "error-feedback-mnist-100-tuning": partial(error_feedback, "mnist-100", (TUNING_SEED,)),
+    "robust-accuracy": lambda: robust("accuracy", ATTACKS),
+    "robust-backdoor": lambda: robust("backdoor", BACKDOORS),
     **PLUGIN_TABLES,
 }
 """Name of a marked table -> what makes it."""

@@ -1,5 +1,7 @@
 """Networks and updates that many tests need. All small, all real."""
 
+import signal
+
 import pytest
 import torch
 from hypothesis import settings
@@ -16,6 +18,10 @@ settings.register_profile("tofu", deadline=None)
 settings.load_profile("tofu")
 
 torch.set_num_threads(1)
+
+# A shell starts jobs in the background with this signal ignored, and so would the processes that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -291,7 +291,7 @@ _ON_HIDDEN: dict[str, Callable[[], nn.Module]] = {
     "drawn_by_numpy": partial(Drawn, np.random.randn), "drawn_by_python": partial(Drawn, random.random),
     "drawn_and_frozen": partial(Drawn, random.random, False),
     "checkpointed": _do(lambda x, _: checkpoint(torch.tanh, x, use_reentrant=False)),
-    "lock": Locked, "fft": _do(lambda x, _: torch.fft.rfft(x, n=2 * HIDDEN - 2).abs()),
+    "lock": Locked, "fft": _do(lambda x, _: torch.fft.rfft(x, n=2 * HIDDEN - 2, norm="ortho").abs()),
     "einsum": _do(lambda x, _: torch.einsum("ni,nj->ni", x, x.softmax(1))),
 }  # fmt: skip
 _ON_MAPS: dict[str, Callable[[], nn.Module]] = {
@@ -458,18 +458,18 @@ class Teacher(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and self.in_forward:
-            average(self.student, self.teacher)
+            _average(self.student, self.teacher)
         result: Tensor = self.student(x) if self.training else self.teacher(x)
         return result
 
 
 @torch.no_grad()
-def average(student: nn.Linear, teacher: nn.Linear) -> None:
+def _average(student: nn.Linear, teacher: nn.Linear) -> None:
     teacher.weight.mul_(0.9).add_(student.weight, alpha=0.1)
 
 
 def _after_backward(student: nn.Linear, teacher: nn.Linear) -> None:
-    student.weight.register_post_accumulate_grad_hook(lambda _: average(student, teacher))
+    student.weight.register_post_accumulate_grad_hook(lambda _: _average(student, teacher))
 
 
 class Shared(nn.Module):
