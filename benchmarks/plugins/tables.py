@@ -165,6 +165,7 @@ PLUGIN_TABLES: dict[str, Callable[[], str]] = {
     "hierarchy-unseen": lambda: hierarchy("unseen"),
     "hierarchy-all-seen": lambda: hierarchy("seen", "lenet5-all"),
     "hierarchy-all-unseen": lambda: hierarchy("unseen", "lenet5-all"),
+    "hierarchy-cnn-unseen": lambda: hierarchy("unseen", "cnn-10000"),
     "trend-mnist-decay": lambda: trend_transfers("mnist-decay", 0.15),
     "trend-mnist-decay-ensembles": lambda: trend_ensembles("mnist-decay"),
     "trend-mnist-mlp": lambda: trend_members("mnist-mlp-decay", TITLES),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.common import RESULTS, run_command, several, write_results
 from tofu.data import FederatedData, LabeledImages
-from tofu.errors import RunError
+from tofu.errors import PayloadError, RunError
 from tofu.evaluation import evaluate
 from tofu.models import initial_model
 from tofu.rng import derive_generator
@@ -145,12 +145,12 @@ def main(
                         continue
                     try:
                         found = federate(rule, attack, Settings.of(FEDERATION | changes | {"seed": seed}))
-                    except RunError:  # the weights are so large that a loss is not finite
+                    except (PayloadError, RunError):  # the weights are so large that a loss or a sum is not finite
                         found = {"accuracy": math.nan}
                     key = {"partition": partition, "rule": rule, "attack": attack, "seed": seed}
                     rows.append(key | {n: v if math.isfinite(v) else None for n, v in found.items()})
                     print(rows[-1], flush=True)
-            write_results("robust", settings=described, rows=rows)
+                    write_results("robust", settings=described, rows=rows)
 
 
 if __name__ == "__main__":
