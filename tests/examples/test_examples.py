@@ -77,7 +77,7 @@ def test_lightning(tmp_path: Path) -> None:
 def test_attacking_ones_own_app(tmp_path: Path) -> None:
     options = ("--attacks", "idlg,inverting", "--seconds", "15", "--quiet")
     output = run("attack_own_app.py", "--folder", "recordings", "--", *options, cwd=tmp_path)
-    (decibels,) = re.findall(r"\| exact .*?\| (?:idlg|inverting) +\| ([\d.]+) ", output)
+    (decibels,) = re.findall(r"\| exact .*?\| +(?:idlg|inverting) +\| +([\d.]+) ", output)
     assert float(decibels) > 15
     assert (tmp_path / "recordings" / "attacks" / "report.html").exists()
 
