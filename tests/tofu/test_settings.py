@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -21,9 +22,9 @@ from tofu.compression.uncompressed import Uncompressed
 from tofu.data import ImageShape
 from tofu.data.preprocessing import AUGMENTATIONS
 from tofu.errors import SettingError
-from tofu.models import build_model
+from tofu.models import build_model, model_names
 from tofu.observers.trackers import trackers
-from tofu.plugins import make_plugins
+from tofu.plugins import make_plugins, plugin_names
 from tofu.reference_model import ReferenceModel
 from tofu.settings import (
     FIELDS,
@@ -114,6 +115,13 @@ def test_pyproject_has_the_names_and_defaults_of_settings() -> None:
 
 def test_read_toml_finds_the_table_in_a_pyproject() -> None:
     assert Settings.of(read_toml(ROOT / "pyproject.toml")) == Settings()
+
+
+def test_help_names_everything_that_is_built_in() -> None:
+    built_in = {"plugins": plugin_names(), "model": model_names(), "tracker": trackers.names()}
+    for name, known in built_in.items():
+        words = re.findall(r"[\w-]+", str(FIELDS[name].description))
+        assert set(known) <= set(words), name
 
 
 SECTIONS = (

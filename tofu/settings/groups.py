@@ -102,7 +102,7 @@ class PluginSettings(Group):
 
     plugins: str = setting(
         "",
-        "plugins of local training, separated by commas: curvature, dct-snn, gpm, hierarchy, ood, rank, trend, or package.module:Class",
+        "plugins of local training, separated by commas: crossbar, curvature, dct-snn, gpm, hierarchy, ood, rank, spatio-temporal, trend, or package.module:Class",
         repeated=",",
     )
     plugin_options: str = setting(
