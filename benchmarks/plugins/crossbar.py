@@ -89,9 +89,14 @@ class Case:
 CASES = {
     "mnist": Case("mnist", "cnn", "none", 4000, 6, 3, 0.05, 32, 0.3, (0.95,), layers="inner"),
     "mnist-all": Case("mnist", "cnn", "none", 4000, 6, 3, 0.05, 32, 0.3, (0.9, 0.95)),
-    "cifar10": Case("cifar10", "vgg11", "batch", 10000, 6, 3, 0.05, 64, 0.3, (0.95,), layers="conv",
-                    weight_decay=5e-4, picture="features.4.weight", batch_size=128, bfloat16=True, rivals=RIVALS[:1]),
+    "cifar10": Case("cifar10", "vgg11", "batch", 12000, 10, 4, 0.02, 64, 0.3, (0.95,), layers="conv",
+                    weight_decay=5e-4, picture="features.4.weight", bfloat16=True, rivals=RIVALS[:1]),
 }  # fmt: skip
+
+
+def bfloat16_if(case: Case) -> torch.autocast:
+    """Arithmetic in bfloat16, if the case has it. Without a cache, which would keep the weights of the first step."""
+    return torch.autocast("cpu", enabled=case.bfloat16, cache_enabled=False)
 
 
 def averaged(model: nn.Module, clients: Sequence[LabeledImages], case: Case, seed: int, first: int, count: int,
@@ -110,7 +115,7 @@ def averaged(model: nn.Module, clients: Sequence[LabeledImages], case: Case, see
             plugins, local = make(), copy.deepcopy(model)
             local = plugins.setup(local, context)
             generator = derive_generator(seed, round_, str(number), "train")
-            with torch.autocast("cpu", enabled=case.bfloat16):
+            with bfloat16_if(case):
                 train_locally(local, data, case.local(round_), generator=generator, plugins=plugins)
             for name, value in weights_of(local).items():
                 mean[name] += value * (len(data) / examples)
@@ -125,7 +130,7 @@ def averaged(model: nn.Module, clients: Sequence[LabeledImages], case: Case, see
 def accuracy(model: nn.Module, test: LabeledImages, case: Case) -> float:
     model.eval()
     rows = torch.split(torch.arange(len(test)), 500)
-    with torch.autocast("cpu", enabled=case.bfloat16):
+    with bfloat16_if(case):
         return sum(int((model(to_float(test.images[r])).argmax(1) == test.labels[r]).sum()) for r in rows) / len(test)
 
 
