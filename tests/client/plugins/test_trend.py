@@ -41,6 +41,7 @@ from tofu.reporting.panels import read_panels
 from tofu.reporting.predict import predict_images
 from tofu.rounds.record import RoundRecord
 from tofu.settings import Settings
+from tofu.weights import weights_of
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -267,6 +268,21 @@ def test_members_differ_in_their_quantizers_alone(digits: LabeledImages) -> None
         assert plugins.setup(model, context) is model  # and one quantizer only
         assert torch.equal(model(images), plain(images if bits is None else quantize(images, bits)))
         assert [n for n, _ in model.named_parameters()] == [n for n, _ in plain.named_parameters()]
+
+
+def test_a_client_attacks_the_members_that_were_broadcast(digits: LabeledImages) -> None:
+    """The counts of images that a member classifies correctly are those of its own weights and its own quantizer."""
+    plugin = Trend(members="fp,1", images=50, steps=1)
+    networks = [build_model("mlp", digits.shape, seed=group).eval() for group in range(2)]
+    plugin.broadcast = {
+        f"member {group}/{name}": value for group in range(2) for name, value in weights_of(networks[group]).items()
+    }
+    model = plugin.setup(build_model("mlp", digits.shape, seed=2), RoundContext(digits.shape, group=1))
+    plugin.on_train_begin(model, digits)
+    rows = torch.arange(50) * len(digits) // 50
+    images, labels = to_float(digits.images[rows]), digits.labels[rows]
+    right = [networks[0](images).argmax(1) == labels, networks[1](quantize(images, 1)).argmax(1) == labels]
+    assert plugin.export().sums["right"].tolist() == [[float((a & b).sum()) for b in right] for a in right]
 
 
 def test_clients_belong_to_groups_by_assignment_number_or_name() -> None:
