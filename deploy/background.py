@@ -16,6 +16,7 @@ from typing import Any
 
 from deploy.app_folder import write_app
 from deploy.control import CompletedRun, Control, last_lines
+from deploy.patience import load_factor
 from deploy.pinned import INSTALLED
 from deploy.processes import missing_commands, read_names
 from deploy.state import Process, State, end_group
@@ -46,7 +47,7 @@ def up(
         folder: for keys, logs, database and results. The keys and results of an earlier federation in it are kept.
         app: folder of the Flower app; by default Tofu's own. The nodes accept the bundle of its present content only.
         nodes, data, warm, identities, policy: see `LocalCluster`.
-        timeout: seconds within which all nodes must be online.
+        timeout: seconds within which all nodes must be online, times the load of the machine (`load_factor`).
         follow: called with a line whenever more nodes are online.
 
     Returns:
@@ -124,8 +125,8 @@ def pin_of(app: Path) -> str:
 
 
 def _await(folder: Path, supervisor: "subprocess.Popen[bytes]", timeout: float, follow: Callable[[str], None]) -> None:
-    end, reported, count = time.monotonic() + timeout, -1, "no nodes"
-    while time.monotonic() < end:
+    began, reported, count = time.monotonic(), -1, "no nodes"
+    while time.monotonic() - began < timeout * load_factor():
         state = State.read(folder)
         if supervisor.poll() is not None or state is None:
             said = (folder / "logs" / "supervisor.log").read_text(encoding="utf-8", errors="replace")
@@ -140,7 +141,8 @@ def _await(folder: Path, supervisor: "subprocess.Popen[bytes]", timeout: float, 
             if found >= state.nodes:
                 return
         time.sleep(0.5)
-    raise RunError(f"{count} were online after {timeout:g} s: a slow machine needs --timeout; see {folder / 'logs'}")
+    passed = time.monotonic() - began
+    raise RunError(f"{count} were online after {passed:.0f} s: a slow machine needs --timeout; see {folder / 'logs'}")
 
 
 def status(folder: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ import typer
 from deploy.app_folder import write_app
 from deploy.certificates import check_server
 from deploy.files import run_command
+from deploy.patience import load_factor
 from deploy.superlink import write_credentials
 from deploy.topology import ENVIRONMENT
 from tofu.errors import RunError
@@ -34,6 +35,7 @@ _CONNECTION = "tofu"
 _BIN = Path(sys.executable).parent
 _COMMAND_SECONDS = 90.0
 _RESTART_SECONDS = 120.0
+"""Both are multiplied by `load_factor`."""
 _KEY_IN_USE = "[code: 23]"
 _UNREACHABLE = "Connection to the SuperLink is unavailable"
 
@@ -158,16 +160,17 @@ class Control:
 
     def _await_end(self, identity: int, end: float, log: "_LogStream") -> CompletedRun:
         """Follow a run to its end, also through a restart of the SuperLink, which continues its runs."""
-        lost = float("inf")
+        lost, patience = float("inf"), _RESTART_SECONDS
         while True:
             log.read()
             try:
                 run = self._ask("ls", _CONNECTION, "--run-id", str(identity))["runs"][0]
             except NoAnswerError as error:
                 if lost == float("inf"):
-                    log.add(f"the SuperLink does not answer; waiting {_RESTART_SECONDS:g} s for it")
+                    patience = _RESTART_SECONDS * load_factor()
+                    log.add(f"the SuperLink does not answer; waiting {patience:.0f} s for it")
                 lost = min(lost, time.monotonic())
-                if time.monotonic() >= min(end, lost + _RESTART_SECONDS):
+                if time.monotonic() >= min(end, lost + patience):
                     raise NoAnswerError(f"{error}; the list of runs says whether run {identity} went on") from error
                 time.sleep(1)
                 continue
@@ -194,13 +197,14 @@ class Control:
         command = [str(_BIN / "flwr"), *arguments, "--format", "json"]
         what = f"flwr {' '.join(arguments[:2])}"
         check_server(self._address, self._ca)
+        seconds = _COMMAND_SECONDS * load_factor()
         try:
             result = subprocess.run(
                 command, cwd=self._folder, env=self._environment, stdin=subprocess.DEVNULL, capture_output=True,
-                text=True, timeout=_COMMAND_SECONDS, check=False,
+                text=True, timeout=seconds, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            raise NoAnswerError(f"{what} had no answer after {_COMMAND_SECONDS:g} s") from None
+            raise NoAnswerError(f"{what} had no answer after {seconds:.3g} s") from None
         try:
             answer = json.loads(result.stdout)
         except json.JSONDecodeError:
@@ -256,7 +260,7 @@ class _LogStream:
     def finish(self) -> None:
         """Read to the end of a command that ends by itself."""
         assert self._process is not None
-        self._process.wait(_COMMAND_SECONDS)
+        self._process.wait(_COMMAND_SECONDS * load_factor())
         self.read()
 
     def add(self, line: str, known: "Counter[str] | None" = None) -> None:

@@ -22,6 +22,7 @@ from deploy import topology
 from deploy.certificates import make_certificates, make_node_key, make_superexec_secret
 from deploy.control import CompletedRun, Control, last_lines
 from deploy.identities import LIST, make_identities
+from deploy.patience import load_factor
 from deploy.superlink import CONTROL_TOKEN, make_token
 from deploy.topology import ENVIRONMENT, Member, Trust
 from tofu.errors import RunError, SettingError
@@ -249,8 +250,8 @@ class LocalCluster:
         return process
 
     def _await_port(self, name: str, port: int) -> None:
-        end = time.monotonic() + _START_SECONDS
-        while time.monotonic() < end and self.processes[name].poll() is None:
+        began = time.monotonic()
+        while time.monotonic() - began < _START_SECONDS * load_factor() and self.processes[name].poll() is None:
             try:
                 socket.create_connection((_HOST, port), timeout=1).close()
                 return

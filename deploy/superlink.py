@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.files import write_new
+from deploy.patience import extend_tokens
 
 CONTROL_TOKEN = "control-token"
 """File beside the keys that has the token."""
@@ -83,10 +84,12 @@ def main(command: Sequence[str]) -> None:
     # Its web server ends in order on this signal, and then sends it again to whatever handled it before.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     import uvicorn
+    from flwr.supercore.corestate import sql_corestate
     from flwr.superlink.cli import flower_superlink
 
     # Without a limit it waits for who follows a run's log.
     uvicorn.run = partial(uvicorn.run, timeout_graceful_shutdown=_LAST_ANSWERS_SECONDS)
+    extend_tokens(sql_corestate, sql_corestate.SqlCoreState)
     module = sys.modules[flower_superlink.__module__]
     guard(module, Path(command[0]).read_text().strip())
     sys.argv = list(command[1:])

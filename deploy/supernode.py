@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 from deploy.certificates import check_server
+from deploy.patience import extend_tokens
 from tofu.errors import TofuError
 
 _POLL_SECONDS = 0.5
@@ -54,9 +55,11 @@ def main(command: Sequence[str]) -> None:
         check_superlink(command[1:])
     except TofuError as error:
         sys.exit(f"error: {error}")
+    from flwr.supercore.corestate import in_memory_corestate
     from flwr.supernode import start_client_internal
     from flwr.supernode.cli.flower_supernode import flower_supernode
 
+    extend_tokens(in_memory_corestate, in_memory_corestate.InMemoryCoreState)
     quicken(start_client_internal, float(os.environ.get(VARIABLE, _POLL_SECONDS)))
     sys.argv = list(command)
     flower_supernode()

@@ -18,6 +18,8 @@ from torch.utils.data import TensorDataset, default_collate
 
 import tofu
 from tofu.data import FederatedData, ImageShape, LabeledImages, to_float
+from tofu.data.federated import normalization_of
+from tofu.data.preprocessing import Statistics, normalize_inputs
 from tofu.errors import RunError, SettingError
 from tofu.formatting import format_bytes, format_fraction
 from tofu.models.checks import eager_code
@@ -42,9 +44,11 @@ DATASET = "python"
 
 _NAMED_ONLY: Mapping[str, Value] = {
     "plugins": "", "plugin_options": "", "tasks": "none", "record_clients": "", "class_names": "",
-    "initial_weights": "", "resize": "", "center_crop": "", "normalization": "-1to1", "augmentation": "",
+    "initial_weights": "", "augmentation": "",
 }  # fmt: skip
 """Settings that need a dataset and a model that the settings name, with their defaults."""
+_NAMED_DATA: Mapping[str, Value] = {"resize": "", "center_crop": "", "normalization": "-1to1"}
+"""Settings that need a dataset that the settings name, with their defaults."""
 
 
 @dataclass(frozen=True)
@@ -226,17 +230,20 @@ class _OwnParts:
         if named_model or not callable(self.model):
             raise SettingError("model", self.model, "a torch.nn.Module or a function that builds one, as other Python "
                                "objects are given")  # fmt: skip
-        for name, default in _NAMED_ONLY.items():
+        for name, default in {**_NAMED_ONLY, **({} if named_data else _NAMED_DATA)}.items():
             if settings.get(name, default) != default:
                 accepted = f"{default!r} for datasets and models that are Python objects"
-                raise SettingError(name, settings[name], accepted)
+                images = name == "augmentation" or name in _NAMED_DATA
+                raise SettingError(name, settings[name], accepted + " (a Dataset's transform does this)" * images)
         kind = re.sub(r"\W", "", getattr(self.model, "__qualname__", type(self.model).__name__).rpartition(".")[2])
         settings |= {"model": f"{DATASET}:{kind}"} | ({} if named_data else {"dataset": DATASET})
-        checked = _checked(settings)
+        checked, build = _checked(settings), factory_of(self.model)
         if named_data:
-            clients, test = _named_datasets(checked)
+            data = FederatedData.of(checked.data, checked.run.seed)
+            clients, test = _named_datasets(data)
+            build = _normalized(build, normalization_of(checked.data, data.shape.channels, checked.run.seed))
         made = UserWorkload(
-            model=factory_of(self.model), clients=clients, test_data=() if test is None else test, loss=self.loss,
+            model=build, clients=clients, test_data=() if test is None else test, loss=self.loss,
             optimizer=self.optimizer, metrics=self.metrics, train_function=self.train, collate=self.collate,
             input_shape=self.input_shape, forward=self.forward, seed=checked.run.seed,
         )  # fmt: skip
@@ -248,13 +255,23 @@ def _checked(settings: Mapping[str, Value]) -> Settings:
     return resumed_settings(settings) if settings.get("resume") else Settings.of(settings)
 
 
-def _named_datasets(settings: Settings) -> tuple[list[TensorDataset], TensorDataset]:
+def _normalized(build: Callable[[], nn.Module], statistics: Statistics) -> Callable[[], nn.Module]:
+    """A function that builds the model with the normalization of images in [-1, 1] before its first layer."""
+
+    def built() -> nn.Module:
+        model = build()
+        normalize_inputs(model, statistics)
+        return model
+
+    return built
+
+
+def _named_datasets(data: FederatedData) -> tuple[list[TensorDataset], TensorDataset]:
     """The clients' and the test images of a dataset that the settings name, scaled to [-1, 1]."""
 
     def tensors(data: LabeledImages) -> TensorDataset:
         return TensorDataset(to_float(data.images), data.labels)
 
-    data = FederatedData.of(settings.data, settings.run.seed)
     return [tensors(data.client(number)) for number in range(data.clients)], tensors(data.test())
 
 

@@ -13,6 +13,7 @@ echo "$1" >> asked
 case $1 in
     run) echo started run 7 ;;
     ls) [ "$(grep -c ls asked)" -gt {late} ] || exec sleep 30
+        sleep {seconds}
         echo '{{"success": true, "runs": [{{"status": "finished:completed", "status-details": "",
             "network-traffic": {{"total-bytes": 5}}}}]}}' ;;
     *) echo '{{"success": true}}' ;;
@@ -25,12 +26,13 @@ def superlink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Control:
     monkeypatch.setattr(control, "_BIN", tmp_path)
     monkeypatch.setattr(control, "_COMMAND_SECONDS", 0.5)
     monkeypatch.setattr(control, "_RESTART_SECONDS", 2.0)
+    monkeypatch.setattr(control, "load_factor", lambda: 1.0)
     return Control(tmp_path / "control", "127.0.0.1:1", make_certificates(tmp_path / "keys", ["127.0.0.1"]).ca)
 
 
 @pytest.mark.parametrize("late", [1, 1000])
 def test_a_run_whose_superlink_answers_late_goes_on(superlink: Control, tmp_path: Path, late: int) -> None:
-    (tmp_path / "flwr").write_text(FLWR.format(late=late))
+    (tmp_path / "flwr").write_text(FLWR.format(late=late, seconds=0))
     (tmp_path / "flwr").chmod(0o700)
     seen: list[str] = []
     if late == 1:
@@ -40,3 +42,12 @@ def test_a_run_whose_superlink_answers_late_goes_on(superlink: Control, tmp_path
         with pytest.raises(NoAnswerError, match=r"no answer after 0\.5 s; the list of runs says whether run 7 went on"):
             superlink.run(None, {})
     assert "stop" not in (tmp_path / "control" / "asked").read_text()
+
+
+def test_a_busy_machine_gets_more_time(superlink: Control, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "load_factor", lambda: 200.0)
+    (tmp_path / "flwr").write_text(FLWR.format(late=0, seconds=1))  # twice the limit of an idle machine
+    (tmp_path / "flwr").chmod(0o700)
+    seen: list[str] = []
+    assert superlink.run(None, {}, follow=seen.append).completed
+    assert seen == ["started run 7"]

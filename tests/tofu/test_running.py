@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 import tofu
-from tofu.data import LabeledImages, open_data, to_float
+from tofu.data import ImageShape, LabeledImages, open_data, to_float
 from tofu.errors import RunError, SettingError
 from tofu.models import build_model
 from tofu.observers.base import Observer
@@ -75,6 +75,20 @@ def test_datasets_give_the_weights_of_the_named_run(
     assert own.history[-1].loss == pytest.approx(named.history[-1].loss)
     assert own.summary.uplink_bytes == named.summary.uplink_bytes
     assert len(own.ledger) == len(named.ledger) > 0
+
+
+def small_mlp() -> nn.Module:
+    """What model=mlp builds for digits of 6x6 pixels."""
+    return build_model("mlp", ImageShape(channels=1, height=6, width=6, classes=10))
+
+
+@pytest.mark.parametrize("normalization", ["-1to1", "dataset", "0.3/0.4"])
+def test_a_model_of_the_users_gets_the_images_that_a_named_one_gets(tmp_path: Path, normalization: str) -> None:
+    chosen: Row = QUICK | DATA | {"resize": "7", "center_crop": "6", "normalization": normalization, "rounds": 1}
+    named = tofu.run(**chosen, model="mlp", run_folder=str(tmp_path / "named"))
+    own = tofu.run(**chosen, model=small_mlp, run_folder=str(tmp_path / "own"))
+    assert own.summary.weights_sha256 == named.summary.weights_sha256
+    assert own.summary.final_accuracy == named.summary.final_accuracy
 
 
 @pytest.mark.parametrize(("schedule", "lr"), [("proxy", 30.0), ("secure", 3.0), ("secure", 30.0), ("fedavg", 3.0)])
@@ -255,6 +269,8 @@ def test_mappings_are_passed_by_name_and_logits_are_read(tmp_path: Path) -> None
         ({"clients": [[torch.zeros(4)] * 3], "model": mlp}, "pairs"),
         ({"clients": [Vectors(0)], "model": mlp}, r"model='Sequential' .*accepts the inputs"),
         ({"clients": [Vectors(0)], "model": mlp, "plugins": "ood"}, "plugins='ood' .* Python objects"),
+        ({"clients": [Vectors(0)], "model": mlp, "resize": "6"}, "resize='6' .* transform"),
+        ({"model": mlp, "augmentation": "flip"}, "augmentation='flip' .* transform"),
         ({"clients": [Vectors(0)], "model": lambda: nn.Linear(4, 1), "ratio": 1.1}, "loss=None .* not class numbers"),
         (
             {"clients": [Vectors(0)], "model": lambda: nn.Linear(4, 1), "loss": nn.functional.nll_loss},

@@ -51,7 +51,9 @@ def up(
     identities: Annotated[
         bool, typer.Option("--identities", help="an identity key for each client, against a dishonest server")
     ] = False,
-    timeout: Annotated[float, typer.Option("--timeout", help="seconds within which all nodes must be online")] = 120,
+    timeout: Annotated[
+        float, typer.Option("--timeout", help="seconds within which all nodes must be online; busy machines get more")
+    ] = 120,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:

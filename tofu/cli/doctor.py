@@ -4,6 +4,7 @@ import importlib
 import os
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ _PACKAGES = ("tofu-fl", "torch", "torchvision", "flwr", "flwr-datasets", "numpy"
 _OPTIONAL = ("ray", "tensorboard", "mlflow-skinny", "wandb", "trackio")
 _FLOWER_PORTS = (9091, 9092, 9093)
 _MIN_DISK = 2 * 10**9
+_TORCHVISION = "tofu.models.torchvision_compat"
+"""Imported by another process: an extension that does not fit torch ends the process that loads it."""
 
 
 class _CheckError(Exception):
@@ -69,16 +72,28 @@ def _python() -> str:
 
 
 def _installed(package: str) -> str:
-    modules = {"tofu-fl": "tofu", "torchvision": "tofu.models.torchvision_compat", "flwr-datasets": "flwr_datasets"}
+    modules = {"tofu-fl": "tofu", "flwr-datasets": "flwr_datasets"}
     try:
         found = version(package)
+        if package == "torchvision":
+            return _imported_elsewhere(found)
         with redirect_stderr(StringIO()):
             importlib.import_module(modules.get(package, package))
         return found
     except PackageNotFoundError:
         raise _CheckError("not installed: pip install tofu-fl") from None
+    except _CheckError:
+        raise
     except Exception as error:  # a broken installation raises anything
         raise _CheckError(f"{found} cannot be imported: {type(error).__name__}: {error}") from error
+
+
+def _imported_elsewhere(found: str) -> str:
+    done = subprocess.run([sys.executable, "-c", f"import {_TORCHVISION}"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+        raise _CheckError(f"{found} cannot be imported: {reason[:200]}; install torch and torchvision of one kind")
+    return found
 
 
 def _optional(package: str) -> str:

@@ -6,8 +6,9 @@ operators, so declaring their schemas is enough.
 """
 
 from contextlib import suppress
-from importlib.machinery import PathFinder
+from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -15,12 +16,17 @@ _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 
 def _declare_missing_operators() -> torch.library.Library:
-    """Declare the operators that the extension failed to register."""
+    """Declare the operators that the extension failed to register.
+
+    The extension is `_C`, and `_C_stable` from torchvision 0.29 on. It must be loaded first: if it finds an operator
+    that is declared already, it ends the process.
+    """
     package = find_spec("torchvision")
-    extension = PathFinder.find_spec("_C", package.submodule_search_locations) if package else None
-    if extension is not None and extension.origin is not None:
-        with suppress(OSError):
-            torch.ops.load_library(extension.origin)  # type: ignore[no-untyped-call]
+    folders = (package.submodule_search_locations if package else None) or []
+    for extension in (file for folder in folders for file in sorted(Path(folder).glob("_C*"))):
+        if extension.name.endswith(tuple(EXTENSION_SUFFIXES)):
+            with suppress(OSError):
+                torch.ops.load_library(str(extension))  # type: ignore[no-untyped-call]
     library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
     for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):

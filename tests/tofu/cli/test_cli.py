@@ -554,8 +554,12 @@ def test_doctor(tofu: Tofu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert re.search(r"ok +encode +an update of [\d,]+ bytes as ", outcome.out)
     monkeypatch.setattr(sys.modules["tofu.cli.doctor"], "_MIN_DISK", 10**18)
     monkeypatch.setattr("deploy.processes._BIN", tmp_path)
+    (tmp_path / "ends_the_process.py").write_text("import os, sys; print('bad extension', file=sys.stderr); os.abort()")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    monkeypatch.setattr(sys.modules["tofu.cli.doctor"], "_TORCHVISION", "ends_the_process")
     outcome = tofu("doctor")
     assert outcome.status == 1
+    assert re.search(r"problem +torchvision +\S+ cannot be imported: bad extension; install torch", outcome.out)
     assert re.search(r"problem +flower commands +.*flower-superlink is missing: pip install", outcome.out)
     assert re.search(r"problem +disk +.* free, expected at least", outcome.out)
 
