@@ -342,8 +342,8 @@ class LocalRound:
         exported = trained.exported
         if settings.privacy.noise_multiplier:
             noise = Noise.alone(settings.privacy, clip_norm(settings, self.plugins))
-            exported = self._with_count(exported, noise, outgoing)
-            outgoing = AddNoise(noise).apply(outgoing)
+            outgoing = AddNoise(noise, self._report(outgoing)).apply(outgoing)
+            exported = Export({**exported.sums, **outgoing.sums}, exported.metrics)
         generator = derive_generator(settings.run.seed, self.round, self.position.client, "encode")
         compressor = self.compressor
         assert compressor is not None
@@ -363,10 +363,10 @@ class LocalRound:
         )
         return reply.to_bytes(), outgoing
 
-    def _with_count(self, exported: Export, noise: Noise | None, outgoing: Outgoing) -> Export:
-        """The plugins' export, and with an adaptive clip norm the noised report whether the update was clipped."""
+    def _report(self, outgoing: Outgoing) -> Weights:
+        """With an adaptive clip norm, whether the update was clipped, as a sum without its noise."""
         clip = clip_of(self.plugins)
-        return clip.report(exported, noise, clipped=outgoing.clipped) if clip and noise else exported
+        return clip.report(clipped=outgoing.clipped) if clip else {}
 
     def _exported_bytes(self, export: Export, accuracy: float | None) -> bytes:
         """The plugins' export, and the accuracy on the client's own test data, if it has any."""
@@ -404,8 +404,8 @@ class LocalRound:
         check_noise_grid(noise, encoder.levels, config.unit_weight, config.ranges)
         Policy.of(self.context).check_sum_noise(noise, session, participant)
         seed = derive_bytes(settings.run.seed, self.round, self.position.client, "round")
-        exported = self._with_count(trained.exported, noise, outgoing)
-        step = EncodeInRing(encoder, trained.examples, trained.loss, seed, exported.sums, noise)
+        exported = {**trained.exported.sums, **self._report(outgoing)}
+        step = EncodeInRing(encoder, trained.examples, trained.loss, seed, exported, noise)
         outgoing = step.apply(outgoing)
         assert outgoing.vector is not None
         return mask_once(self.context, session, participant, self.round, outgoing.vector, part.shares), outgoing

@@ -78,10 +78,14 @@ class SumSpec:
 
     The bound may depend on options, broadcast and model, but not on data: all clients and the server derive the same
     fixed-point range from it. A sum with an infinite bound cannot be added in a secure round.
+
+    Attributes:
+        noised: under differential privacy, the entries get the noise of the update, of which they are further values.
     """
 
     shape: tuple[int, ...]
     bound: float = float("inf")
+    noised: bool = False
 
 
 @dataclass(frozen=True)

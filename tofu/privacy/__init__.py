@@ -1,8 +1,8 @@
-"""Differential privacy of whole clients: clipping, Gaussian noise, and accounting.
+"""Differential privacy of whole clients: clipping, discrete Gaussian noise, and accounting.
 
 McMahan, Ramage, Talwar, Zhang, "Learning Differentially Private Recurrent Language Models", ICLR 2018. A client's
-update is clipped to norm C, and the sum of updates gets Gaussian noise of standard deviation z C (z is the noise
-multiplier): each client adds a fraction of it in a secure round, and all of it in a proxy round. docs/privacy.md
+update is clipped to norm C, and the sum of updates gets discrete Gaussian noise of standard deviation z C (z is the
+noise multiplier): each client adds a fraction of it in a secure round, and all of it in a proxy round. docs/privacy.md
 explains the guarantee and its limits.
 """
 

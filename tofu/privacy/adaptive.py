@@ -1,22 +1,25 @@
 """A clipping norm that follows a quantile of the norms of the clients' updates.
 
 Andrew, Thakkar, McMahan, Ramaswamy, "Differentially Private Learning with Adaptive Clipping", NeurIPS 2021, algorithm
-1. The norm is the same for all clients of a round, so it is sent as a plugin's broadcast. The clients' reports are sent
-as a plugin's sum: in a secure round the server sees only their noised total.
+1. The norm is the same for all clients of a round, so it is sent as a plugin's broadcast. A client's report is one more
+value of its update: it is scaled so that report and update together have the norm `PrivacySettings.joint_norm`, and
+gets its noise with the update. In a secure round the server sees only the noised total of the reports.
 """
 
 import math
 
 import torch
+from torch import Tensor
 
 from tofu.errors import PayloadError
 from tofu.plugins import Export, Plugin, Plugins, PluginState, SumSpec, Weights, make_plugins
-from tofu.privacy.noise import Noise
-from tofu.secagg.encoding import SUM_STEPS
 from tofu.settings import PrivacySettings, Settings
 
-_RANGE = 8.0
-"""Standard deviations of the whole noise that a client's report must hold: it exceeds them once in 8e14 reports."""
+_RANGE = 9.0
+"""Standard deviations of the whole noise within the bound of a client's report: one report in 4e18 exceeds it."""
+
+REPORT = "adaptive-clip/unclipped"
+"""Name of the sum of reports."""
 
 _MIN_NORM, _MAX_NORM = 1e-9, 1e9
 
@@ -34,7 +37,8 @@ class AdaptiveClip(Plugin):
     Example:
         >>> from tofu.settings import PrivacySettings
         >>> clip = AdaptiveClip(PrivacySettings(noise_multiplier=1.0, clip_norm=1.0, clip_quantile=0.5))
-        >>> clip.broadcast = clip.reduce({"unclipped": torch.tensor([5.0])}, 10, {})  # none of 10 clients was clipped
+        >>> total = 10 * clip.report(clipped=False)["adaptive-clip/unclipped"]  # none of 10 clients was clipped
+        >>> clip.broadcast = clip.reduce({"unclipped": total}, 10, {})
         >>> round(clip.norm, 3)
         0.905
     """
@@ -44,8 +48,6 @@ class AdaptiveClip(Plugin):
     def __init__(self, privacy: PrivacySettings) -> None:
         super().__init__()
         self._privacy = privacy
-        largest = 0.5 + _RANGE * privacy.noise_multiplier / (2 * math.sqrt(privacy.count_fraction))
-        self._sum = SumSpec((1,), largest)
 
     @property
     def norm(self) -> float:
@@ -55,25 +57,28 @@ class AdaptiveClip(Plugin):
             raise PayloadError(f"clip norm is {norm!r:.40}, expected a number from {_MIN_NORM:g} to {_MAX_NORM:g}")
         return norm
 
+    @property
+    def unit(self) -> float:
+        """The difference between the reports of a client that was clipped and of one that was not, before noise."""
+        joint = self._privacy.joint_norm(self.norm)
+        return 2 * joint * math.sqrt(self._privacy.count_fraction)
+
     def declare_sums(self, model: torch.nn.Module) -> dict[str, SumSpec]:
-        return {"unclipped": self._sum}
+        noise = self._privacy.noise_multiplier * self._privacy.joint_norm(self.norm)
+        return {"unclipped": SumSpec((1,), self.unit / 2 + _RANGE * noise, noised=True)}
 
     def export(self) -> Export:
-        """Nothing yet: only the noise of the round makes the report (`report`)."""
+        """Nothing yet: the report depends on clipping, and gets the noise of the round (`report`)."""
         return Export({"unclipped": torch.zeros(1, dtype=torch.float64)})
 
-    def report(self, export: Export, noise: Noise, *, clipped: bool) -> Export:
-        """The export with what this client reports, which has the noise of the round."""
-        bound = self._sum.bound
-        value = noise.add_to_count(-0.5 if clipped else 0.5, bound / SUM_STEPS)
-        value = min(max(value, -bound), bound)
-        own = {f"{self.name}/unclipped": torch.tensor([value], dtype=torch.float64)}
-        return Export({**export.sums, **own}, export.metrics)
+    def report(self, *, clipped: bool) -> dict[str, Tensor]:
+        """What this client reports, by the name of the sum, before noise."""
+        return {REPORT: torch.tensor([-self.unit / 2 if clipped else self.unit / 2], dtype=torch.float64)}
 
     def reduce(self, sums: Weights, examples: int, broadcast: PluginState) -> PluginState:
         """The next round's norm; every client counts as one example under differential privacy."""
         privacy = self._privacy
-        unclipped = min(max(float(sums["unclipped"]) / examples + 0.5, 0.0), 1.0)
+        unclipped = min(max(float(sums["unclipped"]) / self.unit / examples + 0.5, 0.0), 1.0)
         norm = self.norm * math.exp(-privacy.clip_lr * (unclipped - privacy.clip_quantile))
         return {"norm": min(max(norm, _MIN_NORM), _MAX_NORM)}
 

@@ -1,8 +1,12 @@
-"""Gaussian noise on a grid, from the operating system's cryptographic generator.
+"""Discrete Gaussian noise on a grid, from the operating system's cryptographic generator.
 
-The noise does not depend on a run's seed, which all participants know, so two runs with one seed differ in it. Value
-and noise are rounded to integer multiples of one grid before they are added, because the lowest bits of a
-floating-point sum reveal its addends (Mironov, CCS 2012). docs/privacy.md has the argument.
+Kairouz, Liu, Steinke, "The Distributed Discrete Gaussian Mechanism for Federated Learning with Secure Aggregation",
+ICML 2021: a clipped update is rounded stochastically to integer multiples of a grid, rounding is repeated while the
+norm exceeds a bound, and every client adds integers drawn from a discrete Gaussian. There is no float arithmetic in
+noise or sum (Mironov, CCS 2012, shows what its lowest bits reveal), and in a secure round the sum may wrap around.
+
+The noise does not depend on a run's seed, which all participants know, so two runs with one seed differ in it.
+docs/privacy.md has the argument.
 """
 
 import math
@@ -12,38 +16,44 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tofu.bytes_io import CHUNK
 from tofu.errors import RunError, SettingError
 from tofu.privacy.clipping import check_positive
+from tofu.privacy.discrete import discrete_gaussian
 from tofu.secagg.graph import Topology
-from tofu.secagg.masks import Stream, new_seed
+from tofu.secagg.masks import SignedVector, Stream, new_seed
 from tofu.settings.groups import PrivacySettings, SecureSettings
 from tofu.weights import Weights
 
 Reals = npt.NDArray[np.float64]
 
-RANGE_DEVIATIONS = 6.0
-"""Minimum range of a value in standard deviations of its noise; one value in 5e8 exceeds it."""
+_REACH = 9.0
+"""Standard deviations of a sum's noise that the ring holds; one value in 4e18 wraps around, in the worst case."""
 
 _FINE = 2.0**-20
 """The default grid, in units of a client's standard deviation; secure rounds have a grid of their own."""
 
-_MIN_STEPS = 2.0  # minimum standard deviation in steps of the grid
+_MIN_STEPS = 3.0
+"""Minimum standard deviation of a client's noise in steps of the grid."""
+
+_SMOOTHING = 2.0
+"""Standard deviation, in steps, that a sum's noise has beyond what the multiplier asks for (docs/privacy.md)."""
+
 _ROUNDING_FAILS = 0.01  # beta of Kairouz et al.: probability that a rounding must be repeated
+
+_SLACK = 1e-8
+"""Relative increase of the sensitivity, for the float arithmetic of the norms that are compared with it."""
 
 
 @dataclass(frozen=True)
 class Noise:
-    """The Gaussian noise that a client adds to its clipped update.
+    """The discrete Gaussian noise that a client adds to its clipped update.
 
     Attributes:
-        norm: C, the clipping norm of the update.
+        norm: C, the maximum norm of the values that get noise.
         multiplier: z; the noise of the sum has a standard deviation of z C, or slightly more (`deviation`).
         sharers: number of clients that share the noise of one sum: the minimum number of honest clients in any sum,
             which is the session's threshold minus the colluding clients. 1 if each client adds the full noise.
         grid: power of 2 of which value and noise are integer multiples; 0 selects a negligibly fine grid.
-        count_fraction: fraction of the budget 1 / z^2 for the number of clipped clients. The update then has the noise
-            multiplier z / sqrt(1 - count_fraction), so that both together are as private as z.
 
     Raises:
         SettingError: a field is not usable, or the grid is too coarse for the noise.
@@ -60,33 +70,25 @@ class Noise:
     multiplier: float
     sharers: int = 1
     grid: float = 0.0
-    count_fraction: float = 0.0
 
     def __post_init__(self) -> None:
         check_positive("clip_norm", self.norm)
         check_positive("noise_multiplier", self.multiplier)
         if self.sharers < 1:
             raise SettingError("sharers", self.sharers, "at least 1")
-        if not 0 <= self.count_fraction < 1:
-            raise SettingError("clip_budget", self.count_fraction, "a number of at least 0 and below 1")
-        part = self._update_multiplier * self.norm / math.sqrt(self.sharers)
+        part = self.multiplier * self.norm / math.sqrt(self.sharers)
         if not self.grid:
             object.__setattr__(self, "grid", 2.0 ** math.floor(math.log2(part * _FINE)))
         if self.grid < 0 or math.frexp(self.grid)[0] != 0.5 or part < _MIN_STEPS * self.grid:
             raise SettingError("grid", self.grid, f"a power of 2 up to {part / _MIN_STEPS:g}")
 
-    @property
-    def _update_multiplier(self) -> float:
-        """The noise multiplier of the update alone."""
-        return self.multiplier / math.sqrt(1 - self.count_fraction)
-
     @staticmethod
     def alone(privacy: PrivacySettings, norm: float) -> "Noise":
         """The full noise of a client whose update, clipped to `norm`, is not in a secure sum."""
-        return Noise(norm, privacy.noise_multiplier, count_fraction=privacy.count_fraction)
+        return Noise(privacy.joint_norm(norm), privacy.noise_multiplier)
 
     def on_ring(self, *, levels: int, values: int) -> "Noise":
-        """The same noise on the grid of a secure round, so that its fixed-point encoding does not round again.
+        """The same noise on the grid of a secure round.
 
         The round's `FixedPoint` must have clip = `grid` * levels and unit_weight 1, and every client 1 example.
 
@@ -97,8 +99,8 @@ class Noise:
         Raises:
             SettingError: there are too few levels for the range that the noise needs.
         """
-        part = self._update_multiplier * self.norm / math.sqrt(self.sharers)
-        grid = 2.0 ** math.ceil(math.log2((self.norm + RANGE_DEVIATIONS * part) / levels))
+        part = self.multiplier * self.norm / math.sqrt(self.sharers)
+        grid = 2.0 ** math.ceil(math.log2((self.norm + _REACH * part / math.sqrt(self.sharers)) / levels))
         while _MIN_STEPS * grid <= part:
             noise = replace(self, grid=grid)
             if noise.value_bound(values) <= grid * levels:
@@ -134,19 +136,20 @@ class Noise:
             return None
         honest = topology.honest(clients, secure.secagg_collusion_fraction)
         try:
-            whole = Noise(norm, privacy.noise_multiplier, honest, count_fraction=privacy.count_fraction)
+            whole = Noise(privacy.joint_norm(norm), privacy.noise_multiplier, honest)
             return whole.on_ring(levels=levels, values=values)
         except SettingError as error:
             wanted = f"less with noise-multiplier {privacy.noise_multiplier:g}, whose noise needs more bits per entry"
             raise SettingError("secure-ratio", secure.secure_ratio, wanted) from error
 
     def deviation(self, values: int) -> float:
-        """Standard deviation of one client's noise, for an update of `values` values."""
-        return self._update_multiplier * rounded_norm(self.norm, self.grid, values) / math.sqrt(self.sharers)
+        """Standard deviation of one client's noise, for `values` values."""
+        needed = self.multiplier * rounded_norm(self.norm, self.grid, values) * (1 + _SLACK)
+        return math.hypot(needed, _SMOOTHING * self.grid) / math.sqrt(self.sharers)
 
     def value_bound(self, values: int) -> float:
-        """Magnitude that noisy values of any update exceed with negligible probability."""
-        return self.norm + RANGE_DEVIATIONS * self.deviation(values)
+        """Magnitude, per client, that no value of a sum of at least `sharers` clients exceeds but once in 4e18."""
+        return self.norm + _REACH * self.deviation(values) / math.sqrt(self.sharers)
 
     def add(self, update: Weights) -> Weights:
         """Round a clipped update to the grid and add this client's noise -> float32 tensors of the same shapes.
@@ -154,34 +157,30 @@ class Noise:
         Raises:
             RunError: the norm of the update is above C.
         """
-        flat = torch.cat([value.detach().float().flatten() for value in update.values()]).double().numpy()
-        if not float(np.linalg.norm(flat)) <= self.norm * (1 + 1e-9):
-            raise RunError(f"update has norm {np.linalg.norm(flat):g}, expected at most {self.norm:g}: clip it first")
-        stream, deviation = Stream(new_seed()), self.deviation(flat.size) / self.grid
-        steps = self._rounded(flat / self.grid, stream)
-        for start in range(0, steps.size, CHUNK):
-            part = steps[start : start + CHUNK]
-            part += np.rint(normals(part.size, stream) * deviation)
-        noisy = torch.from_numpy(steps * self.grid).float()
+        values = torch.cat([value.detach().double().flatten() for value in update.values()]).numpy()
+        noisy = torch.from_numpy(self.steps(values) * self.grid).float()
         pieces = torch.split(noisy, [value.numel() for value in update.values()])
         return {n: p.view(v.shape) for (n, v), p in zip(update.items(), pieces, strict=True)}
 
-    def add_to_count(self, value: float, unit: float) -> float:
-        """Add this client's noise to a number of -1/2 to 1/2, so of sensitivity 1/2 -> a multiple of `unit`.
+    def steps(self, values: Reals) -> SignedVector:
+        """Values [n] with this client's noise, as integer multiples of the grid.
 
-        With the count's deviation of z / (2 sqrt(count_fraction)), count and update together are one Gaussian mechanism
-        of multiplier z: (1/2 / deviation)^2 + (1 - count_fraction) / z^2 = 1 / z^2.
+        Raises:
+            RunError: their norm is above C.
         """
-        deviation = self.multiplier / (2 * math.sqrt(self.count_fraction * self.sharers))
-        drawn = float(normals(1, Stream(new_seed()))[0])
-        return (round(value / unit) + round(drawn * deviation / unit)) * unit
+        if not float(np.linalg.norm(values)) <= self.norm * (1 + _SLACK / 2):
+            raise RunError(f"update has norm {np.linalg.norm(values):g}, expected at most {self.norm:g}: clip it first")
+        stream = Stream(new_seed())
+        drawn = discrete_gaussian(self.deviation(values.size) / self.grid, values.size, stream)
+        return self._rounded(values / self.grid, stream).astype(np.int64) + drawn
 
     def _rounded(self, relative: Reals, stream: Stream) -> Reals:
         """Stochastic rounding to integers, repeated while the norm exceeds `rounded_norm`."""
-        max_norm, down = rounded_norm(self.norm, self.grid, relative.size) / self.grid, np.floor(relative)
+        bound = rounded_norm(self.norm, self.grid, relative.size) / self.grid * (1 + _SLACK / 2)
+        down = np.floor(relative)
         while True:
             steps = down + (_uniforms(relative.size, stream) < relative - down)
-            if float(np.linalg.norm(steps)) <= max_norm:
+            if float(np.linalg.norm(steps)) <= bound:
                 return steps
 
 

@@ -38,6 +38,7 @@ class Outgoing:
         body: the compressed bytes of an open round.
         vector: the ring elements of a secure round, before masking.
         clipped: whether `Clip` made the update shorter.
+        sums: of plugins, that `AddNoise` gave noise.
     """
 
     update: Weights
@@ -47,6 +48,7 @@ class Outgoing:
     body: bytes = b""
     vector: RingVector | None = None
     clipped: bool = False
+    sums: Weights = field(default_factory=dict)
 
     def replace(self, **changes: object) -> "Outgoing":
         """A copy with other values for the named fields."""
@@ -154,12 +156,19 @@ class Clip:
 
 @dataclass(frozen=True)
 class AddNoise:
-    """Add this client's part of the noise of the Gaussian mechanism."""
+    """Add the noise of a round whose updates the server sees.
+
+    Attributes:
+        sums: of plugins, which are further values of the update.
+    """
 
     noise: Noise
+    sums: Weights = field(default_factory=dict)
 
     def apply(self, outgoing: Outgoing) -> Outgoing:
-        return outgoing.replace(update=self.noise.add(outgoing.update))
+        noised = self.noise.add(outgoing.update | self.sums)
+        sums = {name: noised.pop(name).double() for name in self.sums}
+        return outgoing.replace(update=noised, sums=sums)
 
 
 @dataclass(frozen=True)
@@ -190,8 +199,8 @@ class EncodeInRing:
         examples, loss: reported inside the sum.
         seed: of the stochastic rounding.
         sums: the plugins' sums.
-        noise: the client's part of the noise in the sum, or None. With noise, neither the loss nor the number of
-            clipped values is reported.
+        noise: the client's part of the noise in the sum, or None. With noise, the update has weight 1, and neither the
+            loss nor the number of clipped values is reported.
     """
 
     encoder: RingEncoder
@@ -202,11 +211,11 @@ class EncodeInRing:
     noise: Noise | None = None
 
     def apply(self, outgoing: Outgoing) -> Outgoing:
-        update = self.noise.add(outgoing.update) if self.noise else outgoing.update
-        encoded = self.encoder.encode(
-            update, self.examples, self.loss, self.seed, self.sums, silent=self.noise is not None
-        )
-        return outgoing.replace(update=update, decoded=encoded.decoded, vector=encoded.vector)
+        if self.noise is None:
+            encoded = self.encoder.encode(outgoing.update, self.examples, self.loss, self.seed, self.sums)
+            return outgoing.replace(decoded=encoded.decoded, vector=encoded.vector)
+        encoded = self.encoder.encode_noised(outgoing.update, self.sums, self.noise.steps)
+        return outgoing.replace(update=encoded.decoded, decoded=encoded.decoded, vector=encoded.vector)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,9 @@ for the other numbers that the server needs, which it also receives as sums only
 the client's values exceeded the range. The sums of plugins come last, as digits whose sum is exact, to 2^-39 of a
 bound.
 
+Under differential privacy, values are integers with noise (`tofu.privacy.noise`), which are added to the ring as they
+are and may wrap around: the sum is a function of the exact sum of the clients' integers. Loss and excess are zero.
+
 With many levels the range is wide enough that almost nothing is clipped, and rounding is stochastic and unbiased. With
 few levels, stochastic rounding adds more noise than signal. If error feedback keeps the rounding error, values are then
 rounded to the nearest step (`EncodingConfig.nearest_rounding`), and the range is `nearest_range` times their root mean
@@ -15,7 +18,7 @@ square, whose square the clients sum. The largest values are clipped and counted
 import hashlib
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +31,7 @@ from tofu.errors import PayloadError, RunError, SettingError
 from tofu.plugins import SumSpec
 from tofu.secagg import coordinates
 from tofu.secagg.fixed_point import HEADROOM, Clipped, FixedPoint
-from tofu.secagg.masks import RingVector, centered
+from tofu.secagg.masks import RingVector, SignedVector, centered, from_signed
 from tofu.weights import ParamSpec, Weights, displacement_levels, weights_sha256
 
 FIRST_RANGE = 0.25
@@ -275,7 +278,9 @@ class RingEncoder:
         self._coordinates = None if displacement is None else self._select(displacement)
         self._count = self._all if self._coordinates is None else len(self._coordinates)
         power = {_POWER: SumSpec((len(self._sizes),), 1.0)} if config.nearest_rounding else {}
-        self._sums = DigitSums({**(declared or {}), **power}, self._fixed.digit_bits)
+        self._noised = {name: spec for name, spec in (declared or {}).items() if spec.noised}
+        own = {name: spec for name, spec in (declared or {}).items() if not spec.noised}
+        self._sums = DigitSums({**own, **power}, self._fixed.digit_bits)
 
     @property
     def levels(self) -> int:
@@ -284,8 +289,8 @@ class RingEncoder:
 
     @property
     def values(self) -> int:
-        """Number of the update's entries that are sent."""
-        return self._count
+        """Number of values that get noise under differential privacy: the entries that are sent, and noised sums."""
+        return self._count + self._noised_count
 
     @property
     def digest(self) -> bytes:
@@ -296,7 +301,16 @@ class RingEncoder:
     @property
     def length(self) -> int:
         """Ring elements of a client's vector."""
-        return self._fixed.length(self._count + _LOSS_ELEMENTS + len(self._sizes)) + self._sums.length
+        return self._fixed.length(self._count + self._reports + self._noised_count) + self._sums.length
+
+    @property
+    def _reports(self) -> int:
+        """Elements of the loss and of the excess over the ranges."""
+        return _LOSS_ELEMENTS + len(self._sizes)
+
+    @property
+    def _noised_count(self) -> int:
+        return sum(math.prod(spec.shape) for spec in self._noised.values())
 
     def encode(
         self,
@@ -305,8 +319,6 @@ class RingEncoder:
         loss: float,
         seed: bytes = b"",
         sums: Mapping[str, Tensor] | None = None,
-        *,
-        silent: bool = False,
     ) -> Encoded:
         """Encode an update as a ring vector.
 
@@ -316,7 +328,6 @@ class RingEncoder:
             loss: the client's training loss.
             seed: of the stochastic rounding (`FixedPoint.encode`).
             sums: the plugins' tensors, by the declared names, within their bounds.
-            silent: report neither the loss nor clipping, and clip without counting. Not with nearest rounding.
 
         Raises:
             RunError: the update is not finite.
@@ -330,8 +341,6 @@ class RingEncoder:
             sums[_POWER] = torch.tensor(power, dtype=torch.float64).clamp(max=1)
         if self._coordinates is not None:
             values = coordinates.encode(torch.from_numpy(values), self._coordinates).numpy()
-        if silent:
-            values, loss = np.clip(values, -1 / weight, 1 / weight), 0.0
         largest = [float(np.abs(part).max(initial=0.0)) * weight for part in self._split(self._expand(values))]
         # `FixedPoint` multiplies by the weight, hence the divisions. A smaller excess than one level could be rounded
         # to zero.
@@ -343,6 +352,28 @@ class RingEncoder:
         vector, clipped = self._fixed.encode(elements, examples, seed, nearest=nearest)
         steps = centered(vector[: self._count], self._config.bits).astype(np.float64)
         own = self._expand(steps * (self._fixed.step / weight)) * self._ranges
+        return Encoded(np.concatenate([vector, self._sums.encode(sums)]), self._weights(own), clipped)
+
+    def encode_noised(
+        self, update: Weights, sums: Mapping[str, Tensor], add_noise: Callable[[npt.NDArray[np.float64]], SignedVector]
+    ) -> Encoded:
+        """Encode a clipped update of weight 1 with noise, which wraps around the ring; neither loss nor clipping.
+
+        Args:
+            update: by name, of the ParamSpec's shapes.
+            sums: the plugins' tensors, by the declared names; those that are noised are further values of the update.
+            add_noise: values [n] -> whole numbers of the ranges' step, with noise (`tofu.privacy.Noise.steps`).
+        """
+        values = flat({name: update[name] for name in self._param_spec.shapes}).double()
+        sent = values if self._coordinates is None else coordinates.encode(values, self._coordinates)
+        extra = [sums[name].numpy().ravel() for name in self._noised]
+        steps = add_noise(np.concatenate([sent.numpy(), *extra]))
+        empty = np.zeros(self._count + self._reports + self._noised_count)
+        vector, clipped = self._fixed.encode(empty, 1)
+        elements = from_signed(steps, self._config.bits)
+        vector[: self._count] = elements[: self._count]
+        vector[self._count + self._reports : empty.size] = elements[self._count :]
+        own = self._expand(steps[: self._count].astype(np.float64) * self._fixed.step) * self._ranges
         return Encoded(np.concatenate([vector, self._sums.encode(sums)]), self._weights(own), clipped)
 
     def decode(self, total: RingVector, clients: int) -> SecureMean:
@@ -362,11 +393,12 @@ class RingEncoder:
                 f"the sum has {decoded.examples} examples of {clients} clients, expected at least 1 per client"
             )
         weights = decoded.examples / self._config.unit_weight
-        sent, losses, reported = np.split(decoded.mean, [self._count, self._count + _LOSS_ELEMENTS])
+        ends = np.cumsum([self._count, _LOSS_ELEMENTS, len(self._sizes)])
+        sent, losses, reported, noised = np.split(decoded.mean, ends)
         values = self._expand(sent)
         # Stochastic rounding can make a zero mean slightly negative.
         excess = np.maximum(reported, 0.0) * weights * MAX_REPORTED
-        sums = self._sums.decode(total[end:], clients)
+        sums = self._sums.decode(total[end:], clients) | self._noised_sums(noised * weights)
         if self._config.nearest_rounding:
             ranges = self._nearest_ranges((sums.pop(_POWER) / clients).clamp(min=0))
         else:
@@ -382,6 +414,14 @@ class RingEncoder:
             ranges=tuple(min(range_, MAX_RANGE) for range_ in ranges),
             sums=sums,
         )
+
+    def _noised_sums(self, totals: npt.NDArray[np.float64]) -> dict[str, Tensor]:
+        """The sums that are further values of the update, from their elements in units of the first range."""
+        sums, at = {}, 0
+        for name, spec in self._noised.items():
+            part = totals[at : at + math.prod(spec.shape)] * float(np.float32(self._config.ranges[0]))
+            sums[name], at = torch.from_numpy(part).reshape(spec.shape), at + part.size
+        return sums
 
     def _check_possible(self, total: RingVector, clients: int) -> None:
         """Raises RunError if valid vectors of this number of clients cannot have this sum."""

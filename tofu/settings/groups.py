@@ -333,6 +333,10 @@ class PrivacySettings(Group):
         """Fraction of the budget for the count of clipped clients; 0 with a fixed clip norm."""
         return self.clip_budget if self.clip_quantile else 0.0
 
+    def joint_norm(self, norm: float) -> float:
+        """Norm of an update, clipped to `norm`, together with the report for the count of clipped clients."""
+        return norm / math.sqrt(1 - self.count_fraction)
+
 
 class ServerSettings(Group):
     """Sampling of clients, and the server's optimizer."""
