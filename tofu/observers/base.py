@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tofu.hooks import for_each
 from tofu.rounds.record import RoundRecord, RunSummary
 
 
@@ -60,44 +61,18 @@ class Observer:
         self.close()
 
 
-class Observers(Observer):
+class Observers(tuple[Observer, ...], Observer):
     """Several observers as one: each event goes to all of them, in the order given."""
 
-    def __init__(self, observers: Sequence[Observer]) -> None:
-        self._all = tuple(observers)
-
-    def on_run_start(self, rounds: int, clients: int, title: str) -> None:
-        for observer in self._all:
-            observer.on_run_start(rounds, clients, title)
-
-    def on_history(self, folder: Path, records: Sequence[RoundRecord]) -> None:
-        for observer in self._all:
-            observer.on_history(folder, records)
-
-    def on_phase(self, round_: int, kind: str, phase: str, done: int, total: int) -> None:
-        for observer in self._all:
-            observer.on_phase(round_, kind, phase, done, total)
-
-    def on_client_failure(self, round_: int, client: str, node: int, reason: str) -> None:
-        for observer in self._all:
-            observer.on_client_failure(round_, client, node, reason)
-
-    def on_round_end(self, record: RoundRecord) -> None:
-        for observer in self._all:
-            observer.on_round_end(record)
+    on_run_start = for_each(Observer.on_run_start)
+    on_history = for_each(Observer.on_history)
+    on_phase = for_each(Observer.on_phase)
+    on_client_failure = for_each(Observer.on_client_failure)
+    on_round_end = for_each(Observer.on_round_end)
+    on_run_end = for_each(Observer.on_run_end)
+    on_run_error = for_each(Observer.on_run_error)
+    close = for_each(Observer.close)
 
     def on_note(self, text: str, **where: Any) -> None:
-        for observer in self._all:
+        for observer in self:
             observer.on_note(text, **where)
-
-    def on_run_end(self, summary: RunSummary) -> None:
-        for observer in self._all:
-            observer.on_run_end(summary)
-
-    def on_run_error(self, error: BaseException) -> None:
-        for observer in self._all:
-            observer.on_run_error(error)
-
-    def close(self) -> None:
-        for observer in self._all:
-            observer.close()

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from tofu.data import LabeledImages
 from tofu.errors import PayloadError, RunError, SettingError
+from tofu.hooks import for_each
 from tofu.plugins.base import (
     Batch,
     Export,
@@ -31,6 +32,12 @@ class Plugins(tuple[Plugin, ...]):
 
     __slots__ = ()
 
+    on_round_begin = for_each(Plugin.on_round_begin)
+    on_train_begin = for_each(Plugin.on_train_begin)
+    on_epoch_end = for_each(Plugin.on_epoch_end)
+    on_task_end = for_each(Plugin.on_task_end)
+    on_aggregate = torch.no_grad()(for_each(Plugin.on_aggregate))
+
     def named(self) -> dict[str, Plugin]:
         """Name -> plugin."""
         return {plugin.name: plugin for plugin in self}
@@ -48,19 +55,9 @@ class Plugins(tuple[Plugin, ...]):
         self.on_round_begin(model, context)
         return model
 
-    def on_round_begin(self, model: nn.Module, context: RoundContext) -> None:
-        """Call the hook of every plugin in list order; `setup` also does so for the model that it returns."""
-        for plugin in self:
-            plugin.on_round_begin(model, context)
-
     def declare_sums(self, model: nn.Module) -> dict[str, SumSpec]:
         """`plugin/name` -> shape and bound of the sum that is exported in this round."""
         return {f"{p.name}/{name}": spec for p in self for name, spec in p.declare_sums(model).items()}
-
-    def on_train_begin(self, model: nn.Module, data: LabeledImages) -> None:
-        """Call the hook of every plugin, in list order, as `on_batch` and `on_loss` do."""
-        for plugin in self:
-            plugin.on_train_begin(model, data)
 
     def on_batch(self, batch: Batch, generator: torch.Generator) -> Batch:
         for plugin in self:
@@ -109,14 +106,6 @@ class Plugins(tuple[Plugin, ...]):
         for plugin in plugins:
             plugin.on_step(model, before, momenta or {})
 
-    def on_epoch_end(self, model: nn.Module, data: LabeledImages) -> None:
-        for plugin in self:
-            plugin.on_epoch_end(model, data)
-
-    def on_task_end(self, model: nn.Module, data: LabeledImages, final: bool) -> None:
-        for plugin in self:
-            plugin.on_task_end(model, data, final)
-
     def predict(self, model: nn.Module, images: Tensor) -> Prediction:
         """Predict by the plugin that overrides `predict`, or by the model. The caller sets eval mode."""
         for plugin in self:
@@ -150,11 +139,6 @@ class Plugins(tuple[Plugin, ...]):
             if plugin.groups > 1:
                 return plugin.predict_groups(models, images)
         return self.predict(models[0], images)
-
-    @torch.no_grad()
-    def on_aggregate(self, model: nn.Module, context: RoundContext) -> None:
-        for plugin in self:
-            plugin.on_aggregate(model, context)
 
     def export(self, model: nn.Module) -> Export:
         """All exports, under `plugin/name`.
