@@ -84,7 +84,6 @@ class CrossbarPruning(Plugin):
     # fmt: on
 
     _adc: AdcEnergy = field(default_factory=AdcEnergy, init=False, repr=False)
-    _context: RoundContext | None = field(default=None, init=False, repr=False)
     _own: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     _metrics: dict[str, float] = field(default_factory=dict, init=False, repr=False)
 
@@ -104,7 +103,8 @@ class CrossbarPruning(Plugin):
             raise SettingError("crossbar.after", self.after, f"less than the run's rounds, {context.rounds}")
         if context.group > 0:
             raise SettingError("plugins", "crossbar", "a run without client groups: masks are those of one model")
-        self._context, self._own, self._metrics = context, {}, {}
+        super().setup(model, context)
+        self._own, self._metrics = {}, {}
         if self.masks == "common":
             keep_entries(model, _masks(self.broadcast, model))
         return model
@@ -133,7 +133,7 @@ class CrossbarPruning(Plugin):
 
     @torch.no_grad()
     def on_task_end(self, model: nn.Module, data: LabeledImages, final: bool) -> None:
-        context = self._setup_done()
+        context = self.context
         if not self._pruned:
             own = self._sites(model)
             variance = occupancy_variance((matrix(site, model) for site in own), self.tile)
@@ -158,10 +158,6 @@ class CrossbarPruning(Plugin):
         for name, mask in self._own.items():
             weight = model.get_parameter(name).data
             weight.mul_(mask.to(weight))
-
-    def _setup_done(self) -> RoundContext:
-        assert self._context is not None, "setup comes first"
-        return self._context
 
     def _prunes_after(self, context: RoundContext) -> int:
         return self.after or max(1, context.rounds // 2)
@@ -209,7 +205,7 @@ class CrossbarPruning(Plugin):
 
     def _measured(self, model: nn.Module, masks: Mapping[str, Tensor]) -> PluginState:
         """The arrays for the report: zeros and energy of every weight, and column occupancy before and after."""
-        context = self._setup_done()
+        context = self.context
         positions = rows_per_image(model, context.shape.channels, context.shape.height, context.shape.width)
         measured: PluginState = {}
         for name, mask in masks.items():

@@ -85,7 +85,6 @@ class LossCurvature(Plugin):
     images: int = option(100_000, "largest number of a client's images that are scored, evenly spread", ge=1, le=10_000_000)  # noqa: E501
     # fmt: on
 
-    _context: RoundContext | None = field(default=None, init=False, repr=False)
     _epoch: int = field(default=0, init=False, repr=False)
     _suspects: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool), init=False, repr=False)
 
@@ -93,8 +92,8 @@ class LossCurvature(Plugin):
         """Leaves the model unchanged. Raises SettingError if the run is too short for `action` to take effect."""
         if self.action != "none" and self.warm_up >= context.rounds:
             raise SettingError(f"{self.name}.warm-up", self.warm_up, f"less than the run's rounds, {context.rounds}")
-        self._context, self._epoch = context, 0
-        return model
+        self._epoch = 0
+        return super().setup(model, context)
 
     def declare_sums(self, model: nn.Module) -> Mapping[str, SumSpec]:
         return {"histogram": SumSpec((BINS,), float(self.images)), "flagged": SumSpec((1,), float(self.images))}
@@ -132,7 +131,7 @@ class LossCurvature(Plugin):
             path = Path(folder).expanduser()
             path.mkdir(parents=True, exist_ok=True)
             rows = {"rows": self._scored_rows(data)}
-            file = path / f"curvature-{self._setup_done().client}.scores"
+            file = path / f"curvature-{self.context.client}.scores"
             replace_file(file, state_to_bytes(self.state | rows, max_bytes=_MAX_STATE_BYTES))
 
     def export(self) -> Export:
@@ -148,11 +147,7 @@ class LossCurvature(Plugin):
 
     @property
     def _acts(self) -> bool:
-        return self.action != "none" and self._setup_done().round > self.warm_up
-
-    def _setup_done(self) -> RoundContext:
-        assert self._context is not None, "setup comes first"
-        return self._context
+        return self.action != "none" and self.context.round > self.warm_up
 
     def _sum(self, name: str) -> Tensor:
         value = self.state.get(name)
@@ -174,7 +169,7 @@ class LossCurvature(Plugin):
 
     def _measure(self, model: nn.Module, data: LabeledImages) -> None:
         """Add one scoring of every scored image to the sums."""
-        context, count = self._setup_done(), self.state["count"]
+        context, count = self.context, self.state["count"]
         assert isinstance(count, int)
         generator = derive_generator(context.seed, context.round, context.client, self.name, count)
         rows = self._scored_rows(data)

@@ -64,7 +64,6 @@ class DctSnn(Plugin):
     ann_fraction: float = option(0.5, "fraction of the rounds, before the others, without spikes", ge=0, lt=1)
     images: int = option(64, "maximum number of a client's or the server's images that are measured", ge=1, le=100_000)
 
-    _context: RoundContext | None = field(default=None, init=False, repr=False)
     _sums: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     _panel: Panel | None = field(default=None, init=False, repr=False)
 
@@ -74,7 +73,7 @@ class DctSnn(Plugin):
         Raises:
             SettingError: the model has no DCT encoder.
         """
-        self._context = context
+        super().setup(model, context)
         network, encoder = _parts(model)
         network.steps = self.cycles * FREQUENCIES
         encoder.frequencies = self.frequencies
@@ -91,14 +90,12 @@ class DctSnn(Plugin):
     @property
     def _ann_rounds(self) -> int:
         """Number of rounds without spikes."""
-        assert self._context is not None
-        return round(self.ann_fraction * self._context.rounds)
+        return round(self.ann_fraction * self.context.rounds)
 
     def declare_sums(self, model: nn.Module) -> Mapping[str, SumSpec]:
-        assert self._context is not None
         spec = SumSpec((QuantileSketch.BINS,), float(self.images))
-        sums = {"input": spec} if self._context.round == 1 else {}
-        if self._context.round == self._ann_rounds:
+        sums = {"input": spec} if self.context.round == 1 else {}
+        if self.context.round == self._ann_rounds:
             sums |= dict.fromkeys(_neurons(model), spec) | {"outputs": SumSpec((2,), self.images * _MAX_POWER)}
         return sums
 
@@ -151,9 +148,8 @@ class DctSnn(Plugin):
 
     def calibrate(self, model: nn.Module, data: LabeledImages) -> PluginState:
         """Measure, for the report, the final spiking network on the server's held-out images."""
-        assert self._context is not None
         network, encoder = _parts(model)
-        if self._context.round == self._context.rounds and network.spiking:
+        if self.context.round == self.context.rounds and network.spiking:
             images = to_float(subsample(data, self.images))
             labels = data.labels[torch.arange(len(images)) * len(data) // len(images)]
             self._panel = _measured(network, encoder, images, labels)

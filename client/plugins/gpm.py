@@ -84,7 +84,6 @@ class GradientProjectionMemory(Plugin):
     max_norm: float = option(100.0, "norm of an input row; longer ones are scaled to it, which bounds what is summed", gt=0, le=1e6)  # noqa: E501
     # fmt: on
 
-    _context: RoundContext | None = field(default=None, init=False, repr=False)
     _sites: tuple[Site, ...] = field(default=(), init=False, repr=False)
     _projections: dict[str, "_Projection"] = field(default_factory=dict, init=False, repr=False)
     _sums: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
@@ -102,7 +101,8 @@ class GradientProjectionMemory(Plugin):
         )
 
     def setup(self, model: nn.Module, context: RoundContext) -> nn.Module:
-        self._context, self._sites, self._projections, self._sums = context, (), {}, {}
+        super().setup(model, context)
+        self._sites, self._projections, self._sums = (), {}, {}
         if context.task > 0:
             for module in model.modules():
                 if isinstance(module, _BatchNorm):
@@ -110,7 +110,7 @@ class GradientProjectionMemory(Plugin):
         return model
 
     def declare_sums(self, model: nn.Module) -> Mapping[str, SumSpec]:
-        context = self._setup_done()
+        context = self.context
         if not context.final or self.memory == "local":
             return {}
         shape, specs = context.shape, {}
@@ -160,7 +160,7 @@ class GradientProjectionMemory(Plugin):
         return done
 
     def on_task_end(self, model: nn.Module, data: LabeledImages, final: bool) -> None:
-        context = self._setup_done()
+        context = self.context
         if not final:
             return
         generator = derive_generator(context.seed, context.round, context.client, self.name)
@@ -215,10 +215,6 @@ class GradientProjectionMemory(Plugin):
     @property
     def _memory(self) -> PluginState:
         return self.state if self.memory == "local" else self.broadcast
-
-    def _setup_done(self) -> RoundContext:
-        assert self._context is not None, "setup comes first"
-        return self._context
 
     def _all(self, model: nn.Module) -> tuple[Site, ...]:
         # Not in `setup`, because a later plugin may still change the model there.

@@ -81,7 +81,6 @@ class SpatioTemporalPruning(Plugin):
     quantize_after: int = option(0, "last round with float weights; 0: that before reduce-until", ge=0, le=100_000)
     # fmt: on
 
-    _context: RoundContext | None = field(default=None, init=False, repr=False)
     _sums: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -119,7 +118,7 @@ class SpatioTemporalPruning(Plugin):
             PayloadError: the broadcast does not fit the model.
         """
         self._check(context, chain_of(model))
-        self._context = context
+        super().setup(model, context)
         self._narrow(model)
         if self.quantizes(context.round, context.rounds):
             for layer in chain_of(model).values():
@@ -163,8 +162,7 @@ class SpatioTemporalPruning(Plugin):
 
     def declare_sums(self, model: nn.Module) -> Mapping[str, SumSpec]:
         """In the round that measures the channels, "moments/LAYER"; in all rounds of a spiking network, "spikes"."""
-        assert self._context is not None, "setup comes first"
-        shape = self._context.shape
+        shape = self.context.shape
         declared = {}
         zeros = torch.zeros(1, shape.channels, shape.height, shape.width, dtype=torch.uint8)
         for name, rows in channel_potentials(model, zeros) if self._measures else ():
@@ -178,10 +176,9 @@ class SpatioTemporalPruning(Plugin):
 
     @property
     def _measures(self) -> bool:
-        context = self._context
-        return bool(
+        context = self.context
+        return (
             self.spatial
-            and context
             and context.round >= self.pruned_after(context.rounds)  # later if a secure round was abandoned
             and not self.quantizes(context.round, context.rounds)
             and not self.widths

@@ -64,7 +64,6 @@ class Trend(Plugin):
     images: int = option(100, "maximum number of a client's images that are attacked", ge=1, le=1_000_000)
 
     _quantizers: tuple[str, ...] = field(default=(), init=False, repr=False)
-    _context: RoundContext | None = field(default=None, init=False, repr=False)
     _counts: TransferCounts | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -99,7 +98,7 @@ class Trend(Plugin):
         return super().incompatibility(run)
 
     def setup(self, model: nn.Module, context: RoundContext) -> nn.Module:
-        self._context = context
+        super().setup(model, context)
         if _hook_of(model) is None:
             _set_quantizer(model, self._quantizers[context.group])
         return model
@@ -120,8 +119,7 @@ class Trend(Plugin):
     def on_train_begin(self, model: nn.Module, data: LabeledImages) -> None:
         if not self._measures:
             return
-        context = self._context
-        assert context is not None
+        context = self.context
         models = [self._member(model, group) for group in range(self.groups)]
         rows = torch.arange(min(self.images, len(data))) * len(data) // max(1, min(self.images, len(data)))
         generator = derive_generator(context.seed, context.round, context.client, "trend")

@@ -95,7 +95,6 @@ class UtilizedRank(Plugin):
     images: int = option(500, "maximum number of a client's images that are measured", ge=1, le=1_000_000)
     max_norm: float = option(0.0, "scale rows of a larger norm to it, which bounds the sums; 0 leaves them", ge=0)
 
-    _context: RoundContext | None = field(default=None, init=False, repr=False)
     _start: Weights = field(default_factory=dict, init=False, repr=False)
     _sums: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
@@ -105,7 +104,7 @@ class UtilizedRank(Plugin):
         return super().incompatibility(run)
 
     def setup(self, model: nn.Module, context: RoundContext) -> nn.Module:
-        self._context = context
+        super().setup(model, context)
         if self.factorize:
             for name in self.ranks:
                 inputs, outputs = (self.broadcast.get(f"{name}/{side}") for side in ("inputs", "outputs"))
@@ -116,8 +115,7 @@ class UtilizedRank(Plugin):
     def declare_sums(self, model: nn.Module) -> Mapping[str, SumSpec]:
         if not self._measures:
             return {}
-        assert self._context is not None
-        shape, largest = self._context.shape, self.max_norm**2 if self.max_norm else float("inf")
+        shape, largest = self.context.shape, self.max_norm**2 if self.max_norm else float("inf")
         rows = rows_per_image(model, shape.channels, shape.height, shape.width)
         declared = {}
         for site in self._sites(model):
@@ -164,7 +162,7 @@ class UtilizedRank(Plugin):
 
     @property
     def _measures(self) -> bool:
-        return self._context is not None and self._context.round == self.after and not self.ranks
+        return self.context.round == self.after and not self.ranks
 
     def _sites(self, model: nn.Module) -> tuple[Site, ...]:
         """The matrices to measure; the others are left as they are.

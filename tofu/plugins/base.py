@@ -203,6 +203,7 @@ class Plugin:
 
     state: PluginState = field(default_factory=dict, init=False, repr=False)
     broadcast: PluginState = field(default_factory=dict, init=False, repr=False)
+    _context: RoundContext | None = field(default=None, init=False, repr=False)
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -231,6 +232,12 @@ class Plugin:
             return f"a run of 1 client: {self.why_inexact}"
         return ""
 
+    @property
+    def context(self) -> RoundContext:
+        """The context of the last call of `Plugin.setup`."""
+        assert self._context is not None, f"plugin {self.name}: setup comes first, and calls super().setup"
+        return self._context
+
     # Clients and server
 
     def setup(self, model: nn.Module, context: RoundContext) -> nn.Module:
@@ -247,6 +254,7 @@ class Plugin:
         even if all names and shapes stay the same. After a change clients drop the residuals of error feedback and the
         compressor's memory, because both belong to the old architecture.
         """
+        self._context = context
         return model
 
     def on_round_begin(self, model: nn.Module, context: RoundContext) -> None:
