@@ -46,7 +46,7 @@ class Analytic(Attack):
         # The largest bias updates first, because the division amplifies rounding errors.
         candidates = candidates[bias[used].abs().argsort(descending=True)]
         chosen = _chosen(candidates, observation.images, candidates.new_zeros(rows.shape[1]))
-        images = chosen.clamp(-1, 1).view(-1, shape.channels, shape.height, shape.width)
+        images = chosen.clamp(-1, 1).view(-1, *shape.chw)
         return Reconstruction(images.float(), None)
 
 

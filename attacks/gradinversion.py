@@ -23,6 +23,7 @@ from attacks.base import Attack, Reconstruction, Watch, registry
 from attacks.labels import guessed_labels
 from attacks.observation import Observation
 from attacks.simulated import SimulatedClient, relative_distance, search_adam, total_variation
+from tofu.weights import removing
 
 
 @registry.register("gradinversion")
@@ -81,13 +82,11 @@ def _statistics(model: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
         values = batch.transpose(0, 1).flatten(1)
         seen[name] = values.mean(1), values.var(1)  # BatchNorm's running variance is the unbiased one
 
+    # Hooks before the layers: with others the gradients would be added in another order.
     handles = [
         layer.register_forward_pre_hook(lambda _, inputs, name=name: keep(name, inputs[0]))
         for name, layer in model.named_modules()
         if isinstance(layer, nn.BatchNorm2d)
     ]
-    try:
+    with removing(handles):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

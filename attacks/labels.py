@@ -87,7 +87,7 @@ def _probed(observation: Observation, generator: torch.Generator) -> tuple[Tenso
     """Mean softmax [classes] on noise over the local steps, and the mean sum of the last layer's inputs [1]."""
     network = observation.network
     shape = network.shape
-    noise = torch.randn(PROBES, shape.channels, shape.height, shape.width, generator=generator).clamp(-1, 1)
+    noise = torch.randn(PROBES, *shape.chw, generator=generator).clamp(-1, 1)
     features: list[Tensor] = []
     layer = dict(network.model.named_modules())[observation.last_linear or ""]
     assert isinstance(layer, nn.Linear)

@@ -108,7 +108,7 @@ def check_fit(data: LabeledImages | LabeledRows, shape: ImageShape) -> None:
             raise DataError(f"rows of {data.width} features or tokens, the run's network takes {shape.width}")
     else:
         own = data.shape
-        if (own.channels, own.height, own.width) != (shape.channels, shape.height, shape.width):
+        if own.chw != shape.chw:
             raise DataError(
                 f"images of {own.channels}x{own.height}x{own.width}, the run's network takes "
                 f"{shape.channels}x{shape.height}x{shape.width}"

@@ -310,7 +310,7 @@ class ReferenceModel:
             return ReferenceModel(model, call or shape).as_built()
         with GlobalGenerators(about.seed):  # new layers draw weights, which would disturb the build of another thread
             model = plugins.setup(model, about)
-        (classes,) = call_of(model, (shape.channels, shape.height, shape.width)).target  # a plugin may have changed it
+        (classes,) = call_of(model, shape.chw).target  # a plugin may have changed it
         return ReferenceModel(model, dataclasses.replace(shape, classes=classes)).as_built()
 
     def as_built(self) -> "ReferenceModel":

@@ -7,20 +7,25 @@ first, in the model's order, then its buffers (BatchNorm statistics). Frozen par
 import copy
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
 
 from tofu.errors import PayloadError, RunError, SettingError
 
 Weights = dict[str, Tensor]
 """Name -> tensor, detached. In an update (new minus old weights) every tensor is float32, including integer buffers."""
+
+M = TypeVar("M", bound=nn.Module)
 
 FINGERPRINT_BYTES = 8
 
@@ -193,6 +198,20 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def removing(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove hooks at the end of the block."""
+    with ExitStack() as stack:
+        for handle in handles:
+            stack.callback(handle.remove)
+        yield
+
+
+def seeing_outputs(modules: Mapping[str, M], see: Callable[[str, M, Any, Any], None]) -> AbstractContextManager[None]:
+    """Within the block, call `see(name, module, inputs, output)` after each forward pass of these modules."""
+    return removing([module.register_forward_hook(partial(see, name)) for name, module in modules.items()])
 
 
 def _can_be_copied(value: object) -> bool:

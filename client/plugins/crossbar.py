@@ -206,7 +206,7 @@ class CrossbarPruning(Plugin):
     def _measured(self, model: nn.Module, masks: Mapping[str, Tensor]) -> PluginState:
         """The arrays for the report: zeros and energy of every weight, and column occupancy before and after."""
         context = self.context
-        positions = rows_per_image(model, context.shape.channels, context.shape.height, context.shape.width)
+        positions = rows_per_image(model, *context.shape.chw)
         measured: PluginState = {}
         for name, mask in masks.items():
             energy, before, after = torch.zeros(2, dtype=torch.float64), [], []

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from client.plugins.round_start import subsample_rows
 from tofu.data import LabeledImages, to_float
 from tofu.errors import SettingError
 from tofu.files import replace_file
@@ -154,8 +155,7 @@ class LossCurvature(Plugin):
         return value if isinstance(value, Tensor) else torch.zeros(0, dtype=torch.float64)
 
     def _scored_rows(self, data: LabeledImages) -> Tensor:
-        count = min(self.images, len(data))
-        return torch.arange(count) * len(data) // max(1, count)
+        return subsample_rows(len(data), self.images)
 
     def _above_quantile(self) -> Tensor:
         """Bool [scored images]: whether the mean score is above the quantile; all False before the first scoring."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from client.plugins.round_start import subsample
+from client.plugins.round_start import subsample, subsample_rows
 from client.plugins.spiking_energy import dense_microjoules, microjoules, operations
 from tofu.data import ImageShape, LabeledImages, to_float
 from tofu.errors import SettingError
@@ -28,10 +28,10 @@ from tofu.models.spiking import (
     Balance,
     DctEncoder,
     LayerActivity,
-    LeakyIntegrateFire,
     QuantileSketch,
     SpikingNetwork,
     balance_thresholds,
+    neurons_of,
     record_activity,
     set_output_scale,
 )  # fmt: skip
@@ -82,7 +82,7 @@ class DctSnn(Plugin):
         if isinstance(thresholds := self.broadcast.get("input"), Tensor):
             encoder.thresholds.copy_(thresholds)
         if isinstance(neurons, Tensor):
-            for layer, threshold in zip(_neurons(network).values(), neurons, strict=True):
+            for layer, threshold in zip(neurons_of(network).values(), neurons, strict=True):
                 layer.threshold.copy_(threshold)
             set_output_scale(network, float(self.broadcast["scale"]))
         return model
@@ -96,7 +96,7 @@ class DctSnn(Plugin):
         spec = SumSpec((QuantileSketch.BINS,), float(self.images))
         sums = {"input": spec} if self.context.round == 1 else {}
         if self.context.round == self._ann_rounds:
-            sums |= dict.fromkeys(_neurons(model), spec) | {"outputs": SumSpec((2,), self.images * _MAX_POWER)}
+            sums |= dict.fromkeys(neurons_of(model), spec) | {"outputs": SumSpec((2,), self.images * _MAX_POWER)}
         return sums
 
     @torch.no_grad()
@@ -151,7 +151,7 @@ class DctSnn(Plugin):
         network, encoder = _parts(model)
         if self.context.round == self.context.rounds and network.spiking:
             images = to_float(subsample(data, self.images))
-            labels = data.labels[torch.arange(len(images)) * len(data) // len(images)]
+            labels = data.labels[subsample_rows(len(data), self.images)]
             self._panel = _measured(network, encoder, images, labels)
         return self.broadcast
 
@@ -165,10 +165,6 @@ def _parts(model: nn.Module) -> tuple[SpikingNetwork, DctEncoder]:
     if not networks or not encoders:
         raise SettingError("plugins", "dct-snn", "a model with a DCT encoder, such as dct-snn-small or dct-snn-vgg5")
     return networks[0], encoders[0]
-
-
-def _neurons(model: nn.Module) -> dict[str, LeakyIntegrateFire]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, LeakyIntegrateFire)}
 
 
 def _measured(network: SpikingNetwork, encoder: DctEncoder, images: Tensor, labels: Tensor) -> Panel:

@@ -114,7 +114,7 @@ class GradientProjectionMemory(Plugin):
         if not context.final or self.memory == "local":
             return {}
         shape, specs = context.shape, {}
-        per_image = rows_per_image(model, shape.channels, shape.height, shape.width)
+        per_image = rows_per_image(model, *shape.chw)
         for site in self._remembered(model):
             size = self._size(site)
             contribution = per_image[site.name] * self._reach(site) ** 2
@@ -172,7 +172,7 @@ class GradientProjectionMemory(Plugin):
             self._projections = {}
             return
         shape = context.shape
-        per_image = rows_per_image(model, shape.channels, shape.height, shape.width)
+        per_image = rows_per_image(model, *shape.chw)
         for site in self._remembered(model):
             triangle = packed(remembered[site.name])
             if self._noisy(site):

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from client.plugins.label_tree import TREES, LabelTree
-from client.plugins.layers import removing
 from client.plugins.round_start import subsample_rows
 from tofu.data import ImageShape, LabeledImages, to_float
 from tofu.errors import SettingError
@@ -38,7 +37,7 @@ from tofu.plugins import (
 from tofu.plugins.base import Criterion, LocalStep
 from tofu.rng import derive_generator
 from tofu.rounds.panel import TableFigure
-from tofu.weights import eval_mode
+from tofu.weights import eval_mode, seeing_outputs
 
 
 class BranchedModel(nn.Module):
@@ -67,16 +66,11 @@ class BranchedModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         features: dict[str, list[Tensor]] = {name: [] for name in self.points}
-        modules = dict(self.trunk.named_modules())
 
-        def keep(name: str, output: Tensor) -> None:  # a spiking network splits large batches
-            features[name].append(_pool(output, self.steps[name]))
+        def keep(name: str, module: nn.Module, inputs: object, output: Tensor) -> None:
+            features[name].append(_pool(output, self.steps[name]))  # a spiking network splits large batches
 
-        handles = [
-            modules[name].register_forward_hook(lambda _m, _i, output, name=name: keep(name, output))
-            for name in features
-        ]
-        with removing(handles):
+        with seeing_outputs({name: self.trunk.get_submodule(name) for name in features}, keep):
             outputs: Tensor = self.trunk(images)
         pooled = [torch.cat(features[name]) for name in self.points]
         logits = [*(head(each) for head, each in zip(self.heads, pooled, strict=True)), outputs]
@@ -123,19 +117,15 @@ def _attachment_points(trunk: nn.Module, shape: ImageShape, heads: int) -> list[
     calls: dict[str, int] = {}
     layers = 0
 
-    def record(name: str, module: nn.Module, output: object) -> None:
+    def record(name: str, module: nn.Module, inputs: object, output: object) -> None:
         nonlocal layers
         calls[name] = calls.get(name, 0) + 1
         layers += isinstance(module, nn.Linear | nn.Conv2d)
         if name and isinstance(output, Tensor) and output.dim() in (2, 3, 4):
             events.append((name, layers, output.detach()))
 
-    handles = [
-        module.register_forward_hook(lambda m, _i, output, name=name: record(name, m, output))
-        for name, module in trunk.named_modules()
-    ]
-    with eval_mode(trunk), removing(handles):
-        trunk(torch.zeros(1, shape.channels, shape.height, shape.width))
+    with eval_mode(trunk), seeing_outputs(dict(trunk.named_modules()), record):
+        trunk(torch.zeros(1, *shape.chw))
     before_head = layers - 1
     usable = [event for event in events if 0 < event[1] <= before_head and calls[event[0]] == 1]
     if not usable:

@@ -11,8 +11,8 @@ not found; frozen ones are left out.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.hooks import RemovableHandle
 
 from tofu.data import to_float
-from tofu.weights import eval_mode
+from tofu.weights import eval_mode, removing
 
 _BATCH = 50  # number of images whose patches are in memory at a time
 
@@ -67,15 +66,6 @@ def capture_inputs(model: nn.Module, see: See) -> Iterator[None]:
     with removing(
         module.register_forward_pre_hook(_hook(own, see), with_kwargs=True) for module, own in _layers(model)
     ):
-        yield
-
-
-@contextmanager
-def removing(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Remove hooks at the end of the block."""
-    with ExitStack() as stack:
-        for handle in handles:
-            stack.callback(handle.remove)
         yield
 
 
@@ -123,6 +113,13 @@ def unpacked(triangle: Tensor) -> Tensor:
     gram = triangle.new_zeros(size, size)
     gram[rows, columns] = gram[columns, rows] = triangle
     return gram
+
+
+def leading_count(values: Tensor, fraction: float) -> int:
+    """The fewest largest of the eigenvalues, [n] in ascending order, with this fraction of their sum; at least 1."""
+    falling = values.flip(0).clamp(min=0)
+    # Rounding may leave the last of the running sums below a fraction of 1.
+    return min(int((falling.cumsum(0) < fraction * falling.sum()).sum()) + 1, len(falling))
 
 
 def rows_per_image(model: nn.Module, channels: int, height: int, width: int) -> dict[str, int]:

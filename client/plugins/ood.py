@@ -123,8 +123,7 @@ class OutOfDistribution(Plugin):
 
     def on_task_end(self, model: nn.Module, data: LabeledImages, final: bool) -> None:
         with at_weights(model, self._start):
-            batches = torch.split(subsample(data, self.images), _AT_A_TIME)
-            self._scores = torch.cat([self._scored(model, to_float(batch))[1] for batch in batches])
+            self._scores = self._scores_of(model, data)
 
     def export(self) -> Export:
         metrics = {"false-alarms": float(self.unknown(self._scores).float().mean())} if self.broadcast else {}
@@ -134,9 +133,8 @@ class OutOfDistribution(Plugin):
         return {"threshold": threshold(sums["histogram"], self.score, self.false_alarms)}
 
     def calibrate(self, model: nn.Module, data: LabeledImages) -> PluginState:
-        batches = torch.split(subsample(data, self.images), _AT_A_TIME)
-        scores = torch.cat([self._scored(model, to_float(batch))[1] for batch in batches])
-        return {"threshold": threshold(histogram(scores, self.score), self.score, self.false_alarms)}
+        counts = histogram(self._scores_of(model, data), self.score)
+        return {"threshold": threshold(counts, self.score, self.false_alarms)}
 
     def predict(self, model: nn.Module, images: Tensor) -> Prediction:
         logits, score = self._scored(model, images)
@@ -146,6 +144,11 @@ class OutOfDistribution(Plugin):
         """Which of these scores mark out-of-distribution images: bool [n]; None before a calibration."""
         line = self.broadcast.get("threshold")
         return score >= line if isinstance(line, float) else torch.zeros_like(score, dtype=torch.bool)
+
+    def _scores_of(self, model: nn.Module, data: LabeledImages) -> Tensor:
+        """The scores [n] of at most `images` of the images."""
+        batches = torch.split(subsample(data, self.images), _AT_A_TIME)
+        return torch.cat([self._scored(model, to_float(batch))[1] for batch in batches])
 
     def _scored(self, model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [n, K] and scores [n], in one forward pass."""

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from client.plugins.layers import packed, removing, unpacked
+from client.plugins.layers import leading_count, packed, unpacked
 from client.plugins.round_start import subsample
 from client.plugins.spiking_energy import dense_microjoules, microjoules, operations
 from tofu.data import LabeledImages, to_float
 from tofu.errors import PayloadError, SettingError
-from tofu.models.spiking import LeakyIntegrateFire, SpikingNetwork
+from tofu.models.spiking import LeakyIntegrateFire, SpikingNetwork, neurons_of
 from tofu.plugins import (
     Export,
     Panel,
@@ -41,7 +41,7 @@ from tofu.plugins import (
 )  # fmt: skip
 from tofu.plugins.masking import Carrier, chain_of
 from tofu.rounds.panel import Chart, Figure, Series, TableFigure
-from tofu.weights import eval_mode
+from tofu.weights import eval_mode, seeing_outputs
 
 _BATCH = 50
 _MAX_ROWS = 1000  # images times steps; a spiking network computes more of them in parts
@@ -162,9 +162,8 @@ class SpatioTemporalPruning(Plugin):
 
     def declare_sums(self, model: nn.Module) -> Mapping[str, SumSpec]:
         """In the round that measures the channels, "moments/LAYER"; in all rounds of a spiking network, "spikes"."""
-        shape = self.context.shape
         declared = {}
-        zeros = torch.zeros(1, shape.channels, shape.height, shape.width, dtype=torch.uint8)
+        zeros = torch.zeros(1, *self.context.shape.chw, dtype=torch.uint8)
         for name, rows in channel_potentials(model, zeros) if self._measures else ():
             size = rows.shape[1] + 1
             bound = self.images * len(rows) * max(1.0, self.max_potential) ** 2
@@ -222,9 +221,8 @@ class SpatioTemporalPruning(Plugin):
         energy = dense = 0.0
         spikes = self.broadcast.get("spikes")
         if isinstance(spikes, Tensor):
-            layers = [name for name, module in model.named_modules() if isinstance(module, LeakyIntegrateFire)]
             found = operations(model, context.shape)
-            energy = microjoules(found, dict(zip(layers, spikes.tolist(), strict=True)))
+            energy = microjoules(found, dict(zip(neurons_of(model), spikes.tolist(), strict=True)))
             dense = dense_microjoules(found)
         parameters = sum(p.numel() for p in model.parameters())
         steps = self.steps_in(context.round, context.rounds)
@@ -305,12 +303,11 @@ def channel_potentials(model: nn.Module, images: Tensor) -> Iterator[tuple[str, 
         images: uint8 [n, channels, height, width].
     """
     seen: dict[str, Tensor] = {}
-    layers = list(chain_of(model).items())[:-1]
-    handles = [
-        layer.register_forward_hook(lambda _, __, output, name=name: seen.__setitem__(name, output.detach()))
-        for name, layer in layers
-    ]
-    with removing(handles):
+
+    def see(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen[name] = output.detach()
+
+    with seeing_outputs(dict(list(chain_of(model).items())[:-1]), see):
         for batch in torch.split(images, max(1, min(_BATCH, _MAX_ROWS // getattr(model, "steps", 1)))):
             with torch.no_grad():
                 model(to_float(batch))
@@ -342,9 +339,7 @@ def covariance_of(triangle: Tensor) -> Tensor:
 
 def significant_components(covariance: Tensor, variance: float) -> int:
     """The fewest principal components that explain this fraction of the variance, at least 1."""
-    falling = torch.linalg.eigvalsh(covariance).flip(0).clamp(min=0)
-    # Rounding may leave the last of the running sums below a fraction of 1.
-    return min(int((falling.cumsum(0) < variance * falling.sum()).sum()) + 1, len(falling))
+    return leading_count(torch.linalg.eigvalsh(covariance), variance)
 
 
 def leading_channels(covariance: Tensor, count: int) -> Tensor:
@@ -369,16 +364,12 @@ def spikes_per_layer(model: nn.Module, images: Tensor) -> dict[str, tuple[float,
     """Layer of neurons -> (its spikes for uint8 images [n, channels, height, width], maximum for one image)."""
     counts: dict[str, tuple[float, int]] = {}
 
-    def count(name: str, layer: LeakyIntegrateFire, output: Tensor) -> None:
+    def count(name: str, layer: LeakyIntegrateFire, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         spikes, _ = counts.get(name, (0.0, 0))
         counts[name] = (spikes + float(output.sum()), output[0].numel() * layer.steps)
 
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LeakyIntegrateFire)]
-    handles = [
-        layer.register_forward_hook(lambda module, _, output, name=name: count(name, module, output))
-        for name, layer in layers
-    ]
-    with removing(handles), torch.no_grad():
+    layers = neurons_of(model)
+    with seeing_outputs(layers, count), torch.no_grad():
         for batch in torch.split(images, _BATCH) if layers else ():
             model(to_float(batch))
     return counts

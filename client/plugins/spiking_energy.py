@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from client.plugins.layers import removing
 from tofu.data import ImageShape
 from tofu.models.spiking import DctEncoder, LeakyIntegrateFire
 from tofu.plugins.masking import chain_of
-from tofu.weights import eval_mode
+from tofu.weights import eval_mode, removing
 
 PJ_AC = 0.9
 PJ_MAC = 4.6
@@ -76,7 +75,7 @@ def operations(model: nn.Module, shape: ImageShape) -> dict[str, LayerOperations
     handles = [module.register_forward_hook(see_neurons) for module in neurons]
     handles += [layer.register_forward_hook(see_layer) for layer in layers.values()]
     with eval_mode(model), removing(handles):
-        model(torch.zeros(1, shape.channels, shape.height, shape.width))
+        model(torch.zeros(1, *shape.chw))
     return found
 
 

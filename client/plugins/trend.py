@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from client.plugins.round_start import subsample
+from client.plugins.round_start import subsample, subsample_rows
 from client.plugins.transferability import (
     InputQuantizer,
     TransferCounts,
@@ -121,10 +121,9 @@ class Trend(Plugin):
             return
         context = self.context
         models = [self._member(model, group) for group in range(self.groups)]
-        rows = torch.arange(min(self.images, len(data))) * len(data) // max(1, min(self.images, len(data)))
         generator = derive_generator(context.seed, context.round, context.client, "trend")
         self._counts = count_transfers(
-            models, to_float(subsample(data, self.images)), data.labels[rows],
+            models, to_float(subsample(data, self.images)), data.labels[subsample_rows(len(data), self.images)],
             epsilons=self.epsilons, steps=self.steps, generator=generator,
         )  # fmt: skip
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from client.plugins.layers import Site, matrix, record_inputs, rows_per_image, sites
+from client.plugins.layers import Site, leading_count, matrix, record_inputs, rows_per_image, sites
 from client.plugins.round_start import at_weights, subsample
 from tofu.data import LabeledImages
 from tofu.plugins import Export, Plugin, PluginState, RoundContext, RunRequirements, SumSpec, option, plugin_registry
@@ -116,7 +116,7 @@ class UtilizedRank(Plugin):
         if not self._measures:
             return {}
         shape, largest = self.context.shape, self.max_norm**2 if self.max_norm else float("inf")
-        rows = rows_per_image(model, shape.channels, shape.height, shape.width)
+        rows = rows_per_image(model, *shape.chw)
         declared = {}
         for site in self._sites(model):
             bound = self.images * rows[site.name] * largest
@@ -205,10 +205,7 @@ def grams(model: nn.Module, images: Tensor, wanted: tuple[Site, ...], max_norm: 
 def top_eigenvectors(gram: Tensor, energy: float) -> Tensor:
     """The fewest leading eigenvectors of sum x x^T [d, d] with this fraction of its trace: float64 [d, k], k >= 1."""
     values, vectors = torch.linalg.eigh(gram)
-    falling = values.flip(0).clamp(min=0)
-    # Rounding may leave the last of the running sums below a fraction of 1.
-    count = min(int((falling.cumsum(0) < energy * falling.sum()).sum()) + 1, len(gram))
-    kept: Tensor = vectors.flip(1)[:, :count]
+    kept: Tensor = vectors.flip(1)[:, : leading_count(values, energy)]
     return kept
 
 

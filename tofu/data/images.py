@@ -44,6 +44,11 @@ class ImageShape:
     width: int
     classes: int
 
+    @property
+    def chw(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        return self.channels, self.height, self.width
+
 
 @dataclass(frozen=True)
 class LabeledImages:
@@ -136,7 +141,7 @@ def fit_image(pixels: Pixels, shape: ImageShape) -> Pixels:
     if pixels.ndim == 3 and shape.channels == 1:
         raise DataError("is in color, expected gray")
     channels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-    return np.broadcast_to(channels, (shape.channels, shape.height, shape.width))
+    return np.broadcast_to(channels, shape.chw)
 
 
 def _upright(image: "Image.Image") -> "Image.Image":

@@ -76,7 +76,7 @@ class Split:
         Raises:
             DataError: no image can be read, or one differs from `shape` in size or color.
         """
-        images = np.empty((len(rows), shape.channels, shape.height, shape.width), dtype=np.uint8)
+        images = np.empty((len(rows), *shape.chw), dtype=np.uint8)
         kept: list[int] = []
         unreadable: list[str] = []
         for row in rows.tolist():

@@ -91,7 +91,7 @@ def build_model(name: str, shape: ImageShape, *, norm: str = "group", seed: int 
         build = _factory(name, sizes)  # imports the user's module, which may draw numbers, before the seed is set
     else:
         raise SettingError("model", name, f"one of {', '.join(model_names())}, or package.module:factory")
-    zeros = torch.zeros(2, shape.channels, shape.height, shape.width)
+    zeros = torch.zeros(2, *shape.chw)
     return build_seeded(lambda: _checked(build(), name, zeros, shape.classes), seed)
 
 

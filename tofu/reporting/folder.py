@@ -156,7 +156,7 @@ class RunFolder:
 
         Further client groups have weights-group-N.safetensors.
         """
-        numbers = (shape.channels, shape.height, shape.width, shape.classes)
+        numbers = (*shape.chw, shape.classes)
         named = {name: value.contiguous() for name, value in weights.items()}
         data = safetensors.torch.save(named, {_SHAPE: ",".join(map(str, numbers))})
         if broadcast:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tofu.models.spiking.layers import LeakyIntegrateFire, MeanOverTime
+from tofu.models.spiking.layers import LeakyIntegrateFire, MeanOverTime, neurons_of
 from tofu.models.spiking.network import SpikingNetwork
 
 BALANCE = 0.999
@@ -150,4 +150,4 @@ def _through(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
 
 def thresholds_of(network: nn.Module) -> dict[str, float]:
     """Name of each layer of neurons -> its threshold. Thresholds are constants, so a state dict does not have them."""
-    return {name: float(m.threshold) for name, m in network.named_modules() if isinstance(m, LeakyIntegrateFire)}
+    return {name: float(layer.threshold) for name, layer in neurons_of(network).items()}

@@ -94,6 +94,11 @@ class LeakyIntegrateFire(OverTime):
         return integrate_and_fire(split_time(current, self.steps), self.threshold, self.leak).flatten(0, 1)
 
 
+def neurons_of(model: nn.Module) -> dict[str, LeakyIntegrateFire]:
+    """Name -> each layer of neurons, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LeakyIntegrateFire)}
+
+
 def _firing_rate(beta: float) -> Callable[[LeakyIntegrateFire, Tensor], Tensor]:
     """The surrogate of a neuron. Unlike a rate it is not bounded by 1: proxies then explain more of an update."""
 

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from tofu.data import ImageShape
 from tofu.models.small import enlarge_to
 from tofu.models.spiking.dct import DctEncoder
-from tofu.models.spiking.layers import LeakyIntegrateFire, MeanOverTime, OverTime, RepeatOverTime, split_time
+from tofu.models.spiking.layers import (
+    LeakyIntegrateFire,
+    MeanOverTime,
+    OverTime,
+    RepeatOverTime,
+    neurons_of,
+    split_time,
+)  # fmt: skip
+from tofu.weights import seeing_outputs
 
 POOL = "A"
 """Stands for average-pooling by 2 in a list of widths."""
@@ -98,23 +106,15 @@ def record_activity(network: nn.Module) -> Iterator[dict[str, LayerActivity]]:
     """Record the activity of all layers of neurons: name of the layer -> its activity, detached and kept in memory."""
     activity: dict[str, LayerActivity] = {}
 
-    def record(name: str, layer: LeakyIntegrateFire, current: Tensor, spikes: Tensor) -> None:
+    def record(name: str, layer: LeakyIntegrateFire, currents: tuple[Tensor], spikes: Tensor) -> None:
         steps = layer.steps if layer.spiking else 1
-        new = LayerActivity(split_time(spikes.detach(), steps), split_time(current.detach(), steps).mean(0))
+        new = LayerActivity(split_time(spikes.detach(), steps), split_time(currents[0].detach(), steps).mean(0))
         if (old := activity.get(name)) is not None:
             new = LayerActivity(torch.cat([old.spikes, new.spikes], 1), torch.cat([old.potential, new.potential]))
         activity[name] = new
 
-    layers = [(name, module) for name, module in network.named_modules() if isinstance(module, LeakyIntegrateFire)]
-    handles = [
-        layer.register_forward_hook(lambda m, inputs, output, name=name: record(name, m, inputs[0], output))
-        for name, layer in layers
-    ]
-    try:
+    with seeing_outputs(neurons_of(network), record):
         yield activity
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def spiking_vgg(
@@ -165,7 +165,7 @@ def _scale_weights(network: SpikingNetwork, shape: ImageShape) -> None:
     Otherwise the last layers of a deep network receive hardly any spikes (after Mishkin and Matas, "All you need is a
     good init", ICLR 2016).
     """
-    outputs = torch.rand(_NOISE_IMAGES, shape.channels, shape.height, shape.width) * 2 - 1
+    outputs = torch.rand(_NOISE_IMAGES, *shape.chw) * 2 - 1
     for module in network:
         scaled = module(outputs)
         if isinstance(module, nn.Conv2d):
