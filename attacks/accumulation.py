@@ -17,8 +17,8 @@ from torch import Tensor
 from attacks.base import Attack, Reconstruction, Watch, registry
 from attacks.labels import guessed_labels
 from attacks.observation import Observation
-from attacks.simulated import SimulatedClient, relative_distance, search_lbfgs, total_variation
-from attacks.simulation import Simulation
+from attacks.simulated import SimulatedClient, relative_distance, search_images, total_variation
+from attacks.simulation import MAX_IMAGES, simulated_batches
 
 
 @registry.register("accumulation")
@@ -40,22 +40,15 @@ class Accumulation(Attack):
     def _run(self, observation: Observation, generator: torch.Generator, watch: Watch) -> Reconstruction:
         messages = [*observation.earlier, observation]
         clients = [SimulatedClient(message) for message in messages]
-        plan = Simulation()
         labels = guessed_labels(observation, generator)
-        labels = labels[torch.randperm(len(labels), generator=generator)[: plan.max_images]]
-        plans = [plan.batches(message, len(labels), generator) for message in messages]
-        shape = (len(labels), *clients[0].image_shape)
+        labels = labels[torch.randperm(len(labels), generator=generator)[:MAX_IMAGES]]
+        plans = [simulated_batches(message, len(labels), generator) for message in messages]
 
-        def start() -> Tensor:
-            return clients[0].noise(len(labels), generator).flatten()
-
-        def loss(vector: Tensor) -> Tensor:
-            images = vector.view(shape)
+        def loss(images: Tensor) -> Tensor:
             distances = [
                 relative_distance(client.update(images, labels, batches, lr), client.target())
                 for client, (batches, lr) in zip(clients, plans, strict=True)
             ]
             return torch.stack(distances).mean() + self.variation * total_variation(images)
 
-        found = search_lbfgs(loss, start, restarts=self.restarts, max_evals=self.max_evals, watch=watch)
-        return Reconstruction(found.point.view(shape).float(), labels, found.loss, found.max_evals)
+        return search_images(clients[0], labels, loss, generator, self.restarts, self.max_evals, watch)

@@ -25,8 +25,8 @@ from torch import Tensor
 from attacks.base import Attack, Reconstruction, Watch, registry
 from attacks.labels import guessed_labels
 from attacks.observation import Observation
-from attacks.simulated import SimulatedClient, Tensors, relative_distance, search_lbfgs, total_variation
-from attacks.simulation import Simulation
+from attacks.simulated import SimulatedClient, Tensors, relative_distance, search_images, total_variation
+from attacks.simulation import MAX_IMAGES, simulated_batches
 from tofu.codec.proxies import decode
 
 
@@ -62,27 +62,19 @@ class CodecAware(Attack):
 
     def _run(self, observation: Observation, generator: torch.Generator, watch: Watch) -> Reconstruction:
         client = SimulatedClient(observation)
-        plan = Simulation()
         labels = guessed_labels(observation, generator)
-        labels = labels[torch.randperm(len(labels), generator=generator)[: plan.max_images]]
-        batches, lr = plan.batches(observation, len(labels), generator)
+        labels = labels[torch.randperm(len(labels), generator=generator)[:MAX_IMAGES]]
+        batches, lr = simulated_batches(observation, len(labels), generator)
         distance = codec_distance(observation, client.target(), self.entries)
-        shape = (len(labels), *client.image_shape)
         starts = [client.noise(len(labels), generator) for _ in range(self.restarts)]
         if observation.proxies is not None:
             proxies = stretched(observation).to(client.dtype)
             starts[0] = proxies[torch.randint(len(proxies), (len(labels),), generator=generator)]
-        remaining = iter(starts)
 
-        def start() -> Tensor:
-            return next(remaining).flatten()
-
-        def loss(vector: Tensor) -> Tensor:
-            images = vector.view(shape)
+        def loss(images: Tensor) -> Tensor:
             return distance(client.update(images, labels, batches, lr)) + self.variation * total_variation(images)
 
-        found = search_lbfgs(loss, start, restarts=self.restarts, max_evals=self.max_evals, watch=watch)
-        return Reconstruction(found.point.view(shape).float(), labels, found.loss, found.max_evals)
+        return search_images(client, labels, loss, generator, self.restarts, self.max_evals, watch, iter(starts))
 
 
 def stretched(observation: Observation) -> Tensor:

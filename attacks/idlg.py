@@ -14,7 +14,7 @@ from torch import Tensor
 from attacks.base import Attack, Reconstruction, Watch, registry
 from attacks.labels import LabelSigns, guessed_labels
 from attacks.observation import Observation
-from attacks.simulated import SimulatedClient, relative_distance, search_lbfgs
+from attacks.simulated import SimulatedClient, relative_distance, search_images
 
 
 @registry.register("idlg")
@@ -34,16 +34,11 @@ class Idlg(Attack):
     def _run(self, observation: Observation, generator: torch.Generator, watch: Watch) -> Reconstruction:
         client = SimulatedClient(observation)
         target, labels = client.target(as_gradient=True), self._labels(observation, generator)
-        shape = (len(labels), *client.image_shape)
 
-        def start() -> Tensor:
-            return client.noise(len(labels), generator).flatten()
+        def loss(images: Tensor) -> Tensor:
+            return relative_distance(client.gradient(images, labels), target)
 
-        def loss(vector: Tensor) -> Tensor:
-            return relative_distance(client.gradient(vector.view(shape), labels), target)
-
-        found = search_lbfgs(loss, start, restarts=self.restarts, max_evals=self.max_evals, watch=watch)
-        return Reconstruction(found.point.view(shape).float(), labels, found.loss, found.max_evals)
+        return search_images(client, labels, loss, generator, self.restarts, self.max_evals, watch)
 
     def _labels(self, observation: Observation, generator: torch.Generator) -> Tensor:
         if observation.images > 1 or observation.labels is not None:

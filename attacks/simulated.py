@@ -6,7 +6,7 @@ of the network, in float64 for L-BFGS, whose line search would otherwise fail be
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from attacks.base import Watch
+from attacks.base import Reconstruction, Watch
 from attacks.observation import Observation
 from tofu.codec.search import lbfgs
 
@@ -48,8 +48,7 @@ class SimulatedClient:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of an image."""
-        shape = self._observation.network.shape
-        return shape.channels, shape.height, shape.width
+        return self._observation.network.shape.chw
 
     def target(self, *, as_gradient: bool = False) -> Tensors:
         """The observed update, or the gradient of its single step, by parameter."""
@@ -150,6 +149,22 @@ def search_lbfgs(loss: Callable[[Tensor], Tensor], starts: Callable[[], Tensor],
         if best.loss < NEAR or made >= planned or not watch.go_on():
             break
     return Found(best.point, best.loss, made)
+
+
+def search_images(client: SimulatedClient, labels: Tensor, loss: Callable[[Tensor], Tensor], generator: torch.Generator,
+                  restarts: int, max_evals: int, watch: Watch, starts: Iterator[Tensor] | None = None,
+                  ) -> Reconstruction:  # fmt: skip
+    """Search by `search_lbfgs` for the images that belong to labels [n].
+
+    Args:
+        loss: images [n, channels, height, width] -> scalar.
+        starts: images to start from; None starts from noise.
+    """
+    shape = (len(labels), *client.image_shape)
+    images = starts or (client.noise(len(labels), generator) for _ in range(restarts))
+    found = search_lbfgs(lambda vector: loss(vector.view(shape)), lambda: next(images).flatten(), restarts=restarts,
+                         max_evals=max_evals, watch=watch)  # fmt: skip
+    return Reconstruction(found.point.view(shape).float(), labels, found.loss, found.max_evals)
 
 
 def search_adam(loss: Callable[[Tensor], Tensor], start: Tensor, *, max_evals: int, step: float, watch: Watch,

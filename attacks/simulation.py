@@ -23,7 +23,9 @@ from torch import Tensor
 from attacks.base import Attack, Reconstruction, Watch, registry
 from attacks.labels import guessed_labels
 from attacks.observation import Observation
-from attacks.simulated import SimulatedClient, relative_distance, search_lbfgs
+from attacks.simulated import SimulatedClient, relative_distance, search_images
+
+MAX_IMAGES, MAX_STEPS = 16, 10
 
 
 @registry.register("simulation")
@@ -40,8 +42,8 @@ class Simulation(Attack):
 
     restarts: int = 2
     max_evals: int = 400
-    max_images: int = 16
-    max_steps: int = 10
+    max_images: int = MAX_IMAGES
+    max_steps: int = MAX_STEPS
     needs: ClassVar[tuple[str, ...]] = ("lr",)
 
     def _run(self, observation: Observation, generator: torch.Generator, watch: Watch) -> Reconstruction:
@@ -49,25 +51,21 @@ class Simulation(Attack):
         labels = guessed_labels(observation, generator)
         if len(labels) > self.max_images:
             labels = labels[torch.randperm(len(labels), generator=generator)[: self.max_images]]
-        batches, lr = self.batches(observation, len(labels), generator)
-        target, shape = client.target(), (len(labels), *client.image_shape)
+        batches, lr = simulated_batches(observation, len(labels), generator, self.max_steps)
+        target = client.target()
 
-        def start() -> Tensor:
-            return client.noise(len(labels), generator).flatten()
+        def loss(images: Tensor) -> Tensor:
+            return relative_distance(client.update(images, labels, batches, lr), target)
 
-        def loss(vector: Tensor) -> Tensor:
-            return relative_distance(client.update(vector.view(shape), labels, batches, lr), target)
+        return search_images(client, labels, loss, generator, self.restarts, self.max_evals, watch)
 
-        found = search_lbfgs(loss, start, restarts=self.restarts, max_evals=self.max_evals, watch=watch)
-        return Reconstruction(found.point.view(shape).float(), labels, found.loss, found.max_evals)
 
-    def batches(self, observation: Observation, count: int, generator: torch.Generator) -> tuple[list[Tensor], float]:
-        """The rows of each simulated step, and its step size."""
-        assert observation.lr is not None
-        size = min(observation.batch_size, count)
-        epochs = max(1, min(math.ceil(observation.steps / math.ceil(count / size)), observation.epochs))
-        batches = [
-            rows for _ in range(epochs) for rows in torch.split(torch.randperm(count, generator=generator), size)
-        ]
-        batches = batches[: min(self.max_steps, observation.steps)]
-        return batches, observation.lr * observation.steps / len(batches)
+def simulated_batches(observation: Observation, count: int, generator: torch.Generator,
+                      max_steps: int = MAX_STEPS) -> tuple[list[Tensor], float]:  # fmt: skip
+    """The rows of each simulated step on `count` images, and the steps' size."""
+    assert observation.lr is not None
+    size = min(observation.batch_size, count)
+    epochs = max(1, min(math.ceil(observation.steps / math.ceil(count / size)), observation.epochs))
+    batches = [rows for _ in range(epochs) for rows in torch.split(torch.randperm(count, generator=generator), size)]
+    batches = batches[: min(max_steps, observation.steps)]
+    return batches, observation.lr * observation.steps / len(batches)
