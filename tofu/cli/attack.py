@@ -9,6 +9,7 @@ import typer
 
 from tofu.cli.options import Json, Quiet, line_printer
 from tofu.errors import SettingError
+from tofu.settings.fields import comma_list
 
 if TYPE_CHECKING:
     from attacks.evaluate import AttackEvaluation
@@ -101,7 +102,7 @@ def _evaluation(options: dict[str, Any]) -> "AttackEvaluation":
         if isinstance(default, tuple):
             kind = type(default[0])
             try:
-                values[name] = tuple(kind(part.strip()) for part in text.split(",") if part.strip())
+                values[name] = tuple(map(kind, comma_list(text)))
             except ValueError as error:
                 raise SettingError(name, text, "whole numbers separated by commas") from error
     return AttackEvaluation(**values)

@@ -28,6 +28,7 @@ from tofu.secagg.client import ClientSession
 from tofu.secagg.participant import Participant
 from tofu.settings import EXTENSIBLE, FIELDS, Value, accepted_values, dashed
 from tofu.settings.deprecated import present_names, present_node_config
+from tofu.settings.fields import comma_list
 from tofu.settings.groups import EMBEDDED_TABLES
 from tofu.wire import RESYNC
 
@@ -133,7 +134,7 @@ class Policy(BaseModel):
         given = {dashed(name): field.default for name, field in FIELDS.items()}
         given |= present_names(run_config, warn=False)
         self._check_list("models", "model", given["model"], (*model_names(), "bag_of_words"))
-        for plugin in filter(None, (part.strip() for part in str(given["plugins"]).split(","))):
+        for plugin in comma_list(str(given["plugins"])):
             self._check_list("plugins", "plugins", plugin, plugin_names())
         for option in split_options(str(given["plugin-options"])):
             if "=@" in option and ANY not in self.plugins:

@@ -28,6 +28,7 @@ from tofu.imports import from_extra
 from tofu.observers.base import Observer
 from tofu.registry import Registry
 from tofu.rounds.record import RoundRecord, RunSummary, read_json
+from tofu.settings.fields import comma_list
 
 FOLDER = "trackers"
 """Folder in the run folder for the trackers' files, among them NAME.json, which identifies a tracker's run."""
@@ -43,7 +44,7 @@ def split_trackers(names: str) -> tuple[str, ...]:
     Raises:
         SettingError: one is neither registered nor `package.module:Class`.
     """
-    found = tuple(filter(None, (name.strip() for name in names.split(","))))
+    found = comma_list(names)
     for name in found:
         if name not in trackers.names() and ":" not in name:
             raise SettingError("tracker", name, f"one of {', '.join(trackers.names())}, or package.module:Class")
