@@ -26,6 +26,7 @@ from client.state import save_class_names
 from tofu.errors import TofuError
 from tofu.flower.policy import Policy, client_name, error_replies
 from tofu.flower.secure_session import answer_query, participant_of
+from tofu.flower.transport import body_of
 from tofu.log import about, start_logging
 from tofu.models.checks import eager_code
 from tofu.secagg.identities import HELLO
@@ -77,7 +78,7 @@ def hello(message: Message, context: Context, workload: Workload | None = None) 
 def classes(message: Message, context: Context) -> Message:
     """Use the server's order of the classes for this client's own data, in all following rounds."""
     with _answering("classes", message, context) as answer:
-        save_class_names(context, class_names_from(_content(message)))
+        save_class_names(context, class_names_from(body_of(message)))
         client_data(_settings(context), context)
     return answer.message
 
@@ -87,7 +88,7 @@ def train(message: Message, context: Context, workload: Workload | None = None) 
     with _answering("train", message, context) as answer:
         settings = _settings(context)
         torch.set_num_threads(settings.run.threads)
-        request = TrainRequest.from_bytes(_content(message))
+        request = TrainRequest.from_bytes(body_of(message))
         answer.fields["kind"] = request.kind
         round_ = int(message.metadata.group_id)
         answer.record = ConfigRecord({FIELD: train_round(request, round_, settings, context, workload)})
@@ -98,7 +99,7 @@ def secure(message: Message, context: Context) -> Message:
     """Answer a stage of a secure round; the masked input is the reply to a train message."""
     with _answering("secure", message, context) as answer:
         colluding = _settings(context).secure.secagg_collusion_fraction
-        query = SecureQuery.from_bytes(_content(message))
+        query = SecureQuery.from_bytes(body_of(message))
         answer.fields["stage"] = query.stage
         made = answer_query(query, context, participant_of(context, client_name(context), colluding))
         answer.record = ConfigRecord({FIELD: made.to_bytes()})
@@ -173,8 +174,3 @@ def _settings(context: Context) -> Settings:
 def _parsed(run_config: str) -> Settings:
     """Settings from a run config as JSON; those of a run are parsed once in a process."""
     return Settings.of(json.loads(run_config))
-
-
-def _content(message: Message) -> object:
-    record = message.content.config_records.get(RECORD)
-    return record.get(FIELD) if record is not None else None

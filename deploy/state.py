@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
+from tofu.files import replace_file
+
 _FILE = "state.json"
 
 
@@ -76,9 +78,7 @@ class State:
 
     def write(self, folder: Path) -> None:
         """Replace the state in this folder."""
-        part = folder / f"{_FILE}.part"
-        part.write_text(json.dumps(dataclasses.asdict(self), indent=1))
-        part.replace(folder / _FILE)
+        replace_file(folder / _FILE, json.dumps(dataclasses.asdict(self), indent=1).encode())
 
 
 def start_mark(pid: int) -> str:

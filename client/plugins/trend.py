@@ -40,9 +40,8 @@ from tofu.plugins import (
 )  # fmt: skip
 from tofu.rng import derive_generator
 from tofu.rounds.panel import Chart, Series, TableFigure
+from tofu.settings import MIN_SECURE
 from tofu.weights import load_weights, weights_of
-
-_MIN_SECURE = 3  # clients of a group in a secure round
 
 
 @plugin_registry.register("trend")
@@ -89,7 +88,7 @@ class Trend(Plugin):
         return number % self.groups
 
     def incompatibility(self, run: RunRequirements) -> str:
-        needed = self.groups * (_MIN_SECURE if run.secure else 1)
+        needed = self.groups * (MIN_SECURE if run.secure else 1)
         if run.clients < needed:
             kind = "clients in secure rounds" if run.secure else "clients"
             return f"a run of at least {needed} {kind}, for {self.groups} groups"

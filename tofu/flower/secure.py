@@ -26,7 +26,7 @@ from tofu.errors import PayloadError, RunError, SettingError
 from tofu.flower.compress import Compressed
 from tofu.flower.internals import content_reply
 from tofu.flower.secure_mod import RECORD, content_digest, joint_digest, meaning
-from tofu.flower.secure_options import MIN_CLIENTS, VERSION, RangeTracker, SecureOptions
+from tofu.flower.secure_options import VERSION, RangeTracker, SecureOptions
 from tofu.flower.secure_stages import AbandonedError, SecureExchange, abandoning
 from tofu.flower.transport import GridTransport
 from tofu.flower.update_codec import ArrayNames, UpdateCodec, tensors_of
@@ -36,6 +36,7 @@ from tofu.secagg.encoding import EncodingConfig, RingEncoder, SecureMean, purpos
 from tofu.secagg.identities import read_known
 from tofu.secagg.messages import Advert
 from tofu.secagg.server import ServerSession, check_signature
+from tofu.settings import MIN_SECURE
 from tofu.wire import SecurePart, run_name
 
 LOG = logging.getLogger("tofu.flower")
@@ -223,7 +224,7 @@ class SecureAggregation(StrategyWrapper):
         key, record = only_arrays(message.content, "the strategy's train message")
         base = tensors_of(record)
         arrays = self._codec.reference(base) if self._codec else ArrayNames.of(base)
-        config, encoder = self._ranges.encoding(arrays.own(base), arrays.param_spec, max(len(names), MIN_CLIENTS))
+        config, encoder = self._ranges.encoding(arrays.own(base), arrays.param_spec, max(len(names), MIN_SECURE))
         session = ServerSession(
             run_name(transport.run_id), round_, values=encoder.length, bits=config.bits, known=self._known,
             purpose=purpose_of(
@@ -231,7 +232,7 @@ class SecureAggregation(StrategyWrapper):
                 *meaning(round_, options, self._codec),
             ),
         )  # fmt: skip
-        shares = exchange.share_keys(session, adverts, options.topology, min_clients=MIN_CLIENTS)
+        shares = exchange.share_keys(session, adverts, options.topology, min_clients=MIN_SECURE)
         self._open = _OpenSum(session, exchange, encoder, config, names, key, base, arrays)
         return {name: SecurePart(config.to_bytes(), part).to_bytes() for name, part in shares.items()}
 

@@ -19,7 +19,6 @@ from tofu.secagg.graph import Topology, choose_topology
 from tofu.weights import FINGERPRINT_BYTES, ParamSpec
 
 VERSION = 1
-MIN_CLIENTS = 3
 
 FIRST_BITS = 48
 """Minimum bits of the ring in the first round, whose ranges are so wide that no value is clipped."""
