@@ -300,10 +300,11 @@ def test_many_tasks_are_thinned(folder: Path) -> None:
 
 def colors() -> list[dict[str, str]]:
     """The page's colors in light mode, dark mode and print."""
-    return [
+    light, dark, printed = (
         dict(re.findall(r"--([a-z]+): (#[0-9a-f]{3,6})", block))
         for block in re.findall(r":root \{(.*?)\}", COLORS, re.DOTALL)
-    ]
+    )
+    return [light, dark, light | printed]
 
 
 def rgb(color: str) -> list[float]:

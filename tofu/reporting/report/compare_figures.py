@@ -36,16 +36,10 @@ SERIES_COLORS = """
   --s0: #2a78d6; --s1: #d9602b; --s2: #12875a; --s3: #7b57b8;
   --s4: #c2317d; --s5: #8f6b12; --s6: #1190a6; --s7: #5d6470;
 }
-@media (prefers-color-scheme: dark) {
+@media screen and (prefers-color-scheme: dark) {
   :root {
     --s0: #5b9df0; --s1: #ec8152; --s2: #3dbd8a; --s3: #a98ae0;
     --s4: #ee79b4; --s5: #d0ab46; --s6: #4fc7da; --s7: #b4bac4;
-  }
-}
-@media print {
-  :root {
-    --s0: #2a78d6; --s1: #d9602b; --s2: #12875a; --s3: #7b57b8;
-    --s4: #c2317d; --s5: #8f6b12; --s6: #1190a6; --s7: #5d6470;
   }
 }
 """

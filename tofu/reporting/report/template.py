@@ -15,7 +15,7 @@ COLORS = """
   --run: #2f5d9b; --cosine: #9a6b1f; --baseline: #8b8781; --start: #ffffff;
   --proxy: #2a78d6; --fedavg: #d9602b; --secure: #12875a; --other: #7b57b8;
 }
-@media (prefers-color-scheme: dark) {
+@media screen and (prefers-color-scheme: dark) {
   :root {
     --page: #161615; --card: #1e1e1c; --ink: #ecebe8; --soft: #a7a49d; --line: #34332f; --grid: #2a2926;
     --run: #7fb0ee; --cosine: #d3a75a; --baseline: #96928b; --start: #1e1e1c;
@@ -25,9 +25,7 @@ COLORS = """
 @media print {
   :root {
     color-scheme: light;
-    --page: #fff; --card: #fff; --ink: #000; --soft: #444; --line: #ccc; --grid: #e6e6e6;
-    --run: #2f5d9b; --cosine: #9a6b1f; --baseline: #77736d; --start: #fff;
-    --proxy: #2a78d6; --fedavg: #d9602b; --secure: #12875a; --other: #7b57b8;
+    --page: #fff; --ink: #000; --soft: #444; --line: #ccc; --grid: #e6e6e6; --baseline: #77736d;
   }
 }
 """
