@@ -237,6 +237,12 @@ def add_update(model: nn.Module, update: Mapping[str, Tensor]) -> None:
     load_weights(model, {name: value.float() + update[name] for name, value in weights_of(model).items()})
 
 
+def split_vector(vector: Tensor, shapes: Mapping[str, torch.Size]) -> Weights:
+    """Name -> tensor of that shape, views of consecutive parts of a vector [d]."""
+    pieces: tuple[Tensor, ...] = torch.split(vector, [shape.numel() for shape in shapes.values()])
+    return {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
+
+
 def difference(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> Weights:
     """The update new - old, float32."""
     return {name: new[name].float() - old[name].float() for name in old}

@@ -24,13 +24,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from tofu.bytes_io import ByteReader
 from tofu.data import ImageShape
 from tofu.errors import PayloadError
 from tofu.rounds import KINDS
-from tofu.weights import FINGERPRINT_BYTES, SKETCH_BYTES, ParamSpec, Weights
+from tofu.weights import FINGERPRINT_BYTES, SKETCH_BYTES, ParamSpec, Weights, split_vector
 
 RECORD = "t"
 FIELD = "b"
@@ -154,8 +153,7 @@ def float32_from(body: bytes, param_spec: ParamSpec) -> Weights:
     flat = torch.from_numpy(np.frombuffer(body, dtype="<f4").astype(np.float32))
     if not bool(torch.isfinite(flat).all()):
         raise PayloadError("float32 body holds a value that is not finite")
-    pieces: tuple[Tensor, ...] = torch.split(flat, [shape.numel() for shape in param_spec.shapes.values()])
-    return {name: piece.view(shape) for (name, shape), piece in zip(param_spec.shapes.items(), pieces, strict=True)}
+    return split_vector(flat, param_spec.shapes)
 
 
 @dataclass(frozen=True)

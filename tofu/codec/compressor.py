@@ -22,7 +22,6 @@ import struct
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from tofu.codec.correction import Strata, min_bytes, read_correction, scale_correction, strata_of, write_correction
 from tofu.codec.options import AUTOMATIC, DEFAULTS, CompressorOptions, ProxySettings, automatic_gain
@@ -32,7 +31,7 @@ from tofu.compression import compressors
 from tofu.compression.base import MAX_MAGNITUDE, BufferCode, CompressedUpdate, Compressor, PayloadContent, check_finite
 from tofu.errors import PayloadError, SettingError
 from tofu.reference_model import ReferenceModel
-from tofu.weights import ParamSpec, Weights, explained_variance
+from tofu.weights import ParamSpec, Weights, explained_variance, split_vector
 from tofu.wire import HEADER_BYTES
 
 _PREFIX = struct.Struct("<BBHH")
@@ -232,8 +231,7 @@ class ProxyCompressor(Compressor):
 
 def _correction(like: Weights, data: bytes, strata: Strata) -> Weights:
     """Decode a correction to tensors of the shapes of `like`."""
-    pieces: tuple[Tensor, ...] = torch.split(read_correction(data, strata), [value.numel() for value in like.values()])
-    return {name: piece.view_as(value) for (name, value), piece in zip(like.items(), pieces, strict=True)}
+    return split_vector(read_correction(data, strata), {name: value.shape for name, value in like.items()})
 
 
 def _choose_proxies(reference: ReferenceModel, ratio: float, options: CompressorOptions) -> tuple[ProxySettings, int]:

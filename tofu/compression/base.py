@@ -16,7 +16,7 @@ from tofu.codec.options import AUTOMATIC, DEFAULTS, CompressorOptions, ProxySett
 from tofu.compression.coding import RowCode
 from tofu.errors import PayloadError, RunError, SettingError
 from tofu.reference_model import ReferenceModel
-from tofu.weights import ParamSpec, Weights, explained_variance
+from tofu.weights import ParamSpec, Weights, explained_variance, split_vector
 from tofu.wire import HEADER_BYTES
 
 if TYPE_CHECKING:
@@ -303,9 +303,7 @@ class FlatCompressor(Compressor):
         vector = self._decode(body[:split], param_spec)
         if not bool(torch.isfinite(vector).all()):
             raise PayloadError(f"{self.name} body decodes to a value that is not finite")
-        pieces: tuple[Tensor, ...] = torch.split(vector, [shape.numel() for shape in param_spec.parameters.values()])
-        parameters = {n: piece.view(s) for (n, s), piece in zip(param_spec.parameters.items(), pieces, strict=True)}
-        return parameters | buffers.read(body[split:])
+        return split_vector(vector, param_spec.parameters) | buffers.read(body[split:])
 
     def body_bytes(self, param_spec: ParamSpec) -> int:
         return self._max_bytes(param_spec) + BufferCode(param_spec).nbytes

@@ -30,7 +30,7 @@ from tofu.compression.base import FlatCompressor, checked_length
 from tofu.compression.coding import RowCode
 from tofu.errors import PayloadError
 from tofu.reference_model import ReferenceModel
-from tofu.weights import ParamSpec
+from tofu.weights import ParamSpec, split_vector
 
 DEFAULT_BITS = 8
 SMALL_BITS = (6, 5, 4, 3, 2)
@@ -63,7 +63,7 @@ class PowerSgd(FlatCompressor):
     def _encode(self, vector: Tensor, param_spec: ParamSpec, generator: torch.Generator, memory: bytes) -> bytes:
         start = self._read_memory(memory, param_spec)
         parts = []
-        for name, tensor in zip(param_spec.parameters, _tensors(vector, param_spec), strict=True):
+        for name, tensor in split_vector(vector, param_spec.parameters).items():
             codes = _codes(tensor.shape, self.rank, self.bits)
             if len(codes) == 2:
                 noise = torch.randn(codes[1].columns, codes[1].rows, generator=generator)
@@ -111,11 +111,6 @@ def _product(matrices: list[Tensor]) -> Tensor:
     if len(matrices) == 2:
         return (matrices[0].T @ matrices[1]).flatten()
     return matrices[0].flatten() if matrices else torch.zeros(0)
-
-
-def _tensors(vector: Tensor, param_spec: ParamSpec) -> list[Tensor]:
-    pieces = torch.split(vector, [shape.numel() for shape in param_spec.parameters.values()])
-    return [piece.view(shape) for piece, shape in zip(pieces, param_spec.parameters.values(), strict=True)]
 
 
 def _codes(shape: torch.Size, rank: int, bits: int) -> tuple[RowCode, ...]:

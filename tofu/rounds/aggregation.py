@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tofu.errors import PayloadError
 from tofu.rounds import aggregators
-from tofu.weights import ParamSpec, Weights, norm
+from tofu.weights import ParamSpec, Weights, norm, split_vector
 
 _FRACTION_BITS = 34
 _LIMIT = 2.0 ** (62 - _FRACTION_BITS)
@@ -142,8 +142,7 @@ class StoredUpdates(Aggregator):
         weights = torch.tensor([self._updates[row][1] for row in order], dtype=torch.float64)
         combined = self.combine(rows[order], weights).float()
         first = self._updates[0][0]
-        parts = torch.split(combined, [first[name].numel() for name in self._parameters])
-        result = {name: part.view(first[name].shape) for name, part in zip(self._parameters, parts, strict=True)}
+        result = split_vector(combined, {name: first[name].shape for name in self._parameters})
         for name in first.keys() - result.keys():
             result[name] = _median(torch.stack([update[name].double() for update, _ in self._updates])).float()
         return {name: result[name] for name in first}
