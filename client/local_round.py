@@ -22,7 +22,7 @@ from client.state import (
     save_state,
 )
 from tofu.compression import downlink_compressor, uplink_compressor
-from tofu.compression.base import Compressor, check_finite
+from tofu.compression.base import Compressor
 from tofu.compression.error_feedback import ErrorFeedback
 from tofu.data import ImageShape, LabeledImages, LabeledRows, local_folder, local_rows
 from tofu.device import open_device
@@ -59,6 +59,7 @@ from tofu.training import LocalTrainingConfig
 from tofu.weights import (
     Weights,
     check_constant_buffers,
+    check_finite,
     check_frozen,
     constant_buffers,
     cosine,

@@ -58,8 +58,10 @@ def _not_installed(content: bytes, app: str, version: str) -> str:
         names = bundle.namelist()
         if extra := sorted(set(names) - _FILES):
             return f"it has files besides pyproject.toml ({extra[0]!r})"
-        if len(names) != len(set(names)) or bundle.getinfo("pyproject.toml").file_size > _MAX_BYTES:
-            return "its files are repeated or too large"
+        if twice := [name for name in sorted(set(names)) if names.count(name) > 1]:
+            return f"it has {twice[0]!r} twice"
+        if (size := bundle.getinfo("pyproject.toml").file_size) > _MAX_BYTES:
+            return f"its pyproject.toml has {size} bytes, too large: expected at most {_MAX_BYTES}"
         project = tomllib.loads(bundle.read("pyproject.toml").decode())
     flower = project["tool"]["flwr"]["app"]
     if flower["components"]["clientapp"] != _CLIENT_APP:

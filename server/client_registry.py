@@ -228,10 +228,10 @@ def _introduced(node: int, reply: Message) -> Client:
     """The client that a reply to hello describes. Raises PayloadError if it is not valid."""
     record = reply.content.config_records.get(RECORD) or ConfigRecord()
     name, examples, unreadable = record.get("client"), record.get("examples"), record.get("unreadable", 0)
-    if not isinstance(name, str) or not 0 < len(name) <= 100 or not isinstance(examples, int) or examples < 1:
-        raise PayloadError("its introduction is not valid")
-    if examples > MAX_EXAMPLES:
-        raise PayloadError(f"it claims {examples} examples, expected at most {MAX_EXAMPLES}")
+    if not isinstance(name, str) or not 0 < len(name) <= 100:
+        raise PayloadError(f"it has the name {str(name)[:20]!r}, expected a text of 1 to 100 characters")
+    if not isinstance(examples, int) or not 1 <= examples <= MAX_EXAMPLES:
+        raise PayloadError(f"it claims {str(examples)[:20]} examples, expected 1 to {MAX_EXAMPLES}")
     classes = class_names_from(record[CLASSES]) if CLASSES in record else None
     if not isinstance(unreadable, int) or not 0 <= unreadable <= MAX_EXAMPLES:
         raise PayloadError(f"it claims {str(unreadable)[:20]} unreadable images, expected 0 to {MAX_EXAMPLES}")

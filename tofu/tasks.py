@@ -101,7 +101,7 @@ class TaskStream:
 
     def _check(self, task: int) -> None:
         if not 0 <= task < self.tasks:
-            raise SettingError("task", task, f"0 to {self.tasks - 1}")
+            raise ValueError(f"task {task} is not usable: expected 0 to {self.tasks - 1}")
 
 
 def round_context(

@@ -243,6 +243,14 @@ def split_vector(vector: Tensor, shapes: Mapping[str, torch.Size]) -> Weights:
     return {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
 
 
+def check_finite(update: Mapping[str, Tensor]) -> None:
+    """Raises RunError if a value of an update is not finite."""
+    for name, value in update.items():
+        if wrong := int((~torch.isfinite(value)).sum()):
+            raise RunError(f"the update of {name} has {wrong} of {value.numel()} values that are not finite: local "
+                           "training diverged, and a smaller lr may help")  # fmt: skip
+
+
 def difference(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> Weights:
     """The update new - old, float32."""
     return {name: new[name].float() - old[name].float() for name in old}
@@ -327,7 +335,7 @@ def drift(weights: Mapping[str, Tensor], other: bytes) -> float:
         raise PayloadError(f"sketch has {len(other)} bytes, expected {SKETCH_BYTES}")
     theirs = np.frombuffer(other, "<f4").astype(np.float64)
     if not bool(np.isfinite(theirs).all()):
-        raise PayloadError("sketch holds a value that is not finite")
+        raise PayloadError(f"sketch has the values {theirs.tolist()}, expected finite numbers")
     length = sum(float((value.double() ** 2).sum()) for value in weights.values()) ** 0.5
     apart = float(np.abs(np.array(list(_projections(weights))) - theirs).max())
     return apart / length if length else apart

@@ -352,13 +352,15 @@ def class_names_to_text(names: Sequence[str]) -> str:
 def class_names_from(value: object) -> tuple[str, ...]:
     """Parse names of classes. Raises PayloadError unless they are different texts of at most 1 MiB together."""
     if not isinstance(value, str) or len(value) > _MAX_CLASS_BYTES:
-        raise PayloadError(f"names of classes are not a text of at most {_MAX_CLASS_BYTES} characters")
+        size = f"a text of {len(value)} characters" if isinstance(value, str) else type(value).__name__
+        raise PayloadError(f"names of classes are {size}, expected a text of at most {_MAX_CLASS_BYTES} characters")
     try:
         names = json.loads(value)
     except (ValueError, RecursionError):
         names = None
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise PayloadError("names of classes are not a list of texts")
+        raise PayloadError(f"names of classes are {value[:40]!r}, expected a JSON list of texts that are not empty")
     if len(set(names)) < len(names):
-        raise PayloadError("names of classes are not all different")
+        twice = next(name for name in names if names.count(name) > 1)
+        raise PayloadError(f"names of classes have {twice[:40]!r} twice, expected different texts")
     return tuple(names)

@@ -88,13 +88,20 @@ def test_a_users_app_is_pinned_as_it_is_when_the_nodes_start(tmp_path: Path) -> 
         (bundle(**{"pyproject.toml": PROJECT.replace("client.app:app", "os:system")}), "client app is 'os:system'"),
         (bundle(**{"pyproject.toml": PROJECT.replace("publisher", "owner")}), "cannot be read"),
         (bundle(**{"pyproject.toml": "no TOML"}), "cannot be read"),
-        (bundle(**{"pyproject.toml": PROJECT + "#" * 2**21}), "too large"),
+        (bundle(**{"pyproject.toml": PROJECT + "#" * 2**21}), "bytes, too large: expected at most 1048576"),
         (b"no zip file", "cannot be read"),
         (bundle()[:-30], "cannot be read"),
     ],
 )
 def test_a_bundle_with_code_or_another_client_app_is_refused(content: bytes, why: str) -> None:
     assert why in sent(content)
+
+
+def test_a_bundle_with_a_file_twice_is_refused() -> None:
+    content = io.BytesIO(bundle())
+    with zipfile.ZipFile(content, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("pyproject.toml", PROJECT)
+    assert sent(content.getvalue()) == "it has 'pyproject.toml' twice"
 
 
 def test_a_bundle_must_be_the_one_that_the_run_names() -> None:

@@ -68,5 +68,5 @@ def test_the_signs_never_change() -> None:
 
 @pytest.mark.parametrize("data", [b"", bytes(SKETCH_BYTES - 1), b"\xff" * SKETCH_BYTES])
 def test_what_is_no_sketch_is_refused(data: bytes) -> None:
-    with pytest.raises(PayloadError, match="sketch"):
+    with pytest.raises(PayloadError, match=r"sketch has (\d+ bytes|the values \[nan, .*, expected finite)"):
         drift(weights(), data)

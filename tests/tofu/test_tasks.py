@@ -86,7 +86,7 @@ def test_a_stream_that_cannot_be_is_refused(kind: str, tasks: int, order: str, m
 
 
 def test_there_is_no_task_beyond_the_last() -> None:
-    with pytest.raises(SettingError, match="task=2 is not usable: expected 0 to 1"):
+    with pytest.raises(ValueError, match="task 2 is not usable: expected 0 to 1"):
         TaskStream("pixels", 2, 10).permutation_of(2, 64)
 
 

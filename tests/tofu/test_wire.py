@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tofu.data import ImageShape
 from tofu.errors import PayloadError
-from tofu.wire import KINDS, STAGES, SecureAnswer, SecurePart, SecureQuery, TrainReply, TrainRequest
+from tofu.wire import KINDS, STAGES, SecureAnswer, SecurePart, SecureQuery, TrainReply, TrainRequest, class_names_from
 
 floats = st.floats(-1e6, 1e6, width=32)
 
@@ -118,3 +118,18 @@ def test_values_that_cannot_be_right_are_refused() -> None:
         SecureAnswer.from_bytes(b"\xc8abc")
     with pytest.raises(PayloadError, match="0 bytes are left, expected 9 of the terms"):
         SecurePart.from_bytes(struct.pack("<I", 9))
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        (7, "are int, expected a text"),
+        ("x" * (2**20 + 1), "a text of 1048577 characters, expected a text of at most 1048576"),
+        ('["cat", 3]', r"""are '\["cat", 3\]', expected a JSON list of texts"""),
+        ('["cat", "cat"]', "have 'cat' twice"),
+    ],
+)
+def test_class_names_that_are_no_list_of_texts_are_refused_with_their_value(value: object, why: str) -> None:
+    assert class_names_from('["cat", "dog"]') == ("cat", "dog")
+    with pytest.raises(PayloadError, match=why):
+        class_names_from(value)

@@ -126,7 +126,7 @@ def add_client(
     try:
         done = subprocess.run([*command, "--superlink", superlink], check=False)
     except FileNotFoundError as error:
-        raise RunError("docker is not installed") from error
+        raise RunError("docker is not found: expected its command on the PATH, with the plugin compose") from error
     if done.returncode:
         raise typer.Exit(2)
 

@@ -28,10 +28,10 @@ from tofu.codec.options import AUTOMATIC, DEFAULTS, CompressorOptions, ProxySett
 from tofu.codec.proxies import ProxyCode, ProxyData, automatic_sides, decode, proxy_side
 from tofu.codec.search import encode
 from tofu.compression import compressors
-from tofu.compression.base import MAX_MAGNITUDE, BufferCode, CompressedUpdate, Compressor, PayloadContent, check_finite
+from tofu.compression.base import MAX_MAGNITUDE, BufferCode, CompressedUpdate, Compressor, PayloadContent
 from tofu.errors import PayloadError, SettingError
 from tofu.reference_model import ReferenceModel
-from tofu.weights import ParamSpec, Weights, explained_variance, split_vector
+from tofu.weights import ParamSpec, Weights, check_finite, explained_variance, split_vector
 from tofu.wire import HEADER_BYTES
 
 _PREFIX = struct.Struct("<BBHH")

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from tofu.codec.options import AUTOMATIC, DEFAULTS, CompressorOptions, ProxySettings, automatic_gain
 from tofu.compression.coding import RowCode
-from tofu.errors import PayloadError, RunError, SettingError
+from tofu.errors import PayloadError, SettingError
 from tofu.reference_model import ReferenceModel
-from tofu.weights import ParamSpec, Weights, explained_variance, split_vector
+from tofu.weights import ParamSpec, Weights, check_finite, explained_variance, split_vector
 from tofu.wire import HEADER_BYTES
 
 if TYPE_CHECKING:
@@ -336,12 +336,6 @@ class FlatCompressor(Compressor):
         Raises:
             PayloadError: the bytes cannot have been written for this param_spec and ratio.
         """
-
-
-def check_finite(update: Weights) -> None:
-    """Raises RunError if a value of an update is not finite."""
-    if not all(bool(torch.isfinite(value).all()) for value in update.values()):
-        raise RunError("the update holds a value that is not finite: local training diverged")
 
 
 def checked_scales(scales: Tensor, what: str) -> Tensor:

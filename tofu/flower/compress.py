@@ -153,7 +153,8 @@ class _Request:
             )
         round_, acknowledged = record.get("round"), record.get("acknowledged")
         if not isinstance(round_, int) or not isinstance(acknowledged, int):
-            raise PayloadError("the server's record lacks round or acknowledged")
+            found = f"round={str(round_)[:20]} and acknowledged={str(acknowledged)[:20]}"
+            raise PayloadError(f"the server's record has {found}, expected whole numbers: use one version of tofu-fl")
         del message.content[RECORD]
         key = record.get("key")
         steps, identity, sketch = record.get("steps", []), record.get("identity", b""), record.get("sketch", b"")

@@ -2,8 +2,8 @@
 
 import math
 
-from tofu.errors import RunError, SettingError
-from tofu.weights import ParamSpec, Weights, dot
+from tofu.errors import SettingError
+from tofu.weights import ParamSpec, Weights, check_finite, dot
 
 _ROUND_DOWN = 1 - 2.0**-22  # float32 products may be rounded up
 
@@ -24,7 +24,7 @@ def clip(update: Weights, norm: float) -> tuple[Weights, float]:
     check_positive("clip_norm", norm)
     original = math.sqrt(dot(update, update))
     if not math.isfinite(original):
-        raise RunError("the update contains a value that is not finite: local training diverged")
+        check_finite(update)
     if original <= norm:
         return dict(update), original
     factor = norm / original * _ROUND_DOWN

@@ -131,8 +131,9 @@ class StoredUpdates(Aggregator):
         self._updates: list[tuple[Weights, int]] = []
 
     def add(self, update: Weights, examples: int) -> None:
-        if not all(math.isfinite(float(value.double().square().sum())) for value in update.values()):
-            raise PayloadError("update holds a value that is not finite")
+        for name, value in update.items():
+            if not math.isfinite(float(value.double().square().sum())):
+                raise PayloadError(f"update of {name} holds a value that is not finite")
         self.examples += examples
         self._updates.append((update, examples))
 

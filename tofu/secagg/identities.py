@@ -79,7 +79,7 @@ def check_known(known: Mapping[str, bytes]) -> None:
     """Raises SettingError if a public key (name -> key) does not have 32 bytes."""
     for name, public in known.items():
         if len(public) != PUBLIC_BYTES:
-            raise SettingError("known", name, f"a public key of {PUBLIC_BYTES} bytes, not {len(public)}")
+            raise SettingError("secure_identities", name, f"a public key of {PUBLIC_BYTES} bytes, not {len(public)}")
 
 
 def verify(known: Mapping[str, bytes], name: str, signature: bytes, purpose: bytes, *parts: bytes) -> None:

@@ -43,14 +43,15 @@ class Participant:
     def __post_init__(self) -> None:
         check_name(self.name)
         if (self.identity is None) != (self.known is None):
-            raise SettingError("known", self.known, "a list of public keys if and only if there is an identity")
+            raise SettingError("secure_identities", self.known and f"of {len(self.known)} clients",
+                               "a list of public keys if and only if the client has an identity")  # fmt: skip
         if self.identity is None or self.known is None:
             return
         if self.identity.name != self.name:
             raise SettingError("identity", self.identity.name, f"that of {self.name}")
         check_known(self.known)
         if self.known.get(self.name) != self.identity.public:
-            raise SettingError("known", self.name, "a list that has this client's own public key")
+            raise SettingError("secure_identities", self.name, "a list that has this client's own public key")
 
     def signature(self, purpose: bytes, *parts: bytes) -> bytes:
         """Sign the parts for this run; b"" in a run without identities."""

@@ -26,6 +26,7 @@ from tofu.errors import RunError
         (("up", "--folder=file/x"), "can be written"),
         (("up", "--data=data", "--folder=new"), "node-0"),
         (("add-client", "x", "--superlink=a:1"), "make certs"),
+        (("add-client", "x", "--superlink=a:1", "--compose=file"), "docker is not found: expected its command"),
     ],
 )
 def test_errors_are_one_line(
@@ -36,6 +37,7 @@ def test_errors_are_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "")
     (tmp_path / "file").write_text("")
     (tmp_path / "data").mkdir()
     monkeypatch.setattr(sys, "argv", ["tofu", "deploy", *arguments])
