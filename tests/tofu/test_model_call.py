@@ -218,13 +218,15 @@ def test_the_gradient_is_that_of_the_resized_input_in_eval_mode() -> None:
     model = signal().eval()
     reference = ReferenceModel(model, call_of(model, (2, 64)))
     update = {name: torch.randn_like(p) for name, p in reference.base.items()}
-    encoding = encode(reference, update, 2, ProxySettings(smooth=False, max_evals=3), generator=torch.Generator())
-    (inputs,) = encoding.proxies.inputs
+    settings = ProxySettings(smooth=False, max_evals=3)
+    encoding = encode(reference, update, 2, settings, generator=torch.Generator())
+    proxies = ProxyCode.of(reference, settings, 2).read(encoding.body)
+    (inputs,) = proxies.inputs
     assert inputs.shape == (2, 2, 16)
     whole = F.interpolate(inputs, size=64, mode="linear", align_corners=False)
-    loss = torch.sum(model(whole) * encoding.proxies.labels)
+    loss = torch.sum(model(whole) * proxies.labels)
     expected = torch.autograd.grad(loss, list(model.parameters()))
-    found = gradients(reference, encoding.proxies, ProxySettings(smooth=False))
+    found = gradients(reference, proxies, settings)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found.values(), expected, strict=True))
 
 

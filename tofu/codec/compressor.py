@@ -75,7 +75,7 @@ class ProxyCompressor(Compressor):
     Args:
         reference: the run's model, whose parameter and input shapes determine the sizes.
         ratio: float32 bytes of the update over bytes of the payload, header included.
-        options: `proxies`, `correction`, `proxy_gain`, `correction_gain` and `encoder` apply. Together with a
+        options: `proxies`, `correction`, `correction_gain` and `encoder` apply. Together with a
             correction, the number of proxies that the ratio allows is limited to `MAX_PROXIES`.
 
     Attributes:
@@ -210,14 +210,9 @@ class ProxyCompressor(Compressor):
         return Candidate(body, explained, decoded, proxies)
 
     def _combine(self, proxies: Weights, correction: Weights | None) -> Weights:
-        """proxy_gain * proxies + correction_gain * correction; the magnitudes already contain an automatic gain."""
-        gain, correction_gain = self._options.proxy_gain, self._options.correction_gain or 1.0
-        update = proxies if gain == 1 else {name: gain * value for name, value in proxies.items()}
-        if correction is None:
-            return dict(update)
-        if correction_gain != 1:
-            correction = {name: correction_gain * value for name, value in correction.items()}
-        return {name: value + correction[name] for name, value in update.items()}
+        """proxies + correction_gain * correction; the magnitudes already contain an automatic gain."""
+        gain = self._options.correction_gain or 1.0
+        return {name: value + gain * correction[name] if correction else value for name, value in proxies.items()}
 
     def _read_memory(self, memory: bytes) -> tuple[int, ProxyData | None]:
         """Number of encodes since the last trial, and the last proxies; None if the last payload had none."""

@@ -141,10 +141,9 @@ class CompressorOptions:
     chooses w for each message (`automatic_gain`).
 
     Attributes:
-        gain: w, or AUTOMATIC, for all compressors but the proxy codec, which has two gains of its own.
+        gain: w, or AUTOMATIC, for all compressors but the proxy codec, whose proxies have none.
         proxies: number of proxies; 0 sends as many as the ratio allows.
         correction: minimum fraction of the payload for the sparse correction; 0: proxies only, 1: correction only.
-        proxy_gain: w of the proxies.
         correction_gain: w of the correction, or AUTOMATIC.
         encoder: how proxies are encoded.
     """
@@ -152,15 +151,13 @@ class CompressorOptions:
     gain: float = 1.0
     proxies: int = 0
     correction: float = 0.0
-    proxy_gain: float = 1.0
     correction_gain: float = 1.0
     encoder: ProxySettings = dataclasses.field(default_factory=ProxySettings)
 
     def __post_init__(self) -> None:
-        for field in ("gain", "proxy_gain", "correction_gain"):
-            lowest = AUTOMATIC if field != "proxy_gain" else 1e-9
-            if not lowest <= getattr(self, field) < 2:
-                raise SettingError(field, getattr(self, field), "above 0 and below 2")
+        for field in ("gain", "correction_gain"):
+            if not AUTOMATIC <= getattr(self, field) < 2:
+                raise SettingError(field, getattr(self, field), "at least 0 and below 2")
         if not 0 <= self.correction <= 1:
             raise SettingError("correction", self.correction, "0 to 1")
         if not 0 <= self.proxies <= 0xFFFF:

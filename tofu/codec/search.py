@@ -124,16 +124,12 @@ class Encoding:
 
     Attributes:
         body: the proxies' bytes.
-        proxies: the quantized proxies, as the receiver will read them.
         decoded: the update that they decode to, over the trainable parameters.
-        explained_variance: of `decoded`, relative to the update.
         evals: number of evaluations of the objective.
     """
 
     body: bytes
-    proxies: ProxyData
     decoded: Weights
-    explained_variance: float
     evals: int
 
 
@@ -209,11 +205,7 @@ def _finish(
     grads = gradients(reference, code.read(code.write(unscaled)), settings)
     scales = _least_squares_scales(update, grads, one=settings.scale == "one")
     body = code.write(dataclasses.replace(proxies, scales=scales[: code.tensors]))
-    read = code.read(body)
-    decoded = scale_gradients(grads, read.scales)
-    error = sum(float(torch.sum((update[name] - d).double() ** 2)) for name, d in decoded.items())
-    power = _power(update)
-    return Encoding(body, read, decoded, explained_variance=1 - error / power if power else 0.0, evals=0)
+    return Encoding(body, scale_gradients(grads, code.read(body).scales), evals=0)
 
 
 def _power(update: Weights) -> float:

@@ -33,7 +33,7 @@ class ThreeSfc(ProxyCompressor):
     Args:
         reference: the run's model, or one with equal shapes.
         ratio: float32 bytes of the update over bytes of the payload, header included.
-        options: `proxy_gain` applies; the method has its own encoder and no correction.
+        options: none applies; the method has its own encoder and no correction.
 
     Raises:
         SettingError: not even one sample fits.

@@ -23,8 +23,7 @@ from tofu.observers.base import Observer
 from tofu.rounds.record import RoundRecord, RunSummary
 
 PHASES = {
-    "send": "sending", "train": "clients train", "decode": "decoding", "share": "key exchange",
-    "reveal": "unmasking", "evaluate": "evaluating",
+    "share": "key exchange", "train": "clients train", "reveal": "unmasking", "evaluate": "evaluating",
 }  # fmt: skip
 _NONE = "-"
 _LAST_ROUNDS = 6

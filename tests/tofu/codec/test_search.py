@@ -7,14 +7,23 @@ from torch import nn
 from tests.conftest import Case
 from tofu.codec.options import ProxySettings, paper_settings
 from tofu.codec.proxies import ProxyCode, ProxyData, decode, proxy_loss
-from tofu.codec.search import ADAM_STEP, SURROGATE_BETAS, _adam, _Objective, _Variables, encode
+from tofu.codec.search import ADAM_STEP, SURROGATE_BETAS, Encoding, _adam, _Objective, _Variables, encode
 from tofu.data import ImageShape
 from tofu.reference_model import ReferenceModel
-from tofu.weights import cosine, explained_variance
+from tofu.weights import Weights, cosine, explained_variance
 
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def explained(encoding: Encoding, update: Weights) -> float:
+    return explained_variance({name: update[name] for name in encoding.decoded}, encoding.decoded)
+
+
+def sent(network: ReferenceModel, encoding: Encoding, count: int) -> ProxyData:
+    """The proxies as the receiver reads them."""
+    return ProxyCode.of(network, ProxySettings(), count).read(encoding.body)
 
 
 def test_adams_steps_are_torchs_to_the_bit() -> None:
@@ -45,8 +54,6 @@ def test_proxies_reproduce_an_update(case: str, mode: ProxySettings, request: py
     noise = encode(network, update, 16, dataclasses.replace(mode, max_evals=1, solve_labels=0), generator=generator())
     assert cosine(encoding.decoded, update) > {"mlp_update": 0.7, "every_layer_update": 0.5}[case]
     assert cosine(encoding.decoded, update) > cosine(noise.decoded, update) + 0.2
-    parameters = {name: update[name] for name in network.param_spec.parameters}
-    assert encoding.explained_variance == pytest.approx(explained_variance(parameters, encoding.decoded), abs=1e-5)
 
 
 def test_smooth_mode_beats_paper_mode_at_the_same_bytes(mlp_update: Case) -> None:
@@ -54,7 +61,7 @@ def test_smooth_mode_beats_paper_mode_at_the_same_bytes(mlp_update: Case) -> Non
     smooth = encode(network, update, 8, ProxySettings(), generator=generator())
     paper = encode(network, update, 8, paper_settings(), generator=generator())
     assert len(smooth.body) <= len(paper.body) + 2 * len(network.param_spec.parameters)
-    assert smooth.explained_variance > paper.explained_variance + 0.03
+    assert explained(smooth, update) > explained(paper, update) + 0.03
 
 
 @pytest.mark.parametrize("mode", [ProxySettings(bits=4), paper_settings(bits=8), ProxySettings(bits=32)])
@@ -121,25 +128,23 @@ def test_aligned_labels_have_the_largest_inner_product_with_the_update(mlp_updat
 
 def test_warm_start_begins_ahead(mlp_update: Case) -> None:
     network, update = mlp_update
-    first = encode(network, update, 6, ProxySettings(), generator=generator())
+    first = sent(network, encode(network, update, 6, ProxySettings(), generator=generator()), 6)
     quick = ProxySettings(max_evals=3)
     cold = encode(network, update, 6, quick, generator=generator(1))
-    warm = encode(network, update, 6, quick, generator=generator(1), start=first.proxies)
-    off = encode(
-        network, update, 6, dataclasses.replace(quick, warm_start=False), generator=generator(1), start=first.proxies
-    )
-    assert warm.explained_variance > cold.explained_variance + 0.1
+    warm = encode(network, update, 6, quick, generator=generator(1), start=first)
+    off = encode(network, update, 6, dataclasses.replace(quick, warm_start=False), generator=generator(1), start=first)
+    assert explained(warm, update) > explained(cold, update) + 0.1
     assert off.body == cold.body
 
 
 def test_a_warm_start_does_not_let_pixels_run_away(mlp_update: Case) -> None:
     network, update = mlp_update
-    first = encode(network, update, 6, ProxySettings(), generator=generator()).proxies
+    first = sent(network, encode(network, update, 6, ProxySettings(), generator=generator()), 6)
     huge = dataclasses.replace(first, inputs=(1e6 * first.inputs[0],), labels=1e6 * first.labels)
     warm = encode(network, update, 6, ProxySettings(), generator=generator(1), start=huge)
-    assert float(warm.proxies.inputs[0].abs().max()) < 1e5
-    assert float(warm.proxies.labels.abs().max()) < 1e5
-    assert warm.explained_variance > 0.3
+    assert float(sent(network, warm, 6).inputs[0].abs().max()) < 1e5
+    assert float(sent(network, warm, 6).labels.abs().max()) < 1e5
+    assert explained(warm, update) > 0.3
 
 
 def test_early_stop_spends_fewer_evaluations(mlp_update: Case) -> None:
@@ -147,16 +152,16 @@ def test_early_stop_spends_fewer_evaluations(mlp_update: Case) -> None:
     patient = encode(network, update, 6, ProxySettings(max_evals=300, tolerance=0), generator=generator())
     hasty = encode(network, update, 6, ProxySettings(max_evals=300, tolerance=0.01), generator=generator())
     assert hasty.evals < patient.evals
-    assert hasty.explained_variance > patient.explained_variance - 0.1
+    assert explained(hasty, update) > explained(patient, update) - 0.1
 
 
 def test_choosing_the_steepness_costs_little_against_knowing_it(mlp_update: Case) -> None:
     network, update = mlp_update
-    explained = [
-        encode(network, update, 6, ProxySettings(surrogate_beta=s), generator=generator()).explained_variance
+    found = [
+        explained(encode(network, update, 6, ProxySettings(surrogate_beta=s), generator=generator()), update)
         for s in (0.0, *SURROGATE_BETAS)
     ]
-    assert explained[0] > max(explained) - 0.05
+    assert found[0] > max(found) - 0.05
 
 
 def test_a_zero_update_decodes_to_zero(mlp_update: Case) -> None:
@@ -172,5 +177,5 @@ def test_color_images_and_rectangles() -> None:
     network = ReferenceModel(model, ImageShape(3, 8, 12, 5))
     update = {name: torch.randn_like(p) for name, p in network.base.items()}
     encoding = encode(network, update, 20, ProxySettings(), generator=generator())
-    assert encoding.proxies.inputs[0].shape == (20, 3, 7, 11)
-    assert encoding.explained_variance > 0.05
+    assert sent(network, encoding, 20).inputs[0].shape == (20, 3, 7, 11)
+    assert explained(encoding, update) > 0.05
