@@ -55,13 +55,13 @@ class Reconstruction:
         images: float32 [n, channels, height, width] in [-1, 1], or None for an attack on labels alone.
         labels: int64 [n], or None.
         loss: the attacker's final objective (nan if it has none).
-        max_evals: number of evaluations of that objective.
+        evals: number of evaluations of that objective.
     """
 
     images: Tensor | None
     labels: Tensor | None
     loss: float = math.nan
-    max_evals: int = 0
+    evals: int = 0
 
 
 class Attack(ABC):

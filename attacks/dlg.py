@@ -51,4 +51,4 @@ class Dlg(Attack):
 
         found = search_lbfgs(loss, start, restarts=self.restarts, max_evals=self.max_evals, watch=watch)
         images, logits = parts(found.point)
-        return Reconstruction(images.float(), logits.argmax(1), found.loss, found.max_evals)
+        return Reconstruction(images.float(), logits.argmax(1), found.loss, found.evals)

@@ -29,7 +29,7 @@ BROKEN = 30.0
 """dB of mean PSNR from which a control counts as broken: images that look like the originals."""
 
 Row = dict[str, Any]
-"""Record of a trial: the scenario's fields, message, attack, scores, loss, max_evals, payload_bytes, refused."""
+"""Record of a trial: the scenario's fields, message, attack, scores, loss, evals, payload_bytes, refused."""
 
 SCENARIO_FIELDS = ("dataset", "model", "norm", "lr", "pretrain_rounds", "batch_size", "steps", "rounds", "know_labels")
 
@@ -227,7 +227,7 @@ def row_of(scenario: Mapping[str, object], message: str, attack: str, result: At
     measures = {name: getattr(scores, name) if scores else None for name in names}
     loss = result.loss if math.isfinite(result.loss) else None
     return dict(scenario) | {"message": message, "attack": attack, **measures, "loss": loss,
-            "max_evals": result.max_evals, "payload_bytes": result.payload_bytes,
+            "evals": result.evals, "payload_bytes": result.payload_bytes,
             "refused": result.refused}  # fmt: skip
 
 

@@ -70,7 +70,7 @@ class GradInversion(Attack):
         found = search_adam(loss, start, max_evals=self.max_evals, step=self.step, watch=watch)
         losses = [float(one(images.requires_grad_()).detach()) for images in found.point.unbind()]
         best = found.point[losses.index(min(losses))].detach()
-        return Reconstruction(best, labels, min(losses), found.max_evals)
+        return Reconstruction(best, labels, min(losses), found.evals)
 
 
 @contextmanager

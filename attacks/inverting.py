@@ -52,4 +52,4 @@ class Inverting(Attack):
             if not watch.go_on():
                 break
         best = min(trials, key=lambda trial: trial.loss)
-        return Reconstruction(best.point, labels, best.loss, sum(trial.max_evals for trial in trials))
+        return Reconstruction(best.point, labels, best.loss, sum(trial.evals for trial in trials))

@@ -191,7 +191,7 @@ def _attacked(attack: Attack, observation: Observation, generator: torch.Generat
               message: RunMessage | AppMessage, perceptual: torch.nn.Module | None) -> AttackResult:  # fmt: skip
     refused = attack.incompatibility(observation)
     if refused:
-        return AttackResult.incompatibility(refused, observation)
+        return AttackResult.refuse(refused, observation)
     found = attack.run(observation, generator=generator, watch=watch)
     return AttackResult.of(found, observation, message.truth, message.others, perceptual)
 

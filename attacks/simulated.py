@@ -110,7 +110,7 @@ class Found:
 
     point: Tensor
     loss: float
-    max_evals: int
+    evals: int
 
 
 def search_lbfgs(loss: Callable[[Tensor], Tensor], starts: Callable[[], Tensor], *, restarts: int, max_evals: int,
@@ -164,7 +164,7 @@ def search_images(client: SimulatedClient, labels: Tensor, loss: Callable[[Tenso
     images = starts or (client.noise(len(labels), generator) for _ in range(restarts))
     found = search_lbfgs(lambda vector: loss(vector.view(shape)), lambda: next(images).flatten(), restarts=restarts,
                          max_evals=max_evals, watch=watch)  # fmt: skip
-    return Reconstruction(found.point.view(shape).float(), labels, found.loss, found.max_evals)
+    return Reconstruction(found.point.view(shape).float(), labels, found.loss, found.evals)
 
 
 def search_adam(loss: Callable[[Tensor], Tensor], start: Tensor, *, max_evals: int, step: float, watch: Watch,

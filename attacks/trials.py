@@ -76,7 +76,7 @@ class AttackResult:
         scores: None if the attack was refused.
         refused: the reason, or "".
         loss: the attacker's final objective.
-        max_evals: number of evaluations of the objective.
+        evals: number of evaluations of the objective.
         payload_bytes: size of the message.
         originals, reconstructions: float32 in [-1, 1], paired by index; None if there are none.
     """
@@ -84,7 +84,7 @@ class AttackResult:
     scores: Scores | None
     refused: str
     loss: float
-    max_evals: int
+    evals: int
     payload_bytes: int
     originals: Tensor | None
     reconstructions: Tensor | None
@@ -111,10 +111,10 @@ class AttackResult:
             pairs = torch.tensor(scores.pairs)
             shown = found.images[pairs.clamp_min(0)].clone()
             shown[pairs < 0] = 0.0
-        return AttackResult(scores, "", found.loss, found.max_evals, observation.payload_bytes, originals, shown)
+        return AttackResult(scores, "", found.loss, found.evals, observation.payload_bytes, originals, shown)
 
     @staticmethod
-    def incompatibility(reason: str, observation: Observation) -> "AttackResult":
+    def refuse(reason: str, observation: Observation) -> "AttackResult":
         """The result of an attack that was refused."""
         return AttackResult(None, reason, math.nan, 0, observation.payload_bytes, None, None)
 
@@ -141,7 +141,7 @@ class TrialRunner:
         try:
             found = make_attack(attack).run(observation, generator=generator, watch=watch)
         except AttackError as error:
-            return AttackResult.incompatibility(str(error), observation)
+            return AttackResult.refuse(str(error), observation)
         return AttackResult.of(found, observation, truth, open_clients(scenario).test(), self.perceptual)
 
     def _message(self, scenario: Scenario, message: Message) -> tuple[Observation, LabeledImages]:
