@@ -42,7 +42,7 @@ class Scenario:
 
     Attributes:
         dataset, model, norm: as in a run.
-        lr: of all local training.
+        lr: learning rate of all local training.
         seed: seed of the partition, the weights, the batch and all draws of codec and attack.
         pretrain_rounds: rounds of federated training before the attack.
         batch_size: images of the client, all of them in each step.
@@ -64,7 +64,7 @@ class Scenario:
 
     @property
     def stream_name(self) -> str:
-        """Names the random streams. It keeps former names, so that committed results can be reproduced."""
+        """Names the random streams. Other texts would give other draws than those of the committed results."""
         return repr(self).replace("Scenario(", "Situation(", 1).replace("pretrain_rounds=", "moment=", 1)
 
 

@@ -36,8 +36,8 @@ class Plan:
         update_bytes: an update as float32, without any header.
         payload_bytes: the compressed payload, header included.
         message_overhead: bytes that Flower's message adds to a payload.
-        compressed_rounds, fedavg_rounds, secure_rounds: of the schedule ("plateau" is planned as compressed).
-        uplink_bytes, downlink_bytes: of all messages of the run.
+        compressed_rounds, fedavg_rounds, secure_rounds: numbers of rounds ("plateau": all compressed).
+        uplink_bytes, downlink_bytes: sizes of all messages of the run.
         fedavg_uplink_bytes: uplink of the same rounds with float32 updates, equal to the downlink.
         step_bytes: the payload of the server's step, header included; 0 where the downlink is not compressed.
         warnings: one line each.

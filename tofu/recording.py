@@ -47,10 +47,10 @@ class Recording:
     Attributes:
         round: counted from 1.
         client: its name in the ledger; the partition number of a simulated client.
-        kind: of the round, one of `tofu.rounds.KINDS`.
+        kind: the round's kind, one of `tofu.rounds.KINDS`.
         examples: number of training images that the reply states.
-        shape: of the model's input and output.
-        settings: of the run: model, codec, learning rate, epochs, batch size, seed and dataset.
+        shape: size of the model's input and output.
+        settings: the run's settings: model, codec, learning rate, epochs, batch size, seed and dataset.
         base: the weights that the payload is relative to.
         payload: the bytes as received.
     """
@@ -132,10 +132,10 @@ class Recorder:
     """Saves the messages of some clients in a run's folder.
 
     Args:
-        folder: of the run.
+        folder: the run's folder.
         clients: names of the clients whose messages are saved.
-        settings: of the run.
-        shape: of the model's input and output.
+        settings: the run's settings.
+        shape: size of the model's input and output.
 
     Raises:
         SettingError: a name that is not usable in the name of a folder.

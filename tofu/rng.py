@@ -49,7 +49,7 @@ class GlobalGenerators:
     of a process share them. Within the context, the draws of a thread depend on the seed only; other threads wait.
 
     Args:
-        seed: of all generators.
+        seed: seed of all generators.
         device: its generator is included if it is a GPU.
     """
 

@@ -41,7 +41,7 @@ class TrainingContext:
 
     Attributes:
         client: name of the client: "0", "1", ...
-        round: of the run, counted from 1.
+        round: number of the round, counted from 1.
         lr: learning rate of this round.
         epochs, batch_size, momentum, weight_decay, proximal: the settings of the run.
         generator: source of this client's randomness in this round, a function of the run's seed.

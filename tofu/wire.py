@@ -110,7 +110,7 @@ def read_payload(data: object, *, codec: int, round_: int, fingerprint: bytes | 
     Args:
         codec: code of the compressor that must have written the body.
         round_: the round that the payload must belong to.
-        fingerprint: of the weights that both ends must share; None if the payload carries the weights themselves.
+        fingerprint: that of the weights that both ends must share; None if the payload carries the weights.
         max_bytes: maximum length; longer data is refused without parsing.
 
     Raises:
@@ -234,7 +234,7 @@ class TrainReply:
     Attributes:
         examples: number of training images, the weight of the update in the average.
         train_loss: mean loss over the local steps.
-        explained_variance: of the decoded update, relative to the true update plus error feedback.
+        explained_variance: that of the decoded update, relative to the true update plus error feedback.
         cosine: cosine between the same two.
         train_seconds: seconds of local training.
         encode_seconds: seconds of compression.

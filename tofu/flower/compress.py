@@ -127,9 +127,9 @@ class _Request:
     """The strategy's record in a train message, which is removed from it, and the arrays that came with it.
 
     Attributes:
-        key: of the array record.
+        key: the array record's key.
         arrays: None if the client has to apply `steps` to the arrays that it keeps.
-        identity, sketch: of the arrays, with a compressed downlink (`tofu.weights`).
+        identity, sketch: the arrays' identity and sketch, with a compressed downlink (`tofu.weights`).
     """
 
     round: int
@@ -198,12 +198,12 @@ class SentArrays:
     """The arrays of a train message.
 
     Attributes:
-        key: of the array record.
+        key: the array record's key.
         record: as the inner strategy made it.
         base: its tensors by name, to which decoded updates are added.
         held: the arrays that the clients have: `base`, or with a compressed downlink the result of its steps.
         model: the model with the held arrays as its weights.
-        identity: of the held arrays, with a compressed downlink.
+        identity: the held arrays' identity, with a compressed downlink.
     """
 
     key: str

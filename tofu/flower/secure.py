@@ -56,7 +56,7 @@ class _OpenSum:
 
     Attributes:
         names: node -> name in the session.
-        key: of the array record.
+        key: the array record's key.
         metrics: client name -> names of its metrics, as JSON that it sent.
     """
 
@@ -79,7 +79,7 @@ class SecureAggregation(StrategyWrapper):
         inner: a strategy that averages (FedAvg, FedAvgM, FedProx, FedAdam, FedAdagrad, FedYogi, or your own).
         identities: file with the clients' public keys (`tofu deploy identities`), against a server that lies.
         stage_timeout: seconds that clients have for each stage of the protocol other than training.
-        delta: of the differential privacy that `tofu-epsilon` in the metrics accounts for.
+        delta: delta of the differential privacy that `tofu-epsilon` in the metrics accounts for.
         codec: selects the arrays that the model trains; without it all arrays are summed.
         options: of `SecureOptions`, the same as given to `secure`.
 

@@ -58,7 +58,7 @@ class UpdateCodec:
             and every array counts as trainable.
         input_shape: shape of one example, without the batch, such as (3, 32, 32) or (features,), or a tuple of such
             shapes for several inputs; proxies need it.
-        forward, loss, target_shape: of a model that cannot simply be called, as for `tofu.encode`.
+        forward, loss, target_shape: how to call a model that cannot simply be called, as for `tofu.encode`.
         compressor: a registered name or `package.module:Class`. By default `proxy`, or `sparse` where proxies are
             impossible: there is no model or input shape, or the model takes integers and there is no `forward`.
         ratio: float32 bytes of an update over the bytes of its payload.
@@ -193,7 +193,7 @@ class UpdateCodec:
         """Decode a payload into an update, by the model's names.
 
         Args:
-            identity: of the weights that it should be relative to; by default their fingerprint.
+            identity: identity of the weights that it should be relative to; by default their fingerprint.
 
         Raises:
             PayloadError: the payload is damaged, of another round or compressor, or relative to other weights.

@@ -41,7 +41,7 @@ class TrainMod:
     """A mod that handles train messages; Flower calls it around the app's train function.
 
     Attributes:
-        name: of the function that makes it, for error messages.
+        name: name of the function that makes it, for error messages.
     """
 
     name: str

@@ -244,7 +244,7 @@ def read_model(run: Path, *, group: int = 0) -> tuple[Weights, ImageShape, bytes
 
 
 def read_preprocessing(run: Path) -> tuple[Preprocessing, Statistics]:
-    """The preprocessing of a run's images (resize, crop, normalization); none in runs of earlier versions.
+    """The preprocessing of a run's images (resize, crop, normalization); none without model.json.
 
     Raises:
         RunError: model.json is damaged.
@@ -260,7 +260,7 @@ def read_preprocessing(run: Path) -> tuple[Preprocessing, Statistics]:
 
 
 def read_class_names(run: Path, classes: int) -> tuple[str, ...]:
-    """The names of the classes; their numbers in runs of earlier versions.
+    """The names of the classes; their numbers without model.json.
 
     Raises:
         RunError: model.json is damaged.

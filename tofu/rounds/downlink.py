@@ -159,9 +159,9 @@ def follow_steps(
         network: the network; without kept weights it must be at the weights that the steps start from.
         kept: the weights that this client kept from an earlier round.
         steps: payloads of the last rounds' steps, oldest first.
-        compressor: of the steps.
-        identity: of the round's weights.
-        sketch: of the round's weights.
+        compressor: compressor of the steps.
+        identity: identity of the round's weights.
+        sketch: sketch of the round's weights.
 
     Raises:
         ResyncError: this client does not have the weights that the steps start from, or computes other weights than

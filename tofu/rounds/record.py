@@ -57,7 +57,7 @@ class Failure:
     """A client whose reply could not be used in a round.
 
     Attributes:
-        node: Flower's node id, as text because it has 64 bits; empty in runs of older versions.
+        node: Flower's node id, as text because it has 64 bits; empty where it is not known.
     """
 
     client: Annotated[str, Field(strict=True)]
@@ -72,10 +72,10 @@ class ClientRecord:
     """Measurements of one client's reply in an open round.
 
     Attributes:
-        explained_variance: of the decoded update, 1 - |decoded - update|^2 / |update|^2.
+        explained_variance: explained variance of the decoded update, 1 - |decoded - update|^2 / |update|^2.
         examples: number of images that the client trained on; None under differential privacy.
         train_seconds, encode_seconds: time the client spent on local training and on compression.
-        test_accuracy: of the weights that the client received, with its own local layers, on its own test data.
+        test_accuracy: accuracy, on its own test data, of the received weights with its own local layers.
     """
 
     client: Annotated[str, Field(strict=True)]
@@ -96,11 +96,11 @@ class RoundRecord:
     Attributes:
         kind: "start", "proxy" (a compressed round), "fedavg" or "secure".
         compressor: name of the clients' compressor in a compressed round, or "".
-        accuracy, loss: of the global model on the test data after the round; None where they cannot be measured.
+        accuracy, loss: those of the global model on the test data after the round; None where they cannot be measured.
         metrics: the user's own metrics of the global model, by name.
         clients: number of clients whose updates were aggregated.
-        explained_variance, cosine: of the decoded against the true update, mean over clients; None if not compressed.
-        step_explained_variance: of the compressed server step; None if the full weights were sent.
+        explained_variance, cosine: the decoded against the true update, mean over clients; None if not compressed.
+        step_explained_variance: that of the compressed server step; None if the full weights were sent.
         train_loss, train_seconds, encode_seconds: means over clients, weighted by examples.
         uplink_bytes, downlink_bytes: whole messages of all clients, headers included.
         fedavg_uplink_bytes: uplink of the same replies with float32 updates.
@@ -114,8 +114,8 @@ class RoundRecord:
         task_accuracies: accuracy on each task after this round.
         group_accuracies: accuracy of each client group's model; empty with one group.
         clipped: values of all clients that a secure round clipped.
-        largest_clipped: upper bound of the largest clipped magnitude, in units of the clipping range; files of earlier
-            versions call it furthest.
+        largest_clipped: upper bound of the largest clipped magnitude, in units of the clipping range (also read under
+            its former name, furthest).
         abandoned: why a secure round was abandoned, or "".
         late: number of clients whose replies the round did not wait for; None without over-sampling.
         accuracy_quantiles: percent -> quantile of the clients' own `ClientRecord.test_accuracy` in an open round.

@@ -12,7 +12,7 @@ class Schedule(ABC):
     """The kind of each round, a function of its number and the accuracies so far.
 
     Args:
-        settings: of the rounds.
+        settings: the settings of rounds.
         rounds: number of rounds of the run.
 
     Attributes:

@@ -61,7 +61,7 @@ class ClientState:
         roster: as accepted, after ShareKeys.
         mask_secret: X25519 key of the pair masks, until MaskedInputCollection is done.
         share_secret: X25519 key of the encryption of shares, until MaskedInputCollection is done.
-        self_seed: of the self-mask, after ShareKeys until MaskedInputCollection is done.
+        self_seed: seed of the self-mask, after ShareKeys until MaskedInputCollection is done.
         held: neighbor -> its shares (of its self-mask seed, then of its mask key), after MaskedInputCollection.
         confirmed: the bits of the survivors that the client signed, after ConsistencyCheck.
     """

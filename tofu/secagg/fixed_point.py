@@ -65,7 +65,7 @@ class Decoded:
 
     Attributes:
         mean: float64 [n], weighted by examples.
-        examples: of all clients in the sum.
+        examples: number of examples of all clients in the sum.
         clipped: number of clipped values of all clients in the sum.
     """
 

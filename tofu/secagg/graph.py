@@ -203,7 +203,7 @@ class Session:
     """Identifies a session.
 
     Attributes:
-        round: of the run.
+        round: number of the round.
         id: 16 random bytes from the server, so that a repeated round is a new session.
     """
 
@@ -218,7 +218,7 @@ class Terms:
     Attributes:
         session: identifies the session.
         threshold: t, number of shares that reconstruct a secret.
-        bits: of the ring.
+        bits: bits of a ring element.
         values: elements of each client's vector.
         neighbors: d, of every client.
         members: digests of all adverts in rising order. A client's number in this session is its index here.

@@ -30,7 +30,7 @@ class Identity:
     """A client's name and its signing key.
 
     Attributes:
-        name: of the client in the list of known public keys.
+        name: the client's name in the list of known public keys.
         key: secret; it is never in a message or in a session's saved state.
     """
 

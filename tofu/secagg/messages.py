@@ -165,7 +165,7 @@ class Roster:
 
     Attributes:
         client: number of the receiver.
-        adverts: of its neighbors.
+        adverts: its neighbors' adverts.
     """
 
     client: int

@@ -54,9 +54,9 @@ class ServerSession:
 
     Args:
         run: identifies the run to all its clients.
-        round_: of the run.
+        round_: number of the round.
         values: elements of a vector.
-        bits: of the ring.
+        bits: bits of a ring element.
         known: name -> Ed25519 public key if clients have identities. Adds the stage ConsistencyCheck, and refuses
             messages without a valid signature before they reach the neighbors. The clients check independently.
         purpose: digest of the inputs that determine the vectors (`Terms.purpose`).

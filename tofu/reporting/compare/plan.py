@@ -37,9 +37,9 @@ class Tune:
     """A setting that is tuned separately for every cell.
 
     Attributes:
-        name: of the field of `Settings`.
+        name: the field of `Settings`.
         values: to try, in the order given; the first of equally good ones is taken.
-        seed: of the tuning runs.
+        seed: the tuning runs' seed.
     """
 
     name: str

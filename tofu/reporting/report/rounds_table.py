@@ -17,8 +17,8 @@ class Column:
     """A column between the kind of a round and the end of the line.
 
     Attributes:
-        cell: of a round.
-        total: of the run, under all rounds.
+        cell: text of a round's cell.
+        total: text of the run's cell, under all rounds.
         shown: whether a run has values for it.
     """
 
