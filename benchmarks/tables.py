@@ -222,6 +222,34 @@ def robust(measure: str, attacks: Sequence[str], partition: str = "iid") -> str:
     return markdown_table(("rule", *attacks), lines)
 
 
+def soak() -> str:
+    """What 200 rounds in containers with killed services came to, of results/soak.json."""
+    found = read("soak")
+    secure = [row for row in found["rows"] if row["kind"] == "secure"]
+    clients = found["clients_in_a_round"]
+    enough = sum(rounds for count, rounds in clients.items() if int(count) >= 3)
+    rows = [
+        ("rounds done, and missing between them", f"{found['rounds_done']}, {len(found['rounds_missing'])}"),
+        ("services killed", str(sum(found["kills"].values()))),
+        ("runs resumed", str(sum(event["event"] == "resumed" for event in found["events"]))),
+        ("secure rounds, and abandoned ones", f"{len(secure)}, {len(found['rounds_abandoned'])}"),
+        ("rounds in which three clients or more replied", str(enough)),
+        ("seconds of a round, median and largest", f"{found['median_seconds']:.0f}, {found['largest_seconds']:.0f}"),
+        ("accuracy at the end, %", f"{100 * found['final_accuracy']:.1f}"),
+    ]
+    for title, services in (
+        ("SuperNode", [f"node-{node}" for node in range(3)]),
+        ("warm client app", [f"node-{node}-exec" for node in range(3)]),
+        ("SuperLink", ["superlink"]),
+    ):
+        memory = [found["memory_mib"][name] for name in services]
+        first, last = (statistics.fmean(values[part] for values in memory) for part in ("first", "last"))
+        rows.append((f"MiB of a {title}, first and last third", f"{first:.0f}, {last:.0f}"))
+    for name, idle in found["idle"][0]["services"].items() if found["idle"] else ():
+        rows.append((f"idle {name}: % of a core, MiB", f"{idle['cpu_percent']:.1f}, {idle['mib']:.0f}"))
+    return markdown_table(("soak", "figure"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "readme": readme,
     "federated": federated,
@@ -236,6 +264,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "error-feedback-leads": error_feedback_leads,
     "error-feedback-cifar10-tuning": partial(error_feedback, "cifar10", (TUNING_SEED,)),
     "error-feedback-mnist-100-tuning": partial(error_feedback, "mnist-100", (TUNING_SEED,)),
+    "soak": soak,
     "robust-accuracy": lambda: robust("accuracy", ATTACKS),
     "robust-backdoor": lambda: robust("backdoor", BACKDOORS),
     **PLUGIN_TABLES,

@@ -17,9 +17,11 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 PACKAGES = (
     "flwr.supernode.cli.flwr_clientapp",
@@ -40,6 +42,8 @@ with socket.socket(socket.AF_UNIX) as warm:
     warm.recv(1)  # nothing comes: it closes when the app ends
 """
 _MAX_BYTES = 1 << 16
+_MAX_END_SECONDS = 5
+"""How long a SuperExec, which keeps nothing, may take to end: its end takes long where CPU time is short."""
 
 
 def main(command: Sequence[str], packages: Sequence[str] = PACKAGES) -> int:
@@ -60,11 +64,17 @@ def main(command: Sequence[str], packages: Sequence[str] = PACKAGES) -> int:
             def end(received: int, _: object) -> None:
                 asked.add(received)
                 superexec.send_signal(received)
+                signal.alarm(_MAX_END_SECONDS)
                 if not imported:
                     raise SystemExit(_status(superexec.wait(), asked))
 
+            def kill(*_: object) -> None:
+                asked.add(signal.SIGKILL)
+                superexec.kill()
+
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, end)
+            signal.signal(signal.SIGALRM, kill)
             for name in packages:
                 with suppress(ImportError):  # the app itself reports a missing package
                     importlib.import_module(name)
@@ -73,7 +83,7 @@ def main(command: Sequence[str], packages: Sequence[str] = PACKAGES) -> int:
 
 
 def _status(returncode: int, asked: set[int]) -> int:
-    """The exit status: 0 if the SuperExec ended by a signal that was passed on to it before it had a handler."""
+    """The exit status: 0 if the SuperExec ended by a signal that it was sent here and that it does not handle."""
     return 0 if -returncode in asked else returncode
 
 
@@ -87,45 +97,53 @@ def _serve(listener: socket.socket, superexec: "subprocess.Popen[bytes]") -> int
                 data, streams, *_ = socket.recv_fds(connection, _MAX_BYTES, 3)
                 if data and os.fork() == 0:
                     listener.close()
-                    _app(json.loads(data), streams)
+                    exit_with(_app, json.loads(data), streams)
                 for stream in streams:
                     os.close(stream)
         _reap(superexec.pid)
     return superexec.returncode
 
 
-def _app(arguments: list[str], streams: list[int]) -> None:
-    """Become the client app; does not return."""
+def exit_with(function: Callable[..., int], *arguments: object) -> NoReturn:
+    """End the process with the status that a function returns, without the interpreter's clean-up.
+
+    To take down torch and what else was imported takes half a second of CPU time: many seconds on a busy machine, after
+    which Docker kills the container.
+    """
     status = 1
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
-        for target, stream in enumerate(streams):
-            os.dup2(stream, target)
-            os.close(stream)
-        from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
-
-        if pinned := os.environ.get("TOFU_PINNED_APP"):
-            from flwr.supernode.runtime import run_clientapp
-
-            from deploy.pinned import guard
-
-            guard(run_clientapp, pinned)
-        sys.argv = arguments
-        sys.path[0] = os.path.dirname(sys.executable)  # as for the command itself; `python -m` had put its folder there
-        flwr_clientapp()
-        status = 0
+        status = function(*arguments)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
     except BaseException:
-        import traceback
-
         traceback.print_exc()
     finally:
         with suppress(OSError, ValueError):
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(status)  # skips the clean-up of the parent process
+        os._exit(status)
+
+
+def _app(arguments: list[str], streams: list[int]) -> int:
+    """Become the client app."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, signal.SIG_DFL)
+    for target, stream in enumerate(streams):
+        os.dup2(stream, target)
+        os.close(stream)
+    from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
+
+    if pinned := os.environ.get("TOFU_PINNED_APP"):
+        from flwr.supernode.runtime import run_clientapp
+
+        from deploy.pinned import guard
+
+        guard(run_clientapp, pinned)
+    sys.argv = arguments
+    sys.path[0] = os.path.dirname(sys.executable)  # as for the command itself; `python -m` had put its folder there
+    flwr_clientapp()
+    return 0
 
 
 def _reap(superexec: int) -> None:
@@ -139,4 +157,4 @@ def _reap(superexec: int) -> None:
 
 if __name__ == "__main__":
     cold = sys.argv[1:2] == ["--cold"]
-    sys.exit(main(sys.argv[1 + cold :], () if cold else PACKAGES))
+    exit_with(main, sys.argv[1 + cold :], () if cold else PACKAGES)

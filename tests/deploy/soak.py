@@ -1,9 +1,9 @@
 """`python -m tests.deploy.soak FOLDER`: a long run in containers in which random services crash.
 
 Four clients train on the digits, half of the rounds open and half of them secure with identities; a round ends with the
-third reply. From time to time one of the services below is killed as by a crash. When the run ends with the app of the
-server, it is resumed as docs/deployment.md says. FOLDER keeps everything: an interrupted soak goes on where it was.
-Needs an engine, as test_containers.py does.
+third reply. Every few rounds, at a random moment, one of the services below is killed as by a crash. When the run ends
+with the app of the server, it is resumed as docs/deployment.md says. FOLDER keeps everything: an interrupted soak goes
+on where it was. Needs an engine, as test_containers.py does.
 """
 
 import json
@@ -19,7 +19,7 @@ from typing import Any
 
 import typer
 
-from benchmarks.common import RESULTS, versions
+from benchmarks.common import RESULTS, run_command, versions
 from tests.deploy.engine.deployment import ComposeDeployment, OperatorRun, reason_to_skip
 from tofu.errors import RunError
 
@@ -33,7 +33,8 @@ SETTINGS = (
     "clients=4", "min-clients=3", "dataset=/data", "local-epochs=1", "max-evals=20", "schedule=switch",
     "secure-identities=/run/secrets/identities.json", "over-sampling=1.34", "secagg-dropout-fraction=0.26",
 )  # fmt: skip
-_PAUSE_SECONDS = (60.0, 180.0)
+_ROUNDS_BETWEEN_KILLS = (3, 8)
+"""Rounds rather than seconds: on a busy machine rounds are slow, and kills would come faster than they end."""
 _IDLE_SECONDS = 60.0
 _MAX_RESUMED = 100
 
@@ -59,7 +60,7 @@ class Journal:
 
 
 class Killer(threading.Thread):
-    """Ends a random service from time to time, and notes the memory of all just before."""
+    """Ends a random service at a random moment of every few rounds, and notes the memory of all just before."""
 
     def __init__(self, deployment: ComposeDeployment, journal: Journal, seed: int) -> None:
         super().__init__(daemon=True)
@@ -68,7 +69,7 @@ class Killer(threading.Thread):
         self._random = random.Random(f"{seed} {len(journal.entries)}")
 
     def run(self) -> None:
-        while not self.done.wait(self._random.uniform(*_PAUSE_SECONDS)):
+        while self._wait_for_rounds(self._random.randint(*_ROUNDS_BETWEEN_KILLS)):
             service = self._random.choice(KILLED)
             try:
                 self._journal.note("memory", mib=self._deployment.memory())
@@ -78,11 +79,23 @@ class Killer(threading.Thread):
             else:
                 self._journal.note("kill", service=service)
 
+    def _wait_for_rounds(self, count: int) -> bool:
+        """Wait until so many rounds have ended and a part of the next has passed; False if the run has ended."""
+        wanted = len(records(self._deployment)) + count
+        while not self.done.wait(1.0):
+            found = records(self._deployment)
+            if len(found) >= wanted:
+                median = statistics.median(record["seconds"] for record in found)
+                return not self.done.wait(self._random.uniform(0.0, median))
+        return False
+
 
 def records(deployment: ComposeDeployment) -> list[dict[str, Any]]:
     """The run's rounds so far, without the evaluation before the first."""
-    lines = (deployment.results() / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["round"]]
+    if not deployment.runs() or not (deployment.results() / "metrics.jsonl").exists():
+        return []
+    complete, _, _ = (deployment.results() / "metrics.jsonl").read_text().rpartition("\n")
+    return [record for record in map(json.loads, complete.splitlines()) if record["round"]]
 
 
 def start(deployment: ComposeDeployment, journal: Journal, rounds: int) -> OperatorRun:
@@ -146,7 +159,7 @@ def result(deployment: ComposeDeployment, journal: Journal, rounds: int, seed: i
     numbers = [record["round"] for record in found]
     samples = [entry["mib"] for entry in journal.of("memory")]
     return versions("python -m tests.deploy.soak FOLDER") | {
-        "settings": {"rounds": rounds, "seed": seed, "pause_seconds": _PAUSE_SECONDS, "run": SETTINGS},
+        "settings": {"rounds": rounds, "seed": seed, "rounds_between_kills": _ROUNDS_BETWEEN_KILLS, "run": SETTINGS},
         "rounds_done": len(set(numbers)),
         "rounds_missing": sorted(set(range(1, max(numbers, default=0) + 1)) - set(numbers)),
         "rounds_abandoned": {record["round"]: record["abandoned"] for record in found if record.get("abandoned")},
@@ -191,4 +204,4 @@ def main(folder: Path, rounds: int = 200, seed: int = 0, output: Path = RESULTS 
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

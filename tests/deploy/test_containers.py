@@ -111,6 +111,24 @@ def test_whoever_commands_the_superlink_needs_the_operators_token(deployment: Co
     assert nodes("superlink-exec", *OPERATOR[:3]) == ""
 
 
+def test_nodes_need_an_admitted_key_and_a_superlink_of_their_ca(deployment: ComposeDeployment) -> None:
+    """A refused node ends by itself, where an accepted one runs until `timeout` ends it with status 124."""
+    make = ["python", "-m", "deploy.certificates", "/tmp/stranger", "--node", "key", "--host", "proxy"]
+    deployment.compose("exec", "-T", "-w", "/app", "node-0", *make)
+    node = (
+        "timeout 120 python -m deploy.supernode flower-supernode --superlink proxy:8443 --port 9999 --isolation process"
+    )
+    for options, reason in (
+        ("--root-certificates /run/secrets/ca.crt", "Exit Code: 305"),
+        ("--root-certificates /run/secrets/ca.crt --auth-supernode-private-key /tmp/stranger/key", "Exit Code: 305"),
+        ("--root-certificates /tmp/stranger/ca.crt --auth-supernode-private-key /run/secrets/node", "certificate"),
+    ):
+        script = f"{node} --max-retries 1 {options} 2>&1; echo status $?"
+        said = deployment.compose("exec", "-T", "-w", "/app", "node-0", "sh", "-c", script)
+        assert reason in said, said
+        assert said.split()[-1] not in ("0", "124"), said
+
+
 def test_a_client_from_another_network_joins(deployment: ComposeDeployment) -> None:
     # The address that the host has on the engine's default network stands for its address in the outer world.
     address = deployment.bridge_address()

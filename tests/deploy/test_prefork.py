@@ -49,3 +49,26 @@ def test_a_signal_during_the_imports_ends_it_at_once(handles: str, tmp_path: Pat
         assert {process.stdout.readline().strip() for _ in range(2)} == {"importing", "started"}
         process.terminate()
         assert process.wait(60) == 0
+
+
+_IGNORES = (
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('started', flush=True); time.sleep(600)"
+)
+
+
+def test_a_superexec_that_does_not_end_is_killed_and_no_time_is_lost_on_taking_modules_down(tmp_path: Path) -> None:
+    """Docker kills a container whose end takes longer than 30 s, which it does where it gets little CPU time."""
+    (tmp_path / "slow.py").write_text(
+        "import atexit, time\natexit.register(time.sleep, 600)\nprint('imported', flush=True)\n"
+    )
+    code = "import sys; from deploy import prefork; prefork.exit_with(prefork.main, sys.argv[1:], ['slow'])"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    command = [sys.executable, "-c", code, sys.executable, "-c", _IGNORES]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert {process.stdout.readline().strip() for _ in range(2)} == {"imported", "started"}
+        process.terminate()
+        try:
+            assert process.wait(60) == 0
+        finally:
+            process.kill()

@@ -56,22 +56,24 @@ class ComposeDeployment:
         folder: for the copy of the working tree, its keys, its data and its results. One that has them is used on.
         project: Compose's name of it; several may run at once.
         listen: the address of its port.
+        services: those that are started; by default, all.
     """
 
-    def __init__(self, folder: Path, project: str = "tofu-test", listen: str = "127.0.0.1") -> None:
-        self.folder, self._project = folder / "clone", project
+    def __init__(
+        self, folder: Path, project: str = "tofu-test", listen: str = "127.0.0.1", services: Sequence[str] = ()
+    ) -> None:
+        self.folder, self._project, self._services = folder / "clone", project, tuple(services)
         self._clients: list[Path] = []
         self.environment = os.environ | {"TORCH_INDEX": f"http://127.0.0.1:{_INDEX_PORT}/", "TOFU_LISTEN": listen}
         self._options = ["--progress", "quiet", "-p", project, "-f", "deploy/compose.yaml", "-f", "override.yaml"]
 
     def __enter__(self) -> Self:
-        if not self.folder.exists():
-            self._copy()
+        self.copy()
         index = self._serve_torch()
         try:
             self._override()
             self.down()
-            self.compose("up", "--build", "--detach", timeout=1500)
+            self.up("--build", timeout=1500)
         finally:
             index.shutdown()
         self.wait_for_health()
@@ -89,6 +91,22 @@ class ComposeDeployment:
         """The copy's deploy/."""
         return self.folder / "deploy"
 
+    def copy(self) -> None:
+        """Make the copy with its keys and data, unless there is one."""
+        if self.folder.exists():
+            return
+        command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        for name in subprocess.check_output(command, cwd=ROOT, text=True).rstrip("\0").split("\0"):
+            if (ROOT / name).is_file():
+                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, self.folder / name)
+        environment = Path(sys.executable).parents[1]
+        subprocess.run(
+            ["make", "--silent", "certs", f"VENV={environment}", "-o", f"{environment}/.ready"],
+            cwd=self.folder, check=True, capture_output=True,
+        )  # fmt: skip
+        write_digits(self.deploy / "data", ["server", "node-0", "node-1", "node-2"])
+
     def compose(self, *arguments: str, timeout: float = 300, check: bool = True) -> str:
         """Standard output of `docker compose`.
 
@@ -105,6 +123,10 @@ class ComposeDeployment:
         )
         return result.stdout
 
+    def up(self, *options: str, timeout: float = 300) -> None:
+        """Start what does not run."""
+        self.compose("up", "--detach", *options, *self._services, timeout=timeout)
+
     def down(self) -> None:
         """End and remove all containers and networks of the project."""
         for place in self._clients:
@@ -120,7 +142,8 @@ class ComposeDeployment:
     def wait_for_health(self) -> dict[str, str]:
         """Service -> health, as soon as all that have a health check are healthy, or after some minutes."""
         end = time.monotonic() + _HEALTHY_SECONDS
-        expected = set(self.compose("config", "--services").split()) - {"register", "operator", "keys"}
+        expected = set(self._services or self.compose("config", "--services").split())
+        expected -= {"register", "operator", "keys"}
         while True:
             health = {name: service["Health"] for name, service in self.services().items() if name in expected}
             if (health.keys() == expected and set(health.values()) == {"healthy"}) or time.monotonic() > end:
@@ -256,19 +279,6 @@ class ComposeDeployment:
     def results(self) -> Path:
         """The folder of the latest run."""
         return self.runs()[-1]
-
-    def _copy(self) -> None:
-        command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-        for name in subprocess.check_output(command, cwd=ROOT, text=True).rstrip("\0").split("\0"):
-            if (ROOT / name).is_file():
-                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / name, self.folder / name)
-        environment = Path(sys.executable).parents[1]
-        subprocess.run(
-            ["make", "--silent", "certs", f"VENV={environment}", "-o", f"{environment}/.ready"],
-            cwd=self.folder, check=True, capture_output=True,
-        )  # fmt: skip
-        write_digits(self.deploy / "data", ["server", "node-0", "node-1", "node-2"])
 
     def _serve_torch(self) -> http.server.ThreadingHTTPServer:
         """Serve the build of torch that this machine's pip finds as the index that deploy/Dockerfile asks."""
