@@ -41,7 +41,7 @@ class ClientRound:
     Attributes:
         network: at the base weights.
         data: the images that it trained on.
-        config: of the local training.
+        config: settings of the local training.
         update: new minus old weights.
     """
 
@@ -68,7 +68,7 @@ class Message:
     Attributes:
         text: as the user wrote it.
         kind: "exact", "dp", "secure" or the name of a compressor.
-        mode: of the proxy codec.
+        mode: mode of the proxy codec.
         number: ratio, epsilon or clients.
     """
 
@@ -112,7 +112,7 @@ def observe(
     """The server's observation if the first of `rounds` (in a secure sum, the first few) is sent as this message.
 
     Args:
-        generator: of the codec. Noise of differential privacy comes from the operating system, as in a run.
+        generator: the codec's generator. Noise of differential privacy comes from the operating system, as in a run.
         know_labels: whether the attacker knows the labels.
 
     Raises:

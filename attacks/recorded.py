@@ -107,7 +107,7 @@ def attack_run(
     Args:
         folder: for the results.
         seconds: time limit of one attack.
-        model, dataset: of a Flower app (`attacks.app_recorded`); of our own runs the recording knows them.
+        model, dataset: those of a Flower app (`attacks.app_recorded`); of our own runs the recording knows them.
 
     Raises:
         RunError: nothing was recorded, or a recording is damaged.

@@ -112,7 +112,7 @@ class GlobalModel:
 
     Args:
         model: the model as built, at its initial weights; the rounds change it in place.
-        shape: of the images, and the number of classes of the data.
+        shape: size of the images, and the number of classes of the data.
         group: the client group that trains it, counted from 0.
         call: how the codec calls the model; by default with inputs of `shape`.
 

@@ -59,7 +59,7 @@ class Ledger:
         """Count one message.
 
         Args:
-            kind: of the round, or "hello".
+            kind: the round's kind, or "hello".
             direction: "uplink" or "downlink".
             payload_bytes: length of the payload inside, header included.
             full_payload_bytes: length of the same payload as float32, header included.

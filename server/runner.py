@@ -51,7 +51,7 @@ class RoundResult(Collected):
         shown: name of the client whose proxies are kept for the report.
         nodes: client name -> node, of all clients that were asked.
         failures: client name -> reason, in one line, why it could not be used.
-        step_explained_variance: of the server's compressed step to this round's weights; None for full weights.
+        step_explained_variance: that of the server's compressed step to this round's weights; None for full weights.
         clip_norm: to which clients clipped their updates, with differential privacy.
     """
 

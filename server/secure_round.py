@@ -32,7 +32,7 @@ class _Opened:
     """State of a secure round between the stages share and reveal.
 
     Attributes:
-        encoder: of the clients' vectors.
+        encoder: encoder of the clients' vectors.
         clients: those that sent keys, by name.
         asked: names of all clients that were asked for keys.
         parts: client name -> what its train request carries.

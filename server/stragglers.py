@@ -26,7 +26,7 @@ class Stragglers:
     """Tracks which clients did not reply and how long rounds took.
 
     Args:
-        settings: of which straggler_factor, suspend_after and round_timeout are used.
+        settings: straggler_factor, suspend_after and round_timeout are used.
     """
 
     def __init__(self, settings: ServerSettings) -> None:

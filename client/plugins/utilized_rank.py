@@ -37,7 +37,7 @@ class Core(nn.Module):
     Args:
         inputs: V_S [columns, k_S], orthonormal.
         outputs: V_T [outputs, k_T], orthonormal.
-        shape: of the weight, [outputs, ...] with `columns` elements a row.
+        shape: the weight's shape, [outputs, ...] with `columns` elements a row.
     """
 
     inputs: Tensor

@@ -185,7 +185,7 @@ class UpdateCodec:
         """A body with a header that names compressor, round and the weights that the update is relative to.
 
         Args:
-            identity: of these weights; by default their fingerprint.
+            identity: identity of these weights; by default their fingerprint.
         """
         return Payload(compressor.code, round_, identity or base_fingerprint(reference.model), body).to_bytes()
 

@@ -50,8 +50,8 @@ class Accountant:
         """Add a round and return epsilon so far, which is infinite after a round without noise (multiplier 0).
 
         Args:
-            noise_multiplier: of the round.
-            kind: of the round; it is stored with the account.
+            noise_multiplier: the round's noise multiplier.
+            kind: the round's kind; it is stored with the account.
             sampled: number of clients that were drawn at random and in secret, without replacement; 0: not in secret.
             available: number of clients that they were drawn from.
 

@@ -65,8 +65,8 @@ class WeightSteps:
 
     Attributes:
         reference: the model at the weights that clients hold in this round.
-        identity: of these weights.
-        sketch: of these weights.
+        identity: identity of these weights.
+        sketch: sketch of these weights.
         explained_variance: of this round's step; None for full weights.
     """
 

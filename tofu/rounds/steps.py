@@ -197,7 +197,7 @@ class EncodeInRing:
 
     Attributes:
         examples, loss: reported inside the sum.
-        seed: of the stochastic rounding.
+        seed: seed of the stochastic rounding.
         sums: the plugins' sums.
         noise: the client's part of the noise in the sum, or None. With noise, the update has weight 1, and neither the
             loss nor the number of clipped values is reported.

@@ -91,12 +91,12 @@ class EncodingConfig:
 
     Attributes:
         clients: maximum number of clients in the sum.
-        bits: of the ring.
+        bits: bits of a ring element.
         unit_weight: number of examples that counts as weight 1.
         ranges: of each tensor, in the order of the ParamSpec: |value * weight| up to which nothing is clipped.
-        fraction: of the entries that are sent (`tofu.secagg.coordinates`).
+        fraction: fraction of the entries that are sent (`tofu.secagg.coordinates`).
         turn: number of secure rounds before this one.
-        digest: of the coordinates that are sent, if that is not all of them.
+        digest: digest of the coordinates that are sent, if that is not all of them.
         nearest_rounding: values are rounded to the nearest step, within ranges that clip the largest ones.
     """
 
@@ -228,12 +228,12 @@ class SecureMean:
 
     Attributes:
         update: mean weighted by examples, float32 by name.
-        examples: of all clients in the sum.
+        examples: number of examples of all clients in the sum.
         loss: mean training loss, weighted by examples.
         clipped: number of clipped values, of all clients together.
         largest_clipped: upper bound of all values in units of their tensor's range; 1.0 if none was clipped.
         ranges: for the next round (`tofu.secagg.encoding`).
-        sums: of the plugins, float64 by name.
+        sums: the plugins' sums, float64 by name.
     """
 
     update: Weights
@@ -250,7 +250,7 @@ class RingEncoder:
 
     Args:
         param_spec: names and shapes of the model's tensors.
-        config: of the round.
+        config: the round's encoding.
         declared: the sums of plugins, with finite bounds.
         displacement: the round's global weights minus the initial ones, float [d] in the ParamSpec's order; None if all
             entries are sent.
@@ -326,7 +326,7 @@ class RingEncoder:
             update: by name, of the ParamSpec's shapes.
             examples: weight of the update.
             loss: the client's training loss.
-            seed: of the stochastic rounding (`FixedPoint.encode`).
+            seed: seed of the stochastic rounding (`FixedPoint.encode`).
             sums: the plugins' tensors, by the declared names, within their bounds.
 
         Raises:
