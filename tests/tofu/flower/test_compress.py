@@ -108,6 +108,14 @@ def test_misuse_is_one_line() -> None:
     with pytest.raises(RunError, match=r"round 1: no reply of 4 clients can be used .*different arguments") as caught:
         federate(tofu.Compressed(strategy_of(), ratio=20), tofu.compress(ratio=21))
     assert "\n" not in str(caught.value)
+    mod = tofu.compress(ratio=20)
+
+    def other(message: Message, context: Context, call_next: Any) -> Message:
+        message.content.config_records[RECORD]["acknowledged"] = "never"
+        return mod(message, context, call_next)
+
+    with pytest.raises(RunError, match=r"record has round=1 and acknowledged=never, expected whole numbers"):
+        federate(tofu.Compressed(strategy_of(), ratio=20), other)
     narrow = tofu.compress(lambda: Net(64), SHAPE, ratio=20)
     with pytest.raises(RunError, match=r"fc1.weight of shape \[64, 64\].*expected \[128, 64\]"):
         federate(tofu.Compressed(strategy_of(), Net, SHAPE, ratio=20), narrow)
