@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks import audit
 from benchmarks.coding.__main__ import where_bytes_go
 from benchmarks.common import RESULTS, markdown_table, run_command, spread
 from benchmarks.error_feedback.__main__ import SEEDS, TASKS, TUNING_SEED, table
@@ -265,6 +266,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "error-feedback-cifar10-tuning": partial(error_feedback, "cifar10", (TUNING_SEED,)),
     "error-feedback-mnist-100-tuning": partial(error_feedback, "mnist-100", (TUNING_SEED,)),
     "soak": soak,
+    "audit": lambda: audit.table(read("audit")["rows"]),
     "robust-accuracy": lambda: robust("accuracy", ATTACKS),
     "robust-backdoor": lambda: robust("backdoor", BACKDOORS),
     **PLUGIN_TABLES,

@@ -1,6 +1,5 @@
 """The connected clients: node ids from the transport, names and numbers of images from the clients themselves."""
 
-import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -236,8 +235,3 @@ def _introduced(node: int, reply: Message) -> Client:
     if not isinstance(unreadable, int) or not 0 <= unreadable <= MAX_EXAMPLES:
         raise PayloadError(f"it claims {str(unreadable)[:20]} unreadable images, expected 0 to {MAX_EXAMPLES}")
     return Client(node, name, examples, unreadable, classes)
-
-
-def example_cap(examples: Sequence[int], ratio: float) -> int:
-    """The largest weight of a client: `ratio` times the median number of examples, at least 1; 0 means no limit."""
-    return max(1, int(ratio * statistics.median(examples))) if ratio else max(examples)

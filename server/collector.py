@@ -11,7 +11,7 @@ from flwr.app import Message
 from torch import Tensor
 
 from server.checkpoint import Snapshot
-from server.client_registry import Client, example_cap
+from server.client_registry import Client
 from server.global_model import GlobalModel
 from server.ledger import Ledger
 from tofu.errors import PayloadError, RunError
@@ -21,7 +21,7 @@ from tofu.observers.base import Observer
 from tofu.plugins import Export, Plugins, export_from_bytes
 from tofu.recording import Recorder
 from tofu.rounds import aggregators
-from tofu.rounds.aggregation import Aggregator, limit_norm
+from tofu.rounds.aggregation import Aggregator, example_cap, limit_norm
 from tofu.rounds.downlink import Parts
 from tofu.secagg.encoding import SecureMean
 from tofu.settings.groups import ServerSettings

@@ -8,10 +8,11 @@ from pathlib import Path
 from torch import Tensor
 
 from server.checkpoint import Snapshot
-from server.client_registry import Client, example_cap
+from server.client_registry import Client
 from tofu.errors import SettingError
 from tofu.plugins import SumSpec
 from tofu.privacy import Noise
+from tofu.rounds.aggregation import example_cap
 from tofu.secagg import coordinates
 from tofu.secagg.encoding import FEW_LEVELS, EncodingConfig, RingEncoder, first_ranges, nearest_range
 from tofu.secagg.fixed_point import HEADROOM, FixedPoint

@@ -11,6 +11,7 @@
     tofu.compress               a mod that compresses the updates of any Flower app's clients
     tofu.Compressed             the wrapper of that app's strategy
     tofu.keep_local             a mod that keeps some layers on the client
+    tofu.Robust                 a wrapper of a strategy that aggregates by a robust rule
     tofu.FirstReplies           a wrapper of a strategy that ends rounds with the first replies
     tofu.secure                 a mod that masks the updates of any Flower app's clients
     tofu.SecureAggregation      the wrapper of that app's strategy, which learns the sum only
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from tofu.flower.options import FirstReplies as FirstReplies
     from tofu.flower.options import keep_local as keep_local
     from tofu.flower.record import record as record
+    from tofu.flower.robust import Robust as Robust
     from tofu.flower.secure import SecureAggregation as SecureAggregation
     from tofu.flower.secure_mod import secure as secure
     from tofu.plugins import Plugin as Plugin
@@ -52,6 +54,7 @@ _EXPORTS = {
     "compress": "tofu.flower.compress",
     "Compressed": "tofu.flower.compress",
     "FirstReplies": "tofu.flower.options",
+    "Robust": "tofu.flower.robust",
     "keep_local": "tofu.flower.options",
     "secure": "tofu.flower.secure_mod",
     "SecureAggregation": "tofu.flower.secure",

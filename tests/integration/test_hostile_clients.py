@@ -13,11 +13,11 @@ from flwr.clientapp import ClientApp
 
 from client import app as honest
 from server.app import serve_in_process
-from server.client_registry import example_cap
 from tofu.errors import RunError
 from tofu.observers.base import Observer
 from tofu.privacy import Accountant
 from tofu.reporting.folder import fresh_folder
+from tofu.rounds.aggregation import example_cap
 from tofu.rounds.record import read_rounds
 from tofu.settings import Settings
 from tofu.wire import FIELD, HEADER_BYTES, RECORD, SECURE, Payload, TrainReply

@@ -3,7 +3,7 @@
 import itertools
 import pickle
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -376,6 +376,41 @@ def test_a_node_that_takes_anothers_name_does_not_displace_it() -> None:
     transport.absent = {"1"}
     [third] = rounds(runner, 3)
     assert third.nodes == {"2": FIRST_NODE + 2}
+
+
+def test_a_name_that_is_taken_before_its_owner_connects_is_lost_to_the_owner() -> None:
+    """An attack that succeeds without identities (docs/threats.md)."""
+    runner, transport = make(schedule="fedavg")
+    transport.absent, transport.behaviors = {"1"}, {"0": named("1")}
+    rounds(runner, 1)
+    transport.absent = set()
+    [second] = rounds(runner, 2)
+    assert second.nodes == {"1": FIRST_NODE, "2": FIRST_NODE + 2}
+
+
+def test_a_claim_below_the_cap_counts_as_it_is_made() -> None:
+    """An attack that succeeds (docs/threats.md): with five times its images, an update has five times the weight."""
+
+    def claim(message: Message, answer: Callable[[], Message]) -> Message:
+        record = (reply := answer()).content.config_records["t"]
+        if message.metadata.message_type == "train":
+            trained = TrainReply.from_bytes(record["b"])
+            record["b"] = replace(trained, examples=5 * trained.examples).to_bytes()
+        else:
+            record["examples"] = 5 * record["examples"]
+        return reply
+
+    gone = on_train(lambda message, answer: None)
+    changes = []
+    for behaviors in ({}, {"0": claim}, {"1": gone, "2": gone}):
+        runner, transport = make(schedule="fedavg", ema_decay=0.0, partition="iid")
+        start = {name: value.clone() for name, value in runner.weights.items()}
+        transport.behaviors = behaviors
+        rounds(runner, 1)
+        changes.append({name: value - start[name] for name, value in runner.weights.items()})
+    honest, lying, alone = changes
+    for name, value in lying.items():
+        assert torch.allclose(value, (3 * honest[name] + 4 * alone[name]) / 7, atol=1e-6)
 
 
 def test_with_identities_a_name_takes_its_owners_signature(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp import strategy as strategies
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
@@ -25,12 +24,21 @@ from tofu.compression.error_feedback import NEVER
 from tofu.errors import PayloadError, RunError, SettingError
 from tofu.flower.compress import Compressed
 from tofu.flower.internals import content_reply
+from tofu.flower.robust import Robust
 from tofu.flower.secure_mod import RECORD, content_digest, joint_digest, meaning
 from tofu.flower.secure_options import VERSION, RangeTracker, SecureOptions
 from tofu.flower.secure_stages import AbandonedError, SecureExchange, abandoning
 from tofu.flower.transport import GridTransport
 from tofu.flower.update_codec import ArrayNames, UpdateCodec, tensors_of
-from tofu.flower.wrapper import StrategyWrapper, only_arrays, reasons_of, unwrapped, with_record, wrappers
+from tofu.flower.wrapper import (
+    INDIVIDUAL,
+    StrategyWrapper,
+    only_arrays,
+    reasons_of,
+    unwrapped,
+    with_record,
+    wrappers,
+)
 from tofu.privacy import Accountant
 from tofu.secagg.encoding import EncodingConfig, RingEncoder, SecureMean, purpose_of
 from tofu.secagg.identities import read_known
@@ -40,14 +48,6 @@ from tofu.settings import MIN_SECURE
 from tofu.wire import SecurePart, run_name
 
 LOG = logging.getLogger("tofu.flower")
-
-INDIVIDUAL: tuple[type[Strategy], ...] = (
-    Compressed, strategies.Bulyan, strategies.DifferentialPrivacyClientSideAdaptiveClipping,
-    strategies.DifferentialPrivacyClientSideFixedClipping, strategies.DifferentialPrivacyServerSideAdaptiveClipping,
-    strategies.DifferentialPrivacyServerSideFixedClipping, strategies.FedMedian, strategies.FedTrimmedAvg,
-    strategies.FedXgbBagging, strategies.FedXgbCyclic, strategies.MultiKrum, strategies.QFedAvg,
-)  # fmt: skip
-"""Strategies that need the reply of every client, so that they cannot work with a sum."""
 
 
 @dataclass
@@ -100,12 +100,12 @@ class SecureAggregation(StrategyWrapper):
         self, inner: Strategy, *, identities: str | Path | None = None, stage_timeout: float = 300.0,
         delta: float = 1e-5, codec: UpdateCodec | None = None, **options: Any,
     ) -> None:  # fmt: skip
-        core = unwrapped(inner)
         if any(isinstance(wrapper, SecureAggregation) for wrapper in wrappers(inner)):
             raise SettingError("strategy", "SecureAggregation", "a strategy that is not wrapped in it already")
-        if isinstance(core, INDIVIDUAL) or isinstance(inner, INDIVIDUAL):
-            accepted = "one that averages updates: a secure sum contains no individual ones"
-            raise SettingError("strategy", type(inner if isinstance(inner, INDIVIDUAL) else core).__name__, accepted)
+        for part in (*wrappers(inner), unwrapped(inner)):
+            if isinstance(part, (Compressed, Robust, *INDIVIDUAL)):
+                accepted = "one that averages updates: a secure sum contains no individual ones"
+                raise SettingError("strategy", type(part).__name__, accepted)
         super().__init__(inner)
         self.mod = "tofu.secure"
         self._options, self._codec = SecureOptions(**options), codec
@@ -162,6 +162,8 @@ class SecureAggregation(StrategyWrapper):
                     "digest": joint_digest(self._options, self._codec), "weight-key": self._weight_key, "part": part,
                 })  # fmt: skip
                 requests.append(with_record(message, RECORD, record))
+        if self._options.noise_multiplier:  # also if the round is abandoned, as its sum may be known by then
+            self._accountant.spend(self._options.noise_multiplier, "secure")
         return requests
 
     def aggregate_train(
@@ -300,7 +302,7 @@ class SecureAggregation(StrategyWrapper):
             "tofu-payload-bytes": opened.masked_bytes,
         })  # fmt: skip
         if self._options.noise_multiplier:
-            metrics["tofu-epsilon"] = self._accountant.spend(self._options.noise_multiplier, "secure")
+            metrics["tofu-epsilon"] = self._accountant.epsilon
         named = {opened.metrics.get(name) for name in survivors}
         layout = _layout(named.pop(), self._options.metrics) if len(named) == 1 else None
         if layout is None:

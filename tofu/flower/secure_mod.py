@@ -198,8 +198,9 @@ def joint_digest(options: SecureOptions, codec: UpdateCodec | None) -> bytes:
 
 
 def meaning(round_: int, options: SecureOptions, codec: UpdateCodec | None) -> tuple[bytes, ...]:
-    """The round, the options and Tofu's code, on which all clients of a sum must agree besides encoding and message."""
-    return round_.to_bytes(8, "little", signed=True), joint_digest(options, codec), code_digest("tofu")
+    """Round, options, and the code of Tofu and the app: what clients compare besides encoding and message."""
+    code = code_digest("tofu", *options.packages)
+    return round_.to_bytes(8, "little", signed=True), joint_digest(options, codec), code
 
 
 def content_digest(content: RecordDict, weight_key: str) -> bytes:

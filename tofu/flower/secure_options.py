@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from tofu.secagg.coordinates import MIN_LEVELS
 from tofu.secagg.encoding import FEW_LEVELS, MAX_RANGE, EncodingConfig, RingEncoder, SecureMean, nearest_range
 from tofu.secagg.fixed_point import HEADROOM, FixedPoint
 from tofu.secagg.graph import Topology, choose_topology
+from tofu.settings.fields import comma_list
 from tofu.weights import FINGERPRINT_BYTES, ParamSpec
 
 VERSION = 1
@@ -45,9 +47,10 @@ class SecureOptions:
         clip_norm: with noise, each update is clipped to this L2 norm, and every client counts as one example.
         dropout: fraction of the clients that may drop out of a round.
         collusion: fraction of the clients that may collude with the server.
+        app: packages, separated by commas, whose code all clients of a sum and the server must share.
 
     Raises:
-        SettingError: an option is out of range.
+        SettingError: an option is out of range, or a package cannot be found.
     """
 
     bits: int = 32
@@ -57,6 +60,7 @@ class SecureOptions:
     clip_norm: float = 1.0
     dropout: float = 0.2
     collusion: float = 0.1
+    app: str = ""
 
     def __post_init__(self) -> None:
         for field, low, high in (
@@ -65,6 +69,15 @@ class SecureOptions:
         ):  # fmt: skip
             if not low <= getattr(self, field) <= high:
                 raise SettingError(field, getattr(self, field), f"a number from {low} to {high:g}")
+        for package in self.packages:
+            spec = importlib.util.find_spec(package) if package.isidentifier() else None
+            if spec is None or not spec.submodule_search_locations or spec.origin is None:
+                raise SettingError("app", package, "names of packages with an __init__.py that can be imported")
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """The packages that `app` names."""
+        return comma_list(self.app)
 
     @property
     def digest(self) -> bytes:

@@ -8,10 +8,19 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.serverapp import Grid
+from flwr.serverapp import strategy as strategies
 from flwr.serverapp.strategy import Result, Strategy
 
 from tofu.errors import PayloadError
 from tofu.flower.policy import error_replies
+
+INDIVIDUAL: tuple[type[Strategy], ...] = (
+    strategies.Bulyan, strategies.DifferentialPrivacyClientSideAdaptiveClipping,
+    strategies.DifferentialPrivacyClientSideFixedClipping, strategies.DifferentialPrivacyServerSideAdaptiveClipping,
+    strategies.DifferentialPrivacyServerSideFixedClipping, strategies.FedMedian, strategies.FedTrimmedAvg,
+    strategies.FedXgbBagging, strategies.FedXgbCyclic, strategies.MultiKrum, strategies.QFedAvg,
+)  # fmt: skip
+"""Strategies that need the reply of every client, so that they cannot work with an aggregate."""
 
 _ENTERED: ContextVar[tuple[str, ...]] = ContextVar("entered", default=())
 

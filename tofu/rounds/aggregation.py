@@ -6,7 +6,9 @@ over clients. Robust rules need single updates, so they cannot be used in secure
 """
 
 import math
+import statistics
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -223,6 +225,11 @@ def limit_norm(update: Weights, param_spec: ParamSpec, largest: float) -> Weight
     return {
         name: value * (largest / length) if name in param_spec.parameters else value for name, value in update.items()
     }
+
+
+def example_cap(examples: Sequence[int], ratio: float) -> int:
+    """The largest weight of a client: `ratio` times the median number of examples, at least 1; 0 means no limit."""
+    return max(1, int(ratio * statistics.median(examples))) if ratio else max(examples)
 
 
 def _flat(update: Weights, parameters: tuple[str, ...]) -> Tensor:

@@ -37,6 +37,7 @@ from tofu.bytes_io import unpack
 from tofu.data import to_float
 from tofu.errors import RunError, SettingError
 from tofu.flower.secure_mod import RECORD
+from tofu.privacy import epsilon_of
 from tofu.secagg.messages import Masked
 from tofu.wire import FIELD, SecureAnswer, SecureQuery
 from tofu.wire import RECORD as STAGE
@@ -347,6 +348,19 @@ def test_noise_is_added_by_the_clients_and_accounted_for() -> None:
     metrics = result.train_metrics_clientapp
     assert 0 < metrics[1]["tofu-epsilon"] < metrics[2]["tofu-epsilon"]
     assert "loss" not in metrics[2]
+
+
+def test_an_abandoned_round_counts_in_epsilon() -> None:
+    def failing(message: Message, context: Context) -> Message:
+        if message.content["config"]["server-round"] == 1 and int(context.node_config["partition-id"]) < 2:
+            raise ValueError("no data")
+        return still(message, context)
+
+    strategy = tofu.SecureAggregation(strategy_of(), noise_multiplier=2.0)
+    result = federate(strategy, tofu.secure(noise_multiplier=2.0), rounds=2, handler=failing)
+    metrics = result.train_metrics_clientapp
+    assert "tofu-epsilon" not in metrics.get(1, {})
+    assert metrics[2]["tofu-epsilon"] == pytest.approx(epsilon_of(2.0 / 2**0.5, 1e-5))
 
 
 def still(message: Message, context: Context) -> Message:

@@ -8,7 +8,10 @@ import pytest
 from flwr.app import Context, RecordDict
 
 from tofu.errors import PayloadError, SettingError
+from tofu.flower.secure_mod import meaning
+from tofu.flower.secure_options import SecureOptions
 from tofu.flower.secure_session import load_session, mask_once, new_advert, participant_of, save_session
+from tofu.imports import code_digest
 from tofu.secagg.graph import Topology
 from tofu.secagg.participant import Participant
 from tofu.secagg.server import ServerSession
@@ -109,3 +112,23 @@ def test_a_member_without_a_limit_of_its_own_takes_the_policys() -> None:
     context = Context(7, 1, {"partition-id": 1, "max-colluding": 2}, RecordDict(), {})
     found: Participant = participant_of(context, "1", 0.1)
     assert (found.max_colluding, found.colluding) == (2, 0.1)
+
+
+def test_the_code_of_an_app_is_part_of_what_clients_compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    code = tmp_path / "compared_app" / "train.py"
+    code.parent.mkdir()
+    (code.parent / "__init__.py").touch()
+
+    def compared(text: str, **options: str) -> tuple[bytes, ...]:
+        code.write_text(text)
+        code_digest.cache_clear()
+        return meaning(1, SecureOptions(**options), None)  # type: ignore[arg-type]
+
+    honest, other = (compared(text, app="compared_app") for text in ("scale = 1", "scale = 1e-30"))
+    assert honest != other
+    assert compared("scale = 1", app="compared_app") == honest
+    assert compared("scale = 1") == compared("scale = 1e-30")
+    for wrong in ("no_such_package", "tofu.flower", "pathlib"):
+        with pytest.raises(SettingError, match=f"app='?{wrong}"):
+            SecureOptions(app=wrong)

@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 from dp_accounting.pld import privacy_loss_distribution
 from dp_accounting.pld.privacy_loss_mechanism import DiscreteGaussianPrivacyLoss
 from scipy import stats
@@ -14,7 +15,9 @@ from scipy import stats
 from tofu.privacy import Noise, discrete, epsilon_of, rounded_norm
 from tofu.privacy.discrete import discrete_gaussian
 from tofu.privacy.noise import _SMOOTHING
+from tofu.secagg.encoding import EncodingConfig, RingEncoder
 from tofu.secagg.masks import Stream, new_seed
+from tofu.weights import ParamSpec
 
 Density = tuple[np.ndarray, np.ndarray]
 
@@ -135,10 +138,16 @@ def test_our_delta_of_one_sample_is_that_of_dp_accounting() -> None:
 def test_a_sum_that_wraps_around_is_the_exact_sum_modulo_the_ring() -> None:
     """Noise far beyond the ring: nothing is limited, as that would not be a function of the sum alone."""
     noise = Noise(1.0, 100.0, 3, grid=2.0**-4)
-    parts = [noise.steps(np.full(1000, 0.01)) for _ in range(3)]
-    assert max(int(np.abs(part).max()) for part in parts) > 2**8
-    ring = sum(part.view(np.uint64) & np.uint64(2**8 - 1) for part in parts) & np.uint64(2**8 - 1)
-    assert np.array_equal(ring, np.sum(parts, axis=0) % 2**8)
+    encoder = RingEncoder(ParamSpec({"a": torch.Size([1000])}, {}), EncodingConfig(3, 8, 1.0, (1.0,)))
+    parts = list[np.ndarray]()
+
+    def steps(values: np.ndarray) -> np.ndarray:
+        parts.append(noise.steps(values))
+        return parts[-1]
+
+    vectors = [encoder.encode_noised({"a": torch.full((1000,), 0.01)}, {}, steps).vector for _ in range(3)]
+    assert min(int(np.abs(part).max()) for part in parts) > 2**12
+    assert np.array_equal(sum(vectors)[:1000] % 2**8, np.sum(parts, axis=0) % 2**8)
 
 
 def test_the_example_runs() -> None:
