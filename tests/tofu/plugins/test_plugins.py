@@ -269,6 +269,15 @@ def test_the_servers_check_refuses_what_no_client_could_send() -> None:
         plugins.check_sums({}, model)
 
 
+def test_sums_without_a_bound_stay_finite_in_total(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two clients that send 1.7e308 fail one by one, and not the round in which their total is infinite."""
+    monkeypatch.setattr(Counts, "declare_sums", lambda self, model: {"counts": SumSpec((2,))})
+    sent = {"counts/counts": torch.full((2,), 1.7e308, dtype=torch.float64)}
+    with pytest.raises(RunError, match=r"reaches 1\.7e\+308, expected finite values of at most 1e\+300"):
+        of("Counts").check_sums(sent, nn.Linear(1, 1))
+    of("Counts").check_sums({"counts/counts": sent["counts/counts"] * 1e-10}, nn.Linear(1, 1))
+
+
 def test_state_and_broadcast_are_each_plugins_own() -> None:
     plugins = of("Adds", "Counts")
     adds, counts = plugins
