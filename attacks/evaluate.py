@@ -181,21 +181,23 @@ def summarize(rows: Sequence[Row]) -> list[Row]:
 
 
 def verdicts(rows: Sequence[Row]) -> list[Row]:
-    """For each scenario, whether the control broke, that is, its mean PSNR exceeds `BROKEN`. If it did not, the other
-    messages' figures prove nothing.
+    """For each scenario, whether the control broke, that is, its mean PSNR exceeds `BROKEN`. If it did not, or if there
+    is none, as in recordings of a Flower app's payloads and sums, the other messages' figures prove nothing.
     """
-    found = []
-    for entry in summarize(rows):
-        if entry["message"] == CONTROL:
-            psnr = entry["psnr"][0] if entry.get("psnr") else None
-            broke = psnr is not None and psnr > BROKEN
-            text = (
-                f"the control broke ({psnr:.1f} dB by {entry['attack']}): these attacks work"
-                if broke
-                else "the control did not break: the other messages' figures prove nothing here"
-                + (f" ({psnr:.1f} dB, {BROKEN:g} needed)" if psnr is not None else "")
-            )
-            found.append({k: entry[k] for k in SCENARIO_FIELDS} | {"broke": broke, "psnr": psnr, "text": text})
+    summary, found = summarize(rows), []
+    for scenario in _distinct(summary, SCENARIO_FIELDS):
+        mine = [entry for entry in summary if all(entry[k] == scenario[k] for k in SCENARIO_FIELDS)]
+        control: Row = next((entry for entry in mine if entry["message"] == CONTROL), {})
+        psnr = control["psnr"][0] if control.get("psnr") else None
+        broke = psnr is not None and psnr > BROKEN
+        if broke:
+            text = f"the control broke ({psnr:.1f} dB by {control['attack']}): these attacks work"
+        elif not control:
+            text = "the exact update is not known: low figures prove nothing here"
+        else:
+            text = "the control did not break: the other messages' figures prove nothing here"
+            text += f" ({psnr:.1f} dB, {BROKEN:g} needed)" if psnr is not None else ""
+        found.append(scenario | {"broke": broke, "psnr": psnr, "text": text})
     return found
 
 

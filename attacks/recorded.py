@@ -95,6 +95,7 @@ def attack_run(
     *,
     attacks: tuple[str, ...] = ATTACKS,
     seconds: float = math.inf,
+    time_limit: float = math.inf,
     model: str | None = None,
     dataset: str | None = None,
     log: Callable[[str], None],
@@ -107,6 +108,7 @@ def attack_run(
     Args:
         folder: for the results.
         seconds: time limit of one attack.
+        time_limit: seconds after which no further attack starts; the results have those that were made.
         model, dataset: those of a Flower app (`attacks.app_recorded`); of our own runs the recording knows them.
 
     Raises:
@@ -114,7 +116,7 @@ def attack_run(
         DataError: the run's images cannot be read.
         SettingError: no such attack, or a client that is no partition of the run's dataset.
     """
-    paths = recordings(run)
+    paths, limit, planned = recordings(run), Watch(time_limit), 0
     chosen = [make_attack(name) for name in attacks]
     trials = made_folder(folder / "trials")
     perceptual = lpips_network()
@@ -134,14 +136,17 @@ def attack_run(
             name = f"{recorded.name}-{observation.message.replace(' ', '-').replace(':', '-')}-{attack.name}"
             path = trials / f"{name}.json"
             row = load_row(path)
+            planned += 1
             if row is None:
+                if not limit.go_on():
+                    continue
                 generator = derive_generator(message.seed, name)
                 result = _attacked(attack, observation, generator, Watch(seconds), message, perceptual)
                 row = row_of(message.scenario(observation), observation.message, attack.name, result)
                 save_row(path, row, result)
                 log(f"round {recording.round} client {recording.client} {format_row(row)}")
             rows.append({**row, "images": str(path.with_suffix(".npz").relative_to(folder))})
-    write_document(folder, {"run": str(run), "attacks": list(attacks)}, rows, planned=len(rows))
+    write_document(folder, {"run": str(run), "attacks": list(attacks)}, rows, planned=planned)
     return rows
 
 

@@ -58,15 +58,13 @@ _PAGE = (
 
 def table_rows(entries: Sequence[Row]) -> list[tuple[str, ...]]:
     """The entries of the summary as rows with the columns of `HEADER`."""
+    measures = {"psnr": 1, "ssim": 2, "recovered": 2, "labels": 2}
     return [
         (
             entry["message"],
             f"{entry['payload_bytes']:,}",
             entry["attack"] or "refused",
-            _shown(entry.get("psnr"), 1),
-            _shown(entry.get("ssim"), 2),
-            _shown(entry.get("recovered"), 2),
-            _shown(entry.get("labels"), 2),
+            *(_shown(entry.get(name), digits, spread=entry["seeds"] > 1) for name, digits in measures.items()),
             str(entry["seeds"]),
         )
         for entry in entries
@@ -92,12 +90,12 @@ def remarks(entries: Sequence[Row]) -> list[str]:
 
 def scenario_title(entry: Mapping[str, object]) -> str:
     """A scenario in one line."""
-    plural = "" if entry["steps"] == 1 else "s"
+    steps, rounds = ("" if entry[name] == 1 else "s" for name in ("steps", "pretrain_rounds"))
     knowledge = "labels known" if entry["know_labels"] else "labels not known"
     name = Path(str(entry["dataset"])).name
     return (
-        f"{name}, {entry['model']}, {entry['pretrain_rounds']} rounds before the attack, batch {entry['batch_size']}, "
-        f"{entry['steps']} local step{plural}, {knowledge}"
+        f"{name}, {entry['model']}, {entry['pretrain_rounds']} round{rounds} before the attack, "
+        f"batch {entry['batch_size']}, {entry['steps']} local step{steps}, {knowledge}"
     )
 
 
@@ -115,8 +113,8 @@ def print_tables(rows: Sequence[Row]) -> None:
 
 def write_report(rows: Sequence[Row], folder: Path) -> Path:
     """Write report.html into the folder."""
-    summary, parts = summarize(rows), []
-    for verdict in verdicts(rows):
+    summary, parts, found = summarize(rows), [], verdicts(rows)
+    for verdict in found:
         entries = [e for e in summary if all(e[k] == verdict[k] for k in SCENARIO_FIELDS)]
         originals, lines = _images(rows, entries, folder)
         strips = []
@@ -135,15 +133,19 @@ def write_report(rows: Sequence[Row], folder: Path) -> Path:
     refused = list(dict.fromkeys(row["refused"] for row in rows if row["refused"]))
     text = render_template(
         _PAGE, parts=parts, header=HEADER, refused=refused, title="What the messages leak", state="",
-        lead=_lead(summary), aside=READING,
+        lead=_lead(summary, tested=any(verdict["broke"] for verdict in found)), aside=READING,
     )  # fmt: skip
     page = folder / "report.html"
     page.write_text(text)
     return page
 
 
-def _lead(summary: Sequence[Row]) -> str:
-    """The highest mean PSNR on the exact update and on the other messages."""
+def _lead(summary: Sequence[Row], *, tested: bool) -> str:
+    """The highest mean PSNR on the exact update and on the other messages.
+
+    Args:
+        tested: whether an attack inverted an exact update.
+    """
     measured = [entry for entry in summary if entry.get("psnr")]
     sentences = []
     for begin, exact in (("On the exact update", True), ("On the other messages", False)):
@@ -152,6 +154,8 @@ def _lead(summary: Sequence[Row]) -> str:
             worst = max(entries, key=lambda entry: float(entry["psnr"][0]))
             where = worst["attack"] if exact else f"{worst['message']}, {worst['attack']}"
             sentences.append(f"{begin} the best attack reached {worst['psnr'][0]:.1f} dB ({where}).")
+    if sentences and not tested:
+        sentences.insert(0, "No attack inverted an exact update, so that low figures prove nothing.")
     return " ".join(sentences) or "No attack could be made on these messages."
 
 
@@ -190,7 +194,7 @@ def _strip(title: str, caption: str, images: Images) -> dict[str, str]:
     return {"title": title, "caption": caption, "address": address}
 
 
-def _shown(pair: Sequence[float] | None, digits: int) -> str:
+def _shown(pair: Sequence[float] | None, digits: int, *, spread: bool) -> str:
     if pair is None:
         return "-"
-    return f"{pair[0]:.{digits}f} ± {pair[1]:.{digits}f}"
+    return f"{pair[0]:.{digits}f}" + f" ± {pair[1]:.{digits}f}" * spread

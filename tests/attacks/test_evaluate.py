@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from attacks.evaluate import AttackEvaluation, evaluate, summarize, verdicts
-from attacks.report import READING, remarks, write_report
+from attacks.report import READING, print_tables, remarks, write_report
 from attacks.trials import Scenario, drawn_clients, trained_network
 from tests.attacks.conftest import attack_command
 from tofu.errors import DataError, SettingError
@@ -59,6 +59,22 @@ def test_a_control_that_does_not_break_says_that_the_rest_proves_nothing(tmp_pat
     assert not verdict["broke"]
     assert "prove nothing" in verdict["text"]
     assert "prove nothing" in write_report(rows, tmp_path).read_text()
+
+
+def test_messages_without_a_control_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    attacked = evaluate(replace(SMALL, attacks=("idlg",), seeds=1), tmp_path, log=lambda _: None)
+    rows = [row for row in attacked if row["message"] != "exact"]  # as in recordings of a Flower app's sums
+    (verdict,) = verdicts(rows)
+    assert (verdict["broke"], verdict["psnr"]) == (False, None)
+    page = write_report(rows, tmp_path).read_text()
+    print_tables(rows)
+    for text in (page, capsys.readouterr().out):
+        assert "secure:2" in text
+        assert "the exact update is not known: low figures prove nothing here" in text
+        assert f"{rows[0]['psnr']:.1f}" in text
+        assert " ± " not in text  # of one seed
+    assert "No attack inverted an exact update" in page
+    assert "No attack inverted an exact update" not in write_report(attacked, tmp_path).read_text()
 
 
 def test_smooth_mode_leaking_more_is_said() -> None:

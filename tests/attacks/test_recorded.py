@@ -1,5 +1,7 @@
 """A recorded run under attack, scored against the client's own images."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,24 @@ def test_a_recorded_run_is_attacked_with_its_control(run: Path, capsys: pytest.C
     trials = [path.name for path in (run / "attacks" / "trials").glob("*.json")]
     assert len(trials) == 12
     assert all(name.count("-exact-") + name.count("-recorded-") == 1 for name in trials)  # names do not grow
+
+
+def test_a_time_limit_leaves_attacks_for_later(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(run), "--attacks", "label-counts"]
+    assert attack_command([*arguments, "--time-limit", "0"]) == 0
+    assert "messages: 2; attacks on each and on its exact update: 1; at most 1 min" in capsys.readouterr().err
+    document = json.loads((run / "attacks" / "attacks.json").read_text())
+    assert (document["planned"], document["finished"]) == (4, 0)
+    assert attack_command([*arguments, "--quiet"]) == 0
+    assert json.loads((run / "attacks" / "attacks.json").read_text())["finished"] == 4
+
+
+@pytest.mark.parametrize("option", ["--messages=exact", "--seeds=2", "--batch-sizes=1", "--lr=0.5", "--know-labels"])
+def test_options_of_made_messages_are_refused_with_a_run(
+    run: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert attack_command([str(run), "--attacks", "label-counts", option]) == 2
+    assert re.search(r"error: [a-z-]+=.* expected a command without a recorded run", capsys.readouterr().err)
 
 
 def test_later_rounds_come_with_the_earlier(run: Path) -> None:

@@ -1,6 +1,7 @@
 """`tofu attack`: what each kind of message leaks."""
 
 import json
+from collections.abc import Callable
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,6 +10,7 @@ import typer
 
 from tofu.cli.options import Json, Quiet, line_printer
 from tofu.errors import SettingError
+from tofu.formatting import format_seconds
 from tofu.settings.fields import comma_list
 
 if TYPE_CHECKING:
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
 _FOLDERS = "runs/attacks or RUN/attacks"
 _ATTACKS = "idlg,codec-aware,label-counts; of a run analytic,simulation,codec-aware,proxy-images,label-counts"
+_OF_MADE = ("norm", "lr", "messages", "batch_sizes", "pretrain_rounds", "steps", "seeds", "rounds", "know_labels")
+"""Parameters that say how messages are made."""
 
 
 def _option(flag: str, help_: str, default: str) -> Any:
@@ -56,7 +60,7 @@ def attack(
     rounds: Annotated[int | None, _option("--rounds", "number of rounds that the attacker accumulates", "1")] = None,
     know_labels: Annotated[bool, typer.Option("--know-labels", help="give the attacker the labels")] = False,
     seconds: Annotated[float | None, _option("--seconds", "time limit of one attack", "60")] = None,
-    time_limit: Annotated[float, _option("--time-limit", "seconds after which no trial starts", "none")] = inf,
+    time_limit: Annotated[float, _option("--time-limit", "seconds after which no attack starts", "none")] = inf,
     threads: Annotated[int, typer.Option(help="threads of torch")] = 1,
     json_: Json = False,
     quiet: Quiet = False,
@@ -65,9 +69,7 @@ def attack(
     import torch
 
     from attacks.evaluate import evaluate
-    from attacks.recorded import ATTACKS, attack_run
     from attacks.report import print_tables, write_report
-    from tofu.models.checks import eager_code
 
     torch.set_num_threads(threads)
     log = line_printer(quiet=quiet)
@@ -76,17 +78,35 @@ def attack(
     if run is None:
         rows = evaluate(evaluation, folder, log=log, seconds=time_limit)
     else:
-        chosen = evaluation.attacks if attacks else ATTACKS
-        with eager_code():
-            rows = attack_run(
-                run, folder, attacks=chosen, seconds=evaluation.seconds, model=model, dataset=dataset, log=log
-            )
+        rows = _attack_recorded(run, folder, evaluation, context.params, log)
     page = write_report(rows, folder)
     if json_:
         print(json.dumps(rows))
         return
     print_tables(rows)
     print(f"\nreport: {page}")
+
+
+def _attack_recorded(
+    run: Path, folder: Path, evaluation: "AttackEvaluation", options: dict[str, Any], log: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Attack what a run recorded -> the rows. Raises SettingError for an option that has no use there."""
+    from attacks.recorded import ATTACKS, attack_run
+    from tofu.models.checks import eager_code
+    from tofu.recording import recordings
+
+    count = len(recordings(run))
+    for name in _OF_MADE:
+        if options[name]:
+            raise SettingError(name, options[name], "a command without a recorded run: it says how messages are made")
+    chosen, limit = evaluation.attacks if options["attacks"] else ATTACKS, options["time_limit"]
+    longest = format_seconds(min(limit + evaluation.seconds, 2 * count * len(chosen) * evaluation.seconds))
+    log(f"messages: {count}; attacks on each and on its exact update: {len(chosen)}; at most {longest}")
+    with eager_code():
+        return attack_run(
+            run, folder, attacks=chosen, seconds=evaluation.seconds, time_limit=limit, model=options["model"],
+            dataset=options["dataset"], log=log,
+        )  # fmt: skip
 
 
 def _evaluation(options: dict[str, Any]) -> "AttackEvaluation":
