@@ -154,6 +154,7 @@ def test_rounds_go_on_while_services_crash(deployment: ComposeDeployment) -> Non
     assert run.wait() == 0, run.output
     assert [record["kind"] for record in records(deployment)][1:] == ["proxy"] * 2 + ["secure"] * 3
     assert summary(deployment)["final_accuracy"] > 0.5
+    assert records(deployment)[1]["clients"] == 4  # until the first crash
     assert all(record["clients"] >= 3 for record in records(deployment)[1:])
     assert 'state="done"} 1.0' in (deployment.results() / "metrics.prom").read_text()
     assert deployment.wait_for_health() == dict.fromkeys(SERVICES, "healthy")  # all of them are back

@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import ipaddress
 import json
 import os
 import shutil
@@ -161,8 +162,7 @@ class ComposeDeployment:
 
     def gateways(self, service: str) -> list[str]:
         """The addresses that the host has, or would have, on the networks of a service."""
-        found = [self._network(network)["IPAM"]["Config"][0] for network in self._networks(service)]
-        return [config.get("Gateway") or config["Subnet"].replace(".0/16", ".1") for config in found]
+        return [self._gateway(network) for network in self._networks(service)]
 
     def reached_from_host(self, service: str, port: int) -> bool:
         """Whether a program on the host connects to a service's container.
@@ -184,6 +184,11 @@ class ComposeDeployment:
     def _networks(self, service: str) -> list[dict[str, Any]]:
         return list(json.loads(self.inspect(service, "{{json .NetworkSettings.Networks}}")).values())
 
+    def _gateway(self, network: dict[str, Any]) -> str:
+        config = self._network(network)["IPAM"]["Config"][0]
+        # Not named before an engine's second start for its own network, nor for networks without a host's address.
+        return str(config.get("Gateway") or ipaddress.ip_network(config["Subnet"])[1])
+
     def _network(self, network: dict[str, Any]) -> dict[str, Any]:
         command = ["docker", "network", "inspect", network["NetworkID"]]
         return dict(json.loads(subprocess.check_output(command))[0])
@@ -195,7 +200,7 @@ class ComposeDeployment:
 
     def bridge_address(self) -> str:
         """The host's address on the engine's default network."""
-        return str(self._network({"NetworkID": "bridge"})["IPAM"]["Config"][0]["Gateway"])
+        return self._gateway({"NetworkID": "bridge"})
 
     def add_client(self, name: str, superlink: str) -> str:
         """Make a client's files and admit it, unless that has been done; returns what the command prints."""
