@@ -53,7 +53,7 @@ from tofu.rounds.steps import (
 from tofu.secagg.encoding import EncodingConfig, RingEncoder, flat, purpose_of
 from tofu.secagg.participant import Participant
 from tofu.settings import FULL_WEIGHTS, Settings
-from tofu.settings.fields import comma_list
+from tofu.settings.fields import names_of
 from tofu.tasks import TaskStream, only_classes, round_context
 from tofu.training import LocalTrainingConfig
 from tofu.weights import (
@@ -86,7 +86,7 @@ def client_data(settings: Settings, context: Context, workload: Workload | None 
     if folder is None:
         names: tuple[str, ...] = ()
     elif data.class_names:
-        names = comma_list(data.class_names)
+        names = names_of(data.class_names)
     else:
         names = load_class_names(context)
     if folder is not None and data.kind != "images":

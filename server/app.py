@@ -37,7 +37,7 @@ from tofu.flower.transport import GridTransport
 from tofu.formatting import printable, shortened
 from tofu.local_layers import keep_local
 from tofu.log import start_logging
-from tofu.models.checks import eager_code
+from tofu.models.checks import check_builds, eager_code
 from tofu.models.initial_weights import fill
 from tofu.observers.base import Observer, Observers
 from tofu.observers.json_lines import JsonLinesLog
@@ -53,6 +53,7 @@ from tofu.rounds.links import LinkSimulator
 from tofu.rounds.record import RoundRecord, RunSummary, from_dict, round_label, to_dict
 from tofu.rounds.schedule import make_schedule
 from tofu.settings import Settings
+from tofu.settings.fields import names_to_text
 from tofu.workload import NamedWorkload, RowWorkload, Workload, data_description, workload_of
 
 app = ServerApp()
@@ -165,7 +166,10 @@ class _Run:
         """Build the model and what depends on it. Raises SettingError for settings that are not usable."""
         self._settings, self._workload = settings, workload
         shape = workload.shape
-        network = ReferenceModel(keep_local(workload.build_model(shape).eval(), settings.training.local_layers), shape)
+        built = workload.build_model(shape).eval()
+        if ":" in settings.model.model:  # a user's model
+            check_builds(built, workload.build_model(shape).eval(), workload.outputs, settings.model.model)
+        network = ReferenceModel(keep_local(built, settings.training.local_layers), shape)
         own = settings.model.initial_weights
         self._random = fill(workload.build_model(shape), own) if own else ()
         test = workload.test()
@@ -214,11 +218,11 @@ class _Run:
         except RunError as error:
             return error
         if clients.class_names != before:
-            grown = settings.replace(class_names=",".join(clients.class_names))
+            grown = settings.replace(class_names=names_to_text(clients.class_names))
             try:
                 self._prepare(grown, workload_of(grown), clients)
             except SettingError as error:
-                own = ",".join(before)
+                own = names_to_text(before)
                 raise RunError(
                     f"clients have classes that {data.dataset} lacks, and {error}; class-names={printable(own)} "
                     "leaves these clients out"

@@ -13,6 +13,7 @@ from tofu.flower.transport import Transport, error_reason, make_message
 from tofu.formatting import printable, shortened
 from tofu.observers.base import Observer
 from tofu.secagg.identities import HELLO, verify
+from tofu.settings.fields import names_to_text
 from tofu.wire import CLASSES, RECORD, SIGNATURE, class_names_from, class_names_to_text, hello_parts, run_name
 
 _GRACE_SECONDS = 30.0
@@ -103,6 +104,8 @@ class Clients:
     def register(self, *, min_clients: int, timeout: float) -> None:
         """Before the first round: wait for clients, and add the classes that only clients have to those of the run.
 
+        Names that differ from a class of the run in case or outer spaces only are not added: such a client is declined.
+
         Raises:
             RunError: fewer than `min_clients` are connected after `timeout` seconds.
         """
@@ -113,8 +116,9 @@ class Clients:
             self._growing = False
         added: set[str] = set()
         for client in self.introduced:  # in the order of names, so that the classes do not depend on who came first
-            own = set(client.classes or ()) - set(self.class_names)
-            usable = all("," not in name and name == name.strip() for name in own)  # class-names can hold them
+            own = set(client.classes or ()) - {*self.class_names, *added}
+            spelled = {name.casefold().strip() for name in (*self.class_names, *added)}
+            usable = all(name == name.strip() and name.casefold() not in spelled for name in own)
             if own and usable and self.class_names and len(added | own) <= _MAX_ADDED:
                 added |= own
                 self._observer.on_note(f"client {client.name} adds the classes {printable(shortened(sorted(own)))}")
@@ -210,7 +214,7 @@ class Clients:
     def _all_classes(self, clients: Iterable[Client]) -> str:
         """The part of an error message that says with which class-names these clients could take part."""
         unknown = sorted({name for client in clients for name in client.classes or ()} - set(self.class_names))
-        names = printable(",".join((*self.class_names, *unknown)))
+        names = printable(names_to_text((*self.class_names, *unknown)))
         if not unknown or len(names) > _MAX_NAMES:
             return "class-names can name all classes"
         return f"the run lacks {printable(shortened(unknown))}: class-names={names} has all classes"

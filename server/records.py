@@ -96,10 +96,10 @@ def data_record(runner: RoundRunner, workload: Workload, *, local: bool) -> dict
             entry["images"] = torch.bincount(data.labels, minlength=data.classes).tolist()
             entry["left_out"] = list(data.unreadable)
         clients[client.name] = entry
-    test = workload.test()
-    return dict(data_description(workload)) | {
-        "test_left_out": list(getattr(test, "unreadable", ())), "clients": clients,
-    }  # fmt: skip
+    described = dict(data_description(workload))
+    train = set(described.get("train_left_out", ()))
+    unreadable = [text for text in getattr(workload.test(), "unreadable", ()) if text not in train]
+    return described | {"test_left_out": unreadable, "clients": clients}
 
 
 def _finite(value: float) -> float | None:

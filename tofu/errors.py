@@ -5,7 +5,13 @@ The command line prints the text of a `TofuError` and exits with status 2; it ne
 
 
 class TofuError(Exception):
-    """Base of errors that are caused by the user's input or the network, and not by a bug."""
+    """Base of errors that are caused by the user's input or the network, and not by a bug.
+
+    Line breaks in the message, as in names of files and in errors of the user's code, become spaces.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(" ".join(str(message).splitlines()))
 
 
 class SettingError(TofuError):

@@ -221,4 +221,6 @@ class SeededDropout(TorchFunctionMode):
         if not training or p == 0:
             return input
         keep = (torch.rand(input.shape, generator=self._generator) >= p).to(input.device)
+        if inplace:
+            return input.mul_(keep).div_(1 - p) if p < 1 else input.mul_(0)
         return input * keep / (1 - p) if p < 1 else torch.zeros_like(input)

@@ -1,6 +1,5 @@
 """The workload of `tofu.run` with Python objects: torch datasets, a model factory, a loss, an optimizer, metrics."""
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
@@ -23,7 +22,7 @@ from tofu.plugins import Plugins, RoundContext
 from tofu.reference_model import NO_CALL, Forward, InputShape, ModelCall, call_of
 from tofu.rng import GlobalGenerators, reseed_own
 from tofu.training import SGD, LocalTrainingConfig, ProximalTerm, SeededDropout, TrainingResult, shuffled_batches
-from tofu.weights import eval_mode
+from tofu.weights import copy_model, eval_mode
 
 Loss = Callable[[Any, Any], Tensor]
 """(outputs, targets) of a batch -> scalar loss, the mean over the batch."""
@@ -262,6 +261,10 @@ class UserWorkload(DatasetLoop):
                 raise SettingError("model", type(model).__name__, accepted) from error
         return model.train()
 
+    def outputs(self, model: nn.Module) -> object:
+        """See `Workload.outputs`; () if the user's training function calls the model."""
+        return () if self.train_function is not None else _forward(model, self._probe[0])
+
     def call(self, model: nn.Module, shape: ImageShape) -> ImageShape | ModelCall:
         """How proxies are passed to the model: as images, or as floating-point inputs of any other shapes.
 
@@ -310,7 +313,7 @@ def factory_of(model: nn.Module | Callable[[], nn.Module]) -> Callable[[], nn.Mo
     """A function that builds the model, or copies it if it is a module."""
     if isinstance(model, nn.Module):
         bare = without_wrappers(model)
-        return lambda: copy.deepcopy(bare)
+        return lambda: copy_model(bare)
     return lambda: without_wrappers(model())
 
 

@@ -176,7 +176,11 @@ def weights_of(model: nn.Module) -> Weights:
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """A copy of a model; attributes that cannot be copied (locks, open files) are shared with the original."""
+    """A copy of a model; attributes that cannot be copied (locks, open files) are shared with the original.
+
+    Raises:
+        SettingError: a module of the model cannot be copied.
+    """
     try:
         return copy.deepcopy(model)
     except (TypeError, RuntimeError):
@@ -185,7 +189,11 @@ def copy_model(model: nn.Module) -> nn.Module:
             for name, value in vars(module).items():
                 if name not in ("_parameters", "_buffers", "_modules") and not _can_be_copied(value):
                     shared[id(value)] = value
-        return copy.deepcopy(model, shared)
+        try:
+            return copy.deepcopy(model, shared)
+        except Exception as error:  # the user's own code may raise anything
+            accepted = f"a model that copy.deepcopy can copy ({type(error).__name__}: {error})"
+            raise SettingError("model", type(model).__name__, accepted) from error
 
 
 @contextmanager

@@ -5,7 +5,7 @@ texts; `tofu.user_workload` has the one that is made of a user's own Python obje
 """
 
 from collections.abc import Mapping, Sized
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -32,6 +32,9 @@ class Workload(Protocol):
 
     def build_model(self, shape: ImageShape) -> nn.Module:
         """The model at its initial weights, in training mode on the CPU; the same in every process."""
+
+    def outputs(self, model: nn.Module) -> object:
+        """The outputs of a model for two examples, the same in every call; () if they are not known."""
 
     def call(self, model: nn.Module, shape: ImageShape) -> ImageShape | ModelCall:
         """The call of the model with proxies; `tofu.reference_model.NO_CALL` if proxies are impossible."""
@@ -86,6 +89,10 @@ class NamedWorkload:
     def build_model(self, shape: ImageShape) -> nn.Module:
         """See `Workload.build_model`. Raises SettingError if the model cannot be built."""
         return run_model(self._settings, shape)
+
+    def outputs(self, model: nn.Module) -> object:
+        shape = self.shape
+        return model(torch.randn(2, shape.channels, shape.height, shape.width, generator=torch.Generator()))
 
     def call(self, model: nn.Module, shape: ImageShape) -> ImageShape:
         return shape
@@ -158,6 +165,11 @@ class RowWorkload:
             fill(model, settings.model.initial_weights)
         return model
 
+    def outputs(self, model: nn.Module) -> object:
+        if self._settings.data.kind == "text":
+            return model(torch.arange(2 * self.data.width).view(2, -1) % self._settings.data.vocabulary)
+        return model(torch.randn(2, self.data.width, generator=torch.Generator()))
+
     def call(self, model: nn.Module, shape: ImageShape) -> ModelCall:
         """Proxies of a table are vectors of features. Token ids have no gradient, so texts have no proxies."""
         return NO_CALL if self._settings.data.kind == "text" else ModelCall(((shape.width,),), (shape.classes,))
@@ -181,8 +193,9 @@ def label_names(workload: Workload) -> tuple[str, ...]:
     return workload.data.label_names if isinstance(workload, NamedWorkload | RowWorkload) else ()
 
 
-def data_description(workload: Workload) -> Mapping[str, object]:
+def data_description(workload: Workload) -> Mapping[str, Any]:
     """Description of the dataset that the settings name, and its classes in order; empty for other runs."""
     if not isinstance(workload, NamedWorkload | RowWorkload):
         return {}
-    return {"classes": list(workload.data.label_names)} | dict(workload.data.description())
+    data = workload.data
+    return {"classes": list(data.label_names), "train_left_out": list(data.train_left_out)} | dict(data.description())

@@ -22,7 +22,7 @@ from client.plugins.curvature import SCORES, data_digest
 from tofu.data import FederatedData, LabeledImages, local_folder
 from tofu.errors import DataError, TofuError
 from tofu.plugins import MAX_STATE_BYTES, state_from_bytes
-from tofu.settings.fields import comma_list
+from tofu.settings.fields import names_of
 
 _CAPTION = 12  # pixels below an image
 
@@ -108,7 +108,7 @@ def main(
 ) -> None:
     """Draw the images with the highest scores."""
     try:
-        images = client_images(scores, data, comma_list(class_names))
+        images = client_images(scores, data, names_of(class_names))
         found = most_memorized(scores, images, count, score)
         contact_sheet(images, found, columns=columns).save(output)
     except (TofuError, OSError) as error:

@@ -1,6 +1,7 @@
 """Clients whose own folders hold different classes train on the same class numbers; file names stay with them."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,20 @@ def test_the_classes_of_a_run_are_those_of_all_its_clients(
     ledger = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
     sent = sum(row["bytes"] for row in ledger if row["round"] == 1 and row["direction"] == "uplink")
     assert rounds[1].uplink_bytes == sent  # clients registered before round 1, which counts this
+
+
+def test_names_with_commas_are_added_and_other_spellings_are_not(
+    tmp_path: Path, folders: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders[1] = write(tmp_path / "comma", NAMES[3:8], slice(400, 1200), as_names={"five": 'owl, "big"'})
+    folders[2] = write(tmp_path / "spelled", NAMES[7:], slice(400, 1200), as_names={"nine": "Nine"})
+    rounds, data = federate(tmp_path, "run", folders, rounds=1)
+    assert data["classes"] == [*sorted(NAMES), 'owl, "big"']
+    assert len(rounds[1].by_client) == 2
+    (failure,) = rounds[1].failures
+    lacks = 'the run lacks Nine: class-names=eight,.*,zero,"owl, ""big""",Nine has all classes'
+    assert re.search(lacks, failure.reason)
+    assert lacks.split(":")[0] in capsys.readouterr().err
 
 
 def fixed_head(channels: int, height: int, width: int, classes: int) -> nn.Module:

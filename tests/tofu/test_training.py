@@ -119,6 +119,18 @@ def test_dropout_draws_from_the_given_generator_only() -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_dropout_in_place_changes_its_input_by_the_same_numbers() -> None:
+    x = torch.randn(1000)
+    changed = x.clone()
+    with SeededDropout(generator(1)):
+        expected = nn.functional.dropout(x, 0.3)
+    with SeededDropout(generator(1)):
+        returned = nn.functional.dropout(changed, 0.3, inplace=True)
+    assert returned is changed
+    assert torch.equal(changed, expected)
+    assert not torch.equal(changed, x)
+
+
 def test_a_lone_last_image_is_left_out_as_batch_norm_could_not_take_it() -> None:
     assert [len(b) for b in shuffled_batches(65, 32, generator())] == [32, 32]
     assert [len(b) for b in shuffled_batches(66, 32, generator())] == [32, 32, 2]

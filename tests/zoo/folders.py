@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-CLASSES = ("cat", "dog", "owl", "0", "1", "2", "10", "False", "True", "caf\u00e9", "train")
+CLASSES = ("cat", "dog", "owl", "0", "1", "2", "10", "False", "True", "caf\u00e9", "train", "Cat")
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,38 @@ IMAGES: dict[str, Case] = {
     "validation_serves_as_test": Case(lambda r: splits(r, "cat", "dog", test="val"), Read()),
     "an_eval_split": Case(lambda r: splits(r, "cat", "dog", test="eval"), Read()),
     "more_suffixes": Case(lambda r: (images(r, "cat", suffix=".avif"), images(r, "dog", suffix=".JFIF")), HELD),
+    "suffixes_without_a_reader": Case(
+        lambda r: sequence(lambda p: splits(p, "cat", "dog"), lambda p: put(p, "train/cat/x.HEIC", "train/owl/y.heic"))(
+            r
+        ),
+        Read(("cat", "dog", "owl"), unreadable=2),
+    ),
+    "classes_in_another_case": Case(
+        lambda r: sequence(lambda p: images(p, "train/Cat", "train/dog"), lambda p: images(p, "test/cat", "test/dog"))(
+            r
+        ),
+        "has class 'Cat' in split train and 'cat' in test: expected one spelling",
+    ),
+    "a_comma_in_a_class": Case(
+        lambda r: images(r, "cat", "owl"), Read(("owl", "a, b", "cat"), 6, 2), {"class_names": 'owl, "a, b",cat'}
+    ),
+    "a_class_named_twice": Case(
+        lambda r: images(r, "cat", "dog"), "has two classes named 'cat'", {"class_names": "cat,dog,cat"}
+    ),
+    "class_names_in_another_unicode_form": Case(
+        lambda r: images(r, "cat", "caf\u00e9"), Read(("cat", "caf\u00e9"), 6, 2), {"class_names": "cat,cafe\u0301"}
+    ),
+    "line_breaks_in_names": Case(
+        lambda r: damage(r, "train/cat/x\ny.png"), r"x y\.png cannot be read as an image", {"strict": True}
+    ),
+    "a_linked_class": Case(
+        lambda r: sequence(
+            lambda p: images(p, "train/cat", "other/dog"),
+            lambda p: images(p, "test/cat", "test/dog", count=2),
+            lambda p: (p / "train/dog").symlink_to(p / "other/dog"),
+        )(r),
+        Read(),
+    ),
     "one_class": Case(lambda r: images(r, "cat"), r"has one class only \(cat\): expected at least two"),
     "images_beside_a_list": Case(
         lambda r: sequence(lambda p: images(p, "train"), lambda p: put(p, "labels.csv"))(r),
@@ -408,6 +440,10 @@ IMAGES: dict[str, Case] = {
         lambda r: [both(r, train=f"{n}/train/0000.parquet", test=f"{n}/test/0000.parquet") for n in ("en", "de")],
         "name the folder of one configuration",
     ),
+    "files_at_two_depths": Case(
+        lambda r: [both(r, train=f"data/train/{name}0.parquet", test="data/test/0.parquet") for name in ("", "more/")],
+        r"more/0\.parquet is in a folder of depth 3: expected at most 2",
+    ),
     "partly_converted": Case(
         lambda r: [
             both(r, train=f"default/{n}/0000.parquet", test="default/test/0000.parquet")
@@ -536,6 +572,23 @@ TABLES: dict[str, Case] = {
         lambda r: put(r, "t.csv", content="\r\n".join(["a,b,label", *animals()]).encode()), TABLE_HELD
     ),
     "quoted_commas": Case(lambda r: csv(r / "t.csv", 'a,"b,c",label', animals()), TABLE_HELD),
+    "an_index_without_a_name": Case(
+        lambda r: csv(r / "t.csv", ",a,label", [f"{n},{row}" for n, row in enumerate(animals(start="{a},"))]),
+        TABLE_HELD,
+    ),
+    "an_index_of_pandas": Case(
+        lambda r: pq.write_table(
+            pa.table({"__index_level_0__": range(9, 21), "a": [0, 1] * 6, "label": ["cat", "dog"] * 6}), r / "t.parquet"
+        ),
+        TABLE_HELD,
+    ),
+    "underscores_in_numbers": Case(
+        lambda r: csv(r / "t.csv", "a,b,label", [*animals(), "1,1_0,dog"]), Read(train=10, test=2, unreadable=1)
+    ),
+    "labels_in_another_case": Case(
+        lambda r: [csv(r / "train.csv", "a,label", ["0,cat", "1,dog"]), csv(r / "test.csv", "a,label", ["0,Cat"])],
+        "has class 'cat' in split train and 'Cat' in test",
+    ),
     "semicolons": Case(lambda r: csv(r / "t.csv", "a;b;label", ["1;2;cat"] * 4), "no label column among a;b;label"),
     "latin_1": Case(
         lambda r: put(r, "t.csv", content="a,label\n0,\xe9\n1,b\n".encode("latin-1")), "has texts that are not UTF-8"

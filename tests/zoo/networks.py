@@ -3,7 +3,8 @@
 import random
 import threading
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -444,6 +445,7 @@ ACCEPTED |= {
     "own_torch_generator": _flat(lambda: Noisy(_torch_generator(), lambda g: float(torch.rand((), generator=g)))),
 }  # fmt: skip
 _UNKNOWN_TO_MODULES = np.random.default_rng()
+_DEPTHS = count(1)
 
 
 class Teacher(nn.Module):
@@ -488,6 +490,130 @@ class Shared(nn.Module):
         return x * self.scale
 
 
+class Packed(nn.Module):
+    """A recurrent layer over packed sequences of different lengths."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gru = nn.GRU(width, 16, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = 4 + torch.arange(len(x)) % (x.shape[1] - 3)
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        result: Tensor = nn.utils.rnn.pad_packed_sequence(self.gru(packed)[0], True, total_length=x.shape[1])[0]
+        return result
+
+
+class ParameterLists(nn.Module):
+    """Parameters in a list and a dict with names of other scripts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales = nn.ParameterList([torch.ones(HIDDEN) for _ in range(2)])
+        self.shifts = nn.ParameterDict({"a b": torch.zeros(HIDDEN), "\u00e9": torch.zeros(HIDDEN)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for scale, shift in zip(self.scales, self.shifts.values(), strict=True):
+            x = torch.tanh(x * scale + shift)
+        return x
+
+
+def _gradients_off(**shape: int) -> nn.Module:
+    torch.set_grad_enabled(False)
+    return Flat(**shape)
+
+
+ACCEPTED |= {
+    "packed": _rows(Packed), "parameter_lists": _flat(ParameterLists), "gradients_off": _gradients_off,
+    "dropout_in_place": _flat(partial(nn.Dropout, 0.3, inplace=True)),
+}  # fmt: skip
+
+
+class Scaled(nn.Module):
+    def __init__(self, scale: nn.Parameter) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+class Listed(nn.Module):
+    """A tensor that is neither a parameter nor a buffer, from a generator that nobody seeds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors = [torch.tensor(_UNKNOWN_TO_MODULES.normal(size=HIDDEN), dtype=torch.float32)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.tensors[0]
+
+
+class Unstored(nn.Module):
+    """A buffer that training changes and that is not in the state dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("state", torch.ones(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.state *= 0.9
+        return x * self.state
+
+
+class NotCopied(nn.Module):
+    def __deepcopy__(self, memo: object) -> "NotCopied":
+        raise NotImplementedError("no copies of this")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def _replaced_forward(**shape: int) -> nn.Module:
+    """A function in place of a method: a copy of the model would call the layers of the original."""
+    model = Flat(**shape)
+    original = model.forward
+    model.forward = lambda images: 2 * original(images)  # type: ignore[method-assign]
+    return model
+
+
+class Modes(Flat):
+    """`train` and `eval` of a module that call `switch` with the module and the mode."""
+
+    def __init__(self, switch: Callable[[nn.Module, bool], object], **shape: int) -> None:
+        super().__init__(**shape)
+        self.switch = switch
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        return self.switch(self, mode) or self
+
+
+class NoMode(Flat):
+    def train(self) -> Any:  # type: ignore[override]
+        return super().train(True)
+
+
+class Selected(Flat):
+    def parameters(self, recurse: bool = True) -> Any:
+        return self.out.parameters(recurse)
+
+
+class Nested(Flat):
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return {"model": super().state_dict(*args, **kwargs)}
+
+
+def _double_by_default(**shape: int) -> nn.Module:
+    torch.set_default_dtype(torch.float64)
+    return Flat(**shape)
+
+
+_MODULE_LAYER = nn.Linear(HIDDEN, HIDDEN)
+_MODULE_PARAMETER = nn.Parameter(torch.ones(HIDDEN))
+_ONE_MODEL = cache(lambda **shape: Flat(**shape))
+
 ACCEPTED |= {"compiled": _compiled, "expanded": _flat(Expanded), "sparse_embedding": partial(Pixels, sparse=True)}
 
 REFUSED: dict[str, tuple[Callable[..., nn.Module], str]] = {
@@ -519,6 +645,28 @@ REFUSED: dict[str, tuple[Callable[..., nn.Module], str]] = {
     "tied_by_memory": (_flat(lambda: Shared(lambda w: nn.Parameter(w[3:]))), "middle.scale and middle.other do"),
     "nothing_to_train": (lambda **shape: Flat(**shape).requires_grad_(False), "at least one trainable parameter"),
     "too_few_outputs": (lambda classes, **shape: Flat(**shape, classes=classes - 1), "[2, 10]"),
+    "one_model": (_ONE_MODEL, "two calls return the same Flat"),
+    "layer_of_a_file": (_flat(lambda: _MODULE_LAYER), "two calls return the same middle"),
+    "parameter_of_a_file": (_flat(lambda: Scaled(_MODULE_PARAMETER)), "two calls return the same middle.scale"),
+    "unseeded_depth": (
+        _flat(lambda: nn.Sequential(*[nn.Linear(HIDDEN, HIDDEN) for _ in range(next(_DEPTHS))])), "only one of two has",
+    ),
+    "unseeded_parameter": (
+        _flat(lambda: Drawn(lambda: float(_UNKNOWN_TO_MODULES.normal()))), "middle.scale differs between two calls",
+    ),
+    "unseeded_tensor": (_flat(Listed), "the outputs differ between two calls"),
+    "not_copied": (_flat(NotCopied), "copy.deepcopy can copy (NotImplementedError: no copies of this)"),
+    "train_returns_another": (partial(Modes, lambda model, _: model.out), "(found another object)"),
+    "train_takes_no_mode": (NoMode, "train(mode) and eval() return the model, as torch's do (found TypeError: "),
+    "frozen_in_one_mode": (
+        partial(Modes, lambda model, mode: model.into.requires_grad_(mode) and None),
+        "same trainable parameters in both modes (into.bias is trainable in one)",
+    ),
+    "buffer_that_is_not_stored": (_flat(Unstored), "if training changes them (middle.state is not)"),
+    "selected_parameters": (Selected, "have all parameters by name (into.weight is missing)"),
+    "nested_state_dict": (Nested, "have all parameters by name (into.weight is missing)"),
+    "replaced_forward": (_replaced_forward, "methods, not functions that refer to layers"),
+    "double_by_default": (_double_by_default, "must have the same dtype"),
     "no_module": (lambda **_: 5, "torch.nn.Module"),  # type: ignore[dict-item, return-value]
 }  # fmt: skip
 """Name -> (factory, a part of the error message)."""

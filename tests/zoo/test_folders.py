@@ -1,12 +1,14 @@
 """Folders and tables as users have them: every image and row has its own label, or one line says why not."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import Tensor
 
-from tests.zoo.folders import CLASSES, IMAGES, TABLES, Case, Read
+import tofu
+from tests.zoo.folders import CLASSES, IMAGES, TABLES, Case, Read, animals, csv, images
 from tofu.data import open_data, open_rows
 from tofu.errors import TofuError
 
@@ -48,3 +50,24 @@ def test_a_folder_is_read_with_the_right_labels_or_refused_in_one_line(read: Any
         read(case, tmp_path)
     assert "\n" not in str(error.value)
     assert str(tmp_path) in str(error.value)
+
+
+def test_data_json_says_of_which_split_a_row_is_and_what_is_not_used(tmp_path: Path) -> None:
+    for name, count in (("train", 6), ("val", 2), ("test", 3)):
+        csv(tmp_path / f"{name}.csv", "a,b,label", [*animals(count), f"1,?,{name}"])
+    tofu.run(
+        dataset=str(tmp_path), feature_columns="*", clients=2, rounds=1, schedule="fedavg", checkpoint=False,
+        run_folder=str(tmp_path / "run"), progress=False,
+    )  # fmt: skip
+    data = json.loads((tmp_path / "run" / "data.json").read_text())
+    reason = "has no finite number in column 'b' (?)"
+    assert data["train_left_out"] == [f"{tmp_path}/train.csv, row 12 {reason}"]
+    assert data["test_left_out"] == [f"{tmp_path}/test.csv, row 6 {reason}"]
+    assert data["left_out"] == ["split validation (4 rows)"]
+
+
+def test_a_validation_split_beside_a_test_split_is_reported_as_unused(tmp_path: Path) -> None:
+    for name in ("train", "test", "val"):
+        images(tmp_path, f"{name}/cat", f"{name}/dog", count=2)
+    data = open_data(str(tmp_path), clients=1, partition="iid", seed=0)
+    assert data.description()["left_out"] == ["split validation (4 images)"]

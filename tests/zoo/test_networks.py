@@ -1,5 +1,6 @@
 """Every kind of network goes through proxy, secure and uncompressed rounds, and the same run gives the same weights."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,9 @@ import torch
 
 import tofu
 from tests.zoo.networks import ACCEPTED, REFUSED
+from tofu.data import ImageShape
 from tofu.errors import RunError, SettingError
+from tofu.models import build_model
 from tofu.models.checks import eager_code
 
 SMALL: dict[str, Any] = {
@@ -38,6 +41,7 @@ def test_a_network_loses_no_reply_and_the_same_run_gives_the_same_weights(
     assert first["weights_sha256"] == second["weights_sha256"]
     assert not first["failures"]
     assert not second["failures"]
+    assert torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -46,6 +50,25 @@ def test_a_network_that_cannot_be_trained_is_refused_in_one_line(name: str, tmp_
         run(name, tmp_path / "run")
     assert "\n" not in str(error.value)
     assert REFUSED[name][1] in str(error.value)
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_numbers_that_a_module_draws_when_it_is_imported_are_the_same_in_every_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "drawn_net.py").write_text(
+        "import torch\nfrom torch import nn\nMATRIX = torch.randn(64, 10)\n\n\nclass Net(nn.Linear):\n"
+        "    def forward(self, images):\n        return super().forward(images.flatten(1) @ MATRIX)\n\n\n"
+        "def build(classes, **_):\n    return Net(10, classes)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)  # type: ignore[no-untyped-call]
+    outputs = []
+    for _ in range(2):
+        torch.randn(3)  # as another process, whose generator has another state
+        monkeypatch.delitem(sys.modules, "drawn_net", raising=False)
+        model = build_model("drawn_net:build", ImageShape(1, 8, 8, 10))
+        outputs.append(model(torch.ones(1, 1, 8, 8)))
+    assert torch.equal(*outputs)
 
 
 def test_reentrant_checkpoints_are_refused_where_proxies_are_asked_for(tmp_path: Path) -> None:

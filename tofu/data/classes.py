@@ -7,7 +7,7 @@ with the Hugging Face feature ClassLabel. Its values are whole numbers or texts.
 import json
 import unicodedata
 from collections.abc import Iterable, Mapping
-from itertools import product
+from itertools import combinations, product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -147,8 +147,14 @@ def number_classes(
     for role, labels in values.items():
         if labels.dtype != object and labels.max() >= _MAX_CLASSES and not declared.get(role):
             raise DataError(f"{origin} has label {labels.max()}: expected class numbers from 0 on")
+    declared, wanted = {role: _normalized(names) for role, names in declared.items()}, _normalized(wanted)
+    for names in (wanted, *declared.values()):
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise DataError(f"{origin} has two classes named {twice[0]!r}: expected different names")
     first = next((declared[role] for role in ("train", *values) if declared.get(role)), ())
     texts = {role: _texts(labels, declared.get(role) or first) for role, labels in values.items()}
+    if not wanted:
+        _check_spelling(texts, origin)
     names = wanted or first or _own_names(values, texts)
     position = {name: number for number, name in enumerate(names)}
     found = {text for some in texts.values() for text in some if text != str(_NO_LABEL)}
@@ -168,6 +174,22 @@ def number_classes(
         role: np.array([position.get(text, _NO_LABEL) for text in some], dtype=np.int64) for role, some in texts.items()
     }
     return names, numbered
+
+
+def _normalized(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(unicodedata.normalize("NFC", name) for name in names)
+
+
+def _check_spelling(texts: Mapping[str, list[str]], origin: str) -> None:
+    """Raises DataError if two splits have one class each that the other lacks, in another case or with other spaces."""
+    found = {role: set(some) for role, some in texts.items()}
+    for role, other in combinations(sorted(found, key=lambda role: role != "train"), 2):
+        spelled = {name.casefold().strip(): name for name in found[role] - found[other]}
+        for name in sorted(found[other] - found[role]):
+            if same := spelled.get(name.casefold().strip()):
+                raise DataError(
+                    f"{origin} has class {same!r} in split {role} and {name!r} in {other}: expected one spelling"
+                )
 
 
 def _texts(labels: NDArray[Any], declared: tuple[str, ...]) -> list[str]:

@@ -23,7 +23,7 @@ from tofu.data.splits import Split, hold_out, report_unusable, subset_rows
 from tofu.data.subpopulations import Subpopulations
 from tofu.data.tables import Columns
 from tofu.errors import DataError, SettingError, first_line
-from tofu.settings.fields import Value, build, comma_list
+from tofu.settings.fields import Value, build, names_of
 from tofu.settings.groups import DataSettings
 
 ACCEPTED_DATASETS = (
@@ -91,6 +91,11 @@ class FederatedData:
     @property
     def clients(self) -> int:
         return len(self._client_rows)
+
+    @property
+    def train_left_out(self) -> tuple[str, ...]:
+        """For each training image that belongs to no client, because it has no label or client, its origin and why."""
+        return self._train.unusable if any(map(len, self._client_rows)) else ()
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -223,7 +228,7 @@ def local_folder(path: str, data: DataSettings | None = None, *, class_names: Se
 @lru_cache(maxsize=4)
 def _open(data: DataSettings, seed: int) -> FederatedData:
     columns = Columns(data.image_column, data.label_column, data.client_column if data.partition == "natural" else "")
-    train, test, train_rows, test_rows = _load(data.dataset, columns, comma_list(data.class_names))
+    train, test, train_rows, test_rows = _load(data.dataset, columns, names_of(data.class_names))
     preprocessing = Preprocessing(data.resize, data.center_crop)
     train, test = train.prepared(preprocessing), test.prepared(preprocessing)
     label_names = train.class_names
@@ -277,6 +282,9 @@ def _load(dataset: str, columns: Columns, class_names: tuple[str, ...]) -> tuple
         _LOG.warning("%s has no test split: %d of its %d images are held out", dataset, held_out, total)
         return train, train, train_rows, test_rows
     test.check_labels()
+    unused = [role for role, split in splits.items() if split is not train and split is not test]
+    others = tuple(f"split {role} ({len(splits[role].labels)} images)" for role in unused)
+    train = replace(train, left_out=train.left_out + others)
     return train, test, np.arange(len(train.labels)), np.arange(len(test.labels))
 
 

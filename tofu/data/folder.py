@@ -37,6 +37,8 @@ _LOG = logging.getLogger("tofu.data")
 _LAYOUTS = "parquet files, or images as <class>/*.png with a folder per class"
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _FILE_NAME = "file_name"
+_MAX_DEPTH = 2
+"""Of folders with tables in the folder of a dataset: <configuration>/<split>."""
 _OF_SYSTEMS = frozenset((
     "@eadir", "#recycle", "#snapshot", "lost+found", "$recycle.bin", "system volume information",
 ))  # fmt: skip
@@ -66,15 +68,24 @@ def data_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
     """The files of tables in a folder, to a depth of two (<configuration>/<split>/0000.parquet, as on the hub)."""
     below = [folder, *_subfolders(folder)]
     below += [deeper for path in below[1:] for deeper in _subfolders(path)]
-    return sorted(
+    found = sorted(path for parent in below for path in _tables_in(parent, suffixes))
+    for path in below if found else ():
+        if len(path.relative_to(folder).parts) == _MAX_DEPTH:
+            for deeper in _subfolders(path):
+                for file in _tables_in(deeper, suffixes):
+                    raise DataError(f"{file} is in a folder of depth {_MAX_DEPTH + 1}: expected at most {_MAX_DEPTH}")
+    return found
+
+
+def _tables_in(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    return [
         path
-        for parent in below
-        for path in parent.iterdir()
+        for path in folder.iterdir()
         if path.suffix.lower() in suffixes
         and path.name not in _METADATA
         and not path.name.startswith(".")
         and path.is_file()
-    )
+    ]
 
 
 def _subfolders(root: Path) -> list[Path]:

@@ -21,6 +21,7 @@ Pixels = NDArray[np.uint8]
 
 IMAGE_SUFFIXES = frozenset((
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif", ".ppm", ".pgm",
+    ".pbm", ".tga", ".heic", ".heif", ".jxl",
 ))  # fmt: skip
 
 _MAX_12_BIT = (1 << 12) - 1

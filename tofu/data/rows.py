@@ -32,7 +32,7 @@ from tofu.data.folder import data_files
 from tofu.data.partition import IntArray, partition_clients
 from tofu.data.splits import files_by_role, hold_out, report_unusable, row_origin, subset_rows
 from tofu.errors import DataError, SettingError, first_line
-from tofu.settings.fields import Value, build, comma_list
+from tofu.settings.fields import Value, build, comma_list, names_of
 from tofu.settings.groups import EMBEDDED_TABLES, DataSettings
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ ALL_NUMBERS = "*"
 """Selects all columns of numbers except label and client as features."""
 
 _SUFFIXES = (".csv", ".parquet")
+_INDEX = re.compile(r"(Unnamed: \d+|__index_level_\d+__)?")
+"""Names of columns in which pandas writes the index of a table, which is the number of a row."""
 _WORD = re.compile(r"\w+|[^\w\s]")
 _HELD_OUT = 0.15
 _OPEN_LOCK = threading.Lock()
@@ -102,11 +104,13 @@ class FederatedRows:
         clients: one dataset per client.
         test: the server's test rows.
         names: of the clients: the values of the client column with partition=natural, else their numbers.
+        train_left_out: the training rows that belong to no client because they cannot be used, as `unreadable`.
     """
 
     clients: tuple[LabeledRows, ...]
     test: LabeledRows
     names: tuple[str, ...]
+    train_left_out: tuple[str, ...] = ()
 
     @staticmethod
     def of(data: DataSettings, seed: int) -> "FederatedRows":
@@ -189,34 +193,36 @@ def local_rows(path: str, data: DataSettings, class_names: tuple[str, ...] = ())
 
 @lru_cache(maxsize=4)
 def _open(data: DataSettings, seed: int) -> FederatedRows:
-    train, test, unreadable = _splits(data)
+    train, test, left_out = _splits(data)
     rows, test_rows = subset_rows(data.dataset, len(train), len(test), data.train_images, data.test_images, seed)
     parts, names = partition_clients(
         data, train.labels.numpy()[rows], None if train.ids is None else train.ids[rows], seed
     )  # fmt: skip
     own = tuple(train.subset(rows[part]).scaled(data.feature_scaling) for part in parts)
-    tested = replace(test.subset(test_rows).scaled(data.feature_scaling), unreadable=unreadable)
-    return FederatedRows(own, tested, names)
+    tested = replace(test.subset(test_rows).scaled(data.feature_scaling), unreadable=left_out + test.unreadable)
+    return FederatedRows(own, tested, names, left_out)
 
 
 @lru_cache(maxsize=4)
 def _splits(data: DataSettings) -> tuple[LabeledRows, LabeledRows, tuple[str, ...]]:
-    """Training and test rows, and those that cannot be used."""
+    """Training and test rows, and the training rows that cannot be used."""
     dataset = data.dataset
     if dataset in EMBEDDED_TABLES:
         rows = _embedded(dataset)
         train, test = hold_out(rows.labels.numpy(), 0.2)
         return rows.subset(train), rows.subset(test), ()
-    found = _read(_tables(dataset), data, comma_list(data.class_names))
+    found = _read(_tables(dataset), data, names_of(data.class_names))
     check_several(next(iter(found.values())).class_names, dataset)
     if "train" not in found:
         if "test" not in found:
             raise DataError(f"{dataset} has no rows to train or test on")
-        return found["test"].subset(np.arange(0)), found["test"], found["test"].unreadable
+        return found["test"].subset(np.arange(0)), found["test"], ()
     rows = found["train"]
     test_rows = found.get("test") or found.get("validation")
     if test_rows is not None:
-        return rows, test_rows, rows.unreadable + test_rows.unreadable
+        unused = test_rows is not found.get("validation") and "validation" in found
+        others = (f"split validation ({len(found['validation'])} rows)",) if unused else ()
+        return rows, replace(test_rows, left_out=test_rows.left_out + others), rows.unreadable
     train, test = hold_out(rows.labels.numpy(), _HELD_OUT)
     if not len(test):
         raise DataError(f"{dataset} has no test rows and too few to hold some out: a class needs two")
@@ -330,7 +336,7 @@ def _read(tables: Mapping[str, _Table], data: DataSettings, class_names: tuple[s
         others = [name for name in tables[role].data.column_names if name not in (*columns, label, data.client_column)]
         rows[role] = LabeledRows(
             found.inputs, torch.from_numpy(numbered[role]), class_names, found.clients, read_as,
-            (f"columns {', '.join(others)}",) if others else (), found.unreadable,
+            (f"columns {', '.join(name or 'without a name' for name in others)}",) if others else (), found.unreadable,
         )  # fmt: skip
     return rows
 
@@ -374,7 +380,9 @@ def _feature_columns(table: _Table, label: str, data: DataSettings) -> tuple[str
     return tuple(
         field.name
         for field in table.data.schema
-        if field.name not in (label, data.client_column) and _holds_numbers(table, field.name)
+        if field.name not in (label, data.client_column)
+        and not _INDEX.fullmatch(field.name)
+        and _holds_numbers(table, field.name)
     )
 
 
@@ -393,7 +401,7 @@ def _parsed(values: Sequence[str | None]) -> NDArray[np.float64]:
 
     def number(text: str | None) -> float:
         try:
-            return float(text or "nan")
+            return math.nan if not text or "_" in text else float(text)  # float() accepts 1_000
         except ValueError:
             return math.nan
 

@@ -154,16 +154,22 @@ def build_row_model(name: str, width: int, classes: int, *, vocabulary: int = 0,
 
 
 def build_seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """Call `build` with the global generators at a seed, and restore their state."""
-    with GlobalGenerators(seed), eager_code():
-        return build()
+    """Call `build` with the global generators at a seed, and restore their state and torch's default type."""
+    dtype = torch.get_default_dtype()
+    try:
+        # A user's function may change the default type, or turn gradients off, for the whole thread.
+        with GlobalGenerators(seed), eager_code(), torch.set_grad_enabled(torch.is_grad_enabled()):
+            return build()
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def _factory(name: str, sizes: Mapping[str, int]) -> Callable[[], nn.Module]:
     """Import the user's factory -> a function that calls it. Both raise SettingError."""
     expected = f"package.module:factory, a callable that takes {', '.join(sizes)} by name"
     try:
-        factory = import_object(name)
+        with GlobalGenerators(0):  # numbers that a module draws when it is imported are the same in every process
+            factory = import_object(name)
     except Exception as error:
         # The user's code may raise any type of error.
         raise SettingError("model", name, f"{expected} ({type(error).__name__}: {error})") from error

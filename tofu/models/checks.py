@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from tofu.errors import SettingError
 from tofu.rng import GlobalGenerators, reseed_own
-from tofu.weights import check_frozen, frozen_parameters, tensor_bits
+from tofu.weights import check_frozen, copy_model, frozen_parameters, load_weights, tensor_bits, weights_of
 
 _COMPILED = "_orig_mod"
 """Attribute in which the result of `torch.compile` stores the original module."""
@@ -97,9 +97,11 @@ def check_stateless(model: nn.Module, forward: Callable[[], object]) -> None:
         forward: calls the model on two equal examples in every pass, and returns its output.
 
     Raises:
-        SettingError: the outputs differ, or a buffer changes in evaluation mode, as those of observers do.
+        SettingError: the outputs differ, a buffer changes in evaluation mode, as those of observers do, or other
+            parameters are trainable in training mode than in evaluation mode.
     """
     before = {key: buffer.clone() for key, buffer in model.named_buffers()}
+    trainable: dict[bool, set[str]] = {}
     for training in (False, True):
         model.train(training)
         outputs = []
@@ -113,6 +115,7 @@ def check_stateless(model: nn.Module, forward: Callable[[], object]) -> None:
                     accepted = f"a model whose buffers do not change in evaluation mode ({key} does)"
                     raise SettingError("model", type(model).__name__, accepted)
                 buffer.copy_(before[key])
+        trainable[training] = {key for key, p in model.named_parameters() if p.requires_grad}
         if not all(map(torch.equal, *outputs)):
             mode = "training" if training else "evaluation"
             accepted = (
@@ -120,6 +123,66 @@ def check_stateless(model: nn.Module, forward: Callable[[], object]) -> None:
                 f"torch, numpy and Python only (two equal passes in {mode} mode have different outputs)"
             )
             raise SettingError("model", type(model).__name__, accepted)
+    if others := sorted(trainable[False] ^ trainable[True]):
+        accepted = f"a model with the same trainable parameters in both modes ({others[0]} is trainable in one)"
+        raise SettingError("model", type(model).__name__, accepted)
+
+
+@torch.no_grad()
+def check_builds(model: nn.Module, other: nn.Module, outputs: Callable[[nn.Module], object], name: str) -> None:
+    """Check that two builds of a model are equal and independent, and that a copy of it is.
+
+    Otherwise clients of one process would change each other's weights, or train from different ones. A copy is not
+    independent if a function of the model has layers in its closure, because functions are not copied.
+
+    Args:
+        outputs: calls a model in evaluation mode on the same examples each time, and returns what it returns.
+
+    Raises:
+        SettingError: the builds share modules or parameters, or differ; or the copy does not compute what it should.
+    """
+
+    def refuse(why: str) -> None:
+        raise SettingError("model", name, f"a function that builds a new, equal model in each call ({why})")
+
+    own: dict[int, str] = {id(each): key for key, each in (*model.named_modules(), *model.named_parameters())}
+    for key, each in (*other.named_modules(), *other.named_parameters()):
+        if id(each) in own:
+            refuse(f"two calls return the same {key or type(each).__name__}")
+    first, second = (dict(each.named_parameters()) | dict(each.named_buffers()) for each in (model, other))
+    if first.keys() != second.keys():
+        refuse(f"only one of two has {sorted(first.keys() ^ second.keys())[0]}")
+    for key, tensor in first.items():
+        if tensor.shape != second[key].shape or not torch.equal(tensor_bits(tensor), tensor_bits(second[key])):
+            refuse(f"{key} differs between two calls")
+
+    def call(module: nn.Module) -> list[Tensor]:
+        with GlobalGenerators(0):
+            return [tensor.detach().clone() for tensor in _tensors(outputs(module))]
+
+    found = call(model)
+    if not _close(found, call(other)):
+        refuse("the outputs differ between two calls")
+    copied, weights = copy_model(model), weights_of(model)
+    changed_weights = {key: 0.5 * p + 0.1 for key, p in model.named_parameters() if p.requires_grad}
+    load_weights(copied, changed_weights)
+    of_copy, unchanged = call(copied), _close(found, call(model))
+    load_weights(model, changed_weights)
+    of_model = call(model)
+    load_weights(model, weights)
+    if not unchanged or not _close(of_copy, of_model):
+        accepted = (
+            "a model whose copy by copy.deepcopy has layers of its own: methods, not functions that refer to layers"
+        )
+        raise SettingError("model", name, accepted)
+
+
+def _close(some: list[Tensor], others: list[Tensor]) -> bool:
+    """Whether tensors are equal up to rounding: copies may be at other addresses, which changes the order of sums."""
+    return len(some) == len(others) and all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True)
+        for a, b in zip(some, others, strict=True)
+    )
 
 
 def _tensors(output: Any) -> list[Tensor]:
@@ -136,8 +199,19 @@ def check_memory(model: nn.Module) -> None:
     One parameter under several names is no sharing of memory.
 
     Raises:
-        SettingError: a buffer or another parameter shares a trainable parameter's memory.
+        SettingError: a buffer or another parameter shares a trainable parameter's memory, or the model's `parameters`
+            or `state_dict` do not have all parameters.
     """
+    own = dict(model.named_parameters())
+    try:
+        listed, stored = {id(p) for p in model.parameters()}, set(model.state_dict())
+        lacking = [name for name, p in own.items() if id(p) not in listed or name not in stored]
+        found = f"{lacking[0]} is missing" if lacking else ""
+    except Exception as error:  # the user's own code may raise anything
+        found = f"{type(error).__name__}: {error}"
+    if found:
+        accepted = f"a model whose parameters() and state_dict() have all parameters by name ({found})"
+        raise SettingError("model", type(model).__name__, accepted)
     named = (*model.named_parameters(), *model.named_buffers())
     tensors = {name: tensor for name, tensor in named if tensor.numel() and tensor.layout == torch.strided}
     spans = sorted((*_span(tensor), name) for name, tensor in tensors.items())
@@ -163,10 +237,11 @@ def without_wrappers(model: nn.Module) -> nn.Module:
     functions of the user also run eagerly within `eager_code`.
 
     Raises:
-        SettingError: it is not a module.
+        SettingError: it is not a module, or its `train` or `eval` fails or does not return it.
     """
     if not isinstance(model, nn.Module):
         raise SettingError("model", type(model).__name__, "a torch.nn.Module, or a function that returns one")
+    _check_modes(model)
     while isinstance(model, nn.DataParallel) or _COMPILED in model._modules:
         model = model.module if isinstance(model, nn.DataParallel) else getattr(model, _COMPILED)
     for module in list(model.modules()):
@@ -179,6 +254,19 @@ def without_wrappers(model: nn.Module) -> nn.Module:
             module._modules[name] = part
     _EAGER.begin()
     return model
+
+
+def _check_modes(model: nn.Module) -> None:
+    modes = {module: module.training for module in model.modules()}
+    try:
+        found = "" if model.eval() is model and model.train() is model else "another object"
+    except Exception as error:  # the user's own code may raise anything
+        found = f"{type(error).__name__}: {error}"
+    if found:
+        accepted = f"a model whose train(mode) and eval() return the model, as torch's do (found {found})"
+        raise SettingError("model", type(model).__name__, accepted)
+    for module, training in modes.items():
+        module.training = training
 
 
 class _EagerCode:
@@ -220,8 +308,16 @@ def eager_code() -> AbstractContextManager[None]:
 
 
 def drop_constant_buffers(model: nn.Module, changed: frozenset[str]) -> None:
-    """Make the buffers that training does not change non-persistent, so that they are not sent."""
+    """Make the buffers that training does not change non-persistent, so that they are not sent.
+
+    Raises:
+        SettingError: a buffer that training changes is already non-persistent.
+    """
     for prefix, module in model.named_modules():
         for key in module._buffers:
-            if (f"{prefix}.{key}" if prefix else key) not in changed:
+            name = f"{prefix}.{key}" if prefix else key
+            if name not in changed:
                 module._non_persistent_buffers_set.add(key)
+            elif key in module._non_persistent_buffers_set:
+                accepted = f"a model whose buffers are persistent if training changes them ({name} is not)"
+                raise SettingError("model", type(model).__name__, accepted)

@@ -1,6 +1,8 @@
 """The declaration, checks and description of one setting."""
 
-from collections.abc import Mapping
+import csv
+import io
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -79,6 +81,23 @@ def comma_list(text: str) -> tuple[str, ...]:
     ('cat', 'dog')
     """
     return tuple(filter(None, (name.strip() for name in text.split(","))))
+
+
+def names_of(text: str) -> tuple[str, ...]:
+    """The class names in a text, as those of `comma_list`; a name that contains commas is in double quotes.
+
+    >>> names_of('cat, "dog, big"')
+    ('cat', 'dog, big')
+    """
+    rows = csv.reader([text], skipinitialspace=True)
+    return tuple(filter(None, (name.strip() for row in rows for name in row)))
+
+
+def names_to_text(names: Iterable[str]) -> str:
+    """The text from which `names_of` reads these names."""
+    file = io.StringIO()
+    csv.writer(file, lineterminator="").writerow(names)
+    return file.getvalue()
 
 
 def kind_of(field: FieldInfo) -> type:

@@ -40,7 +40,8 @@ class DataSettings(Group):
         "unseen", "with subpopulations: the labels that the server tests on"
     )
     class_names: str = setting(
-        "", "names of all classes in order, separated by commas, if the folders of real clients lack some"
+        "",
+        "names of all classes in order, separated by commas (a name with commas in double quotes), if real clients lack some",
     )
     strict: bool = setting(False, "refuse data with an image or row that cannot be read, instead of leaving it out")
     clients: int = setting(10, "number of simulated clients", ge=1, le=100_000)

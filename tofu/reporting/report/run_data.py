@@ -180,11 +180,14 @@ def read_run(run: Path) -> RunData:
     )
 
 
+_LEFT_OUT = {"all": "left_out", "training data": "train_left_out", "server": "test_left_out"}
+
+
 def _left_out(file: Path) -> tuple[tuple[str, str], ...]:
     """What data.json lists as left out: by the server, and by the clients that told; the file may be missing."""
     data = read_json(file) if file.exists() else {}
     try:
-        found = {"all": data.get("left_out"), "server": data.get("test_left_out")}
+        found = {name: data.get(key) for name, key in _LEFT_OUT.items()}
         found |= {f"client {name}": client.get("left_out") for name, client in data.get("clients", {}).items()}
         return tuple((who, str(text)) for who, texts in found.items() for text in texts or ())
     except (AttributeError, TypeError) as error:
