@@ -147,7 +147,7 @@ def test_a_forked_client_app_has_the_guard() -> None:
         "cli = importlib.import_module('flwr.supernode.cli.flwr_clientapp')\n"
         "cli.flwr_clientapp = lambda: print(r.install_from_fab.__module__, flush=True)\n"
         f"for os.environ['TOFU_PINNED_APP'] in ('', {INSTALLED!r}):\n"
-        "    if os.fork() == 0: prefork._app(['flwr-clientapp'], [os.dup(n) for n in range(3)])\n"
+        "    if os.fork() == 0: prefork.exit_with(prefork._app, ['flwr-clientapp'], [os.dup(n) for n in range(3)])\n"
         "    assert os.wait()[1] == 0"
     )
     result = run([sys.executable, "-c", code], check=True)

@@ -60,7 +60,8 @@ def changed_buffers(model: nn.Module, forward: Callable[[], object]) -> frozense
     """The names of the buffers that a pass in training mode changes; their values are restored.
 
     Raises:
-        SettingError: the pass changes a frozen parameter, or the shape or type of a buffer.
+        SettingError: the pass changes a frozen parameter, a buffer that is not persistent, or the shape or type of a
+            buffer.
         Exception: any error of `forward`, which calls the model.
     """
     model.train()
@@ -80,9 +81,13 @@ def changed_buffers(model: nn.Module, forward: Callable[[], object]) -> frozense
             changed.add(key)
             buffer.copy_(before[key])
     for prefix, module in model.named_modules():
-        if isinstance(module, _NormBase):  # a running mean may stay 0 in this pass
-            own = {f"{prefix}.{key}" if prefix else key for key in module._buffers}
-            changed |= own if changed & own else set()
+        names = {f"{prefix}.{key}" if prefix else key: key for key in module._buffers}
+        for name in changed & names.keys():
+            if names[name] in module._non_persistent_buffers_set:
+                accepted = f"a model whose buffers are persistent if training changes them ({name} is not)"
+                raise SettingError("model", type(model).__name__, accepted)
+        if isinstance(module, _NormBase) and changed & names.keys():  # a running mean may stay 0 in this pass
+            changed |= names.keys()
     return frozenset(changed)
 
 
@@ -308,16 +313,8 @@ def eager_code() -> AbstractContextManager[None]:
 
 
 def drop_constant_buffers(model: nn.Module, changed: frozenset[str]) -> None:
-    """Make the buffers that training does not change non-persistent, so that they are not sent.
-
-    Raises:
-        SettingError: a buffer that training changes is already non-persistent.
-    """
+    """Make the buffers that training does not change non-persistent, so that they are not sent."""
     for prefix, module in model.named_modules():
         for key in module._buffers:
-            name = f"{prefix}.{key}" if prefix else key
-            if name not in changed:
+            if (f"{prefix}.{key}" if prefix else key) not in changed:
                 module._non_persistent_buffers_set.add(key)
-            elif key in module._non_persistent_buffers_set:
-                accepted = f"a model whose buffers are persistent if training changes them ({name} is not)"
-                raise SettingError("model", type(model).__name__, accepted)
