@@ -562,6 +562,19 @@ class Unstored(nn.Module):
         return x * self.state
 
 
+class Slotted(nn.Module):
+    """An attribute that a copy lacks, because modules are copied by their dictionaries."""
+
+    __slots__ = ("factor",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x
+
+
 class NotCopied(nn.Module):
     def __deepcopy__(self, memo: object) -> "NotCopied":
         raise NotImplementedError("no copies of this")
@@ -665,6 +678,7 @@ REFUSED: dict[str, tuple[Callable[..., nn.Module], str]] = {
     "buffer_that_is_not_stored": (_flat(Unstored), "if training changes them (middle.state is not)"),
     "selected_parameters": (Selected, "have all parameters by name (into.weight is missing)"),
     "nested_state_dict": (Nested, "have all parameters by name (into.weight is missing)"),
+    "slots": (_flat(Slotted), "copy.deepcopy can copy (its copy fails: AttributeError: "),
     "replaced_forward": (_replaced_forward, "methods, not functions that refer to layers"),
     "double_by_default": (_double_by_default, "must have the same dtype"),
     "no_module": (lambda **_: 5, "torch.nn.Module"),  # type: ignore[dict-item, return-value]

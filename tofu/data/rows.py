@@ -333,7 +333,11 @@ def _read(tables: Mapping[str, _Table], data: DataSettings, class_names: tuple[s
     )
     rows = {}
     for role, found in usable.items():
-        others = [name for name in tables[role].data.column_names if name not in (*columns, label, data.client_column)]
+        others = [
+            name
+            for name in tables[role].data.column_names
+            if name not in (*columns, label) and name != (data.client_column or None)
+        ]
         rows[role] = LabeledRows(
             found.inputs, torch.from_numpy(numbered[role]), class_names, found.clients, read_as,
             (f"columns {', '.join(name or 'without a name' for name in others)}",) if others else (), found.unreadable,

@@ -171,7 +171,12 @@ def check_builds(model: nn.Module, other: nn.Module, outputs: Callable[[nn.Modul
     copied, weights = copy_model(model), weights_of(model)
     changed_weights = {key: 0.5 * p + 0.1 for key, p in model.named_parameters() if p.requires_grad}
     load_weights(copied, changed_weights)
-    of_copy, unchanged = call(copied), _close(found, call(model))
+    try:
+        of_copy = call(copied)
+    except Exception as error:  # such as a copy without the attributes that the class has in __slots__
+        accepted = f"a model that copy.deepcopy can copy (its copy fails: {type(error).__name__}: {error})"
+        raise SettingError("model", name, accepted) from error
+    unchanged = _close(found, call(model))
     load_weights(model, changed_weights)
     of_model = call(model)
     load_weights(model, weights)
