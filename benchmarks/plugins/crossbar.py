@@ -89,7 +89,7 @@ class Case:
 CASES = {
     "mnist": Case("mnist", "cnn", "none", 4000, 6, 3, 0.05, 32, 0.3, (0.95,), layers="inner"),
     "mnist-all": Case("mnist", "cnn", "none", 4000, 6, 3, 0.05, 32, 0.3, (0.9, 0.95)),
-    "cifar10": Case("cifar10", "vgg11", "batch", 12000, 10, 4, 0.02, 64, 0.3, (0.95,), layers="conv",
+    "cifar10": Case("cifar10", "vgg11", "batch", 12000, 10, 4, 0.02, 64, 0.3, (0.95, 0.8), layers="conv",
                     weight_decay=5e-4, picture="features.4.weight", bfloat16=True, rivals=RIVALS[:1]),
 }  # fmt: skip
 
