@@ -156,6 +156,7 @@ TITLES = ("fp-b (initialization)", "1 bit", "2 bits", "4 bits", "halftone", "len
 PLUGIN_TABLES: dict[str, Callable[[], str]] = {
     "crossbar-mnist": lambda: crossbar("mnist"),
     "crossbar-mnist-all": lambda: crossbar("mnist-all"),
+    "crossbar-cifar10": lambda: crossbar("cifar10"),
     "crossbar-federated": crossbar_federated,
     "curvature-digits": lambda: curvature("digits", "digits-slow"),
     "curvature-mnist": lambda: curvature("mnist", "mnist-long"),
