@@ -36,19 +36,27 @@ def test_apps_are_forked_and_speak_on_the_streams_they_were_given(tmp_path: Path
     assert result.stderr == ""
 
 
+def _status_after_a_signal(code: str, superexec: str, modules: Path, *, says: set[str]) -> int:
+    """The status with which `code` ends that starts a stand-in for the SuperExec, stopped when both have said so."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(modules), *sys.path])}
+    command = [sys.executable, "-c", code, sys.executable, "-c", superexec]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            assert {process.stdout.readline().strip() for _ in range(2)} == says
+            process.terminate()
+            return process.wait(60)
+        finally:
+            process.kill()
+
+
 @pytest.mark.parametrize("handles", ["signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))", "None"])
 def test_a_signal_during_the_imports_ends_it_at_once(handles: str, tmp_path: Path) -> None:
     """As where a container is stopped just after its start; the SuperExec may not have a handler of its own yet."""
     (tmp_path / "endless.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(600)\n")
     code = "import sys; from deploy.prefork import main; sys.exit(main(sys.argv[1:], ['endless']))"
     superexec = f"import signal, sys, time; {handles}; print('started', flush=True); time.sleep(600)"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-    command = [sys.executable, "-c", code, sys.executable, "-c", superexec]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert {process.stdout.readline().strip() for _ in range(2)} == {"importing", "started"}
-        process.terminate()
-        assert process.wait(60) == 0
+    assert _status_after_a_signal(code, superexec, tmp_path, says={"importing", "started"}) == 0
 
 
 _IGNORES = (
@@ -62,13 +70,4 @@ def test_a_superexec_that_does_not_end_is_killed_and_no_time_is_lost_on_taking_m
         "import atexit, time\natexit.register(time.sleep, 600)\nprint('imported', flush=True)\n"
     )
     code = "import sys; from deploy import prefork; prefork.exit_with(prefork.main, sys.argv[1:], ['slow'])"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-    command = [sys.executable, "-c", code, sys.executable, "-c", _IGNORES]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert {process.stdout.readline().strip() for _ in range(2)} == {"imported", "started"}
-        process.terminate()
-        try:
-            assert process.wait(60) == 0
-        finally:
-            process.kill()
+    assert _status_after_a_signal(code, _IGNORES, tmp_path, says={"imported", "started"}) == 0
