@@ -1,38 +1,81 @@
-"""The command line, one file per command. Commands import what they need when they run, so that `--help` is quick."""
+"""The command line, one file per command, imported when it is used, so that `--help` is quick."""
 
 import os
 import sys
-from importlib.metadata import version
-from typing import Annotated
+from importlib import import_module
+from typing import Annotated, Any
 
+import click
 import typer
+from typer.core import TyperCommand, TyperGroup
 
-from tofu.cli.attack import attack
-from tofu.cli.compare import compare
-from tofu.cli.demo import demo
-from tofu.cli.deploy import app as deploy
-from tofu.cli.doctor import doctor
-from tofu.cli.options import with_present_flags
-from tofu.cli.plan import plan
-from tofu.cli.predict import predict
-from tofu.cli.report import report, serve
-from tofu.cli.run import run
-from tofu.cli.settings import settings
 from tofu.errors import Interrupted, TofuError
 from tofu.formatting import printable
 
+COMMANDS = {
+    "run": "Run a federation in this process: the same server and client apps as `flwr run`, no ray, no open port.",
+    "plan": "Print what a run will cost in bytes and about how long it will take here, without running it.",
+    "demo": "Train the same federation twice, with FedAvg and with proxies, and compare accuracy and bytes.",
+    "compare": "Run compressors at several ratios, and FedAvg, on the same data: "
+    "which is more accurate at equal bytes.",
+    "predict": "Classify images with a run's model; with the ood plugin, mark out-of-distribution images.",
+    "attack": "Measure what messages leak: those of a recorded run, or messages that are made for the purpose.",
+    "settings": "Print every setting with its default, as a TOML file for `--config`; "
+    "or the JSON schema of such a file.",
+    "report": "Write a run's report again.",
+    "serve": "List the runs of a folder and follow live ones in a browser, on this machine only.",
+    "doctor": "Check this installation: versions, devices, ports, disk, and one encode of a small update.",
+    "deploy": "A federation of real processes on this machine: TLS, node keys, a database. "
+    "Everything listens on 127.0.0.1.",
+}
+"""Name -> the first lines of its help. The command is `NAME` of tofu/cli/NAME.py, which is imported when it is used."""
+
+_MODULES = {"serve": "report"}
+
+
+class CommandsOnDemand(TyperGroup):
+    """The group of all commands. A list of them, as in `tofu --help`, imports none."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self._listed: dict[str, click.Command] = {
+            name: TyperCommand(name, help=text) for name, text in COMMANDS.items()
+        }
+        self.commands = dict(self._listed)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in COMMANDS and self.commands[cmd_name] is self._listed[cmd_name]:
+            self.commands[cmd_name] = load_command(cmd_name)
+        return super().get_command(ctx, cmd_name)
+
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        listing = TyperGroup(name=self.name, commands=self._listed, help=self.help, params=self.params)
+        listing.format_help(ctx, formatter)
+
+
+def load_command(name: str) -> click.Command:
+    """Import a command of `COMMANDS`."""
+    part = getattr(import_module(f"tofu.cli.{_MODULES.get(name, name)}"), name)
+    if not isinstance(part, typer.Typer):
+        function, part = part, typer.Typer(add_completion=False)
+        part.command(name)(function)
+    command = typer.main.get_command(part)
+    command.name = name
+    return command
+
+
 app = typer.Typer(
+    cls=CommandsOnDemand,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Communication-efficient federated learning: proxy images, secure aggregation, training plugins.",
 )
-for command in (run, plan, demo, compare, predict, attack, settings, report, serve, doctor):
-    app.command()(command)
-app.add_typer(deploy, name="deploy")
 
 
 def _print_version(asked: bool) -> None:
     if asked:
+        from importlib.metadata import version
+
         print(f"tofu {version('tofu-fl')}")
         raise typer.Exit
 
@@ -46,12 +89,20 @@ def _options(
     pass
 
 
+def _with_present_flags(arguments: list[str]) -> list[str]:
+    if arguments[:1] in ([], ["--help"], ["--version"]):
+        return arguments
+    from tofu.cli.options import with_present_flags
+
+    return with_present_flags(arguments)
+
+
 def main() -> None:
     """Run the command line; errors that a user can act on take one line. docs/command-line.md has the exit codes."""
     for name, value in {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}.items():
         os.environ.setdefault(name, value)
     try:
-        app(with_present_flags(sys.argv[1:]), prog_name="tofu")
+        app(_with_present_flags(sys.argv[1:]), prog_name="tofu")
     except TofuError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         raise SystemExit(2) from error

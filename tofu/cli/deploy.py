@@ -16,7 +16,7 @@ from tofu.formatting import format_bytes, printable
 from tofu.settings import Value, read_toml
 from tofu.settings.deprecated import present_names
 
-app = typer.Typer(
+deploy = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="A federation of real processes on this machine: TLS, node keys, a database. Everything listens on 127.0.0.1.",
@@ -28,14 +28,14 @@ _COMPOSE = Path("deploy/compose.yaml")
 _COLOR = re.compile(r"\x1b\[[0-9;]*m")
 
 
-@app.callback()
+@deploy.callback()
 def check_platform() -> None:
     """Raises RunError on Windows."""
     if platform.system() == "Windows":
         raise RunError("`tofu deploy` needs Linux or macOS, or WSL on Windows: it uses POSIX processes and file modes")
 
 
-@app.command()
+@deploy.command()
 def up(
     *,
     nodes: Annotated[int, typer.Option("--nodes", help="number of clients")] = 3,
@@ -67,7 +67,7 @@ def up(
     _show(result, as_json=json_)
 
 
-@app.command()
+@deploy.command()
 @with_settings
 def run(
     *,
@@ -93,7 +93,7 @@ def run(
     print(f"report: {results / 'report.html'}")
 
 
-@app.command()
+@deploy.command()
 def status(*, folder: Folder = _FOLDER, json_: Json = False) -> None:
     """Show the processes, the nodes and the runs."""
     from deploy import background
@@ -101,7 +101,7 @@ def status(*, folder: Folder = _FOLDER, json_: Json = False) -> None:
     _show(background.status(folder), as_json=json_)
 
 
-@app.command()
+@deploy.command()
 def down(*, folder: Folder = _FOLDER, json_: Json = False) -> None:
     """End the processes that `up` started, and no others. Keys, database and results stay."""
     from deploy import background
@@ -110,10 +110,10 @@ def down(*, folder: Folder = _FOLDER, json_: Json = False) -> None:
     print(json.dumps({"ended": ended}) if json_ else f"ended: {', '.join(ended) or 'nothing was running'}")
 
 
-app.command("certificates")(certificates)
+deploy.command("certificates")(certificates)
 
 
-@app.command("add-client")
+@deploy.command("add-client")
 def add_client(
     name: Annotated[str, typer.Argument(help="name of the client, such as hospital-d")],
     superlink: Annotated[str, typer.Option("--superlink", help="host:port at which the client reaches this machine")],
@@ -131,7 +131,7 @@ def add_client(
         raise typer.Exit(2)
 
 
-@app.command()
+@deploy.command()
 def identities(
     names: Annotated[list[str], typer.Argument(help="the clients: their partition-id, or their names")],
     folder: Annotated[Path, typer.Option("--folder", help="where the keys go")],

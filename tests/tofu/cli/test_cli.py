@@ -17,7 +17,7 @@ from PIL import Image
 from attacks.evaluate import AttackEvaluation
 from attacks.recorded import ATTACKS
 from tests.processes import run
-from tofu.cli import main
+from tofu.cli import COMMANDS, load_command, main
 from tofu.settings import FIELDS, Settings, read_toml, section_of
 
 ROOT = Path(__file__).parents[3]
@@ -82,6 +82,19 @@ def pictures(folder: Path, count: int = 6) -> None:
 
 
 # Bad input
+
+
+def test_the_list_of_commands_tells_what_the_commands_tell() -> None:
+    for name, summary in COMMANDS.items():
+        command = load_command(name)
+        assert command.name == name
+        assert " ".join((command.help or "").split("\n\n")[0].split()) == summary
+
+
+def test_a_misspelled_command_is_named_with_a_suggestion(tofu: Tofu) -> None:
+    outcome = tofu("atack")
+    assert outcome.status == 2
+    assert "No such command 'atack'. Did you mean 'attack'?" in outcome.err
 
 
 @pytest.mark.parametrize("command", ["run", "plan"])
@@ -397,6 +410,8 @@ def test_help_runs_quickly(tmp_path: Path) -> None:
         "for sys.argv in (['tofu', '--help'], ['tofu', 'run', '--help']):\n"
         "    try: main()\n"
         "    except SystemExit as end: assert not end.code\n"
+        "    light = {'pydantic', 'cryptography', 'numpy', 'tofu.cli.run'} & set(sys.modules)\n"
+        "    assert not light or len(sys.argv) > 2, light\n"
         "import deploy.background, deploy.supervisor\n"
         "heavy = {'torch', 'flwr', 'ray', 'datasets', 'flwr_datasets', 'sklearn', 'torchvision', 'pandas'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
