@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import statistics
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -43,7 +44,7 @@ def run_command(main: Callable[..., None]) -> None:
 def command_line(benchmark: str) -> str:
     """The command of this process; of an absolute path, which only this machine has, the last part remains."""
     arguments = (f"FOLDER/{Path(part).name}" if Path(part).is_absolute() else part for part in sys.argv[1:])
-    return " ".join(["python -m", f"benchmarks.{benchmark}", *arguments])
+    return f"python -m benchmarks.{benchmark} {shlex.join(arguments)}".rstrip()
 
 
 def versions(command: str) -> dict[str, object]:

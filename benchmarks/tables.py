@@ -269,6 +269,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "audit": lambda: audit.table(read("audit")["rows"]),
     "robust-accuracy": lambda: robust("accuracy", ATTACKS),
     "robust-backdoor": lambda: robust("backdoor", BACKDOORS),
+    "robust-accuracy-skew": lambda: robust("accuracy", ATTACKS, "alpha 0.5"),
+    "robust-backdoor-skew": lambda: robust("backdoor", BACKDOORS, "alpha 0.5"),
     **PLUGIN_TABLES,
 }
 """Name of a marked table -> what makes it."""

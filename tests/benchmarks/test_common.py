@@ -11,10 +11,11 @@ def test_results_name_their_command_without_folders_of_this_machine(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(sys, "argv", ["x", "--data", str(tmp_path / "cifar10"), "--seeds", "3", "--only", "a/b"])
+    monkeypatch.setattr(sys, "argv", ["x", "--data", str(tmp_path / "cifar10"), "--seeds", "3", "--only", "a/b c"])
     path = common.write_results("rows", settings={"ratio": 50}, rows=[{"seed": 0}], script="plugins hierarchy")
     document = json.loads(path.read_text())
-    assert document["command"] == ("python -m benchmarks.plugins hierarchy --data FOLDER/cifar10 --seeds 3 --only a/b")
+    command = "python -m benchmarks.plugins hierarchy --data FOLDER/cifar10 --seeds 3 --only 'a/b c'"
+    assert document["command"] == command
     assert (document["settings"], document["rows"]) == ({"ratio": 50}, [{"seed": 0}])
 
 
