@@ -3,6 +3,7 @@
 A SuperExec starts a `flwr-clientapp` process for every message, and each spends seconds on importing torch. Here one
 process imports the packages once and forks for each message, so every app still has a process of its own. The SuperExec
 finds a script called `flwr-clientapp` first on its PATH, which passes its arguments and streams to the forking process.
+That process sees when an app fails, and reports it to the SuperNode (deploy/lost_replies.py).
 
 Only packages are imported ahead, none of the app's own modules, which come with the app. `--cold` before the command
 imports nothing ahead. With TOFU_PINNED_APP in the environment, all apps but the pinned one are refused
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -89,19 +90,34 @@ def _status(returncode: int, asked: set[int]) -> int:
 
 def _serve(listener: socket.socket, superexec: "subprocess.Popen[bytes]") -> int:
     listener.settimeout(0.5)
+    apps: dict[int, list[str]] = {}
     while superexec.poll() is None:
         with suppress(TimeoutError):
             connection, _ = listener.accept()
             with connection:
                 connection.setblocking(True)
                 data, streams, *_ = socket.recv_fds(connection, _MAX_BYTES, 3)
-                if data and os.fork() == 0:
-                    listener.close()
-                    exit_with(_app, json.loads(data), streams)
+                if data:
+                    command = json.loads(data)
+                    apps[_fork(listener, _app, command, streams)] = command
                 for stream in streams:
                     os.close(stream)
-        _reap(superexec.pid)
+        for pid, status in _reap(superexec.pid):
+            command = apps.pop(pid, [])
+            if status and command:
+                _fork(listener, _report, command, status)
     return superexec.returncode
+
+
+def _fork(listener: socket.socket, function: Callable[..., int], *arguments: object) -> int:
+    """Run a function in a process of its own; returns the process's id."""
+    pid = os.fork()
+    if not pid:
+        listener.close()
+        for number in (signal.SIGTERM, signal.SIGALRM):
+            signal.signal(number, signal.SIG_DFL)
+        exit_with(function, *arguments)
+    return pid
 
 
 def exit_with(function: Callable[..., int], *arguments: object) -> NoReturn:
@@ -127,8 +143,6 @@ def exit_with(function: Callable[..., int], *arguments: object) -> NoReturn:
 def _app(arguments: list[str], streams: list[int]) -> int:
     """Become the client app."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in (signal.SIGTERM, signal.SIGALRM):
-        signal.signal(number, signal.SIG_DFL)
     for target, stream in enumerate(streams):
         os.dup2(stream, target)
         os.close(stream)
@@ -146,13 +160,22 @@ def _app(arguments: list[str], streams: list[int]) -> int:
     return 0
 
 
-def _reap(superexec: int) -> None:
-    """Reap the apps that ended, but not the SuperExec, which its Popen reaps."""
+def _report(command: list[str], status: int) -> int:
+    """Report to the SuperNode that an app failed."""
+    from deploy.lost_replies import report_end
+
+    ending = f"ended by signal {-status}" if status < 0 else f"status {status}"
+    return report_end(command, ending)
+
+
+def _reap(superexec: int) -> Iterator[tuple[int, int]]:
+    """Reap the apps that ended, but not the SuperExec, which its Popen reaps; yields each one's id and exit status."""
     with suppress(ChildProcessError):
         while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
             if ended.si_pid == superexec:
                 return
-            os.waitpid(ended.si_pid, 0)
+            pid, status = os.waitpid(ended.si_pid, 0)
+            yield pid, os.waitstatus_to_exitcode(status)
 
 
 if __name__ == "__main__":

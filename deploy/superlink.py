@@ -4,6 +4,9 @@ Flower's Control API has no login: every local user who reaches its port can sta
 interface for logins, `ControlAuthnPlugin`, but only a plugin that accepts everybody comes with its open edition. The
 plugin of this module accepts requests with a token, whose file only its owner can read. Flower's command line sends the
 token that it finds in `$FLWR_HOME/credentials.yaml`, where `flwr login` stores one; `write_credentials` writes it.
+
+Flower's SuperLink gives a reply to the server's app before it has all of it, and the app then waits for the rest and
+for no other client. Here it gets complete replies (`complete_replies`).
 """
 
 import base64
@@ -16,6 +19,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from deploy.files import write_new
@@ -79,17 +83,48 @@ def guard(module: Any, token: str) -> None:
     module.load_control_authn_plugin = TokenPlugin
 
 
+def complete_replies(module: ModuleType) -> None:
+    """Make the SuperLink's state give out a reply once it has all objects of it, or the push of the rest has expired.
+
+    A client that dies while it sends its reply, or sends it slowly, then costs a round no more than one that is silent.
+
+    Args:
+        module: `flwr.server.superlink.linkstate.linkstate_factory`.
+    """
+    from flwr.supercore.date import now
+    from flwr.supercore.state.schema.corestate_models import ObjectPushSession, ObjectPushSessionRoot
+    from flwr.supercore.state.schema.linkstate_models import MessageRes
+    from sqlalchemy import select
+
+    class CompleteReplyState(module.SqlLinkState):  # type: ignore[name-defined,misc]
+        def get_message_res(self, message_ids: set[str], run_id: int) -> Any:
+            query = (
+                select(MessageRes.reply_to_message_id)
+                .join(ObjectPushSessionRoot, ObjectPushSessionRoot.root_object_id == MessageRes.message_id)
+                .join(ObjectPushSession, ObjectPushSession.session_id == ObjectPushSessionRoot.session_id)
+                .where(MessageRes.reply_to_message_id.in_(message_ids))
+                .where(ObjectPushSession.pending_count > 0, ObjectPushSession.expires_at > now())
+            )
+            with self.session() as session:
+                incomplete = set(session.scalars(query).all())
+            return super().get_message_res(message_ids - incomplete, run_id)
+
+    module.SqlLinkState = CompleteReplyState  # type: ignore[attr-defined]
+
+
 def main(command: Sequence[str]) -> None:
     """Run the SuperLink in this process. `command`: the token's file, then the command line of `flower-superlink`."""
     # Its web server ends in order on this signal, and then sends it again to whatever handled it before.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     import uvicorn
+    from flwr.server.superlink.linkstate import linkstate_factory
     from flwr.supercore.corestate import sql_corestate
     from flwr.superlink.cli import flower_superlink
 
     # Without a limit it waits for who follows a run's log.
     uvicorn.run = partial(uvicorn.run, timeout_graceful_shutdown=_LAST_ANSWERS_SECONDS)
     extend_tokens(sql_corestate, sql_corestate.SqlCoreState)
+    complete_replies(linkstate_factory)
     module = sys.modules[flower_superlink.__module__]
     guard(module, Path(command[0]).read_text().strip())
     sys.argv = list(command[1:])

@@ -5,7 +5,7 @@ little training, and no option changes it. Here both intervals are at most TOFU_
 poll is one small request over an open connection; a federation of thousands of nodes may need a longer interval.
 
 Flower's SuperNode also treats an invalid certificate as a network failure and retries forever. Here the command ends
-with a one-line error.
+with a one-line error. It also waits forever for the reply of some apps that have ended (deploy/lost_replies.py).
 """
 
 import argparse
@@ -58,8 +58,12 @@ def main(command: Sequence[str]) -> None:
     from flwr.supercore.corestate import in_memory_corestate
     from flwr.supernode import start_client_internal
     from flwr.supernode.cli.flower_supernode import flower_supernode
+    from flwr.supernode.nodestate import nodestate_factory
+
+    from deploy.lost_replies import AnsweringNodeState
 
     extend_tokens(in_memory_corestate, in_memory_corestate.InMemoryCoreState)
+    nodestate_factory.InMemoryNodeState = AnsweringNodeState  # type: ignore[attr-defined]
     quicken(start_client_internal, float(os.environ.get(VARIABLE, _POLL_SECONDS)))
     sys.argv = list(command)
     flower_supernode()

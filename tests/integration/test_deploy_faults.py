@@ -1,6 +1,7 @@
 """Three authenticated nodes with identities, over TLS: secure rounds, nodes that misbehave, and a server that dies."""
 
 import json
+import os
 import resource
 import sys
 import time
@@ -50,9 +51,23 @@ pytestmark = [
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
     folder = tmp_path_factory.mktemp("deploy")
     app = misbehaving_app(folder / "app")
-    with LocalCluster(folder / "federation", nodes=3, app=app, warm=True, identities=True) as federation:
+    hooks = str(Path(__file__).parent / "hooks")
+    environment = {"PYTHONPATH": os.pathsep.join([hooks, *filter(None, [os.environ.get("PYTHONPATH")])])}
+    federation = LocalCluster(
+        folder / "federation", nodes=3, app=app, warm=True, identities=True, environment=environment
+    )
+    for member in ("node-0-exec", "node-1"):
+        set_fates(federation, member)
+    with federation:
         wait_online(federation)
         yield federation
+
+
+def set_fates(federation: LocalCluster, member: str, *fates: str) -> None:
+    """What happens to the next messages of a member; see hooks/sitecustomize.py."""
+    home = federation.folder / "homes" / member
+    home.mkdir(parents=True, exist_ok=True)
+    (home / "fates.json").write_text(json.dumps(fates))
 
 
 def settings_of(federation: LocalCluster, folder: Path, **more: object) -> Settings:
@@ -311,3 +326,32 @@ def test_a_full_disk_ends_the_run_in_one_line_and_it_goes_on_later(federation: L
     assert rows(tmp_path / "run")[: len(reported)] == reported
     kill_server_app(federation)
     background.end()
+
+
+def test_rounds_do_not_wait_for_replies_that_will_not_come(federation: LocalCluster, tmp_path: Path) -> None:
+    """The apps of one client end in the middle of rounds 1 to 3, and the SuperNode of another one hangs in round 4.
+
+    Flower's own SuperNode would be silent from round 1 on, and Flower's SuperLink would let round 4 wait for the reply.
+    """
+    set_faults(federation.folder, {})
+    greeting, seconds = "", 300
+    set_fates(
+        federation, "node-0-exec",
+        greeting, "PullMessages signal 9", "PushObject signal 9", "ConfirmMessageReceived signal 15",
+    )  # fmt: skip
+    set_fates(federation, "node-1", greeting, "", "", "", f"PushObject sleep {seconds}")
+    settings = settings_of(
+        federation, tmp_path / "run", rounds=4, schedule="proxy", min_clients=2, straggler_factor=1.5
+    )
+    run = run_on(federation, settings.to_config())
+    assert run.completed, run.log
+    _, *rounds = rows(tmp_path / "run")
+    assert [row["clients"] for row in rounds] == [2, 2, 2, 2]
+    [first, second, third, fourth] = [failure for row in rounds for failure in row["failures"]]
+    lost = "the client's app ended without a reply"
+    for failure, ending in ((first, "ended by signal 9"), (second, "ended by signal 9"), (third, "")):
+        assert failure["client"] == "0"
+        assert f"{lost}: {ending}" in failure["reason"]
+    assert fourth["client"] == "1"
+    assert "no reply within" in fourth["reason"]
+    assert max(row["seconds"] for row in rounds) < seconds

@@ -65,7 +65,8 @@ class ComposeDeployment:
     ) -> None:
         self.folder, self._project, self._services = folder / "clone", project, tuple(services)
         self._clients: list[Path] = []
-        self.environment = os.environ | {"TORCH_INDEX": f"http://127.0.0.1:{_INDEX_PORT}/", "TOFU_LISTEN": listen}
+        index = {"TORCH_INDEX": f"http://127.0.0.1:{_INDEX_PORT}/"}
+        self.environment = {**index, **os.environ, "TOFU_LISTEN": listen}
         self._options = ["--progress", "quiet", "-p", project, "-f", "deploy/compose.yaml", "-f", "override.yaml"]
 
     def __enter__(self) -> Self:

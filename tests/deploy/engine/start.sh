@@ -5,7 +5,8 @@
 #
 # FOLDER keeps the engine's data between runs (10 GB) and has its socket, FOLDER/docker.sock, and its number, FOLDER/dockerd.pid.
 # DOCKER_HOST=... uses an engine that runs. Images that the engine lacks are built from Debian's packages and pip's (*.Dockerfile
-# beside this file): `docker compose pull` before this script takes the real ones.
+# beside this file): `docker compose pull` before this script takes the real ones. DEBIAN=trixie makes them with Python 3.13; the
+# folder is then one of its own. For that Python, PyPI has torch for CUDA only: set TORCH_INDEX to nothing in the tests.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd) repository=$(cd "$(dirname "$0")/../../.." && pwd)
 mkdir -p "$1" && folder=$(cd "$1" && pwd)
@@ -46,7 +47,8 @@ has() { docker image inspect "$1" >/dev/null 2>&1; }
 build() { docker build -q --network host "$@" >/dev/null 2>"$folder/build.log"; }
 make_debian() {  # the root of all stand-ins
     has standin/debian && return
-    [ -f "$folder/debian.tar" ] || mmdebstrap --quiet --variant=minbase --include=ca-certificates,nginx-light,python3-venv,wget bookworm "$folder/debian.tar"
+    [ -f "$folder/debian.tar" ] || mmdebstrap --quiet --variant=minbase --include=ca-certificates,nginx-light,python3-venv,wget \
+        "${DEBIAN:-bookworm}" "$folder/debian.tar"
     docker import "$folder/debian.tar" standin/debian-root >/dev/null
     mkdir -p "$folder/root" && cp /etc/ssl/certs/ca-certificates.crt "$folder/root/"
     printf 'FROM standin/debian-root\nCOPY ca-certificates.crt /etc/ssl/certs/\n' | build -t standin/debian -f - "$folder/root"
