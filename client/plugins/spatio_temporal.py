@@ -77,6 +77,7 @@ class SpatioTemporalPruning(Plugin):
     last_steps: int = option(1, "time steps in the end", ge=1, le=1000)
     reduce_after: int = option(0, "last round with all time steps; 0: half of the rounds", ge=0, le=100_000)
     reduce_until: int = option(0, "first round with the last time steps; 0: seven eighths of the rounds", ge=0, le=100_000)  # noqa: E501
+    one_step_threshold: float = option(1.0, "factor of the thresholds at one time step; it falls with the steps, from 1 at the first number of them", gt=0, le=1)  # noqa: E501
     bits: int = option(0, "bits of the weights in forward passes; 0: float32", ge=0, le=16)
     quantize_after: int = option(0, "last round with float weights; 0: that before reduce-until", ge=0, le=100_000)
     # fmt: on
@@ -100,6 +101,14 @@ class SpatioTemporalPruning(Plugin):
         first, last = self.reduce_after or rounds // 2, self._reduced_in(rounds)
         done = min(1.0, max(0.0, (round_ - first) / max(1, last - first)))
         return self.steps - round(done * (self.steps - self.last_steps))
+
+    def threshold_factor(self, steps: int) -> float:
+        """Factor of the thresholds at a number of time steps.
+
+        A neuron that has fewer steps to integrate its currents in fires only where a single current is large. With a
+        lower threshold more of its neurons fire, and the surrogate gradient reaches smaller currents.
+        """
+        return 1 - (1 - self.one_step_threshold) * (self.steps - steps) / max(1, self.steps - 1)
 
     def quantizes(self, round_: int, rounds: int) -> bool:
         """Whether a round's weights are quantized."""
@@ -129,6 +138,7 @@ class SpatioTemporalPruning(Plugin):
     def on_round_begin(self, model: nn.Module, context: RoundContext) -> None:
         if isinstance(model, SpikingNetwork):
             model.steps = self.steps_in(context.round, context.rounds)
+            model.threshold_factor = self.threshold_factor(model.steps)
 
     def _check(self, context: RoundContext, chain: Mapping[str, Carrier]) -> None:
         rounds = context.rounds

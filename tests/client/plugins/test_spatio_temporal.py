@@ -30,7 +30,7 @@ from tests.client.plugins.apps import forgetful_app
 from tofu.data import ImageShape, LabeledImages, open_data, to_float
 from tofu.errors import PayloadError, SettingError
 from tofu.models import build_model
-from tofu.models.spiking import record_activity, spiking_vgg
+from tofu.models.spiking import neurons_of, record_activity, spiking_vgg
 from tofu.observers.base import Observer
 from tofu.plugins import Plugins, RoundContext, make_plugins
 from tofu.reporting.folder import read_model
@@ -165,6 +165,16 @@ def test_the_network_has_the_rounds_steps_and_bits() -> None:
         levels = len(model.get_submodule("conv2").weight.detach().unique())  # type: ignore[arg-type]
         assert (levels <= 31) is coarse
         assert plugins[0].quantizes(round_, 8) is coarse  # type: ignore[attr-defined]
+
+
+def test_thresholds_fall_with_the_steps() -> None:
+    plugin = SpatioTemporalPruning(steps=5, one_step_threshold=0.6)
+    assert [round(plugin.threshold_factor(steps), 3) for steps in (5, 4, 3, 2, 1)] == [1.0, 0.9, 0.8, 0.7, 0.6]
+    assert SpatioTemporalPruning(steps=1, one_step_threshold=0.6).threshold_factor(1) == 1.0
+    options = "spatio-temporal.one-step-threshold=0.6 spatio-temporal.spatial=false"
+    for round_, factor in ((1, 1.0), (5, 0.9), (8, 0.6)):
+        model, _ = set_up(options, round_=round_)
+        assert {round(layer.threshold_factor, 3) for layer in neurons_of(model).values()} == {factor}
 
 
 # One client and the server

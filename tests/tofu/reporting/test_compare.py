@@ -251,7 +251,7 @@ def test_targets_take_the_cheapest_cell_that_ends_there() -> None:
     assert [target["points_below_fedavg"] for target in made["targets"]] == [0.5, 1, 2, 5]
     assert [target["accuracy"] for target in made["targets"]] == pytest.approx([0.955, 0.95, 0.94, 0.91])
     found = [
-        {name: best and (best["ratio"], best["uplink_bytes"]) for name, best in target["least"].items()}
+        {name: best and (best["ratio"], best["uplink_bytes"]) for name, best in target["smallest_uplink"].items()}
         for target in made["targets"]
     ]
     fedavg, low, high = (None, 1_000_001), (20.0, 60_001), (60.0, 25_001)
@@ -267,7 +267,7 @@ def test_targets_take_the_cheapest_cell_that_ends_there() -> None:
 @pytest.mark.usefixtures("fake")
 def test_ending_exactly_at_a_target_reaches_it() -> None:
     made = results(comparison("proxy", seeds=1), {(FEDAVG, 1.0): (0.95,), ("proxy", 20.0): (0.94,)})
-    assert [target["least"]["proxy"] is not None for target in made["targets"]] == [False, True, True, True]
+    assert [target["smallest_uplink"]["proxy"] is not None for target in made["targets"]] == [False, True, True, True]
 
 
 @pytest.mark.usefixtures("fake")
@@ -282,7 +282,7 @@ def test_a_cell_with_a_failed_seed_says_so_and_reaches_nothing() -> None:
     found = document(made, rows, {}, runs_left=0)
     assert found["cells"][1]["seeds"] == [0]
     assert found["cells"][1]["failed"] == [{"seed": 1, "reason": "loss is not finite"}]
-    assert all(target["least"]["proxy"] is None for target in found["targets"])
+    assert all(target["smallest_uplink"]["proxy"] is None for target in found["targets"])
     table = cell_table(found).rows
     assert table[1][2] == "95.00 (1 of 2 seeds)"
     assert table[2][2] == "failed"

@@ -73,6 +73,9 @@ class LeakyIntegrateFire(OverTime):
         threshold: positive.
         leak: fraction of a potential that is left after a step, 0 to 1.
 
+    Attributes:
+        threshold_factor: positive; multiplies the threshold. It may be changed at any time, as the number of steps may.
+
     Example:
         >>> import torch
         >>> layer = LeakyIntegrateFire(leak=1.0)
@@ -85,13 +88,18 @@ class LeakyIntegrateFire(OverTime):
 
     def __init__(self, threshold: float = 1.0, leak: float = LEAK) -> None:
         super().__init__()
-        self.leak = leak
+        self.leak, self.threshold_factor = leak, 1.0
         self.register_buffer("threshold", torch.tensor(threshold), persistent=False)
+
+    @property
+    def firing_threshold(self) -> Tensor:
+        """The threshold times its factor: a neuron fires where its potential is larger."""
+        return self.threshold * self.threshold_factor
 
     def forward(self, current: Tensor) -> Tensor:
         if not self.spiking:
             return F.relu(current)
-        return integrate_and_fire(split_time(current, self.steps), self.threshold, self.leak).flatten(0, 1)
+        return integrate_and_fire(split_time(current, self.steps), self.firing_threshold, self.leak).flatten(0, 1)
 
 
 def neurons_of(model: nn.Module) -> dict[str, LeakyIntegrateFire]:
@@ -103,7 +111,7 @@ def _firing_rate(beta: float) -> Callable[[LeakyIntegrateFire, Tensor], Tensor]:
     """The surrogate of a neuron. Unlike a rate it is not bounded by 1: proxies then explain more of an update."""
 
     def forward(layer: LeakyIntegrateFire, current: Tensor) -> Tensor:
-        return smooth_relu(current / layer.threshold if layer.spiking else current, beta)
+        return smooth_relu(current / layer.firing_threshold if layer.spiking else current, beta)
 
     return forward
 

@@ -72,6 +72,16 @@ class SpikingNetwork(nn.Sequential):
         for module in self._over_time():
             module.spiking = spiking
 
+    @property
+    def threshold_factor(self) -> float:
+        """Factor of all neurons' thresholds, 1 by default; positive."""
+        return next(iter(neurons_of(self).values())).threshold_factor
+
+    @threshold_factor.setter
+    def threshold_factor(self, factor: float) -> None:
+        for layer in neurons_of(self).values():
+            layer.threshold_factor = factor
+
     def _over_time(self) -> list[OverTime]:
         return [module for module in self.modules() if isinstance(module, OverTime)]
 

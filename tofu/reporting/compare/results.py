@@ -161,7 +161,7 @@ def _targets(cells: Sequence[Row]) -> list[Row]:
                 smallest[cell["compressor"]] = {
                     "ratio": ratio, "uplink_bytes": uplink, "final_accuracy": cell["final_accuracy"]["mean"],
                 }  # fmt: skip
-        targets.append({"points_below_fedavg": points, "accuracy": accuracy, "least": smallest})
+        targets.append({"points_below_fedavg": points, "accuracy": accuracy, "smallest_uplink": smallest})
     return targets
 
 

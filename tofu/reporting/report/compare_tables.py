@@ -74,8 +74,9 @@ def target_table(document: Mapping[str, Any]) -> Table | None:
     if not targets:
         return None
     header = ("to end at or above", *(_target(target) for target in targets))
-    names = targets[0]["least"]
-    rows = tuple((method_name(name), *(_smallest(target["least"][name]) for target in targets)) for name in names)
+    names = targets[0]["smallest_uplink"]
+    uplinks = [target["smallest_uplink"] for target in targets]
+    rows = tuple((method_name(name), *(_smallest(smallest[name]) for smallest in uplinks)) for name in names)
     return Table(header, rows)
 
 

@@ -16,7 +16,7 @@ from tofu.codec.options import CompressorOptions, ProxySettings
 from tofu.codec.surrogate import Surrogate, smooth_relu
 from tofu.data import ImageShape, LabeledImages
 from tofu.models import build_model
-from tofu.models.spiking import POOL, LeakyIntegrateFire, SpikingNetwork, record_activity, spiking_vgg
+from tofu.models.spiking import POOL, LeakyIntegrateFire, SpikingNetwork, neurons_of, record_activity, spiking_vgg
 from tofu.reference_model import ReferenceModel
 from tofu.settings import Settings
 from tofu.training import LocalTrainingConfig, train_locally
@@ -175,3 +175,18 @@ def test_thresholds_are_constants_of_the_architecture() -> None:
     other.lif2.threshold.fill_(1.25)  # type: ignore[operator,union-attr]
     assert architecture_of(model) != architecture_of(other)
     assert float(copy.deepcopy(other).lif2.threshold) == 1.25  # type: ignore[arg-type]
+
+
+def test_a_factor_of_the_thresholds_has_the_effect_of_other_thresholds() -> None:
+    """On spikes, and on the rates that the codec differentiates."""
+    lower, factor = network(), network()
+    factor.threshold_factor = 0.5
+    assert factor.threshold_factor == 0.5
+    for layer in neurons_of(lower).values():
+        layer.threshold.mul_(0.5)
+    assert not torch.equal(lower(images()), network()(images()))
+    assert torch.equal(lower(images()), factor(images()))
+    with Surrogate(surrogate_beta=10.0):
+        rates = lower(images())
+    with Surrogate(surrogate_beta=10.0):
+        assert torch.equal(rates, factor(images()))
