@@ -42,7 +42,7 @@ def extend_tokens(module: ModuleType, state: type) -> None:
 
     for name, most in (
         ("claim_task", math.inf),
-        ("activate_task", math.inf),
+        ("activate_task", _LONGEST_HEARTBEAT),
         ("acknowledge_task_heartbeat", _LONGEST_HEARTBEAT),
     ):
         setattr(state, name, extended(getattr(state, name), most))

@@ -80,13 +80,13 @@ def test_an_app_that_starts_slowly_keeps_its_token_on_a_busy_machine(
         state = SqlLinkState(":memory:", federations, objects)
         state.initialize()
 
-    def claimed_for(seconds: float, *, running: bool = False) -> bool:
-        """Whether the token of a task is valid this long after the claim, or after its heartbeat."""
+    def claimed_for(seconds: float, *, running: bool = False, heartbeat: bool = True) -> bool:
+        """Whether the token of a task is valid this long after the claim, the app's start, or its heartbeat."""
         task = state.create_task("flwr-serverapp", 1)
         token = state.claim_task(task)
         if running:
             assert state.activate_task(task)
-            assert state.acknowledge_task_heartbeat(task)
+            assert not heartbeat or state.acknowledge_task_heartbeat(task)
         clock[0] += datetime.timedelta(seconds=seconds)
         return state.get_task_by_token(token) is not None
 
@@ -95,4 +95,6 @@ def test_an_app_that_starts_slowly_keeps_its_token_on_a_busy_machine(
     factor[0] = 20.0
     assert (claimed_for(599), claimed_for(601)) == (True, False)
     # Not longer, or a crash is noticed late.
-    assert (claimed_for(239, running=True), claimed_for(241, running=True)) == (True, False)
+    for heartbeat in (False, True):
+        assert claimed_for(239, running=True, heartbeat=heartbeat)
+        assert not claimed_for(241, running=True, heartbeat=heartbeat)
