@@ -58,7 +58,7 @@ def hello(message: Message, context: Context, workload: Workload | None = None) 
     with _answering("hello", message, context) as answer:
         settings = _settings(context)
         policy = Policy.of(context)
-        policy.check_noise(settings.privacy.noise_multiplier)
+        policy.check_noise(settings.privacy.client_multiplier)
         data = client_data(settings, context, workload)
         private = bool(settings.privacy.noise_multiplier)
         name = client_name(context)

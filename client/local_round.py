@@ -148,7 +148,7 @@ def train_round(
         TofuError: the client does not take part, the weights or the data are not usable, or training diverged.
     """
     policy = Policy.of(context)
-    policy.check_round(request.kind, settings.privacy.noise_multiplier)
+    policy.check_round(request.kind, settings.privacy.client_multiplier)
     if request.kind == "secure":
         policy.check_identity(identified="identity" in context.node_config)
     policy.check_shape(request.shape)
@@ -341,7 +341,7 @@ class LocalRound:
         """The reply of an open round: the compressed update and its metrics."""
         request, settings, reference = self.request, self.settings, self.reference
         exported = trained.exported
-        if settings.privacy.noise_multiplier:
+        if settings.privacy.client_multiplier:
             noise = Noise.alone(settings.privacy, clip_norm(settings, self.plugins))
             outgoing = AddNoise(noise, self._report(outgoing)).apply(outgoing)
             exported = Export({**exported.sums, **outgoing.sums}, exported.metrics)

@@ -190,7 +190,7 @@ class _Run:
         with closing(RunFolder(self._settings)) as folder:
             missing = self._register(folder)
             self._announce(folder)
-            self._runner.on_spend = lambda account: folder.write_account(account.to_dict())
+            self._runner.on_spend = folder.write_account
             try:
                 return self._run(folder, missing)
             except OSError as error:
@@ -365,4 +365,4 @@ class _Run:
     def _restore_account(self, folder: RunFolder) -> None:
         """Restore the privacy account, which includes rounds that did not finish but may have released updates."""
         if self._runner.account is not None and (written := folder.read_account()) is not None:
-            self._runner.account = Accountant.from_dict(written)
+            self._runner.restore_spent(written)

@@ -14,6 +14,7 @@ from server.checkpoint import Snapshot
 from server.client_registry import Client
 from server.global_model import GlobalModel
 from server.ledger import Ledger
+from server.server_noise import ServerNoise
 from tofu.errors import PayloadError, RunError
 from tofu.flower.internals import LOST
 from tofu.flower.transport import Transport, body_of, error_reason, make_message, never
@@ -284,17 +285,21 @@ class OpenCollector:
 
     Attributes:
         recorder: saves the messages of some clients; None saves none.
+        noise: that the server adds; None if it adds none.
     """
 
     def __init__(self, exchange: TrainExchange, plugins: Plugins, settings: ServerSettings, observer: Observer) -> None:
         self._exchange, self._plugins, self._settings, self._observer = exchange, plugins, settings, observer
+        self.noise: ServerNoise | None = None
         self.recorder: Recorder | None = None
 
     def collect(self, model: GlobalModel, clients: list[Client], state: RoundState) -> Collected:
         """See `Collector.collect`."""
         rule = aggregators.get(self._settings.aggregator)
         collected = Collected()
-        mean = rule(model.reference.param_spec, self._settings.malicious_fraction)
+        mean: Aggregator = rule(model.reference.param_spec, self._settings.malicious_fraction)
+        if self.noise is not None:
+            mean = self.noise.begin_mean()
         self._cap = example_cap([client.examples for client in clients], self._settings.max_example_ratio)
         self._norms: dict[str, float] = {}
         exports: dict[str, Export] = {}
@@ -318,7 +323,8 @@ class OpenCollector:
             raise RunError(f"round {state.round}: no valid reply from {len(clients)} clients ({reasons})")
         collected.replies.sort(key=lambda pair: clients.index(pair[0]))
         collected.update, collected.examples = mean.mean(), mean.examples
-        self._warn_of_large(state.round)
+        if self.noise is None:  # otherwise this is more than the noised mean tells
+            self._warn_of_large(state.round)
         ordered = [exports[client.name] for client, _ in collected.replies]
         for name in self._plugins.declare_sums(model.reference.model):
             collected.sums[name] = sum((export.sums[name] for export in ordered[1:]), start=ordered[0].sums[name])

@@ -62,8 +62,8 @@ def round_record(
         downlink_bytes=ledger.downlink - before[1],
         fedavg_uplink_bytes=ledger.fedavg_uplink - before[2],
         seconds=seconds,
-        epsilon=private.epsilon if private else None,
-        model_epsilon=private.model_epsilon if private and runner.settings.privacy.secret_sampling else None,
+        epsilon=runner.epsilons[0],
+        model_epsilon=runner.epsilons[1],
         clip_norm=result.clip_norm if private and runner.settings.privacy.clip_quantile else None,
         by_client=_by_client(result, compressed=compressed, private=private is not None),
         plugins=result.plugin_metrics(),
@@ -146,10 +146,8 @@ def run_summary(runner: RoundRunner, ledger: Ledger, *, stopped: str, folder: st
         weights_sha256=weights_sha256(runner.weights),
         mean_accuracy=transfer[0] if transfer else None,
         backward_transfer=transfer[1] if transfer else None,
-        epsilon=runner.account.epsilon if runner.account else None,
-        model_epsilon=runner.account.model_epsilon
-        if runner.account and runner.settings.privacy.secret_sampling
-        else None,
+        epsilon=runner.epsilons[0],
+        model_epsilon=runner.epsilons[1],
         delta=runner.settings.privacy.privacy_delta if runner.account else None,
         stopped=stopped,
         unreadable=runner.unreadable,
@@ -226,6 +224,8 @@ def spent_budget(runner: RoundRunner, round_: int) -> str:
     """Why differential privacy does not allow another round, or ""."""
     privacy, account = runner.settings.privacy, runner.account
     if account is None or not privacy.max_epsilon or account.allows(privacy.noise_multiplier, privacy.max_epsilon):
+        return ""
+    if runner.noise is not None and not runner.noise.participation.may_return:
         return ""
     spent = f"{account.epsilon:.4g}" if math.isfinite(account.epsilon) else "unbounded"
     return f"the privacy budget does not allow round {round_}: epsilon is {spent}, max-epsilon {privacy.max_epsilon:g}"

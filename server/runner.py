@@ -7,7 +7,7 @@ before it aggregates any, and hides which node failed.
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from random import SystemRandom
 
@@ -21,6 +21,7 @@ from server.global_model import GlobalModel
 from server.ledger import Ledger
 from server.secure_ranges import known_identities
 from server.secure_round import SecureCollector
+from server.server_noise import ServerNoise
 from server.stragglers import Stragglers
 from tofu.evaluation import Evaluation
 from tofu.flower.transport import Transport
@@ -29,6 +30,7 @@ from tofu.observers.base import Observer
 from tofu.plugins import MAX_STATE_BYTES
 from tofu.privacy import Accountant
 from tofu.privacy.adaptive import clip_norm, plugins_of
+from tofu.privacy.correlated import Participation
 from tofu.recording import Recorder
 from tofu.reference_model import ReferenceModel
 from tofu.reporting.folder import RunFolder
@@ -112,7 +114,8 @@ class RoundRunner:
     Attributes:
         models: the global model of each client group; one unless a plugin has more groups.
         accuracies: after each round, starting with the one before the first.
-        on_spend: called with the privacy account, which includes the round, before its clients are asked.
+        noise: that the server adds, with server-noise; None in other runs.
+        on_spend: called with `spent`, which includes the round, before its clients are asked.
         task_accuracies, group_accuracies: the same by task and by group (empty with one group).
     """
 
@@ -154,7 +157,10 @@ class RoundRunner:
             built = run_model(settings, reference.shape)
             self.models.append(GlobalModel(built.eval(), reference.shape, settings, self.plugins, group))
         self.account = Accountant(settings.privacy.privacy_delta) if settings.privacy.noise_multiplier else None
-        self.on_spend: Callable[[Accountant], None] = lambda account: None
+        self.noise = self._open.noise = None
+        if settings.privacy.server_noise != "none":
+            self.noise = self._open.noise = ServerNoise(settings.privacy, reference.param_spec)
+        self.on_spend: Callable[[Mapping[str, object]], None] = lambda spent: None
         self.accuracies: list[float] = []
         self.task_accuracies: list[list[float]] = []
         self.group_accuracies: list[list[float]] = []
@@ -231,12 +237,7 @@ class RoundRunner:
         for model in self.models:  # also of groups without a client in this round: steps are counted by rounds
             model.downlink.begin(round_, whole=kind == "fedavg")
         result.step_explained_variance = self.models[0].downlink.explained_variance
-        if self.account is not None:  # before clients are asked: what they send is spent, even if this process dies
-            available = [len(self._members(connected, group)) for group in range(len(self.models))]
-            secret = settings.privacy.secret_sampling
-            drawn = largest_fraction([len(clients) for clients in sampled], available) if secret else ()
-            self.account.spend(settings.privacy.noise_multiplier, kind, *drawn)
-            self.on_spend(self.account)
+        self._spend(kind, connected, sampled)
         try:
             for model, clients in zip(self.models, sampled, strict=True):
                 if clients:
@@ -259,6 +260,41 @@ class RoundRunner:
                 after = model.reference.param_spec.parameter_count
                 self._observer.on_note(f"round {round_}: plugins change the model from {before} to {after} parameters")
         return result
+
+    def _spend(self, kind: str, connected: list[Client], sampled: list[list[Client]]) -> None:
+        """Account for a round before its clients are asked: what they send is spent, even if this process dies."""
+        if self.account is None:
+            return
+        privacy = self.settings.privacy
+        available = [len(self._members(connected, group)) for group in range(len(self.models))]
+        drawn = largest_fraction([len(clients) for clients in sampled], available) if privacy.secret_sampling else ()
+        if self.noise is None or self.noise.participation.may_return:
+            self.account.spend(privacy.noise_multiplier, kind, *drawn)
+        if self.noise is not None:
+            self.noise.participation.begin(client.name for clients in sampled for client in clients)
+        self.on_spend(self.spent)
+
+    @property
+    def spent(self) -> dict[str, object]:
+        """The privacy account as plain JSON values; empty without differential privacy."""
+        account = self.account.to_dict() if self.account is not None else {}
+        return account | ({} if self.noise is None else {"participation": self.noise.participation.to_dict()})
+
+    def restore_spent(self, spent: object) -> None:
+        """Restore what `spent` was. Raises RunError if it is malformed."""
+        self.account = Accountant.from_dict(spent)
+        if self.noise is not None:
+            kept = spent.get("participation") if isinstance(spent, dict) else None
+            self.noise.participation = Participation.from_dict(self.noise.participation.separation, kept)
+
+    @property
+    def epsilons(self) -> tuple[float | None, float | None]:
+        """Epsilon so far against the server, and against those who see the models if that differs, else None."""
+        if self.account is None:
+            return None, None
+        if self.noise is not None:
+            return math.inf, self.account.epsilon
+        return self.account.epsilon, self.account.model_epsilon if self.settings.privacy.secret_sampling else None
 
     def _state(self, round_: int, kind: str, shown: str) -> RoundState:
         now = time.monotonic()
@@ -307,6 +343,8 @@ class RoundRunner:
             own = self._members(clients, group)
             count = max(minimum, round(settings.server.client_fraction * len(own)))
             count = math.ceil(count * settings.server.over_sampling - 1e-9)
+            if self.noise is not None:
+                own = self.noise.eligible(own, minimum)
             if count < len(own) and settings.privacy.secret_sampling:
                 own = [own[row] for row in sorted(SystemRandom().sample(range(len(own)), count))]
             elif count < len(own):
@@ -328,7 +366,7 @@ class RoundRunner:
         snapshot.plain |= {
             "round": self.round, "accuracies": self.accuracies, "task_accuracies": self.task_accuracies,
             "group_accuracies": self.group_accuracies, "clients": self.clients.state(),
-            "ledger": self._ledger.totals(), "privacy": self.account.to_dict() if self.account else None,
+            "ledger": self._ledger.totals(), "privacy": self.spent,
         }  # fmt: skip
 
     def restore(self, snapshot: Snapshot, *, clients_kept: bool) -> None:
@@ -339,7 +377,7 @@ class RoundRunner:
         """
         plain, self.round = snapshot.plain, int(snapshot.plain["round"])
         if self.account is not None:
-            self.account = Accountant.from_dict(plain["privacy"])
+            self.restore_spent(plain["privacy"])
         self.plugins.load(broadcast=snapshot.blobs["plugins"], max_bytes=MAX_STATE_BYTES)
         for model in self.models:
             part = snapshot.part(f"group {model.group}")

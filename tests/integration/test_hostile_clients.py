@@ -1,6 +1,9 @@
 """One registered client that lies: it may fail by itself, but it may not end the run or take over the model."""
 
 import dataclasses
+import itertools
+import json
+import math
 import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -109,6 +112,23 @@ def test_a_client_that_claims_many_examples_counts_at_most_ten_times_the_median(
     assert example_cap([100, 120, 80, 10**8], 0.0) == 10**8
 
 
+@pytest.mark.parametrize(("noise", "named"), [("none", ["3"]), ("independent", [])])
+def test_a_client_whose_update_stands_out_is_named_unless_only_the_noised_mean_may_be_known(
+    noise: str, named: list[str], tmp_path: Path
+) -> None:
+    notes: list[str] = []
+
+    class Notes(Observer):
+        def on_note(self, text: str, **fields: Any) -> None:
+            notes.append(text)
+
+    own: dict[str, Any] = {"rounds": 1, "norm": "none", "run_folder": str(tmp_path / "run")}
+    private = {"server_noise": noise, "noise_multiplier": 1.0} if noise != "none" else {}
+    serve_in_process(app_with(scaled(-30.0)), Settings.of(TINY | own | private), Notes())
+    found = [note for note in notes if "times as long" in note]
+    assert [note.split("client ")[1].split()[0] for note in found] == named
+
+
 def test_a_sign_flip_ruins_the_mean_and_not_the_robust_rules(tmp_path: Path) -> None:
     attack = app_with(scaled(-30.0))
     chosen: dict[str, Any] = {"malicious_fraction": 0.25, "partition": "iid"}
@@ -136,6 +156,30 @@ def test_a_round_that_a_crash_interrupted_counts_in_the_privacy_account(tmp_path
     three = read_rounds(whole / "metrics.jsonl")[-1].epsilon
     assert three is not None
     assert three < account.epsilon
+
+
+def test_a_round_of_server_noise_that_a_crash_interrupted_counts_as_one_of_its_clients(tmp_path: Path) -> None:
+    private = TINY | {
+        "noise_multiplier": 4.0, "rounds": 5, "norm": "none", "checkpoint": True, "server_noise": "correlated",
+        "min_separation": 2, "client_fraction": 0.5,
+    }  # fmt: skip
+    folder = tmp_path / "killed"
+    for observer, own in ((DieInRound(2), {"run_folder": str(folder)}), (DieInRound(2), {"resume": str(folder)})):
+        with pytest.raises(Killed):
+            serve_in_process(honest.app, Settings.of(private | own), observer)
+        before = json.loads((folder / "privacy.json").read_text())["participation"]
+    assert (before["rows"], sorted(before["last"].values())) == (3, [3, 3])
+    serve_in_process(honest.app, Settings.of(private | {"resume": str(folder)}), Observer())
+    rounds = read_rounds(folder / "metrics.jsonl")
+    asked = [{client.client for client in record.by_client} for record in rounds[1:]]
+    assert not asked[1] & before["last"].keys()  # round 2 was row 4, after the two rows that were lost
+    assert all(not early & late for early, late in itertools.pairwise(asked))
+    account = Accountant(1e-5)
+    for _ in range(4):  # rows 1, 3, 5 and 7 of 7
+        account.spend(4.0, "fedavg")
+    assert rounds[-1].epsilon == math.inf
+    assert rounds[-1].model_epsilon == account.epsilon
+    assert json.loads((folder / "privacy.json").read_text())["participation"]["rows"] == 7
 
 
 @pytest.mark.parametrize("kind", ["fedavg", "proxy"])

@@ -87,6 +87,8 @@ OTHERS |= {
     "feature-columns": "",
     "client-test-fraction": 0.0,
     "aggregator": "mean",
+    "server-noise": "none",
+    "min-separation": 1,
     "max-update-norm": 0.0,
     "text-column": "",
     "task-count": 2,
@@ -154,6 +156,8 @@ def test_others_differ_from_every_default() -> None:
     assert same == {(name, "") for name in ("plugins", "plugin-options", "feature-columns", "text-column")} | {
         ("client-test-fraction", 0.0),
         ("aggregator", "mean"),
+        ("server-noise", "none"),
+        ("min-separation", 1),
         ("max-update-norm", 0.0),
         ("normalization", "-1to1"),
         ("augmentation", ""),
@@ -482,6 +486,7 @@ CONFLICTING = {
     "plugins", "plugin_options", "task_count", "switch_round", "max_epsilon", "min_clients", "clients", "partition",
     "feature_columns", "text_column", "client_test_fraction", "aggregator", "codec_mode",
     "server_optimizer", "record_clients", "tasks", "secret_sampling", "clip_quantile", "max_update_norm",
+    "server_noise", "min_separation",
 }  # fmt: skip
 
 

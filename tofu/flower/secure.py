@@ -57,6 +57,7 @@ class _OpenSum:
     Attributes:
         names: node -> name in the session.
         key: the array record's key.
+        clip_norm: to which clients clip their updates, with noise.
         metrics: client name -> names of its metrics, as JSON that it sent.
     """
 
@@ -68,6 +69,7 @@ class _OpenSum:
     key: str
     base: dict[str, Tensor]
     arrays: ArrayNames
+    clip_norm: float
     metrics: dict[str, object] = field(default_factory=dict)
     masked_bytes: int = 0
 
@@ -160,6 +162,7 @@ class SecureAggregation(StrategyWrapper):
                 record = ConfigRecord({
                     "version": VERSION, "round": server_round, "acknowledged": self.acknowledged.get(node, NEVER),
                     "digest": joint_digest(self._options, self._codec), "weight-key": self._weight_key, "part": part,
+                    "clip-norm": self._ranges.norm,
                 })  # fmt: skip
                 requests.append(with_record(message, RECORD, record))
         if self._options.noise_multiplier:  # also if the round is abandoned, as its sum may be known by then
@@ -231,11 +234,11 @@ class SecureAggregation(StrategyWrapper):
             run_name(transport.run_id), round_, values=encoder.length, bits=config.bits, known=self._known,
             purpose=purpose_of(
                 config, base, content_digest(message.content, self._weight_key),
-                *meaning(round_, options, self._codec),
+                *meaning(round_, options, self._codec, self._ranges.norm),
             ),
         )  # fmt: skip
         shares = exchange.share_keys(session, adverts, options.topology, min_clients=MIN_SECURE)
-        self._open = _OpenSum(session, exchange, encoder, config, names, key, base, arrays)
+        self._open = _OpenSum(session, exchange, encoder, config, names, key, base, arrays, self._ranges.norm)
         return {name: SecurePart(config.to_bytes(), part).to_bytes() for name, part in shares.items()}
 
     def _collect_keys(
@@ -303,6 +306,8 @@ class SecureAggregation(StrategyWrapper):
         })  # fmt: skip
         if self._options.noise_multiplier:
             metrics["tofu-epsilon"] = self._accountant.epsilon
+        if self._options.clip_quantile:
+            metrics["tofu-clip-norm"] = opened.clip_norm
         named = {opened.metrics.get(name) for name in survivors}
         layout = _layout(named.pop(), self._options.metrics) if len(named) == 1 else None
         if layout is None:

@@ -6,6 +6,7 @@ mods only around functions that the app has registered.
 
 import hashlib
 import json
+import struct
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +88,7 @@ class SecureMod(TrainMod):
             raise PayloadError(
                 "this client was sent other arrays, records or ranges than all clients of this sum agreed on"
             )
-        noise = options.noise_in_sum(session.topology, session.members, encoder)
+        noise = options.noise_in_sum(session.topology, session.members, encoder, request.clip_norm)
         check_noise_grid(noise, encoder.levels, request.config.unit_weight, request.config.ranges)
         policy.check_sum_noise(noise, session, participant)
         reply = call_next(message, context)
@@ -100,11 +101,14 @@ class SecureMod(TrainMod):
         acknowledged = request.acknowledged if participant.identity is None else feedback.sent_round
         steps: list[UpdateStep] = [AddResidual(acknowledged, options.error_feedback)]
         if noise:
-            steps.append(Clip(options.clip_norm, spec))
-        seed = derive_bytes(0, request.round, participant.name, "round")
-        steps.append(EncodeInRing(encoder, trained.examples, 0.0, seed, options.metric_sums(trained.values), noise))
-        steps.append(KeepResidual(request.round, options.error_feedback))
+            steps.append(Clip(request.clip_norm, spec))
         outgoing = apply_steps(steps, Outgoing(trained.update, feedback, memory))
+        clip, sums = options.clip(request.clip_norm), options.metric_sums(trained.values)
+        sums |= clip.report(clipped=outgoing.clipped) if clip else {}
+        seed = derive_bytes(0, request.round, participant.name, "round")
+        steps = [EncodeInRing(encoder, trained.examples, 0.0, seed, sums, noise)]
+        steps.append(KeepResidual(request.round, options.error_feedback))
+        outgoing = apply_steps(steps, outgoing)
         assert outgoing.vector is not None
         try:
             masked = mask_once(context, session, participant, request.round, outgoing.vector, request.shares)
@@ -123,6 +127,7 @@ class _SecureRequest:
     round: int
     acknowledged: int
     weight_key: str
+    clip_norm: float
     base: dict[str, Tensor]
     names: ArrayNames
     config: EncodingConfig
@@ -141,8 +146,11 @@ class _SecureRequest:
         if record.get("version") != VERSION or record.get("digest") != joint_digest(options, codec):
             raise PayloadError("tofu.secure and tofu.SecureAggregation have different options: pass the same to both")
         round_, acknowledged, key = record.get("round"), record.get("acknowledged"), record.get("weight-key")
+        norm = record.get("clip-norm")
         if not isinstance(round_, int) or not isinstance(acknowledged, int) or not isinstance(key, str):
             raise PayloadError("the server's record lacks round, acknowledged or weight-key")
+        if not isinstance(norm, float) or not (options.clip_quantile or norm == options.clip_norm):
+            raise PayloadError(f"clip norm is {norm!r:.40}, expected {options.clip_norm:g}")
         part = SecurePart.from_bytes(record.get("part"))
         del message.content[RECORD]
         _, arrays = only_arrays(message.content, "the server's train message")
@@ -150,9 +158,10 @@ class _SecureRequest:
         if config.fraction < 1 or (config.nearest_rounding and options.error_feedback != 1):
             raise PayloadError("encoding config omits or rounds values that this client would not send later")
         names = codec.reference(base) if codec else ArrayNames.of(base)
-        encoder = RingEncoder(names.param_spec, config, options.declared)
-        purpose = purpose_of(config, base, content_digest(message.content, key), *meaning(round_, options, codec))
-        return _SecureRequest(round_, acknowledged, key, base, names, config, part.shares, encoder, purpose)
+        encoder = RingEncoder(names.param_spec, config, options.declared(norm))
+        content = content_digest(message.content, key)
+        purpose = purpose_of(config, base, content, *meaning(round_, options, codec, norm))
+        return _SecureRequest(round_, acknowledged, key, norm, base, names, config, part.shares, encoder, purpose)
 
 
 @dataclass(frozen=True)
@@ -197,10 +206,10 @@ def joint_digest(options: SecureOptions, codec: UpdateCodec | None) -> bytes:
     return options.digest + (codec.digest if codec else b"")
 
 
-def meaning(round_: int, options: SecureOptions, codec: UpdateCodec | None) -> tuple[bytes, ...]:
-    """Round, options, and the code of Tofu and the app: what clients compare besides encoding and message."""
+def meaning(round_: int, options: SecureOptions, codec: UpdateCodec | None, norm: float) -> tuple[bytes, ...]:
+    """Round, clip norm, options, and code of Tofu and the app: what clients compare besides encoding and message."""
     code = code_digest("tofu", *options.packages)
-    return round_.to_bytes(8, "little", signed=True), joint_digest(options, codec), code
+    return struct.pack("<qd", round_, norm), joint_digest(options, codec), code
 
 
 def content_digest(content: RecordDict, weight_key: str) -> bytes:

@@ -13,11 +13,13 @@ from torch import Tensor
 from tofu.errors import SettingError
 from tofu.plugins import SumSpec
 from tofu.privacy import Noise
+from tofu.privacy.adaptive import REPORT, AdaptiveClip
 from tofu.secagg.coordinates import MIN_LEVELS
 from tofu.secagg.encoding import FEW_LEVELS, MAX_RANGE, EncodingConfig, RingEncoder, SecureMean, nearest_range
 from tofu.secagg.fixed_point import HEADROOM, FixedPoint
 from tofu.secagg.graph import Topology, choose_topology
 from tofu.settings.fields import comma_list
+from tofu.settings.groups import PrivacySettings
 from tofu.weights import FINGERPRINT_BYTES, ParamSpec
 
 VERSION = 1
@@ -45,6 +47,8 @@ class SecureOptions:
         metrics: maximum number of metric values of a reply; a list counts by its length.
         noise_multiplier: standard deviation of the noise in the sum, in units of `clip_norm`; 0 adds none.
         clip_norm: with noise, each update is clipped to this L2 norm, and every client counts as one example.
+        clip_quantile, clip_lr, clip_budget: with noise and a quantile above 0, the norm follows it from round to round
+            (`tofu.privacy.adaptive`).
         dropout: fraction of the clients that may drop out of a round.
         collusion: fraction of the clients that may collude with the server.
         app: packages, separated by commas, whose code all clients of a sum and the server must share.
@@ -58,6 +62,9 @@ class SecureOptions:
     metrics: int = 16
     noise_multiplier: float = 0.0
     clip_norm: float = 1.0
+    clip_quantile: float = 0.0
+    clip_lr: float = 0.2
+    clip_budget: float = 0.01
     dropout: float = 0.2
     collusion: float = 0.1
     app: str = ""
@@ -65,10 +72,13 @@ class SecureOptions:
     def __post_init__(self) -> None:
         for field, low, high in (
             ("bits", MIN_LEVELS, 56), ("error_feedback", 0, 1), ("metrics", 0, 1024), ("noise_multiplier", 0, 1e6),
-            ("clip_norm", 1e-9, 1e9), ("dropout", 0, 0.99), ("collusion", 0, 0.99),
+            ("clip_norm", 1e-9, 1e9), ("clip_quantile", 0, 0.99), ("clip_lr", 1e-9, 10), ("clip_budget", 1e-9, 0.5),
+            ("dropout", 0, 0.99), ("collusion", 0, 0.99),
         ):  # fmt: skip
             if not low <= getattr(self, field) <= high:
                 raise SettingError(field, getattr(self, field), f"a number from {low} to {high:g}")
+        if self.clip_quantile and not self.noise_multiplier:
+            raise SettingError("clip_quantile", self.clip_quantile, "0 without noise_multiplier")
         for package in self.packages:
             spec = importlib.util.find_spec(package) if package.isidentifier() else None
             if spec is None or not spec.submodule_search_locations or spec.origin is None:
@@ -85,25 +95,53 @@ class SecureOptions:
         shared = [VERSION, dataclasses.asdict(self)]
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).digest()[:FINGERPRINT_BYTES]
 
-    @property
-    def declared(self) -> dict[str, SumSpec]:
-        """The sums of metrics times examples. The second one holds what rounding took from the first."""
+    def clip(self, norm: float) -> AdaptiveClip | None:
+        """The clip norm of a round, if it follows a quantile."""
+        if not self.clip_quantile:
+            return None
+        clip = AdaptiveClip(self._privacy)
+        clip.broadcast = {"norm": norm}
+        return clip
+
+    def declared(self, norm: float) -> dict[str, SumSpec]:
+        """The sums of metrics times examples, of which the second holds what rounding took from the first.
+
+        With a clip norm that follows a quantile, also the count of clipped clients.
+
+        Args:
+            norm: to which clients clip their updates.
+
+        Raises:
+            PayloadError: the norm is not usable.
+        """
+        clip = self.clip(norm)
         return {
             "coarse": SumSpec((self.metrics,), _METRIC_BOUND),
             "fine": SumSpec((self.metrics,), _METRIC_BOUND / 2**39),
-        }
+        } | (clip.declared if clip else {})
 
     def topology(self, clients: int) -> Topology:
         """The graph of neighbors. Raises SettingError if none allows the dropouts and the collusion."""
         return choose_topology(clients, dropout=self.dropout, corrupted=self.collusion)
 
-    def noise_in_sum(self, topology: Topology, clients: int, encoder: RingEncoder) -> Noise | None:
-        """One client's part of the noise. Raises SettingError if the ring has too few bits for it."""
+    def noise_in_sum(self, topology: Topology, clients: int, encoder: RingEncoder, norm: float) -> Noise | None:
+        """One client's part of the noise for updates clipped to `norm`.
+
+        Raises:
+            SettingError: the ring has too few bits for it.
+        """
         if not self.noise_multiplier:
             return None
         honest = topology.honest(clients, self.collusion)
-        whole = Noise(self.clip_norm, self.noise_multiplier, honest)
+        whole = Noise(self._privacy.joint_norm(norm), self.noise_multiplier, honest)
         return whole.on_ring(levels=encoder.levels, values=encoder.values)
+
+    @property
+    def _privacy(self) -> PrivacySettings:
+        return PrivacySettings(
+            noise_multiplier=self.noise_multiplier, clip_norm=self.clip_norm, clip_quantile=self.clip_quantile,
+            clip_lr=self.clip_lr, clip_budget=self.clip_budget,
+        )  # fmt: skip
 
     def metric_sums(self, values: list[float]) -> dict[str, Tensor]:
         """At most `metrics` values within the bound, as the two sums that `declared` describes."""
@@ -123,10 +161,13 @@ class RangeTracker:
 
     The first ranges are 16 for floating-point arrays (or 8 times the array's largest value) and 65,536 for integers,
     with up to a million examples: so wide that practically nothing is clipped, which takes `FIRST_BITS` bits.
+
+    Attributes:
+        norm: to which clients clip their updates in the next round.
     """
 
     def __init__(self, options: SecureOptions) -> None:
-        self._options = options
+        self._options, self.norm = options, float(options.clip_norm)
         self._ranges: tuple[float, ...] = ()
         self._unit = 1.0
         self._turn = 0
@@ -147,16 +188,20 @@ class RangeTracker:
             bits = bits if options.noise_multiplier else max(bits, FIRST_BITS)
         nearest = bool(self._ranges) and self._nearest(clients)
         if options.noise_multiplier:
-            draft = RingEncoder(spec, EncodingConfig(clients, bits, 1.0, ranges), options.declared)
-            noise = options.noise_in_sum(options.topology(clients), clients, draft)
+            draft = RingEncoder(spec, EncodingConfig(clients, bits, 1.0, ranges), options.declared(self.norm))
+            for octave in range(16 if options.clip_quantile else 1):  # whether a norm fits repeats with its double
+                options.noise_in_sum(options.topology(clients), clients, draft, self.norm * 2 ** (octave / 16))
+            noise = options.noise_in_sum(options.topology(clients), clients, draft, self.norm)
             assert noise is not None
             ranges, unit, nearest = (noise.grid * draft.levels,) * len(ranges), 1.0, False
         config = EncodingConfig(clients, bits, unit, ranges, turn=self._turn, nearest_rounding=nearest)
         config = EncodingConfig.from_bytes(config.to_bytes())  # rounded to float32, as the clients read it
-        return config, RingEncoder(spec, config, options.declared)
+        return config, RingEncoder(spec, config, options.declared(self.norm))
 
     def advance(self, mean: SecureMean, config: EncodingConfig, clients: int) -> None:
-        """Derive the next round's ranges from the sum of `clients` clients."""
+        """Derive the next round's ranges and clip norm from the sum of `clients` clients."""
+        if (clip := self._options.clip(self.norm)) is not None:
+            self.norm = clip.next_norm(mean.sums[REPORT], clients)
         unit = mean.examples / clients
         headroom = _WIDE_HEADROOM if self._options.bits >= _WIDE_BITS else HEADROOM
         if self._nearest(config.clients):

@@ -63,9 +63,14 @@ class AdaptiveClip(Plugin):
         joint = self._privacy.joint_norm(self.norm)
         return 2 * joint * math.sqrt(self._privacy.count_fraction)
 
-    def declare_sums(self, model: torch.nn.Module) -> dict[str, SumSpec]:
+    @property
+    def declared(self) -> dict[str, SumSpec]:
+        """The sum of the clients' reports, by its whole name."""
         noise = self._privacy.noise_multiplier * self._privacy.joint_norm(self.norm)
-        return {"unclipped": SumSpec((1,), self.unit / 2 + _RANGE * noise, noised=True)}
+        return {REPORT: SumSpec((1,), self.unit / 2 + _RANGE * noise, noised=True)}
+
+    def declare_sums(self, model: torch.nn.Module) -> dict[str, SumSpec]:
+        return {"unclipped": self.declared[REPORT]}
 
     def export(self) -> Export:
         """Nothing yet: the report depends on clipping, and gets the noise of the round (`report`)."""
@@ -77,10 +82,14 @@ class AdaptiveClip(Plugin):
 
     def reduce(self, sums: Weights, examples: int, broadcast: PluginState) -> PluginState:
         """The next round's norm; every client counts as one example under differential privacy."""
+        return {"norm": self.next_norm(sums["unclipped"], examples)}
+
+    def next_norm(self, total: Tensor, clients: int) -> float:
+        """The next round's norm, from the total [1] of the reports of this round's clients."""
         privacy = self._privacy
-        unclipped = min(max(float(sums["unclipped"]) / self.unit / examples + 0.5, 0.0), 1.0)
+        unclipped = min(max(float(total) / self.unit / clients + 0.5, 0.0), 1.0)
         norm = self.norm * math.exp(-privacy.clip_lr * (unclipped - privacy.clip_quantile))
-        return {"norm": min(max(norm, _MIN_NORM), _MAX_NORM)}
+        return min(max(norm, _MIN_NORM), _MAX_NORM)
 
 
 def plugins_of(settings: Settings) -> Plugins:

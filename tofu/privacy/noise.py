@@ -168,11 +168,19 @@ class Noise:
         Raises:
             RunError: their norm is above C.
         """
+        stream = Stream(new_seed())
+        rounded = self.rounded(values, stream)
+        return rounded + discrete_gaussian(self.deviation(values.size) / self.grid, values.size, stream)
+
+    def rounded(self, values: Reals, stream: Stream) -> SignedVector:
+        """Values [n] as integer multiples of the grid, with a norm of at most `rounded_norm` and without noise.
+
+        Raises:
+            RunError: their norm is above C.
+        """
         if not float(np.linalg.norm(values)) <= self.norm * (1 + _SLACK / 2):
             raise RunError(f"update has norm {np.linalg.norm(values):g}, expected at most {self.norm:g}: clip it first")
-        stream = Stream(new_seed())
-        drawn = discrete_gaussian(self.deviation(values.size) / self.grid, values.size, stream)
-        return self._rounded(values / self.grid, stream).astype(np.int64) + drawn
+        return self._rounded(values / self.grid, stream).astype(np.int64)
 
     def _rounded(self, relative: Reals, stream: Stream) -> Reals:
         """Stochastic rounding to integers, repeated while the norm exceeds `rounded_norm`."""

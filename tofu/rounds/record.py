@@ -106,7 +106,7 @@ class RoundRecord:
         fedavg_uplink_bytes: uplink of the same replies with float32 updates.
         seconds: wall-clock time of the round.
         epsilon: spent by the end of this round; None without differential privacy, infinite if no bound holds.
-        model_epsilon: epsilon against observers of the models only; None without secret-sampling.
+        model_epsilon: epsilon against observers of the models only; None without secret-sampling or server-noise.
         clip_norm: L2 norm to which clients clipped their updates; None without clip-quantile.
         by_client: one entry per reply of an open round.
         plugins: "plugin/metric" -> mean over clients, weighted by examples.

@@ -183,10 +183,33 @@ class Settings(BaseModel):
             raise SettingError("secret-sampling", True, "false without noise-multiplier")
         if self.privacy.clip_quantile and not self.privacy.noise_multiplier:
             raise SettingError("clip-quantile", self.privacy.clip_quantile, "0 without noise-multiplier")
+        self._check_server_noise(kinds)
         self._check_aggregator(kinds)
         self._check_ef21()
         if "secure" in kinds and data.clients < MIN_SECURE:
             raise SettingError("clients", data.clients, f"at least {MIN_SECURE} for secure rounds")
+
+    def _check_server_noise(self, kinds: tuple[str, ...]) -> None:
+        privacy, server, separation = self.privacy, self.server, self.privacy.min_separation
+        if privacy.server_noise == "none":
+            if separation != 1:
+                raise SettingError("min-separation", separation, "1 without server-noise")
+            return
+        wanted = f"with server-noise={privacy.server_noise}"
+        if not privacy.noise_multiplier >= 0.01:
+            raise SettingError("noise-multiplier", privacy.noise_multiplier, f"at least 0.01 {wanted}")
+        if kinds != ("fedavg",):
+            raise SettingError("schedule", self.rounds.schedule, f"fedavg {wanted}, which is added to exact sums")
+        for name, value, accepted in (
+            ("clip-quantile", privacy.clip_quantile, 0), ("secret-sampling", privacy.secret_sampling, False),
+            ("record-clients", self.run.record_clients, ""), ("over-sampling", server.over_sampling, 1),
+        ):  # fmt: skip
+            if value != accepted:
+                raise SettingError(name, value, f"{accepted!r} {wanted}")
+        asked = max(round(server.client_fraction * self.data.clients), server.min_clients)
+        if asked * separation > self.data.clients:
+            most = f"at most {1 / separation:.3g}, so that each client takes part once in min-separation={separation}"
+            raise SettingError("client-fraction", server.client_fraction, f"{most} rounds")
 
     def _check_aggregator(self, kinds: tuple[str, ...]) -> None:
         name = self.server.aggregator

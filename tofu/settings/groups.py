@@ -320,6 +320,16 @@ class PrivacySettings(Group):
     clip_budget: float = setting(
         0.01, "fraction of the privacy budget for the noised count of clipped clients, with clip-quantile", gt=0, le=0.5
     )
+    server_noise: Literal["none", "independent", "correlated"] = setting(
+        "none",
+        "noise that the server adds to the sum of updates, instead of the clients: epsilon then holds against those who see the models, not against the server",
+    )
+    min_separation: int = setting(
+        1,
+        "with server-noise, a client takes part at most once in so many rounds in succession; correlated noise has as many bands",
+        ge=1,
+        le=1000,
+    )
     privacy_delta: float = setting(
         1e-5, "delta of the (epsilon, delta) guarantee; well below one over the number of clients", gt=0, le=0.1
     )
@@ -328,6 +338,11 @@ class PrivacySettings(Group):
         False,
         "draw each round's clients from the operating system's generator and record model-epsilon, which holds against those who see the models only",
     )
+
+    @property
+    def client_multiplier(self) -> float:
+        """The noise multiplier of the noise that clients add; 0 if the server adds it."""
+        return self.noise_multiplier if self.server_noise == "none" else 0.0
 
     @property
     def count_fraction(self) -> float:

@@ -1,6 +1,7 @@
 """Secure sums of a Flower app: equal to its plain run, and nothing of a single client at the server."""
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -257,23 +258,26 @@ def test_a_client_whose_app_returns_other_arrays_is_left_out() -> None:
     assert result.train_metrics_clientapp[2]["tofu-clients"] == CLIENTS - 1
 
 
-@pytest.mark.parametrize("change", ["arrays", "config"])
+@pytest.mark.parametrize("change", ["arrays", "config", "clip norm"])
 def test_a_client_refuses_other_weights_or_settings_than_all_agreed_on(change: str) -> None:
     """Else a server could make all clients but one send nothing (Pasquini et al., CCS 2022)."""
-    mod, refused = tofu.secure(), list[str]()
+    options: dict[str, Any] = {"noise_multiplier": 1.0, "clip_quantile": 0.5} if change == "clip norm" else {}
+    mod, refused = tofu.secure(**options), list[str]()
 
     def lied_to(message: Message, context: Context, call_next: Any) -> Message:
         if RECORD in message.content and context.node_config["partition-id"] == 0:
             if change == "arrays":
                 state = message.content["arrays"].to_torch_state_dict()
                 message.content["arrays"] = ArrayRecord({name: 0 * value for name, value in state.items()})
-            else:
+            elif change == "config":
                 message.content["config"]["lr"] = 0.0
+            else:
+                message.content[RECORD]["clip-norm"] = 1e-9
         reply: Message = mod(message, context, call_next)
         refused.extend([reply.error.reason or ""] if reply.has_error() else [])
         return reply
 
-    result = federate(tofu.SecureAggregation(strategy_of()), lied_to, rounds=1)
+    result = federate(tofu.SecureAggregation(strategy_of(), **options), lied_to, rounds=1)
     assert refused
     assert all("was sent other arrays, records or ranges" in reason for reason in refused)
     assert result.train_metrics_clientapp[1]["tofu-clients"] == CLIENTS - 1
@@ -348,6 +352,37 @@ def test_noise_is_added_by_the_clients_and_accounted_for() -> None:
     metrics = result.train_metrics_clientapp
     assert 0 < metrics[1]["tofu-epsilon"] < metrics[2]["tofu-epsilon"]
     assert "loss" not in metrics[2]
+
+
+@pytest.mark.parametrize(("clipped", "factor"), [(False, math.exp(-0.1)), (True, math.exp(0.1))])
+def test_the_clip_norm_follows_a_quantile(clipped: bool, factor: float) -> None:
+    """All clients or none are clipped, so the norm moves by 0.2 times a half; epsilon is that without a quantile."""
+
+    def moved(message: Message, context: Context) -> Message:
+        reply = still(message, context)
+        state = message.content["arrays"].to_torch_state_dict()
+        reply.content["arrays"] = ArrayRecord({name: value + clipped for name, value in state.items()})
+        return reply
+
+    options: dict[str, Any] = {"noise_multiplier": 0.02, "clip_norm": 0.5, "clip_quantile": 0.5}
+    strategy = tofu.SecureAggregation(strategy_of(), **options)
+    metrics = federate(strategy, tofu.secure(**options), rounds=3, handler=moved).train_metrics_clientapp
+    norms = [metrics[round_]["tofu-clip-norm"] for round_ in (1, 2, 3)]
+    assert norms == pytest.approx([0.5, 0.5 * factor, 0.5 * factor**2], rel=0.03)
+    assert metrics[2]["tofu-epsilon"] == pytest.approx(epsilon_of(0.02 / 2**0.5, 1e-5))
+
+
+def test_a_fixed_clip_norm_is_not_the_servers_to_choose() -> None:
+    mod = tofu.secure(noise_multiplier=1.0)
+
+    def lied_to(message: Message, context: Context, call_next: Any) -> Message:
+        if RECORD in message.content:
+            message.content[RECORD]["clip-norm"] = 1e9
+        reply: Message = mod(message, context, call_next)
+        return reply
+
+    with pytest.raises(RunError, match=r"clip norm is 1000000000\.0, expected 1"):
+        federate(tofu.SecureAggregation(strategy_of(), noise_multiplier=1.0), lied_to, rounds=1)
 
 
 def test_an_abandoned_round_counts_in_epsilon() -> None:

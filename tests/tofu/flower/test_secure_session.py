@@ -123,7 +123,7 @@ def test_the_code_of_an_app_is_part_of_what_clients_compare(tmp_path: Path, monk
     def compared(text: str, **options: str) -> tuple[bytes, ...]:
         code.write_text(text)
         code_digest.cache_clear()
-        return meaning(1, SecureOptions(**options), None)  # type: ignore[arg-type]
+        return meaning(1, SecureOptions(**options), None, 1.0)  # type: ignore[arg-type]
 
     honest, other = (compared(text, app="compared_app") for text in ("scale = 1", "scale = 1e-30"))
     assert honest != other

@@ -168,6 +168,8 @@ def _facts(run: RunData) -> list[tuple[str, str]]:
         facts.append(("payload ratio", format_factor(max(run.summary.payload_ratio, 0.0))))
     if run.epsilon is not None and run.delta is not None:
         facts.append(("client-level (epsilon, delta)", f"({figures.epsilon_text(run.epsilon)}, {run.delta:g})"))
+    if run.model_epsilon is not None and run.model_epsilon != run.epsilon:
+        facts.append(("epsilon against who sees the models", figures.epsilon_text(run.model_epsilon)))
     if run.summary.mean_accuracy is not None:
         facts.append(("mean accuracy (ACC)", format_fraction(run.summary.mean_accuracy / 100)))
     if run.summary.backward_transfer is not None:

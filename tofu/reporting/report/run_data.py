@@ -87,6 +87,7 @@ class RunData:
     Attributes:
         finished: whether there is a summary; without one, the totals are those of the rounds so far.
         epsilon, delta: of differential privacy; None without it, epsilon is infinite if no bound holds.
+        model_epsilon: epsilon against those who see the models only; `epsilon` if none was recorded.
         panels: plugin name -> panel.
         left_out: who, and the file or row that was left out, with the reason; empty without data.json.
         client_bytes: client -> bytes of its messages, uplink and downlink; empty without a ledger.
@@ -107,6 +108,7 @@ class RunData:
     fedavg_uplink_bytes: int
     seconds: float | None
     epsilon: float | None
+    model_epsilon: float | None
     delta: float | None
 
     @property
@@ -176,6 +178,7 @@ def read_run(run: Path) -> RunData:
         fedavg_uplink_bytes=summary.fedavg_uplink_bytes or sum(row.fedavg_uplink_bytes for row in rounds),
         seconds=_first(summary.seconds, sum(durations) if durations else None),
         epsilon=epsilon,
+        model_epsilon=next((row.model_epsilon for row in rounds[-1:] if row.model_epsilon is not None), epsilon),
         delta=delta,
     )
 

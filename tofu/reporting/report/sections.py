@@ -1,5 +1,7 @@
 """The report's texts on secure rounds and differential privacy: the guarantees and their limits."""
 
+import math
+
 from tofu.formatting import format_fraction
 from tofu.reporting.report.figures import epsilon_text
 from tofu.reporting.report.run_data import RunData
@@ -15,11 +17,11 @@ def privacy_rows(run: RunData) -> list[tuple[str, str, str]]:
     saw = [f"the update of each client in {_rounds(single, 'open')}"] if single else []
     saw += [f"only the sum of the updates in {_rounds(summed, 'secure')}"] if summed else []
     sums = f"Secure aggregation: no single update.{_rests_on(run)}" if summed else ""
-    bound = _bound(run)
+    bound = _bound(run, run.epsilon)
     server = [sums, bound or ("Nothing bounds what the sums reveal." if not single else "")]
     if single and not bound:
         server.append(f"Nothing in the {_rounds(single, 'open')}: tofu attack measures what an update reveals.")
-    model = bound or "Nothing. A model can reveal some of what it was trained on."
+    model = _bound(run, run.model_epsilon) or "Nothing. A model can reveal some of what it was trained on."
     return [
         ("The server", (" and ".join(saw) or "no update").capitalize(), " ".join(filter(None, server))),
         ("The clients", "The global weights of the rounds that they took part in", model),
@@ -28,12 +30,13 @@ def privacy_rows(run: RunData) -> list[tuple[str, str, str]]:
     ]
 
 
-def _bound(run: RunData) -> str:
-    if run.epsilon is None or run.delta is None:
+def _bound(run: RunData, epsilon: float | None) -> str:
+    if epsilon is None or run.delta is None or not math.isfinite(epsilon):
         return ""
+    often = "in all rounds" if run.config.get("server-noise", "none") == "none" else "as often as clients may"
     return (
-        f"Differential privacy of whole clients: epsilon {epsilon_text(run.epsilon)} at delta {run.delta:g}, for a "
-        "client that took part in all rounds."
+        f"Differential privacy of whole clients: epsilon {epsilon_text(epsilon)} at delta {run.delta:g}, for a client "
+        f"that took part {often}."
     )
 
 
