@@ -5,6 +5,7 @@ import time
 from collections.abc import Sized
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from tofu.errors import DataError, PayloadError
 from tofu.flower.policy import Policy, client_name
 from tofu.flower.secure_session import load_session, mask_once, new_advert, participant_of
 from tofu.local_layers import LocalLayers
+from tofu.models.behavior import check_outputs
 from tofu.plugins import MAX_STATE_BYTES, Export, Plugins, RoundContext, export_to_bytes
 from tofu.privacy import Noise
 from tofu.privacy.adaptive import clip_norm, clip_of, plugins_of
@@ -274,6 +276,7 @@ class LocalRound:
             raise ResyncError("this client does not have the plugins' broadcast of this round")
         plugins.load(state=load_plugins(context), broadcast=broadcast, max_bytes=MAX_STATE_BYTES)
         built = workload.build_model(request.shape)
+        check_outputs(built, partial(workload.outputs, shape=request.shape), request.outputs, settings.model.model)
         local = LocalLayers(built, settings.training.local_layers)
         reference = ReferenceModel.of(built, request.shape, plugins, position, workload.call(built, request.shape))
         initial = weights_of(reference.model)

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ from tofu.flower.transport import GridTransport
 from tofu.formatting import printable, shortened
 from tofu.local_layers import keep_local
 from tofu.log import start_logging
-from tofu.models.checks import check_builds, eager_code
+from tofu.models.behavior import output_sketch
+from tofu.models.checks import check_batches, check_builds, eager_code
 from tofu.models.initial_weights import fill
 from tofu.observers.base import Observer, Observers
 from tofu.observers.json_lines import JsonLinesLog
@@ -166,9 +168,12 @@ class _Run:
         """Build the model and what depends on it. Raises SettingError for settings that are not usable."""
         self._settings, self._workload = settings, workload
         shape = workload.shape
-        built = workload.build_model(shape).eval()
+        built, outputs = workload.build_model(shape).eval(), b""
         if ":" in settings.model.model:  # a user's model
-            check_builds(built, workload.build_model(shape).eval(), workload.outputs, settings.model.model)
+            call = partial(workload.outputs, shape=shape)
+            check_builds(built, workload.build_model(shape).eval(), call, settings.model.model)
+            check_batches(built, partial(call, built), settings.model.model)
+            outputs = output_sketch(built, call)
         network = ReferenceModel(keep_local(built, settings.training.local_layers), shape)
         own = settings.model.initial_weights
         self._random = fill(workload.build_model(shape), own) if own else ()
@@ -176,7 +181,7 @@ class _Run:
         if "secure" in make_schedule(settings.rounds, settings.training.rounds).kinds:
             check_secure_settings(settings)
         self._runner = RoundRunner(
-            self._transport, network, test, settings, self._ledger, self._observer, workload, clients
+            self._transport, network, test, settings, self._ledger, self._observer, workload, clients, outputs
         )  # fmt: skip
         if not settings.run.resume and spent_budget(self._runner, 1):
             first = Accountant(settings.privacy.privacy_delta)

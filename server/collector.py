@@ -129,6 +129,7 @@ class TrainExchange:
     Args:
         ask_again: whether a request is repeated if it or its reply was lost, as all are if the SuperLink's clock is set
             forward: Flower's messages expire by the time of day. False under DP, where every reply counts.
+        outputs: `output_sketch` of a user's model, with which clients compare theirs.
 
     Attributes:
         acknowledged: client name -> last round whose reply was added; its error feedback continues from there.
@@ -137,9 +138,17 @@ class TrainExchange:
     """
 
     def __init__(
-        self, transport: Transport, ledger: Ledger, observer: Observer, timeout: float, *, ask_again: bool = True
+        self,
+        transport: Transport,
+        ledger: Ledger,
+        observer: Observer,
+        timeout: float,
+        *,
+        ask_again: bool = True,
+        outputs: bytes = b"",
     ) -> None:
         self._transport, self._ledger, self._observer, self._timeout = transport, ledger, observer, timeout
+        self._outputs = outputs
         self._resent = (RESYNC, *LOST) if ask_again else (RESYNC,)
         self.acknowledged: dict[str, int] = {}
         self.adverts: dict[str, bytes] = {}
@@ -270,7 +279,7 @@ class TrainExchange:
             state.kind, self.acknowledged.get(client.name, -1), model.shape, parts.payload, down.identity, parts.steps,
             down.sketch, advert=state.request_keys and state.kind != "secure",
             secure=secure_parts.get(client.name, b""),
-            broadcast=b"" if has else state.broadcast, kept=current if has else b"",
+            broadcast=b"" if has else state.broadcast, kept=current if has else b"", outputs=self._outputs,
         )  # fmt: skip
 
     def _count_error(self, client: Client, message: Message, state: RoundState, *, fedavg: bool = True) -> None:

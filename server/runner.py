@@ -110,6 +110,7 @@ class RoundRunner:
         test: held-out data.
         workload: data and model of the run; by default those that the settings name.
         clients: those that have registered for the run, if it has waited for them.
+        outputs: `output_sketch` of a user's model.
 
     Attributes:
         models: the global model of each client group; one unless a plugin has more groups.
@@ -129,6 +130,7 @@ class RoundRunner:
         observer: Observer,
         workload: Workload | None = None,
         clients: Clients | None = None,
+        outputs: bytes = b"",
     ) -> None:
         self.settings, self.plugins = settings, plugins_of(settings)
         self._shape, self._test, self._ledger, self._observer = reference.shape, test, ledger, observer
@@ -145,7 +147,7 @@ class RoundRunner:
         )  # fmt: skip
         self._exchange = TrainExchange(
             transport, ledger, observer, settings.server.round_timeout,
-            ask_again=not settings.privacy.noise_multiplier,
+            ask_again=not settings.privacy.noise_multiplier, outputs=outputs,
         )  # fmt: skip
         self._open = OpenCollector(self._exchange, self.plugins, settings.server, observer)
         self._secure: Collector = self._open

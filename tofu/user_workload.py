@@ -261,9 +261,13 @@ class UserWorkload(DatasetLoop):
                 raise SettingError("model", type(model).__name__, accepted) from error
         return model.train()
 
-    def outputs(self, model: nn.Module) -> object:
+    def outputs(self, model: nn.Module, shape: ImageShape | None = None, count: int = 2) -> object:
         """See `Workload.outputs`; () if the user's training function calls the model."""
-        return () if self.train_function is not None else _forward(model, self._probe[0])
+        if self.train_function is not None:
+            return ()
+        first = self.clients[0]
+        inputs, _ = split_batch(self.collate([first[row % len(first)] for row in range(count)]))
+        return _forward(model, inputs)
 
     def call(self, model: nn.Module, shape: ImageShape) -> ImageShape | ModelCall:
         """How proxies are passed to the model: as images, or as floating-point inputs of any other shapes.

@@ -55,7 +55,8 @@ RESYNC = 1001
 _REQUEST = struct.Struct(f"<BBi4HHII{FINGERPRINT_BYTES}s{SKETCH_BYTES}s")
 _LENGTH = struct.Struct("<I")
 _REPLY = struct.Struct("<I5fBI")
-_ADVERT_FLAG, _KEPT_FLAG = 1, 2
+_ADVERT_FLAG, _KEPT_FLAG, _OUTPUTS_FLAG = 1, 2, 4
+_MAX_FLAGS = _ADVERT_FLAG + _KEPT_FLAG + _OUTPUTS_FLAG
 _QUERY = struct.Struct("<BB")
 _ADVERT = struct.Struct("<B")
 
@@ -173,6 +174,7 @@ class TrainRequest:
         secure: a `SecurePart` in a secure round, else b"".
         broadcast: the state that the plugins send from the server to all clients (`tofu.plugins`), or b"".
         kept: `broadcast_id` of a broadcast that the client has stored and must use instead, or b"".
+        outputs: `output_sketch` of the server's model (`tofu.models.behavior`), or b"" for a built-in model.
     """
 
     kind: str
@@ -186,15 +188,16 @@ class TrainRequest:
     secure: bytes = b""
     broadcast: bytes = b""
     kept: bytes = b""
+    outputs: bytes = b""
 
     def to_bytes(self) -> bytes:
         s = self.shape
-        flags = _ADVERT_FLAG * self.advert + _KEPT_FLAG * bool(self.kept)
+        flags = _ADVERT_FLAG * self.advert + _KEPT_FLAG * bool(self.kept) + _OUTPUTS_FLAG * bool(self.outputs)
         numbers = (KINDS.index(self.kind), flags, self.acknowledged, s.channels, s.height, s.width, s.classes)
         state = self.kept or self.broadcast
         head = _REQUEST.pack(*numbers, len(self.steps), len(self.secure), len(state), self.identity, self.sketch)
         steps = b"".join(_LENGTH.pack(len(step)) + step for step in self.steps)
-        return head + self.secure + state + steps + self.payload
+        return head + self.outputs + self.secure + state + steps + self.payload
 
     @staticmethod
     def from_bytes(data: object) -> "TrainRequest":
@@ -205,10 +208,11 @@ class TrainRequest:
             raise PayloadError(f"request has round kind {kind}, expected below {len(KINDS)}")
         if min(shape) < 1:
             raise PayloadError(f"request has input shape {shape}, expected positive numbers")
-        if flags > _ADVERT_FLAG + _KEPT_FLAG:
-            raise PayloadError(f"request has flags {flags}, expected at most {_ADVERT_FLAG + _KEPT_FLAG}")
+        if flags > _MAX_FLAGS:
+            raise PayloadError(f"request has flags {flags}, expected at most {_MAX_FLAGS}")
         if bool(secure_bytes) != (KINDS[kind] == "secure"):
             raise PayloadError(f"request of a {KINDS[kind]} round has {secure_bytes} bytes for a secure round")
+        outputs = reader.take(2 * SKETCH_BYTES if flags & _OUTPUTS_FLAG else 0, "of the sketches of outputs")
         secure = reader.take(secure_bytes, "of the secure round")
         state, kept = reader.take(state_bytes, "of the broadcast"), bool(flags & _KEPT_FLAG)
         steps = tuple(reader.prefixed(_LENGTH, "of a step") for _ in range(count))
@@ -219,7 +223,7 @@ class TrainRequest:
             )
         return TrainRequest(
             KINDS[kind], acknowledged, ImageShape(*shape), payload, identity, steps, sketch,
-            bool(flags & _ADVERT_FLAG), secure, b"" if kept else state, state if kept else b"",
+            bool(flags & _ADVERT_FLAG), secure, b"" if kept else state, state if kept else b"", outputs,
         )  # fmt: skip
 
 

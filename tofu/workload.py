@@ -33,8 +33,8 @@ class Workload(Protocol):
     def build_model(self, shape: ImageShape) -> nn.Module:
         """The model at its initial weights, in training mode on the CPU; the same in every process."""
 
-    def outputs(self, model: nn.Module) -> object:
-        """The outputs of a model for two examples, the same in every call; () if they are not known."""
+    def outputs(self, model: nn.Module, shape: ImageShape, count: int = 2) -> object:
+        """The outputs of a model for examples of this shape, the same in every call; () if they are not known."""
 
     def call(self, model: nn.Module, shape: ImageShape) -> ImageShape | ModelCall:
         """The call of the model with proxies; `tofu.reference_model.NO_CALL` if proxies are impossible."""
@@ -90,9 +90,8 @@ class NamedWorkload:
         """See `Workload.build_model`. Raises SettingError if the model cannot be built."""
         return run_model(self._settings, shape)
 
-    def outputs(self, model: nn.Module) -> object:
-        shape = self.shape
-        return model(torch.randn(2, shape.channels, shape.height, shape.width, generator=torch.Generator()))
+    def outputs(self, model: nn.Module, shape: ImageShape, count: int = 2) -> object:
+        return model(torch.randn(count, shape.channels, shape.height, shape.width, generator=torch.Generator()))
 
     def call(self, model: nn.Module, shape: ImageShape) -> ImageShape:
         return shape
@@ -165,10 +164,10 @@ class RowWorkload:
             fill(model, settings.model.initial_weights)
         return model
 
-    def outputs(self, model: nn.Module) -> object:
+    def outputs(self, model: nn.Module, shape: ImageShape, count: int = 2) -> object:
         if self._settings.data.kind == "text":
-            return model(torch.arange(2 * self.data.width).view(2, -1) % self._settings.data.vocabulary)
-        return model(torch.randn(2, self.data.width, generator=torch.Generator()))
+            return model(torch.arange(count * shape.width).view(count, -1) % self._settings.data.vocabulary)
+        return model(torch.randn(count, shape.width, generator=torch.Generator()))
 
     def call(self, model: nn.Module, shape: ImageShape) -> ModelCall:
         """Proxies of a table are vectors of features. Token ids have no gradient, so texts have no proxies."""

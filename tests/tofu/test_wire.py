@@ -27,6 +27,7 @@ floats = st.floats(-1e6, 1e6, width=32)
     st.binary(min_size=1, max_size=50),
     st.binary(max_size=50),
     st.booleans(),
+    st.sampled_from([b"", bytes(range(64))]),
 )
 def test_request_round_trip(
     kind: str,
@@ -39,11 +40,14 @@ def test_request_round_trip(
     secure: bytes,
     state: bytes,
     has: bool,
+    outputs: bytes,
 ) -> None:
     payload, steps = parts
     broadcast, kept = (b"", state) if has else (state, b"")
     shape, secure = ImageShape(1, size, size, 10), secure if kind == "secure" else b""
-    request = TrainRequest(kind, acknowledged, shape, payload, identity, steps, sketch, advert, secure, broadcast, kept)
+    request = TrainRequest(
+        kind, acknowledged, shape, payload, identity, steps, sketch, advert, secure, broadcast, kept, outputs
+    )  # fmt: skip
     assert TrainRequest.from_bytes(request.to_bytes()) == request
 
 
@@ -98,8 +102,8 @@ def test_values_that_cannot_be_right_are_refused() -> None:
     request = "<BBi4HHII40x"
     with pytest.raises(PayloadError, match="round kind 9"):
         TrainRequest.from_bytes(struct.pack(request, 9, 0, 0, 1, 8, 8, 10, 0, 0, 0))
-    with pytest.raises(PayloadError, match="flags 4"):
-        TrainRequest.from_bytes(struct.pack(request, 0, 4, 0, 1, 8, 8, 10, 0, 0, 0))
+    with pytest.raises(PayloadError, match="flags 8"):
+        TrainRequest.from_bytes(struct.pack(request, 0, 8, 0, 1, 8, 8, 10, 0, 0, 0))
     with pytest.raises(PayloadError, match="positive"):
         TrainRequest.from_bytes(struct.pack(request, 0, 0, 0, 1, 0, 8, 10, 0, 0, 0))
     with pytest.raises(PayloadError, match="secure round has 0 bytes"):

@@ -5,6 +5,7 @@ so that a test can tell for each of them whether it has got the right label.
 """
 
 import json
+import os
 import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -272,6 +273,10 @@ IMAGES: dict[str, Case] = {
     ),
     "a_broken_link": Case(
         lambda r: sequence(lambda p: splits(p, "cat", "dog"), lambda p: (p / "train/cat/x.png").symlink_to("gone"))(r),
+        Read(unreadable=1),
+    ),
+    "a_pipe": Case(
+        lambda r: sequence(lambda p: splits(p, "cat", "dog"), lambda p: os.mkfifo(p / "train/cat/x.png"))(r),
         Read(unreadable=1),
     ),
     "several_pages_or_frames": Case(frames("cat", "TIFF", "GIF", "PNG", "WEBP"), Read(unreadable=4)),

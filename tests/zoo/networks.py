@@ -562,6 +562,29 @@ class Unstored(nn.Module):
         return x * self.state
 
 
+class Recalled(nn.Module):
+    """A mask of the size of the first batch."""
+
+    mask: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mask = torch.full_like(x, 0.5) if self.mask is None else self.mask
+        return x * self.mask
+
+
+class Grown(nn.Module):
+    """A table with one row for each example of the largest batch so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.zeros(0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(self.table) < len(x):
+            self.table = torch.ones_like(x)
+        return x * self.table[: len(x)]
+
+
 class Slotted(nn.Module):
     """An attribute that a copy lacks, because modules are copied by their dictionaries."""
 
@@ -675,6 +698,10 @@ REFUSED: dict[str, tuple[Callable[..., nn.Module], str]] = {
         partial(Modes, lambda model, mode: model.into.requires_grad_(mode) and None),
         "same trainable parameters in both modes (into.bias is trainable in one)",
     ),
+    "mask_of_the_first_batch": (_flat(Recalled), "takes batches of any size (of 3: RuntimeError: The size of tensor a"),
+    "table_of_the_largest_batch": (_flat(Grown), "(of 3: buffer middle.table has another shape then)"),
+    "two_examples_only": (_flat(_do(lambda x, _: x[:2] + x[2:].sum())), "(of 3: the output has the shape [2, 10]"),
+    "squeezed": (lambda **shape: nn.Sequential(Flat(**shape), Do(lambda x, _: x.squeeze())), "(of 1: the output has"),
     "buffer_that_is_not_stored": (_flat(Unstored), "if training changes them (middle.state is not)"),
     "selected_parameters": (Selected, "have all parameters by name (into.weight is missing)"),
     "nested_state_dict": (Nested, "have all parameters by name (into.weight is missing)"),
@@ -699,10 +726,52 @@ class Late(nn.Module):
         return x + self.state.add_(1.0) if self.passes > 4 else x
 
 
+def _by_thread() -> float:
+    """A number that differs between the threads of the server and of the clients, as between machines."""
+    return 0.5 if threading.current_thread() is threading.main_thread() else 0.7
+
+
+class Attributes(nn.Module):
+    """A Python attribute that the forward pass reads by `read`, and others that differ but that it does not read."""
+
+    def __init__(self, value: Any, read: Callable[[Tensor, Any], Tensor]) -> None:
+        super().__init__()
+        self.value, self.read = value, read
+        self.began, self.place, self.unread = _by_thread(), f"/machine/{_by_thread()}", torch.full((3,), _by_thread())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(x, self.value)
+
+
+class ZeroHead(Flat):
+    """The last layer is zero, so that outputs show nothing of the others at the initial weights."""
+
+    def __init__(self, **shape: Any) -> None:
+        super().__init__(**shape)
+        nn.init.zeros_(self.out.weight)
+
+
+_MACHINE: dict[str, Callable[..., nn.Module]] = {
+    "number": _flat(lambda: Attributes(_by_thread(), lambda x, scale: scale * x)),
+    "behind_zeros": lambda **shape: ZeroHead(**shape, middle=Attributes(_by_thread(), lambda x, scale: scale * x)),
+    "list": _flat(
+        lambda: Attributes([1.0, _by_thread()], lambda x, table: torch.cat([x[:, :4] * table[1], x[:, 4:]], 1))
+    ),
+    "arrays": _flat(
+        lambda: Attributes({"a": np.full(HIDDEN, _by_thread(), np.float32)}, lambda x, t: x + torch.tensor(t["a"]))
+    ),
+    "word": _flat(lambda: Attributes("relu" if _by_thread() < 0.6 else "gelu", lambda x, name: getattr(F, name)(x))),
+    "closure": _flat(lambda: Do(partial(lambda scale, x, _: x.abs() ** scale, _by_thread()))),
+    "dropout": _flat(lambda: nn.Dropout(_by_thread())),
+    "training_only": _flat(lambda: Do(partial(lambda scale, x, training: scale * x if training else x, _by_thread()))),
+    "norm": _conv(lambda: nn.GroupNorm(2 if _by_thread() < 0.6 else 4, 8)),
+}
+MACHINE: dict[str, Callable[..., nn.Module]] = {f"machine_{name}": make for name, make in _MACHINE.items()}
+"""Networks that compute something else in the clients than in the server, from equal weights."""
+
+
 def _frozen_by_thread() -> nn.Module:
-    """A frozen layer that differs between the threads of the server and of the clients, as between machines."""
-    scale = 1.0 if threading.current_thread() is threading.main_thread() else 2.0
-    return Drawn(lambda: scale, trainable=False)
+    return Drawn(_by_thread, trainable=False)
 
 
 SPECIAL: dict[str, Callable[..., nn.Module]] = {
@@ -710,7 +779,8 @@ SPECIAL: dict[str, Callable[..., nn.Module]] = {
     "late_buffer": _flat(Late),
     "late_teacher": _flat(lambda: Teacher(_after_backward)),
     "frozen_by_thread": _flat(_frozen_by_thread),
-}
+    "unread_by_thread": _flat(lambda: Attributes(None, lambda x, _: x)),
+} | MACHINE
 
 
 def __getattr__(name: str) -> Callable[..., nn.Module]:

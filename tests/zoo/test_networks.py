@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tofu
-from tests.zoo.networks import ACCEPTED, REFUSED
+from tests.zoo.networks import ACCEPTED, MACHINE, REFUSED
 from tofu.data import ImageShape
 from tofu.errors import RunError, SettingError
 from tofu.models import build_model
@@ -107,5 +107,15 @@ def test_the_compiler_is_off_within_a_run_only(tmp_path: Path) -> None:
 
 
 def test_frozen_weights_that_differ_between_clients_are_found(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="frozen weights and constant buffers count"):
+    with pytest.raises(RunError, match="frozen weights"):
         run("frozen_by_thread", tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", MACHINE)
+def test_networks_that_read_other_values_on_clients_than_on_the_server_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="computes the same on server and client"):
+        run(name, tmp_path / "run", **ROUNDS["uncompressed"])
+
+
+def test_what_differs_between_machines_but_is_not_read_does_not_matter(tmp_path: Path) -> None:
+    assert not run("unread_by_thread", tmp_path / "run", **ROUNDS["compressed"])["failures"]

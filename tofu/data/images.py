@@ -121,6 +121,8 @@ def read_image(source: bytes | Path) -> Pixels:
     from PIL import Image, UnidentifiedImageError
 
     try:
+        if isinstance(source, Path) and source.exists() and not source.is_file():
+            raise OSError("it is no file")  # a pipe would never end
         with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as opened:
             if getattr(opened, "is_animated", False) and opened.format not in _FIRST_IS_MAIN:
                 raise ValueError("it has several pages or frames, expected one")

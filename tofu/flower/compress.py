@@ -74,6 +74,7 @@ class CompressMod(TrainMod):
 
         Raises:
             PayloadError: the server's strategy is another one, or the app's reply cannot be compressed.
+            SettingError: the model computes something else than the server's.
             PolicyError: the client's policy refuses such rounds.
         """
         Policy.of(context).check_round("proxy", 0.0)
@@ -81,6 +82,7 @@ class CompressMod(TrainMod):
             return call_next(message, context)
         codec, request = self._codec, _Request.of(message, self._codec)
         base, model = request.received(codec, context)
+        model.check_outputs(request.outputs)
         arrays = request.arrays
         if arrays is None:
             message.content[request.key] = arrays = record_of(base)
@@ -130,6 +132,7 @@ class _Request:
         key: the array record's key.
         arrays: None if the client has to apply `steps` to the arrays that it keeps.
         identity, sketch: the arrays' identity and sketch, with a compressed downlink (`tofu.weights`).
+        outputs: `output_sketch` of the server's model (`tofu.models.behavior`).
     """
 
     round: int
@@ -139,6 +142,7 @@ class _Request:
     steps: tuple[bytes, ...] = ()
     identity: bytes = b""
     sketch: bytes = b""
+    outputs: object = b""
 
     @staticmethod
     def of(message: Message, codec: UpdateCodec) -> "_Request":
@@ -158,16 +162,19 @@ class _Request:
         del message.content[RECORD]
         key = record.get("key")
         steps, identity, sketch = record.get("steps", []), record.get("identity", b""), record.get("sketch", b"")
+        outputs = record.get("outputs")
         if not codec.downlink:
-            return _Request(round_, acknowledged, *only_arrays(message.content, "the server's train message", key))
+            key, arrays = only_arrays(message.content, "the server's train message", key)
+            return _Request(round_, acknowledged, key, arrays, outputs=outputs)
         if not (isinstance(identity, bytes) and len(identity) == FINGERPRINT_BYTES and isinstance(sketch, bytes)):
             raise PayloadError("the server's record lacks the identity or the sketch of its arrays")
         if not isinstance(steps, list) or not all(isinstance(step, bytes) for step in steps):
             raise PayloadError("the server's record has steps that are not bytes")
         if message.content.array_records and not steps:
             key, arrays = only_arrays(message.content, "the server's train message", key)
-            return _Request(round_, acknowledged, key, arrays, (), identity, sketch)
-        return _Request(round_, acknowledged, str(key), None, tuple(steps), identity, sketch)  # type: ignore[arg-type]
+            return _Request(round_, acknowledged, key, arrays, (), identity, sketch, outputs)
+        sent: tuple[bytes, ...] = tuple(steps)  # type: ignore[arg-type]
+        return _Request(round_, acknowledged, str(key), None, sent, identity, sketch, outputs)
 
     def received(self, codec: UpdateCodec, context: Context) -> tuple[dict[str, Tensor], ArrayModel]:
         """The round's arrays, and the model with them as its weights.
@@ -315,7 +322,7 @@ class Compressed(StrategyWrapper):
         sent, message = self._sent[node], self._plain[node]
         record = ConfigRecord({
             "version": VERSION, "round": round_, "acknowledged": self.acknowledged.get(node, NEVER),
-            "digest": self._codec.digest, "key": sent.key,
+            "digest": self._codec.digest, "key": sent.key, "outputs": sent.model.outputs,
         })  # fmt: skip
         if self._steps is None:
             return with_record(message, RECORD, record)

@@ -21,6 +21,7 @@ from tofu.codec.options import DEFAULTS, CompressorOptions, ProxySettings
 from tofu.compression import compressors, make_compressor
 from tofu.compression.base import Compressor
 from tofu.errors import PayloadError, SettingError
+from tofu.models.behavior import OUTPUT_BYTES, check_outputs, output_sketch
 from tofu.models.checks import drop_constant_buffers
 from tofu.recording import AppCodec
 from tofu.reference_model import (
@@ -282,6 +283,25 @@ class ArrayModel(ArrayNames):
     """A model whose weights are a message's arrays; the names are those of its state dict."""
 
     reference: ReferenceModel
+
+    @cached_property
+    def outputs(self) -> bytes:
+        """`output_sketch` of the model; b"" without floating-point inputs."""
+        return output_sketch(self.reference.model, self._outputs)
+
+    def check_outputs(self, expected: object) -> None:
+        """Raises SettingError if the model computes something else than the server's, whose `outputs` are given."""
+        if isinstance(expected, bytes) and len(expected) == OUTPUT_BYTES:
+            model = self.reference.model
+            check_outputs(model, self._outputs, expected, type(model).__name__)
+
+    def _outputs(self, model: nn.Module) -> object:
+        call = self.reference.call
+        inputs = [torch.randn(2, *shape, generator=torch.Generator()) for shape in call.inputs]
+        try:
+            return () if not inputs else call.forward(model, *inputs) if call.forward else model(*inputs)
+        except Exception:  # of the user's code: an app may call its model in another way in training mode
+            return ()
 
 
 def tensors_of(record: ArrayRecord) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from itertools import pairwise
 from typing import Any
@@ -14,7 +14,15 @@ from torch.nn.parameter import is_lazy
 
 from tofu.errors import SettingError
 from tofu.rng import GlobalGenerators, reseed_own
-from tofu.weights import check_frozen, copy_model, frozen_parameters, load_weights, tensor_bits, weights_of
+from tofu.weights import (
+    check_frozen,
+    constant_buffers,
+    copy_model,
+    frozen_parameters,
+    load_weights,
+    tensor_bits,
+    weights_of,
+)
 
 _COMPILED = "_orig_mod"
 """Attribute in which the result of `torch.compile` stores the original module."""
@@ -114,7 +122,7 @@ def check_stateless(model: nn.Module, forward: Callable[[], object]) -> None:
             with GlobalGenerators(0):
                 if training:
                     reseed_own(model, 0)
-                outputs.append([tensor_bits(part) for part in _tensors(forward())])
+                outputs.append([tensor_bits(part) for part in tensors_of(forward())])
             for key, buffer in model.named_buffers():
                 if not training and not torch.equal(tensor_bits(buffer), tensor_bits(before[key])):
                     accepted = f"a model whose buffers do not change in evaluation mode ({key} does)"
@@ -163,7 +171,7 @@ def check_builds(model: nn.Module, other: nn.Module, outputs: Callable[[nn.Modul
 
     def call(module: nn.Module) -> list[Tensor]:
         with GlobalGenerators(0):
-            return [tensor.detach().clone() for tensor in _tensors(outputs(module))]
+            return [tensor.detach().clone() for tensor in tensors_of(outputs(module))]
 
     found = call(model)
     if not _close(found, call(other)):
@@ -187,6 +195,42 @@ def check_builds(model: nn.Module, other: nn.Module, outputs: Callable[[nn.Modul
         raise SettingError("model", name, accepted)
 
 
+@torch.no_grad()
+def check_batches(model: nn.Module, outputs: Callable[..., object], name: str) -> None:
+    """Check that a model takes batches of any size. Its weights, buffers and mode are restored.
+
+    Args:
+        outputs: calls the model on `count` examples, and returns what it returns.
+
+    Raises:
+        SettingError: a batch of 3 examples or of 1 fails, or has outputs or buffers that do not fit its size.
+    """
+    before, mode = weights_of(model) | constant_buffers(model), model.training
+    sizes = [(False, 2), (False, 3), (False, 1), (True, 3)]  # BatchNorm cannot train on one example
+    found: list[list[list[int]]] = []
+    for training, count in sizes:
+        model.train(training)
+        try:
+            with GlobalGenerators(0):
+                found.append([list(part.shape) for part in tensors_of(outputs(count=count))])
+        except Exception as error:  # the user's own code may raise anything
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        else:
+            expected = [[count, *shape[1:]] if shape[:1] == [2] else shape for shape in found[0]]
+            reason = "" if len(expected) == len(found[-1]) else "its outputs are fewer or more"
+            for shape, wanted in zip(found[-1], expected, strict=False):
+                if wanted[:1] == [count] and shape[:1] != [count]:
+                    reason = f"the output has the shape {shape}, expected {wanted}"
+            for key, buffer in model.named_buffers():
+                if key in before and buffer.shape != before[key].shape:
+                    reason = f"buffer {key} has another shape then"
+        if reason:
+            accepted = f"a model that takes batches of any size (of {count}: {reason})"
+            raise SettingError("model", name, accepted)
+    load_weights(model, before)
+    model.train(mode)
+
+
 def _close(some: list[Tensor], others: list[Tensor]) -> bool:
     """Whether tensors are equal up to rounding: copies may be at other addresses, which changes the order of sums."""
     return len(some) == len(others) and all(
@@ -195,12 +239,15 @@ def _close(some: list[Tensor], others: list[Tensor]) -> bool:
     )
 
 
-def _tensors(output: Any) -> list[Tensor]:
-    """The tensors of a model's output, which may be nested."""
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors of a model's output, which may be nested: a mapping, a sequence or an object with attributes."""
     if isinstance(output, Tensor):
         return [output]
-    parts = output.values() if isinstance(output, dict) else output if isinstance(output, tuple | list) else ()
-    return [tensor for part in parts for tensor in _tensors(part)]
+    if isinstance(output, tuple | list):
+        parts = list(output)
+    else:
+        parts = list((output if isinstance(output, Mapping) else getattr(output, "__dict__", {})).values())
+    return [tensor for part in parts for tensor in tensors_of(part)]
 
 
 def check_memory(model: nn.Module) -> None:

@@ -176,3 +176,18 @@ def test_arrays_in_another_order_or_with_buffers_are_coded() -> None:
     assert decoded.keys() == renamed.keys()
     counter = next(name for name, value in renamed.items() if value.dtype == torch.int64)
     assert torch.equal(decoded[counter], new[counter].float()) or torch.equal(decoded[counter], new[counter])
+
+
+class OtherNet(Net):
+    """The same weights, read by another version of the code."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.fc2(torch.tanh(self.fc1(x.flatten(1))))
+        return out
+
+
+@pytest.mark.parametrize("options", [{}, {"downlink": 20}])
+def test_a_model_that_computes_something_else_than_the_servers_is_refused(options: dict[str, Any]) -> None:
+    strategy = tofu.Compressed(strategy_of(), Net, SHAPE, ratio=20, **options)
+    with pytest.raises(RunError, match=r"OtherNet.* computes the same on server and client \(outputs differ by 0\.7"):
+        federate(strategy, tofu.compress(OtherNet, SHAPE, ratio=20, **options), rounds=1)
