@@ -67,6 +67,18 @@ def test_every_service_is_locked_down(compose: dict[str, Any]) -> None:
         assert compose["services"][name]["healthcheck"]["test"][0] == "CMD", name
 
 
+def test_one_service_builds_the_image_of_all_apps_with_a_cpu_build_of_torch(compose: dict[str, Any]) -> None:
+    """With a `build` in each, or a `pull_policy`, every command builds anew and leaves images without a name."""
+    services = compose["services"]
+    assert [name for name, service in services.items() if "build" in service] == ["superlink-exec"]
+    assert not any("pull_policy" in service for service in services.values())
+    assert {service["image"] for name, service in services.items() if name != "proxy"} == {
+        services["superlink-exec"]["image"]
+    }
+    index = services["superlink-exec"]["build"]["args"]["TORCH_INDEX"]
+    assert index == "${TORCH_INDEX-https://download.pytorch.org/whl/cpu}"  # set to nothing, it stays nothing
+
+
 def test_only_the_proxy_can_be_reached_from_outside(compose: dict[str, Any]) -> None:
     services, networks = compose["services"], compose["networks"]
     assert [name for name, service in services.items() if "ports" in service] == ["proxy"]
