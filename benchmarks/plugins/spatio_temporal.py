@@ -3,9 +3,10 @@
 A network that is wider than MNIST needs is trained without spikes, converted (every threshold is a percentile of its
 layer's pre-activations, in order), and fine-tuned as a spiking network of T steps: "wide". The plugin measures
 the channels and narrows it; fine-tuning gives "narrow". "direct" evaluates that at fewer steps, "reduced" after
-fine-tuning at T - 1, T - 2, ..., 1 steps. "post" rounds the weights of the last one to b bits, "aware" fine-tunes with
-rounded weights. The non-spiking networks of the same widths, "dense" and "dense narrow", are trained for as many
-epochs. Noise is Gaussian, on images in [0, 1]. Energies count operations (`client.plugins.spiking_energy`).
+fine-tuning at T - 1, T - 2, ..., 1 steps by Adam, with the plugin's thresholds. "post" rounds the weights of the last
+one to b bits, "aware" fine-tunes with rounded weights, by Adam. The non-spiking networks of the same widths, "dense"
+and "dense narrow", are trained for as many epochs, the second from the channels that are left. Noise is Gaussian, on
+images in [0, 1]. Energies count operations (`client.plugins.spiking_energy`).
 
 Seeds that the JSON already holds, with the same settings, are not run again.
 """
@@ -18,6 +19,7 @@ from typing import Annotated, Any
 
 import click
 import torch
+import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -84,7 +86,7 @@ def accuracy(network: nn.Module, data: LabeledImages, *, noise: float = 0.0, see
 
 
 class Bench:
-    """One seed: the data, and training by SGD at a learning rate that falls linearly."""
+    """One seed: the data, and training by SGD or Adam at a learning rate that falls linearly."""
 
     def __init__(self, options: SimpleNamespace, seed: int) -> None:
         data = open_data(options.data, clients=1, partition="iid", seed=seed, train_images=options.images,
@@ -100,6 +102,20 @@ class Bench:
             generator = derive_generator(self.seed, self._trained, "train")
             train_locally(network, self.train_data, config, generator=generator)
         return network
+
+    def tune(self, network: nn.Module, epochs: int, lr: float) -> None:
+        """Train in place by Adam, as the authors fine-tune spiking networks."""
+        self._trained += 1
+        generator = derive_generator(self.seed, self._trained, "tune")
+        optimizer = torch.optim.Adam(network.parameters())
+        images, labels = self.train_data.images, self.train_data.labels
+        batches = [b for _ in range(epochs) for b in torch.split(torch.randperm(len(labels), generator=generator), 32)]
+        network.train()
+        for done, batch in enumerate(batches):
+            optimizer.param_groups[0]["lr"] = lr * (1 - done / len(batches))
+            optimizer.zero_grad()
+            torch.autograd.backward(F.cross_entropy(network(to_float(images[batch])), labels[batch]))
+            optimizer.step()
 
     def score(self, network: SpikingNetwork) -> dict[str, Any]:
         """Accuracy, with noise too, spikes and energy per image."""
@@ -136,6 +152,7 @@ def one_seed(seed: int, options: SimpleNamespace) -> dict[str, Any]:
     bench.fit(network, options.epochs, options.snn_lr)
     note("wide", network)
     narrow, row["widths"] = narrowed(network, bench, options)
+    pruned = copy.deepcopy(narrow)
     note("cut", narrow)
     bench.fit(narrow, options.narrow_epochs, options.snn_lr)
     note("narrow", narrow)
@@ -144,31 +161,23 @@ def one_seed(seed: int, options: SimpleNamespace) -> dict[str, Any]:
         narrow.steps = steps
         row["direct"][steps] = accuracy(narrow, bench.test)
     row["reduced"] = {}
+    plugin = SpatioTemporalPruning(steps=options.steps, one_step_threshold=options.one_step_threshold)
     for steps in range(options.steps - 1, 0, -1):
-        narrow.steps = steps
-        epochs, lr = options.step_epochs, options.snn_lr
-        if steps <= 2:  # where few spikes are left, larger steps silence neurons for good
-            epochs, lr = options.last_epochs, options.last_lr
-        bench.fit(narrow, epochs, lr)
+        narrow.steps, narrow.threshold_factor = steps, plugin.threshold_factor(steps)
+        few = steps <= 2  # where few spikes are left
+        epochs, lr = (options.last_epochs, options.last_lr) if few else (options.step_epochs, options.step_lr)
+        bench.tune(narrow, epochs, lr)
         row["reduced"][steps] = accuracy(narrow, bench.test)
     note("fast", narrow)
     for bits in options.bits:
         coarse = quantized(narrow, bits)
         note(f"post {bits}", coarse)
-        bench.fit(coarse, 2 * options.step_epochs, options.last_lr / 5)
+        bench.tune(coarse, 2 * options.step_epochs, options.step_lr / 5)
         note(f"aware {bits}", coarse)
-    torch.manual_seed(seed)
-    rival = spiking_vgg([width if isinstance(width, str) else kept for width, kept in _with(options, row)],
-                        bench.shape, steps=1)  # fmt: skip
-    rival.spiking = False
-    bench.fit(rival, options.dense_epochs, options.lr / 4)
-    note("dense narrow", rival)
+    pruned.spiking = False
+    bench.fit(pruned, options.dense_epochs, options.lr / 4)
+    note("dense narrow", pruned)
     return row | {"seconds": time.perf_counter() - began}
-
-
-def _with(options: SimpleNamespace, row: dict[str, Any]) -> list[tuple[int | str, int]]:
-    kept = iter(row["widths"].values())
-    return [(width, 0 if isinstance(width, str) else next(kept)[0]) for width in NETWORKS[options.name]]
 
 
 def narrowed(
@@ -223,17 +232,19 @@ def main(
     ] = "mnist",
     data: Annotated[str, typer.Option(help="a folder or a hub id; by default that of NAME")] = "",
     seeds: Annotated[int, typer.Option(help="how many seeds, from 0 on")] = 3,
-    images: Annotated[int, typer.Option(help="training images; 0: all")] = 2000,
-    test_images: Annotated[int, typer.Option(help="test images; 0: all")] = 1000,
+    images: Annotated[int, typer.Option(help="training images; 0: all")] = 20_000,
+    test_images: Annotated[int, typer.Option(help="test images; 0: all")] = 4000,
     measured: Annotated[int, typer.Option(help="images whose potentials are measured")] = 1000,
-    variance: float = 0.97,
+    variance: float = 0.96,
     steps: int = 12,
-    dense_epochs: int = 15,
-    epochs: Annotated[int, typer.Option(help="of the wide spiking network")] = 1,
-    narrow_epochs: int = 8,
+    dense_epochs: int = 10,
+    epochs: Annotated[int, typer.Option(help="of the wide spiking network")] = 2,
+    narrow_epochs: int = 5,
     step_epochs: Annotated[int, typer.Option(help="at each number of steps")] = 1,
+    step_lr: Annotated[float, typer.Option(help="of Adam, at each number of steps")] = 0.001,
     last_epochs: Annotated[int, typer.Option(help="at 2 steps and at 1")] = 15,
-    last_lr: Annotated[float, typer.Option(help="at 2 steps and at 1")] = 0.01,
+    last_lr: Annotated[float, typer.Option(help="of Adam, at 2 steps and at 1")] = 0.002,
+    one_step_threshold: Annotated[float, typer.Option(help="factor of the thresholds at 1 step")] = 0.6,
     percentile: Annotated[float, typer.Option(help="of pre-activations: the thresholds")] = 0.95,
     lr: float = 0.02,
     snn_lr: float = 0.02,
