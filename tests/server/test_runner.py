@@ -1,6 +1,7 @@
 """The round runner and both collectors, with an in-memory transport and the real client app."""
 
 import itertools
+import os
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import Error, Message, RecordDict
+from flwr.app import ConfigRecord, Error, Message, RecordDict
 from torch import Tensor, nn
 
 from client.state import load_state
@@ -26,9 +27,10 @@ from tofu.models import initial_model
 from tofu.observers.base import Observer
 from tofu.plugins import Plugin, PluginState, RoundContext, keep_channels, keep_entries
 from tofu.reference_model import ReferenceModel
+from tofu.secagg.messages import Masked
 from tofu.settings import Settings
 from tofu.weights import weights_of
-from tofu.wire import TrainReply
+from tofu.wire import FIELD, RECORD, TrainReply
 
 TINY: dict[str, Any] = {
     "model": "mlp", "clients": 3, "rounds": 4, "local_epochs": 1, "batch_size": 64, "max_evals": 5, "ratio": 50.0,
@@ -154,6 +156,25 @@ def test_a_secure_round_gives_the_update_of_a_full_one() -> None:
     assert result.secure.examples == 120
     for name, value in full.weights.items():
         assert torch.allclose(secure.weights[name], value, atol=1e-3)
+
+
+def test_a_random_masked_vector_abandons_the_round_and_not_the_run() -> None:
+    """The sum is random, and a plugin checks its part of it."""
+
+    def lie(message: Message, answer: Callable[[], Message]) -> Message:
+        reply = answer()
+        masked = Masked.from_bytes(reply.content.config_records[RECORD][FIELD])
+        random = replace(masked, packed=os.urandom(len(masked.packed))).to_bytes()
+        return Message(RecordDict({RECORD: ConfigRecord({FIELD: random})}), reply_to=message)
+
+    runner, transport = make(schedule="secure", clients=4, plugins="ood")
+    before, transport.behaviors = runner.weights, {"2": on_train(lie)}
+    [first] = rounds(runner, 1)
+    assert "one of them sent an impossible vector" in first.abandoned
+    assert same(before, runner.weights)
+    transport.behaviors = {}
+    [second] = rounds(runner, 2)
+    assert sorted(second.survivors) == ["0", "1", "2", "3"]
 
 
 def test_a_secure_round_without_enough_survivors_is_abandoned_and_changes_nothing() -> None:

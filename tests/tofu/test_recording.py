@@ -33,6 +33,8 @@ def test_what_was_kept_is_read(recorded: Path, mlp_update: Case) -> None:
     for name, value in weights_of(mlp_update[0].model).items():
         assert torch.equal(found.base[name], value)
     assert sorted(p.name for p in path.iterdir()) == ["base.safetensors", "payload.bin", "record.json"]
+    modes = {folder.stat().st_mode & 0o777 for folder in (path, path.parent)}
+    assert modes == {0o700}  # it identifies the client's data
 
 
 def test_a_round_that_is_run_again_replaces_its_recording(recorded: Path, mlp_update: Case) -> None:
