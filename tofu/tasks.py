@@ -134,7 +134,7 @@ def only_classes(model: nn.Module, classes: Sequence[int]) -> Iterator[None]:
     def mask(module: nn.Module, args: object, outputs: Tensor) -> Tensor:
         out = torch.ones(outputs.shape[1], dtype=torch.bool, device=outputs.device)
         out[allowed] = False
-        return outputs.masked_fill(out, _EXCLUDED)
+        return outputs.masked_fill(out, max(_EXCLUDED, torch.finfo(outputs.dtype).min))  # float16 ends at -65504
 
     with model.register_forward_hook(mask):
         yield

@@ -336,6 +336,13 @@ IMAGES: dict[str, Case] = {
         lambda r: metadata(r, "metadata.csv", ["file_name,label", *ROWS[:6], "gone.png,dog"]),
         Read(train=5, test=1, unreadable=1),
     ),
+    "metadata_with_an_image_twice": Case(
+        lambda r: metadata(r, "metadata.csv", ["file_name,label", *ROWS, ROWS[0]]), Read(train=7, test=2)
+    ),
+    "metadata_with_two_labels": Case(
+        lambda r: metadata(r, "metadata.csv", ["file_name,label", *ROWS, "cat0.png,dog"]),
+        r"metadata\.csv has cat0\.png with the labels cat and dog",
+    ),
     "metadata_without_labels": Case(
         lambda r: metadata(r, "metadata.csv", ["file_name,text", *ROWS]),
         r"metadata\.csv has no label column among file_name, text",
@@ -509,6 +516,7 @@ IMAGES: dict[str, Case] = {
     ),
     "labels_that_are_not_finite": Case(lambda r: numbers(r, [0.0, 1.0, float("nan")]), Read(("0", "1"), 6, 2, 4)),
     "blank_labels": Case(lambda r: numbers(r, ["0", "1 ", " "]), Read(("0", "1"), 6, 2, 4)),
+    "labels_that_say_nan": Case(lambda r: numbers(r, ["0", "1", "NaN"]), Read(("0", "1"), 6, 2, 4)),
     "no_labels": Case(lambda r: numbers(r, [None]), "has no labels in column 'label': all cells are empty"),
     "labels_too_large": Case(
         lambda r: parquet(r / "a.parquet", ("0",), {"label": np.array([2**63 + 1], np.uint64)}),
@@ -596,7 +604,8 @@ TABLES: dict[str, Case] = {
     ),
     "semicolons": Case(lambda r: csv(r / "t.csv", "a;b;label", ["1;2;cat"] * 4), "no label column among a;b;label"),
     "latin_1": Case(
-        lambda r: put(r, "t.csv", content="a,label\n0,\xe9\n1,b\n".encode("latin-1")), "has texts that are not UTF-8"
+        lambda r: put(r, "t.csv", content="a,label\n0,\xe9\n1,b\n".encode("latin-1")),
+        "that are not UTF-8, in label column",
     ),
     "ragged": Case(lambda r: csv(r / "t.csv", "a,b,label", ["1,2,cat", "1,cat"]), "cannot be read as a table"),
     "only_a_header": Case(lambda r: csv(r / "t.csv", "a,b,label", []), "has no rows"),

@@ -2,6 +2,7 @@
 
 import random
 import threading
+import weakref
 from collections.abc import Callable
 from functools import cache, partial
 from itertools import count
@@ -524,6 +525,7 @@ def _gradients_off(**shape: int) -> nn.Module:
 
 
 ACCEPTED |= {
+    "half_outputs": lambda **shape: nn.Sequential(Flat(**shape), Do(lambda x, _: x.half())),
     "packed": _rows(Packed), "parameter_lists": _flat(ParameterLists), "gradients_off": _gradients_off,
     "dropout_in_place": _flat(partial(nn.Dropout, 0.3, inplace=True)),
 }  # fmt: skip
@@ -560,6 +562,29 @@ class Unstored(nn.Module):
         if self.training:
             self.state *= 0.9
         return x * self.state
+
+
+class Buffered(nn.Module):
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("table", table)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.table.is_meta else torch.mm(self.table, x.T).T
+
+
+class WeakParent(nn.Module):
+    """A layer that reads a parameter of its parent through a weak reference, which copies share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(HIDDEN))
+        self.parent = weakref.ref(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parent = self.parent()
+        assert parent is not None
+        return x * parent.scale
 
 
 class Recalled(nn.Module):
@@ -698,6 +723,12 @@ REFUSED: dict[str, tuple[Callable[..., nn.Module], str]] = {
         partial(Modes, lambda model, mode: model.into.requires_grad_(mode) and None),
         "same trainable parameters in both modes (into.bias is trainable in one)",
     ),
+    "weak_parent": (_flat(WeakParent), "methods, not functions or weak references that refer to layers"),
+    "sparse_buffer": (_flat(lambda: Buffered(torch.eye(HIDDEN).to_sparse())), "middle.table is sparse: torch.sparse_"),
+    "meta_buffer": (_flat(lambda: Buffered(torch.ones(3, device="meta"))), "middle.table has no values"),
+    "built_in_inference_mode": (
+        torch.inference_mode()(lambda **shape: Flat(**shape)), "into.weight was made in inference mode",
+    ),
     "mask_of_the_first_batch": (_flat(Recalled), "takes batches of any size (of 3: RuntimeError: The size of tensor a"),
     "table_of_the_largest_batch": (_flat(Grown), "(of 3: buffer middle.table has another shape then)"),
     "two_examples_only": (_flat(_do(lambda x, _: x[:2] + x[2:].sum())), "(of 3: the output has the shape [2, 10]"),
@@ -706,7 +737,7 @@ REFUSED: dict[str, tuple[Callable[..., nn.Module], str]] = {
     "selected_parameters": (Selected, "have all parameters by name (into.weight is missing)"),
     "nested_state_dict": (Nested, "have all parameters by name (into.weight is missing)"),
     "slots": (_flat(Slotted), "copy.deepcopy can copy (its copy fails: AttributeError: "),
-    "replaced_forward": (_replaced_forward, "methods, not functions that refer to layers"),
+    "replaced_forward": (_replaced_forward, "methods, not functions or weak references that refer to layers"),
     "double_by_default": (_double_by_default, "must have the same dtype"),
     "no_module": (lambda **_: 5, "torch.nn.Module"),  # type: ignore[dict-item, return-value]
 }  # fmt: skip

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 _LABEL_NAMES = ("label", "labels", "fine_label", "target", "class", "y")
 _MAX_CLASSES = 1 << 16
 _TEXTS = ("string", "large_string", "string_view")
+_MISSING = ("", "nan", "<na>", "#n/a")
+"""Cells of texts without a label, as pandas and spreadsheets write them; NA, None and null may be names."""
+
 _NO_LABEL = -1
 """Label of rows with a secret label in a benchmark."""
 
@@ -74,8 +77,8 @@ def check_unique(names: list[str], origin: str) -> None:
 def label_values(column: "pyarrow.ChunkedArray", name: str, origin: str) -> tuple[NDArray[Any], IntArray]:
     """The labels as int64 or as texts (objects) [k], and the rows that have one, int64 [k].
 
-    A row has no label if the cell is empty or not a finite number. Texts are stripped and normalized to Unicode form
-    NFC, as names of folders are. Whole numbers that were read as floats become int64.
+    A row has no label if the cell is empty, "nan" or not a finite number. Texts are stripped and normalized to Unicode
+    form NFC, as names of folders are. Whole numbers that were read as floats become int64.
 
     Raises:
         DataError: the column has no labels, or fractions or another type.
@@ -91,7 +94,7 @@ def label_values(column: "pyarrow.ChunkedArray", name: str, origin: str) -> tupl
         texts = [
             "" if value is None else unicodedata.normalize("NFC", str(value)).strip() for value in column.to_pylist()
         ]
-        rows = np.flatnonzero([bool(text) for text in texts])
+        rows = np.flatnonzero([text.casefold() not in _MISSING for text in texts])
         labels = np.array([texts[row] for row in rows], dtype=object)
     elif types.is_floating(kind):
         values = column.to_numpy()
@@ -106,7 +109,7 @@ def label_values(column: "pyarrow.ChunkedArray", name: str, origin: str) -> tupl
             raise DataError(f"{origin} has label {largest[0]}: expected class numbers from 0 on")
         rows, labels = np.flatnonzero(column.is_valid().to_numpy()), np.array(numbers, dtype=np.int64)
     elif "binary" in str(kind):
-        raise DataError(f"{origin} has texts that are not UTF-8 in label column {name!r}: expected UTF-8")
+        raise DataError(f"{origin} has bytes, or texts that are not UTF-8, in label column {name!r}")
     elif not types.is_null(kind):
         raise DataError(f"{origin} has values of type {kind} in label column {name!r}: expected numbers or texts")
     if not len(rows):

@@ -209,6 +209,12 @@ def _read_metadata(file: Path, columns: Columns) -> tuple[list[Path], NDArray[An
     unlabeled = sorted(set(range(len(names))) - set(rows.tolist()))
     unusable = tuple(f"{file}, row {row} has no label in column {label!r}" for row in unlabeled)
     paths = [file.parent / str(names[row] or "") for row in rows]
+    given: dict[Path, object] = {}
+    for path, value in zip(paths, labels.tolist(), strict=True):
+        if given.setdefault(path, value) != value:
+            raise DataError(
+                f"{file} has {path.name} with the labels {given[path]} and {value}: expected one for an image"
+            )
     return paths, labels, unusable, f"images and labels of columns {_FILE_NAME!r} and {label!r} of {file.name}"
 
 

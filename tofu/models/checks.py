@@ -73,6 +73,7 @@ def changed_buffers(model: nn.Module, forward: Callable[[], object]) -> frozense
         Exception: any error of `forward`, which calls the model.
     """
     model.train()
+    _check_tensors(model)
     for tensor in (*model.parameters(), *model.buffers()):
         if not is_lazy(tensor) and 0 in tensor.stride():  # an expanded tensor cannot be written to
             tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
@@ -97,6 +98,23 @@ def changed_buffers(model: nn.Module, forward: Callable[[], object]) -> frozense
         if isinstance(module, _NormBase) and changed & names.keys():  # a running mean may stay 0 in this pass
             changed |= names.keys()
     return frozenset(changed)
+
+
+def _check_tensors(model: nn.Module) -> None:
+    """Raises SettingError for a parameter or buffer that cannot be copied to and compared."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        kind = ""
+        if is_lazy(tensor):
+            continue
+        if tensor.is_meta:
+            kind = "has no values: it is on the device meta"
+        elif tensor.layout != torch.strided:
+            kind = f"is sparse: {tensor.layout}"
+        elif tensor.is_inference():
+            kind = "was made in inference mode"
+        if kind:
+            accepted = f"a model of dense parameters and buffers that training can change ({name} {kind})"
+            raise SettingError("model", type(model).__name__, accepted)
 
 
 @torch.no_grad()
@@ -190,7 +208,8 @@ def check_builds(model: nn.Module, other: nn.Module, outputs: Callable[[nn.Modul
     load_weights(model, weights)
     if not unchanged or not _close(of_copy, of_model):
         accepted = (
-            "a model whose copy by copy.deepcopy has layers of its own: methods, not functions that refer to layers"
+            "a model whose copy by copy.deepcopy has layers and state of its own: methods, not functions or weak "
+            "references that refer to layers"
         )
         raise SettingError("model", name, accepted)
 
