@@ -6,7 +6,7 @@ plugin of this module accepts requests with a token, whose file only its owner c
 token that it finds in `$FLWR_HOME/credentials.yaml`, where `flwr login` stores one; `write_credentials` writes it.
 
 Flower's SuperLink gives a reply to the server's app before it has all of it, and the app then waits for the rest and
-for no other client. Here it gets complete replies (`complete_replies`).
+for no other client. Here it gets complete replies (`replace_state`).
 """
 
 import base64
@@ -83,10 +83,12 @@ def guard(module: Any, token: str) -> None:
     module.load_control_authn_plugin = TokenPlugin
 
 
-def complete_replies(module: ModuleType) -> None:
+def replace_state(module: ModuleType) -> None:
     """Make the SuperLink's state give out a reply once it has all objects of it, or the push of the rest has expired.
 
     A client that dies while it sends its reply, or sends it slowly, then costs a round no more than one that is silent.
+    The state also accepts an object that it has: where the SuperLink is killed before it has confirmed an object, the
+    sender sends it again, and the server's app would end its run if it were refused.
 
     Args:
         module: `flwr.server.superlink.linkstate.linkstate_factory`.
@@ -109,6 +111,10 @@ def complete_replies(module: ModuleType) -> None:
                 incomplete = set(session.scalars(query).all())
             return super().get_message_res(message_ids - incomplete, run_id)
 
+        def store_object(self, run_id: int, session_id: str, object_id: str, object_content: bytes) -> bool:
+            stored = super().store_object(run_id, session_id, object_id, object_content)
+            return bool(stored or self.object_store.get(object_id) == object_content)
+
     module.SqlLinkState = CompleteReplyState  # type: ignore[attr-defined]
 
 
@@ -124,7 +130,7 @@ def main(command: Sequence[str]) -> None:
     # Without a limit it waits for who follows a run's log.
     uvicorn.run = partial(uvicorn.run, timeout_graceful_shutdown=_LAST_ANSWERS_SECONDS)
     extend_tokens(sql_corestate, sql_corestate.SqlCoreState)
-    complete_replies(linkstate_factory)
+    replace_state(linkstate_factory)
     module = sys.modules[flower_superlink.__module__]
     guard(module, Path(command[0]).read_text().strip())
     sys.argv = list(command[1:])

@@ -9,11 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from flwr.app import ConfigRecord
 from flwr.cli.auth_plugin import OidcCliPlugin
 from flwr.common.constant import ACCESS_TOKEN_KEY
 from flwr.supercore.credential_store.file_credential_store import FileCredentialStore
 
-from deploy.superlink import guard, make_token, write_credentials
+from deploy.superlink import guard, make_token, replace_state, write_credentials
 from deploy.topology import ENVIRONMENT
 from tests.processes import free_port, wait_for
 
@@ -71,3 +72,23 @@ def test_a_stop_does_not_wait_for_a_request_that_never_ends(tmp_path: Path) -> N
     finally:
         superlink.kill()
         superlink.wait()
+
+
+def test_an_object_that_is_sent_again_is_accepted() -> None:
+    """As by an app whose SuperLink was killed after it had stored the object and before it had said so."""
+    from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
+    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+    from flwr.supercore.object_store import ObjectStoreFactory
+
+    module: Any = SimpleNamespace(SqlLinkState=SqlLinkState)
+    replace_state(module)
+    federations: Any = SimpleNamespace()  # the state sets an attribute of it
+    state = module.SqlLinkState(":memory:", federations, ObjectStoreFactory().store())
+    state.initialize()
+    record = ConfigRecord({"value": 1})
+    session = state.start_session(7)
+    [missing] = state.preregister_object_tree(get_object_tree(record), session)
+    content = get_all_nested_objects(record)[missing].deflate()
+    assert [state.store_object(7, session, missing, content) for _ in range(2)] == [True, True]
+    assert not state.store_object(7, session, missing, content + b"x")
+    assert not state.store_object(7, session, "0" * 64, content)
