@@ -111,6 +111,14 @@ def test_the_classes_of_a_run_are_those_of_all_its_clients(
     assert rounds[1].uplink_bytes == sent  # clients registered before round 1, which counts this
 
 
+def test_secure_rounds_have_the_classes_of_all_clients_too(tmp_path: Path, folders: list[Path]) -> None:
+    folders[1] = write(tmp_path / "odd", NAMES[3:8], slice(400, 1200), as_names={"five": "owl"})
+    rounds, data = federate(tmp_path, "run", folders, rounds=1, schedule="secure")
+    assert data["classes"] == [*sorted(NAMES), "owl"]
+    assert not rounds[1].failures
+    assert not rounds[1].abandoned
+
+
 def test_names_with_commas_are_added_and_other_spellings_are_not(
     tmp_path: Path, folders: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
