@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import audit, correlated
+from benchmarks import audit, audit_trained, correlated
 from benchmarks.coding.__main__ import where_bytes_go
 from benchmarks.common import RESULTS, markdown_table, run_command, spread
 from benchmarks.error_feedback.__main__ import SEEDS, TASKS, TUNING_SEED, table
@@ -267,6 +267,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "error-feedback-mnist-100-tuning": partial(error_feedback, "mnist-100", (TUNING_SEED,)),
     "soak": soak,
     "audit": lambda: audit.table(read("audit")["rows"]),
+    "audit-trained": lambda: audit_trained.table(read("audit_trained")["rows"]),
     "correlated": lambda: correlated.table(read("correlated")["rows"]),
     "robust-accuracy": lambda: robust("accuracy", ATTACKS),
     "robust-backdoor": lambda: robust("backdoor", BACKDOORS),
