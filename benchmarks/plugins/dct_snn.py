@@ -11,7 +11,8 @@
   (Adam, the surrogate gradient); accuracy by kept frequencies; the same with a signed Poisson code.
 - federated: digits, 10 clients, Dirichlet 0.5, T = 16, compared with the same training by one client with all images.
 
-Seeds that benchmarks/results/plugins-dct-snn-PART.json has already are kept, so an interrupted run continues.
+Seeds that benchmarks/results/plugins-dct-snn-PART.json has already, with the same settings, are kept, so an interrupted
+run continues.
 """
 
 import copy
@@ -62,7 +63,7 @@ from tofu.weights import difference, explained_variance, weights_of
 PARTS = ("encoder", "speed", "codec", "cifar", "federated")
 KEPT = (16, 10, 6, 3, 1)
 SETTINGS: dict[str, Any] = {
-    "cifar": {"model": "dct-snn-small", "images": 8000, "test": 300, "epochs": 6, "fine-tuning images": 600,
+    "cifar": {"model": "dct-snn-small", "images": 50_000, "test": 2000, "epochs": 20, "fine-tuning images": 20_000,
               "ann lr": 2e-3, "snn lr": 5e-4, "batch size": 32, "steps": 48},
     "codec": {"dataset": "digits", "model": "snn-small", "ratios": [50, 100], "local epochs": 5, "lr": 0.1},
     "federated": {"dataset": "digits", "model": "dct-snn-small", "cycles": 1, "rounds": 24, "local epochs": 3,
@@ -345,7 +346,8 @@ def main(
     """DCT-SNN: encoder, conversion, speed, proxies and federations."""
     for part in parts.split(","):
         path = RESULTS / f"plugins-dct-snn-{part}.json"
-        rows: list[Row] = json.loads(path.read_text())["rows"] if path.exists() else []
+        saved = json.loads(path.read_text()) if path.exists() else {}
+        rows: list[Row] = saved["rows"] if saved.get("settings") == SETTINGS.get(part, {}) else []
         for seed in map(int, seeds.split(",")):
             if any(row["seed"] == seed for row in rows):
                 continue

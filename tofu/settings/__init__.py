@@ -128,8 +128,8 @@ class Settings(BaseModel):
     def meaning(self, round_: int) -> tuple[bytes, ...]:
         """The inputs, besides the encoding, that all clients of a secure sum must share: settings, round and code.
 
-        The setting `device` is left out, because clients may choose it, and so is `class-names`, to which the server adds
-        the classes of the clients that registered; the number of classes is part of the encoding.
+        The setting `device` is left out, because clients may choose it, and so is `class-names`, to which the server
+        adds the classes of the clients that registered; the number of classes is part of the encoding.
         """
         text = json.dumps(self.to_config() | {"device": "", "class-names": ""}, sort_keys=True)
         return hashlib.sha256(text.encode()).digest(), round_.to_bytes(4, "little"), code_digest("tofu", "client")

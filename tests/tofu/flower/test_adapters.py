@@ -126,7 +126,7 @@ def test_only_adapters_travel_and_the_app_learns(send: Callable[[nn.Module], dic
 
 
 def test_other_frozen_weights_at_the_server_are_noticed() -> None:
-    with pytest.raises(RunError, match="computes the same on server and client .*, such as frozen weights"):
+    with pytest.raises(RunError, match=r"computes the same on server and client .*, such as frozen weights"):
         federate(adapters, compressed=True, seed=5)
 
 
