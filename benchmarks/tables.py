@@ -18,6 +18,8 @@ from benchmarks import audit, audit_trained, correlated
 from benchmarks.coding.__main__ import where_bytes_go
 from benchmarks.common import RESULTS, markdown_table, run_command, spread
 from benchmarks.error_feedback.__main__ import SEEDS, TASKS, TUNING_SEED, table
+from benchmarks.latency.__main__ import HEADER as LATENCY
+from benchmarks.latency.__main__ import table_rows as latency_rows
 from benchmarks.plugins.tables import PLUGIN_TABLES
 from benchmarks.robust.__main__ import ATTACKS, BACKDOORS
 from tofu.formatting import format_bytes
@@ -266,6 +268,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "error-feedback-cifar10-tuning": partial(error_feedback, "cifar10", (TUNING_SEED,)),
     "error-feedback-mnist-100-tuning": partial(error_feedback, "mnist-100", (TUNING_SEED,)),
     "soak": soak,
+    "latency": lambda: markdown_table(LATENCY, latency_rows(read("latency")["rows"])),
     "audit": lambda: audit.table(read("audit")["rows"]),
     "audit-trained": lambda: audit_trained.table(read("audit_trained")["rows"]),
     "correlated": lambda: correlated.table(read("correlated")["rows"]),
