@@ -32,16 +32,18 @@ def run(name: str, folder: Path, **settings: Any) -> dict[str, Any]:
     return {"weights_sha256": result.summary.weights_sha256, "failures": failures}
 
 
-@pytest.mark.parametrize("rounds", ROUNDS)
-@pytest.mark.parametrize("name", ACCEPTED)
-def test_a_network_loses_no_reply_and_the_same_run_gives_the_same_weights(
-    name: str, rounds: str, tmp_path: Path
-) -> None:
-    first, second = (run(name, tmp_path / str(number), **ROUNDS[rounds]) for number in range(2))
+def check_network(name: str, rounds: str, folder: Path) -> None:
+    """Run a network twice: no reply is lost, and the weights are the same."""
+    first, second = (run(name, folder / str(number), **ROUNDS[rounds]) for number in range(2))
     assert first["weights_sha256"] == second["weights_sha256"]
     assert not first["failures"]
     assert not second["failures"]
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_a_network_loses_no_reply_and_the_same_run_gives_the_same_weights(name: str, tmp_path: Path) -> None:
+    check_network(name, "uncompressed", tmp_path)
 
 
 @pytest.mark.parametrize("name", REFUSED)
