@@ -9,7 +9,7 @@ training and messages are left out. The command fails if a bound exceeds the eps
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -119,12 +119,23 @@ def audit(kind: str, multiplier: float, rounds: int, canaries: int, drawn: float
     for _ in range(rounds):
         account.spend(multiplier, kind)
         totals += {"secure": secure_round, "proxy": open_round}[kind](sent, privacy, drawn)
+    found = score(totals, sent, guesses, account.epsilon)
+    return {"kind": kind, "noise_multiplier": multiplier, "rounds": rounds, "drawn": drawn, "seed": seed} | found
+
+
+def score(totals: Reals, sent: npt.NDArray[np.bool_], guesses: int, epsilon: float) -> dict[str, Any]:
+    """Guess the coins of the canaries with the smallest and the largest totals, and bound epsilon by what is right.
+
+    Args:
+        totals: what the attacker sees of each canary [canaries].
+        sent: whether each canary was sent [canaries].
+        guesses: number of guesses, even.
+        epsilon: that is reported.
+    """
     order = np.argsort(totals, kind="stable")
     right = int((~sent[order[: guesses // 2]]).sum() + sent[order[-(guesses // 2) :]].sum())
     return {
-        "kind": kind, "noise_multiplier": multiplier, "rounds": rounds, "drawn": drawn, "seed": seed,
-        "right": right, "guesses": guesses, "bound": lower_bound(right, guesses, canaries, DELTA),
-        "epsilon": account.epsilon,
+        "right": right, "guesses": guesses, "bound": lower_bound(right, guesses, len(sent), DELTA), "epsilon": epsilon
     }  # fmt: skip
 
 
@@ -142,15 +153,20 @@ def main(
     print(table(rows))
     settings = {"canaries": canaries, "confidence": CONFIDENCE, "delta": DELTA, "seeds": seeds}
     write_results("audit", settings=settings, rows=rows)
+    fail_if_refuted(rows)
+
+
+def fail_if_refuted(rows: list[dict[str, Any]]) -> None:
+    """End the command with an error if a bound exceeds the epsilon of noise that was accounted for."""
     if any(row["drawn"] == 1 and row["bound"] > row["epsilon"] for row in rows):
         raise SystemExit("error: a lower bound exceeds the epsilon that is reported")
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]], noise: Mapping[float, str] = NOISE) -> str:
     """The lower bounds by kind of round and noise, and how many of them exceed the epsilon that is reported."""
     lines = []
-    for kind in KINDS:
-        for drawn, name in NOISE.items():
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        for drawn, name in noise.items():
             found = [row for row in rows if (row["kind"], row["drawn"]) == (kind, drawn)]
             refuted = sum(row["bound"] > row["epsilon"] for row in found)
             bounds = spread([row["bound"] for row in found], 2)

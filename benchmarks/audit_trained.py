@@ -20,8 +20,8 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from benchmarks.audit import DELTA, Reals, lower_bound
-from benchmarks.common import markdown_table, run_command, spread, write_results
+from benchmarks.audit import DELTA, Reals, fail_if_refuted, score, table
+from benchmarks.common import run_command, write_results
 from client.app import classes, hello, secure, train
 from server.app import serve_in_process
 from tofu.flower.transport import body_of
@@ -88,13 +88,8 @@ def audit(kind: str, multiplier: float, rounds: int, clients: int, drawn: float,
     account, guesses = Accountant(DELTA), clients // 4 * 2
     for _ in range(rounds):
         account.spend(multiplier, kind)
-    order = np.argsort(totals, kind="stable")
-    right = int((~sent[order[: guesses // 2]]).sum() + sent[order[-(guesses // 2) :]].sum())
-    return {
-        "kind": kind, "noise_multiplier": multiplier, "rounds": rounds, "drawn": drawn, "seed": seed,
-        "right": right, "guesses": guesses, "bound": lower_bound(right, guesses, clients, DELTA),
-        "epsilon": account.epsilon,
-    }  # fmt: skip
+    found = score(totals, sent, guesses, account.epsilon)
+    return {"kind": kind, "noise_multiplier": multiplier, "rounds": rounds, "drawn": drawn, "seed": seed} | found
 
 
 def _listening(workload: Canaries, totals: Reals) -> ClientApp:
@@ -128,22 +123,9 @@ def main(
         audit(kind, multiplier, rounds, clients, drawn, seed)
         for kind in KINDS for drawn in NOISE for seed in range(seeds)
     ]  # fmt: skip
-    print(table(rows))
+    print(table(rows, NOISE))
     write_results("audit_trained", settings={"clients": clients, "delta": DELTA, "seeds": seeds}, rows=rows)
-    if any(row["drawn"] == 1 and row["bound"] > row["epsilon"] for row in rows):
-        raise SystemExit("error: a lower bound exceeds the epsilon that is reported")
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The lower bounds by kind of round and noise, and how many of them exceed the epsilon that is reported."""
-    lines = []
-    for kind in KINDS:
-        for drawn, name in NOISE.items():
-            found = [row for row in rows if (row["kind"], row["drawn"]) == (kind, drawn)]
-            refuted = sum(row["bound"] > row["epsilon"] for row in found)
-            bounds = spread([row["bound"] for row in found], 2)
-            lines.append([f"`{kind}`", name, f"{found[0]['epsilon']:.2f}", bounds, f"{refuted} of {len(found)}"])
-    return markdown_table(("rounds", "noise", "epsilon", "lower bound", "refuted"), lines)
+    fail_if_refuted(rows)
 
 
 if __name__ == "__main__":

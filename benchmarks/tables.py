@@ -270,7 +270,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "soak": soak,
     "latency": lambda: markdown_table(LATENCY, latency_rows(read("latency")["rows"])),
     "audit": lambda: audit.table(read("audit")["rows"]),
-    "audit-trained": lambda: audit_trained.table(read("audit_trained")["rows"]),
+    "audit-trained": lambda: audit.table(read("audit_trained")["rows"], audit_trained.NOISE),
     "correlated": lambda: correlated.table(read("correlated")["rows"]),
     "robust-accuracy": lambda: robust("accuracy", ATTACKS),
     "robust-backdoor": lambda: robust("backdoor", BACKDOORS),

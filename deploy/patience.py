@@ -24,7 +24,7 @@ def extend_tokens(module: ModuleType, state: type) -> None:
 
     An app that was started has 30 s to use its token, or another one is started in its place; one that runs has 60 s
     for each heartbeat, or it counts as failed. Where all processes are slow, no app ever comes up. An app that was
-    killed is missed only when its token has ended, so that of a heartbeat lasts at most four times as long.
+    killed is missed only when its token has ended, so the token of an app that runs lasts at most four times as long.
 
     Args:
         module: the module of `state`, from which it reads HEARTBEAT_DEFAULT_INTERVAL.
