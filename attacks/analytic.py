@@ -51,7 +51,7 @@ class Analytic(Attack):
 
 
 def _chosen(candidates: Tensor, count: int, blank: Tensor) -> Tensor:
-    """`count` different candidates of [k, pixels], those with the most agreement first."""
+    """Return `count` different candidates of [k, pixels], those with the most agreement first."""
     inside = candidates[candidates.abs().amax(1) < BEYOND] if len(candidates) else candidates
     if not len(inside):
         inside = candidates if len(candidates) else blank.unsqueeze(0)

@@ -91,7 +91,7 @@ class AppMessage:
         return 0
 
     def scenario(self, observation: Observation) -> dict[str, object]:
-        """The fields of a row of results that describe the scenario."""
+        """Return the fields of a row of results that describe the scenario."""
         seen = self.recording
         return recorded_scenario(
             observation, dataset=self.dataset, model=self.model, norm="", seed=0, client=seen.client,

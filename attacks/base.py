@@ -76,7 +76,7 @@ class Attack(ABC):
     needs: ClassVar[tuple[str, ...]] = ()
 
     def incompatibility(self, observation: Observation) -> str | None:
-        """The reason why this attack cannot run on this message, or None."""
+        """Return the reason why this attack cannot run on this message, or None."""
         for need in self.needs:
             reason, given = CAPABILITIES[need]
             if not given(observation):

@@ -78,7 +78,9 @@ class CodecAware(Attack):
 
 
 def stretched(observation: Observation) -> Tensor:
-    """The proxies at the size of the network's input, each from -1 to 1: float32 [n, channels, height, width]."""
+    """Return the proxies at the size of the network's input, each from -1 to 1: float32 [n, channels, height,
+    width].
+    """
     assert observation.proxies is not None
     shape = observation.network.shape
     (images,) = observation.proxies.inputs
@@ -88,7 +90,7 @@ def stretched(observation: Observation) -> Tensor:
 
 
 def sent_entries(observation: Observation) -> list[Tensor]:
-    """For each parameter tensor, bool: which entries the payload contains."""
+    """Return for each parameter tensor, as bool, which entries the payload contains."""
     names = list(observation.network.param_spec.parameters)
     if observation.proxies is None or observation.proxy_settings is None:
         sparse = [observation.update[name] != 0 for name in names]
@@ -99,7 +101,7 @@ def sent_entries(observation: Observation) -> list[Tensor]:
 
 
 def codec_distance(observation: Observation, target: Tensors, weight: float) -> Callable[[Tensors], Tensor]:
-    """A distance between an update and those that the codec decodes to `target`."""
+    """Return a distance between an update and those that the codec decodes to `target`."""
     power = torch.stack([t.square().sum() for t in target])
     shares = power / power.sum().clamp_min(1e-30)
     sent = sent_entries(observation)

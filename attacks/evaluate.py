@@ -153,7 +153,8 @@ def write_document(folder: Path, settings: Mapping[str, object], rows: Sequence[
 
 
 def summarize(rows: Sequence[Row]) -> list[Row]:
-    """For each scenario and message, the attack with the highest mean PSNR, and its measures' means and deviations.
+    """Return for each scenario and message the attack with the highest mean PSNR,
+    and its measures' means and deviations.
 
     The best attack is chosen with the true images, which an attacker does not have, so the figures are upper bounds.
     """
@@ -181,7 +182,8 @@ def summarize(rows: Sequence[Row]) -> list[Row]:
 
 
 def verdicts(rows: Sequence[Row]) -> list[Row]:
-    """For each scenario, whether the control broke, that is, its mean PSNR exceeds `BROKEN`. If it did not, or if there
+    """Return for each scenario whether the control broke, that is, its mean PSNR exceeds `BROKEN`. If it did not,
+    or if there
     is none, as in recordings of a Flower app's payloads and sums, the other messages' figures prove nothing.
     """
     summary, found = summarize(rows), []
@@ -202,7 +204,7 @@ def verdicts(rows: Sequence[Row]) -> list[Row]:
 
 
 def _best_labels(sent: Sequence[Row]) -> tuple[float, float] | None:
-    """Mean and standard deviation of label accuracy, of the attack with the highest mean."""
+    """Return the mean and standard deviation of label accuracy, of the attack with the highest mean."""
     best: tuple[float, float] | None = None
     for attack in dict.fromkeys(row["attack"] for row in sent):
         found = _mean_and_spread([row["labels"] for row in sent if row["attack"] == attack])
@@ -223,7 +225,7 @@ def _mean_and_spread(values: Sequence[float | None]) -> tuple[float, float] | No
 
 
 def row_of(scenario: Mapping[str, object], message: str, attack: str, result: AttackResult) -> Row:
-    """Row of a trial; `scenario` has the fields of `Scenario`."""
+    """Return the row of a trial; `scenario` has the fields of `Scenario`."""
     scores = result.scores
     names = ("psnr", "ssim", "mse", "lpips", "recovered", "threshold", "labels")
     measures = {name: getattr(scores, name) if scores else None for name in names}
@@ -236,7 +238,7 @@ def row_of(scenario: Mapping[str, object], message: str, attack: str, result: At
 def recorded_scenario(
     observation: Observation, *, dataset: str | None, model: str | None, norm: str, seed: int, client: str, round_: int
 ) -> Row:
-    """The fields of `Scenario` for a recorded message of round `round_`, and the client's name."""
+    """Return the fields of `Scenario` for a recorded message of round `round_`, and the client's name."""
     return {
         "dataset": dataset, "model": model, "norm": norm, "lr": observation.lr, "seed": seed, "client": client,
         "pretrain_rounds": round_ - 1, "batch_size": observation.batch_size, "steps": observation.steps,
@@ -258,7 +260,7 @@ def _key(*parts: object) -> str:
 
 
 def load_row(path: Path) -> Row | None:
-    """Row of a finished trial; None if the trial has not finished."""
+    """Return the row of a finished trial; None if the trial has not finished."""
     try:
         row = json.loads(path.read_bytes())
     except (OSError, ValueError):

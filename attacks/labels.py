@@ -76,7 +76,9 @@ def _has_bias(observation: Observation) -> bool:
 
 
 def _last_gradient(observation: Observation, lr: float) -> Tensor:
-    """The gradient of the last bias, or without a bias the row sums of the weight's gradient: float32 [classes]."""
+    """Return the gradient of the last bias, or without a bias the row sums of the weight's gradient:
+    float32 [classes].
+    """
     name = observation.last_linear
     if _has_bias(observation):
         return -observation.update[f"{name}.bias"] / lr
@@ -84,7 +86,9 @@ def _last_gradient(observation: Observation, lr: float) -> Tensor:
 
 
 def _probed(observation: Observation, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Mean softmax [classes] on noise over the local steps, and the mean sum of the last layer's inputs [1]."""
+    """Return the mean softmax [classes] on noise over the local steps,
+    and the mean sum of the last layer's inputs [1].
+    """
     network = observation.network
     shape = network.shape
     noise = torch.randn(PROBES, *shape.chw, generator=generator).clamp(-1, 1)

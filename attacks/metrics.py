@@ -108,18 +108,20 @@ def lpips_network() -> nn.Module | None:
 
 
 def _unit(images: Tensor) -> Tensor:
-    """Pixels from [-1, 1] to [0, 1], clamped; values that are not finite become gray."""
+    """Scale pixels from [-1, 1] to [0, 1], clamped; values that are not finite become gray."""
     return (torch.nan_to_num(images.detach().float(), nan=0.0) / 2 + 0.5).clamp(0, 1)
 
 
 def _squared_errors(a: Tensor, b: Tensor) -> Tensor:
-    """Mean squared error of every pair: float64 [len(a), len(b)]."""
+    """Return the mean squared error of every pair: float64 [len(a), len(b)]."""
     a, b = a.double().flatten(1), b.double().flatten(1)
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").square() / a.shape[1]
 
 
 def _psnr(errors: Tensor) -> Tensor:
-    """The PSNR for mean squared errors of pixels in [0, 1], as torchmetrics defines it, for many pairs at once."""
+    """Return the PSNR for mean squared errors of pixels in [0, 1], as torchmetrics defines it,
+    for many pairs at once.
+    """
     return (-10 * torch.log10(errors.clamp_min(1e-30))).clamp_max(BEST_PSNR)
 
 

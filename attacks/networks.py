@@ -22,12 +22,12 @@ CHANNELS = 24
 
 
 def lenet_smooth(channels: int, height: int, width: int, classes: int) -> nn.Module:
-    """Three 5x5 convolutions with softplus and one linear layer; images above 16 pixels are halved twice."""
+    """Build three 5x5 convolutions with softplus and one linear layer; images above 16 pixels are halved twice."""
     return _lenet(channels, height, width, classes, batch=False)
 
 
 def lenet_smooth_batch(channels: int, height: int, width: int, classes: int) -> nn.Module:
-    """The same with BatchNorm after each convolution."""
+    """Build the same with BatchNorm after each convolution."""
     return _lenet(channels, height, width, classes, batch=True)
 
 

@@ -47,7 +47,7 @@ ATTACKS = ("analytic", "simulation", "codec-aware", "proxy-images", "label-count
 
 
 def observation_of(recording: Recording) -> Observation:
-    """The attacker's observation of a recorded message.
+    """Return the attacker's observation of a recorded message.
 
     Raises:
         AttackError: the base weights are not those of the run's model.
@@ -80,7 +80,9 @@ def observation_of(recording: Recording) -> Observation:
 
 
 def control_of(recording: Recording, data: LabeledImages, observation: Observation) -> Observation:
-    """The exact update of the same round, from a repetition of the client's training: the control of the attacks."""
+    """Return the exact update of the same round, from a repetition of the client's training: the control of the
+    attacks.
+    """
     settings = recording.settings
     config = LocalTrainingConfig.of(settings.training, recording.round)
     generator = derive_generator(settings.run.seed, recording.round, recording.client, "train")
@@ -162,7 +164,7 @@ class RunMessage:
         return observation_of(self.recording)
 
     def controls(self, sent: Observation) -> tuple[Observation, ...]:
-        """The exact update that the message encodes."""
+        """Return the exact update that the message encodes."""
         return (control_of(self.recording, self.truth, sent),)
 
     @property
@@ -180,7 +182,7 @@ class RunMessage:
         return int(self.recording.settings.run.seed)
 
     def scenario(self, observation: Observation) -> dict[str, object]:
-        """The fields of a row of results."""
+        """Return the fields of a row of results."""
         seen, settings = self.recording, self.recording.settings
         return recorded_scenario(
             observation, dataset=settings.data.dataset, model=settings.model.model, norm=settings.model.norm,
@@ -213,7 +215,7 @@ def _network(recording: Recording) -> ReferenceModel:
 
 
 def _data(recording: Recording) -> tuple[FederatedData, LabeledImages]:
-    """The run's images, and those of the recorded client."""
+    """Return the run's images, and those of the recorded client."""
     data = FederatedData.of(recording.settings.data, recording.settings.run.seed)
     if data.shape != recording.shape:
         raise AttackError(f"the run's images are {data.shape}, the recorded network takes {recording.shape}")

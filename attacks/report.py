@@ -57,7 +57,7 @@ _PAGE = (
 
 
 def table_rows(entries: Sequence[Row]) -> list[tuple[str, ...]]:
-    """The entries of the summary as rows with the columns of `HEADER`."""
+    """Return the entries of the summary as rows with the columns of `HEADER`."""
     measures = {"psnr": 1, "ssim": 2, "recovered": 2, "labels": 2}
     return [
         (
@@ -72,7 +72,7 @@ def table_rows(entries: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 def remarks(entries: Sequence[Row]) -> list[str]:
-    """One sentence per ratio that compares the two modes of the proxy codec in one scenario."""
+    """Return one sentence per ratio that compares the two modes of the proxy codec in one scenario."""
     psnr = {entry["message"]: entry["psnr"][0] for entry in entries if entry.get("psnr")}
     sentences = []
     for message, smooth in psnr.items():
@@ -89,7 +89,7 @@ def remarks(entries: Sequence[Row]) -> list[str]:
 
 
 def scenario_title(entry: Mapping[str, object]) -> str:
-    """A scenario in one line."""
+    """Return a scenario in one line."""
     steps, rounds = ("" if entry[name] == 1 else "s" for name in ("steps", "pretrain_rounds"))
     knowledge = "labels known" if entry["know_labels"] else "labels not known"
     name = Path(str(entry["dataset"])).name
@@ -100,7 +100,7 @@ def scenario_title(entry: Mapping[str, object]) -> str:
 
 
 def print_tables(rows: Sequence[Row]) -> None:
-    """Each scenario's verdict and table, in Markdown."""
+    """Print each scenario's verdict and table, in Markdown."""
     summary = summarize(rows)
     for verdict in verdicts(rows):
         entries = [e for e in summary if all(e[k] == verdict[k] for k in SCENARIO_FIELDS)]
@@ -141,7 +141,7 @@ def write_report(rows: Sequence[Row], folder: Path) -> Path:
 
 
 def _lead(summary: Sequence[Row], *, tested: bool) -> str:
-    """The highest mean PSNR on the exact update and on the other messages.
+    """Return the highest mean PSNR on the exact update and on the other messages.
 
     Args:
         tested: whether an attack inverted an exact update.
@@ -162,7 +162,7 @@ def _lead(summary: Sequence[Row], *, tested: bool) -> str:
 def _images(
     rows: Sequence[Row], entries: Sequence[Row], folder: Path
 ) -> tuple[Images | None, list[tuple[str, str, Images]]]:
-    """The originals of the first seed and, for each message, its name, its best attack and the reconstructions.
+    """Return the originals of the first seed and, for each message, its name, its best attack and the reconstructions.
 
     None and an empty list if no attack returned images.
     """
@@ -182,7 +182,7 @@ def _images(
 
 
 def _strip(title: str, caption: str, images: Images) -> dict[str, str]:
-    """The first `MAX_IMAGES` images in one row, with transparent gaps, as a PNG in a `data:` address."""
+    """Draw the first `MAX_IMAGES` images in one row, with transparent gaps, as a PNG in a `data:` address."""
     strip = Image.new("RGBA", (min(MAX_IMAGES, len(images)) * (TILE + GAP) - GAP, TILE))
     for column, image in enumerate(images[:MAX_IMAGES]):
         values = (np.nan_to_num(image).clip(-1, 1) * 127.5 + 127.5).round().astype(np.uint8)

@@ -51,12 +51,12 @@ class SimulatedClient:
         return self._observation.network.shape.chw
 
     def target(self, *, as_gradient: bool = False) -> Tensors:
-        """The observed update, or the gradient of its single step, by parameter."""
+        """Return the observed update, or the gradient of its single step, by parameter."""
         seen = self._observation.gradient if as_gradient else self._observation.update
         return tuple(seen[name].to(self.dtype) for name in self._names)
 
     def loss(self, images: Tensor, labels: Tensor, weights: Tensors | None = None) -> Tensor:
-        """Mean cross-entropy; labels are int64 [n] or probabilities [n, classes]."""
+        """Return the mean cross-entropy; labels are int64 [n] or probabilities [n, classes]."""
         parameters = dict(zip(self._names, weights or self.base, strict=True))
         # The fused attention has no second derivative.
         with sdpa_kernel(SDPBackend.MATH):
@@ -64,12 +64,12 @@ class SimulatedClient:
         return F.cross_entropy(logits, labels)
 
     def gradient(self, images: Tensor, labels: Tensor, weights: Tensors | None = None) -> Tensors:
-        """The gradient with respect to the weights, which can be differentiated again."""
+        """Return the gradient with respect to the weights, which can be differentiated again."""
         at = tuple(w.detach().requires_grad_() for w in self.base) if weights is None else weights
         return torch.autograd.grad(self.loss(images, labels, at), at, create_graph=True, materialize_grads=True)
 
     def update(self, images: Tensor, labels: Tensor, batches: Sequence[Tensor], lr: float) -> Tensors:
-        """The update of one step of SGD for each batch (int64 rows of the images), in order."""
+        """Return the update of one step of SGD for each batch (int64 rows of the images), in order."""
         weights = tuple(w.detach().requires_grad_() for w in self.base)
         for rows in batches:
             grads = self.gradient(images[rows], labels[rows], weights)
@@ -77,7 +77,7 @@ class SimulatedClient:
         return tuple(w - b for w, b in zip(weights, self.base, strict=True))
 
     def noise(self, count: int, generator: torch.Generator) -> Tensor:
-        """Random images [count, channels, height, width] to start from."""
+        """Return random images [count, channels, height, width] to start from."""
         return NOISE * torch.randn(count, *self.image_shape, generator=generator, dtype=self.dtype)
 
 
@@ -88,14 +88,14 @@ def relative_distance(found: Tensors, target: Tensors) -> Tensor:
 
 
 def angular_distance(found: Tensors, target: Tensors) -> Tensor:
-    """1 - cosine over all tensors together."""
+    """Return 1 - cosine over all tensors together."""
     inner = _total(f * t for f, t in zip(found, target, strict=True))
     norms = _total(f.square() for f in found) * _total(t.square() for t in target)
     return 1 - inner / norms.clamp_min(1e-30).sqrt()
 
 
 def total_variation(images: Tensor) -> Tensor:
-    """Mean absolute difference of neighboring pixels, down and across."""
+    """Return the mean absolute difference of neighboring pixels, down and across."""
     down, across = images[..., 1:, :] - images[..., :-1, :], images[..., 1:] - images[..., :-1]
     return down.abs().mean() + across.abs().mean()
 

@@ -62,7 +62,7 @@ class Simulation(Attack):
 
 def simulated_batches(observation: Observation, count: int, generator: torch.Generator,
                       max_steps: int = MAX_STEPS) -> tuple[list[Tensor], float]:  # fmt: skip
-    """The rows of each simulated step on `count` images, and the steps' size."""
+    """Return the rows of each simulated step on `count` images, and the steps' size."""
     assert observation.lr is not None
     size = min(observation.batch_size, count)
     epochs = max(1, min(math.ceil(observation.steps / math.ceil(count / size)), observation.epochs))

@@ -94,7 +94,7 @@ class AttackResult:
         found: Reconstruction, observation: Observation, truth: LabeledImages, others: LabeledImages,
         perceptual: torch.nn.Module | None,
     ) -> "AttackResult":  # fmt: skip
-        """The result of an attack that ran.
+        """Return the result of an attack that ran.
 
         Args:
             truth: the images that the attack is after.
@@ -115,7 +115,7 @@ class AttackResult:
 
     @staticmethod
     def refuse(reason: str, observation: Observation) -> "AttackResult":
-        """The result of an attack that was refused."""
+        """Return the result of an attack that was refused."""
         return AttackResult(None, reason, math.nan, 0, observation.payload_bytes, None, None)
 
 
@@ -159,7 +159,7 @@ class TrialRunner:
 
 
 def open_clients(scenario: Scenario) -> FederatedData:
-    """The dataset, partitioned evenly over `CLIENTS` clients."""
+    """Return the dataset, partitioned evenly over `CLIENTS` clients."""
     whole = open_data(scenario.dataset, clients=CLIENTS, partition="iid", seed=0)
     if int(whole.class_counts().sum()) <= TRAIN_IMAGES:
         return open_data(scenario.dataset, clients=CLIENTS, partition="iid", seed=scenario.seed)
@@ -167,7 +167,7 @@ def open_clients(scenario: Scenario) -> FederatedData:
 
 
 def trained_network(scenario: Scenario) -> ReferenceModel:
-    """The model after `pretrain_rounds` rounds of federated averaging over all clients but the first."""
+    """Return the model after `pretrain_rounds` rounds of federated averaging over all clients but the first."""
     data = open_clients(scenario)
     model = attacked_model(scenario.model, data.shape, norm=scenario.norm, seed=scenario.seed)
     network = ReferenceModel(model.eval(), data.shape).as_built()
@@ -201,7 +201,9 @@ def _make_message(scenario: Scenario, message: Message, network: ReferenceModel)
 
 
 def drawn_clients(scenario: Scenario, count: int) -> list[LabeledImages]:
-    """The images of `count` clients, of which the first is attacked, each with as few repeated labels as possible."""
+    """Return the images of `count` clients, of which the first is attacked, each with as few repeated labels as
+    possible.
+    """
     data = open_clients(scenario)
     if count > data.clients:
         raise SettingError("messages", f"secure:{count}", f"at most {data.clients} clients")
@@ -217,7 +219,7 @@ def drawn_clients(scenario: Scenario, count: int) -> list[LabeledImages]:
 
 
 def _spread(labels: Tensor) -> Tensor:
-    """An order of the rows in which every class comes once before any comes twice, and so on."""
+    """Return an order of the rows in which every class comes once before any comes twice, and so on."""
     turns: list[int] = []
     met: dict[int, int] = {}
     for label in labels.tolist():
@@ -227,7 +229,7 @@ def _spread(labels: Tensor) -> Tensor:
 
 
 def _stepped(network: ReferenceModel, rounds: Sequence[ClientRound]) -> ReferenceModel:
-    """The network after a round in which the mean update of these clients has a weight of 1 / `CLIENTS`."""
+    """Return the network after a round in which the mean update of these clients has a weight of 1 / `CLIENTS`."""
     model = copy.deepcopy(network.model)
     weights: Mapping[str, Tensor] = weights_of(model)
     moved = {n: torch.stack([one.update[n] for one in rounds]).mean(0) / CLIENTS for n in weights}

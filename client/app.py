@@ -84,7 +84,7 @@ def classes(message: Message, context: Context) -> Message:
 
 
 def train(message: Message, context: Context, workload: Workload | None = None) -> Message:
-    """One round: train locally, compress the update, reply with one payload."""
+    """Handle one round: train locally, compress the update, reply with one payload."""
     with _answering("train", message, context) as answer:
         settings = _settings(context)
         torch.set_num_threads(settings.run.threads)
@@ -159,7 +159,7 @@ def _answering(what: str, message: Message, context: Context) -> Iterator[_Answe
 
 
 def _settings(context: Context) -> Settings:
-    """The run's settings, checked by the client's policy, with the device of the node config.
+    """Return the run's settings, checked by the client's policy, with the device of the node config.
 
     Raises:
         PolicyError: the policy refuses a setting.
@@ -172,5 +172,5 @@ def _settings(context: Context) -> Settings:
 
 @lru_cache(maxsize=4)
 def _parsed(run_config: str) -> Settings:
-    """Settings from a run config as JSON; those of a run are parsed once in a process."""
+    """Return the settings from a run config as JSON; those of a run are parsed once in a process."""
     return Settings.of(json.loads(run_config))

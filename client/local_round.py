@@ -76,7 +76,7 @@ from tofu.workload import Workload, workload_of
 
 
 def client_data(settings: Settings, context: Context, workload: Workload | None = None) -> Sized:
-    """The client's data: the folder `data` of its node config, or its partition of the workload's data.
+    """Return the client's data: the folder `data` of its node config, or its partition of the workload's data.
 
     The classes of a folder are in the order of the settings or, without one, of the server. The workload is by default
     that of the settings.
@@ -341,7 +341,7 @@ class LocalRound:
         return TrainedUpdate(update, examples, loss, 0.0 if noised else result.seconds, exported, accuracy)
 
     def send_payload(self, trained: TrainedUpdate, outgoing: Outgoing) -> tuple[bytes, Outgoing]:
-        """The reply of an open round: the compressed update and its metrics."""
+        """Return the reply of an open round: the compressed update and its metrics."""
         request, settings, reference = self.request, self.settings, self.reference
         exported = trained.exported
         if settings.privacy.client_multiplier:
@@ -373,13 +373,13 @@ class LocalRound:
         return clip.report(clipped=outgoing.clipped) if clip else {}
 
     def _exported_bytes(self, export: Export, accuracy: float | None) -> bytes:
-        """The plugins' export, and the accuracy on the client's own test data, if it has any."""
+        """Return the plugins' export, and the accuracy on the client's own test data, if it has any."""
         if accuracy is not None and math.isfinite(accuracy):
             export = Export(export.sums, dict(export.metrics) | {CLIENT_ACCURACY: accuracy})
         return export_to_bytes(export) if self.plugins or export.metrics else b""
 
     def send_masked(self, trained: TrainedUpdate, outgoing: Outgoing) -> tuple[bytes, Outgoing]:
-        """The reply of a secure round: the masked vector.
+        """Return the reply of a secure round: the masked vector.
 
         Raises:
             ResyncError: this client's weights or encoding differ from those that all clients of the sum agreed on.

@@ -42,12 +42,12 @@ class SavedState:
 
 
 def load_broadcast(context: Context) -> bytes:
-    """The plugins' broadcast that this client keeps; b"" if there is none."""
+    """Return the plugins' broadcast that this client keeps; b"" if there is none."""
     return _bytes(context, "broadcast")
 
 
 def load_plugins(context: Context) -> bytes:
-    """The plugins' states, which are needed before the model exists; b"" if there are none."""
+    """Return the plugins' states, which are needed before the model exists; b"" if there are none."""
     return _bytes(context, "plugins")
 
 
@@ -58,7 +58,9 @@ def _bytes(context: Context, name: str) -> bytes:
 
 
 def load_class_names(context: Context) -> tuple[str, ...]:
-    """The classes of the run, in the order in which the server numbers them; () if the server has not sent them."""
+    """Return the classes of the run, in the order in which the server numbers them;
+    () if the server has not sent them.
+    """
     record = context.state.config_records.get(_CLASSES)
     return class_names_from(record.get(FIELD)) if record is not None else ()
 
@@ -69,7 +71,7 @@ def save_class_names(context: Context, names: tuple[str, ...]) -> None:
 
 
 def load_local(context: Context, local: LocalLayers) -> Weights:
-    """The values of this client's own layers; empty before its first round."""
+    """Return the values of this client's own layers; empty before its first round."""
     record = context.state.config_records.get(_LOCAL)
     return local.read(record.get("values")) if record is not None else {}
 
@@ -80,7 +82,7 @@ def save_local(context: Context, values: Weights) -> None:
 
 
 def load_state(context: Context, reference: ReferenceModel) -> SavedState:
-    """The state that `save_state` left, or an empty one if it belongs to another architecture."""
+    """Return the state that `save_state` left, or an empty one if it belongs to another architecture."""
     record, param_spec = context.state.config_records.get(_RECORD), reference.param_spec
     if record is None or record.get("version") != _VERSION or record.get("architecture") != reference.architecture:
         return SavedState(ErrorFeedback(), b"", plugins=load_plugins(context))

@@ -27,7 +27,7 @@ def write_app(folder: Path) -> Path:
 
 
 def _version() -> str:
-    """The installed version, or that of a checkout which is not installed, as in the containers."""
+    """Return the installed version, or that of a checkout which is not installed, as in the containers."""
     try:
         return version("tofu-fl")
     except PackageNotFoundError:

@@ -109,7 +109,7 @@ def _check_arguments(nodes: int, app: Path | None, data: Path | None, policy: Pa
 
 
 def pin_of(app: Path) -> str:
-    """The SHA-256 sum of the bundle that `flwr run` builds from an app's folder, in hexadecimal.
+    """Return the SHA-256 sum of the bundle that `flwr run` builds from an app's folder, in hexadecimal.
 
     Raises:
         SettingError: Flower cannot build a bundle.
@@ -146,7 +146,7 @@ def _await(folder: Path, supervisor: "subprocess.Popen[bytes]", timeout: float, 
 
 
 def status(folder: Path) -> dict[str, Any]:
-    """The state of processes, nodes and runs, as JSON values.
+    """Return the state of processes, nodes and runs, as JSON values.
 
     The key `error` is present if the SuperLink runs but does not answer.
 
@@ -185,7 +185,7 @@ def status(folder: Path) -> dict[str, Any]:
 
 
 def online(folder: Path, state: State) -> int:
-    """Number of nodes that are online."""
+    """Return the number of nodes that are online."""
     return sum(node["status"] == "online" for node in _control(folder, state).nodes())
 
 
@@ -256,7 +256,7 @@ def down(folder: Path) -> list[str]:
 
 
 def summary(done: CompletedRun, results: Path) -> dict[str, Any]:
-    """The summary of a completed run, with Flower's run id and number of bytes."""
+    """Return the summary of a completed run, with Flower's run id and number of bytes."""
     file = results / "summary.json"
     own = json.loads(file.read_text()) if file.is_file() else {}
     return {**own, "flower_run": done.identity, "traffic_bytes": done.traffic_bytes, "run": str(results)}

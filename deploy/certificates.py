@@ -222,7 +222,7 @@ def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
 
 
 def _name(host: str) -> x509.GeneralName:
-    """A host in the form of a certificate. Raises SettingError if it is neither an IP address nor a DNS name."""
+    """Return a host in the form of a certificate. Raises SettingError if it is neither an IP address nor a DNS name."""
     with suppress(ValueError):
         return x509.IPAddress(ipaddress.ip_address("%" if "%" in host else host))  # no zones, such as fe80::1%eth0
     if len(host) > 253 or not _DNS_NAME.fullmatch(host):

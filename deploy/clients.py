@@ -103,7 +103,7 @@ def _renew(proxy: Path, host: str, *, ca: Path, ca_key: Path) -> bool:
 
 
 def instructions(added: AddedClient, shown: str) -> str:
-    """The user's next steps as text. `shown`: path of the secrets' folder on the user's machine."""
+    """Return the user's next steps as text. `shown`: path of the secrets' folder on the user's machine."""
     lines = [
         f"client {added.partition} ({added.name}) is admitted.",
         "",
@@ -127,7 +127,7 @@ def instructions(added: AddedClient, shown: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None, register: Callable[[Path, str], object] | None = None) -> int:
-    """The command: 0, or 2 with one line on standard error when something was refused.
+    """Run the command; return 0, or 2 with one line on standard error when something was refused.
 
     Args:
         register: registers a public key under a name; by default over the SuperLink's Control API.

@@ -102,11 +102,13 @@ class Control:
         return str(self._ask(*arguments, accepted=_KEY_IN_USE).get("node-id", ""))
 
     def nodes(self) -> list[dict[str, Any]]:
-        """The registered nodes as Flower lists them, with `node-id` and `status`: registered, online or offline."""
+        """Return the registered nodes as Flower lists them, with `node-id` and `status`: registered,
+        online or offline.
+        """
         return list(self._ask("supernode", "list", _CONNECTION)["nodes"])
 
     def runs(self) -> list[dict[str, Any]]:
-        """All runs as Flower lists them, with `run-id` and `status`."""
+        """Return all runs as Flower lists them, with `run-id` and `status`."""
         return list(self._ask("ls", _CONNECTION)["runs"])
 
     def run(
@@ -193,7 +195,7 @@ class Control:
         return {"cwd": self._folder, "env": self._environment}
 
     def _ask(self, *arguments: str, accepted: str | None = None) -> Any:
-        """The JSON answer of a `flwr` command. An error whose message contains `accepted` is returned, too."""
+        """Return the JSON answer of a `flwr` command. An error whose message contains `accepted` is returned, too."""
         command = [str(_BIN / "flwr"), *arguments, "--format", "json"]
         what = f"flwr {' '.join(arguments[:2])}"
         check_server(self._address, self._ca)
@@ -280,7 +282,7 @@ class _LogStream:
 
 
 def last_lines(text: str) -> str:
-    """The end of a log, on one line."""
+    """Return the end of a log, on one line."""
     lines = [line.strip("│╭╮╰╯─ ") for line in text.split("\n")]
     return " | ".join([line for line in lines if line][-6:])
 
@@ -339,12 +341,12 @@ def run(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: 0, or 2 with one line on standard error when something failed or was refused."""
+    """Run the command; return 0, or 2 with one line on standard error when something failed or was refused."""
     return run_command(app, arguments, "python -m deploy.control")
 
 
 def with_stored_settings(overrides: Mapping[str, object], results: Path) -> dict[str, object]:
-    """The given settings; with `resume`, they override those that the run was started with.
+    """Return the given settings; with `resume`, they override those that the run was started with.
 
     Args:
         results: folder that the path in `resume` is relative to.

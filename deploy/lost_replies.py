@@ -43,7 +43,9 @@ class AnsweringNodeState(InMemoryNodeState):
         super()._on_task_tokens_expired([task for task in tasks if task.type != TaskType.CLIENT_APP])
 
     def get_messages_legacy(self, **filters: Any) -> list[Message]:
-        """The messages that wait, but no reply whose app is still pushing it: the app may end before it is complete."""
+        """Return the messages that wait, but no reply whose app is still pushing it: the app may end before it is
+        complete.
+        """
         found = super().get_messages_legacy(**filters)
         with self._lock_object_push_sessions, self.lock_msg_store:
             complete = []
@@ -64,7 +66,7 @@ class AnsweringNodeState(InMemoryNodeState):
             self.object_store.delete(message_id)
 
     def _unfinished_push(self, message: Message) -> str | None:
-        """The session in which a message's objects are pushed, unless it has all of them."""
+        """Return the session in which a message's objects are pushed, unless it has all of them."""
         session_id = self._object_push_session_by_root.get(message.metadata.message_id, "")
         session = self._object_push_sessions.get(session_id)
         return session_id if session is not None and session.pending_object_ids else None

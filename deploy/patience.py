@@ -11,7 +11,7 @@ _LONGEST_HEARTBEAT = 4.0
 
 
 def load_factor() -> float:
-    """How many processes share each core of the machine, over the last minute; at least 1.
+    """Return how many processes share each core of the machine, over the last minute; at least 1.
 
     A limit in seconds is multiplied by it: with four processes on a core, a start takes four times as long. All cores
     count, because the load is that of all of them, also in a container or a process that may use only a few.

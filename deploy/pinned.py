@@ -26,7 +26,7 @@ _MAX_BYTES = 1 << 20
 
 
 def refusal(content: bytes, pinned: str, *, app: str, version: str, digest: str) -> str:
-    """Why a bundle is refused; "" if it is accepted.
+    """Return why a bundle is refused; "" if it is accepted.
 
     Args:
         content: the bundle.

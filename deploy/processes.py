@@ -40,7 +40,9 @@ _STOP_SECONDS = 10.0
 
 
 def missing_commands() -> list[Path]:
-    """The commands of Flower that are not beside this Python, as where a package of the environment was removed."""
+    """Return the commands of Flower that are not beside this Python,
+    as where a package of the environment was removed.
+    """
     return [path for name in _COMMANDS if not (path := _BIN / name).is_file()]
 
 
@@ -262,13 +264,13 @@ class LocalCluster:
 
 
 def read_names(folder: Path) -> dict[str, str]:
-    """Node id -> name of the nodes that were registered from a federation's folder."""
+    """Return a mapping: node id -> name of the nodes that were registered from a federation's folder."""
     file = folder / _NAMES
     return dict(json.loads(file.read_text())) if file.exists() else {}
 
 
 def exit_status(process: subprocess.Popen[bytes]) -> int | None:
-    """Its exit status, or the signal that ended it; None while it runs.
+    """Return its exit status, or the signal that ended it; None while it runs.
 
     The process is not reaped, so that the id of its group stays valid and `end` can end the rest of the group.
     """
@@ -277,7 +279,7 @@ def exit_status(process: subprocess.Popen[bytes]) -> int | None:
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 on which nothing listens now.
+    """Return a port of 127.0.0.1 on which nothing listens now.
 
     It lies below the ports from which systems choose for outgoing connections (32768 on Linux, 49152 elsewhere), so
     that none of these takes it before the caller does.

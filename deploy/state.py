@@ -31,7 +31,7 @@ class Process:
 
     @staticmethod
     def of(pid: int, restarts: int = 0) -> "Process":
-        """The process that has this pid now."""
+        """Return the process that has this pid now."""
         return Process(pid, start_mark(pid), restarts)
 
     @property
@@ -68,7 +68,7 @@ class State:
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
-        """The state in this folder; None if no federation was ever started in it."""
+        """Return the state in this folder; None if no federation was ever started in it."""
         try:
             values = json.loads((folder / _FILE).read_text())
         except (FileNotFoundError, NotADirectoryError):
@@ -82,7 +82,7 @@ class State:
 
 
 def start_mark(pid: int) -> str:
-    """The start time of a process, as text that differs between processes of the same pid; "" if none runs."""
+    """Return the start time of a process, as text that differs between processes of the same pid; "" if none runs."""
     if Path("/proc/self/stat").exists():
         try:
             # The name, in parentheses, may contain anything. After it come the state and, 19 fields later, the start.

@@ -48,7 +48,7 @@ class Restarts:
         self._began[name] = now
 
     def is_due(self, name: str, now: float) -> bool:
-        """Whether a member that has ended may be started now."""
+        """Return whether a member that has ended may be started now."""
         if name not in self._due:
             first, longest = _WAIT_SECONDS
             steady = now - self._began.get(name, now) >= _STEADY_SECONDS
@@ -104,7 +104,7 @@ def supervise(federation: LocalCluster, stopping: threading.Event) -> None:
 
 
 def _members(federation: LocalCluster, state: State, restarts: Restarts) -> dict[str, Process]:
-    """The present members. One that was not restarted keeps its entry, because its pid may be used again."""
+    """Return the present members. One that was not restarted keeps its entry, because its pid may be used again."""
     old = state.members
     return {
         name: old[name]

@@ -52,7 +52,7 @@ class Trust:
 
 
 def superlink(trust: Trust, *, host: str, port: int, database: PurePath) -> Member:
-    """A SuperLink that accepts only registered node keys and keeps its runs in a database."""
+    """Return a SuperLink that accepts only registered node keys and keeps its runs in a database."""
     arguments = ("--enable-supernode-auth", "--database", str(database), "--disable-runtime-dependency-installation")
     return Member("flower-superlink", (*arguments, *_listen(trust, host, port)))
 
@@ -60,7 +60,7 @@ def superlink(trust: Trust, *, host: str, port: int, database: PurePath) -> Memb
 def supernode(
     trust: Trust, *, superlink: str, key: PurePath, config: Mapping[str, int | str], host: str, port: int
 ) -> Member:
-    """A SuperNode.
+    """Return a SuperNode.
 
     Args:
         superlink: host:port of the SuperLink's Fleet API.
@@ -80,7 +80,7 @@ def supernode(
 
 
 def _quoted(name: str, value: int | str) -> str:
-    """A value of a node config as Flower reads it: TOML, in which only single quotes keep a quotation mark.
+    """Return a value of a node config as Flower reads it: TOML, in which only single quotes keep a quotation mark.
 
     Raises:
         SettingError: a text has both kinds of quotes, or characters that cannot be printed.
@@ -95,19 +95,23 @@ def _quoted(name: str, value: int | str) -> str:
 
 
 def identity_config(identity: PurePath, identities: PurePath) -> dict[str, str]:
-    """Node config for secure rounds with identities: the paths of the client's key and of the list of public keys."""
+    """Return the node config for secure rounds with identities:
+    the paths of the client's key and of the list of public keys.
+    """
     return {"identity": str(identity), "identities": str(identities)}
 
 
 def superexec(trust: Trust, *, address: str, health: str = "") -> Member:
-    """The SuperExec of the SuperLink or SuperNode at `address`; `health` is where it answers gRPC health checks."""
+    """Return the SuperExec of the SuperLink or SuperNode at `address`;
+    `health` is where it answers gRPC health checks.
+    """
     arguments = ("--runtime-api-address", address, "--root-certificates", str(trust.ca))
     secret = ("--superexec-auth-secret-file", str(trust.superexec))
     return Member("flower-superexec", (*arguments, *secret, *(("--health-server-address", health) if health else ())))
 
 
 def containers(nodes: int) -> dict[str, Member]:
-    """The members as services of deploy/compose.yaml. SuperNodes see the SuperLink through the proxy only."""
+    """Return the members as services of deploy/compose.yaml. SuperNodes see the SuperLink through the proxy only."""
     mounted = PurePosixPath("/run/secrets")
     trust = Trust(mounted / "ca.crt", mounted / "server.pem", mounted / "server.key", mounted / "superexec")
     health = f"127.0.0.1:{HEALTH_PORT}"

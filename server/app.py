@@ -328,11 +328,11 @@ class _Run:
             self._observer.on_note(f"round {round_}: {diverged}", round=round_)
 
     def _totals(self) -> tuple[int, int, int]:
-        """The bytes so far: uplink, downlink and FedAvg's uplink."""
+        """Return the bytes so far: uplink, downlink and FedAvg's uplink."""
         return self._ledger.uplink, self._ledger.downlink, self._ledger.fedavg_uplink
 
     def _divergence(self, folder: RunFolder) -> str:
-        """How training has diverged so far, and what may help; "" if it has not."""
+        """Return how training has diverged so far, and what may help; "" if it has not."""
         diverged = divergence(folder.records(), self._workload.shape.classes, growth=self._runner.growth)
         return f"{diverged}; a smaller lr may help" if diverged else ""
 

@@ -55,7 +55,7 @@ class Snapshot:
         self.tensors |= {f"{prefix}/{name}": value.detach().clone().contiguous() for name, value in tensors.items()}
 
     def tensors_of(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors with a prefix, by their names after it."""
+        """Return the tensors with a prefix, by their names after it."""
         start = f"{prefix}/"
         return {name.removeprefix(start): value for name, value in self.tensors.items() if name.startswith(start)}
 
@@ -66,7 +66,7 @@ class Snapshot:
         self.blobs |= {f"{prefix}/{name}": blob for name, blob in part.blobs.items()}
 
     def part(self, prefix: str) -> "Snapshot":
-        """The snapshot that `put_part` added."""
+        """Return the snapshot that `put_part` added."""
         start = f"{prefix}/"
         blobs = {name.removeprefix(start): blob for name, blob in self.blobs.items() if name.startswith(start)}
         return Snapshot(self.plain[prefix], self.tensors_of(prefix), blobs)
@@ -118,7 +118,7 @@ def write_checkpoint(run: Path, round_: int, snapshot: Snapshot) -> None:
 
 
 def read_checkpoint(run: Path, note: Callable[[str], None]) -> Snapshot | None:
-    """The newest complete checkpoint of a run, or None if it has none yet.
+    """Return the newest complete checkpoint of a run, or None if it has none yet.
 
     Args:
         note: called with a line about each checkpoint that is skipped.

@@ -70,7 +70,7 @@ class Clients:
         self._unreported: dict[int, str] = {}
 
     def connected(self, *, min_clients: int, timeout: float, round_: int) -> list[Client]:
-        """The clients connected now, in the order of their names; waits until there are `min_clients`.
+        """Return the clients connected now, in the order of their names; waits until there are `min_clients`.
 
         Raises:
             RunError: fewer than `min_clients` are connected after `timeout` seconds.
@@ -137,12 +137,12 @@ class Clients:
         return sum(client.unreadable for client in self._known.values() if client is not None)
 
     def take_declined(self) -> dict[int, str]:
-        """Node -> why it takes no part, of the nodes for which this has not been returned before."""
+        """Return a mapping: node -> why it takes no part, of the nodes for which this has not been returned before."""
         taken, self._unreported = self._unreported, {}
         return taken
 
     def state(self) -> list[list[object]]:
-        """The known clients, for a checkpoint."""
+        """Return the known clients, for a checkpoint."""
         known = filter(None, self._known.values())
         return [[client.node, client.name, client.examples, client.unreadable] for client in known]
 
@@ -212,7 +212,7 @@ class Clients:
             del self._known[node]  # it introduces itself again in the next round
 
     def _all_classes(self, clients: Iterable[Client]) -> str:
-        """The part of an error message that says with which class-names these clients could take part."""
+        """Return the part of an error message that says with which class-names these clients could take part."""
         unknown = sorted({name for client in clients for name in client.classes or ()} - set(self.class_names))
         names = printable(names_to_text((*self.class_names, *unknown)))
         if not unknown or len(names) > _MAX_NAMES:
@@ -228,7 +228,7 @@ class Clients:
 
 
 def _introduced(node: int, reply: Message) -> Client:
-    """The client that a reply to hello describes. Raises PayloadError if it is not valid."""
+    """Return the client that a reply to hello describes. Raises PayloadError if it is not valid."""
     record = reply.content.config_records.get(RECORD) or ConfigRecord()
     name, examples, unreadable = record.get("client"), record.get("examples"), record.get("unreadable", 0)
     if not isinstance(name, str) or not 0 < len(name) <= 100:

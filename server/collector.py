@@ -75,11 +75,11 @@ class RoundState:
     last_reply: float = 0.0
 
     def may_end(self, asked: int, valid: int) -> bool:
-        """Whether the round may end now without the missing replies of the clients that were asked."""
+        """Return whether the round may end now without the missing replies of the clients that were asked."""
         return time.monotonic() >= self.soft_deadline and 2 * valid >= asked
 
     def wanted(self, asked: int) -> int:
-        """Number of valid replies after which a round with `asked` requests ends."""
+        """Return the number of valid replies after which a round with `asked` requests ends."""
         return max(1, math.ceil(asked / self.over_sampling - 1e-9))
 
 

@@ -124,7 +124,7 @@ class _Work:
                 _finished(self._comparison.run(cell, seed), unknown=tune.setting if tune else "")
 
     def _outcome(self, run: Run) -> Row:
-        """The row of a run that was finished before, or is run now."""
+        """Return the row of a run that was finished before, or is run now."""
         self._next(run.cell)
         if _finished(run):
             self._log(f"{self._place(run)}: finished before")
@@ -153,7 +153,7 @@ class _Work:
         return text
 
     def _times(self, run: Run) -> str:
-        """The elapsed time, and an estimate of the remaining time from earlier runs of the same compressors."""
+        """Return the elapsed time, and an estimate of the remaining time from earlier runs of the same compressors."""
         text = f"; {format_seconds(time.perf_counter() - self._began)} elapsed"
         known = {name: sum(values) / len(values) for name, values in self._seconds.items()}
         if not known:
@@ -199,7 +199,7 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def _finished(run: Run, unknown: str = "") -> bool:
-    """Whether the run has finished, by the files in its folder.
+    """Return whether the run has finished, by the files in its folder.
 
     Args:
         unknown: a setting whose value is not known yet and may be anything.
@@ -226,7 +226,7 @@ def _finished(run: Run, unknown: str = "") -> bool:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """The settings of a finished run; settings that did not exist then have their default."""
+    """Return the settings of a finished run; settings that did not exist then have their default."""
     try:
         return dict(Settings.of(json.loads((folder / "config.json").read_text()), warn=False).to_config())
     except (OSError, ValueError, AttributeError, SettingError) as error:
@@ -235,7 +235,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _written(folder: Path) -> list[Path]:
-    """The files in a run's folder.
+    """Return the files in a run's folder.
 
     Raises:
         SettingError: a file was not written by a run, so it must not be deleted.

@@ -18,7 +18,9 @@ def client_order(name: str) -> tuple[int, str]:
 
 
 def reply_overhead() -> int:
-    """Number of bytes that a client's reply adds to its payload, measured on a message with ids of realistic length."""
+    """Return the number of bytes that a client's reply adds to its payload, measured on a message with ids of realistic
+    length.
+    """
     payload = bytes(1000)
     reply = TrainReply(1, 0.0, 0.0, 0.0, 0.0, 0.0, payload)
     long = 1 << 63  # run and node ids of a deployment are random 64-bit numbers
@@ -86,12 +88,12 @@ class Ledger:
         self._rows.append(row)
 
     def take(self) -> list[dict[str, object]]:
-        """The rows since the last call, sorted by client, because the order of replies varies."""
+        """Return the rows since the last call, sorted by client, because the order of replies varies."""
         rows, self._rows = sorted(self._rows, key=lambda row: client_order(str(row["client"]))), []
         return rows
 
     def totals(self) -> dict[str, int]:
-        """All totals, for a checkpoint."""
+        """Return all totals, for a checkpoint."""
         return {name: getattr(self, name) for name in _TOTALS}
 
     def restore(self, totals: Mapping[str, int]) -> None:
@@ -111,11 +113,11 @@ class Ledger:
         return self._full_message[key]
 
     def ratio(self) -> float:
-        """FedAvg's uplink bytes over this run's, complete messages."""
+        """Return FedAvg's uplink bytes over this run's, complete messages."""
         return self.fedavg_uplink / self.uplink if self.uplink else 1.0
 
     def both_ratio(self) -> float:
-        """FedAvg's bytes in both directions over this run's, complete messages."""
+        """Return FedAvg's bytes in both directions over this run's, complete messages."""
         ours = self.uplink + self.downlink
         return (self.fedavg_uplink + self.fedavg_downlink) / ours if ours else 1.0
 

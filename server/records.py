@@ -33,7 +33,7 @@ def round_record(
     runner: RoundRunner, ledger: Ledger, result: RoundResult, score: Evaluation, before: tuple[int, int, int],
     seconds: float,
 ) -> RoundRecord:  # fmt: skip
-    """The record of a round.
+    """Return the record of a round.
 
     Args:
         score: of the model after the round.
@@ -79,7 +79,7 @@ def round_record(
 
 
 def data_record(runner: RoundRunner, workload: Workload, *, local: bool) -> dict[str, object]:
-    """The content of data.json.
+    """Return the content of data.json.
 
     Args:
         local: the clients run in this process. Otherwise the record holds only what clients sent, which has no file
@@ -103,7 +103,7 @@ def data_record(runner: RoundRunner, workload: Workload, *, local: bool) -> dict
 
 
 def _finite(value: float) -> float | None:
-    """The value, or None if it could not be measured."""
+    """Return the value, or None if it could not be measured."""
     return value if math.isfinite(value) else None
 
 
@@ -131,7 +131,7 @@ def _by_client(result: RoundResult, *, compressed: bool, private: bool) -> tuple
 
 
 def run_summary(runner: RoundRunner, ledger: Ledger, *, stopped: str, folder: str, seconds: float) -> RunSummary:
-    """The summary of a finished run; `stopped`: why it ended before its last round, or ""."""
+    """Return the summary of a finished run; `stopped`: why it ended before its last round, or ""."""
     transfer = _transfer(runner)
     return RunSummary(
         final_accuracy=_finite(runner.accuracies[-1]),
@@ -157,7 +157,7 @@ def run_summary(runner: RoundRunner, ledger: Ledger, *, stopped: str, folder: st
 
 
 def failed_rounds(records: Sequence[RoundRecord]) -> str:
-    """Why a run with these rounds has failed (no round or no secure round succeeded), or ""."""
+    """Return why a run with these rounds has failed (no round or no secure round succeeded), or ""."""
     rounds = [record for record in records if record.kind != "start"]
     secure = [record for record in rounds if record.kind == "secure"]
     if not any(record.clients for record in rounds):
@@ -171,7 +171,7 @@ def failed_rounds(records: Sequence[RoundRecord]) -> str:
 
 
 def divergence(records: Sequence[RoundRecord], classes: int, *, growth: float = 1.0) -> str:
-    """How training has diverged in these rounds, or "" if it has not.
+    """Return how training has diverged in these rounds, or "" if it has not.
 
     Training has diverged if the weights or the last test loss are not finite, or this loss is above 100 times the
     initial one (taken as at least 1). It has also diverged if the last test loss is above the initial one, the accuracy
@@ -208,7 +208,7 @@ def divergence(records: Sequence[RoundRecord], classes: int, *, growth: float = 
 
 
 def _transfer(runner: RoundRunner) -> tuple[float, float] | None:
-    """ACC and BWT (`tofu.tasks`), averaged over the orders in which the clients learned the tasks."""
+    """Return ACC and BWT (`tofu.tasks`), averaged over the orders in which the clients learned the tasks."""
     settings, stream = runner.settings, runner.stream
     if stream.tasks < 2 or runner.round < settings.training.rounds:
         return None
@@ -221,7 +221,7 @@ def _transfer(runner: RoundRunner) -> tuple[float, float] | None:
 
 
 def spent_budget(runner: RoundRunner, round_: int) -> str:
-    """Why differential privacy does not allow another round, or ""."""
+    """Return why differential privacy does not allow another round, or ""."""
     privacy, account = runner.settings.privacy, runner.account
     if account is None or not privacy.max_epsilon or account.allows(privacy.noise_multiplier, privacy.max_epsilon):
         return ""

@@ -82,7 +82,7 @@ class RoundResult(Collected):
             self.secure = _merged(self.secure, collected.secure)
 
     def plugin_metrics(self) -> dict[str, float]:
-        """The plugins' metrics, averaged over clients by examples; empty in a secure round."""
+        """Return the plugins' metrics, averaged over clients by examples; empty in a secure round."""
         values: dict[str, list[tuple[float, int]]] = {}
         for client, reply in self.replies:
             for name, value in self.metrics.get(client.name, {}).items():
@@ -95,7 +95,7 @@ class RoundResult(Collected):
         }
 
     def mean(self, name: str) -> float | None:
-        """A field of the replies, averaged by examples; None without replies."""
+        """Return a field of the replies, averaged by examples; None without replies."""
         total = sum(reply.examples for _, reply in self.replies)
         if not total:
             return None
@@ -213,7 +213,7 @@ class RoundRunner:
         return score
 
     def kind(self, round_: int) -> str:
-        """The kind of a round by the schedule."""
+        """Return the kind of a round by the schedule."""
         return self._schedule.kind(round_, self.accuracies)
 
     def run_round(self, round_: int) -> RoundResult:
@@ -334,7 +334,8 @@ class RoundRunner:
         return [client for client in clients if len(self.models) == 1 or self.plugins.group_of(client.name) == group]
 
     def _sample(self, clients: list[Client], round_: int, *, secure: bool) -> list[list[Client]]:
-        """The clients of each group that are asked in this round: a function of seed, round and connected clients.
+        """Return the clients of each group that are asked in this round: a function of seed, round and connected
+        clients.
 
         With secret-sampling they are not, because all participants know the seed.
         """
@@ -411,7 +412,7 @@ class RoundRunner:
 
 
 def _merged(first: SecureMean, second: SecureMean) -> SecureMean:
-    """The totals of two groups' secure sums; update and ranges are those of the first."""
+    """Return the totals of two groups' secure sums; update and ranges are those of the first."""
     examples = first.examples + second.examples
     return dataclasses.replace(
         first,

@@ -85,7 +85,7 @@ class SecureRanges:
     def encoding(
         self, clients: Sequence[Client], declared: Mapping[str, SumSpec], displacement: Tensor, clip_norm: float
     ) -> tuple[EncodingConfig, RingEncoder]:
-        """The encoding that these clients have to agree on.
+        """Return the encoding that these clients have to agree on.
 
         Args:
             declared: the plugins' sums.
@@ -148,7 +148,7 @@ def check_secure_settings(settings: Settings) -> None:
 
 
 def known_identities(secure: SecureSettings) -> dict[str, bytes] | None:
-    """Client name -> public key; None in a run without identities."""
+    """Return a mapping: client name -> public key; None in a run without identities."""
     return read_known(Path(secure.secure_identities)) if secure.secure_identities else None
 
 

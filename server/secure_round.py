@@ -156,7 +156,7 @@ class SecureCollector:
             raise RunError(f"the sum holds {mean.examples} examples, its clients have {sum(claimed)}")
 
     def _stages(self, clients: list[Client], state: RoundState) -> SecureExchange:
-        """The exchanges of a round with these clients, whose messages the ledger counts."""
+        """Return the exchanges of a round with these clients, whose messages the ledger counts."""
         by_name = {client.name: client.node for client in clients}
         seconds = self._settings.secure.secure_timeout
 

@@ -30,7 +30,7 @@ class ServerNoise:
         self._sums = CorrelatedSums(noise, bands, sum(shape.numel() for shape in param_spec.shapes.values()))
 
     def eligible(self, clients: Sequence[Client], minimum: int) -> list[Client]:
-        """Those of the clients that may take part in the next round.
+        """Return those of the clients that may take part in the next round.
 
         Raises:
             RunError: there are fewer than `minimum`.
@@ -44,7 +44,7 @@ class ServerNoise:
         return [client for client in clients if client.name in names]
 
     def begin_mean(self) -> "NoisedMean":
-        """The mean of the updates of the round that was begun last."""
+        """Return the mean of the updates of the round that was begun last."""
         return NoisedMean(self._spec, self._sums, self.participation.rows)
 
 
@@ -70,6 +70,6 @@ class NoisedMean(Aggregator):
         self.examples += 1
 
     def mean(self) -> Weights:
-        """The noised mean. A second call would release the sum again, so it raises RunError."""
+        """Return the noised mean. A second call would release the sum again, so it raises RunError."""
         noised = torch.from_numpy(self._sums.release(self._row, self._total) * (self._sums.noise.grid / self.examples))
         return split_vector(noised.float(), self._shapes)

@@ -37,14 +37,16 @@ class Stragglers:
         self._due: dict[str, int] = {}
 
     def patience(self, kind: str) -> float:
-        """Seconds after which a round of this kind may end without the missing replies."""
+        """Return the seconds after which a round of this kind may end without the missing replies."""
         known, limit = self._seconds[kind], self._settings.round_timeout
         if not self._settings.straggler_factor or len(known) < _KNOWN_ROUNDS:
             return limit
         return min(limit, max(MIN_SECONDS, self._settings.straggler_factor * statistics.median(known)))
 
     def active(self, clients: list[Client], round_: int, *, min_clients: int) -> list[Client]:
-        """The clients that are not suspended in this round; all of them if fewer than `min_clients` would remain."""
+        """Return the clients that are not suspended in this round; all of them if fewer than `min_clients` would
+        remain.
+        """
         found = [client for client in clients if self._due.get(client.name, 0) <= round_]
         return found if len(found) >= min_clients else clients
 

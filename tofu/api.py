@@ -220,7 +220,7 @@ def _read_shape(reader: ByteReader) -> Shape:
 
 
 def _reference(model: nn.Module, call: ModelCall, initial: Mapping[str, Tensor] | None) -> ReferenceModel:
-    """A copy of the model on the CPU, in eval mode."""
+    """Return a copy of the model on the CPU, in eval mode."""
     reference = ReferenceModel(copy_model(model).cpu().eval(), call)
     if initial is None:
         return reference
@@ -244,7 +244,7 @@ def _complete(reference: ReferenceModel, update: Mapping[str, Tensor]) -> Weight
 
 
 def _options_to_bytes(options: CompressorOptions) -> bytes:
-    """The options that `decode` needs and that differ from their defaults, as JSON; b"" if there are none."""
+    """Return the options that `decode` needs and that differ from their defaults, as JSON; b"" if there are none."""
     values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
     values["encoder"] = {
         name: getattr(options.encoder, name)
@@ -256,7 +256,7 @@ def _options_to_bytes(options: CompressorOptions) -> bytes:
 
 
 def _options_from_bytes(data: bytes) -> CompressorOptions:
-    """The inverse of `_options_to_bytes`. Raises PayloadError for options that cannot be used."""
+    """Invert `_options_to_bytes`. Raises PayloadError for options that cannot be used."""
     try:
         values = json.loads(data or b"{}")
         encoder = values.pop("encoder", {})

@@ -41,22 +41,22 @@ class ByteReader:
         return len(self._data) - self._at
 
     def take(self, size: int, field: str = "") -> bytes:
-        """The next `size` bytes; `field` names them in the error."""
+        """Return the next `size` bytes; `field` names them in the error."""
         if size > self.left:
             raise PayloadError(f"{self._what} ends early: {self.left} bytes are left, expected {size} {field}".rstrip())
         self._at += size
         return self._data[self._at - size : self._at]
 
     def unpack(self, layout: struct.Struct, field: str = "") -> tuple[Any, ...]:
-        """The next values of a layout."""
+        """Return the next values of a layout."""
         return layout.unpack(self.take(layout.size, field))
 
     def prefixed(self, length: struct.Struct, field: str = "") -> bytes:
-        """Bytes that follow their own length."""
+        """Return bytes that follow their own length."""
         return self.take(self.unpack(length, field)[0], field)
 
     def rest(self) -> bytes:
-        """All bytes that have not been read."""
+        """Return all bytes that have not been read."""
         return self.take(self.left)
 
     def finish(self) -> None:
@@ -73,7 +73,7 @@ CHUNK = 1 << 16
 
 
 def packed_bytes(count: int, bits: int) -> int:
-    """Number of bytes of `count` packed elements."""
+    """Return the number of bytes of `count` packed elements."""
     return (count * bits + 7) // 8
 
 
@@ -93,7 +93,7 @@ def pack(values: Elements, bits: int) -> bytes:
 
 
 def unpack(data: bytes, count: int, bits: int, what: str) -> Elements:
-    """The inverse of `pack`; `what` names the field in errors.
+    """Invert `pack`; `what` names the field in errors.
 
     Raises:
         PayloadError: the length is wrong, or a bit is set after the last element.
@@ -119,7 +119,9 @@ def unpack(data: bytes, count: int, bits: int, what: str) -> Elements:
 
 
 def _overlaps(bits: int) -> list[tuple[int, int, int]]:
-    """Each (element, byte, start of the byte - start of the element, in bits) of eight elements that share a bit."""
+    """Return each (element, byte, start of the byte - start of the element,
+    in bits) of eight elements that share a bit.
+    """
     return [
         (lane, octet, 8 * octet - lane * bits)
         for lane in range(8)
@@ -137,7 +139,7 @@ def fields(*parts: bytes) -> bytes:
 
 
 def split_fields(data: bytes, what: str) -> list[bytes]:
-    """The inverse of `fields`; `what` names the data in errors.
+    """Invert `fields`; `what` names the data in errors.
 
     Raises:
         PayloadError: a field exceeds the end of the data.

@@ -63,5 +63,5 @@ class MissingExtraError(TofuError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, without closing punctuation; the name of its type if it has none."""
+    """Return the first line of an error's message, without closing punctuation; the name of its type if it has none."""
     return (str(error).strip().splitlines() or [""])[0].rstrip(".:") or type(error).__name__

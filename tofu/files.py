@@ -67,7 +67,7 @@ def lock_file(path: Path) -> FileLock | None:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process of this machine, also this one, holds the lock of `lock_file` on `path`."""
+    """Return whether a process of this machine, also this one, holds the lock of `lock_file` on `path`."""
     place = path.with_name(f".{path.name}.lock")
     if not place.exists():
         return False

@@ -59,7 +59,7 @@ def printable(text: str) -> str:
 
 
 def shortened(items: object, at_most: int = 20) -> str:
-    """The items of a list, separated by commas, and the number of those beyond the first `at_most`.
+    """Return the items of a list, separated by commas, and the number of those beyond the first `at_most`.
 
     >>> shortened([1, 2, 3], at_most=2)
     '1, 2 and 1 more'

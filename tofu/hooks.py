@@ -10,7 +10,7 @@ Arguments = ParamSpec("Arguments")
 def for_each(
     hook: Callable[Concatenate[Any, Arguments], None],
 ) -> Callable[Concatenate[Iterable[Any], Arguments], None]:
-    """A method, with the signature of `hook`, that calls the hook of each object in `self`, in order."""
+    """Return a method, with the signature of `hook`, that calls the hook of each object in `self`, in order."""
 
     @functools.wraps(hook)
     def call(self: Iterable[Any], /, *arguments: Arguments.args, **options: Arguments.kwargs) -> None:

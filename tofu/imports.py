@@ -39,7 +39,7 @@ def import_object(name: str) -> Any:
 
 @cache
 def code_digest(*packages: str) -> bytes:
-    """SHA-256 of the names and contents of all Python files of packages, as they would be imported.
+    """Return the SHA-256 of the names and contents of all Python files of packages, as they would be imported.
 
     Example:
         >>> code_digest("tofu") == code_digest("tofu", "no_such_package") != code_digest("tofu", "client")

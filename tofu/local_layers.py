@@ -58,7 +58,7 @@ class LocalLayers:
         return bool(self._names)
 
     def without(self, tensors: Mapping[str, Tensor]) -> Weights:
-        """The tensors that are not local."""
+        """Return the tensors that are not local."""
         return {name: value for name, value in tensors.items() if name not in self._names}
 
     def begin(self, model: nn.Module, own: Mapping[str, Tensor]) -> None:
@@ -74,7 +74,7 @@ class LocalLayers:
         return own
 
     def read(self, data: object) -> Weights:
-        """The values that `write` stored; empty if they are missing or of another model."""
+        """Return the values that `write` stored; empty if they are missing or of another model."""
         if not isinstance(data, bytes):
             return {}
         try:
@@ -86,7 +86,7 @@ class LocalLayers:
 
     @staticmethod
     def write(own: Weights) -> bytes:
-        """A client's values as bytes."""
+        """Return a client's values as bytes."""
         return safetensors.torch.save({name: value.contiguous() for name, value in own.items()})
 
     def _values(self, model: nn.Module) -> Weights:

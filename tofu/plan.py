@@ -142,7 +142,7 @@ def _warnings(passes: int, payload: int, full: int, message_overhead: int) -> tu
 def _secure_extra(
     settings: Settings, network: ReferenceModel, clients: int, *, message_overhead: int
 ) -> tuple[int, int]:
-    """Bytes that one client sends, and receives in addition to the weights, in one secure round.
+    """Return bytes that one client sends, and receives in addition to the weights, in one secure round.
 
     They are measured on messages with zeros for keys, shares and the masked vector.
     """
@@ -175,7 +175,8 @@ def _secure_extra(
 def _downlink(
     settings: Settings, network: ReferenceModel, *, fedavg_rounds: int, message_overhead: int
 ) -> tuple[int, int]:
-    """Bytes of a step's payload (0 for none), and of the downlink messages to one client that is asked in every round.
+    """Return bytes of a step's payload (0 for none), and of the downlink messages to one client that is asked in every
+    round.
 
     A client that is sampled in a fraction f of the rounds has missed 1 / f steps on average.
     """
@@ -237,7 +238,10 @@ def estimate_seconds(
 
 
 def _train(settings: Settings, network: ReferenceModel, data: LabeledImages) -> tuple[float, Weights]:
-    """Seconds per image of local training, and the update that some batches make. The first batch is not counted."""
+    """Return the seconds per image of local training, and the update that some batches make.
+
+    The first batch is not counted.
+    """
     config = dataclasses.replace(LocalTrainingConfig.of(settings.training, 1), epochs=1)
     generator = torch.Generator().manual_seed(settings.run.seed)
     some = data.subset(torch.arange(min(len(data), _TIMED_BATCHES * config.batch_size)))

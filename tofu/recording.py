@@ -149,11 +149,11 @@ class Recorder:
                 raise SettingError("record_clients", client, "names of clients: letters, digits, dots and underscores")
 
     def in_folder(self, folder: Path) -> "Recorder":
-        """A recorder of the same clients in another run's folder."""
+        """Return a recorder of the same clients in another run's folder."""
         return Recorder(folder, sorted(self._clients), settings=self._settings, shape=self._shape)
 
     def wants(self, client: str) -> bool:
-        """Whether this client's messages are saved."""
+        """Return whether this client's messages are saved."""
         return client in self._clients
 
     def save(

@@ -72,17 +72,17 @@ class ModelCall:
         return min(max(inputs, key=math.prod)[1:]) if inputs else 0
 
     def proxy_shapes(self, side: int) -> tuple[Shape, ...]:
-        """The shape of one proxy of each input, if the shortest axis of the largest one is `side` long."""
+        """Return the shape of one proxy of each input, if the shortest axis of the largest one is `side` long."""
         return tuple(self._shortened(shape, side) if self._shortens(shape) else shape for shape in self.inputs)
 
     def outputs(self, model: nn.Module, parameters: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Tensor:
-        """The outputs [n, ...] of the model with these parameters for proxies [n, *shape] of each input."""
+        """Return the outputs [n, ...] of the model with these parameters for proxies [n, *shape] of each input."""
         full = self.full_size(inputs)
         with using_parameters(model, parameters):
             return as_tensor(model(*full) if self.forward is None else self.forward(model, *full))
 
     def full_size(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Proxies [n, *shape] of each input, interpolated to the input's size where they are smaller."""
+        """Interpolate proxies [n, *shape] of each input to the input's size where they are smaller."""
         return [
             values if values.shape[1:] == shape
             else F.interpolate(values, size=shape[1:], mode=_MODES[len(shape)], align_corners=False)
@@ -133,7 +133,7 @@ def call_of(
     loss: Loss | None = None,
     target_shape: Shape | None = None,
 ) -> ModelCall:
-    """The call of a model with inputs of these shapes, checked by a forward pass of zeros.
+    """Return the call of a model with inputs of these shapes, checked by a forward pass of zeros.
 
     Args:
         input_shape, forward: see `ModelCall`.
@@ -163,7 +163,7 @@ def call_of(
 def resolve_compressor(
     compressor: str | None, model: nn.Module | None, input_shape: InputShape | None, **call: Any
 ) -> tuple[str, ModelCall]:
-    """The name of the compressor, and how it calls the model.
+    """Return the name of the compressor, and how it calls the model.
 
     The default is `proxy`, or `sparse` (the sparse correction alone) if proxies are impossible: if no model or input
     shape is given, or the model takes integers. The fallback is logged.
@@ -191,7 +191,7 @@ def resolve_compressor(
 
 
 def shapes_of(input_shape: InputShape) -> tuple[Shape, ...]:
-    """The shapes of all inputs. Raises SettingError if they are not tuples of positive integers."""
+    """Return the shapes of all inputs. Raises SettingError if they are not tuples of positive integers."""
     nested = [x if isinstance(x, tuple | list) else (x,) for x in input_shape]
     shapes = [tuple(input_shape)] if all(isinstance(x, int) for x in input_shape) else nested
     usable = 1 <= len(shapes) <= MAX_AXES and all(1 <= len(shape) <= MAX_AXES for shape in shapes)
@@ -204,7 +204,7 @@ def shapes_of(input_shape: InputShape) -> tuple[Shape, ...]:
 def inputs_of(
     model: nn.Module, input_shape: InputShape, forward: Forward | None
 ) -> tuple[tuple[Shape, ...], Forward | None]:
-    """The shapes of all inputs, and the `forward`.
+    """Return the shapes of all inputs, and the `forward`.
 
     For a model of the `transformers` library, inputs of shape (tokens,) or (tokens, dim) replace the token embeddings.
     """
@@ -219,7 +219,7 @@ def inputs_of(
 
 
 def takes_integers(model: nn.Module, input_shape: InputShape) -> bool:
-    """Whether a model that refuses floating-point inputs of these shapes accepts integers, as embeddings do."""
+    """Return whether a model that refuses floating-point inputs of these shapes accepts integers, as embeddings do."""
     try:
         with eval_mode(model), torch.no_grad():
             model(*(torch.zeros(1, *shape, dtype=torch.int64) for shape in shapes_of(input_shape)))
@@ -234,7 +234,7 @@ def call_with_embeddings(model: nn.Module, embeddings: Tensor) -> Any:
 
 
 def at_embedding(name: str) -> Forward:
-    """A `forward` for models of token ids, in which proxies replace the output of the embedding layer `name`.
+    """Return a `forward` for models of token ids, in which proxies replace the output of the embedding layer `name`.
 
     `input_shape` is then (tokens, dim). The model itself is called with token ids [n, tokens] of zeros.
 
@@ -299,7 +299,8 @@ class ReferenceModel:
         about: RoundContext | None = None,
         call: ModelCall | ImageShape | None = None,
     ) -> "ReferenceModel":
-        """The reference of a new model after the plugins' `setup`, at its initial weights; the same on both ends.
+        """Return the reference of a new model after the plugins' `setup`, at its initial weights; the same on both
+        ends.
 
         Args:
             model: a newly built model for images and classes of `shape`.
@@ -314,7 +315,7 @@ class ReferenceModel:
         return ReferenceModel(model, dataclasses.replace(shape, classes=classes)).as_built()
 
     def as_built(self) -> "ReferenceModel":
-        """A reference whose initial weights are a copy of its current ones."""
+        """Return a reference whose initial weights are a copy of its current ones."""
         return dataclasses.replace(self, initial={name: w.clone() for name, w in self.base.items()})
 
     @cached_property
@@ -352,7 +353,7 @@ class ReferenceModel:
         return {name: parameters[name].detach() for name in self.param_spec.parameters}
 
     def displacement(self) -> Weights:
-        """The difference of each trainable parameter from its initial value."""
+        """Return the difference of each trainable parameter from its initial value."""
         return {name: w - self.initial[name] if self.initial else torch.zeros_like(w) for name, w in self.base.items()}
 
     def check_differentiable(self) -> None:

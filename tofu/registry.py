@@ -45,7 +45,7 @@ class Registry(Generic[T]):
         self._entries: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[E], E]:
-        """A decorator that registers a class or a callable; it sets the `name` of a class.
+        """Return a decorator that registers a class or a callable; it sets the `name` of a class.
 
         Raises:
             ValueError: another entry has that name.
@@ -62,11 +62,11 @@ class Registry(Generic[T]):
         return decorate
 
     def names(self) -> tuple[str, ...]:
-        """The built-in names by file, then what was registered elsewhere."""
+        """Return the built-in names by file, then what was registered elsewhere."""
         return tuple(dict.fromkeys((*self._modules, *self._entries)))
 
     def get(self, name: str) -> T:
-        """The entry with a registered name, or the object at `package.module:attribute`.
+        """Return the entry with a registered name, or the object at `package.module:attribute`.
 
         Raises:
             SettingError: the name is unknown, the module cannot be imported, or the base class is another one.

@@ -100,7 +100,7 @@ class GlobalGenerators:
         _GLOBAL_LOCK.release()
 
     def _states(self) -> tuple[bytes, bytes, tuple[Any, ...], tuple[Any, ...]]:
-        """The states of the generators, comparable."""
+        """Return the states of the generators, comparable."""
         cuda = torch.cuda.get_rng_state(self._cuda).numpy().tobytes() if self._cuda is not None else b""
         name, keys, *rest = np.random.get_state(legacy=True)
         torch_state = torch.default_generator.get_state().numpy().tobytes()

@@ -65,7 +65,7 @@ class RunResult:
     _build_model: Callable[[ImageShape], nn.Module] = field(repr=False)
 
     def __repr__(self) -> str:
-        """One line, because a notebook shows the last value of a cell: the summary has 20 fields."""
+        """Return one line, because a notebook shows the last value of a cell: the summary has 20 fields."""
         found, summary = self.summary.final_accuracy, self.summary
         accuracy = "unknown accuracy" if found is None else f"accuracy {format_fraction(found)}"
         uplink = format_bytes(summary.uplink_bytes)
@@ -87,14 +87,14 @@ class RunResult:
         return read_model(self.folder)[0]
 
     def model(self) -> nn.Module:
-        """A new copy of the model with the final weights, in eval mode on the CPU. Plugins are not applied."""
+        """Return a new copy of the model with the final weights, in eval mode on the CPU. Plugins are not applied."""
         weights, shape, _ = read_model(self.folder)
         model = self._build_model(shape).eval()
         load_weights(model, weights)
         return model
 
     def plot(self, against: Literal["rounds", "bytes"] = "rounds") -> "Plot":
-        """Test accuracy against rounds or uplink bytes; a notebook shows the figure.
+        """Draw test accuracy against rounds or uplink bytes; a notebook shows the figure.
 
         Raises:
             RunError: the run has no accuracy, for example because there is no test data.
@@ -212,7 +212,7 @@ class _OwnParts:
     def workload_and_settings(
         self, clients: Any, test: Any, settings: dict[str, Value]
     ) -> tuple[UserWorkload | None, Settings]:
-        """The workload, or None for a run of settings alone; and the settings.
+        """Return the workload, or None for a run of settings alone; and the settings.
 
         Args:
             clients, test, settings: as given to `run`.
@@ -251,12 +251,12 @@ class _OwnParts:
 
 
 def _checked(settings: Mapping[str, Value]) -> Settings:
-    """The settings of a new or a resumed run. Raises SettingError if one cannot be used."""
+    """Return the settings of a new or a resumed run. Raises SettingError if one cannot be used."""
     return resumed_settings(settings) if settings.get("resume") else Settings.of(settings)
 
 
 def _normalized(build: Callable[[], nn.Module], statistics: Statistics) -> Callable[[], nn.Module]:
-    """A function that builds the model with the normalization of images in [-1, 1] before its first layer."""
+    """Return a function that builds the model with the normalization of images in [-1, 1] before its first layer."""
 
     def built() -> nn.Module:
         model = build()
@@ -267,7 +267,7 @@ def _normalized(build: Callable[[], nn.Module], statistics: Statistics) -> Calla
 
 
 def _named_datasets(data: FederatedData) -> tuple[list[TensorDataset], TensorDataset]:
-    """The clients' and the test images of a dataset that the settings name, scaled to [-1, 1]."""
+    """Return the clients' and the test images of a dataset that the settings name, scaled to [-1, 1]."""
 
     def tensors(data: LabeledImages) -> TensorDataset:
         return TensorDataset(to_float(data.images), data.labels)
@@ -276,7 +276,7 @@ def _named_datasets(data: FederatedData) -> tuple[list[TensorDataset], TensorDat
 
 
 def _apps() -> tuple[Any, Any]:
-    """The modules `client.app` and `server.app` of this project.
+    """Return the modules `client.app` and `server.app` of this project.
 
     Raises:
         RunError: this folder has a module of that name.

@@ -56,11 +56,11 @@ class TaskStream:
 
     @staticmethod
     def of(plugins: PluginSettings, classes: int, seed: int) -> "TaskStream":
-        """The tasks of a run. Raises SettingError for more tasks than classes."""
+        """Return the tasks of a run. Raises SettingError for more tasks than classes."""
         return TaskStream(plugins.tasks, plugins.task_count, classes, seed, plugins.task_order)
 
     def number(self, position: int, client: str = "") -> int:
-        """The task at a position (0 to tasks-1) of this client's stream."""
+        """Return the task at a position (0 to tasks-1) of this client's stream."""
         self._check(position)
         if self.order == "same":
             return position
@@ -68,7 +68,7 @@ class TaskStream:
         return int(torch.randperm(self.tasks, generator=generator)[position])
 
     def classes_of(self, task: int) -> tuple[int, ...]:
-        """The classes of a task in ascending order; the numbers of classes per task differ by at most one."""
+        """Return the classes of a task in ascending order; the numbers of classes per task differ by at most one."""
         self._check(task)
         if self.kind != "classes":
             return tuple(range(self.classes))
@@ -83,7 +83,7 @@ class TaskStream:
         return torch.randperm(pixels, generator=derive_generator(self.seed, task, "task pixels"))
 
     def images_of(self, data: LabeledImages, task: int) -> LabeledImages:
-        """The images of a task, with the dataset's labels.
+        """Return the images of a task, with the dataset's labels.
 
         Raises:
             DataError: the data has no image of the task's classes.
@@ -107,7 +107,10 @@ class TaskStream:
 def round_context(
     settings: Settings, shape: ImageShape, round_: int, client: str = "", *, group: int = 0
 ) -> RoundContext:
-    """The position of a round, counted from 1, in the run and in its task. All tasks have equally many rounds."""
+    """Return the position of a round, counted from 1, in the run and in its task.
+
+    All tasks have equally many rounds.
+    """
     rounds, tasks = settings.training.rounds, settings.plugins.task_count
     each = rounds // tasks
     return RoundContext(
@@ -141,7 +144,7 @@ def only_classes(model: nn.Module, classes: Sequence[int]) -> Iterator[None]:
 
 
 def mean_accuracy(matrix: Tensor) -> float:
-    """ACC in percent: mean accuracy over all tasks after the last one.
+    """Return ACC in percent: mean accuracy over all tasks after the last one.
 
     Args:
         matrix: [tasks, tasks]; entry (i, j) is the test accuracy on task j after task i.

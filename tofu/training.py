@@ -34,7 +34,7 @@ class LocalTrainingConfig:
 
     @staticmethod
     def of(training: TrainingSettings, round_: int) -> "LocalTrainingConfig":
-        """The training of a run's round, counted from 1."""
+        """Return the training of a run's round, counted from 1."""
         lr, momentum, decay = training.lr_of(round_), training.momentum, training.weight_decay
         return LocalTrainingConfig(training.local_epochs, training.batch_size, lr, momentum, decay, training.proximal)
 
@@ -125,7 +125,9 @@ class BatchStep:
 
 
 def cross_entropy(outputs: Tensor, batch: Batch) -> Tensor:
-    """Mean cross-entropy of a batch, weighted by `batch.weights` if there are any (0 if all of them are 0)."""
+    """Return the mean cross-entropy of a batch, weighted by `batch.weights` if there are any (0 if all of
+    them are 0).
+    """
     if batch.weights is None:
         return F.cross_entropy(outputs, batch.targets)
     losses = F.cross_entropy(outputs, batch.targets, reduction="none")
@@ -189,7 +191,9 @@ class ProximalTerm:
 
 
 def shuffled_batches(count: int, size: int, generator: torch.Generator) -> list[Tensor]:
-    """Rows 0..count-1 in a random order, in batches of `size` (int64); a last batch of one row is dropped."""
+    """Return the rows 0..count-1 in a random order, in batches of `size` (int64);
+    a last batch of one row is dropped.
+    """
     batches = list(torch.split(torch.randperm(count, generator=generator), size))
     # BatchNorm refuses a batch of one image.
     return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches

@@ -118,7 +118,7 @@ class DatasetLoop:
         generator: torch.Generator,
         device: torch.device,
     ) -> tuple[float, int]:
-        """Mean loss and number of steps."""
+        """Return the mean loss and number of steps."""
         total, steps = torch.zeros((), device=device), 0
         with on_device(model, device), GlobalGenerators(generator.initial_seed(), device) as shared:
             parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -146,7 +146,7 @@ class DatasetLoop:
     def evaluate(
         self, model: nn.Module, data: Sized, *, predict: Predict | None = None, device: torch.device = CPU
     ) -> Evaluation:
-        """Mean loss, accuracy of classifiers with class numbers as targets, and the user's metrics."""
+        """Return the mean loss, accuracy of classifiers with class numbers as targets, and the user's metrics."""
         if not len(data):
             return Evaluation(math.nan, math.nan)
         rows = [rows.tolist() for rows in torch.split(torch.arange(len(data)), _EVALUATION_BATCH)]
@@ -244,7 +244,7 @@ class UserWorkload(DatasetLoop):
         return ImageShape(channels, height, width, outputs.shape[1])
 
     def build_model(self, shape: ImageShape | None = None) -> nn.Module:
-        """The model, whose initial weights are a function of the seed; constant buffers are not sent."""
+        """Return the model, whose initial weights are a function of the seed; constant buffers are not sent."""
         model = build_seeded(self.model, self.seed)
         inputs, _ = self._probe
         try:
@@ -270,7 +270,7 @@ class UserWorkload(DatasetLoop):
         return _forward(model, inputs)
 
     def call(self, model: nn.Module, shape: ImageShape) -> ImageShape | ModelCall:
-        """How proxies are passed to the model: as images, or as floating-point inputs of any other shapes.
+        """Return how proxies are passed to the model: as images, or as floating-point inputs of any other shapes.
 
         Raises:
             SettingError: the model does not accept the given input shape.
@@ -314,7 +314,7 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
 
 
 def factory_of(model: nn.Module | Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    """A function that builds the model, or copies it if it is a module."""
+    """Return a function that builds the model, or copies it if it is a module."""
     if isinstance(model, nn.Module):
         bare = without_wrappers(model)
         return lambda: copy_model(bare)
@@ -322,7 +322,9 @@ def factory_of(model: nn.Module | Callable[[], nn.Module]) -> Callable[[], nn.Mo
 
 
 def _forward(model: nn.Module, inputs: Any) -> Any:
-    """The model's outputs: a mapping is passed by name and a sequence by position, as Hugging Face models expect."""
+    """Return the model's outputs: a mapping is passed by name and a sequence by position, as Hugging Face models
+    expect.
+    """
     if isinstance(inputs, Mapping):
         outputs = model(**inputs)
     elif isinstance(inputs, Sequence):
@@ -338,7 +340,7 @@ def _classifies(outputs: Any, targets: Any) -> bool:
 
 
 def _to(value: Any, device: torch.device) -> Any:
-    """A nested value with all tensors on a device."""
+    """Return a nested value with all tensors on a device."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, Mapping):

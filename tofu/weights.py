@@ -78,7 +78,7 @@ class ParamSpec:
 
 
 def layout_of(model: nn.Module) -> ParamSpec:
-    """The names and shapes of a model's trainable parameters and buffers.
+    """Return the names and shapes of a model's trainable parameters and buffers.
 
     Raises:
         SettingError: no parameter is trainable, a trainable parameter is not float32, or a buffer cannot be sent
@@ -124,7 +124,7 @@ def _check_buffer(name: str, buffer: Tensor) -> None:
 
 
 def has_differences(buffer: Tensor) -> bool:
-    """Whether float32 can represent the differences of a buffer's values, as an update requires."""
+    """Return whether float32 can represent the differences of a buffer's values, as an update requires."""
     try:
         _check_buffer("", buffer)
     except SettingError:
@@ -138,13 +138,13 @@ def _persistent_buffers(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
 
 
 def constant_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> copy of each non-persistent buffer."""
+    """Return a mapping: name -> copy of each non-persistent buffer."""
     persistent = model.state_dict().keys()
     return {name: buffer.clone() for name, buffer in model.named_buffers() if name not in persistent}
 
 
 def frozen_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> copy of each parameter that needs no gradient."""
+    """Return a mapping: name -> copy of each parameter that needs no gradient."""
     return {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad and not is_lazy(p)}
 
 
@@ -165,18 +165,18 @@ def check_constant_buffers(model: nn.Module, before: Mapping[str, Tensor]) -> No
 
 
 def tensor_bits(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor, uint8 [n], which can be compared even if values are NaN."""
+    """Return the bytes of a tensor, uint8 [n], which can be compared even if values are NaN."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
 
 
 def weights_of(model: nn.Module) -> Weights:
-    """A detached copy of a model's trainable parameters and buffers."""
+    """Return a detached copy of a model's trainable parameters and buffers."""
     parameters = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     return parameters | {name: b.detach().clone() for name, b in _persistent_buffers(model)}
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """A copy of a model; attributes that cannot be copied (locks, open files) are shared with the original.
+    """Return a copy of a model; attributes that cannot be copied (locks, open files) are shared with the original.
 
     Raises:
         SettingError: a module of the model cannot be copied.
@@ -246,7 +246,7 @@ def add_update(model: nn.Module, update: Mapping[str, Tensor]) -> None:
 
 
 def split_vector(vector: Tensor, shapes: Mapping[str, torch.Size]) -> Weights:
-    """Name -> tensor of that shape, views of consecutive parts of a vector [d]."""
+    """Return a mapping: name -> tensor of that shape, views of consecutive parts of a vector [d]."""
     pieces: tuple[Tensor, ...] = torch.split(vector, [shape.numel() for shape in shapes.values()])
     return {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
 
@@ -260,24 +260,26 @@ def check_finite(update: Mapping[str, Tensor]) -> None:
 
 
 def difference(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> Weights:
-    """The update new - old, float32."""
+    """Return the update new - old, float32."""
     return {name: new[name].float() - old[name].float() for name in old}
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> bytes:
-    """The first 8 bytes of SHA-256 over names, shapes and values; both ends compare it before decoding."""
+    """Return the first 8 bytes of SHA-256 over names, shapes and values; both ends compare it before decoding."""
     return _digest(weights).digest()[:FINGERPRINT_BYTES]
 
 
 def base_fingerprint(model: nn.Module) -> bytes:
-    """The fingerprint of everything that a forward pass reads: the weights, frozen parameters and constant buffers."""
+    """Return the fingerprint of everything that a forward pass reads: the weights, frozen parameters and constant
+    buffers.
+    """
     others = dict(model.named_parameters()) | dict(model.named_buffers())
     weights = weights_of(model)
     return fingerprint(weights | {name: value for name, value in others.items() if name not in weights})
 
 
 def weights_sha256(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, shapes and values, in hexadecimal."""
+    """Return the SHA-256 over names, shapes and values, in hexadecimal."""
     return _digest(weights).hexdigest()
 
 
@@ -301,13 +303,13 @@ def cosine(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
 
 
 def norm(update: Mapping[str, Tensor], param_spec: ParamSpec) -> float:
-    """The Euclidean norm of an update over the trainable parameters."""
+    """Return the Euclidean norm of an update over the trainable parameters."""
     parameters = {name: update[name] for name in param_spec.parameters}
     return math.sqrt(dot(parameters, parameters))
 
 
 def explained_variance(true: Mapping[str, Tensor], decoded: Mapping[str, Tensor]) -> float:
-    """1 - |true - decoded|^2 / |true|^2; 0 if `true` is zero."""
+    """Return 1 - |true - decoded|^2 / |true|^2; 0 if `true` is zero."""
     power = dot(true, true)
     if power == 0:
         return 0.0
@@ -316,7 +318,8 @@ def explained_variance(true: Mapping[str, Tensor], decoded: Mapping[str, Tensor]
 
 
 def after_step(identity: bytes, payload: bytes) -> bytes:
-    """The identity of the weights after a step of a compressed downlink, from the identity of the weights before it.
+    """Return the identity of the weights after a step of a compressed downlink, from the identity of the weights before
+    it.
 
     Full weights are identified by their fingerprint, and weights after a step by SHA-256(identity before, payload). So
     the identity of a client that missed, repeated or swapped a step differs from the server's.
@@ -334,7 +337,8 @@ def sketch(weights: Mapping[str, Tensor]) -> bytes:
 
 
 def drift(weights: Mapping[str, Tensor], other: bytes) -> float:
-    """The estimated distance between these weights and those of the sketch `other`, relative to the norm of these.
+    """Return the estimated distance between these weights and those of the sketch `other`, relative to the norm of
+    these.
 
     Raises:
         PayloadError: `other` is not a sketch.

@@ -62,17 +62,17 @@ _ADVERT = struct.Struct("<B")
 
 
 def broadcast_id(broadcast: bytes) -> bytes:
-    """The 8-byte identifier of a broadcast of the plugins; b"" for none."""
+    """Return the 8-byte identifier of a broadcast of the plugins; b"" for none."""
     return hashlib.sha256(broadcast).digest()[:8] if broadcast else b""
 
 
 def run_name(run_id: int) -> bytes:
-    """The bytes that bind the keys and signatures of secure rounds to one Flower run, the same on both ends."""
+    """Return the bytes that bind the keys and signatures of secure rounds to one Flower run, the same on both ends."""
     return run_id.to_bytes(8, "little")
 
 
 def hello_parts(node: int, name: str) -> tuple[bytes, bytes]:
-    """The parts that a client with an identity signs in a run: its node and its name."""
+    """Return the parts that a client with an identity signs in a run: its node and its name."""
     return node.to_bytes(8, "little"), name.encode()
 
 
@@ -136,7 +136,7 @@ def read_payload(data: object, *, codec: int, round_: int, fingerprint: bytes | 
 
 
 def float32_bytes(values: Weights, param_spec: ParamSpec) -> bytes:
-    """All tensors of the param_spec as little-endian float32, in its order."""
+    """Return all tensors of the param_spec as little-endian float32, in its order."""
     parts = [
         values[name].detach().float().cpu().contiguous().numpy().astype("<f4").tobytes() for name in param_spec.shapes
     ]
@@ -144,7 +144,7 @@ def float32_bytes(values: Weights, param_spec: ParamSpec) -> bytes:
 
 
 def float32_from(body: bytes, param_spec: ParamSpec) -> Weights:
-    """The inverse of `float32_bytes`: name -> float32 tensor for parameters and buffers.
+    """Invert `float32_bytes`: name -> float32 tensor for parameters and buffers.
 
     Raises:
         PayloadError: wrong length for this param_spec, or a value that is not finite.
@@ -349,7 +349,7 @@ _MAX_CLASS_BYTES = 1 << 20
 
 
 def class_names_to_text(names: Sequence[str]) -> str:
-    """Names of classes in order, as a message carries them."""
+    """Return the names of classes in order, as a message carries them."""
     return json.dumps(list(names))
 
 

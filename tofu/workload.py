@@ -31,19 +31,21 @@ class Workload(Protocol):
         """Input and output size of the model, as train requests carry it."""
 
     def build_model(self, shape: ImageShape) -> nn.Module:
-        """The model at its initial weights, in training mode on the CPU; the same in every process."""
+        """Return the model at its initial weights, in training mode on the CPU; the same in every process."""
 
     def outputs(self, model: nn.Module, shape: ImageShape, count: int = 2) -> object:
-        """The outputs of a model for examples of this shape, the same in every call; () if they are not known."""
+        """Return the outputs of a model for examples of this shape, the same in every call;
+        () if they are not known.
+        """
 
     def call(self, model: nn.Module, shape: ImageShape) -> ImageShape | ModelCall:
-        """The call of the model with proxies; `tofu.reference_model.NO_CALL` if proxies are impossible."""
+        """Return the call of the model with proxies; `tofu.reference_model.NO_CALL` if proxies are impossible."""
 
     def client(self, partition: int) -> Sized:
-        """The training data of one simulated client."""
+        """Return the training data of one simulated client."""
 
     def test(self) -> Sized:
-        """The server's test data; empty if there is none."""
+        """Return the server's test data; empty if there is none."""
 
     def train(
         self,
@@ -131,7 +133,7 @@ class NamedWorkload:
 
 
 def labeled_images(data: Sized) -> LabeledImages:
-    """The data, for code that needs images. Raises DataError if it is something else."""
+    """Return the data, for code that needs images. Raises DataError if it is something else."""
     if not isinstance(data, LabeledImages):
         raise DataError(f"{type(data).__name__} is not usable here: expected labeled images")
     return data
@@ -183,12 +185,12 @@ class RowWorkload:
 
 
 def workload_of(settings: Settings) -> Workload:
-    """The workload of a run of settings alone."""
+    """Return the workload of a run of settings alone."""
     return NamedWorkload(settings) if settings.data.kind == "images" else RowWorkload(settings)
 
 
 def label_names(workload: Workload) -> tuple[str, ...]:
-    """The names of the labels of a run whose settings name its dataset, in their order; () of other runs."""
+    """Return the names of the labels of a run whose settings name its dataset, in their order; () of other runs."""
     return workload.data.label_names if isinstance(workload, NamedWorkload | RowWorkload) else ()
 
 

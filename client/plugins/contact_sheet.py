@@ -61,7 +61,7 @@ def most_memorized(file: Path, data: LabeledImages, count: int, score: str = "cu
 
 
 def contact_sheet(data: LabeledImages, found: MemorizedImages, *, columns: int = 8, pixels: int = 64) -> Image.Image:
-    """A sheet of images in reading order, each with its label and score below it.
+    """Return a sheet of images in reading order, each with its label and score below it.
 
     Args:
         columns: images in a row.
@@ -82,7 +82,7 @@ def contact_sheet(data: LabeledImages, found: MemorizedImages, *, columns: int =
 
 
 def client_images(file: Path, data: Path, class_names: Sequence[str] = ()) -> LabeledImages:
-    """The images that the scores belong to: those of a folder, or of the simulated client of a run.
+    """Return the images that the scores belong to: those of a folder, or of the simulated client of a run.
 
     Raises:
         DataError: they cannot be read.

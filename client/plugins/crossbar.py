@@ -163,7 +163,7 @@ class CrossbarPruning(Plugin):
         return self.after or max(1, context.rounds // 2)
 
     def _sites(self, model: nn.Module) -> tuple[Site, ...]:
-        """The matrices that are pruned."""
+        """Return the matrices that are pruned."""
         every = sites(model)
         if self.layers == "conv":
             return tuple(site for site in every if model.get_parameter(site.weight).dim() == 4)
@@ -173,7 +173,7 @@ class CrossbarPruning(Plugin):
         return every
 
     def _make_masks(self, model: nn.Module) -> dict[str, Tensor]:
-        """Weight's name -> which of its entries remain.
+        """Return a mapping: weight's name -> which of its entries remain.
 
         Raises:
             RunError: none of a weight's entries remain.
@@ -204,7 +204,7 @@ class CrossbarPruning(Plugin):
             self.broadcast = self._measured(model, nonzero)
 
     def _measured(self, model: nn.Module, masks: Mapping[str, Tensor]) -> PluginState:
-        """The arrays for the report: zeros and energy of every weight, and column occupancy before and after."""
+        """Return the arrays for the report: zeros and energy of every weight, and column occupancy before and after."""
         context = self.context
         positions = rows_per_image(model, *context.shape.chw)
         measured: PluginState = {}
@@ -259,7 +259,7 @@ def _ratio(dense: float, pruned: float) -> float:
 
 
 def _picture(before: Tensor, after: Tensor, tile: int) -> tuple[tuple[float, ...], ...]:
-    """Rows of pixels: the columns before, a scale from 0 to 1, and the fullest columns of the tiles after."""
+    """Draw rows of pixels: the columns before, a scale from 0 to 1, and the fullest columns of the tiles after."""
     height, width = min(before.shape[0], _PICTURE[0]), min(before.shape[1], _PICTURE[1])
     wide = after.repeat_interleave(tile, 1)[:, : before.shape[1]]
     parts = [F.adaptive_avg_pool2d(part.double()[None] / 255, (height, width))[0] for part in (before, wide)]
@@ -268,12 +268,12 @@ def _picture(before: Tensor, after: Tensor, tile: int) -> tuple[tuple[float, ...
 
 
 def _pack(mask: Tensor) -> Tensor:
-    """A mask's entries as bits, uint8."""
+    """Return a mask's entries as bits, uint8."""
     return torch.from_numpy(np.packbits(mask.flatten().numpy()))
 
 
 def _masks(state: PluginState, model: nn.Module) -> dict[str, Tensor]:
-    """Weight's name -> mask, of a broadcast or of a client's own state.
+    """Read a mapping: weight's name -> mask, of a broadcast or of a client's own state.
 
     Raises:
         PayloadError: a mask that does not fit the model, or that keeps nothing.

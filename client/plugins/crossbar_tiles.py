@@ -24,7 +24,7 @@ _EPSILON = 1e-6
 
 
 def to_tiles(matrix: Tensor, tile: int) -> Tensor:
-    """The matrix [outputs, inputs] as tiles [output blocks, input blocks, columns, rows], padded with zeros.
+    """Return the matrix [outputs, inputs] as tiles [output blocks, input blocks, columns, rows], padded with zeros.
 
     Args:
         tile: t, the number of columns and of rows of a tile.
@@ -35,13 +35,13 @@ def to_tiles(matrix: Tensor, tile: int) -> Tensor:
 
 
 def from_tiles(tiles: Tensor, outputs: int, inputs: int) -> Tensor:
-    """The inverse of `to_tiles`: the matrix [outputs, inputs] without its padding."""
+    """Invert `to_tiles`: the matrix [outputs, inputs] without its padding."""
     whole = tiles.transpose(1, 2).reshape(tiles.shape[0] * tiles.shape[2], tiles.shape[1] * tiles.shape[3])
     return whole[:outputs, :inputs]
 
 
 def columns_in_use(outputs: int, tile: int) -> Tensor:
-    """Bool [output blocks, columns]: which columns belong to an output and not to the padding."""
+    """Return bool [output blocks, columns]: which columns belong to an output and not to the padding."""
     return (torch.arange(outputs + -outputs % tile) < outputs).view(-1, tile)
 
 
@@ -74,7 +74,8 @@ class PositiveGradient(torch.autograd.Function):
 
 
 def occupancy_variance(matrices: Iterable[Tensor], tile: int) -> Tensor:
-    """Mean over all tiles of the unbiased variance of the squared Hoyer measure over a tile's columns; a scalar.
+    """Return the mean over all tiles of the unbiased variance of the squared Hoyer measure over a tile's columns; a
+    scalar.
 
     The gradient passes the gate (`PositiveGradient`). Columns of the padding do not count, nor do tiles of one column.
     """
@@ -90,7 +91,7 @@ def occupancy_variance(matrices: Iterable[Tensor], tile: int) -> Tensor:
 
 
 def round_to_level(largest: Tensor, tile: int) -> Tensor:
-    """The occupancy that every column of a tile gets, a power of two or 0, from that of its fullest column.
+    """Return the occupancy that every column of a tile gets, a power of two or 0, from that of its fullest column.
 
     The levels of sparsity are 1 - 2^-k and 1. Sparsity from the middle between two levels on is raised to the upper
     one, and below it lowered to the lower one.
@@ -104,7 +105,7 @@ def round_to_level(largest: Tensor, tile: int) -> Tensor:
 
 
 def percentile_threshold(matrix: Tensor, percentile: float) -> float:
-    """The magnitude that this fraction of a matrix's entries does not exceed."""
+    """Return the magnitude that this fraction of a matrix's entries does not exceed."""
     count = int(percentile * matrix.numel())
     return float(matrix.detach().abs().flatten().kthvalue(count).values) if count else 0.0
 
@@ -128,11 +129,13 @@ class AdcEnergy:
     """
 
     def conversion(self, occupancy: Tensor) -> Tensor:
-        """Energy of one conversion, float64, in any unit, by the non-zero entries (int64, at least 1) of the column."""
+        """Return the energy of one conversion, float64, in any unit, by the non-zero entries (int64, at least 1) of the
+        column.
+        """
         raise NotImplementedError
 
     def tile(self, occupancy: Tensor, columns: Tensor) -> Tensor:
-        """Energy of a tile for one input vector, float64 [tiles].
+        """Return the energy of a tile for one input vector, float64 [tiles].
 
         By default a tile converts each of its columns in the resolution that its fullest column needs, and an empty
         tile converts nothing.
@@ -146,7 +149,7 @@ class AdcEnergy:
 
 
 def resolution(occupancy: Tensor) -> Tensor:
-    """Bits of a converter for columns with n >= 1 entries: ceil(log2 n) + 1, float64.
+    """Return the bits of a converter for columns with n >= 1 entries: ceil(log2 n) + 1, float64.
 
     This is for inputs of one bit at a time and cells of one bit (Shafiee et al., ISAAC, ISCA 2016, section V: log2 R +
     v + w - 1 for R rows, v input bits and w bits a cell). A weight of more bits is several such cells.
@@ -180,7 +183,7 @@ adc_energies.register("survey")(SurveyAdc)
 
 
 def adc_energy(model: AdcEnergy, kept: Tensor, tile: int, *, positions: int = 1) -> tuple[float, float]:
-    """Energy of a layer's conversions for one image: with the entries that are kept, and with all of them.
+    """Return the energy of a layer's conversions for one image: with the entries that are kept, and with all of them.
 
     Args:
         kept: bool [outputs, inputs].

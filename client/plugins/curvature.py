@@ -136,12 +136,14 @@ class LossCurvature(Plugin):
             replace_file(file, state_to_bytes(self.state | rows, max_bytes=_MAX_STATE_BYTES))
 
     def export(self) -> Export:
-        """The histogram of this client's mean scores, and the number of images that were suspects in this round."""
+        """Return the histogram of this client's mean scores,
+        and the number of images that were suspects in this round.
+        """
         flagged = torch.tensor([float(self._suspects.sum())], dtype=torch.float64)
         return Export({"histogram": histogram(self.mean_scores()), "flagged": flagged})
 
     def mean_scores(self, name: str = "") -> Tensor:
-        """Mean over all scorings, float64 [scored images]; of the option `score` unless another is named."""
+        """Return the mean over all scorings, float64 [scored images]; of the option `score` unless another is named."""
         count = self.state.get("count", 0)
         assert isinstance(count, int)
         return self._sum(name or self.score) / max(1, count)
@@ -158,7 +160,9 @@ class LossCurvature(Plugin):
         return subsample_rows(len(data), self.images)
 
     def _above_quantile(self) -> Tensor:
-        """Bool [scored images]: whether the mean score is above the quantile; all False before the first scoring."""
+        """Return bool [scored images]: whether the mean score is above the quantile;
+        all False before the first scoring.
+        """
         scores, counts = self.mean_scores(), self.broadcast.get("histogram")
         if not self.state.get("count") or (self.over == "all" and not isinstance(counts, Tensor)):
             return torch.zeros(len(scores), dtype=torch.bool)
@@ -192,7 +196,9 @@ class LossCurvature(Plugin):
         }
 
     def panel(self) -> Panel | None:
-        """The histogram of all clients' mean scores, its quantiles, and the fraction of suspects in each round."""
+        """Return the histogram of all clients' mean scores, its quantiles,
+        and the fraction of suspects in each round.
+        """
         counts, flagged = self.broadcast.get("histogram"), self.broadcast.get("flagged")
         if not isinstance(counts, Tensor) or not isinstance(flagged, Tensor) or not counts.sum():
             return None
@@ -261,7 +267,7 @@ def sample_scores(
 
 
 def input_gradient(model: nn.Module, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of each image [n], and its gradient with respect to that image, of x's shape.
+    """Return the loss of each image [n], and its gradient with respect to that image, of x's shape.
 
     The losses are summed, not averaged, so that the gradient of an image does not depend on the size of the batch.
     """
@@ -273,14 +279,14 @@ def input_gradient(model: nn.Module, x: Tensor, labels: Tensor) -> tuple[Tensor,
 
 
 def histogram(scores: Tensor) -> Tensor:
-    """Number of scores [n] in each logarithmic bin: float64 [BINS]. Histograms of several clients add up."""
+    """Return the number of scores [n] in each logarithmic bin: float64 [BINS]. Histograms of several clients add up."""
     decades = scores.double().clamp(min=10.0**_LOWEST).log10()
     bins = ((decades - _LOWEST) * BINS_PER_DECADE).floor().clamp(0, BINS - 1).long()
     return torch.bincount(bins, minlength=BINS).double()
 
 
 def histogram_quantile(counts: Tensor, quantile: float) -> float:
-    """The score below which this fraction of the counted scores [BINS] lies, interpolated within its bin."""
+    """Return the score below which this fraction of the counted scores [BINS] lies, interpolated within its bin."""
     below = counts.cumsum(0)
     target = quantile * float(below[-1])
     bin_ = min(int((below < target).sum()), BINS - 1)

@@ -168,7 +168,7 @@ def _parts(model: nn.Module) -> tuple[SpikingNetwork, DctEncoder]:
 
 
 def _measured(network: SpikingNetwork, encoder: DctEncoder, images: Tensor, labels: Tensor) -> Panel:
-    """Spikes over time and layer, and accuracy and spikes by the number of kept frequencies."""
+    """Return the spikes over time and layer, and accuracy and spikes by the number of kept frequencies."""
     kept = encoder.frequencies
     activity: dict[str, LayerActivity] = {}
     rows: list[tuple[float, ...]] = []

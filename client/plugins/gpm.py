@@ -181,7 +181,9 @@ class GradientProjectionMemory(Plugin):
             self._sums[site.name] = triangle
 
     def export(self) -> Export:
-        """The Gram matrices' upper triangles, row by row; and the fraction of every layer's inputs that is frozen."""
+        """Return the Gram matrices' upper triangles, row by row; and the fraction of every layer's inputs that is
+        frozen.
+        """
         frozen = {
             f"frozen/{name.removeprefix('basis/')}": basis.shape[1] / basis.shape[0]
             for name, basis in self._memory.items()
@@ -237,7 +239,7 @@ class GradientProjectionMemory(Plugin):
 
 
 def extend_basis(basis: Tensor, gram: Tensor, threshold: float, *, max_columns: int, less: int = 0) -> Tensor:
-    """An orthonormal basis that also holds a new task's inputs.
+    """Return an orthonormal basis that also holds a new task's inputs.
 
     Args:
         basis: float64 [d, k], orthonormal, of the tasks so far.

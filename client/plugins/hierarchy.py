@@ -98,7 +98,7 @@ class _WeightGradient(torch.autograd.Function):
 
 
 def _pool(features: Tensor, steps: int) -> Tensor:
-    """[n, channels, h, w] or [n, tokens, dim] or [n, dim] -> [n, features], averaged over space or tokens.
+    """Average [n, channels, h, w] or [n, tokens, dim] over space or tokens: [n, features]; [n, dim] is left as it is.
 
     Those of a spiking network, [steps * n, ...] with the steps one after the other, are averaged over time as well.
     """
@@ -108,7 +108,7 @@ def _pool(features: Tensor, steps: int) -> Tensor:
 
 
 def _attachment_points(trunk: nn.Module, shape: ImageShape, heads: int) -> list[tuple[str, int, int]]:
-    """Names, time steps and feature counts of the modules where heads are attached.
+    """Return names, time steps and feature counts of the modules where heads are attached.
 
     They come after 1/2 + k / (2 heads + 2) of the layers before the model's own head. A probe forward pass finds
     the order of the modules. Those that run several times are left out.
@@ -205,7 +205,7 @@ class HierarchicalLabels(Plugin):
         return BranchedModel(model, tree, context.shape, derive_generator(context.seed, "hierarchy"))
 
     def train_step(self, batch: Batch, step: LocalStep) -> Tensor:
-        """One step per head, with masks from the weights after the previous step; or one step on the sum."""
+        """Return one step per head, with masks from the weights after the previous step; or one step on the sum."""
         if batch.targets.dim() != 1:  # another plugin mixes labels without declaring it
             raise SettingError("plugins", self.name, "no plugin that mixes labels: the tree has no mixed ones")
         labels = list(self.label_tree.levels.to(batch.targets.device)[:, batch.targets])
@@ -271,7 +271,7 @@ class HierarchicalLabels(Plugin):
 
 
 def _measures(sums: PluginState | Mapping[str, Tensor]) -> dict[str, float]:
-    """Name -> value of the measures in the panel."""
+    """Return a mapping: name -> value of the measures in the panel."""
     right, nodes, count = (torch.as_tensor(sums[name]) for name in ("right", "nodes", "count"))
     accuracy, (common, predicted, true) = right / count, nodes.tolist()
     return {

@@ -51,12 +51,14 @@ See = Callable[[Site, Tensor], None]
 
 
 def sites(model: nn.Module) -> tuple[Site, ...]:
-    """All matrices of a model in its modules' order, the first layer's first."""
+    """Return all matrices of a model in its modules' order, the first layer's first."""
     return tuple(site for _, own in _layers(model) for site in own)
 
 
 def matrix(site: Site, model: nn.Module) -> Tensor:
-    """The site's matrix [outputs, columns], a view of the parameter; outputs before the bias are `rows @ matrix.T`."""
+    """Return the site's matrix [outputs, columns], a view of the parameter; outputs before the bias are `rows @
+    matrix.T`.
+    """
     return model.get_parameter(site.weight).flatten(1)[site.start : site.stop]
 
 
@@ -78,7 +80,7 @@ def record_inputs(model: nn.Module, images: Tensor, see: See) -> None:
 
 
 def grams(model: nn.Module, images: Tensor, *, bias: bool = False, max_norm: float = float("inf")) -> dict[str, Tensor]:
-    """The sum over input rows x of x x^T for every site, float64 [columns, columns], in eval mode.
+    """Return the sum over input rows x of x x^T for every site, float64 [columns, columns], in eval mode.
 
     Args:
         images: uint8 [n, channels, height, width].
@@ -102,12 +104,12 @@ def grams(model: nn.Module, images: Tensor, *, bias: bool = False, max_norm: flo
 
 
 def packed(gram: Tensor) -> Tensor:
-    """The upper triangle of a symmetric matrix [d, d], row by row: [d (d + 1) / 2]."""
+    """Return the upper triangle of a symmetric matrix [d, d], row by row: [d (d + 1) / 2]."""
     return gram[tuple(torch.triu_indices(*gram.shape))]
 
 
 def unpacked(triangle: Tensor) -> Tensor:
-    """The inverse of `packed`."""
+    """Invert `packed`."""
     size = (math.isqrt(8 * len(triangle) + 1) - 1) // 2
     rows, columns = torch.triu_indices(size, size)
     gram = triangle.new_zeros(size, size)
@@ -116,14 +118,16 @@ def unpacked(triangle: Tensor) -> Tensor:
 
 
 def leading_count(values: Tensor, fraction: float) -> int:
-    """The fewest largest of the eigenvalues, [n] in ascending order, with this fraction of their sum; at least 1."""
+    """Return the fewest largest of the eigenvalues, [n] in ascending order, with this fraction of their sum; at least
+    1.
+    """
     falling = values.flip(0).clamp(min=0)
     # Rounding may leave the last of the running sums below a fraction of 1.
     return min(int((falling.cumsum(0) < fraction * falling.sum()).sum()) + 1, len(falling))
 
 
 def rows_per_image(model: nn.Module, channels: int, height: int, width: int) -> dict[str, int]:
-    """Number of input rows per image at every site; 0 for layers that a forward pass does not reach."""
+    """Return the number of input rows per image at every site; 0 for layers that a forward pass does not reach."""
     count = {site.name: 0 for site in sites(model)}
 
     def add(site: Site, rows: Tensor) -> None:

@@ -141,12 +141,12 @@ class OutOfDistribution(Plugin):
         return Prediction(logits, score, self.unknown(score))
 
     def unknown(self, score: Tensor) -> Tensor:
-        """Which of these scores mark out-of-distribution images: bool [n]; None before a calibration."""
+        """Return which of these scores mark out-of-distribution images: bool [n]; None before a calibration."""
         line = self.broadcast.get("threshold")
         return score >= line if isinstance(line, float) else torch.zeros_like(score, dtype=torch.bool)
 
     def _scores_of(self, model: nn.Module, data: LabeledImages) -> Tensor:
-        """The scores [n] of at most `images` of the images."""
+        """Return the scores [n] of at most `images` of the images."""
         batches = torch.split(subsample(data, self.images), _AT_A_TIME)
         return torch.cat([self._scored(model, to_float(batch))[1] for batch in batches])
 
@@ -166,7 +166,7 @@ class OutOfDistribution(Plugin):
 
 
 def mix_with_noise(images: Tensor, targets: Tensor, noise: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """l x + (1 - l) n, cut to [-1, 1], and l y + (1 - l) e_{K+1}, for l uniform in [0, 1) and n Gaussian.
+    """Return l x + (1 - l) n, cut to [-1, 1], and l y + (1 - l) e_{K+1}, for l uniform in [0, 1) and n Gaussian.
 
     Args:
         images: float32 [n, channels, height, width].
@@ -181,7 +181,7 @@ def mix_with_noise(images: Tensor, targets: Tensor, noise: float, generator: tor
 
 
 def mix_within_classes(images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-    """l x_i + (1 - l) x_j, where j is a random image of i's class in the batch (perhaps i itself), l uniform."""
+    """Return l x_i + (1 - l) x_j, where j is a random image of i's class in the batch (perhaps i itself), l uniform."""
     partner = torch.arange(len(labels))
     for label in torch.unique(labels):
         rows = (labels == label).nonzero().flatten()
@@ -191,7 +191,7 @@ def mix_within_classes(images: Tensor, labels: Tensor, generator: torch.Generato
 
 
 def histogram(scores: Tensor, kind: str) -> Tensor:
-    """Histogram of scores [n] over the range of their kind: float64 [BINS]; histograms can be added."""
+    """Return the histogram of scores [n] over the range of their kind: float64 [BINS]; histograms can be added."""
     low, high = _AXES[kind]
     position = torch.logit(scores.double()) if kind == "auxiliary" else scores.double()
     bins = ((position - low) / (high - low) * BINS).floor().clamp(0, BINS - 1).long()
@@ -199,7 +199,9 @@ def histogram(scores: Tensor, kind: str) -> Tensor:
 
 
 def threshold(counts: Tensor, kind: str, false_alarms: float) -> float:
-    """The lowest score, among the edges of the bins, that at most this fraction of the counted scores [BINS] reach."""
+    """Return the lowest score, among the edges of the bins, that at most this fraction of the counted scores [BINS]
+    reach.
+    """
     low, high = _AXES[kind]
     reach = counts.flip(0).cumsum(0).flip(0)  # how many reach a bin's lower edge
     bin_ = int((reach > false_alarms * reach[0]).sum())  # reach falls, so these are the first

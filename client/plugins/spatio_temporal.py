@@ -93,11 +93,11 @@ class SpatioTemporalPruning(Plugin):
     # The schedule, a function of the options and the run's number of rounds
 
     def pruned_after(self, rounds: int) -> int:
-        """The round in which clients measure."""
+        """Return the round in which clients measure."""
         return self.prune_after or max(1, rounds // 4)
 
     def steps_in(self, round_: int, rounds: int) -> int:
-        """Time steps of a round: one fewer at a time, evenly spread, if there are enough rounds."""
+        """Return the time steps of a round: one fewer at a time, evenly spread, if there are enough rounds."""
         first, last = self.reduce_after or rounds // 2, self._reduced_in(rounds)
         done = min(1.0, max(0.0, (round_ - first) / max(1, last - first)))
         return self.steps - round(done * (self.steps - self.last_steps))
@@ -111,7 +111,7 @@ class SpatioTemporalPruning(Plugin):
         return 1 - (1 - self.one_step_threshold) * (self.steps - steps) / max(1, self.steps - 1)
 
     def quantizes(self, round_: int, rounds: int) -> bool:
-        """Whether a round's weights are quantized."""
+        """Return whether a round's weights are quantized."""
         return bool(self.bits) and round_ > (self.quantize_after or self._reduced_in(rounds) - 1)
 
     def _reduced_in(self, rounds: int) -> int:
@@ -252,7 +252,7 @@ class SpatioTemporalPruning(Plugin):
         return found
 
     def panel(self) -> Panel | None:
-        """Time steps, parameters and energy by round, and the widths."""
+        """Return the time steps, parameters and energy by round, and the widths."""
         history = self.broadcast.get("history")
         if not isinstance(history, Tensor):
             return None
@@ -340,7 +340,9 @@ def second_moments(model: nn.Module, images: Tensor, limit: float) -> dict[str, 
 
 
 def covariance_of(triangle: Tensor) -> Tensor:
-    """The covariance of the channels, float64 [c, c], from sums of `second_moments` over any number of clients."""
+    """Return the covariance of the channels, float64 [c, c],
+    from sums of `second_moments` over any number of clients.
+    """
     gram = unpacked(triangle)
     count = gram[-1, -1].clamp(min=1)
     mean = gram[-1, :-1] / count
@@ -348,12 +350,13 @@ def covariance_of(triangle: Tensor) -> Tensor:
 
 
 def significant_components(covariance: Tensor, variance: float) -> int:
-    """The fewest principal components that explain this fraction of the variance, at least 1."""
+    """Return the fewest principal components that explain this fraction of the variance, at least 1."""
     return leading_count(torch.linalg.eigvalsh(covariance), variance)
 
 
 def leading_channels(covariance: Tensor, count: int) -> Tensor:
-    """The `count` channels that together explain most of the variance, chosen greedily: int64 [count], in that order.
+    """Return the `count` channels that together explain most of the variance, chosen greedily: int64 [count], in that
+    order.
 
     The next channel is the one with the largest variance that linear regression on those chosen before leaves (a
     Cholesky decomposition with pivoting).

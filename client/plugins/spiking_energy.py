@@ -40,7 +40,7 @@ class LayerOperations:
     source: str
 
     def picojoules(self, spikes: Mapping[str, float]) -> float:
-        """Energy for one image.
+        """Return the energy for one image.
 
         Args:
             spikes: name of a layer of neurons -> its spikes per image, over all steps.
@@ -50,7 +50,7 @@ class LayerOperations:
 
 @torch.no_grad()
 def operations(model: nn.Module, shape: ImageShape) -> dict[str, LayerOperations]:
-    """Name -> operations of every convolution and linear layer of a network in sequence (`chain_of`).
+    """Return a mapping: name -> operations of every convolution and linear layer of a network in sequence (`chain_of`).
 
     Pooling between neurons and a layer is counted as part of the layer: every spike reaches it.
     """
@@ -80,10 +80,10 @@ def operations(model: nn.Module, shape: ImageShape) -> dict[str, LayerOperations
 
 
 def microjoules(found: Mapping[str, LayerOperations], spikes: Mapping[str, float]) -> float:
-    """Energy of all layers for one image; `spikes` as in `LayerOperations.picojoules`."""
+    """Return the energy of all layers for one image; `spikes` as in `LayerOperations.picojoules`."""
     return sum(layer.picojoules(spikes) for layer in found.values()) / 1e6
 
 
 def dense_microjoules(found: Mapping[str, LayerOperations]) -> float:
-    """Energy for one image of the same layers in a non-spiking network."""
+    """Return the energy for one image of the same layers in a non-spiking network."""
     return sum(layer.macs for layer in found.values()) * PJ_MAC / 1e6

@@ -31,7 +31,9 @@ def quantize(images: Tensor, bits: int) -> Tensor:
 
 
 def halftone(images: Tensor) -> Tensor:
-    """The sign, -1 or 1, of images [n, c, h, w] after the paper's 3x3 filter; the gradient is that of a sigmoid."""
+    """Return the sign, -1 or 1, of images [n, c, h, w] after the paper's 3x3 filter;
+    the gradient is that of a sigmoid.
+    """
     channels = images.shape[1]
     kernel = images.new_tensor(_HALFTONE).expand(channels, 1, 3, 3)
     filtered = F.conv2d(images, kernel, padding=1, groups=channels)
@@ -190,7 +192,7 @@ def fit_transfers(epsilons: Sequence[float], counts: Sequence[float], limit: flo
 
 
 def transferability(counts: TransferCounts, epsilons: Sequence[float], epsilon: float) -> Tensor:
-    """The metric TM[target, source] = f_ij / f_jj at this strength: float64 [models, models]; 0 where f_jj is 0.
+    """Return the metric TM[target, source] = f_ij / f_jj at this strength: float64 [models, models]; 0 where f_jj is 0.
 
     f_ij is fitted to the counts from source j to target i, f_jj to those of the source itself.
     """
@@ -204,7 +206,9 @@ def transferability(counts: TransferCounts, epsilons: Sequence[float], epsilon: 
 
 
 def choose_ensemble(metric: Tensor, size: int) -> tuple[int, ...]:
-    """The members [models] among which the mean of the metric between different ones is least; the first if equal."""
+    """Return the members [models] among which the mean of the metric between different ones is least; the first if
+    equal.
+    """
 
     def mean(members: tuple[int, ...]) -> float:
         pairs = list(itertools.permutations(members, 2))
@@ -226,7 +230,10 @@ def vote(logits: Tensor) -> Tensor:
 
 
 def named_quantizers(setting: str, text: str) -> tuple[str, ...]:
-    """Names of quantizers, separated by commas. Raises SettingError if there are fewer than two, or an unknown one."""
+    """Return the names of quantizers, separated by commas.
+
+    Raises SettingError if there are fewer than two, or an unknown one.
+    """
     names = tuple(name.strip() for name in text.split(","))
     if len(names) < 2 or not set(names) <= set(QUANTIZERS):
         raise SettingError(setting, text, f"two or more of {', '.join(QUANTIZERS)}, separated by commas")

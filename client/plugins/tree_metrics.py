@@ -52,7 +52,7 @@ class GraphDistance(Metric):
         self.count += len(target)
 
     def compute(self) -> Tensor:
-        """The mean, float; NaN without samples."""
+        """Return the mean, float; NaN without samples."""
         return self.total / self.count
 
 
@@ -93,7 +93,7 @@ class HierarchicalF(Metric):
         self.true += above_true.sum()
 
     def compute(self) -> Tensor:
-        """A fraction, float; NaN without samples."""
+        """Return a fraction, float; NaN without samples."""
         square = self.beta**2
         return (1 + square) * self.common / (square * self.true + self.predicted)
 

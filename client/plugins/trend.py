@@ -127,7 +127,7 @@ class Trend(Plugin):
         )  # fmt: skip
 
     def _member(self, like: nn.Module, group: int) -> nn.Module:
-        """A copy of a model, in eval mode, with the weights and the quantizer of a group."""
+        """Return a copy of a model, in eval mode, with the weights and the quantizer of a group."""
         model = copy.deepcopy(like).eval()
         _set_quantizer(model, self._quantizers[group])
         prefix = f"member {group}/"
@@ -157,7 +157,7 @@ class Trend(Plugin):
             self.broadcast = self.broadcast | weights
 
     def predict_groups(self, models: Sequence[nn.Module], images: Tensor) -> Prediction:
-        """The majority vote of the chosen members, or of all before the last round."""
+        """Return the majority vote of the chosen members, or of all before the last round."""
         chosen = self.broadcast.get("chosen")
         members = chosen.tolist() if isinstance(chosen, Tensor) else range(len(models))
         classes = self._context.shape.classes if self._context is not None else None
@@ -191,7 +191,7 @@ class Trend(Plugin):
 
 
 def _hook_of(model: nn.Module) -> int | None:
-    """The number of the hook that quantizes a model's input."""
+    """Return the number of the hook that quantizes a model's input."""
     for number, hook in model._forward_pre_hooks.items():
         if isinstance(getattr(hook, "__self__", None), InputQuantizer):
             return number

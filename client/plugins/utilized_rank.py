@@ -53,7 +53,7 @@ class Core(nn.Module):
         return (self.outputs @ core @ self.inputs.T).view(self.shape)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """The core of the weight's projection."""
+        """Return the core of the weight's projection."""
         return self.outputs.T @ weight.flatten(1) @ self.inputs
 
 
@@ -138,7 +138,7 @@ class UtilizedRank(Plugin):
         return Export(self._sums, {"utilization": used} if isinstance(used, float) else {})
 
     def reduce(self, sums: Mapping[str, Tensor], examples: int, broadcast: PluginState) -> PluginState:
-        """The bases of the layers that have a smaller core, the ranks of all, and their mean utilization."""
+        """Return the bases of the layers that have a smaller core, the ranks of all, and their mean utilization."""
         found: PluginState = {}
         utilization = []
         for name in dict.fromkeys(key.rpartition("/")[0] for key in sums):
@@ -165,7 +165,7 @@ class UtilizedRank(Plugin):
         return self.context.round == self.after and not self.ranks
 
     def _sites(self, model: nn.Module) -> tuple[Site, ...]:
-        """The matrices to measure; the others are left as they are.
+        """Return the matrices to measure; the others are left as they are.
 
         These are grouped convolutions, whose parameter is many matrices, and weights that several layers share.
         """
@@ -203,14 +203,16 @@ def grams(model: nn.Module, images: Tensor, wanted: tuple[Site, ...], max_norm: 
 
 
 def top_eigenvectors(gram: Tensor, energy: float) -> Tensor:
-    """The fewest leading eigenvectors of sum x x^T [d, d] with this fraction of its trace: float64 [d, k], k >= 1."""
+    """Return the fewest leading eigenvectors of sum x x^T [d, d] with this fraction of its trace: float64 [d, k], k >=
+    1.
+    """
     values, vectors = torch.linalg.eigh(gram)
     kept: Tensor = vectors.flip(1)[:, : leading_count(values, energy)]
     return kept
 
 
 def merged(model: nn.Module) -> nn.Module:
-    """The model, with plain weights again where it was factorized (in place)."""
+    """Return the model, with plain weights again where it was factorized (in place)."""
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
             for name, chain in list(module.parametrizations.items()):  # type: ignore[union-attr, operator]

@@ -23,7 +23,7 @@ _OF_MADE = ("norm", "lr", "messages", "batch_sizes", "pretrain_rounds", "steps",
 
 
 def _option(flag: str, help_: str, default: str) -> Any:
-    """An option whose default `AttackEvaluation` has, which would import torch for `--help`."""
+    """Return an option whose default `AttackEvaluation` has, which would import torch for `--help`."""
     return typer.Option(flag, help=f"{help_} (default: {default})", show_default=False)
 
 
@@ -110,7 +110,10 @@ def _attack_recorded(
 
 
 def _evaluation(options: dict[str, Any]) -> "AttackEvaluation":
-    """The trials that options ask for; a tuple is given as text. Raises SettingError for a value that is not usable."""
+    """Return the trials that options ask for; a tuple is given as text.
+
+    Raises SettingError for a value that is not usable.
+    """
     import dataclasses
 
     from attacks.evaluate import AttackEvaluation

@@ -70,7 +70,7 @@ class NumberOrAuto(click.ParamType):  # type: ignore[type-arg]  # generic in new
 
 
 def line_printer(*, quiet: bool) -> Callable[[str], None]:
-    """A function that prints one line of progress on standard error, or does nothing if `quiet`."""
+    """Return a function that prints one line of progress on standard error, or does nothing if `quiet`."""
 
     def log(line: str) -> None:
         if not quiet:
@@ -140,7 +140,7 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
 
 
 def settings_from(config: Path | None, overrides: dict[str, Value]) -> Settings:
-    """Settings by precedence: options, the given file or this folder's pyproject.toml, defaults."""
+    """Return the settings by precedence: options, the given file or this folder's pyproject.toml, defaults."""
     values: dict[str, object] = {}
     if config is not None:
         values = read_toml(config)

@@ -77,7 +77,7 @@ def _try_out(settings: Settings, *, quiet: bool) -> None:
 
 
 def _fewer_images(settings: Settings) -> Settings:
-    """The settings with at most 64 images for each client, if the dataset has more and can be cut."""
+    """Return the settings with at most 64 images for each client, if the dataset has more and can be cut."""
     from tofu.workload import workload_of
 
     images = 64 * settings.data.clients

@@ -64,7 +64,9 @@ class Chain:
     def gradients(
         self, weights: Weights, inputs: Sequence[Tensor], proxies: ProxyData, *, by_weights: bool, by_inputs: bool
     ) -> ProxyGradients:
-        """The gradients of the proxies' loss at `weights`; `inputs` are those of the proxies, at the network's size."""
+        """Return the gradients of the proxies' loss at `weights`; `inputs` are those of the proxies, at the network's
+        size.
+        """
         if not self._layers:
             return self._by_autograd(weights, inputs, proxies, by_weights=by_weights, by_inputs=by_inputs)
         x, passes = inputs[0], []
@@ -100,7 +102,7 @@ class Chain:
 
 
 def _flattened(module: nn.Module) -> Iterator[nn.Module]:
-    """The layers of nested `nn.Sequential` in order."""
+    """Return the layers of nested `nn.Sequential` in order."""
     for child in module.children():
         if type(child) is nn.Sequential and _plain(child):
             yield from _flattened(child)
@@ -109,7 +111,7 @@ def _flattened(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _plain(module: nn.Module) -> bool:
-    """Whether a call of the module only calls the unmodified `forward` of its class: no hooks, no wrapper."""
+    """Return whether a call of the module only calls the unmodified `forward` of its class: no hooks, no wrapper."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return not hooks and "forward" not in vars(module) and not hasattr(type(module).forward, "__wrapped__")
 
@@ -127,7 +129,9 @@ def _rule_of(layer: nn.Module, settings: ProxySettings) -> Rule:
 
 
 def _at_outputs(reference: ReferenceModel, outputs: Tensor, proxies: ProxyData) -> tuple[Tensor, list[Tensor]]:
-    """The gradient of the loss with respect to the outputs, and those for the labels and the proxies' weights."""
+    """Return the gradient of the loss with respect to the outputs,
+    and those for the labels and the proxies' weights.
+    """
     if reference.call.loss is None and proxies.weights is None:
         return proxies.labels, [outputs.detach()]
     own = outputs.detach().requires_grad_()

@@ -64,7 +64,7 @@ class Candidate:
 
 
 def criterion(update: Weights, candidate: Candidate) -> float:
-    """The explained variance without gains, by which a client chooses between bodies."""
+    """Return the explained variance without gains, by which a client chooses between bodies."""
     return explained_variance({name: update[name] for name in candidate.explained}, candidate.explained)
 
 
@@ -171,7 +171,7 @@ class ProxyCompressor(Compressor):
         return PayloadContent(parts, shape, proxies, self.settings)
 
     def _read_proxies(self, body: bytes) -> ProxyData | None:
-        """The proxies in a body, checked; None if it has none.
+        """Return the proxies in a body, checked; None if it has none.
 
         Raises:
             PayloadError: they differ from what this run sends, or a value is out of range.
@@ -191,7 +191,7 @@ class ProxyCompressor(Compressor):
     def _candidate(
         self, reference: ReferenceModel, update: Weights, proxies: bytes, explained: Weights, strata: Strata | None
     ) -> Candidate:
-        """The body with these proxies, whose approximation is `explained`, and a correction of the rest."""
+        """Return the body with these proxies, whose approximation is `explained`, and a correction of the rest."""
         buffers, count = BufferCode(reference.param_spec), self.count if proxies else 0
         tail, data, correction, correction_gain = buffers.write(update), b"", None, 1.0
         if strata is not None and self._budgets[count]:
@@ -215,7 +215,9 @@ class ProxyCompressor(Compressor):
         return {name: value + gain * correction[name] if correction else value for name, value in proxies.items()}
 
     def _read_memory(self, memory: bytes) -> tuple[int, ProxyData | None]:
-        """Number of encodes since the last trial, and the last proxies; None if the last payload had none."""
+        """Return the number of encodes since the last trial, and the last proxies;
+        None if the last payload had none.
+        """
         try:
             if len(memory) > 1 and self.count:
                 return memory[0], self._code.read(memory[1:])
@@ -230,7 +232,7 @@ def _correction(like: Weights, data: bytes, strata: Strata) -> Weights:
 
 
 def _choose_proxies(reference: ReferenceModel, ratio: float, options: CompressorOptions) -> tuple[ProxySettings, int]:
-    """The settings with the side chosen, and the number of proxies that fit; with a correction it may be 0."""
+    """Return the settings with the side chosen, and the number of proxies that fit; with a correction it may be 0."""
     if not options.correction:
         return _sized(reference, ratio, options)
     # If no proxy fits in the fraction that the correction leaves, one may still fit in the whole budget.
@@ -244,7 +246,7 @@ def _choose_proxies(reference: ReferenceModel, ratio: float, options: Compressor
 
 
 def _sized(reference: ReferenceModel, ratio: float, options: CompressorOptions) -> tuple[ProxySettings, int]:
-    """The settings with the side chosen, and the number of proxies: that of the options, or as many as fit."""
+    """Return the settings with the side chosen, and the number of proxies: that of the options, or as many as fit."""
     settings, count = options.encoder, options.proxies
     if not settings.size and options.correction and not count:
         settings = replace(settings, size=automatic_sides(reference)[-1])
@@ -266,13 +268,13 @@ def _with_side(reference: ReferenceModel, ratio: float, count: int, settings: Pr
 
 
 def _size(reference: ReferenceModel, count: int, settings: ProxySettings) -> int:
-    """Bytes of a payload with `count` proxies and no correction, header included."""
+    """Return the number of bytes of a payload with `count` proxies and no correction, header included."""
     code = ProxyCode.of(reference, settings, count)
     return HEADER_BYTES + _PREFIX.size + code.nbytes + BufferCode(reference.param_spec).nbytes
 
 
 def _affordable(reference: ReferenceModel, ratio: float, settings: ProxySettings) -> int:
-    """The largest number of proxies that the ratio allows.
+    """Return the largest number of proxies that the ratio allows.
 
     Raises:
         SettingError: not even one proxy fits.

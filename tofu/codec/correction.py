@@ -103,7 +103,7 @@ class Strata:
 
 
 def strata_of(reference: ReferenceModel) -> Strata:
-    """The strata at a reference's base weights, from their displacement since its initial weights."""
+    """Return the strata at a reference's base weights, from their displacement since its initial weights."""
     displacement = reference.displacement()
     found = np.concatenate([displacement_levels(displacement[name]) for name in reference.param_spec.parameters])
     found -= found.min()
@@ -124,7 +124,7 @@ Floats = npt.NDArray[np.float32]
 
 
 def min_bytes(length: int) -> int:
-    """Number of bytes in which a correction of one entry always fits, for a vector of this length."""
+    """Return the number of bytes in which a correction of one entry always fits, for a vector of this length."""
     counts, gap, sign = STRATA * length.bit_length(), 2 + length.bit_length(), 1
     return _head(1) + (counts + gap + sign + 7) // 8
 
@@ -150,14 +150,14 @@ def write_correction(vector: Tensor, budget: int, strata: Strata) -> bytes:
 
 
 def scale_correction(data: bytes, factor: float) -> bytes:
-    """A correction from `write_correction` with all magnitudes multiplied by a factor."""
+    """Return a correction from `write_correction` with all magnitudes multiplied by a factor."""
     split = _head(data[_HEAD.size - 1])
     magnitudes = bfloat16_from(data[_HEAD.size : split], "magnitudes")
     return data[: _HEAD.size] + bfloat16_bytes(factor * magnitudes) + data[split:]
 
 
 def read_correction(data: bytes, strata: Strata) -> Tensor:
-    """The inverse of `write_correction`: a float32 vector [d], zero elsewhere.
+    """Invert `write_correction`: a float32 vector [d], zero elsewhere.
 
     Raises:
         PayloadError: the bytes are malformed, or were written for other strata.
@@ -186,7 +186,7 @@ def read_correction(data: bytes, strata: Strata) -> Tensor:
 
 
 def slots_length(slots: Integers, strata: Strata) -> int:
-    """Number of bits of the code of increasing slots."""
+    """Return the number of bits of the code of increasing slots."""
     return sum(subset.length for subset in _by_stratum(slots, strata))
 
 
@@ -217,7 +217,7 @@ class _Ranking:
         return _Ranking(strata, slots, values[strata.positions[slots]], by_slot[slots], np.abs(values[order]))
 
     def largest(self, count: int) -> "_Correction":
-        """The `count` largest entries."""
+        """Return the `count` largest entries."""
         chosen = self.ranks < count
         slots, values = self.slots[chosen], self.values[chosen]
         smallest = np.float64(self.descending[count - 1]) if count else 1.0
@@ -259,18 +259,18 @@ class _Correction:
         return float((sums**2 / counts).sum())
 
     def _magnitudes(self) -> bytes:
-        """The mean magnitude of each level; 0 for a level without entries."""
+        """Return the mean magnitude of each level; 0 for a level without entries."""
         sums, counts = self._sums_and_counts()
         return bfloat16_bytes(torch.from_numpy(sums / counts))
 
     def _sums_and_counts(self) -> tuple[npt.NDArray[np.float64], Integers]:
-        """For each level, the sum of its entries' magnitudes, and their number or 1 if there are none."""
+        """Return for each level the sum of its entries' magnitudes, and their number or 1 if there are none."""
         sums = np.bincount(self.levels, np.abs(self.values), self.top + 1)[1:].astype(np.float64)
         counts: Integers = np.maximum(np.bincount(self.levels, minlength=self.top + 1)[1:], 1)
         return sums, counts
 
     def _by_level(self) -> Iterator["_Subset"]:
-        """For each level from 2 on, which entries of the previous level reach it."""
+        """Yield for each level from 2 on which entries of the previous level reach it."""
         levels = self.levels
         for level in range(2, self.top + 1):
             reach = levels >= level
@@ -304,7 +304,7 @@ class _Subset:
 
     @staticmethod
     def read(bits: BitReader, size: int) -> Integers:
-        """The members of a subset of the integers below `size`.
+        """Return the members of a subset of the integers below `size`.
 
         Raises:
             PayloadError: a member is out of range, or the stream ends early.
@@ -321,7 +321,7 @@ class _Subset:
 
 
 def _by_stratum(slots: Integers, strata: Strata) -> Iterator[_Subset]:
-    """The subset of each stratum that is among increasing slots."""
+    """Return the subset of each stratum that is among increasing slots."""
     parts = np.split(slots, np.searchsorted(slots, strata.starts[1:]))
     for start, size, part in zip(strata.starts, strata.sizes, parts, strict=True):
         yield _Subset(int(size), part - start)
@@ -333,7 +333,7 @@ def _read_slots(bits: BitReader, strata: Strata) -> Integers:
 
 
 def _read_levels(bits: BitReader, count: int, top: int) -> Integers:
-    """The level of each of `count` entries."""
+    """Return the level of each of `count` entries."""
     levels = np.ones(count, dtype=np.int64)
     reach = np.arange(count)
     for _ in range(2, top + 1):
@@ -343,13 +343,13 @@ def _read_levels(bits: BitReader, count: int, top: int) -> Integers:
 
 
 def _width(count: int, size: int) -> int:
-    """The Rice parameter b for a subset of `count` of `size` integers."""
+    """Return the Rice parameter b for a subset of `count` of `size` integers."""
     mean = (size * _TWO_LN_PHI) // (max(count, 1) << 16)
     return max(mean.bit_length() - 1, 0)
 
 
 def _head(levels: int) -> int:
-    """Bytes before the bits."""
+    """Return the number of bytes before the bits."""
     return _HEAD.size + 2 * levels
 
 

@@ -83,7 +83,7 @@ class ProxySettings:
 
     @staticmethod
     def of(codec: "CodecSettings", device: str) -> "ProxySettings":
-        """The settings of a run's proxy codec, with a search on this device."""
+        """Return the settings of a run's proxy codec, with a search on this device."""
         common: dict[str, Any] = {"size": codec.proxy_size, "bits": codec.bits, "device": device}
         if codec.codec_mode == "paper":
             return paper_settings(**common)
@@ -101,7 +101,8 @@ class ProxySettings:
 
 
 def paper_settings(**changes: Any) -> ProxySettings:
-    """The published method: no surrogate, cross-entropy, simplex labels, a weight per proxy, one scale, no warm start.
+    """Return the published method: no surrogate, cross-entropy, simplex labels, a weight per proxy, one scale, no warm
+    start.
 
     The optimizer, the starting point and the sizes, which the paper does not specify, are our choice.
     """
@@ -123,7 +124,7 @@ AUTOMATIC = 0.0
 
 
 def automatic_gain(explained_variance: float) -> float:
-    """The gain w = 1 + 0.8 (1 - c²) of a message that explains the fraction c² of its target's variance.
+    """Return the gain w = 1 + 0.8 (1 - c²) of a message that explains the fraction c² of its target's variance.
 
     It is 1.8 for a message that explains little and 1 for an exact one, which a larger gain would overshoot. It is
     rounded down to a multiple of 1/256 (docs/error-feedback.md).
@@ -165,7 +166,7 @@ class CompressorOptions:
 
     @staticmethod
     def of(codec: "CodecSettings", device: str, *, proxies: int = 0, gain: float = 1.0) -> "CompressorOptions":
-        """The options of a run's compressors, with a search for proxies on this device."""
+        """Return the options of a run's compressors, with a search for proxies on this device."""
         correction = 0.0 if codec.codec_mode == "paper" else codec.correction
         encoder = ProxySettings.of(codec, device)
         return CompressorOptions(gain, proxies, correction, correction_gain=gain, encoder=encoder)

@@ -54,14 +54,14 @@ class ProxyData:
     surrogate_beta: float = 4.0
 
     def on(self, device: torch.device) -> "ProxyData":
-        """A copy with inputs, labels and weights on a device."""
+        """Return a copy with inputs, labels and weights on a device."""
         weights = self.weights.to(device) if self.weights is not None else None
         inputs = tuple(values.to(device) for values in self.inputs)
         return dataclasses.replace(self, inputs=inputs, labels=self.labels.to(device), weights=weights)
 
 
 def proxy_side(reference: ReferenceModel, settings: ProxySettings) -> int:
-    """The shortest side of a proxy: that of the settings, or by default the smallest of `automatic_sides`.
+    """Return the shortest side of a proxy: that of the settings, or by default the smallest of `automatic_sides`.
 
     Raises:
         SettingError: the side in the settings is larger than the input.
@@ -106,7 +106,7 @@ class ProxyCode:
 
     @staticmethod
     def of(reference: ReferenceModel, settings: ProxySettings, count: int) -> "ProxyCode":
-        """The format of `count` proxies for a model.
+        """Return the format of `count` proxies for a model.
 
         Raises:
             SettingError: simplex mode with a model whose output is not one score per class.
@@ -148,7 +148,7 @@ class ProxyCode:
         return inputs + labels + weights + bfloat16_bytes(torch.tensor([proxies.surrogate_beta, *proxies.scales]))
 
     def read(self, data: bytes) -> ProxyData:
-        """The inverse of `write`.
+        """Invert `write`.
 
         Raises:
             PayloadError: the length is wrong, or a value is out of range.
@@ -171,11 +171,11 @@ class ProxyCode:
         return ProxyData(inputs, labels, weights, torch.tensor(scales), surrogate_beta)
 
     def quantize_inputs(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The inputs after quantization, as the receiver will read them."""
+        """Return the inputs after quantization, as the receiver will read them."""
         return self._read_inputs(self._write_inputs(inputs))
 
     def fits(self, proxies: ProxyData) -> bool:
-        """Whether proxies have these shapes, and labels that are not all zero."""
+        """Return whether proxies have these shapes, and labels that are not all zero."""
         found = [*(tuple(values.shape) for values in proxies.inputs), tuple(proxies.labels.shape)]
         same = found == [(self.count, *shape) for shape in (*self.shapes, self.target)]
         return same and (proxies.weights is not None) == self.weighted and float(proxies.labels.abs().max()) > 0
@@ -198,7 +198,7 @@ def proxy_loss(reference: ReferenceModel, weights: Weights, proxies: ProxyData, 
 
 
 def surrogate_context(settings: ProxySettings, surrogate_beta: float) -> AbstractContextManager[object]:
-    """A context in which networks run as the codec differentiates them: with surrogates if `settings.smooth`."""
+    """Return a context in which networks run as the codec differentiates them: with surrogates if `settings.smooth`."""
     if not settings.smooth:
         return nullcontext()
     return Surrogate(surrogate_beta=surrogate_beta, batch_statistics=settings.batch_statistics)
@@ -227,6 +227,6 @@ def decode(reference: ReferenceModel, proxies: ProxyData, settings: ProxySetting
 
 
 def scale_gradients(grads: Weights, scales: Tensor) -> Weights:
-    """Each tensor times its scale; one scale applies to all."""
+    """Multiply each tensor by its scale; one scale applies to all."""
     per_tensor = scales.expand(len(grads)).unbind()
     return {name: scale * g for (name, g), scale in zip(grads.items(), per_tensor, strict=True)}

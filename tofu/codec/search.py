@@ -258,7 +258,9 @@ class _Objective:
         self.evals = 0
 
     def __call__(self, proxies: ProxyData, *, by_inputs: bool = True) -> tuple[float, list[Tensor]]:
-        """The objective, and its gradients with respect to the inputs (if `by_inputs`), labels and weights (if any)."""
+        """Return the objective, and its gradients with respect to the inputs (if `by_inputs`), labels and weights (if
+        any).
+        """
         self.evals += 1
         proxies = proxies.on(self._device)
         leaves = [x.detach().requires_grad_(by_inputs) for x in proxies.inputs]
@@ -290,7 +292,7 @@ class _Objective:
         return value, [*by_input, *(factor * (b - a) for a, b in zip(at_base.targets, at_shifted.targets, strict=True))]
 
     def align_labels(self, proxies: ProxyData) -> ProxyData:
-        """The same inputs, with the free labels whose gradient has the largest inner product with the update.
+        """Return the same inputs, with the free labels whose gradient has the largest inner product with the update.
 
         <G, update> equals the inner product of the labels with the derivative of the outputs along the update, so the
         best labels of a given norm are proportional to this derivative. It takes two forward passes.
@@ -311,7 +313,9 @@ class _Objective:
         return dataclasses.replace(proxies, labels=LABEL_START * change / change.std())
 
     def _fit(self, grads: list[Tensor]) -> tuple[list[float], list[float], list[Tensor]]:
-        """For each tensor: the squared norm of the residual, the least-squares scale, and the residual as a vector."""
+        """Return for each tensor the squared norm of the residual, the least-squares scale,
+        and the residual as a vector.
+        """
         decoded = [_flat(g, w) for g, w in zip(grads, self._base.values(), strict=True)]
         update = [_flat(u, w) for u, w in zip(self._update.values(), self._base.values(), strict=True)]
         products = [torch.dot(u, g) for u, g in zip(update, decoded, strict=True)]
@@ -325,7 +329,7 @@ class _Objective:
 
 
 def _flat(values: Tensor, like: Tensor) -> Tensor:
-    """The values as a vector, in the memory order of `like`, a dense tensor of the same shape."""
+    """Return the values as a vector, in the memory order of `like`, a dense tensor of the same shape."""
     if values.stride() != like.stride():
         values = torch.empty_like(like).copy_(values)
     return values.as_strided((values.numel(),), (1,))
@@ -345,7 +349,7 @@ class _Variables:
         self.vector = torch.cat([p.flatten() for p in parts]).double()
 
     def proxies(self, vector: Tensor) -> ProxyData:
-        """The proxies of a vector."""
+        """Return the proxies of a vector."""
         pieces: tuple[Tensor, ...] = torch.split(vector.float(), [shape.numel() for shape in self._shapes])
         parts = [piece.view(shape) for piece, shape in zip(pieces, self._shapes, strict=True)]
         split = 0 if self.only_labels else len(self._begin.inputs)
@@ -354,7 +358,9 @@ class _Variables:
         return dataclasses.replace(self._begin, inputs=inputs, labels=labels, weights=None if self._free else rest[1])
 
     def gradient(self, proxies: ProxyData, by_proxies: list[Tensor]) -> Tensor:
-        """The gradient with respect to the vector, from those for the inputs, labels and weights of its proxies."""
+        """Return the gradient with respect to the vector, from those for the inputs,
+        labels and weights of its proxies.
+        """
         parts = [g.cpu() for g in by_proxies]
         at = len(parts) - (1 if self._free else 2)
         if self._free:

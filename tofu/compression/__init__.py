@@ -24,7 +24,7 @@ compressors: "Registry[type[Compressor]]" = Registry(
 def make_compressor(
     name: str, reference: "ReferenceModel", *, ratio: float, options: CompressorOptions = DEFAULTS
 ) -> "Compressor":
-    """The compressor with a registered name, or of a class given as `package.module:Class`.
+    """Return the compressor with a registered name, or of a class given as `package.module:Class`.
 
     Args:
         reference: the run's model, or one with equal shapes.
@@ -40,7 +40,8 @@ def make_compressor(
 
 
 def uplink_compressor(settings: Settings, kind: str, reference: "ReferenceModel") -> "Compressor":
-    """The compressor of the clients' updates in rounds of this kind ("proxy" or "fedavg"; a secure round has none).
+    """Return the compressor of the clients' updates in rounds of this kind ("proxy" or "fedavg"; a secure round has
+    none).
 
     Raises:
         SettingError: the compressor does not reach the ratio for this model.
@@ -53,7 +54,7 @@ def uplink_compressor(settings: Settings, kind: str, reference: "ReferenceModel"
 
 
 def downlink_compressor(settings: Settings, reference: "ReferenceModel") -> "Compressor | None":
-    """The compressor of the server's steps, or None if the server sends its weights.
+    """Return the compressor of the server's steps, or None if the server sends its weights.
 
     Raises:
         SettingError: the compressor does not reach the ratio for this model.
@@ -67,7 +68,7 @@ def downlink_compressor(settings: Settings, reference: "ReferenceModel") -> "Com
 
 
 def _usable(name: str, reference: "ReferenceModel") -> str:
-    """The name; "sparse" if the compressor differentiates the model but no `ModelCall` is known."""
+    """Return the name; "sparse" if the compressor differentiates the model but no `ModelCall` is known."""
     from tofu.reference_model import NEEDS_CALL
 
     return "sparse" if name in NEEDS_CALL and not reference.call.inputs else name

@@ -126,13 +126,13 @@ class Compressor(ABC):
 
     @abstractmethod
     def body_bytes(self, param_spec: ParamSpec) -> int:
-        """Maximum length in bytes of a body for a model with this param_spec."""
+        """Return the maximum length in bytes of a body for a model with this param_spec."""
 
     def check(self, reference: ReferenceModel) -> None:  # noqa: B027 (most compressors accept every model)
         """Check before a run that the model supports this compressor. Raises SettingError if it does not."""
 
     def describe(self, body: bytes | None = None) -> PayloadContent | None:
-        """The content of a body, or of the largest possible body without one; None if this is not implemented.
+        """Return the content of a body, or of the largest possible body without one; None if this is not implemented.
 
         Raises:
             PayloadError: the body cannot have been written with these settings.
@@ -214,13 +214,13 @@ class BufferCode:
         return sum(row.nbytes for row in self._rows.values()) + 4 * sum(shape.numel() for _, shape in self._integers)
 
     def write(self, update: Weights) -> bytes:
-        """The buffers of an update -> bytes of length `nbytes`."""
+        """Encode the buffers of an update as bytes of length `nbytes`."""
         rows = [row.write(update[name]) for name, row in self._rows.items()]
         rows += [update[name].float().numpy().astype("<f4").tobytes() for name, _ in self._integers]
         return b"".join(rows)
 
     def read(self, data: bytes) -> Weights:
-        """The inverse of `write`, every buffer as float32.
+        """Invert `write`, every buffer as float32.
 
         Raises:
             PayloadError: wrong length, or a value that is not finite.
@@ -246,7 +246,7 @@ class BufferCode:
 
 
 def _finite(values: torch.Tensor, name: str) -> torch.Tensor:
-    """The values of a buffer. Raises PayloadError if one is not finite."""
+    """Return the values of a buffer. Raises PayloadError if one is not finite."""
     if not bool(torch.isfinite(values).all()):
         raise PayloadError(f"buffer {name} holds a value that is not finite")
     return values
@@ -309,21 +309,21 @@ class FlatCompressor(Compressor):
         return self._max_bytes(param_spec) + BufferCode(param_spec).nbytes
 
     def _budget(self, param_spec: ParamSpec) -> int:
-        """Bytes that the ratio allows for the compressor's own data."""
+        """Return the number of bytes that the ratio allows for the compressor's own data."""
         used = HEADER_BYTES + BufferCode(param_spec).nbytes + self._gain_bytes
         return int(param_spec.float32_bytes / self._ratio) - used
 
     def _max_bytes(self, param_spec: ParamSpec) -> int:
-        """Maximum length of the compressor's own data."""
+        """Return the maximum length of the compressor's own data."""
         return self._budget(param_spec)
 
     def _memory(self, data: bytes) -> bytes:
-        """The memory for the sender's next call, from the data of a body."""
+        """Return the memory for the sender's next call, from the data of a body."""
         return b""
 
     @abstractmethod
     def _min_bytes(self, param_spec: ParamSpec) -> int:
-        """Minimum length of the compressor's own data."""
+        """Return the minimum length of the compressor's own data."""
 
     @abstractmethod
     def _encode(self, vector: Tensor, param_spec: ParamSpec, generator: torch.Generator, memory: bytes) -> bytes:
@@ -331,7 +331,7 @@ class FlatCompressor(Compressor):
 
     @abstractmethod
     def _decode(self, data: bytes, param_spec: ParamSpec) -> Tensor:
-        """The inverse of `_encode`, float32 [d].
+        """Invert `_encode`, float32 [d].
 
         Raises:
             PayloadError: the bytes cannot have been written for this param_spec and ratio.

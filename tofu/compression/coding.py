@@ -30,27 +30,29 @@ MAX_DIGITS = 31
 
 
 def unary(values: Integers) -> Bits:
-    """The unary code of integers n >= 0: n zeros and a one."""
+    """Return the unary code of integers n >= 0: n zeros and a one."""
     bits = np.zeros(int(values.sum()) + values.size, dtype=np.uint8)
     bits[np.cumsum(values + 1) - 1] = 1
     return bits
 
 
 def fixed(values: Integers, width: int) -> Bits:
-    """The code of integers 0 <= n < 2^width as `width` binary digits, lowest first."""
+    """Return the code of integers 0 <= n < 2^width as `width` binary digits, lowest first."""
     octets = values.astype("<i8").view(np.uint8).reshape(-1, 8)
     return np.unpackbits(octets, axis=1, count=width, bitorder="little").ravel()
 
 
 def gamma(values: Integers) -> Bits:
-    """The Elias gamma code (1975) of integers n >= 1: the number of digits after the first in unary, then these."""
+    """Return the Elias gamma code (1975) of integers n >= 1: the number of digits after the first in unary,
+    then these.
+    """
     widths = _widths(values)
     entry, place = _places(widths)
     return np.concatenate([unary(widths), ((values[entry] >> place) & 1).astype(np.uint8)])
 
 
 def gamma_length(values: Integers) -> int:
-    """Number of bits of `gamma(values)`."""
+    """Return the number of bits of `gamma(values)`."""
     return 2 * int(_widths(values).sum()) + values.size
 
 
@@ -116,7 +118,7 @@ def _widths(values: Integers) -> Integers:
 
 
 def _places(widths: Integers) -> tuple[Integers, Integers]:
-    """For each digit of all entries in order: the index of its entry, and its place value in it."""
+    """Return for each digit of all entries in order the index of its entry, and its place value in it."""
     entry = np.repeat(np.arange(widths.size), widths)
     return entry, np.arange(entry.size) - np.repeat(np.cumsum(widths) - widths, widths)
 
@@ -133,7 +135,7 @@ def write_positions(positions: Integers) -> list[Bits]:
 
 
 def positions_length(positions: Integers) -> int:
-    """Number of bits of `write_positions`.
+    """Return the number of bits of `write_positions`.
 
     It never decreases when a position is added, so it can be searched by bisection: splitting a gap g into two gaps
     with a sum of g - 1 removes at most one bit of the quotient and adds a terminating bit.
@@ -175,7 +177,9 @@ def by_magnitude(vector: Tensor, count: int) -> Integers:
 
 
 def max_fitting(order: Integers, *, value_bits: int, budget: int) -> int:
-    """The largest k such that the first k positions of `order`, with `value_bits` each, fit into `budget` bits."""
+    """Return the largest k such that the first k positions of `order`, with `value_bits` each,
+    fit into `budget` bits.
+    """
     limit = min(order.size, max(0, budget // (value_bits + 1)))  # a gap takes at least one bit
     by_position = np.argsort(order[:limit])
     candidates = order[by_position]
@@ -204,7 +208,9 @@ def _gaps(positions: Integers) -> Integers:
 
 
 def _best(gaps: Integers) -> tuple[int, int]:
-    """The Rice parameter that takes the fewest bits, and the number of bits, which is convex in the parameter."""
+    """Return the Rice parameter that takes the fewest bits, and the number of bits,
+    which is convex in the parameter.
+    """
     quotients = gaps
     best, min_size = 0, int(gaps.sum()) + gaps.size
     for parameter in range(1, MAX_DIGITS + 1):
@@ -217,12 +223,12 @@ def _best(gaps: Integers) -> tuple[int, int]:
 
 
 def bfloat16_bytes(values: Tensor) -> bytes:
-    """A float tensor as little-endian bfloat16."""
+    """Return a float tensor as little-endian bfloat16."""
     return values.detach().to(torch.bfloat16).contiguous().view(torch.int16).numpy().astype("<i2").tobytes()
 
 
 def bfloat16_from(data: bytes, what: str) -> Tensor:
-    """The inverse of `bfloat16_bytes`, as float32 [n].
+    """Invert `bfloat16_bytes`, as float32 [n].
 
     Raises:
         PayloadError: a value is not finite.
@@ -264,7 +270,7 @@ class RowCode:
         return bfloat16_bytes(scales) + pack(codes.numpy().ravel().view(np.uint64), self.bits)
 
     def read(self, data: bytes, what: str) -> Tensor:
-        """The inverse of `write`, as float32 [rows, columns]; `what` names the field in errors.
+        """Invert `write`, as float32 [rows, columns]; `what` names the field in errors.
 
         Raises:
             PayloadError: wrong length, a value that is not finite, or a code outside the range of `bits`.

@@ -56,7 +56,7 @@ class Eden(FlatCompressor):
         return _head(param_spec) + (sum(pieces(param_spec.parameter_count)) * bits + more + 7) // 8
 
     def _bits(self, param_spec: ParamSpec) -> tuple[int, int]:
-        """Bits that every rotated coordinate has, and the number of coordinates that have one more."""
+        """Return the bits that every rotated coordinate has, and the number of coordinates that have one more."""
         length = sum(pieces(param_spec.parameter_count))
         bits, more = divmod(8 * (self._budget(param_spec) - _head(param_spec)), length)
         return (bits, more) if bits < MAX_BITS else (MAX_BITS, 0)
@@ -97,7 +97,7 @@ def _scale(z: Tensor, q: Tensor) -> float:
 
 
 def _head(param_spec: ParamSpec) -> int:
-    """Bytes before the bits."""
+    """Return the number of bytes before the bits."""
     return _SEED.size + 2 * len(pieces(param_spec.parameter_count))
 
 
@@ -118,20 +118,20 @@ def _values(finer: Tensor, others: Tensor, subset: Tensor, bits: int) -> Tensor:
 
 
 def _normal(piece: Tensor) -> Tensor:
-    """The piece divided by its root mean square."""
+    """Return the piece divided by its root mean square."""
     square = float(piece.double().square().mean())
     return piece / math.sqrt(square) if square > 0 else piece
 
 
 def _nearest(values: Tensor, bits: int) -> Tensor:
-    """Index of the nearest centroid."""
+    """Return the index of the nearest centroid."""
     levels = centroids(bits)
     return torch.bucketize(values, (levels[1:] + levels[:-1]) / 2)
 
 
 @cache
 def centroids(bits: int) -> Tensor:
-    """The centroids of the Lloyd-Max quantizer of the standard normal: 2^bits increasing values, float32.
+    """Return the centroids of the Lloyd-Max quantizer of the standard normal: 2^bits increasing values, float32.
 
     They minimize the squared error (Max 1960; Lloyd 1982). Lloyd's algorithm starts at the quantiles of a normal
     distribution with three times the variance, which are optimal for many levels (Panter, Dite 1951).

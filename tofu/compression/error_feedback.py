@@ -35,7 +35,8 @@ class ErrorFeedback:
     velocity: Weights = field(default_factory=dict)
 
     def aged(self, round_: int, half_life: float) -> "ErrorFeedback":
-        """The state with a residual that halves with every `half_life` rounds that the client missed; 0 keeps all.
+        """Return the state with a residual that halves with every `half_life` rounds that the client missed; 0 keeps
+        all.
 
         A client that took part in the last round has missed none. The content of the last reply does not age.
         """
@@ -46,7 +47,7 @@ class ErrorFeedback:
         return replace(self, residual={name: factor * value for name, value in self.residual.items()})
 
     def target(self, update: Weights, acknowledged: int, *, fraction: float = 1.0) -> Weights:
-        """The update to compress: this round's update plus the residual and lost replies.
+        """Return the update to compress: this round's update plus the residual and lost replies.
 
         Args:
             acknowledged: the last round whose reply of this client the server added, or -1.
@@ -69,7 +70,7 @@ class ErrorFeedback:
         *,
         fraction: float = 1.0,
     ) -> Weights:
-        """The weights that local training starts from (SA-PEF, Redie et al., TMLR 2026).
+        """Return the weights that local training starts from (SA-PEF, Redie et al., TMLR 2026).
 
         These are the global weights plus `step_ahead` times the residual and lost replies. The update is then the
         difference from these weights, because `target` adds the residual and lost replies in full.
@@ -88,5 +89,5 @@ class ErrorFeedback:
 
     @staticmethod
     def after(target: Weights, decoded: Weights, round_: int) -> "ErrorFeedback":
-        """The state after sending a reply that decodes to `decoded` in round `round_`."""
+        """Return the state after sending a reply that decodes to `decoded` in round `round_`."""
         return ErrorFeedback({name: target[name] - decoded[name] for name in target}, decoded, round_)

@@ -29,12 +29,12 @@ def random_signs(length: int, generator: torch.Generator) -> Tensor:
 
 
 def rotate(vector: Tensor, signs: Tensor) -> Tensor:
-    """Random signs, then the transform of each piece; the vector's length is the sum of `pieces`."""
+    """Return random signs, then the transform of each piece; the vector's length is the sum of `pieces`."""
     return _each(vector * signs)
 
 
 def rotate_back(vector: Tensor, signs: Tensor) -> Tensor:
-    """The inverse of `rotate`."""
+    """Invert `rotate`."""
     return _each(vector) * signs
 
 
@@ -44,7 +44,7 @@ def _each(vector: Tensor) -> Tensor:
 
 
 def hadamard(vector: Tensor) -> Tensor:
-    """The orthonormal Walsh-Hadamard transform of float [2^n]; it is its own inverse.
+    """Return the orthonormal Walsh-Hadamard transform of float [2^n]; it is its own inverse.
 
     H_1 = [1], H_2h = [[H_h, H_h], [H_h, -H_h]] / sqrt(2).
     """

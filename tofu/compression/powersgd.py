@@ -77,7 +77,7 @@ class PowerSgd(FlatCompressor):
         return torch.cat([_product(matrices) for _, matrices in self._matrices(data, param_spec)])
 
     def _matrices(self, data: bytes, param_spec: ParamSpec) -> Iterator[tuple[str, list[Tensor]]]:
-        """For each tensor its name, and P^T and Q^T, the tensor itself, or nothing if it is empty."""
+        """Yield for each tensor its name, and P^T and Q^T, the tensor itself, or nothing if it is empty."""
         begin = 0
         for name, shape in param_spec.parameters.items():
             matrices = []
@@ -87,7 +87,7 @@ class PowerSgd(FlatCompressor):
             yield name, matrices
 
     def _read_memory(self, memory: bytes, param_spec: ParamSpec) -> dict[str, Tensor]:
-        """The last Q of each matrix, by name."""
+        """Return the last Q of each matrix, by name."""
         if len(memory) != self._max_bytes(param_spec):  # none, or written for another ratio or model
             return {}
         try:
@@ -97,7 +97,7 @@ class PowerSgd(FlatCompressor):
 
 
 def _factors(matrix: Tensor, last: Tensor, noise: Tensor, left: RowCode, right: RowCode) -> list[bytes]:
-    """Bytes of P^T and Q^T for a matrix [m, n], from the last Q [n, r]."""
+    """Return bytes of P^T and Q^T for a matrix [m, n], from the last Q [n, r]."""
     unit = float(matrix.abs().max()) or 1.0  # products of large entries stay finite
     size = last.norm(dim=0)
     q = torch.where(size.isfinite() & (size > 0), last, noise)  # an unused column has no direction
@@ -114,7 +114,7 @@ def _product(matrices: list[Tensor]) -> Tensor:
 
 
 def _codes(shape: torch.Size, rank: int, bits: int) -> tuple[RowCode, ...]:
-    """The formats of a tensor: P^T and Q^T, or the tensor itself, or none if it is empty."""
+    """Return the formats of a tensor: P^T and Q^T, or the tensor itself, or none if it is empty."""
     size = shape.numel()
     if not size:
         return ()

@@ -94,12 +94,12 @@ def _levels(relative: npt.NDArray[np.float64], dither: npt.NDArray[np.float64], 
 
 
 def _length(positions: Integers, levels: Integers) -> int:
-    """Number of bits of nonzero levels."""
+    """Return the number of bits of nonzero levels."""
     return positions_length(positions) + gamma_length(levels) + levels.size
 
 
 def _finest_step(relative: npt.NDArray[np.float64], dither: npt.NDArray[np.float64], budget: int) -> float:
-    """The finest step whose levels fit into `budget` bits, to a relative precision of 2^-`BISECTIONS`.
+    """Return the finest step whose levels fit into `budget` bits, to a relative precision of 2^-`BISECTIONS`.
 
     Args:
         relative: |x| over the largest entry.

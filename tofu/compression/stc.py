@@ -75,7 +75,7 @@ class Stc(FlatCompressor):
 
 
 def best_count(descending: Tensor) -> tuple[int, float]:
-    """The best k and its mu for magnitudes [n] in descending order."""
+    """Return the best k and its mu for magnitudes [n] in descending order."""
     if not descending.numel():
         return 0, 0.0
     sums = descending.double().cumsum(0)

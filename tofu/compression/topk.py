@@ -64,7 +64,7 @@ class TopK(FlatCompressor):
 
 
 def min_bytes(length: int) -> int:
-    """Bytes in which one entry of a vector of this length always fits."""
+    """Return the number of bytes in which one entry of a vector of this length always fits."""
     one = positions_length(np.array([length - 1])) + 1 + 1
     return _head(1) + (one + 7) // 8
 
@@ -82,7 +82,7 @@ def write_largest(vector: Tensor, budget: int) -> bytes:
 
 
 def read_largest(data: bytes, length: int) -> Tensor:
-    """The inverse of `write_largest`: a float32 vector [length], zero elsewhere.
+    """Invert `write_largest`: a float32 vector [length], zero elsewhere.
 
     Raises:
         PayloadError: the bytes cannot have been written for a vector of this length.
@@ -124,12 +124,12 @@ class _Entries:
 
 
 def _head(level_bits: int) -> int:
-    """Bytes before the bits."""
+    """Return the number of bytes before the bits."""
     return _HEAD.size + 2 * (1 << level_bits)
 
 
 def _entries(vector: Tensor, order: Integers, level_bits: int, budget: int) -> _Entries:
-    """As many of the first entries of `order` as fit into `budget` bytes with 2^level_bits magnitudes."""
+    """Return as many of the first entries of `order` as fit into `budget` bytes with 2^level_bits magnitudes."""
     count = max_fitting(order, value_bits=1 + level_bits, budget=8 * (budget - _head(level_bits)))
     positions = np.sort(order[:count])
     values = vector[torch.from_numpy(positions)]
@@ -153,7 +153,8 @@ def quantize_values(values: Tensor, level_bits: int) -> tuple[Integers, Integers
 
 
 def lloyd_magnitudes(values: Tensor, count: int) -> Tensor:
-    """The `count` increasing magnitudes that nearly minimize the squared error for float values [k] >= 0 (Lloyd).
+    """Return the `count` increasing magnitudes that nearly minimize the squared error for float values [k] >= 0
+    (Lloyd).
 
     The values are sorted, so those that share a magnitude are consecutive and their mean is a difference of cumulative
     sums.

@@ -32,7 +32,7 @@ Features = Mapping[str, Mapping[str, object]]
 
 
 def features_of(schema: "pyarrow.Schema") -> Features:
-    """The Hugging Face features by column, from the schema's metadata; empty if there are none."""
+    """Return the Hugging Face features by column, from the schema's metadata; empty if there are none."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, TypeError, ValueError, RecursionError):
@@ -42,7 +42,7 @@ def features_of(schema: "pyarrow.Schema") -> Features:
 
 
 def label_column(schema: "pyarrow.Schema", chosen: str, origin: str) -> str:
-    """The column of the labels: `chosen`, or if that is "" the only candidate.
+    """Return the column of the labels: `chosen`, or if that is "" the only candidate.
 
     Raises:
         DataError: there is no such column, none or more than one.
@@ -75,7 +75,7 @@ def check_unique(names: list[str], origin: str) -> None:
 
 
 def label_values(column: "pyarrow.ChunkedArray", name: str, origin: str) -> tuple[NDArray[Any], IntArray]:
-    """The labels as int64 or as texts (objects) [k], and the rows that have one, int64 [k].
+    """Return the labels as int64 or as texts (objects) [k], and the rows that have one, int64 [k].
 
     A row has no label if the cell is empty, "nan" or not a finite number. Texts are stripped and normalized to Unicode
     form NFC, as names of folders are. Whole numbers that were read as floats become int64.
@@ -135,7 +135,7 @@ def sorted_names(names: Iterable[str]) -> tuple[str, ...]:
 def number_classes(
     values: Mapping[str, NDArray[Any]], declared: Mapping[str, tuple[str, ...]], wanted: tuple[str, ...], origin: str
 ) -> tuple[tuple[str, ...], dict[str, IntArray]]:
-    """The names of the classes, and each split's labels as class numbers, int64 [n].
+    """Return the names of the classes, and each split's labels as class numbers, int64 [n].
 
     Args:
         values: labels of each split, as `label_values` returns them; -1 is a secret label.

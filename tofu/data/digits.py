@@ -12,7 +12,7 @@ from tofu.errors import DataError
 
 
 def read_digits(class_names: tuple[str, ...] = ()) -> Split:
-    """All digits as one split, scaled from 17 gray levels to 8 bits.
+    """Return all digits as one split, scaled from 17 gray levels to 8 bits.
 
     The file is read without importing scikit-learn, which takes more than a second.
 

@@ -37,7 +37,7 @@ _STATISTICS_IMAGES = 2000
 
 
 def normalization_of(data: DataSettings, channels: int, seed: int) -> Statistics:
-    """The statistics by which a run normalizes its images, for each channel.
+    """Return the statistics by which a run normalizes its images, for each channel.
 
     Raises:
         SettingError: they are of another number of channels.
@@ -54,7 +54,7 @@ class FederatedData:
 
     @staticmethod
     def of(data: DataSettings, seed: int) -> "FederatedData":
-        """The dataset of a run, as `open_data` opens it. The same settings give the same partition.
+        """Return the dataset of a run, as `open_data` opens it. The same settings give the same partition.
 
         Raises:
             SettingError: a setting cannot be used with this dataset.
@@ -103,7 +103,8 @@ class FederatedData:
         return self._train.class_names
 
     def client(self, partition_id: int) -> LabeledImages:
-        """The images of one client (0..clients-1), in a random order that the seed fixes. Decoded on the first call.
+        """Return the images of one client (0..clients-1), in a random order that the seed fixes. Decoded on the first
+        call.
 
         Raises:
             SettingError: there is no such client.
@@ -117,7 +118,7 @@ class FederatedData:
         return self._load(partition_id, self._train, self._client_rows[partition_id])
 
     def test(self) -> LabeledImages:
-        """The server's test images: the dataset's test split, or the images held out of its training split.
+        """Return the server's test images: the dataset's test split, or the images held out of its training split.
 
         Rows of the dataset without a label or a client count as unreadable here: they belong to no client.
 
@@ -145,12 +146,12 @@ class FederatedData:
         return tuple(mean.tolist()), tuple(std.tolist())
 
     def class_counts(self) -> Tensor:
-        """The number of images by client and class: int64 [clients, classes]."""
+        """Return the number of images by client and class: int64 [clients, classes]."""
         labels, classes = self._train.labels, self.shape.classes
         return torch.from_numpy(np.stack([np.bincount(labels[rows], minlength=classes) for rows in self._client_rows]))
 
     def description(self) -> Mapping[str, object]:
-        """Which columns or folders were read, what was left out, and the number of images by split."""
+        """Return which columns or folders were read, what was left out, and the number of images by split."""
         rows = sum(map(len, self._client_rows))
         return {"read_as": self._train.read_as, "left_out": list(self._train.left_out), "train": rows,
                 "test": len(self._test_rows)}  # fmt: skip
@@ -251,7 +252,7 @@ def _open(data: DataSettings, seed: int) -> FederatedData:
 
 @lru_cache(maxsize=4)
 def _load(dataset: str, columns: Columns, class_names: tuple[str, ...]) -> tuple[Split, Split, IntArray, IntArray]:
-    """The training and test splits of a resolved dataset, and the rows to use of each."""
+    """Return the training and test splits of a resolved dataset, and the rows to use of each."""
     if dataset == "digits":
         digits = read_digits(class_names)
         return digits, digits, *hold_out(digits.labels, 0.2)

@@ -65,7 +65,9 @@ def folder_splits(folder: Path, class_names: tuple[str, ...], columns: Columns) 
 
 
 def data_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
-    """The files of tables in a folder, to a depth of two (<configuration>/<split>/0000.parquet, as on the hub)."""
+    """Return the files of tables in a folder, to a depth of two (<configuration>/<split>/0000.parquet,
+    as on the hub).
+    """
     below = [folder, *_subfolders(folder)]
     below += [deeper for path in below[1:] for deeper in _subfolders(path)]
     found = sorted(path for parent in below for path in _tables_in(parent, suffixes))
@@ -139,7 +141,10 @@ def _image_splits(folder: Path, class_names: tuple[str, ...], columns: Columns) 
 
 
 def _split_folders(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """The folder of each split, and descriptions of other folders. Raises DataError if two folders are of one split."""
+    """Return the folder of each split, and descriptions of other folders.
+
+    Raises DataError if two folders are of one split.
+    """
     roots: dict[str, Path] = {}
     others = []
     for path in _subfolders(folder):
@@ -158,7 +163,7 @@ def _split_folders(folder: Path) -> tuple[dict[str, Path], list[str]]:
 
 
 def _class_folders(root: Path, left_out: list[str]) -> dict[str, list[Path]]:
-    """The images of each class. Adds descriptions of what is not read to `left_out`.
+    """Return the images of each class. Adds descriptions of what is not read to `left_out`.
 
     Raises:
         DataError: there are images below a class folder.
@@ -192,7 +197,7 @@ def _folder_below_with_images(folder: Path) -> Path | None:
 
 
 def _metadata(root: Path) -> Path | None:
-    """The metadata file of a folder of images. Raises DataError if there are several."""
+    """Return the metadata file of a folder of images. Raises DataError if there are several."""
     found = [root / name for name in _METADATA if (root / name).is_file()]
     if len(found) > 1:
         raise DataError(f"{root} has {found[0].name} and {found[1].name}: expected one of them")
@@ -200,7 +205,7 @@ def _metadata(root: Path) -> Path | None:
 
 
 def _read_metadata(file: Path, columns: Columns) -> tuple[list[Path], NDArray[Any], tuple[str, ...], str]:
-    """The images that a metadata file names, their labels, the rows without a label, and how they were read."""
+    """Return the images that a metadata file names, their labels, the rows without a label, and how they were read."""
     table = _table(file)
     check_column(table.column_names, _FILE_NAME, str(file))
     label = label_column(table.schema, columns.label, str(file))

@@ -12,7 +12,7 @@ _TIMEOUT = 10.0  # seconds
 
 
 def hub_splits(dataset: str, columns: Columns, class_names: tuple[str, ...]) -> dict[str, Split]:
-    """The splits of a hub dataset of images. Raises DataError as `hub_tables`, or if it has no images."""
+    """Return the splits of a hub dataset of images. Raises DataError as `hub_tables`, or if it has no images."""
     tables = {
         role: ImageTable(
             rows.features.arrow_schema,
@@ -27,7 +27,7 @@ def hub_splits(dataset: str, columns: Columns, class_names: tuple[str, ...]) -> 
 
 
 def hub_tables(dataset: str) -> dict[str, Any]:
-    """The `datasets.Dataset` of each split, from the Hugging Face cache, or downloaded into the cache first.
+    """Return the `datasets.Dataset` of each split, from the Hugging Face cache, or downloaded into the cache first.
 
     Args:
         dataset: hub id.

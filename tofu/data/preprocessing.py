@@ -72,7 +72,7 @@ class Preprocessing:
 
 
 def parse_normalization(text: str) -> Statistics | None:
-    """The statistics that the setting `normalization` gives; None for "dataset".
+    """Return the statistics that the setting `normalization` gives; None for "dataset".
 
     >>> parse_normalization("0.13/0.31")
     ((0.13,), (0.31,))
@@ -121,7 +121,7 @@ def augment(images: Tensor, names: Sequence[str], generator: torch.Generator) ->
 
 
 def split_augmentations(text: str) -> tuple[str, ...]:
-    """The names in the setting `augmentation`. Raises SettingError if one is unknown."""
+    """Return the names in the setting `augmentation`. Raises SettingError if one is unknown."""
     names = comma_list(text)
     for name in names:
         if name not in AUGMENTATIONS:
@@ -149,7 +149,7 @@ AUGMENTATIONS: Mapping[str, Callable[[Tensor, torch.Generator], Tensor]] = {"fli
 
 
 def _transforms() -> Any:
-    """The functions of torchvision.transforms.v2, which take a second to import."""
+    """Return the functions of torchvision.transforms.v2, which take a second to import."""
     from tofu.models.torchvision_compat import torchvision  # noqa: F401
 
     from torchvision.transforms.v2 import functional  # isort: skip

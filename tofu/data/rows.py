@@ -83,7 +83,7 @@ class LabeledRows(Dataset[tuple[Tensor, Tensor]]):
         return self.inputs.shape[1]
 
     def subset(self, rows: Sequence[int] | Tensor | IntArray) -> "LabeledRows":
-        """The rows with these numbers, in that order; `unreadable` is empty."""
+        """Return the rows with these numbers, in that order; `unreadable` is empty."""
         chosen = torch.as_tensor(rows, dtype=torch.int64)
         ids = self.ids[chosen.numpy()] if self.ids is not None else None
         return replace(self, inputs=self.inputs[chosen], labels=self.labels[chosen], ids=ids, unreadable=())
@@ -114,7 +114,7 @@ class FederatedRows:
 
     @staticmethod
     def of(data: DataSettings, seed: int) -> "FederatedRows":
-        """The table or texts of a run, as `open_rows` opens them. The same settings give the same partition.
+        """Return the table or texts of a run, as `open_rows` opens them. The same settings give the same partition.
 
         Raises:
             SettingError: a setting cannot be used with this dataset.
@@ -125,7 +125,7 @@ class FederatedRows:
             return _open(data, seed)
 
     def description(self) -> Mapping[str, object]:
-        """Which columns were read, which were left out, and the number of rows by split."""
+        """Return which columns were read, which were left out, and the number of rows by split."""
         rows = sum(map(len, self.clients))
         return {"read_as": self.test.read_as, "left_out": list(self.test.left_out), "train": rows,
                 "test": len(self.test)}  # fmt: skip
@@ -145,7 +145,7 @@ class FederatedRows:
 
 
 def token_ids(text: str, *, vocabulary: int, tokens: int) -> list[int]:
-    """The ids of a text's words and signs: 1 to vocabulary - 1 by CRC-32 of the lower-case word; 0 is padding.
+    """Return the ids of a text's words and signs: 1 to vocabulary - 1 by CRC-32 of the lower-case word; 0 is padding.
 
     >>> token_ids("To be, or not to be", vocabulary=1000, tokens=8)
     [590, 307, 133, 98, 350, 590, 307, 0]
@@ -230,7 +230,7 @@ def _splits(data: DataSettings) -> tuple[LabeledRows, LabeledRows, tuple[str, ..
 
 
 def _embedded(name: str) -> LabeledRows:
-    """A table of scikit-learn, each feature at mean 0 and variance 1."""
+    """Return a table of scikit-learn, each feature at mean 0 and variance 1."""
     from sklearn.datasets import load_breast_cancer, load_wine
 
     bunch = {"breast-cancer": load_breast_cancer, "wine": load_wine}[name]()
@@ -240,7 +240,7 @@ def _embedded(name: str) -> LabeledRows:
 
 
 def _tables(dataset: str) -> dict[str, "_Table"]:
-    """The table of each split."""
+    """Return the table of each split."""
     import pyarrow
 
     path = Path(dataset)
@@ -295,7 +295,10 @@ def _joined(paths: Sequence[Path], where: str) -> _Table:
 
 
 def _columns_of_texts(tables: "Sequence[pyarrow.Table]", where: str) -> set[str]:
-    """The columns that are texts in one of the files of a split. Raises DataError if the files differ in columns."""
+    """Return the columns that are texts in one of the files of a split.
+
+    Raises DataError if the files differ in columns.
+    """
     names = set(tables[0].column_names)
     if others := {name for table in tables for name in names ^ set(table.column_names)}:
         raise DataError(
@@ -312,7 +315,7 @@ def _with_texts(schema: "pyarrow.Schema", texts: set[str]) -> "pyarrow.Schema":
 
 
 def _read(tables: Mapping[str, _Table], data: DataSettings, class_names: tuple[str, ...]) -> dict[str, LabeledRows]:
-    """The rows of each split, with one numbering of the classes."""
+    """Return the rows of each split, with one numbering of the classes."""
     train = tables["train"] if "train" in tables else next(iter(tables.values()))
     label = label_column(train.data.schema, data.label_column, train.where)
     columns = (data.text_column,) if data.text_column else _feature_columns(train, label, data)
@@ -391,7 +394,7 @@ def _feature_columns(table: _Table, label: str, data: DataSettings) -> tuple[str
 
 
 def _holds_numbers(table: _Table, name: str) -> bool:
-    """Whether a column has numbers; a CSV column also counts if most of its texts are numbers."""
+    """Return whether a column has numbers; a CSV column also counts if most of its texts are numbers."""
     from pyarrow import types
 
     kind = table.data[name].type
@@ -401,7 +404,7 @@ def _holds_numbers(table: _Table, name: str) -> bool:
 
 
 def _parsed(values: Sequence[str | None]) -> NDArray[np.float64]:
-    """The texts as numbers; NaN for texts that are not numbers."""
+    """Parse the texts as numbers; NaN for texts that are not numbers."""
 
     def number(text: str | None) -> float:
         try:
@@ -418,7 +421,10 @@ def _column(table: _Table, name: str) -> "pyarrow.ChunkedArray":
 
 
 def _token_ids(table: _Table, data: DataSettings, reasons: dict[int, str]) -> Tensor:
-    """The token ids of the text column, int64 [n, tokens]. The reason why a row has none is added to `reasons`."""
+    """Return the token ids of the text column, int64 [n, tokens].
+
+    The reason why a row has none is added to `reasons`.
+    """
     texts = _column(table, data.text_column).to_pylist()
     for row, text in enumerate(texts):
         if text is None:
@@ -428,7 +434,7 @@ def _token_ids(table: _Table, data: DataSettings, reasons: dict[int, str]) -> Te
 
 
 def _numbers(table: _Table, columns: Sequence[str], reasons: dict[int, str]) -> Tensor:
-    """The features, float32 [n, columns]. The reason why a row lacks one is added to `reasons`."""
+    """Return the features, float32 [n, columns]. The reason why a row lacks one is added to `reasons`."""
     from pyarrow import types
 
     if not columns:

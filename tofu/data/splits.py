@@ -52,11 +52,14 @@ class Split:
     unusable: tuple[str, ...] = ()
 
     def prepared(self, preprocessing: Preprocessing) -> "Split":
-        """The split with its images resized and cropped."""
+        """Return the split with its images resized and cropped."""
         return replace(self, read=lambda row: preprocessing(self.read(row)))
 
     def image_shape(self) -> ImageShape:
-        """The shape of the first readable image, which all others must have. Raises DataError if there is none."""
+        """Return the shape of the first readable image, which all others must have.
+
+        Raises DataError if there is none.
+        """
         first = ""
         for row in range(len(self.labels)):
             try:
@@ -110,7 +113,7 @@ class Split:
 
 
 def row_origin(parts: Sequence[tuple[str, int]]) -> Callable[[int], str]:
-    """A function that names the file of a row of joined tables, and its row in that file, counted from 0.
+    """Return a function that names the file of a row of joined tables, and its row in that file, counted from 0.
 
     Args:
         parts: the name of each file and its number of rows.
@@ -138,7 +141,8 @@ def report_unusable(unusable: Sequence[str], *, strict: bool) -> None:
 
 
 def split_role(name: str) -> str | None:
-    """The split that a file (without its suffix), folder or hub split holds: "train", "test", "validation" or None.
+    """Return the split that a file (without its suffix), folder or hub split holds: "train", "test", "validation" or
+    None.
 
     After the number of a shard has been removed, the name must begin or end with the name of one split, as a word of
     its own: "train-00000-of-00002" and "mnist_test" do, "my-test-scanner" and "train-test" do not.
@@ -149,7 +153,7 @@ def split_role(name: str) -> str | None:
 
 
 def shard_stem(name: str) -> str:
-    """A name without the number of its shard.
+    """Return a name without the number of its shard.
 
     >>> shard_stem("train-00000-of-00002"), shard_stem("part.3"), shard_stem("train-00000-of-00001-0f1e2d3c4b5a6978")
     ('train', 'part', 'train')
@@ -158,7 +162,9 @@ def shard_stem(name: str) -> str:
 
 
 def hold_out(labels: IntArray, fraction: float) -> tuple[IntArray, IntArray]:
-    """Rows (kept, held out): `fraction` of each class is held out, at least one image of a class of two or more."""
+    """Return the rows (kept, held out): `fraction` of each class is held out, at least one image of a class of two or
+    more.
+    """
     rng = np.random.default_rng(_FIXED_SEED)
     held = []
     for label in np.unique(labels):
@@ -171,7 +177,7 @@ def hold_out(labels: IntArray, fraction: float) -> tuple[IntArray, IntArray]:
 def subset_rows(
     dataset: str, train: int, test: int, train_images: int, test_images: int, seed: int
 ) -> tuple[IntArray, IntArray]:
-    """Random rows 0..train-1 to train on and 0..test-1 to test on; the latter do not depend on the seed.
+    """Return random rows 0..train-1 to train on and 0..test-1 to test on; the latter do not depend on the seed.
 
     Raises:
         SettingError: there are fewer rows than wanted (0 uses all).

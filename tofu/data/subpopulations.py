@@ -55,12 +55,12 @@ class Subpopulations:
             raise SettingError(_FIELD, largest, f"labels 0 to {len(split.class_names) - 1}, as the dataset has")
 
     def rows(self, labels: IntArray, part: Literal["seen", "unseen", "all"]) -> IntArray:
-        """The rows, int64 [k], whose label (labels: int64 [n]) is in this part of a class."""
+        """Return the rows, int64 [k], whose label (labels: int64 [n]) is in this part of a class."""
         groups = {"seen": self.seen, "unseen": self.unseen, "all": self.seen + self.unseen}[part]
         return np.flatnonzero(np.isin(labels, list(itertools.chain(*groups))))
 
     def regroup(self, split: Split) -> Split:
-        """The split with classes as labels, and -1 for labels that are in no class."""
+        """Return the split with classes as labels, and -1 for labels that are in no class."""
         classes = np.full(len(split.class_names), -1, dtype=np.int64)
         names = []
         for number, (seen, unseen) in enumerate(zip(self.seen, self.unseen, strict=True)):

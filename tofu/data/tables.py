@@ -54,7 +54,7 @@ class ImageTable:
 
     @staticmethod
     def of_files(files: Sequence[Path]) -> "ImageTable":
-        """A table of parquet files of one schema. Raises DataError if a file is not parquet."""
+        """Open a table of parquet files of one schema. Raises DataError if a file is not parquet."""
         import pyarrow
         from pyarrow import parquet
 
@@ -125,7 +125,7 @@ def _origin(table: ImageTable, rows: IntArray, row: int) -> str:
 
 
 def _usable(table: ImageTable, label: str, client: str) -> tuple[NDArray[Any], IntArray, tuple[str, ...]]:
-    """The labels of the rows that have label and client, these rows, and why the others are left out."""
+    """Return the labels of the rows that have label and client, these rows, and why the others are left out."""
     column = table.read([label])[label]
     labels, rows = label_values(column, label, table.origin)
     reasons = dict.fromkeys(set(range(len(column))) - set(rows.tolist()), f"has no label in column {label!r}")
@@ -158,7 +158,7 @@ def _reader(table: ImageTable, image: str, rows: IntArray) -> Callable[[int], Pi
 
 
 def _ids(table: ImageTable, client_column: str) -> list[str | None]:
-    """The name of each row's client; [] without a client column."""
+    """Return the name of each row's client; [] without a client column."""
     if not client_column:
         return []
     check_column(table.schema.names, client_column, table.origin)
@@ -167,7 +167,10 @@ def _ids(table: ImageTable, client_column: str) -> list[str | None]:
 
 
 def _image_column(schema: "pyarrow.Schema", chosen: str, origin: str) -> str:
-    """The column of the images: `chosen`, or if that is "" the only candidate. Raises DataError if there is none."""
+    """Return the column of the images: `chosen`, or if that is "" the only candidate.
+
+    Raises DataError if there is none.
+    """
     from pyarrow import types
 
     def encoded(name: str, type_: "pyarrow.DataType") -> bool:

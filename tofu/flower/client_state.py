@@ -31,7 +31,7 @@ def read_weights(record: ConfigRecord, name: str, spec: ParamSpec) -> Weights | 
 
 
 def read_feedback(record: ConfigRecord, spec: ParamSpec) -> ErrorFeedback:
-    """The state that `write_feedback` added to a record; an empty one if it is missing or of another model."""
+    """Return the state that `write_feedback` added to a record; an empty one if it is missing or of another model."""
     residual, sent, velocity = (read_weights(record, name, spec) for name in ("residual", "sent", "velocity"))
     sent_round = record.get("sent-round")
     if residual is None or sent is None or not isinstance(sent_round, int):
@@ -64,12 +64,12 @@ def save_feedback(context: Context, spec: ParamSpec, feedback: ErrorFeedback, me
 
 
 def _identity(spec: ParamSpec) -> bytes:
-    """Digest of the names, their order and their shapes, 8 bytes."""
+    """Return the digest of the names, their order and their shapes, 8 bytes."""
     return hashlib.sha256(repr([(name, tuple(shape)) for name, shape in spec.shapes.items()]).encode()).digest()[:8]
 
 
 def load_arrays(context: Context) -> tuple[dict[str, Tensor], bytes] | None:
-    """The arrays in their order, and their identity (`tofu.weights`); None if there are none."""
+    """Return the arrays in their order, and their identity (`tofu.weights`); None if there are none."""
     record = context.state.config_records.get(_ARRAYS)
     if record is None or record.get("version") != _ARRAYS_VERSION:
         return None

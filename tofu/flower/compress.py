@@ -44,7 +44,8 @@ LOG = logging.getLogger("tofu.flower")
 
 
 def compress(*arguments: Any, **options: Any) -> "CompressMod":
-    """A mod that compresses what a client sends; the strategy must be wrapped in `Compressed` with the same arguments.
+    """Return a mod that compresses what a client sends; the strategy must be wrapped in `Compressed` with the same
+    arguments.
 
     Args:
         *arguments: of `UpdateCodec`.
@@ -177,7 +178,7 @@ class _Request:
         return _Request(round_, acknowledged, str(key), None, sent, identity, sketch, outputs)
 
     def received(self, codec: UpdateCodec, context: Context) -> tuple[dict[str, Tensor], ArrayModel]:
-        """The round's arrays, and the model with them as its weights.
+        """Return the round's arrays, and the model with them as its weights.
 
         Raises:
             ResyncError: this client cannot build the arrays from the steps.
@@ -265,13 +266,13 @@ class Compressed(StrategyWrapper):
         return self._codec
 
     def sent_to(self, node: int) -> "SentArrays | None":
-        """The arrays that a node received in this round; None if it was not asked."""
+        """Return the arrays that a node received in this round; None if it was not asked."""
         return self._sent.get(node)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """The inner strategy's messages, each with a record that says what its reply is relative to.
+        """Return the inner strategy's messages, each with a record that says what its reply is relative to.
 
         Raises:
             SettingError: the arrays are not those of the model, or the compressor does not reach the ratio for them.
@@ -296,7 +297,7 @@ class Compressed(StrategyWrapper):
         return [self._request(node, server_round) for node in self._plain]
 
     def _prepared(self, key: str, record: ArrayRecord, round_: int, *, first: bool) -> SentArrays:
-        """The arrays that clients hold when they train from `record`.
+        """Return the arrays that clients hold when they train from `record`.
 
         Raises:
             RunError: the strategy sends clients different arrays although the downlink is compressed.
@@ -318,7 +319,7 @@ class Compressed(StrategyWrapper):
         return SentArrays(key, record, base, held, model, steps.identity)
 
     def _request(self, node: int, round_: int, *, whole: bool = False) -> Message:
-        """The message to a node: with full arrays, or with the steps from the arrays that it holds."""
+        """Return the message to a node: with full arrays, or with the steps from the arrays that it holds."""
         sent, message = self._sent[node], self._plain[node]
         record = ConfigRecord({
             "version": VERSION, "round": round_, "acknowledged": self.acknowledged.get(node, NEVER),
@@ -369,7 +370,7 @@ class Compressed(StrategyWrapper):
         return self._aggregate_train(server_round, decoded)
 
     def _decoded(self, reply: Message, round_: int) -> Message:
-        """The reply with arrays in place of its payload, or an error reply if the payload is not valid."""
+        """Return the reply with arrays in place of its payload, or an error reply if the payload is not valid."""
         if reply.has_error():
             return reply
         node = reply.metadata.src_node_id

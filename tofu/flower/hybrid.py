@@ -30,7 +30,7 @@ from tofu.wire import RECORD as STAGE
 
 
 def hybrid(*arguments: Any, secure: Mapping[str, Any] | None = None, **options: Any) -> "HybridMod":
-    """A mod for compressed and secure rounds; the strategy must be wrapped in `Hybrid` with the same arguments.
+    """Return a mod for compressed and secure rounds; the strategy must be wrapped in `Hybrid` with the same arguments.
 
     Args:
         *arguments: of `UpdateCodec`.
@@ -56,7 +56,7 @@ class HybridMod(TrainMod):
         self._compress, self._secure = CompressMod(codec), SecureMod(options, codec)
 
     def train(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-        """The reply of `CompressMod` or `SecureMod`.
+        """Return the reply of `CompressMod` or `SecureMod`.
 
         Raises:
             PayloadError: the server's strategy is another one.
@@ -139,7 +139,7 @@ class Hybrid(StrategyWrapper):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """The messages of `Compressed` or of `SecureAggregation`.
+        """Return the messages of `Compressed` or of `SecureAggregation`.
 
         Raises:
             RunError: `plateau` names no metric of the round before.

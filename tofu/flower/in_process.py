@@ -180,7 +180,10 @@ class InProcessGrid(Grid):
         return identities
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies that have arrived to the messages with these ids, in their order. Each is returned once."""
+        """Return the replies that have arrived to the messages with these ids, in their order.
+
+        Each is returned once.
+        """
         replies = []
         for identity in message_ids:
             with self._changed:

@@ -61,14 +61,16 @@ def message_bytes(message: Message) -> int:
 
 
 def is_simulation(grid: Grid) -> bool:
-    """Whether the grid is that of Flower's simulation engine, all of whose nodes are registered before a run starts."""
+    """Return whether the grid is that of Flower's simulation engine, all of whose nodes are registered before a run
+    starts.
+    """
     from flwr.superlink.grid.inmemory_grid import InMemoryGrid  # imports a database, which plans do not need
 
     return isinstance(grid, InMemoryGrid)
 
 
 def unavailable_reply(message_id: str, run_id: int) -> Message:
-    """The SuperLink's error reply for a message that has expired or is not known."""
+    """Return the SuperLink's error reply for a message that has expired or is not known."""
     from flwr.server.superlink.linkstate.utils import create_message_error_unavailable_ins_message
 
     reply: Message = create_message_error_unavailable_ins_message(message_id, run_id)
@@ -76,19 +78,19 @@ def unavailable_reply(message_id: str, run_id: int) -> Message:
 
 
 def error_reply(reply: Message, reason: str) -> Message:
-    """An error reply with the metadata of a reply that cannot be used."""
+    """Return an error reply with the metadata of a reply that cannot be used."""
     error: Message = make_message(reply.metadata, error=Error(code=0, reason=reason))
     return error
 
 
 def content_reply(reply: Message, content: RecordDict) -> Message:
-    """A reply with the metadata of `reply` and other content."""
+    """Return a reply with the metadata of `reply` and other content."""
     made: Message = make_message(reply.metadata, content=content)
     return made
 
 
 def serialize(message: Message, shared: dict[str, bytes]) -> tuple[str, dict[str, bytes]]:
-    """A message's id, and content address -> bytes of its objects; sets `metadata.message_id`.
+    """Return a message's id, and content address -> bytes of its objects; sets `metadata.message_id`.
 
     Objects in `shared` are taken from it, and others are added to it, so that messages share their memory.
     """
@@ -102,7 +104,7 @@ def serialize(message: Message, shared: dict[str, bytes]) -> tuple[str, dict[str
 
 
 def inflate(identity: str, contents: dict[str, bytes]) -> Message:
-    """The inverse of `serialize`; it empties `contents`."""
+    """Invert `serialize`; it empties `contents`."""
     message = inflate_object_from_contents(identity, contents)
     assert isinstance(message, Message)
     _set_message_id(message, identity)
@@ -115,18 +117,18 @@ def _set_message_id(message: Message, identity: str) -> None:
 
 
 def message_errors(message: Message, *, reply: bool) -> list[str]:
-    """Why a SuperLink would refuse a message; empty if it would not."""
+    """Return why a SuperLink would refuse a message; empty if it would not."""
     with no_object_id_recompute():
         return list(validate_message(message, is_reply_message=reply))
 
 
 def copy_context(context: Context) -> Context:
-    """A context after serialization and deserialization."""
+    """Return a context after serialization and deserialization."""
     return context_from_proto(context_to_proto(context))
 
 
 def context_bytes(context: Context) -> bytes:
-    """A context as Flower serializes it."""
+    """Return a context as Flower serializes it."""
     return bytes(context_to_proto(context).SerializeToString())
 
 

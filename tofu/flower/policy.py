@@ -97,7 +97,7 @@ class Policy(BaseModel):
 
     @staticmethod
     def none() -> "Policy":
-        """The policy of a client that runs in the server's process: it accepts everything."""
+        """Return the policy of a client that runs in the server's process: it accepts everything."""
         return Policy(
             models=[ANY], plugins=[ANY], components=[ANY], datasets=[ANY], max_classes=65_535, error_details=True,
             trust_server=True,
@@ -105,7 +105,7 @@ class Policy(BaseModel):
 
     @staticmethod
     def of(context: Context) -> "Policy":
-        """The policy of a client's node config.
+        """Return the policy of a client's node config.
 
         Raises:
             SettingError: the file cannot be read, a rule is unknown or has another type, or a rule is given twice.
@@ -192,7 +192,10 @@ class Policy(BaseModel):
             raise PolicyError("max-classes", f"a network of {shape.classes} classes", f"at most {self.max_classes}")
 
     def public_reason(self, error: Exception, run_config: Mapping[str, object]) -> str:
-        """The reason in an error reply. It says nothing about the client's files or data, unless `error_details`."""
+        """Return the reason in an error reply.
+
+        It says nothing about the client's files or data, unless `error_details`.
+        """
         if self.error_details or isinstance(error, PayloadError | PolicyError | ResyncError | RunError):
             return str(error)
         if isinstance(error, SettingError):
@@ -238,18 +241,21 @@ def _policy_for_errors(context: Context) -> Policy:
 
 
 def client_name(context: Context) -> str:
-    """The client's name in ledger and logs: its partition id, or its node id if it has none."""
+    """Return the client's name in ledger and logs: its partition id, or its node id if it has none."""
     return str(context.node_config.get("partition-id", context.node_id))
 
 
 def _simulated() -> bool:
-    """Whether this process is a worker of Flower's simulation."""
+    """Return whether this process is a worker of Flower's simulation."""
     ray = sys.modules.get("ray")
     return ray is not None and bool(ray.is_initialized())
 
 
 def read_policy(path: Path) -> Policy:
-    """The policy in a file. Raises SettingError if it cannot be read, or a rule is unknown or has another type."""
+    """Return the policy in a file.
+
+    Raises SettingError if it cannot be read, or a rule is unknown or has another type.
+    """
     return _checked(_rules(path))
 
 

@@ -29,7 +29,7 @@ def record(
     inner: Strategy, folder: str | Path, *, input_shape: tuple[int, int, int], batch_size: int, epochs: int = 1,
     lr: float | None = None, mean: float = 0.5, std: float = 0.5, clients: int | None = None,
 ) -> "Recorded":  # fmt: skip
-    """A strategy that saves the train replies which `inner` receives, and otherwise is `inner`.
+    """Return a strategy that saves the train replies which `inner` receives, and otherwise is `inner`.
 
     Around `Compressed` it saves payloads, around a plain strategy the arrays, and inside of `SecureAggregation`, as in
     `SecureAggregation(record(FedAvg(), ...))`, the sums. A recording may reveal the clients' data:
@@ -82,7 +82,7 @@ class Recorded(StrategyWrapper):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """The inner strategy's messages."""
+        """Return the inner strategy's messages."""
         messages = list(self._configure_train(server_round, arrays, config, grid))
         self._sent = {message.metadata.dst_node_id: message for message in messages}
         return messages
@@ -131,7 +131,7 @@ class Recorded(StrategyWrapper):
         )
 
     def _contents(self, reply: Message, node: int) -> tuple[dict[str, Tensor], AppCodec | None, bytes]:
-        """The arrays that the reply is relative to, the codec's arguments, and the payload."""
+        """Return the arrays that the reply is relative to, the codec's arguments, and the payload."""
         request = reply.content.config_records.get(RECORD)
         if request is not None and isinstance(self.inner, Compressed):
             sent, payload = self.inner.sent_to(node), request.get("payload")
@@ -145,7 +145,7 @@ class Recorded(StrategyWrapper):
 
 
 def _rate(message: Message) -> float | None:
-    """The learning rate in a train message's config."""
+    """Return the learning rate in a train message's config."""
     for config in message.content.config_records.values():
         for name in _RATES:
             value = config.get(name)

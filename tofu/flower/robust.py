@@ -62,7 +62,7 @@ class Robust(StrategyWrapper):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """The inner strategy's messages; the replies' updates are relative to `arrays`."""
+        """Return the inner strategy's messages; the replies' updates are relative to `arrays`."""
         self._base = tensors_of(arrays)
         return self._configure_train(server_round, arrays, config, grid)
 
@@ -101,7 +101,7 @@ class Robust(StrategyWrapper):
         return self._aggregate_train(server_round, replies)
 
     def _examples(self, reply: Message) -> int:
-        """A reply's number of examples. Raises PayloadError if it is no positive whole number."""
+        """Return a reply's number of examples. Raises PayloadError if it is no positive whole number."""
         key = str(getattr(self.inner, "weighted_by_key", "num-examples"))
         found = [metrics[key] for metrics in reply.content.metric_records.values() if key in metrics]
         weight = found[0] if len(found) == 1 else None

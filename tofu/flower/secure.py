@@ -136,7 +136,8 @@ class SecureAggregation(StrategyWrapper):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """The inner strategy's messages to the clients that exchanged keys and shares; none if the round is abandoned.
+        """Return the inner strategy's messages to the clients that exchanged keys and shares; none if the round is
+        abandoned.
 
         Raises:
             RunError: no client sent keys, or the inner strategy sends different messages to different clients.
@@ -244,7 +245,7 @@ class SecureAggregation(StrategyWrapper):
     def _collect_keys(
         self, message: Message, nodes: list[int], round_: int, transport: GridTransport
     ) -> tuple[dict[int, str], dict[str, bytes]]:
-        """The clients' names by node, and their keys by name; clients that sent none ahead are asked."""
+        """Return the clients' names by node, and their keys by name; clients that sent none ahead are asked."""
         exchange = SecureExchange(
             transport, {str(node): node for node in nodes}, round_, self._seconds,
             action=message.metadata.message_type,
@@ -297,7 +298,7 @@ class SecureAggregation(StrategyWrapper):
         return sample
 
     def _mean_metrics(self, opened: _OpenSum, mean: SecureMean, survivors: tuple[str, ...]) -> MetricRecord:
-        """The clients' mean metrics, and those of the secure round."""
+        """Return the clients' mean metrics, and those of the secure round."""
         metrics = MetricRecord({
             self._weight_key: mean.examples,
             "tofu-clients": len(survivors),
@@ -348,7 +349,7 @@ def _mean_arrays(opened: _OpenSum, mean: SecureMean) -> ArrayRecord:
 
 
 def _layout(names: object, slots: int) -> list[tuple[str, int]] | None:
-    """The metrics' names and lengths from a client's JSON; None if they do not fit the slots."""
+    """Return the metrics' names and lengths from a client's JSON; None if they do not fit the slots."""
     try:
         pairs = [(str(name), int(length)) for name, length in json.loads(str(names))]
     except (ValueError, TypeError):

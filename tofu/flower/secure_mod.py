@@ -43,7 +43,8 @@ RECORD = "tofu-secure"
 
 
 def secure(**options: Any) -> "SecureMod":
-    """A mod that masks what a client sends; the strategy must be wrapped in `SecureAggregation` with equal options.
+    """Return a mod that masks what a client sends; the strategy must be wrapped in `SecureAggregation` with equal
+    options.
 
     It should be the first of the app's mods, so that others see plain messages.
 
@@ -213,7 +214,7 @@ def meaning(round_: int, options: SecureOptions, codec: UpdateCodec | None, norm
 
 
 def content_digest(content: RecordDict, weight_key: str) -> bytes:
-    """Digest of the key of a message's arrays and of all its other records, 32 bytes."""
+    """Return the digest of the key of a message's arrays and of all its other records, 32 bytes."""
     digest = hashlib.sha256(repr(weight_key).encode())
     for key, record in sorted(content.items()):
         values = [] if isinstance(record, ArrayRecord) else sorted(record.items())

@@ -96,7 +96,7 @@ class SecureOptions:
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).digest()[:FINGERPRINT_BYTES]
 
     def clip(self, norm: float) -> AdaptiveClip | None:
-        """The clip norm of a round, if it follows a quantile."""
+        """Return the clip norm of a round, if it follows a quantile."""
         if not self.clip_quantile:
             return None
         clip = AdaptiveClip(self._privacy)
@@ -104,7 +104,7 @@ class SecureOptions:
         return clip
 
     def declared(self, norm: float) -> dict[str, SumSpec]:
-        """The sums of metrics times examples, of which the second holds what rounding took from the first.
+        """Return the sums of metrics times examples, of which the second holds what rounding took from the first.
 
         With a clip norm that follows a quantile, also the count of clipped clients.
 
@@ -121,11 +121,11 @@ class SecureOptions:
         } | (clip.declared if clip else {})
 
     def topology(self, clients: int) -> Topology:
-        """The graph of neighbors. Raises SettingError if none allows the dropouts and the collusion."""
+        """Return the graph of neighbors. Raises SettingError if none allows the dropouts and the collusion."""
         return choose_topology(clients, dropout=self.dropout, corrupted=self.collusion)
 
     def noise_in_sum(self, topology: Topology, clients: int, encoder: RingEncoder, norm: float) -> Noise | None:
-        """One client's part of the noise for updates clipped to `norm`.
+        """Return one client's part of the noise for updates clipped to `norm`.
 
         Raises:
             SettingError: the ring has too few bits for it.
@@ -152,7 +152,7 @@ class SecureOptions:
         return {"coarse": coarse, "fine": (padded - coarse).clamp(-_FINE_BOUND, _FINE_BOUND)}
 
     def fits(self, value: float) -> bool:
-        """Whether a metric times examples is finite and within the bound."""
+        """Return whether a metric times examples is finite and within the bound."""
         return abs(value) <= _METRIC_BOUND
 
 
@@ -173,7 +173,7 @@ class RangeTracker:
         self._turn = 0
 
     def encoding(self, base: Mapping[str, Tensor], spec: ParamSpec, clients: int) -> tuple[EncodingConfig, RingEncoder]:
-        """The encoding of a round.
+        """Return the encoding of a round.
 
         Args:
             base: the arrays that are sent.
@@ -220,7 +220,7 @@ class RangeTracker:
         self._unit, self._turn = unit, self._turn + 1
 
     def _nearest(self, clients: int) -> bool:
-        """Whether values are rounded to the nearest step, which requires error feedback."""
+        """Return whether values are rounded to the nearest step, which requires error feedback."""
         options = self._options
         few = FixedPoint(clients, options.bits, 1.0).levels < FEW_LEVELS
         return few and options.error_feedback == 1 and not options.noise_multiplier

@@ -35,7 +35,9 @@ _NOTE = """
 
 
 def session_name(context: Context) -> str:
-    """The name in the secure sessions of a Flower app: with an identity, the partition id; else the unique node id."""
+    """Return the name in the secure sessions of a Flower app: with an identity, the partition id; else the unique node
+    id.
+    """
     return client_name(context) if "identity" in context.node_config else str(context.node_id)
 
 
@@ -132,7 +134,7 @@ def _note_in_file(journal: Path, member: Participant, round_: int) -> bool:
 
 
 def load_session(context: Context, member: Participant) -> ClientSession:
-    """The stored session. Raises PayloadError if there is none."""
+    """Return the stored session. Raises PayloadError if there is none."""
     record = context.state.config_records.get(_RECORD)
     if record is None:
         raise PayloadError(f"{member.name} has no secure session: it never sent keys, or lost its state")

@@ -13,7 +13,7 @@ _MIN_POLL_SECONDS, _MAX_POLL_SECONDS = 0.005, 0.25
 
 
 def never() -> bool:
-    """An exchange that waits for all replies or its deadline."""
+    """Return an exchange that waits for all replies or its deadline."""
     return False
 
 
@@ -70,17 +70,17 @@ class GridTransport:
 
 
 def make_message(body: bytes | str, node: int, action: str, *, round_: int, ttl: float) -> Message:
-    """A message whose only content is `body`."""
+    """Return a message whose only content is `body`."""
     content = RecordDict({RECORD: ConfigRecord({FIELD: body})})
     return Message(content, node, action, group_id=str(round_), ttl=ttl)
 
 
 def body_of(message: Message) -> object:
-    """The body of a reply; None if it has none. It is not validated."""
+    """Return the body of a reply; None if it has none. It is not validated."""
     record = message.content.config_records.get(RECORD)
     return record.get(FIELD) if record is not None else None
 
 
 def error_reason(message: Message) -> str:
-    """The reason of an error reply, as one line of bounded length."""
+    """Return the reason of an error reply, as one line of bounded length."""
     return " ".join((message.error.reason or "").split())[:300] or "error without a reason"

@@ -153,7 +153,7 @@ class UpdateCodec:
         return AppCodec(name, self._ratio, self._correction, self._over_relaxation)
 
     def reference(self, arrays: Mapping[str, Tensor]) -> "ArrayModel":
-        """The app's model with these arrays as its weights.
+        """Return the app's model with these arrays as its weights.
 
         Raises:
             SettingError: the arrays are not those of the model, or the model does not accept the input shape.
@@ -171,11 +171,11 @@ class UpdateCodec:
         return ArrayModel(reference.param_spec, names, reference, tied=tied)
 
     def compressor(self, reference: ReferenceModel) -> Compressor:
-        """The compressor for this model. Raises SettingError if it does not reach the ratio."""
+        """Return the compressor for this model. Raises SettingError if it does not reach the ratio."""
         return make_compressor(self._resolved[0], reference, ratio=self._ratio, options=self._options)
 
     def step_compressor(self, reference: ReferenceModel) -> Compressor:
-        """The compressor of the server's steps: proxies if updates are coded by them, otherwise sparse."""
+        """Return the compressor of the server's steps: proxies if updates are coded by them, otherwise sparse."""
         name = "proxy" if self._resolved[0] == "proxy" else "sparse"
         options = CompressorOptions(correction=self._correction, encoder=ProxySettings(bits=4, warm_start=False))
         return make_compressor(name, reference, ratio=self.downlink, options=options)
@@ -183,7 +183,7 @@ class UpdateCodec:
     def payload(
         self, compressor: Compressor, reference: ReferenceModel, body: bytes, round_: int, identity: bytes = b""
     ) -> bytes:
-        """A body with a header that names compressor, round and the weights that the update is relative to.
+        """Return a body with a header that names compressor, round and the weights that the update is relative to.
 
         Args:
             identity: identity of these weights; by default their fingerprint.
@@ -231,13 +231,13 @@ class ArrayNames:
 
     @staticmethod
     def of(arrays: Mapping[str, Tensor]) -> "ArrayNames":
-        """All arrays, by their own names: floating-point ones count as parameters, others as integer buffers."""
+        """Return all arrays, by their own names: floating-point ones count as parameters, others as integer buffers."""
         floats = {name: value.shape for name, value in arrays.items() if value.is_floating_point()}
         others = {name: value.shape for name, value in arrays.items() if name not in floats}
         return ArrayNames(ParamSpec(floats, others, frozenset(others)), {name: name for name in arrays})
 
     def own(self, arrays: Mapping[str, Tensor]) -> Weights:
-        """The trained arrays by their own names, float32; zeros for buffers that the app does not send."""
+        """Return the trained arrays by their own names, float32; zeros for buffers that the app does not send."""
         shapes = self.param_spec.shapes.items()
         return {own: arrays[self.names[own]].float() if own in self.names else torch.zeros(s) for own, s in shapes}
 
@@ -260,12 +260,12 @@ class ArrayNames:
         return update
 
     def replaced(self, arrays: Mapping[str, Tensor], weights: Weights) -> dict[str, Tensor]:
-        """The arrays with the trained ones replaced by `weights`, in the arrays' types."""
+        """Return the arrays with the trained ones replaced by `weights`, in the arrays' types."""
         sent = {self.names[own]: value for own, value in weights.items() if own in self.names}
         return self._tied({**arrays, **{name: value.to(arrays[name].dtype) for name, value in sent.items()}})
 
     def _tied(self, arrays: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The arrays with the values of shared parameters under all of their names."""
+        """Return the arrays with the values of shared parameters under all of their names."""
         return arrays | {self.names[own]: arrays[self.names[first]] for own, first in self.tied.items()}
 
     def add(self, base: Mapping[str, Tensor], update: Weights) -> dict[str, Tensor]:
@@ -305,7 +305,7 @@ class ArrayModel(ArrayNames):
 
 
 def tensors_of(record: ArrayRecord) -> dict[str, Tensor]:
-    """An `ArrayRecord` as detached CPU tensors by name, in its order.
+    """Return an `ArrayRecord` as detached CPU tensors by name, in its order.
 
     Raises:
         PayloadError: an array cannot be read.
@@ -317,7 +317,7 @@ def tensors_of(record: ArrayRecord) -> dict[str, Tensor]:
 
 
 def record_of(tensors: Mapping[str, Tensor], like: ArrayRecord | None = None) -> ArrayRecord:
-    """Tensors as an `ArrayRecord`, with the names, order and types of `like` if it is given."""
+    """Pack tensors as an `ArrayRecord`, with the names, order and types of `like` if it is given."""
     if like is None:
         return ArrayRecord({name: Array(value.numpy()) for name, value in tensors.items()})
     return ArrayRecord(
@@ -359,21 +359,23 @@ def _matched(arrays: Mapping[str, Tensor], model: nn.Module) -> dict[str, str]:
 
 
 def _tied_names(model: nn.Module) -> dict[str, str]:
-    """Name of a parameter that occurs under several -> the first of these."""
+    """Return the name of a parameter that occurs under several -> the first of these."""
     first: dict[int, str] = {}
     every = model.named_parameters(remove_duplicate=False)
     return {name: first[id(p)] for name, p in every if first.setdefault(id(p), name) != name}
 
 
 def _exact(values: Tensor) -> Tensor:
-    """Values in a type that holds their differences: int64, float64, or float32 for smaller floating-point types."""
+    """Return the values in a type that holds their differences: int64, float64, or float32 for smaller floating-point
+    types.
+    """
     if not values.is_floating_point():
         return values.to(torch.int64)
     return values if values.dtype == torch.float64 else values.float()
 
 
 def _function_identity(function: Callable[..., object]) -> list[object]:
-    """A function's name and what its code refers to; a callable object's class alone."""
+    """Return a function's name and what its code refers to; a callable object's class alone."""
     code = getattr(function, "__code__", None)
     if code is None:
         return [type(function).__qualname__]
@@ -381,27 +383,33 @@ def _function_identity(function: Callable[..., object]) -> list[object]:
 
 
 def _references(code: CodeType, doc: str | None = None) -> list[object]:
-    """Names, texts and floating-point numbers in a function's code and those within it, but not its docstring."""
+    """Return names, texts and floating-point numbers in a function's code and those within it,
+    but not its docstring.
+    """
     inner = [_references(value) for value in code.co_consts if isinstance(value, CodeType)]
     values = sorted(repr(value) for value in code.co_consts if isinstance(value, str | float) and value != doc)
     return [code.co_argcount, sorted(code.co_names), values, inner]
 
 
 def _without_adapter(name: str, model: nn.Module) -> str:
-    """A PEFT model's state-dict name as `get_peft_model_state_dict` gives it; other names are unchanged."""
+    """Return a PEFT model's state-dict name as `get_peft_model_state_dict` gives it; other names are unchanged."""
     for adapter in getattr(model, "peft_config", ()):
         name = f"{name}.".replace(f".modules_to_save.{adapter}.", ".").replace(f".{adapter}.", ".")[:-1]
     return name
 
 
 def _copy(model: nn.Module, names: Collection[str]) -> nn.Module:
-    """A copy of the model that shares the frozen parameters which are not in `names`, because nothing changes them."""
+    """Return a copy of the model that shares the frozen parameters which are not in `names`, because nothing changes
+    them.
+    """
     frozen = [p for name, p in model.named_parameters() if not p.requires_grad and name not in names]
     return copy.deepcopy(model, {id(parameter): parameter for parameter in frozen})
 
 
 def _bare(arrays: Mapping[str, Tensor]) -> nn.Module:
-    """A module that has these arrays as parameters (floating point) and buffers (others), and no forward pass."""
+    """Return a module that has these arrays as parameters (floating point) and buffers (others),
+    and no forward pass.
+    """
     root = nn.Module()
     for name, value in arrays.items():
         module = root

@@ -63,7 +63,7 @@ class TrainMod:
         return replies[0]
 
     def train(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-        """The reply to a train message. An exception becomes an error reply (`tofu.flower.policy`)."""
+        """Return the reply to a train message. An exception becomes an error reply (`tofu.flower.policy`)."""
         raise NotImplementedError
 
 
@@ -124,29 +124,29 @@ class StrategyWrapper(Strategy):
 
 
 def wrappers(strategy: Strategy) -> list[StrategyWrapper]:
-    """The wrappers around a strategy, the outermost first."""
+    """Return the wrappers around a strategy, the outermost first."""
     return [strategy, *wrappers(strategy.inner)] if isinstance(strategy, StrategyWrapper) else []
 
 
 def unwrapped(strategy: Strategy) -> Strategy:
-    """The strategy inside all wrappers."""
+    """Return the strategy inside all wrappers."""
     return unwrapped(strategy.inner) if isinstance(strategy, StrategyWrapper) else strategy
 
 
 def with_record(message: Message, key: str, record: ConfigRecord) -> Message:
-    """A copy of the message with one more record. (Flower's strategies share one content between messages.)"""
+    """Return a copy of the message with one more record. (Flower's strategies share one content between messages.)"""
     return with_records(message, {**message.content, key: record})
 
 
 def with_records(message: Message, records: Mapping[str, ArrayRecord | ConfigRecord | MetricRecord]) -> Message:
-    """A copy of the message with other content."""
+    """Return a copy of the message with other content."""
     content = RecordDict(dict(records))
     to = message.metadata
     return Message(content, to.dst_node_id, to.message_type, ttl=to.ttl, group_id=to.group_id)
 
 
 def only_arrays(content: RecordDict, what: str, key: object = None) -> tuple[str, ArrayRecord]:
-    """The array record `key` of a message, or its only one. Raises PayloadError if there is neither."""
+    """Return the array record `key` of a message, or its only one. Raises PayloadError if there is neither."""
     records = list(content.array_records.items())
     if isinstance(key, str) and key in content.array_records:
         return key, content.array_records[key]

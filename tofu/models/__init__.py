@@ -52,7 +52,7 @@ _BUILDERS: Mapping[str, Callable[[ImageShape, str], nn.Module]] = {
 
 
 def model_names() -> tuple[str, ...]:
-    """The names that `build_model` accepts in addition to `package.module:factory`."""
+    """Return the names that `build_model` accepts in addition to `package.module:factory`."""
     return tuple(_BUILDERS)
 
 
@@ -96,7 +96,7 @@ def build_model(name: str, shape: ImageShape, *, norm: str = "group", seed: int 
 
 
 def initial_model(settings: ModelSettings, shape: ImageShape, seed: int) -> nn.Module:
-    """The model of a run at its initial weights, as `build_model` returns it.
+    """Return the model of a run at its initial weights, as `build_model` returns it.
 
     Raises:
         SettingError: the model or `initial_weights` cannot be used.
@@ -108,7 +108,7 @@ def initial_model(settings: ModelSettings, shape: ImageShape, seed: int) -> nn.M
 
 
 def run_model(settings: Settings, shape: ImageShape) -> nn.Module:
-    """The model of a run at its initial weights, which normalizes images in [-1, 1] by the run's settings.
+    """Return the model of a run at its initial weights, which normalizes images in [-1, 1] by the run's settings.
 
     Raises:
         SettingError: the model, its initial weights or the normalization cannot be used.

@@ -68,7 +68,7 @@ def check_outputs(model: nn.Module, outputs: Callable[[nn.Module], object], expe
 
 @torch.no_grad()
 def _outputs(model: nn.Module, outputs: Callable[[nn.Module], object]) -> tuple[list[Weights], float]:
-    """The outputs at fixed weights in evaluation and in training mode, and how much rounding may change them.
+    """Return the outputs at fixed weights in evaluation and in training mode, and how much rounding may change them.
 
     At initial weights, zeros at the end of a branch would hide what is before them. Dropout draws the same numbers on
     every machine; if anything else draws numbers, the outputs of the mode are left out. The model's own weights and

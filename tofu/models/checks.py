@@ -65,7 +65,7 @@ def check_training(model: nn.Module, name: str, inputs: Tensor, classes: int) ->
 
 @torch.no_grad()
 def changed_buffers(model: nn.Module, forward: Callable[[], object]) -> frozenset[str]:
-    """The names of the buffers that a pass in training mode changes; their values are restored.
+    """Return the names of the buffers that a pass in training mode changes; their values are restored.
 
     Raises:
         SettingError: the pass changes a frozen parameter, a buffer that is not persistent, or the shape or type of a
@@ -251,7 +251,9 @@ def check_batches(model: nn.Module, outputs: Callable[..., object], name: str) -
 
 
 def _close(some: list[Tensor], others: list[Tensor]) -> bool:
-    """Whether tensors are equal up to rounding: copies may be at other addresses, which changes the order of sums."""
+    """Return whether tensors are equal up to rounding: copies may be at other addresses, which changes the order of
+    sums.
+    """
     return len(some) == len(others) and all(
         a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True)
         for a, b in zip(some, others, strict=True)
@@ -259,7 +261,9 @@ def _close(some: list[Tensor], others: list[Tensor]) -> bool:
 
 
 def tensors_of(output: Any) -> list[Tensor]:
-    """The tensors of a model's output, which may be nested: a mapping, a sequence or an object with attributes."""
+    """Return the tensors of a model's output, which may be nested: a mapping,
+    a sequence or an object with attributes.
+    """
     if isinstance(output, Tensor):
         return [output]
     if isinstance(output, tuple | list):
@@ -301,7 +305,7 @@ def check_memory(model: nn.Module) -> None:
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
-    """The first address of a strided tensor, and the one after its last."""
+    """Return the first address of a strided tensor, and the one after its last."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 

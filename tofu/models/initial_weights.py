@@ -60,7 +60,7 @@ def _tensors(path: str) -> Mapping[str, Tensor]:
 
 @lru_cache(maxsize=2)
 def _read(file: Path, changed: int, size: int) -> dict[str, Tensor]:
-    """The tensors of a file, cached until it changes, because clients build models in every round."""
+    """Return the tensors of a file, cached until it changes, because clients build models in every round."""
     del changed, size
     if file.suffix == ".safetensors":
         import safetensors.torch

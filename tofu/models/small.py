@@ -22,26 +22,26 @@ class ChannelsLast(nn.Module):
 
 
 def norm_layer(norm: str, channels: int) -> nn.Module:
-    """The normalization layer for "group" (16 channels per group), "batch" or "none"."""
+    """Return the normalization layer for "group" (16 channels per group), "batch" or "none"."""
     if norm == "group":
         return nn.GroupNorm(max(1, channels // _CHANNELS_PER_GROUP), channels)
     return nn.BatchNorm2d(channels) if norm == "batch" else nn.Identity()
 
 
 def enlarge_to(shape: ImageShape, side: int) -> tuple[dict[str, nn.Module], int, int]:
-    """A layer that scales smaller images up to `side` pixels, or none -> (layers, height, width after them)."""
+    """Return a layer that scales smaller images up to `side` pixels, or none -> (layers, height, width after them)."""
     return resize(shape, max(shape.height, side), max(shape.width, side))
 
 
 def resize(shape: ImageShape, height: int, width: int) -> tuple[dict[str, nn.Module], int, int]:
-    """A layer that scales images to this size, or none if they have it -> (layers, height, width)."""
+    """Return a layer that scales images to this size, or none if they have it -> (layers, height, width)."""
     if (height, width) == (shape.height, shape.width):
         return {}, height, width
     return {"resize": nn.Upsample(size=(height, width), mode="bilinear", align_corners=False)}, height, width
 
 
 def sequential(layers: Mapping[str, nn.Module]) -> nn.Sequential:
-    """A model of named layers in their order."""
+    """Return a model of named layers in their order."""
     return nn.Sequential(OrderedDict(layers))
 
 
@@ -70,7 +70,7 @@ def lenet5(shape: ImageShape, norm: str) -> nn.Module:
 
 
 def mlp(shape: ImageShape, norm: str) -> nn.Module:
-    """Two hidden layers of 200 and 100 units: 178,110 parameters for 10 classes of 1x28x28."""
+    """Build an MLP with two hidden layers of 200 and 100 units: 178,110 parameters for 10 classes of 1x28x28."""
     return sequential(
         {
             "flatten": nn.Flatten(),
@@ -84,7 +84,9 @@ def mlp(shape: ImageShape, norm: str) -> nn.Module:
 
 
 def cnn(shape: ImageShape, norm: str) -> nn.Module:
-    """Three blocks of convolution, norm, ReLU and max-pooling, two linear layers: 357,258 parameters (CIFAR-10)."""
+    """Build three blocks of convolution, norm, ReLU and max-pooling, two linear layers:
+    357,258 parameters (CIFAR-10).
+    """
     resize, height, width = enlarge_to(shape, 8)
     layers, channels = resize | {"layout": ChannelsLast()}, shape.channels
     for i, out in enumerate((32, 64, 128), start=1):

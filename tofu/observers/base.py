@@ -29,7 +29,9 @@ class Observer:
         """A run of `rounds` rounds with `clients` clients starts."""
 
     def on_history(self, folder: Path, records: Sequence[RoundRecord]) -> None:
-        """The run folder, and the records before the next round: round 0 and, in a resumed run, all earlier rounds."""
+        """Receive the run folder, and the records before the next round: round 0 and, in a resumed run,
+        all earlier rounds.
+        """
 
     def on_phase(self, round_: int, kind: str, phase: str, done: int, total: int) -> None:
         """`done` of the `total` steps of a phase ("share", "train", "reveal", "evaluate") of a round are complete."""
@@ -41,7 +43,7 @@ class Observer:
         """A round from 1 has ended. The run folder already holds its record."""
 
     def on_note(self, text: str, **where: Any) -> None:
-        """A message for the user; `where` has its `round` and `node`, if it is about one."""
+        """There is a message for the user; `where` has its `round` and `node`, if it is about one."""
 
     def on_run_end(self, summary: RunSummary) -> None:
         """The run has finished."""

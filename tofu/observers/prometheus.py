@@ -88,7 +88,7 @@ class PrometheusMetrics(Collector, Observer):
         return self._families
 
     def text(self) -> bytes:
-        """All metrics in Prometheus's text format."""
+        """Return all metrics in Prometheus's text format."""
         return generate_latest(self.registry)
 
     def serve(self, port: int) -> None:

@@ -184,7 +184,9 @@ class LiveProgress(_View):
 
 
 def make_progress(stream: TextIO | None = None, *, quiet: bool = False) -> Observer:
-    """The view for `stream` (stderr if None): none if `quiet`, live on a terminal, otherwise one line per round."""
+    """Create the view for `stream` (stderr if None): none if `quiet`, live on a terminal,
+    otherwise one line per round.
+    """
     if quiet:
         return Observer()
     stream = sys.stderr if stream is None else stream
@@ -218,7 +220,7 @@ def _table(rows: tuple[dict[str, str], ...]) -> Table:
 
 
 def _cells(record: RoundRecord) -> dict[str, str]:
-    """The columns of a round as text, in the order of the table."""
+    """Return the columns of a round as text, in the order of the table."""
     sent, fedavg = record.uplink_bytes, record.fedavg_uplink_bytes
     accuracy, explained, seconds = record.accuracy, record.explained_variance, record.seconds
     return {

@@ -39,7 +39,7 @@ trackers: Registry[type[Observer]] = Registry("tracker", Observer, "tofu.observe
 
 
 def split_trackers(names: str) -> tuple[str, ...]:
-    """The names in the setting `tracker`.
+    """Return the names in the setting `tracker`.
 
     Raises:
         SettingError: one is neither registered nor `package.module:Class`.
@@ -52,7 +52,7 @@ def split_trackers(names: str) -> tuple[str, ...]:
 
 
 def make_trackers(names: str, note: Callable[[str], None]) -> list[Observer]:
-    """The observers that the setting `tracker` names.
+    """Return the observers that the setting `tracker` names.
 
     Args:
         note: called with the line that reports a tracker's failure during the run.
@@ -75,7 +75,7 @@ def make_trackers(names: str, note: Callable[[str], None]) -> list[Observer]:
 
 
 def metrics_of(record: RoundRecord) -> dict[str, float]:
-    """The finite numbers of a round by the names that all trackers use.
+    """Return the finite numbers of a round by the names that all trackers use.
 
     >>> from tofu.rounds.record import ClientRecord
     >>> metrics_of(RoundRecord(3, "proxy", accuracy=0.5, by_client=(ClientRecord("a/b", train_seconds=2.0),)))
@@ -105,7 +105,7 @@ def metrics_of(record: RoundRecord) -> dict[str, float]:
 
 
 def summary_metrics(summary: RunSummary) -> dict[str, float]:
-    """The finite numbers of a finished run, as `summary/uplink_ratio`."""
+    """Return the finite numbers of a finished run, as `summary/uplink_ratio`."""
     return {f"summary/{name}": float(number) for name, number in _numbers(summary).items() if math.isfinite(number)}
 
 
@@ -115,7 +115,7 @@ def _numbers(record: Any) -> dict[str, float]:
 
 
 def _escaped(name: str) -> str:
-    """A part of a metric's name that every tracker accepts; different names stay different."""
+    """Return a part of a metric's name that every tracker accepts; different names stay different."""
     text = re.sub(r"[^\w .-]|^\.+$", lambda match: "".join(f":{ord(char):x}:" for char in match[0]), name, flags=re.A)
     return text or "::"
 

@@ -142,7 +142,7 @@ class Batch:
         return Batch(self.images.to(device), self.targets.to(device), self.ids.to(device), weights)
 
     def replace(self, **changes: Tensor | None) -> "Batch":
-        """A copy with other values for the named fields."""
+        """Return a copy with other values for the named fields."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
 
@@ -221,11 +221,11 @@ class Plugin:
         return 1
 
     def group_of(self, client: str) -> int:
-        """The group, 0 to groups - 1, of the client with this name; a function of the options alone."""
+        """Return the group, 0 to groups - 1, of the client with this name; a function of the options alone."""
         return 0
 
     def incompatibility(self, run: RunRequirements) -> str:
-        """The reason why the plugin cannot be used in such a run, as "expected ..." text; empty if it can."""
+        """Return the reason why the plugin cannot be used in such a run, as "expected ..." text; empty if it can."""
         if self.needs_task_boundaries and run.tasks < 2:
             return f"a run of at least 2 tasks: {self.name} works at the boundaries between tasks"
         if run.clients > 1 and not self.averages_exactly:
@@ -265,7 +265,8 @@ class Plugin:
         """
 
     def declare_sums(self, model: nn.Module) -> Mapping[str, SumSpec]:
-        """Name -> shape and bound of the sums that every client exports in this round; called after `setup`.
+        """Return a mapping: name -> shape and bound of the sums that every client exports in this round; called after
+        `setup`.
 
         A plugin that exports only at the ends of tasks declares none in rounds that are not `context.final`. Sums add
         over the clients of all groups; a plugin that needs them per group declares a leading dimension of `groups`.
@@ -359,5 +360,5 @@ class Plugin:
         return self.broadcast
 
     def panel(self) -> Panel | None:
-        """The plugin's section of the run's report, drawn from `broadcast`; None for no section."""
+        """Return the plugin's section of the run's report, drawn from `broadcast`; None for no section."""
         return None

@@ -39,7 +39,7 @@ class Plugins(tuple[Plugin, ...]):
     on_aggregate = torch.no_grad()(for_each(Plugin.on_aggregate))
 
     def named(self) -> dict[str, Plugin]:
-        """Name -> plugin."""
+        """Return a mapping: name -> plugin."""
         return {plugin.name: plugin for plugin in self}
 
     def check(self, run: RunRequirements) -> None:
@@ -119,7 +119,7 @@ class Plugins(tuple[Plugin, ...]):
         return max((plugin.groups for plugin in self), default=1)
 
     def group_of(self, client: str) -> int:
-        """The group of a client, by the plugin that has more than one.
+        """Return the group of a client, by the plugin that has more than one.
 
         Raises:
             RunError: the plugin returns a number that is not a group.
@@ -141,7 +141,7 @@ class Plugins(tuple[Plugin, ...]):
         return self.predict(models[0], images)
 
     def export(self, model: nn.Module) -> Export:
-        """All exports, under `plugin/name`.
+        """Return all exports, under `plugin/name`.
 
         Raises:
             RunError: a sum that was not declared, missing, of another shape or type, not finite or beyond its bound;
@@ -189,11 +189,11 @@ class Plugins(tuple[Plugin, ...]):
                 plugin.broadcast = dict(plugin.reduce(own, examples, plugin.broadcast))
 
     def panels(self) -> dict[str, Panel]:
-        """Plugin name -> its panel for the report."""
+        """Return a mapping: plugin name -> its panel for the report."""
         return {plugin.name: panel for plugin in self if (panel := plugin.panel()) is not None}
 
     def state_bytes(self, *, max_bytes: int) -> bytes:
-        """The private states of all plugins, which the client stores; b"" without plugins.
+        """Return the private states of all plugins, which the client stores; b"" without plugins.
 
         Raises:
             PayloadError: the states are too large, or have a value of another type.
@@ -202,12 +202,15 @@ class Plugins(tuple[Plugin, ...]):
         return state_to_bytes(_joined(states), max_bytes=max_bytes) if self else b""
 
     def broadcast_bytes(self, *, max_bytes: int) -> bytes:
-        """The broadcasts of all plugins, which the server sends. Raises PayloadError as `state_bytes` does."""
+        """Return the broadcasts of all plugins, which the server sends. Raises PayloadError as `state_bytes` does."""
         return state_to_bytes(_joined({p.name: p.broadcast for p in self}), max_bytes=max_bytes)
 
     @torch.no_grad()
     def calibrated_bytes(self, model: nn.Module, data: LabeledImages, *, max_bytes: int) -> bytes:
-        """The broadcasts of all plugins for `predict` with this model; restores its mode. Raises as `state_bytes`."""
+        """Return the broadcasts of all plugins for `predict` with this model; restores its mode.
+
+        Raises as `state_bytes`.
+        """
         with eval_mode(model):
             states = {plugin.name: plugin.calibrate(model, data) for plugin in self}
         return state_to_bytes(_joined(states), max_bytes=max_bytes)
@@ -234,7 +237,7 @@ NO_PLUGINS = Plugins()
 
 
 def overrides(plugin: Plugin, hook: str) -> bool:
-    """Whether a plugin's class has its own version of a hook."""
+    """Return whether a plugin's class has its own version of a hook."""
     return getattr(type(plugin), hook) is not getattr(Plugin, hook)
 
 

@@ -12,7 +12,7 @@ plugin_registry: Registry[type[Plugin]] = Registry("plugins", Plugin, "client.pl
 
 
 def plugin_names() -> tuple[str, ...]:
-    """The built-in names that `make_plugins` accepts."""
+    """Return the built-in names that `make_plugins` accepts."""
     return plugin_registry.names()
 
 

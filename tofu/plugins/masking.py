@@ -27,7 +27,7 @@ _ACCEPTED = "convolutions and linear layers in sequence, without residual connec
 
 
 def chain_of(model: nn.Module) -> dict[str, Carrier]:
-    """Name -> convolution or linear layer of a network in sequence, in its order.
+    """Return a mapping: name -> convolution or linear layer of a network in sequence, in its order.
 
     Raises:
         SettingError: the model is not a (nested) `nn.Sequential`, or another layer of it has parameters.

@@ -41,7 +41,7 @@ class Accepted:
     lt: float | None = None
 
     def allows(self, value: float) -> bool:
-        """Whether a number is finite and within the bounds."""
+        """Return whether a number is finite and within the bounds."""
         return (
             abs(value) < float("inf")
             and (self.ge is None or value >= self.ge)
@@ -61,7 +61,7 @@ def option(
     le: float | None = None,
     lt: float | None = None,
 ) -> Any:
-    """A dataclass field that users may set; its annotation is bool, int, float, str, list or dict.
+    """Return a dataclass field that users may set; its annotation is bool, int, float, str, list or dict.
 
     Args:
         default: an immutable value, or a list or dict, of which every instance gets a copy.
@@ -76,7 +76,7 @@ def option(
 
 
 def options_of(kind: type) -> "dict[str, dataclasses.Field[Any]]":
-    """The options of a class as users write them (with dashes) -> field.
+    """Return the options of a class as users write them (with dashes) -> field.
 
     Raises:
         SettingError: the class has options but is not a dataclass.
@@ -90,12 +90,12 @@ def options_of(kind: type) -> "dict[str, dataclasses.Field[Any]]":
 
 
 def split_options(text: str) -> list[str]:
-    """The parts of a `plugin-options` text, one per `plugin.option=`; the JSON of a value may contain spaces."""
+    """Return the parts of a `plugin-options` text, one per `plugin.option=`; the JSON of a value may contain spaces."""
     return _NEXT_OPTION.split(text.strip()) if text.strip() else []
 
 
 def inline_files(text: str) -> str:
-    """A `plugin-options` text with each `plugin.option=@FILE` replaced by the file's content as JSON.
+    """Return a `plugin-options` text with each `plugin.option=@FILE` replaced by the file's content as JSON.
 
     The command line calls this, so that clients on other machines do not need the file.
 

@@ -34,7 +34,7 @@ _MAX_DIMENSIONS = 8
 
 
 def state_to_bytes(state: Mapping[str, Tensor | int | float | str | bytes], *, max_bytes: int) -> bytes:
-    """The bytes that `state_from_bytes` reads.
+    """Return the bytes that `state_from_bytes` reads.
 
     Raises:
         PayloadError: a value that cannot be kept (its type, or it is not finite), or more than `max_bytes` in all.
@@ -52,7 +52,7 @@ def state_to_bytes(state: Mapping[str, Tensor | int | float | str | bytes], *, m
 
 
 def state_from_bytes(data: object, *, max_bytes: int) -> PluginState:
-    """The inverse of `state_to_bytes`.
+    """Invert `state_to_bytes`.
 
     Raises:
         PayloadError: one line that names the field, its value and what was expected.

@@ -82,11 +82,13 @@ class Accountant:
         return min(self.epsilon, max(0.0, float(found.min())))
 
     def allows(self, noise_multiplier: float, max_epsilon: float) -> bool:
-        """Whether epsilon stays within `max_epsilon` after one more round; if not, the run must stop before it."""
+        """Return whether epsilon stays within `max_epsilon` after one more round; if not,
+        the run must stop before it.
+        """
         return noise_multiplier > 0 and self._epsilon_at(self._precision() + noise_multiplier**-2) <= max_epsilon
 
     def to_dict(self) -> dict[str, object]:
-        """The state as plain JSON values, for checkpoints."""
+        """Return the state as plain JSON values, for checkpoints."""
         return {
             "delta": self.delta,
             "spent": [[*key[:2], rounds, *key[2:]] for key, rounds in sorted(self._spent.items())],
@@ -107,7 +109,7 @@ class Accountant:
         return accountant
 
     def _precision(self) -> float:
-        """1 / z^2 of all rounds together."""
+        """Return 1 / z^2 of all rounds together."""
         spent = self._spent.items()
         return math.fsum(rounds / z**2 if z else math.inf for (_, z, *_), rounds in spent)
 
@@ -145,7 +147,10 @@ def _log_expm1(value: float) -> float:
 
 
 def epsilon_of(noise_multiplier: float, delta: float) -> float:
-    """Epsilon of a Gaussian mechanism, infinite without noise. Raises SettingError if delta is outside (0, 1)."""
+    """Return epsilon of a Gaussian mechanism, infinite without noise.
+
+    Raises SettingError if delta is outside (0, 1).
+    """
     _check_delta(delta)
     if noise_multiplier <= 0:
         return math.inf
@@ -156,7 +161,7 @@ def epsilon_of(noise_multiplier: float, delta: float) -> float:
 
 
 def noise_multiplier_for(epsilon: float, delta: float, rounds: int) -> float:
-    """The smallest noise multiplier with which `rounds` rounds are (epsilon, delta)-private.
+    """Return the smallest noise multiplier with which `rounds` rounds are (epsilon, delta)-private.
 
     Raises:
         SettingError: epsilon is not above 0, delta is outside (0, 1), or there is less than 1 round.

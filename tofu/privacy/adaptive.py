@@ -77,15 +77,15 @@ class AdaptiveClip(Plugin):
         return Export({"unclipped": torch.zeros(1, dtype=torch.float64)})
 
     def report(self, *, clipped: bool) -> dict[str, Tensor]:
-        """What this client reports, by the name of the sum, before noise."""
+        """Return what this client reports, by the name of the sum, before noise."""
         return {REPORT: torch.tensor([-self.unit / 2 if clipped else self.unit / 2], dtype=torch.float64)}
 
     def reduce(self, sums: Weights, examples: int, broadcast: PluginState) -> PluginState:
-        """The next round's norm; every client counts as one example under differential privacy."""
+        """Return the next round's norm; every client counts as one example under differential privacy."""
         return {"norm": self.next_norm(sums["unclipped"], examples)}
 
     def next_norm(self, total: Tensor, clients: int) -> float:
-        """The next round's norm, from the total [1] of the reports of this round's clients."""
+        """Return the next round's norm, from the total [1] of the reports of this round's clients."""
         privacy = self._privacy
         unclipped = min(max(float(total) / self.unit / clients + 0.5, 0.0), 1.0)
         norm = self.norm * math.exp(-privacy.clip_lr * (unclipped - privacy.clip_quantile))
@@ -93,17 +93,17 @@ class AdaptiveClip(Plugin):
 
 
 def plugins_of(settings: Settings) -> Plugins:
-    """The plugins of a run: those that its settings name, and the adaptive clipping norm if it has one."""
+    """Return the plugins of a run: those that its settings name, and the adaptive clipping norm if it has one."""
     plugins = make_plugins(settings.plugins.plugins, settings.plugins.plugin_options)
     return Plugins((*plugins, AdaptiveClip(settings.privacy))) if settings.privacy.clip_quantile else plugins
 
 
 def clip_of(plugins: Plugins) -> AdaptiveClip | None:
-    """The adaptive clipping norm among a run's plugins; None if the norm is fixed."""
+    """Return the adaptive clipping norm among a run's plugins; None if the norm is fixed."""
     return next((plugin for plugin in plugins if isinstance(plugin, AdaptiveClip)), None)
 
 
 def clip_norm(settings: Settings, plugins: Plugins) -> float:
-    """The norm to which clients clip their updates in this round."""
+    """Return the norm to which clients clip their updates in this round."""
     clip = clip_of(plugins)
     return clip.norm if clip else settings.privacy.clip_norm

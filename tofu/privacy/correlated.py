@@ -27,7 +27,7 @@ _SCALE = 256
 
 
 def banded_square_root(bands: int) -> SignedVector:
-    """The bands of C from the diagonal on: round(256 binom(2 i, i) / 4^i) for i below `bands`.
+    """Return the bands of C from the diagonal on: round(256 binom(2 i, i) / 4^i) for i below `bands`.
 
     Example:
         >>> banded_square_root(4).tolist()
@@ -68,7 +68,7 @@ class CorrelatedSums:
         self._last = 0
 
     def release(self, row: int, total: SignedVector) -> Reals:
-        """The noisy estimate of a round's sum [values], in steps of the grid.
+        """Return the noisy estimate of a round's sum [values], in steps of the grid.
 
         Args:
             row: number of the round among all that were begun, also those that failed; higher than in earlier calls.
@@ -115,7 +115,7 @@ class Participation:
         self._last: dict[str, int] = {}
 
     def eligible(self, names: Iterable[str]) -> list[str]:
-        """Those that may take part in the next round."""
+        """Return those that may take part in the next round."""
         next_row = self.rows + 1
         return [name for name in names if next_row - self._last.get(name, -self.separation) >= self.separation]
 
@@ -139,7 +139,7 @@ class Participation:
         return self.rows
 
     def to_dict(self) -> dict[str, object]:
-        """The state as plain JSON values."""
+        """Return the state as plain JSON values."""
         return {"rows": self.rows, "last": self._last}
 
     @staticmethod

@@ -80,7 +80,7 @@ def _below(limit: int, count: int, stream: Stream) -> SignedVector:
 def _coins(
     gammas: npt.NDArray[np.float64], values: SignedVector, exact: Callable[[int], Fraction], stream: Stream
 ) -> npt.NDArray[np.bool_]:
-    """For each value true with probability exp(-gamma); `exact` is the gamma of a value as a fraction."""
+    """Draw for each value true with probability exp(-gamma); `exact` is the gamma of a value as a fraction."""
     words = stream.words(gammas.size, _WORD // 8)
     distance = np.exp(-gammas) - words * 2.0**-_WORD
     result: npt.NDArray[np.bool_] = distance > 0
@@ -90,7 +90,7 @@ def _coins(
 
 
 def _is_below(word: int, gamma: Fraction, stream: Stream) -> bool:
-    """Whether a uniform number of [0, 1), which begins with the 64 bits of `word`, is below exp(-gamma)."""
+    """Return whether a uniform number of [0, 1), which begins with the 64 bits of `word`, is below exp(-gamma)."""
     bits = _WORD
     with localcontext() as context:
         while True:

@@ -84,11 +84,11 @@ class Noise:
 
     @staticmethod
     def alone(privacy: PrivacySettings, norm: float) -> "Noise":
-        """The full noise of a client whose update, clipped to `norm`, is not in a secure sum."""
+        """Return the full noise of a client whose update, clipped to `norm`, is not in a secure sum."""
         return Noise(privacy.joint_norm(norm), privacy.noise_multiplier)
 
     def on_ring(self, *, levels: int, values: int) -> "Noise":
-        """The same noise on the grid of a secure round.
+        """Return the same noise on the grid of a secure round.
 
         The round's `FixedPoint` must have clip = `grid` * levels and unit_weight 1, and every client 1 example.
 
@@ -119,7 +119,7 @@ class Noise:
         levels: int,
         values: int,
     ) -> "Noise | None":
-        """A client's part of the noise of a secure sum over at least `topology.threshold` of `clients` clients.
+        """Return a client's part of the noise of a secure sum over at least `topology.threshold` of `clients` clients.
 
         Args:
             norm: the clipping norm of the round.
@@ -163,7 +163,7 @@ class Noise:
         return {n: p.view(v.shape) for (n, v), p in zip(update.items(), pieces, strict=True)}
 
     def steps(self, values: Reals) -> SignedVector:
-        """Values [n] with this client's noise, as integer multiples of the grid.
+        """Return the values [n] with this client's noise, as integer multiples of the grid.
 
         Raises:
             RunError: their norm is above C.
@@ -173,7 +173,8 @@ class Noise:
         return rounded + discrete_gaussian(self.deviation(values.size) / self.grid, values.size, stream)
 
     def rounded(self, values: Reals, stream: Stream) -> SignedVector:
-        """Values [n] as integer multiples of the grid, with a norm of at most `rounded_norm` and without noise.
+        """Return the values [n] as integer multiples of the grid, with a norm of at most `rounded_norm` and without
+        noise.
 
         Raises:
             RunError: their norm is above C.
@@ -193,7 +194,8 @@ class Noise:
 
 
 def rounded_norm(norm: float, grid: float, values: int) -> float:
-    """Maximum norm after stochastic rounding to a grid of an update with a norm of up to `norm` and `values` values.
+    """Return the maximum norm after stochastic rounding to a grid of an update with a norm of up to `norm` and `values`
+    values.
 
     Kairouz, Liu, Steinke, ICML 2021, theorem 1: at most one rounding in 100 exceeds it and is repeated.
     """

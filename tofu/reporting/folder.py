@@ -139,7 +139,7 @@ class RunFolder:
         self._replace(ACCOUNT, _json(account, indent=1))
 
     def read_account(self) -> object:
-        """What `write_account` wrote last, or None. Raises RunError if the file is damaged."""
+        """Return what `write_account` wrote last, or None. Raises RunError if the file is damaged."""
         try:
             return json.loads((self.path / ACCOUNT).read_text())
         except FileNotFoundError:
@@ -148,7 +148,7 @@ class RunFolder:
             raise RunError(f"{self.path / ACCOUNT} cannot be read: {error}") from error
 
     def records(self) -> tuple[RoundRecord, ...]:
-        """The rounds so far."""
+        """Return the rounds so far."""
         return read_rounds(self.path / "metrics.jsonl")
 
     def write_model(self, weights: Weights, shape: ImageShape, broadcast: bytes, *, group: int = 0) -> None:
@@ -185,7 +185,7 @@ class RunFolder:
         replace_file(self.path / "samples.npz", lambda file: _savez(file, samples))
 
     def read_samples(self) -> dict[str, npt.NDArray[Any]]:
-        """The content of samples.npz, or nothing if it cannot be read."""
+        """Return the content of samples.npz, or nothing if it cannot be read."""
         try:
             with np.load(self.path / "samples.npz", allow_pickle=False) as file:
                 return {name: file[name] for name in file.files}
@@ -201,7 +201,7 @@ class RunFolder:
 
 
 def _stored(settings: Settings) -> dict[str, Value]:
-    """The settings with absolute paths, so that a run can be resumed in another folder."""
+    """Return the settings with absolute paths, so that a run can be resumed in another folder."""
     config = settings.to_config()
     if settings.data.dataset not in ("digits", *EMBEDDED_TABLES):
         config["dataset"] = _absolute(settings.data.dataset)
@@ -213,7 +213,7 @@ def _stored(settings: Settings) -> dict[str, Value]:
 
 
 def _absolute(path: str) -> str:
-    """An absolute path, if it is the path of a file or folder; it may also be a hub id."""
+    """Return an absolute path, if it is the path of a file or folder; it may also be a hub id."""
     with suppress(OSError, RuntimeError, ValueError):
         expanded = Path(path).expanduser()
         if path and expanded.exists():
@@ -226,7 +226,7 @@ def _weights_name(group: int) -> str:
 
 
 def read_model(run: Path, *, group: int = 0) -> tuple[Weights, ImageShape, bytes]:
-    """The weights of a client group, the image shape and the plugins' broadcast state of a run.
+    """Return the weights of a client group, the image shape and the plugins' broadcast state of a run.
 
     Raises:
         SettingError: the run has no weights yet, or a file is damaged.
@@ -244,7 +244,7 @@ def read_model(run: Path, *, group: int = 0) -> tuple[Weights, ImageShape, bytes
 
 
 def read_preprocessing(run: Path) -> tuple[Preprocessing, Statistics]:
-    """The preprocessing of a run's images (resize, crop, normalization); none without model.json.
+    """Return the preprocessing of a run's images (resize, crop, normalization); none without model.json.
 
     Raises:
         RunError: model.json is damaged.
@@ -260,7 +260,7 @@ def read_preprocessing(run: Path) -> tuple[Preprocessing, Statistics]:
 
 
 def read_class_names(run: Path, classes: int) -> tuple[str, ...]:
-    """The names of the classes; their numbers without model.json.
+    """Return the names of the classes; their numbers without model.json.
 
     Raises:
         RunError: model.json is damaged.
@@ -276,7 +276,7 @@ def read_class_names(run: Path, classes: int) -> tuple[str, ...]:
 
 
 def read_config(run: Path) -> Settings:
-    """The settings of a run. Raises SettingError if there is no such run."""
+    """Return the settings of a run. Raises SettingError if there is no such run."""
     try:
         values = json.loads((run / "config.json").read_text())
     except (OSError, ValueError) as error:
@@ -287,7 +287,7 @@ def read_config(run: Path) -> Settings:
 
 
 def resumed_settings(overrides: Mapping[str, object]) -> Settings:
-    """The settings of the run to resume, with some changed; `RunFolder` refuses what must not differ.
+    """Return the settings of the run to resume, with some changed; `RunFolder` refuses what must not differ.
 
     Raises:
         SettingError: there is no such run, or a setting cannot be used.
@@ -307,7 +307,7 @@ def _lock(run: Path) -> FileLock:
 
 
 def _complete_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a file up to the first damaged one: a crash may leave half a line at the end."""
+    """Return the lines of a file up to the first damaged one: a crash may leave half a line at the end."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         for line in path.read_bytes().splitlines():
             row = json.loads(line)

@@ -26,7 +26,7 @@ def write_panels(run: Path, panels: Mapping[str, Panel]) -> None:
 
 
 def read_panels(run: Path) -> dict[str, Panel]:
-    """Plugin name -> panel; empty if the run has none. Raises RunError if the file cannot be read."""
+    """Return a mapping: plugin name -> panel; empty if the run has none. Raises RunError if the file cannot be read."""
     path = run / _FILE
     if not path.exists():
         return {}

@@ -79,7 +79,7 @@ def predict_images(run: Path, images: Path, *, frequencies: int = 0) -> list[dic
 
 
 def accuracy(rows: Sequence[Mapping[str, object]]) -> tuple[int, int]:
-    """Number of correct predictions, and of images whose label is known."""
+    """Return the number of correct predictions, and of images whose label is known."""
     known = [row for row in rows if row["label"] is not None]
     return sum(row["name"] == row["label"] and not row["unknown"] for row in known), len(known)
 
@@ -103,7 +103,9 @@ def _files(images: Path) -> list[Path]:
 
 
 def _read_all(images: Path, shape: ImageShape, preprocessing: Preprocessing) -> tuple[list[Path], torch.Tensor]:
-    """The files that the model can take, read exactly as in training, and their pixels: uint8 [n, channels, h, w]."""
+    """Return the files that the model can take, read exactly as in training, and their pixels: uint8 [n, channels, h,
+    w].
+    """
     files, pixels, left_out = [], [], []
     for file in _files(images):
         try:

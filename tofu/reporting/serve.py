@@ -102,7 +102,7 @@ class Entry:
 
 
 def find_entries(root: Path) -> list[Entry]:
-    """The entries of a resolved folder by name, at most `_MAX`; links to folders are not followed."""
+    """Return the entries of a resolved folder by name, at most `_MAX`; links to folders are not followed."""
     found: list[Entry] = []
     for folder, below, files in os.walk(root):
         path = Path(folder)
@@ -164,7 +164,7 @@ class RunServer(ThreadingHTTPServer):
         self.hosts = {f"{host}:{self.server_port}" for host in (HOST, "localhost")}
 
     def answer(self, address: str) -> tuple[str, Callable[[], str]] | None:
-        """The entity tag of an address and a function that makes its page; None if there is no such page."""
+        """Return the entity tag of an address and a function that makes its page; None if there is no such page."""
         parts = urlsplit(address)
         entries = find_entries(self.root)
         if parts.path == "/" and not parts.query:
@@ -224,7 +224,7 @@ def _head(title: str, lead: str) -> dict[str, str]:
 
 
 def _followed(page: str, tag: str) -> str:
-    """A page with the script that follows its entry, which its content security policy then allows."""
+    """Return a page with the script that follows its entry, which its content security policy then allows."""
     script = '<nav><a href="/">All runs</a> <span id="connection" role="status"></span></nav>\n<main>'
     page = page.replace(POLICY, _POLICY, 1).replace("<main>", script, 1)
     return page.replace("</body>", f"<script src=\"/follow.js\" data-tag='{tag}'></script>\n</body>", 1)

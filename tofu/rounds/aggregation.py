@@ -64,7 +64,7 @@ class RunningMean:
                 self._sums[name] = term
 
     def mean(self) -> Weights:
-        """The mean as float32, by name; call it only after an `add`."""
+        """Return the mean as float32, by name; call it only after an `add`."""
         scale = self.examples * 2.0**_FRACTION_BITS
         if self._carries:
             self._carry()
@@ -106,7 +106,10 @@ class Aggregator(ABC):
 
     @abstractmethod
     def mean(self) -> Weights:
-        """The aggregate as float32, by name; call it only after an `add`. It does not depend on the order of `add`."""
+        """Return the aggregate as float32, by name; call it only after an `add`.
+
+        It does not depend on the order of `add`.
+        """
 
 
 @aggregators.register("mean")
@@ -152,10 +155,10 @@ class StoredUpdates(Aggregator):
 
     @abstractmethod
     def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """The aggregate [values] of updates [clients, values] with their examples [clients], all float64."""
+        """Return the aggregate [values] of updates [clients, values] with their examples [clients], all float64."""
 
     def tolerated(self, clients: int) -> int:
-        """The number of malicious clients to tolerate: the configured fraction, but always a minority."""
+        """Return the number of malicious clients to tolerate: the configured fraction, but always a minority."""
         return min(math.ceil(self._malicious * clients), (clients - 1) // 2)
 
 
@@ -218,7 +221,7 @@ class CenteredClip(StoredUpdates):
 
 
 def limit_norm(update: Weights, param_spec: ParamSpec, largest: float) -> Weights:
-    """An update whose trainable parameters are scaled to an L2 norm of at most `largest`; 0 is no limit."""
+    """Return an update whose trainable parameters are scaled to an L2 norm of at most `largest`; 0 is no limit."""
     length = norm(update, param_spec)
     if not largest or not length > largest:
         return update
@@ -228,7 +231,9 @@ def limit_norm(update: Weights, param_spec: ParamSpec, largest: float) -> Weight
 
 
 def example_cap(examples: Sequence[int], ratio: float) -> int:
-    """The largest weight of a client: `ratio` times the median number of examples, at least 1; 0 means no limit."""
+    """Return the largest weight of a client: `ratio` times the median number of examples, at least 1;
+    0 means no limit.
+    """
     return max(1, int(ratio * statistics.median(examples))) if ratio else max(examples)
 
 
@@ -237,7 +242,7 @@ def _flat(update: Weights, parameters: tuple[str, ...]) -> Tensor:
 
 
 def _clipped(rows: Tensor) -> Tensor:
-    """Rows whose norms are at most the median norm."""
+    """Return the rows whose norms are at most the median norm."""
     lengths: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     return rows * (_median(lengths) / lengths.clamp_min(1e-30)).clamp_max(1.0)
 
@@ -247,6 +252,6 @@ def _weighted_mean(rows: Tensor, weights: Tensor) -> Tensor:
 
 
 def _median(rows: Tensor) -> Tensor:
-    """The median of each column; the mean of the middle two for an even number of rows."""
+    """Return the median of each column; the mean of the middle two for an even number of rows."""
     ordered, count = rows.sort(dim=0).values, len(rows)
     return (ordered[(count - 1) // 2] + ordered[count // 2]) / 2

@@ -119,7 +119,7 @@ class WeightSteps:
             del self._steps[0]
 
     def parts(self, client: str, *, whole: bool = False) -> Parts:
-        """The content of the request to a client: the steps that it missed, or full weights.
+        """Return the content of the request to a client: the steps that it missed, or full weights.
 
         Args:
             whole: the client asked for full weights.
@@ -131,7 +131,7 @@ class WeightSteps:
         return Parts(b"", tuple(self._steps[len(self._steps) - missed :]))
 
     def _weights(self) -> bytes:
-        """The payload of this round's full weights, encoded on first use."""
+        """Return the payload of this round's full weights, encoded on first use."""
         if not self._whole:
             weights = weights_of(self.reference.model)
             body = float32_bytes(weights, self.reference.param_spec)

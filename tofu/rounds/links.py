@@ -41,12 +41,14 @@ class LinkSimulator:
         return bool(self.uplink or self.downlink or self.latency)
 
     def factor(self, client: str) -> float:
-        """A client's rates over the median rates."""
+        """Return a client's rates over the median rates."""
         z = torch.randn((), generator=derive_generator(self.seed, client, "link"), dtype=torch.float64)
         return math.exp(self.spread * float(z))
 
     def seconds(self, messages: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-        """Client -> seconds that its messages (rows of the ledger) take, one after the other; empty without links."""
+        """Return a mapping: client -> seconds that its messages (rows of the ledger) take, one after the other;
+        empty without links.
+        """
         found: dict[str, float] = {}
         if not self:
             return found

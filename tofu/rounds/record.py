@@ -230,7 +230,7 @@ _SPARSE = frozenset((
 
 
 def round_label(kind: str, compressor: str) -> str:
-    """The name of a round in reports: its compressor or its kind.
+    """Return the name of a round in reports: its compressor or its kind.
 
     >>> round_label("proxy", "topk"), round_label("proxy", "my.module:Mine"), round_label("secure", "topk")
     ('topk', 'Mine', 'secure')
@@ -244,7 +244,7 @@ T = TypeVar("T")
 
 
 def to_dict(record: Any) -> dict[str, Any]:
-    """A record as plain JSON values.
+    """Return a record as plain JSON values.
 
     >>> to_dict(RoundRecord(3, "secure", accuracy=0.5, epsilon=math.inf))["epsilon"] is None
     True
@@ -270,7 +270,7 @@ def _plain(value: Any) -> Any:
 
 
 def from_dict(kind: type[T], values: object, where: str) -> T:
-    """A record from JSON values.
+    """Return a record from JSON values.
 
     Args:
         where: file and line, for the error.
@@ -291,12 +291,12 @@ def from_dict(kind: type[T], values: object, where: str) -> T:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises RunError if it is missing or not JSON."""
+    """Return the content of a JSON file. Raises RunError if it is missing or not JSON."""
     return parse_json(read_text(path), f"{path}")
 
 
 def read_text(path: Path) -> str:
-    """The text of a file of a run. Raises RunError if it is missing or not UTF-8."""
+    """Return the text of a file of a run. Raises RunError if it is missing or not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -306,7 +306,7 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text. Raises RunError, with the line in a text of several lines, if it is not JSON."""
+    """Return the value of a JSON text. Raises RunError, with the line in a text of several lines, if it is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -339,7 +339,9 @@ def json_lines(path: Path) -> Iterator[tuple[Any, str]]:
 
 
 def read_rounds(path: Path) -> tuple[RoundRecord, ...]:
-    """The rounds of a metrics.jsonl in ascending order; if a round occurs twice, as after a resume, the later line."""
+    """Return the rounds of a metrics.jsonl in ascending order; if a round occurs twice, as after a resume, the later
+    line.
+    """
     return ordered(from_dict(RoundRecord, values, where) for values, where in json_lines(path))
 
 
@@ -350,7 +352,7 @@ def ordered(records: Iterable[RoundRecord]) -> tuple[RoundRecord, ...]:
 
 
 def read_summary(path: Path) -> RunSummary | None:
-    """The summary of a run, or None if the run has not finished."""
+    """Return the summary of a run, or None if the run has not finished."""
     return from_dict(RunSummary, read_json(path), f"{path}") if path.exists() else None
 
 

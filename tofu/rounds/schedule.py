@@ -32,14 +32,14 @@ class Schedule(ABC):
 
     @abstractmethod
     def kind(self, round_: int, accuracies: Sequence[float]) -> str:
-        """The kind of a round, counted from 1.
+        """Return the kind of a round, counted from 1.
 
         Args:
             accuracies: after each earlier round, `accuracies[0]` being that before the first.
         """
 
     def secure_may_follow(self, round_: int, accuracies: Sequence[float]) -> bool:
-        """Whether the round after this one may be a secure one, for which the clients then send keys ahead.
+        """Return whether the round after this one may be a secure one, for which the clients then send keys ahead.
 
         Args:
             accuracies: as for `kind`; that of this round is not known yet.
@@ -49,7 +49,7 @@ class Schedule(ABC):
 
 
 def make_schedule(settings: RoundSettings, rounds: int) -> Schedule:
-    """The schedule of a run of so many rounds.
+    """Return the schedule of a run of so many rounds.
 
     Raises:
         SettingError: the schedule is unknown, or a setting does not fit the number of rounds.

@@ -51,7 +51,7 @@ class Outgoing:
     sums: Weights = field(default_factory=dict)
 
     def replace(self, **changes: object) -> "Outgoing":
-        """A copy with other values for the named fields."""
+        """Return a copy with other values for the named fields."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
 

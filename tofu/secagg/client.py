@@ -302,13 +302,13 @@ class ClientSession:
         return self._roster.terms.digest(self._participant.run)
 
     def _advert(self, peer: int) -> Advert:
-        """The advert of a neighbor. Raises PayloadError if the client is not one."""
+        """Return the advert of a neighbor. Raises PayloadError if the client is not one."""
         if peer not in self._neighbors:
             raise PayloadError(f"client {peer} is not a neighbor of {self._participant.name}")
         return self._roster.adverts[self._neighbors.index(peer)]
 
     def _cipher(self, peer: int, sender: int, receiver: int) -> tuple[AESGCM, bytes]:
-        """The cipher from sender to receiver, one of which is the peer, and its associated data.
+        """Return the cipher from sender to receiver, one of which is the peer, and its associated data.
 
         Raises:
             PayloadError: the peer is not a neighbor.

@@ -40,7 +40,8 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def settings_for(ratio: float, clients: int) -> tuple[float, int]:
-    """The fraction of an update to send and the bits of the ring, for a ratio of float32 bytes to the vector's bytes.
+    """Return the fraction of an update to send and the bits of the ring, for a ratio of float32 bytes to the vector's
+    bytes.
 
     Sends as many entries as fit with the minimum number of bits; if all fit, uses as many bits as fit. The session's
     other messages are not counted: about 140 bytes of uplink per neighbor.
@@ -91,22 +92,22 @@ def select(
 
 
 def digest(selected: Tensor) -> bytes:
-    """A digest of selected coordinates, 8 bytes."""
+    """Return a digest of selected coordinates, 8 bytes."""
     return hashlib.sha256(selected.numpy().astype("<i8").tobytes()).digest()[:DIGEST_BYTES]
 
 
 def encode(update: Tensor, selected: Tensor) -> Tensor:
-    """float [d] -> its entries at the selected coordinates [m]; linear in the update."""
+    """Return a vector's (float [d]) entries at the selected coordinates [m]; linear in the update."""
     return update[selected]
 
 
 def decode(vector: Tensor, selected: Tensor, values: int) -> Tensor:
-    """float [m] -> float [d = values] with zeros elsewhere; linear, so it decodes a mean of vectors to the mean."""
+    """Map float [m] to float [d = values] with zeros elsewhere; linear, so it decodes a mean of vectors to the mean."""
     return torch.zeros(values, dtype=vector.dtype).index_copy_(0, selected, vector)
 
 
 def _leading(distance: npt.NDArray[np.float32], levels: Integers | None, count: int) -> npt.NDArray[np.bool_]:
-    """A mask of `count` entries, of the highest levels first and of the largest displacement within a level."""
+    """Return a mask of `count` entries, of the highest levels first and of the largest displacement within a level."""
     if levels is None or not count:
         return _largest_mask(distance, count)
     border = np.partition(levels, levels.size - count)[levels.size - count]
@@ -117,7 +118,7 @@ def _leading(distance: npt.NDArray[np.float32], levels: Integers | None, count: 
 
 
 def _largest_mask(distance: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.bool_]:
-    """A mask of the `count` largest values. The first of equal values is taken, so that all machines agree."""
+    """Return a mask of the `count` largest values. The first of equal values is taken, so that all machines agree."""
     if not count:
         return np.zeros(distance.size, dtype=bool)
     border = np.partition(distance, distance.size - count)[distance.size - count]
@@ -127,7 +128,7 @@ def _largest_mask(distance: npt.NDArray[np.float32], count: int) -> npt.NDArray[
 
 
 def _window(total: int, count: int, turn: int) -> npt.NDArray[np.int64]:
-    """`count` of `total` indices, for one turn."""
+    """Return `count` of `total` indices, for one turn."""
     stride = max(1, round(_GOLDEN * total))
     while math.gcd(stride, total) > 1:
         stride += 1

@@ -56,7 +56,7 @@ def first_ranges(param_spec: ParamSpec, known: Mapping[str, float]) -> tuple[flo
 
 
 def next_range(range_: float, excess: float, peak: float) -> float:
-    """A tensor's range for the next round.
+    """Return a tensor's range for the next round.
 
     If a value exceeded the range, it is widened by the excess, by a factor of 2 to 8. Otherwise it stays above
     `HEADROOM` times the peak and shrinks towards it by at most half per round.
@@ -72,7 +72,8 @@ def next_range(range_: float, excess: float, peak: float) -> float:
 
 
 def nearest_range(levels: int) -> float:
-    """The range for nearest rounding, in units of the values' root mean square, with M `levels` on each side of zero.
+    """Return the range for nearest rounding, in units of the values' root mean square, with M `levels` on each side of
+    zero.
 
     For Laplace-distributed values of variance 1, a range R has a mean squared error of R^2 / (12 M^2) from rounding
     and exp(-sqrt(2) R) from clipping. The sum is minimal at R = W(12 M^2) / sqrt(2), where W is Lambert's function.
@@ -135,7 +136,8 @@ class EncodingConfig:
 
 
 def purpose_of(config: EncodingConfig, weights: Weights, broadcast: bytes, *more: bytes) -> bytes:
-    """Digest (32 bytes) of the inputs that determine a client's vector: config, global weights, plugin state.
+    """Return the digest (32 bytes) of the inputs that determine a client's vector: config, global weights, plugin
+    state.
 
     It enters all keys and masks, so the masks of clients with other inputs do not cancel. Otherwise a server could send
     all clients but one huge ranges, a learning rate of almost 0, or weights that yield zero updates, so that the sum is
@@ -175,7 +177,9 @@ class DigitSums:
         return self._digits * sum(math.prod(spec.shape) for spec in self._declared.values())
 
     def encode(self, values: Mapping[str, Tensor]) -> RingVector:
-        """Tensors within their bounds -> ring vector [length]: for each tensor one row per digit, lowest first."""
+        """Return the tensors within their bounds -> ring vector [length]: for each tensor one row per digit, lowest
+        first.
+        """
         rows = [np.zeros(0, dtype=np.uint64)]
         shifts = np.arange(self._digits, dtype=np.uint64)[:, None] * np.uint64(self._digit_bits)
         for name, spec in self._declared.items():
@@ -185,7 +189,7 @@ class DigitSums:
         return np.concatenate(rows)
 
     def decode(self, total: RingVector, clients: int) -> dict[str, Tensor]:
-        """The sum of the vectors [length] of `clients` clients -> float64 tensors by name."""
+        """Return the sum of the vectors [length] of `clients` clients -> float64 tensors by name."""
         at, sums = 0, {}
         powers = 2.0 ** (np.arange(self._digits) * self._digit_bits)
         for name, spec in self._declared.items():
@@ -416,7 +420,7 @@ class RingEncoder:
         )
 
     def _noised_sums(self, totals: npt.NDArray[np.float64]) -> dict[str, Tensor]:
-        """The sums that are further values of the update, from their elements in units of the first range."""
+        """Return the sums that are further values of the update, from their elements in units of the first range."""
         sums, at = {}, 0
         for name, spec in self._noised.items():
             part = totals[at : at + math.prod(spec.shape)] * float(np.float32(self._config.ranges[0]))
@@ -434,7 +438,7 @@ class RingEncoder:
             raise RunError(f"the counts exceed what {clients} clients can send: one of them sent an impossible vector")
 
     def _select(self, displacement: Tensor) -> Tensor:
-        """The coordinates that are sent (`tofu.secagg.coordinates`)."""
+        """Return the coordinates that are sent (`tofu.secagg.coordinates`)."""
         tensors = zip(torch.split(displacement, self._sizes), self._param_spec.shapes.values(), strict=True)
         levels = np.concatenate([displacement_levels(part.reshape(shape)) for part, shape in tensors])
         return coordinates.select(displacement, self._config.fraction, self._config.turn, levels=levels)
@@ -451,13 +455,13 @@ class RingEncoder:
         return np.repeat(np.array(self._config.ranges, np.float32).astype(np.float64), self._sizes)
 
     def _expand(self, sent: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """The entries that are sent [m], with zeros for all others [d]."""
+        """Return the entries that are sent [m], with zeros for all others [d]."""
         if self._coordinates is None:
             return sent
         return coordinates.decode(torch.from_numpy(sent), self._coordinates, self._all).numpy()
 
     def _split(self, values: npt.NDArray[np.float64]) -> list[npt.NDArray[np.float64]]:
-        """One vector [d] -> one per tensor."""
+        """Split one vector [d] into one per tensor."""
         return np.split(values, np.cumsum(self._sizes)[:-1])
 
     def _weights(self, values: npt.NDArray[np.float64]) -> Weights:

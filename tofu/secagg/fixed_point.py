@@ -194,7 +194,7 @@ class FixedPoint:
         return down.astype(np.int64) + up
 
     def _digits_of(self, count: int) -> list[int]:
-        """The digits of a count, lowest first. Each digit is summed separately, so the summed count is exact."""
+        """Return the digits of a count, lowest first. Each digit is summed separately, so the summed count is exact."""
         return [count >> (self.digit_bits * place) & (1 << self.digit_bits) - 1 for place in range(self.digits)]
 
     def _count_from(self, sums: RingVector) -> int:

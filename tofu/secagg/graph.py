@@ -67,13 +67,15 @@ class Topology:
 
     @staticmethod
     def of(secure: SecureSettings, clients: int) -> "Topology":
-        """The topology of a secure round with this number of clients. Raises SettingError if none is secure."""
+        """Return the topology of a secure round with this number of clients. Raises SettingError if none is secure."""
         complete = _COMPLETE_WITH_IDENTITIES if secure.secure_identities else COMPLETE_UP_TO
         dropout, corrupted = secure.secagg_dropout_fraction, secure.secagg_collusion_fraction
         return choose_topology(clients, dropout=dropout, corrupted=corrupted, complete_up_to=complete)
 
     def honest(self, clients: int, corrupted: float) -> int:
-        """Minimum number of honest clients in any sum, if a fraction of the clients colludes with the server."""
+        """Return the minimum number of honest clients in any sum, if a fraction of the clients colludes with the
+        server.
+        """
         return max(1, self.threshold - math.floor(corrupted * clients))
 
 
@@ -98,7 +100,7 @@ class Graph:
         self._reach = neighbors // 2
 
     def neighbors_of(self, one: int) -> tuple[int, ...]:
-        """A client's neighbors in rising order, as indices into the adverts."""
+        """Return a client's neighbors in rising order, as indices into the adverts."""
         if self._complete:
             return tuple(other for other in range(len(self._ring)) if other != one)
         place, steps = self._ring.index(one), range(-self._reach, self._reach + 1)
@@ -164,7 +166,7 @@ def min_threshold(clients: int, neighbors: int, corrupted: float) -> int:
 
 
 def _exceeded(population: int, marked: int, draws: int, tries: int, bits: int) -> int:
-    """The smallest c with tries * P[more than c of the draws are marked] <= 2^-bits, by exact sums."""
+    """Return the smallest c with tries * P[more than c of the draws are marked] <= 2^-bits, by exact sums."""
     total = math.comb(population, draws)
     tail = 0
     for count in range(min(marked, draws), 0, -1):
@@ -194,7 +196,7 @@ class Stage(IntEnum):
     DONE = 5
 
     def __str__(self) -> str:
-        """The name as in the paper, such as ShareKeys."""
+        """Return the name as in the paper, such as ShareKeys."""
         return self.name.title().replace("_", "")
 
 
@@ -235,7 +237,7 @@ class Terms:
     purpose: bytes = bytes(PURPOSE_BYTES)
 
     def digest(self, run: bytes) -> bytes:
-        """SHA-256 of the terms in a run.
+        """Return the SHA-256 of the terms in a run.
 
         Args:
             run: identifies the run to all its clients.
@@ -245,7 +247,7 @@ class Terms:
         return hashlib.sha256(fields(*parts)).digest()
 
     def neighbors_of(self, client: int) -> tuple[int, ...]:
-        """A client's neighbors by number, rising. Raises SettingError if no such graph exists."""
+        """Return a client's neighbors by number, rising. Raises SettingError if no such graph exists."""
         return self._graph.neighbors_of(client)
 
     @cached_property

@@ -72,7 +72,7 @@ def new_seed() -> bytes:
 
 
 def public_key(secret: bytes) -> bytes:
-    """The X25519 public key of a secret key (32 bytes each)."""
+    """Return the X25519 public key of a secret key (32 bytes each)."""
     return X25519PrivateKey.from_private_bytes(secret).public_key().public_bytes_raw()
 
 
@@ -121,7 +121,7 @@ class Stream:
         self._cipher = Cipher(algorithms.AES256(seed), modes.CTR(bytes(16))).encryptor()
 
     def words(self, count: int, width: int) -> npt.NDArray[np.unsignedinteger]:
-        """The next `count` little-endian words of `width` bytes (1, 2, 4 or 8)."""
+        """Return the next `count` little-endian words of `width` bytes (1, 2, 4 or 8)."""
         return np.frombuffer(self._cipher.update(bytes(count * width)), dtype=f"<u{width}")
 
 
@@ -140,7 +140,7 @@ def add_mask(vector: RingVector, seed: bytes, bits: int, *, negative: bool = Fal
 
 
 def word_bytes(bits: int) -> int:
-    """Bytes of the smallest word that holds an element of b bits."""
+    """Return the number of bytes of the smallest word that holds an element of b bits."""
     return next(width for width in (1, 2, 4, 8) if bits <= 8 * width)
 
 

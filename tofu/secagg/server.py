@@ -280,7 +280,7 @@ class ServerSession:
         self._stage = following
 
     def _sender(self, stage: Stage, name: str, what: str, session: Session, client: int) -> int:
-        """The client's number, if it may send this message now."""
+        """Return the client's number, if it may send this message now."""
         self._expect(stage, name, what)
         if name not in self._numbers:
             raise PayloadError(f"{name} sent {what} but is not in this session")
@@ -321,7 +321,7 @@ class ServerSession:
         return found[0]
 
     def _is_committed(self, number: int, secret: bytes) -> bool:
-        """Whether a secret is the one that the client shared, by its public mask key or by its commitments."""
+        """Return whether a secret is the one that the client shared, by its public mask key or by its commitments."""
         if number not in self._masked:
             return public_key(secret) == self._order[number].mask_key
         name = self._order[number].name

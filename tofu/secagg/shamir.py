@@ -109,7 +109,7 @@ def reconstruct(
 
 
 def _weights(indices: npt.NDArray[np.int64]) -> Bytes:
-    """The Lagrange coefficient of each share at 0: prod_(j != i) x_j / (x_j - x_i)."""
+    """Return the Lagrange coefficient of each share at 0: prod_(j != i) x_j / (x_j - x_i)."""
     powers, logarithms, _ = _tables()
     differences = indices[:, None] ^ indices
     np.fill_diagonal(differences, 1)  # its logarithm is 0, which omits j = i

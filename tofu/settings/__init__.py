@@ -97,7 +97,7 @@ class Settings(BaseModel):
 
     @staticmethod
     def of(values: Mapping[str, object], *, warn: bool = True) -> "Settings":
-        """Settings from flat names (with dashes or underscores); the defaults fill in what is missing.
+        """Return the settings from flat names (with dashes or underscores); the defaults fill in what is missing.
 
         Args:
             warn: print a warning for names and values that are deprecated.
@@ -118,7 +118,10 @@ class Settings(BaseModel):
         return settings
 
     def replace(self, **changes: Value) -> "Settings":
-        """A checked copy in which the given settings (flat names) have other values. Raises SettingError as `of`."""
+        """Return a checked copy in which the given settings (flat names) have other values.
+
+        Raises SettingError as `of`.
+        """
         return Settings.of(self.to_config() | {dashed(name): value for name, value in changes.items()})
 
     def to_config(self) -> dict[str, Value]:
@@ -126,7 +129,8 @@ class Settings(BaseModel):
         return {dashed(name): getattr(getattr(self, _GROUP_OF[name]), name) for name in FIELDS}
 
     def meaning(self, round_: int) -> tuple[bytes, ...]:
-        """The inputs, besides the encoding, that all clients of a secure sum must share: settings, round and code.
+        """Return the inputs, besides the encoding, that all clients of a secure sum must share: settings, round and
+        code.
 
         The setting `device` is left out, because clients may choose it, and so is `class-names`, to which the server
         adds the classes of the clients that registered; the number of classes is part of the encoding.
@@ -305,7 +309,7 @@ FIELDS: dict[str, FieldInfo] = {name: field for kind in _GROUPS.values() for nam
 
 
 def section_of(name: str) -> str:
-    """The heading of a setting in `--help`."""
+    """Return the heading of a setting in `--help`."""
     extra = FIELDS[name].json_schema_extra
     own = extra["section"] if isinstance(extra, dict) else ""
     group: Any = _GROUPS[_GROUP_OF[name]]
@@ -313,23 +317,23 @@ def section_of(name: str) -> str:
 
 
 def separator_of(name: str) -> str:
-    """The separator of a setting with several values; empty for other settings."""
+    """Return the separator of a setting with several values; empty for other settings."""
     extra = FIELDS[name].json_schema_extra
     return str(extra["repeated"]) if isinstance(extra, dict) else ""
 
 
 def settings_of_section(section: str) -> tuple[str, ...]:
-    """Names of the settings in a section; only the proxy codec reads those in "Proxies"."""
+    """Return the names of the settings in a section; only the proxy codec reads those in "Proxies"."""
     return tuple(name for name in FIELDS if section_of(name) == section)
 
 
 def parse_setting(name: str, text: str) -> Value:
-    """A setting's value from text, as on the command line. Raises SettingError for text of another type."""
+    """Return a setting's value from text, as on the command line. Raises SettingError for text of another type."""
     return parse_text(name, FIELDS[name], text)
 
 
 def accepted_values(name: str) -> tuple[str, ...]:
-    """The values of a setting with a choice, for help and completion; empty for other settings."""
+    """Return the values of a setting with a choice, for help and completion; empty for other settings."""
     if name in _REGISTRIES:
         registered: tuple[str, ...] = import_object(_REGISTRIES[name]).names()
         return tuple(FULL_WEIGHTS if name == "downlink" and known == "none" else known for known in registered)
@@ -337,12 +341,12 @@ def accepted_values(name: str) -> tuple[str, ...]:
 
 
 def is_extensible(name: str) -> bool:
-    """Whether a setting also accepts `package.module:Class`."""
+    """Return whether a setting also accepts `package.module:Class`."""
     return name in _REGISTRIES
 
 
 def json_schema() -> dict[str, Any]:
-    """A JSON schema of the flat settings, as a TOML file or `flwr run --run-config` holds them."""
+    """Return a JSON schema of the flat settings, as a TOML file or `flwr run --run-config` holds them."""
     properties: dict[str, Any] = {}
     for kind in _GROUPS.values():
         for name, schema in kind.model_json_schema()["properties"].items():
@@ -365,7 +369,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def read_toml(path: Path) -> dict[str, object]:
-    """Settings from a TOML file: a flat table, or [tool.flwr.app.config] of a pyproject.
+    """Return the settings from a TOML file: a flat table, or [tool.flwr.app.config] of a pyproject.
 
     Raises:
         SettingError: the file is missing or is not TOML.

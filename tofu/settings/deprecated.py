@@ -52,12 +52,12 @@ _warned: set[str] = set()
 
 
 def dashed(name: str) -> str:
-    """A setting's name as users write it."""
+    """Return a setting's name as users write it."""
     return name.replace("_", "-")
 
 
 def present_names(values: Mapping[str, object], *, warn: bool = True) -> dict[str, object]:
-    """Settings by their present names, with dashes; old values become the present ones.
+    """Return the settings by their present names, with dashes; old values become the present ones.
 
     Raises:
         SettingError: a setting is given by its old and by its present name.
@@ -75,7 +75,7 @@ def present_names(values: Mapping[str, object], *, warn: bool = True) -> dict[st
 
 
 def present_value(name: str, value: str, *, warn: bool = True) -> str:
-    """The present form of a setting's value.
+    """Return the present form of a setting's value.
 
     Args:
         name: present name of the setting, with dashes.
@@ -87,7 +87,7 @@ def present_value(name: str, value: str, *, warn: bool = True) -> str:
 
 
 def present_option(key: str) -> str:
-    """The present name of a plugin's option, `plugin.option`."""
+    """Return the present name of a plugin's option, `plugin.option`."""
     name = PLUGIN_OPTIONS.get(key, key)
     if name != key:
         warn_once(f"plugin option {key} is deprecated: use {name}")
@@ -95,12 +95,12 @@ def present_option(key: str) -> str:
 
 
 def present_kind(kind: str) -> str:
-    """The present name of a kind of round in a file of an earlier version."""
+    """Return the present name of a kind of round in a file of an earlier version."""
     return present_value("schedule", kind, warn=False)
 
 
 def present_node_config(config: Mapping[str, Scalar]) -> dict[str, Scalar]:
-    """A client's node config with present names. Old names must not be ignored: they restrict the server.
+    """Return a client's node config with present names. Old names must not be ignored: they restrict the server.
 
     Raises:
         SettingError: an entry is given by its old and by its present name.

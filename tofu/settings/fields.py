@@ -51,7 +51,7 @@ class Group(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     def replace(self, **changes: Value) -> Self:
-        """A checked copy with other values. Raises SettingError as `Settings.of` does."""
+        """Return a checked copy with other values. Raises SettingError as `Settings.of` does."""
         return build(type(self), self.model_dump() | changes)
 
 
@@ -75,7 +75,7 @@ def build(group: type[M], values: Mapping[str, Any]) -> M:
 
 
 def comma_list(text: str) -> tuple[str, ...]:
-    """The names in a text, separated by commas, without white space around them.
+    """Return the names in a text, separated by commas, without white space around them.
 
     >>> comma_list(" cat, dog,")
     ('cat', 'dog')
@@ -84,7 +84,7 @@ def comma_list(text: str) -> tuple[str, ...]:
 
 
 def names_of(text: str) -> tuple[str, ...]:
-    """The class names in a text, as those of `comma_list`; a name that contains commas is in double quotes.
+    """Return the class names in a text, as those of `comma_list`; a name that contains commas is in double quotes.
 
     >>> names_of('cat, "dog, big"')
     ('cat', 'dog, big')
@@ -94,31 +94,31 @@ def names_of(text: str) -> tuple[str, ...]:
 
 
 def names_to_text(names: Iterable[str]) -> str:
-    """The text from which `names_of` reads these names."""
+    """Return the text from which `names_of` reads these names."""
     file = io.StringIO()
     csv.writer(file, lineterminator="").writerow(names)
     return file.getvalue()
 
 
 def kind_of(field: FieldInfo) -> type:
-    """The Python type of a setting: bool, int, float or str."""
+    """Return the Python type of a setting: bool, int, float or str."""
     return type(field.default)
 
 
 def has_auto(field: FieldInfo) -> bool:
-    """Whether the program can choose the value, by 0 or "auto"."""
+    """Return whether the program can choose the value, by 0 or "auto"."""
     return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("auto"))
 
 
 def shown_default(field: FieldInfo) -> str:
-    """The default as text for help and reference: "auto" if the program chooses."""
+    """Return the default as text for help and reference: "auto" if the program chooses."""
     if has_auto(field) and not field.default:
         return AUTO
     return str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
 
 
 def choices_of(field: FieldInfo) -> tuple[Value, ...]:
-    """The accepted values of a setting with a fixed choice, else an empty tuple."""
+    """Return the accepted values of a setting with a fixed choice, else an empty tuple."""
     return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
 
 
@@ -133,7 +133,7 @@ def bounds_of(field: FieldInfo) -> dict[str, float]:
 
 
 def expected(field: FieldInfo) -> str:
-    """The accepted values of a setting, as text that completes "expected ..."."""
+    """Return the accepted values of a setting, as text that completes "expected ..."."""
     if choices := choices_of(field):
         return f"one of {', '.join(map(str, choices))}"
     words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
@@ -142,7 +142,7 @@ def expected(field: FieldInfo) -> str:
 
 
 def parse_text(name: str, field: FieldInfo, text: str) -> Value:
-    """The value of a setting from the text of a command line.
+    """Return the value of a setting from the text of a command line.
 
     Raises:
         SettingError: the text is not of the setting's type. Bounds are checked by `build`.

@@ -156,7 +156,7 @@ class TrainingSettings(Group):
     weight_decay: float = setting(0.0, "weight decay of the clients' SGD", ge=0)
 
     def lr_of(self, round_: int) -> float:
-        """The learning rate of a round, counted from 1."""
+        """Return the learning rate of a round, counted from 1."""
         if self.lr_schedule == "constant":
             return self.lr
         if self.lr_schedule == "step":
@@ -350,7 +350,9 @@ class PrivacySettings(Group):
         return self.clip_budget if self.clip_quantile else 0.0
 
     def joint_norm(self, norm: float) -> float:
-        """Norm of an update, clipped to `norm`, together with the report for the count of clipped clients."""
+        """Return the norm of an update, clipped to `norm`, together with the report for the count of clipped
+        clients.
+        """
         return norm / math.sqrt(1 - self.count_fraction)
 
 

@@ -47,7 +47,7 @@ class QuantileSketch:
         self.counts += weight * torch.bincount(place.cpu(), minlength=self.BINS).double()
 
     def quantile(self, q: float, *, ignore_zeros: bool = False) -> float:
-        """The value below which a fraction q of the values lies; 0 if there are none.
+        """Return the value below which a fraction q of the values lies; 0 if there are none.
 
         Args:
             ignore_zeros: ignore values with a magnitude below 1e-4.
@@ -149,5 +149,8 @@ def _through(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
 
 
 def thresholds_of(network: nn.Module) -> dict[str, float]:
-    """Name of each layer of neurons -> its threshold. Thresholds are constants, so a state dict does not have them."""
+    """Return a mapping: name of each layer of neurons -> its threshold.
+
+    Thresholds are constants, so a state dict does not have them.
+    """
     return {name: float(layer.threshold) for name, layer in neurons_of(network).items()}

@@ -30,7 +30,7 @@ DEFAULT_THRESHOLDS = (-0.05, 0.05)
 
 
 def dct_components() -> Tensor:
-    """The images outer(Q_m, Q_n) of the 16 frequencies in zig-zag order: float32 [16, 4, 4], orthonormal."""
+    """Return the images outer(Q_m, Q_n) of the 16 frequencies in zig-zag order: float32 [16, 4, 4], orthonormal."""
     n = torch.arange(BLOCK, dtype=torch.float64)
     q = math.sqrt(2 / BLOCK) * torch.cos(math.pi * (2 * n + 1) * n[:, None] / (2 * BLOCK))
     q[0] = math.sqrt(1 / BLOCK)
@@ -87,16 +87,16 @@ class DctEncoder(OverTime):
         self.register_buffer("basis", dct_components(), persistent=False)
 
     def encoded_side(self, side: int) -> int:
-        """Pixels along a side of the spikes, for an image's side in pixels."""
+        """Return the pixels along a side of the spikes, for an image's side in pixels."""
         return self._blocks(side) * BLOCK
 
     def expanded(self, images: Tensor) -> Tensor:
-        """The pixels of all blocks, side by side: [n, channels, height', width']."""
+        """Return the pixels of all blocks, side by side: [n, channels, height', width']."""
         blocks = self._split(to_ycbcr(images))
         return blocks.permute(0, 1, 2, 4, 3, 5).flatten(4, 5).flatten(2, 3)
 
     def components(self, images: Tensor) -> Tensor:
-        """The components g_k in zig-zag order: [16, n, channels, height', width']; their sum is `expanded`."""
+        """Return the components g_k in zig-zag order: [16, n, channels, height', width']; their sum is `expanded`."""
         blocks = self._split(to_ycbcr(images))
         coefficients = torch.einsum("ncyxij,kij->kncyx", blocks, self.basis)
         parts = torch.einsum("kncyx,kij->kncyixj", coefficients, self.basis)
@@ -119,11 +119,13 @@ class DctEncoder(OverTime):
         return spikes.flatten(0, 1)
 
     def _blocks(self, side: int) -> int:
-        """Number of blocks along a side; the border of the image is repeated where the last block exceeds it."""
+        """Return the number of blocks along a side; the border of the image is repeated where the last block exceeds
+        it.
+        """
         return 1 + max(0, math.ceil((side - BLOCK) / self.stride))
 
     def _split(self, images: Tensor) -> Tensor:
-        """[n, channels, blocks down, blocks across, 4, 4]."""
+        """Split images into blocks: [n, channels, blocks down, blocks across, 4, 4]."""
         missing = [(self._blocks(side) - 1) * self.stride + BLOCK - side for side in images.shape[2:]]
         if any(missing):
             images = F.pad(images, (0, missing[1], 0, missing[0]), mode="replicate")

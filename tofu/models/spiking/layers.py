@@ -103,12 +103,15 @@ class LeakyIntegrateFire(OverTime):
 
 
 def neurons_of(model: nn.Module) -> dict[str, LeakyIntegrateFire]:
-    """Name -> each layer of neurons, in the model's order."""
+    """Return a mapping: name -> each layer of neurons, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LeakyIntegrateFire)}
 
 
 def _firing_rate(beta: float) -> Callable[[LeakyIntegrateFire, Tensor], Tensor]:
-    """The surrogate of a neuron. Unlike a rate it is not bounded by 1: proxies then explain more of an update."""
+    """Return the surrogate of a neuron.
+
+    Unlike a rate it is not bounded by 1: proxies then explain more of an update.
+    """
 
     def forward(layer: LeakyIntegrateFire, current: Tensor) -> Tensor:
         return smooth_relu(current / layer.firing_threshold if layer.spiking else current, beta)

@@ -196,7 +196,7 @@ _STEPS = 8
 
 
 def dct_model(size: str, stride: int, shape: ImageShape, norm: str) -> nn.Module:
-    """A `spiking_vgg` of a known size behind a `DctEncoder`, for 48 steps."""
+    """Return a `spiking_vgg` of a known size behind a `DctEncoder`, for 48 steps."""
     encoder = DctEncoder(stride)
     widths = _WIDTHS[size]
     smallest = 2 ** list(widths).count(POOL)
@@ -208,7 +208,7 @@ def dct_model(size: str, stride: int, shape: ImageShape, norm: str) -> nn.Module
 
 
 def spiking_model(size: str, shape: ImageShape, norm: str) -> nn.Module:
-    """A `spiking_vgg` of a known size, whose pixels are constant currents for 8 steps.
+    """Return a `spiking_vgg` of a known size, whose pixels are constant currents for 8 steps.
 
     Images that are too small for the pooling layers are scaled up.
     """

@@ -122,7 +122,7 @@ class Comparison:
         overrides: Sequence[str] = (),
         tune: str = "",
     ) -> "Comparison":
-        """A comparison from the text of the command line.
+        """Return a comparison from the text of the command line.
 
         Args:
             compressors, ratios: entries separated by commas.
@@ -169,13 +169,13 @@ class Comparison:
         return tuple(cell for cell in self.cells if not cell.unreachable)
 
     def tuning_runs(self, cell: Cell) -> tuple[Run, ...]:
-        """The runs that choose a cell's value of the tuned setting; none without one."""
+        """Return the runs that choose a cell's value of the tuned setting; none without one."""
         if not self.tune:
             return ()
         return tuple(self._run(cell, self.tune.seed, value, tuning=True) for value in cell.payloads)
 
     def run(self, cell: Cell, seed: int, value: Value | None = None) -> Run:
-        """A run whose result is reported, with the value that tuning chose."""
+        """Return a run whose result is reported, with the value that tuning chose."""
         return self._run(cell, seed, value, tuning=False)
 
     def _run(self, cell: Cell, seed: int, value: Value | None, *, tuning: bool) -> Run:
@@ -295,7 +295,7 @@ def _tune(text: str, first_seed: int) -> Tune | None:
 
 
 def _own_setting(field_: str, text: str, setting: str) -> str:
-    """The field of a setting that may differ between the cells of a comparison."""
+    """Return the field of a setting that may differ between the cells of a comparison."""
     name = setting.replace("-", "_")
     if name not in FIELDS:
         try:
@@ -308,7 +308,7 @@ def _own_setting(field_: str, text: str, setting: str) -> str:
 
 
 def _value(field_: str, text: str, name: str, raw: str) -> Value:
-    """A setting's value from text, checked as the command line would."""
+    """Return a setting's value from text, checked as the command line would."""
     try:
         checked = Settings.of({name: parse_setting(name, raw)}).to_config()[dashed(name)]
     except SettingError as error:

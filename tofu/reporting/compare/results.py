@@ -24,7 +24,7 @@ _MEASURED = (
 
 
 def read_run(run: Run) -> Row:
-    """One row of the document from a finished run's folder.
+    """Return one row of the document from a finished run's folder.
 
     `train_seconds` and `encode_seconds` are sums over the rounds of the mean over clients.
 
@@ -52,7 +52,7 @@ def read_run(run: Run) -> Row:
 
 
 def failed_run(run: Run, reason: str) -> Row:
-    """The row of a run that could not go on, for example because training diverged."""
+    """Return the row of a run that could not go on, for example because training diverged."""
     return _begin(run) | {"failed": reason}
 
 
@@ -66,7 +66,7 @@ def _asked(cell: Cell) -> list[float]:
 
 
 def best_value(rows: Sequence[Row]) -> Value | None:
-    """The tuned value of the most accurate of a cell's tuning runs, the first of equals; None if all failed."""
+    """Return the tuned value of the most accurate of a cell's tuning runs, the first of equals; None if all failed."""
     finished = [row for row in rows if "failed" not in row]
     if not finished:
         return None
@@ -77,7 +77,7 @@ def best_value(rows: Sequence[Row]) -> Value | None:
 def document(
     comparison: Comparison, rows: Mapping[Cell, Sequence[Row]], tuning: Mapping[Cell, Sequence[Row]], *, runs_left: int
 ) -> Row:
-    """The document of the runs so far.
+    """Return the document of the runs so far.
 
     Args:
         rows: of each cell's runs that count, in the order of the seeds.
@@ -141,7 +141,7 @@ def _cell(
 
 
 def _targets(cells: Sequence[Row]) -> list[Row]:
-    """For each target accuracy and compressor, the cell with the smallest mean uplink that reaches it.
+    """Return for each target accuracy and compressor the cell with the smallest mean uplink that reaches it.
 
     Only cells that finished with every seed count: means over different seeds say nothing about each other.
     """

@@ -42,7 +42,7 @@ class Axis:
     pieces: int = 5
 
     def at(self, value: float) -> float:
-        """The pixel of a value; with `log`, values must be positive."""
+        """Return the pixel of a value; with `log`, values must be positive."""
         low, high, value = (math.log10(v) if self.log else v for v in (self.low, self.high, value))
         return round(self.start + (self.end - self.start) * (value - low) / (high - low), 2)
 
@@ -63,14 +63,14 @@ class Axis:
 
 
 def nice_step(span: float, about: int = 5) -> float:
-    """A step of 1, 2 or 5 times a power of ten that cuts `span` (positive) into about `about` pieces."""
+    """Return a step of 1, 2 or 5 times a power of ten that cuts `span` (positive) into about `about` pieces."""
     rough = span / about
     power = 10.0 ** math.floor(math.log10(rough))
     return next(factor * power for factor in (1, 2, 5, 10) if rough <= factor * power * 1.0001)
 
 
 def value_axis(values: Sequence[float], start: float = BOTTOM, end: float = TOP, *, span: float = 0.0) -> Axis:
-    """An axis as tight around the values as whole ticks allow.
+    """Return an axis as tight around the values as whole ticks allow.
 
     Args:
         span: what the ticks are chosen for if the values span less.
@@ -82,7 +82,7 @@ def value_axis(values: Sequence[float], start: float = BOTTOM, end: float = TOP,
 
 
 def fraction_axis(values: Sequence[float], *, span: float = 0.1) -> Axis:
-    """A vertical axis for fractions, as `value_axis`, that does not extend past 0 or 1 without need."""
+    """Return a vertical axis for fractions, as `value_axis`, that does not extend past 0 or 1 without need."""
     axis = value_axis(values, span=span)
     low = max(axis.low, 0.0) if min(values) >= 0 else axis.low
     high = min(axis.high, 1.0) if max(values) <= 1 else axis.high
@@ -90,12 +90,12 @@ def fraction_axis(values: Sequence[float], *, span: float = 0.1) -> Axis:
 
 
 def round_axis(last: int) -> Axis:
-    """A horizontal axis over the rounds 0 to `last`."""
+    """Return a horizontal axis over the rounds 0 to `last`."""
     return Axis(0, max(last, 1), LEFT, RIGHT - 6, pieces=min(8, max(last, 1)))
 
 
 def tick_bytes(value: float) -> str:
-    """A number of bytes at a tick, without a decimal of zero."""
+    """Return a number of bytes at a tick, without a decimal of zero."""
     return format_bytes(round(value)).replace(".0 ", " ")
 
 
@@ -134,7 +134,7 @@ class Drawing:
         self.add("text", "label", labels[1], x=0, y=12)
 
     def bottom_axis(self, x: Axis, y: float, label: str) -> None:
-        """A horizontal axis in percent below a figure without a vertical axis, at its end."""
+        """Draw a horizontal axis in percent below a figure without a vertical axis, at its end."""
         decimals = 0 if nice_step(x.high - x.low) >= 0.01 else 1
         self._x_axis(x, y, (0, self.width), label, lambda value: f"{100 * value:.{decimals}f}%")
         self.height = math.ceil(y) + 50
@@ -155,12 +155,14 @@ class Drawing:
         self.add("text", "label middle", label, x=sum(ends) / 2, y=bottom + 42)
 
     def curve(self, points: Sequence[tuple[float, float]], css: str) -> None:
-        """A line through pixel positions."""
+        """Draw a line through pixel positions."""
         if len(points) > 1:
             self.add("polyline", f"curve {css}", points=" ".join(f"{x:g},{y:g}" for x, y in points))
 
     def mark(self, x: float, y: float, kind: str, tip: str = "", *, hollow: bool = False) -> None:
-        """The mark of a kind of round. Shape as well as color tells the kinds apart; `hollow`: it was abandoned."""
+        """Draw the mark of a kind of round. Shape as well as color tells the kinds apart; `hollow`:
+        it was abandoned.
+        """
         css = f"mark k-{kind}" if kind in KINDS else "mark k-other"
         css += " hollow" if hollow else ""
         if kind == "fedavg":
@@ -171,7 +173,7 @@ class Drawing:
             self.add("circle", css, tip=tip, cx=x, cy=y, r=4.2)
 
     def legend(self, entries: Sequence[tuple[_Key, str]]) -> None:
-        """Rows of keys above the figure: pairs of a key and its text.
+        """Draw rows of keys above the figure: pairs of a key and its text.
 
         A key is a kind of round, the CSS class of a curve, or a function that draws it around a position.
         """
@@ -202,7 +204,7 @@ class Drawing:
         self.svg.set("viewBox", f"0 {-above} {self.width} {self.height}")
 
     def markup(self) -> str:
-        """The figure as markup that can be placed in a page."""
+        """Return the figure as markup that can be placed in a page."""
         return ET.tostring(self.svg, encoding="unicode")
 
 
@@ -225,7 +227,7 @@ class Bar:
 
 
 def bar_chart(alt: str, bars: Sequence[Bar]) -> Drawing:
-    """Bars below each other on one linear scale from zero, by magnitude."""
+    """Draw bars below each other on one linear scale from zero, by magnitude."""
     drawing = Drawing(alt, 0)
     widest = max((abs(bar.size) for bar in bars), default=0.0) or 1.0
     y = 0

@@ -12,7 +12,10 @@ _MAX = 500
 
 
 def client_table(run: RunData) -> list[tuple[str, ...]]:
-    """One row per client (the first 500): name and cells. Secure rounds, which show only sums, add only bytes."""
+    """Return one row per client (the first 500): name and cells.
+
+    Secure rounds, which show only sums, add only bytes.
+    """
     replies: defaultdict[str, list[ClientRecord]] = defaultdict(list)
     failures: defaultdict[str, int] = defaultdict(int)
     for row in run.rounds:
@@ -32,7 +35,7 @@ def client_table(run: RunData) -> list[tuple[str, ...]]:
 
 
 def client_columns(run: RunData) -> list[str]:
-    """Names of the columns."""
+    """Return the names of the columns."""
     optional = [name for name, value in _optional(run).items() if value]
     return ["client", "valid replies", "failed", "examples", "explained variance", "training", "encoding", *optional]
 

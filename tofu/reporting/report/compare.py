@@ -85,7 +85,7 @@ def render_page(document: Mapping[str, Any], name: str) -> str:
 
 
 def _lead(document: Mapping[str, Any]) -> Markup:
-    """The leading compressor at each ratio, if its lead exceeds the spread over seeds."""
+    """Return the leading compressor at each ratio, if its lead exceeds the spread over seeds."""
     parts = []
     for ratio in sorted(document["ratios"]):
         cells = [c for c in document["cells"][1:] if ratio in c["ratios"] and c["final_accuracy"]]
@@ -101,7 +101,7 @@ def _lead(document: Mapping[str, Any]) -> Markup:
 
 
 def _leader(cells: Sequence[Mapping[str, Any]], ratio: float) -> Markup:
-    """The best of the cells at a ratio, which are sorted, if it is ahead by more than one standard deviation."""
+    """Return the best of the cells at a ratio, which are sorted, if it is ahead by more than one standard deviation."""
     best, *others = cells
     values = {"ratio": ratio_text(ratio), "name": best["compressor"]}
     values["mean"] = format_fraction(best["final_accuracy"]["mean"])
@@ -118,7 +118,7 @@ def _leader(cells: Sequence[Mapping[str, Any]], ratio: float) -> Markup:
 
 
 def ahead(best: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether the difference of two means is more than the larger of the standard deviations over seeds."""
+    """Return whether the difference of two means is more than the larger of the standard deviations over seeds."""
     ours, theirs = best["final_accuracy"], other["final_accuracy"]
     if ours["sd"] is None or theirs["sd"] is None:
         return False

@@ -56,7 +56,8 @@ SERIES_STYLE = "\n".join(
 
 
 def accuracy_by_uplink(document: Mapping[str, Any], *, zoom: bool = False) -> Drawing | None:
-    """Final accuracy against a run's uplink bytes, a line for each compressor; None where nothing has been measured.
+    """Draw final accuracy against a run's uplink bytes, a line for each compressor; None where nothing has been
+    measured.
 
     Args:
         zoom: draw only what ends less than `ZOOM_POINTS` points below FedAvg; None where that is nothing or all.
@@ -97,7 +98,9 @@ def accuracy_by_uplink(document: Mapping[str, Any], *, zoom: bool = False) -> Dr
 
 
 def near_fedavg(document: Mapping[str, Any]) -> list[Cell]:
-    """The cells that end less than `ZOOM_POINTS` points below FedAvg; all of them if the others are hardly lower."""
+    """Return the cells that end less than `ZOOM_POINTS` points below FedAvg; all of them if the others are hardly
+    lower.
+    """
     reference, *others = document["cells"]
     done = [cell for cell in others if cell["final_accuracy"]]
     if not reference["final_accuracy"]:
@@ -108,7 +111,7 @@ def near_fedavg(document: Mapping[str, Any]) -> list[Cell]:
 
 
 def accuracy_by_round(document: Mapping[str, Any], ratio: float) -> Drawing | None:
-    """Mean test accuracy after each round of every compressor at one ratio, FedAvg dashed."""
+    """Draw mean test accuracy after each round of every compressor at one ratio, FedAvg dashed."""
     reference, *others = document["cells"]
     done = [cell for cell in others if ratio in cell["ratios"] and cell["accuracy_by_round"]]
     if not done:
@@ -136,7 +139,9 @@ def accuracy_by_round(document: Mapping[str, Any], ratio: float) -> Drawing | No
 
 
 def accuracy_by_seed(document: Mapping[str, Any], ratio: float) -> Drawing | None:
-    """Final test accuracy of every run at one ratio: a row per compressor with a dot per seed, mean and deviation."""
+    """Draw final test accuracy of every run at one ratio: a row per compressor with a dot per seed,
+    mean and deviation.
+    """
     reference, *others = document["cells"]
     done = [cell for cell in others if ratio in cell["ratios"] and cell["final_accuracy"]]
     if not done:
@@ -177,7 +182,7 @@ def accuracy_by_seed(document: Mapping[str, Any], ratio: float) -> Drawing | Non
 
 
 def seed_accuracies(document: Mapping[str, Any], cell: Cell) -> list[float]:
-    """The final accuracies of a cell's runs, in the order of the seeds."""
+    """Return the final accuracies of a cell's runs, in the order of the seeds."""
     ratio = cell["ratios"][0] if cell["ratios"] else None
     return [
         row["final_accuracy"]
@@ -231,7 +236,7 @@ def _fedavg_key(reference: Cell) -> str:
 
 
 def _level(drawing: Drawing, y: Axis, reference: Cell) -> None:
-    """FedAvg's mean as a dashed level across the plot, in the band of its deviation."""
+    """Draw FedAvg's mean as a dashed level across the plot, in the band of its deviation."""
     low, high = (y.at(end) for end in _interval(reference))
     if high < low:  # pixels count down
         drawing.add("rect", "band", x=LEFT, y=high, width=RIGHT - LEFT, height=round(low - high, 2))
@@ -241,7 +246,7 @@ def _level(drawing: Drawing, y: Axis, reference: Cell) -> None:
 
 
 def _interval(cell: Cell) -> tuple[float, ...]:
-    """The mean accuracy less and plus one standard deviation; () for a cell without results."""
+    """Return the mean accuracy less and plus one standard deviation; () for a cell without results."""
     spread = cell["final_accuracy"]
     if not spread:
         return ()

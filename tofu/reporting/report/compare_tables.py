@@ -33,12 +33,12 @@ class Table:
 
 
 def method_name(compressor: str) -> str:
-    """The name of a compressor in tables and figures."""
+    """Return the name of a compressor in tables and figures."""
     return "FedAvg" if compressor == FEDAVG else compressor
 
 
 def cell_table(document: Mapping[str, Any]) -> Table:
-    """One row per cell: FedAvg, then by ratio and accuracy, with cells that cannot reach their ratio last."""
+    """Return one row per cell: FedAvg, then by ratio and accuracy, with cells that cannot reach their ratio last."""
     tune, both = document["tune"], _compressed_downlink(document)
     reference, *others = document["cells"]
     others = sorted(others, key=lambda cell: (cell["ratios"][0], -_mean(cell["final_accuracy"], -1.0)))
@@ -63,13 +63,15 @@ def cell_table(document: Mapping[str, Any]) -> Table:
 
 
 def _compressed_downlink(document: Mapping[str, Any]) -> bool:
-    """Whether any method of the comparison compresses the downlink."""
+    """Return whether any method of the comparison compresses the downlink."""
     changes = [document["settings"], *document["overrides"].values()]
     return any(change.get("downlink", "full-weights") != "full-weights" for change in changes)
 
 
 def target_table(document: Mapping[str, Any]) -> Table | None:
-    """For each compressor the smallest uplink that reaches each target accuracy; None before FedAvg has ended."""
+    """Return for each compressor the smallest uplink that reaches each target accuracy;
+    None before FedAvg has ended.
+    """
     targets = document["targets"]
     if not targets:
         return None
@@ -112,12 +114,12 @@ def notes(document: Mapping[str, Any]) -> list[str]:
 
 
 def cell_name(cell: Mapping[str, Any]) -> str:
-    """A cell in words: `FedAvg`, `topk at 50x`."""
+    """Return a cell in words: `FedAvg`, `topk at 50x`."""
     return method_name(cell["compressor"]) + (f" at {ratio_text(cell['ratios'][0])}" if cell["ratios"] else "")
 
 
 def ratio_text(ratio: float) -> str:
-    """A ratio as it was asked: `50x`, `2.5x`."""
+    """Return a ratio as it was asked: `50x`, `2.5x`."""
     return f"{ratio:.12g}x"
 
 

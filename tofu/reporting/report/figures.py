@@ -30,7 +30,7 @@ _KIND_TEXT = {"start": "before training", "proxy": "proxy round", "fedavg": "Fed
 
 
 def accuracy_by_round(run: RunData) -> str | None:
-    """Test accuracy against rounds, each round marked with its kind, and that of FedAvg if it was run."""
+    """Draw test accuracy against rounds, each round marked with its kind, and that of FedAvg if it was run."""
     ours = _measured(run.rounds)
     theirs = _measured(run.baseline.metrics) if run.baseline else []
     if not ours:
@@ -55,7 +55,7 @@ def accuracy_by_round(run: RunData) -> str | None:
 
 
 def accuracy_by_bytes(run: RunData) -> str | None:
-    """Test accuracy against all uplink bytes so far, on a log axis, with FedAvg's curve or at least its bytes."""
+    """Draw test accuracy against all uplink bytes so far, on a log axis, with FedAvg's curve or at least its bytes."""
     ours = _spent(run.rounds)
     theirs = _spent(run.baseline.metrics) if run.baseline else []
     fedavg = theirs[-1][0] if theirs else run.fedavg_uplink_bytes
@@ -117,7 +117,7 @@ def explained_variance(run: RunData) -> str | None:
 
 
 def epsilon_by_round(run: RunData) -> str | None:
-    """Epsilon spent by each round, and max-epsilon as a line if it is set."""
+    """Draw epsilon spent by each round, and max-epsilon as a line if it is set."""
     rows = [(row, row.epsilon) for row in run.rounds if row.epsilon is not None and math.isfinite(row.epsilon)]
     if not rows:
         return None
@@ -141,12 +141,12 @@ def epsilon_by_round(run: RunData) -> str | None:
 
 
 def epsilon_text(epsilon: float) -> str:
-    """Epsilon with four significant digits."""
+    """Return epsilon with four significant digits."""
     return f"{epsilon:.4g}" if math.isfinite(epsilon) else "beyond any bound"
 
 
 def bytes_by_kind(run: RunData) -> str | None:
-    """Bars of all bytes by direction and kind of round, on one linear scale together with FedAvg's uplink."""
+    """Draw bars of all bytes by direction and kind of round, on one linear scale together with FedAvg's uplink."""
     if not run.traffic:
         return None
     bars = []
@@ -166,7 +166,7 @@ def bytes_by_kind(run: RunData) -> str | None:
 
 
 def time_split(run: RunData) -> str | None:
-    """Bars of the rounds' time: training and encoding of the slowest client of each round, and the rest."""
+    """Draw bars of the rounds' time: training and encoding of the slowest client of each round, and the rest."""
     training = encoding = rest = 0.0
     for row in run.trained:
         clients = [(client.train_seconds or 0.0, client.encode_seconds or 0.0) for client in row.by_client]
@@ -202,7 +202,9 @@ def _keys(rows: Sequence[RoundRecord], fedavg: str) -> list[tuple[str, str]]:
 
 
 def _marked_curve(drawing: Drawing, points: Sequence[tuple[float, float, RoundRecord, str]]) -> None:
-    """A curve through (x, y, round, text of the value), with the mark of the round's kind at some of the points."""
+    """Draw a curve through (x, y, round, text of the value),
+    with the mark of the round's kind at some of the points.
+    """
     drawing.curve([(x, y) for x, y, _, _ in points], "c-run")
     for x, y, row, text in (points[index] for index in thinned([row.kind for _, _, row, _ in points], _MARKS)):
         tip = f"round {row.round}, {row.label}{', abandoned' if row.abandoned else ''}: {text}"
@@ -222,7 +224,7 @@ def _end_labels(drawing: Drawing, ends: list[tuple[float, float, str, str]]) -> 
 
 
 def _span(drawing: Drawing, start: float, end: float, heights: tuple[float, float], saving: float) -> None:
-    """An arrow along the bottom from this run's bytes to FedAvg's, with the factor between them."""
+    """Draw an arrow along the bottom from this run's bytes to FedAvg's, with the factor between them."""
     if abs(end - start) < 24:
         return
     y = BOTTOM - 22

@@ -52,7 +52,7 @@ def write_report(run: Path) -> Path:
 
 
 def render(run: RunData, name: str) -> str:
-    """The page of a run called `name` as HTML; every text from the run's files is escaped."""
+    """Render the page of a run called `name` as HTML; every text from the run's files is escaped."""
     rows, columns = run.rounds[-_MAX_ROWS:], columns_of(run)
     abandoned = [row for row in run.secure if row.abandoned][-_MAX_ROWS:]
     return render_template(
@@ -119,7 +119,7 @@ def _state(run: RunData) -> str:
 
 
 def _lead(run: RunData) -> Markup:
-    """The run in one sentence."""
+    """Return the run in one sentence."""
     if run.final_accuracy is None or not run.trained:
         return Markup("No round has ended yet.")
     count = run.trained[-1].round
@@ -137,7 +137,7 @@ def _lead(run: RunData) -> Markup:
 
 
 def _aside(run: RunData) -> str:
-    """How FedAvg's numbers were obtained."""
+    """Return how FedAvg's numbers were obtained."""
     theirs = run.baseline_accuracy
     if theirs is not None and run.final_accuracy is not None:
         points = 100 * (run.final_accuracy - theirs)
@@ -153,7 +153,7 @@ def _aside(run: RunData) -> str:
 
 
 def _both(run: RunData) -> Markup:
-    """The bytes of both directions, for the headline."""
+    """Return the bytes of both directions, for the headline."""
     text = Markup("Both directions: <b>{}</b>").format(format_bytes(run.uplink_bytes + run.downlink_bytes))
     ratio = run.summary.both_ratio
     if ratio is None or ratio <= 0:

@@ -41,7 +41,7 @@ def sheet(images: npt.NDArray[Any], columns: int = 4) -> str:
 
 
 def _colors(image: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """An image [c, h, w] of any range as uint8 [h, w, 3]; a constant one is mid-gray."""
+    """Return an image [c, h, w] of any range as uint8 [h, w, 3]; a constant one is mid-gray."""
     values = np.nan_to_num(image.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     if len(values) != 3:
         values = values.mean(axis=0, keepdims=True).repeat(3, axis=0)

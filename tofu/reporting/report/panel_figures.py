@@ -19,7 +19,7 @@ _ROWS = 200
 
 
 def panel_context(panel: Panel) -> dict[str, Any]:
-    """The values with which the page's template renders a panel."""
+    """Return the values with which the page's template renders a panel."""
     return {"title": panel.title, "text": panel.text, "figures": [_context(figure) for figure in panel.figures]}
 
 
@@ -76,13 +76,13 @@ def _points(series: Series) -> tuple[str, list[tuple[float, float]]]:
 
 
 def _limits(chart: Chart) -> tuple[float, float]:
-    """The range of all samples: histograms of one chart share their bins."""
+    """Return the range of all samples: histograms of one chart share their bins."""
     values = [value for series in chart.series for value in series.values if math.isfinite(value)]
     return (min(values), max(values)) if values else (0.0, 1.0)
 
 
 def _histogram(series: Series, limits: tuple[float, float], bins: int) -> tuple[str, list[tuple[float, float]]]:
-    """A histogram as a step curve of fractions."""
+    """Return a histogram as a step curve of fractions."""
     values = [value for value in series.values if math.isfinite(value)]
     if not values:
         return series.name, []

@@ -19,14 +19,14 @@ class Metric:
     points: tuple[tuple[int, float], ...]
 
     def cells(self) -> list[str]:
-        """Number of rounds with a value; first, last, lowest and highest value."""
+        """Return the number of rounds with a value; first, last, lowest and highest value."""
         values = [value for _, value in self.points]
         numbers = (values[0], values[-1], min(values), max(values))
         return [f"{len(values):,}", *(f"{number:.4g}" for number in numbers)]
 
 
 def metrics_of(run: RunData) -> list[Metric]:
-    """All metrics of the run by name."""
+    """Return all metrics of the run by name."""
     found: dict[str, list[tuple[int, float]]] = {}
     for row in run.rounds:
         for name, value in row.plugins.items():
@@ -36,7 +36,7 @@ def metrics_of(run: RunData) -> list[Metric]:
 
 
 def sparkline(metric: Metric, last: int) -> str:
-    """A metric over rounds 0 to `last`, on a scale of its own."""
+    """Draw a metric over rounds 0 to `last`, on a scale of its own."""
     first, end = metric.points[0], metric.points[-1]
     drawing = Drawing(f"{first[1]:.4g} at round {first[0]}, {end[1]:.4g} at round {end[0]}.", _HEIGHT, _WIDTH)
     x = Axis(0, max(last, 1), _MARGIN, _WIDTH - _MARGIN)

@@ -29,7 +29,7 @@ class Column:
 
 
 def columns_of(run: RunData) -> list[Column]:
-    """The columns that this run's table has."""
+    """Return the columns that this run's table has."""
     names = sorted({name for row in run.rounds for name in row.metrics})
     own = [Column(name[:60], partial(_metric, name)) for name in names]
     return [*(column for column in _COLUMNS if column.shown(run)), *own]

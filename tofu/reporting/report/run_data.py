@@ -123,7 +123,7 @@ class RunData:
         return _first(found.final_accuracy, _last_accuracy(found.metrics)) if found else None
 
     def setting(self, name: str) -> float:
-        """A numeric setting; 0 if the run does not have it."""
+        """Return a numeric setting; 0 if the run does not have it."""
         return _setting(self.config, name)
 
     @property
@@ -187,7 +187,7 @@ _LEFT_OUT = {"all": "left_out", "training data": "train_left_out", "server": "te
 
 
 def _left_out(file: Path) -> tuple[tuple[str, str], ...]:
-    """What data.json lists as left out: by the server, and by the clients that told; the file may be missing."""
+    """Return what data.json lists as left out: by the server, and by the clients that told; the file may be missing."""
     data = read_json(file) if file.exists() else {}
     try:
         found = {name: data.get(key) for name, key in _LEFT_OUT.items()}

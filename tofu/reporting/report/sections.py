@@ -9,7 +9,9 @@ from tofu.rounds.record import round_label
 
 
 def privacy_rows(run: RunData) -> list[tuple[str, str, str]]:
-    """Rows of the privacy table: who saw what, and what bounds the privacy loss; [] before the first round."""
+    """Return the rows of the privacy table: who saw what, and what bounds the privacy loss;
+    [] before the first round.
+    """
     if not run.trained:
         return []
     summed = sum(not row.abandoned for row in run.secure)
@@ -52,7 +54,9 @@ def _on_page(run: RunData) -> str:
 
 
 def secure_text(run: RunData) -> list[str]:
-    """Paragraphs that state what the server learned in secure and other rounds; [] for a run without secure rounds."""
+    """Return paragraphs that state what the server learned in secure and other rounds; [] for a run without secure
+    rounds.
+    """
     if not run.secure:
         return []
     abandoned = sum(bool(row.abandoned) for row in run.secure)
@@ -86,7 +90,7 @@ def secure_text(run: RunData) -> list[str]:
 
 
 def privacy_caption(run: RunData) -> str:
-    """Caption of the privacy figure: what epsilon bounds, and what it does not."""
+    """Return the caption of the privacy figure: what epsilon bounds, and what it does not."""
     text = (
         "(epsilon, delta)-differential privacy at the level of clients: epsilon spent by the end of each round, for a "
         f"client that took part in all of them; delta is {run.delta or 0:g}. It covers the updates, not what else "
@@ -98,12 +102,12 @@ def privacy_caption(run: RunData) -> str:
 
 
 def stopped_text(run: RunData) -> str:
-    """Why the run ended before its last round, or ""."""
+    """Return why the run ended before its last round, or ""."""
     return f"Stopped early: {run.summary.stopped}." if run.summary.stopped else ""
 
 
 def failures_note(run: RunData) -> str:
-    """How rounds with failures ended."""
+    """Return how rounds with failures ended."""
     text = "The round went on with the others"
     if any(row.failures and row.abandoned for row in run.secure):
         text += ", unless it was abandoned"
@@ -113,7 +117,7 @@ def failures_note(run: RunData) -> str:
 
 
 def _others(run: RunData) -> list[str]:
-    """Paragraphs about the rounds that are not secure."""
+    """Return paragraphs about the rounds that are not secure."""
     kinds = {kind: sum(row.kind == kind for row in run.trained) for kind in ("proxy", "fedavg")}
     paragraphs = []
     why = "proxies of different clients do not add up, so " if run.config.get("compressor", "proxy") == "proxy" else ""

@@ -17,7 +17,7 @@ _NUMBER = 28
 
 
 def task_matrix(run: RunData) -> str | None:
-    """A heat map: row i, column j is the accuracy on task j after task i; None for a run without tasks.
+    """Draw a heat map: row i, column j is the accuracy on task j after task i; None for a run without tasks.
 
     Of more than `_MAX` tasks, an even selection is drawn. If all clients learn the tasks in one order, the cell of the
     task that was just learned is outlined.
@@ -77,12 +77,12 @@ def after_tasks(run: RunData) -> list[tuple[int, RoundRecord]]:
 
 
 def one_order(run: RunData) -> bool:
-    """Whether all clients learn the tasks in the same order."""
+    """Return whether all clients learn the tasks in the same order."""
     return bool(run.config.get("task-order", "same") == "same")
 
 
 def matrix_caption(run: RunData) -> str:
-    """Caption of `task_matrix`, with what was not measured or not drawn."""
+    """Return the caption of `task_matrix`, with what was not measured or not drawn."""
     rows = after_tasks(run)
     text = "Accuracy of the global model on the test images of each task, after the last round of each task."
     if one_order(run):
@@ -99,7 +99,7 @@ def matrix_caption(run: RunData) -> str:
 
 
 def _key(drawing: Drawing, top: float, ends: tuple[str, str]) -> None:
-    """A strip from the palest to the darkest cell, with what they stand for."""
+    """Draw a strip from the palest to the darkest cell, with what they stand for."""
     left, step = WIDTH - 176, 16
     drawing.add("text", "tick end", ends[0], x=left - 8, y=round(top + 14, 2))
     for index in range(_KEYS):

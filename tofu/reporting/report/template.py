@@ -197,7 +197,7 @@ def render_template(source: str, **values: object) -> str:
 
 
 def page_figures(drawn: Iterable[tuple[str, str, str | None]]) -> list[dict[str, str]]:
-    """The figures of `FIGURES` from (title, caption, SVG); those without an SVG are left out."""
+    """Return the figures of `FIGURES` from (title, caption, SVG); those without an SVG are left out."""
     # Safe as markup: every SVG is built as an XML tree, which escapes its texts.
     return [{"title": title, "caption": caption, "svg": Markup(svg)} for title, caption, svg in drawn if svg]
 
