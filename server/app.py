@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -76,7 +77,15 @@ def main(grid: Grid, context: Context) -> None:
         serve(grid, settings, make_progress(sys.stderr, quiet=settings.run.log == "json"))
     except TofuError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
+        logging.getLogger("flwr").addFilter(_drop_traceback)
         raise  # Flower counts every other end, even SystemExit, as success
+
+
+def _drop_traceback(record: logging.LogRecord) -> bool:
+    """Remove the traceback, which Flower logs, of an error that was shown as one line."""
+    if record.exc_info and isinstance(record.exc_info[1], TofuError):
+        record.exc_info = None
+    return True
 
 
 def serve(grid: Grid, settings: Settings, observer: Observer, workload: Workload | None = None) -> RunSummary:

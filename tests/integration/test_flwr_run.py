@@ -196,5 +196,6 @@ def test_plugins_give_the_weights_of_tofu_run(tmp_path: Path, plugins: dict[str,
 def test_a_failed_run_is_not_called_completed(tmp_path: Path) -> None:
     ran = flower(tmp_path, ratio=1e6)
     assert "error: ratio=1000000.0 is not usable: expected at most " in ran.log
+    assert "Traceback" not in ran.log
     assert not ran.folder.exists()
     assert ran.status == "finished:failed"
