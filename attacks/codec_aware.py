@@ -78,8 +78,8 @@ class CodecAware(Attack):
 
 
 def stretched(observation: Observation) -> Tensor:
-    """Return the proxies at the size of the network's input, each from -1 to 1: float32 [n, channels, height,
-    width].
+    """Return the proxies at the size of the network's input, each from -1 to 1:
+    float32 [n, channels, height, width].
     """
     assert observation.proxies is not None
     shape = observation.network.shape

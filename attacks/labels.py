@@ -76,8 +76,8 @@ def _has_bias(observation: Observation) -> bool:
 
 
 def _last_gradient(observation: Observation, lr: float) -> Tensor:
-    """Return the gradient of the last bias, or without a bias the row sums of the weight's gradient:
-    float32 [classes].
+    """Return the gradient of the last bias, or without a bias the row sums
+    of the weight's gradient: float32 [classes].
     """
     name = observation.last_linear
     if _has_bias(observation):

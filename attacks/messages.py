@@ -109,8 +109,8 @@ def parse_message(text: str) -> Message:
 def observe(
     message: Message, rounds: Sequence[ClientRound], *, generator: torch.Generator, know_labels: bool = False
 ) -> Observation:
-    """Return the server's observation if the first of `rounds` (in a secure sum, the first few) is sent as this
-    message.
+    """Return the server's observation if the first of `rounds` (in a secure sum,
+    the first few) is sent as this message.
 
     Args:
         generator: the codec's generator. Noise of differential privacy comes from the operating system, as in a run.
@@ -154,8 +154,8 @@ def observe(
 
 
 def _noised(network: ReferenceModel, update: Weights, epsilon: float) -> Weights:
-    """Return the update, clipped to its own norm and with the whole noise, as in a proxy round with differential
-    privacy.
+    """Return the update, clipped to its own norm and with the whole noise,
+    as in a proxy round with differential privacy.
     """
     check_param_spec(network.param_spec)
     norm = math.sqrt(dot(update, update))

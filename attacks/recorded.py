@@ -80,8 +80,8 @@ def observation_of(recording: Recording) -> Observation:
 
 
 def control_of(recording: Recording, data: LabeledImages, observation: Observation) -> Observation:
-    """Return the exact update of the same round, from a repetition of the client's training: the control of the
-    attacks.
+    """Return the exact update of the same round, from a repetition of the client's training:
+    the control of the attacks.
     """
     settings = recording.settings
     config = LocalTrainingConfig.of(settings.training, recording.round)

@@ -201,8 +201,8 @@ def _make_message(scenario: Scenario, message: Message, network: ReferenceModel)
 
 
 def drawn_clients(scenario: Scenario, count: int) -> list[LabeledImages]:
-    """Return the images of `count` clients, of which the first is attacked, each with as few repeated labels as
-    possible.
+    """Return the images of `count` clients, of which the first is attacked,
+    each with as few repeated labels as possible.
     """
     data = open_clients(scenario)
     if count > data.clients:

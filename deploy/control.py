@@ -102,8 +102,8 @@ class Control:
         return str(self._ask(*arguments, accepted=_KEY_IN_USE).get("node-id", ""))
 
     def nodes(self) -> list[dict[str, Any]]:
-        """Return the registered nodes as Flower lists them, with `node-id` and `status`: registered,
-        online or offline.
+        """Return the registered nodes as Flower lists them, with `node-id` and `status`:
+        registered, online or offline.
         """
         return list(self._ask("supernode", "list", _CONNECTION)["nodes"])
 

@@ -43,8 +43,8 @@ class AnsweringNodeState(InMemoryNodeState):
         super()._on_task_tokens_expired([task for task in tasks if task.type != TaskType.CLIENT_APP])
 
     def get_messages_legacy(self, **filters: Any) -> list[Message]:
-        """Return the messages that wait, but no reply whose app is still pushing it: the app may end before it is
-        complete.
+        """Return the messages that wait, but no reply whose app is still pushing it:
+        the app may end before it is complete.
         """
         found = super().get_messages_legacy(**filters)
         with self._lock_object_push_sessions, self.lock_msg_store:

@@ -84,8 +84,8 @@ def main(command: Sequence[str], packages: Sequence[str] = PACKAGES) -> int:
 
 
 def _status(returncode: int, asked: set[int]) -> int:
-    """Return the exit status: 0 if the SuperExec ended by a signal that it was sent here and that it does
-    not handle.
+    """Return the exit status: 0 if the SuperExec ended by a signal that it was sent here and
+    that it does not handle.
     """
     return 0 if -returncode in asked else returncode
 

@@ -18,8 +18,8 @@ def client_order(name: str) -> tuple[int, str]:
 
 
 def reply_overhead() -> int:
-    """Return the number of bytes that a client's reply adds to its payload, measured on a message with ids of realistic
-    length.
+    """Return the number of bytes that a client's reply adds to its payload,
+    measured on a message with ids of realistic length.
     """
     payload = bytes(1000)
     reply = TrainReply(1, 0.0, 0.0, 0.0, 0.0, 0.0, payload)

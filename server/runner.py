@@ -334,8 +334,8 @@ class RoundRunner:
         return [client for client in clients if len(self.models) == 1 or self.plugins.group_of(client.name) == group]
 
     def _sample(self, clients: list[Client], round_: int, *, secure: bool) -> list[list[Client]]:
-        """Return the clients of each group that are asked in this round: a function of seed, round and connected
-        clients.
+        """Return the clients of each group that are asked in this round:
+        a function of seed, round and connected clients.
 
         With secret-sampling they are not, because all participants know the seed.
         """

@@ -44,8 +44,8 @@ class Stragglers:
         return min(limit, max(MIN_SECONDS, self._settings.straggler_factor * statistics.median(known)))
 
     def active(self, clients: list[Client], round_: int, *, min_clients: int) -> list[Client]:
-        """Return the clients that are not suspended in this round; all of them if fewer than `min_clients` would
-        remain.
+        """Return the clients that are not suspended in this round;
+        all of them if fewer than `min_clients` would remain.
         """
         found = [client for client in clients if self._due.get(client.name, 0) <= round_]
         return found if len(found) >= min_clients else clients

@@ -175,8 +175,8 @@ def _secure_extra(
 def _downlink(
     settings: Settings, network: ReferenceModel, *, fedavg_rounds: int, message_overhead: int
 ) -> tuple[int, int]:
-    """Return bytes of a step's payload (0 for none), and of the downlink messages to one client that is asked in every
-    round.
+    """Return bytes of a step's payload (0 for none), and of the downlink messages to one client
+    that is asked in every round.
 
     A client that is sampled in a fraction f of the rounds has missed 1 / f steps on average.
     """

@@ -299,8 +299,8 @@ class ReferenceModel:
         about: RoundContext | None = None,
         call: ModelCall | ImageShape | None = None,
     ) -> "ReferenceModel":
-        """Return the reference of a new model after the plugins' `setup`, at its initial weights; the same on both
-        ends.
+        """Return the reference of a new model after the plugins' `setup`, at its initial weights;
+        the same on both ends.
 
         Args:
             model: a newly built model for images and classes of `shape`.

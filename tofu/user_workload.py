@@ -322,8 +322,8 @@ def factory_of(model: nn.Module | Callable[[], nn.Module]) -> Callable[[], nn.Mo
 
 
 def _forward(model: nn.Module, inputs: Any) -> Any:
-    """Return the model's outputs: a mapping is passed by name and a sequence by position, as Hugging Face models
-    expect.
+    """Return the model's outputs: a mapping is passed by name and a sequence by position,
+    as Hugging Face models expect.
     """
     if isinstance(inputs, Mapping):
         outputs = model(**inputs)

@@ -270,8 +270,8 @@ def fingerprint(weights: Mapping[str, Tensor]) -> bytes:
 
 
 def base_fingerprint(model: nn.Module) -> bytes:
-    """Return the fingerprint of everything that a forward pass reads: the weights, frozen parameters and constant
-    buffers.
+    """Return the fingerprint of everything that a forward pass reads:
+    the weights, frozen parameters and constant buffers.
     """
     others = dict(model.named_parameters()) | dict(model.named_buffers())
     weights = weights_of(model)
@@ -318,8 +318,8 @@ def explained_variance(true: Mapping[str, Tensor], decoded: Mapping[str, Tensor]
 
 
 def after_step(identity: bytes, payload: bytes) -> bytes:
-    """Return the identity of the weights after a step of a compressed downlink, from the identity of the weights before
-    it.
+    """Return the identity of the weights after a step of a compressed downlink,
+    from the identity of the weights before it.
 
     Full weights are identified by their fingerprint, and weights after a step by SHA-256(identity before, payload). So
     the identity of a client that missed, repeated or swapped a step differs from the server's.
@@ -337,8 +337,8 @@ def sketch(weights: Mapping[str, Tensor]) -> bytes:
 
 
 def drift(weights: Mapping[str, Tensor], other: bytes) -> float:
-    """Return the estimated distance between these weights and those of the sketch `other`, relative to the norm of
-    these.
+    """Return the estimated distance between these weights and those of the sketch `other`,
+    relative to the norm of these.
 
     Raises:
         PayloadError: `other` is not a sketch.

@@ -74,8 +74,8 @@ class PositiveGradient(torch.autograd.Function):
 
 
 def occupancy_variance(matrices: Iterable[Tensor], tile: int) -> Tensor:
-    """Return the mean over all tiles of the unbiased variance of the squared Hoyer measure over a tile's columns; a
-    scalar.
+    """Return the mean over all tiles of the unbiased variance
+    of the squared Hoyer measure over a tile's columns; a scalar.
 
     The gradient passes the gate (`PositiveGradient`). Columns of the padding do not count, nor do tiles of one column.
     """
@@ -129,8 +129,8 @@ class AdcEnergy:
     """
 
     def conversion(self, occupancy: Tensor) -> Tensor:
-        """Return the energy of one conversion, float64, in any unit, by the non-zero entries (int64, at least 1) of the
-        column.
+        """Return the energy of one conversion, float64, in any unit, by the non-zero entries (int64,
+        at least 1) of the column.
         """
         raise NotImplementedError
 

@@ -181,8 +181,8 @@ class GradientProjectionMemory(Plugin):
             self._sums[site.name] = triangle
 
     def export(self) -> Export:
-        """Return the Gram matrices' upper triangles, row by row; and the fraction of every layer's inputs that is
-        frozen.
+        """Return the Gram matrices' upper triangles, row by row;
+        and the fraction of every layer's inputs that is frozen.
         """
         frozen = {
             f"frozen/{name.removeprefix('basis/')}": basis.shape[1] / basis.shape[0]

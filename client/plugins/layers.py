@@ -56,8 +56,8 @@ def sites(model: nn.Module) -> tuple[Site, ...]:
 
 
 def matrix(site: Site, model: nn.Module) -> Tensor:
-    """Return the site's matrix [outputs, columns], a view of the parameter; outputs before the bias are `rows @
-    matrix.T`.
+    """Return the site's matrix [outputs, columns], a view of the parameter;
+    outputs before the bias are `rows @ matrix.T`.
     """
     return model.get_parameter(site.weight).flatten(1)[site.start : site.stop]
 
@@ -118,8 +118,8 @@ def unpacked(triangle: Tensor) -> Tensor:
 
 
 def leading_count(values: Tensor, fraction: float) -> int:
-    """Return the fewest largest of the eigenvalues, [n] in ascending order, with this fraction of their sum; at least
-    1.
+    """Return the fewest largest of the eigenvalues, [n] in ascending order,
+    with this fraction of their sum; at least 1.
     """
     falling = values.flip(0).clamp(min=0)
     # Rounding may leave the last of the running sums below a fraction of 1.

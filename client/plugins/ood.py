@@ -199,8 +199,8 @@ def histogram(scores: Tensor, kind: str) -> Tensor:
 
 
 def threshold(counts: Tensor, kind: str, false_alarms: float) -> float:
-    """Return the lowest score, among the edges of the bins, that at most this fraction of the counted scores [BINS]
-    reach.
+    """Return the lowest score, among the edges of the bins,
+    that at most this fraction of the counted scores [BINS] reach.
     """
     low, high = _AXES[kind]
     reach = counts.flip(0).cumsum(0).flip(0)  # how many reach a bin's lower edge

@@ -355,8 +355,8 @@ def significant_components(covariance: Tensor, variance: float) -> int:
 
 
 def leading_channels(covariance: Tensor, count: int) -> Tensor:
-    """Return the `count` channels that together explain most of the variance, chosen greedily: int64 [count], in that
-    order.
+    """Return the `count` channels that together explain most of the variance, chosen greedily:
+    int64 [count], in that order.
 
     The next channel is the one with the largest variance that linear regression on those chosen before leaves (a
     Cholesky decomposition with pivoting).

@@ -203,8 +203,8 @@ def grams(model: nn.Module, images: Tensor, wanted: tuple[Site, ...], max_norm: 
 
 
 def top_eigenvectors(gram: Tensor, energy: float) -> Tensor:
-    """Return the fewest leading eigenvectors of sum x x^T [d, d] with this fraction of its trace: float64 [d, k], k >=
-    1.
+    """Return the fewest leading eigenvectors of sum x x^T [d, d] with this fraction of its trace:
+    float64 [d, k], k >= 1.
     """
     values, vectors = torch.linalg.eigh(gram)
     kept: Tensor = vectors.flip(1)[:, : leading_count(values, energy)]

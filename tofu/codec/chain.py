@@ -64,8 +64,8 @@ class Chain:
     def gradients(
         self, weights: Weights, inputs: Sequence[Tensor], proxies: ProxyData, *, by_weights: bool, by_inputs: bool
     ) -> ProxyGradients:
-        """Return the gradients of the proxies' loss at `weights`; `inputs` are those of the proxies, at the network's
-        size.
+        """Return the gradients of the proxies' loss at `weights`;
+        `inputs` are those of the proxies, at the network's size.
         """
         if not self._layers:
             return self._by_autograd(weights, inputs, proxies, by_weights=by_weights, by_inputs=by_inputs)

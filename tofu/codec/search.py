@@ -258,8 +258,8 @@ class _Objective:
         self.evals = 0
 
     def __call__(self, proxies: ProxyData, *, by_inputs: bool = True) -> tuple[float, list[Tensor]]:
-        """Return the objective, and its gradients with respect to the inputs (if `by_inputs`), labels and weights (if
-        any).
+        """Return the objective, and its gradients with respect to the inputs (if `by_inputs`),
+        labels and weights (if any).
         """
         self.evals += 1
         proxies = proxies.on(self._device)

@@ -40,8 +40,8 @@ def make_compressor(
 
 
 def uplink_compressor(settings: Settings, kind: str, reference: "ReferenceModel") -> "Compressor":
-    """Return the compressor of the clients' updates in rounds of this kind ("proxy" or "fedavg"; a secure round has
-    none).
+    """Return the compressor of the clients' updates in rounds of this kind ("proxy" or "fedavg";
+    a secure round has none).
 
     Raises:
         SettingError: the compressor does not reach the ratio for this model.

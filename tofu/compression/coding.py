@@ -43,8 +43,8 @@ def fixed(values: Integers, width: int) -> Bits:
 
 
 def gamma(values: Integers) -> Bits:
-    """Return the Elias gamma code (1975) of integers n >= 1: the number of digits after the first in unary,
-    then these.
+    """Return the Elias gamma code (1975) of integers n >= 1:
+    the number of digits after the first in unary, then these.
     """
     widths = _widths(values)
     entry, place = _places(widths)

@@ -35,8 +35,8 @@ class ErrorFeedback:
     velocity: Weights = field(default_factory=dict)
 
     def aged(self, round_: int, half_life: float) -> "ErrorFeedback":
-        """Return the state with a residual that halves with every `half_life` rounds that the client missed; 0 keeps
-        all.
+        """Return the state with a residual that halves with every `half_life` rounds
+        that the client missed; 0 keeps all.
 
         A client that took part in the last round has missed none. The content of the last reply does not age.
         """

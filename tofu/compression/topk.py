@@ -153,8 +153,8 @@ def quantize_values(values: Tensor, level_bits: int) -> tuple[Integers, Integers
 
 
 def lloyd_magnitudes(values: Tensor, count: int) -> Tensor:
-    """Return the `count` increasing magnitudes that nearly minimize the squared error for float values [k] >= 0
-    (Lloyd).
+    """Return the `count` increasing magnitudes that nearly minimize the squared error
+    for float values [k] >= 0 (Lloyd).
 
     The values are sorted, so those that share a magnitude are consecutive and their mean is a difference of cumulative
     sums.

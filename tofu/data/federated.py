@@ -103,8 +103,8 @@ class FederatedData:
         return self._train.class_names
 
     def client(self, partition_id: int) -> LabeledImages:
-        """Return the images of one client (0..clients-1), in a random order that the seed fixes. Decoded on the first
-        call.
+        """Return the images of one client (0..clients-1), in a random order
+        that the seed fixes. Decoded on the first call.
 
         Raises:
             SettingError: there is no such client.

@@ -141,8 +141,8 @@ def report_unusable(unusable: Sequence[str], *, strict: bool) -> None:
 
 
 def split_role(name: str) -> str | None:
-    """Return the split that a file (without its suffix), folder or hub split holds: "train", "test", "validation" or
-    None.
+    """Return the split that a file (without its suffix), folder or hub split holds:
+    "train", "test", "validation" or None.
 
     After the number of a shard has been removed, the name must begin or end with the name of one split, as a word of
     its own: "train-00000-of-00002" and "mnist_test" do, "my-test-scanner" and "train-test" do not.
@@ -162,8 +162,8 @@ def shard_stem(name: str) -> str:
 
 
 def hold_out(labels: IntArray, fraction: float) -> tuple[IntArray, IntArray]:
-    """Return the rows (kept, held out): `fraction` of each class is held out, at least one image of a class of two or
-    more.
+    """Return the rows (kept, held out): `fraction` of each class is held out,
+    at least one image of a class of two or more.
     """
     rng = np.random.default_rng(_FIXED_SEED)
     held = []

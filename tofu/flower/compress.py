@@ -44,8 +44,8 @@ LOG = logging.getLogger("tofu.flower")
 
 
 def compress(*arguments: Any, **options: Any) -> "CompressMod":
-    """Return a mod that compresses what a client sends; the strategy must be wrapped in `Compressed` with the same
-    arguments.
+    """Return a mod that compresses what a client sends; the strategy must be wrapped
+    in `Compressed` with the same arguments.
 
     Args:
         *arguments: of `UpdateCodec`.

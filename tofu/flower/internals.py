@@ -61,8 +61,8 @@ def message_bytes(message: Message) -> int:
 
 
 def is_simulation(grid: Grid) -> bool:
-    """Return whether the grid is that of Flower's simulation engine, all of whose nodes are registered before a run
-    starts.
+    """Return whether the grid is that of Flower's simulation engine,
+    all of whose nodes are registered before a run starts.
     """
     from flwr.superlink.grid.inmemory_grid import InMemoryGrid  # imports a database, which plans do not need
 

@@ -19,8 +19,8 @@ _STATE = "tofu.keep_local"
 
 
 def keep_local(*patterns: str) -> "KeepLocal":
-    """Return a mod that keeps some arrays on the client: normalization layers (FedBN) or the last layer (a personal
-    head).
+    """Return a mod that keeps some arrays on the client: normalization layers (FedBN)
+    or the last layer (a personal head).
 
     The app trains and evaluates with this client's own values of them; the server receives those that it sent. It
     works with any strategy. With other mods it must be the last one, next to the app.

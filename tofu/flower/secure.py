@@ -136,8 +136,8 @@ class SecureAggregation(StrategyWrapper):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Return the inner strategy's messages to the clients that exchanged keys and shares; none if the round is
-        abandoned.
+        """Return the inner strategy's messages to the clients that exchanged keys and shares;
+        none if the round is abandoned.
 
         Raises:
             RunError: no client sent keys, or the inner strategy sends different messages to different clients.

@@ -43,8 +43,8 @@ RECORD = "tofu-secure"
 
 
 def secure(**options: Any) -> "SecureMod":
-    """Return a mod that masks what a client sends; the strategy must be wrapped in `SecureAggregation` with equal
-    options.
+    """Return a mod that masks what a client sends; the strategy must be wrapped
+    in `SecureAggregation` with equal options.
 
     It should be the first of the app's mods, so that others see plain messages.
 

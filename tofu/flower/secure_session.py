@@ -35,8 +35,8 @@ _NOTE = """
 
 
 def session_name(context: Context) -> str:
-    """Return the name in the secure sessions of a Flower app: with an identity, the partition id; else the unique node
-    id.
+    """Return the name in the secure sessions of a Flower app: with an identity, the partition id;
+    else the unique node id.
     """
     return client_name(context) if "identity" in context.node_config else str(context.node_id)
 

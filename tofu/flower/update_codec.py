@@ -366,8 +366,8 @@ def _tied_names(model: nn.Module) -> dict[str, str]:
 
 
 def _exact(values: Tensor) -> Tensor:
-    """Return the values in a type that holds their differences: int64, float64, or float32 for smaller floating-point
-    types.
+    """Return the values in a type that holds their differences:
+    int64, float64, or float32 for smaller floating-point types.
     """
     if not values.is_floating_point():
         return values.to(torch.int64)
@@ -399,8 +399,8 @@ def _without_adapter(name: str, model: nn.Module) -> str:
 
 
 def _copy(model: nn.Module, names: Collection[str]) -> nn.Module:
-    """Return a copy of the model that shares the frozen parameters which are not in `names`, because nothing changes
-    them.
+    """Return a copy of the model that shares the frozen parameters which are not in `names`,
+    because nothing changes them.
     """
     frozen = [p for name, p in model.named_parameters() if not p.requires_grad and name not in names]
     return copy.deepcopy(model, {id(parameter): parameter for parameter in frozen})

@@ -251,8 +251,8 @@ def check_batches(model: nn.Module, outputs: Callable[..., object], name: str) -
 
 
 def _close(some: list[Tensor], others: list[Tensor]) -> bool:
-    """Return whether tensors are equal up to rounding: copies may be at other addresses, which changes the order of
-    sums.
+    """Return whether tensors are equal up to rounding: copies may be at other addresses,
+    which changes the order of sums.
     """
     return len(some) == len(others) and all(
         a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True)

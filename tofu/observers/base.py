@@ -29,8 +29,8 @@ class Observer:
         """A run of `rounds` rounds with `clients` clients starts."""
 
     def on_history(self, folder: Path, records: Sequence[RoundRecord]) -> None:
-        """Receive the run folder, and the records before the next round: round 0 and, in a resumed run,
-        all earlier rounds.
+        """Receive the run folder, and the records before the next round:
+        round 0 and, in a resumed run, all earlier rounds.
         """
 
     def on_phase(self, round_: int, kind: str, phase: str, done: int, total: int) -> None:

@@ -265,8 +265,8 @@ class Plugin:
         """
 
     def declare_sums(self, model: nn.Module) -> Mapping[str, SumSpec]:
-        """Return a mapping: name -> shape and bound of the sums that every client exports in this round; called after
-        `setup`.
+        """Return a mapping: name -> shape and bound of the sums that every client exports in this round;
+        called after `setup`.
 
         A plugin that exports only at the ends of tasks declares none in rounds that are not `context.final`. Sums add
         over the clients of all groups; a plugin that needs them per group declares a leading dimension of `groups`.

@@ -173,8 +173,8 @@ class Noise:
         return rounded + discrete_gaussian(self.deviation(values.size) / self.grid, values.size, stream)
 
     def rounded(self, values: Reals, stream: Stream) -> SignedVector:
-        """Return the values [n] as integer multiples of the grid, with a norm of at most `rounded_norm` and without
-        noise.
+        """Return the values [n] as integer multiples of the grid,
+        with a norm of at most `rounded_norm` and without noise.
 
         Raises:
             RunError: their norm is above C.
@@ -194,8 +194,8 @@ class Noise:
 
 
 def rounded_norm(norm: float, grid: float, values: int) -> float:
-    """Return the maximum norm after stochastic rounding to a grid of an update with a norm of up to `norm` and `values`
-    values.
+    """Return the maximum norm after stochastic rounding to a grid of an update with a norm of up to `norm`
+    and `values` values.
 
     Kairouz, Liu, Steinke, ICML 2021, theorem 1: at most one rounding in 100 exceeds it and is repeated.
     """

@@ -103,8 +103,8 @@ def _files(images: Path) -> list[Path]:
 
 
 def _read_all(images: Path, shape: ImageShape, preprocessing: Preprocessing) -> tuple[list[Path], torch.Tensor]:
-    """Return the files that the model can take, read exactly as in training, and their pixels: uint8 [n, channels, h,
-    w].
+    """Return the files that the model can take, read exactly as in training, and their pixels:
+    uint8 [n, channels, h, w].
     """
     files, pixels, left_out = [], [], []
     for file in _files(images):

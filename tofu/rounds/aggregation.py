@@ -231,8 +231,8 @@ def limit_norm(update: Weights, param_spec: ParamSpec, largest: float) -> Weight
 
 
 def example_cap(examples: Sequence[int], ratio: float) -> int:
-    """Return the largest weight of a client: `ratio` times the median number of examples, at least 1;
-    0 means no limit.
+    """Return the largest weight of a client: `ratio` times the median number of examples,
+    at least 1; 0 means no limit.
     """
     return max(1, int(ratio * statistics.median(examples))) if ratio else max(examples)
 

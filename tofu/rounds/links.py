@@ -46,8 +46,8 @@ class LinkSimulator:
         return math.exp(self.spread * float(z))
 
     def seconds(self, messages: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-        """Return a mapping: client -> seconds that its messages (rows of the ledger) take, one after the other;
-        empty without links.
+        """Return a mapping: client -> seconds that its messages (rows of the ledger) take,
+        one after the other; empty without links.
         """
         found: dict[str, float] = {}
         if not self:

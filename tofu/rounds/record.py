@@ -339,8 +339,8 @@ def json_lines(path: Path) -> Iterator[tuple[Any, str]]:
 
 
 def read_rounds(path: Path) -> tuple[RoundRecord, ...]:
-    """Return the rounds of a metrics.jsonl in ascending order; if a round occurs twice, as after a resume, the later
-    line.
+    """Return the rounds of a metrics.jsonl in ascending order;
+    if a round occurs twice, as after a resume, the later line.
     """
     return ordered(from_dict(RoundRecord, values, where) for values, where in json_lines(path))
 

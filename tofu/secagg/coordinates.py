@@ -40,8 +40,8 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def settings_for(ratio: float, clients: int) -> tuple[float, int]:
-    """Return the fraction of an update to send and the bits of the ring, for a ratio of float32 bytes to the vector's
-    bytes.
+    """Return the fraction of an update to send and the bits of the ring,
+    for a ratio of float32 bytes to the vector's bytes.
 
     Sends as many entries as fit with the minimum number of bits; if all fit, uses as many bits as fit. The session's
     other messages are not counted: about 140 bytes of uplink per neighbor.

@@ -72,8 +72,8 @@ def next_range(range_: float, excess: float, peak: float) -> float:
 
 
 def nearest_range(levels: int) -> float:
-    """Return the range for nearest rounding, in units of the values' root mean square, with M `levels` on each side of
-    zero.
+    """Return the range for nearest rounding, in units of the values' root mean square,
+    with M `levels` on each side of zero.
 
     For Laplace-distributed values of variance 1, a range R has a mean squared error of R^2 / (12 M^2) from rounding
     and exp(-sqrt(2) R) from clipping. The sum is minimal at R = W(12 M^2) / sqrt(2), where W is Lambert's function.
@@ -136,8 +136,8 @@ class EncodingConfig:
 
 
 def purpose_of(config: EncodingConfig, weights: Weights, broadcast: bytes, *more: bytes) -> bytes:
-    """Return the digest (32 bytes) of the inputs that determine a client's vector: config, global weights, plugin
-    state.
+    """Return the digest (32 bytes) of the inputs that determine a client's vector:
+    config, global weights, plugin state.
 
     It enters all keys and masks, so the masks of clients with other inputs do not cancel. Otherwise a server could send
     all clients but one huge ranges, a learning rate of almost 0, or weights that yield zero updates, so that the sum is
@@ -177,8 +177,8 @@ class DigitSums:
         return self._digits * sum(math.prod(spec.shape) for spec in self._declared.values())
 
     def encode(self, values: Mapping[str, Tensor]) -> RingVector:
-        """Return the tensors within their bounds -> ring vector [length]: for each tensor one row per digit, lowest
-        first.
+        """Return the tensors within their bounds -> ring vector [length]:
+        for each tensor one row per digit, lowest first.
         """
         rows = [np.zeros(0, dtype=np.uint64)]
         shifts = np.arange(self._digits, dtype=np.uint64)[:, None] * np.uint64(self._digit_bits)

@@ -73,8 +73,8 @@ class Topology:
         return choose_topology(clients, dropout=dropout, corrupted=corrupted, complete_up_to=complete)
 
     def honest(self, clients: int, corrupted: float) -> int:
-        """Return the minimum number of honest clients in any sum, if a fraction of the clients colludes with the
-        server.
+        """Return the minimum number of honest clients in any sum,
+        if a fraction of the clients colludes with the server.
         """
         return max(1, self.threshold - math.floor(corrupted * clients))
 

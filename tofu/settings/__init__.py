@@ -129,8 +129,8 @@ class Settings(BaseModel):
         return {dashed(name): getattr(getattr(self, _GROUP_OF[name]), name) for name in FIELDS}
 
     def meaning(self, round_: int) -> tuple[bytes, ...]:
-        """Return the inputs, besides the encoding, that all clients of a secure sum must share: settings, round and
-        code.
+        """Return the inputs, besides the encoding, that all clients of a secure sum must share:
+        settings, round and code.
 
         The setting `device` is left out, because clients may choose it, and so is `class-names`, to which the server
         adds the classes of the clients that registered; the number of classes is part of the encoding.

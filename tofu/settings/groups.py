@@ -350,8 +350,8 @@ class PrivacySettings(Group):
         return self.clip_budget if self.clip_quantile else 0.0
 
     def joint_norm(self, norm: float) -> float:
-        """Return the norm of an update, clipped to `norm`, together with the report for the count of clipped
-        clients.
+        """Return the norm of an update, clipped to `norm`, together
+        with the report for the count of clipped clients.
         """
         return norm / math.sqrt(1 - self.count_fraction)
 

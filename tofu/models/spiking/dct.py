@@ -119,8 +119,8 @@ class DctEncoder(OverTime):
         return spikes.flatten(0, 1)
 
     def _blocks(self, side: int) -> int:
-        """Return the number of blocks along a side; the border of the image is repeated where the last block exceeds
-        it.
+        """Return the number of blocks along a side; the border
+        of the image is repeated where the last block exceeds it.
         """
         return 1 + max(0, math.ceil((side - BLOCK) / self.stride))
 

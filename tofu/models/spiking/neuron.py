@@ -122,8 +122,8 @@ class _Fire(torch.autograd.Function):
 
 
 def integrate_and_fire(current: Tensor, threshold: Tensor, leak: float = LEAK) -> Tensor:
-    """Return the spikes of currents over time; equal to `spike(potentials(...) / threshold - 1)`, also in its
-    derivatives.
+    """Return the spikes of currents over time; equal to `spike(potentials(...) / threshold - 1)`,
+    also in its derivatives.
 
     Neither direction makes intermediate tensors for all steps: a single step fits in the processor's cache.
 

@@ -160,8 +160,8 @@ class Drawing:
             self.add("polyline", f"curve {css}", points=" ".join(f"{x:g},{y:g}" for x, y in points))
 
     def mark(self, x: float, y: float, kind: str, tip: str = "", *, hollow: bool = False) -> None:
-        """Draw the mark of a kind of round. Shape as well as color tells the kinds apart; `hollow`:
-        it was abandoned.
+        """Draw the mark of a kind of round. Shape as well as color tells the kinds apart;
+        `hollow`: it was abandoned.
         """
         css = f"mark k-{kind}" if kind in KINDS else "mark k-other"
         css += " hollow" if hollow else ""

@@ -56,8 +56,8 @@ SERIES_STYLE = "\n".join(
 
 
 def accuracy_by_uplink(document: Mapping[str, Any], *, zoom: bool = False) -> Drawing | None:
-    """Draw final accuracy against a run's uplink bytes, a line for each compressor; None where nothing has been
-    measured.
+    """Draw final accuracy against a run's uplink bytes, a line for each compressor;
+    None where nothing has been measured.
 
     Args:
         zoom: draw only what ends less than `ZOOM_POINTS` points below FedAvg; None where that is nothing or all.
@@ -98,8 +98,8 @@ def accuracy_by_uplink(document: Mapping[str, Any], *, zoom: bool = False) -> Dr
 
 
 def near_fedavg(document: Mapping[str, Any]) -> list[Cell]:
-    """Return the cells that end less than `ZOOM_POINTS` points below FedAvg; all of them if the others are hardly
-    lower.
+    """Return the cells that end less than `ZOOM_POINTS` points below FedAvg;
+    all of them if the others are hardly lower.
     """
     reference, *others = document["cells"]
     done = [cell for cell in others if cell["final_accuracy"]]
@@ -139,8 +139,8 @@ def accuracy_by_round(document: Mapping[str, Any], ratio: float) -> Drawing | No
 
 
 def accuracy_by_seed(document: Mapping[str, Any], ratio: float) -> Drawing | None:
-    """Draw final test accuracy of every run at one ratio: a row per compressor with a dot per seed,
-    mean and deviation.
+    """Draw final test accuracy of every run at one ratio: a row per compressor
+    with a dot per seed, mean and deviation.
     """
     reference, *others = document["cells"]
     done = [cell for cell in others if ratio in cell["ratios"] and cell["final_accuracy"]]

@@ -54,8 +54,8 @@ def _on_page(run: RunData) -> str:
 
 
 def secure_text(run: RunData) -> list[str]:
-    """Return paragraphs that state what the server learned in secure and other rounds; [] for a run without secure
-    rounds.
+    """Return paragraphs that state what the server learned in secure and other rounds;
+    [] for a run without secure rounds.
     """
     if not run.secure:
         return []
