@@ -122,6 +122,24 @@ def test_a_rule_in_the_file_and_in_the_node_config_is_refused(tmp_path: Path) ->
         Policy.of(Context(1, 2, config, RecordDict(), {}))
 
 
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+@pytest.mark.parametrize("adds", ["none", "independent"])
+def test_with_noise_hello_tells_neither_images_nor_classes(noise: float, adds: str, tmp_path: Path) -> None:
+    for name in "01":
+        (tmp_path / name).mkdir()
+        for number in range(4):
+            Image.new("L", (8, 8)).save(tmp_path / name / f"{number}.png")
+    (tmp_path / "0" / "broken.png").write_bytes(b"no image")
+    run = {"noise-multiplier": noise, "norm": "none"} | ({"server-noise": adds, "schedule": "fedavg"} if noise else {})
+    message = Message(RecordDict(), 2, "query", group_id="1")
+    message.metadata.__dict__["_message_id"] = "1"
+    config = Settings.of({"model": "mlp", "clients": 2} | run).to_config()
+    reply = app(message, Context(1, 2, {"data": str(tmp_path)}, RecordDict(), config))
+    told = dict(reply.content.config_records[RECORD])
+    open_ = {"examples": 8, "unreadable": 1, "classes": '["0", "1"]'}
+    assert told == {"client": "2"} | ({"examples": 1, "classes": "[]"} if noise else open_)
+
+
 SECRET = "patients-of-dr-smith"
 
 

@@ -18,6 +18,7 @@ from client import app as honest
 from server.app import serve_in_process
 from tofu.errors import RunError
 from tofu.observers.base import Observer
+from tofu.plugins import Export, export_to_bytes
 from tofu.privacy import Accountant
 from tofu.reporting.folder import fresh_folder
 from tofu.rounds.aggregation import example_cap
@@ -31,6 +32,8 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 
 Lie = Callable[[TrainReply], TrainReply]
+
+METRIC = export_to_bytes(Export({}, {"loud/metric": 1.0}))
 
 
 def app_with(lie: Lie | None = None, examples: int | None = None) -> ClientApp:
@@ -89,11 +92,18 @@ def run(folder: Path, app: ClientApp, **settings: Any) -> dict[str, Any]:
     return serve_in_process(app, Settings.of(TINY | settings | {"run_folder": str(folder)}), Observer())
 
 
-@pytest.mark.parametrize("field", ["train_loss", "cosine", "train_seconds", "explained_variance"])
-def test_a_huge_metric_fails_its_client_only(field: str, tmp_path: Path) -> None:
-    run(tmp_path / "run", app_with(lambda reply: dataclasses.replace(reply, **{field: 1.7e308})))
+@pytest.mark.parametrize("value", [3e38, math.nan, -math.inf])
+@pytest.mark.parametrize("field", ["train_loss", "cosine", "train_seconds", "explained_variance", "of a plugin"])
+def test_a_huge_metric_fails_its_client_only(field: str, value: float, tmp_path: Path) -> None:
+    def lie(reply: TrainReply) -> TrainReply:
+        if field == "of a plugin":
+            return dataclasses.replace(reply, exported=METRIC.replace(struct.pack("<d", 1.0), struct.pack("<d", value)))
+        return dataclasses.replace(reply, **{field: value})
+
+    run(tmp_path / "run", app_with(lie))
     for record in read_rounds(tmp_path / "run" / "metrics.jsonl")[1:]:
         assert [failure.client for failure in record.failures] == ["3"]
+        assert "metric" in record.failures[0].reason
 
 
 @pytest.mark.parametrize("schedule", ["fedavg", "secure"])
@@ -182,16 +192,31 @@ def test_a_round_of_server_noise_that_a_crash_interrupted_counts_as_one_of_its_c
     assert json.loads((folder / "privacy.json").read_text())["participation"]["rows"] == 7
 
 
-@pytest.mark.parametrize("kind", ["fedavg", "proxy"])
-def test_the_training_time_is_not_reported_under_differential_privacy(kind: str, tmp_path: Path) -> None:
-    seen: list[float] = []
+@pytest.mark.parametrize(("kind", "noise"), [("fedavg", "none"), ("proxy", "none"), ("fedavg", "independent")])
+def test_under_differential_privacy_no_message_tells_time_loss_or_number_of_images(
+    kind: str, noise: str, tmp_path: Path
+) -> None:
+    seen: list[object] = []
 
     def look(reply: TrainReply) -> TrainReply:
-        seen.append(reply.train_seconds)
+        seen.append((reply.train_seconds, reply.train_loss, reply.examples))
         return reply
 
-    run(tmp_path / "run", app_with(look), noise_multiplier=1.0, norm="none", schedule=kind, ratio=10.0, max_evals=5)
-    assert seen == [0.0, 0.0]
+    looking, app = app_with(look), ClientApp()
+    app.train()(lambda message, context: looking(message, context))
+
+    @app.query()
+    def hello(message: Message, context: Context) -> Message:
+        reply = honest.hello(message, context)
+        seen.append(dict(reply.content.config_records[RECORD]))
+        return reply
+
+    run(
+        tmp_path / "run", app, noise_multiplier=1.0, norm="none", schedule=kind, ratio=10.0, max_evals=5,
+        server_noise=noise,
+    )  # fmt: skip
+    assert seen[4:] == [(0.0, 0.0, 1)] * 2
+    assert sorted(map(str, seen[:4])) == [str({"client": str(number), "examples": 1}) for number in range(4)]
 
 
 def test_each_of_two_runs_of_the_same_second_has_its_own_folder(

@@ -375,9 +375,9 @@ class Compressed(StrategyWrapper):
             return reply
         node = reply.metadata.src_node_id
         record = reply.content.config_records.get(RECORD)
-        if record is None:
-            raise RunError(f"node {node} sent no compressed update: add {self.mod}(...) to the mods of its ClientApp")
         try:
+            if record is None:
+                raise PayloadError(f"it sent no compressed update: add {self.mod}(...) to the mods of its ClientApp")
             if node not in self._sent:
                 raise PayloadError(f"node {node} was not asked in this round")
             sent = self._sent[node]

@@ -116,8 +116,8 @@ class Recorded(StrategyWrapper):
         metrics = {name: value for part in reply.content.metric_records.values() for name, value in part.items()}
         examples = metrics.get(str(getattr(self, "weighted_by_key", "num-examples")), 0)
         clients = metrics.get("tofu-clients", 0)
-        if isinstance(examples, list) or isinstance(clients, list) or examples < 1:
-            raise PayloadError(f"node {node} reports {examples} examples, expected at least 1")
+        if isinstance(examples, list) or isinstance(clients, list) or not (1 <= examples < 2**62 > clients >= 0):
+            raise PayloadError(f"node {node} reports {examples} examples of {clients} clients, expected at least 1")
         base, codec, payload = self._contents(reply, node)
         return AppRecording(
             round=round_,

@@ -57,13 +57,14 @@ class Robust(StrategyWrapper):
         super().__init__(inner)
         self._rule, self._malicious = aggregators.get(rule), malicious_fraction
         self._ratio, self._max_norm = max_example_ratio, max_norm
+        self._sent = ArrayRecord()
         self._base: dict[str, Tensor] = {}
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Return the inner strategy's messages; the replies' updates are relative to `arrays`."""
-        self._base = tensors_of(arrays)
+        self._sent, self._base = arrays, tensors_of(arrays)
         return self._configure_train(server_round, arrays, config, grid)
 
     def aggregate_train(
@@ -75,18 +76,18 @@ class Robust(StrategyWrapper):
             RunError: no reply can be used.
         """
         names, replies = ArrayNames.of(self._base), list(replies)
-        updates: dict[int, tuple[str, ArrayRecord, dict[str, Tensor], int]] = {}
+        updates: dict[int, tuple[str, dict[str, Tensor], int]] = {}
         for at, reply in enumerate(replies):
             if reply.has_error():
                 continue
             try:
                 key, record = only_arrays(reply.content, "the app's train reply")
-                updates[at] = (key, record, names.update(self._base, tensors_of(record)), self._examples(reply))
+                updates[at] = (key, names.update(self._base, tensors_of(record)), self._examples(reply))
             except PayloadError as error:
                 replies[at] = self._unusable(reply, error, server_round)
         cap = example_cap([examples for *_, examples in updates.values()] or [1], self._ratio)
         rule = self._rule(names.param_spec, self._malicious)
-        for at, (_, _, update, examples) in list(updates.items()):
+        for at, (_, update, examples) in list(updates.items()):
             try:
                 rule.add(limit_norm(update, names.param_spec, self._max_norm), min(examples, cap))
             except PayloadError as error:
@@ -95,9 +96,9 @@ class Robust(StrategyWrapper):
         if replies and not updates:
             failed = reasons_of(reply.error.reason for reply in replies)
             raise RunError(f"round {server_round}: no reply of {len(replies)} clients can be used ({failed})")
-        new = names.add(self._base, rule.mean()) if updates else {}
-        for at, (key, record, *_) in updates.items():
-            replies[at].content[key] = record_of(new, record)
+        new = record_of(names.add(self._base, rule.mean()), self._sent) if updates else ArrayRecord()
+        for at, (key, *_) in updates.items():
+            replies[at].content[key] = new
         return self._aggregate_train(server_round, replies)
 
     def _examples(self, reply: Message) -> int:

@@ -309,7 +309,7 @@ class SecureAggregation(StrategyWrapper):
             metrics["tofu-epsilon"] = self._accountant.epsilon
         if self._options.clip_quantile:
             metrics["tofu-clip-norm"] = opened.clip_norm
-        named = {opened.metrics.get(name) for name in survivors}
+        named = {str(opened.metrics.get(name)) for name in survivors}
         layout = _layout(named.pop(), self._options.metrics) if len(named) == 1 else None
         if layout is None:
             LOG.warning("metrics were not summed: clients report different ones, too many, or values out of range")
@@ -352,7 +352,7 @@ def _layout(names: object, slots: int) -> list[tuple[str, int]] | None:
     """Return the metrics' names and lengths from a client's JSON; None if they do not fit the slots."""
     try:
         pairs = [(str(name), int(length)) for name, length in json.loads(str(names))]
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError, RecursionError):
         return None
     lengths = [1 if length < 0 else length for _, length in pairs]
     return pairs if sum(lengths) <= slots else None

@@ -7,12 +7,17 @@ module with the arrays as its parameters, which is enough for compressors that d
 import copy
 import dataclasses
 import hashlib
+import io
 import json
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import CodeType
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from flwr.app import Array, ArrayRecord
 from torch import Tensor, nn
@@ -311,9 +316,24 @@ def tensors_of(record: ArrayRecord) -> dict[str, Tensor]:
         PayloadError: an array cannot be read.
     """
     try:
-        return {name: torch.from_numpy(array.numpy().copy()) for name, array in record.items()}
-    except (ValueError, TypeError, SyntaxError, EOFError) as error:
+        return {name: torch.from_numpy(_numbers(array).copy()) for name, array in record.items()}
+    except Exception as error:  # numpy's parser has no list of what it raises
         raise PayloadError(f"arrays cannot be read ({type(error).__name__})") from error
+
+
+def _numbers(array: Array) -> npt.NDArray[Any]:
+    """Return the array after a check that its header is that of as many numbers as there are bytes.
+
+    Raises:
+        Exception: it is not.
+    """
+    stream = io.BytesIO(array.data)
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(stream)
+    if dtype.kind not in "fiub" or math.prod(shape) * dtype.itemsize != len(array.data) - stream.tell():
+        raise ValueError("other bytes than its header says")
+    return array.numpy()
 
 
 def record_of(tensors: Mapping[str, Tensor], like: ArrayRecord | None = None) -> ArrayRecord:

@@ -1,5 +1,8 @@
 """Base classes of the mods and strategy wrappers for Flower apps, and helpers for their messages."""
 
+import logging
+import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,7 +15,10 @@ from flwr.serverapp import strategy as strategies
 from flwr.serverapp.strategy import Result, Strategy
 
 from tofu.errors import PayloadError
+from tofu.flower.internals import error_reply
 from tofu.flower.policy import error_replies
+
+LOG = logging.getLogger("tofu.flower")
 
 INDIVIDUAL: tuple[type[Strategy], ...] = (
     strategies.Bulyan, strategies.DifferentialPrivacyClientSideAdaptiveClipping,
@@ -77,8 +83,18 @@ class StrategyWrapper(Strategy):
     def __init__(self, inner: Strategy) -> None:
         self.inner = inner
         # `start` replaces the inner strategy's methods for its duration; these are the originals.
-        self._configure_train, self._aggregate_train = inner.configure_train, inner.aggregate_train
-        self._aggregate_evaluate = inner.aggregate_evaluate
+        self._configure_train = inner.configure_train
+        self._originals = inner.aggregate_train, inner.aggregate_evaluate
+
+    def _aggregate_train(
+        self, round_: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Call the inner strategy with the replies that it can aggregate (`consistent`)."""
+        return self._originals[0](round_, consistent(replies, self.inner, round_))
+
+    def _aggregate_evaluate(self, round_: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Call the inner strategy with the replies that it can aggregate (`consistent`)."""
+        return self._originals[1](round_, consistent(replies, self.inner, round_))
 
     def __getattr__(self, name: str) -> Any:
         """Attributes that are not the wrapper's own are the inner strategy's."""
@@ -131,6 +147,47 @@ def wrappers(strategy: Strategy) -> list[StrategyWrapper]:
 def unwrapped(strategy: Strategy) -> Strategy:
     """Return the strategy inside all wrappers."""
     return unwrapped(strategy.inner) if isinstance(strategy, StrategyWrapper) else strategy
+
+
+def consistent(replies: Iterable[Message], strategy: Strategy, round_: int) -> list[Message]:
+    """Put error replies in place of those that differ from most in the names of arrays and metrics.
+
+    FedAvg and the strategies that extend it end the run if one reply has other names or an unusable weight, which one
+    client could do. The replies to other strategies are not changed.
+    """
+    replies = list(replies)
+    if not isinstance(strategy, strategies.FedAvg):
+        return replies
+    layouts = {at: _layout_of(reply.content) for at, reply in enumerate(replies) if not reply.has_error()}
+    usual = Counter(layouts.values()).most_common(1)
+    for at, layout in layouts.items():
+        reply = replies[at]
+        if layout != usual[0][0]:
+            problem = "its arrays or metrics have other names than those of most clients"
+        elif not _has_weight(reply.content, strategy.weighted_by_key):
+            problem = f"its metric {strategy.weighted_by_key} is not usable: expected one number of at least 0"
+        else:
+            continue
+        node = reply.metadata.src_node_id
+        LOG.warning("round %d: the reply of node %s is not usable: %s", round_, node, problem)
+        replies[at] = error_reply(reply, problem)
+    return replies
+
+
+def _layout_of(content: RecordDict) -> tuple[object, ...]:
+    """Return the names of the arrays, and the names and lengths of the metrics, by the keys of their records."""
+    arrays = sorted((key, tuple(sorted(record))) for key, record in content.array_records.items())
+    metrics = sorted(
+        (key, tuple(sorted((name, len(value) if isinstance(value, list) else -1) for name, value in record.items())))
+        for key, record in content.metric_records.items()
+    )
+    return (*arrays, None, *metrics)
+
+
+def _has_weight(content: RecordDict, key: str) -> bool:
+    """Say whether the metric by which a strategy weights a reply is one number, if it is there."""
+    found = [record[key] for record in content.metric_records.values() if key in record]
+    return all(not isinstance(value, list) and 0 <= value < math.inf for value in found)
 
 
 def with_record(message: Message, key: str, record: ConfigRecord) -> Message:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from server.client_registry import Client
 from server.server_noise import ServerNoise
 from tofu.errors import PayloadError, RunError, SettingError
 from tofu.privacy import Accountant, Noise, correlated, rounded_norm
@@ -20,6 +21,10 @@ from tofu.privacy.correlated import CorrelatedSums, Participation, banded_square
 from tofu.settings import Settings
 from tofu.weights import ParamSpec
 
+GIVEN = {
+    "server-noise": "correlated", "min-separation": 2, "noise-multiplier": 0.01, "clip-norm": 0.5, "schedule": "fedavg",
+    "clients": 20, "client-fraction": 0.1,
+}  # fmt: skip
 SPEC = ParamSpec({"a": torch.Size([3, 2])}, {"b": torch.Size([2])})
 
 
@@ -137,12 +142,12 @@ def test_no_client_takes_part_twice_within_the_separation(separation, wanted, re
         if number == restart:
             rule = Participation.from_dict(separation, rule.to_dict())
         returns += rule.may_return
-        row = rule.begin(rule.eligible(names))
+        taking_part = rule.eligible(names)
+        row = rule.begin(taking_part)
         assert row == number + 1
-        for name in rule._last:
-            if rule._last[name] == row:
-                rows.setdefault(name, []).append(row)
-        if blocked := sorted(name for name, last in rule._last.items() if row + 1 - last < separation):
+        for name in taking_part:
+            rows.setdefault(name, []).append(row)
+        if blocked := sorted(name for name, taken in rows.items() if row + 1 - taken[-1] < separation):
             before = rule.rows
             with pytest.raises(RunError, match=f"client {blocked[0]} took part less than min-separation"):
                 rule.begin(blocked)
@@ -151,6 +156,15 @@ def test_no_client_takes_part_twice_within_the_separation(separation, wanted, re
     for taken in rows.values():
         assert all(late - early >= separation for early, late in itertools.pairwise(taken))
         assert len(taken) <= returns
+
+
+def test_a_round_takes_as_many_clients_as_it_must_have() -> None:
+    server = ServerNoise(Settings.of(GIVEN).privacy, SPEC)
+    clients = [Client(number, str(number), 1) for number in range(4)]
+    server.participation.begin(["1", "3"])
+    assert server.eligible(clients, 2) == clients[::2]
+    with pytest.raises(RunError, match=r"2 of 4 connected clients may take part, of 3 .* in the last 1 rounds"):
+        server.eligible(clients, 3)
 
 
 @pytest.mark.parametrize(
@@ -162,11 +176,7 @@ def test_a_damaged_participation_is_refused(state: object) -> None:
 
 
 def test_the_server_limits_each_client_and_releases_each_mean_once() -> None:
-    given = {
-        "server-noise": "correlated", "min-separation": 2, "noise-multiplier": 0.01, "clip-norm": 0.5,
-        "schedule": "fedavg", "clients": 20, "client-fraction": 0.1,
-    }  # fmt: skip
-    server = ServerNoise(Settings.of(given).privacy, SPEC)
+    server = ServerNoise(Settings.of(GIVEN).privacy, SPEC)
     server.participation.begin(["a", "b"])
     mean = server.begin_mean()
     mean.add({"a": torch.full((3, 2), 1e6), "b": torch.zeros(2)}, 10**9)  # far too long, and far too heavy
