@@ -1,7 +1,9 @@
 """Seeded mutations of a message, as a client, a server or a bad line could send it."""
 
+import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 MUTATIONS = 10_000
 """Of each kind of message."""
@@ -37,3 +39,37 @@ def mutations(originals: Sequence[bytes], count: int = MUTATIONS, seed: int = 0)
                 other = drawn.randrange(max(1, len(data)))
                 data[place:place] = data[other : other + drawn.randrange(1, 64)]
         yield bytes(data)
+
+
+_VALUES: tuple[Any, ...] = (
+    0, 1, -1, 2**31, 2**62, 2**63 - 1, -(2**63), True, False, 0.5, math.nan, math.inf, -math.inf, 1e308, "", "\n", "0",
+    "x" * 1000, "[" * 20_000, "[[1]]", b"", b"\xff" * 50, [], [0], [math.nan, 1e308], ["x"], [""], [b""], [b"x", b"y"],
+)  # fmt: skip
+"""One of each kind of value that a record of Flower can hold, and its extremes."""
+
+
+def mutated_records(
+    originals: Sequence[Mapping[str, Any]], count: int = MUTATIONS, seed: int = 0
+) -> Iterator[dict[str, Any]]:
+    """Yield `count` mutated copies of records in turn: values of another kind, mutated, renamed, exchanged, left out.
+
+    >>> list(mutated_records([{"a": 1}], 9)) != [{"a": 1}] * 9
+    True
+    """
+    drawn = random.Random(seed)
+    for number in range(count):
+        record = dict(originals[number % len(originals)])
+        for _ in range(drawn.choice((1, 1, 2, 3))):
+            name, other = drawn.choice(list(record) or ["x"]), drawn.choice(list(record) or ["x"])
+            value, kind = record.pop(name, 0), drawn.randrange(6)
+            if kind == 0:
+                record[f"{name}{drawn.choice(('', ' ', 's'))}"] = value
+            elif kind == 1 and other in record:
+                record[name], record[other] = record[other], value
+            elif kind == 2 and isinstance(value, bytes | str):
+                data = value if isinstance(value, bytes) else value.encode()
+                changed = next(mutations([data], 1, drawn.randrange(2**32)))
+                record[name] = changed if isinstance(value, bytes) else changed.decode(errors="replace")
+            elif kind < 5:
+                record[name] = drawn.choice(_VALUES)
+        yield record

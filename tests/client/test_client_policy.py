@@ -122,6 +122,13 @@ def test_a_rule_in_the_file_and_in_the_node_config_is_refused(tmp_path: Path) ->
         Policy.of(Context(1, 2, config, RecordDict(), {}))
 
 
+@pytest.mark.parametrize("request_", [None, TrainRequest("fedavg", -1, ImageShape(1, 8, 8, 10), b"x", bytes(8))])
+def test_noise_that_the_server_says_it_adds_is_no_minimum_at_any_stage(request_: TrainRequest | None) -> None:
+    run = {"noise-multiplier": 1.0, "server-noise": "independent", "schedule": "fedavg", "norm": "none"}
+    found = reason({"partition-id": 0, "min-noise-multiplier": 1}, run, request_)
+    assert "rule min-noise-multiplier accepts 1 or more" in found
+
+
 @pytest.mark.parametrize("noise", [0.0, 1.0])
 @pytest.mark.parametrize("adds", ["none", "independent"])
 def test_with_noise_hello_tells_neither_images_nor_classes(noise: float, adds: str, tmp_path: Path) -> None:
