@@ -7,10 +7,8 @@ in through deploy/nginx.conf, which passes the Fleet API and nothing else.
 import http.client
 import json
 import os
-import shutil
 import socket
 import ssl
-import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,16 +22,14 @@ from deploy.control import Control
 from deploy.processes import LocalCluster
 from deploy.superlink import CONTROL_TOKEN, make_token
 from deploy.topology import ENVIRONMENT
+from tests.deploy.nginx_proxy import needs_nginx, running_proxy
 from tests.integration.deployed import run_on, wait_online
-from tests.processes import NO_TOTAL_LIMIT, STALL_SECONDS, free_port, run, wait_for
+from tests.processes import NO_TOTAL_LIMIT, STALL_SECONDS, free_port, run
 from tofu.errors import RunError
 
 pytestmark = NO_TOTAL_LIMIT
 
 _BIN = Path(sys.executable).parent
-_NGINX = os.environ.get("TOFU_NGINX") or shutil.which("nginx")
-_CONF = Path(__file__).parents[2] / "deploy" / "nginx.conf"
-needs_nginx = pytest.mark.skipif(_NGINX is None, reason="nginx is not installed (nor named by $TOFU_NGINX)")
 
 _PYPROJECT = """
 [project]
@@ -253,39 +249,10 @@ def test_the_control_api_wants_the_operators_token(federation: LocalCluster, tmp
 
 @pytest.fixture(scope="module")
 def proxy(federation: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """The proxy's port. Its configuration is the containers', with this machine's addresses and paths."""
-    assert _NGINX is not None
-    folder, port = tmp_path_factory.mktemp("nginx"), free_port()
-    text = _CONF.read_text()
-    for old, new in (
-        ("/tmp/", f"{folder}/"),
-        ("/run/secrets/", f"{federation.folder}/keys/"),
-        ("$superlink superlink:8000", f"$superlink {federation.address}"),
-        ("proxy_ssl_name superlink", "proxy_ssl_name localhost"),
-        ("listen 8443", f"listen 127.0.0.1:{port}"),
-        ("listen 127.0.0.1:8080", f"listen 127.0.0.1:{free_port()}"),
-    ):
-        assert old in text
-        text = text.replace(old, new)
-    (folder / "nginx.conf").write_text(text)
-    command = [_NGINX, "-p", str(folder), "-c", str(folder / "nginx.conf"), "-g", "daemon off;"]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-    try:
-        wait_for(lambda: process.poll() is not None or _listens(port))
-        assert process.poll() is None, (folder / "log").read_text()
+    """The proxy's port."""
+    folder = tmp_path_factory.mktemp("nginx")
+    with running_proxy(folder, federation.folder / "keys", federation.address) as port:
         yield port
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def _listens(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), timeout=60).close()
-    except OSError:
-        return False
-    return True
 
 
 def _ask(federation: LocalCluster, port: int, path: str, method: str = "POST") -> int:
