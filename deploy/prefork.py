@@ -8,6 +8,10 @@ That process sees when an app fails, and reports it to the SuperNode (deploy/los
 Only packages are imported ahead, none of the app's own modules, which come with the app. `--cold` before the command
 imports nothing ahead. With TOFU_PINNED_APP in the environment, all apps but the pinned one are refused
 (deploy/pinned.py).
+
+Where this process is killed together with its apps, as all processes of a container are, nobody is left to report
+them. TOFU_RUNNING_APPS names a file that outlives it, in which the apps that run are kept. At the next start they are
+reported, and the SuperNode need not wait until their tokens expire.
 """
 
 import importlib
@@ -19,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -32,6 +36,7 @@ PACKAGES = (
     "datasets",
     "safetensors.torch",
 )
+RUNNING_APPS = "TOFU_RUNNING_APPS"
 _COMMAND = "flwr-clientapp"
 _SHIM = """#!{python} -IS
 import array, json, os, socket, sys
@@ -76,6 +81,8 @@ def main(command: Sequence[str], packages: Sequence[str] = PACKAGES) -> int:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, end)
             signal.signal(signal.SIGALRM, kill)
+            for app in _read_running():
+                _fork(listener, _report, app, "it ended with its service")
             for name in packages:
                 with suppress(ImportError):  # the app itself reports a missing package
                     importlib.import_module(name)
@@ -102,13 +109,34 @@ def _serve(listener: socket.socket, superexec: "subprocess.Popen[bytes]") -> int
                 if data:
                     command = json.loads(data)
                     apps[_fork(listener, _app, command, streams)] = command
+                    _write_running(apps.values())
                 for stream in streams:
                     os.close(stream)
         for pid, status in _reap(superexec.pid):
             command = apps.pop(pid, [])
-            if status and command:
-                _fork(listener, _report, command, status)
+            if not command:
+                continue
+            _write_running(apps.values())
+            if status:
+                _fork(listener, _report, command, f"ended by signal {-status}" if status < 0 else f"status {status}")
     return superexec.returncode
+
+
+def _read_running() -> list[list[str]]:
+    """The command lines of the apps that ran when this process ended last, if it was killed."""
+    try:
+        return list(json.loads(Path(os.environ[RUNNING_APPS]).read_bytes()))
+    except (KeyError, OSError, ValueError):  # no such file, or one that was cut short
+        return []
+
+
+def _write_running(commands: Iterable[list[str]]) -> None:
+    """Keep the command lines of the apps that run. They have tokens, so only this user may read them."""
+    if file := os.environ.get(RUNNING_APPS):
+        with suppress(OSError):  # without it, lost apps are noticed later
+            with os.fdopen(os.open(f"{file}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as opened:
+                json.dump(list(commands), opened)
+            os.replace(f"{file}.new", file)
 
 
 def _fork(listener: socket.socket, function: Callable[..., int], *arguments: object) -> int:
@@ -162,12 +190,11 @@ def _app(arguments: list[str], streams: list[int]) -> int:
     return 0
 
 
-def _report(command: list[str], status: int) -> int:
+def _report(command: list[str], reason: str) -> int:
     """Report to the SuperNode that an app failed."""
     from deploy.lost_replies import report_end
 
-    ending = f"ended by signal {-status}" if status < 0 else f"status {status}"
-    return report_end(command, ending)
+    return report_end(command, reason)
 
 
 def _reap(superexec: int) -> Iterator[tuple[int, int]]:
