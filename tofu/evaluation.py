@@ -47,6 +47,6 @@ def evaluate(
             logits = predict(model, images).logits if predict else model(images)
             labels = data.labels[start : start + _BATCH].to(device)
             correct += int((logits.argmax(1) == labels).sum())
-            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+            loss += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
             shared.release_if_unused()
     return Evaluation(correct / len(data), loss / len(data))

@@ -31,6 +31,8 @@ def reseed_own(model: torch.nn.Module, seed: int) -> None:
     """Seed the generators of torch, numpy and Python that are attributes of modules, each with a seed of its own."""
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
+            if not isinstance(value, torch.Generator | np.random.Generator | np.random.RandomState | random.Random):
+                continue
             own = derive_seed(seed, name, attribute)
             if isinstance(value, torch.Generator):
                 value.manual_seed(own)

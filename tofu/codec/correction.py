@@ -287,7 +287,9 @@ class _Subset:
 
     @cached_property
     def gaps(self) -> Integers:
-        return np.diff(self.members, prepend=-1) - 1
+        gaps = self.members.copy()
+        gaps[1:] -= self.members[:-1] + 1
+        return gaps
 
     @cached_property
     def width(self) -> int:

@@ -269,6 +269,10 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+_ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}
+"""The validator of each kind of record; building one takes milliseconds."""
+
+
 def from_dict(kind: type[T], values: object, where: str) -> T:
     """Return a record from JSON values.
 
@@ -281,7 +285,8 @@ def from_dict(kind: type[T], values: object, where: str) -> T:
     if not isinstance(values, dict):
         raise RunError(f"{where} must hold a JSON object, found {type(values).__name__}")
     try:
-        return TypeAdapter(kind).validate_python(values)
+        record: T = (_ADAPTERS.get(kind) or _ADAPTERS.setdefault(kind, TypeAdapter(kind))).validate_python(values)
+        return record
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])

@@ -4,8 +4,9 @@ A page loads nothing: no scripts, no fonts, no addresses but `data:`. Its conten
 """
 
 from collections.abc import Iterable
+from functools import cache
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 COLORS = """
@@ -191,9 +192,14 @@ def render_template(source: str, **values: object) -> str:
     Args:
         source: the template, which begins with `PAGE_HEAD`.
     """
+    return _compiled(source).render({"style": Markup(STYLE), **values})
+
+
+@cache
+def _compiled(source: str) -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["css_class"] = lambda name: Markup(' class="{}"').format(name) if name else ""
-    return environment.from_string(_TABLE + source).render({"style": Markup(STYLE), **values})
+    return environment.from_string(_TABLE + source)
 
 
 def page_figures(drawn: Iterable[tuple[str, str, str | None]]) -> list[dict[str, str]]:
