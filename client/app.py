@@ -22,13 +22,14 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.local_round import client_data, train_round
-from client.state import save_class_names
+from client.state import has_class_names, load_class_names, save_class_names
 from tofu.errors import TofuError
 from tofu.flower.policy import Policy, client_name, error_replies
 from tofu.flower.secure_session import answer_query, participant_of
 from tofu.flower.transport import body_of
 from tofu.log import about, start_logging
 from tofu.models.checks import eager_code
+from tofu.rounds.downlink import ClassesLostError
 from tofu.secagg.identities import HELLO
 from tofu.settings import Settings
 from tofu.wire import (
@@ -72,6 +73,7 @@ def hello(message: Message, context: Context, workload: Workload | None = None) 
         if "data" in context.node_config and not settings.data.class_names:
             names = getattr(data, "class_names", ()) if policy.class_names and not private else ()
             answer.record[CLASSES] = class_names_to_text(names)
+            save_class_names(context, load_class_names(context))  # a client that loses its state lacks this
     return answer.message
 
 
@@ -90,6 +92,8 @@ def train(message: Message, context: Context, workload: Workload | None = None) 
         torch.set_num_threads(settings.run.threads)
         request = TrainRequest.from_bytes(body_of(message))
         answer.fields["kind"] = request.kind
+        if "data" in context.node_config and not settings.data.class_names and not has_class_names(context):
+            raise ClassesLostError("this client has lost its state, and with it how the run's classes are numbered")
         round_ = int(message.metadata.group_id)
         answer.record = ConfigRecord({FIELD: train_round(request, round_, settings, context, workload)})
     return answer.message

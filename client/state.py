@@ -57,6 +57,11 @@ def _bytes(context: Context, name: str) -> bytes:
     return value if isinstance(value, bytes) else b""
 
 
+def has_class_names(context: Context) -> bool:
+    """Return whether the server could send the classes of the run, and the state since then is kept."""
+    return _CLASSES in context.state.config_records
+
+
 def load_class_names(context: Context) -> tuple[str, ...]:
     """Return the classes of the run, in the order in which the server numbers them;
     () if the server has not sent them.

@@ -190,10 +190,15 @@ class Clients:
 
     def _tell_classes(self, clients: Sequence[Client | None], end: float, round_: int) -> None:
         """Send the run's class names to clients whose own data have other classes or another order."""
-        others = {
-            client.node: client for client in clients
-            if client is not None and client.classes is not None and client.classes != self.class_names
-        }  # fmt: skip
+        self.tell_classes(
+            [each for each in clients if each and each.classes is not None and each.classes != self.class_names],
+            end,
+            round_,
+        )
+
+    def tell_classes(self, clients: Sequence[Client], end: float, round_: int) -> None:
+        """Send the run's class names to clients; `end` is the last moment (`time.monotonic`) to wait for an answer."""
+        others = {client.node: client for client in clients}
         if not others or not self.class_names:
             return
         body = class_names_to_text(self.class_names)

@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -27,7 +27,16 @@ from tofu.rounds.downlink import Parts
 from tofu.secagg.encoding import SecureMean
 from tofu.settings.groups import ServerSettings
 from tofu.weights import Weights, norm, weights_of
-from tofu.wire import CLIENT_ACCURACY, HEADER_BYTES, RESYNC, TrainReply, TrainRequest, broadcast_id, read_payload
+from tofu.wire import (
+    CLASSES_LOST,
+    CLIENT_ACCURACY,
+    HEADER_BYTES,
+    RESYNC,
+    TrainReply,
+    TrainRequest,
+    broadcast_id,
+    read_payload,
+)
 
 LARGE = 10.0
 """An update is reported if its norm is more than this many times the median of the round."""
@@ -130,6 +139,7 @@ class TrainExchange:
         ask_again: whether a request is repeated if it or its reply was lost, as all are if the SuperLink's clock is set
             forward: Flower's messages expire by the time of day. False under DP, where every reply counts.
         outputs: `output_sketch` of a user's model, with which clients compare theirs.
+        tell_classes: sends the numbering of the run's classes to clients that have lost it.
 
     Attributes:
         acknowledged: client name -> last round whose reply was added; its error feedback continues from there.
@@ -146,10 +156,11 @@ class TrainExchange:
         *,
         ask_again: bool = True,
         outputs: bytes = b"",
+        tell_classes: Callable[[Sequence[Client], float, int], None] = lambda clients, end, round_: None,
     ) -> None:
         self._transport, self._ledger, self._observer, self._timeout = transport, ledger, observer, timeout
-        self._outputs = outputs
-        self._resent = (RESYNC, *LOST) if ask_again else (RESYNC,)
+        self._outputs, self._tell_classes = outputs, tell_classes
+        self._resent = (RESYNC, CLASSES_LOST, *LOST) if ask_again else (RESYNC, CLASSES_LOST)
         self.acknowledged: dict[str, int] = {}
         self.adverts: dict[str, bytes] = {}
         self.late: set[str] = set()
@@ -174,7 +185,9 @@ class TrainExchange:
         lost: list[Client] = []
         silent = {client.name: client for client in clients}
         self._observer.on_phase(state.round, state.label, "train", 0, len(clients))
+        untold: list[Client] = []
         for resend, some in ((False, clients), (True, lost)):
+            self._tell_classes(untold, state.deadline, state.round)
             for client, reply in self._send(model, some, state, secure_parts or {}, enough, resend=resend):
                 time_left = state.deadline - time.monotonic() > _MIN_SECONDS
                 if not resend and time_left and reply.has_error() and reply.error.code in self._resent:
@@ -182,6 +195,7 @@ class TrainExchange:
                     text = f"round {state.round}: client {client.name} is sent full weights: {error_reason(reply)}"
                     self._observer.on_note(text, round=state.round, node=client.node)
                     lost.append(client)
+                    untold += [client] if reply.error.code == CLASSES_LOST else []
                     continue
                 silent.pop(client.name, None)
                 self.late.discard(client.name)

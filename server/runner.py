@@ -148,6 +148,7 @@ class RoundRunner:
         self._exchange = TrainExchange(
             transport, ledger, observer, settings.server.round_timeout,
             ask_again=not settings.privacy.noise_multiplier, outputs=outputs,
+            tell_classes=self.clients.tell_classes,
         )  # fmt: skip
         self._open = OpenCollector(self._exchange, self.plugins, settings.server, observer)
         self._secure: Collector = self._open

@@ -52,6 +52,9 @@ CLIENT_ACCURACY = "client/accuracy"
 RESYNC = 1001
 """Code of the error reply of a client that cannot build the round's weights from the steps that it received."""
 
+CLASSES_LOST = 1002
+"""Code of the error reply of a client with its own data that does not know how the run's classes are numbered."""
+
 _REQUEST = struct.Struct(f"<BBi4HHII{FINGERPRINT_BYTES}s{SKETCH_BYTES}s")
 _LENGTH = struct.Struct("<I")
 _REPLY = struct.Struct("<I5fBI")

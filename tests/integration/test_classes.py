@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import RecordDict
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
@@ -14,7 +15,7 @@ from torch import nn
 from client.app import app as client_app
 from server.app import app as server_app
 from tofu.errors import RunError
-from tofu.flower.in_process import run_in_process
+from tofu.flower.in_process import InProcessGrid, run_in_process
 from tofu.rounds.record import RoundRecord, read_rounds, read_summary
 from tofu.settings import Settings
 
@@ -167,3 +168,79 @@ def test_with_privacy_no_class_names_leave_a_client(tmp_path: Path, folders: lis
     rounds, data = federate(tmp_path, "run", folders, rounds=1, **private)
     assert len(rounds[1].by_client) == 3
     assert data["clients"] == {"0": {}, "1": {}, "2": {}}
+
+
+ROUNDS: dict[str, dict[str, Any]] = {
+    "proxy": {"schedule": "proxy", "ratio": 10.0, "max_evals": 5, "downlink": "proxy", "downlink_ratio": 5.0},
+    "secure": {"schedule": "secure"},
+}
+
+
+def same_as_with_names(tmp_path: Path, folders: list[Path], **settings: Any) -> list[RoundRecord]:
+    """Return the rounds of a run, whose weights must be those of a run in which class-names lists all classes."""
+    own = [*folders, write(tmp_path / "own3", NAMES[4:], slice(600, 1200))]
+    settings |= {"class_names": ",".join(sorted(NAMES)), "min_clients": 3}
+    federate(tmp_path, "named", own, **settings)
+    rounds, _ = federate(tmp_path, "run", own, **settings | {"class_names": ""})
+    summaries = [read_summary(tmp_path / name / "summary.json") for name in ("run", "named")]
+    assert len({summary.weights_sha256 for summary in summaries if summary}) == 1
+    return rounds
+
+
+def ended_rounds(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return len(path.read_text().splitlines()) - 1 if path.exists() else 0
+
+
+@pytest.mark.parametrize("kind", ROUNDS)
+def test_a_client_that_joins_later_numbers_classes_as_the_others(
+    tmp_path: Path, folders: list[Path], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    every = InProcessGrid.get_node_ids
+
+    def few(grid: InProcessGrid) -> list[int]:
+        run = tmp_path / "run" if (tmp_path / "named" / "summary.json").exists() else tmp_path / "named"
+        return list(every(grid))[: 4 if ended_rounds(run) else 3]
+
+    monkeypatch.setattr(InProcessGrid, "get_node_ids", few)
+    rounds = same_as_with_names(tmp_path, folders, **ROUNDS[kind])
+    assert [len(record.by_client) or record.clients for record in rounds[1:]] == [3, 4, 4]
+    assert not any(record.failures for record in rounds)
+
+
+@pytest.mark.parametrize("kind", ROUNDS)
+def test_a_client_that_loses_its_state_is_told_the_classes_again(
+    tmp_path: Path, folders: list[Path], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """As a SuperNode that is started again, under the same key, does."""
+    answer, lost = InProcessGrid._answer, set[str]()
+
+    def forgetful(grid: InProcessGrid, node: Any, message: Any, expires_at: float) -> Any:
+        name = "run" if (tmp_path / "named" / "summary.json").exists() else "named"
+        if node.name == "2" and ended_rounds(tmp_path / name) and name not in lost:
+            lost.add(name)
+            node.context.state = RecordDict()
+        return answer(grid, node, message, expires_at)
+
+    monkeypatch.setattr(InProcessGrid, "_answer", forgetful)
+    rounds = same_as_with_names(tmp_path, folders, **ROUNDS[kind])
+    assert lost == {"run", "named"}
+    assert len(rounds[-1].by_client) == 4 or kind == "secure"
+    reasons = [failure.reason for record in rounds for failure in record.failures]
+    assert reasons == (["2 has no secure session: it never sent keys, or lost its state"] if kind == "secure" else [])
+
+
+def test_a_client_that_joins_later_with_another_class_is_left_out_in_one_line(
+    tmp_path: Path, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = InProcessGrid.get_node_ids
+    monkeypatch.setattr(
+        InProcessGrid, "get_node_ids", lambda grid: list(every(grid))[: 3 if ended_rounds(tmp_path / "run") else 2]
+    )
+    folders[2] = write(tmp_path / "odd", NAMES[:3], slice(400, 600), as_names={"two": "owl"})
+    rounds, data = federate(tmp_path, "run", folders, min_clients=2)
+    assert data["classes"] == sorted(NAMES)
+    (failure,) = [failure for record in rounds for failure in record.failures]
+    assert failure.reason.endswith(
+        "(the run lacks owl: class-names=" + ",".join(sorted(NAMES)) + ",owl has all classes)"
+    )

@@ -25,7 +25,7 @@ class Mixed(Schedule):
 
 @torch.no_grad()
 def plain_loss(name: str) -> float:
-    """The test loss after one round in plain torch."""
+    """Return the test loss after one round in plain torch."""
     model, test = plain(name, 1)
     with GlobalGenerators(0):
         return float(F.cross_entropy(model.eval()(to_float(test.images)).float(), test.labels))

@@ -45,7 +45,7 @@ def run_twice(name: str, folder: Path, **settings: Any) -> RunResult:
 
 
 def plain(name: str, rounds: int) -> tuple[nn.Module, LabeledImages]:
-    """A network after rounds of federated averaging in plain torch, and the test images."""
+    """Return a network after rounds of federated averaging in plain torch, and the test images."""
     data = FederatedData.of(Settings.of(SMALL).data, seed=0)
     return averaged(ACCEPTED[name], data, rounds=rounds, batch_size=8, lr=0.1), data.test()
 

@@ -30,7 +30,6 @@ from tofu.settings import EXTENSIBLE, FIELDS, Value, accepted_values, dashed
 from tofu.settings.deprecated import present_names, present_node_config
 from tofu.settings.fields import comma_list
 from tofu.settings.groups import EMBEDDED_TABLES
-from tofu.wire import RESYNC
 
 BUILT_IN = "built-in"
 """In an allow-list: all names that Tofu provides."""
@@ -229,7 +228,7 @@ def error_replies(message: Message, context: Context) -> Iterator[list[Message]]
         reason = policy.public_reason(error, context.run_config)
         if reason != str(error):
             print(f"client {client_name(context)}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        code = RESYNC if isinstance(error, ResyncError) else 0
+        code = error.code if isinstance(error, ResyncError) else 0
         replies[:] = [Message(Error(code=code, reason=reason), reply_to=message)]
 
 

@@ -263,14 +263,22 @@ def _close(some: list[Tensor], others: list[Tensor]) -> bool:
 def tensors_of(output: Any) -> list[Tensor]:
     """Return the tensors of a model's output, which may be nested: a mapping,
     a sequence or an object with attributes.
+
+    Each container is read once, because objects may refer to each other; models that they refer to are not read.
     """
-    if isinstance(output, Tensor):
-        return [output]
-    if isinstance(output, tuple | list):
-        parts = list(output)
-    else:
-        parts = list((output if isinstance(output, Mapping) else getattr(output, "__dict__", {})).values())
-    return [tensor for part in parts for tensor in tensors_of(part)]
+    found: list[Tensor] = []
+    seen: dict[int, object] = {}  # holds the objects, so that no other one gets the same id
+    pending = [output]
+    while pending:
+        part = pending.pop()
+        if isinstance(part, Tensor):
+            found.append(part)
+        elif id(part) not in seen and not isinstance(part, nn.Module):
+            seen[id(part)] = part
+            inner = part if isinstance(part, Mapping) else getattr(part, "__dict__", {})
+            parts = part if isinstance(part, tuple | list) else inner.values()
+            pending.extend(reversed(list(parts)))
+    return found
 
 
 def check_memory(model: nn.Module) -> None:

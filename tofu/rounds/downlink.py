@@ -8,6 +8,7 @@ their updates at those. A client that missed rounds receives the missed steps, o
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from tofu.compression.base import Compressor
 from tofu.errors import PayloadError, TofuError
@@ -28,11 +29,29 @@ from tofu.weights import (
     sketch,
     weights_of,
 )
-from tofu.wire import HEADER_BYTES, WEIGHTS, Payload, TrainRequest, float32_bytes, float32_from, read_payload
+from tofu.wire import (
+    CLASSES_LOST,
+    HEADER_BYTES,
+    RESYNC,
+    WEIGHTS,
+    Payload,
+    TrainRequest,
+    float32_bytes,
+    float32_from,
+    read_payload,
+)
 
 
 class ResyncError(TofuError):
     """The client cannot build the round's weights from the steps: the server must send them in full."""
+
+    code: ClassVar[int] = RESYNC
+
+
+class ClassesLostError(ResyncError):
+    """The client has lost its state, and with it the numbering of the run's classes: the server must send both."""
+
+    code = CLASSES_LOST
 
 
 @dataclass(frozen=True)

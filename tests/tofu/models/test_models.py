@@ -14,6 +14,7 @@ from tests.processes import run
 from tofu.data import ImageShape
 from tofu.errors import SettingError
 from tofu.models import build_model, model_names
+from tofu.models.checks import tensors_of
 from tofu.weights import fingerprint, weights_of
 
 DIGITS = ImageShape(1, 8, 8, 10)
@@ -240,3 +241,14 @@ def test_threads_that_build_at_the_same_time_build_the_same_model() -> None:
     with ThreadPoolExecutor(8) as threads:
         prints = set(threads.map(lambda _: fingerprint(weights_of(build_model("lenet5", shape, seed=3))), range(64)))
     assert len(prints) == 1
+
+
+def test_outputs_that_refer_to_themselves_have_each_tensor_once() -> None:
+    class Output:
+        """As the outputs of Hugging Face, with a reference to itself and to its model."""
+
+    output = Output()
+    vars(output).update(logits=torch.zeros(2), itself=output, hidden=(torch.ones(3), [output, {"more": torch.ones(4)}]))
+    vars(output)["by"] = nn.Linear(2, 3)
+    shapes = [tuple(tensor.shape) for tensor in tensors_of(output)]
+    assert shapes == [(2,), (3,), (4,)]
