@@ -23,7 +23,7 @@ from flwr.clientapp import ClientApp
 
 from client.local_round import client_data, train_round
 from client.state import has_class_names, load_class_names, save_class_names
-from tofu.errors import TofuError
+from tofu.errors import PayloadError, TofuError
 from tofu.flower.policy import Policy, client_name, error_replies
 from tofu.flower.secure_session import answer_query, participant_of
 from tofu.flower.transport import body_of
@@ -94,7 +94,8 @@ def train(message: Message, context: Context, workload: Workload | None = None) 
         answer.fields["kind"] = request.kind
         if "data" in context.node_config and not settings.data.class_names and not has_class_names(context):
             raise ClassesLostError("this client has lost its state, and with it how the run's classes are numbered")
-        round_ = int(message.metadata.group_id)
+        if (round_ := _round_of(message)) is None:
+            raise PayloadError(f"train request is for round {message.metadata.group_id[:20]!r}, expected a number")
         answer.record = ConfigRecord({FIELD: train_round(request, round_, settings, context, workload)})
     return answer.message
 
@@ -135,8 +136,7 @@ class _Answer:
 @contextmanager
 def _answering(what: str, message: Message, context: Context) -> Iterator[_Answer]:
     """Build a reply and log the outcome. Exceptions become error replies (`tofu.flower.policy.error_replies`)."""
-    began, answer, group = time.perf_counter(), _Answer(message), message.metadata.group_id
-    round_ = int(group) if group.isdecimal() else None
+    began, answer, round_ = time.perf_counter(), _Answer(message), _round_of(message)
 
     def log(level: int, event: str, **fields: Any) -> None:
         extra = about(
@@ -160,6 +160,12 @@ def _answering(what: str, message: Message, context: Context) -> Iterator[_Answe
             raise
         replies.append(Message(RecordDict({RECORD: answer.record}), reply_to=message))
     answer.message = replies[0]
+
+
+def _round_of(message: Message) -> int | None:
+    """Return the round that a message is for; None if that is no number of at most nine digits."""
+    group = message.metadata.group_id
+    return int(group) if group.isdecimal() and len(group) < 10 else None
 
 
 def _settings(context: Context) -> Settings:

@@ -27,10 +27,12 @@ def identity(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(TaskIdentity, f"_{name}", 1)
 
 
-def reason(node: dict[str, str | int], run: dict[str, object], request: TrainRequest | None = None) -> str:
+def reason(
+    node: dict[str, str | int], run: dict[str, object], request: TrainRequest | None = None, group: str = "1"
+) -> str:
     """The reason of the client's error reply to `hello`, or to `train` if there is a request."""
     content = RecordDict({RECORD: ConfigRecord({FIELD: request.to_bytes()})}) if request else RecordDict()
-    message = Message(content, 2, "train" if request else "query", group_id="1")
+    message = Message(content, 2, "train" if request else "query", group_id=group)
     message.metadata.__dict__["_message_id"] = "1"
     config = Settings.of({"model": "mlp", "clients": 2, "local-epochs": 1}).to_config() | run
     reply = app(message, Context(1, 2, node, RecordDict(), config))  # type: ignore[arg-type]
@@ -120,6 +122,15 @@ def test_a_rule_in_the_file_and_in_the_node_config_is_refused(tmp_path: Path) ->
     config: dict[str, bool | float | int | str] = {"policy": str(tmp_path / "policy.toml"), "allowed-rounds": "fedavg"}
     with pytest.raises(SettingError, match="once"):
         Policy.of(Context(1, 2, config, RecordDict(), {}))
+
+
+@pytest.mark.parametrize("group", ["", "x", "-1", "1e3", "1\n", "9" * 5000])
+def test_a_round_that_is_no_number_is_refused_in_one_line(group: str) -> None:
+    request = TrainRequest("fedavg", -1, ImageShape(1, 8, 8, 10), b"x", bytes(8))
+    assert reason({"partition-id": 0}, {}, request, group) == (
+        f"train request is for round {group[:20]!r}, expected a number"
+    )
+    assert not reason({"partition-id": 0}, {}, None, group)  # hello needs no round
 
 
 @pytest.mark.parametrize("request_", [None, TrainRequest("fedavg", -1, ImageShape(1, 8, 8, 10), b"x", bytes(8))])

@@ -38,6 +38,7 @@ from tofu.bytes_io import unpack
 from tofu.data import to_float
 from tofu.errors import RunError, SettingError
 from tofu.flower.secure_mod import RECORD
+from tofu.flower.secure_options import SecureOptions
 from tofu.privacy import epsilon_of
 from tofu.secagg.messages import Masked
 from tofu.wire import FIELD, SecureAnswer, SecureQuery
@@ -258,11 +259,11 @@ def test_a_client_whose_app_returns_other_arrays_is_left_out() -> None:
     assert result.train_metrics_clientapp[2]["tofu-clients"] == CLIENTS - 1
 
 
-@pytest.mark.parametrize("change", ["arrays", "config", "clip norm"])
+@pytest.mark.parametrize("change", ["arrays", "config", "clip norm", "options"])
 def test_a_client_refuses_other_weights_or_settings_than_all_agreed_on(change: str) -> None:
     """Else a server could make all clients but one send nothing (Pasquini et al., CCS 2022)."""
     options: dict[str, Any] = {"noise_multiplier": 1.0, "clip_quantile": 0.5} if change == "clip norm" else {}
-    mod, refused = tofu.secure(**options), list[str]()
+    mod, refused, other = tofu.secure(**options), list[str](), {"dropout": 0.1}
 
     def lied_to(message: Message, context: Context, call_next: Any) -> Message:
         if RECORD in message.content and context.node_config["partition-id"] == 0:
@@ -271,9 +272,12 @@ def test_a_client_refuses_other_weights_or_settings_than_all_agreed_on(change: s
                 message.content["arrays"] = ArrayRecord({name: 0 * value for name, value in state.items()})
             elif change == "config":
                 message.content["config"]["lr"] = 0.0
+            elif change == "options":
+                message.content[RECORD]["digest"] = SecureOptions(**other).digest
             else:
                 message.content[RECORD]["clip-norm"] = 1e-9
-        reply: Message = mod(message, context, call_next)
+        own = tofu.secure(**other) if change == "options" and context.node_config["partition-id"] == 0 else mod
+        reply: Message = own(message, context, call_next)
         refused.extend([reply.error.reason or ""] if reply.has_error() else [])
         return reply
 
