@@ -6,6 +6,7 @@ One deployment serves all tests, in this order. It needs an engine; tests/deploy
 import json
 import socket
 import ssl
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -36,18 +37,42 @@ def records(deployment: ComposeDeployment) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (deployment.results() / "metrics.jsonl").read_text().splitlines()]
 
 
-def status(deployment: ComposeDeployment, path: str) -> int:
-    """HTTP status of a POST to the published port, the path sent as it is."""
+def answer(deployment: ComposeDeployment, path: str) -> tuple[int, bool]:
+    """HTTP status of a POST to the published port, the path sent as it is, and whether the proxy itself answered."""
     trust = ssl.create_default_context(cafile=str(deployment.deploy / "secrets" / "ca.crt"))
     try:
         request = urllib.request.Request(f"https://localhost:8443{path}", method="POST")
-        return int(urllib.request.urlopen(request, context=trust, timeout=10).status)
+        with urllib.request.urlopen(request, context=trust, timeout=10) as response:
+            return response.status, False
     except urllib.error.HTTPError as error:
-        return error.code
+        return error.code, b"<center>nginx" in error.read()
+
+
+def wait_for_app(deployment: ComposeDeployment, node: str) -> None:
+    """Wait until a client's app runs."""
+    running = deployment.deploy / "journal" / node / "apps.json"
+    while not running.exists() or running.read_text() in ("", "[]"):
+        time.sleep(0.02)
 
 
 def test_all_services_become_healthy(deployment: ComposeDeployment) -> None:
-    assert deployment.wait_for_health() == dict.fromkeys(SERVICES, "healthy")
+    health = deployment.wait_for_health()
+    assert health == dict.fromkeys(SERVICES, "healthy")
+
+
+def test_the_image_has_what_its_apps_need_and_little_else(deployment: ComposeDeployment) -> None:
+    """pandas, matplotlib and seaborn are there because flwr-datasets imports them."""
+    code = "from importlib.metadata import distributions as d; print(*(one.name for one in d()))"
+    installed = set(
+        deployment.compose("exec", "-T", "superlink", "python", "-c", code).lower().replace("_", "-").split()
+    )
+    assert {"torch", "pyarrow", "dp-accounting"} <= installed
+    needless = installed & {"ray", "tensorboard", "mlflow-skinny", "pytest", "ruff", "transformers", "lightning"}
+    if deployment.environment["TORCH_INDEX"]:
+        needless |= {name for name in installed if name.startswith("nvidia-") or name == "triton"}
+    assert needless == set()
+    size = deployment.image_bytes("superlink")
+    assert size < (1.74e9 if deployment.environment["TORCH_INDEX"] else 5.9e9)
 
 
 def test_only_the_proxys_port_is_published_and_on_the_loopback(deployment: ComposeDeployment) -> None:
@@ -61,9 +86,9 @@ def test_only_the_proxys_port_is_published_and_on_the_loopback(deployment: Compo
 
 
 def test_the_proxy_passes_fleet_paths_alone(deployment: ComposeDeployment) -> None:
-    assert status(deployment, "/v1/fleet/pull-messages") == 415  # the SuperLink's answer to a body that is none
-    assert status(deployment, "/v1/control/list-runs") == 404
-    assert status(deployment, "/v1/fleet/../control/list-runs") == 404
+    assert answer(deployment, "/v1/fleet/pull-messages") == (415, False)  # the SuperLink's to a body that is none
+    assert answer(deployment, "/v1/control/list-runs") == (404, True)
+    assert answer(deployment, "/v1/fleet/../control/list-runs") == (404, True)
 
 
 def test_nothing_is_writable_but_tmp_and_nobody_is_root(deployment: ComposeDeployment) -> None:
@@ -72,19 +97,21 @@ def test_nothing_is_writable_but_tmp_and_nobody_is_root(deployment: ComposeDeplo
         touch /tmp/x && ! touch /var/tmp/x && ! touch /data/x && id -u
         sed -n -E 's/^(CapBnd|NoNewPrivs):[[:space:]]*//p' /proc/self/status
     """
-    for service in ("node-0", "node-0-exec", "superlink", "superlink-exec"):
+    for service in ("superlink", "superlink-exec", "node-0", "node-0-exec", "proxy"):
         mounted = script if "exec" in service else script.replace("&& ! touch /data/x ", "")
         found = deployment.compose("exec", "-T", service, "sh", "-c", mounted)
         assert found.split() == [str(OWNER), "0" * 16, "1"], service
 
 
 def test_a_client_reaches_the_proxy_and_its_own_node_alone(deployment: ComposeDeployment) -> None:
-    (superlink,) = deployment.addresses("superlink")
     assert deployment.reaches("node-0", "proxy", 8443)
-    assert not deployment.reaches("node-0", superlink, 8000)
     assert deployment.reaches("node-0-exec", "node-0", 9094)
-    assert not deployment.reaches("node-0-exec", superlink, 8000)
-    assert not any(deployment.reaches("node-0-exec", address, 8443) for address in deployment.addresses("proxy"))
+    closed = [("node-0", "superlink", 8000), ("node-0-exec", "superlink", 8000), ("node-0-exec", "proxy", 8443)]
+    open_ways = [
+        (client, service) for client, service, port in closed for address in deployment.addresses(service)
+        if deployment.reaches(client, address, port)
+    ]  # fmt: skip
+    assert open_ways == []
 
 
 def test_local_users_of_the_host_reach_no_service_and_no_service_reaches_the_host(
@@ -92,23 +119,26 @@ def test_local_users_of_the_host_reach_no_service_and_no_service_reaches_the_hos
 ) -> None:
     # The port of the operator and of the nodes' apps have no login, or one for apps.
     services = [("superlink", 8000), *((f"node-{node}", 9094) for node in range(3))]
-    assert [name for name, port in services if deployment.reached_from_host(name, port)] == []
+    reached = [name for name, port in services if deployment.reached_from_host(name, port)]
+    assert reached == []
     with socket.create_server(("", 0)) as listener:
         port = listener.getsockname()[1]
         gateways = {name: deployment.gateways(name) for name in ("node-0", "node-0-exec", "superlink-exec")}
         assert all(gateways.values())
-        assert [
-            (name, gateway) for name, found in gateways.items() for gateway in found
-            if deployment.reaches(name, gateway, port)
-        ] == []  # fmt: skip
+        reaches_host = [
+            name for name, found in gateways.items() if any(deployment.reaches(name, host, port) for host in found)
+        ]
+    assert reaches_host == []
 
 
 def test_whoever_commands_the_superlink_needs_the_operators_token(deployment: ComposeDeployment) -> None:
     def nodes(service: str, *command: str) -> str:
         return deployment.compose("exec", "-T", "-w", "/app", service, *command, "nodes", check=False)
 
-    assert len(json.loads(nodes("superlink", *OPERATOR))) == 3
-    assert nodes("superlink-exec", *OPERATOR[:3]) == ""
+    known = json.loads(nodes("superlink", *OPERATOR))
+    assert len(known) == 3
+    told = nodes("superlink-exec", *OPERATOR[:3])
+    assert told == ""
 
 
 def test_nodes_need_an_admitted_key_and_a_superlink_of_their_ca(deployment: ComposeDeployment) -> None:
@@ -135,7 +165,7 @@ def test_a_client_from_another_network_joins(deployment: ComposeDeployment) -> N
     told = deployment.add_client("hospital-d", f"{address}:8443")
     assert "client 3 (hospital-d) is admitted" in told
     deployment.environment["TOFU_LISTEN"] = address
-    deployment.compose("up", "--detach", "--no-build")
+    deployment.up("--no-build")
     deployment.compose("restart", "proxy")  # its certificate has a further name
     deployment.start_client("hospital-d", data="node-0")
     deployment.wait_for_online(4)
@@ -146,6 +176,7 @@ def test_rounds_go_on_while_services_crash(deployment: ComposeDeployment) -> Non
     secure = ("schedule=switch", "switch-round=3", "secure-identities=/run/secrets/identities.json")
     run = deployment.start_run(*RUN, *secure, "clients=4", "rounds=5")
     run.wait_for("round 1/5")
+    wait_for_app(deployment, "node-2")
     deployment.kill("node-2-exec")
     run.wait_for("round 2/5")
     deployment.kill("superlink")
@@ -156,6 +187,9 @@ def test_rounds_go_on_while_services_crash(deployment: ComposeDeployment) -> Non
     assert summary(deployment)["final_accuracy"] > 0.5
     assert records(deployment)[1]["clients"] == 4  # until the first crash
     assert all(record["clients"] >= 3 for record in records(deployment)[1:])
+    # It is reported when its service is back, and not when its token has expired.
+    lost = {failure["client"]: failure["reason"] for failure in records(deployment)[2]["failures"]}
+    assert "it ended with its service" in lost["2"]
     assert 'state="done"} 1.0' in (deployment.results() / "metrics.prom").read_text()
     assert deployment.wait_for_health() == dict.fromkeys(SERVICES, "healthy")  # all of them are back
     # The operator sees each round once, those after the crash too.
@@ -171,6 +205,7 @@ def test_all_is_stopped_in_mid_run_and_started_again(deployment: ComposeDeployme
     deployment.wait_for_health()
     deployment.wait_for_online(3)
     assert run.wait() == 2
+    assert "finished:failed" in run.output  # the SuperLink has not forgotten it
     resumed = deployment.start_run(f"resume=runs/{deployment.results().name}")
     assert resumed.wait() == 0, resumed.output
     assert summary(deployment)["rounds"] == 4
@@ -178,8 +213,16 @@ def test_all_is_stopped_in_mid_run_and_started_again(deployment: ComposeDeployme
 
 
 def test_services_end_on_their_own_accord_and_leave_nothing(deployment: ComposeDeployment) -> None:
-    deployment.compose("stop", timeout=120)
-    ended = {service: deployment.inspect(service, "{{.State.ExitCode}}") for service in SERVICES}
-    assert ended == dict.fromkeys(SERVICES, "0")
-    deployment.down()
-    assert deployment.compose("ps", "--all", "--quiet") == ""
+    services = deployment.services()
+    deployment.compose("run", "--rm", "-T", "operator")
+    trust = ssl.create_default_context(cafile=str(deployment.deploy / "secrets" / "ca.crt"))
+    address = deployment.environment["TOFU_LISTEN"], 8443
+    with trust.wrap_socket(socket.create_connection(address, 10), server_hostname="localhost") as client:
+        # As a client on another machine, which does not end and is in the middle of a request.
+        client.sendall(b"POST /v1/fleet/pull-messages HTTP/1.1\r\n")
+        deployment.compose("stop", timeout=120)
+    ended = {service: deployment.inspect(service, "{{.State.ExitCode}}") for service in services}
+    assert ended == dict.fromkeys(services, "0")
+    deployment.compose("down")
+    left = deployment.containers()
+    assert left == []

@@ -25,7 +25,6 @@ OPERATOR = ("python", "-m", "deploy.control", "--token", "/run/secrets/control-t
 _TORCH = "2.13.0"
 _INDEX_PORT = 8099
 """Always the same, as the layers of the image that are kept depend on the index's address."""
-_HEALTHY_SECONDS = 400.0
 
 
 def reason_to_skip() -> str:
@@ -58,12 +57,19 @@ class ComposeDeployment:
         project: Compose's name of it; several may run at once.
         listen: the address of its port.
         services: those that are started; by default, all.
+        patience: seconds until services have to be healthy, and nodes online.
     """
 
     def __init__(
-        self, folder: Path, project: str = "tofu-test", listen: str = "127.0.0.1", services: Sequence[str] = ()
+        self,
+        folder: Path,
+        project: str = "tofu-test",
+        listen: str = "127.0.0.1",
+        services: Sequence[str] = (),
+        patience: float = 600.0,
     ) -> None:
         self.folder, self._project, self._services = folder / "clone", project, tuple(services)
+        self._patience = patience
         self._clients: list[Path] = []
         index = {"TORCH_INDEX": f"http://127.0.0.1:{_INDEX_PORT}/"}
         self.environment = {**index, **os.environ, "TOFU_LISTEN": listen}
@@ -142,8 +148,8 @@ class ComposeDeployment:
         return {service["Service"]: service for service in map(json.loads, lines)}
 
     def wait_for_health(self) -> dict[str, str]:
-        """Service -> health, as soon as all that have a health check are healthy, or after some minutes."""
-        end = time.monotonic() + _HEALTHY_SECONDS
+        """Service -> health, as soon as all that have a health check are healthy, or after `patience`."""
+        end = time.monotonic() + self._patience
         expected = set(self._services or self.compose("config", "--services").split())
         expected -= {"register", "operator", "keys"}
         while True:
@@ -152,10 +158,21 @@ class ComposeDeployment:
                 return health
             time.sleep(1)
 
+    def containers(self) -> list[str]:
+        """The names of all containers of the project, also of those that have ended."""
+        label = f"label=com.docker.compose.project={self._project}"
+        command = ["docker", "ps", "--all", "--filter", label, "--format", "{{.Names}}"]
+        return subprocess.check_output(command, text=True).split()
+
     def inspect(self, service: str, template: str) -> str:
         """A field of a service's container, by a Go template."""
         container = f"{self._project}-{service}-1"
         return subprocess.check_output(["docker", "inspect", "-f", template, container], text=True).strip()
+
+    def image_bytes(self, service: str) -> int:
+        """The size of the image of a service's container, unpacked."""
+        command = ["docker", "image", "inspect", "-f", "{{.Size}}", self.inspect(service, "{{.Image}}")]
+        return int(subprocess.check_output(command))
 
     def addresses(self, service: str) -> list[str]:
         """The IP addresses of a service's container, one for each of its networks."""
@@ -234,13 +251,13 @@ class ComposeDeployment:
         options = ["-p", f"{self._project}-client", *files]
         subprocess.run(["docker", "compose", "--progress", "quiet", *options, *arguments], cwd=place, check=True)
 
-    def wait_for_online(self, count: int, timeout: float = 600) -> None:
+    def wait_for_online(self, count: int) -> None:
         """Wait until so many nodes are online.
 
         Raises:
             AssertionError: they are not, in time.
         """
-        end = time.monotonic() + timeout
+        end = time.monotonic() + self._patience
         command = ["exec", "-T", "superlink", *OPERATOR, "nodes"]
         while True:
             # It answers late, or not at all, on a machine that is busy.
