@@ -71,3 +71,13 @@ def test_a_validation_split_beside_a_test_split_is_reported_as_unused(tmp_path: 
         images(tmp_path, f"{name}/cat", f"{name}/dog", count=2)
     data = open_data(str(tmp_path), clients=1, partition="iid", seed=0)
     assert data.description()["left_out"] == ["split validation (4 images)"]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (6, 1)])
+def test_images_with_a_side_of_one_pixel_train(size: tuple[int, int], tmp_path: Path) -> None:
+    images(tmp_path / "photos", "cat", "owl", count=12, size=size)
+    result = tofu.run(
+        dataset=str(tmp_path / "photos"), clients=2, rounds=1, max_evals=3, checkpoint=False, progress=False,
+        run_folder=str(tmp_path / "run"),
+    )  # fmt: skip
+    assert result.history[1].explained_variance > 0.5

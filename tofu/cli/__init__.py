@@ -101,6 +101,9 @@ def main() -> None:
     """Run the command line; errors that a user can act on take one line. docs/command-line.md has the exit codes."""
     for name, value in {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}.items():
         os.environ.setdefault(name, value)
+    for stream, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():  # in this order: that of the descriptors
+        if getattr(sys, stream) is None:  # it was closed, and a file of the run would get its descriptor
+            setattr(sys, stream, open(os.devnull, mode))  # noqa: SIM115
     try:
         app(_with_present_flags(sys.argv[1:]), prog_name="tofu")
     except TofuError as error:

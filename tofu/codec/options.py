@@ -66,7 +66,7 @@ class ProxySettings:
         check(self.optimizer in ("lbfgs", "adam"), "optimizer", "lbfgs or adam")
         check(self.bits in BITS, "bits", f"one of {', '.join(map(str, BITS))}")
         check(0 <= self.surrogate_beta <= MAX_SURROGATE_BETA, "surrogate_beta", f"0 to {MAX_SURROGATE_BETA:g}")
-        check(self.size == 0 or 2 <= self.size <= 1024, "size", "0 (automatic) or 2 to 1024 pixels")
+        check(0 <= self.size <= 1024, "size", "0 (automatic) to 1024 pixels")
         check(self.max_evals >= 1, "max_evals", "at least 1")
         check(self.tolerance >= 0, "tolerance", "0 or more")
         check(self.solve_labels >= 0, "solve_labels", "0 or more")

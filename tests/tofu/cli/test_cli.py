@@ -613,3 +613,13 @@ def test_the_former_name_of_pretrain_rounds_is_accepted_with_a_warning(tofu: Tof
     assert outcome.err.startswith(
         "warning: setting moments is deprecated: use pretrain-rounds\nerror: pretrain-rounds='x'"
     )
+
+
+def test_a_run_whose_streams_are_closed_ends_like_another(tmp_path: Path) -> None:
+    """As started by a job scheduler; files of the run must not get the descriptors of the streams."""
+    options = "--clients 2 --rounds 1 --schedule fedavg --local-epochs 1 --train-images 20 --test-images 20"
+    command = f"exec {sys.executable} -m tofu.cli run {options} --run-folder run <&- >&- 2>&-"
+    run(["sh", "-c", command], cwd=tmp_path, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["rounds"] == 1
+    for path in (tmp_path / "run").glob("*.json"):
+        json.loads(path.read_text())
