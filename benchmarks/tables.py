@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import audit, audit_trained, correlated
+from benchmarks import audit, audit_trained, central_dp, correlated
 from benchmarks.coding.__main__ import where_bytes_go
 from benchmarks.common import RESULTS, markdown_table, run_command, spread
 from benchmarks.error_feedback.__main__ import SEEDS, TASKS, TUNING_SEED, table
@@ -271,6 +271,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "latency": lambda: markdown_table(LATENCY, latency_rows(read("latency")["rows"])),
     "audit": lambda: audit.table(read("audit")["rows"]),
     "audit-trained": lambda: audit.table(read("audit_trained")["rows"], audit_trained.NOISE),
+    "central-dp": lambda: central_dp.table(read("central_dp")["rows"]),
     "correlated": lambda: correlated.table(read("correlated")["rows"]),
     "robust-accuracy": lambda: robust("accuracy", ATTACKS),
     "robust-backdoor": lambda: robust("backdoor", BACKDOORS),
