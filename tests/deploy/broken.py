@@ -208,9 +208,9 @@ FAULTS = {
         "compose.yaml", "source: ./results, target: /results, read_only: true", "source: ./data, target: /results",
         STOPPED, "resumed.wait() == 0",
     ),
-    "results are lost when all is stopped": Fault(
+    "results are not in their folder": Fault(
         "compose.yaml", "{type: bind, source: ./results, target: /results, bind: {create_host_path: false}}",
-        "{type: tmpfs, target: /results}", STOPPED, "runs",
+        "{type: bind, source: ./state, target: /results}", STOPPED, "records(deployment)",
     ),
     "the proxy waits for connections": Fault(
         "compose.yaml", "    stop_signal: SIGTERM\n", "", END, "'proxy': '137'", DOOR
