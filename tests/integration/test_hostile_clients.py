@@ -151,16 +151,20 @@ def test_a_sign_flip_ruins_the_mean_and_not_the_robust_rules(tmp_path: Path) -> 
         assert run(tmp_path / rule, attack, aggregator=rule, **chosen)["final_accuracy"] > ruined + 0.2, rule
 
 
-def test_a_round_that_a_crash_interrupted_counts_in_the_privacy_account(tmp_path: Path) -> None:
+@pytest.mark.parametrize("round_", [1, 2])  # round 1 is before the first checkpoint
+def test_a_round_that_a_crash_interrupted_counts_in_the_privacy_account(round_: int, tmp_path: Path) -> None:
     private = TINY | {"noise_multiplier": 4.0, "rounds": 3, "norm": "none", "checkpoint": True, "ema_decay": 0.5}
     folder, whole = tmp_path / "killed", tmp_path / "whole"
     serve_in_process(honest.app, Settings.of(private | {"run_folder": str(whole)}), Observer())
-    for observer, own in ((DieInRound(2), {"run_folder": str(folder)}), (DieInRound(2), {"resume": str(folder)})):
+    for observer, own in (
+        (DieInRound(round_), {"run_folder": str(folder)}),
+        (DieInRound(round_), {"resume": str(folder)}),
+    ):
         with pytest.raises(Killed):
             serve_in_process(honest.app, Settings.of(private | own), observer)
     serve_in_process(honest.app, Settings.of(private | {"resume": str(folder)}), Observer())
     account = Accountant(Settings.of(private).privacy.privacy_delta)
-    for _ in range(5):  # rounds 1 to 3, and round 2 twice more
+    for _ in range(5):  # rounds 1 to 3, and the one that was interrupted twice more
         account.spend(4.0, "fedavg")
     assert read_rounds(folder / "metrics.jsonl")[-1].epsilon == pytest.approx(account.epsilon)
     three = read_rounds(whole / "metrics.jsonl")[-1].epsilon
