@@ -519,6 +519,12 @@ class ParameterLists(nn.Module):
         return x
 
 
+def _tensor_of_a_class(**shape: int) -> nn.Module:
+    """Return a network whose outputs are of a class of tensors that every build makes anew."""
+    kind = type("Logits", (Tensor,), {})
+    return nn.Sequential(Flat(**shape), Do(lambda x, _: x.as_subclass(kind)))
+
+
 def _gradients_off(**shape: int) -> nn.Module:
     torch.set_grad_enabled(False)
     return Flat(**shape)
@@ -527,6 +533,7 @@ def _gradients_off(**shape: int) -> nn.Module:
 ACCEPTED |= {
     "half_outputs": lambda **shape: nn.Sequential(Flat(**shape), Do(lambda x, _: x.half())),
     "packed": _rows(Packed), "parameter_lists": _flat(ParameterLists), "gradients_off": _gradients_off,
+    "tensor_of_a_class": _tensor_of_a_class,
     "dropout_in_place": _flat(partial(nn.Dropout, 0.3, inplace=True)),
 }  # fmt: skip
 

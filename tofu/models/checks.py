@@ -272,7 +272,7 @@ def tensors_of(output: Any) -> list[Tensor]:
     while pending:
         part = pending.pop()
         if isinstance(part, Tensor):
-            found.append(part)
+            found.append(part if type(part) is Tensor else part.as_subclass(Tensor))
         elif id(part) not in seen and not isinstance(part, nn.Module):
             seen[id(part)] = part
             inner = part if isinstance(part, Mapping) else getattr(part, "__dict__", {})
