@@ -1,6 +1,6 @@
 """DCT-SNN: encoder, conversion, speed, proxies and federations.
 
-    python -m benchmarks.plugins dct-snn [--parts encoder,speed,codec,cifar,federated] [--seeds 0,1,2]
+    python -m benchmarks.plugins dct-snn [--parts encoder,speed,codec,cifar,dropping,federated] [--seeds 0,1,2]
 
 - encoder: squared correlation of the summed spikes and the expanded pixels of CIFAR-10, compared with a Poisson code.
 - speed: seconds to train on one batch: without spikes, spiking and fused over time, and spiking with one call of
@@ -9,6 +9,7 @@
   surrogate of firing rates, through the neurons themselves, and by the sparse correction alone.
 - cifar: a small VGG trained without spikes on expanded pixels (Adam), converted at T = 48 and fine-tuned for one pass
   (Adam, the surrogate gradient); accuracy by kept frequencies; the same with a signed Poisson code.
+- dropping: the same networks and training, but each batch with 16, 10, 6 or 3 frequencies, drawn at random; DCT only.
 - federated: digits, 10 clients, Dirichlet 0.5, T = 16, compared with the same training by one client with all images.
 
 Seeds that benchmarks/results/plugins-dct-snn-PART.json has already, with the same settings, are kept, so an interrupted
@@ -40,6 +41,8 @@ from tofu.codec.options import CompressorOptions, ProxySettings
 from tofu.data import LabeledImages, open_data, to_float
 from tofu.models import build_model
 from tofu.models.spiking import (
+    FREQUENCIES,
+    TRAINED_FREQUENCIES,
     DctEncoder,
     LeakyIntegrateFire,
     MeanOverTime,
@@ -60,14 +63,16 @@ from tofu.settings import Settings
 from tofu.training import LocalTrainingConfig, train_locally
 from tofu.weights import difference, explained_variance, weights_of
 
-PARTS = ("encoder", "speed", "codec", "cifar", "federated")
+PARTS = ("encoder", "speed", "codec", "cifar", "dropping", "federated")
 KEPT = (16, 10, 6, 3, 1)
 SETTINGS: dict[str, Any] = {
     "cifar": {"model": "dct-snn-small", "images": 50_000, "test": 2000, "epochs": 20, "fine-tuning images": 20_000,
               "ann lr": 2e-3, "snn lr": 5e-4, "batch size": 32, "steps": 48},
+    "dropping": {"model": "dct-snn-small", "images": 50_000, "test": 2000, "epochs": 20, "fine-tuning images": 20_000,
+                 "ann lr": 2e-3, "snn lr": 5e-4, "batch size": 32, "steps": 48},
     "codec": {"dataset": "digits", "model": "snn-small", "ratios": [50, 100], "local epochs": 5, "lr": 0.1},
     "federated": {"dataset": "digits", "model": "dct-snn-small", "cycles": 1, "rounds": 24, "local epochs": 3,
-                  "lr": 0.1, "last lr factor": 0.2, "momentum": 0.9, "ema decay": 0.5, "clients": 10, "alpha": 0.5,
+                  "lr": 0.1, "last lr factor": 0.05, "momentum": 0.9, "ema decay": 0.5, "clients": 10, "alpha": 0.5,
                   "ratio": 20, "secure ratio": 4, "max evals": 20},
 }  # fmt: skip
 
@@ -235,15 +240,24 @@ def through_neurons() -> Iterator[None]:
 
 def cifar_rows(seed: int) -> list[Row]:
     """The network without spikes, then converted and fine-tuned with both codes."""
-    given = SETTINGS["cifar"]
+    return training_rows(seed, SETTINGS["cifar"], codes=("dct", "poisson"))
+
+
+def dropping_rows(seed: int) -> list[Row]:
+    """The same for DCT, trained with random frequencies; also the network without spikes with fewer frequencies."""
+    return training_rows(seed, SETTINGS["dropping"], codes=("dct",), dropping=True)
+
+
+def training_rows(seed: int, given: Row, *, codes: Sequence[str], dropping: bool = False) -> list[Row]:
+    """Accuracy of a network without spikes, and of spiking ones that it is converted to, fine-tuned with a code."""
     train, test = cifar(given["images"], given["test"], seed)
     torch.manual_seed(seed)
     network = build_model(given["model"], train.shape, seed=seed)
     assert isinstance(network, SpikingNetwork)
     network.spiking = False
-    fit(network, train, epochs=given["epochs"], lr=given["ann lr"])
-    rows = [{"code": "none", "accuracy": accuracy(network, test)}]
-    for code in ("dct", "poisson"):
+    fit(network, train, epochs=given["epochs"], lr=given["ann lr"], dropping=dropping)
+    rows = [{"code": "none", "accuracy": accuracy(network, test)} | (by_kept(network, test) if dropping else {})]
+    for code in codes:
         spiking = copy.deepcopy(network)
         encoder = spiking.encoder
         assert isinstance(encoder, DctEncoder)
@@ -255,18 +269,26 @@ def cifar_rows(seed: int) -> list[Row]:
         row: Row = {"code": code, "steps": given["steps"], "scale": balance.scale}
         row["converted"] = accuracy(spiking, test)
         tuning = train.subset(torch.arange(given["fine-tuning images"]))
-        fit(spiking, tuning, epochs=1, lr=given["snn lr"])
+        fit(spiking, tuning, epochs=1, lr=given["snn lr"], dropping=dropping)
         row |= {"accuracy": accuracy(spiking, test), "spikes": _spikes(spiking, to_float(test.images[:64]))}
-        if code == "dct":
-            for kept in KEPT[1:]:
-                encoder.frequencies = kept
-                row[f"accuracy, {kept} kept"] = accuracy(spiking, test)
-        rows.append(row)
+        rows.append(row | (by_kept(spiking, test) if code == "dct" else {}))
     return rows
 
 
-def fit(network: SpikingNetwork, data: LabeledImages, *, epochs: int, lr: float) -> None:
-    """Adam with a linear decay, horizontal flips."""
+def by_kept(network: SpikingNetwork, data: LabeledImages) -> Row:
+    """Accuracy with fewer frequencies, without more training."""
+    encoder = network.encoder
+    assert isinstance(encoder, DctEncoder)
+    found = {}
+    for kept in KEPT[1:]:
+        encoder.frequencies = kept
+        found[f"accuracy, {kept} kept"] = accuracy(network, data)
+    encoder.frequencies = FREQUENCIES
+    return found
+
+
+def fit(network: SpikingNetwork, data: LabeledImages, *, epochs: int, lr: float, dropping: bool = False) -> None:
+    """Adam with a linear decay, horizontal flips, and if wanted a random number of frequencies in each batch."""
     size = SETTINGS["cifar"]["batch size"]
     optimizer = torch.optim.Adam(network.parameters(), lr=lr)
     total, done = epochs * -(-len(data) // size), 0
@@ -275,10 +297,15 @@ def fit(network: SpikingNetwork, data: LabeledImages, *, epochs: int, lr: float)
             images = to_float(data.images[rows])
             images = torch.where(torch.rand(len(rows), 1, 1, 1) < 0.5, images, images.flip(3))
             optimizer.param_groups[0]["lr"] = lr * (1 - done / total)
+            if dropping:
+                drawn = TRAINED_FREQUENCIES[int(torch.randint(len(TRAINED_FREQUENCIES), ()))]
+                setattr(network.encoder, "frequencies", drawn)  # noqa: B010
             optimizer.zero_grad()
             torch.autograd.backward(F.cross_entropy(network(images), data.labels[rows]))
             optimizer.step()
             done += 1
+    if dropping:
+        setattr(network.encoder, "frequencies", FREQUENCIES)  # noqa: B010
 
 
 @torch.no_grad()
@@ -321,7 +348,8 @@ def federated_rows(seed: int) -> list[Row]:
 
 
 ROWS: dict[str, Callable[[int], list[Row]]] = {
-    "encoder": encoder_rows, "speed": speed_rows, "codec": codec_rows, "cifar": cifar_rows, "federated": federated_rows
+    "encoder": encoder_rows, "speed": speed_rows, "codec": codec_rows, "cifar": cifar_rows, "dropping": dropping_rows,
+    "federated": federated_rows,
 }  # fmt: skip
 
 

@@ -10,6 +10,8 @@ the parts that all clients must share:
    the currents of every layer; the 99.9th percentiles of the sums become the neurons' thresholds. The logits are scaled
    to the size that they have without spikes (ours), without which plain gradient descent hardly moves the network.
 3. The other rounds fine-tune the spiking network with the surrogate gradient.
+
+With `random-frequencies` (ours) training leaves out frequencies at random, so that fewer cost less in prediction.
 """
 
 import copy
@@ -25,6 +27,7 @@ from tofu.data import ImageShape, LabeledImages, to_float
 from tofu.errors import SettingError
 from tofu.models.spiking import (
     FREQUENCIES,
+    TRAINED_FREQUENCIES,
     Balance,
     DctEncoder,
     LayerActivity,
@@ -35,7 +38,7 @@ from tofu.models.spiking import (
     record_activity,
     set_output_scale,
 )  # fmt: skip
-from tofu.plugins import Export, Panel, Plugin, PluginState, RoundContext, SumSpec, option, plugin_registry
+from tofu.plugins import Batch, Export, Panel, Plugin, PluginState, RoundContext, SumSpec, option, plugin_registry
 from tofu.rounds.panel import Chart, Series, TableFigure
 
 _MAX_POWER = 1e6
@@ -63,7 +66,9 @@ class DctSnn(Plugin):
     balance: float = option(99.9, "percentile of a layer's currents that becomes its threshold", gt=50, lt=100)
     ann_fraction: float = option(0.5, "fraction of the rounds, before the others, without spikes", ge=0, lt=1)
     images: int = option(64, "maximum number of a client's or the server's images that are measured", ge=1, le=100_000)
+    random_frequencies: bool = option(False, "train each batch with 16, 10, 6 or 3 frequencies, drawn at random")
 
+    _encoder: DctEncoder = field(default_factory=DctEncoder, init=False, repr=False)
     _sums: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     _panel: Panel | None = field(default=None, init=False, repr=False)
 
@@ -77,6 +82,7 @@ class DctSnn(Plugin):
         network, encoder = _parts(model)
         network.steps = self.cycles * FREQUENCIES
         encoder.frequencies = self.frequencies
+        self._encoder = encoder
         neurons = self.broadcast.get("neurons")
         network.spiking = isinstance(neurons, Tensor) or not self._ann_rounds
         if isinstance(thresholds := self.broadcast.get("input"), Tensor):
@@ -120,6 +126,16 @@ class DctSnn(Plugin):
             found = balance_thresholds(network, images, quantile=self.balance / 100, batch_size=_AT_A_TIME)
             self._sums |= {name: sketch.counts for name, sketch in found.sketches.items()}
             self._sums["outputs"] = found.outputs.clamp(max=len(images) * _MAX_POWER)
+
+    def on_batch(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """Draw the number of frequencies of this step."""
+        if self.random_frequencies:
+            drawn = TRAINED_FREQUENCIES[int(torch.randint(len(TRAINED_FREQUENCIES), (), generator=generator))]
+            self._encoder.frequencies = min(drawn, self.frequencies)
+        return batch
+
+    def on_epoch_end(self, model: nn.Module, data: LabeledImages) -> None:
+        self._encoder.frequencies = self.frequencies
 
     def _input_thresholds(self, sketch: QuantileSketch) -> Tensor:
         """[2], negative and positive; those that the encoder is built with if the images have no contrast."""

@@ -19,7 +19,7 @@ from tofu.errors import SettingError
 from tofu.models import build_model
 from tofu.models.spiking import DctEncoder, SpikingNetwork, balance_thresholds
 from tofu.observers.base import Observer
-from tofu.plugins import RoundContext, make_plugins
+from tofu.plugins import Batch, RoundContext, make_plugins
 from tofu.reporting.folder import read_model
 from tofu.reporting.panels import read_panels
 from tofu.reporting.predict import predict_images
@@ -99,6 +99,28 @@ def test_setup_applies_what_was_agreed(digits: LabeledImages) -> None:
     assert float(model.lif2.threshold) == pytest.approx(0.7)  # type: ignore[arg-type]
     assert float(model.mean.scale) == 2.5  # type: ignore[arg-type]
     assert not plugins.declare_sums(model).keys() - {"dct-snn/input"}
+
+
+def test_batches_have_random_frequencies_and_what_follows_has_all(digits: LabeledImages) -> None:
+    plugins = make_plugins("dct-snn", "dct-snn.random-frequencies=true dct-snn.frequencies=10")
+    model = plugins.setup(build_model("dct-snn-small", digits.shape), RoundContext(digits.shape, round=1, rounds=4))
+    batch, generator = Batch(to_float(digits.images[:4]), digits.labels[:4], torch.arange(4)), torch.Generator()
+    drawn = []
+    for _ in range(40):
+        assert plugins.on_batch(batch, generator) is batch
+        drawn.append(model.encoder.frequencies)  # type: ignore[union-attr]
+    assert set(drawn) == {3, 6, 10}
+    plugins.on_epoch_end(model, digits)
+    assert model.encoder.frequencies == 10  # type: ignore[union-attr]
+
+
+def test_random_frequencies_change_training_and_are_the_same_again(tmp_path: Path) -> None:
+    options = TINY["plugin_options"]
+    settings: dict[str, Any] = {"rounds": 2, "schedule": "fedavg", "train_images": 100}
+    plain = federate(tmp_path / "plain", **settings)
+    settings["plugin_options"] = f"{options} dct-snn.random-frequencies=true"
+    ends = [federate(tmp_path / name, **settings)["weights_sha256"] for name in ("a", "b")]
+    assert ends[0] == ends[1] != plain["weights_sha256"]
 
 
 def test_images_without_contrast_keep_the_built_in_thresholds() -> None:

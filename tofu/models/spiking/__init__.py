@@ -15,7 +15,7 @@ from tofu.models.spiking.conversion import (
     set_output_scale,
     thresholds_of,
 )  # fmt: skip
-from tofu.models.spiking.dct import FREQUENCIES, DctEncoder
+from tofu.models.spiking.dct import FREQUENCIES, TRAINED_FREQUENCIES, DctEncoder
 from tofu.models.spiking.layers import LeakyIntegrateFire, MeanOverTime, OverTime, RepeatOverTime, neurons_of
 from tofu.models.spiking.network import (
     POOL,
@@ -29,8 +29,8 @@ from tofu.models.spiking.network import (
 from tofu.models.spiking.neuron import LEAK, integrate_and_fire, potentials, spike
 
 __all__ = [
-    "BALANCE", "FREQUENCIES", "LEAK", "POOL", "Balance", "DctEncoder", "LayerActivity", "LeakyIntegrateFire",
-    "MeanOverTime", "OverTime", "QuantileSketch", "RepeatOverTime", "SpikingNetwork", "balance_thresholds", "dct_model",
-    "integrate_and_fire", "neurons_of", "potentials", "record_activity", "set_output_scale", "spike", "spiking_model",
-    "spiking_vgg", "thresholds_of",
+    "BALANCE", "FREQUENCIES", "LEAK", "POOL", "TRAINED_FREQUENCIES", "Balance", "DctEncoder", "LayerActivity",
+    "LeakyIntegrateFire", "MeanOverTime", "OverTime", "QuantileSketch", "RepeatOverTime", "SpikingNetwork",
+    "balance_thresholds", "dct_model", "integrate_and_fire", "neurons_of", "potentials", "record_activity",
+    "set_output_scale", "spike", "spiking_model", "spiking_vgg", "thresholds_of",
 ]  # fmt: skip

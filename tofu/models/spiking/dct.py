@@ -20,6 +20,9 @@ BLOCK = 4
 FREQUENCIES = BLOCK * BLOCK
 """Number of components, and of time steps in one cycle."""
 
+TRAINED_FREQUENCIES = (FREQUENCIES, FREQUENCIES, 10, 6, 3)
+"""Numbers of frequencies from which training with random frequencies draws one for each batch."""
+
 CYCLES = 3
 
 _YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
@@ -55,7 +58,8 @@ def to_ycbcr(images: Tensor) -> Tensor:
 class DctEncoder(OverTime):
     """Images [n, channels, height, width] in [-1, 1] -> spikes -1, 0 or 1, [steps * n, channels, height', width'].
 
-    In non-spiking mode and in the codec it returns the pixels of all blocks (`expanded`), in [-1/2, 1/2].
+    In non-spiking mode it returns the pixels of all blocks, in [-1/2, 1/2], with the components that are used; in the
+    codec those with all components (`expanded`).
 
     Args:
         stride: distance of neighboring blocks: 2 (overlapping; 32x32 pixels become 60x60) or 4.
@@ -104,7 +108,8 @@ class DctEncoder(OverTime):
 
     def forward(self, images: Tensor) -> Tensor:
         if not self.spiking:
-            return self.expanded(images)
+            all_used = self.frequencies == FREQUENCIES
+            return self.expanded(images) if all_used else self.components(images)[: self.frequencies].sum(0)
         with torch.no_grad():
             parts = self.components(images)
             low, high = self.thresholds.unbind()

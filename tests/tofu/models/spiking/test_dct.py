@@ -125,6 +125,13 @@ def test_spikes_carry_the_image_with_a_third_of_the_spikes_of_a_poisson_code() -
     assert spikes.abs().mean() <= (pixels + 0.5).mean() / 3  # a Poisson code's rate is the pixel in [0, 1]
 
 
+def test_the_non_spiking_mode_uses_the_kept_frequencies() -> None:
+    encoder, images = DctEncoder(2), torch.rand(2, 3, 12, 12) * 2 - 1
+    encoder.spiking, encoder.frequencies = False, 3
+    assert torch.equal(encoder(images), encoder.components(images)[:3].sum(0))
+    assert not torch.allclose(encoder(images), encoder.expanded(images), atol=1e-2)
+
+
 def test_the_codec_and_the_non_spiking_mode_see_expanded_pixels() -> None:
     images = smooth_images(2, 1, 8).requires_grad_()
     encoder = DctEncoder(2)
