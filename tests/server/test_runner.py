@@ -177,6 +177,22 @@ def test_a_random_masked_vector_abandons_the_round_and_not_the_run() -> None:
     assert sorted(second.survivors) == ["0", "1", "2", "3"]
 
 
+def test_a_secure_sum_of_more_examples_than_its_clients_claim_is_abandoned() -> None:
+    """The count is in the masked vector, where nobody sees whose it is."""
+
+    def fewer(message: Message, answer: Callable[[], Message]) -> Message:
+        reply = answer()
+        if message.metadata.message_type == "query":
+            reply.content.config_records[RECORD]["examples"] = 1
+        return reply
+
+    runner, transport = make(schedule="secure", partition="iid")
+    before, transport.behaviors = runner.weights, {"2": fewer}
+    [result] = rounds(runner, 1)
+    assert result.abandoned == "the sum holds 120 examples, its clients have 81"
+    assert same(before, runner.weights)
+
+
 def test_a_secure_round_without_enough_survivors_is_abandoned_and_changes_nothing() -> None:
     runner, transport = make(schedule="secure")
     before = runner.weights
