@@ -47,7 +47,7 @@ _NAMED_ONLY: Mapping[str, Value] = {
     "initial_weights": "", "augmentation": "",
 }  # fmt: skip
 """Settings that need a dataset and a model that the settings name, with their defaults."""
-_NAMED_DATA: Mapping[str, Value] = {"resize": "", "center_crop": "", "normalization": "-1to1"}
+_NAMED_DATA: Mapping[str, Value] = {"resize": "", "center_crop": "", "gray_bits": 0, "normalization": "-1to1"}
 """Settings that need a dataset that the settings name, with their defaults."""
 
 

@@ -83,10 +83,13 @@ class NamedWorkload:
 
     @property
     def preprocessing(self) -> dict[str, object]:
-        """The content of model.json: sizes, and mean and standard deviation of pixels in [0, 1] by channel."""
+        """The content of model.json: sizes, gray bits; mean and standard deviation of pixels in [0, 1] by channel."""
         data = self._settings.data
         mean, std = normalization_of(data, self.shape.channels, self._settings.run.seed)
-        return {"resize": data.resize, "center_crop": data.center_crop, "mean": list(mean), "std": list(std)}
+        return {
+            "resize": data.resize, "center_crop": data.center_crop, "gray_bits": self.data.gray_bits,
+            "mean": list(mean), "std": list(std),
+        }  # fmt: skip
 
     def build_model(self, shape: ImageShape) -> nn.Module:
         """See `Workload.build_model`. Raises SettingError if the model cannot be built."""

@@ -97,6 +97,7 @@ OTHERS |= {
     "tracker": "wandb,tensorboard",
     "resize": "32x24",
     "center-crop": "16",
+    "gray-bits": 12,
     "normalization": "-1to1",
     "augmentation": "",
 }  # plugins do not go with noise-multiplier, and many settings not with tables and texts
@@ -263,7 +264,7 @@ def test_ranges(name: str, refused: list[object], accepted: list[object]) -> Non
         assert "\n" not in str(caught.value)
 
 
-AUTOMATIC = ("switch-round", "over-relaxation", "proxies", "proxy-size", "surrogate-beta")
+AUTOMATIC = ("switch-round", "over-relaxation", "proxies", "proxy-size", "surrogate-beta", "gray-bits")
 
 
 def test_auto_is_the_zero_with_which_the_program_chooses() -> None:
@@ -465,6 +466,8 @@ def values_of(name: str) -> st.SearchStrategy[object]:
     low, high = bounds.get("ge", bounds.get("gt")), bounds.get("le", bounds.get("lt"))
     if kind_of(field) is bool:
         return st.booleans()
+    if name == "gray_bits":
+        return st.sampled_from([0, *range(8, 17)])
     if kind_of(field) is int:
         return st.integers(int(low or 0), int(high or 10**9))
     if kind_of(field) is float:

@@ -74,6 +74,7 @@ class FederatedData:
         *,
         strict: bool = False,
         label_names: tuple[str, ...] = (),
+        gray_bits: int = 0,
     ) -> None:
         self._train, self._test = train, test
         self._test_rows, self._client_rows = test_rows, client_rows
@@ -83,6 +84,8 @@ class FederatedData:
         report_unusable(self._unusable, strict=strict)
         self.label_names = label_names or train.class_names
         """The names of the dataset's labels, which subpopulations regroup."""
+        self.gray_bits = gray_bits
+        """Significant bits of the dataset's 16-bit gray images; 0 if it has none."""
 
     @property
     def shape(self) -> ImageShape:
@@ -153,8 +156,9 @@ class FederatedData:
     def description(self) -> Mapping[str, object]:
         """Return which columns or folders were read, what was left out, and the number of images by split."""
         rows = sum(map(len, self._client_rows))
+        gray = {"gray_bits": self.gray_bits} if self.gray_bits else {}
         return {"read_as": self._train.read_as, "left_out": list(self._train.left_out), "train": rows,
-                "test": len(self._test_rows)}  # fmt: skip
+                "test": len(self._test_rows), **gray}  # fmt: skip
 
     def _load(self, key: int, split: Split, rows: IntArray) -> LabeledImages:
         if key not in self._decoded:
@@ -214,7 +218,10 @@ def local_folder(path: str, data: DataSettings | None = None, *, class_names: Se
     if split is None:
         raise DataError(f"{path} has a test split but no images to train on")
     split.check_labels()
-    split = split.prepared(Preprocessing(data.resize, data.center_crop))
+    bits = data.gray_bits or split.gray_bits()
+    split = split.prepared(Preprocessing(data.resize, data.center_crop, bits))
+    if bits:
+        _LOG.info("%s: 16-bit gray images are read as images of %d bits", path, bits)
     names, rows = split.class_names, np.arange(len(split.labels))
     _LOG.info("%s: %s, %d images of the classes %s", path, split.read_as, len(rows), ", ".join(names))
     if data.subpopulations:
@@ -230,7 +237,8 @@ def local_folder(path: str, data: DataSettings | None = None, *, class_names: Se
 def _open(data: DataSettings, seed: int) -> FederatedData:
     columns = Columns(data.image_column, data.label_column, data.client_column if data.partition == "natural" else "")
     train, test, train_rows, test_rows = _load(data.dataset, columns, names_of(data.class_names))
-    preprocessing = Preprocessing(data.resize, data.center_crop)
+    bits = data.gray_bits or max(train.gray_bits(), 0 if test is train else test.gray_bits())
+    preprocessing = Preprocessing(data.resize, data.center_crop, bits)
     train, test = train.prepared(preprocessing), test.prepared(preprocessing)
     label_names = train.class_names
     if data.subpopulations:
@@ -247,7 +255,9 @@ def _open(data: DataSettings, seed: int) -> FederatedData:
     ids = None if train.ids is None else train.ids[train_rows]
     parts, _ = partition_clients(data, train.labels[train_rows], ids, seed)
     own = tuple(train_rows[part] for part in parts)
-    return FederatedData(train, test, test_rows, own, shape, strict=data.strict, label_names=label_names)
+    return FederatedData(
+        train, test, test_rows, own, shape, strict=data.strict, label_names=label_names, gray_bits=bits
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=4)

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tofu.data.classes import check_column, label_column, label_values, number_classes
-from tofu.data.images import IMAGE_SUFFIXES, Pixels, read_image
+from tofu.data.images import IMAGE_SUFFIXES, RawPixels, read_image
 from tofu.data.splits import Split, files_by_role, split_role
 from tofu.data.tables import Columns, ImageTable, table_splits
 from tofu.errors import DataError, first_line
@@ -234,7 +234,7 @@ def _table(file: Path) -> "pyarrow.Table":
         raise DataError(f"{file} cannot be read as a table: {first_line(error)}") from error
 
 
-def _read_row(paths: Sequence[Path], row: int) -> Pixels:
+def _read_row(paths: Sequence[Path], row: int) -> RawPixels:
     return read_image(paths[row])
 
 

@@ -19,12 +19,15 @@ if TYPE_CHECKING:
 Pixels = NDArray[np.uint8]
 """One image: uint8 [height, width] if it is gray, [height, width, 3] if it is in color."""
 
+RawPixels = NDArray[np.uint8] | NDArray[np.uint16]
+"""An image as its file has it: `Pixels`, or uint16 [height, width] for gray values of more than 8 bits."""
+
 IMAGE_SUFFIXES = frozenset((
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif", ".ppm", ".pgm",
     ".pbm", ".tga", ".heic", ".heif", ".jxl",
 ))  # fmt: skip
 
-_MAX_12_BIT = (1 << 12) - 1
+MAX_12_BIT = (1 << 12) - 1
 _FIRST_IS_MAIN = ("MPO", "ICO", "ICNS")
 """Formats whose further images are smaller ones, or depths: many phones write them as .jpg."""
 
@@ -105,11 +108,8 @@ def to_float(images: Tensor) -> Tensor:
     return (images.to(torch.float32) / 255 - 0.5) / 0.5
 
 
-def read_image(source: bytes | Path) -> Pixels:
-    """Decode one image file to 8 bits per channel, and apply its EXIF orientation.
-
-    The EXIF orientation is applied. 16-bit gray values are scaled from 16 bits to 8, or from 12 bits to 8 if all of the
-    image's values fit in 12 bits: many cameras and scanners store 12-bit values in 16-bit files.
+def read_image(source: bytes | Path) -> RawPixels:
+    """Decode one image file, and apply its EXIF orientation. `to_8_bits` scales 16-bit gray values.
 
     Args:
         source: the encoded bytes, or the path of the file.
@@ -130,6 +130,25 @@ def read_image(source: bytes | Path) -> Pixels:
     except (OSError, SyntaxError, ValueError, EOFError, TypeError, Image.DecompressionBombError) as error:
         unknown = isinstance(error, UnidentifiedImageError)  # whose message repeats the path
         raise DataError(f"cannot be read as an image: {'unknown format' if unknown else first_line(error)}") from error
+
+
+def to_8_bits(pixels: RawPixels, gray_bits: int = 0) -> Pixels:
+    """Scale 16-bit gray values to 8 bits; other pixels stay as they are.
+
+    Many cameras and scanners store 12-bit values in 16-bit files.
+
+    Args:
+        gray_bits: number of significant bits of 16-bit gray values, 8 to 16; larger values become white. 0: 12 if all
+            of this image's values fit in 12 bits, else 16.
+
+    >>> to_8_bits(np.array([[0, 2048, 4095]], dtype=np.uint16)).tolist()
+    [[0, 128, 255]]
+    """
+    if pixels.dtype == np.uint8:
+        return pixels.astype(np.uint8, copy=False)
+    bits = gray_bits or (12 if pixels.max(initial=0) <= MAX_12_BIT else 16)
+    scaled: Pixels = np.minimum(pixels >> (bits - 8), 255).astype(np.uint8)
+    return scaled
 
 
 def fit_image(pixels: Pixels, shape: ImageShape) -> Pixels:
@@ -158,10 +177,9 @@ def _upright(image: "Image.Image") -> "Image.Image":
         return image
 
 
-def _to_pixels(image: "Image.Image") -> Pixels:
+def _to_pixels(image: "Image.Image") -> RawPixels:
     if image.mode.startswith("I;16"):
-        values = np.asarray(image)
-        return (values >> (4 if values.max(initial=0) <= _MAX_12_BIT else 8)).astype(np.uint8)
+        return np.asarray(image).astype(np.uint16, copy=False)
     if image.mode in ("I", "F"):
         raise ValueError(f"mode {image.mode} (32-bit pixels) is not supported")
     if image.mode in ("1", "LA", "La"):

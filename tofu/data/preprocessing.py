@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tofu.data.images import Pixels
+from tofu.data.images import Pixels, RawPixels, to_8_bits
 from tofu.errors import SettingError
 from tofu.settings.fields import comma_list
 
@@ -32,25 +32,30 @@ _CROP_MARGIN = 8
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Size of the images that a model receives.
+    """Size and gray values of the images that a model receives.
 
     Attributes:
         resize: "HEIGHTxWIDTH", or one number for the shorter side, which keeps the aspect ratio; "" does not resize.
         center_crop: "HEIGHTxWIDTH" cut out of the middle after the resize; one number is a square.
+        gray_bits: significant bits of 16-bit gray values (`tofu.data.images.to_8_bits`).
 
     Raises:
-        SettingError: a size is malformed.
+        SettingError: a size is malformed, or the number of bits is out of range.
     """
 
     resize: str = ""
     center_crop: str = ""
+    gray_bits: int = 0
 
     def __post_init__(self) -> None:
+        if self.gray_bits and not 8 <= self.gray_bits <= 16:
+            raise SettingError("gray_bits", self.gray_bits, "8 to 16, or 0 (found from the images)")
         for name in ("resize", "center_crop"):
             self._size(name)
 
-    def __call__(self, pixels: Pixels) -> Pixels:
-        """Resize and crop one image: uint8 [h, w] or [h, w, 3]. Bilinear, with antialiasing."""
+    def __call__(self, raw: RawPixels) -> Pixels:
+        """Scale one image to 8 bits, resize and crop it: uint8 [h, w] or [h, w, 3]. Bilinear, with antialiasing."""
+        pixels = to_8_bits(raw, self.gray_bits)
         size, crop = self._size("resize"), self._size("center_crop")
         if not size and not crop:
             return pixels

@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tofu.data.images import ImageShape, LabeledImages, Pixels, fit_image
+from tofu.data.images import MAX_12_BIT, ImageShape, LabeledImages, RawPixels, fit_image, to_8_bits
 from tofu.data.partition import IntArray
 from tofu.data.preprocessing import Preprocessing
 from tofu.errors import DataError, SettingError
@@ -34,7 +35,7 @@ class Split:
     Attributes:
         labels: int64 [n].
         class_names: in the order of the labels.
-        read: row -> its image. Raises DataError with a text that completes "ORIGIN ...".
+        read: row -> its image, as its file has it. Raises DataError with a text that completes "ORIGIN ...".
         origin: row -> its file or its row in a table, for error messages.
         ids: name of each row's client [n], if the data have such a column.
         read_as: a sentence about the columns or folders that were read as images and labels.
@@ -44,7 +45,7 @@ class Split:
 
     labels: IntArray
     class_names: tuple[str, ...]
-    read: Callable[[int], Pixels]
+    read: Callable[[int], RawPixels]
     origin: Callable[[int], str]
     ids: NDArray[np.str_] | None = None
     read_as: str = ""
@@ -52,8 +53,26 @@ class Split:
     unusable: tuple[str, ...] = ()
 
     def prepared(self, preprocessing: Preprocessing) -> "Split":
-        """Return the split with its images resized and cropped."""
+        """Return the split with its images in 8 bits, resized and cropped."""
         return replace(self, read=lambda row: preprocessing(self.read(row)))
+
+    def gray_bits(self) -> int:
+        """Return the significant bits of 16-bit gray images: 12 if no image exceeds 4095, else 16.
+
+        Returns 0 if the first readable image is of another kind, without reading further ones.
+        """
+        bits = 0
+        for row in range(len(self.labels)):
+            with suppress(DataError):
+                pixels = self.read(row)
+                if pixels.dtype != np.uint16:
+                    if not bits:
+                        return 0
+                elif pixels.max(initial=0) > MAX_12_BIT:
+                    return 16
+                else:
+                    bits = 12
+        return bits
 
     def image_shape(self) -> ImageShape:
         """Return the shape of the first readable image, which all others must have.
@@ -91,7 +110,7 @@ class Split:
                     raise DataError(f"{unreadable[-1]} (strict=true)") from error
                 continue
             try:
-                images[len(kept)] = fit_image(pixels, shape)
+                images[len(kept)] = fit_image(to_8_bits(pixels), shape)
             except DataError as error:
                 sized = pixels.shape[:2] == (shape.height, shape.width)
                 hint = "" if sized else f"; resize={shape.height}x{shape.width} gives all images this size"

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tofu.data.classes import check_column, check_unique, features_of, label_column, label_values, number_classes
-from tofu.data.images import Pixels, read_image
+from tofu.data.images import RawPixels, read_image
 from tofu.data.partition import IntArray
 from tofu.data.splits import Split, row_origin
 from tofu.errors import DataError, first_line
@@ -143,10 +143,10 @@ def _others(names: list[str], *used: str) -> tuple[str, ...]:
     return (f"columns {', '.join(others)}",) if others else ()
 
 
-def _reader(table: ImageTable, image: str, rows: IntArray) -> Callable[[int], Pixels]:
+def _reader(table: ImageTable, image: str, rows: IntArray) -> Callable[[int], RawPixels]:
     images = cache(lambda: table.read([image])[image])
 
-    def pixels(row: int) -> Pixels:
+    def pixels(row: int) -> RawPixels:
         value = images()[int(rows[row])].as_py()
         if isinstance(value, dict):
             value = value["bytes"] or value["path"]

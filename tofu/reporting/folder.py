@@ -252,7 +252,8 @@ def read_preprocessing(run: Path) -> tuple[Preprocessing, Statistics]:
     try:
         values = json.loads((run / "model.json").read_text()).get("preprocessing") or {}
         statistics = tuple(map(float, values.get("mean", PLAIN[0]))), tuple(map(float, values.get("std", PLAIN[1])))
-        return Preprocessing(values.get("resize", ""), values.get("center_crop", "")), statistics
+        sizes = values.get("resize", ""), values.get("center_crop", "")
+        return Preprocessing(*sizes, int(values.get("gray_bits", 0))), statistics
     except FileNotFoundError:
         return Preprocessing(), PLAIN
     except (OSError, ValueError, TypeError, AttributeError, SettingError) as error:

@@ -67,7 +67,7 @@ EXTENSIBLE = tuple(_REGISTRIES)
 MIN_SECURE = 3
 """Minimum number of clients in a secure round. With two, each could compute the other's update from the sum."""
 
-_OF_IMAGES = ("resize", "center_crop", "normalization", "augmentation")
+_OF_IMAGES = ("resize", "center_crop", "gray_bits", "normalization", "augmentation")
 
 FULL_WEIGHTS = "full-weights"
 """The value of `downlink` with which the server sends its weights."""
@@ -261,7 +261,7 @@ class Settings(BaseModel):
         from tofu.data.preprocessing import Preprocessing, parse_normalization, split_augmentations
 
         data = self.data
-        Preprocessing(data.resize, data.center_crop)
+        Preprocessing(data.resize, data.center_crop, data.gray_bits)
         parse_normalization(data.normalization)
         if split_augmentations(data.augmentation) and self.plugins.tasks == "pixels":
             raise SettingError("augmentation", data.augmentation, "none with tasks=pixels, which permutes the pixels")

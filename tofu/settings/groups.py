@@ -51,6 +51,13 @@ class DataSettings(Group):
     center_crop: str = setting(
         "", "size that is cut out of the middle after the resize: HEIGHTxWIDTH or one number; empty does not crop"
     )
+    gray_bits: int = setting(
+        0,
+        "significant bits of 16-bit gray images, 8 to 16; auto: 12 if no image of the dataset exceeds 4095, else 16",
+        ge=0,
+        le=16,
+        auto=True,
+    )
     normalization: str = setting(
         "-1to1",
         "range of the pixels: -1to1, imagenet, dataset (statistics of the training images), or MEAN/STD of pixels from 0 to 1",

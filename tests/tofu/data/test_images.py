@@ -1,5 +1,6 @@
 """The image reader: every mode and bit depth, upright, and the same in training and prediction."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ from PIL import Image
 
 from client.app import app as client_app
 from server.app import serve_in_process
-from tofu.data import ImageShape, LabeledImages, local_folder
-from tofu.data.images import fit_image, read_image
+from tofu.data import FederatedData, ImageShape, LabeledImages, local_folder
+from tofu.data.images import fit_image, read_image, to_8_bits
 from tofu.errors import DataError
+from tofu.reporting.folder import read_preprocessing
+from tofu.reporting.predict import _read_all
 from tofu.rounds.record import RoundRecord, read_rounds
 from tofu.settings import Settings
 from tofu.settings.groups import DataSettings
@@ -48,10 +51,54 @@ def test_gray_images_keep_one_channel_and_16_bits_become_8(tmp_path: Path) -> No
 def test_12_and_16_bit_values_use_the_whole_gray_scale(tmp_path: Path, suffix: str, bits: int, shift: int) -> None:
     ramp = np.linspace(0, 2**bits - 1, 64).astype(np.uint16).reshape(8, 8)
     Image.fromarray(ramp).save(tmp_path / f"ramp{suffix}")
-    pixels = read_image(tmp_path / f"ramp{suffix}")
+    pixels = to_8_bits(read_image(tmp_path / f"ramp{suffix}"))
     assert pixels.dtype == np.uint8
     assert np.array_equal(pixels, ramp >> shift)
     assert (pixels.min(), pixels.max()) == (0, 255)
+
+
+@pytest.mark.parametrize(
+    ("given", "values", "expected"),
+    [
+        (0, (4000, 60_000), [15, 234]),
+        (0, (100, 4000), [6, 250]),
+        (8, (100, 4000), [100, 255]),
+        (16, (100, 4000), [0, 15]),
+        (12, (4000, 60_000), [250, 255]),
+    ],
+)
+def test_16_bit_gray_images_of_a_dataset_have_equally_many_bits(
+    tmp_path: Path, given: int, values: tuple[int, int], expected: list[int]
+) -> None:
+    """The first image is dark: by itself, one could not say how many bits it has."""
+    (tmp_path / "a").mkdir()
+    for number, value in enumerate(values):
+        Image.fromarray(np.full((4, 4), value, np.uint16)).save(tmp_path / "a" / f"{number}.png")
+    data = local_folder(str(tmp_path), DataSettings(gray_bits=given))
+    assert data.images[:, 0, 0, 0].tolist() == expected
+
+
+def test_simulated_clients_and_predict_use_the_bits_of_the_dataset(tmp_path: Path) -> None:
+    """Client data, test data and the run's model.json agree, whichever of the images are dark."""
+    photos, run = tmp_path / "photos", tmp_path / "run"
+    for name, top in (("dark", 4000), ("light", 60_000)):
+        (photos / name).mkdir(parents=True)
+        for number in range(10):
+            values = np.random.default_rng(number).integers(0, top, (8, 8)).astype(np.uint16)
+            Image.fromarray(values).save(photos / name / f"{number}.png")
+    settings = Settings.of(
+        {"dataset": str(photos), "clients": 2, "rounds": 1, "schedule": "fedavg", "partition": "shards",
+         "run-folder": str(run), "model": "mlp"}
+    )  # fmt: skip
+    serve_in_process(client_app, settings)
+    data = FederatedData.of(settings.data, settings.run.seed)
+    assert data.gray_bits == 16
+    assert read_preprocessing(run)[0].gray_bits == 16
+    assert json.loads((run / "data.json").read_text())["gray_bits"] == 16
+    for images in (data.client(0), data.client(1), data.test()):
+        assert int(images.images[images.labels == 0].max()) < 16
+    _, pixels = _read_all(photos / "dark", data.shape, read_preprocessing(run)[0])
+    assert int(pixels.max()) < 16
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -87,6 +87,8 @@ def test_statistics_are_parsed() -> None:
     [
         *(({"resize": text}, "resize") for text in ("32x", "0x3", "axb", "3x4x5", "12345")),
         ({"center_crop": "-1"}, "center-crop"),
+        *(({"gray_bits": bits}, "gray-bits") for bits in (-1, 7, 17)),
+        ({"gray_bits": 12, "dataset": "wine"}, "gray-bits"),
         *(({"normalization": text}, "normalization") for text in ("none", "0.5", "1,2/3", "0.5/0", "nan/1", "2/1")),
         ({"augmentation": "flip,rotate"}, "augmentation"),
         ({"augmentation": "flip", "tasks": "pixels"}, "augmentation"),
@@ -201,6 +203,7 @@ def test_a_run_is_evaluated_resumed_and_predicts_with_one_preprocessing(photos: 
     assert stored["preprocessing"] == {
         "resize": "20",
         "center_crop": "16",
+        "gray_bits": 0,
         "mean": list(IMAGENET[0]),
         "std": list(IMAGENET[1]),
     }
