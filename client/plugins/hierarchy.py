@@ -205,7 +205,7 @@ class HierarchicalLabels(Plugin):
         return BranchedModel(model, tree, context.shape, derive_generator(context.seed, "hierarchy"))
 
     def train_step(self, batch: Batch, step: LocalStep) -> Tensor:
-        """Return one step per head, with masks from the weights after the previous step; or one step on the sum."""
+        """Take one step per head, with masks from the weights after the previous step; or one step on the sum."""
         if batch.targets.dim() != 1:  # another plugin mixes labels without declaring it
             raise SettingError("plugins", self.name, "no plugin that mixes labels: the tree has no mixed ones")
         labels = list(self.label_tree.levels.to(batch.targets.device)[:, batch.targets])

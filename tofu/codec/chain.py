@@ -102,7 +102,7 @@ class Chain:
 
 
 def _flattened(module: nn.Module) -> Iterator[nn.Module]:
-    """Return the layers of nested `nn.Sequential` in order."""
+    """Yield the layers of nested `nn.Sequential` in order."""
     for child in module.children():
         if type(child) is nn.Sequential and _plain(child):
             yield from _flattened(child)

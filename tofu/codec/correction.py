@@ -323,7 +323,7 @@ class _Subset:
 
 
 def _by_stratum(slots: Integers, strata: Strata) -> Iterator[_Subset]:
-    """Return the subset of each stratum that is among increasing slots."""
+    """Yield the subset of each stratum that is among increasing slots."""
     parts = np.split(slots, np.searchsorted(slots, strata.starts[1:]))
     for start, size, part in zip(strata.starts, strata.sizes, parts, strict=True):
         yield _Subset(int(size), part - start)

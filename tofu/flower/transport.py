@@ -13,7 +13,7 @@ _MIN_POLL_SECONDS, _MAX_POLL_SECONDS = 0.005, 0.25
 
 
 def never() -> bool:
-    """Return an exchange that waits for all replies or its deadline."""
+    """Let an exchange wait for all replies or its deadline."""
     return False
 
 

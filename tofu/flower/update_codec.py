@@ -14,10 +14,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import CodeType
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from flwr.app import Array, ArrayRecord
 from torch import Tensor, nn
@@ -315,25 +313,30 @@ def tensors_of(record: ArrayRecord) -> dict[str, Tensor]:
     Raises:
         PayloadError: an array cannot be read.
     """
-    try:
-        return {name: torch.from_numpy(_numbers(array).copy()) for name, array in record.items()}
-    except Exception as error:  # numpy's parser has no list of what it raises
-        raise PayloadError(f"arrays cannot be read ({type(error).__name__})") from error
+    for array in record.values():
+        array_shape(array)
+    return {name: torch.from_numpy(array.numpy().copy()) for name, array in record.items()}
 
 
-def _numbers(array: Array) -> npt.NDArray[Any]:
-    """Return the array after a check that its header is that of as many numbers as there are bytes.
+def array_shape(array: Array) -> tuple[int, ...]:
+    """Return an array's shape, after a check that its bytes are as many numbers.
 
     Raises:
-        Exception: it is not.
+        PayloadError: they are not.
     """
-    stream = io.BytesIO(array.data)
-    version = np.lib.format.read_magic(stream)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(stream)
-    if dtype.kind not in "fiub" or math.prod(shape) * dtype.itemsize != len(array.data) - stream.tell():
-        raise ValueError("other bytes than its header says")
-    return array.numpy()
+    try:
+        stream = io.BytesIO(array.data)
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(stream)
+        # An array without numbers may still have a shape that numpy refuses.
+        addressable = math.prod(max(1, length) for length in shape) < 2**48
+        usable = array.stype == "numpy.ndarray" and dtype.kind in "fiub" and addressable
+        if not usable or math.prod(shape) * dtype.itemsize != len(array.data) - stream.tell():
+            raise ValueError("other bytes than its header says")
+    except Exception as error:  # numpy's parser has no list of what it raises
+        raise PayloadError(f"arrays cannot be read ({type(error).__name__})") from error
+    return tuple(shape)
 
 
 def record_of(tensors: Mapping[str, Tensor], like: ArrayRecord | None = None) -> ArrayRecord:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as strategies
@@ -17,6 +17,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from tofu.errors import PayloadError
 from tofu.flower.internals import error_reply
 from tofu.flower.policy import error_replies
+from tofu.flower.update_codec import array_shape
 
 LOG = logging.getLogger("tofu.flower")
 
@@ -150,10 +151,10 @@ def unwrapped(strategy: Strategy) -> Strategy:
 
 
 def consistent(replies: Iterable[Message], strategy: Strategy, round_: int) -> list[Message]:
-    """Put error replies in place of those that differ from most in the names of arrays and metrics.
+    """Put error replies in place of those that differ from most in the names of arrays and metrics, or in shapes.
 
-    FedAvg and the strategies that extend it end the run if one reply has other names or an unusable weight, which one
-    client could do. The replies to other strategies are not changed.
+    FedAvg and the strategies that extend it end the run if one reply has others, arrays that cannot be read, or an
+    unusable weight, which one client could do. The replies to other strategies are not changed.
     """
     replies = list(replies)
     if not isinstance(strategy, strategies.FedAvg):
@@ -163,7 +164,7 @@ def consistent(replies: Iterable[Message], strategy: Strategy, round_: int) -> l
     for at, layout in layouts.items():
         reply = replies[at]
         if layout != usual[0][0]:
-            problem = "its arrays or metrics have other names than those of most clients"
+            problem = "its arrays or metrics have other names or shapes than those of most clients"
         elif not _has_weight(reply.content, strategy.weighted_by_key):
             problem = f"its metric {strategy.weighted_by_key} is not usable: expected one number of at least 0"
         else:
@@ -175,13 +176,24 @@ def consistent(replies: Iterable[Message], strategy: Strategy, round_: int) -> l
 
 
 def _layout_of(content: RecordDict) -> tuple[object, ...]:
-    """Return the names of the arrays, and the names and lengths of the metrics, by the keys of their records."""
-    arrays = sorted((key, tuple(sorted(record))) for key, record in content.array_records.items())
+    """Return the names and shapes of the arrays, and names and lengths of the metrics, by the keys of their records."""
+    arrays = sorted(
+        (key, tuple(sorted((name, str(_shape_of(array))) for name, array in record.items())))
+        for key, record in content.array_records.items()
+    )
     metrics = sorted(
         (key, tuple(sorted((name, len(value) if isinstance(value, list) else -1) for name, value in record.items())))
         for key, record in content.metric_records.items()
     )
     return (*arrays, None, *metrics)
+
+
+def _shape_of(array: Array) -> tuple[int, ...] | None:
+    """Return the array's shape; None if it cannot be read."""
+    try:
+        return array_shape(array)
+    except PayloadError:
+        return None
 
 
 def _has_weight(content: RecordDict, key: str) -> bool:

@@ -308,7 +308,7 @@ def _lock(run: Path) -> FileLock:
 
 
 def _complete_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Return the lines of a file up to the first damaged one: a crash may leave half a line at the end."""
+    """Yield the lines of a file up to the first damaged one: a crash may leave half a line at the end."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         for line in path.read_bytes().splitlines():
             row = json.loads(line)

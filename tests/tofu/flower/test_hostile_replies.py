@@ -126,6 +126,20 @@ def test_with_a_robust_rule(recorded: bool, tmp_path: Path, caplog: pytest.LogCa
     assert all("\n" not in line and len(line) < 400 for line in lines)
 
 
+@pytest.mark.parametrize("wrapped", ["record", "first replies"])
+def test_with_flowers_own_average(wrapped: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of arrays that FedAvg reads, a wrong number may spoil the average; nothing ends the run."""
+    strategy: Any = strategy_of()
+    if wrapped == "record":
+        strategy = tofu.record(strategy, tmp_path, input_shape=SHAPE, batch_size=32)
+    else:
+        strategy = tofu.FirstReplies(strategy, fraction=1.0)
+    unreadable = [*OF_ARRAYS[:11], OF_ARRAYS[-1], with_array(header("(4,)") + bytes(16))]
+    _, lines = run(strategy, (), OF_RECORDS + unreadable, caplog)
+    refused = {int(line.split("round ")[1].split(":")[0]) for line in lines if "the reply of node" in line}
+    assert refused == set(range(1, len(OF_RECORDS + unreadable) + 1))
+
+
 def test_with_compression(caplog: pytest.LogCaptureFixture) -> None:
     changes = [*OF_RECORDS, dropped("config"), renamed("config"), OF_ARRAYS[1]]
     changes += [with_payload(value) for value in (b"", 7, "text", [b"a"], math.nan, True)]
