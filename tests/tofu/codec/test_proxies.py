@@ -79,7 +79,7 @@ def test_side_is_chosen_from_the_input_and_limited_by_it(mlp_update: Case) -> No
 @pytest.mark.parametrize(
     ("field", "value"),
     [("labels", "soft"), ("scale", "row"), ("bits", 7), ("surrogate_beta", -1.0), ("max_evals", 0),
-     ("optimizer", "sgd"), ("tolerance", -1.0), ("size", 1), ("solve_labels", -1)],
+     ("optimizer", "sgd"), ("tolerance", -1.0), ("size", -1), ("size", 1025), ("solve_labels", -1)],
 )  # fmt: skip
 def test_settings_are_checked(field: str, value: object) -> None:
     with pytest.raises(SettingError, match=f"{field.replace('_', '-')}="):
