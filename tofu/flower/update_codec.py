@@ -315,7 +315,10 @@ def tensors_of(record: ArrayRecord) -> dict[str, Tensor]:
     """
     for array in record.values():
         array_shape(array)
-    return {name: torch.from_numpy(array.numpy().copy()) for name, array in record.items()}
+    try:
+        return {name: torch.from_numpy(array.numpy().copy()) for name, array in record.items()}
+    except (ValueError, TypeError) as error:  # a type that torch does not have
+        raise PayloadError(f"arrays cannot be read ({type(error).__name__})") from error
 
 
 def array_shape(array: Array) -> tuple[int, ...]:
@@ -331,7 +334,7 @@ def array_shape(array: Array) -> tuple[int, ...]:
         shape, _, dtype = read(stream)
         # An array without numbers may still have a shape that numpy refuses.
         addressable = math.prod(max(1, length) for length in shape) < 2**48
-        usable = array.stype == "numpy.ndarray" and dtype.kind in "fiub" and addressable
+        usable = array.stype == "numpy.ndarray" and dtype.kind in "fiub" and dtype.isnative and addressable
         if not usable or math.prod(shape) * dtype.itemsize != len(array.data) - stream.tell():
             raise ValueError("other bytes than its header says")
     except Exception as error:  # numpy's parser has no list of what it raises

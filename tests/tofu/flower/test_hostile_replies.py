@@ -80,7 +80,8 @@ OF_ARRAYS: list[Change] = [
     dropped("array"), lambda content: content.__setitem__("more", ArrayRecord()),
     *(with_array(data) for data in (b"", header("(1099511627776,)"), header("(0, 9223372036854775807, 2)"),
                                     header("(4,"), header("(4,)", "'|O'"), b"PK\3\4" + bytes(30), archive(),
-                                    header("(128, 64)", "'<c8'") + bytes(8 * 8192), b"\x80\4N.")),
+                                    header("(128, 64)", "'<c8'") + bytes(8 * 8192), b"\x80\4N.",
+                                    header("(128, 64)", "'>f4'") + bytes(4 * 8192))),
     *(with_array(header("(128, 64)") + value * 8192) for value in (b"\0\0\xc0\x7f", b"\0\0\x80\x7f")),
     with_array(stype="pickle"),
 ]  # fmt: skip
@@ -134,7 +135,7 @@ def test_with_flowers_own_average(wrapped: str, tmp_path: Path, caplog: pytest.L
         strategy = tofu.record(strategy, tmp_path, input_shape=SHAPE, batch_size=32)
     else:
         strategy = tofu.FirstReplies(strategy, fraction=1.0)
-    unreadable = [*OF_ARRAYS[:11], OF_ARRAYS[-1], with_array(header("(4,)") + bytes(16))]
+    unreadable = [*OF_ARRAYS[:12], OF_ARRAYS[-1], with_array(header("(4,)") + bytes(16))]
     _, lines = run(strategy, (), OF_RECORDS + unreadable, caplog)
     refused = {int(line.split("round ")[1].split(":")[0]) for line in lines if "the reply of node" in line}
     assert refused == set(range(1, len(OF_RECORDS + unreadable) + 1))
