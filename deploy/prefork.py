@@ -123,7 +123,7 @@ def _serve(listener: socket.socket, superexec: "subprocess.Popen[bytes]") -> int
 
 
 def _read_running() -> list[list[str]]:
-    """The command lines of the apps that ran when this process ended last, if it was killed."""
+    """Return the command lines of the apps that ran when this process ended last, if it was killed."""
     try:
         return list(json.loads(Path(os.environ[RUNNING_APPS]).read_bytes()))
     except (KeyError, OSError, ValueError):  # no such file, or one that was cut short

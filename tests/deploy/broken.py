@@ -26,9 +26,9 @@ class Fault:
     """A text in a file of deploy/ that is replaced.
 
     Attributes:
-        check: that is to fail then.
-        says: part of what it says: of the assertion that fails, or of its message.
-        services: that it needs; by default, all.
+        check: the check that must fail then.
+        says: a part of the assertion that must fail, or of its message.
+        services: the services that the check needs; by default all of them.
     """
 
     file: str

@@ -80,7 +80,7 @@ def line_printer(*, quiet: bool) -> Callable[[str], None]:
 
 
 def with_present_flags(arguments: Sequence[str]) -> list[str]:
-    """Arguments with deprecated names of options replaced, such as `--fraction=0.5`, and a warning for each."""
+    """Replace deprecated names of options in arguments, such as `--fraction=0.5`, and warn of each."""
     names, result = {**NAMES, "moments": "pretrain-rounds"}, []
     for argument in arguments:
         flag, equals, value = argument.partition("=")

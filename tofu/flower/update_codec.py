@@ -317,7 +317,7 @@ def tensors_of(record: ArrayRecord) -> dict[str, Tensor]:
         array_shape(array)
     try:
         return {name: torch.from_numpy(array.numpy().copy()) for name, array in record.items()}
-    except (ValueError, TypeError) as error:  # a type that torch does not have
+    except (ValueError, TypeError) as error:  # numpy refuses the shape, or torch the type
         raise PayloadError(f"arrays cannot be read ({type(error).__name__})") from error
 
 
@@ -332,9 +332,7 @@ def array_shape(array: Array) -> tuple[int, ...]:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(stream)
-        # An array without numbers may still have a shape that numpy refuses.
-        addressable = math.prod(max(1, length) for length in shape) < 2**48
-        usable = array.stype == "numpy.ndarray" and dtype.kind in "fiub" and dtype.isnative and addressable
+        usable = array.stype == "numpy.ndarray" and dtype.kind in "fiub" and dtype.isnative
         if not usable or math.prod(shape) * dtype.itemsize != len(array.data) - stream.tell():
             raise ValueError("other bytes than its header says")
     except Exception as error:  # numpy's parser has no list of what it raises
