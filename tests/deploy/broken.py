@@ -164,10 +164,6 @@ FAULTS = {
     "nodes without a key are admitted": Fault(
         "compose.yaml", "      - --enable-supernode-auth\n", "", KEYS, "Exit Code", ONE_NODE[:-1]
     ),
-    "nodes accept every superlink": Fault(
-        "supernode.py", "if found.superlink and not found.insecure:", "if False:", KEYS, "status 124",
-        (*ONE_NODE[:-1], "superlink-exec"),
-    ),
     "the port is not where it is to be": Fault(
         "compose.yaml", "${TOFU_LISTEN:-127.0.0.1}:8443", "127.0.0.1:8443", FOURTH,
         "assert time.monotonic() < end", NODES,
