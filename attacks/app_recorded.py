@@ -14,7 +14,7 @@ from attacks.base import AttackError
 from attacks.evaluate import CONTROL, recorded_scenario
 from attacks.observation import Observation
 from tofu.data import LabeledImages
-from tofu.errors import SettingError
+from tofu.errors import SettingError, user_code
 from tofu.flower.update_codec import ArrayModel, UpdateCodec
 from tofu.imports import import_object
 from tofu.recording import AppCodec, AppRecording
@@ -135,10 +135,8 @@ class AppMessage:
 def _imported(field: str, name: str | None, accepted: str) -> Callable[..., Any]:
     if name is None or ":" not in name:
         raise SettingError(field, name, accepted)
-    try:
+    with user_code(field, name, accepted):
         found = import_object(name)
-    except Exception as error:  # the user's own module may raise anything
-        raise SettingError(field, name, f"{accepted} ({type(error).__name__}: {error})") from error
     if not callable(found):
         raise SettingError(field, name, accepted)
     return found  # type: ignore[no-any-return]

@@ -3,6 +3,9 @@
 The command line prints the text of a `TofuError` and exits with status 2; it never shows a traceback for one.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class TofuError(Exception):
     """Base of errors that are caused by the user's input or the network, and not by a bug.
@@ -23,6 +26,28 @@ class SettingError(TofuError):
         self.field = field
         self.value = value
         self.accepted = accepted
+
+
+class ModelError(SettingError):
+    """A model that a user wrote is not usable. The message names its class, and what is accepted."""
+
+    def __init__(self, model: object, accepted: str) -> None:
+        super().__init__("model", type(model).__name__, accepted)
+
+
+@contextmanager
+def user_code(field: str, value: object, accepted: str) -> Iterator[None]:
+    """Raise SettingError for whatever the user's code in this block raises, with its type and message.
+
+    Args:
+        field, value, accepted: as of SettingError. A SettingError of the block itself is not changed.
+    """
+    try:
+        yield
+    except SettingError:
+        raise
+    except Exception as error:  # the user's own code may raise anything
+        raise SettingError(field, value, f"{accepted} ({type(error).__name__}: {error})") from error
 
 
 class DataError(TofuError):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tofu.data import ImageShape
-from tofu.errors import SettingError
+from tofu.errors import ModelError, SettingError, user_code
 from tofu.plugins import NO_PLUGINS, Plugins, RoundContext
 from tofu.rng import GlobalGenerators
 from tofu.weights import ParamSpec, Weights, architecture_of, eval_mode, layout_of
@@ -146,14 +146,9 @@ def call_of(
     if (loss is None) != (target_shape is None):
         raise SettingError("target_shape", target_shape, "the shape of the targets of `loss`: give both or neither")
     call = ModelCall(inputs, tuple(target_shape or ()), forward, loss)
-    try:
-        with eval_mode(model), torch.no_grad():
-            outputs = call.outputs(model, dict(model.named_parameters()), [torch.zeros(1, *shape) for shape in inputs])
-    except SettingError:
-        raise
-    except Exception as error:  # the user's own code may raise anything
-        reason = " ".join(str(error).split())
-        raise SettingError("input_shape", input_shape, f"the shape of this model's input ({reason})") from error
+    accepted = "the shape of this model's input"
+    with user_code("input_shape", input_shape, accepted), eval_mode(model), torch.no_grad():
+        outputs = call.outputs(model, dict(model.named_parameters()), [torch.zeros(1, *shape) for shape in inputs])
     if outputs.dim() < 1 or outputs.shape[0] != 1 or not outputs.is_floating_point():
         found = f"{outputs.dtype} {list(outputs.shape)} for a batch of one"
         raise SettingError("model", found, "outputs that are floating-point values, the batch first")
@@ -273,8 +268,7 @@ def as_tensor(outputs: Any) -> Tensor:
     values = list(outputs.values()) if isinstance(outputs, Mapping) else outputs
     if isinstance(values, tuple | list) and values and all(isinstance(v, Tensor) and v.dim() > 0 for v in values):
         return torch.cat([value.flatten(1) if value.dim() > 1 else value[:, None] for value in values], dim=1)
-    accepted = "tensors as outputs: give a `forward` that returns one"
-    raise SettingError("model", type(outputs).__name__, accepted)
+    raise ModelError(outputs, "tensors as outputs: give a `forward` that returns one")
 
 
 @dataclass(frozen=True)
@@ -361,14 +355,10 @@ class ReferenceModel:
         weights = {name: value.clone().requires_grad_() for name, value in self.base.items()}
         device = next(iter(weights.values())).device
         inputs = [torch.zeros(1, *shape, device=device) for shape in self.call.inputs]
-        try:
-            with eval_mode(self.model):
-                loss = self.outputs(weights, inputs).sum()
-                torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
-        except Exception as error:  # the user's own code may raise anything
-            accepted = "a network that torch.func.functional_call and torch.autograd.grad accept, or another compressor"
-            reason = " ".join(str(error).split())[:200]
-            raise SettingError("model", type(self.model).__name__, f"{accepted} ({reason})") from error
+        accepted = "a network that torch.func.functional_call and torch.autograd.grad accept, or another compressor"
+        with user_code("model", type(self.model).__name__, accepted), eval_mode(self.model):
+            loss = self.outputs(weights, inputs).sum()
+            torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
 
     def outputs(self, parameters: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Tensor:
         """Outputs [n, ...] for proxies [n, ...] of each input; smaller ones are interpolated to the input's size."""

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from tofu.errors import SettingError
+from tofu.errors import SettingError, user_code
 from tofu.imports import import_object
 
 _DECORATOR = re.compile(r"^@[\w.]*\.register\(\s*[\"']([^\"']+)[\"']", re.MULTILINE)
@@ -78,11 +78,8 @@ class Registry(Generic[T]):
         module, colon, attribute = name.partition(":")
         if not (module and colon and attribute):
             raise SettingError(self._setting, name, f"one of {', '.join(self.names())}, or package.module:Class")
-        try:
+        with user_code(self._setting, name, "a package.module:Class that can be imported"):
             entry = import_object(name)
-        except Exception as error:  # the user's own module may raise anything
-            expected = f"a package.module:Class that can be imported ({type(error).__name__}: {error})"
-            raise SettingError(self._setting, name, expected) from error
         return self._checked(name, entry)
 
     @cached_property

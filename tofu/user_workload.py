@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from tofu.data import ImageShape
 from tofu.device import CPU, on_device
-from tofu.errors import RunError, SettingError
+from tofu.errors import RunError, SettingError, user_code
 from tofu.evaluation import Evaluation, Predict
 from tofu.models import build_seeded
 from tofu.models.checks import changed_buffers, check_memory, check_stateless, drop_constant_buffers, without_wrappers
@@ -211,20 +211,13 @@ class UserWorkload(DatasetLoop):
         first = self.clients[0]
         inputs, targets = split_batch(self.collate([first[row] for row in range(min(2, len(first)))]))
         model = build_seeded(self.model, self.seed).eval()
-        try:
-            with torch.no_grad():
-                outputs = _forward(model, inputs)
-        except Exception as error:  # the user's own code may raise anything
-            reason = " ".join(str(error).split())
-            accepted = f"a model that accepts the inputs of the datasets ({type(error).__name__}: {reason})"
-            raise SettingError("model", type(model).__name__, accepted) from error
+        accepted = "a model that accepts the inputs of the datasets"
+        with user_code("model", type(model).__name__, accepted), torch.no_grad():
+            outputs = _forward(model, inputs)
         if self.train_function is None or len(self.test_data):
-            try:
+            name = getattr(self.loss, "__name__", "cross_entropy")
+            with user_code("loss", name, "a function of (outputs, targets) of a batch"):
                 self._loss_of(outputs, targets)
-            except (RuntimeError, TypeError, ValueError, IndexError) as error:
-                reason = " ".join(str(error).split())
-                name = getattr(self.loss, "__name__", "cross_entropy")
-                raise SettingError("loss", name, f"a function of (outputs, targets) of a batch ({reason})") from error
         return inputs, outputs
 
     @property
@@ -247,18 +240,15 @@ class UserWorkload(DatasetLoop):
         """Return the model, whose initial weights are a function of the seed; constant buffers are not sent."""
         model = build_seeded(self.model, self.seed)
         inputs, _ = self._probe
+        accepted = "a model that accepts the inputs in training mode, too"
         try:
-            with GlobalGenerators(self.seed):
+            with user_code("model", type(model).__name__, accepted), GlobalGenerators(self.seed):
                 drop_constant_buffers(model, changed_buffers(model, lambda: _forward(model, inputs)))
                 check_memory(model)
                 check_stateless(model, lambda: _forward(model, inputs))
-        except SettingError:
-            raise
-        except Exception as error:  # the user's own code may raise anything
-            if self.train_function is None:  # otherwise that function may call the model in another way
-                reason = " ".join(str(error).split())
-                accepted = f"a model that accepts the inputs in training mode, too ({type(error).__name__}: {reason})"
-                raise SettingError("model", type(model).__name__, accepted) from error
+        except SettingError as error:
+            if error.__cause__ is None or self.train_function is None:  # its function may call the model otherwise
+                raise
         return model.train()
 
     def outputs(self, model: nn.Module, shape: ImageShape | None = None, count: int = 2) -> object:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from tofu.errors import PayloadError, RunError, SettingError
+from tofu.errors import ModelError, PayloadError, RunError, SettingError, user_code
 
 Weights = dict[str, Tensor]
 """Name -> tensor, detached. In an update (new minus old weights) every tensor is float32, including integer buffers."""
@@ -86,7 +86,7 @@ def layout_of(model: nn.Module) -> ParamSpec:
     """
     parameters = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
-        raise SettingError("model", type(model).__name__, "a network with at least one trainable parameter")
+        raise ModelError(model, "a network with at least one trainable parameter")
     for name, p in model.named_parameters():
         if p.requires_grad and p.dtype != torch.float32:
             raise SettingError("model", f"{name}: {p.dtype}", "float32 parameters")
@@ -152,8 +152,9 @@ def check_frozen(model: nn.Module, before: Mapping[str, Tensor]) -> None:
     """Raises SettingError if training changed a frozen parameter, such as a moving average, since such are not sent."""
     for name, p in model.named_parameters():
         if name in before and not torch.equal(tensor_bits(p), tensor_bits(before[name])):
-            accepted = f"a model whose frozen parameters do not change in training ({name} does): buffers may"
-            raise SettingError("model", type(model).__name__, accepted)
+            raise ModelError(
+                model, f"a model whose frozen parameters do not change in training ({name} does): buffers may"
+            )
 
 
 def check_constant_buffers(model: nn.Module, before: Mapping[str, Tensor]) -> None:
@@ -189,11 +190,8 @@ def copy_model(model: nn.Module) -> nn.Module:
             for name, value in vars(module).items():
                 if name not in ("_parameters", "_buffers", "_modules") and not _can_be_copied(value):
                     shared[id(value)] = value
-        try:
+        with user_code("model", type(model).__name__, "a model that copy.deepcopy can copy"):
             return copy.deepcopy(model, shared)
-        except Exception as error:  # the user's own code may raise anything
-            accepted = f"a model that copy.deepcopy can copy ({type(error).__name__}: {error})"
-            raise SettingError("model", type(model).__name__, accepted) from error
 
 
 @contextmanager

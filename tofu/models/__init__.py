@@ -12,7 +12,7 @@ from torch import nn
 
 from tofu.data import ImageShape, normalization_of
 from tofu.data.preprocessing import normalize_inputs
-from tofu.errors import SettingError
+from tofu.errors import SettingError, user_code
 from tofu.imports import import_object
 from tofu.models.checks import (
     check_memory,
@@ -167,18 +167,13 @@ def build_seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
 def _factory(name: str, sizes: Mapping[str, int]) -> Callable[[], nn.Module]:
     """Import the user's factory -> a function that calls it. Both raise SettingError."""
     expected = f"package.module:factory, a callable that takes {', '.join(sizes)} by name"
-    try:
-        with GlobalGenerators(0):  # numbers that a module draws when it is imported are the same in every process
-            factory = import_object(name)
-    except Exception as error:
-        # The user's code may raise any type of error.
-        raise SettingError("model", name, f"{expected} ({type(error).__name__}: {error})") from error
+    # Numbers that a module draws when it is imported are the same in every process.
+    with user_code("model", name, expected), GlobalGenerators(0):
+        factory = import_object(name)
 
     def build() -> nn.Module:
-        try:
+        with user_code("model", name, expected):
             model = factory(**sizes)
-        except Exception as error:
-            raise SettingError("model", name, f"{expected} ({type(error).__name__}: {error})") from error
         if not isinstance(model, nn.Module):
             accepted = f"{expected} and returns a torch.nn.Module, not {type(model).__name__}"
             raise SettingError("model", name, accepted)

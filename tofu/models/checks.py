@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from tofu.errors import SettingError
+from tofu.errors import ModelError, SettingError, user_code
 from tofu.rng import GlobalGenerators, reseed_own
 from tofu.weights import (
     check_frozen,
@@ -56,7 +56,7 @@ def check_training(model: nn.Module, name: str, inputs: Tensor, classes: int) ->
     except SettingError:
         raise
     except Exception as error:  # the user's own code may raise anything
-        found = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        found = f"{type(error).__name__}: {error}"
     if found != str(expected):
         accepted = f"a model that maps {takes} to {expected} in training mode, too (found {found})"
         raise SettingError("model", name, accepted)
@@ -84,8 +84,7 @@ def changed_buffers(model: nn.Module, forward: Callable[[], object]) -> frozense
     changed = set()
     for key, buffer in model.named_buffers():
         if buffer.shape != before[key].shape or buffer.dtype != before[key].dtype:
-            accepted = f"a model whose buffers keep their shapes and types ({key} does not)"
-            raise SettingError("model", type(model).__name__, accepted)
+            raise ModelError(model, f"a model whose buffers keep their shapes and types ({key} does not)")
         if not torch.equal(tensor_bits(buffer), tensor_bits(before[key])):  # bits, because NaN != NaN
             changed.add(key)
             buffer.copy_(before[key])
@@ -93,8 +92,9 @@ def changed_buffers(model: nn.Module, forward: Callable[[], object]) -> frozense
         names = {f"{prefix}.{key}" if prefix else key: key for key in module._buffers}
         for name in changed & names.keys():
             if names[name] in module._non_persistent_buffers_set:
-                accepted = f"a model whose buffers are persistent if training changes them ({name} is not)"
-                raise SettingError("model", type(model).__name__, accepted)
+                raise ModelError(
+                    model, f"a model whose buffers are persistent if training changes them ({name} is not)"
+                )
         if isinstance(module, _NormBase) and changed & names.keys():  # a running mean may stay 0 in this pass
             changed |= names.keys()
     return frozenset(changed)
@@ -113,8 +113,7 @@ def _check_tensors(model: nn.Module) -> None:
         elif tensor.is_inference():
             kind = "was made in inference mode"
         if kind:
-            accepted = f"a model of dense parameters and buffers that training can change ({name} {kind})"
-            raise SettingError("model", type(model).__name__, accepted)
+            raise ModelError(model, f"a model of dense parameters and buffers that training can change ({name} {kind})")
 
 
 @torch.no_grad()
@@ -143,8 +142,7 @@ def check_stateless(model: nn.Module, forward: Callable[[], object]) -> None:
                 outputs.append([tensor_bits(part) for part in tensors_of(forward())])
             for key, buffer in model.named_buffers():
                 if not training and not torch.equal(tensor_bits(buffer), tensor_bits(before[key])):
-                    accepted = f"a model whose buffers do not change in evaluation mode ({key} does)"
-                    raise SettingError("model", type(model).__name__, accepted)
+                    raise ModelError(model, f"a model whose buffers do not change in evaluation mode ({key} does)")
                 buffer.copy_(before[key])
         trainable[training] = {key for key, p in model.named_parameters() if p.requires_grad}
         if not all(map(torch.equal, *outputs)):
@@ -153,10 +151,11 @@ def check_stateless(model: nn.Module, forward: Callable[[], object]) -> None:
                 "a model without state outside its parameters and buffers that draws from the global generators of "
                 f"torch, numpy and Python only (two equal passes in {mode} mode have different outputs)"
             )
-            raise SettingError("model", type(model).__name__, accepted)
+            raise ModelError(model, accepted)
     if others := sorted(trainable[False] ^ trainable[True]):
-        accepted = f"a model with the same trainable parameters in both modes ({others[0]} is trainable in one)"
-        raise SettingError("model", type(model).__name__, accepted)
+        raise ModelError(
+            model, f"a model with the same trainable parameters in both modes ({others[0]} is trainable in one)"
+        )
 
 
 @torch.no_grad()
@@ -197,11 +196,8 @@ def check_builds(model: nn.Module, other: nn.Module, outputs: Callable[[nn.Modul
     copied, weights = copy_model(model), weights_of(model)
     changed_weights = {key: 0.5 * p + 0.1 for key, p in model.named_parameters() if p.requires_grad}
     load_weights(copied, changed_weights)
-    try:
+    with user_code("model", name, "a model that copy.deepcopy can copy: its copy fails"):  # attributes in __slots__
         of_copy = call(copied)
-    except Exception as error:  # such as a copy without the attributes that the class has in __slots__
-        accepted = f"a model that copy.deepcopy can copy (its copy fails: {type(error).__name__}: {error})"
-        raise SettingError("model", name, accepted) from error
     unchanged = _close(found, call(model))
     load_weights(model, changed_weights)
     of_model = call(model)
@@ -233,7 +229,7 @@ def check_batches(model: nn.Module, outputs: Callable[..., object], name: str) -
             with GlobalGenerators(0):
                 found.append([list(part.shape) for part in tensors_of(outputs(count=count))])
         except Exception as error:  # the user's own code may raise anything
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            reason = f"{type(error).__name__}: {error}"
         else:
             expected = [[count, *shape[1:]] if shape[:1] == [2] else shape for shape in found[0]]
             reason = "" if len(expected) == len(found[-1]) else "its outputs are fewer or more"
@@ -298,8 +294,7 @@ def check_memory(model: nn.Module) -> None:
     except Exception as error:  # the user's own code may raise anything
         found = f"{type(error).__name__}: {error}"
     if found:
-        accepted = f"a model whose parameters() and state_dict() have all parameters by name ({found})"
-        raise SettingError("model", type(model).__name__, accepted)
+        raise ModelError(model, f"a model whose parameters() and state_dict() have all parameters by name ({found})")
     named = (*model.named_parameters(), *model.named_buffers())
     tensors = {name: tensor for name, tensor in named if tensor.numel() and tensor.layout == torch.strided}
     spans = sorted((*_span(tensor), name) for name, tensor in tensors.items())
@@ -309,7 +304,7 @@ def check_memory(model: nn.Module) -> None:
                 f"a model whose parameters share memory with nothing else ({name} and {other} do): one "
                 "nn.Parameter may be an attribute of several modules, and a buffer may be a clone"
             )
-            raise SettingError("model", type(model).__name__, accepted)
+            raise ModelError(model, accepted)
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
@@ -328,7 +323,7 @@ def without_wrappers(model: nn.Module) -> nn.Module:
         SettingError: it is not a module, or its `train` or `eval` fails or does not return it.
     """
     if not isinstance(model, nn.Module):
-        raise SettingError("model", type(model).__name__, "a torch.nn.Module, or a function that returns one")
+        raise ModelError(model, "a torch.nn.Module, or a function that returns one")
     _check_modes(model)
     while isinstance(model, nn.DataParallel) or _COMPILED in model._modules:
         model = model.module if isinstance(model, nn.DataParallel) else getattr(model, _COMPILED)
@@ -351,8 +346,7 @@ def _check_modes(model: nn.Module) -> None:
     except Exception as error:  # the user's own code may raise anything
         found = f"{type(error).__name__}: {error}"
     if found:
-        accepted = f"a model whose train(mode) and eval() return the model, as torch's do (found {found})"
-        raise SettingError("model", type(model).__name__, accepted)
+        raise ModelError(model, f"a model whose train(mode) and eval() return the model, as torch's do (found {found})")
     for module, training in modes.items():
         module.training = training
 
