@@ -1,4 +1,4 @@
-"""The processes of a federation and their command lines, on one machine and in containers.
+"""The processes of a federation and their command lines, on one machine.
 
 The SuperLink passes messages between the server app and the clients; a SuperNode connects a client to it. Each of them
 has a SuperExec, which starts the apps: the server app next to the SuperLink, the client app next to a SuperNode.
@@ -6,14 +6,9 @@ has a SuperExec, which starts the apps: the server app next to the SuperLink, th
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import PurePath, PurePosixPath
+from pathlib import PurePath
 
 from tofu.errors import SettingError
-
-RUNTIME_PORT = 9094
-HEALTH_PORT = 9100
-JOURNAL = "/journal/rounds.db"
-"""The file in which a client in a container records its secure rounds (`tofu.flower.secure_session`)."""
 
 ENVIRONMENT: Mapping[str, str] = {
     # Without it every run calls `uv sync`, which needs the internet and may replace torch.
@@ -108,26 +103,6 @@ def superexec(trust: Trust, *, address: str, health: str = "") -> Member:
     arguments = ("--runtime-api-address", address, "--root-certificates", str(trust.ca))
     secret = ("--superexec-auth-secret-file", str(trust.superexec))
     return Member("flower-superexec", (*arguments, *secret, *(("--health-server-address", health) if health else ())))
-
-
-def containers(nodes: int) -> dict[str, Member]:
-    """Return the members as services of deploy/compose.yaml. SuperNodes see the SuperLink through the proxy only."""
-    mounted = PurePosixPath("/run/secrets")
-    trust = Trust(mounted / "ca.crt", mounted / "server.pem", mounted / "server.key", mounted / "superexec")
-    health = f"127.0.0.1:{HEALTH_PORT}"
-    members = {
-        "superlink": superlink(trust, host="0.0.0.0", port=8000, database=PurePosixPath("/state/state.db")),
-        "superlink-exec": superexec(trust, address="superlink:8000", health=health),
-    }
-    known = identity_config(mounted / "identity", mounted / "identities.json")
-    for node in range(nodes):
-        members[f"node-{node}"] = supernode(
-            trust, superlink="proxy:8443", key=mounted / "node",
-            config={"data": "/data", "partition-id": node, **known, "journal": JOURNAL},
-            host="0.0.0.0", port=RUNTIME_PORT,
-        )  # fmt: skip
-        members[f"node-{node}-exec"] = superexec(trust, address=f"node-{node}:{RUNTIME_PORT}", health=health)
-    return members
 
 
 def _listen(trust: Trust, host: str, port: int) -> tuple[str, ...]:

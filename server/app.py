@@ -248,7 +248,7 @@ class _Run:
         """Say what the run does that its settings do not show."""
         settings, observer = self._settings, self._observer
         if settings.run.recorded:
-            self._runner.recorder = self._recorder.in_folder(folder.path)
+            self._runner.open.recorder = self._recorder.in_folder(folder.path)
             names = ", ".join(settings.run.recorded)
             observer.on_note(
                 f"records the messages of client {names} in {folder.path}/record; protect them like its data"
@@ -321,7 +321,8 @@ class _Run:
         messages = ledger.take()
         self._counted = self._totals()
         record = round_record(runner, ledger, result, score, before, time.perf_counter() - began)
-        record = dataclasses.replace(record, link_seconds=LinkSimulator.of(self._settings).seconds(messages))
+        links = LinkSimulator(self._settings.link, self._settings.run.seed)
+        record = dataclasses.replace(record, link_seconds=links.seconds(messages))
         if self._settings.run.checkpoint:
             self._checkpoint(folder, record, messages)
         folder.add_round(record, messages)

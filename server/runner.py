@@ -31,7 +31,6 @@ from tofu.plugins import MAX_STATE_BYTES
 from tofu.privacy import Accountant
 from tofu.privacy.adaptive import clip_norm, plugins_of
 from tofu.privacy.correlated import Participation
-from tofu.recording import Recorder
 from tofu.reference_model import ReferenceModel
 from tofu.reporting.folder import RunFolder
 from tofu.rng import derive_generator
@@ -150,8 +149,8 @@ class RoundRunner:
             ask_again=not settings.privacy.noise_multiplier, outputs=outputs,
             tell_classes=self.clients.tell_classes,
         )  # fmt: skip
-        self._open = OpenCollector(self._exchange, self.plugins, settings.server, observer)
-        self._secure: Collector = self._open
+        self.open = OpenCollector(self._exchange, self.plugins, settings.server, observer)
+        self._secure: Collector = self.open
         if "secure" in self._schedule.kinds:
             self._secure = SecureCollector(transport, self._exchange, ledger, observer, settings, self.plugins)
         call = workload.call(reference.model, reference.shape)
@@ -160,9 +159,9 @@ class RoundRunner:
             built = run_model(settings, reference.shape)
             self.models.append(GlobalModel(built.eval(), reference.shape, settings, self.plugins, group))
         self.account = Accountant(settings.privacy.privacy_delta) if settings.privacy.noise_multiplier else None
-        self.noise = self._open.noise = None
+        self.noise = self.open.noise = None
         if settings.privacy.server_noise != "none":
-            self.noise = self._open.noise = ServerNoise(settings.privacy, reference.param_spec)
+            self.noise = self.open.noise = ServerNoise(settings.privacy, reference.param_spec)
         self.on_spend: Callable[[Mapping[str, object]], None] = lambda spent: None
         self.accuracies: list[float] = []
         self.task_accuracies: list[list[float]] = []
@@ -190,15 +189,6 @@ class RoundRunner:
             now += sum(float((weights[name].double() ** 2).sum()) for name in initial)
             start += dot(initial, initial)
         return math.sqrt(now / start) if start else 1.0
-
-    @property
-    def recorder(self) -> Recorder | None:
-        """Saves the messages of some clients in open rounds."""
-        return self._open.recorder
-
-    @recorder.setter
-    def recorder(self, recorder: Recorder | None) -> None:
-        self._open.recorder = recorder
 
     def evaluate(self) -> Evaluation:
         """Evaluate the models that the run would end with, and append the accuracies.
@@ -325,7 +315,7 @@ class RoundRunner:
 
     def _collect(self, model: GlobalModel, clients: list[Client], state: RoundState, result: RoundResult) -> None:
         """Collect the updates of one group's clients and step its model."""
-        collector = self._secure if state.kind == "secure" else self._open
+        collector = self._secure if state.kind == "secure" else self.open
         collected = collector.collect(model, clients, state)
         result.add(collected)
         if collected.update is not None:

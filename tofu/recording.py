@@ -17,17 +17,18 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import safetensors
 import safetensors.torch
 from annotated_types import Ge, Gt, Len
-from pydantic import ConfigDict, StringConstraints, TypeAdapter, ValidationError
+from pydantic import StringConstraints, TypeAdapter, ValidationError
 from torch import Tensor
 
 from tofu.data import ImageShape
 from tofu.errors import RunError, SettingError
 from tofu.rounds import KINDS
+from tofu.rounds.panel import StrictFields
 from tofu.settings import Settings
 from tofu.settings.deprecated import present_kind
 from tofu.weights import Weights
@@ -36,7 +37,6 @@ from tofu.wire import HEADER_BYTES
 FOLDER = "record"
 VERSION = 1
 _NAME = re.compile(r"round-(\d{4,6})-client-([A-Za-z0-9_.]{1,64})")
-_STRICT = ConfigDict(extra="forbid")
 _SHAPE = ("channels", "height", "width", "classes")
 
 
@@ -71,10 +71,8 @@ class Recording:
 
 
 @dataclass(frozen=True)
-class AppCodec:
+class AppCodec(StrictFields):
     """The arguments, except model and input shape, of the `UpdateCodec` that decodes an app's payloads."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
     compressor: Annotated[str, StringConstraints(pattern="^[a-z0-9-]{1,64}$")]
     ratio: float
@@ -83,7 +81,7 @@ class AppCodec:
 
 
 @dataclass(frozen=True)
-class AppRecording:
+class AppRecording(StrictFields):
     """One client's message of one round of a Flower app (`tofu.record`), or the sum of several clients' updates.
 
     Attributes:
@@ -101,8 +99,6 @@ class AppRecording:
         base: the arrays that the message is relative to.
         payload: the bytes as received; or the received arrays in the format of safetensors.
     """
-
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
     round: Annotated[int, Ge(1)]
     client: Annotated[str, Len(1, 64)]

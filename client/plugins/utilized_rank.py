@@ -211,16 +211,6 @@ def top_eigenvectors(gram: Tensor, energy: float) -> Tensor:
     return kept
 
 
-def merged(model: nn.Module) -> nn.Module:
-    """Return the model, with plain weights again where it was factorized (in place)."""
-    for module in list(model.modules()):
-        if parametrize.is_parametrized(module):
-            for name, chain in list(module.parametrizations.items()):  # type: ignore[union-attr, operator]
-                if isinstance(chain[0], Core):
-                    parametrize.remove_parametrizations(module, name)
-    return model
-
-
 def _factorize(model: nn.Module, name: str, inputs: Tensor, outputs: Tensor) -> None:
     parent, _, weight = name.rpartition(".")
     module = model.get_submodule(parent)

@@ -15,7 +15,8 @@ from flwr.common.config import parse_config_args
 from jsonschema import Draft202012Validator
 
 from deploy.certificates import main as make_certificates
-from deploy.topology import ENVIRONMENT, containers
+from deploy.topology import ENVIRONMENT
+from tests.deploy.services import containers
 from tofu.secagg.identities import read_identity, read_known
 
 DEPLOY = Path(__file__).parents[2] / "deploy"

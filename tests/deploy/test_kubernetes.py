@@ -11,7 +11,8 @@ import yaml
 
 from deploy.certificates import main as make_certificates
 from deploy.pinned import INSTALLED
-from deploy.topology import ENVIRONMENT, JOURNAL, RUNTIME_PORT, Trust, identity_config, superexec, supernode
+from deploy.topology import ENVIRONMENT, Trust, identity_config, superexec, supernode
+from tests.deploy.services import JOURNAL, RUNTIME_PORT
 
 FILE = Path(__file__).parents[2] / "deploy" / "kubernetes.yaml"
 COMPOSE = FILE.parent / "compose.yaml"

@@ -22,7 +22,7 @@ from tofu.observers.base import Observer
 from tofu.plugins import Export, export_to_bytes
 from tofu.rounds.links import LinkSimulator
 from tofu.rounds.record import RoundRecord
-from tofu.settings import Settings
+from tofu.settings import LinkSettings, Settings
 from tofu.wire import CLIENT_ACCURACY, FIELD, RECORD, SECURE, TrainReply
 
 QUICK: dict[str, Any] = {
@@ -179,7 +179,8 @@ def test_a_proximal_term_keeps_clients_near_the_global_weights(tmp_path: Path) -
 def test_links_turn_the_bytes_of_the_ledger_into_seconds(tmp_path: Path) -> None:
     given = QUICK | {"clients": 3, "uplink_mbps": 1.0, "downlink_mbps": 8.0, "link_latency": 0.5, "link_spread": 1.0}
     result = tofu.run(**given, run_folder=str(tmp_path / "run"), progress=False)
-    links = LinkSimulator(1.0, 8.0, 1.0, 0.5, seed=0)
+    link = {name: given[name] for name in ("uplink_mbps", "downlink_mbps", "link_spread", "link_latency")}
+    links = LinkSimulator(LinkSettings(**link), seed=0)
     own = [row for row in result.ledger if row["client"] == "1" and row["round"] == 2]
     up, down = (sum(row["bytes"] for row in own if row["direction"] == way) for way in ("uplink", "downlink"))
     expected = len(own) * 0.5 + (up * 8 / 1e6 + down * 8 / 8e6) / links.factor("1")

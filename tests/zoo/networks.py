@@ -743,7 +743,7 @@ REFUSED: dict[str, tuple[Callable[..., nn.Module], str]] = {
     "buffer_that_is_not_stored": (_flat(Unstored), "if training changes them (middle.state is not)"),
     "selected_parameters": (Selected, "have all parameters by name (into.weight is missing)"),
     "nested_state_dict": (Nested, "have all parameters by name (into.weight is missing)"),
-    "slots": (_flat(Slotted), "copy.deepcopy can copy (its copy fails: AttributeError: "),
+    "slots": (_flat(Slotted), "copy.deepcopy can copy: its copy fails (AttributeError: "),
     "replaced_forward": (_replaced_forward, "methods, not functions or weak references that refer to layers"),
     "double_by_default": (_double_by_default, "must have the same dtype"),
     "no_module": (lambda **_: 5, "torch.nn.Module"),  # type: ignore[dict-item, return-value]

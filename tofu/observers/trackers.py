@@ -7,6 +7,7 @@ docs/trackers.md lists all metrics, and the environment variables by which each 
 """
 
 import dataclasses
+import importlib
 import io
 import json
 import math
@@ -130,11 +131,16 @@ class Tracker(Observer):
         name: name in the setting `tracker` and in the run folder.
         round: the last round that was logged, or -1.
         note: called with the line that reports a failure.
+        library: module that the tracker needs, of the extra with the tracker's name; "" if it needs none.
     """
 
     name: ClassVar[str]
+    library: ClassVar[str] = ""
 
     def __init__(self) -> None:
+        if self.library:
+            with from_extra(self.name):
+                self._library: Any = importlib.import_module(self.library)
         self.round = -1
         self.note: Callable[[str], None] = lambda text: print(f"note: {text}", file=sys.stderr)
         self._file = Path()
@@ -209,13 +215,7 @@ class Tracker(Observer):
 class TensorBoard(Tracker):
     """TensorBoard event files in `trackers/tensorboard` of the run folder, with the settings as HPARAMS."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        with from_extra("tensorboard"):
-            from torch.utils import tensorboard
-            from torch.utils.tensorboard.summary import hparams
-        self._library: Any = tensorboard
-        self._hparams: Any = hparams
+    library = "torch.utils.tensorboard"
 
     def start(self, folder: Path, settings: Mapping[str, object], run: str) -> str:
         # Values of a round that a killed process began, and that is now repeated, are hidden.
@@ -223,7 +223,7 @@ class TensorBoard(Tracker):
         self._writer = self._library.SummaryWriter(log_dir, purge_step=self.round + 1 if run else None)
         if not run:
             shown = {name: str(value) if isinstance(value, bool) else value for name, value in settings.items()}
-            for summary in self._hparams(shown, {"accuracy": 0.0, "loss": 0.0}):
+            for summary in self._library.summary.hparams(shown, {"accuracy": 0.0, "loss": 0.0}):
                 self._writer.file_writer.add_summary(summary)
         return self.name
 
@@ -240,12 +240,11 @@ class TensorBoard(Tracker):
 class Mlflow(Tracker):
     """MLflow, where MLFLOW_TRACKING_URI says; without it a database in the current folder."""
 
+    library = "mlflow"
+
     def __init__(self) -> None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it is read by the import
         super().__init__()
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        with from_extra("mlflow"):
-            import mlflow
-        self._library: Any = mlflow
 
     def start(self, folder: Path, settings: Mapping[str, object], run: str) -> str:
         getLogger("mlflow").setLevel(WARNING)
@@ -276,11 +275,7 @@ class Mlflow(Tracker):
 class Wandb(Tracker):
     """Weights & Biases. Nothing is sent unless WANDB_MODE=online; `wandb sync` sends `trackers/wandb/offline-run-*`."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        with from_extra("wandb"):
-            import wandb
-        self._library: Any = wandb
+    library = "wandb"
 
     def start(self, folder: Path, settings: Mapping[str, object], run: str) -> str:
         run = run or uuid.uuid4().hex
@@ -310,11 +305,7 @@ class Wandb(Tracker):
 class Trackio(Tracker):
     """Trackio, in the folder TRACKIO_DIR or where TRACKIO_SPACE_ID or TRACKIO_SERVER_URL says."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        with from_extra("trackio"):
-            import trackio
-        self._library: Any = trackio
+    library = "trackio"
 
     def start(self, folder: Path, settings: Mapping[str, object], run: str) -> str:
         name = run or f"{folder.resolve().name}-{uuid.uuid4().hex[:8]}"  # a name identifies a run, so it is unique

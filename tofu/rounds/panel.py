@@ -21,11 +21,15 @@ from typing import ClassVar, Literal
 
 from pydantic import ConfigDict
 
-_STRICT = ConfigDict(extra="forbid")
+
+class StrictFields:
+    """Base of dataclasses that are read from JSON with pydantic and have no unknown fields."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)
-class Series:
+class Series(StrictFields):
     """One line, group of bars or sample of a histogram.
 
     Attributes:
@@ -39,11 +43,9 @@ class Series:
     x: tuple[float, ...] = ()
     labels: tuple[str, ...] = ()
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
-
 
 @dataclass(frozen=True)
-class Chart:
+class Chart(StrictFields):
     """A chart of one or more series. `bins`: number of bins of a histogram."""
 
     title: str
@@ -54,11 +56,9 @@ class Chart:
     bins: int = 30
     type: Literal["chart"] = "chart"
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
-
 
 @dataclass(frozen=True)
-class TableFigure:
+class TableFigure(StrictFields):
     """A table; numbers are right-aligned and shown with four digits."""
 
     title: str
@@ -66,29 +66,23 @@ class TableFigure:
     rows: tuple[tuple[str | int | float, ...], ...]
     type: Literal["table"] = "table"
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
-
 
 @dataclass(frozen=True)
-class ImageFigure:
+class ImageFigure(StrictFields):
     """Gray images, each a tuple of rows of pixels; each image is scaled to its own range."""
 
     title: str
     images: tuple[tuple[tuple[float, ...], ...], ...]
     type: Literal["images"] = "images"
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
-
 
 Figure = Chart | TableFigure | ImageFigure
 
 
 @dataclass(frozen=True)
-class Panel:
+class Panel(StrictFields):
     """A section of the report: a title, a paragraph and figures."""
 
     title: str
     text: str
     figures: tuple[Figure, ...] = ()
-
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT

@@ -11,11 +11,12 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import AliasChoices, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AliasChoices, BeforeValidator, Field, TypeAdapter, ValidationError
 
 from tofu.errors import RunError
+from tofu.rounds.panel import StrictFields
 from tofu.settings.deprecated import present_kind
 
 
@@ -49,11 +50,10 @@ Epsilon = Annotated[float | None, BeforeValidator(_epsilon)]
 Count = Annotated[int, Field(strict=True, ge=0)]
 Text = Annotated[str, Field(strict=True), BeforeValidator(_text)]
 RoundKind = Annotated[str, Field(strict=True), BeforeValidator(_kind)]
-_STRICT = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)
-class Failure:
+class Failure(StrictFields):
     """A client whose reply could not be used in a round.
 
     Attributes:
@@ -64,11 +64,9 @@ class Failure:
     reason: Annotated[str, Field(strict=True)]
     node: Text = ""
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
-
 
 @dataclass(frozen=True)
-class ClientRecord:
+class ClientRecord(StrictFields):
     """Measurements of one client's reply in an open round.
 
     Attributes:
@@ -86,11 +84,9 @@ class ClientRecord:
     encode_seconds: Number = None
     test_accuracy: Number = None
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
-
 
 @dataclass(frozen=True)
-class RoundRecord:
+class RoundRecord(StrictFields):
     """One round: one line of metrics.jsonl. Round 0 is the evaluation before training.
 
     Attributes:
@@ -155,8 +151,6 @@ class RoundRecord:
     accuracy_quantiles: Mapping[str, Number] = dataclasses.field(default_factory=dict)
     link_seconds: Mapping[str, Number] = dataclasses.field(default_factory=dict)
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
-
     @property
     def label(self) -> str:
         """The name of the round in reports: its compressor or its kind."""
@@ -164,7 +158,7 @@ class RoundRecord:
 
 
 @dataclass(frozen=True)
-class Baseline:
+class Baseline(StrictFields):
     """A FedAvg run over the same rounds, stored in summary.json for the report."""
 
     metrics: tuple[RoundRecord, ...] = ()
@@ -172,11 +166,9 @@ class Baseline:
     uplink_bytes: Count = 0
     run: Text = ""
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
-
 
 @dataclass(frozen=True)
-class RunSummary:
+class RunSummary(StrictFields):
     """The summary of a finished run: summary.json.
 
     Attributes:
@@ -213,8 +205,6 @@ class RunSummary:
     run: Text = ""
     seconds: Number = None
     baseline: Baseline | None = None
-
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
 
 QUANTILES = (0, 10, 25, 50, 75, 90, 100)
