@@ -87,7 +87,7 @@ def test_numbers_that_a_module_draws_when_it_is_imported_are_the_same_in_every_p
 
 
 def test_reentrant_checkpoints_are_refused_where_proxies_are_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match=r"another compressor \(When use_reentrant=True"):
+    with pytest.raises(SettingError, match=r"another compressor \(RuntimeError: When use_reentrant=True"):
         run("reentrant", tmp_path / "proxy")
     assert not failures(run("reentrant", tmp_path / "secure", schedule="secure"))
 

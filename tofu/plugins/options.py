@@ -16,39 +16,19 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Annotated, Any, Literal, get_origin
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 from tofu.errors import SettingError
+from tofu.settings.fields import expected, parse_text, setting
 
 Value = bool | int | float | str | list[Any] | dict[str, Any]
 
 _NEXT_OPTION = re.compile(r"\s+(?=[\w-]+\.[\w-]+=)")
-_WORDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 _STRUCTURES: Mapping[type, str] = {list: "a JSON list", dict: "a JSON object"}
-
-
-@dataclass(frozen=True)
-class Accepted:
-    """The help of an option and its accepted values: one of `choices`, or a number within the bounds."""
-
-    help: str
-    choices: tuple[str, ...] = ()
-    ge: float | None = None
-    gt: float | None = None
-    le: float | None = None
-    lt: float | None = None
-
-    def allows(self, value: float) -> bool:
-        """Return whether a number is finite and within the bounds."""
-        return (
-            abs(value) < float("inf")
-            and (self.ge is None or value >= self.ge)
-            and (self.gt is None or value > self.gt)
-            and (self.le is None or value <= self.le)
-            and (self.lt is None or value < self.lt)
-        )
 
 
 def option(
@@ -68,8 +48,12 @@ def option(
         choices: the values of a str.
         ge, gt, le, lt: bounds of a number, or of each number in a list.
     """
-    metadata = {"option": Accepted(help_, choices, ge, gt, le, lt)}
-    if isinstance(default, list | dict):
+    is_structure = isinstance(default, list | dict)
+    kind: Any = Literal[choices] if choices else float if is_structure else type(default)
+    accepted = setting(0.0 if is_structure else default, help_, ge=ge, gt=gt, le=le, lt=lt)
+    annotated: Any = Annotated[kind, accepted]
+    metadata = {"option": FieldInfo.from_annotation(annotated)}
+    if is_structure:
         text = json.dumps(default)
         return dataclasses.field(default_factory=lambda: json.loads(text), kw_only=True, metadata=metadata)
     return dataclasses.field(default=default, kw_only=True, metadata=metadata)
@@ -129,40 +113,30 @@ def read_options(kind: type, texts: Mapping[str, str], *, prefix: str) -> dict[s
 
 
 def _read(field: "dataclasses.Field[Any]", text: str, label: str) -> Value:
-    accepted: Accepted = field.metadata["option"]
+    accepted: FieldInfo = field.metadata["option"]
     kind: Any = get_origin(field.type) or field.type
-    if kind is bool:
-        if text not in ("true", "false"):
-            raise SettingError(label, text, "true or false")
-        return text == "true"
-    if kind is str:
-        if accepted.choices and text not in accepted.choices:
-            raise SettingError(label, text, f"one of {', '.join(accepted.choices)}")
-        return text
-    if kind in _STRUCTURES:
-        return _structure(kind, text, label, accepted)
+    if kind not in _STRUCTURES:
+        value = parse_text(label, accepted, text)
+        _check(value, accepted, label, text)
+        return value
     try:
-        value = int(text) if kind is int else float(text)
-    except ValueError:
-        raise SettingError(label, text, "a whole number" if kind is int else "a number") from None
-    if not accepted.allows(value):
-        raise SettingError(label, text, f"a finite number{_bounds(accepted)}")
-    return value
-
-
-def _structure(kind: type, text: str, label: str, accepted: Accepted) -> Value:
-    try:
-        value: Any = _from_file(text, label) if text.startswith("@") else json.loads(text)
+        structure: Any = _from_file(text, label) if text.startswith("@") else json.loads(text)
     except (ValueError, RecursionError) as error:
         raise SettingError(label, text, f"{_STRUCTURES[kind]}, or @FILE with one ({error})") from None
-    if not isinstance(value, kind):
+    if not isinstance(structure, kind):
         raise SettingError(label, text, f"{_STRUCTURES[kind]}, or @FILE with one")
-    if isinstance(value, list):
-        for entry in value:
-            if isinstance(entry, int | float) and not accepted.allows(entry):
-                raise SettingError(label, text, f"finite numbers{_bounds(accepted)}")
-    structure: Any = value
+    for entry in structure if isinstance(structure, list) else ():
+        if isinstance(entry, int | float):
+            _check(entry, accepted, label, text, each="a JSON list with entries that are each ")
     return structure  # type: ignore[no-any-return]
+
+
+def _check(value: object, accepted: FieldInfo, label: str, text: str, *, each: str = "") -> None:
+    annotated: Any = Annotated[accepted.annotation, accepted]
+    try:
+        TypeAdapter(annotated).validate_python(value)
+    except ValidationError:
+        raise SettingError(label, text, f"{each}{expected(accepted)}") from None
 
 
 def _from_file(text: str, label: str) -> Any:
@@ -175,9 +149,3 @@ def _from_file(text: str, label: str) -> Any:
     except (ValueError, RecursionError) as error:
         language = "TOML" if path.suffix == ".toml" else "JSON"
         raise SettingError(label, text, f"a file of {language} ({error})") from error
-
-
-def _bounds(accepted: Accepted) -> str:
-    bounds = ((word, getattr(accepted, name)) for name, word in _WORDS.items())
-    text = ", ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
-    return f" {text}" if text else ""

@@ -126,7 +126,7 @@ class Settings(BaseModel):
 
     def to_config(self) -> dict[str, Value]:
         """Flat name with dashes -> value, as in TOML and in Flower's run config."""
-        return {dashed(name): getattr(getattr(self, _GROUP_OF[name]), name) for name in FIELDS}
+        return {dashed(name): self._value(name) for name in FIELDS}
 
     def meaning(self, round_: int) -> tuple[bytes, ...]:
         """Return the inputs, besides the encoding, that all clients of a secure sum must share:
@@ -144,11 +144,21 @@ class Settings(BaseModel):
 
         data, plugin, codec, total = self.data, self.plugins, self.codec, self.training.rounds
         for name in _REGISTRIES:
-            _check_registered(name, getattr(getattr(self, _GROUP_OF[name]), name))
+            _check_registered(name, str(self._value(name)))
         kinds = make_schedule(self.rounds, total).kinds
-        self._check_data()
+        for holds, why, *names in self._defaults_needed(kinds):
+            for name in names if holds else ():
+                self._check_default(name, why)
         if self.server.min_clients > data.clients:
             raise SettingError("min-clients", self.server.min_clients, f"at most clients, {data.clients}")
+        if data.partition == "natural" and not data.client_column:
+            raise SettingError("partition", "natural", "a client-column, which names the client of each row")
+        if any(getattr(data, name) != FIELDS[name].default for name in _OF_IMAGES):
+            from tofu.data.preprocessing import Preprocessing, parse_normalization, split_augmentations
+
+            Preprocessing(data.resize, data.center_crop, data.gray_bits)
+            parse_normalization(data.normalization)
+            split_augmentations(data.augmentation)
         if data.subpopulations:
             from tofu.data.subpopulations import Subpopulations
 
@@ -168,106 +178,62 @@ class Settings(BaseModel):
             raise SettingError("over-relaxation", codec.over_relaxation, "auto, or from 1 up to 2")
         if codec.proxy_size == 1:
             raise SettingError("proxy-size", 1, "auto, or 2 to 1024 pixels")
-        if plugin.tasks == "none" and plugin.task_count > 1:
-            raise SettingError("task-count", plugin.task_count, "1 with tasks=none")
         if total % plugin.task_count:
             raise SettingError("task-count", plugin.task_count, f"a divisor of rounds, {total}")
         if plugin.plugins or plugin.plugin_options:
             self._check_plugins(kinds)
-        for name in ("local_layers", "client_test_fraction"):
-            value = getattr(self.training, name)
-            if value and self.privacy.noise_multiplier and name == "client_test_fraction":
-                raise SettingError(name, value, "0 with noise-multiplier: accuracies of single clients are not noised")
-            if value and plugin.plugins and name == "local_layers":
-                raise SettingError(name, value, "none with plugins, which may change the model")
-        if self.privacy.noise_multiplier and plugin.plugins:
-            raise SettingError("plugins", plugin.plugins, "none with noise-multiplier: sums of plugins are not noised")
-        if self.privacy.max_epsilon and not self.privacy.noise_multiplier:
-            raise SettingError("max-epsilon", self.privacy.max_epsilon, "0 without noise-multiplier")
-        if self.privacy.secret_sampling and not self.privacy.noise_multiplier:
-            raise SettingError("secret-sampling", True, "false without noise-multiplier")
-        if self.privacy.clip_quantile and not self.privacy.noise_multiplier:
-            raise SettingError("clip-quantile", self.privacy.clip_quantile, "0 without noise-multiplier")
-        self._check_server_noise(kinds)
-        self._check_aggregator(kinds)
-        self._check_ef21()
+        if self.privacy.server_noise != "none":
+            self._check_server_noise(kinds)
         if "secure" in kinds and data.clients < MIN_SECURE:
             raise SettingError("clients", data.clients, f"at least {MIN_SECURE} for secure rounds")
 
+    def _defaults_needed(self, kinds: tuple[str, ...]) -> tuple[tuple[Any, ...], ...]:
+        """Whether a condition holds, the condition in words, and the settings that must then have their defaults."""
+        data, noised, server_noise = self.data, self.privacy.noise_multiplier, self.privacy.server_noise
+        changed_images = data.augmentation or data.normalization != FIELDS["normalization"].default
+        return (
+            (data.kind != "images", f"for a {data.kind} dataset: it needs images",
+             "plugins", "tasks", "subpopulations", "record_clients", *_OF_IMAGES),
+            (data.text_column, "with a text-column", "feature_columns"),
+            (changed_images, "with augmentation or normalization, which attacks do not make again", "record_clients"),
+            (self.plugins.tasks == "pixels", "with tasks=pixels, which permutes the pixels", "augmentation"),
+            (self.plugins.tasks == "none", "with tasks=none", "task_count"),
+            (self.plugins.plugins, "with plugins, which may change the model", "local_layers"),
+            (noised, "with noise-multiplier: accuracies of single clients are not noised", "client_test_fraction"),
+            (noised, "with noise-multiplier: sums of plugins are not noised", "plugins"),
+            (noised, "with noise-multiplier, whose guarantee is for the mean", "aggregator"),
+            (not noised, "without noise-multiplier", "max_epsilon", "secret_sampling", "clip_quantile"),
+            (server_noise == "none", "without server-noise", "min_separation"),
+            (server_noise != "none", f"with server-noise={server_noise}",
+             "clip_quantile", "secret_sampling", "record_clients", "over_sampling"),
+            ("secure" in kinds, "with secure rounds, which show only the sum of the updates",
+             "aggregator", "max_update_norm"),
+            (self.server.server_optimizer == "ef21",
+             "with server-optimizer=ef21, whose clients keep the sum of all that they sent",
+             "noise_multiplier", "error_feedback", "residual_half_life"),
+        )  # fmt: skip
+
+    def _check_default(self, name: str, why: str) -> None:
+        value, default = self._value(name), FIELDS[name].default
+        if value != default:
+            accepted = f"{default:g}" if isinstance(default, float) else f"{default}".lower() or "none"
+            raise SettingError(name, value, f"{accepted} {why}")
+
+    def _value(self, name: str) -> Value:
+        value: Value = getattr(getattr(self, _GROUP_OF[name]), name)
+        return value
+
     def _check_server_noise(self, kinds: tuple[str, ...]) -> None:
         privacy, server, separation = self.privacy, self.server, self.privacy.min_separation
-        if privacy.server_noise == "none":
-            if separation != 1:
-                raise SettingError("min-separation", separation, "1 without server-noise")
-            return
         wanted = f"with server-noise={privacy.server_noise}"
         if not privacy.noise_multiplier >= 0.01:
             raise SettingError("noise-multiplier", privacy.noise_multiplier, f"at least 0.01 {wanted}")
         if kinds != ("fedavg",):
             raise SettingError("schedule", self.rounds.schedule, f"fedavg {wanted}, which is added to exact sums")
-        for name, value, accepted in (
-            ("clip-quantile", privacy.clip_quantile, 0), ("secret-sampling", privacy.secret_sampling, False),
-            ("record-clients", self.run.record_clients, ""), ("over-sampling", server.over_sampling, 1),
-        ):  # fmt: skip
-            if value != accepted:
-                raise SettingError(name, value, f"{accepted!r} {wanted}")
         asked = max(round(server.client_fraction * self.data.clients), server.min_clients)
         if asked * separation > self.data.clients:
             most = f"at most {1 / separation:.3g}, so that each client takes part once in min-separation={separation}"
             raise SettingError("client-fraction", server.client_fraction, f"{most} rounds")
-
-    def _check_aggregator(self, kinds: tuple[str, ...]) -> None:
-        name = self.server.aggregator
-        if name != "mean" and "secure" in kinds:
-            raise SettingError("aggregator", name, "mean with secure rounds, which show only the sum of the updates")
-        if name != "mean" and self.privacy.noise_multiplier:
-            raise SettingError("aggregator", name, "mean with noise-multiplier, whose guarantee is for the mean")
-        if self.server.max_update_norm and "secure" in kinds:
-            accepted = "0 with secure rounds, which show only the sum of the updates"
-            raise SettingError("max-update-norm", self.server.max_update_norm, accepted)
-
-    def _check_ef21(self) -> None:
-        if self.server.server_optimizer != "ef21":
-            return
-        wanted = "with server-optimizer=ef21, whose clients keep the sum of all that they sent"
-        for name, value, accepted in (
-            ("noise-multiplier", self.privacy.noise_multiplier, 0.0),
-            ("error-feedback", self.codec.error_feedback, 1.0),
-            ("residual-half-life", self.codec.residual_half_life, 0.0),
-        ):
-            if value != accepted:
-                raise SettingError(name, value, f"{accepted:g} {wanted}")
-
-    def _check_data(self) -> None:
-        data, plugin = self.data, self.plugins
-        if data.text_column and data.feature_columns:
-            raise SettingError("feature-columns", data.feature_columns, "none with a text-column")
-        if data.partition == "natural" and not data.client_column:
-            raise SettingError("partition", "natural", "a client-column, which names the client of each row")
-        if any(getattr(data, name) != FIELDS[name].default for name in _OF_IMAGES):
-            self._check_images()
-        if data.kind != "images":
-            for name, value, none in (
-                ("plugins", plugin.plugins, ""),
-                ("tasks", plugin.tasks, "none"),
-                ("subpopulations", data.subpopulations, ""),
-                ("record-clients", self.run.record_clients, ""),
-                *((name, getattr(data, name), FIELDS[name].default) for name in _OF_IMAGES),
-            ):
-                if value != none:
-                    raise SettingError(name, value, f"{none!r} for a {data.kind} dataset: it needs images")
-
-    def _check_images(self) -> None:
-        from tofu.data.preprocessing import Preprocessing, parse_normalization, split_augmentations
-
-        data = self.data
-        Preprocessing(data.resize, data.center_crop, data.gray_bits)
-        parse_normalization(data.normalization)
-        if split_augmentations(data.augmentation) and self.plugins.tasks == "pixels":
-            raise SettingError("augmentation", data.augmentation, "none with tasks=pixels, which permutes the pixels")
-        if self.run.record_clients and (data.augmentation or data.normalization != "-1to1"):
-            accepted = "none with augmentation or normalization, which attacks do not make again"
-            raise SettingError("record-clients", self.run.record_clients, accepted)
 
     def _check_plugins(self, kinds: tuple[str, ...]) -> None:
         from tofu.plugins import RunRequirements, make_plugins

@@ -201,13 +201,13 @@ def test_a_plugin_of_ones_own_and_its_options() -> None:
         (f"{HERE}:Picky,{HERE}:Adds", "", "picky without adds: they disagree"),
         (f"{HERE}:Adds,{HERE}:Picky", "", "picky without adds: they disagree"),
         (f"{HERE}:Head,{HERE}:OtherHead", "", r"one plugin at most that changes the model's head \(head, otherhead\)"),
-        (f"{HERE}:Adds", "adds.amount=-1", "adds.amount='-1' is not usable: expected a finite number at least 0"),
+        (f"{HERE}:Adds", "adds.amount=-1", "adds.amount='-1' is not usable: expected a number at least 0"),
         (f"{HERE}:Adds", "adds.amuont=1", r"adds.amuont='1' is not usable: expected a known option \(amount\)"),
         (f"{HERE}:Adds", "adds.amount=1 adds.amount=2", "expected each option once"),
         (f"{HERE}:Adds", "gpm.threshold=1", r"an option of a plugin in plugins \(adds\)"),
         ("", "gpm.threshold=1", r"an option of a plugin in plugins \(there is none\)"),
         (f"{HERE}:Adds", "amount=1", "plugin.option=value, separated by spaces"),
-        ("gpm", "gpm.threshold=1.5", "gpm.threshold='1.5' is not usable: expected a finite number above 0, at most 1"),
+        ("gpm", "gpm.threshold=1.5", "gpm.threshold='1.5' is not usable: expected a number above 0, at most 1"),
     ],
 )
 def test_what_cannot_be_used_is_said_in_one_line(names: str, options: str, message: str) -> None:
