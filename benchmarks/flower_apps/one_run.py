@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.flower_apps.apps import APPS, MAX_CHANGED_LINES, App, changed
-from benchmarks.flower_apps.local_hub import keep_old_names, serve_datasets, serve_transformers, switch_off_services
+from benchmarks.flower_apps.local_hub import (
+    keep_old_names,
+    save_reviews,
+    serve_datasets,
+    serve_transformers,
+    serve_vision_transformer,
+    switch_off_services,
+)
 
 
 def run(
@@ -24,7 +31,7 @@ def run(
     """Run an app once.
 
     Args:
-        variant: plain, compress or secure.
+        variant: plain, compress, sparse or secure.
         examples: folder with Flower's examples.
         data: see `serve_datasets`.
         cache: folder for what is converted or built once.
@@ -34,12 +41,10 @@ def run(
         The row of the results.
     """
     app = APPS[name]
-    if options and variant == "compress":
-        app = App(**(vars(app) | {"codec": ", ".join(part for part in (app.codec, options) if part)}))
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / name
         shutil.copytree(Path(examples) / name, copy)
-        lines = changed(copy, app.edits(variant))
+        lines = changed(copy, app.edits(variant, options))
         if lines > MAX_CHANGED_LINES:
             raise ValueError(f"{name} has {lines} changed lines, expected at most {MAX_CHANGED_LINES}")
         os.chdir(copy)
@@ -59,9 +64,12 @@ def _prepare(app: App, data: Path, cache: Path, seed: int) -> None:
 
     keep_old_names()
     switch_off_services()
-    serve_datasets(data, app.examples, app.test)
+    serve_datasets(data, cache / "imdb", app.examples, app.test)
     if app.package == "huggingface_example":
-        serve_transformers(cache / "bert-tiny", data / "imdb" / "train.parquet", app.examples)
+        save_reviews(cache / "imdb")
+        serve_transformers(cache / "bert-tiny", cache / "imdb" / "train.parquet", app.examples)
+    if app.package == "vitexample":
+        serve_vision_transformer()
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     random.seed(seed)

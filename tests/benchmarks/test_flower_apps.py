@@ -7,7 +7,7 @@ import pytest
 from benchmarks.flower_apps.apps import APPS, MAX_CHANGED_LINES, App, changed
 
 CLIENT = "from flwr.clientapp import ClientApp\n\nfrom {package}.task import Net\n\n{app}\n"
-SERVER = "from flwr.serverapp import Grid, ServerApp\n\ndef main():\n    strategy = {strategy}\n"
+SERVER = "{imports}\ndef main():\n    strategy = {strategy}\n"
 
 
 def example(folder: Path, app: App) -> Path:
@@ -15,11 +15,11 @@ def example(folder: Path, app: App) -> Path:
     made = f"app = ClientApp(\n{app.mods}\n        own,\n    ],\n)" if app.mods else "app = ClientApp()"
     (folder / app.package).mkdir(parents=True)
     (folder / app.package / "client_app.py").write_text(CLIENT.format(package=app.package, app=made))
-    (folder / app.package / "server_app.py").write_text(SERVER.format(strategy=app.strategy))
+    (folder / app.package / "server_app.py").write_text(SERVER.format(imports=app.server_import, strategy=app.strategy))
     return folder
 
 
-@pytest.mark.parametrize("variant", ["plain", "compress", "secure"])
+@pytest.mark.parametrize("variant", ["plain", "compress", "sparse", "secure"])
 @pytest.mark.parametrize("name", APPS)
 def test_edits_are_few_and_leave_valid_code(tmp_path: Path, name: str, variant: str) -> None:
     app = APPS[name]

@@ -281,7 +281,8 @@ class FlatCompressor(Compressor):
         if self._budget(param_spec) < self._min_bytes(param_spec):
             size = HEADER_BYTES + self._min_bytes(param_spec) + BufferCode(param_spec).nbytes + self._gain_bytes
             reach = math.floor(100 * param_spec.float32_bytes / size) / 100  # rounded down, so that it is usable
-            raise SettingError("ratio", ratio, f"at most {reach:.2f} for this model with {self.name}")
+            accepted = f"at most {reach:.2f} for this model" if reach >= 1 else "a model larger than its payload"
+            raise SettingError("ratio", ratio, f"{accepted} with {self.name}")
 
     def compress(
         self, reference: ReferenceModel, update: Weights, *, generator: torch.Generator, memory: bytes = b""

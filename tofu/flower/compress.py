@@ -66,7 +66,7 @@ class CompressMod(TrainMod):
     name = "tofu.compress"
 
     def __init__(self, codec: UpdateCodec) -> None:
-        self._codec = codec
+        self._codec, self._passed_on = codec, False
 
     def train(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         """Call the app and replace the arrays of its reply with one payload.
@@ -80,6 +80,9 @@ class CompressMod(TrainMod):
         """
         Policy.of(context).check_round("proxy", 0.0)
         if RECORD not in message.content and not message.content.array_records:
+            if not self._passed_on:
+                LOG.warning("a train message without arrays was passed on: tofu.compress sends nothing of it smaller")
+            self._passed_on = True
             return call_next(message, context)
         codec, request = self._codec, _Request.of(message, self._codec)
         base, model = request.received(codec, context)

@@ -220,6 +220,7 @@ class SecureAggregation(StrategyWrapper):
         Raises:
             AbandonedError: too few clients take part.
             RunError: no client sent keys.
+            SettingError: the strategy sends no array.
         """
         options = self._options
         names, adverts = self._collect_keys(message, nodes, round_, transport)
@@ -229,6 +230,8 @@ class SecureAggregation(StrategyWrapper):
         )  # fmt: skip
         key, record = only_arrays(message.content, "the strategy's train message")
         base = tensors_of(record)
+        if not base:
+            raise SettingError("arrays", "none", "at least one: an empty model has no sum")
         arrays = self._codec.reference(base) if self._codec else ArrayNames.of(base)
         config, encoder = self._ranges.encoding(arrays.own(base), arrays.param_spec, max(len(names), MIN_SECURE))
         session = ServerSession(

@@ -68,7 +68,7 @@ class UpdateCodec:
         ratio: float32 bytes of an update over the bytes of its payload.
         correction: smallest fraction of a proxy payload that is left to the sparse correction.
         over_relaxation: factor on the decoded update, with proxies on the correction alone (docs/error-feedback.md); 0
-            lets each message choose it.
+            lets each message choose it. Without error feedback it is 1.
         downlink: float32 bytes of the weights over those of a compressed step, which the server sends to clients that
             hold the weights of an earlier round; 0 sends full weights to all clients.
         step_ahead: fraction of the residual that is added to the weights before local training; see
@@ -91,9 +91,9 @@ class UpdateCodec:
         compressor: str | None = None,
         ratio: float = 50.0,
         correction: float = 0.4,
-        over_relaxation: float = 1.0,
+        over_relaxation: float = 0.0,
         downlink: float = 0.0,
-        step_ahead: float = 1.0,
+        step_ahead: float = 0.5,
         error_feedback: float = 1.0,
         seed: int = 0,
     ) -> None:
@@ -123,12 +123,11 @@ class UpdateCodec:
 
     @cached_property
     def _options(self) -> CompressorOptions:
+        gain = self._over_relaxation if self.error_feedback else 1.0
         if self._resolved[0] != "proxy":
-            return dataclasses.replace(DEFAULTS, gain=self._over_relaxation)
+            return dataclasses.replace(DEFAULTS, gain=gain)
         encoder = ProxySettings(bits=4, warm_start=False)
-        return CompressorOptions(
-            correction=self._correction, correction_gain=self._over_relaxation, encoder=encoder
-        )  # fmt: skip
+        return CompressorOptions(correction=self._correction, correction_gain=gain, encoder=encoder)
 
     @property
     def digest(self) -> bytes:
@@ -161,6 +160,9 @@ class UpdateCodec:
         Raises:
             SettingError: the arrays are not those of the model, or the model does not accept the input shape.
         """
+        if self._built_once is None and not any(value.is_floating_point() for value in arrays.values()):
+            found = ", ".join(sorted({str(value.dtype) for value in arrays.values()})) or "none"
+            raise SettingError("arrays", found, "floating-point numbers, whose differences can be compressed")
         model = self._built_once or _bare(arrays)
         names, tied = _matched(arrays, model), _tied_names(model)
         for own, first in tied.items():

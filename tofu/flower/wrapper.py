@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp import strategy as strategies
 from flwr.serverapp.strategy import Result, Strategy
 
-from tofu.errors import PayloadError
+from tofu.errors import PayloadError, SettingError
 from tofu.flower.internals import error_reply
 from tofu.flower.policy import error_replies
 from tofu.flower.update_codec import array_shape
@@ -79,9 +79,16 @@ class StrategyWrapper(Strategy):
 
     Args:
         inner: any strategy of Flower's Message API; it is not changed.
+
+    Raises:
+        SettingError: `inner` is none, such as one of Flower's older API, or a class.
     """
 
     def __init__(self, inner: Strategy) -> None:
+        if not isinstance(inner, Strategy):
+            kind = inner if isinstance(inner, type) else type(inner)
+            found = f"{kind.__module__}.{kind.__name__}" + (" (a class)" if inner is kind else "")
+            raise SettingError("strategy", found, "an object of a strategy in flwr.serverapp.strategy, or of your own")
         self.inner = inner
         # `start` replaces the inner strategy's methods for its duration; these are the originals.
         self._configure_train = inner.configure_train

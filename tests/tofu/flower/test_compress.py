@@ -1,5 +1,6 @@
 """The mod and the strategy wrapper, on an app of the kind that Flower's quickstart has, with digits as data."""
 
+import inspect
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -15,6 +16,7 @@ import tofu
 from tests.tofu.flower.quickstart import SHAPE, Net, accuracy, federate, strategy_of, train
 from tofu.errors import RunError, SettingError
 from tofu.flower.update_codec import RECORD, UpdateCodec
+from tofu.settings import Settings
 
 
 def test_updates_are_a_fiftieth_of_their_size_and_the_accuracy_is_that_of_the_app() -> None:
@@ -191,3 +193,20 @@ def test_a_model_that_computes_something_else_than_the_servers_is_refused(option
     strategy = tofu.Compressed(strategy_of(), Net, SHAPE, ratio=20, **options)
     with pytest.raises(RunError, match=r"OtherNet.* computes the same on server and client \(outputs differ by 0\.7"):
         federate(strategy, tofu.compress(OtherNet, SHAPE, ratio=20, **options), rounds=1)
+
+
+def test_error_feedback_has_the_defaults_of_our_own_apps() -> None:
+    ours, theirs = Settings().codec, inspect.signature(UpdateCodec).parameters
+    for name in ("error_feedback", "over_relaxation", "step_ahead"):
+        assert theirs[name].default == getattr(ours, name), name
+
+
+@pytest.mark.parametrize(("feedback", "gain"), [(1.0, 1.8), (0.0, 1.0)])
+def test_without_error_feedback_no_update_is_over_relaxed(feedback: float, gain: float) -> None:
+    """What an over-relaxed message adds too much is subtracted by the next ones, which need a residual."""
+    codec = UpdateCodec(compressor="sparse", ratio=50, over_relaxation=1.8, error_feedback=feedback)
+    model = codec.reference({"w": torch.zeros(5000)})
+    update = {"w": torch.randn(5000, generator=torch.Generator().manual_seed(0))}
+    generator = torch.Generator().manual_seed(1)
+    decoded = codec.compressor(model.reference).compress(model.reference, update, generator=generator).decoded["w"]
+    assert decoded.dot(decoded) / decoded.dot(update["w"]) == pytest.approx(gain, rel=0.02)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.server.strategy import FedAvg as LegacyFedAvg
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg, FedXgbBagging, FedXgbCyclic
 from torch import Tensor, nn
@@ -205,6 +206,75 @@ def test_strategies_of_trees_are_refused(kind: Any) -> None:
         tofu.Compressed(kind(), ratio=20)
     with pytest.raises(SettingError, match=f"strategy='{kind.__name__}' is not usable"):
         tofu.SecureAggregation(kind())
+
+
+WRAPPERS: dict[str, Callable[[Any], Any]] = {
+    "Compressed": tofu.Compressed,
+    "FirstReplies": lambda inner: tofu.FirstReplies(inner, fraction=0.5),
+    "Hybrid": lambda inner: tofu.Hybrid(inner, switch_round=2),
+    "Robust": lambda inner: tofu.Robust(inner, "median"),
+    "SecureAggregation": tofu.SecureAggregation,
+    "record": lambda inner: tofu.record(inner, "recordings", input_shape=(1, 8, 8), batch_size=1, epochs=1),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize(
+    ("inner", "found"),
+    [
+        (LegacyFedAvg, r"flwr\.server\.strategy\.fedavg\.FedAvg"),  # Flower's older API
+        (lambda: FedAvg, r"flwr\.serverapp\.strategy\.fedavg\.FedAvg \(a class\)"),
+        (lambda: None, "builtins.NoneType"),
+    ],
+)
+def test_what_is_no_strategy_of_the_message_api_is_refused(wrapper: str, inner: Any, found: str) -> None:
+    with pytest.raises(SettingError, match=f"^strategy='{found}' is not usable: expected an object of a strategy"):
+        WRAPPERS[wrapper](inner())
+
+
+class Trees(nn.Module):
+    """An app of boosted trees sends their bytes as an array."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("0", torch.frombuffer(bytearray(b"trees"), dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(("model", "found"), [(nn.Module, "none"), (Trees, "torch.uint8")])
+def test_messages_without_floating_point_arrays_are_refused_in_one_line(model: type[nn.Module], found: str) -> None:
+    with pytest.raises(SettingError, match=f"^arrays='{found}' is not usable: expected floating-point numbers"):
+        federate(tofu.Compressed(strategy_of(), ratio=20), tofu.compress(ratio=20), model=model)
+
+
+def test_a_secure_sum_of_no_arrays_is_refused_in_one_line() -> None:
+    with pytest.raises(SettingError, match=r"^arrays='none' is not usable: expected at least one"):
+        federate(tofu.SecureAggregation(strategy_of()), tofu.secure(), model=nn.Module)
+
+
+def test_a_model_smaller_than_its_payload_is_refused_without_a_ratio_below_one() -> None:
+    with pytest.raises(SettingError, match=r"^ratio=50\.0 is not usable: expected a model larger than its payload"):
+        federate(tofu.Compressed(strategy_of()), tofu.compress(), model=lambda: nn.Linear(1, 1))
+
+
+def test_train_messages_without_arrays_are_passed_on_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """Apps of boosted trees send them as bytes in a config record."""
+    client, server, trees = ClientApp(mods=[tofu.compress()]), ServerApp(), list[object]()
+
+    @client.train()
+    def train(message: Message, context: Context) -> Message:
+        return Message(RecordDict({"trees": ConfigRecord({"json": b"{}"})}), reply_to=message)
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        for _ in range(2):
+            messages = [Message(RecordDict(), node, "train") for node in grid.get_node_ids()]
+            trees.extend(reply.content["trees"] for reply in grid.send_and_receive(messages))
+
+    with caplog.at_level("WARNING", logger="tofu.flower"):
+        run_in_process(server, client, run_config={}, num_supernodes=2)
+    assert trees == [ConfigRecord({"json": b"{}"})] * 4
+    assert [record.message for record in caplog.records if "without arrays was passed on" in record.message][1:] == []
+    assert "without arrays was passed on" in caplog.text
 
 
 def test_wrapped_twice_is_refused() -> None:
