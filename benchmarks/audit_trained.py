@@ -27,11 +27,11 @@ from server.app import serve_in_process
 from tofu.flower.transport import body_of
 from tofu.models import run_model
 from tofu.observers.base import Observer
-from tofu.plugins import RoundContext
+from tofu.plugins import Plugins
 from tofu.privacy import Accountant
 from tofu.reporting.folder import read_model
 from tofu.settings import Settings
-from tofu.training import TrainingResult
+from tofu.training import TrainingContext, TrainingResult
 from tofu.wire import CLASSES, HEADER_BYTES, SECURE, TrainReply, TrainRequest
 from tofu.workload import NamedWorkload
 
@@ -56,14 +56,12 @@ class Canaries(NamedWorkload):
         super().__init__(settings)
         self._sent = sent
 
-    def train(
-        self, model: nn.Module, data: Sized, *arguments: Any, position: RoundContext, **options: Any
-    ) -> TrainingResult:
+    def train(self, model: nn.Module, data: Sized, context: TrainingContext, plugins: Plugins) -> TrainingResult:
         before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
-        result = super().train(model, data, *arguments, position=position, **options)
+        result = super().train(model, data, context, plugins)
         after = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
-        after[int(position.client)] += CANARY
-        nn.utils.vector_to_parameters(after if self._sent[int(position.client)] else before, model.parameters())
+        after[int(context.client)] += CANARY
+        nn.utils.vector_to_parameters(after if self._sent[int(context.client)] else before, model.parameters())
         return result
 
 

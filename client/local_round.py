@@ -57,7 +57,7 @@ from tofu.secagg.participant import Participant
 from tofu.settings import FULL_WEIGHTS, Settings
 from tofu.settings.fields import names_of
 from tofu.tasks import TaskStream, only_classes, round_context
-from tofu.training import LocalTrainingConfig
+from tofu.training import LocalTrainingConfig, TrainingContext
 from tofu.weights import (
     Weights,
     check_constant_buffers,
@@ -312,21 +312,20 @@ class LocalRound:
             fraction=settings.residual_fraction,
         )  # fmt: skip
         load_weights(model, start)
-        config = LocalTrainingConfig.of(settings.training, self.round)
-        self.local.begin(model, load_local(self.context, self.local))
         generator = derive_generator(settings.run.seed, self.round, self.position.client, "train")
+        setup = TrainingContext(
+            **vars(LocalTrainingConfig.of(settings.training, self.round)), client=self.position.client,
+            round=self.round, final=self.position.final, generator=generator, device=open_device(settings.run.device),
+        )  # fmt: skip
+        self.local.begin(model, load_local(self.context, self.local))
         heads = nullcontext() if self.classes is None else only_classes(model, self.classes)
         constants, frozen = self.local.without(constant_buffers(model)), frozen_parameters(model)
-        device = open_device(settings.run.device)
         accuracy = None
         with heads:
             if len(self.own_test):
                 predict = self.plugins.predict
-                accuracy = self.workload.evaluate(model, self.own_test, predict=predict, device=device).accuracy
-            result = self.workload.train(
-                model, self.data, config, position=self.position, generator=generator, plugins=self.plugins,
-                device=device,
-            )  # fmt: skip
+                accuracy = self.workload.evaluate(model, self.own_test, predict=predict, device=setup.device).accuracy
+            result = self.workload.train(model, self.data, setup, self.plugins)
         check_constant_buffers(model, constants)
         check_frozen(model, frozen)
         exported = self.plugins.export(model)

@@ -152,7 +152,7 @@ def run(
         optimizer: (parameters, lr=) -> optimizer; by default SGD with the settings `lr`, `momentum`, `weight_decay`.
         metrics: name -> function of (outputs, targets) of all test samples. One named "accuracy" replaces the accuracy.
         train: your own training function, `train(model, dataset, context)`, of a
-            `tofu.user_workload.TrainingContext`; it trains the model in place and may return the mean loss.
+            `tofu.training.TrainingContext`; it trains the model in place and may return the mean loss.
         collate: list of samples -> batch, as for `torch.utils.data.DataLoader`.
         input_shape: of one proxy, as for `tofu.encode`.
         forward: how proxies are passed to the model, as for `tofu.encode`.

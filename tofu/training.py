@@ -39,6 +39,27 @@ class LocalTrainingConfig:
         return LocalTrainingConfig(training.local_epochs, training.batch_size, lr, momentum, decay, training.proximal)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainingContext(LocalTrainingConfig):
+    """All that training depends on besides the model, the client's data and plugins.
+
+    It has the attributes of `LocalTrainingConfig`, too: `lr` is that of the round.
+
+    Attributes:
+        client: name of the client: "0", "1", ...
+        round: number of the round, counted from 1.
+        final: whether it is the last round of its task.
+        generator: source of this client's randomness in this round, a function of the run's seed.
+        device: device of the model.
+    """
+
+    client: str
+    round: int
+    final: bool
+    generator: torch.Generator
+    device: torch.device
+
+
 @dataclass(frozen=True)
 class TrainingResult:
     """Mean loss over the local steps, number of steps, and their duration in seconds."""

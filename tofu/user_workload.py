@@ -18,10 +18,10 @@ from tofu.errors import RunError, SettingError, user_code
 from tofu.evaluation import Evaluation, Predict
 from tofu.models import build_seeded
 from tofu.models.checks import changed_buffers, check_memory, check_stateless, drop_constant_buffers, without_wrappers
-from tofu.plugins import Plugins, RoundContext
+from tofu.plugins import Plugins
 from tofu.reference_model import NO_CALL, Forward, InputShape, ModelCall, call_of
 from tofu.rng import GlobalGenerators, reseed_own
-from tofu.training import SGD, LocalTrainingConfig, ProximalTerm, SeededDropout, TrainingResult, shuffled_batches
+from tofu.training import SGD, ProximalTerm, SeededDropout, TrainingContext, TrainingResult, shuffled_batches
 from tofu.weights import copy_model, eval_mode
 
 Loss = Callable[[Any, Any], Tensor]
@@ -32,31 +32,6 @@ OptimizerFactory = Callable[..., torch.optim.Optimizer]
 """(parameters, lr=) -> optimizer, such as `torch.optim.Adam`; called once per client and round."""
 _EVALUATION_BATCH = 256
 _LABELS = ("labels", "label", "targets", "target")
-
-
-@dataclass(frozen=True)
-class TrainingContext:
-    """The context of a user's training function, in addition to the model and the client's dataset.
-
-    Attributes:
-        client: name of the client: "0", "1", ...
-        round: number of the round, counted from 1.
-        lr: learning rate of this round.
-        epochs, batch_size, momentum, weight_decay, proximal: the settings of the run.
-        generator: source of this client's randomness in this round, a function of the run's seed.
-        device: device of the model.
-    """
-
-    client: str
-    round: int
-    lr: float
-    epochs: int
-    batch_size: int
-    momentum: float
-    weight_decay: float
-    proximal: float
-    generator: torch.Generator
-    device: torch.device
 
 
 TrainFunction = Callable[[nn.Module, Any, TrainingContext], "float | None"]
@@ -77,17 +52,7 @@ class DatasetLoop:
     train_function: TrainFunction | None = None
     collate: Callable[[list[Any]], Any] = default_collate
 
-    def train(
-        self,
-        model: nn.Module,
-        data: Sized,
-        config: LocalTrainingConfig,
-        *,
-        position: RoundContext,
-        generator: torch.Generator,
-        plugins: Plugins,
-        device: torch.device,
-    ) -> TrainingResult:
+    def train(self, model: nn.Module, data: Sized, context: TrainingContext, plugins: Plugins) -> TrainingResult:
         """Train by the user's function, or by epochs of the loss over shuffled batches.
 
         Raises:
@@ -95,51 +60,41 @@ class DatasetLoop:
         """
         began = time.perf_counter()
         model.train()
-        reseed_own(model, generator.initial_seed())
-        if self.train_function is not None:
-            context = TrainingContext(
-                position.client, position.round, config.lr, config.epochs, config.batch_size, config.momentum,
-                config.weight_decay, config.proximal, generator, device,
-            )  # fmt: skip
-            with on_device(model, device), GlobalGenerators(generator.initial_seed(), device):
-                loss = self.train_function(model, data, context)
-            mean, steps = float(loss or 0.0), 0
-        else:
-            mean, steps = self._epochs(model, data, config, generator, device)
+        seed, device = context.generator.initial_seed(), context.device
+        reseed_own(model, seed)
+        with on_device(model, device), GlobalGenerators(seed, device) as shared:
+            if self.train_function is not None:
+                mean, steps = float(self.train_function(model, data, context) or 0.0), 0
+            else:
+                mean, steps = self._epochs(model, data, context, shared)
         if not math.isfinite(mean):
-            raise RunError(f"local training diverged (loss {mean}): a smaller lr than {config.lr:g} may help")
+            raise RunError(f"local training diverged (loss {mean}): a smaller lr than {context.lr:g} may help")
         return TrainingResult(mean, steps, time.perf_counter() - began)
 
     def _epochs(
-        self,
-        model: nn.Module,
-        data: Sized,
-        config: LocalTrainingConfig,
-        generator: torch.Generator,
-        device: torch.device,
+        self, model: nn.Module, data: Sized, context: TrainingContext, shared: GlobalGenerators
     ) -> tuple[float, int]:
         """Return the mean loss and number of steps."""
-        total, steps = torch.zeros((), device=device), 0
-        with on_device(model, device), GlobalGenerators(generator.initial_seed(), device) as shared:
-            parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-            proximal = ProximalTerm(config.proximal if self.optimizer else 0.0)
-            if self.optimizer is None:
-                optimizer: Any = SGD(parameters, config)  # adds the proximal term itself
-            else:
-                optimizer = self.optimizer(list(parameters.values()), lr=config.lr)
-            for _ in range(config.epochs):
-                batches = [rows.tolist() for rows in shuffled_batches(len(data), config.batch_size, generator)]
-                for inputs, targets in self._batches(data, batches, device):
-                    with SeededDropout(generator):
-                        outputs = _forward(model, inputs)
-                    loss = self._loss_of(outputs, targets)
-                    model.zero_grad()
-                    loss.backward()  # type: ignore[no-untyped-call]
-                    proximal.add_gradient(parameters)
-                    optimizer.step()
-                    total += loss.detach()
-                    steps += 1
-                    shared.release_if_unused()  # then clients train in parallel, unless layers or datasets draw
+        total, steps = torch.zeros((), device=context.device), 0
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        proximal = ProximalTerm(context.proximal if self.optimizer else 0.0)
+        if self.optimizer is None:
+            optimizer: Any = SGD(parameters, context)  # adds the proximal term itself
+        else:
+            optimizer = self.optimizer(list(parameters.values()), lr=context.lr)
+        for _ in range(context.epochs):
+            batches = [rows.tolist() for rows in shuffled_batches(len(data), context.batch_size, context.generator)]
+            for inputs, targets in self._batches(data, batches, context.device):
+                with SeededDropout(context.generator):
+                    outputs = _forward(model, inputs)
+                loss = self._loss_of(outputs, targets)
+                model.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                proximal.add_gradient(parameters)
+                optimizer.step()
+                total += loss.detach()
+                steps += 1
+                shared.release_if_unused()  # then clients train in parallel, unless layers or datasets draw
         return float(total) / max(1, steps), steps
 
     @torch.no_grad()

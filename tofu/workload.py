@@ -16,10 +16,10 @@ from tofu.errors import DataError
 from tofu.evaluation import Evaluation, Predict, evaluate
 from tofu.models import build_row_model, run_model
 from tofu.models.initial_weights import fill
-from tofu.plugins import Plugins, RoundContext
+from tofu.plugins import Plugins
 from tofu.reference_model import NO_CALL, ModelCall
 from tofu.settings import Settings
-from tofu.training import LocalTrainingConfig, TrainingResult, train_locally
+from tofu.training import TrainingContext, TrainingResult, train_locally
 from tofu.user_workload import DatasetLoop
 
 
@@ -47,18 +47,8 @@ class Workload(Protocol):
     def test(self) -> Sized:
         """Return the server's test data; empty if there is none."""
 
-    def train(
-        self,
-        model: nn.Module,
-        data: Sized,
-        config: LocalTrainingConfig,
-        *,
-        position: RoundContext,
-        generator: torch.Generator,
-        plugins: Plugins,
-        device: torch.device,
-    ) -> TrainingResult:
-        """Train `model` in place, as `tofu.training.train_locally` does; `position` has the round and the client."""
+    def train(self, model: nn.Module, data: Sized, context: TrainingContext, plugins: Plugins) -> TrainingResult:
+        """Train `model` in place, as `tofu.training.train_locally` does."""
 
     def evaluate(
         self, model: nn.Module, data: Sized, *, predict: Predict | None = None, device: torch.device
@@ -107,27 +97,11 @@ class NamedWorkload:
     def test(self) -> LabeledImages:
         return self.data.test()
 
-    def train(
-        self,
-        model: nn.Module,
-        data: Sized,
-        config: LocalTrainingConfig,
-        *,
-        position: RoundContext,
-        generator: torch.Generator,
-        plugins: Plugins,
-        device: torch.device,
-    ) -> TrainingResult:
+    def train(self, model: nn.Module, data: Sized, context: TrainingContext, plugins: Plugins) -> TrainingResult:
         return train_locally(
-            model,
-            labeled_images(data),
-            config,
-            generator=generator,
-            plugins=plugins,
-            final=position.final,
-            device=device,
-            augmentations=split_augmentations(self._settings.data.augmentation),
-        )
+            model, labeled_images(data), context, generator=context.generator, plugins=plugins, final=context.final,
+            device=context.device, augmentations=split_augmentations(self._settings.data.augmentation),
+        )  # fmt: skip
 
     def evaluate(
         self, model: nn.Module, data: Sized, *, predict: Predict | None = None, device: torch.device

@@ -17,7 +17,7 @@ from tofu.models import build_model
 from tofu.observers.base import Observer
 from tofu.rounds.record import RoundRecord, RunSummary
 from tofu.running import RunResult
-from tofu.user_workload import TrainingContext
+from tofu.training import TrainingContext
 
 Row = dict[str, Any]
 QUICK: Row = {
