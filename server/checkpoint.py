@@ -27,6 +27,7 @@ from torch import Tensor
 
 from tofu.errors import RunError, SettingError
 from tofu.files import replace_file
+from tofu.weights import under
 
 FOLDER = "checkpoints"
 _MAGIC = b"TOFUCKPT"
@@ -56,8 +57,7 @@ class Snapshot:
 
     def tensors_of(self, prefix: str) -> dict[str, Tensor]:
         """Return the tensors with a prefix, by their names after it."""
-        start = f"{prefix}/"
-        return {name.removeprefix(start): value for name, value in self.tensors.items() if name.startswith(start)}
+        return under(self.tensors, prefix)
 
     def put_part(self, prefix: str, part: "Snapshot") -> None:
         """Add another snapshot under a prefix."""
@@ -67,9 +67,7 @@ class Snapshot:
 
     def part(self, prefix: str) -> "Snapshot":
         """Return the snapshot that `put_part` added."""
-        start = f"{prefix}/"
-        blobs = {name.removeprefix(start): blob for name, blob in self.blobs.items() if name.startswith(start)}
-        return Snapshot(self.plain[prefix], self.tensors_of(prefix), blobs)
+        return Snapshot(self.plain[prefix], self.tensors_of(prefix), under(self.blobs, prefix))
 
     def to_bytes(self) -> bytes:
         head = json.dumps({"plain": self.plain, "blobs": {name: len(blob) for name, blob in self.blobs.items()}})

@@ -26,6 +26,7 @@ Weights = dict[str, Tensor]
 """Name -> tensor, detached. In an update (new minus old weights) every tensor is float32, including integer buffers."""
 
 M = TypeVar("M", bound=nn.Module)
+V = TypeVar("V")
 
 FINGERPRINT_BYTES = 8
 
@@ -241,6 +242,17 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 def add_update(model: nn.Module, update: Mapping[str, Tensor]) -> None:
     """Add an update to a model in place, elementwise in float32, so that both ends compute the same bits."""
     load_weights(model, {name: value.float() + update[name] for name, value in weights_of(model).items()})
+
+
+def under(values: Mapping[str, V], prefix: str) -> dict[str, V]:
+    """Return the entries that are named `prefix/name`, by their names.
+
+    Example:
+        >>> under({"mask/fc1": 1, "layer/fc1": 2}, "mask")
+        {'fc1': 1}
+    """
+    start = f"{prefix}/"
+    return {name.removeprefix(start): value for name, value in values.items() if name.startswith(start)}
 
 
 def split_vector(vector: Tensor, shapes: Mapping[str, torch.Size]) -> Weights:

@@ -49,6 +49,7 @@ from tofu.plugins import (
     plugin_registry,
 )  # fmt: skip
 from tofu.rounds.panel import Chart, Figure, ImageFigure, Series, TableFigure
+from tofu.weights import under
 
 _PICTURE = (64, 256)  # largest height and width of a picture in the report
 
@@ -152,7 +153,7 @@ class CrossbarPruning(Plugin):
 
     @property
     def _pruned(self) -> bool:
-        return bool(self._own) or any(name.startswith("mask/") for name in self.broadcast)
+        return bool(self._own) or bool(under(self.broadcast, "mask"))
 
     def _zero(self, model: nn.Module) -> None:
         for name, mask in self._own.items():
@@ -228,8 +229,8 @@ class CrossbarPruning(Plugin):
 
     def panel(self) -> Panel | None:
         """Sparsity, energy and the picture of column occupancy, by layer; None before the server has pruned."""
-        rows = {name.removeprefix("layer/"): value.tolist() for name, value in self.broadcast.items()
-                if name.startswith("layer/") and isinstance(value, Tensor)}  # fmt: skip
+        layers = under(self.broadcast, "layer")
+        rows = {name: value.tolist() for name, value in layers.items() if isinstance(value, Tensor)}
         if not rows:
             return None
         energy, dense = (sum(row[i] for row in rows.values()) for i in (1, 2))
@@ -279,10 +280,7 @@ def _masks(state: PluginState, model: nn.Module) -> dict[str, Tensor]:
         PayloadError: a mask that does not fit the model, or that keeps nothing.
     """
     masks = {}
-    for key, bits in state.items():
-        kind, _, name = key.partition("/")
-        if kind != "mask":
-            continue
+    for name, bits in under(state, "mask").items():
         path, _, attribute = name.rpartition(".")
         try:
             weight = getattr(model.get_submodule(path), attribute)

@@ -54,6 +54,7 @@ from tofu.plugins import (
 from tofu.privacy import normals
 from tofu.rng import derive_generator
 from tofu.secagg.masks import Stream, new_seed
+from tofu.weights import under
 
 _NOISE_REACH = 9.0  # deviations; `normals` has none beyond 8.6
 
@@ -185,9 +186,9 @@ class GradientProjectionMemory(Plugin):
         and the fraction of every layer's inputs that is frozen.
         """
         frozen = {
-            f"frozen/{name.removeprefix('basis/')}": basis.shape[1] / basis.shape[0]
-            for name, basis in self._memory.items()
-            if isinstance(basis, Tensor) and name.startswith("basis/")
+            f"frozen/{name}": basis.shape[1] / basis.shape[0]
+            for name, basis in under(self._memory, "basis").items()
+            if isinstance(basis, Tensor)
         }
         return Export(self._sums, frozen)
 

@@ -41,7 +41,7 @@ from tofu.plugins import (
 )  # fmt: skip
 from tofu.plugins.masking import Carrier, chain_of
 from tofu.rounds.panel import Chart, Figure, Series, TableFigure
-from tofu.weights import eval_mode, seeing_outputs
+from tofu.weights import eval_mode, seeing_outputs, under
 
 _BATCH = 50
 _MAX_ROWS = 1000  # images times steps; a spiking network computes more of them in parts
@@ -159,12 +159,10 @@ class SpatioTemporalPruning(Plugin):
 
     def _narrow(self, model: nn.Module) -> None:
         kept = {}
-        for key, value in self.broadcast.items():
-            kind, _, name = key.partition("/")
-            if kind == "kept":
-                if not isinstance(value, Tensor) or value.dtype != torch.bool or value.dim() != 1:
-                    raise PayloadError(f"kept channels of {name[:80]!r} are not usable: expected bool [channels]")
-                kept[name] = value.nonzero().flatten()
+        for name, value in under(self.broadcast, "kept").items():
+            if not isinstance(value, Tensor) or value.dtype != torch.bool or value.dim() != 1:
+                raise PayloadError(f"kept channels of {name[:80]!r} are not usable: expected bool [channels]")
+            kept[name] = value.nonzero().flatten()
         try:
             keep_channels(model, kept)
         except ValueError as error:
@@ -244,12 +242,8 @@ class SpatioTemporalPruning(Plugin):
     @property
     def widths(self) -> dict[str, tuple[int, int]]:
         """Layer -> (channels that are kept, channels before); empty until the clients have measured."""
-        found = {}
-        for key, value in self.broadcast.items():
-            kind, _, name = key.partition("/")
-            if kind == "kept" and isinstance(value, Tensor):
-                found[name] = (int(value.sum()), len(value))
-        return found
+        kept = under(self.broadcast, "kept")
+        return {name: (int(value.sum()), len(value)) for name, value in kept.items() if isinstance(value, Tensor)}
 
     def panel(self) -> Panel | None:
         """Return the time steps, parameters and energy by round, and the widths."""

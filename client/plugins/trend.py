@@ -41,7 +41,7 @@ from tofu.plugins import (
 from tofu.rng import derive_generator
 from tofu.rounds.panel import Chart, Series, TableFigure
 from tofu.settings import MIN_SECURE
-from tofu.weights import load_weights, weights_of
+from tofu.weights import load_weights, under, weights_of
 
 
 @plugin_registry.register("trend")
@@ -130,9 +130,8 @@ class Trend(Plugin):
         """Return a copy of a model, in eval mode, with the weights and the quantizer of a group."""
         model = copy.deepcopy(like).eval()
         _set_quantizer(model, self._quantizers[group])
-        prefix = f"member {group}/"
-        load_weights(model, {name.removeprefix(prefix): value for name, value in self.broadcast.items()
-                             if name.startswith(prefix) and isinstance(value, Tensor)})  # fmt: skip
+        weights = under(self.broadcast, f"member {group}")
+        load_weights(model, {name: value for name, value in weights.items() if isinstance(value, Tensor)})
         return model
 
     def export(self) -> Export:

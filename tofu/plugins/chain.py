@@ -21,7 +21,7 @@ from tofu.plugins.base import (
 )  # fmt: skip
 from tofu.plugins.state import PluginState, state_from_bytes, state_to_bytes
 from tofu.rounds.panel import Panel
-from tofu.weights import eval_mode
+from tofu.weights import eval_mode, under
 
 _MAX_SUM = 1e300
 """Bound of a client's plugin sums that declare none, so that totals over many clients stay finite."""
@@ -184,7 +184,7 @@ class Plugins(tuple[Plugin, ...]):
     def reduce(self, sums: Weights, examples: int) -> None:
         """Pass the totals (`plugin/name`) to the plugins, and update their broadcasts."""
         for plugin in self:
-            own = _of_plugin(plugin.name, sums)
+            own = under(sums, plugin.name)
             if own:
                 plugin.broadcast = dict(plugin.reduce(own, examples, plugin.broadcast))
 
@@ -243,8 +243,3 @@ def overrides(plugin: Plugin, hook: str) -> bool:
 
 def _joined(states: Mapping[str, PluginState]) -> PluginState:
     return {f"{plugin}/{name}": value for plugin, state in states.items() for name, value in state.items()}
-
-
-def _of_plugin(plugin: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    prefix = f"{plugin}/"
-    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
