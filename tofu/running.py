@@ -34,7 +34,7 @@ from tofu.reporting.report.run_data import read_run
 from tofu.reporting.report.template import COLORS, FIGURE_STYLE
 from tofu.rounds.record import RoundRecord, RunSummary, from_dict, json_lines, read_rounds
 from tofu.settings import Settings, Value
-from tofu.user_workload import Loss, Metric, OptimizerFactory, TrainFunction, UserWorkload, factory_of
+from tofu.user_workload import DatasetLoop, Loss, Metric, OptimizerFactory, TrainFunction, UserWorkload, factory_of
 from tofu.weights import Weights, load_weights
 from tofu.workload import workload_of
 
@@ -173,8 +173,10 @@ def run(
         >>> [record.kind for record in result.history], result.summary.final_accuracy > 0.3
         (['start', 'proxy', 'proxy'], True)
     """
-    own = _OwnParts(model, loss, optimizer, metrics or {}, train, collate, input_shape, forward)
-    workload, checked = own.workload_and_settings(clients, test, settings)
+    workload, checked = _workload_and_settings(
+        DatasetLoop(loss, optimizer, metrics or {}, train, collate), model, clients, test, settings,
+        input_shape=input_shape, forward=forward,
+    )  # fmt: skip
     client, server = _apps()
     observers = Observers((make_progress(sys.stderr, quiet=not progress), *callbacks))
     with _process_settings_kept(), eager_code():
@@ -196,58 +198,50 @@ def _process_settings_kept() -> Iterator[None]:
         log.setLevel(level)
 
 
-@dataclass(frozen=True)
-class _OwnParts:
-    """The Python objects of a run other than its data."""
+def _workload_and_settings(
+    loop: DatasetLoop, model: Any, clients: Any, test: Any, settings: dict[str, Value], **call: Any
+) -> tuple[UserWorkload | None, Settings]:
+    """Return the workload, or None for a run of settings alone; and the settings.
 
-    model: Any
-    loss: Loss | None
-    optimizer: OptimizerFactory | None
-    metrics: Mapping[str, Metric]
-    train: TrainFunction | None
-    collate: Callable[[list[Any]], Any]
-    input_shape: InputShape | None
-    forward: Forward | None
+    Args:
+        loop: how models are trained and evaluated.
+        model, clients, test, settings: as given to `run`.
+        call: `input_shape` and `forward`, as given to `run`.
 
-    def workload_and_settings(
-        self, clients: Any, test: Any, settings: dict[str, Value]
-    ) -> tuple[UserWorkload | None, Settings]:
-        """Return the workload, or None for a run of settings alone; and the settings.
-
-        Args:
-            clients, test, settings: as given to `run`.
-
-        Raises:
-            SettingError: an argument cannot be used.
-        """
-        named_data = clients is None or isinstance(clients, int)
-        named_model = self.model is None or isinstance(self.model, str)
-        if named_data and test is not None:
-            raise SettingError("test", type(test).__name__, "None for a dataset that the settings name")
-        settings = settings | ({"clients": clients if named_data else len(clients)} if clients is not None else {})
-        if named_data and named_model and not any((self.loss, self.optimizer, self.metrics, self.train)):
-            return None, _checked(settings | ({"model": self.model} if self.model is not None else {}))
-        if named_model or not callable(self.model):
-            raise SettingError("model", self.model, "a torch.nn.Module or a function that builds one, as other Python "
-                               "objects are given")  # fmt: skip
-        for name, default in {**_NAMED_ONLY, **({} if named_data else _NAMED_DATA)}.items():
-            if settings.get(name, default) != default:
-                accepted = f"{default!r} for datasets and models that are Python objects"
-                images = name == "augmentation" or name in _NAMED_DATA
-                raise SettingError(name, settings[name], accepted + " (a Dataset's transform does this)" * images)
-        kind = re.sub(r"\W", "", getattr(self.model, "__qualname__", type(self.model).__name__).rpartition(".")[2])
-        settings |= {"model": f"{DATASET}:{kind}"} | ({} if named_data else {"dataset": DATASET})
-        checked, build = _checked(settings), factory_of(self.model)
-        if named_data:
-            data = FederatedData.of(checked.data, checked.run.seed)
-            clients, test = _named_datasets(data)
-            build = _normalized(build, normalization_of(checked.data, data.shape.channels, checked.run.seed))
-        made = UserWorkload(
-            model=build, clients=clients, test_data=() if test is None else test, loss=self.loss,
-            optimizer=self.optimizer, metrics=self.metrics, train_function=self.train, collate=self.collate,
-            input_shape=self.input_shape, forward=self.forward, seed=checked.run.seed,
-        )  # fmt: skip
-        return made, checked
+    Raises:
+        SettingError: an argument cannot be used.
+    """
+    named_data = clients is None or isinstance(clients, int)
+    named_model = model is None or isinstance(model, str)
+    if named_data and test is not None:
+        raise SettingError("test", type(test).__name__, "None for a dataset that the settings name")
+    settings = settings | ({"clients": clients if named_data else len(clients)} if clients is not None else {})
+    if named_data and named_model and not any((loop.loss, loop.optimizer, loop.metrics, loop.train_function)):
+        return None, _checked(settings | ({"model": model} if model is not None else {}))
+    if named_model or not callable(model):
+        raise SettingError("model", model, "a torch.nn.Module or a function that builds one, as other Python "
+                           "objects are given")  # fmt: skip
+    for name, default in {**_NAMED_ONLY, **({} if named_data else _NAMED_DATA)}.items():
+        if settings.get(name, default) != default:
+            accepted = f"{default!r} for datasets and models that are Python objects"
+            images = name == "augmentation" or name in _NAMED_DATA
+            raise SettingError(name, settings[name], accepted + " (a Dataset's transform does this)" * images)
+    kind = re.sub(r"\W", "", getattr(model, "__qualname__", type(model).__name__).rpartition(".")[2])
+    settings |= {"model": f"{DATASET}:{kind}"} | ({} if named_data else {"dataset": DATASET})
+    checked, build = _checked(settings), factory_of(model)
+    if named_data:
+        data = FederatedData.of(checked.data, checked.run.seed)
+        clients, test = _named_datasets(data)
+        build = _normalized(build, normalization_of(checked.data, data.shape.channels, checked.run.seed))
+    made = UserWorkload(
+        **vars(loop),
+        model=build,
+        clients=clients,
+        test_data=() if test is None else test,
+        seed=checked.run.seed,
+        **call,
+    )
+    return made, checked
 
 
 def _checked(settings: Mapping[str, Value]) -> Settings:

@@ -42,7 +42,9 @@ def run(
         return
     if overrides.get("resume") and config is not None:
         raise SettingError("config", str(config), "no file with --resume, which takes the settings of that run")
-    settings = _resumed(overrides) if overrides.get("resume") else settings_from(config, overrides)
+    from tofu.reporting.folder import resumed_settings
+
+    settings = resumed_settings(overrides) if overrides.get("resume") else settings_from(config, overrides)
     summary = run_settings(settings, quiet=quiet or json_)
     if json_:
         print(json.dumps(summary))
@@ -124,9 +126,3 @@ def run_settings(settings: Settings, *, quiet: bool) -> dict[str, Any]:
         if not settings.run.checkpoint:
             way = "it cannot be resumed, as checkpoint=false"
         raise Interrupted(f"interrupted after round {started.round}; results are in {started.folder}; {way}") from None
-
-
-def _resumed(overrides: dict[str, Value]) -> Settings:
-    from tofu.reporting.folder import resumed_settings
-
-    return resumed_settings(overrides)

@@ -19,20 +19,24 @@ class Column:
     Attributes:
         cell: text of a round's cell.
         total: text of the run's cell, under all rounds.
-        shown: whether a run has values for it.
+        optional: only runs have it that have a value for some round.
     """
 
     name: str
     cell: Callable[[RoundRecord], str]
     total: Callable[[RunData], str] = lambda _: ""
-    shown: Callable[[RunData], bool] = lambda _: True
+    optional: bool = False
+
+    def is_shown(self, run: RunData) -> bool:
+        """Return whether the table of this run has the column."""
+        return not self.optional or any(self.cell(row) != _NONE for row in run.rounds)
 
 
 def columns_of(run: RunData) -> list[Column]:
     """Return the columns that this run's table has."""
     names = sorted({name for row in run.rounds for name in row.metrics})
     own = [Column(name[:60], partial(_metric, name)) for name in names]
-    return [*(column for column in _COLUMNS if column.shown(run)), *own]
+    return [*(column for column in _COLUMNS if column.is_shown(run)), *own]
 
 
 def _metric(name: str, row: RoundRecord) -> str:
@@ -57,7 +61,7 @@ def _less(fedavg: int, sent: int) -> str:
 
 
 def _clipped(row: RoundRecord) -> str:
-    if row.clipped is None:
+    if row.clipped is None or row.epsilon is not None:  # under differential privacy clients do not report it
         return _NONE
     far = f" ({row.largest_clipped:.3g}x)" if row.clipped and row.largest_clipped is not None else ""
     return f"{row.clipped:,}{far}"
@@ -69,61 +73,26 @@ def _tested(row: RoundRecord) -> str:
 
 
 _COLUMNS = (
-    Column(
-        "task",
-        lambda row: _NONE if row.task is None else f"{row.task}",
-        shown=lambda run: any(row.task is not None for row in run.rounds),
-    ),
+    Column("task", lambda row: _number(row.task, "{}".format), optional=True),
     Column("accuracy", lambda row: _number(row.accuracy, _percent), lambda run: _number(run.final_accuracy, _percent)),
-    Column(
-        "clients' own accuracy (10% / 50% / 90%)",
-        _tested,
-        shown=lambda run: any(row.accuracy_quantiles for row in run.rounds),
-    ),
+    Column("clients' own accuracy (10% / 50% / 90%)", _tested, optional=True),
     Column("loss", lambda row: _number(row.loss, "{:.4f}".format)),
     Column("training loss", lambda row: _number(row.train_loss, "{:.4f}".format)),
-    Column(
-        "explained variance",
-        lambda row: _number(row.explained_variance, format_fraction),
-        shown=lambda run: any(row.explained_variance is not None for row in run.rounds),
-    ),
-    Column(
-        "cosine",
-        lambda row: _number(row.cosine, "{:.3f}".format),
-        shown=lambda run: any(row.cosine is not None for row in run.rounds),
-    ),
-    Column(
-        "epsilon",
-        lambda row: _number(row.epsilon, epsilon_text),
-        lambda run: _number(run.epsilon, epsilon_text),
-        lambda run: any(row.epsilon is not None for row in run.rounds),
-    ),
-    Column(
-        "valid replies",
-        _trained(lambda row: f"{row.clients}"),
-        lambda run: f"{sum(row.clients for row in run.trained)}",
-    ),
+    Column("explained variance", lambda row: _number(row.explained_variance, format_fraction), optional=True),
+    Column("cosine", lambda row: _number(row.cosine, "{:.3f}".format), optional=True),
+    Column("epsilon", lambda row: _number(row.epsilon, epsilon_text), lambda run: _number(run.epsilon, epsilon_text),
+           optional=True),
+    Column("valid replies", _trained(lambda row: f"{row.clients}"),
+           lambda run: f"{sum(row.clients for row in run.trained)}"),
     Column("failed", _trained(lambda row: f"{len(row.failures)}"), lambda run: f"{run.failures}"),
-    Column(
-        "values clipped (largest / range)",
-        _clipped,
-        lambda run: f"{sum(row.clipped or 0 for row in run.rounds):,}",
-        # With noise, clients do not say what they clipped: the zeros of such a run would be no measurement.
-        lambda run: run.delta is None and any(row.clipped is not None for row in run.rounds),
-    ),
+    Column("values clipped (largest / range)", _clipped,
+           lambda run: f"{sum(row.clipped or 0 for row in run.rounds):,}", optional=True),
     Column("uplink", _trained(lambda row: format_bytes(row.uplink_bytes)), lambda run: format_bytes(run.uplink_bytes)),
-    Column(
-        "downlink", _trained(lambda row: format_bytes(row.downlink_bytes)), lambda run: format_bytes(run.downlink_bytes)
-    ),
-    Column(
-        "FedAvg's uplink",
-        _trained(lambda row: format_bytes(row.fedavg_uplink_bytes)),
-        lambda run: format_bytes(run.fedavg_uplink_bytes),
-    ),
-    Column(
-        "less than FedAvg",
-        lambda row: _less(row.fedavg_uplink_bytes, row.uplink_bytes),
-        lambda run: _less(run.fedavg_uplink_bytes, run.uplink_bytes),
-    ),
+    Column("downlink", _trained(lambda row: format_bytes(row.downlink_bytes)),
+           lambda run: format_bytes(run.downlink_bytes)),
+    Column("FedAvg's uplink", _trained(lambda row: format_bytes(row.fedavg_uplink_bytes)),
+           lambda run: format_bytes(run.fedavg_uplink_bytes)),
+    Column("less than FedAvg", lambda row: _less(row.fedavg_uplink_bytes, row.uplink_bytes),
+           lambda run: _less(run.fedavg_uplink_bytes, run.uplink_bytes)),
     Column("time", lambda row: _number(row.seconds, format_seconds), lambda run: _number(run.seconds, format_seconds)),
-)
+)  # fmt: skip
