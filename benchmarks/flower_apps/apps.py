@@ -136,7 +136,7 @@ APPS: dict[str, App] = {
         "opacus_fl",
         "FedAvg(\n        evaluate_metrics_aggr_fn=weighted_eval,\n"
         "        train_metrics_aggr_fn=aggregate_train,\n    )",
-        "Net, (3, 32, 32)", needs=("opacus",),
+        "Net, (3, 32, 32)", metric="loss", falls=True, needs=("opacus",),
     ),
     "quickstart-jax": App(
         "jaxexample", "FedAvg(\n        fraction_train=0.1,\n        fraction_evaluate=fraction_evaluate,\n    )", "",

@@ -25,10 +25,13 @@ from tofu.flower.internals import error_reply
 from tofu.flower.policy import Policy
 from tofu.flower.update_codec import RECORD, VERSION, ArrayModel, UpdateCodec, record_of, tensors_of
 from tofu.flower.wrapper import (
+    CLIPPED_BY_CLIENTS,
+    CLIPPED_BY_SERVER,
     StrategyWrapper,
     TrainMod,
     only_arrays,
     reasons_of,
+    refuse_around,
     unwrapped,
     with_record,
     with_records,
@@ -251,6 +254,9 @@ class Compressed(StrategyWrapper):
         if isinstance(unwrapped(inner), FedXgbBagging | FedXgbCyclic):
             accepted = "a strategy that aggregates arrays of numbers: trees have no difference that could be compressed"
             raise SettingError("strategy", type(unwrapped(inner)).__name__, accepted)
+        if isinstance(unwrapped(inner), CLIPPED_BY_CLIENTS):
+            accepted = "its server-side counterpart: what error feedback adds to clipped updates is not clipped"
+            raise SettingError("strategy", type(unwrapped(inner)).__name__, accepted)
         if any("mod" in vars(wrapper) for wrapper in wrappers(inner)):
             accepted = "a strategy that gets plain replies, or tofu.Hybrid in the place of two wrappers"
             raise SettingError("strategy", type(inner).__name__, accepted)
@@ -281,6 +287,7 @@ class Compressed(StrategyWrapper):
             SettingError: the arrays are not those of the model, or the compressor does not reach the ratio for them.
             RunError: the strategy sends a client two messages.
         """
+        refuse_around(self, (*CLIPPED_BY_CLIENTS, *CLIPPED_BY_SERVER))
         self._codec.compressor(self._codec.reference(tensors_of(arrays)).reference)
         self._grid, self._sent, models = grid, {}, dict[int, SentArrays]()
         self._plain = {}

@@ -23,7 +23,7 @@ from tofu.flower.secure_mod import RECORD as SECURE_RECORD
 from tofu.flower.secure_mod import SecureMod
 from tofu.flower.secure_options import SecureOptions
 from tofu.flower.update_codec import RECORD, UpdateCodec
-from tofu.flower.wrapper import StrategyWrapper, TrainMod
+from tofu.flower.wrapper import CLIPPED_BY_CLIENTS, CLIPPED_BY_SERVER, StrategyWrapper, TrainMod, refuse_around
 from tofu.rounds.schedule import make_schedule
 from tofu.settings.groups import RoundSettings
 from tofu.wire import RECORD as STAGE
@@ -145,6 +145,7 @@ class Hybrid(StrategyWrapper):
             RunError: `plateau` names no metric of the round before.
             SettingError: see `Compressed` and `SecureAggregation`.
         """
+        refuse_around(self, (*CLIPPED_BY_CLIENTS, *CLIPPED_BY_SERVER))
         if self._plateau and server_round > 1:
             name = self._plateau.removeprefix("-")
             value = self._known.get(name)

@@ -31,10 +31,12 @@ from tofu.flower.secure_stages import AbandonedError, SecureExchange, abandoning
 from tofu.flower.transport import GridTransport
 from tofu.flower.update_codec import ArrayNames, UpdateCodec, tensors_of
 from tofu.flower.wrapper import (
+    CLIPPED_BY_SERVER,
     INDIVIDUAL,
     StrategyWrapper,
     only_arrays,
     reasons_of,
+    refuse_around,
     unwrapped,
     with_record,
     wrappers,
@@ -141,8 +143,9 @@ class SecureAggregation(StrategyWrapper):
 
         Raises:
             RunError: no client sent keys, or the inner strategy sends different messages to different clients.
-            SettingError: the ring has too few bits for the clients.
+            SettingError: the ring has too few bits for the clients, or a strategy that clips is around this one.
         """
+        refuse_around(self, CLIPPED_BY_SERVER)
         self._open = None
         messages = list(self._configure_train(server_round, arrays, config, grid))
         if not messages:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,10 +22,15 @@ from tofu.flower.update_codec import array_shape
 
 LOG = logging.getLogger("tofu.flower")
 
+CLIPPED_BY_CLIENTS: tuple[type[Strategy], ...] = (
+    strategies.DifferentialPrivacyClientSideAdaptiveClipping, strategies.DifferentialPrivacyClientSideFixedClipping,
+)  # fmt: skip
+CLIPPED_BY_SERVER: tuple[type[Strategy], ...] = (
+    strategies.DifferentialPrivacyServerSideAdaptiveClipping, strategies.DifferentialPrivacyServerSideFixedClipping,
+)  # fmt: skip
+
 INDIVIDUAL: tuple[type[Strategy], ...] = (
-    strategies.Bulyan, strategies.DifferentialPrivacyClientSideAdaptiveClipping,
-    strategies.DifferentialPrivacyClientSideFixedClipping, strategies.DifferentialPrivacyServerSideAdaptiveClipping,
-    strategies.DifferentialPrivacyServerSideFixedClipping, strategies.FedMedian, strategies.FedTrimmedAvg,
+    *CLIPPED_BY_CLIENTS, *CLIPPED_BY_SERVER, strategies.Bulyan, strategies.FedMedian, strategies.FedTrimmedAvg,
     strategies.FedXgbBagging, strategies.FedXgbCyclic, strategies.MultiKrum, strategies.QFedAvg,
 )  # fmt: skip
 """Strategies that need the reply of every client, so that they cannot work with an aggregate."""
@@ -150,6 +156,23 @@ class StrategyWrapper(Strategy):
 def wrappers(strategy: Strategy) -> list[StrategyWrapper]:
     """Return the wrappers around a strategy, the outermost first."""
     return [strategy, *wrappers(strategy.inner)] if isinstance(strategy, StrategyWrapper) else []
+
+
+def refuse_around(wrapper: StrategyWrapper, private: tuple[type[Strategy], ...]) -> None:
+    """Check that no strategy of differential privacy that cannot do its part is around a wrapper.
+
+    One that clips the arrays of the replies finds none in those to this wrapper, and would add noise for a norm that no
+    update keeps to. It calls the wrapper's methods and leaves no other trace, so this looks for it among the callers.
+
+    Raises:
+        SettingError: there is one.
+    """
+    frame = sys._getframe()
+    while caller := frame.f_back:
+        frame, outer = caller, caller.f_locals.get("self")
+        if isinstance(outer, private) and wrapper in wrappers(vars(outer)["strategy"]):
+            accepted = f"one that is not around tofu.{type(wrapper).__name__}: it would clip nothing"
+            raise SettingError("strategy", type(outer).__name__, accepted)
 
 
 def unwrapped(strategy: Strategy) -> Strategy:

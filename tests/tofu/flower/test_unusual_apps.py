@@ -12,7 +12,15 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 from flwr.server.strategy import FedAvg as LegacyFedAvg
 from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import FedAvg, FedXgbBagging, FedXgbCyclic
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyClientSideAdaptiveClipping,
+    DifferentialPrivacyClientSideFixedClipping,
+    DifferentialPrivacyServerSideAdaptiveClipping,
+    DifferentialPrivacyServerSideFixedClipping,
+    FedAvg,
+    FedXgbBagging,
+    FedXgbCyclic,
+)
 from torch import Tensor, nn
 
 import tofu
@@ -275,6 +283,47 @@ def test_train_messages_without_arrays_are_passed_on_with_one_warning(caplog: py
     assert trees == [ConfigRecord({"json": b"{}"})] * 4
     assert [record.message for record in caplog.records if "without arrays was passed on" in record.message][1:] == []
     assert "without arrays was passed on" in caplog.text
+
+
+PRIVATE = {"noise_multiplier": 0.1, "num_sampled_clients": CLIENTS}
+BY_SERVER = (DifferentialPrivacyServerSideFixedClipping, DifferentialPrivacyServerSideAdaptiveClipping)
+BY_CLIENTS = (DifferentialPrivacyClientSideFixedClipping, DifferentialPrivacyClientSideAdaptiveClipping)
+
+
+def private(kind: Any, inner: Any) -> Any:
+    return kind(inner, **PRIVATE, **({"clipping_norm": 1.0} if "Fixed" in kind.__name__ else {}))
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "kinds"),
+    [
+        ("Compressed", (*BY_SERVER, *BY_CLIENTS)),
+        ("Hybrid", (*BY_SERVER, *BY_CLIENTS)),
+        ("SecureAggregation", BY_SERVER),
+    ],
+)
+def test_differential_privacy_around_replies_without_arrays_is_refused(wrapper: str, kinds: Any) -> None:
+    """It would clip nothing, and still add noise and count epsilon for its clip norm."""
+    for kind in kinds:
+        outer = private(kind, tofu.FirstReplies(WRAPPERS[wrapper](strategy_of()), fraction=1.0))
+        with pytest.raises(SettingError, match=f"'{kind.__name__}' is not usable: .* around tofu.{wrapper}: it would "):
+            federate(outer, rounds=1)
+
+
+@pytest.mark.parametrize("kind", BY_CLIENTS)
+def test_clipping_by_clients_is_refused_inside_of_compression(kind: Any) -> None:
+    with pytest.raises(SettingError, match=f"'{kind.__name__}' is not usable: expected its server-side counterpart"):
+        tofu.Compressed(private(kind, strategy_of()))
+
+
+def test_decoded_updates_are_clipped_by_the_server() -> None:
+    strategy = DifferentialPrivacyServerSideFixedClipping(strategy_of(), 0.0, 1e-6, CLIENTS)
+    options: dict[str, Any] = {"compressor": "sparse", "ratio": 20}
+    result = federate(tofu.Compressed(strategy, **options), tofu.compress(**options), rounds=1)
+    torch.manual_seed(0)
+    initial = Net().state_dict()
+    moved = [value - initial[name] for name, value in result.arrays.to_torch_state_dict().items()]
+    assert torch.cat([value.flatten() for value in moved]).norm() < 1e-5
 
 
 def test_wrapped_twice_is_refused() -> None:
