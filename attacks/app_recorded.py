@@ -47,11 +47,8 @@ class AppMessage:
             PayloadError: the payload is not usable.
         """
         seen = self.recording
-        how = seen.codec or AppCodec("none", 1.0, 0.0, 1.0)
-        codec = UpdateCodec(
-            self._network, seen.input_shape, compressor=how.compressor, ratio=how.ratio, correction=how.correction,
-            over_relaxation=how.over_relaxation,
-        )  # fmt: skip
+        codec_options = vars(seen.codec or AppCodec("none", 1.0, 0.0, 1.0))
+        codec = UpdateCodec(self._network, seen.input_shape, **codec_options)
         try:
             reference = codec.reference(seen.base)
         except SettingError as error:

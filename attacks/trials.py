@@ -232,6 +232,6 @@ def _stepped(network: ReferenceModel, rounds: Sequence[ClientRound]) -> Referenc
     """Return the network after a round in which the mean update of these clients has a weight of 1 / `CLIENTS`."""
     model = copy.deepcopy(network.model)
     weights: Mapping[str, Tensor] = weights_of(model)
-    moved = {n: torch.stack([one.update[n] for one in rounds]).mean(0) / CLIENTS for n in weights}
-    load_weights(model, {n: weights[n].float() + moved[n] for n in weights})
+    displacement = {n: torch.stack([one.update[n] for one in rounds]).mean(0) / CLIENTS for n in weights}
+    load_weights(model, {n: weights[n].float() + displacement[n] for n in weights})
     return replace(network, model=model.eval())

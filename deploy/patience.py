@@ -32,17 +32,17 @@ def extend_tokens(module: ModuleType, state: type) -> None:
     """
     seconds = module.HEARTBEAT_DEFAULT_INTERVAL
 
-    def extended(method: Callable[..., Any], most: float) -> Callable[..., Any]:
+    def extended(method: Callable[..., Any], limit: float) -> Callable[..., Any]:
         @wraps(method)
         def call(self: Any, task_id: int) -> Any:
-            module.HEARTBEAT_DEFAULT_INTERVAL = seconds * min(load_factor(), most)  # type: ignore[attr-defined]
+            module.HEARTBEAT_DEFAULT_INTERVAL = seconds * min(load_factor(), limit)  # type: ignore[attr-defined]
             return method(self, task_id)
 
         return call
 
-    for name, most in (
+    for name, limit in (
         ("claim_task", math.inf),
         ("activate_task", _LONGEST_HEARTBEAT),
         ("acknowledge_task_heartbeat", _LONGEST_HEARTBEAT),
     ):
-        setattr(state, name, extended(getattr(state, name), most))
+        setattr(state, name, extended(getattr(state, name), limit))

@@ -25,7 +25,7 @@ _FILES = {"pyproject.toml", ".info/CONTENT"}
 _MAX_BYTES = 1 << 20
 
 
-def refusal(content: bytes, pinned: str, *, app: str, version: str, digest: str) -> str:
+def incompatibility(content: bytes, pinned: str, *, app: str, version: str, digest: str) -> str:
     """Return why a bundle is refused; "" if it is accepted.
 
     Args:
@@ -84,7 +84,9 @@ def guard(runtime: ModuleType, pinned: str) -> None:
     def checked_pull(client: Any) -> Any:
         task = pull(client)
         _, _, run, fab = task
-        problems[:] = [refusal(fab.content, pinned, app=run.fab_id, version=run.fab_version, digest=fab.hash_str)]
+        problems[:] = [
+            incompatibility(fab.content, pinned, app=run.fab_id, version=run.fab_version, digest=fab.hash_str)
+        ]
         return task
 
     def checked_install(content: bytes, *arguments: Any, **options: Any) -> Any:

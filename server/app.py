@@ -255,8 +255,8 @@ class _Run:
             )
         name = f"{settings.model.model} on {settings.data.dataset}"
         if isinstance(self._workload, NamedWorkload | RowWorkload):
-            how = self._workload.preprocessing if isinstance(self._workload, NamedWorkload) else {}
-            folder.write_model_json(self._workload.data.class_names, how)
+            preprocessing_fields = self._workload.preprocessing if isinstance(self._workload, NamedWorkload) else {}
+            folder.write_model_json(self._workload.data.class_names, preprocessing_fields)
         observer.on_run_start(settings.training.rounds, settings.data.clients, name)
         if self._random:
             missing = ", ".join(self._random)

@@ -148,11 +148,11 @@ def _secure_extra(
     """
     members = max(clients, MIN_SECURE)
     topology = Topology.of(settings.secure, members)
-    share, bits = coordinates.settings_for(settings.secure.secure_ratio, members)
+    fraction, bits = coordinates.settings_for(settings.secure.secure_ratio, members)
     nearest = FixedPoint(members, bits, 1.0).levels < FEW_LEVELS and settings.residual_fraction == 1
-    terms = EncodingConfig(members, bits, 1.0, first_ranges(network.param_spec, {}), share, nearest_rounding=nearest)
-    moved = torch.zeros(network.param_spec.float32_bytes // 4) if share < 1 else None
-    length = RingEncoder(network.param_spec, terms, None, moved).length
+    terms = EncodingConfig(members, bits, 1.0, first_ranges(network.param_spec, {}), fraction, nearest_rounding=nearest)
+    displacement = torch.zeros(network.param_spec.float32_bytes // 4) if fraction < 1 else None
+    length = RingEncoder(network.param_spec, terms, None, displacement).length
     signature = bytes(SIGNATURE_BYTES if settings.secure.secure_identities else 0)
     session, peers = Session(1, bytes(SESSION_BYTES)), range(topology.neighbors)
     advert = Advert("0" * len(str(members - 1)), bytes(KEY_BYTES), bytes(KEY_BYTES), signature)

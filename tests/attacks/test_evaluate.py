@@ -20,9 +20,9 @@ SMALL = AttackEvaluation(
 
 
 def test_an_evaluation_is_resumed_and_reported(tmp_path: Path) -> None:
-    told: list[str] = []
-    rows = evaluate(SMALL, tmp_path, log=told.append)
-    assert len(rows) == len(told) == 12
+    logged: list[str] = []
+    rows = evaluate(SMALL, tmp_path, log=logged.append)
+    assert len(rows) == len(logged) == 12
     again: list[str] = []
     assert evaluate(SMALL, tmp_path, log=again.append) == rows
     assert not again

@@ -15,7 +15,7 @@ from flwr.supernode.runtime import run_clientapp
 
 from deploy.app_folder import write_app
 from deploy.background import pin_of
-from deploy.pinned import INSTALLED, guard, refusal
+from deploy.pinned import INSTALLED, guard, incompatibility
 from tests.processes import run
 from tofu.errors import SettingError
 
@@ -23,7 +23,7 @@ IDENTITY = ("tofu-fl/tofu-fl", "0.1.0")
 
 
 def sent(content: bytes, pinned: str = INSTALLED, app: str = IDENTITY[0], version: str = IDENTITY[1]) -> str:
-    return refusal(content, pinned, app=app, version=version, digest=hashlib.sha256(content).hexdigest())
+    return incompatibility(content, pinned, app=app, version=version, digest=hashlib.sha256(content).hexdigest())
 
 
 def bundle(**changed: str) -> bytes:
@@ -108,7 +108,7 @@ def test_a_bundle_must_be_the_one_that_the_run_names() -> None:
     assert sent(bundle()) == ""
     assert "name or version" in sent(bundle(), version="9")
     assert "name or version" in sent(bundle(), app="evil/tofu-fl")
-    assert "checksum" in refusal(bundle(), INSTALLED, app=IDENTITY[0], version=IDENTITY[1], digest="0" * 64)
+    assert "checksum" in incompatibility(bundle(), INSTALLED, app=IDENTITY[0], version=IDENTITY[1], digest="0" * 64)
 
 
 def test_a_pin_that_is_neither_is_refused() -> None:

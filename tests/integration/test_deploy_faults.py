@@ -178,11 +178,11 @@ def assert_logged(federation: LocalCluster, run: CompletedRun, folder: Path, fai
     server = log("superlink")
     # Standard error has the same lines, among Flower's.
     assert [json.loads(line) for line in run.log.splitlines() if line.startswith('{"time"')] == server
-    told = [line for line in server if line["event"] == "client failed"]
-    assert {(line["level"], line["round"], line["client"], line["node"]) for line in told} == {
+    logged = [line for line in server if line["event"] == "client failed"]
+    assert {(line["level"], line["round"], line["client"], line["node"]) for line in logged} == {
         ("warning", round_, name, nodes[name]) for round_, name in failed
     }
-    assert len(told) == len(failed)
+    assert len(logged) == len(failed)
     for name, identity in nodes.items():
         own = log(f"node-{name}")
         assert {line["node"] for line in own} == {identity}

@@ -86,12 +86,12 @@ def test_a_search_on_the_gpu_explains_as_much_and_decodes_on_the_cpu(
     ],
 )  # fmt: skip
 def test_federations_learn_and_send_as_many_bytes_as_on_the_cpu(
-    tmp_path: Path, least: float, more: dict[str, Any]
+    tmp_path: Path, smallest: float, more: dict[str, Any]
 ) -> None:
     ends = {}
     for device in ("cpu", "cuda"):
         folder = str(tmp_path / device)
         ends[device] = serve_in_process(honest.app, Settings.of(TINY | more | {"device": device, "run_folder": folder}))
         assert json.loads((tmp_path / device / "config.json").read_text())["device"] == device
-    assert float(ends["cuda"]["final_accuracy"]) > least
+    assert float(ends["cuda"]["final_accuracy"]) > smallest
     assert ends["cuda"]["uplink_bytes"] == pytest.approx(ends["cpu"]["uplink_bytes"], rel=0.01)

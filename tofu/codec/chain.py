@@ -175,20 +175,20 @@ def _linear(layer: nn.Linear, weights: list[Tensor], x: Tensor, beta: float) -> 
 def _convolution(layer: nn.Conv2d, weights: list[Tensor], x: Tensor, beta: float) -> tuple[Tensor, Backward]:
     weight, bias = weights[0], weights[1] if len(weights) > 1 else None
     assert not isinstance(layer.padding, str)  # `_rule_of` has no rule for other paddings
-    how = (layer.stride, layer.padding, layer.dilation)
+    geometry = (layer.stride, layer.padding, layer.dilation)
     folds = layer.in_channels == 1  # then F.fold is three times as fast as oneDNN's gradient of the input
 
     def backward(gradient: Tensor, wanted: bool) -> tuple[Tensor, Sequence[Tensor]]:
         mask = [not folds, wanted, wanted and bias is not None]
         by_input, by_weight, by_bias = torch.ops.aten.convolution_backward(
-            gradient, x, weight, [layer.out_channels], *how, False, [0, 0], layer.groups, mask
+            gradient, x, weight, [layer.out_channels], *geometry, False, [0, 0], layer.groups, mask
         )
         if folds:
             columns = weight.flatten(1).t() @ gradient.flatten(2)
-            by_input = F.fold(columns, x.shape[2:], layer.kernel_size, layer.dilation, how[1], layer.stride)
+            by_input = F.fold(columns, x.shape[2:], layer.kernel_size, layer.dilation, geometry[1], layer.stride)
         return by_input, [by_weight, by_bias][: sum(mask[1:])]
 
-    return F.conv2d(x, weight, bias, *how, layer.groups), backward
+    return F.conv2d(x, weight, bias, *geometry, layer.groups), backward
 
 
 def _relu(layer: nn.ReLU, weights: list[Tensor], x: Tensor, beta: float) -> tuple[Tensor, Backward]:
@@ -197,13 +197,13 @@ def _relu(layer: nn.ReLU, weights: list[Tensor], x: Tensor, beta: float) -> tupl
 
 
 def _pooling(layer: nn.MaxPool2d, weights: list[Tensor], x: Tensor, beta: float) -> tuple[Tensor, Backward]:
-    how = (layer.kernel_size, layer.stride, layer.padding, layer.ceil_mode, False)
+    geometry = (layer.kernel_size, layer.stride, layer.padding, layer.ceil_mode, False)
 
     def backward(gradient: Tensor, _: bool) -> tuple[Tensor, Sequence[Tensor]]:
         gradient = torch.empty_like(out).copy_(gradient)  # in the memory format of x; two formats are slow
-        return torch.ops.aten.avg_pool2d_backward(gradient, x, *how, None), []
+        return torch.ops.aten.avg_pool2d_backward(gradient, x, *geometry, None), []
 
-    out = F.avg_pool2d(x, *how)
+    out = F.avg_pool2d(x, *geometry)
     return out, backward
 
 

@@ -109,8 +109,8 @@ def strata_of(reference: ReferenceModel) -> Strata:
     found -= found.min()
     counts = np.bincount(found)  # levels are integers with a range of at most a million, so counting beats sorting
     above = np.cumsum(counts[::-1])[::-1]
-    centres = (above - counts / 2) / found.size
-    return Strata(np.searchsorted(BOUNDARIES, centres).astype(np.int8)[found])
+    centers = (above - counts / 2) / found.size
+    return Strata(np.searchsorted(BOUNDARIES, centers).astype(np.int8)[found])
 
 
 MAX_LEVELS = 31

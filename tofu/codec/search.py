@@ -302,10 +302,10 @@ class _Objective:
         on = proxies.on(self._device)
         inputs = self._call.full_size(on.inputs)
         step = self._step_length / self._power**0.5
-        moved = {name: w + step * self._update[name] for name, w in self._base.items()}
+        shifted_weights = {name: w + step * self._update[name] for name, w in self._base.items()}
         before, after = (
             self._chain.gradients(weights, inputs, on, by_weights=False, by_inputs=False).targets[0]
-            for weights in (self._base, moved)
+            for weights in (self._base, shifted_weights)
         )
         change = (after - before).cpu()
         if not bool(torch.isfinite(change).all()) or not float(change.std()) > 0:

@@ -146,8 +146,8 @@ def _crop(images: Tensor, generator: torch.Generator) -> Tensor:
     limits = [max(1, side // _CROP_MARGIN) for side in (height, width)]
     shifts = [torch.randint(-limit, limit + 1, (len(images),), generator=generator).tolist() for limit in limits]
     functional = _transforms()
-    moved = [functional.crop(image, *at, height, width) for image, *at in zip(images, *shifts, strict=True)]
-    return torch.stack(moved)
+    cropped = [functional.crop(image, *at, height, width) for image, *at in zip(images, *shifts, strict=True)]
+    return torch.stack(cropped)
 
 
 AUGMENTATIONS: Mapping[str, Callable[[Tensor, torch.Generator], Tensor]] = {"flip": _flip, "crop": _crop}

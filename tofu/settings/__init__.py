@@ -232,8 +232,8 @@ class Settings(BaseModel):
             raise SettingError("schedule", self.rounds.schedule, f"fedavg {wanted}, which is added to exact sums")
         asked = max(round(server.client_fraction * self.data.clients), server.min_clients)
         if asked * separation > self.data.clients:
-            most = f"at most {1 / separation:.3g}, so that each client takes part once in min-separation={separation}"
-            raise SettingError("client-fraction", server.client_fraction, f"{most} rounds")
+            limit = f"at most {1 / separation:.3g}, so that each client takes part once in min-separation={separation}"
+            raise SettingError("client-fraction", server.client_fraction, f"{limit} rounds")
 
     def _check_plugins(self, kinds: tuple[str, ...]) -> None:
         from tofu.plugins import RunRequirements, make_plugins

@@ -193,7 +193,7 @@ def test_where_one_proxy_takes_the_whole_there_is_no_correction(mlp_update: Case
     assert (compressor.count, compressor.correction) == (1, 0)
 
 
-def test_the_steepness_is_tried_anew_every_fourth_time(mlp_update: Case) -> None:
+def test_the_sharpness_is_tried_anew_every_fourth_time(mlp_update: Case) -> None:
     network, update = mlp_update
     compressor = ProxyCompressor(
         network, ratio=1, options=CompressorOptions(proxies=4, encoder=ProxySettings(max_evals=60, tolerance=0.0))

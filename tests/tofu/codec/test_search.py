@@ -155,7 +155,7 @@ def test_early_stop_spends_fewer_evaluations(mlp_update: Case) -> None:
     assert explained(hasty, update) > explained(patient, update) - 0.1
 
 
-def test_choosing_the_steepness_costs_little_against_knowing_it(mlp_update: Case) -> None:
+def test_choosing_the_sharpness_costs_little_against_knowing_it(mlp_update: Case) -> None:
     network, update = mlp_update
     found = [
         explained(encode(network, update, 6, ProxySettings(surrogate_beta=s), generator=generator()), update)

@@ -17,7 +17,7 @@ def test_relu_in_every_form_becomes_smooth(call) -> None:  # type: ignore[no-unt
     assert torch.equal(call(x.clone()), x.clamp_min(0))
 
 
-def test_steepness_makes_it_relu() -> None:
+def test_sharpness_makes_it_relu() -> None:
     x = torch.linspace(-3, 3, 31)
     assert torch.allclose(smooth_relu(x, 1e3), x.clamp_min(0), atol=1e-3)
 

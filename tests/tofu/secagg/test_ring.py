@@ -25,7 +25,7 @@ def test_ring_laws(bits: int, data: st.DataObject) -> None:
 
 @settings(deadline=None)
 @given(st.integers(1, 64), st.data())
-def test_the_centred_lift_is_the_inverse_of_reduction(bits: int, data: st.DataObject) -> None:
+def test_the_centered_lift_is_the_inverse_of_reduction(bits: int, data: st.DataObject) -> None:
     half = 2 ** (bits - 1)
     numbers = [*data.draw(st.lists(st.integers(-half, half - 1), max_size=5)), -half, half - 1, 0]
     signed = np.array(numbers, dtype=np.int64)
