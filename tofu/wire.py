@@ -28,7 +28,7 @@ import torch
 from tofu.bytes_io import ByteReader
 from tofu.data import ImageShape
 from tofu.errors import PayloadError
-from tofu.rounds import KINDS
+from tofu.settings.groups import KINDS
 from tofu.weights import FINGERPRINT_BYTES, SKETCH_BYTES, ParamSpec, Weights, split_vector
 
 RECORD = "t"

@@ -9,13 +9,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tofu.registry import Registry
+from tofu.settings.groups import KINDS as KINDS
 
 if TYPE_CHECKING:
     from tofu.rounds.aggregation import Aggregator
     from tofu.rounds.schedule import Schedule
 
-KINDS = ("proxy", "fedavg", "secure")
-"""Kinds of round. The position is the number on the wire."""
 
 schedules: "Registry[type[Schedule]]" = Registry("schedule", "tofu.rounds.schedule:Schedule", "tofu.rounds.schedule")
 

@@ -10,6 +10,9 @@ from typing import ClassVar, Literal
 
 from tofu.settings.fields import Group, comma_list, setting
 
+KINDS = ("proxy", "fedavg", "secure")
+"""Kinds of round, in the order of their numbers in messages."""
+
 EMBEDDED_TABLES = ("breast-cancer", "wine")
 """Tables that come with scikit-learn."""
 DEVICE_NAME = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
