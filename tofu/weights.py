@@ -51,6 +51,22 @@ _BUFFERS = "buffers that training changes with finite float32, float16 or bfloat
 
 
 @dataclass(frozen=True)
+class SumSpec:
+    """Shape of an exported sum, and the largest magnitude of an entry that one client may contribute.
+
+    The bound may depend on options, broadcast and model, but not on data: all clients and the server derive the same
+    fixed-point range from it. A sum with an infinite bound cannot be added in a secure round.
+
+    Attributes:
+        noised: under differential privacy, the entries get the noise of the update, of which they are further values.
+    """
+
+    shape: tuple[int, ...]
+    bound: float = float("inf")
+    noised: bool = False
+
+
+@dataclass(frozen=True)
 class ParamSpec:
     """Names and shapes of the tensors that are sent, the same on both ends because both build the same model.
 

@@ -11,7 +11,6 @@ from tofu.plugins.base import (
     Prediction,
     RoundContext,
     RunRequirements,
-    SumSpec,
     Weights,
 )  # fmt: skip
 from tofu.plugins.chain import NO_PLUGINS, Plugins
@@ -21,6 +20,7 @@ from tofu.plugins.masking import keep_channels, keep_entries
 from tofu.plugins.options import option
 from tofu.plugins.state import PluginState, state_from_bytes, state_to_bytes
 from tofu.rounds.panel import Panel
+from tofu.weights import SumSpec
 
 __all__ = [
     "MAX_STATE_BYTES", "NO_PLUGINS", "Batch", "Export", "LocalStep", "Panel", "Plugin", "PluginState", "Plugins",

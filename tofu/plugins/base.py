@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tofu.data import ImageShape, LabeledImages
 from tofu.plugins.state import PluginState
 from tofu.rounds.panel import Panel
+from tofu.weights import SumSpec
 
 Weights = Mapping[str, Tensor]
 
@@ -70,22 +71,6 @@ class RunRequirements:
     exact_updates: bool = True
     secure: bool = False
     model: str = ""
-
-
-@dataclass(frozen=True)
-class SumSpec:
-    """Shape of an exported sum, and the largest magnitude of an entry that one client may contribute.
-
-    The bound may depend on options, broadcast and model, but not on data: all clients and the server derive the same
-    fixed-point range from it. A sum with an infinite bound cannot be added in a secure round.
-
-    Attributes:
-        noised: under differential privacy, the entries get the noise of the update, of which they are further values.
-    """
-
-    shape: tuple[int, ...]
-    bound: float = float("inf")
-    noised: bool = False
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,11 @@ from tofu.plugins.base import (
     Prediction,
     RoundContext,
     RunRequirements,
-    SumSpec,
     Weights,
 )  # fmt: skip
 from tofu.plugins.state import PluginState, state_from_bytes, state_to_bytes
 from tofu.rounds.panel import Panel
-from tofu.weights import eval_mode, under
+from tofu.weights import SumSpec, eval_mode, under
 
 _MAX_SUM = 1e300
 """Bound of a client's plugin sums that declare none, so that totals over many clients stay finite."""

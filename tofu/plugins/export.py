@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from tofu.errors import PayloadError
-from tofu.plugins.base import Export, SumSpec
+from tofu.plugins.base import Export
 from tofu.plugins.state import state_from_bytes, state_to_bytes
+from tofu.weights import SumSpec
 
 MAX_STATE_BYTES = 2**30
 """Maximum size of the private states of all plugins on a client, and of their broadcasts."""

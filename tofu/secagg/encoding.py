@@ -28,11 +28,10 @@ from torch import Tensor
 
 from tofu.bytes_io import MAX_BITS
 from tofu.errors import PayloadError, RunError, SettingError
-from tofu.plugins import SumSpec
 from tofu.secagg import coordinates
 from tofu.secagg.fixed_point import HEADROOM, Clipped, FixedPoint
 from tofu.secagg.masks import RingVector, SignedVector, centered, from_signed
-from tofu.weights import ParamSpec, Weights, displacement_levels, weights_sha256
+from tofu.weights import ParamSpec, SumSpec, Weights, displacement_levels, weights_sha256
 
 FIRST_RANGE = 0.25
 """Range of every tensor in a run's first secure round; larger than the values of usual updates."""
