@@ -149,17 +149,17 @@ def test_an_unknown_attack_is_one_line() -> None:
 
 def test_a_watch_ends_an_attack_and_reports(look: Look) -> None:
     seen, _, _ = look("exact")
-    now, logged = 0.0, []
+    now, calls = 0.0, []
 
     def clock() -> float:
         nonlocal now
         now += 1.0
         return now
 
-    watch = Watch(20, lambda done, planned, loss: logged.append((done, planned)), clock)
+    watch = Watch(20, lambda done, planned, loss: calls.append((done, planned)), clock)
     found = Inverting(restarts=3, max_evals=500).run(seen, generator=generator(), watch=watch)
     assert 0 < found.evals < 30
-    assert logged[0][1] == 500
+    assert calls[0][1] == 500
 
 
 def test_the_same_seed_finds_the_same(look: Look) -> None:

@@ -153,9 +153,9 @@ def test_with_noise_hello_tells_neither_images_nor_classes(noise: float, adds: s
     message.metadata.__dict__["_message_id"] = "1"
     config = Settings.of({"model": "mlp", "clients": 2} | run).to_config()
     reply = app(message, Context(1, 2, {"data": str(tmp_path)}, RecordDict(), config))
-    logged = dict(reply.content.config_records[RECORD])
+    fields = dict(reply.content.config_records[RECORD])
     open_ = {"examples": 8, "unreadable": 1, "classes": '["0", "1"]'}
-    assert logged == {"client": "2"} | ({"examples": 1, "classes": "[]"} if noise else open_)
+    assert fields == {"client": "2"} | ({"examples": 1, "classes": "[]"} if noise else open_)
 
 
 SECRET = "patients-of-dr-smith"

@@ -137,8 +137,8 @@ def test_whoever_commands_the_superlink_needs_the_operators_token(deployment: Co
 
     known = json.loads(nodes("superlink", *OPERATOR))
     assert len(known) == 3
-    logged = nodes("superlink-exec", *OPERATOR[:3])
-    assert logged == ""
+    printed = nodes("superlink-exec", *OPERATOR[:3])
+    assert printed == ""
 
 
 def test_nodes_need_an_admitted_key_and_a_superlink_of_their_ca(deployment: ComposeDeployment) -> None:
@@ -162,8 +162,8 @@ def test_nodes_need_an_admitted_key_and_a_superlink_of_their_ca(deployment: Comp
 def test_a_client_from_another_network_joins(deployment: ComposeDeployment) -> None:
     # The address that the host has on the engine's default network stands for its address in the outer world.
     address = deployment.bridge_address()
-    logged = deployment.add_client("hospital-d", f"{address}:8443")
-    assert "client 3 (hospital-d) is admitted" in logged
+    printed = deployment.add_client("hospital-d", f"{address}:8443")
+    assert "client 3 (hospital-d) is admitted" in printed
     deployment.environment["TOFU_LISTEN"] = address
     deployment.up("--no-build")
     deployment.compose("restart", "proxy")  # its certificate has a further name

@@ -82,17 +82,17 @@ def samples(text: str) -> dict[tuple[str, str], float]:
 
 def assert_of_the_run(found: Mapping[tuple[str, str], float], folder: Path) -> None:
     """The metrics are those of metrics.jsonl."""
-    logged = rows(folder)
-    assert found["tofu_rounds_total", ""] == logged[-1]["round"]
+    records = rows(folder)
+    assert found["tofu_rounds_total", ""] == records[-1]["round"]
     for name in ("uplink_bytes", "downlink_bytes"):
-        assert found[f"tofu_{name}_total", ""] == sum(row[name] for row in logged)
-    assert found["tofu_accuracy", ""] == logged[-1]["accuracy"]
-    assert found["tofu_round_seconds", ""] == logged[-1]["seconds"]
-    failures = [failure["client"] for row in logged for failure in row["failures"]]
+        assert found[f"tofu_{name}_total", ""] == sum(row[name] for row in records)
+    assert found["tofu_accuracy", ""] == records[-1]["accuracy"]
+    assert found["tofu_round_seconds", ""] == records[-1]["seconds"]
+    failures = [failure["client"] for row in records for failure in row["failures"]]
     for client in failures:
         assert found["tofu_client_failures_total", client] == failures.count(client)
     assert {client for name, client in found if name == "tofu_client_failures_total"} == set(failures)
-    by_client = [each for row in logged for each in row.get("by_client", ()) if each["explained_variance"] is not None]
+    by_client = [each for row in records for each in row.get("by_client", ()) if each["explained_variance"] is not None]
     explained = {each["client"]: each["explained_variance"] for each in by_client}
     assert explained == {client: value for (name, client), value in found.items() if name == "tofu_explained_variance"}
     assert all(0 < value < 1 for value in explained.values())

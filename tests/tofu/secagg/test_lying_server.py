@@ -105,12 +105,12 @@ def test_rosters_that_must_not_be_answered() -> None:
     doubled = own_keys(others[1].name)[0]
     refused(client.share_keys, rebuilt(roster, own, [doubled, *others[1:]]), reason=f"roster has {doubled.name} twice")
     for threshold in (0, 1, 2, 5):
-        logged = rebuilt(roster, own, others, threshold=threshold)
-        refused(client.share_keys, logged, reason=f"roster has threshold {threshold}, expected 3 to 4")
+        incoming = rebuilt(roster, own, others, threshold=threshold)
+        refused(client.share_keys, incoming, reason=f"roster has threshold {threshold}, expected 3 to 4")
     fewer = replace(roster, adverts=roster.adverts[1:]).to_bytes()
     refused(client.share_keys, fewer, reason="roster has 3 neighbors, expected 4")
-    logged = rebuilt(roster, own, others, neighbors=3)
-    refused(client.share_keys, logged, reason="roster has 4 neighbors, expected 3")
+    incoming = rebuilt(roster, own, others, neighbors=3)
+    refused(client.share_keys, incoming, reason="roster has 4 neighbors, expected 3")
     wrong = replace(roster, client=(roster.client + 1) % COUNT).to_bytes()
     refused(client.share_keys, wrong, reason="roster is for client")
     shuffled = replace(roster, adverts=(others[1], others[0], *others[2:])).to_bytes()
@@ -156,13 +156,13 @@ def test_a_neighbor_that_the_graph_does_not_have_is_refused() -> None:
 def test_no_stage_is_answered_twice_or_out_of_order(signed: bool) -> None:
     session = Session(VECTORS, 12, Topology(COUNT - 1, THRESHOLD), signed=signed)
     client, vector = session.clients["client-0"], VECTORS["client-0"]
-    logged: dict[str, bytes] = dict.fromkeys(("share", "mask", "confirm", "reveal"), b"")
+    incoming: dict[str, bytes] = dict.fromkeys(("share", "mask", "confirm", "reveal"), b"")
 
     def all_but(allowed: str, now: str) -> None:
         saved = client.to_bytes()
-        for stage in logged:
+        for stage in incoming:
             if stage != allowed:
-                args = (vector, logged[stage]) if stage == "mask" else (logged[stage],)
+                args = (vector, incoming[stage]) if stage == "mask" else (incoming[stage],)
                 refused(methods[stage], *args, reason=f"^client-0 got a message of .*, expected {now}$")
         if now != "AdvertiseKeys":
             refused(client.advertise_keys, reason=f"^client-0 got a message of AdvertiseKeys, expected {now}$")
@@ -187,12 +187,12 @@ def test_no_stage_is_answered_twice_or_out_of_order(signed: bool) -> None:
     steps = ["advertise", *(stage for stage, _ in stages)]
     for step, (stage, now) in zip(steps, stages, strict=False):
         getattr(session, step)()
-        logged[stage] = session.down["client-0"]
+        incoming[stage] = session.down["client-0"]
         all_but(stage, now)
     if not signed:
         refused(
             client.check_consistency,
-            logged["reveal"],
+            incoming["reveal"],
             reason="^client-0 got a message of ConsistencyCheck, expected Unmasking",
         )
     session.reveal()
@@ -234,24 +234,24 @@ def test_another_session_s_messages_are_refused(signed: bool) -> None:
 
 def test_shares_that_are_forged_moved_or_too_few_are_refused_by_name() -> None:
     session = started("mask")
-    client, vector, logged = (
+    client, vector, incoming = (
         session.clients["client-0"],
         VECTORS["client-0"],
         Shares.from_bytes(session.down["client-0"]),
     )
     roster = Roster.from_bytes(session.rosters["client-0"])
-    (first, one), (second, two), *rest = logged.sealed.items()
+    (first, one), (second, two), *rest = incoming.sealed.items()
     name = {advert.digest: advert.name for advert in roster.adverts}[roster.terms.members[first]]
 
     def with_shares(sealed: dict[int, bytes]) -> bytes:
-        return Shares(logged.session, logged.client, sealed).to_bytes()
+        return Shares(incoming.session, incoming.client, sealed).to_bytes()
 
     forged = one[:20] + bytes([one[20] ^ 1]) + one[21:]
     for sealed in ({first: forged}, {first: two, second: one}):
         refused(
             client.mask_input,
             vector,
-            with_shares({**logged.sealed, **sealed}),
+            with_shares({**incoming.sealed, **sealed}),
             reason=f"^shares of {name} cannot be decrypted",
         )
     # What the client itself sealed for that neighbor comes back to it.
@@ -259,11 +259,11 @@ def test_shares_that_are_forged_moved_or_too_few_are_refused_by_name() -> None:
     refused(client.mask_input, vector, reflected, reason=f"^shares of {name} cannot be decrypted")
     few = with_shares(dict(rest))
     refused(client.mask_input, vector, few, reason="shares came from 2 neighbors, expected at least 3")
-    refused(client.mask_input, vector, with_shares({logged.client: one}), reason="is not a neighbor of client-0")
+    refused(client.mask_input, vector, with_shares({incoming.client: one}), reason="is not a neighbor of client-0")
     refused(
         client.mask_input,
         vector,
-        with_shares({**logged.sealed, 77: one}),
+        with_shares({**incoming.sealed, 77: one}),
         reason="client 77 is not a neighbor of client-0",
     )
     client.mask_input(vector, session.down["client-0"])
@@ -272,8 +272,8 @@ def test_shares_that_are_forged_moved_or_too_few_are_refused_by_name() -> None:
 def test_clients_that_were_told_different_terms_do_not_talk() -> None:
     """Same keys and session, another threshold for one: its shares open nowhere."""
     session = started("share", threshold=3)
-    logged = Roster.from_bytes(session.down["client-0"])
-    other = replace(logged, terms=replace(logged.terms, threshold=4)).to_bytes()
+    incoming = Roster.from_bytes(session.down["client-0"])
+    other = replace(incoming, terms=replace(incoming.terms, threshold=4)).to_bytes()
     session.server.add_shares("client-0", session.clients["client-0"].share_keys(other))
     del session.down["client-0"]
     session.share()
@@ -286,12 +286,12 @@ def test_clients_that_were_told_different_terms_do_not_talk() -> None:
 
 
 def lists(session: Session) -> tuple[Survivors, dict[str, int]]:
-    logged = Survivors.from_bytes(session.down["client-0"])
-    return logged, {name: Roster.from_bytes(data).client for name, data in session.rosters.items()}
+    incoming = Survivors.from_bytes(session.down["client-0"])
+    return incoming, {name: Roster.from_bytes(data).client for name, data in session.rosters.items()}
 
 
-def without(logged: Survivors, *gone: int) -> Survivors:
-    return replace(logged, present=tuple(here and n not in gone for n, here in enumerate(logged.present)))
+def without(incoming: Survivors, *gone: int) -> Survivors:
+    return replace(incoming, present=tuple(here and n not in gone for n, here in enumerate(incoming.present)))
 
 
 @pytest.mark.parametrize("signed", [False, True])
@@ -299,29 +299,29 @@ def test_survivors_that_must_not_be_answered(signed: bool) -> None:
     session = Session(VECTORS, 12, Topology(COUNT - 1, THRESHOLD), signed=signed, gone={"client-4": "share"}).until(
         "confirm"
     )
-    logged, number = lists(session)
+    incoming, number = lists(session)
     client = session.clients["client-0"]
     ask = client.check_consistency if signed else client.unmask
-    smaller = without(logged, number["client-1"])
+    smaller = without(incoming, number["client-1"])
     refused(ask, smaller.to_bytes(), reason="survivors include 2 neighbors, expected at least 3")
-    refused(ask, without(logged, number["client-0"]).to_bytes(), reason="survivors omit client-0, which sent")
-    more = replace(logged, present=(True,) * COUNT)
+    refused(ask, without(incoming, number["client-0"]).to_bytes(), reason="survivors omit client-0, which sent")
+    more = replace(incoming, present=(True,) * COUNT)
     refused(ask, more.to_bytes(), reason="survivors include client-4, whose shares client-0 did not receive")
-    longer = replace(logged, present=(*logged.present, True))
+    longer = replace(incoming, present=(*incoming.present, True))
     refused(ask, longer.to_bytes(), reason="survivors list 6 members, expected 5")
-    ask(logged.to_bytes())
+    ask(incoming.to_bytes())
 
 
 def test_a_live_client_cannot_be_said_to_have_dropped_out() -> None:
     """One client is told that client-1 dropped out, the others that it did not: no one reveals on other signatures."""
     session = started("confirm")
-    logged, number = lists(session)
-    lie = without(logged, number["client-1"])
+    incoming, number = lists(session)
+    lie = without(incoming, number["client-1"])
     deceived, honest = session.clients["client-0"], session.clients["client-2"]
     signatures = {}
     for name, client in session.clients.items():
         confirmation = Confirmation.from_bytes(
-            client.check_consistency((lie if name == "client-0" else logged).to_bytes())
+            client.check_consistency((lie if name == "client-0" else incoming).to_bytes())
         )
         signatures[confirmation.client] = confirmation.signature
     others = {who: sig for who, sig in signatures.items() if who not in (number["client-0"], number["client-1"])}
@@ -329,7 +329,9 @@ def test_a_live_client_cannot_be_said_to_have_dropped_out() -> None:
     refused(deceived.unmask, lied.to_bytes(), reason="^client-. did not sign this survivors")
     refused(deceived.unmask, replace(lie, signatures={}).to_bytes(), reason="signed by 0 neighbors, expected 3")
     refused(
-        deceived.unmask, replace(logged, signatures=others).to_bytes(), reason="differ from those that client-0 signed"
+        deceived.unmask,
+        replace(incoming, signatures=others).to_bytes(),
+        reason="differ from those that client-0 signed",
     )
     own = {number["client-0"]: signatures[number["client-0"]]}
     refused(deceived.unmask, replace(lie, signatures=own).to_bytes(), reason="is not a neighbor of client-0")
@@ -338,22 +340,22 @@ def test_a_live_client_cannot_be_said_to_have_dropped_out() -> None:
     refused(deceived.unmask, replace(lie, signatures=gone).to_bytes(), reason=reason)
     all_but_own = {who: sig for who, sig in signatures.items() if who != number["client-2"]}
     reason = "^client-0 did not sign this survivors"
-    refused(honest.unmask, replace(logged, signatures=all_but_own).to_bytes(), reason=reason)
+    refused(honest.unmask, replace(incoming, signatures=all_but_own).to_bytes(), reason=reason)
     del all_but_own[number["client-0"]]
-    honest.unmask(replace(logged, signatures=all_but_own).to_bytes())
+    honest.unmask(replace(incoming, signatures=all_but_own).to_bytes())
 
 
 @pytest.mark.parametrize("signed", [False, True])
 def test_never_both_shares_of_a_client(signed: bool) -> None:
     """Asked once for client-1 as a survivor and once as gone, a client answers once, with one of the two."""
     session = started("confirm" if not signed else "reveal", signed=signed)
-    logged, number = lists(session)
+    incoming, number = lists(session)
     client = session.clients["client-0"]
     saved = client.to_bytes()
     reveal = Reveal.from_bytes(client.unmask(session.down["client-0"]))
     assert sorted(reveal.shares) == sorted(set(range(COUNT)) - {number["client-0"]})
     assert all(survived for survived, _ in reveal.shares.values())
-    lie = without(logged, number["client-1"])
+    lie = without(incoming, number["client-1"])
     refused(client.unmask, lie.to_bytes(), reason="^client-0 got a message of Unmasking, expected Done")
     again = ClientSession.from_bytes(session.members["client-0"], saved)
     if signed:  # even from a copy of its state from before, it stands by what it signed
@@ -373,9 +375,9 @@ def test_an_old_advert_of_a_neighbor_gets_no_pair_mask() -> None:
     client, roster, own = victim(session)
     played = next(Advert.from_bytes(data) for who, what, data in old.received if (who, what) == ("client-1", "advert"))
     others = [played if advert.name == "client-1" else advert for advert in roster.adverts]
-    logged = rebuilt(roster, own, others)
-    shares = Shares.from_bytes(client.share_keys(logged))
-    number = Roster.from_bytes(logged).terms.members.index(played.digest)
+    incoming = rebuilt(roster, own, others)
+    shares = Shares.from_bytes(client.share_keys(incoming))
+    number = Roster.from_bytes(incoming).terms.members.index(played.digest)
     noise = {peer: np.random.default_rng(peer).bytes(92) for peer in shares.sealed}
     refused(
         client.mask_input,

@@ -124,11 +124,11 @@ def test_closing_at_any_stage_erases_everything() -> None:
 
 def test_a_stage_repeated_from_an_old_state_uses_no_nonce_twice() -> None:
     session = Session(random_vectors(4, 5, BITS), BITS, Topology(3, 2)).until("share")
-    saved, logged = session.clients["client-0"].to_bytes(), session.down["client-0"]
+    saved, incoming = session.clients["client-0"].to_bytes(), session.down["client-0"]
     nonces = set()
     for _ in range(2):
         again = ClientSession.from_bytes(session.members["client-0"], saved)
-        nonces |= {sealed[:12] for sealed in Shares.from_bytes(again.share_keys(logged)).sealed.values()}
+        nonces |= {sealed[:12] for sealed in Shares.from_bytes(again.share_keys(incoming)).sealed.values()}
     assert len(nonces) == 6
 
 
