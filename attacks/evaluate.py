@@ -12,17 +12,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any
 
 from attacks.base import Watch, registry
 from attacks.messages import parse_message
 from attacks.observation import Observation
 from attacks.trials import AttackResult, Scenario, TrialRunner
 from tofu.errors import SettingError
-from tofu.files import replace_file
+from tofu.files import replace_arrays, replace_file
 
 CONTROL = "exact"
 BROKEN = 30.0
@@ -141,7 +138,7 @@ def save_row(path: Path, row: Row, result: AttackResult) -> None:
     """Write the images of a finished trial, then its row."""
     if result.originals is not None and result.reconstructions is not None:
         images = {"originals": result.originals.numpy(), "reconstructions": result.reconstructions.numpy()}
-        replace_file(path.with_suffix(".npz"), _npz(images))
+        replace_arrays(path.with_suffix(".npz"), images)
     replace_file(path, _json(row))
 
 
@@ -270,7 +267,3 @@ def load_row(path: Path) -> Row | None:
 
 def _json(value: object) -> bytes:
     return json.dumps(value, indent=1, allow_nan=False).encode()
-
-
-def _npz(images: dict[str, npt.NDArray[np.float32]]) -> Callable[[BinaryIO], object]:
-    return lambda file: np.savez_compressed(file, allow_pickle=False, **images)

@@ -14,10 +14,9 @@ from torch.utils.data import Subset
 
 from client.state import (
     SavedState,
-    load_broadcast,
+    load_bytes,
     load_class_names,
     load_local,
-    load_plugins,
     load_state,
     save_local,
     save_state,
@@ -271,10 +270,10 @@ class LocalRound:
         plugins = plugins_of(settings)
         client = client_name(context)
         position = round_context(settings, request.shape, round_, client, group=plugins.group_of(client))
-        broadcast = load_broadcast(context) if request.kept else request.broadcast
+        broadcast = load_bytes(context, "broadcast") if request.kept else request.broadcast
         if request.kept and broadcast_id(broadcast) != request.kept:
             raise ResyncError("this client does not have the plugins' broadcast of this round")
-        plugins.load(state=load_plugins(context), broadcast=broadcast, max_bytes=MAX_STATE_BYTES)
+        plugins.load(state=load_bytes(context, "plugins"), broadcast=broadcast, max_bytes=MAX_STATE_BYTES)
         built = workload.build_model(request.shape)
         check_outputs(built, partial(workload.outputs, shape=request.shape), request.outputs, settings.model.model)
         local = LocalLayers(built, settings.training.local_layers)

@@ -8,6 +8,7 @@ CPython 3.11 when two threads call it at the same time, as the clients of one pr
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from flwr.app import ConfigRecord, Context
 
@@ -41,17 +42,11 @@ class SavedState:
     plugins: bytes = b""
 
 
-def load_broadcast(context: Context) -> bytes:
-    """Return the plugins' broadcast that this client keeps; b"" if there is none."""
-    return _bytes(context, "broadcast")
+def load_bytes(context: Context, name: Literal["broadcast", "plugins"]) -> bytes:
+    """Return the plugins' broadcast that this client keeps, or their own states; b"" if there is none.
 
-
-def load_plugins(context: Context) -> bytes:
-    """Return the plugins' states, which are needed before the model exists; b"" if there are none."""
-    return _bytes(context, "plugins")
-
-
-def _bytes(context: Context, name: str) -> bytes:
+    Both are needed before the model exists.
+    """
     record = context.state.config_records.get(_RECORD)
     value = record.get(name) if record is not None and record.get("version") == _VERSION else None
     return value if isinstance(value, bytes) else b""
@@ -90,7 +85,7 @@ def load_state(context: Context, reference: ReferenceModel) -> SavedState:
     """Return the state that `save_state` left, or an empty one if it belongs to another architecture."""
     record, param_spec = context.state.config_records.get(_RECORD), reference.param_spec
     if record is None or record.get("version") != _VERSION or record.get("architecture") != reference.architecture:
-        return SavedState(ErrorFeedback(), b"", plugins=load_plugins(context))
+        return SavedState(ErrorFeedback(), b"", plugins=load_bytes(context, "plugins"))
 
     memory, identity = record.get("memory"), record.get("identity")
     kept = read_weights(record, "kept", param_spec)
@@ -98,7 +93,7 @@ def load_state(context: Context, reference: ReferenceModel) -> SavedState:
         read_feedback(record, param_spec),
         memory if isinstance(memory, bytes) else b"",
         KeptWeights(kept, identity) if kept is not None and isinstance(identity, bytes) else None,
-        load_plugins(context),
+        load_bytes(context, "plugins"),
     )
 
 

@@ -2,13 +2,13 @@
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
-__all__ = ["FileLock", "is_locked", "lock_file", "replace_file"]
+__all__ = ["FileLock", "is_locked", "lock_file", "replace_arrays", "replace_file"]
 
 _LOCK_SECONDS = 0.2
 """How long `lock_file` waits, because `is_locked` of another process holds the lock for an instant."""
@@ -41,6 +41,14 @@ def replace_file(path: Path, data: bytes | Callable[[BinaryIO], object]) -> None
             temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def replace_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Replace a file atomically with arrays in numpy's compressed format (.npz), without pickles."""
+    import numpy as np  # most users of this module need no arrays
+
+    values: dict[str, Any] = {name: np.asarray(value) for name, value in arrays.items()}
+    replace_file(path, lambda file: np.savez_compressed(file, allow_pickle=False, **values))
 
 
 def _sync_folder(folder: Path) -> None:

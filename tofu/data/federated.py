@@ -78,7 +78,7 @@ class FederatedData:
     ) -> None:
         self._train, self._test = train, test
         self._test_rows, self._client_rows = test_rows, client_rows
-        self._shape, self._strict = shape, strict
+        self.shape, self._strict = shape, strict
         self._decoded: dict[int, LabeledImages] = {}
         self._unusable = train.unusable if test.unusable is train.unusable else train.unusable + test.unusable
         report_unusable(self._unusable, strict=strict)
@@ -86,10 +86,6 @@ class FederatedData:
         """The names of the dataset's labels, which subpopulations regroup."""
         self.gray_bits = gray_bits
         """Significant bits of the dataset's 16-bit gray images; 0 if it has none."""
-
-    @property
-    def shape(self) -> ImageShape:
-        return self._shape
 
     @property
     def clients(self) -> int:

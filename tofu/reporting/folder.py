@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,7 @@ import safetensors.torch
 from tofu.data import ImageShape
 from tofu.data.preprocessing import PLAIN, Preprocessing, Statistics
 from tofu.errors import RunError, SettingError
-from tofu.files import FileLock, lock_file, replace_file
+from tofu.files import FileLock, lock_file, replace_arrays, replace_file
 from tofu.reporting.panels import write_panels
 from tofu.rounds.panel import Panel
 from tofu.rounds.record import Baseline, RoundRecord, RunSummary, read_rounds, read_summary, to_dict
@@ -182,7 +182,7 @@ class RunFolder:
 
     def write_samples(self, samples: Mapping[str, npt.ArrayLike]) -> None:
         """Replace samples.npz."""
-        replace_file(self.path / "samples.npz", lambda file: _savez(file, samples))
+        replace_arrays(self.path / "samples.npz", samples)
 
     def read_samples(self) -> dict[str, npt.NDArray[Any]]:
         """Return the content of samples.npz, or nothing if it cannot be read."""
@@ -322,11 +322,6 @@ def check_new(path: Path) -> None:
         raise SettingError("run-folder", str(path), "a folder that can be created (this is a file)")
     if path.is_dir() and any(path.iterdir()):
         raise SettingError("run-folder", str(path), "a new or empty folder")
-
-
-def _savez(file: BinaryIO, samples: Mapping[str, npt.ArrayLike]) -> None:
-    arrays: dict[str, Any] = {name: np.asarray(value) for name, value in samples.items()}
-    np.savez_compressed(file, allow_pickle=False, **arrays)
 
 
 def _json(value: object, indent: int | None = None) -> bytes:
