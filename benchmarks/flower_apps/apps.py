@@ -138,26 +138,14 @@ APPS: dict[str, App] = {
         "        train_metrics_aggr_fn=aggregate_train,\n    )",
         "Net, (3, 32, 32)", metric="loss", falls=True, needs=("opacus",),
     ),
-    "quickstart-jax": App(
-        "jaxexample", "FedAvg(\n        fraction_train=0.1,\n        fraction_evaluate=fraction_evaluate,\n    )", "",
-        metric="eval_acc", clients=40, examples=8000, without=("compress",), needs=("jax", "flax"),
-    ),
     "quickstart-mlx": App(
         "mlxexample", "FedAvg()", "", metric="accuracy", without=("compress",), needs=("mlx",),
         config={"batch-size": 32}, server_import="from flwr.server import Grid, ServerApp\n",
-    ),
-    "quickstart-tensorflow": App(
-        "tfexample", "FedAvg(\n        fraction_train=fraction_train,\n    )", "", metric="eval_acc",
-        without=("compress",), needs=("tensorflow",),
     ),
     "quickstart-pennylane": App(
         "quickstart_pennylane",
         "FedAvg(\n        fraction_train=fraction_fit,\n        fraction_evaluate=fraction_evaluate,\n    )",
         "QuantumNet, (3, 32, 32)", examples=500, needs=("pennylane",), config={"num-server-rounds": 3},
-    ),
-    "quickstart-fastai": App(
-        "fastai_example", "FedAvg(fraction_train=fraction_train)", "squeezenet1_1, (3, 224, 224)", metric="eval_acc",
-        clients=6, examples=240, needs=("fastai",),
     ),
 }  # fmt: skip
 """The sizes make a run last a few minutes on one core."""

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.flower_apps.apps import APPS, MAX_CHANGED_LINES, App, changed
 from benchmarks.flower_apps.local_hub import (
     keep_old_names,
@@ -73,6 +75,7 @@ def _prepare(app: App, data: Path, cache: Path, seed: int) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     random.seed(seed)
+    np.random.seed(seed)
 
 
 def _measured(app: App, folder: Path) -> dict[str, Any]:
