@@ -106,17 +106,21 @@ def evaluate(
     runner, limit = TrialRunner(), Watch(seconds)
     planned = list(evaluation.trials())
     rows: list[Row] = []
-    for number, (scenario, message, attack) in enumerate(planned, start=1):
-        path = trials / f"{_key(scenario, message, attack, evaluation.seconds)}.json"
-        row = load_row(path)
-        if row is None:
-            if not limit.go_on():
-                continue
-            result = runner.run(scenario, parse_message(message), attack, Watch(evaluation.seconds))
-            row = row_of(asdict(scenario), message, attack, result)
-            save_row(path, row, result)
-            log(f"{number}/{len(planned)} {format_row(row)}")
-        rows.append({**row, "images": str(path.with_suffix(".npz").relative_to(folder))})
+    try:
+        for number, (scenario, message, attack) in enumerate(planned, start=1):
+            path = trials / f"{_key(scenario, message, attack, evaluation.seconds)}.json"
+            row = load_row(path)
+            if row is None:
+                if not limit.go_on():
+                    continue
+                result = runner.run(scenario, parse_message(message), attack, Watch(evaluation.seconds))
+                row = row_of(asdict(scenario), message, attack, result)
+                save_row(path, row, result)
+                log(f"{number}/{len(planned)} {format_row(row)}")
+            rows.append({**row, "images": str(path.with_suffix(".npz").relative_to(folder))})
+    except KeyboardInterrupt:
+        write_document(folder, asdict(evaluation), rows, planned=len(planned))
+        raise
     write_document(folder, asdict(evaluation), rows, planned=len(planned))
     return rows
 
@@ -244,12 +248,17 @@ def recorded_scenario(
 
 
 def format_row(row: Row) -> str:
-    """Format a row as one line."""
+    """Format a row of made messages as one line."""
     where = f"seed {row['seed']} after {row['pretrain_rounds']} rounds batch {row['batch_size']} steps {row['steps']}"
+    return f"{where} {format_outcome(row)}"
+
+
+def format_outcome(row: Row) -> str:
+    """Format the message, the attack and what it reached."""
     if row["refused"]:
-        return f"{where} {row['refused']}"
+        return f"{row['message']} {row['attack']}: not possible, {row['refused'].partition(': ')[2] or row['refused']}"
     measures = [f"{n} {row[n]:.3g}" for n in ("psnr", "ssim", "recovered", "labels") if row[n] is not None]
-    return f"{where} {row['message']} {row['attack']}: {', '.join(measures)}"
+    return f"{row['message']} {row['attack']}: {', '.join(measures)}"
 
 
 def _key(*parts: object) -> str:

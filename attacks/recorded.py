@@ -19,7 +19,7 @@ from attacks.base import Attack, AttackError, Watch, make_attack
 from attacks.evaluate import (
     CONTROL,
     Row,
-    format_row,
+    format_outcome,
     load_row,
     made_folder,
     recorded_scenario,
@@ -35,7 +35,7 @@ from attacks.trials import AttackResult
 from tofu.compression import uplink_compressor
 from tofu.data import FederatedData, LabeledImages
 from tofu.errors import SettingError
-from tofu.recording import AppRecording, Recording, read_recording, recordings
+from tofu.recording import AppRecording, Recording, read_recording, recordings, round_of
 from tofu.reference_model import ReferenceModel
 from tofu.rng import derive_generator
 from tofu.training import LocalTrainingConfig
@@ -44,6 +44,21 @@ from tofu.wire import HEADER_BYTES, read_payload
 
 ATTACKS = ("analytic", "simulation", "codec-aware", "proxy-images", "label-counts")
 """Attacks that are run by default."""
+
+ROUNDS = 3
+"""Number of recorded rounds that are attacked by default."""
+
+
+def attacked_rounds(run: Path, count: int) -> list[int]:
+    """Return `count` of the recorded rounds at equal distances, the first and the last among them; all, if fewer.
+
+    Raises:
+        RunError: the run has no recordings.
+    """
+    found = sorted({round_of(path) for path in recordings(run)})
+    if count >= len(found):
+        return found
+    return [found[index * (len(found) - 1) // max(count - 1, 1)] for index in range(count)]
 
 
 def observation_of(recording: Recording) -> Observation:
@@ -96,19 +111,21 @@ def attack_run(
     folder: Path,
     *,
     attacks: tuple[str, ...] = ATTACKS,
+    rounds: int = ROUNDS,
     seconds: float = math.inf,
     time_limit: float = math.inf,
     model: str | None = None,
     dataset: str | None = None,
     log: Callable[[str], None],
 ) -> list[Row]:
-    """Attack all recorded messages of a run, and as a control the exact update of each.
+    """Attack the recorded messages of some rounds of a run, and as a control the exact update of each.
 
     Messages of a Flower app (`tofu.record`) have no control, because its training cannot be repeated. Attacks on a
     later message of a client also receive the earlier ones. Finished trials are not repeated.
 
     Args:
         folder: for the results.
+        rounds: number of rounds, at equal distances.
         seconds: time limit of one attack.
         time_limit: seconds after which no further attack starts; the results have those that were made.
         model, dataset: those of a Flower app (`attacks.app_recorded`); of our own runs the recording knows them.
@@ -118,36 +135,35 @@ def attack_run(
         DataError: the run's images cannot be read.
         SettingError: no such attack, or a client that is no partition of the run's dataset.
     """
-    paths, limit, planned = recordings(run), Watch(time_limit), 0
-    chosen = [make_attack(name) for name in attacks]
-    trials = made_folder(folder / "trials")
-    perceptual = lpips_network()
-    rows: list[Row] = []
+    chosen, limit, rows = [make_attack(name) for name in attacks], Watch(time_limit), list[Row]()
+    among, perceptual, trials = set(attacked_rounds(run, rounds)), lpips_network(), made_folder(folder / "trials")
+    planned = 0
     earlier: dict[str, tuple[Observation, ...]] = {}
-    for recorded in paths:
-        recording = read_recording(recorded)
-        message: RunMessage | AppMessage
-        if isinstance(recording, AppRecording):
-            message = AppMessage(recording, model, dataset)
-        else:
-            message = RunMessage(recording)
-        seen = earlier.get(recording.client, ())
-        sent = replace(message.observation, earlier=seen)
-        earlier[recording.client] = (*seen, replace(sent, earlier=()))
-        for observation, attack in product((*message.controls(sent), sent), chosen):
-            name = f"{recorded.name}-{observation.message.replace(' ', '-').replace(':', '-')}-{attack.name}"
-            path = trials / f"{name}.json"
-            row = load_row(path)
-            planned += 1
-            if row is None:
-                if not limit.go_on():
-                    continue
-                generator = derive_generator(message.seed, name)
-                result = _attacked(attack, observation, generator, Watch(seconds), message, perceptual)
-                row = row_of(message.scenario(observation), observation.message, attack.name, result)
-                save_row(path, row, result)
-                log(f"round {recording.round} client {recording.client} {format_row(row)}")
-            rows.append({**row, "images": str(path.with_suffix(".npz").relative_to(folder))})
+    try:
+        for recorded in recordings(run):
+            recording = read_recording(recorded)
+            message = _message_of(recording, model, dataset)
+            sent = replace(message.observation, earlier=earlier.get(recording.client, ()))
+            earlier[recording.client] = (*sent.earlier, replace(sent, earlier=()))
+            if recording.round not in among:
+                continue
+            for observation, attack in product((*message.controls(sent), sent), chosen):
+                name = f"{recorded.name}-{observation.message.replace(' ', '-').replace(':', '-')}-{attack.name}"
+                path = trials / f"{name}.json"
+                row = load_row(path)
+                planned += 1
+                if row is None:
+                    if not limit.go_on():
+                        continue
+                    generator = derive_generator(message.seed, name)
+                    result = _attacked(attack, observation, generator, Watch(seconds), message, perceptual)
+                    row = row_of(message.scenario(observation), observation.message, attack.name, result)
+                    save_row(path, row, result)
+                    log(f"round {recording.round} client {recording.client} {format_outcome(row)}")
+                rows.append({**row, "images": str(path.with_suffix(".npz").relative_to(folder))})
+    except KeyboardInterrupt:
+        write_document(folder, {"run": str(run), "attacks": list(attacks)}, rows, planned=planned)
+        raise
     write_document(folder, {"run": str(run), "attacks": list(attacks)}, rows, planned=planned)
     return rows
 
@@ -192,6 +208,12 @@ class RunMessage:
     @cached_property
     def _data(self) -> tuple[FederatedData, LabeledImages]:
         return _data(self.recording)
+
+
+def _message_of(recording: Recording | AppRecording, model: str | None, dataset: str | None) -> RunMessage | AppMessage:
+    if isinstance(recording, AppRecording):
+        return AppMessage(recording, model, dataset)
+    return RunMessage(recording)
 
 
 def _attacked(attack: Attack, observation: Observation, generator: torch.Generator, watch: Watch,

@@ -22,6 +22,7 @@ from deploy.processes import missing_commands, read_names
 from deploy.state import Process, State, end_group
 from deploy.superlink import CONTROL_TOKEN
 from tofu.errors import RunError, SettingError
+from tofu.imports import MODULES
 from tofu.log import FILE
 from tofu.settings import Settings
 from tofu.settings.deprecated import present_names
@@ -70,8 +71,8 @@ def up(
         log = (folder / "logs" / "supervisor.log").open("ab")
     except OSError as error:
         raise SettingError("folder", str(folder), f"a folder that can be written ({error.strerror})") from error
-    paths = {"--app": app, "--data": data, "--policy": policy}
-    given = [str(part) for flag, path in paths.items() if path is not None for part in (flag, path.resolve())]
+    paths = {"--app": app, "--data": data, "--policy": policy}.items()
+    given = [str(part) for flag, path in paths if path is not None for part in (flag, path.resolve())]
     flags = [flag for flag, wanted in {"--warm": warm, "--identities": identities}.items() if wanted]
     command = [
         sys.executable, "-m", "deploy.supervisor", str(folder), "--nodes", str(nodes), *given, *flags,
@@ -79,8 +80,8 @@ def up(
     ]  # fmt: skip
     with log:
         supervisor = subprocess.Popen(
-            command, cwd=folder, env=os.environ | {FILE: str(folder / "logs" / "supervisor.jsonl")},
-            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            command, cwd=folder, env=_environment(folder), stdin=subprocess.DEVNULL, stdout=log,
+            stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     try:
         _await(folder, supervisor, timeout, follow)
@@ -89,6 +90,12 @@ def up(
         supervisor.wait()
         raise
     return status(folder)
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """Return the environment of the processes. They run in `folder`; the user's modules are in the current one."""
+    own = {FILE: str(folder / "logs" / "supervisor.jsonl"), MODULES: os.environ.get(MODULES, os.getcwd())}
+    return os.environ | own
 
 
 def _check_arguments(nodes: int, app: Path | None, data: Path | None, policy: Path | None) -> None:

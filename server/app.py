@@ -306,6 +306,17 @@ class _Run:
         if data.get("left_out"):
             self._observer.on_note(f"leaves out {shortened(data['left_out'])}")
 
+    def _write_data(self, folder: RunFolder) -> None:
+        """Write data.json again after clients came, and name what these leave out if they are in this process."""
+        known = {client.name for client in self._introduced}
+        self._introduced = self._runner.introduced
+        data = data_record(self._runner, self._workload, local=isinstance(self._grid, InProcessGrid))
+        folder.write_data(data)
+        new = (entry for name, entry in data["clients"].items() if name not in known)
+        left_out = [text for entry in new for text in entry.get("left_out", ())]
+        if left_out:
+            self._observer.on_note(f"leaves out {shortened(left_out)}")
+
     def _round(self, folder: RunFolder, round_: int) -> None:
         began, ledger, runner = time.perf_counter(), self._ledger, self._runner
         before = self._counted
@@ -328,9 +339,7 @@ class _Run:
         folder.add_round(record, messages)
         runner.write_model(folder)
         if runner.introduced != self._introduced:
-            self._introduced = runner.introduced
-            local = isinstance(self._grid, InProcessGrid)
-            folder.write_data(data_record(runner, self._workload, local=local))
+            self._write_data(folder)
         folder.write_samples(self._samples.arrays)
         folder.write_panels(runner.plugins.panels())
         self._observer.on_round_end(record)

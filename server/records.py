@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence, Sized
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,7 +79,7 @@ def round_record(
     )
 
 
-def data_record(runner: RoundRunner, workload: Workload, *, local: bool) -> dict[str, object]:
+def data_record(runner: RoundRunner, workload: Workload, *, local: bool) -> dict[str, Any]:
     """Return the content of data.json.
 
     Args:

@@ -13,12 +13,15 @@ from typing import Any
 
 from tofu.errors import MissingExtraError
 
+MODULES = "TOFU_MODULES"
+"""Environment variable: a further folder of the user's modules, for the apps of `tofu deploy`, which run elsewhere."""
+
 
 def import_object(name: str) -> Any:
     """Import `package.module:attribute`, also from the current folder, as flwr, uvicorn and flask do.
 
-    The current folder is appended to the import path and not prepended, so that a project with its own `client.py` or
-    `server.py` does not hide the packages of these names that Tofu imports later.
+    So is the folder that `MODULES` names. Both are appended to the import path and not prepended, so that a project
+    with its own `client.py` or `server.py` does not hide the packages of these names that Tofu imports later.
 
     Raises:
         Exception: whatever the user's module raises; AttributeError if it has no such attribute, and
@@ -28,9 +31,9 @@ def import_object(name: str) -> Any:
         >>> import_object("math:sqrt")(9.0)
         3.0
     """
-    folder = os.getcwd()
-    if folder not in sys.path and "" not in sys.path:
-        sys.path.append(folder)
+    for folder in (os.getcwd(), os.environ.get(MODULES, "")):
+        if folder and folder not in sys.path and (folder != os.getcwd() or "" not in sys.path):
+            sys.path.append(folder)
     module, _, attribute = name.partition(":")
     if module.endswith(".py"):
         raise ModuleNotFoundError(f"a module is named without .py: {module.removesuffix('.py')}:{attribute}")

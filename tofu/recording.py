@@ -209,6 +209,11 @@ def recordings(run: Path) -> list[Path]:
     return [path for *_, path in sorted(found)]
 
 
+def round_of(folder: Path) -> int:
+    """Return the round of a folder that `recordings` found."""
+    return int(folder.name.split("-")[1])
+
+
 def read_recording(folder: Path) -> "Recording | AppRecording":
     """Read one recording and check every field. (The codec checks the contents of base and payload when it decodes.)
 

@@ -2,13 +2,16 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
+from attacks import evaluate
 from attacks.base import AttackError
 from attacks.messages import local_round
-from attacks.recorded import attack_run, observation_of
+from attacks.recorded import attack_run, attacked_rounds, observation_of
+from attacks.trials import AttackResult
 from tests.attacks.conftest import attack_command
 from tofu.compression import uplink_compressor
 from tofu.data import open_data
@@ -79,6 +82,47 @@ def test_options_of_made_messages_are_refused_with_a_run(
 ) -> None:
     assert attack_command([str(run), "--attacks", "label-counts", option]) == 2
     assert re.search(r"error: [a-z-]+=.* expected a command without a recorded run", capsys.readouterr().err)
+
+
+def test_some_rounds_of_a_long_run_are_attacked_unless_all_are_asked_for(run: Path) -> None:
+    for round_ in range(3, 12):
+        shutil.copytree(run / "record" / "round-0002-client-4", run / "record" / f"round-{round_:04d}-client-4")
+    assert attacked_rounds(run, 3) == [1, 6, 11]
+    assert attacked_rounds(run, 1) == [1]
+    assert attacked_rounds(run, 2) == [1, 11]
+    assert attacked_rounds(run, 11) == attacked_rounds(run, 500) == list(range(1, 12))
+
+
+def test_only_the_chosen_rounds_are_attacked(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert attack_command([str(run), "--attacks", "label-counts", "--recorded-rounds", "1"]) == 0
+    shown = capsys.readouterr().err
+    assert "messages: 1 of 2, from rounds 1; attacks on each and on its exact update: 1" in shown
+    assert "round 1 client 4 exact label-counts: labels" in shown
+    rows = json.loads((run / "attacks" / "attacks.json").read_text())["rows"]
+    assert {row["pretrain_rounds"] for row in rows} == {0}
+    assert attack_command([str(run), "--attacks", "label-counts", "--recorded-rounds", "0"]) == 2
+
+
+def test_ctrl_c_leaves_a_report_of_the_attacks_that_had_ended(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = evaluate.save_row
+
+    def interrupt(path: Path, row: evaluate.Row, result: AttackResult) -> None:
+        if "round-0002" in path.name:
+            raise KeyboardInterrupt
+        made(path, row, result)
+
+    monkeypatch.setattr("attacks.recorded.save_row", interrupt)
+    assert attack_command([str(run), "--attacks", "label-counts", "--quiet"]) == 130
+    page = run / "attacks" / "report.html"
+    assert capsys.readouterr().err == (
+        f"interrupted; the report of 2 attacks is {page}; the same command goes on from here\n"
+    )
+    assert "1 round before the attack" not in page.read_text()
+    monkeypatch.undo()
+    assert attack_command([str(run), "--attacks", "label-counts", "--quiet"]) == 0
+    assert len(json.loads((run / "attacks" / "attacks.json").read_text())["rows"]) == 4
 
 
 def test_later_rounds_come_with_the_earlier(run: Path) -> None:

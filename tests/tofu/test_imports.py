@@ -2,11 +2,12 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from tofu.errors import MissingExtraError
-from tofu.imports import from_extra, import_object
+from tofu.imports import MODULES, from_extra, import_object
 from tofu.privacy.accounting import epsilon_of, noise_multiplier_for
 
 
@@ -25,3 +26,20 @@ def test_an_error_inside_of_a_package_that_is_installed_is_not_hidden() -> None:
 def test_a_module_that_is_named_as_a_file_is_named_right() -> None:
     with pytest.raises(ModuleNotFoundError, match=r"without \.py: nets:small$"):
         import_object("nets.py:small")
+
+
+def test_modules_are_found_in_the_current_folder_and_in_the_one_of_the_environment_after_what_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+        (folder / "json.py").write_text("shadow = 1")
+        (folder / f"only_{folder.name}.py").write_text(f"place = {folder.name!r}")
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv(MODULES, str(there))
+    assert (import_object("only_here:place"), import_object("only_there:place")) == ("here", "there")
+    assert import_object("json:loads")("1") == 1
+    monkeypatch.delitem(sys.modules, "only_here")
+    monkeypatch.delitem(sys.modules, "only_there")

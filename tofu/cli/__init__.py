@@ -112,6 +112,7 @@ def main() -> None:
     except Interrupted as end:
         print(printable(str(end)), file=sys.stderr)
         raise SystemExit(130) from None
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
-        raise SystemExit(130) from None
+    except SystemExit as end:
+        if end.code == 130:  # typer turns Ctrl-C into this, without a word
+            print("interrupted", file=sys.stderr)
+        raise

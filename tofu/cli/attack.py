@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tofu.cli.options import Json, Quiet, line_printer
-from tofu.errors import SettingError
+from tofu.errors import Interrupted, SettingError
 from tofu.formatting import format_seconds
 from tofu.settings.fields import comma_list
 
@@ -58,6 +58,9 @@ def attack(
     steps: Annotated[str | None, _several("--steps", "numbers of local steps", "1")] = None,
     seeds: Annotated[int | None, _option("--seeds", "number of seeds", "3")] = None,
     rounds: Annotated[int | None, _option("--rounds", "number of rounds that the attacker accumulates", "1")] = None,
+    recorded_rounds: Annotated[
+        int, typer.Option(min=1, help="of a recorded run: number of rounds that are attacked, first and last included")
+    ] = 3,
     know_labels: Annotated[bool, typer.Option("--know-labels", help="give the attacker the labels")] = False,
     seconds: Annotated[float | None, _option("--seconds", "time limit of one attack", "60")] = None,
     time_limit: Annotated[float, _option("--time-limit", "seconds after which no attack starts", "none")] = inf,
@@ -75,10 +78,13 @@ def attack(
     log = line_printer(quiet=quiet)
     evaluation = _evaluation({name: value for name, value in context.params.items() if value is not None})
     folder = folder or (Path("runs/attacks") if run is None else run / "attacks")
-    if run is None:
-        rows = evaluate(evaluation, folder, log=log, seconds=time_limit)
-    else:
-        rows = _attack_recorded(run, folder, evaluation, context.params, log)
+    try:
+        if run is None:
+            rows = evaluate(evaluation, folder, log=log, seconds=time_limit)
+        else:
+            rows = _attack_recorded(run, folder, evaluation, context.params, log)
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; {_report_so_far(folder)}the same command goes on from here") from None
     page = write_report(rows, folder)
     if json_:
         print(json.dumps(rows))
@@ -87,25 +93,40 @@ def attack(
     print(f"\nreport: {page}")
 
 
+def _report_so_far(folder: Path) -> str:
+    """Write the report of the attacks that had ended when the user interrupted the command, and name it."""
+    from attacks.report import write_report
+
+    document = folder / "attacks.json"
+    rows = json.loads(document.read_bytes())["rows"] if document.is_file() else []
+    return f"the report of {len(rows)} attacks is {write_report(rows, folder)}; " if rows else ""
+
+
 def _attack_recorded(
     run: Path, folder: Path, evaluation: "AttackEvaluation", options: dict[str, Any], log: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Attack what a run recorded -> the rows. Raises SettingError for an option that has no use there."""
-    from attacks.recorded import ATTACKS, attack_run
+    from attacks.recorded import ATTACKS, attack_run, attacked_rounds
     from tofu.models.checks import eager_code
-    from tofu.recording import recordings
+    from tofu.recording import recordings, round_of
 
-    count = len(recordings(run))
+    among = attacked_rounds(run, options["recorded_rounds"])
+    messages = recordings(run)
+    count = sum(round_of(message) in among for message in messages)
     for name in _OF_MADE:
         if options[name]:
             raise SettingError(name, options[name], "a command without a recorded run: it says how messages are made")
     chosen, limit = evaluation.attacks if options["attacks"] else ATTACKS, options["time_limit"]
     longest = format_seconds(min(limit + evaluation.seconds, 2 * count * len(chosen) * evaluation.seconds))
-    log(f"messages: {count}; attacks on each and on its exact update: {len(chosen)}; at most {longest}")
+    some = f" of {len(messages)}, from rounds {', '.join(map(str, among))}" if count < len(messages) else ""
+    log(
+        f"messages: {count}{some}; attacks on each and on its exact update: {len(chosen)}; "
+        f"at most {longest}, and Ctrl-C leaves a report"
+    )
     with eager_code():
         return attack_run(
-            run, folder, attacks=chosen, seconds=evaluation.seconds, time_limit=limit, model=options["model"],
-            dataset=options["dataset"], log=log,
+            run, folder, attacks=chosen, rounds=options["recorded_rounds"], seconds=evaluation.seconds,
+            time_limit=limit, model=options["model"], dataset=options["dataset"], log=log,
         )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from tofu.cli.options import ConfigFile, Json, Quiet, line_printer, settings_from, with_settings
-from tofu.errors import SettingError
+from tofu.errors import Interrupted, SettingError
 from tofu.settings import Value
 
 
@@ -72,7 +72,10 @@ def compare(
         # A line for each round of each run would bury the lines that say how far the comparison is.
         return make_progress(sys.stderr, quiet=quiet) if sys.stderr.isatty() else Observer()
 
-    document = run_comparison(comparison, client_app, log=line_printer(quiet=quiet), view=view)
+    try:
+        document = run_comparison(comparison, client_app, log=line_printer(quiet=quiet), view=view)
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; runs are in {folder}; the same command goes on from here") from None
     if json_:
         print(json.dumps(document))
         return

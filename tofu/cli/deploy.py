@@ -11,7 +11,7 @@ import typer
 
 from deploy.certificates import command as certificates
 from tofu.cli.options import ConfigFile, Json, Quiet, line_printer, with_settings
-from tofu.errors import RunError, SettingError
+from tofu.errors import Interrupted, RunError, SettingError
 from tofu.formatting import format_bytes, printable
 from tofu.settings import Value, read_toml
 from tofu.settings.deprecated import present_names
@@ -84,7 +84,11 @@ def run(
     given = present_names(file) | present_names(overrides)
 
     log = line_printer(quiet=quiet or json_)
-    done, results = background.run(folder, given, follow=lambda line: log(_COLOR.sub("", line)))
+    try:
+        done, results = background.run(folder, given, follow=lambda line: log(_COLOR.sub("", line)))
+    except KeyboardInterrupt:
+        text = f"interrupted; a run that was started goes on: `tofu deploy status --folder {folder}` lists it"
+        raise Interrupted(text) from None
     result = background.summary(done, results)
     if json_:
         print(json.dumps(result))

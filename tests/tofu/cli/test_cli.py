@@ -451,6 +451,36 @@ def test_a_run_says_where_its_results_are_and_names_its_compressor(tofu: Tofu, t
     assert ">topk</span>" in (folder / "report.html").read_text()
 
 
+def test_a_run_names_the_files_that_clients_leave_out_once(tofu: Tofu, tmp_path: Path) -> None:
+    for number in range(24):
+        folder = tmp_path / "photos" / f"class-{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    for number in (4, 7):
+        file = tmp_path / "photos" / f"class-{number % 2}" / f"{number}.png"
+        file.write_bytes(file.read_bytes()[:60])
+    outcome = tofu("run", *TINY, "--dataset=photos", "--partition=iid", "--run-folder=run")
+    assert outcome.status == 0
+    for name in ("class-0/4.png", "class-1/7.png"):
+        assert outcome.err.count(f"{name} cannot be read as an image: ") == 1
+    assert outcome.err.count("note: leaves out ") == 1
+
+
+def test_an_interrupted_comparison_says_how_to_go_on(tofu: Tofu, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> object:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("server.comparison.run_comparison", interrupt)
+    outcome = tofu("compare", "--compressors=topk", "--ratios=20", "--folder=mine")
+    assert (outcome.status, outcome.err) == (
+        130, "interrupted; runs are in mine; the same command goes on from here\n"
+    )  # fmt: skip
+    monkeypatch.setattr("tofu.models.initial_model", interrupt)
+    outcome = tofu("plan")
+    assert (outcome.status, outcome.err) == (130, "interrupted\n")
+
+
 def test_an_interrupted_run_says_how_to_go_on(tofu: Tofu, monkeypatch: pytest.MonkeyPatch) -> None:
     from server.runner import RoundRunner
 
