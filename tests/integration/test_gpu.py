@@ -75,7 +75,7 @@ def test_a_search_on_the_gpu_explains_as_much_and_decodes_on_the_cpu(
 
 
 @pytest.mark.parametrize(
-    ("least", "more"),
+    ("smallest", "more"),
     [
         (0.6, {"model": "cnn", "schedule": "switch", "rounds": 3, "switch_round": 3}),
         (0.7, {"model": "lenet5", "downlink": "proxy", "rounds": 4}),

@@ -77,7 +77,7 @@ def test_with_proxies_the_steps_are_proxies(tmp_path: Path) -> None:
     result = federate(strategy, tofu.compress(Net, SHAPE, **options), rounds=5, handler=named)
     assert accuracy(result.arrays) > 0.7
     # A recorded payload is decoded at the arrays that the clients held.
-    rows = attack_run(tmp_path, tmp_path / "a", attacks=("proxy-images",), log=lambda _: None, **WHERE)
+    rows = attack_run(tmp_path, tmp_path / "a", attacks=("proxy-images",), rounds=5, log=lambda _: None, **WHERE)
     assert len(rows) == 5 * CLIENTS
 
 
