@@ -17,7 +17,7 @@ import typer
 from benchmarks import audit, audit_trained, central_dp, correlated
 from benchmarks.coding.__main__ import where_bytes_go
 from benchmarks.common import RESULTS, markdown_table, run_command, spread
-from benchmarks.error_feedback.__main__ import SEEDS, TASKS, TUNING_SEED, table
+from benchmarks.error_feedback.__main__ import RATIOS, SEEDS, Table, ablation, comparison, variants
 from benchmarks.latency.__main__ import HEADER as LATENCY
 from benchmarks.latency.__main__ import table_rows as latency_rows
 from benchmarks.plugins.tables import PLUGIN_TABLES
@@ -186,10 +186,9 @@ def codec() -> str:
     return markdown_table(("", "early, 64x", "early, 250x", "late, 64x", "late, 250x", "time / epoch"), rows)
 
 
-def error_feedback(task: str, seeds: tuple[int, ...] = SEEDS) -> str:
-    """Final accuracy of one task of `benchmarks.error_feedback`, by method, w and a."""
-    found = {name: (header, lines) for name, header, lines in table(read("error-feedback")["rows"], seeds)}
-    return markdown_table(*found[task])
+def error_feedback(made: Callable[..., Table], *task: str) -> str:
+    """A table of `benchmarks.error_feedback`."""
+    return markdown_table(*made(read("error-feedback")["rows"], *task))
 
 
 def error_feedback_leads() -> str:
@@ -263,10 +262,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "rivals-cifar10-batch": lambda: rivals_cifar10("cifar10-batch", ("proxy", "stc", "topk", "powersgd")),
     "classes": classes,
     "coding-bytes": lambda: markdown_table(*where_bytes_go(read("coding")["rows"])),
-    **{f"error-feedback-{task}": partial(error_feedback, task) for task in TASKS},
+    **{f"error-feedback-{task}": partial(error_feedback, comparison, task) for task in RATIOS},
+    "error-feedback-ablation": partial(error_feedback, ablation),
+    "error-feedback-variants": partial(error_feedback, variants),
     "error-feedback-leads": error_feedback_leads,
-    "error-feedback-cifar10-tuning": partial(error_feedback, "cifar10", (TUNING_SEED,)),
-    "error-feedback-mnist-100-tuning": partial(error_feedback, "mnist-100", (TUNING_SEED,)),
     "soak": soak,
     "latency": lambda: markdown_table(LATENCY, latency_rows(read("latency")["rows"])),
     "audit": lambda: audit.table(read("audit")["rows"]),

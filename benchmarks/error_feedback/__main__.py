@@ -1,15 +1,14 @@
-"""Ablation of error feedback: over-relaxation w, step-ahead a, proxies and correction, each switched off in turn.
+"""Error feedback: an ablation of over-relaxation w, step-ahead a, proxies and correction, and a comparison with rivals.
 
-Every method has the same grid of w and a, the same local training, rounds and seeds. After each run its row is written
-to the results, so an interrupted benchmark continues with the same command; a row that is there is not run again.
-Accuracies during a run are measured on 1,000 test images, the final accuracy on all of them, because evaluation would
-otherwise take more than half of a run. The step sizes are those of `benchmarks.rivals`.
+Every method has the same local training, rounds and seeds, and on a seed of its own the same grid of w and a. After
+each run its row is written to the results, so an interrupted benchmark continues with the same command; a row that is
+there is not run again. Accuracies during a run are measured on 1,000 test images, the final accuracy on all of them,
+because evaluation would otherwise take more than half of a run. The step sizes are those of `benchmarks.rivals`.
 """
 
 import json
 import shutil
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -34,6 +33,8 @@ from tofu.settings import Settings
 from tofu.weights import load_weights
 
 Row = dict[str, Any]
+Table = tuple[list[str], list[list[str]]]
+"""Header and lines."""
 
 TASKS: dict[str, dict[str, Any]] = {
     "cifar10": COMPARISONS["cifar10-group"][0],
@@ -47,22 +48,46 @@ METHODS: dict[str, dict[str, Any]] = {
     "stc": {"compressor": "stc"},
     "topk": {"compressor": "topk"},
     "powersgd": {"compressor": "powersgd"},
+    "eden-stateless": {"compressor": "eden", "error_feedback": 0.0},
+    "stc-stateless": {"compressor": "stc", "error_feedback": 0.0},
+    "stc-half-life": {"compressor": "stc", "residual_half_life": 5.0},
+    "stc-ef21": {"compressor": "stc", "server_optimizer": "ef21"},
+    "stc-ef21-sgdm": {"compressor": "stc", "server_optimizer": "ef21", "ef21_momentum": 0.3},
 }
-"""The last three are rivals. Proxies without a correction have no w: it applies to the correction only."""
-FEEDBACK = ((0.0, 0.5, 1.0), (1.8, 0.5, 1.0), (1.0, 0.5, 1.0), (1.8, 0.0, 1.0), (1.0, 0.0, 1.0), (1.8, 0.5, 0.0))
-"""(w, a, step-ahead-final-factor). w = 0 is the default, where each message chooses w. Then a constant w: with
-step-ahead, each of the two switched off, neither, and both with an a that falls to 0."""
-RATIOS = (1000, 200, 500, 2000, 50, 10)
+"""Proxies without a correction have no w: it applies to the correction only. The three after these are rivals. The last
+ones are other kinds of error feedback for clients that are sampled rarely, and none at all."""
+AUTO = 0.0
+"""Each message chooses its w; the default of proxies with a correction."""
 SEEDS = (0, 1, 2)
 TUNING_SEED = 7
-"""Of the runs that w and a were chosen by; the tables have none of them."""
-TUNING = tuple(
-    (w, a, final)
-    for w in (1.8, 1.4, 1.0)
-    for a, final in ((0.5, 0.0), (1.0, 0.0), (0.0, 1.0), (0.5, 1.0), (1.0, 0.5), (1.0, 1.0))
-)
-TUNED = (("cifar10", 200), ("cifar10", 1000), ("mnist-100", 200))
-"""(task, ratio) that w and a are chosen at, on this grid, for proxies with a correction, the correction and STC."""
+"""Of the runs that w and a are chosen by; the tables have none of them."""
+COMPARED = (
+    ("proxies+correction", AUTO), ("correction", 1.8), ("proxies", 1.0), ("stc", 1.8), ("topk", 1.8),
+    ("powersgd", 1.8),
+)  # fmt: skip
+"""(method, w), all with a = 0.5."""
+RATIOS: dict[str, tuple[int, ...]] = {
+    "cifar10": (1000, 200, 500, 2000, 50), "mnist": (1000, 500, 200, 50, 2000), "mnist-100": (200,),
+}  # fmt: skip
+"""Of the comparison."""
+REACHED: dict[str, tuple[int, ...]] = {"proxies": (500, 1000, 2000), "powersgd": (50, 1000)}
+"""Ratios of a method that is not run at all of them: at 1,000x PowerSGD has rank 1 and is far behind."""
+ABLATED = {"cifar10": 1000, "mnist": 500, "mnist-100": 200}
+"""Ratio of the ablation."""
+ABLATION = (
+    ("proxies+correction", AUTO, 0.5), ("proxies+correction", 1.0, 0.5), ("proxies+correction", AUTO, 0.0),
+    ("proxies+correction", 1.0, 0.0), ("correction", AUTO, 0.5), ("proxies", 1.0, 0.5),
+)  # fmt: skip
+"""(method, w, a): the default, without over-relaxation, without step-ahead, without both, without proxies, and without
+the correction."""
+VARIANTS = (
+    ("eden-stateless", 1.0, 0.0), ("stc-stateless", 1.0, 0.0), ("stc-half-life", 1.8, 0.5), ("stc-ef21", 1.0, 0.0),
+    ("stc-ef21-sgdm", 1.0, 0.0),
+)  # fmt: skip
+"""(method, w, a) with 10 of 100 clients."""
+TUNED = (("cifar10", 1000), ("mnist-100", 200))
+"""(task, ratio) that w and a are chosen at, on one grid for all methods."""
+TUNING = tuple((w, a) for w in (1.8, 1.4, 1.0) for a in (0.5, 0.0))
 CURVE_IMAGES = 1000
 
 
@@ -112,21 +137,22 @@ def falling(a: float, final_factor: float) -> str:
 
 
 def all_runs() -> list[Run]:
-    """The whole ablation, in the order in which it is run: by seed, so that every cell has early results."""
-    runs = [Run(task, "fedavg", 0, 1.0, 0.0, 1.0, TUNING_SEED) for task, _ in TUNED]
-    runs += [
-        Run(task, method, ratio, *feedback, TUNING_SEED)
-        for task, ratio in TUNED for method in ("correction", "stc", "proxies+correction") for feedback in TUNING
+    """All runs, in the order in which they are made."""
+    runs = [
+        Run(task, method, ratio, w, a, 1.0, seed)
+        for task, ratio in ABLATED.items() for seed in SEEDS for method, w, a in ABLATION
     ]  # fmt: skip
-    for task in TASKS:
-        for ratio in RATIOS:
-            for seed in SEEDS:
-                runs.append(Run(task, "fedavg", 0, 1.0, 0.0, 1.0, seed))
-                for w, a, final in FEEDBACK:
-                    for method in METHODS:
-                        if method != "proxies" or w == 1:
-                            runs.append(Run(task, method, ratio, w, a, final, seed))
-    return list(dict.fromkeys(runs))
+    tuned = [(method, w, a) for method, _ in reversed(COMPARED) if method not in REACHED for w, a in TUNING]
+    tuned += [("proxies+correction", AUTO, 0.5), ("proxies+correction", AUTO, 0.0)]
+    runs += [Run(task, method, ratio, w, a, 1.0, TUNING_SEED) for task, ratio in TUNED for method, w, a in tuned]
+    runs += [
+        Run(task, method, ratio, w, 0.5, 1.0, seed)
+        for task, ratios in RATIOS.items() for method, w in COMPARED for ratio in ratios for seed in SEEDS
+        if ratio in REACHED.get(method, ratios)
+    ]  # fmt: skip
+    runs += [Run("mnist-100", method, 200, w, a, 1.0, seed) for method, w, a in VARIANTS for seed in SEEDS]
+    fedavg = [Run(run.task, "fedavg", 0, 1.0, 0.0, 1.0, run.seed) for run in runs]
+    return list(dict.fromkeys(fedavg + runs))
 
 
 def make(run: Run, folder: Path) -> Row:
@@ -156,32 +182,64 @@ def _accuracy(settings: Settings, folder: Path) -> float:
     return evaluate(model, FederatedData.of(settings.data.replace(test_images=0), settings.run.seed).test()).accuracy
 
 
-def table(rows: Iterable[Row], seeds: tuple[int, ...] = SEEDS) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Per task: its name, the header, and one line per method, w and a, with mean and deviation over the seeds."""
-    found = [row for row in rows if "failed" not in row and row["seed"] in seeds]
-    tables = []
-    for task in TASKS:
-        here = [row for row in found if row["task"] == task]
-        ratios = sorted({row["ratio"] for row in here if row["ratio"]})
-        lines = []
-        for method in ("fedavg", *METHODS):
-            mine = [row for row in here if row["method"] == method]
-            for w, a, final in sorted({(row["w"], row["a"], row["final_factor"]) for row in mine}, reverse=True):
-                same = [row for row in mine if (row["w"], row["a"], row["final_factor"]) == (w, a, final)]
-                cells = [_cell([row for row in same if row["ratio"] in (ratio, 0)], seeds) for ratio in ratios]
-                named = ("", "") if method == "fedavg" else (factor(w), falling(a, final).replace("to", " to "))
-                lines.append([method, *named, *cells])
-        if lines:
-            tables.append((task, ["method", "w", "a", *(f"{ratio}x" for ratio in ratios)], lines))
-    return tables
+def comparison(rows: list[Row], task: str) -> Table:
+    """Final accuracy by method and ratio, with the w and a that were chosen."""
+    ratios = sorted(RATIOS[task])
+    lines = [["FedAvg", "", *[_cell(_of(rows, task, "fedavg", 0, 1.0, 0.0))] * len(ratios)]]
+    lines += [
+        [method, factor(w), *(_cell(_of(rows, task, method, ratio, w, 0.5)) for ratio in ratios)]
+        for method, w in COMPARED if any(_of(rows, task, method, ratio, w, 0.5) for ratio in ratios)
+    ]  # fmt: skip
+    return ["method", "w", *(f"{ratio}x" for ratio in ratios)], lines
 
 
-def _cell(rows: list[Row], seeds: tuple[int, ...]) -> str:
-    """Final accuracy in %; the number of seeds if some are missing."""
-    if not rows:
+def ablation(rows: list[Row]) -> Table:
+    """Final accuracy of the default and of the default without its parts."""
+    names = (
+        "default", "without over-relaxation (w = 1)", "without step-ahead (a = 0)", "without both",
+        "without proxies", "without the correction",
+    )  # fmt: skip
+    lines = [["FedAvg", *(_cell(_of(rows, task, "fedavg", 0, 1.0, 0.0)) for task in ABLATED)]]
+    lines += [
+        [name, *(_cell(_of(rows, task, method, ratio, w, a)) for task, ratio in ABLATED.items())]
+        for name, (method, w, a) in zip(names, ABLATION, strict=True)
+    ]
+    return ["", *(f"{task}, {ratio}x" for task, ratio in ABLATED.items())], lines
+
+
+def tuning(rows: list[Row], task: str) -> Table:
+    """Final accuracy on the tuning seed by w and a, one column for each method."""
+    methods, ratio = [method for method, _ in COMPARED if method not in REACHED], dict(TUNED)[task]
+    lines = []
+    for w, a in ((AUTO, 0.5), (AUTO, 0.0), *TUNING):
+        cells = [_of(rows, task, method, ratio, w, a, (TUNING_SEED,)) for method in methods]
+        lines.append([factor(w), f"{a:g}", *(f"{cell[0]:.1f}" if cell else "" for cell in cells)])
+    return ["w", "a", *methods], lines
+
+
+def variants(rows: list[Row]) -> Table:
+    """Final accuracy with 10 of 100 clients by kind of error feedback."""
+    asked = [("stc", 1.8, 0.5), *VARIANTS]
+    return ["method", "w", "a", "200x"], [
+        [method, factor(w), f"{a:g}", _cell(_of(rows, "mnist-100", method, 200, w, a))] for method, w, a in asked
+    ]
+
+
+def _of(
+    rows: list[Row], task: str, method: str, ratio: int, w: float, a: float, seeds: tuple[int, ...] = SEEDS
+) -> list[float]:
+    """Final accuracies in %, by seed."""
+    found = {row["seed"]: row for row in rows if row["run"] in {
+        Run(task, method, ratio, w, a, 1.0, seed).name for seed in seeds
+    } and "failed" not in row}  # fmt: skip
+    return [100 * found[seed]["final_accuracy"] for seed in seeds if seed in found]
+
+
+def _cell(values: list[float]) -> str:
+    """Mean and deviation; the number of seeds if some are missing."""
+    if not values:
         return "not run"
-    text = spread([100 * row["final_accuracy"] for row in rows], 1)
-    return text if len(rows) == len(seeds) else f"{text} ({len(rows)} of {len(seeds)} seeds)"
+    return spread(values, 1) + ("" if len(values) == len(SEEDS) else f" ({len(values)} of {len(SEEDS)} seeds)")
 
 
 def main(
@@ -218,10 +276,12 @@ def main(
     missing = sum(run.name not in done for run in runs)
     if missing:
         print(f"Partial results: {missing} of {len(runs)} runs were not made.")
-    for title, seeds in (("", SEEDS), (f", tuning on seed {TUNING_SEED}", (TUNING_SEED,))):
-        for task, header, lines in table(rows, seeds):
-            print(f"\n## {task}{title}\n")
-            print_table(header, lines)
+    for title, (header, lines) in {
+        **{task: comparison(rows, task) for task in RATIOS}, "ablation": ablation(rows), "other kinds": variants(rows),
+        **{f"{task}, tuning on seed {TUNING_SEED}": tuning(rows, task) for task, _ in TUNED},
+    }.items():  # fmt: skip
+        print(f"\n## {title}\n")
+        print_table(header, lines)
 
 
 if __name__ == "__main__":
