@@ -146,7 +146,7 @@ def test_a_sum_that_wraps_around_is_the_exact_sum_modulo_the_ring() -> None:
         return parts[-1]
 
     vectors = [encoder.encode_noised({"a": torch.full((1000,), 0.01)}, {}, steps).vector for _ in range(3)]
-    assert min(int(np.abs(part).max()) for part in parts) > 2**12
+    assert min(int(np.abs(part).max()) for part in parts) > 2**11  # 1.4 deviations of 1,000 values each
     assert np.array_equal(sum(vectors)[:1000] % 2**8, np.sum(parts, axis=0) % 2**8)
 
 
