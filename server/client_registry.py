@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -50,7 +51,8 @@ class Client:
 class Clients:
     """Keeps track of the connected clients. A new node is asked once for its name and number of images.
 
-    A name belongs to the node that introduced itself with it first; another node never takes its place.
+    A name belongs to the node that introduced itself with it first, and of nodes that are asked at once to the one with
+    the lowest id; another node never takes its place.
 
     Args:
         class_names: the classes of the run in order. They are sent to a client whose data have other classes or another
@@ -157,7 +159,7 @@ class Clients:
             return
         ttl = max(1.0, end - time.monotonic())
         messages = [Message(RecordDict(), node, "query", group_id=str(round_), ttl=ttl) for node in nodes]
-        for node, reply in self._transport.exchange(messages, end):
+        for node, reply in sorted(self._transport.exchange(messages, end), key=itemgetter(0)):
             if reply.has_error():
                 self._decline(node, reply.error.reason or "error without a reason", reply, round_)
                 continue

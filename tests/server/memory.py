@@ -26,6 +26,7 @@ class MemoryTransport:
     def __init__(self, settings: Settings, behaviors: dict[str, Behavior] | None = None) -> None:
         self.behaviors = behaviors or {}
         self.absent: set[str] = set()
+        self.late: set[str] = set()  # their replies come after those of the others
         self.sent: list[Message] = []
         self.contexts = {
             FIRST_NODE + number: Context(
@@ -48,7 +49,7 @@ class MemoryTransport:
     def exchange(
         self, messages: Sequence[Message], deadline: float, enough: Callable[[], bool] = never
     ) -> Iterator[tuple[int, Message]]:
-        for message in messages:
+        for message in sorted(messages, key=lambda one: str(one.metadata.dst_node_id - FIRST_NODE) in self.late):
             node = message.metadata.dst_node_id
             message.metadata.__dict__["_message_id"] = f"{len(self.sent):064}"
             self.sent.append(message)

@@ -415,6 +415,15 @@ def test_a_node_that_takes_anothers_name_does_not_displace_it() -> None:
     assert third.nodes == {"2": FIRST_NODE + 2}
 
 
+def test_of_nodes_that_take_a_name_at_once_the_lowest_has_it_in_every_run() -> None:
+    """Whichever reply arrives first: a run with a liar is repeatable, too."""
+    for late in (set[str](), {"0"}):
+        runner, transport = make(schedule="fedavg")
+        transport.late, transport.behaviors = late, {"2": named("0")}
+        [result] = rounds(runner, 1)
+        assert result.nodes == {"0": FIRST_NODE, "1": FIRST_NODE + 1}
+
+
 def test_a_name_that_is_taken_before_its_owner_connects_is_lost_to_the_owner() -> None:
     """An attack that succeeds without identities (docs/threats.md)."""
     runner, transport = make(schedule="fedavg")
