@@ -20,6 +20,7 @@ from attacks.observation import Observation
 from attacks.trials import AttackResult, Scenario, TrialRunner
 from tofu.errors import SettingError
 from tofu.files import replace_arrays, replace_file
+from tofu.formatting import format_count
 
 CONTROL = "exact"
 BROKEN = 30.0
@@ -249,7 +250,8 @@ def recorded_scenario(
 
 def format_row(row: Row) -> str:
     """Format a row of made messages as one line."""
-    where = f"seed {row['seed']} after {row['pretrain_rounds']} rounds batch {row['batch_size']} steps {row['steps']}"
+    rounds = format_count(row["pretrain_rounds"], "round")
+    where = f"seed {row['seed']} after {rounds} batch {row['batch_size']} steps {row['steps']}"
     return f"{where} {format_outcome(row)}"
 
 

@@ -2,14 +2,15 @@
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from attacks.evaluate import SCENARIO_FIELDS, Row, summarize, verdicts
+from attacks.evaluate import CONTROL, SCENARIO_FIELDS, Row, summarize, verdicts
+from tofu.formatting import format_count, format_fraction
 from tofu.reporting.report.compare_tables import Table
 from tofu.reporting.report.template import PAGE_HEAD, render_template
 
@@ -32,6 +33,10 @@ READING = (
 _PAGE = (
     PAGE_HEAD
     + """</header>
+<section class="card">
+<h2>What this means</h2>
+<ul>{% for sentence in meaning %}<li>{{ sentence }}</li>{% endfor %}</ul>
+</section>
 {% for part in parts %}<section class="card">
 <h2>{{ part.title }}</h2>
 <p class="{{ 'soft' if part.broke else 'note' }}">{{ part.verdict }}</p>
@@ -88,27 +93,65 @@ def remarks(entries: Sequence[Row]) -> list[str]:
     return sentences
 
 
-def scenario_title(entry: Mapping[str, object]) -> str:
+def scenario_title(entry: Row) -> str:
     """Return a scenario in one line."""
-    steps, rounds = ("" if entry[name] == 1 else "s" for name in ("steps", "pretrain_rounds"))
     knowledge = "labels known" if entry["know_labels"] else "labels not known"
     name = Path(str(entry["dataset"])).name
     return (
-        f"{name}, {entry['model']}, {entry['pretrain_rounds']} round{rounds} before the attack, "
-        f"batch {entry['batch_size']}, {entry['steps']} local step{steps}, {knowledge}"
+        f"{name}, {entry['model']}, {format_count(entry['pretrain_rounds'], 'round')} before the attack, "
+        f"batch {entry['batch_size']}, {format_count(entry['steps'], 'local step')}, {knowledge}"
     )
+
+
+def conclusions(summary: Sequence[Row], found: Sequence[Row]) -> list[str]:
+    """Return what follows for someone who must decide whether the messages may be sent, one sentence or two each.
+
+    Args:
+        summary: of `summarize`.
+        found: of `verdicts`.
+    """
+    sent = [entry for entry in summary if entry["message"] != CONTROL]
+    leaking = list(dict.fromkeys(e["message"] for e in sent if e.get("recovered") and e["recovered"][0] > 0))
+    tested = [verdict for verdict in found if verdict["broke"]]
+    texts = []
+    if leaking:
+        texts.append(
+            f"Images came back from {', '.join(leaking)}: who may not see the images must not get these messages."
+        )
+    if len(tested) < len(found):
+        where = "" if not tested else f" in {len(found) - len(tested)} of {len(found)} tables"
+        texts.append(
+            f"No exact update was inverted{where}: figures there do not tell whether images are hidden. Assume that "
+            "they are not. Fewer local steps and smaller batches make an update easier to invert."
+        )
+    if tested and not leaking:
+        texts.append(
+            "The exact update was inverted, and no image came back from another message. That is no proof: a better "
+            "attack may not fail."
+        )
+    labeled = [entry for entry in sent if entry["labels"]]
+    if labeled:
+        most = max(labeled, key=lambda entry: float(entry["labels"][0]))
+        texts.append(f"Up to {format_fraction(most['labels'][0], 0)} of the labels were read from {most['message']}.")
+    texts.append(
+        "Only noise (noise-multiplier) bounds what a message reveals to any attacker; secure rounds hide whose images "
+        "a sum has."
+    )
+    return texts
 
 
 def print_tables(rows: Sequence[Row]) -> None:
     """Print each scenario's verdict and table, in Markdown."""
-    summary = summarize(rows)
-    for verdict in verdicts(rows):
+    summary, found = summarize(rows), verdicts(rows)
+    for verdict in found:
         entries = [e for e in summary if all(e[k] == verdict[k] for k in SCENARIO_FIELDS)]
         print(f"\n{scenario_title(verdict)}\n{verdict['text']}\n")
         print(Table(HEADER, tuple(table_rows(entries))).markdown())
         for remark in remarks(entries):
             print(remark)
-    print(f"\n{READING}")
+    print(f"\n{READING}\n\nWhat this means:")
+    for sentence in conclusions(summary, found):
+        print(f"- {sentence}")
 
 
 def write_report(rows: Sequence[Row], folder: Path) -> Path:
@@ -133,6 +176,7 @@ def write_report(rows: Sequence[Row], folder: Path) -> Path:
     refused = list(dict.fromkeys(row["refused"] for row in rows if row["refused"]))
     text = render_template(
         _PAGE, parts=parts, header=HEADER, refused=refused, title="What the messages leak", state="",
+        meaning=conclusions(summary, found),
         lead=_lead(summary, tested=any(verdict["broke"] for verdict in found)), aside=READING,
     )  # fmt: skip
     page = folder / "report.html"

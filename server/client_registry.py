@@ -11,7 +11,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from server.ledger import Ledger, client_order
 from tofu.errors import PayloadError, RunError
 from tofu.flower.transport import Transport, error_reason, make_message
-from tofu.formatting import printable, shortened
+from tofu.formatting import format_count, printable, shortened
 from tofu.observers.base import Observer
 from tofu.secagg.identities import HELLO, verify
 from tofu.settings.fields import names_to_text
@@ -99,7 +99,7 @@ class Clients:
             if time.monotonic() >= end or hopeless:
                 waited = time.monotonic() - start
                 reasons = f" ({'; '.join(sorted(set(declined)))})" if declined else ""
-                raise RunError(f"round {round_}: {len(found)} clients connected after {waited:.0f} s, "
+                raise RunError(f"round {round_}: {format_count(len(found), 'client')} connected after {waited:.0f} s, "
                                f"min-clients is {min_clients}{reasons}")  # fmt: skip
             time.sleep(min(1.0, max(0.0, end - time.monotonic())))
 

@@ -7,6 +7,7 @@ import torch
 
 from server.client_registry import Client
 from tofu.errors import PayloadError, RunError
+from tofu.formatting import format_count
 from tofu.privacy import Noise, clip
 from tofu.privacy.correlated import CorrelatedSums, Participation
 from tofu.rounds.aggregation import Aggregator
@@ -39,7 +40,7 @@ class ServerNoise:
         if len(names) < minimum:
             raise RunError(
                 f"{len(names)} of {len(clients)} connected clients may take part, of {minimum} that are needed: the "
-                f"others did in the last {self.participation.separation - 1} rounds (min-separation)"
+                f"others did in the last {format_count(self.participation.separation - 1, 'round')} (min-separation)"
             )
         return [client for client in clients if client.name in names]
 

@@ -10,6 +10,7 @@ import statistics
 from collections import defaultdict, deque
 
 from server.client_registry import Client
+from tofu.formatting import format_count
 from tofu.settings.groups import ServerSettings
 
 MIN_SECONDS = 30.0
@@ -74,5 +75,7 @@ class Stragglers:
             pause = self._pause[name] = min(2 * self._pause.get(name, _FIRST_PAUSE // 2), _MAX_PAUSE)
             self._due[name] = round_ + 1 + pause
             missed, due = self._missed[name], self._due[name]
-            notes.append(f"client {name} did not reply in {missed} rounds: it is asked again in round {due}")
+            notes.append(
+                f"client {name} did not reply in {format_count(missed, 'round')}: it is asked again in round {due}"
+            )
         return notes

@@ -1,4 +1,4 @@
-"""Text for users: byte sizes, durations, fractions, factors, and printable names."""
+"""Text for users: byte sizes, durations, fractions, factors, numbers of things, and printable names."""
 
 _STEP = 1000
 _PREFIXES = ("kB", "MB", "GB", "TB", "PB")
@@ -48,6 +48,11 @@ def format_factor(factor: float) -> str:
         if round(factor, decimals) < limit:
             return f"{factor:.{decimals}f}x"
     return f"{factor:,.0f}x"
+
+
+def format_count(count: int, noun: str) -> str:
+    """Format a number of things: `1 round`, `2 rounds`, `1,000 rounds`."""
+    return f"{count:,} {noun}" + "s" * (count != 1)
 
 
 def printable(text: str) -> str:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from tofu.codec.compressor import TRIAL_INTERVAL, ProxyCompressor
+from tofu.codec.search import SURROGATE_BETAS, TRIAL_EVALS
 from tofu.compression import downlink_compressor, uplink_compressor
 from tofu.data import LabeledImages
 from tofu.reference_model import ReferenceModel
@@ -193,13 +195,18 @@ def _downlink(
 
 
 _TIMED_BATCHES = 16
+_TIMED_SECONDS = 2.0
+"""Time to spend on training steps, and on an encode, before the rest is extrapolated."""
+_SHORT_EVALS = (2, 6)
+"""Evaluations of two short encodes, whose difference is what an evaluation costs."""
 
 
 @dataclass(frozen=True)
 class PlannedSeconds:
     """Estimated time of a run on this machine, in seconds of wall clock.
 
-    Evaluation, plugins and messages are not counted, and encodes of later rounds may take longer or shorter.
+    Evaluation, plugins and messages are not counted. Encodes of later rounds may take longer or shorter; those of a
+    large model are counted with all evaluations that a search may take, and many searches stop earlier.
 
     Attributes:
         training: local training of all clients in all rounds.
@@ -240,19 +247,46 @@ def estimate_seconds(
 def _train(settings: Settings, network: ReferenceModel, data: LabeledImages) -> tuple[float, Weights]:
     """Return the seconds per image of local training, and the update that some batches make.
 
-    The first batch is not counted.
+    The first image is not counted. A first batch decides how many more are trained on.
     """
     config = dataclasses.replace(LocalTrainingConfig.of(settings.training, 1), epochs=1)
-    generator = torch.Generator().manual_seed(settings.run.seed)
-    some = data.subset(torch.arange(min(len(data), _TIMED_BATCHES * config.batch_size)))
-    train_locally(copy_model(network.model), some.subset(torch.arange(1)), config, generator=generator)
-    model = copy_model(network.model)
-    result = train_locally(model, some, config, generator=generator)
-    return result.seconds / len(some), difference(weights_of(model), weights_of(network.model))
+
+    def trained(images: int) -> tuple[float, int, Weights]:
+        model, some = copy_model(network.model), data.subset(torch.arange(min(len(data), images)))
+        generator = torch.Generator().manual_seed(settings.run.seed)
+        seconds = train_locally(model, some, config, generator=generator).seconds
+        return seconds, len(some), difference(weights_of(model), weights_of(network.model))
+
+    trained(1)
+    seconds, images, update = trained(config.batch_size)
+    batches = min(_TIMED_BATCHES, int(_TIMED_SECONDS / max(seconds, 1e-9)))
+    if batches > 1:
+        seconds, images, update = trained(batches * config.batch_size)
+    return seconds / images, update
 
 
 def _encode_seconds(settings: Settings, network: ReferenceModel, update: Weights) -> float:
+    """Return the seconds of an encode: measured, or where that takes long, extrapolated from two brief searches."""
+
     compressor = uplink_compressor(settings, "proxy", network)
-    began = time.perf_counter()
-    compressor.compress(network, update, generator=torch.Generator().manual_seed(settings.run.seed))
-    return time.perf_counter() - began
+
+    def encode() -> tuple[float, int]:
+        began = time.perf_counter()
+        made = compressor.compress(network, update, generator=torch.Generator().manual_seed(settings.run.seed))
+        return time.perf_counter() - began, made.evals
+
+    few, more = _SHORT_EVALS
+    if isinstance(compressor, ProxyCompressor) and compressor.count and compressor.settings.max_evals > more:
+        whole = compressor.settings
+        compressor.settings = dataclasses.replace(whole, max_evals=few)
+        short, fewer = encode()
+        compressor.settings = dataclasses.replace(whole, max_evals=more)
+        longer, evals = encode()
+        trials = whole.smooth and not whole.surrogate_beta and whole.max_evals >= 2 * TRIAL_EVALS
+        tried = (len(SURROGATE_BETAS) - 1) * TRIAL_EVALS / TRIAL_INTERVAL if trials else 0.0
+        per_eval = max(longer - short, 0.0) / max(evals - fewer, 1)
+        seconds = short + per_eval * (whole.max_evals - few + tried)
+        if seconds > _TIMED_SECONDS:
+            return seconds
+        compressor.settings = whole
+    return encode()[0]

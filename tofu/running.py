@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import inspect
 import logging
 import re
 import sys
@@ -21,7 +22,7 @@ from tofu.data import FederatedData, ImageShape, LabeledImages, to_float
 from tofu.data.federated import normalization_of
 from tofu.data.preprocessing import Statistics, normalize_inputs
 from tofu.errors import RunError, SettingError
-from tofu.formatting import format_bytes, format_fraction
+from tofu.formatting import format_bytes, format_count, format_fraction
 from tofu.models.checks import eager_code
 from tofu.observers.base import Observer, Observers
 from tofu.observers.terminal import make_progress
@@ -69,7 +70,7 @@ class RunResult:
         found, summary = self.summary.final_accuracy, self.summary
         accuracy = "unknown accuracy" if found is None else f"accuracy {format_fraction(found)}"
         uplink = format_bytes(summary.uplink_bytes)
-        return f"RunResult({str(self.folder)!r}: {summary.rounds} rounds, {accuracy}, uplink {uplink})"
+        return f"RunResult({str(self.folder)!r}: {format_count(summary.rounds, 'round')}, {accuracy}, uplink {uplink})"
 
     @property
     def history(self) -> tuple[RoundRecord, ...]:
@@ -138,7 +139,7 @@ def run(
     forward: Forward | None = None,
     callbacks: Sequence[Observer] = (),
     progress: bool = True,
-    **settings: Value,
+    **settings: Any,
 ) -> RunResult:
     """Run a federation in this process. It works in a notebook, too: nothing here needs an event loop.
 
@@ -158,7 +159,8 @@ def run(
         forward: how proxies are passed to the model, as for `tofu.encode`.
         callbacks: observers of the run (`tofu.observers.base.Observer`).
         progress: print the rounds to standard error.
-        settings: all settings of `tofu run --help`, with underscores for dashes.
+        settings: all settings of `tofu run --help`, with underscores for dashes. A class or function may stand for its
+            `module:Name`, a list for names with commas, and a mapping for `plugin_options`.
 
     Raises:
         SettingError: an argument cannot be used.
@@ -174,8 +176,8 @@ def run(
         (['start', 'proxy', 'proxy'], True)
     """
     workload, checked = _workload_and_settings(
-        DatasetLoop(loss, optimizer, metrics or {}, train, collate), model, clients, test, settings,
-        input_shape=input_shape, forward=forward,
+        DatasetLoop(loss, optimizer, metrics or {}, train, collate), model, clients, test,
+        {name: _setting(value) for name, value in settings.items()}, input_shape=input_shape, forward=forward,
     )  # fmt: skip
     client, server = _apps()
     observers = Observers((make_progress(sys.stderr, quiet=not progress), *callbacks))
@@ -196,6 +198,17 @@ def _process_settings_kept() -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         log.setLevel(level)
+
+
+def _setting(value: Any) -> Any:
+    """Return the text of a setting that is given as a class, a function, a list of them or of names, or a mapping."""
+    if isinstance(value, type) or inspect.isfunction(value):
+        return f"{value.__module__}:{value.__qualname__}"
+    if isinstance(value, list | tuple):
+        return ",".join(str(_setting(item)) for item in value)
+    if isinstance(value, Mapping):
+        return " ".join(f"{name}={option}" for name, option in value.items())
+    return value
 
 
 def _workload_and_settings(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from attacks.evaluate import AttackEvaluation, evaluate, summarize, verdicts
-from attacks.report import READING, print_tables, remarks, write_report
+from attacks.report import READING, conclusions, print_tables, remarks, write_report
 from attacks.trials import Scenario, drawn_clients, trained_network
 from tests.attacks.conftest import attack_command
 from tofu.errors import DataError, SettingError
@@ -150,3 +150,21 @@ def test_the_command_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "| exact" in printed.out
     assert "report.html" in printed.out
     assert "1/1 seed 0" in printed.err
+
+
+def test_what_follows_is_said_for_who_must_decide(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = evaluate(replace(SMALL, seeds=1), tmp_path, log=lambda _: None)
+    summary, found = summarize(rows), verdicts(rows)
+    came, labels, noise = conclusions(summary, found)
+    assert came.startswith("Images came back from secure:2:")
+    assert labels == f"Up to {100 * summary[1]['labels'][0]:.0f}% of the labels were read from secure:2."
+    assert "noise-multiplier" in noise
+    hidden = [entry | {"recovered": (0.0, 0.0)} for entry in summary]
+    assert conclusions(hidden, found)[0].startswith("The exact update was inverted, and no image came back")
+    silent = [verdict | {"broke": False} for verdict in found]
+    assert conclusions(hidden, silent)[0].startswith("No exact update was inverted: figures there do not tell")
+    assert len(conclusions([], [])) == 1
+    page = write_report(rows, tmp_path).read_text()
+    print_tables(rows)
+    for text in (page, capsys.readouterr().out):
+        assert came in text

@@ -247,7 +247,7 @@ def test_below_min_clients_a_run_waits_and_then_stops_in_one_line(federation: Lo
     try:
         assert run.status == "finished:failed"
         [said] = {line for line in run.log.splitlines() if line.lstrip().startswith("error:")}
-        assert "1 clients connected after 20 s, min-clients is 3" in said
+        assert "1 client connected after 20 s, min-clients is 3" in said
         reported = rows(tmp_path / "run")
         assert [row["round"] for row in reported] == list(range(len(reported)))
         assert len(reported) > 2

@@ -1,5 +1,6 @@
 """The plan's numbers, each against what the codec writes or against plain arithmetic."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import torch
 from client.app import app as client_app
 from server.app import serve_in_process
 from server.ledger import reply_overhead
+from tofu import plan as planning
 from tofu.compression import uplink_compressor
-from tofu.data import ImageShape
+from tofu.data import FederatedData, ImageShape
 from tofu.errors import SettingError
 from tofu.models import build_model
-from tofu.plan import Plan, make_plan
+from tofu.plan import Plan, estimate_seconds, make_plan
 from tofu.reference_model import ReferenceModel
 from tofu.settings import Settings
 from tofu.wire import HEADER_BYTES
@@ -153,3 +155,21 @@ def test_a_compressed_downlink_is_planned_as_the_run_sends_it(tmp_path: Path) ->
         downlink = summary["downlink_bytes"]
         assert isinstance(downlink, int)
         assert made.downlink_bytes == pytest.approx(downlink, rel=0.1 if fraction == 1 else 0.3)
+
+
+def test_a_large_model_is_estimated_without_a_whole_encode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Extrapolated from brief searches, the time is near that of whole encodes, and takes a fraction of it."""
+    settings = Settings.of({"model": "cnn", "ratio": 100.0, "tolerance": 0.0})
+    data = FederatedData.of(settings.data, 0)
+    network = ReferenceModel(build_model(settings.model.model, data.shape).eval(), data.shape)
+    monkeypatch.setattr(planning.time, "perf_counter", time.process_time)  # other processes do not count
+    estimate_seconds(settings, network, data.client(0), images=1000, compressed_rounds=1)  # what is slow at first only
+    seconds, spent = [], []
+    for limit in (0.0, 1e9):
+        monkeypatch.setattr(planning, "_TIMED_SECONDS", limit)
+        began = time.process_time()
+        made = estimate_seconds(settings, network, data.client(0), images=1000, compressed_rounds=1)
+        spent.append(time.process_time() - began)
+        seconds.append(made.encoding)
+    assert 1 / 4 < seconds[0] / seconds[1] < 2
+    assert spent[0] < spent[1] / 2

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tofu.data import ImageShape, LabeledImages, open_data, to_float
 from tofu.errors import RunError, SettingError
 from tofu.models import build_model
 from tofu.observers.base import Observer
+from tofu.plugins import Export, Plugin, option
 from tofu.rounds.record import RoundRecord, RunSummary
 from tofu.running import RunResult
 from tofu.training import TrainingContext
@@ -286,3 +288,46 @@ def test_misuse_has_a_line_that_says_what_is_expected(tmp_path: Path, arguments:
         tofu.run(**QUICK | {"run_folder": str(tmp_path / "run")} | arguments)
     assert re.search(reason, str(caught.value))
     assert "\n" not in str(caught.value)
+
+
+@dataclass
+class Clip(Plugin):
+    """Limit the gradient of each layer, by torch's own hooks."""
+
+    limit: float = option(1.0, "largest L2 norm", gt=0)
+    _largest: float = field(default=0.0, init=False)
+
+    def on_train_begin(self, model: nn.Module, data: LabeledImages) -> None:
+        for parameter in model.parameters():
+            parameter.register_hook(self._clipped)
+
+    def _clipped(self, gradient: Tensor) -> Tensor:
+        norm = float(gradient.norm())
+        self._largest = max(self._largest, norm)
+        return gradient * min(1.0, self.limit / max(norm, 1e-12))
+
+    def export(self) -> Export:
+        return Export(metrics={"largest": self._largest})
+
+
+def test_a_plugin_is_given_as_its_class(tmp_path: Path) -> None:
+    made = [
+        tofu.run(dataset="digits", clients=2, rounds=1, max_evals=2, progress=False, run_folder=str(tmp_path / name),
+                 plugins=plugins, plugin_options=options)
+        for name, plugins, options in (
+            ("class", [Clip, "curvature"], {"clip.limit": 0.01, "curvature.probes": 1}),
+            ("text", f"{__name__}:Clip,curvature", "clip.limit=0.01 curvature.probes=1"),
+            ("free", [Clip, "curvature"], {"clip.limit": 1e6, "curvature.probes": 1}),
+        )
+    ]  # fmt: skip
+    given, named, free = (result.summary.weights_sha256 for result in made)
+    assert given == named != free
+    assert made[0].history[-1].plugins["clip/largest"] > 0.01
+
+
+def test_a_class_that_cannot_be_imported_is_one_line() -> None:
+    class Local(Plugin):
+        pass
+
+    with pytest.raises(SettingError, match=r"plugins='.*<locals>.Local' is not usable: expected"):
+        tofu.run(dataset="digits", clients=2, rounds=1, plugins=Local)

@@ -18,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tofu.formatting import format_bytes, format_factor, format_fraction, format_seconds, printable
+from tofu.formatting import format_bytes, format_count, format_factor, format_fraction, format_seconds, printable
 from tofu.observers.base import Observer
 from tofu.rounds.record import RoundRecord, RunSummary
 
@@ -63,7 +63,7 @@ class PlainProgress(_View):
 
     def on_run_start(self, rounds: int, clients: int, title: str) -> None:
         self._rounds = rounds
-        self._write(f"{title}: {rounds} rounds, {clients} clients")
+        self._write(f"{title}: {format_count(rounds, 'round')}, {format_count(clients, 'client')}")
 
     def on_round_end(self, record: RoundRecord) -> None:
         super().on_round_end(record)
@@ -118,7 +118,7 @@ class LiveProgress(_View):
 
     def on_run_start(self, rounds: int, clients: int, title: str) -> None:
         self.close()
-        self._title = f"{title}: {rounds} rounds, {clients} clients"
+        self._title = f"{title}: {format_count(rounds, 'round')}, {format_count(clients, 'client')}"
         self._rounds, self._done, self._rows, self._durations = rounds, 0, (), ()
         self._since, self._closing = self._clock(), False
         # Stdout is not redirected: what a program prints there must not end up in this view's stream.

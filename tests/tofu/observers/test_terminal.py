@@ -67,6 +67,13 @@ def shown(screen: io.StringIO) -> str:
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
 
 
+def test_one_is_not_written_as_many(screen: io.StringIO) -> None:
+    with PlainProgress(screen) as progress:
+        progress.on_run_start(1, 1, "digits, mlp")
+        progress.on_run_start(2000, 1, "digits, mlp")
+    assert screen.getvalue().splitlines() == ["digits, mlp: 1 round, 1 client", "digits, mlp: 2,000 rounds, 1 client"]
+
+
 def test_plain_writes_one_line_a_round(screen: io.StringIO) -> None:
     with PlainProgress(screen) as progress:
         progress.on_run_start(12, 10, "digits, lenet5")

@@ -5,7 +5,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tofu.formatting import format_fraction
+from tofu.formatting import format_count, format_fraction
 from tofu.reporting.report import compare_figures as figures
 from tofu.reporting.report.chart import Drawing, standalone
 from tofu.reporting.report.compare_tables import Table, cell_name, cell_table, notes, ratio_text, target_table
@@ -70,12 +70,12 @@ def render_figure(document: Mapping[str, Any]) -> str:
 def render_page(document: Mapping[str, Any], name: str) -> str:
     """compare.html of a comparison in a folder called `name`; every text from the document is escaped."""
     settings = document["settings"]
-    left = document["runs_left"]
+    left, clients = document["runs_left"], format_count(settings["clients"], "client")
     return render_template(
         _PAGE,
         style=Markup(_STYLE),
-        title=f"Comparison {name} · {settings['model']} on {settings['dataset']} · {settings['clients']} clients",
-        state=f"not finished: {left} run{'' if left == 1 else 's'} left" if left else "",
+        title=f"Comparison {name} · {settings['model']} on {settings['dataset']} · {clients}",
+        state=f"not finished: {format_count(left, 'run')} left" if left else "",
         lead=_lead(document),
         aside=_aside(document),
         figures=_figures(document),
@@ -127,12 +127,8 @@ def ahead(best: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 def _aside(document: Mapping[str, Any]) -> str:
     seeds = document["seeds"]
-    rounds = document["settings"]["rounds"]
-    text = (
-        f"{rounds} rounds; seeds {', '.join(map(str, seeds))}"
-        if len(seeds) > 1
-        else f"{rounds} rounds; seed {seeds[0]}"
-    )
+    rounds = format_count(document["settings"]["rounds"], "round")
+    text = f"{rounds}; seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"{rounds}; seed {seeds[0]}"
     return (
         f"{text}. Runs with the same seed have the same data, initial weights and batches; they differ in what "
         "clients send." + (" ± is the standard deviation over seeds." if len(seeds) > 1 else "")

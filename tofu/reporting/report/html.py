@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from tofu.errors import RunError
 from tofu.files import replace_file
-from tofu.formatting import format_bytes, format_factor, format_fraction, format_seconds
+from tofu.formatting import format_bytes, format_count, format_factor, format_fraction, format_seconds
 from tofu.reporting.report import figures, images, plugin_metrics
 from tofu.reporting.report.chart import KINDS
 from tofu.reporting.report.client_table import client_columns, client_table
@@ -114,8 +114,12 @@ def _state(run: RunData) -> str:
     done = run.rounds[-1].round if run.rounds else 0
     planned = _planned(run)
     if run.finished:
-        return f"stopped early: {done} of {planned} rounds" if run.summary.stopped and planned else ""
-    return f"not finished: {done} of {planned} rounds" if planned else f"not finished: {done} rounds so far"
+        return f"stopped early: {done} of {format_count(planned, 'round')}" if run.summary.stopped and planned else ""
+    return (
+        f"not finished: {done} of {format_count(planned, 'round')}"
+        if planned
+        else f"not finished: {format_count(done, 'round')} so far"
+    )
 
 
 def _lead(run: RunData) -> Markup:
