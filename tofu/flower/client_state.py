@@ -17,7 +17,7 @@ from tofu.errors import PayloadError
 from tofu.weights import ParamSpec, Weights
 from tofu.wire import float32_bytes, float32_from
 
-_FEEDBACK, _FEEDBACK_VERSION = "tofu.compress", 3
+_FEEDBACK, _FEEDBACK_VERSION = "tofu.compress", 4
 _ARRAYS, _ARRAYS_VERSION = "tofu.downlink", 1
 
 
@@ -47,18 +47,25 @@ def write_feedback(record: ConfigRecord, feedback: ErrorFeedback, spec: ParamSpe
             record[name] = float32_bytes(weights, spec)
 
 
-def load_feedback(context: Context, spec: ParamSpec) -> tuple[ErrorFeedback, bytes]:
-    """Error feedback and the compressor's memory, empty if there are none or they are of another model."""
+def load_feedback(context: Context, spec: ParamSpec, training: object) -> tuple[ErrorFeedback, bytes]:
+    """Error feedback and the compressor's memory, empty if there are none or they are of another model or training.
+
+    Args:
+        training: identifies one call of a strategy's `start`. What an earlier one left out is not of these weights.
+    """
     record = context.state.config_records.get(_FEEDBACK)
-    if record is None or record.get("version") != _FEEDBACK_VERSION or record.get("model") != _identity(spec):
+    expected = {"version": _FEEDBACK_VERSION, "model": _identity(spec), "training": training}
+    if record is None or any(record.get(name) != value for name, value in expected.items()):
         return ErrorFeedback(), b""
     memory = record.get("memory")
     return read_feedback(record, spec), memory if isinstance(memory, bytes) else b""
 
 
-def save_feedback(context: Context, spec: ParamSpec, feedback: ErrorFeedback, memory: bytes) -> None:
+def save_feedback(context: Context, spec: ParamSpec, training: bytes, feedback: ErrorFeedback, memory: bytes) -> None:
     """Keep error feedback and the compressor's memory in the client's context for its next round."""
-    record = ConfigRecord({"version": _FEEDBACK_VERSION, "model": _identity(spec), "memory": memory})
+    record = ConfigRecord(
+        {"version": _FEEDBACK_VERSION, "model": _identity(spec), "training": training, "memory": memory}
+    )
     write_feedback(record, feedback, spec)
     context.state[_FEEDBACK] = record
 

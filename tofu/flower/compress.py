@@ -8,6 +8,7 @@ wrapper decodes the payload and passes plain replies to the inner strategy, whic
 """
 
 import logging
+import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -94,7 +95,7 @@ class CompressMod(TrainMod):
         if arrays is None:
             message.content[request.key] = arrays = record_of(base)
         spec = model.reference.param_spec
-        feedback, memory = load_feedback(context, spec)
+        feedback, memory = load_feedback(context, spec, request.training)
         start = base
         if codec.step_ahead and codec.error_feedback:
             own = {name: base[array].float() for name, array in model.names.items() if name in spec.shapes}
@@ -115,16 +116,18 @@ class CompressMod(TrainMod):
             Compress(compressor, model.reference, generator),
             KeepResidual(request.round, codec.error_feedback),
         )
-        outgoing = apply_steps(steps, Outgoing(model.update(start, tensors_of(record)), feedback, memory))
-        save_feedback(context, spec, outgoing.feedback, outgoing.memory)
+        returned = tensors_of(record)
+        update = model.update(codec.origin(start, returned), returned)
+        outgoing = apply_steps(steps, Outgoing(update, feedback, memory))
+        save_feedback(context, spec, request.training, outgoing.feedback, outgoing.memory)
         payload = codec.payload(compressor, model.reference, outgoing.body, request.round, request.identity)
         if codec.downlink:
             save_arrays(context, base, request.identity)
-        reply.content[RECORD] = ConfigRecord({"payload": payload})
+        names = {"names": list(returned)} if len(returned) < len(base) else {}
+        reply.content[RECORD] = ConfigRecord({"payload": payload, **names})
         target = {name: outgoing.update[name] for name in spec.parameters}
         for metrics in reply.content.metric_records.values():
-            metrics["tofu-payload-bytes"] = len(payload)
-            metrics["tofu-ratio"] = spec.float32_bytes / len(payload)
+            metrics["tofu-payload-bytes"], metrics["tofu-ratio"] = len(payload), spec.float32_bytes / len(payload)
             metrics["tofu-explained-variance"] = explained_variance(target, outgoing.decoded)
             if codec.downlink:
                 metrics["tofu-downlink-bytes"] = sum(map(len, request.steps)) or spec.float32_bytes
@@ -140,6 +143,7 @@ class _Request:
         arrays: None if the client has to apply `steps` to the arrays that it keeps.
         identity, sketch: the arrays' identity and sketch, with a compressed downlink (`tofu.weights`).
         outputs: `output_sketch` of the server's model (`tofu.models.behavior`).
+        training: see `Compressed.training`.
     """
 
     round: int
@@ -150,6 +154,7 @@ class _Request:
     identity: bytes = b""
     sketch: bytes = b""
     outputs: object = b""
+    training: bytes = b""
 
     @staticmethod
     def of(message: Message, codec: UpdateCodec) -> "_Request":
@@ -169,19 +174,20 @@ class _Request:
         del message.content[RECORD]
         key = record.get("key")
         steps, identity, sketch = record.get("steps", []), record.get("identity", b""), record.get("sketch", b"")
-        outputs = record.get("outputs")
+        outputs, training = record.get("outputs"), record.get("training")
+        training = training if isinstance(training, bytes) else b""
         if not codec.downlink:
             key, arrays = only_arrays(message.content, "the server's train message", key)
-            return _Request(round_, acknowledged, key, arrays, outputs=outputs)
+            return _Request(round_, acknowledged, key, arrays, outputs=outputs, training=training)
         if not (isinstance(identity, bytes) and len(identity) == FINGERPRINT_BYTES and isinstance(sketch, bytes)):
             raise PayloadError("the server's record lacks the identity or the sketch of its arrays")
         if not isinstance(steps, list) or not all(isinstance(step, bytes) for step in steps):
             raise PayloadError("the server's record has steps that are not bytes")
         if message.content.array_records and not steps:
             key, arrays = only_arrays(message.content, "the server's train message", key)
-            return _Request(round_, acknowledged, key, arrays, (), identity, sketch, outputs)
+            return _Request(round_, acknowledged, key, arrays, (), identity, sketch, outputs, training)
         sent: tuple[bytes, ...] = tuple(steps)  # type: ignore[arg-type]
-        return _Request(round_, acknowledged, str(key), None, sent, identity, sketch, outputs)
+        return _Request(round_, acknowledged, str(key), None, sent, identity, sketch, outputs, training)
 
     def received(self, codec: UpdateCodec, context: Context) -> tuple[dict[str, Tensor], ArrayModel]:
         """Return the round's arrays, and the model with them as its weights.
@@ -239,6 +245,7 @@ class Compressed(StrategyWrapper):
 
     Attributes:
         mod: name of the client's mod, for error messages.
+        training: identifies one call of `start`; with the next one, clients forget what earlier ones left out.
 
     Example:
         >>> import torch
@@ -261,7 +268,7 @@ class Compressed(StrategyWrapper):
             accepted = "a strategy that gets plain replies, or tofu.Hybrid in the place of two wrappers"
             raise SettingError("strategy", type(inner).__name__, accepted)
         self.mod = "tofu.compress"
-        self._codec = codec or UpdateCodec(*arguments, **options)
+        self._codec, self.training = codec or UpdateCodec(*arguments, **options), secrets.token_bytes(8)
         self.acknowledged: dict[int, int] = {}
         self._sent: dict[int, SentArrays] = {}
         self._plain: dict[int, Message] = {}
@@ -333,7 +340,7 @@ class Compressed(StrategyWrapper):
         sent, message = self._sent[node], self._plain[node]
         record = ConfigRecord({
             "version": VERSION, "round": round_, "acknowledged": self.acknowledged.get(node, NEVER),
-            "digest": self._codec.digest, "key": sent.key, "outputs": sent.model.outputs,
+            "digest": self._codec.digest, "key": sent.key, "outputs": sent.model.outputs, "training": self.training,
         })  # fmt: skip
         if self._steps is None:
             return with_record(message, RECORD, record)
@@ -361,7 +368,13 @@ class Compressed(StrategyWrapper):
     def start(self, *arguments: Any, **options: Any) -> Result:
         """Run the inner strategy's own `start`, which calls this wrapper's configure and aggregate steps."""
         self._timeout = float(options.get("timeout", self._timeout))
+        self.begin()
         return super().start(*arguments, **options)
+
+    def begin(self) -> None:
+        """Forget an earlier training, whose weights have nothing to do with those to come."""
+        self.training, self._steps = secrets.token_bytes(8), None
+        self.acknowledged.clear()
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -391,12 +404,16 @@ class Compressed(StrategyWrapper):
             if node not in self._sent:
                 raise PayloadError(f"node {node} was not asked in this round")
             sent = self._sent[node]
+            names = record.get("names", list(sent.record))
+            if not isinstance(names, list) or not names or not set(names) <= sent.record.keys():
+                raise PayloadError("it names arrays that it was not sent")
             update = self._codec.decode(sent.model.reference, record.get("payload"), round_, sent.identity)
         except PayloadError as error:
             LOG.warning("round %d: the reply of node %s is not usable: %s", round_, node, error)
             return error_reply(reply, str(error))
         del reply.content[RECORD]
-        reply.content[sent.key] = record_of(sent.model.add(sent.base, update), sent.record)
+        full = record_of(sent.model.add(self._codec.origin(sent.base), update), sent.record)
+        reply.content[sent.key] = ArrayRecord({name: array for name, array in full.items() if name in names})
         self.acknowledged[node] = round_
         if self._steps is not None:
             self._steps.delivered(str(node))

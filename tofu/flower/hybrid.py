@@ -112,6 +112,7 @@ class Hybrid(StrategyWrapper):
         self._compressed = Compressed(inner, codec=codec)
         self._secure.mod = self._compressed.mod = "tofu.hybrid"
         self._secure.acknowledged = self._compressed.acknowledged
+        self._secure.training = self._compressed.training
         rounds = RoundSettings().replace(
             schedule="plateau" if plateau else "switch", recovery="secure", switch_round=switch_round,
             plateau_patience=patience, plateau_gain=gain,
@@ -134,6 +135,8 @@ class Hybrid(StrategyWrapper):
 
             options["evaluate_fn"] = watched
         self._scores, self._known = [-math.inf], {}
+        self._compressed.begin()
+        self._secure.begin(self._compressed.training)
         return super().start(*arguments, **options)
 
     def configure_train(

@@ -10,10 +10,12 @@ guaranteed, and what is not. This module has the server's part, `tofu.flower.sec
 
 import json
 import logging
+import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -50,6 +52,9 @@ from tofu.settings import MIN_SECURE
 from tofu.wire import SecurePart, run_name
 
 LOG = logging.getLogger("tofu.flower")
+
+_ROUNDS: WeakKeyDictionary[Grid, int] = WeakKeyDictionary()
+"""Grid -> last round of secure sums. Clients answer a number once, and a strategy may start several trainings."""
 
 
 @dataclass
@@ -90,6 +95,7 @@ class SecureAggregation(StrategyWrapper):
     Attributes:
         mod: name of the client's mod, for error messages.
         acknowledged: node -> last round whose sum its update is in.
+        training: as of `Compressed`.
 
     Raises:
         SettingError: the inner strategy needs the individual updates, or an option is out of range.
@@ -122,6 +128,7 @@ class SecureAggregation(StrategyWrapper):
         self.acknowledged: dict[int, int] = {}
         self._open: _OpenSum | None = None
         self._summed, self._abandoned = 0, ""
+        self._round, self.training = 0, secrets.token_bytes(8)
 
     def start(self, *arguments: Any, **options: Any) -> Result:
         """Run the inner strategy's own `start` with secure sums.
@@ -129,11 +136,17 @@ class SecureAggregation(StrategyWrapper):
         Raises:
             RunError: every round was abandoned because too few clients remained.
         """
-        self._summed, self._abandoned, self._owners = 0, "", {}
+        self._summed, self._abandoned = 0, ""
+        self.begin(secrets.token_bytes(8))
         result = super().start(*arguments, **options)
         if self._abandoned and not self._summed:
             raise RunError(f"no round could be summed: {self._abandoned}")
         return result
+
+    def begin(self, training: bytes) -> None:
+        """Forget an earlier training, whose weights have nothing to do with those to come."""
+        self.training, self._owners, self._ranges = training, {}, RangeTracker(self._options)
+        self.acknowledged.clear()
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -152,8 +165,10 @@ class SecureAggregation(StrategyWrapper):
             return []
         _check_equal(messages, self.inner)
         nodes = [message.metadata.dst_node_id for message in messages]
+        own = getattr(grid, "_grid", grid)  # that of `FirstReplies` is made anew for each training
+        self._round = _ROUNDS[own] = max(server_round, _ROUNDS.get(own, 0) + 1)
         try:
-            parts = self._exchange_keys(messages[0], nodes, server_round, GridTransport(grid))
+            parts = self._exchange_keys(messages[0], nodes, self._round, GridTransport(grid))
         except AbandonedError as error:
             self._abandon(server_round, error)
             return []
@@ -164,9 +179,9 @@ class SecureAggregation(StrategyWrapper):
             part = parts.get(self._open.names.get(node, ""))
             if part is not None:
                 record = ConfigRecord({
-                    "version": VERSION, "round": server_round, "acknowledged": self.acknowledged.get(node, NEVER),
+                    "version": VERSION, "round": self._round, "acknowledged": self.acknowledged.get(node, NEVER),
                     "digest": joint_digest(self._options, self._codec), "weight-key": self._weight_key, "part": part,
-                    "clip-norm": self._ranges.norm,
+                    "clip-norm": self._ranges.norm, "training": self.training,
                 })  # fmt: skip
                 requests.append(with_record(message, RECORD, record))
         if self._options.noise_multiplier:  # also if the round is abandoned, as its sum may be known by then
@@ -202,7 +217,7 @@ class SecureAggregation(StrategyWrapper):
         self._ranges.advance(mean, opened.config, len(total.survivors))
         for node, name in opened.names.items():
             if name in total.survivors:
-                self.acknowledged[node] = server_round
+                self.acknowledged[node] = self._round
             if name in adverts:
                 self._adverts[node] = adverts[name]
         content = RecordDict({

@@ -97,7 +97,7 @@ class SecureMod(TrainMod):
             return reply
         trained = _Trained.of(reply, request, options)
         spec, kept = request.names.param_spec, bool(options.error_feedback)
-        feedback, memory = load_feedback(context, spec) if kept else (ErrorFeedback(), b"")
+        feedback, memory = load_feedback(context, spec, request.training) if kept else (ErrorFeedback(), b"")
         # Otherwise a dishonest server could have a vector sent again in a sum whose other members send almost nothing.
         acknowledged = request.acknowledged if participant.identity is None else feedback.sent_round
         steps: list[UpdateStep] = [AddResidual(acknowledged, options.error_feedback)]
@@ -116,7 +116,7 @@ class SecureMod(TrainMod):
         except ValueError as error:
             raise PayloadError(f"this client's model differs from the server's: {error}") from error
         if kept:
-            save_feedback(context, spec, outgoing.feedback, outgoing.memory)
+            save_feedback(context, spec, request.training, outgoing.feedback, outgoing.memory)
         record = ConfigRecord({"masked": masked, "metrics": trained.names})
         return Message(RecordDict({RECORD: record}), reply_to=message)
 
@@ -135,6 +135,7 @@ class _SecureRequest:
     shares: bytes
     encoder: RingEncoder
     purpose: bytes
+    training: bytes
 
     @staticmethod
     def of(message: Message, options: SecureOptions, codec: UpdateCodec | None) -> "_SecureRequest":
@@ -162,7 +163,11 @@ class _SecureRequest:
         encoder = RingEncoder(names.param_spec, config, options.declared(norm))
         content = content_digest(message.content, key)
         purpose = purpose_of(config, base, content, *meaning(round_, options, codec, norm))
-        return _SecureRequest(round_, acknowledged, key, norm, base, names, config, part.shares, encoder, purpose)
+        training = record.get("training")
+        return _SecureRequest(
+            round_, acknowledged, key, norm, base, names, config, part.shares, encoder, purpose,
+            training if isinstance(training, bytes) else b"",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

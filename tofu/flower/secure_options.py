@@ -209,6 +209,8 @@ class RangeTracker:
             sizes = [2 * nearest_range(levels) * float(v.double().square().mean() ** 0.5) for v in mean.update.values()]
         else:
             sizes = [headroom * float(v.abs().max()) if v.numel() else 0.0 for v in mean.update.values()]
+        if not any(sizes):  # all clients returned what they received: their next updates will have the size of others
+            return
         minimum = _SMALLEST * max(max(sizes), 1e-9)
         scale = config.unit_weight / unit
         known = zip(sizes, mean.ranges, config.ranges, strict=True)

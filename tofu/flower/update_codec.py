@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import CodeType
@@ -53,6 +53,9 @@ RECORD = "tofu"
 
 VERSION = 2
 
+_SHRUNK = 0.3
+"""Norm of the new weights relative to the old ones below which an app's reply is taken for differences."""
+
 
 class UpdateCodec:
     """Codes the difference between two sets of arrays. Client and server must build it from equal arguments.
@@ -74,6 +77,8 @@ class UpdateCodec:
         step_ahead: fraction of the residual that is added to the weights before local training; see
             docs/error-feedback.md.
         error_feedback: fraction of what compression lost that the client adds to its next update.
+        differences: the app returns differences from the arrays that it received, or gradients, instead of new arrays.
+            By default (None) replies that look like that are refused.
         seed: seed of the search for proxies.
 
     Raises:
@@ -95,6 +100,7 @@ class UpdateCodec:
         downlink: float = 0.0,
         step_ahead: float = 0.5,
         error_feedback: float = 1.0,
+        differences: bool | None = None,
         seed: int = 0,
     ) -> None:
         if compressor is not None:
@@ -115,6 +121,7 @@ class UpdateCodec:
         self.joint = ""
         """Further options that client and server must share: those of the secure rounds of `tofu.hybrid`."""
         self.error_feedback, self.step_ahead, self.seed = error_feedback, step_ahead, seed
+        self.differences = differences
 
     @cached_property
     def _resolved(self) -> tuple[str, ModelCall]:
@@ -140,6 +147,7 @@ class UpdateCodec:
         name, call = self._resolved
         functions = [_function_identity(f) for f in (call.forward, call.loss) if f]
         shared = [VERSION, name, self._ratio, self.downlink, call.inputs, call.target, functions, options, self.joint]
+        shared.append(bool(self.differences))
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).digest()[:FINGERPRINT_BYTES]
 
     @property
@@ -174,6 +182,24 @@ class UpdateCodec:
         reference = ReferenceModel(model.eval(), self._resolved[1])
         tied = {own: first for own, first in tied.items() if own in names}
         return ArrayModel(reference.param_spec, names, reference, tied=tied)
+
+    def origin(self, base: Mapping[str, Tensor], returned: Mapping[str, Tensor] | None = None) -> Mapping[str, Tensor]:
+        """Return what the app's replies to `base` are relative to: `base`, or zeros if they are differences.
+
+        Raises:
+            PayloadError: `returned` looks like differences, and the user has not said what it is.
+        """
+        if self.differences:
+            return {name: torch.zeros_like(value) for name, value in base.items()}
+        if returned and self.differences is None:
+            floats = [name for name, value in returned.items() if value.is_floating_point() and name in base]
+            old, new = (_norm(arrays[name] for name in floats) for arrays in (base, returned))
+            if new < _SHRUNK * old:
+                raise PayloadError(
+                    f"the app returned arrays of less than {_SHRUNK:.0%} of the norm of those that it received: pass "
+                    "differences=True to both ends if they are differences or gradients, else differences=False"
+                )
+        return base
 
     def compressor(self, reference: ReferenceModel) -> Compressor:
         """Return the compressor for this model. Raises SettingError if it does not reach the ratio."""
@@ -214,10 +240,12 @@ class UpdateCodec:
 
     @cached_property
     def _built_once(self) -> nn.Module | None:
-        """The user's model, on the CPU; built only once, because that may load a pretrained network."""
+        """The user's model, on the CPU and in float32; built only once, as that may load a pretrained network."""
         if self._model is None:
             return None
-        return copy.deepcopy(self._model).cpu() if isinstance(self._model, nn.Module) else self._model().cpu()
+        model = copy.deepcopy(self._model).cpu() if isinstance(self._model, nn.Module) else self._model().cpu()
+        other = any(p.is_floating_point() and p.dtype != torch.float32 for p in model.parameters())
+        return model.float() if other else model
 
 
 @dataclass(frozen=True)
@@ -247,13 +275,14 @@ class ArrayNames:
         return {own: arrays[self.names[own]].float() if own in self.names else torch.zeros(s) for own, s in shapes}
 
     def update(self, base: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> Weights:
-        """new - base of all that is trained, by its own names.
+        """new - base of all that is trained, by its own names; zero for arrays that the app does not return.
 
         Raises:
             PayloadError: the arrays differ in names or shapes, or one changed that the model does not train.
         """
-        if base.keys() != new.keys() or any(base[name].shape != new[name].shape for name in base):
+        if not new or any(name not in base or base[name].shape != value.shape for name, value in new.items()):
             raise PayloadError("the app returned arrays of other names or shapes than it received")
+        new = self._tied({**base, **new}) if len(new) < len(base) else new
         for own, name in self.names.items():
             expected = new[self.names[self.tied[own]]] if own in self.tied else base[name]
             if own not in self.param_spec.shapes and not new[name].equal(expected):
@@ -422,6 +451,10 @@ def _without_adapter(name: str, model: nn.Module) -> str:
     for adapter in getattr(model, "peft_config", ()):
         name = f"{name}.".replace(f".modules_to_save.{adapter}.", ".").replace(f".{adapter}.", ".")[:-1]
     return name
+
+
+def _norm(values: Iterable[Tensor]) -> float:
+    return math.sqrt(sum(float(value.double().square().sum()) for value in values))
 
 
 def _copy(model: nn.Module, names: Collection[str]) -> nn.Module:

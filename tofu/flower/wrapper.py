@@ -97,18 +97,26 @@ class StrategyWrapper(Strategy):
             raise SettingError("strategy", found, "an object of a strategy in flwr.serverapp.strategy, or of your own")
         self.inner = inner
         # `start` replaces the inner strategy's methods for its duration; these are the originals.
-        self._configure_train = inner.configure_train
-        self._originals = inner.aggregate_train, inner.aggregate_evaluate
+        self._originals = inner.configure_train, inner.aggregate_train, inner.aggregate_evaluate
+        self._asked: dict[int, object] = {}
+
+    def _configure_train(self, round_: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> list[Message]:
+        """Call the inner strategy, and keep the layouts of the arrays that it sends to the nodes."""
+        messages = list(self._originals[0](round_, arrays, config, grid))
+        contents = {id(message.content): message.content for message in messages}
+        layouts = {at: _arrays_of(content) for at, content in contents.items()}
+        self._asked = {message.metadata.dst_node_id: layouts[id(message.content)] for message in messages}
+        return messages
 
     def _aggregate_train(
         self, round_: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Call the inner strategy with the replies that it can aggregate (`consistent`)."""
-        return self._originals[0](round_, consistent(replies, self.inner, round_))
+        return self._originals[1](round_, consistent(replies, self.inner, round_, self._asked))
 
     def _aggregate_evaluate(self, round_: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Call the inner strategy with the replies that it can aggregate (`consistent`)."""
-        return self._originals[1](round_, consistent(replies, self.inner, round_))
+        return self._originals[2](round_, consistent(replies, self.inner, round_, {}))
 
     def __getattr__(self, name: str) -> Any:
         """Attributes that are not the wrapper's own are the inner strategy's."""
@@ -180,20 +188,29 @@ def unwrapped(strategy: Strategy) -> Strategy:
     return unwrapped(strategy.inner) if isinstance(strategy, StrategyWrapper) else strategy
 
 
-def consistent(replies: Iterable[Message], strategy: Strategy, round_: int) -> list[Message]:
+def consistent(
+    replies: Iterable[Message], strategy: Strategy, round_: int, asked: Mapping[int, object]
+) -> list[Message]:
     """Put error replies in place of those that differ from most in the names of arrays and metrics, or in shapes.
 
     FedAvg and the strategies that extend it end the run if one reply has others, arrays that cannot be read, or an
     unusable weight, which one client could do. The replies to other strategies are not changed.
+
+    Args:
+        asked: node -> layout of the arrays that it was sent; only replies to the same layout are compared. (Some
+            strategies send parts of the model.)
     """
     replies = list(replies)
     if not isinstance(strategy, strategies.FedAvg):
         return replies
-    layouts = {at: _layout_of(reply.content) for at, reply in enumerate(replies) if not reply.has_error()}
-    usual = Counter(layouts.values()).most_common(1)
-    for at, layout in layouts.items():
-        reply = replies[at]
-        if layout != usual[0][0]:
+    usable = {at: reply for at, reply in enumerate(replies) if not reply.has_error()}
+    metrics = {at: _metrics_of(reply.content) for at, reply in usable.items()}
+    arrays = {at: (asked.get(reply.metadata.src_node_id), _arrays_of(reply.content)) for at, reply in usable.items()}
+    usual = Counter(metrics.values()).most_common(1)
+    usual_arrays = {sent: found for (sent, found), _ in reversed(Counter(arrays.values()).most_common())}
+    for at, reply in usable.items():
+        sent, found = arrays[at]
+        if metrics[at] != usual[0][0] or found != usual_arrays[sent]:
             problem = "its arrays or metrics have other names or shapes than those of most clients"
         elif not _has_weight(reply.content, strategy.weighted_by_key):
             problem = f"its metric {strategy.weighted_by_key} is not usable: expected one number of at least 0"
@@ -205,17 +222,20 @@ def consistent(replies: Iterable[Message], strategy: Strategy, round_: int) -> l
     return replies
 
 
-def _layout_of(content: RecordDict) -> tuple[object, ...]:
-    """Return the names and shapes of the arrays, and names and lengths of the metrics, by the keys of their records."""
-    arrays = sorted(
+def _arrays_of(content: RecordDict) -> tuple[object, ...]:
+    """Return the names and shapes of the arrays, by the keys of their records."""
+    return tuple(
         (key, tuple(sorted((name, str(_shape_of(array))) for name, array in record.items())))
-        for key, record in content.array_records.items()
+        for key, record in sorted(content.array_records.items())
     )
-    metrics = sorted(
+
+
+def _metrics_of(content: RecordDict) -> tuple[object, ...]:
+    """Return the names and lengths of the metrics, by the keys of their records."""
+    return tuple(
         (key, tuple(sorted((name, len(value) if isinstance(value, list) else -1) for name, value in record.items())))
-        for key, record in content.metric_records.items()
+        for key, record in sorted(content.metric_records.items())
     )
-    return (*arrays, None, *metrics)
 
 
 def _shape_of(array: Array) -> tuple[int, ...] | None:
@@ -250,7 +270,9 @@ def only_arrays(content: RecordDict, what: str, key: object = None) -> tuple[str
     if isinstance(key, str) and key in content.array_records:
         return key, content.array_records[key]
     if len(records) != 1:
-        raise PayloadError(f"{what} has {len(records)} array records, expected 1")
+        raise PayloadError(
+            f"{what} has {len(records)} array records, expected 1, or one with the strategy's arrayrecord_key"
+        )
     return records[0]
 
 
