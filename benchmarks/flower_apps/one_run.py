@@ -72,6 +72,8 @@ def _prepare(app: App, data: Path, cache: Path, seed: int) -> None:
         serve_transformers(cache / "bert-tiny", cache / "imdb" / "train.parquet", app.examples)
     if app.package == "vitexample":
         serve_vision_transformer()
+    if app.package == "mlxexample":
+        importlib.import_module("mlx.core").random.seed(seed)
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     random.seed(seed)
