@@ -42,7 +42,7 @@ from tofu.reference_model import (
     resolve_compressor,
 )
 from tofu.settings.deprecated import present_value
-from tofu.weights import Weights, base_fingerprint, copy_model
+from tofu.weights import Weights, base_fingerprint, copy_model, in_float32
 from tofu.wire import HEADER_BYTES, Payload, read_payload
 
 _MAGIC, _VERSION = b"TOFE", 2
@@ -97,7 +97,7 @@ def encode(
         >>> tofu.decode(model, message)["1.weight"].shape
         torch.Size([10, 64])
     """
-    compressor = compressor and present_value("compressor", compressor)
+    model, compressor = in_float32(model), compressor and present_value("compressor", compressor)
     name, call = resolve_compressor(
         compressor, model, input_shape, forward=forward, loss=loss, target_shape=target_shape
     )
@@ -143,7 +143,7 @@ def decode(
     header = _Header.read(reader)
     if (header.has_forward, header.has_loss) != (forward is not None, loss is not None):
         raise PayloadError("message was encoded with a `forward` or `loss` where this decode has none, or the reverse")
-    name, shapes = header.compressor, header.inputs
+    name, shapes, model = header.compressor, header.inputs, in_float32(model)
     compressor = compressor and present_value("compressor", compressor)
     if name != (compressor or name) or (compressor is None and name not in compressors.names()):
         raise PayloadError(f"message was written by compressor {name!r}, expected {compressor or 'a registered one'}")

@@ -193,6 +193,12 @@ def weights_of(model: nn.Module) -> Weights:
     return parameters | {name: b.detach().clone() for name, b in _persistent_buffers(model)}
 
 
+def in_float32(model: nn.Module) -> nn.Module:
+    """Return the model, or a copy in 32 bits if it has parameters of another floating-point type."""
+    other = any(p.is_floating_point() and p.dtype != torch.float32 for p in model.parameters())
+    return copy_model(model).float() if other else model
+
+
 def copy_model(model: nn.Module) -> nn.Module:
     """Return a copy of a model; attributes that cannot be copied (locks, open files) are shared with the original.
 

@@ -76,6 +76,15 @@ def test_the_model_is_left_alone_in_its_mode(mlp_update: Case) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
+def test_a_model_in_another_type_is_encoded_in_32_bits(mlp_update: Case, kind: torch.dtype) -> None:
+    network, update = mlp_update
+    model = build_model("mlp", network.shape).to(kind)
+    decoded = tofu.decode(model, tofu.encode(model, update, input_shape=SHAPE, options=QUICK))
+    assert cosine(decoded, update) > 0.3
+    assert {value.dtype for value in model.state_dict().values()} == {kind}
+
+
 def test_initial_weights_that_both_ends_know_improve_the_correction(mlp_update: Case) -> None:
     network, update = mlp_update
     initial = dict(build_model("mlp", network.shape, seed=0).named_parameters())

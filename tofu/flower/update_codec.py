@@ -44,6 +44,7 @@ from tofu.weights import (
     base_fingerprint,
     difference,
     has_differences,
+    in_float32,
     load_weights,
 )
 from tofu.wire import HEADER_BYTES, Payload, read_payload
@@ -244,8 +245,7 @@ class UpdateCodec:
         if self._model is None:
             return None
         model = copy.deepcopy(self._model).cpu() if isinstance(self._model, nn.Module) else self._model().cpu()
-        other = any(p.is_floating_point() and p.dtype != torch.float32 for p in model.parameters())
-        return model.float() if other else model
+        return in_float32(model)
 
 
 @dataclass(frozen=True)
