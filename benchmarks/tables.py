@@ -17,7 +17,22 @@ import typer
 from benchmarks import audit, audit_trained, central_dp, correlated
 from benchmarks.coding.__main__ import where_bytes_go
 from benchmarks.common import RESULTS, markdown_table, run_command, spread
-from benchmarks.error_feedback.__main__ import RATIOS, SEEDS, Table, ablation, comparison, variants
+from benchmarks.error_feedback import sampled
+from benchmarks.error_feedback.__main__ import (
+    RATIOS,
+    STEPPED_METHODS,
+    TUNED,
+    VARIANTS,
+    Table,
+    ablation,
+    best_accuracies,
+    comparison,
+    steps,
+    tuned_steps,
+    tuning,
+    variants,
+    with_chosen_step,
+)
 from benchmarks.latency.__main__ import HEADER as LATENCY
 from benchmarks.latency.__main__ import table_rows as latency_rows
 from benchmarks.plugins.tables import PLUGIN_TABLES
@@ -31,9 +46,6 @@ NAMES = {
     "qsgd": "QSGD",
 }  # fmt: skip
 """Compressors as `benchmarks.rivals` stores them -> as the tables name them."""
-
-FIELDS = ("task", "method", "ratio", "w", "a", "final_factor")
-"""What identifies a row of results/error-feedback.json, beside the seed."""
 
 Rows = list[dict[str, Any]]
 
@@ -83,22 +95,21 @@ def lead(name: str, ratio: float, compressors: Sequence[str]) -> str:
 
 
 def readme() -> str:
-    """The default beside its correction alone and STC, of results/error-feedback.json."""
+    """The default beside its correction alone and STC, of results/error-feedback.json, also with tuned server steps."""
     found: Rows = read("error-feedback")["rows"]
-    methods = (("fedavg", 1.0), ("proxies+correction", 0.0), ("correction", 1.8), ("stc", 1.8))
+    methods = [method for method, _ in STEPPED_METHODS]
     rows = []
-    for data, task, ratio in (
-        *(("MNIST", "mnist", ratio) for ratio in (50, 200, 1000)),
-        *(("CIFAR-10", "cifar10", ratio) for ratio in (50, 200, 500, 1000, 2000)),
-    ):
-        cells = []
-        for method, w in methods:
-            asked = (task, method, 0, w, 0.0, 1.0) if method == "fedavg" else (task, method, ratio, w, 0.5, 1.0)
-            mine = [row for row in found if row["seed"] in SEEDS and asked == tuple(row[name] for name in FIELDS)]
-            assert len(mine) == len(SEEDS), asked
-            cells.append(spread([100 * row["final_accuracy"] for row in mine], 1))
-        rows.append([f"{data}, {ratio:,}x", *cells])
-    return markdown_table(("data, payload ratio", "FedAvg", "proxies (default)", "correction alone", "STC"), rows)
+    for data, task, ratios, tuned in (
+        ("MNIST", "mnist", (50, 200, 1000), False), ("MNIST", "mnist", (1000,), True),
+        ("MNIST, 10 of 100", "mnist-100", (200,), True), ("CIFAR-10", "cifar10", (50, 200, 1000, 2000), False),
+        ("CIFAR-10", "cifar10", (500, 1000, 2000), True),
+    ):  # fmt: skip
+        of = with_chosen_step if tuned else best_accuracies
+        for ratio in ratios:
+            cells = [spread(of(found, task, method, ratio), 1) for method in methods]
+            rows.append([f"{data}, {ratio:,}x", "tuned" if tuned else "1", *cells])
+    header = ("data, payload ratio", "server's step", "FedAvg", "proxies (default)", "correction alone", "STC")
+    return markdown_table(header, rows)
 
 
 def federated() -> str:
@@ -193,20 +204,13 @@ def error_feedback(made: Callable[..., Table], *task: str) -> str:
 
 def error_feedback_leads() -> str:
     """By how many points the default is ahead of STC and of its correction alone on CIFAR-10, seed by seed."""
-    ratios = (50, 200, 500, 1000, 2000)
-    found = {
-        (row["method"], row["ratio"], row["seed"]): 100 * row["final_accuracy"]
-        for row in read("error-feedback")["rows"]
-        if row["task"] == "cifar10" and (row["w"], row["a"], row["final_factor"]) in ((0.0, 0.5, 1.0), (1.8, 0.5, 1.0))
-        and (row["method"] == "proxies+correction") == (row["w"] == 0)
-    }  # fmt: skip
-    rows = []
+    ratios, rows, found = (50, 200, 500, 1000, 2000), [], read("error-feedback")["rows"]
     for method, name in (("stc", "STC"), ("correction", "the correction alone")):
-        leads = [
-            [found["proxies+correction", ratio, seed] - found[method, ratio, seed] for seed in SEEDS]
-            for ratio in ratios
-        ]
-        rows.append([name, *(", ".join(f"{lead:.1f}" for lead in of_ratio) for of_ratio in leads)])
+        cells = []
+        for ratio in ratios:
+            own, other = (best_accuracies(found, "cifar10", one, ratio) for one in ("proxies+correction", method))
+            cells.append(", ".join(f"{a - b:.1f}" for a, b in zip(own, other, strict=True)))
+        rows.append([name, *cells])
     return markdown_table(("ahead of", *(f"{ratio}x" for ratio in ratios)), rows)
 
 
@@ -264,7 +268,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "coding-bytes": lambda: markdown_table(*where_bytes_go(read("coding")["rows"])),
     **{f"error-feedback-{task}": partial(error_feedback, comparison, task) for task in RATIOS},
     "error-feedback-ablation": partial(error_feedback, ablation),
-    "error-feedback-variants": partial(error_feedback, variants),
+    **{f"error-feedback-{task}-variants": partial(error_feedback, variants, task) for task in VARIANTS},
+    **{f"error-feedback-{task}-tuning": partial(error_feedback, tuning, task) for task in TUNED},
+    "error-feedback-steps": partial(error_feedback, steps),
+    "error-feedback-tuned-steps": partial(error_feedback, tuned_steps),
+    "error-feedback-sampled": lambda: markdown_table(*sampled.table(read("error-feedback-sampled")["rows"])),
     "error-feedback-leads": error_feedback_leads,
     "soak": soak,
     "latency": lambda: markdown_table(LATENCY, latency_rows(read("latency")["rows"])),

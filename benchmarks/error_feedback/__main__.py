@@ -8,6 +8,7 @@ because evaluation would otherwise take more than half of a run. The step sizes 
 
 import json
 import shutil
+import statistics
 import sys
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -41,6 +42,8 @@ TASKS: dict[str, dict[str, Any]] = {
     "mnist-100": COMPARISONS["mnist-100"][0],
     "mnist": COMPARISONS["mnist"][0] | {"lr": 0.2},
 }
+MOMENTUM: dict[str, Any] = {"server_optimizer": "momentum", "server_momentum": 0.5, "server_lr": 0.5}
+"""Of the server; the steps of all rounds add up to those without momentum."""
 METHODS: dict[str, dict[str, Any]] = {
     "proxies+correction": {"compressor": "proxy", "correction": 0.4},
     "correction": {"compressor": "proxy", "correction": 1.0},
@@ -53,9 +56,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "stc-half-life": {"compressor": "stc", "residual_half_life": 5.0},
     "stc-ef21": {"compressor": "stc", "server_optimizer": "ef21"},
     "stc-ef21-sgdm": {"compressor": "stc", "server_optimizer": "ef21", "ef21_momentum": 0.3},
+    "stc-momentum": {"compressor": "stc"} | MOMENTUM,
+    "fedavg-momentum": {"schedule": "fedavg"} | MOMENTUM,
 }
 """Proxies without a correction have no w: it applies to the correction only. The three after these are rivals. The last
-ones are other kinds of error feedback for clients that are sampled rarely, and none at all."""
+ones are other kinds of error feedback, none at all, and the server's momentum."""
 AUTO = 0.0
 """Each message chooses its w; the default of proxies with a correction."""
 SEEDS = (0, 1, 2)
@@ -65,11 +70,13 @@ COMPARED = (
     ("proxies+correction", AUTO), ("correction", 1.8), ("proxies", 1.0), ("stc", 1.8), ("topk", 1.8),
     ("powersgd", 1.8),
 )  # fmt: skip
-"""(method, w), all with a = 0.5."""
+"""(method, w), all with a = 0.5, and those of STEPPED_METHODS with a = 0, too, at the ratios of WITHOUT_AHEAD."""
 RATIOS: dict[str, tuple[int, ...]] = {
     "cifar10": (1000, 200, 500, 2000, 50), "mnist": (1000, 500, 200, 50, 2000), "mnist-100": (200,),
 }  # fmt: skip
 """Of the comparison."""
+WITHOUT_AHEAD = {"cifar10": (1000, 2000), "mnist": (1000,)}
+"""Ratios at which the default, the correction alone and STC have a = 0, too: rivals prefer it on the tuning seed."""
 REACHED: dict[str, tuple[int, ...]] = {"proxies": (500, 1000, 2000), "powersgd": (50, 1000)}
 """Ratios of a method that is not run at all of them: at 1,000x PowerSGD has rank 1 and is far behind."""
 ABLATED = {"cifar10": 1000, "mnist": 500, "mnist-100": 200}
@@ -80,14 +87,32 @@ ABLATION = (
 )  # fmt: skip
 """(method, w, a): the default, without over-relaxation, without step-ahead, without both, without proxies, and without
 the correction."""
-VARIANTS = (
-    ("eden-stateless", 1.0, 0.0), ("stc-stateless", 1.0, 0.0), ("stc-half-life", 1.8, 0.5), ("stc-ef21", 1.0, 0.0),
-    ("stc-ef21-sgdm", 1.0, 0.0),
-)  # fmt: skip
-"""(method, w, a) with 10 of 100 clients."""
-TUNED = (("cifar10", 1000), ("mnist-100", 200))
-"""(task, ratio) that w and a are chosen at, on one grid for all methods."""
+VARIANTS: dict[str, tuple[tuple[str, float, float], ...]] = {
+    "mnist-100": (
+        ("stc", 1.8, 0.5), ("eden-stateless", 1.0, 0.0), ("stc-stateless", 1.0, 0.0), ("stc-half-life", 1.8, 0.5),
+        ("stc-ef21", 1.0, 0.0), ("stc-ef21-sgdm", 1.0, 0.0),
+    ),
+    "cifar10": (
+        ("fedavg", 1.0, 0.0), ("fedavg-momentum", 1.0, 0.0), ("stc", 1.8, 0.5), ("stc-momentum", 1.8, 0.5),
+        ("stc-momentum", 1.0, 0.0), ("stc-ef21", 1.0, 0.0), ("stc-ef21", 1.8, 0.0), ("stc-ef21-sgdm", 1.0, 0.0),
+    ),
+}  # fmt: skip
+"""(method, w, a) of other kinds of error feedback at 200x, with 10 of 100 clients and with all of five."""
+TUNED = {"cifar10": 1000}
+"""Task and ratio that w and a are chosen at, on one grid for all methods."""
 TUNING = tuple((w, a) for w in (1.8, 1.4, 1.0) for a in (0.5, 0.0))
+STEPS = (1.0, 1.5, 2.0, 3.0)
+"""Of the server (`server-lr`), chosen for each method on the tuning seed."""
+STEPPED: dict[str, tuple[int, ...]] = {"cifar10": (1000, 2000, 500), "mnist": (1000, 500, 2000), "mnist-100": (200,)}
+"""Ratios of the comparison with the server's step tuned; it is tuned at the first one."""
+STEPPED_METHODS = (("fedavg", 1.0), ("proxies+correction", AUTO), ("correction", 1.8), ("stc", 1.8))
+"""(method, w), all with a = 0.5."""
+CHOSEN_STEP = {
+    "cifar10": {"fedavg": 1.5, "proxies+correction": 1.5, "correction": 2.0, "stc": 2.0},
+    "mnist-100": {"fedavg": 1.5, "proxies+correction": 2.0, "correction": 1.5, "stc": 1.5},
+    "mnist": {"fedavg": 1.0, "proxies+correction": 1.5, "correction": 2.0, "stc": 1.5},
+}
+"""The best of STEPS on the tuning seed."""
 CURVE_IMAGES = 1000
 
 
@@ -102,13 +127,15 @@ class Run:
     a: float
     final_factor: float
     seed: int
+    server_lr: float = 1.0
 
     @property
     def name(self) -> str:
         tail = (
             "" if self.method == "fedavg" else f"-{self.ratio}x-w{factor(self.w)}-a{falling(self.a, self.final_factor)}"
         )
-        return f"{self.task}/{self.method}{tail}-seed{self.seed}"
+        step = "" if self.server_lr == 1 else f"-step{self.server_lr:g}"
+        return f"{self.task}/{self.method}{tail}{step}-seed{self.seed}"
 
     def settings(self, folder: Path) -> Settings:
         task = TASKS[self.task]
@@ -119,6 +146,8 @@ class Run:
                 "ratio": float(self.ratio), "over_relaxation": self.w, "step_ahead": self.a,
                 "step_ahead_final_factor": self.final_factor,
             }  # fmt: skip
+        if self.server_lr != 1:
+            own = own | {"server_lr": self.server_lr}
         common = {
             "dataset": find_data(hub.split("/")[1], hub), "seed": self.seed, "workers": 1, "threads": 1,
             "checkpoint": False, "test_images": CURVE_IMAGES, "run_folder": str(folder),
@@ -144,13 +173,33 @@ def all_runs() -> list[Run]:
     ]  # fmt: skip
     tuned = [(method, w, a) for method, _ in reversed(COMPARED) if method not in REACHED for w, a in TUNING]
     tuned += [("proxies+correction", AUTO, 0.5), ("proxies+correction", AUTO, 0.0)]
-    runs += [Run(task, method, ratio, w, a, 1.0, TUNING_SEED) for task, ratio in TUNED for method, w, a in tuned]
+    runs += [
+        Run(task, method, ratio, w, a, 1.0, TUNING_SEED) for task, ratio in TUNED.items() for method, w, a in tuned
+    ]
     runs += [
         Run(task, method, ratio, w, 0.5, 1.0, seed)
         for task, ratios in RATIOS.items() for method, w in COMPARED for ratio in ratios for seed in SEEDS
         if ratio in REACHED.get(method, ratios)
     ]  # fmt: skip
-    runs += [Run("mnist-100", method, 200, w, a, 1.0, seed) for method, w, a in VARIANTS for seed in SEEDS]
+    runs += [
+        Run(task, method, ratio, w, 0.0, 1.0, seed)
+        for task, ratios in WITHOUT_AHEAD.items() for ratio in ratios for method, w in STEPPED_METHODS for seed in SEEDS
+        if method != "fedavg"
+    ]  # fmt: skip
+    runs += [
+        Run(task, method, 200, w, a, 1.0, seed)
+        for task, kinds in VARIANTS.items() for method, w, a in kinds if method != "fedavg" for seed in SEEDS
+    ]  # fmt: skip
+    runs += [
+        Run(task, method, ratios[0], w, 0.5, 1.0, TUNING_SEED, step)
+        for task, ratios in STEPPED.items() for step in STEPS for method, w in STEPPED_METHODS if method != "fedavg"
+    ]  # fmt: skip
+    runs += [Run(task, "fedavg", 0, 1.0, 0.0, 1.0, TUNING_SEED, step) for task in STEPPED for step in STEPS]
+    runs += [
+        Run(task, method, 0 if method == "fedavg" else ratio, w, 0.0 if method == "fedavg" else 0.5, 1.0, seed, step)
+        for task, methods in CHOSEN_STEP.items() for (method, w) in STEPPED_METHODS if (step := methods[method]) != 1
+        for ratio in STEPPED[task] for seed in SEEDS
+    ]  # fmt: skip
     fedavg = [Run(run.task, "fedavg", 0, 1.0, 0.0, 1.0, run.seed) for run in runs]
     return list(dict.fromkeys(fedavg + runs))
 
@@ -183,14 +232,27 @@ def _accuracy(settings: Settings, folder: Path) -> float:
 
 
 def comparison(rows: list[Row], task: str) -> Table:
-    """Final accuracy by method and ratio, with the w and a that were chosen."""
+    """Final accuracy by method and ratio, with and without step-ahead."""
     ratios = sorted(RATIOS[task])
-    lines = [["FedAvg", "", *[_cell(_of(rows, task, "fedavg", 0, 1.0, 0.0))] * len(ratios)]]
-    lines += [
-        [method, factor(w), *(_cell(_of(rows, task, method, ratio, w, 0.5)) for ratio in ratios)]
-        for method, w in COMPARED if any(_of(rows, task, method, ratio, w, 0.5) for ratio in ratios)
-    ]  # fmt: skip
-    return ["method", "w", *(f"{ratio}x" for ratio in ratios)], lines
+    lines = [["FedAvg", "", "", *[_cell(_of(rows, task, "fedavg", 0, 1.0, 0.0))] * len(ratios)]]
+    for method, w in COMPARED:
+        for a in (0.5, 0.0):
+            found = [_of(rows, task, method, ratio, w, a) for ratio in ratios]
+            if any(found):
+                lines.append([method, factor(w), f"{a:g}", *map(_cell, found)])
+    return ["method", "w", "a", *(f"{ratio}x" for ratio in ratios)], lines
+
+
+def best_accuracies(rows: list[Row], task: str, method: str, ratio: int) -> list[float]:
+    """Final accuracies in % of all seeds; of the default with its a, of another method with the a of the higher mean.
+
+    Empty if a seed is missing.
+    """
+    if method == "fedavg":
+        return _of(rows, task, method, 0, 1.0, 0.0)
+    w = dict(COMPARED)[method]
+    found = [_of(rows, task, method, ratio, w, a) for a in ((0.5,) if w == AUTO else (0.5, 0.0))]
+    return max((one for one in found if len(one) == len(SEEDS)), key=statistics.fmean, default=[])
 
 
 def ablation(rows: list[Row]) -> Table:
@@ -209,7 +271,7 @@ def ablation(rows: list[Row]) -> Table:
 
 def tuning(rows: list[Row], task: str) -> Table:
     """Final accuracy on the tuning seed by w and a, one column for each method."""
-    methods, ratio = [method for method, _ in COMPARED if method not in REACHED], dict(TUNED)[task]
+    methods, ratio = [method for method, _ in COMPARED if method not in REACHED], TUNED[task]
     lines = []
     for w, a in ((AUTO, 0.5), (AUTO, 0.0), *TUNING):
         cells = [_of(rows, task, method, ratio, w, a, (TUNING_SEED,)) for method in methods]
@@ -217,21 +279,52 @@ def tuning(rows: list[Row], task: str) -> Table:
     return ["w", "a", *methods], lines
 
 
-def variants(rows: list[Row]) -> Table:
-    """Final accuracy with 10 of 100 clients by kind of error feedback."""
-    asked = [("stc", 1.8, 0.5), *VARIANTS]
+def with_chosen_step(rows: list[Row], task: str, method: str, ratio: int) -> list[float]:
+    """Final accuracies in % with the server's step that was chosen on the tuning seed."""
+    step, w = CHOSEN_STEP[task][method], dict(STEPPED_METHODS)[method]
+    place = (0, w, 0.0) if method == "fedavg" else (ratio, w, 0.5)
+    return _of(rows, task, method, *place, step=step)
+
+
+def steps(rows: list[Row]) -> Table:
+    """Final accuracy with the server's step, in brackets, that was chosen on the tuning seed."""
+    places = [(task, ratio) for task, ratios in STEPPED.items() for ratio in sorted(ratios)]
+    lines = [
+        [f"{task}, {ratio}x"] + [
+            f"{_cell(with_chosen_step(rows, task, method, ratio))} ({CHOSEN_STEP[task][method]:g})"
+            for method, _ in STEPPED_METHODS
+        ]
+        for task, ratio in places
+    ]  # fmt: skip
+    return ["", *(method for method, _ in STEPPED_METHODS)], lines
+
+
+def tuned_steps(rows: list[Row]) -> Table:
+    """Final accuracy on the tuning seed by the server's step."""
+    lines = []
+    for task, ratios in STEPPED.items():
+        for method, w in STEPPED_METHODS:
+            place = (0, w, 0.0) if method == "fedavg" else (ratios[0], w, 0.5)
+            cells = [_of(rows, task, method, *place, (TUNING_SEED,), step) for step in STEPS]
+            lines.append([f"{task}, {ratios[0]}x", method, *(f"{cell[0]:.1f}" if cell else "" for cell in cells)])
+    return ["", "method", *(f"step {step:g}" for step in STEPS)], lines
+
+
+def variants(rows: list[Row], task: str) -> Table:
+    """Final accuracy by kind of error feedback."""
+    cells = [_of(rows, task, method, 0 if method == "fedavg" else 200, w, a) for method, w, a in VARIANTS[task]]
     return ["method", "w", "a", "200x"], [
-        [method, factor(w), f"{a:g}", _cell(_of(rows, "mnist-100", method, 200, w, a))] for method, w, a in asked
+        [method, factor(w), f"{a:g}", _cell(found)] for (method, w, a), found in zip(VARIANTS[task], cells, strict=True)
     ]
 
 
 def _of(
-    rows: list[Row], task: str, method: str, ratio: int, w: float, a: float, seeds: tuple[int, ...] = SEEDS
-) -> list[float]:
+    rows: list[Row], task: str, method: str, ratio: int, w: float, a: float, seeds: tuple[int, ...] = SEEDS,
+    step: float = 1.0,
+) -> list[float]:  # fmt: skip
     """Final accuracies in %, by seed."""
-    found = {row["seed"]: row for row in rows if row["run"] in {
-        Run(task, method, ratio, w, a, 1.0, seed).name for seed in seeds
-    } and "failed" not in row}  # fmt: skip
+    names = {Run(task, method, ratio, w, a, 1.0, seed, step).name for seed in seeds}
+    found = {row["seed"]: row for row in rows if row["run"] in names and "failed" not in row}
     return [100 * found[seed]["final_accuracy"] for seed in seeds if seed in found]
 
 
@@ -272,13 +365,15 @@ def main(
             "settings": {task: FEDERATION | own for task, own in TASKS.items()}, "rows": rows,
         }  # fmt: skip
         replace_file(output, (json.dumps(document, indent=1) + "\n").encode())
-    draw(rows, list(TASKS), SEEDS, output.with_suffix(".svg"))
+    draw(rows, list(RATIOS), SEEDS, output.with_suffix(".svg"))
     missing = sum(run.name not in done for run in runs)
     if missing:
         print(f"Partial results: {missing} of {len(runs)} runs were not made.")
     for title, (header, lines) in {
-        **{task: comparison(rows, task) for task in RATIOS}, "ablation": ablation(rows), "other kinds": variants(rows),
-        **{f"{task}, tuning on seed {TUNING_SEED}": tuning(rows, task) for task, _ in TUNED},
+        **{task: comparison(rows, task) for task in RATIOS}, "ablation": ablation(rows),
+        **{f"{task}, other kinds": variants(rows, task) for task in VARIANTS},
+        "server's step": steps(rows), "server's step on the tuning seed": tuned_steps(rows),
+        **{f"{task}, tuning on seed {TUNING_SEED}": tuning(rows, task) for task in TUNED},
     }.items():  # fmt: skip
         print(f"\n## {title}\n")
         print_table(header, lines)
