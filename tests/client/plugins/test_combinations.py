@@ -28,7 +28,8 @@ SPIKING = {"dct-snn": "dct-snn-small", "spatio-temporal": "snn-small"}
 
 def table() -> dict[tuple[str, str], bool]:
     """Pair of plugins -> whether the page says that they combine."""
-    lines = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    section = PAGE.read_text(encoding="utf-8").split("## Which plugins combine\n")[1]
+    lines = [line for line in section.splitlines() if line.startswith("| ")]
     cells = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in lines]
     return {(row[0], other): cell == "yes" for row in cells[1:] for other, cell in zip(cells[0], row, strict=True)
             if cell in ("yes", "no") and row[0] != other}  # fmt: skip
