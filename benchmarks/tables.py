@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import audit, audit_trained, central_dp, correlated
+from benchmarks import audit, audit_trained, central_dp, correlated, current_rivals
 from benchmarks.coding.__main__ import where_bytes_go
 from benchmarks.common import RESULTS, markdown_table, run_command, spread
 from benchmarks.error_feedback import sampled
@@ -202,6 +202,12 @@ def error_feedback(made: Callable[..., Table], *task: str) -> str:
     return markdown_table(*made(read("error-feedback")["rows"], *task))
 
 
+def current_rivals_table(task: str) -> str:
+    """The default, the correction alone and STC beside current rivals."""
+    rows, known = read("current-rivals")["rows"], read("error-feedback")["rows"]
+    return markdown_table(*current_rivals.table(rows, known, task))
+
+
 def error_feedback_leads() -> str:
     """By how many points the default is ahead of STC and of its correction alone on CIFAR-10, seed by seed."""
     ratios, rows, found = (50, 200, 500, 1000, 2000), [], read("error-feedback")["rows"]
@@ -274,6 +280,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "error-feedback-tuned-steps": partial(error_feedback, tuned_steps),
     "error-feedback-sampled": lambda: markdown_table(*sampled.table(read("error-feedback-sampled")["rows"])),
     "error-feedback-leads": error_feedback_leads,
+    **{f"current-rivals-{task}": partial(current_rivals_table, task) for task in current_rivals.SHAPES},
+    "current-rivals-updates": lambda: markdown_table(*current_rivals.updates(read("current-rivals")["updates"])),
     "soak": soak,
     "latency": lambda: markdown_table(LATENCY, latency_rows(read("latency")["rows"])),
     "audit": lambda: audit.table(read("audit")["rows"]),

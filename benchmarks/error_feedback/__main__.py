@@ -137,14 +137,18 @@ class Run:
         step = "" if self.server_lr == 1 else f"-step{self.server_lr:g}"
         return f"{self.task}/{self.method}{tail}{step}-seed{self.seed}"
 
+    @property
+    def method_settings(self) -> dict[str, Any]:
+        """The settings that this method changes."""
+        return METHODS[self.method] | {"ratio": float(self.ratio)}
+
     def settings(self, folder: Path) -> Settings:
         task = TASKS[self.task]
         hub = task["dataset"]
         own: dict[str, Any] = {"schedule": "fedavg"}
         if self.method != "fedavg":
-            own = METHODS[self.method] | {
-                "ratio": float(self.ratio), "over_relaxation": self.w, "step_ahead": self.a,
-                "step_ahead_final_factor": self.final_factor,
+            own = self.method_settings | {
+                "over_relaxation": self.w, "step_ahead": self.a, "step_ahead_final_factor": self.final_factor,
             }  # fmt: skip
         if self.server_lr != 1:
             own = own | {"server_lr": self.server_lr}
