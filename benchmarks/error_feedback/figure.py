@@ -32,8 +32,12 @@ Row = dict[str, Any]
 
 
 def draw(rows: Sequence[Row], tasks: Sequence[str], seeds: Sequence[int], path: Path) -> None:
-    """Write an SVG with one panel for each task that has results at two or more ratios."""
-    found = [row for row in rows if "failed" not in row and row["seed"] in seeds and not 0 < row["ratio"] < LOWEST]
+    """Write an SVG with one panel for each task that has results at two or more ratios; the server's step is 1."""
+    found = [
+        row for row in rows
+        if "failed" not in row and row["seed"] in seeds and not 0 < row["ratio"] < LOWEST
+        and row.get("server_lr", 1.0) == 1
+    ]  # fmt: skip
     shown = [task for task in tasks if len({row["ratio"] for row in found if row["task"] == task} - {0}) > 1]
     matplotlib.use("svg")
     matplotlib.rcParams |= {"svg.hashsalt": "tofu", "svg.fonttype": "none", "font.size": 9}
