@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable
+from statistics import median
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -76,20 +77,21 @@ class Robust(StrategyWrapper):
             RunError: no reply can be used.
         """
         names, replies = ArrayNames.of(self._base), list(replies)
-        updates: dict[int, tuple[str, dict[str, Tensor], int]] = {}
+        updates: dict[int, tuple[str, dict[str, Tensor], float]] = {}
         for at, reply in enumerate(replies):
             if reply.has_error():
                 continue
             try:
                 key, record = only_arrays(reply.content, "the app's train reply")
-                updates[at] = (key, names.update(self._base, tensors_of(record)), self._examples(reply))
+                updates[at] = (key, names.update(self._base, tensors_of(record)), self._weight(reply))
             except PayloadError as error:
                 replies[at] = self._unusable(reply, error, server_round)
-        cap = example_cap([examples for *_, examples in updates.values()] or [1], self._ratio)
+        examples = _whole({at: weight for at, (*_, weight) in updates.items()})
+        cap = example_cap(list(examples.values()) or [1], self._ratio)
         rule = self._rule(names.param_spec, self._malicious)
-        for at, (_, update, examples) in list(updates.items()):
+        for at, (_, update, _) in list(updates.items()):
             try:
-                rule.add(limit_norm(update, names.param_spec, self._max_norm), min(examples, cap))
+                rule.add(limit_norm(update, names.param_spec, self._max_norm), min(examples[at], cap))
             except PayloadError as error:
                 replies[at] = self._unusable(replies[at], error, server_round)
                 del updates[at]
@@ -101,15 +103,21 @@ class Robust(StrategyWrapper):
             replies[at].content[key] = new
         return self._aggregate_train(server_round, replies)
 
-    def _examples(self, reply: Message) -> int:
-        """Return a reply's number of examples. Raises PayloadError if it is no positive whole number."""
+    def _weight(self, reply: Message) -> float:
+        """Return a reply's number of examples, or other weight. Raises PayloadError if it is no positive number."""
         key = str(getattr(self.inner, "weighted_by_key", "num-examples"))
         found = [metrics[key] for metrics in reply.content.metric_records.values() if key in metrics]
         weight = found[0] if len(found) == 1 else None
-        if isinstance(weight, list) or weight is None or not 1 <= weight < 2**62 or weight != int(weight):
-            raise PayloadError(f"metric {key}={weight} is not usable: expected a whole number above 0")
-        return int(weight)
+        if isinstance(weight, list) or weight is None or not 0 < weight < 2**62:
+            raise PayloadError(f"metric {key}={weight} is not usable: expected a number above 0, below 2^62")
+        return weight
 
     def _unusable(self, reply: Message, error: PayloadError, round_: int) -> Message:
         LOG.warning("round %d: the reply of node %s is not usable: %s", round_, reply.metadata.src_node_id, error)
         return error_reply(reply, str(error))
+
+
+def _whole(weights: dict[int, float]) -> dict[int, int]:
+    """Return the weights as whole numbers; if some are fractions, in units of 2^-20 of their median."""
+    scale = 1.0 if all(weight == int(weight) for weight in weights.values()) else 2**20 / median(weights.values())
+    return {at: min(max(1, round(weight * scale)), 2**62) for at, weight in weights.items()}

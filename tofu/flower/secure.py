@@ -321,7 +321,7 @@ class SecureAggregation(StrategyWrapper):
     def _mean_metrics(self, opened: _OpenSum, mean: SecureMean, survivors: tuple[str, ...]) -> MetricRecord:
         """Return the clients' mean metrics, and those of the secure round."""
         metrics = MetricRecord({
-            self._weight_key: mean.examples,
+            self._weight_key: mean.examples if self._options.unit == 1 else mean.examples / self._options.unit,
             "tofu-clients": len(survivors),
             "tofu-clipped": mean.clipped,
             "tofu-payload-bytes": opened.masked_bytes,
@@ -356,8 +356,27 @@ def _check_equal(messages: list[Message], inner: Strategy) -> None:
         )
         if not same or message.metadata.message_type != first.metadata.message_type:
             raise RunError(
-                f"{type(inner).__name__} sends different messages to different clients, whose updates cannot be summed"
+                f"{type(inner).__name__} sends clients different messages ({_difference(first, message)}), whose "
+                "updates cannot be summed: clients refuse what other clients did not receive, too. What differs "
+                "between clients can come from their own context (node_config, state)"
             )
+
+
+def _difference(one: Message, other: Message) -> str:
+    """Say in which record or entry two messages differ."""
+    contents = one.content, other.content
+    for key in sorted(one.content.keys() | other.content.keys()):
+        first, second = ({**content[key]} if key in content else None for content in contents)
+        if first is None or second is None:
+            return f"record {key!r} is in some of them only"
+        for name in sorted(first.keys() | second.keys()):
+            values = first.get(name), second.get(name)
+            if isinstance(values[0], Array) or isinstance(values[1], Array):
+                if getattr(values[0], "object_id", "") != getattr(values[1], "object_id", ""):
+                    return f"array {name!r} of record {key!r}"
+            elif values[0] != values[1]:
+                return f"{name!r} of record {key!r} is {values[0]!r:.40} and {values[1]!r:.40}"
+    return f"their types are {one.metadata.message_type!r} and {other.metadata.message_type!r}"
 
 
 def _mean_arrays(opened: _OpenSum, mean: SecureMean) -> ArrayRecord:

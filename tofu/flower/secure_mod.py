@@ -6,6 +6,7 @@ mods only around functions that the app has registered.
 
 import hashlib
 import json
+import math
 import struct
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,7 @@ from tofu.rounds.steps import (
     check_noise_grid,
 )
 from tofu.secagg.encoding import EncodingConfig, RingEncoder, purpose_of
+from tofu.secagg.fixed_point import COUNT_BITS
 from tofu.wire import FIELD, SecurePart, SecureQuery
 from tofu.wire import RECORD as STAGE
 
@@ -176,7 +178,7 @@ class _Trained:
 
     Attributes:
         update: returned minus received arrays, float32.
-        examples: its weight, 1 with noise.
+        examples: its weight in steps (`SecureOptions.weight_step`), 1 with noise.
         values: metrics times examples, in the order of `names`.
         names: the metrics as JSON, [[name, length of the list or -1], ...]; "" if they cannot be summed.
     """
@@ -192,19 +194,31 @@ class _Trained:
         _, record = only_arrays(reply.content, "the app's train reply")
         update = request.names.update(request.base, tensors_of(record))
         metrics = {name: value for part in reply.content.metric_records.values() for name, value in part.items()}
-        weight = metrics.pop(request.weight_key, None)
-        if isinstance(weight, list) or weight is None or weight != int(weight) or weight < 1:
-            raise PayloadError(f"metric {request.weight_key}={weight} is not usable: expected a whole number above 0")
+        weight = _steps_of(metrics.pop(request.weight_key, None), request.weight_key, options)
         if options.noise_multiplier:
             return _Trained(update, 1, [], "[]")
         named, values = [], list[float]()
         for name in sorted(metrics):
             value = metrics[name]
             named.append([name, len(value) if isinstance(value, list) else -1])
-            values += [float(part) * int(weight) for part in (value if isinstance(value, list) else [value])]
+            values += [float(part) * weight for part in (value if isinstance(value, list) else [value])]
         if len(values) > options.metrics or not all(options.fits(value) for value in values):
-            return _Trained(update, int(weight), [], "")
-        return _Trained(update, int(weight), values, json.dumps(named))
+            return _Trained(update, weight, [], "")
+        return _Trained(update, weight, values, json.dumps(named))
+
+
+def _steps_of(weight: object, key: str, options: SecureOptions) -> int:
+    """Return a client's weight in steps of `weight_step`; 1 with noise, which no weight may be without."""
+    step = 1.0 if options.noise_multiplier else options.weight_step
+    steps = weight / step if isinstance(weight, int | float) and 0 < weight < math.inf else 0.0
+    whole = steps == int(steps) or step < 1
+    if not whole or not 1 <= round(steps) < 2**COUNT_BITS:
+        largest = f"{step * (2**COUNT_BITS - 1):g}"
+        accepted = f"a whole number from 1 to {largest}, or weight_step=1e-6 at both ends for other numbers"
+        if step < 1:
+            accepted = f"a number from weight_step={step:g} to {largest}"
+        raise PayloadError(f"metric {key}={weight} is not usable: expected {accepted}")
+    return 1 if options.noise_multiplier else round(steps)
 
 
 def joint_digest(options: SecureOptions, codec: UpdateCodec | None) -> bytes:

@@ -51,6 +51,8 @@ class SecureOptions:
             (`tofu.privacy.adaptive`).
         dropout: fraction of the clients that may drop out of a round.
         collusion: fraction of the clients that may collude with the server.
+        weight_step: clients' weights (numbers of examples) are rounded to multiples of it, at most 2^32 - 1 of them;
+            below 1 for weights that are no whole numbers, such as 1e-6. With noise every weight is 1.
         app: packages, separated by commas, whose code all clients of a sum and the server must share.
 
     Raises:
@@ -67,13 +69,14 @@ class SecureOptions:
     clip_budget: float = 0.01
     dropout: float = 0.2
     collusion: float = 0.1
+    weight_step: float = 1.0
     app: str = ""
 
     def __post_init__(self) -> None:
         for field, low, high in (
             ("bits", MIN_LEVELS, 56), ("error_feedback", 0, 1), ("metrics", 0, 1024), ("noise_multiplier", 0, 1e6),
             ("clip_norm", 1e-9, 1e9), ("clip_quantile", 0, 0.99), ("clip_lr", 1e-9, 10), ("clip_budget", 1e-9, 0.5),
-            ("dropout", 0, 0.99), ("collusion", 0, 0.99),
+            ("dropout", 0, 0.99), ("collusion", 0, 0.99), ("weight_step", 1e-9, 1),
         ):  # fmt: skip
             if not low <= getattr(self, field) <= high:
                 raise SettingError(field, getattr(self, field), f"a number from {low} to {high:g}")
@@ -88,6 +91,11 @@ class SecureOptions:
     def packages(self) -> tuple[str, ...]:
         """The packages that `app` names."""
         return comma_list(self.app)
+
+    @property
+    def unit(self) -> float:
+        """Number of steps in a weight of 1."""
+        return 1.0 if self.noise_multiplier else 1 / self.weight_step
 
     @property
     def digest(self) -> bytes:
@@ -169,7 +177,7 @@ class RangeTracker:
     def __init__(self, options: SecureOptions) -> None:
         self._options, self.norm = options, float(options.clip_norm)
         self._ranges: tuple[float, ...] = ()
-        self._unit = 1.0
+        self._unit = options.unit
         self._turn = 0
 
     def encoding(self, base: Mapping[str, Tensor], spec: ParamSpec, clients: int) -> tuple[EncodingConfig, RingEncoder]:

@@ -35,6 +35,18 @@ INDIVIDUAL: tuple[type[Strategy], ...] = (
 )  # fmt: skip
 """Strategies that need the reply of every client, so that they cannot work with an aggregate."""
 
+_OLDER_API = "fitins."
+"""Beginning of the names of the records that train messages of Flower's older API have."""
+
+_OLDER_SERVER = (
+    "the server's strategy is of Flower's older API (flwr.server.strategy), which no mod of tofu works with: use one "
+    "of flwr.serverapp.strategy"
+)
+_OLDER_CLIENT = (
+    "the ClientApp is of Flower's older API (client_fn), which answers no message of flwr.serverapp.strategy: register "
+    "its training with @app.train()"
+)
+
 _ENTERED: ContextVar[tuple[str, ...]] = ContextVar("entered", default=())
 
 
@@ -72,6 +84,9 @@ class TrainMod:
         if message.metadata.message_type.split(".")[0] != "train":
             return call_next(message, context)
         with error_replies(message, context) as replies, inside(self.name):
+            if any(key.startswith(_OLDER_API) for key in message.content):
+                LOG.error("%s: %s", self.name, _OLDER_SERVER)  # a strategy of that API does not show error replies
+                raise PayloadError(_OLDER_SERVER)
             replies.append(self.train(message, context, call_next))
         return replies[0]
 
@@ -278,4 +293,6 @@ def only_arrays(content: RecordDict, what: str, key: object = None) -> tuple[str
 
 def reasons_of(errors: Iterable[str | None]) -> str:
     """Different reasons in one line of bounded length."""
-    return "; ".join(sorted({" ".join((error or "no reason").split())[:300] for error in errors}))[:900]
+    lines = {" ".join((error or "no reason").split())[:300] for error in errors}
+    lines = {_OLDER_CLIENT if "KeyError" in line and f"'{_OLDER_API}" in line else line for line in lines}
+    return "; ".join(sorted(lines))[:900]

@@ -71,6 +71,22 @@ def test_a_rule_inside_of_compression_around_another_strategy() -> None:
     assert accuracy(federate(strategy, mod, rounds=3, handler=hostile).arrays) > 0.4
 
 
+@pytest.mark.parametrize("rule", ["norm-clip", "median"])
+def test_weights_that_are_fractions_count_as_whole_ones_in_proportion(rule: str) -> None:
+    def weighted(factor: float) -> Any:
+        def handler(message: Message, context: Context) -> Message:
+            reply = train(message, context)
+            reply.content["metrics"] = MetricRecord(
+                {"num-examples": factor * 2 ** int(context.node_config["partition-id"])}
+            )
+            return reply
+
+        return arrays(federate(tofu.Robust(strategy_of(), rule), rounds=1, handler=handler))
+
+    whole, parts = weighted(8.0), weighted(1 / 64)
+    assert all(torch.allclose(whole[name], parts[name], atol=1e-6) for name in whole)
+
+
 def test_a_reply_that_no_rule_can_use_fails_its_client_alone() -> None:
     def broken(message: Message, context: Context) -> Message:
         reply = train(message, context)

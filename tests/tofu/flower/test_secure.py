@@ -85,6 +85,37 @@ def test_the_run_is_that_of_the_plain_app(kind: type[Strategy]) -> None:
         assert found["tofu-clipped"] == 0
 
 
+def fractional(message: Message, context: Context) -> Message:
+    """The app with weights in (0, 1], such as fractions of all examples."""
+    reply = uneven(message, context)
+    reply.content["metrics"]["num-examples"] = (1 + int(context.node_config["partition-id"])) / 7
+    return reply
+
+
+def test_weights_that_are_fractions_are_summed_in_small_steps() -> None:
+    plain = federate(strategy_of(), rounds=2, handler=fractional)
+    strategy = tofu.SecureAggregation(strategy_of(), weight_step=1e-6)
+    summed = federate(strategy, tofu.secure(weight_step=1e-6), rounds=2, handler=fractional)
+    assert_equal(summed.arrays, plain.arrays, 5e-6)
+    metrics = summed.train_metrics_clientapp[2]
+    assert metrics["loss"] == pytest.approx(plain.train_metrics_clientapp[2]["loss"], rel=1e-5)
+    assert metrics["tofu-clipped"] == 0
+
+
+def test_a_weight_above_the_largest_number_of_steps_is_named() -> None:
+    def heavy(message: Message, context: Context) -> Message:
+        reply = train(message, context)
+        reply.content["metrics"] = MetricRecord({"num-examples": 5000})
+        return reply
+
+    named = r"num-examples=5000 is not usable: expected a number from weight_step=1e-06 to 4294\.97"
+    with pytest.raises(RunError, match=named):
+        federate(
+            tofu.SecureAggregation(strategy_of(), weight_step=1e-6), tofu.secure(weight_step=1e-6), rounds=1,
+            handler=heavy,
+        )  # fmt: skip
+
+
 def test_few_bits_and_error_feedback_learn_as_well() -> None:
     options = {"bits": 8, "error_feedback": 1.0}
     result = federate(tofu.SecureAggregation(strategy_of(), **options), tofu.secure(**options), rounds=8)
@@ -239,7 +270,8 @@ def test_misuse_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
     assert "\n" not in str(caught.value)
     with pytest.raises(RunError, match=r"round 1: no reply of 4 clients can be used .*different options"):
         federate(tofu.SecureAggregation(strategy_of()), tofu.secure(noise_multiplier=1.0))
-    with pytest.raises(RunError, match="Personal sends different messages to different clients"):
+    named = r"Personal sends clients different messages \('lr' of record 'config' is 0\.0 and 0\.01\), whose updates"
+    with pytest.raises(RunError, match=named):
         federate(tofu.SecureAggregation(strategy_of(Personal)), tofu.secure())
     with pytest.raises(SettingError, match="bits=3 is not usable: expected"):
         tofu.secure(bits=3)
@@ -339,7 +371,9 @@ def test_a_weight_that_cannot_be_summed_is_named(weight: Any) -> None:
         reply.content["metrics"] = MetricRecord({"num-examples": weight})
         return reply
 
-    with pytest.raises(RunError, match=r"num-examples=.* is not usable: expected a whole number above 0"):
+    with pytest.raises(
+        RunError, match=r"num-examples=.* is not usable: expected a whole number from 1 to .*, or weight"
+    ):
         federate(tofu.SecureAggregation(strategy_of()), tofu.secure(), rounds=1, handler=odd)
 
 

@@ -9,7 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.client import NumPyClient
 from flwr.clientapp import ClientApp
+from flwr.common import ndarrays_to_parameters
+from flwr.server import ServerAppComponents, ServerConfig
 from flwr.server.strategy import FedAvg as LegacyFedAvg
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import (
@@ -238,6 +241,59 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {
 def test_what_is_no_strategy_of_the_message_api_is_refused(wrapper: str, inner: Any, found: str) -> None:
     with pytest.raises(SettingError, match=f"^strategy='{found}' is not usable: expected an object of a strategy"):
         WRAPPERS[wrapper](inner())
+
+
+class OlderClient(NumPyClient):
+    """A client of Flower's older API."""
+
+    def fit(self, parameters: Any, config: Any) -> Any:
+        return parameters, 10, {}
+
+
+def older_client(mods: list[Any]) -> ClientApp:
+    return ClientApp(client_fn=lambda context: OlderClient().to_client(), mods=mods)
+
+
+ENDS: dict[str, tuple[Callable[[Any], Any], Callable[[], Any]]] = {
+    "compressed": (lambda inner: tofu.Compressed(inner, ratio=20), lambda: tofu.compress(ratio=20)),
+    "secure": (tofu.SecureAggregation, tofu.secure),
+    "hybrid": (lambda inner: tofu.Hybrid(inner, ratio=20, switch_round=2), lambda: tofu.hybrid(ratio=20)),
+}
+
+
+@pytest.mark.parametrize("ends", ENDS)
+@pytest.mark.parametrize("with_mod", [True, False])
+def test_a_client_of_flowers_older_api_is_named(ends: str, with_mod: bool) -> None:
+    wrap, mod = ENDS[ends]
+    server = ServerApp()
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        wrap(strategy_of()).start(grid, ArrayRecord(Net().state_dict()), num_rounds=1)
+
+    with pytest.raises(
+        RunError, match=r"the ClientApp is of Flower's older API \(client_fn\).*@app\.train\(\)"
+    ) as caught:
+        run_in_process(server, older_client([mod()] if with_mod else []), run_config={}, num_supernodes=CLIENTS)
+    assert "KeyError" not in str(caught.value)
+
+
+@pytest.mark.parametrize("ends", ENDS)
+def test_a_server_of_flowers_older_api_is_named_by_the_clients(ends: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Its strategies count error replies and do not show them."""
+
+    def server(context: Context) -> ServerAppComponents:
+        arrays = ndarrays_to_parameters([value.numpy() for value in Net().state_dict().values()])
+        strategy = LegacyFedAvg(initial_parameters=arrays, fraction_evaluate=0.0)
+        return ServerAppComponents(strategy=strategy, config=ServerConfig(num_rounds=1))
+
+    client = older_client([ENDS[ends][1]()])
+    with caplog.at_level("ERROR", logger="tofu.flower"):
+        run_in_process(ServerApp(server_fn=server), client, run_config={}, num_supernodes=CLIENTS)
+    assert {record.message.split(": the ")[1] for record in caplog.records if record.name == "tofu.flower"} == {
+        "server's strategy is of Flower's older API (flwr.server.strategy), which no mod of tofu works with: use one "
+        "of flwr.serverapp.strategy"
+    }
 
 
 class Trees(nn.Module):
