@@ -14,6 +14,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import combine_pvalues
+
 from attacks.base import Watch, registry
 from attacks.messages import parse_message
 from attacks.observation import Observation
@@ -178,15 +180,16 @@ def summarize(rows: Sequence[Row]) -> list[Row]:
                 entry["seeds"] = len(by_attack[best])
                 for measure in ("psnr", "ssim", "mse", "lpips", "recovered"):
                     entry[measure] = _mean_and_spread([row[measure] for row in by_attack[best]])
+                entry["chance"] = _combined_chance(by_attack[best], tried=len(by_attack))
             entry["labels"] = _best_labels(sent)
+            entry["labels_guess"] = _mean_and_spread([row.get("labels_guess") for row in sent])
             summary.append(entry)
     return summary
 
 
 def verdicts(rows: Sequence[Row]) -> list[Row]:
     """Return for each scenario whether the control broke, that is, its mean PSNR exceeds `BROKEN`. If it did not,
-    or if there
-    is none, as in recordings of a Flower app's payloads and sums, the other messages' figures prove nothing.
+    or if there is none, as in recordings of a Flower app's payloads and sums, low figures prove nothing.
     """
     summary, found = summarize(rows), []
     for scenario in _distinct(summary, SCENARIO_FIELDS):
@@ -199,7 +202,7 @@ def verdicts(rows: Sequence[Row]) -> list[Row]:
         elif not control:
             text = "the exact update is not known: low figures prove nothing here"
         else:
-            text = "the control did not break: the other messages' figures prove nothing here"
+            text = "the control did not break: low figures prove nothing here"
             text += f" ({psnr:.1f} dB, {BROKEN:g} needed)" if psnr is not None else ""
         found.append(scenario | {"broke": broke, "psnr": psnr, "text": text})
     return found
@@ -213,6 +216,16 @@ def _best_labels(sent: Sequence[Row]) -> tuple[float, float] | None:
         if found is not None and (best is None or found[0] > best[0]):
             best = found
     return best
+
+
+def _combined_chance(rows: Sequence[Row], *, tried: int) -> float | None:
+    """Return how likely reconstructions that know nothing recover as many images (Fisher's method over the seeds,
+    times the number of attacks tried); None if a row was written by a version without this figure.
+    """
+    chances = [row.get("chance") for row in rows]
+    if None in chances:
+        return None
+    return min(1.0, tried * float(combine_pvalues(chances).pvalue))
 
 
 def _distinct(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
@@ -229,7 +242,7 @@ def _mean_and_spread(values: Sequence[float | None]) -> tuple[float, float] | No
 def row_of(scenario: Mapping[str, object], message: str, attack: str, result: AttackResult) -> Row:
     """Return the row of a trial; `scenario` has the fields of `Scenario`."""
     scores = result.scores
-    names = ("psnr", "ssim", "mse", "lpips", "recovered", "threshold", "labels")
+    names = ("psnr", "ssim", "mse", "lpips", "recovered", "threshold", "chance", "labels", "labels_guess")
     measures = {name: getattr(scores, name) if scores else None for name in names}
     loss = result.loss if math.isfinite(result.loss) else None
     return dict(scenario) | {"message": message, "attack": attack, **measures, "loss": loss,

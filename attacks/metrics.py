@@ -6,9 +6,10 @@ Reconstructions have no order, so they are assigned to the images one to one wit
 
 A blurry digit is similar to some digit. An image therefore counts as recovered only if its reconstruction is more
 similar to it than any reconstruction is to any image outside the batch. An attacker who knows nothing about the batch
-passes this test with a probability of about one over the number of other images.
+passes this test, for each image, with a probability of about one over the number of other images: `Scores.chance`.
 """
 
+import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,9 @@ class Scores:
         lpips: mean, or None if its weights are not on this machine.
         recovered: fraction of the images recovered, by the calibrated threshold.
         threshold: PSNR above which an image counts as recovered.
+        chance: probability that reconstructions which know nothing about the batch recover as many images.
         labels: fraction of correct labels, in any order; None if the attack infers no labels.
+        labels_guess: the same fraction for a guess of equally many labels of each class.
         pairs: for each image, the number of its reconstruction, or -1.
     """
 
@@ -51,7 +54,9 @@ class Scores:
     lpips: float | None
     recovered: float | None
     threshold: float | None
+    chance: float | None
     labels: float | None
+    labels_guess: float | None
     pairs: tuple[int, ...]
 
 
@@ -62,6 +67,7 @@ def score(
     truth: Tensor,
     true_labels: Tensor,
     others: Tensor,
+    classes: int,
     perceptual: nn.Module | None = None,
 ) -> Scores:
     """Compare a reconstruction with the truth.
@@ -72,11 +78,13 @@ def score(
         truth: float [n, channels, height, width] in [-1, 1].
         true_labels: int64 [n].
         others: images that the update was not computed from, as `truth`.
+        classes: number of classes.
         perceptual: of `lpips_network`.
     """
     right = None if labels is None else _overlap(labels, true_labels)
+    guess = None if labels is None else _uniform_guess(true_labels, classes)
     if images is None:
-        return Scores(None, None, None, None, None, None, right, (-1,) * len(truth))
+        return Scores(None, None, None, None, None, None, None, right, guess, (-1,) * len(truth))
     found, true, rest = (_unit(part) for part in (images, truth, others))
     errors = _squared_errors(true, found)
     rows, columns = linear_sum_assignment(errors.numpy())
@@ -86,14 +94,18 @@ def score(
     matched = errors[rows, columns]
     each = _psnr(matched)
     threshold = float(_psnr(_squared_errors(rest, found)).max()) if len(rest) else 0.0
+    passed = int((each > threshold).sum())
     return Scores(
         psnr=float(each.mean()),
         ssim=statistics.fmean(_ssim(found[c], true[r]) for r, c in zip(rows, columns, strict=True)),
         mse=float(matched.mean()),
         lpips=None if perceptual is None else _lpips(perceptual, found[columns], true[rows]),
-        recovered=float((each > threshold).sum()) / len(true),
+        recovered=passed / len(true),
         threshold=threshold,
+        # Without knowledge all images are alike: the `passed` nearest of all are then of the batch as in a fair draw.
+        chance=math.comb(len(true), passed) / math.comb(len(true) + len(rest), passed),
         labels=right,
+        labels_guess=guess,
         pairs=tuple(pairs),
     )
 
@@ -149,3 +161,8 @@ def _overlap(labels: Tensor, truth: Tensor) -> float:
     classes = int(max(labels.max(), truth.max())) + 1
     counts = [torch.bincount(part, minlength=classes) for part in (labels, truth)]
     return float(torch.minimum(*counts).sum()) / len(truth)
+
+
+def _uniform_guess(truth: Tensor, classes: int) -> float:
+    counts = torch.bincount(truth, minlength=classes).double()
+    return float(counts.clamp_max(len(truth) / classes).sum()) / len(truth)

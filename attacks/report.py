@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from attacks.evaluate import CONTROL, SCENARIO_FIELDS, Row, summarize, verdicts
+from attacks.evaluate import BROKEN, CONTROL, SCENARIO_FIELDS, Row, summarize, verdicts
 from tofu.formatting import format_count, format_fraction
 from tofu.reporting.report.compare_tables import Table
 from tofu.reporting.report.template import PAGE_HEAD, render_template
@@ -20,6 +20,9 @@ Images = npt.NDArray[np.float32]
 TILE, GAP = 56, 4
 MAX_IMAGES = 8
 """Maximum number of images in a row."""
+
+ACCIDENT = 0.05
+"""Probability below which images counted as recovered are not put down to chance."""
 
 HEADER = ("message", "bytes", "best attack", "PSNR dB", "SSIM", "recovered", "labels", "seeds")
 
@@ -36,6 +39,7 @@ _PAGE = (
 <section class="card">
 <h2>What this means</h2>
 <ul>{% for sentence in meaning %}<li>{{ sentence }}</li>{% endfor %}</ul>
+<p class="soft">{{ reading }}</p>
 </section>
 {% for part in parts %}<section class="card">
 <h2>{{ part.title }}</h2>
@@ -111,12 +115,20 @@ def conclusions(summary: Sequence[Row], found: Sequence[Row]) -> list[str]:
         found: of `verdicts`.
     """
     sent = [entry for entry in summary if entry["message"] != CONTROL]
-    leaking = list(dict.fromkeys(e["message"] for e in sent if e.get("recovered") and e["recovered"][0] > 0))
+    counted = [entry for entry in sent if entry.get("recovered") and entry["recovered"][0] > 0]
+    sure = [entry for entry in counted if _no_accident(entry, len(sent))]
+    leaking = list(dict.fromkeys(entry["message"] for entry in sure))
+    unsure = [name for name in dict.fromkeys(entry["message"] for entry in counted) if name not in leaking]
     tested = [verdict for verdict in found if verdict["broke"]]
     texts = []
     if leaking:
         texts.append(
             f"Images came back from {', '.join(leaking)}: who may not see the images must not get these messages."
+        )
+    if unsure:
+        texts.append(
+            f"Whether images came back from {', '.join(unsure)} is open: reconstructions that know nothing would be "
+            "counted as often. Compare the images below yourself."
         )
     if len(tested) < len(found):
         where = "" if not tested else f" in {len(found) - len(tested)} of {len(found)} tables"
@@ -124,7 +136,7 @@ def conclusions(summary: Sequence[Row], found: Sequence[Row]) -> list[str]:
             f"No exact update was inverted{where}: figures there do not tell whether images are hidden. Assume that "
             "they are not. Fewer local steps and smaller batches make an update easier to invert."
         )
-    if tested and not leaking:
+    if tested and not counted:
         texts.append(
             "The exact update was inverted, and no image came back from another message. That is no proof: a better "
             "attack may not fail."
@@ -132,12 +144,22 @@ def conclusions(summary: Sequence[Row], found: Sequence[Row]) -> list[str]:
     labeled = [entry for entry in sent if entry["labels"]]
     if labeled:
         most = max(labeled, key=lambda entry: float(entry["labels"][0]))
-        texts.append(f"Up to {format_fraction(most['labels'][0], 0)} of the labels were read from {most['message']}.")
+        guess = format_fraction(most["labels_guess"][0], 0) if most.get("labels_guess") else "an unknown fraction"
+        texts.append(
+            f"Up to {format_fraction(most['labels'][0], 0)} of the labels were read from {most['message']}; guessing "
+            f"equally many of each class gets {guess}."
+        )
     texts.append(
         "Only noise (noise-multiplier) bounds what a message reveals to any attacker; secure rounds hide whose images "
         "a sum has."
     )
     return texts
+
+
+def _no_accident(entry: Row, tests: int) -> bool:
+    """Return whether chance does not explain the images counted as recovered, if so many messages were tested."""
+    chance = entry.get("chance")
+    return float(entry["psnr"][0]) > BROKEN or (chance is not None and tests * float(chance) < ACCIDENT)
 
 
 def print_tables(rows: Sequence[Row]) -> None:
@@ -176,8 +198,8 @@ def write_report(rows: Sequence[Row], folder: Path) -> Path:
     refused = list(dict.fromkeys(row["refused"] for row in rows if row["refused"]))
     text = render_template(
         _PAGE, parts=parts, header=HEADER, refused=refused, title="What the messages leak", state="",
-        meaning=conclusions(summary, found),
-        lead=_lead(summary, tested=any(verdict["broke"] for verdict in found)), aside=READING,
+        meaning=conclusions(summary, found), reading=READING, aside="",
+        lead=_lead(summary, tested=any(verdict["broke"] for verdict in found)),
     )  # fmt: skip
     page = folder / "report.html"
     page.write_text(text)

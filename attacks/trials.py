@@ -104,7 +104,7 @@ class AttackResult:
         originals = to_float(truth.images)
         scores = score(
             found.images, found.labels, truth=originals, true_labels=truth.labels,
-            others=to_float(others.images[:OTHERS]), perceptual=perceptual,
+            others=to_float(others.images[:OTHERS]), classes=truth.classes, perceptual=perceptual,
         )  # fmt: skip
         shown = None
         if found.images is not None:

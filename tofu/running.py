@@ -10,6 +10,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, Literal
 
@@ -160,7 +161,8 @@ def run(
         callbacks: observers of the run (`tofu.observers.base.Observer`).
         progress: print the rounds to standard error.
         settings: all settings of `tofu run --help`, with underscores for dashes. A class or function may stand for its
-            `module:Name`, a list for names with commas, and a mapping for `plugin_options`.
+            `module:Name`, a list for names with commas, a mapping for `plugin_options`, and a `Path` for a
+            folder or file.
 
     Raises:
         SettingError: an argument cannot be used.
@@ -201,9 +203,13 @@ def _process_settings_kept() -> Iterator[None]:
 
 
 def _setting(value: Any) -> Any:
-    """Return the text of a setting that is given as a class, a function, a list of them or of names, or a mapping."""
+    """Return the text of a setting that is given as a class, a function, a path, a list of them or of names, or a
+    mapping.
+    """
     if isinstance(value, type) or inspect.isfunction(value):
         return f"{value.__module__}:{value.__qualname__}"
+    if isinstance(value, PathLike):
+        return fspath(value)
     if isinstance(value, list | tuple):
         return ",".join(str(_setting(item)) for item in value)
     if isinstance(value, Mapping):
@@ -226,6 +232,8 @@ def _workload_and_settings(
     """
     named_data = clients is None or isinstance(clients, int)
     named_model = model is None or isinstance(model, str)
+    if not named_data and (isinstance(clients, str) or not isinstance(clients, Sequence)):
+        raise SettingError("clients", type(clients).__name__, "a list of datasets, one per client, or their number")
     if named_data and test is not None:
         raise SettingError("test", type(test).__name__, "None for a dataset that the settings name")
     settings = settings | ({"clients": clients if named_data else len(clients)} if clients is not None else {})

@@ -255,7 +255,7 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
     if isinstance(batch, Sequence) and len(batch) == 2:
         return batch[0], batch[1]
     accepted = f"samples that are pairs (input, target), or mappings with a key {' or '.join(_LABELS)}"
-    raise SettingError("clients", type(batch).__name__, accepted)
+    raise SettingError("clients", f"samples that collate to {type(batch).__name__}", accepted)
 
 
 def factory_of(model: nn.Module | Callable[[], nn.Module]) -> Callable[[], nn.Module]:

@@ -69,7 +69,8 @@ def one_case(name: str, data: str, size: int, seed: int, max_evals: int, python:
     rows = []
     for who, found, took in (("ours", own, seconds), ("breaching", *theirs(python, seen, attack, images.labels, seed))):
         scores = score(found, None, truth=to_float(images.images), true_labels=images.labels,
-                       others=to_float(open_clients(scenario).test().images[:OTHERS]))  # fmt: skip
+                       others=to_float(open_clients(scenario).test().images[:OTHERS]),
+                       classes=images.classes)  # fmt: skip
         rows.append({"data": name, "batch_size": size, "seed": seed, "who": who, "psnr": scores.psnr,
                      "recovered": scores.recovered, "seconds": took})  # fmt: skip
     return rows

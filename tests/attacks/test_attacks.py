@@ -27,7 +27,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def scores(found: Reconstruction, truth: LabeledImages, others: LabeledImages) -> Scores:
     return score(found.images, found.labels, truth=to_float(truth.images), true_labels=truth.labels,
-                 others=to_float(others.images))  # fmt: skip
+                 others=to_float(others.images), classes=truth.classes)  # fmt: skip
 
 
 @pytest.mark.parametrize("batch", [1, 4])

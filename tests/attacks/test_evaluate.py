@@ -157,8 +157,12 @@ def test_what_follows_is_said_for_who_must_decide(tmp_path: Path, capsys: pytest
     summary, found = summarize(rows), verdicts(rows)
     came, labels, noise = conclusions(summary, found)
     assert came.startswith("Images came back from secure:2:")
-    assert labels == f"Up to {100 * summary[1]['labels'][0]:.0f}% of the labels were read from secure:2."
+    right, guess = (f"{100 * summary[1][name][0]:.0f}%" for name in ("labels", "labels_guess"))
+    assert labels == (f"Up to {right} of the labels were read from secure:2; "
+                      f"guessing equally many of each class gets {guess}.")  # fmt: skip
     assert "noise-multiplier" in noise
+    perhaps = [entry | {"recovered": (0.25, 0.0), "psnr": (9.0, 0.0), "chance": 0.3} for entry in summary]
+    assert conclusions(perhaps, found)[0].startswith("Whether images came back from secure:2 is open")
     hidden = [entry | {"recovered": (0.0, 0.0)} for entry in summary]
     assert conclusions(hidden, found)[0].startswith("The exact update was inverted, and no image came back")
     silent = [verdict | {"broke": False} for verdict in found]

@@ -44,7 +44,7 @@ def test_two_implementations_agree_within_2_db(look: Look) -> None:
         plain = plain_inversion(seen.network.model, wanted, truth.labels, start, steps=steps)
         for images, kept in ((found, ours), (plain, theirs)):
             scores = score(images, None, truth=to_float(truth.images), true_labels=truth.labels,
-                           others=to_float(others.images))  # fmt: skip
+                           others=to_float(others.images), classes=truth.classes)  # fmt: skip
             assert scores.psnr is not None
             kept.append(scores.psnr)
     assert abs(statistics.fmean(ours) - statistics.fmean(theirs)) < 2

@@ -206,7 +206,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
     with pytest.raises(KeyboardInterrupt):
         tofu.run(**arguments, run_folder=str(tmp_path / "cut"), callbacks=[Rounds(interrupt=2)])
     resumed = tofu.run(
-        resume=str(tmp_path / "cut"), clients=clients, test=test, model=mlp, progress=False
+        resume=tmp_path / "cut", clients=clients, test=test, model=mlp, progress=False
     )  # the settings are those of the folder
     assert resumed.summary.weights_sha256 == whole.summary.weights_sha256
     assert [row.accuracy for row in resumed.history] == [row.accuracy for row in whole.history]
@@ -268,7 +268,10 @@ def test_mappings_are_passed_by_name_and_logits_are_read(tmp_path: Path) -> None
         ({"clients": [Vectors(0)], "model": "mlp"}, "model='mlp' .* a function that builds one"),
         ({"clients": [TensorDataset(torch.zeros(0, 4))], "model": mlp}, "clients=.*client 0.*at least one sample"),
         ({"clients": [iter(())], "model": mlp}, "clients=.*__len__"),
-        ({"clients": [[torch.zeros(4)] * 3], "model": mlp}, "pairs"),
+        ({"clients": [[torch.zeros(4)] * 3], "model": mlp}, "samples that collate to Tensor.* pairs"),
+        ({"clients": {"a": Vectors(0)}, "model": mlp}, "clients='dict' .* a list of datasets"),
+        ({"clients": Vectors(0), "model": mlp}, "clients='Vectors' .* a list of datasets"),
+        ({"clients": "photos", "model": mlp}, "clients='str' .* a list of datasets, one per client, or their number"),
         ({"clients": [Vectors(0)], "model": mlp}, r"model='Sequential' .*accepts the inputs"),
         ({"clients": [Vectors(0)], "model": mlp, "plugins": "ood"}, "plugins='ood' .* Python objects"),
         ({"clients": [Vectors(0)], "model": mlp, "resize": "6"}, "resize='6' .* transform"),
