@@ -30,6 +30,9 @@ COMMANDS = {
 }
 """Name -> the first lines of its help. The command is `NAME` of tofu/cli/NAME.py, which is imported when it is used."""
 
+SUGGEST_COMMANDS = not hasattr(click.exceptions, "NoSuchCommand")
+"""Whether typer should suggest a command for a misspelled one: from that exception on, click itself does."""
+
 _MODULES = {"serve": "report"}
 
 
@@ -66,6 +69,7 @@ def load_command(name: str) -> click.Command:
 
 app = typer.Typer(
     cls=CommandsOnDemand,
+    suggest_commands=SUGGEST_COMMANDS,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Communication-efficient federated learning: proxy images, secure aggregation, training plugins.",

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from deploy.certificates import command as certificates
+from tofu.cli import SUGGEST_COMMANDS
 from tofu.cli.options import ConfigFile, Json, Quiet, line_printer, with_settings
 from tofu.errors import Interrupted, RunError, SettingError
 from tofu.formatting import format_bytes, printable
@@ -17,6 +18,7 @@ from tofu.settings import Value, read_toml
 from tofu.settings.deprecated import present_names
 
 deploy = typer.Typer(
+    suggest_commands=SUGGEST_COMMANDS,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="A federation of real processes on this machine: TLS, node keys, a database. Everything listens on 127.0.0.1.",

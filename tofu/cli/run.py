@@ -72,9 +72,9 @@ def _try_out(settings: Settings, *, quiet: bool) -> None:
     }  # fmt: skip
     with TemporaryDirectory() as folder:
         chosen = _fewer_images(settings.replace(**small, run_folder=f"{folder}/run"))
-        run_settings(chosen, quiet=quiet)
+        run_settings(chosen, quiet=quiet, kept=False)
         more = max(2, settings.plugins.task_count)
-        run_settings(resumed_settings({"resume": f"{folder}/run", "rounds": rounds * more}), quiet=quiet)
+        run_settings(resumed_settings({"resume": f"{folder}/run", "rounds": rounds * more}), quiet=quiet, kept=False)
     print("fast dev run: every step works; nothing was kept")
 
 
@@ -92,8 +92,8 @@ def _fewer_images(settings: Settings) -> Settings:
     return smaller
 
 
-def run_settings(settings: Settings, *, quiet: bool) -> dict[str, Any]:
-    """Run a federation with these settings and return its summary.
+def run_settings(settings: Settings, *, quiet: bool, kept: bool = True) -> dict[str, Any]:
+    """Run a federation with these settings and return its summary. Without `kept`, its folder is a temporary one.
 
     Raises:
         Interrupted: by Ctrl-C, once the run folder exists.
@@ -116,12 +116,14 @@ def run_settings(settings: Settings, *, quiet: bool) -> dict[str, Any]:
             self.round = record.round
 
     started = Started()
-    view = make_progress(sys.stderr, quiet=quiet or settings.run.log == "json")
+    view = make_progress(sys.stderr, quiet=quiet or settings.run.log == "json", kept=kept)
     try:
         return serve_in_process(client_app, settings, Observers((started, view)))
     except KeyboardInterrupt:
         if started.folder == Path():
             raise
+        if not kept:
+            raise Interrupted(f"interrupted after round {started.round}; a fast dev run keeps nothing") from None
         way = f"`tofu run --resume {started.folder}` goes on from there"
         if not settings.run.checkpoint:
             way = "it cannot be resumed, as checkpoint=false"

@@ -35,10 +35,12 @@ _OPTIONAL = ("task", "epsilon")
 class _View(Observer):
     """Reports the first failures of a round as notes, and counts the others."""
 
+    kept = True
     _failed = 0
 
     def on_history(self, folder: Path, records: Sequence[RoundRecord]) -> None:
-        self.on_text(f"results: {folder}")
+        if self.kept:
+            self.on_text(f"results: {folder}")
 
     def on_text(self, text: str) -> None:
         """Show a line that is no warning."""
@@ -183,19 +185,19 @@ class LiveProgress(_View):
         return Group(*parts)
 
 
-def make_progress(stream: TextIO | None = None, *, quiet: bool = False) -> Observer:
+def make_progress(stream: TextIO | None = None, *, quiet: bool = False, kept: bool = True) -> Observer:
     """Create the view for `stream` (stderr if None): none if `quiet`, live on a terminal,
-    otherwise one line per round.
+    otherwise one line per round. Without `kept`, the run folder is temporary and is not named.
     """
     if quiet:
         return Observer()
     stream = sys.stderr if stream is None else stream
-    if stream.isatty():
-        console = Console(file=stream)
-        # A dumb terminal cannot move its cursor, so nothing can be redrawn on it.
-        if not console.is_dumb_terminal:
-            return LiveProgress(console)
-    return PlainProgress(stream)
+    console = Console(file=stream) if stream.isatty() else None
+    # A dumb terminal cannot move its cursor, so nothing can be redrawn on it.
+    live = console is not None and not console.is_dumb_terminal
+    view: _View = LiveProgress(console) if console is not None and live else PlainProgress(stream)
+    view.kept = kept
+    return view
 
 
 def _table(rows: tuple[dict[str, str], ...]) -> Table:

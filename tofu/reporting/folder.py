@@ -276,14 +276,14 @@ def read_class_names(run: Path, classes: int) -> tuple[str, ...]:
     return tuple(names) if whole else tuple(map(str, range(classes)))
 
 
-def read_config(run: Path) -> Settings:
-    """Return the settings of a run. Raises SettingError if there is no such run."""
+def read_config(run: Path, *, field: str = "resume") -> Settings:
+    """Return the settings of a run. Raises SettingError with the name of `field` if there is no such run."""
     try:
         values = json.loads((run / "config.json").read_text())
     except (OSError, ValueError) as error:
-        raise SettingError("resume", str(run), "the folder of a run, with its config.json") from error
+        raise SettingError(field, str(run), "the folder of a run, with its config.json") from error
     if not isinstance(values, dict):
-        raise SettingError("resume", str(run), "the folder of a run, with its config.json")
+        raise SettingError(field, str(run), "the folder of a run, with its config.json")
     return Settings.of(values, warn=False)
 
 

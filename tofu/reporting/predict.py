@@ -42,7 +42,7 @@ def predict_images(run: Path, images: Path, *, frequencies: int = 0) -> list[dic
         SettingError: no such run, or none with a model; frequencies for a model that has no DCT encoder.
         DataError: there is no image that the model can take. Others are left out, with a note on standard error.
     """
-    settings = read_config(run)
+    settings = read_config(run, field="run")
     weights, shape, broadcast = read_model(run)
     plugins = plugins_of(settings)
     plugins.load(broadcast=broadcast, max_bytes=MAX_STATE_BYTES)

@@ -91,10 +91,14 @@ def test_the_list_of_commands_tells_what_the_commands_tell() -> None:
         assert " ".join((command.help or "").split("\n\n")[0].split()) == summary
 
 
-def test_a_misspelled_command_is_named_with_a_suggestion(tofu: Tofu) -> None:
-    outcome = tofu("atack")
+@pytest.mark.parametrize(("group", "typo", "meant"), [((), "atack", "attack"), (("deploy",), "statsu", "status")])
+def test_a_misspelled_command_is_named_with_one_suggestion(
+    group: tuple[str, ...], typo: str, meant: str, tofu: Tofu
+) -> None:
+    outcome = tofu(*group, typo)
     assert outcome.status == 2
-    assert "No such command 'atack'. Did you mean 'attack'?" in outcome.err
+    assert f"No such command '{typo}'. Did you mean '{meant}'?" in outcome.err
+    assert outcome.err.count("Did you mean") == 1
 
 
 @pytest.mark.parametrize("command", ["run", "plan"])
@@ -568,11 +572,16 @@ def test_predictions_have_names_labels_and_a_file(tofu: Tofu, tmp_path: Path) ->
     assert [row["name"] for row in json.loads(first)] == [row["name"] for row in json.loads(again)]
 
 
+def test_predict_names_the_argument_that_is_no_run(tofu: Tofu) -> None:
+    fails(tofu("predict", "nosuch", "data"), "run='nosuch' is not usable: expected the folder of a run")
+
+
 def test_a_fast_dev_run_goes_through_every_kind_of_round_and_keeps_nothing(tofu: Tofu, tmp_path: Path) -> None:
     outcome = tofu("run", "--fast-dev-run", "--schedule=switch", "--rounds=500", "--local-epochs=50")
     assert (outcome.status, outcome.out.splitlines()[-1]) == (0, "fast dev run: every step works; nothing was kept")
     for words in ("2 rounds, 3 clients", "round 1/2  proxy", "round 2/2  secure", "resumes after round 2", "round 4/4"):
         assert words in outcome.err
+    assert "results:" not in outcome.err  # they are in a temporary folder
     assert list(tmp_path.iterdir()) == []
 
 
