@@ -161,8 +161,7 @@ def run(
         callbacks: observers of the run (`tofu.observers.base.Observer`).
         progress: print the rounds to standard error.
         settings: all settings of `tofu run --help`, with underscores for dashes. A class or function may stand for its
-            `module:Name`, a list for names with commas, a mapping for `plugin_options`, and a `Path` for a
-            folder or file.
+            `module:Name`, a list for names with commas, a mapping for `plugin_options`, a `Path` for a folder or file.
 
     Raises:
         SettingError: an argument cannot be used.

@@ -113,7 +113,9 @@ def _leader(cells: Sequence[Mapping[str, Any]], ratio: float) -> Markup:
     if not level:
         return Markup("At {ratio}, <b>{name}</b> is the most accurate: {mean}.").format(**values)
     values["others"] = f"{', '.join(level[:-1])} and {level[-1]}" if level[1:] else level[0]
-    text = "At {ratio}, no winner: {name} ({mean}) is ahead of {others} by less than the spread over seeds."
+    behind = [f"{o['compressor']} ({format_fraction(o['final_accuracy']['mean'])})" for o in others if ahead(best, o)]
+    values["behind"] = f"; behind them: {', '.join(behind)}" if behind else ""
+    text = "At {ratio}, no winner: {name} ({mean}) is ahead of {others} by no more than the spread over seeds{behind}."
     return Markup(text).format(**values)
 
 
