@@ -172,8 +172,11 @@ class UpdateCodec:
         if self._built_once is None and not any(value.is_floating_point() for value in arrays.values()):
             found = ", ".join(sorted({str(value.dtype) for value in arrays.values()})) or "none"
             raise SettingError("arrays", found, "floating-point numbers, whose differences can be compressed")
-        model = self._built_once or _bare(arrays)
-        names, tied = _matched(arrays, model), _tied_names(model)
+        model = self._built_once
+        names = {} if model is None else _matched(arrays, model)
+        if model is None:
+            model, names = _bare(arrays)
+        tied = _tied_names(model)
         for own, first in tied.items():
             if own in names and first not in names:
                 names[first] = names.pop(own)
@@ -363,11 +366,13 @@ def array_shape(array: Array) -> tuple[int, ...]:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(stream)
-        usable = array.stype == "numpy.ndarray" and dtype.kind in "fiub" and dtype.isnative
-        if not usable or math.prod(shape) * dtype.itemsize != len(array.data) - stream.tell():
+        if array.stype != "numpy.ndarray" or math.prod(shape) * dtype.itemsize != len(array.data) - stream.tell():
             raise ValueError("other bytes than its header says")
     except Exception as error:  # numpy's parser has no list of what it raises
         raise PayloadError(f"arrays cannot be read ({type(error).__name__})") from error
+    if dtype.kind not in "fiub" or not dtype.isnative:
+        found = f"type {dtype.name[:40]}" if dtype.isnative else f"byte order of {dtype.str[:40]}"
+        raise PayloadError(f"arrays cannot be read: their {found} is not usable, expected real numbers, native order")
     return tuple(shape)
 
 
@@ -465,10 +470,20 @@ def _copy(model: nn.Module, names: Collection[str]) -> nn.Module:
     return copy.deepcopy(model, {id(parameter): parameter for parameter in frozen})
 
 
-def _bare(arrays: Mapping[str, Tensor]) -> nn.Module:
-    """Return a module that has these arrays as parameters (floating point) and buffers (others),
-    and no forward pass.
+def _bare(arrays: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, str]]:
+    """Return a module that has these arrays as parameters (floating point) and buffers (others), and no forward pass;
+    and its names -> the arrays' names. They are the same unless torch does not accept these: "type", "a..b", or "a" and
+    "a.b".
     """
+    try:
+        return _module_of(arrays), {name: name for name in arrays}
+    except KeyError:
+        names = {f"array{at}": name for at, name in enumerate(arrays)}
+        return _module_of({own: arrays[name] for own, name in names.items()}), names
+
+
+def _module_of(arrays: Mapping[str, Tensor]) -> nn.Module:
+    """Return a module with these arrays under their names. Raises KeyError if torch does not accept one."""
     root = nn.Module()
     for name, value in arrays.items():
         module = root

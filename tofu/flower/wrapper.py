@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp.mod import LocalDpMod
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as strategies
@@ -71,6 +72,15 @@ def inside(name: str) -> Iterator[None]:
         _ENTERED.reset(token)
 
 
+def _refuse_local_dp_before(name: str) -> None:
+    """Raises PayloadError if Flower's LocalDpMod calls this mod: it would get a reply without arrays to clip."""
+    frame = sys._getframe()
+    while caller := frame.f_back:
+        frame = caller
+        if frame.f_code is LocalDpMod.__call__.__code__:
+            raise PayloadError(f"LocalDpMod comes before {name} in the list of mods: put {name} first")
+
+
 class TrainMod:
     """A mod that handles train messages; Flower calls it around the app's train function.
 
@@ -84,6 +94,7 @@ class TrainMod:
         if message.metadata.message_type.split(".")[0] != "train":
             return call_next(message, context)
         with error_replies(message, context) as replies, inside(self.name):
+            _refuse_local_dp_before(self.name)
             if any(key.startswith(_OLDER_API) for key in message.content):
                 LOG.error("%s: %s", self.name, _OLDER_SERVER)  # a strategy of that API does not show error replies
                 raise PayloadError(_OLDER_SERVER)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.client import NumPyClient
 from flwr.clientapp import ClientApp
+from flwr.clientapp.mod import LocalDpMod
 from flwr.common import ndarrays_to_parameters
 from flwr.server import ServerAppComponents, ServerConfig
 from flwr.server.strategy import FedAvg as LegacyFedAvg
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 import tofu
 from tests.tofu.flower.quickstart import CLIENTS, DATA, SHAPE, Net, federate, strategy_of
 from tofu.data import to_float
-from tofu.errors import RunError, SettingError
+from tofu.errors import PayloadError, RunError, SettingError
 from tofu.flower.in_process import run_in_process
 from tofu.flower.update_codec import ArrayNames, UpdateCodec
 
@@ -243,6 +244,66 @@ def test_what_is_no_strategy_of_the_message_api_is_refused(wrapper: str, inner: 
         WRAPPERS[wrapper](inner())
 
 
+ENDS: dict[str, tuple[Callable[[Any], Any], Callable[[], Any]]] = {
+    "compressed": (lambda inner: tofu.Compressed(inner, ratio=20), lambda: tofu.compress(ratio=20)),
+    "secure": (tofu.SecureAggregation, tofu.secure),
+    "hybrid": (lambda inner: tofu.Hybrid(inner, ratio=20, switch_round=2), lambda: tofu.hybrid(ratio=20)),
+}
+
+
+def test_flowers_local_privacy_comes_after_compression() -> None:
+    """Before it, it got a reply without arrays and made a message that is none."""
+    local = LocalDpMod(1.0, 0.1, 1.0, 0.1)
+    with pytest.raises(
+        RunError, match=r"LocalDpMod comes before tofu\.compress in the list of mods: put tofu\.compress"
+    ):
+        federate(tofu.Compressed(strategy_of(), ratio=20), local, tofu.compress(ratio=20), rounds=1)
+    federate(tofu.Compressed(strategy_of(), ratio=20), tofu.compress(ratio=20), local, rounds=1)
+
+
+class Named(nn.Module):
+    """Parameters of any name, and complex ones."""
+
+    def __init__(self, arrays: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.arrays = arrays
+
+    def state_dict(self, *_: Any, **__: Any) -> Any:
+        return dict(self.arrays)
+
+
+def shifted(message: Message, context: Context) -> Message:
+    """Add the same to every array, more at later clients."""
+    shift = 0.01 * (1 + int(context.node_config["partition-id"]))
+    arrays = ArrayRecord(
+        {name: value + shift for name, value in message.content["arrays"].to_torch_state_dict().items()}
+    )
+    return Message(RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 1})}), reply_to=message)
+
+
+@pytest.mark.parametrize("names", [("type", "float"), ("a", "a.b"), ("", "x"), ("a..b", ".c"), ("a/b", "c d")])
+@pytest.mark.parametrize("downlink", [0.0, 2.0])
+def test_arrays_of_any_name_are_compressed(names: tuple[str, str], downlink: float) -> None:
+    arrays = {name: torch.ones(40, 20) for name in names}
+    options: dict[str, Any] = {"compressor": "sparse", "ratio": 10, "downlink": downlink}
+    found = federate(
+        tofu.Compressed(strategy_of(), **options), tofu.compress(**options), handler=shifted, rounds=3,
+        model=lambda: Named(arrays),
+    ).arrays.to_torch_state_dict()  # fmt: skip
+    assert list(found) == list(names)
+    assert all(float(value.mean()) > 1.01 for value in found.values())
+
+
+@pytest.mark.parametrize("ends", ENDS)
+def test_complex_arrays_are_refused_by_their_type(ends: str) -> None:
+    wrap, mod = ENDS[ends]
+    with pytest.raises(PayloadError, match=r"^arrays cannot be read: their type complex64 is not usable, expected "):
+        federate(
+            wrap(strategy_of()), mod(), handler=shifted,
+            model=lambda: Named({"w": torch.ones(200), "c": torch.ones(20, dtype=torch.complex64)}),
+        )  # fmt: skip
+
+
 class OlderClient(NumPyClient):
     """A client of Flower's older API."""
 
@@ -252,13 +313,6 @@ class OlderClient(NumPyClient):
 
 def older_client(mods: list[Any]) -> ClientApp:
     return ClientApp(client_fn=lambda context: OlderClient().to_client(), mods=mods)
-
-
-ENDS: dict[str, tuple[Callable[[Any], Any], Callable[[], Any]]] = {
-    "compressed": (lambda inner: tofu.Compressed(inner, ratio=20), lambda: tofu.compress(ratio=20)),
-    "secure": (tofu.SecureAggregation, tofu.secure),
-    "hybrid": (lambda inner: tofu.Hybrid(inner, ratio=20, switch_round=2), lambda: tofu.hybrid(ratio=20)),
-}
 
 
 @pytest.mark.parametrize("ends", ENDS)
