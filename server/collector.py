@@ -107,6 +107,7 @@ class Collected:
         secure: all that a secure round revealed.
         abandoned: why a secure round was abandoned, or "".
         late: number of clients whose replies the round did not wait for.
+        diversity: of the updates in an open round (`Aggregator.diversity`); None if it is not known.
     """
 
     update: Weights | None = None
@@ -119,6 +120,7 @@ class Collected:
     secure: SecureMean | None = None
     abandoned: str = ""
     late: int = 0
+    diversity: float | None = None
 
 
 class Collector(Protocol):
@@ -346,6 +348,7 @@ class OpenCollector:
             raise RunError(f"round {state.round}: no valid reply from {len(clients)} clients ({reasons})")
         collected.replies.sort(key=lambda pair: clients.index(pair[0]))
         collected.update, collected.examples = mean.mean(), mean.examples
+        collected.diversity = mean.diversity(collected.update)
         if self.noise is None:  # otherwise this is more than the noised mean tells
             self._warn_of_large(state.round)
         ordered = [exports[client.name] for client, _ in collected.replies]

@@ -17,6 +17,7 @@ from tofu.privacy import check_param_spec
 from tofu.reference_model import ModelCall, ReferenceModel
 from tofu.rounds import server_optimizers
 from tofu.rounds.downlink import WeightSteps
+from tofu.rounds.optimizers import automatic_step
 from tofu.rounds.schedule import make_schedule
 from tofu.secagg.encoding import flat
 from tofu.settings import Settings
@@ -34,13 +35,14 @@ class ServerOptimizer:
     def __init__(self, model: nn.Module, server: ServerSettings) -> None:
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._buffers = dict(model.named_buffers())
-        self._optimizer = server_optimizers.get(server.server_optimizer)(self._parameters.values(), server)
+        fixed = server.replace(server_lr=server.server_lr or 1.0)
+        self._optimizer = server_optimizers.get(server.server_optimizer)(self._parameters.values(), fixed)
 
     @torch.no_grad()
-    def step(self, update: Weights) -> None:
-        """Apply the mean update, by name, in place."""
+    def step(self, update: Weights, factor: float = 1.0) -> None:
+        """Apply the mean update, by name, in place; that of parameters times `factor`."""
         for name, parameter in self._parameters.items():
-            parameter.grad = -update[name]
+            parameter.grad = -factor * update[name]
         self._optimizer.step()
         self._optimizer.zero_grad()
         for name, buffer in self._buffers.items():
@@ -190,11 +192,23 @@ class GlobalModel:
         self._begin(reference, flat(weights_of(fresh.model)), averaged)
         return True
 
-    def step(self, update: Weights) -> None:
-        """Apply the mean update by the server's optimizer, then the plugins' `on_step`."""
+    def step(self, update: Weights, factor: float = 1.0) -> None:
+        """Apply the mean update, times `factor`, by the server's optimizer, then the plugins' `on_step`."""
         before = self._plugins.before_step(self.reference.model)
-        self.optimizer.step(update)
+        self.optimizer.step(update, factor)
         self._plugins.on_step(self.reference.model, before)
+
+    def automatic_step(self, round_: int, kind: str, diversity: float | None) -> float:
+        """Return the factor of the mean update in a round with server-lr=auto; 1 where it does not apply.
+
+        It applies to compressed rounds with plain averaging. Noise of differential privacy makes all updates diverse,
+        and the published method has a step of 1.
+        """
+        settings = self._settings
+        plain = settings.server.server_optimizer == "sgd" and settings.codec.codec_mode != "paper"
+        if settings.server.server_lr or kind != "proxy" or not plain or settings.privacy.noise_multiplier:
+            return 1.0
+        return 1.0 if diversity is None else automatic_step(diversity, round_, settings.training.rounds)
 
     def average(self, round_: int) -> None:
         """Update the moving average; in early rounds it is the plain mean of the rounds so far."""

@@ -55,6 +55,7 @@ def round_record(
         explained_variance=result.mean("explained_variance") if compressed else None,
         cosine=result.mean("cosine") if compressed else None,
         step_explained_variance=result.step_explained_variance,
+        server_step=result.server_step,
         # Losses carry no noise, so they are not recorded under differential privacy.
         train_loss=None if private else secure.loss if secure else result.mean("train_loss"),
         train_seconds=result.mean("train_seconds"),

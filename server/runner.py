@@ -53,6 +53,7 @@ class RoundResult(Collected):
         nodes: client name -> node, of all clients that were asked.
         failures: client name -> reason, in one line, why it could not be used.
         step_explained_variance: that of the server's compressed step to this round's weights; None for full weights.
+        server_step: factor that the server's optimizer had for the mean update; None in an abandoned round.
         clip_norm: to which clients clipped their updates, with differential privacy.
     """
 
@@ -62,6 +63,7 @@ class RoundResult(Collected):
     nodes: dict[str, int]
     failures: dict[str, str]
     step_explained_variance: float | None = None
+    server_step: float | None = None
     clip_norm: float = 0.0
 
     def add(self, collected: Collected) -> None:
@@ -319,7 +321,9 @@ class RoundRunner:
         collected = collector.collect(model, clients, state)
         result.add(collected)
         if collected.update is not None:
-            model.step(collected.update)
+            factor = model.automatic_step(state.round, state.kind, collected.diversity)
+            result.server_step = factor * (self.settings.server.server_lr or 1.0)
+            model.step(collected.update, factor)
 
     def _members(self, clients: list[Client], group: int) -> list[Client]:
         return [client for client in clients if len(self.models) == 1 or self.plugins.group_of(client.name) == group]

@@ -50,7 +50,7 @@ Fault = Callable[[Message, Message, Context], Message]
 
 TINY: Row = {
     "model": "mlp", "clients": 5, "rounds": 3, "compressor": "topk", "ratio": 50.0, "local_epochs": 1, "batch_size": 32,
-    "lr": 0.05, "ema_decay": 0.0, "schedule": "switch", "switch_round": 2, "secure_ratio": 1.2,
+    "lr": 0.05, "ema_decay": 0.0, "schedule": "switch", "switch_round": 2, "secure_ratio": 1.2, "server_lr": 1.0,
 }  # fmt: skip
 """A compressed round, then two secure rounds; so many bits that the sum is right to the last digits that are looked at.
 

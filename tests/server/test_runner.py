@@ -105,6 +105,39 @@ def test_a_full_round_steps_to_the_mean_of_the_clients_weights() -> None:
     assert not same(before, runner.weights)
 
 
+def test_the_automatic_step_multiplies_the_mean_of_compressed_updates() -> None:
+    common: dict[str, Any] = {"ema_decay": 0.0, "compressor": "topk", "alpha": 0.1}
+    runner, _ = make(**common)
+    plain, _ = make(**common, server_lr=1.0)
+    before = runner.weights
+    results = [rounds(made, 1)[0] for made in (runner, plain)]
+    step = results[0].server_step
+    assert 1 < step <= 3
+    assert results[1].server_step == 1
+    for name, start in before.items():
+        torch.testing.assert_close(
+            runner.weights[name] - start, step * (plain.weights[name] - start), rtol=1e-3, atol=1e-6
+        )
+    assert [result.server_step for result in rounds(runner, 2, 3, 4)][-1] == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"schedule": "fedavg"},
+        {"schedule": "secure"},
+        {"server_optimizer": "momentum"},
+        {"server_optimizer": "ef21", "step_ahead": 0.0},
+        {"codec_mode": "paper", "ratio": 4.0},
+        {"noise_multiplier": 1.0, "norm": "group"},
+        {"aggregator": "median"},
+    ],
+)
+def test_the_automatic_step_is_one_elsewhere(changes: dict[str, object]) -> None:
+    runner, _ = make(**changes, alpha=0.1)
+    assert rounds(runner, 1)[0].server_step == 1
+
+
 def test_a_late_client_and_an_error_reply_are_failures_and_the_round_goes_on() -> None:
     runner, transport = make(schedule="fedavg")
     transport.behaviors = {

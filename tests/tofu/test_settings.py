@@ -239,7 +239,7 @@ def test_wrong_types_are_refused(name: str, value: object, expected: str) -> Non
         ("client-fraction", [0.0, 1.01], [0.01, 1.0]),
         ("min-clients", [0], [1, 10]),
         ("round-timeout", [0.0, math.inf], [0.1]),
-        ("server-lr", [0.0], [0.1]),
+        ("server-lr", [-0.1], [0.0, 0.1]),
         ("server-momentum", [-0.1, 1.0], [0.0, 0.99]),
         ("ema-decay", [-0.1, 1.0], [0.0, 0.999]),
         ("seed", [-1, 2**31], [0, 2**31 - 1]),
@@ -264,7 +264,7 @@ def test_ranges(name: str, refused: list[object], accepted: list[object]) -> Non
         assert "\n" not in str(caught.value)
 
 
-AUTOMATIC = ("switch-round", "over-relaxation", "proxies", "proxy-size", "surrogate-beta", "gray-bits")
+AUTOMATIC = ("switch-round", "over-relaxation", "proxies", "proxy-size", "surrogate-beta", "gray-bits", "server-lr")
 
 
 def test_auto_is_the_zero_with_which_the_program_chooses() -> None:

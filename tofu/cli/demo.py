@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tofu.cli.options import ConfigFile, Quiet, settings_from, with_settings
 from tofu.cli.run import run_settings
-from tofu.settings import Value
+from tofu.settings import FULL_WEIGHTS, Value
 
 
 @with_settings
@@ -19,7 +19,9 @@ def demo(*, config: ConfigFile = None, quiet: Quiet = False, overrides: dict[str
     from tofu.reporting.report import write_report
 
     tofu = settings_from(config, overrides)
-    fedavg, given = tofu.replace(schedule="fedavg"), tofu.run.run_folder
+    # Compressed rounds without compression: so the server chooses its step in the same way in both runs.
+    fedavg = tofu.replace(schedule="proxy", compressor="none", downlink=FULL_WEIGHTS)
+    given = tofu.run.run_folder
     folder = given or str(fresh_folder(tofu))
     tofu = tofu.replace(run_folder=folder)
     fedavg = fedavg.replace(run_folder=f"{given}-fedavg" if given else str(fresh_folder(fedavg)))

@@ -63,11 +63,6 @@ class Candidate:
     proxies: bytes
 
 
-def criterion(update: Weights, candidate: Candidate) -> float:
-    """Return the explained variance without gains, by which a client chooses between bodies."""
-    return explained_variance({name: update[name] for name in candidate.explained}, candidate.explained)
-
-
 @compressors.register("proxy")
 class ProxyCompressor(Compressor):
     """Proxy images and a sparse correction instead of the update.
@@ -136,8 +131,12 @@ class ProxyCompressor(Compressor):
         if 0 in self._budgets and (not age or last is None):
             nothing = {name: torch.zeros_like(w) for name, w in reference.base.items()}
             candidates.append(self._candidate(reference, update, b"", nothing, strata))
-        best = max(candidates, key=lambda candidate: criterion(update, candidate))
+        best = max(candidates, key=lambda candidate: self.criterion(update, candidate))
         return CompressedUpdate(best.body, best.decoded, bytes([age]) + best.proxies, evals)
+
+    def criterion(self, update: Weights, candidate: Candidate) -> float:
+        """Return the explained variance without gains; a client sends the body with the highest value."""
+        return explained_variance({name: update[name] for name in candidate.explained}, candidate.explained)
 
     def decompress(self, reference: ReferenceModel, body: bytes) -> Weights:
         proxies = self._read_proxies(body)

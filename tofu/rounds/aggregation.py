@@ -111,6 +111,14 @@ class Aggregator(ABC):
         It does not depend on the order of `add`.
         """
 
+    def diversity(self, mean: Weights) -> float | None:
+        """Return the gradient diversity (Yin et al., AISTATS 2018): the mean squared norm of the updates over the
+        squared norm of their mean, `mean`; None where the rule has none.
+
+        It is 1 if all updates are equal, and the number of clients if they are orthogonal and equally long.
+        """
+        return None
+
 
 @aggregators.register("mean")
 class Mean(Aggregator):
@@ -119,13 +127,20 @@ class Mean(Aggregator):
     def __init__(self, param_spec: ParamSpec, malicious: float) -> None:
         super().__init__(param_spec, malicious)
         self._mean = RunningMean()
+        self._param_spec = param_spec
+        self._squares: list[float] = []
 
     def add(self, update: Weights, examples: int) -> None:
         self._mean.add(update, examples)
         self.examples = self._mean.examples
+        self._squares.append(examples * norm(update, self._param_spec) ** 2)
 
     def mean(self) -> Weights:
         return self._mean.mean()
+
+    def diversity(self, mean: Weights) -> float | None:
+        square = norm(mean, self._param_spec) ** 2
+        return math.fsum(self._squares) / self.examples / square if square else None
 
 
 class StoredUpdates(Aggregator):

@@ -3,6 +3,7 @@
 Flower's FedAvgM and FedAdam compute the same, but only inside strategies that also aggregate.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +12,31 @@ from torch import nn
 
 from tofu.rounds import server_optimizers
 from tofu.settings.groups import ServerSettings
+
+MAX_STEP = 3.0
+"""Largest step that `automatic_step` returns."""
+
+
+def automatic_step(diversity: float, round_: int, rounds: int) -> float:
+    """Return the factor of the mean update that the diversity of the updates allows (FedExP, Jhunjhunwala et al.,
+    ICLR 2023, algorithm 1).
+
+    Half of the diversity, from 1 to `MAX_STEP`: updates that point in different directions have a short mean, so a
+    longer step still approaches what all clients want. FedExP's last iterates oscillate; instead of their average, what
+    exceeds 1 falls linearly to 0 in the last round. The result is a multiple of 1/256, rounded down, so that the last
+    bits of sums do not matter.
+
+    Args:
+        diversity: see `tofu.rounds.aggregation.Aggregator.diversity`.
+        round_: counted from 1.
+        rounds: number of rounds of the run.
+
+    Example:
+        >>> [automatic_step(4.0, round_, 3) for round_ in (1, 2, 3)]
+        [2.0, 1.5, 1.0]
+    """
+    excess = min(MAX_STEP, max(1.0, diversity / 2)) - 1
+    return 1 + math.floor(256 * excess * (rounds - round_) / max(1, rounds - 1)) / 256
 
 
 @server_optimizers.register("sgd")

@@ -97,6 +97,7 @@ class RoundRecord(StrictFields):
         clients: number of clients whose updates were aggregated.
         explained_variance, cosine: the decoded against the true update, mean over clients; None if not compressed.
         step_explained_variance: that of the compressed server step; None if the full weights were sent.
+        server_step: the server's learning rate in this round, which server-lr=auto chooses; None in abandoned rounds.
         train_loss, train_seconds, encode_seconds: means over clients, weighted by examples.
         uplink_bytes, downlink_bytes: whole messages of all clients, headers included.
         fedavg_uplink_bytes: uplink of the same replies with float32 updates.
@@ -129,6 +130,7 @@ class RoundRecord(StrictFields):
     explained_variance: Number = None
     cosine: Number = None
     step_explained_variance: Number = None
+    server_step: Number = None
     train_loss: Number = None
     train_seconds: Number = None
     encode_seconds: Number = None

@@ -409,7 +409,12 @@ class ServerSettings(Group):
         ge=0,
     )
     server_optimizer: str = setting("sgd", "optimizer that applies the average update")
-    server_lr: float = setting(1.0, "learning rate of the server's optimizer", gt=0)
+    server_lr: float = setting(
+        0.0,
+        "learning rate of the server's optimizer; auto: 1, and from 1 to 3 by the diversity of the updates in compressed rounds with server-optimizer=sgd",
+        ge=0,
+        auto=True,
+    )
     ef21_momentum: float = setting(
         1.0, "weight of a round's progress in a client's direction, with server-optimizer=ef21", gt=0, le=1
     )

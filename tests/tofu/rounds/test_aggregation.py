@@ -3,8 +3,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tofu.data import ImageShape
 from tofu.errors import PayloadError
-from tofu.rounds.aggregation import RunningMean
+from tofu.reference_model import ReferenceModel
+from tofu.rounds.aggregation import Mean, RunningMean
 
 
 @settings(max_examples=100, deadline=None)
@@ -63,3 +65,42 @@ def test_a_sum_with_carries_equals_one_without() -> None:
         carried.add({"a": -large["a"]}, 1)
     carried.examples = plain.examples
     assert torch.equal(carried.mean()["a"], plain.mean()["a"])
+
+
+SPEC = ReferenceModel(torch.nn.Linear(3, 2).eval(), ImageShape(1, 1, 3, 2)).param_spec
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    examples=st.lists(st.integers(1, 1000), min_size=1, max_size=8),
+    common=st.floats(0, 3),
+    seed=st.integers(0, 2**31),
+    order=st.randoms(),
+)
+def test_the_diversity_is_the_mean_square_over_the_square_of_the_mean(examples, common, seed, order) -> None:  # type: ignore[no-untyped-def]
+    generator = torch.Generator().manual_seed(seed)
+    vectors = torch.randn(len(examples), 8, generator=generator) + common
+    weights = torch.tensor(examples) / sum(examples)
+    expected = (weights @ vectors.square().sum(1)) / (weights @ vectors).square().sum()
+    updates = [({"weight": row[:6].view(2, 3), "bias": row[6:]}, n) for row, n in zip(vectors, examples, strict=True)]
+    found = []
+    for _ in range(2):
+        mean = Mean(SPEC, 0.0)
+        for update, n in updates:
+            mean.add(update, n)
+        found.append(mean.diversity(mean.mean()))
+        order.shuffle(updates)
+    assert found[0] == found[1]
+    assert found[0] == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_the_diversity_of_equal_and_of_orthogonal_updates() -> None:
+    eye = torch.eye(6).view(6, 2, 3)
+    for rows, expected in (([eye[0]] * 6, 1.0), (list(eye), 6.0)):
+        mean = Mean(SPEC, 0.0)
+        for row in rows:
+            mean.add({"weight": row, "bias": torch.zeros(2)}, 7)
+        assert mean.diversity(mean.mean()) == pytest.approx(expected, rel=1e-5)
+    nothing = Mean(SPEC, 0.0)
+    nothing.add({"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}, 7)
+    assert nothing.diversity(nothing.mean()) is None

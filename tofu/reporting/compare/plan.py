@@ -199,7 +199,7 @@ class Comparison:
         if self.tune and value is not None:
             values[self.tune.setting] = value
         if compressor == FEDAVG:
-            values["schedule"] = "fedavg"
+            values["schedule"] = "proxy"  # without compression, and with the server's step of the others
         return Settings.of(values | {"compressor": compressor, "ratio": ratio, "seed": seed})
 
     def _cells(self) -> tuple[Cell, ...]:
