@@ -166,8 +166,9 @@ def table(rows: list[Row], known: list[Row], task: str) -> Table:
         known: of `benchmarks.error_feedback`; the first lines are from there.
     """
     header, lines = comparison(known, task)
-    columns, ahead = [header.index(f"{ratio}x") for ratio in sorted(RATIOS)], header.index("a")
-    known_lines = [line for line in lines if line[0] in SHOWN and line[ahead] in ("", "0.5")]
+    columns = [header.index(f"{ratio}x") for ratio in sorted(RATIOS)]
+    ahead, step = header.index("a"), header.index("step")
+    known_lines = [line for line in lines if line[0] in SHOWN and line[ahead] in ("", "0.5") and line[step] == "1"]
     made = [[line[0], *(line[column] for column in columns), ""] for line in known_lines]
     for method in METHODS:
         if method not in BITS and (found := [_of(rows, task, method, ratio) for ratio in sorted(RATIOS)]) != [[]] * 4:

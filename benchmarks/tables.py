@@ -20,18 +20,18 @@ from benchmarks.common import RESULTS, markdown_table, run_command, spread
 from benchmarks.error_feedback import sampled
 from benchmarks.error_feedback.__main__ import (
     RATIOS,
-    STEPPED_METHODS,
     TUNED,
     VARIANTS,
     Table,
     ablation,
-    best_accuracies,
+    best,
+    bodies,
     comparison,
+    default,
     steps,
     tuned_steps,
     tuning,
     variants,
-    with_chosen_step,
 )
 from benchmarks.latency.__main__ import HEADER as LATENCY
 from benchmarks.latency.__main__ import table_rows as latency_rows
@@ -95,21 +95,14 @@ def lead(name: str, ratio: float, compressors: Sequence[str]) -> str:
 
 
 def readme() -> str:
-    """The default beside its correction alone and STC, of results/error-feedback.json, also with tuned server steps."""
-    found: Rows = read("error-feedback")["rows"]
-    methods = [method for method, _ in STEPPED_METHODS]
-    rows = []
-    for data, task, ratios, tuned in (
-        ("MNIST", "mnist", (50, 200, 1000), False), ("MNIST", "mnist", (1000,), True),
-        ("MNIST, 10 of 100", "mnist-100", (200,), True), ("CIFAR-10", "cifar10", (50, 200, 1000, 2000), False),
-        ("CIFAR-10", "cifar10", (500, 1000, 2000), True),
-    ):  # fmt: skip
-        of = with_chosen_step if tuned else best_accuracies
-        for ratio in ratios:
-            cells = [spread(of(found, task, method, ratio), 1) for method in methods]
-            rows.append([f"{data}, {ratio:,}x", "tuned" if tuned else "1", *cells])
-    header = ("data, payload ratio", "server's step", "FedAvg", "proxies (default)", "correction alone", "STC")
-    return markdown_table(header, rows)
+    """The default beside FedAvg, its correction alone and STC at their best settings."""
+    found, rows = read("error-feedback")["rows"], []
+    for data, task in (("MNIST", "mnist"), ("MNIST, 10 of 100", "mnist-100"), ("CIFAR-10", "cifar10")):
+        for ratio in sorted(RATIOS[task]):
+            cells = [best(found, task, method, ratio)[1] for method in ("fedavg", "correction", "stc")]
+            values = [cells[0], default(found, task, ratio), *cells[1:]]
+            rows.append([f"{data}, {ratio:,}x", *(spread(value, 1) for value in values)])
+    return markdown_table(("data, payload ratio", "FedAvg", "proxies (default)", "correction alone", "STC"), rows)
 
 
 def federated() -> str:
@@ -214,7 +207,7 @@ def error_feedback_leads() -> str:
     for method, name in (("stc", "STC"), ("correction", "the correction alone")):
         cells = []
         for ratio in ratios:
-            own, other = (best_accuracies(found, "cifar10", one, ratio) for one in ("proxies+correction", method))
+            own, other = default(found, "cifar10", ratio), best(found, "cifar10", method, ratio)[1]
             cells.append(", ".join(f"{a - b:.1f}" for a, b in zip(own, other, strict=True)))
         rows.append([name, *cells])
     return markdown_table(("ahead of", *(f"{ratio}x" for ratio in ratios)), rows)
@@ -276,6 +269,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "error-feedback-ablation": partial(error_feedback, ablation),
     **{f"error-feedback-{task}-variants": partial(error_feedback, variants, task) for task in VARIANTS},
     **{f"error-feedback-{task}-tuning": partial(error_feedback, tuning, task) for task in TUNED},
+    "error-feedback-bodies": partial(error_feedback, bodies),
     "error-feedback-steps": partial(error_feedback, steps),
     "error-feedback-tuned-steps": partial(error_feedback, tuned_steps),
     "error-feedback-sampled": lambda: markdown_table(*sampled.table(read("error-feedback-sampled")["rows"])),

@@ -12,6 +12,7 @@ import statistics
 import sys
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,6 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "proxies+correction": {"compressor": "proxy", "correction": 0.4},
     "correction": {"compressor": "proxy", "correction": 1.0},
     "proxies": {"compressor": "proxy", "correction": 0.0},
+    "by-lag": {"compressor": "benchmarks.error_feedback.criteria:ByLag", "correction": 0.4},
     "stc": {"compressor": "stc"},
     "topk": {"compressor": "topk"},
     "powersgd": {"compressor": "powersgd"},
@@ -63,6 +65,8 @@ METHODS: dict[str, dict[str, Any]] = {
 ones are other kinds of error feedback, none at all, and the server's momentum."""
 AUTO = 0.0
 """Each message chooses its w; the default of proxies with a correction."""
+AUTO_STEP = 0.0
+"""The server chooses its step from the diversity of the updates; the default."""
 SEEDS = (0, 1, 2)
 TUNING_SEED = 7
 """Of the runs that w and a are chosen by; the tables have none of them."""
@@ -81,12 +85,15 @@ REACHED: dict[str, tuple[int, ...]] = {"proxies": (500, 1000, 2000), "powersgd":
 """Ratios of a method that is not run at all of them: at 1,000x PowerSGD has rank 1 and is far behind."""
 ABLATED = {"cifar10": 1000, "mnist": 500, "mnist-100": 200}
 """Ratio of the ablation."""
-ABLATION = (
-    ("proxies+correction", AUTO, 0.5), ("proxies+correction", 1.0, 0.5), ("proxies+correction", AUTO, 0.0),
-    ("proxies+correction", 1.0, 0.0), ("correction", AUTO, 0.5), ("proxies", 1.0, 0.5),
-)  # fmt: skip
-"""(method, w, a): the default, without over-relaxation, without step-ahead, without both, without proxies, and without
-the correction."""
+ABLATION = {
+    "default": ("proxies+correction", AUTO, 0.5, AUTO_STEP),
+    "without over-relaxation (w = 1)": ("proxies+correction", 1.0, 0.5, AUTO_STEP),
+    "without step-ahead (a = 0)": ("proxies+correction", AUTO, 0.0, AUTO_STEP),
+    "with a server's step of 1": ("proxies+correction", AUTO, 0.5, 1.0),
+    "without proxies": ("correction", AUTO, 0.5, AUTO_STEP),
+    "without the correction": ("proxies", 1.0, 0.5, AUTO_STEP),
+}
+"""Name -> (method, w, a, server's step)."""
 VARIANTS: dict[str, tuple[tuple[str, float, float], ...]] = {
     "mnist-100": (
         ("stc", 1.8, 0.5), ("eden-stateless", 1.0, 0.0), ("stc-stateless", 1.0, 0.0), ("stc-half-life", 1.8, 0.5),
@@ -101,7 +108,13 @@ VARIANTS: dict[str, tuple[tuple[str, float, float], ...]] = {
 TUNED = {"cifar10": 1000}
 """Task and ratio that w and a are chosen at, on one grid for all methods."""
 TUNING = tuple((w, a) for w in (1.8, 1.4, 1.0) for a in (0.5, 0.0))
-STEPS, AHEADS = (1.0, 1.5, 2.0, 3.0), (0.5, 0.0)
+BODIES = {"cifar10": (1000, 2000), "mnist": (2000,), "mnist-100": (200,)}
+"""Ratios at which the codec's criterion between bodies is compared with another one."""
+AUTOMATIC = (("proxies+correction", AUTO), ("correction", 1.8), ("stc", 1.8), ("proxies", 1.0))
+"""(method, w) that are compared with it, with a = 0.5."""
+MUCH_EXPLAINED = {"cifar10": (50, 200), "mnist": (50, 200), "mnist-100": (200,)}
+"""Ratios at which a message explains so much that rivals have the automatic w and step, too."""
+STEPS, AHEADS = (1.0, 1.5, 2.0, 3.0, AUTO_STEP), (0.5, 0.0)
 """Steps of the server (`server-lr`) and values of a, which are chosen for each method on the tuning seed."""
 STEPPED: dict[str, tuple[int, ...]] = {"cifar10": (1000, 2000, 500), "mnist": (1000, 500, 2000), "mnist-100": (200,)}
 """Ratios of the comparison with the server's step tuned; it is tuned at the first one."""
@@ -119,8 +132,8 @@ CHOSEN_STEP: dict[str, dict[str, tuple[tuple[float, float], ...]]] = {
         "fedavg": ((1.5, 0.0),), "proxies+correction": ((2.0, 0.5),), "correction": ((1.0, 0.5),), "stc": ((1.5, 0.5),),
     },
 }  # fmt: skip
-"""(step, a) on the seeds that are shown: of FedAvg and the default the best on the tuning seed, of the others the one
-with the highest mean on these seeds (a step of 2 without step-ahead was tried, too)."""
+"""Constant steps with the a that are run on the seeds that are shown: those that are best on the tuning seed, or were
+best in first runs."""
 CURVE_IMAGES = 1000
 
 
@@ -142,7 +155,7 @@ class Run:
         tail = (
             "" if self.method == "fedavg" else f"-{self.ratio}x-w{factor(self.w)}-a{falling(self.a, self.final_factor)}"
         )
-        step = "" if self.server_lr == 1 else f"-step{self.server_lr:g}"
+        step = "" if self.server_lr == 1 else f"-step{step_text(self.server_lr)}"
         return f"{self.task}/{self.method}{tail}{step}-seed{self.seed}"
 
     @property
@@ -154,17 +167,23 @@ class Run:
         task = TASKS[self.task]
         hub = task["dataset"]
         own: dict[str, Any] = {"schedule": "fedavg"}
-        if self.method != "fedavg":
+        if self.method == "fedavg" and self.server_lr == AUTO_STEP:  # which applies to compressed rounds only
+            own = {"schedule": "proxy", "compressor": "none"}
+        elif self.method != "fedavg":
             own = self.method_settings | {
                 "over_relaxation": self.w, "step_ahead": self.a, "step_ahead_final_factor": self.final_factor,
             }  # fmt: skip
-        if self.server_lr != 1:
-            own = own | {"server_lr": self.server_lr}
         common = {
+            "server_lr": self.server_lr,
             "dataset": find_data(hub.split("/")[1], hub), "seed": self.seed, "workers": 1, "threads": 1,
             "checkpoint": False, "test_images": CURVE_IMAGES, "run_folder": str(folder),
         }  # fmt: skip
-        return Settings.of(FEDERATION | task | own | common)
+        return Settings.of(FEDERATION | task | common | own)
+
+
+def step_text(server_lr: float) -> str:
+    """The server's step."""
+    return "auto" if server_lr == AUTO_STEP else f"{server_lr:g}"
 
 
 def factor(w: float) -> str:
@@ -180,8 +199,23 @@ def falling(a: float, final_factor: float) -> str:
 def all_runs() -> list[Run]:
     """All runs, in the order in which they are made."""
     runs = [
-        Run(task, method, ratio, w, a, 1.0, seed)
-        for task, ratio in ABLATED.items() for seed in SEEDS for method, w, a in ABLATION
+        Run(task, method, ratio, w, 0.5, 1.0, seed, AUTO_STEP)
+        for task, ratios in RATIOS.items() for method, w in AUTOMATIC for ratio in ratios for seed in SEEDS
+        if ratio in REACHED.get(method, ratios)
+    ]  # fmt: skip
+    runs += [Run(task, "fedavg", 0, 1.0, 0.0, 1.0, seed, AUTO_STEP) for task in RATIOS for seed in SEEDS]
+    runs += [
+        Run(task, method, ratio, AUTO, 0.5, 1.0, seed, AUTO_STEP)
+        for task, ratios in MUCH_EXPLAINED.items() for ratio in ratios for method in ("correction", "stc")
+        for seed in SEEDS
+    ]  # fmt: skip
+    runs += [
+        Run(task, method, ratio, w, a, 1.0, seed, step)
+        for task, ratio in ABLATED.items() for seed in SEEDS for method, w, a, step in ABLATION.values()
+    ]  # fmt: skip
+    runs += [
+        Run(task, "by-lag", ratio, AUTO, 0.5, 1.0, seed, AUTO_STEP)
+        for task, ratios in BODIES.items() for ratio in ratios for seed in SEEDS
     ]  # fmt: skip
     tuned = [(method, w, a) for method, _ in reversed(COMPARED) if method not in REACHED for w, a in TUNING]
     tuned += [("proxies+correction", AUTO, 0.5), ("proxies+correction", AUTO, 0.0)]
@@ -227,7 +261,7 @@ def make(run: Run, folder: Path) -> Row:
     try:
         summary = serve_in_process(client_app, settings, Observer())
     except (RunError, SettingError) as error:  # SettingError: the compressor does not reach this ratio
-        return row | {"failed": str(error)}
+        return row | {"failed": str(error).partition("; the run is in ")[0]}
     rounds = read_rounds(folder / "metrics.jsonl")
     return row | {
         "final_accuracy": _accuracy(settings, folder),
@@ -247,39 +281,51 @@ def _accuracy(settings: Settings, folder: Path) -> float:
 
 
 def comparison(rows: list[Row], task: str) -> Table:
-    """Final accuracy by method and ratio, with and without step-ahead."""
-    ratios = sorted(RATIOS[task])
-    lines = [["FedAvg", "", "", *[_cell(_of(rows, task, "fedavg", 0, 1.0, 0.0))] * len(ratios)]]
-    for method, w in COMPARED:
-        for a in (0.5, 0.0):
-            found = [_of(rows, task, method, ratio, w, a) for ratio in ratios]
-            if any(found):
-                lines.append([method, factor(w), f"{a:g}", *map(_cell, found)])
-    return ["method", "w", "a", *(f"{ratio}x" for ratio in ratios)], lines
+    """Final accuracy by method, server's step and ratio, with and without step-ahead."""
+    ratios, lines = sorted(RATIOS[task]), []
+    for step in (AUTO_STEP, 1.0):
+        fedavg = _cell(_of(rows, task, "fedavg", 0, 1.0, 0.0, step=step))
+        lines.append(["FedAvg", "", "", step_text(step), *[fedavg] * len(ratios)])
+        for method, w in (*COMPARED, ("correction", AUTO), ("stc", AUTO)):
+            for a in AHEADS:
+                found = [_of(rows, task, method, ratio, w, a, step=step) for ratio in ratios]
+                if any(len(cell) == len(SEEDS) for cell in found):
+                    lines.append([method, factor(w), f"{a:g}", step_text(step), *map(_cell, found)])
+    return ["method", "w", "a", "step", *(f"{ratio}x" for ratio in ratios)], lines
 
 
-def best_accuracies(rows: list[Row], task: str, method: str, ratio: int) -> list[float]:
-    """Final accuracies in % of all seeds; of the default with its a, of another method with the a of the higher mean.
+def bodies(rows: list[Row]) -> Table:
+    """Final accuracy by the criterion between proxies with a correction and the correction alone."""
+    lines = []
+    for task, ratio in [(task, ratio) for task, ratios in BODIES.items() for ratio in ratios]:
+        lag = _of(rows, task, "by-lag", ratio, AUTO, 0.5, step=AUTO_STEP)
+        lines.append([f"{task}, {ratio}x", _cell(default(rows, task, ratio)), _cell(lag)])
+    return ["", "explained variance (default)", "lag and overshoot"], lines
 
-    Empty if a seed is missing.
-    """
-    if method == "fedavg":
-        return _of(rows, task, method, 0, 1.0, 0.0)
-    w = dict(COMPARED)[method]
-    found = [_of(rows, task, method, ratio, w, a) for a in ((0.5,) if w == AUTO else (0.5, 0.0))]
-    return max((one for one in found if len(one) == len(SEEDS)), key=statistics.fmean, default=[])
+
+def default(rows: list[Row], task: str, ratio: int) -> list[float]:
+    """Final accuracies in % of proxies with a correction and no tuned setting."""
+    return _of(rows, task, "proxies+correction", ratio, AUTO, 0.5, step=AUTO_STEP)
+
+
+def best(rows: list[Row], task: str, method: str, ratio: int) -> tuple[str, list[float]]:
+    """Step and a of the highest mean over all seeds, of all that were run, as text; and the final accuracies in %."""
+    found, usual = [], dict(STEPPED_METHODS)[method]
+    aheads, factors = ((0.0,), (1.0,)) if method == "fedavg" else (AHEADS, {usual, AUTO})
+    for step, a, w in product(STEPS, aheads, factors):
+        values = _of(rows, task, method, 0 if method == "fedavg" else ratio, w, a, step=step)
+        text = step_text(step) if method == "fedavg" else f"{step_text(step)}, {a:g}"
+        if len(values) == len(SEEDS):
+            found.append((text if w == usual else f"{text}, w {factor(w)}", values))
+    return max(found, key=lambda one: statistics.fmean(one[1]), default=("", []))
 
 
 def ablation(rows: list[Row]) -> Table:
     """Final accuracy of the default and of the default without its parts."""
-    names = (
-        "default", "without over-relaxation (w = 1)", "without step-ahead (a = 0)", "without both",
-        "without proxies", "without the correction",
-    )  # fmt: skip
-    lines = [["FedAvg", *(_cell(_of(rows, task, "fedavg", 0, 1.0, 0.0)) for task in ABLATED)]]
+    lines = [["FedAvg", *(_cell(_of(rows, task, "fedavg", 0, 1.0, 0.0, step=AUTO_STEP)) for task in ABLATED)]]
     lines += [
-        [name, *(_cell(_of(rows, task, method, ratio, w, a)) for task, ratio in ABLATED.items())]
-        for name, (method, w, a) in zip(names, ABLATION, strict=True)
+        [name, *(_cell(_of(rows, task, method, ratio, w, a, step=step)) for task, ratio in ABLATED.items())]
+        for name, (method, w, a, step) in ABLATION.items()
     ]
     return ["", *(f"{task}, {ratio}x" for task, ratio in ABLATED.items())], lines
 
@@ -294,27 +340,14 @@ def tuning(rows: list[Row], task: str) -> Table:
     return ["w", "a", *methods], lines
 
 
-def with_chosen_step(rows: list[Row], task: str, method: str, ratio: int) -> list[float]:
-    """Final accuracies in % with the server's step and the a of CHOSEN_STEP."""
-    return _with_step(rows, task, method, ratio)[1]
-
-
-def _with_step(rows: list[Row], task: str, method: str, ratio: int) -> tuple[str, list[float]]:
-    """The text of step and a, and the accuracies; the fewer seeds were run, the later a choice comes."""
-    w, found = dict(STEPPED_METHODS)[method], []
-    for step, a in CHOSEN_STEP[task][method]:
-        values = _of(rows, task, method, 0 if method == "fedavg" else ratio, w, a, step=step)
-        found.append((f"{step:g}" if method == "fedavg" else f"{step:g}, {a:g}", values))
-    return max(found, key=lambda one: (len(one[1]), statistics.fmean(one[1] or [0.0])))
-
-
 def steps(rows: list[Row]) -> Table:
-    """Final accuracy with the server's step and the a, in brackets, of CHOSEN_STEP."""
+    """The default, and every method with the server's step and a, in brackets, that are best on these seeds."""
     lines = []
-    for task, ratio in [(task, ratio) for task, ratios in STEPPED.items() for ratio in sorted(ratios)]:
-        cells = [_with_step(rows, task, method, ratio) for method, _ in STEPPED_METHODS]
-        lines.append([f"{task}, {ratio}x", *(f"{_cell(found)} ({text})" for text, found in cells)])
-    return ["", *(method for method, _ in STEPPED_METHODS)], lines
+    for task, ratio in [(task, ratio) for task, ratios in RATIOS.items() for ratio in sorted(ratios)]:
+        cells = [best(rows, task, method, ratio) for method, _ in STEPPED_METHODS]
+        texts = [f"{_cell(found)} ({text})" for text, found in cells]
+        lines.append([f"{task}, {ratio}x", _cell(default(rows, task, ratio)), *texts])
+    return ["", "default", *(method for method, _ in STEPPED_METHODS)], lines
 
 
 def tuned_steps(rows: list[Row]) -> Table:
@@ -327,7 +360,7 @@ def tuned_steps(rows: list[Row]) -> Table:
                 cells = [_of(rows, task, method, ratio, w, a, (TUNING_SEED,), step) for step in STEPS]
                 text = [f"{cell[0]:.1f}" if cell else "" for cell in cells]
                 lines.append([f"{task}, {ratios[0]}x", method, "" if method == "fedavg" else f"{a:g}", *text])
-    return ["", "method", "a", *(f"step {step:g}" for step in STEPS)], lines
+    return ["", "method", "a", *(f"step {step_text(step)}" for step in STEPS)], lines
 
 
 def variants(rows: list[Row], task: str) -> Table:
@@ -392,7 +425,8 @@ def main(
     for title, (header, lines) in {
         **{task: comparison(rows, task) for task in RATIOS}, "ablation": ablation(rows),
         **{f"{task}, other kinds": variants(rows, task) for task in VARIANTS},
-        "server's step": steps(rows), "server's step on the tuning seed": tuned_steps(rows),
+        "criterion between bodies": bodies(rows), "server's step": steps(rows),
+        "server's step on the tuning seed": tuned_steps(rows),
         **{f"{task}, tuning on seed {TUNING_SEED}": tuning(rows, task) for task in TUNED},
     }.items():  # fmt: skip
         print(f"\n## {title}\n")

@@ -18,10 +18,10 @@ LINES = (
     ("proxies+correction", 0.0, "proxies and correction (default)", "#0b6e99", "o"),
     ("correction", 1.8, "correction alone", "#c05621", "s"),
     ("stc", 1.8, "STC", "#5f6b3c", "^"),
-    ("topk", 1.8, "top-k", "#7a5195", "v"),
-    ("powersgd", 1.8, "PowerSGD", "#8a8a8a", "D"),
+    ("topk", 1.8, "top-k, server's step of 1", "#7a5195", "v"),
+    ("powersgd", 1.8, "PowerSGD, server's step of 1", "#8a8a8a", "D"),
 )
-"""(method, w, name, color, marker); w = 0 is automatic and has a = 0.5, the others the better of a = 0.5 and 0."""
+"""(method, w, name, color, marker); w = 0 is the default, the others have the best step, a and w that were run."""
 
 LOWEST = 50
 """Ratios below are in the table only."""
@@ -32,11 +32,10 @@ Row = dict[str, Any]
 
 
 def draw(rows: Sequence[Row], tasks: Sequence[str], seeds: Sequence[int], path: Path) -> None:
-    """Write an SVG with one panel for each task that has results at two or more ratios; the server's step is 1."""
+    """Write an SVG with one panel for each task that has results at two or more ratios."""
     found = [
         row for row in rows
         if "failed" not in row and row["seed"] in seeds and not 0 < row["ratio"] < LOWEST
-        and row.get("server_lr", 1.0) == 1
     ]  # fmt: skip
     shown = [task for task in tasks if len({row["ratio"] for row in found if row["task"] == task} - {0}) > 1]
     matplotlib.use("svg")
@@ -52,20 +51,16 @@ def draw(rows: Sequence[Row], tasks: Sequence[str], seeds: Sequence[int], path: 
 
 def _panel(axis: Axes, task: str, rows: Sequence[Row], seeds: int) -> None:
     """Means over all seeds with their standard deviation; a ratio that lacks a seed has none."""
-    fedavg = [100 * row["final_accuracy"] for row in rows if row["method"] == "fedavg"]
+    fedavg = _best([row for row in rows if row["method"] == "fedavg"], seeds)
     mean, deviation = statistics.fmean(fedavg), statistics.stdev(fedavg)
     axis.axhline(mean, color="black", linewidth=1, label="FedAvg")
     axis.axhspan(mean - deviation, mean + deviation, color="black", alpha=0.08, linewidth=0)
     bottom = mean
     for offset, (method, w, name, color, marker) in enumerate(LINES):
-        mine = [row for row in rows if (row["method"], row["w"], row["final_factor"]) == (method, w, 1)]
+        mine = [row for row in rows if row["method"] == method and row["w"] in (w, 0.0) and row["final_factor"] == 1]
         points = []
         for ratio in sorted({row["ratio"] for row in mine}):
-            cells = [
-                [100 * row["final_accuracy"] for row in mine if (row["ratio"], row["a"]) == (ratio, a)]
-                for a in ((0.5, 0.0) if w else (0.5,))
-            ]
-            values = max((cell for cell in cells if len(cell) == seeds), key=statistics.fmean, default=[])
+            values = _best([row for row in mine if row["ratio"] == ratio and (w or _is_default(row))], seeds)
             if values and statistics.fmean(values) > mean - DEEPEST:
                 points.append((ratio * 1.03 ** (offset - 2), statistics.fmean(values), statistics.stdev(values)))
         if points:
@@ -77,3 +72,15 @@ def _panel(axis: Axes, task: str, rows: Sequence[Row], seeds: int) -> None:
     axis.set_xticks(ticks, [f"{ratio}x" for ratio in ticks])
     axis.minorticks_off()
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def _is_default(row: Row) -> bool:
+    return bool(row["a"] == 0.5 and row.get("server_lr") == 0)
+
+
+def _best(rows: Sequence[Row], seeds: int) -> list[float]:
+    """Accuracies in % of the step, a and w with the highest mean over all seeds; empty if all lack a seed."""
+    cells: dict[tuple[float, ...], list[float]] = {}
+    for row in rows:
+        cells.setdefault((row.get("server_lr", 1.0), row["a"], row["w"]), []).append(100 * row["final_accuracy"])
+    return max((cell for cell in cells.values() if len(cell) == seeds), key=statistics.fmean, default=[])
