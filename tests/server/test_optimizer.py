@@ -43,6 +43,15 @@ def test_plain_adds_the_update() -> None:
             assert torch.equal(value, before[name] + 0.25), name
 
 
+def test_a_factor_is_of_parameters_and_not_of_buffers() -> None:
+    model = network()
+    before = weights_of(model)
+    ServerOptimizer(model, Settings().server).step(update(0.5), 2.5)
+    after = weights_of(model)
+    assert torch.allclose(after["0.weight"], before["0.weight"] + 1.25)
+    assert torch.equal(after["1.running_mean"], before["1.running_mean"] + 0.5)
+
+
 def test_the_plain_step_is_torchs_to_the_bit() -> None:
     server = Settings.of({"server-lr": 0.3}).server
     model, other = network(), network()
