@@ -131,6 +131,7 @@ def observe(
         update = _mean([one.update for one in rounds[: message.clients]])
     elif message.kind != "exact":
         wanted = {"compressor": message.kind, "ratio": message.number, "codec_mode": message.mode}
+        wanted["proxies_below"] = 1.0  # what these messages are named after
         compressor = uplink_compressor(Settings.of(wanted), "proxy", network)
         compressed = compressor.compress(network, update, generator=generator)
         update, nbytes = compressed.decoded, HEADER_BYTES + len(compressed.body)

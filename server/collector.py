@@ -104,6 +104,7 @@ class Collected:
         metrics: client name -> metrics of its plugins; empty in a secure round.
         survivors: names of the clients in a secure sum.
         proxies: images [n, c, h, w] of the shown client, in a proxy round.
+        with_proxies: number of payloads with proxies; None if the compressor has none.
         secure: all that a secure round revealed.
         abandoned: why a secure round was abandoned, or "".
         late: number of clients whose replies the round did not wait for.
@@ -117,6 +118,7 @@ class Collected:
     metrics: dict[str, Mapping[str, float]] = field(default_factory=dict)
     survivors: tuple[str, ...] = ()
     proxies: Tensor | None = None
+    with_proxies: int | None = None
     secure: SecureMean | None = None
     abandoned: str = ""
     late: int = 0
@@ -385,8 +387,12 @@ class OpenCollector:
         export = self._read_export(reply.exported, model)
         mean.add(limit_norm(update, base.param_spec, self._settings.max_update_norm), min(reply.examples, self._cap))
         self._norms[client.name] = norm(update, base.param_spec)
-        if client.name == state.shown and (content := compressor.describe(payload.body)) is not None:
-            collected.proxies = content.proxies.inputs[0] if content.proxies is not None else None
+        if (planned := compressor.describe()) is not None and planned.proxy_shape[0]:
+            content = compressor.describe(payload.body)
+            proxies = None if content is None else content.proxies
+            collected.with_proxies = (collected.with_proxies or 0) + (proxies is not None)
+            if client.name == state.shown:
+                collected.proxies = None if proxies is None else proxies.inputs[0]
         collected.replies.append((client, replace(reply, payload=b"", exported=b"")))
         self._exchange.acknowledged[client.name] = state.round
         self._exchange.delivered(client, model, state)

@@ -54,6 +54,7 @@ def round_record(
         failures=tuple(Failure(name, reason, str(result.nodes[name])) for name, reason in result.failures.items()),
         explained_variance=result.mean("explained_variance") if compressed else None,
         cosine=result.mean("cosine") if compressed else None,
+        with_proxies=result.with_proxies,
         step_explained_variance=result.step_explained_variance,
         server_step=result.server_step,
         # Losses carry no noise, so they are not recorded under differential privacy.

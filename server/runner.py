@@ -74,6 +74,8 @@ class RoundResult(Collected):
         self.replies += collected.replies
         self.metrics |= collected.metrics
         self.proxies = self.proxies if collected.proxies is None else collected.proxies
+        if collected.with_proxies is not None:
+            self.with_proxies = (self.with_proxies or 0) + collected.with_proxies
         self.survivors += collected.survivors
         self.abandoned = self.abandoned or collected.abandoned
         self.late += collected.late

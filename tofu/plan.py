@@ -266,9 +266,9 @@ def _train(settings: Settings, network: ReferenceModel, data: LabeledImages) -> 
 
 
 def _encode_seconds(settings: Settings, network: ReferenceModel, update: Weights) -> float:
-    """Return the seconds of an encode: measured, or where that takes long, extrapolated from two brief searches."""
+    """Return the seconds of an encode that searches: measured, or extrapolated from two brief searches."""
 
-    compressor = uplink_compressor(settings, "proxy", network)
+    compressor = uplink_compressor(settings.replace(proxies_below=1.0), "proxy", network)
 
     def encode() -> tuple[float, int]:
         began = time.perf_counter()

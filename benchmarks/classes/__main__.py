@@ -29,7 +29,7 @@ from tofu.wire import HEADER_BYTES
 FEDERATION: dict[str, Any] = {
     "dataset": "ylecun/mnist", "model": "lenet5", "train_images": 12_000, "clients": 10, "partition": "dirichlet",
     "alpha": 0.5, "local_epochs": 1, "batch_size": 32, "lr": 0.2, "compressor": "stc", "ratio": 200.0,
-    "server_lr": 1.0,
+    "server_lr": 1.0, "proxies_below": 1.0,
 }  # fmt: skip
 METHODS: dict[str, dict[str, Any]] = {
     "STC": {"compressor": "stc"},

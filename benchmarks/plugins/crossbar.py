@@ -234,7 +234,7 @@ def one_seed(name: str, seed: int, done: Collection[str], checkpoints: Path | No
 
 RUN: dict[str, Any] = {
     "dataset": "digits", "model": "cnn", "clients": 6, "rounds": 8, "local_epochs": 2, "batch_size": 16, "lr": 0.05,
-    "lr_final_factor": 0.2, "ratio": 50.0, "max_evals": 10, "ema_decay": 0.0, "server_lr": 1.0,
+    "lr_final_factor": 0.2, "ratio": 50.0, "max_evals": 10, "ema_decay": 0.0, "server_lr": 1.0, "proxies_below": 1.0,
 }  # fmt: skip
 PRUNED_AFTER = 5
 PLUGIN = f"crossbar.percentile=0.9 crossbar.after={PRUNED_AFTER}"

@@ -345,7 +345,7 @@ def federated_rows(seed: int) -> list[Row]:
         "plugin_options": f"dct-snn.cycles={given['cycles']}", "rounds": given["rounds"], "alpha": given["alpha"],
         "local_epochs": given["local epochs"], "ratio": given["ratio"], "secure_ratio": given["secure ratio"],
         "momentum": given["momentum"], "lr_final_factor": given["last lr factor"], "ema_decay": given["ema decay"],
-        "max_evals": given["max evals"], "server_lr": 1.0, "seed": seed, "checkpoint": False,
+        "max_evals": given["max evals"], "server_lr": 1.0, "proxies_below": 1.0, "seed": seed, "checkpoint": False,
     }  # fmt: skip
     rows = []
     for schedule, clients in (("fedavg", 1), ("fedavg", 10), ("secure", 10), ("proxy", 10)):

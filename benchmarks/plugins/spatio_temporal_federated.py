@@ -18,7 +18,7 @@ from tofu.settings import Settings
 COMMON: dict[str, Any] = {
     "dataset": "digits", "model": "snn-small", "clients": 10, "partition": "dirichlet", "alpha": 0.5, "rounds": 40,
     "local_epochs": 5, "batch_size": 32, "lr": 0.1, "momentum": 0.9, "lr_final_factor": 0.3, "ema_decay": 0.5,
-    "server_lr": 1.0,
+    "server_lr": 1.0, "proxies_below": 1.0,
     "plugins": "spatio-temporal",
     "plugin_options": "spatio-temporal.steps=4 spatio-temporal.variance=0.999 spatio-temporal.prune-after=12 "
     "spatio-temporal.reduce-after=16 spatio-temporal.reduce-until=24",

@@ -25,7 +25,7 @@ from tofu.settings import Settings
 
 FEDERATION: dict[str, Any] = {
     "clients": 10, "partition": "dirichlet", "alpha": 0.5, "local_epochs": 1, "batch_size": 32, "ema_decay": 0.5,
-    "over_relaxation": 1.0, "step_ahead": 0.0, "server_lr": 1.0,  # which the committed results are of
+    "over_relaxation": 1.0, "step_ahead": 0.0, "server_lr": 1.0, "proxies_below": 1.0,  # as in the results
 }  # fmt: skip
 MNIST: dict[str, Any] = {"dataset": "ylecun/mnist", "model": "lenet5", "train_images": 12_000, "rounds": 15}
 CIFAR: dict[str, Any] = {

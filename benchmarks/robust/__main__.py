@@ -28,7 +28,7 @@ from tofu.weights import Weights, add_update, difference, layout_of, load_weight
 
 FEDERATION: dict[str, Any] = {
     "dataset": "digits", "model": "mlp", "clients": 10, "rounds": 20, "local_epochs": 1, "batch_size": 32, "lr": 0.2,
-    "server_lr": 1.0,
+    "server_lr": 1.0, "proxies_below": 1.0,
 }  # fmt: skip
 MALICIOUS = 2
 MAX_NORM = 0.5

@@ -89,7 +89,7 @@ class ReplayGrid(Grid):
 def measure(clients: int, ratio: float) -> dict[str, Any]:
     """Two rounds, the second of them timed."""
     torch.set_num_threads(1)
-    settings = Settings.of({"model": "lenet5", "clients": clients, "ratio": ratio, "rounds": 2})
+    settings = Settings.of({"model": "lenet5", "clients": clients, "ratio": ratio, "rounds": 2, "proxies_below": 1.0})
     generator = torch.Generator().manual_seed(0)
     data = LabeledImages(
         torch.randint(0, 256, (IMAGES, 1, 28, 28), dtype=torch.uint8, generator=generator),

@@ -47,7 +47,9 @@ def measure(case: str, seed: int) -> list[dict[str, Any]]:
     model.eval()
     rows = []
     for max_evals in EVALUATIONS:
-        settings = Settings.of({"model": values["model"], "ratio": RATIO, "max_evals": max_evals, "tolerance": 0.0})
+        settings = Settings.of(
+            {"model": values["model"], "ratio": RATIO, "max_evals": max_evals, "tolerance": 0.0, "proxies_below": 1.0}
+        )
         compressor = uplink_compressor(settings, "proxy", network)
         began = time.perf_counter()
         made = compressor.compress(network, update, generator=torch.Generator().manual_seed(seed))

@@ -53,7 +53,7 @@ def local_config(settings: Settings) -> LocalTrainingConfig:
 
 def open_case(case: str, seed: int) -> tuple[Settings, list[LabeledImages], ReferenceModel]:
     """The settings, the data of each client, and the reference model at the initial weights."""
-    values = CASES[case] | {"seed": seed}
+    values = CASES[case] | {"seed": seed, "proxies_below": 1.0}
     if "/" in values["dataset"]:
         values["dataset"] = find_data(values["dataset"].split("/")[1], values["dataset"])
     settings = Settings.of(values)

@@ -198,6 +198,17 @@ def test_proxy_rounds_learn(tmp_path: Path) -> None:
     assert all(row["explained_variance"] > 0 for row in rows(tmp_path / "run")[1:])
 
 
+@pytest.mark.parametrize(("below", "with_proxies"), [(1.0, 3), (0.0, 0)])
+def test_where_the_correction_explains_enough_no_update_has_proxies(
+    tmp_path: Path, below: float, with_proxies: int
+) -> None:
+    """An update of a first round resembles a gradient, which proxies explain best."""
+    federate(tmp_path / "run", **QUICK | {"ratio": 300.0}, rounds=1, max_evals=30, proxies_below=below)
+    assert [row["with_proxies"] for row in rows(tmp_path / "run")] == [None, with_proxies]
+    federate(tmp_path / "rival", **QUICK, rounds=1, compressor="topk")
+    assert [row["with_proxies"] for row in rows(tmp_path / "rival")] == [None, None]
+
+
 def plain_loop(settings: Settings, lost: tuple[int, int] | None) -> Weights:
     """Federated averaging without any framework: train each client from the same weights, average by images.
 

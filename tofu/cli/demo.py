@@ -17,6 +17,7 @@ def demo(*, config: ConfigFile = None, quiet: Quiet = False, overrides: dict[str
     from tofu.formatting import format_bytes
     from tofu.reporting.folder import add_baseline, check_new, fresh_folder
     from tofu.reporting.report import write_report
+    from tofu.rounds.record import read_rounds
 
     tofu = settings_from(config, overrides)
     # Compressed rounds without compression: so the server chooses its step in the same way in both runs.
@@ -37,4 +38,8 @@ def demo(*, config: ConfigFile = None, quiet: Quiet = False, overrides: dict[str
     for name, result in (("FedAvg", baseline), ("TOFU (proxy images)", summary)):
         accuracy, uplink, ratio = result["final_accuracy"], result["uplink_bytes"], result["uplink_ratio"]
         print(f"{name:<22}{accuracy:>13.1%} {format_bytes(uplink):>11}{f'{ratio:.0f}x less' if ratio > 1 else '':>16}")
+    rounds = [one for one in read_rounds(Path(folder) / "metrics.jsonl") if one.with_proxies is not None]
+    if rounds:
+        sent, updates = sum(one.with_proxies or 0 for one in rounds), sum(one.clients for one in rounds)
+        print(f"\n{sent} of {updates} updates came as proxies and a correction, the others as a correction alone")
     print(f"\nreport: {page}")

@@ -70,5 +70,6 @@ def _rows(made: "Plan", model: str, seconds: "PlannedSeconds") -> Iterator[tuple
         yield "both directions", f"{made.both_ratio:.1f}x less than FedAvg"
     else:
         yield "downlink of either", format_bytes(made.downlink_bytes)
-    parts = f"training {format_seconds(seconds.training)}, encoding {format_seconds(seconds.encoding)}"
+    most = "at most " if made.proxies else ""  # a client does not search where the correction is enough
+    parts = f"training {format_seconds(seconds.training)}, encoding {most}{format_seconds(seconds.encoding)}"
     yield "time here, estimated", f"{format_seconds(seconds.total)} ({parts})"

@@ -3,7 +3,9 @@
 Proxies explain the part of an update that resembles the gradient of a few images. The sparse correction explains large
 entries of any origin. Early in training both together explain more than either alone in the same bytes; late in
 training the correction alone often explains more. Therefore every `TRIAL_INTERVAL` encodes a client tries both bodies,
-and keeps the better kind until the next trial. The published method has no correction.
+and keeps the better kind until the next trial. With error feedback a part of the update is enough, because the rest
+follows: a client does not search for proxies where the correction alone explains `proxies_below` of an update. The
+published method has no correction.
 
 Body, little-endian:
 
@@ -70,7 +72,7 @@ class ProxyCompressor(Compressor):
     Args:
         reference: the run's model, whose parameter and input shapes determine the sizes.
         ratio: float32 bytes of the update over bytes of the payload, header included.
-        options: `proxies`, `correction`, `correction_gain` and `encoder` apply. Together with a
+        options: `proxies`, `correction`, `correction_gain`, `proxies_below` and `encoder` apply. Together with a
             correction, the number of proxies that the ratio allows is limited to `MAX_PROXIES`.
 
     Attributes:
@@ -119,8 +121,17 @@ class ProxyCompressor(Compressor):
         check_finite(update)
         age, last = self._read_memory(memory)
         age = (age + 1) % TRIAL_INTERVAL
+        trial = not age or last is None
         strata = strata_of(reference) if any(self._budgets.values()) else None
         candidates, evals = [], 0
+        if 0 in self._budgets:
+            nothing = {name: torch.zeros_like(w) for name, w in reference.base.items()}
+            alone = self._candidate(reference, update, b"", nothing, strata)
+            if self.criterion(update, alone) >= self._options.proxies_below < 1:
+                # The next encode that searches is a trial, and starts from the last proxies.
+                return CompressedUpdate(alone.body, alone.decoded, bytes([TRIAL_INTERVAL - 1]) + memory[1:])
+            if trial:
+                candidates.append(alone)
         if self.count and not (age and last is None and 0 in self._budgets):
             settings = self.settings
             if last is not None and age and not settings.surrogate_beta:
@@ -128,9 +139,6 @@ class ProxyCompressor(Compressor):
             encoding = encode(reference, update, self.count, settings, generator=generator, start=last)
             candidates.append(self._candidate(reference, update, encoding.body, encoding.decoded, strata))
             evals = encoding.evals
-        if 0 in self._budgets and (not age or last is None):
-            nothing = {name: torch.zeros_like(w) for name, w in reference.base.items()}
-            candidates.append(self._candidate(reference, update, b"", nothing, strata))
         best = max(candidates, key=lambda candidate: self.criterion(update, candidate))
         return CompressedUpdate(best.body, best.decoded, bytes([age]) + best.proxies, evals)
 

@@ -146,6 +146,8 @@ class CompressorOptions:
         proxies: number of proxies; 0 sends as many as the ratio allows.
         correction: minimum fraction of the payload for the sparse correction; 0: proxies only, 1: correction only.
         correction_gain: w of the correction, or AUTOMATIC.
+        proxies_below: search for proxies only where the correction alone explains less than this fraction of an update;
+            1 always searches, which is best without error feedback, where what is missed is lost.
         encoder: how proxies are encoded.
     """
 
@@ -153,23 +155,32 @@ class CompressorOptions:
     proxies: int = 0
     correction: float = 0.0
     correction_gain: float = 1.0
+    proxies_below: float = 1.0
     encoder: ProxySettings = dataclasses.field(default_factory=ProxySettings)
 
     def __post_init__(self) -> None:
         for field in ("gain", "correction_gain"):
             if not AUTOMATIC <= getattr(self, field) < 2:
                 raise SettingError(field, getattr(self, field), "at least 0 and below 2")
-        if not 0 <= self.correction <= 1:
-            raise SettingError("correction", self.correction, "0 to 1")
+        for field in ("correction", "proxies_below"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise SettingError(field, getattr(self, field), "0 to 1")
         if not 0 <= self.proxies <= 0xFFFF:
             raise SettingError("proxies", self.proxies, "0 to 65535")
 
     @staticmethod
-    def of(codec: "CodecSettings", device: str, *, proxies: int = 0, gain: float = 1.0) -> "CompressorOptions":
+    def of(
+        codec: "CodecSettings", device: str, *, proxies: int = 0, gain: float = 1.0, proxies_below: float = 1.0
+    ) -> "CompressorOptions":
         """Return the options of a run's compressors, with a search for proxies on this device."""
-        correction = 0.0 if codec.codec_mode == "paper" else codec.correction
-        encoder = ProxySettings.of(codec, device)
-        return CompressorOptions(gain, proxies, correction, correction_gain=gain, encoder=encoder)
+        return CompressorOptions(
+            gain,
+            proxies,
+            correction=0.0 if codec.codec_mode == "paper" else codec.correction,
+            correction_gain=gain,
+            proxies_below=proxies_below,
+            encoder=ProxySettings.of(codec, device),
+        )
 
 
 DEFAULTS = CompressorOptions()

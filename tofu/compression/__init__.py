@@ -47,8 +47,10 @@ def uplink_compressor(settings: Settings, kind: str, reference: "ReferenceModel"
         SettingError: the compressor does not reach the ratio for this model.
     """
     codec, compressed = settings.codec, kind != "fedavg"
-    gain = codec.over_relaxation if compressed and settings.residual_fraction else 1.0
-    options = CompressorOptions.of(codec, settings.run.device, proxies=codec.proxies, gain=gain)
+    gain, below = (codec.over_relaxation, codec.proxies_below) if settings.residual_fraction else (1.0, 1.0)
+    options = CompressorOptions.of(
+        codec, settings.run.device, proxies=codec.proxies, gain=gain if compressed else 1.0, proxies_below=below
+    )
     name = _usable(codec.compressor, reference) if compressed else "none"
     return make_compressor(name, reference, ratio=codec.ratio, options=options)
 

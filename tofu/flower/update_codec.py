@@ -71,6 +71,8 @@ class UpdateCodec:
             impossible: there is no model or input shape, or the model takes integers and there is no `forward`.
         ratio: float32 bytes of an update over the bytes of its payload.
         correction: smallest fraction of a proxy payload that is left to the sparse correction.
+        proxies_below: the client searches for proxies only where the correction alone explains less than this fraction
+            of its update; 1 always searches, as without error feedback.
         over_relaxation: factor on the decoded update, with proxies on the correction alone (docs/error-feedback.md); 0
             lets each message choose it. Without error feedback it is 1.
         downlink: float32 bytes of the weights over those of a compressed step, which the server sends to clients that
@@ -97,6 +99,7 @@ class UpdateCodec:
         compressor: str | None = None,
         ratio: float = 50.0,
         correction: float = 0.4,
+        proxies_below: float = 0.33,
         over_relaxation: float = 0.0,
         downlink: float = 0.0,
         step_ahead: float = 0.5,
@@ -110,13 +113,15 @@ class UpdateCodec:
             raise SettingError("compressor", compressor, "model and input_shape to be given, or compressor=sparse")
         for name, value, low, high in (
             ("error_feedback", error_feedback, 0, 1), ("step_ahead", step_ahead, 0, 1),
-            ("correction", correction, 0, 1), ("over_relaxation", over_relaxation or 1, 1, 2), ("ratio", ratio, 1, 1e6),
+            ("correction", correction, 0, 1), ("proxies_below", proxies_below, 0, 1),
+            ("over_relaxation", over_relaxation or 1, 1, 2), ("ratio", ratio, 1, 1e6),
             ("downlink", downlink or 1, 1, 1e6),
         ):  # fmt: skip
             if not low <= value <= high:
                 raise SettingError(name, value, f"a number from {low} to {high:g}")
         self._model, self._shape, self._ratio = model, input_shape, ratio
         self._compressor, self._correction, self._over_relaxation = compressor, correction, over_relaxation
+        self._proxies_below = proxies_below
         self._call = {"forward": forward, "loss": loss, "target_shape": target_shape}
         self.downlink = downlink
         self.joint = ""
@@ -135,7 +140,10 @@ class UpdateCodec:
         if self._resolved[0] != "proxy":
             return dataclasses.replace(DEFAULTS, gain=gain)
         encoder = ProxySettings(bits=4, warm_start=False)
-        return CompressorOptions(correction=self._correction, correction_gain=gain, encoder=encoder)
+        below = self._proxies_below if self.error_feedback else 1.0
+        return CompressorOptions(
+            correction=self._correction, correction_gain=gain, proxies_below=below, encoder=encoder
+        )
 
     @property
     def digest(self) -> bytes:

@@ -96,6 +96,8 @@ class RoundRecord(StrictFields):
         metrics: the user's own metrics of the global model, by name.
         clients: number of clients whose updates were aggregated.
         explained_variance, cosine: the decoded against the true update, mean over clients; None if not compressed.
+        with_proxies: number of updates that came as proxies, with or without a correction, in a round whose compressor
+            has any; the others are corrections alone.
         step_explained_variance: that of the compressed server step; None if the full weights were sent.
         server_step: the server's learning rate in this round, which server-lr=auto chooses; None in abandoned rounds.
         train_loss, train_seconds, encode_seconds: means over clients, weighted by examples.
@@ -129,6 +131,7 @@ class RoundRecord(StrictFields):
     failures: tuple[Failure, ...] = ()
     explained_variance: Number = None
     cosine: Number = None
+    with_proxies: Count | None = None
     step_explained_variance: Number = None
     server_step: Number = None
     train_loss: Number = None

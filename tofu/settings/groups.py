@@ -242,6 +242,13 @@ class CodecSettings(Group):
         le=1,
         section="Proxies",
     )
+    proxies_below: float = setting(
+        0.33,
+        "with error feedback, search for proxies only where the correction alone explains less than this fraction of an update, and send the correction otherwise; 1 always searches",
+        ge=0,
+        le=1,
+        section="Proxies",
+    )
     bits: Literal[2, 3, 4, 5, 6, 8, 16, 32] = setting(4, "bits per pixel and per label", section="Proxies")
     surrogate: bool = setting(True, "differentiate a smooth surrogate of the network", section="Proxies")
     surrogate_beta: float = setting(

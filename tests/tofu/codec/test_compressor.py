@@ -7,12 +7,13 @@ import torch
 from tests.conftest import Case
 from tofu.codec.compressor import ProxyCompressor
 from tofu.codec.options import AUTOMATIC, CompressorOptions, ProxySettings, automatic_gain
-from tofu.compression import make_compressor
+from tofu.compression import make_compressor, uplink_compressor
 from tofu.compression.base import CompressedUpdate
 from tofu.data import ImageShape
 from tofu.errors import PayloadError, SettingError
 from tofu.models import build_model
 from tofu.reference_model import ReferenceModel
+from tofu.settings import Settings
 from tofu.weights import explained_variance
 from tofu.wire import HEADER_BYTES
 
@@ -150,6 +151,49 @@ def test_a_payload_without_proxies_where_they_explain_less_and_the_client_keeps_
         memory = made.memory
         max_evals.append(made.evals)
     assert [count > 0 for count in max_evals] == [True, False, False, False, True]
+
+
+def test_no_search_where_the_correction_alone_explains_enough(mlp_update: Case) -> None:
+    """What follows from error feedback: the rest of the update arrives later. The last proxies are kept meanwhile."""
+    network, update = mlp_update
+
+    def compressor(below: float) -> ProxyCompressor:
+        return ProxyCompressor(
+            network,
+            ratio=100,
+            options=CompressorOptions(correction=0.4, proxies_below=below, encoder=ProxySettings(max_evals=20)),
+        )
+
+    alone = ProxyCompressor(network, ratio=100, options=CompressorOptions(correction=1.0)).compress(
+        network, update, generator=generator()
+    )
+    explained = explained_variance({name: update[name] for name in network.param_spec.parameters}, alone.decoded)
+    assert 0.1 < explained < 0.9
+    always, searched = (compressor(below).compress(network, update, generator=generator()) for below in (1.0, 0.99))
+    assert always.body == searched.body
+    assert always.evals > 0
+    enough = compressor(explained - 0.01)
+    sent = enough.compress(network, update, generator=generator(), memory=always.memory)
+    assert sent.evals == 0
+    assert enough.describe(sent.body).proxies is None
+    received = enough.decompress(network, sent.body)
+    assert all(torch.equal(received[name], alone.decoded[name]) for name in update)
+    assert sent.memory[1:] == always.memory[1:] != b""
+    strict = compressor(explained + 0.01).compress(network, update, generator=generator(), memory=sent.memory)
+    tried = compressor(1.0).compress(network, update, generator=generator(), memory=b"\x03" + always.memory[1:])
+    assert strict.body == tried.body  # a trial of both bodies
+
+
+@pytest.mark.parametrize(
+    ("settings", "below"),
+    [({}, 0.33), ({"proxies_below": 0.5}, 0.5), ({"error_feedback": 0.0}, 1.0), ({"noise_multiplier": 1.0}, 1.0)],
+)
+def test_what_is_missed_must_not_be_lost_to_save_a_search(
+    lenet: ReferenceModel, settings: dict[str, float], below: float
+) -> None:
+    compressor = uplink_compressor(Settings.of({"ratio": 100.0} | settings), "proxy", lenet)
+    assert isinstance(compressor, ProxyCompressor)
+    assert compressor._options.proxies_below == below
 
 
 def test_no_proxies_at_all(mlp_update: Case) -> None:

@@ -139,6 +139,7 @@ def test_a_mod_without_its_strategy_answers_with_an_error(caplog: pytest.LogCapt
         ({"ratio": 0.5}, "ratio=0.5"),
         ({"step_ahead": 2}, "step-ahead=2"),
         ({"over_relaxation": 0.5}, "over-relaxation=0.5"),
+        ({"proxies_below": 1.5}, "proxies-below=1.5"),
     ],
 )
 def test_an_argument_out_of_range_is_named(options: dict[str, Any], named: str) -> None:
@@ -197,7 +198,7 @@ def test_a_model_that_computes_something_else_than_the_servers_is_refused(option
 
 def test_error_feedback_has_the_defaults_of_our_own_apps() -> None:
     ours, theirs = Settings().codec, inspect.signature(UpdateCodec).parameters
-    for name in ("error_feedback", "over_relaxation", "step_ahead"):
+    for name in ("error_feedback", "over_relaxation", "step_ahead", "proxies_below", "correction"):
         assert theirs[name].default == getattr(ours, name), name
 
 
@@ -210,3 +211,15 @@ def test_without_error_feedback_no_update_is_over_relaxed(feedback: float, gain:
     generator = torch.Generator().manual_seed(1)
     decoded = codec.compressor(model.reference).compress(model.reference, update, generator=generator).decoded["w"]
     assert decoded.dot(decoded) / decoded.dot(update["w"]) == pytest.approx(gain, rel=0.02)
+
+
+@pytest.mark.parametrize(("feedback", "below", "searches"), [(1.0, 0.05, False), (1.0, 1.0, True), (0.0, 0.05, True)])
+def test_a_client_searches_where_the_rest_of_an_update_would_not_follow(
+    feedback: float, below: float, searches: bool
+) -> None:
+    codec = UpdateCodec(Net, SHAPE, ratio=50, proxies_below=below, error_feedback=feedback)
+    model = codec.reference(dict(Net().state_dict()))
+    noise = torch.Generator().manual_seed(0)
+    update = {name: torch.randn(value.shape, generator=noise) for name, value in model.reference.base.items()}
+    compressor = codec.compressor(model.reference)
+    assert (compressor.compress(model.reference, update, generator=noise).evals > 0) == searches

@@ -62,7 +62,7 @@ def test_plain_arrays_are_recorded_and_attacked(tmp_path: Path, capsys: pytest.C
 
 
 def test_payloads_are_recorded_as_received_and_decode_to_what_the_strategy_got(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"ratio": 50}
+    options: dict[str, Any] = {"ratio": 50, "proxies_below": 1}
     strategy = tofu.record(tofu.Compressed(strategy_of(), Net, SHAPE, **options), tmp_path, **KNOWN)
     result = federate(strategy, tofu.compress(Net, SHAPE, **options), rounds=1, handler=named)
     found = read(tmp_path)

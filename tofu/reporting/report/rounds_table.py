@@ -79,6 +79,7 @@ _COLUMNS = (
     Column("loss", lambda row: _number(row.loss, "{:.4f}".format)),
     Column("training loss", lambda row: _number(row.train_loss, "{:.4f}".format)),
     Column("explained variance", lambda row: _number(row.explained_variance, format_fraction), optional=True),
+    Column("updates with proxies", lambda row: _number(row.with_proxies, "{}".format), optional=True),
     Column("cosine", lambda row: _number(row.cosine, "{:.3f}".format), optional=True),
     Column("epsilon", lambda row: _number(row.epsilon, epsilon_text), lambda run: _number(run.epsilon, epsilon_text),
            optional=True),
