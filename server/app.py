@@ -31,6 +31,7 @@ from server.records import (
 )
 from server.runner import RoundRunner
 from server.secure_ranges import check_secure_settings
+from tofu.compression import payload_notes
 from tofu.data import FederatedData
 from tofu.errors import RunError, SettingError, TofuError
 from tofu.flower.in_process import InProcessGrid, run_in_process
@@ -50,7 +51,7 @@ from tofu.observers.terminal import make_progress
 from tofu.observers.trackers import make_trackers
 from tofu.privacy import Accountant
 from tofu.recording import Recorder
-from tofu.reference_model import NEEDS_CALL, ReferenceModel
+from tofu.reference_model import ReferenceModel
 from tofu.reporting.folder import RunFolder
 from tofu.rounds.links import LinkSimulator
 from tofu.rounds.record import RoundRecord, RunSummary, from_dict, round_label, to_dict
@@ -187,11 +188,13 @@ class _Run:
         own = settings.model.initial_weights
         self._random = fill(workload.build_model(shape), own) if own else ()
         test = workload.test()
-        if "secure" in make_schedule(settings.rounds, settings.training.rounds).kinds:
+        kinds = make_schedule(settings.rounds, settings.training.rounds).kinds
+        if "secure" in kinds:
             check_secure_settings(settings)
         self._runner = RoundRunner(
             self._transport, network, test, settings, self._ledger, self._observer, workload, clients, outputs
         )  # fmt: skip
+        self._notes = payload_notes(settings, self._runner.models[0].reference) if "proxy" in kinds else ()
         if not settings.run.resume and spent_budget(self._runner, 1):
             first = Accountant(settings.privacy.privacy_delta)
             first.spend(settings.privacy.noise_multiplier, self._runner.kind(1))
@@ -261,15 +264,15 @@ class _Run:
         if self._random:
             missing = ", ".join(self._random)
             observer.on_note(f"not in {settings.model.initial_weights}, so at random values: {missing}")
-        if settings.codec.compressor in NEEDS_CALL and not self._runner.models[0].reference.call.inputs:
-            why = "the model has no floating-point input that proxies could take the place of"
-            observer.on_note(f"updates are sent as the sparse correction alone (compressor=sparse): {why}")
+        for note in self._notes:
+            observer.on_note(note)
         self._note_data()
 
     def _run(self, folder: RunFolder, missing: RunError | None) -> RunSummary:
         done = self._resume(folder) if self._settings.run.resume else None
         if done is None:
-            folder.add_round(start_record(self._runner.evaluate(), time.perf_counter() - self._began))
+            score = self._runner.evaluate()
+            folder.add_round(start_record(score, time.perf_counter() - self._began, self._notes))
         if done is not None:
             self._counted = self._totals()
         self._observer.on_history(folder.path, folder.records())

@@ -24,10 +24,12 @@ _LEARNED, _GUESSING = 0.25, 0.05
 """Fractions of the accuracies above guessing."""
 
 
-def start_record(score: Evaluation, seconds: float) -> RoundRecord:
-    """Round 0: the evaluation before training."""
+def start_record(score: Evaluation, seconds: float, notes: tuple[str, ...] = ()) -> RoundRecord:
+    """Round 0: the evaluation before training, and notes on what the rounds will send."""
     accuracy, loss = _finite(score.accuracy), _finite(score.loss)
-    return RoundRecord(0, "start", accuracy=accuracy, loss=loss, metrics=dict(score.metrics), seconds=seconds)
+    return RoundRecord(
+        0, "start", accuracy=accuracy, loss=loss, metrics=dict(score.metrics), seconds=seconds, notes=notes
+    )
 
 
 def round_record(

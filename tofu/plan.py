@@ -8,7 +8,7 @@ import torch
 
 from tofu.codec.compressor import TRIAL_INTERVAL, ProxyCompressor
 from tofu.codec.search import SURROGATE_BETAS, TRIAL_EVALS
-from tofu.compression import downlink_compressor, uplink_compressor
+from tofu.compression import downlink_compressor, payload_notes, uplink_compressor
 from tofu.data import LabeledImages
 from tofu.reference_model import ReferenceModel
 from tofu.secagg import coordinates
@@ -116,7 +116,9 @@ def make_plan(
         downlink_bytes=clients * downlink,
         fedavg_uplink_bytes=clients * settings.training.rounds * (full + message_overhead),
         step_bytes=step,
-        warnings=_warnings(passes, payload, full, message_overhead) if compressed_rounds else (),
+        warnings=(*payload_notes(settings, network), *_warnings(passes, payload, full, message_overhead))
+        if compressed_rounds
+        else (),
     )
 
 

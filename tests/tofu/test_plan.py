@@ -135,11 +135,25 @@ def test_a_message_larger_than_its_payload_is_warned_of() -> None:
     assert plan(fedavg_rounds=10, schedule="fedavg", ratio=1000).warnings == ()
 
 
+def test_a_ratio_without_room_for_a_proxy_is_noted_with_the_best_that_has_it() -> None:
+    made = plan(ratio=2500, correction=0.4)
+    note = made.warnings[0]
+    assert made.proxies == 0
+    assert f"at ratio 2500 a payload of this model has {made.payload_bytes} bytes and no room for a proxy" in note
+    best = float(note.split("at most ")[1].split()[0])
+    assert plan(ratio=best, correction=0.4).proxies == 1
+    assert plan(ratio=best + 0.1, correction=0.4).proxies == 0
+    assert not any("proxy" in text for text in plan(ratio=2500, correction=1.0).warnings)  # nobody asked for proxies
+    assert not plan(fedavg_rounds=10, schedule="fedavg", ratio=2500, correction=0.4).warnings
+    (step,) = plan(correction=0.4, downlink="proxy", **{"downlink-ratio": 2500.0}).warnings
+    assert step.startswith("steps of the server: at ratio 2500")
+
+
 def test_a_ratio_out_of_reach_is_refused_with_the_best_there_is() -> None:
     with pytest.raises(SettingError, match=r"^ratio=100000\.0 is not usable: expected at most ") as caught:
         plan(ratio=1e5)
     best = float(caught.value.accepted.split()[2])
-    assert plan(ratio=best - 0.1).proxies == 1
+    assert plan(ratio=best).proxies == 1
 
 
 def test_a_compressed_downlink_is_planned_as_the_run_sends_it(tmp_path: Path) -> None:

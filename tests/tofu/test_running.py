@@ -261,6 +261,15 @@ def test_mappings_are_passed_by_name_and_logits_are_read(tmp_path: Path) -> None
     assert any("sparse correction alone" in note for note in seen.notes)  # token ids have no proxies
 
 
+def test_a_run_without_room_for_a_proxy_says_so_before_round_1_and_in_its_report(tmp_path: Path) -> None:
+    seen = Rounds()
+    chosen: Row = QUICK | DATA | {"model": "mlp", "ratio": 2500.0, "rounds": 1, "run_folder": str(tmp_path / "run")}
+    result = tofu.run(**chosen, callbacks=[seen])
+    (note,) = [text for text in seen.notes if "no room for a proxy" in text]
+    assert note in result.history[0].notes
+    assert note in result.report().read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [

@@ -95,7 +95,7 @@ class ProxyCompressor(Compressor):
         budget = int(param_spec.float32_bytes / ratio) - HEADER_BYTES - self._overhead
         self.settings, self.count = _choose_proxies(reference, ratio, options)
         if not self.count and budget < smallest:
-            reach = param_spec.float32_bytes / (HEADER_BYTES + self._overhead + smallest)
+            reach = _reach(reference, HEADER_BYTES + self._overhead + smallest)
             raise SettingError("ratio", ratio, f"at most {reach:.1f} for this model (a correction of one entry)")
         self._code, self.side = ProxyCode.of(reference, self.settings, self.count), proxy_side(reference, self.settings)
         self._budgets: dict[int, int] = {}
@@ -105,6 +105,15 @@ class ProxyCompressor(Compressor):
         if self.count:
             left = budget - self._code.nbytes
             self._budgets[self.count] = left if left >= smallest else 0
+        self._note = "" if self.count or options.correction == 1 else self._without_proxies(reference, ratio)
+
+    def _without_proxies(self, reference: ReferenceModel, ratio: float) -> str:
+        reach = _reach(reference, _size(reference, 1, self.settings))
+        return (
+            f"at ratio {ratio:g} a payload of this model has {HEADER_BYTES + self.body_bytes(reference.param_spec)} "
+            "bytes and no room for a proxy, so the sparse correction is sent alone: "
+            + (f"a ratio of at most {reach:.1f} sends proxies" if reach >= 1 else "no ratio sends proxies")
+        )
 
     def check(self, reference: ReferenceModel) -> None:
         if self.count:
@@ -175,7 +184,7 @@ class ProxyCompressor(Compressor):
         }
         parts["correction"] = self._budgets[count] if body is None else max(0, len(body) - sum(parts.values()))
         shape = (count, *self._code.shape) if count else (0,)
-        return PayloadContent(parts, shape, proxies, self.settings)
+        return PayloadContent(parts, shape, proxies, self.settings, self._note)
 
     def _read_proxies(self, body: bytes) -> ProxyData | None:
         """Return the proxies in a body, checked; None if it has none.
@@ -280,6 +289,11 @@ def _size(reference: ReferenceModel, count: int, settings: ProxySettings) -> int
     return HEADER_BYTES + _PREFIX.size + code.nbytes + BufferCode(reference.param_spec).nbytes
 
 
+def _reach(reference: ReferenceModel, nbytes: float) -> float:
+    """Return the highest ratio at which a payload may have this many bytes, rounded down so that it is usable."""
+    return math.floor(10 * reference.param_spec.float32_bytes / nbytes) / 10
+
+
 def _affordable(reference: ReferenceModel, ratio: float, settings: ProxySettings) -> int:
     """Return the largest number of proxies that the ratio allows.
 
@@ -292,7 +306,7 @@ def _affordable(reference: ReferenceModel, ratio: float, settings: ProxySettings
         return _size(reference, count, settings)
 
     if size(1) > budget:
-        reach = reference.param_spec.float32_bytes / size(1)
+        reach = _reach(reference, size(1))
         raise SettingError("ratio", ratio, f"at most {reach:.1f} for this model (one proxy of these settings)")
     # The size is affine in the count except for the rounding of bits to bytes: start from the estimate, then adjust.
     count = max(1, int((budget - size(1)) / ((size(65) - size(1)) / 64)))

@@ -69,6 +69,21 @@ def downlink_compressor(settings: Settings, reference: "ReferenceModel") -> "Com
     return make_compressor(name, reference, ratio=downlink.downlink_ratio, options=options)
 
 
+def payload_notes(settings: Settings, reference: "ReferenceModel") -> tuple[str, ...]:
+    """Return what a user should know before the first compressed round about what it sends, one line each."""
+    codec = settings.codec
+    notes = []
+    if codec.compressor != _usable(codec.compressor, reference):
+        why = "the model has no floating-point input that proxies could take the place of"
+        notes.append(f"updates are sent as the sparse correction alone (compressor=sparse): {why}")
+    links = {"updates": uplink_compressor(settings, "proxy", reference),
+             "steps of the server": downlink_compressor(settings, reference)}  # fmt: skip
+    for name, compressor in links.items():
+        content = compressor.describe() if compressor is not None else None
+        notes += [f"{name}: {content.note}"] if content is not None and content.note else []
+    return tuple(notes)
+
+
 def _usable(name: str, reference: "ReferenceModel") -> str:
     """Return the name; "sparse" if the compressor differentiates the model but no `ModelCall` is known."""
     from tofu.reference_model import NEEDS_CALL

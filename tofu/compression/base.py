@@ -49,12 +49,14 @@ class PayloadContent:
         proxy_shape: number of proxies, then the shape of one (`ProxyCode.shape`); (0,) without proxies.
         proxies: the proxies, or None if there are none or no body was given.
         settings: how to decode the proxies.
+        note: what a user should know about all payloads of this model and ratio, in one line; "" for nothing.
     """
 
     parts: Mapping[str, int]
     proxy_shape: tuple[int, ...] = (0,)
     proxies: "ProxyData | None" = None
     settings: ProxySettings | None = None
+    note: str = ""
 
 
 class Compressor(ABC):

@@ -28,6 +28,7 @@ from tofu.models.behavior import OUTPUT_BYTES, check_outputs, output_sketch
 from tofu.models.checks import drop_constant_buffers
 from tofu.recording import AppCodec
 from tofu.reference_model import (
+    LOG,
     NEEDS_CALL,
     Forward,
     InputShape,
@@ -128,6 +129,7 @@ class UpdateCodec:
         """Further options that client and server must share: those of the secure rounds of `tofu.hybrid`."""
         self.error_feedback, self.step_ahead, self.seed = error_feedback, step_ahead, seed
         self.differences = differences
+        self._noted = False
 
     @cached_property
     def _resolved(self) -> tuple[str, ModelCall]:
@@ -215,7 +217,12 @@ class UpdateCodec:
 
     def compressor(self, reference: ReferenceModel) -> Compressor:
         """Return the compressor for this model. Raises SettingError if it does not reach the ratio."""
-        return make_compressor(self._resolved[0], reference, ratio=self._ratio, options=self._options)
+        made = make_compressor(self._resolved[0], reference, ratio=self._ratio, options=self._options)
+        content = made.describe()
+        if content is not None and content.note and not self._noted:
+            LOG.warning("%s", content.note)
+            self._noted = True
+        return made
 
     def step_compressor(self, reference: ReferenceModel) -> Compressor:
         """Return the compressor of the server's steps: proxies if updates are coded by them, otherwise sparse."""

@@ -96,7 +96,7 @@ def metrics_of(record: RoundRecord) -> dict[str, float]:
         elif isinstance(value, Mapping):
             for key, number in value.items():
                 found["/".join((field.name, *map(_escaped, key.split("/"))))] = number
-        elif isinstance(value, tuple):
+        elif isinstance(value, tuple) and field.name != "notes":
             found |= {f"{field.name}/{index}": number for index, number in enumerate(value)}
     found = _numbers(record) | found
     if record.kind == "secure":

@@ -118,6 +118,7 @@ class RoundRecord(StrictFields):
         abandoned: why a secure round was abandoned, or "".
         late: number of clients whose replies the round did not wait for; None without over-sampling.
         accuracy_quantiles: percent -> quantile of the clients' own `ClientRecord.test_accuracy` in an open round.
+        notes: what the rounds send that the settings do not show; of round 0 only.
         link_seconds: client -> seconds that its messages would take over its simulated link.
     """
 
@@ -155,6 +156,7 @@ class RoundRecord(StrictFields):
     late: Count | None = None
     accuracy_quantiles: Mapping[str, Number] = dataclasses.field(default_factory=dict)
     link_seconds: Mapping[str, Number] = dataclasses.field(default_factory=dict)
+    notes: tuple[Text, ...] = ()
 
     @property
     def label(self) -> str:
@@ -219,7 +221,7 @@ _SPARSE = frozenset((
     "epsilon", "model_epsilon", "delta", "clip_norm", "by_client", "metrics", "plugins", "task", "task_accuracies",
     "group_accuracies", "clipped", "largest_clipped", "abandoned", "late", "accuracy_quantiles", "link_seconds",
     "test_accuracy", "mean_accuracy", "backward_transfer", "stopped", "baseline", "node", "examples",
-    "compressor",
+    "compressor", "notes",
 ))  # fmt: skip
 """Fields that JSON omits at their default, since most runs do not have them."""
 

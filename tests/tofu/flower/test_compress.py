@@ -76,6 +76,16 @@ def test_error_feedback_and_step_ahead_matter_at_a_high_ratio() -> None:
     assert reached[1.0, 0.5] > reached[0.0, 0.0]
 
 
+def test_a_ratio_without_room_for_a_proxy_has_one_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    codec = UpdateCodec(Net, SHAPE, ratio=700)
+    reference = codec.reference(Net().state_dict()).reference
+    with caplog.at_level("WARNING", logger="tofu"):
+        codec.compressor(reference)
+        codec.compressor(reference)
+    (line,) = caplog.messages
+    assert line.startswith("at ratio 700 a payload of this model has 54 bytes and no room for a proxy")
+
+
 def test_a_client_that_lost_its_state_goes_on_without_it() -> None:
     def forgetful(message: Message, context: Context) -> Message:
         if context.node_config["partition-id"] == 1:

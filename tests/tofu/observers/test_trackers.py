@@ -33,6 +33,7 @@ def row(number: int) -> RoundRecord:
         number, "secure" if number == 3 else "proxy", accuracy=number / 16, loss=float("nan"), uplink_bytes=2**40,
         failures=(Failure("1", "late"),) * number, by_client=clients, plugins={"gpm/rank": 0.5}, metrics={"f1": 0.25},
         task_accuracies=(0.5, None, 0.25), abandoned="too few" if number == 3 else "", link_seconds={"0": 1.5},
+        notes=("no room for a proxy",),
     )  # fmt: skip
 
 
@@ -294,7 +295,7 @@ def test_the_page_lists_every_metric() -> None:
             r"`([a-z_]+)(?:/[A-Za-z/]+)?`", " ".join(re.findall(r"^\|(.*?)\|", page.partition("## Metrics")[2], re.M))
         )
     )
-    texts = {"round", "kind", "compressor"}
+    texts = {"round", "kind", "compressor", "notes"}
     assert listed == {field.name for field in fields(RoundRecord)} - texts | {"summary"}
     for field in fields(ClientRecord):
         assert (f"by_client/{field.name}/CLIENT" in page) == (field.name not in ("client", "node"))

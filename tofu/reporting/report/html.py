@@ -62,6 +62,7 @@ def render(run: RunData, name: str) -> str:
         lead=_lead(run),
         aside=_aside(run),
         stopped=_short(stopped_text(run)),
+        notes=[f"{_short(note)}." for note in run.rounds[0].notes] if run.rounds else [],
         facts=_facts(run),
         figures=_figures(run),
         sheets=_sheets(run.samples) if run.samples else [],

@@ -240,6 +240,7 @@ FIGURES = """</header>
 PAGE = (
     PAGE_HEAD
     + """{% if stopped %}<p class="note">{{ stopped }}</p>{% endif %}
+{% for note in notes %}<p class="note">{{ note }}</p>{% endfor %}
 <dl class="facts">
 {% for name, value in facts %}<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>
 {% endfor %}</dl>
