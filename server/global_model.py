@@ -23,7 +23,7 @@ from tofu.secagg.encoding import flat
 from tofu.settings import Settings
 from tofu.settings.groups import ServerSettings
 from tofu.tasks import round_context
-from tofu.weights import Weights, copy_model, load_weights, weights_of
+from tofu.weights import Weights, added, copy_model, load_weights, weights_of
 
 
 class ServerOptimizer:
@@ -48,9 +48,7 @@ class ServerOptimizer:
         for name, buffer in self._buffers.items():
             if name not in update:
                 continue
-            new = buffer + update[name]
-            if name.endswith("running_var"):
-                new = new.clamp_min(0)  # a lossy update may undershoot, but a variance is not negative
+            new = added(name, buffer, update[name])
             buffer.copy_(new if buffer.is_floating_point() else new.round())
 
     def save(self, snapshot: Snapshot) -> None:

@@ -261,9 +261,15 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         target.copy_(value.round() if rounded else value)
 
 
+def added(name: str, value: Tensor, change: Tensor) -> Tensor:
+    """Return value + change, but at least 0 for a variance of BatchNorm, which a lossy update may make negative."""
+    new = value + change
+    return new.clamp_min(0) if name.endswith("running_var") else new
+
+
 def add_update(model: nn.Module, update: Mapping[str, Tensor]) -> None:
     """Add an update to a model in place, elementwise in float32, so that both ends compute the same bits."""
-    load_weights(model, {name: value.float() + update[name] for name, value in weights_of(model).items()})
+    load_weights(model, {name: added(name, value.float(), update[name]) for name, value in weights_of(model).items()})
 
 
 def under(values: Mapping[str, V], prefix: str) -> dict[str, V]:

@@ -115,8 +115,8 @@ APPS: dict[str, App] = {
         metric="eval_loss", falls=True, config={"num-server-rounds": 5},
     ),
     "quickstart-huggingface": App(
-        "huggingface_example", _FIT, 'lambda: get_model("prajjwal1/bert-tiny"), (8,)', examples=1000, test=500,
-        config={"num-server-rounds": 3, "fraction-train": 0.5, "fraction-evaluate": 0.5},
+        "huggingface_example", _FIT, 'lambda: get_model("prajjwal1/bert-tiny"), (8,)', clients=4, examples=400,
+        test=100, config={"num-server-rounds": 3, "fraction-train": 1.0, "fraction-evaluate": 1.0},
     ),
     "federated-vae": App(
         "fedvaeexample", "FedAvg()", "Net, (3, 32, 32)", metric="loss", falls=True, clients=5,

@@ -21,7 +21,7 @@ HUB_IMAGES = {
 """Hub id -> folder of the data, and the name of the image column. MNIST takes the place of Fashion-MNIST, and CIFAR-10
 that of Oxford Flowers."""
 
-_WORDS, _TEXTS, _TOKENS, _EPOCHS = 4000, 8000, 128, 3
+_WORDS, _TEXTS, _TOKENS, _EPOCHS = 4000, 1500, 128, 3
 
 
 def serve_datasets(folder: Path, reviews: Path, train: int, test: int) -> None:

@@ -31,7 +31,7 @@ from tofu.codec.proxies import ProxyCode, ProxyData, automatic_sides, decode, pr
 from tofu.codec.search import encode
 from tofu.compression import compressors
 from tofu.compression.base import MAX_MAGNITUDE, BufferCode, CompressedUpdate, Compressor, PayloadContent
-from tofu.errors import PayloadError, SettingError
+from tofu.errors import ModelError, PayloadError, SettingError
 from tofu.reference_model import ReferenceModel
 from tofu.weights import ParamSpec, Weights, check_finite, explained_variance, split_vector
 from tofu.wire import HEADER_BYTES
@@ -145,7 +145,13 @@ class ProxyCompressor(Compressor):
             settings = self.settings
             if last is not None and age and not settings.surrogate_beta:
                 settings = replace(settings, surrogate_beta=last.surrogate_beta)
-            encoding = encode(reference, update, self.count, settings, generator=generator, start=last)
+            try:
+                encoding = encode(reference, update, self.count, settings, generator=generator, start=last)
+            except RuntimeError as error:
+                if "checkpoint" not in str(error).lower():
+                    raise
+                accepted = "no activation checkpointing in evaluation mode, or compressor=sparse"
+                raise ModelError(reference.model, accepted) from error
             candidates.append(self._candidate(reference, update, encoding.body, encoding.decoded, strata))
             evals = encoding.evals
         best = max(candidates, key=lambda candidate: self.criterion(update, candidate))

@@ -17,8 +17,11 @@ from tofu.errors import PayloadError
 from tofu.weights import ParamSpec, Weights
 from tofu.wire import float32_bytes, float32_from
 
-_FEEDBACK, _FEEDBACK_VERSION = "tofu.compress", 4
-_ARRAYS, _ARRAYS_VERSION = "tofu.downlink", 1
+_FEEDBACK, _FEEDBACK_VERSION = "tofu.compress", 5
+_ARRAYS, _ARRAYS_VERSION = "tofu.downlink", 2
+
+MAX_TRAININGS = 4
+"""Number of trainings (calls of a strategy's `start`) whose state a client keeps: strategies may take turns."""
 
 
 def read_weights(record: ConfigRecord, name: str, spec: ParamSpec) -> Weights | None:
@@ -47,14 +50,25 @@ def write_feedback(record: ConfigRecord, feedback: ErrorFeedback, spec: ParamSpe
             record[name] = float32_bytes(weights, spec)
 
 
-def load_feedback(context: Context, spec: ParamSpec, training: object) -> tuple[ErrorFeedback, bytes]:
+def _keep(context: Context, kind: str, training: bytes, record: ConfigRecord) -> None:
+    """Store the record of a training, and delete that which was not used for longest if there are too many."""
+    records = context.state.config_records
+    used = {key: int(other.get("used", 0)) for key, other in records.items() if key.startswith(f"{kind}.")}  # type: ignore[arg-type]
+    key = f"{kind}.{training.hex()}"
+    record["used"] = 1 + max(used.values(), default=0)
+    if key not in used and len(used) >= MAX_TRAININGS:
+        del context.state[min(used, key=lambda other: used[other])]
+    context.state[key] = record
+
+
+def load_feedback(context: Context, spec: ParamSpec, training: bytes) -> tuple[ErrorFeedback, bytes]:
     """Error feedback and the compressor's memory, empty if there are none or they are of another model or training.
 
     Args:
         training: identifies one call of a strategy's `start`. What an earlier one left out is not of these weights.
     """
-    record = context.state.config_records.get(_FEEDBACK)
-    expected = {"version": _FEEDBACK_VERSION, "model": _identity(spec), "training": training}
+    record = context.state.config_records.get(f"{_FEEDBACK}.{training.hex()}")
+    expected = {"version": _FEEDBACK_VERSION, "model": _identity(spec)}
     if record is None or any(record.get(name) != value for name, value in expected.items()):
         return ErrorFeedback(), b""
     memory = record.get("memory")
@@ -63,11 +77,9 @@ def load_feedback(context: Context, spec: ParamSpec, training: object) -> tuple[
 
 def save_feedback(context: Context, spec: ParamSpec, training: bytes, feedback: ErrorFeedback, memory: bytes) -> None:
     """Keep error feedback and the compressor's memory in the client's context for its next round."""
-    record = ConfigRecord(
-        {"version": _FEEDBACK_VERSION, "model": _identity(spec), "training": training, "memory": memory}
-    )
+    record = ConfigRecord({"version": _FEEDBACK_VERSION, "model": _identity(spec), "memory": memory})
     write_feedback(record, feedback, spec)
-    context.state[_FEEDBACK] = record
+    _keep(context, _FEEDBACK, training, record)
 
 
 def _identity(spec: ParamSpec) -> bytes:
@@ -75,9 +87,9 @@ def _identity(spec: ParamSpec) -> bytes:
     return hashlib.sha256(repr([(name, tuple(shape)) for name, shape in spec.shapes.items()]).encode()).digest()[:8]
 
 
-def load_arrays(context: Context) -> tuple[dict[str, Tensor], bytes] | None:
-    """Return the arrays in their order, and their identity (`tofu.weights`); None if there are none."""
-    record = context.state.config_records.get(_ARRAYS)
+def load_arrays(context: Context, training: bytes) -> tuple[dict[str, Tensor], bytes] | None:
+    """Return a training's arrays in their order, and their identity (`tofu.weights`); None if there are none."""
+    record = context.state.config_records.get(f"{_ARRAYS}.{training.hex()}")
     if record is None or record.get("version") != _ARRAYS_VERSION:
         return None
     data, names, identity = record.get("arrays"), record.get("names"), record.get("identity")
@@ -90,9 +102,9 @@ def load_arrays(context: Context) -> tuple[dict[str, Tensor], bytes] | None:
         return None
 
 
-def save_arrays(context: Context, arrays: dict[str, Tensor], identity: bytes) -> None:
+def save_arrays(context: Context, training: bytes, arrays: dict[str, Tensor], identity: bytes) -> None:
     """Keep the arrays for this client's next round."""
     data = safetensors.torch.save({name: value.clone().contiguous() for name, value in arrays.items()})
-    context.state[_ARRAYS] = ConfigRecord(
-        {"version": _ARRAYS_VERSION, "arrays": data, "names": json.dumps(list(arrays)), "identity": identity}
-    )
+    names = json.dumps(list(arrays))
+    record = ConfigRecord({"version": _ARRAYS_VERSION, "arrays": data, "names": names, "identity": identity})
+    _keep(context, _ARRAYS, training, record)

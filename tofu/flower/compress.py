@@ -11,12 +11,14 @@ import logging
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedXgbBagging, FedXgbCyclic, Result, Strategy
+from flwr.serverapp.strategy import FedAvg, FedAvgM, FedXgbBagging, FedXgbCyclic, Result, Strategy
+from flwr.serverapp.strategy.fedopt import FedOpt
 from torch import Tensor
 
 from tofu.compression.error_feedback import NEVER
@@ -24,12 +26,15 @@ from tofu.errors import PayloadError, RunError, SettingError
 from tofu.flower.client_state import load_arrays, load_feedback, save_arrays, save_feedback
 from tofu.flower.internals import error_reply
 from tofu.flower.policy import Policy
+from tofu.flower.robust import Robust
 from tofu.flower.update_codec import RECORD, VERSION, ArrayModel, UpdateCodec, record_of, tensors_of
 from tofu.flower.wrapper import (
     CLIPPED_BY_CLIENTS,
     CLIPPED_BY_SERVER,
+    INDIVIDUAL,
     StrategyWrapper,
     TrainMod,
+    consistent,
     only_arrays,
     reasons_of,
     refuse_around,
@@ -39,9 +44,11 @@ from tofu.flower.wrapper import (
     wrappers,
 )
 from tofu.rng import derive_generator
+from tofu.rounds.aggregation import gradient_diversity
 from tofu.rounds.downlink import KeptWeights, ResyncError, WeightSteps, follow_steps
+from tofu.rounds.optimizers import automatic_step
 from tofu.rounds.steps import AddResidual, Compress, KeepResidual, Outgoing, apply_steps
-from tofu.weights import FINGERPRINT_BYTES, explained_variance, load_weights, weights_of
+from tofu.weights import FINGERPRINT_BYTES, explained_variance, load_weights, norm, weights_of
 from tofu.wire import RESYNC
 
 LOG = logging.getLogger("tofu.flower")
@@ -122,7 +129,7 @@ class CompressMod(TrainMod):
         save_feedback(context, spec, request.training, outgoing.feedback, outgoing.memory)
         payload = codec.payload(compressor, model.reference, outgoing.body, request.round, request.identity)
         if codec.downlink:
-            save_arrays(context, base, request.identity)
+            save_arrays(context, request.training, base, request.identity)
         names = {"names": list(returned)} if len(returned) < len(base) else {}
         reply.content[RECORD] = ConfigRecord({"payload": payload, **names})
         target = {name: outgoing.update[name] for name in spec.parameters}
@@ -199,7 +206,7 @@ class _Request:
         if self.arrays is not None:
             base = tensors_of(self.arrays)
             return base, codec.reference(base)
-        kept = load_arrays(context)
+        kept = load_arrays(context, self.training)
         if kept is None:
             raise ResyncError("this client does not have the arrays that the server's steps start from")
         base, before = kept
@@ -241,7 +248,12 @@ class Compressed(StrategyWrapper):
         inner: any strategy of Flower's Message API; it receives plain replies and is not changed.
         *arguments: of `UpdateCodec`, the same as given to `compress`.
         codec: an `UpdateCodec`, instead of its arguments.
+        server_step: factor of the mean update of the trainable parameters: 1, or "auto", where each round chooses it
+            (docs/error-feedback.md, "The server's step"). `compress` does not take it.
         **options: of `UpdateCodec`, the same as given to `compress`.
+
+    Raises:
+        SettingError: an argument is out of range, or the strategy cannot be wrapped, or not with `server_step="auto"`.
 
     Attributes:
         mod: name of the client's mod, for error messages.
@@ -256,7 +268,10 @@ class Compressed(StrategyWrapper):
         0.5
     """
 
-    def __init__(self, inner: Strategy, *arguments: Any, codec: UpdateCodec | None = None, **options: Any) -> None:
+    def __init__(
+        self, inner: Strategy, *arguments: Any, codec: UpdateCodec | None = None, server_step: float | str = 1,
+        **options: Any,
+    ) -> None:  # fmt: skip
         super().__init__(inner)
         if isinstance(unwrapped(inner), FedXgbBagging | FedXgbCyclic):
             accepted = "a strategy that aggregates arrays of numbers: trees have no difference that could be compressed"
@@ -275,6 +290,12 @@ class Compressed(StrategyWrapper):
         self._grid: Grid | None = None
         self._timeout = 3600.0
         self._steps: WeightSteps | None = None
+        if server_step not in (1, "auto"):
+            raise SettingError("server_step", server_step, '1 or "auto"')
+        if server_step == "auto" and not (_only_averages(inner) and self._codec.has_model):
+            accepted = "1, or FedAvg or FedProx inside, and the argument model, which tells parameters from buffers"
+            raise SettingError("server_step", server_step, accepted)
+        self._automatic, self._rounds, self._squares = server_step == "auto", 0, dict[int, float]()
 
     @property
     def codec(self) -> UpdateCodec:
@@ -368,6 +389,9 @@ class Compressed(StrategyWrapper):
     def start(self, *arguments: Any, **options: Any) -> Result:
         """Run the inner strategy's own `start`, which calls this wrapper's configure and aggregate steps."""
         self._timeout = float(options.get("timeout", self._timeout))
+        bound = signature(self.inner.start).bind(*arguments, **options)
+        bound.apply_defaults()
+        self._rounds = int(bound.arguments.get("num_rounds", 0))
         self.begin()
         return super().start(*arguments, **options)
 
@@ -390,7 +414,34 @@ class Compressed(StrategyWrapper):
             raise RunError(
                 f"round {server_round}: no reply of {len(decoded)} clients can be used ({reasons_of(failed)})"
             )
-        return self._aggregate_train(server_round, decoded)
+        decoded = consistent(decoded, self.inner, server_round, self._asked)
+        arrays, metrics = self._aggregate_train(server_round, decoded)
+        if self._automatic and arrays is not None and metrics is not None:
+            return self._stepped(arrays, metrics, [reply for reply in decoded if not reply.has_error()], server_round)
+        return arrays, metrics
+
+    def _stepped(
+        self, arrays: ArrayRecord, metrics: MetricRecord, replies: list[Message], round_: int
+    ) -> tuple[ArrayRecord, MetricRecord]:
+        """Multiply the mean update of the trainable parameters by the server's automatic step.
+
+        Raises:
+            RunError: the number of rounds is not known, or the strategy sends clients different arrays.
+        """
+        nodes = [reply.metadata.src_node_id for reply in replies]
+        sent, key = self._sent[nodes[0]], getattr(self.inner, "weighted_by_key", "")
+        if not self._rounds or any(self._sent[node] is not sent for node in nodes):
+            raise RunError('server_step="auto" needs start(num_rounds=...) and equal arrays for all: expected 1')
+        base, spec = self._codec.origin(sent.base), sent.model.param_spec
+        mean = sent.model.update(base, tensors_of(arrays))
+        metric = [record[key] for reply in replies for record in reply.content.metric_records.values()]
+        weights = [float(value) for value in metric if not isinstance(value, list)]
+        diversity = gradient_diversity([self._squares[node] for node in nodes], weights, norm(mean, spec) ** 2)
+        step = 1.0 if diversity is None else automatic_step(diversity, round_, self._rounds)
+        metrics["tofu-server-step"] = step
+        mean |= {name: step * mean[name] for name in spec.parameters}
+        full = record_of(sent.model.add(base, mean), sent.record)
+        return ArrayRecord({name: full[name] for name in arrays}), metrics
 
     def _decoded(self, reply: Message, round_: int) -> Message:
         """Return the reply with arrays in place of its payload, or an error reply if the payload is not valid."""
@@ -412,9 +463,17 @@ class Compressed(StrategyWrapper):
             LOG.warning("round %d: the reply of node %s is not usable: %s", round_, node, error)
             return error_reply(reply, str(error))
         del reply.content[RECORD]
+        self._squares[node] = norm(update, sent.model.param_spec) ** 2
         full = record_of(sent.model.add(self._codec.origin(sent.base), update), sent.record)
         reply.content[sent.key] = ArrayRecord({name: array for name, array in full.items() if name in names})
         self.acknowledged[node] = round_
         if self._steps is not None:
             self._steps.delivered(str(node))
         return reply
+
+
+def _only_averages(strategy: Strategy) -> bool:
+    """Say whether the mean of the clients' arrays is a strategy's whole step."""
+    inside = unwrapped(strategy)
+    robust = any(isinstance(wrapper, Robust) for wrapper in wrappers(strategy))
+    return isinstance(inside, FedAvg) and not isinstance(inside, (*INDIVIDUAL, FedAvgM, FedOpt)) and not robust

@@ -166,7 +166,10 @@ class SecureAggregation(StrategyWrapper):
         _check_equal(messages, self.inner)
         nodes = [message.metadata.dst_node_id for message in messages]
         own = getattr(grid, "_grid", grid)  # that of `FirstReplies` is made anew for each training
-        self._round = _ROUNDS[own] = max(server_round, _ROUNDS.get(own, 0) + 1)
+        previous = _ROUNDS.get(own, 0)
+        if previous != self._round:  # another strategy has had a round since, for which the clients made other keys
+            self._adverts.clear()
+        self._round = _ROUNDS[own] = max(server_round, previous + 1)
         try:
             parts = self._exchange_keys(messages[0], nodes, self._round, GridTransport(grid))
         except AbandonedError as error:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from tofu.codec.options import DEFAULTS, CompressorOptions, ProxySettings
 from tofu.compression import compressors, make_compressor
@@ -42,6 +43,7 @@ from tofu.weights import (
     FINGERPRINT_BYTES,
     ParamSpec,
     Weights,
+    added,
     base_fingerprint,
     difference,
     has_differences,
@@ -54,6 +56,9 @@ RECORD = "tofu"
 """Key of the `ConfigRecord` that the strategy adds to a train message, and the mod to its reply."""
 
 VERSION = 2
+
+_BUFFERS = ("running_mean", "running_var")
+"""Names of floating-point arrays that are no parameters, in messages of which no model is known."""
 
 _SHRUNK = 0.3
 """Norm of the new weights relative to the old ones below which an app's reply is taken for differences."""
@@ -131,6 +136,11 @@ class UpdateCodec:
         self.differences = differences
         self._noted = False
 
+    @property
+    def has_model(self) -> bool:
+        """Whether the app's model is given, so that its buffers are known."""
+        return self._model is not None
+
     @cached_property
     def _resolved(self) -> tuple[str, ModelCall]:
         """The compressor's name, and how it calls the model, which is built for this at the first message."""
@@ -182,7 +192,7 @@ class UpdateCodec:
         if self._built_once is None and not any(value.is_floating_point() for value in arrays.values()):
             found = ", ".join(sorted({str(value.dtype) for value in arrays.values()})) or "none"
             raise SettingError("arrays", found, "floating-point numbers, whose differences can be compressed")
-        model = self._built_once
+        call, model = self._resolved[1], self._built_once  # the first calls the model, which initializes lazy layers
         names = {} if model is None else _matched(arrays, model)
         if model is None:
             model, names = _bare(arrays)
@@ -193,7 +203,7 @@ class UpdateCodec:
         model = _copy(model, names)
         load_weights(model, {own: arrays[name] for own, name in names.items() if own not in tied})
         drop_constant_buffers(model, frozenset(name for name, value in model.named_buffers() if has_differences(value)))
-        reference = ReferenceModel(model.eval(), self._resolved[1])
+        reference = ReferenceModel(model.eval(), call)
         tied = {own: first for own, first in tied.items() if own in names}
         return ArrayModel(reference.param_spec, names, reference, tied=tied)
 
@@ -326,7 +336,7 @@ class ArrayNames:
         for own, name in self.names.items():
             if own in update:
                 change = update[own] if base[name].is_floating_point() else update[own].round()
-                new[name] = _exact(base[name]) + change.to(_exact(base[name]).dtype)
+                new[name] = added(name, _exact(base[name]), change.to(_exact(base[name]).dtype))
         return self._tied(new)
 
 
@@ -409,6 +419,8 @@ def _matched(arrays: Mapping[str, Tensor], model: nn.Module) -> dict[str, str]:
     Raises:
         SettingError: names, number or shapes differ.
     """
+    if any(map(is_lazy, model.parameters())):
+        raise SettingError("model", "lazy layers without weights", "input_shape to be given, or a model called once")
     own, trainable = model.state_dict(), [name for name, p in model.named_parameters() if p.requires_grad]
     short = {_without_adapter(name, model): name for name in own}
     if arrays.keys() <= own.keys():
@@ -486,9 +498,9 @@ def _copy(model: nn.Module, names: Collection[str]) -> nn.Module:
 
 
 def _bare(arrays: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, str]]:
-    """Return a module that has these arrays as parameters (floating point) and buffers (others), and no forward pass;
-    and its names -> the arrays' names. They are the same unless torch does not accept these: "type", "a..b", or "a" and
-    "a.b".
+    """Return a module that has these arrays as parameters (floating point) and buffers (others, and the statistics of
+    normalization layers), and no forward pass; and its names -> the arrays' names. They are the same unless torch does
+    not accept these: "type", "a..b", or "a" and "a.b".
     """
     try:
         return _module_of(arrays), {name: name for name in arrays}
@@ -507,7 +519,7 @@ def _module_of(arrays: Mapping[str, Tensor]) -> nn.Module:
             if not isinstance(getattr(module, part, None), nn.Module):
                 module.add_module(part, nn.Module())
             module = getattr(module, part)
-        if value.is_floating_point():  # FedAdam and others turn arrays into float64
+        if value.is_floating_point() and leaf not in _BUFFERS:  # FedAdam and others turn arrays into float64
             module.register_parameter(leaf, nn.Parameter(value.float()))
         else:
             module.register_buffer(leaf, value.clone())

@@ -22,6 +22,20 @@ _LIMIT = 2.0 ** (62 - _FRACTION_BITS)
 _CARRY_BITS = 32
 
 
+def gradient_diversity(squares: Sequence[float], weights: Sequence[float], square: float) -> float | None:
+    """Return the diversity of updates (Yin et al., AISTATS 2018): the mean squared norm over that of their mean.
+
+    It is 1 if all updates are equal, and the number of clients if they are orthogonal and equally long.
+
+    Args:
+        squares: squared norms of the updates.
+        weights: their weights.
+        square: squared norm of their mean; 0 has no diversity (None).
+    """
+    total = math.fsum(weight * own for weight, own in zip(weights, squares, strict=True))
+    return total / math.fsum(weights) / square if square else None
+
+
 class RunningMean:
     """The weighted mean of the updates added so far, independent of the order in which they arrived.
 
@@ -112,11 +126,7 @@ class Aggregator(ABC):
         """
 
     def diversity(self, mean: Weights) -> float | None:
-        """Return the gradient diversity (Yin et al., AISTATS 2018): the mean squared norm of the updates over the
-        squared norm of their mean, `mean`; None where the rule has none.
-
-        It is 1 if all updates are equal, and the number of clients if they are orthogonal and equally long.
-        """
+        """Return the `gradient_diversity` of the updates, whose mean is `mean`; None where the rule has none."""
         return None
 
 
@@ -129,18 +139,19 @@ class Mean(Aggregator):
         self._mean = RunningMean()
         self._param_spec = param_spec
         self._squares: list[float] = []
+        self._weights: list[int] = []
 
     def add(self, update: Weights, examples: int) -> None:
         self._mean.add(update, examples)
         self.examples = self._mean.examples
-        self._squares.append(examples * norm(update, self._param_spec) ** 2)
+        self._squares.append(norm(update, self._param_spec) ** 2)
+        self._weights.append(examples)
 
     def mean(self) -> Weights:
         return self._mean.mean()
 
     def diversity(self, mean: Weights) -> float | None:
-        square = norm(mean, self._param_spec) ** 2
-        return math.fsum(self._squares) / self.examples / square if square else None
+        return gradient_diversity(self._squares, self._weights, norm(mean, self._param_spec) ** 2)
 
 
 class StoredUpdates(Aggregator):

@@ -27,7 +27,7 @@ def automatic_step(diversity: float, round_: int, rounds: int) -> float:
     bits of sums do not matter.
 
     Args:
-        diversity: see `tofu.rounds.aggregation.Aggregator.diversity`.
+        diversity: see `tofu.rounds.aggregation.gradient_diversity`.
         round_: counted from 1.
         rounds: number of rounds of the run.
 

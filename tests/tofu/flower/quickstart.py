@@ -41,8 +41,9 @@ def accuracy(arrays: ArrayRecord) -> float:
 
 def train(message: Message, context: Context) -> Message:
     """The train function of a Flower app, unaware of compression."""
-    model = Net()
-    model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+    arrays = message.content["arrays"].to_torch_state_dict()
+    model = Net(len(arrays["fc1.bias"]))
+    model.load_state_dict(arrays)
     partition = int(context.node_config["partition-id"])
     data = DATA.client(partition)
     order = torch.Generator().manual_seed(partition + 100 * int(message.content["config"]["server-round"]))
@@ -51,8 +52,8 @@ def train(message: Message, context: Context) -> Message:
         optimizer.zero_grad()
         F.cross_entropy(model(to_float(data.images[rows])), data.labels[rows]).backward()
         optimizer.step()
-    arrays, metrics = ArrayRecord(model.state_dict()), MetricRecord({"num-examples": len(data)})
-    return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+    metrics = MetricRecord({"num-examples": len(data)})
+    return Message(RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics}), reply_to=message)
 
 
 def federate(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, Krum, Strategy
 from torch import nn
@@ -233,3 +233,66 @@ def test_a_client_searches_where_the_rest_of_an_update_would_not_follow(
     update = {name: torch.randn(value.shape, generator=noise) for name, value in model.reference.base.items()}
     compressor = codec.compressor(model.reference)
     assert (compressor.compress(model.reference, update, generator=noise).evals > 0) == searches
+
+
+class Quarters(nn.Module):
+    """Parameters of which every client moves its own quarter, and a buffer that all of them move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 8, bias=False)
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.layer(x.flatten(1)) + self.mean
+        return out
+
+
+def own_quarter(message: Message, context: Context) -> Message:
+    arrays = message.content["arrays"].to_torch_state_dict()
+    part = int(context.node_config["partition-id"])
+    arrays["layer.weight"].view(4, -1)[part] += 1
+    arrays["mean"] += 1
+    metrics = MetricRecord({"num-examples": 10})
+    return Message(RecordDict({"arrays": ArrayRecord(arrays), "metrics": metrics}), reply_to=message)
+
+
+@pytest.mark.parametrize(("step", "expected"), [(1, [1.0, 1.0]), ("auto", [2.0, 1.0])])
+def test_the_servers_step_lengthens_the_mean_of_parameters_by_half_of_the_diversity(
+    step: Any, expected: list[float]
+) -> None:
+    """The four updates are orthogonal; in the last round the step is 1. Buffers are means."""
+    options: dict[str, Any] = {"model": Quarters, "input_shape": SHAPE, "compressor": "sparse", "ratio": 4}
+    strategy = tofu.Compressed(strategy_of(), **options, server_step=step)
+    result = federate(strategy, tofu.compress(**options), rounds=2, handler=own_quarter, model=Quarters)
+    if step == "auto":
+        assert [metrics["tofu-server-step"] for metrics in result.train_metrics_clientapp.values()] == expected
+    torch.manual_seed(0)
+    new, old = result.arrays.to_torch_state_dict(), Quarters().state_dict()
+    assert torch.allclose(new["layer.weight"] - old["layer.weight"], torch.full((8, 64), sum(expected) / 4), atol=0.02)
+    assert torch.allclose(new["mean"], torch.full((8,), 2.0), atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("inner", "options", "found"),
+    [
+        (FedAvg, {"model": Net, "server_step": 2.5}, "server-step=2.5 is not usable: expected 1 or"),
+        (FedAvg, {"server_step": "auto"}, "server-step='auto' is not usable: expected 1, or .* the argument model"),
+        (FedAdam, {"model": Net, "server_step": "auto"}, "server-step='auto' is not usable: expected 1, or FedAvg"),
+        (FedMedian, {"model": Net, "server_step": "auto"}, "server-step='auto' is not usable: expected 1, or FedAvg"),
+        (lambda: tofu.Robust(FedAvg(), "median"), {"model": Net, "server_step": "auto"}, "server-step='auto' is not"),
+    ],
+)
+def test_a_server_step_that_cannot_be_is_refused(inner: Any, options: dict[str, Any], found: str) -> None:
+    with pytest.raises(SettingError, match=found):
+        tofu.Compressed(inner(), input_shape=SHAPE if "model" in options else None, **options)
+
+
+def test_an_automatic_step_needs_the_number_of_rounds() -> None:
+    options: dict[str, Any] = {"model": Net, "input_shape": SHAPE, "compressor": "sparse", "ratio": 20}
+    strategy = tofu.Compressed(strategy_of(), **options, server_step="auto")
+    strategy.start = lambda grid, arrays, **_: strategy.aggregate_train(  # a loop of one's own
+        1, grid.send_and_receive(strategy.configure_train(1, arrays, ConfigRecord({"lr": 0.1}), grid))
+    )
+    with pytest.raises(RunError, match=r'server_step="auto" needs start\(num_rounds='):
+        federate(strategy, tofu.compress(**options), rounds=1)

@@ -129,14 +129,16 @@ def test_a_client_that_cannot_follow_gets_full_arrays_in_the_same_round(damage: 
 
     def forgetful(message: Message, context: Context, call_next: Any) -> Message:
         round_ = message.content.config_records[RECORD]["round"]
-        if context.node_config["partition-id"] == 1 and "tofu.downlink" in context.state:
-            states.append(context.state.config_records["tofu.downlink"])
+        found = [key for key in context.state if key.startswith("tofu.downlink.")]
+        if context.node_config["partition-id"] == 1 and found:
+            [key] = found
+            states.append(context.state.config_records[key])
             if round_ == 4 and damage == "lost":
-                del context.state["tofu.downlink"]
+                del context.state[key]
             elif round_ == 4 and damage == "stale":
-                context.state["tofu.downlink"] = states[0]
+                context.state[key] = states[0]
             elif round_ == 4:
-                context.state["tofu.downlink"]["arrays"] = os.urandom(300)
+                context.state[key]["arrays"] = os.urandom(300)
         reply: Message = mod(message, context, call_next)
         return reply
 

@@ -11,11 +11,14 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import tofu
-from tests.tofu.flower.quickstart import CLIENTS, SHAPE, Net, accuracy, federate, strategy_of, train
-from tofu.errors import RunError
+from tests.tofu.flower.quickstart import CLIENTS, DATA, SHAPE, Net, accuracy, federate, strategy_of, train
+from tofu.data import to_float
+from tofu.errors import ModelError, RunError, SettingError
 from tofu.flower.in_process import run_in_process
+from tofu.flower.update_codec import UpdateCodec
 
 Ends = Callable[[], tuple[Callable[[FedAvg], Any], list[Any]]]
 """Returns a function that wraps a strategy, and the client's mods."""
@@ -230,6 +233,86 @@ def test_trainings_of_one_app_do_not_touch_each_other(ends: Ends, *, anew: bool)
     run_in_process(server, client, run_config={}, num_supernodes=CLIENTS)
     first, second = (nn.utils.parameters_to_vector(values.values()) for values in found)
     assert float((first - second).norm() / first.norm()) < 1e-5  # sums are rounded with the seed of their round
+
+
+@pytest.mark.parametrize("ends", [sparse(), sparse(downlink=4.0), secure, hybrid], ids=["up", "both", "sum", "hybrid"])
+def test_strategies_that_take_turns_do_not_touch_each_other(ends: Ends) -> None:
+    """As for the two networks of a GAN. Clients kept the state of one training, and the keys of one secure round."""
+    wrap, mods = ends()
+    client, server, found = ClientApp(mods=mods), ServerApp(), list[dict[str, torch.Tensor]]()
+    client.train()(train)
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        for sizes in ((128, 64), (128,)):
+            torch.manual_seed(0)
+            turns = [[wrap(Ordered(fraction_evaluate=0.0)), ArrayRecord(Net(size).state_dict())] for size in sizes]
+            for round_ in range(1, 5):
+                for turn in turns:
+                    messages = turn[0].configure_train(round_, turn[1], ConfigRecord({"lr": 0.1}), grid)
+                    turn[1], _ = turn[0].aggregate_train(round_, grid.send_and_receive(messages))
+            found.append(turns[0][1].to_torch_state_dict())
+
+    run_in_process(server, client, run_config={}, num_supernodes=CLIENTS)
+    first, second = (nn.utils.parameters_to_vector(values.values()) for values in found)
+    assert float((first - second).norm() / first.norm()) < 1e-5
+
+
+class Faint(nn.Module):
+    """BatchNorm of inputs whose variance is far below 1, its first value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.last(torch.relu(self.norm(self.first(0.01 * x.flatten(1)))))
+        return out
+
+
+def test_no_variance_of_batch_norm_becomes_negative() -> None:
+    """What a lossy step leaves of it is less than its error."""
+
+    def handler(message: Message, context: Context) -> Message:
+        network = Faint()
+        network.load_state_dict(message.content["arrays"].to_torch_state_dict())
+        data = DATA.client(int(context.node_config["partition-id"]))
+        for rows in torch.arange(len(data)).split(32):
+            network(to_float(data.images[rows]))
+        arrays, metrics = ArrayRecord(network.state_dict()), MetricRecord({"num-examples": len(data)})
+        return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+
+    options = {**SPARSE, "ratio": 20, "downlink": 5.0}
+    strategy = tofu.Compressed(strategy_of(), **options)
+    result = federate(strategy, tofu.compress(**options), handler=handler, model=Faint, rounds=6)
+    held = strategy.sent_to(next(iter(strategy.acknowledged))).held
+    for arrays in (held, result.arrays.to_torch_state_dict()):
+        assert float(arrays["norm.running_var"].min()) >= 0
+
+
+def test_lazy_layers_of_a_model() -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+
+    arrays = {"1.weight": torch.zeros(10, 64), "1.bias": torch.zeros(10)}
+    model = UpdateCodec(build, SHAPE, compressor="sparse").reference(arrays)
+    assert dict(model.param_spec.shapes) == {name: value.shape for name, value in arrays.items()}
+    with pytest.raises(SettingError, match="lazy layers without weights"):
+        UpdateCodec(build, compressor="sparse").reference(arrays)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_is_named(reentrant: bool) -> None:
+    """Proxies are found by derivatives of derivatives, which torch does not take of recomputed layers."""
+
+    class Recomputing(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = checkpoint(super().forward, x, use_reentrant=reentrant)
+            return out
+
+    update = {name: 0.01 * torch.randn_like(value) for name, value in Recomputing().named_parameters()}
+    with pytest.raises(ModelError, match="no activation checkpointing in evaluation mode, or compressor=sparse"):
+        tofu.encode(Recomputing(), update, input_shape=SHAPE, ratio=20)
 
 
 def test_a_secure_round_without_any_change_is_followed_by_others() -> None:
