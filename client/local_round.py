@@ -114,6 +114,11 @@ def check_fit(data: LabeledImages | LabeledRows, shape: ImageShape) -> None:
             raise DataError(
                 f"images of {own.channels}x{own.height}x{own.width}, the run's network takes "
                 f"{shape.channels}x{shape.height}x{shape.width}"
+                + (
+                    f"; --resize {shape.height}x{shape.width} for the run gives all clients' images this size"
+                    if own.chw[1:] != shape.chw[1:]
+                    else ""
+                )
             )
     if len(data) and int(data.labels.max()) >= shape.classes:
         raise DataError(f"label {int(data.labels.max())}, the run's network has classes 0 to {shape.classes - 1}")

@@ -293,7 +293,7 @@ IMAGES: dict[str, Case] = {
         lambda r: sequence(
             lambda p: splits(p, "cat", "dog"), lambda p: put(p, "train/cat/x.png", content=picture("cat", size=(9, 7)))
         )(r),
-        r"x\.png has 7x9 pixels, expected 8x8",
+        r"x\.png has 9x7 pixels, the first image 8x8",
     ),
     "long_names": Case(
         lambda r: sequence(

@@ -158,8 +158,8 @@ def fit_image(pixels: Pixels, shape: ImageShape) -> Pixels:
         DataError: the image has another size, or is in color where the shape is gray.
     """
     if pixels.shape[:2] != (shape.height, shape.width):
-        size = f"{pixels.shape[1]}x{pixels.shape[0]}"
-        raise DataError(f"has {size} pixels, expected {shape.width}x{shape.height} (width x height)")
+        size = f"{pixels.shape[0]}x{pixels.shape[1]}"
+        raise DataError(f"has {size} pixels, expected {shape.height}x{shape.width} (height x width)")
     if pixels.ndim == 3 and shape.channels == 1:
         raise DataError("is in color, expected gray")
     channels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)

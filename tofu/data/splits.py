@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ _SYNONYMS = {
 _LOG = logging.getLogger("tofu.data")
 _MAX_NAMED = 20
 """Maximum number of rows that are left out for which the log has a line."""
+_MAX_SIZED, _MAX_SIZES = 1000, 3
+"""Maximum number of images whose sizes are counted for an error, and of sizes that it names."""
 _FIXED_SEED = 20240229  # seeds the splits that are the same in every run
 _SHARD_NUMBER = re.compile(r"[-_.]?\d+(-of-\d+(-[0-9a-f]{16})?)?$")
 
@@ -109,12 +112,12 @@ class Split:
                 if strict:
                     raise DataError(f"{unreadable[-1]} (strict=true)") from error
                 continue
+            if pixels.shape[:2] != (shape.height, shape.width):
+                raise DataError(f"{self.origin(row)} {self._size_problem(pixels, shape)}")
             try:
                 images[len(kept)] = fit_image(to_8_bits(pixels), shape)
             except DataError as error:
-                sized = pixels.shape[:2] == (shape.height, shape.width)
-                hint = "" if sized else f"; resize={shape.height}x{shape.width} gives all images this size"
-                raise DataError(f"{self.origin(row)} {error}{hint}") from error
+                raise DataError(f"{self.origin(row)} {error}") from error
             kept.append(row)
         if unreadable and not kept:
             raise DataError(f"none of {len(unreadable)} images can be read: {unreadable[0]}")
@@ -123,12 +126,34 @@ class Split:
         labels = torch.from_numpy(self.labels[np.array(kept, dtype=np.int64)])
         return LabeledImages(torch.from_numpy(images[: len(kept)]), labels, shape.classes, tuple(unreadable))
 
+    def _size_problem(self, pixels: RawPixels, shape: ImageShape) -> str:
+        """Return what is wrong with an image of another size than `shape`, and which `resize` fits most images."""
+        rows = np.linspace(0, len(self.labels) - 1, min(len(self.labels), _MAX_SIZED)).astype(int).tolist()
+        sizes: Counter[str] = Counter()
+        for row in rows:
+            with suppress(DataError):
+                sizes[_size(*self.read(row).shape[:2])] += 1
+        first = _size(shape.height, shape.width)
+        named = sizes.most_common(_MAX_SIZES)
+        counts = [f"{count} {'has' if count == 1 else 'have'} {size}" for size, count in named]
+        if others := sizes.total() - sum(count for _, count in named):
+            counts.append(f"{others} {'has another size' if others == 1 else 'have other sizes'}")
+        best = named[0][0] if len(sizes) > 1 else first
+        return (
+            f"has {_size(*pixels.shape[:2])} pixels, the first image {first} (height x width): of {sizes.total()} "
+            f"images {', '.join(counts)}; --resize {best} (in Python resize={best!r}) gives all images one size"
+        )
+
     def check_labels(self) -> None:
         """Raises DataError if a label is not the index of a class name."""
         wrong = np.flatnonzero((self.labels < 0) | (self.labels >= len(self.class_names)))
         if len(wrong):
             label, last = self.labels[wrong[0]], len(self.class_names) - 1
             raise DataError(f"{self.origin(int(wrong[0]))} has label {label}: labels are expected to be 0 to {last}")
+
+
+def _size(height: int, width: int) -> str:
+    return f"{height}x{width}"
 
 
 def row_origin(parts: Sequence[tuple[str, int]]) -> Callable[[int], str]:

@@ -503,7 +503,7 @@ def test_mixed_sizes_name_the_first_odd_image(tmp_path: Path, by_name: dict[str,
     write_images(tmp_path, {"one": by_name["one"][:3]})
     (tmp_path / "one" / "001.png").write_bytes(png(np.zeros((9, 7), np.uint8)))
     (tmp_path / "one" / "002.png").write_bytes(png(np.zeros((5, 5), np.uint8)))
-    with pytest.raises(DataError, match=r"one/001\.png has 7x9 pixels, expected 8x8"):
+    with pytest.raises(DataError, match=r"one/001\.png has 9x7 pixels, the first image 8x8"):
         local_folder(str(tmp_path))
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from client.app import app as client_app
 from server.app import serve_in_process
-from tofu.data import FederatedData, ImageShape, LabeledImages, local_folder
+from tofu.data import FederatedData, ImageShape, LabeledImages, local_folder, open_data
 from tofu.data.images import fit_image, read_image, to_8_bits
 from tofu.errors import DataError
 from tofu.reporting.folder import read_preprocessing
@@ -136,7 +136,7 @@ def test_a_truncated_image_is_named(tmp_path: Path) -> None:
 def test_a_gray_image_fills_the_channels_of_a_color_shape() -> None:
     pixels = np.arange(12, dtype=np.uint8).reshape(3, 4)
     assert np.array_equal(fit_image(pixels, ImageShape(3, 3, 4, 2)), np.stack([pixels] * 3))
-    with pytest.raises(DataError, match="expected 3x4"):
+    with pytest.raises(DataError, match="expected 4x3"):
         fit_image(pixels, ImageShape(1, 4, 3, 2))
 
 
@@ -193,5 +193,17 @@ def test_a_client_that_cannot_take_part_is_a_failure_of_the_round(tmp_path: Path
     _, rounds = small_run(data, tmp_path / "run")
     assert len(rounds[1].by_client) == 1
     assert [failure.reason for failure in rounds[1].failures] == [
-        f"{data / '1' / '13.png'} has 8x9 pixels, expected 8x8 (width x height); resize=8x8 gives all images this size"
+        f"{data / '1' / '13.png'} has 9x8 pixels, the first image 8x8 (height x width): of 20 images 19 have 8x8, "
+        "1 has 9x8; --resize 8x8 (in Python resize='8x8') gives all images one size"
     ]
+
+
+def test_the_commonest_size_is_suggested_and_not_that_of_the_first_image(tmp_path: Path) -> None:
+    data = noise_folder(tmp_path)
+    for number, size in enumerate([(12, 10), (12, 10), (7, 7), (6, 6), (5, 5)]):
+        Image.fromarray(np.zeros(size, np.uint8)).save(data / "0" / f"0{number}.png")
+    counts = r"of 20 images 15 have 8x8, 2 have 12x10, 1 has \dx\d, 2 have other sizes; --resize 8x8 "
+    with pytest.raises(DataError, match=rf"0[2-9]\.png has \dx\d pixels, the first image 12x10 .*: {counts}"):
+        local_folder(str(data))
+    with pytest.raises(DataError, match=counts):
+        open_data(str(data), clients=2, partition="iid", seed=0).client(0)

@@ -152,7 +152,7 @@ def test_augmentations_draw_from_the_given_generator_alone() -> None:
 
 
 def test_images_of_several_sizes_need_a_resize(photos: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"has \d+x\d+ pixels, expected .*; resize=\d+x\d+ gives all images this size"):
+    with pytest.raises(DataError, match=r"has \d+x\d+ pixels, the first image .*; --resize \d+x\d+ \("):
         local_folder(str(photos))
     assert local_folder(str(photos), DataSettings(resize="16x12")).images.shape == (24, 3, 16, 12)
     cells = []

@@ -31,5 +31,5 @@ def test_a_gray_image_of_any_depth_is_read_as_in_training(tmp_path: Path, bits: 
 
 def test_an_image_of_another_size_is_named(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((4, 6), np.uint8)).save(tmp_path / "0.png")
-    with pytest.raises(DataError, match=r"0\.png has 6x4 pixels, expected 8x8"):
+    with pytest.raises(DataError, match=r"0\.png has 4x6 pixels, expected 8x8"):
         _read_all(tmp_path, ImageShape(1, 8, 8, 10), Preprocessing())
