@@ -8,6 +8,7 @@ and deploy/compose.yaml the command `python -m deploy.control`.
 import json
 import os
 import re
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -134,7 +135,7 @@ class Control:
         """
         check_server(self._address, self._ca)
         app = app or write_app(self._folder / "app")
-        config = self._folder / "run.toml"
+        config = self._folder / f"run-{secrets.token_hex(8)}.toml"  # others may start runs at the same time
         lines = [f"{json.dumps(key)} = {json.dumps(value, ensure_ascii=False)}" for key, value in run_config.items()]
         config.write_text("\n".join(lines), encoding="utf-8")
         end = time.monotonic() + timeout
@@ -159,6 +160,7 @@ class Control:
             raise
         finally:
             log.stop()
+            config.unlink()
 
     def _await_end(self, identity: int, end: float, log: "_LogStream") -> CompletedRun:
         """Follow a run to its end, also through a restart of the SuperLink, which continues its runs."""

@@ -1,5 +1,7 @@
 """The operator's command while the SuperLink is slow: a stand-in for `flwr` answers late, or never."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,20 @@ def test_a_busy_machine_gets_more_time(superlink: Control, tmp_path: Path, monke
     seen: list[str] = []
     assert superlink.run(None, {}, follow=seen.append).completed
     assert seen == ["started run 7"]
+
+
+def test_runs_that_are_started_at_the_same_time_keep_their_own_settings(
+    superlink: Control, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second run's settings took the place of the first one's before it had read them."""
+    monkeypatch.setattr(control, "_COMMAND_SECONDS", 60.0)
+    script = FLWR.format(late=0, seconds=0).replace("started run 7", "$(sleep 1; cat $6) started run 7")
+    (tmp_path / "flwr").write_text(script)
+    (tmp_path / "flwr").chmod(0o700)
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(superlink.run, None, {"rounds": 1})
+        time.sleep(0.5)
+        second = threads.submit(superlink.run, None, {"rounds": 2})
+        logs = [first.result().log, second.result().log]
+    assert [log.split(" started")[0] for log in logs] == ['"rounds" = 1', '"rounds" = 2']
+    assert not list((tmp_path / "control").glob("run*.toml"))
