@@ -6,11 +6,13 @@ Everything listens on 127.0.0.1 only. This module and the supervisor do not impo
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -231,11 +233,33 @@ def run(folder: Path, overrides: Mapping[str, object], *, follow: Callable[[str]
         secure_identities=str(Path(known).resolve()) if known else "",
         dataset=str(dataset.resolve()) if dataset.is_dir() else settings.data.dataset,
     )
-    done = _control(folder, state).run(Path(state.app), settings.to_config(), follow=follow)
+    named = partial(name_nodes, read_names(folder), folder / "logs")
+    done = _control(folder, state).run(
+        Path(state.app), settings.to_config(), follow=lambda line: follow(named(line))
+    )  # fmt: skip
     if not done.completed:
-        reason = " ".join(done.details.split()) or last_lines(done.log)
+        reason = named(" ".join(done.details.split()) or last_lines(done.log))
         raise RunError(f"run {done.identity} {done.status.removeprefix('finished:')}: {reason}")
     return done, results
+
+
+def name_nodes(names: Mapping[str, str], logs: Path, text: str) -> str:
+    """Return a line of the server app with the names of nodes before their ids, and the file of a log that it names.
+
+    Args:
+        names: node id -> name.
+        logs: folder of the federation's logs.
+
+    Example:
+        >>> name_nodes({"7": "node-0"}, Path("F/logs"), "node 7 cannot take part: see its log")
+        'node-0 (node 7) cannot take part: see its log F/logs/node-0-exec.log'
+    """
+    ids = [found for found in re.findall(r"\bnode (\d+)\b", text) if found in names]
+    log = logs / f"{names[ids[0]] if len(set(ids)) == 1 else 'NODE'}-exec.log"
+    text = re.sub(
+        r"\bnode (\d+)\b", lambda found: f"{names[found[1]]} ({found[0]})" if found[1] in names else found[0], text
+    )
+    return text.replace("see its log", f"see its log {log}")
 
 
 def down(folder: Path) -> list[str]:

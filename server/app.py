@@ -78,15 +78,15 @@ def main(grid: Grid, context: Context) -> None:
         serve(grid, settings, make_progress(sys.stderr, quiet=settings.run.log == "json"))
     except TofuError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
-        logging.getLogger("flwr").addFilter(_drop_traceback)
+        logging.getLogger("flwr").addFilter(_is_no_repetition)
         raise  # Flower counts every other end, even SystemExit, as success
 
 
-def _drop_traceback(record: logging.LogRecord) -> bool:
-    """Remove the traceback, which Flower logs, of an error that was shown as one line."""
-    if record.exc_info and isinstance(record.exc_info[1], TofuError):
-        record.exc_info = None
-    return True
+def _is_no_repetition(record: logging.LogRecord) -> bool:
+    """Return whether Flower's log has something new: not the traceback of an error that was shown as one line, or the
+    exit code of the app that ends with it."""
+    shown = record.exc_info and isinstance(record.exc_info[1], TofuError)
+    return not shown and not record.getMessage().startswith("Exit Code: ")
 
 
 def serve(grid: Grid, settings: Settings, observer: Observer, workload: Workload | None = None) -> RunSummary:

@@ -18,7 +18,7 @@ from tofu.settings.fields import names_to_text
 from tofu.wire import CLASSES, RECORD, SIGNATURE, class_names_from, class_names_to_text, hello_parts, run_name
 
 _GRACE_SECONDS = 30.0
-"""Time to wait for other clients if all that are connected have declined."""
+"""Time to wait for other clients if all that are connected have declined, and more are expected."""
 
 _MAX_ADDED = 1000
 """Limit for the number of classes that clients add to a run."""
@@ -58,14 +58,16 @@ class Clients:
         class_names: the classes of the run in order. They are sent to a client whose data have other classes or another
             order; it does not take part if it has a class that is not among them. With (), nothing is sent.
         identities: client name -> public key; a node must then sign the name under which it takes part.
+        expected: number of nodes of the run. Once they are connected, nobody waits for others if too many declined.
     """
 
     def __init__(
         self, transport: Transport, ledger: Ledger, observer: Observer, class_names: tuple[str, ...] = (),
-        identities: Mapping[str, bytes] | None = None,
+        identities: Mapping[str, bytes] | None = None, *, expected: int,
     ) -> None:  # fmt: skip
         self._transport, self._ledger, self._observer = transport, ledger, observer
         self.class_names, self._identities, self._growing = class_names, identities, False
+        self._expected = expected
         self._known: dict[int, Client | None] = {}
         self._owners: dict[str, int] = {}
         self._declined: dict[int, str] = {}
@@ -95,8 +97,9 @@ class Clients:
             if len(found) >= min_clients:
                 return sorted(found.values(), key=lambda client: client_order(client.name))
             declined = [self._declined[node] for node in nodes if node in self._declined]
-            hopeless = declined and not found and time.monotonic() >= start + _GRACE_SECONDS
-            if time.monotonic() >= end or hopeless:
+            complete = len(nodes) >= self._expected and all(node in self._known for node in nodes)
+            nobody = not found and time.monotonic() >= start + _GRACE_SECONDS
+            if time.monotonic() >= end or (declined and (complete or nobody)):
                 waited = time.monotonic() - start
                 reasons = f" ({'; '.join(sorted(set(declined)))})" if declined else ""
                 raise RunError(f"round {round_}: {format_count(len(found), 'client')} connected after {waited:.0f} s, "

@@ -142,7 +142,8 @@ class RoundRunner:
         self.stream = TaskStream.of(settings.plugins, reference.shape.classes, settings.run.seed)
         workload = workload or workload_of(settings)
         self.clients = clients or Clients(
-            transport, ledger, observer, label_names(workload), known_identities(settings.secure)
+            transport, ledger, observer, label_names(workload), known_identities(settings.secure),
+            expected=settings.data.clients,
         )  # fmt: skip
         self._evaluator = Evaluator(
             test, self.stream, self.plugins, workload,
