@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tofu.arguments import check_calls, check_kind, shown
 from tofu.bytes_io import ByteReader
 from tofu.codec.options import DEFAULTS, CompressorOptions, ProxySettings
 from tofu.compression import compressors, make_compressor
@@ -97,6 +98,10 @@ def encode(
         >>> tofu.decode(model, message)["1.weight"].shape
         torch.Size([10, 64])
     """
+    _check(model, compressor, initial, {"forward": forward, "loss": loss})
+    check_kind("update", update, Mapping, "a mapping of names to tensors: new minus old weights")
+    check_kind("options", options, CompressorOptions | None, "a tofu.codec.options.CompressorOptions, or None")
+    _check_numbers(ratio, seed)
     model, compressor = in_float32(model), compressor and present_value("compressor", compressor)
     name, call = resolve_compressor(
         compressor, model, input_shape, forward=forward, loss=loss, target_shape=target_shape
@@ -138,7 +143,9 @@ def decode(
 
     Raises:
         PayloadError: the bytes are not such a message, or were encoded for other weights.
+        SettingError: another argument cannot be used.
     """
+    _check(model, compressor, initial, {"forward": forward, "loss": loss})
     reader = ByteReader(message, "message", min_bytes=_FIXED.size)
     header = _Header.read(reader)
     if (header.has_forward, header.has_loss) != (forward is not None, loss is not None):
@@ -164,6 +171,16 @@ def decode(
     base = base_fingerprint(reference.model)
     payload = read_payload(reader.rest(), codec=made.code, round_=0, fingerprint=base, max_bytes=limit)
     return made.decompress(reference, payload.body)
+
+
+def _check(model: object, compressor: object, initial: object, calls: Mapping[str, object]) -> None:
+    """Check the types of arguments that `encode` and `decode` share. Raises SettingError."""
+    check_kind("model", model, nn.Module, "a torch.nn.Module, such as torch.nn.Linear(4, 2)")
+    check_kind("compressor", compressor, str | None, "a name, such as 'topk', or 'package.module:Class'")
+    check_kind(
+        "initial", initial, Mapping | None, "a mapping of names to tensors, such as dict(model.named_parameters())"
+    )
+    check_calls(calls)
 
 
 @dataclass(frozen=True)
@@ -227,7 +244,8 @@ def _reference(model: nn.Module, call: ModelCall, initial: Mapping[str, Tensor] 
     missing = reference.param_spec.parameters.keys() - initial.keys()
     if missing:
         raise SettingError("initial", sorted(initial)[:5], f"all trainable parameters ({min(missing)} is missing)")
-    known = {name: initial[name].detach().cpu().float() for name in reference.param_spec.parameters}
+    shapes = reference.param_spec.shapes
+    known = {name: _tensor("initial", name, initial[name], shapes[name]) for name in reference.param_spec.parameters}
     return dataclasses.replace(reference, initial=known)
 
 
@@ -236,11 +254,24 @@ def _complete(reference: ReferenceModel, update: Mapping[str, Tensor]) -> Weight
     complete: Weights = {}
     for name, shape in reference.param_spec.shapes.items():
         value = update.get(name, torch.zeros(shape) if name in reference.param_spec.buffers else None)
-        if value is None or value.shape != shape:
-            found = "nothing" if value is None else f"a tensor {list(value.shape)}"
-            raise SettingError("update", f"{name}: {found}", f"a tensor {list(shape)}")
-        complete[name] = value.detach().cpu().float()
+        complete[name] = _tensor("update", name, value, shape)
     return complete
+
+
+def _check_numbers(ratio: object, seed: object) -> None:
+    if not isinstance(ratio, int | float) or not _MIN_RATIO <= ratio < math.inf:
+        raise SettingError("ratio", shown(ratio), f"a finite number of at least {_MIN_RATIO}, such as 50")
+    if not isinstance(seed, int) or not -(1 << 63) <= seed < 1 << 64:
+        raise SettingError("seed", shown(seed), "a whole number of 64 bits, such as 0")
+
+
+def _tensor(argument: str, name: str, value: object, shape: Shape) -> Tensor:
+    """Return a value of an argument in float32 on the CPU. Raises SettingError unless it is a tensor of this shape."""
+    if not isinstance(value, Tensor) or value.shape != shape:
+        kind = "nothing" if value is None else type(value).__name__
+        found = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else kind
+        raise SettingError(argument, f"{name}: {found}", f"a tensor {list(shape)}")
+    return value.detach().cpu().float()
 
 
 def _options_to_bytes(options: CompressorOptions) -> bytes:

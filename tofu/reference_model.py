@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tofu.arguments import CALLS, shown
 from tofu.data import ImageShape
 from tofu.errors import ModelError, SettingError, user_code
 from tofu.plugins import NO_PLUGINS, Plugins, RoundContext
@@ -40,6 +41,8 @@ MAX_AXES = 8
 
 MAX_LENGTH = 1 << 24
 """Maximum length of an axis."""
+
+_SHAPES = "the shape of one example, such as (3, 32, 32), or a tuple of such shapes"
 
 _MODES = {2: "linear", 3: "bilinear", 4: "trilinear"}
 
@@ -145,6 +148,10 @@ def call_of(
     inputs, forward = inputs_of(model, input_shape, forward)
     if (loss is None) != (target_shape is None):
         raise SettingError("target_shape", target_shape, "the shape of the targets of `loss`: give both or neither")
+    if target_shape is not None and not (
+        isinstance(target_shape, tuple | list) and all(isinstance(n, int) and n >= 1 for n in target_shape)
+    ):
+        raise SettingError("target_shape", target_shape, "the shape of one example's target in `loss`, such as (10,)")
     call = ModelCall(inputs, tuple(target_shape or ()), forward, loss)
     accepted = "the shape of this model's input"
     with user_code("input_shape", input_shape, accepted), eval_mode(model), torch.no_grad():
@@ -152,7 +159,13 @@ def call_of(
     if outputs.dim() < 1 or outputs.shape[0] != 1 or not outputs.is_floating_point():
         found = f"{outputs.dtype} {list(outputs.shape)} for a batch of one"
         raise SettingError("model", found, "outputs that are floating-point values, the batch first")
-    return call if loss is not None else replace(call, target=tuple(outputs.shape[1:]))
+    if loss is not None:
+        with user_code("loss", shown(loss), CALLS["loss"].accepted):
+            value = loss(outputs, torch.zeros(1, *call.target))
+        if not isinstance(value, Tensor) or value.dim():
+            raise SettingError("loss", shown(loss), f"{CALLS['loss'].accepted} (it returns {type(value).__name__})")
+        return call
+    return replace(call, target=tuple(outputs.shape[1:]))
 
 
 def resolve_compressor(
@@ -187,12 +200,13 @@ def resolve_compressor(
 
 def shapes_of(input_shape: InputShape) -> tuple[Shape, ...]:
     """Return the shapes of all inputs. Raises SettingError if they are not tuples of positive integers."""
+    if not isinstance(input_shape, tuple | list):
+        raise SettingError("input_shape", shown(input_shape), _SHAPES)
     nested = [x if isinstance(x, tuple | list) else (x,) for x in input_shape]
     shapes = [tuple(input_shape)] if all(isinstance(x, int) for x in input_shape) else nested
     usable = 1 <= len(shapes) <= MAX_AXES and all(1 <= len(shape) <= MAX_AXES for shape in shapes)
     if not usable or not all(isinstance(x, int) and 1 <= x <= MAX_LENGTH for shape in shapes for x in shape):
-        accepted = "the shape of one example, such as (3, 32, 32), or a tuple of such shapes"
-        raise SettingError("input_shape", input_shape, accepted)
+        raise SettingError("input_shape", input_shape, _SHAPES)
     return tuple(tuple(shape) for shape in shapes)  # type: ignore[arg-type]
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.data import TensorDataset, default_collate
 
 import tofu
+from tofu.arguments import CALLS, check_call, check_elements, check_kind, check_names
 from tofu.data import FederatedData, ImageShape, LabeledImages, to_float
 from tofu.data.federated import normalization_of
 from tofu.data.preprocessing import Statistics, normalize_inputs
@@ -35,7 +36,7 @@ from tofu.reporting.report.figures import accuracy_by_bytes, accuracy_by_round
 from tofu.reporting.report.run_data import read_run
 from tofu.reporting.report.template import COLORS, FIGURE_STYLE
 from tofu.rounds.record import RoundRecord, RunSummary, from_dict, json_lines, read_rounds
-from tofu.settings import Settings, Value
+from tofu.settings import FIELDS, Settings, Value
 from tofu.user_workload import DatasetLoop, Loss, Metric, OptimizerFactory, TrainFunction, UserWorkload, factory_of
 from tofu.weights import Weights, load_weights
 from tofu.workload import workload_of
@@ -100,9 +101,12 @@ class RunResult:
 
         Raises:
             RunError: the run has no accuracy, for example because there is no test data.
+            SettingError: `against` is neither "rounds" nor "bytes".
         """
-        run = read_run(self.folder)
-        markup = accuracy_by_round(run) if against == "rounds" else accuracy_by_bytes(run)
+        drawings = {"rounds": accuracy_by_round, "bytes": accuracy_by_bytes}
+        if against not in drawings:
+            raise SettingError("against", against, "'rounds' or 'bytes'")
+        markup = drawings[against](read_run(self.folder))
         if markup is None:
             raise RunError(f"{self.folder} has no accuracy to plot: is there test data, and are targets class numbers?")
         return Plot(standalone([ET.fromstring(markup)], COLORS + FIGURE_STYLE))
@@ -120,6 +124,7 @@ class Plot:
 
     def save(self, path: str | Path) -> None:
         """Write the figure to an .svg file."""
+        check_kind("path", path, str | PathLike, "a file's name, such as 'accuracy.svg'")
         Path(path).write_text(self.svg, encoding="utf-8")
 
     def _repr_svg_(self) -> str:
@@ -164,8 +169,7 @@ def run(
             `module:Name`, a list for names with commas, a mapping for `plugin_options`, a `Path` for a folder or file.
 
     Raises:
-        SettingError: an argument cannot be used.
-        DataError: the dataset cannot be used.
+        SettingError, DataError: an argument or the dataset cannot be used.
         RunError: no client gave a valid reply, no round succeeded, training had diverged at the end (the run folder has
             all rounds), or this folder has a `client` or `server` module of its own.
 
@@ -176,6 +180,7 @@ def run(
         >>> [record.kind for record in result.history], result.summary.final_accuracy > 0.3
         (['start', 'proxy', 'proxy'], True)
     """
+    _check_others(callbacks, progress, settings)
     workload, checked = _workload_and_settings(
         DatasetLoop(loss, optimizer, metrics or {}, train, collate), model, clients, test,
         {name: _setting(value) for name, value in settings.items()}, input_shape=input_shape, forward=forward,
@@ -186,6 +191,13 @@ def run(
         summary = server.serve_in_process(client.make_app(workload), checked, observers, workload)
     typed = from_dict(RunSummary, summary, "summary")
     return RunResult(Path(typed.run), typed, (workload or workload_of(checked)).build_model)
+
+
+def _check_others(callbacks: object, progress: object, settings: Mapping[str, Any]) -> None:
+    """Raise SettingError for arguments of `run` that are neither data, model nor functions, and for unknown names."""
+    check_elements("callbacks", callbacks, Observer, "objects of subclasses of tofu.observers.base.Observer")
+    check_kind("progress", progress, bool, "True or False")
+    check_names(settings, FIELDS, [name for name in inspect.signature(run).parameters if name != "settings"])
 
 
 @contextmanager
@@ -238,9 +250,11 @@ def _workload_and_settings(
     settings = settings | ({"clients": clients if named_data else len(clients)} if clients is not None else {})
     if named_data and named_model and not any((loop.loss, loop.optimizer, loop.metrics, loop.train_function)):
         return None, _checked(settings | ({"model": model} if model is not None else {}))
-    if named_model or not callable(model):
+    if named_model:
         raise SettingError("model", model, "a torch.nn.Module or a function that builds one, as other Python "
                            "objects are given")  # fmt: skip
+    if not isinstance(model, nn.Module):
+        check_call("model", model, CALLS["model"])
     for name, default in {**_NAMED_ONLY, **({} if named_data else _NAMED_DATA)}.items():
         if settings.get(name, default) != default:
             accepted = f"{default!r} for datasets and models that are Python objects"

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
+from tofu.arguments import CALLS, check_call, check_calls, check_dataset, check_metrics, shown
 from tofu.data import ImageShape
 from tofu.device import CPU, on_device
 from tofu.errors import RunError, SettingError, user_code
@@ -51,6 +52,11 @@ class DatasetLoop:
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     train_function: TrainFunction | None = None
     collate: Callable[[list[Any]], Any] = default_collate
+
+    def __post_init__(self) -> None:
+        check_calls({"loss": self.loss, "optimizer": self.optimizer, "train": self.train_function})
+        check_call("collate", self.collate, CALLS["collate"])
+        check_metrics(self.metrics)
 
     def train(self, model: nn.Module, data: Sized, context: TrainingContext, plugins: Plugins) -> TrainingResult:
         """Train by the user's function, or by epochs of the loss over shuffled batches.
@@ -116,7 +122,9 @@ class DatasetLoop:
         metrics = {}
         if self.metrics:
             outputs, targets = (_joined(list(parts)) for parts in zip(*kept, strict=True))
-            metrics = {name: float(metric(outputs, targets)) for name, metric in self.metrics.items()}
+            for name, metric in self.metrics.items():
+                with user_code(f"metrics[{name!r}]", shown(metric), CALLS["metric"].accepted):
+                    metrics[name] = float(metric(outputs, targets))
         accuracy = metrics.pop("accuracy", correct / len(data))
         return Evaluation(accuracy, loss / len(data), metrics)
 
@@ -155,25 +163,47 @@ class UserWorkload(DatasetLoop):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check_calls({"forward": self.forward})
+        if self.forward is not None and self.input_shape is None:
+            raise SettingError("input_shape", None, "the shape of one proxy, with which `forward` is called")
         for number, data in enumerate(self.clients):
-            if not isinstance(data, Sized) or not hasattr(data, "__getitem__") or not len(data):
-                accepted = "datasets with __len__ and __getitem__, each with at least one sample"
-                raise SettingError("clients", f"{type(data).__name__} of client {number}", accepted)
+            check_dataset(f"clients[{number}]", data)
+        check_dataset("test", self.test_data, empty=True)
 
     @cached_property
     def _probe(self) -> tuple[Any, Any]:
         """Inputs and outputs of the first samples of client 0."""
         first = self.clients[0]
-        inputs, targets = split_batch(self.collate([first[row] for row in range(min(2, len(first)))]))
+        with user_code("clients[0]", shown(first), "a dataset whose samples can be read by their numbers"):
+            samples = [first[row] for row in range(min(2, len(first)))]
+        with user_code("collate", shown(self.collate), CALLS["collate"].accepted):
+            inputs, targets = split_batch(self.collate(samples))
         model = build_seeded(self.model, self.seed).eval()
         accepted = "a model that accepts the inputs of the datasets"
         with user_code("model", type(model).__name__, accepted), torch.no_grad():
             outputs = _forward(model, inputs)
         if self.train_function is None or len(self.test_data):
-            name = getattr(self.loss, "__name__", "cross_entropy")
-            with user_code("loss", name, "a function of (outputs, targets) of a batch"):
-                self._loss_of(outputs, targets)
+            name = "cross_entropy" if self.loss is None else shown(self.loss)
+            with user_code("loss", name, CALLS["loss"].accepted):
+                loss = self._loss_of(outputs, targets)
+            if not isinstance(loss, Tensor) or loss.dim():
+                raise SettingError("loss", name, f"{CALLS['loss'].accepted} (it returns {type(loss).__name__})")
+        self._check_optimizer(model)
         return inputs, outputs
+
+    def _check_optimizer(self, model: nn.Module) -> None:
+        """Raise SettingError unless `optimizer` makes an object with `step()` for this model's parameters."""
+        if self.optimizer is None or self.train_function is not None:
+            return
+        accepted = CALLS["optimizer"].accepted
+        with user_code("optimizer", shown(self.optimizer), accepted), GlobalGenerators(self.seed):
+            made = self.optimizer([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        try:
+            check_call("step", getattr(made, "step", None), CALLS["step"])
+        except SettingError as error:
+            reason = f"{accepted}, with a method step() (it returns {type(made).__name__})"
+            raise SettingError("optimizer", shown(self.optimizer), reason) from error
 
     @property
     def takes_images(self) -> bool:
@@ -263,7 +293,13 @@ def factory_of(model: nn.Module | Callable[[], nn.Module]) -> Callable[[], nn.Mo
     if isinstance(model, nn.Module):
         bare = without_wrappers(model)
         return lambda: copy_model(bare)
-    return lambda: without_wrappers(model())
+
+    def build() -> nn.Module:
+        with user_code("model", shown(model), CALLS["model"].accepted):
+            made = model()
+        return without_wrappers(made)
+
+    return build
 
 
 def _forward(model: nn.Module, inputs: Any) -> Any:

@@ -1,7 +1,9 @@
 import json
+import math
 import sys
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +14,13 @@ import tofu
 from tests.conftest import Case
 from tests.processes import run
 from tofu.codec.options import CompressorOptions, ProxySettings
+from tofu.data import ImageShape
 from tofu.errors import PayloadError, RunError, SettingError
 from tofu.models import build_model
 from tofu.weights import Weights, cosine
 
 SHAPE = (1, 8, 8)
+NAMES = tuple(name for name, _ in build_model("mlp", ImageShape(1, 8, 8, 10)).named_parameters())
 QUICK = CompressorOptions(correction=0.4, encoder=ProxySettings(max_evals=4, bits=4))
 
 
@@ -107,6 +111,40 @@ def test_what_cannot_be_encoded_says_why(mlp_update: Case) -> None:
         tofu.encode(network.model, update, input_shape=SHAPE, compressor="zip")
     with pytest.raises(RunError, match="not finite"):
         tofu.encode(network.model, {**update, name: update[name] * torch.nan}, input_shape=SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"model": "mlp"}, "model='mlp' .* a torch.nn.Module"),
+        ({"model": torch.nn.Linear}, "model='Linear' .* a torch.nn.Module"),
+        ({"update": [1]}, "update='list' .* a mapping"),
+        ({"update": dict.fromkeys(NAMES, 3)}, "update='.*: int' .* a tensor"),
+        ({"input_shape": 3}, "input-shape=3 .* such as"),
+        ({"ratio": "x"}, "ratio='x' .* such as 50"),
+        ({"ratio": math.nan}, "ratio=nan .* such as 50"),
+        ({"compressor": 3}, "compressor=3 .* such as 'topk'"),
+        ({"options": {"correction": 1}}, "options='dict' .*CompressorOptions"),
+        ({"initial": [1]}, "initial='list' .* a mapping"),
+        ({"initial": dict.fromkeys(NAMES, 3)}, "initial='.*: int' .* a tensor"),
+        ({"seed": 1.5}, "seed=1.5 .* a whole number"),
+        ({"forward": "x"}, "forward='x' .*at_embedding"),
+        ({"forward": lambda: 3}, "forward='<lambda>' .* positional"),
+        ({"loss": "mse", "target_shape": (10,)}, "loss='mse' .* torch.nn.functional"),
+        ({"loss": lambda outputs, targets: 3.0, "target_shape": (10,)}, "loss='<lambda>' .* returns float"),
+        ({"loss": torch.nn.functional.mse_loss, "target_shape": "ab"}, "target-shape='ab' .* such as"),
+    ],
+)
+def test_every_argument_of_encode_is_checked(mlp_update: Case, arguments: dict[str, Any], reason: str) -> None:
+    network, update = mlp_update
+    given = {"model": network.model, "update": update, "input_shape": SHAPE} | arguments
+    with pytest.raises(SettingError, match=reason):
+        tofu.encode(**given)
+    shared = {name: value for name, value in arguments.items() if name in ("model", "compressor", "forward")}
+    if shared:
+        message = tofu.encode(network.model, update, input_shape=SHAPE, compressor="stc")
+        with pytest.raises(SettingError, match=reason):
+            tofu.decode(**{"model": network.model, "message": message} | shared)
 
 
 def test_a_message_for_other_weights_or_of_another_compressor_is_refused(mlp_update: Case) -> None:

@@ -116,6 +116,17 @@ def test_the_result_has_the_run_as_objects(tmp_path: Path, parts: tuple[list[Ten
         assert text.startswith("<svg")
         assert "polyline" in text
     assert result.report().read_text().startswith("<!doctype html>")
+    with pytest.raises(SettingError, match=r"against='round' .* 'rounds' or 'bytes'"):
+        result.plot("round")  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match="path=3"):
+        result.plot().save(3)  # type: ignore[arg-type]
+
+
+def test_a_metric_that_fails_is_named(tmp_path: Path, parts: tuple[list[TensorDataset], TensorDataset]) -> None:
+    clients, test = parts
+    with pytest.raises(SettingError, match=r"metrics\['rmse'\]='<lambda>' .*ValueError"):
+        tofu.run(**QUICK, clients=clients, test=test, model=mlp, metrics={"rmse": lambda outputs, targets: float("x")},
+                 run_folder=str(tmp_path / "run"))  # fmt: skip
 
 
 def test_a_result_is_one_line_in_a_notebook() -> None:
@@ -275,8 +286,11 @@ def test_a_run_without_room_for_a_proxy_says_so_before_round_1_and_in_its_report
     [
         ({"clients": [Vectors(0)]}, "model=None .* a function that builds one"),
         ({"clients": [Vectors(0)], "model": "mlp"}, "model='mlp' .* a function that builds one"),
-        ({"clients": [TensorDataset(torch.zeros(0, 4))], "model": mlp}, "clients=.*client 0.*at least one sample"),
-        ({"clients": [iter(())], "model": mlp}, "clients=.*__len__"),
+        (
+            {"clients": [TensorDataset(torch.zeros(0, 4))], "model": mlp},
+            r"clients\[0\]='TensorDataset' .*at least one sample",
+        ),
+        ({"clients": [iter(())], "model": mlp}, r"clients\[0\]='tuple_iterator' .*__len__"),
         ({"clients": [[torch.zeros(4)] * 3], "model": mlp}, "samples that collate to Tensor.* pairs"),
         ({"clients": {"a": Vectors(0)}, "model": mlp}, "clients='dict' .* a list of datasets"),
         ({"clients": Vectors(0), "model": mlp}, "clients='Vectors' .* a list of datasets"),
@@ -293,11 +307,36 @@ def test_a_run_without_room_for_a_proxy_says_so_before_round_1_and_in_its_report
         ({"model": mlp, "test": Vectors(0)}, "test='Vectors'"),
         ({"test": Vectors(0)}, "test='Vectors'"),
         ({"clients": 2, "rounds_": 3}, "rounds"),
+        ({"model": mlp, "optimizer": "adam"}, r"optimizer='adam' .* \(parameters, lr=\) .* torch.optim.Adam"),
+        ({"model": mlp, "optimizer": lambda parameters: None}, "optimizer='<lambda>' .*'lr'"),
+        ({"model": mlp, "optimizer": lambda parameters, lr: 3}, r"optimizer='<lambda>' .* step\(\) .* int"),
+        ({"model": mlp, "optimizer": torch.optim.LBFGS}, r"optimizer='LBFGS' .* step\(\)"),
+        ({"model": mlp, "train": "x"}, r"train='x' .* \(model, dataset, context\)"),
+        ({"model": mlp, "loss": "mse"}, "loss='mse' .* torch.nn.functional"),
+        ({"model": mlp, "loss": lambda outputs, targets: 3.0}, "loss='<lambda>' .* float"),
+        ({"model": mlp, "metrics": ["acc"]}, "metrics='list' .* a mapping"),
+        ({"model": mlp, "metrics": {"acc": 3}}, r"metrics\['acc'\]=3 .* \(outputs, targets\) -> number"),
+        ({"model": mlp, "callbacks": [3]}, r"callbacks\[0\]=3 .*Observer"),
+        ({"model": mlp, "callbacks": Observer()}, "callbacks='Observer' .* a list"),
+        ({"model": mlp, "progress": "yes"}, "progress='yes' .* True or False"),
+        ({"model": mlp, "collate": 3}, r"collate=3 .* \(samples\)"),
+        ({"model": mlp, "collate": lambda samples: 1 / 0}, "collate='<lambda>' .*ZeroDivisionError"),
+        ({"model": mlp, "input_shape": 3}, "input-shape=3 .* such as"),
+        ({"model": mlp, "input_shape": (1, 8, 8), "forward": 3}, "forward=3 .*at_embedding"),
+        ({"model": mlp, "forward": lambda model, x: model(x)}, "input-shape=None"),
+        ({"model": 3}, "model=3 .* a torch.nn.Module, or a function"),
+        ({"model": nn.Linear}, "model='Linear' .*in_features"),
+        ({"model": lambda: 1 / 0}, "model='<lambda>' .*ZeroDivisionError"),
+        ({"clients": [Vectors(0)], "model": mlp, "test": 3}, "test=3 .* such as torch.utils.data.TensorDataset"),
+        ({"clients": [Vectors(0), 3], "model": mlp}, r"clients\[1\]=3 .* such as torch.utils.data.TensorDataset"),
+        ({"progress2": 1}, "progress2=1 .* the argument progress"),
+        ({"callback": 1}, "callback=1 .* the argument callbacks"),
     ],
 )
 def test_misuse_has_a_line_that_says_what_is_expected(tmp_path: Path, arguments: Row, reason: str) -> None:
     with pytest.raises((SettingError, RunError)) as caught:
-        tofu.run(**QUICK | {"run_folder": str(tmp_path / "run")} | arguments)
+        tofu.run(**QUICK | DATA | {"run_folder": str(tmp_path / "run")} | arguments)
+    assert not (tmp_path / "run").exists()
     assert re.search(reason, str(caught.value))
     assert "\n" not in str(caught.value)
 
