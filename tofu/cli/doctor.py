@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -9,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from io import StringIO
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +18,16 @@ from typing import Annotated
 import typer
 
 _PACKAGES = ("tofu-fl", "torch", "torchvision", "flwr", "flwr-datasets", "numpy", "pydantic")
-_OPTIONAL = ("ray", "tensorboard", "mlflow-skinny", "wandb", "trackio")
+_EXTRAS = {
+    "attacks": "tofu attack, metrics of label trees",
+    "privacy": "noise-multiplier above 0",
+    "simulation": "flwr run on ray",
+    "tensorboard": "tracker=tensorboard",
+    "mlflow": "tracker=mlflow",
+    "wandb": "tracker=wandb",
+    "trackio": "tracker=trackio",
+}
+"""Extra -> what needs it."""
 _FLOWER_PORTS = (9091, 9092, 9093)
 _MIN_DISK = 2 * 10**9
 _TORCHVISION = "tofu.models.torchvision_compat"
@@ -56,8 +66,9 @@ def _checks(folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
     yield "python", _python
     for package in _PACKAGES:
         yield package, lambda package=package: _installed(package)  # type: ignore[misc]
-    for package in _OPTIONAL:
-        yield package, lambda package=package: _optional(package)  # type: ignore[misc]
+    for extra in _EXTRAS:
+        for package in sorted(set(_packages_of("tofu-fl", extra))):
+            yield package, lambda package=package, extra=extra: _optional(package, extra)  # type: ignore[misc]
     yield "flower commands", _flower_commands
     yield "device", _device
     yield "folders", _shadowed
@@ -96,11 +107,22 @@ def _imported_elsewhere(found: str) -> str:
     return found
 
 
-def _optional(package: str) -> str:
+def _packages_of(distribution: str, extra: str) -> Iterator[str]:
+    """Yield the packages that an extra of an installed distribution needs, and those of the extras that it names."""
+    try:
+        needed = requires(distribution) or []
+    except PackageNotFoundError:  # reported by another check
+        return
+    for requirement in needed:
+        if found := re.match(rf"([\w.-]+)(?:\[([\w-]+)\])?.*;.*\bextra == ['\"]{extra}['\"]", requirement):
+            yield from _packages_of(found[1], found[2]) if found[2] else (found[1],)
+
+
+def _optional(package: str, extra: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        raise _Note("not installed; optional") from None
+        raise _Note(f"not installed; needed for {_EXTRAS[extra]}: pip install 'tofu-fl[{extra}]'") from None
 
 
 def _flower_commands() -> str:

@@ -1,12 +1,15 @@
 """The command line: bad input takes one line and leaves nothing behind; plans agree with runs; help; reports."""
 
 import dataclasses
+import importlib
 import json
 import logging
 import os
 import re
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -600,6 +603,21 @@ def test_attack_help_tells_the_defaults_of_an_evaluation(tofu: Tofu) -> None:
             assert f"--{field.name.replace('_', '-')}" in text
             assert f"(default: {shown}" in text.replace(", ", ",").replace("- ", "-"), field.name
     assert ",".join(ATTACKS) in text
+
+
+def test_doctor_names_each_package_of_each_extra_that_users_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    doctor: Any = importlib.import_module("tofu.cli.doctor")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(doctor._EXTRAS) == set(extras) - {"all", "trackers", "bench", "dev", "docs", "examples"}
+    assert {"torchmetrics"} == set(doctor._packages_of("tofu-fl", "attacks"))
+    assert {"ray"} == set(doctor._packages_of("tofu-fl", "simulation"))  # an extra of Flower
+
+    def missing(package: str) -> str:
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(doctor, "version", missing)
+    with pytest.raises(doctor._Note, match=r"needed for tofu attack.*: pip install 'tofu-fl\[attacks\]'"):
+        doctor._optional("torchmetrics", "attacks")
 
 
 def test_doctor(tofu: Tofu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
