@@ -37,7 +37,13 @@ def import_object(name: str) -> Any:
     module, _, attribute = name.partition(":")
     if module.endswith(".py"):
         raise ModuleNotFoundError(f"a module is named without .py: {module.removesuffix('.py')}:{attribute}")
-    return getattr(importlib.import_module(module), attribute)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the user's module imports something that is not installed
+        where = f"{os.getcwd()} or among the installed packages: run the command in the folder of {error.name}.py"
+        raise ModuleNotFoundError(f"No module named {error.name!r} in {where}", name=error.name) from None
 
 
 @cache

@@ -28,6 +28,18 @@ def test_a_module_that_is_named_as_a_file_is_named_right() -> None:
         import_object("nets.py:small")
 
 
+def test_a_module_that_is_not_found_has_a_line_that_says_where_it_should_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(ModuleNotFoundError, match=rf"'nets_41' in {tmp_path} .*: run .* in the folder of nets_41\.py$"):
+        import_object("nets_41.small:Net")
+    (tmp_path / "needs_more.py").write_text("import no_such_package")
+    with pytest.raises(ModuleNotFoundError, match=r"^No module named 'no_such_package'$"):
+        import_object("needs_more:Net")
+
+
 def test_modules_are_found_in_the_current_folder_and_in_the_one_of_the_environment_after_what_is_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
