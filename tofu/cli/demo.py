@@ -42,4 +42,7 @@ def demo(*, config: ConfigFile = None, quiet: Quiet = False, overrides: dict[str
     if rounds:
         sent, updates = sum(one.with_proxies or 0 for one in rounds), sum(one.clients for one in rounds)
         print(f"\n{sent} of {updates} updates came as proxies and a correction, the others as a correction alone")
+    if (payload_ratio := summary["payload_ratio"] or 0) > 1:
+        text = f"a payload is {payload_ratio:.0f}x smaller than an update"
+        print(f"{text}; the uplink also has Flower's part of each message, and introductions in round 1")
     print(f"\nreport: {page}")

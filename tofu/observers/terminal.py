@@ -27,6 +27,8 @@ PHASES = {
 }  # fmt: skip
 _NONE = "-"
 _LAST_ROUNDS = 6
+_LEVEL = 0.005
+"""A round's bytes differ from those of FedAvg by at least this fraction, or are not compared."""
 _MAX_FAILURES = 3
 _OPTIONAL = ("task", "epsilon")
 """Columns of the live view that are hidden in runs without tasks or differential privacy."""
@@ -77,7 +79,8 @@ class PlainProgress(_View):
         if cells["explained"] != _NONE:
             words.append(f"explained {cells['explained']:>6}")
         if cells["uplink"] != _NONE:
-            words.append(f"uplink {cells['uplink']:>8} (FedAvg: {cells['less']} as much)")
+            fedavg = "" if cells["less"] == _NONE else f" (FedAvg: {cells['less']} as much)"
+            words.append(f"uplink {cells['uplink']:>8}{fedavg}")
         if cells["epsilon"] != _NONE:
             words.append(f"epsilon {cells['epsilon']:>5}")
         if cells["time"] != _NONE:
@@ -232,7 +235,7 @@ def _cells(record: RoundRecord) -> dict[str, str]:
         "accuracy": _NONE if accuracy is None else format_fraction(accuracy, 2),
         "explained": _NONE if explained is None else format_fraction(explained),
         "uplink": format_bytes(sent) if sent else _NONE,
-        "less": format_factor(fedavg / sent) if sent and fedavg else _NONE,
+        "less": format_factor(fedavg / sent) if sent and abs(fedavg / sent - 1) >= _LEVEL else _NONE,
         "epsilon": _NONE if record.epsilon is None else _epsilon_text(record.epsilon),
         "time": _NONE if seconds is None else format_seconds(seconds),
     }
@@ -256,7 +259,7 @@ def _summary_line(summary: RunSummary) -> str:
     sent, fedavg = summary.uplink_bytes, summary.fedavg_uplink_bytes
     if sent:
         words.append(f"uplink {format_bytes(sent)}")
-        if fedavg >= sent:
+        if fedavg / sent - 1 >= _LEVEL:
             words[-1] += f", {format_factor(fedavg / sent)} less than the {format_bytes(fedavg)} FedAvg sends"
     if summary.seconds is not None:
         words.append(format_seconds(summary.seconds))
