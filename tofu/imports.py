@@ -31,19 +31,35 @@ def import_object(name: str) -> Any:
         >>> import_object("math:sqrt")(9.0)
         3.0
     """
+    check_module(name)
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the user's module imports something that is not installed
+        raise _not_found(error.name) from None
+
+
+def check_module(name: str) -> None:
+    """Raise ModuleNotFoundError unless the module, or its package, of `package.module:attribute` is found.
+
+    The folders in which `import_object` looks are appended to the import path. Nothing is imported.
+    """
     for folder in (os.getcwd(), os.environ.get(MODULES, "")):
         if folder and folder not in sys.path and (folder != os.getcwd() or "" not in sys.path):
             sys.path.append(folder)
     module, _, attribute = name.partition(":")
     if module.endswith(".py"):
         raise ModuleNotFoundError(f"a module is named without .py: {module.removesuffix('.py')}:{attribute}")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise  # the user's module imports something that is not installed
-        where = f"{os.getcwd()} or among the installed packages: run the command in the folder of {error.name}.py"
-        raise ModuleNotFoundError(f"No module named {error.name!r} in {where}", name=error.name) from None
+    top = module.partition(".")[0]
+    if top and top not in sys.modules and importlib.util.find_spec(top) is None:
+        raise _not_found(top)
+
+
+def _not_found(module: str) -> ModuleNotFoundError:
+    where = f"{os.getcwd()} or among the installed packages: run the command in the folder of {module}.py"
+    return ModuleNotFoundError(f"No module named {module!r} in {where}", name=module)
 
 
 @cache

@@ -44,7 +44,7 @@ from tofu.settings import (
     shown_default,
 )
 from tofu.settings.fields import bounds_of
-from tofu.settings.groups import DEVICE_NAME
+from tofu.settings.groups import DEVICE_NAME, MODELS
 
 ROOT = Path(__file__).parents[2]
 
@@ -122,6 +122,7 @@ def test_read_toml_finds_the_table_in_a_pyproject() -> None:
 
 def test_help_names_everything_that_is_built_in() -> None:
     built_in = {"plugins": plugin_names(), "model": model_names(), "tracker": trackers.names()}
+    assert model_names() == MODELS
     for name, known in built_in.items():
         words = re.findall(r"[\w-]+", str(FIELDS[name].description))
         assert set(known) <= set(words), name

@@ -11,6 +11,7 @@ import typer
 from tofu.cli.options import Json, Quiet, line_printer
 from tofu.errors import Interrupted, SettingError
 from tofu.formatting import format_seconds
+from tofu.registry import Registry
 from tofu.settings.fields import comma_list
 
 if TYPE_CHECKING:
@@ -22,13 +23,27 @@ _OF_MADE = ("norm", "lr", "messages", "batch_sizes", "pretrain_rounds", "steps",
 """Parameters that say how messages are made."""
 
 
-def _option(flag: str, help_: str, default: str) -> Any:
+def _check_attacks(names: str | None) -> str | None:
+    """Refuse a misspelled attack before torch is imported, which takes seconds. Raises SettingError."""
+    registry: Registry[Any] = Registry("attacks", "attacks.base:Attack", "attacks")
+    for name in comma_list(names or ""):
+        if ":" not in name and name not in registry.names():
+            registry.get(name)
+    return names
+
+
+def _option(flag: str, help_: str, default: str, **more: Any) -> Any:
     """Return an option whose default `AttackEvaluation` has, which would import torch for `--help`."""
-    return typer.Option(flag, help=f"{help_} (default: {default})", show_default=False)
+    return typer.Option(flag, help=f"{help_} (default: {default})", show_default=False, **more)
 
 
-def _several(flag: str, help_: str, default: str) -> Any:
-    return _option(flag, f"{help_}; several are separated by commas", default)
+def _several(flag: str, help_: str, default: str, **more: Any) -> Any:
+    return _option(flag, f"{help_}; several are separated by commas", default, **more)
+
+
+AttackNames = Annotated[
+    str | None, _several("--attacks", "registered names or package.module:Class", _ATTACKS, callback=_check_attacks)
+]
 
 
 def attack(
@@ -50,7 +65,7 @@ def attack(
     messages: Annotated[
         str | None, _several("--messages", "kinds of message", "exact,proxy:smooth:100,proxy:paper:100")
     ] = None,
-    attacks: Annotated[str | None, _several("--attacks", "registered names or package.module:Class", _ATTACKS)] = None,
+    attacks: AttackNames = None,
     batch_sizes: Annotated[str | None, _several("--batch-sizes", "numbers of images in a local step", "1,4")] = None,
     pretrain_rounds: Annotated[
         str | None, _several("--pretrain-rounds", "numbers of federated rounds before the message", "0")

@@ -10,8 +10,9 @@ import click
 import typer
 from pydantic.fields import FieldInfo
 
-from tofu.errors import SettingError
+from tofu.errors import SettingError, user_code
 from tofu.formatting import printable
+from tofu.imports import check_module
 from tofu.settings import (
     FIELDS,
     Settings,
@@ -28,6 +29,7 @@ from tofu.settings import (
     shown_default,
 )
 from tofu.settings.deprecated import NAMES, present_names, present_value, warn_once
+from tofu.settings.groups import MODELS
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with settings", rich_help_panel="Run")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object at the end, and no progress")]
@@ -100,6 +102,8 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
 
     def wrapped(**given: Any) -> None:
         overrides = {name: given.pop(name) for name in names}
+        if overrides["model"] is not None:
+            _check_model(overrides["model"])
         for name, separator in _REPEATED.items():
             if overrides[name] is not None:
                 overrides[name] = separator.join(overrides[name])
@@ -147,6 +151,17 @@ def settings_from(config: Path | None, overrides: dict[str, Value]) -> Settings:
     elif _is_ours(Path("pyproject.toml")):
         values = read_toml(Path("pyproject.toml"))
     return Settings.of(present_names(values) | present_names(overrides))
+
+
+def _check_model(name: str) -> None:
+    """Refuse a misspelled model or module before torch is imported, which takes seconds. Raises SettingError."""
+    if ":" not in name and name not in MODELS:
+        raise SettingError("model", name, f"one of {', '.join(MODELS)}, or package.module:factory")
+    if ":" in name:
+        with user_code(
+            "model", name, "package.module:factory, a callable that takes channels, height, width, classes by name"
+        ):
+            check_module(name)
 
 
 def _is_ours(path: Path) -> bool:

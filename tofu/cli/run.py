@@ -37,6 +37,13 @@ def run(
     overrides: dict[str, Value],
 ) -> None:
     """Run a federation in this process: the same server and client apps as `flwr run`, no ray, no open port."""
+    try:
+        _run(config, overrides, fast_dev_run=fast_dev_run, json_=json_, quiet=quiet)
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted before round 0: no results were written") from None
+
+
+def _run(config: Path | None, overrides: dict[str, Value], *, fast_dev_run: bool, json_: bool, quiet: bool) -> None:
     if fast_dev_run:
         _try_out(settings_from(config, overrides), quiet=quiet or json_)
         return

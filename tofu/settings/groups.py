@@ -90,6 +90,13 @@ class DataSettings(Group):
         return "table" if table else "images"
 
 
+MODELS = (
+    "lenet5", "mlp", "cnn", "resnet18", "vgg11", "vgg13", "vgg16", "vit_b_16", "vit_tiny", "snn-small", "vgg5-snn",
+    "vgg9-snn", "dct-snn-small", "dct-snn-vgg5", "dct-snn-vgg9",
+)  # fmt: skip
+"""Names of the built-in models, which can be checked before torch is imported."""
+
+
 class ModelSettings(Group):
     """The network that is trained."""
 
@@ -97,7 +104,7 @@ class ModelSettings(Group):
 
     model: str = setting(
         "mlp",
-        "lenet5, mlp, cnn, resnet18, vgg11, vgg13, vgg16, vit_b_16, vit_tiny, snn-small, vgg5-snn, vgg9-snn, dct-snn-small, dct-snn-vgg5, dct-snn-vgg9, or package.module:factory",
+        f"{', '.join(MODELS)}, or package.module:factory",
     )
     initial_weights: str = setting(
         "",

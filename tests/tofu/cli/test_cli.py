@@ -488,6 +488,38 @@ def test_an_interrupted_comparison_says_how_to_go_on(tofu: Tofu, monkeypatch: py
     assert (outcome.status, outcome.err) == (130, "interrupted\n")
 
 
+def test_a_run_that_is_interrupted_before_its_first_line_says_that_nothing_was_written(
+    tofu: Tofu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import server.app
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(server.app, "serve_in_process", interrupt)
+        outcome = tofu("run", *TINY, "--run-folder=run")
+    assert (outcome.status, outcome.err) == (130, "interrupted before round 0: no results were written\n")
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["run", "--model=ccn"], "model='ccn' is not usable: expected one of lenet5, "),
+        (["run", "--model=nowhere:net"], "model='nowhere:net' is not usable: .*No module named 'nowhere'"),
+        (["plan", "--model=ccn"], "model='ccn' is not usable: expected one of lenet5, "),
+        (["attack", "--attacks=simulatoin"], "attacks='simulatoin' is not usable: expected one of .*simulation"),
+    ],
+)
+def test_misspelled_names_are_refused_before_torch_is_imported(arguments: list[str], reason: str) -> None:
+    code = ("import sys; from tofu.cli import main\ntry:\n main()\nfinally:\n"
+            " print(sorted({'torch', 'flwr'} & sys.modules.keys()))")  # fmt: skip
+    refused = run([sys.executable, "-c", code, *arguments])
+    assert (refused.returncode, refused.stdout) == (2, "[]\n")
+    assert re.search(reason, refused.stderr)
+
+
 def test_an_interrupted_run_says_how_to_go_on(tofu: Tofu, monkeypatch: pytest.MonkeyPatch) -> None:
     from server.runner import RoundRunner
 
