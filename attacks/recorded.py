@@ -135,10 +135,9 @@ def attack_run(
         DataError: the run's images cannot be read.
         SettingError: no such attack, or a client that is no partition of the run's dataset.
     """
-    chosen, limit, rows = [make_attack(name) for name in attacks], Watch(time_limit), list[Row]()
+    chosen, limit, rows, told = [make_attack(name) for name in attacks], Watch(time_limit), list[Row](), set[str]()
     among, perceptual, trials = set(attacked_rounds(run, rounds)), lpips_network(), made_folder(folder / "trials")
-    planned = 0
-    earlier: dict[str, tuple[Observation, ...]] = {}
+    planned, earlier = 0, dict[str, tuple[Observation, ...]]()
     try:
         for recorded in recordings(run):
             recording = read_recording(recorded)
@@ -150,8 +149,7 @@ def attack_run(
             for observation, attack in product((*message.controls(sent), sent), chosen):
                 name = f"{recorded.name}-{observation.message.replace(' ', '-').replace(':', '-')}-{attack.name}"
                 path = trials / f"{name}.json"
-                row = load_row(path)
-                planned += 1
+                planned, row = planned + 1, load_row(path)
                 if row is None:
                     if not limit.go_on():
                         continue
@@ -159,7 +157,9 @@ def attack_run(
                     result = _attacked(attack, observation, generator, Watch(seconds), message, perceptual)
                     row = row_of(message.scenario(observation), observation.message, attack.name, result)
                     save_row(path, row, result)
-                    log(f"round {recording.round} client {recording.client} {format_outcome(row)}")
+                    if row["refused"] not in told:  # it is not possible in any round
+                        log(f"round {recording.round} client {recording.client} {format_outcome(row)}")
+                    told |= {row["refused"]} - {""}
                 rows.append({**row, "images": str(path.with_suffix(".npz").relative_to(folder))})
     except KeyboardInterrupt:
         write_document(folder, {"run": str(run), "attacks": list(attacks)}, rows, planned=planned)

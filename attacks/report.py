@@ -2,6 +2,7 @@
 
 import base64
 import io
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +25,12 @@ MAX_IMAGES = 8
 ACCIDENT = 0.05
 """Probability below which images counted as recovered are not put down to chance."""
 
-HEADER = ("message", "bytes", "best attack", "PSNR dB", "SSIM", "recovered", "labels", "seeds")
+FLAT = 0.05
+"""Standard deviation of pixels in [-1, 1] below which a reconstruction shows nothing."""
+
+HEADER = ("message", "recovered", "PSNR dB", "labels", "best attack", "SSIM", "bytes", "seeds")
+
+_NONE = "-"
 
 READING = (
     "PSNR and SSIM are of the best of the attacks that were run, chosen with the originals in hand; recovered is the "
@@ -44,7 +50,7 @@ _PAGE = (
 {% for part in parts %}<section class="card">
 <h2>{{ part.title }}</h2>
 <p class="{{ 'soft' if part.broke else 'note' }}">{{ part.verdict }}</p>
-{{ table("", header, part.rows, ("left", "", "left")) }}
+{{ table("", header, part.rows, ("left", "", "", "", "left")) }}
 {% for remark in part.remarks %}<p class="soft">{{ remark }}</p>
 {% endfor %}
 {% if part.strips %}<div class="sheets">
@@ -53,9 +59,9 @@ _PAGE = (
 {% endfor %}</div>{% endif %}
 </section>
 {% endfor %}
-{% if refused %}<section class="card">
-<h2>Refused</h2>
-<ul class="soft">{% for reason in refused %}<li>{{ reason }}</li>{% endfor %}</ul>
+{% if impossible %}<section class="card">
+<h2>Attacks that are not possible here</h2>
+<ul class="soft">{% for reason in impossible %}<li>{{ reason }}</li>{% endfor %}</ul>
 </section>{% endif %}
 <footer>Every trial and number: attacks.json.</footer>
 </main>
@@ -67,17 +73,29 @@ _PAGE = (
 
 def table_rows(entries: Sequence[Row]) -> list[tuple[str, ...]]:
     """Return the entries of the summary as rows with the columns of `HEADER`."""
-    measures = {"psnr": 1, "ssim": 2, "recovered": 2, "labels": 2}
-    return [
-        (
-            entry["message"],
-            f"{entry['payload_bytes']:,}",
-            entry["attack"] or "refused",
-            *(_shown(entry.get(name), digits, spread=entry["seeds"] > 1) for name, digits in measures.items()),
-            str(entry["seeds"]),
+    rows: list[tuple[str, ...]] = []
+    for entry in entries:
+        several = entry["seeds"] > 1
+        psnr, ssim, recovered, labels, guess = (
+            _shown(entry.get(name), digits, spread=several)
+            for name, digits in {"psnr": 1, "ssim": 2, "recovered": 2, "labels": 2, "labels_guess": 2}.items()
         )
-        for entry in entries
-    ]
+        if entry.get("recovered") and entry["recovered"][0] > 0 and not _no_accident(entry, len(entries)):
+            recovered += " (as by chance)"
+        labels += f" (guess {guess})" * (labels != _NONE and guess != _NONE)
+        size, seeds = f"{entry['payload_bytes']:,}", str(entry["seeds"])
+        rows.append((entry["message"], recovered, psnr, labels, entry["attack"] or _NONE, ssim, size, seeds))
+    return rows
+
+
+def impossible(rows: Sequence[Row]) -> list[str]:
+    """Return each attack that was not possible, the messages and the reason, as one line."""
+    messages: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row["refused"]:
+            reason = row["refused"].partition(": ")[2] or row["refused"]
+            messages.setdefault((row["attack"], reason), []).append(row["message"])
+    return [f"{attack} on {', '.join(dict.fromkeys(on))}: {why}" for (attack, why), on in messages.items()]
 
 
 def remarks(entries: Sequence[Row]) -> list[str]:
@@ -121,6 +139,13 @@ def conclusions(summary: Sequence[Row], found: Sequence[Row]) -> list[str]:
     unsure = [name for name in dict.fromkeys(entry["message"] for entry in counted) if name not in leaking]
     tested = [verdict for verdict in found if verdict["broke"]]
     texts = []
+    untested = len(found) - len(tested)
+    nothing = untested and not tested and not leaking
+    if nothing:
+        texts.append(
+            "Nothing can be concluded: not even the exact update was inverted, as is usual after many local steps. "
+            f"Assume that images are not hidden. {_next_step(found)}"
+        )
     if leaking:
         texts.append(
             f"Images came back from {', '.join(leaking)}: who may not see the images must not get these messages."
@@ -130,11 +155,10 @@ def conclusions(summary: Sequence[Row], found: Sequence[Row]) -> list[str]:
             f"Whether images came back from {', '.join(unsure)} is open: reconstructions that know nothing would be "
             "counted as often. Compare the images below yourself."
         )
-    if len(tested) < len(found):
-        where = "" if not tested else f" in {len(found) - len(tested)} of {len(found)} tables"
+    if untested and not nothing:
         texts.append(
-            f"No exact update was inverted{where}: figures there do not tell whether images are hidden. Assume that "
-            "they are not. Fewer local steps and smaller batches make an update easier to invert."
+            f"No exact update was inverted in {untested} of {len(found)} tables: figures there do not tell whether "
+            "images are hidden. Assume that they are not."
         )
     if tested and not counted:
         texts.append(
@@ -145,15 +169,26 @@ def conclusions(summary: Sequence[Row], found: Sequence[Row]) -> list[str]:
     if labeled:
         most = max(labeled, key=lambda entry: float(entry["labels"][0]))
         guess = format_fraction(most["labels_guess"][0], 0) if most.get("labels_guess") else "an unknown fraction"
+        when = f" in round {most['pretrain_rounds'] + 1}" if len(found) > 1 else ""
         texts.append(
-            f"Up to {format_fraction(most['labels'][0], 0)} of the labels were read from {most['message']}; guessing "
-            f"equally many of each class gets {guess}."
+            f"Up to {format_fraction(most['labels'][0], 0)} of the labels were read, from {most['message']}{when}; "
+            f"guessing equally many of each class gets {guess}."
         )
     texts.append(
         "Only noise (noise-multiplier) bounds what a message reveals to any attacker; secure rounds hide whose images "
         "a sum has."
     )
     return texts
+
+
+def _next_step(found: Sequence[Row]) -> str:
+    """Return what makes an update easier to invert: the commands, if dataset and model are those of a run."""
+    easier = "few images in few local steps make an update easier to invert"
+    if not found or not found[0]["dataset"] or not found[0]["model"]:
+        return f"To see more, attack a message of a client with {easier.replace(' make', ', which make')}."
+    of = f"--dataset {shlex.quote(str(found[0]['dataset']))} --model {shlex.quote(str(found[0]['model']))}"
+    few = "--record-clients 0 --rounds 2 --train-images 40 --partition iid --batch-size 4 --run-folder runs/few"
+    return f"To see more ({easier}), with what else your run needs: tofu run {of} {few} && tofu attack runs/few"
 
 
 def _no_accident(entry: Row, tests: int) -> bool:
@@ -195,9 +230,8 @@ def write_report(rows: Sequence[Row], folder: Path) -> Path:
                 "strips": strips,
             }
         )
-    refused = list(dict.fromkeys(row["refused"] for row in rows if row["refused"]))
     text = render_template(
-        _PAGE, parts=parts, header=HEADER, refused=refused, title="What the messages leak", state="",
+        _PAGE, parts=parts, header=HEADER, impossible=impossible(rows), title="What the messages leak", state="",
         meaning=conclusions(summary, found), reading=READING, aside="",
         lead=_lead(summary, tested=any(verdict["broke"] for verdict in found)),
     )  # fmt: skip
@@ -213,6 +247,11 @@ def _lead(summary: Sequence[Row], *, tested: bool) -> str:
         tested: whether an attack inverted an exact update.
     """
     measured = [entry for entry in summary if entry.get("psnr")]
+    most = max((entry["psnr"][0] for entry in measured), default=0.0)
+    if measured and not tested and most <= BROKEN:
+        return (
+            f"Nothing can be concluded: no attack inverted an exact update (at most {most:.1f} dB, {BROKEN:g} needed)."
+        )
     sentences = []
     for begin, exact in (("On the exact update", True), ("On the other messages", False)):
         entries = [entry for entry in measured if (entry["message"] == "exact") == exact]
@@ -220,8 +259,6 @@ def _lead(summary: Sequence[Row], *, tested: bool) -> str:
             worst = max(entries, key=lambda entry: float(entry["psnr"][0]))
             where = worst["attack"] if exact else f"{worst['message']}, {worst['attack']}"
             sentences.append(f"{begin} the best attack reached {worst['psnr'][0]:.1f} dB ({where}).")
-    if sentences and not tested:
-        sentences.insert(0, "No attack inverted an exact update, so that low figures prove nothing.")
     return " ".join(sentences) or "No attack could be made on these messages."
 
 
@@ -243,7 +280,9 @@ def _images(
             seen, found = arrays["originals"], arrays["reconstructions"]
         # A secure sum has the images of several clients; the first are those of the attacked client.
         originals = seen if originals is None or len(seen) < len(originals) else originals
-        lines.append((entry["message"], f"{entry['attack']}, {cell['psnr']:.1f} dB", found))
+        flat = sum(float(image.std()) < FLAT for image in found[:MAX_IMAGES])
+        nothing = f"; {flat} of {min(len(found), MAX_IMAGES)} are flat: nothing was found" if flat else ""
+        lines.append((entry["message"], f"{entry['attack']}, {cell['psnr']:.1f} dB{nothing}", found))
     return originals, lines
 
 
@@ -262,5 +301,5 @@ def _strip(title: str, caption: str, images: Images) -> dict[str, str]:
 
 def _shown(pair: Sequence[float] | None, digits: int, *, spread: bool) -> str:
     if pair is None:
-        return "-"
+        return _NONE
     return f"{pair[0]:.{digits}f}" + f" ± {pair[1]:.{digits}f}" * spread

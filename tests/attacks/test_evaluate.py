@@ -47,7 +47,7 @@ def test_an_evaluation_is_resumed_and_reported(tmp_path: Path) -> None:
 
     page = write_report(rows, tmp_path).read_text()
     assert READING in page
-    assert "analytic needs linear-first" in page
+    assert "analytic on exact, secure:2: the network does not begin with a linear layer" in page
     assert "data:image/png;base64," in page
     with np.load(tmp_path / rows[0]["images"]) as arrays:
         assert arrays["originals"].shape == arrays["reconstructions"].shape == (2, 1, 8, 8)
@@ -73,8 +73,9 @@ def test_messages_without_a_control_are_shown(tmp_path: Path, capsys: pytest.Cap
         assert "the exact update is not known: low figures prove nothing here" in text
         assert f"{rows[0]['psnr']:.1f}" in text
         assert " ± " not in text  # of one seed
-    assert "No attack inverted an exact update" in page
-    assert "No attack inverted an exact update" not in write_report(attacked, tmp_path).read_text()
+    lead = "Nothing can be concluded: no attack inverted an exact update (at most 9.0 dB, 30 needed)."
+    assert lead in write_report([row | {"psnr": 9.0} for row in attacked], tmp_path).read_text()
+    assert "no attack inverted an exact update" not in write_report(attacked, tmp_path).read_text()
 
 
 def test_smooth_mode_leaking_more_is_said() -> None:
@@ -158,7 +159,7 @@ def test_what_follows_is_said_for_who_must_decide(tmp_path: Path, capsys: pytest
     came, labels, noise = conclusions(summary, found)
     assert came.startswith("Images came back from secure:2:")
     right, guess = (f"{100 * summary[1][name][0]:.0f}%" for name in ("labels", "labels_guess"))
-    assert labels == (f"Up to {right} of the labels were read from secure:2; "
+    assert labels == (f"Up to {right} of the labels were read, from secure:2; "
                       f"guessing equally many of each class gets {guess}.")  # fmt: skip
     assert "noise-multiplier" in noise
     perhaps = [entry | {"recovered": (0.25, 0.0), "psnr": (9.0, 0.0), "chance": 0.3} for entry in summary]
@@ -166,7 +167,14 @@ def test_what_follows_is_said_for_who_must_decide(tmp_path: Path, capsys: pytest
     hidden = [entry | {"recovered": (0.0, 0.0)} for entry in summary]
     assert conclusions(hidden, found)[0].startswith("The exact update was inverted, and no image came back")
     silent = [verdict | {"broke": False} for verdict in found]
-    assert conclusions(hidden, silent)[0].startswith("No exact update was inverted: figures there do not tell")
+    nothing = conclusions(hidden, silent)[0]
+    assert nothing.startswith("Nothing can be concluded: not even the exact update was inverted")
+    assert f"tofu run --dataset digits --model {SMALL.model} --record-clients 0 --rounds 2 --train-images 40" in nothing
+    app = conclusions(hidden, [verdict | {"model": None} for verdict in silent])[0]
+    assert "attack a message of a client with few images in few local steps, which make" in app
+    half = conclusions(hidden, [*found, *silent])
+    assert any(text.startswith("No exact update was inverted in 1 of 2 tables") for text in half)
+    assert conclusions(summary, silent)[1].startswith("No exact update was inverted in 1 of 1 tables")
     assert len(conclusions([], [])) == 1
     page = write_report(rows, tmp_path).read_text()
     print_tables(rows)
