@@ -75,6 +75,11 @@ class RunResult:
         return f"RunResult({str(self.folder)!r}: {format_count(summary.rounds, 'round')}, {accuracy}, uplink {uplink})"
 
     @property
+    def accuracy(self) -> float | None:
+        """The test accuracy of the final weights in [0, 1]; None where it cannot be measured."""
+        return self.summary.final_accuracy
+
+    @property
     def history(self) -> tuple[RoundRecord, ...]:
         """The record of each round; round 0 is the evaluation before training."""
         return read_rounds(self.folder / "metrics.jsonl")

@@ -1,9 +1,12 @@
 """The Markdown pages: relative links resolve, and commands exist."""
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
+
+from tofu.rounds.record import RunSummary
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks" / "README.md"]
@@ -44,3 +47,11 @@ def test_lines_are_at_most_120_characters_long(page: Path) -> None:
     """All but those of tables."""
     lines = enumerate(page.read_text(encoding="utf-8").splitlines(), start=1)
     assert [number for number, line in lines if len(line) > 120 and not line.lstrip().startswith("|")] == []
+
+
+def test_the_page_on_python_has_all_fields_of_a_summary() -> None:
+    text = (ROOT / "docs" / "python-api.md").read_text(encoding="utf-8")
+    rows = re.search(r"(?ms)^\| `result.summary` has .*?\n\n", text)
+    assert rows
+    named = re.findall(r"`(\w+)`", "".join(re.findall(r"(?m)^(\|[^|]*\|)", rows[0])))
+    assert sorted(named) == sorted(field.name for field in dataclasses.fields(RunSummary))

@@ -108,7 +108,10 @@ def test_the_result_has_the_run_as_objects(tmp_path: Path, parts: tuple[list[Ten
     assert {row["direction"] for row in result.ledger} == {"uplink", "downlink"}
     images, labels = test.tensors
     right = (result.model()(images).argmax(1) == labels).float().mean()
-    assert float(right) == pytest.approx(result.summary.final_accuracy or 0.0)
+    assert float(right) == pytest.approx(result.accuracy or 0.0)
+    assert result.accuracy == result.summary.final_accuracy
+    assert "accuracy=0." in repr(result.history[-1])
+    assert len(repr(result.history[-1])) <= 120
     assert result.weights.keys() == dict(mlp().named_parameters()).keys()
     for against in ("rounds", "bytes"):
         result.plot(against).save(tmp_path / "plot.svg")
@@ -202,7 +205,11 @@ def test_an_own_training_function_trains_with_the_round_and_the_client(
     assert sorted(calls) == [(str(c), r, len(clients[c]), 0.05) for c in range(3) for r in (1, 2)]
     torch.testing.assert_close(result.weights["1.weight"], start.weight.detach() + 2.0)
     assert result.history[1].train_loss == 7.0
-    assert (result.summary.final_accuracy, result.history[-1].loss) == (None, None)  # there is no test data
+    assert (result.accuracy, result.summary.final_accuracy, result.history[-1].loss) == (
+        None,
+        None,
+        None,
+    )  # no test data
     with pytest.raises(RunError, match="test data"):
         result.plot()
     assert result.report().exists()

@@ -163,6 +163,14 @@ class RoundRecord(StrictFields):
         """The name of the round in reports: its compressor or its kind."""
         return round_label(self.kind, self.compressor)
 
+    def __repr__(self) -> str:
+        """Return one line, because a notebook shows records: there are 30 fields, one of them for each client."""
+        accuracy = "unknown" if self.accuracy is None else f"{self.accuracy:.4f}"
+        return (
+            f"RoundRecord(round={self.round}, {self.label}, accuracy={accuracy}, clients={self.clients}, "
+            f"uplink_bytes={self.uplink_bytes})"
+        )
+
 
 @dataclass(frozen=True)
 class Baseline(StrictFields):

@@ -689,7 +689,12 @@ def test_a_report_has_both_directions_and_times_and_real_images_only_if_asked(to
     assert "Real images" not in page
     assert "<h2>Decoded proxies</h2>" in page
     assert re.search(r"Both directions: <b>[\d.]+ kB</b>, [\d.]+x less than FedAvg\.", page)
-    assert re.search(r"Training [\d.]+ s, Encoding [\d.]+ s, Waiting and server [\d.]+ s", page)
+    found = re.search(
+        r"Training ([\d.]+) s, Encoding ([\d.]+) s, Others and server ([\d.]+) s, Before and after ([\d.]+) s", page
+    )
+    assert found
+    whole = json.loads((tmp_path / "run" / "summary.json").read_text())["seconds"]
+    assert sum(map(float, found.groups())) == pytest.approx(whole, abs=0.5)
     with np.load(tmp_path / "run" / "samples.npz") as samples:
         assert "real" not in samples.files
     tofu("run", *TINY, "--run-folder=asked", "--train-images=100", "--correction=0", "--report-images")

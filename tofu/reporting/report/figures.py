@@ -166,7 +166,8 @@ def bytes_by_kind(run: RunData) -> str | None:
 
 
 def time_split(run: RunData) -> str | None:
-    """Draw bars of the rounds' time: training and encoding of the slowest client of each round, and the rest."""
+    """Draw bars of the run's time: training and encoding of the slowest client of each round, the rest of the rounds,
+    and what is outside of rounds."""
     training = encoding = rest = 0.0
     for row in run.trained:
         clients = [(client.train_seconds or 0.0, client.encode_seconds or 0.0) for client in row.by_client]
@@ -178,7 +179,8 @@ def time_split(run: RunData) -> str | None:
     parts = (
         ("Training", training, "k-proxy"),
         ("Encoding", encoding, "k-fedavg"),
-        ("Waiting and server", rest, "k-other"),
+        ("Others and server", rest, "k-other"),
+        ("Before and after", max((run.seconds or 0.0) - training - encoding - rest, 0.0), "k-secure"),
     )
     bars = [Bar(name, format_seconds(seconds), seconds, css) for name, seconds, css in parts]
     return bar_chart("Time: " + ", ".join(f"{bar.name} {bar.note}" for bar in bars) + ".", bars).markup()
