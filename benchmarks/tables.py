@@ -28,7 +28,9 @@ from benchmarks.error_feedback.__main__ import (
     bodies,
     comparison,
     default,
+    splits,
     steps,
+    thresholds,
     tuned_steps,
     tuning,
     variants,
@@ -99,10 +101,11 @@ def readme() -> str:
     found, rows = read("error-feedback")["rows"], []
     for data, task in (("MNIST", "mnist"), ("MNIST, 10 of 100", "mnist-100"), ("CIFAR-10", "cifar10")):
         for ratio in sorted(RATIOS[task]):
-            cells = [best(found, task, method, ratio)[1] for method in ("fedavg", "correction", "stc")]
+            cells = [best(found, task, method, ratio)[1] for method in ("fedavg", "correction", "proxies", "stc")]
             values = [cells[0], default(found, task, ratio), *cells[1:]]
-            rows.append([f"{data}, {ratio:,}x", *(spread(value, 1) for value in values)])
-    return markdown_table(("data, payload ratio", "FedAvg", "proxies (default)", "correction alone", "STC"), rows)
+            rows.append([f"{data}, {ratio:,}x", *(spread(value, 1) if value else "not run" for value in values)])
+    head = ("data, payload ratio", "FedAvg", "default", "correction alone", "proxies alone", "STC")
+    return markdown_table(head, rows)
 
 
 def federated() -> str:
@@ -270,6 +273,8 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"error-feedback-{task}-variants": partial(error_feedback, variants, task) for task in VARIANTS},
     **{f"error-feedback-{task}-tuning": partial(error_feedback, tuning, task) for task in TUNED},
     "error-feedback-bodies": partial(error_feedback, bodies),
+    "error-feedback-below": partial(error_feedback, thresholds),
+    "error-feedback-splits": partial(error_feedback, splits),
     "error-feedback-steps": partial(error_feedback, steps),
     "error-feedback-tuned-steps": partial(error_feedback, tuned_steps),
     "error-feedback-sampled": lambda: markdown_table(*sampled.table(read("error-feedback-sampled")["rows"])),

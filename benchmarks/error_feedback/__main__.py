@@ -45,11 +45,15 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 MOMENTUM: dict[str, Any] = {"server_optimizer": "momentum", "server_momentum": 0.5, "server_lr": 0.5}
 """Of the server; the steps of all rounds add up to those without momentum."""
+SEARCHING: dict[str, Any] = {"compressor": "proxy", "correction": 0.4, "proxies_below": 1.0}
 METHODS: dict[str, dict[str, Any]] = {
-    "proxies+correction": {"compressor": "proxy", "correction": 0.4},
+    "default": {"compressor": "proxy", "correction": 0.4, "proxies_below": 0.33},
+    "proxies+correction": SEARCHING,
     "correction": {"compressor": "proxy", "correction": 1.0},
     "proxies": {"compressor": "proxy", "correction": 0.0},
-    "by-lag": {"compressor": "benchmarks.error_feedback.criteria:ByLag", "correction": 0.4},
+    "by-lag": SEARCHING | {"compressor": "benchmarks.error_feedback.criteria:ByLag"},
+    **{f"below-{below:g}": SEARCHING | {"proxies_below": below} for below in (0.5, 0.25)},
+    **{f"split-{share:g}": SEARCHING | {"correction": share} for share in (0.1, 0.7, 0.85)},
     "stc": {"compressor": "stc"},
     "topk": {"compressor": "topk"},
     "powersgd": {"compressor": "powersgd"},
@@ -61,8 +65,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "stc-momentum": {"compressor": "stc"} | MOMENTUM,
     "fedavg-momentum": {"schedule": "fedavg"} | MOMENTUM,
 }
-"""Proxies without a correction have no w: it applies to the correction only. The three after these are rivals. The last
-ones are other kinds of error feedback, none at all, and the server's momentum."""
+"""The default does not search for proxies where the correction alone explains a third of an update;
+proxies+correction always does. Proxies without a correction have no w: it applies to the correction only. The split is
+the correction's share of the bytes. The three after these are rivals. The last ones are other kinds of error feedback,
+none at all, and the server's momentum."""
 AUTO = 0.0
 """Each message chooses its w; the default of proxies with a correction."""
 AUTO_STEP = 0.0
@@ -82,14 +88,16 @@ RATIOS: dict[str, tuple[int, ...]] = {
 WITHOUT_AHEAD = {"cifar10": (1000, 2000), "mnist": (1000,)}
 """Ratios at which the default, the correction alone and STC have a = 0, too: rivals prefer it on the tuning seed."""
 REACHED: dict[str, tuple[int, ...]] = {"proxies": (500, 1000, 2000), "powersgd": (50, 1000)}
-"""Ratios of a method that is not run at all of them: at 1,000x PowerSGD has rank 1 and is far behind."""
+"""Ratios of a method that is not run at all of them with a step of 1: at 1,000x PowerSGD has rank 1 and is far
+behind."""
 ABLATED = {"cifar10": 1000, "mnist": 500, "mnist-100": 200}
 """Ratio of the ablation."""
 ABLATION = {
-    "default": ("proxies+correction", AUTO, 0.5, AUTO_STEP),
-    "without over-relaxation (w = 1)": ("proxies+correction", 1.0, 0.5, AUTO_STEP),
-    "without step-ahead (a = 0)": ("proxies+correction", AUTO, 0.0, AUTO_STEP),
-    "with a server's step of 1": ("proxies+correction", AUTO, 0.5, 1.0),
+    "default": ("default", AUTO, 0.5, AUTO_STEP),
+    "without over-relaxation (w = 1)": ("default", 1.0, 0.5, AUTO_STEP),
+    "without step-ahead (a = 0)": ("default", AUTO, 0.0, AUTO_STEP),
+    "with a server's step of 1": ("default", AUTO, 0.5, 1.0),
+    "with a search in each round": ("proxies+correction", AUTO, 0.5, AUTO_STEP),
     "without proxies": ("correction", AUTO, 0.5, AUTO_STEP),
     "without the correction": ("proxies", 1.0, 0.5, AUTO_STEP),
 }
@@ -110,16 +118,27 @@ TUNED = {"cifar10": 1000}
 TUNING = tuple((w, a) for w in (1.8, 1.4, 1.0) for a in (0.5, 0.0))
 BODIES = {"cifar10": (1000, 2000), "mnist": (2000,), "mnist-100": (200,)}
 """Ratios at which the codec's criterion between bodies is compared with another one."""
-AUTOMATIC = (("proxies+correction", AUTO), ("correction", 1.8), ("stc", 1.8), ("proxies", 1.0))
-"""(method, w) that are compared with it, with a = 0.5."""
-MUCH_EXPLAINED = {"cifar10": (50, 200), "mnist": (50, 200), "mnist-100": (200,)}
-"""Ratios at which a message explains so much that rivals have the automatic w and step, too."""
+BELOW = {
+    1.0: "proxies+correction", 0.5: "below-0.5", 0.33: "default", 0.25: "below-0.25", 0.0: "correction",
+}  # fmt: skip
+"""Explained variance of the correction alone from which there is no search -> method."""
+BELOW_AT = (("cifar10", 50), ("cifar10", 200), ("mnist", 50), ("mnist", 200), ("mnist", 500), ("mnist-100", 200))
+"""Tasks and ratios at which it is chosen on the tuning seed: those where it decides about some of the messages."""
+SPLITS = {"cifar10": (1000,), "mnist": (500,)}
+"""Ratios at which proxies and correction share the bytes in other ways, on the tuning seed."""
+AUTOMATIC = (
+    ("default", AUTO), ("correction", AUTO), ("stc", AUTO), ("proxies+correction", AUTO), ("correction", 1.8),
+    ("stc", 1.8), ("proxies", 1.0),
+)  # fmt: skip
+"""(method, w) that have the automatic step, with a = 0.5."""
 STEPS, AHEADS = (1.0, 1.5, 2.0, 3.0, AUTO_STEP), (0.5, 0.0)
 """Steps of the server (`server-lr`) and values of a, which are chosen for each method on the tuning seed."""
 STEPPED: dict[str, tuple[int, ...]] = {"cifar10": (1000, 2000, 500), "mnist": (1000, 500, 2000), "mnist-100": (200,)}
 """Ratios of the comparison with the server's step tuned; it is tuned at the first one."""
 STEPPED_METHODS = (("fedavg", 1.0), ("proxies+correction", AUTO), ("correction", 1.8), ("stc", 1.8))
 """(method, w)."""
+BEST_OF = ("fedavg", "proxies+correction", "correction", "proxies", "stc")
+"""Methods whose best settings are shown beside the default."""
 CHOSEN_STEP: dict[str, dict[str, tuple[tuple[float, float], ...]]] = {
     "cifar10": {
         "fedavg": ((1.5, 0.0),), "proxies+correction": ((1.5, 0.5),), "correction": ((2.0, 0.5),), "stc": ((2.0, 0.5),),
@@ -201,13 +220,16 @@ def all_runs() -> list[Run]:
     runs = [
         Run(task, method, ratio, w, 0.5, 1.0, seed, AUTO_STEP)
         for task, ratios in RATIOS.items() for method, w in AUTOMATIC for ratio in ratios for seed in SEEDS
-        if ratio in REACHED.get(method, ratios)
     ]  # fmt: skip
     runs += [Run(task, "fedavg", 0, 1.0, 0.0, 1.0, seed, AUTO_STEP) for task in RATIOS for seed in SEEDS]
     runs += [
-        Run(task, method, ratio, AUTO, 0.5, 1.0, seed, AUTO_STEP)
-        for task, ratios in MUCH_EXPLAINED.items() for ratio in ratios for method in ("correction", "stc")
-        for seed in SEEDS
+        Run(task, method, ratio, AUTO, 0.5, 1.0, TUNING_SEED, AUTO_STEP)
+        for task, ratio in BELOW_AT for method in BELOW.values()
+    ]  # fmt: skip
+    runs += [
+        Run(task, method, ratio, AUTO, 0.5, 1.0, TUNING_SEED, AUTO_STEP)
+        for task, ratios in SPLITS.items() for ratio in ratios
+        for method in ("proxies+correction", *(name for name in METHODS if name.startswith("split-")))
     ]  # fmt: skip
     runs += [
         Run(task, method, ratio, w, a, 1.0, seed, step)
@@ -267,6 +289,7 @@ def make(run: Run, folder: Path) -> Row:
         "final_accuracy": _accuracy(settings, folder),
         "accuracy_by_round": [one.accuracy for one in rounds],
         "explained_variance_by_round": [one.explained_variance for one in rounds],
+        "with_proxies": sum(one.with_proxies or 0 for one in rounds) / max(1, sum(one.clients for one in rounds)),
         "encode_seconds": sum(one.encode_seconds or 0.0 for one in rounds),
         **{name: summary[name] for name in ("payload_ratio", "uplink_bytes", "seconds", "weights_sha256")},
     }
@@ -286,7 +309,7 @@ def comparison(rows: list[Row], task: str) -> Table:
     for step in (AUTO_STEP, 1.0):
         fedavg = _cell(_of(rows, task, "fedavg", 0, 1.0, 0.0, step=step))
         lines.append(["FedAvg", "", "", step_text(step), *[fedavg] * len(ratios)])
-        for method, w in (*COMPARED, ("correction", AUTO), ("stc", AUTO)):
+        for method, w in (("default", AUTO), *COMPARED, ("correction", AUTO), ("stc", AUTO)):
             for a in AHEADS:
                 found = [_of(rows, task, method, ratio, w, a, step=step) for ratio in ratios]
                 if any(len(cell) == len(SEEDS) for cell in found):
@@ -299,18 +322,48 @@ def bodies(rows: list[Row]) -> Table:
     lines = []
     for task, ratio in [(task, ratio) for task, ratios in BODIES.items() for ratio in ratios]:
         lag = _of(rows, task, "by-lag", ratio, AUTO, 0.5, step=AUTO_STEP)
-        lines.append([f"{task}, {ratio}x", _cell(default(rows, task, ratio)), _cell(lag)])
-    return ["", "explained variance (default)", "lag and overshoot"], lines
+        explained = _of(rows, task, "proxies+correction", ratio, AUTO, 0.5, step=AUTO_STEP)
+        lines.append([f"{task}, {ratio}x", _cell(explained), _cell(lag)])
+    return ["", "explained variance", "lag and overshoot"], lines
+
+
+def thresholds(rows: list[Row]) -> Table:
+    """Final accuracy on the tuning seed by `proxies_below`, and the fraction of the updates that had proxies."""
+    lines = []
+    for task, ratio in BELOW_AT:
+        names = [Run(task, one, ratio, AUTO, 0.5, 1.0, TUNING_SEED, AUTO_STEP).name for one in BELOW.values()]
+        found = {row["run"]: row for row in rows if row["run"] in names and "failed" not in row}
+        lines.append([f"{task}, {ratio}x", *(_with_proxies(found.get(name)) for name in names)])
+    return ["", *(f"{below:g}" for below in BELOW)], lines
+
+
+def _with_proxies(row: Row | None) -> str:
+    """Accuracy of one run, and the fraction of updates with proxies if it is known."""
+    if row is None:
+        return "not run"
+    share = row.get("with_proxies")
+    return f"{100 * row['final_accuracy']:.1f}" + ("" if share is None else f" ({share:.2f})")
+
+
+def splits(rows: list[Row]) -> Table:
+    """Final accuracy on the tuning seed by the correction's minimum share of the bytes."""
+    shares = {0.1: "split-0.1", 0.4: "proxies+correction", 0.7: "split-0.7", 0.85: "split-0.85"}
+    cells = [(task, ratio) for task, ratios in SPLITS.items() for ratio in ratios]
+    lines = []
+    for share, method in shares.items():
+        found = [_of(rows, task, method, ratio, AUTO, 0.5, (TUNING_SEED,), AUTO_STEP) for task, ratio in cells]
+        lines.append([f"{share:g}", *(f"{cell[0]:.1f}" if cell else "not run" for cell in found)])
+    return ["correction's share", *(f"{task}, {ratio}x" for task, ratio in cells)], lines
 
 
 def default(rows: list[Row], task: str, ratio: int) -> list[float]:
-    """Final accuracies in % of proxies with a correction and no tuned setting."""
-    return _of(rows, task, "proxies+correction", ratio, AUTO, 0.5, step=AUTO_STEP)
+    """Final accuracies in % of the default, which has no tuned setting."""
+    return _of(rows, task, "default", ratio, AUTO, 0.5, step=AUTO_STEP)
 
 
 def best(rows: list[Row], task: str, method: str, ratio: int) -> tuple[str, list[float]]:
     """Step and a of the highest mean over all seeds, of all that were run, as text; and the final accuracies in %."""
-    found, usual = [], dict(STEPPED_METHODS)[method]
+    found, usual = [], dict(COMPARED).get(method, 1.0)
     aheads, factors = ((0.0,), (1.0,)) if method == "fedavg" else (AHEADS, {usual, AUTO})
     for step, a, w in product(STEPS, aheads, factors):
         values = _of(rows, task, method, 0 if method == "fedavg" else ratio, w, a, step=step)
@@ -344,10 +397,10 @@ def steps(rows: list[Row]) -> Table:
     """The default, and every method with the server's step and a, in brackets, that are best on these seeds."""
     lines = []
     for task, ratio in [(task, ratio) for task, ratios in RATIOS.items() for ratio in sorted(ratios)]:
-        cells = [best(rows, task, method, ratio) for method, _ in STEPPED_METHODS]
-        texts = [f"{_cell(found)} ({text})" for text, found in cells]
+        cells = [best(rows, task, method, ratio) for method in BEST_OF]
+        texts = [f"{_cell(found)} ({text})" if found else "not run" for text, found in cells]
         lines.append([f"{task}, {ratio}x", _cell(default(rows, task, ratio)), *texts])
-    return ["", "default", *(method for method, _ in STEPPED_METHODS)], lines
+    return ["", "default", *BEST_OF], lines
 
 
 def tuned_steps(rows: list[Row]) -> Table:
@@ -425,7 +478,8 @@ def main(
     for title, (header, lines) in {
         **{task: comparison(rows, task) for task in RATIOS}, "ablation": ablation(rows),
         **{f"{task}, other kinds": variants(rows, task) for task in VARIANTS},
-        "criterion between bodies": bodies(rows), "server's step": steps(rows),
+        "criterion between bodies": bodies(rows), "split of the bytes": splits(rows),
+        "explained variance from which no client searches": thresholds(rows), "server's step": steps(rows),
         "server's step on the tuning seed": tuned_steps(rows),
         **{f"{task}, tuning on seed {TUNING_SEED}": tuning(rows, task) for task in TUNED},
     }.items():  # fmt: skip

@@ -15,7 +15,7 @@ TITLES = {
     "mnist-100": "MNIST, 10 of 100 clients per round",
 }
 LINES = (
-    ("proxies+correction", 0.0, "proxies and correction (default)", "#0b6e99", "o"),
+    ("default", 0.0, "proxies and correction (default)", "#0b6e99", "o"),
     ("correction", 1.8, "correction alone", "#c05621", "s"),
     ("stc", 1.8, "STC", "#5f6b3c", "^"),
     ("topk", 1.8, "top-k, server's step of 1", "#7a5195", "v"),
