@@ -133,7 +133,7 @@ class ProxyCompressor(Compressor):
         trial = not age or last is None
         strata = strata_of(reference) if any(self._budgets.values()) else None
         candidates, evals = [], 0
-        if 0 in self._budgets:
+        if 0 in self._budgets and (trial or self._options.proxies_below < 1):
             nothing = {name: torch.zeros_like(w) for name, w in reference.base.items()}
             alone = self._candidate(reference, update, b"", nothing, strata)
             if self.criterion(update, alone) >= self._options.proxies_below < 1:
