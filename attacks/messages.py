@@ -132,7 +132,7 @@ def observe(
     elif message.kind != "exact":
         wanted = {"compressor": message.kind, "ratio": message.number, "codec_mode": message.mode}
         wanted["proxies_below"] = 1.0  # what these messages are named after
-        compressor = uplink_compressor(Settings.of(wanted), "proxy", network)
+        compressor = uplink_compressor(Settings.of(wanted), "compressed", network)
         compressed = compressor.compress(network, update, generator=generator)
         update, nbytes = compressed.decoded, HEADER_BYTES + len(compressed.body)
         if (content := compressor.describe(compressed.body)) is not None:
@@ -156,7 +156,7 @@ def observe(
 
 def _noised(network: ReferenceModel, update: Weights, epsilon: float) -> Weights:
     """Return the update, clipped to its own norm and with the whole noise,
-    as in a proxy round with differential privacy.
+    as in a compressed round with differential privacy.
     """
     check_param_spec(network.param_spec)
     norm = math.sqrt(dot(update, update))

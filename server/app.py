@@ -194,7 +194,7 @@ class _Run:
         self._runner = RoundRunner(
             self._transport, network, test, settings, self._ledger, self._observer, workload, clients, outputs
         )  # fmt: skip
-        self._notes = payload_notes(settings, self._runner.models[0].reference) if "proxy" in kinds else ()
+        self._notes = payload_notes(settings, self._runner.models[0].reference) if "compressed" in kinds else ()
         if not settings.run.resume and spent_budget(self._runner, 1):
             first = Accountant(settings.privacy.privacy_delta)
             first.spend(settings.privacy.noise_multiplier, self._runner.kind(1))

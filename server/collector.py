@@ -103,7 +103,7 @@ class Collected:
         replies: (client, its reply without the payload); empty in a secure round.
         metrics: client name -> metrics of its plugins; empty in a secure round.
         survivors: names of the clients in a secure sum.
-        proxies: images [n, c, h, w] of the shown client, in a proxy round.
+        proxies: images [n, c, h, w] of the shown client, in a compressed round.
         with_proxies: number of payloads with proxies; None if the compressor has none.
         secure: all that a secure round revealed.
         abandoned: why a secure round was abandoned, or "".
@@ -308,7 +308,7 @@ class TrainExchange:
 
 
 class OpenCollector:
-    """Rounds whose updates the server decodes one by one: proxy and fedavg rounds.
+    """Rounds whose updates the server decodes one by one: compressed and fedavg rounds.
 
     Attributes:
         recorder: saves the messages of some clients; None saves none.

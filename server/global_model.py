@@ -121,7 +121,7 @@ class GlobalModel:
         initial: its initial weights as one vector [values].
         averaged: exponential moving average of the weights, which is evaluated and saved; the model itself with
             ema-decay=0.
-        compressors: proxy or fedavg round kind -> compressor of the clients' updates.
+        compressors: compressed or fedavg round kind -> compressor of the clients' updates.
         downlink: the weights that the clients hold.
         secure: ranges of the secure sums; None in a run without secure rounds.
     """
@@ -204,7 +204,7 @@ class GlobalModel:
         """
         settings = self._settings
         plain = settings.server.server_optimizer == "sgd" and settings.codec.codec_mode != "paper"
-        if settings.server.server_lr or kind != "proxy" or not plain or settings.privacy.noise_multiplier:
+        if settings.server.server_lr or kind != "compressed" or not plain or settings.privacy.noise_multiplier:
             return 1.0
         return 1.0 if diversity is None else automatic_step(diversity, round_, settings.training.rounds)
 

@@ -43,7 +43,7 @@ def round_record(
         before: uplink, downlink and FedAvg uplink bytes before the round.
     """
     private, secure = runner.account, result.secure
-    compressed, masked = result.kind == "proxy", result.kind == "secure"
+    compressed, masked = result.kind == "compressed", result.kind == "secure"
     tasks = runner.settings.plugins.task_count > 1
     return RoundRecord(
         round=result.round,

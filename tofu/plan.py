@@ -88,7 +88,7 @@ def make_plan(
         SettingError: the ratio is out of reach for this model.
     """
     param_spec = network.param_spec
-    compressor = uplink_compressor(settings, "proxy", network)
+    compressor = uplink_compressor(settings, "compressed", network)
     content = compressor.describe()
     proxies, *proxy = content.proxy_shape if content else (0,)
     payload = HEADER_BYTES + compressor.body_bytes(param_spec)
@@ -270,7 +270,7 @@ def _train(settings: Settings, network: ReferenceModel, data: LabeledImages) -> 
 def _encode_seconds(settings: Settings, network: ReferenceModel, update: Weights) -> float:
     """Return the seconds of an encode that searches: measured, or extrapolated from two brief searches."""
 
-    compressor = uplink_compressor(settings.replace(proxies_below=1.0), "proxy", network)
+    compressor = uplink_compressor(settings.replace(proxies_below=1.0), "compressed", network)
 
     def encode() -> tuple[float, int]:
         began = time.perf_counter()

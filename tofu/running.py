@@ -183,7 +183,7 @@ def run(
         >>> result = tofu.run(dataset="digits", clients=3, rounds=2, ratio=20, max_evals=20, progress=False,
         ...                   run_folder=tempfile.mkdtemp() + "/run")
         >>> [record.kind for record in result.history], result.summary.final_accuracy > 0.3
-        (['start', 'proxy', 'proxy'], True)
+        (['start', 'compressed', 'compressed'], True)
     """
     _check_others(callbacks, progress, settings)
     workload, checked = _workload_and_settings(

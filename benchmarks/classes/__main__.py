@@ -45,7 +45,7 @@ def targets(settings: Settings, data: FederatedData) -> Iterator[tuple[int, int,
     model = initial_model(settings.model, data.shape, settings.run.seed)
     network = ReferenceModel(model.eval(), data.shape).as_built()
     config = LocalTrainingConfig.of(settings.training, 1)
-    compressor = uplink_compressor(settings, "proxy", network)
+    compressor = uplink_compressor(settings, "compressed", network)
     memories = [ErrorFeedback() for _ in range(settings.data.clients)]
     for round_ in range(1, MOMENTS[-1] + 1):
         base, mean = weights_of(model), RunningMean()
@@ -66,7 +66,7 @@ def targets(settings: Settings, data: FederatedData) -> Iterator[tuple[int, int,
 
 
 def measure(network: ReferenceModel, target: Weights, settings: Settings) -> dict[str, Any]:
-    compressor = uplink_compressor(settings, "proxy", network)
+    compressor = uplink_compressor(settings, "compressed", network)
     made = compressor.compress(network, target, generator=torch.Generator().manual_seed(settings.run.seed))
     vector = torch.cat([made.decoded[name].flatten() for name in network.param_spec.parameters])
     row = {

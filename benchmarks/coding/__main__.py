@@ -69,7 +69,7 @@ def record(task: str, ratio: int, seed: int) -> dict[int, dict[str, Any]]:
     settings, network = open_case(task, ratio, seed)
     data = FederatedData.of(settings.data, seed)
     model, config = network.model, LocalTrainingConfig.of(settings.training, 1)
-    compressor = uplink_compressor(settings, "proxy", network)
+    compressor = uplink_compressor(settings, "compressed", network)
     feedback = [ErrorFeedback() for _ in range(settings.data.clients)]
     found = {}
     for round_ in range(1, MOMENTS[-1] + 1):

@@ -187,7 +187,7 @@ class Run:
         hub = task["dataset"]
         own: dict[str, Any] = {"schedule": "fedavg"}
         if self.method == "fedavg" and self.server_lr == AUTO_STEP:  # which applies to compressed rounds only
-            own = {"schedule": "proxy", "compressor": "none"}
+            own = {"schedule": "compressed", "compressor": "none"}
         elif self.method != "fedavg":
             own = self.method_settings | {
                 "over_relaxation": self.w, "step_ahead": self.a, "step_ahead_final_factor": self.final_factor,

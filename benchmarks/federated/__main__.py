@@ -1,4 +1,4 @@
-"""FedAvg against proxy rounds only, hybrid rounds, and both directions compressed: accuracy and bytes at equal rounds.
+"""FedAvg against compressed rounds only, hybrid rounds, and both directions compressed: accuracy and bytes.
 
 MNIST with LeNet-5 and ten clients, CIFAR-10 with the small cnn (GroupNorm) and five, both Dirichlet 0.5; the last
 round of the hybrid is a secure one. Every method uses the same local training, the same rounds and the same running
@@ -43,19 +43,19 @@ SECURE: dict[str, dict[str, Any]] = {
     "cifar10": {"switch_round": 12, "secure_ratio": 8.0},
 }
 BOTH: dict[str, dict[str, Any]] = {
-    "mnist": {"schedule": "proxy", "ratio": 110.0, "downlink_ratio": 45.0},
-    "cifar10": {"schedule": "proxy", "ratio": 26.0, "correction": 1.0, "downlink_ratio": 17.0},
+    "mnist": {"schedule": "compressed", "ratio": 110.0, "downlink_ratio": 45.0},
+    "cifar10": {"schedule": "compressed", "ratio": 26.0, "correction": 1.0, "downlink_ratio": 17.0},
 }
 """On CIFAR-10 the sparse correction alone is sent, which takes next to no time to encode."""
-METHODS = ("FedAvg", "proxy rounds only", "hybrid", "both directions")
+METHODS = ("FedAvg", "compressed rounds only", "hybrid", "both directions")
 
 
 def changes(case: str, method: str) -> dict[str, Any]:
     """Settings of a method in addition to those of all methods."""
     if method == "FedAvg":
         return {"schedule": "fedavg"}
-    if method == "proxy rounds only":
-        return {"schedule": "proxy"} | PROXY[case]
+    if method == "compressed rounds only":
+        return {"schedule": "compressed"} | PROXY[case]
     if method == "hybrid":
         return {"schedule": "switch"} | PROXY[case] | SECURE[case]
     return {"downlink": "proxy"} | BOTH[case]
@@ -111,7 +111,7 @@ def main(
     workers: int = 2,
     runs: Annotated[str, typer.Option(help="folder for the runs")] = "runs/benchmark-federated",
 ) -> None:
-    """FedAvg against proxy rounds, hybrid rounds, and both directions compressed, at equal rounds."""
+    """FedAvg against compressed rounds, hybrid rounds, and both directions compressed, at equal rounds."""
     options = SimpleNamespace(**locals())
     asked = [method for method in METHODS if method in methods.split(",")]
     for case in names or CASES:

@@ -25,7 +25,7 @@ COMMON: dict[str, Any] = {
 }  # fmt: skip
 METHODS: dict[str, dict[str, Any]] = {
     "centralized": {"schedule": "fedavg", "clients": 1, "partition": "iid"},
-    "proxy": {"schedule": "proxy", "ratio": 10.0, "max_evals": 10},
+    "proxy": {"schedule": "compressed", "ratio": 10.0, "max_evals": 10},
     "secure": {"schedule": "secure", "secure_ratio": 4.0},
 }
 

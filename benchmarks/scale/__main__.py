@@ -100,7 +100,7 @@ def measure(clients: int, ratio: float) -> dict[str, Any]:
     train_locally(network.model, data, LocalTrainingConfig(1, 32, 0.05), generator=generator)
     update = difference(weights_of(network.model), base)
     load_weights(network.model, base)
-    compressor = uplink_compressor(settings, "proxy", network)
+    compressor = uplink_compressor(settings, "compressed", network)
     body = compressor.compress(network, update, generator=generator).body
     decode = time.perf_counter()
     for _ in range(20):

@@ -50,7 +50,7 @@ def measure(case: str, seed: int) -> list[dict[str, Any]]:
         settings = Settings.of(
             {"model": values["model"], "ratio": RATIO, "max_evals": max_evals, "tolerance": 0.0, "proxies_below": 1.0}
         )
-        compressor = uplink_compressor(settings, "proxy", network)
+        compressor = uplink_compressor(settings, "compressed", network)
         began = time.perf_counter()
         made = compressor.compress(network, update, generator=torch.Generator().manual_seed(seed))
         encode = time.perf_counter() - began

@@ -69,7 +69,7 @@ def open_case(case: str, seed: int) -> tuple[Settings, list[LabeledImages], Refe
 def record(case: str, seed: int) -> Recording:
     """Train a federation with the default codec, and keep what its first clients encode."""
     settings, clients, reference = open_case(case, seed)
-    compressor = uplink_compressor(settings, "proxy", reference)
+    compressor = uplink_compressor(settings, "compressed", reference)
     feedback, memories = [ErrorFeedback() for _ in clients], [b"" for _ in clients]
     generator = torch.Generator().manual_seed(seed)
     rounds = []
@@ -100,7 +100,7 @@ def replay(recording: Recording, changes: dict[str, Any]) -> list[dict[str, Any]
     case, seed = recording["case"], recording["seed"]
     settings, clients, reference = open_case(case, seed)
     settings = settings.replace(**changes)
-    compressor = uplink_compressor(settings, "proxy", reference)
+    compressor = uplink_compressor(settings, "compressed", reference)
     rows = []
     for number in range(RECORDED):
         memory = b""

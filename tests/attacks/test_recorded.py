@@ -39,10 +39,10 @@ def run(tmp_path: Path) -> Path:
         base = weights_of(model.eval())
         how = LocalTrainingConfig(1, 16, SETTINGS.training.lr_of(round_))
         sent = local_round(network, data.client(4), how, derive_generator(0, round_, "4", "train"))
-        compressor = uplink_compressor(SETTINGS, "proxy", network)
+        compressor = uplink_compressor(SETTINGS, "compressed", network)
         compressed = compressor.compress(network, sent.update, generator=derive_generator(0, round_, "4", "encode"))
         payload = Payload(compressor.code, round_, fingerprint(base), compressed.body).to_bytes()
-        recorder.save(round_, "4", kind="proxy", examples=len(data.client(4)), base=base, payload=payload)
+        recorder.save(round_, "4", kind="compressed", examples=len(data.client(4)), base=base, payload=payload)
         add_update(model, compressed.decoded)
     return tmp_path
 

@@ -63,7 +63,7 @@ def identity(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(TaskIdentity, f"_{name}", 1)
 
 
-def request(kind: str = "proxy", round_: int = 1, acknowledged: int = -1, *, seed: int = 0) -> TrainRequest:
+def request(kind: str = "compressed", round_: int = 1, acknowledged: int = -1, *, seed: int = 0) -> TrainRequest:
     model = build_model("mlp", SHAPE, seed=seed)
     weights = weights_of(model)
     payload = Payload(WEIGHTS, round_, fingerprint(weights), float32_bytes(weights, layout_of(model)))
@@ -94,7 +94,7 @@ def write_images(folder: Path, data: LabeledImages, classes: list[int]) -> None:
 def test_a_proxy_reply_decodes_to_about_the_update_and_a_full_one_to_it() -> None:
     proxy = train_round(request(), 1, SETTINGS, context(**{"partition-id": 0}))
     full = train_round(request("fedavg"), 1, SETTINGS, context(**{"partition-id": 0}))
-    approximate, exact = decoded(proxy, "proxy", 1), decoded(full, "fedavg", 1)
+    approximate, exact = decoded(proxy, "compressed", 1), decoded(full, "fedavg", 1)
     assert cosine(exact, approximate) == pytest.approx(proxy.cosine, abs=1e-3)
     assert proxy.cosine > 0.6
     assert full.cosine == pytest.approx(1)
@@ -106,7 +106,7 @@ def test_a_proxy_reply_decodes_to_about_the_update_and_a_full_one_to_it() -> Non
 def test_error_feedback_sends_later_what_was_lost() -> None:
     """Two rounds at the same weights: what both decode to is nearer to twice the update than two fresh replies are."""
     ctx = context(**{"partition-id": 0})
-    first = decoded(train_round(request(), 1, SETTINGS, ctx), "proxy", 1)
+    first = decoded(train_round(request(), 1, SETTINGS, ctx), "compressed", 1)
     second = decoded(train_round(request("fedavg", 2, acknowledged=1), 2, SETTINGS, ctx), "fedavg", 2)
     fresh = context(**{"partition-id": 0})
     exact_first = decoded(train_round(request("fedavg"), 1, SETTINGS, fresh), "fedavg", 1)
@@ -132,7 +132,7 @@ def test_step_ahead_trains_from_where_the_residual_leads() -> None:
     def second_round(**changes: Any) -> tuple[bytes, bytes]:
         settings, ctx = Settings.of(SETTINGS.to_config() | changes), context(**{"partition-id": 0})
         first = train_round(request(), 1, settings, ctx).payload
-        return first, train_round(request("proxy", 2, acknowledged=1), 2, settings, ctx).payload
+        return first, train_round(request("compressed", 2, acknowledged=1), 2, settings, ctx).payload
 
     plain, ahead = second_round(), second_round(**{"step-ahead": 0.5})
     assert plain[0] == ahead[0]
@@ -179,7 +179,7 @@ def test_weights_of_another_model_or_round_are_refused() -> None:
     other = Settings.of(SETTINGS.to_config() | {"model": "cnn"})
     with pytest.raises(PayloadError, match=r"this model takes|expected 22 to"):
         train_round(good, 1, other, ctx)
-    swapped = TrainRequest("proxy", -1, SHAPE, good.payload[:10] + bytes(8) + good.payload[18:], bytes(8))
+    swapped = TrainRequest("compressed", -1, SHAPE, good.payload[:10] + bytes(8) + good.payload[18:], bytes(8))
     with pytest.raises(PayloadError, match="fingerprint"):
         train_round(swapped, 1, SETTINGS, ctx)
     assert not ctx.state.config_records  # nothing was kept of a round that failed
@@ -200,8 +200,8 @@ def test_class_names_number_the_labels_of_a_folder_that_lacks_some(tmp_path: Pat
 
 def test_data_that_does_not_fit_is_refused(tmp_path: Path, digits: LabeledImages) -> None:
     write_images(tmp_path / "own", digits, list(range(10)))
-    wide = TrainRequest("proxy", -1, ImageShape(1, 8, 9, 10), request().payload, bytes(8))
-    few = TrainRequest("proxy", -1, ImageShape(1, 8, 8, 3), request().payload, bytes(8))
+    wide = TrainRequest("compressed", -1, ImageShape(1, 8, 9, 10), request().payload, bytes(8))
+    few = TrainRequest("compressed", -1, ImageShape(1, 8, 8, 3), request().payload, bytes(8))
     for bad in (wide, few):
         with pytest.raises((DataError, PayloadError)):
             train_round(bad, 1, SETTINGS, context(data=str(tmp_path / "own")))
@@ -232,7 +232,7 @@ def test_warm_start_uses_the_last_proxies() -> None:
     ctx = context(**{"partition-id": 0})
     train_round(request(), 1, SETTINGS, ctx)
     network = ReferenceModel(build_model("mlp", SHAPE, seed=0).eval(), SHAPE)
-    compressor = uplink_compressor(SETTINGS, "proxy", network)
+    compressor = uplink_compressor(SETTINGS, "compressed", network)
     assert isinstance(compressor, ProxyCompressor)
     memory = ctx.state.config_records["tofu"]["memory"]
     assert isinstance(memory, bytes)
@@ -240,18 +240,18 @@ def test_warm_start_uses_the_last_proxies() -> None:
 
 
 def test_a_client_takes_part_on_its_own_terms_only() -> None:
-    for kinds in ("secure", "proxy, secure"):
+    for kinds in ("secure", "compressed, secure"):
         for name in ("allowed-rounds", "kinds"):  # the second is the name before the renaming
             with pytest.raises(PolicyError, match=r"a fedavg round .* rule allowed-rounds accepts .*secure"):
                 train_round(request("fedavg"), 1, SETTINGS, context(**{"partition-id": 0, name: kinds}))
     with pytest.raises(PolicyError, match=r"noise-multiplier=0 .* rule min-noise-multiplier accepts 1 or more"):
         train_round(request(), 1, SETTINGS, context(**{"partition-id": 0, "min-noise-multiplier": 1}))
-    assert train_round(request(), 1, SETTINGS, context(**{"partition-id": 0, "allowed-rounds": "proxy"})).payload
+    assert train_round(request(), 1, SETTINGS, context(**{"partition-id": 0, "allowed-rounds": "compressed"})).payload
     for kinds in ("secure,fedavg", "secure, full"):  # full is the name before the renaming
         allowed = context(**{"partition-id": 0, "allowed-rounds": kinds})
         assert train_round(request("fedavg"), 1, SETTINGS, allowed).payload
         with pytest.raises(PolicyError, match=r"accepts secure, fedavg"):
-            train_round(request("proxy"), 1, SETTINGS, allowed)
+            train_round(request("compressed"), 1, SETTINGS, allowed)
 
 
 def answer(context: Context) -> Message:

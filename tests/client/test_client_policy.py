@@ -12,7 +12,7 @@ from PIL import Image
 from client import app as client_app
 from client.app import app
 from tofu.data import ImageShape
-from tofu.errors import SettingError
+from tofu.errors import PolicyError, SettingError
 from tofu.flower.policy import Policy
 from tofu.settings import Settings
 from tofu.wire import FIELD, RECORD, TrainRequest
@@ -72,7 +72,7 @@ FILE = """
 models = ["mlp"]
 plugins = []
 own-data = true
-allowed-rounds = ["proxy"]
+allowed-rounds = ["compressed"]
 min-noise-multiplier = 0.5
 [settings]
 lr = {min = 0.01, max = 1}
@@ -173,7 +173,7 @@ def broken_image(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("allowed", ["secure", "proxy, secure, fedavg"])
+@pytest.mark.parametrize("allowed", ["secure", "compressed, secure, fedavg"])
 @pytest.mark.parametrize("make", [folder_of_a_class, broken_image, lambda path: path])
 def test_error_replies_hold_no_paths_and_no_class_names(
     make: Callable[[Path], Path], allowed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -203,5 +203,18 @@ def test_no_model_of_a_shape_that_does_not_fit_the_data_is_built(
         raise AssertionError("the client allocated the requested model")
 
     monkeypatch.setattr("tofu.workload.run_model", built)
-    found = reason({"partition-id": 0}, {}, TrainRequest("proxy", -1, shape, b"x", bytes(8)))
+    found = reason({"partition-id": 0}, {}, TrainRequest("compressed", -1, shape, b"x", bytes(8)))
     assert "data" in found or "rule max-classes" in found
+
+
+def test_a_policy_of_an_earlier_version_allows_the_same_rounds(tmp_path: Path) -> None:
+    """Compressed rounds were called proxy."""
+    (tmp_path / "policy.toml").write_text('allowed-rounds = ["proxy"]\n[settings]\nschedule = ["proxy"]\n')
+    node: dict[str, str | int] = {"partition-id": 0, "policy": str(tmp_path / "policy.toml")}
+    policy = Policy.of(Context(1, 2, node, RecordDict(), {}))  # type: ignore[arg-type]
+    policy.check_round("compressed", 0.0)
+    policy.check_run({"schedule": "compressed"}, node)
+    with pytest.raises(PolicyError, match="allowed-rounds"):
+        policy.check_round("fedavg", 0.0)
+    with pytest.raises(PolicyError, match="schedule"):
+        policy.check_run({"schedule": "secure"}, node)

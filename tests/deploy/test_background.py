@@ -26,7 +26,7 @@ LOGS = Path("F/logs")
             "node-1 (node 42) has the name of client 0, as node-0 (node 791073110307500877) does",
         ),
         ("node 7 is not registered here", "node 7 is not registered here"),
-        ("round 42/50  proxy  accuracy 42.00%", "round 42/50  proxy  accuracy 42.00%"),
+        ("round 42/50  compressed  accuracy 42.00%", "round 42/50  compressed  accuracy 42.00%"),
     ],
 )
 def test_nodes_have_names_and_logs_a_place(text: str, shown: str) -> None:

@@ -170,7 +170,7 @@ def test_with_privacy_no_class_names_leave_a_client(tmp_path: Path, folders: lis
 
 
 ROUNDS: dict[str, dict[str, Any]] = {
-    "proxy": {"schedule": "proxy", "ratio": 10.0, "max_evals": 5, "downlink": "proxy", "downlink_ratio": 5.0},
+    "proxy": {"schedule": "compressed", "ratio": 10.0, "max_evals": 5, "downlink": "proxy", "downlink_ratio": 5.0},
     "secure": {"schedule": "secure"},
 }
 

@@ -97,11 +97,11 @@ def test_a_second_up_is_refused(folder: Path) -> None:
 def test_a_proxy_round_goes_round(folder: Path) -> None:
     result = deploy("run", f"--folder={folder}", "--rounds=1", "--min-clients=2", *_QUICK)
     assert result.returncode == 0, result.stderr
-    assert "round 1/1  proxy" in result.stderr
+    assert "round 1/1  compressed" in result.stderr
     summary = json.loads((folder / "runs" / "run-1" / "summary.json").read_text())
     assert summary["final_accuracy"] > 0.15
     rows = [json.loads(line) for line in (folder / "runs" / "run-1" / "metrics.jsonl").read_text().splitlines()]
-    assert [(row["kind"], row["clients"], row["failures"]) for row in rows] == [("start", 0, []), ("proxy", 2, [])]
+    assert [(row["kind"], row["clients"], row["failures"]) for row in rows] == [("start", 0, []), ("compressed", 2, [])]
     assert [run["status"] for run in asked("status", f"--folder={folder}")["runs"]] == ["finished:completed"]
     # What `up` made, the server is told of by itself.
     config = json.loads((folder / "runs" / "run-1" / "config.json").read_text())

@@ -89,7 +89,7 @@ def test_all_are_back_in_a_secure_round(federation: LocalCluster, tmp_path: Path
     run = run_on(federation, settings_of(federation, tmp_path / "run", rounds=2).to_config())
     assert run.completed, run.log
     assert [(row["kind"], row["clients"]) for row in rows(tmp_path / "run")] == [
-        ("start", 0), ("proxy", 5), ("secure", 5)
+        ("start", 0), ("compressed", 5), ("secure", 5)
     ]  # fmt: skip
 
 

@@ -84,7 +84,7 @@ def test_rounds_with_identities_equal_one_process(federation: LocalCluster, tmp_
     assert run.completed, run.log
     remote = rows(tmp_path / "remote")
     assert [(row["kind"], row["clients"], row["failures"]) for row in remote] == [
-        ("start", 0, []), ("proxy", 3, []), ("proxy", 3, []), ("secure", 3, []), ("secure", 3, [])
+        ("start", 0, []), ("compressed", 3, []), ("compressed", 3, []), ("secure", 3, []), ("secure", 3, [])
     ]  # fmt: skip
     # One process has no identities: they sign the same masked vectors.
     own: dict[str, Any] = {"run-folder": str(tmp_path / "local"), "secure-identities": ""}
@@ -341,7 +341,7 @@ def test_rounds_do_not_wait_for_replies_that_will_not_come(federation: LocalClus
     )  # fmt: skip
     set_fates(federation, "node-1", greeting, "", "", "", f"PushObject sleep {seconds}")
     settings = settings_of(
-        federation, tmp_path / "run", rounds=4, schedule="proxy", min_clients=2, straggler_factor=1.5
+        federation, tmp_path / "run", rounds=4, schedule="compressed", min_clients=2, straggler_factor=1.5
     )
     run = run_on(federation, settings.to_config())
     assert run.completed, run.log

@@ -41,7 +41,7 @@ SETTINGS: dict[str, Value] = {
     "downlink": "topk",
     "schedule": "switch",
 }
-"""A proxy round and a secure round."""
+"""A compressed round and a secure round."""
 
 START = """
 ip link set lo up
@@ -161,7 +161,7 @@ def test_flwr_run_gives_the_weights_of_tofu_run(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (ran.folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["clients"] for row in rows] == [0, NODES, NODES]
     assert not any(row["failures"] for row in rows)
-    assert [row["kind"] for row in rows] == ["start", "proxy", "secure"]
+    assert [row["kind"] for row in rows] == ["start", "compressed", "secure"]
     for name in ("uplink_bytes", "downlink_bytes"):
         assert on_ray[name] == pytest.approx(here[name], rel=0.05)
 
@@ -176,7 +176,11 @@ def test_flwr_run_gives_the_weights_of_tofu_run(tmp_path: Path) -> None:
             "plugins": "crossbar,curvature,hierarchy",
             "plugin-options": "crossbar.percentile=0.5 hierarchy.tree=digits curvature.probes=1",
         },
-        {"plugins": "trend", "plugin-options": "trend.members=fp,1 trend.images=20 trend.steps=2", "schedule": "proxy"},
+        {
+            "plugins": "trend",
+            "plugin-options": "trend.members=fp,1 trend.images=20 trend.steps=2",
+            "schedule": "compressed",
+        },
     ],
     ids=lambda plugins: plugins["plugins"],
 )

@@ -196,7 +196,7 @@ def test_a_round_of_server_noise_that_a_crash_interrupted_counts_as_one_of_its_c
     assert json.loads((folder / "privacy.json").read_text())["participation"]["rows"] == 7
 
 
-@pytest.mark.parametrize(("kind", "noise"), [("fedavg", "none"), ("proxy", "none"), ("fedavg", "independent")])
+@pytest.mark.parametrize(("kind", "noise"), [("fedavg", "none"), ("compressed", "none"), ("fedavg", "independent")])
 def test_under_differential_privacy_no_message_tells_time_loss_or_number_of_images(
     kind: str, noise: str, tmp_path: Path
 ) -> None:

@@ -46,7 +46,7 @@ def rounds(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kind", ["proxy", "secure"])
+@pytest.mark.parametrize("kind", ["compressed", "secure"])
 def test_rounds_end_with_the_first_replies_and_the_late_client_is_no_failure(kind: str, tmp_path: Path) -> None:
     """Client 2 trains until two rounds are over: the key exchange of the second secure round is without it, too."""
     release = Release()
@@ -70,7 +70,7 @@ def test_rounds_end_with_the_first_replies_and_the_late_client_is_no_failure(kin
         assert (record["kind"], record["clients"], record["late"], record["failures"]) == (kind, 4, 1, [])
 
 
-@pytest.mark.parametrize("kind", ["proxy", "secure"])
+@pytest.mark.parametrize("kind", ["compressed", "secure"])
 def test_over_sampling_asks_more_of_the_clients(kind: str, tmp_path: Path) -> None:
     given = QUICK | {"clients": 10, "client_fraction": 0.4, "over_sampling": 1.25}
     if kind == "secure":

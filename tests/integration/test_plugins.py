@@ -47,11 +47,11 @@ def payloads(folder: Path, round_: int) -> set[int]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("schedule", ["proxy", "fedavg", "secure"])
+@pytest.mark.parametrize("schedule", ["compressed", "fedavg", "secure"])
 def test_ood_works_in_every_kind_of_round(tmp_path: Path, schedule: str) -> None:
     """The threshold comes of the summed histograms and goes out with the next requests."""
     end = federate(tmp_path / "run", plugins="ood", schedule=schedule, rounds=3, lr=0.1, local_epochs=3)
-    assert float(end["final_accuracy"]) > (0.4 if schedule == "proxy" else 0.7)
+    assert float(end["final_accuracy"]) > (0.4 if schedule == "compressed" else 0.7)
     metrics = [row.get("plugins", {}) for row in rows(tmp_path / "run")[1:]]
     if schedule == "secure":
         assert metrics == [{}] * 3  # the server learns sums only
@@ -77,7 +77,7 @@ def test_what_is_saved_flags_as_many_images_as_were_asked_for(tmp_path: Path) ->
     assert 0.07 < float(unknown.float().mean()) <= 0.1
 
 
-@pytest.mark.parametrize("schedule", ["proxy", "fedavg", "secure"])
+@pytest.mark.parametrize("schedule", ["compressed", "fedavg", "secure"])
 def test_rank_sends_fewer_numbers_from_the_next_round_on(tmp_path: Path, schedule: str) -> None:
     federate(tmp_path / "run", schedule=schedule, **RANK)
     before, after = payloads(tmp_path / "run", 2), payloads(tmp_path / "run", 4)
@@ -236,7 +236,7 @@ def test_a_run_keeps_what_it_is_told_to_for_attacks(tmp_path: Path, capsys: pyte
 
     federate(tmp_path / "run", rounds=2, record_clients="1", batch_size=4, train_images=12)
     kept = [read_recording(folder) for folder in recordings(tmp_path / "run")]
-    assert [(one.round, one.client, one.kind) for one in kept] == [(1, "1", "proxy"), (2, "1", "proxy")]
+    assert [(one.round, one.client, one.kind) for one in kept] == [(1, "1", "compressed"), (2, "1", "compressed")]
     options = ["--attacks", "proxy-images", "--seconds", "5", "--quiet"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["tofu", "attack", str(tmp_path / "run"), *options])

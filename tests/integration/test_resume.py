@@ -18,7 +18,8 @@ from tests import processes
 from tofu.errors import SettingError
 from tofu.files import lock_file
 from tofu.observers.base import Observer
-from tofu.rounds.record import RoundRecord
+from tofu.reporting.folder import resumed_settings
+from tofu.rounds.record import RoundRecord, read_rounds
 from tofu.settings import Settings
 
 Row = dict[str, Any]
@@ -27,7 +28,7 @@ TINY: Row = {
     "model": "mlp", "clients": 4, "rounds": 6, "max_evals": 5, "ratio": 50.0, "local_epochs": 1, "batch_size": 32,
     "lr": 0.05, "schedule": "switch", "switch_round": 4, "downlink": "topk", "server_optimizer": "momentum",
 }  # fmt: skip
-"""Everything that has a state: error feedback both ways, momentum, the running average, proxy and secure rounds."""
+"""All that has a state: error feedback both ways, momentum, the running average, compressed and secure rounds."""
 SAME = ("ledger.jsonl", "weights.safetensors")
 
 
@@ -219,3 +220,20 @@ def test_twenty_kills_at_random_moments(whole: Path, tmp_path: Path) -> None:
         if not (folder / "summary.json").exists():
             processes.run(command("--resume", str(folder)), check=True, warm=True)
         assert_same(whole, folder)
+
+
+def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
+    """Compressed rounds were called proxy in the settings, in metrics.jsonl and in the ledger."""
+    folder, straight = tmp_path / "run", tmp_path / "straight"
+    settings: Row = {"schedule": "compressed", "rounds": 2, "switch_round": 0}
+    run(straight, **settings)
+    with pytest.raises(Killed):
+        run(folder, KillAfter(1), **settings)
+    for name in ("config.json", "metrics.jsonl", "ledger.jsonl"):
+        text = (folder / name).read_text()
+        assert '"compressed"' in text, name
+        (folder / name).write_text(text.replace('"compressed"', '"proxy"'))
+    serve_in_process(client_app, resumed_settings({"resume": str(folder)}))
+    assert (folder / "weights.safetensors").read_bytes() == (straight / "weights.safetensors").read_bytes()
+    assert [record.kind for record in read_rounds(folder / "metrics.jsonl")] == ["start", "compressed", "compressed"]
+    assert "proxy round" not in (folder / "report.html").read_text()

@@ -137,9 +137,9 @@ def test_the_ledger_adds_up_to_the_totals(command_run: CommandRun) -> None:
         assert sum(sizes) == summary[f"{direction}_bytes"] == sum(row[f"{direction}_bytes"] for row in metrics)
         names = Counter((row["round"], row["kind"], row["client"]) for row in ledger if row["direction"] == direction)
         hello = {(1, "hello", name): 1 for name in "0123"}
-        assert names == hello | {(round_, "proxy", name): 1 for round_ in (1, 2, 3) for name in "0123"}
+        assert names == hello | {(round_, "compressed", name): 1 for round_ in (1, 2, 3) for name in "0123"}
     assert summary["fedavg_uplink_bytes"] == sum(row["fedavg_uplink_bytes"] for row in metrics)
-    payloads = [row["payload_bytes"] for row in ledger if row["direction"] == "uplink" and row["kind"] == "proxy"]
+    payloads = [row["payload_bytes"] for row in ledger if row["direction"] == "uplink" and row["kind"] == "compressed"]
     assert summary["payload_ratio"] == pytest.approx(
         12 * layout_of(fresh_model(settings_of(command_run.folder))).float32_bytes / sum(payloads)
     )
@@ -255,23 +255,23 @@ def kinds(folder: Path) -> list[str]:
 
 def test_switch_changes_the_kind_of_the_messages(tmp_path: Path) -> None:
     federate(tmp_path / "run", schedule="switch", recovery="fedavg", switch_round=2, clients=2)
-    assert kinds(tmp_path / "run") == ["proxy", "fedavg", "fedavg"]
+    assert kinds(tmp_path / "run") == ["compressed", "fedavg", "fedavg"]
     full = HEADER_BYTES + layout_of(fresh_model(settings_of(tmp_path / "run"))).float32_bytes
     for row in rows(tmp_path / "run", "ledger"):
         if row["direction"] == "uplink" and row["kind"] != "hello":
-            assert row["kind"] == ("proxy" if row["round"] == 1 else "fedavg")
+            assert row["kind"] == ("compressed" if row["round"] == 1 else "fedavg")
             assert (row["payload_bytes"] == full) == (row["round"] > 1)
     assert [row["explained_variance"] is None for row in rows(tmp_path / "run")[1:]] == [False, True, True]
 
 
 def test_switch_by_default_makes_the_last_tenth_full(tmp_path: Path) -> None:
     federate(tmp_path / "run", schedule="switch", recovery="fedavg", clients=2, rounds=2)
-    assert kinds(tmp_path / "run") == ["proxy", "fedavg"]
+    assert kinds(tmp_path / "run") == ["compressed", "fedavg"]
 
 
 @pytest.mark.parametrize(
     ("patience", "expected"),
-    [(1, ["proxy", "fedavg", "fedavg"]), (2, ["proxy", "proxy", "fedavg"]), (3, ["proxy"] * 3)],
+    [(1, ["compressed", "fedavg", "fedavg"]), (2, ["compressed", "compressed", "fedavg"]), (3, ["compressed"] * 3)],
 )
 def test_plateau_switches_after_its_patience(tmp_path: Path, patience: int, expected: list[str]) -> None:
     """No round gains what is asked for, so each one counts against the patience."""
@@ -281,10 +281,10 @@ def test_plateau_switches_after_its_patience(tmp_path: Path, patience: int, expe
 
 
 def test_plateau_does_not_switch_while_accuracy_gains(tmp_path: Path) -> None:
-    """Float32 updates in rounds that may be proxy rounds: they learn in every round."""
+    """Float32 updates in rounds that may be compressed rounds: they learn in every round."""
     settings = QUICK | {"compressor": "none", "partition": "iid", "lr": 0.02, "local_epochs": 1}
     federate(tmp_path / "run", **settings, schedule="plateau", plateau_patience=1, plateau_gain=0.01)
-    assert kinds(tmp_path / "run") == ["proxy", "proxy", "proxy"]
+    assert kinds(tmp_path / "run") == ["compressed", "compressed", "compressed"]
 
 
 # The server
@@ -461,11 +461,11 @@ FAULTS: dict[str, tuple[str, Fault, str]] = {
     "more images": ("fedavg", with_reply(examples=10_000), "reply has 10000 examples, expected at most [0-9]+"),
     "no images": ("fedavg", with_reply(examples=0), "0 images"),
     "nan metric": ("fedavg", with_reply(train_loss=float("nan")), "expected finite ones"),
-    "exception in a proxy round": ("proxy", raising, "nothing to divide by"),
-    "truncated proxies": ("proxy", with_payload(lambda data: data[:-7]), "checksum"),
-    "short proxies": ("proxy", with_body(lambda body: body[:-7]), "bytes|end early|end after"),
-    "other proxies": ("proxy", with_body(lambda body: bytes([body[0] ^ 1]) + body[1:]), "flags"),
-    "full in a proxy round": ("proxy", with_header(codec=1), "codec 1, expected 2"),
+    "exception in a compressed round": ("compressed", raising, "nothing to divide by"),
+    "truncated proxies": ("compressed", with_payload(lambda data: data[:-7]), "checksum"),
+    "short proxies": ("compressed", with_body(lambda body: body[:-7]), "bytes|end early|end after"),
+    "other proxies": ("compressed", with_body(lambda body: bytes([body[0] ^ 1]) + body[1:]), "flags"),
+    "full in a compressed round": ("compressed", with_header(codec=1), "codec 1, expected 2"),
 }
 
 
@@ -475,7 +475,7 @@ def without_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("lost")
     return {
         schedule: federate(folder / schedule, faulty(error), schedule=schedule)["weights_sha256"]
-        for schedule in ("fedavg", "proxy")
+        for schedule in ("fedavg", "compressed")
     }
 
 
@@ -497,7 +497,7 @@ def test_a_bad_reply_is_left_out_and_named(name: str, tmp_path: Path, without_tw
 
 def test_a_lost_reply_matters(without_two: dict[str, str], command_run: CommandRun) -> None:
     """Otherwise the comparison of the weights above would say nothing."""
-    assert without_two["proxy"] != command_run.summary["weights_sha256"]
+    assert without_two["compressed"] != command_run.summary["weights_sha256"]
 
 
 @pytest.mark.parametrize(
@@ -527,7 +527,7 @@ def test_a_replayed_payload_is_refused(tmp_path: Path, renumbered: bool, reason:
 
 def test_proxies_that_decode_to_nan_are_refused(tmp_path: Path) -> None:
     """Every number sent is finite, but two labels add up to infinity, which a scale of 0 turns into NaN."""
-    given: Row = {"schedule": "proxy", "bits": 32, "proxies": 2, "correction": 0.0, "rounds": 2}
+    given: Row = {"schedule": "compressed", "bits": 32, "proxies": 2, "correction": 0.0, "rounds": 2}
     settings = settings_of(tmp_path / "run", **given)
     shape = FederatedData.of(settings.data, settings.run.seed).shape
     network = ReferenceModel(fresh_model(settings).eval(), shape)

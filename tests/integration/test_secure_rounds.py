@@ -137,7 +137,7 @@ def test_a_secure_round_is_a_full_round_with_less_to_see(tmp_path: Path) -> None
     federate(tmp_path / "full", recovery="fedavg")
     assert difference_of(tmp_path / "secure", tmp_path / "full") < 1e-5
     secure, full = rows(tmp_path / "secure"), rows(tmp_path / "full")
-    assert [row["kind"] for row in secure] == ["start", "proxy", "secure", "secure"]
+    assert [row["kind"] for row in secure] == ["start", "compressed", "secure", "secure"]
     for ours, theirs in zip(secure[2:], full[2:], strict=True):
         assert ours["clients"] == 5
         assert ours["abandoned"] == ""
@@ -381,7 +381,7 @@ def updates_of_round_two(folder: Path) -> dict[str, np.ndarray[Any, np.dtype[np.
 
 
 def step_of_round_two(folder: Path, layout: ParamSpec) -> np.ndarray[Any, np.dtype[np.float64]]:
-    federate(folder / "one", rounds=1, schedule="proxy", switch_round=0)
+    federate(folder / "one", rounds=1, schedule="compressed", switch_round=0)
     before, after = end_weights(folder / "one"), end_weights(folder / "run")
     return np.concatenate([(after[name] - before[name]).double().flatten().numpy() for name in layout.shapes])
 
@@ -566,7 +566,7 @@ def test_epsilon_is_accounted_round_by_round_and_the_budget_stops_the_run(tmp_pa
     assert str(end["stopped"]).startswith("the privacy budget does not allow round")
 
 
-@pytest.mark.parametrize("schedule", ["proxy", "secure"])
+@pytest.mark.parametrize("schedule", ["compressed", "secure"])
 def test_the_clip_norm_grows_while_all_updates_are_clipped(schedule: str, tmp_path: Path) -> None:
     """All ten updates are longer than 0.01, and the count has little noise: a factor of exp(0.2 0.5) per round."""
     own = {"clip_norm": 0.01, "clip_quantile": 0.5, "noise_multiplier": 0.05, "schedule": schedule}
@@ -576,7 +576,7 @@ def test_the_clip_norm_grows_while_all_updates_are_clipped(schedule: str, tmp_pa
     assert norms == sorted(set(norms))
 
 
-@pytest.mark.parametrize("schedule", ["proxy", "secure"])
+@pytest.mark.parametrize("schedule", ["compressed", "secure"])
 def test_with_privacy_nothing_leaves_a_client_without_noise(schedule: str, tmp_path: Path) -> None:
     seen: list[bytes] = []
     app = ClientApp()
@@ -600,7 +600,7 @@ def test_with_privacy_nothing_leaves_a_client_without_noise(schedule: str, tmp_p
         assert row["train_loss"] is None
         assert row["failures"] == []
         assert row.get("clipped", 0) == 0
-    if schedule == "proxy":
+    if schedule == "compressed":
         from tofu.wire import TrainReply
 
         replies = [TrainReply.from_bytes(data) for data in seen]

@@ -45,7 +45,7 @@ class Server:
     def request(self, client: str, *, whole: bool = False) -> TrainRequest:
         parts = self.downlink.parts(client, whole=whole)
         down = self.downlink
-        return TrainRequest("proxy", -1, SHAPE, parts.payload, down.identity, parts.steps, down.sketch)
+        return TrainRequest("compressed", -1, SHAPE, parts.payload, down.identity, parts.steps, down.sketch)
 
     @property
     def weights(self) -> Weights:

@@ -14,7 +14,7 @@ def records(kind: str, *scores: tuple[float | None, float | None]) -> list[Round
     return [RoundRecord(n, kind if n else "start", accuracy=a, loss=loss) for n, (a, loss) in enumerate(scores)]
 
 
-@pytest.mark.parametrize("kind", ["proxy", "secure", "fedavg"])
+@pytest.mark.parametrize("kind", ["compressed", "secure", "fedavg"])
 @pytest.mark.parametrize(
     ("scores", "expected"),
     [

@@ -64,7 +64,7 @@ def test_secret_samples_do_not_follow_from_the_seed_and_are_accounted() -> None:
     assert len({tuple(open_._sample(names, 1, secure=False)[0]) for _ in range(5)}) == 1  # type: ignore[arg-type]
     rounds(runner, 1)
     assert runner.account is not None
-    assert runner.account.to_dict()["spent"] == [["proxy", 4.0, 1, 6, 24]]
+    assert runner.account.to_dict()["spent"] == [["compressed", 4.0, 1, 6, 24]]
 
 
 def test_the_account_is_that_of_the_group_with_the_largest_fraction() -> None:

@@ -22,7 +22,7 @@ def names(clients: list[Client]) -> list[str]:
     return [client.name for client in clients]
 
 
-def after(known: Stragglers, *seconds: float, kind: str = "proxy") -> Stragglers:
+def after(known: Stragglers, *seconds: float, kind: str = "compressed") -> Stragglers:
     for number, value in enumerate(seconds, 1):
         known.finished(kind, number, asked={"0"}, silent=set(), seconds=value)
     return known
@@ -30,19 +30,19 @@ def after(known: Stragglers, *seconds: float, kind: str = "proxy") -> Stragglers
 
 def test_the_timeout_follows_the_median_of_the_rounds_of_a_kind() -> None:
     known = stragglers(straggler_factor=4, round_timeout=900)
-    assert after(known, 20.0).patience("proxy") == 900  # one round says little
-    assert after(known, 20.0, 400.0).patience("proxy") == 80
+    assert after(known, 20.0).patience("compressed") == 900  # one round says little
+    assert after(known, 20.0, 400.0).patience("compressed") == 80
     assert known.patience("secure") == 900
     assert after(known, 1000.0, 1000.0, kind="secure").patience("secure") == 900
-    assert after(stragglers(straggler_factor=4), 1.0, 1.0).patience("proxy") == MIN_SECONDS
-    assert after(stragglers(straggler_factor=0, round_timeout=77), 1.0, 1.0).patience("proxy") == 77
+    assert after(stragglers(straggler_factor=4), 1.0, 1.0).patience("compressed") == MIN_SECONDS
+    assert after(stragglers(straggler_factor=0, round_timeout=77), 1.0, 1.0).patience("compressed") == 77
 
 
 def test_a_round_in_which_all_were_silent_says_nothing_about_time() -> None:
     known = stragglers(straggler_factor=1)
     for number in (1, 2, 3):
-        known.finished("proxy", number, asked={"0"}, silent={"0"}, seconds=0.0)
-    assert known.patience("proxy") == 3600
+        known.finished("compressed", number, asked={"0"}, silent={"0"}, seconds=0.0)
+    assert known.patience("compressed") == 3600
 
 
 def test_a_silent_client_is_left_out_for_ever_longer_and_forgiven_at_its_first_reply() -> None:
@@ -51,22 +51,22 @@ def test_a_silent_client_is_left_out_for_ever_longer_and_forgiven_at_its_first_r
         active = names(known.active(CLIENTS, round_, min_clients=1))
         if "3" in active:
             asked_in.append(round_)
-        known.finished("proxy", round_, asked=set(active), silent={"3"} & set(active), seconds=1.0)
+        known.finished("compressed", round_, asked=set(active), silent={"3"} & set(active), seconds=1.0)
     assert asked_in == [1, 2, 7, 16, 33]
-    known.finished("proxy", 40, asked={"3"}, silent=set(), seconds=1.0)
+    known.finished("compressed", 40, asked={"3"}, silent=set(), seconds=1.0)
     assert names(known.active(CLIENTS, 41, min_clients=1)) == ["0", "1", "2", "3"]
-    known.finished("proxy", 41, asked={"3"}, silent={"3"}, seconds=1.0)
+    known.finished("compressed", 41, asked={"3"}, silent={"3"}, seconds=1.0)
     assert names(known.active(CLIENTS, 42, min_clients=1)) == ["0", "1", "2", "3"]
 
 
 def test_all_are_asked_where_too_few_would_be_left_and_where_it_is_switched_off() -> None:
     for known, min_clients in ((stragglers(), 4), (stragglers(suspend_after=0), 1)):
         for round_ in (1, 2, 3):
-            known.finished("proxy", round_, asked={"3"}, silent={"3"}, seconds=1.0)
+            known.finished("compressed", round_, asked={"3"}, silent={"3"}, seconds=1.0)
         assert len(known.active(CLIENTS, 4, min_clients=min_clients)) == 4
     suspended = stragglers()
     for round_ in (1, 2):
-        suspended.finished("proxy", round_, asked={"3"}, silent={"3"}, seconds=1.0)
+        suspended.finished("compressed", round_, asked={"3"}, silent={"3"}, seconds=1.0)
     assert len(suspended.active(CLIENTS, 3, min_clients=3)) == 3
 
 

@@ -79,7 +79,7 @@ Reader = Callable[[bytes], object]
 WIRE: dict[str, tuple[list[bytes], Reader]] = {
     "request": (
         [
-            TrainRequest("proxy", 3, SHAPE, b"weights", bytes(8)).to_bytes(),
+            TrainRequest("compressed", 3, SHAPE, b"weights", bytes(8)).to_bytes(),
             TrainRequest("fedavg", -1, SHAPE, b"", bytes(8), steps=(b"one", b"two"), advert=True).to_bytes(),
             TrainRequest("secure", 2, SHAPE, b"w", bytes(8), secure=b"part", broadcast=b"state").to_bytes(),
         ],
@@ -173,7 +173,7 @@ def test_a_mutated_downlink_is_refused_in_one_line_or_read(kind: str) -> None:
     refusals = []
     for data in (original, *mutations([original])):
         payload, sent = (data, ()) if kind == "weights" else (b"", (data,))
-        given = TrainRequest("proxy", -1, client.shape, payload, steps.identity, sent, steps.sketch)
+        given = TrainRequest("compressed", -1, client.shape, payload, steps.identity, sent, steps.sketch)
         client.model.load_state_dict(initial)
         try:
             receive_weights(given, 2, client, None, compressor)

@@ -50,7 +50,7 @@ def test_the_payload_is_what_the_codec_writes(values: dict[str, object]) -> None
     network = network_of(settings)
     made = make_plan(settings, network, fedavg_rounds=0, message_overhead=OVERHEAD)
     update = {name: torch.randn(shape) / 100 for name, shape in network.param_spec.shapes.items()}
-    compressor = uplink_compressor(settings, "proxy", network)
+    compressor = uplink_compressor(settings, "compressed", network)
     body = compressor.compress(network, update, generator=torch.Generator().manual_seed(0)).body
     # A correction may leave a few bytes: it takes whole entries, and as many as explain the most.
     assert 0.95 * made.payload_bytes <= HEADER_BYTES + len(body) <= made.payload_bytes

@@ -18,14 +18,14 @@ from tofu.weights import weights_of
 def recorded(tmp_path: Path, mlp_update: Case) -> Path:
     network, _ = mlp_update
     recorder = Recorder(tmp_path, ["3"], settings=Settings.of({"lr": 0.2, "rounds": 4}), shape=network.shape)
-    recorder.save(2, "3", kind="proxy", examples=17, base=weights_of(network.model), payload=bytes(50))
+    recorder.save(2, "3", kind="compressed", examples=17, base=weights_of(network.model), payload=bytes(50))
     return tmp_path
 
 
 def test_what_was_kept_is_read(recorded: Path, mlp_update: Case) -> None:
     (path,) = recordings(recorded)
     found = read_recording(path)
-    assert (found.round, found.client, found.kind, found.examples) == (2, "3", "proxy", 17)
+    assert (found.round, found.client, found.kind, found.examples) == (2, "3", "compressed", 17)
     assert found.shape == ImageShape(1, 8, 8, 10)
     assert found.settings == Settings.of({"lr": 0.2, "rounds": 4})
     assert found.lr == found.settings.training.lr_of(2)

@@ -93,7 +93,7 @@ def test_a_model_of_the_users_gets_the_images_that_a_named_one_gets(tmp_path: Pa
     assert own.summary.final_accuracy == named.summary.final_accuracy
 
 
-@pytest.mark.parametrize(("schedule", "lr"), [("proxy", 30.0), ("secure", 3.0), ("secure", 30.0), ("fedavg", 3.0)])
+@pytest.mark.parametrize(("schedule", "lr"), [("compressed", 30.0), ("secure", 3.0), ("secure", 30.0), ("fedavg", 3.0)])
 def test_a_run_that_diverged_does_not_end_successfully(schedule: str, lr: float, tmp_path: Path) -> None:
     chosen = QUICK | DATA | {"lr": lr, "batch_size": 16, "partition": "dirichlet", "rounds": 3, "schedule": schedule}
     with pytest.raises(RunError, match="diverge"):

@@ -248,7 +248,7 @@ def test_wrong_types_are_refused(name: str, value: object, expected: str) -> Non
         ("workers", [0, 1025], [1]),
         ("partition", ["", "IID", "random"], ["iid", "dirichlet", "shards"]),
         ("norm", ["layer"], ["group", "batch", "none"]),
-        ("schedule", ["proxies"], ["proxy", "fedavg", "switch", "plateau"]),
+        ("schedule", ["proxies"], ["compressed", "fedavg", "switch", "plateau"]),
         ("compressor", ["zip"], ["proxy", "none"]),
         ("codec-mode", ["rough"], ["smooth", "paper"]),
         ("server-optimizer", ["plane"], ["sgd", "momentum", "adam"]),
@@ -296,7 +296,7 @@ def test_an_unknown_name_gets_a_suggestion(name: str, suggestion: str) -> None:
 def test_settings_that_contradict_are_refused() -> None:
     with pytest.raises(SettingError, match="switch-round=11 is not usable: expected at most rounds, 10"):
         Settings.of({"rounds": 10, "schedule": "switch", "switch-round": 11})
-    assert Settings.of({"schedule": "proxy", "switch-round": 11}).rounds.switch_round == 11  # it is not used
+    assert Settings.of({"schedule": "compressed", "switch-round": 11}).rounds.switch_round == 11  # it is not used
     with pytest.raises(SettingError, match="min-clients=11 is not usable: expected at most clients, 10"):
         Settings.of({"min-clients": 11})
 
@@ -399,11 +399,11 @@ def test_the_compressor_follows_from_the_kind_of_the_round() -> None:
     shape = ImageShape(1, 8, 8, 10)
     network = ReferenceModel(build_model("mlp", shape).eval(), shape)
     settings = Settings.of({"proxies": 5, "model": "mlp"})
-    proxy = uplink_compressor(settings, "proxy", network)
+    proxy = uplink_compressor(settings, "compressed", network)
     assert isinstance(proxy, ProxyCompressor)
     assert proxy.count == 5
     assert isinstance(uplink_compressor(settings, "fedavg", network), Uncompressed)
-    assert isinstance(uplink_compressor(Settings.of({"compressor": "none"}), "proxy", network), Uncompressed)
+    assert isinstance(uplink_compressor(Settings.of({"compressor": "none"}), "compressed", network), Uncompressed)
 
 
 # Old names and values
@@ -542,7 +542,9 @@ def test_over_relaxation_applies_to_the_correction_or_to_the_whole_and_needs_err
     network = ReferenceModel(build_model("mlp", ImageShape(1, 8, 8, 10)), ImageShape(1, 8, 8, 10))
 
     def gain(**changes: object) -> tuple[str, float]:  # 0: automatic
-        made = uplink_compressor(Settings.of({"over-relaxation": 1.8, "compressor": "stc"} | changes), "proxy", network)
+        made = uplink_compressor(
+            Settings.of({"over-relaxation": 1.8, "compressor": "stc"} | changes), "compressed", network
+        )
         return made.name, getattr(made, "_gain", 1.0)
 
     assert gain() == ("stc", 1.8)

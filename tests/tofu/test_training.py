@@ -79,7 +79,7 @@ network = ReferenceModel(model.eval(), data.shape)
 update = {name: torch.randn(w.shape, generator=g) for name, w in weights_of(model).items()}
 for mode in ("smooth", "paper"):
     settings = Settings.of({"max_evals": 3, "codec_mode": mode})
-    uplink_compressor(settings, "proxy", network).compress(network, update, generator=g, memory=b"")
+    uplink_compressor(settings, "compressed", network).compress(network, update, generator=g, memory=b"")
 heavy = {"torchvision", "datasets", "flwr_datasets", "sklearn", "pyarrow"} & set(sys.modules)
 assert not heavy, heavy
 from server.global_model import ServerOptimizer

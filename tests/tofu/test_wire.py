@@ -52,10 +52,10 @@ def test_request_round_trip(
 
 
 def test_a_request_brings_weights_or_steps_and_not_both() -> None:
-    request = TrainRequest("proxy", -1, ImageShape(1, 8, 8, 10), b"w", bytes(8), (b"s",))
+    request = TrainRequest("compressed", -1, ImageShape(1, 8, 8, 10), b"w", bytes(8), (b"s",))
     with pytest.raises(PayloadError, match="expected one of the two"):
         TrainRequest.from_bytes(request.to_bytes())
-    cut = TrainRequest("proxy", -1, ImageShape(1, 8, 8, 10), b"", bytes(8), (b"step",)).to_bytes()[:-1]
+    cut = TrainRequest("compressed", -1, ImageShape(1, 8, 8, 10), b"", bytes(8), (b"step",)).to_bytes()[:-1]
     with pytest.raises(PayloadError, match="3 bytes are left, expected 4 of a step"):
         TrainRequest.from_bytes(cut)
 
@@ -108,7 +108,7 @@ def test_values_that_cannot_be_right_are_refused() -> None:
         TrainRequest.from_bytes(struct.pack(request, 0, 0, 0, 1, 0, 8, 10, 0, 0, 0))
     with pytest.raises(PayloadError, match="secure round has 0 bytes"):
         TrainRequest.from_bytes(struct.pack(request, 2, 0, 0, 1, 8, 8, 10, 0, 0, 0))
-    with pytest.raises(PayloadError, match="proxy round has 5 bytes"):
+    with pytest.raises(PayloadError, match="compressed round has 5 bytes"):
         TrainRequest.from_bytes(struct.pack(request, 0, 0, 0, 1, 8, 8, 10, 0, 5, 0) + bytes(5))
     with pytest.raises(PayloadError, match="0 images"):
         TrainReply.from_bytes(struct.pack("<I5fBI", 0, 0, 0, 0, 0, 0, 0, 0))

@@ -1,4 +1,4 @@
-"""Every second kind of network goes through secure and proxy rounds; test_compressed_rounds_2.py has the others.
+"""Every second kind of network goes through secure and compressed rounds; test_compressed_rounds_2.py has the others.
 
 The suite gives one file to one process, so these halves run at the same time.
 """
@@ -18,12 +18,12 @@ from tofu.rounds.schedule import Schedule
 
 
 class Mixed(Schedule):
-    """Two proxy rounds between secure ones: the first has unknown ranges, the last the residuals of all before."""
+    """Two compressed rounds between secure ones: the first has unknown ranges, the last the residuals of all before."""
 
-    kinds = ("secure", "proxy")
+    kinds = ("secure", "compressed")
 
     def kind(self, round_: int, accuracies: Sequence[float]) -> str:
-        return "secure" if round_ in (1, 4) else "proxy"
+        return "secure" if round_ in (1, 4) else "compressed"
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def check_rounds(name: str, folder: Path) -> None:
     _, secure, *proxies, last = result.history
     # A first round clips what moves too far, such as BatchNorm's statistics; the rest follows in later rounds.
     assert secure.loss == pytest.approx(plain_loss(name), abs=0.05 if secure.clipped else 1e-4)
-    assert [record.kind for record in (secure, *proxies, last)] == ["secure", "proxy", "proxy", "secure"]
+    assert [record.kind for record in (secure, *proxies, last)] == ["secure", "compressed", "compressed", "secure"]
     for record in proxies:
         assert record.explained_variance > 0.5
         assert record.step_explained_variance > 0.5

@@ -21,7 +21,7 @@ def demo(*, config: ConfigFile = None, quiet: Quiet = False, overrides: dict[str
 
     tofu = settings_from(config, overrides)
     # Compressed rounds without compression: so the server chooses its step in the same way in both runs.
-    fedavg = tofu.replace(schedule="proxy", compressor="none", downlink=FULL_WEIGHTS)
+    fedavg = tofu.replace(schedule="compressed", compressor="none", downlink=FULL_WEIGHTS)
     given = tofu.run.run_folder
     folder = given or str(fresh_folder(tofu))
     tofu = tofu.replace(run_folder=folder)
@@ -30,12 +30,12 @@ def demo(*, config: ConfigFile = None, quiet: Quiet = False, overrides: dict[str
         check_new(Path(settings.run.run_folder))
     print(f"1 of 2: FedAvg, {fedavg.data.clients} clients, float32 updates", file=sys.stderr)
     baseline = run_settings(fedavg, quiet=quiet)
-    print("2 of 2: TOFU, proxies in place of updates", file=sys.stderr)
+    print("2 of 2: TOFU, compressed updates", file=sys.stderr)
     summary = run_settings(tofu, quiet=quiet)
     add_baseline(Path(folder), Path(baseline["run"]))
     page = write_report(Path(folder))
     print(f"\n{'':<22}{'test accuracy':>14}{'uplink':>12}{'against FedAvg':>16}")
-    for name, result in (("FedAvg", baseline), ("TOFU (proxy images)", summary)):
+    for name, result in (("FedAvg", baseline), ("TOFU", summary)):
         accuracy, uplink, ratio = result["final_accuracy"], result["uplink_bytes"], result["uplink_ratio"]
         print(f"{name:<22}{accuracy:>13.1%} {format_bytes(uplink):>11}{f'{ratio:.0f}x less' if ratio > 1 else '':>16}")
     rounds = [one for one in read_rounds(Path(folder) / "metrics.jsonl") if one.with_proxies is not None]

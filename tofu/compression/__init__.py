@@ -40,7 +40,7 @@ def make_compressor(
 
 
 def uplink_compressor(settings: Settings, kind: str, reference: "ReferenceModel") -> "Compressor":
-    """Return the compressor of the clients' updates in rounds of this kind ("proxy" or "fedavg";
+    """Return the compressor of the clients' updates in rounds of this kind ("compressed" or "fedavg";
     a secure round has none).
 
     Raises:
@@ -76,7 +76,7 @@ def payload_notes(settings: Settings, reference: "ReferenceModel") -> tuple[str,
     if codec.compressor != _usable(codec.compressor, reference):
         why = "the model has no floating-point input that proxies could take the place of"
         notes.append(f"updates are sent as the sparse correction alone (compressor=sparse): {why}")
-    links = {"updates": uplink_compressor(settings, "proxy", reference),
+    links = {"updates": uplink_compressor(settings, "compressed", reference),
              "steps of the server": downlink_compressor(settings, reference)}  # fmt: skip
     for name, compressor in links.items():
         content = compressor.describe() if compressor is not None else None

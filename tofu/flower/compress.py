@@ -89,7 +89,7 @@ class CompressMod(TrainMod):
             SettingError: the model computes something else than the server's.
             PolicyError: the client's policy refuses such rounds.
         """
-        Policy.of(context).check_round("proxy", 0.0)
+        Policy.of(context).check_round("compressed", 0.0)
         if RECORD not in message.content and not message.content.array_records:
             if not self._passed_on:
                 LOG.warning("a train message without arrays was passed on: tofu.compress sends nothing of it smaller")

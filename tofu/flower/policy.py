@@ -27,7 +27,7 @@ from tofu.rounds.downlink import ResyncError
 from tofu.secagg.client import ClientSession
 from tofu.secagg.participant import Participant
 from tofu.settings import EXTENSIBLE, FIELDS, Value, accepted_values, dashed
-from tofu.settings.deprecated import present_names, present_node_config
+from tofu.settings.deprecated import present_kind, present_names, present_node_config, present_value
 from tofu.settings.fields import comma_list
 from tofu.settings.groups import EMBEDDED_TABLES
 
@@ -274,6 +274,13 @@ def _checked(rules: dict[str, Any]) -> Policy:
         first = error.errors(include_url=False, include_context=False)[0]
         rule = str(first["loc"][0])
         raise SettingError(f"policy.{rule}", rules.get(rule), f"a rule of a client's policy ({first['msg']})") from None
+    settings = {
+        name: [present_value(name, one, warn=False) if isinstance(one, str) else one for one in accepted]
+        if isinstance(accepted, list) else accepted
+        for name, accepted in policy.settings.items()
+    }  # fmt: skip
+    kinds = [present_kind(kind) for kind in policy.allowed_rounds]
+    policy = policy.model_copy(update={"settings": settings, "allowed_rounds": kinds})
     for kind in policy.allowed_rounds:
         if kind not in KINDS:
             raise SettingError("policy.allowed-rounds", kind, f"some of {', '.join(KINDS)}")

@@ -72,7 +72,7 @@ class PlainProgress(_View):
     def on_round_end(self, record: RoundRecord) -> None:
         super().on_round_end(record)
         cells = _cells(record)
-        words = [f"round {record.round:>{len(f'{self._rounds}')}}/{self._rounds}", f"{cells['kind']:<6}"]
+        words = [f"round {record.round:>{len(f'{self._rounds}')}}/{self._rounds}", f"{cells['kind']:<10}"]
         if cells["task"] != _NONE:
             words.append(f"task {cells['task']}")
         words.append(f"accuracy {cells['accuracy']:>6}")

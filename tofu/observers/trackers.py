@@ -79,7 +79,7 @@ def metrics_of(record: RoundRecord) -> dict[str, float]:
     """Return the finite numbers of a round by the names that all trackers use.
 
     >>> from tofu.rounds.record import ClientRecord
-    >>> metrics_of(RoundRecord(3, "proxy", accuracy=0.5, by_client=(ClientRecord("a/b", train_seconds=2.0),)))
+    >>> metrics_of(RoundRecord(3, "compressed", accuracy=0.5, by_client=(ClientRecord("a/b", train_seconds=2.0),)))
     ... # doctest: +NORMALIZE_WHITESPACE
     {'accuracy': 0.5, 'clients': 0.0, 'failures': 0.0, 'uplink_bytes': 0.0, 'downlink_bytes': 0.0,
      'fedavg_uplink_bytes': 0.0, 'by_client/train_seconds/a:2f:b': 2.0}

@@ -2,8 +2,8 @@
 
 McMahan, Ramage, Talwar, Zhang, "Learning Differentially Private Recurrent Language Models", ICLR 2018. A client's
 update is clipped to norm C, and the sum of updates gets discrete Gaussian noise of standard deviation z C (z is the
-noise multiplier): each client adds a fraction of it in a secure round, and all of it in a proxy round. docs/privacy.md
-explains the guarantee and its limits.
+noise multiplier): each client adds a fraction of it in a secure round, and all of it in a compressed round.
+docs/privacy.md explains the guarantee and its limits.
 """
 
 from tofu.privacy.accounting import Accountant, epsilon_of, noise_multiplier_for

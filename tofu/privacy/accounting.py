@@ -1,12 +1,14 @@
 """Privacy accounting: epsilon of the rounds of a run."""
 
 import math
+from typing import Any
 
 import numpy as np
 
 from tofu.errors import RunError, SettingError
 from tofu.imports import from_extra
 from tofu.privacy.clipping import check_positive
+from tofu.settings.deprecated import present_kind
 
 _ORDERS = np.arange(2.0, 257.0)
 """Renyi orders; theorem 9 is for whole numbers."""
@@ -20,7 +22,7 @@ class Accountant:
 
     Gaussian mechanisms compose exactly: rounds with noise multipliers z_i equal one Gaussian mechanism with
     1 / z^2 = sum 1 / z_i^2 (Dong, Roth, Su, "Gaussian Differential Privacy", JRSS B 2022, corollary 3.3). Its epsilon
-    for delta is tight (Balle & Wang, ICML 2018, theorem 8). Secure and proxy rounds are composed with each other.
+    for delta is tight (Balle & Wang, ICML 2018, theorem 8). Secure and compressed rounds are composed with each other.
 
     `epsilon` is against the server, which knows the sampled clients, and holds for any choice of clients.
     `model_epsilon` is against observers of the models only, if each round's clients were drawn at random and in secret:
@@ -99,11 +101,12 @@ class Accountant:
         """Restore the state that `to_dict` returned. Raises RunError if it is malformed."""
         try:
             accountant = Accountant(state["delta"])  # type: ignore[index]
-            for kind, multiplier, rounds, *sample in state["spent"]:  # type: ignore[index]
-                known = isinstance(kind, str) and multiplier >= 0 and isinstance(rounds, int) and rounds > 0
+            for name, multiplier, rounds, *sample in state["spent"]:  # type: ignore[index]
+                known = isinstance(name, str) and multiplier >= 0 and isinstance(rounds, int) and rounds > 0
                 if not known or (sample and not (len(sample) == 2 and 0 < int(sample[0]) <= int(sample[1]))):
                     raise ValueError("expected [kind, noise multiplier, rounds] or [..., sampled, available]")
-                accountant._spent[kind, float(multiplier), *map(int, sample)] = rounds
+                key: Any = (present_kind(name), float(multiplier), *map(int, sample))
+                accountant._spent[key] = rounds
         except (KeyError, TypeError, ValueError, SettingError) as error:
             raise RunError(f"privacy account cannot be read: {error}") from error
         return accountant

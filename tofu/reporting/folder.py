@@ -33,7 +33,7 @@ from tofu.errors import RunError, SettingError
 from tofu.files import FileLock, lock_file, replace_arrays, replace_file
 from tofu.reporting.panels import write_panels
 from tofu.rounds.panel import Panel
-from tofu.rounds.record import Baseline, RoundRecord, RunSummary, read_rounds, read_summary, to_dict
+from tofu.rounds.record import Baseline, RoundRecord, RunSummary, read_rounds, read_summary, round_label, to_dict
 from tofu.settings import Settings, Value
 from tofu.settings.deprecated import present_names
 from tofu.settings.groups import EMBEDDED_TABLES
@@ -335,8 +335,8 @@ def _plain(value: Any) -> object:
 def fresh_folder(settings: Settings) -> Path:
     """Create a folder under runs/ that no other run has, named by time, model, compressor and schedule."""
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    compressor, schedule = settings.codec.compressor.rpartition(":")[2], settings.rounds.schedule.rpartition(":")[2]
-    method = {"proxy": compressor, "fedavg": schedule, "secure": schedule}.get(schedule, f"{compressor}-{schedule}")
+    label, schedule = round_label("compressed", settings.codec.compressor), settings.rounds.schedule.rpartition(":")[2]
+    method = {"compressed": label, "fedavg": schedule, "secure": schedule}.get(schedule, f"{label}-{schedule}")
     name = Path("runs") / f"{stamp}-{settings.model.model.rpartition(':')[2]}-{method}"
     path, n = name, 2
     while True:

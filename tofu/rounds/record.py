@@ -90,7 +90,7 @@ class RoundRecord(StrictFields):
     """One round: one line of metrics.jsonl. Round 0 is the evaluation before training.
 
     Attributes:
-        kind: "start", "proxy" (a compressed round), "fedavg" or "secure".
+        kind: "start", "compressed", "fedavg" or "secure".
         compressor: name of the clients' compressor in a compressed round, or "".
         accuracy, loss: those of the global model on the test data after the round; None where they cannot be measured.
         metrics: the user's own metrics of the global model, by name.
@@ -235,12 +235,16 @@ _SPARSE = frozenset((
 
 
 def round_label(kind: str, compressor: str) -> str:
-    """Return the name of a round in reports: its compressor or its kind.
+    """Return the name of a round in lines, reports and folders: its kind, or the compressor where the user chose one.
 
-    >>> round_label("proxy", "topk"), round_label("proxy", "my.module:Mine"), round_label("secure", "topk")
+    The default compressor may send proxies, a sparse correction alone, or both, so its rounds are called compressed.
+
+    >>> round_label("compressed", "topk"), round_label("compressed", "my.module:Mine"), round_label("secure", "topk")
     ('topk', 'Mine', 'secure')
+    >>> round_label("compressed", "proxy")
+    'compressed'
     """
-    return compressor.rpartition(":")[2] if kind == "proxy" and compressor else kind
+    return compressor.rpartition(":")[2] if kind == "compressed" and compressor not in ("", "proxy") else kind
 
 
 _OF_SECURE = frozenset(("clipped", "largest_clipped", "abandoned"))

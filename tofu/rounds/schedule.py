@@ -1,4 +1,4 @@
-"""Which kind a round is: compressed ("proxy"), float32 ("fedavg") or an encrypted sum ("secure")."""
+"""Which kind a round is: compressed ("compressed"), float32 ("fedavg") or an encrypted sum ("secure")."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ class Schedule(ABC):
         rounds: number of rounds of the run.
 
     Attributes:
-        kinds: the kinds of round that can occur, of `tofu.rounds.KINDS`. "proxy" and "fedavg" rounds average updates
-            that the server decodes one by one, "secure" rounds reveal the sum only.
+        kinds: the kinds of round that can occur, of `tofu.rounds.KINDS`. "compressed" and "fedavg" rounds average
+            updates that the server decodes one by one, "secure" rounds reveal the sum only.
 
     Example:
         >>> schedule = make_schedule(RoundSettings(schedule="switch", switch_round=3, recovery="fedavg"), 4)
         >>> [schedule.kind(round_, ()) for round_ in (1, 2, 3, 4)]
-        ['proxy', 'proxy', 'fedavg', 'fedavg']
+        ['compressed', 'compressed', 'fedavg', 'fedavg']
     """
 
     kinds: tuple[str, ...]
@@ -60,25 +60,25 @@ def make_schedule(settings: RoundSettings, rounds: int) -> Schedule:
     return schedule
 
 
-@schedules.register("proxy")
-class ProxyRounds(Schedule):
+@schedules.register("compressed")
+class CompressedRounds(Schedule):
     """All rounds are compressed."""
 
-    kinds = ("proxy",)
+    kinds = ("compressed",)
 
     def kind(self, round_: int, accuracies: Sequence[float]) -> str:
         return self.kinds[0]
 
 
 @schedules.register("fedavg")
-class FedAvgRounds(ProxyRounds):
+class FedAvgRounds(CompressedRounds):
     """All rounds send float32 updates."""
 
     kinds = ("fedavg",)
 
 
 @schedules.register("secure")
-class SecureRounds(ProxyRounds):
+class SecureRounds(CompressedRounds):
     """All rounds are secure."""
 
     kinds = ("secure",)
@@ -96,10 +96,10 @@ class Switch(Schedule):
         if settings.switch_round > rounds:
             raise SettingError("switch-round", settings.switch_round, f"at most rounds, {rounds}")
         self._first = settings.switch_round or rounds - max(1, rounds // 10) + 1
-        self.kinds = (settings.recovery,) if self._first == 1 else ("proxy", settings.recovery)
+        self.kinds = (settings.recovery,) if self._first == 1 else ("compressed", settings.recovery)
 
     def kind(self, round_: int, accuracies: Sequence[float]) -> str:
-        return self.settings.recovery if round_ >= self._first else "proxy"
+        return self.settings.recovery if round_ >= self._first else "compressed"
 
 
 @schedules.register("plateau")
@@ -108,7 +108,7 @@ class Plateau(Schedule):
 
     def __init__(self, settings: RoundSettings, rounds: int) -> None:
         super().__init__(settings, rounds)
-        self.kinds = ("proxy", settings.recovery)
+        self.kinds = ("compressed", settings.recovery)
 
     def kind(self, round_: int, accuracies: Sequence[float]) -> str:
         best, waited = float("-inf"), 0
@@ -119,4 +119,4 @@ class Plateau(Schedule):
                 waited += 1
                 if waited >= self.settings.plateau_patience:
                     return self.settings.recovery
-        return "proxy"
+        return "compressed"

@@ -43,7 +43,7 @@ VALUES: Mapping[str, Mapping[object, str]] = {
     "compressor": {"full": "none"},
     "downlink": {"full": "full-weights"},
     "recovery": {"full": "fedavg"},
-    "schedule": {"full": "fedavg"},
+    "schedule": {"full": "fedavg", "proxy": "compressed"},
     "server-optimizer": {"plain": "sgd"},
 }
 """Present name -> old value -> present value."""

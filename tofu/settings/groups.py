@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 from tofu.settings.fields import Group, comma_list, setting
 
-KINDS = ("proxy", "fedavg", "secure")
+KINDS = ("compressed", "fedavg", "secure")
 """Kinds of round, in the order of their numbers in messages."""
 
 EMBEDDED_TABLES = ("breast-cancer", "wine")
@@ -189,8 +189,8 @@ class RoundSettings(Group):
     section: ClassVar[str] = "Rounds"
 
     schedule: str = setting(
-        "proxy",
-        "proxy: compressed rounds; fedavg: float32 rounds; secure: rounds with secure aggregation; switch: recovery rounds from switch-round on; plateau: recovery rounds once the accuracy stalls",
+        "compressed",
+        "compressed: compressed rounds; fedavg: float32 rounds; secure: rounds with secure aggregation; switch: recovery rounds from switch-round on; plateau: recovery rounds once the accuracy stalls",
     )
     recovery: Literal["secure", "fedavg"] = setting(
         "secure",

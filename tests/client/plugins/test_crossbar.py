@@ -470,7 +470,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("schedule", ["fedavg", "proxy", "secure"])
+@pytest.mark.parametrize("schedule", ["fedavg", "compressed", "secure"])
 def test_pruned_weights_are_neither_sent_nor_encoded(tmp_path: Path, schedule: str) -> None:
     run = tmp_path / "run"
     federate(run, schedule=schedule)
@@ -495,7 +495,7 @@ def test_pruned_weights_are_neither_sent_nor_encoded(tmp_path: Path, schedule: s
     assert set(np.unique(after.round(2))) <= {0.0, 0.06, 0.12, 0.13, 0.25, 0.5, 1.0}
     write_report(run)
     assert "Crossbar-aware pruning" in (run / "report.html").read_text()
-    if schedule != "proxy":
+    if schedule != "compressed":
         assert records[-1]["accuracy"] > 0.6
 
 

@@ -257,7 +257,7 @@ def federate(
     return serve_in_process(app, Settings.of(TINY | more | {"run_folder": str(folder)}), observer)
 
 
-@pytest.mark.parametrize("schedule", ["proxy", "fedavg", "secure"])
+@pytest.mark.parametrize("schedule", ["compressed", "fedavg", "secure"])
 def test_it_works_in_every_kind_of_round_and_draws_a_panel(tmp_path: Path, schedule: str) -> None:
     federate(tmp_path / "run", schedule=schedule)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

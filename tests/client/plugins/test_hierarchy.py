@@ -307,7 +307,7 @@ def failures(folder: Path) -> list[dict[str, str]]:
     return [json.loads(line)["failures"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("schedule", ["fedavg", "proxy", "secure"])
+@pytest.mark.parametrize("schedule", ["fedavg", "compressed", "secure"])
 @pytest.mark.parametrize("more", [{}, PARITY])
 def test_it_works_in_every_kind_of_round_and_draws_a_panel(
     tmp_path: Path, schedule: str, more: dict[str, object]
@@ -333,7 +333,7 @@ def test_it_works_in_every_kind_of_round_and_draws_a_panel(
         assert held_out[name] == pytest.approx(float(metric.compute()))
 
 
-@pytest.mark.parametrize("schedule", ["fedavg", "proxy"])
+@pytest.mark.parametrize("schedule", ["fedavg", "compressed"])
 def test_coarse_heads_learn_in_uncompressed_and_in_proxy_rounds(tmp_path: Path, schedule: str) -> None:
     """Also from proxies alone, which tell how their weights changed; chance is 1/3 and 1/6."""
     federate(tmp_path / "run", schedule=schedule, correction=0.0, max_evals=60)

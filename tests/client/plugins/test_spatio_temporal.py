@@ -274,11 +274,13 @@ def federate(folder: Path, app: ClientApp = honest.app, observer: Observer | Non
     return serve_in_process(app, Settings.of(FEDERATION | more | {"run_folder": str(folder)}), observer)
 
 
-@pytest.mark.parametrize("schedule", ["proxy", "fedavg", "secure"])
+@pytest.mark.parametrize("schedule", ["compressed", "fedavg", "secure"])
 def test_a_federation_ends_narrow_fast_and_coarse(tmp_path: Path, schedule: str) -> None:
     """Also a client that loses its state in the round after the change; the saved model predicts with its widths."""
     app = honest.app if schedule == "secure" else forgetful_app("1", 3)
-    end = federate(tmp_path / "run", app, schedule=schedule, downlink="topk" if schedule == "proxy" else "full-weights")
+    end = federate(
+        tmp_path / "run", app, schedule=schedule, downlink="topk" if schedule == "compressed" else "full-weights"
+    )
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(line["failures"] == [] for line in lines)
     assert end["final_accuracy"] > 0.2

@@ -114,7 +114,7 @@ def test_a_misspelled_command_is_named_with_one_suggestion(
         ("--model=alexnet", ("model='alexnet'", "lenet5")),
         ("--model=nowhere:net", ("model='nowhere:net'", "ModuleNotFoundError")),
         ("--model=json:loads", ("model='json:loads'", "TypeError")),
-        ("--schedule=sometimes", ("schedule='sometimes'", "proxy, fedavg, secure, switch, plateau")),
+        ("--schedule=sometimes", ("schedule='sometimes'", "compressed, fedavg, secure, switch, plateau")),
         ("--schedule=secure", ("clients=2", "at least 3 for secure rounds")),
         ("--bits=7", ("bits=7", "2, 3, 4, 5, 6, 8, 16, 32")),
         ("--ratio=1e6", ("ratio=1000000.0", "at most")),
@@ -291,12 +291,12 @@ def test_a_plan_agrees_with_the_run(tofu: Tofu, tmp_path: Path, options: tuple[s
         assert planned[f"{direction}_bytes"] == pytest.approx(measured, rel=0.02)
         if direction == "uplink":
             assert planned["fedavg_uplink_bytes"] == pytest.approx(summary["fedavg_uplink_bytes"] - hello, rel=0.02)
-    payloads = [row["payload_bytes"] for row in ledger if row["direction"] == "uplink" and row["kind"] == "proxy"]
+    payloads = [row["payload_bytes"] for row in ledger if row["direction"] == "uplink" and row["kind"] == "compressed"]
     for bytes_ in payloads:  # what is left may be too little for one entry more
         assert planned["payload_bytes"] - 4 <= bytes_ <= planned["payload_bytes"]
     assert bool(payloads) == (planned["compressed_rounds"] > 0)
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert kinds.count("proxy") == planned["compressed_rounds"]
+    assert kinds.count("compressed") == planned["compressed_rounds"]
     assert kinds.count("fedavg") == planned["fedavg_rounds"]
     assert kinds.count("secure") == planned["secure_rounds"]
 
@@ -614,7 +614,7 @@ def test_predict_names_the_argument_that_is_no_run(tofu: Tofu) -> None:
 def test_a_fast_dev_run_goes_through_every_kind_of_round_and_keeps_nothing(tofu: Tofu, tmp_path: Path) -> None:
     outcome = tofu("run", "--fast-dev-run", "--schedule=switch", "--rounds=500", "--local-epochs=50")
     assert (outcome.status, outcome.out.splitlines()[-1]) == (0, "fast dev run: every step works; nothing was kept")
-    for words in ("2 rounds, 3 clients", "round 1/2  proxy", "round 2/2  secure", "resumes after round 2", "round 4/4"):
+    for words in ("2 rounds, 3 clients", "1/2  compressed", "round 2/2  secure", "resumes after round 2", "round 4/4"):
         assert words in outcome.err
     assert "results:" not in outcome.err  # they are in a temporary folder
     assert list(tmp_path.iterdir()) == []

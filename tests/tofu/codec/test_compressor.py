@@ -191,7 +191,7 @@ def test_no_search_where_the_correction_alone_explains_enough(mlp_update: Case) 
 def test_what_is_missed_must_not_be_lost_to_save_a_search(
     lenet: ReferenceModel, settings: dict[str, float], below: float
 ) -> None:
-    compressor = uplink_compressor(Settings.of({"ratio": 100.0} | settings), "proxy", lenet)
+    compressor = uplink_compressor(Settings.of({"ratio": 100.0} | settings), "compressed", lenet)
     assert isinstance(compressor, ProxyCompressor)
     assert compressor._options.proxies_below == below
 

@@ -36,8 +36,8 @@ def samples(text: str) -> Samples:
 
 def row(number: int, **more: Any) -> RoundRecord:
     own: Row = {
-        "round": number, "kind": "proxy" if number else "start", "accuracy": number / 10, "loss": None, "clients": 2,
-        "uplink_bytes": 100 * number, "downlink_bytes": 1000 * number, "seconds": 1.5,
+        "round": number, "kind": "compressed" if number else "start", "accuracy": number / 10, "loss": None,
+        "clients": 2, "uplink_bytes": 100 * number, "downlink_bytes": 1000 * number, "seconds": 1.5,
     }  # fmt: skip
     return RoundRecord(**own | more)
 
@@ -64,7 +64,7 @@ def test_rounds_add_up(metrics: PrometheusMetrics, folder: Path) -> None:
     metrics.on_round_end(row(2, failures=failed, by_client=(ClientRecord("0", "6", 0.25),)))
     metrics.on_round_end(row(3, kind="secure", abandoned="too few", epsilon=1.5))
     found = seen(metrics)
-    assert found["tofu_rounds_total", (("kind", "proxy"),)] == 2
+    assert found["tofu_rounds_total", (("kind", "compressed"),)] == 2
     assert found["tofu_rounds_total", (("kind", "secure"),)] == 1
     assert ("tofu_rounds_total", (("kind", "start"),)) not in found
     assert found["tofu_abandoned_rounds_total", ()] == 1

@@ -21,7 +21,7 @@ SUMMARY = RunSummary(final_accuracy=0.9473, uplink_bytes=2_550_000, fedavg_uplin
 def row(number: int, **changes: Any) -> RoundRecord:
     values = {
         "round": number,
-        "kind": "proxy" if number else "start",
+        "kind": "compressed" if number else "start",
         "accuracy": 0.8 + number / 100,
         "explained_variance": 0.71 if number else None,
         "uplink_bytes": 25_000 if number else 0,
@@ -77,16 +77,16 @@ def test_one_is_not_written_as_many(screen: io.StringIO) -> None:
 def test_plain_writes_one_line_a_round(screen: io.StringIO) -> None:
     with PlainProgress(screen) as progress:
         progress.on_run_start(12, 10, "digits, lenet5")
-        progress.on_phase(1, "proxy", "train", 3, 10)
+        progress.on_phase(1, "compressed", "train", 3, 10)
         progress.on_round_end(row(0))
         progress.on_round_end(row(1))
         progress.on_round_end(row(12, kind="secure", explained_variance=None, uplink_bytes=2_500_000))
         progress.on_run_end(SUMMARY)
     assert screen.getvalue().splitlines() == [
         "digits, lenet5: 12 rounds, 10 clients",
-        "round  0/12  start   accuracy 80.00%  3.2 s",
-        "round  1/12  proxy   accuracy 81.00%  explained  71.0%  uplink  25.0 kB (FedAvg: 100x as much)  3.2 s",
-        "round 12/12  secure  accuracy 92.00%  uplink   2.5 MB  3.2 s",
+        "round  0/12  start       accuracy 80.00%  3.2 s",
+        "round  1/12  compressed  accuracy 81.00%  explained  71.0%  uplink  25.0 kB (FedAvg: 100x as much)  3.2 s",
+        "round 12/12  secure      accuracy 92.00%  uplink   2.5 MB  3.2 s",
         "done: final accuracy 94.73%; uplink 2.5 MB, 2.94x less than the 7.5 MB FedAvg sends; 2 min 05 s",
     ]
 
@@ -116,9 +116,9 @@ def test_plain_tells_abandoned_rounds_tasks_and_epsilon(screen: io.StringIO) -> 
     progress.on_run_end(RunSummary(mean_accuracy=86.63, backward_transfer=-7.8, epsilon=math.inf, delta=1e-5))
     assert screen.getvalue().splitlines()[1:] == [
         "round  1/12  secure, abandoned  accuracy 81.00%  epsilon     0  3.2 s",
-        "round  2/12  proxy   task 1  accuracy 82.00%  3.2 s",
-        "round  3/12  secure  accuracy 83.00%  epsilon 4.377  3.2 s",
-        "round  4/12  secure  accuracy 84.00%  epsilon   inf  3.2 s",
+        "round  2/12  compressed  task 1  accuracy 82.00%  3.2 s",
+        "round  3/12  secure      accuracy 83.00%  epsilon 4.377  3.2 s",
+        "round  4/12  secure      accuracy 84.00%  epsilon   inf  3.2 s",
         "done: final accuracy 50.00%; epsilon 8.385 at delta 1e-05",
         "done: ACC 86.6%, BWT -7.8 points; epsilon inf at delta 1e-05",
     ]
@@ -137,7 +137,7 @@ def test_live_view_has_columns_for_tasks_and_epsilon_where_a_run_has_them(
     live.close()
     latest = shown(screen)
     assert re.search(r"round +kind +task +accuracy +variance +uplink +FedAvg +epsilon +time", latest)
-    assert re.search(r"1 +proxy +- +81\.00% +71\.0% +25\.0 kB +100x +- +3\.2 s", latest)
+    assert re.search(r"1 +compressed +- +81\.00% +71\.0% +25\.0 kB +100x +- +3\.2 s", latest)
     assert re.search(r"2 +secure, abandoned +3 +82\.00% +71\.0% +25\.0 kB +100x +12\.87 +3\.2 s", latest)
 
 
@@ -165,19 +165,19 @@ def test_live_view_shows_phase_and_last_rounds(screen: io.StringIO, live: LivePr
     assert "\x1b[" in screen.getvalue()
     for number in range(9):
         live.on_round_end(row(number))
-    live.on_phase(9, "proxy", "train", 3, 10)
+    live.on_phase(9, "compressed", "train", 3, 10)
     live._live.refresh()  # type: ignore[union-attr]
     latest = shown(screen).rpartition("digits, lenet5: 12 rounds, 10 clients")[2]
     assert "8/12 rounds" in latest
-    assert "round 9 (proxy): clients train 3/10" in latest
-    assert [line.split()[0] for line in latest.splitlines() if "proxy " in line] == ["3", "4", "5", "6", "7", "8"]
-    assert re.search(r"8 +proxy +88\.00% +71\.0% +25\.0 kB +100x +3\.2 s", latest)
+    assert "round 9 (compressed): clients train 3/10" in latest
+    assert [line.split()[0] for line in latest.splitlines() if "compressed " in line] == ["3", "4", "5", "6", "7", "8"]
+    assert re.search(r"8 +compressed +88\.00% +71\.0% +25\.0 kB +100x +3\.2 s", latest)
 
 
 def test_live_view_ends_without_what_was_under_way(screen: io.StringIO, live: LiveProgress) -> None:
     live.on_run_start(2, 10, "digits")
     live.on_round_end(row(1))
-    live.on_phase(2, "proxy", "train", 3, 10)
+    live.on_phase(2, "compressed", "train", 3, 10)
     live.on_run_end(SUMMARY)
     latest = shown(screen).rpartition("digits: 2 rounds, 10 clients")[2]
     assert "clients train" not in latest
@@ -226,7 +226,7 @@ def test_missing_values_are_shown_as_missing(screen: io.StringIO, live: LiveProg
     for progress in (PlainProgress(plain), live):
         progress.on_round_end(RoundRecord(1, "fedavg"))
         progress.on_run_end(RunSummary())
-    assert plain.getvalue() == "round 1/0  fedavg  accuracy      -\ndone\n"
+    assert plain.getvalue() == "round 1/0  fedavg      accuracy      -\ndone\n"
     assert re.search(r"1 +fedavg +- +- +- +- +-", shown(screen))
 
 
@@ -243,7 +243,7 @@ def test_choice_follows_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_stdout_stays_empty(capsys: pytest.CaptureFixture[str], quiet: bool) -> None:
     with make_progress(quiet=quiet) as progress:
         progress.on_run_start(1, 1, "digits")
-        progress.on_phase(1, "proxy", "send", 0, 1)
+        progress.on_phase(1, "compressed", "send", 0, 1)
         progress.on_note("careful")
         progress.on_round_end(row(1))
         progress.on_run_end(SUMMARY)

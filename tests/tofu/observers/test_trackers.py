@@ -30,7 +30,7 @@ def row(number: int) -> RoundRecord:
         ClientRecord(client, "7", number / 8, examples=number) for client in ("0", "hospital 1", HOSTILE, "..")
     )
     return RoundRecord(
-        number, "secure" if number == 3 else "proxy", accuracy=number / 16, loss=float("nan"), uplink_bytes=2**40,
+        number, "secure" if number == 3 else "compressed", accuracy=number / 16, loss=float("nan"), uplink_bytes=2**40,
         failures=(Failure("1", "late"),) * number, by_client=clients, plugins={"gpm/rank": 0.5}, metrics={"f1": 0.25},
         task_accuracies=(0.5, None, 0.25), abandoned="too few" if number == 3 else "", link_seconds={"0": 1.5},
         notes=("no room for a proxy",),
@@ -280,7 +280,7 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(
 def test_names_stay_apart_and_are_accepted_everywhere() -> None:
     names = ("a/b", "a:b", "a_b", "a b", "..", "", "::", ":", "ü", "a\nb")
     clients = tuple(ClientRecord(name, train_seconds=float(number)) for number, name in enumerate(names))
-    found = metrics_of(RoundRecord(1, "proxy", by_client=clients))
+    found = metrics_of(RoundRecord(1, "compressed", by_client=clients))
     made = [name for name in found if name.startswith("by_client/train_seconds/")]
     assert len(made) == len(names)
     for name in made:

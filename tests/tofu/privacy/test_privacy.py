@@ -192,12 +192,12 @@ def test_epsilon_agrees_with_dp_accounting(multiplier: float, rounds: int) -> No
 def test_rounds_of_different_noise_compose_exactly() -> None:
     accountant = Accountant(1e-6)
     accountant.spend(2.0, "secure")
-    accountant.spend(3.0, "proxy")
-    mixed = accountant.spend(3.0, "proxy")
+    accountant.spend(3.0, "compressed")
+    mixed = accountant.spend(3.0, "compressed")
     pld = PLDAccountant()
     pld.compose(GaussianDpEvent(2.0)).compose(GaussianDpEvent(3.0), 2)
     assert mixed == pytest.approx(pld.get_epsilon(1e-6), rel=1e-3)
-    assert accountant.to_dict()["spent"] == [["proxy", 3.0, 2], ["secure", 2.0, 1]]
+    assert accountant.to_dict()["spent"] == [["compressed", 3.0, 2], ["secure", 2.0, 1]]
 
 
 @pytest.mark.parametrize("module", [accounting, noise])
@@ -232,19 +232,26 @@ def test_a_round_without_noise_spends_everything() -> None:
     accountant = Accountant(1e-5)
     assert accountant.epsilon == 0.0
     assert not accountant.allows(0.0, 1e9)
-    assert accountant.spend(0.0, "proxy") == math.inf
+    assert accountant.spend(0.0, "compressed") == math.inf
     assert not accountant.allows(100.0, 1e9)
     assert epsilon_of(0.0, 1e-5) == math.inf
 
 
 def test_the_account_survives_a_checkpoint() -> None:
     accountant = Accountant(1e-5)
-    for multiplier, kind in ((2.0, "secure"), (2.0, "proxy"), (2.0, "secure"), (0.7, "secure")):
+    for multiplier, kind in ((2.0, "secure"), (2.0, "compressed"), (2.0, "secure"), (0.7, "secure")):
         accountant.spend(multiplier, kind)
     again = Accountant.from_dict(json.loads(json.dumps(accountant.to_dict())))
     assert again.epsilon == accountant.epsilon
     assert again.to_dict() == accountant.to_dict()
-    assert again.spend(1.0, "proxy") == accountant.spend(1.0, "proxy")
+    assert again.spend(1.0, "compressed") == accountant.spend(1.0, "compressed")
+
+
+def test_an_account_of_an_earlier_version_has_its_rounds_by_their_present_kind() -> None:
+    accountant = Accountant(1e-5)
+    accountant.spend(2.0, "compressed")
+    earlier = json.loads(json.dumps(accountant.to_dict()).replace("compressed", "proxy"))
+    assert Accountant.from_dict(earlier).to_dict() == accountant.to_dict()
 
 
 def test_an_account_that_was_not_written_by_us_is_refused() -> None:
@@ -261,7 +268,7 @@ def test_settings_of_the_account_are_checked() -> None:
         with pytest.raises(SettingError, match="delta"):
             Accountant(delta)
     with pytest.raises(SettingError, match="noise-multiplier"):
-        Accountant(1e-5).spend(-1.0, "proxy")
+        Accountant(1e-5).spend(-1.0, "compressed")
     with pytest.raises(SettingError, match="epsilon"):
         noise_multiplier_for(0.0, 1e-5, 1)
     with pytest.raises(SettingError, match="rounds"):

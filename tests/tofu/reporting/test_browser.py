@@ -50,7 +50,12 @@ def run_report(folder: Path) -> Path:
     rows = [line(0, "start", 0.1, **tasks)]
     rows += [
         line(
-            number, "proxy", 0.5 + number / 20, epsilon=number + 0.5, by_client=clients, plugins={"ood/" + LONG: number}
+            number,
+            "compressed",
+            0.5 + number / 20,
+            epsilon=number + 0.5,
+            by_client=clients,
+            plugins={"ood/" + LONG: number},
         )
         | tasks
         | {"task": number - 1}

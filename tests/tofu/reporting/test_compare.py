@@ -51,7 +51,7 @@ def test_every_run_differs_only_in_what_is_compared(tmp_path: Path) -> None:
             assert changed <= allowed
             assert settings.run.seed == seed
             assert settings.codec.compressor == cell.compressor
-            assert settings.rounds.schedule == "proxy"
+            assert settings.rounds.schedule == "compressed"
             assert settings.codec.error_feedback == (0.5 if cell.compressor == "topk" else 1.0)
     assert not (tmp_path / "new").exists()  # planning writes nothing
     folders = [made.run(cell, seed).folder.name for cell in made.cells for seed in made.seeds]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tofu.errors import SettingError
-from tofu.reporting.folder import RunFolder, read_config, resumed_settings
+from tofu.reporting.folder import RunFolder, fresh_folder, read_config, resumed_settings
 from tofu.settings import Settings
 
 
@@ -36,3 +36,19 @@ def test_names_of_datasets_are_stored_as_they_are(
     monkeypatch.chdir(tmp_path)
     with closing(RunFolder(Settings.of({"dataset": dataset, "run_folder": "run"}))):
         assert read_config(tmp_path / "run").data.dataset == dataset
+
+
+@pytest.mark.parametrize(
+    ("given", "end"),
+    [
+        ({}, "mlp-compressed"),  # the default compressor may send a correction alone, so nothing says proxy
+        ({"compressor": "sparse"}, "mlp-sparse"),
+        ({"schedule": "switch", "switch_round": 2}, "mlp-compressed-switch"),
+        ({"schedule": "secure"}, "mlp-secure"),
+    ],
+)
+def test_a_folder_is_named_by_what_its_rounds_send(
+    given: dict[str, object], end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert fresh_folder(Settings.of({"model": "mlp"} | given)).name.split("-", 2)[2] == end

@@ -70,9 +70,9 @@ class Page(HTMLParser):
 
 
 def line(number: int, kind: str, accuracy: float | None, **changes: Any) -> dict[str, Any]:
-    """A row of metrics.jsonl for a run of ten clients: a proxy round sends 1 % of FedAvg's bytes."""
-    compressed = kind == "proxy"
-    sent = {"start": 0, "proxy": 25_000}.get(kind, 2_500_000)
+    """A row of metrics.jsonl for a run of ten clients: a compressed round sends 1 % of FedAvg's bytes."""
+    compressed = kind == "compressed"
+    sent = {"start": 0, "compressed": 25_000}.get(kind, 2_500_000)
     row = {
         "round": number,
         "kind": kind,
@@ -97,8 +97,8 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 ROWS = [
     line(0, "start", 0.1032),
-    line(1, "proxy", 0.8125),
-    line(2, "proxy", 0.9042, failures=[{"client": HOSTILE, "reason": "wrong <magic>"}]),
+    line(1, "compressed", 0.8125),
+    line(2, "compressed", 0.9042, failures=[{"client": HOSTILE, "reason": "wrong <magic>"}]),
     line(3, "secure", 0.9473),
 ]
 
@@ -166,7 +166,7 @@ def test_table_has_every_round_and_the_totals(run: Path) -> None:
     assert start[:3] == ["0", "start", "10.32%"]
     assert start[7:] == [*[none] * 6, "3.0 s"]
     assert first == [
-        *("1", "proxy", "81.25%", "0.5000", "0.7000", "71.0%", "0.840", "10", "0"),
+        *("1", "compressed", "81.25%", "0.5000", "0.7000", "71.0%", "0.840", "10", "0"),
         *("25.0 kB", "2.6 MB", "2.5 MB", "100x", "3.0 s"),
     ]
     assert secure[5:7] == [none, none]
@@ -179,11 +179,11 @@ def test_figures_mark_the_kinds_of_rounds_and_have_texts(run: Path) -> None:
     assert len(drawings) == 4
     assert all(len(drawing["aria-label"]) > 20 and drawing["role"] == "img" for drawing in drawings)
     assert "94.7% at round 3" in drawings[0]["aria-label"]
-    # Two figures and a legend in each: rounds 1 and 2 are proxy rounds, round 0 has no place on a log axis.
-    assert page.marks("proxy") == 2 * 2 + 2
+    # Two figures and a legend in each: rounds 1 and 2 are compressed rounds, round 0 has no place on a log axis.
+    assert page.marks("compressed") == 2 * 2 + 2
     assert page.marks("secure") == 2 + 2
     assert page.marks("start") == 1 + 1
-    assert "round 2, proxy: 90.42% after 50.0 kB" in page.text
+    assert "round 2, compressed: 90.42% after 50.0 kB" in page.text
 
 
 def test_baseline_is_drawn_and_compared(run: Path) -> None:
@@ -202,21 +202,21 @@ def test_baseline_is_drawn_and_compared(run: Path) -> None:
 
 def test_bars_count_the_ledger(run: Path) -> None:
     messages = [
-        {"round": 1, "kind": "proxy", "direction": "uplink", "client": f"{c}", "bytes": 1000, "payload_bytes": 750}
+        {"round": 1, "kind": "compressed", "direction": "uplink", "client": f"{c}", "bytes": 1000, "payload_bytes": 750}
         for c in range(3)
     ]
     messages.insert(
-        0, {"round": 1, "kind": "proxy", "direction": "downlink", "client": "0", "bytes": 4, "payload_bytes": 4}
+        0, {"round": 1, "kind": "compressed", "direction": "downlink", "client": "0", "bytes": 4, "payload_bytes": 4}
     )
     write_lines(run / "ledger.jsonl", messages)
     page = page_of(run)
     assert "3.0 kB in 3 messages, 75.0% payload" in page.text
     assert "4 B in 1 message, 100.0% payload" in page.text
-    assert re.search("Uplink, proxy .*Uplink, had it been FedAvg .*Downlink, proxy", page.text)
+    assert re.search("Uplink, compressed .*Uplink, had it been FedAvg .*Downlink, compressed", page.text)
     (run / "ledger.jsonl").unlink()
     page = page_of(run)
     assert not re.search(r"in \d+ message|pale end", page.text)
-    assert "Uplink, proxy rounds 50.0 kB" in page.text
+    assert "Uplink, compressed rounds 50.0 kB" in page.text
 
 
 def test_hostile_texts_are_shown_not_run(run: Path) -> None:
@@ -286,14 +286,14 @@ def test_run_that_goes_on_is_readable(run: Path) -> None:
 
 
 def test_round_written_twice_counts_once(run: Path) -> None:
-    write_lines(run / "metrics.jsonl", [*ROWS, line(3, "proxy", 0.5)])
+    write_lines(run / "metrics.jsonl", [*ROWS, line(3, "compressed", 0.5)])
     page = page_of(run)
     assert [row[0] for row in page.tables["rounds"]] == ["round", "0", "1", "2", "3", "all"]
     assert page.tables["rounds"][-1][2] == "50.00%"
 
 
 def test_values_that_are_not_finite_are_left_out(run: Path) -> None:
-    write_lines(run / "metrics.jsonl", [*ROWS, line(4, "proxy", float("nan"), loss=float("inf"))])
+    write_lines(run / "metrics.jsonl", [*ROWS, line(4, "compressed", float("nan"), loss=float("inf"))])
     page = page_of(run)
     assert page.tables["rounds"][5][2:4] == ["\N{EN DASH}"] * 2
     assert "nan" not in page.source.lower()
@@ -325,7 +325,7 @@ def test_failed_write_leaves_the_old_page(run: Path, monkeypatch: pytest.MonkeyP
 
 def test_long_run_keeps_a_small_page(run: Path) -> None:
     failures = [{"client": "c" * 400, "reason": "r" * 400}] * 2
-    rows = [line(n, "secure" if n == 1999 else "proxy", 0.5 + n / 5000, failures=failures) for n in range(1, 2001)]
+    rows = [line(n, "secure" if n == 1999 else "compressed", 0.5 + n / 5000, failures=failures) for n in range(1, 2001)]
     write_lines(run / "metrics.jsonl", rows)
     noise = np.random.default_rng(0)
     real = noise.integers(0, 256, (40, 3, 100, 100), dtype=np.uint8)
@@ -344,26 +344,26 @@ def test_long_run_keeps_a_small_page(run: Path) -> None:
         ("config.json", "[]", r"config\.json must hold a JSON object, found list"),
         ("metrics.jsonl", '{"round": 0, "kind": "start"}\n{"round"\n', r"metrics\.jsonl line 2 is not JSON"),
         ("metrics.jsonl", "\n7\n", r"metrics\.jsonl line 2 must hold a JSON object, found int"),
-        ("metrics.jsonl", '{"kind": "proxy"}\n', r"metrics\.jsonl line 1: 'round': Field required"),
+        ("metrics.jsonl", '{"kind": "compressed"}\n', r"metrics\.jsonl line 1: 'round': Field required"),
         ("metrics.jsonl", '{"round": 1}\n', r"metrics\.jsonl line 1: 'kind': Field required"),
         (
             "metrics.jsonl",
-            '{"round": 1, "kind": "proxy", "accuracy": "high"}\n',
+            '{"round": 1, "kind": "compressed", "accuracy": "high"}\n',
             r"metrics\.jsonl line 1: 'accuracy': .*number or null, found 'high'",
         ),
         (
             "metrics.jsonl",
-            '{"round": 1, "kind": "proxy", "uplink_bytes": -1}\n',
+            '{"round": 1, "kind": "compressed", "uplink_bytes": -1}\n',
             r"metrics\.jsonl line 1: 'uplink_bytes': .*, found -1",
         ),
         (
             "metrics.jsonl",
-            '{"round": 1, "kind": "proxy", "failures": ["3"]}\n',
+            '{"round": 1, "kind": "compressed", "failures": ["3"]}\n',
             r"metrics\.jsonl line 1: 'failures.0': .*, found '3'",
         ),
         (
             "ledger.jsonl",
-            '{"kind": "proxy", "direction": "sideways"}\n',
+            '{"kind": "compressed", "direction": "sideways"}\n',
             r"ledger\.jsonl line 1: 'direction': .*'uplink' or 'downlink', found 'sideways'",
         ),
         ("summary.json", '{"final_accuracy": true}', r"summary\.json: 'final_accuracy': .*number"),

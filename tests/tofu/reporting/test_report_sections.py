@@ -67,7 +67,7 @@ def secure_rows() -> list[dict[str, Any]]:
     late = [{"client": "3", "reason": "no answer at stage reveal within 120 s"}]
     return [
         ROWS[0],
-        line(1, "proxy", 0.81),
+        line(1, "compressed", 0.81),
         line(2, "secure", 0.90, **SECURE | {"clipped": 1234, "largest_clipped": 2.5}),
         line(3, "secure", 0.90, clients=0, failures=late, clipped=None, abandoned=f"too few {HOSTILE}"),
         line(4, "secure", 0.92, **SECURE | {"clipped": 6, "largest_clipped": 1.75}),
@@ -76,7 +76,7 @@ def secure_rows() -> list[dict[str, Any]]:
 
 def test_abandoned_round_is_plain_in_table_figure_and_section(folder: Path) -> None:
     page = page_of(written(folder, secure_rows()))
-    assert column(page, "kind") == ["start", "proxy", "secure", "secure, abandoned", "secure", ""]
+    assert column(page, "kind") == ["start", "compressed", "secure", "secure, abandoned", "secure", ""]
     assert page.tables["abandoned"][1:] == [["3", f"too few {HOSTILE}"]]
     assert page.named("script") == []
     assert "abandoned rounds 1" in page.text
@@ -103,14 +103,14 @@ def test_says_what_the_server_learned_and_what_is_not_covered(folder: Path) -> N
     assert "In 2 secure rounds the server learned the weighted sum of the clients' updates and which clients" in text
     assert "not a single client's update" in text
     assert "at most 10% of the clients colluding with the server and a server that follows the protocol" in text
-    assert "does not cover the one proxy round: proxies of different clients do not add up" in text
+    assert "does not cover the one compressed round: proxies of different clients do not add up" in text
     assert "Nor does it cover the one FedAvg round" in text
     text = page_of(written(folder, rows, **given | {"secure-identities": "keys.json", "compressor": "topk"})).text
     assert "follows the protocol" not in text
     assert "does not cover the one topk round: the server decoded each client's update" in text
 
 
-OPEN_ROUNDS = [ROWS[0], line(1, "proxy", 0.81), line(2, "proxy", 0.85)]
+OPEN_ROUNDS = [ROWS[0], line(1, "compressed", 0.81), line(2, "compressed", 0.85)]
 SUMS = [ROWS[0], *(line(number, "secure", 0.9, **SECURE) for number in (1, 2))]
 
 

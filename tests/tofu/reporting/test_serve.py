@@ -81,11 +81,11 @@ def test_a_browser_follows_a_run_that_is_going_on(browser: Any, server: RunServe
             page.get_by_role("link", name="live").click()
             page.get_by_text("not finished: 1 of 2 rounds").wait_for()
             page.get_by_text("Settings (").click()
-            marks = page.locator(".mark.k-proxy").count()
+            marks = page.locator(".mark.k-compressed").count()
             gate.go.release()
             page.get_by_text("not finished: 2 of 2 rounds").wait_for()  # the page was not loaded again:
             assert page.locator("details", has_text="Settings (").get_attribute("open") is not None
-            assert page.locator(".mark.k-proxy").count() > marks > 0
+            assert page.locator(".mark.k-compressed").count() > marks > 0
             assert page.locator("#rounds tbody tr").count() == 3
         finally:
             gate.go.release(2)

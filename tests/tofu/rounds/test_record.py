@@ -24,7 +24,7 @@ from tofu.rounds.record import (
 )
 
 FULL = RoundRecord(
-    3, "proxy", accuracy=0.5, loss=1.5, clients=2, failures=(Failure("1", "late", "7"),), explained_variance=0.7,
+    3, "compressed", accuracy=0.5, loss=1.5, clients=2, failures=(Failure("1", "late", "7"),), explained_variance=0.7,
     cosine=0.8, uplink_bytes=5, epsilon=2.0, by_client=(ClientRecord("0", "6", 0.7, 30, 0.1, 0.2),),
     plugins={"gpm/rank": 4.0}, task=1, task_accuracies=(0.5, None), clipped=3, largest_clipped=1.5, abandoned="too few",
 )  # fmt: skip
@@ -108,7 +108,7 @@ def test_a_tracker_is_one_observer(tmp_path: Path) -> None:
 
     observers = Observers((Observer(), Csv()))
     observers.on_history(tmp_path, [RoundRecord(0, "start", accuracy=0.1)])
-    observers.on_round_end(RoundRecord(1, "proxy", accuracy=0.5))
+    observers.on_round_end(RoundRecord(1, "compressed", accuracy=0.5))
     assert (tmp_path / "accuracy.csv").read_text() == "0,0.1\n1,0.5\n"
 
 

@@ -135,7 +135,7 @@ class Comparison:
             DataError: the data cannot be used.
         """
         if shared.rounds.schedule == "fedavg":
-            raise SettingError("schedule", "fedavg", "proxy, switch or plateau (FedAvg is always run as well)")
+            raise SettingError("schedule", "fedavg", "compressed, switch or plateau (FedAvg is always run as well)")
         if not 1 <= seeds <= MAX_SEEDS:
             raise SettingError("seeds", seeds, f"a whole number from 1 to {MAX_SEEDS}")
         names = _entries("compressors", compressors)
@@ -199,7 +199,7 @@ class Comparison:
         if self.tune and value is not None:
             values[self.tune.setting] = value
         if compressor == FEDAVG:
-            values["schedule"] = "proxy"  # without compression, and with the server's step of the others
+            values["schedule"] = "compressed"  # without compression, and with the server's step of the others
         return Settings.of(values | {"compressor": compressor, "ratio": ratio, "seed": seed})
 
     def _cells(self) -> tuple[Cell, ...]:
@@ -228,7 +228,7 @@ class Comparison:
             settings = self._settings(name, ratio, self.shared.run.seed, value)
             downlink_compressor(settings, network)  # no cell is worth running if this cannot be made
             try:
-                compressor = uplink_compressor(settings, "fedavg" if name == FEDAVG else "proxy", network)
+                compressor = uplink_compressor(settings, "fedavg" if name == FEDAVG else "compressed", network)
             except SettingError as error:
                 if error.field != "ratio":
                     raise

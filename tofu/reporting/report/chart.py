@@ -23,7 +23,7 @@ _CHARACTER = 8.4
 """Units that a character of the larger text takes at most, on average: SVG has no layout."""
 _LINE = 46
 """Characters of a line of text."""
-KINDS = ("start", "proxy", "fedavg", "secure")
+KINDS = ("start", "compressed", "fedavg", "secure")
 _Key = str | Callable[[float, float], None]
 
 

@@ -26,7 +26,12 @@ from tofu.rounds.record import RoundRecord
 
 # Approximate maximum numbers of points and of marks of a curve; more would overlap.
 _POINTS, _MARKS = 240, 60
-_KIND_TEXT = {"start": "before training", "proxy": "proxy round", "fedavg": "FedAvg round", "secure": "secure round"}
+_KIND_TEXT = {
+    "start": "before training",
+    "compressed": "compressed round",
+    "fedavg": "FedAvg round",
+    "secure": "secure round",
+}
 
 
 def accuracy_by_round(run: RunData) -> str | None:
@@ -177,7 +182,7 @@ def time_split(run: RunData) -> str | None:
     if not training + encoding:
         return None
     parts = (
-        ("Training", training, "k-proxy"),
+        ("Training", training, "k-compressed"),
         ("Encoding", encoding, "k-fedavg"),
         ("Others and server", rest, "k-other"),
         ("Before and after", max((run.seconds or 0.0) - training - encoding - rest, 0.0), "k-secure"),

@@ -118,14 +118,14 @@ def failures_note(run: RunData) -> str:
 
 def _others(run: RunData) -> list[str]:
     """Return paragraphs about the rounds that are not secure."""
-    kinds = {kind: sum(row.kind == kind for row in run.trained) for kind in ("proxy", "fedavg")}
+    kinds = {kind: sum(row.kind == kind for row in run.trained) for kind in ("compressed", "fedavg")}
     paragraphs = []
     why = "proxies of different clients do not add up, so " if run.config.get("compressor", "proxy") == "proxy" else ""
-    label = round_label("proxy", str(run.config.get("compressor", "")))
-    if kinds["proxy"]:
+    label = round_label("compressed", str(run.config.get("compressor", "")))
+    if kinds["compressed"]:
         paragraphs.append(
-            f"Secure aggregation does not cover the {_rounds(kinds['proxy'], label)}: {why}the server decoded each "
-            "client's update."
+            f"Secure aggregation does not cover the {_rounds(kinds['compressed'], label)}: {why}the server decoded "
+            "each client's update."
         )
     if kinds["fedavg"]:
         paragraphs.append(

@@ -14,13 +14,13 @@ COLORS = """
   color-scheme: light dark;
   --page: #fbfaf8; --card: #ffffff; --ink: #1d1c1a; --soft: #63605a; --line: #e4e1db; --grid: #eeebe6;
   --run: #2f5d9b; --cosine: #9a6b1f; --baseline: #8b8781; --start: #ffffff;
-  --proxy: #2a78d6; --fedavg: #d9602b; --secure: #12875a; --other: #7b57b8;
+  --compressed: #2a78d6; --fedavg: #d9602b; --secure: #12875a; --other: #7b57b8;
 }
 @media screen and (prefers-color-scheme: dark) {
   :root {
     --page: #161615; --card: #1e1e1c; --ink: #ecebe8; --soft: #a7a49d; --line: #34332f; --grid: #2a2926;
     --run: #7fb0ee; --cosine: #d3a75a; --baseline: #96928b; --start: #1e1e1c;
-    --proxy: #5b9df0; --fedavg: #ec8152; --secure: #3dbd8a; --other: #a98ae0;
+    --compressed: #5b9df0; --fedavg: #ec8152; --secure: #3dbd8a; --other: #a98ae0;
   }
 }
 @media print {
@@ -87,7 +87,7 @@ tfoot td, tfoot th { border-top: 1px solid var(--line); border-bottom: 0; color:
   content: ""; display: inline-block; width: 8px; height: 8px; margin-right: 7px;
   border-radius: 50%; background: var(--other);
 }
-.kind.t-proxy::before { background: var(--proxy); }
+.kind.t-compressed::before { background: var(--compressed); }
 .kind.t-fedavg::before { background: var(--fedavg); border-radius: 1px; }
 .kind.t-secure::before { background: var(--secure); border-radius: 0; transform: rotate(45deg); }
 .kind.hollow { display: inline-block; max-width: 7em; white-space: normal; overflow-wrap: normal; }
@@ -115,7 +115,8 @@ svg .c-run { stroke: var(--run); } svg .c-cosine { stroke: var(--cosine); stroke
 svg .c-baseline { stroke: var(--baseline); stroke-dasharray: 6 4; }
 svg .dot { stroke: none; } svg .dot.c-run { fill: var(--run); } svg .dot.c-cosine { fill: var(--cosine); }
 svg .mark { stroke: var(--card); stroke-width: 1.2; }
-svg .k-proxy { fill: var(--proxy); } svg .k-fedavg { fill: var(--fedavg); } svg .k-secure { fill: var(--secure); }
+svg .k-compressed { fill: var(--compressed); }
+svg .k-fedavg { fill: var(--fedavg); } svg .k-secure { fill: var(--secure); }
 svg .k-other { fill: var(--other); } svg .k-baseline { fill: var(--baseline); }
 svg .mark.hollow { fill: var(--card); stroke: var(--secure); stroke-width: 2; }
 svg .cell { fill: var(--run); } svg .learnt { fill: none; stroke: var(--ink); stroke-width: 1.5; }

@@ -161,7 +161,7 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("schedule", ["proxy", "secure", "fedavg"])
+@pytest.mark.parametrize("schedule", ["compressed", "secure", "fedavg"])
 def test_a_federation_trains_a_spiking_network(tmp_path: Path, schedule: str) -> None:
     settings = Settings.of(TINY | {"schedule": schedule, "run_folder": str(tmp_path / "run")})
     end = serve_in_process(app, settings)
