@@ -30,6 +30,9 @@ class Watch:
         seconds: time after which `go_on` returns False.
         progress: called at most every half second.
         clock: returns seconds; tests replace it.
+
+    Attributes:
+        stopped: whether `go_on` has returned False, so that the attack ended before it was done.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class Watch:
     ) -> None:
         self._clock, self._progress = clock, progress
         self._end, self._next = clock() + seconds, clock()
+        self.seconds, self.stopped = seconds, False
 
     def go_on(self, done: int = 0, planned: int = 0, loss: float = math.nan) -> bool:
         """Report progress and return whether time is left."""
@@ -44,7 +48,8 @@ class Watch:
         if self._progress is not None and now >= self._next:
             self._progress(done, planned, loss)
             self._next = now + 0.5
-        return now < self._end
+        self.stopped |= now >= self._end
+        return not self.stopped
 
 
 @dataclass(frozen=True)

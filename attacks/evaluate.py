@@ -95,7 +95,7 @@ class AttackEvaluation:
 def evaluate(
     evaluation: AttackEvaluation, folder: Path, *, log: Callable[[str], None], seconds: float = math.inf
 ) -> list[Row]:
-    """Run the trials that are not in `folder` yet, and return the rows of all finished trials.
+    """Run the trials that are not in `folder` yet or were stopped by a shorter time limit, and return all rows.
 
     Args:
         log: receives one line of progress.
@@ -111,8 +111,8 @@ def evaluate(
     rows: list[Row] = []
     try:
         for number, (scenario, message, attack) in enumerate(planned, start=1):
-            path = trials / f"{_key(scenario, message, attack, evaluation.seconds)}.json"
-            row = load_row(path)
+            path = trials / f"{_key(scenario, message, attack)}.json"
+            row = load_row(path, evaluation.seconds)
             if row is None:
                 if not limit.go_on():
                     continue
@@ -181,6 +181,8 @@ def summarize(rows: Sequence[Row]) -> list[Row]:
                 for measure in ("psnr", "ssim", "mse", "lpips", "recovered"):
                     entry[measure] = _mean_and_spread([row[measure] for row in by_attack[best]])
                 entry["chance"] = _combined_chance(by_attack[best], tried=len(by_attack))
+            entry["stopped"] = sum(row.get("stopped_after") is not None for row in sent)
+            entry["attacks"] = sum(not row["refused"] for row in sent)
             entry["labels"] = _best_labels(sent)
             entry["labels_guess"] = _mean_and_spread([row.get("labels_guess") for row in sent])
             summary.append(entry)
@@ -247,7 +249,7 @@ def row_of(scenario: Mapping[str, object], message: str, attack: str, result: At
     loss = result.loss if math.isfinite(result.loss) else None
     return dict(scenario) | {"message": message, "attack": attack, **measures, "loss": loss,
             "evals": result.evals, "payload_bytes": result.payload_bytes,
-            "refused": result.refused}  # fmt: skip
+            "refused": result.refused, "stopped_after": result.stopped_after}  # fmt: skip
 
 
 def recorded_scenario(
@@ -273,20 +275,24 @@ def format_outcome(row: Row) -> str:
     if row["refused"]:
         return f"{row['message']} {row['attack']}: not possible, {row['refused'].partition(': ')[2] or row['refused']}"
     measures = [f"{n} {row[n]:.3g}" for n in ("psnr", "ssim", "recovered", "labels") if row[n] is not None]
-    return f"{row['message']} {row['attack']}: {', '.join(measures)}"
+    stopped = f" (stopped after {row['stopped_after']:g} s)" if row["stopped_after"] is not None else ""
+    return f"{row['message']} {row['attack']}: {', '.join(measures)}{stopped}"
 
 
 def _key(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
-def load_row(path: Path) -> Row | None:
-    """Return the row of a finished trial; None if the trial has not finished."""
+def load_row(path: Path, seconds: float) -> Row | None:
+    """Return the row of a finished trial; None if it has not finished, or was stopped by a limit below `seconds`."""
     try:
         row = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
-    return row if isinstance(row, dict) and {"psnr", "message", "attack", *SCENARIO_FIELDS} <= row.keys() else None
+    if not isinstance(row, dict) or not {"psnr", "message", "attack", *SCENARIO_FIELDS} <= row.keys():
+        return None
+    stopped_after = row.setdefault("stopped_after", None)
+    return row if stopped_after is None or stopped_after >= seconds else None
 
 
 def _json(value: object) -> bytes:

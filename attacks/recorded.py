@@ -121,7 +121,7 @@ def attack_run(
     """Attack the recorded messages of some rounds of a run, and as a control the exact update of each.
 
     Messages of a Flower app (`tofu.record`) have no control, because its training cannot be repeated. Attacks on a
-    later message of a client also receive the earlier ones. Finished trials are not repeated.
+    later message of a client also receive the earlier ones. Only trials that a shorter limit stopped are repeated.
 
     Args:
         folder: for the results.
@@ -149,7 +149,7 @@ def attack_run(
             for observation, attack in product((*message.controls(sent), sent), chosen):
                 name = f"{recorded.name}-{observation.message.replace(' ', '-').replace(':', '-')}-{attack.name}"
                 path = trials / f"{name}.json"
-                planned, row = planned + 1, load_row(path)
+                planned, row = planned + 1, load_row(path, seconds)
                 if row is None:
                     if not limit.go_on():
                         continue
@@ -222,7 +222,7 @@ def _attacked(attack: Attack, observation: Observation, generator: torch.Generat
     if refused:
         return AttackResult.refuse(refused, observation)
     found = attack.run(observation, generator=generator, watch=watch)
-    return AttackResult.of(found, observation, message.truth, message.others, perceptual)
+    return AttackResult.of(found, observation, message.truth, message.others, perceptual, watch)
 
 
 def _network(recording: Recording) -> ReferenceModel:

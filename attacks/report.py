@@ -39,6 +39,11 @@ READING = (
     "safe. A better encoded update is nearer to the exact one and leaks more."
 )
 
+NOISE_BOUNDS = (
+    "Only noise (noise-multiplier) bounds what a message reveals to any attacker; secure rounds hide whose images a "
+    "sum has."
+)
+
 _PAGE = (
     PAGE_HEAD
     + """</header>
@@ -174,11 +179,16 @@ def conclusions(summary: Sequence[Row], found: Sequence[Row]) -> list[str]:
             f"Up to {format_fraction(most['labels'][0], 0)} of the labels were read, from {most['message']}{when}; "
             f"guessing equally many of each class gets {guess}."
         )
-    texts.append(
-        "Only noise (noise-multiplier) bounds what a message reveals to any attacker; secure rounds hide whose images "
-        "a sum has."
+    return [*texts, *_stopped(summary), NOISE_BOUNDS]
+
+
+def _stopped(summary: Sequence[Row]) -> list[str]:
+    stopped, attempts = (sum(entry.get(name, 0) for entry in summary) for name in ("stopped", "attacks"))
+    sentence = (
+        f"The time limit stopped {stopped} of {format_count(attempts, 'attack')}, which may recover more on a faster "
+        "machine or with a longer limit: repeat the command with a larger --seconds."
     )
-    return texts
+    return [sentence] * bool(stopped)
 
 
 def _next_step(found: Sequence[Row]) -> str:

@@ -79,6 +79,7 @@ class AttackResult:
         evals: number of evaluations of the objective.
         payload_bytes: size of the message.
         originals, reconstructions: float32 in [-1, 1], paired by index; None if there are none.
+        stopped_after: the time limit in seconds, if the attack was stopped by it; None if it ended by itself.
     """
 
     scores: Scores | None
@@ -88,11 +89,12 @@ class AttackResult:
     payload_bytes: int
     originals: Tensor | None
     reconstructions: Tensor | None
+    stopped_after: float | None = None
 
     @staticmethod
     def of(
         found: Reconstruction, observation: Observation, truth: LabeledImages, others: LabeledImages,
-        perceptual: torch.nn.Module | None,
+        perceptual: torch.nn.Module | None, watch: Watch,
     ) -> "AttackResult":  # fmt: skip
         """Return the result of an attack that ran.
 
@@ -100,6 +102,7 @@ class AttackResult:
             truth: the images that the attack is after.
             others: images that the update was not computed from.
             perceptual: network of LPIPS; None does not compute it.
+            watch: that of the attack.
         """
         originals = to_float(truth.images)
         scores = score(
@@ -111,7 +114,8 @@ class AttackResult:
             pairs = torch.tensor(scores.pairs)
             shown = found.images[pairs.clamp_min(0)].clone()
             shown[pairs < 0] = 0.0
-        return AttackResult(scores, "", found.loss, found.evals, observation.payload_bytes, originals, shown)
+        return AttackResult(scores, "", found.loss, found.evals, observation.payload_bytes, originals, shown,
+                            watch.seconds if watch.stopped else None)  # fmt: skip
 
     @staticmethod
     def refuse(reason: str, observation: Observation) -> "AttackResult":
@@ -142,7 +146,7 @@ class TrialRunner:
             found = make_attack(attack).run(observation, generator=generator, watch=watch)
         except AttackError as error:
             return AttackResult.refuse(str(error), observation)
-        return AttackResult.of(found, observation, truth, open_clients(scenario).test(), self.perceptual)
+        return AttackResult.of(found, observation, truth, open_clients(scenario).test(), self.perceptual, watch)
 
     def _message(self, scenario: Scenario, message: Message) -> tuple[Observation, LabeledImages]:
         key = (scenario, message)

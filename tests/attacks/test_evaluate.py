@@ -15,7 +15,11 @@ from tofu.errors import DataError, SettingError
 from tofu.weights import weights_sha256
 
 SMALL = AttackEvaluation(
-    messages=("exact", "secure:2"), attacks=("idlg", "analytic", "label-counts"), batch_sizes=(2,), seeds=2
+    messages=("exact", "secure:2"),
+    attacks=("idlg", "analytic", "label-counts"),
+    batch_sizes=(2,),
+    seeds=2,
+    seconds=3600.0,
 )
 
 
@@ -144,7 +148,7 @@ def test_bad_input_is_one_line_and_status_2(
 
 
 def test_the_command_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--messages", "exact", "--batch-sizes", "1", "--seeds", "1"]
+    arguments = ["--messages", "exact", "--batch-sizes", "1", "--seeds", "1", "--seconds", "3600"]
     assert attack_command([*arguments, "--attacks", "idlg", "--folder", str(tmp_path)]) == 0
     printed = capsys.readouterr()
     assert "the control broke" in printed.out
@@ -180,3 +184,23 @@ def test_what_follows_is_said_for_who_must_decide(tmp_path: Path, capsys: pytest
     print_tables(rows)
     for text in (page, capsys.readouterr().out):
         assert came in text
+
+
+def test_an_attack_that_the_time_limit_stopped_is_named_and_repeated_with_more_time(tmp_path: Path) -> None:
+    logged: list[str] = []
+    few = replace(SMALL, attacks=("idlg", "label-counts"), seeds=1)
+    rows = evaluate(replace(few, seconds=1e-9), tmp_path, log=logged.append)
+    assert {row["stopped_after"] for row in rows if row["attack"] == "idlg"} == {1e-9}
+    assert {row["stopped_after"] for row in rows if row["attack"] == "label-counts"} == {None}
+    assert "(stopped after 1e-09 s)" in logged[0]
+    assert any(
+        text.startswith("The time limit stopped 2 of 4 attacks")
+        for text in conclusions(summarize(rows), verdicts(rows))
+    )
+    stopped = len(logged)
+    assert evaluate(replace(few, seconds=1e-10), tmp_path, log=logged.append) == rows
+    assert len(logged) == stopped
+    again = evaluate(few, tmp_path, log=logged.append)
+    assert len(logged) == stopped + 2
+    assert all(row["stopped_after"] is None for row in again)
+    assert not any("time limit" in text for text in conclusions(summarize(again), verdicts(again)))

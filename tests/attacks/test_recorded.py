@@ -76,6 +76,18 @@ def test_a_time_limit_leaves_attacks_for_later(run: Path, capsys: pytest.Capture
     assert json.loads((run / "attacks" / "attacks.json").read_text())["finished"] == 4
 
 
+def test_a_longer_time_limit_repeats_what_a_shorter_one_stopped(run: Path) -> None:
+    logged: list[str] = []
+    options = {"attacks": ("idlg", "label-counts"), "rounds": 1}
+    first = attack_run(run, run / "out", seconds=1e-9, log=logged.append, **options)
+    assert [row["stopped_after"] for row in first if not row["refused"]].count(1e-9) >= 1
+    made = {path: path.stat().st_mtime_ns for path in (run / "out" / "trials").glob("*.json")}
+    second = attack_run(run, run / "out", seconds=1e9, log=logged.append, **options)
+    assert all(row["stopped_after"] is None for row in second)
+    changed = {path.name for path in made if path.stat().st_mtime_ns != made[path]}
+    assert len(changed) == len([row for row in first if row["stopped_after"] is not None])
+
+
 @pytest.mark.parametrize("option", ["--messages=exact", "--seeds=2", "--batch-sizes=1", "--lr=0.5", "--know-labels"])
 def test_options_of_made_messages_are_refused_with_a_run(
     run: Path, option: str, capsys: pytest.CaptureFixture[str]

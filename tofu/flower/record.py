@@ -44,7 +44,8 @@ def record(
         lr: step size of the clients; by default what the train message's config has as `lr` or `learning-rate`.
         mean: pixels in [0, 1] minus this, divided by `std`, are the model's input.
         std: see `mean`.
-        clients: maximum number of clients whose messages are saved; None saves all.
+        clients: maximum number of clients whose messages are saved, in the order of their names (`partition-id`, or
+            the node's number) whichever replies first; None saves all.
 
     Raises:
         SettingError: an argument is out of range.
@@ -92,13 +93,13 @@ class Recorded(StrategyWrapper):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Save the replies, then aggregate them. Raises RunError if the folder cannot be written."""
         replies = list(replies)
-        for reply in replies:
+        for reply in sorted((reply for reply in replies if not reply.has_error()), key=_by_name):
             try:
-                recording = None if reply.has_error() else self._recording(reply, server_round)
+                recording = self._recording(reply, server_round)
             except PayloadError as error:
                 LOG.warning("round %d: a reply is not recorded: %s", server_round, error)
                 continue
-            if recording is not None and self._wants(recording.client):
+            if self._wants(recording.client):
                 recording.save(self._folder)
         return self._aggregate_train(server_round, replies)
 
@@ -113,7 +114,7 @@ class Recorded(StrategyWrapper):
         node = reply.metadata.src_node_id
         if node not in self._sent:
             raise PayloadError(f"node {node} was not asked in this round")
-        metrics = {name: value for part in reply.content.metric_records.values() for name, value in part.items()}
+        metrics = _metrics(reply)
         examples = metrics.get(str(getattr(self, "weighted_by_key", "num-examples")), 0)
         clients = metrics.get("tofu-clients", 0)
         if isinstance(examples, list) or isinstance(clients, list) or not (1 <= examples < 2**62 > clients >= 0):
@@ -121,7 +122,7 @@ class Recorded(StrategyWrapper):
         base, codec, payload = self._contents(reply, node)
         return AppRecording(
             round=round_,
-            client="sum" if clients else str(metrics.get("partition-id", node)),
+            client="sum" if clients else _name(reply),
             clients=max(1, int(clients)),
             examples=int(examples),
             codec=codec,
@@ -142,6 +143,20 @@ class Recorded(StrategyWrapper):
         _, arrays = only_arrays(self._sent[node].content, "the train message")
         new = {name: value.contiguous() for name, value in tensors_of(record).items()}
         return tensors_of(arrays), None, safetensors.torch.save(new)
+
+
+def _metrics(reply: Message) -> dict[str, Any]:
+    return {name: value for part in reply.content.metric_records.values() for name, value in part.items()}
+
+
+def _name(reply: Message) -> str:
+    """Return the number of the client's partition if it reports one, otherwise that of its node."""
+    return str(_metrics(reply).get("partition-id", reply.metadata.src_node_id))
+
+
+def _by_name(reply: Message) -> tuple[int, str]:
+    """Sorts numbers by their size."""
+    return len(_name(reply)), _name(reply)
 
 
 def _rate(message: Message) -> float | None:

@@ -1,11 +1,12 @@
 """What an app's server receives, recorded and attacked with the app's own model."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from flwr.app import Context, Message
+from flwr.app import ArrayRecord, Context, Message, MetricRecord
 from flwr.serverapp.strategy import FedAvg, Krum
 
 import tofu
@@ -59,6 +60,20 @@ def test_plain_arrays_are_recorded_and_attacked(tmp_path: Path, capsys: pytest.C
     assert rows[0]["labels"] > 0.7  # of an exact update the counts of the labels can be read
     assert rows[0]["steps"] == -(-found[0].examples // 32)
     assert (tmp_path / "attacks" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("descending", [False, True])
+def test_the_first_clients_by_name_are_recorded_whichever_replies_first(tmp_path: Path, descending: bool) -> None:
+    strategy = tofu.record(strategy_of(), tmp_path, clients=1, **KNOWN)
+    aggregate = strategy.aggregate_train
+
+    def in_order(server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        by_name = sorted(replies, key=lambda reply: reply.content["metrics"]["partition-id"], reverse=descending)
+        return aggregate(server_round, by_name)
+
+    strategy.aggregate_train = in_order  # type: ignore[method-assign]
+    federate(strategy, rounds=1, handler=named)
+    assert [one.client for one in read(tmp_path)] == ["0"]
 
 
 def test_payloads_are_recorded_as_received_and_decode_to_what_the_strategy_got(tmp_path: Path) -> None:
