@@ -42,6 +42,7 @@ from tofu.reference_model import (
     inputs_of,
     resolve_compressor,
 )
+from tofu.settings import python_call
 from tofu.settings.deprecated import present_value
 from tofu.weights import Weights, base_fingerprint, copy_model, in_float32
 from tofu.wire import HEADER_BYTES, Payload, read_payload
@@ -54,6 +55,7 @@ _FORWARD, _LOSS = 1, 2
 _PROXY_OPTIONS = CompressorOptions(correction=0.4, encoder=ProxySettings(bits=4, warm_start=False))
 
 
+@python_call
 def encode(
     model: nn.Module,
     update: Mapping[str, Tensor],
@@ -115,6 +117,7 @@ def encode(
     return header.to_bytes() + Payload(made.code, 0, base_fingerprint(reference.model), body).to_bytes()
 
 
+@python_call
 def decode(
     model: nn.Module,
     message: bytes,

@@ -3,8 +3,12 @@
 The command line prints the text of a `TofuError` and exits with status 2; it never shows a traceback for one.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+
+_DASHED = re.compile(r"""(?<![\w./'"-])(?:--)?([a-z0-9]+(?:-[a-z0-9]+)+)(?![\w/'"-])""")
+"""A name with dashes that is no part of a path, of a longer name or of a quoted value."""
 
 
 class TofuError(Exception):
@@ -16,16 +20,36 @@ class TofuError(Exception):
     def __init__(self, message: object = "") -> None:
         super().__init__(" ".join(str(message).splitlines()))
 
+    def show_python_names(self, settings: Collection[str]) -> None:
+        """Change the message to the names of a Python call: underscores, where a command line has dashes.
+
+        Args:
+            settings: names of settings that the message may contain, with underscores.
+        """
+        self.args = (_in_python(str(self), settings),)
+
 
 class SettingError(TofuError):
-    """A setting is not usable. The message names the field as users write it, its value, and what is accepted."""
+    """A setting is not usable. The message names the field as users write it, its value, and what is accepted.
+
+    A command line has dashes in names, which is the default. `python_names` changes the field and the message.
+    """
 
     def __init__(self, field: str, value: object, accepted: str) -> None:
-        field = field.replace("_", "-")
-        super().__init__(f"{field}={value!r} is not usable: expected {accepted}")
-        self.field = field
+        self._given = field
+        self.field = field.replace("_", "-")
         self.value = value
         self.accepted = accepted
+        super().__init__(self._text())
+
+    def show_python_names(self, settings: Collection[str]) -> None:
+        """See `TofuError`."""
+        self.field = self._given if "_" in self._given else _in_python(self._given, settings)
+        self.accepted = _in_python(self.accepted, settings)
+        self.args = (self._text(),)
+
+    def _text(self) -> str:
+        return " ".join(f"{self.field}={self.value!r} is not usable: expected {self.accepted}".splitlines())
 
 
 class ModelError(SettingError):
@@ -48,6 +72,26 @@ def user_code(field: str, value: object, accepted: str) -> Iterator[None]:
         raise
     except Exception as error:  # the user's own code may raise anything
         raise SettingError(field, value, f"{accepted} ({type(error).__name__}: {error})") from error
+
+
+@contextmanager
+def python_names(settings: Collection[str]) -> Iterator[None]:
+    """Show the names of arguments and settings as in Python calls in the errors of this block or decorated function."""
+    try:
+        yield
+    except TofuError as error:
+        error.show_python_names(settings)
+        raise
+
+
+def _in_python(text: str, settings: Collection[str]) -> str:
+    """Return a text in which the names of settings have underscores."""
+
+    def name(found: re.Match[str]) -> str:
+        own = found[1].replace("-", "_")
+        return own if own in settings else found[0]
+
+    return _DASHED.sub(name, text)
 
 
 class DataError(TofuError):

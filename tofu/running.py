@@ -36,7 +36,7 @@ from tofu.reporting.report.figures import accuracy_by_bytes, accuracy_by_round
 from tofu.reporting.report.run_data import read_run
 from tofu.reporting.report.template import COLORS, FIGURE_STYLE
 from tofu.rounds.record import RoundRecord, RunSummary, from_dict, json_lines, read_rounds
-from tofu.settings import FIELDS, Settings, Value
+from tofu.settings import FIELDS, Settings, Value, python_call
 from tofu.user_workload import DatasetLoop, Loss, Metric, OptimizerFactory, TrainFunction, UserWorkload, factory_of
 from tofu.weights import Weights, load_weights
 from tofu.workload import workload_of
@@ -136,6 +136,7 @@ class Plot:
         return self.svg
 
 
+@python_call
 def run(
     *,
     clients: Sequence[Any] | int | None = None,

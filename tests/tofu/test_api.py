@@ -105,7 +105,7 @@ def test_what_cannot_be_encoded_says_why(mlp_update: Case) -> None:
     name = next(iter(update))
     with pytest.raises(SettingError, match=r"update.*nothing"):
         tofu.encode(network.model, {k: v for k, v in update.items() if k != name}, input_shape=SHAPE)
-    with pytest.raises(SettingError, match="input-shape"):
+    with pytest.raises(SettingError, match="input_shape"):
         tofu.encode(network.model, update, input_shape=(1, 9, 9))
     with pytest.raises(SettingError, match="compressor="):
         tofu.encode(network.model, update, input_shape=SHAPE, compressor="zip")
@@ -120,7 +120,7 @@ def test_what_cannot_be_encoded_says_why(mlp_update: Case) -> None:
         ({"model": torch.nn.Linear}, "model='Linear' .* a torch.nn.Module"),
         ({"update": [1]}, "update='list' .* a mapping"),
         ({"update": dict.fromkeys(NAMES, 3)}, "update='.*: int' .* a tensor"),
-        ({"input_shape": 3}, "input-shape=3 .* such as"),
+        ({"input_shape": 3}, "input_shape=3 .* such as"),
         ({"ratio": "x"}, "ratio='x' .* such as 50"),
         ({"ratio": math.nan}, "ratio=nan .* such as 50"),
         ({"compressor": 3}, "compressor=3 .* such as 'topk'"),
@@ -132,7 +132,7 @@ def test_what_cannot_be_encoded_says_why(mlp_update: Case) -> None:
         ({"forward": lambda: 3}, "forward='<lambda>' .* positional"),
         ({"loss": "mse", "target_shape": (10,)}, "loss='mse' .* torch.nn.functional"),
         ({"loss": lambda outputs, targets: 3.0, "target_shape": (10,)}, "loss='<lambda>' .* returns float"),
-        ({"loss": torch.nn.functional.mse_loss, "target_shape": "ab"}, "target-shape='ab' .* such as"),
+        ({"loss": torch.nn.functional.mse_loss, "target_shape": "ab"}, "target_shape='ab' .* such as"),
     ],
 )
 def test_every_argument_of_encode_is_checked(mlp_update: Case, arguments: dict[str, Any], reason: str) -> None:

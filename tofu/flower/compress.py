@@ -48,12 +48,14 @@ from tofu.rounds.aggregation import gradient_diversity
 from tofu.rounds.downlink import KeptWeights, ResyncError, WeightSteps, follow_steps
 from tofu.rounds.optimizers import automatic_step
 from tofu.rounds.steps import AddResidual, Compress, KeepResidual, Outgoing, apply_steps
+from tofu.settings import python_call
 from tofu.weights import FINGERPRINT_BYTES, explained_variance, load_weights, norm, weights_of
 from tofu.wire import RESYNC
 
 LOG = logging.getLogger("tofu.flower")
 
 
+@python_call
 def compress(*arguments: Any, **options: Any) -> "CompressMod":
     """Return a mod that compresses what a client sends; the strategy must be wrapped
     in `Compressed` with the same arguments.
@@ -258,6 +260,7 @@ class Compressed(StrategyWrapper):
     Attributes:
         mod: name of the client's mod, for error messages.
         training: identifies one call of `start`; with the next one, clients forget what earlier ones left out.
+        told: what else each message tells its client.
 
     Example:
         >>> import torch
@@ -268,6 +271,7 @@ class Compressed(StrategyWrapper):
         0.5
     """
 
+    @python_call
     def __init__(
         self, inner: Strategy, *arguments: Any, codec: UpdateCodec | None = None, server_step: float | str = 1,
         **options: Any,
@@ -285,6 +289,7 @@ class Compressed(StrategyWrapper):
         self.mod = "tofu.compress"
         self._codec, self.training = codec or UpdateCodec(*arguments, **options), secrets.token_bytes(8)
         self.acknowledged: dict[int, int] = {}
+        self.told: dict[str, bool] = {}
         self._sent: dict[int, SentArrays] = {}
         self._plain: dict[int, Message] = {}
         self._grid: Grid | None = None
@@ -302,10 +307,16 @@ class Compressed(StrategyWrapper):
         """The codec of the updates."""
         return self._codec
 
+    @property
+    def plain_messages(self) -> list[Message]:
+        """The inner strategy's messages of this round."""
+        return list(self._plain.values())
+
     def sent_to(self, node: int) -> "SentArrays | None":
         """Return the arrays that a node received in this round; None if it was not asked."""
         return self._sent.get(node)
 
+    @python_call
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
@@ -362,6 +373,7 @@ class Compressed(StrategyWrapper):
         record = ConfigRecord({
             "version": VERSION, "round": round_, "acknowledged": self.acknowledged.get(node, NEVER),
             "digest": self._codec.digest, "key": sent.key, "outputs": sent.model.outputs, "training": self.training,
+            **self.told,
         })  # fmt: skip
         if self._steps is None:
             return with_record(message, RECORD, record)
@@ -400,6 +412,7 @@ class Compressed(StrategyWrapper):
         self.training, self._steps = secrets.token_bytes(8), None
         self.acknowledged.clear()
 
+    @python_call
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:

@@ -25,10 +25,12 @@ from tofu.flower.secure_options import SecureOptions
 from tofu.flower.update_codec import RECORD, UpdateCodec
 from tofu.flower.wrapper import CLIPPED_BY_CLIENTS, CLIPPED_BY_SERVER, StrategyWrapper, TrainMod, refuse_around
 from tofu.rounds.schedule import make_schedule
+from tofu.settings import python_call
 from tofu.settings.groups import RoundSettings
 from tofu.wire import RECORD as STAGE
 
 
+@python_call
 def hybrid(*arguments: Any, secure: Mapping[str, Any] | None = None, **options: Any) -> "HybridMod":
     """Return a mod for compressed and secure rounds; the strategy must be wrapped in `Hybrid` with the same arguments.
 
@@ -59,9 +61,12 @@ class HybridMod(TrainMod):
         """Return the reply of `CompressMod` or `SecureMod`.
 
         Raises:
-            PayloadError: the server's strategy is another one.
+            PayloadError: the server's strategy is another one, or this client could not take part in the secure rounds.
+            PolicyError: the client's policy refuses one of the two kinds of round.
         """
         if RECORD in message.content:
+            identified = message.content.config_records[RECORD].get("identified")
+            self._secure.check_later(context, identified=bool(identified))
             return self._compress.train(message, context, call_next)
         if SECURE_RECORD in message.content or STAGE in message.content:
             return self._secure.train(message, context, call_next)
@@ -94,6 +99,7 @@ class Hybrid(StrategyWrapper):
         >>> strategy = Hybrid(FedAvg(), ratio=50, plateau="-train_loss", secure={"bits": 16})
     """
 
+    @python_call
     def __init__(
         self, inner: Strategy, *arguments: Any, secure: Mapping[str, Any] | None = None, switch_round: int = 0,
         plateau: str = "", patience: int = 3, gain: float = 0.002, identities: str | None = None,
@@ -111,6 +117,7 @@ class Hybrid(StrategyWrapper):
         )  # fmt: skip
         self._compressed = Compressed(inner, codec=codec)
         self._secure.mod = self._compressed.mod = "tofu.hybrid"
+        self._compressed.told = {"identified": self._secure.identified}
         self._secure.acknowledged = self._compressed.acknowledged
         self._secure.training = self._compressed.training
         rounds = RoundSettings().replace(
@@ -122,9 +129,14 @@ class Hybrid(StrategyWrapper):
         self._scores: list[float] = []
         self._known: dict[str, object] = {}
         self._current: Compressed | SecureAggregation = self._compressed
+        self._unchecked = True
 
     def start(self, *arguments: Any, **options: Any) -> Result:
-        """Run the inner strategy's own `start`, which calls this wrapper's configure and aggregate steps."""
+        """Run the inner strategy's own `start`, which calls this wrapper's configure and aggregate steps.
+
+        Raises:
+            RunError: every secure round was abandoned because too few clients remained.
+        """
         evaluate = options.get("evaluate_fn")
         if evaluate is not None:
 
@@ -135,17 +147,22 @@ class Hybrid(StrategyWrapper):
 
             options["evaluate_fn"] = watched
         self._scores, self._known = [-math.inf], {}
+        self._unchecked = True
         self._compressed.begin()
         self._secure.begin(self._compressed.training)
-        return super().start(*arguments, **options)
+        result = super().start(*arguments, **options)
+        self._secure.check_summed()
+        return result
 
+    @python_call
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Return the messages of `Compressed` or of `SecureAggregation`.
 
         Raises:
-            RunError: `plateau` names no metric of the round before.
+            RunError: `plateau` names no metric of the round before, or the first round's messages could not be those
+                of a secure round.
             SettingError: see `Compressed` and `SecureAggregation`.
         """
         refuse_around(self, (*CLIPPED_BY_CLIENTS, *CLIPPED_BY_SERVER))
@@ -157,8 +174,13 @@ class Hybrid(StrategyWrapper):
             self._scores.append(-value if self._plateau.startswith("-") else value)
         secure = self._schedule.kind(server_round, self._scores) == "secure"
         self._current = self._secure if secure else self._compressed
-        return self._current.configure_train(server_round, arrays, config, grid)
+        messages = self._current.configure_train(server_round, arrays, config, grid)
+        if self._unchecked and not secure:
+            self._secure.check_messages(self._compressed.plain_messages)
+        self._unchecked = False
+        return messages
 
+    @python_call
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:

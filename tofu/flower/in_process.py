@@ -38,6 +38,7 @@ from tofu.flower.internals import (
     unavailable_reply,
 )
 from tofu.flower.policy import NO_POLICY
+from tofu.settings import python_call
 
 _LOG = logging.getLogger(__name__)
 
@@ -47,6 +48,13 @@ _RUN_ID = _TASK_ID = _FIRST_NODE_ID = 1 << 63
 
 _GRACE_SECONDS = 0.2
 _STOP_SECONDS = 0.8
+
+
+@python_call
+def _check_numbers(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if value < 1:
+            raise SettingError(name, value, "a whole number above 0")
 
 
 def run_in_process(
@@ -76,9 +84,7 @@ def run_in_process(
         SettingError: `num_supernodes` or `workers` is below 1.
         BaseException: whatever the server app raises, KeyboardInterrupt included, after the threads were stopped.
     """
-    for name, value in (("num-supernodes", num_supernodes), ("workers", workers)):
-        if value < 1:
-            raise SettingError(name, value, "a whole number above 0")
+    _check_numbers(num_supernodes=num_supernodes, workers=workers)
     contexts = []
     for partition in range(num_supernodes):
         config: dict[str, ConfigValue] = {"partition-id": partition, "num-partitions": num_supernodes}

@@ -20,11 +20,13 @@ from tofu.flower.compress import Compressed
 from tofu.flower.update_codec import RECORD, tensors_of
 from tofu.flower.wrapper import StrategyWrapper, only_arrays
 from tofu.recording import AppCodec, AppRecording
+from tofu.settings import python_call
 
 LOG = logging.getLogger("tofu.flower")
 _RATES = ("lr", "learning-rate", "learning_rate")
 
 
+@python_call
 def record(
     inner: Strategy, folder: str | Path, *, input_shape: tuple[int, int, int], batch_size: int, epochs: int = 1,
     lr: float | None = None, mean: float = 0.5, std: float = 0.5, clients: int | None = None,

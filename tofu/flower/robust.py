@@ -15,6 +15,7 @@ from tofu.flower.update_codec import ArrayNames, record_of, tensors_of
 from tofu.flower.wrapper import INDIVIDUAL, StrategyWrapper, only_arrays, reasons_of
 from tofu.rounds import aggregators
 from tofu.rounds.aggregation import example_cap, limit_norm
+from tofu.settings import python_call
 
 LOG = logging.getLogger("tofu.flower")
 
@@ -42,6 +43,7 @@ class Robust(StrategyWrapper):
         0.5
     """
 
+    @python_call
     def __init__(
         self, inner: Strategy, rule: str, *, malicious_fraction: float = 0.2, max_example_ratio: float = 10.0,
         max_norm: float = 0.0,
@@ -61,6 +63,7 @@ class Robust(StrategyWrapper):
         self._sent = ArrayRecord()
         self._base: dict[str, Tensor] = {}
 
+    @python_call
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
@@ -68,6 +71,7 @@ class Robust(StrategyWrapper):
         self._sent, self._base = arrays, tensors_of(arrays)
         return self._configure_train(server_round, arrays, config, grid)
 
+    @python_call
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:

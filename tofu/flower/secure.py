@@ -48,7 +48,7 @@ from tofu.secagg.encoding import EncodingConfig, RingEncoder, SecureMean, purpos
 from tofu.secagg.identities import read_known
 from tofu.secagg.messages import Advert
 from tofu.secagg.server import ServerSession, check_signature
-from tofu.settings import MIN_SECURE
+from tofu.settings import MIN_SECURE, python_call
 from tofu.wire import SecurePart, run_name
 
 LOG = logging.getLogger("tofu.flower")
@@ -106,6 +106,7 @@ class SecureAggregation(StrategyWrapper):
         0.5
     """
 
+    @python_call
     def __init__(
         self, inner: Strategy, *, identities: str | Path | None = None, stage_timeout: float = 300.0,
         delta: float = 1e-5, codec: UpdateCodec | None = None, **options: Any,
@@ -136,18 +137,48 @@ class SecureAggregation(StrategyWrapper):
         Raises:
             RunError: every round was abandoned because too few clients remained.
         """
-        self._summed, self._abandoned = 0, ""
         self.begin(secrets.token_bytes(8))
         result = super().start(*arguments, **options)
-        if self._abandoned and not self._summed:
-            raise RunError(f"no round could be summed: {self._abandoned}")
+        self.check_summed()
         return result
 
     def begin(self, training: bytes) -> None:
         """Forget an earlier training, whose weights have nothing to do with those to come."""
         self.training, self._owners, self._ranges = training, {}, RangeTracker(self._options)
+        self._summed, self._abandoned = 0, ""
         self.acknowledged.clear()
 
+    def check_summed(self) -> None:
+        """Raises RunError if rounds of this training were abandoned and none was summed."""
+        if self._abandoned and not self._summed:
+            raise RunError(f"no round could be summed: {self._abandoned}")
+
+    @property
+    def identified(self) -> bool:
+        """Whether the clients need identities."""
+        return self._known is not None
+
+    def check_messages(self, messages: list[Message]) -> None:
+        """Check the inner strategy's messages of an earlier round, whose clients would be those of a secure sum.
+
+        Raises:
+            RunError: they differ, or are too few.
+            SettingError: the ring has too few bits for the clients, or no graph allows the dropouts.
+            PayloadError: they have no arrays, or several array records.
+        """
+        if not messages:
+            return
+        _check_equal(messages, self.inner)
+        if len(messages) < MIN_SECURE:
+            raise RunError(
+                f"{type(self.inner).__name__} asks {len(messages)} clients, a secure round takes at least {MIN_SECURE}"
+            )
+        base = tensors_of(only_arrays(messages[0].content, "the strategy's train message")[1])
+        arrays = self._codec.reference(base) if self._codec else ArrayNames.of(base)
+        self._options.topology(len(messages))
+        self._ranges.encoding(arrays.own(base), arrays.param_spec, len(messages))
+
+    @python_call
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
@@ -191,6 +222,7 @@ class SecureAggregation(StrategyWrapper):
             self._accountant.spend(self._options.noise_multiplier, "secure")
         return requests
 
+    @python_call
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:

@@ -37,6 +37,8 @@ from tofu.rounds.steps import (
 )
 from tofu.secagg.encoding import EncodingConfig, RingEncoder, purpose_of
 from tofu.secagg.fixed_point import COUNT_BITS
+from tofu.secagg.participant import Participant
+from tofu.settings import python_call
 from tofu.wire import FIELD, SecurePart, SecureQuery
 from tofu.wire import RECORD as STAGE
 
@@ -44,6 +46,7 @@ RECORD = "tofu-secure"
 """Key of the `ConfigRecord` that the strategy adds to a train message, and the mod to its reply."""
 
 
+@python_call
 def secure(**options: Any) -> "SecureMod":
     """Return a mod that masks what a client sends; the strategy must be wrapped
     in `SecureAggregation` with equal options.
@@ -68,6 +71,32 @@ class SecureMod(TrainMod):
     def __init__(self, options: SecureOptions, codec: UpdateCodec | None = None) -> None:
         self._options, self._codec = options, codec
 
+    def check_later(self, context: Context, *, identified: bool) -> None:
+        """Check, in an earlier round, what keeps this client from the secure rounds to come.
+
+        Args:
+            identified: whether the server knows the clients' identities.
+
+        Raises:
+            SettingError: an entry of the node config is not usable.
+            PayloadError: only one of this client and the server uses identities.
+            PolicyError: the client's policy refuses such rounds.
+        """
+        participant = self._participant(context)
+        self._check_policy(Policy.of(context), participant)
+        if participant.identity is not None and not identified:
+            raise PayloadError("this client has an identity: pass identities= to tofu.Hybrid")
+        if participant.identity is None and identified:
+            raise PayloadError("this client has no identity, which tofu.Hybrid(identities=...) needs: add identity and "
+                               "identities to its node config")  # fmt: skip
+
+    def _participant(self, context: Context) -> Participant:
+        return participant_of(context, session_name(context), self._options.collusion)
+
+    def _check_policy(self, policy: Policy, participant: Participant) -> None:
+        policy.check_round("secure", self._options.noise_multiplier)
+        policy.check_identity(identified=participant.identity is not None)
+
     def train(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         """Answer a stage of the protocol, or call the app and mask what it returns.
 
@@ -76,14 +105,13 @@ class SecureMod(TrainMod):
             PolicyError: the client's policy refuses such rounds.
         """
         options = self._options
-        participant = participant_of(context, session_name(context), options.collusion)
+        participant = self._participant(context)
         stage = message.content.config_records.get(STAGE)
         if stage is not None:
             answer = answer_query(SecureQuery.from_bytes(stage.get(FIELD)), context, participant)
             return Message(RecordDict({STAGE: ConfigRecord({FIELD: answer.to_bytes()})}), reply_to=message)
         policy = Policy.of(context)
-        policy.check_round("secure", options.noise_multiplier)
-        policy.check_identity(identified=participant.identity is not None)
+        self._check_policy(policy, participant)
         request = _SecureRequest.of(message, options, self._codec)
         encoder = request.encoder
         session = load_session(context, participant)

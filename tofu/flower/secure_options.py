@@ -18,6 +18,7 @@ from tofu.secagg.coordinates import MIN_LEVELS
 from tofu.secagg.encoding import FEW_LEVELS, MAX_RANGE, EncodingConfig, RingEncoder, SecureMean, nearest_range
 from tofu.secagg.fixed_point import HEADROOM, FixedPoint
 from tofu.secagg.graph import Topology, choose_topology
+from tofu.settings import python_call
 from tofu.settings.fields import comma_list
 from tofu.settings.groups import PrivacySettings
 from tofu.weights import FINGERPRINT_BYTES, ParamSpec
@@ -72,6 +73,7 @@ class SecureOptions:
     weight_step: float = 1.0
     app: str = ""
 
+    @python_call
     def __post_init__(self) -> None:
         for field, low, high in (
             ("bits", MIN_LEVELS, 56), ("error_feedback", 0, 1), ("metrics", 0, 1024), ("noise_multiplier", 0, 1e6),

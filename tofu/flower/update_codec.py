@@ -39,6 +39,7 @@ from tofu.reference_model import (
     Shape,
     resolve_compressor,
 )
+from tofu.settings import python_call
 from tofu.weights import (
     FINGERPRINT_BYTES,
     ParamSpec,
@@ -94,6 +95,7 @@ class UpdateCodec:
         SettingError: an argument is out of range, or the compressor needs a model that is not given.
     """
 
+    @python_call
     def __init__(
         self,
         model: nn.Module | Callable[[], nn.Module] | None = None,

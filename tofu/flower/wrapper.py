@@ -16,10 +16,11 @@ from flwr.serverapp import Grid
 from flwr.serverapp import strategy as strategies
 from flwr.serverapp.strategy import Result, Strategy
 
-from tofu.errors import PayloadError, SettingError
+from tofu.errors import PayloadError, SettingError, python_names
 from tofu.flower.internals import error_reply
 from tofu.flower.policy import error_replies
 from tofu.flower.update_codec import array_shape
+from tofu.settings import FIELDS, python_call
 
 LOG = logging.getLogger("tofu.flower")
 
@@ -93,7 +94,7 @@ class TrainMod:
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         if message.metadata.message_type.split(".")[0] != "train":
             return call_next(message, context)
-        with error_replies(message, context) as replies, inside(self.name):
+        with error_replies(message, context) as replies, python_names(FIELDS), inside(self.name):
             _refuse_local_dp_before(self.name)
             if any(key.startswith(_OLDER_API) for key in message.content):
                 LOG.error("%s: %s", self.name, _OLDER_SERVER)  # a strategy of that API does not show error replies
@@ -150,6 +151,7 @@ class StrategyWrapper(Strategy):
             raise AttributeError(name)
         return getattr(self.inner, name)
 
+    @python_call
     def start(self, *arguments: Any, **options: Any) -> Result:
         """Run the inner strategy's own `start`, which calls this wrapper's configure and aggregate steps."""
         own = {name: getattr(self, name) for name in ("configure_train", "aggregate_train", "aggregate_evaluate")}

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
 
-from tofu.errors import SettingError
+from tofu.errors import SettingError, python_names
 from tofu.imports import code_digest, import_object
 from tofu.settings import deprecated
 from tofu.settings.deprecated import dashed
@@ -48,8 +48,8 @@ __all__ = [
     "EXTENSIBLE", "FIELDS", "FULL_WEIGHTS", "MIN_SECURE", "CodecSettings", "DataSettings", "DownlinkSettings", "Group",
     "LinkSettings", "ModelSettings", "PluginSettings", "PrivacySettings", "RoundSettings", "RunSettings",
     "SecureSettings", "ServerSettings", "Settings", "TrainingSettings", "Value", "accepted_values", "choices_of",
-    "dashed", "expected", "has_auto", "is_extensible", "json_schema", "kind_of", "parse_setting", "read_toml",
-    "section_of", "separator_of", "settings_of_section", "shown_default",
+    "dashed", "expected", "has_auto", "is_extensible", "json_schema", "kind_of", "parse_setting", "python_call",
+    "read_toml", "section_of", "separator_of", "settings_of_section", "shown_default",
 ]  # fmt: skip
 
 _REGISTRIES = {
@@ -103,14 +103,24 @@ class Settings(BaseModel):
             warn: print a warning for names and values that are deprecated.
 
         Raises:
-            SettingError: a name is unknown, a value has the wrong type or is out of range, or two values conflict.
+            SettingError: a name is unknown, a value has the wrong type or is out of range, or two values conflict. It
+                has names with underscores if `values` has.
         """
+        try:
+            return Settings._of(values, warn=warn)
+        except SettingError as error:
+            if any("_" in name for name in values):
+                error.show_python_names(FIELDS)
+            raise
+
+    @staticmethod
+    def _of(values: Mapping[str, object], *, warn: bool) -> "Settings":
         groups: dict[str, dict[str, Any]] = {group: {} for group in Settings.model_fields}
         for key, value in deprecated.present_names(values, warn=warn).items():
             name = key.replace("-", "_")
             if name not in FIELDS:
                 near = difflib.get_close_matches(key, map(dashed, FIELDS), n=3, cutoff=0.5)
-                raise SettingError(key, value, f"a known setting ({', '.join(near) or 'see `tofu run --help`'})")
+                raise SettingError(name, value, f"a known setting ({', '.join(near) or 'see `tofu run --help`'})")
             groups[_GROUP_OF[name]][name] = value
         given: dict[str, Any] = {name: build(_GROUPS[name], own) for name, own in groups.items() if own}
         settings = Settings(**given)
@@ -272,6 +282,9 @@ _GROUPS: dict[str, type[Group]] = {
 _GROUP_OF = {name: group for group, kind in _GROUPS.items() for name in kind.model_fields}
 FIELDS: dict[str, FieldInfo] = {name: field for kind in _GROUPS.values() for name, field in kind.model_fields.items()}
 """Every setting by its name with underscores, in the order of the groups."""
+
+python_call = python_names(FIELDS)
+"""Decorator of functions that users call in Python: their errors have names with underscores."""
 
 
 def section_of(name: str) -> str:

@@ -147,9 +147,9 @@ def test_a_mod_without_its_strategy_answers_with_an_error(caplog: pytest.LogCapt
         ({"compressor": "proxy"}, "compressor='proxy'"),
         ({"compressor": "none such"}, "compressor='none such'"),
         ({"ratio": 0.5}, "ratio=0.5"),
-        ({"step_ahead": 2}, "step-ahead=2"),
-        ({"over_relaxation": 0.5}, "over-relaxation=0.5"),
-        ({"proxies_below": 1.5}, "proxies-below=1.5"),
+        ({"step_ahead": 2}, "step_ahead=2"),
+        ({"over_relaxation": 0.5}, "over_relaxation=0.5"),
+        ({"proxies_below": 1.5}, "proxies_below=1.5"),
     ],
 )
 def test_an_argument_out_of_range_is_named(options: dict[str, Any], named: str) -> None:
@@ -276,11 +276,11 @@ def test_the_servers_step_lengthens_the_mean_of_parameters_by_half_of_the_divers
 @pytest.mark.parametrize(
     ("inner", "options", "found"),
     [
-        (FedAvg, {"model": Net, "server_step": 2.5}, "server-step=2.5 is not usable: expected 1 or"),
-        (FedAvg, {"server_step": "auto"}, "server-step='auto' is not usable: expected 1, or .* the argument model"),
-        (FedAdam, {"model": Net, "server_step": "auto"}, "server-step='auto' is not usable: expected 1, or FedAvg"),
-        (FedMedian, {"model": Net, "server_step": "auto"}, "server-step='auto' is not usable: expected 1, or FedAvg"),
-        (lambda: tofu.Robust(FedAvg(), "median"), {"model": Net, "server_step": "auto"}, "server-step='auto' is not"),
+        (FedAvg, {"model": Net, "server_step": 2.5}, "server_step=2.5 is not usable: expected 1 or"),
+        (FedAvg, {"server_step": "auto"}, "server_step='auto' is not usable: expected 1, or .* the argument model"),
+        (FedAdam, {"model": Net, "server_step": "auto"}, "server_step='auto' is not usable: expected 1, or FedAvg"),
+        (FedMedian, {"model": Net, "server_step": "auto"}, "server_step='auto' is not usable: expected 1, or FedAvg"),
+        (lambda: tofu.Robust(FedAvg(), "median"), {"model": Net, "server_step": "auto"}, "server_step='auto' is not"),
     ],
 )
 def test_a_server_step_that_cannot_be_is_refused(inner: Any, options: dict[str, Any], found: str) -> None:

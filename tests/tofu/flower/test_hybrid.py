@@ -1,18 +1,22 @@
 """Compressed rounds that secure rounds follow: when the switch comes, and what the error feedback carries over it."""
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg, FedMedian
 from torch import nn
 
 import tofu
 from tests.tofu.flower.quickstart import CLIENTS, SHAPE, accuracy, federate, strategy_of, train
+from tests.tofu.flower.test_secure import with_identities
 from tofu.errors import RunError, SettingError
 from tofu.flower.secure_mod import RECORD as SECURE_RECORD
 from tofu.flower.update_codec import RECORD
+from tofu.flower.wrapper import with_record
 
 OPTIONS: dict[str, Any] = {"compressor": "sparse", "ratio": 100}
 
@@ -101,7 +105,7 @@ def test_buffers_that_are_not_in_the_order_of_the_state_dict_keep_their_error_fe
 
 def test_misuse_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
     for options in ({}, {"switch_round": 3, "plateau": "loss"}):
-        with pytest.raises(SettingError, match=r"^switch-round=. is not usable: expected a round, or 0"):
+        with pytest.raises(SettingError, match=r"^switch_round=. is not usable: expected a round, or 0"):
             tofu.Hybrid(FedAvg(), ratio=20, **options)  # type: ignore[arg-type]
     with pytest.raises(SettingError, match="strategy='FedMedian'"):
         tofu.Hybrid(FedMedian(), ratio=20, switch_round=3)
@@ -117,6 +121,75 @@ def test_misuse_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="flwr"):
         federate(strategy_of(), tofu.hybrid(**OPTIONS), rounds=1)
     assert "the server's strategy is not tofu.Hybrid" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("known", "node", "reason"),
+    [
+        (False, "identity", r"this client has an identity: pass identities= to tofu\.Hybrid"),
+        (True, "", r"this client has no identity, which tofu\.Hybrid\(identities=\.\.\.\) needs"),
+        (False, "policy", r"a secure round is refused by this client's policy: rule allowed-rounds accepts compressed"),
+    ],
+)
+def test_what_keeps_clients_from_the_secure_rounds_is_told_in_the_first_round(
+    known: bool, node: str, reason: str, tmp_path: Path
+) -> None:
+    listed, entries = with_identities(tmp_path)
+    configs: dict[str, Any] = {"identity": entries, "policy": lambda number: {"allowed-rounds": "compressed"}}
+    strategy = tofu.Hybrid(strategy_of(), switch_round=9, identities=str(listed) if known else None, **OPTIONS)
+    with pytest.raises(RunError, match=rf"^round 1: no reply of 4 clients can be used \({reason}"):
+        federate(strategy, tofu.hybrid(**OPTIONS), rounds=2, node_config=configs.get(node))
+
+
+def test_clients_with_identities_switch(tmp_path: Path) -> None:
+    listed, entries = with_identities(tmp_path)
+    strategy = tofu.Hybrid(strategy_of(), switch_round=2, identities=str(listed), **OPTIONS)
+    result = federate(strategy, tofu.hybrid(**OPTIONS), rounds=3, node_config=entries)
+    assert kinds(result) == ["compressed", "secure", "secure"]
+
+
+class SendsOwnConfigs(FedAvg):
+    """Sends each client other values."""
+
+    def configure_train(self, *arguments: Any) -> Iterable[Message]:
+        for number, message in enumerate(super().configure_train(*arguments)):
+            yield with_record(message, "own", ConfigRecord({"number": number}))
+
+
+@pytest.mark.parametrize(
+    ("inner", "reason"),
+    [
+        (SendsOwnConfigs(fraction_evaluate=0.0), "^SendsOwnConfigs sends clients different messages"),
+        (FedAvg(fraction_train=0.5, fraction_evaluate=0.0), "^FedAvg asks 2 clients, a secure round takes at least 3"),
+    ],
+    ids=["messages differ", "two clients"],
+)
+def test_a_strategy_whose_messages_could_not_be_summed_is_refused_in_the_first_round(
+    inner: FedAvg, reason: str
+) -> None:
+    trained = list[int]()
+
+    def handler(message: Message, context: Context) -> Message:
+        trained.append(context.node_id)
+        return train(message, context)
+
+    with pytest.raises(RunError, match=reason):
+        federate(
+            tofu.Hybrid(inner, switch_round=9, **OPTIONS), tofu.hybrid(**OPTIONS), rounds=9, handler=handler
+        )  # fmt: skip
+    assert not trained
+
+
+def test_a_run_whose_secure_rounds_are_all_abandoned_is_an_error() -> None:
+    mod = tofu.hybrid(**OPTIONS)
+
+    def leaving(message: Message, context: Context, call_next: Any) -> Message:
+        if RECORD not in message.content and context.node_config["partition-id"] != 0:
+            raise OSError("this client is gone")
+        return mod(message, context, call_next)
+
+    with pytest.raises(RunError, match="no round could be summed: 1 clients sent keys"):
+        federate(tofu.Hybrid(strategy_of(), switch_round=2, **OPTIONS), leaving, rounds=3)
 
 
 def test_no_round_sends_both_kinds_of_record() -> None:

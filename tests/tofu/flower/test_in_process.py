@@ -379,7 +379,7 @@ def test_an_exception_of_the_server_app_reaches_the_caller_and_leaves_nothing_be
 
 
 def test_settings_are_checked() -> None:
-    with pytest.raises(SettingError, match="num-supernodes"):
+    with pytest.raises(SettingError, match="num_supernodes"):
         run_in_process(ServerApp(), ClientApp(), run_config={}, num_supernodes=0)
     with pytest.raises(SettingError, match="workers"):
         run_in_process(ServerApp(), ClientApp(), run_config={}, num_supernodes=1, workers=0)

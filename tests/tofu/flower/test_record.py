@@ -165,8 +165,8 @@ def test_a_damaged_recording_is_refused(tmp_path: Path, old: str, new: str) -> N
 
 
 def test_misuse_is_one_line(tmp_path: Path) -> None:
-    for change, named_ in (({"batch_size": 0}, "batch-size=0"), ({"clients": 0}, "clients=0"), ({"lr": -1.0}, "lr=-1")):
+    for change, named_ in (({"batch_size": 0}, "batch_size=0"), ({"clients": 0}, "clients=0"), ({"lr": -1.0}, "lr=-1")):
         with pytest.raises(SettingError, match=f"^{named_}.* is not usable"):
             tofu.record(FedAvg(), tmp_path, **(KNOWN | change))
-    with pytest.raises(SettingError, match=r"input-shape=\(64,\)"):
+    with pytest.raises(SettingError, match=r"input_shape=\(64,\)"):
         tofu.record(FedAvg(), tmp_path, input_shape=(64,), batch_size=1)  # type: ignore[arg-type]

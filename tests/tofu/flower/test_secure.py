@@ -444,7 +444,7 @@ def still(message: Message, context: Context) -> Message:
 
 
 def test_a_node_config_refuses_rounds_without_noise() -> None:
-    with pytest.raises(RunError, match=r"noise-multiplier=0 .*rule min-noise-multiplier accepts 1 or more"):
+    with pytest.raises(RunError, match=r"noise_multiplier=0 .*rule min-noise-multiplier accepts 1 or more"):
         federate(
             tofu.SecureAggregation(strategy_of()), tofu.secure(), rounds=1,
             node_config=lambda _: {"min-noise-multiplier": 1.0},
@@ -468,7 +468,7 @@ def test_a_minimum_of_noise_is_that_of_a_sum_whose_other_members_may_add_none(
         )  # fmt: skip
 
     if refused:
-        with pytest.raises(RunError, match=r"a secure sum of which 0\.707 of noise-multiplier=1 is sure is refused"):
+        with pytest.raises(RunError, match=r"a secure sum of which 0\.707 of noise_multiplier=1 is sure is refused"):
             run()
     else:
         assert run().train_metrics_clientapp[1]["tofu-clients"] == CLIENTS
