@@ -35,6 +35,8 @@ from benchmarks.error_feedback.__main__ import (
     tuning,
     variants,
 )
+from benchmarks.flower_apps.__main__ import HEADER as FLOWER_APPS
+from benchmarks.flower_apps.__main__ import by_variant
 from benchmarks.latency.__main__ import HEADER as LATENCY
 from benchmarks.latency.__main__ import table_rows as latency_rows
 from benchmarks.plugins.tables import PLUGIN_TABLES
@@ -281,6 +283,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "error-feedback-leads": error_feedback_leads,
     **{f"current-rivals-{task}": partial(current_rivals_table, task) for task in current_rivals.SHAPES},
     "current-rivals-updates": lambda: markdown_table(*current_rivals.updates(read("current-rivals")["updates"])),
+    "flower-apps": lambda: markdown_table(FLOWER_APPS, by_variant(read("flower-apps")["rows"])),
     "soak": soak,
     "latency": lambda: markdown_table(LATENCY, latency_rows(read("latency")["rows"])),
     "audit": lambda: audit.table(read("audit")["rows"]),

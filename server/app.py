@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -36,6 +35,7 @@ from tofu.data import FederatedData
 from tofu.errors import RunError, SettingError, TofuError
 from tofu.flower.in_process import InProcessGrid, run_in_process
 from tofu.flower.internals import is_simulation
+from tofu.flower.log_filter import show_errors_in_one_line
 from tofu.flower.transport import GridTransport
 from tofu.formatting import printable, shortened
 from tofu.local_layers import keep_local
@@ -78,15 +78,9 @@ def main(grid: Grid, context: Context) -> None:
         serve(grid, settings, make_progress(sys.stderr, quiet=settings.run.log == "json"))
     except TofuError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
-        logging.getLogger("flwr").addFilter(_is_no_repetition)
+        error.shown = True
+        show_errors_in_one_line()
         raise  # Flower counts every other end, even SystemExit, as success
-
-
-def _is_no_repetition(record: logging.LogRecord) -> bool:
-    """Return whether Flower's log has something new: not the traceback of an error that was shown as one line, or the
-    exit code of the app that ends with it."""
-    shown = record.exc_info and isinstance(record.exc_info[1], TofuError)
-    return not shown and not record.getMessage().startswith("Exit Code: ")
 
 
 def serve(grid: Grid, settings: Settings, observer: Observer, workload: Workload | None = None) -> RunSummary:

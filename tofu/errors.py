@@ -15,7 +15,12 @@ class TofuError(Exception):
     """Base of errors that are caused by the user's input or the network, and not by a bug.
 
     Line breaks in the message, as in names of files and in errors of the user's code, become spaces.
+
+    Attributes:
+        shown: whether it was printed, so that logs need not repeat it.
     """
+
+    shown = False
 
     def __init__(self, message: object = "") -> None:
         super().__init__(" ".join(str(message).splitlines()))

@@ -11,6 +11,7 @@ same command.
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -61,6 +62,27 @@ def table(rows: list[Row]) -> list[list[str]]:
                 str(len(own)), f"{ratio:.0f}x" if ratio else "", f"{sent[0] / sent[1]:.1f}x",
                 str(own[0]["changed_lines"]),
             ])  # fmt: skip
+    return lines
+
+
+HEADER = ("app", "metric", "plain", "proxies, 50x", "correction alone, 50x", "secure sums")
+
+
+def by_variant(rows: list[Row]) -> list[list[str]]:
+    """One line for each app, with the mean and standard deviation of each variant, or the number of fewer seeds."""
+    lines = []
+    for name in dict.fromkeys(row["app"] for row in rows):
+        cells = []
+        for variant in VARIANTS:
+            finals = [
+                row["final"]
+                for row in rows
+                if (row["app"], row["variant"]) == (name, variant) and row["options"] in ("", "proxies_below=1")
+            ]
+            digits = 3 if APPS[name].metric == "accuracy" else 4 if finals and finals[0] >= 0.01 else 5
+            few = f"{statistics.fmean(finals):.{digits}f} ({len(finals)})" if finals else ""
+            cells.append(spread(finals, digits) if len(finals) > 2 else few)
+        lines.append([name, APPS[name].metric, *cells])
     return lines
 
 

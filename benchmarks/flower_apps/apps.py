@@ -145,7 +145,8 @@ APPS: dict[str, App] = {
     "quickstart-pennylane": App(
         "quickstart_pennylane",
         "FedAvg(\n        fraction_train=fraction_fit,\n        fraction_evaluate=fraction_evaluate,\n    )",
-        "QuantumNet, (3, 32, 32)", examples=500, needs=("pennylane",), config={"num-server-rounds": 3},
+        "QuantumNet, (3, 32, 32)", metric="loss", falls=True, examples=500, needs=("pennylane",),
+        config={"num-server-rounds": 3},
     ),
 }  # fmt: skip
 """The sizes make a run last a few minutes on one core."""

@@ -34,7 +34,6 @@ from tofu.flower.wrapper import (
     INDIVIDUAL,
     StrategyWrapper,
     TrainMod,
-    consistent,
     only_arrays,
     reasons_of,
     refuse_around,
@@ -427,7 +426,7 @@ class Compressed(StrategyWrapper):
             raise RunError(
                 f"round {server_round}: no reply of {len(decoded)} clients can be used ({reasons_of(failed)})"
             )
-        decoded = consistent(decoded, self.inner, server_round, self._asked)
+        decoded = self._consistent(decoded, server_round)
         arrays, metrics = self._aggregate_train(server_round, decoded)
         if self._automatic and arrays is not None and metrics is not None:
             return self._stepped(arrays, metrics, [reply for reply in decoded if not reply.has_error()], server_round)

@@ -1,7 +1,8 @@
 """All uses of Flower's private modules, so that an upgrade of Flower changes this file only."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.app.message.message import make_message
@@ -12,6 +13,7 @@ from flwr.common.serde import context_from_proto, context_to_proto
 from flwr.proto.message_pb2 import Context as ContextProto
 from flwr.server.utils.validator import validate_message
 from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
@@ -34,6 +36,7 @@ __all__ = [
     "context_bytes",
     "copy_context",
     "error_reply",
+    "filtered_checks",
     "inflate",
     "is_simulation",
     "message_bytes",
@@ -47,6 +50,30 @@ __all__ = [
 CLIENT_ERROR = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 LOST = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
 """Codes of Flower's own error replies for a message that expired or got lost on the way."""
+
+
+@contextmanager
+def filtered_checks(strategy: Strategy, keep: Callable[[list[Message]], list[Message]]) -> Iterator[None]:
+    """Within the block, let FedAvg's own check of replies see what `keep` returns for them.
+
+    A strategy that overrides `aggregate_train` and calls FedAvg's for some of the replies gets all of them first.
+    """
+    name = "_check_and_log_replies"
+    check = getattr(strategy, name, None)
+    if check is None:
+        yield
+        return
+
+    def filtered(replies: Iterable[Message], *arguments: Any, **options: Any) -> Any:
+        return check(keep(list(replies)), *arguments, **options)
+
+    before = {key: value for key, value in vars(strategy).items() if key == name}
+    vars(strategy)[name] = filtered
+    try:
+        yield
+    finally:
+        del vars(strategy)[name]
+        vars(strategy).update(before)
 
 
 def message_bytes(message: Message) -> int:

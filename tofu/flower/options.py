@@ -66,7 +66,7 @@ class KeepLocal:
             )
         reply = call_next(message, context)
         if kind == "train" and not reply.has_error():
-            key, trained = only_arrays(reply.content, "the app's train reply")
+            key, trained = only_arrays(reply.content, "the app's train reply", key)
             if trained.keys() != received.keys():
                 raise PayloadError("the app returned arrays of other names than it received")
             context.state[_STATE] = ArrayRecord({name: trained[name] for name in names})

@@ -117,7 +117,8 @@ class SecureMod(TrainMod):
         session = load_session(context, participant)
         if session.purpose != request.purpose:
             raise PayloadError(
-                "this client was sent other arrays, records or ranges than all clients of this sum agreed on"
+                "this client was sent other arrays, records or ranges than all clients of this sum agreed on, or has "
+                "other code of tofu-fl than the server"
             )
         noise = options.noise_in_sum(session.topology, session.members, encoder, request.clip_norm)
         check_noise_grid(noise, encoder.levels, request.config.unit_weight, request.config.ranges)

@@ -17,12 +17,14 @@ from flwr.serverapp import strategy as strategies
 from flwr.serverapp.strategy import Result, Strategy
 
 from tofu.errors import PayloadError, SettingError, python_names
-from tofu.flower.internals import error_reply
+from tofu.flower.internals import error_reply, filtered_checks
+from tofu.flower.log_filter import show_errors_in_one_line
 from tofu.flower.policy import error_replies
 from tofu.flower.update_codec import array_shape
 from tofu.settings import FIELDS, python_call
 
 LOG = logging.getLogger("tofu.flower")
+show_errors_in_one_line()
 
 CLIPPED_BY_CLIENTS: tuple[type[Strategy], ...] = (
     strategies.DifferentialPrivacyClientSideAdaptiveClipping, strategies.DifferentialPrivacyClientSideFixedClipping,
@@ -139,11 +141,21 @@ class StrategyWrapper(Strategy):
         self, round_: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Call the inner strategy with the replies that it can aggregate (`consistent`)."""
-        return self._originals[1](round_, consistent(replies, self.inner, round_, self._asked))
+        with filtered_checks(self.inner, lambda some: consistent(some, self.inner, round_, self._asked)):
+            return self._originals[1](round_, self._consistent(replies, round_))
+
+    def _consistent(self, replies: Iterable[Message], round_: int) -> list[Message]:
+        """Return `consistent` train replies. A strategy with an `aggregate_train` of its own may leave out those with
+        unusual metrics itself, as of clients that did not train; only their arrays are compared before.
+        """
+        own = not type(self.inner).aggregate_train.__module__.startswith("flwr.")
+        return consistent(replies, self.inner, round_, self._asked, metrics=not own)
 
     def _aggregate_evaluate(self, round_: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Call the inner strategy with the replies that it can aggregate (`consistent`)."""
-        return self._originals[2](round_, consistent(replies, self.inner, round_, {}))
+        own = not type(self.inner).aggregate_evaluate.__module__.startswith("flwr.")
+        with filtered_checks(self.inner, lambda some: consistent(some, self.inner, round_, {})):
+            return self._originals[2](round_, consistent(replies, self.inner, round_, {}, metrics=not own))
 
     def __getattr__(self, name: str) -> Any:
         """Attributes that are not the wrapper's own are the inner strategy's."""
@@ -217,7 +229,7 @@ def unwrapped(strategy: Strategy) -> Strategy:
 
 
 def consistent(
-    replies: Iterable[Message], strategy: Strategy, round_: int, asked: Mapping[int, object]
+    replies: Iterable[Message], strategy: Strategy, round_: int, asked: Mapping[int, object], *, metrics: bool = True
 ) -> list[Message]:
     """Put error replies in place of those that differ from most in the names of arrays and metrics, or in shapes.
 
@@ -227,20 +239,21 @@ def consistent(
     Args:
         asked: node -> layout of the arrays that it was sent; only replies to the same layout are compared. (Some
             strategies send parts of the model.)
+        metrics: whether metrics and weights are compared, too.
     """
     replies = list(replies)
     if not isinstance(strategy, strategies.FedAvg):
         return replies
     usable = {at: reply for at, reply in enumerate(replies) if not reply.has_error()}
-    metrics = {at: _metrics_of(reply.content) for at, reply in usable.items()}
+    layouts = {at: _metrics_of(reply.content) if metrics else () for at, reply in usable.items()}
     arrays = {at: (asked.get(reply.metadata.src_node_id), _arrays_of(reply.content)) for at, reply in usable.items()}
-    usual = Counter(metrics.values()).most_common(1)
+    usual = Counter(layouts.values()).most_common(1)
     usual_arrays = {sent: found for (sent, found), _ in reversed(Counter(arrays.values()).most_common())}
     for at, reply in usable.items():
         sent, found = arrays[at]
-        if metrics[at] != usual[0][0] or found != usual_arrays[sent]:
+        if layouts[at] != usual[0][0] or found != usual_arrays[sent]:
             problem = "its arrays or metrics have other names or shapes than those of most clients"
-        elif not _has_weight(reply.content, strategy.weighted_by_key):
+        elif metrics and not _has_weight(reply.content, strategy.weighted_by_key):
             problem = f"its metric {strategy.weighted_by_key} is not usable: expected one number of at least 0"
         else:
             continue
@@ -298,9 +311,8 @@ def only_arrays(content: RecordDict, what: str, key: object = None) -> tuple[str
     if isinstance(key, str) and key in content.array_records:
         return key, content.array_records[key]
     if len(records) != 1:
-        raise PayloadError(
-            f"{what} has {len(records)} array records, expected 1, or one with the strategy's arrayrecord_key"
-        )
+        named = ", or one with the strategy's arrayrecord_key" if isinstance(key, str) else ""
+        raise PayloadError(f"{what} has {len(records)} array records, expected 1{named}")
     return records[0]
 
 

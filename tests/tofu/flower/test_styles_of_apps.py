@@ -101,6 +101,35 @@ def test_a_reply_that_names_other_arrays_is_not_usable() -> None:
         federate(tofu.Compressed(strategy_of(), **SPARSE), lying, rounds=1)
 
 
+class OnlyTrained(FedAvg):
+    """Averages the replies of those clients that trained, as their config records say."""
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
+        usable = [reply for reply in replies if not reply.has_error()]
+        self.trained = [reply for reply in usable if next(iter(reply.content.config_records.values()))["trained"]]
+        return super().aggregate_train(server_round, self.trained)
+
+
+def one_in_four_trains(message: Message, context: Context) -> Message:
+    """The train function of an app in which clients with little data return what they received, without metrics."""
+    trained, arrays = context.node_config["partition-id"] == 2, message.content["arrays"]
+    reply = train(message, context)
+    if not trained:
+        reply.content["arrays"], reply.content["metrics"] = arrays, MetricRecord()
+    reply.content["about"] = ConfigRecord({"trained": trained})
+    return reply
+
+
+def test_a_strategy_chooses_among_replies_of_which_most_have_no_metrics() -> None:
+    plain, strategy = OnlyTrained(fraction_evaluate=0.0), OnlyTrained(fraction_evaluate=0.0)
+    expected = federate(plain, handler=one_in_four_trains, rounds=5).arrays
+    wrap, mods = sparse()()
+    found = federate(wrap(strategy), *mods, handler=one_in_four_trains, rounds=5)
+    assert [len(one.trained) for one in (plain, strategy)] == [1, 1]
+    assert found.train_metrics_clientapp[5]["tofu-ratio"] > 40
+    assert accuracy(found.arrays) > accuracy(expected) - 0.05 > 0.5
+
+
 def difference(message: Message, context: Context) -> Message:
     """The train function of an app that returns what training changed."""
     old = message.content["arrays"].to_torch_state_dict()
