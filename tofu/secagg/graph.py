@@ -145,7 +145,7 @@ def choose_topology(
     others = clients - 1
     threshold = min_threshold(clients, others, corrupted)
     if threshold > others - lost or others > MAX_SHARES:
-        accepted = f"a smaller fraction: no threshold allows it with corrupted={corrupted:g} and {clients} clients"
+        accepted = f"a smaller fraction: no threshold allows it if a fraction {corrupted:g} of {clients} may collude"
         raise SettingError("dropout", dropout, accepted)
     return Topology(others, threshold)
 
