@@ -54,9 +54,9 @@ class Federation:
     model: nn.Module
 
     @staticmethod
-    def of(seed: int) -> "Federation":
-        """Return that of `mnist-100`."""
-        settings = Run("mnist-100", "fedavg", 0, 1.0, 0.0, 1.0, seed).settings(Path("unused")).replace(test_images=0)
+    def of(seed: int, task: str = "mnist-100") -> "Federation":
+        """Return that of a task of `benchmarks.error_feedback`."""
+        settings = Run(task, "fedavg", 0, 1.0, 0.0, 1.0, seed).settings(Path("unused")).replace(test_images=0)
         data = FederatedData.of(settings.data, seed)
         return Federation(settings, data, initial_model(settings.model, data.shape, seed))
 
@@ -77,7 +77,7 @@ class Federation:
         for _ in range(training.local_epochs):
             for rows in shuffled_batches(len(images), training.batch_size, generator):
                 loss = F.cross_entropy(self.model(to_float(images.images[rows])), images.labels[rows])
-                gradient = parameters_to_vector(torch.autograd.grad(loss, parameters))
+                gradient = torch.cat([part.reshape(-1) for part in torch.autograd.grad(loss, parameters)])
                 total, steps = total + gradient, steps + 1
                 step = gradient if drift is None else gradient + drift
                 vector_to_parameters(parameters_to_vector(parameters).detach() - training.lr * step, parameters)
@@ -282,8 +282,12 @@ def _weighted(replies: list[Trained]) -> Tensor:
 
 def run(name: str, parameters: dict[str, float], seed: int) -> float:
     """Final accuracy of the averaged weights; NaN if training diverged."""
-    federation = Federation.of(seed)
-    method = GRIDS[name][0](federation, **parameters)
+    return train(GRIDS[name][0](Federation.of(seed), **parameters))
+
+
+def train(method: Method) -> float:
+    """Train to the end of the task's rounds -> final accuracy of the averaged weights; NaN if training diverged."""
+    federation = method.federation
     weights = averaged = parameters_to_vector(federation.model.parameters()).detach().clone()
     for round_ in range(1, federation.settings.training.rounds + 1):
         weights = method.round(weights, round_, federation.sampled(round_))
