@@ -360,9 +360,10 @@ class ReferenceModel:
         parameters = dict(self.model.named_parameters())
         return {name: parameters[name].detach() for name in self.param_spec.parameters}
 
-    def displacement(self) -> Weights:
-        """Return the difference of each trainable parameter from its initial value."""
-        return {name: w - self.initial[name] if self.initial else torch.zeros_like(w) for name, w in self.base.items()}
+    def displacements(self) -> Iterator[Tensor]:
+        """Yield the difference of each trainable parameter from its initial value, in the order of the param spec."""
+        for name, weight in self.base.items():
+            yield weight - self.initial[name] if self.initial else torch.zeros_like(weight)
 
     def check_differentiable(self) -> None:
         """Compute one gradient at other weights, as decoding does. Raises SettingError if the model prevents that."""

@@ -126,7 +126,7 @@ def measure(task: str, ratio: int, seed: int, recording: dict[int, dict[str, Any
     for round_, moment in recording.items():
         load_weights(network.model, moment["base"])
         strata = strata_of(network)
-        moved = torch.cat([value.flatten() for value in network.displacement().values()])
+        moved = torch.cat([value.flatten() for value in network.displacements()])
         for client, target in enumerate(moment["targets"]):
             vector = torch.cat([target[name].flatten() for name in network.param_spec.parameters])
             row: Row = {"task": task, "ratio": ratio, "seed": seed, "round": round_, "client": client}

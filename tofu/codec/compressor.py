@@ -24,11 +24,12 @@ import struct
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from tofu.codec.correction import Strata, min_bytes, read_correction, scale_correction, strata_of, write_correction
 from tofu.codec.options import AUTOMATIC, DEFAULTS, CompressorOptions, ProxySettings, automatic_gain
 from tofu.codec.proxies import ProxyCode, ProxyData, automatic_sides, decode, proxy_side
-from tofu.codec.search import encode
+from tofu.codec.search import Encoding, encode
 from tofu.compression import compressors
 from tofu.compression.base import MAX_MAGNITUDE, BufferCode, CompressedUpdate, Compressor, PayloadContent
 from tofu.errors import ModelError, PayloadError, SettingError
@@ -132,36 +133,52 @@ class ProxyCompressor(Compressor):
         age = (age + 1) % TRIAL_INTERVAL
         trial = not age or last is None
         strata = strata_of(reference) if any(self._budgets.values()) else None
-        candidates, evals = [], 0
+        searches = self.count and not (age and last is None and 0 in self._budgets)
+        alone, explained_alone = b"", -math.inf
         if 0 in self._budgets and (trial or self._options.proxies_below < 1):
-            nothing = {name: torch.zeros_like(w) for name, w in reference.base.items()}
-            alone = self._candidate(reference, update, b"", nothing, strata)
-            if self.criterion(update, alone) >= self._options.proxies_below < 1:
+            nothing = {name: torch.zeros((), dtype=w.dtype).expand(w.shape) for name, w in reference.base.items()}
+            candidate = self._candidate(reference, update, b"", nothing, strata)
+            explained = self.criterion(update, candidate)
+            if explained >= self._options.proxies_below < 1:
                 # The next encode that searches is a trial, and starts from the last proxies.
-                return CompressedUpdate(alone.body, alone.decoded, bytes([TRIAL_INTERVAL - 1]) + memory[1:])
+                return CompressedUpdate(candidate.body, candidate.decoded, bytes([TRIAL_INTERVAL - 1]) + memory[1:])
+            if not searches:
+                return CompressedUpdate(candidate.body, candidate.decoded, bytes([age]))
             if trial:
-                candidates.append(alone)
-        if self.count and not (age and last is None and 0 in self._budgets):
-            settings = self.settings
-            if last is not None and age and not settings.surrogate_beta:
-                settings = replace(settings, surrogate_beta=last.surrogate_beta)
-            try:
-                encoding = encode(reference, update, self.count, settings, generator=generator, start=last)
-            except RuntimeError as error:
-                if "checkpoint" not in str(error).lower():
-                    raise
-                accepted = "no activation checkpointing in evaluation mode, or compressor=sparse"
-                raise ModelError(reference.model, accepted) from error
-            candidates.append(self._candidate(reference, update, encoding.body, encoding.decoded, strata))
-            evals = encoding.evals
-        best = max(candidates, key=lambda candidate: self.criterion(update, candidate))
-        return CompressedUpdate(best.body, best.decoded, bytes([age]) + best.proxies, evals)
+                alone, explained_alone = candidate.body, explained
+            del candidate  # the search needs the memory, and the body is decoded again if it is the better one
+        encoding = self._encoding(reference, update, trial=trial, generator=generator, last=last)
+        best = self._candidate(reference, update, encoding.body, encoding.decoded, strata)
+        if explained_alone >= self.criterion(update, best):
+            del best
+            return CompressedUpdate(alone, self._decoded(reference, alone, strata), bytes([age]), encoding.evals)
+        return CompressedUpdate(best.body, best.decoded, bytes([age]) + best.proxies, encoding.evals)
+
+    def _encoding(
+        self, reference: ReferenceModel, update: Weights, *, trial: bool, generator: torch.Generator,
+        last: ProxyData | None,
+    ) -> Encoding:  # fmt: skip
+        """Search for proxies; only a trial tries again which surrogate_beta is best."""
+        settings = self.settings
+        if last is not None and not trial and not settings.surrogate_beta:
+            settings = replace(settings, surrogate_beta=last.surrogate_beta)
+        try:
+            return encode(reference, update, self.count, settings, generator=generator, start=last)
+        except RuntimeError as error:
+            if "checkpoint" not in str(error).lower():
+                raise
+            accepted = "no activation checkpointing in evaluation mode, or compressor=sparse"
+            raise ModelError(reference.model, accepted) from error
 
     def criterion(self, update: Weights, candidate: Candidate) -> float:
         """Return the explained variance without gains; a client sends the body with the highest value."""
         return explained_variance({name: update[name] for name in candidate.explained}, candidate.explained)
 
     def decompress(self, reference: ReferenceModel, body: bytes) -> Weights:
+        return self._decoded(reference, body, None)
+
+    def _decoded(self, reference: ReferenceModel, body: bytes, strata: Strata | None) -> Weights:
+        """Decompress a body; strata are those of the reference if they are known."""
         proxies = self._read_proxies(body)
         count = 0 if proxies is None else self.count
         split = _PREFIX.size + (self._code.nbytes if count else 0)
@@ -173,7 +190,7 @@ class ProxyCompressor(Compressor):
             explained = {name: torch.zeros_like(w) for name, w in reference.base.items()}
         else:
             explained = decode(reference, proxies, self.settings)
-        correction = _correction(explained, data, strata_of(reference)) if budget else None
+        correction = _correction(explained, data, strata or strata_of(reference)) if budget else None
         return self._combine(explained, correction) | BufferCode(reference.param_spec).read(body[split:end])
 
     def body_bytes(self, param_spec: ParamSpec) -> int:
@@ -217,18 +234,21 @@ class ProxyCompressor(Compressor):
         buffers, count = BufferCode(reference.param_spec), self.count if proxies else 0
         tail, data, correction, correction_gain = buffers.write(update), b"", None, 1.0
         if strata is not None and self._budgets[count]:
-            missed = torch.cat([(update[name] - value).flatten() for name, value in explained.items()])
-            data = write_correction(missed.clamp(-MAX_MAGNITUDE, MAX_MAGNITUDE), self._budgets[count], strata)
+            missed = torch.empty(reference.param_spec.parameter_count)
+            rest = _split(missed, explained)
+            for name, part in rest.items():
+                torch.sub(update[name], explained[name], out=part)
+            data = write_correction(missed.clamp_(-MAX_MAGNITUDE, MAX_MAGNITUDE), self._budgets[count], strata)
             correction = _correction(explained, data, strata)
             if self._options.correction_gain == AUTOMATIC:  # it is part of the magnitudes: the receiver multiplies by 1
-                rest = {name: update[name] - value for name, value in explained.items()}
                 correction_gain = automatic_gain(explained_variance(rest, correction))
                 data = scale_correction(data, correction_gain)
                 correction = _correction(explained, data, strata)
+            del missed, rest
         body = _PREFIX.pack(*self._fields(count)) + proxies + tail + data
         decoded = self._combine(explained, correction) | buffers.read(tail)
         if correction is not None:
-            explained = {name: value + correction[name] / correction_gain for name, value in explained.items()}
+            explained = {name: correction[name].div_(correction_gain).add_(value) for name, value in explained.items()}
         return Candidate(body, explained, decoded, proxies)
 
     def _combine(self, proxies: Weights, correction: Weights | None) -> Weights:
@@ -250,7 +270,11 @@ class ProxyCompressor(Compressor):
 
 def _correction(like: Weights, data: bytes, strata: Strata) -> Weights:
     """Decode a correction to tensors of the shapes of `like`."""
-    return split_vector(read_correction(data, strata), {name: value.shape for name, value in like.items()})
+    return _split(read_correction(data, strata), like)
+
+
+def _split(vector: Tensor, like: Weights) -> Weights:
+    return split_vector(vector, {name: value.shape for name, value in like.items()})
 
 
 def _choose_proxies(reference: ReferenceModel, ratio: float, options: CompressorOptions) -> tuple[ProxySettings, int]:

@@ -77,7 +77,7 @@ class Strata:
     @cached_property
     def sizes(self) -> Integers:
         """Number of entries of each stratum [STRATA]."""
-        return np.bincount(self.numbers, minlength=STRATA).astype(np.int64)
+        return np.array([np.count_nonzero(self.numbers == stratum) for stratum in range(STRATA)])
 
     @cached_property
     def starts(self) -> Integers:
@@ -85,9 +85,9 @@ class Strata:
         return np.cumsum(self.sizes) - self.sizes
 
     @cached_property
-    def positions(self) -> Integers:
+    def positions(self) -> npt.NDArray[np.int32]:
         """The position of the entry in each slot [d]."""
-        return np.argsort(self.numbers, kind="stable").astype(np.int64)
+        return np.concatenate([np.flatnonzero(self.numbers == one).astype(np.int32) for one in range(STRATA)])
 
     @cached_property
     def slots(self) -> Integers:
@@ -104,13 +104,16 @@ class Strata:
 
 def strata_of(reference: ReferenceModel) -> Strata:
     """Return the strata at a reference's base weights, from their displacement since its initial weights."""
-    displacement = reference.displacement()
-    found = np.concatenate([displacement_levels(displacement[name]) for name in reference.param_spec.parameters])
-    found -= found.min()
-    counts = np.bincount(found)  # levels are integers with a range of at most a million, so counting beats sorting
+    levels = [displacement_levels(tensor).astype(np.int32) for tensor in reference.displacements()]
+    lowest, highest = min(map(np.min, levels)), max(map(np.max, levels))
+    # Levels are integers with a range of at most a million, so counting beats sorting.
+    counts = np.zeros(highest - lowest + 1, dtype=np.int64)
+    for found in levels:
+        counts += np.bincount(found - lowest, minlength=counts.size)
     above = np.cumsum(counts[::-1])[::-1]
-    centers = (above - counts / 2) / found.size
-    return Strata(np.searchsorted(BOUNDARIES, centers).astype(np.int8)[found])
+    centers = (above - counts / 2) / sum(found.size for found in levels)
+    strata = np.searchsorted(BOUNDARIES, centers).astype(np.int8)
+    return Strata(np.concatenate([strata[found - lowest] for found in levels]))
 
 
 MAX_LEVELS = 31
@@ -181,7 +184,8 @@ def read_correction(data: bytes, strata: Strata) -> Tensor:
     levels = _read_levels(bits, slots.size, top)
     bits.finish()
     vector = torch.zeros(strata.numbers.size)
-    vector[torch.from_numpy(strata.positions[slots])] = magnitudes[torch.from_numpy(levels - 1)] * signs
+    positions = torch.from_numpy(strata.positions[slots].astype(np.int64))
+    vector[positions] = magnitudes[torch.from_numpy(levels - 1)] * signs
     return vector
 
 
@@ -204,17 +208,18 @@ class _Ranking:
     strata: Strata
     slots: Integers
     values: Floats
-    ranks: Integers
+    ranks: npt.NDArray[np.int32]
     descending: Floats
 
     @staticmethod
     def of(vector: Tensor, strata: Strata, count: int) -> "_Ranking":
         values, order = vector.detach().numpy(), by_magnitude(vector, count)
-        ranks = np.full(values.size, order.size)
-        ranks[order] = np.arange(order.size)
-        by_slot = ranks[strata.positions]
-        slots = np.flatnonzero(by_slot < order.size)
-        return _Ranking(strata, slots, values[strata.positions[slots]], by_slot[slots], np.abs(values[order]))
+        ranked = np.zeros(values.size, dtype=bool)
+        ranked[order] = True
+        slots = np.flatnonzero(ranked[strata.positions])
+        positions, increasing = strata.positions[slots], np.argsort(order).astype(np.int32)
+        ranks = increasing[np.searchsorted(order[increasing], positions)]
+        return _Ranking(strata, slots, values[positions], ranks, np.abs(values[order]))
 
     def largest(self, count: int) -> "_Correction":
         """Return the `count` largest entries."""

@@ -166,13 +166,13 @@ def read_positions(reader: BitReader, count: int, length: int) -> Integers:
 
 def by_magnitude(vector: Tensor, count: int) -> Integers:
     """Positions of the `count` largest nonzero entries in magnitude, in descending order, ties by position."""
-    magnitudes = vector.detach().abs()
-    count = min(count, int(torch.count_nonzero(magnitudes)))
+    magnitudes = vector.detach().abs().numpy()
+    count = min(count, int(np.count_nonzero(magnitudes)))
     if not count:
         return np.zeros(0, dtype=np.int64)
-    threshold = magnitudes.kthvalue(magnitudes.numel() - count + 1).values
-    among = (magnitudes >= threshold).nonzero().flatten()  # sort only these few of millions
-    order: Integers = among[torch.sort(magnitudes[among], descending=True, stable=True).indices].numpy()
+    threshold = np.partition(magnitudes, magnitudes.size - count)[magnitudes.size - count]
+    among = np.flatnonzero(magnitudes >= threshold)  # sort only these few of millions
+    order: Integers = among[np.argsort(-magnitudes[among], kind="stable")]
     return order[:count]
 
 
