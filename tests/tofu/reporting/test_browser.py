@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from attacks.report import write_report as write_attack_report
-from tests.tofu.reporting.pages import opened, problems
+from tests.tofu.reporting.pages import SIZES, opened, problems
 from tests.tofu.reporting.test_compare import ENDS, comparison, results
 from tests.tofu.reporting.test_report import line, write_lines
 from tofu.reporting.compare.plan import Comparison
@@ -94,6 +94,18 @@ def attack_report(folder: Path) -> Path:
     return write_attack_report(rows, folder)
 
 
+FIRST = {"rounds": ("accuracy", "uplink"), "clients": ("explained variance",), "cells": ("test accuracy, %",)}
+"""Table -> columns that a phone shows before anything is scrolled."""
+
+_HIDDEN = """
+columns => [...document.querySelectorAll('table')].flatMap(table =>
+  (columns[table.id] || []).filter(name => {
+    const cell = [...table.querySelectorAll('thead th')].find(one => one.textContent.trim() === name);
+    return !cell || cell.getBoundingClientRect().right > table.closest('.scroll').getBoundingClientRect().right + 1;
+  }))
+"""
+
+
 @pytest.mark.parametrize("write", [run_report, compare_report, attack_report])
 def test_a_page_is_readable_everywhere(
     browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], Path]
@@ -101,4 +113,6 @@ def test_a_page_is_readable_everywhere(
     monkeypatch.setattr(Comparison, "_settings", lambda self, name, ratio, seed, value: Settings.of({"seed": seed}))
     with opened(browser, write(tmp_path).as_uri()) as (page, errors):
         assert problems(page) == []
+        page.set_viewport_size({"width": SIZES["phone"][0], "height": SIZES["phone"][1]})
+        assert page.evaluate(_HIDDEN, FIRST) == []
         assert errors == []

@@ -161,16 +161,17 @@ def test_headline_does_not_call_more_bytes_less(run: Path) -> None:
 
 def test_table_has_every_round_and_the_totals(run: Path) -> None:
     head, start, first, _, secure, total = page_of(run).tables["rounds"]
-    assert head[:3] == ["round", "kind", "accuracy"]
+    assert head[:5] == ["round", "kind", "accuracy", "uplink", "less than FedAvg"]
     none = "\N{EN DASH}"
     assert start[:3] == ["0", "start", "10.32%"]
-    assert start[7:] == [*[none] * 6, "3.0 s"]
+    assert start[9:] == [*[none] * 4, "3.0 s"]
     assert first == [
-        *("1", "compressed", "81.25%", "0.5000", "0.7000", "71.0%", "0.840", "10", "0"),
-        *("25.0 kB", "2.6 MB", "2.5 MB", "100x", "3.0 s"),
+        *("1", "compressed", "81.25%", "25.0 kB", "100x", "0.5000", "0.7000", "71.0%", "0.840", "10", "0"),
+        *("2.6 MB", "2.5 MB", "3.0 s"),
     ]
-    assert secure[5:7] == [none, none]
-    assert total[-5:] == ["2.5 MB", "7.8 MB", "7.5 MB", "2.94x", "12 s"]
+    assert secure[7:9] == [none, none]
+    assert total[3:5] == ["2.5 MB", "2.94x"]
+    assert total[-3:] == ["7.8 MB", "7.5 MB", "12 s"]
 
 
 def test_figures_mark_the_kinds_of_rounds_and_have_texts(run: Path) -> None:
@@ -295,7 +296,7 @@ def test_round_written_twice_counts_once(run: Path) -> None:
 def test_values_that_are_not_finite_are_left_out(run: Path) -> None:
     write_lines(run / "metrics.jsonl", [*ROWS, line(4, "compressed", float("nan"), loss=float("inf"))])
     page = page_of(run)
-    assert page.tables["rounds"][5][2:4] == ["\N{EN DASH}"] * 2
+    assert (page.tables["rounds"][5][2], page.tables["rounds"][5][5]) == ("\N{EN DASH}", "\N{EN DASH}")
     assert "nan" not in page.source.lower()
 
 

@@ -27,34 +27,50 @@ def client_table(run: RunData) -> list[tuple[str, ...]]:
     if not known:
         return []
     names = sorted(known | failures.keys(), key=lambda name: (len(name), name))
-    more = [cells for cells in _optional(run).values() if cells]
+    first, last = (list(columns.values()) for columns in (_first(run), _last(run)))
     return [
-        (name[:300], *_cells(replies[name], failures[name]), *(cells.get(name, _NONE) for cells in more))
+        (
+            name[:300],
+            *(cells.get(name, _NONE) for cells in first),
+            *_cells(replies[name], failures[name]),
+            *(cells.get(name, _NONE) for cells in last),
+        )
         for name in names[:_MAX]
     ]
 
 
 def client_columns(run: RunData) -> list[str]:
-    """Return the names of the columns."""
-    optional = [name for name, value in _optional(run).items() if value]
-    return ["client", "valid replies", "failed", "examples", "explained variance", "training", "encoding", *optional]
+    """Return the names of the columns, the most important ones first: a phone shows three."""
+    fixed = ("explained variance", "valid replies", "failed", "examples", "training", "encoding")
+    return ["client", *_first(run), *fixed, *_last(run)]
 
 
-def _optional(run: RunData) -> dict[str, dict[str, str]]:
-    """Column -> client -> cell, of the columns that only some runs have."""
+def _first(run: RunData) -> dict[str, dict[str, str]]:
+    """Column -> client -> cell, of the columns after the client's name that only some runs have."""
     tested: dict[str, str] = {}
-    seconds: defaultdict[str, list[float]] = defaultdict(list)
     for row in run.rounds:
         for entry in row.by_client:
             if entry.test_accuracy is not None:
                 tested[entry.client] = format_fraction(entry.test_accuracy)
+    return _filled({"own test accuracy": tested, "uplink": _bytes(run, 0)})
+
+
+def _last(run: RunData) -> dict[str, dict[str, str]]:
+    """Column -> client -> cell, of the last columns, which only some runs have."""
+    seconds: defaultdict[str, list[float]] = defaultdict(list)
+    for row in run.rounds:
         for client, value in row.link_seconds.items():
             seconds[client].append(value or 0.0)
     transfers = {name: f"{format_seconds(sum(own) / len(own))} per round" for name, own in seconds.items()}
-    up, down = (
-        {client: format_bytes(sizes[direction]) for client, sizes in run.client_bytes.items()} for direction in (0, 1)
-    )
-    return {"own test accuracy": tested, "transfers": transfers, "uplink": up, "downlink": down}
+    return _filled({"downlink": _bytes(run, 1), "transfers": transfers})
+
+
+def _bytes(run: RunData, direction: int) -> dict[str, str]:
+    return {client: format_bytes(sizes[direction]) for client, sizes in run.client_bytes.items()}
+
+
+def _filled(columns: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+    return {name: cells for name, cells in columns.items() if cells}
 
 
 def _cells(replies: list[ClientRecord], failures: int) -> list[str]:
@@ -62,10 +78,10 @@ def _cells(replies: list[ClientRecord], failures: int) -> list[str]:
     train, encode = (_mean(getattr(entry, name) for entry in replies) for name in ("train_seconds", "encode_seconds"))
     examples = max((entry.examples for entry in replies if entry.examples is not None), default=None)
     return [
+        _NONE if explained is None else format_fraction(explained),
         f"{len(replies):,}" if replies else _NONE,
         f"{failures:,}",
         _NONE if examples is None else f"{examples:,}",
-        _NONE if explained is None else format_fraction(explained),
         _NONE if train is None else f"{format_seconds(train)} per round",
         _NONE if encode is None else f"{format_seconds(encode)} per round",
     ]

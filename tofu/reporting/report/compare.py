@@ -183,5 +183,5 @@ def _tables(document: Mapping[str, Any]) -> list[dict[str, object]]:
 
 
 def _table(name: str, title: str, caption: str, table: Table, remarks: Sequence[str] = ()) -> dict[str, object]:
-    css = ["left"] * table.left
+    css = [*["left"] * table.left, *(["narrow"] if name == "cells" else [])]
     return {"id": name, "title": title, "caption": caption, "table": table, "css": css, "notes": remarks}

@@ -73,8 +73,11 @@ def _tested(row: RoundRecord) -> str:
 
 
 _COLUMNS = (
-    Column("task", lambda row: _number(row.task, "{}".format), optional=True),
     Column("accuracy", lambda row: _number(row.accuracy, _percent), lambda run: _number(run.final_accuracy, _percent)),
+    Column("uplink", _trained(lambda row: format_bytes(row.uplink_bytes)), lambda run: format_bytes(run.uplink_bytes)),
+    Column("less than FedAvg", lambda row: _less(row.fedavg_uplink_bytes, row.uplink_bytes),
+           lambda run: _less(run.fedavg_uplink_bytes, run.uplink_bytes)),
+    Column("task", lambda row: _number(row.task, "{}".format), optional=True),
     Column("clients' own accuracy (10% / 50% / 90%)", _tested, optional=True),
     Column("loss", lambda row: _number(row.loss, "{:.4f}".format)),
     Column("training loss", lambda row: _number(row.train_loss, "{:.4f}".format)),
@@ -88,12 +91,10 @@ _COLUMNS = (
     Column("failed", _trained(lambda row: f"{len(row.failures)}"), lambda run: f"{run.failures}"),
     Column("values clipped (largest / range)", _clipped,
            lambda run: f"{sum(row.clipped or 0 for row in run.rounds):,}", optional=True),
-    Column("uplink", _trained(lambda row: format_bytes(row.uplink_bytes)), lambda run: format_bytes(run.uplink_bytes)),
     Column("downlink", _trained(lambda row: format_bytes(row.downlink_bytes)),
            lambda run: format_bytes(run.downlink_bytes)),
     Column("FedAvg's uplink", _trained(lambda row: format_bytes(row.fedavg_uplink_bytes)),
            lambda run: format_bytes(run.fedavg_uplink_bytes)),
-    Column("less than FedAvg", lambda row: _less(row.fedavg_uplink_bytes, row.uplink_bytes),
-           lambda run: _less(run.fedavg_uplink_bytes, run.uplink_bytes)),
     Column("time", lambda row: _number(row.seconds, format_seconds), lambda run: _number(run.seconds, format_seconds)),
 )  # fmt: skip
+"""The most important ones come first: a phone shows four, and the others by scrolling."""

@@ -139,6 +139,12 @@ _MEDIA_STYLE = """
 @media screen and (max-width: 520px) {
   .card { padding: 16px 14px; }
   svg text, svg .value, svg .bar-name { font-size: 14px; }
+  th, td { padding: 5px; }
+  .scroll th:first-child { position: sticky; left: 0; background: var(--card); }
+  .wrap, .panel tbody th { min-width: 7em; }
+  .scroll tbody .left, .scroll .narrow { white-space: normal; }
+  .scroll .narrow { min-width: 7em; }
+  .scroll tbody th.left { min-width: 4em; }
   #privacy thead { display: none; }
   #privacy tr, #privacy th, #privacy td { display: block; border: 0; padding: 2px 0; }
   #privacy tr { border-bottom: 1px solid var(--line); padding: 8px 0; }
