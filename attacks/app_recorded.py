@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import safetensors
@@ -86,6 +87,10 @@ class AppMessage:
     @property
     def seed(self) -> int:
         return 0
+
+    def next_step(self, run: Path) -> dict[str, object]:
+        """Return no field: the app's own training made the message, and no command of ours repeats it."""
+        return {}
 
     def scenario(self, observation: Observation) -> dict[str, object]:
         """Return the fields of a row of results that describe the scenario."""

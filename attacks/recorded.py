@@ -16,6 +16,7 @@ import torch
 
 from attacks.app_recorded import AppMessage
 from attacks.base import Attack, AttackError, Watch, make_attack
+from attacks.easier_run import easier_run
 from attacks.evaluate import (
     CONTROL,
     Row,
@@ -160,7 +161,7 @@ def attack_run(
                     if row["refused"] not in told:  # it is not possible in any round
                         log(f"round {recording.round} client {recording.client} {format_outcome(row)}")
                     told |= {row["refused"]} - {""}
-                rows.append({**row, "images": str(path.with_suffix(".npz").relative_to(folder))})
+                rows.append(row | _images_of(path, folder) | message.next_step(run))
     except KeyboardInterrupt:
         write_document(folder, {"run": str(run), "attacks": list(attacks)}, rows, planned=planned)
         raise
@@ -205,9 +206,17 @@ class RunMessage:
             seed=settings.run.seed, client=seen.client, round_=seen.round,
         )  # fmt: skip
 
+    def next_step(self, run: Path) -> dict[str, object]:
+        """Return the field of a row with the command of a run that is easier to attack."""
+        return {"easier_run": easier_run(self.recording.settings, self.recording.kind, run)}
+
     @cached_property
     def _data(self) -> tuple[FederatedData, LabeledImages]:
         return _data(self.recording)
+
+
+def _images_of(trial: Path, folder: Path) -> dict[str, object]:
+    return {"images": str(trial.with_suffix(".npz").relative_to(folder))}
 
 
 def _message_of(recording: Recording | AppRecording, model: str | None, dataset: str | None) -> RunMessage | AppMessage:

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -130,12 +129,13 @@ def scenario_title(entry: Row) -> str:
     )
 
 
-def conclusions(summary: Sequence[Row], found: Sequence[Row]) -> list[str]:
+def conclusions(summary: Sequence[Row], found: Sequence[Row], easier: str = "") -> list[str]:
     """Return what follows for someone who must decide whether the messages may be sent, one sentence or two each.
 
     Args:
         summary: of `summarize`.
         found: of `verdicts`.
+        easier: the command of `easier_run`, if a run was attacked.
     """
     sent = [entry for entry in summary if entry["message"] != CONTROL]
     counted = [entry for entry in sent if entry.get("recovered") and entry["recovered"][0] > 0]
@@ -149,7 +149,7 @@ def conclusions(summary: Sequence[Row], found: Sequence[Row]) -> list[str]:
     if nothing:
         texts.append(
             "Nothing can be concluded: not even the exact update was inverted, as is usual after many local steps. "
-            f"Assume that images are not hidden. {_next_step(found)}"
+            f"Assume that images are not hidden. {_next_step(easier)}"
         )
     if leaking:
         texts.append(
@@ -191,20 +191,24 @@ def _stopped(summary: Sequence[Row]) -> list[str]:
     return [sentence] * bool(stopped)
 
 
-def _next_step(found: Sequence[Row]) -> str:
-    """Return what makes an update easier to invert: the commands, if dataset and model are those of a run."""
-    easier = "few images in few local steps make an update easier to invert"
-    if not found or not found[0]["dataset"] or not found[0]["model"]:
-        return f"To see more, attack a message of a client with {easier.replace(' make', ', which make')}."
-    of = f"--dataset {shlex.quote(str(found[0]['dataset']))} --model {shlex.quote(str(found[0]['model']))}"
-    few = "--record-clients 0 --rounds 2 --train-images 40 --partition iid --batch-size 4 --run-folder runs/few"
-    return f"To see more ({easier}), with what else your run needs: tofu run {of} {few} && tofu attack runs/few"
+def _next_step(easier: str) -> str:
+    """Return what makes an update easier to invert: the commands, if a run was attacked."""
+    if not easier:
+        return (
+            "To see more, attack a message of a client with few images in few local steps, which is easier to invert."
+        )
+    return f"To see more (few images in few local steps make an update easier to invert): {easier}"
 
 
 def _no_accident(entry: Row, tests: int) -> bool:
     """Return whether chance does not explain the images counted as recovered, if so many messages were tested."""
     chance = entry.get("chance")
     return float(entry["psnr"][0]) > BROKEN or (chance is not None and tests * float(chance) < ACCIDENT)
+
+
+def easier_of(rows: Sequence[Row]) -> str:
+    """Return the command that the rows of a run have (`attacks.easier_run`), or ""."""
+    return str(rows[0].get("easier_run", "")) if rows else ""
 
 
 def print_tables(rows: Sequence[Row]) -> None:
@@ -217,7 +221,7 @@ def print_tables(rows: Sequence[Row]) -> None:
         for remark in remarks(entries):
             print(remark)
     print(f"\n{READING}\n\nWhat this means:")
-    for sentence in conclusions(summary, found):
+    for sentence in conclusions(summary, found, easier_of(rows)):
         print(f"- {sentence}")
 
 
@@ -242,7 +246,7 @@ def write_report(rows: Sequence[Row], folder: Path) -> Path:
         )
     text = render_template(
         _PAGE, parts=parts, header=HEADER, impossible=impossible(rows), title="What the messages leak", state="",
-        meaning=conclusions(summary, found), reading=READING, aside="",
+        meaning=conclusions(summary, found, easier_of(rows)), reading=READING, aside="",
         lead=_lead(summary, tested=any(verdict["broke"] for verdict in found)),
     )  # fmt: skip
     page = folder / "report.html"

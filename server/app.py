@@ -52,7 +52,7 @@ from tofu.observers.trackers import make_trackers
 from tofu.privacy import Accountant
 from tofu.recording import Recorder
 from tofu.reference_model import ReferenceModel
-from tofu.reporting.folder import RunFolder
+from tofu.reporting.folder import RunFolder, portable_settings
 from tofu.rounds.links import LinkSimulator
 from tofu.rounds.record import RoundRecord, RunSummary, from_dict, round_label, to_dict
 from tofu.rounds.schedule import make_schedule
@@ -194,7 +194,7 @@ class _Run:
             first.spend(settings.privacy.noise_multiplier, self._runner.kind(1))
             accepted = f"at least {first.epsilon:.4g}, the epsilon of one round"
             raise SettingError("max-epsilon", settings.privacy.max_epsilon, accepted)
-        self._recorder = Recorder(Path(), settings.run.recorded, settings=settings, shape=shape)
+        self._recorder = Recorder(Path(), settings.run.recorded, settings=portable_settings(settings), shape=shape)
         self._samples = SampleImages(workload, test, real=settings.run.report_images)
 
     def run(self) -> RunSummary:

@@ -28,6 +28,7 @@ from tofu.settings import Settings, settings_of_section
 _WRITTEN = frozenset(
     (
         "config.json",
+        "modules.json",
         "data.json",
         "model.json",
         "metrics.jsonl",

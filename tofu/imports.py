@@ -3,25 +3,34 @@
 import hashlib
 import importlib
 import importlib.util
+import json
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tofu.errors import MissingExtraError
+from tofu.errors import MissingExtraError, RunError
 
 MODULES = "TOFU_MODULES"
 """Environment variable: a further folder of the user's modules, for the apps of `tofu deploy`, which run elsewhere."""
+
+MODULE_FILE = "modules.json"
+"""File in a run's folder: module -> the folder in which the run found it, for commands in another folder."""
+
+_of_runs: dict[str, str] = {}
+_NAME = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")
 
 
 def import_object(name: str) -> Any:
     """Import `package.module:attribute`, also from the current folder, as flwr, uvicorn and flask do.
 
-    So is the folder that `MODULES` names. Both are appended to the import path and not prepended, so that a project
-    with its own `client.py` or `server.py` does not hide the packages of these names that Tofu imports later.
+    So is the folder that `MODULES` names, and before both, the one in which a run that the user named had the module
+    (`remember_modules`). All are appended to the import path and not prepended, so that a project with its own
+    `client.py` or `server.py` does not hide the packages of these names that Tofu imports later.
 
     Raises:
         Exception: whatever the user's module raises; AttributeError if it has no such attribute, and
@@ -46,20 +55,61 @@ def check_module(name: str) -> None:
 
     The folders in which `import_object` looks are appended to the import path. Nothing is imported.
     """
-    for folder in (os.getcwd(), os.environ.get(MODULES, "")):
+    module, _, attribute = name.partition(":")
+    top = module.partition(".")[0]
+    for folder in (_of_runs.get(top, ""), *_user_folders()):
         if folder and folder not in sys.path and (folder != os.getcwd() or "" not in sys.path):
             sys.path.append(folder)
-    module, _, attribute = name.partition(":")
     if module.endswith(".py"):
         raise ModuleNotFoundError(f"a module is named without .py: {module.removesuffix('.py')}:{attribute}")
-    top = module.partition(".")[0]
     if top and top not in sys.modules and importlib.util.find_spec(top) is None:
         raise _not_found(top)
 
 
+def _user_folders() -> tuple[str, ...]:
+    return (os.getcwd(), os.environ.get(MODULES, ""))
+
+
 def _not_found(module: str) -> ModuleNotFoundError:
-    where = f"{os.getcwd()} or among the installed packages: run the command in the folder of {module}.py"
-    return ModuleNotFoundError(f"No module named {module!r} in {where}", name=module)
+    of_run = _of_runs.get(module.partition(".")[0])
+    moved = f"in {of_run}, where the run had it, " if of_run and of_run != os.getcwd() else ""
+    where = f"{moved}in {os.getcwd()} or among the installed packages: run the command in the folder of {module}.py"
+    return ModuleNotFoundError(f"No module named {module!r} {where}", name=module)
+
+
+def user_modules(names: Iterable[object]) -> dict[str, str]:
+    """Return module -> its folder for the user's modules that settings name as `package.module:attribute`.
+
+    Those are the modules in the current folder, in the one that `MODULES` names, and in those of `remember_modules`.
+    Installed modules are found anywhere and are left out. Nothing is imported.
+
+    Args:
+        names: values of settings; one can have several names, separated by commas or spaces.
+    """
+    texts = (text for name in names if isinstance(name, str) for text in re.split(r"[,\s]+", name))
+    found: dict[str, str] = {}
+    for top in {text.partition(":")[0].partition(".")[0] for text in texts if _NAME.fullmatch(text)}:
+        for folder in (*_user_folders(), _of_runs.get(top, "")):
+            if folder and (Path(folder, f"{top}.py").is_file() or Path(folder, top).is_dir()):
+                found.setdefault(top, os.path.abspath(folder))
+    return dict(sorted(found.items()))
+
+
+def remember_modules(run: Path) -> None:
+    """Let `import_object` look for the modules of a run where that run found them (`MODULE_FILE` in its folder).
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    try:
+        found = json.loads((run / MODULE_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise RunError(f"{run / MODULE_FILE} cannot be read: {error}") from error
+    if not isinstance(found, dict) or not all(isinstance(folder, str) for folder in found.values()):
+        raise RunError(f"{run / MODULE_FILE} must hold an object: module -> folder")
+    _of_runs.update(found)
 
 
 @cache

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from tofu.data import ImageShape
 from tofu.errors import RunError, SettingError
+from tofu.imports import remember_modules
 from tofu.rounds import KINDS
 from tofu.rounds.panel import StrictFields
 from tofu.settings import Settings
@@ -201,8 +202,9 @@ def recordings(run: Path) -> list[Path]:
     """List the folders of a run's recordings, by client and then by round.
 
     Raises:
-        RunError: the run has no recordings.
+        RunError: the run has no recordings, or its `modules.json` is damaged.
     """
+    remember_modules(run)
     found = [(m[2], int(m[1]), path) for path in sorted((run / FOLDER).glob("round-*")) if (m := _match(path))]
     if not found:
         raise RunError(f"{run} has no recorded messages: run it again with --record-clients")

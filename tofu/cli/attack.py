@@ -1,7 +1,7 @@
 """`tofu attack`: what each kind of message leaks."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tofu.cli.options import Json, Quiet, line_printer
-from tofu.errors import Interrupted, SettingError
+from tofu.errors import Interrupted, RunError, SettingError
 from tofu.formatting import format_seconds
 from tofu.registry import Registry
+from tofu.settings import accepted_values
 from tofu.settings.fields import comma_list
+from tofu.settings.groups import MODELS
 
 if TYPE_CHECKING:
     from attacks.evaluate import AttackEvaluation
@@ -22,6 +24,8 @@ _ATTACKS = "idlg,codec-aware,label-counts; of a run analytic,simulation,codec-aw
 _OF_MADE = ("norm", "lr", "messages", "batch_sizes", "pretrain_rounds", "steps", "seeds", "rounds", "know_labels")
 """Parameters that say how messages are made."""
 
+_ATTACKED_MODELS = (*MODELS, "lenet-smooth", "lenet-smooth-batch")
+
 
 def _check_attacks(names: str | None) -> str | None:
     """Refuse a misspelled attack before torch is imported, which takes seconds. Raises SettingError."""
@@ -30,6 +34,28 @@ def _check_attacks(names: str | None) -> str | None:
         if ":" not in name and name not in registry.names():
             registry.get(name)
     return names
+
+
+def _check_words(run: Path | None, options: Mapping[str, Any]) -> None:
+    """Refuse what is misspelled before torch is imported, which takes seconds.
+
+    Raises:
+        RunError: the run has no recordings.
+        SettingError: a value cannot be used.
+    """
+    if run is not None and not (run / "record").is_dir():
+        raise RunError(f"{run} has no recorded messages: run it again with --record-clients")
+    model = options["model"]
+    if model is not None and ":" not in model and model not in _ATTACKED_MODELS:
+        raise SettingError("model", model, f"one of {', '.join(_ATTACKED_MODELS)}, or package.module:factory")
+    for name in ("batch_sizes", "pretrain_rounds", "steps"):
+        if not all(text.strip().isdecimal() for text in comma_list(options[name] or "")):
+            raise SettingError(name, options[name], "whole numbers separated by commas")
+    kinds = ("exact", "dp", "secure", *accepted_values("compressor"))
+    for message in comma_list(options["messages"] or ""):
+        if message.strip().partition(":")[0] not in kinds:
+            accepted = "exact, proxy:smooth:RATIO, proxy:paper:RATIO, COMPRESSOR[:RATIO], dp:EPSILON or secure:CLIENTS"
+            raise SettingError("messages", message, accepted)
 
 
 def _option(flag: str, help_: str, default: str, **more: Any) -> Any:
@@ -84,12 +110,11 @@ def attack(
     quiet: Quiet = False,
 ) -> None:
     """Measure what messages leak: those of a recorded run, or messages that are made for the purpose."""
-    import torch
-
+    _check_words(run, context.params)
     from attacks.evaluate import evaluate
     from attacks.report import print_tables, write_report
 
-    torch.set_num_threads(threads)
+    _set_threads(threads)
     log = line_printer(quiet=quiet)
     evaluation = _evaluation({name: value for name, value in context.params.items() if value is not None})
     folder = folder or (Path("runs/attacks") if run is None else run / "attacks")
@@ -106,6 +131,12 @@ def attack(
         return
     print_tables(rows)
     print(f"\nreport: {page}")
+
+
+def _set_threads(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
 
 
 def _report_so_far(folder: Path) -> str:

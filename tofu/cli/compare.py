@@ -54,6 +54,7 @@ def compare(
     for name, instead in {"compressor": "--compressors", "ratio": "--ratios", "run_folder": "--folder"}.items():
         if name in overrides:
             raise SettingError(name, overrides[name], f"{instead} in its place")
+    settings = settings_from(config, overrides)  # a misspelled one is refused before torch is imported
     logging.getLogger("flwr").setLevel(logging.ERROR)
     from client.app import app as client_app
     from server.comparison import run_comparison
@@ -63,7 +64,7 @@ def compare(
     from tofu.reporting.report.compare_tables import markdown
 
     comparison = Comparison.of(
-        settings_from(config, overrides), compressors=compressors, ratios=ratios, seeds=seeds, folder=folder,
+        settings, compressors=compressors, ratios=ratios, seeds=seeds, folder=folder,
         overrides=for_ or (), tune=tune or "",
     )  # fmt: skip
     quiet = quiet or json_

@@ -14,12 +14,12 @@ def demo(*, config: ConfigFile = None, quiet: Quiet = False, overrides: dict[str
 
     Without options: ten clients, a small network, the digits that come with scikit-learn.
     """
+    tofu = settings_from(config, overrides)  # a misspelled one is refused before torch is imported
     from tofu.formatting import format_bytes
     from tofu.reporting.folder import add_baseline, check_new, fresh_folder
     from tofu.reporting.report import write_report
     from tofu.rounds.record import read_rounds
 
-    tofu = settings_from(config, overrides)
     # Compressed rounds without compression: so the server chooses its step in the same way in both runs.
     fedavg = tofu.replace(schedule="compressed", compressor="none", downlink=FULL_WEIGHTS)
     given = tofu.run.run_folder

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 @with_settings
 def plan(*, config: ConfigFile = None, json_: Json = False, overrides: dict[str, Value]) -> None:
     """Print what a run will cost in bytes and about how long it will take here, without running it."""
+    settings = settings_from(config, overrides)  # a misspelled one is refused before torch is imported
     from server.ledger import reply_overhead
     from tofu.data import FederatedData
     from tofu.models import initial_model
@@ -23,7 +24,6 @@ def plan(*, config: ConfigFile = None, json_: Json = False, overrides: dict[str,
     from tofu.reference_model import ReferenceModel
     from tofu.rounds.schedule import make_schedule
 
-    settings = settings_from(config, overrides)
     data = FederatedData.of(settings.data, settings.run.seed)
     shape = data.shape
     network = ReferenceModel(initial_model(settings.model, shape, settings.run.seed).eval(), shape)

@@ -49,14 +49,21 @@ def _run(config: Path | None, overrides: dict[str, Value], *, fast_dev_run: bool
         return
     if overrides.get("resume") and config is not None:
         raise SettingError("config", str(config), "no file with --resume, which takes the settings of that run")
-    from tofu.reporting.folder import resumed_settings
-
-    settings = resumed_settings(overrides) if overrides.get("resume") else settings_from(config, overrides)
+    settings = _resumed(overrides) if overrides.get("resume") else settings_from(config, overrides)
     summary = run_settings(settings, quiet=quiet or json_)
     if json_:
         print(json.dumps(summary))
     else:
         print(f"{'' if quiet else 'report: '}{summary['run']}/report.html")
+
+
+def _resumed(overrides: dict[str, Value]) -> Settings:
+    folder = str(overrides["resume"])
+    if not (Path(folder) / "config.json").is_file():  # before torch is imported, which takes seconds
+        raise SettingError("resume", folder, "the folder of a run, with its config.json")
+    from tofu.reporting.folder import resumed_settings
+
+    return resumed_settings(overrides)
 
 
 def _try_out(settings: Settings, *, quiet: bool) -> None:

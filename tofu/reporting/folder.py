@@ -1,6 +1,7 @@
 """The folder of a run. It can be read while the run goes on, and no file in it is ever half-written.
 
 config.json                          all settings
+modules.json                         module of the user's own model, compressor, ... -> its folder
 metrics.jsonl                        one `RoundRecord` per line
 ledger.jsonl                         one message per line, appended after each round
 weights.safetensors, plugins.state   the model and the plugins' broadcast state, replaced after each round
@@ -31,6 +32,7 @@ from tofu.data import ImageShape
 from tofu.data.preprocessing import PLAIN, Preprocessing, Statistics
 from tofu.errors import RunError, SettingError
 from tofu.files import FileLock, lock_file, replace_arrays, replace_file
+from tofu.imports import MODULE_FILE, remember_modules, user_modules
 from tofu.reporting.panels import write_panels
 from tofu.rounds.panel import Panel
 from tofu.rounds.record import Baseline, RoundRecord, RunSummary, read_rounds, read_summary, round_label, to_dict
@@ -88,6 +90,8 @@ class RunFolder:
     def write_config(self, settings: Settings) -> None:
         """Write the settings, with which `resume` continues."""
         self._replace("config.json", _json(_stored(settings), indent=1))
+        if modules := user_modules(settings.to_config().values()):
+            self._replace(MODULE_FILE, _json(modules, indent=1))
 
     def close(self) -> None:
         """Release the lock."""
@@ -212,6 +216,11 @@ def _stored(settings: Settings) -> dict[str, Value]:
     return config
 
 
+def portable_settings(settings: Settings) -> Settings:
+    """Return the settings with absolute paths, which mean the same in any folder."""
+    return Settings.of(_stored(settings), warn=False)
+
+
 def _absolute(path: str) -> str:
     """Return an absolute path, if it is the path of a file or folder; it may also be a hub id."""
     with suppress(OSError, RuntimeError, ValueError):
@@ -277,7 +286,12 @@ def read_class_names(run: Path, classes: int) -> tuple[str, ...]:
 
 
 def read_config(run: Path, *, field: str = "resume") -> Settings:
-    """Return the settings of a run. Raises SettingError with the name of `field` if there is no such run."""
+    """Return the settings of a run; modules that they name are then found where the run had them.
+
+    Raises:
+        SettingError: with the name of `field`, if there is no such run.
+    """
+    remember_modules(run)
     try:
         values = json.loads((run / "config.json").read_text())
     except (OSError, ValueError) as error:

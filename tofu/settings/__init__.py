@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from tofu.settings.fields import (
     Value,
     build,
     choices_of,
+    comma_list,
     expected,
     has_auto,
     kind_of,
@@ -246,6 +248,13 @@ class Settings(BaseModel):
             raise SettingError("client-fraction", server.client_fraction, f"{limit} rounds")
 
     def _check_plugins(self, kinds: tuple[str, ...]) -> None:
+        if "tofu.plugins" not in sys.modules:  # nobody has registered one
+            from tofu.registry import Registry
+
+            named: Registry[Any] = Registry("plugins", None, "client.plugins")
+            for name in comma_list(self.plugins.plugins):
+                if ":" not in name and name not in named.names():  # before torch is imported, which takes seconds
+                    named.get(name)
         from tofu.plugins import RunRequirements, make_plugins
 
         make_plugins(self.plugins.plugins, self.plugins.plugin_options).check(
