@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -28,9 +29,9 @@ _NAME = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")
 def import_object(name: str) -> Any:
     """Import `package.module:attribute`, also from the current folder, as flwr, uvicorn and flask do.
 
-    So is the folder that `MODULES` names, and before both, the one in which a run that the user named had the module
-    (`remember_modules`). All are appended to the import path and not prepended, so that a project with its own
-    `client.py` or `server.py` does not hide the packages of these names that Tofu imports later.
+    So is the folder that `MODULES` names. Both are appended to the import path and not prepended, so that a project
+    with its own `client.py` or `server.py` does not hide the packages of these names that Tofu imports later. A folder
+    that only a file names is not searched: a run's folder from someone else could name any.
 
     Raises:
         Exception: whatever the user's module raises; AttributeError if it has no such attribute, and
@@ -55,11 +56,11 @@ def check_module(name: str) -> None:
 
     The folders in which `import_object` looks are appended to the import path. Nothing is imported.
     """
-    module, _, attribute = name.partition(":")
-    top = module.partition(".")[0]
-    for folder in (_of_runs.get(top, ""), *_user_folders()):
+    for folder in _user_folders():
         if folder and folder not in sys.path and (folder != os.getcwd() or "" not in sys.path):
             sys.path.append(folder)
+    module, _, attribute = name.partition(":")
+    top = module.partition(".")[0]
     if module.endswith(".py"):
         raise ModuleNotFoundError(f"a module is named without .py: {module.removesuffix('.py')}:{attribute}")
     if top and top not in sys.modules and importlib.util.find_spec(top) is None:
@@ -72,9 +73,16 @@ def _user_folders() -> tuple[str, ...]:
 
 def _not_found(module: str) -> ModuleNotFoundError:
     of_run = _of_runs.get(module.partition(".")[0])
-    moved = f"in {of_run}, where the run had it, " if of_run and of_run != os.getcwd() else ""
-    where = f"{moved}in {os.getcwd()} or among the installed packages: run the command in the folder of {module}.py"
-    return ModuleNotFoundError(f"No module named {module!r} {where}", name=module)
+    remedy = f"run the command in the folder of {module}.py"
+    if of_run and of_run != os.getcwd():
+        there = "there" if _has_module(of_run, module.partition(".")[0]) else "there, but it is not there now"
+        remedy = f"the run had it in {of_run}: {MODULES}={shlex.quote(of_run)} before the command finds it {there}"
+    where = f"in {os.getcwd()} or among the installed packages"
+    return ModuleNotFoundError(f"No module named {module!r} {where}: {remedy}", name=module)
+
+
+def _has_module(folder: str, top: str) -> bool:
+    return Path(folder, f"{top}.py").is_file() or Path(folder, top).is_dir()
 
 
 def user_modules(names: Iterable[object]) -> dict[str, str]:
@@ -90,13 +98,13 @@ def user_modules(names: Iterable[object]) -> dict[str, str]:
     found: dict[str, str] = {}
     for top in {text.partition(":")[0].partition(".")[0] for text in texts if _NAME.fullmatch(text)}:
         for folder in (*_user_folders(), _of_runs.get(top, "")):
-            if folder and (Path(folder, f"{top}.py").is_file() or Path(folder, top).is_dir()):
+            if folder and _has_module(folder, top):
                 found.setdefault(top, os.path.abspath(folder))
     return dict(sorted(found.items()))
 
 
 def remember_modules(run: Path) -> None:
-    """Let `import_object` look for the modules of a run where that run found them (`MODULE_FILE` in its folder).
+    """Let errors say where a run found its modules (`MODULE_FILE` in its folder).
 
     Raises:
         RunError: the file is damaged.

@@ -173,9 +173,9 @@ def test_what_follows_is_said_for_who_must_decide(tmp_path: Path, capsys: pytest
     silent = [verdict | {"broke": False} for verdict in found]
     nothing = conclusions(hidden, silent)[0]
     assert nothing.startswith("Nothing can be concluded: not even the exact update was inverted")
-    assert f"tofu run --dataset digits --model {SMALL.model} --record-clients 0 --rounds 2 --train-images 40" in nothing
-    app = conclusions(hidden, [verdict | {"model": None} for verdict in silent])[0]
-    assert "attack a message of a client with few images in few local steps, which make" in app
+    assert "attack a message of a client with few images in few local steps, which is easier to invert" in nothing
+    of_run = conclusions(hidden, silent, "tofu run --rounds 2 && tofu attack runs/few")[0]
+    assert of_run.endswith("make an update easier to invert): tofu run --rounds 2 && tofu attack runs/few")
     half = conclusions(hidden, [*found, *silent])
     assert any(text.startswith("No exact update was inverted in 1 of 2 tables") for text in half)
     assert conclusions(summary, silent)[1].startswith("No exact update was inverted in 1 of 1 tables")

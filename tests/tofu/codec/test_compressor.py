@@ -1,5 +1,8 @@
 import struct
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -321,3 +324,33 @@ def test_describe_accounts_for_every_byte(mlp_update: Case, correction: float) -
     assert (content.proxies is None) == (content.proxy_shape[0] == 0)
     if content.proxies is not None:
         assert tuple(content.proxies.inputs[0].shape) == content.proxy_shape
+
+
+PEAK = """
+import torch
+from torch import nn
+from tofu.compression import make_compressor
+from tofu.data import ImageShape
+from tofu.reference_model import ReferenceModel
+
+def peak():
+    (line,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
+
+model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 3000), nn.ReLU(), nn.Linear(3000, 10))
+reference = ReferenceModel(model.eval(), ImageShape(3, 32, 32, 10))
+update = {name: 0.01 * torch.randn_like(weight) for name, weight in reference.base.items()}
+compressor = make_compressor("sparse", reference, ratio=200.0)
+before = peak()
+compressor.compress(reference, update, generator=torch.Generator().manual_seed(0))
+print((peak() - before) / reference.param_spec.float32_bytes)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
+def test_a_correction_takes_the_memory_of_a_few_updates() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", PEAK], cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert float(ended.stdout) < 6.5
