@@ -34,6 +34,7 @@ class Accountant:
 
     Raises:
         SettingError: delta is outside (0, 1).
+        MissingExtraError: dp-accounting is not installed; a run says so before it writes anything.
 
     Example:
         >>> accountant = Accountant(delta=1e-5)
@@ -45,6 +46,8 @@ class Accountant:
 
     def __init__(self, delta: float) -> None:
         _check_delta(delta)
+        with from_extra("privacy"):
+            import dp_accounting  # noqa: F401
         self.delta = delta
         self._spent: dict[_Key, int] = {}
 

@@ -136,6 +136,13 @@ def test_a_value_that_cannot_be_used(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_noise_without_its_extra_leaves_no_folder(tofu: Tofu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the same command, after the installation, would be refused: its folder is not empty."""
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    fails(tofu("run", *TINY, "--quiet", "--run-folder=run", "--noise-multiplier=1"), "pip install 'tofu-fl[privacy]'")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_downlink_ratio_out_of_reach_leaves_no_folder(tofu: Tofu, tmp_path: Path) -> None:
     options = ("--run-folder=run", "--downlink=proxy", "--downlink-ratio=1e6")
     fails(tofu("run", *TINY, *options), "at most")
