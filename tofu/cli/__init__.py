@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -36,6 +38,18 @@ SUGGEST_COMMANDS = not hasattr(click.exceptions, "NoSuchCommand")
 _MODULES = {"serve": "report"}
 
 
+@contextmanager
+def usage_errors_in_one_line() -> Iterator[None]:
+    """Raise TofuError for an option, argument or command that click refuses: it would print a box of several lines."""
+    try:
+        yield
+    except click.UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # no error but a help page; older releases of click have none
+            raise
+        where = f" (see `{error.ctx.command_path} --help`)" if error.ctx is not None else ""
+        raise TofuError(f"{error.format_message()}{where}") from error
+
+
 class CommandsOnDemand(TyperGroup):
     """The group of all commands. A list of them, as in `tofu --help`, imports none."""
 
@@ -45,6 +59,14 @@ class CommandsOnDemand(TyperGroup):
             name: TyperCommand(name, help=text) for name, text in COMMANDS.items()
         }
         self.commands = dict(self._listed)
+
+    def make_context(self, *arguments: Any, **named: Any) -> click.Context:
+        with usage_errors_in_one_line():
+            return super().make_context(*arguments, **named)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with usage_errors_in_one_line():
+            return super().invoke(ctx)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name in COMMANDS and self.commands[cmd_name] is self._listed[cmd_name]:

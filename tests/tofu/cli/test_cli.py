@@ -226,15 +226,30 @@ def test_a_demo_folder_that_is_not_empty(tofu: Tofu, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [("run", "--rounds=abc"), ("run", "--nosuch=1"), ("run", "--lr"), ("nosuch",), ("report",), ("plan", "extra")],
+    ("arguments", "words"),
+    [
+        (("run", "--rounds=abc"), ("--rounds", "'abc'", "see `tofu run --help`")),
+        (("run", "--ruonds=1"), ("--ruonds", "Did you mean", "'--rounds'", "see `tofu run --help`")),
+        (("run", "--lr"), ("--lr", "requires an argument")),
+        (("--nosuch",), ("--nosuch", "see `tofu --help`")),
+        (("nosuch",), ("'nosuch'", "see `tofu --help`")),
+        (("report",), ("RUN", "see `tofu report --help`")),
+        (("plan", "extra"), ("extra", "see `tofu plan --help`")),
+        (("compare", "--compressors=topk"), ("--folder", "see `tofu compare --help`")),
+        (("deploy", "up", "--nodes=x"), ("--nodes", "'x'", "see `tofu deploy up --help`")),
+    ],
 )
-def test_usage_errors_have_no_traceback(tofu: Tofu, tmp_path: Path, arguments: tuple[str, ...]) -> None:
-    outcome = tofu(*arguments)
-    assert outcome.status == 2
-    assert "─ Error ─" in outcome.err
-    assert "Traceback" not in outcome.err
+def test_usage_errors_take_one_line(
+    tofu: Tofu, tmp_path: Path, arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    fails(tofu(*arguments), *words)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_group_without_a_command_prints_its_help(tofu: Tofu) -> None:
+    outcome = tofu("deploy")
+    assert "Usage: tofu deploy" in outcome.out + outcome.err
+    assert "error:" not in outcome.err
 
 
 def test_the_real_command_fails_in_one_line(tmp_path: Path) -> None:
