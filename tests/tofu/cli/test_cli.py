@@ -377,6 +377,12 @@ def test_demo_compares_two_runs(tofu: Tofu, tmp_path: Path) -> None:
     for summary in summaries:
         assert f"{summary['final_accuracy']:.1%}" in outcome.out
     assert "report: run/report.html" in outcome.out
+    rounds = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    compressed = [one for one in rounds if one.get("with_proxies") is not None]
+    sent, updates = sum(one["with_proxies"] for one in compressed), sum(one["clients"] for one in compressed)
+    assert updates == 4  # two clients, two rounds
+    assert f"\n{sent} of {updates} updates came as proxies and a correction, the others as" in outcome.out
+    assert f"\na payload is {summaries[1]['payload_ratio']:.0f}x smaller than an update;" in outcome.out
 
 
 def test_report_writes_the_page_again(tofu: Tofu, tmp_path: Path) -> None:
