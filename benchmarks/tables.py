@@ -40,6 +40,7 @@ from benchmarks.flower_apps.__main__ import by_variant
 from benchmarks.latency.__main__ import HEADER as LATENCY
 from benchmarks.latency.__main__ import table_rows as latency_rows
 from benchmarks.plugins.tables import PLUGIN_TABLES
+from benchmarks.rivals import temporal
 from benchmarks.robust.__main__ import ATTACKS, BACKDOORS
 from tofu.formatting import format_bytes
 
@@ -283,6 +284,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "error-feedback-leads": error_feedback_leads,
     **{f"current-rivals-{task}": partial(current_rivals_table, task) for task in current_rivals.SHAPES},
     "current-rivals-updates": lambda: markdown_table(*current_rivals.updates(read("current-rivals")["updates"])),
+    "rivals-temporal": lambda: markdown_table(*temporal.table(read("rivals-temporal")["rows"])),
     "flower-apps": lambda: markdown_table(FLOWER_APPS, by_variant(read("flower-apps")["rows"])),
     "soak": soak,
     "latency": lambda: markdown_table(LATENCY, latency_rows(read("latency")["rows"])),
