@@ -43,7 +43,7 @@ from tofu.flower.wrapper import (
     with_record,
     wrappers,
 )
-from tofu.privacy import Accountant
+from tofu.privacy import Accountant, check_delta
 from tofu.secagg.encoding import EncodingConfig, RingEncoder, SecureMean, purpose_of
 from tofu.secagg.identities import read_known
 from tofu.secagg.messages import Advert
@@ -123,7 +123,8 @@ class SecureAggregation(StrategyWrapper):
         self._known = read_known(Path(identities)) if identities else None
         self._seconds = stage_timeout
         self._ranges = RangeTracker(self._options)
-        self._accountant = Accountant(delta)
+        check_delta(delta)
+        self._accountant = Accountant(delta) if self._options.noise_multiplier else None
         self._adverts: dict[int, bytes] = {}
         self._owners: dict[str, int] = {}
         self.acknowledged: dict[int, int] = {}
@@ -218,7 +219,7 @@ class SecureAggregation(StrategyWrapper):
                     "clip-norm": self._ranges.norm, "training": self.training,
                 })  # fmt: skip
                 requests.append(with_record(message, RECORD, record))
-        if self._options.noise_multiplier:  # also if the round is abandoned, as its sum may be known by then
+        if self._accountant is not None:  # also if the round is abandoned, as its sum may be known by then
             self._accountant.spend(self._options.noise_multiplier, "secure")
         return requests
 
@@ -361,7 +362,7 @@ class SecureAggregation(StrategyWrapper):
             "tofu-clipped": mean.clipped,
             "tofu-payload-bytes": opened.masked_bytes,
         })  # fmt: skip
-        if self._options.noise_multiplier:
+        if self._accountant is not None:
             metrics["tofu-epsilon"] = self._accountant.epsilon
         if self._options.clip_quantile:
             metrics["tofu-clip-norm"] = opened.clip_norm

@@ -6,13 +6,14 @@ noise multiplier): each client adds a fraction of it in a secure round, and all 
 docs/privacy.md explains the guarantee and its limits.
 """
 
-from tofu.privacy.accounting import Accountant, epsilon_of, noise_multiplier_for
+from tofu.privacy.accounting import Accountant, check_delta, epsilon_of, noise_multiplier_for
 from tofu.privacy.clipping import check_param_spec, clip
 from tofu.privacy.noise import Noise, normals, rounded_norm
 
 __all__ = [
     "Accountant",
     "Noise",
+    "check_delta",
     "check_param_spec",
     "clip",
     "epsilon_of",

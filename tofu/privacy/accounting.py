@@ -45,7 +45,7 @@ class Accountant:
     """
 
     def __init__(self, delta: float) -> None:
-        _check_delta(delta)
+        check_delta(delta)
         with from_extra("privacy"):
             import dp_accounting  # noqa: F401
         self.delta = delta
@@ -157,7 +157,7 @@ def epsilon_of(noise_multiplier: float, delta: float) -> float:
 
     Raises SettingError if delta is outside (0, 1).
     """
-    _check_delta(delta)
+    check_delta(delta)
     if noise_multiplier <= 0:
         return math.inf
     with from_extra("privacy"):
@@ -173,7 +173,7 @@ def noise_multiplier_for(epsilon: float, delta: float, rounds: int) -> float:
         SettingError: epsilon is not above 0, delta is outside (0, 1), or there is less than 1 round.
     """
     check_positive("epsilon", epsilon)
-    _check_delta(delta)
+    check_delta(delta)
     if rounds < 1:
         raise SettingError("rounds", rounds, "at least 1")
     with from_extra("privacy"):
@@ -183,6 +183,7 @@ def noise_multiplier_for(epsilon: float, delta: float, rounds: int) -> float:
     return float(get_sigma_gaussian(epsilon, delta)) * (1 + 1e-9) * math.sqrt(rounds)
 
 
-def _check_delta(delta: float) -> None:
+def check_delta(delta: float) -> None:
+    """Raises SettingError if delta is outside (0, 1)."""
     if not 0 < delta < 1:
         raise SettingError("delta", delta, "a number above 0 and below 1")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from deploy.identities import make_identities
 from tests.tofu.flower.quickstart import CLIENTS, DATA, Net, accuracy, federate, strategy_of, train
 from tofu.bytes_io import unpack
 from tofu.data import to_float
-from tofu.errors import RunError, SettingError
+from tofu.errors import MissingExtraError, RunError, SettingError
 from tofu.flower.secure_mod import RECORD
 from tofu.flower.secure_options import SecureOptions
 from tofu.privacy import epsilon_of
@@ -421,6 +422,15 @@ def test_a_fixed_clip_norm_is_not_the_servers_to_choose() -> None:
 
     with pytest.raises(RunError, match=r"clip norm is 1000000000\.0, expected 1"):
         federate(tofu.SecureAggregation(strategy_of(), noise_multiplier=1.0), lied_to, rounds=1)
+
+
+def test_only_noise_needs_the_library_that_accounts_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    tofu.SecureAggregation(strategy_of())
+    with pytest.raises(SettingError, match="delta=2"):
+        tofu.SecureAggregation(strategy_of(), delta=2)
+    with pytest.raises(MissingExtraError, match=r"pip install 'tofu-fl\[privacy\]'"):
+        tofu.SecureAggregation(strategy_of(), noise_multiplier=1.0, clip_norm=1.0)
 
 
 def test_an_abandoned_round_counts_in_epsilon() -> None:
