@@ -106,6 +106,12 @@ columns => [...document.querySelectorAll('table')].flatMap(table =>
 """
 
 
+_BROKEN = (
+    "() => [...document.querySelectorAll('.kind:not(.hollow)')].filter(one => one.getClientRects().length > 1).length"
+)
+"""Kinds of rounds that take more than one line."""
+
+
 @pytest.mark.parametrize("write", [run_report, compare_report, attack_report])
 def test_a_page_is_readable_everywhere(
     browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], Path]
@@ -115,4 +121,5 @@ def test_a_page_is_readable_everywhere(
         assert problems(page) == []
         page.set_viewport_size({"width": SIZES["phone"][0], "height": SIZES["phone"][1]})
         assert page.evaluate(_HIDDEN, FIRST) == []
+        assert page.evaluate(_BROKEN) == 0
         assert errors == []

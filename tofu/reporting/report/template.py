@@ -39,9 +39,9 @@ body {
   overflow-wrap: anywhere;
 }
 .panel h3 + svg { margin-top: 10px; }
-main { max-width: 1160px; margin: 0 auto; padding: 44px 28px 56px; }
+main { max-width: 1220px; margin: 0 auto; padding: 44px 28px 56px; }
 a { color: var(--run); }
-nav { max-width: 1160px; margin: 0 auto; padding: 14px 28px 0; font-size: 14px; }
+nav { max-width: 1220px; margin: 0 auto; padding: 14px 28px 0; font-size: 14px; }
 nav + main { padding-top: 20px; }
 h1 { font-size: 14px; font-weight: 600; margin: 0; color: var(--soft); }
 h3 { font-size: 14px; font-weight: 600; margin: 0; }
@@ -143,6 +143,8 @@ _MEDIA_STYLE = """
   .scroll th:first-child { position: sticky; left: 0; background: var(--card); }
   .wrap, .panel tbody th { min-width: 7em; }
   .scroll tbody .left, .scroll .narrow { white-space: normal; }
+  .scroll tbody .kind:not(.hollow) { white-space: nowrap; }
+  .kind::before { margin-right: 4px; }
   .scroll .narrow { min-width: 7em; }
   .scroll tbody th.left { min-width: 4em; }
   #privacy thead { display: none; }
