@@ -26,6 +26,7 @@ from tofu.secagg.encoding import EncodingConfig, RingEncoder
 from tofu.secagg.graph import Topology
 from tofu.secagg.masks import SignedVector, add
 from tofu.settings import PrivacySettings
+from tofu.settings.deprecated import present_kind
 from tofu.settings.groups import SecureSettings
 from tofu.weights import ParamSpec, Weights
 
@@ -35,7 +36,7 @@ CONFIDENCE, DELTA, BITS, OPEN_VALUES = 0.95, 1e-5, 24, 16
 CLIENTS = 30
 """Of one secure sum; further canaries are in sums of their own."""
 
-KINDS = ("secure", "proxy")
+KINDS = ("secure", "compressed")
 NOISE = {1.0: "as accounted", 0.25: "a quarter", 0.0: "none"}
 """The noise that is drawn, over the noise that is accounted for -> its name."""
 
@@ -118,7 +119,7 @@ def audit(kind: str, multiplier: float, rounds: int, canaries: int, drawn: float
     totals = np.zeros(canaries)
     for _ in range(rounds):
         account.spend(multiplier, kind)
-        totals += {"secure": secure_round, "proxy": open_round}[kind](sent, privacy, drawn)
+        totals += {"secure": secure_round, "compressed": open_round}[kind](sent, privacy, drawn)
     found = score(totals, sent, guesses, account.epsilon)
     return {"kind": kind, "noise_multiplier": multiplier, "rounds": rounds, "drawn": drawn, "seed": seed} | found
 
@@ -170,7 +171,9 @@ def table(rows: list[dict[str, Any]], noise: Mapping[float, str] = NOISE) -> str
             found = [row for row in rows if (row["kind"], row["drawn"]) == (kind, drawn)]
             refuted = sum(row["bound"] > row["epsilon"] for row in found)
             bounds = spread([row["bound"] for row in found], 2)
-            lines.append([f"`{kind}`", name, f"{found[0]['epsilon']:.2f}", bounds, f"{refuted} of {len(found)}"])
+            lines.append(
+                [f"`{present_kind(kind)}`", name, f"{found[0]['epsilon']:.2f}", bounds, f"{refuted} of {len(found)}"]
+            )
     return markdown_table(("rounds", "noise", "epsilon", "lower bound", "refuted"), lines)
 
 
