@@ -118,6 +118,8 @@ class Temporal(ErrorFeedback):
 
     def compress(self, vector: Tensor, client: int, round_: int) -> Tensor:
         """What the receiver decodes: for each layer the chosen vectors times their coefficients."""
+        if not bool(torch.isfinite(vector).all()):
+            return vector  # training diverged, and the run ends with its weights
         matrices = self._matrices(vector)
         bases = self.bases.setdefault(client, [Basis.empty(length) for length, _ in self.shapes])
         found = [choice for layer, (matrix, basis) in enumerate(zip(matrices, bases, strict=True))

@@ -192,11 +192,11 @@ def test_links_turn_the_bytes_of_the_ledger_into_seconds(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"local_layers": "nothing.*"}, "local-layers='nothing"),
-        ({"local_layers": "fc1.*", "plugins": "rank"}, "local-layers='fc1.*' .* none with plugins"),
-        ({"client_test_fraction": 0.1, "noise_multiplier": 1.0}, "client-test-fraction=0.1 .* noise-multiplier"),
-        ({"over_sampling": 0.5}, "over-sampling=0.5"),
-        ({"clients": 5, "over_sampling": 1.3, "schedule": "switch"}, "over-sampling=1.3 .* at most 1.25"),
+        ({"local_layers": "nothing.*"}, "local_layers='nothing"),
+        ({"local_layers": "fc1.*", "plugins": "rank"}, "local_layers='fc1.*' .* none with plugins"),
+        ({"client_test_fraction": 0.1, "noise_multiplier": 1.0}, "client_test_fraction=0.1 .* noise_multiplier"),
+        ({"over_sampling": 0.5}, "over_sampling=0.5"),
+        ({"clients": 5, "over_sampling": 1.3, "schedule": "switch"}, "over_sampling=1.3 .* at most 1.25"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(tmp_path: Path, settings: dict[str, Any], reason: str) -> None:
