@@ -168,8 +168,8 @@ def test_a_federation_on_texts_sends_the_sparse_correction_and_learns(tmp_path: 
     [
         ({"plugins": "ood"}, "plugins='ood' .* table dataset"),
         ({"model": "lenet5"}, "model='lenet5' .* mlp or package.module:factory"),
-        ({"partition": "natural"}, "partition='natural' .* client-column"),
-        ({"text_column": "t", "feature_columns": "a"}, "feature-columns='a'"),
+        ({"partition": "natural"}, "partition='natural' .* client_column"),
+        ({"text_column": "t", "feature_columns": "a"}, "feature_columns='a'"),
     ],
 )
 def test_settings_that_need_other_data_are_refused(tmp_path: Path, settings: dict[str, str], reason: str) -> None:
