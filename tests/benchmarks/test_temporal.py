@@ -39,8 +39,9 @@ def test_a_lasting_update_is_explained_better_every_round_within_the_same_bytes(
     assert losses[-1] < 0.8 * losses[0] < 0.8
     assert method.longest <= 4 * progress.numel() / ratio
     other = Temporal(federation, ratio=ratio)
-    assert lost(progress, other.compress(progress, client=1, round_=1)) == losses[0]  # without a basis
-    assert lost(progress, method.compress(progress, client=1, round_=1)) == losses[0]  # each client has its own
+    assert lost(progress, other.compress(progress, client=1, round_=1)) == pytest.approx(losses[0], rel=1e-3)
+    again = lost(progress, method.compress(progress, client=1, round_=1))  # each client has a basis of its own
+    assert again == pytest.approx(losses[0], rel=1e-3)
 
 
 def test_layers_are_matrices_and_back(federation: Federation, progress: Tensor) -> None:
