@@ -75,8 +75,10 @@ def _not_found(module: str) -> ModuleNotFoundError:
     of_run = _of_runs.get(module.partition(".")[0])
     remedy = f"run the command in the folder of {module}.py"
     if of_run and of_run != os.getcwd():
-        there = "there" if _has_module(of_run, module.partition(".")[0]) else "there, but it is not there now"
-        remedy = f"the run had it in {of_run}: {MODULES}={shlex.quote(of_run)} before the command finds it {there}"
+        if _has_module(of_run, module.partition(".")[0]):
+            remedy = f"write {MODULES}={shlex.quote(of_run)} before the command to search where the run had it"
+        else:
+            remedy = f"it is no longer in {of_run}, where the run had it; {remedy}"
     where = f"in {os.getcwd()} or among the installed packages"
     return ModuleNotFoundError(f"No module named {module!r} {where}: {remedy}", name=module)
 

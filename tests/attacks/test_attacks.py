@@ -14,11 +14,14 @@ from attacks.gradinversion import GradInversion
 from attacks.idlg import Idlg
 from attacks.inverting import Inverting
 from attacks.metrics import Scores, score
+from attacks.networks import NAMES
 from attacks.observation import CAPABILITIES, Observation
 from attacks.simulation import Simulation
 from tests.attacks.conftest import Look
+from tofu.cli.attack import ATTACKED_MODELS
 from tofu.data import LabeledImages, to_float
 from tofu.errors import SettingError
+from tofu.models import model_names
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -168,3 +171,7 @@ def test_the_same_seed_finds_the_same(look: Look) -> None:
     assert isinstance(a, Tensor)
     assert isinstance(b, Tensor)
     assert torch.equal(a, b)
+
+
+def test_the_command_line_knows_the_models_without_importing_them() -> None:
+    assert set(ATTACKED_MODELS) == {*model_names(), *NAMES}

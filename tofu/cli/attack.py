@@ -24,7 +24,8 @@ _ATTACKS = "idlg,codec-aware,label-counts; of a run analytic,simulation,codec-aw
 _OF_MADE = ("norm", "lr", "messages", "batch_sizes", "pretrain_rounds", "steps", "seeds", "rounds", "know_labels")
 """Parameters that say how messages are made."""
 
-_ATTACKED_MODELS = (*MODELS, "lenet-smooth", "lenet-smooth-batch")
+ATTACKED_MODELS = (*MODELS, "lenet-smooth", "lenet-smooth-batch")
+"""Names of models that are accepted without importing torch: `model_names` and `attacks.networks.NAMES`."""
 
 
 def _check_attacks(names: str | None) -> str | None:
@@ -46,8 +47,8 @@ def _check_words(run: Path | None, options: Mapping[str, Any]) -> None:
     if run is not None and not (run / "record").is_dir():
         raise RunError(f"{run} has no recorded messages: run it again with --record-clients")
     model = options["model"]
-    if model is not None and ":" not in model and model not in _ATTACKED_MODELS:
-        raise SettingError("model", model, f"one of {', '.join(_ATTACKED_MODELS)}, or package.module:factory")
+    if model is not None and ":" not in model and model not in ATTACKED_MODELS:
+        raise SettingError("model", model, f"one of {', '.join(ATTACKED_MODELS)}, or package.module:factory")
     for name in ("batch_sizes", "pretrain_rounds", "steps"):
         if not all(text.strip().isdecimal() for text in comma_list(options[name] or "")):
             raise SettingError(name, options[name], "whole numbers separated by commas")

@@ -19,8 +19,9 @@ class OneLineErrors(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether the record is logged, and shorten it."""
         error = record.exc_info[1] if record.exc_info else None
+        if error is not None:
+            self._seen = isinstance(error, TofuError)
         if isinstance(error, TofuError):
-            self._seen = True
             record.msg, record.args, record.exc_info, record.exc_text = "%s", (f"error: {error}",), None, None
             return not error.shown
         text = record.getMessage()

@@ -286,7 +286,7 @@ def read_class_names(run: Path, classes: int) -> tuple[str, ...]:
 
 
 def read_config(run: Path, *, field: str = "resume") -> Settings:
-    """Return the settings of a run; modules that they name are then found where the run had them.
+    """Return the settings of a run; errors on modules that they name then say where the run had them.
 
     Raises:
         SettingError: with the name of `field`, if there is no such run.

@@ -1,4 +1,4 @@
-"""Which kind a round is: compressed ("compressed"), float32 ("fedavg") or an encrypted sum ("secure")."""
+"""Which kind a round is: compressed, float32 ("fedavg") or an encrypted sum ("secure")."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

@@ -45,6 +45,8 @@ def test_one_that_was_printed_is_not_repeated(log: pytest.LogCaptureFixture) -> 
 
 def test_other_errors_keep_their_traceback(log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FLOWER, "filters", [OneLineErrors()])
+    as_flower_does(RunError("an earlier run of this process"))
+    log.clear()
     as_flower_does(KeyError("bug"))
     assert "Traceback" in log.text
     assert "Exit Code: 201" in log.text
