@@ -140,6 +140,12 @@ def code_digest(*packages: str) -> bytes:
     return digest.digest()
 
 
+def check_extra(extra: str, package: str) -> None:
+    """Raise MissingExtraError unless a package of `pip install 'tofu-fl[extra]'` is there; it is not imported."""
+    if importlib.util.find_spec(package) is None:
+        raise MissingExtraError(package, extra)
+
+
 @contextmanager
 def from_extra(extra: str) -> Iterator[None]:
     """A context for imports of packages that `pip install 'tofu-fl[extra]'` installs.

@@ -11,6 +11,7 @@ import typer
 from tofu.cli.options import Json, Quiet, line_printer
 from tofu.errors import Interrupted, RunError, SettingError
 from tofu.formatting import format_seconds
+from tofu.imports import check_extra
 from tofu.registry import Registry
 from tofu.settings import accepted_values
 from tofu.settings.fields import comma_list
@@ -38,9 +39,10 @@ def _check_attacks(names: str | None) -> str | None:
 
 
 def _check_words(run: Path | None, options: Mapping[str, Any]) -> None:
-    """Refuse what is misspelled before torch is imported, which takes seconds.
+    """Refuse what is misspelled or not installed before torch is imported, which takes seconds.
 
     Raises:
+        MissingExtraError: torchmetrics is not installed.
         RunError: the run has no recordings.
         SettingError: a value cannot be used.
     """
@@ -57,6 +59,7 @@ def _check_words(run: Path | None, options: Mapping[str, Any]) -> None:
         if message.strip().partition(":")[0] not in kinds:
             accepted = "exact, proxy:smooth:RATIO, proxy:paper:RATIO, COMPRESSOR[:RATIO], dp:EPSILON or secure:CLIENTS"
             raise SettingError("messages", message, accepted)
+    check_extra("attacks", "torchmetrics")
 
 
 def _option(flag: str, help_: str, default: str, **more: Any) -> Any:

@@ -136,6 +136,14 @@ def test_a_value_that_cannot_be_used(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_attack_without_its_extra_is_refused_before_anything_is_imported(
+    tofu: Tofu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    monkeypatch.setitem(sys.modules, "attacks.evaluate", None)
+    fails(tofu("attack"), "torchmetrics is not installed: pip install 'tofu-fl[attacks]'")
+
+
 def test_noise_without_its_extra_leaves_no_folder(tofu: Tofu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise the same command, after the installation, would be refused: its folder is not empty."""
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
