@@ -41,6 +41,7 @@ def run(**settings: Any) -> Any:
         (lambda: run(min_clients=5), "min_clients=5"),
         (lambda: run(partition="natural"), "partition='natural' is not usable: expected a client_column, which"),
         (lambda: run(lerning_rate=1), "lerning_rate=1 is not usable: expected a known setting ("),
+        (lambda: run(epochs=1), "epochs=1 is not usable: expected a known setting (local_epochs)"),
         (lambda: tofu.Settings.of({"client_fraction": 3}), "client_fraction=3"),
         (lambda: run_in_process(ServerApp(), ClientApp(), run_config={}, num_supernodes=0), "num_supernodes=0"),
     ],

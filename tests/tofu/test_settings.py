@@ -27,6 +27,7 @@ from tofu.observers.trackers import trackers
 from tofu.plugins import make_plugins, plugin_names
 from tofu.reference_model import ReferenceModel
 from tofu.settings import (
+    ELSEWHERE,
     FIELDS,
     CodecSettings,
     Settings,
@@ -285,12 +286,17 @@ def test_auto_is_the_zero_with_which_the_program_chooses() -> None:
 @pytest.mark.parametrize(
     ("name", "suggestion"),
     [("round", "rounds"), ("local-epoch", "local-epochs"), ("max-eval", "max-evals"), ("sede", "seed"),
-     ("proxy-count", "proxy-size"), ("qqq", "see `tofu run --help`")],
+     ("proxy-count", "proxy-size"), ("learning-rate", "(lr)"), ("qqq", "see `tofu run --help`")],
 )  # fmt: skip
 def test_an_unknown_name_gets_a_suggestion(name: str, suggestion: str) -> None:
     with pytest.raises(SettingError, match=f"^{name}=3 is not usable: expected a known setting") as caught:
         Settings.of({name: 3})
     assert suggestion in str(caught.value)
+
+
+def test_names_of_other_frameworks_are_none_of_ours() -> None:
+    assert not {name.replace("-", "_") for name in ELSEWHERE} & set(FIELDS)
+    assert {name.replace("-", "_") for name in ELSEWHERE.values()} <= set(FIELDS)
 
 
 def test_settings_that_contradict_are_refused() -> None:

@@ -39,15 +39,26 @@ _MODULES = {"serve": "report"}
 
 
 @contextmanager
-def usage_errors_in_one_line() -> Iterator[None]:
-    """Raise TofuError for an option, argument or command that click refuses: it would print a box of several lines."""
+def usage_errors_in_one_line(group: click.Context | None = None) -> Iterator[None]:
+    """Raise TofuError for an option, argument or command that click refuses: it would print a box of several lines.
+
+    Args:
+        group: the group that invokes a command, which click's error of an option without its value does not name.
+    """
     try:
         yield
     except click.UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # no error but a help page; older releases of click have none
             raise
-        where = f" (see `{error.ctx.command_path} --help`)" if error.ctx is not None else ""
-        raise TofuError(f"{error.format_message()}{where}") from error
+        command = "tofu" if group is None else f"{group.command_path} {group.invoked_subcommand or ''}".strip()
+        if error.ctx is not None:
+            command = error.ctx.command_path
+        if isinstance(error, click.NoSuchOption):
+            from tofu.settings import ELSEWHERE
+
+            known = ELSEWHERE.get(error.option_name.lstrip("-"))
+            error.possibilities = [f"--{known}"] if known else error.possibilities
+        raise TofuError(f"{error.format_message()} (see `{command} --help`)") from error
 
 
 class CommandsOnDemand(TyperGroup):
@@ -65,7 +76,7 @@ class CommandsOnDemand(TyperGroup):
             return super().make_context(*arguments, **named)
 
     def invoke(self, ctx: click.Context) -> Any:
-        with usage_errors_in_one_line():
+        with usage_errors_in_one_line(ctx):
             return super().invoke(ctx)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:

@@ -69,6 +69,15 @@ EXTENSIBLE = tuple(_REGISTRIES)
 MIN_SECURE = 3
 """Minimum number of clients in a secure round. With two, each could compute the other's update from the sum."""
 
+ELSEWHERE = {
+    "learning-rate": "lr", "epochs": "local-epochs", "num-epochs": "local-epochs", "num-rounds": "rounds",
+    "num-server-rounds": "rounds", "num-clients": "clients", "num-supernodes": "clients", "num-partitions": "clients",
+    "fraction-fit": "client-fraction", "fraction-train": "client-fraction", "min-fit-clients": "min-clients",
+    "optimizer": "server-optimizer", "num-workers": "workers", "data": "dataset", "dirichlet-alpha": "alpha",
+    "proximal-mu": "proximal", "output-dir": "run-folder", "gpu": "device",
+}  # fmt: skip
+"""Names of settings in other frameworks, for errors -> ours."""
+
 _OF_IMAGES = ("resize", "center_crop", "gray_bits", "normalization", "augmentation")
 
 FULL_WEIGHTS = "full-weights"
@@ -121,8 +130,7 @@ class Settings(BaseModel):
         for key, value in deprecated.present_names(values, warn=warn).items():
             name = key.replace("-", "_")
             if name not in FIELDS:
-                near = difflib.get_close_matches(key, map(dashed, FIELDS), n=3, cutoff=0.5)
-                raise SettingError(name, value, f"a known setting ({', '.join(near) or 'see `tofu run --help`'})")
+                raise SettingError(name, value, f"a known setting ({', '.join(_near(key)) or 'see `tofu run --help`'})")
             groups[_GROUP_OF[name]][name] = value
         given: dict[str, Any] = {name: build(_GROUPS[name], own) for name, own in groups.items() if own}
         settings = Settings(**given)
@@ -381,3 +389,10 @@ def _check_registered(name: str, value: str) -> None:
     names = accepted_values(name)
     if value not in names and ":" not in value:
         raise SettingError(name, value, f"one of {', '.join(names)}, or package.module:Class")
+
+
+def _near(name: str) -> list[str]:
+    """Return the settings that an unknown name, with dashes, may have meant."""
+    if (known := ELSEWHERE.get(name.replace("_", "-"))) is not None:
+        return [known]
+    return difflib.get_close_matches(name, map(dashed, FIELDS), n=3, cutoff=0.5)

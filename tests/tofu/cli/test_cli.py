@@ -238,7 +238,8 @@ def test_a_demo_folder_that_is_not_empty(tofu: Tofu, tmp_path: Path) -> None:
     [
         (("run", "--rounds=abc"), ("--rounds", "'abc'", "see `tofu run --help`")),
         (("run", "--ruonds=1"), ("--ruonds", "Did you mean", "'--rounds'", "see `tofu run --help`")),
-        (("run", "--lr"), ("--lr", "requires an argument")),
+        (("run", "--lr"), ("--lr", "requires an argument", "`tofu run --help`")),
+        (("run", "--learning-rate", "0.1"), ("--learning-rate", "--lr", "`tofu run --help`")),
         (("--nosuch",), ("--nosuch", "see `tofu --help`")),
         (("nosuch",), ("'nosuch'", "see `tofu --help`")),
         (("report",), ("RUN", "see `tofu report --help`")),
