@@ -54,16 +54,26 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_remembers_where_its_model_was_and_imports_from_there_when_told(project: Path, tmp_path: Path) -> None:
     assert json.loads((project / "mine" / "modules.json").read_text()) == {"nets_27": str(project)}
     run, images = str(project / "mine"), str(project / "photos" / "class-0")
-    for arguments in (("predict", run, images), ("run --resume", run, "--rounds 3 --quiet"), ("attack", run)):
-        refused = tofu(*arguments, cwd=tmp_path)
-        assert refused.returncode != 0
-        (line,) = [line for line in refused.stderr.splitlines() if "nets_27" in line]
-        assert f"write TOFU_MODULES={project} before the command to search where the run had it" in line
+    assert_refused(project, tmp_path, "predict", run, images)
     found = tofu("predict", run, images, cwd=tmp_path, modules=project)
     assert found.returncode == 0, found.stderr
-    copy = shutil.copytree(project / "mine", tmp_path / "copy")
-    more = tofu("run --resume", str(copy), "--rounds 3 --quiet", cwd=tmp_path, modules=project)
+
+
+@pytest.mark.slow
+def test_so_do_resume_and_attack(project: Path, tmp_path: Path) -> None:
+    run = str(shutil.copytree(project / "mine", tmp_path / "copy"))
+    for arguments in (("run --resume", run, "--rounds 3 --quiet"), ("attack", run)):
+        assert_refused(project, tmp_path, *arguments)
+    more = tofu("run --resume", run, "--rounds 3 --quiet", cwd=tmp_path, modules=project)
     assert more.returncode == 0, more.stderr
+
+
+def assert_refused(project: Path, elsewhere: Path, *arguments: str) -> None:
+    """The command ends with one line that says how to find the module."""
+    refused = tofu(*arguments, cwd=elsewhere)
+    assert refused.returncode != 0
+    (line,) = [line for line in refused.stderr.splitlines() if "nets_27" in line]
+    assert f"write TOFU_MODULES={project} before the command to search where the run had it" in line
 
 
 def test_a_model_that_has_moved_has_a_line_with_both_folders(project: Path, tmp_path: Path) -> None:
@@ -78,6 +88,7 @@ def test_a_model_that_has_moved_has_a_line_with_both_folders(project: Path, tmp_
     assert "modules.json cannot be read" in tofu("predict", str(run), "x.png", cwd=tmp_path).stderr
 
 
+@pytest.mark.slow
 def test_the_command_that_an_attack_s_report_suggests_works_as_it_stands(project: Path, tmp_path: Path) -> None:
     made = tofu("attack", str(project / "mine"), "--attacks label-counts --seconds 1", cwd=tmp_path, modules=project)
     assert made.returncode == 0, made.stderr

@@ -34,7 +34,7 @@ from tofu.compression import compressors
 from tofu.compression.base import MAX_MAGNITUDE, BufferCode, CompressedUpdate, Compressor, PayloadContent
 from tofu.errors import ModelError, PayloadError, SettingError
 from tofu.reference_model import ReferenceModel
-from tofu.weights import ParamSpec, Weights, check_finite, explained_variance, split_vector
+from tofu.weights import ParamSpec, Weights, check_finite, explained_variance, fingerprint, split_vector
 from tofu.wire import HEADER_BYTES
 
 _PREFIX = struct.Struct("<BBHH")
@@ -101,6 +101,8 @@ class ProxyCompressor(Compressor):
         self._code, self.side = ProxyCode.of(reference, self.settings, self.count), proxy_side(reference, self.settings)
         self._budgets: dict[int, int] = {}
         """Number of proxies in a body -> bytes of its correction."""
+        self._last: tuple[Weights, bytes, Strata] | None = None
+        """Initial weights, fingerprint of the base weights and strata of the last body that was decoded."""
         if budget >= smallest:
             self._budgets[0] = budget
         if self.count:
@@ -190,8 +192,17 @@ class ProxyCompressor(Compressor):
             explained = {name: torch.zeros_like(w) for name, w in reference.base.items()}
         else:
             explained = decode(reference, proxies, self.settings)
-        correction = _correction(explained, data, strata or strata_of(reference)) if budget else None
+        correction = _correction(explained, data, strata or self._known_strata(reference)) if budget else None
         return self._combine(explained, correction) | BufferCode(reference.param_spec).read(body[split:end])
+
+    def _known_strata(self, reference: ReferenceModel) -> Strata:
+        """Return the strata of a reference, kept for the next body: a server decodes many at the same weights, and the
+        strata take longer than the rest of a correction.
+        """
+        last, weights = self._last, fingerprint(reference.base)
+        if last is None or last[0] is not reference.initial or last[1] != weights:
+            last = self._last = reference.initial, weights, strata_of(reference)
+        return last[2]
 
     def body_bytes(self, param_spec: ParamSpec) -> int:
         sizes = [(self._code.nbytes if count else 0) + budget for count, budget in self._budgets.items()]

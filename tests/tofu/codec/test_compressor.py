@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from tests.conftest import Case
+from tofu.codec import compressor as module
 from tofu.codec.compressor import ProxyCompressor
+from tofu.codec.correction import strata_of
 from tofu.codec.options import AUTOMATIC, CompressorOptions, ProxySettings, automatic_gain
 from tofu.compression import make_compressor, uplink_compressor
 from tofu.compression.base import CompressedUpdate
@@ -17,7 +19,7 @@ from tofu.errors import PayloadError, SettingError
 from tofu.models import build_model
 from tofu.reference_model import ReferenceModel
 from tofu.settings import Settings
-from tofu.weights import explained_variance
+from tofu.weights import copy_model, explained_variance
 from tofu.wire import HEADER_BYTES
 
 QUICK = ProxySettings(max_evals=4, solve_labels=2)
@@ -218,6 +220,31 @@ def test_ends_that_began_elsewhere_find_out(mlp_update: Case) -> None:
     initial = {name: w + torch.randn(w.shape, generator=generator_) for name, w in network.base.items()}
     with pytest.raises(PayloadError, match="the weights, or the initial weights, differ"):
         compressor.decompress(replace(network, initial=initial), body)
+
+
+def test_strata_are_computed_once_for_all_bodies_at_the_same_weights(
+    mlp_update: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server decodes many bodies in a round; between rounds it changes the weights in place."""
+    built, update = mlp_update
+    network = replace(built, model=copy_model(built.model)).as_built()
+    calls: list[ReferenceModel] = []
+    monkeypatch.setattr(module, "strata_of", lambda reference: calls.append(reference) or strata_of(reference))
+    client, server = (ProxyCompressor(network, ratio=100, options=CompressorOptions(correction=1.0)) for _ in range(2))
+    for round_ in range(2):
+        sent = client.compress(network, update, generator=generator())
+        calls.clear()
+        for _ in range(3):
+            decoded = server.decompress(network, sent.body)
+            assert all(torch.equal(decoded[name], value) for name, value in sent.decoded.items())
+        assert len(calls) == 1, round_
+        with torch.no_grad():
+            for weight in network.model.parameters():
+                weight.add_(torch.randn(weight.shape, generator=generator()))
+    body = client.compress(network, update, generator=generator()).body
+    server.decompress(network, body)
+    with pytest.raises(PayloadError, match="the weights, or the initial weights, differ"):
+        server.decompress(network.as_built(), body)
 
 
 def test_a_correction_that_cannot_have_been_written_is_refused(mlp_update: Case) -> None:
