@@ -198,6 +198,13 @@ def save_message(
         raise RunError(f"{final} cannot be written: {error.strerror or error}") from error
 
 
+def without_messages(run: Path) -> str:
+    """Return the error of a run without recordings."""
+    if not run.is_dir():
+        return f"{run} does not exist: expected the folder of a run with recorded messages"
+    return f"{run} has no recorded messages: run it again with --record-clients 0, or the names of other clients"
+
+
 def recordings(run: Path) -> list[Path]:
     """List the folders of a run's recordings, by client and then by round.
 
@@ -207,7 +214,7 @@ def recordings(run: Path) -> list[Path]:
     remember_modules(run)
     found = [(m[2], int(m[1]), path) for path in sorted((run / FOLDER).glob("round-*")) if (m := _match(path))]
     if not found:
-        raise RunError(f"{run} has no recorded messages: run it again with --record-clients")
+        raise RunError(without_messages(run))
     return [path for *_, path in sorted(found)]
 
 

@@ -134,7 +134,7 @@ def test_what_cannot_be_run_is_one_line(change: dict[str, object]) -> None:
         (["--model", "nonet"], "model='nonet' is not usable"),
         (["--dataset", "no/such/folder/here"], "no/such/folder/here"),
         (["--messages", "exact,proxy:smooth:1000000"], "ratio="),
-        (["no-such-run"], "no-such-run has no recorded messages"),
+        (["no-such-run"], "no-such-run does not exist"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(

@@ -148,7 +148,7 @@ def test_clients_without_their_state_are_sent_the_weights_and_begin_afresh(broke
     ("changes", "words"),
     [
         ({"lr": 0.1}, "lr=0.1 is not usable: expected 0.05, as the run in"),
-        ({"rounds": 5}, "rounds=5 is not usable: expected at least 6"),
+        ({"rounds": 5}, "rounds=5 is not usable: expected at least the 6 that the run in"),
         ({"resume": "/no/such/run"}, "resume='/no/such/run' is not usable: expected the folder of a run"),
     ],
 )

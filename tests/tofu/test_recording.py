@@ -64,8 +64,10 @@ def test_only_wanted_clients_and_safe_names(tmp_path: Path, mlp_update: Case) ->
 
 
 def test_a_run_without_recordings_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="has no recorded messages: run it again with --record-clients"):
+    with pytest.raises(RunError, match="has no recorded messages: run it again with --record-clients 0, or"):
         recordings(tmp_path)
+    with pytest.raises(RunError, match="no-run does not exist: expected the folder of a run"):
+        recordings(tmp_path / "no-run")
 
 
 @pytest.mark.parametrize(

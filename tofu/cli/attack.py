@@ -47,7 +47,9 @@ def _check_words(run: Path | None, options: Mapping[str, Any]) -> None:
         SettingError: a value cannot be used.
     """
     if run is not None and not (run / "record").is_dir():
-        raise RunError(f"{run} has no recorded messages: run it again with --record-clients")
+        from tofu.recording import without_messages
+
+        raise RunError(without_messages(run))
     model = options["model"]
     if model is not None and ":" not in model and model not in ATTACKED_MODELS:
         raise SettingError("model", model, f"one of {', '.join(ATTACKED_MODELS)}, or package.module:factory")

@@ -100,7 +100,7 @@ class RunFolder:
     def _check_settings(self, settings: Settings) -> None:
         began_with = read_config(self.path).training.rounds
         if settings.training.rounds < began_with:
-            accepted = f"at least {began_with}, as the run in {self.path} started with"
+            accepted = f"at least the {began_with} that the run in {self.path} has"
             raise SettingError("rounds", settings.training.rounds, accepted)
         if (self.path / "summary.json").exists():
             if settings.training.rounds == began_with:
