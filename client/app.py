@@ -23,7 +23,7 @@ from flwr.clientapp import ClientApp
 
 from client.local_round import client_data, train_round
 from client.state import has_class_names, load_class_names, save_class_names
-from tofu.errors import PayloadError, TofuError
+from tofu.errors import PayloadError, TofuError, described
 from tofu.flower.policy import Policy, client_name, error_replies
 from tofu.flower.secure_session import answer_query, participant_of
 from tofu.flower.transport import body_of
@@ -156,7 +156,7 @@ def _answering(what: str, message: Message, context: Context) -> Iterator[_Answe
             log(logging.WARNING, "failed", reason=str(error))
             raise
         except Exception as error:
-            log(logging.ERROR, "failed", reason=f"{type(error).__name__}: {error}")
+            log(logging.ERROR, "failed", reason=described(error))
             raise
         replies.append(Message(RecordDict({RECORD: answer.record}), reply_to=message))
     answer.message = replies[0]

@@ -3,12 +3,22 @@
 The command line prints the text of a `TofuError` and exits with status 2; it never shows a traceback for one.
 """
 
+import os
 import re
+import sysconfig
+import traceback
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 _DASHED = re.compile(r"""(?<![\w./'"-])(?:--)?([a-z0-9]+(?:-[a-z0-9]+)+)(?![\w/'"-])""")
 """A name with dashes that is no part of a path, of a longer name or of a quoted value."""
+
+_OWN = tuple(f"{Path(__file__).parents[1] / package}{os.sep}" for package in ("tofu", "client", "server"))
+_STANDARD = tuple(f"{sysconfig.get_path(name)}{os.sep}" for name in ("stdlib", "platstdlib"))
+_SITE = re.compile(r"[\\/](?:site|dist)-packages[\\/](\w+)")
+_INSTALLED = {"flwr", "numpy", "ray", "torch", "torchvision"}
+"""Packages that the user's code calls, and that call it."""
 
 
 class TofuError(Exception):
@@ -66,7 +76,7 @@ class ModelError(SettingError):
 
 @contextmanager
 def user_code(field: str, value: object, accepted: str) -> Iterator[None]:
-    """Raise SettingError for whatever the user's code in this block raises, with its type and message.
+    """Raise SettingError for whatever the user's code in this block raises, with its type, message and place.
 
     Args:
         field, value, accepted: as of SettingError. A SettingError of the block itself is not changed.
@@ -76,7 +86,7 @@ def user_code(field: str, value: object, accepted: str) -> Iterator[None]:
     except SettingError:
         raise
     except Exception as error:  # the user's own code may raise anything
-        raise SettingError(field, value, f"{accepted} ({type(error).__name__}: {error})") from error
+        raise SettingError(field, value, f"{accepted} ({described(error)})") from error
 
 
 @contextmanager
@@ -134,6 +144,25 @@ class MissingExtraError(TofuError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package.partition('.')[0]} is not installed: pip install 'tofu-fl[{extra}]'")
+
+
+def described(error: BaseException) -> str:
+    """Return an error's type and message, and the file and line of the user's code that raised it.
+
+    That is the innermost frame outside this project, the standard library, torch and Flower, if there is one.
+    """
+    text = f"{type(error).__name__}: {error}"
+    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    places = [f", at {Path(file).name} line {line}" for file, line in frames if _is_users(file)]
+    return text + (places[-1] if places else "")
+
+
+def _is_users(file: str) -> bool:
+    """Return whether a file of a traceback has the user's code."""
+    if file.startswith(_OWN) or file.startswith("<frozen "):
+        return False
+    installed = _SITE.search(file)
+    return installed[1] not in _INSTALLED if installed else not file.startswith(_STANDARD)
 
 
 def first_line(error: BaseException) -> str:

@@ -55,6 +55,12 @@ def format_count(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + "s" * (count != 1)
 
 
+def bounded_line(text: str) -> str:
+    """Return a text in one line of at most 300 characters; the middle of a longer one is left out."""
+    line = " ".join(text.split())
+    return line if len(line) <= 300 else f"{line[:200]} ... {line[-95:]}"
+
+
 def printable(text: str) -> str:
     """Replace white space by spaces and other unprintable characters by `?`.
 

@@ -22,7 +22,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from tofu.errors import SettingError
+from tofu.errors import SettingError, described
 from tofu.flower.internals import (
     CLIENT_ERROR,
     SERVER_NODE,
@@ -317,8 +317,7 @@ class InProcessGrid(Grid):
             if self._closed:
                 raise SystemExit from None
             _LOG.error("client %s failed in %s", node.name, message.metadata.message_type, exc_info=error)
-            reason = f"{type(error)}:<'{error}'>"
-            failure = Error(code=CLIENT_ERROR, reason=reason)
+            failure = Error(code=CLIENT_ERROR, reason=described(error))
             return _Parcel.pack(Message(failure, reply_to=message), {})
 
 

@@ -17,7 +17,7 @@ from flwr.app import Context, Error, Message
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tofu.data import ImageShape
-from tofu.errors import PayloadError, PolicyError, RunError, SettingError, TofuError
+from tofu.errors import PayloadError, PolicyError, RunError, SettingError, TofuError, described
 from tofu.models import model_names
 from tofu.plugins import plugin_names
 from tofu.plugins.options import split_options
@@ -227,7 +227,7 @@ def error_replies(message: Message, context: Context) -> Iterator[list[Message]]
             raise
         reason = policy.public_reason(error, context.run_config)
         if reason != str(error):
-            print(f"client {client_name(context)}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            print(f"client {client_name(context)}: {described(error)}", file=sys.stderr, flush=True)
         code = error.code if isinstance(error, ResyncError) else 0
         replies[:] = [Message(Error(code=code, reason=reason), reply_to=message)]
 

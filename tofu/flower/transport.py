@@ -7,6 +7,7 @@ from typing import Protocol
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
+from tofu.formatting import bounded_line
 from tofu.wire import FIELD, RECORD
 
 _MIN_POLL_SECONDS, _MAX_POLL_SECONDS = 0.005, 0.25
@@ -83,4 +84,4 @@ def body_of(message: Message) -> object:
 
 def error_reason(message: Message) -> str:
     """Return the reason of an error reply, as one line of bounded length."""
-    return " ".join((message.error.reason or "").split())[:300] or "error without a reason"
+    return bounded_line(message.error.reason or "") or "error without a reason"

@@ -21,6 +21,7 @@ from tofu.flower.internals import error_reply, filtered_checks
 from tofu.flower.log_filter import show_errors_in_one_line
 from tofu.flower.policy import error_replies
 from tofu.flower.update_codec import array_shape
+from tofu.formatting import bounded_line
 from tofu.settings import FIELDS, python_call
 
 LOG = logging.getLogger("tofu.flower")
@@ -318,6 +319,6 @@ def only_arrays(content: RecordDict, what: str, key: object = None) -> tuple[str
 
 def reasons_of(errors: Iterable[str | None]) -> str:
     """Different reasons in one line of bounded length."""
-    lines = {" ".join((error or "no reason").split())[:300] for error in errors}
+    lines = {bounded_line(error or "no reason") for error in errors}
     lines = {_OLDER_CLIENT if "KeyError" in line and f"'{_OLDER_API}" in line else line for line in lines}
     return "; ".join(sorted(lines))[:900]

@@ -12,7 +12,7 @@ from torch import nn
 
 from tofu.data import ImageShape, normalization_of
 from tofu.data.preprocessing import normalize_inputs
-from tofu.errors import SettingError, user_code
+from tofu.errors import SettingError, described, user_code
 from tofu.imports import import_object
 from tofu.models.checks import (
     check_memory,
@@ -195,7 +195,7 @@ def _checked(model: nn.Module, name: str, inputs: torch.Tensor, classes: int) ->
             output = model(inputs)
         found = f"{list(output.shape)}" if isinstance(output, torch.Tensor) else type(output).__name__
     except Exception as error:
-        found = f"{type(error).__name__}: {error}"
+        found = described(error)
     if found != str(expected):
         raise SettingError("model", name, f"a model that maps {takes} to {expected} (found {found})")
     drop_constant_buffers(model, check_training(model, name, inputs, classes))

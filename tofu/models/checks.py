@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from tofu.errors import ModelError, SettingError, user_code
+from tofu.errors import ModelError, SettingError, described, user_code
 from tofu.rng import GlobalGenerators, reseed_own
 from tofu.weights import (
     check_frozen,
@@ -56,7 +56,7 @@ def check_training(model: nn.Module, name: str, inputs: Tensor, classes: int) ->
     except SettingError:
         raise
     except Exception as error:  # the user's own code may raise anything
-        found = f"{type(error).__name__}: {error}"
+        found = described(error)
     if found != str(expected):
         accepted = f"a model that maps {takes} to {expected} in training mode, too (found {found})"
         raise SettingError("model", name, accepted)
@@ -229,7 +229,7 @@ def check_batches(model: nn.Module, outputs: Callable[..., object], name: str) -
             with GlobalGenerators(0):
                 found.append([list(part.shape) for part in tensors_of(outputs(count=count))])
         except Exception as error:  # the user's own code may raise anything
-            reason = f"{type(error).__name__}: {error}"
+            reason = described(error)
         else:
             expected = [[count, *shape[1:]] if shape[:1] == [2] else shape for shape in found[0]]
             reason = "" if len(expected) == len(found[-1]) else "its outputs are fewer or more"
@@ -292,7 +292,7 @@ def check_memory(model: nn.Module) -> None:
         lacking = [name for name, p in own.items() if id(p) not in listed or name not in stored]
         found = f"{lacking[0]} is missing" if lacking else ""
     except Exception as error:  # the user's own code may raise anything
-        found = f"{type(error).__name__}: {error}"
+        found = described(error)
     if found:
         raise ModelError(model, f"a model whose parameters() and state_dict() have all parameters by name ({found})")
     named = (*model.named_parameters(), *model.named_buffers())
@@ -344,7 +344,7 @@ def _check_modes(model: nn.Module) -> None:
     try:
         found = "" if model.eval() is model and model.train() is model else "another object"
     except Exception as error:  # the user's own code may raise anything
-        found = f"{type(error).__name__}: {error}"
+        found = described(error)
     if found:
         raise ModelError(model, f"a model whose train(mode) and eval() return the model, as torch's do (found {found})")
     for module, training in modes.items():
