@@ -37,6 +37,7 @@ from tofu.reporting.report.run_data import read_run
 from tofu.reporting.report.template import COLORS, FIGURE_STYLE
 from tofu.rounds.record import RoundRecord, RunSummary, from_dict, json_lines, read_rounds
 from tofu.settings import FIELDS, Settings, Value, python_call
+from tofu.settings.unused import unused_notes
 from tofu.user_workload import DatasetLoop, Loss, Metric, OptimizerFactory, TrainFunction, UserWorkload, factory_of
 from tofu.weights import Weights, load_weights
 from tofu.workload import workload_of
@@ -192,9 +193,9 @@ def run(
         {name: _setting(value) for name, value in settings.items()}, input_shape=input_shape, forward=forward,
     )  # fmt: skip
     client, server = _apps()
-    observers = Observers((make_progress(sys.stderr, quiet=not progress), *callbacks))
+    view = make_progress(sys.stderr, quiet=not progress, notes=tuple(unused_notes(checked, settings)))
     with _process_settings_kept(), eager_code():
-        summary = server.serve_in_process(client.make_app(workload), checked, observers, workload)
+        summary = server.serve_in_process(client.make_app(workload), checked, Observers((view, *callbacks)), workload)
     typed = from_dict(RunSummary, summary, "summary")
     return RunResult(Path(typed.run), typed, (workload or workload_of(checked)).build_model)
 

@@ -46,6 +46,7 @@ from tofu.settings import (
 )
 from tofu.settings.fields import bounds_of
 from tofu.settings.groups import DEVICE_NAME, MODELS
+from tofu.settings.unused import unused_notes
 
 ROOT = Path(__file__).parents[2]
 
@@ -557,3 +558,23 @@ def test_over_relaxation_applies_to_the_correction_or_to_the_whole_and_needs_err
     assert gain(**{"over-relaxation": 0.0}) == gain(**{"over-relaxation": 0.0, "ratio": 10.0}) == ("stc", 0.0)
     assert gain(**{"error-feedback": 0.0}) == ("stc", 1.0)
     assert gain(**{"noise-multiplier": 1.0}) == ("stc", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "notes"),
+    [
+        ({"downlink-ratio": 30.0}, ["downlink-ratio=30.0 has no effect: it needs a compressed downlink"]),
+        ({"downlink-ratio": 30.0, "downlink": "topk"}, []),
+        ({"switch-round": 5}, ["switch-round=5 has no effect: it needs schedule=switch"]),
+        ({"switch-round": 5, "schedule": "switch"}, []),
+        ({"partition": "iid", "alpha": 0.5}, ["alpha=0.5 has no effect: it needs partition=dirichlet"]),
+        ({"partition": "iid"}, []),
+        ({"compressor": "topk", "bits": 8}, ["bits=8 has no effect: it needs compressor=proxy"]),
+        ({"schedule": "fedavg", "ratio": 9.0}, ["ratio=9.0 has no effect: it needs a schedule with compressed rounds"]),
+        ({"clip-norm": 2.0}, ["clip-norm=2.0 has no effect: it needs noise-multiplier above 0"]),
+        ({"clip-norm": 2.0, "noise-multiplier": 1.0}, []),
+    ],
+)
+def test_a_given_setting_without_effect_has_one_note(given: dict[str, Value], notes: list[str]) -> None:
+    assert list(unused_notes(Settings.of(given), [name.replace("-", "_") for name in given])) == notes
+    assert not list(unused_notes(Settings.of({})))

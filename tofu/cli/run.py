@@ -12,6 +12,7 @@ import typer
 from tofu.cli.options import ConfigFile, Json, Quiet, settings_from, with_settings
 from tofu.errors import Interrupted, SettingError, TofuError
 from tofu.settings import MIN_SECURE, Settings, Value
+from tofu.settings.unused import unused_notes
 
 if TYPE_CHECKING:
     from tofu.rounds.record import RoundRecord
@@ -50,7 +51,7 @@ def _run(config: Path | None, overrides: dict[str, Value], *, fast_dev_run: bool
     if overrides.get("resume") and config is not None:
         raise SettingError("config", str(config), "no file with --resume, which takes the settings of that run")
     settings = _resumed(overrides) if overrides.get("resume") else settings_from(config, overrides)
-    summary = run_settings(settings, quiet=quiet or json_)
+    summary = run_settings(settings, quiet=quiet or json_, notes=tuple(unused_notes(settings, overrides)))
     if json_:
         print(json.dumps(summary))
     else:
@@ -106,8 +107,9 @@ def _fewer_images(settings: Settings) -> Settings:
     return smaller
 
 
-def run_settings(settings: Settings, *, quiet: bool, kept: bool = True) -> dict[str, Any]:
+def run_settings(settings: Settings, *, quiet: bool, kept: bool = True, notes: Sequence[str] = ()) -> dict[str, Any]:
     """Run a federation with these settings and return its summary. Without `kept`, its folder is a temporary one.
+    The progress view shows `notes` first.
 
     Raises:
         Interrupted: by Ctrl-C, once the run folder exists.
@@ -130,7 +132,7 @@ def run_settings(settings: Settings, *, quiet: bool, kept: bool = True) -> dict[
             self.round = record.round
 
     started = Started()
-    view = make_progress(sys.stderr, quiet=quiet or settings.run.log == "json", kept=kept)
+    view = make_progress(sys.stderr, quiet=quiet or settings.run.log == "json", kept=kept, notes=notes)
     try:
         return serve_in_process(client_app, settings, Observers((started, view)))
     except KeyboardInterrupt:

@@ -38,11 +38,14 @@ class _View(Observer):
     """Reports the first failures of a round as notes, and counts the others."""
 
     kept = True
+    notes: Sequence[str] = ()
     _failed = 0
 
     def on_history(self, folder: Path, records: Sequence[RoundRecord]) -> None:
         if self.kept:
             self.on_text(f"results: {folder}")
+        for note in self.notes:
+            self.on_note(note)
 
     def on_text(self, text: str) -> None:
         """Show a line that is no warning."""
@@ -188,9 +191,11 @@ class LiveProgress(_View):
         return Group(*parts)
 
 
-def make_progress(stream: TextIO | None = None, *, quiet: bool = False, kept: bool = True) -> Observer:
+def make_progress(
+    stream: TextIO | None = None, *, quiet: bool = False, kept: bool = True, notes: Sequence[str] = ()
+) -> Observer:
     """Create the view for `stream` (stderr if None): none if `quiet`, live on a terminal,
-    otherwise one line per round. Without `kept`, the run folder is temporary and is not named.
+    otherwise one line per round. Without `kept`, the run folder is temporary and is not named. It shows `notes` first.
     """
     if quiet:
         return Observer()
@@ -199,7 +204,7 @@ def make_progress(stream: TextIO | None = None, *, quiet: bool = False, kept: bo
     # A dumb terminal cannot move its cursor, so nothing can be redrawn on it.
     live = console is not None and not console.is_dumb_terminal
     view: _View = LiveProgress(console) if console is not None and live else PlainProgress(stream)
-    view.kept = kept
+    view.kept, view.notes = kept, notes
     return view
 
 

@@ -5,6 +5,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -89,6 +90,12 @@ def test_plain_writes_one_line_a_round(screen: io.StringIO) -> None:
         "round 12/12  secure      accuracy 92.00%  uplink   2.5 MB  3.2 s",
         "done: final accuracy 94.73%; uplink 2.5 MB, 2.94x less than the 7.5 MB FedAvg sends; 2 min 05 s",
     ]
+
+
+def test_the_notes_on_settings_come_before_the_first_round(screen: io.StringIO, tmp_path: Path) -> None:
+    progress = make_progress(screen, notes=["alpha=0.5 has no effect"])
+    progress.on_history(tmp_path, ())
+    assert screen.getvalue().splitlines() == [f"results: {tmp_path}", "note: alpha=0.5 has no effect"]
 
 
 def test_plain_names_failures_and_cuts_a_long_list(screen: io.StringIO) -> None:
