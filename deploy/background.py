@@ -108,6 +108,8 @@ def _check_arguments(nodes: int, app: Path | None, data: Path | None, policy: Pa
         raise SettingError("nodes", nodes, "at least 1")
     if app is not None and not (app / "pyproject.toml").is_file():
         raise SettingError("app", str(app), "a folder with the pyproject.toml of a Flower app")
+    if data is not None and not data.is_dir():
+        raise SettingError("data", str(data), "a folder (it does not exist)")
     for name in (f"node-{node}" for node in range(nodes)):
         if data is not None and not (data / name).is_dir():
             raise SettingError("data", str(data), f"a folder that has the folder {name}")

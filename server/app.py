@@ -301,7 +301,7 @@ class _Run:
                 f"{shortened(data['classes'])}"
             )
         if data.get("left_out"):
-            self._observer.on_note(f"leaves out {shortened(data['left_out'])}")
+            self._observer.on_note(f"left out: {shortened(data['left_out'])}")
 
     def _write_data(self, folder: RunFolder) -> None:
         """Write data.json again after clients came, and name what these leave out if they are in this process."""
@@ -312,7 +312,7 @@ class _Run:
         new = (entry for name, entry in data["clients"].items() if name not in known)
         left_out = [text for entry in new for text in entry.get("left_out", ())]
         if left_out:
-            self._observer.on_note(f"leaves out {shortened(left_out)}")
+            self._observer.on_note(f"left out: {shortened(left_out)}")
 
     def _round(self, folder: RunFolder, round_: int) -> None:
         began, ledger, runner = time.perf_counter(), self._ledger, self._runner

@@ -16,7 +16,7 @@ from tofu.formatting import printable
 
 def predict(
     run: Annotated[Path, typer.Argument(help="a run's folder")],
-    images: Annotated[Path, typer.Argument(help="an image, or a folder of images")],
+    images: Annotated[list[Path], typer.Argument(help="images, or folders of images")],
     frequencies: Annotated[
         int, typer.Option(help="spatial frequencies that a DCT-SNN keeps, 1 to 16; 0 keeps those of the run")
     ] = 0,
@@ -31,9 +31,10 @@ def predict(
     """
     from tofu.reporting.predict import accuracy, predict_images
 
-    rows = predict_images(run, images, frequencies=frequencies)
+    rows = predict_images(run, *images, frequencies=frequencies)
     if output is not None:
         _write(rows, output)
+        print(f"predictions: {output}", file=sys.stderr)
     if json_:
         print(json.dumps(rows))
         return

@@ -130,7 +130,7 @@ def split_augmentations(text: str) -> tuple[str, ...]:
     names = comma_list(text)
     for name in names:
         if name not in AUGMENTATIONS:
-            raise SettingError("augmentation", name, f"of {', '.join(AUGMENTATIONS)}, separated by commas")
+            raise SettingError("augmentation", name, f"names from {', '.join(AUGMENTATIONS)}, separated by commas")
     return names
 
 

@@ -26,8 +26,8 @@ _NOTES = 5
 
 
 @torch.no_grad()
-def predict_images(run: Path, images: Path, *, frequencies: int = 0) -> list[dict[str, object]]:
-    """Classify an image, or all images of a folder in the order of their names.
+def predict_images(run: Path, *images: Path, frequencies: int = 0) -> list[dict[str, object]]:
+    """Classify images, and all images of folders in the order of their names.
 
     Args:
         frequencies: number of spatial frequencies that a spiking network's DCT encoder keeps, 1 to 16; 0 leaves it as
@@ -102,14 +102,26 @@ def _files(images: Path) -> list[Path]:
     return found
 
 
-def _read_all(images: Path, shape: ImageShape, preprocessing: Preprocessing) -> tuple[list[Path], torch.Tensor]:
+def _wrong_size(found: Sequence[int], shape: ImageShape) -> str:
+    """Return the error of an image that has another size than those of the run, and what to do about it."""
+    size = f"{shape.height}x{shape.width}"
+    way = f"train with --resize {size}, and predict resizes images as the run did"
+    return f"has {found[0]}x{found[1]} pixels, expected {size} (height x width): {way}"
+
+
+def _read_all(
+    images: Sequence[Path], shape: ImageShape, preprocessing: Preprocessing
+) -> tuple[list[Path], torch.Tensor]:
     """Return the files that the model can take, read exactly as in training, and their pixels:
     uint8 [n, channels, h, w].
     """
     files, pixels, left_out = [], [], []
-    for file in _files(images):
+    for file in (file for entry in images for file in _files(entry)):
         try:
-            pixels.append(torch.from_numpy(fit_image(preprocessing(read_image(file)), shape).copy()))
+            image = preprocessing(read_image(file))
+            if image.shape[:2] != (shape.height, shape.width):
+                raise DataError(_wrong_size(image.shape[:2], shape))
+            pixels.append(torch.from_numpy(fit_image(image, shape).copy()))
             files.append(file)
         except DataError as error:
             left_out.append(f"{printable(str(file))} {error}")

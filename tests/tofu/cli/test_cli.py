@@ -332,6 +332,14 @@ def test_a_plan_agrees_with_the_run(tofu: Tofu, tmp_path: Path, options: tuple[s
     assert kinds.count("secure") == planned["secure_rounds"]
 
 
+def test_a_run_notes_given_settings_that_have_no_effect(tofu: Tofu) -> None:
+    Path("own.toml").write_text("switch-round = 2\n")
+    outcome = tofu("run", *TINY, "--config=own.toml", "--partition=iid", "--alpha=0.5")
+    assert outcome.err.count("has no effect") == 2
+    assert "note: alpha=0.5 has no effect: it needs partition=dirichlet" in outcome.err
+    assert "note: switch-round=2 has no effect: it needs schedule=switch" in outcome.err
+
+
 def test_a_plan_for_people(tofu: Tofu, tmp_path: Path) -> None:
     outcome = tofu("plan", *TINY)
     assert (outcome.status, outcome.err) == (0, "")
@@ -508,7 +516,7 @@ def test_a_run_names_the_files_that_clients_leave_out_once(tofu: Tofu, tmp_path:
     assert outcome.status == 0
     for name in ("class-0/4.png", "class-1/7.png"):
         assert outcome.err.count(f"{name} cannot be read as an image: ") == 1
-    assert outcome.err.count("note: leaves out ") == 1
+    assert outcome.err.count("note: left out: ") == 1
 
 
 def test_an_interrupted_comparison_says_how_to_go_on(tofu: Tofu, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -637,7 +645,8 @@ def test_predictions_have_names_labels_and_a_file(tofu: Tofu, tmp_path: Path) ->
     start = ("run", *TINY, "--dataset=data", "--partition=iid")
     tofu(*start, "--run-folder=first")
     tofu(*start, "--run-folder=run", "--initial-weights=first", "--rounds=1", "--lr=1e-9", "--schedule=fedavg")
-    outcome = tofu("predict", "run", "data", "--output=found.csv")
+    outcome = tofu("predict", "run", "data/cat", "data/dog", "--output=found.csv")
+    assert "predictions: found.csv\n" in outcome.err
     lines = (tmp_path / "found.csv").read_text().splitlines()
     assert len(lines) == 13
     assert lines[0].startswith("image,class,name,probability,label")

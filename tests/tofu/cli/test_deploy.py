@@ -25,6 +25,10 @@ from tofu.errors import RunError
         (("up", "--app=data", "--folder=new"), "pyproject.toml"),
         (("up", "--folder=file/x"), "can be written"),
         (("up", "--data=data", "--folder=new"), "node-0"),
+        (
+            ("up", "--data=nowhere", "--folder=new"),
+            "data='nowhere' is not usable: expected a folder (it does not exist)",
+        ),
         (("add-client", "x", "--superlink=a:1"), "make certs"),
         (("add-client", "x", "--superlink=a:1", "--compose=file"), "docker is not found: expected its command"),
     ],

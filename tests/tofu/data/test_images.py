@@ -97,7 +97,7 @@ def test_simulated_clients_and_predict_use_the_bits_of_the_dataset(tmp_path: Pat
     assert json.loads((run / "data.json").read_text())["gray_bits"] == 16
     for images in (data.client(0), data.client(1), data.test()):
         assert int(images.images[images.labels == 0].max()) < 16
-    _, pixels = _read_all(photos / "dark", data.shape, read_preprocessing(run)[0])
+    _, pixels = _read_all([photos / "dark"], data.shape, read_preprocessing(run)[0])
     assert int(pixels.max()) < 16
 
 

@@ -103,6 +103,11 @@ def test_what_cannot_be_used_is_refused(settings: Row, field: str) -> None:
     assert error.value.field == field
 
 
+def test_an_unknown_augmentation_gets_the_names() -> None:
+    with pytest.raises(SettingError, match="augmentation='rotate' is not usable: expected names from flip, crop"):
+        Settings.of({"augmentation": "flip,rotate"})
+
+
 @pytest.mark.parametrize("statistics", [IMAGENET, ((0.1,), (0.3,))])
 def test_a_model_normalizes_as_torchvision_does(statistics: tuple[tuple[float, ...], tuple[float, ...]]) -> None:
     from torchvision.transforms import v2

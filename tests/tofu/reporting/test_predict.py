@@ -24,12 +24,12 @@ def test_a_gray_image_of_any_depth_is_read_as_in_training(tmp_path: Path, bits: 
     trained_on = local_folder(str(tmp_path)).images[0]
     assert trained_on.shape == (1, 6, 4)
     assert len(trained_on.unique()) > 10
-    files, pixels = _read_all(tmp_path / "a", ImageShape(1, 6, 4, 1), Preprocessing())
+    files, pixels = _read_all([tmp_path / "a"], ImageShape(1, 6, 4, 1), Preprocessing())
     assert [file.name for file in files] == ["0.png"]
     assert torch.equal(pixels[0], trained_on)
 
 
 def test_an_image_of_another_size_is_named(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((4, 6), np.uint8)).save(tmp_path / "0.png")
-    with pytest.raises(DataError, match=r"0\.png has 4x6 pixels, expected 8x8"):
-        _read_all(tmp_path, ImageShape(1, 8, 8, 10), Preprocessing())
+    with pytest.raises(DataError, match=r"0\.png has 4x6 pixels, expected 8x8 .*: train with --resize 8x8"):
+        _read_all([tmp_path], ImageShape(1, 8, 8, 10), Preprocessing())

@@ -209,8 +209,10 @@ def test_bars_count_the_ledger(run: Path) -> None:
     messages.insert(
         0, {"round": 1, "kind": "compressed", "direction": "downlink", "client": "0", "bytes": 4, "payload_bytes": 4}
     )
+    messages.append(messages[1] | {"kind": "hello", "bytes": 9})
     write_lines(run / "ledger.jsonl", messages)
     page = page_of(run)
+    assert "Uplink, introductions of clients 9 B" in page.text
     assert "3.0 kB in 3 messages, 75.0% payload" in page.text
     assert "4 B in 1 message, 100.0% payload" in page.text
     assert re.search("Uplink, compressed .*Uplink, had it been FedAvg .*Downlink, compressed", page.text)

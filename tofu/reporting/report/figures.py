@@ -162,7 +162,8 @@ def bytes_by_kind(run: RunData) -> str | None:
             fraction = format_fraction(min(entry.payload_bytes / entry.bytes, 1))
             note += f" in {entry.messages:,} message{plural}, {fraction} payload"
         css = f"k-{entry.kind}" if entry.kind in KINDS else "k-other"
-        name = f"{entry.direction.capitalize()}, {entry.kind[:60]} {'messages' if entry.kind == 'hello' else 'rounds'}"
+        kind = "introductions of clients" if entry.kind == "hello" else f"{entry.kind[:60]} rounds"
+        name = f"{entry.direction.capitalize()}, {kind}"
         bars.append(Bar(name, note, entry.bytes, css, entry.payload_bytes))
     if size := run.fedavg_uplink_bytes:
         uplinks = sum(entry.direction == "uplink" for entry in run.traffic)
