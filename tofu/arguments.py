@@ -5,8 +5,9 @@ A function is checked by its signature, and not called, because a user's functio
 
 import difflib
 import inspect
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from tofu.errors import SettingError
@@ -112,12 +113,30 @@ def check_dataset(name: str, data: object, *, empty: bool = False) -> None:
         raise SettingError(name, shown(data), accepted)
 
 
-def check_names(given: Mapping[str, object], known: Iterable[str], arguments: Sequence[str]) -> None:
-    """Raise SettingError for a name that is not known and is nearly that of an argument."""
+def check_names(given: Mapping[str, object], known: Iterable[str], arguments: Sequence[str], other: str = "") -> None:
+    """Raise SettingError for a name that is not known and is nearly that of an argument.
+
+    Args:
+        other: what else is accepted, as a text that follows that argument.
+    """
     for name in given.keys() - set(known):
         near = difflib.get_close_matches(name, arguments, n=1, cutoff=0.75)
         if near:
-            raise SettingError(name, shown(given[name]), f"the argument {near[0]}, or a setting")
+            raise SettingError(name, shown(given[name]), f"the argument {near[0]}{other}")
+
+
+def check_options(given: Mapping[str, object], kind: type, function: Callable[..., object]) -> None:
+    """Raise SettingError for a name that is no argument of `kind`, to which a function passes its further arguments."""
+    known, arguments = inspect.signature(kind).parameters, inspect.signature(function).parameters
+    check_names(given, known, [*known, *(name for name, each in arguments.items() if each.kind is each.KEYWORD_ONLY)])
+    for name in given.keys() - set(known):
+        raise SettingError(name, shown(given[name]), f"one of the arguments {', '.join(known)}")
+
+
+def check_number(name: str, value: Any, low: float, high: float) -> None:
+    """Raise SettingError unless a value is a number in a range."""
+    if not isinstance(value, Real) or not low <= float(value) <= high:
+        raise SettingError(name, shown(value), f"a number from {low} to {high:g}")
 
 
 def shown(value: object) -> object:

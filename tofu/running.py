@@ -204,7 +204,8 @@ def _check_others(callbacks: object, progress: object, settings: Mapping[str, An
     """Raise SettingError for arguments of `run` that are neither data, model nor functions, and for unknown names."""
     check_elements("callbacks", callbacks, Observer, "objects of subclasses of tofu.observers.base.Observer")
     check_kind("progress", progress, bool, "True or False")
-    check_names(settings, FIELDS, [name for name in inspect.signature(run).parameters if name != "settings"])
+    check_names(settings, FIELDS, [name for name in inspect.signature(run).parameters if name != "settings"],
+                ", or a setting")  # fmt: skip
 
 
 @contextmanager

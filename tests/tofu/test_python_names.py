@@ -34,6 +34,23 @@ def run(**settings: Any) -> Any:
         (lambda: tofu.SecureAggregation(FedAvg(), clip_norm=0), "clip_norm=0"),
         (lambda: tofu.hybrid(secure={"weight_step": 2}), "weight_step=2"),
         (lambda: tofu.Hybrid(FedAvg()), "switch_round=0"),
+        (lambda: tofu.compress(net, ratoi=3), "ratoi=3 is not usable: expected the argument ratio"),
+        (lambda: tofu.compress(net, x="y"), "x='y' is not usable: expected one of the arguments model, input_shape, "),
+        (lambda: tofu.compress(net, ratio="high"), "ratio='high' is not usable: expected a number from 1 to 1e+06"),
+        (lambda: tofu.compress("Net"), "model='Net' is not usable: expected a torch.nn.Module, or a function () -> "),
+        (lambda: tofu.compress(net, loss=1), "loss=1 is not usable: expected a function (outputs, targets) -> scalar"),
+        (
+            lambda: tofu.Compressed(FedAvg(), net, sever_step=1),
+            "sever_step=1 is not usable: expected the argument server_step",
+        ),
+        (lambda: tofu.secure(bist=8), "bist=8 is not usable: expected the argument bits"),
+        (lambda: tofu.secure(bits="8"), "bits='8' is not usable: expected a number from "),
+        (lambda: tofu.secure(colusion=0), "colusion=0 is not usable: expected the argument collusion"),
+        (lambda: tofu.SecureAggregation(FedAvg(), dropot=0), "dropot=0 is not usable: expected the argument dropout"),
+        (lambda: tofu.hybrid(net, ratoi=3), "ratoi=3 is not usable: expected the argument ratio"),
+        (lambda: tofu.hybrid(secure={"colusion": 0}), "colusion=0 is not usable: expected the argument collusion"),
+        (lambda: tofu.hybrid(secure=16), "secure=16 is not usable: expected a mapping of options"),  # type: ignore
+        (lambda: tofu.Hybrid(FedAvg(), ratoi=3, switch_round=2), "ratoi=3 is not usable: expected the argument ratio"),
         (lambda: tofu.Robust(FedAvg(), "median", malicious_fraction=1), "malicious_fraction=1"),
         (lambda: tofu.record(FedAvg(), "x", input_shape=(1, 8, 8), batch_size=0), "batch_size=0"),
         (lambda: tofu.encode(net(), {}, input_shape=(1, 8, 8), target_shape=7), "target_shape=7"),  # type: ignore

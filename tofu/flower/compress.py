@@ -27,7 +27,7 @@ from tofu.flower.client_state import load_arrays, load_feedback, save_arrays, sa
 from tofu.flower.internals import error_reply
 from tofu.flower.policy import Policy
 from tofu.flower.robust import Robust
-from tofu.flower.update_codec import RECORD, VERSION, ArrayModel, UpdateCodec, record_of, tensors_of
+from tofu.flower.update_codec import RECORD, VERSION, ArrayModel, UpdateCodec, codec_of, record_of, tensors_of
 from tofu.flower.wrapper import (
     CLIPPED_BY_CLIENTS,
     CLIPPED_BY_SERVER,
@@ -55,6 +55,7 @@ LOG = logging.getLogger("tofu.flower")
 
 
 @python_call
+@python_call
 def compress(*arguments: Any, **options: Any) -> "CompressMod":
     """Return a mod that compresses what a client sends; the strategy must be wrapped
     in `Compressed` with the same arguments.
@@ -69,7 +70,7 @@ def compress(*arguments: Any, **options: Any) -> "CompressMod":
         >>> app = ClientApp(mods=[compress(lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)),
         ...                                (1, 8, 8), ratio=20)])
     """
-    return CompressMod(UpdateCodec(*arguments, **options))
+    return CompressMod(codec_of(compress, arguments, options))
 
 
 class CompressMod(TrainMod):
@@ -286,7 +287,7 @@ class Compressed(StrategyWrapper):
             accepted = "a strategy that gets plain replies, or tofu.Hybrid in the place of two wrappers"
             raise SettingError("strategy", type(inner).__name__, accepted)
         self.mod = "tofu.compress"
-        self._codec, self.training = codec or UpdateCodec(*arguments, **options), secrets.token_bytes(8)
+        self._codec, self.training = codec or codec_of(type(self), arguments, options), secrets.token_bytes(8)
         self.acknowledged: dict[int, int] = {}
         self.told: dict[str, bool] = {}
         self._sent: dict[int, SentArrays] = {}

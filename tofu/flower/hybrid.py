@@ -16,13 +16,14 @@ from flwr.clientapp.typing import ClientAppCallable
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
+from tofu.arguments import check_kind, check_options
 from tofu.errors import PayloadError, RunError, SettingError
 from tofu.flower.compress import Compressed, CompressMod
 from tofu.flower.secure import SecureAggregation
 from tofu.flower.secure_mod import RECORD as SECURE_RECORD
 from tofu.flower.secure_mod import SecureMod
 from tofu.flower.secure_options import SecureOptions
-from tofu.flower.update_codec import RECORD, UpdateCodec
+from tofu.flower.update_codec import RECORD, UpdateCodec, codec_of
 from tofu.flower.wrapper import CLIPPED_BY_CLIENTS, CLIPPED_BY_SERVER, StrategyWrapper, TrainMod, refuse_around
 from tofu.rounds.schedule import make_schedule
 from tofu.settings import python_call
@@ -30,6 +31,7 @@ from tofu.settings.groups import RoundSettings
 from tofu.wire import RECORD as STAGE
 
 
+@python_call
 @python_call
 def hybrid(*arguments: Any, secure: Mapping[str, Any] | None = None, **options: Any) -> "HybridMod":
     """Return a mod for compressed and secure rounds; the strategy must be wrapped in `Hybrid` with the same arguments.
@@ -43,7 +45,7 @@ def hybrid(*arguments: Any, secure: Mapping[str, Any] | None = None, **options: 
         >>> from flwr.clientapp import ClientApp
         >>> app = ClientApp(mods=[hybrid(ratio=50, secure={"bits": 16})])
     """
-    codec = UpdateCodec(*arguments, **options)
+    codec = codec_of(hybrid, arguments, options)
     secure_options = _secure_options(codec, secure)
     codec.joint = secure_options.digest.hex()
     return HybridMod(codec, secure_options)
@@ -108,7 +110,7 @@ class Hybrid(StrategyWrapper):
         super().__init__(inner)
         if bool(switch_round) == bool(plateau) or switch_round < 0:
             raise SettingError("switch_round", switch_round, "a round, or 0 and a metric's name as plateau")
-        codec = UpdateCodec(*arguments, **options)
+        codec = codec_of(type(self), arguments, options)
         secure_options = _secure_options(codec, secure)
         codec.joint = secure_options.digest.hex()
         self._secure = SecureAggregation(
@@ -200,4 +202,6 @@ class Hybrid(StrategyWrapper):
 
 
 def _secure_options(codec: UpdateCodec, secure: Mapping[str, Any] | None) -> SecureOptions:
+    check_kind("secure", secure, Mapping | None, "a mapping of options, such as {'bits': 16}")
+    check_options(secure or {}, SecureOptions, SecureOptions)
     return SecureOptions(**{"error_feedback": codec.error_feedback, **(secure or {})})

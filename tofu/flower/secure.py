@@ -22,6 +22,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
+from tofu.arguments import check_options
 from tofu.compression.error_feedback import NEVER
 from tofu.errors import PayloadError, RunError, SettingError
 from tofu.flower.compress import Compressed
@@ -119,6 +120,7 @@ class SecureAggregation(StrategyWrapper):
                 raise SettingError("strategy", type(part).__name__, accepted)
         super().__init__(inner)
         self.mod = "tofu.secure"
+        check_options(options, SecureOptions, type(self))
         self._options, self._codec = SecureOptions(**options), codec
         self._known = read_known(Path(identities)) if identities else None
         self._seconds = stage_timeout

@@ -15,6 +15,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
 
+from tofu.arguments import check_options
 from tofu.compression.error_feedback import ErrorFeedback
 from tofu.errors import PayloadError
 from tofu.flower.client_state import load_feedback, save_feedback
@@ -60,6 +61,7 @@ def secure(**options: Any) -> "SecureMod":
         >>> from flwr.clientapp import ClientApp
         >>> app = ClientApp(mods=[secure()])
     """
+    check_options(options, SecureOptions, secure)
     return SecureMod(SecureOptions(**options))
 
 

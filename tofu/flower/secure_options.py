@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tofu.arguments import check_kind, check_number
 from tofu.errors import SettingError
 from tofu.plugins import SumSpec
 from tofu.privacy import Noise
@@ -80,8 +81,8 @@ class SecureOptions:
             ("clip_norm", 1e-9, 1e9), ("clip_quantile", 0, 0.99), ("clip_lr", 1e-9, 10), ("clip_budget", 1e-9, 0.5),
             ("dropout", 0, 0.99), ("collusion", 0, 0.99), ("weight_step", 1e-9, 1),
         ):  # fmt: skip
-            if not low <= getattr(self, field) <= high:
-                raise SettingError(field, getattr(self, field), f"a number from {low} to {high:g}")
+            check_number(field, getattr(self, field), low, high)
+        check_kind("app", self.app, str, "names of packages, separated by commas")
         if self.clip_quantile and not self.noise_multiplier:
             raise SettingError("clip_quantile", self.clip_quantile, "0 without noise_multiplier")
         for package in self.packages:

@@ -13,7 +13,9 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Integral
 from types import CodeType
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from flwr.app import Array, ArrayRecord
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from tofu.arguments import CALLS, check_call, check_calls, check_kind, check_number, check_options
 from tofu.codec.options import DEFAULTS, CompressorOptions, ProxySettings
 from tofu.compression import compressors, make_compressor
 from tofu.compression.base import Compressor
@@ -115,6 +118,11 @@ class UpdateCodec:
         differences: bool | None = None,
         seed: int = 0,
     ) -> None:
+        if model is not None and not isinstance(model, nn.Module):
+            check_call("model", model, CALLS["model"])
+        check_calls({"forward": forward, "loss": loss})
+        check_kind("compressor", compressor, str | None, "a name, such as 'topk', or 'package.module:Class'")
+        check_kind("seed", seed, Integral, "a whole number")
         if compressor is not None:
             compressors.get(compressor)
         if compressor in NEEDS_CALL and (model is None or input_shape is None):
@@ -122,11 +130,10 @@ class UpdateCodec:
         for name, value, low, high in (
             ("error_feedback", error_feedback, 0, 1), ("step_ahead", step_ahead, 0, 1),
             ("correction", correction, 0, 1), ("proxies_below", proxies_below, 0, 1),
-            ("over_relaxation", over_relaxation or 1, 1, 2), ("ratio", ratio, 1, 1e6),
-            ("downlink", downlink or 1, 1, 1e6),
+            ("over_relaxation", 1 if over_relaxation == 0 else over_relaxation, 1, 2), ("ratio", ratio, 1, 1e6),
+            ("downlink", 1 if downlink == 0 else downlink, 1, 1e6),
         ):  # fmt: skip
-            if not low <= value <= high:
-                raise SettingError(name, value, f"a number from {low} to {high:g}")
+            check_number(name, value, low, high)
         self._model, self._shape, self._ratio = model, input_shape, ratio
         self._compressor, self._correction, self._over_relaxation = compressor, correction, over_relaxation
         self._proxies_below = proxies_below
@@ -276,6 +283,12 @@ class UpdateCodec:
             return None
         model = copy.deepcopy(self._model).cpu() if isinstance(self._model, nn.Module) else self._model().cpu()
         return in_float32(model)
+
+
+def codec_of(function: Callable[..., object], arguments: tuple[Any, ...], options: dict[str, Any]) -> UpdateCodec:
+    """Return the codec for the arguments that a function passes on. Raises SettingError for unknown names."""
+    check_options(options, UpdateCodec, function)
+    return UpdateCodec(*arguments, **options)
 
 
 @dataclass(frozen=True)
