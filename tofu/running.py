@@ -32,7 +32,7 @@ from tofu.reference_model import Forward, InputShape
 from tofu.reporting.folder import read_model, resumed_settings
 from tofu.reporting.report import write_report
 from tofu.reporting.report.chart import standalone
-from tofu.reporting.report.figures import accuracy_by_bytes, accuracy_by_round
+from tofu.reporting.report.figures import accuracy_by_bytes, accuracy_by_round, loss_by_bytes, loss_by_round
 from tofu.reporting.report.run_data import read_run
 from tofu.reporting.report.template import COLORS, FIGURE_STYLE
 from tofu.rounds.record import RoundRecord, RunSummary, from_dict, json_lines, read_rounds
@@ -103,18 +103,19 @@ class RunResult:
         return model
 
     def plot(self, against: Literal["rounds", "bytes"] = "rounds") -> "Plot":
-        """Draw test accuracy against rounds or uplink bytes; a notebook shows the figure.
+        """Draw test accuracy, or else the loss, against rounds or uplink bytes; a notebook shows the figure.
 
         Raises:
-            RunError: the run has no accuracy, for example because there is no test data.
+            RunError: the run has neither an accuracy nor a loss.
             SettingError: `against` is neither "rounds" nor "bytes".
         """
-        drawings = {"rounds": accuracy_by_round, "bytes": accuracy_by_bytes}
+        drawings = {"rounds": (accuracy_by_round, loss_by_round), "bytes": (accuracy_by_bytes, loss_by_bytes)}
         if against not in drawings:
             raise SettingError("against", against, "'rounds' or 'bytes'")
-        markup = drawings[against](read_run(self.folder))
+        found = read_run(self.folder)
+        markup = next(filter(None, (draw(found) for draw in drawings[against])), None)
         if markup is None:
-            raise RunError(f"{self.folder} has no accuracy to plot: is there test data, and are targets class numbers?")
+            raise RunError(f"{self.folder} has no accuracy and no loss to plot: is there test data?")
         return Plot(standalone([ET.fromstring(markup)], COLORS + FIGURE_STYLE))
 
     def report(self) -> Path:

@@ -210,7 +210,10 @@ def test_an_own_training_function_trains_with_the_round_and_the_client(
         None,
         None,
     )  # no test data
-    with pytest.raises(RunError, match="test data"):
+    assert "training loss" in result.plot().svg
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().replace('"train_loss": 7.0', '"train_loss": null')
+    (tmp_path / "run" / "metrics.jsonl").write_text(lines)
+    with pytest.raises(RunError, match="no accuracy and no loss to plot"):
         result.plot()
     assert result.report().exists()
 
@@ -232,6 +235,11 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
         tofu.run(resume=str(tmp_path / "cut"), clients=clients, test=test, model=mlp, progress=False)
 
 
+def unescape_tags(page: Path) -> str:
+    """The text of a page without its tags."""
+    return re.sub(r"<[^>]*>", "", page.read_text())
+
+
 def test_a_regression_on_vectors_is_sent_as_proxies_and_secure_rounds_sum_it(tmp_path: Path) -> None:
     seen = Rounds()
     arguments: Row = QUICK | {"ratio": 2.0, "rounds": 6, "lr": 0.1, "compressor": "proxy"}
@@ -243,6 +251,8 @@ def test_a_regression_on_vectors_is_sent_as_proxies_and_secure_rounds_sum_it(tmp
     losses = [row.loss or 0.0 for row in result.history]
     assert losses[-1] < losses[0] / 2
     assert result.summary.final_accuracy is None
+    assert f"{losses[-1]:.4g} test loss after 6 rounds" in unescape_tags(result.report())
+    assert all("test loss" in result.plot(against).svg for against in ("rounds", "bytes"))
     assert (result.history[-1].explained_variance or 0) > 0.3
     assert not seen.notes
     secure = tofu.run(**arguments | {"schedule": "secure"}, **own, run_folder=str(tmp_path / "secure"))

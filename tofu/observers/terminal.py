@@ -30,14 +30,15 @@ _LAST_ROUNDS = 6
 _LEVEL = 0.005
 """A round's bytes differ from those of FedAvg by at least this fraction, or are not compared."""
 _MAX_FAILURES = 3
-_OPTIONAL = ("task", "epsilon")
-"""Columns of the live view that are hidden in runs without tasks or differential privacy."""
+_OPTIONAL = ("task", "loss", "epsilon")
+"""Columns of the live view that are hidden in runs without tasks or differential privacy, or with accuracies."""
 
 
 class _View(Observer):
     """Reports the first failures of a round as notes, and counts the others."""
 
     kept = True
+    last: RoundRecord | None = None
     notes: Sequence[str] = ()
     _failed = 0
 
@@ -58,7 +59,7 @@ class _View(Observer):
     def on_round_end(self, record: RoundRecord) -> None:
         if (more := self._failed - _MAX_FAILURES) > 0:
             self.on_note(f"round {record.round}: {more} more failures")
-        self._failed = 0
+        self._failed, self.last = 0, record
 
 
 class PlainProgress(_View):
@@ -78,7 +79,7 @@ class PlainProgress(_View):
         words = [f"round {record.round:>{len(f'{self._rounds}')}}/{self._rounds}", f"{cells['kind']:<10}"]
         if cells["task"] != _NONE:
             words.append(f"task {cells['task']}")
-        words.append(f"accuracy {cells['accuracy']:>6}")
+        words.append(_loss_text(record) or f"accuracy {cells['accuracy']:>6}")
         if cells["explained"] != _NONE:
             words.append(f"explained {cells['explained']:>6}")
         if cells["uplink"] != _NONE:
@@ -97,7 +98,7 @@ class PlainProgress(_View):
         self._write(f"note: {text}")
 
     def on_run_end(self, summary: RunSummary) -> None:
-        self._write(_summary_line(summary))
+        self._write(_summary_line(summary, self.last))
 
     def _write(self, text: str) -> None:
         self._stream.write(f"{printable(text)}\n")
@@ -157,7 +158,7 @@ class LiveProgress(_View):
 
     def on_run_end(self, summary: RunSummary) -> None:
         self.close()
-        self._console.print(Text(_summary_line(summary), style="bold"))
+        self._console.print(Text(_summary_line(summary, self.last), style="bold"))
 
     def close(self) -> None:
         if self._live is not None:
@@ -216,6 +217,7 @@ def _table(rows: tuple[dict[str, str], ...]) -> Table:
         ("kind", "\nkind"),
         ("task", "\ntask"),
         ("accuracy", "\naccuracy"),
+        ("loss", "\nloss"),
         ("explained", "explained\nvariance"),
         ("uplink", "\nuplink"),
         ("less", "less than\nFedAvg"),
@@ -238,6 +240,7 @@ def _cells(record: RoundRecord) -> dict[str, str]:
         "kind": printable(record.label + (", abandoned" if record.abandoned else "")),
         "task": _NONE if record.task is None else f"{record.task}",
         "accuracy": _NONE if accuracy is None else format_fraction(accuracy, 2),
+        "loss": _loss_text(record) or _NONE,
         "explained": _NONE if explained is None else format_fraction(explained),
         "uplink": format_bytes(sent) if sent else _NONE,
         "less": format_factor(fedavg / sent) if sent and abs(fedavg / sent - 1) >= _LEVEL else _NONE,
@@ -250,8 +253,15 @@ def _epsilon_text(epsilon: float) -> str:
     return f"{epsilon:.4g}" if math.isfinite(epsilon) else "inf"
 
 
-def _summary_line(summary: RunSummary) -> str:
+def _loss_text(record: RoundRecord) -> str:
+    """Return the loss of a round without accuracy; "" for others."""
+    return "{} {:.4g}".format(*record.shown_loss) if record.shown_loss else ""
+
+
+def _summary_line(summary: RunSummary, last: RoundRecord | None) -> str:
     words = []
+    if summary.final_accuracy is None and last is not None and (loss := _loss_text(last)):
+        words.append(f"final {loss}")
     if summary.final_accuracy is not None:
         words.append(f"final accuracy {format_fraction(summary.final_accuracy, 2)}")
     if summary.mean_accuracy is not None and summary.backward_transfer is not None:

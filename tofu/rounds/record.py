@@ -163,6 +163,12 @@ class RoundRecord(StrictFields):
         """The name of the round in reports: its compressor or its kind."""
         return round_label(self.kind, self.compressor)
 
+    @property
+    def shown_loss(self) -> tuple[str, float] | None:
+        """The name and value of the loss that views show where there is no accuracy; None if no loss is known."""
+        found = {"test loss": self.loss, "training loss": self.train_loss}
+        return next(((name, loss) for name, loss in found.items() if self.accuracy is None and loss is not None), None)
+
     def __repr__(self) -> str:
         """Return one line, because a notebook shows records: there are 30 fields, one of them for each client."""
         accuracy = "unknown" if self.accuracy is None else f"{self.accuracy:.4f}"

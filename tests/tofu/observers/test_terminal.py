@@ -92,6 +92,19 @@ def test_plain_writes_one_line_a_round(screen: io.StringIO) -> None:
     ]
 
 
+def test_rounds_without_accuracy_have_their_loss(screen: io.StringIO) -> None:
+    with PlainProgress(screen) as progress:
+        progress.on_run_start(2, 10, "vectors")
+        progress.on_round_end(row(1, accuracy=None, loss=0.25, explained_variance=None, uplink_bytes=0))
+        progress.on_round_end(row(2, accuracy=None, train_loss=0.125, explained_variance=None, uplink_bytes=0))
+        progress.on_run_end(RunSummary())
+    assert screen.getvalue().splitlines()[1:] == [
+        "round 1/2  compressed  test loss 0.25  3.2 s",
+        "round 2/2  compressed  training loss 0.125  3.2 s",
+        "done: final training loss 0.125",
+    ]
+
+
 def test_the_notes_on_settings_come_before_the_first_round(screen: io.StringIO, tmp_path: Path) -> None:
     progress = make_progress(screen, notes=["alpha=0.5 has no effect"])
     progress.on_history(tmp_path, ())

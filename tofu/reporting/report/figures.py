@@ -90,6 +90,36 @@ def accuracy_by_bytes(run: RunData) -> str | None:
     return drawing.markup()
 
 
+def loss_by_round(run: RunData) -> str | None:
+    """Draw the loss against rounds in a run without accuracy."""
+    return _loss(run, [row.round for row in run.rounds], "round")
+
+
+def loss_by_bytes(run: RunData) -> str | None:
+    """Draw the loss against all uplink bytes so far in a run without accuracy."""
+    return _loss(run, list(itertools.accumulate(row.uplink_bytes for row in run.rounds)), "uplink bytes so far")
+
+
+def _loss(run: RunData, spent: Sequence[int], unit: str) -> str | None:
+    """Draw the test loss, or else the training loss, of rounds at which `spent` of a unit were spent."""
+    found = [(at, row, row.shown_loss) for at, row in zip(spent, run.rounds, strict=True)]
+    losses = [(at, row, *loss) for at, row, loss in found if loss is not None]
+    if not losses or any(row.accuracy is not None for row in run.rounds):
+        return None
+    chosen = "test loss" if any(name == "test loss" for _, _, name, _ in losses) else "training loss"
+    rows = [(at, row, loss) for at, row, name, loss in losses if name == chosen]
+    rows = [rows[index] for index in thinned([row.kind for _, row, _ in rows], _POINTS)]
+    title, last = chosen.capitalize(), rows[-1]
+    drawing = Drawing(f"{title} against {unit}: {rows[0][2]:.4g} at first, {last[2]:.4g} at last.")
+    x = round_axis(last[0]) if unit == "round" else Axis(0, max(last[0], 1), LEFT, RIGHT)
+    y = value_axis([loss for _, _, loss in rows])
+    drawing.frame(x, y, (unit, chosen), x_text=_whole if unit == "round" else tick_bytes, y_text="{:.4g}".format)
+    drawing.legend(_keys([row for _, row, _ in rows], ""))
+    _marked_curve(drawing, [(x.at(at), y.at(loss), row, f"{loss:.4g}") for at, row, loss in rows])
+    _end_labels(drawing, [(x.at(last[0]), y.at(last[2]), f"{last[2]:.4g}", "strong")])
+    return drawing.markup()
+
+
 def explained_variance(run: RunData) -> str | None:
     """Explained variance of the decoded updates in each round, and their cosine to the true ones."""
     series = [

@@ -125,12 +125,16 @@ def _state(run: RunData) -> str:
 
 def _lead(run: RunData) -> Markup:
     """Return the run in one sentence."""
-    if run.final_accuracy is None or not run.trained:
+    if not run.trained:
         return Markup("No round has ended yet.")
-    count = run.trained[-1].round
-    text = Markup("<b>{}</b> test accuracy after {:,} {}, for <b>{}</b> of uplink").format(
-        format_fraction(run.final_accuracy), count, "round" if count == 1 else "rounds", format_bytes(run.uplink_bytes)
-    )
+    count, loss = format_count(run.trained[-1].round, "round"), run.trained[-1].shown_loss
+    if run.final_accuracy is not None:
+        reached = Markup("<b>{}</b> test accuracy after {}").format(format_fraction(run.final_accuracy), count)
+    elif loss is not None:
+        reached = Markup("<b>{:.4g}</b> {} after {}").format(loss[1], loss[0], count)
+    else:
+        reached = Markup("{} without accuracy or loss").format(count)
+    text = reached + Markup(", for <b>{}</b> of uplink").format(format_bytes(run.uplink_bytes))
     if run.saving is None:
         return text + "."
     fedavg = format_bytes(run.fedavg_uplink_bytes)
@@ -219,6 +223,7 @@ def _figures(run: RunData) -> list[dict[str, str]]:
             f"The same rounds against all bytes that clients had sent by then; {fedavg}.",
             figures.accuracy_by_bytes(run),
         ),
+        ("Loss against rounds", "Loss of the global model, on test data if there are any.", figures.loss_by_round(run)),
         (
             "Bytes by direction and kind",
             "Whole messages, headers included, on one linear scale." + pale,
