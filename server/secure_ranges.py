@@ -72,15 +72,7 @@ class SecureRanges:
         self._ranges: tuple[float, ...] = ()
         self._turn = 0
         self.scales = UpdateScaleTracker()
-        clients = _max_clients(settings)
-        fraction, bits = coordinates.settings_for(settings.secure.secure_ratio, clients)
-        levels = FixedPoint(clients, bits, 1.0).levels
-        values = math.ceil(fraction * param_spec.float32_bytes / 4)
-        topology = Topology.of(settings.secure, clients)
-        privacy = settings.privacy
-        for octave in range(16 if privacy.clip_quantile else 1):  # whether a norm fits repeats with its double
-            norm = privacy.clip_norm * 2 ** (octave / 16)
-            Noise.in_sum(privacy, norm, settings.secure, topology, clients, levels=levels, values=values)
+        check_noise(param_spec, settings)
 
     def encoding(
         self, clients: Sequence[Client], declared: Mapping[str, SumSpec], displacement: Tensor, clip_norm: float
@@ -132,6 +124,36 @@ class SecureRanges:
         plain = snapshot.plain["secure"]
         self._turn, self._ranges = plain["turn"], tuple(plain["ranges"])
         self.scales = UpdateScaleTracker(**plain["scales"])
+
+
+def check_noise(param_spec: ParamSpec, settings: Settings) -> None:
+    """Raises SettingError, with the largest ratio that is usable, if the noise of a secure round does not fit."""
+    given = settings.secure.secure_ratio
+    refused = _refusal(param_spec, settings, given)
+    if refused is None:
+        return
+    lower = [math.floor(3200 / bits) / 100 for bits in range(1, 33)]  # rounded down, so that the bits fit
+    for ratio in lower:
+        if ratio < given and _refusal(param_spec, settings, ratio) is None:
+            wanted = f"at most {ratio:g} with noise-multiplier {settings.privacy.noise_multiplier:g}"
+            raise SettingError("secure-ratio", given, f"{wanted}, whose noise needs the bits") from refused
+    raise refused
+
+
+def _refusal(param_spec: ParamSpec, settings: Settings, ratio: float) -> SettingError | None:
+    """Return the error of a ratio of bytes that leaves too few bits for the noise, or None."""
+    clients, privacy = _max_clients(settings), settings.privacy
+    fraction, bits = coordinates.settings_for(ratio, clients)
+    levels = FixedPoint(clients, bits, 1.0).levels
+    values = math.ceil(fraction * param_spec.float32_bytes / 4)
+    topology = Topology.of(settings.secure, clients)
+    try:
+        for octave in range(16 if privacy.clip_quantile else 1):  # whether a norm fits repeats with its double
+            norm = privacy.clip_norm * 2 ** (octave / 16)
+            Noise.in_sum(privacy, norm, settings.secure, topology, clients, levels=levels, values=values)
+    except SettingError as error:
+        return error
+    return None
 
 
 def check_secure_settings(settings: Settings) -> None:

@@ -10,6 +10,8 @@ from tofu.codec.compressor import TRIAL_INTERVAL, ProxyCompressor
 from tofu.codec.search import SURROGATE_BETAS, TRIAL_EVALS
 from tofu.compression import downlink_compressor, payload_notes, uplink_compressor
 from tofu.data import LabeledImages
+from tofu.errors import SettingError
+from tofu.privacy import Accountant
 from tofu.reference_model import ReferenceModel
 from tofu.secagg import coordinates
 from tofu.secagg.encoding import FEW_LEVELS, EncodingConfig, RingEncoder, first_ranges
@@ -19,7 +21,7 @@ from tofu.secagg.identities import SIGNATURE_BYTES
 from tofu.secagg.masks import KEY_BYTES
 from tofu.secagg.messages import SEALED_BYTES, Advert, Confirmation, Masked, Reveal, Roster, Shares, Survivors
 from tofu.secagg.shamir import SHARE_BYTES
-from tofu.settings import MIN_SECURE, Settings
+from tofu.settings import MIN_SECURE, PrivacySettings, Settings
 from tofu.training import LocalTrainingConfig, train_locally
 from tofu.weights import Weights, copy_model, difference, weights_of
 from tofu.wire import HEADER_BYTES, SecurePart
@@ -194,6 +196,49 @@ def _downlink(
         lacked = min(round_ - 1, round(1 / settings.server.client_fraction))
         payloads += min(whole, lacked * step)
     return step, payloads + settings.training.rounds * message_overhead
+
+
+@dataclass(frozen=True)
+class PlannedPrivacy:
+    """What a run spends of its privacy budget, against the server.
+
+    Attributes:
+        epsilon: after the last round that the budget allows.
+        delta: of the guarantee.
+        private_rounds: number of rounds that the budget allows.
+        max_epsilon: the budget; 0 is no limit.
+    """
+
+    epsilon: float
+    delta: float
+    private_rounds: int
+    max_epsilon: float
+
+    @property
+    def stop(self) -> str:
+        """Why the run stops before its last round."""
+        exceeded = f"the next one would exceed max-epsilon {self.max_epsilon:g}"
+        return f"the run stops after round {self.private_rounds}: {exceeded}"
+
+
+def planned_privacy(privacy: PrivacySettings, rounds: int) -> PlannedPrivacy | None:
+    """Return what a run spends; None without noise of clients.
+
+    Raises:
+        SettingError: the budget does not allow one round.
+    """
+    if not privacy.client_multiplier:
+        return None
+    account, allowed = Accountant(privacy.privacy_delta), 0
+    while allowed < rounds and (
+        not privacy.max_epsilon or account.allows(privacy.client_multiplier, privacy.max_epsilon)
+    ):
+        epsilon = account.spend(privacy.client_multiplier, "secure")
+        allowed += 1
+    if not allowed:
+        first = account.spend(privacy.client_multiplier, "secure")
+        raise SettingError("max-epsilon", privacy.max_epsilon, f"at least {first:.4g}, the epsilon of one round")
+    return PlannedPrivacy(epsilon, privacy.privacy_delta, allowed, privacy.max_epsilon)
 
 
 _TIMED_BATCHES = 16

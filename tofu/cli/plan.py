@@ -18,9 +18,10 @@ def plan(*, config: ConfigFile = None, json_: Json = False, overrides: dict[str,
     """Print what a run will cost in bytes and about how long it will take here, without running it."""
     settings = settings_from(config, overrides)  # a misspelled one is refused before torch is imported
     from server.ledger import reply_overhead
+    from server.secure_ranges import check_noise, check_secure_settings
     from tofu.data import FederatedData
     from tofu.models import initial_model
-    from tofu.plan import estimate_seconds, make_plan
+    from tofu.plan import estimate_seconds, make_plan, planned_privacy
     from tofu.reference_model import ReferenceModel
     from tofu.rounds.schedule import make_schedule
 
@@ -28,6 +29,9 @@ def plan(*, config: ConfigFile = None, json_: Json = False, overrides: dict[str,
     shape = data.shape
     network = ReferenceModel(initial_model(settings.model, shape, settings.run.seed).eval(), shape)
     schedule = make_schedule(settings.rounds, settings.training.rounds)
+    if "secure" in schedule.kinds:
+        check_secure_settings(settings)
+        check_noise(network.param_spec, settings)
     kinds = [schedule.kind(r, ()) for r in range(1, settings.training.rounds + 1)]
     made = make_plan(
         settings,
@@ -36,6 +40,7 @@ def plan(*, config: ConfigFile = None, json_: Json = False, overrides: dict[str,
         secure_rounds=kinds.count("secure"),
         message_overhead=reply_overhead(),
     )
+    privacy = planned_privacy(settings.privacy, settings.training.rounds)
     seconds = estimate_seconds(
         settings, network, data.client(0), images=int(data.class_counts().sum()),
         compressed_rounds=made.compressed_rounds,
@@ -43,10 +48,15 @@ def plan(*, config: ConfigFile = None, json_: Json = False, overrides: dict[str,
     if json_:
         ratios = {name: getattr(made, name) for name in ("payload_ratio", "uplink_ratio", "both_ratio")}
         times = {"training_seconds": seconds.training, "encoding_seconds": seconds.encoding}
-        print(json.dumps(dataclasses.asdict(made) | ratios | times))
+        spent = {} if privacy is None else {"epsilon": privacy.epsilon, "private_rounds": privacy.private_rounds}
+        print(json.dumps(dataclasses.asdict(made) | ratios | times | spent))
         return
     for name, value in _rows(made, settings.model.model, seconds):
         print(f"{name:<26}{value}")
+    if privacy is not None:
+        print(f"{'epsilon':<26}{privacy.epsilon:.4g} after round {privacy.private_rounds} at delta {privacy.delta:g}")
+        if privacy.private_rounds < settings.training.rounds:
+            print(f"warning: {privacy.stop}", file=sys.stderr)
     for warning in made.warnings:
         print(f"warning: {warning}", file=sys.stderr)
 

@@ -349,6 +349,21 @@ def test_a_plan_for_people(tofu: Tofu, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_plan_refuses_what_a_run_refuses_and_says_when_the_privacy_budget_is_spent(tofu: Tofu) -> None:
+    private = ("plan", "--model=mlp", "--schedule=secure", "--noise-multiplier=4")
+    refused = tofu(*private)
+    fails(refused, "secure-ratio=4.0 is not usable: expected at most ", " with noise-multiplier 4")
+    ratio = refused.err.partition("at most ")[2].split()[0]
+    fails(tofu(*private, f"--secure-ratio={ratio}", "--max-epsilon=0.1"), "at least 0.9263, the epsilon of")
+    outcome = tofu(*private, f"--secure-ratio={ratio}", "--max-epsilon=3")
+    stop = re.search(r"the run stops after round (\d+): the next one would exceed max-epsilon 3", outcome.err)
+    assert stop is not None
+    spent = tofu(*private, f"--secure-ratio={ratio}", f"--rounds={stop[1]}", "--json").json
+    assert spent["private_rounds"] == int(stop[1])
+    assert 2 < spent["epsilon"] <= 3
+    assert f"epsilon                   {spent['epsilon']:.4g} after round {stop[1]} at delta 1e-05" in outcome.out
+
+
 def test_a_plan_warns_of_proxies_larger_than_the_update(tofu: Tofu) -> None:
     outcome = tofu("plan", *TINY, "--proxies=9000")
     assert outcome.status == 0
@@ -631,7 +646,7 @@ def test_a_finished_run_is_extended_as_if_it_had_had_more_rounds(tofu: Tofu) -> 
     whole = tofu("run", *TINY, "--rounds=3", "--run-folder=whole", "--json").json
     tofu("run", *TINY, "--rounds=2", "--run-folder=run")
     fails(tofu("run", "--resume=run"), "resume='run'", "more rounds than 2")
-    fails(tofu("run", "--resume=run", "--rounds=1"), "rounds=1", "at least 2")
+    fails(tofu("run", "--resume=run", "--rounds=1"), "rounds=1", "at least the 2")
     extended = tofu("run", "--resume=run", "--rounds=3", "--json").json
     assert extended["weights_sha256"] == whole["weights_sha256"]
     assert extended["uplink_bytes"] == whole["uplink_bytes"]
