@@ -156,6 +156,13 @@ def serve_in_process(
     return to_dict(summaries[0])
 
 
+def _read_note(data: Mapping[str, Any], *, local: bool) -> str:
+    """Return which data the server reads; with `local`, the simulated clients train on a part of them."""
+    unused = "" if local else " (which the server does not use)"
+    text = f"reads {data['read_as']}: {data['train']} to train{unused} and {data['test']} to test, of the classes "
+    return text + shortened(data["classes"])
+
+
 class _Run:
     """One run: its runner and the files that it writes. The constructor refuses settings that are not usable."""
 
@@ -296,10 +303,8 @@ class _Run:
         """Report which data were read, and which were left out."""
         data = data_description(self._workload)
         if data.get("read_as"):
-            self._observer.on_note(
-                f"reads {data['read_as']}: {data['train']} to train and {data['test']} to test, of the classes "
-                f"{shortened(data['classes'])}"
-            )
+            local = is_simulation(self._grid) or isinstance(self._grid, InProcessGrid)
+            self._observer.on_note(_read_note(data, local=local))
         if data.get("left_out"):
             self._observer.on_note(f"left out: {shortened(data['left_out'])}")
 

@@ -102,6 +102,9 @@ class Clients:
             if time.monotonic() >= end or (declined and (complete or nobody)):
                 waited = time.monotonic() - start
                 reasons = f" ({'; '.join(sorted(set(declined)))})" if declined else ""
+                if declined and len(declined) == len(nodes):
+                    nodes_text = "the only node" if len(nodes) == 1 else f"all {len(nodes)} nodes"
+                    reasons = f"; {nodes_text} refused to take part{reasons}"
                 raise RunError(f"round {round_}: {format_count(len(found), 'client')} connected after {waited:.0f} s, "
                                f"min-clients is {min_clients}{reasons}")  # fmt: skip
             time.sleep(min(1.0, max(0.0, end - time.monotonic())))

@@ -157,7 +157,7 @@ def test_a_class_that_class_names_lacks_is_refused_in_one_line(
     concealed = "this client's data or files cannot be used in this run: see its log"
     assert failure.reason == concealed
     assert "has the label 'owl': expected one of eight, five, four, nine" in capsys.readouterr().err
-    with pytest.raises(RunError, match=f"0 clients connected .*{concealed}") as caught:
+    with pytest.raises(RunError, match=f"0 clients connected .*; the only node refused .*{concealed}") as caught:
         federate(tmp_path, "none", [folders[1]], rounds=1, class_names=",".join(sorted(NAMES)))
     assert int(str(caught.value).split(" connected after ")[1].split()[0]) < 30  # nobody else is expected
 
