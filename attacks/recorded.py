@@ -80,9 +80,11 @@ def observation_of(recording: Recording) -> Observation:
         max_bytes=len(recording.payload),
     )
     content = compressor.describe(payload.body)
-    mode = f":{settings.codec.codec_mode}" if content else ""
+    name = f"{compressor.name}:{settings.codec.codec_mode}" if content else compressor.name
+    if content and content.proxies is None:
+        name = "correction"  # what a client sends in place of proxies where that explains enough
     return Observation(
-        message=f"recorded {compressor.name}{mode}",
+        message=f"recorded {name}",
         network=network,
         update=compressor.decompress(network, payload.body),
         images=recording.examples,

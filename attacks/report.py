@@ -148,8 +148,7 @@ def conclusions(summary: Sequence[Row], found: Sequence[Row], easier: str = "") 
     nothing = untested and not tested and not leaking
     if nothing:
         texts.append(
-            "Nothing can be concluded: not even the exact update was inverted, as is usual after many local steps. "
-            f"Assume that images are not hidden. {_next_step(easier)}"
+            f"Nothing can be concluded: {_why_nothing(found)}. Assume that images are not hidden. {_next_step(easier)}"
         )
     if leaking:
         texts.append(
@@ -189,6 +188,12 @@ def _stopped(summary: Sequence[Row]) -> list[str]:
         "machine or with a longer limit: repeat the command with a larger --seconds."
     )
     return [sentence] * bool(stopped)
+
+
+def _why_nothing(found: Sequence[Row]) -> str:
+    if all(verdict["psnr"] is None for verdict in found):
+        return "no exact update was attacked, so nothing tells whether these attacks work here"
+    return "not even the exact update was inverted, as is usual after many local steps"
 
 
 def _next_step(easier: str) -> str:

@@ -50,14 +50,14 @@ def run(tmp_path: Path) -> Path:
 def test_a_recorded_run_is_attacked_with_its_control(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [str(run), "--attacks", "analytic,proxy-images,label-counts", "--quiet"]
     assert attack_command(arguments) == 0
-    assert "recorded proxy:smooth" in capsys.readouterr().out
+    assert "recorded correction" in capsys.readouterr().out
     rows = attack_run(run, run / "attacks", attacks=("analytic", "proxy-images", "label-counts"), log=print)
     assert not capsys.readouterr().out
     assert {(row["pretrain_rounds"], row["message"]) for row in rows} == {
-        (rounds, message) for rounds in (0, 1) for message in ("exact", "recorded proxy:smooth")
+        (rounds, message) for rounds in (0, 1) for message in ("exact", "recorded correction")
     }
     found = {(row["message"], row["attack"]): row for row in rows if row["pretrain_rounds"] == 0}
-    assert found["exact", "analytic"]["psnr"] > found["recorded proxy:smooth", "analytic"]["psnr"]
+    assert found["exact", "analytic"]["psnr"] > found["recorded correction", "analytic"]["psnr"]
     assert found["exact", "proxy-images"]["refused"]
     assert found["exact", "label-counts"]["labels"] > 0.7
     assert (run / "attacks" / "report.html").is_file()

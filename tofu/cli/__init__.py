@@ -53,12 +53,13 @@ def usage_errors_in_one_line(group: click.Context | None = None) -> Iterator[Non
         command = "tofu" if group is None else f"{group.command_path} {group.invoked_subcommand or ''}".strip()
         if error.ctx is not None:
             command = error.ctx.command_path
+        message = error.format_message()
         if isinstance(error, click.NoSuchOption):
             from tofu.settings import ELSEWHERE
 
-            known = ELSEWHERE.get(error.option_name.lstrip("-"))
-            error.possibilities = [f"--{known}"] if known else error.possibilities
-        raise TofuError(f"{error.format_message()} (see `{command} --help`)") from error
+            if known := ELSEWHERE.get(error.option_name.lstrip("-")):
+                message = f"No such option '{error.option_name}'. (Did you mean '--{known}'?)"
+        raise TofuError(f"{message} (see `{command} --help`)") from error
 
 
 class CommandsOnDemand(TyperGroup):

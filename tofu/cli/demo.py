@@ -16,6 +16,7 @@ def demo(*, config: ConfigFile = None, quiet: Quiet = False, overrides: dict[str
     """
     tofu = settings_from(config, overrides)  # a misspelled one is refused before torch is imported
     from tofu.formatting import format_bytes
+    from tofu.observers.terminal import proxies_line
     from tofu.reporting.folder import add_baseline, check_new, fresh_folder
     from tofu.reporting.report import write_report
     from tofu.rounds.record import read_rounds
@@ -41,7 +42,7 @@ def demo(*, config: ConfigFile = None, quiet: Quiet = False, overrides: dict[str
     rounds = [one for one in read_rounds(Path(folder) / "metrics.jsonl") if one.with_proxies is not None]
     if rounds:
         sent, updates = sum(one.with_proxies or 0 for one in rounds), sum(one.clients for one in rounds)
-        print(f"\n{sent} of {updates} updates came as proxies and a correction, the others as a correction alone")
+        print(f"\n{proxies_line(sent, updates)}")
     if (payload_ratio := summary["payload_ratio"] or 0) > 1:
         text = f"a payload is {payload_ratio:.0f}x smaller than an update"
         print(f"{text}; the uplink also has Flower's part of each message, and introductions in round 1")

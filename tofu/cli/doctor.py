@@ -100,11 +100,19 @@ def _installed(package: str) -> str:
 
 
 def _imported_elsewhere(found: str) -> str:
-    done = subprocess.run([sys.executable, "-c", f"import {_TORCHVISION}"], capture_output=True, text=True, check=False)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
-        raise _CheckError(f"{found} cannot be imported: {reason[:200]}; install torch and torchvision of one kind")
+    same_kind = "install torch and torchvision of one kind"
+    if reason := _import_error(_TORCHVISION):
+        raise _CheckError(f"{found} cannot be imported: {reason}; {same_kind}")
+    if reason := _import_error("torchvision"):
+        return f"{found}; works here, but your own `import torchvision` ends in {reason}: {same_kind}"
     return found
+
+
+def _import_error(module: str) -> str:
+    """Return the last line of the error of an import in another process; "" without one."""
+    done = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True, check=False)
+    lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+    return lines[-1][:200] if done.returncode else ""
 
 
 def _packages_of(distribution: str, extra: str) -> Iterator[str]:

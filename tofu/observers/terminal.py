@@ -40,9 +40,11 @@ class _View(Observer):
     kept = True
     last: RoundRecord | None = None
     notes: Sequence[str] = ()
-    _failed = 0
+    _failed, _with_proxies, _updates = 0, 0, 0
 
     def on_history(self, folder: Path, records: Sequence[RoundRecord]) -> None:
+        for record in records:
+            self._count(record)
         if self.kept:
             self.on_text(f"results: {folder}")
         for note in self.notes:
@@ -60,6 +62,15 @@ class _View(Observer):
         if (more := self._failed - _MAX_FAILURES) > 0:
             self.on_note(f"round {record.round}: {more} more failures")
         self._failed, self.last = 0, record
+        self._count(record)
+
+    def _count(self, record: RoundRecord) -> None:
+        if record.with_proxies is not None:
+            self._with_proxies, self._updates = self._with_proxies + record.with_proxies, self._updates + record.clients
+
+    def on_run_end(self, summary: RunSummary) -> None:
+        if self._updates:
+            self.on_text(proxies_line(self._with_proxies, self._updates))
 
 
 class PlainProgress(_View):
@@ -98,6 +109,7 @@ class PlainProgress(_View):
         self._write(f"note: {text}")
 
     def on_run_end(self, summary: RunSummary) -> None:
+        super().on_run_end(summary)
         self._write(_summary_line(summary, self.last))
 
     def _write(self, text: str) -> None:
@@ -158,6 +170,7 @@ class LiveProgress(_View):
 
     def on_run_end(self, summary: RunSummary) -> None:
         self.close()
+        super().on_run_end(summary)
         self._console.print(Text(_summary_line(summary, self.last), style="bold"))
 
     def close(self) -> None:
@@ -251,6 +264,18 @@ def _cells(record: RoundRecord) -> dict[str, str]:
 
 def _epsilon_text(epsilon: float) -> str:
     return f"{epsilon:.4g}" if math.isfinite(epsilon) else "inf"
+
+
+def proxies_line(with_proxies: int, updates: int) -> str:
+    """Return a line about how many of the updates of compressed rounds came as proxies.
+
+    >>> proxies_line(3, 4)
+    '3 of 4 updates came as proxies, the others as a sparse correction alone'
+    """
+    if not with_proxies:
+        return f"none of {updates} updates came as proxies: the sparse correction alone explained enough"
+    rest = ", the others as a sparse correction alone" if with_proxies < updates else ""
+    return f"{with_proxies} of {updates} updates came as proxies{rest}"
 
 
 def _loss_text(record: RoundRecord) -> str:

@@ -21,6 +21,7 @@ from attacks.evaluate import AttackEvaluation
 from attacks.recorded import ATTACKS
 from tests.processes import run
 from tofu.cli import COMMANDS, load_command, main
+from tofu.observers.terminal import proxies_line
 from tofu.settings import FIELDS, Settings, read_toml, section_of
 
 ROOT = Path(__file__).parents[3]
@@ -413,7 +414,7 @@ def test_demo_compares_two_runs(tofu: Tofu, tmp_path: Path) -> None:
     compressed = [one for one in rounds if one.get("with_proxies") is not None]
     sent, updates = sum(one["with_proxies"] for one in compressed), sum(one["clients"] for one in compressed)
     assert updates == 4  # two clients, two rounds
-    assert f"\n{sent} of {updates} updates came as proxies and a correction, the others as" in outcome.out
+    assert f"\n{proxies_line(sent, updates)}\n" in outcome.out
     assert f"\na payload is {summaries[1]['payload_ratio']:.0f}x smaller than an update;" in outcome.out
 
 
@@ -736,6 +737,17 @@ def test_doctor(tofu: Tofu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert re.search(r"problem +torchvision +\S+ cannot be imported: bad extension; install torch", outcome.out)
     assert re.search(r"problem +flower commands +.*flower-superlink is missing: pip install", outcome.out)
     assert re.search(r"problem +disk +.* free, expected at least", outcome.out)
+
+
+def test_doctor_tells_that_only_the_library_can_import_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    doctor = importlib.import_module("tofu.cli.doctor")
+    assert doctor._import_error("json") == ""
+    assert doctor._import_error("tofu.nosuch") == "ModuleNotFoundError: No module named 'tofu.nosuch'"
+    errors = {doctor._TORCHVISION: "", "torchvision": "RuntimeError: no nms"}
+    monkeypatch.setattr(doctor, "_import_error", errors.get)
+    assert doctor._imported_elsewhere("0.28").startswith(
+        "0.28; works here, but your own `import torchvision` ends in R"
+    )
 
 
 def test_plan_estimates_time_without_what_only_a_run_needs(tmp_path: Path) -> None:

@@ -111,6 +111,31 @@ def test_the_notes_on_settings_come_before_the_first_round(screen: io.StringIO, 
     assert screen.getvalue().splitlines() == [f"results: {tmp_path}", "note: alpha=0.5 has no effect"]
 
 
+@pytest.mark.parametrize(
+    ("sent", "line"),
+    [
+        ((1, 3), "4 of 20 updates came as proxies, the others as a sparse correction alone"),
+        ((0, 0), "none of 20 updates came as proxies: the sparse correction alone explained enough"),
+        ((10, 10), "20 of 20 updates came as proxies"),
+        ((None, None), ""),
+    ],
+)
+def test_the_end_tells_how_many_updates_had_proxies(
+    screen: io.StringIO, sent: tuple[int | None, ...], line: str
+) -> None:
+    """Those of rounds before a resume are counted, too."""
+    before, after = (row(number, with_proxies=count, clients=10) for number, count in enumerate(sent, start=1))
+    live = io.StringIO()
+    for progress in (PlainProgress(screen), LiveProgress(Console(file=live, width=200))):
+        progress.on_history(Path("run"), [row(0), before])
+        progress.on_run_start(2, 10, "digits")
+        progress.on_round_end(after)
+        progress.on_run_end(SUMMARY)
+    for text in (screen.getvalue(), live.getvalue()):
+        assert line in text
+        assert ("came as proxies" in text) == bool(line)
+
+
 def test_plain_names_failures_and_cuts_a_long_list(screen: io.StringIO) -> None:
     progress = PlainProgress(screen)
     for round_ in (4, 5):

@@ -392,7 +392,7 @@ def test_an_outlier_gets_a_second_panel_for_the_others() -> None:
         (
             (0.957, 0.92, 0.97),
             3,
-            "At 20x, no winner: rival (94.9%) is ahead of proxy by no more than the spread over seeds.",
+            "At 20x, no winner: rival (94.9%) and proxy (94.8%) differ by no more than the spread over seeds.",
         ),
         ((0.99, 0.98, 0.985), 3, "At 20x, rival is the most accurate: 98.5%."),
         ((0.99,), 1, "At 20x, rival has the highest accuracy, 99.0%, in one run: no winner."),
@@ -413,7 +413,7 @@ def test_who_is_behind_is_named_although_nobody_wins() -> None:
     page = render_page(results(comparison("proxy", "rival", "own"), ends), "mine")
     shown = re.sub("<[^>]*>", "", page.split('<p class="lead">')[1].split("</p>")[0])
     found = re.match(
-        r"At 20x, no winner: (proxy|rival) .* is ahead of (proxy|rival) by no more .*; behind them: own", shown
+        r"At 20x, no winner: (proxy|rival) .* and (proxy|rival) .* differ by no more .*; behind them: own", shown
     )
     assert found is not None
     assert found[1] != found[2]
