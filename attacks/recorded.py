@@ -36,6 +36,7 @@ from attacks.trials import AttackResult
 from tofu.compression import uplink_compressor
 from tofu.data import FederatedData, LabeledImages
 from tofu.errors import SettingError
+from tofu.formatting import format_count
 from tofu.recording import AppRecording, Recording, read_recording, recordings, round_of
 from tofu.reference_model import ReferenceModel
 from tofu.rng import derive_generator
@@ -50,6 +51,10 @@ ROUNDS = 3
 """Number of recorded rounds that are attacked by default."""
 
 
+MANY_STEPS = 10
+"""Local steps in a message from which the user hears beforehand that attacks seldom invert so many."""
+
+
 def attacked_rounds(run: Path, count: int) -> list[int]:
     """Return `count` of the recorded rounds at equal distances, the first and the last among them; all, if fewer.
 
@@ -60,6 +65,11 @@ def attacked_rounds(run: Path, count: int) -> list[int]:
     if count >= len(found):
         return found
     return [found[index * (len(found) - 1) // max(count - 1, 1)] for index in range(count)]
+
+
+def _many_steps(steps: int, easier: str) -> str:
+    instead = f"; a run that is easier to attack: {easier}" if easier else ""
+    return f"note: a message is the sum of {format_count(steps, 'local step')}, which attacks seldom invert{instead}"
 
 
 def observation_of(recording: Recording) -> Observation:
@@ -149,6 +159,8 @@ def attack_run(
             earlier[recording.client] = (*sent.earlier, replace(sent, earlier=()))
             if recording.round not in among:
                 continue
+            if not rows and sent.steps > MANY_STEPS:
+                log(_many_steps(sent.steps, str(message.next_step(run).get("easier_run", ""))))
             for observation, attack in product((*message.controls(sent), sent), chosen):
                 name = f"{recorded.name}-{observation.message.replace(' ', '-').replace(':', '-')}-{attack.name}"
                 path = trials / f"{name}.json"

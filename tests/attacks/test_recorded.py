@@ -47,6 +47,16 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_many_local_steps_are_told_before_the_attacks(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    attack_run(run, run / "one", attacks=("label-counts",), log=lines.append)
+    assert not any("seldom" in text for text in lines)  # it has one
+    monkeypatch.setattr("attacks.recorded.MANY_STEPS", 0)
+    attack_run(run, run / "many", attacks=("label-counts",), log=lines.append)
+    (told,) = (text for text in lines if "seldom" in text)
+    assert told.startswith("note: a message is the sum of 1 local step, which attacks seldom invert; a run that is")
+
+
 def test_a_recorded_run_is_attacked_with_its_control(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [str(run), "--attacks", "analytic,proxy-images,label-counts", "--quiet"]
     assert attack_command(arguments) == 0

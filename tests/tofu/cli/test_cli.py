@@ -21,6 +21,7 @@ from attacks.evaluate import AttackEvaluation
 from attacks.recorded import ATTACKS
 from tests.processes import run
 from tofu.cli import COMMANDS, load_command, main
+from tofu.formatting import format_seconds
 from tofu.observers.terminal import proxies_line
 from tofu.settings import FIELDS, Settings, read_toml, section_of
 
@@ -775,6 +776,9 @@ def test_a_report_has_both_directions_and_times_and_real_images_only_if_asked(to
         r"Training ([\d.]+) s, Encoding ([\d.]+) s, Others and server ([\d.]+) s, Before and after ([\d.]+) s", page
     )
     assert found
+    records = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    encoded = sum(one["encode_seconds"] for record in records for one in record.get("by_client", ()))
+    assert f" and encoded for {format_seconds(encoded)}." in page
     whole = json.loads((tmp_path / "run" / "summary.json").read_text())["seconds"]
     assert sum(map(float, found.groups())) == pytest.approx(whole, abs=0.5)
     with np.load(tmp_path / "run" / "samples.npz") as samples:

@@ -222,6 +222,16 @@ def time_split(run: RunData) -> str | None:
     return bar_chart("Time: " + ", ".join(f"{bar.name} {bar.note}" for bar in bars) + ".", bars).markup()
 
 
+def time_of_clients(run: RunData) -> str:
+    """Return a sentence with the training and encoding time of all clients together, or ""."""
+    clients = [client for row in run.trained for client in row.by_client]
+    training = sum(client.train_seconds or 0.0 for client in clients)
+    encoding = sum(client.encode_seconds or 0.0 for client in clients)
+    if not training + encoding:
+        return ""
+    return f" All clients together trained for {format_seconds(training)} and encoded for {format_seconds(encoding)}."
+
+
 def _measured(rounds: Sequence[RoundRecord]) -> list[tuple[RoundRecord, float]]:
     rows = [(row, row.accuracy) for row in rounds if row.accuracy is not None]
     return [rows[index] for index in thinned([row.kind for row, _ in rows], _POINTS)]

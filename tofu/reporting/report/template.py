@@ -142,7 +142,7 @@ _MEDIA_STYLE = """
   th, td { padding: 5px; }
   .scroll th:first-child { position: sticky; left: 0; background: var(--card); }
   .wrap, .panel tbody th { min-width: 7em; }
-  .scroll tbody .left, .scroll .narrow { white-space: normal; }
+  .scroll tbody .left, .scroll .narrow { white-space: normal; overflow-wrap: break-word; }
   .scroll tbody .kind:not(.hollow) { white-space: nowrap; }
   .kind::before { margin-right: 4px; }
   .scroll .narrow { min-width: 7em; }
@@ -150,6 +150,7 @@ _MEDIA_STYLE = """
   #privacy thead { display: none; }
   #privacy tr, #privacy th, #privacy td { display: block; border: 0; padding: 2px 0; }
   #privacy tr { border-bottom: 1px solid var(--line); padding: 8px 0; }
+  #privacy td::before { content: attr(data-label) ": "; color: var(--soft); }
 }
 @media print {
   body { -webkit-print-color-adjust: exact; print-color-adjust: exact; }
@@ -184,7 +185,8 @@ _TABLE = """
 <tbody>
 {% for row in rows %}<tr>{% for cell in row -%}
 {% if loop.first %}<th scope="row"{{ (css[0] | default("")) | css_class }}>{{ cell }}</th>
-{%- else %}<td{{ (css[loop.index0] | default("")) | css_class }}>{{ cell }}</td>{% endif -%}
+{%- else %}<td{{ (css[loop.index0] | default("")) | css_class }}
+{%- if id == "privacy" %} data-label="{{ header[loop.index0] }}"{% endif %}>{{ cell }}</td>{% endif -%}
 {%- endfor %}</tr>
 {% endfor %}</tbody>
 {% if total %}<tfoot><tr><th scope="row">{{ total[0] }}</th>{% for cell in total[1:] %}<td>{{ cell }}</td>{% endfor %}
