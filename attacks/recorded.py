@@ -6,7 +6,7 @@ Momentum, weight decay and the run's plugins are not simulated.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -150,15 +150,9 @@ def attack_run(
     """
     chosen, limit, rows, told = [make_attack(name) for name in attacks], Watch(time_limit), list[Row](), set[str]()
     among, perceptual, trials = set(attacked_rounds(run, rounds)), lpips_network(), made_folder(folder / "trials")
-    planned, earlier = 0, dict[str, tuple[Observation, ...]]()
+    planned = 0
     try:
-        for recorded in recordings(run):
-            recording = read_recording(recorded)
-            message = _message_of(recording, model, dataset)
-            sent = replace(message.observation, earlier=earlier.get(recording.client, ()))
-            earlier[recording.client] = (*sent.earlier, replace(sent, earlier=()))
-            if recording.round not in among:
-                continue
+        for recorded, recording, message, sent in _messages(run, among, model, dataset):
             if not rows and sent.steps > MANY_STEPS:
                 log(_many_steps(sent.steps, str(message.next_step(run).get("easier_run", ""))))
             for observation, attack in product((*message.controls(sent), sent), chosen):
@@ -181,6 +175,20 @@ def attack_run(
         raise
     write_document(folder, {"run": str(run), "attacks": list(attacks)}, rows, planned=planned)
     return rows
+
+
+def _messages(
+    run: Path, rounds: Collection[int], model: str | None, dataset: str | None
+) -> Iterator[tuple[Path, Recording | AppRecording, "RunMessage | AppMessage", Observation]]:
+    """Yield the messages of these rounds: file, recording, message, and what is observed of it and of earlier ones."""
+    earlier: dict[str, tuple[Observation, ...]] = {}
+    for recorded in recordings(run):
+        recording = read_recording(recorded)
+        message = _message_of(recording, model, dataset)
+        sent = replace(message.observation, earlier=earlier.get(recording.client, ()))
+        earlier[recording.client] = (*sent.earlier, replace(sent, earlier=()))
+        if recording.round in rounds:
+            yield recorded, recording, message, sent
 
 
 @dataclass(frozen=True)

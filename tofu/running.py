@@ -272,6 +272,8 @@ def _workload_and_settings(
     kind = re.sub(r"\W", "", getattr(model, "__qualname__", type(model).__name__).rpartition(".")[2])
     settings |= {"model": f"{DATASET}:{kind}"} | ({} if named_data else {"dataset": DATASET})
     checked, build = _checked(settings), factory_of(model)
+    if checked.run.resume and not named_data:
+        _check_test(Path(checked.run.resume), test)
     if named_data:
         data = FederatedData.of(checked.data, checked.run.seed)
         clients, test = _named_datasets(data)
@@ -285,6 +287,19 @@ def _workload_and_settings(
         **call,
     )
     return made, checked
+
+
+def _check_test(resumed: Path, test: object) -> None:
+    """Raise SettingError unless there are test data exactly if the run to resume had some.
+
+    Without them it would seem that its training diverged.
+    """
+    path = resumed / "metrics.jsonl"
+    records = read_rounds(path) if path.exists() else ()  # it may have ended before its first record
+    had = bool(records) and records[0].loss is not None
+    if records and had != (test is not None):
+        accepted = f"the test data that the run in {resumed} has" if had else f"None, as in the run in {resumed}"
+        raise SettingError("test", None if test is None else type(test).__name__, accepted)
 
 
 def _checked(settings: Mapping[str, Value]) -> Settings:

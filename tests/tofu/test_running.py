@@ -226,6 +226,10 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
     whole = tofu.run(**arguments, run_folder=str(tmp_path / "whole"))
     with pytest.raises(KeyboardInterrupt):
         tofu.run(**arguments, run_folder=str(tmp_path / "cut"), callbacks=[Rounds(interrupt=2)])
+    with pytest.raises(
+        SettingError, match=r"^test=None is not usable: expected the test data that the run in .*cut has"
+    ):
+        tofu.run(resume=tmp_path / "cut", clients=clients, model=mlp, progress=False)
     resumed = tofu.run(
         resume=tmp_path / "cut", clients=clients, test=test, model=mlp, progress=False
     )  # the settings are those of the folder

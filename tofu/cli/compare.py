@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from tofu.cli.options import ConfigFile, Json, Quiet, line_printer, settings_from, with_settings
-from tofu.errors import Interrupted, SettingError
+from tofu.errors import Interrupted, RunError, SettingError
 from tofu.settings import Value
 
 
@@ -61,6 +61,7 @@ def compare(
     from tofu.observers.base import Observer
     from tofu.observers.terminal import make_progress
     from tofu.reporting.compare.plan import Comparison
+    from tofu.reporting.compare.results import failed_compressors
     from tofu.reporting.report.compare_tables import markdown
 
     comparison = Comparison.of(
@@ -79,6 +80,8 @@ def compare(
         raise Interrupted(f"interrupted; runs are in {folder}; the same command goes on from here") from None
     if json_:
         print(json.dumps(document))
-        return
-    print(markdown(document))
-    print(f"\nreport: {folder / 'compare.html'}")
+    else:
+        print(markdown(document))
+        print(f"\nreport: {folder / 'compare.html'}")
+    if failed := failed_compressors(document):
+        raise RunError(f"every run of {', '.join(failed)} failed: see {folder / 'compare.html'}")

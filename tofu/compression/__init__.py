@@ -33,9 +33,11 @@ def make_compressor(
     Raises:
         SettingError: the name is unknown, or the compressor does not reach that ratio for this model.
     """
-    from tofu.compression.base import OverRelaxed
+    from tofu.compression.base import Checked, OverRelaxed
 
     compressor = compressors.get(present_value("compressor", name))(reference, ratio=ratio, options=options)
+    if not type(compressor).__module__.startswith("tofu."):
+        compressor = Checked(compressor, name)
     return compressor if options.gain == 1 or compressor.has_own_gain else OverRelaxed(compressor, options.gain)
 
 

@@ -142,6 +142,65 @@ class Compressor(ABC):
         return None
 
 
+class Checked(Compressor):
+    """Wraps a compressor outside this package, and checks the updates that it returns.
+
+    Args:
+        shown: the compressor as the settings name it, for errors.
+    """
+
+    def __init__(self, compressor: Compressor, shown: str) -> None:
+        self._compressor, self._shown = compressor, shown
+        self.name, self.code, self.has_own_gain = compressor.name, compressor.code, compressor.has_own_gain
+
+    def compress(
+        self, reference: ReferenceModel, update: Weights, *, generator: torch.Generator, memory: bytes = b""
+    ) -> CompressedUpdate:
+        check_finite(update)
+        made = self._compressor.compress(reference, update, generator=generator, memory=memory)
+        if not isinstance(made, CompressedUpdate) or not isinstance(made.body, bytes):
+            found = type(made.body if isinstance(made, CompressedUpdate) else made).__name__
+            raise self._error("compress()", f"CompressedUpdate(body, decoded) with bytes as body (found {found})")
+        if problem := _problem(made.decoded, reference.param_spec):
+            raise self._error("compress()", f"a `decoded` as decompress() returns it ({problem})")
+        return made
+
+    def decompress(self, reference: ReferenceModel, body: bytes) -> Weights:
+        decoded = self._compressor.decompress(reference, body)
+        if problem := _problem(decoded, reference.param_spec):
+            raise PayloadError(f"decompress() of compressor {self._shown} returns no update of this model: {problem}")
+        return decoded
+
+    def body_bytes(self, param_spec: ParamSpec) -> int:
+        return self._compressor.body_bytes(param_spec)
+
+    def check(self, reference: ReferenceModel) -> None:
+        self._compressor.check(reference)
+
+    def describe(self, body: bytes | None = None) -> PayloadContent | None:
+        return self._compressor.describe(body)
+
+    def _error(self, method: str, accepted: str) -> SettingError:
+        return SettingError("compressor", self._shown, f"a class whose {method} returns {accepted}")
+
+
+def _problem(update: object, spec: ParamSpec) -> str:
+    """Return why a value is no update over all tensors of the param_spec, or ""."""
+    if not isinstance(update, Mapping):
+        return f"found {type(update).__name__}, expected a dict of tensors by name"
+    if update.keys() != spec.shapes.keys():
+        name = min(update.keys() ^ spec.shapes.keys(), key=str)
+        return f"{name} is {'unknown' if name in update else 'missing'}"
+    for name, value in update.items():
+        wanted = f"torch.float32 {list(spec.shapes[name])}"
+        kind = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        if kind != wanted:
+            return f"{name} is {kind}, expected {wanted}"
+        if not value.isfinite().all():
+            return f"{name} has values that are not finite"
+    return ""
+
+
 class OverRelaxed(Compressor):
     """Wraps a compressor; both ends multiply the parameters of its decoded updates by a gain w.
 

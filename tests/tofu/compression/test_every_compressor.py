@@ -291,3 +291,50 @@ def test_a_users_own_compressor_needs_no_registration(every_layer_update: Case) 
     compressor = make_compressor(f"{__name__}:Halves", network, ratio=1.8)
     assert (compressor.name, compressor.code, compressor.describe()) == ("halves", 255, None)
     assert missed(update, compressor.compress(network, update, generator=generator()).decoded, network) < 1e-6
+
+
+class Flattens(Halves):
+    """Returns flat tensors."""
+
+    def decompress(self, reference: ReferenceModel, body: bytes) -> Weights:
+        return {name: value.flatten() for name, value in super().decompress(reference, body).items()}
+
+
+class Forgets(Halves):
+    """Lacks a tensor."""
+
+    def decompress(self, reference: ReferenceModel, body: bytes) -> Weights:
+        return dict(list(super().decompress(reference, body).items())[1:])
+
+
+class Overflows(Halves):
+    """Has values that are not finite."""
+
+    def decompress(self, reference: ReferenceModel, body: bytes) -> Weights:
+        return {name: value / 0 for name, value in super().decompress(reference, body).items()}
+
+
+class Doubles(Halves):
+    """Has another type."""
+
+    def decompress(self, reference: ReferenceModel, body: bytes) -> Weights:
+        return {name: value.double() for name, value in super().decompress(reference, body).items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("Flattens", r"torch.float32 \[\d+\], expected torch.float32 \["),
+        ("Forgets", "is missing"),
+        ("Overflows", "has values that are not finite"),
+        ("Doubles", r"is torch.float64 \["),
+    ],
+)
+def test_what_a_users_own_compressor_returns_is_checked(every_layer_update: Case, name: str, problem: str) -> None:
+    network, update = every_layer_update
+    compressor = make_compressor(f"{__name__}:{name}", network, ratio=1.8)
+    with pytest.raises(SettingError, match=rf"^compressor='.*:{name}' is not usable: .* compress\(\) .*{problem}"):
+        compressor.compress(network, update, generator=generator())
+    body = Halves(network, ratio=1.8, options=CompressorOptions()).compress(network, update, generator=generator()).body
+    with pytest.raises(PayloadError, match=rf"decompress\(\) of compressor .*:{name} returns no update .*{problem}"):
+        compressor.decompress(network, body)

@@ -56,6 +56,13 @@ def failed_run(run: Run, reason: str) -> Row:
     return _begin(run) | {"failed": reason}
 
 
+def failed_compressors(made: Row) -> list[str]:
+    """Return the compressors of a document all of whose runs failed."""
+    finished = {row["compressor"] for row in made["runs"] if "failed" not in row}
+    failed = dict.fromkeys(row["compressor"] for row in made["runs"] if row["compressor"] not in finished)
+    return ["FedAvg" if name == FEDAVG else name for name in failed]
+
+
 def _begin(run: Run) -> Row:
     row: Row = {"compressor": run.cell.compressor, "ratio": _asked(run.cell)[0] if _asked(run.cell) else None}
     return row | {"seed": run.seed, "tuned": run.value, "folder": run.folder.name}
