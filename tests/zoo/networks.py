@@ -723,7 +723,7 @@ REFUSED: dict[str, tuple[Callable[..., nn.Module], str]] = {
         _flat(lambda: Drawn(lambda: float(_UNKNOWN_TO_MODULES.normal()))), "middle.scale differs between two calls",
     ),
     "unseeded_tensor": (_flat(Listed), "the outputs differ between two calls"),
-    "not_copied": (_flat(NotCopied), "copy.deepcopy can copy (NotImplementedError: no copies of this)"),
+    "not_copied": (_flat(NotCopied), "deepcopy can copy (NotImplementedError: no copies of this, at networks.py line "),
     "train_returns_another": (partial(Modes, lambda model, _: model.out), "(found another object)"),
     "train_takes_no_mode": (NoMode, "train(mode) and eval() return the model, as torch's do (found TypeError: "),
     "frozen_in_one_mode": (

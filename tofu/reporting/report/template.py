@@ -142,7 +142,7 @@ _MEDIA_STYLE = """
   th, td { padding: 5px; }
   .scroll th:first-child { position: sticky; left: 0; background: var(--card); }
   .wrap, .panel tbody th { min-width: 7em; }
-  .scroll tbody .left, .scroll .narrow { white-space: normal; overflow-wrap: break-word; }
+  .scroll tbody .left, .scroll .narrow { white-space: normal; }
   .scroll tbody .kind:not(.hollow) { white-space: nowrap; }
   .kind::before { margin-right: 4px; }
   .scroll .narrow { min-width: 7em; }
