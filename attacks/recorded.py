@@ -50,9 +50,8 @@ ATTACKS = ("analytic", "simulation", "codec-aware", "proxy-images", "label-count
 ROUNDS = 3
 """Number of recorded rounds that are attacked by default."""
 
-
 MANY_STEPS = 10
-"""Local steps in a message from which the user hears beforehand that attacks seldom invert so many."""
+"""Local steps in a message from which a note says, before the attacks, that they seldom invert so many."""
 
 
 def attacked_rounds(run: Path, count: int) -> list[int]:
@@ -68,6 +67,7 @@ def attacked_rounds(run: Path, count: int) -> list[int]:
 
 
 def _many_steps(steps: int, easier: str) -> str:
+    """Return the note on a message of many local steps, with the command of `easier_run` if there is one."""
     instead = f"; a run that is easier to attack: {easier}" if easier else ""
     return f"note: a message is the sum of {format_count(steps, 'local step')}, which attacks seldom invert{instead}"
 

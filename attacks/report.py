@@ -191,6 +191,7 @@ def _stopped(summary: Sequence[Row]) -> list[str]:
 
 
 def _why_nothing(found: Sequence[Row]) -> str:
+    """Return why the attacks prove nothing: without a control, or with one that did not break."""
     if all(verdict["psnr"] is None for verdict in found):
         return "no exact update was attacked, so nothing tells whether these attacks work here"
     return "not even the exact update was inverted, as is usual after many local steps"

@@ -55,7 +55,6 @@ LOG = logging.getLogger("tofu.flower")
 
 
 @python_call
-@python_call
 def compress(*arguments: Any, **options: Any) -> "CompressMod":
     """Return a mod that compresses what a client sends; the strategy must be wrapped
     in `Compressed` with the same arguments.

@@ -32,7 +32,6 @@ from tofu.wire import RECORD as STAGE
 
 
 @python_call
-@python_call
 def hybrid(*arguments: Any, secure: Mapping[str, Any] | None = None, **options: Any) -> "HybridMod":
     """Return a mod for compressed and secure rounds; the strategy must be wrapped in `Hybrid` with the same arguments.
 

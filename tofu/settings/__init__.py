@@ -73,10 +73,10 @@ ELSEWHERE = {
     "learning-rate": "lr", "epochs": "local-epochs", "num-epochs": "local-epochs", "num-rounds": "rounds",
     "num-server-rounds": "rounds", "num-clients": "clients", "num-supernodes": "clients", "num-partitions": "clients",
     "fraction-fit": "client-fraction", "fraction-train": "client-fraction", "min-fit-clients": "min-clients",
-    "optimizer": "server-optimizer", "num-workers": "workers", "data": "dataset", "dirichlet-alpha": "alpha",
+    "num-workers": "workers", "data": "dataset", "dirichlet-alpha": "alpha",
     "proximal-mu": "proximal", "output-dir": "run-folder", "gpu": "device",
 }  # fmt: skip
-"""Names of settings in other frameworks, for errors -> ours."""
+"""Names of settings in other frameworks -> ours. Errors suggest them."""
 
 _OF_IMAGES = ("resize", "center_crop", "gray_bits", "normalization", "augmentation")
 

@@ -109,14 +109,12 @@ def _leader(cells: Sequence[Mapping[str, Any]], ratio: float) -> Markup:
         return Markup("At {ratio}: <b>{name}</b> {mean}.").format(**values)
     if any(cell["final_accuracy"]["sd"] is None for cell in cells):
         return Markup("At {ratio}, {name} has the highest accuracy, {mean}, in one run: no winner.").format(**values)
-    level = [other for other in others if not ahead(best, other)]
-    others = level + [other for other in others if ahead(best, other)]
-    cells = [best, *others]
-    if not level:
-        return Markup("At {ratio}, <b>{name}</b> is the most accurate: {mean}.").format(**values)
     texts = [f"{c['compressor']} ({format_fraction(c['final_accuracy']['mean'])})" for c in cells]
-    first, behind = texts[: len(level) + 1], texts[len(level) + 1 :]
-    values["level"] = f"{', '.join(first[:-1])} and {first[-1]}"
+    behind = [text for text, cell in zip(texts, cells, strict=True) if ahead(best, cell)]
+    level = [text for text in texts if text not in behind]
+    if len(level) == 1:
+        return Markup("At {ratio}, <b>{name}</b> is the most accurate: {mean}.").format(**values)
+    values["level"] = f"{', '.join(level[:-1])} and {level[-1]}"
     values["behind"] = f"; behind them: {', '.join(behind)}" if behind else ""
     text = "At {ratio}, no winner: {level} differ by no more than the spread over seeds{behind}."
     return Markup(text).format(**values)

@@ -229,7 +229,7 @@ def time_of_clients(run: RunData) -> str:
     encoding = sum(client.encode_seconds or 0.0 for client in clients)
     if not training + encoding:
         return ""
-    return f" All clients together trained for {format_seconds(training)} and encoded for {format_seconds(encoding)}."
+    return f"All clients together trained for {format_seconds(training)} and encoded for {format_seconds(encoding)}."
 
 
 def _measured(rounds: Sequence[RoundRecord]) -> list[tuple[RoundRecord, float]]:

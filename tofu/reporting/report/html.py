@@ -237,7 +237,7 @@ def _figures(run: RunData) -> list[dict[str, str]]:
         (
             "Where the time went",
             "In each round, training and encoding of the client that took longest. Others and server is the rest of "
-            "the rounds: clients that share a processor with that one or with the server, messages and the server."
+            "the rounds: clients that share a processor with that one or with the server, messages and the server. "
             + figures.time_of_clients(run),
             figures.time_split(run),
         ),
