@@ -6,7 +6,7 @@ noise w = C^-1 z, whose terms nearly cancel in the sum over rounds, that is, in 
 coefficients of the square root of the matrix of prefix sums: Kalinin, Lampert, "Banded Square Root Matrix Factorization
 for Differentially Private Model Training", NeurIPS 2024. That a client takes part at most once in as many rounds as
 there are bands is the participation of Choquette-Choo et al., "(Amplified) Banded Matrix Factorization", NeurIPS 2023.
-docs/privacy.md has the argument for epsilon.
+docs/privacy-accounting.md has the argument for epsilon.
 """
 
 from collections.abc import Iterable

@@ -6,7 +6,7 @@ norm exceeds a bound, and every client adds integers drawn from a discrete Gauss
 noise or sum (Mironov, CCS 2012, shows what its lowest bits reveal), and in a secure round the sum may wrap around.
 
 The noise does not depend on a run's seed, which all participants know, so two runs with one seed differ in it.
-docs/privacy.md has the argument.
+docs/privacy-accounting.md has the argument.
 """
 
 import math
@@ -36,7 +36,7 @@ _MIN_STEPS = 3.0
 """Minimum standard deviation of a client's noise in steps of the grid."""
 
 _SMOOTHING = 2.0
-"""Standard deviation, in steps, that a sum's noise has beyond what the multiplier asks for (docs/privacy.md)."""
+"""Standard deviation, in steps, that a sum's noise has beyond what the multiplier asks for (docs/privacy-accounting.md)."""
 
 _ROUNDING_FAILS = 0.01  # beta of Kairouz et al.: probability that a rounding must be repeated
 
