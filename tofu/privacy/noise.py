@@ -36,7 +36,10 @@ _MIN_STEPS = 3.0
 """Minimum standard deviation of a client's noise in steps of the grid."""
 
 _SMOOTHING = 2.0
-"""Standard deviation, in steps, that a sum's noise has beyond what the multiplier asks for (docs/privacy-accounting.md)."""
+"""Standard deviation, in steps, that a sum's noise has beyond what the multiplier asks for.
+
+docs/privacy-accounting.md says why.
+"""
 
 _ROUNDING_FAILS = 0.01  # beta of Kairouz et al.: probability that a rounding must be repeated
 
