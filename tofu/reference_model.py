@@ -5,6 +5,7 @@ target.
 """
 
 import dataclasses
+import difflib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tofu.arguments import CALLS, shown
+from tofu.arguments import CALLS, check_kind, shown
 from tofu.data import ImageShape
 from tofu.errors import ModelError, SettingError, user_code
 from tofu.plugins import NO_PLUGINS, Plugins, RoundContext
@@ -262,12 +263,26 @@ def at_embedding(name: str) -> Forward:
         True
     """
 
+    check_kind("at_embedding", name, str, "the name of an embedding layer, such as 'embedding'")
+
     def forward(model: nn.Module, embedded: Tensor) -> Any:
-        with model.get_submodule(name).register_forward_hook(lambda layer, ids, out: embedded):
+        with _layer(model, name).register_forward_hook(lambda layer, ids, out: embedded):
             return model(torch.zeros(embedded.shape[:2], dtype=torch.int64, device=embedded.device))
 
     forward.__qualname__ = f"at_embedding({name!r})"
     return forward
+
+
+def _layer(model: nn.Module, name: str) -> nn.Module:
+    """Return a layer of a model by its name. Raises SettingError if there is none."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        layers = dict(model.named_modules())
+        near = difflib.get_close_matches(name, filter(None, layers), n=1)
+        found = near or [key for key, layer in layers.items() if isinstance(layer, nn.Embedding | nn.EmbeddingBag)]
+        accepted = f"a layer of this model: {' or '.join(map(repr, found))}" if found else "a model with this layer"
+        raise SettingError("forward", f"at_embedding({name!r})", accepted) from None
 
 
 def as_tensor(outputs: Any) -> Tensor:

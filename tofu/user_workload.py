@@ -22,6 +22,7 @@ from tofu.models.checks import changed_buffers, check_memory, check_stateless, d
 from tofu.plugins import Plugins
 from tofu.reference_model import NO_CALL, Forward, InputShape, ModelCall, call_of
 from tofu.rng import GlobalGenerators, reseed_own
+from tofu.samples import FirstSamples, described_value, model_outputs, split_batch
 from tofu.training import SGD, ProximalTerm, SeededDropout, TrainingContext, TrainingResult, shuffled_batches
 from tofu.weights import copy_model, eval_mode
 
@@ -32,7 +33,6 @@ Metric = Callable[[Any, Any], float]
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
 """(parameters, lr=) -> optimizer, such as `torch.optim.Adam`; called once per client and round."""
 _EVALUATION_BATCH = 256
-_LABELS = ("labels", "label", "targets", "target")
 
 
 TrainFunction = Callable[[nn.Module, Any, TrainingContext], "float | None"]
@@ -92,7 +92,7 @@ class DatasetLoop:
             batches = [rows.tolist() for rows in shuffled_batches(len(data), context.batch_size, context.generator)]
             for inputs, targets in self._batches(data, batches, context.device):
                 with SeededDropout(context.generator):
-                    outputs = _forward(model, inputs)
+                    outputs = model_outputs(model, inputs)
                 loss = self._loss_of(outputs, targets)
                 model.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -114,7 +114,7 @@ class DatasetLoop:
         loss, correct, kept = 0.0, 0.0, []
         with eval_mode(model), on_device(model, device), GlobalGenerators(0, device):
             for numbers, (inputs, targets) in zip(rows, self._batches(data, rows, device), strict=True):
-                outputs = _forward(model, inputs)
+                outputs = model_outputs(model, inputs)
                 loss += float(self._loss_of(outputs, targets)) * len(numbers)
                 correct += float((outputs.argmax(1) == targets).sum()) if _classifies(outputs, targets) else math.nan
                 if self.metrics:
@@ -132,7 +132,8 @@ class DatasetLoop:
         if self.loss is not None:
             return self.loss(outputs, targets)
         if not isinstance(targets, Tensor) or targets.is_floating_point():
-            raise SettingError("loss", None, "a function of (outputs, targets), as the targets are not class numbers")
+            found = f"as the targets, a batch {described_value(targets)}, are not class numbers (int64)"
+            raise SettingError("loss", None, f"a function of (outputs, targets), {found}")
         return F.cross_entropy(outputs, targets)
 
     def _batches(self, data: Any, rows: list[list[int]], device: torch.device) -> Iterator[tuple[Any, Any]]:
@@ -173,23 +174,22 @@ class UserWorkload(DatasetLoop):
 
     @cached_property
     def _probe(self) -> tuple[Any, Any]:
-        """Inputs and outputs of the first samples of client 0."""
-        first = self.clients[0]
-        with user_code("clients[0]", shown(first), "a dataset whose samples can be read by their numbers"):
-            samples = [first[row] for row in range(min(2, len(first)))]
-        with user_code("collate", shown(self.collate), CALLS["collate"].accepted):
-            inputs, targets = split_batch(self.collate(samples))
+        """Inputs and outputs of the first samples of client 0. The first sample of every other dataset is checked."""
+        check, first = FirstSamples(self.collate, self.loss, self._loss_of), self.clients[0]
+        inputs, targets = check.batch("clients[0]", first, range(min(2, len(first))))
         model = build_seeded(self.model, self.seed).eval()
-        accepted = "a model that accepts the inputs of the datasets"
-        with user_code("model", type(model).__name__, accepted), torch.no_grad():
-            outputs = _forward(model, inputs)
-        if self.train_function is None or len(self.test_data):
-            name = "cross_entropy" if self.loss is None else shown(self.loss)
-            with user_code("loss", name, CALLS["loss"].accepted):
-                loss = self._loss_of(outputs, targets)
-            if not isinstance(loss, Tensor) or loss.dim():
-                raise SettingError("loss", name, f"{CALLS['loss'].accepted} (it returns {type(loss).__name__})")
+        outputs = check.outputs("clients[0]", model, inputs)
+        if self.train_function is None:
+            check.check_loss("clients[0]", first, outputs, targets)
         self._check_optimizer(model)
+        others = {f"clients[{number}]": data for number, data in enumerate(self.clients)} | {"test": self.test_data}
+        del others["clients[0]"]
+        for name, data in others.items():
+            if len(data) and (name == "test" or self.train_function is None):
+                made, targets = check.batch(name, data)
+                check.check_loss(name, data, check.outputs(name, model, made), targets)
+            elif len(data):  # the training function may need samples of another form
+                check.read(name, data)
         return inputs, outputs
 
     def _check_optimizer(self, model: nn.Module) -> None:
@@ -228,9 +228,9 @@ class UserWorkload(DatasetLoop):
         accepted = "a model that accepts the inputs in training mode, too"
         try:
             with user_code("model", type(model).__name__, accepted), GlobalGenerators(self.seed):
-                drop_constant_buffers(model, changed_buffers(model, lambda: _forward(model, inputs)))
+                drop_constant_buffers(model, changed_buffers(model, lambda: model_outputs(model, inputs)))
                 check_memory(model)
-                check_stateless(model, lambda: _forward(model, inputs))
+                check_stateless(model, lambda: model_outputs(model, inputs))
         except SettingError as error:
             if error.__cause__ is None or self.train_function is None:  # its function may call the model otherwise
                 raise
@@ -242,7 +242,7 @@ class UserWorkload(DatasetLoop):
             return ()
         first = self.clients[0]
         inputs, _ = split_batch(self.collate([first[row % len(first)] for row in range(count)]))
-        return _forward(model, inputs)
+        return model_outputs(model, inputs)
 
     def call(self, model: nn.Module, shape: ImageShape) -> ImageShape | ModelCall:
         """Return how proxies are passed to the model: as images, or as floating-point inputs of any other shapes.
@@ -272,22 +272,6 @@ class UserWorkload(DatasetLoop):
         return data
 
 
-def split_batch(batch: Any) -> tuple[Any, Any]:
-    """(inputs, targets) of a collated batch.
-
-    Raises:
-        SettingError: it is neither a pair nor a mapping with a key "labels".
-    """
-    if isinstance(batch, Mapping):
-        for name in _LABELS:
-            if name in batch:
-                return {key: value for key, value in batch.items() if key != name}, batch[name]
-    if isinstance(batch, Sequence) and len(batch) == 2:
-        return batch[0], batch[1]
-    accepted = f"samples that are pairs (input, target), or mappings with a key {' or '.join(_LABELS)}"
-    raise SettingError("clients", f"samples that collate to {type(batch).__name__}", accepted)
-
-
 def factory_of(model: nn.Module | Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     """Return a function that builds the model, or copies it if it is a module."""
     if isinstance(model, nn.Module):
@@ -300,19 +284,6 @@ def factory_of(model: nn.Module | Callable[[], nn.Module]) -> Callable[[], nn.Mo
         return without_wrappers(made)
 
     return build
-
-
-def _forward(model: nn.Module, inputs: Any) -> Any:
-    """Return the model's outputs: a mapping is passed by name and a sequence by position,
-    as Hugging Face models expect.
-    """
-    if isinstance(inputs, Mapping):
-        outputs = model(**inputs)
-    elif isinstance(inputs, Sequence):
-        outputs = model(*inputs)
-    else:
-        outputs = model(inputs)
-    return getattr(outputs, "logits", outputs)
 
 
 def _classifies(outputs: Any, targets: Any) -> bool:

@@ -312,7 +312,7 @@ def test_a_run_without_room_for_a_proxy_says_so_before_round_1_and_in_its_report
             r"clients\[0\]='TensorDataset' .*at least one sample",
         ),
         ({"clients": [iter(())], "model": mlp}, r"clients\[0\]='tuple_iterator' .*__len__"),
-        ({"clients": [[torch.zeros(4)] * 3], "model": mlp}, "samples that collate to Tensor.* pairs"),
+        ({"clients": [[torch.zeros(4)] * 3], "model": mlp}, r"clients\[0\]='samples float32 \[4\]' .* pairs"),
         ({"clients": {"a": Vectors(0)}, "model": mlp}, "clients='dict' .* a list of datasets"),
         ({"clients": Vectors(0), "model": mlp}, "clients='Vectors' .* a list of datasets"),
         ({"clients": "photos", "model": mlp}, "clients='str' .* a list of datasets, one per client, or their number"),
@@ -360,6 +360,76 @@ def test_misuse_has_a_line_that_says_what_is_expected(tmp_path: Path, arguments:
     assert not (tmp_path / "run").exists()
     assert re.search(reason, str(caught.value))
     assert "\n" not in str(caught.value)
+
+
+INPUTS = torch.linspace(-1, 1, 24).view(6, 4)
+CLASSES = torch.arange(6) % 3
+PAIRS = TensorDataset(INPUTS, CLASSES)
+TRIPLES = TensorDataset(INPUTS, CLASSES, CLASSES)
+VALUES = TensorDataset(INPUTS, torch.arange(6.0))
+COLUMN = TensorDataset(INPUTS, torch.arange(6.0)[:, None])
+SHAPES: Row = {"clients": [PAIRS], "model": lambda: nn.Linear(4, 3)}
+ONE: Row = {"model": lambda: nn.Linear(4, 1), "loss": nn.functional.mse_loss}
+
+
+def to_pairs(samples: list[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
+    return torch.stack([sample[0] for sample in samples]), torch.stack([sample[1] for sample in samples])
+
+
+def all_pairs(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs - targets).square().mean()
+
+
+def in_a_column(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs - targets[:, None]).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ({"clients": [PAIRS, TRIPLES]}, ["clients[1]='samples (float32 [4], int64 [], int64 [])'", "`collate`"]),
+        ({"clients": [[{"x": INPUTS[0], "y": 1}] * 2]}, ["clients[0]=", "{'x': float32 [4], 'y': int}", "labels"]),
+        ({"clients": [(INPUTS, CLASSES)]}, ["clients[0]='samples float32 [6, 4]'", "TensorDataset"]),
+        ({"clients": [[(INPUTS[0], 1), (INPUTS[0, :3], 1)]]}, ["clients[0]='samples (float32 [4]", "one shape"]),
+        ({"clients": [[("text", None)] * 2]}, ["clients[0]='samples (str, NoneType)", "`collate`"]),
+        ({"collate": lambda samples: 3}, ["collate='a function that returns int'", "pairs"]),
+        ({"test": [1, 2]}, ["test='samples int'", "pairs"]),
+        ({"test": TensorDataset(INPUTS[:, :3], CLASSES)}, ["test='a batch float32 [2, 3]'", "[2, 4] of clients[0]"]),
+        ({"test": TensorDataset(INPUTS, CLASSES + 7)}, ["test='label 7'", "from 0 to 2, as the model has 3 outputs"]),
+        ({"clients": [PAIRS, TensorDataset(INPUTS, CLASSES - 1)]}, ["clients[1]='label -1'"]),
+        ({"clients": [PAIRS, TensorDataset(INPUTS, torch.arange(6))]}, ["clients[1]='label 3'"]),  # of a later sample
+        ({"clients": [PAIRS, [(INPUTS[0], 9)]], "loss": nn.functional.cross_entropy}, ["clients[1]='label 9'"]),
+        ({"clients": [TensorDataset(INPUTS, CLASSES.int())]}, ["clients[0]='targets int32 [2]'", "in int64"]),
+        ({"clients": [PAIRS] * 3 + [TensorDataset(INPUTS[:, :3], CLASSES)]}, ["clients[3]='a batch float32 [2, 3]'"]),
+        ({"clients": [PAIRS, VALUES], "loss": nn.functional.cross_entropy}, ["clients[1]='targets", "of clients[0]"]),
+        ({"forward": tofu.at_embedding("bias_"), "input_shape": (4,)}, ["forward=", "at_embedding('bias_')"]),
+        (ONE | {"clients": [VALUES]}, ["clients[0]='targets of shape []'", "[1] of the model's outputs"]),
+        (ONE | {"clients": [COLUMN], "test": VALUES}, ["test='targets of shape []'"]),
+        (ONE | {"clients": [VALUES], "loss": all_pairs}, ["clients[0]='targets of shape []'", "all_pairs would"]),
+        (ONE | {"clients": [PAIRS], "loss": nn.functional.l1_loss}, ["clients[0]='targets of shape []'"]),
+    ],
+)
+def test_a_dataset_that_does_not_fit_is_named_with_its_sample(tmp_path: Path, arguments: Row, parts: list[str]) -> None:
+    with pytest.raises(SettingError) as caught:
+        tofu.run(**QUICK | {"ratio": 1.0, "run_folder": str(tmp_path / "run")} | SHAPES | arguments)
+    assert not (tmp_path / "run").exists()
+    assert "\n" not in str(caught.value)
+    assert not [part for part in parts if part not in str(caught.value)], str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ONE | {"clients": [VALUES], "loss": in_a_column},
+        ONE | {"clients": [VALUES], "loss": lambda outputs, targets: all_pairs(outputs.view_as(targets), targets)},
+        ONE | {"clients": [COLUMN], "test": COLUMN},
+        {"clients": [TRIPLES, PAIRS], "collate": to_pairs},
+        {"clients": [TensorDataset(INPUTS, torch.tensor([0, 1, 2, -100, 1, 0]))]},  # cross-entropy ignores -100
+    ],
+)
+def test_samples_that_the_loss_accepts_are_not_refused(tmp_path: Path, arguments: Row) -> None:
+    quick = QUICK | {"compressor": "none", "rounds": 1, "run_folder": str(tmp_path / "run")}
+    assert tofu.run(**quick | SHAPES | arguments).summary.rounds == 1
 
 
 @dataclass
