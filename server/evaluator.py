@@ -7,7 +7,7 @@ from torch import nn
 
 from tofu.data import LabeledImages
 from tofu.device import open_device
-from tofu.evaluation import Evaluation, evaluate
+from tofu.evaluation import ClassCounts, Evaluation, evaluate
 from tofu.plugins import Plugins
 from tofu.tasks import TaskStream, only_classes
 from tofu.weights import eval_mode
@@ -46,7 +46,8 @@ class Evaluator:
             groups = [self.evaluate([model], classes)[0].accuracy for model in models]
         accuracies = [result.accuracy for result in results]
         loss = sum(result.loss for result in results) / len(results)
-        return Evaluation(sum(accuracies) / len(results), loss, results[-1].metrics), accuracies, groups
+        by_class = ClassCounts.total([result.by_class for result in results])
+        return Evaluation(sum(accuracies) / len(results), loss, results[-1].metrics, by_class), accuracies, groups
 
     def _on_task(self, models: Sequence[nn.Module], heads: Sequence[int], data: Sized) -> Evaluation:
         if len(models) > 1:

@@ -10,8 +10,8 @@ import torch
 from server.ledger import Ledger
 from server.runner import RoundResult, RoundRunner
 from tofu.data import LabeledImages
-from tofu.evaluation import Evaluation
-from tofu.rounds.record import QUANTILES, ClientRecord, Failure, RoundRecord, RunSummary
+from tofu.evaluation import ClassCounts, Evaluation
+from tofu.rounds.record import QUANTILES, ClassRecord, ClientRecord, Failure, RoundRecord, RunSummary
 from tofu.tasks import backward_transfer, mean_accuracy, round_context
 from tofu.weights import weights_sha256
 from tofu.wire import CLIENT_ACCURACY
@@ -158,6 +158,15 @@ def run_summary(runner: RoundRunner, ledger: Ledger, *, stopped: str, folder: st
         unreadable=runner.unreadable,
         run=folder,
         seconds=seconds,
+        by_class=_by_class(runner.by_class, runner.clients.class_names),
+    )
+
+
+def _by_class(counts: ClassCounts, names: Sequence[str]) -> tuple[ClassRecord, ...]:
+    return tuple(
+        ClassRecord(names[number] if number < len(names) else str(number), samples, counts.right[number])
+        for number, samples in sorted(counts.samples.items())
+        if number >= 0
     )
 
 

@@ -23,7 +23,7 @@ from server.secure_ranges import known_identities
 from server.secure_round import SecureCollector
 from server.server_noise import ServerNoise
 from server.stragglers import Stragglers
-from tofu.evaluation import Evaluation
+from tofu.evaluation import ClassCounts, Evaluation
 from tofu.flower.transport import Transport
 from tofu.models import run_model
 from tofu.observers.base import Observer
@@ -169,6 +169,7 @@ class RoundRunner:
             self.noise = self.open.noise = ServerNoise(settings.privacy, reference.param_spec)
         self.on_spend: Callable[[Mapping[str, object]], None] = lambda spent: None
         self.accuracies: list[float] = []
+        self.by_class = ClassCounts()
         self.task_accuracies: list[list[float]] = []
         self.group_accuracies: list[list[float]] = []
         self.round = 0
@@ -203,6 +204,7 @@ class RoundRunner:
         classes = self.models[0].classes
         averaged = [model.averaged for model in self.models]
         score, by_task, by_group = self._evaluator.evaluate(averaged, classes)
+        self.by_class = score.by_class
         self.accuracies.append(score.accuracy)
         self.task_accuracies.append(by_task)
         self.group_accuracies.append(by_group)

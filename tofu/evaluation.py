@@ -1,6 +1,7 @@
 """Accuracy and loss of a model on held-out images."""
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,11 +20,36 @@ _BATCH = 500
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracy (0 to 1) and mean loss, NaN where they cannot be measured, and the user's own metrics by name."""
+    """Accuracy (0 to 1) and mean loss, NaN where they cannot be measured, and the user's own metrics by name.
+
+    Attributes:
+        by_class: counts of the samples of each class, where targets are class numbers.
+    """
 
     accuracy: float
     loss: float
     metrics: Mapping[str, float] = field(default_factory=dict)
+    by_class: "ClassCounts" = field(default_factory=lambda: ClassCounts())
+
+
+@dataclass
+class ClassCounts:
+    """Class number -> number of its samples, and of those that were classified right."""
+
+    samples: Counter[int] = field(default_factory=Counter)
+    right: Counter[int] = field(default_factory=Counter)
+
+    def add(self, predicted: Tensor, labels: Tensor) -> None:
+        """Count a batch of predicted and true classes [n]."""
+        self.samples.update(labels.tolist())
+        self.right.update(labels[predicted == labels].tolist())
+
+    @staticmethod
+    def total(parts: "Sequence[ClassCounts]") -> "ClassCounts":
+        """Return the sum of counts of disjoint samples."""
+        return ClassCounts(
+            sum((part.samples for part in parts), Counter()), sum((part.right for part in parts), Counter())
+        )
 
 
 @torch.no_grad()
@@ -40,13 +66,13 @@ def evaluate(
         predict: computes the logits; by default the model's forward pass.
         device: device of the forward passes; the model is on the CPU before and after.
     """
-    correct, loss = 0, 0.0
+    counts, loss = ClassCounts(), 0.0
     with eval_mode(model), on_device(model, device), GlobalGenerators(0, device) as shared:
         for start in range(0, len(data), _BATCH):
             images = to_float(data.images[start : start + _BATCH].to(device))
             logits = predict(model, images).logits if predict else model(images)
             labels = data.labels[start : start + _BATCH].to(device)
-            correct += int((logits.argmax(1) == labels).sum())
+            counts.add(logits.argmax(1), labels)
             loss += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
             shared.release_if_unused()
-    return Evaluation(correct / len(data), loss / len(data))
+    return Evaluation(counts.right.total() / len(data), loss / len(data), by_class=counts)

@@ -16,7 +16,7 @@ from tofu.arguments import CALLS, check_call, check_calls, check_dataset, check_
 from tofu.data import ImageShape
 from tofu.device import CPU, on_device
 from tofu.errors import RunError, SettingError, user_code
-from tofu.evaluation import Evaluation, Predict
+from tofu.evaluation import ClassCounts, Evaluation, Predict
 from tofu.models import build_seeded
 from tofu.models.checks import changed_buffers, check_memory, check_stateless, drop_constant_buffers, without_wrappers
 from tofu.plugins import Plugins
@@ -111,12 +111,14 @@ class DatasetLoop:
         if not len(data):
             return Evaluation(math.nan, math.nan)
         rows = [rows.tolist() for rows in torch.split(torch.arange(len(data)), _EVALUATION_BATCH)]
-        loss, correct, kept = 0.0, 0.0, []
+        loss, classified, counts, kept = 0.0, True, ClassCounts(), []
         with eval_mode(model), on_device(model, device), GlobalGenerators(0, device):
             for numbers, (inputs, targets) in zip(rows, self._batches(data, rows, device), strict=True):
                 outputs = model_outputs(model, inputs)
                 loss += float(self._loss_of(outputs, targets)) * len(numbers)
-                correct += float((outputs.argmax(1) == targets).sum()) if _classifies(outputs, targets) else math.nan
+                classified = classified and _classifies(outputs, targets)
+                if classified:
+                    counts.add(outputs.argmax(1), targets)
                 if self.metrics:
                     kept.append(_to((outputs, targets), CPU))
         metrics = {}
@@ -125,8 +127,10 @@ class DatasetLoop:
             for name, metric in self.metrics.items():
                 with user_code(f"metrics[{name!r}]", shown(metric), CALLS["metric"].accepted):
                     metrics[name] = float(metric(outputs, targets))
-        accuracy = metrics.pop("accuracy", correct / len(data))
-        return Evaluation(accuracy, loss / len(data), metrics)
+        if not classified:
+            counts = ClassCounts()
+        accuracy = metrics.pop("accuracy", counts.right.total() / len(data) if classified else math.nan)
+        return Evaluation(accuracy, loss / len(data), metrics, counts)
 
     def _loss_of(self, outputs: Any, targets: Any) -> Tensor:
         if self.loss is not None:

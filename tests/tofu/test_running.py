@@ -76,6 +76,7 @@ def test_datasets_give_the_weights_of_the_named_run(
     assert [row.accuracy for row in own.history] == [row.accuracy for row in named.history]
     assert own.history[-1].loss == pytest.approx(named.history[-1].loss)
     assert own.summary.uplink_bytes == named.summary.uplink_bytes
+    assert own.summary.by_class == named.summary.by_class
     assert len(own.ledger) == len(named.ledger) > 0
 
 
@@ -110,6 +111,11 @@ def test_the_result_has_the_run_as_objects(tmp_path: Path, parts: tuple[list[Ten
     right = (result.model()(images).argmax(1) == labels).float().mean()
     assert float(right) == pytest.approx(result.accuracy or 0.0)
     assert result.accuracy == result.summary.final_accuracy
+    by_class = {int(one.name): (one.right, one.samples) for one in result.summary.by_class}
+    predicted = result.model()(images).argmax(1)
+    for digit in range(10):
+        mine = labels == digit
+        assert by_class[digit] == (int((predicted[mine] == digit).sum()), int(mine.sum()))
     assert "accuracy=0." in repr(result.history[-1])
     assert len(repr(result.history[-1])) <= 120
     assert result.weights.keys() == dict(mlp().named_parameters()).keys()
@@ -255,6 +261,7 @@ def test_a_regression_on_vectors_is_sent_as_proxies_and_secure_rounds_sum_it(tmp
     losses = [row.loss or 0.0 for row in result.history]
     assert losses[-1] < losses[0] / 2
     assert result.summary.final_accuracy is None
+    assert result.summary.by_class == ()
     assert f"{losses[-1]:.4g} test loss after 6 rounds" in unescape_tags(result.report())
     assert all("test loss" in result.plot(against).svg for against in ("rounds", "bytes"))
     assert (result.history[-1].explained_variance or 0) > 0.3

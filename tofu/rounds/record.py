@@ -189,6 +189,21 @@ class Baseline(StrictFields):
 
 
 @dataclass(frozen=True)
+class ClassRecord(StrictFields):
+    """The final model on the test samples of one class.
+
+    Attributes:
+        name: of the class, or its number.
+        samples: number of its test samples.
+        right: number of those that are classified right.
+    """
+
+    name: Annotated[str, Field(strict=True)]
+    samples: Count
+    right: Count
+
+
+@dataclass(frozen=True)
 class RunSummary(StrictFields):
     """The summary of a finished run: summary.json.
 
@@ -204,6 +219,7 @@ class RunSummary(StrictFields):
         unreadable: number of images that clients and server left out because they cannot be read.
         run: folder of the run.
         baseline: a FedAvg run to compare with, or None.
+        by_class: the final model on each class of the test data; () if it does not classify.
     """
 
     final_accuracy: Number = None
@@ -226,6 +242,7 @@ class RunSummary(StrictFields):
     run: Text = ""
     seconds: Number = None
     baseline: Baseline | None = None
+    by_class: tuple[ClassRecord, ...] = ()
 
 
 QUANTILES = (0, 10, 25, 50, 75, 90, 100)
@@ -235,7 +252,7 @@ _SPARSE = frozenset((
     "epsilon", "model_epsilon", "delta", "clip_norm", "by_client", "metrics", "plugins", "task", "task_accuracies",
     "group_accuracies", "clipped", "largest_clipped", "abandoned", "late", "accuracy_quantiles", "link_seconds",
     "test_accuracy", "mean_accuracy", "backward_transfer", "stopped", "baseline", "node", "examples",
-    "compressor", "notes",
+    "compressor", "notes", "by_class",
 ))  # fmt: skip
 """Fields that JSON omits at their default, since most runs do not have them."""
 

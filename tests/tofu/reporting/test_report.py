@@ -187,6 +187,21 @@ def test_figures_mark_the_kinds_of_rounds_and_have_texts(run: Path) -> None:
     assert "round 2, compressed: 90.42% after 50.0 kB" in page.text
 
 
+def test_classes_are_drawn_the_lowest_accuracy_first_and_not_all_of_many(run: Path) -> None:
+    some = [{"name": "cat", "samples": 40, "right": 30}, {"name": "7", "samples": 20, "right": 5}]
+    finish(run, by_class=[*some, {"name": "unseen", "samples": 0, "right": 0}])
+    page = page_of(run)
+    label = next(given["aria-label"] for given in page.named("svg") if "by class" in given["aria-label"])
+    assert label == "Final test accuracy by class: class 7: 25.0% of 20; cat: 75.0% of 40."
+    widths = [float(given["width"]) for given in page.named("rect") if given["class"] == "bar k-start"]
+    assert widths == [100, 300]  # of a figure 400 wide, which stands for 100 %
+    finish(run, by_class=[{"name": f"n{number}", "samples": 10, "right": number % 11} for number in range(33)])
+    page = page_of(run)
+    assert "The 20 lowest of 33 classes; summary.json has all." in page.text
+    finish(run)
+    assert "Accuracy by class" not in page_of(run).text
+
+
 def test_baseline_is_drawn_and_compared(run: Path) -> None:
     finish(run)
     without = page_of(run)

@@ -226,10 +226,14 @@ class Bar:
     solid: float | None = None
 
 
-def bar_chart(alt: str, bars: Sequence[Bar]) -> Drawing:
-    """Draw bars below each other on one linear scale from zero, by magnitude."""
+def bar_chart(alt: str, bars: Sequence[Bar], *, widest: float = 0.0) -> Drawing:
+    """Draw bars below each other on one linear scale from zero, by magnitude.
+
+    Args:
+        widest: the size of a bar as wide as the figure; by default that of the largest.
+    """
     drawing = Drawing(alt, 0)
-    widest = max((abs(bar.size) for bar in bars), default=0.0) or 1.0
+    widest = widest or max((abs(bar.size) for bar in bars), default=0.0) or 1.0
     y = 0
     for bar in bars:
         names = textwrap.wrap(bar.name, _LINE)[:3]

@@ -26,6 +26,8 @@ from tofu.rounds.record import RoundRecord
 
 # Approximate maximum numbers of points and of marks of a curve; more would overlap.
 _POINTS, _MARKS = 240, 60
+_CLASSES, _NAME = 20, 60
+"""Maximum number of classes in a figure, and of characters of a class's name."""
 _KIND_TEXT = {
     "start": "before training",
     "compressed": "compressed round",
@@ -178,6 +180,34 @@ def epsilon_by_round(run: RunData) -> str | None:
 def epsilon_text(epsilon: float) -> str:
     """Return epsilon with four significant digits."""
     return f"{epsilon:.4g}" if math.isfinite(epsilon) else "beyond any bound"
+
+
+def accuracy_by_class(run: RunData) -> str | None:
+    """Draw bars of the final accuracy on each class of the test data, the lowest first, at most `_CLASSES` of them."""
+    known = [entry for entry in run.summary.by_class if entry.samples]
+    if len(known) < 2:
+        return None
+    lowest = sorted(known, key=lambda entry: entry.right / entry.samples)[:_CLASSES]
+    bars = [
+        Bar(
+            _class_name(entry.name), f"{format_fraction(entry.right / entry.samples)} of {entry.samples:,}",
+            entry.right / entry.samples, "k-start",
+        )
+        for entry in lowest
+    ]  # fmt: skip
+    alt = "Final test accuracy by class: " + "; ".join(f"{bar.name}: {bar.note}" for bar in bars) + "."
+    return bar_chart(alt, bars, widest=1.0).markup()
+
+
+def classes_shown(run: RunData) -> str:
+    """Return which classes `accuracy_by_class` draws, if not all."""
+    known = sum(entry.samples > 0 for entry in run.summary.by_class)
+    return f" The {_CLASSES} lowest of {known:,} classes; summary.json has all." if known > _CLASSES else ""
+
+
+def _class_name(text: str) -> str:
+    text = f"class {text}" if text.isdecimal() else text
+    return text if len(text) <= _NAME else f"{text[: _NAME - 1]}…"
 
 
 def bytes_by_kind(run: RunData) -> str | None:

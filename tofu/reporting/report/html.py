@@ -225,6 +225,12 @@ def _figures(run: RunData) -> list[dict[str, str]]:
         ),
         ("Loss against rounds", "Loss of the global model, on test data if there are any.", figures.loss_by_round(run)),
         (
+            "Accuracy by class",
+            "The final model on the server's test images of each class, the lowest accuracy first."
+            + figures.classes_shown(run),
+            figures.accuracy_by_class(run),
+        ),
+        (
             "Bytes by direction and kind",
             "Whole messages, headers included, on one linear scale." + pale,
             figures.bytes_by_kind(run),
