@@ -26,12 +26,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tofu.arguments import check_calls, check_kind, shown
+from tofu.arguments import check_calls, check_kind, check_number, shown
 from tofu.bytes_io import ByteReader
 from tofu.codec.options import DEFAULTS, CompressorOptions, ProxySettings
 from tofu.compression import compressors, make_compressor
 from tofu.errors import PayloadError, SettingError
 from tofu.reference_model import (
+    LOG,
     MAX_AXES,
     Forward,
     InputShape,
@@ -52,6 +53,8 @@ _FIXED = struct.Struct("<4sBdBB")
 _LENGTHS = struct.Struct("<BH")
 _MIN_RATIO, _MAX_VALUES = 0.1, 1 << 26
 _FORWARD, _LOSS = 1, 2
+_NEARLY = 0.1
+"""Squared distance from the weights, relative to theirs, below which an update looks like new weights."""
 _PROXY_OPTIONS = CompressorOptions(correction=0.4, encoder=ProxySettings(bits=4, warm_start=False))
 
 
@@ -66,6 +69,8 @@ def encode(
     target_shape: Shape | None = None,
     ratio: float = 50.0,
     compressor: str | None = None,
+    correction: float | None = None,
+    proxies_below: float | None = None,
     options: CompressorOptions | None = None,
     initial: Mapping[str, Tensor] | None = None,
     seed: int = 0,
@@ -74,7 +79,8 @@ def encode(
 
     Args:
         model: the model at the weights that the update is relative to. It is not changed.
-        update: new minus old weights: name -> float tensor for every trainable parameter. Buffers are optional.
+        update: new minus old weights: name -> float tensor for every trainable parameter. Buffers are optional. The
+            model's own weights are refused, and a warning is logged for an update that is nearly these.
         input_shape: shape of one example, without the batch, such as (features,) or (channels, height, width); or a
             tuple of such shapes for several inputs.
         forward: forward(model, *inputs) -> outputs, if the model cannot simply be called with floating-point inputs.
@@ -84,7 +90,9 @@ def encode(
         ratio: float32 bytes of the update over bytes of the payload; the message has about 30 bytes more.
         compressor: a registered name (proxy, sparse, stc, topk, ...) or `package.module:Class`. By default `proxy`, or
             `sparse` if there is no input shape, or the model takes integers and there is no `forward`.
-        options: options of the compressor; by default the proxy codec with a correction of 0.4.
+        correction: smallest fraction of a proxy payload that is left to the sparse correction; 0.4 by default.
+        proxies_below: no proxies where the correction alone explains this fraction of the update; by default always.
+        options: all options of the compressor, in place of `correction` and `proxies_below`.
         initial: trainable parameters that both ends know, such as the initial weights; they make the message shorter.
         seed: seed of the compressor's random numbers.
 
@@ -102,19 +110,15 @@ def encode(
     """
     _check(model, compressor, initial, {"forward": forward, "loss": loss})
     check_kind("update", update, Mapping, "a mapping of names to tensors: new minus old weights")
-    check_kind("options", options, CompressorOptions | None, "a tofu.codec.options.CompressorOptions, or None")
+    options = _options(options, {"correction": correction, "proxies_below": proxies_below})
     _check_numbers(ratio, seed)
     model, compressor = in_float32(model), compressor and present_value("compressor", compressor)
     name, call = resolve_compressor(
         compressor, model, input_shape, forward=forward, loss=loss, target_shape=target_shape
     )
     options = options or (_PROXY_OPTIONS if name == "proxy" else DEFAULTS)
-    reference = _reference(model, call, initial)
-    made = make_compressor(name, reference, ratio=ratio, options=options)
-    generator = torch.Generator().manual_seed(seed)
-    body = made.compress(reference, _complete(reference, update), generator=generator).body
     header = _Header(ratio, forward is not None, loss is not None, call.inputs, call.target, name, options)
-    return header.to_bytes() + Payload(made.code, 0, base_fingerprint(reference.model), body).to_bytes()
+    return header.to_bytes() + _compressed(_reference(model, call, initial), update, header, seed).to_bytes()
 
 
 @python_call
@@ -252,6 +256,15 @@ def _reference(model: nn.Module, call: ModelCall, initial: Mapping[str, Tensor] 
     return dataclasses.replace(reference, initial=known)
 
 
+def _compressed(reference: ReferenceModel, update: Mapping[str, Tensor], header: "_Header", seed: int) -> Payload:
+    """Return the payload of an update, with the compressor that a message's header names."""
+    made = make_compressor(header.compressor, reference, ratio=header.ratio, options=header.options)
+    complete = _complete(reference, update)
+    _check_difference(reference, complete)
+    body = made.compress(reference, complete, generator=torch.Generator().manual_seed(seed)).body
+    return Payload(made.code, 0, base_fingerprint(reference.model), body)
+
+
 def _complete(reference: ReferenceModel, update: Mapping[str, Tensor]) -> Weights:
     """Check an update and return it with all tensors of the param_spec; missing buffers are zero."""
     complete: Weights = {}
@@ -259,6 +272,32 @@ def _complete(reference: ReferenceModel, update: Mapping[str, Tensor]) -> Weight
         value = update.get(name, torch.zeros(shape) if name in reference.param_spec.buffers else None)
         complete[name] = _tensor("update", name, value, shape)
     return complete
+
+
+def _options(options: object, given: Mapping[str, float | None]) -> CompressorOptions | None:
+    """Return the compressor's options; None for the defaults. Raises SettingError if they cannot be used."""
+    check_kind("options", options, CompressorOptions | None, "a tofu.codec.options.CompressorOptions, or None")
+    changes = {name: value for name, value in given.items() if value is not None}
+    for name, value in changes.items():
+        check_number(name, value, 0, 1)
+        if options is not None:
+            raise SettingError(name, value, f"None with `options`: CompressorOptions({name}={value:g}) has it")
+    if not changes:
+        return options if isinstance(options, CompressorOptions) else None
+    return dataclasses.replace(_PROXY_OPTIONS, **changes)  # type: ignore[arg-type]
+
+
+def _check_difference(reference: ReferenceModel, update: Weights) -> None:
+    """Raise SettingError for an update that is the model's weights, and log a warning if it is nearly these."""
+    size = error = 0.0
+    for name, weight in reference.base.items():
+        size += float(weight.double().square().sum())
+        error += float((weight - update[name]).double().square().sum())
+    if size and not error:
+        accepted = "new minus old weights of each parameter, such as {name: new[name] - old[name] for name in new}"
+        raise SettingError("update", "the model's own weights", accepted)
+    if error < _NEARLY * size:
+        LOG.warning("update is nearly the model's weights: it should be new minus old weights, not the new weights")
 
 
 def _check_numbers(ratio: object, seed: object) -> None:

@@ -113,6 +113,39 @@ def test_what_cannot_be_encoded_says_why(mlp_update: Case) -> None:
         tofu.encode(network.model, {**update, name: update[name] * torch.nan}, input_shape=SHAPE)
 
 
+def test_weights_in_the_place_of_an_update_are_refused_or_noted(
+    mlp_update: Case, caplog: pytest.LogCaptureFixture
+) -> None:
+    network, update = mlp_update
+    weights, arguments = network.model.state_dict(), {"input_shape": SHAPE, "compressor": "stc"}
+    with pytest.raises(SettingError, match=r"the model's own weights.* new minus old weights"):
+        tofu.encode(network.model, weights, **arguments)
+    tofu.encode(network.model, update, **arguments)
+    assert not caplog.messages
+    tofu.encode(network.model, {name: weights[name] + 0.1 * value for name, value in update.items()}, **arguments)
+    assert caplog.messages == [
+        "update is nearly the model's weights: it should be new minus old weights, not the new weights"
+    ]
+    zeros = {name: torch.zeros_like(value) for name, value in weights.items()}
+    empty = build_model("mlp", network.shape)
+    empty.load_state_dict(zeros)
+    assert tofu.encode(empty, zeros, **arguments)  # no difference
+
+
+def test_correction_and_proxies_below_are_those_of_options(mlp_update: Case) -> None:
+    network, update = mlp_update
+
+    def message(**given: Any) -> bytes:
+        return tofu.encode(network.model, update, input_shape=SHAPE, compressor="proxy", **given)
+
+    encoder = ProxySettings(bits=4, warm_start=False)
+    only, below = message(correction=1.0), message(proxies_below=0.0)
+    assert only == message(options=CompressorOptions(correction=1.0, encoder=encoder))
+    assert below == message(options=CompressorOptions(correction=0.4, proxies_below=0.0, encoder=encoder))
+    assert len({only, below, message()}) == 3
+    assert tofu.decode(network.model, below).keys() == update.keys()
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -125,6 +158,9 @@ def test_what_cannot_be_encoded_says_why(mlp_update: Case) -> None:
         ({"ratio": math.nan}, "ratio=nan .* such as 50"),
         ({"compressor": 3}, "compressor=3 .* such as 'topk'"),
         ({"options": {"correction": 1}}, "options='dict' .*CompressorOptions"),
+        ({"correction": "x"}, "correction='x' .* from 0 to 1"),
+        ({"proxies_below": 2}, "proxies_below=2 .* from 0 to 1"),
+        ({"correction": 0.5, "options": QUICK}, r"correction=0.5 .*CompressorOptions\(correction=0.5\)"),
         ({"initial": [1]}, "initial='list' .* a mapping"),
         ({"initial": dict.fromkeys(NAMES, 3)}, "initial='.*: int' .* a tensor"),
         ({"seed": 1.5}, "seed=1.5 .* a whole number"),
