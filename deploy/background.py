@@ -221,7 +221,7 @@ def run(folder: Path, overrides: Mapping[str, object], *, follow: Callable[[str]
         raise SettingError("folder", str(folder), "one in which a federation runs (`tofu deploy up` starts one)")
     own: dict[str, object] = {"clients": state.nodes, "secure-identities": state.identities}
     if resumed := overrides.get("resume"):
-        from tofu.reporting.folder import read_config
+        from tofu.reporting.run_settings import read_config
 
         own = dict(read_config(Path(str(resumed))).to_config())
     settings = Settings.of(own | present_names(overrides))

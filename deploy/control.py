@@ -359,7 +359,7 @@ def with_stored_settings(overrides: Mapping[str, object], results: Path) -> dict
     given = present_names({name.replace("-", "_"): value for name, value in overrides.items()})
     if not given.get("resume"):
         return dict(given)
-    from tofu.reporting.folder import read_config  # imports torch, which no other command of this module needs
+    from tofu.reporting.run_settings import read_config
 
     return read_config(results / str(given["resume"])).to_config() | given
 

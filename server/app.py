@@ -52,7 +52,8 @@ from tofu.observers.trackers import make_trackers
 from tofu.privacy import Accountant
 from tofu.recording import Recorder
 from tofu.reference_model import ReferenceModel
-from tofu.reporting.folder import RunFolder, portable_settings
+from tofu.reporting.folder import RunFolder
+from tofu.reporting.run_settings import portable_settings
 from tofu.rounds.links import LinkSimulator
 from tofu.rounds.record import RoundRecord, RunSummary, from_dict, round_label, to_dict
 from tofu.rounds.schedule import make_schedule
@@ -118,9 +119,7 @@ def _check_clients(grid: Grid, settings: Settings) -> None:
         accepted = f"{nodes}, the number of supernodes of this simulation (options.num-supernodes)"
         raise SettingError("clients", settings.data.clients, accepted)
     if simulated or isinstance(grid, InProcessGrid):
-        names = set(map(str, range(settings.data.clients)))
-        if unknown := [name for name in settings.run.recorded if name not in names]:
-            raise SettingError("record-clients", unknown[0], f"clients of this run, 0 to {len(names) - 1}")
+        settings.check_recorded()
 
 
 def serve_in_process(

@@ -29,12 +29,13 @@ from tofu.models.checks import eager_code
 from tofu.observers.base import Observer, Observers
 from tofu.observers.terminal import make_progress
 from tofu.reference_model import Forward, InputShape
-from tofu.reporting.folder import read_model, resumed_settings
+from tofu.reporting.folder import read_model
 from tofu.reporting.report import write_report
 from tofu.reporting.report.chart import standalone
 from tofu.reporting.report.figures import accuracy_by_bytes, accuracy_by_round, loss_by_bytes, loss_by_round
 from tofu.reporting.report.run_data import read_run
 from tofu.reporting.report.template import COLORS, FIGURE_STYLE
+from tofu.reporting.run_settings import resumed_settings
 from tofu.rounds.record import RoundRecord, RunSummary, from_dict, json_lines, read_rounds
 from tofu.settings import FIELDS, Settings, Value, python_call
 from tofu.settings.unused import unused_notes

@@ -89,7 +89,7 @@ def client_images(file: Path, data: Path, class_names: Sequence[str] = ()) -> La
     """
     if not (data / "config.json").is_file():
         return local_folder(str(data), class_names=class_names)
-    from tofu.reporting.folder import read_config
+    from tofu.reporting.run_settings import read_config
 
     client = file.stem.removeprefix("curvature-")
     if not client.isdigit():

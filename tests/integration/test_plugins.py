@@ -17,7 +17,8 @@ from tofu.models import build_model
 from tofu.observers.base import Observer
 from tofu.plugins import make_plugins
 from tofu.reference_model import ReferenceModel
-from tofu.reporting.folder import read_config, read_model
+from tofu.reporting.folder import read_model
+from tofu.reporting.run_settings import read_config
 from tofu.rounds.record import RoundRecord
 from tofu.settings import Settings
 from tofu.tasks import round_context

@@ -18,7 +18,7 @@ from tests import processes
 from tofu.errors import SettingError
 from tofu.files import lock_file
 from tofu.observers.base import Observer
-from tofu.reporting.folder import resumed_settings
+from tofu.reporting.run_settings import resumed_settings
 from tofu.rounds.record import RoundRecord, read_rounds
 from tofu.settings import Settings
 

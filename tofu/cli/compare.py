@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tofu.cli.early import check_early
 from tofu.cli.options import ConfigFile, Json, Quiet, line_printer, settings_from, with_settings
 from tofu.errors import Interrupted, RunError, SettingError
 from tofu.settings import Value
@@ -54,21 +55,22 @@ def compare(
     for name, instead in {"compressor": "--compressors", "ratio": "--ratios", "run_folder": "--folder"}.items():
         if name in overrides:
             raise SettingError(name, overrides[name], f"{instead} in its place")
-    settings = settings_from(config, overrides)  # a misspelled one is refused before torch is imported
-    logging.getLogger("flwr").setLevel(logging.ERROR)
-    from client.app import app as client_app
-    from server.comparison import run_comparison
-    from tofu.observers.base import Observer
-    from tofu.observers.terminal import make_progress
+    settings = settings_from(config, overrides)
+    check_early(settings)
     from tofu.reporting.compare.plan import Comparison
-    from tofu.reporting.compare.results import failed_compressors
-    from tofu.reporting.report.compare_tables import markdown
 
     comparison = Comparison.of(
         settings, compressors=compressors, ratios=ratios, seeds=seeds, folder=folder,
         overrides=for_ or (), tune=tune or "",
     )  # fmt: skip
     quiet = quiet or json_
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    from client.app import app as client_app
+    from server.comparison import run_comparison
+    from tofu.observers.base import Observer
+    from tofu.observers.terminal import make_progress
+    from tofu.reporting.compare.results import failed_compressors
+    from tofu.reporting.report.compare_tables import markdown
 
     def view() -> Observer:
         # A line for each round of each run would bury the lines that say how far the comparison is.

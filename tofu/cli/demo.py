@@ -3,8 +3,10 @@
 import sys
 from pathlib import Path
 
+from tofu.cli.early import check_early
 from tofu.cli.options import ConfigFile, Quiet, settings_from, with_settings
 from tofu.cli.run import run_settings
+from tofu.reporting.run_settings import check_new
 from tofu.settings import FULL_WEIGHTS, Value
 
 
@@ -14,21 +16,22 @@ def demo(*, config: ConfigFile = None, quiet: Quiet = False, overrides: dict[str
 
     Without options: ten clients, a small network, the digits that come with scikit-learn.
     """
-    tofu = settings_from(config, overrides)  # a misspelled one is refused before torch is imported
+    tofu = settings_from(config, overrides)
+    given = tofu.run.run_folder
+    if given:
+        check_new(Path(f"{given}-fedavg"))
+    check_early(tofu)
     from tofu.formatting import format_bytes
     from tofu.observers.terminal import proxies_line
-    from tofu.reporting.folder import add_baseline, check_new, fresh_folder
+    from tofu.reporting.folder import add_baseline, fresh_folder
     from tofu.reporting.report import write_report
     from tofu.rounds.record import read_rounds
 
     # Compressed rounds without compression: so the server chooses its step in the same way in both runs.
     fedavg = tofu.replace(schedule="compressed", compressor="none", downlink=FULL_WEIGHTS)
-    given = tofu.run.run_folder
     folder = given or str(fresh_folder(tofu))
     tofu = tofu.replace(run_folder=folder)
     fedavg = fedavg.replace(run_folder=f"{given}-fedavg" if given else str(fresh_folder(fedavg)))
-    for settings in (tofu, fedavg):
-        check_new(Path(settings.run.run_folder))
     print(f"1 of 2: FedAvg, {fedavg.data.clients} clients, float32 updates", file=sys.stderr)
     baseline = run_settings(fedavg, quiet=quiet)
     print("2 of 2: TOFU, compressed updates", file=sys.stderr)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from tofu.cli.early import check_early
 from tofu.cli.options import ConfigFile, Json, settings_from, with_settings
 from tofu.settings import Value
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 @with_settings
 def plan(*, config: ConfigFile = None, json_: Json = False, overrides: dict[str, Value]) -> None:
     """Print what a run will cost in bytes and about how long it will take here, without running it."""
-    settings = settings_from(config, overrides)  # a misspelled one is refused before torch is imported
+    settings = settings_from(config, overrides)
+    check_early(settings, starts=False)
     from server.ledger import reply_overhead
     from server.secure_ranges import check_noise, check_secure_settings
     from tofu.data import FederatedData

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tofu.cli.early import check_early
 from tofu.cli.options import ConfigFile, Json, Quiet, settings_from, with_settings
 from tofu.errors import Interrupted, SettingError, TofuError
+from tofu.reporting.run_settings import resumed_settings
 from tofu.settings import MIN_SECURE, Settings, Value
 from tofu.settings.unused import unused_notes
 
@@ -50,7 +52,8 @@ def _run(config: Path | None, overrides: dict[str, Value], *, fast_dev_run: bool
         return
     if overrides.get("resume") and config is not None:
         raise SettingError("config", str(config), "no file with --resume, which takes the settings of that run")
-    settings = _resumed(overrides) if overrides.get("resume") else settings_from(config, overrides)
+    settings = resumed_settings(overrides) if overrides.get("resume") else settings_from(config, overrides)
+    check_early(settings)
     summary = run_settings(settings, quiet=quiet or json_, notes=tuple(unused_notes(settings, overrides)))
     if json_:
         print(json.dumps(summary))
@@ -58,25 +61,16 @@ def _run(config: Path | None, overrides: dict[str, Value], *, fast_dev_run: bool
         print(f"{'' if quiet else 'report: '}{summary['run']}/report.html")
 
 
-def _resumed(overrides: dict[str, Value]) -> Settings:
-    folder = str(overrides["resume"])
-    if not (Path(folder) / "config.json").is_file():  # before torch is imported, which takes seconds
-        raise SettingError("resume", folder, "the folder of a run, with its config.json")
-    from tofu.reporting.folder import resumed_settings
-
-    return resumed_settings(overrides)
-
-
 def _try_out(settings: Settings, *, quiet: bool) -> None:
     """Run a small version of every step in a temporary folder: rounds of each kind, evaluation, checkpoint, resume and
     report."""
     from tempfile import TemporaryDirectory
 
-    from tofu.reporting.folder import resumed_settings
     from tofu.rounds.schedule import make_schedule
 
     if settings.run.resume:
         raise SettingError("resume", settings.run.resume, "no run to resume with --fast-dev-run")
+    check_early(settings.replace(record_clients=""), starts=False)
     kinds = make_schedule(settings.rounds, settings.training.rounds).kinds
     rounds = max(len(kinds), settings.plugins.task_count)
     small: dict[str, Value] = {

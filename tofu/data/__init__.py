@@ -6,7 +6,6 @@ and only a hub id uses the network. Labels are read at once, images when they ar
 """
 
 from tofu.data.federated import (
-    ACCEPTED_DATASETS,
     FederatedData,
     local_folder,
     normalization_of,
@@ -15,6 +14,7 @@ from tofu.data.federated import (
 from tofu.data.images import ImageShape, LabeledImages, to_float
 from tofu.data.partition import PARTITIONS, partition_by_id, partition_rows
 from tofu.data.rows import FederatedRows, LabeledRows, local_rows, open_rows
+from tofu.settings.datasets import ACCEPTED_DATASETS
 
 __all__ = [
     "ACCEPTED_DATASETS",

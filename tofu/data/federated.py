@@ -1,7 +1,6 @@
 """A dataset of images, partitioned over clients, and the test images of the server."""
 
 import logging
-import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,13 +21,10 @@ from tofu.data.preprocessing import Preprocessing, Statistics, parse_normalizati
 from tofu.data.splits import Split, hold_out, report_unusable, subset_rows
 from tofu.data.subpopulations import Subpopulations
 from tofu.data.tables import Columns
-from tofu.errors import DataError, SettingError, first_line
+from tofu.errors import DataError, SettingError
+from tofu.settings.datasets import resolve_images
 from tofu.settings.fields import Value, build, names_of
 from tofu.settings.groups import DataSettings
-
-ACCEPTED_DATASETS = (
-    "'digits', a Hugging Face hub id such as 'ylecun/mnist', or an existing folder of parquet files or images"
-)
 
 _LOG = logging.getLogger("tofu.data")
 _OPEN_LOCK = threading.Lock()
@@ -62,7 +58,7 @@ class FederatedData:
         """
         # The threads of a simulation open the data at the same time; only one of them should read it.
         with _OPEN_LOCK:
-            return _open(data.model_copy(update={"dataset": _resolve(data.dataset)}), seed)
+            return _open(data.model_copy(update={"dataset": resolve_images(data.dataset)}), seed)
 
     def __init__(
         self,
@@ -293,18 +289,3 @@ def _load(dataset: str, columns: Columns, class_names: tuple[str, ...]) -> tuple
     others = tuple(f"split {role} ({len(splits[role].labels)} images)" for role in unused)
     train = replace(train, left_out=train.left_out + others)
     return train, test, np.arange(len(train.labels)), np.arange(len(test.labels))
-
-
-def _resolve(dataset: str) -> str:
-    """Resolve the setting to "digits", an absolute path, or a hub id."""
-    if dataset == "digits":
-        return dataset
-    try:
-        folder = Path(dataset).expanduser()
-        if dataset and folder.is_dir():
-            return str(folder.resolve())
-    except (OSError, RuntimeError, ValueError) as error:
-        raise SettingError("dataset", dataset, f"{ACCEPTED_DATASETS} ({first_line(error)})") from error
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", dataset):
-        raise SettingError("dataset", dataset, ACCEPTED_DATASETS)
-    return dataset

@@ -31,7 +31,8 @@ from tofu.data.classes import (
 from tofu.data.folder import data_files
 from tofu.data.partition import IntArray, partition_clients
 from tofu.data.splits import files_by_role, hold_out, report_unusable, row_origin, subset_rows
-from tofu.errors import DataError, SettingError, first_line
+from tofu.errors import DataError, first_line
+from tofu.settings.datasets import TABLE_SUFFIXES, check_hub_table
 from tofu.settings.fields import Value, build, comma_list, names_of
 from tofu.settings.groups import EMBEDDED_TABLES, DataSettings
 
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 ALL_NUMBERS = "*"
 """Selects all columns of numbers except label and client as features."""
 
-_SUFFIXES = (".csv", ".parquet")
 _INDEX = re.compile(r"(Unnamed: \d+|__index_level_\d+__)?")
 """Names of columns in which pandas writes the index of a table, which is the number of a row."""
 _WORD = re.compile(r"\w+|[^\w\s]")
@@ -245,18 +245,16 @@ def _tables(dataset: str) -> dict[str, "_Table"]:
 
     path = Path(dataset)
     try:
-        if path.is_file() and path.suffix.lower() in _SUFFIXES:
+        if path.is_file() and path.suffix.lower() in TABLE_SUFFIXES:
             return {"train": _joined([path], str(path))}
         if path.is_dir():
-            files = data_files(path, _SUFFIXES)
+            files = data_files(path, TABLE_SUFFIXES)
             if not files:
                 raise DataError(f"{path} has no CSV or parquet files")
             return {role: _joined(own, str(path)) for role, own in files_by_role(path, files).items()}
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path} cannot be read as a table: {first_line(error)}") from error
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", dataset):
-        expected = f"{' or '.join(EMBEDDED_TABLES)}, a CSV or parquet file, a folder of them, or a Hugging Face hub id"
-        raise SettingError("dataset", dataset, expected)
+    check_hub_table(dataset)
     from tofu.data.hub import hub_tables
 
     found = {}

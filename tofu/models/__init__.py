@@ -4,8 +4,10 @@ This package does not import torchvision, because client processes import it for
 dropout.
 """
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,6 +53,14 @@ _BUILDERS: Mapping[str, Callable[[ImageShape, str], nn.Module]] = {
 }
 
 
+_SIZES = {
+    "images": ("channels", "height", "width", "classes"),
+    "table": ("features", "classes"),
+    "text": ("vocabulary", "tokens", "classes"),
+}
+"""Kind of data -> the arguments of a user's factory."""
+
+
 def model_names() -> tuple[str, ...]:
     """Return the names that `build_model` accepts in addition to `package.module:factory`."""
     return tuple(_BUILDERS)
@@ -87,7 +97,7 @@ def build_model(name: str, shape: ImageShape, *, norm: str = "group", seed: int 
     if name in _BUILDERS:
         build = partial(_BUILDERS[name], shape, norm)
     elif ":" in name:
-        sizes = {name: getattr(shape, name) for name in ("channels", "height", "width", "classes")}
+        sizes = {name: getattr(shape, name) for name in _SIZES["images"]}
         build = _factory(name, sizes)  # imports the user's module, which may draw numbers, before the seed is set
     else:
         raise SettingError("model", name, f"one of {', '.join(model_names())}, or package.module:factory")
@@ -164,12 +174,39 @@ def build_seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
         torch.set_default_dtype(dtype)
 
 
+def check_factory(name: str, kind: str) -> None:
+    """Check a user's factory before data are read. It is imported, and not called.
+
+    Args:
+        name: `package.module:factory`.
+        kind: of the data: "images", "table" or "text".
+
+    Raises:
+        SettingError: it cannot be imported, or does not take the sizes of such data by name.
+    """
+    sizes = _SIZES[kind]
+    factory = _imported(name, sizes)
+    with user_code("model", name, _expected(sizes)):
+        try:
+            signature = inspect.signature(factory)
+        except ValueError:  # some functions in C have none
+            return
+        signature.bind(**dict.fromkeys(sizes, 1))
+
+
+def _expected(sizes: Iterable[str]) -> str:
+    return f"package.module:factory, a callable that takes {', '.join(sizes)} by name"
+
+
+def _imported(name: str, sizes: Iterable[str]) -> Any:
+    # Numbers that a module draws when it is imported are the same in every process.
+    with user_code("model", name, _expected(sizes)), GlobalGenerators(0):
+        return import_object(name)
+
+
 def _factory(name: str, sizes: Mapping[str, int]) -> Callable[[], nn.Module]:
     """Import the user's factory -> a function that calls it. Both raise SettingError."""
-    expected = f"package.module:factory, a callable that takes {', '.join(sizes)} by name"
-    # Numbers that a module draws when it is imported are the same in every process.
-    with user_code("model", name, expected), GlobalGenerators(0):
-        factory = import_object(name)
+    expected, factory = _expected(sizes), _imported(name, sizes)
 
     def build() -> nn.Module:
         with user_code("model", name, expected):

@@ -31,21 +31,14 @@ import safetensors.torch
 from tofu.data import ImageShape
 from tofu.data.preprocessing import PLAIN, Preprocessing, Statistics
 from tofu.errors import RunError, SettingError
-from tofu.files import FileLock, lock_file, replace_arrays, replace_file
-from tofu.imports import MODULE_FILE, remember_modules, user_modules
+from tofu.files import replace_arrays, replace_file
+from tofu.imports import MODULE_FILE, user_modules
 from tofu.reporting.panels import write_panels
+from tofu.reporting.run_settings import check_new, check_resumed, lock_run, read_config, stored_config
 from tofu.rounds.panel import Panel
 from tofu.rounds.record import Baseline, RoundRecord, RunSummary, read_rounds, read_summary, round_label, to_dict
-from tofu.settings import Settings, Value
-from tofu.settings.deprecated import present_names
-from tofu.settings.groups import EMBEDDED_TABLES
+from tofu.settings import Settings
 from tofu.weights import Weights
-
-MAY_CHANGE = (
-    "workers", "round-timeout", "secure-timeout", "min-clients", "resume", "run-folder", "checkpoint", "log",
-    "metrics-port", "device", "rounds", "tracker",
-)  # fmt: skip
-"""Settings that may differ when a run is resumed. Rounds may only become more."""
 
 _SHAPE = "shape"
 _JSON_LINES = ("metrics.jsonl", "ledger.jsonl")
@@ -65,9 +58,9 @@ class RunFolder:
     def __init__(self, settings: Settings) -> None:
         if settings.run.resume:
             self.path = Path(settings.run.resume)
-            self._lock = _lock(self.path)
+            self._lock = lock_run(self.path)
             try:
-                self._check_settings(settings)
+                check_resumed(settings)
                 if settings.training.rounds != read_config(self.path).training.rounds:
                     self._extend(settings)
             except BaseException:
@@ -85,34 +78,17 @@ class RunFolder:
             accepted = f"a folder that can be created ({error.strerror})"
             raise SettingError("run-folder", str(self.path), accepted) from error
         self.write_config(settings)
-        self._lock = _lock(self.path)
+        self._lock = lock_run(self.path)
 
     def write_config(self, settings: Settings) -> None:
         """Write the settings, with which `resume` continues."""
-        self._replace("config.json", _json(_stored(settings), indent=1))
+        self._replace("config.json", _json(stored_config(settings), indent=1))
         if modules := user_modules(settings.to_config().values()):
             self._replace(MODULE_FILE, _json(modules, indent=1))
 
     def close(self) -> None:
         """Release the lock."""
         self._lock.release()
-
-    def _check_settings(self, settings: Settings) -> None:
-        began_with = read_config(self.path).training.rounds
-        if settings.training.rounds < began_with:
-            accepted = f"at least the {began_with} that the run in {self.path} has"
-            raise SettingError("rounds", settings.training.rounds, accepted)
-        if (self.path / "summary.json").exists():
-            if settings.training.rounds == began_with:
-                accepted = f"a run that has not finished, or more rounds than {began_with} (--rounds)"
-                raise SettingError("resume", str(self.path), accepted)
-            if not any((self.path / "checkpoints").glob("round-*.checkpoint")):
-                accepted = "a finished run with its last checkpoint, or --initial-weights in its place"
-                raise SettingError("resume", str(self.path), accepted)
-        began, now = _stored(read_config(self.path)), _stored(settings)
-        for name, value in began.items():
-            if now[name] != value and name not in MAY_CHANGE:
-                raise SettingError(name, now[name], f"{value}, as the run in {self.path} started with")
 
     def _extend(self, settings: Settings) -> None:
         """More rounds than the run was started with. It counts as unfinished until these are done."""
@@ -204,32 +180,6 @@ class RunFolder:
         replace_file(self.path / name, data)
 
 
-def _stored(settings: Settings) -> dict[str, Value]:
-    """Return the settings with absolute paths, so that a run can be resumed in another folder."""
-    config = settings.to_config()
-    if settings.data.dataset not in ("digits", *EMBEDDED_TABLES):
-        config["dataset"] = _absolute(settings.data.dataset)
-    if settings.model.initial_weights:
-        config["initial-weights"] = _absolute(settings.model.initial_weights)
-    if settings.secure.secure_identities:
-        config["secure-identities"] = _absolute(settings.secure.secure_identities)
-    return config
-
-
-def portable_settings(settings: Settings) -> Settings:
-    """Return the settings with absolute paths, which mean the same in any folder."""
-    return Settings.of(_stored(settings), warn=False)
-
-
-def _absolute(path: str) -> str:
-    """Return an absolute path, if it is the path of a file or folder; it may also be a hub id."""
-    with suppress(OSError, RuntimeError, ValueError):
-        expanded = Path(path).expanduser()
-        if path and expanded.exists():
-            return str(expanded.absolute())
-    return path
-
-
 def _weights_name(group: int) -> str:
     return f"weights-group-{group}.safetensors" if group else "weights.safetensors"
 
@@ -285,42 +235,6 @@ def read_class_names(run: Path, classes: int) -> tuple[str, ...]:
     return tuple(names) if whole else tuple(map(str, range(classes)))
 
 
-def read_config(run: Path, *, field: str = "resume") -> Settings:
-    """Return the settings of a run; errors on modules that they name then say where the run had them.
-
-    Raises:
-        SettingError: with the name of `field`, if there is no such run.
-    """
-    remember_modules(run)
-    try:
-        values = json.loads((run / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise SettingError(field, str(run), "the folder of a run, with its config.json") from error
-    if not isinstance(values, dict):
-        raise SettingError(field, str(run), "the folder of a run, with its config.json")
-    return Settings.of(values, warn=False)
-
-
-def resumed_settings(overrides: Mapping[str, object]) -> Settings:
-    """Return the settings of the run to resume, with some changed; `RunFolder` refuses what must not differ.
-
-    Raises:
-        SettingError: there is no such run, or a setting cannot be used.
-    """
-    began = read_config(Path(str(overrides["resume"]))).to_config()
-    return Settings.of(began | present_names(overrides))
-
-
-def _lock(run: Path) -> FileLock:
-    """Lock a run folder: two processes would overwrite each other's files."""
-    if not (run / "config.json").is_file():
-        raise SettingError("resume", str(run), "the folder of a run, with its config.json")
-    lock = lock_file(run / "config.json")
-    if lock is None:
-        raise SettingError("resume", str(run), "a run that is not running in another process")
-    return lock
-
-
 def _complete_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the lines of a file up to the first damaged one: a crash may leave half a line at the end."""
     with suppress(OSError, ValueError, KeyError, TypeError):
@@ -328,14 +242,6 @@ def _complete_lines(path: Path) -> Iterator[dict[str, Any]]:
             row = json.loads(line)
             int(row["round"])
             yield row
-
-
-def check_new(path: Path) -> None:
-    """Raises SettingError if `path` is a file or a folder that is not empty."""
-    if path.exists() and not path.is_dir():
-        raise SettingError("run-folder", str(path), "a folder that can be created (this is a file)")
-    if path.is_dir() and any(path.iterdir()):
-        raise SettingError("run-folder", str(path), "a new or empty folder")
 
 
 def _json(value: object, indent: int | None = None) -> bytes:

@@ -17,7 +17,8 @@ from tofu.models.spiking import FREQUENCIES, DctEncoder
 from tofu.plugins import MAX_STATE_BYTES
 from tofu.privacy.adaptive import plugins_of
 from tofu.reference_model import ReferenceModel
-from tofu.reporting.folder import read_class_names, read_config, read_model, read_preprocessing
+from tofu.reporting.folder import read_class_names, read_model, read_preprocessing
+from tofu.reporting.run_settings import read_config
 from tofu.tasks import round_context
 from tofu.weights import load_weights
 

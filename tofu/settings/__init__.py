@@ -275,6 +275,12 @@ class Settings(BaseModel):
             )
         )
 
+    def check_recorded(self) -> None:
+        """Raise SettingError for record-clients that a run in one process does not have: its names are numbers."""
+        names = set(map(str, range(self.data.clients)))
+        if unknown := [name for name in self.run.recorded if name not in names]:
+            raise SettingError("record-clients", unknown[0], f"clients of this run, 0 to {len(names) - 1}")
+
     def step_ahead_of(self, round_: int) -> float:
         """Step-ahead of a round, counted from 1: linear between the first and the last round.
 

@@ -576,6 +576,14 @@ def test_a_run_that_is_interrupted_before_its_first_line_says_that_nothing_was_w
         (["run", "--resume=nowhere"], "resume='nowhere' is not usable"),
         (["plan", "--lr=-1"], "lr=-1.0 is not usable: expected a number above 0"),
         (["plan", "--plugins=gmp"], "plugins='gmp' is not usable: expected one of .*gpm"),
+        (["run", "--dataset=nowhere"], "dataset='nowhere' is not usable: expected 'digits', "),
+        (["plan", "--dataset=nowhere.csv"], "dataset='nowhere.csv' is not usable: expected breast-cancer or wine, "),
+        (["run", "--run-folder=used"], "run-folder='used' is not usable: expected a new or empty folder"),
+        (["demo", "--run-folder=used"], "run-folder='used' is not usable: expected a new or empty folder"),
+        (["demo", "--run-folder=new"], "run-folder='new-fedavg' is not usable: expected a new or empty folder"),
+        (["run", "--resume=used"], "resume='used' is not usable: expected a run that has not finished, or more rounds"),
+        (["run", "--record-clients=77"], "record-clients='77' is not usable: expected clients of this run, 0 to 9"),
+        (["compare", "--compressors=topk", "--folder=f", "--initial-weights=w.pt"], "initial-weights='w.pt' is not"),
         (["demo", "--lr=-1"], "lr=-1.0 is not usable: expected a number above 0"),
         (["compare", "--compressors=topk", "--folder=f", "--lr=-1"], "lr=-1.0 is not usable"),
         (["attack", "--model=ccn"], "model='ccn' is not usable: expected one of lenet5, .*lenet-smooth"),
@@ -584,12 +592,40 @@ def test_a_run_that_is_interrupted_before_its_first_line_says_that_nothing_was_w
         (["attack", "--attacks=simulatoin"], "attacks='simulatoin' is not usable: expected one of .*simulation"),
     ],
 )
-def test_misspelled_names_are_refused_before_torch_is_imported(arguments: list[str], reason: str) -> None:
+def test_what_needs_no_torch_is_refused_before_it_is_imported(
+    arguments: list[str], reason: str, tmp_path: Path
+) -> None:
+    for name in ("used", "new-fedavg"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "summary.json").write_text("{}")
+    assert _refused(arguments, reason, tmp_path) == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["run", "--device=cuda:99"], "device='cuda:99' is not usable: expected a device of this machine"),
+        (["demo", "--model=nets:smal"], "model='nets:smal' is not usable: .*module 'nets' has no attribute 'smal'"),
+        (["plan", "--model=nets:other"], "model='nets:other' is not usable: .*missing a required argument: 'c'"),
+        (["compare", "--compressors=topk", "--folder=f", "--device=cuda:99"], "device='cuda:99' is not usable"),
+        (["run", "--model=nets:row", "--dataset=wine"], "model='nets:row' is not usable: .* features, classes by name"),
+    ],
+)
+def test_devices_and_models_are_refused_before_data_are_read(arguments: list[str], reason: str, tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text("def other(c, h, w, k): pass\ndef row(width, classes): pass\n")
+    assert _refused(arguments, reason, tmp_path) == "['torch']\n"
+
+
+def _refused(arguments: list[str], reason: str, folder: Path) -> str:
+    """Run a command that must be refused -> which slow packages it had imported."""
     code = ("import sys; from tofu.cli import main\ntry:\n main()\nfinally:\n"
-            " print(sorted({'torch', 'flwr'} & sys.modules.keys()))")  # fmt: skip
-    refused = run([sys.executable, "-c", code, *arguments])
-    assert (refused.returncode, refused.stdout) == (2, "[]\n")
+            " print(sorted({'torch', 'flwr', 'sklearn'} & sys.modules.keys()))")  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    refused = run([sys.executable, "-c", code, *arguments], cwd=folder, env=environment)
+    assert refused.returncode == 2
     assert re.search(reason, refused.stderr)
+    return refused.stdout
 
 
 def test_an_interrupted_run_says_how_to_go_on(tofu: Tofu, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from tofu.errors import SettingError
-from tofu.reporting.folder import RunFolder, fresh_folder, read_config, resumed_settings
+from tofu.reporting.folder import RunFolder, fresh_folder
+from tofu.reporting.run_settings import read_config, resumed_settings
 from tofu.settings import Settings
 
 
