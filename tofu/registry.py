@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from tofu.errors import SettingError, user_code
+from tofu.hooks import check_overrides
 from tofu.imports import import_object
 
 _DECORATOR = re.compile(r"^@[\w.]*\.register\(\s*[\"']([^\"']+)[\"']", re.MULTILINE)
@@ -102,6 +103,8 @@ class Registry(Generic[T]):
             raise SettingError(self._setting, name, f"a subclass of {base.__module__}.{base.__name__}")
         elif missing := sorted(getattr(entry, "__abstractmethods__", ())):
             raise SettingError(self._setting, name, f"a class that also defines {', '.join(missing)}")
+        else:
+            check_overrides(self._setting, entry, base)
         result: T = entry
         return result
 

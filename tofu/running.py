@@ -25,6 +25,7 @@ from tofu.data.federated import normalization_of
 from tofu.data.preprocessing import Statistics, normalize_inputs
 from tofu.errors import RunError, SettingError
 from tofu.formatting import format_bytes, format_count, format_fraction
+from tofu.hooks import check_overrides
 from tofu.models.checks import eager_code
 from tofu.observers.base import Observer, Observers
 from tofu.observers.terminal import make_progress
@@ -205,6 +206,8 @@ def run(
 def _check_others(callbacks: object, progress: object, settings: Mapping[str, Any]) -> None:
     """Raise SettingError for arguments of `run` that are neither data, model nor functions, and for unknown names."""
     check_elements("callbacks", callbacks, Observer, "objects of subclasses of tofu.observers.base.Observer")
+    for number, observer in enumerate(callbacks):  # type: ignore[arg-type,var-annotated]
+        check_overrides(f"callbacks[{number}]", type(observer), Observer)
     check_kind("progress", progress, bool, "True or False")
     check_names(settings, FIELDS, [name for name in inspect.signature(run).parameters if name != "settings"],
                 ", or a setting")  # fmt: skip

@@ -358,6 +358,14 @@ def test_a_run_without_room_for_a_proxy_says_so_before_round_1_and_in_its_report
         ({"clients": [Vectors(0)], "model": mlp, "test": 3}, "test=3 .* such as torch.utils.data.TensorDataset"),
         ({"clients": [Vectors(0), 3], "model": mlp}, r"clients\[1\]=3 .* such as torch.utils.data.TensorDataset"),
         ({"progress2": 1}, "progress2=1 .* the argument progress"),
+        (
+            {"callbacks": [type("Own", (Observer,), {"on_round_ends": lambda self, record: None})()]},
+            r"callbacks\[0\]='Own.on_round_ends' .* on_round_end",
+        ),
+        (
+            {"callbacks": [Observer(), type("Own", (Observer,), {"on_round_end": lambda self: None})()]},
+            r"callbacks\[1\]='Own.on_round_end' .* \(self, record\)",
+        ),
         ({"callback": 1}, "callback=1 .* the argument callbacks"),
     ],
 )

@@ -189,6 +189,49 @@ def test_a_plugin_of_ones_own_and_its_options() -> None:
     assert list(plugins.named()) == ["adds", "counts"]
 
 
+def hooks(**members: object) -> str:
+    """A plugin with these members, as a user would name it."""
+    module = types.ModuleType("own_hooks")
+    module.Own = type("Own", (Plugin,), members)  # type: ignore[attr-defined]
+    sys.modules["own_hooks"] = module
+    return "own_hooks:Own"
+
+
+@pytest.mark.parametrize(
+    ("member", "value", "accepted"),
+    [
+        ("before_trainning", lambda self, model, data: None, "expected .*on_train_begin.*underscore in front"),
+        ("on_update", lambda self, model: None, "expected .*on_.* or a name with an underscore in front"),
+        ("on_batches", lambda self, batch, generator: batch, "expected on_batch, or"),
+        ("exports", lambda self: Export(), "expected export, or"),
+        ("encode_input", True, "expected encodes_input, or"),
+        ("on_batch", lambda self, batch: batch, r"expected a method .*\(self, batch, generator\).*too many positional"),
+        ("on_step", lambda self, model, before, more, momenta: None, ".*'momenta'"),
+        ("export", Export(), r"expected a method \(self\)"),
+        ("groups", lambda self: 2, "expected a value or a @property"),
+        ("averages_exactly", lambda self: False, "expected a value or a @property"),
+    ],
+)
+def test_a_hook_that_would_not_be_called_is_refused(member: str, value: object, accepted: str) -> None:
+    with pytest.raises(SettingError, match=f"plugins='Own.{member}' is not usable: {accepted}"):
+        make_plugins(hooks(**{member: value}))
+
+
+def test_methods_of_ones_own_and_overrides_in_other_forms_are_accepted() -> None:
+    made = make_plugins(
+        hooks(
+            shares=lambda self: 3,
+            _on_update=lambda self: None,
+            groups=property(lambda self: 1),
+            averages_exactly=False,
+            on_batch=lambda self, *arguments: arguments[0],
+            export=staticmethod(Export),
+            on_step=torch.no_grad()(lambda self, model, before, momenta: None),
+        )
+    )
+    assert [plugin.name for plugin in made] == ["own"]
+
+
 @pytest.mark.parametrize(
     ("names", "options", "message"),
     [
