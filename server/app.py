@@ -192,7 +192,8 @@ class _Run:
         if "secure" in kinds:
             check_secure_settings(settings)
         self._runner = RoundRunner(
-            self._transport, network, test, settings, self._ledger, self._observer, workload, clients, outputs
+            self._transport, network, test, settings, self._ledger, self._observer, workload, clients, outputs,
+            one_machine=is_simulation(self._grid) or isinstance(self._grid, InProcessGrid),
         )  # fmt: skip
         self._notes = payload_notes(settings, self._runner.models[0].reference) if "compressed" in kinds else ()
         if not settings.run.resume and spent_budget(self._runner, 1):

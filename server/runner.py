@@ -134,10 +134,12 @@ class RoundRunner:
         workload: Workload | None = None,
         clients: Clients | None = None,
         outputs: bytes = b"",
+        *,
+        one_machine: bool = False,
     ) -> None:
         self.settings, self.plugins = settings, plugins_of(settings)
         self._shape, self._test, self._ledger, self._observer = reference.shape, test, ledger, observer
-        self._stragglers = Stragglers(settings.server)
+        self._stragglers = Stragglers(settings.server, one_machine=one_machine)
         self._schedule = make_schedule(settings.rounds, settings.training.rounds)
         self.stream = TaskStream.of(settings.plugins, reference.shape.classes, settings.run.seed)
         workload = workload or workload_of(settings)

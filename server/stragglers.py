@@ -11,6 +11,7 @@ from collections import defaultdict, deque
 
 from server.client_registry import Client
 from tofu.formatting import format_count
+from tofu.settings import FIELDS
 from tofu.settings.groups import ServerSettings
 
 MIN_SECONDS = 30.0
@@ -28,10 +29,15 @@ class Stragglers:
 
     Args:
         settings: straggler_factor, suspend_after and round_timeout are used.
+        one_machine: the clients share this machine's processors, as in one process and in simulations. If these are
+            busy, a client is late that is not silent, so the default of straggler_factor does not apply there: the
+            same settings and seed give the same weights.
     """
 
-    def __init__(self, settings: ServerSettings) -> None:
+    def __init__(self, settings: ServerSettings, *, one_machine: bool = False) -> None:
         self._settings = settings
+        default = settings.straggler_factor == FIELDS["straggler_factor"].default
+        self._factor = 0.0 if one_machine and default else settings.straggler_factor
         self._seconds: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_RECENT_ROUNDS))
         self._missed: dict[str, int] = {}
         self._pause: dict[str, int] = {}
@@ -40,9 +46,9 @@ class Stragglers:
     def patience(self, kind: str) -> float:
         """Return the seconds after which a round of this kind may end without the missing replies."""
         known, limit = self._seconds[kind], self._settings.round_timeout
-        if not self._settings.straggler_factor or len(known) < _KNOWN_ROUNDS:
+        if not self._factor or len(known) < _KNOWN_ROUNDS:
             return limit
-        return min(limit, max(MIN_SECONDS, self._settings.straggler_factor * statistics.median(known)))
+        return min(limit, max(MIN_SECONDS, self._factor * statistics.median(known)))
 
     def active(self, clients: list[Client], round_: int, *, min_clients: int) -> list[Client]:
         """Return the clients that are not suspended in this round;

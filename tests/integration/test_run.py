@@ -582,6 +582,15 @@ def test_a_silent_client_does_not_hold_up_a_round(tmp_path: Path, monkeypatch: p
     assert [row["clients"] for row in rows(tmp_path / "run")] == [0, 4, 4, 3]
 
 
+def test_a_busy_machine_changes_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that takes ten times as long as a round before is waited for."""
+    slow = faulty(lambda request, reply: time.sleep(3) or reply, rounds=(3,))
+    monkeypatch.setattr("server.stragglers.MIN_SECONDS", 0.1)
+    late = federate(tmp_path / "late", slow, schedule="fedavg", rounds=3)
+    assert late["weights_sha256"] == federate(tmp_path / "run", schedule="fedavg", rounds=3)["weights_sha256"]
+    assert [row["clients"] for row in rows(tmp_path / "late")] == [0, 4, 4, 4]
+
+
 def test_the_client_whose_proxies_are_shown_may_fail(tmp_path: Path) -> None:
     federate(tmp_path / "run", faulty(garbage(b"?"), names=("0",), rounds=(1,)), rounds=2)
     assert [row["clients"] for row in rows(tmp_path / "run")] == [0, 3, 4]

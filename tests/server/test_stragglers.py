@@ -38,6 +38,14 @@ def test_the_timeout_follows_the_median_of_the_rounds_of_a_kind() -> None:
     assert after(stragglers(straggler_factor=0, round_timeout=77), 1.0, 1.0).patience("compressed") == 77
 
 
+def test_on_one_machine_a_busy_processor_leaves_nobody_out_unless_the_user_asks_for_it() -> None:
+    settings = Settings.of({"round_timeout": 900}).server
+    assert after(Stragglers(settings), 20.0, 20.0).patience("compressed") == 100
+    assert after(Stragglers(settings, one_machine=True), 20.0, 20.0).patience("compressed") == 900
+    chosen = Settings.of({"straggler_factor": 3.0}).server
+    assert after(Stragglers(chosen, one_machine=True), 20.0, 20.0).patience("compressed") == 60
+
+
 def test_a_round_in_which_all_were_silent_says_nothing_about_time() -> None:
     known = stragglers(straggler_factor=1)
     for number in (1, 2, 3):
