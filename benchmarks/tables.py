@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import audit, audit_trained, central_dp, correlated, current_rivals, downlink, paper, published
+from benchmarks import audit, audit_trained, central_dp, correlated, current_rivals, paper, published
 from benchmarks.coding.__main__ import where_bytes_go
 from benchmarks.common import RESULTS, markdown_table, run_command, spread
 from benchmarks.error_feedback import sampled
@@ -285,7 +285,6 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"current-rivals-{task}": partial(current_rivals_table, task) for task in current_rivals.SHAPES},
     "current-rivals-updates": lambda: markdown_table(*current_rivals.updates(read("current-rivals")["updates"])),
     "paper": lambda: markdown_table(*paper.table(read("paper")["rows"])),
-    "downlink": lambda: markdown_table(downlink.HEADER, downlink.table_rows(read("downlink")["rows"])),
     "published-pfl-iid": lambda: markdown_table(*published.table(read("published")["rows"], "pfl-iid", 40)),
     "rivals-temporal": lambda: markdown_table(*temporal.table(read("rivals-temporal")["rows"])),
     "flower-apps": lambda: markdown_table(FLOWER_APPS, by_variant(read("flower-apps")["rows"])),
