@@ -26,10 +26,19 @@ from deploy.superlink import CONTROL_TOKEN
 from tofu.errors import RunError, SettingError
 from tofu.imports import MODULES
 from tofu.log import FILE
+from tofu.reporting.run_settings import check_new, check_resumed, read_config
 from tofu.settings import Settings
+from tofu.settings.datasets import check_dataset
 from tofu.settings.deprecated import present_names
 
 _STOP_SECONDS = 40.0
+_COLOR = re.compile(r"\x1b\[[0-9;]*m")
+_CHATTER = re.compile(r"(INFO|DEBUG) *:|Using SuperLink: |Successfully installed |\s*$")
+"""Beginnings of the lines that Flower writes about a run."""
+_STARTED = re.compile(r"Successfully started run (\d+)")
+_ERROR = "error: "
+_RAISED = "ServerApp failed with exception: "
+"""The beginning of a failed run's details."""
 
 
 def up(
@@ -181,15 +190,16 @@ def status(folder: Path) -> dict[str, Any]:
     if "superlink" in state.alive:
         control, names = _control(folder, state), read_names(folder)
         try:
+            nodes, runs = control.overview("nodes", "runs")
             result["nodes"] = [
                 {
                     "name": names.get(node["node-id"], node["node-id"]),
                     "node": node["node-id"],  # as logs and metrics call it
                     "status": node["status"],
                 }
-                for node in control.nodes()
+                for node in nodes
             ]
-            result["runs"] = [{"run": run["run-id"], "status": run["status"]} for run in control.runs()]
+            result["runs"] = [{"run": run["run-id"], "status": run["status"]} for run in runs]
         except RunError as error:  # the SuperLink starts or hangs: the processes are still reported
             result["error"] = str(error)
     return result
@@ -197,7 +207,7 @@ def status(folder: Path) -> dict[str, Any]:
 
 def online(folder: Path, state: State) -> int:
     """Return the number of nodes that are online."""
-    return sum(node["status"] == "online" for node in _control(folder, state).nodes())
+    return sum(node["status"] == "online" for node in _control(folder, state).overview("nodes")[0])
 
 
 def run(folder: Path, overrides: Mapping[str, object], *, follow: Callable[[str], None]) -> tuple[CompletedRun, Path]:
@@ -221,10 +231,9 @@ def run(folder: Path, overrides: Mapping[str, object], *, follow: Callable[[str]
         raise SettingError("folder", str(folder), "one in which a federation runs (`tofu deploy up` starts one)")
     own: dict[str, object] = {"clients": state.nodes, "secure-identities": state.identities}
     if resumed := overrides.get("resume"):
-        from tofu.reporting.run_settings import read_config
-
         own = dict(read_config(Path(str(resumed))).to_config())
     settings = Settings.of(own | present_names(overrides))
+    _check_run(folder, state, settings)
     count = sum(1 for _ in (folder / "runs").glob("run-*"))
     results = Path(settings.run.resume or settings.run.run_folder or folder / "runs" / f"run-{count + 1}").resolve()
     dataset, known = Path(settings.data.dataset), settings.secure.secure_identities
@@ -236,13 +245,55 @@ def run(folder: Path, overrides: Mapping[str, object], *, follow: Callable[[str]
         dataset=str(dataset.resolve()) if dataset.is_dir() else settings.data.dataset,
     )
     named = partial(name_nodes, read_names(folder), folder / "logs")
-    done = _control(folder, state).run(
-        Path(state.app), settings.to_config(), follow=lambda line: follow(named(line))
-    )  # fmt: skip
+    view = RunLines(lambda line: follow(named(line)))
+    done = _control(folder, state).run(Path(state.app), settings.to_config(), follow=view.add)
+    reason = " ".join(done.details.split()).removeprefix(_RAISED) or last_lines(done.log)
+    view.end("" if done.completed else reason)
     if not done.completed:
-        reason = named(" ".join(done.details.split()) or last_lines(done.log))
-        raise RunError(f"run {done.identity} {done.status.removeprefix('finished:')}: {reason}")
+        raise RunError(f"run {done.identity} {done.status.removeprefix('finished:')}: {named(reason)}")
     return done, results
+
+
+def _check_run(folder: Path, state: State, settings: Settings) -> None:
+    """Refuse what this machine, which is the server's, knows to be unusable before a run is started.
+
+    Only our own app is known to read datasets as `tofu run` does.
+
+    Raises:
+        SettingError: the dataset does not exist, or the run folder cannot be used.
+    """
+    if Path(state.app) == folder / "app":
+        check_dataset(settings.data)
+    if settings.run.resume:
+        check_resumed(settings)
+    elif settings.run.run_folder:
+        check_new(Path(settings.run.run_folder))
+
+
+class RunLines:
+    """Passes on the lines of a run without those that Flower writes about itself.
+
+    A line that starts with "error: " waits for the end: the command's own error has the same text.
+    """
+
+    def __init__(self, follow: Callable[[str], None]) -> None:
+        self._follow, self._errors = follow, list[str]()
+
+    def add(self, line: str) -> None:
+        """Take the next line."""
+        line = _COLOR.sub("", line)
+        if started := _STARTED.match(line):
+            self._follow(f"run {started[1]} started")
+        elif line.startswith(_ERROR):
+            self._errors.append(line)
+        elif not _CHATTER.match(line):
+            self._follow(line)
+
+    def end(self, reason: str) -> None:
+        """Pass on the errors that are not in the reason for which the run failed; "" if it did not."""
+        for line in self._errors:
+            if " ".join(line.removeprefix(_ERROR).split()) not in reason:
+                self._follow(line)
 
 
 def name_nodes(names: Mapping[str, str], logs: Path, text: str) -> str:

@@ -59,6 +59,7 @@ from tofu.rounds.record import RoundRecord, RunSummary, from_dict, round_label, 
 from tofu.rounds.schedule import make_schedule
 from tofu.settings import Settings
 from tofu.settings.fields import names_to_text
+from tofu.settings.unused import unused_notes
 from tofu.workload import NamedWorkload, RowWorkload, Workload, data_description, workload_of
 
 app = ServerApp()
@@ -76,7 +77,8 @@ def main(grid: Grid, context: Context) -> None:
     """Entry point of `flwr run`; an error that a user can act on ends the run as failed, with one line on stderr."""
     try:
         settings = Settings.of(context.run_config)
-        serve(grid, settings, make_progress(sys.stderr, quiet=settings.run.log == "json"))
+        notes = tuple(unused_notes(settings))
+        serve(grid, settings, make_progress(sys.stderr, quiet=settings.run.log == "json", notes=notes))
     except TofuError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         error.shown = True
@@ -216,6 +218,9 @@ class _Run:
                     raise
                 reason = f"the run folder {folder.path} cannot be written ({error.strerror})"
                 raise RunError(f"round {self._runner.round}: {reason}") from error
+            except TofuError as error:
+                folder.write_failure(str(error))
+                raise
 
     def _register(self, folder: RunFolder) -> RunError | None:
         """Wait for the clients of a new run whose classes may grow, and grow them to those of all clients.

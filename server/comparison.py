@@ -33,6 +33,7 @@ _WRITTEN = frozenset(
         "model.json",
         "metrics.jsonl",
         "metrics.prom",
+        "failure.json",
         "ledger.jsonl",
         "weights.safetensors",
         "summary.json",

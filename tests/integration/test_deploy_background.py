@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -95,8 +96,11 @@ def test_a_second_up_is_refused(folder: Path) -> None:
 
 
 def test_a_proxy_round_goes_round(folder: Path) -> None:
-    result = deploy("run", f"--folder={folder}", "--rounds=1", "--min-clients=2", *_QUICK)
+    unused = ("--partition=iid", "--alpha=0.7")
+    result = deploy("run", f"--folder={folder}", "--rounds=1", "--min-clients=2", *_QUICK, *unused)
     assert result.returncode == 0, result.stderr
+    assert result.stderr.count("note: alpha=0.7 has no effect: it needs partition=dirichlet") == 1
+    assert not re.search(r"INFO|Successfully|Using SuperLink", result.stderr)
     assert "round 1/1  compressed" in result.stderr
     summary = json.loads((folder / "runs" / "run-1" / "summary.json").read_text())
     assert summary["final_accuracy"] > 0.15
@@ -109,12 +113,23 @@ def test_a_proxy_round_goes_round(folder: Path) -> None:
     assert sorted(read_known(folder / "keys" / "identities.json")) == ["0", "1"]
 
 
+def test_a_dataset_that_is_nowhere_is_refused_without_a_run(folder: Path) -> None:
+    before = asked("status", f"--folder={folder}")["runs"]
+    result = deploy("run", f"--folder={folder}", "--dataset=nowhere")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: dataset='nowhere' is not usable: expected 'digits', ")
+    assert result.stderr.count("\n") == 1
+    assert asked("status", f"--folder={folder}")["runs"] == before
+
+
+def test_an_error_of_a_run_is_shown_once(folder: Path) -> None:
+    result = deploy("run", f"--folder={folder}", "--initial-weights=nowhere.pt")
+    assert result.returncode == 2
+    assert result.stderr.count("initial-weights='nowhere.pt' is not usable") == 1
+
+
 @pytest.mark.slow
 def test_a_run_that_ended_is_not_gone_on_with(folder: Path) -> None:
-    """The server app refuses, not this command: all settings are those of that run, its folder's path included.
-
-    In the quick tests test_resume.py shows the refusal, and test_tls.py that a server app's error is told.
-    """
     again = deploy("run", f"--folder={folder}", f"--resume={os.path.relpath(folder / 'runs' / 'run-1')}")
     assert again.returncode == 2
     assert "expected a run that has not finished" in again.stderr.splitlines()[-1]

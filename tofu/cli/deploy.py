@@ -2,7 +2,6 @@
 
 import json
 import platform
-import re
 import subprocess
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +26,6 @@ deploy = typer.Typer(
 Folder = Annotated[Path, typer.Option("--folder", help="the federation's folder: keys, logs, database, results")]
 _FOLDER = Path("runs/federation")
 _COMPOSE = Path("deploy/compose.yaml")
-_COLOR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @deploy.callback()
@@ -87,7 +85,7 @@ def run(
 
     log = line_printer(quiet=quiet or json_)
     try:
-        done, results = background.run(folder, given, follow=lambda line: log(_COLOR.sub("", line)))
+        done, results = background.run(folder, given, follow=log)
     except KeyboardInterrupt:
         text = f"interrupted; a run that was started goes on: `tofu deploy status --folder {folder}` lists it"
         raise Interrupted(text) from None

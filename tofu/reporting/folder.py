@@ -12,6 +12,7 @@ checkpoints/                         state for a resume (`server.checkpoint`)
 trackers/                            written by experiment trackers (`tofu.observers.trackers`)
 model.json                           class names and preprocessing of the images, written once
 summary.json, report.html            `RunSummary` and the report, written at the end
+failure.json                         why the run ended with an error; a resume removes it
 """
 
 import dataclasses
@@ -43,6 +44,7 @@ from tofu.weights import Weights
 _SHAPE = "shape"
 _JSON_LINES = ("metrics.jsonl", "ledger.jsonl")
 ACCOUNT = "privacy.json"
+FAILURE = "failure.json"
 
 
 class RunFolder:
@@ -61,6 +63,7 @@ class RunFolder:
             self._lock = lock_run(self.path)
             try:
                 check_resumed(settings)
+                (self.path / FAILURE).unlink(missing_ok=True)
                 if settings.training.rounds != read_config(self.path).training.rounds:
                     self._extend(settings)
             except BaseException:
@@ -150,6 +153,11 @@ class RunFolder:
     def write_summary(self, summary: RunSummary) -> None:
         """Replace summary.json."""
         self._replace("summary.json", _json(to_dict(summary), indent=1))
+
+    def write_failure(self, reason: str) -> None:
+        """Replace failure.json: why the run ended with an error. A resume removes it."""
+        with suppress(OSError):  # the error itself is what the user has to see
+            self._replace(FAILURE, _json({"reason": reason}))
 
     def write_data(self, data: Mapping[str, object]) -> None:
         """Replace data.json."""

@@ -23,6 +23,7 @@ from markupsafe import Markup
 from tofu.errors import RunError, SettingError, TofuError
 from tofu.files import is_locked
 from tofu.formatting import format_bytes, format_fraction
+from tofu.reporting.folder import FAILURE
 from tofu.reporting.report.compare import render_page
 from tofu.reporting.report.html import render
 from tofu.reporting.report.run_data import read_run
@@ -32,11 +33,22 @@ from tofu.rounds.record import read_json, read_rounds, read_summary
 HOST = "127.0.0.1"
 _DEPTH = 5
 _MAX = 500
+_REASON = 300
+"""Characters of the reason of a failed run."""
 _NONE = "\N{EN DASH}"
 _HEADER = ("name", "what", "state", "accuracy", "uplink", "last change")
 _POLICY = f"{POLICY}; script-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'"
 
-_RUN = ("config.json", "metrics.jsonl", "ledger.jsonl", "summary.json", "samples.npz", "panels.json", "data.json")
+_RUN = (
+    "config.json",
+    "metrics.jsonl",
+    "ledger.jsonl",
+    "summary.json",
+    "samples.npz",
+    "panels.json",
+    "data.json",
+    FAILURE,
+)
 _FILES = {"run": _RUN, "comparison": ("compare.json",), "attacks": ("attacks.json", "report.html")}
 _NEEDED = {"run": _RUN[:2], "comparison": ("compare.json",), "attacks": ("attacks.json", "report.html")}
 
@@ -210,13 +222,23 @@ def _row(entry: Entry) -> tuple[str, ...]:
         return link, f"{error}"[:200], "cannot be read", _NONE, _NONE, changed
     measured = [record.accuracy for record in rounds if record.accuracy is not None]
     state = f"round {rounds[-1].round if rounds else 0} of {config.get('rounds', '?')}"
-    if summary is not None:
+    if reason := _failure(entry.folder):
+        state = f"failed after {state}: {reason[:_REASON]}"
+    elif summary is not None:
         state = f"stopped after {state}" if summary.stopped else "finished"
     elif not entry.live:
         state = f"interrupted after {state}"
     accuracy = format_fraction(measured[-1]) if measured else _NONE
     uplink = format_bytes(sum(record.uplink_bytes for record in rounds))
     return link, ", ".join(words)[:200], state, accuracy, uplink, changed
+
+
+def _failure(folder: Path) -> str:
+    """Return why a run ended with an error, or ""."""
+    try:
+        return str(read_json(folder / FAILURE).get("reason") or "")
+    except (RunError, AttributeError):
+        return ""
 
 
 def _head(title: str, lead: str) -> dict[str, str]:

@@ -35,7 +35,7 @@ def _conditions(settings: Settings) -> tuple[tuple[Any, ...], ...]:
         (any(name in ("proxy", "sparse") or user in name for name in used), "compressor=proxy", *proxies),
         (settings.downlink.downlink != FULL_WEIGHTS, "a compressed downlink", "downlink_ratio"),
         ("secure" in kinds, "a schedule with secure rounds", "secure_ratio", "secagg_dropout_fraction",
-         "secagg_collusion_fraction", "secure_timeout", "secure_identities"),
+         "secagg_collusion_fraction", "secure_timeout"),
         (privacy.noise_multiplier, "noise-multiplier above 0", "clip_norm", "privacy_delta"),
         (privacy.clip_quantile, "clip-quantile above 0", "clip_lr", "clip_budget"),
         (aggregator in ("trimmed-mean", "multi-krum") or user in aggregator, "aggregator=trimmed-mean or multi-krum",

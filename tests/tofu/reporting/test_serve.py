@@ -4,6 +4,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,6 +121,13 @@ def test_the_list_names_what_the_folder_holds(server: RunServer, tmp_path: Path)
     (root / "attacked" / "report.html").write_text("<main>what leaks</main></body>")
     _, page, tag = get(server, "/")
     assert "interrupted after round 3 of 5" in page
+    (root / "refused").mkdir()
+    for name in ("config.json", "metrics.jsonl"):
+        shutil.copy(root / "damaged" / name, root / "refused" / name)
+    write_lines(root / "refused" / "metrics.jsonl", [line(0, "start", 0.1)])
+    (root / "refused" / "failure.json").write_text(json.dumps({"reason": "no valid <b>reply</b>"}))
+    assert "failed after round 0 of 5: no valid &lt;b&gt;reply" in get(server, "/")[1]
+    shutil.rmtree(root / "refused")
     assert "0 running" in page
     assert "<script>alert" not in page
     assert "cannot be read" in page
