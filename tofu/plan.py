@@ -38,7 +38,8 @@ class Plan:
         parameters: trainable numbers of the model.
         proxies, proxy_side: how many proxies a compressed round sends and their side in pixels (0 for other codecs).
         update_bytes: an update as float32, without any header.
-        payload_bytes: the compressed payload, header included.
+        payload_bytes: the compressed payload, header included; 0 without compressed rounds.
+        secure_bytes: what one client sends in all stages of a secure round; 0 without secure rounds.
         message_overhead: bytes that Flower's message adds to a payload.
         compressed_rounds, fedavg_rounds, secure_rounds: numbers of rounds ("plateau": all compressed).
         uplink_bytes, downlink_bytes: sizes of all messages of the run.
@@ -52,6 +53,7 @@ class Plan:
     proxy_side: int
     update_bytes: int
     payload_bytes: int
+    secure_bytes: int
     message_overhead: int
     compressed_rounds: int
     fedavg_rounds: int
@@ -64,7 +66,8 @@ class Plan:
 
     @property
     def payload_ratio(self) -> float:
-        return self.update_bytes / self.payload_bytes
+        """How much larger an update is than a payload; 0 without compressed rounds."""
+        return self.update_bytes / self.payload_bytes if self.payload_bytes else 0.0
 
     @property
     def uplink_ratio(self) -> float:
@@ -90,15 +93,13 @@ def make_plan(
         SettingError: the ratio is out of reach for this model.
     """
     param_spec = network.param_spec
-    compressor = uplink_compressor(settings, "compressed", network)
-    content = compressor.describe()
-    proxies, *proxy = content.proxy_shape if content else (0,)
-    payload = HEADER_BYTES + compressor.body_bytes(param_spec)
+    compressed_rounds = settings.training.rounds - fedavg_rounds - secure_rounds
+    payload, proxies, side = _payload(settings, network) if compressed_rounds else (0, 0, 0)
     full = HEADER_BYTES + param_spec.float32_bytes
     clients = max(settings.server.min_clients, round(settings.server.client_fraction * settings.data.clients), 1)
-    compressed_rounds = settings.training.rounds - fedavg_rounds - secure_rounds
     uplink = clients * (compressed_rounds * (payload + message_overhead) + fedavg_rounds * (full + message_overhead))
     step, downlink = _downlink(settings, network, fedavg_rounds=fedavg_rounds, message_overhead=message_overhead)
+    up = 0
     if secure_rounds:
         up, down = _secure_extra(settings, network, clients, message_overhead=message_overhead)
         uplink += clients * secure_rounds * up
@@ -107,9 +108,10 @@ def make_plan(
     return Plan(
         parameters=param_spec.parameter_count,
         proxies=proxies,
-        proxy_side=min(proxy[1:], default=0),
+        proxy_side=side,
         update_bytes=param_spec.float32_bytes,
         payload_bytes=payload,
+        secure_bytes=up,
         message_overhead=message_overhead,
         compressed_rounds=compressed_rounds,
         fedavg_rounds=fedavg_rounds,
@@ -122,6 +124,18 @@ def make_plan(
         if compressed_rounds
         else (),
     )
+
+
+def _payload(settings: Settings, network: ReferenceModel) -> tuple[int, int, int]:
+    """Return the bytes of a compressed payload, the number of its proxies, and their side (0 for other codecs).
+
+    Raises:
+        SettingError: the ratio is out of reach for this model.
+    """
+    compressor = uplink_compressor(settings, "compressed", network)
+    content = compressor.describe()
+    proxies, *proxy = content.proxy_shape if content else (0,)
+    return HEADER_BYTES + compressor.body_bytes(network.param_spec), proxies, min(proxy[1:], default=0)
 
 
 def _warnings(passes: int, payload: int, full: int, message_overhead: int) -> tuple[str, ...]:

@@ -93,6 +93,17 @@ def test_fedavg_rounds_throughout_are_fedavg() -> None:
     assert made.uplink_ratio == 1
 
 
+@pytest.mark.parametrize("schedule", ["fedavg", "secure"])
+def test_a_ratio_that_no_round_uses_is_not_checked(schedule: str) -> None:
+    settings = Settings.of({"model": "mlp", "ratio": 1e5, "rounds": 4, "schedule": schedule})
+    secure = 4 if schedule == "secure" else 0
+    made = make_plan(
+        settings, network_of(settings), message_overhead=OVERHEAD, fedavg_rounds=4 - secure, secure_rounds=secure
+    )
+    assert (made.payload_bytes, made.proxies, made.payload_ratio) == (0, 0, 0.0)
+    assert made.secure_bytes == (made.uplink_bytes // 40 if schedule == "secure" else 0)
+
+
 @pytest.mark.parametrize(
     ("values", "asked"),
     [

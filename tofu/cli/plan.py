@@ -69,7 +69,12 @@ def _rows(made: "Plan", model: str, seconds: "PlannedSeconds") -> Iterator[tuple
     proxies = f" ({made.proxies} proxies of {made.proxy_side}x{made.proxy_side})" if made.proxies else ""
     yield "model", f"{model}, {made.parameters:,} parameters"
     yield "one update as float32", format_bytes(made.update_bytes)
-    yield "one compressed payload", f"{format_bytes(made.payload_bytes)}, {made.payload_ratio:.1f}x less{proxies}"
+    if made.compressed_rounds:
+        yield "one compressed payload", f"{format_bytes(made.payload_bytes)}, {made.payload_ratio:.1f}x less{proxies}"
+    if made.secure_rounds:
+        factor = made.update_bytes / made.secure_bytes
+        less = f"{factor:.1f}x less" if factor >= 1 else f"{1 / factor:.1f}x more"
+        yield "one client, secure round", f"{format_bytes(made.secure_bytes)} in all stages, {less}"
     yield "message around a payload", format_bytes(made.message_overhead)
     rounds = f"{made.compressed_rounds} compressed, {made.fedavg_rounds} FedAvg, {made.secure_rounds} secure"
     yield "rounds", rounds

@@ -348,6 +348,11 @@ def test_a_plan_for_people(tofu: Tofu, tmp_path: Path) -> None:
     assert "34,110 parameters" in outcome.out
     assert "2 compressed, 0 FedAvg, 0 secure" in outcome.out
     assert "uplink of FedAvg" in outcome.out
+    assert "one compressed payload" in outcome.out
+    assert "secure round" not in outcome.out
+    secure = tofu("plan", *TINY, "--schedule=secure", "--clients=4")
+    assert "compressed payload" not in secure.out
+    assert re.search(r"one client, secure round +\d+\.\d kB in all stages, \d\.\dx less\n", secure.out)
     assert list(tmp_path.iterdir()) == []
 
 
