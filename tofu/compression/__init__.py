@@ -8,6 +8,7 @@ This module does not import torch.
 from typing import TYPE_CHECKING
 
 from tofu.codec.options import DEFAULTS, CompressorOptions
+from tofu.errors import user_code
 from tofu.registry import Registry
 from tofu.settings import FULL_WEIGHTS, Settings
 from tofu.settings.deprecated import present_value
@@ -35,7 +36,12 @@ def make_compressor(
     """
     from tofu.compression.base import Checked, OverRelaxed
 
-    compressor = compressors.get(present_value("compressor", name))(reference, ratio=ratio, options=options)
+    kind = compressors.get(present_value("compressor", name))
+    if kind.__module__.startswith("tofu."):
+        compressor = kind(reference, ratio=ratio, options=options)
+    else:
+        with user_code("compressor", name, "a class whose __init__(reference, *, ratio, options) makes a compressor"):
+            compressor = kind(reference, ratio=ratio, options=options)
     if not type(compressor).__module__.startswith("tofu."):
         compressor = Checked(compressor, name)
     return compressor if options.gain == 1 or compressor.has_own_gain else OverRelaxed(compressor, options.gain)

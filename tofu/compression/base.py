@@ -161,6 +161,8 @@ class Checked(Compressor):
         if not isinstance(made, CompressedUpdate) or not isinstance(made.body, bytes):
             found = type(made.body if isinstance(made, CompressedUpdate) else made).__name__
             raise self._error("compress()", f"CompressedUpdate(body, decoded) with bytes as body (found {found})")
+        if not isinstance(made.memory, bytes):
+            raise self._error("compress()", f"bytes as memory (found {type(made.memory).__name__})")
         if problem := _problem(made.decoded, reference.param_spec):
             raise self._error("compress()", f"a `decoded` as decompress() returns it ({problem})")
         return made
@@ -172,7 +174,11 @@ class Checked(Compressor):
         return decoded
 
     def body_bytes(self, param_spec: ParamSpec) -> int:
-        return self._compressor.body_bytes(param_spec)
+        size = self._compressor.body_bytes(param_spec)
+        if not isinstance(size, int) or size < 0:
+            found = size if isinstance(size, int | float) else type(size).__name__
+            raise self._error("body_bytes()", f"a whole number of bytes (found {found})")
+        return size
 
     def check(self, reference: ReferenceModel) -> None:
         self._compressor.check(reference)

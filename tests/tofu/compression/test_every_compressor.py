@@ -1,7 +1,9 @@
 """What holds for every codec that the registry names."""
 
+import math
 from functools import cache
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 
 from tests.conftest import Case
 from tests.tofu.compression.common import bare, flat, generator, missed, update_of
-from tofu.codec.options import AUTOMATIC, CompressorOptions, ProxySettings, automatic_gain
+from tofu.codec.options import AUTOMATIC, DEFAULTS, CompressorOptions, ProxySettings, automatic_gain
 from tofu.compression import compressors, make_compressor
 from tofu.compression.base import CompressedUpdate, Compressor
 from tofu.compression.error_feedback import ErrorFeedback
@@ -338,3 +340,34 @@ def test_what_a_users_own_compressor_returns_is_checked(every_layer_update: Case
     body = Halves(network, ratio=1.8, options=CompressorOptions()).compress(network, update, generator=generator()).body
     with pytest.raises(PayloadError, match=rf"decompress\(\) of compressor .*:{name} returns no update .*{problem}"):
         compressor.decompress(network, body)
+
+
+class Keeps(Halves):
+    """Keeps something else than bytes."""
+
+    def compress(self, *arguments: Any, **options: Any) -> CompressedUpdate:
+        made = super().compress(*arguments, **options)
+        return CompressedUpdate(made.body, made.decoded, torch.zeros(3))  # type: ignore[arg-type]
+
+
+class Unbounded(Halves):
+    def body_bytes(self, param_spec: ParamSpec) -> int:
+        return math.inf  # type: ignore[return-value]
+
+
+class Raises(Halves):
+    def __init__(self, reference: ReferenceModel, *, ratio: float, options: CompressorOptions = DEFAULTS) -> None:
+        raise ValueError("too high")
+
+
+def test_a_users_own_compressor_that_cannot_be_used_is_one_line(every_layer_update: Case) -> None:
+    network, update = every_layer_update
+    own = {kind: f"{__name__}:{kind.__name__}" for kind in (Keeps, Unbounded, Raises)}
+    with pytest.raises(SettingError, match=r"Keeps' is not usable: .*bytes as memory \(found Tensor\)"):
+        make_compressor(own[Keeps], network, ratio=1.8).compress(network, update, generator=generator())
+    with pytest.raises(SettingError, match=r"Unbounded' is not usable: .*a whole number of bytes \(found inf\)"):
+        make_compressor(own[Unbounded], network, ratio=1.8).body_bytes(network.param_spec)
+    with pytest.raises(
+        SettingError, match=r"Raises' is not usable: .*ValueError: too high, at test_every_compressor.py"
+    ):
+        make_compressor(own[Raises], network, ratio=1.8)

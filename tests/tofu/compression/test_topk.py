@@ -1,9 +1,11 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.conftest import Case
 from tests.tofu.compression.common import bare, flat, generator, missed, update_of
-from tofu.compression.topk import TopK, lloyd_magnitudes
+from tofu.compression.topk import TopK, lloyd_magnitudes, read_largest, write_largest
 from tofu.errors import PayloadError
 
 
@@ -45,3 +47,14 @@ def test_keeps_exactly_the_largest_and_contracts_as_top_k_does(mlp_update: Case,
     share = float(x.abs().topk(count).values.square().sum() / x.square().sum())
     assert missed(update, decoded, network) <= 1 - count / x.numel()
     assert 1 - missed(update, decoded, network) > 0.9 * share  # rounding costs little of what the entries hold
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32), length=st.integers(500, 5000), budget=st.integers(60, 2000), tail=st.floats(0, 3))
+def test_the_budget_is_used_unless_all_entries_are_sent(seed: int, length: int, budget: int, tail: float) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    vector = torch.randn(length, generator=draw) * (tail * torch.randn(length, generator=draw)).exp()
+    data = write_largest(vector, budget)
+    assert len(data) <= budget
+    if read_largest(data, length).count_nonzero() < length:
+        assert len(data) >= min(0.97 * budget, budget - 4)  # an entry more would not fit
