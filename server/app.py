@@ -360,7 +360,15 @@ class _Run:
     def _divergence(self, folder: RunFolder) -> str:
         """Return how training has diverged so far, and what may help; "" if it has not."""
         diverged = divergence(folder.records(), self._workload.shape.classes, growth=self._runner.growth)
-        return f"{diverged}; a smaller lr may help" if diverged else ""
+        advice = "a smaller lr may help"
+        if self._runner.account is not None:
+            privacy = self._settings.privacy
+            noise = f"clip-norm {privacy.clip_norm:g}, noise-multiplier {privacy.noise_multiplier:g}"
+            advice = (
+                f"the noise ({noise}) is probably too much for so few clients: more clients in a round or a smaller "
+                "clip-norm may help, or a smaller noise-multiplier, which raises epsilon"
+            )
+        return f"{diverged}; {advice}" if diverged else ""
 
     def _checkpoint(self, folder: RunFolder, record: RoundRecord, messages: Sequence[Mapping[str, object]]) -> None:
         """Store the state after a round, before any other file is written for the round."""

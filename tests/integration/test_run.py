@@ -634,6 +634,20 @@ def test_the_command_line_fails_where_the_run_does(
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
+def test_a_run_that_noise_ruins_names_the_noise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = "--model mlp --clients 2 --rounds 2 --schedule fedavg --noise-multiplier 9 --clip-norm 9 --max-evals 2"
+    monkeypatch.setattr(sys, "argv", ["tofu", "run", *options.split(), "--run-folder", "run"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    err = capsys.readouterr().err
+    assert ended.value.code == 0
+    assert re.search(r"diverges: .*; the noise \(clip-norm 9, noise-multiplier 9\) is .*: more clients in a round", err)
+    assert "smaller lr" not in err
+
+
 def test_flower_sees_a_failed_run_fail(tmp_path: Path) -> None:
     """Its simulation catches `Exception` alone: what is none leaves the run "completed"."""
     config = settings_of(tmp_path / "run").to_config() | {"ratio": 1e6}
