@@ -638,7 +638,7 @@ def test_a_run_that_noise_ruins_names_the_noise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    options = "--model mlp --clients 2 --rounds 2 --schedule fedavg --noise-multiplier 9 --clip-norm 9 --max-evals 2"
+    options = "--model mlp --clients 2 --rounds 1 --schedule fedavg --noise-multiplier 9 --clip-norm 9 --max-evals 2"
     monkeypatch.setattr(sys, "argv", ["tofu", "run", *options.split(), "--run-folder", "run"])
     with pytest.raises(SystemExit) as ended:
         main()
