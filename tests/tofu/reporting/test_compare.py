@@ -311,6 +311,28 @@ def test_both_directions_are_shown_where_the_downlink_is_compressed(given: dict[
 
 
 @pytest.mark.usefixtures("fake")
+def test_the_time_of_encoding_is_shown_unless_the_document_has_none() -> None:
+    document = results(comparison("proxy"))
+    table = cell_table(document)
+    column = table.header.index("encoding, s")
+    assert [line[column] for line in table.rows] == ["1.00 ± 0.00"] * 3
+    for cell in document["cells"]:
+        del cell["encode_seconds"]
+    assert "encoding, s" not in cell_table(document).header
+
+
+@pytest.mark.usefixtures("fake")
+def test_the_page_explains_the_band_and_what_is_cut_at_100_percent() -> None:
+    page = render_page(results(comparison("proxy")), "x")
+    assert "the gray band its standard deviation" in page
+    assert "beyond 100%" not in page
+    assert "beyond 100% is cut" in render_page(
+        results(comparison("proxy"), ENDS | {(FEDAVG, 1.0): (1.0, 0.9, 1.0)}), "x"
+    )
+    assert "gray band" not in render_page(results(comparison("proxy", seeds=1)), "x")
+
+
+@pytest.mark.usefixtures("fake")
 def test_the_table_is_sorted_by_ratio_then_accuracy() -> None:
     table = cell_table(results(comparison("proxy", "rival")))
     assert [line[:3] for line in table.rows] == [
@@ -320,7 +342,7 @@ def test_the_table_is_sorted_by_ratio_then_accuracy() -> None:
         ("60x", "proxy", "93.83 ± 1.26"),
         ("60x", "rival", "not reachable: at most 31.7 <for this>"),
     ]
-    assert table.rows[1][3:] == ("1.10 ± 0.85", "60.0 kB", "16.7x", "20.0x")
+    assert table.rows[1][3:] == ("1.10 ± 0.85", "60.0 kB", "16.7x", "20.0x", "1.00 ± 0.00")
     targets = target_table(results(comparison("proxy", "rival")))
     assert targets is not None
     assert targets.rows[1] == ("proxy", NONE, NONE, "60.0 kB at 20x", "25.0 kB at 60x")

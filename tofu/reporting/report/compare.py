@@ -140,6 +140,7 @@ def _aside(document: Mapping[str, Any]) -> str:
 
 def _figures(document: Mapping[str, Any]) -> list[dict[str, str]]:
     seeds = "one standard deviation over seeds" if len(document["seeds"]) > 1 else "not known from one seed"
+    band = _band_text(document)
     left_out = [
         cell_name(cell)
         for cell in document["cells"][1:]
@@ -149,12 +150,12 @@ def _figures(document: Mapping[str, Any]) -> list[dict[str, str]]:
         (
             "Accuracy against uplink bytes",
             f"Where each compressor ends at each budget; the spread is {seeds}. Marks have a small offset, so that "
-            "equal ones can be distinguished.",
+            f"equal ones can be distinguished. {band}",
             figures.accuracy_by_uplink(document),
         ),
         (
             "The same, near FedAvg",
-            f"Without what ends more than {figures.ZOOM_POINTS} points below FedAvg: {', '.join(left_out)}.",
+            f"Without what ends more than {figures.ZOOM_POINTS} points below FedAvg: {', '.join(left_out)}. {band}",
             figures.accuracy_by_uplink(document, zoom=True),
         ),
     ]
@@ -163,7 +164,7 @@ def _figures(document: Mapping[str, Any]) -> list[dict[str, str]]:
         drawn += [
             (
                 f"Every seed at {text}",
-                f"A dot is a run; the spread is {seeds}.",
+                f"A dot is a run; the spread is {seeds}. {band}",
                 figures.accuracy_by_seed(document, ratio),
             ),
             (f"By round at {text}", "Mean over seeds after each round.", figures.accuracy_by_round(document, ratio)),
@@ -171,10 +172,20 @@ def _figures(document: Mapping[str, Any]) -> list[dict[str, str]]:
     return page_figures((title, caption, drawing.markup() if drawing else None) for title, caption, drawing in drawn)
 
 
+def _band_text(document: Mapping[str, Any]) -> str:
+    """Return what a figure's dashed line and gray band are, and whether a spread is cut at 100%."""
+    if len(document["seeds"]) < 2:
+        return "The dashed line is FedAvg."
+    spreads = [cell["final_accuracy"] for cell in document["cells"] if cell["final_accuracy"]]
+    cut = any(spread["mean"] + (spread["sd"] or 0.0) > 1.0 for spread in spreads)
+    text = "The dashed line is FedAvg, the gray band its standard deviation."
+    return text + (" A spread that would go beyond 100% is cut there." if cut else "")
+
+
 def _tables(document: Mapping[str, Any]) -> list[dict[str, object]]:
     caption = (
         "Points lost are against FedAvg with the same seed. A method whose payload is the same for several ratios is "
-        "run once and listed once."
+        "run once and listed once. Encoding is the time in which one client makes its messages of the whole run."
     )
     tables = [_table("cells", "Every compressor at every budget", caption, cell_table(document), notes(document))]
     if targets := target_table(document):

@@ -40,6 +40,7 @@ def method_name(compressor: str) -> str:
 def cell_table(document: Mapping[str, Any]) -> Table:
     """Return one row per cell: FedAvg, then by ratio and accuracy, with cells that cannot reach their ratio last."""
     tune, both = document["tune"], _compressed_downlink(document)
+    encoded = any(cell.get("encode_seconds") for cell in document["cells"])  # older documents have none
     reference, *others = document["cells"]
     others = sorted(others, key=lambda cell: (cell["ratios"][0], -_mean(cell["final_accuracy"], -1.0)))
     header = ("ratio asked", "method", "test accuracy, %", "points lost", "uplink", "less than FedAvg", "payload ratio")
@@ -54,11 +55,17 @@ def cell_table(document: Mapping[str, Any]) -> Table:
             format_factor(cell["uplink_ratio"]["mean"]) if cell["uplink_ratio"] and cell is not reference else _NONE,
             _payload_ratio(cell),
         ]
+        if encoded:
+            row.append(_plus_minus(cell.get("encode_seconds")))
         if both:
             ratio = cell["both_ratio"] if cell is not reference else None
             row.append(format_factor(ratio["mean"]) if ratio else _NONE)
         rows.append((*row, *([_value(cell["tuned"])] if tune else [])))
-    extra = (*(["both directions, less"] if both else []), *([tune["setting"]] if tune else []))
+    extra = (
+        *(["encoding, s"] if encoded else []),
+        *(["both directions, less"] if both else []),
+        *([tune["setting"]] if tune else []),
+    )
     return Table((*header, *extra), tuple(rows), left=2)
 
 
