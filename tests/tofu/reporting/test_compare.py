@@ -324,7 +324,7 @@ def test_the_time_of_encoding_is_shown_unless_the_document_has_none() -> None:
 @pytest.mark.usefixtures("fake")
 def test_the_page_explains_the_band_and_what_is_cut_at_100_percent() -> None:
     page = render_page(results(comparison("proxy")), "x")
-    assert "the gray band its standard deviation" in page
+    assert page.count("the gray band its standard deviation") == page.count('class="band"') == 1
     assert "beyond 100%" not in page
     assert "beyond 100% is cut" in render_page(
         results(comparison("proxy"), ENDS | {(FEDAVG, 1.0): (1.0, 0.9, 1.0)}), "x"

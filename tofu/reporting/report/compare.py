@@ -140,7 +140,9 @@ def _aside(document: Mapping[str, Any]) -> str:
 
 def _figures(document: Mapping[str, Any]) -> list[dict[str, str]]:
     seeds = "one standard deviation over seeds" if len(document["seeds"]) > 1 else "not known from one seed"
-    band = _band_text(document)
+    cut = _cut_text(document)
+    several = ", the gray band its standard deviation" if len(document["seeds"]) > 1 else ""
+    band = f"The dashed line is FedAvg{several}.{cut}"
     left_out = [
         cell_name(cell)
         for cell in document["cells"][1:]
@@ -164,7 +166,7 @@ def _figures(document: Mapping[str, Any]) -> list[dict[str, str]]:
         drawn += [
             (
                 f"Every seed at {text}",
-                f"A dot is a run; the spread is {seeds}. {band}",
+                f"A dot is a run; the spread is {seeds}.{cut}",
                 figures.accuracy_by_seed(document, ratio),
             ),
             (f"By round at {text}", "Mean over seeds after each round.", figures.accuracy_by_round(document, ratio)),
@@ -172,14 +174,11 @@ def _figures(document: Mapping[str, Any]) -> list[dict[str, str]]:
     return page_figures((title, caption, drawing.markup() if drawing else None) for title, caption, drawing in drawn)
 
 
-def _band_text(document: Mapping[str, Any]) -> str:
-    """Return what a figure's dashed line and gray band are, and whether a spread is cut at 100%."""
-    if len(document["seeds"]) < 2:
-        return "The dashed line is FedAvg."
+def _cut_text(document: Mapping[str, Any]) -> str:
+    """Return the sentence on spreads that are cut at 100%, if there are any."""
     spreads = [cell["final_accuracy"] for cell in document["cells"] if cell["final_accuracy"]]
     cut = any(spread["mean"] + (spread["sd"] or 0.0) > 1.0 for spread in spreads)
-    text = "The dashed line is FedAvg, the gray band its standard deviation."
-    return text + (" A spread that would go beyond 100% is cut there." if cut else "")
+    return " A spread that would go beyond 100% is cut there." if cut else ""
 
 
 def _tables(document: Mapping[str, Any]) -> list[dict[str, object]]:
