@@ -30,7 +30,7 @@ Layout, little-endian:
 
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -147,9 +147,12 @@ def write_correction(vector: Tensor, budget: int, strata: Strata) -> bytes:
             fits = count
         else:
             too_many = count
-    # If nearly all entries fit, s may be so small that most belong to the highest level; then fewer explain more.
-    choices = (ranking.largest(fits >> halvings) for halvings in range(max(1, fits.bit_length())))
-    return max((one for one in choices if one.nbytes <= budget), key=lambda one: one.explained).to_bytes()
+    best = ranking.best([fits >> halvings for halvings in range(max(1, fits.bit_length()))], budget)
+    if best.slots.size and ranking.largest(fits).top == MAX_LEVELS:
+        # If nearly all entries fit, s may be so small that many belong to the highest level; then fewer explain more.
+        near = {round(best.slots.size * 2 ** (eighths / 8)) for eighths in range(-8, 8)}
+        best = ranking.best([best.slots.size, *(count for count in sorted(near) if 0 < count <= fits)], budget)
+    return best.to_bytes()
 
 
 def scale_correction(data: bytes, factor: float) -> bytes:
@@ -228,6 +231,11 @@ class _Ranking:
         smallest = np.float64(self.descending[count - 1]) if count else 1.0
         levels = np.clip((np.abs(values) / smallest + 2) // 3, 1, MAX_LEVELS).astype(np.int64)
         return _Correction(self.strata, slots, values, levels)
+
+    def best(self, counts: Sequence[int], budget: int) -> "_Correction":
+        """Return the largest entries, as many as explain most of those numbers that fit; the first if several do."""
+        choices = (self.largest(count) for count in counts)
+        return max((one for one in choices if one.nbytes <= budget), key=lambda one: one.explained)
 
 
 @dataclass(frozen=True)

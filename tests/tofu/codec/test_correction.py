@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -47,6 +49,21 @@ def test_an_entry_comes_back_as_the_mean_of_its_level(seed: int, tail: float) ->
     for level in levels.unique():
         mine = levels == level
         assert read[sent][mine].abs().double() == pytest.approx(values[mine].mean().expand(int(mine.sum())), rel=2**-8)
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0.5, 4))
+def test_more_bytes_explain_more(seed: int, tail: float) -> None:
+    """Also where nearly all entries fit, and the smallest of them is tiny beside the largest."""
+    generator = torch.Generator().manual_seed(seed)
+    vector = torch.randn(4000, generator=generator)
+    vector *= vector.abs() ** tail
+    strata = random_strata(4000, seed)
+    missed = [
+        float((vector - read_correction(write_correction(vector, 16_000 // ratio, strata), strata)).square().sum())
+        for ratio in (4, 5, 6, 8, 10, 14, 20, 40)
+    ]
+    allowed = 0.005 * float(vector.square().sum())
+    assert all(more <= less + allowed for more, less in itertools.pairwise(missed))
 
 
 def test_equal_entries_are_sent_as_far_as_they_fit() -> None:
