@@ -1,6 +1,6 @@
 """3SFC, single-step synthetic features: an update as the gradient of a full-size synthetic sample.
 
-Zhou, Shi, Li, Yang, Sun, Li, "Communication-efficient Federated Learning with Single-Step Synthetic Features Compressor
+Zhou, Shi, Li, Ye, Sun, Lv, "Communication-efficient Federated Learning with Single-Step Synthetic Features Compressor
 for Faster Convergence", ICCV 2023, arXiv 2302.13562. With G the network's own gradient at samples of the input's size
 and soft labels, found from noise so that |cos(G, U)| is large, the update decodes to s G with s = |U| cos(G, U) / |G|.
 
