@@ -5,7 +5,8 @@ NeurIPS 2020, arXiv 2003.14053, equation 4:
 
     x = argmin over x in [-1, 1] of 1 - <grad_W loss(x), G> / (|grad_W loss(x)| |G|) + alpha TV(x)
 
-by Adam on the sign of the derivative. Labels are inferred first; the paper's experiments assume that they are known.
+by Adam on the sign of the derivative; the paper's images are in [0, 1]. Labels are inferred first; the paper's
+experiments assume that they are known.
 """
 
 from dataclasses import dataclass

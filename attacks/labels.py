@@ -2,8 +2,9 @@
 
 Zhao, Mopuri, Bilen, "iDLG: Improved Deep Leakage from Gradients", arXiv 2001.02610, read the label of a single image
 from a sign: with p the softmax and y the one-hot label, the gradient of the last bias is p - y, negative at the label
-only. Wainakh et al., "User-Level Label Leakage from Gradients in Federated Learning", PoPETs 2022, count the labels of
-a batch: over n images
+only. Wainakh et al., "User-Level Label Leakage from Gradients in Federated Learning", PoPETs 2022, take the labels of
+a batch one by one from these gradients, with an offset that noise images can give. Here they are counted at once: over
+n images
 
     db_c = mean_i (p_ic - y_ic),    so    n_c = n (p_c - db_c)
 

@@ -7,7 +7,7 @@ auxiliary class means the same on all clients, even if their own classes differ,
 
 Intra-class mixup (a partner of the same class, the label unchanged) is that paper's and that of "Intra-Class Mixup for
 Out-of-Distribution Detection", IEEE Access 2023, which scores by the angle between the features and the last layer's
-weights. The papers do not say how l and n are drawn; here l is uniform and n Gaussian.
+weights. n is Gaussian, as in the first paper. The papers do not say how l is drawn; here it is uniform.
 
 Ours: the clients calibrate the threshold together. Each client counts the scores of its own images at the round's
 global weights in a histogram. From the sum the server derives the score that only a chosen fraction of the images

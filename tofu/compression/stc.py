@@ -1,7 +1,7 @@
 """STC, sparse ternary compression: the largest entries of an update, all with the same magnitude.
 
 Sattler, Wiedemann, Mueller, Samek, "Robust and Communication-Efficient Federated Learning from Non-IID Data", IEEE
-Transactions on Neural Networks and Learning Systems 2019, arXiv 1903.02891. With I the positions of the k largest
+Transactions on Neural Networks and Learning Systems 2020, arXiv 1903.02891. With I the positions of the k largest
 entries of x in magnitude,
 
     mu = 1/k sum_{i in I} |x_i|,    C(x)_i = mu sign(x_i) for i in I, else 0;

@@ -23,9 +23,10 @@ _CARRY_BITS = 32
 
 
 def gradient_diversity(squares: Sequence[float], weights: Sequence[float], square: float) -> float | None:
-    """Return the diversity of updates (Yin et al., AISTATS 2018): the mean squared norm over that of their mean.
+    """Return the diversity of updates: the mean squared norm over that of their mean.
 
-    It is 1 if all updates are equal, and the number of clients if they are orthogonal and equally long.
+    It is 1 if all updates are equal, and the number of clients if they are orthogonal and equally long: n times the
+    gradient diversity of Yin et al., AISTATS 2018, which has sums in place of means.
 
     Args:
         squares: squared norms of the updates.
@@ -190,7 +191,10 @@ class StoredUpdates(Aggregator):
 
 @aggregators.register("norm-clip")
 class NormClip(StoredUpdates):
-    """The weighted mean of updates whose norms are clipped to the median norm (Sun et al. 2019, arXiv 1911.07963)."""
+    """The weighted mean of updates whose norms are clipped to the median norm.
+
+    Sun et al. 2019, arXiv 1911.07963, clip to a given norm.
+    """
 
     def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
         return _weighted_mean(_clipped(rows), weights)
@@ -232,7 +236,7 @@ class MultiKrum(StoredUpdates):
 
 @aggregators.register("centered-clip")
 class CenteredClip(StoredUpdates):
-    """Iterated clipping of the distances from a center (Karimireddy et al. 2021, arXiv 2012.10333, algorithm 2).
+    """Iterated clipping of the distances from a center (Karimireddy et al. 2021, arXiv 2012.10333, algorithm 1).
 
     The center starts at the coordinatewise median, and the radius is the median distance from it.
     """
