@@ -138,7 +138,7 @@ def serve_in_process(
     Raises:
         TofuError: as `serve` does.
     """
-    if workload is None and settings.data.strict and settings.data.kind == "images":
+    if workload is None and settings.data.kind == "images":
         FederatedData.of(settings.data, settings.run.seed).check_images()
     summaries: list[RunSummary] = []
     server_app = ServerApp()

@@ -113,6 +113,10 @@ class DataError(TofuError):
     """Data cannot be loaded, or does not have the required form (no labels, mixed sizes, unknown dataset)."""
 
 
+class NoneReadableError(DataError):
+    """None of a client's images can be read."""
+
+
 class PolicyError(TofuError):
     """A client's policy refuses a request. The message names the rule and reveals nothing about the client's data.
 

@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -21,7 +22,7 @@ from tofu.data.preprocessing import Preprocessing, Statistics, parse_normalizati
 from tofu.data.splits import Split, hold_out, report_unusable, subset_rows
 from tofu.data.subpopulations import Subpopulations
 from tofu.data.tables import Columns
-from tofu.errors import DataError, SettingError
+from tofu.errors import DataError, NoneReadableError, SettingError
 from tofu.settings.datasets import resolve_images
 from tofu.settings.fields import Value, build, names_of
 from tofu.settings.groups import DataSettings
@@ -124,9 +125,14 @@ class FederatedData:
         return replace(images, unreadable=images.unreadable + self._unusable)
 
     def check_images(self) -> None:
-        """Read every image of every client. Raises DataError for one that cannot be read or has another size."""
-        for rows in self._client_rows:
-            self._train.decode(rows, self.shape, strict=True)
+        """Read the images of every client, as the clients do.
+
+        Raises:
+            DataError: one has another size or color than the first; with `strict`, one cannot be read.
+        """
+        for partition in range(self.clients):
+            with suppress(NoneReadableError):  # this client cannot take part, which the run reports
+                self.client(partition)
 
     @cached_property
     def statistics(self) -> Statistics:

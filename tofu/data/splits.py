@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tofu.data.images import MAX_12_BIT, ImageShape, LabeledImages, RawPixels, fit_image, to_8_bits
 from tofu.data.partition import IntArray
 from tofu.data.preprocessing import Preprocessing
-from tofu.errors import DataError, SettingError
+from tofu.errors import DataError, NoneReadableError, SettingError
 
 _SYNONYMS = {
     "train": ("training", "train"),
@@ -99,7 +99,8 @@ class Split:
             strict: raise an error for an image that cannot be read.
 
         Raises:
-            DataError: no image can be read, or one differs from `shape` in size or color.
+            NoneReadableError: no image can be read.
+            DataError: one differs from `shape` in size or color.
         """
         images = np.empty((len(rows), *shape.chw), dtype=np.uint8)
         kept: list[int] = []
@@ -120,7 +121,7 @@ class Split:
                 raise DataError(f"{self.origin(row)} {error}") from error
             kept.append(row)
         if unreadable and not kept:
-            raise DataError(f"none of {len(unreadable)} images can be read: {unreadable[0]}")
+            raise NoneReadableError(f"none of {len(unreadable)} images can be read: {unreadable[0]}")
         for text in unreadable:
             _LOG.warning("%s: it is left out", text)
         labels = torch.from_numpy(self.labels[np.array(kept, dtype=np.int64)])

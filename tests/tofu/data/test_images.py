@@ -187,15 +187,30 @@ def test_a_corrupt_first_image_does_not_decide_the_shape_and_only_corrupt_images
         local_folder(str(data))
 
 
-def test_a_client_that_cannot_take_part_is_a_failure_of_the_round(tmp_path: Path) -> None:
+def test_an_image_of_another_size_costs_no_client_but_ends_the_run_before_round_1(tmp_path: Path) -> None:
     data = noise_folder(tmp_path / "data")
     Image.fromarray(np.zeros((9, 8), np.uint8)).save(data / "1" / "13.png")
-    _, rounds = small_run(data, tmp_path / "run")
-    assert len(rounds[1].by_client) == 1
-    assert [failure.reason for failure in rounds[1].failures] == [
+    with pytest.raises(DataError) as refused:
+        small_run(data, tmp_path / "run")
+    assert str(refused.value) == (
         f"{data / '1' / '13.png'} has 9x8 pixels, the first image 8x8 (height x width): of 20 images 19 have 8x8, "
         "1 has 9x8; --resize 8x8 (in Python resize='8x8') gives all images one size"
-    ]
+    )
+    assert not (tmp_path / "run").exists()
+    summary, rounds = small_run(data, tmp_path / "run", resize="8x8")
+    assert len(rounds[1].by_client) == 2
+    assert summary["unreadable"] == 0
+
+
+def test_a_client_without_a_readable_image_is_a_failure_of_the_round(tmp_path: Path) -> None:
+    data = noise_folder(tmp_path / "data")
+    settings = Settings.of({"dataset": str(data), "clients": 2, "partition": "iid"})
+    split = FederatedData.of(settings.data, settings.run.seed)
+    for row in split._client_rows[1].tolist():
+        Path(split._train.origin(row)).write_bytes(b"")
+    _, rounds = small_run(data, tmp_path / "run")
+    assert len(rounds[1].by_client) == 1
+    assert ["none of" in failure.reason for failure in rounds[1].failures] == [True]
 
 
 def test_the_commonest_size_is_suggested_and_not_that_of_the_first_image(tmp_path: Path) -> None:
