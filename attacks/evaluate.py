@@ -28,8 +28,14 @@ CONTROL = "exact"
 BROKEN = 30.0
 """dB of mean PSNR from which a control counts as broken: images that look like the originals."""
 
+TIME_LIMIT, INTERRUPTED = "time limit", "Ctrl-C"
+"""Reasons why an attack was not started."""
+
 Row = dict[str, Any]
-"""Record of a trial: the scenario's fields, message, attack, scores, loss, evals, payload_bytes, refused."""
+"""Record of a trial: the scenario's fields, message, attack, scores, loss, evals, payload_bytes, refused.
+
+The row of an attack that was not started has no scores, and the reason in the field `not_started`.
+"""
 
 SCENARIO_FIELDS = ("dataset", "model", "norm", "lr", "pretrain_rounds", "batch_size", "steps", "rounds", "know_labels")
 
@@ -95,7 +101,8 @@ class AttackEvaluation:
 def evaluate(
     evaluation: AttackEvaluation, folder: Path, *, log: Callable[[str], None], seconds: float = math.inf
 ) -> list[Row]:
-    """Run the trials that are not in `folder` yet or were stopped by a shorter time limit, and return all rows.
+    """Run the trials that are not in `folder` yet or were stopped by a shorter time limit, and return all rows,
+    those of trials that were not started among them.
 
     Args:
         log: receives one line of progress.
@@ -113,15 +120,16 @@ def evaluate(
         for number, (scenario, message, attack) in enumerate(planned, start=1):
             path = trials / f"{_key(scenario, message, attack)}.json"
             row = load_row(path, evaluation.seconds)
+            if row is None and not limit.go_on():
+                row = load_row(path, 0.0) or unstarted_row(asdict(scenario), message, attack, TIME_LIMIT)
             if row is None:
-                if not limit.go_on():
-                    continue
                 result = runner.run(scenario, parse_message(message), attack, Watch(evaluation.seconds))
                 row = row_of(asdict(scenario), message, attack, result)
                 save_row(path, row, result)
                 log(f"{number}/{len(planned)} {format_row(row)}")
             rows.append({**row, "images": str(path.with_suffix(".npz").relative_to(folder))})
     except KeyboardInterrupt:
+        rows += [unstarted_row(asdict(of), on, by, INTERRUPTED) for of, on, by in planned[len(rows) :]]
         write_document(folder, asdict(evaluation), rows, planned=len(planned))
         raise
     write_document(folder, asdict(evaluation), rows, planned=len(planned))
@@ -151,7 +159,7 @@ def save_row(path: Path, row: Row, result: AttackResult) -> None:
 
 def write_document(folder: Path, settings: Mapping[str, object], rows: Sequence[Row], *, planned: int) -> None:
     """Replace attacks.json, which holds all rows, the summary and the verdicts."""
-    document = {"settings": dict(settings), "planned": planned, "finished": len(rows),
+    document = {"settings": dict(settings), "planned": planned, "finished": len(finished(rows)),
                 "summary": summarize(rows), "verdicts": verdicts(rows), "rows": list(rows)}  # fmt: skip
     replace_file(folder / "attacks.json", _json(document))
 
@@ -161,12 +169,16 @@ def summarize(rows: Sequence[Row]) -> list[Row]:
     and its measures' means and deviations.
 
     The best attack is chosen with the true images, which an attacker does not have, so the figures are upper bounds.
+    A message on which no attack was started has no entry.
     """
     summary: list[Row] = []
     for scenario in _distinct(rows, SCENARIO_FIELDS):
         mine = [row for row in rows if all(row[k] == scenario[k] for k in SCENARIO_FIELDS)]
         for message in dict.fromkeys(row["message"] for row in mine):
-            sent = [row for row in mine if row["message"] == message]
+            planned = [row for row in mine if row["message"] == message]
+            sent = finished(planned)
+            if not sent:
+                continue
             by_attack = {
                 attack: [row for row in sent if row["attack"] == attack and row["psnr"] is not None]
                 for attack in dict.fromkeys(row["attack"] for row in sent)
@@ -183,6 +195,7 @@ def summarize(rows: Sequence[Row]) -> list[Row]:
                 entry["chance"] = _combined_chance(by_attack[best], tried=len(by_attack))
             entry["stopped"] = sum(row.get("stopped_after") is not None for row in sent)
             entry["attacks"] = sum(not row["refused"] for row in sent)
+            entry["not_started"] = len(planned) - len(sent)
             entry["labels"] = _best_labels(sent)
             entry["labels_guess"] = _mean_and_spread([row.get("labels_guess") for row in sent])
             summary.append(entry)
@@ -198,15 +211,18 @@ def verdicts(rows: Sequence[Row]) -> list[Row]:
         mine = [entry for entry in summary if all(entry[k] == scenario[k] for k in SCENARIO_FIELDS)]
         control: Row = next((entry for entry in mine if entry["message"] == CONTROL), {})
         psnr = control["psnr"][0] if control.get("psnr") else None
-        broke = psnr is not None and psnr > BROKEN
+        broke, missing = psnr is not None and psnr > BROKEN, control.get("not_started", 0)
         if broke:
             text = f"the control broke ({psnr:.1f} dB by {control['attack']}): these attacks work"
+        elif missing:
+            text = f"the control did not break so far, and {format_count(missing, 'attack')} on it did not run: "
+            text += "the figures prove nothing yet"
         elif not control:
             text = "the exact update is not known: low figures prove nothing here"
         else:
             text = "the control did not break: low figures prove nothing here"
             text += f" ({psnr:.1f} dB, {BROKEN:g} needed)" if psnr is not None else ""
-        found.append(scenario | {"broke": broke, "psnr": psnr, "text": text})
+        found.append(scenario | {"broke": broke, "psnr": psnr, "not_started": missing, "text": text})
     return found
 
 
@@ -250,6 +266,17 @@ def row_of(scenario: Mapping[str, object], message: str, attack: str, result: At
     return dict(scenario) | {"message": message, "attack": attack, **measures, "loss": loss,
             "evals": result.evals, "payload_bytes": result.payload_bytes,
             "refused": result.refused, "stopped_after": result.stopped_after}  # fmt: skip
+
+
+def unstarted_row(scenario: Mapping[str, object], message: str, attack: str, reason: str) -> Row:
+    """Return the row of a trial that was not started, because of `TIME_LIMIT` or `INTERRUPTED`."""
+    nothing = AttackResult(None, "", math.nan, 0, 0, None, None)
+    return row_of(scenario, message, attack, nothing) | {"not_started": reason}
+
+
+def finished(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows without those of trials that were not started."""
+    return [row for row in rows if not row.get("not_started")]
 
 
 def recorded_scenario(

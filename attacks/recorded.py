@@ -19,6 +19,8 @@ from attacks.base import Attack, AttackError, Watch, make_attack
 from attacks.easier_run import easier_run
 from attacks.evaluate import (
     CONTROL,
+    INTERRUPTED,
+    TIME_LIMIT,
     Row,
     format_outcome,
     load_row,
@@ -26,6 +28,7 @@ from attacks.evaluate import (
     recorded_scenario,
     row_of,
     save_row,
+    unstarted_row,
     write_document,
 )
 from attacks.messages import local_round
@@ -140,7 +143,7 @@ def attack_run(
         folder: for the results.
         rounds: number of rounds, at equal distances.
         seconds: time limit of one attack.
-        time_limit: seconds after which no further attack starts; the results have those that were made.
+        time_limit: seconds after which no further attack starts; their rows say so (`not_started`).
         model, dataset: those of a Flower app (`attacks.app_recorded`); of our own runs the recording knows them.
 
     Raises:
@@ -150,18 +153,20 @@ def attack_run(
     """
     chosen, limit, rows, told = [make_attack(name) for name in attacks], Watch(time_limit), list[Row](), set[str]()
     among, perceptual, trials = set(attacked_rounds(run, rounds)), lpips_network(), made_folder(folder / "trials")
-    planned = 0
+    waiting, begun, before = [path for path in recordings(run) if round_of(path) in among], list[Row](), 0
     try:
         for recorded, recording, message, sent in _messages(run, among, model, dataset):
             if not rows and sent.steps > MANY_STEPS:
                 log(_many_steps(sent.steps, str(message.next_step(run).get("easier_run", ""))))
-            for observation, attack in product((*message.controls(sent), sent), chosen):
+            trial_pairs = list(product((*message.controls(sent), sent), chosen))
+            begun = [_unstarted(message, *pair, INTERRUPTED, run) for pair in trial_pairs]
+            waiting, before = waiting[1:], len(rows)
+            for observation, attack in trial_pairs:
                 name = f"{recorded.name}-{observation.message.replace(' ', '-').replace(':', '-')}-{attack.name}"
-                path = trials / f"{name}.json"
-                planned, row = planned + 1, load_row(path, seconds)
+                row = load_row(path := trials / f"{name}.json", seconds)
+                if row is None and not attack.incompatibility(observation) and not limit.go_on():
+                    row = load_row(path, 0.0) or _unstarted(message, observation, attack, TIME_LIMIT, run)
                 if row is None:
-                    if not limit.go_on():
-                        continue
                     generator = derive_generator(message.seed, name)
                     result = _attacked(attack, observation, generator, Watch(seconds), message, perceptual)
                     row = row_of(message.scenario(observation), observation.message, attack.name, result)
@@ -171,10 +176,19 @@ def attack_run(
                     told |= {row["refused"]} - {""}
                 rows.append(row | _images_of(path, folder) | message.next_step(run))
     except KeyboardInterrupt:
-        write_document(folder, {"run": str(run), "attacks": list(attacks)}, rows, planned=planned)
+        rows += begun[len(rows) - before :]
+        rows += [row | {"pretrain_rounds": round_of(path) - 1} for path in waiting for row in begun]
+        write_document(folder, {"run": str(run), "attacks": list(attacks)}, rows, planned=len(rows))
         raise
-    write_document(folder, {"run": str(run), "attacks": list(attacks)}, rows, planned=planned)
+    write_document(folder, {"run": str(run), "attacks": list(attacks)}, rows, planned=len(rows))
     return rows
+
+
+def _unstarted(
+    message: "RunMessage | AppMessage", observation: Observation, attack: Attack, reason: str, run: Path
+) -> Row:
+    row = unstarted_row(message.scenario(observation), observation.message, attack.name, reason)
+    return row | message.next_step(run)
 
 
 def _messages(

@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from attacks.evaluate import BROKEN, CONTROL, SCENARIO_FIELDS, Row, summarize, verdicts
-from tofu.formatting import format_count, format_fraction
+from attacks.conclusions import conclusions, headline, missing_attacks, no_accident
+from attacks.evaluate import SCENARIO_FIELDS, Row, finished, summarize, verdicts
+from tofu.formatting import format_count
 from tofu.reporting.report.compare_tables import Table
 from tofu.reporting.report.template import PAGE_HEAD, render_template
 
@@ -20,9 +21,6 @@ Images = npt.NDArray[np.float32]
 TILE, GAP = 56, 4
 MAX_IMAGES = 8
 """Maximum number of images in a row."""
-
-ACCIDENT = 0.05
-"""Probability below which images counted as recovered are not put down to chance."""
 
 FLAT = 0.05
 """Standard deviation of pixels in [-1, 1] below which a reconstruction shows nothing."""
@@ -36,11 +34,6 @@ READING = (
     "fraction of images nearer to their reconstruction than any reconstruction is to an image outside the batch. What "
     "these attacks did not recover, others may: a low figure says that this attacker failed, not that the message is "
     "safe. A better encoded update is nearer to the exact one and leaks more."
-)
-
-NOISE_BOUNDS = (
-    "Only noise (noise-multiplier) bounds what a message reveals to any attacker; secure rounds hide whose images a "
-    "sum has."
 )
 
 _PAGE = (
@@ -84,11 +77,15 @@ def table_rows(entries: Sequence[Row]) -> list[tuple[str, ...]]:
             _shown(entry.get(name), digits, spread=several)
             for name, digits in {"psnr": 1, "ssim": 2, "recovered": 2, "labels": 2, "labels_guess": 2}.items()
         )
-        if entry.get("recovered") and entry["recovered"][0] > 0 and not _no_accident(entry, len(entries)):
+        if entry.get("recovered") and entry["recovered"][0] > 0 and not no_accident(entry, len(entries)):
             recovered += " (as by chance)"
         labels += f" (guess {guess})" * (labels != _NONE and guess != _NONE)
+        missing, attack = entry.get("not_started", 0), entry["attack"] or _NONE
+        if missing:
+            recovered, labels = (text if text == _NONE else f"{text} so far" for text in (recovered, labels))
+            attack += f" ({format_count(missing, 'attack')} not run)"
         size, seeds = f"{entry['payload_bytes']:,}", str(entry["seeds"])
-        rows.append((entry["message"], recovered, psnr, labels, entry["attack"] or _NONE, ssim, size, seeds))
+        rows.append((entry["message"], recovered, psnr, labels, attack, ssim, size, seeds))
     return rows
 
 
@@ -104,7 +101,8 @@ def impossible(rows: Sequence[Row]) -> list[str]:
 
 def remarks(entries: Sequence[Row]) -> list[str]:
     """Return one sentence per ratio that compares the two modes of the proxy codec in one scenario."""
-    psnr = {entry["message"]: entry["psnr"][0] for entry in entries if entry.get("psnr")}
+    complete = [entry for entry in entries if entry.get("psnr") and not entry.get("not_started")]
+    psnr = {entry["message"]: entry["psnr"][0] for entry in complete}
     sentences = []
     for message, smooth in psnr.items():
         paper = psnr.get(message.replace("proxy:smooth:", "proxy:paper:"), smooth)
@@ -129,96 +127,17 @@ def scenario_title(entry: Row) -> str:
     )
 
 
-def conclusions(summary: Sequence[Row], found: Sequence[Row], easier: str = "") -> list[str]:
-    """Return what follows for someone who must decide whether the messages may be sent, one sentence or two each.
-
-    Args:
-        summary: of `summarize`.
-        found: of `verdicts`.
-        easier: the command of `easier_run`, if a run was attacked.
-    """
-    sent = [entry for entry in summary if entry["message"] != CONTROL]
-    counted = [entry for entry in sent if entry.get("recovered") and entry["recovered"][0] > 0]
-    sure = [entry for entry in counted if _no_accident(entry, len(sent))]
-    leaking = list(dict.fromkeys(entry["message"] for entry in sure))
-    unsure = [name for name in dict.fromkeys(entry["message"] for entry in counted) if name not in leaking]
-    tested = [verdict for verdict in found if verdict["broke"]]
-    texts = []
-    untested = len(found) - len(tested)
-    nothing = untested and not tested and not leaking
-    if nothing:
-        texts.append(
-            f"Nothing can be concluded: {_why_nothing(found)}. Assume that images are not hidden. {_next_step(easier)}"
-        )
-    if leaking:
-        texts.append(
-            f"Images came back from {', '.join(leaking)}: who may not see the images must not get these messages."
-        )
-    if unsure:
-        texts.append(
-            f"Whether images came back from {', '.join(unsure)} is open: reconstructions that know nothing would be "
-            "counted as often. Compare the images below yourself."
-        )
-    if untested and not nothing:
-        texts.append(
-            f"No exact update was inverted in {untested} of {len(found)} tables: figures there do not tell whether "
-            "images are hidden. Assume that they are not."
-        )
-    if tested and not counted:
-        texts.append(
-            "The exact update was inverted, and no image came back from another message. That is no proof: a better "
-            "attack may not fail."
-        )
-    labeled = [entry for entry in sent if entry["labels"]]
-    if labeled:
-        most = max(labeled, key=lambda entry: float(entry["labels"][0]))
-        guess = format_fraction(most["labels_guess"][0], 0) if most.get("labels_guess") else "an unknown fraction"
-        when = f" in round {most['pretrain_rounds'] + 1}" if len(found) > 1 else ""
-        texts.append(
-            f"Up to {format_fraction(most['labels'][0], 0)} of the labels were read, from {most['message']}{when}; "
-            f"guessing equally many of each class gets {guess}."
-        )
-    return [*texts, *_stopped(summary), NOISE_BOUNDS]
-
-
-def _stopped(summary: Sequence[Row]) -> list[str]:
-    stopped, attempts = (sum(entry.get(name, 0) for entry in summary) for name in ("stopped", "attacks"))
-    sentence = (
-        f"The time limit stopped {stopped} of {format_count(attempts, 'attack')}, which may recover more on a faster "
-        "machine or with a longer limit: repeat the command with a larger --seconds."
-    )
-    return [sentence] * bool(stopped)
-
-
-def _why_nothing(found: Sequence[Row]) -> str:
-    """Return why the attacks prove nothing: without a control, or with one that did not break."""
-    if all(verdict["psnr"] is None for verdict in found):
-        return "no exact update was attacked, so nothing tells whether these attacks work here"
-    return "not even the exact update was inverted, as is usual after many local steps"
-
-
-def _next_step(easier: str) -> str:
-    """Return what makes an update easier to invert: the commands, if a run was attacked."""
-    if not easier:
-        return (
-            "To see more, attack a message of a client with few images in few local steps, which is easier to invert."
-        )
-    return f"To see more (few images in few local steps make an update easier to invert): {easier}"
-
-
-def _no_accident(entry: Row, tests: int) -> bool:
-    """Return whether chance does not explain the images counted as recovered, if so many messages were tested."""
-    chance = entry.get("chance")
-    return float(entry["psnr"][0]) > BROKEN or (chance is not None and tests * float(chance) < ACCIDENT)
-
-
 def easier_of(rows: Sequence[Row]) -> str:
     """Return the command that the rows of a run have (`attacks.easier_run`), or ""."""
     return str(rows[0].get("easier_run", "")) if rows else ""
 
 
-def print_tables(rows: Sequence[Row]) -> None:
-    """Print each scenario's verdict and table, in Markdown."""
+def print_tables(rows: Sequence[Row], page: Path | None = None) -> None:
+    """Print each scenario's verdict and table, in Markdown.
+
+    Args:
+        page: the report, which has the images.
+    """
     summary, found = summarize(rows), verdicts(rows)
     for verdict in found:
         entries = [e for e in summary if all(e[k] == verdict[k] for k in SCENARIO_FIELDS)]
@@ -227,7 +146,8 @@ def print_tables(rows: Sequence[Row]) -> None:
         for remark in remarks(entries):
             print(remark)
     print(f"\n{READING}\n\nWhat this means:")
-    for sentence in conclusions(summary, found, easier_of(rows)):
+    where = f"in {page}" if page else "in the report"
+    for sentence in conclusions(summary, found, easier_of(rows), where=where, missing=missing_attacks(rows)):
         print(f"- {sentence}")
 
 
@@ -236,7 +156,7 @@ def write_report(rows: Sequence[Row], folder: Path) -> Path:
     summary, parts, found = summarize(rows), [], verdicts(rows)
     for verdict in found:
         entries = [e for e in summary if all(e[k] == verdict[k] for k in SCENARIO_FIELDS)]
-        originals, lines = _images(rows, entries, folder)
+        originals, lines = _images(finished(rows), entries, folder)
         strips = []
         if originals is not None:
             strips = [_strip(*line) for line in (("originals", "", originals), *lines)]
@@ -252,34 +172,12 @@ def write_report(rows: Sequence[Row], folder: Path) -> Path:
         )
     text = render_template(
         _PAGE, parts=parts, header=HEADER, impossible=impossible(rows), title="What the messages leak", state="",
-        meaning=conclusions(summary, found, easier_of(rows)), reading=READING, aside="",
-        lead=_lead(summary, tested=any(verdict["broke"] for verdict in found)),
+        meaning=conclusions(summary, found, easier_of(rows), missing=missing_attacks(rows)), reading=READING, aside="",
+        lead=headline(summary, tested=any(verdict["broke"] for verdict in found)),
     )  # fmt: skip
     page = folder / "report.html"
     page.write_text(text)
     return page
-
-
-def _lead(summary: Sequence[Row], *, tested: bool) -> str:
-    """Return the highest mean PSNR on the exact update and on the other messages.
-
-    Args:
-        tested: whether an attack inverted an exact update.
-    """
-    measured = [entry for entry in summary if entry.get("psnr")]
-    most = max((entry["psnr"][0] for entry in measured), default=0.0)
-    if measured and not tested and most <= BROKEN:
-        return (
-            f"Nothing can be concluded: no attack inverted an exact update (at most {most:.1f} dB, {BROKEN:g} needed)."
-        )
-    sentences = []
-    for begin, exact in (("On the exact update", True), ("On the other messages", False)):
-        entries = [entry for entry in measured if (entry["message"] == "exact") == exact]
-        if entries:
-            worst = max(entries, key=lambda entry: float(entry["psnr"][0]))
-            where = worst["attack"] if exact else f"{worst['message']}, {worst['attack']}"
-            sentences.append(f"{begin} the best attack reached {worst['psnr'][0]:.1f} dB ({where}).")
-    return " ".join(sentences) or "No attack could be made on these messages."
 
 
 def _images(

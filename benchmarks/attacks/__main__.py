@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from attacks.evaluate import SCENARIO_FIELDS, AttackEvaluation, evaluate, summarize, verdicts
+from attacks.evaluate import SCENARIO_FIELDS, AttackEvaluation, evaluate, finished, summarize, verdicts
 from attacks.report import print_tables, write_report
 from benchmarks.attacks.membership import membership_rows, print_membership
 from benchmarks.common import RESULTS, find_data, run_command, write_results
@@ -98,7 +98,7 @@ def main(
         done = evaluate(AttackEvaluation(dataset=data, **values), folder, seconds=time_limit,
                         log=lambda line: print(line, file=sys.stderr, flush=True))  # fmt: skip
         write_report(done, folder)
-        rows += [row | {"dataset": name.partition("-")[0]} for row in done]
+        rows += [row | {"dataset": name.partition("-")[0]} for row in finished(done)]
     last = json.loads((RESULTS / "attacks.json").read_text()) if keep else {"rows": [], "settings": {}}
     measured = {tuple(row[key] for key in TRIAL_FIELDS) for row in rows}
     rows = [row for row in last["rows"] if tuple(row[key] for key in TRIAL_FIELDS) not in measured] + rows

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from attacks.evaluate import AttackEvaluation, evaluate, summarize, verdicts
-from attacks.report import READING, conclusions, print_tables, remarks, write_report
+from attacks.conclusions import conclusions, missing_attacks
+from attacks.evaluate import AttackEvaluation, evaluate, finished, summarize, verdicts
+from attacks.report import READING, print_tables, remarks, write_report
 from attacks.trials import Scenario, drawn_clients, trained_network
 from tests.attacks.conftest import attack_command
 from tofu.errors import DataError, SettingError
@@ -100,8 +101,44 @@ def test_the_page_escapes_everything(tmp_path: Path) -> None:
 
 
 def test_a_time_limit_leaves_cells_for_later(tmp_path: Path) -> None:
-    assert evaluate(SMALL, tmp_path, log=lambda _: None, seconds=0) == []
+    rows = evaluate(SMALL, tmp_path, log=lambda _: None, seconds=0)
+    assert {row["not_started"] for row in rows} == {"time limit"}
+    assert summarize(rows) == []
     assert json.loads((tmp_path / "attacks.json").read_text())["finished"] == 0
+
+
+def test_attacks_that_were_not_started_are_marked_and_nothing_follows_from_their_messages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = replace(SMALL, attacks=("label-counts", "idlg"), messages=("exact", "proxy:smooth:20"), seeds=1)
+    done = evaluate(few, tmp_path, log=lambda _: None)
+    for path in (tmp_path / "trials").glob("*.json"):
+        row = json.loads(path.read_text())
+        if (row["message"], row["attack"]) == ("proxy:smooth:20", "idlg"):
+            path.unlink()
+    rows = evaluate(few, tmp_path, log=lambda _: None, seconds=0)
+    assert len(rows) == len(done)
+    assert finished(rows) == done[:3]
+    document = json.loads((tmp_path / "attacks.json").read_text())
+    assert (document["planned"], document["finished"]) == (4, 3)
+    page = write_report(rows, tmp_path).read_text()
+    print_tables(rows)
+    for text in (page, capsys.readouterr().out):
+        assert "1 of 4 attacks was not started (time limit): the same command continues." in text
+        assert "(1 attack not run)" in text
+        assert " so far (guess" in text or " so far |" in text or " so far</td>" in text
+        assert "of the labels were read so far, from proxy:smooth:20" in text
+        assert "no image came back from another message" not in text
+        assert "Whether images come back from other messages is not known yet." in text
+    assert missing_attacks(done) == ""
+    # The control itself lacks an attack.
+    first = [row for row in done if row["attack"] == "label-counts"]
+    lacking = [*first, rows[3], rows[3] | {"message": "exact"}]
+    (verdict,) = verdicts(lacking)
+    assert verdict["text"].startswith("the control did not break so far, and 1 attack on it did not run")
+    assert conclusions(summarize(lacking), [verdict])[0].startswith("Nothing can be concluded yet: attacks on the")
+    half = conclusions(summarize(lacking), [verdict, *verdicts(rows)])
+    assert not any(text.startswith("No exact update was inverted") for text in half)
 
 
 def test_situations_are_reproducible_and_spread_labels() -> None:

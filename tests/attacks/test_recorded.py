@@ -79,7 +79,9 @@ def test_a_recorded_run_is_attacked_with_its_control(run: Path, capsys: pytest.C
 def test_a_time_limit_leaves_attacks_for_later(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [str(run), "--attacks", "label-counts"]
     assert attack_command([*arguments, "--time-limit", "0"]) == 0
-    assert "messages: 2; attacks on each and on its exact update: 1; at most 1 min" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert "messages: 2; attacks on each and on its exact update: 1; at most 1 min" in shown.err
+    assert "- 4 of 4 attacks were not started (time limit): the same command continues." in shown.out
     document = json.loads((run / "attacks" / "attacks.json").read_text())
     assert (document["planned"], document["finished"]) == (4, 0)
     assert attack_command([*arguments, "--quiet"]) == 0
@@ -91,6 +93,8 @@ def test_a_longer_time_limit_repeats_what_a_shorter_one_stopped(run: Path) -> No
     options = {"attacks": ("idlg", "label-counts"), "rounds": 1}
     first = attack_run(run, run / "out", seconds=1e-9, log=logged.append, **options)
     assert [row["stopped_after"] for row in first if not row["refused"]].count(1e-9) >= 1
+    # What a limit stopped before is shown until it is repeated.
+    assert attack_run(run, run / "out", seconds=1e9, time_limit=0, log=logged.append, **options) == first
     made = {path: path.stat().st_mtime_ns for path in (run / "out" / "trials").glob("*.json")}
     second = attack_run(run, run / "out", seconds=1e9, log=logged.append, **options)
     assert all(row["stopped_after"] is None for row in second)
@@ -142,6 +146,7 @@ def test_ctrl_c_leaves_a_report_of_the_attacks_that_had_ended(
         f"interrupted; the report of 2 attacks is {page}; the same command goes on from here\n"
     )
     assert "1 round before the attack" not in page.read_text()
+    assert "2 of 4 attacks were not started (Ctrl-C): the same command continues." in page.read_text()
     monkeypatch.undo()
     assert attack_command([str(run), "--attacks", "label-counts", "--quiet"]) == 0
     assert len(json.loads((run / "attacks" / "attacks.json").read_text())["rows"]) == 4

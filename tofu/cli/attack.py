@@ -10,7 +10,7 @@ import typer
 
 from tofu.cli.options import Json, Quiet, line_printer
 from tofu.errors import Interrupted, RunError, SettingError
-from tofu.formatting import format_seconds
+from tofu.formatting import format_count, format_seconds
 from tofu.imports import check_extra
 from tofu.registry import Registry
 from tofu.settings import accepted_values
@@ -135,7 +135,7 @@ def attack(
     if json_:
         print(json.dumps(rows))
         return
-    print_tables(rows)
+    print_tables(rows, page)
     print(f"\nreport: {page}")
 
 
@@ -147,11 +147,13 @@ def _set_threads(threads: int) -> None:
 
 def _report_so_far(folder: Path) -> str:
     """Write the report of the attacks that had ended when the user interrupted the command, and name it."""
+    from attacks.evaluate import finished
     from attacks.report import write_report
 
     document = folder / "attacks.json"
     rows = json.loads(document.read_bytes())["rows"] if document.is_file() else []
-    return f"the report of {len(rows)} attacks is {write_report(rows, folder)}; " if rows else ""
+    done = finished(rows)
+    return f"the report of {format_count(len(done), 'attack')} is {write_report(rows, folder)}; " if done else ""
 
 
 def _attack_recorded(
