@@ -11,8 +11,8 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_DASHED = re.compile(r"""(?<![\w./'"-])(?:--)?([a-z0-9]+(?:-[a-z0-9]+)+)(?![\w/'"-])""")
-"""A name with dashes that is no part of a path, of a longer name or of a quoted value."""
+_DASHED = re.compile(r"""(?<![\w./'"-])(?:--(?=[a-z]))?([a-z0-9]+(?:-[a-z0-9]+)*)(?![\w/'"-])""")
+"""A name, with the dashes of an option or without, that is no part of a path, of a longer name or of a quoted value."""
 
 _OWN = tuple(f"{Path(__file__).parents[1] / package}{os.sep}" for package in ("tofu", "client", "server"))
 _STANDARD = tuple(f"{sysconfig.get_path(name)}{os.sep}" for name in ("stdlib", "platstdlib"))

@@ -186,7 +186,7 @@ def resolve_compressor(
     if model is None or input_shape is None:
         if compressor in NEEDS_CALL:
             raise SettingError("compressor", compressor, "model and input_shape to be given, or compressor=sparse")
-        why = "no model and input shape are given"
+        why = f"no {'model' if model is None else 'input_shape'} is given"
     else:
         try:
             return compressor or "proxy", call_of(model, input_shape, **call)

@@ -72,15 +72,25 @@ class RunResult:
 
     def __repr__(self) -> str:
         """Return one line, because a notebook shows the last value of a cell: the summary has 20 fields."""
-        found, summary = self.summary.final_accuracy, self.summary
-        accuracy = "unknown accuracy" if found is None else f"accuracy {format_fraction(found)}"
+        summary, quality = self.summary, "no test data"
+        if self.accuracy is not None:
+            quality = f"accuracy {format_fraction(self.accuracy)}"
+        elif self.loss is not None:
+            quality = f"test loss {self.loss:.4g}"
         uplink = format_bytes(summary.uplink_bytes)
-        return f"RunResult({str(self.folder)!r}: {format_count(summary.rounds, 'round')}, {accuracy}, uplink {uplink})"
+        return f"RunResult({str(self.folder)!r}: {format_count(summary.rounds, 'round')}, {quality}, uplink {uplink})"
 
     @property
     def accuracy(self) -> float | None:
         """The test accuracy of the final weights in [0, 1]; None where it cannot be measured."""
         return self.summary.final_accuracy
+
+    @property
+    def loss(self) -> float | None:
+        """The test loss of the final weights; None without test data."""
+        path = self.folder / "metrics.jsonl"
+        records = read_rounds(path) if path.exists() else ()  # the folder may have been moved
+        return records[-1].loss if records else None
 
     @property
     def history(self) -> tuple[RoundRecord, ...]:
@@ -111,14 +121,17 @@ class RunResult:
             RunError: the run has neither an accuracy nor a loss.
             SettingError: `against` is neither "rounds" nor "bytes".
         """
-        drawings = {"rounds": (accuracy_by_round, loss_by_round), "bytes": (accuracy_by_bytes, loss_by_bytes)}
+        drawings = {
+            "rounds": {"accuracy by round": accuracy_by_round, "loss by round": loss_by_round},
+            "bytes": {"accuracy by uplink bytes": accuracy_by_bytes, "loss by uplink bytes": loss_by_bytes},
+        }
         if against not in drawings:
             raise SettingError("against", against, "'rounds' or 'bytes'")
         found = read_run(self.folder)
-        markup = next(filter(None, (draw(found) for draw in drawings[against])), None)
-        if markup is None:
-            raise RunError(f"{self.folder} has no accuracy and no loss to plot: is there test data?")
-        return Plot(standalone([ET.fromstring(markup)], COLORS + FIGURE_STYLE))
+        for title, draw in drawings[against].items():
+            if markup := draw(found):
+                return Plot(standalone([ET.fromstring(markup)], COLORS + FIGURE_STYLE), title)
+        raise RunError(f"{self.folder} has no accuracy and no loss to plot: is there test data?")
 
     def report(self) -> Path:
         """Write report.html, a page that needs no other file, and return its path."""
@@ -127,9 +140,13 @@ class RunResult:
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure as SVG."""
+    """A figure as SVG, with a title for consoles, which cannot show the figure."""
 
     svg: str
+    title: str = "figure"
+
+    def __repr__(self) -> str:
+        return f"Plot({self.title})"
 
     def save(self, path: str | Path) -> None:
         """Write the figure to an .svg file."""

@@ -19,6 +19,7 @@ from tofu.plugins import NO_PLUGINS, Batch, Plugins
 from tofu.plugins.base import Criterion
 from tofu.rng import GlobalGenerators, reseed_own
 from tofu.settings.groups import TrainingSettings
+from tofu.wire import MAX_METRIC
 
 
 @dataclass(frozen=True)
@@ -114,10 +115,15 @@ def train_locally(
                     shared.release_if_unused()  # then clients train in parallel, unless the model draws
             plugins.on_epoch_end(model, data)
     mean = float(total) / max(1, steps)
-    if mean != mean or mean in (float("inf"), float("-inf")):
-        raise RunError(f"local training diverged (loss {mean}): a smaller lr than {config.lr:g} may help")
+    check_loss(mean, config.lr)
     plugins.on_task_end(model, data, final)
     return TrainingResult(mean, steps, time.perf_counter() - began)
+
+
+def check_loss(loss: float, lr: float) -> None:
+    """Raise RunError if a mean loss is not finite, or more than a reply can carry."""
+    if not abs(loss) <= MAX_METRIC:
+        raise RunError(f"local training diverged (loss {loss:.4g}): a smaller lr than {lr:g} may help")
 
 
 @dataclass(frozen=True)

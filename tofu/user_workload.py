@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, default_collate
 from tofu.arguments import CALLS, check_call, check_calls, check_dataset, check_metrics, shown
 from tofu.data import ImageShape
 from tofu.device import CPU, on_device
-from tofu.errors import RunError, SettingError, user_code
+from tofu.errors import SettingError, user_code
 from tofu.evaluation import ClassCounts, Evaluation, Predict
 from tofu.models import build_seeded
 from tofu.models.checks import changed_buffers, check_memory, check_stateless, drop_constant_buffers, without_wrappers
@@ -23,7 +23,15 @@ from tofu.plugins import Plugins
 from tofu.reference_model import NO_CALL, Forward, InputShape, ModelCall, call_of
 from tofu.rng import GlobalGenerators, reseed_own
 from tofu.samples import FirstSamples, described_value, model_outputs, split_batch
-from tofu.training import SGD, ProximalTerm, SeededDropout, TrainingContext, TrainingResult, shuffled_batches
+from tofu.training import (
+    SGD,
+    ProximalTerm,
+    SeededDropout,
+    TrainingContext,
+    TrainingResult,
+    check_loss,
+    shuffled_batches,
+)
 from tofu.weights import copy_model, eval_mode
 
 Loss = Callable[[Any, Any], Tensor]
@@ -73,8 +81,7 @@ class DatasetLoop:
                 mean, steps = float(self.train_function(model, data, context) or 0.0), 0
             else:
                 mean, steps = self._epochs(model, data, context, shared)
-        if not math.isfinite(mean):
-            raise RunError(f"local training diverged (loss {mean}): a smaller lr than {context.lr:g} may help")
+        check_loss(mean, context.lr)
         return TrainingResult(mean, steps, time.perf_counter() - began)
 
     def _epochs(

@@ -230,7 +230,7 @@ class TrainRequest:
         )  # fmt: skip
 
 
-_MAX_METRIC = 1e30
+MAX_METRIC = 1e30
 """Maximum magnitude of a reported metric, so that sums over many clients stay finite."""
 
 
@@ -272,8 +272,11 @@ class TrainReply:
         examples, *floats, advert_bytes, exported_bytes = reader.unpack(_REPLY)
         if examples < 1:
             raise PayloadError("reply claims training on 0 images, expected at least 1")
-        if not all(abs(value) <= _MAX_METRIC for value in floats):
-            raise PayloadError(f"reply holds the metrics {floats}, expected finite ones of at most {_MAX_METRIC:g}")
+        if not all(abs(value) <= MAX_METRIC for value in floats):
+            names = ("train_loss", "explained_variance", "cosine", "train_seconds", "encode_seconds")
+            wrong = [f"{name}={x:.3g}" for name, x in zip(names, floats, strict=True) if not abs(x) <= MAX_METRIC]
+            raise PayloadError(f"reply holds {', '.join(wrong)}, expected finite ones of at most {MAX_METRIC:g}: "
+                               "training diverged on this client, and a smaller lr may help")  # fmt: skip
         advert, exported = reader.take(advert_bytes, "of the advert"), reader.take(exported_bytes, "of plugin exports")
         loss, explained, cosine, train_seconds, encode_seconds = floats
         return TrainReply(

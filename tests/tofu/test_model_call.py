@@ -149,6 +149,9 @@ def test_token_ids_go_through_the_embedding_or_by_the_correction_alone(caplog: p
     assert record.message.startswith("updates are compressed by the sparse correction alone")
     assert b"sparse" in message[:60]
     assert cosine(update, tofu.decode(model, message, compressor="sparse", input_shape=(6,))) > 0.5
+    with caplog.at_level(logging.WARNING, "tofu"):
+        tofu.encode(model, update, ratio=8)
+    assert caplog.messages[-1].endswith("without proxies: no input_shape is given")
     with pytest.raises(SettingError, match="input_shape"):
         tofu.encode(model, update, input_shape=(6,), compressor="proxy")
 

@@ -124,6 +124,10 @@ def test_the_result_has_the_run_as_objects(tmp_path: Path, parts: tuple[list[Ten
         text = (tmp_path / "plot.svg").read_text()
         assert text.startswith("<svg")
         assert "polyline" in text
+        style = text[text.index("<style>") : text.index("</style>")]
+        used = {f".{name}" for names in re.findall(r'class="([^"]+)"', text) for name in names.split()}
+        assert used <= set(re.findall(r"\.[a-z][\w-]*", style)), "what has no rule is black"
+    assert repr(result.plot()) == "Plot(accuracy by round)"
     assert result.report().read_text().startswith("<!doctype html>")
     with pytest.raises(SettingError, match=r"against='round' .* 'rounds' or 'bytes'"):
         result.plot("round")  # type: ignore[arg-type]
@@ -141,7 +145,7 @@ def test_a_metric_that_fails_is_named(tmp_path: Path, parts: tuple[list[TensorDa
 def test_a_result_is_one_line_in_a_notebook() -> None:
     result = RunResult(Path("runs/a"), RunSummary(final_accuracy=0.9167, rounds=3, uplink_bytes=13767), named_mlp)
     assert repr(result) == "RunResult('runs/a': 3 rounds, accuracy 91.7%, uplink 13.8 kB)"
-    assert "unknown accuracy" in repr(RunResult(Path("a"), RunSummary(), named_mlp))
+    assert "no test data" in repr(RunResult(Path("a"), RunSummary(), named_mlp))
 
 
 class Rounds(Observer):
@@ -241,7 +245,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
     )  # the settings are those of the folder
     assert resumed.summary.weights_sha256 == whole.summary.weights_sha256
     assert [row.accuracy for row in resumed.history] == [row.accuracy for row in whole.history]
-    with pytest.raises(SettingError, match="has not finished"):
+    with pytest.raises(SettingError, match=r"has not finished, or rounds above 3$"):
         tofu.run(resume=str(tmp_path / "cut"), clients=clients, test=test, model=mlp, progress=False)
 
 
@@ -264,6 +268,9 @@ def test_a_regression_on_vectors_is_sent_as_proxies_and_secure_rounds_sum_it(tmp
     assert result.summary.by_class == ()
     assert f"{losses[-1]:.4g} test loss after 6 rounds" in unescape_tags(result.report())
     assert all("test loss" in result.plot(against).svg for against in ("rounds", "bytes"))
+    assert repr(result.plot("bytes")) == "Plot(loss by uplink bytes)"
+    assert result.loss == losses[-1]
+    assert f"6 rounds, test loss {losses[-1]:.4g}, uplink" in repr(result)
     assert (result.history[-1].explained_variance or 0) > 0.3
     assert not seen.notes
     secure = tofu.run(**arguments | {"schedule": "secure"}, **own, run_folder=str(tmp_path / "secure"))
@@ -290,6 +297,12 @@ class Bag(nn.Module):
 
     def forward(self, ids: Tensor) -> Any:
         return type("Output", (), {"logits": self.head(self.bag(ids))})
+
+
+def test_a_client_with_a_finite_but_huge_loss_has_diverged(tmp_path: Path) -> None:
+    own: Row = {"clients": [Vectors(0)] * 2, "model": lambda: nn.Linear(4, 2), "train": lambda *_: 1e32}
+    with pytest.raises(RunError, match=r"local training diverged \(loss 1e\+32\): a smaller lr than 0.05 may help"):
+        tofu.run(**QUICK | {"schedule": "fedavg", "run_folder": str(tmp_path / "run")}, **own)
 
 
 def test_mappings_are_passed_by_name_and_logits_are_read(tmp_path: Path) -> None:

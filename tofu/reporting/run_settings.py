@@ -80,7 +80,7 @@ def check_resumed(settings: Settings) -> None:
         raise SettingError("rounds", settings.training.rounds, accepted)
     if (path / "summary.json").exists():
         if settings.training.rounds == began_with:
-            accepted = f"a run that has not finished, or more rounds than {began_with} (--rounds)"
+            accepted = f"a run that has not finished, or --rounds above {began_with}"
             raise SettingError("resume", str(path), accepted)
         if not any((path / "checkpoints").glob("round-*.checkpoint")):
             accepted = "a finished run with its last checkpoint, or --initial-weights in its place"

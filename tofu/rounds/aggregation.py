@@ -65,7 +65,8 @@ class RunningMean:
         # max() may skip a NaN, so check each value.
         if not all(map(math.isfinite, sizes)) or not largest < _LIMIT:
             raise PayloadError(
-                f"update times its {examples} examples reaches {largest:.3g}, more than can be added: training diverged"
+                f"update times its {examples} examples reaches {largest:.3g}, more than can be added: "
+                "training diverged, and a smaller lr may help"
             )
         if not self._largest + largest < _LIMIT:
             self._carry()

@@ -586,7 +586,10 @@ def test_a_run_that_is_interrupted_before_its_first_line_says_that_nothing_was_w
         (["run", "--run-folder=used"], "run-folder='used' is not usable: expected a new or empty folder"),
         (["demo", "--run-folder=used"], "run-folder='used' is not usable: expected a new or empty folder"),
         (["demo", "--run-folder=new"], "run-folder='new-fedavg' is not usable: expected a new or empty folder"),
-        (["run", "--resume=used"], "resume='used' is not usable: expected a run that has not finished, or more rounds"),
+        (
+            ["run", "--resume=used"],
+            "resume='used' is not usable: expected a run that has not finished, or --rounds above ",
+        ),
         (["run", "--record-clients=77"], "record-clients='77' is not usable: expected clients of this run, 0 to 9"),
         (["compare", "--compressors=topk", "--folder=f", "--initial-weights=w.pt"], "initial-weights='w.pt' is not"),
         (["demo", "--lr=-1"], "lr=-1.0 is not usable: expected a number above 0"),
@@ -689,7 +692,7 @@ def test_shell_completion(tofu: Tofu, monkeypatch: pytest.MonkeyPatch, words: st
 def test_a_finished_run_is_extended_as_if_it_had_had_more_rounds(tofu: Tofu) -> None:
     whole = tofu("run", *TINY, "--rounds=3", "--run-folder=whole", "--json").json
     tofu("run", *TINY, "--rounds=2", "--run-folder=run")
-    fails(tofu("run", "--resume=run"), "resume='run'", "more rounds than 2")
+    fails(tofu("run", "--resume=run"), "resume='run'", "--rounds above 2")
     fails(tofu("run", "--resume=run", "--rounds=1"), "rounds=1", "at least the 2")
     extended = tofu("run", "--resume=run", "--rounds=3", "--json").json
     assert extended["weights_sha256"] == whole["weights_sha256"]

@@ -24,6 +24,11 @@ _CHARACTER = 8.4
 _LINE = 46
 """Characters of a line of text."""
 KINDS = ("start", "compressed", "fedavg", "secure")
+_FILE_STYLE = """
+svg { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif; }
+svg .page { fill: var(--card); }
+"""
+"""What a separate file needs besides the style of figures: in a page, the page has the font and the background."""
 _Key = str | Callable[[float, float], None]
 
 
@@ -257,13 +262,13 @@ def bar_chart(alt: str, bars: Sequence[Bar], *, widest: float = 0.0) -> Drawing:
 
 
 def standalone(figures: Sequence[ET.Element], style: str) -> str:
-    """Figures below each other as a separate SVG file, with the page's CSS and a background."""
+    """Figures below each other as a separate SVG file, with the page's CSS, its font and a background."""
     boxes = [[float(number) for number in figure.get("viewBox", "").split()] for figure in figures]
     width = max(box[2] for box in boxes) + 2 * _MARGIN
     height = sum(box[3] + 2 * _MARGIN for box in boxes)
     pixels = {"width": f"{_SCALE * width:g}", "height": f"{_SCALE * height:g}"}
     root = ET.Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "viewBox": f"0 0 {width:g} {height:g}", **pixels})
-    ET.SubElement(root, "style").text = style
+    ET.SubElement(root, "style").text = style + _FILE_STYLE
     ET.SubElement(root, "rect", {"class": "page", "width": f"{width:g}", "height": f"{height:g}"})
     top = float(_MARGIN)
     for figure, box in zip(figures, boxes, strict=True):

@@ -20,9 +20,6 @@ from tofu.reporting.report.template import (
 )
 
 _NOTHING = "No compressor has finished a run yet."
-_FONT = (
-    'svg { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif; }'
-)
 _STYLE = (
     STYLE
     + figures.SERIES_COLORS
@@ -58,7 +55,7 @@ ratio is of float32 updates over payloads alone. Every run and number: compare.j
 
 def render_figure(document: Mapping[str, Any]) -> str:
     """compare.svg: accuracy against bytes as a separate file, with an enlarged part below if it helps."""
-    style = "\n".join((COLORS, figures.SERIES_COLORS, FIGURE_STYLE, figures.SERIES_STYLE, _FONT))
+    style = "\n".join((COLORS, figures.SERIES_COLORS, FIGURE_STYLE, figures.SERIES_STYLE))
     drawn = [figures.accuracy_by_uplink(document), figures.accuracy_by_uplink(document, zoom=True)]
     drawings = [drawing for drawing in drawn if drawing]
     if not drawings:

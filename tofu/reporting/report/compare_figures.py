@@ -50,7 +50,7 @@ SERIES_STYLE = "\n".join(
         *(f"svg .seed.s{n} {{ stroke: var(--s{n}); }}" for n in range(COLORS)),
         "svg .error { stroke-width: 1.5; fill: none; } svg .again { stroke-dasharray: 5 3; }",
         "svg .seed { fill: var(--card); stroke-width: 1.4; } svg .fedavg { stroke: var(--baseline); }",
-        "svg .band { fill: var(--baseline); fill-opacity: .16; } svg .page { fill: var(--card); }",
+        "svg .band { fill: var(--baseline); fill-opacity: .16; }",
     ]
 )
 
