@@ -1,9 +1,11 @@
 """Estimates of the bytes and the time of a run. The time is extrapolated from measured training steps and an encode."""
 
 import dataclasses
+import math
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from tofu.codec.compressor import TRIAL_INTERVAL, ProxyCompressor
@@ -12,6 +14,8 @@ from tofu.compression import downlink_compressor, payload_notes, uplink_compress
 from tofu.data import LabeledImages
 from tofu.errors import SettingError
 from tofu.privacy import Accountant
+from tofu.privacy.correlated import Participation
+from tofu.privacy.noise import Noise
 from tofu.reference_model import ReferenceModel
 from tofu.secagg import coordinates
 from tofu.secagg.encoding import FEW_LEVELS, EncodingConfig, RingEncoder, first_ranges
@@ -21,7 +25,7 @@ from tofu.secagg.identities import SIGNATURE_BYTES
 from tofu.secagg.masks import KEY_BYTES
 from tofu.secagg.messages import SEALED_BYTES, Advert, Confirmation, Masked, Reveal, Roster, Shares, Survivors
 from tofu.secagg.shamir import SHARE_BYTES
-from tofu.settings import MIN_SECURE, PrivacySettings, Settings
+from tofu.settings import MIN_SECURE, Settings
 from tofu.training import LocalTrainingConfig, train_locally
 from tofu.weights import Weights, copy_model, difference, weights_of
 from tofu.wire import HEADER_BYTES, SecurePart
@@ -96,7 +100,7 @@ def make_plan(
     compressed_rounds = settings.training.rounds - fedavg_rounds - secure_rounds
     payload, proxies, side = _payload(settings, network) if compressed_rounds else (0, 0, 0)
     full = HEADER_BYTES + param_spec.float32_bytes
-    clients = max(settings.server.min_clients, round(settings.server.client_fraction * settings.data.clients), 1)
+    clients = asked_clients(settings)
     uplink = clients * (compressed_rounds * (payload + message_overhead) + fedavg_rounds * (full + message_overhead))
     step, downlink = _downlink(settings, network, fedavg_rounds=fedavg_rounds, message_overhead=message_overhead)
     up = 0
@@ -214,16 +218,18 @@ def _downlink(
 
 @dataclass(frozen=True)
 class PlannedPrivacy:
-    """What a run spends of its privacy budget, against the server.
+    """What a run spends of its privacy budget.
 
     Attributes:
-        epsilon: after the last round that the budget allows.
+        epsilon: after the last round that the budget allows, against the server; infinite if the server adds the noise.
+        model_epsilon: the same against those who see the models only.
         delta: of the guarantee.
         private_rounds: number of rounds that the budget allows.
         max_epsilon: the budget; 0 is no limit.
     """
 
     epsilon: float
+    model_epsilon: float
     delta: float
     private_rounds: int
     max_epsilon: float
@@ -235,29 +241,44 @@ class PlannedPrivacy:
         return f"the run stops after round {self.private_rounds}: {exceeded}"
 
 
-def planned_privacy(privacy: PrivacySettings, rounds: int) -> PlannedPrivacy | None:
-    """Return what a run spends; None without noise of clients.
+def planned_privacy(settings: Settings) -> PlannedPrivacy | None:
+    """Return what a run spends; None without noise.
 
     Raises:
         SettingError: the budget does not allow one round.
     """
-    if not privacy.client_multiplier:
+    privacy, clients = settings.privacy, settings.data.clients
+    if not privacy.noise_multiplier:
         return None
-    account, allowed = Accountant(privacy.privacy_delta), 0
-    while allowed < rounds and (
-        not privacy.max_epsilon or account.allows(privacy.client_multiplier, privacy.max_epsilon)
-    ):
-        epsilon = account.spend(privacy.client_multiplier, "secure")
+    by_server = privacy.server_noise != "none"
+    sample = (min(asked_clients(settings), clients), clients) if privacy.secret_sampling else ()
+    account, rule, allowed = Accountant(privacy.privacy_delta), Participation(privacy.min_separation), 0
+    while allowed < settings.training.rounds:
+        spends = not by_server or rule.may_return
+        if spends and privacy.max_epsilon and not account.allows(privacy.noise_multiplier, privacy.max_epsilon):
+            break
+        if spends:
+            account.spend(privacy.noise_multiplier, "secure", *sample)
+        rule.begin(())
         allowed += 1
     if not allowed:
-        first = account.spend(privacy.client_multiplier, "secure")
+        first = account.spend(privacy.noise_multiplier, "secure")
         raise SettingError("max-epsilon", privacy.max_epsilon, f"at least {first:.4g}, the epsilon of one round")
-    return PlannedPrivacy(epsilon, privacy.privacy_delta, allowed, privacy.max_epsilon)
+    against_server = math.inf if by_server else account.epsilon
+    model = account.model_epsilon if privacy.secret_sampling else account.epsilon
+    return PlannedPrivacy(against_server, model, privacy.privacy_delta, allowed, privacy.max_epsilon)
+
+
+def asked_clients(settings: Settings) -> int:
+    """Return the number of clients that are asked in a round."""
+    return max(settings.server.min_clients, round(settings.server.client_fraction * settings.data.clients), 1)
 
 
 _TIMED_BATCHES = 16
 _TIMED_SECONDS = 2.0
 """Time to spend on training steps, and on an encode, before the rest is extrapolated."""
+_TIMED_VALUES = 20_000
+"""Maximum number of values for which noise is drawn."""
 _SHORT_EVALS = (2, 6)
 """Evaluations of two short encodes, whose difference is what an evaluation costs."""
 
@@ -266,20 +287,29 @@ _SHORT_EVALS = (2, 6)
 class PlannedSeconds:
     """Estimated time of a run on this machine, in seconds of wall clock.
 
-    Evaluation, plugins and messages are not counted. Encodes of later rounds may take longer or shorter; those of a
-    large model are counted with all evaluations that a search may take, and many searches stop earlier.
+    Evaluation, plugins, messages and the masks of secure rounds are not counted. Encodes of later rounds may take
+    longer or shorter; those of a large model are counted with all evaluations that a search may take, and many searches
+    stop earlier.
 
     Attributes:
         training: local training of all clients in all rounds.
-        encoding: their encodes.
+        encoding: their encodes, if all of them search for proxies.
+        least_encoding: their encodes, if the correction alone explains enough everywhere.
+        noise: drawing the noise of differential privacy.
     """
 
     training: float
     encoding: float
+    least_encoding: float
+    noise: float
 
     @property
     def total(self) -> float:
-        return self.training + self.encoding
+        return self.training + self.encoding + self.noise
+
+    @property
+    def least(self) -> float:
+        return self.training + self.least_encoding + self.noise
 
 
 def estimate_seconds(
@@ -293,16 +323,37 @@ def estimate_seconds(
         images: number of training images of all clients.
         compressed_rounds: number of rounds with an encode per client.
     """
-    training, server = settings.training, settings.server
+    training = settings.training
     torch.set_num_threads(settings.run.threads)
-    asked = max(server.min_clients, round(server.client_fraction * settings.data.clients), 1)
+    asked = asked_clients(settings)
     parallel = min(settings.run.workers, asked)
     per_image, update = _train(settings, network, data)
     trained = images * asked / settings.data.clients * training.local_epochs
-    encode = _encode_seconds(settings, network, update) if compressed_rounds else 0.0
+    encode = least = 0.0
+    if compressed_rounds:
+        encode = least = _encode_seconds(settings, network, update)
+        if settings.codec.compressor == "proxy" and 0 < settings.codec.correction < 1 > settings.codec.proxies_below:
+            least = min(encode, _encode_seconds(settings.replace(correction=1.0), network, update))
+    encodes = compressed_rounds * asked / parallel
+    draws = training.rounds * (asked / parallel if settings.privacy.client_multiplier else 1)
     return PlannedSeconds(
-        training.rounds * trained * per_image / parallel, compressed_rounds * asked * encode / parallel
+        training=training.rounds * trained * per_image / parallel,
+        encoding=encodes * encode,
+        least_encoding=encodes * least,
+        noise=draws * _noise_seconds(settings, network),
     )
+
+
+def _noise_seconds(settings: Settings, network: ReferenceModel) -> float:
+    """Return the seconds in which one party draws the noise of a round; 0 without noise."""
+    if not settings.privacy.noise_multiplier:
+        return 0.0
+    values = network.param_spec.float32_bytes // 4
+    some = np.zeros(min(values, _TIMED_VALUES))
+    noise = Noise(1.0, settings.privacy.noise_multiplier)
+    began = time.perf_counter()
+    noise.steps(some)
+    return (time.perf_counter() - began) * values / some.size
 
 
 def _train(settings: Settings, network: ReferenceModel, data: LabeledImages) -> tuple[float, Weights]:

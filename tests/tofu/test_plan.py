@@ -1,5 +1,6 @@
 """The plan's numbers, each against what the codec writes or against plain arithmetic."""
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from tofu.compression import uplink_compressor
 from tofu.data import FederatedData, ImageShape
 from tofu.errors import SettingError
 from tofu.models import build_model
-from tofu.plan import Plan, estimate_seconds, make_plan
+from tofu.plan import Plan, estimate_seconds, make_plan, planned_privacy
+from tofu.privacy import Accountant
 from tofu.reference_model import ReferenceModel
 from tofu.settings import Settings
 from tofu.wire import HEADER_BYTES
@@ -91,6 +93,30 @@ def test_fedavg_rounds_throughout_are_fedavg() -> None:
     made = plan(fedavg_rounds=4, rounds=4, schedule="fedavg")
     assert made.uplink_bytes == made.fedavg_uplink_bytes
     assert made.uplink_ratio == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "rounds"),
+    [
+        ({"schedule": "fedavg", "server_noise": "correlated", "min_separation": 4, "client_fraction": 0.25}, 10),
+        ({"schedule": "fedavg", "server_noise": "correlated", "min_separation": 4, "client_fraction": 0.25,
+          "max_epsilon": 3.0}, 8),
+        ({"schedule": "secure", "secure_ratio": 1.5, "secret_sampling": True, "client_fraction": 0.25}, 10),
+        ({"schedule": "secure", "secure_ratio": 1.5, "max_epsilon": 4.5}, 4),
+    ],
+)  # fmt: skip
+def test_what_a_run_spends_of_its_privacy_budget(values: dict[str, Any], rounds: int) -> None:
+    """Rounds of a block of `min_separation` rounds have disjoint clients, so that they count once."""
+    settings = Settings.of({"model": "mlp", "rounds": 10, "clients": 20, "noise_multiplier": 2.0} | values)
+    planned = planned_privacy(settings)
+    assert planned is not None
+    assert planned.private_rounds == rounds
+    account = Accountant(settings.privacy.privacy_delta)
+    drawn = (5, 20) if "secret_sampling" in values else ()
+    for _ in range(math.ceil(rounds / settings.privacy.min_separation)):
+        account.spend(2.0, "secure", *drawn)
+    assert planned.epsilon == (math.inf if "server_noise" in values else account.epsilon)
+    assert planned.model_epsilon == (account.model_epsilon if drawn else account.epsilon)
 
 
 @pytest.mark.parametrize("schedule", ["fedavg", "secure"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from tofu.cli.options import ConfigFile, Json, settings_from, with_settings
 from tofu.settings import Value
 
 if TYPE_CHECKING:
-    from tofu.plan import Plan, PlannedSeconds
+    from tofu.plan import Plan, PlannedPrivacy, PlannedSeconds
 
 
 @with_settings
@@ -42,25 +43,40 @@ def plan(*, config: ConfigFile = None, json_: Json = False, overrides: dict[str,
         secure_rounds=kinds.count("secure"),
         message_overhead=reply_overhead(),
     )
-    privacy = planned_privacy(settings.privacy, settings.training.rounds)
+    privacy = planned_privacy(settings)
     seconds = estimate_seconds(
         settings, network, data.client(0), images=int(data.class_counts().sum()),
         compressed_rounds=made.compressed_rounds,
     )  # fmt: skip
     if json_:
         ratios = {name: getattr(made, name) for name in ("payload_ratio", "uplink_ratio", "both_ratio")}
-        times = {"training_seconds": seconds.training, "encoding_seconds": seconds.encoding}
-        spent = {} if privacy is None else {"epsilon": privacy.epsilon, "private_rounds": privacy.private_rounds}
+        times = {"training_seconds": seconds.training, "encoding_seconds": seconds.encoding,
+                 "least_encoding_seconds": seconds.least_encoding, "noise_seconds": seconds.noise}  # fmt: skip
+        spent = {} if privacy is None else _spent(privacy)
         print(json.dumps(dataclasses.asdict(made) | ratios | times | spent))
         return
     for name, value in _rows(made, settings.model.model, seconds):
         print(f"{name:<26}{value}")
     if privacy is not None:
-        print(f"{'epsilon':<26}{privacy.epsilon:.4g} after round {privacy.private_rounds} at delta {privacy.delta:g}")
+        after = f"after round {privacy.private_rounds} at delta {privacy.delta:g}"
+        print(f"{'epsilon':<26}{_epsilon(privacy.epsilon)} {after}")
+        if privacy.model_epsilon != privacy.epsilon:
+            print(f"{'epsilon, who sees models':<26}{_epsilon(privacy.model_epsilon)} {after}")
         if privacy.private_rounds < settings.training.rounds:
             print(f"warning: {privacy.stop}", file=sys.stderr)
     for warning in made.warnings:
         print(f"warning: {warning}", file=sys.stderr)
+
+
+def _spent(privacy: "PlannedPrivacy") -> dict[str, object]:
+    """Return what the run spends as JSON values; an infinite epsilon is null."""
+    both = {"epsilon": privacy.epsilon, "model_epsilon": privacy.model_epsilon}
+    finite = {name: value if math.isfinite(value) else None for name, value in both.items()}
+    return {**finite, "private_rounds": privacy.private_rounds}
+
+
+def _epsilon(value: float) -> str:
+    return f"{value:.4g}" if math.isfinite(value) else "infinite"
 
 
 def _rows(made: "Plan", model: str, seconds: "PlannedSeconds") -> Iterator[tuple[str, str]]:
@@ -87,6 +103,14 @@ def _rows(made: "Plan", model: str, seconds: "PlannedSeconds") -> Iterator[tuple
         yield "both directions", f"{made.both_ratio:.1f}x less than FedAvg"
     else:
         yield "downlink of either", format_bytes(made.downlink_bytes)
-    most = "at most " if made.proxies else ""  # a client does not search where the correction is enough
-    parts = f"training {format_seconds(seconds.training)}, encoding {most}{format_seconds(seconds.encoding)}"
-    yield "time here, estimated", f"{format_seconds(seconds.total)} ({parts})"
+    encoding, total = format_seconds(seconds.encoding), format_seconds(seconds.total)
+    if seconds.least_encoding < seconds.encoding:  # a client does not search where the correction is enough
+        encoding = f"{format_seconds(seconds.least_encoding)} to {encoding}"
+        total = f"{format_seconds(seconds.least)} to {total}"
+    parts = [f"training {format_seconds(seconds.training)}"]
+    parts += [f"encoding {encoding}"] if made.compressed_rounds else []
+    parts += [f"noise {format_seconds(seconds.noise)}"] if seconds.noise else []
+    parts += ["keys and masks of secure rounds not counted"] if made.secure_rounds else []
+    yield "time here, estimated", f"{total} ({', '.join(parts)})"
+    if seconds.least_encoding < seconds.encoding:
+        yield "", "the shorter if corrections alone explain enough, the longer if every client searches for proxies"

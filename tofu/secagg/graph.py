@@ -98,9 +98,15 @@ class Graph:
         seed = hashlib.sha256(b"tofu secagg 1 graph" + b"".join(adverts)).digest()
         self._ring = sorted(range(count), key=lambda one: hashlib.sha256(seed + adverts[one]).digest())
         self._reach = neighbors // 2
+        self._known: dict[int, tuple[int, ...]] = {}
 
     def neighbors_of(self, one: int) -> tuple[int, ...]:
         """Return a client's neighbors in rising order, as indices into the adverts."""
+        if one not in self._known:  # a client asks for its own once for each of them
+            self._known[one] = self._neighbors_of(one)
+        return self._known[one]
+
+    def _neighbors_of(self, one: int) -> tuple[int, ...]:
         if self._complete:
             return tuple(other for other in range(len(self._ring)) if other != one)
         place, steps = self._ring.index(one), range(-self._reach, self._reach + 1)
@@ -242,9 +248,16 @@ class Terms:
         Args:
             run: identifies the run to all its clients.
         """
-        numbers = _NUMBERS.pack(self.session.round, self.threshold, self.bits, self.values, self.neighbors)
-        parts = (b"tofu secagg 1 terms", run, self.session.id, numbers, self.purpose, *self.members)
-        return hashlib.sha256(fields(*parts)).digest()
+        if run not in self._digests:  # each key and share of a session needs it
+            numbers = _NUMBERS.pack(self.session.round, self.threshold, self.bits, self.values, self.neighbors)
+            parts = (b"tofu secagg 1 terms", run, self.session.id, numbers, self.purpose, *self.members)
+            self._digests[run] = hashlib.sha256(fields(*parts)).digest()
+        return self._digests[run]
+
+    @cached_property
+    def _digests(self) -> dict[bytes, bytes]:
+        """Run -> the digest of these terms in it, of those that were asked for."""
+        return {}
 
     def neighbors_of(self, client: int) -> tuple[int, ...]:
         """Return a client's neighbors by number, rising. Raises SettingError if no such graph exists."""

@@ -13,6 +13,7 @@ sum of any length needs only one reduction at its end.
 
 import hashlib
 import os
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -76,8 +77,12 @@ def public_key(secret: bytes) -> bytes:
     return X25519PrivateKey.from_private_bytes(secret).public_key().public_bytes_raw()
 
 
+@lru_cache(maxsize=4096)
 def check_public_key(public: bytes) -> None:
-    """Raises PayloadError for a key of low order, whose shared secret with any key is zero."""
+    """Raises PayloadError for a key of low order, whose shared secret with any key is zero.
+
+    Keys that passed are remembered: the same adverts come with every stage of a session.
+    """
     _exchange(X25519PrivateKey.generate(), public)
 
 
