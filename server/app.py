@@ -281,6 +281,7 @@ class _Run:
             folder.add_round(start_record(score, time.perf_counter() - self._began, self._notes))
         if done is not None:
             self._counted = self._totals()
+        earlier = sum(record.seconds or 0.0 for record in folder.records()) if done is not None else 0.0
         self._observer.on_history(folder.path, folder.records())
         if missing is not None:
             raise missing
@@ -290,7 +291,7 @@ class _Run:
                 self._observer.on_note(stopped)
                 break
             self._round(folder, round_)
-        seconds = time.perf_counter() - self._began
+        seconds = earlier + time.perf_counter() - self._began
         failed = failed_rounds(folder.records())
         if not failed and self._runner.account is None:  # with noise, what was wanted: a note has said so
             failed = self._divergence(folder)

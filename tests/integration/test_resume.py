@@ -94,6 +94,8 @@ def test_a_run_that_goes_on_ends_as_if_it_had_not_been_ended(whole: Path, broken
     run(broken, resume=str(broken))
     assert_same(whole, broken)
     assert (broken / "report.html").exists()
+    whole_time = json.loads((broken / "summary.json").read_text())["seconds"]
+    assert whole_time >= sum(row["seconds"] for row in rows(broken))  # of both processes
     assert [path.name for path in (broken / FOLDER).iterdir()] == ["round-000006.checkpoint"]
 
 

@@ -43,7 +43,7 @@ def run(
     try:
         _run(config, overrides, fast_dev_run=fast_dev_run, json_=json_, quiet=quiet)
     except KeyboardInterrupt:
-        raise Interrupted("interrupted before round 0: no results were written") from None
+        raise Interrupted("interrupted before the first round: no results were written") from None
 
 
 def _run(config: Path | None, overrides: dict[str, Value], *, fast_dev_run: bool, json_: bool, quiet: bool) -> None:

@@ -567,7 +567,7 @@ def test_a_run_that_is_interrupted_before_its_first_line_says_that_nothing_was_w
     with monkeypatch.context() as patched:
         patched.setattr(server.app, "serve_in_process", interrupt)
         outcome = tofu("run", *TINY, "--run-folder=run")
-    assert (outcome.status, outcome.err) == (130, "interrupted before round 0: no results were written\n")
+    assert (outcome.status, outcome.err) == (130, "interrupted before the first round: no results were written\n")
     assert not Path("run").exists()
 
 
