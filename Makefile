@@ -67,7 +67,7 @@ lint: setup
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
-	@echo "open site/index.html"
+	@echo "open site/index.html; with search: python3 -m http.server --bind 127.0.0.1 --directory site, then http://127.0.0.1:8000"
 
 bench-%: setup
 	$(BIN)/python -m benchmarks.$*
