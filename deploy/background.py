@@ -299,6 +299,9 @@ class RunLines:
 def name_nodes(names: Mapping[str, str], logs: Path, text: str) -> str:
     """Return a line of the server app with the names of nodes before their ids, and the file of a log that it names.
 
+    Client 0 is the one of node-0: partition ids are given in the order of the nodes. A line about several clients, or
+    about none that is known, gets the folder of the logs.
+
     Args:
         names: node id -> name.
         logs: folder of the federation's logs.
@@ -307,12 +310,14 @@ def name_nodes(names: Mapping[str, str], logs: Path, text: str) -> str:
         >>> name_nodes({"7": "node-0"}, Path("F/logs"), "node 7 cannot take part: see its log")
         'node-0 (node 7) cannot take part: see its log F/logs/node-0-exec.log'
     """
-    ids = [found for found in re.findall(r"\bnode (\d+)\b", text) if found in names]
-    log = logs / f"{names[ids[0]] if len(set(ids)) == 1 else 'NODE'}-exec.log"
+    about = {names.get(node, "") for node in re.findall(r"\b(?:node|client) (\d+)\b", text)}
+    about |= {f"node-{client}" for client in re.findall(r"\bclient (\d+)\b", text)}
+    about &= set(names.values())
+    log = f"see its log {logs / f'{about.pop()}-exec.log'}" if len(about) == 1 else f"see its log in {logs}"
     text = re.sub(
         r"\bnode (\d+)\b", lambda found: f"{names[found[1]]} ({found[0]})" if found[1] in names else found[0], text
     )
-    return text.replace("see its log", f"see its log {log}")
+    return text.replace("see its log", log)
 
 
 def down(folder: Path) -> list[str]:

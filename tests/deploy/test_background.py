@@ -17,7 +17,17 @@ LOGS = Path("F/logs")
             "note: node 791073110307500877 cannot take part: see its log",
             "note: node-0 (node 791073110307500877) cannot take part: see its log F/logs/node-0-exec.log",
         ),
-        ("1 client connected (no data: see its log)", "1 client connected (no data: see its log F/logs/NODE-exec.log)"),
+        ("1 client connected (no data: see its log)", "1 client connected (no data: see its log in F/logs)"),
+        (
+            "round 1: client 1: the client app failed with KeyError: see its log",
+            "round 1: client 1: the client app failed with KeyError: see its log F/logs/node-1-exec.log",
+        ),
+        ("round 1: client 42: no data: see its log", "round 1: client 42: no data: see its log F/logs/node-1-exec.log"),
+        ("round 1: client 7: no data: see its log", "round 1: client 7: no data: see its log in F/logs"),
+        (
+            "round 1: no valid reply from 2 clients (KeyError: see its log)",
+            "round 1: no valid reply from 2 clients (KeyError: see its log in F/logs)",
+        ),
         (
             "node 42 has the name of client 0, as node 791073110307500877 does",
             "node-1 (node 42) has the name of client 0, as node-0 (node 791073110307500877) does",
