@@ -275,8 +275,10 @@ class TrainReply:
         if not all(abs(value) <= MAX_METRIC for value in floats):
             names = ("train_loss", "explained_variance", "cosine", "train_seconds", "encode_seconds")
             wrong = [f"{name}={x:.3g}" for name, x in zip(names, floats, strict=True) if not abs(x) <= MAX_METRIC]
-            raise PayloadError(f"reply holds {', '.join(wrong)}, expected finite ones of at most {MAX_METRIC:g}: "
-                               "training diverged on this client, and a smaller lr may help")  # fmt: skip
+            text = f"reply holds the metrics {', '.join(wrong)}, expected finite ones of at most {MAX_METRIC:g}"
+            if not all(abs(value) <= MAX_METRIC for value in floats[:3]):
+                text += ": training diverged on this client, and a smaller lr may help"
+            raise PayloadError(text)
         advert, exported = reader.take(advert_bytes, "of the advert"), reader.take(exported_bytes, "of plugin exports")
         loss, explained, cosine, train_seconds, encode_seconds = floats
         return TrainReply(
