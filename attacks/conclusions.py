@@ -133,7 +133,7 @@ def no_accident(entry: Row, tests: int) -> bool:
 
 
 def headline(summary: Sequence[Row], *, tested: bool) -> str:
-    """Return the highest mean PSNR on the exact update and on the other messages.
+    """Return from which messages images came back, and the highest mean PSNR on the exact update and on the others.
 
     Args:
         tested: whether an attack inverted an exact update.
@@ -144,7 +144,9 @@ def headline(summary: Sequence[Row], *, tested: bool) -> str:
         return (
             f"Nothing can be concluded: no attack inverted an exact update (at most {most:.1f} dB, {BROKEN:g} needed)."
         )
-    sentences = []
+    sent = [entry for entry in summary if entry["message"] != CONTROL]
+    leaking, _ = _leaking(sent)
+    sentences = [f"{_came_back(leaking)}."] * bool(leaking)
     for begin, exact in (("On the exact update", True), ("On the other messages", False)):
         entries = [entry for entry in measured if (entry["message"] == "exact") == exact]
         if entries:

@@ -47,7 +47,7 @@ _PAGE = (
 {% for part in parts %}<section class="card">
 <h2>{{ part.title }}</h2>
 <p class="{{ 'soft' if part.broke else 'note' }}">{{ part.verdict }}</p>
-{{ table("", header, part.rows, ("left", "", "", "", "left")) }}
+{{ table("", header, part.rows, ("left", "", "", "", "left"), stacked=true) }}
 {% for remark in part.remarks %}<p class="soft">{{ remark }}</p>
 {% endfor %}
 {% if part.strips %}<div class="sheets">

@@ -83,7 +83,7 @@ _LIST = (
     + """</header>
 <section class="card">
 <h2>Runs, comparisons and attacks</h2>
-{% if rows %}{{ table("entries", header, rows, ("left wrap", "left wrap", "left")) }}{% else %}
+{% if rows %}{{ table("entries", header, rows, ("left wrap", "left wrap", "left wrap"), stacked=true) }}{% else %}
 <p class="soft">A run appears here after its first evaluation.</p>{% endif %}
 </section>
 </main>

@@ -147,10 +147,10 @@ _MEDIA_STYLE = """
   .kind::before { margin-right: 4px; }
   .scroll .narrow { min-width: 7em; }
   .scroll tbody th.left { min-width: 4em; }
-  #privacy thead { display: none; }
-  #privacy tr, #privacy th, #privacy td { display: block; border: 0; padding: 2px 0; }
-  #privacy tr { border-bottom: 1px solid var(--line); padding: 8px 0; }
-  #privacy td::before { content: attr(data-label) ": "; color: var(--soft); }
+  .stacked thead { display: none; }
+  .stacked tr, .stacked th, .stacked td { display: block; border: 0; padding: 2px 0; text-align: left; }
+  .stacked tr { border-bottom: 1px solid var(--line); padding: 8px 0; }
+  .stacked td::before { content: attr(data-label) ": "; color: var(--soft); }
 }
 @media print {
   body { -webkit-print-color-adjust: exact; print-color-adjust: exact; }
@@ -178,15 +178,15 @@ STYLE = COLORS + _PAGE_STYLE + FIGURE_STYLE + _SERIES_STYLE + _MEDIA_STYLE
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 _TABLE = """
-{%- macro table(id, header, rows, css=(), total=()) -%}
-<div class="scroll" tabindex="0"><table{% if id %} id="{{ id }}"{% endif %}>
+{%- macro table(id, header, rows, css=(), total=(), stacked=false) -%}
+<div class="scroll" tabindex="0"><table{% if id %} id="{{ id }}"{% endif %}{% if stacked %} class="stacked"{% endif %}>
 {% if header %}<thead><tr>{% for name in header -%}
 <th scope="col"{{ (css[loop.index0] | default("")) | css_class }}>{{ name }}</th>{%- endfor %}</tr></thead>{% endif %}
 <tbody>
 {% for row in rows %}<tr>{% for cell in row -%}
 {% if loop.first %}<th scope="row"{{ (css[0] | default("")) | css_class }}>{{ cell }}</th>
 {%- else %}<td{{ (css[loop.index0] | default("")) | css_class }}
-{%- if id == "privacy" %} data-label="{{ header[loop.index0] }}"{% endif %}>{{ cell }}</td>{% endif -%}
+{%- if stacked %} data-label="{{ header[loop.index0] }}"{% endif %}>{{ cell }}</td>{% endif -%}
 {%- endfor %}</tr>
 {% endfor %}</tbody>
 {% if total %}<tfoot><tr><th scope="row">{{ total[0] }}</th>{% for cell in total[1:] %}<td>{{ cell }}</td>{% endfor %}
@@ -194,7 +194,10 @@ _TABLE = """
 </table></div>
 {%- endmacro -%}
 """
-"""A table whose first cells are the headers of their rows; `css` are the classes of its columns."""
+"""A table whose first cells are the headers of their rows; `css` are the classes of its columns.
+
+On a phone the cells of a `stacked` one stand below each other, with the names of their columns.
+"""
 
 
 def render_template(source: str, **values: object) -> str:
@@ -259,7 +262,7 @@ PAGE = (
     + FIGURES
     + """{% if privacy %}<section class="card several">
 <h2>Privacy of this run</h2>
-{{ table("privacy", ("who", "saw", "what bounds it"), privacy, ("left wrap", "left wrap", "left wrap")) }}
+{{ table("privacy", ("who", "saw", "what bounds it"), privacy, ("left wrap", "left wrap", "left wrap"), stacked=true) }}
 {% for text in secure_text %}<p class="soft">{{ text }}</p>
 {% endfor %}
 {% if abandoned %}{{ table("abandoned", ("abandoned round", "reason"), abandoned, ("", "left wrap")) }}{% endif %}
