@@ -62,12 +62,16 @@ class ModelCall:
         forward: calls the model with the inputs; None for `model(*inputs)`.
         loss: the loss of a batch of outputs and targets; None for the sum of their products, which has the gradient of
             any loss for suitable targets.
+        names: of the inputs, if the model is called by name; () if by position.
+        impossible: why proxies cannot be passed to the model; "" if they can, or if nobody asked.
     """
 
     inputs: tuple[Shape, ...]
     target: Shape
     forward: Forward | None = None
     loss: Loss | None = None
+    names: tuple[str, ...] = ()
+    impossible: str = ""
 
     @property
     def side(self) -> int:
@@ -83,7 +87,9 @@ class ModelCall:
         """Return the outputs [n, ...] of the model with these parameters for proxies [n, *shape] of each input."""
         full = self.full_size(inputs)
         with using_parameters(model, parameters):
-            return as_tensor(model(*full) if self.forward is None else self.forward(model, *full))
+            if self.forward is not None:
+                return as_tensor(self.forward(model, *full))
+            return as_tensor(model(**dict(zip(self.names, full, strict=True))) if self.names else model(*full))
 
     def full_size(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Interpolate proxies [n, *shape] of each input to the input's size where they are smaller."""
@@ -136,12 +142,14 @@ def call_of(
     forward: Forward | None = None,
     loss: Loss | None = None,
     target_shape: Shape | None = None,
+    names: tuple[str, ...] = (),
 ) -> ModelCall:
     """Return the call of a model with inputs of these shapes, checked by a forward pass of zeros.
 
     Args:
         input_shape, forward: see `ModelCall`.
         loss, target_shape: a loss and the shape of its target, both or neither.
+        names: of the inputs, if the model is called by name.
 
     Raises:
         SettingError: this call fails, or its outputs are not floating-point values for each example.
@@ -153,7 +161,9 @@ def call_of(
         isinstance(target_shape, tuple | list) and all(isinstance(n, int) and n >= 1 for n in target_shape)
     ):
         raise SettingError("target_shape", target_shape, "the shape of one example's target in `loss`, such as (10,)")
-    call = ModelCall(inputs, tuple(target_shape or ()), forward, loss)
+    if names and len(names) != len(inputs):
+        raise SettingError("input_shape", input_shape, f"one shape for each of the inputs {', '.join(names)}")
+    call = ModelCall(inputs, tuple(target_shape or ()), forward, loss, () if forward else names)
     accepted = "the shape of this model's input"
     with user_code("input_shape", input_shape, accepted), eval_mode(model), torch.no_grad():
         outputs = call.outputs(model, dict(model.named_parameters()), [torch.zeros(1, *shape) for shape in inputs])

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import TensorDataset, default_collate
 
 import tofu
-from tofu.arguments import CALLS, check_call, check_elements, check_kind, check_names
+from tofu.arguments import CALLS, check_call, check_elements, check_kind, check_names, shown
 from tofu.data import FederatedData, ImageShape, LabeledImages, to_float
 from tofu.data.federated import normalization_of
 from tofu.data.preprocessing import Statistics, normalize_inputs
@@ -279,6 +279,7 @@ def _workload_and_settings(
         raise SettingError("test", type(test).__name__, "None for a dataset that the settings name")
     settings = settings | ({"clients": clients if named_data else len(clients)} if clients is not None else {})
     if named_data and named_model and not any((loop.loss, loop.optimizer, loop.metrics, loop.train_function)):
+        _check_unused({**call, "collate": None if loop.collate is default_collate else loop.collate})
         return None, _checked(settings | ({"model": model} if model is not None else {}))
     if named_model:
         raise SettingError("model", model, "a torch.nn.Module or a function that builds one, as other Python "
@@ -308,6 +309,13 @@ def _workload_and_settings(
         **call,
     )
     return made, checked
+
+
+def _check_unused(given: Mapping[str, Any]) -> None:
+    """Raise SettingError for arguments of Python objects in a run whose settings name its data and its model."""
+    for name, value in given.items():
+        if value is not None:
+            raise SettingError(name, shown(value), "None where the settings name the data and the model")
 
 
 def _check_test(resumed: Path, test: object) -> None:

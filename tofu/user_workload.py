@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -261,18 +261,21 @@ class UserWorkload(DatasetLoop):
         Raises:
             SettingError: the model does not accept the given input shape.
         """
+        found = self._probe[0]
+        names = tuple(found) if isinstance(found, Mapping) and self.forward is None else ()
         if self.input_shape is not None:
-            return call_of(model, self.input_shape, forward=self.forward)
+            return call_of(model, self.input_shape, forward=self.forward, names=names)
         if self.takes_images:
             return shape
-        inputs = self._probe[0]
-        inputs = inputs if isinstance(inputs, list | tuple) else [inputs]
+        values = found.values() if isinstance(found, Mapping) else found
+        inputs = [found] if isinstance(found, Tensor) else list(values) if isinstance(values, Iterable) else [values]
         if not all(isinstance(each, Tensor) and each.is_floating_point() and each.dim() > 1 for each in inputs):
-            return NO_CALL
+            why = f"not all inputs of the model, a batch {described_value(found)}, are floating-point tensors with axes"
+            return replace(NO_CALL, impossible=f"{why} that proxies could take the place of")
         try:
-            return call_of(model, tuple(tuple(each.shape[1:]) for each in inputs))
-        except SettingError:
-            return NO_CALL
+            return call_of(model, tuple(tuple(each.shape[1:]) for each in inputs), names=names)
+        except SettingError as error:
+            return replace(NO_CALL, impossible=f"the model does not accept proxies ({error})")
 
     def client(self, partition: int) -> Sized:
         data: Sized = self.clients[partition]

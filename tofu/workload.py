@@ -5,6 +5,7 @@ texts; `tofu.user_workload` has the one that is made of a user's own Python obje
 """
 
 from collections.abc import Mapping, Sized
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -150,7 +151,9 @@ class RowWorkload:
 
     def call(self, model: nn.Module, shape: ImageShape) -> ModelCall:
         """Proxies of a table are vectors of features. Token ids have no gradient, so texts have no proxies."""
-        return NO_CALL if self._settings.data.kind == "text" else ModelCall(((shape.width,),), (shape.classes,))
+        if self._settings.data.kind == "text":
+            return replace(NO_CALL, impossible="token ids have no gradient, so proxies cannot take their place")
+        return ModelCall(((shape.width,),), (shape.classes,))
 
     def client(self, partition: int) -> LabeledRows:
         if not any(map(len, self.data.clients)):

@@ -310,7 +310,58 @@ def test_mappings_are_passed_by_name_and_logits_are_read(tmp_path: Path) -> None
     seen = Rounds()
     result = tofu.run(**arguments, clients=[Rows(), Rows()], test=Rows(), model=Bag, callbacks=[seen])
     assert (result.summary.final_accuracy or 0) > 0.9
-    assert any("sparse correction alone" in note for note in seen.notes)  # token ids have no proxies
+    (note,) = [note for note in seen.notes if "sparse correction alone" in note]
+    assert "{'ids': int64 [2, 2]}, are floating-point tensors" in note  # token ids have no proxies
+
+
+class Named(Dataset[dict[str, Tensor]]):
+    """Samples as mappings of two floating-point inputs."""
+
+    def __init__(self, seed: int, *, ids: bool = False) -> None:
+        self._vectors, self._ids = Vectors(seed), ids
+
+    def __len__(self) -> int:
+        return len(self._vectors)
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        x, y = self._vectors[row]
+        return {"right": x[2:].long() if self._ids else x[2:], "left": x[:2], "labels": y}
+
+
+class Sides(nn.Module):
+    """A regression on two inputs, whose names are not in the order of the samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.head = nn.Linear(2, 8), nn.Linear(2, 8), nn.Linear(8, 1)
+
+    def forward(self, *, left: Tensor, right: Tensor) -> Tensor:
+        return self.head((self.left(left) + self.right(right.float())).relu()).flatten(0)
+
+
+def test_mappings_of_floating_point_inputs_are_sent_as_proxies(tmp_path: Path) -> None:
+    seen = Rounds()
+    arguments: Row = QUICK | {"ratio": 2.0, "rounds": 3, "lr": 0.1, "proxies_below": 1.0}
+    arguments |= {"model": Sides, "loss": nn.functional.mse_loss}
+    data: Row = {"clients": [Named(0), Named(1)], "test": Named(9), "callbacks": [seen]}
+    result = tofu.run(**arguments, **data, run_folder=tmp_path / "run")
+    assert not seen.notes
+    assert sum(row.with_proxies or 0 for row in result.history) > 0
+    assert (result.history[-1].explained_variance or 0) > 0.3
+    again = tofu.run(**arguments, **data, input_shape=((2,), (2,)), run_folder=tmp_path / "again")
+    assert again.summary.weights_sha256 == result.summary.weights_sha256
+    with pytest.raises(SettingError, match=r"input_shape=\(2,\) .* one shape for each of the inputs right, left"):
+        tofu.run(**arguments, **data, input_shape=(2,), run_folder=tmp_path / "one")
+    mixed: Row = {"clients": [Named(0, ids=True)] * 2, "test": Named(9, ids=True), "callbacks": [seen]}
+    tofu.run(**arguments, **mixed, run_folder=tmp_path / "mixed")
+    assert "not all inputs of the model, a batch {'right': int64 [2, 2], 'left': float32 [2, 2]}" in seen.notes[0]
+
+
+@pytest.mark.parametrize("given", [{"input_shape": (1, 8, 8)}, {"forward": print}, {"collate": list}])
+def test_an_argument_without_effect_is_refused(given: Row) -> None:
+    (name,) = given
+    with pytest.raises(SettingError, match=f"{name}=.* None where the settings name the data and the model"):
+        tofu.run(**QUICK, **DATA, **given)
 
 
 def test_a_run_without_room_for_a_proxy_says_so_before_round_1_and_in_its_report(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def payload_notes(settings: Settings, reference: "ReferenceModel") -> tuple[str,
     codec = settings.codec
     notes = []
     if codec.compressor != _usable(codec.compressor, reference):
-        why = "the model has no floating-point input that proxies could take the place of"
+        why = reference.call.impossible
         notes.append(f"updates are sent as the sparse correction alone (compressor=sparse): {why}")
     links = {"updates": uplink_compressor(settings, "compressed", reference),
              "steps of the server": downlink_compressor(settings, reference)}  # fmt: skip
