@@ -57,6 +57,7 @@ def test_tabular(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "report.html").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("peft") is None, reason="needs the extra `examples`")
 def test_text_with_lora(tmp_path: Path) -> None:
     output = run("text_lora.py", "--rounds", "3", "--folder", "run", cwd=tmp_path)
@@ -68,12 +69,14 @@ def test_text_with_lora(tmp_path: Path) -> None:
     assert int(ratio) == 20
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("lightning") is None, reason="needs the extra `examples`")
 def test_lightning(tmp_path: Path) -> None:
     output = run("lightning_client.py", "--rounds", "3", "--folder", "run", cwd=tmp_path)
     assert float(re.findall(r"accuracy ([\d.]+), payloads 40 times smaller", output)[0]) > 0.75
 
 
+@pytest.mark.slow
 def test_attacking_ones_own_app(tmp_path: Path) -> None:
     options = ("--attacks", "inverting", "--seconds", "3600", "--quiet")
     output = run("attack_own_app.py", "--folder", "recordings", "--", *options, cwd=tmp_path)

@@ -135,6 +135,7 @@ def test_a_run_that_ended_is_not_gone_on_with(folder: Path) -> None:
     assert "expected a run that has not finished" in again.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_the_containers_command_speaks_to_it_too(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -120,6 +120,7 @@ def test_rounds_with_identities_equal_one_process(federation: LocalCluster, tmp_
     assert run.traffic_bytes >= sum(row["bytes"] for row in ledgers[0] if row["direction"] == "uplink")
 
 
+@pytest.mark.slow
 def test_nodes_that_misbehave_are_left_out_and_named(
     federation: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,6 +329,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_it_goes_on_later(federation: L
     background.end()
 
 
+@pytest.mark.slow
 def test_rounds_do_not_wait_for_replies_that_will_not_come(federation: LocalCluster, tmp_path: Path) -> None:
     """The apps of one client end in the middle of rounds 1 to 3, and the SuperNode of another one hangs in round 4.
 

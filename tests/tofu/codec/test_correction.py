@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tofu.codec.correction import MAX_LEVELS, STRATA, Strata, min_bytes, read_correction, slots_length, write_correction
@@ -51,6 +51,7 @@ def test_an_entry_comes_back_as_the_mean_of_its_level(seed: int, tail: float) ->
         assert read[sent][mine].abs().double() == pytest.approx(values[mine].mean().expand(int(mine.sum())), rel=2**-8)
 
 
+@settings(max_examples=25)
 @given(st.integers(0, 2**32 - 1), st.floats(0.5, 4))
 def test_more_bytes_explain_more(seed: int, tail: float) -> None:
     """Also where nearly all entries fit, and the smallest of them is tiny beside the largest."""
