@@ -49,9 +49,11 @@ from tofu.rounds.optimizers import automatic_step
 from tofu.rounds.steps import AddResidual, Compress, KeepResidual, Outgoing, apply_steps
 from tofu.settings import python_call
 from tofu.weights import FINGERPRINT_BYTES, explained_variance, load_weights, norm, weights_of
+from tofu.wire import RECORD as STAGE
 from tofu.wire import RESYNC
 
 LOG = logging.getLogger("tofu.flower")
+_OTHER_STRATEGY = "this client compresses its updates, but the server's strategy is not tofu.Compressed"
 
 
 @python_call
@@ -92,9 +94,7 @@ class CompressMod(TrainMod):
         """
         Policy.of(context).check_round("compressed", 0.0)
         if RECORD not in message.content and not message.content.array_records:
-            if not self._passed_on:
-                LOG.warning("a train message without arrays was passed on: tofu.compress sends nothing of it smaller")
-            self._passed_on = True
+            self._note_passed_on(message)
             return call_next(message, context)
         codec, request = self._codec, _Request.of(message, self._codec)
         base, model = request.received(codec, context)
@@ -141,6 +141,14 @@ class CompressMod(TrainMod):
                 metrics["tofu-downlink-bytes"] = sum(map(len, request.steps)) or spec.float32_bytes
         return reply
 
+    def _note_passed_on(self, message: Message) -> None:
+        """Log a warning for the first train message without arrays. Raises PayloadError for one of secure sums."""
+        if STAGE in message.content:
+            raise PayloadError(_OTHER_STRATEGY)
+        if not self._passed_on:
+            LOG.warning("a train message without arrays was passed on: tofu.compress sends nothing of it smaller")
+        self._passed_on = True
+
 
 @dataclass(frozen=True)
 class _Request:
@@ -169,7 +177,7 @@ class _Request:
         """Raises PayloadError if the server does not use `Compressed`, or uses it with other arguments."""
         record = message.content.config_records.get(RECORD)
         if record is None:
-            raise PayloadError("this client compresses its updates, but the server's strategy is not tofu.Compressed")
+            raise PayloadError(_OTHER_STRATEGY)
         if record.get("version") != VERSION or record.get("digest") != codec.digest:
             raise PayloadError(
                 "tofu.compress and tofu.Compressed (or tofu.hybrid and tofu.Hybrid) have different arguments: "

@@ -22,9 +22,10 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from tofu.errors import SettingError, described
+from tofu.errors import SettingError, TofuError, described
 from tofu.flower.internals import (
     CLIENT_ERROR,
+    OLDER_API,
     SERVER_NODE,
     ConfigValue,
     Run,
@@ -316,9 +317,24 @@ class InProcessGrid(Grid):
         except BaseException as error:
             if self._closed:
                 raise SystemExit from None
-            _LOG.error("client %s failed in %s", node.name, message.metadata.message_type, exc_info=error)
+            _log_failure(node.name, message, error)
             failure = Error(code=CLIENT_ERROR, reason=described(error))
             return _Parcel.pack(Message(failure, reply_to=message), {})
+
+
+def _log_failure(client: str, message: Message, error: BaseException) -> None:
+    """Log what a client app raised: in one line if the two apps do not fit, otherwise with its traceback.
+
+    Such an app asks for arrays where the strategy sends none, or for records of Flower's older API.
+    """
+    key = error.args[0] if isinstance(error, KeyError) and error.args else None
+    missing = isinstance(key, str) and key not in message.content
+    unfit = missing and (str(key).startswith(OLDER_API) or not message.content.array_records)
+    kind = message.metadata.message_type
+    if unfit or isinstance(error, TofuError):
+        _LOG.error("client %s failed in %s: %s", client, kind, described(error))
+    else:
+        _LOG.error("client %s failed in %s", client, kind, exc_info=error)
 
 
 @dataclass(frozen=True)

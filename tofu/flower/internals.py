@@ -29,6 +29,7 @@ from tofu.errors import RunError
 __all__ = [
     "CLIENT_ERROR",
     "LOST",
+    "OLDER_API",
     "SERVER_NODE",
     "ConfigValue",
     "Run",
@@ -48,6 +49,9 @@ __all__ = [
 ]
 
 CLIENT_ERROR = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+OLDER_API = "fitins."
+"""Beginning of the names of the records that train messages of Flower's older API have."""
+
 LOST = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
 """Codes of Flower's own error replies for a message that expired or got lost on the way."""
 

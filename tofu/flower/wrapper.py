@@ -17,7 +17,7 @@ from flwr.serverapp import strategy as strategies
 from flwr.serverapp.strategy import Result, Strategy
 
 from tofu.errors import PayloadError, SettingError, python_names
-from tofu.flower.internals import error_reply, filtered_checks
+from tofu.flower.internals import OLDER_API, error_reply, filtered_checks
 from tofu.flower.log_filter import show_errors_in_one_line
 from tofu.flower.policy import error_replies
 from tofu.flower.update_codec import array_shape
@@ -39,9 +39,6 @@ INDIVIDUAL: tuple[type[Strategy], ...] = (
     strategies.FedXgbBagging, strategies.FedXgbCyclic, strategies.MultiKrum, strategies.QFedAvg,
 )  # fmt: skip
 """Strategies that need the reply of every client, so that they cannot work with an aggregate."""
-
-_OLDER_API = "fitins."
-"""Beginning of the names of the records that train messages of Flower's older API have."""
 
 _OLDER_SERVER = (
     "the server's strategy is of Flower's older API (flwr.server.strategy), which no mod of tofu works with: use one "
@@ -99,7 +96,7 @@ class TrainMod:
             return call_next(message, context)
         with error_replies(message, context) as replies, python_names(FIELDS), inside(self.name):
             _refuse_local_dp_before(self.name)
-            if any(key.startswith(_OLDER_API) for key in message.content):
+            if any(key.startswith(OLDER_API) for key in message.content):
                 LOG.error("%s: %s", self.name, _OLDER_SERVER)  # a strategy of that API does not show error replies
                 raise PayloadError(_OLDER_SERVER)
             replies.append(self.train(message, context, call_next))
@@ -320,5 +317,5 @@ def only_arrays(content: RecordDict, what: str, key: object = None) -> tuple[str
 def reasons_of(errors: Iterable[str | None]) -> str:
     """Different reasons in one line of bounded length."""
     lines = {bounded_line(error or "no reason") for error in errors}
-    lines = {_OLDER_CLIENT if "KeyError" in line and f"'{_OLDER_API}" in line else line for line in lines}
+    lines = {_OLDER_CLIENT if "KeyError" in line and f"'{OLDER_API}" in line else line for line in lines}
     return "; ".join(sorted(lines))[:900]

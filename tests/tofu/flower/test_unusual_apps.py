@@ -317,7 +317,7 @@ def older_client(mods: list[Any]) -> ClientApp:
 
 @pytest.mark.parametrize("ends", ENDS)
 @pytest.mark.parametrize("with_mod", [True, False])
-def test_a_client_of_flowers_older_api_is_named(ends: str, with_mod: bool) -> None:
+def test_a_client_of_flowers_older_api_is_named(ends: str, with_mod: bool, caplog: pytest.LogCaptureFixture) -> None:
     wrap, mod = ENDS[ends]
     server = ServerApp()
 
@@ -330,6 +330,24 @@ def test_a_client_of_flowers_older_api_is_named(ends: str, with_mod: bool) -> No
     ) as caught:
         run_in_process(server, older_client([mod()] if with_mod else []), run_config={}, num_supernodes=CLIENTS)
     assert "KeyError" not in str(caught.value)
+    assert "failed in train" in caplog.text  # one line for each client
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("wrap", "mods", "reason"),
+    [
+        (tofu.SecureAggregation, [lambda: tofu.compress(ratio=20)], r"the server's strategy is not tofu\.Compressed"),
+        (tofu.SecureAggregation, [], r"no client sent keys: add tofu\.secure"),
+        (lambda inner: tofu.Compressed(inner, ratio=20), [tofu.secure], r"is not tofu\.SecureAggregation"),
+    ],
+)
+def test_a_mod_and_a_strategy_that_do_not_fit_leave_no_traceback(
+    wrap: Any, mods: list[Any], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(RunError, match=reason):
+        federate(wrap(strategy_of()), *(mod() for mod in mods), rounds=1)
+    assert "Traceback" not in caplog.text
 
 
 @pytest.mark.parametrize("ends", ENDS)
