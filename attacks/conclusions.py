@@ -148,7 +148,7 @@ def headline(summary: Sequence[Row], *, tested: bool) -> str:
     leaking, _ = _leaking(sent)
     sentences = [f"{_came_back(leaking)}."] * bool(leaking)
     for begin, exact in (("On the exact update", True), ("On the other messages", False)):
-        entries = [entry for entry in measured if (entry["message"] == "exact") == exact]
+        entries = [entry for entry in measured if (entry["message"] == CONTROL) == exact]
         if entries:
             worst = max(entries, key=lambda entry: float(entry["psnr"][0]))
             where = worst["attack"] if exact else f"{worst['message']}, {worst['attack']}"

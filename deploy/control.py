@@ -104,7 +104,7 @@ class Control:
         return str(self._ask(*arguments, accepted=_KEY_IN_USE).get("node-id", ""))
 
     def overview(self, *names: str) -> list[list[dict[str, Any]]]:
-        """Return what `nodes` and `runs` do, for each of these names, in one process and a third of the CPU time."""
+        """Return what `nodes` and `runs` do, for each of these names, in one process."""
         command = [sys.executable, "-m", "deploy.listing", _CONNECTION, *names]
         output = self._output(command, "the list of nodes and runs")
         found: list[list[dict[str, Any]]] = []

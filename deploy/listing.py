@@ -1,6 +1,6 @@
 """Lists a SuperLink's nodes and runs in one process, without the imports of Flower's other commands.
 
-`flwr supernode list` and `flwr ls` are two processes, each of which imports all commands: three CPU seconds.
+`flwr supernode list` and `flwr ls` are two processes, each of which imports all commands, which takes seconds.
 """
 
 import sys
