@@ -112,7 +112,7 @@ def test_values_that_cannot_be_right_are_refused() -> None:
         TrainRequest.from_bytes(struct.pack(request, 0, 0, 0, 1, 8, 8, 10, 0, 5, 0) + bytes(5))
     with pytest.raises(PayloadError, match="0 images"):
         TrainReply.from_bytes(struct.pack("<I5fBI", 0, 0, 0, 0, 0, 0, 0, 0))
-    with pytest.raises(PayloadError, match=r"holds train_loss=nan, expected finite ones .* diverged .* a smaller lr"):
+    with pytest.raises(PayloadError, match=r"metrics train_loss=nan, expected finite ones .* diverged .* a smaller lr"):
         TrainReply.from_bytes(struct.pack("<I5fBI", 1, float("nan"), 0, 0, 0, 0, 0, 0))
     with pytest.raises(PayloadError, match="3 bytes are left, expected 4 of the advert"):
         TrainReply.from_bytes(struct.pack("<I5fBI", 1, 0, 0, 0, 0, 0, 4, 0) + b"abc")
