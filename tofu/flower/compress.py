@@ -23,6 +23,7 @@ from torch import Tensor
 
 from tofu.compression.error_feedback import NEVER
 from tofu.errors import PayloadError, RunError, SettingError
+from tofu.flower.agreement import named_differences
 from tofu.flower.client_state import load_arrays, load_feedback, save_arrays, save_feedback
 from tofu.flower.internals import error_reply
 from tofu.flower.policy import Policy
@@ -179,9 +180,10 @@ class _Request:
         if record is None:
             raise PayloadError(_OTHER_STRATEGY)
         if record.get("version") != VERSION or record.get("digest") != codec.digest:
+            named = named_differences(codec.text, record.get("arguments"))
             raise PayloadError(
-                "tofu.compress and tofu.Compressed (or tofu.hybrid and tofu.Hybrid) have different arguments: "
-                "pass the same to both"
+                "tofu.compress and tofu.Compressed (or tofu.hybrid and tofu.Hybrid) have different arguments "
+                f"({named}): pass the same to both"
             )
         round_, acknowledged = record.get("round"), record.get("acknowledged")
         if not isinstance(round_, int) or not isinstance(acknowledged, int):
@@ -380,7 +382,7 @@ class Compressed(StrategyWrapper):
         record = ConfigRecord({
             "version": VERSION, "round": round_, "acknowledged": self.acknowledged.get(node, NEVER),
             "digest": self._codec.digest, "key": sent.key, "outputs": sent.model.outputs, "training": self.training,
-            **self.told,
+            "arguments": self._codec.text, **self.told,
         })  # fmt: skip
         if self._steps is None:
             return with_record(message, RECORD, record)

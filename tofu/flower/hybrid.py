@@ -18,6 +18,7 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from tofu.arguments import check_kind, check_options
 from tofu.errors import PayloadError, RunError, SettingError
+from tofu.flower.agreement import arguments_text
 from tofu.flower.compress import Compressed, CompressMod
 from tofu.flower.secure import SecureAggregation
 from tofu.flower.secure_mod import RECORD as SECURE_RECORD
@@ -46,7 +47,7 @@ def hybrid(*arguments: Any, secure: Mapping[str, Any] | None = None, **options: 
     """
     codec = codec_of(hybrid, arguments, options)
     secure_options = _secure_options(codec, secure)
-    codec.joint = secure_options.digest.hex()
+    codec.joint, codec.joint_text = secure_options.digest.hex(), arguments_text({"secure": secure_options.text}, {})
     return HybridMod(codec, secure_options)
 
 
@@ -111,7 +112,7 @@ class Hybrid(StrategyWrapper):
             raise SettingError("switch_round", switch_round, "a round, or 0 and a metric's name as plateau")
         codec = codec_of(type(self), arguments, options)
         secure_options = _secure_options(codec, secure)
-        codec.joint = secure_options.digest.hex()
+        codec.joint, codec.joint_text = secure_options.digest.hex(), arguments_text({"secure": secure_options.text}, {})
         self._secure = SecureAggregation(
             inner, identities=identities, stage_timeout=stage_timeout, delta=delta, codec=codec,
             **vars(secure_options),

@@ -28,7 +28,7 @@ from tofu.errors import PayloadError, RunError, SettingError
 from tofu.flower.compress import Compressed
 from tofu.flower.internals import content_reply
 from tofu.flower.robust import Robust
-from tofu.flower.secure_mod import RECORD, content_digest, joint_digest, meaning
+from tofu.flower.secure_mod import RECORD, content_digest, joint_digest, joint_text, meaning
 from tofu.flower.secure_options import VERSION, RangeTracker, SecureOptions
 from tofu.flower.secure_stages import AbandonedError, SecureExchange, abandoning
 from tofu.flower.transport import GridTransport
@@ -218,6 +218,7 @@ class SecureAggregation(StrategyWrapper):
                 record = ConfigRecord({
                     "version": VERSION, "round": self._round, "acknowledged": self.acknowledged.get(node, NEVER),
                     "digest": joint_digest(self._options, self._codec), "weight-key": self._weight_key, "part": part,
+                    "arguments": joint_text(self._options, self._codec),
                     "clip-norm": self._ranges.norm, "training": self.training,
                 })  # fmt: skip
                 requests.append(with_record(message, RECORD, record))

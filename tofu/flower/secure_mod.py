@@ -18,6 +18,7 @@ from torch import Tensor
 from tofu.arguments import check_options
 from tofu.compression.error_feedback import ErrorFeedback
 from tofu.errors import PayloadError
+from tofu.flower.agreement import named_differences
 from tofu.flower.client_state import load_feedback, save_feedback
 from tofu.flower.policy import Policy
 from tofu.flower.secure_options import VERSION, SecureOptions
@@ -179,7 +180,10 @@ class _SecureRequest:
                 "this client sends masked updates only, but the server's strategy is not tofu.SecureAggregation"
             )
         if record.get("version") != VERSION or record.get("digest") != joint_digest(options, codec):
-            raise PayloadError("tofu.secure and tofu.SecureAggregation have different options: pass the same to both")
+            named = named_differences(joint_text(options, codec), record.get("arguments"))
+            raise PayloadError(
+                f"tofu.secure and tofu.SecureAggregation have different options ({named}): pass the same to both"
+            )
         round_, acknowledged, key = record.get("round"), record.get("acknowledged"), record.get("weight-key")
         norm = record.get("clip-norm")
         if not isinstance(round_, int) or not isinstance(acknowledged, int) or not isinstance(key, str):
@@ -255,6 +259,11 @@ def _steps_of(weight: object, key: str, options: SecureOptions) -> int:
 def joint_digest(options: SecureOptions, codec: UpdateCodec | None) -> bytes:
     """Identifies what both ends must have in common."""
     return options.digest + (codec.digest if codec else b"")
+
+
+def joint_text(options: SecureOptions, codec: UpdateCodec | None) -> str:
+    """Return what both ends must have in common, as far as it is not the default, for error messages."""
+    return codec.text if codec else options.text
 
 
 def meaning(round_: int, options: SecureOptions, codec: UpdateCodec | None, norm: float) -> tuple[bytes, ...]:

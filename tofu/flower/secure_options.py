@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tofu.arguments import check_kind, check_number
 from tofu.errors import SettingError
+from tofu.flower.agreement import arguments_text
 from tofu.plugins import SumSpec
 from tofu.privacy import Noise
 from tofu.privacy.adaptive import REPORT, AdaptiveClip
@@ -105,6 +106,11 @@ class SecureOptions:
         """Identifies the options in 8 bytes."""
         shared = [VERSION, dataclasses.asdict(self)]
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).digest()[:FINGERPRINT_BYTES]
+
+    @property
+    def text(self) -> str:
+        """The options that are not defaults, for error messages."""
+        return arguments_text(vars(self), {field.name: field.default for field in dataclasses.fields(self)})
 
     def clip(self, norm: float) -> AdaptiveClip | None:
         """Return the clip norm of a round, if it follows a quantile."""

@@ -7,6 +7,7 @@ module with the arrays as its parameters, which is enough for compressors that d
 import copy
 import dataclasses
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -28,6 +29,7 @@ from tofu.codec.options import DEFAULTS, CompressorOptions, ProxySettings
 from tofu.compression import compressors, make_compressor
 from tofu.compression.base import Compressor
 from tofu.errors import PayloadError, SettingError
+from tofu.flower.agreement import arguments_text, joined_texts
 from tofu.models.behavior import OUTPUT_BYTES, check_outputs, output_sketch
 from tofu.models.checks import drop_constant_buffers
 from tofu.recording import AppCodec
@@ -141,6 +143,8 @@ class UpdateCodec:
         self.downlink = downlink
         self.joint = ""
         """Further options that client and server must share: those of the secure rounds of `tofu.hybrid`."""
+        self.joint_text = "{}"
+        """Those of them that are not defaults, for error messages."""
         self.error_feedback, self.step_ahead, self.seed = error_feedback, step_ahead, seed
         self.differences = differences
         self._noted = False
@@ -179,6 +183,21 @@ class UpdateCodec:
         shared = [VERSION, name, self._ratio, self.downlink, call.inputs, call.target, functions, options, self.joint]
         shared.append(bool(self.differences))
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).digest()[:FINGERPRINT_BYTES]
+
+    @property
+    def text(self) -> str:
+        """The arguments that both ends must share and that are not defaults, for error messages."""
+        name, call = self._resolved
+        functions = {key: _function_text(f) for key, f in (("forward", call.forward), ("loss", call.loss)) if f}
+        given = {
+            "compressor": name, "input_shape": call.inputs, "target_shape": call.target, **functions,
+            "ratio": self._ratio, "downlink": self.downlink, "differences": bool(self.differences),
+            "correction": self._correction, "proxies_below": self._proxies_below,
+            "over_relaxation": self._over_relaxation, "error_feedback": 1.0 if self.error_feedback else 0.0,
+        }  # fmt: skip
+        defaults = {name: p.default for name, p in inspect.signature(UpdateCodec).parameters.items()}
+        defaults |= {"input_shape": (), "target_shape": (), "differences": False}
+        return joined_texts(arguments_text(given, defaults), self.joint_text)
 
     @property
     def arguments(self) -> AppCodec:
@@ -482,6 +501,13 @@ def _function_identity(function: Callable[..., object]) -> list[object]:
     if code is None:
         return [type(function).__qualname__]
     return [function.__qualname__, *_references(code, function.__doc__)]
+
+
+def _function_text(function: Callable[..., object]) -> str:
+    """Return a function's name and a digest of its identity, which differs where the digest of the arguments does."""
+    identity = json.dumps(_function_identity(function)).encode()
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    return f"{name.rpartition('.')[2]} ({hashlib.sha256(identity).hexdigest()[:6]})"
 
 
 def _references(code: CodeType, doc: str | None = None) -> list[object]:
