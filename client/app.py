@@ -145,7 +145,7 @@ def _answering(what: str, message: Message, context: Context) -> Iterator[_Answe
         )  # fmt: skip
         LOG.log(level, event, extra=extra, exc_info=level >= logging.ERROR)
 
-    with error_replies(message, context) as replies:
+    with error_replies(message, context, named=what == "hello") as replies:
         try:
             start_logging(str(context.run_config.get("log", "text")))
             with eager_code():

@@ -1,5 +1,6 @@
 """The connected clients: node ids from the transport, names and numbers of images from the clients themselves."""
 
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from tofu.wire import CLASSES, RECORD, SIGNATURE, class_names_from, class_names_
 
 _GRACE_SECONDS = 30.0
 """Time to wait for other clients if all that are connected have declined, and more are expected."""
+
+_NAMED_REASON = re.compile(r"client ([^\s:]{1,64}): (.*)", re.DOTALL)
+"""The reason of a client that says its name (`tofu.flower.policy.error_replies`)."""
 
 _MAX_ADDED = 1000
 """Limit for the number of classes that clients add to a run."""
@@ -71,7 +75,7 @@ class Clients:
         self._known: dict[int, Client | None] = {}
         self._owners: dict[str, int] = {}
         self._declined: dict[int, str] = {}
-        self._unreported: dict[int, str] = {}
+        self._unreported: dict[int, tuple[str, str]] = {}
 
     def connected(self, *, min_clients: int, timeout: float, round_: int) -> list[Client]:
         """Return the clients connected now, in the order of their names; waits until there are `min_clients`.
@@ -144,8 +148,15 @@ class Clients:
         """Number of images that clients have left out because they cannot be read."""
         return sum(client.unreadable for client in self._known.values() if client is not None)
 
-    def take_declined(self) -> dict[int, str]:
-        """Return a mapping: node -> why it takes no part, of the nodes for which this has not been returned before."""
+    @property
+    def declined(self) -> int:
+        """Number of clients that could not take part."""
+        return sum(self._known.get(node) is None for node in self._declined)
+
+    def take_declined(self) -> dict[int, tuple[str, str]]:
+        """Return a mapping: node -> the name that it gave, or "", and why it takes no part, of the nodes for which this
+        has not been returned before.
+        """
         taken, self._unreported = self._unreported, {}
         return taken
 
@@ -234,8 +245,11 @@ class Clients:
 
     def _decline(self, node: int, reason: str, reply: Message, round_: int) -> None:
         """Note why a node takes no part. It is not asked again, unless Flower itself made the error."""
-        self._observer.on_note(f"node {node} cannot take part: {reason}", round=round_, node=node)
-        self._declined[node] = self._unreported[node] = reason
+        named = _NAMED_REASON.match(reason)
+        name, reason = (named[1], named[2]) if named else ("", reason)
+        who = f"client {name}" if name else f"node {node}"
+        self._observer.on_note(f"{who} cannot take part: {reason}", round=round_, node=node)
+        self._declined[node], self._unreported[node] = reason, (name, reason)
         if reply.metadata.src_node_id == node:
             self._known[node] = None
 

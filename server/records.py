@@ -156,6 +156,7 @@ def run_summary(runner: RoundRunner, ledger: Ledger, *, stopped: str, folder: st
         delta=runner.settings.privacy.privacy_delta if runner.account else None,
         stopped=stopped,
         unreadable=runner.unreadable,
+        declined=runner.clients.declined,
         run=folder,
         seconds=seconds,
         by_class=_by_class(runner.by_class, runner.clients.class_names),

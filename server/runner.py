@@ -248,8 +248,9 @@ class RoundRunner:
             for name, reason in state.failures.items():
                 self._observer.on_client_failure(round_, name, result.nodes[name], reason)
         self._note_stragglers(state, set(result.nodes))
-        for node, reason in self.clients.take_declined().items():
-            result.nodes[str(node)], result.failures[str(node)] = node, reason
+        for node, (name, reason) in self.clients.take_declined().items():
+            key = name if name and name not in result.nodes else str(node)
+            result.nodes[key], result.failures[key] = node, reason
         if result.sums:
             self.plugins.reduce(result.sums, result.examples)
         for model in self.models:

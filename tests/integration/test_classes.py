@@ -91,6 +91,22 @@ def test_what_a_client_cannot_read_is_counted_at_the_server_without_its_name(
     assert str(folders[0]) not in stored
 
 
+def test_a_client_that_cannot_take_part_is_named_in_its_note_and_counted_at_the_end(
+    tmp_path: Path, folders: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for image in folders[2].rglob("*.png"):
+        image.write_bytes(b"")
+    rounds, _ = federate(tmp_path, "run", folders, rounds=1)
+    assert [failure.client for failure in rounds[1].failures] == ["2"]
+    assert rounds[1].clients == 2
+    summary = read_summary(tmp_path / "run" / "summary.json")
+    assert summary is not None
+    assert summary.declined == 1
+    said = capsys.readouterr().err
+    assert "client 2 cannot take part: " in said
+    assert "left out: 1 client" in said
+
+
 def test_the_classes_of_a_run_are_those_of_all_its_clients(
     tmp_path: Path, folders: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -153,7 +153,9 @@ def test_a_sign_flip_ruins_the_mean_and_not_the_robust_rules(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("round_", [1, 2])  # round 1 is before the first checkpoint
 def test_a_round_that_a_crash_interrupted_counts_in_the_privacy_account(round_: int, tmp_path: Path) -> None:
-    private = TINY | {"noise_multiplier": 4.0, "rounds": 3, "norm": "none", "checkpoint": True, "ema_decay": 0.5}
+    private = TINY | {
+        "noise_multiplier": 4.0, "rounds": 3, "norm": "none", "checkpoint": True, "ema_decay": 0.5, "lr": 0.001,
+    }  # fmt: skip
     folder, whole = tmp_path / "killed", tmp_path / "whole"
     serve_in_process(honest.app, Settings.of(private | {"run_folder": str(whole)}), Observer())
     for observer, own in (
@@ -175,7 +177,7 @@ def test_a_round_that_a_crash_interrupted_counts_in_the_privacy_account(round_: 
 def test_a_round_of_server_noise_that_a_crash_interrupted_counts_as_one_of_its_clients(tmp_path: Path) -> None:
     private = TINY | {
         "noise_multiplier": 4.0, "rounds": 5, "norm": "none", "checkpoint": True, "server_noise": "correlated",
-        "min_separation": 2, "client_fraction": 0.5,
+        "min_separation": 2, "client_fraction": 0.5, "lr": 0.001,
     }  # fmt: skip
     folder = tmp_path / "killed"
     for observer, own in ((DieInRound(2), {"run_folder": str(folder)}), (DieInRound(2), {"resume": str(folder)})):

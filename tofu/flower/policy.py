@@ -212,11 +212,11 @@ class Policy(BaseModel):
 
 
 @contextmanager
-def error_replies(message: Message, context: Context) -> Iterator[list[Message]]:
+def error_replies(message: Message, context: Context, *, named: bool = False) -> Iterator[list[Message]]:
     """Turn an exception into an error reply, which becomes the only entry of the list.
 
     Details that the reply does not contain are printed on standard error. With `error_details`, an exception that is
-    not a `TofuError` is raised instead.
+    not a `TofuError` is raised instead. With `named`, the reason begins with "client NAME: " for a client with a name.
     """
     replies: list[Message] = []
     try:
@@ -228,6 +228,8 @@ def error_replies(message: Message, context: Context) -> Iterator[list[Message]]
         reason = policy.public_reason(error, context.run_config)
         if reason != str(error):
             print(f"client {client_name(context)}: {described(error)}", file=sys.stderr, flush=True)
+        if named and "partition-id" in context.node_config:
+            reason = f"client {client_name(context)}: {reason}"
         code = error.code if isinstance(error, ResyncError) else 0
         replies[:] = [Message(Error(code=code, reason=reason), reply_to=message)]
 

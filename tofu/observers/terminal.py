@@ -301,6 +301,9 @@ def _summary_line(summary: RunSummary, last: RoundRecord | None) -> str:
         words.append(f"uplink {format_bytes(sent)}")
         if fedavg / sent - 1 >= _LEVEL:
             words[-1] += f", {format_factor(fedavg / sent)} less than the {format_bytes(fedavg)} FedAvg sends"
+    left_out = [(summary.declined, "client"), (summary.unreadable, "unreadable image")]
+    if any(count for count, _ in left_out):
+        words.append("left out: " + ", ".join(format_count(count, noun) for count, noun in left_out if count))
     if summary.seconds is not None:
         words.append(format_seconds(summary.seconds))
     return "done: " + "; ".join(words) if words else "done"

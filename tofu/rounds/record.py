@@ -217,6 +217,7 @@ class RunSummary(StrictFields):
         model_epsilon: as of a round.
         stopped: why the run ended before its last round, or "".
         unreadable: number of images that clients and server left out because they cannot be read.
+        declined: number of clients that could not take part.
         run: folder of the run.
         baseline: a FedAvg run to compare with, or None.
         by_class: the final model on each class of the test data; () if it does not classify.
@@ -239,6 +240,7 @@ class RunSummary(StrictFields):
     delta: Number = None
     stopped: Text = ""
     unreadable: Count = 0
+    declined: Count = 0
     run: Text = ""
     seconds: Number = None
     baseline: Baseline | None = None
@@ -252,7 +254,7 @@ _SPARSE = frozenset((
     "epsilon", "model_epsilon", "delta", "clip_norm", "by_client", "metrics", "plugins", "task", "task_accuracies",
     "group_accuracies", "clipped", "largest_clipped", "abandoned", "late", "accuracy_quantiles", "link_seconds",
     "test_accuracy", "mean_accuracy", "backward_transfer", "stopped", "baseline", "node", "examples",
-    "compressor", "notes", "by_class",
+    "compressor", "notes", "by_class", "declined",
 ))  # fmt: skip
 """Fields that JSON omits at their default, since most runs do not have them."""
 
