@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from deploy.processes import missing_commands, read_names
 from deploy.state import Process, State, end_group
 from deploy.superlink import CONTROL_TOKEN
 from tofu.errors import RunError, SettingError
-from tofu.imports import MODULES
+from tofu.imports import MODULES, check_module
 from tofu.log import FILE
 from tofu.reporting.run_settings import check_new, check_resumed, read_config
 from tofu.settings import Settings
@@ -257,17 +258,29 @@ def run(folder: Path, overrides: Mapping[str, object], *, follow: Callable[[str]
 def _check_run(folder: Path, state: State, settings: Settings) -> None:
     """Refuse what this machine, which is the server's, knows to be unusable before a run is started.
 
-    Only our own app is known to read datasets as `tofu run` does.
+    Only our own app is known to read datasets and models as `tofu run` does.
 
     Raises:
-        SettingError: the dataset does not exist, or the run folder cannot be used.
+        SettingError: the dataset or the model does not exist, or the run folder cannot be used.
     """
     if Path(state.app) == folder / "app":
         check_dataset(settings.data)
+        _check_model(settings.model.model, settings.data.kind)
     if settings.run.resume:
         check_resumed(settings)
     elif settings.run.run_folder:
         check_new(Path(settings.run.run_folder))
+
+
+def _check_model(name: str, kind: str) -> None:
+    """Raises SettingError for a user's model whose module is found here, but which it lacks or cannot build."""
+    if ":" not in name:
+        return
+    with suppress(ModuleNotFoundError):  # the apps may find it: `up` may have been started elsewhere
+        check_module(name)
+        from tofu.models import check_factory
+
+        check_factory(name, kind)
 
 
 class RunLines:

@@ -1,5 +1,7 @@
 """`tofu.run`, which runs a federation in this process, and its result."""
 
+import base64
+import html
 import importlib
 import importlib.util
 import inspect
@@ -155,6 +157,11 @@ class Plot:
 
     def _repr_svg_(self) -> str:
         return self.svg
+
+    def _repr_html_(self) -> str:
+        """As an image: the style of an SVG within a page would apply to all of the page."""
+        encoded = base64.b64encode(self.svg.encode()).decode()
+        return f'<img alt="{html.escape(self.title)}" src="data:image/svg+xml;base64,{encoded}">'
 
 
 @python_call

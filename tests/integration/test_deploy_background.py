@@ -113,6 +113,19 @@ def test_a_proxy_round_goes_round(folder: Path) -> None:
     assert sorted(read_known(folder / "keys" / "identities.json")) == ["0", "1"]
 
 
+def test_a_model_that_its_module_lacks_is_refused_without_a_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "some_networks.py").write_text("def right(*, channels, height, width, classes): ...")
+    monkeypatch.chdir(tmp_path)
+    before = asked("status", f"--folder={folder}")["runs"]
+    result = deploy("run", f"--folder={folder}", "--model=some_networks:wrong")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: model='some_networks:wrong' is not usable: ")
+    assert result.stderr.count("\n") == 1
+    assert asked("status", f"--folder={folder}")["runs"] == before
+
+
 def test_a_dataset_that_is_nowhere_is_refused_without_a_run(folder: Path) -> None:
     before = asked("status", f"--folder={folder}")["runs"]
     result = deploy("run", f"--folder={folder}", "--dataset=nowhere")

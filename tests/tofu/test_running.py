@@ -1,6 +1,7 @@
 """`tofu.run` with Python objects: datasets, models, losses, optimizers, metrics and training functions of the user."""
 
 import asyncio
+import base64
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,7 +128,11 @@ def test_the_result_has_the_run_as_objects(tmp_path: Path, parts: tuple[list[Ten
         style = text[text.index("<style>") : text.index("</style>")]
         used = {f".{name}" for names in re.findall(r'class="([^"]+)"', text) for name in names.split()}
         assert used <= set(re.findall(r"\.[a-z][\w-]*", style)), "what has no rule is black"
-    assert repr(result.plot()) == "Plot(accuracy by round)"
+    plot = result.plot()
+    assert repr(plot) == "Plot(accuracy by round)"
+    image = re.fullmatch(r'<img alt="accuracy by round" src="data:image/svg\+xml;base64,(.*)">', plot._repr_html_())
+    assert image is not None
+    assert base64.b64decode(image[1]).decode() == plot.svg
     assert result.report().read_text().startswith("<!doctype html>")
     with pytest.raises(SettingError, match=r"against='round' .* 'rounds' or 'bytes'"):
         result.plot("round")  # type: ignore[arg-type]

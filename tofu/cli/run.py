@@ -108,6 +108,9 @@ def run_settings(settings: Settings, *, quiet: bool, kept: bool = True, notes: S
     Raises:
         Interrupted: by Ctrl-C, once the run folder exists.
     """
+    quiet = quiet or settings.run.log == "json"
+    if sys.stderr.isatty() and not quiet:
+        print("loading torch, Flower and the data", file=sys.stderr)
     logging.getLogger("flwr").setLevel(logging.ERROR)
     from client.app import app as client_app
     from server.app import serve_in_process
@@ -126,7 +129,7 @@ def run_settings(settings: Settings, *, quiet: bool, kept: bool = True, notes: S
             self.round = record.round
 
     started = Started()
-    view = make_progress(sys.stderr, quiet=quiet or settings.run.log == "json", kept=kept, notes=notes)
+    view = make_progress(sys.stderr, quiet=quiet, kept=kept, notes=notes)
     try:
         return serve_in_process(client_app, settings, Observers((started, view)))
     except KeyboardInterrupt:

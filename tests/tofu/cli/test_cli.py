@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import io
 import json
 import logging
 import os
@@ -21,6 +22,8 @@ from attacks.evaluate import AttackEvaluation
 from attacks.recorded import ATTACKS
 from tests.processes import run
 from tofu.cli import COMMANDS, load_command, main
+from tofu.cli.run import run_settings
+from tofu.errors import TofuError
 from tofu.formatting import format_seconds
 from tofu.observers.terminal import proxies_line
 from tofu.settings import FIELDS, Settings, read_toml, section_of
@@ -848,3 +851,21 @@ def test_a_run_whose_streams_are_closed_ends_like_another(tmp_path: Path) -> Non
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["rounds"] == 1
     for path in (tmp_path / "run").glob("*.json"):
         json.loads(path.read_text())
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "log", "said"), [(_Terminal, "text", 1), (_Terminal, "json", 0), (io.StringIO, "text", 0)]
+)
+def test_a_terminal_shows_something_before_torch_and_the_data_are_loaded(
+    stream: type[io.StringIO], log: str, said: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", shown := stream())
+    empty = Settings.of({"dataset": str(tmp_path), "run_folder": str(tmp_path / "run"), "log": log})
+    with pytest.raises(TofuError):
+        run_settings(empty, quiet=False)
+    assert shown.getvalue().count("loading torch, Flower and the data\n") == said
