@@ -146,7 +146,7 @@ def write_correction(vector: Tensor, budget: int, strata: Strata) -> bytes:
         if ranking.largest(count).nbytes <= budget:
             fits = count
         else:
-            too_many = count
+            too_many, ranking = count, ranking.first(count)
     best = ranking.best([fits >> halvings for halvings in range(max(1, fits.bit_length()))], budget)
     if best.slots.size and ranking.largest(fits).top == MAX_LEVELS:
         # If nearly all entries fit, s may be so small that many belong to the highest level; then fewer explain more.
@@ -224,6 +224,13 @@ class _Ranking:
         ranks = increasing[np.searchsorted(order[increasing], positions)]
         return _Ranking(strata, slots, values[positions], ranks, np.abs(values[order]))
 
+    def first(self, count: int) -> "_Ranking":
+        """Return the ranking of the `count` largest entries alone."""
+        chosen = self.ranks < count
+        return _Ranking(
+            self.strata, self.slots[chosen], self.values[chosen], self.ranks[chosen], self.descending[:count]
+        )
+
     def largest(self, count: int) -> "_Correction":
         """Return the `count` largest entries."""
         chosen = self.ranks < count
@@ -233,8 +240,11 @@ class _Ranking:
         return _Correction(self.strata, slots, values, levels)
 
     def best(self, counts: Sequence[int], budget: int) -> "_Correction":
-        """Return the largest entries, as many as explain most of those numbers that fit; the first if several do."""
-        choices = (self.largest(count) for count in counts)
+        """Return the largest entries, as many as explain most of those numbers that fit; the highest if several do."""
+        choices, ranking = [], self
+        for count in sorted(counts, reverse=True):
+            ranking = ranking.first(count) if count < ranking.ranks.size // 2 else ranking
+            choices.append(ranking.largest(count))
         return max((one for one in choices if one.nbytes <= budget), key=lambda one: one.explained)
 
 
