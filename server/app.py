@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ from server.records import (
     run_summary,
     spent_budget,
     start_record,
+    unlearned,
 )
 from server.runner import RoundRunner
 from server.secure_ranges import check_secure_settings
@@ -293,7 +295,9 @@ class _Run:
             self._round(folder, round_)
         seconds = earlier + time.perf_counter() - self._began
         failed = failed_rounds(folder.records())
-        if not failed and self._runner.account is None:  # with noise, what was wanted: a note has said so
+        if self._runner.account is not None:  # with noise, what was wanted: a note says so
+            self._note_noise(folder)
+        elif not failed:
             failed = self._divergence(folder)
         summary = run_summary(
             self._runner, self._ledger, stopped=stopped or failed, folder=str(folder.path), seconds=seconds
@@ -361,15 +365,25 @@ class _Run:
     def _divergence(self, folder: RunFolder) -> str:
         """Return how training has diverged so far, and what may help; "" if it has not."""
         diverged = divergence(folder.records(), self._workload.shape.classes, growth=self._runner.growth)
-        advice = "a smaller lr may help"
-        if self._runner.account is not None:
-            privacy = self._settings.privacy
-            noise = f"clip-norm {privacy.clip_norm:g}, noise-multiplier {privacy.noise_multiplier:g}"
-            advice = (
-                f"the noise ({noise}) is probably too much for so few clients: more clients in a round or a smaller "
-                "clip-norm may help, or a smaller noise-multiplier, which raises epsilon"
-            )
+        advice = "a smaller lr may help" if self._runner.account is None else self._less_noise()
         return f"{diverged}; {advice}" if diverged else ""
+
+    def _note_noise(self, folder: RunFolder) -> None:
+        """Note that a run with noise ended without having learned, unless its last round was noted as diverged."""
+        records, parameters = folder.records(), self._runner.models[0].reference.param_spec.parameter_count
+        guessed = unlearned(records, self._workload.shape.classes)
+        # The noise of the mean is longer than any clipped update: a short run without much noise learns little, too.
+        length = self._settings.privacy.noise_multiplier * math.sqrt(parameters)
+        if guessed and length > records[-1].clients and not self._divergence(folder):
+            self._observer.on_note(f"{guessed}; {self._less_noise()}")
+
+    def _less_noise(self) -> str:
+        privacy = self._settings.privacy
+        noise = f"clip-norm {privacy.clip_norm:g}, noise-multiplier {privacy.noise_multiplier:g}"
+        return (
+            f"the noise ({noise}) is probably too much for so few clients: more clients in a round or a smaller "
+            "clip-norm may help, or a smaller noise-multiplier, which raises epsilon"
+        )
 
     def _checkpoint(self, folder: RunFolder, record: RoundRecord, messages: Sequence[Mapping[str, object]]) -> None:
         """Store the state after a round, before any other file is written for the round."""

@@ -11,6 +11,7 @@ from server.ledger import Ledger
 from server.runner import RoundResult, RoundRunner
 from tofu.data import LabeledImages
 from tofu.evaluation import ClassCounts, Evaluation
+from tofu.formatting import format_fraction
 from tofu.rounds.record import QUANTILES, ClassRecord, ClientRecord, Failure, RoundRecord, RunSummary
 from tofu.tasks import backward_transfer, mean_accuracy, round_context
 from tofu.weights import weights_sha256
@@ -20,7 +21,7 @@ from tofu.workload import NamedWorkload, Workload, data_description
 Arrays = Mapping[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]
 _MAX_REAL = 16
 _DIVERGED, _EXPLODED, _GROWN = 100.0, 5.0, 10.0
-_LEARNED, _GUESSING = 0.25, 0.05
+_LEARNED, _LITTLE, _GUESSING = 0.25, 0.1, 0.05
 """Fractions of the accuracies above guessing."""
 
 
@@ -214,12 +215,27 @@ def divergence(records: Sequence[RoundRecord], classes: int, *, growth: float = 
         return text
     guessing = 1 / classes
     best = max((record.accuracy or 0.0 for record in records), default=0.0)
-    lost = last.accuracy is not None and last.accuracy <= guessing + _GUESSING * (1 - guessing)
+    lost = _below(last, classes, _GUESSING)
     learned = best >= guessing + _LEARNED * (1 - guessing)
     exploded = growth > _GROWN or (last.train_loss or 0.0) > _EXPLODED * max(start.loss, 1.0)
     if lost and not last.task_accuracies and last.loss > start.loss and (learned or exploded):
         return f"{text}; the accuracy was {best:.3g} and is {last.accuracy:.3g}, that of guessing"
     return ""
+
+
+def unlearned(records: Sequence[RoundRecord], classes: int) -> str:
+    """Return that the last accuracy is little better than guessing, or "". One task after the other is not judged."""
+    last = records[-1]
+    if classes < 2 or not last.round or last.task_accuracies or not _below(last, classes, _LITTLE):
+        return ""
+    accuracy, guessing = format_fraction(last.accuracy or 0.0), format_fraction(1 / classes)
+    return f"the final accuracy, {accuracy}, is little better than that of guessing, {guessing}"
+
+
+def _below(record: RoundRecord, classes: int, fraction: float) -> bool:
+    """Whether the accuracy is measured, and at most this fraction of the way from guessing to perfect accuracy."""
+    guessing = 1 / classes
+    return record.accuracy is not None and record.accuracy <= guessing + fraction * (1 - guessing)
 
 
 def _transfer(runner: RoundRunner) -> tuple[float, float] | None:

@@ -50,6 +50,18 @@ def format_factor(factor: float) -> str:
     return f"{factor:,.0f}x"
 
 
+def compared(factor: float) -> tuple[str, str]:
+    """Compare something with `factor` (above 0) times as much, in words; amounts that would be shown as equal are.
+
+    >>> compared(21.4), compared(0.5), compared(0.999)
+    (('21.4x less', 'than'), ('2.00x more', 'than'), ('as much', 'as'))
+    """
+    shown = format_factor(max(factor, 1 / factor))
+    if shown == format_factor(1):
+        return "as much", "as"
+    return f"{shown} {'less' if factor > 1 else 'more'}", "than"
+
+
 def format_count(count: int, noun: str) -> str:
     """Format a number of things: `1 round`, `2 rounds`, `1,000 rounds`."""
     return f"{count:,} {noun}" + "s" * (count != 1)

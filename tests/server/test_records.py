@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from server.records import divergence
+from server.records import divergence, unlearned
 from tofu.rounds.record import RoundRecord
 
 
@@ -55,3 +55,16 @@ def test_without_test_data_the_training_loss_tells() -> None:
     assert "training loss is 1e+03" in divergence([start, dataclasses.replace(last, train_loss=1000.0)], 10)
     assert divergence([start, dataclasses.replace(last, train_loss=1000.0)], 1) == ""
     assert "not finite" in divergence([start, last], 10, growth=math.nan)
+
+
+def test_a_model_that_guesses_has_not_learned() -> None:
+    """The note of runs with noise: also where training did not diverge."""
+    assert unlearned(records("fedavg", (0.1, 2.3), (0.12, 2.2)), 10) == (
+        "the final accuracy, 12.0%, is little better than that of guessing, 10.0%"
+    )
+    assert unlearned(records("fedavg", (0.1, 2.3), (0.12, 2.2), (0.4, 2.0)), 10) == ""
+    assert unlearned(records("fedavg", (0.1, 2.3), (None, None)), 10) == ""  # no test data
+    assert unlearned(records("fedavg", (0.1, 2.3)), 10) == ""  # no round was run
+    assert unlearned(records("fedavg", (0.1, 2.3), (0.9, 2.3)), 1) == ""  # no classes
+    start, last = records("fedavg", (0.1, 2.3), (0.1, 2.3))
+    assert unlearned([start, dataclasses.replace(last, task_accuracies=(0.9, 0.0))], 10) == ""

@@ -102,6 +102,15 @@ def test_a_run_that_diverged_does_not_end_successfully(schedule: str, lr: float,
         tofu.run(**chosen, model="mlp", run_folder=str(tmp_path / "run"))
 
 
+def test_a_short_run_that_noise_ruined_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("dp_accounting")
+    chosen = QUICK | DATA | {"model": "mlp", "schedule": "fedavg", "rounds": 1, "progress": True}
+    tofu.run(**chosen, noise_multiplier=4.0, run_folder=str(tmp_path / "much"))
+    assert re.search(r"the noise \(clip-norm 1, noise-multiplier 4\) is probably too much", capsys.readouterr().err)
+    tofu.run(**chosen, noise_multiplier=0.001, run_folder=str(tmp_path / "little"))
+    assert "the noise" not in capsys.readouterr().err
+
+
 def test_the_result_has_the_run_as_objects(tmp_path: Path, parts: tuple[list[TensorDataset], TensorDataset]) -> None:
     clients, test = parts
     result = tofu.run(**QUICK, clients=clients, test=test, model=mlp, run_folder=str(tmp_path / "run"))

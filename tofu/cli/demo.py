@@ -21,7 +21,7 @@ def demo(*, config: ConfigFile = None, quiet: Quiet = False, overrides: dict[str
     if given:
         check_new(Path(f"{given}-fedavg"))
     check_early(tofu)
-    from tofu.formatting import format_bytes
+    from tofu.formatting import compared, format_bytes
     from tofu.observers.terminal import proxies_line
     from tofu.reporting.folder import add_baseline, fresh_folder
     from tofu.reporting.report import write_report
@@ -41,7 +41,8 @@ def demo(*, config: ConfigFile = None, quiet: Quiet = False, overrides: dict[str
     print(f"\n{'':<22}{'test accuracy':>14}{'uplink':>12}{'against FedAvg':>16}")
     for name, result in (("FedAvg", baseline), ("TOFU", summary)):
         accuracy, uplink, ratio = result["final_accuracy"], result["uplink_bytes"], result["uplink_ratio"]
-        print(f"{name:<22}{accuracy:>13.1%} {format_bytes(uplink):>11}{f'{ratio:.0f}x less' if ratio > 1 else '':>16}")
+        against = "" if result is baseline else compared(ratio)[0]
+        print(f"{name:<22}{accuracy:>13.1%} {format_bytes(uplink):>11}{against:>16}")
     rounds = [one for one in read_rounds(Path(folder) / "metrics.jsonl") if one.with_proxies is not None]
     if rounds:
         sent, updates = sum(one.with_proxies or 0 for one in rounds), sum(one.clients for one in rounds)

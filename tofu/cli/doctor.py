@@ -93,7 +93,7 @@ def _installed(package: str) -> str:
         return found
     except PackageNotFoundError:
         raise _CheckError("not installed: pip install tofu-fl") from None
-    except _CheckError:
+    except (_CheckError, _Note):
         raise
     except Exception as error:  # a broken installation raises anything
         raise _CheckError(f"{found} cannot be imported: {type(error).__name__}: {error}") from error
@@ -104,7 +104,10 @@ def _imported_elsewhere(found: str) -> str:
     if reason := _import_error(_TORCHVISION):
         raise _CheckError(f"{found} cannot be imported: {reason}; {same_kind}")
     if reason := _import_error("torchvision"):
-        return f"{found}; works here, but your own `import torchvision` ends in {reason}: {same_kind}"
+        raise _Note(
+            f"{found} works for every command and model of tofu, but `import torchvision` in your own files (models, "
+            f"transforms) may end in {reason}: {same_kind}, from one index"
+        )
     return found
 
 

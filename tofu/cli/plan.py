@@ -80,7 +80,7 @@ def _epsilon(value: float) -> str:
 
 
 def _rows(made: "Plan", model: str, seconds: "PlannedSeconds") -> Iterator[tuple[str, str]]:
-    from tofu.formatting import format_bytes, format_seconds
+    from tofu.formatting import compared, format_bytes, format_factor, format_seconds
 
     proxies = f" ({made.proxies} proxies of {made.proxy_side}x{made.proxy_side})" if made.proxies else ""
     yield "model", f"{model}, {made.parameters:,} parameters"
@@ -88,19 +88,20 @@ def _rows(made: "Plan", model: str, seconds: "PlannedSeconds") -> Iterator[tuple
     if made.compressed_rounds:
         yield "one compressed payload", f"{format_bytes(made.payload_bytes)}, {made.payload_ratio:.1f}x less{proxies}"
     if made.secure_rounds:
-        factor = made.update_bytes / made.secure_bytes
-        less = f"{factor:.1f}x less" if factor >= 1 else f"{1 / factor:.1f}x more"
+        less, _ = compared(made.update_bytes / made.secure_bytes)
         yield "one client, secure round", f"{format_bytes(made.secure_bytes)} in all stages, {less}"
     yield "message around a payload", format_bytes(made.message_overhead)
     rounds = f"{made.compressed_rounds} compressed, {made.fedavg_rounds} FedAvg, {made.secure_rounds} secure"
     yield "rounds", rounds
     yield "uplink of the run", format_bytes(made.uplink_bytes)
-    yield "uplink of FedAvg", f"{format_bytes(made.fedavg_uplink_bytes)}, {made.uplink_ratio:.1f}x as much"
+    equal = compared(made.uplink_ratio)[1] == "as"
+    much = "as much" if equal else f"{format_factor(made.uplink_ratio)} as much"
+    yield "uplink of FedAvg", f"{format_bytes(made.fedavg_uplink_bytes)}, {much}"
     if made.step_bytes:
         step_ratio = made.update_bytes / made.step_bytes
         yield "one step of the server", f"{format_bytes(made.step_bytes)}, {step_ratio:.1f}x less"
         yield "downlink of the run", format_bytes(made.downlink_bytes)
-        yield "both directions", f"{made.both_ratio:.1f}x less than FedAvg"
+        yield "both directions", f"{' '.join(compared(made.both_ratio))} FedAvg"
     else:
         yield "downlink of either", format_bytes(made.downlink_bytes)
     encoding, total = format_seconds(seconds.encoding), format_seconds(seconds.total)

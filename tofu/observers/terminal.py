@@ -18,7 +18,15 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tofu.formatting import format_bytes, format_count, format_factor, format_fraction, format_seconds, printable
+from tofu.formatting import (
+    compared,
+    format_bytes,
+    format_count,
+    format_factor,
+    format_fraction,
+    format_seconds,
+    printable,
+)
 from tofu.observers.base import Observer
 from tofu.rounds.record import RoundRecord, RunSummary
 
@@ -257,13 +265,22 @@ def _cells(record: RoundRecord) -> dict[str, str]:
         "explained": _NONE if explained is None else format_fraction(explained),
         "uplink": format_bytes(sent) if sent else _NONE,
         "less": format_factor(fedavg / sent) if sent and abs(fedavg / sent - 1) >= _LEVEL else _NONE,
-        "epsilon": _NONE if record.epsilon is None else _epsilon_text(record.epsilon),
+        "epsilon": _round_epsilon(record),
         "time": _NONE if seconds is None else format_seconds(seconds),
     }
 
 
 def _epsilon_text(epsilon: float) -> str:
     return f"{epsilon:.4g}" if math.isfinite(epsilon) else "inf"
+
+
+def _round_epsilon(record: RoundRecord) -> str:
+    """Return epsilon so far. Noise that the server adds bounds it against readers of the models only."""
+    if record.epsilon is None:
+        return _NONE
+    if record.model_epsilon is not None and not math.isfinite(record.epsilon):
+        return f"{_epsilon_text(record.model_epsilon)} (models)"
+    return _epsilon_text(record.epsilon)
 
 
 def proxies_line(with_proxies: int, updates: int) -> str:
@@ -299,8 +316,8 @@ def _summary_line(summary: RunSummary, last: RoundRecord | None) -> str:
     sent, fedavg = summary.uplink_bytes, summary.fedavg_uplink_bytes
     if sent:
         words.append(f"uplink {format_bytes(sent)}")
-        if fedavg / sent - 1 >= _LEVEL:
-            words[-1] += f", {format_factor(fedavg / sent)} less than the {format_bytes(fedavg)} FedAvg sends"
+        if fedavg:
+            words[-1] += f", {' '.join(compared(fedavg / sent))} the {format_bytes(fedavg)} FedAvg sends"
     left_out = [(summary.declined, "client"), (summary.unreadable, "unreadable image")]
     if any(count for count, _ in left_out):
         words.append("left out: " + ", ".join(format_count(count, noun) for count, noun in left_out if count))

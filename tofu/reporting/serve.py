@@ -26,7 +26,7 @@ from tofu.formatting import format_bytes, format_fraction
 from tofu.reporting.folder import FAILURE
 from tofu.reporting.report.compare import render_page
 from tofu.reporting.report.html import render
-from tofu.reporting.report.run_data import read_run
+from tofu.reporting.report.run_data import has_compressed_rounds, read_run
 from tofu.reporting.report.template import PAGE_HEAD, POLICY, render_template
 from tofu.rounds.record import read_json, read_rounds, read_summary
 
@@ -217,7 +217,8 @@ def _row(entry: Entry) -> tuple[str, ...]:
     try:
         config = read_json(entry.folder / "config.json")
         rounds, summary = read_rounds(entry.folder / "metrics.jsonl"), read_summary(entry.folder / "summary.json")
-        words = [f"{config[key]}" for key in ("model", "dataset", "compressor") if config.get(key)]
+        keys = ("model", "dataset", *(["compressor"] if has_compressed_rounds(config, rounds) else []))
+        words = [f"{config[key]}" for key in keys if config.get(key)]
     except (RunError, AttributeError) as error:
         return link, f"{error}"[:200], "cannot be read", _NONE, _NONE, changed
     measured = [record.accuracy for record in rounds if record.accuracy is not None]

@@ -1,5 +1,6 @@
 """The live view, the plain lines and the choice between them."""
 
+import dataclasses
 import io
 import math
 import re
@@ -90,6 +91,30 @@ def test_plain_writes_one_line_a_round(screen: io.StringIO) -> None:
         "round 12/12  secure      accuracy 92.00%  uplink   2.5 MB  3.2 s",
         "done: final accuracy 94.73%; uplink 2.5 MB, 2.94x less than the 7.5 MB FedAvg sends; 2 min 05 s",
     ]
+
+
+@pytest.mark.parametrize(
+    ("uplink", "expected"),
+    [
+        (7_500_000, "uplink 7.5 MB, as much as the 7.5 MB FedAvg sends"),
+        (7_520_000, "uplink 7.5 MB, as much as the 7.5 MB FedAvg sends"),
+        (15_000_000, "uplink 15.0 MB, 2.00x more than the 7.5 MB FedAvg sends"),
+    ],
+)
+def test_the_last_line_says_less_more_or_as_much(screen: io.StringIO, uplink: int, expected: str) -> None:
+    with PlainProgress(screen) as progress:
+        progress.on_run_end(dataclasses.replace(SUMMARY, uplink_bytes=uplink))
+    assert expected in screen.getvalue()
+
+
+def test_a_round_shows_the_epsilon_that_is_bounded(screen: io.StringIO) -> None:
+    with PlainProgress(screen) as progress:
+        progress.on_round_end(row(1, epsilon=4.5))
+        progress.on_round_end(row(2, epsilon=4.5, model_epsilon=1.5))  # secret sampling
+        progress.on_round_end(row(3, epsilon=math.inf, model_epsilon=1.5))  # noise of the server
+        progress.on_round_end(row(4, epsilon=math.inf))
+    found = re.findall(r"epsilon +(.+?)  ", screen.getvalue())
+    assert found == ["4.5", "4.5", "1.5 (models)", "inf"]
 
 
 def test_rounds_without_accuracy_have_their_loss(screen: io.StringIO) -> None:

@@ -112,6 +112,13 @@ _BROKEN = (
 """Kinds of rounds that take more than one line."""
 
 
+_HALF_EMPTY = """
+() => [...document.querySelectorAll('.grid2')].filter(grid => grid.lastElementChild &&
+  grid.lastElementChild.getBoundingClientRect().right < grid.getBoundingClientRect().right - 1).length
+"""
+"""Grids of figures whose last row has a figure in one half and nothing in the other."""
+
+
 @pytest.mark.parametrize("write", [run_report, compare_report, attack_report])
 def test_a_page_is_readable_everywhere(
     browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], Path]
@@ -119,6 +126,8 @@ def test_a_page_is_readable_everywhere(
     monkeypatch.setattr(Comparison, "_settings", lambda self, name, ratio, seed, value: Settings.of({"seed": seed}))
     with opened(browser, write(tmp_path).as_uri()) as (page, errors):
         assert problems(page) == []
+        page.set_viewport_size({"width": 1280, "height": 900})
+        assert page.evaluate(_HALF_EMPTY) == 0
         page.set_viewport_size({"width": SIZES["phone"][0], "height": SIZES["phone"][1]})
         assert page.evaluate(_HIDDEN, FIRST) == []
         assert page.evaluate(_BROKEN) == 0

@@ -159,6 +159,51 @@ def test_headline_does_not_call_more_bytes_less(run: Path) -> None:
     assert "x less" not in page.text.split("Rounds")[0]
 
 
+@pytest.mark.parametrize("uplink", [7_490_000, 7_500_000, 7_510_000])
+def test_headline_calls_equal_bytes_equal(run: Path, uplink: int) -> None:
+    finish(run, uplink_bytes=uplink, both_ratio=7_500_000 / uplink)
+    page = page_of(run)
+    assert "for 7.5 MB of uplink: as much as the 7.5 MB FedAvg sends. Both directions" in page.text
+    assert ", as much as FedAvg." in page.text
+
+
+@pytest.mark.parametrize(
+    ("schedule", "kinds", "named"),
+    [
+        ("fedavg", (), False),
+        ("fedavg", ("fedavg",), False),
+        ("secure", ("secure",), False),
+        ("switch", (), True),
+        ("switch", ("compressed", "secure"), True),
+        ("mine:Schedule", ("fedavg", "secure"), False),
+    ],
+)
+def test_the_title_names_a_compressor_only_where_rounds_are_compressed(
+    run: Path, schedule: str, kinds: tuple[str, ...], named: bool
+) -> None:
+    config = json.loads((run / "config.json").read_text()) | {"schedule": schedule, "compressor": "topk"}
+    (run / "config.json").write_text(json.dumps(config))
+    write_lines(run / "metrics.jsonl", [ROWS[0], *(line(n, kind, 0.5) for n, kind in enumerate(kinds, start=1))])
+    title = re.search("<title>(.*)</title>", page_of(run).source)
+    assert title
+    assert ("compressor topk" in title[1]) == named
+
+
+@pytest.mark.parametrize(
+    ("spent", "expected"),
+    [
+        ({"epsilon": 4.5}, "with epsilon 4.5 at delta 1e-05, for"),
+        ({"epsilon": 4.5, "model_epsilon": 1.5}, "with epsilon 4.5 at delta 1e-05, for"),
+        ({"epsilon": None, "model_epsilon": 1.5}, "with epsilon 1.5 at delta 1e-05 against readers of the models, for"),
+        ({"epsilon": None}, "with no bound on epsilon , for"),
+    ],
+)
+def test_headline_has_what_noise_spent(run: Path, spent: dict[str, Any], expected: str) -> None:
+    write_lines(run / "metrics.jsonl", [*ROWS[:-1], ROWS[-1] | spent])
+    finish(run, **spent, delta=1e-5)
+    assert f"after 3 rounds, {expected} 2.5 MB of uplink" in page_of(run).text
+
+
 def test_table_has_every_round_and_the_totals(run: Path) -> None:
     head, start, first, _, secure, total = page_of(run).tables["rounds"]
     assert head[:5] == ["round", "kind", "accuracy", "uplink", "less than FedAvg"]

@@ -1,6 +1,7 @@
 """Writes the report of a run: one self-contained page, at any time, also while the run is going on."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from markupsafe import Markup
 
 from tofu.errors import RunError
 from tofu.files import replace_file
-from tofu.formatting import format_bytes, format_count, format_factor, format_fraction, format_seconds
+from tofu.formatting import compared, format_bytes, format_count, format_factor, format_fraction, format_seconds
 from tofu.reporting.report import figures, images, plugin_metrics
 from tofu.reporting.report.chart import KINDS
 from tofu.reporting.report.client_table import client_columns, client_table
@@ -102,7 +103,8 @@ def _short(text: str) -> str:
 
 
 def _title(run: RunData, name: str) -> str:
-    words = [text.format(run.config[key]) for key, text in _TITLE.items() if run.config.get(key) not in (None, "")]
+    named = {key: run.config.get(key) for key in _TITLE if key != "compressor" or run.compresses}
+    words = [_TITLE[key].format(value) for key, value in named.items() if value not in (None, "")]
     return _short(" · ".join([f"Run {name}", *words]))
 
 
@@ -134,15 +136,25 @@ def _lead(run: RunData) -> Markup:
         reached = Markup("<b>{:.4g}</b> {} after {}").format(loss[1], loss[0], count)
     else:
         reached = Markup("{} without accuracy or loss").format(count)
-    text = reached + Markup(", for <b>{}</b> of uplink").format(format_bytes(run.uplink_bytes))
+    text = reached + _spent(run) + Markup(", for <b>{}</b> of uplink").format(format_bytes(run.uplink_bytes))
     if run.saving is None:
         return text + "."
     fedavg = format_bytes(run.fedavg_uplink_bytes)
-    if run.saving >= 1:
-        text += Markup(": <b>{} less</b> than the {} FedAvg sends.").format(format_factor(run.saving), fedavg)
-    else:
-        text += Markup(": {} more than the {} FedAvg sends.").format(format_factor(1 / run.saving), fedavg)
+    much, than = compared(run.saving)
+    text += Markup(": <b>{}</b> {} the {} FedAvg sends.").format(much, than, fedavg)
     return text + " " + _both(run)
+
+
+def _spent(run: RunData) -> Markup:
+    """Return what a run with noise spent, for the headline; "" for other runs."""
+    if run.epsilon is None or run.delta is None:
+        return Markup()
+    bounds = [(run.epsilon, ""), (run.model_epsilon, " against readers of the models")]
+    for epsilon, whom in bounds:
+        if epsilon is not None and math.isfinite(epsilon):
+            text = Markup(", with <b>epsilon {}</b> at delta {:g}{}")
+            return text.format(figures.epsilon_text(epsilon), run.delta, whom)
+    return Markup(", with <b>no bound on epsilon</b>")
 
 
 def _aside(run: RunData) -> str:
@@ -167,8 +179,7 @@ def _both(run: RunData) -> Markup:
     ratio = run.summary.both_ratio
     if ratio is None or ratio <= 0:
         return text + "."
-    relation = "less" if ratio >= 1 else "more"
-    return text + Markup(", {} {} than FedAvg.").format(format_factor(max(ratio, 1 / ratio)), relation)
+    return text + Markup(", {} {} FedAvg.").format(*compared(ratio))
 
 
 def _facts(run: RunData) -> list[tuple[str, str]]:

@@ -16,7 +16,7 @@ read raises a `RunError` that names the file and the line.
 import math
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -137,6 +137,11 @@ class RunData:
         return tuple(row for row in self.rounds if row.round > 0)
 
     @property
+    def compresses(self) -> bool:
+        """Whether the run has compressed rounds, or may have."""
+        return has_compressed_rounds(self.config, self.rounds)
+
+    @property
     def failures(self) -> int:
         """Number of replies that could not be used."""
         return sum(len(row.failures) for row in self.rounds)
@@ -147,6 +152,12 @@ class RunData:
         if not self.uplink_bytes or not self.fedavg_uplink_bytes:
             return None
         return self.fedavg_uplink_bytes / self.uplink_bytes
+
+
+def has_compressed_rounds(config: Mapping[str, Any], rounds: Sequence[RoundRecord]) -> bool:
+    """Whether a run has compressed rounds: by its rounds, or before the first one by its schedule."""
+    kinds = {row.kind for row in rounds if row.round > 0}
+    return "compressed" in kinds if kinds else config.get("schedule") not in ("fedavg", "secure")
 
 
 def read_run(run: Path) -> RunData:

@@ -63,6 +63,7 @@ dl.facts {
 dl.facts dt { color: var(--soft); font-size: 13px; }
 dl.facts dd { margin: 0; font-size: 18px; font-weight: 600; font-variant-numeric: tabular-nums; }
 .grid2 { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 20px; margin-top: 24px; }
+.grid2 > :last-child:nth-child(odd) { grid-column: 1 / -1; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 18px 20px; margin: 0; }
 section.card { margin-top: 20px; }
 figure { margin: 0; }
