@@ -150,12 +150,27 @@ class MissingExtraError(TofuError):
         super().__init__(f"{package.partition('.')[0]} is not installed: pip install 'tofu-fl[{extra}]'")
 
 
+_WHERE = "in plugin "
+
+
+@contextmanager
+def in_hook(plugin: str, hook: str) -> Iterator[None]:
+    """Let `described` name the plugin and the hook in which an exception was raised."""
+    try:
+        yield
+    except Exception as error:
+        if not any(note.startswith(_WHERE) for note in getattr(error, "__notes__", ())):
+            error.add_note(f"{_WHERE}{plugin}, {hook}")
+        raise
+
+
 def described(error: BaseException) -> str:
-    """Return an error's type and message, and the file and line of the user's code that raised it.
+    """Return an error's type and message, the plugin's hook, and the file and line of the user's code that raised it.
 
     That is the innermost frame outside this project, the standard library, torch and Flower, if there is one.
     """
     text = f"{type(error).__name__}: {error}"
+    text += "".join(f", {note}" for note in getattr(error, "__notes__", ()) if note.startswith(_WHERE))
     frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     places = [f", at {Path(file).name} line {line}" for file, line in frames if _is_users(file)]
     return text + (places[-1] if places else "")

@@ -4,6 +4,7 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Concatenate, ParamSpec
 
 from tofu.errors import SettingError
@@ -13,13 +14,19 @@ Arguments = ParamSpec("Arguments")
 
 def for_each(
     hook: Callable[Concatenate[Any, Arguments], None],
+    around: Callable[[Any, str], AbstractContextManager[None]] = lambda each, hook: nullcontext(),
 ) -> Callable[Concatenate[Iterable[Any], Arguments], None]:
-    """Return a method, with the signature of `hook`, that calls the hook of each object in `self`, in order."""
+    """Return a method, with the signature of `hook`, that calls the hook of each object in `self`, in order.
+
+    Args:
+        around: (object, name of the hook) -> a context for its call.
+    """
 
     @functools.wraps(hook)
     def call(self: Iterable[Any], /, *arguments: Arguments.args, **options: Arguments.kwargs) -> None:
         for each in self:
-            getattr(each, hook.__name__)(*arguments, **options)
+            with around(each, hook.__name__):
+                getattr(each, hook.__name__)(*arguments, **options)
 
     return call
 

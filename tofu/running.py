@@ -151,8 +151,10 @@ class Plot:
         return f"Plot({self.title})"
 
     def save(self, path: str | Path) -> None:
-        """Write the figure to an .svg file."""
+        """Write the figure to an .svg file. Raises SettingError if the name ends otherwise."""
         check_kind("path", path, str | PathLike, "a file's name, such as 'accuracy.svg'")
+        if Path(path).suffix.lower() != ".svg":
+            raise SettingError("path", str(path), "a name that ends in .svg, the format of the figure")
         Path(path).write_text(self.svg, encoding="utf-8")
 
     def _repr_svg_(self) -> str:

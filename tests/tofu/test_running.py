@@ -147,6 +147,9 @@ def test_the_result_has_the_run_as_objects(tmp_path: Path, parts: tuple[list[Ten
         result.plot("round")  # type: ignore[arg-type]
     with pytest.raises(SettingError, match="path=3"):
         result.plot().save(3)  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match=r"path='.*plot.png' .* ends in .svg"):
+        result.plot().save(tmp_path / "plot.png")
+    assert not (tmp_path / "plot.png").exists()
 
 
 def test_a_metric_that_fails_is_named(tmp_path: Path, parts: tuple[list[TensorDataset], TensorDataset]) -> None:

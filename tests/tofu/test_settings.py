@@ -572,6 +572,8 @@ def test_over_relaxation_applies_to_the_correction_or_to_the_whole_and_needs_err
         ({"compressor": "topk", "bits": 8}, ["bits=8 has no effect: it needs compressor=proxy"]),
         ({"schedule": "fedavg", "ratio": 9.0}, ["ratio=9.0 has no effect: it needs a schedule with compressed rounds"]),
         ({"secure-identities": "known.json"}, []),  # nodes prove their names in all rounds
+        ({"model": "nets:small", "norm": "batch"}, ["norm=batch has no effect: it needs a built-in model"]),
+        ({"model": "cnn", "norm": "batch"}, []),
         ({"clip-norm": 2.0}, ["clip-norm=2.0 has no effect: it needs noise-multiplier above 0"]),
         ({"clip-norm": 2.0, "noise-multiplier": 1.0}, []),
     ],

@@ -26,18 +26,23 @@ def joined_texts(text: str, other: str) -> str:
     return json.dumps(json.loads(text) | json.loads(other))
 
 
-def named_differences(own: str, servers: object) -> str:
+def named_differences(own: str, servers: object, defaults: Mapping[str, object]) -> str:
     """Return the arguments that differ between this client's text and the server's, for an error message.
 
     Example:
-        >>> named_differences('{"ratio": "20"}', '{"ratio": "21", "downlink": "10"}')
-        'downlink: not given here, 10 at the server; ratio: 20 here, 21 at the server'
+        >>> named_differences('{"ratio": "20"}', '{"ratio": "21", "downlink": "10"}', {"downlink": 0.0})
+        'downlink: 0 (the default) at this client, 10 at the server; ratio: 20 at this client, 21 at the server'
     """
     here, there = _read(own) or {}, _read(servers)
     if there is None or here == there:
         return "none is named: use one version of tofu-fl"
+
+    def value(given: Mapping[str, str], name: str) -> str:
+        default = f"{_text(defaults[name])} (the default)" if name in defaults else "not given"
+        return given.get(name, default)
+
     return "; ".join(
-        f"{name}: {here.get(name, 'not given')} here, {there.get(name, 'not given')} at the server"
+        f"{name}: {value(here, name)} at this client, {value(there, name)} at the server"
         for name in sorted(here.keys() | there.keys())
         if here.get(name) != there.get(name)
     )

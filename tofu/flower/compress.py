@@ -180,7 +180,7 @@ class _Request:
         if record is None:
             raise PayloadError(_OTHER_STRATEGY)
         if record.get("version") != VERSION or record.get("digest") != codec.digest:
-            named = named_differences(codec.text, record.get("arguments"))
+            named = named_differences(codec.text, record.get("arguments"), codec.defaults())
             raise PayloadError(
                 "tofu.compress and tofu.Compressed (or tofu.hybrid and tofu.Hybrid) have different arguments "
                 f"({named}): pass the same to both"

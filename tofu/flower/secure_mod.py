@@ -180,7 +180,9 @@ class _SecureRequest:
                 "this client sends masked updates only, but the server's strategy is not tofu.SecureAggregation"
             )
         if record.get("version") != VERSION or record.get("digest") != joint_digest(options, codec):
-            named = named_differences(joint_text(options, codec), record.get("arguments"))
+            named = named_differences(
+                joint_text(options, codec), record.get("arguments"), codec.defaults() if codec else options.defaults()
+            )
             raise PayloadError(
                 f"tofu.secure and tofu.SecureAggregation have different options ({named}): pass the same to both"
             )

@@ -110,7 +110,12 @@ class SecureOptions:
     @property
     def text(self) -> str:
         """The options that are not defaults, for error messages."""
-        return arguments_text(vars(self), {field.name: field.default for field in dataclasses.fields(self)})
+        return arguments_text(vars(self), self.defaults())
+
+    @staticmethod
+    def defaults() -> dict[str, object]:
+        """Name -> default of each option."""
+        return {field.name: field.default for field in dataclasses.fields(SecureOptions)}
 
     def clip(self, norm: float) -> AdaptiveClip | None:
         """Return the clip norm of a round, if it follows a quantile."""

@@ -181,7 +181,7 @@ class UpdateCodec:
         name, call = self._resolved
         functions = [_function_identity(f) for f in (call.forward, call.loss) if f]
         shared = [VERSION, name, self._ratio, self.downlink, call.inputs, call.target, functions, options, self.joint]
-        shared.append(bool(self.differences))
+        shared += [bool(self.differences), self.error_feedback, self.step_ahead]
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).digest()[:FINGERPRINT_BYTES]
 
     @property
@@ -193,11 +193,16 @@ class UpdateCodec:
             "compressor": name, "input_shape": call.inputs, "target_shape": call.target, **functions,
             "ratio": self._ratio, "downlink": self.downlink, "differences": bool(self.differences),
             "correction": self._correction, "proxies_below": self._proxies_below,
-            "over_relaxation": self._over_relaxation, "error_feedback": 1.0 if self.error_feedback else 0.0,
+            "over_relaxation": self._over_relaxation, "error_feedback": self.error_feedback,
+            "step_ahead": self.step_ahead,
         }  # fmt: skip
-        defaults = {name: p.default for name, p in inspect.signature(UpdateCodec).parameters.items()}
-        defaults |= {"input_shape": (), "target_shape": (), "differences": False}
-        return joined_texts(arguments_text(given, defaults), self.joint_text)
+        return joined_texts(arguments_text(given, self.defaults()), self.joint_text)
+
+    @staticmethod
+    def defaults() -> dict[str, object]:
+        """Name -> default of each argument in `text`."""
+        given = {name: p.default for name, p in inspect.signature(UpdateCodec).parameters.items()}
+        return given | {"input_shape": (), "target_shape": (), "differences": False}
 
     @property
     def arguments(self) -> AppCodec:

@@ -1,12 +1,14 @@
 """`Plugins` calls the hooks of several plugins in a defined order, and checks their exports."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tofu.data import LabeledImages
-from tofu.errors import PayloadError, RunError, SettingError
+from tofu.errors import PayloadError, RunError, SettingError, in_hook
 from tofu.hooks import for_each
 from tofu.plugins.base import (
     Batch,
@@ -26,16 +28,30 @@ _MAX_SUM = 1e300
 """Bound of a client's plugin sums that declare none, so that totals over many clients stay finite."""
 
 
+def _inside(plugin: Plugin, hook: str) -> AbstractContextManager[None]:
+    return in_hook(plugin.name, hook)
+
+
+def _call(plugin: Plugin, hook: str, kind: Any, *arguments: Any) -> Any:
+    """Return the result of a plugin's hook. Raises RunError if it has another type."""
+    with in_hook(plugin.name, hook):
+        found = getattr(plugin, hook)(*arguments)
+    if not isinstance(found, kind):
+        accepted = getattr(kind, "__name__", kind)
+        raise RunError(f"plugin {plugin.name}: {hook} returned {type(found).__name__}, expected {accepted}")
+    return found
+
+
 class Plugins(tuple[Plugin, ...]):
     """Plugins in the order in which the user listed them, with the same hooks. Build it with `make_plugins`."""
 
     __slots__ = ()
 
-    on_round_begin = for_each(Plugin.on_round_begin)
-    on_train_begin = for_each(Plugin.on_train_begin)
-    on_epoch_end = for_each(Plugin.on_epoch_end)
-    on_task_end = for_each(Plugin.on_task_end)
-    on_aggregate = torch.no_grad()(for_each(Plugin.on_aggregate))
+    on_round_begin = for_each(Plugin.on_round_begin, _inside)
+    on_train_begin = for_each(Plugin.on_train_begin, _inside)
+    on_epoch_end = for_each(Plugin.on_epoch_end, _inside)
+    on_task_end = for_each(Plugin.on_task_end, _inside)
+    on_aggregate = torch.no_grad()(for_each(Plugin.on_aggregate, _inside))
 
     def named(self) -> dict[str, Plugin]:
         """Return a mapping: name -> plugin."""
@@ -50,29 +66,32 @@ class Plugins(tuple[Plugin, ...]):
     def setup(self, model: nn.Module, context: RoundContext) -> nn.Module:
         """Set up all plugins, the one that changes the head first, because others measure or factorize its result."""
         for plugin in sorted(self, key=lambda plugin: not plugin.changes_head):
-            model = plugin.setup(model, context)
+            model = _call(plugin, "setup", nn.Module, model, context)
         self.on_round_begin(model, context)
         return model
 
     def declare_sums(self, model: nn.Module) -> dict[str, SumSpec]:
         """`plugin/name` -> shape and bound of the sum that is exported in this round."""
-        return {f"{p.name}/{name}": spec for p in self for name, spec in p.declare_sums(model).items()}
+        return {
+            f"{p.name}/{name}": spec for p in self for name, spec in _call(p, "declare_sums", Mapping, model).items()
+        }
 
     def on_batch(self, batch: Batch, generator: torch.Generator) -> Batch:
         for plugin in self:
-            batch = plugin.on_batch(batch, generator)
+            batch = _call(plugin, "on_batch", Batch, batch, generator)
         return batch
 
     def train_step(self, batch: Batch, step: LocalStep) -> Tensor:
         """Train on one batch by the plugin that overrides `train_step`, or by one plain step."""
         for plugin in self:
             if overrides(plugin, "train_step"):
-                return plugin.train_step(batch, step)
+                loss: Tensor = _call(plugin, "train_step", Tensor, batch, step)
+                return loss
         return step()
 
     def on_loss(self, outputs: Tensor, batch: Batch, loss: Tensor, model: nn.Module) -> Tensor:
         for plugin in self:
-            loss = plugin.on_loss(outputs, batch, loss, model)
+            loss = _call(plugin, "on_loss", Tensor, outputs, batch, loss, model)
         return loss
 
     @property
@@ -103,13 +122,15 @@ class Plugins(tuple[Plugin, ...]):
         plugins = list(reversed(self))
         plugins.sort(key=lambda plugin: -plugin.order)  # a stable sort
         for plugin in plugins:
-            plugin.on_step(model, before, momenta or {})
+            with _inside(plugin, "on_step"):
+                plugin.on_step(model, before, momenta or {})
 
     def predict(self, model: nn.Module, images: Tensor) -> Prediction:
         """Predict by the plugin that overrides `predict`, or by the model. The caller sets eval mode."""
         for plugin in self:
             if overrides(plugin, "predict"):
-                return plugin.predict(model, images)
+                prediction: Prediction = _call(plugin, "predict", Prediction, model, images)
+                return prediction
         return Prediction(model(images))
 
     @property
@@ -125,7 +146,7 @@ class Plugins(tuple[Plugin, ...]):
         """
         for plugin in self:
             if plugin.groups > 1:
-                group = plugin.group_of(client)
+                group: int = _call(plugin, "group_of", int, client)
                 if not 0 <= group < plugin.groups:
                     raise RunError(f"plugin {plugin.name}: group of client {client} is {group}, "
                                    f"expected 0 to {plugin.groups - 1}")  # fmt: skip
@@ -136,7 +157,8 @@ class Plugins(tuple[Plugin, ...]):
         """Predict by the plugin that has groups. The caller sets eval mode."""
         for plugin in self:
             if plugin.groups > 1:
-                return plugin.predict_groups(models, images)
+                prediction: Prediction = _call(plugin, "predict_groups", Prediction, models, images)
+                return prediction
         return self.predict(models[0], images)
 
     def export(self, model: nn.Module) -> Export:
@@ -149,7 +171,7 @@ class Plugins(tuple[Plugin, ...]):
         sums: dict[str, Tensor] = {}
         metrics: dict[str, float] = {}
         for plugin in self:
-            export = plugin.export()
+            export = _call(plugin, "export", Export)
             private = plugin.local_only & (export.sums.keys() | export.metrics.keys())
             if private:
                 raise RunError(f"plugin {plugin.name} exports {min(private)}, which is for its client alone")
@@ -185,11 +207,11 @@ class Plugins(tuple[Plugin, ...]):
         for plugin in self:
             own = under(sums, plugin.name)
             if own:
-                plugin.broadcast = dict(plugin.reduce(own, examples, plugin.broadcast))
+                plugin.broadcast = dict(_call(plugin, "reduce", Mapping, own, examples, plugin.broadcast))
 
     def panels(self) -> dict[str, Panel]:
         """Return a mapping: plugin name -> its panel for the report."""
-        return {plugin.name: panel for plugin in self if (panel := plugin.panel()) is not None}
+        return {plugin.name: panel for plugin in self if (panel := _call(plugin, "panel", Panel | None))}
 
     def state_bytes(self, *, max_bytes: int) -> bytes:
         """Return the private states of all plugins, which the client stores; b"" without plugins.
@@ -211,7 +233,7 @@ class Plugins(tuple[Plugin, ...]):
         Raises as `state_bytes`.
         """
         with eval_mode(model):
-            states = {plugin.name: plugin.calibrate(model, data) for plugin in self}
+            states = {plugin.name: _call(plugin, "calibrate", Mapping, model, data) for plugin in self}
         return state_to_bytes(_joined(states), max_bytes=max_bytes)
 
     def load(self, *, state: bytes = b"", broadcast: bytes = b"", max_bytes: int) -> None:

@@ -5,13 +5,20 @@ import math
 from tofu.errors import SettingError
 from tofu.weights import ParamSpec, Weights, check_finite, dot
 
+_NAMED = 3
+"""Number of layers that an error names."""
+
 _ROUND_DOWN = 1 - 2.0**-22  # float32 products may be rounded up
 
 
 def check_param_spec(param_spec: ParamSpec) -> None:
     """Raises SettingError if the model has batch counters, which would dominate the norm of every update."""
     if param_spec.integers:
-        raise SettingError("norm", "batch", "group or none with privacy: batch counters would dominate the norm")
+        layers = sorted(name.rpartition(".")[0] or name for name in param_spec.integers)
+        more = f" and {len(layers) - _NAMED} more" if len(layers) > _NAMED else ""
+        found = f"a model with BatchNorm ({', '.join(layers[:_NAMED])}{more})"
+        accepted = "with privacy one whose layers count no batches, for the counts dominate the norm of an update: "
+        raise SettingError("model", found, accepted + "replace BatchNorm, e.g. by GroupNorm (norm=group in ours)")
 
 
 def clip(update: Weights, norm: float) -> tuple[Weights, float]:

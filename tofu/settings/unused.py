@@ -20,6 +20,7 @@ def _conditions(settings: Settings) -> tuple[tuple[Any, ...], ...]:
     proxies = [name for name in settings_of_section("Proxies") if name not in _NOT_OF_PROXIES]
     link, user = settings.link, ":"
     return (
+        (":" not in settings.model.model, "a built-in model", "norm"),
         (data.partition == "dirichlet", "partition=dirichlet", "alpha"),
         (data.partition == "shards", "partition=shards", "shards_per_client"),
         (data.subpopulations, "subpopulations", "test_subpopulations"),

@@ -118,7 +118,7 @@ def test_misuse_is_one_line() -> None:
     with pytest.raises(RunError, match=r"add tofu\.compress"):
         federate(tofu.Compressed(strategy_of(), ratio=20))
     with pytest.raises(
-        RunError, match=r"round 1: no reply of 4 clients can be used .*\(ratio: 21 here, 20 at"
+        RunError, match=r"round 1: no reply of 4 clients can be used .*\(ratio: 21 at this client, 20 at"
     ) as caught:
         federate(tofu.Compressed(strategy_of(), ratio=20), tofu.compress(ratio=21))
     assert "\n" not in str(caught.value)

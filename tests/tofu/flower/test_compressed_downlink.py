@@ -182,7 +182,7 @@ class Personal(FedAvg):
 def test_misuse_is_one_line() -> None:
     with pytest.raises(RunError, match=r"Personal sends clients different arrays: expected downlink=0"):
         federate(tofu.Compressed(strategy_of(Personal), **OPTIONS), tofu.compress(**OPTIONS), rounds=1)
-    with pytest.raises(RunError, match=r"different arguments \(downlink: 11 here, 10 at the server\)"):
+    with pytest.raises(RunError, match=r"different arguments \(downlink: 11 at this client, 10 at the server\)"):
         federate(
             tofu.Compressed(strategy_of(), **OPTIONS), tofu.compress(**(OPTIONS | {"downlink": 11})), rounds=1
         )  # fmt: skip

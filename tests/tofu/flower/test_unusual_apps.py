@@ -198,7 +198,7 @@ def test_functions_of_one_name_that_differ_are_found() -> None:
         (lambda: [tofu.keep_local("fc2*"), tofu.compress(ratio=20)], "put tofu.keep_local last"),
         (lambda: [tofu.compress(ratio=20), tofu.secure()], "use tofu.hybrid instead"),
         (lambda: [tofu.secure()], "the server's strategy is not tofu.SecureAggregation"),
-        (lambda: [tofu.hybrid(ratio=20)], r"arguments \(secure: .*here, not given at the server\)"),
+        (lambda: [tofu.hybrid(ratio=20)], r"arguments \(secure: .*at this client, not given at the server\)"),
     ],
 )
 def test_mods_that_cannot_work_together_are_named(mods: Callable[[], list[Any]], named: str) -> None:

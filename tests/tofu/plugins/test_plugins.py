@@ -1,7 +1,7 @@
 import re
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tofu.data import ImageShape, LabeledImages
-from tofu.errors import PayloadError, RunError, SettingError
+from tofu.errors import PayloadError, RunError, SettingError, described
 from tofu.models import build_model
 from tofu.plugins import (
     NO_PLUGINS,
@@ -230,6 +230,56 @@ def test_methods_of_ones_own_and_overrides_in_other_forms_are_accepted() -> None
         )
     )
     assert [plugin.name for plugin in made] == ["own"]
+
+
+WRONG: dict[str, tuple[object, Callable[[Plugins, Batch], object]]] = {
+    "on_batch returned Tensor, expected Batch": (
+        lambda self, batch, generator: batch.images,
+        lambda plugins, batch: plugins.on_batch(batch, torch.Generator()),
+    ),
+    "on_loss returned NoneType, expected Tensor": (
+        lambda self, outputs, batch, loss, model: None,
+        lambda plugins, batch: plugins.on_loss(batch.images, batch, torch.ones(()), nn.Identity()),
+    ),
+    "setup returned NoneType, expected Module": (
+        lambda self, model, context: None,
+        lambda plugins, batch: plugins.setup(nn.Identity(), RoundContext(SHAPE)),
+    ),
+    "export returned dict, expected Export": (
+        lambda self: {},
+        lambda plugins, batch: plugins.export(nn.Identity()),
+    ),
+    "predict returned Tensor, expected Prediction": (
+        lambda self, model, images: images,
+        lambda plugins, batch: plugins.predict(nn.Identity(), batch.images),
+    ),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_a_hook_that_returns_another_type_is_named(message: str) -> None:
+    hook, call = WRONG[message]
+    plugins = make_plugins(hooks(**{message.partition(" ")[0]: hook}))
+    with pytest.raises(RunError, match=f"plugin own: {message}"):
+        call(plugins, Batch(torch.ones(1, 1), torch.zeros(1), torch.arange(1)))
+
+
+@pytest.mark.parametrize("name", ["on_batch", "on_train_begin", "on_step"])
+def test_an_exception_in_a_hook_names_plugin_and_hook(name: str) -> None:
+    def failing(self: Plugin, *arguments: object) -> None:
+        raise KeyError("no such class")
+
+    plugins, model = make_plugins(hooks(**{name: failing})), nn.Linear(1, 1)
+    calls: dict[str, Callable[[], object]] = {
+        "on_batch": lambda: plugins.on_batch(
+            Batch(torch.ones(1, 1), torch.zeros(1), torch.arange(1)), torch.Generator()
+        ),
+        "on_train_begin": lambda: plugins.on_train_begin(model, None),  # type: ignore[arg-type]
+        "on_step": lambda: plugins.on_step(model, plugins.before_step(model)),
+    }
+    with pytest.raises(KeyError) as raised:
+        calls[name]()
+    assert f"KeyError: 'no such class', in plugin own, {name}, at test_plugins.py line" in described(raised.value)
 
 
 @pytest.mark.parametrize(
