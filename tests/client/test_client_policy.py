@@ -191,7 +191,7 @@ def test_an_unexpected_exception_tells_the_server_its_type_only(
         raise FileNotFoundError(f"/home/{SECRET}")
 
     monkeypatch.setattr(client_app, "client_data", failing)
-    assert reason({"partition-id": 0}, {}) == "the client app failed with FileNotFoundError: see its log"
+    assert reason({"partition-id": 0}, {}) == "client 0: the client app failed with FileNotFoundError: see its log"
     assert SECRET in capsys.readouterr().err
 
 
