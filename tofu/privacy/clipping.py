@@ -16,9 +16,9 @@ def check_param_spec(param_spec: ParamSpec) -> None:
     if param_spec.integers:
         layers = sorted(name.rpartition(".")[0] or name for name in param_spec.integers)
         more = f" and {len(layers) - _NAMED} more" if len(layers) > _NAMED else ""
-        found = f"a model with BatchNorm ({', '.join(layers[:_NAMED])}{more})"
-        accepted = "with privacy one whose layers count no batches, for the counts dominate the norm of an update: "
-        raise SettingError("model", found, accepted + "replace BatchNorm, e.g. by GroupNorm (norm=group in ours)")
+        found = f"with BatchNorm ({', '.join(layers[:_NAMED])}{more})"
+        accepted = "no batch counters with privacy, which would dominate the norm of an update: replace BatchNorm, "
+        raise SettingError("model", found, accepted + "e.g. by GroupNorm (norm=group for built-in models)")
 
 
 def clip(update: Weights, norm: float) -> tuple[Weights, float]:

@@ -78,7 +78,7 @@ def test_what_cannot_be_clipped_is_refused() -> None:
 
 def test_a_model_with_batch_counters_is_refused(digits) -> None:  # type: ignore[no-untyped-def]
     check_param_spec(layout_of(build_model("cnn", digits.shape, norm="group")))
-    with pytest.raises(SettingError, match=r"a model with BatchNorm \(norm1, norm2, norm3\).* e.g. by GroupNorm"):
+    with pytest.raises(SettingError, match=r"with BatchNorm \(norm1, norm2, norm3\).* e.g. by GroupNorm"):
         check_param_spec(layout_of(build_model("cnn", digits.shape, norm="batch")))
     with pytest.raises(SettingError, match=r"\(1, 2, 3 and 1 more\)"):
         check_param_spec(layout_of(torch.nn.Sequential(torch.nn.Linear(4, 4), *map(torch.nn.BatchNorm1d, [4] * 4))))
