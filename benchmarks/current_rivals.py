@@ -167,14 +167,16 @@ def table(rows: list[Row], known: list[Row], task: str) -> Table:
     """
     header, lines = comparison(known, task)
     columns = [header.index(f"{ratio}x") for ratio in sorted(RATIOS)]
-    ahead, step = header.index("a"), header.index("step")
+    w, ahead, step = header.index("w"), header.index("a"), header.index("step")
     known_lines = [line for line in lines if line[0] in SHOWN and line[ahead] in ("", "0.5") and line[step] == "1"]
-    made = [[line[0], *(line[column] for column in columns), ""] for line in known_lines]
+    made = [[line[0], line[w], *(line[column] for column in columns), ""] for line in known_lines]
     for method in METHODS:
         if method not in BITS and (found := [_of(rows, task, method, ratio) for ratio in sorted(RATIOS)]) != [[]] * 4:
             reached = (f"{statistics.fmean(row['reached'] for row in mine):,.0f}x" for mine in found if mine)
-            made.append([method, *map(_cell, found), ", ".join(reached)])
-    return ["method", *(f"{ratio:,}x" for ratio in sorted(RATIOS)), "reached"], made
+            made.append(
+                [method, factor(run_of(task, method, RATIOS[0], SEEDS[0]).w), *map(_cell, found), ", ".join(reached)]
+            )
+    return ["method", "w", *(f"{ratio:,}x" for ratio in sorted(RATIOS)), "reached"], made
 
 
 def fewer_rounds(rows: list[Row]) -> Table:
