@@ -24,6 +24,8 @@ READMES = {
     "client/plugins/README.md": "plugins/your-own.md",
 }
 """Markdown files outside docs/ that are pages -> their names in the site."""
+REFERENCES = {"tofu/settings/groups.py": "reference/settings.md"}
+"""Source files -> the pages of the site that are made from them."""
 LINK = re.compile(r"\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 
@@ -41,7 +43,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Rewrite a page's links from paths in the repository to paths in the site."""
+    """Rewrite a page's links from paths in the repository to paths in the site, and keep its figures together."""
     source = source_of(page.file.src_uri)
 
     def rewritten(match: re.Match[str]) -> str:
@@ -51,7 +53,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         target = posixpath.relpath(site_path(path), posixpath.dirname(page.file.src_uri) or ".")
         return f"]({target}{match[2] or ''})"
 
-    return LINK.sub(rewritten, markdown)
+    # A mean stays in one line with its deviation, also in a narrow column.
+    return LINK.sub(rewritten, re.sub(r"(?<=\d) ± (?=\d)", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}", markdown))
 
 
 def source_of(uri: str) -> str:
@@ -61,7 +64,9 @@ def source_of(uri: str) -> str:
 
 def site_path(path: str) -> str:
     """Where the site has a file of the repository."""
-    return READMES.get(path) or (path.removeprefix("docs/") if path.startswith("docs/") else f"files/{path}")
+    return (READMES | REFERENCES).get(path) or (
+        path.removeprefix("docs/") if path.startswith("docs/") else f"files/{path}"
+    )
 
 
 def repository_path(link: str, source: str) -> str | None:
@@ -73,7 +78,7 @@ def repository_path(link: str, source: str) -> str | None:
 def linked_files(markdown: str, source: str) -> set[str]:
     """Files outside docs/, other than pages, that a page links to."""
     found = {repository_path(match[1], source) for match in LINK.finditer(markdown)}
-    return {path for path in found if path and path not in READMES and not path.startswith("docs/")}
+    return {path for path in found if path and path not in READMES | REFERENCES and not path.startswith("docs/")}
 
 
 def settings_page() -> str:

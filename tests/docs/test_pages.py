@@ -2,11 +2,13 @@
 
 import dataclasses
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from tofu.rounds.record import RunSummary
+from tofu.settings import FIELDS, shown_default
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks" / "README.md"]
@@ -55,3 +57,25 @@ def test_the_page_on_python_has_all_fields_of_a_summary() -> None:
     assert rows
     named = re.findall(r"`(\w+)`", "".join(re.findall(r"(?m)^(\|[^|]*\|)", rows[0])))
     assert sorted(named) == sorted(field.name for field in dataclasses.fields(RunSummary))
+
+
+def test_the_page_on_settings_has_every_setting_with_a_default_and_a_meaning() -> None:
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["flwr"]["app"]["config"]
+    text = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert set(config) - set(re.findall(r"`([a-z0-9-]+)`", text)) == set()
+    rows = re.findall(r"(?m)^\| (`.+)", text)
+    assert len(rows) > 20
+    for row in rows:
+        names, default, meaning = (cell.strip() for cell in row.rstrip(" |").split(" | "))
+        named = re.findall(r"`([a-z0-9-]+)`", names)
+        assert default, row
+        assert len(re.sub(r"[^a-z]", "", meaning)) > 10, row
+        for name, shown in zip(named, default.split(", "), strict=len(named) == len(default.split(", "))):
+            own = shown_default(FIELDS[name.replace("-", "_")]) or "none"
+            assert own == shown or float(own) == float(shown), row
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_a_block_of_code_is_of_one_file(page: Path) -> None:
+    for block in re.findall(r"(?ms)^```python\n(.*?)^```$", page.read_text(encoding="utf-8")):
+        assert len(re.findall(r"(?m)^# \w+\.py$", block)) <= 1, block
