@@ -267,6 +267,11 @@ def _compressed(reference: ReferenceModel, update: Mapping[str, Tensor], header:
 
 def _complete(reference: ReferenceModel, update: Mapping[str, Tensor]) -> Weights:
     """Check an update and return it with all tensors of the param_spec; missing buffers are zero."""
+    known = {*reference.model.state_dict(), *(name for name, _ in reference.model.named_buffers())}
+    unknown = [shown(name) for name in update if name not in known]
+    if unknown:
+        names = ", ".join(reference.param_spec.parameters)
+        raise SettingError("update", unknown[0], f"names of the model's tensors: {names:.200}")
     complete: Weights = {}
     for name, shape in reference.param_spec.shapes.items():
         value = update.get(name, torch.zeros(shape) if name in reference.param_spec.buffers else None)

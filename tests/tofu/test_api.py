@@ -113,6 +113,12 @@ def test_what_cannot_be_encoded_says_why(mlp_update: Case) -> None:
         tofu.encode(network.model, {**update, name: update[name] * torch.nan}, input_shape=SHAPE)
 
 
+def test_a_name_that_the_model_lacks_is_refused(mlp_update: Case) -> None:
+    network, update = mlp_update
+    with pytest.raises(SettingError, match=r"update='fc9.weight' is not usable: expected names .*fc1.weight"):
+        tofu.encode(network.model, update | {"fc9.weight": torch.ones(1)})
+
+
 def test_weights_in_the_place_of_an_update_are_refused_or_noted(
     mlp_update: Case, caplog: pytest.LogCaptureFixture
 ) -> None:
