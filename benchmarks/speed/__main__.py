@@ -28,7 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "cifar10": {"dataset": "uoft-cs/cifar10", "model": "cnn", "train_images": 5_000},
 }
 RATIO = 200.0
-EVALUATIONS = (10, 25, 50, 70, 100, 200)
+EVALUATIONS = (10, 25, 45, 70, 100, 200)
 PAYLOADS = 100
 
 

@@ -5,9 +5,13 @@ of replacing the parameters and of the surrogate's context exceeds the arithmeti
 differentiated layer by layer: by an explicit rule (`_RULES`) if there is one for the layer, else by autograd. Other
 networks are differentiated by autograd as a whole.
 
+A first convolution of one channel reads patches, which are linear in the pixels of small proxies (`_Patches`): they are
+computed once for the gradients at several weights, by two products with small matrices.
+
 Results equal those of `proxies.gradients` up to rounding. Only the search uses them; decoding uses `proxies.gradients`.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +39,7 @@ class ProxyGradients:
 
     Attributes:
         weights: with respect to each trainable parameter.
-        inputs: with respect to each input of the network, at the network's input size.
+        inputs: with respect to each of the prepared inputs.
         targets: with respect to the labels and, in simplex mode, the proxies' weights.
     """
 
@@ -57,16 +61,27 @@ class Chain:
         parameters = {id(p): name for name, p in reference.model.named_parameters()}
         single = reference.call.forward is None and len(reference.call.inputs) == 1 and not reference.draws
         layers = list(_flattened(reference.model)) if single and type(reference.model) is nn.Sequential else []
-        self._layers = [
-            (layer, _rule_of(layer, settings), {parameters[id(p)]: p for p in layer.parameters()}) for layer in layers
-        ]
+        rules = [_rule_of(layer, settings) for layer in layers]
+        self._patches = _Patches.of(reference, layers, rules)
+        if self._patches is not None:
+            skipped = len(self._patches.leading)
+            layers, rules = layers[skipped:], [self._patches.rule, *rules[skipped + 1 :]]
+        owned = [{parameters[id(p)]: p for p in layer.parameters()} for layer in layers]
+        self._layers = list(zip(layers, rules, owned, strict=True))
+
+    def prepare(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Return what `gradients` reads: a linear function of the proxies' inputs, which autograd differentiates.
+
+        It is the patches of a first convolution of one channel, else the inputs at the network's size.
+        """
+        if self._patches is not None:
+            return [self._patches.read(inputs[0])]
+        return self._reference.call.full_size(inputs)
 
     def gradients(
         self, weights: Weights, inputs: Sequence[Tensor], proxies: ProxyData, *, by_weights: bool, by_inputs: bool
     ) -> ProxyGradients:
-        """Return the gradients of the proxies' loss at `weights`;
-        `inputs` are those of the proxies, at the network's size.
-        """
+        """Return the gradients of the proxies' loss at `weights`; `inputs` are the prepared inputs of the proxies."""
         if not self._layers:
             return self._by_autograd(weights, inputs, proxies, by_weights=by_weights, by_inputs=by_inputs)
         x, passes = inputs[0], []
@@ -126,6 +141,82 @@ def _rule_of(layer: nn.Module, settings: ProxySettings) -> Rule:
     if isinstance(layer, nn.MaxPool2d) and (layer.return_indices or layer.dilation not in (1, (1, 1))):
         rule = None
     return rule if rule is not None and (settings.smooth or not swapped) else _autograd_rule(settings)
+
+
+class _Patches:
+    """The pixels that each output of a first convolution of one channel reads, and the convolution as their product.
+
+    Interpolation and the choice of patches are linear and separable, so the patches of an image X [h, w] are the
+    products R X C, where R has a row for each offset in the kernel and each output, and C such columns.
+
+    Attributes:
+        leading: the layers before the convolution; they only interpolate.
+    """
+
+    def __init__(self, reference: ReferenceModel, leading: list[nn.Module], layer: nn.Conv2d) -> None:
+        self._reference, self._layer, self.leading = reference, layer, leading
+        self._last = any(isinstance(one, ChannelsLast) for one in leading)
+        self._axes: dict[torch.Size, tuple[Tensor, Tensor]] = {}
+        self._outputs = (0, 0)
+
+    @staticmethod
+    def of(reference: ReferenceModel, layers: Sequence[nn.Module], rules: Sequence[Rule]) -> "_Patches | None":
+        """Return the patches if the first layer that does not interpolate is a convolution of one channel."""
+        leading = list(itertools.takewhile(_interpolates, layers))
+        layer = layers[len(leading)] if len(leading) < len(layers) else None
+        if not isinstance(layer, nn.Conv2d) or layer.in_channels != 1 or rules[len(leading)] is not _convolution:
+            return None
+        return _Patches(reference, leading, layer)
+
+    def read(self, images: Tensor) -> Tensor:
+        """Return the patches [n, kernel height * kernel width, outputs] of images [n, 1, h, w]."""
+        if images.shape not in self._axes:
+            self._axes[images.shape] = (self._axis(images, 0), self._axis(images, 1))
+        rows, columns = self._axes[images.shape]
+        self._outputs = (rows.shape[1], columns.shape[1])
+        read = rows.flatten(0, 1) @ (images[:, 0] @ columns.flatten(0, 1).t())
+        read = read.view(-1, *rows.shape[:2], *columns.shape[:2])
+        return read.permute(0, 1, 3, 2, 4).flatten(3).flatten(1, 2)
+
+    def _axis(self, images: Tensor, axis: int) -> Tensor:
+        """Return the weights [kernel, outputs, pixels] of the pixels along one axis."""
+        height, width = images.shape[2:]
+        basis = torch.eye(images.shape[2 + axis], device=images.device, dtype=images.dtype)
+        basis = basis[:, None, :, None].expand(-1, 1, -1, width) if axis == 0 else basis[:, None, None, :]
+        full = self._reference.call.full_size([basis if axis == 0 else basis.expand(-1, 1, height, -1)])[0]
+        for layer in self.leading:
+            full = layer(full)
+        line = full[:, :, :, :1].transpose(2, 3) if axis == 0 else full[:, :, :1]
+        assert not isinstance(self._layer.padding, str)  # `_rule_of` has no rule for other paddings
+        kernel, stride, padding, dilation = (
+            values[axis]
+            for values in (self._layer.kernel_size, self._layer.stride, self._layer.padding, self._layer.dilation)
+        )
+        read = F.unfold(line, (1, kernel), (1, dilation), (0, padding), (1, stride))
+        return read.permute(1, 2, 0).contiguous()
+
+    def rule(self, layer: nn.Conv2d, weights: list[Tensor], x: Tensor, beta: float) -> tuple[Tensor, Backward]:
+        """The rule of the convolution, whose input are the patches."""
+        kernels = weights[0].flatten(1)
+
+        def backward(gradient: Tensor, wanted: bool) -> tuple[Tensor, Sequence[Tensor]]:
+            rows = gradient.flatten(2)
+            by_weight = [torch.bmm(rows, x.transpose(1, 2)).sum(0).view_as(weights[0])] if wanted else []
+            if wanted and len(weights) > 1:
+                by_weight.append(rows.sum((0, 2)))
+            return kernels.t() @ rows, by_weight
+
+        out = kernels @ x
+        if len(weights) > 1:
+            out += weights[1][:, None]
+        out = out.view(*out.shape[:2], *self._outputs)
+        return out.contiguous(memory_format=torch.channels_last) if self._last else out, backward
+
+
+def _interpolates(layer: nn.Module) -> bool:
+    return _plain(layer) and (
+        isinstance(layer, ChannelsLast) or (type(layer) is nn.Upsample and layer.mode == "bilinear")
+    )
 
 
 def _at_outputs(reference: ReferenceModel, outputs: Tensor, proxies: ProxyData) -> tuple[Tensor, list[Tensor]]:
@@ -197,6 +288,8 @@ def _relu(layer: nn.ReLU, weights: list[Tensor], x: Tensor, beta: float) -> tupl
 
 
 def _pooling(layer: nn.MaxPool2d, weights: list[Tensor], x: Tensor, beta: float) -> tuple[Tensor, Backward]:
+    if _halves(layer, x):
+        return _halving(x)
     geometry = (layer.kernel_size, layer.stride, layer.padding, layer.ceil_mode, False)
 
     def backward(gradient: Tensor, _: bool) -> tuple[Tensor, Sequence[Tensor]]:
@@ -205,6 +298,22 @@ def _pooling(layer: nn.MaxPool2d, weights: list[Tensor], x: Tensor, beta: float)
 
     out = F.avg_pool2d(x, *geometry)
     return out, backward
+
+
+def _halves(layer: nn.MaxPool2d, x: Tensor) -> bool:
+    """Return whether the layer reduces each square of 2 x 2 pixels of contiguous images to a pixel."""
+    plain = (layer.kernel_size, layer.stride, layer.padding) in ((2, 2, 0), ((2, 2), (2, 2), (0, 0)))
+    return plain and x.is_contiguous() and not (x.shape[-2] % 2 or x.shape[-1] % 2)
+
+
+def _halving(x: Tensor) -> tuple[Tensor, Backward]:
+    """Average pooling of `_halves` by slices, which is faster than torch's kernels for images in memory order."""
+
+    def backward(gradient: Tensor, _: bool) -> tuple[Tensor, Sequence[Tensor]]:
+        return (gradient / 4).repeat_interleave(2, -1).repeat_interleave(2, -2), []
+
+    rows = x[..., ::2, :] + x[..., 1::2, :]
+    return (rows[..., ::2] + rows[..., 1::2]).mul_(1 / 4), backward
 
 
 def _group_norm(layer: nn.GroupNorm, weights: list[Tensor], x: Tensor, beta: float) -> tuple[Tensor, Backward]:

@@ -45,6 +45,10 @@ TRIAL_INTERVAL = 4
 MAX_PROXIES = 8
 """Maximum number of proxies with a correction; more take longer to encode, and a larger correction explains as much."""
 
+LARGEST_WITH_CORRECTION = 0.36
+"""Largest side of a proxy over the input's with a correction (10 of 28 pixels, 11 of 32); larger proxies explain less
+after as many evaluations (benchmark `speed`)."""
+
 ENOUGH_PROXIES = 16
 """Number of proxies from which larger proxies explain as much as more proxies."""
 
@@ -305,23 +309,23 @@ def _choose_proxies(reference: ReferenceModel, ratio: float, options: Compressor
 def _sized(reference: ReferenceModel, ratio: float, options: CompressorOptions) -> tuple[ProxySettings, int]:
     """Return the settings with the side chosen, and the number of proxies: that of the options, or as many as fit."""
     settings, count = options.encoder, options.proxies
-    if not settings.size and options.correction and not count:
-        settings = replace(settings, size=automatic_sides(reference)[-1])
-    elif not settings.size:
-        settings = _with_side(reference, ratio, count, settings)
+    if not settings.size:
+        settings = replace(settings, size=_side(reference, ratio, options))
     if count:
         return settings, count
     affordable = _affordable(reference, ratio, settings)
     return settings, min(affordable, MAX_PROXIES) if options.correction else affordable
 
 
-def _with_side(reference: ReferenceModel, ratio: float, count: int, settings: ProxySettings) -> ProxySettings:
-    """Choose the largest automatic side at which the ratio allows enough proxies."""
-    for side in automatic_sides(reference):
-        settings = replace(settings, size=side)
-        if not count and reference.param_spec.float32_bytes / ratio >= _size(reference, ENOUGH_PROXIES, settings):
-            break
-    return settings
+def _side(reference: ReferenceModel, ratio: float, options: CompressorOptions) -> int:
+    """Return the largest automatic side at which the ratio allows enough proxies."""
+    sides, enough = automatic_sides(reference), ENOUGH_PROXIES
+    if options.correction:
+        largest = max(sides[-1], LARGEST_WITH_CORRECTION * reference.call.side)
+        sides, enough = [side for side in sides if side <= largest], MAX_PROXIES
+    budget = reference.param_spec.float32_bytes / ratio
+    fitting = [side for side in sides if budget >= _size(reference, enough, replace(options.encoder, size=side))]
+    return fitting[0] if fitting and not options.proxies else sides[-1]
 
 
 def _size(reference: ReferenceModel, count: int, settings: ProxySettings) -> int:

@@ -50,7 +50,7 @@ class ProxySettings:
     size: int = 0
     bits: int = 8
     optimizer: str = "lbfgs"
-    max_evals: int = 70
+    max_evals: int = 45
     tolerance: float = 0.002
     warm_start: bool = True
     solve_labels: int = 8

@@ -91,7 +91,7 @@ def _direction(gradient: Tensor, memory: "deque[tuple[Tensor, Tensor, float]]") 
 STEP = 1e-3
 """Step of the finite difference, |e R| / |W|, at which errors of float32 rounding and of curvature are about equal."""
 
-LABEL_UNIT = 0.05
+LABEL_UNIT = 0.4
 """Size of a free label that is one unit for the optimizer, so that pixels and labels change at similar rates."""
 
 LABEL_START = 0.3
@@ -100,13 +100,13 @@ LABEL_START = 0.3
 STALL = 10
 """Number of evaluations in which the explained variance must gain `tolerance`, or else the search stops."""
 
-SURROGATE_BETAS = (4.0, 1.0, 0.1)
+SURROGATE_BETAS = (4.0, 0.3)
 """The values of beta that an encode tries. A large beta is close to the network: best for updates that are nearly
 gradients, and for networks with normalization layers. A small beta makes the surrogate nearly linear, and explains more
-of the updates plus residuals of a small trained network (benchmark `codec`)."""
+of the updates plus residuals of a small trained network (benchmarks `codec` and `speed.replay`)."""
 
-TRIAL_EVALS = 30
-"""Number of evaluations of each beta before the best is chosen; 12 were often too few. There is no trial, and the first
+TRIAL_EVALS = 20
+"""Number of evaluations of each beta before the best is chosen. There is no trial, and the first
 beta is used, if `max_evals` is less than twice this."""
 
 MAX_START = 1000.0
@@ -264,7 +264,7 @@ class _Objective:
         self.evals += 1
         proxies = proxies.on(self._device)
         leaves = [x.detach().requires_grad_(by_inputs) for x in proxies.inputs]
-        inputs = self._call.full_size(leaves)
+        inputs = self._chain.prepare(leaves)
 
         def gradients(weights: Weights, *, by_weights: bool) -> ProxyGradients:
             detached = [x.detach() for x in inputs]
@@ -300,7 +300,7 @@ class _Objective:
         if proxies.weights is not None or self._call.loss is not None:
             return proxies
         on = proxies.on(self._device)
-        inputs = self._call.full_size(on.inputs)
+        inputs = self._chain.prepare(on.inputs)
         step = self._step_length / self._power**0.5
         shifted_weights = {name: w + step * self._update[name] for name, w in self._base.items()}
         before, after = (

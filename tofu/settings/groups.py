@@ -275,7 +275,7 @@ class CodecSettings(Group):
     tensor_scales: bool = setting(True, "one scale per tensor; otherwise one for all", section="Proxies")
     warm_start: bool = setting(False, "start the search from the client's last proxies", section="Proxies")
     max_evals: int = setting(
-        70,
+        45,
         "maximum number of gradient evaluations per encode, without the trials for surrogate-beta=auto",
         ge=1,
         le=100_000,
