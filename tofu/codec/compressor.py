@@ -47,7 +47,7 @@ MAX_PROXIES = 8
 
 LARGEST_WITH_CORRECTION = 0.36
 """Largest side of a proxy over the input's with a correction (10 of 28 pixels, 11 of 32); larger proxies explain less
-after as many evaluations (benchmark `speed`)."""
+after as many evaluations."""
 
 ENOUGH_PROXIES = 16
 """Number of proxies from which larger proxies explain as much as more proxies."""
