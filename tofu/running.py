@@ -46,6 +46,8 @@ from tofu.user_workload import DatasetLoop, Loss, Metric, OptimizerFactory, Trai
 from tofu.weights import Weights, load_weights
 from tofu.workload import workload_of
 
+LOG = logging.getLogger("tofu")
+
 DATASET = "python"
 """The setting `dataset` of a run whose data are Python objects; the setting `model` starts with it, too."""
 
@@ -226,7 +228,21 @@ def run(
     with _process_settings_kept(), eager_code():
         summary = server.serve_in_process(client.make_app(workload), checked, Observers((view, *callbacks)), workload)
     typed = from_dict(RunSummary, summary, "summary")
-    return RunResult(Path(typed.run), typed, (workload or workload_of(checked)).build_model)
+    result = RunResult(Path(typed.run), typed, (workload or workload_of(checked)).build_model)
+    if not progress:
+        _warn_of_lost(result)
+    return result
+
+
+def _warn_of_lost(result: RunResult) -> None:
+    """Log a warning about replies and images that a run without progress lines left out."""
+    failures = [failure for record in result.history for failure in record.failures]
+    if failures:
+        first = failures[0]
+        LOG.warning("replies missing: %d; the first, of client %s: %s (result.history has all, in failures)",
+                    len(failures), first.client, first.reason)  # fmt: skip
+    if result.summary.unreadable:
+        LOG.warning("unreadable images, which were left out: %d", result.summary.unreadable)
 
 
 def _check_others(callbacks: object, progress: object, settings: Mapping[str, Any]) -> None:

@@ -159,6 +159,20 @@ def test_a_metric_that_fails_is_named(tmp_path: Path, parts: tuple[list[TensorDa
                  run_folder=str(tmp_path / "run"))  # fmt: skip
 
 
+def test_a_run_without_progress_lines_warns_of_missing_replies(
+    tmp_path: Path, parts: tuple[list[TensorDataset], TensorDataset], caplog: pytest.LogCaptureFixture
+) -> None:
+    clients, test = parts
+
+    def train(model: nn.Module, dataset: object, context: TrainingContext) -> None:
+        if context.round == 1 and dataset is clients[1]:
+            raise ValueError("no disk")
+
+    tofu.run(**QUICK, clients=clients, test=test, model=mlp, train=train, run_folder=str(tmp_path / "run"))
+    assert "replies missing: 1; the first, of client 1: " in caplog.text
+    assert "no disk" in caplog.text
+
+
 def test_a_result_is_one_line_in_a_notebook() -> None:
     result = RunResult(Path("runs/a"), RunSummary(final_accuracy=0.9167, rounds=3, uplink_bytes=13767), named_mlp)
     assert repr(result) == "RunResult('runs/a': 3 rounds, accuracy 91.7%, uplink 13.8 kB)"

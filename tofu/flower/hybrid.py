@@ -7,6 +7,7 @@ The switch comes at a given round, or when a metric stalls (`tofu.rounds.schedul
 then is in the clients' error feedback, and is sent in the secure rounds.
 """
 
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -30,6 +31,8 @@ from tofu.rounds.schedule import make_schedule
 from tofu.settings import python_call
 from tofu.settings.groups import RoundSettings
 from tofu.wire import RECORD as STAGE
+
+LOG = logging.getLogger("tofu.flower")
 
 
 @python_call
@@ -175,6 +178,8 @@ class Hybrid(StrategyWrapper):
                 raise RunError(f"plateau={self._plateau!r} names none of the metrics {', '.join(sorted(self._known))}")
             self._scores.append(-value if self._plateau.startswith("-") else value)
         secure = self._schedule.kind(server_round, self._scores) == "secure"
+        if secure and self._current is self._compressed:
+            LOG.info("round %d: secure rounds from here on", server_round)
         self._current = self._secure if secure else self._compressed
         messages = self._current.configure_train(server_round, arrays, config, grid)
         if self._unchecked and not secure:
