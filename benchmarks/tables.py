@@ -42,6 +42,8 @@ from benchmarks.latency.__main__ import table_rows as latency_rows
 from benchmarks.plugins.tables import PLUGIN_TABLES
 from benchmarks.rivals import temporal
 from benchmarks.robust.__main__ import ATTACKS, BACKDOORS
+from benchmarks.speed.__main__ import HEADER as SPEED
+from benchmarks.speed.__main__ import table_rows as speed_rows
 from tofu.formatting import format_bytes
 
 ROOT = RESULTS.parents[1]
@@ -315,6 +317,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rivals-temporal": lambda: markdown_table(*temporal.table(read("rivals-temporal")["rows"])),
     "flower-apps": lambda: markdown_table(FLOWER_APPS, by_variant(read("flower-apps")["rows"])),
     "soak": soak,
+    "speed": lambda: markdown_table(SPEED, speed_rows(read("speed")["rows"])),
     "latency": lambda: markdown_table(LATENCY, latency_rows(read("latency")["rows"])),
     "audit": lambda: audit.table(read("audit")["rows"]),
     "audit-trained": lambda: audit.table(read("audit_trained")["rows"], audit_trained.NOISE),

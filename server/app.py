@@ -70,6 +70,8 @@ MAX_CLIENT_BYTES = 2**30
 """Limit of the clients' state in a checkpoint of an in-process run; above it, resumed clients start without state."""
 
 _CLIENT = "client "
+_NAMED = 4
+"""Number of files and columns left out that a note names; `data.json` has all."""
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """Errors of a disk that is full or broken."""
 
@@ -316,7 +318,7 @@ class _Run:
             local = is_simulation(self._grid) or isinstance(self._grid, InProcessGrid)
             self._observer.on_note(_read_note(data, local=local))
         if data.get("left_out"):
-            self._observer.on_note(f"left out: {shortened(data['left_out'])}")
+            self._observer.on_note(f"left out: {shortened(data['left_out'], _NAMED)}; data.json has all")
 
     def _write_data(self, folder: RunFolder) -> None:
         """Write data.json again after clients came, and name what these leave out if they are in this process."""
@@ -327,7 +329,7 @@ class _Run:
         new = (entry for name, entry in data["clients"].items() if name not in known)
         left_out = [text for entry in new for text in entry.get("left_out", ())]
         if left_out:
-            self._observer.on_note(f"left out: {shortened(left_out)}")
+            self._observer.on_note(f"left out: {shortened(left_out, _NAMED)}; data.json has all")
 
     def _round(self, folder: RunFolder, round_: int) -> None:
         began, ledger, runner = time.perf_counter(), self._ledger, self._runner

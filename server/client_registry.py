@@ -238,6 +238,10 @@ class Clients:
     def _all_classes(self, clients: Iterable[Client]) -> str:
         """Return the part of an error message that says with which class-names these clients could take part."""
         unknown = sorted({name for client in clients for name in client.classes or ()} - set(self.class_names))
+        known = {name.casefold().strip(): name for name in self.class_names}
+        for name in unknown:
+            if same := known.get(name.casefold().strip()):
+                return printable(f"{name!r} differs from the run's {same!r} in case or spaces only: rename it")
         names = printable(names_to_text((*self.class_names, *unknown)))
         if not unknown or len(names) > _MAX_NAMES:
             return "class-names can name all classes"

@@ -90,3 +90,15 @@ def shortened(items: object, at_most: int = 20) -> str:
     texts = [str(item) for item in items] if isinstance(items, list) else [str(items)]
     more = f" and {len(texts) - at_most} more" if len(texts) > at_most else ""
     return ", ".join(texts[:at_most]) + more
+
+
+def proxies_line(with_proxies: int, updates: int) -> str:
+    """Return a line about how many of the updates of compressed rounds came as proxies.
+
+    >>> proxies_line(3, 4)
+    '3 of 4 updates came as proxies, the others as a sparse correction alone'
+    """
+    if not with_proxies:
+        return f"none of {updates} updates came as proxies: the sparse correction alone explained enough"
+    rest = ", the others as a sparse correction alone" if with_proxies < updates else ""
+    return f"{with_proxies} of {updates} updates came as proxies{rest}"

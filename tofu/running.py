@@ -228,14 +228,13 @@ def run(
     with _process_settings_kept(), eager_code():
         summary = server.serve_in_process(client.make_app(workload), checked, Observers((view, *callbacks)), workload)
     typed = from_dict(RunSummary, summary, "summary")
-    result = RunResult(Path(typed.run), typed, (workload or workload_of(checked)).build_model)
-    if not progress:
-        _warn_of_lost(result)
-    return result
+    return _with_warnings(RunResult(Path(typed.run), typed, (workload or workload_of(checked)).build_model), progress)
 
 
-def _warn_of_lost(result: RunResult) -> None:
-    """Log a warning about replies and images that a run without progress lines left out."""
+def _with_warnings(result: RunResult, progress: bool) -> RunResult:
+    """Log a warning about replies and images that a run without progress lines left out; return the result."""
+    if progress:
+        return result
     failures = [failure for record in result.history for failure in record.failures]
     if failures:
         first = failures[0]
@@ -243,6 +242,7 @@ def _warn_of_lost(result: RunResult) -> None:
                     len(failures), first.client, first.reason)  # fmt: skip
     if result.summary.unreadable:
         LOG.warning("unreadable images, which were left out: %d", result.summary.unreadable)
+    return result
 
 
 def _check_others(callbacks: object, progress: object, settings: Mapping[str, Any]) -> None:

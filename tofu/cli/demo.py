@@ -21,8 +21,7 @@ def demo(*, config: ConfigFile = None, quiet: Quiet = False, overrides: dict[str
     if given:
         check_new(Path(f"{given}-fedavg"))
     check_early(tofu)
-    from tofu.formatting import compared, format_bytes
-    from tofu.observers.terminal import proxies_line
+    from tofu.formatting import compared, format_bytes, proxies_line
     from tofu.reporting.folder import add_baseline, fresh_folder
     from tofu.reporting.report import write_report
     from tofu.rounds.record import read_rounds

@@ -12,7 +12,7 @@ from deploy.certificates import command as certificates
 from tofu.cli import SUGGEST_COMMANDS
 from tofu.cli.options import ConfigFile, Json, Quiet, line_printer, with_settings
 from tofu.errors import Interrupted, RunError, SettingError
-from tofu.formatting import format_bytes, printable
+from tofu.formatting import format_bytes, format_count, printable
 from tofu.settings import Value, read_toml
 from tofu.settings.deprecated import present_names
 
@@ -152,7 +152,7 @@ def _show(status: dict[str, Any], *, as_json: bool) -> None:
         return
     print(f"{status['phase']} at {status['address'] or 'no address'}, in {status['folder']}")
     for process in status["processes"]:
-        again = f", started again {process['restarts']} times" if process["restarts"] else ""
+        again = f", started again {format_count(process['restarts'], 'time')}" if process["restarts"] else ""
         print(f"  {process['name']:<16}{'runs' if process['alive'] else 'ended':<8}{process['pid']}{again}")
     if "error" in status:
         print(f"  {printable(status['error'])}")

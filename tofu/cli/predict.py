@@ -20,15 +20,14 @@ def predict(
     frequencies: Annotated[
         int, typer.Option(help="spatial frequencies that a DCT-SNN keeps, 1 to 16; 0 keeps those of the run")
     ] = 0,
-    output: Annotated[
-        Path | None, typer.Option("--output", help="file for the predictions: .csv, or .json otherwise")
-    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", help="file for the predictions: .csv or .json")] = None,
     json_: Json = False,
 ) -> None:
     """Classify images with a run's model; with the ood plugin, mark out-of-distribution images.
 
     The accuracy is printed if the images are in folders with the names of the classes.
     """
+    _check_output(output)
     from tofu.reporting.predict import accuracy, predict_images
 
     rows = predict_images(run, *images, frequencies=frequencies)
@@ -49,10 +48,20 @@ def predict(
         print(f"accuracy {right / known:.2%} ({right} of {known} images with a known label)", file=sys.stderr)
 
 
+def _check_output(output: Path | None) -> None:
+    """Raises SettingError before any work for a file that could not be written, or that ends otherwise."""
+    if output is None:
+        return
+    if output.suffix.lower() not in (".csv", ".json"):
+        raise SettingError("output", str(output), "a name that ends in .csv or .json")
+    if not output.parent.is_dir() or output.is_dir():
+        raise SettingError("output", str(output), "a file in an existing folder")
+
+
 def _write(rows: list[dict[str, object]], output: Path) -> None:
     """Write the predictions. Raises SettingError if the file cannot be written."""
     text = StringIO(newline="")
-    if output.suffix == ".csv":
+    if output.suffix.lower() == ".csv":
         table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
         table.writeheader()
         table.writerows(rows)

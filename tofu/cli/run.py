@@ -71,6 +71,7 @@ def _try_out(settings: Settings, *, quiet: bool) -> None:
     if settings.run.resume:
         raise SettingError("resume", settings.run.resume, "no run to resume with --fast-dev-run")
     check_early(settings.replace(record_clients=""), starts=False)
+    _check_data(settings)
     kinds = make_schedule(settings.rounds, settings.training.rounds).kinds
     rounds = max(len(kinds), settings.plugins.task_count)
     small: dict[str, Value] = {
@@ -85,6 +86,13 @@ def _try_out(settings: Settings, *, quiet: bool) -> None:
         more = max(2, settings.plugins.task_count)
         run_settings(resumed_settings({"resume": f"{folder}/run", "rounds": rounds * more}), quiet=quiet, kept=False)
     print("fast dev run: every step works; nothing was kept")
+
+
+def _check_data(settings: Settings) -> None:
+    """Raises SettingError or DataError if the data cannot be divided as the whole run would divide them."""
+    from tofu.workload import workload_of
+
+    workload_of(settings).client(0)
 
 
 def _fewer_images(settings: Settings) -> Settings:

@@ -26,6 +26,7 @@ from tofu.formatting import (
     format_fraction,
     format_seconds,
     printable,
+    proxies_line,
 )
 from tofu.observers.base import Observer
 from tofu.rounds.record import RoundRecord, RunSummary
@@ -281,18 +282,6 @@ def _round_epsilon(record: RoundRecord) -> str:
     if record.model_epsilon is not None and not math.isfinite(record.epsilon):
         return f"{_epsilon_text(record.model_epsilon)} (models)"
     return _epsilon_text(record.epsilon)
-
-
-def proxies_line(with_proxies: int, updates: int) -> str:
-    """Return a line about how many of the updates of compressed rounds came as proxies.
-
-    >>> proxies_line(3, 4)
-    '3 of 4 updates came as proxies, the others as a sparse correction alone'
-    """
-    if not with_proxies:
-        return f"none of {updates} updates came as proxies: the sparse correction alone explained enough"
-    rest = ", the others as a sparse correction alone" if with_proxies < updates else ""
-    return f"{with_proxies} of {updates} updates came as proxies{rest}"
 
 
 def _loss_text(record: RoundRecord) -> str:

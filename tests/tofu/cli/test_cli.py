@@ -24,8 +24,7 @@ from tests.processes import run
 from tofu.cli import COMMANDS, load_command, main
 from tofu.cli.run import run_settings
 from tofu.errors import TofuError
-from tofu.formatting import format_seconds
-from tofu.observers.terminal import proxies_line
+from tofu.formatting import format_seconds, proxies_line
 from tofu.settings import FIELDS, Settings, read_toml, section_of
 
 ROOT = Path(__file__).parents[3]
@@ -718,6 +717,8 @@ def test_predictions_have_names_labels_and_a_file(tofu: Tofu, tmp_path: Path) ->
     right = sum(line.split(",")[2] == line.split(",")[4] for line in lines[1:])
     assert f"({right} of 12 images" in outcome.err
     assert all(word.split()[1] in ("cat", "dog") for word in outcome.out.splitlines())
+    fails(tofu("predict", "run", "no-such-folder", "--output=found.txt"), "output='found.txt'", ".csv or .json")
+    fails(tofu("predict", "run", "no-such-folder", "--output=no/found.csv"), "output='no/found.csv'", "existing folder")
     (tmp_path / "data" / "cat" / "broken.png").write_bytes(b"no image")
     outcome = tofu("predict", "run", "data")
     assert "broken.png cannot be read as an image: unknown format; it is left out" in outcome.err
@@ -729,6 +730,11 @@ def test_predictions_have_names_labels_and_a_file(tofu: Tofu, tmp_path: Path) ->
 
 def test_predict_names_the_argument_that_is_no_run(tofu: Tofu) -> None:
     fails(tofu("predict", "nosuch", "data"), "run='nosuch' is not usable: expected the folder of a run")
+
+
+def test_a_fast_dev_run_refuses_more_clients_than_there_are_images_for(tofu: Tofu) -> None:
+    outcome = tofu("run", "--fast-dev-run", "--clients=2000")
+    fails(outcome, "clients=2000", "the number of training images")
 
 
 def test_a_fast_dev_run_goes_through_every_kind_of_round_and_keeps_nothing(tofu: Tofu, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tofu.formatting import format_bytes, format_factor, format_fraction, printable
+from tofu.formatting import format_bytes, format_count, format_factor, format_fraction, printable, proxies_line
 
 FEDAVG = "none"
 _NONE = "\N{EN DASH}"
@@ -114,6 +114,13 @@ def notes(document: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"Each row has the {tune['setting']} of {values} that was best in one run with seed {tune['seed']}."
         )
+    runs = document["runs"]
+    for name, ratio in dict.fromkeys((row["compressor"], row["ratio"]) for row in runs if row.get("updates")):
+        mine = [row for row in runs if (row["compressor"], row["ratio"]) == (name, ratio)]
+        found, updates = (sum(row.get(key, 0) for row in mine) for key in ("with_proxies", "updates"))
+        lines.append(f"{name} at {ratio_text(ratio)}: {proxies_line(found, updates)}.")
+    if unreadable := max((row.get("unreadable", 0) for row in runs), default=0):
+        lines.append(f"{format_count(unreadable, 'image')} that cannot be read, left out of every run.")
     for cell in document["cells"]:
         for failure in cell["failed"]:
             lines.append(f"{cell_name(cell)}, seed {failure['seed']} failed: {failure['reason']}")
