@@ -8,6 +8,7 @@ import inspect
 import logging
 import re
 import sys
+import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -45,8 +46,6 @@ from tofu.settings.unused import unused_notes
 from tofu.user_workload import DatasetLoop, Loss, Metric, OptimizerFactory, TrainFunction, UserWorkload, factory_of
 from tofu.weights import Weights, load_weights
 from tofu.workload import workload_of
-
-LOG = logging.getLogger("tofu")
 
 DATASET = "python"
 """The setting `dataset` of a run whose data are Python objects; the setting `model` starts with it, too."""
@@ -231,17 +230,24 @@ def run(
     return _with_warnings(RunResult(Path(typed.run), typed, (workload or workload_of(checked)).build_model), progress)
 
 
+_CALLER = 4
+"""Frames from a warning to the line that calls `tofu.run`."""
+
+
 def _with_warnings(result: RunResult, progress: bool) -> RunResult:
-    """Log a warning about replies and images that a run without progress lines left out; return the result."""
+    """Warn of replies and images that a run without progress lines left out; return the result.
+
+    By `warnings`, because those of a library's log are not shown unless the user has set up logging.
+    """
     if progress:
         return result
     failures = [failure for record in result.history for failure in record.failures]
     if failures:
         first = failures[0]
-        LOG.warning("replies missing: %d; the first, of client %s: %s (result.history has all, in failures)",
-                    len(failures), first.client, first.reason)  # fmt: skip
+        text = f"replies missing: {len(failures)}; the first, of client {first.client}: {first.reason}"
+        warnings.warn(f"{text} (result.history has all, in failures)", stacklevel=_CALLER)
     if result.summary.unreadable:
-        LOG.warning("unreadable images, which were left out: %d", result.summary.unreadable)
+        warnings.warn(f"unreadable images, which were left out: {result.summary.unreadable}", stacklevel=_CALLER)
     return result
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 _MAX_CHARACTERS = 4096
 _MAX_VALUE = 60
+_NOT_GIVEN = (None, (), "")
 
 
 def arguments_text(arguments: Mapping[str, object], defaults: Mapping[str, object]) -> str:
@@ -21,9 +22,17 @@ def arguments_text(arguments: Mapping[str, object], defaults: Mapping[str, objec
     return json.dumps({name: _text(value) for name, value in arguments.items() if value != defaults.get(name)})
 
 
-def joined_texts(text: str, other: str) -> str:
-    """Return two texts with different names as one."""
-    return json.dumps(json.loads(text) | json.loads(other))
+def under(prefix: str, arguments: Mapping[str, object]) -> dict[str, object]:
+    """Return the arguments with a prefix and a dot before their names: those of `secure={...}`."""
+    return {f"{prefix}.{name}": value for name, value in arguments.items()}
+
+
+def plain_number(value: float) -> int | float:
+    """Return a number of any type as the int that it equals, otherwise as a float: 100.0 and True as 100 and 1.
+
+    Equal arguments at the two ends then have equal digests and texts.
+    """
+    return int(value) if float(value).is_integer() else float(value)
 
 
 def named_differences(own: str, servers: object, defaults: Mapping[str, object]) -> str:
@@ -38,18 +47,26 @@ def named_differences(own: str, servers: object, defaults: Mapping[str, object])
         return "none is named: use one version of tofu-fl"
 
     def value(given: Mapping[str, str], name: str) -> str:
-        default = f"{_text(defaults[name])} (the default)" if name in defaults else "not given"
-        return given.get(name, default)
+        default = defaults.get(name)
+        return _printable(given.get(name, "not given" if default in _NOT_GIVEN else f"{_text(default)} (the default)"))
 
     return "; ".join(
-        f"{name}: {value(here, name)} at this client, {value(there, name)} at the server"
+        f"{_printable(name)}: {value(here, name)} at this client, {value(there, name)} at the server"
         for name in sorted(here.keys() | there.keys())
         if here.get(name) != there.get(name)
+        and (_parent(name) == name or here.get(_parent(name)) == there.get(_parent(name)))
     )
 
 
+def _parent(name: str) -> str:
+    return name.partition(".")[0]
+
+
 def _text(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    """Return a value as text: numbers as short as they are exact."""
+    if isinstance(value, float):
+        return short if float(short := f"{value:g}") == value else repr(value)
+    return str(value)
 
 
 def _read(text: object) -> dict[str, str] | None:
@@ -62,8 +79,11 @@ def _read(text: object) -> dict[str, str] | None:
         return None
     if not isinstance(values, dict) or not all(isinstance(value, str) for value in values.values()):
         return None
-    return {_printable(name): _printable(value) for name, value in values.items()}
+    return values
 
 
 def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text[:_MAX_VALUE])
+    """Return at most `_MAX_VALUE` printable characters, without the middle of a longer text."""
+    half = _MAX_VALUE // 2
+    kept = text if len(text) <= _MAX_VALUE else f"{text[: half - 1]}...{text[2 - half :]}"
+    return "".join(c if c.isprintable() else "?" for c in kept)

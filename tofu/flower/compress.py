@@ -146,9 +146,9 @@ class CompressMod(TrainMod):
         """Log a warning for the first train message without arrays. Raises PayloadError for one of secure sums."""
         if STAGE in message.content:
             raise PayloadError(_OTHER_STRATEGY)
-        if not self._passed_on:
+        noted, self._passed_on = self._passed_on, True  # before the line is logged: clients may share this mod
+        if not noted:
             LOG.warning("a train message without arrays was passed on: tofu.compress sends nothing of it smaller")
-        self._passed_on = True
 
 
 @dataclass(frozen=True)

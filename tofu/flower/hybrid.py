@@ -19,7 +19,6 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from tofu.arguments import check_kind, check_options
 from tofu.errors import PayloadError, RunError, SettingError
-from tofu.flower.agreement import arguments_text
 from tofu.flower.compress import Compressed, CompressMod
 from tofu.flower.secure import SecureAggregation
 from tofu.flower.secure_mod import RECORD as SECURE_RECORD
@@ -32,7 +31,8 @@ from tofu.settings import python_call
 from tofu.settings.groups import RoundSettings
 from tofu.wire import RECORD as STAGE
 
-LOG = logging.getLogger("tofu.flower")
+_FLOWERS_LOG = logging.getLogger("flwr")
+"""Shows lines of the level INFO, as those that begin each round."""
 
 
 @python_call
@@ -50,7 +50,7 @@ def hybrid(*arguments: Any, secure: Mapping[str, Any] | None = None, **options: 
     """
     codec = codec_of(hybrid, arguments, options)
     secure_options = _secure_options(codec, secure)
-    codec.joint, codec.joint_text = secure_options.digest.hex(), arguments_text({"secure": secure_options.text}, {})
+    codec.joint = secure_options
     return HybridMod(codec, secure_options)
 
 
@@ -115,7 +115,7 @@ class Hybrid(StrategyWrapper):
             raise SettingError("switch_round", switch_round, "a round, or 0 and a metric's name as plateau")
         codec = codec_of(type(self), arguments, options)
         secure_options = _secure_options(codec, secure)
-        codec.joint, codec.joint_text = secure_options.digest.hex(), arguments_text({"secure": secure_options.text}, {})
+        codec.joint = secure_options
         self._secure = SecureAggregation(
             inner, identities=identities, stage_timeout=stage_timeout, delta=delta, codec=codec,
             **vars(secure_options),
@@ -179,7 +179,7 @@ class Hybrid(StrategyWrapper):
             self._scores.append(-value if self._plateau.startswith("-") else value)
         secure = self._schedule.kind(server_round, self._scores) == "secure"
         if secure and self._current is self._compressed:
-            LOG.info("round %d: secure rounds from here on", server_round)
+            _FLOWERS_LOG.info("round %d: secure rounds from here on", server_round)
         self._current = self._secure if secure else self._compressed
         messages = self._current.configure_train(server_round, arrays, config, grid)
         if self._unchecked and not secure:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tofu.arguments import check_kind, check_number
 from tofu.errors import SettingError
-from tofu.flower.agreement import arguments_text
+from tofu.flower.agreement import arguments_text, plain_number
 from tofu.plugins import SumSpec
 from tofu.privacy import Noise
 from tofu.privacy.adaptive import REPORT, AdaptiveClip
@@ -83,7 +83,11 @@ class SecureOptions:
             ("dropout", 0, 0.99), ("collusion", 0, 0.99), ("weight_step", 1e-9, 1),
         ):  # fmt: skip
             check_number(field, getattr(self, field), low, high)
+            object.__setattr__(self, field, plain_number(getattr(self, field)))
+        for field in ("bits", "metrics"):
+            check_kind(field, getattr(self, field), int, "a whole number")
         check_kind("app", self.app, str, "names of packages, separated by commas")
+        object.__setattr__(self, "app", ",".join(self.packages))
         if self.clip_quantile and not self.noise_multiplier:
             raise SettingError("clip_quantile", self.clip_quantile, "0 without noise_multiplier")
         for package in self.packages:

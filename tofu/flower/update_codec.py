@@ -29,7 +29,8 @@ from tofu.codec.options import DEFAULTS, CompressorOptions, ProxySettings
 from tofu.compression import compressors, make_compressor
 from tofu.compression.base import Compressor
 from tofu.errors import PayloadError, SettingError
-from tofu.flower.agreement import arguments_text, joined_texts
+from tofu.flower.agreement import arguments_text, plain_number, under
+from tofu.flower.secure_options import SecureOptions
 from tofu.models.behavior import OUTPUT_BYTES, check_outputs, output_sketch
 from tofu.models.checks import drop_constant_buffers
 from tofu.recording import AppCodec
@@ -136,16 +137,14 @@ class UpdateCodec:
             ("downlink", 1 if downlink == 0 else downlink, 1, 1e6),
         ):  # fmt: skip
             check_number(name, value, low, high)
-        self._model, self._shape, self._ratio = model, input_shape, ratio
-        self._compressor, self._correction, self._over_relaxation = compressor, correction, over_relaxation
-        self._proxies_below = proxies_below
+        self._model, self._shape, self._ratio = model, input_shape, plain_number(ratio)
+        self._compressor, self._correction = compressor, plain_number(correction)
+        self._proxies_below, self._over_relaxation = plain_number(proxies_below), plain_number(over_relaxation)
         self._call = {"forward": forward, "loss": loss, "target_shape": target_shape}
-        self.downlink = downlink
-        self.joint = ""
+        self.downlink = plain_number(downlink)
+        self.joint: SecureOptions | None = None
         """Further options that client and server must share: those of the secure rounds of `tofu.hybrid`."""
-        self.joint_text = "{}"
-        """Those of them that are not defaults, for error messages."""
-        self.error_feedback, self.step_ahead, self.seed = error_feedback, step_ahead, seed
+        self.error_feedback, self.step_ahead, self.seed = plain_number(error_feedback), plain_number(step_ahead), seed
         self.differences = differences
         self._noted = False
 
@@ -180,7 +179,8 @@ class UpdateCodec:
         options = dataclasses.asdict(self._options)
         name, call = self._resolved
         functions = [_function_identity(f) for f in (call.forward, call.loss) if f]
-        shared = [VERSION, name, self._ratio, self.downlink, call.inputs, call.target, functions, options, self.joint]
+        joint = self.joint.digest.hex() if self.joint else ""
+        shared = [VERSION, name, self._ratio, self.downlink, call.inputs, call.target, functions, options, joint]
         shared += [bool(self.differences), self.error_feedback, self.step_ahead]
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).digest()[:FINGERPRINT_BYTES]
 
@@ -189,20 +189,22 @@ class UpdateCodec:
         """The arguments that both ends must share and that are not defaults, for error messages."""
         name, call = self._resolved
         functions = {key: _function_text(f) for key, f in (("forward", call.forward), ("loss", call.loss)) if f}
-        given = {
+        given: dict[str, object] = {
             "compressor": name, "input_shape": call.inputs, "target_shape": call.target, **functions,
             "ratio": self._ratio, "downlink": self.downlink, "differences": bool(self.differences),
             "correction": self._correction, "proxies_below": self._proxies_below,
             "over_relaxation": self._over_relaxation, "error_feedback": self.error_feedback,
             "step_ahead": self.step_ahead,
         }  # fmt: skip
-        return joined_texts(arguments_text(given, self.defaults()), self.joint_text)
+        given |= {"secure": "given", **under("secure", vars(self.joint))} if self.joint else {}
+        return arguments_text(given, self.defaults())
 
     @staticmethod
     def defaults() -> dict[str, object]:
         """Name -> default of each argument in `text`."""
         given = {name: p.default for name, p in inspect.signature(UpdateCodec).parameters.items()}
-        return given | {"input_shape": (), "target_shape": (), "differences": False}
+        given |= {"input_shape": (), "target_shape": (), "differences": False}
+        return given | under("secure", SecureOptions.defaults())
 
     @property
     def arguments(self) -> AppCodec:

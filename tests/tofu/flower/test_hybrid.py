@@ -29,8 +29,7 @@ def kinds(result: Any) -> list[str]:
 
 def test_it_switches_at_the_given_round_and_recovers_what_compression_lost(caplog: pytest.LogCaptureFixture) -> None:
     options = OPTIONS | {"ratio": 800}
-    with caplog.at_level("INFO", logger="tofu.flower"):
-        hybrid = federate(tofu.Hybrid(strategy_of(), switch_round=5, **options), tofu.hybrid(**options), rounds=6)
+    hybrid = federate(tofu.Hybrid(strategy_of(), switch_round=5, **options), tofu.hybrid(**options), rounds=6)
     assert [line for line in caplog.messages if "secure rounds" in line] == ["round 5: secure rounds from here on"]
     assert kinds(hybrid) == ["compressed"] * 4 + ["secure"] * 2
     assert hybrid.train_metrics_clientapp[5]["tofu-clients"] == CLIENTS

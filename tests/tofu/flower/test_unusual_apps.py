@@ -388,7 +388,7 @@ def test_a_secure_sum_of_no_arrays_is_refused_in_one_line() -> None:
 
 
 def test_a_model_smaller_than_its_payload_is_refused_without_a_ratio_below_one() -> None:
-    with pytest.raises(SettingError, match=r"^ratio=50\.0 is not usable: expected a model larger than its payload"):
+    with pytest.raises(SettingError, match=r"^ratio=50 is not usable: expected a model larger than its payload"):
         federate(tofu.Compressed(strategy_of()), tofu.compress(), model=lambda: nn.Linear(1, 1))
 
 
